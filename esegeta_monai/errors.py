@@ -1,0 +1,46 @@
+"""The errors that a user of the package can meet. Each message says what, where, and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "EsegetaError",
+    "InputError",
+    "MethodError",
+    "MethodTimeout",
+    "NetworkError",
+    "RuleError",
+    "TargetError",
+    "UsageError",
+]
+
+
+class EsegetaError(Exception):
+    """Base of all named errors of the package; its text is one line that a user can act on."""
+
+
+class UsageError(EsegetaError, ValueError):
+    """A wrong option, name or parameter: nothing has been computed yet."""
+
+
+class InputError(EsegetaError, ValueError):
+    """A scan that cannot be explained: unreadable, of the wrong shape, with non-finite voxels or a singular affine."""
+
+
+class NetworkError(EsegetaError, RuntimeError):
+    """A network or inferer that cannot be explained as it is: unknown output, half precision, TorchScript."""
+
+
+class TargetError(EsegetaError, ValueError):
+    """A target that the prediction does not have: unknown class, mask on another grid."""
+
+
+class MethodError(EsegetaError, RuntimeError):
+    """A method that cannot run on this network or target; the message names the alternative."""
+
+
+class RuleError(MethodError):
+    """An operation on the path for which a modified backward pass has no rule."""
+
+
+class MethodTimeout(EsegetaError, TimeoutError):  # noqa: N818 - reads as what happened
+    """The time limit of one method has passed; what was finished before is kept."""
