@@ -1,0 +1,24 @@
+"""What is explained: a prediction becomes a scalar."""
+
+from __future__ import annotations
+
+from esegeta_monai.targets.base import TARGETS, Case, Score, Target, WeightedScore
+from esegeta_monai.targets.classes import ClassScore, MultiClassMask, ThresholdMask
+from esegeta_monai.targets.regions import Box, Component, Errors, LabelMask, OutputValue, Voxel
+
+__all__ = [
+    "TARGETS",
+    "Box",
+    "Case",
+    "ClassScore",
+    "Component",
+    "Errors",
+    "LabelMask",
+    "MultiClassMask",
+    "OutputValue",
+    "Score",
+    "Target",
+    "ThresholdMask",
+    "Voxel",
+    "WeightedScore",
+]

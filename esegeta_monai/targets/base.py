@@ -1,0 +1,231 @@
+"""What a target is: a prediction becomes a scalar score with a frozen mask.
+
+A `Target` is what the user chooses. Bound to one unperturbed prediction it becomes one or more `Score` objects:
+``s(P)``, with everything frozen that depends on that prediction (argmax maps, components, thresholds).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.configurable import Configurable, Registry
+from esegeta_monai.errors import TargetError
+
+__all__ = ["TARGETS", "Activation", "Case", "Output", "Reduction", "Score", "Target", "WeightedScore", "bounding_box"]
+
+Output = Literal["logit", "probability", "log_probability"]
+Activation = Literal["auto", "softmax", "sigmoid"]
+Reduction = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a target may know of a case besides the prediction.
+
+    Args:
+        affine: 4x4 (3x3 in 2D) voxel-to-world matrix of the prediction's grid, RAS mm; None where unknown.
+        data: the case's data dictionary (labels, masks), entries (1 or C, *spatial) on the image's grid or files.
+        class_names: class index to name, from the bundle's metadata.json.
+    """
+
+    affine: Tensor | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+    class_names: Mapping[int, str] = field(default_factory=dict)
+
+
+class Score(ABC):
+    """A frozen target ``s``: a differentiable function of the prediction on a box of voxels.
+
+    Attributes:
+        label: what files and pictures call it.
+        channels: the output channels that ``s`` reads, in order.
+        box: the bounding box of the support, one slice a spatial axis of the prediction (empty for class scores).
+        mask: (len(box) dims) bool, the support inside the box; windows that miss it are never computed.
+        linear: whether ``s`` is linear (affine) in the prediction; only then do per-window scores add up.
+        voxels: number of voxels in the support (1 for a class score).
+    """
+
+    label: str = "target"
+    channels: tuple[int, ...]
+    box: tuple[slice, ...]
+    mask: Tensor
+    linear: bool
+    voxels: int
+    class_index: int | None = None
+    class_name: str | None = None
+
+    @abstractmethod
+    def value(self, prediction: Tensor) -> Tensor:
+        """``s(P)`` for P of shape (..., len(channels), *box): one scalar for each leading index, differentiable."""
+
+    def cotangent(self, prediction: Tensor) -> Tensor:
+        """``∂s/∂P`` at P of shape (len(channels), *box), by automatic differentiation."""
+        with torch.enable_grad():
+            p = prediction.detach().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(self.value(p), p)
+        return gradient
+
+    @property
+    def empty(self) -> bool:
+        """No voxel of the prediction belongs to the target."""
+        return self.voxels == 0
+
+    def crop(self, prediction: Tensor) -> Tensor:
+        """The part of a whole prediction (..., K, *spatial) that ``s`` reads: (..., len(channels), *box)."""
+        lead = prediction.ndim - len(self.box) - 1
+        read = prediction.index_select(lead, torch.tensor(self.channels, device=prediction.device))
+        return read[(slice(None),) * (lead + 1) + self.box]
+
+
+class WeightedScore(Score):
+    """``s(P) = Σ_v m(v) · (φ(P)(c, v) − r)`` over a mask m and one class c, with r a reference value.
+
+    ``φ`` is the identity (``output="logit"``: the network's raw output, linear), a softmax or sigmoid after blending
+    (``"probability"``), or its logarithm (``"log_probability"``).
+
+    Args:
+        mask: bool (*spatial), already frozen; a 0-d True for a classification output.
+        class_index: the class c.
+        n_classes: number of channels K of the prediction.
+        output, activation, reduction: see `Target`.
+        reference: the value r that a regression output is compared with.
+    """
+
+    def __init__(
+        self,
+        mask: Tensor,
+        class_index: int,
+        n_classes: int,
+        *,
+        output: Output = "logit",
+        activation: Activation = "auto",
+        reduction: Reduction = "sum",
+        reference: float = 0.0,
+        label: str = "target",
+        class_name: str | None = None,
+    ) -> None:
+        if output not in ("logit", "probability", "log_probability"):
+            raise TargetError(f"output must be logit, probability or log_probability, got {output!r}")
+        if reduction not in ("sum", "mean"):
+            raise TargetError(f"reduction must be sum or mean, got {reduction!r}")
+        if activation not in ("auto", "softmax", "sigmoid"):
+            raise TargetError(f"activation must be auto, softmax or sigmoid, got {activation!r}")
+        self.activation = ("sigmoid" if n_classes == 1 else "softmax") if activation == "auto" else activation
+        self.output, self.reduction, self.reference = output, reduction, reference
+        self.class_index, self.class_name, self.label = class_index, class_name, label
+        self.linear = output == "logit"
+        reads_all = not self.linear and self.activation == "softmax"
+        self.channels = tuple(range(n_classes)) if reads_all else (class_index,)
+        self._position = class_index if reads_all else 0
+        self.box = bounding_box(mask)
+        self.mask = mask[self.box].clone()
+        self.voxels = int(mask.sum())
+
+    def value(self, prediction: Tensor) -> Tensor:
+        lead = prediction.ndim - self.mask.ndim - 1
+        chosen = self._transformed(prediction, lead)
+        mask = self.mask.to(chosen.device, chosen.dtype)
+        weighted = (chosen - self.reference) * mask
+        total = weighted.sum(dim=tuple(range(lead, weighted.ndim))) if self.mask.ndim else weighted
+        return total / self.voxels if self.reduction == "mean" and self.voxels else total
+
+    def _transformed(self, prediction: Tensor, lead: int) -> Tensor:
+        if self.output == "logit":
+            return prediction.select(lead, self._position)
+        if self.activation == "softmax":
+            log_p = torch.log_softmax(prediction, dim=lead).select(lead, self._position)
+            return log_p.exp() if self.output == "probability" else log_p
+        logit = prediction.select(lead, self._position)
+        if self.output == "probability":
+            return torch.sigmoid(logit)
+        return torch.nn.functional.logsigmoid(logit)
+
+    def cotangent(self, prediction: Tensor) -> Tensor:
+        if not self.linear:
+            return super().cotangent(prediction)
+        weights = self.mask.to(prediction.device, prediction.dtype)
+        return (weights / self.voxels if self.reduction == "mean" and self.voxels else weights).unsqueeze(0)
+
+
+def bounding_box(mask: Tensor) -> tuple[slice, ...]:
+    """The smallest box that holds every True voxel of ``mask``; an empty mask gives an empty box at the origin.
+
+    >>> bounding_box(torch.tensor([[False, True, True]]))
+    (slice(0, 1, None), slice(1, 3, None))
+    """
+    box = []
+    for axis in range(mask.ndim):
+        others = tuple(a for a in range(mask.ndim) if a != axis)
+        line = torch.nonzero(mask.any(dim=others) if others else mask).flatten()
+        box.append(slice(int(line[0]), int(line[-1]) + 1) if len(line) else slice(0, 0))
+    return tuple(box)
+
+
+class Target(Configurable, ABC):
+    """What is explained. Subclasses are dataclasses; all of them share these parameters where they make sense.
+
+    * ``output``: ``"logit"`` (the raw output of the network; linear, so that everything is exact and cheap),
+      ``"probability"`` or ``"log_probability"`` (after blending).
+    * ``activation``: what turns raw output into probabilities: ``"softmax"`` over channels, ``"sigmoid"`` a channel,
+      ``"auto"``: sigmoid where there is one channel, else softmax.
+    * ``reduction``: ``"sum"`` or ``"mean"`` over the mask.
+    """
+
+    @abstractmethod
+    def bind(self, prediction: Tensor, case: Case) -> list[Score]:
+        """Freezes the target on an unperturbed prediction (K, *spatial), (K,) for classification.
+
+        Returns one score, or several where the target asks for several (``ClassScore(top_k=3)``).
+        """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("esegeta_monai."):
+            TARGETS.register(cls)
+
+
+TARGETS: Registry[Target] = Registry("target", Target, "esegeta_monai.targets")
+
+
+def resolve_class(
+    class_index: int | str, n_classes: int, names: Mapping[int, str], where: str = "class_index"
+) -> tuple[int, str]:
+    """The number and the name of a class given by either; names compare without case, spaces, ``-`` and ``_``.
+
+    Raises:
+        TargetError: the network has no such class; the classes it has are listed.
+    """
+
+    def plain(text: str) -> str:
+        return "".join(c for c in text.lower() if c.isalnum())
+
+    listed = ", ".join(f"{i} ({names[i]})" if i in names else str(i) for i in _some(range(n_classes)))
+    if isinstance(class_index, str):
+        found = [i for i, n in names.items() if plain(n) == plain(class_index) and 0 <= i < n_classes]
+        if not found and class_index.strip().lstrip("-").isdigit():
+            return resolve_class(int(class_index), n_classes, names, where)
+        if not found:
+            raise TargetError(f"{where}={class_index!r}: the network has no class of that name; it has: {listed}")
+        class_index = found[0]
+    if isinstance(class_index, bool) or not 0 <= class_index < n_classes:
+        raise TargetError(f"{where}={class_index}: the network has {n_classes} output channel(s): {listed}")
+    return int(class_index), names.get(int(class_index), f"class{class_index}")
+
+
+def _some(values: Sequence[int], limit: int = 30) -> list[int]:
+    return list(values)[:limit]
+
+
+def need_map(prediction: Tensor, target: Target) -> None:
+    """Raises where a target of voxels meets a network that classifies whole images."""
+    if prediction.ndim < 3:
+        raise TargetError(
+            f"{type(target).__name__} needs a prediction with voxels, but the network gives {prediction.shape[0]} "
+            "numbers a case: use ClassScore or OutputValue"
+        )

@@ -1,0 +1,210 @@
+"""Targets that are a class of the prediction: a class score, the voxels of a class, the voxels above a threshold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.errors import TargetError
+from esegeta_monai.targets.base import (
+    Activation,
+    Case,
+    Output,
+    Reduction,
+    Score,
+    Target,
+    WeightedScore,
+    need_map,
+    resolve_class,
+)
+
+__all__ = ["ClassScore", "MultiClassMask", "ThresholdMask"]
+
+
+@dataclass(eq=False, repr=False)
+class ClassScore(Target):
+    """The score of a class of a classification network: ``s(P) = φ(P)(c)``.
+
+    Args:
+        class_index: a number, a name of metadata.json, or ``"predicted"``: the class of the greatest output.
+        output: ``"logit"``, ``"probability"`` or ``"log_probability"``.
+        activation: see `Target`.
+        top_k: with ``"predicted"``, one score for each of the k greatest outputs.
+
+    >>> score = ClassScore("predicted").bind(torch.tensor([0.5, 2.0]), Case())[0]
+    >>> score.class_index, float(score.value(torch.tensor([2.0])))
+    (1, 2.0)
+    """
+
+    class_index: int | str = "predicted"
+    output: Output = "logit"
+    activation: Activation = "auto"
+    top_k: int = 1
+    name: str | None = field(default=None, kw_only=True)
+
+    def bind(self, prediction: Tensor, case: Case) -> list[Score]:
+        """One score for each class asked for.
+
+        Raises:
+            TargetError: the prediction has voxels, or lacks the class.
+        """
+        if prediction.ndim > 1 and prediction[0].numel() != 1:
+            raise TargetError(
+                f"ClassScore is for networks that give one number a class, but the prediction has voxels "
+                f"{tuple(prediction.shape[1:])}: use MultiClassMask, ThresholdMask or Voxel"
+            )
+        n_classes = prediction.shape[0]
+        if self.class_index == "predicted":
+            if not 1 <= self.top_k <= n_classes:
+                raise TargetError(f"top_k={self.top_k}: the network has {n_classes} output(s)")
+            wanted: list[int | str] = prediction.flatten().topk(self.top_k).indices.tolist()
+        else:
+            wanted = [self.class_index]
+        scores: list[Score] = []
+        for which in wanted:
+            index, class_name = resolve_class(which, n_classes, case.class_names)
+            mask = torch.ones(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
+            scores.append(
+                WeightedScore(
+                    mask,
+                    index,
+                    n_classes,
+                    output=self.output,
+                    activation=self.activation,
+                    label=self.given_name or f"{type(self).__name__}-{class_name}",
+                    class_name=class_name,
+                )
+            )
+        return scores
+
+
+@dataclass(eq=False, repr=False)
+class MultiClassMask(Target):
+    """The voxels that were given to a class: ``s(P) = Σ_v m(v) φ(P)(c, v)``, ``m(v) = [argmax_k P(k, v) = c]``.
+
+    The mask is frozen from the unperturbed prediction. A network of one channel is cut at probability 0.5 (logit 0)
+    instead of by argmax. TorchEsegeta calls this target ``multi_class``.
+
+    Args:
+        class_index: a number or a name of metadata.json.
+        output, activation, reduction: see `Target`.
+
+    >>> prediction = torch.tensor([[[0.0, 3.0]], [[1.0, 2.0]]])  # 2 classes, a 1x2 image
+    >>> MultiClassMask(1).bind(prediction, Case())[0].voxels
+    1
+    """
+
+    class_index: int | str
+    output: Output = "logit"
+    activation: Activation = "auto"
+    reduction: Reduction = "sum"
+    name: str | None = field(default=None, kw_only=True)
+
+    def bind(self, prediction: Tensor, case: Case) -> list[Score]:
+        """One score.
+
+        Raises:
+            TargetError: the network has no such class, or classifies whole images.
+        """
+        need_map(prediction, self)
+        n_classes = prediction.shape[0]
+        index, class_name = resolve_class(self.class_index, n_classes, case.class_names)
+        return [
+            WeightedScore(
+                class_mask(prediction, index, self.activation),
+                index,
+                n_classes,
+                output=self.output,
+                activation=self.activation,
+                reduction=self.reduction,
+                label=self.given_name or f"{type(self).__name__}-{class_name}",
+                class_name=class_name,
+            )
+        ]
+
+
+@dataclass(eq=False, repr=False)
+class ThresholdMask(Target):
+    """The voxels above (or below) a threshold: ``s(P) = Σ_v m(v) φ(P)(c, v)``, ``m(v) = [value(P)(c, v) > t]``.
+
+    What is summed is the output under the frozen mask, never a count of voxels, whose gradient would be zero.
+    TorchEsegeta calls this target ``threshold_based``.
+
+    Args:
+        threshold: a number in the units of ``value``, or ``"otsu"`` (Otsu 1979, on that channel's values).
+        channel: the output channel, by number or name.
+        above: the voxels above the threshold, else those at or below it.
+        value: what is compared: ``"sigmoid"``, ``"softmax"`` or ``"raw"`` network output.
+        output, activation, reduction: see `Target`; ``activation`` follows ``value`` unless given.
+
+    >>> prediction = torch.tensor([[[-1.0, 3.0, 0.1]]])  # one channel, a 1x3 image
+    >>> ThresholdMask(0.5).bind(prediction, Case())[0].voxels
+    2
+    """
+
+    threshold: float | str = 0.5
+    channel: int | str = 0
+    above: bool = True
+    value: Literal["sigmoid", "softmax", "raw"] = "sigmoid"
+    output: Output = "logit"
+    activation: Activation = "auto"
+    reduction: Reduction = "sum"
+    name: str | None = field(default=None, kw_only=True)
+
+    def bind(self, prediction: Tensor, case: Case) -> list[Score]:
+        """One score.
+
+        Raises:
+            TargetError: no such channel, an unknown kind of value or threshold, or no voxels in the prediction.
+        """
+        need_map(prediction, self)
+        n_classes = prediction.shape[0]
+        index, class_name = resolve_class(self.channel, n_classes, case.class_names, "channel")
+        compared = self._values(prediction, index)
+        threshold = otsu(compared) if self.threshold == "otsu" else self.threshold
+        if isinstance(threshold, str):
+            raise TargetError(f"threshold={threshold!r}: give a number or 'otsu'")
+        activation = self.activation
+        if activation == "auto" and self.value != "raw":
+            activation = self.value
+        return [
+            WeightedScore(
+                compared > threshold if self.above else compared <= threshold,
+                index,
+                n_classes,
+                output=self.output,
+                activation=activation,
+                reduction=self.reduction,
+                label=self.given_name or f"{type(self).__name__}-{class_name}",
+                class_name=class_name,
+            )
+        ]
+
+    def _values(self, prediction: Tensor, index: int) -> Tensor:
+        if self.value == "sigmoid":
+            return torch.sigmoid(prediction[index])
+        if self.value == "softmax":
+            return torch.softmax(prediction, 0)[index]
+        if self.value == "raw":
+            return prediction[index]
+        raise TargetError(f"value={self.value!r}: give sigmoid, softmax or raw")
+
+
+def class_mask(prediction: Tensor, index: int, activation: Activation) -> Tensor:
+    """The voxels (*spatial) given to class ``index``: argmax over channels, or logit > 0 where channels are apart."""
+    if prediction.shape[0] == 1 or activation == "sigmoid":
+        return prediction[index] > 0
+    return prediction.argmax(0) == index
+
+
+def otsu(values: Tensor) -> float:
+    """Otsu's threshold: the cut that maximises the variance between the two groups (Otsu 1979, 256 bins)."""
+    from skimage.filters import threshold_otsu
+
+    array = values.detach().float().cpu().numpy()
+    if array.min() == array.max():
+        raise TargetError("threshold='otsu': all values of the channel are equal, so no threshold parts them")
+    return float(threshold_otsu(array))

@@ -1,0 +1,350 @@
+"""Targets that are a place: a reference region, a component, a voxel, a box, an error, a regression output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esegeta_monai.errors import TargetError
+from esegeta_monai.targets.base import (
+    Activation,
+    Case,
+    Output,
+    Reduction,
+    Score,
+    Target,
+    WeightedScore,
+    need_map,
+    resolve_class,
+)
+from esegeta_monai.targets.classes import class_mask
+
+__all__ = ["Box", "Component", "Errors", "LabelMask", "OutputValue", "Voxel"]
+
+
+@dataclass(eq=False, repr=False)
+class LabelMask(Target):
+    """The output of a class under a given mask: ``s(P) = Σ_v m(v) φ(P)(c, v)``.
+
+    Args:
+        mask: a NIfTI file, a key of the data dictionary, or a tensor (*spatial) or (1, *spatial). A file or a
+            MetaTensor with another affine is moved to the network's grid by nearest neighbour.
+        label: the value of the mask that counts; None: every value above zero.
+        class_index: the class whose output is summed, by number or name; None: ``label``.
+        output, activation, reduction: see `Target`.
+
+    >>> target = LabelMask(torch.tensor([[0, 1, 1]]), class_index=0)
+    >>> target.bind(torch.zeros(2, 1, 3), Case())[0].voxels
+    2
+    """
+
+    mask: str | Path | Tensor
+    label: int | None = None
+    class_index: int | str | None = None
+    output: Output = "logit"
+    activation: Activation = "auto"
+    reduction: Reduction = "sum"
+    name: str | None = field(default=None, kw_only=True)
+
+    def bind(self, prediction: Tensor, case: Case) -> list[Score]:
+        """One score.
+
+        Raises:
+            TargetError: no such class, key or file; a mask on another grid whose place in the world is unknown.
+        """
+        need_map(prediction, self)
+        labels = label_on_grid(self.mask, prediction, case)
+        which = self.label if self.class_index is None else self.class_index
+        if which is None:
+            raise TargetError("LabelMask needs class_index (the output that is summed) where no label is given")
+        chosen = labels > 0 if self.label is None else labels == self.label
+        return [_masked(self, chosen, which, prediction, case)]
+
+
+@dataclass(eq=False, repr=False)
+class Component(Target):
+    """One connected component of a class: ``s(P) = Σ_v m(v) φ(P)(c, v)``, m one component of the argmax map.
+
+    Voxels that touch at faces, edges or corners are connected.
+
+    Args:
+        class_index: a number or name.
+        which: ``"largest"``, k for the k-th largest (1 is the largest), or a world coordinate (RAS mm): the component
+            that holds it, else the one nearest to it within ``max_distance``.
+        max_distance: mm.
+        output, activation, reduction: see `Target`.
+    """
+
+    class_index: int | str
+    which: int | str | Sequence[float] = "largest"
+    max_distance: float = 10.0
+    output: Output = "logit"
+    activation: Activation = "auto"
+    reduction: Reduction = "sum"
+    name: str | None = field(default=None, kw_only=True)
+
+    def bind(self, prediction: Tensor, case: Case) -> list[Score]:
+        """One score; empty where the class has no such component.
+
+        Raises:
+            TargetError: no such class, a malformed ``which``, or a coordinate where the grid has no affine.
+        """
+        from scipy import ndimage
+
+        need_map(prediction, self)
+        index, _ = resolve_class(self.class_index, prediction.shape[0], case.class_names)
+        mask = class_mask(prediction, index, self.activation).cpu().numpy()
+        parts, count = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
+        chosen = self._choose(parts, count, case)
+        return [_masked(self, torch.from_numpy(chosen).to(prediction.device), index, prediction, case)]
+
+    def _choose(self, parts: np.ndarray, count: int, case: Case) -> np.ndarray:
+        if isinstance(self.which, (int, str)):
+            rank = 1 if self.which == "largest" else self.which
+            if isinstance(rank, str) or rank < 1:
+                raise TargetError(f"which={self.which!r}: give 'largest', 1, 2, … or a world coordinate")
+            sizes = np.bincount(parts.ravel(), minlength=count + 1)[1:]
+            if rank > count:
+                return np.zeros_like(parts, dtype=bool)
+            return parts == 1 + int(np.argsort(-sizes, kind="stable")[rank - 1])
+        point = np.asarray(self.which, dtype=float)
+        affine = _affine(case, len(point), "Component(which=coordinate)")
+        voxels = np.argwhere(parts > 0)
+        if not len(voxels):
+            return np.zeros_like(parts, dtype=bool)
+        world = voxels @ affine[:-1, :-1].T + affine[:-1, -1]
+        distance = np.linalg.norm(world - point, axis=1)
+        nearest = int(distance.argmin())
+        half_voxel = np.linalg.norm(affine[:-1, :-1], axis=0).max() / 2
+        if distance[nearest] > max(self.max_distance, half_voxel):
+            return np.zeros_like(parts, dtype=bool)
+        return parts == parts[tuple(voxels[nearest])]
+
+
+@dataclass(eq=False, repr=False)
+class Voxel(Target):
+    """One voxel: ``s(P) = φ(P)(c, v)``, at a world coordinate or an index of the network's grid.
+
+    Args:
+        class_index: a number or name, or ``"predicted"``: the class given to that voxel.
+        world: RAS mm; the nearest voxel is taken.
+        index: voxel index on the network's grid.
+        output, activation: see `Target`.
+    """
+
+    class_index: int | str = "predicted"
+    world: Sequence[float] | None = None
+    index: Sequence[int] | None = None
+    output: Output = "logit"
+    activation: Activation = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    def bind(self, prediction: Tensor, case: Case) -> list[Score]:
+        """One score.
+
+        Raises:
+            TargetError: neither or both of world and index, or a place outside the prediction.
+        """
+        need_map(prediction, self)
+        shape = prediction.shape[1:]
+        if (self.world is None) == (self.index is None):
+            raise TargetError("Voxel needs either world=(x, y, z) in RAS mm or index=(i, j, k)")
+        if self.index is not None:
+            place = [int(i) for i in self.index]
+        else:
+            assert self.world is not None
+            affine = _affine(case, len(self.world), "Voxel(world=…)")
+            place = np.rint(np.linalg.solve(affine, [*self.world, 1.0])[:-1]).astype(int).tolist()
+        if len(place) != len(shape) or any(not 0 <= p < n for p, n in zip(place, shape)):
+            raise TargetError(f"the voxel {place} lies outside the prediction {tuple(shape)}")
+        mask = torch.zeros(shape, dtype=torch.bool, device=prediction.device)
+        mask[tuple(place)] = True
+        which = self.class_index
+        if which == "predicted":
+            which = int(prediction[(slice(None), *place)].argmax())
+        return [_masked(self, mask, which, prediction, case)]
+
+
+@dataclass(eq=False, repr=False)
+class Box(Target):
+    """A box of voxels: ``s(P) = Σ_{v in box} φ(P)(c, v)``.
+
+    Args:
+        class_index: a number or name.
+        start, stop: corners, ``stop`` excluded; voxel indices of the network's grid, or RAS mm with ``world=True``
+            (then the smallest voxel box round both corners).
+        world: whether the corners are world coordinates.
+        output, activation, reduction: see `Target`.
+    """
+
+    class_index: int | str
+    start: Sequence[float]
+    stop: Sequence[float]
+    world: bool = False
+    output: Output = "logit"
+    activation: Activation = "auto"
+    reduction: Reduction = "sum"
+    name: str | None = field(default=None, kw_only=True)
+
+    def bind(self, prediction: Tensor, case: Case) -> list[Score]:
+        """One score; empty where the box lies outside the prediction.
+
+        Raises:
+            TargetError: corners of the wrong dimension, or world corners where the grid has no affine.
+        """
+        need_map(prediction, self)
+        shape = prediction.shape[1:]
+        if len(self.start) != len(shape) or len(self.stop) != len(shape):
+            raise TargetError(f"Box needs corners of {len(shape)} numbers, got {self.start} and {self.stop}")
+        low, high = np.asarray(self.start, float), np.asarray(self.stop, float)
+        if self.world:
+            inverse = np.linalg.inv(_affine(case, len(shape), "Box(world=True)"))
+            corners = np.stack(np.meshgrid(*zip(low, high), indexing="ij"), -1).reshape(-1, len(shape))
+            voxels = corners @ inverse[:-1, :-1].T + inverse[:-1, -1]
+            low, high = np.floor(voxels.min(0) + 0.5), np.ceil(voxels.max(0) + 0.5)
+        mask = torch.zeros(shape, dtype=torch.bool, device=prediction.device)
+        mask[tuple(slice(max(int(a), 0), max(int(b), 0)) for a, b in zip(low, high))] = True
+        return [_masked(self, mask, self.class_index, prediction, case)]
+
+
+@dataclass(eq=False, repr=False)
+class Errors(Target):
+    """Where the prediction is wrong against a label: ``s(P) = Σ_{v wrong} φ(P)(c, v)``.
+
+    Args:
+        label: a file, a key of the data dictionary, or a tensor, with the class numbers of the network.
+        kind: ``"false_positive"`` (class predicted, label differs) or ``"false_negative"`` (label, not predicted).
+        class_index: a number or name.
+        output, activation, reduction: see `Target`.
+    """
+
+    label: str | Path | Tensor
+    kind: Literal["false_positive", "false_negative"]
+    class_index: int | str
+    output: Output = "logit"
+    activation: Activation = "auto"
+    reduction: Reduction = "sum"
+    name: str | None = field(default=None, kw_only=True)
+
+    def bind(self, prediction: Tensor, case: Case) -> list[Score]:
+        """One score; empty where the prediction makes no such error.
+
+        Raises:
+            TargetError: an unknown kind, class, or label.
+        """
+        need_map(prediction, self)
+        if self.kind not in ("false_positive", "false_negative"):
+            raise TargetError(f"kind={self.kind!r}: give false_positive or false_negative")
+        index, _ = resolve_class(self.class_index, prediction.shape[0], case.class_names)
+        truth = label_on_grid(self.label, prediction, case)
+        truth = truth > 0 if prediction.shape[0] == 1 else truth == index
+        predicted = class_mask(prediction, index, self.activation)
+        wrong = predicted & ~truth if self.kind == "false_positive" else truth & ~predicted
+        return [_masked(self, wrong, index, prediction, case)]
+
+
+@dataclass(eq=False, repr=False)
+class OutputValue(Target):
+    """A regression output against a reference value: ``s(P) = P(c) − r``, averaged over voxels where there are any.
+
+    Args:
+        channel: the output, by number or name.
+        reference: the value r, in the units of the output; it moves F, never the map.
+    """
+
+    channel: int | str = 0
+    reference: float = 0.0
+    name: str | None = field(default=None, kw_only=True)
+
+    def bind(self, prediction: Tensor, case: Case) -> list[Score]:
+        """One score.
+
+        Raises:
+            TargetError: the network has no such output.
+        """
+        index, class_name = resolve_class(self.channel, prediction.shape[0], case.class_names, "channel")
+        mask = torch.ones(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
+        return [
+            WeightedScore(
+                mask,
+                index,
+                prediction.shape[0],
+                reduction="mean",
+                reference=self.reference,
+                label=self.given_name or f"{type(self).__name__}-{class_name}",
+                class_name=class_name,
+            )
+        ]
+
+
+def _masked(target: Any, mask: Tensor, class_index: int | str, prediction: Tensor, case: Case) -> WeightedScore:
+    index, class_name = resolve_class(class_index, prediction.shape[0], case.class_names)
+    return WeightedScore(
+        mask,
+        index,
+        prediction.shape[0],
+        output=target.output,
+        activation=target.activation,
+        reduction=getattr(target, "reduction", "sum"),
+        label=target.given_name or f"{type(target).__name__}-{class_name}",
+        class_name=class_name,
+    )
+
+
+def _affine(case: Case, dimensions: int, what: str) -> np.ndarray:
+    if case.affine is None:
+        raise TargetError(f"{what} needs to know where the voxels lie: give the image as a MetaTensor with an affine")
+    affine = np.asarray(case.affine, dtype=float)
+    if affine.shape[0] != dimensions + 1:  # 2D images carry a 3D affine; the third axis is not there
+        keep = [*range(dimensions), affine.shape[0] - 1]
+        affine = affine[np.ix_(keep, keep)]
+    return affine
+
+
+def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> Tensor:
+    """A label map (*spatial) on the grid of the prediction, from a data key, a file or a tensor.
+
+    A map that knows its place in the world and has another grid is resampled by nearest neighbour.
+
+    Raises:
+        TargetError: no such key or file, or another grid and no affine to resample by.
+    """
+    shape = tuple(prediction.shape[1:])
+    value: Any = what
+    if isinstance(what, (str, Path)):
+        value = case.data.get(str(what))
+        if value is None:
+            if not Path(what).is_file():
+                keys = ", ".join(sorted(map(str, case.data))) or "none"
+                raise TargetError(f"{what!s} is neither a file nor a key of the case's data (keys: {keys})")
+            from monai.transforms import LoadImage
+
+            value = LoadImage(image_only=True, ensure_channel_first=True)(what)
+    label = torch.as_tensor(value)
+    spatial = label[0] if label.ndim == len(shape) + 1 else label
+    affine = getattr(value, "affine", None)
+    moved = (
+        affine is not None
+        and case.affine is not None
+        and not np.allclose(np.asarray(affine), np.asarray(case.affine), atol=1e-3)
+    )
+    if tuple(spatial.shape) == shape and not moved:
+        return torch.Tensor(spatial).as_subclass(torch.Tensor).round().long().to(prediction.device)
+    if affine is None or case.affine is None:
+        raise TargetError(
+            f"the label map has shape {tuple(spatial.shape)}, the prediction {shape}, and one of them has no affine "
+            "to bring them together: give both as files or MetaTensors"
+        )
+    from monai.data import MetaTensor
+    from monai.transforms import SpatialResample
+
+    source = MetaTensor(spatial.as_subclass(torch.Tensor)[None].float(), affine=torch.as_tensor(np.asarray(affine)))
+    resample = SpatialResample(mode="nearest", padding_mode="zeros")
+    resampled = resample(source, dst_affine=torch.as_tensor(np.asarray(case.affine)), spatial_size=shape)
+    return resampled.as_tensor()[0].round().long().to(prediction.device)
