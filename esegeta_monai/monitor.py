@@ -1,0 +1,53 @@
+"""What happens during a run: passes counted, progress shown, time limits kept, warnings gathered."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from esegeta_monai.errors import MethodTimeout
+
+__all__ = ["Monitor"]
+
+logger = logging.getLogger("esegeta_monai")
+
+
+class Monitor:
+    """Counts window passes and keeps the time limit of the method that runs.
+
+    Args:
+        on_pass: called with the number of windows after each forward pass, for a progress bar.
+    """
+
+    def __init__(self, on_pass: Callable[[int], None] | None = None) -> None:
+        self.on_pass = on_pass
+        self.passes = 0
+        self.warnings: list[str] = []
+        self._deadline: float | None = None
+        self._limit = 0.0
+
+    def start(self, time_limit: float | None = None) -> None:
+        """Begins a method: counters at zero, the clock at ``time_limit`` seconds (None: no limit)."""
+        self.passes, self.warnings, self._limit = 0, [], time_limit or 0.0
+        self._deadline = None if time_limit is None else time.monotonic() + time_limit
+
+    def passed(self, windows: int) -> None:
+        """Windows have gone through the network."""
+        self.passes += windows
+        if self.on_pass is not None:
+            self.on_pass(windows)
+
+    def check(self) -> None:
+        """Raises `MethodTimeout` where the time limit has passed."""
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise MethodTimeout(
+                f"stopped at the time limit of {self._limit:g} s after {self.passes} window passes: raise the limit, "
+                "or choose a target with fewer windows"
+            )
+
+    def warn(self, text: str) -> None:
+        """A warning for the log and the record, once."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            logger.warning(text)

@@ -1,0 +1,235 @@
+"""How a network is called, and how it is left exactly as it came."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esegeta_monai.errors import NetworkError, UsageError
+
+__all__ = ["Captured", "Model", "capture", "find_layer", "frozen", "select_output", "unwrap"]
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network inside (Distributed)DataParallel: its hooks would dead-lock where ranks have unequal windows."""
+    while isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        network = network.module
+    return network
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode without parameter gradients; every flag is put back afterwards, also after an exception."""
+    modes = [(m, m.training) for m in network.modules()]
+    flags: list[tuple[Tensor, bool]] = [(p, p.requires_grad) for p in network.parameters()]
+    buffers: list[tuple[Tensor, bool]] = [(b, b.requires_grad) for b in network.buffers()]
+    gradients: list[tuple[Tensor, Tensor | None]] = [(p, p.grad) for p in network.parameters()]
+    try:
+        network.eval()
+        for p, _ in flags:
+            p.requires_grad_(False)
+        yield network
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p, flag in [*flags, *buffers]:
+            p.requires_grad_(flag)
+        for p, gradient in gradients:
+            p.grad = gradient
+
+
+def check_network(network: nn.Module) -> None:
+    """Refuses what cannot be explained: half-precision weights.
+
+    Raises:
+        NetworkError: naming the way out.
+    """
+    half = {p.dtype for p in network.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
+    if half:
+        raise NetworkError(
+            f"the weights are {', '.join(map(str, half))}: gradients would underflow; call network.float() and use "
+            "amp=True for speed"
+        )
+
+
+def is_scripted(network: nn.Module) -> bool:
+    """Whether a network is TorchScript (or a runtime engine), so that only black-box methods can run on it."""
+    return any(isinstance(m, torch.jit.ScriptModule) for m in network.modules())
+
+
+def find_layer(network: nn.Module, name: str) -> nn.Module:
+    """The module at a dotted name.
+
+    Raises:
+        UsageError: no such layer; near matches are listed.
+    """
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        names = [n for n, _ in network.named_modules() if n]
+        near = difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]
+        raise UsageError(
+            f"the network has no layer {name!r}; near matches: {', '.join(near)} ('esegeta-monai layers' lists all)"
+        ) from None
+
+
+class Captured(dict[str, Tensor]):
+    """Outputs of layers by name, from the last forward pass; each the last call where a module is called again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, int] = {}
+
+
+@contextmanager
+def capture(network: nn.Module, layers: Sequence[str]) -> Iterator[Captured]:
+    """Hooks that record the output of layers, removed afterwards.
+
+    What flows on is a copy, so that an in-place operation behind a layer cannot change what was recorded.
+
+    Raises:
+        UsageError: no such layer.
+    """
+    captured = Captured()
+    handles = []
+
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            value = output[0] if isinstance(output, (tuple, list)) else output
+            if not isinstance(value, Tensor):
+                raise NetworkError(f"layer {name!r} gives {type(value).__name__}, not a tensor: choose one inside it")
+            captured[name] = value
+            captured.calls[name] = captured.calls.get(name, 0) + 1
+            if isinstance(output, (tuple, list)):
+                return type(output)([value.clone(), *output[1:]])
+            return value.clone()
+
+        return hook
+
+    try:
+        for name in layers:
+            handles.append(find_layer(network, name).register_forward_hook(hook_for(name)))
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def select_output(output: Any, key: int | str | None = None) -> Tensor:
+    """The tensor to explain out of whatever a network returns.
+
+    Without ``key``: a tensor as it is; of a tuple or list the first tensor; of a dict the only tensor, or ``"pred"``,
+    ``"logits"`` or ``"out"``.
+
+    Raises:
+        NetworkError: there is no such tensor; what there is, is listed.
+    """
+    if isinstance(output, Tensor):
+        if key not in (None, 0):
+            raise NetworkError(f"output={key!r}, but the network returns a single tensor: leave output away")
+        return output.as_subclass(Tensor)
+    if isinstance(output, Mapping):
+        tensors = {k: v for k, v in output.items() if isinstance(v, Tensor)}
+        if key is None:
+            known = [k for k in ("pred", "logits", "out") if k in tensors]
+            key = next(iter(tensors)) if len(tensors) == 1 else (known[0] if known else None)
+        if key not in tensors:
+            raise NetworkError(
+                f"the network returns a dict with tensors {sorted(map(str, tensors))}: choose one with output=KEY"
+            )
+        return tensors[key].as_subclass(Tensor)
+    if isinstance(output, (tuple, list)):
+        index = 0 if key is None else key
+        if not isinstance(index, int) or not -len(output) <= index < len(output):
+            raise NetworkError(f"the network returns {len(output)} outputs: output={key!r} is none of them")
+        return select_output(output[index])
+    raise NetworkError(
+        f"the network returns {type(output).__name__}: only a tensor, or a tuple, list or dict of tensors, can be "
+        "explained"
+    )
+
+
+class Model:
+    """The network as the objective calls it: windows in, one output tensor in float32 (or float64) out.
+
+    Args:
+        network: in evaluation mode; see `frozen`.
+        device: where windows are computed.
+        output: which of several outputs, see `select_output`.
+        amp: autocast with ``amp_kwargs`` (default float16 on CUDA, bfloat16 elsewhere).
+        inputs: names and channel counts of several image inputs: the channels of a window are split and passed, the
+            first positionally, the others by name.
+        args, kwargs: further inputs, passed through unchanged with every window batch.
+        inferer: an inferer whose windows are not known, called on the whole volume in place of the network.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        device: torch.device,
+        *,
+        output: int | str | None = None,
+        amp: bool = False,
+        amp_kwargs: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, int] | None = None,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        inferer: Callable[..., Any] | None = None,
+    ) -> None:
+        self.inferer = inferer
+        self.network, self.device, self.output = network, device, output
+        self.amp, self.amp_kwargs = amp, dict(amp_kwargs or {})
+        self.inputs = dict(inputs or {})
+        self.args = tuple(args)
+        self.kwargs = dict(kwargs or {})
+        parameter = next((p for p in network.parameters() if p.is_floating_point()), None)
+        self.dtype = parameter.dtype if parameter is not None else torch.float32
+        self._full_precision = False
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """No autocast inside: rule-based methods need it whatever the setting."""
+        before, self._full_precision = self._full_precision, True
+        try:
+            yield
+        finally:
+            self._full_precision = before
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype of autocast in force, or None."""
+        if not self.amp or self._full_precision:
+            return None
+        return self.amp_kwargs.get("dtype", torch.float16 if self.device.type == "cuda" else torch.bfloat16)
+
+    def autocast(self) -> Any:
+        """The context in which the forward pass runs."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, **{"dtype": self.autocast_dtype, **self.amp_kwargs})
+
+    def __call__(
+        self, x: Tensor, *, slice_axis: int | None = None, coordinates: Any = None, condition: Tensor | None = None
+    ) -> Tensor:
+        """(n, C, *roi) to (n, K, *out_roi)."""
+        axis = None if slice_axis is None else slice_axis + 2
+        x = x if axis is None else x.squeeze(axis)
+        parts = list(x.split(list(self.inputs.values()), dim=1)) if self.inputs else [x]
+        kwargs = {**self.kwargs, **dict(zip(list(self.inputs)[1:], parts[1:]))}
+        if condition is not None:
+            kwargs["condition"] = condition if axis is None else condition.squeeze(axis)
+        args = self.args if coordinates is None else (coordinates, *self.args)
+        with self.autocast():
+            if self.inferer is None:
+                raw = self.network(parts[0], *args, **kwargs)
+            else:
+                raw = self.inferer(parts[0], self.network, *args, **kwargs)
+        out = select_output(raw, self.output)
+        if out.dtype in (torch.float16, torch.bfloat16):
+            out = out.float()
+        return out if axis is None else out.unsqueeze(axis)

@@ -1,0 +1,541 @@
+"""``F(x) = s(P(x))``: what a method may ask of a case, whatever its windows, targets and devices.
+
+A method sees volumes and window batches, never a network or an inferer. For linear scores whole-volume quantities are
+scatter-added sums over windows; for non-linear ones the cotangent ``∂s/∂P`` comes from a forward pass first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.errors import MethodError
+from esegeta_monai.monitor import Monitor
+from esegeta_monai.network import Model, capture
+from esegeta_monai.targets.base import Score
+from esegeta_monai.windows import OutputGrid, WindowPlan
+
+__all__ = ["Batch", "Gradient", "InputGradient", "Objective", "Request", "View"]
+
+
+class Batch:
+    """Some windows of one or several volumes, and what the targets see in them.
+
+    Attributes:
+        windows: indices into the plan.
+        sources: for each window the volume it is cut from, where `cut` is given several.
+        cotangents: a target each (n, R, *out_roi), ``ĝ_w · ∂s/∂P`` cut to the windows; None where the target sees none
+            of them. R are the output channels that some target reads.
+    """
+
+    def __init__(
+        self, objective: Objective, windows: Sequence[int], sources: Sequence[int], cotangents: list[Tensor | None]
+    ) -> None:
+        self.objective, self.windows, self.sources, self.cotangents = objective, windows, sources, cotangents
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    @property
+    def image(self) -> Tensor:
+        """The windows of the case's image: (n, C, *roi)."""
+        return self.cut(self.objective.image)
+
+    def cut(self, volume: Tensor) -> Tensor:
+        """The windows of a volume (C, *spatial), or of several (m, C, *spatial): (n, C, *roi) on the window device."""
+        plan, several = self.objective.plan, volume.ndim == len(self.objective.plan.spatial_shape) + 2
+        parts = [plan.cut(volume[s] if several else volume, w) for w, s in zip(self.windows, self.sources)]
+        return torch.stack(parts).to(self.objective.model.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network on windows (n, C, *roi): the channels that targets read, (n, R, *out_roi). Differentiable."""
+        return self.objective.run(x, self.windows)
+
+    def scores(self, out: Tensor) -> Tensor:
+        """``F_w = <c_w, f(x_w)>`` (k, n) from network output; sums in float64."""
+        rows = []
+        for cotangent in self.cotangents:
+            if cotangent is None:
+                rows.append(out.new_zeros(len(self), dtype=torch.float64))
+            else:
+                rows.append((out * cotangent).flatten(1).sum(1, dtype=torch.float64))
+        return torch.stack(rows)
+
+    def stacked_cotangents(self) -> Tensor:
+        """The cotangents of all targets as one tensor (k, n, R, *out_roi), zero where a target sees nothing."""
+        some = next(c for c in self.cotangents if c is not None)
+        return torch.stack([torch.zeros_like(some) if c is None else c for c in self.cotangents])
+
+    def gradients(self, out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Vector-Jacobian products of every target with respect to each input: a list of (k, *input.shape)."""
+        active = [k for k, c in enumerate(self.cotangents) if c is not None]
+        results = [torch.zeros((len(self.cotangents), *i.shape), dtype=i.dtype, device=i.device) for i in inputs]
+        if not out.requires_grad:
+            raise MethodError(
+                "the network's output does not depend on its input by a differentiable path (an operation such as "
+                "argmax, round or .detach() cuts it, or the network is compiled for inference): use a perturbation "
+                "method such as Occlusion"
+            )
+        for k in active:
+            cotangent = self.cotangents[k]
+            assert cotangent is not None
+            grads = self.objective.vjp(out, inputs, cotangent, retain=k != active[-1])
+            for result, g in zip(results, grads):
+                result[k] = g
+        return results
+
+    def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``∂F/∂x_w`` (k, n, C, *roi) at windows x, and the network's output."""
+        x = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            out = self.forward(x)
+        return self.gradients(out, [x])[0], out.detach()
+
+
+@dataclass
+class View:
+    """What a `Request` sees of one window batch in a sweep.
+
+    Attributes:
+        batch: the windows.
+        out: network output (n, R, *out_roi).
+        activations: layer name to (n, …).
+        gradients: layer name to (k, n, …); absent where no target sees the windows.
+        input_gradient: (k, n, C, *roi) where some request wants it.
+        seen: whether some target sees these windows (else this is a forward pass only).
+    """
+
+    batch: Batch
+    out: Tensor
+    activations: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    input_gradient: Tensor | None
+    seen: bool
+
+
+class Request:
+    """Something that a method wants gathered in one sweep over the windows; equal keys are gathered once.
+
+    Attributes:
+        layers: layers whose activations (and gradients) it looks at.
+        input_gradient: whether it looks at the gradient at the input.
+        everywhere: all windows, not just those that the targets see (these come without gradients).
+    """
+
+    layers: tuple[str, ...] = ()
+    input_gradient: bool = False
+    backward: bool = True
+    everywhere: bool = False
+
+    @property
+    def key(self) -> Hashable:
+        """Requests of equal key share their result."""
+        return id(self)
+
+    def begin(self, objective: Objective) -> None:
+        """Called before the first window."""
+
+    def see(self, view: View) -> None:
+        """Called for each window batch."""
+        raise NotImplementedError
+
+    def result(self) -> Any:
+        """Called after the last window."""
+        raise NotImplementedError
+
+
+@dataclass
+class Gradient:
+    """Gradients at m points.
+
+    Attributes:
+        maps: (k, m, C, *spatial).
+        values: F at the points (k, m), float64.
+        padding: what fell on constant padding (k, m, C).
+    """
+
+    maps: Tensor
+    values: Tensor
+    padding: Tensor
+
+
+class InputGradient(Request):
+    """``∂F/∂x`` at the image, as a `Gradient` with m = 1."""
+
+    input_gradient = True
+
+    @property
+    def key(self) -> Hashable:
+        return "input gradient"
+
+    def begin(self, objective: Objective) -> None:
+        self.objective = objective
+        self.maps = objective.new_maps()
+        self.padding = self.maps.new_zeros(self.maps.shape[:2])
+
+    def see(self, view: View) -> None:
+        assert view.input_gradient is not None
+        self.padding += self.objective.add(self.maps, view.batch, view.input_gradient)
+
+    def result(self) -> Gradient:
+        values = self.objective.image_values()[:, None]
+        return Gradient(self.maps[:, None], values, self.padding[:, None])
+
+
+class Objective:
+    """One case, its targets and the network behind windows.
+
+    Args:
+        model: the network, frozen (see `esegeta_monai.network.frozen`).
+        image: (C, *spatial), on the device where volumes live.
+        plan: the windows.
+        scores: the bound targets.
+        prediction: (K, *out) the unperturbed prediction by the user's own inferer; None: blended here when needed.
+        out_shape: spatial shape of the prediction, where ``prediction`` is not given.
+        seed: for every random draw; the same for all methods.
+        monitor: counts passes, shows progress, keeps the time limit.
+        condition: MONAI's ``condition`` volume (C, *spatial), cut to windows beside the image.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        image: Tensor,
+        plan: WindowPlan,
+        scores: Sequence[Score],
+        prediction: Tensor | None = None,
+        *,
+        out_shape: Sequence[int] | None = None,
+        seed: int = 0,
+        monitor: Monitor | None = None,
+        condition: Tensor | None = None,
+    ) -> None:
+        self.model, self.image, self.plan, self.scores = model, image, plan, list(scores)
+        self.prediction, self.condition, self.seed = prediction, condition, seed
+        self.monitor = monitor or Monitor()
+        shape = tuple(prediction.shape[1:] if prediction is not None else out_shape or plan.spatial_shape)
+        out_roi = (
+            shape if plan.whole else tuple(round(r * o / n) for r, o, n in zip(plan.roi, shape, plan.spatial_shape))
+        )
+        self.grid = OutputGrid(plan, out_roi, image.dtype, image.device)
+        self.read = sorted({c for s in self.scores for c in s.channels})
+        self.window_batch = plan.batch_size
+        self.support = [self.grid.windows_of(s.box, s.mask) if not s.empty else [] for s in self.scores]
+        self.windows = sorted({w for windows in self.support for w in windows})
+        self.blend_deviation: list[float | None] = [None] * len(self.scores)
+        self.base_scores: dict[int, Tensor] = {}
+
+    # -- what a method reads ------------------------------------------------------------------------------------
+
+    @property
+    def linear(self) -> bool:
+        """Whether all scores are linear in the prediction."""
+        return all(s.linear for s in self.scores)
+
+    @property
+    def n_targets(self) -> int:
+        """k."""
+        return len(self.scores)
+
+    def at(self, image: Tensor) -> Objective:
+        """The same objective (same frozen scores) at another image."""
+        other = copy.copy(self)
+        other.image, other.prediction = image, None
+        other.base_scores = {}
+        other.blend_deviation = [None] * len(self.scores)
+        return other
+
+    def generator(self) -> torch.Generator:
+        """A fresh generator with the run's seed: every method draws the same numbers on every device."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def new_maps(self, channels: int | None = None) -> Tensor:
+        """Zeros (k, C, *spatial)."""
+        shape = (self.n_targets, channels or self.image.shape[0], *self.plan.spatial_shape)
+        return torch.zeros(shape, dtype=self.image.dtype, device=self.image.device)
+
+    # -- values -------------------------------------------------------------------------------------------------
+
+    def image_values(self) -> Tensor:
+        """F at the image (k,), float64."""
+        return torch.stack([s.value(p.double()) for s, p in zip(self.scores, self._image_predictions())])
+
+    def value(self, points: Tensor) -> Tensor:
+        """F at volumes (m, C, *spatial): (k, m), float64; forward passes over the windows that the targets see."""
+        predictions = self.predict(points)
+        return torch.stack([s.value(p.double()) for s, p in zip(self.scores, predictions)])
+
+    def predict(self, points: Tensor) -> list[Tensor]:
+        """The blended prediction at volumes (m, C, *spatial): for each score what it reads, (m, channels, *box)."""
+        blended = [self._new_prediction(s, len(points)) for s in self.scores]
+
+        def run(batch: Batch) -> None:
+            with torch.inference_mode():
+                out = batch.forward(batch.cut(points))
+            self.blend(blended, batch, out)
+
+        self._each(self._jobs(len(points)), run, with_cotangents=False)
+        return blended
+
+    def blend(self, blended: Sequence[Tensor], batch: Batch, out: Tensor) -> None:
+        """Adds ``ĝ_w · out`` into each score's (m, channels, *box) in place."""
+        for j, (w, source) in enumerate(zip(batch.windows, batch.sources)):
+            weighted = out[j] * self.grid.weight(w).to(out.device, out.dtype)
+            for score, windows, total in zip(self.scores, self.support, blended):
+                if w in windows:
+                    rows = weighted[[self.read.index(c) for c in score.channels]]
+                    self.grid.add(total[source], score.box, w, rows)
+
+    def _new_prediction(self, score: Score, m: int) -> Tensor:
+        shape = (m, len(score.channels), *(b.stop - b.start for b in score.box))
+        return torch.zeros(shape, dtype=self.image.dtype, device=self.image.device)
+
+    def _image_predictions(self) -> list[Tensor]:
+        if self.prediction is None:
+            return [p[0] for p in self.predict(self.image[None])]
+        return [s.crop(self.prediction) for s in self.scores]
+
+    # -- gradients ----------------------------------------------------------------------------------------------
+
+    def gradient(self, points: Tensor) -> Gradient:
+        """Gradients and values at volumes (m, C, *spatial)."""
+        m = len(points)
+        predictions = None if self.linear else self.predict(points)
+        maps = torch.stack([self.new_maps() for _ in range(m)], 1)
+        padding = maps.new_zeros(maps.shape[:3])
+        constants = [
+            s.value(torch.zeros_like(self._new_prediction(s, 1)).double()) if s.linear else 0 for s in self.scores
+        ]
+        values = torch.zeros((self.n_targets, m), dtype=torch.float64)
+        values += torch.stack([torch.as_tensor(c).reshape(()).cpu() for c in constants])[:, None]
+
+        def run(batch: Batch) -> None:
+            gradient, out = batch.gradient(batch.cut(points))
+            scores = batch.scores(out).cpu()
+            for j, source in enumerate(batch.sources):
+                values[:, source] += scores[:, j]
+                padding[:, source] += self.plan.add(maps[:, source], batch.windows[j], gradient[:, j]).to(padding)
+
+        self._each(self._jobs(m), run, predictions=predictions)
+        if predictions is not None:
+            values = torch.stack([s.value(p.double()) for s, p in zip(self.scores, predictions)])
+        return Gradient(maps, values, padding)
+
+    def scatter(
+        self, attribute: Callable[[Batch], Tensor], cotangents: list[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sums per-window attributions into volume maps: exact for additive methods and linear scores.
+
+        Args:
+            attribute: gets a batch, returns (k, n, C, *roi).
+            cotangents: for each score (channels, *box), in place of ``∂s/∂P`` at the image.
+
+        Returns:
+            maps (k, C, *spatial) and what fell on constant padding (k, C).
+        """
+        maps = self.new_maps()
+        padding = maps.new_zeros(maps.shape[:2])
+
+        def run(batch: Batch) -> None:
+            values = attribute(batch)
+            nonlocal padding
+            padding = padding + self.add(maps, batch, values)
+
+        self._each(self._jobs(1), run, cotangents=cotangents)
+        return maps, padding
+
+    def add(self, maps: Tensor, batch: Batch, values: Tensor) -> Tensor:
+        """Scatter-adds (k, n, C, *roi) into (k, C, *spatial) in place; returns the padding's share (k, C)."""
+        lost = maps.new_zeros(maps.shape[:2])
+        for j, w in enumerate(batch.windows):
+            lost += self.plan.add(maps, w, values[:, j]).to(lost.device, lost.dtype)
+        return lost
+
+    def sweep(self, requests: Sequence[Request]) -> list[Any]:
+        """One pass over the windows that serves all requests: shared forwards, one backward a target.
+
+        Returns each request's result; requests of equal key are gathered once.
+        """
+        unique = {r.key: r for r in requests}
+        todo = list(unique.values())
+        layers = sorted({name for r in todo for name in r.layers})
+        for r in todo:
+            r.begin(self)
+        blended = None
+        if self.prediction is not None and any(d is None for d in self.blend_deviation):
+            blended = [self._new_prediction(s, 1) for s in self.scores]
+
+        def run(batch: Batch) -> None:
+            seen = any(c is not None for c in batch.cotangents)
+            wanting = [r for r in todo if seen or r.everywhere]
+            view = self._view(batch, layers, wanting, seen)
+            if blended is not None and seen:
+                self.blend(blended, batch, view.out)
+            for r in wanting:
+                r.see(view)
+
+        everywhere = any(r.everywhere for r in todo)
+        self._each([(0, w) for w in range(len(self.plan))] if everywhere else self._jobs(1), run, split_seen=everywhere)
+        if blended is not None:
+            self._note_deviation(blended)
+        return [unique[r.key].result() for r in requests]
+
+    def _view(self, batch: Batch, layers: Sequence[str], wanting: Sequence[Request], seen: bool) -> View:
+        backward = seen and any(r.backward for r in wanting)
+        x = batch.image
+        if backward:
+            x = x.detach().requires_grad_(True)
+        with torch.set_grad_enabled(backward), capture(self.model.network, layers) as captured:
+            out = batch.forward(x)
+        for name in layers:
+            if name not in captured:
+                raise MethodError(f"layer {name!r} is not used in the forward pass: choose another")
+        gradients: dict[str, Tensor] = {}
+        at_input = None
+        if backward:
+            with_grad = [n for r in wanting if r.backward for n in r.layers]
+            names = [n for n in dict.fromkeys(with_grad) if captured[n].requires_grad]
+            wants_input = any(r.input_gradient for r in wanting)
+            found = batch.gradients(out, [captured[n] for n in names] + ([x] if wants_input else []))
+            gradients = dict(zip(names, found))
+            at_input = found[-1] if wants_input else None
+        activations = {n: captured[n].detach() for n in layers}
+        return View(batch, out.detach(), activations, gradients, at_input, seen)
+
+    def _note_deviation(self, blended: Sequence[Tensor]) -> None:
+        assert self.prediction is not None
+        for k, (score, mine) in enumerate(zip(self.scores, blended)):
+            if score.empty:
+                continue
+            theirs = score.crop(self.prediction)
+            difference = (mine[0] - theirs).abs() * score.mask.to(mine.device)
+            self.blend_deviation[k] = float(
+                difference.max() / theirs.abs().max().clamp(min=torch.finfo(mine.dtype).tiny)
+            )
+
+    # -- windows ------------------------------------------------------------------------------------------------
+
+    def run(self, x: Tensor, windows: Sequence[int]) -> Tensor:
+        """The network on windows x (n, C, *roi): (n, R, *out_roi), the channels that some target reads."""
+        coordinates = [self.plan.coordinates(w) for w in windows] if self.plan.with_coord else None
+        condition = None
+        if self.condition is not None:
+            condition = torch.stack([self.plan.cut(self.condition, w) for w in windows]).to(self.model.device)
+        out = self.model(x, slice_axis=self.plan.slice_axis, coordinates=coordinates, condition=condition)
+        self.monitor.passed(len(windows))
+        if len(self.read) == out.shape[1]:
+            return out
+        return out.index_select(1, torch.tensor(self.read, device=out.device))
+
+    def vjp(self, out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, *, retain: bool) -> list[Tensor]:
+        """One vector-Jacobian product; under float16 autocast the cotangent is scaled until nothing overflows."""
+        cotangent = cotangent.to(out.dtype)
+        if self.model.autocast_dtype != torch.float16:
+            return list(torch.autograd.grad(out, inputs, cotangent, retain_graph=retain))
+        peak = float(cotangent.abs().max())
+        scale = 2.0**12 / peak if peak > 0 else 1.0
+        for _ in range(8):
+            grads = torch.autograd.grad(out, inputs, cotangent * scale, retain_graph=True)
+            if all(bool(torch.isfinite(g).all()) for g in grads):
+                return [g / scale for g in grads]
+            scale /= 16
+        raise MethodError("float16 gradients overflow at every scale: switch amp off, or use bfloat16 (amp_kwargs)")
+
+    def _jobs(self, m: int) -> list[tuple[int, int]]:
+        return [(p, w) for p in range(m) for w in self.windows]
+
+    def _each(
+        self,
+        jobs: Sequence[tuple[int, int]],
+        run: Callable[[Batch], None],
+        *,
+        predictions: list[Tensor] | None = None,
+        cotangents: list[Tensor] | None = None,
+        with_cotangents: bool = True,
+        split_seen: bool = False,
+    ) -> None:
+        """Runs (volume, window) jobs in batches; a batch that does not fit in memory is halved and done again."""
+        groups = [list(jobs)]
+        if split_seen:
+            support = set(self.windows)
+            groups = [[j for j in jobs if j[1] in support], [j for j in jobs if j[1] not in support]]
+        whole = cotangents
+        if with_cotangents and predictions is None and whole is None:
+            at_image = [None] * self.n_targets if self.linear else self._image_predictions()
+            whole = [self._cotangent(s, p) for s, p in zip(self.scores, at_image)]
+        for group in groups:
+            done = 0
+            while done < len(group):
+                self.monitor.check()
+                part = group[done : done + self.window_batch]
+                windows, sources = [w for _, w in part], [p for p, _ in part]
+                try:
+                    found: list[Tensor | None] = [None] * self.n_targets
+                    if with_cotangents:
+                        found = self._batch_cotangents(windows, sources, whole, predictions)
+                    run(Batch(self, windows, sources, found))
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
+                    self.shrink(len(part), error)
+                    continue
+                done += len(part)
+
+    def shrink(self, tried: int, error: RuntimeError) -> None:
+        """Halves the window batch after memory ran out, and records it.
+
+        Raises:
+            MethodError: already one window.
+        """
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if tried == 1:
+            raise MethodError(
+                f"out of memory with one window of {self.plan.roi}: use amp=True, a smaller window, or device='cpu'"
+            ) from error
+        self.window_batch = tried // 2
+        self.monitor.warn(f"out of memory with {tried} windows a batch: continued with {self.window_batch}")
+
+    def _cotangent(self, score: Score, prediction: Tensor | None) -> Tensor:
+        if score.linear or prediction is None:
+            prediction = self._new_prediction(score, 1)[0]
+        return score.cotangent(prediction)
+
+    def _batch_cotangents(
+        self,
+        windows: Sequence[int],
+        sources: Sequence[int],
+        whole: list[Tensor] | None,
+        predictions: list[Tensor] | None,
+    ) -> list[Tensor | None]:
+        """``ĝ_w ∂s/∂P`` for each target: (n, R, *out_roi), None where the target sees none of the windows."""
+        device = self.model.device
+        found: list[Tensor | None] = []
+        for k, (score, support) in enumerate(zip(self.scores, self.support)):
+            if not set(windows) & set(support):
+                found.append(None)
+                continue
+            total = torch.zeros((len(windows), len(self.read), *self.grid.out_roi), dtype=self.image.dtype)
+            rows = [self.read.index(c) for c in score.channels]
+            for j, (w, source) in enumerate(zip(windows, sources)):
+                if w in support:
+                    if predictions is not None:
+                        at_point = self._cotangent(score, predictions[k][source])
+                    else:
+                        assert whole is not None
+                        at_point = whole[k]
+                    cut = self.grid.cut(at_point, score.box, w) * self.grid.weight(w)
+                    total[j, rows] = cut.to(total.device)
+            found.append(total.to(device))
+        return found
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch means that memory ran out, on an accelerator or on the CPU."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text

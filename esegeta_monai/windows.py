@@ -1,0 +1,344 @@
+"""The window plan: where the windows lie, how they are padded, and how their outputs are blended.
+
+It reproduces MONAI's ``sliding_window_inference`` exactly,
+
+    P(v) = Σ_w ĝ_w(v) · f(x_w)(v),        ĝ_w = g_w / Σ_w g_w,
+
+but keeps cutting, blending and their adjoints apart, so that a method can do one window batch after the other.
+Nothing here ever holds a padded volume: along an axis that MONAI pads, every window spans the whole axis, so that
+padding each cut-out window is the same as cutting the padded volume.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from monai.data.utils import compute_importance_map, dense_patch_slices
+from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
+from monai.inferers.utils import _get_scan_interval, sliding_window_inference
+from monai.utils import ensure_tuple_rep, fall_back_tuple
+from torch import Tensor
+
+from esegeta_monai.errors import NetworkError
+
+__all__ = ["OutputGrid", "WindowPlan", "as_inferer", "plan_windows"]
+
+Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class WindowPlan:
+    """The windows of one volume.
+
+    Attributes:
+        spatial_shape: of the volume, without padding.
+        roi: shape of a window.
+        slices: each window's place in padded coordinates, in MONAI's order.
+        pads: (before, after) a spatial axis.
+        padding_mode, cval: as in `torch.nn.functional.pad`.
+        importance: g (*roi), or None for a single window that covers the volume.
+        batch_size: windows a forward pass, ``sw_batch_size``.
+        slice_axis: the axis that a 2D network does not see (`SliceInferer`), or None.
+        with_coord: whether the network is given the window's coordinates.
+        whole: the network (or an inferer we do not know) sees the volume at once; nothing is blended.
+    """
+
+    spatial_shape: tuple[int, ...]
+    roi: tuple[int, ...]
+    slices: tuple[Slices, ...]
+    pads: tuple[tuple[int, int], ...]
+    padding_mode: str = "constant"
+    cval: float = 0.0
+    importance: Tensor | None = None
+    batch_size: int = 1
+    slice_axis: int | None = None
+    with_coord: bool = False
+    whole: bool = False
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    @property
+    def padded(self) -> bool:
+        """Whether the volume is smaller than the window along some axis."""
+        return any(lo or hi for lo, hi in self.pads)
+
+    @property
+    def padded_shape(self) -> tuple[int, ...]:
+        """Shape of the volume with its padding."""
+        return tuple(n + lo + hi for n, (lo, hi) in zip(self.spatial_shape, self.pads))
+
+    def place(self, window: int) -> Slices:
+        """The window's part of the unpadded volume."""
+        return tuple(
+            slice(max(s.start - lo, 0), min(s.stop - lo, n))
+            for s, n, (lo, _) in zip(self.slices[window], self.spatial_shape, self.pads)
+        )
+
+    def pad(self, values: Tensor, *, cval: float | None = None) -> Tensor:
+        """Pads a cut-out (…, *place) to (…, *roi) as MONAI pads the volume; differentiable."""
+        if not self.padded:
+            return values
+        amounts = [p for lo_hi in reversed(self.pads) for p in lo_hi]
+        fill = {"value": self.cval if cval is None else cval} if self.padding_mode == "constant" else {}
+        flat = values.flatten(0, -len(self.roi) - 2) if values.ndim > len(self.roi) + 2 else values
+        padded = F.pad(flat, amounts, mode=self.padding_mode, **fill)
+        return padded.reshape(*values.shape[: -len(self.roi)], *padded.shape[-len(self.roi) :])
+
+    def cut(self, volume: Tensor, window: int) -> Tensor:
+        """The window of a volume (…, *spatial), padded: (…, *roi)."""
+        return self.pad(volume[_last(self.place(window))])
+
+    def add(self, volume: Tensor, window: int, values: Tensor) -> Tensor:
+        """The adjoint of `cut`: adds (…, *roi) into a volume in place; returns what fell on constant padding (…)."""
+        lost = values.new_zeros(values.shape[: -len(self.roi)])
+        if self.padded:
+            before = values.flatten(-len(self.roi)).sum(-1)
+            values = self._unpad(values)
+            lost = before - values.flatten(-len(self.roi)).sum(-1)
+        volume[_last(self.place(window))] += values.to(volume.device, volume.dtype)
+        return lost
+
+    def _unpad(self, values: Tensor) -> Tensor:
+        inner = tuple(slice(lo, v - hi) for v, (lo, hi) in zip(self.roi, self.pads))
+        if self.padding_mode == "constant":
+            return values[_last(inner)]
+        with torch.enable_grad():
+            probe = torch.zeros_like(values[_last(inner)]).requires_grad_(True)
+            (folded,) = torch.autograd.grad(self.pad(probe), probe, values)
+        return folded
+
+    def touched(self, box: Slices) -> list[int]:
+        """The windows that hold a voxel of a box of the unpadded volume."""
+        return [w for w in range(len(self)) if _overlap(self.place(w), box)]
+
+    def coordinates(self, window: int) -> list[slice]:
+        """What MONAI passes to a network under ``with_coord=True``, in padded coordinates."""
+        return [slice(0, 1), slice(None), *self.slices[window]]
+
+    @property
+    def coverage(self) -> float:
+        """Share of the volume's voxels that some window holds (always 1 for MONAI's dense windows)."""
+        seen = torch.zeros(self.spatial_shape, dtype=torch.bool)
+        for w in range(len(self)):
+            seen[self.place(w)] = True
+        return float(seen.float().mean())
+
+
+class OutputGrid:
+    """The grid of the prediction and the blending weights on it.
+
+    For most networks it is the volume's own grid. A network whose output is smaller or larger than its window by a
+    factor gets MONAI's scaled coordinates.
+
+    Args:
+        plan: the window plan.
+        out_roi: spatial shape of the network's output for one window; empty for a classification network.
+        dtype, device: of the blending weights.
+    """
+
+    def __init__(
+        self, plan: WindowPlan, out_roi: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.plan, self.out_roi = plan, tuple(out_roi)
+        if plan.whole:
+            self.shape = self.out_roi
+            self._slices: tuple[Slices, ...] = (tuple(slice(0, n) for n in self.out_roi),)
+            self._weight = torch.ones(self.out_roi, dtype=dtype, device=device)
+            self._count: Tensor | None = None
+            return
+        if len(self.out_roi) != len(plan.roi):
+            raise NetworkError(
+                f"the network gives an output of spatial shape {self.out_roi} for windows {plan.roi}: a sliding "
+                "window needs one value a voxel; explain a classification network with SimpleInferer"
+            )
+        assert plan.importance is not None
+        importance = plan.importance.to(device, dtype)
+        padded, self._slices = plan.padded_shape, plan.slices
+        pads, inner = plan.pads, plan.spatial_shape
+        if self.out_roi != plan.roi:
+            zoom = [o / i for o, i in zip(self.out_roi, plan.roi)]
+            importance = F.interpolate(importance[None, None], self.out_roi, mode="nearest-exact")[0, 0]
+            self._slices = tuple(
+                tuple(slice(int(s.start * z), int(s.stop * z)) for s, z in zip(window, zoom)) for window in plan.slices
+            )
+            padded = tuple(int(n * z) for n, z in zip(padded, zoom))
+            if any(s.stop - s.start != o for window in self._slices for s, o in zip(window, self.out_roi)):
+                raise NetworkError(
+                    f"windows {plan.roi} with output {self.out_roi} do not fall on whole output voxels: choose roi "
+                    "and overlap so that overlap * roi * output / roi is a whole number"
+                )
+            pads = tuple(
+                (round(lo * z), o - round((lo + n) * z) if lo or hi else 0)
+                for (lo, hi), n, z, o in zip(plan.pads, plan.spatial_shape, zoom, padded)
+            )
+            inner = tuple(o - lo - hi for o, (lo, hi) in zip(padded, pads))
+        self._pads, self.shape, self._weight = pads, inner, importance
+        self._count = torch.zeros(padded, dtype=dtype, device=device)
+        for place in self._slices:
+            self._count[place] += importance
+
+    def place(self, window: int) -> Slices:
+        """The window's output on the prediction's grid, padding aside."""
+        if self.plan.whole:
+            return self._slices[0]
+        return tuple(
+            slice(max(s.start - lo, 0), min(s.stop - lo, n))
+            for s, n, (lo, _) in zip(self._slices[window], self.shape, self._pads)
+        )
+
+    def inside(self, window: int) -> Slices:
+        """The part of the window's output (*out_roi) that is no padding: what `place` receives."""
+        if self.plan.whole:
+            return self._slices[0]
+        return tuple(
+            slice(p.start + lo - s.start, p.stop + lo - s.start)
+            for p, s, (lo, _) in zip(self.place(window), self._slices[window], self._pads)
+        )
+
+    def weight(self, window: int) -> Tensor:
+        """``ĝ_w`` (*out_roi): the importance map over the sum of all windows' maps."""
+        if self._count is None:
+            return self._weight
+        return self._weight / self._count[self._slices[window]]
+
+    def windows_of(self, box: Slices, mask: Tensor | None = None) -> list[int]:
+        """The windows whose output holds a voxel of ``mask``, which lies in ``box`` of the prediction's grid."""
+        if self.plan.whole:
+            return [0]
+        found = []
+        for w in range(len(self.plan)):
+            place = self.place(w)
+            if _overlap(place, box) and (mask is None or bool(mask[_relative(place, box)].any())):
+                found.append(w)
+        return found
+
+    def cut(self, values: Tensor, box: Slices, window: int) -> Tensor:
+        """Values (…, *box) on the prediction's grid cut to the window's output (…, *out_roi), zero elsewhere."""
+        cut = values.new_zeros((*values.shape[: values.ndim - len(box)], *self.out_roi))
+        target, source = self._meet(box, window)
+        cut[_last(target)] = values[_last(source)]
+        return cut
+
+    def add(self, values: Tensor, box: Slices, window: int, output: Tensor) -> None:
+        """The adjoint of `cut`: adds the window's (…, *out_roi) into values (…, *box) in place."""
+        source, target = self._meet(box, window)
+        values[_last(target)] += output[_last(source)].to(values.device, values.dtype)
+
+    def _meet(self, box: Slices, window: int) -> tuple[Slices, Slices]:
+        place, inside = self.place(window), self.inside(window)
+        common = [slice(max(p.start, b.start), max(min(p.stop, b.stop), p.start, b.start)) for p, b in zip(place, box)]
+        in_window = tuple(
+            slice(c.start - p.start + i.start, c.stop - p.start + i.start) for c, p, i in zip(common, place, inside)
+        )
+        return in_window, tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box))
+
+
+def _last(slices: Slices) -> tuple[Any, ...]:
+    """An index of the last axes."""
+    return (..., *slices)
+
+
+def _overlap(a: Slices, b: Slices) -> bool:
+    return all(p.start < q.stop and q.start < p.stop for p, q in zip(a, b))
+
+
+def _relative(place: Slices, box: Slices) -> Slices:
+    return tuple(slice(max(p.start - b.start, 0), max(min(p.stop, b.stop) - b.start, 0)) for p, b in zip(place, box))
+
+
+def as_inferer(inferer: Any) -> Any:
+    """An inferer object from None (`SimpleInferer`) or ``functools.partial(sliding_window_inference, …)``."""
+    if inferer is None:
+        return SimpleInferer()
+    if isinstance(inferer, functools.partial) and inferer.func is sliding_window_inference and not inferer.args:
+        options = dict(inferer.keywords)
+        predictor, process_fn = options.pop("predictor", None), options.pop("process_fn", None)
+        roi_weight_map = options.pop("roi_weight_map", None)
+        if process_fn is not None or predictor is not None:
+            raise NetworkError(
+                "sliding_window_inference with process_fn or a bound predictor is not supported: give a "
+                "SlidingWindowInferer, or wrap what process_fn does into the network"
+            )
+        built = SlidingWindowInferer(**options)
+        built.roi_weight_map = roi_weight_map
+        return built
+    return inferer
+
+
+_SLIDING: tuple[Callable[..., Any], ...] = (
+    SlidingWindowInferer.__call__,
+    SlidingWindowInfererAdapt.__call__,
+    SliceInferer.__call__,
+)
+
+
+def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> WindowPlan:
+    """The window plan of an inferer for a volume.
+
+    `SimpleInferer` is one window of the whole volume; `SlidingWindowInferer`, `SlidingWindowInfererAdapt` and
+    `SliceInferer` give their windows; any other callable is one window too, with a warning that names the cost.
+
+    Args:
+        inferer: as `as_inferer` returns it.
+        spatial_shape: of the volume.
+        dtype: in which MONAI would compute (that of the image): the importance map is made in it.
+
+    Raises:
+        NetworkError: the inferer's windows do not fit the dimensions of the volume.
+
+    >>> plan = plan_windows(SlidingWindowInferer((8, 8), overlap=0.5), (12, 6))
+    >>> len(plan), plan.pads, plan.place(0)
+    (2, ((0, 0), (1, 1)), (slice(0, 8, None), slice(0, 6, None)))
+    """
+    shape = tuple(int(n) for n in spatial_shape)
+    if type(inferer).__call__ not in _SLIDING:
+        if type(inferer).__call__ is not SimpleInferer.__call__:
+            warnings.warn(
+                f"{type(inferer).__name__} is not known: it is explained as one window of {shape}, so the memory of a "
+                "backward pass through the whole volume is needed; SlidingWindowInferer needs that of one window batch",
+                stacklevel=2,
+            )
+        return WindowPlan(shape, shape, (tuple(slice(0, n) for n in shape),), ((0, 0),) * len(shape), whole=True)
+
+    slice_axis = None
+    roi_size = inferer.roi_size
+    if isinstance(inferer, SliceInferer):
+        if len(inferer.orig_roi_size) != 2 or len(shape) != 3:
+            raise NetworkError(f"SliceInferer takes a 2D roi on 3D images, got {inferer.orig_roi_size} on {shape}")
+        slice_axis = inferer.spatial_dim
+        roi_size = list(inferer.orig_roi_size)
+        roi_size.insert(slice_axis, 1)
+    if isinstance(roi_size, Sequence) and len(roi_size) != len(shape):
+        raise NetworkError(
+            f"the inferer's windows {tuple(roi_size)} do not fit an image with {len(shape)} axes {shape}"
+        )
+    roi = tuple(int(n) for n in fall_back_tuple(roi_size, shape))
+    diff = [max(r - n, 0) for r, n in zip(roi, shape)]
+    pads = tuple((d // 2, d - d // 2) for d in diff)
+    padded = tuple(n + d for n, d in zip(shape, diff))
+    overlap = ensure_tuple_rep(inferer.overlap, len(shape))
+    interval = _get_scan_interval(padded, roi, len(shape), overlap)
+    slices = tuple(tuple(s) for s in dense_patch_slices(padded, roi, interval))
+    if inferer.roi_weight_map is not None:
+        importance = torch.as_tensor(inferer.roi_weight_map).cpu().to(dtype)
+    else:
+        importance = compute_importance_map(roi, mode=inferer.mode, sigma_scale=inferer.sigma_scale, dtype=dtype)
+    return WindowPlan(
+        shape,
+        roi,
+        slices,
+        pads,
+        str(getattr(inferer.padding_mode, "value", inferer.padding_mode)),
+        float(inferer.cval),
+        importance,
+        int(inferer.sw_batch_size),
+        slice_axis,
+        bool(inferer.with_coord),
+    )
