@@ -1,0 +1,261 @@
+"""From MONAI's trace of a preprocessing to plain resampling steps, each a grid that samples another.
+
+Every geometric transform of MONAI, a permutation, a crop and a pad included, is one sentence:
+
+    x_out(i) = Σ_j k(X i − j) x_in(j)
+
+``X`` takes a voxel index of the output grid to one of the input grid, ``k`` interpolates, and a rule says what lies
+outside of the input. :func:`steps` reads these sentences off ``MetaTensor.applied_operations``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data.utils import to_affine_nd
+from monai.transforms import Affine
+from monai.transforms.lazy.utils import requires_interp
+from monai.transforms.utils import create_translate, scale_affine
+from monai.utils import LazyAttr, TraceKeys, convert_to_numpy
+from nibabel.orientations import inv_ornt_aff, io_orientation, ornt_transform
+
+from esegeta_monai.errors import InputError
+
+__all__ = ["Step", "steps"]
+
+# What MONAI, torch, numpy and scipy call the same rule for voxels outside of the input.
+PADDINGS = {
+    **dict.fromkeys(("zeros", "constant", "grid-constant"), "zeros"),
+    **dict.fromkeys(("border", "nearest", "edge", "replicate"), "border"),
+    **dict.fromkeys(("mirror",), "mirror"),  # about the centre of the border voxel, which is not repeated
+    **dict.fromkeys(("reflection", "reflect", "grid-mirror", "symmetric"), "reflection"),  # about its outer face
+    **dict.fromkeys(("wrap", "grid-wrap", "circular"), "wrap"),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward resampling ``x_out(i) = Σ_j k(X i − j) x_in(j)``.
+
+    Attributes:
+        name: class of the transform that left the trace.
+        xform: X, (r + 1, r + 1) float64, voxel index of the output grid to that of the input grid.
+        size_in, size_out: spatial shapes.
+        padding: what is read outside of the input: ``zeros``, ``border``, ``mirror``, ``reflection`` or ``wrap``.
+        kernel: ``linear``, ``nearest`` (the voxel nearest to X i), ``area`` (the mean over the voxels that the output
+            voxel covers), ``floor`` and ``round`` (``nearest`` and ``nearest-exact`` of torch's ``interpolate``).
+    """
+
+    name: str
+    xform: np.ndarray
+    size_in: tuple[int, ...]
+    size_out: tuple[int, ...]
+    padding: str = "zeros"
+    kernel: str = "linear"
+    tracked: np.ndarray | None = None
+    """What MONAI multiplied the image's affine by, where that is not X."""
+
+    @property
+    def is_identity(self) -> bool:
+        return self.size_in == self.size_out and np.array_equal(self.xform, np.eye(len(self.xform)))
+
+
+def steps(
+    operations: Sequence[Mapping[str, Any]], size: Sequence[int], affine: torch.Tensor
+) -> tuple[list[Step], torch.Tensor]:
+    """The forward steps recorded in ``operations``, **last first**, and the affine of the grid before all of them.
+
+    Args:
+        operations: ``applied_operations`` of a MetaTensor.
+        size: spatial shape of the grid after all of them.
+        affine: that grid's voxel-to-world matrix, float64.
+
+    Raises:
+        InputError: a transform of unknown geometry, or one that leaves no way back.
+    """
+    found: list[Step] = []
+    size_out = _ints(size)
+    atoms = [atom for operation in operations for atom in _atoms(operation)]
+    while atoms:
+        record = atoms.pop()
+        if record.get(TraceKeys.LAZY):
+            # MONAI multiplies the pending matrices and resamples once, so they are one step here too.
+            group = [record]
+            while atoms and atoms[-1].get(TraceKeys.LAZY):
+                group.insert(0, atoms.pop())
+            step: Step | None = _lazy(group, size_out)
+        else:
+            step = _eager(record, size_out, affine)
+        if step is None:
+            continue
+        if np.linalg.matrix_rank(step.xform) < len(step.xform):
+            raise InputError(
+                f"{step.name} maps the scan's grid {step.size_in} to {size_out} by a singular matrix, "
+                "which leaves no way back: change that transform"
+            )
+        back = torch.as_tensor(np.linalg.inv(step.xform if step.tracked is None else step.tracked))
+        affine = affine @ to_affine_nd(len(affine) - 1, back, dtype=torch.float64)
+        size_out = step.size_in
+        found.append(step)
+    return found, affine
+
+
+def _atoms(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The simple records inside ``record``, first applied first; random transforms that did nothing leave none."""
+    extra = record.get(TraceKeys.EXTRA_INFO) or {}
+    if record.get(TraceKeys.LAZY):
+        yield record
+    elif not (record.get(TraceKeys.DO_TRANSFORM, True) or extra.get("do_resampling")):
+        return
+    elif TraceKeys.CLASS_NAME in extra:  # a random transform wraps what it drew
+        yield from _atoms(extra)
+    else:
+        if "crop_info" not in extra:  # ResizeWithPadOrCrop is nothing beyond its two parts
+            yield record
+        for part in ("crop_info", "pad_info", "padcrop"):
+            if extra.get(part):
+                yield from _atoms(extra[part])
+
+
+def _lazy(group: Sequence[Mapping[str, Any]], size_out: tuple[int, ...]) -> Step:
+    rank = len(size_out)
+    xform = np.eye(rank + 1)
+    for record in group:
+        xform = xform @ convert_to_numpy(to_affine_nd(rank, record[LazyAttr.AFFINE]))
+    moves_only = requires_interp(xform) is not None
+    # apply_pending crops and pads with zeros where it need not interpolate, else samples with border padding.
+    # Overrides given to Compose(overrides=…) are not in the trace.
+    return Step(
+        name=" + ".join(str(record[TraceKeys.CLASS_NAME]) for record in group),
+        xform=np.round(xform) if moves_only else xform,
+        size_in=_ints(group[0][TraceKeys.ORIG_SIZE]),
+        size_out=size_out,
+        padding="zeros" if moves_only else "border",
+    )
+
+
+def _eager(record: Mapping[str, Any], size_out: tuple[int, ...], affine: torch.Tensor) -> Step | None:
+    name, extra = str(record[TraceKeys.CLASS_NAME]), record.get(TraceKeys.EXTRA_INFO) or {}
+    size_in = _ints(record[TraceKeys.ORIG_SIZE])
+    if len(size_in) == len(size_out):
+        for key, read in _READERS.items():
+            if key in extra:
+                return read(name, extra, size_in, size_out, affine)
+    if name in ("Lambda", "RandLambda") and size_in == size_out:
+        warnings.warn(f"{name} is taken to change intensities only: the trace does not say what it does", stacklevel=2)
+        return None
+    raise InputError(
+        f"the adjoint of {name} is not known: for a map that does not add up use Invertd, "
+        "for an additive one take the transform out of the preprocessing"
+    )
+
+
+def _crop(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:
+    rank = len(size_in)
+    starts = [float(start) for start in extra["cropped"][0 : 2 * rank : 2]]
+    return Step(name, np.asarray(create_translate(rank, starts)), size_in, size_out)
+
+
+def _pad(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:
+    channels, *borders = [tuple(int(b) for b in border) for border in extra["padded"]]
+    if any(channels):
+        raise InputError(f"{name} padded channels: bring the map back without it")
+    mode = str(extra["mode"])
+    # numpy's and torch's "reflect" is scipy's "mirror", while scipy's "reflect" repeats the border voxel
+    padding = "mirror" if mode == "reflect" else PADDINGS.get(mode)
+    if padding is None:
+        raise InputError(
+            f"{name} with mode={mode!r} has no known adjoint: use constant, edge, reflect, symmetric or wrap, "
+            "or Invertd for a map that does not add up"
+        )
+    shift = np.asarray(create_translate(len(size_in), [-float(border[0]) for border in borders]))
+    return Step(name, shift, size_in, size_out, padding)
+
+
+def _orientation(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:
+    rank = len(size_in)
+    affines = [convert_to_numpy(to_affine_nd(rank, a)) for a in (extra["original_affine"], affine)]
+    before, after = (io_orientation(a) for a in affines)
+    return Step(name, inv_ornt_aff(ornt_transform(before, after), size_in), size_in, size_out)
+
+
+def _rotate90(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:
+    rank, size = len(size_in), list(size_in)
+    a, b = (axis % rank for axis in extra["axes"])
+    xform = np.eye(rank + 1)
+    for _ in range(extra["k"] % 4):  # one quarter turn: out(i_a, i_b) = in(i_b, n_b − 1 − i_a)
+        turn = np.eye(rank + 1)
+        turn[[a, b]] = 0.0
+        turn[a, b], turn[b, a], turn[b, -1] = 1.0, -1.0, size[b] - 1
+        xform = xform @ turn
+        size[a], size[b] = size[b], size[a]
+    return Step(name, xform, size_in, size_out)
+
+
+def _flip(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:
+    rank, axes = len(size_in), extra["axes"]
+    xform = np.eye(rank + 1)
+    for axis in range(rank) if axes is None else np.atleast_1d(axes):
+        xform[axis % rank, axis % rank], xform[axis % rank, -1] = -1.0, size_in[axis] - 1
+    return Step(name, xform, size_in, size_out)
+
+
+def _spatial_resample(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:
+    rank = len(size_in)
+    source, target = (convert_to_numpy(to_affine_nd(rank, a)) for a in (extra["src_affine"], affine))
+    return _sampled(name, extra, np.linalg.solve(source, target), size_in, size_out)
+
+
+def _rotate(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:
+    return _sampled(name, extra, convert_to_numpy(extra["rot_mat"]), size_in, size_out)
+
+
+def _affine(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:
+    if not extra["do_resampling"]:
+        return Step(name, np.eye(len(size_in) + 1), size_in, size_out)
+    matrix = convert_to_numpy(extra["affine"]).astype(np.float64)
+    tracked = Affine.compute_w_affine(len(size_in), matrix, size_in, size_out)
+    if extra.get("align_corners") is not True:
+        return _sampled(name, extra, tracked, size_in, size_out)
+    # Affine(align_corners=True) samples by one matrix and moves the image's affine by another.
+    xform = Affine.compute_w_affine(len(size_in), matrix, size_in, size_out, align_corners=True)
+    return replace(_sampled(name, extra, xform, size_in, size_out), tracked=tracked)
+
+
+def _resize(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:
+    mode = str(extra["mode"])
+    kernel = {"area": "area", "nearest": "floor", "nearest-exact": "round"}.get(mode, "linear")
+    xform = scale_affine(size_in, size_out, align_corners=extra["align_corners"] is True)
+    return Step(name, convert_to_numpy(xform).astype(np.float64), size_in, size_out, "border", kernel)
+
+
+def _sampled(name: str, extra: Mapping, xform: np.ndarray, size_in: tuple, size_out: tuple) -> Step:
+    padding = PADDINGS[str(extra["padding_mode"])]
+    if padding == "reflection" and extra.get("align_corners") is True:
+        padding = "mirror"
+    kernel = "nearest" if str(extra["mode"]) in ("nearest", "0") else "linear"
+    return Step(name, xform.astype(np.float64), size_in, size_out, padding, kernel)
+
+
+# A record is recognised by what it carries, so that subclasses and random variants are read like their parents.
+_READERS: dict[str, Callable[..., Step]] = {
+    "cropped": _crop,
+    "padded": _pad,
+    "original_affine": _orientation,
+    "src_affine": _spatial_resample,
+    "rot_mat": _rotate,
+    "k": _rotate90,
+    "axes": _flip,
+    "do_resampling": _affine,
+    "new_dim": _resize,
+    "do_padcrop": _resize,
+}
+
+
+def _ints(size: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in size)
