@@ -1,0 +1,40 @@
+"""Maps on disk: their names, their voxel grid, their sidecars, the record of a run, and the scans they explain.
+
+Knows numpy, nibabel and MONAI only; it takes plain arguments, so every door can use it.
+
+    names.py    <output>/<case>/<case>_<target>_<Method>_attr.nii.gz, safe, readable, never twice
+    scans.py    reading a scan and refusing a bad one; the `Grid` its voxels lie on
+    maps.py     a map as NIfTI on that grid, its sidecar, and whether both are finished
+    runs.py     run.json: what became of every case, target and method
+    files.py    atomic writing, strict JSON, checksums
+"""
+
+from __future__ import annotations
+
+from esegeta_monai.storage.files import INTENDED_USE, sha256_file, versions, writable_folder
+from esegeta_monai.storage.maps import is_complete, picture_path, save_map, save_sidecar, sidecar_path
+from esegeta_monai.storage.names import case_name, check_clashes, distinct_names, map_path, safe_name
+from esegeta_monai.storage.runs import STATUSES, RunRecord
+from esegeta_monai.storage.scans import Grid, check_image, read_scan
+
+__all__ = [
+    "INTENDED_USE",
+    "STATUSES",
+    "Grid",
+    "RunRecord",
+    "case_name",
+    "check_clashes",
+    "check_image",
+    "distinct_names",
+    "is_complete",
+    "map_path",
+    "picture_path",
+    "read_scan",
+    "safe_name",
+    "save_map",
+    "save_sidecar",
+    "sha256_file",
+    "sidecar_path",
+    "versions",
+    "writable_folder",
+]
