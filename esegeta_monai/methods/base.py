@@ -1,0 +1,171 @@
+"""What a method is, and how it runs.
+
+A method turns an `Objective` into maps. The simplest one overrides `attribute` and returns a tensor. One that looks at
+the whole image in passes over its windows may instead *yield* requests and get their results back; then methods that
+run together share those passes (`run_together`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.configurable import Configurable, Registry
+from esegeta_monai.objective import Objective, Request
+
+__all__ = ["METHODS", "Explained", "Method", "Passes", "Produces", "relative_gap", "run", "run_together"]
+
+Produces = Literal["input map", "layer map", "synthesised image", "activation"]
+
+
+@dataclass
+class Explained:
+    """What a method returns.
+
+    Attributes:
+        maps: (k, C, *spatial), a map for each target.
+        notes: for the record; a list (or 1-d tensor) of length k is one value a target, anything else is for all.
+    """
+
+    maps: Tensor
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def note(self, target: int) -> dict[str, Any]:
+        """The notes of one target."""
+        k = len(self.maps)
+        return {n: _pick(v, target, k) for n, v in self.notes.items()}
+
+
+def _pick(value: Any, target: int, k: int) -> Any:
+    if isinstance(value, Tensor) and value.ndim and len(value) == k:
+        return value[target].tolist()
+    if isinstance(value, list) and len(value) == k:
+        return value[target]
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+Passes = Generator[Request, Any, "Explained | Tensor"]
+
+
+class Method(Configurable, ABC):
+    """How it is explained. Subclasses are dataclasses, their fields the parameters.
+
+    Class attributes:
+        reference: the paper.
+        produces: what kind of map comes out.
+        aliases: further names of the same method.
+        additive: the map's voxels are shares of a sum, so it is brought to the scan's grid conservatively; other maps
+            are interpolated.
+        needs_gradient: False for black-box methods, which run on TorchScript networks too.
+        needs_linear: only scores linear in the prediction (``output="logit"``) make sense.
+        full_precision: never under autocast.
+    """
+
+    reference: ClassVar[str] = ""
+    produces: ClassVar[Produces] = "input map"
+    aliases: ClassVar[tuple[str, ...]] = ()
+    additive: ClassVar[bool] = True
+    needs_gradient: ClassVar[bool] = True
+    needs_linear: ClassVar[bool] = False
+    full_precision: ClassVar[bool] = False
+
+    @property
+    def signed(self) -> bool:
+        """Whether the map has positive and negative values."""
+        return True
+
+    @property
+    def units(self) -> str:
+        """Units of the map's values, in words."""
+        return "target per voxel"
+
+    @abstractmethod
+    def attribute(self, objective: Objective) -> Explained | Tensor | Passes:
+        """The maps (k, C, *spatial) of all targets, or a generator of requests that ends in them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("esegeta_monai.") and not cls.__name__.startswith("_"):
+            METHODS.register(cls, *cls.__dict__.get("aliases", ()))
+
+
+METHODS: Registry[Method] = Registry("method", Method, "esegeta_monai.methods")
+
+
+def run(method: Method, objective: Objective) -> Explained:
+    """One method alone."""
+    outcome = run_together([method], objective)[0]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def run_together(methods: Sequence[Method], objective: Objective) -> dict[int, Explained | Exception]:
+    """Several methods in lock-step: what they ask of the windows in the same round is done in one sweep.
+
+    A method that fails leaves its exception as its result; a sweep that fails is done again for each method alone, so
+    that only the culprit fails.
+
+    Returns results by position in ``methods``.
+    """
+    results: dict[int, Explained | Exception] = {}
+    running: dict[int, Passes] = {}
+    asked: dict[int, Request] = {}
+
+    def step(i: int, passes: Passes, answer: Any) -> None:
+        try:
+            asked[i] = passes.send(answer)
+            running[i] = passes
+        except StopIteration as stop:
+            results[i] = _explained(stop.value)
+        except Exception as error:  # kept as the method's result, which the caller raises or records
+            results[i] = error
+
+    for i, method in enumerate(methods):
+        try:
+            outcome = method.attribute(objective)
+        except Exception as error:  # as above
+            results[i] = error
+            continue
+        if isinstance(outcome, Generator):
+            step(i, outcome, None)
+        else:
+            results[i] = _explained(outcome)
+    while running:
+        current, running = running, {}
+        for i, answer in _answers(objective, {i: asked[i] for i in sorted(current)}).items():
+            if isinstance(answer, Exception):
+                results[i] = answer
+            else:
+                step(i, current[i], answer)
+    return results
+
+
+def _answers(objective: Objective, asked: dict[int, Request]) -> dict[int, Any]:
+    try:
+        return dict(zip(asked, objective.sweep(list(asked.values()))))
+    except Exception as error:  # kept as the result of the one method that asked
+        if len(asked) == 1:
+            return dict.fromkeys(asked, error)
+    return {i: answer for i, request in asked.items() for answer in _answers(objective, {i: request}).values()}
+
+
+def _explained(value: Explained | Tensor) -> Explained:
+    return value if isinstance(value, Explained) else Explained(value)
+
+
+def relative_gap(maps: Tensor, values: Tensor, baseline_values: Tensor) -> list[float | None]:
+    """Completeness gap ``|Σ map − (F(x) − F(x₀))| / |F(x) − F(x₀)|`` a target; None where F does not change.
+
+    Args:
+        maps: (k, …).
+        values, baseline_values: F at the image and the baseline (k,).
+    """
+    sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu()
+    expected = (values - baseline_values).double().cpu()
+    return [abs(float((s - e) / e)) if e != 0 else None for s, e in zip(sums, expected)]

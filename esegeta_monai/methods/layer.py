@@ -1,0 +1,66 @@
+"""What a layer gives: activations, and what the target makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from esegeta_monai.errors import UsageError
+from esegeta_monai.layers import BlendedActivations, check_layer
+from esegeta_monai.methods.base import Explained, Method, Passes
+from esegeta_monai.objective import Objective
+
+__all__ = ["LayerActivation", "reduce_channels"]
+
+Reduce = Literal["channels", "sum", "mean", "abs", "positive"]
+
+
+@dataclass(eq=False, repr=False)
+class LayerActivation(Method):
+    """The output of a layer on the image's grid: ``Σ_w ĝ_w · up(A_w)``, windows blended like the prediction.
+
+    Args:
+        layer: dotted name; None: a sensible one is found and named in the record.
+        reduce: ``"channels"`` keeps every channel (a 4D NIfTI); ``"sum"``, ``"mean"``, ``"abs"`` (sum of absolute
+            values) or ``"positive"`` (sum of positive values) give one map.
+    """
+
+    produces = "activation"
+    additive = False
+
+    layer: str | None = None
+    reduce: Reduce = "mean"
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reduce not in ("channels", "sum", "mean", "abs", "positive"):
+            raise UsageError(f"reduce={self.reduce!r}: give channels, sum, mean, abs or positive")
+
+    @property
+    def signed(self) -> bool:
+        return self.reduce not in ("abs", "positive")
+
+    @property
+    def units(self) -> str:
+        return "activation"
+
+    def attribute(self, objective: Objective) -> Passes:
+        """(k, C, *spatial), the same for every target; C is 1 unless ``reduce="channels"``."""
+        layer = check_layer(objective, self.layer)
+        activations = yield BlendedActivations(layer)
+        maps = reduce_channels(activations, self.reduce)
+        return Explained(maps[None].expand(objective.n_targets, *maps.shape).clone(), {"layer": layer})
+
+
+def reduce_channels(values: Tensor, how: Reduce, axis: int = 0) -> Tensor:
+    """One map of a layer's channels along ``axis``, which stays with length 1, or all of them."""
+    if how == "channels":
+        return values
+    if how == "abs":
+        return values.abs().sum(axis, keepdim=True)
+    if how == "positive":
+        return values.relu().sum(axis, keepdim=True)
+    return values.sum(axis, keepdim=True) if how == "sum" else values.mean(axis, keepdim=True)

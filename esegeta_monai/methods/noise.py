@@ -1,0 +1,75 @@
+"""Wrappers that run another method on noisy copies of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from esegeta_monai.baselines import noise_like
+from esegeta_monai.errors import UsageError
+from esegeta_monai.methods.base import METHODS, Explained, Method, run
+from esegeta_monai.objective import Objective
+
+__all__ = ["SmoothGrad"]
+
+
+@dataclass(eq=False, repr=False)
+class SmoothGrad(Method):
+    """The mean of a method's maps over noisy images: ``a = 1/n Σ_i A(x + ε_i)`` (Smilkov et al. 2017).
+
+    Noise is drawn once for the volume, so that overlapping windows see the same noise, and with the run's seed.
+
+    Args:
+        method: the method inside, an instance, a config or text; any method that gives an input map.
+        n_samples: n.
+        std: standard deviation of the noise, in units of each channel's standard deviation.
+
+    Example:
+        >>> SmoothGrad("InputXGradient", n_samples=4).method.name
+        'InputXGradient'
+    """
+
+    reference = "Smilkov et al. 2017, arXiv:1706.03825"
+
+    method: Any = "Saliency(abs=False)"
+    n_samples: int = 10
+    std: float = 0.15
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.method: Method = METHODS.create(self.method)
+        if self.method.produces != "input map":
+            raise UsageError(f"SmoothGrad needs a method that gives an input map, not {self.method.name}")
+        if self.n_samples < 1:
+            raise UsageError(f"n_samples={self.n_samples}: at least one sample is needed")
+        self.additive = self.method.additive  # type: ignore[misc]
+        self.full_precision = self.method.full_precision  # type: ignore[misc]
+        self.needs_gradient = self.method.needs_gradient  # type: ignore[misc]
+        self.needs_linear = self.method.needs_linear  # type: ignore[misc]
+
+    @property
+    def signed(self) -> bool:
+        return self.method.signed
+
+    @property
+    def units(self) -> str:
+        return self.method.units
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        total: Tensor | None = None
+        for maps in self._samples(objective):
+            total = maps if total is None else total.add_(maps)
+        assert total is not None
+        return Explained(total / self.n_samples)
+
+    def _samples(self, objective: Objective) -> Iterator[Tensor]:
+        """The method's maps at each noisy image."""
+        generator = objective.generator()
+        for _ in range(self.n_samples):
+            noisy = objective.image + noise_like(objective.image, self.std, generator)
+            yield run(self.method, objective.at(noisy)).maps
