@@ -219,11 +219,17 @@ class Objective:
         self.prediction, self.condition, self.seed = prediction, condition, seed
         self.monitor = monitor or Monitor()
         shape = tuple(prediction.shape[1:] if prediction is not None else out_shape or plan.spatial_shape)
-        out_roi = (
-            shape if plan.whole else tuple(round(r * o / n) for r, o, n in zip(plan.roi, shape, plan.spatial_shape))
-        )
+        self.read: list[int] | None = None
+        if plan.whole:
+            out_roi = shape
+        elif shape == plan.spatial_shape:
+            out_roi = plan.roi
+        else:  # the output is scaled: by how much, one window tells
+            with torch.inference_mode():
+                out_roi = tuple(self.run(plan.cut(image, 0)[None].to(model.device), [0]).shape[2:])
         self.grid = OutputGrid(plan, out_roi, image.dtype, image.device)
         self.read = sorted({c for s in self.scores for c in s.channels})
+        self.rows = [[self.read.index(c) for c in s.channels] for s in self.scores]
         self.window_batch = plan.batch_size
         self.support = [self.grid.windows_of(s.box, s.mask) if not s.empty else [] for s in self.scores]
         self.windows = sorted({w for windows in self.support for w in windows})
@@ -263,7 +269,7 @@ class Objective:
 
     def image_values(self) -> Tensor:
         """F at the image (k,), float64."""
-        return torch.stack([s.value(p.double()) for s, p in zip(self.scores, self._image_predictions())])
+        return torch.stack([s.value(p.double()) for s, p in zip(self.scores, self.image_predictions())])
 
     def value(self, points: Tensor) -> Tensor:
         """F at volumes (m, C, *spatial): (k, m), float64; forward passes over the windows that the targets see."""
@@ -279,23 +285,23 @@ class Objective:
                 out = batch.forward(batch.cut(points))
             self.blend(blended, batch, out)
 
-        self._each(self._jobs(len(points)), run, with_cotangents=False)
+        self.each(self._jobs(len(points)), run, with_cotangents=False)
         return blended
 
     def blend(self, blended: Sequence[Tensor], batch: Batch, out: Tensor) -> None:
         """Adds ``ĝ_w · out`` into each score's (m, channels, *box) in place."""
         for j, (w, source) in enumerate(zip(batch.windows, batch.sources)):
             weighted = out[j] * self.grid.weight(w).to(out.device, out.dtype)
-            for score, windows, total in zip(self.scores, self.support, blended):
+            for score, rows, windows, total in zip(self.scores, self.rows, self.support, blended):
                 if w in windows:
-                    rows = weighted[[self.read.index(c) for c in score.channels]]
-                    self.grid.add(total[source], score.box, w, rows)
+                    self.grid.add(total[source], score.box, w, weighted[rows])
 
     def _new_prediction(self, score: Score, m: int) -> Tensor:
         shape = (m, len(score.channels), *(b.stop - b.start for b in score.box))
         return torch.zeros(shape, dtype=self.image.dtype, device=self.image.device)
 
-    def _image_predictions(self) -> list[Tensor]:
+    def image_predictions(self) -> list[Tensor]:
+        """For each score what it reads of the prediction at the image, (channels, *box)."""
         if self.prediction is None:
             return [p[0] for p in self.predict(self.image[None])]
         return [s.crop(self.prediction) for s in self.scores]
@@ -321,7 +327,7 @@ class Objective:
                 values[:, source] += scores[:, j]
                 padding[:, source] += self.plan.add(maps[:, source], batch.windows[j], gradient[:, j]).to(padding)
 
-        self._each(self._jobs(m), run, predictions=predictions)
+        self.each(self._jobs(m), run, predictions=predictions)
         if predictions is not None:
             values = torch.stack([s.value(p.double()) for s, p in zip(self.scores, predictions)])
         return Gradient(maps, values, padding)
@@ -346,7 +352,7 @@ class Objective:
             nonlocal padding
             padding = padding + self.add(maps, batch, values)
 
-        self._each(self._jobs(1), run, cotangents=cotangents)
+        self.each(self._jobs(1), run, cotangents=cotangents)
         return maps, padding
 
     def add(self, maps: Tensor, batch: Batch, values: Tensor) -> Tensor:
@@ -380,7 +386,7 @@ class Objective:
                 r.see(view)
 
         everywhere = any(r.everywhere for r in todo)
-        self._each([(0, w) for w in range(len(self.plan))] if everywhere else self._jobs(1), run, split_seen=everywhere)
+        self.each([(0, w) for w in range(len(self.plan))] if everywhere else self._jobs(1), run, split_seen=everywhere)
         if blended is not None:
             self._note_deviation(blended)
         return [unique[r.key].result() for r in requests]
@@ -428,7 +434,7 @@ class Objective:
             condition = torch.stack([self.plan.cut(self.condition, w) for w in windows]).to(self.model.device)
         out = self.model(x, slice_axis=self.plan.slice_axis, coordinates=coordinates, condition=condition)
         self.monitor.passed(len(windows))
-        if len(self.read) == out.shape[1]:
+        if self.read is None or len(self.read) == out.shape[1]:
             return out
         return out.index_select(1, torch.tensor(self.read, device=out.device))
 
@@ -449,7 +455,7 @@ class Objective:
     def _jobs(self, m: int) -> list[tuple[int, int]]:
         return [(p, w) for p in range(m) for w in self.windows]
 
-    def _each(
+    def each(
         self,
         jobs: Sequence[tuple[int, int]],
         run: Callable[[Batch], None],
@@ -466,8 +472,7 @@ class Objective:
             groups = [[j for j in jobs if j[1] in support], [j for j in jobs if j[1] not in support]]
         whole = cotangents
         if with_cotangents and predictions is None and whole is None:
-            at_image = [None] * self.n_targets if self.linear else self._image_predictions()
-            whole = [self._cotangent(s, p) for s, p in zip(self.scores, at_image)]
+            whole = self._whole_cotangents()
         for group in groups:
             done = 0
             while done < len(group):
@@ -501,6 +506,14 @@ class Objective:
         self.window_batch = tried // 2
         self.monitor.warn(f"out of memory with {tried} windows a batch: continued with {self.window_batch}")
 
+    def cotangents(self, windows: Sequence[int]) -> list[Tensor | None]:
+        """``ĝ_w ∂s/∂P`` at the image, for each target (n, R, *out_roi), None where it sees none of the windows."""
+        return self._batch_cotangents(windows, [0] * len(windows), self._whole_cotangents(), None)
+
+    def _whole_cotangents(self) -> list[Tensor]:
+        at_image = [None] * self.n_targets if self.linear else self.image_predictions()
+        return [self._cotangent(s, p) for s, p in zip(self.scores, at_image)]
+
     def _cotangent(self, score: Score, prediction: Tensor | None) -> Tensor:
         if score.linear or prediction is None:
             prediction = self._new_prediction(score, 1)[0]
@@ -521,7 +534,6 @@ class Objective:
                 found.append(None)
                 continue
             total = torch.zeros((len(windows), len(self.read), *self.grid.out_roi), dtype=self.image.dtype)
-            rows = [self.read.index(c) for c in score.channels]
             for j, (w, source) in enumerate(zip(windows, sources)):
                 if w in support:
                     if predictions is not None:
@@ -530,7 +542,7 @@ class Objective:
                         assert whole is not None
                         at_point = whole[k]
                     cut = self.grid.cut(at_point, score.box, w) * self.grid.weight(w)
-                    total[j, rows] = cut.to(total.device)
+                    total[j, self.rows[k]] = cut.to(total.device)
             found.append(total.to(device))
         return found
 

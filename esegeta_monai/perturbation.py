@@ -13,17 +13,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from esegeta_monai.objective import Batch, Objective
+from esegeta_monai.objective import Batch, Objective, out_of_memory
 from esegeta_monai.windows import Slices, _overlap
 
 __all__ = ["Boxes", "Perturbations", "change", "passes_needed"]
 
 BLOCK_BYTES = 256 * 2**20
-"""Memory for the ΔP of the perturbations in flight and, apart from it, for cached unperturbed outputs (non-linear s)."""
+"""Memory for the ΔP of the perturbations in flight and, beside it, for cached unperturbed outputs (non-linear s)."""
 
 
 class Perturbations(ABC):
@@ -78,9 +79,13 @@ class Boxes(Perturbations):
         perturbed = crop.clone()
         value = self.baseline
         if isinstance(value, Tensor):
-            value = value[(rows, *common)].to(crop.device, crop.dtype)
-        perturbed[(rows, *inside)] = value
+            value = value[_rows(rows, common)].to(crop.device, crop.dtype)
+        perturbed[_rows(rows, inside)] = value
         return perturbed
+
+
+def _rows(channels: Any, place: Sequence[slice]) -> tuple[Any, ...]:
+    return (channels, *place)
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ class _Change:
                 if key is not None and self.known(_Pair(i, w, key)):
                     continue
                 if crop is None:
-                    crop = self.objective.image[(slice(None), *place)].to(device)
+                    crop = self.objective.image[_rows(slice(None), place)].to(device)
                 perturbed = self.perturbations.apply(i, crop, place)
                 if not torch.equal(perturbed, crop):
                     yield _Pair(i, w, key), plan.pad(perturbed)
@@ -156,8 +161,6 @@ class _Change:
             pending = self._flush(pending)
 
     def _flush(self, pending: list[tuple[_Pair, Tensor]]) -> list[tuple[_Pair, Tensor]]:
-        from esegeta_monai.objective import out_of_memory
-
         self.objective.monitor.check()
         part = pending[: self.objective.window_batch]
         try:
@@ -179,7 +182,7 @@ class _LinearChange(_Change):
 
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         super().__init__(objective, perturbations)
-        self.cotangents: dict[int, Batch] = {}
+        self.cotangents: dict[tuple[int, ...], list[Tensor | None]] = {}
         self.scores: dict[Hashable, Tensor] = {}
         self.waiting: dict[Hashable, list[int]] = {}
 
@@ -197,7 +200,7 @@ class _LinearChange(_Change):
             for j, w in enumerate(batch.windows):
                 self.objective.base_scores[w] = found[:, j].clone()
 
-        self.objective._each(missing, score)
+        self.objective.each(missing, score)
 
     def known(self, pair: _Pair) -> bool:
         name = (pair.window, pair.key)
@@ -213,40 +216,25 @@ class _LinearChange(_Change):
     def compute(self, pairs: Sequence[_Pair], windows: Sequence[Tensor]) -> None:
         out = self.forward(pairs, windows)
         needed = list(dict.fromkeys(p.window for p in pairs))
-        cotangents = self._cotangents_of(needed)
         rows = torch.tensor([needed.index(p.window) for p in pairs], device=out.device)
-        for k in range(self.objective.n_targets):
-            found = cotangents[k]
-            if found is None:
-                continue
-            scores = (out * found[rows]).flatten(1).sum(1, dtype=torch.float64).cpu()
-            for pair, score in zip(pairs, scores):
-                self.result[k, pair.index] += score - self.objective.base_scores[pair.window][k]
-        self._remember(pairs, out, cotangents, rows)
-
-    def _remember(self, pairs: Sequence[_Pair], out: Tensor, cotangents: list[Tensor | None], rows: Tensor) -> None:
-        keyed = [(j, p) for j, p in enumerate(pairs) if p.key is not None]
-        for j, pair in keyed:
-            base = self.objective.base_scores[pair.window]
-            row = torch.zeros(self.objective.n_targets, dtype=torch.float64)
-            for k, found in enumerate(cotangents):
-                if found is not None:
-                    row[k] = (out[j] * found[rows[j]]).sum(dtype=torch.float64).cpu() - base[k]
-            self.scores[(pair.window, pair.key)] = row
-            for index in self.waiting.pop((pair.window, pair.key), []):
-                self.result[:, index] += row
+        changes = torch.zeros((self.objective.n_targets, len(pairs)), dtype=torch.float64)
+        for k, cotangent in enumerate(self._cotangents_of(needed)):
+            if cotangent is not None:
+                changes[k] = (out * cotangent[rows]).flatten(1).sum(1, dtype=torch.float64).cpu()
+        changes -= torch.stack([self.objective.base_scores[p.window] for p in pairs], 1)
+        for pair, row in zip(pairs, changes.T):
+            self.result[:, pair.index] += row
+            if pair.key is not None:
+                name = (pair.window, pair.key)
+                self.scores[name] = row
+                for index in self.waiting.pop(name, []):
+                    self.result[:, index] += row
 
     def _cotangents_of(self, windows: Sequence[int]) -> list[Tensor | None]:
         key = tuple(windows)
-        if key not in self.cotangents:
-            found: list[Batch] = []
-            before, self.objective.window_batch = self.objective.window_batch, len(windows)
-            try:
-                self.objective._each([(0, w) for w in windows], found.append)
-            finally:
-                self.objective.window_batch = before
-            self.cotangents = {key: found[0]}  # windows come in order, so only the last set can come again
-        return self.cotangents[key].cotangents
+        if key not in self.cotangents:  # windows come in order, so that only the last set can come again
+            self.cotangents = {key: self.objective.cotangents(windows)}
+        return self.cotangents[key]
 
 
 class _BlendedChange(_Change):
@@ -254,7 +242,7 @@ class _BlendedChange(_Change):
 
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         super().__init__(objective, perturbations)
-        self.predictions = [p.double() for p in objective._image_predictions()]
+        self.predictions = [p.double() for p in objective.image_predictions()]
         self.values = torch.stack([s.value(p) for s, p in zip(objective.scores, self.predictions)])
         self.base: dict[int, Tensor] = {}
         self.base_bytes = 0
@@ -280,10 +268,10 @@ class _BlendedChange(_Change):
         for j, pair in enumerate(pairs):
             difference = out[j].double() - base[pair.window].to(out.device).double()
             weighted = difference * objective.grid.weight(pair.window).to(out.device).double()
-            for score, support, delta in zip(objective.scores, objective.support, self.delta):
+            for score, rows, support, delta in zip(objective.scores, objective.rows, objective.support, self.delta):
                 if pair.window in support:
-                    rows = weighted[[objective.read.index(c) for c in score.channels]]
-                    objective.grid.add(delta[self.position[pair.index]], score.box, pair.window, rows)
+                    place = delta[self.position[pair.index]]
+                    objective.grid.add(place, score.box, pair.window, weighted[rows])
 
     def _unperturbed(self, windows: Sequence[int]) -> dict[int, Tensor]:
         missing = [w for w in windows if w not in self.base]
