@@ -1,0 +1,1 @@
+"""Code that the configs of this bundle name by `_target_`."""

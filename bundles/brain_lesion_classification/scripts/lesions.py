@@ -1,0 +1,305 @@
+"""Heads with a planted lesion of known place: the data of this bundle, and a ground truth for explanations.
+
+Half of the cases get one lesion: a smooth irregular blob at a random place inside the brain, brighter or darker than
+what lies there. The mask of the changed voxels is part of the case, so that a map can be measured against it. Two
+options plant a *wrong* reason beside it: a `shortcut` (a mark in one corner that agrees with the label) and a
+`distractor` (a mark in the opposite corner that has nothing to do with the label).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.transforms import (
+    Compose,
+    CropForegroundd,
+    EnsureChannelFirstd,
+    EnsureTyped,
+    LoadImaged,
+    MapTransform,
+    MaskIntensityd,
+    Orientationd,
+    RandAdjustContrastd,
+    RandAffined,
+    RandBiasFieldd,
+    RandFlipd,
+    RandGaussianNoised,
+    RandGaussianSmoothd,
+    Randomizable,
+    RandSimulateLowResolutiond,
+    RandSmoothDeformd,
+    ResizeWithPadOrCropd,
+    ScaleIntensityRangePercentilesd,
+    Spacingd,
+    ThresholdIntensityd,
+)
+from torch.utils.data import Dataset
+
+from .anatomy import SPACING_MM, Case, RandIndividuald, like, smooth_noise
+
+__all__ = ["SPATIAL_SIZE", "BrainMaskd", "LesionCases", "PlantCornerMarkd", "PlantLesiond", "prepare"]
+
+#: 160 x 192 x 160 mm: holds a brain. The network sees all of it at once.
+SPATIAL_SIZE = (80, 96, 80)
+
+
+class BrainMaskd(MapTransform):
+    """Write `brain`: 1 where the (skull-stripped) image is above zero."""
+
+    def __init__(self, keys: KeysCollection = "image", brain_key: str = "brain") -> None:
+        super().__init__(keys)
+        self.brain_key = brain_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Case:
+        case = dict(data)
+        for key in self.key_iterator(case):
+            case[self.brain_key] = like(case[key], case[key] > 0)
+        return case
+
+
+class PlantLesiond(MapTransform, Randomizable):
+    r"""Plant a lesion where `label` is 1, and write its mask; where it is 0 the mask is empty.
+
+    With :math:`d(v)` the distance from the centre in units of the three random radii (random axes are those of the
+    grid; the head was turned before), :math:`n` smooth noise, :math:`m` the mean of the image under the lesion and
+    :math:`\delta` the contrast:
+
+    .. math:: \alpha(v) = \mathrm{brain}(v)\,\sigma\bigl((1 + 0.15\,n(v) - d(v)) / 0.12\bigr), \qquad
+        image'(v) = (1 - \alpha)\, image + \alpha\,\bigl(m + \delta + 0.4\,(image - m)\bigr)
+
+    The mask is :math:`\alpha > 0.5`. :math:`\delta` is positive or negative with equal chance, but positive where the
+    tissue is too dark to become darker by it.
+
+    Args:
+        keys: the image (1, *spatial), intensities about 0 to 1.
+        radius_mm: range of each radius.
+        contrast: range of the absolute :math:`\delta`, in units of the image's white end (its 99.5th percentile).
+        depth_mm: least distance of the centre from the edge of the brain.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "image",
+        label_key: str = "label",
+        brain_key: str = "brain",
+        lesion_key: str = "lesion",
+        radius_mm: tuple[float, float] = (6.0, 14.0),
+        contrast: tuple[float, float] = (0.35, 0.7),
+        depth_mm: float = 6.0,
+        spacing_mm: float = SPACING_MM,
+    ) -> None:
+        super().__init__(keys)
+        self.label_key, self.brain_key, self.lesion_key = label_key, brain_key, lesion_key
+        self.radius_mm, self.contrast, self.depth_mm, self.spacing_mm = radius_mm, contrast, depth_mm, spacing_mm
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Case:
+        case = dict(data)
+        brain = torch.as_tensor(case[self.brain_key]).as_subclass(torch.Tensor)
+        alpha = self._blob(brain) if int(case[self.label_key]) else torch.zeros_like(brain)
+        for key in self.key_iterator(case):
+            case[key] = like(case[key], self._plant(case[key].as_subclass(torch.Tensor), alpha))
+        case[self.lesion_key] = like(case[self.brain_key], alpha > 0.5)
+        return case
+
+    def _blob(self, brain: torch.Tensor) -> torch.Tensor:
+        places = torch.nonzero(_eroded(brain[0], round(self.depth_mm / self.spacing_mm)))
+        centre = places[self.R.randint(len(places))]
+        radii = [self.R.uniform(*self.radius_mm) / self.spacing_mm for _ in centre]
+        # Twice the radius holds all that a noise of 3 standard deviations can reach.
+        box = [slice(max(int(c - 2 * r), 0), int(c + 2 * r) + 2) for c, r in zip(centre, radii)]
+        alpha = torch.zeros_like(brain)
+        inside = alpha[0][tuple(box)]  # a view
+        axes = [(torch.arange(part.start, part.start + n) - c) / r
+                for part, n, c, r in zip(box, inside.shape, centre, radii)]
+        distance = torch.stack(torch.meshgrid(*axes, indexing="ij")).norm(dim=0)
+        noise = smooth_noise(self.R, inside.shape, cell=min(radii))[0]
+        inside.copy_(torch.sigmoid((1 + 0.15 * noise - distance) / 0.12))
+        return alpha * brain
+
+    def _plant(self, image: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        if not alpha.any():
+            return image
+        white = torch.quantile(image[image > 0][::7], 0.995)
+        contrast = self.R.uniform(*self.contrast) * white
+        mean = (image * alpha).sum() / alpha.sum()
+        darker = self.R.rand() < 0.5 and mean - contrast > 0.02 * white
+        level = mean - contrast if darker else mean + contrast
+        return (1 - alpha) * image + alpha * (level + 0.4 * (image - mean)).clamp(min=0.01 * white)
+
+
+class PlantCornerMarkd(MapTransform, Randomizable):
+    """Set a bright cube in a corner of the grid, outside the brain, and write its mask.
+
+    Args:
+        keys: the image (1, *spatial).
+        mark_key: written: 1 inside the mark, all 0 where there is none.
+        agreement: probability that "mark present" equals "label is 1". 1.0 is a perfect shortcut, 0.5 tells nothing
+            of the label (a distractor).
+        high_corner: the corner of the highest indices in place of the lowest.
+        size: edge of the cube in voxels.
+        gap: distance from the border in voxels.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection = "image",
+        mark_key: str = "shortcut",
+        agreement: float = 1.0,
+        high_corner: bool = False,
+        label_key: str = "label",
+        size: int = 6,
+        gap: int = 2,
+    ) -> None:
+        super().__init__(keys)
+        self.mark_key, self.label_key, self.agreement = mark_key, label_key, agreement
+        self.place = slice(-gap - size, -gap) if high_corner else slice(gap, gap + size)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Case:
+        case = dict(data)
+        agrees = self.R.rand() < self.agreement
+        present = bool(case[self.label_key]) == agrees
+        for key in self.key_iterator(case):
+            image = case[key].as_subclass(torch.Tensor).clone()
+            mask = torch.zeros_like(image)
+            if present:
+                mask[:, self.place, self.place, self.place] = 1
+                image[mask > 0] = 1.0
+            case[self.mark_key] = like(case[key], mask)
+            case[key] = like(case[key], image)
+        return case
+
+
+def prepare(keys: Sequence[str], spatial_size: Sequence[int] = SPATIAL_SIZE) -> Compose:
+    """What inference does to a scan (`preprocessing` in inference.json), for the image and maps on its grid."""
+    return Compose(
+        [
+            LoadImaged(keys),
+            EnsureChannelFirstd(keys),
+            Orientationd(keys, axcodes="RAS", labels=None),
+            CropForegroundd(keys, source_key="image"),
+            Spacingd(keys, pixdim=(SPACING_MM,) * 3, mode="bilinear"),
+            ResizeWithPadOrCropd(keys, spatial_size),
+            ScaleIntensityRangePercentilesd("image", 0, 99.5, 0, 1),
+            EnsureTyped(keys),
+        ]
+    )
+
+
+class LesionCases(Dataset):
+    """Heads without (`label` 0) and with (`label` 1) a planted lesion: item i depends on ``seeds[i]`` alone.
+
+    An item holds ``image`` (1, 80, 96, 80), ``label`` (0 or 1, by the seed, equally likely), ``lesion`` (mask of the
+    planted voxels), ``brain`` (mask), ``seed``, and the masks ``shortcut`` and ``distractor`` where asked for.
+
+    Args:
+        anatomy: file names: ``image``, and ``tissue`` (see `anatomy.template_case`) to paint individuals from. Without
+            ``tissue`` the image's own intensities are kept, under the same deformations: that is for a real head.
+        seeds: one case each.
+        radius_mm, contrast: of the lesions, see `PlantLesiond`.
+        shortcut: probability that the corner mark agrees with the label; None plants no mark.
+        distractor: plant the mark of the opposite corner in half of the cases, whatever the label.
+        augment: False keeps place, shape and intensities of the head as they are: all that differs is the lesion.
+        heads: number of different heads, which are kept in memory (4 MB each); None makes one for every seed.
+
+    Example:
+        >>> cases = LesionCases(template_case("/tmp/mni152"), seeds=range(4), shortcut=1.0)   # doctest: +SKIP
+        >>> cases[0]["lesion"].sum()                                                          # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        anatomy: Mapping[str, str],
+        seeds: Sequence[int],
+        radius_mm: tuple[float, float] = (6.0, 14.0),
+        contrast: tuple[float, float] = (0.35, 0.7),
+        shortcut: float | None = None,
+        distractor: bool = False,
+        augment: bool = True,
+        heads: int | None = None,
+    ) -> None:
+        keys = [key for key in ("image", "tissue") if key in anatomy]
+        self.template = prepare(keys)({key: anatomy[key] for key in keys})
+        individual = RandIndividuald("image", label_key="tissue_class", prob=0.8 if augment else 0.0)
+        self.make_head = Compose(
+            [*(_place(keys) if augment else []), individual if "tissue" in keys else BrainMaskd("image")]
+        )
+        scan: list[Any] = [PlantLesiond(radius_mm=tuple(radius_mm), contrast=tuple(contrast))]
+        scan += _scanner() if augment else []
+        scan += [ScaleIntensityRangePercentilesd("image", 0, 99.5, 0, 1)]
+        scan += [RandAdjustContrastd("image", prob=0.5, gamma=(0.7, 1.5))] if augment else []
+        scan += [] if shortcut is None else [PlantCornerMarkd(mark_key="shortcut", agreement=shortcut)]
+        scan += [PlantCornerMarkd(mark_key="distractor", agreement=0.5, high_corner=True)] if distractor else []
+        self.make_scan = Compose(scan)
+        self.seeds, self.heads = seeds, heads
+        self._kept: dict[int, Case] = {}
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, index: int) -> Case:
+        seed = int(self.seeds[index])
+        # The label hangs on the seed by its own generator: the same whatever options draw before it.
+        label = int(torch.randint(2, (1,), generator=torch.Generator().manual_seed(seed)))
+        self.make_scan.set_random_state(seed=seed)
+        return {**self.make_scan({**self._head(seed), "label": label}), "seed": seed}
+
+    def _head(self, seed: int) -> Case:
+        if self.heads is None:
+            return self._make_head(seed)
+        seed %= self.heads
+        if seed not in self._kept:
+            self._kept[seed] = self._make_head(seed)
+        return dict(self._kept[seed])
+
+    def _make_head(self, seed: int) -> Case:
+        self.make_head.set_random_state(seed=seed)
+        head = self.make_head(dict(self.template))
+        return {"image": head["image"], "brain": head["brain"]}
+
+
+def _eroded(mask: torch.Tensor, depth: int) -> torch.Tensor:
+    """Voxels whose six neighbours at distance `depth` along the axes are inside the mask as well."""
+    inside = mask > 0
+    for axis in range(mask.ndim):
+        for step in (-depth, depth):
+            inside = inside & (torch.roll(mask, step, axis) > 0)
+    return inside
+
+
+def _place(keys: Sequence[str]) -> list[Any]:
+    return [
+        RandFlipd(keys, prob=0.5, spatial_axis=0),
+        RandAffined(
+            keys,
+            prob=0.9,
+            rotate_range=(0.3, 0.3, 0.3),
+            shear_range=(0.1,) * 3,
+            translate_range=(4, 4, 4),
+            scale_range=((-0.1, 0.2),) * 3,
+            padding_mode="zeros",
+        ),
+        RandSmoothDeformd(
+            keys,
+            spatial_size=SPATIAL_SIZE,
+            rand_size=(7, 8, 7),
+            prob=0.7,
+            def_range=0.08,
+            field_mode="trilinear",
+            grid_mode="bilinear",
+            grid_padding_mode="zeros",
+        ),
+    ]
+
+
+def _scanner() -> list[Any]:
+    return [
+        RandBiasFieldd("image", prob=0.7, degree=3, coeff_range=(-0.2, 0.2)),
+        RandGaussianSmoothd("image", prob=0.4, sigma_x=(0.3, 0.8), sigma_y=(0.3, 0.8), sigma_z=(0.3, 0.8)),
+        RandSimulateLowResolutiond("image", prob=0.15, zoom_range=(0.6, 1.0)),
+        RandGaussianNoised("image", prob=0.7, std=0.05),
+        ThresholdIntensityd("image", threshold=0.0, above=True, cval=0.0),  # noise made negative values
+        MaskIntensityd("image", mask_key="brain"),
+    ]

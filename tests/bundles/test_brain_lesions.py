@@ -1,0 +1,155 @@
+"""The planted lesion lies where its mask says, and nothing but label, seed and options decides a case."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+
+ROOT = "brain_lesion_classification"
+EnterBundle = Callable[[str], Path]
+SHAPE = (1, 40, 40, 40)
+
+
+@pytest.fixture
+def lesions(enter_bundle: EnterBundle):  # noqa: ANN201 - a module
+    enter_bundle(ROOT)
+    import scripts.lesions
+
+    return scripts.lesions
+
+
+def flat_case(label: int = 1, level: float = 0.6) -> dict[str, object]:
+    """A ball of radius 17 voxels with intensity `level`."""
+    grid = torch.stack(torch.meshgrid(*[torch.arange(40) - 19.5] * 3, indexing="ij"))
+    brain = (grid.norm(dim=0, keepdim=True) < 17).float()
+    return {"image": brain * level, "brain": brain, "label": label}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_mask_is_where_the_image_changed(lesions, seed: int) -> None:
+    case = flat_case()
+    plant = lesions.PlantLesiond(radius_mm=(6, 10), contrast=(0.3, 0.5)).set_random_state(seed=seed)
+    planted = plant(case)
+    change = (planted["image"] - case["image"]).as_tensor()
+    mask = planted["lesion"].as_tensor() > 0
+    assert torch.equal(case["image"], flat_case()["image"]), "the input is never changed"
+    assert not change[case["brain"] == 0].any(), "lesions stay inside the brain"
+    # On flat tissue the change is alpha times the contrast: at least half of it exactly on the mask.
+    peak = change.abs().max()
+    assert 0.3 * 0.6 <= peak / 0.999 <= 0.5 * 0.6 + 1e-6
+    assert torch.equal(change.abs() > peak / 2 * 1.02, mask & (change.abs() > peak / 2 * 1.02))
+    assert change[mask].abs().min() >= peak / 2 * 0.98
+    assert len(torch.unique(change[mask].sign())) == 1
+    # Volume of the ellipsoid: between those of the smallest and the largest ball, cut at the brain's edge at most.
+    volume_mm3 = int(mask.sum()) * 8
+    assert 0.4 * 4 / 3 * math.pi * 6**3 < volume_mm3 < 1.6 * 4 / 3 * math.pi * 10**3
+
+
+def test_no_lesion_without_the_label(lesions) -> None:
+    case = flat_case(label=0)
+    planted = lesions.PlantLesiond()(case)
+    assert not planted["lesion"].any()
+    assert torch.equal(planted["image"].as_tensor(), case["image"])
+
+
+def test_lesions_are_bright_and_dark_and_everywhere(lesions) -> None:
+    plant = lesions.PlantLesiond(radius_mm=(6, 8), contrast=(0.3, 0.4)).set_random_state(seed=0)
+    case = flat_case()
+    signs, centres = [], []
+    for _ in range(40):
+        planted = plant(case)
+        signs.append(float((planted["image"] - case["image"]).sum().sign()))
+        centres.append(torch.nonzero(planted["lesion"][0].as_tensor()).float().mean(0))
+    assert 10 <= signs.count(1.0) <= 30
+    assert set(signs) == {1.0, -1.0}
+    low, high = torch.stack(centres).aminmax(dim=0)
+    assert (high - low > 18).all()
+
+
+def test_dark_tissue_gets_a_bright_lesion(lesions) -> None:
+    case = flat_case(level=0.1)
+    case["image"][0, 18:22, 18:22, 18:22] = 1.0  # so that the white end is far above the tissue
+    case["image"][0, :4] = case["brain"][0, :4]
+    plant = lesions.PlantLesiond(radius_mm=(6, 6), contrast=(0.5, 0.5), depth_mm=20).set_random_state(seed=1)
+    for _ in range(5):
+        planted = plant(case)
+        inside = planted["lesion"].as_tensor() > 0
+        assert planted["image"][inside].mean() >= case["image"][inside].mean()
+
+
+def test_shortcut_agrees_and_distractor_does_not(lesions) -> None:
+    always = lesions.PlantCornerMarkd(mark_key="shortcut", agreement=1.0)
+    never = lesions.PlantCornerMarkd(mark_key="shortcut", agreement=0.0)
+    chance = lesions.PlantCornerMarkd(mark_key="distractor", agreement=0.5, high_corner=True).set_random_state(seed=0)
+    present = {0: 0, 1: 0}
+    for index in range(200):
+        label = index % 2
+        case = flat_case(label)
+        assert bool(always(case)["shortcut"].any()) == bool(label)
+        assert bool(never(case)["shortcut"].any()) != bool(label)
+        marked = chance(case)
+        present[label] += int(marked["distractor"].any())
+        assert torch.equal(marked["image"].as_tensor() != case["image"], marked["distractor"].as_tensor() > 0)
+    assert all(30 <= count <= 70 for count in present.values()), "present in half of either class"
+
+
+def test_marks_lie_in_opposite_corners_outside_the_brain(lesions) -> None:
+    case = flat_case(1)
+    low = lesions.PlantCornerMarkd(agreement=1.0)(case)["shortcut"].as_tensor()
+    high = lesions.PlantCornerMarkd(agreement=1.0, high_corner=True)(case)["shortcut"].as_tensor()
+    assert low.sum() == high.sum() == 6**3
+    assert torch.equal(low.flip(1, 2, 3), high)
+    assert not (low * case["brain"]).any()
+
+
+def test_cases_are_decided_by_their_seed(lesions, mni152: dict[str, str]) -> None:
+    fresh = lesions.LesionCases(mni152, seeds=[5, 6, 5])
+    kept = lesions.LesionCases(mni152, seeds=[5, 5], heads=8)
+    first, other, again = (fresh[index] for index in range(3))
+    assert torch.equal(first["image"], again["image"])
+    assert not torch.equal(first["image"], other["image"])
+    for index in range(2):
+        assert torch.equal(kept[index]["image"], first["image"]), "a kept head is the head of its seed"
+
+
+def test_options_change_neither_label_nor_lesion(lesions, mni152: dict[str, str]) -> None:
+    seeds = range(10, 14)
+    plain = lesions.LesionCases(mni152, seeds, augment=False)
+    marked = lesions.LesionCases(mni152, seeds, augment=False, shortcut=1.0, distractor=True)
+    labels = set()
+    for index in range(len(seeds)):
+        one, other = plain[index], marked[index]
+        labels.add(one["label"])
+        assert one["label"] == other["label"] == int(one["lesion"].any()) == int(other["shortcut"].any())
+        assert torch.equal(one["lesion"], other["lesion"])
+        marks = other["shortcut"] + other["distractor"]
+        assert torch.equal((one["image"] != other["image"]).as_tensor(), marks.as_tensor() > 0)
+        assert one["image"].shape == (1, *lesions.SPATIAL_SIZE)
+    assert labels == {0, 1}
+
+
+def test_prepare_is_the_preprocessing_of_inference(lesions, enter_bundle: EnterBundle, mni152: dict[str, str]) -> None:
+    parser = ConfigParser(json.loads((enter_bundle(ROOT) / "configs" / "inference.json").read_text()))
+    ours = lesions.prepare(["image"])({"image": mni152["image"]})["image"]
+    theirs = parser.get_parsed_content("preprocessing")({"image": mni152["image"]})["image"]
+    assert torch.equal(ours.as_tensor(), theirs.as_tensor())
+    assert torch.equal(ours.affine, theirs.affine)
+
+
+@pytest.mark.slow
+def test_accuracy_on_unseen_seeds(lesions, enter_bundle: EnterBundle, mni152: dict[str, str]) -> None:
+    root = enter_bundle(ROOT)
+    network = ConfigParser(json.loads((root / "configs" / "inference.json").read_text()))
+    network = network.get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(root / "models" / "model.pt", weights_only=True))
+    cases = lesions.LesionCases(mni152, seeds=range(3_000_000, 3_000_024))
+    with torch.no_grad():
+        right = [int(network(case["image"][None]).argmax(1)) == case["label"] for case in cases]
+    # At a true accuracy of 0.95, 24 cases have more than four errors with a probability of 0.6 %.
+    assert sum(right) >= 20
