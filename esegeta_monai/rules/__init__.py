@@ -1,0 +1,11 @@
+"""Modified backward passes: guided backpropagation, DeepLIFT, layer-wise relevance and excitation, on any network.
+
+See :mod:`esegeta_monai.rules.mode` for the engine.
+"""
+
+from __future__ import annotations
+
+from esegeta_monai.rules.guided import deconvolution, guided
+from esegeta_monai.rules.run import LayerRelevance, Relevance, check_network
+
+__all__ = ["LayerRelevance", "Relevance", "check_network", "deconvolution", "guided"]

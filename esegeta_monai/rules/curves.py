@@ -1,0 +1,71 @@
+"""Elementwise functions written out by hand: ``x * torch.sigmoid(x)`` is SiLU, whichever way a network spells it.
+
+Every result of an elementwise operation remembers the tensor it started from and the function since. A product of two
+such results with one common start is again a function of one tensor, and gets the rule of an activation instead of
+the rule of a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from esegeta_monai.rules.operations import Kind, Operation, Slot
+
+__all__ = ["joined", "remember"]
+
+_CURVE = "_esegeta_curve"
+_ELEMENTWISE = ("add", "sub", "rsub", "mul", "div", "neg")
+
+
+@dataclass(frozen=True)
+class _Curve:
+    start: Tensor
+    version: int
+    function: Callable[[Tensor], Tensor]
+
+
+def _curve_of(tensor: Tensor) -> _Curve | None:
+    curve: _Curve | None = getattr(tensor, _CURVE, None)
+    return curve if curve is not None and curve.start._version == curve.version else None
+
+
+def remember(operation: Operation, operands: tuple[Tensor, ...], result: Any) -> None:
+    """Note on the result of an elementwise operation what it is a function of."""
+    if not isinstance(result, Tensor):
+        return
+    if hasattr(result, _CURVE):
+        delattr(result, _CURVE)
+    if operation.in_place or len(operands) != 1 or result.shape != operands[0].shape:
+        return
+    linear = operation.kind is Kind.LINEAR and operation.name in _ELEMENTWISE
+    if not linear and operation.kind not in (Kind.ACTIVATION, Kind.UNIVARIATE):
+        return
+    before = _curve_of(operands[0])
+    step = operation.function
+    if before is None:
+        curve = _Curve(operands[0], operands[0]._version, step)
+    else:
+        earlier = before.function
+        curve = _Curve(before.start, before.version, lambda x: step(earlier(x)))
+    setattr(result, _CURVE, curve)
+
+
+def joined(operation: Operation, operands: tuple[Tensor, ...]) -> tuple[Operation, tuple[Tensor, ...]]:
+    """The product of two functions of one tensor as one function of it; any other operation as it is."""
+    if operation.name != "mul" or operation.kind is not Kind.PRODUCT or operation.in_place:
+        return operation, operands
+    left, right = (_curve_of(operand) for operand in operands)
+    starts = [curve.start if curve else operand for curve, operand in zip((left, right), operands)]
+    if starts[0] is not starts[1] or (left is None and right is None):
+        return operation, operands
+
+    def product(x: Tensor) -> Tensor:
+        return (left.function(x) if left else x) * (right.function(x) if right else x)
+
+    whole = Operation("product_of_functions", product, (Slot(0),), {}, ledger=operation.ledger)
+    whole.kind, whole.reads_input = Kind.ACTIVATION, operation.reads_input
+    return whole, (starts[0],)
