@@ -1,0 +1,454 @@
+"""What an explanation needs of a MONAI bundle, whatever its ids are called; no Ignite engine is built."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import torch
+from monai.bundle import ConfigParser
+from monai.inferers import Inferer
+from monai.transforms import Compose, SaveImaged
+from monai.utils import CommonKeys, ensure_tuple
+from torch import nn
+
+from esegeta_monai.bundle.weights import WeightSource, components, find_weights, load_weights, references
+from esegeta_monai.errors import NetworkError, UsageError
+
+__all__ = ["BundleReader"]
+
+logger = logging.getLogger(__name__)
+
+# Where bundles keep each part, most binding first: what the evaluator is wired to is what runs.
+_IDS = {
+    "network": ("evaluator::network", "network", "network_def", "net", "model"),
+    "inferer": ("evaluator::inferer", "inferer"),
+    "preprocessing": ("preprocessing", "dataset::transform", "transforms", "transform"),
+    "postprocessing": ("evaluator::postprocessing", "postprocessing"),
+    "amp": ("evaluator::amp", "amp", "use_amp"),
+    "handlers": ("evaluator::val_handlers", "handlers", "val_handlers"),
+}
+_SAVER_DEFAULTS = {name: value.default for name, value in inspect.signature(SaveImaged.__init__).parameters.items()}
+_BACKGROUND = ("background", "bg", "back ground")
+
+
+class BundleReader:
+    """A MONAI bundle directory, read part by part; every part is built on first use and kept.
+
+    What is executed: reading runs nothing. A part (`network`, `inferer`, …) evaluates its own id and the ids that it
+    refers to, and with the first of them the config's import statements (MONAI's `ConfigParser` does so). The
+    bundle's `scripts/` are imported when a part names them, with the bundle root on `sys.path` for that long. `run`,
+    `initialize`, `finalize`, the evaluator, its handlers and the logging configuration are never evaluated; of the
+    expressions that load weights only the path is.
+
+    Args:
+        bundle_dir: the bundle root, the folder that has `configs/`.
+        config_files: merged left to right as `monai.bundle run --config_file` does; relative ones are looked for in
+            the bundle. Default: `configs/inference` with the suffix json, yaml or yml.
+        overrides: ids (nested by `::` or `#`) to values, as on MONAI's command line; they win over the files.
+        device: where the network goes; replaces the config's `device`.
+        weights: "required" raises where the checkpoint is missing, "optional" keeps the random weights and warns.
+
+    Raises:
+        UsageError: no such bundle or config file; later, on use, an id that the config lacks, or missing weights.
+        NetworkError: on use, a part that cannot be built, or weights that do not fit.
+
+    Example:
+        reader = BundleReader("bundles/brain_tissue_segmentation", overrides={"network_def#out_channels": 4})
+        prediction = reader.inferer(image, reader.network)
+        reader.class_names                                # {0: "background", 1: "cerebrospinal fluid", …}
+    """
+
+    def __init__(
+        self,
+        bundle_dir: str | Path,
+        config_files: str | Path | Sequence[str | Path] | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        device: str | torch.device = "cpu",
+        weights: Literal["required", "optional"] = "required",
+    ) -> None:
+        if weights not in ("required", "optional"):
+            raise UsageError(f"weights must be 'required' or 'optional', not {weights!r}")
+        self.bundle_dir = Path(bundle_dir).resolve()
+        if not self.bundle_dir.is_dir():
+            raise UsageError(f"no bundle at {bundle_dir}: there is no such folder")
+        self.config_files = self._config_files(config_files)
+        self.device = torch.device(device)
+        self.weights = weights
+        self.metadata = self._read_metadata()
+        self.parser = ConfigParser()
+        try:
+            self.parser.read_config([str(file) for file in self.config_files])
+        except Exception as error:  # whatever the JSON or YAML reader raises, it is the file that is at fault
+            raise UsageError(f"{self._files} cannot be read: {_cause(error)}") from error
+        self.parser[ConfigParser.meta_key] = self.metadata
+        overrides = dict(overrides or {})
+        self._overridden = set(overrides)
+        self.parser.update({**self._own_values(), **overrides})
+        self.parser.resolve_macro_and_relative_ids()
+        self._modules: dict[str, ModuleType] = {}
+
+    def __repr__(self) -> str:
+        return f"BundleReader({self.name!r}, {self._files}, device={self.device})"
+
+    # ------------------------------------------------------------------ parts that run
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """The network with its weights, on `device`, in eval mode.
+
+        Raises:
+            UsageError: no id for it in the config, or its weights are missing and required.
+            NetworkError: it cannot be built, is no module, or the weights do not fit.
+        """
+        source = self.weight_source
+        network = self._part("network")
+        if not isinstance(network, nn.Module):
+            raise NetworkError(f"'{self.id_of('network')}' of {self._files} is a {type(network).__name__}, no network")
+        if self.weights == "optional" and not source.path.is_file():
+            logger.warning("%s: no weights at %s, the network stays at its random ones", self.name, source.path)
+        else:
+            load_weights(network, source, self.device)
+        return network.to(self.device).eval()
+
+    @cached_property
+    def inferer(self) -> Inferer | Callable[..., Any]:
+        """How the bundle runs the network over a volume: called as `inferer(inputs, network)`."""
+        return self._part("inferer")
+
+    @cached_property
+    def preprocessing(self) -> Compose:
+        """The transforms from file names to the network's input, always a `Compose`."""
+        return self._compose("preprocessing")
+
+    @cached_property
+    def postprocessing(self) -> Compose:
+        """The transforms from prediction to output file; empty where the bundle has none."""
+        return self._compose("postprocessing") if self.has("postprocessing") else Compose([])
+
+    @cached_property
+    def amp(self) -> bool:
+        """Whether the evaluator runs the network under autocast."""
+        return bool(self._part("amp")) if self.has("amp") else False
+
+    # ------------------------------------------------------------------ what it says of itself
+
+    @property
+    def name(self) -> str:
+        """Metadata's name, else the folder's."""
+        return str(self.metadata.get("name") or self.bundle_dir.name)
+
+    @property
+    def version(self) -> str | None:
+        """Metadata's version, or None."""
+        return _text(self.metadata.get("version"))
+
+    @property
+    def task(self) -> str | None:
+        """Metadata's free text on what the bundle does, such as "Decathlon spleen segmentation", or None."""
+        return _text(self.metadata.get("task"))
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Metadata's `network_data_format` inputs: name to format; empty where it says nothing."""
+        return self._data_format("inputs")
+
+    @property
+    def outputs(self) -> dict[str, Any]:
+        """Metadata's `network_data_format` outputs: name to format; several for networks with several heads."""
+        return self._data_format("outputs")
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Output channel to name, of the output "pred" or else the first that names its channels; may be empty."""
+        for name in sorted(self.outputs, key=lambda key: key != "pred"):
+            if names := _channel_names(self.outputs[name]):
+                return names
+        return {}
+
+    @property
+    def background(self) -> int | None:
+        """The class that is named background, or None: sigmoid outputs and classifications often have none."""
+        return next((index for index, name in self.class_names.items() if name.strip().lower() in _BACKGROUND), None)
+
+    @property
+    def channel_names(self) -> dict[int, str]:
+        """Input channel to name, such as {0: "T1c", 1: "T1"}; one name for several channels is numbered."""
+        data_format: Any = self.inputs.get(self.image_key) or next(iter(self.inputs.values()), {})
+        names = _channel_names(data_format)
+        count = data_format.get("num_channels") if isinstance(data_format, Mapping) else None
+        if isinstance(count, int) and count > len(names):
+            stem = names.get(0, "channel")
+            return {i: names[i] if i in names and len(names) > 1 else f"{stem} {i}" for i in range(count)}
+        return names
+
+    @cached_property
+    def image_key(self) -> str:
+        """The dictionary key of what the network sees: the config's `image_key`, else MONAI's default "image" where
+        the preprocessing loads or concatenates to it, else what it concatenates to or loads first."""
+        if "image_key" in self.parser:
+            return str(self.resolve("image_key"))
+        keys: list[str] = []
+        for target, option in (("ConcatItemsd", "name"), ("LoadImaged", "keys")):
+            for key, content in self._components(target, "preprocessing"):
+                if option in content:
+                    keys += ensure_tuple(self.resolve(f"{key}::{option}"))
+        keys = list(map(str, keys or self.inputs))
+        if keys:
+            return str(CommonKeys.IMAGE) if CommonKeys.IMAGE in keys else keys[0]
+        raise self._lacks("image_key", ("image_key", "LoadImaged in preprocessing"), "image_key image")
+
+    @cached_property
+    def output_dir(self) -> Path:
+        """Where the bundle writes; relative ones are relative to the working directory, as in MONAI."""
+        if "output_dir" in self._overridden or self._saver is None or "output_dir" not in self._saver[1]:
+            return Path(self.resolve("output_dir")) if "output_dir" in self.parser else self.bundle_dir / "eval"
+        return Path(self._saved("output_dir"))
+
+    @cached_property
+    def output_postfix(self) -> str:
+        """The postfix that its SaveImaged appends to file names (MONAI's default: "trans")."""
+        return str(self._saved("output_postfix"))
+
+    @cached_property
+    def output_ext(self) -> str:
+        """The extension that its SaveImaged writes, with its dot (MONAI's default: ".nii.gz")."""
+        return "." + str(self._saved("output_ext")).lstrip(".")
+
+    @cached_property
+    def separate_folder(self) -> bool:
+        """Whether its SaveImaged gives each case a folder (MONAI's default: yes)."""
+        return bool(self._saved("separate_folder"))
+
+    @cached_property
+    def weight_source(self) -> WeightSource:
+        """The checkpoint that the bundle loads, and what in its config says so; the file may be missing."""
+        return find_weights(self.parser, self.id_of("network"), self.bundle_dir, self.resolve)
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of the weights (where present), the config files and metadata.json, by their path in the bundle."""
+        files = [self.weight_source.path, *self.config_files, self._metadata_file]
+        return {self._relative(file): _sha256(file) for file in files if file.is_file()}
+
+    # ------------------------------------------------------------------ ids
+
+    def has(self, part: str) -> bool:
+        """Whether the config has an id for `part` (a name of this class such as "inferer", or "handlers")."""
+        return self._find(part) is not None
+
+    def id_of(self, part: str) -> str:
+        """The id under which the config keeps `part`; references are followed, so `handlers` and not
+        `evaluator::val_handlers`.
+
+        Raises:
+            UsageError: it has none; the message lists the ids that were looked for and the override that helps.
+        """
+        found = self._find(part)
+        if found is None:
+            raise self._lacks(part, _IDS[part], f"{part} '@id_of_yours'")
+        seen = {found}
+        while isinstance(value := self.parser[found], str) and value.startswith("@") and value[1:] in self.parser:
+            found = value[1:]
+            if found in seen:
+                raise UsageError(f"'{found}' of {self._files} refers to itself")
+            seen.add(found)
+        return found
+
+    @property
+    def run_id(self) -> str | None:
+        """The id that starts the bundle (`run`, `evaluating`, …): the one that runs the evaluator, or None."""
+        config: Any = self.parser.config
+        ids = [key for key, value in config.items() if "@evaluator.run" in json.dumps(value, default=str)]
+        return "run" if "run" in ids else next(iter(ids), None)
+
+    def resolve(self, key: str) -> Any:
+        """The value of any id, built with the bundle's own `scripts/` importable.
+
+        Raises:
+            UsageError: there is no such id.
+            NetworkError: building it failed; the message has the cause and the override that helps.
+        """
+        if key not in self.parser:
+            raise self._lacks(key, (key,), f"{key.replace('::', '#')} VALUE")
+        with self.importable():
+            try:
+                value = self.parser.get_parsed_content(key)
+            except Exception as error:  # a bundle runs code of its own: anything can come, and is named
+                built = sorted(name for name in references(self.parser, key) if "_target_" in str(self.parser[name]))
+                raise NetworkError(
+                    f"'{key}' of {self._files} cannot be built: {_cause(error)}; install what is missing, or override "
+                    f"what is wrong, whole or in part, on the command line --{built[0] if built else key}#ARGUMENT VALUE"
+                ) from error
+        return getattr(value, "_raw", value)
+
+    @contextmanager
+    def importable(self) -> Iterator[None]:
+        """The bundle root on `sys.path`; every bundle calls its package `scripts`, so another's makes way meanwhile.
+
+        Needed by a caller only where the bundle's code imports from `scripts` while it runs.
+        """
+        tops = {file.relative_to(self.bundle_dir).parts[0] for file in self.bundle_dir.glob("*/*.py")}
+        tops |= {file.stem for file in self.bundle_dir.glob("*.py")}
+        ours = {name for name in sys.modules if name.partition(".")[0] in tops}
+        foreign = {name: sys.modules[name] for name in ours if not self._is_own(sys.modules[name])}
+        path_before = list(sys.path)
+        for name in foreign:
+            del sys.modules[name]
+        sys.modules.update(self._modules)
+        sys.path.insert(0, str(self.bundle_dir))
+        try:
+            yield
+        finally:
+            sys.path[:] = path_before
+            own = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in tops}
+            self._modules = {name: module for name, module in own.items() if self._is_own(module)}
+            if foreign:  # nobody was displaced: ours may stay, for pickling and late imports
+                for name in self._modules:
+                    del sys.modules[name]
+                sys.modules.update(foreign)
+
+    # ------------------------------------------------------------------ inside
+
+    def _config_files(self, given: str | Path | Sequence[str | Path] | None) -> tuple[Path, ...]:
+        if given is None:
+            candidates = [self.bundle_dir / "configs" / f"inference.{suffix}" for suffix in ConfigParser.suffixes]
+            found = next((file for file in candidates if file.is_file()), None)
+            if found is None:
+                names = ", ".join(sorted(file.name for file in (self.bundle_dir / "configs").glob("*.*"))) or "none"
+                raise UsageError(
+                    f"{self.bundle_dir} has no configs/inference.json, .yaml or .yml; name the config to use with "
+                    f"config_files (--config_file), there are: {names}"
+                )
+            return (found,)
+        listed = [given] if isinstance(given, (str, Path)) else list(given)
+        files = []
+        for file in map(Path, listed):
+            inside = self.bundle_dir / file
+            chosen = inside if inside.is_file() else file.resolve()
+            if not chosen.is_file():
+                raise UsageError(f"no config file {file}, neither in {self.bundle_dir} nor from here")
+            files.append(chosen)
+        return tuple(files)
+
+    @property
+    def _metadata_file(self) -> Path:
+        return self.config_files[0].parent / "metadata.json"  # MONAI's rule: beside the first config
+
+    def _read_metadata(self) -> dict[str, Any]:
+        if not self._metadata_file.is_file():
+            logger.warning("%s has no metadata.json: names of classes and channels are unknown", self.bundle_dir.name)
+            return {}
+        try:
+            metadata = json.loads(self._metadata_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{self._relative(self._metadata_file)} is no valid JSON: {error}") from error
+        if not isinstance(metadata, dict):
+            raise UsageError(f"{self._relative(self._metadata_file)} must hold a JSON object")
+        return metadata
+
+    def _own_values(self) -> dict[str, Any]:
+        values: dict[str, Any] = {"bundle_root": str(self.bundle_dir)}
+        if "device" in self.parser:
+            values["device"] = self.device
+        return values
+
+    def _find(self, part: str) -> str | None:
+        ids = sorted(_IDS[part], key=lambda key: key not in self._overridden)
+        return next((key for key in ids if key in self.parser and self.parser[key] is not None), None)
+
+    def _part(self, part: str) -> Any:
+        return self.resolve(self.id_of(part))
+
+    def _compose(self, part: str) -> Compose:
+        transforms = self._part(part)
+        if isinstance(transforms, Compose):
+            return transforms
+        if isinstance(transforms, (list, tuple)) or callable(transforms):
+            return Compose(transforms)
+        raise UsageError(f"'{self.id_of(part)}' of {self._files} is a {type(transforms).__name__}, no transform")
+
+    def _components(self, target: str, part: str) -> list[tuple[str, Mapping[str, Any]]]:
+        """All `target` components that `part` is made of, with their ids."""
+        if not self.has(part):
+            return []
+        within = references(self.parser, self.id_of(part))
+        found = components(self.parser.config)
+        return [
+            (key, content)
+            for key, content in found
+            if str(content["_target_"]).rpartition(".")[2] == target
+            and any(key == root or key.startswith(f"{root.replace('#', '::')}::") for root in within)
+        ]
+
+    @cached_property
+    def _saver(self) -> tuple[str, Mapping[str, Any]] | None:
+        """Its SaveImaged, the one of the prediction where there are several."""
+        savers = self._components("SaveImaged", "postprocessing")
+        return next((saver for saver in savers if "pred" in str(saver[1].get("keys"))), next(iter(savers), None))
+
+    def _saved(self, option: str) -> Any:
+        if self._saver is not None and option in self._saver[1]:
+            return self.resolve(f"{self._saver[0]}::{option}")
+        if self._saver is None and option in self.parser:  # it saves with a class of its own, under MONAI's names
+            return self.resolve(option)
+        return _SAVER_DEFAULTS[option]
+
+    def _data_format(self, side: str) -> dict[str, Any]:
+        formats = self.metadata.get("network_data_format")
+        found = formats.get(side) if isinstance(formats, Mapping) else None
+        return dict(found) if isinstance(found, Mapping) else {}
+
+    @property
+    def _files(self) -> str:
+        return " + ".join(map(self._relative, self.config_files))
+
+    def _relative(self, file: Path) -> str:
+        return file.relative_to(self.bundle_dir).as_posix() if file.is_relative_to(self.bundle_dir) else file.name
+
+    def _is_own(self, module: ModuleType) -> bool:
+        places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
+        return any(place and Path(place).is_relative_to(self.bundle_dir) for place in places)
+
+    def _lacks(self, part: str, ids: Sequence[str], override: str) -> UsageError:
+        return UsageError(
+            f"bundle {self.name!r} has no {part}: {self._files} has none of the ids {', '.join(ids)}; say which one to "
+            f"use with overrides, on the command line --{override}"
+        )
+
+
+def _channel_names(data_format: Any) -> dict[int, str]:
+    names = data_format.get("channel_def") if isinstance(data_format, Mapping) else None
+    if isinstance(names, (list, tuple)):
+        names = dict(enumerate(names))
+    if not isinstance(names, Mapping):
+        return {}
+    return {int(index): str(name) for index, name in names.items() if str(index).isdigit()}
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost cause in one line: MONAI wraps what went wrong in where it went wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
