@@ -148,7 +148,7 @@ def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
 
 def _plain(value: Any, key: str, non_finite: dict[str, str]) -> Any:
     if hasattr(value, "detach"):  # a torch tensor, without importing torch
-        value = value.detach().cpu().numpy()
+        value = value.detach().tolist()
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
     if value is None or isinstance(value, (bool, int, str)):

@@ -52,7 +52,7 @@ def save_map(
     """
     path = Path(path)
     if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
+        values = values.detach().cpu().float().numpy()  # NumPy knows no bfloat16
     with np.errstate(over="ignore"):  # what overflows is refused below
         array = np.asarray(values).astype(np.float32)
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
@@ -63,8 +63,7 @@ def save_map(
     header = grid.header.copy()
     header.set_data_dtype(np.float32)
     header.set_data_shape(data.shape)
-    for field in ("pixdim", "xyzt_units"):  # set_data_shape resets zooms of axes that it finds missing
-        header[field] = grid.header[field]
+    header["pixdim"] = grid.header["pixdim"]  # nibabel resets it for axes that come or go
     header.set_intent("estimate", (), name=method.encode("ascii", "replace")[:16].decode())
     low, high = _window(array)
     header["cal_min"] = low if cal_min is None else cal_min

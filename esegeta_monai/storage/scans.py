@@ -43,7 +43,7 @@ class Grid:
 
     Attributes:
         shape: the array's shape on disk, trailing singletons included, channels last.
-        header: a NIfTI header that carries the geometry and nothing else of the scan.
+        header: a NIfTI header that carries shape and geometry and nothing else of the scan.
     """
 
     shape: tuple[int, ...]
@@ -73,8 +73,8 @@ class Grid:
             return cls.of(read_scan(path))
         if isinstance(scan, nib.spatialimages.SpatialImage):
             if isinstance(scan.header, nib.Nifti1Header):
-                return cls(tuple(scan.shape), _geometry_of(scan.header))
-            return cls(tuple(scan.shape), _geometry_from(scan.affine))
+                return cls(tuple(scan.shape), _geometry_of(scan.header, scan.shape))
+            return cls(tuple(scan.shape), _geometry_from(scan.affine, scan.shape))
         meta = scan.meta if isinstance(scan, MetaTensor) else scan
         if isinstance(scan, MetaTensor):
             shape = _disk_shape(tuple(scan.shape))
@@ -87,31 +87,34 @@ class Grid:
             raise InputError("the scan's meta data has no 'affine': load it with MONAI's LoadImage")
         matrix = _four_by_four(np.asarray(affine, dtype=np.float64))
         if all(field in meta for field in GEOMETRY_FIELDS):
-            header = _geometry_of(meta)
+            header = _geometry_of(meta, shape)
             if np.allclose(header.get_best_affine(), matrix, rtol=1e-5, atol=1e-5 * np.abs(matrix).max()):
                 return cls(shape, header)
-        return cls(shape, _geometry_from(matrix))
+        return cls(shape, _geometry_from(matrix, shape))
 
 
-def _geometry_of(header: Any) -> nib.Nifti1Header:
-    """A fresh header with the geometry fields of ``header``, bit for bit (float32 as NIfTI-1 holds them)."""
+def _geometry_of(header: Any, shape: tuple[int, ...]) -> nib.Nifti1Header:
+    """A fresh header with the geometry fields of ``header``, bit for bit (float32 as NIfTI-1 holds them).
+
+    The shape belongs to it: with sform and qform codes of 0 the origin is the middle of the volume.
+    """
     fresh = nib.Nifti1Header()
+    fresh.set_data_shape(shape)
     for field in GEOMETRY_FIELDS:
         fresh[field] = np.asarray(header[field])
     return fresh
 
 
-def _geometry_from(affine: np.ndarray) -> nib.Nifti1Header:
+def _geometry_from(affine: np.ndarray, shape: tuple[int, ...]) -> nib.Nifti1Header:
     """A fresh header for an affine that came without one: millimetres, code 1 ("scanner")."""
     fresh = nib.Nifti1Header()
-    fresh.set_data_shape((1, 1, 1))
-    fresh.set_zooms(np.sqrt((affine[:3, :3] ** 2).sum(axis=0)))
+    fresh.set_data_shape(shape)
     fresh.set_sform(affine, code=1)
     fresh.set_qform(affine, code=1, strip_shears=True)
     if not np.allclose(fresh.get_qform(), affine, rtol=1e-4, atol=1e-4 * np.abs(affine[:3, :3]).max()):
         fresh["qform_code"] = 0
     fresh.set_xyzt_units("mm")
-    return _geometry_of(fresh)
+    return fresh
 
 
 def _disk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
