@@ -6,12 +6,9 @@ import hashlib
 import inspect
 import json
 import logging
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -21,6 +18,8 @@ from monai.transforms import Compose, SaveImaged
 from monai.utils import CommonKeys, ensure_tuple
 from torch import nn
 
+from esegeta_monai.bundle.imports import BundleImports
+from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.weights import WeightSource, components, find_weights, load_weights, references
 from esegeta_monai.errors import NetworkError, UsageError
 
@@ -38,7 +37,6 @@ _IDS = {
     "handlers": ("evaluator::val_handlers", "handlers", "val_handlers"),
 }
 _SAVER_DEFAULTS = {name: value.default for name, value in inspect.signature(SaveImaged.__init__).parameters.items()}
-_BACKGROUND = ("background", "bg", "back ground")
 
 
 class BundleReader:
@@ -90,12 +88,12 @@ class BundleReader:
             self.parser.read_config([str(file) for file in self.config_files])
         except Exception as error:  # whatever the JSON or YAML reader raises, it is the file that is at fault
             raise UsageError(f"{self._files} cannot be read: {_cause(error)}") from error
-        self.parser[ConfigParser.meta_key] = self.metadata
+        self.parser[ConfigParser.meta_key] = self.metadata.content
         overrides = dict(overrides or {})
         self._overridden = set(overrides)
         self.parser.update({**self._own_values(), **overrides})
         self.parser.resolve_macro_and_relative_ids()
-        self._modules: dict[str, ModuleType] = {}
+        self.importable = BundleImports(self.bundle_dir)
 
     def __repr__(self) -> str:
         return f"BundleReader({self.name!r}, {self._files}, device={self.device})"
@@ -145,66 +143,45 @@ class BundleReader:
     @property
     def name(self) -> str:
         """Metadata's name, else the folder's."""
-        return str(self.metadata.get("name") or self.bundle_dir.name)
+        return self.metadata.name or self.bundle_dir.name
 
     @property
     def version(self) -> str | None:
         """Metadata's version, or None."""
-        return _text(self.metadata.get("version"))
+        return self.metadata.version
 
     @property
     def task(self) -> str | None:
-        """Metadata's free text on what the bundle does, such as "Decathlon spleen segmentation", or None."""
-        return _text(self.metadata.get("task"))
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """Metadata's `network_data_format` inputs: name to format; empty where it says nothing."""
-        return self._data_format("inputs")
-
-    @property
-    def outputs(self) -> dict[str, Any]:
-        """Metadata's `network_data_format` outputs: name to format; several for networks with several heads."""
-        return self._data_format("outputs")
+        """Metadata's free text on what the bundle does, or None."""
+        return self.metadata.task
 
     @property
     def class_names(self) -> dict[int, str]:
-        """Output channel to name, of the output "pred" or else the first that names its channels; may be empty."""
-        for name in sorted(self.outputs, key=lambda key: key != "pred"):
-            if names := _channel_names(self.outputs[name]):
-                return names
-        return {}
+        """Output channel to name; empty where metadata names none."""
+        return self.metadata.class_names
 
     @property
     def background(self) -> int | None:
-        """The class that is named background, or None: sigmoid outputs and classifications often have none."""
-        return next((index for index, name in self.class_names.items() if name.strip().lower() in _BACKGROUND), None)
+        """The class that is named background, or None."""
+        return self.metadata.background
 
     @property
     def channel_names(self) -> dict[int, str]:
-        """Input channel to name, such as {0: "T1c", 1: "T1"}; one name for several channels is numbered."""
-        data_format: Any = self.inputs.get(self.image_key) or next(iter(self.inputs.values()), {})
-        names = _channel_names(data_format)
-        count = data_format.get("num_channels") if isinstance(data_format, Mapping) else None
-        if isinstance(count, int) and count > len(names):
-            stem = names.get(0, "channel")
-            return {i: names[i] if i in names and len(names) > 1 else f"{stem} {i}" for i in range(count)}
-        return names
+        """Input channel to name; empty where metadata says nothing."""
+        return self.metadata.channel_names
 
     @cached_property
     def image_key(self) -> str:
         """The dictionary key of what the network sees: the config's `image_key`, else MONAI's default "image" where
-        the preprocessing loads or concatenates to it, else what it concatenates to or loads first."""
+        the preprocessing loads or makes it, else what it loads first."""
         if "image_key" in self.parser:
             return str(self.resolve("image_key"))
-        keys: list[str] = []
-        for target, option in (("ConcatItemsd", "name"), ("LoadImaged", "keys")):
-            for key, content in self._components(target, "preprocessing"):
-                if option in content:
-                    keys += ensure_tuple(self.resolve(f"{key}::{option}"))
-        keys = list(map(str, keys or self.inputs))
+        loaders = self._components("LoadImaged", "preprocessing")
+        keys = ensure_tuple(self.resolve(f"{loaders[0][0]}::keys")) if loaders else tuple(self.metadata.inputs)
+        if str(CommonKeys.IMAGE) in map(str, keys) or self._mentions_image("preprocessing"):
+            return str(CommonKeys.IMAGE)
         if keys:
-            return str(CommonKeys.IMAGE) if CommonKeys.IMAGE in keys else keys[0]
+            return str(keys[0])
         raise self._lacks("image_key", ("image_key", "LoadImaged in preprocessing"), "image_key image")
 
     @cached_property
@@ -283,38 +260,12 @@ class BundleReader:
             try:
                 value = self.parser.get_parsed_content(key)
             except Exception as error:  # a bundle runs code of its own: anything can come, and is named
-                built = sorted(name for name in references(self.parser, key) if "_target_" in str(self.parser[name]))
+                parts = [name for name in sorted(references(self.parser, key)) if self._is_built(name)] or [key]
                 raise NetworkError(
                     f"'{key}' of {self._files} cannot be built: {_cause(error)}; install what is missing, or override "
-                    f"what is wrong, whole or in part, on the command line --{built[0] if built else key}#ARGUMENT VALUE"
+                    f"{' or '.join(parts[:4])}, whole or in part, on the command line --{parts[0]}#ARGUMENT VALUE"
                 ) from error
         return getattr(value, "_raw", value)
-
-    @contextmanager
-    def importable(self) -> Iterator[None]:
-        """The bundle root on `sys.path`; every bundle calls its package `scripts`, so another's makes way meanwhile.
-
-        Needed by a caller only where the bundle's code imports from `scripts` while it runs.
-        """
-        tops = {file.relative_to(self.bundle_dir).parts[0] for file in self.bundle_dir.glob("*/*.py")}
-        tops |= {file.stem for file in self.bundle_dir.glob("*.py")}
-        ours = {name for name in sys.modules if name.partition(".")[0] in tops}
-        foreign = {name: sys.modules[name] for name in ours if not self._is_own(sys.modules[name])}
-        path_before = list(sys.path)
-        for name in foreign:
-            del sys.modules[name]
-        sys.modules.update(self._modules)
-        sys.path.insert(0, str(self.bundle_dir))
-        try:
-            yield
-        finally:
-            sys.path[:] = path_before
-            own = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in tops}
-            self._modules = {name: module for name, module in own.items() if self._is_own(module)}
-            if foreign:  # nobody was displaced: ours may stay, for pickling and late imports
-                for name in self._modules:
-                    del sys.modules[name]
-                sys.modules.update(foreign)
 
     # ------------------------------------------------------------------ inside
 
@@ -343,17 +294,17 @@ class BundleReader:
     def _metadata_file(self) -> Path:
         return self.config_files[0].parent / "metadata.json"  # MONAI's rule: beside the first config
 
-    def _read_metadata(self) -> dict[str, Any]:
+    def _read_metadata(self) -> BundleMetadata:
         if not self._metadata_file.is_file():
             logger.warning("%s has no metadata.json: names of classes and channels are unknown", self.bundle_dir.name)
-            return {}
+            return BundleMetadata({})
         try:
             metadata = json.loads(self._metadata_file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UsageError(f"{self._relative(self._metadata_file)} is no valid JSON: {error}") from error
         if not isinstance(metadata, dict):
             raise UsageError(f"{self._relative(self._metadata_file)} must hold a JSON object")
-        return metadata
+        return BundleMetadata(metadata)
 
     def _own_values(self) -> dict[str, Any]:
         values: dict[str, Any] = {"bundle_root": str(self.bundle_dir)}
@@ -375,6 +326,15 @@ class BundleReader:
         if isinstance(transforms, (list, tuple)) or callable(transforms):
             return Compose(transforms)
         raise UsageError(f"'{self.id_of(part)}' of {self._files} is a {type(transforms).__name__}, no transform")
+
+    def _is_built(self, key: str) -> bool:
+        return isinstance(self.parser[key], Mapping) and "_target_" in self.parser[key]
+
+    def _mentions_image(self, part: str) -> bool:
+        """Whether the text of `part`, with all that it refers to, has MONAI's default key of the image."""
+        roots = references(self.parser, self.id_of(part)) if self.has(part) else ()
+        text = json.dumps([self.parser[root] for root in roots], default=str)
+        return f'"{CommonKeys.IMAGE}"' in text or f"'{CommonKeys.IMAGE}'" in text or "CommonKeys.IMAGE" in text
 
     def _components(self, target: str, part: str) -> list[tuple[str, Mapping[str, Any]]]:
         """All `target` components that `part` is made of, with their ids."""
@@ -402,11 +362,6 @@ class BundleReader:
             return self.resolve(option)
         return _SAVER_DEFAULTS[option]
 
-    def _data_format(self, side: str) -> dict[str, Any]:
-        formats = self.metadata.get("network_data_format")
-        found = formats.get(side) if isinstance(formats, Mapping) else None
-        return dict(found) if isinstance(found, Mapping) else {}
-
     @property
     def _files(self) -> str:
         return " + ".join(map(self._relative, self.config_files))
@@ -414,28 +369,11 @@ class BundleReader:
     def _relative(self, file: Path) -> str:
         return file.relative_to(self.bundle_dir).as_posix() if file.is_relative_to(self.bundle_dir) else file.name
 
-    def _is_own(self, module: ModuleType) -> bool:
-        places = [getattr(module, "__file__", None) or "", *getattr(module, "__path__", ())]
-        return any(place and Path(place).is_relative_to(self.bundle_dir) for place in places)
-
     def _lacks(self, part: str, ids: Sequence[str], override: str) -> UsageError:
         return UsageError(
             f"bundle {self.name!r} has no {part}: {self._files} has none of the ids {', '.join(ids)}; say which one to "
             f"use with overrides, on the command line --{override}"
         )
-
-
-def _channel_names(data_format: Any) -> dict[int, str]:
-    names = data_format.get("channel_def") if isinstance(data_format, Mapping) else None
-    if isinstance(names, (list, tuple)):
-        names = dict(enumerate(names))
-    if not isinstance(names, Mapping):
-        return {}
-    return {int(index): str(name) for index, name in names.items() if str(index).isdigit()}
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
 
 
 def _cause(error: BaseException) -> str:

@@ -121,7 +121,7 @@ def load_weights(network: nn.Module, source: WeightSource, device: torch.device)
             f"{source.path} holds more than tensors, and unpickling it could run code; save its state dict alone "
             f"with torch.save(network.state_dict(), path) ({_first_line(error)})"
         ) from error
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:  # as torch tells damaged files, by their kind
         if "TorchScript" not in str(error):
             raise UsageError(f"{source.path} is no readable checkpoint: {_first_line(error)}") from error
         raise NetworkError(

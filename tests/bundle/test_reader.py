@@ -1,0 +1,463 @@
+"""Bundles of every style are read to the same network that MONAI runs, or refused with what to do about it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow
+from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.networks.nets import BasicUNet
+from monai.transforms import Compose
+
+from esegeta_monai.bundle import BundleReader
+from esegeta_monai.errors import NetworkError, UsageError
+from tests.bundle.synthetic import METADATA, NETWORK, network, wired, write, write_scan
+
+BUNDLES = sorted((Path(__file__).parents[2] / "bundles").glob("*/configs/inference.json"))
+
+
+@pytest.fixture(autouse=True)
+def _no_scripts_from_elsewhere() -> Iterator[None]:
+    """The first bundle's `scripts` stay imported in a process; here each test is the first."""
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "scripts"}
+    for name in before:
+        del sys.modules[name]
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "scripts"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def minimal(**more: Any) -> dict[str, Any]:
+    """A bundle without an evaluator, as tools that do not use Ignite write it."""
+    return {"network_def": dict(NETWORK), "inferer": {"_target_": "SimpleInferer"}, **more}
+
+
+# ---------------------------------------------------------------------- the usual bundle
+
+
+def test_reads_every_part(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bundle", wired(tmp_path))
+    reader = BundleReader(folder)
+    assert isinstance(reader.network, BasicUNet)
+    assert same_weights(reader.network, network())
+    assert not reader.network.training
+    assert isinstance(reader.inferer, SlidingWindowInferer)
+    assert reader.inferer.roi_size == [32, 32]
+    assert isinstance(reader.preprocessing, Compose)
+    assert [type(t).__name__ for t in reader.preprocessing.transforms] == ["LoadImaged", "ScaleIntensityd"]
+    assert [type(t).__name__ for t in reader.postprocessing.transforms] == ["Activationsd", "SaveImaged"]
+    assert reader.amp is False
+    assert (reader.name, reader.version, reader.task) == ("Tiny bundle", "1.2.3", "Segmentation of nothing")
+    assert reader.class_names == {0: "background", 1: "spleen", 2: "tumour"}
+    assert reader.background == 0
+    assert reader.channel_names == {0: "T1"}
+    assert reader.image_key == "image"
+    assert reader.output_dir == tmp_path / "eval"
+    assert (reader.output_postfix, reader.output_ext, reader.separate_folder) == ("seg", ".nii", False)
+    assert (reader.id_of("network"), reader.id_of("handlers"), reader.run_id) == ("network", "handlers", "run")
+
+
+def test_equals_what_monai_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Oracle: MONAI's own workflow, with Ignite and its CheckpointLoader, predicts the same scan."""
+    folder = write(tmp_path / "bundle", wired(tmp_path))
+    write_scan(tmp_path)
+    monkeypatch.chdir(folder)
+    workflow = ConfigWorkflow(
+        config_file=str(folder / "configs/inference.json"), meta_file=str(folder / "configs/metadata.json"),
+        workflow_type="infer", device="$torch.device('cpu')", bundle_root=str(folder), postprocessing="$None",
+    )
+    workflow.initialize()
+    workflow.run()
+    expected = workflow.parser.get_parsed_content("evaluator").state.output[0]["pred"]
+
+    reader = BundleReader(folder)
+    image = reader.preprocessing({reader.image_key: str(tmp_path / "scan.nii.gz")})[reader.image_key]
+    with torch.no_grad():
+        prediction = reader.inferer(image[None], reader.network)
+    assert torch.equal(prediction[0].as_tensor(), expected.as_tensor())
+    assert expected.std() > 0
+
+
+def test_nothing_is_executed_but_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = wired(tmp_path)
+    for key in ("run", "initialize", "finalize", "other"):
+        config[key] = [f"$open('{key}_was_executed', 'w')"]
+    config["handlers"].append({"_target_": "builtins.open", "file": "handler_was_executed", "mode": "w"})
+    folder = write(tmp_path / "bundle", config)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    reader = BundleReader(folder)
+    parts = (reader.network, reader.inferer, reader.preprocessing, reader.postprocessing, reader.amp, reader.output_dir)
+    assert len(parts) == 6
+    assert reader.hashes()
+    assert not list((tmp_path / "here").iterdir())
+    reader.resolve("other")
+    assert [file.name for file in (tmp_path / "here").iterdir()] == ["other_was_executed"]
+
+
+def test_reading_alone_builds_nothing(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bundle", {"network_def": {"_target_": "no.such.Network"}}, weights=None)
+    assert BundleReader(folder).class_names[1] == "spleen"
+
+
+def test_hashes(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bundle", wired(tmp_path))
+    expected = {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name in ("models/model.pt", "configs/inference.json", "configs/metadata.json")
+    }
+    assert BundleReader(folder).hashes() == expected
+
+
+# ---------------------------------------------------------------------- other styles
+
+
+def test_yaml_with_other_ids_and_code_of_its_own(tmp_path: Path) -> None:
+    """YAML, `val_handlers`, `evaluating`, a network from `scripts/`, weights of a DDP network under a key."""
+    scripts = {
+        "__init__.py": "",
+        "nets.py": "from scripts.base import Base\nclass Mine(Base):\n    pass\n",
+        "base.py": "import torch\nclass Base(torch.nn.Conv2d):\n    pass\n",
+    }
+    config = {
+        "net": {"_target_": "scripts.nets.Mine", "in_channels": 2, "out_channels": 3, "kernel_size": 1},
+        "checkpoint": "$@bundle_root + '/models/model.pt'",
+        "bundle_root": "/nowhere",
+        "val_handlers": [{"_target_": "CheckpointLoader", "_disabled_": "$not os.path.exists(@checkpoint)",
+                          "load_path": "@checkpoint", "load_dict": {"weights_of_it": "@net"}, "strict": "True"}],
+        "evaluator": {"_target_": "SupervisedEvaluator", "network": "@net", "val_handlers": "@val_handlers",
+                      "inferer": {"_target_": "SimpleInferer"}, "amp": True},
+        "evaluating": ["$@evaluator.run()"],
+    }
+    state = {"module.weight": torch.arange(6.0).view(3, 2, 1, 1), "module.bias": torch.arange(3.0)}
+    folder = write(tmp_path / "bundle", config, name="inference.yaml", scripts=scripts, metadata=None,
+                   weights={"weights_of_it": state, "optimizer": {"lr": torch.zeros(1)}})
+    reader = BundleReader(folder)
+    assert type(reader.network).__name__ == "Mine"
+    assert torch.equal(reader.network.state_dict()["weight"].flatten(), torch.arange(6.0))
+    assert isinstance(reader.inferer, SimpleInferer)
+    assert reader.amp is True
+    assert (reader.id_of("handlers"), reader.run_id, reader.name) == ("val_handlers", "evaluating", "bundle")
+    assert (reader.version, reader.task, reader.class_names, reader.background) == (None, None, {}, None)
+    assert reader.output_ext == ".nii.gz"
+    assert reader.output_dir == folder / "eval"
+    assert reader.postprocessing.transforms == ()
+    assert list(reader.hashes()) == ["models/model.pt", "configs/inference.yaml"]
+
+
+@pytest.mark.parametrize(
+    "expressions",
+    [
+        {"initialize": ["$@network_def.load_state_dict(torch.load(@path, map_location='cpu')['inner'])"]},
+        {"initialize": ["$print(1)", "$@network_def.load_state_dict(@loaded['inner'], strict=True)"],
+         "loaded": "$torch.load(@path, weights_only=False)"},
+        {"go": {"load": "$@network_def.load_state_dict(torch.load(os.path.join(@bundle_root, 'other.pt'))['inner'])"}},
+    ],
+)
+def test_weights_loaded_by_an_expression(tmp_path: Path, expressions: dict[str, Any]) -> None:
+    config = minimal(path="$@bundle_root + '/other.pt'", imports=["$import os"], **expressions)
+    folder = write(tmp_path / "bundle", config, weights=None)
+    torch.save({"inner": network(3).state_dict(), "state_dict": network(4).state_dict()}, folder / "other.pt")
+    reader = BundleReader(folder)
+    assert same_weights(reader.network, network(3))
+    assert reader.weight_source.key == "inner"
+    assert next(iter(reader.hashes())) == "other.pt"
+
+
+def test_weights_of_another_network_are_not_taken(tmp_path: Path) -> None:
+    config = minimal(
+        second={"_target_": "torch.nn.Identity"},
+        handlers=[{"_target_": "CheckpointLoader", "load_path": "second.pt", "load_dict": {"model": "@second"}}],
+        load="$@second.load_state_dict(torch.load('second.pt'))",
+    )
+    reader = BundleReader(write(tmp_path / "bundle", config))
+    assert reader.weight_source.path == reader.bundle_dir / "models/model.pt"
+    assert same_weights(reader.network, network())
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "net"])
+def test_state_dict_under_a_usual_key(tmp_path: Path, key: str) -> None:
+    folder = write(tmp_path / "bundle", minimal(), weights={key: network().state_dict(), "epoch": 3})
+    assert same_weights(BundleReader(folder).network, network())
+
+
+def test_parts_inside_the_evaluator_win(tmp_path: Path) -> None:
+    """What the evaluator is wired to runs; an id of the usual name that it does not use is not taken."""
+    config = wired(tmp_path)
+    config["evaluator"]["inferer"] = {"_target_": "SimpleInferer"}
+    config["evaluator"]["postprocessing"] = {
+        "_target_": "Compose", "transforms": [{"_target_": "SaveImaged", "keys": "pred", "output_postfix": "inner"}]
+    }
+    reader = BundleReader(write(tmp_path / "bundle", config))
+    assert isinstance(reader.inferer, SimpleInferer)
+    assert reader.output_postfix == "inner"
+    assert reader.output_dir == tmp_path / "eval"
+
+
+@pytest.mark.parametrize(
+    ("transforms", "more", "key"),
+    [
+        ([{"_target_": "LoadImaged", "keys": ["scan", "mask"]}], {}, "scan"),
+        ([{"_target_": "LoadImaged", "keys": ["t1", "t2"]},
+          {"_target_": "ConcatItemsd", "keys": ["t1", "t2"], "name": "image"}], {}, "image"),
+        ([{"_target_": "LoadImaged", "keys": "@which"}], {"which": "$monai.utils.CommonKeys.IMAGE"}, "image"),
+        ([{"_target_": "LoadImaged", "keys": "scan"}], {"image_key": "other"}, "other"),
+    ],
+)
+def test_image_key(tmp_path: Path, transforms: list[dict], more: dict[str, Any], key: str) -> None:
+    config = minimal(preprocessing={"_target_": "Compose", "transforms": transforms}, **more)
+    assert BundleReader(write(tmp_path / "bundle", config)).image_key == key
+
+
+@pytest.mark.parametrize(
+    ("inputs", "names"),
+    [
+        ({"image": {"num_channels": 4, "channel_def": {"0": "T1c", "1": "T1", "2": "T2", "3": "FLAIR"}}},
+         {0: "T1c", 1: "T1", 2: "T2", 3: "FLAIR"}),
+        ({"image": {"num_channels": 3, "channel_def": {"0": "image"}}}, {0: "image 0", 1: "image 1", 2: "image 2"}),
+        ({"image": {"num_channels": 2}}, {0: "channel 0", 1: "channel 1"}),
+        ({"scan": {"channel_def": ["R", "G"]}}, {0: "R", 1: "G"}),
+        ({}, {}),
+        (None, {}),
+    ],
+)
+def test_channel_names(tmp_path: Path, inputs: Any, names: dict[int, str]) -> None:
+    metadata = {"network_data_format": {"inputs": inputs}}
+    assert BundleReader(write(tmp_path / "bundle", minimal(), metadata=metadata)).channel_names == names
+
+
+def test_class_names_of_several_heads(tmp_path: Path) -> None:
+    outputs = {"distance": {}, "nuclei": {"channel_def": {"0": "other", "1": "Back Ground", "x": "?"}}}
+    metadata = {"network_data_format": {"outputs": outputs}}
+    reader = BundleReader(write(tmp_path / "bundle", minimal(), metadata=metadata))
+    assert reader.class_names == {0: "other", 1: "Back Ground"}
+    assert reader.background == 1
+
+
+def test_several_config_files_and_overrides(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bundle", wired(tmp_path))
+    (folder / "configs/overlay.json").write_text('{"output_dir": "elsewhere", "+handlers": [{"_target_": "X"}]}')
+    reader = BundleReader(
+        folder, ["configs/inference.json", "configs/overlay.json"],
+        overrides={"inferer#overlap": 0.75, "evaluator::amp": True, "network_def#features": [2, 2, 2, 2, 2, 4]},
+        weights="optional",
+    )
+    assert reader.output_dir == Path("elsewhere")
+    assert len(reader.parser["handlers"]) == 3
+    assert reader.inferer.overlap == 0.75  # type: ignore[union-attr]
+    assert reader.amp is True
+    with pytest.raises(NetworkError, match="does not fit BasicUNet"):
+        _ = reader.network
+    assert "configs/overlay.json" in reader.hashes()
+
+
+def test_override_names_the_id(tmp_path: Path) -> None:
+    config = wired(tmp_path)
+    config["my_inferer"] = {"_target_": "SimpleInferer"}
+    folder = write(tmp_path / "bundle", config)
+    reader = BundleReader(folder, overrides={"inferer": "@my_inferer", "amp": True})
+    assert isinstance(reader.inferer, SimpleInferer)
+    assert reader.amp is True
+
+
+def test_saver_of_its_own_kind(tmp_path: Path) -> None:
+    config = minimal(output_ext=".tif", output_postfix="cells", output_dir="out")
+    reader = BundleReader(write(tmp_path / "bundle", config))
+    assert (reader.output_ext, reader.output_postfix, reader.output_dir) == (".tif", "cells", Path("out"))
+
+
+# ---------------------------------------------------------------------- two bundles, one process
+
+
+def test_sys_path_and_modules_are_restored(tmp_path: Path) -> None:
+    def bundle(name: str, value: int, *, broken: bool = False) -> BundleReader:
+        source = f"import torch\nclass Net(torch.nn.Identity):\n    value = {value}\n" + ("1 / 0" if broken else "")
+        config = {"network": {"_target_": "scripts.nets.Net"}}
+        folder = write(tmp_path / name, config, weights={}, scripts={"__init__.py": "", "nets.py": source})
+        return BundleReader(folder, weights="optional")
+
+    path = list(sys.path)
+    first, second, broken = bundle("a", 1), bundle("b", 2), bundle("c", 3, broken=True)
+    for reader in (first, second):
+        (reader.bundle_dir / "models/model.pt").unlink()
+    assert first.network.value == 1
+    assert sys.modules["scripts.nets"].Net is type(first.network)
+    copy.deepcopy(first.network)
+    assert second.network.value == 2
+    assert sys.modules["scripts.nets"].Net is type(first.network)
+    with pytest.raises(NetworkError, match="ZeroDivisionError"):
+        _ = broken.network
+    assert sys.path == path
+    assert sys.modules["scripts.nets"].Net is type(first.network)
+    with second.importable():
+        assert sys.modules["scripts.nets"].Net is type(second.network)
+        assert sys.path[0] == str(second.bundle_dir)
+    assert sys.path == path
+
+
+# ---------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("part", "config", "message"),
+    [
+        ("network", {"inferer": 1}, r"no network: configs/inference\.json has none of .*network_def.* --network"),
+        ("inferer", {"network_def": 1}, r"no inferer: .*evaluator::inferer, inferer.* --inferer '@id_of_yours'"),
+        ("preprocessing", {"evaluator": "$None"}, r"no preprocessing: .*--preprocessing"),
+        ("preprocessing", {"preprocessing": 5}, r"is a int, no transform"),
+    ],
+)
+def test_missing_id(tmp_path: Path, part: str, config: dict[str, Any], message: str) -> None:
+    reader = BundleReader(write(tmp_path / "bundle", config))
+    with pytest.raises(UsageError, match=message):
+        getattr(reader, part)
+
+
+def test_missing_image_key(tmp_path: Path) -> None:
+    reader = BundleReader(write(tmp_path / "bundle", minimal(), metadata={}))
+    with pytest.raises(UsageError, match="--image_key image"):
+        _ = reader.image_key
+
+
+def test_unknown_id(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no nonsense"):
+        BundleReader(write(tmp_path / "bundle", minimal())).resolve("nonsense")
+
+
+def test_network_that_cannot_be_built(tmp_path: Path) -> None:
+    config = minimal(network="$@network_def.to('cpu')")
+    config["network_def"]["img_size"] = 3
+    with pytest.raises(NetworkError, match=r"TypeError: .*img_size.*override network_def.*--network_def#ARGUMENT"):
+        _ = BundleReader(write(tmp_path / "bundle", config)).network
+
+
+def test_network_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(NetworkError, match="is a str, no network"):
+        _ = BundleReader(write(tmp_path / "bundle", {"network": "UNet"})).network
+
+
+def test_missing_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = wired(tmp_path)
+    config["handlers"][0]["load_path"] = "$@bundle_root + '/models/absent.pt'"
+    folder = write(tmp_path / "bundle", config)
+    with pytest.raises(UsageError, match=r"no weights at .*models/absent\.pt .*CheckpointLoader in 'handlers::0'"):
+        _ = BundleReader(folder).network
+    reader = BundleReader(folder, weights="optional")
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(reader.network, BasicUNet)
+    assert "absent.pt" in caplog.text
+    assert "models/absent.pt" not in reader.hashes()
+
+
+class Harmful:
+    """Unpickling this would leave a file behind."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, ("harm", "w")
+
+
+def test_checkpoint_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write(tmp_path / "bundle", minimal(), weights={"model": network().state_dict(), "extra": Harmful()})
+    with pytest.raises(UsageError, match="holds more than tensors"):
+        _ = BundleReader(folder).network
+    assert not (tmp_path / "harm").exists()
+
+
+def test_torchscript_is_refused(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bundle", minimal(), weights=None)
+    torch.jit.script(torch.nn.Conv2d(1, 1, 1)).save(str(folder / "models/model.pt"))
+    with pytest.raises(NetworkError, match="TorchScript"):
+        _ = BundleReader(folder).network
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {}])
+def test_checkpoint_without_a_state_dict(tmp_path: Path, content: Any) -> None:
+    folder = write(tmp_path / "bundle", minimal(), weights=None)
+    torch.save(content, folder / "models/model.pt")
+    with pytest.raises(UsageError, match="no state dict"):
+        _ = BundleReader(folder).network
+
+
+def test_damaged_checkpoint(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bundle", minimal())
+    whole = (folder / "models/model.pt").read_bytes()
+    (folder / "models/model.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=r"model\.pt is no readable checkpoint"):
+        _ = BundleReader(folder).network
+
+
+def test_not_strict_loads_what_fits_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = wired(tmp_path)
+    config["handlers"][0]["strict"] = False
+    state = network().state_dict()
+    state.pop("final_conv.bias")
+    folder = write(tmp_path / "bundle", config, weights=state)
+    with caplog.at_level(logging.WARNING):
+        loaded = BundleReader(folder).network
+    assert "1 missing keys, first final_conv.bias" in caplog.text
+    assert torch.equal(loaded.state_dict()["final_conv.weight"], state["final_conv.weight"])
+
+
+def test_no_such_folder_or_file(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such folder"):
+        BundleReader(tmp_path / "absent")
+    folder = write(tmp_path / "bundle", minimal(), name="predict.json")
+    with pytest.raises(UsageError, match=r"no configs/inference\.json.*--config_file.*metadata\.json, predict\.json"):
+        BundleReader(folder)
+    with pytest.raises(UsageError, match=r"no config file configs/other\.json"):
+        BundleReader(folder, "configs/other.json")
+    assert same_weights(BundleReader(folder, "configs/predict.json").network, network())
+
+
+@pytest.mark.parametrize("file", ["inference.json", "metadata.json"])
+def test_broken_json_is_named(tmp_path: Path, file: str) -> None:
+    folder = write(tmp_path / "bundle", minimal())
+    (folder / "configs" / file).write_text("{,")
+    with pytest.raises(UsageError, match=file):
+        BundleReader(folder)
+
+
+def test_circular_reference(tmp_path: Path) -> None:
+    reader = BundleReader(write(tmp_path / "bundle", {"inferer": "@a", "a": "@inferer"}))
+    with pytest.raises(UsageError, match="refers to itself"):
+        _ = reader.inferer
+
+
+def test_wrong_weights_option(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="required"):
+        BundleReader(write(tmp_path / "bundle", minimal()), weights="maybe")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- the bundles of this project
+
+
+@pytest.mark.skipif(not BUNDLES, reason="bundles/ has no inference config yet")
+@pytest.mark.parametrize("config", BUNDLES, ids=[file.parents[1].name for file in BUNDLES])
+def test_own_bundles(config: Path) -> None:
+    folder = config.parents[1]
+    reader = BundleReader(folder)
+    if not reader.weight_source.path.is_file():
+        pytest.skip(f"{folder.name} has no weights here: train it first")
+    assert isinstance(reader.network, torch.nn.Module)
+    assert callable(reader.inferer)
+    assert reader.preprocessing.transforms
+    assert len(reader.class_names) >= 2
+    assert reader.channel_names
+    assert reader.image_key == "image"
+    assert METADATA["version"] != reader.version is not None
+    assert "models/model.pt" in reader.hashes()
