@@ -2,4 +2,7 @@
 
 from __future__ import annotations
 
+from esegeta_monai.explainer import Attribution, Explainer
+
 __version__ = "0.1.0"
+__all__ = ["Attribution", "Explainer", "__version__"]

@@ -86,8 +86,9 @@ class Registry(Generic[T]):
         group: entry-point group in which other packages announce theirs.
     """
 
-    def __init__(self, kind: str, base: type[T], group: str) -> None:
-        self.kind, self.base, self.group = kind, base, group
+    def __init__(self, kind: str, base: Any, group: str) -> None:
+        self.kind, self.group = kind, group
+        self.base: type[T] = base
         self._classes: dict[str, type[T]] = {}
         self._others_loaded = False
 

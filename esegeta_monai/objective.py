@@ -219,7 +219,7 @@ class Objective:
         self.prediction, self.condition, self.seed = prediction, condition, seed
         self.monitor = monitor or Monitor()
         shape = tuple(prediction.shape[1:] if prediction is not None else out_shape or plan.spatial_shape)
-        self.read: list[int] | None = None
+        self.read: list[int] = []
         if plan.whole:
             out_roi = shape
         elif shape == plan.spatial_shape:
@@ -434,7 +434,7 @@ class Objective:
             condition = torch.stack([self.plan.cut(self.condition, w) for w in windows]).to(self.model.device)
         out = self.model(x, slice_axis=self.plan.slice_axis, coordinates=coordinates, condition=condition)
         self.monitor.passed(len(windows))
-        if self.read is None or len(self.read) == out.shape[1]:
+        if len(self.read) in (0, out.shape[1]):
             return out
         return out.index_select(1, torch.tensor(self.read, device=out.device))
 

@@ -88,6 +88,10 @@ class Method(Configurable, ABC):
     def attribute(self, objective: Objective) -> Explained | Tensor | Passes:
         """The maps (k, C, *spatial) of all targets, or a generator of requests that ends in them."""
 
+    def passes(self, objective: Objective) -> int:
+        """Window passes that `attribute` needs, for progress and for cost estimates; exact unless a method says so."""
+        return len(objective.windows)
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if cls.__module__.startswith("esegeta_monai.") and not cls.__name__.startswith("_"):

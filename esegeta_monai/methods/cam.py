@@ -51,6 +51,10 @@ class GradCam(Method):
     def units(self) -> str:
         return "weighted activation"
 
+    def passes(self, objective: Objective) -> int:
+        """Gradients where the target sees, activations everywhere."""
+        return len(objective.windows) + len(objective.plan)
+
     def attribute(self, objective: Objective) -> Passes:
         """(k, 1, *spatial)."""
         layer = check_layer(objective, self.layer)

@@ -47,6 +47,10 @@ class LayerActivation(Method):
     def units(self) -> str:
         return "activation"
 
+    def passes(self, objective: Objective) -> int:
+        """One forward pass everywhere."""
+        return len(objective.plan)
+
     def attribute(self, objective: Objective) -> Passes:
         """(k, C, *spatial), the same for every target; C is 1 unless ``reduce="channels"``."""
         layer = check_layer(objective, self.layer)

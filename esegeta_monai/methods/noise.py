@@ -67,6 +67,10 @@ class SmoothGrad(Method):
         assert total is not None
         return Explained(total / self.n_samples)
 
+    def passes(self, objective: Objective) -> int:
+        """Those of the method inside, once a sample."""
+        return self.n_samples * self.method.passes(objective)
+
     def _samples(self, objective: Objective) -> Iterator[Tensor]:
         """The method's maps at each noisy image."""
         generator = objective.generator()

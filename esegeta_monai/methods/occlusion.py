@@ -70,6 +70,10 @@ class Occlusion(Method):
         notes = {"occluders": len(boxes), "passes_at_most": passes_needed(objective, boxes)}
         return Explained(maps, {**notes, "baseline": json_ready(baseline.record())})
 
+    def passes(self, objective: Objective) -> int:
+        """At most: occluders that change no voxel are found while running."""
+        return passes_needed(objective, self.occluders(objective, objective.image))
+
     def occluders(self, objective: Objective, reference: Tensor) -> Boxes:
         """The boxes of this case."""
         shape = objective.plan.spatial_shape

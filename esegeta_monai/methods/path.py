@@ -72,6 +72,11 @@ class IntegratedGradients(Method):
         _warn(objective, gap, ends)
         return Explained(maps, notes)
 
+    def passes(self, objective: Objective) -> int:
+        """With ``tolerance`` at most ``max_steps`` gradients; a forward pass each more for non-linear targets."""
+        points = self.n_steps + 1 if self.tolerance is None else self.max_steps
+        return points * len(objective.windows) * (1 if objective.linear else 2)
+
     def _fixed(self, objective: Objective, x0: Tensor, dx: Tensor) -> Tensor:
         nodes, weights = quadrature(self.method, self.n_steps)
         maps = objective.new_maps()

@@ -167,7 +167,7 @@ class Voxel(Target):
         mask[tuple(place)] = True
         which = self.class_index
         if which == "predicted":
-            which = int(prediction[(slice(None), *place)].argmax())
+            which = int(prediction.flatten(1)[:, int(np.ravel_multi_index(place, shape))].argmax())
         return [_masked(self, mask, which, prediction, case)]
 
 
@@ -347,4 +347,4 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
     source = MetaTensor(spatial.as_subclass(torch.Tensor)[None].float(), affine=torch.as_tensor(np.asarray(affine)))
     resample = SpatialResample(mode="nearest", padding_mode="zeros")
     resampled = resample(source, dst_affine=torch.as_tensor(np.asarray(case.affine)), spatial_size=shape)
-    return resampled.as_tensor()[0].round().long().to(prediction.device)
+    return torch.as_tensor(resampled).as_subclass(torch.Tensor)[0].round().long().to(prediction.device)

@@ -1,0 +1,571 @@
+"""Runs methods on the cases of a batch: the one entrance that all doors share.
+
+explainer = Explainer(network, inferer=SlidingWindowInferer((96, 96, 96), 4, 0.5, "gaussian"))
+for attribution in explainer(image, methods=[Saliency()], targets=[MultiClassMask(1)]):
+    ...
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from monai.data import MetaTensor, decollate_batch
+from torch import Tensor, nn
+
+from esegeta_monai.configurable import json_ready
+from esegeta_monai.errors import EsegetaError, InputError, MethodError, MethodTimeout, NetworkError, UsageError
+from esegeta_monai.methods.base import METHODS, Explained, Method, run_together
+from esegeta_monai.monitor import Monitor
+from esegeta_monai.network import Model, check_network, frozen, is_scripted, select_output, unwrap
+from esegeta_monai.objective import Objective
+from esegeta_monai.storage import check_image, versions
+from esegeta_monai.targets.base import TARGETS, Case, Score, Target
+from esegeta_monai.windows import WindowPlan, as_inferer, plan_windows
+
+__all__ = ["Attribution", "Explainer"]
+
+logger = logging.getLogger("esegeta_monai")
+
+OnError = Literal["raise", "record"]
+
+
+@dataclass
+class Attribution:
+    """One map: what a method says about a target of a case.
+
+    Attributes:
+        map: MetaTensor (C, *spatial) on the grid of the image, raw values in the network's dtype; None where there is
+            none (``record["status"]`` says why).
+        method, target: the objects; a target that asks for several scores gives several attributions.
+        case: index of the image in the batch.
+        record: JSON-ready: status, parameters, sums, completeness gap, windows, seconds, memory, versions, warnings.
+        label: the target's name with its class, for files and pictures.
+        mask: bool MetaTensor (1, *spatial) of the target's voxels on the prediction's grid; None for class scores.
+        input: name of the image input, where a network has several.
+        error: the exception of a failed method.
+    """
+
+    map: MetaTensor | None
+    method: Method
+    target: Target
+    case: int
+    record: dict[str, Any]
+    label: str
+    mask: MetaTensor | None = None
+    input: str | None = None
+    error: Exception | None = None
+
+    @property
+    def status(self) -> str:
+        """ok, zero, empty_target, failed or timeout."""
+        return self.record["status"]
+
+
+@dataclass
+class _CaseInput:
+    """One case of a batch, on the network's grid."""
+
+    index: int
+    image: MetaTensor
+    prediction: Tensor | None
+    data: Mapping[str, Any]
+    condition: Tensor | None = None
+
+
+@dataclass
+class _Bound:
+    """A target and one of its scores, or the error that binding it gave."""
+
+    target: Target
+    score: Score | None
+    error: Exception | None = None
+    label: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.label = self.score.label if self.score is not None else self.target.name or type(self.target).__name__
+
+
+class Explainer:
+    """Explains the predictions of a network.
+
+    The image is never modified, and the network leaves as it came: weights, training flags, hooks, ``requires_grad``.
+
+    Args:
+        network: any `torch.nn.Module`; under (Distributed)DataParallel the module inside is used.
+        inferer: as the prediction uses it; None: the network sees the whole image.
+        device: where windows are computed; must be the network's. None: where the network is.
+        amp: autocast (float16 on CUDA, bfloat16 elsewhere, or ``amp_kwargs["dtype"]``) for methods that allow it.
+        volume_device: where volumes live; None: as the inferer's ``device`` says, else ``device``.
+        output: which output is explained, where the network returns several (key or index).
+        class_names: class number to name, for targets by name and for records.
+        channel_names: names of the image's channels, for records.
+        window_batch: windows a pass; None: the inferer's ``sw_batch_size``, 4 for other inferers.
+        seed: of every random draw.
+        progress: a progress bar with the remaining time for each group of methods.
+        time_limit: seconds a method; then it ends as ``timeout`` and the next one begins.
+        on_error: ``"raise"``, or ``"record"``: a failed method gives an attribution without map and the rest goes on.
+
+    Raises:
+        NetworkError: half-precision weights, or a network on another device.
+
+    Example:
+        >>> from esegeta_monai.methods import Saliency
+        >>> from esegeta_monai.targets import ClassScore
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+        >>> explainer = Explainer(network)
+        >>> found, = explainer(torch.rand(1, 1, 4, 4), methods=[Saliency()], targets=[ClassScore(1)])
+        >>> tuple(found.map.shape), found.status
+        ((1, 4, 4), 'ok')
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inferer: Any = None,
+        device: torch.device | str | None = None,
+        amp: bool = False,
+        *,
+        amp_kwargs: Mapping[str, Any] | None = None,
+        volume_device: torch.device | str | None = None,
+        output: int | str | None = None,
+        class_names: Mapping[int, str] | None = None,
+        channel_names: Sequence[str] | None = None,
+        window_batch: int | None = None,
+        seed: int = 0,
+        progress: bool = False,
+        time_limit: float | None = None,
+        on_error: OnError = "raise",
+    ) -> None:
+        self.network = unwrap(network)
+        check_network(self.network)
+        self.inferer = as_inferer(inferer)
+        at = {p.device for p in self.network.parameters()}
+        self.device = torch.device(device) if device is not None else next(iter(at), torch.device("cpu"))
+        if any(p.type != self.device.type for p in at):
+            raise NetworkError(
+                f"the network is on {', '.join(sorted(map(str, at)))}, but device={str(self.device)!r}: move it first, "
+                f"network.to({str(self.device)!r})"
+            )
+        where = volume_device or getattr(self.inferer, "device", None) or self.device
+        self.volume_device = torch.device(where)
+        self.amp, self.amp_kwargs, self.output = bool(amp), dict(amp_kwargs or {}), output
+        self.class_names = {int(k): v for k, v in (class_names or {}).items()}
+        self.channel_names = list(channel_names or [])
+        self.window_batch, self.seed = window_batch, int(seed)
+        self.progress, self.time_limit = progress, time_limit
+        if on_error not in ("raise", "record"):
+            raise UsageError(f"on_error={on_error!r}: give 'raise' or 'record'")
+        self.on_error = on_error
+
+    def __call__(
+        self,
+        image: Tensor | Mapping[str, Tensor],
+        methods: Any,
+        targets: Any,
+        *,
+        data: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        prediction: Any = None,
+        network_args: Sequence[Any] = (),
+        network_kwargs: Mapping[str, Any] | None = None,
+    ) -> Iterator[Attribution]:
+        """Explains every case of a batch by every method for every target.
+
+        Args:
+            image: tensor or MetaTensor (B, C, *spatial). A mapping of names to such tensors explains several image
+                inputs together, a map each: the first is passed to the network positionally, the others by name.
+            methods: methods, names or configs.
+            targets: targets, names or configs.
+            data: the case's data dictionary (a list of them for a batch), where targets find masks and labels.
+            prediction: the network's raw output for the batch (B, K, …), where it is known already.
+            network_args, network_kwargs: further inputs of the network, passed through; ``condition`` is cut to the
+                windows as MONAI does.
+
+        Yields:
+            `Attribution`, case by case.
+
+        Raises:
+            EsegetaError: a wrong name or parameter; with ``on_error="raise"`` anything that goes wrong.
+        """
+        chosen = METHODS.create_all(methods)
+        wanted = TARGETS.create_all(targets)
+        self._check_scripted(chosen)
+        inputs = dict(image) if isinstance(image, Mapping) else {}
+        if inputs:
+            image = _joined(inputs)
+        assert isinstance(image, Tensor)
+        if image.ndim not in (4, 5):
+            raise InputError(f"image must be (B, C, *spatial) in 2D or 3D, got shape {tuple(image.shape)}")
+        channels = {n: v.shape[1] for n, v in inputs.items()}
+        for case in self._cases(image, prediction, data, network_kwargs):
+            yield from self._explain_case(case, chosen, wanted, channels, network_args, network_kwargs)
+
+    # -- cases --------------------------------------------------------------------------------------------------
+
+    def _cases(
+        self, image: Tensor, prediction: Any, data: Any, kwargs: Mapping[str, Any] | None
+    ) -> Iterator[_CaseInput]:
+        output = None if prediction is None else select_output(prediction, self.output)
+        several = list(data) if isinstance(data, Sequence) else [data or {}] * len(image)
+        condition = (kwargs or {}).get("condition")
+        if len(several) != len(image):
+            raise UsageError(f"data has {len(several)} entries for {len(image)} images")
+        images = decollate_batch(image) if isinstance(image, MetaTensor) and image.is_batch else list(image)
+        for i, one in enumerate(images):
+            single = one if isinstance(one, MetaTensor) else MetaTensor(one)
+            yield _CaseInput(
+                i,
+                single,
+                None if output is None else output[i],
+                several[i],
+                None if condition is None else torch.as_tensor(condition[i]).as_subclass(Tensor),
+            )
+
+    def _explain_case(
+        self,
+        case: _CaseInput,
+        methods: Sequence[Method],
+        targets: Sequence[Target],
+        channels: dict[str, int],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any] | None,
+    ) -> Iterator[Attribution]:
+        check_image(case.image, f"image {case.index}")
+        model = self._model(channels, args, kwargs)
+        image = case.image.as_tensor().detach().to(self.volume_device, model.dtype)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plan = plan_windows(self.inferer, image.shape[1:], model.dtype)
+        notes = [str(w.message) for w in caught]
+        for text in notes:
+            logger.warning(text)
+        if plan.whole and type(self.inferer).__name__ != "SimpleInferer":
+            model.inferer = self.inferer
+        prediction = self._prediction(case, image, model)
+        bound = list(self._bind(targets, prediction, case))
+        good = [b for b in bound if b.score is not None and not b.score.empty]
+        for b in bound:
+            if b not in good:
+                yield from self._without_map(b, methods, case, plan)
+        if not good:
+            return
+        monitor = Monitor()
+        with _grad_mode(), frozen(self.network):
+            objective = Objective(
+                model,
+                image,
+                plan,
+                [b.score for b in good if b.score is not None],
+                prediction,
+                seed=self.seed,
+                monitor=monitor,
+                condition=None if case.condition is None else case.condition.to(self.volume_device, model.dtype),
+            )
+            objective.window_batch = self.window_batch or (4 if plan.whole else plan.batch_size)
+        for group in _groups(methods):
+            yield from self._explain_group(group, objective, good, case, channels, prediction, notes)
+
+    def _explain_group(
+        self,
+        group: Sequence[Method],
+        objective: Objective,
+        bound: Sequence[_Bound],
+        case: _CaseInput,
+        channels: dict[str, int],
+        prediction: Tensor,
+        notes: Sequence[str],
+    ) -> Iterator[Attribution]:
+        """Methods that share their passes, in one run of the network."""
+        monitor = objective.monitor
+        monitor.start(None if self.time_limit is None else self.time_limit * len(group))
+        _reset_peak(self.device)
+        began = time.monotonic()
+        names = ", ".join(m.name or type(m).__name__ for m in group)
+        full = group[0].full_precision
+        with self._bar(names, group, objective), _grad_mode(), frozen(self.network):
+            if full:
+                with objective.model.full_precision():
+                    results = run_together(group, objective)
+            else:
+                results = run_together(group, objective)
+        seconds = time.monotonic() - began
+        shared = {
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": _peak(self.device),
+            "windows_used": len(objective.windows),
+            "windows_total": len(objective.plan),
+            "window_passes": monitor.passes,
+            "window_batch": objective.window_batch,
+            "warnings": [*notes, *monitor.warnings],
+            "amp": str(objective.model.autocast_dtype) if self.amp and not full else None,
+        }
+        if len(group) > 1:
+            shared["passes_shared_with"] = [m.name for m in group]
+        logger.info("case %d: %s took %.1f s, %d window passes", case.index, names, seconds, monitor.passes)
+        values = objective.image_values() if any(isinstance(r, Explained) for r in results.values()) else None
+        for i, method in enumerate(group):
+            outcome = results[i]
+            for k, b in enumerate(bound):
+                record = self._record(method, b, objective.plan, case)
+                record.update(shared)
+                record["blend_deviation"] = objective.blend_deviation[k]
+                if isinstance(outcome, Exception):
+                    yield self._failed(method, b, case, record, outcome)
+                    continue
+                assert values is not None
+                record["value"] = float(values[k])
+                record.update(_predicted(prediction, self.class_names))
+                yield from self._finished(method, b, case, record, outcome, k, channels)
+
+    def _finished(
+        self,
+        method: Method,
+        bound: _Bound,
+        case: _CaseInput,
+        record: dict[str, Any],
+        outcome: Explained,
+        k: int,
+        channels: dict[str, int],
+    ) -> Iterator[Attribution]:
+        record.update(json_ready(outcome.note(k)))
+        values = outcome.maps[k]
+        per_input = bool(channels) and values.shape[0] == sum(channels.values())
+        parts = dict(zip(channels, values.split(list(channels.values())))) if per_input else {None: values}
+        mask = _mask(bound.score, case.image)
+        for name, part in parts.items():
+            mine = dict(record)
+            finite = bool(torch.isfinite(part).all())
+            mine["sum"] = float(part.sum(dtype=torch.float64)) if finite else None
+            mine["status"] = "ok" if finite and bool(part.any()) else ("zero" if finite else "failed")
+            if name is not None:
+                mine["input"] = name
+            if not finite:
+                bad = int((~torch.isfinite(part)).sum())
+                error = MethodError(
+                    f"{method.name} gave {bad} of {part.numel()} values that are not finite: switch amp off, or choose "
+                    "another method for this network"
+                )
+                yield self._failed(method, bound, case, mine, error)
+                continue
+            if mine["status"] == "zero":
+                mine["warnings"] = [*mine["warnings"], "the map is zero everywhere: the target does not react here"]
+            yield Attribution(_like(part, case.image), method, bound.target, case.index, mine, bound.label, mask, name)
+
+    def _failed(
+        self, method: Method, bound: _Bound, case: _CaseInput, record: dict[str, Any], error: Exception
+    ) -> Attribution:
+        if self.on_error == "raise":
+            raise error
+        record["status"] = "timeout" if isinstance(error, MethodTimeout) else "failed"
+        record["reason"] = str(error) if isinstance(error, EsegetaError) else f"{type(error).__name__}: {error}"
+        logger.error("case %d: %s, %s: %s", case.index, method.name, bound.label, record["reason"])
+        logger.debug("traceback", exc_info=error)
+        return Attribution(None, method, bound.target, case.index, record, bound.label, error=error)
+
+    def _without_map(
+        self, bound: _Bound, methods: Sequence[Method], case: _CaseInput, plan: WindowPlan
+    ) -> Iterator[Attribution]:
+        for method in methods:
+            record = self._record(method, bound, plan, case)
+            if bound.error is not None:
+                yield self._failed(method, bound, case, record, bound.error)
+                continue
+            record["status"] = "empty_target"
+            record["reason"] = f"no voxel of the prediction belongs to {bound.label}, so there is nothing to explain"
+            yield Attribution(None, method, bound.target, case.index, record, bound.label)
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def _model(self, channels: dict[str, int], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Model:
+        passed = {k: _to(v, self.device) for k, v in (kwargs or {}).items() if k != "condition"}
+        return Model(
+            self.network,
+            self.device,
+            output=self.output,
+            amp=self.amp,
+            amp_kwargs=self.amp_kwargs,
+            inputs=channels,
+            args=[_to(a, self.device) for a in args],
+            kwargs=passed,
+        )
+
+    def _prediction(self, case: _CaseInput, image: Tensor, model: Model) -> Tensor:
+        """The unperturbed prediction (K, *out) by the user's own inferer."""
+        if case.prediction is not None:
+            return case.prediction.detach().to(self.volume_device, model.dtype)
+        inferer = self.inferer if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
+
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return model(x.to(self.device), coordinates=args[0] if args else None, condition=kwargs.get("condition"))
+
+        kwargs = {} if case.condition is None else {"condition": case.condition[None].to(image.device, image.dtype)}
+        sw_device = getattr(self.inferer, "sw_device", None)
+        with torch.inference_mode(False), torch.no_grad(), frozen(self.network):
+            if sw_device is None and hasattr(self.inferer, "sw_device"):
+                self.inferer.sw_device = self.device
+            try:
+                out = inferer(image[None], call, **kwargs)
+            finally:
+                if hasattr(self.inferer, "sw_device"):
+                    self.inferer.sw_device = sw_device
+        prediction = select_output(out)[0].detach().to(self.volume_device, model.dtype)
+        if not bool(torch.isfinite(prediction).all()):
+            raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
+        return prediction
+
+    def _bind(self, targets: Sequence[Target], prediction: Tensor, case: _CaseInput) -> Iterator[_Bound]:
+        affine = torch.as_tensor(case.image.affine).double().cpu()
+        same = tuple(prediction.shape[1:]) == tuple(case.image.shape[1:])
+        context = Case(affine if same else None, case.data, self.class_names)
+        for target in targets:
+            try:
+                for score in target.bind(prediction, context):
+                    yield _Bound(target, score)
+            except EsegetaError as error:
+                yield _Bound(target, None, error)
+
+    def _record(self, method: Method, bound: _Bound, plan: WindowPlan, case: _CaseInput) -> dict[str, Any]:
+        score = bound.score
+        names = self.channel_names
+        return {
+            "method": type(method).__name__,
+            "method_name": method.name,
+            "parameters": method.parameters,
+            "produces": method.produces,
+            "additive": method.additive,
+            "signed": method.signed,
+            "units": method.units,
+            "reference": method.reference,
+            "target": type(bound.target).__name__,
+            "target_name": bound.label,
+            "target_parameters": bound.target.parameters,
+            "target_voxels": 0 if score is None else score.voxels,
+            "class_index": None if score is None else score.class_index,
+            "class_name": None if score is None else score.class_name,
+            "channel_names": names if len(names) == case.image.shape[0] else [],
+            "coverage": plan.coverage,
+            "seed": self.seed,
+            "network_grid": list(case.image.shape[1:]),
+            "warnings": [],
+            "versions": versions(),
+        }
+
+    def _check_scripted(self, methods: Sequence[Method]) -> None:
+        if is_scripted(self.network):
+            need = [m.name for m in methods if m.needs_gradient]
+            if need:
+                raise NetworkError(
+                    f"{', '.join(map(str, need))} need gradients, which a TorchScript or TensorRT network does not "
+                    "give reliably: load the plain PyTorch network, or use a perturbation method such as Occlusion"
+                )
+
+    @contextmanager
+    def _bar(self, names: str, group: Sequence[Method], objective: Objective) -> Iterator[None]:
+        if not self.progress:
+            yield
+            return
+        from tqdm import tqdm
+
+        total = sum(m.passes(objective) for m in group)
+        with tqdm(total=total, desc=names[:60], unit="window", file=sys.stderr) as bar:
+            objective.monitor.on_pass = bar.update
+            try:
+                yield
+            finally:
+                objective.monitor.on_pass = None
+
+
+def _groups(methods: Sequence[Method]) -> list[list[Method]]:
+    """Methods in their order; those that can share passes come together, at the place of the first."""
+    groups: list[list[Method]] = []
+    sharing: list[Method] = []
+    for method in methods:
+        if inspect.isgeneratorfunction(type(method).attribute) and not method.full_precision:
+            if not sharing:
+                groups.append(sharing)
+            sharing.append(method)
+        else:
+            groups.append([method])
+    return groups
+
+
+@contextmanager
+def _grad_mode() -> Iterator[None]:
+    """Gradients allowed, whatever the caller (an evaluator under ``no_grad``) has switched off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _joined(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Several image inputs as one tensor, channel behind channel."""
+    first = next(iter(inputs.values()))
+    for name, value in inputs.items():
+        if value.shape[2:] != first.shape[2:] or len(value) != len(first):
+            raise InputError(
+                f"image input {name!r} has shape {tuple(value.shape)}, the first one {tuple(first.shape)}: image "
+                "inputs must share batch and grid; pass others by network_kwargs"
+            )
+    joined = torch.cat([torch.as_tensor(v).as_subclass(Tensor).to(first.device) for v in inputs.values()], 1)
+    return MetaTensor(joined, meta=first.meta) if isinstance(first, MetaTensor) else joined
+
+
+def _like(values: Tensor, image: MetaTensor) -> MetaTensor:
+    """A map with the image's place in the world and the trace of its preprocessing, but none of its other metadata."""
+    found = MetaTensor(values.detach(), affine=image.affine.clone())
+    keep = ("original_affine", "spatial_shape", "space", "filename_or_obj")
+    found.meta.update({k: image.meta[k] for k in keep if k in image.meta})
+    found.applied_operations = list(image.applied_operations)
+    return found
+
+
+def _mask(score: Score | None, image: MetaTensor) -> MetaTensor | None:
+    if score is None or not score.box:
+        return None
+    if any(b.stop > n for b, n in zip(score.box, image.shape[1:])) or len(score.box) != image.ndim - 1:
+        return None
+    mask = torch.zeros((1, *image.shape[1:]), dtype=torch.bool)
+    mask[0][score.box] = score.mask.cpu()
+    return _like(mask, image)
+
+
+def _predicted(prediction: Tensor, names: Mapping[int, str]) -> dict[str, Any]:
+    """Predicted class and its probability, for a classification network."""
+    if prediction.ndim > 1 and prediction[0].numel() > 1:
+        return {}
+    flat = prediction.flatten().double()
+    probabilities = torch.sigmoid(flat) if len(flat) == 1 else torch.softmax(flat, 0)
+    best = int(flat.argmax())
+    return {
+        "predicted_class": best,
+        "predicted_class_name": names.get(best),
+        "predicted_probability": float(probabilities[best]),
+    }
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device) -> int:
+    """Peak memory in bytes: of the method on an accelerator, of the process so far on the CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows has no such count
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
