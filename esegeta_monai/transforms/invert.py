@@ -54,7 +54,7 @@ class InvertAttribution(Transform):
       edge, wrap, symmetric) is folded back onto the voxels copied;
     * Spacing, SpatialResample, ResampleToMatch, Affine, Rotate, Resize, Zoom: the adjoint of the sampling, see below.
 
-    Random variants are read as what they drew. Lazy transforms are merged, as MONAI merges them. Intensity transforms
+    Random variants are read as what they drew. Lazy transforms are merged as MONAI merges them. Intensity transforms
     leave no trace and need none. What MONAI does not trace (Transpose, elastic deformation) cannot be undone; where
     the scan's ``original_affine`` and ``spatial_shape`` are known, ending elsewhere gives a warning.
 
@@ -139,6 +139,8 @@ class InvertAttribution(Transform):
             if isinstance(tensor, MetaTensor) and tensor.pending_operations:
                 names = ", ".join(str(operation["class"]) for operation in tensor.pending_operations)
                 raise InputError(f"lazy transforms wait to be applied ({names}): put ApplyPendingd before the network")
+        if source.is_batch:
+            raise InputError("a batch has a trace for each of its images: decollate it and bring the maps back singly")
         if attribution.ndim not in (3, 4) or attribution.is_complex():
             raise InputError(f"a map is real and (C, *spatial) in 2D or 3D, got {tuple(attribution.shape)}")
         if attribution.shape[1:] != source.shape[1:]:

@@ -86,7 +86,7 @@ def steps(
         if record.get(TraceKeys.LAZY):
             # MONAI multiplies the pending matrices and resamples once, so they are one step here too.
             group = [record]
-            while atoms and atoms[-1].get(TraceKeys.LAZY):
+            while atoms and atoms[-1].get(TraceKeys.LAZY) and not _looks_at_data(group[0]):
                 group.insert(0, atoms.pop())
             step: Step | None = _lazy(group, size_out)
         else:
@@ -128,15 +128,34 @@ def _lazy(group: Sequence[Mapping[str, Any]], size_out: tuple[int, ...]) -> Step
     for record in group:
         xform = xform @ convert_to_numpy(to_affine_nd(rank, record[LazyAttr.AFFINE]))
     moves_only = requires_interp(xform) is not None
+    name = " + ".join(str(record[TraceKeys.CLASS_NAME]) for record in group)
+    if not moves_only and any(_pads(record) for record in group[1:]):
+        warnings.warn(
+            f"{name} were lazy and the trace does not say whether MONAI applied them at once: it is assumed, so what "
+            "was padded counts as repeated border voxels; without lazy=True padding is booked for certain",
+            stacklevel=2,
+        )
     # apply_pending crops and pads with zeros where it need not interpolate, else samples with border padding.
     # Overrides given to Compose(overrides=…) are not in the trace.
     return Step(
-        name=" + ".join(str(record[TraceKeys.CLASS_NAME]) for record in group),
+        name=name,
         xform=np.round(xform) if moves_only else xform,
         size_in=_ints(group[0][TraceKeys.ORIG_SIZE]),
         size_out=size_out,
         padding="zeros" if moves_only else "border",
     )
+
+
+def _looks_at_data(record: Mapping[str, Any]) -> bool:
+    """Whether the dictionary transform has everything before it applied, being one that looks at voxel values."""
+    name = str(record[TraceKeys.CLASS_NAME])
+    return name.startswith(("CropForeground", "RandCropByPosNegLabel", "RandCropByLabelClasses"))
+
+
+def _pads(record: Mapping[str, Any]) -> bool:
+    extra = record.get(TraceKeys.EXTRA_INFO) or {}
+    extra = (extra.get("pad_info") or {}).get(TraceKeys.EXTRA_INFO, extra)
+    return bool(np.any(extra.get("padded", 0)))
 
 
 def _eager(record: Mapping[str, Any], size_out: tuple[int, ...], affine: torch.Tensor) -> Step | None:
