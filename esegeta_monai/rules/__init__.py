@@ -5,7 +5,16 @@ See :mod:`esegeta_monai.rules.mode` for the engine.
 
 from __future__ import annotations
 
+from esegeta_monai.rules.finite_differences import deep_lift, deep_lift_multiplier
 from esegeta_monai.rules.guided import deconvolution, guided
 from esegeta_monai.rules.run import LayerRelevance, Relevance, check_network
 
-__all__ = ["LayerRelevance", "Relevance", "check_network", "deconvolution", "guided"]
+__all__ = [
+    "LayerRelevance",
+    "Relevance",
+    "check_network",
+    "deconvolution",
+    "deep_lift",
+    "deep_lift_multiplier",
+    "guided",
+]

@@ -76,14 +76,15 @@ _MOVE = _words(
     unsafe_chunk unsafe_split narrow select index_select getitem setitem gather take take_along_dim masked_select
     masked_fill where roll flip fliplr flipud rot90 diagonal diag diag_embed tril triu pad constant_pad_nd unfold_copy
     pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle to float double half bfloat16 type type_as
-    cpu cuda copy index_copy index_fill slice_scatter select_scatter index_put atleast_1d atleast_2d atleast_3d iter reversed
-    as_tensor positive dropout alpha_dropout feature_alpha_dropout feature_dropout fill zero masked_scatter scatter"""
+    cpu cuda copy index_copy index_fill slice_scatter select_scatter index_put atleast_1d atleast_2d atleast_3d iter
+    reversed as_tensor positive dropout alpha_dropout feature_alpha_dropout feature_dropout fill zero masked_scatter
+    scatter"""
 )
 _LINEAR = _words(
     """add sub rsub neg sum mean avg_pool adaptive_avg_pool interpolate upsample upsample_nearest upsample_bilinear
     cumsum unfold fold index_add scatter_add trace sum_to_size im2col col2im"""
 )
-_CONVOLUTION = _words("conv conv_transpose convolution")
+_CONVOLUTION = _words("conv conv_transpose")
 _ACTIVATION = _words(
     """relu relu6 leaky_relu prelu elu celu selu gelu silu mish softplus hardtanh hardswish rrelu threshold clamp
     clamp_min clamp_max"""
@@ -221,7 +222,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 def canonical_name(func: Callable[..., Any]) -> tuple[str, bool]:
     """The one name of an operation, and whether this spelling of it writes into its first argument.
 
-    >>> canonical_name(torch.Tensor.add_), canonical_name(torch.nn.functional.conv3d)
+    >>> canonical_name(Tensor.add_), canonical_name(nn.functional.conv3d)
     (('add', True), ('conv', False))
     """
     name = getattr(func, "__name__", type(func).__name__)
@@ -253,7 +254,7 @@ def is_inert(name: str) -> bool:
 def operation_signature(func: Callable[..., Any], name: str) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Parameter names of ``func`` in their order, and the defaults that are known."""
     if inspect.isfunction(func) and name not in ("max_pool", "adaptive_max_pool", "norm"):
-        parameters = inspect.signature(func).parameters.values()
+        parameters = inspect.signature(func, follow_wrapped=False).parameters.values()
         if all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
             names = tuple("input" if p.name == "self" else p.name for p in parameters)
             return names, {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -401,7 +402,7 @@ def kind_of(operation: Operation) -> Kind:
         if isinstance(operation.argument("grid"), Slot):
             raise operation.error("a sampling grid that is computed from the input has no rule")
         return Kind.LINEAR
-    if name in ("linear", "conv", "conv_transpose", "convolution"):
+    if name in ("linear", "conv", "conv_transpose"):
         if isinstance(operation.argument("bias"), Slot):
             raise operation.error("a bias that is computed from the input has no rule")
         if isinstance(operation.argument("weight"), Slot):

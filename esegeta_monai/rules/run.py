@@ -140,8 +140,10 @@ def record(forward: Forward, x: Tensor, rules: Rules, layers: Mapping[str, nn.Mo
     """A pass that only keeps the operands of the operations with a rule, and the layers' outputs."""
     _check_input(forward, x)
     mode = RuleMode(rules, record=True)
-    with torch.inference_mode(False), _eager(x), torch.no_grad(), _captured(layers) as captured, mode:
-        forward(mode.enter_input(x.detach().clone()))
+    with torch.inference_mode(False), _eager(x), torch.no_grad(), _captured(layers) as captured:
+        start = mode.enter_input(x.detach().clone())
+        with mode:
+            forward(start)
     return mode.record, captured
 
 
