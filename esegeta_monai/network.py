@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,14 +13,29 @@ from torch import Tensor, nn
 
 from esegeta_monai.errors import NetworkError, UsageError
 
-__all__ = ["Captured", "Model", "capture", "find_layer", "frozen", "select_output", "unwrap"]
+__all__ = ["Captured", "Model", "capture", "find_layer", "frozen", "select_output", "unwrap", "weights_hash"]
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """The network inside (Distributed)DataParallel: its hooks would dead-lock where ranks have unequal windows."""
-    while isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        network = network.module
-    return network
+    """The plain network inside (Distributed)DataParallel, whose hooks would dead-lock where ranks have unequal
+    windows, and inside ``torch.compile``, which would hide layers and operations."""
+    while True:
+        if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            network = network.module
+        elif isinstance(getattr(network, "_orig_mod", None), nn.Module):
+            network = network._orig_mod  # type: ignore[assignment]
+        else:
+            return network
+
+
+def weights_hash(network: nn.Module) -> str:
+    """sha256 over names, shapes and bytes of the state dict: the same weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager

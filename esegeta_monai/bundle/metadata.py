@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from esegeta_monai.errors import UsageError
+
 __all__ = ["BundleMetadata"]
+
+logger = logging.getLogger("esegeta_monai")
 
 _BACKGROUND = ("background", "bg", "back ground")
 
@@ -21,6 +28,25 @@ class BundleMetadata:
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.content = dict(content)
+
+    @classmethod
+    def read(cls, bundle_root: str | Path) -> BundleMetadata:
+        """The metadata.json of a bundle; empty, with a warning, where there is none.
+
+        Raises:
+            UsageError: the file is no JSON object.
+        """
+        file = Path(bundle_root) / "configs" / "metadata.json"
+        if not file.is_file():
+            logger.warning("%s has no configs/metadata.json: names of classes and channels are unknown", bundle_root)
+            return cls({})
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{file} is no valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise UsageError(f"{file} must hold a JSON object")
+        return cls(content)
 
     @property
     def name(self) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from esegeta_monai.targets.base import TARGETS, Case, Score, Target, WeightedScore
-from esegeta_monai.targets.classes import ClassScore, MultiClassMask, ThresholdMask
+from esegeta_monai.targets.classes import ClassScore, MultiClassMask, PredictedClasses, ThresholdMask
 from esegeta_monai.targets.regions import Box, Component, Errors, LabelMask, OutputValue, Voxel
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "LabelMask",
     "MultiClassMask",
     "OutputValue",
+    "PredictedClasses",
     "Score",
     "Target",
     "ThresholdMask",

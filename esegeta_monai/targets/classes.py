@@ -21,7 +21,7 @@ from esegeta_monai.targets.base import (
     resolve_class,
 )
 
-__all__ = ["ClassScore", "MultiClassMask", "ThresholdMask"]
+__all__ = ["ClassScore", "MultiClassMask", "PredictedClasses", "ThresholdMask"]
 
 
 @dataclass(eq=False, repr=False)
@@ -191,6 +191,56 @@ class ThresholdMask(Target):
         if self.value == "raw":
             return prediction[index]
         raise TargetError(f"value={self.value!r}: give sigmoid, softmax or raw")
+
+
+@dataclass(eq=False, repr=False)
+class PredictedClasses(Target):
+    """Every class that was predicted, background aside: a `MultiClassMask` each, or the `ClassScore` of a whole image.
+
+    Args:
+        background: the class that is left out, by number or name; ``"auto"``: the one called background, else class 0
+            of a softmax network; None: no class is.
+        output, activation, reduction: see `Target`.
+
+    >>> prediction = torch.tensor([[[2.0, 0.0]], [[1.0, 1.0]], [[0.0, 0.5]]])  # 3 classes, a 1x2 image
+    >>> [s.label for s in PredictedClasses().bind(prediction, Case())]
+    ['MultiClassMask-class1']
+    """
+
+    background: int | str | None = "auto"
+    output: Output = "logit"
+    activation: Activation = "auto"
+    reduction: Reduction = "sum"
+    name: str | None = field(default=None, kw_only=True)
+
+    def bind(self, prediction: Tensor, case: Case) -> list[Score]:
+        """A score for each predicted class; one empty score where there is none.
+
+        Raises:
+            TargetError: the network has no class that ``background`` names.
+        """
+        if prediction.ndim == 1 or prediction[0].numel() == 1:
+            return ClassScore("predicted", self.output, self.activation, name=self.given_name).bind(prediction, case)
+        classes = [c for c in range(prediction.shape[0]) if c != self._background(prediction, case)]
+        scores: list[Score] = []
+        for c in classes:
+            name = None if self.given_name is None else f"{self.given_name}-{case.class_names.get(c, f'class{c}')}"
+            mask = MultiClassMask(c, self.output, self.activation, self.reduction, name=name)
+            scores += [s for s in mask.bind(prediction, case) if not s.empty]
+        if scores:
+            return scores
+        none = torch.zeros(prediction.shape[1:], dtype=torch.bool)
+        return [WeightedScore(none, 0, prediction.shape[0], label=self.given_name or "no-class")]
+
+    def _background(self, prediction: Tensor, case: Case) -> int | None:
+        if self.background is None or prediction.shape[0] == 1:
+            return None
+        if self.background != "auto":
+            return resolve_class(self.background, prediction.shape[0], case.class_names, "background")[0]
+        named = [i for i, n in case.class_names.items() if n.strip().lower() in ("background", "bg")]
+        if named:
+            return named[0]
+        return None if self.activation == "sigmoid" else 0
 
 
 def class_mask(prediction: Tensor, index: int, activation: Activation) -> Tensor:

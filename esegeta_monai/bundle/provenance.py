@@ -1,0 +1,26 @@
+"""Where an explanation comes from: the bundle's name, version, and hashes of its configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from esegeta_monai.bundle.metadata import BundleMetadata
+from esegeta_monai.storage import sha256_file
+
+__all__ = ["bundle_provenance"]
+
+
+def bundle_provenance(bundle_root: str | Path) -> dict[str, Any]:
+    """Name and version of a bundle, and the sha256 of each of its config files by file name, JSON-ready.
+
+    The weights are hashed in memory (`esegeta_monai.network.weights_hash`), since any file may have been loaded.
+    """
+    root = Path(bundle_root)
+    metadata = BundleMetadata.read(root)
+    files = sorted(p for p in (root / "configs").glob("*") if p.suffix in (".json", ".yaml", ".yml"))
+    return {
+        "bundle": metadata.name or root.resolve().name,
+        "bundle_version": metadata.version,
+        "configs_sha256": {p.name: sha256_file(p) for p in files if p.name != "explain.json"},
+    }

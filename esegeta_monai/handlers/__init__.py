@@ -1,0 +1,7 @@
+"""Ignite handlers: explanation inside MONAI's evaluators and trainers."""
+
+from __future__ import annotations
+
+from esegeta_monai.handlers.explanation import ExplanationHandler
+
+__all__ = ["ExplanationHandler"]

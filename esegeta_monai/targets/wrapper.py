@@ -1,0 +1,123 @@
+"""A target as the last layer of a network, for methods that explain a plain function of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esegeta_monai.errors import TargetError
+from esegeta_monai.network import select_output
+from esegeta_monai.targets.base import TARGETS, Case, Score
+
+__all__ = ["TargetWrapper"]
+
+
+class TargetWrapper(nn.Module):
+    """``x ↦ (s_1(P(x)), …, s_K(P(x)))``: images (B, C, *spatial) in, one column a score (B, K) out, differentiable.
+
+    The wrapper of TorchEsegeta for segmentation networks, usable with Captum directly: ``target=k`` there chooses the
+    column. Masks are frozen from the prediction of an unperturbed image, given by `freeze` or ``prediction``, or else
+    that of the first call (which is not the image for methods that start elsewhere on a path: call `freeze` for them).
+    A frozen mask is no part of the graph, and what is summed under it are outputs, never voxels counted; so the
+    gradient is that of the outputs and not zero.
+
+    The whole graph of all windows is kept for the backward pass: `esegeta_monai.Explainer` gives the same gradients in
+    the memory of one window batch.
+
+    Args:
+        network: any network; its mode is left alone, so call ``network.eval()``.
+        target: a target, a name or config of one, or a list of them; their scores are the columns, in order.
+        inferer: a callable ``(image, network, *args, **kwargs)`` such as MONAI's; None: the network itself.
+        prediction: raw network output (B, classes, …) on the unperturbed image, to freeze masks from.
+        output: which of several outputs, see `esegeta_monai.network.select_output`.
+        case: what targets may know besides the prediction (class names, masks, affine).
+
+    Raises:
+        UsageError: no such target.
+
+    Example:
+        >>> from esegeta_monai.targets import MultiClassMask
+        >>> network = nn.Conv2d(1, 2, 1)
+        >>> wrapper = TargetWrapper(network, [MultiClassMask(0), MultiClassMask(1)]).freeze(torch.rand(1, 1, 4, 4))
+        >>> wrapper(torch.rand(3, 1, 4, 4)).shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        target: Any,
+        inferer: Callable[..., Any] | None = None,
+        *,
+        prediction: Tensor | Mapping[Any, Any] | Sequence[Any] | None = None,
+        output: int | str | None = None,
+        case: Case | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self.inferer, self.output = network, inferer, output
+        self.targets, self.case = TARGETS.create_all(target), case or Case()
+        self.scores: list[list[Score]] = []
+        if prediction is not None:
+            self._bind(select_output(prediction, output).detach(), self.case)
+
+    def freeze(self, image: Tensor, *args: Any, **kwargs: Any) -> TargetWrapper:
+        """Freezes all masks on the prediction of ``image`` (B, C, *spatial); each case of a batch has its own.
+
+        Where the image is a MetaTensor and ``case`` has no affine, its place in the world is taken from there.
+
+        Raises:
+            TargetError: a target that this prediction does not allow.
+        """
+        affine = getattr(image, "affine", None)
+        case = self.case
+        if case.affine is None and affine is not None:
+            case = Case(affine[0] if affine.ndim == 3 else affine, case.data, case.class_names)
+        with torch.no_grad():
+            self._bind(self._predict(image, *args, **kwargs), case)
+        return self
+
+    def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Scores (B, K); further arguments go to the inferer or the network.
+
+        A batch of another size than the frozen one is one case's copies, so it needs masks of a single case.
+
+        Raises:
+            TargetError: several images before any mask was frozen, or a batch that does not match the frozen one.
+        """
+        if not self.scores:
+            if len(image) > 1:
+                raise TargetError(
+                    f"{len(image)} images in the first call, so it is not known which one is unperturbed: call "
+                    "freeze(image) before"
+                )
+            self.freeze(image, *args, **kwargs)
+        if len(self.scores) not in (1, len(image)):
+            raise TargetError(
+                f"masks are frozen for {len(self.scores)} cases, but {len(image)} images came: a method that repeats "
+                "its images needs one case at a time, frozen by freeze(image[i:i+1])"
+            )
+        prediction = self._predict(image, *args, **kwargs)
+        if len(self.scores) == 1:
+            return torch.stack([s.value(s.crop(prediction)) for s in self.scores[0]], 1)
+        rows = [[s.value(s.crop(p)) for s in scores] for scores, p in zip(self.scores, prediction)]
+        return torch.stack([torch.stack(row) for row in rows])
+
+    def _bind(self, prediction: Tensor, case: Case) -> None:
+        scores = [[s for t in self.targets for s in t.bind(p, case)] for p in prediction]
+        if len({len(row) for row in scores}) > 1:
+            raise TargetError("a target gives some cases more scores than others: freeze one case at a time")
+        self.scores = scores
+
+    def _predict(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        image = image.as_subclass(Tensor)
+        if self.inferer is None:
+            return select_output(self.network(image, *args, **kwargs), self.output)
+        return select_output(self.inferer(image, self._window, *args, **kwargs))
+
+    def _window(self, window: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # MONAI's sliding window multiplies its predictor's output in place, which a softmax or sigmoid at the end of
+        # the network needs unchanged for its backward pass
+        return select_output(self.network(window, *args, **kwargs), self.output).clone()

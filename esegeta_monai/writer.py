@@ -1,0 +1,262 @@
+"""From an attribution on the network's grid to files beside the prediction: map, picture, sidecar, run record.
+
+Additive maps come back to the scan's grid by the conserving adjoint of the preprocessing (`InvertAttribution`), others
+by interpolation in world coordinates.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
+from torch import Tensor
+
+import esegeta_monai.storage as storage
+from esegeta_monai.errors import EsegetaError, MethodError, UsageError
+from esegeta_monai.explainer import Attribution
+from esegeta_monai.methods.base import Method
+from esegeta_monai.report.picture import save_picture
+from esegeta_monai.targets.base import Target
+from esegeta_monai.transforms.invert import InvertAttribution
+
+__all__ = ["ResultWriter", "to_scan_grid"]
+
+logger = logging.getLogger("esegeta_monai")
+
+
+class ResultWriter:
+    """Writes the results of a run: ``<output>/<case>/<case>_<target>_<Method>_attr.nii.gz``, ``.json``, ``.png``.
+
+    Args:
+        output_dir: made if it does not exist.
+        methods, targets: of the run; two of one kind get their distinguishing parameters into their names.
+        provenance: what else every sidecar and ``run.json`` records, JSON-ready (bundle, version, hashes); a finished
+            map counts as finished only where all of it is the same.
+        postfix, separate_folder, extension: file layout, see `esegeta_monai.storage.map_path`.
+        overwrite: compute and write again what is finished.
+        pictures: a PNG beside every map.
+
+    Raises:
+        UsageError: an unwritable folder, or names that clash.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        methods: Sequence[Method],
+        targets: Sequence[Target],
+        *,
+        provenance: Mapping[str, Any] | None = None,
+        postfix: str = "attr",
+        separate_folder: bool = True,
+        extension: str = ".nii.gz",
+        overwrite: bool = False,
+        pictures: bool = True,
+    ) -> None:
+        self.method_names = dict(zip(map(id, methods), storage.distinct_names(methods)))
+        self.target_names = dict(zip(map(id, targets), storage.distinct_names(targets)))
+        storage.check_clashes([], self.target_names.values(), self.method_names.values())
+        self.output_dir = storage.writable_folder(output_dir)
+        self.provenance = dict(provenance or {})
+        self.layout: dict[str, Any] = {"postfix": postfix, "separate_folder": separate_folder, "extension": extension}
+        self.overwrite, self.pictures = overwrite, pictures
+        self.run = storage.RunRecord(self.output_dir, self.provenance)
+        self._scans: dict[str, MetaTensor] = {}
+        self._hashes: dict[str, str] = {}
+        self._written: dict[Path, str] = {}
+
+    def target_name(self, target: Target, label: str) -> str:
+        """The target's name in files: its label (with the class), and what else tells it apart.
+
+        >>> from esegeta_monai.targets import MultiClassMask
+        >>> target = MultiClassMask(1)
+        >>> ResultWriter(".", [], [target]).target_name(target, "MultiClassMask-white matter")  # doctest: +SKIP
+        'MultiClassMask-white matter'
+        """
+        given = target.given_name
+        if given:
+            return label if label != type(target).__name__ else given
+        extra = self.target_names.get(id(target), "").removeprefix(type(target).__name__)
+        own = [p for p in extra.split("-") if p and not p.startswith("class_index")]
+        return "-".join([label, *own])
+
+    def path(self, attribution: Attribution, case: str) -> Path:
+        """Where a map lies."""
+        return self._path(case, attribution.target, attribution.label, attribution.method, attribution.input)
+
+    def _path(self, case: str, target: Target, label: str, method: Method, name: str | None = None) -> Path:
+        method_name = self.method_names[id(method)] + (f"-{name}" if name else "")
+        return storage.map_path(self.output_dir, case, self.target_name(target, label), method_name, **self.layout)
+
+    def key(self, case: str, target: Target, method: Method, seed: int, scan: Any) -> dict[str, Any]:
+        """What must be equal in a sidecar for its map to count as finished."""
+        return {
+            **self.provenance,
+            "case": case,
+            "method": type(method).__name__,
+            "parameters": method.parameters,
+            "target_parameters": target.parameters,
+            "seed": seed,
+            "scan_sha256": self._scan_hash(scan),
+        }
+
+    def is_done(self, case: str, target: Target, label: str, method: Method, seed: int, scan: Any) -> bool:
+        """Whether the map of an earlier run is there and what this run would compute; then it is recorded so."""
+        if self.overwrite:
+            return False
+        path = self._path(case, target, label, method)
+        if not storage.is_complete(path, self.key(case, target, method, seed, scan)):
+            return False
+        self.run.set(case, label, self.method_names[id(method)], "skipped", "finished in an earlier run")
+        logger.info("%s: %s is finished, skipped", case, path.name)
+        return True
+
+    def write(self, attribution: Attribution, case: str, image: MetaTensor, scan: Any = None) -> Path | None:
+        """Brings the map to the scan's grid and writes map, picture and sidecar, in this order.
+
+        Args:
+            attribution: from an `Explainer`.
+            case: name of the case, as the user calls it.
+            image: the preprocessed image (C, *spatial) that was explained, with its trace.
+            scan: file of the scan, or the scan as MetaTensor; None: the file that ``image`` was loaded from, else
+                ``image`` itself.
+
+        Returns:
+            The map's path, None where there is no map. The run record has it in any case.
+        """
+        scan = scan if scan is not None else scan_of(image)
+        target, method = attribution.target, attribution.method
+        path = self.path(attribution, case)
+        self._claim(path, f"{case}, {attribution.label}, {method.name}")
+        record = {**attribution.record, **self.key(case, target, method, attribution.record["seed"], scan)}
+        record["class"] = record.pop("class_name", None)
+        try:
+            if attribution.map is not None:
+                record.update(self._write_map(path, attribution, case, image, scan))
+        except EsegetaError as error:
+            record.update(status="failed", reason=str(error))
+        if record["status"] in ("ok", "zero", "empty_target"):
+            storage.save_sidecar(path, record)
+        reason = record.get("reason")
+        self.run.set(
+            case,
+            attribution.label,
+            self.method_names[id(method)] + (f"-{attribution.input}" if attribution.input else ""),
+            record["status"],
+            reason,
+            map=path.relative_to(self.output_dir).as_posix() if attribution.map is not None and not reason else None,
+            seconds=record.get("seconds"),
+            warnings=record.get("warnings", []),
+        )
+        return path if attribution.map is not None and record["status"] != "failed" else None
+
+    def failed(self, case: str, error: Exception) -> None:
+        """Records a case that could not be explained at all."""
+        text = str(error) if isinstance(error, EsegetaError) else f"{type(error).__name__}: {error}"
+        self.run.set(case, None, None, "failed", text)
+        logger.error("%s: %s", case, text)
+        logger.debug("traceback", exc_info=error)
+
+    def _write_map(
+        self, path: Path, attribution: Attribution, case: str, image: MetaTensor, scan: Any
+    ) -> dict[str, Any]:
+        assert attribution.map is not None
+        method = attribution.method
+        grid = storage.Grid.of(scan)
+        volume = self._scan(scan)
+        values, sums = to_scan_grid(attribution.map, volume, additive=method.additive)
+        if not bool(torch.isfinite(values).all()):
+            raise MethodError(f"{path.name}: the map has values that are not finite after resampling")
+        more: dict[str, Any] = dict(sums)
+        if "sum_in_padding" in attribution.record:
+            more["sum_in_padding"] = sums.get("sum_in_padding", 0.0) + attribution.record["sum_in_padding"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.save_map(path, values, grid, method=method.name or type(method).__name__)
+        if self.pictures:
+            mask = None
+            if attribution.mask is not None:
+                plain = MetaTensor(attribution.mask.as_tensor().float(), affine=attribution.mask.affine)
+                mask = to_scan_grid(plain, volume, additive=False, mode="nearest")[0]
+            more["picture"] = save_picture(
+                storage.picture_path(path),
+                volume,
+                values,
+                mask,
+                signed=method.signed,
+                case=case,
+                method=method.name or type(method).__name__,
+                target=attribution.label,
+                class_name=attribution.record.get("class_name"),
+                units=method.units,
+                channel_names=attribution.record.get("channel_names") or None,
+            )
+        return more
+
+    def _claim(self, path: Path, what: str) -> None:
+        before = self._written.setdefault(path, what)
+        if before != what:
+            raise UsageError(f"{what} and {before} would both be written to {path.name}: give one of them a name=")
+
+    def _scan(self, scan: Any) -> MetaTensor:
+        if isinstance(scan, MetaTensor):
+            return scan
+        name = str(scan)
+        if name not in self._scans:
+            self._scans = {name: storage.read_scan(scan)}  # one case at a time
+        return self._scans[name]
+
+    def _scan_hash(self, scan: Any) -> str | None:
+        if isinstance(scan, MetaTensor) or not Path(scan).is_file():
+            return None
+        name = str(scan)
+        if name not in self._hashes:
+            self._hashes[name] = storage.sha256_file(scan)
+        return self._hashes[name]
+
+
+def scan_of(image: MetaTensor) -> Any:
+    """The file that an image was loaded from, where it still is there, else the image."""
+    name = image.meta.get("filename_or_obj")
+    name = name[0] if isinstance(name, (list, tuple)) and name else name
+    return Path(name) if isinstance(name, (str, os.PathLike)) and Path(name).exists() else image
+
+
+def to_scan_grid(
+    values: MetaTensor, scan: MetaTensor, *, additive: bool, mode: str = "bilinear"
+) -> tuple[Tensor, dict[str, float]]:
+    """A map on the network's grid brought to the scan's: (C, *scan), and its sums where it is additive.
+
+    Args:
+        values: (C, *spatial) with affine and the trace of the preprocessing.
+        scan: (C, *spatial) on its own grid.
+        additive: by the conserving adjoint of the preprocessing, else interpolated in world coordinates (zero outside
+            of what the network saw).
+    """
+    shape = tuple(scan.shape[1:])
+    if additive and values.applied_operations:
+        back = InvertAttribution()(values)
+        sums = {k: float(back.meta[k]) for k in ("sum_network_grid", "sum_scan_grid", "sum_in_padding")}
+        if tuple(back.shape[1:]) == shape:
+            return back.as_tensor(), sums
+    same = tuple(values.shape[1:]) == shape and torch.allclose(
+        torch.as_tensor(values.affine).double(), torch.as_tensor(scan.affine).double(), atol=1e-4
+    )
+    if same:
+        total = float(values.as_tensor().sum(dtype=torch.float64))
+        return values.as_tensor(), {"sum_network_grid": total, "sum_scan_grid": total} if additive else {}
+    if additive:
+        raise MethodError(
+            f"the preprocessing left no trace that leads from {tuple(values.shape[1:])} back to the scan's "
+            f"{shape}: use MONAI's transforms on MetaTensors (no track_meta=False, no plain arrays in between)"
+        )
+    plain = MetaTensor(values.as_tensor().double(), affine=values.affine)
+    resample = SpatialResample(mode=mode, padding_mode="zeros", dtype=np.float64)
+    moved = resample(plain, dst_affine=torch.as_tensor(scan.affine), spatial_size=shape)
+    return torch.as_tensor(moved).as_subclass(Tensor).to(values.dtype), {}
