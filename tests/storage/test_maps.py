@@ -126,6 +126,15 @@ def test_channels_and_dimensions(
     np.testing.assert_array_equal(image.affine, nib.load(tmp_path / "scan.nii").affine)
 
 
+def test_voxel_sizes_beyond_the_third_axis_stay(tmp_path: Path) -> None:
+    for name, shape in (("volume", (4, 5, 6)), ("series", (4, 5, 6, 2))):
+        sizes = np.array([1, 0.9, 1.1, 3.0, 2.5, 0, 0, 0], np.float32)  # 2.5 s between volumes, the rest unset
+        grid = Grid.of(scan_file(tmp_path / f"{name}.nii", shape, 0, 1, pixdim=sizes))
+        written = nib.load(save_map(tmp_path / "map.nii", values(1, 4, 5, 6), grid, method="Saliency"))
+        np.testing.assert_array_equal(written.header["pixdim"], nib.load(tmp_path / f"{name}.nii").header["pixdim"])
+        assert written.header["pixdim"][4] == 2.5
+
+
 def test_a_map_on_another_grid_is_refused(tmp_path: Path) -> None:
     grid = Grid.of(scan_file(tmp_path / "scan.nii", (4, 5, 6)))
     for shape in ((1, 4, 6, 5), (1, 4, 5), (1, 120, 1, 1), (1, 5, 4, 6)):
@@ -274,7 +283,8 @@ def test_damage_is_noticed(finished: Path) -> None:
     assert not is_complete(finished, KEY)
     finished.write_bytes(whole_map)
     assert is_complete(finished, KEY)
-    for text in (whole_record[:50], "", "[]", "null", whole_record.replace('"status": "ok"', '"status": "failed"')):
+    failed = whole_record.replace('"status": "ok"', '"status": "failed"')
+    for text in (whole_record[:50], "", "[]", "null", failed, whole_record.replace("map_sha256", "another_key")):
         sidecar.write_text(text)
         assert not is_complete(finished, KEY)
     sidecar.unlink()
