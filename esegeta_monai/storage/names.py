@@ -104,6 +104,7 @@ def check_clashes(
     Names that differ in upper and lower case only count as the same, because on many file systems they are.
 
     Args:
+        cases: may be empty where they come one by one; targets and methods are checked all the same.
         separate_folder: as in `map_path`; without it the names of cases can run into those of targets.
 
     Raises:
@@ -113,9 +114,10 @@ def check_clashes(
     cases, targets, methods = list(cases), list(targets), list(methods)
     for kind, names in (("case", cases), ("target", targets), ("method", methods)):
         _refuse_twins([f"{kind} {n!r}" for n in names], [safe_name(n) for n in names])
-    # Cases differ by now: where each has a folder of its own, one of them stands for all.
-    triples = list(product(cases[:1] if separate_folder else cases, targets, methods))
-    things = [f"case {c!r} with target {t!r} and method {m!r}" for c, t, m in triples]
+    # Cases differ by now: where each has a folder of its own, or none is known yet, one stands for all.
+    triples = list(product(cases if cases and not separate_folder else ["case"], targets, methods))
+    of_case = "" if separate_folder else "case {!r} with "
+    things = [f"{of_case.format(c)}target {t!r} and method {m!r}" for c, t, m in triples]
     _refuse_twins(things, [map_path("", c, t, m, separate_folder=False).name for c, t, m in triples])
 
 
