@@ -45,7 +45,8 @@ class InvertAttribution(Transform):
     """Bring an additive map from the network's grid to the scan's: a_scan = Wᵀ D a_net, sums conserved.
 
     For a map of activations times weights (GradCam, LayerActivation, …), which does not add up, use MONAI's
-    ``Invertd(nearest_interp=False)``: it interpolates, so a constant stays that constant.
+    ``Invertd(nearest_interp=False)``: it interpolates, so a constant stays that constant. Give it MetaTensors, since
+    it leaves a plain tensor where it is, with no more than a warning.
 
     Every geometric transform that MONAI traces is undone, last first:
 
