@@ -14,7 +14,7 @@ logit of each class differs by about 1 between `image` and `reference`.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -87,7 +87,7 @@ def build(
     Args:
         name: an entry of `NAMES`.
         spatial_dims: 2 or 3.
-        dtype: of parameters, buffers and inputs; the calibration is done in float64.
+        dtype: of parameters, buffers and inputs; the calibration is done in float32, in a tenth of the time.
         seed: of weights and inputs; the global random state is left as it was.
         in_channels: image channels (VNet: a divisor of 4).
 
@@ -95,29 +95,64 @@ def build(
         KeyError: `name` is not in `NAMES`.
     """
     case = _build(name, spatial_dims, seed, in_channels)
-    network = copy.deepcopy(case.network).to(dtype)
-    return NetworkCase(**{**vars(case), "network": network, "image": case.image.to(dtype, copy=True),
-                          "reference": case.reference.to(dtype, copy=True)})
+    return replace(
+        case,
+        network=copy.deepcopy(case.network).to(dtype),
+        image=case.image.to(dtype, copy=True),
+        reference=case.reference.to(dtype, copy=True),
+    )
 
 
 @cache
 def _build(name: str, spatial_dims: int, seed: int, in_channels: int) -> NetworkCase:
+    """The first draw that speaks; random networks are sometimes mute in a corner or say one class everywhere."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(1000 * seed + 10 * NAMES.index(name) + spatial_dims)
+        for _ in range(20):
+            case = _draw(name, spatial_dims, in_channels)
+            if _speaks(case):
+                with torch.no_grad():  # DynUNet keeps its last heads, and has no copy while they have a graph
+                    case.network(case.image)
+                case.network.double()
+                return replace(case, image=case.image.double(), reference=case.reference.double())
+    raise RuntimeError(f"no usable {name} in {spatial_dims}D within 20 draws of seed {seed}")
+
+
+def _draw(name: str, spatial_dims: int, in_channels: int) -> NetworkCase:
     spec = SPECS[name]
     size = spec.sizes[spatial_dims - 2]
     roi = (size,) * spatial_dims
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1000 * seed + 10 * NAMES.index(name) + spatial_dims)
-        image = _scan(roi, in_channels, lesion=1.0, frequency=3, noise=0.05)
-        reference = _scan(roi, in_channels, lesion=-0.5, frequency=6, noise=0.15)
-        network = spec.make(spatial_dims, in_channels, size).double().eval()
-        _randomise(network, torch.cat([image, reference]))
-        network.requires_grad_(False)
-        head, activations = _trace(network, image)
-        _calibrate(network, head, spec, image, reference)
+    image = _scan(roi, in_channels, lesion=1.0, frequency=3, noise=0.05)
+    reference = _scan(roi, in_channels, lesion=-0.5, frequency=6, noise=0.15)
+    pair = torch.cat([image, reference])
+    network = spec.make(spatial_dims, in_channels, size).eval()
+    _randomise(network, pair)
+    network.requires_grad_(False)
+    head, activations = _trace(network, image)
+    _calibrate(network, head, spec, pair)
     network.requires_grad_(True)
     return NetworkCase(
         name, network, image, reference, spec.kind, roi, _norm(network), activations, spec.output, spec.probability,
         spec.cam_layer,
+    )
+
+
+def _speaks(case: NetworkCase) -> bool:
+    """Whether F differs between image and reference for all classes and for the frozen prediction, every class is
+    predicted somewhere, logits stay within hundreds, and the gradient reaches the voxels."""
+    image = case.image.clone().requires_grad_()
+    logits = torch.cat([case.logits(image), case.logits(case.reference)])
+    (gradient,) = torch.autograd.grad(case.score(image).sum(), image)
+    logits = logits.detach().reshape(2, CLASSES, -1)
+    predicted = logits[0].argmax(0)
+    pairs = [*logits.mean(2).T]
+    if case.kind == SEGMENTATION:
+        shares = torch.bincount(predicted, minlength=CLASSES) / predicted.numel()
+        if shares.min() < 0.03 or shares.max() > 0.9 or logits.std() > 100:
+            return False
+        pairs.append(logits[:, 1, predicted == 1].mean(1))
+    return (gradient != 0).float().mean().item() > 0.92 and all(
+        abs(value - start) > max(0.12 * abs(value), 0.03 if case.probability else 0.35) for value, start in pairs
     )
 
 
@@ -126,7 +161,7 @@ def _select(output: object, key: str | int | None) -> torch.Tensor:
 
 
 def _scan(roi: tuple[int, ...], channels: int, lesion: float, frequency: float, noise: float) -> torch.Tensor:
-    """A body (ellipsoid) of smooth tissue contrast with one lesion, and noise."""
+    """A body (ellipsoid) of smooth tissue contrast with one lesion, and noise, in float32."""
     grid = torch.stack(torch.meshgrid(*(torch.linspace(-1, 1, n, dtype=torch.float64) for n in roi), indexing="ij"))
     axes = (slice(None), *(None,) * len(roi))
 
@@ -140,7 +175,7 @@ def _scan(roi: tuple[int, ...], channels: int, lesion: float, frequency: float, 
     for _ in range(channels):
         waves = (frequency * _normal(4, len(roi)) @ grid.flatten(1) + 3 * _normal(4, 1)).cos().mean(0).view(roi)
         scan.append(body * (0.8 + 0.4 * waves + lesion * spot) + noise * _normal(*roi))
-    return torch.stack(scan)[None]
+    return torch.stack(scan)[None].float()
 
 
 def _normal(*shape: int) -> torch.Tensor:
@@ -183,7 +218,7 @@ def _slopes_per_channel(network: nn.Module, inputs: torch.Tensor) -> None:
 
     def widen(module: nn.PReLU, args: tuple[torch.Tensor, ...]) -> None:
         module.num_parameters = args[0].shape[1]
-        module.weight = nn.Parameter(torch.empty(module.num_parameters, dtype=torch.float64).uniform_(0.05, 0.6))
+        module.weight = nn.Parameter(torch.empty(module.num_parameters).uniform_(0.05, 0.6))
 
     hooks = [m.register_forward_pre_hook(widen) for m in network.modules() if isinstance(m, nn.PReLU)]
     if hooks:
@@ -192,9 +227,8 @@ def _slopes_per_channel(network: nn.Module, inputs: torch.Tensor) -> None:
         hook.remove()
 
 
-@torch.enable_grad()
-def _calibrate(network: nn.Module, head: Head, spec: Spec, image: torch.Tensor, reference: torch.Tensor) -> None:
-    """Turn and shift the last layer so that class c has mean logit ±1/2 on `image` and ∓1/2 on `reference`.
+def _calibrate(network: nn.Module, head: Head, spec: Spec, pair: torch.Tensor) -> None:
+    """Turn and shift the last layer so that class c has mean logit ±1/2 on the image and ∓1/2 on the reference.
 
     Scaling a random last layer until its mean differs by 1 would leave logits that vary by hundreds over the volume.
     Its weights are scaled to logits of unit deviation instead, then moved along the gradient g of the difference Δ of
@@ -202,15 +236,15 @@ def _calibrate(network: nn.Module, head: Head, spec: Spec, image: torch.Tensor, 
     reference to image, even ones fall.
     """
     if head.bias is None:
-        head.bias = nn.Parameter(torch.zeros(CLASSES, dtype=torch.float64), requires_grad=False)
+        head.bias = nn.Parameter(torch.zeros(CLASSES), requires_grad=False)
     per_class = [1] * head.weight.ndim
     per_class[1 if isinstance(head, _ConvTransposeNd) else 0] = CLASSES
     other_axes = tuple(axis for axis, length in enumerate(per_class) if length == 1)
-    goal = 0.5 * torch.tensor([-1.0, 1.0], dtype=torch.float64).repeat(CLASSES)[:CLASSES]
+    goal = 0.5 * torch.tensor([-1.0, 1.0]).repeat(CLASSES)[:CLASSES]
 
     head.weight.requires_grad_(True)
     head.bias.requires_grad_(True)
-    logits = _logits(network, spec, torch.cat([image, reference]))
+    logits = _logits(network, spec, pair)
     means = logits.mean(2)
     difference = means[0] - means[1]
     gradient = torch.autograd.grad(difference.sum(), head.weight, retain_graph=True)[0]
@@ -218,11 +252,11 @@ def _calibrate(network: nn.Module, head: Head, spec: Spec, image: torch.Tensor, 
     head.weight.requires_grad_(False)
     head.bias.requires_grad_(False)
 
-    scale = logits.detach().std(dim=(0, 2)) if logits.shape[2] > 1 else torch.ones(CLASSES, dtype=torch.float64)
+    scale = logits.detach().std(dim=(0, 2)) if logits.shape[2] > 1 else torch.ones(CLASSES)
     step = head.weight * (1 / scale - 1).view(per_class)
     missing = 2 * goal - difference.detach() - (gradient * step).sum(other_axes)
     head.weight += step + gradient * (missing / gradient.square().sum(other_axes)).view(per_class)
-    means = _logits(network, spec, torch.cat([image, reference])).mean(2)
+    means = _logits(network, spec, pair).mean(2)
     head.bias += (goal + spec.lift - means[0]) / bias_slope
 
 

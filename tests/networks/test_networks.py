@@ -45,7 +45,7 @@ def test_calibrated(name: str, dims: int) -> None:
     if case.kind == SEGMENTATION:
         predicted = case.logits(case.image).argmax(1)
         for class_index in range(CLASSES):
-            assert 0.02 < (predicted == class_index).double().mean() < 0.95
+            assert 0.02 < (predicted == class_index).double().mean() < 0.95  # float32 chose it, float64 may differ
         value, start = _mean_over_predicted(case, case.image).item(), _mean_over_predicted(case, case.reference).item()
         assert abs(value - start) >= 0.1 * abs(value)
 
@@ -140,11 +140,11 @@ def test_repeatable_and_independent() -> None:
     assert not torch.equal(next(again.network.parameters()), next(other.network.parameters()))
 
 
-@pytest.mark.parametrize("name", ["UNet_instance", "ViT", "TwoHeads", "HighResNet"])
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_other_dtypes_channels_and_seeds(name: str) -> None:
-    case = build(name, 2, dtype=torch.float32, seed=3, in_channels=4)
-    assert case.image.shape == (1, 4, *case.roi)
+    case = build(name, 2, dtype=torch.float32, seed=3, in_channels=2)
+    assert case.image.shape == (1, 2, *case.roi)
     assert {p.dtype for p in case.network.parameters()} == {case.image.dtype} == {torch.float32}
     difference = (case.score(case.image) - case.score(case.reference)).item()
-    assert 0.3 < difference < 1.5
+    assert (0.02 if case.probability else 0.3) < difference < 1.5
