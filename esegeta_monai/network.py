@@ -148,7 +148,7 @@ def select_output(output: Any, key: int | str | None = None) -> Tensor:
     if isinstance(output, Tensor):
         if key not in (None, 0):
             raise NetworkError(f"output={key!r}, but the network returns a single tensor: leave output away")
-        return output.as_subclass(Tensor)
+        return _plain(output)
     if isinstance(output, Mapping):
         tensors = {k: v for k, v in output.items() if isinstance(v, Tensor)}
         if key is None:
@@ -158,7 +158,7 @@ def select_output(output: Any, key: int | str | None = None) -> Tensor:
             raise NetworkError(
                 f"the network returns a dict with tensors {sorted(map(str, tensors))}: choose one with output=KEY"
             )
-        return tensors[key].as_subclass(Tensor)
+        return _plain(tensors[key])
     if isinstance(output, (tuple, list)):
         index = 0 if key is None else key
         if not isinstance(index, int) or not -len(output) <= index < len(output):
@@ -168,6 +168,11 @@ def select_output(output: Any, key: int | str | None = None) -> Tensor:
         f"the network returns {type(output).__name__}: only a tensor, or a tuple, list or dict of tensors, can be "
         "explained"
     )
+
+
+def _plain(output: Tensor) -> Tensor:
+    """A tensor without subclass; one that has none stays the same object, since ``as_subclass`` hides it from modes."""
+    return output if type(output) is Tensor else output.as_subclass(Tensor)
 
 
 class Model:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.errors import MethodError
-from esegeta_monai.layers import BlendedActivations, check_layer, network_axes, spatial_map
+from esegeta_monai.layers import BlendedActivations, check_layer, spatial_map
 from esegeta_monai.methods.base import Explained, Method, Passes
 from esegeta_monai.objective import Objective, Request, View
 
@@ -84,10 +84,9 @@ class ChannelGradients(Request):
         plan, layer = self.objective.plan, self.layers[0]
         if layer not in view.gradients:
             raise MethodError(f"the target does not depend on layer {layer!r} by a differentiable path: choose another")
-        gradients = view.gradients[layer]
-        spatial_map(gradients[0], plan, layer)
+        gradients = spatial_map(view.gradients[layer], self.objective, layer, lead=2)
         summed = gradients.flatten(3).sum((1, 3), dtype=torch.float64).cpu()
-        positions = math.prod(gradients.shape[-network_axes(plan) :])
+        positions = math.prod(gradients.shape[3:])
         volume = math.prod(plan.padded_shape) / math.prod(plan.roi)
         self.total = summed / (positions * volume) if self.total is None else self.total + summed / (positions * volume)
 

@@ -32,7 +32,9 @@ class IntegratedGradients(Method):
         method: the quadrature rule, in Captum's names.
         tolerance: if given, the path is cut into segments, and the segment with the greatest error (which is known:
             the integral over a segment is the difference of F at its ends) is bisected, all samples reused, until the
-            relative completeness gap is at most ``tolerance`` or ``max_steps`` gradients are spent.
+            relative completeness gap is at most ``tolerance`` or ``max_steps`` gradients are spent. A gap that is
+            small only because errors of segments cancel does not count: the root of the sum of their squares has to
+            be as small.
         max_steps: the cap for ``tolerance``.
 
     Memory: two maps a target for fixed steps, ``SEGMENTS + 2`` with ``tolerance``, whatever the number of steps.
@@ -55,6 +57,8 @@ class IntegratedGradients(Method):
         super().__post_init__()
         if self.n_steps < 1:
             raise UsageError(f"n_steps={self.n_steps}: at least one step is needed")
+        if self.tolerance is not None and (self.tolerance <= 0 or self.max_steps <= SEGMENTS):
+            raise UsageError(f"tolerance={self.tolerance} must be positive, and max_steps more than {SEGMENTS}")
         quadrature(self.method, 1)
 
     def attribute(self, objective: Objective) -> Explained:
@@ -91,18 +95,22 @@ SEGMENTS = 8
 
 @dataclass
 class _Segment:
-    """A part [a, b] of the path: its trapezoid map, and how far its sum is from the known integral."""
+    """A part [a, b] of the path: its trapezoid map, and the integral (k,) that the map times dx should sum to."""
 
     a: float
     b: float
     intervals: int
     map: Tensor
     integral: Tensor
-    error: Tensor
 
-    def bisect(self) -> list[float]:
+    def middles(self) -> list[float]:
+        """The nodes that halve the intervals."""
         h = (self.b - self.a) / self.intervals
         return [self.a + (j + 0.5) * h for j in range(self.intervals)]
+
+    def error(self, dx: Tensor) -> Tensor:
+        """How far the map's sum is from the known integral (k,)."""
+        return (self.map * dx).flatten(1).sum(1, dtype=torch.float64).cpu() - self.integral
 
 
 def _adaptive(
@@ -110,47 +118,49 @@ def _adaptive(
 ) -> tuple[Tensor, Tensor, int]:
     """Nested trapezoid rule with local bisection: maps (k, C, *spatial), F at both ends (k, 2), steps."""
     edges = [j / SEGMENTS for j in range(SEGMENTS + 1)]
-    half = 0.5 / SEGMENTS
     segments: list[_Segment] = []
-    previous: tuple[Tensor, Tensor] | None = None
+    before: tuple[Tensor, Tensor] | None = None
     for part, gradient in gradients_on_path(objective, x0, dx, edges):
         for j, alpha in enumerate(part):
-            here = (gradient.maps[:, j], gradient.values[:, j])
-            if previous is not None:
-                trapezoid = half * (previous[0] + here[0])
-                segments.append(_Segment(alpha - 1 / SEGMENTS, alpha, 1, trapezoid, here[1] - previous[1], here[1]))
-            previous = here
-    first, last = segments[0], segments[-1]
-    total = torch.stack([s.integral for s in segments]).sum(0)
-    assert previous is not None
-    ends = torch.stack([previous[1] - total, previous[1]], 1)
-    scale = total.abs().clamp(min=torch.finfo(total.dtype).tiny)
+            here, value = gradient.maps[:, j], gradient.values[:, j]
+            if before is None:
+                first = value
+            else:
+                trapezoid = 0.5 / SEGMENTS * (before[0] + here)
+                segments.append(_Segment(alpha - 1 / SEGMENTS, alpha, 1, trapezoid, value - before[1]))
+            before = here, value
+    assert before is not None
+    ends = torch.stack([first, before[1]], 1)
+    scale = (ends[:, 1] - ends[:, 0]).abs().clamp(min=torch.finfo(ends.dtype).tiny)
     steps = len(edges)
+    errors = torch.stack([s.error(dx) for s in segments])  # signed, (segments, k)
 
-    def set_error(segment: _Segment) -> None:
-        sums = (segment.map * dx).flatten(1).sum(1, dtype=torch.float64).cpu()
-        segment.error = (sums - segment.integral).abs() / scale
-
-    for segment in (first, *segments[1:-1], last):
-        set_error(segment)
-    while float(torch.stack([s.error for s in segments]).sum(0).max()) > tolerance:
-        worst = max(segments, key=lambda s: float(s.error.max()))
-        middles = worst.bisect()
+    while not _within(errors / scale, tolerance):
+        worst = int((errors.abs() / scale).amax(1).argmax())
+        segment = segments[worst]
+        middles = segment.middles()
         if steps + len(middles) > max_steps:
-            objective.monitor.warn(f"the completeness gap is above tolerance={tolerance:g} after max_steps={max_steps}")
+            if bool((errors.sum(0).abs() / scale > tolerance).any()):
+                objective.monitor.warn(
+                    f"the completeness gap is above tolerance={tolerance:g} after {steps} steps (max_steps={max_steps})"
+                )
             break
-        worst.map /= 2
-        width = (worst.b - worst.a) / (2 * worst.intervals)
+        segment.map /= 2
         for part, gradient in gradients_on_path(objective, x0, dx, middles):
             for j in range(len(part)):
-                worst.map += width * gradient.maps[:, j]
-        worst.intervals *= 2
+                segment.map += (segment.b - segment.a) / (2 * segment.intervals) * gradient.maps[:, j]
+        segment.intervals *= 2
         steps += len(middles)
-        set_error(worst)
+        errors[worst] = segment.error(dx)
     maps = segments[0].map
     for segment in segments[1:]:
         maps += segment.map
     return maps * dx, ends, steps
+
+
+def _within(errors: Tensor, tolerance: float) -> bool:
+    """Whether the segments' relative errors (segments, k) are small, in sum and without cancelling each other."""
+    return float(torch.maximum(errors.sum(0).abs(), errors.square().sum(0).sqrt()).max()) <= tolerance
 
 
 def gradients_on_path(

@@ -1,0 +1,106 @@
+"""Guided backpropagation and deconvolution: other than the gradient; equal to Captum where Captum is right."""
+
+from __future__ import annotations
+
+import captum.attr
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+from torch import Tensor, nn
+
+from esegeta_monai import Explainer
+from esegeta_monai.errors import MethodError
+from esegeta_monai.methods import Deconvolution, GuidedBackprop, Saliency
+from esegeta_monai.targets import ClassScore, MultiClassMask
+from tests.networks import build
+
+NAMES = [
+    "UNet_instance",
+    "BasicUNet",
+    "DynUNet",
+    "SegResNet",
+    "VNet",
+    "ResNet18",
+    "DenseNet121",
+    "UNETR",
+    "SwinUNETR",
+]
+
+
+def explain(network, image, method, target, inferer=None, output=None) -> Tensor:
+    (found,) = Explainer(network, inferer, output=output)(image, [method], [target])
+    assert found.map is not None
+    return found.map.as_tensor()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_differs_from_the_gradient(name):
+    case = build(name, spatial_dims=3)
+    target = ClassScore(1) if case.kind == "classification" else MultiClassMask(1)
+    plain = explain(case.network, case.image, Saliency(abs=False), target, output=case.output)
+    for method in (GuidedBackprop(), Deconvolution()):
+        modified = explain(case.network, case.image, method, target, output=case.output)
+        cosine = torch.cosine_similarity(plain.flatten(), modified.flatten(), 0)
+        assert float(cosine) < 0.99, name
+
+
+class Plain(nn.Module):
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
+        pool = {2: nn.AvgPool2d, 3: nn.AvgPool3d}[dims]
+        self.layers = nn.Sequential(
+            conv(2, 6, 3), nn.ReLU(), pool(2), conv(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_equals_captum_on_plain_relu(dims):
+    torch.manual_seed(dims)
+    image = torch.randn(1, 2, *[12] * dims, dtype=torch.float64)
+    network = Plain(dims).double()
+    network(image)
+    for mine, theirs in (
+        (GuidedBackprop(), captum.attr.GuidedBackprop(network)),
+        (Deconvolution(), captum.attr.Deconvolution(network)),
+    ):
+        reference = theirs.attribute(image.clone().requires_grad_(True), target=1)[0].detach()
+        found = explain(network, image, mine, ClassScore(1))
+        assert float((found - reference).abs().max() / reference.abs().max()) <= 1e-10
+
+
+@pytest.mark.parametrize("name", ["UNet_batch", "SegResNet"])
+def test_windows_add_up(name):
+    """Each window's map through the importance map, added: a hand-written loop over MONAI's windows."""
+    case = build(name, spatial_dims=2)
+    image = torch.cat([case.image, case.reference], -1)
+    roi = case.image.shape[2:]
+    inferer = SlidingWindowInferer(roi, 1, 0.5, "constant")
+    found = explain(case.network, image, GuidedBackprop(), MultiClassMask(1), inferer, case.output)
+    n = roi[-1]
+    starts = [0, n // 2, n]
+    count = torch.zeros(image.shape[-1], dtype=image.dtype)
+    for s in starts:
+        count[s : s + n] += 1
+    with torch.no_grad():
+        blended = sum(
+            torch.nn.functional.pad(case.logits(image[..., s : s + n]) / count[s : s + n], (s, n - s)) for s in starts
+        )
+    mask = blended[0].argmax(0) == 1
+    total = torch.zeros_like(image[0])
+    from esegeta_monai.rules import guided
+
+    for s in starts:
+        weights = torch.zeros_like(blended[..., s : s + n])[None]
+        weights[0, 0, 1] = mask[..., s : s + n] / count[s : s + n]
+        total[..., s : s + n] += guided(case.logits, image[..., s : s + n], weights).input[0, 0]
+    assert float((found - total).abs().max() / total.abs().max()) <= 1e-10
+
+
+def test_a_network_without_activations_is_refused():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    with pytest.raises(MethodError, match="has none"):
+        explain(network, torch.rand(1, 1, 4, 4), GuidedBackprop(), ClassScore(1))
