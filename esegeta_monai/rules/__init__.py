@@ -5,16 +5,23 @@ See :mod:`esegeta_monai.rules.mode` for the engine.
 
 from __future__ import annotations
 
+from esegeta_monai.rules.composites import COMPOSITES, RULES, Composite, composite_of
 from esegeta_monai.rules.finite_differences import deep_lift, deep_lift_multiplier
 from esegeta_monai.rules.guided import deconvolution, guided
+from esegeta_monai.rules.lrp import lrp
 from esegeta_monai.rules.run import LayerRelevance, Relevance, check_network
 
 __all__ = [
+    "COMPOSITES",
+    "RULES",
+    "Composite",
     "LayerRelevance",
     "Relevance",
     "check_network",
+    "composite_of",
     "deconvolution",
     "deep_lift",
     "deep_lift_multiplier",
     "guided",
+    "lrp",
 ]
