@@ -8,16 +8,19 @@ windows are added.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from monai.networks.blocks import MLPBlock
+from monai.networks.nets.swin_unetr import PatchMergingV2, SwinTransformerBlock
+from torch import Tensor, nn
 
 from esegeta_monai.errors import MethodError, UsageError
-from esegeta_monai.network import find_layer
-from esegeta_monai.objective import Objective, Request, View
+from esegeta_monai.network import capture, find_layer, select_output
+from esegeta_monai.objective import Batch, Objective, Request, View
 from esegeta_monai.windows import OutputGrid, WindowPlan
 
 __all__ = ["BlendedActivations", "LayerShape", "check_layer", "default_layer", "layer_shapes", "spread", "to_window"]
@@ -25,34 +28,45 @@ __all__ = ["BlendedActivations", "LayerShape", "check_layer", "default_layer", "
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A layer and the shape of its output for one window."""
+    """A layer and what it gives for one window.
+
+    Attributes:
+        name: dotted name.
+        kind: class of the module.
+        shape: of the output, without batch.
+        grid: (C, *positions) where the output lies on a grid in the window, tokens included; else None.
+        calls: how often the layer runs in one forward pass; the last output is what methods see.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
+    grid: tuple[int, ...] | None
     calls: int
 
 
 def layer_shapes(objective: Objective) -> list[LayerShape]:
-    """All layers in the order in which they finish, with the output shape for one window (without batch)."""
+    """All layers that run, in the order in which they finish; the last one is the network itself, without a name."""
     found: dict[str, LayerShape] = {}
     handles = []
-    window = (objective.windows or [0])[0]
-    x = objective.plan.cut(objective.image, window)[None].to(objective.model.device)
+    model, window = objective.model, (objective.windows or [0])[0]
+    x = objective.plan.cut(objective.image, window)[None].to(model.device)
 
-    def hook_for(name: str):  # type: ignore[no-untyped-def]
-        def hook(module: torch.nn.Module, args: object, output: object) -> None:
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if name == "":
+                output = select_output(output, model.output)
             value = output[0] if isinstance(output, (tuple, list)) and output else output
             calls = found.pop(name).calls + 1 if name in found else 1
             if isinstance(value, Tensor):
-                found[name] = LayerShape(name, type(module).__name__, tuple(value.shape[1:]), calls)
+                grid = _grid(module, tuple(value.shape[1:]), objective.plan) if len(value) == 1 else None
+                found[name] = LayerShape(name, type(module).__name__, tuple(value.shape[1:]), grid, calls)
 
         return hook
 
     try:
-        for name, module in objective.model.network.named_modules():
-            if name:
-                handles.append(module.register_forward_hook(hook_for(name)))
+        for name, module in model.network.named_modules():
+            handles.append(module.register_forward_hook(hook_for(name)))
         with torch.inference_mode():
             objective.run(x, [window])
     finally:
@@ -64,21 +78,58 @@ def layer_shapes(objective: Objective) -> list[LayerShape]:
 def default_layer(objective: Objective) -> str:
     """A layer for class activation maps where the user names none.
 
-    The last layer with spatial resolution for a classification network; for a segmentation network the last one at
-    the coarsest resolution, which has seen the widest context.
+    The last block with spatial resolution for a classification network; for a segmentation network the last block at
+    the coarsest resolution, which has seen the widest context. Blocks are preferred to what is inside them; layers
+    that repeat the network's output, do nothing in evaluation mode, or run several times only serve where there is
+    nothing else; one whose positions the target does not depend on (behind the last attention of a transformer that
+    reads its class token) does not serve at all.
 
     Raises:
-        MethodError: no layer gives a spatial map.
+        MethodError: no layer gives a spatial map that the target depends on.
     """
-    axes = network_axes(objective.plan)
-    spatial = [s for s in layer_shapes(objective) if len(s.shape) == axes + 1 and math.prod(s.shape[1:]) > 1]
-    spatial = [s for s in spatial if s.shape[0] > 1] or spatial
-    if not spatial:
-        raise MethodError("no layer of the network gives a spatial map: name one with layer=…, or use an input method")
-    if len(objective.grid.shape) > 0 and math.prod(objective.grid.shape) > 1:
-        coarsest = min(math.prod(s.shape[1:]) for s in spatial)
-        spatial = [s for s in spatial if math.prod(s.shape[1:]) == coarsest]
-    return spatial[-1].name
+    modules = dict(objective.model.network.named_modules())
+    *layers, network = layer_shapes(objective)
+    spatial = [s for s in layers if s.grid is not None and math.prod(s.grid[1:]) > 1]
+    good = [
+        s
+        for s in spatial
+        if s.grid[0] > 1 and s.shape != network.shape and s.calls == 1 and not isinstance(modules[s.name], _IDLE)
+    ]
+    candidates = good or spatial
+    if candidates and math.prod(objective.grid.shape) > 1:
+        coarsest = min(math.prod(s.grid[1:]) for s in candidates)
+        candidates = [s for s in candidates if math.prod(s.grid[1:]) == coarsest]
+    elif candidates:
+        candidates = [s for s in candidates if s.grid[1:] == candidates[-1].grid[1:]]
+    for shape in sorted(reversed(candidates), key=lambda s: _nesting(s.name, modules)):
+        if _depends(objective, shape.name):
+            return shape.name
+    raise MethodError(
+        "the target depends on no layer with a spatial map by a differentiable path: name one with layer=…, or use an "
+        "input method"
+    )
+
+
+_IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _nesting(name: str, modules: Mapping[str, nn.Module]) -> int:
+    """The number of blocks round a layer; plain containers do not count."""
+    parts = name.split(".")
+    return sum(type(modules[".".join(parts[:i])]) not in _CONTAINERS for i in range(1, len(parts)))
+
+
+def _depends(objective: Objective, layer: str) -> bool:
+    """Whether some target has a gradient at the layer's positions, in a window that it sees."""
+    batch = Batch(objective, objective.windows[:1], [0], objective.cotangents(objective.windows[:1]))
+    x = batch.image.detach().requires_grad_(True)
+    with torch.enable_grad(), capture(objective.model.network, [layer]) as captured:
+        out = batch.forward(x)
+    if not captured[layer].requires_grad or not out.requires_grad:
+        return False
+    gradient = batch.gradients(out, [captured[layer]])[0]
+    return bool(spatial_map(gradient, objective, layer, lead=2).any())
 
 
 def check_layer(objective: Objective, layer: str | None) -> str:
@@ -101,18 +152,50 @@ def with_slice_axis(values: Tensor, plan: WindowPlan) -> Tensor:
     return values if plan.slice_axis is None else values.unsqueeze(values.ndim - len(plan.roi) + 1 + plan.slice_axis)
 
 
-def spatial_map(values: Tensor, plan: WindowPlan, layer: str) -> Tensor:
-    """Checks that a layer's (…, C, *positions) is a spatial map; gives it all axes of the window.
+def spatial_map(values: Tensor, objective: Objective, layer: str, *, lead: int = 1) -> Tensor:
+    """A layer's values (*lead axes, …) as a map (*lead axes, C, *positions) with all axes of the window.
+
+    Tokens (…, T, C) of a transformer are put on their grid, a class token in front aside; maps whose channels come last
+    are turned round.
+
+    Args:
+        lead: number of axes in front: 1 for activations (n, …), 2 for gradients (k, n, …).
 
     Raises:
-        MethodError: it is not; the way out is named.
+        MethodError: it is no spatial map; the way out is named.
     """
-    if values.ndim < network_axes(plan) + 2:
+    module, plan, shape = find_layer(objective.model.network, layer), objective.plan, tuple(values.shape[lead:])
+    grid = _grid(module, shape, plan)
+    if grid is None:
         raise MethodError(
-            f"layer {layer!r} gives {tuple(values.shape[1:])} for a window, which is no spatial map: choose an earlier "
-            "layer ('esegeta-monai layers' lists them with their shapes)"
+            f"layer {layer!r} gives {shape} for a window, which is no spatial map: choose an earlier layer "
+            "('esegeta-monai layers' lists them with their shapes)"
         )
+    if len(shape) == 2:
+        positions = math.prod(grid[1:])
+        values = values.narrow(-2, shape[0] - positions, positions).unflatten(-2, grid[1:])
+    if len(shape) == 2 or _channels_last(module):
+        values = values.movedim(-1, lead)
     return with_slice_axis(values, plan)
+
+
+def _grid(module: nn.Module, shape: tuple[int, ...], plan: WindowPlan) -> tuple[int, ...] | None:
+    """(C, *positions) of a layer's output (without batch), or None where it is no map of the window."""
+    roi = [n for axis, n in enumerate(plan.roi) if axis != plan.slice_axis]
+    if len(shape) == len(roi) + 1:
+        return (shape[-1], *shape[:-1]) if _channels_last(module) else shape
+    if len(shape) != 2:
+        return None
+    for patch in range(1, min(roi) + 1):  # tokens: one a patch, perhaps with a class token in front
+        grid = tuple(n // patch for n in roi)
+        if math.prod(grid) in (shape[0], shape[0] - 1) and math.prod(grid) > 1:
+            return (shape[1], *grid)
+    return None
+
+
+def _channels_last(module: nn.Module) -> bool:
+    """Whether a layer with spatial axes has its channels behind them, as Swin transformers do inside."""
+    return isinstance(module, (nn.LayerNorm, nn.Linear, MLPBlock, SwinTransformerBlock, PatchMergingV2))
 
 
 def to_window(values: Tensor, plan: WindowPlan) -> Tensor:
@@ -164,7 +247,7 @@ class BlendedActivations(Request):
 
     def see(self, view: View) -> None:
         plan = self.objective.plan
-        values = spatial_map(view.activations[self.layers[0]], plan, self.layers[0])
+        values = spatial_map(view.activations[self.layers[0]], self.objective, self.layers[0])
         if self.weights is not None:
             values = torch.einsum("kc,nc...->nk...", self.weights.to(values.device, values.dtype), values)
         up = to_window(values.to(self.objective.image.dtype), plan)

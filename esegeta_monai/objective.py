@@ -401,6 +401,11 @@ class Objective:
         for name in layers:
             if name not in captured:
                 raise MethodError(f"layer {name!r} is not used in the forward pass: choose another")
+            if self.model.inferer is not None and captured.calls[name] > 1:  # its windows are not known
+                raise MethodError(
+                    f"layer {name!r} runs {captured.calls[name]} times under {type(self.model.inferer).__name__}, whose "
+                    "windows are not known: use SlidingWindowInferer, or an input method"
+                )
         gradients: dict[str, Tensor] = {}
         at_input = None
         if backward:

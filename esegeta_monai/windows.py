@@ -325,7 +325,9 @@ def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype 
     padded = tuple(n + d for n, d in zip(shape, diff))
     overlap = ensure_tuple_rep(inferer.overlap, len(shape))
     interval = _get_scan_interval(padded, roi, len(shape), overlap)
-    slices = tuple(tuple(s) for s in dense_patch_slices(padded, roi, interval))
+    slices = tuple(
+        tuple(slice(int(s.start), int(s.stop)) for s in place) for place in dense_patch_slices(padded, roi, interval)
+    )
     if inferer.roi_weight_map is not None:
         importance = torch.as_tensor(inferer.roi_weight_map).cpu().to(dtype)
     else:

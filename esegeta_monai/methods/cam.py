@@ -52,7 +52,7 @@ class GradCam(Method):
         return "weighted activation"
 
     def passes(self, objective: Objective) -> int:
-        """Gradients where the target sees, activations everywhere."""
+        """Gradients where the target sees, activations everywhere (besides one or two where a layer is looked for)."""
         return len(objective.windows) + len(objective.plan)
 
     def attribute(self, objective: Objective) -> Passes:

@@ -48,7 +48,7 @@ class LayerActivation(Method):
         return "activation"
 
     def passes(self, objective: Objective) -> int:
-        """One forward pass everywhere."""
+        """One forward pass everywhere (besides one or two where a layer is looked for)."""
         return len(objective.plan)
 
     def attribute(self, objective: Objective) -> Passes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from esegeta_monai.targets.base import TARGETS, Case, Score, Target, WeightedScore
 from esegeta_monai.targets.classes import ClassScore, MultiClassMask, PredictedClasses, ThresholdMask
 from esegeta_monai.targets.regions import Box, Component, Errors, LabelMask, OutputValue, Voxel
+from esegeta_monai.targets.wrapper import TargetWrapper
 
 __all__ = [
     "TARGETS",
@@ -19,6 +20,7 @@ __all__ = [
     "PredictedClasses",
     "Score",
     "Target",
+    "TargetWrapper",
     "ThresholdMask",
     "Voxel",
     "WeightedScore",

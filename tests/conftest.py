@@ -1,0 +1,18 @@
+"""What tests of several rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def captum_in_float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Captum rounds its step sizes by ``.float()``, which alone costs 1e-8 of a float64 map."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(default)
