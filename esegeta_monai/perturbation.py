@@ -4,16 +4,18 @@
     non-linear s:  ΔP = Σ_touched ĝ_w (f(x'_w) − f(x_w)) on the support of s,   F(x') − F(x) = s(P + ΔP) − s(P)
 
 A perturbation says what it changes; it never holds a copy of the volume. (perturbation, window) pairs of different
-windows share batches; a pair that changes no voxel is never computed, and neither is a pair whose part inside the
-window has been computed before.
+windows share batches; a pair that changes no voxel is never computed, and perturbations that are equal inside a window
+share one pass of it.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -21,10 +23,13 @@ from torch import Tensor
 from esegeta_monai.objective import Batch, Objective, out_of_memory
 from esegeta_monai.windows import Slices, _overlap
 
-__all__ = ["Boxes", "Perturbations", "change", "passes_needed"]
+__all__ = ["UNCHANGED", "Boxes", "Perturbations", "change", "known_change", "passes_needed"]
 
 BLOCK_BYTES = 256 * 2**20
 """Memory for the ΔP of the perturbations in flight and, beside it, for cached unperturbed outputs (non-linear s)."""
+
+UNCHANGED: Final = "unchanged"
+"""The `Perturbations.key` of a window in which the perturbation changes nothing."""
 
 
 class Perturbations(ABC):
@@ -43,8 +48,41 @@ class Perturbations(ABC):
         return None
 
     def key(self, index: int, window: int, place: Slices) -> Hashable | None:
-        """What determines the perturbed window, so that equal ones are computed once; None: always computed."""
+        """What determines the perturbed window, so that equal ones are computed once; None: always computed.
+
+        `UNCHANGED` says that nothing of the window is changed: then it is not even looked at.
+        """
         return None
+
+    def identity(self, index: int) -> Hashable | None:
+        """What determines the whole perturbation, for `known_change`; None: nothing else is ever equal to it."""
+        return None
+
+    def take(self, indices: Sequence[int]) -> Perturbations:
+        """Some of these perturbations."""
+        return _Part(self, list(indices))
+
+
+class _Part(Perturbations):
+    """Some of other perturbations."""
+
+    def __init__(self, whole: Perturbations, indices: Sequence[int]) -> None:
+        self.whole, self.indices = whole, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
+        return self.whole.apply(self.indices[index], crop, place)
+
+    def box(self, index: int) -> Slices | None:
+        return self.whole.box(self.indices[index])
+
+    def key(self, index: int, window: int, place: Slices) -> Hashable | None:
+        return self.whole.key(self.indices[index], window, place)
+
+    def identity(self, index: int) -> Hashable | None:
+        return self.whole.identity(self.indices[index])
 
 
 class Boxes(Perturbations):
@@ -90,9 +128,10 @@ def _rows(channels: Any, place: Sequence[slice]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class _Pair:
-    index: int
+    """One perturbed window, and all perturbations that are equal there."""
+
+    indices: tuple[int, ...]
     window: int
-    key: Hashable | None
 
 
 def change(objective: Objective, perturbations: Perturbations) -> Tensor:
@@ -105,14 +144,58 @@ def change(objective: Objective, perturbations: Perturbations) -> Tensor:
     return _BlendedChange(objective, perturbations).run()
 
 
+def known_change(objective: Objective, perturbations: Perturbations) -> Tensor:
+    """`change`, where a perturbation that any method has scored on this objective before is looked up: (k, m)."""
+    table = _TABLES.setdefault(objective, {})
+    names = [perturbations.identity(i) for i in range(len(perturbations))]
+    first: dict[Hashable, int] = {}
+    for i, name in enumerate(names):
+        if name is None or name not in table:
+            first.setdefault(i if name is None else (name,), i)
+    found = change(objective, perturbations.take(list(first.values())))
+    columns = {i: j for j, i in enumerate(first.values())}
+    for i, j in columns.items():
+        if (name := names[i]) is not None:
+            table[name] = found[:, j].clone()
+    rows = [found[:, columns[i]] if name is None else table[name] for i, name in enumerate(names)]
+    return torch.stack(rows, 1) if rows else found
+
+
+_TABLES: WeakKeyDictionary[Objective, dict[Hashable, Tensor]] = WeakKeyDictionary()
+"""Scores by objective and `Perturbations.identity`: shared by the methods that run on one objective."""
+
+
 def passes_needed(objective: Objective, perturbations: Perturbations) -> int:
-    """Window passes that `change` needs at most (pairs that change no voxel are found only while running)."""
-    places = {w: objective.plan.place(w) for w in objective.windows}
-    pairs = 0
-    for i in range(len(perturbations)):
+    """Window passes that `change` needs, at most: pairs that change no voxel are found only while running."""
+    m, windows = len(perturbations), objective.windows
+    block = m if objective.linear else _block_size(objective, m)
+    blocks = [range(a, min(a + block, m)) for a in range(0, m, max(block, 1))]
+    pairs = sum(len(_groups(perturbations, part, w, objective.plan.place(w))) for part in blocks for w in windows)
+    if objective.linear:
+        return pairs + len(windows)
+    itemsize = objective.image.element_size()
+    kept = len(windows) * len(objective.read) * math.prod(objective.grid.out_roi) * itemsize <= BLOCK_BYTES
+    blending = len(windows) if objective.prediction is None else 0
+    return pairs + len(windows) * (1 if kept else len(blocks)) + blending
+
+
+def _groups(perturbations: Perturbations, indices: Sequence[int], window: int, place: Slices) -> list[tuple[int, ...]]:
+    """The perturbations that may change a window, those that are equal there together."""
+    groups: dict[Hashable, list[int]] = {}
+    for i in indices:
         box = perturbations.box(i)
-        pairs += sum(box is None or _overlap(place, box) for place in places.values())
-    return pairs + len(objective.windows)
+        if box is not None and not _overlap(place, box):
+            continue
+        key = perturbations.key(i, window, place)
+        if key != UNCHANGED:
+            groups.setdefault(("alone", i) if key is None else ("key", key), []).append(i)
+    return [tuple(g) for g in groups.values()]
+
+
+def _block_size(objective: Objective, m: int) -> int:
+    """How many ΔP fit in `BLOCK_BYTES`."""
+    size = sum(len(s.channels) * math.prod(b.stop - b.start for b in s.box) * 8 for s in objective.scores)
+    return max(1, min(m, BLOCK_BYTES // max(size, 1)))
 
 
 class _Change:
@@ -125,26 +208,16 @@ class _Change:
     def pairs(self, indices: Sequence[int]) -> Iterator[tuple[_Pair, Tensor]]:
         """(pair, perturbed window) for all pairs that change a voxel."""
         plan, device = self.objective.plan, self.objective.model.device
-        boxes = {i: self.perturbations.box(i) for i in indices}
         for w in self.objective.windows:
             place = plan.place(w)
-            crop: Tensor | None = None
-            for i in indices:
-                box = boxes[i]
-                if box is not None and not _overlap(place, box):
-                    continue
-                key = self.perturbations.key(i, w, place)
-                if key is not None and self.known(_Pair(i, w, key)):
-                    continue
-                if crop is None:
-                    crop = self.objective.image[_rows(slice(None), place)].to(device)
-                perturbed = self.perturbations.apply(i, crop, place)
+            groups = _groups(self.perturbations, indices, w, place)
+            if not groups:
+                continue
+            crop = self.objective.image[_rows(slice(None), place)].to(device)
+            for group in groups:
+                perturbed = self.perturbations.apply(group[0], crop, place)
                 if not torch.equal(perturbed, crop):
-                    yield _Pair(i, w, key), plan.pad(perturbed)
-
-    def known(self, pair: _Pair) -> bool:
-        """Whether the pair's result is at hand (and, if so, it has been booked)."""
-        return False
+                    yield _Pair(group, w), plan.pad(perturbed)
 
     def compute(self, pairs: Sequence[_Pair], windows: Sequence[Tensor]) -> None:
         """Network passes for one batch of pairs, and their booking."""
@@ -183,8 +256,6 @@ class _LinearChange(_Change):
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         super().__init__(objective, perturbations)
         self.cotangents: dict[tuple[int, ...], list[Tensor | None]] = {}
-        self.scores: dict[Hashable, Tensor] = {}
-        self.waiting: dict[Hashable, list[int]] = {}
 
     def run(self) -> Tensor:
         self._base()
@@ -202,17 +273,6 @@ class _LinearChange(_Change):
 
         self.objective.each(missing, score)
 
-    def known(self, pair: _Pair) -> bool:
-        name = (pair.window, pair.key)
-        if name in self.scores:
-            self.result[:, pair.index] += self.scores[name]
-            return True
-        if name in self.waiting:
-            self.waiting[name].append(pair.index)
-            return True
-        self.waiting[name] = []
-        return False
-
     def compute(self, pairs: Sequence[_Pair], windows: Sequence[Tensor]) -> None:
         out = self.forward(pairs, windows)
         needed = list(dict.fromkeys(p.window for p in pairs))
@@ -223,12 +283,7 @@ class _LinearChange(_Change):
                 changes[k] = (out * cotangent[rows]).flatten(1).sum(1, dtype=torch.float64).cpu()
         changes -= torch.stack([self.objective.base_scores[p.window] for p in pairs], 1)
         for pair, row in zip(pairs, changes.T):
-            self.result[:, pair.index] += row
-            if pair.key is not None:
-                name = (pair.window, pair.key)
-                self.scores[name] = row
-                for index in self.waiting.pop(name, []):
-                    self.result[:, index] += row
+            self.result[:, list(pair.indices)] += row[:, None]
 
     def _cotangents_of(self, windows: Sequence[int]) -> list[Tensor | None]:
         key = tuple(windows)
@@ -246,8 +301,7 @@ class _BlendedChange(_Change):
         self.values = torch.stack([s.value(p) for s, p in zip(objective.scores, self.predictions)])
         self.base: dict[int, Tensor] = {}
         self.base_bytes = 0
-        size = sum(p.numel() for p in self.predictions) * 8
-        self.block = max(1, min(len(perturbations), BLOCK_BYTES // max(size, 1)))
+        self.block = _block_size(objective, len(perturbations))
 
     def run(self) -> Tensor:
         for start in range(0, len(self.perturbations), self.block):
@@ -270,8 +324,9 @@ class _BlendedChange(_Change):
             weighted = difference * objective.grid.weight(pair.window).to(out.device).double()
             for score, rows, support, delta in zip(objective.scores, objective.rows, objective.support, self.delta):
                 if pair.window in support:
-                    place = delta[self.position[pair.index]]
-                    objective.grid.add(place, score.box, pair.window, weighted[rows])
+                    for index in pair.indices:
+                        place = delta[self.position[index]]
+                        objective.grid.add(place, score.box, pair.window, weighted[rows])
 
     def _unperturbed(self, windows: Sequence[int]) -> dict[int, Tensor]:
         missing = [w for w in windows if w not in self.base]
