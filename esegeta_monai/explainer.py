@@ -7,13 +7,15 @@ for attribution in explainer(image, methods=[Saliency()], targets=[MultiClassMas
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
+import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,7 +28,7 @@ from esegeta_monai.errors import EsegetaError, InputError, MethodError, MethodTi
 from esegeta_monai.methods.base import METHODS, Explained, Method, run_together
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import Model, check_network, frozen, is_scripted, select_output, unwrap
-from esegeta_monai.objective import Objective
+from esegeta_monai.objective import Objective, Request, View
 from esegeta_monai.storage import check_image, versions
 from esegeta_monai.targets.base import TARGETS, Case, Score, Target
 from esegeta_monai.windows import WindowPlan, as_inferer, plan_windows
@@ -36,6 +38,18 @@ __all__ = ["Attribution", "Explainer"]
 logger = logging.getLogger("esegeta_monai")
 
 OnError = Literal["raise", "record"]
+
+MEASURED = (
+    *("status", "sum", "completeness_gap", "blend_deviation", "value", "baseline_value"),
+    *("predicted_class", "predicted_class_name", "predicted_probability"),
+    *("windows_used", "window_passes", "window_batch", "seconds", "peak_memory_bytes"),
+)
+"""What a record has besides what is known beforehand; None where the method, or the network, has no such thing."""
+
+HOW_NOT_WHAT = ("progress", "sw_batch_size", "sw_device", "device", "cpu_thresh", "buffer_steps", "buffer_dim")
+"""Parameters of MONAI's inferers that change where and how fast a prediction is computed, not what it is."""
+
+Skip = Callable[["Attribution"], bool]
 
 
 @dataclass
@@ -79,6 +93,10 @@ class _CaseInput:
     prediction: Tensor | None
     data: Mapping[str, Any]
     condition: Tensor | None = None
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    """What the records of all its maps share."""
 
 
 @dataclass
@@ -112,7 +130,8 @@ class Explainer:
         seed: of every random draw.
         progress: a progress bar with the remaining time for each group of methods.
         time_limit: seconds a method; then it ends as ``timeout`` and the next one begins.
-        on_error: ``"raise"``, or ``"record"``: a failed method gives an attribution without map and the rest goes on.
+        on_error: ``"raise"``, or ``"record"``: what fails (a method, a target, a case) gives an attribution without map
+            and the rest goes on.
 
     Raises:
         NetworkError: half-precision weights, or a network on another device.
@@ -161,6 +180,8 @@ class Explainer:
         self.class_names = {int(k): v for k, v in (class_names or {}).items()}
         self.channel_names = list(channel_names or [])
         self.window_batch, self.seed = window_batch, int(seed)
+        # what the weights do not tell, such as the slope of a LeakyReLU; object addresses aside
+        self._structure = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(self.network)).encode()).hexdigest()
         self.progress, self.time_limit = progress, time_limit
         if on_error not in ("raise", "record"):
             raise UsageError(f"on_error={on_error!r}: give 'raise' or 'record'")
@@ -176,6 +197,7 @@ class Explainer:
         prediction: Any = None,
         network_args: Sequence[Any] = (),
         network_kwargs: Mapping[str, Any] | None = None,
+        skip: Skip | None = None,
     ) -> Iterator[Attribution]:
         """Explains every case of a batch by every method for every target.
 
@@ -186,8 +208,10 @@ class Explainer:
             targets: targets, names or configs.
             data: the case's data dictionary (a list of them for a batch), where targets find masks and labels.
             prediction: the network's raw output for the batch (B, K, …), where it is known already.
-            network_args, network_kwargs: further inputs of the network, passed through; ``condition`` is cut to the
-                windows as MONAI does.
+            network_args, network_kwargs: further inputs of the network, passed through. A tensor whose first axis is
+                as long as the batch is cut to the case; ``condition`` is cut to the windows too, as MONAI does.
+            skip: asked before anything is computed, with an attribution that has no map yet and whose record says what
+                would be computed; True leaves it out.
 
         Yields:
             `Attribution`, case by case.
@@ -197,7 +221,9 @@ class Explainer:
         """
         chosen = METHODS.create_all(methods)
         wanted = TARGETS.create_all(targets)
-        self._check_scripted(chosen)
+        refused = self._refused(chosen)
+        if refused and self.on_error == "raise":
+            raise next(iter(refused.values()))
         inputs = dict(image) if isinstance(image, Mapping) else {}
         if inputs:
             image = _joined(inputs)
@@ -205,28 +231,40 @@ class Explainer:
         if image.ndim not in (4, 5):
             raise InputError(f"image must be (B, C, *spatial) in 2D or 3D, got shape {tuple(image.shape)}")
         channels = {n: v.shape[1] for n, v in inputs.items()}
-        for case in self._cases(image, prediction, data, network_kwargs):
-            yield from self._explain_case(case, chosen, wanted, channels, network_args, network_kwargs)
+        for case in self._cases(image, prediction, data, network_args, network_kwargs or {}):
+            told: set[tuple[int, int]] = set()
+            try:
+                for attribution in self._explain_case(case, chosen, wanted, channels, refused, skip):
+                    told.add((id(attribution.method), id(attribution.target)))
+                    yield attribution
+            except Exception as error:
+                if self.on_error == "raise":
+                    raise
+                for method in chosen:
+                    for target in (t for t in wanted if (id(method), id(t)) not in told):
+                        bound = _Bound(target, None, error)
+                        yield self._failed(method, bound, case, self._record(method, bound, None, case), error)
 
     # -- cases --------------------------------------------------------------------------------------------------
 
     def _cases(
-        self, image: Tensor, prediction: Any, data: Any, kwargs: Mapping[str, Any] | None
+        self, image: Tensor, prediction: Any, data: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Iterator[_CaseInput]:
         output = None if prediction is None else select_output(prediction, self.output)
-        several = list(data) if isinstance(data, Sequence) else [data or {}] * len(image)
-        condition = (kwargs or {}).get("condition")
-        if len(several) != len(image):
-            raise UsageError(f"data has {len(several)} entries for {len(image)} images")
-        images = decollate_batch(image) if isinstance(image, MetaTensor) and image.is_batch else list(image)
-        for i, one in enumerate(images):
-            single = one if isinstance(one, MetaTensor) else MetaTensor(one)
+        n = len(image)
+        several = list(data) if isinstance(data, Sequence) else [data or {}] * n
+        condition = kwargs.get("condition")
+        if len(several) != n:
+            raise UsageError(f"data has {len(several)} entries for {n} images")
+        for i, one in enumerate(cases_of(image)):
             yield _CaseInput(
                 i,
-                single,
+                one,
                 None if output is None else output[i],
                 several[i],
                 None if condition is None else torch.as_tensor(condition[i]).as_subclass(Tensor),
+                [_of_case(a, i, n) for a in args],
+                {k: _of_case(v, i, n) for k, v in kwargs.items() if k != "condition"},
             )
 
     def _explain_case(
@@ -235,12 +273,17 @@ class Explainer:
         methods: Sequence[Method],
         targets: Sequence[Target],
         channels: dict[str, int],
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any] | None,
+        refused: Mapping[int, Exception],
+        skip: Skip | None,
     ) -> Iterator[Attribution]:
-        check_image(case.image, f"image {case.index}")
-        model = self._model(channels, args, kwargs)
+        check_image(case.image.detach().cpu(), f"image {case.index}")
+        model = self._model(channels, case)
         image = case.image.as_tensor().detach().to(self.volume_device, model.dtype)
+        case.record = {
+            "network_grid": list(image.shape[1:]),
+            "network_affine": torch.as_tensor(case.image.affine).double().tolist(),
+            "image_sha256": _sha256(image),
+        }
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             plan = plan_windows(self.inferer, image.shape[1:], model.dtype)
@@ -250,28 +293,42 @@ class Explainer:
         if plan.whole and type(self.inferer).__name__ != "SimpleInferer":
             model.inferer = self.inferer
         prediction = self._prediction(case, image, model)
+        todo: dict[tuple[int, ...], list[Method]] = {}
         bound = list(self._bind(targets, prediction, case))
-        good = [b for b in bound if b.score is not None and not b.score.empty]
-        for b in bound:
-            if b not in good:
-                yield from self._without_map(b, methods, case, plan)
-        if not good:
-            return
-        monitor = Monitor()
-        with _grad_mode(), frozen(self.network):
-            objective = Objective(
-                model,
-                image,
-                plan,
-                [b.score for b in good if b.score is not None],
-                prediction,
-                seed=self.seed,
-                monitor=monitor,
-                condition=None if case.condition is None else case.condition.to(self.volume_device, model.dtype),
-            )
-            objective.window_batch = self.window_batch or (4 if plan.whole else plan.batch_size)
-        for group in _groups(methods):
-            yield from self._explain_group(group, objective, good, case, channels, prediction, notes)
+        for method in methods:
+            left = []
+            for j, b in enumerate(bound):
+                record = self._record(method, b, plan, case)
+                if skip and skip(Attribution(None, method, b.target, case.index, record, b.label)):
+                    continue
+                error = refused.get(id(method), b.error)
+                if error is not None:
+                    yield self._failed(method, b, case, record, error)
+                elif b.score is None or b.score.empty:
+                    yield self._empty(method, b, case, record)
+                else:
+                    left.append(j)
+            if left:
+                todo.setdefault(tuple(left), []).append(method)
+        for seen, together in todo.items():
+            part = [bound[j] for j in seen]
+            with self._modes(), frozen(self.network):
+                objective = Objective(
+                    model,
+                    image,
+                    plan,
+                    [b.score for b in part if b.score is not None],
+                    prediction,
+                    seed=self.seed,
+                    monitor=Monitor(),
+                    condition=None if case.condition is None else case.condition.to(self.volume_device, model.dtype),
+                )
+            objective.window_batch = self.window_batch or self._window_batch(plan, case)
+            if not _shares(together[0]):  # else its sweep compares
+                with self._modes(), frozen(self.network):
+                    objective.sweep([_Blend()])
+            for group in _groups(together):
+                yield from self._explain_group(group, objective, part, case, channels, prediction, notes)
 
     def _explain_group(
         self,
@@ -290,12 +347,9 @@ class Explainer:
         began = time.monotonic()
         names = ", ".join(m.name or type(m).__name__ for m in group)
         full = group[0].full_precision
-        with self._bar(names, group, objective), _grad_mode(), frozen(self.network):
-            if full:
-                with objective.model.full_precision():
-                    results = run_together(group, objective)
-            else:
-                results = run_together(group, objective)
+        precision = objective.model.full_precision() if full else nullcontext()
+        with self._bar(names, group, objective), self._modes(), frozen(self.network), precision:
+            results = run_together(group, objective)
         seconds = time.monotonic() - began
         shared = {
             "seconds": round(seconds, 3),
@@ -305,7 +359,6 @@ class Explainer:
             "window_passes": monitor.passes,
             "window_batch": objective.window_batch,
             "warnings": [*notes, *monitor.warnings],
-            "amp": str(objective.model.autocast_dtype) if self.amp and not full else None,
         }
         if len(group) > 1:
             shared["passes_shared_with"] = [m.name for m in group]
@@ -370,22 +423,15 @@ class Explainer:
         logger.debug("traceback", exc_info=error)
         return Attribution(None, method, bound.target, case.index, record, bound.label, error=error)
 
-    def _without_map(
-        self, bound: _Bound, methods: Sequence[Method], case: _CaseInput, plan: WindowPlan
-    ) -> Iterator[Attribution]:
-        for method in methods:
-            record = self._record(method, bound, plan, case)
-            if bound.error is not None:
-                yield self._failed(method, bound, case, record, bound.error)
-                continue
-            record["status"] = "empty_target"
-            record["reason"] = f"no voxel of the prediction belongs to {bound.label}, so there is nothing to explain"
-            yield Attribution(None, method, bound.target, case.index, record, bound.label)
+    @staticmethod
+    def _empty(method: Method, bound: _Bound, case: _CaseInput, record: dict[str, Any]) -> Attribution:
+        record["status"] = "empty_target"
+        record["reason"] = f"no voxel of the prediction belongs to {bound.label}, so there is nothing to explain"
+        return Attribution(None, method, bound.target, case.index, record, bound.label)
 
     # -- parts --------------------------------------------------------------------------------------------------
 
-    def _model(self, channels: dict[str, int], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> Model:
-        passed = {k: _to(v, self.device) for k, v in (kwargs or {}).items() if k != "condition"}
+    def _model(self, channels: dict[str, int], case: _CaseInput) -> Model:
         return Model(
             self.network,
             self.device,
@@ -393,9 +439,22 @@ class Explainer:
             amp=self.amp,
             amp_kwargs=self.amp_kwargs,
             inputs=channels,
-            args=[_to(a, self.device) for a in args],
-            kwargs=passed,
+            args=[_to(a, self.device) for a in case.args],
+            kwargs={k: _to(v, self.device) for k, v in case.kwargs.items()},
         )
+
+    @staticmethod
+    def _window_batch(plan: WindowPlan, case: _CaseInput) -> int:
+        """Windows a pass. Further inputs of a case have batch length 1, which only one whole image matches for sure."""
+        if not plan.whole:
+            return plan.batch_size
+        return 1 if any(isinstance(v, Tensor) for v in (*case.args, *case.kwargs.values())) else 4
+
+    @contextmanager
+    def _modes(self) -> Iterator[None]:
+        """Gradients on and autocast off, whatever the caller (an evaluator, a trainer) has set; `Model` decides."""
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
+            yield
 
     def _prediction(self, case: _CaseInput, image: Tensor, model: Model) -> Tensor:
         """The unperturbed prediction (K, *out) by the user's own inferer."""
@@ -408,7 +467,7 @@ class Explainer:
 
         kwargs = {} if case.condition is None else {"condition": case.condition[None].to(image.device, image.dtype)}
         sw_device = getattr(self.inferer, "sw_device", None)
-        with torch.inference_mode(False), torch.no_grad(), frozen(self.network):
+        with self._modes(), torch.no_grad(), frozen(self.network):
             if sw_device is None and hasattr(self.inferer, "sw_device"):
                 self.inferer.sw_device = self.device
             try:
@@ -432,10 +491,11 @@ class Explainer:
             except EsegetaError as error:
                 yield _Bound(target, None, error)
 
-    def _record(self, method: Method, bound: _Bound, plan: WindowPlan, case: _CaseInput) -> dict[str, Any]:
-        score = bound.score
-        names = self.channel_names
+    def _record(self, method: Method, bound: _Bound, plan: WindowPlan | None, case: _CaseInput) -> dict[str, Any]:
+        """All that is known before the method runs; what only the run can tell stands as None."""
+        score, names = bound.score, self.channel_names
         return {
+            **dict.fromkeys(MEASURED),
             "method": type(method).__name__,
             "method_name": method.name,
             "parameters": method.parameters,
@@ -448,24 +508,38 @@ class Explainer:
             "target_name": bound.label,
             "target_parameters": bound.target.parameters,
             "target_voxels": 0 if score is None else score.voxels,
+            "target_sha256": None if score is None else _sha256(score.mask, *[[b.start, b.stop] for b in score.box]),
             "class_index": None if score is None else score.class_index,
             "class_name": None if score is None else score.class_name,
             "channel_names": names if len(names) == case.image.shape[0] else [],
-            "coverage": plan.coverage,
+            "coverage": None if plan is None else plan.coverage,
+            "windows_total": None if plan is None else len(plan),
             "seed": self.seed,
-            "network_grid": list(case.image.shape[1:]),
+            "amp": None if method.full_precision else self._autocast,
+            "inferer": _described(self.inferer),
+            "output": self.output,
+            "network": {"name": type(self.network).__name__, "structure_sha256": self._structure},
+            **case.record,
             "warnings": [],
             "versions": versions(),
         }
 
-    def _check_scripted(self, methods: Sequence[Method]) -> None:
-        if is_scripted(self.network):
-            need = [m.name for m in methods if m.needs_gradient]
-            if need:
-                raise NetworkError(
-                    f"{', '.join(map(str, need))} need gradients, which a TorchScript or TensorRT network does not "
-                    "give reliably: load the plain PyTorch network, or use a perturbation method such as Occlusion"
-                )
+    @property
+    def _autocast(self) -> str | None:
+        if not self.amp:
+            return None
+        return str(self.amp_kwargs.get("dtype", torch.float16 if self.device.type == "cuda" else torch.bfloat16))
+
+    def _refused(self, methods: Sequence[Method]) -> dict[int, Exception]:
+        """Methods (by id) that this network cannot serve, each with its error."""
+        if not is_scripted(self.network):
+            return {}
+        need = [m for m in methods if m.needs_gradient]
+        error = NetworkError(
+            f"{', '.join(str(m.name) for m in need)}: gradients are needed, which a TorchScript or TensorRT network "
+            "does not give reliably; load the plain PyTorch network, or use a perturbation method such as Occlusion"
+        )
+        return {id(m): error for m in need}
 
     @contextmanager
     def _bar(self, names: str, group: Sequence[Method], objective: Objective) -> Iterator[None]:
@@ -483,12 +557,29 @@ class Explainer:
                 objective.monitor.on_pass = None
 
 
+class _Blend(Request):
+    """Asks for nothing: the sweep itself compares the blended windows with the prediction."""
+
+    backward = False
+
+    def see(self, view: View) -> None:
+        """Nothing to gather."""
+
+    def result(self) -> None:
+        """Nothing."""
+
+
+def _shares(method: Method) -> bool:
+    """Whether a method asks for sweeps over the windows that others can share."""
+    return inspect.isgeneratorfunction(type(method).attribute) and not method.full_precision
+
+
 def _groups(methods: Sequence[Method]) -> list[list[Method]]:
     """Methods in their order; those that can share passes come together, at the place of the first."""
     groups: list[list[Method]] = []
     sharing: list[Method] = []
     for method in methods:
-        if inspect.isgeneratorfunction(type(method).attribute) and not method.full_precision:
+        if _shares(method):
             if not sharing:
                 groups.append(sharing)
             sharing.append(method)
@@ -497,11 +588,15 @@ def _groups(methods: Sequence[Method]) -> list[list[Method]]:
     return groups
 
 
-@contextmanager
-def _grad_mode() -> Iterator[None]:
-    """Gradients allowed, whatever the caller (an evaluator under ``no_grad``) has switched off."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
+def cases_of(image: Tensor) -> list[MetaTensor]:
+    """The images (C, *spatial) of a batch (B, C, *spatial), each with its own metadata and trace."""
+    if not isinstance(image, MetaTensor):
+        return [MetaTensor(one) for one in image]
+    if not image.is_batch and image.affine.ndim == 2:
+        return [MetaTensor(one, meta=image.meta, applied_operations=image.applied_operations) for one in image]
+    batch = MetaTensor(image.as_tensor(), meta=image.meta, applied_operations=image.applied_operations)
+    batch.is_batch = True  # engines with compile=True lose the mark
+    return list(decollate_batch(batch))
 
 
 def _joined(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -514,7 +609,11 @@ def _joined(inputs: Mapping[str, Tensor]) -> Tensor:
                 "inputs must share batch and grid; pass others by network_kwargs"
             )
     joined = torch.cat([torch.as_tensor(v).as_subclass(Tensor).to(first.device) for v in inputs.values()], 1)
-    return MetaTensor(joined, meta=first.meta) if isinstance(first, MetaTensor) else joined
+    if not isinstance(first, MetaTensor):
+        return joined
+    found = MetaTensor(joined, meta=first.meta, applied_operations=first.applied_operations)
+    found.is_batch = first.is_batch
+    return found
 
 
 def _like(values: Tensor, image: MetaTensor) -> MetaTensor:
@@ -548,6 +647,30 @@ def _predicted(prediction: Tensor, names: Mapping[int, str]) -> dict[str, Any]:
         "predicted_class_name": names.get(best),
         "predicted_probability": float(probabilities[best]),
     }
+
+
+def _described(inferer: Any) -> dict[str, Any]:
+    """An inferer by its class and the parameters that shape the prediction, JSON-ready."""
+    values = {k: v for k, v in vars(inferer).items() if not k.startswith("_")} if hasattr(inferer, "__dict__") else {}
+    described: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in HOW_NOT_WHAT or callable(value):
+            continue
+        described[name] = _sha256(value) if isinstance(value, Tensor) and value.ndim else json_ready(value)
+    return {"name": getattr(inferer, "__name__", type(inferer).__name__), **described}
+
+
+def _sha256(values: Tensor, *more: Any) -> str:
+    """Of a tensor's shape, type and bytes, and of what else belongs to it."""
+    plain = torch.as_tensor(values).as_subclass(Tensor).detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(plain.shape)}{plain.dtype}{more}".encode())
+    digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _of_case(value: Any, index: int, n: int) -> Any:
+    """What of a further input belongs to one case of n."""
+    return value[index : index + 1] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
 
 
 def _to(value: Any, device: torch.device) -> Any:

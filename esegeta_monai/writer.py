@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,16 +19,24 @@ from monai.transforms import SpatialResample
 from torch import Tensor
 
 import esegeta_monai.storage as storage
-from esegeta_monai.errors import EsegetaError, MethodError, UsageError
-from esegeta_monai.explainer import Attribution
+from esegeta_monai.errors import EsegetaError, MethodError
+from esegeta_monai.explainer import Attribution, Explainer
 from esegeta_monai.methods.base import Method
 from esegeta_monai.report.picture import save_picture
+from esegeta_monai.storage.runs import UNFINISHED
 from esegeta_monai.targets.base import Target
 from esegeta_monai.transforms.invert import InvertAttribution
 
-__all__ = ["ResultWriter", "to_scan_grid"]
+__all__ = ["ResultWriter", "scan_of", "to_scan_grid"]
 
 logger = logging.getLogger("esegeta_monai")
+
+DECIDES = (
+    *("method", "parameters", "target", "target_parameters", "target_sha256", "seed", "amp", "output"),
+    *("inferer", "network", "network_grid", "network_affine", "image_sha256"),
+)
+"""What of an attribution's record, beside provenance and scan, decides what its map is. The hash of the image that the
+network saw stands for the whole preprocessing."""
 
 
 class ResultWriter:
@@ -70,7 +78,7 @@ class ResultWriter:
         self.run = storage.RunRecord(self.output_dir, self.provenance)
         self._scans: dict[str, MetaTensor] = {}
         self._hashes: dict[str, str] = {}
-        self._written: dict[Path, str] = {}
+        self._written: dict[str, str] = {}
 
     def target_name(self, target: Target, label: str) -> str:
         """The target's name in files: its label (with the class), and what else tells it apart.
@@ -89,34 +97,67 @@ class ResultWriter:
 
     def path(self, attribution: Attribution, case: str) -> Path:
         """Where a map lies."""
-        return self._path(case, attribution.target, attribution.label, attribution.method, attribution.input)
+        target_name = self.target_name(attribution.target, attribution.label)
+        return storage.map_path(self.output_dir, case, target_name, self._method_name(attribution), **self.layout)
 
-    def _path(self, case: str, target: Target, label: str, method: Method, name: str | None = None) -> Path:
-        method_name = self.method_names[id(method)] + (f"-{name}" if name else "")
-        return storage.map_path(self.output_dir, case, self.target_name(target, label), method_name, **self.layout)
+    def _method_name(self, attribution: Attribution) -> str:
+        name = self.method_names[id(attribution.method)]
+        return f"{name}-{attribution.input}" if attribution.input else name
 
-    def key(self, case: str, target: Target, method: Method, seed: int, scan: Any) -> dict[str, Any]:
+    def key(self, attribution: Attribution, case: str, scan: Any) -> dict[str, Any]:
         """What must be equal in a sidecar for its map to count as finished."""
-        return {
-            **self.provenance,
-            "case": case,
-            "method": type(method).__name__,
-            "parameters": method.parameters,
-            "target_parameters": target.parameters,
-            "seed": seed,
-            "scan_sha256": self._scan_hash(scan),
-        }
+        known = {name: attribution.record.get(name) for name in DECIDES}
+        return {**self.provenance, "case": case, **known, "scan_sha256": self._scan_hash(scan)}
 
-    def is_done(self, case: str, target: Target, label: str, method: Method, seed: int, scan: Any) -> bool:
-        """Whether the map of an earlier run is there and what this run would compute; then it is recorded so."""
-        if self.overwrite:
+    def is_done(self, attribution: Attribution, case: str, scan: Any) -> bool:
+        """Whether the map of an earlier run is there and what this run would compute; then it is recorded so.
+
+        Args:
+            attribution: without map, as an `Explainer` shows it to ``skip``.
+            case: name of the case, as the user calls it.
+            scan: file of the scan, or the scan.
+        """
+        path = self.path(attribution, case)
+        if self.overwrite or not storage.is_complete(path, self.key(attribution, case, scan)):
             return False
-        path = self._path(case, target, label, method)
-        if not storage.is_complete(path, self.key(case, target, method, seed, scan)):
-            return False
-        self.run.set(case, label, self.method_names[id(method)], "skipped", "finished in an earlier run")
+        if self._clash(path, attribution, case):
+            return False  # `write` says so
+        reason = "finished in an earlier run"
+        self.run.set(case, attribution.label, self._method_name(attribution), "skipped", reason)
         logger.info("%s: %s is finished, skipped", case, path.name)
         return True
+
+    def explain(
+        self,
+        explainer: Explainer,
+        image: MetaTensor,
+        case: str,
+        methods: Sequence[Method],
+        targets: Sequence[Target],
+        *,
+        scan: Any = None,
+        **more: Any,
+    ) -> None:
+        """Explains one case and writes what comes out; what is finished is skipped, what fails is recorded.
+
+        Args:
+            explainer: best with ``on_error="record"``, else the first failure ends the case.
+            image: the preprocessed image (C, *spatial), with its trace.
+            case: name of the case, as the user calls it.
+            methods, targets: those that this writer was made for.
+            scan: see `write`.
+            more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
+        """
+        scan = scan if scan is not None else scan_of(image)
+
+        def skip(attribution: Attribution) -> bool:
+            return self.is_done(attribution, case, scan)
+
+        try:
+            for attribution in explainer(image[None], methods, targets, skip=skip, **more):
+                self.write(attribution, case, image, scan)
+        except EsegetaError as error:
+            self.failed(case, error)
 
     def write(self, attribution: Attribution, case: str, image: MetaTensor, scan: Any = None) -> Path | None:
         """Brings the map to the scan's grid and writes map, picture and sidecar, in this order.
@@ -132,34 +173,41 @@ class ResultWriter:
             The map's path, None where there is no map. The run record has it in any case.
         """
         scan = scan if scan is not None else scan_of(image)
-        target, method = attribution.target, attribution.method
-        path = self.path(attribution, case)
-        self._claim(path, f"{case}, {attribution.label}, {method.name}")
-        record = {**attribution.record, **self.key(case, target, method, attribution.record["seed"], scan)}
+        path, label, method_name = self.path(attribution, case), attribution.label, self._method_name(attribution)
+        record = {**attribution.record, **self.key(attribution, case, scan)}
         record["class"] = record.pop("class_name", None)
+        clash = self._clash(path, attribution, case)
+        if clash:
+            record.update(status="failed", reason=clash)
+            label = f"{label} of {attribution.target!r}"
         try:
-            if attribution.map is not None:
+            if attribution.map is not None and not clash:
                 record.update(self._write_map(path, attribution, case, image, scan))
-        except EsegetaError as error:
-            record.update(status="failed", reason=str(error))
-        if record["status"] in ("ok", "zero", "empty_target"):
-            storage.save_sidecar(path, record)
-        reason = record.get("reason")
+            elif record["status"] == "empty_target":
+                for stale in (path, storage.picture_path(path)):  # of an earlier run: another prediction's
+                    stale.unlink(missing_ok=True)
+            if record["status"] in ("ok", "zero", "empty_target"):
+                storage.save_sidecar(path, record)
+        except Exception as error:  # one map that cannot be written leaves the others
+            record.update(status="failed", reason=_reason(error))
+        if record["status"] in UNFINISHED:
+            logger.error("%s: %s: %s", case, path.name, record["reason"])
+        written = attribution.map is not None and record["status"] not in UNFINISHED
         self.run.set(
             case,
-            attribution.label,
-            self.method_names[id(method)] + (f"-{attribution.input}" if attribution.input else ""),
+            label,
+            method_name,
             record["status"],
-            reason,
-            map=path.relative_to(self.output_dir).as_posix() if attribution.map is not None and not reason else None,
+            record.get("reason"),
+            map=path.relative_to(self.output_dir).as_posix() if written else None,
             seconds=record.get("seconds"),
             warnings=record.get("warnings", []),
         )
-        return path if attribution.map is not None and record["status"] != "failed" else None
+        return path if written else None
 
     def failed(self, case: str, error: Exception) -> None:
         """Records a case that could not be explained at all."""
-        text = str(error) if isinstance(error, EsegetaError) else f"{type(error).__name__}: {error}"
+        text = _reason(error)
         self.run.set(case, None, None, "failed", text)
         logger.error("%s: %s", case, text)
         logger.debug("traceback", exc_info=error)
@@ -171,7 +219,8 @@ class ResultWriter:
         method = attribution.method
         grid = storage.Grid.of(scan)
         volume = self._scan(scan)
-        values, sums = to_scan_grid(attribution.map, volume, additive=method.additive)
+        on_cpu = cast(MetaTensor, attribution.map.cpu())
+        values, sums = to_scan_grid(on_cpu, volume, additive=method.additive)
         if not bool(torch.isfinite(values).all()):
             raise MethodError(f"{path.name}: the map has values that are not finite after resampling")
         more: dict[str, Any] = dict(sums)
@@ -179,6 +228,7 @@ class ResultWriter:
             more["sum_in_padding"] = sums.get("sum_in_padding", 0.0) + attribution.record["sum_in_padding"]
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.save_map(path, values, grid, method=method.name or type(method).__name__)
+        storage.picture_path(path).unlink(missing_ok=True)  # of an earlier map
         if self.pictures:
             mask = None
             if attribution.mask is not None:
@@ -199,10 +249,13 @@ class ResultWriter:
             )
         return more
 
-    def _claim(self, path: Path, what: str) -> None:
-        before = self._written.setdefault(path, what)
-        if before != what:
-            raise UsageError(f"{what} and {before} would both be written to {path.name}: give one of them a name=")
+    def _clash(self, path: Path, attribution: Attribution, case: str) -> str | None:
+        """Takes a path for a map; says so where another map of this run has it."""
+        what = f"{case!r}, {attribution.target!r}, {attribution.method!r}, {attribution.input}"
+        before = self._written.setdefault(str(path).casefold(), what)
+        if before == what:
+            return None
+        return f"{path.name} is the map of {before} in this run: give a target or method a name=, or rename the case"
 
     def _scan(self, scan: Any) -> MetaTensor:
         if isinstance(scan, MetaTensor):
@@ -219,6 +272,10 @@ class ResultWriter:
         if name not in self._hashes:
             self._hashes[name] = storage.sha256_file(scan)
         return self._hashes[name]
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, EsegetaError) else f"{type(error).__name__}: {error}"
 
 
 def scan_of(image: MetaTensor) -> Any:

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from monai.data import MetaTensor, decollate_batch
 from monai.engines.utils import IterationEvents
-from monai.transforms import Activationsd, SaveImaged
+from monai.networks.utils import eval_mode
+from monai.transforms import Activationsd, Compose, SaveImaged
 from monai.utils import CommonKeys
 
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.provenance import bundle_provenance
-from esegeta_monai.errors import EsegetaError, InputError, UsageError
-from esegeta_monai.explainer import Explainer
+from esegeta_monai.errors import UsageError
+from esegeta_monai.explainer import Explainer, cases_of
+from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.network import unwrap, weights_hash
-from esegeta_monai.storage import case_name
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
-from esegeta_monai.writer import ResultWriter, scan_of
+from esegeta_monai.writer import ResultWriter
 
 __all__ = ["ExplanationHandler"]
 
@@ -31,12 +34,14 @@ class ExplanationHandler:
     """Explains each case when its prediction is there, and writes maps on the scan's own grid.
 
     Network, inferer, AMP settings and further inputs are the engine's; the prediction is the engine's raw output. What
-    the bundle does with the prediction afterwards stays as it is.
+    the bundle does with the prediction afterwards stays as it is. On a trainer, whose predictions come from the network
+    in training mode, the network is run once more in evaluation mode, as every method does.
 
     Args:
         methods: names, configs or instances; default Saliency and GradCam.
         targets: names, configs or instances; None: every predicted class, background aside.
-        output_dir: None: that of the engine's ``SaveImaged``.
+        output_dir: None: that of the engine's ``SaveImaged``. ``{epoch}`` in it stands for the epoch
+            (``"explained/epoch{epoch:03d}"``); without it a later epoch's maps replace the earlier ones.
         bundle_root: of the bundle, for class and channel names, version and hashes; None: none are known.
         image_key, pred_key: of ``engine.state.output``.
         output: which of several outputs of the network is explained.
@@ -45,10 +50,15 @@ class ExplanationHandler:
         overwrite: explain again what is finished.
         pictures: a PNG beside every map.
         progress: show a progress bar.
-        epochs: on a trainer or a validating evaluator, only every so many epochs.
+        epochs: on a trainer or a validating evaluator, only every so many epochs, from the first.
         name: of the logger; None: ``engine.logger``.
 
     A method or case that fails is recorded in ``run.json`` and logged; the evaluation goes on.
+
+    Raises:
+        UsageError: on construction or at the engine's start, before any work: an unknown method, target or parameter,
+            names that clash, a folder that cannot be written, an engine without a network.
+        NetworkError: at the engine's start: a network that cannot be explained (half-precision weights).
 
     Example (in a bundle's config, as ``explain.json`` does it)::
 
@@ -79,6 +89,10 @@ class ExplanationHandler:
     ) -> None:
         self.methods = METHODS.create_all(methods)
         self.targets: list[Target] | None = None if targets is None else TARGETS.create_all(targets)
+        if output_dir is not None and not isinstance(output_dir, (str, Path)):
+            raise UsageError(
+                f"output_dir={output_dir!r} is no folder name: on the command line write ./NAME, since 1_0 is 10"
+            )
         self.output_dir, self.bundle_root = output_dir, None if bundle_root is None else Path(bundle_root)
         self.image_key, self.pred_key, self.output = image_key, pred_key, output
         self.metadata = BundleMetadata.read(self.bundle_root) if self.bundle_root else BundleMetadata({})
@@ -88,13 +102,17 @@ class ExplanationHandler:
             "time_limit": time_limit,
             "window_batch": window_batch,
             "volume_device": volume_device,
-            "progress": progress,
+            "progress": _flag("progress", progress),
         }
-        self.overwrite, self.pictures, self.epochs = overwrite, pictures, epochs
-        self.name = name
+        self.overwrite, self.pictures = _flag("overwrite", overwrite), _flag("pictures", pictures)
+        if epochs < 1:
+            raise UsageError(f"epochs={epochs}: at least 1, every epoch")
+        self.epochs, self.name = epochs, name
         self.logger = logging.getLogger(name or "esegeta_monai")
         self.writer: ResultWriter | None = None
-        self._files: dict[str, str] = {}
+        self._explainer: Explainer | None = None
+        self._names = CaseNames()
+        self._weights: str | None = None
 
     def attach(self, engine: Any) -> None:
         """Registers with a MONAI evaluator or trainer."""
@@ -107,28 +125,51 @@ class ExplanationHandler:
         engine.add_event_handler(Events.COMPLETED, self._end)
 
     def _begin(self, engine: Any) -> None:
-        """Names and folders are settled before any work, so that a mistake costs nothing."""
-        if self.writer is not None:
-            return
+        """Names, folders and the network are looked at before any work, so that a mistake costs nothing."""
+        if not isinstance(getattr(engine, "network", None), torch.nn.Module):
+            raise UsageError(
+                f"ExplanationHandler: {type(engine).__name__} has no single network to explain; attach the handler to "
+                "a SupervisedEvaluator or SupervisedTrainer"
+            )
+        if self.targets is None:
+            self.targets = [PredictedClasses(activation="sigmoid" if self._sigmoid(engine) else "auto")]
+        self._explainer = Explainer(
+            engine.network,
+            engine.inferer,
+            engine.state.device,
+            bool(getattr(engine, "amp", False)),
+            amp_kwargs=getattr(engine, "amp_kwargs", None),
+            output=self.output,
+            class_names=self.class_names,
+            channel_names=[n for _, n in sorted(self.metadata.channel_names.items())],
+            on_error="record",
+            **self.options,
+        )
+        root = self._saved(engine, "data_root_dir")
+        self._names = CaseNames(files_of(engine.data_loader, self.image_key), root)
+        self._weights = None
+        self._open(engine, max(engine.state.epoch, 1))
+
+    def _open(self, engine: Any, epoch: int) -> None:
+        """The writer of an epoch's folder."""
         folder = self.output_dir or self._saved(engine, "output_dir")
         if folder is None:
             raise UsageError(
                 "ExplanationHandler: the engine has no SaveImaged that says where predictions go: give output_dir "
                 "(with the overlay: --explain_output_dir DIR)"
             )
-        if self.targets is None:
-            self.targets = [PredictedClasses(activation="sigmoid" if self._sigmoid(engine) else "auto")]
-        provenance = {
-            **(bundle_provenance(self.bundle_root) if self.bundle_root else {}),
-            "weights_sha256": weights_hash(unwrap(engine.network)),
-        }
-        separate = self._saved(engine, "parent")
+        folder = Path(str(folder).format(epoch=epoch) if "{epoch" in str(folder) else folder)
+        if self.writer is not None and self.writer.output_dir == folder:
+            return
+        assert self.targets is not None
+        separate, extension = self._saved(engine, "parent"), str(self._saved(engine, "ext") or "").lstrip(".")
         self.writer = ResultWriter(
             folder,
             self.methods,
             self.targets,
-            provenance=provenance,
+            provenance=bundle_provenance(self.bundle_root) if self.bundle_root else {},
             separate_folder=True if separate is None else bool(separate),
+            extension=".nii" if extension == "nii" else ".nii.gz",
             overwrite=self.overwrite,
             pictures=self.pictures,
         )
@@ -137,61 +178,35 @@ class ExplanationHandler:
         """Explains the batch whose raw predictions are in ``engine.state.output``."""
         if (engine.state.epoch - 1) % self.epochs:
             return
+        self._open(engine, engine.state.epoch)
         assert self.writer is not None
+        assert self._explainer is not None
         assert self.targets is not None
-        image = engine.state.output[self.image_key]
+        training = getattr(engine, "mode", None) is not eval_mode
+        if self._weights is None or training:
+            self._weights = weights_hash(unwrap(engine.network))
+        self.writer.provenance["weights_sha256"] = self._weights
+        images = cases_of(engine.state.output[self.image_key])
+        batch = engine.state.batch
+        data = decollate_batch(batch) if isinstance(batch, Mapping) else [{}] * len(images)
+        predictions = None if training else engine.state.output.get(self.pred_key)
         args, kwargs = self._further_inputs(engine)
-        try:
-            explainer = Explainer(
-                engine.network,
-                engine.inferer,
-                engine.state.device,
-                bool(getattr(engine, "amp", False)),
-                amp_kwargs=getattr(engine, "amp_kwargs", None),
-                output=self.output,
-                class_names=self.class_names,
-                channel_names=[n for _, n in sorted(self.metadata.channel_names.items())],
-                on_error="record",
-                **self.options,
-            )
-        except EsegetaError as error:
-            raise UsageError(f"ExplanationHandler: {error}") from error
-        data = decollate_batch(engine.state.batch) if isinstance(engine.state.batch, Mapping) else None
-        images = self._images(image)
-        names = [self._case(one, engine, i) for i, one in enumerate(images)]
-        predictions = engine.state.output.get(self.pred_key)
-        for i, one in enumerate(images):
-            self._explain(explainer, one, names[i], _entry(predictions, i), data[i] if data else None, args, kwargs)
-
-    def _explain(
-        self,
-        explainer: Explainer,
-        image: MetaTensor,
-        case: str,
-        prediction: Any,
-        data: Any,
-        args: Sequence[Any],
-        kwargs: Mapping[str, Any],
-    ) -> None:
-        assert self.writer is not None
-        writer, scan, seed = self.writer, scan_of(image), explainer.seed
-        try:
-            for attribution in explainer(
-                image[None],
+        for i, (image, case) in enumerate(zip(images, self._cases(images, engine))):
+            self.writer.explain(
+                self._explainer,
+                image,
+                case,
                 self.methods,
                 self.targets,
-                data=data,
-                prediction=prediction,
-                network_args=args,
-                network_kwargs=kwargs,
-                skip=lambda _, target, label, method: writer.is_done(case, target, label, method, seed, scan),
-            ):
-                writer.write(attribution, case, image, scan)
-        except EsegetaError as error:
-            writer.failed(case, error)
+                data=data[i],
+                prediction=_entry(predictions, i, len(images)),
+                network_args=_entry(args, i, len(images)),
+                network_kwargs=_entry(kwargs, i, len(images)),
+            )
 
     def _end(self, engine: Any) -> None:
-        assert self.writer is not None
+        if self.writer is None:
+            return
         summary = ", ".join(f"{n} {status}" for status, n in self.writer.run.summary.items()) or "nothing to do"
         self.writer.run.__exit__(None, None, None)
         level = logging.ERROR if self.writer.run.exit_code else logging.INFO
@@ -205,45 +220,59 @@ class ExplanationHandler:
         )
         return (tuple(batch[2]), dict(batch[3])) if len(batch) == 4 else ((), {})
 
-    @staticmethod
-    def _images(image: Any) -> list[MetaTensor]:
-        if isinstance(image, MetaTensor):
-            return list(decollate_batch(image))
-        return [MetaTensor(one) for one in image]
-
-    def _case(self, image: MetaTensor, engine: Any, index: int) -> str:
-        """The scan's name; where another folder's scan has it already, with the folder's name before it."""
-        file = image.meta.get("filename_or_obj")
-        file = file[0] if isinstance(file, (list, tuple)) and file else file
-        if not isinstance(file, (str, Path)):
-            return f"iteration{engine.state.iteration}_{index}"
-        path = str(Path(file).absolute())
-        for root in (None, Path(path).parent.parent, Path(path).anchor):
-            name = case_name(path, root)
-            if self._files.setdefault(name, path) == path:
-                return name
-        raise InputError(f"{path}: no free name is left for this case")
+    def _cases(self, images: list[MetaTensor], engine: Any) -> list[str]:
+        """A name each. Crops of one scan in a batch, as trainers draw them, are numbered."""
+        names = []
+        for i, image in enumerate(images):
+            file = file_of(image)
+            names.append(f"iteration{engine.state.iteration}_{i}" if file is None else self._names[file])
+        count = Counter(names)
+        seen: Counter[str] = Counter()
+        for i, name in enumerate(names):
+            seen[name] += 1
+            if count[name] > 1:
+                names[i] = f"{name}-sample{seen[name]}"
+        return names
 
     @staticmethod
     def _transforms(engine: Any) -> list[Any]:
-        return list(getattr(getattr(engine, "postprocessing", None), "transforms", []))
+        """The engine's postprocessing, which MONAI keeps nowhere but in the function that it registers."""
+        for function, _, _ in engine._event_handlers.get(IterationEvents.MODEL_COMPLETED, []):
+            found = (
+                inspect.getclosurevars(function).nonlocals.get("posttrans") if inspect.isfunction(function) else None
+            )
+            if found is not None:
+                return list(found.flatten().transforms) if isinstance(found, Compose) else [found]
+        return []
 
     def _saved(self, engine: Any, what: str) -> Any:
-        for transform in self._transforms(engine):
-            if isinstance(transform, SaveImaged):
-                return getattr(transform.saver.folder_layout, what, None)
+        savers = [t for t in self._transforms(engine) if isinstance(t, SaveImaged)]
+        for transform in sorted(savers, key=lambda t: self.pred_key not in t.keys):
+            return getattr(transform.saver.folder_layout, what, None)
         return None
 
     def _sigmoid(self, engine: Any) -> bool:
-        return any(isinstance(t, Activationsd) and any(t.sigmoid) for t in self._transforms(engine))
+        found = [t for t in self._transforms(engine) if isinstance(t, Activationsd)]
+        return any(on for t in found for key, on in zip(t.keys, t.sigmoid) if key == self.pred_key)
 
 
-def _entry(predictions: Any, index: int) -> Any:
-    """One case of a batch of raw output, whatever its structure."""
-    if predictions is None:
-        return None
-    if isinstance(predictions, torch.Tensor):
-        return torch.as_tensor(predictions[index : index + 1])
-    if isinstance(predictions, Mapping):
-        return {k: _entry(v, index) for k, v in predictions.items()}
-    return [_entry(v, index) for v in predictions]
+def _flag(name: str, value: Any) -> bool:
+    """A switch, also as the command line hands it over: ``false`` there is text."""
+    known = {"true": True, "false": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in known:
+        raise UsageError(f"{name}={value!r}: give true or false")
+    return known[str(value).lower()]
+
+
+def _entry(values: Any, index: int, n: int) -> Any:
+    """One case of a batch of n, whatever the structure; a tensor that is no batch belongs to every case."""
+    if isinstance(values, torch.Tensor):
+        one = values.as_subclass(torch.Tensor)
+        return one[index : index + 1] if one.ndim and len(one) == n else one
+    if isinstance(values, Mapping):
+        return {k: _entry(v, index, n) for k, v in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_entry(v, index, n) for v in values]
+    return values
