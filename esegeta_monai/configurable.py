@@ -185,7 +185,10 @@ class Registry(Generic[T]):
         try:
             node = ast.parse(text.strip(), mode="eval").body
         except SyntaxError as error:
-            raise UsageError(f"cannot read the {self.kind} {text!r}: write Name or Name(parameter=value)") from error
+            raise UsageError(
+                f"cannot read the {self.kind} {text!r}: write Name or Name(parameter=value), and text that is no plain "
+                "word in quotes, such as layer='model.0'"
+            ) from error
         value = self._node(node, text)
         if not isinstance(value, self.base):
             raise UsageError(f"cannot read the {self.kind} {text!r}: write Name or Name(parameter=value)")
@@ -203,8 +206,8 @@ class Registry(Generic[T]):
         if isinstance(node, (ast.List, ast.Tuple)):
             items = [self._node(n, text, top=False) for n in node.elts]
             return items if isinstance(node, ast.List) else tuple(items)
-        if isinstance(node, ast.Name):  # an unquoted word, as shells tend to leave it
-            return node.id
+        if isinstance(node, (ast.Name, ast.Attribute)):  # an unquoted word or layer, as shells tend to leave it
+            return ast.unparse(node)
         try:
             return ast.literal_eval(node)
         except ValueError as error:

@@ -1,0 +1,289 @@
+"""The command line: ``esegeta-monai COMMAND`` or ``python -m esegeta_monai COMMAND``.
+
+Exit codes: 0 all done (empty targets included), 1 some case or method failed, 2 a usage error: nothing was computed,
+130 stopped by Ctrl-C. An error is one line, ``esegeta-monai: error: what, where, what to do``; ``-v`` adds the
+traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from esegeta_monai.commands.log import RunLog, reason
+from esegeta_monai.errors import EsegetaError
+from esegeta_monai.storage import INTENDED_USE
+
+__all__ = ["build_parser", "main"]
+
+DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 130
+
+EXAMPLES = """examples:
+  esegeta-monai demo
+  esegeta-monai explain --bundle my_bundle --input scans/ --output explained/
+  esegeta-monai explain --bundle my_bundle --input a.nii.gz --output explained/ \\
+      --methods "Saliency,IntegratedGradients(tolerance=1e-3)" --target "MultiClassMask(class_index=1)"
+  esegeta-monai methods
+  esegeta-monai layers --bundle my_bundle
+"""
+
+EXPLAIN = """Explains what a bundle predicts on your scans. For each case, target and method it writes
+OUTPUT/CASE/CASE_TARGET_METHOD_attr.nii.gz (the map, on the scan's own voxels), .png (a picture) and .json (the record),
+and OUTPUT/run.json with the status of everything. What is finished already is skipped, so the same command goes on
+where an earlier run was stopped. The bundle itself is not changed."""
+
+EXPLAIN_END = """inputs:
+  scan.nii.gz                a scan; the case is called "scan"
+  scans/                     every scan in the folder and below it, sorted
+  t1.nii.gz,t2.nii.gz        one case whose channels are in several files, in the network's order
+  patients/                  a folder with one file for each channel of the network, named after the channels in
+                             metadata.json (p1/p1_T1c.nii.gz, p1/p1_FLAIR.nii.gz, ...) is one case
+  p7=scan.nii.gz             the case is called "p7"
+
+exit codes: 0 all done, 1 some case or method failed (run.json says why; the others are there), 2 usage error
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        _say(f"{message} ('{self.prog} --help' explains)")
+        raise SystemExit(USAGE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: the words behind ``esegeta-monai``; None: those of the process.
+
+    Returns:
+        The exit code: 0, 1, 2 or 130.
+
+    >>> main(["overlay"])
+    2
+    """
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as stop:  # --help, --version, a wrong option
+        return int(stop.code or 0)
+    try:
+        with RunLog(_level(args)) as log:
+            return args.run(args, log)
+    except EsegetaError as error:
+        _say(str(error), _if(args, error))
+        return USAGE
+    except KeyboardInterrupt:
+        _say("stopped; finished maps stay, and the same command goes on from there")
+        return STOPPED
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        sys.stderr.close()
+        return DONE
+    except Exception as error:  # not foreseen: still one line, and the traceback for whoever asks
+        _say(f"{reason(error)}; run it with -v for the traceback, which helps to report this", _if(args, error))
+        return FAILED
+
+
+def _if(args: argparse.Namespace, error: Exception) -> Exception | None:
+    return error if args.verbose else None
+
+
+def _say(text: str, error: Exception | None = None) -> None:
+    if error is not None:
+        traceback.print_exception(error)
+    print(f"esegeta-monai: error: {' '.join(text.split())}", file=sys.stderr)
+
+
+def _level(args: argparse.Namespace) -> str:
+    if getattr(args, "log_level", None):
+        return args.log_level
+    return "DEBUG" if args.verbose else "ERROR" if args.quiet else "INFO"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(
+        prog="esegeta-monai",
+        description="See what a medical image network looks at: exact whole-volume explanation of MONAI bundles.",
+        epilog=f"{EXAMPLES}\n{INTENDED_USE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, help="print the version and stop")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_explain(commands)
+    _add_demo(commands)
+    for name, what in (("methods", "how it can be explained"), ("targets", "what can be explained")):
+        table = _add(commands, name, f"list {what}, with parameters and defaults", _lazy("tables", f"run_{name}"))
+        table.add_argument("name", nargs="?", metavar="NAME", help="tell all about this one")
+        table.add_argument("--json", action="store_true", help="as JSON, for programs")
+    layers = _add(
+        commands, "layers", "list a bundle's layers, for --methods 'GradCam(layer=NAME)'", _lazy("look", "run_layers")
+    )
+    _add_bundle(layers, required=True)
+    layers.add_argument("--input", metavar="FILE", help="a scan to try the network on (default: noise of one window)")
+    _add_network(layers)
+    layers.add_argument("--json", action="store_true", help="as JSON, for programs")
+    info = _add(commands, "info", "show versions, devices, and what a bundle holds", _lazy("look", "run_info"))
+    _add_bundle(info, required=False)
+    info.add_argument("--json", action="store_true", help="as JSON, for programs")
+    overlay = _add(
+        commands,
+        "overlay",
+        "copy explain.json into a bundle, so that 'monai.bundle run' explains too",
+        _lazy("overlay", "run"),
+    )
+    overlay.add_argument("--bundle", metavar="DIR", help="the bundle; the file goes to DIR/configs/explain.json")
+    overlay.add_argument("--output", metavar="FILE", help="where to write it instead")
+    overlay.add_argument("--path", action="store_true", help="write nothing, print where the shipped file lies")
+    return parser
+
+
+def _add_explain(commands: Any) -> None:
+    explain = _add(commands, "explain", "explain a bundle's predictions on your scans", _lazy("explain", "run"))
+    explain.description, explain.epilog = EXPLAIN, EXPLAIN_END
+    _add_bundle(explain, required=True)
+    explain.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans: see below")
+    explain.add_argument("--output", required=True, metavar="DIR", help="where the results go; made if missing")
+    explain.add_argument(
+        "--methods",
+        action="append",
+        metavar="LIST",
+        help="how: names with commas between them, with parameters in brackets (default: Saliency,GradCam; "
+        "'esegeta-monai methods' lists all)",
+    )
+    explain.add_argument(
+        "--target",
+        action="append",
+        metavar="TARGET",
+        help="what: such as \"MultiClassMask(class_index=1)\" or \"MultiClassMask('spleen')\"; may be repeated "
+        "(default: every predicted class but background; 'esegeta-monai targets' lists all)",
+    )
+    _add_network(explain)
+    _add_run_options(explain)
+
+
+def _add_demo(commands: Any) -> None:
+    demo = _add(commands, "demo", "explain a brain segmentation, to see what comes out", _lazy("demo", "run"))
+    demo.add_argument(
+        "--output", default="demo_output", metavar="DIR", help="where the results go (default: %(default)s)"
+    )
+    demo.add_argument("--bundle", metavar="DIR", help="the bundle brain_tissue_segmentation, where it is not found")
+    demo.add_argument(
+        "--methods", action="append", metavar="LIST", help="other methods than those chosen for the demo"
+    )
+    demo.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
+    _add_run_options(demo)
+    demo.set_defaults(config=None, override=None, network_output=None)
+
+
+def _add(commands: Any, name: str, summary: str, run: Callable[..., int]) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    loud = parser.add_mutually_exclusive_group()
+    loud.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
+    loud.add_argument("-v", "--verbose", action="store_true", help="say more, with tracebacks of errors")
+    return parser
+
+
+def _add_bundle(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument("--bundle", required=required, metavar="DIR", help="the MONAI bundle: the folder with configs/")
+    parser.add_argument(
+        "--config",
+        action="append",
+        metavar="FILE",
+        help="the bundle's config (default: configs/inference.json); several are merged in order",
+    )
+    parser.add_argument(
+        "--override",
+        action="append",
+        metavar="ID=VALUE",
+        help="another value for an id of the config, such as inferer#overlap=0.25; may be repeated",
+    )
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
+    parser.add_argument(
+        "--network-output",
+        type=lambda text: int(text) if text.lstrip("-").isdigit() else text,
+        metavar="KEY",
+        help="which output to explain, where the network has several (number or key)",
+    )
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="mixed precision (default: on CUDA as the bundle says, off on the CPU)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="compute again what is finished")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: 0)")
+    parser.add_argument(
+        "--time-limit", type=_positive, metavar="SECONDS", help="for one method on one case; then the next one begins"
+    )
+    parser.add_argument(
+        "--window-batch", type=_count, metavar="N", help="windows computed at once (default: as the bundle's inferer)"
+    )
+    parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="write no PNG files")
+    parser.add_argument(
+        "--no-progress", dest="progress", action="store_false", default=sys.stderr.isatty(), help="show no progress bar"
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=["DEBUG", "INFO", "WARNING", "ERROR"],
+        type=str.upper,
+        help="what the log says, on the console and in OUTPUT/esegeta.log",
+    )
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, **more: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **more)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        import esegeta_monai
+
+        print(f"esegeta-monai {esegeta_monai.__version__}")
+        parser.exit()
+
+
+def _lazy(module: str, function: str) -> Callable[..., int]:
+    """A command's function; its module is imported when it runs."""
+
+    def run(args: argparse.Namespace, log: RunLog) -> int:
+        from importlib import import_module
+
+        return getattr(import_module(f"esegeta_monai.commands.{module}"), function)(args, log)
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

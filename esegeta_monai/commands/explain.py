@@ -1,0 +1,205 @@
+"""``esegeta-monai explain``: the cases of a folder, by the methods and for the targets asked for, through a bundle."""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.transforms import Activationsd
+
+import esegeta_monai.storage as storage
+from esegeta_monai.bundle.provenance import bundle_provenance
+from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.commands.cases import Preprocessor, ScanCase, find_cases
+from esegeta_monai.commands.log import RunLog, reason
+from esegeta_monai.errors import EsegetaError, NetworkError, UsageError
+from esegeta_monai.explainer import Explainer
+from esegeta_monai.methods.base import METHODS, Method
+from esegeta_monai.network import find_layer, unwrap, weights_hash
+from esegeta_monai.targets.base import TARGETS, Target
+from esegeta_monai.targets.classes import PredictedClasses
+from esegeta_monai.writer import ResultWriter
+
+__all__ = ["DEFAULT_METHODS", "choose_device", "explain_cases", "overrides", "run"]
+
+DEFAULT_METHODS = ("Saliency", "GradCam")
+
+logger = logging.getLogger("esegeta_monai")
+
+
+def run(args: Namespace, log: RunLog) -> int:
+    """The command; what can be wrong without having computed anything is found first.
+
+    Returns:
+        0: all is there, empty targets included; 1: some case or method failed.
+
+    Raises:
+        EsegetaError: a wrong option, bundle or output folder: nothing has been computed.
+    """
+    methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
+    targets = TARGETS.create_all(",".join(args.target)) if args.target else None
+    output = Path(args.output)
+    reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
+    channel_names = [name for _, name in sorted(reader.channel_names.items())]
+    cases = find_cases(args.input, channel_names, leave_out=output)
+    writer = explain_cases(reader, cases, methods, targets, output, args, log)
+    summary = ", ".join(f"{n} {status}" for status, n in writer.run.summary.items()) or "nothing to do"
+    if not args.quiet:
+        print(f"{summary.replace('_', ' ')}. Maps, pictures and the log are in {output}; run.json tells all.")
+    return writer.run.exit_code
+
+
+def explain_cases(
+    reader: BundleReader,
+    cases: Sequence[ScanCase],
+    methods: Sequence[Method],
+    targets: Sequence[Target] | None,
+    output: Path,
+    options: Namespace,
+    log: RunLog,
+) -> ResultWriter:
+    """Explains cases one by one; one that fails is recorded, and the others go on.
+
+    Args:
+        targets: None: every predicted class, background aside.
+        options: of the command line: device, amp, seed, time_limit, window_batch, network_output, progress,
+            overwrite, pictures, override, config.
+
+    Returns:
+        The writer, whose ``run`` has the status of every result.
+
+    Raises:
+        EsegetaError: before any case is touched.
+    """
+    storage.writable_folder(output)
+    chosen = [PredictedClasses(activation="sigmoid" if _sigmoid(reader) else "auto")] if targets is None else targets
+    network, preprocess = reader.network, Preprocessor(reader)
+    check_layers(network, [*methods, *chosen])
+    amp = reader.amp and reader.device.type == "cuda" if options.amp is None else options.amp  # on CPUs as MONAI does
+    explainer = Explainer(
+        network,
+        reader.inferer,
+        reader.device,
+        amp,
+        output=options.network_output,
+        class_names=reader.class_names,
+        channel_names=[name for _, name in sorted(reader.channel_names.items())],
+        window_batch=options.window_batch,
+        seed=options.seed,
+        progress=options.progress,
+        time_limit=options.time_limit,
+        on_error="record",
+    )
+    writer = ResultWriter(
+        output,
+        methods,
+        list(chosen),
+        provenance=_provenance(reader, options),
+        overwrite=options.overwrite,
+        pictures=options.pictures,
+    )
+    for case in cases:
+        for file in case.files:
+            log.hide(file, file.name)
+    log.hide(output, output.name)
+    log.hide(reader.bundle_dir, reader.bundle_dir.name)
+    log.write_to(output)
+    logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))
+    for number, case in enumerate(cases, 1):
+        with log.of(case.name):
+            logger.info("%s: case %d of %d", case.name, number, len(cases))
+            try:
+                scan, image, data = preprocess(case)
+                writer.explain(explainer, image, case.name, methods, chosen, scan=scan, data=data)
+            except Exception as error:  # recorded with its reason, and the other cases go on
+                writer.failed(case.name, _named(error, log))
+    with writer.run:
+        return writer
+
+
+def _named(error: Exception, log: RunLog) -> Exception:
+    """The error as ``run.json`` may have it: named, in one line, without folders."""
+    if isinstance(error, EsegetaError):
+        named: Exception = type(error)(log.clean(str(error)))
+    elif isinstance(error, torch.cuda.OutOfMemoryError):
+        named = NetworkError("out of memory on the accelerator: take a smaller --window-batch, or --device cpu")
+    else:
+        named = NetworkError(log.clean(f"the network or its inferer failed on this case: {reason(error)}"))
+    named.__cause__ = error
+    return named
+
+
+def check_layers(network: torch.nn.Module, things: Sequence[Any]) -> None:
+    """Finds out before any work whether the layers exist that methods (also those inside others) and targets name.
+
+    Raises:
+        UsageError: no such layer; near matches are listed.
+    """
+    for thing in things:
+        layer = getattr(thing, "layer", None)
+        if isinstance(layer, str):
+            find_layer(unwrap(network), layer)
+        inner = getattr(thing, "method", None)
+        if isinstance(inner, Method):
+            check_layers(network, [inner])
+
+
+def _sigmoid(reader: BundleReader) -> bool:
+    """Whether the bundle's classes are not exclusive: its postprocessing takes a sigmoid of every channel."""
+    try:
+        transforms = reader.postprocessing.flatten().transforms
+    except NetworkError as error:
+        raise UsageError(f"{error}; or say with --target what to explain, then postprocessing is not needed") from error
+    return any(isinstance(t, Activationsd) and any(t.sigmoid) for t in transforms)
+
+
+def _provenance(reader: BundleReader, options: Namespace) -> dict[str, Any]:
+    found = {**bundle_provenance(reader.bundle_dir), "weights_sha256": weights_hash(unwrap(reader.network))}
+    if options.config:
+        found["configs_used_sha256"] = {file.name: storage.sha256_file(file) for file in reader.config_files}
+    if options.override:
+        found["overrides"] = overrides(options.override)
+    return found
+
+
+def overrides(texts: Sequence[str] | None) -> dict[str, Any]:
+    """``id=value`` texts as a dictionary; values are JSON where they can be read as JSON, else text.
+
+    Raises:
+        UsageError: a text without ``=``.
+
+    >>> overrides(["inferer#roi_size=[32, 32, 32]", "network=@net"])
+    {'inferer#roi_size': [32, 32, 32], 'network': '@net'}
+    """
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--override {text}: write id=value, such as inferer#overlap=0.25")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:  # not JSON, so it is text: a reference or an expression of the config
+            found[key] = value
+    return found
+
+
+def choose_device(text: str | None) -> torch.device:
+    """The device that is named, else the first CUDA device, else the CPU.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if text is None:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise UsageError(f"--device {text}: no such device; write cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA device(s); use cpu")
+    return device

@@ -1,0 +1,121 @@
+"""What a run says: on the console and in a file, one line a message, the rank in it, and nothing of a patient.
+
+File and folder names can name people. Whatever is registered with `RunLog.hide` is replaced before a line is
+written, in tracebacks as well; what remains is the name of the case.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+__all__ = ["LOG_FILE", "RunLog", "reason"]
+
+LOG_FILE = "esegeta.log"
+
+
+class RunLog:
+    """The handlers of one run on the package's logger; a context manager that takes them away again.
+
+    Args:
+        level: of the console, a name of the `logging` module; the file has at least INFO.
+
+    >>> log = RunLog("INFO")
+    >>> log.hide("/scans/Doe_Jane/t1.nii.gz", "t1.nii.gz")
+    >>> log.clean("/scans/Doe_Jane/t1.nii.gz: the file is empty")
+    't1.nii.gz: the file is empty'
+    """
+
+    def __init__(self, level: str = "INFO") -> None:
+        self.level: int = logging.getLevelName(level)
+        self.logger = logging.getLogger("esegeta_monai")
+        self.case: str | None = None
+        self._hidden: dict[str, str] = {}
+        self._handlers: list[logging.Handler] = []
+        self._before = self.logger.level
+
+    def __enter__(self) -> RunLog:
+        self._add(_Console(), self.level)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handler in self._handlers:
+            self.logger.removeHandler(handler)
+            handler.close()
+        self._handlers.clear()
+        self.logger.setLevel(self._before)
+
+    def write_to(self, folder: Path) -> None:
+        """Writes to ``folder/esegeta.log`` too, behind what earlier runs wrote there."""
+        handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
+        self._add(handler, min(self.level, logging.INFO))
+
+    def _add(self, handler: logging.Handler, level: int) -> None:
+        handler.setLevel(level)
+        handler.setFormatter(_Formatter(self))
+        self._handlers.append(handler)
+        self.logger.addHandler(handler)
+        self.logger.setLevel(min(h.level for h in self._handlers))
+
+    def hide(self, path: str | os.PathLike[str], name: str) -> None:
+        """From now on ``name`` stands where a message has ``path``, as given or in full."""
+        for text in {str(path), os.path.abspath(path), str(Path(path).resolve())} - {".", "/"}:
+            self._hidden[text] = name
+
+    def clean(self, text: str) -> str:
+        """``text`` with everything replaced that is to be hidden; longest paths first."""
+        for path in sorted(self._hidden, key=len, reverse=True):
+            text = text.replace(path, self._hidden[path])
+        return text
+
+    @contextmanager
+    def of(self, case: str) -> Iterator[None]:
+        """Messages in this block are about a case: its number in a batch becomes its name."""
+        self.case = case
+        try:
+            yield
+        finally:
+            self.case = None
+
+
+class _Formatter(logging.Formatter):
+    def __init__(self, log: RunLog) -> None:
+        rank = os.environ.get("RANK", "0")
+        super().__init__(f"%(asctime)s %(levelname)s rank {rank}: %(message)s", "%Y-%m-%d %H:%M:%S")
+        self.log = log
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        record.message = " ".join(record.message.split())
+        if self.log.case is not None:
+            record.message = re.sub(r"^case \d+(?=:)", lambda _: self.log.case or "", record.message)
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.exc_text = None  # another handler's formatter may have left its own
+        return self.log.clean(super().format(record))
+
+
+class _Console(logging.Handler):
+    """Standard error, above a progress bar that may be there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def reason(error: BaseException) -> str:
+    """The innermost cause in one line: MONAI wraps what went wrong in where it went wrong.
+
+    >>> reason(ValueError("no such axis\\n  details"))
+    'ValueError: no such axis'
+    """
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__

@@ -1,0 +1,95 @@
+"""``esegeta-monai methods`` and ``esegeta-monai targets``: what there is, read off the classes themselves."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import textwrap
+from argparse import Namespace
+from typing import Any
+
+from esegeta_monai.configurable import Configurable, Registry, json_ready
+from esegeta_monai.errors import EsegetaError
+from esegeta_monai.methods.base import METHODS, Method
+from esegeta_monai.targets.base import TARGETS
+
+__all__ = ["describe", "run_methods", "run_targets"]
+
+WIDTH = 100
+
+
+def run_methods(args: Namespace, *_: object) -> int:
+    """The table of methods, or one method in full."""
+    return _run(METHODS, args, "Use them with --methods NAME,NAME or --methods 'NAME(parameter=value)'.")
+
+
+def run_targets(args: Namespace, *_: object) -> int:
+    """The table of targets, or one target in full."""
+    return _run(TARGETS, args, "Use them with --target 'NAME(parameter=value)'; classes by number or by name.")
+
+
+def _run(registry: Registry[Any], args: Namespace, usage: str) -> int:
+    chosen = [registry.get(args.name)] if args.name else list(registry)
+    entries = [describe(cls, registry.kind) for cls in chosen]
+    if args.json:
+        print(json.dumps(entries if not args.name else entries[0], indent=2, ensure_ascii=False))
+    elif args.name:
+        print(_heading(entries[0]), "", inspect.getdoc(chosen[0]) or "", sep="\n")
+        print(*(f"\nReference: {entries[0]['reference']}",) if entries[0].get("reference") else ())
+    else:
+        for entry in entries:
+            print(_block(entry), end="\n\n")
+        print(usage, f"'esegeta-monai {registry.kind}s NAME' tells all about one.", sep="\n")
+    return 0
+
+
+def describe(cls: type[Configurable], kind: str = "method") -> dict[str, Any]:
+    """A method or target as the table, the JSON and the documentation have it.
+
+    >>> describe(METHODS.get("saliency"))["parameters"]
+    {'abs': True}
+    """
+    doc = inspect.getdoc(cls) or ""
+    signature = inspect.signature(cls.__init__)
+    defaults = {p: signature.parameters[p].default for p in cls.parameter_names()}
+    required = [p for p, value in defaults.items() if value is inspect.Parameter.empty]
+    entry: dict[str, Any] = {
+        "name": cls.__name__,
+        "summary": " ".join(doc.split("\n\n")[0].split()),
+        "parameters": {p: json_ready(value) for p, value in defaults.items() if p not in required},
+        "required": required,
+    }
+    if issubclass(cls, Method):
+        entry |= {
+            "aliases": list(cls.__dict__.get("aliases", ())),
+            "produces": cls.produces,
+            "signed": _signed(cls),
+            "needs_gradient": cls.needs_gradient,
+            "additive": cls.additive,
+            "reference": cls.reference,
+        }
+    return entry
+
+
+def _signed(cls: type[Method]) -> bool | None:
+    """Whether the map has a sign with default parameters; None where there are no defaults."""
+    try:
+        return METHODS.create(cls).signed
+    except EsegetaError:  # a parameter without default: it depends
+        return None
+
+
+def _heading(entry: dict[str, Any]) -> str:
+    parameters = [*entry["required"], *(f"{name}={value!r}" for name, value in entry["parameters"].items())]
+    call = textwrap.wrap(f"{entry['name']}({', '.join(parameters)})", WIDTH, subsequent_indent="    ")
+    aliases = f"    also called {', '.join(entry['aliases'])}" if entry.get("aliases") else ""
+    return "\n".join([*call, *([aliases] if aliases else [])])
+
+
+def _block(entry: dict[str, Any]) -> str:
+    lines = textwrap.wrap(re.sub(r"`+", "", entry["summary"]), WIDTH - 4)
+    if "produces" in entry:
+        sign = {True: "signed", False: "not signed", None: "signed or not"}[entry["signed"]]
+        lines.append(f"{entry['produces']}, {sign}" + (f"; {entry['reference']}" if entry["reference"] else ""))
+    return "\n".join([_heading(entry), *(f"    {line}" for line in lines)])
