@@ -6,6 +6,7 @@ See :mod:`esegeta_monai.rules.mode` for the engine.
 from __future__ import annotations
 
 from esegeta_monai.rules.composites import COMPOSITES, RULES, Composite, composite_of
+from esegeta_monai.rules.excitation import excitation
 from esegeta_monai.rules.finite_differences import deep_lift, deep_lift_multiplier
 from esegeta_monai.rules.guided import deconvolution, guided
 from esegeta_monai.rules.lrp import lrp
@@ -22,6 +23,7 @@ __all__ = [
     "deconvolution",
     "deep_lift",
     "deep_lift_multiplier",
+    "excitation",
     "guided",
     "lrp",
 ]

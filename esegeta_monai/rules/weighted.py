@@ -14,7 +14,19 @@ from torch import Tensor
 
 from esegeta_monai.rules.operations import Operation
 
-__all__ = ["AlphaBeta", "Epsilon", "Flat", "Gamma", "WSquare", "ZBox", "ZPlus", "apply_weights"]
+__all__ = [
+    "AlphaBeta",
+    "Epsilon",
+    "Flat",
+    "Gamma",
+    "Part",
+    "WSquare",
+    "ZBox",
+    "ZPlus",
+    "apply_weights",
+    "distribute_shares",
+    "ratio",
+]
 
 
 def apply_weights(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -24,32 +36,33 @@ def apply_weights(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor 
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Contributions of a part of the input (given by its values) through a part of the weights."""
 
     value: Tensor
     weight: Tensor
 
     def contributions(self, operation: Operation) -> tuple[Tensor, Tensor]:
+        """The value as a leaf, and what it contributes to each output, with a graph between the two."""
         with torch.enable_grad():
             leaf = self.value.detach().requires_grad_()
             return leaf, apply_weights(operation, leaf, self.weight)
 
 
-def _share(relevance: Tensor, total: Tensor) -> Tensor:
+def ratio(relevance: Tensor, total: Tensor) -> Tensor:
     """relevance / total, and 0 where the total is too small to divide by."""
     info = torch.finfo(total.dtype)
     small = total.abs() <= info.tiny / info.eps
     return torch.where(small, 0.0, relevance / torch.where(small, 1.0, total))
 
 
-def _distribute(operation: Operation, parts: list[_Part], relevance: Tensor, bias: Tensor | None) -> list[Tensor]:
+def distribute_shares(operation: Operation, parts: list[Part], relevance: Tensor, bias: Tensor | None) -> list[Tensor]:
     """For each part, Wᵀ(R / Z) with Z the sum of all contributions and the bias; what the bias receives is booked."""
     pairs = [part.contributions(operation) for part in parts]
     total = torch.stack([contribution.detach() for _, contribution in pairs]).sum(0)
     offset = 0.0 if bias is None else _along_channels(operation, bias, total)
     total = total + offset
-    share = _share(relevance, total)
+    share = ratio(relevance, total)
     operation.ledger.book(torch.where(share == 0, relevance, share * offset))
     return [torch.autograd.grad(contribution, leaf, share)[0] for leaf, contribution in pairs]
 
@@ -83,7 +96,7 @@ class Epsilon:
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
         weight, bias = _weights(operation)
-        leaf, z = _Part(operands[0], weight).contributions(operation)
+        leaf, z = Part(operands[0], weight).contributions(operation)
         offset = torch.zeros_like(z) if bias is None else _along_channels(operation, bias, z)
         total = z.detach() + offset
         stabiliser = self.epsilon * torch.where(total < 0, -1.0, 1.0).to(total.dtype)
@@ -111,9 +124,10 @@ class Gamma:
         result = torch.zeros_like(x)
         for favoured, other, outputs in ((_positive, _negative, z > 0), (_negative, _positive, z < 0)):
             raised = [weight + self.gamma * favoured(weight), weight + self.gamma * other(weight)]
-            parts = [_Part(x.clamp(min=0), raised[0]), _Part(x.clamp(max=0), raised[1])]
+            parts = [Part(x.clamp(min=0), raised[0]), Part(x.clamp(max=0), raised[1])]
             raised_bias = None if bias is None else bias + self.gamma * favoured(bias)
-            positive, negative = _distribute(operation, parts, torch.where(outputs, z * gradient, 0.0), raised_bias)
+            relevance = torch.where(outputs, z * gradient, 0.0)
+            positive, negative = distribute_shares(operation, parts, relevance, raised_bias)
             result = result + torch.where(x > 0, positive, 0.0) + torch.where(x < 0, negative, 0.0)
         return (result,)
 
@@ -135,8 +149,8 @@ class AlphaBeta:
         for factor, same, other in ((self.alpha, _positive, _negative), (-self.beta, _negative, _positive)):
             if factor == 0:
                 continue
-            parts = [_Part(x.clamp(min=0), same(weight)), _Part(x.clamp(max=0), other(weight))]
-            positive, negative = _distribute(
+            parts = [Part(x.clamp(min=0), same(weight)), Part(x.clamp(max=0), other(weight))]
+            positive, negative = distribute_shares(
                 operation, parts, factor * relevance, None if bias is None else same(bias)
             )
             result = result + torch.where(x > 0, positive, 0.0) + torch.where(x < 0, negative, 0.0)
@@ -173,7 +187,7 @@ class Flat(_Direct):
     """R_i = Σ_j 1 / n_j R_j: equal shares for the n_j inputs that output j reads. For the first layer."""
 
     def distribute(self, operation: Operation, x: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:
-        (result,) = _distribute(operation, [_Part(torch.ones_like(x), torch.ones_like(weight))], relevance, None)
+        (result,) = distribute_shares(operation, [Part(torch.ones_like(x), torch.ones_like(weight))], relevance, None)
         return result
 
 
@@ -182,7 +196,7 @@ class WSquare(_Direct):
     """R_i = Σ_j w_ij² / Σ_i w_ij² R_j (Montavon 2017), for a first layer that reads unbounded real values."""
 
     def distribute(self, operation: Operation, x: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:
-        (result,) = _distribute(operation, [_Part(torch.ones_like(x), weight.square())], relevance, None)
+        (result,) = distribute_shares(operation, [Part(torch.ones_like(x), weight.square())], relevance, None)
         return result
 
 
@@ -195,8 +209,8 @@ class ZBox(_Direct):
 
     def distribute(self, operation: Operation, x: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:
         low, high = (torch.ones_like(x) * bound for bound in (self.low, self.high))
-        parts = [_Part(x, weight), _Part(low, -weight.clamp(min=0)), _Part(high, -weight.clamp(max=0))]
+        parts = [Part(x, weight), Part(low, -weight.clamp(min=0)), Part(high, -weight.clamp(max=0))]
         return sum(
             part.value * multiplier
-            for part, multiplier in zip(parts, _distribute(operation, parts, relevance, None))
+            for part, multiplier in zip(parts, distribute_shares(operation, parts, relevance, None))
         )  # type: ignore[return-value]

@@ -1,0 +1,245 @@
+"""Excitation backpropagation: a winner drawn at the output, and the probability that it is traced to each voxel.
+
+What travels back is a probability, not a gradient. An operation hands the probability of each output on to its inputs
+in proportion to their excitatory contributions; where an output has one parent, that parent receives all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esegeta_monai.errors import UsageError
+from esegeta_monai.rules.guided import layer_relevance
+from esegeta_monai.rules.mode import PARTS, PLAIN, Treatment, local_gradient
+from esegeta_monai.rules.operations import Kind, Operation, map_tensors
+from esegeta_monai.rules.run import Forward, LayerRelevance, Relevance, Run
+from esegeta_monai.rules.weighted import Part, distribute_shares, ratio
+
+__all__ = ["ContributionsRule", "ParentRule", "SumRule", "WinnerRule", "excitation"]
+
+_ELEMENTWISE = frozenset({"mul", "div", "neg", "add", "sub", "rsub", "batch_norm", "instance_norm"})
+_MATRIX = frozenset({"matmul", "rmatmul", "mm", "bmm", "mv", "dot", "inner", "outer", "einsum"})
+
+
+@dataclass(frozen=True)
+class WinnerRule:
+    """P_i = Σ_j c_ij⁺ / Σ_i c_ij⁺ P_j with c_ij = x_i w_ij: what raises an output shares its probability (Zhang 2018).
+
+    For x ≥ 0 these are Zhang's excitatory weights w⁺; a negative input excites through a negative weight. With
+    ``contrast``, the last layer gives the difference between this and the same for −W, each normalised to one.
+    """
+
+    contrast: bool = False
+
+    def backward(
+        self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (x,) = operands
+        weight = operation.argument("weight")
+        traced = self._trace(operation, x, weight, gradient)
+        if self.contrast and operation.is_last:
+            against = self._trace(operation, x, -weight, gradient)
+            traced = gradient.sum() * (ratio(traced, traced.sum()) - ratio(against, against.sum()))
+        return (traced,)
+
+    @staticmethod
+    def _trace(operation: Operation, x: Tensor, weight: Tensor, probability: Tensor) -> Tensor:
+        parts = [Part(x.clamp(min=0), weight.clamp(min=0)), Part(x.clamp(max=0), weight.clamp(max=0))]
+        shares = distribute_shares(operation, parts, probability, None)
+        return parts[0].value * shares[0] + parts[1].value * shares[1]
+
+
+class ParentRule:
+    """An elementwise operation: each output has one parent in each operand, and they share equally."""
+
+    def backward(
+        self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        return tuple((gradient / len(operands)).sum_to_size(operand.shape) for operand in operands)
+
+
+class SumRule:
+    """A sum of operands (a skip connection): P in proportion to the positive terms, to all where none is."""
+
+    def backward(
+        self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        zeros = [torch.zeros_like(operand) for operand in operands]
+        terms = [operation.function(*zeros[:i], operand, *zeros[i + 1 :]) for i, operand in enumerate(operands)]
+        positive = [term.clamp(min=0) for term in terms]
+        none = torch.stack(positive).sum(0) == 0
+        shares = [torch.where(none, term.abs(), raised) for term, raised in zip(terms, positive)]
+        per_unit = ratio(gradient, torch.stack(shares).sum(0))
+        return tuple((per_unit * share).sum_to_size(operand.shape) for share, operand in zip(shares, operands))
+
+
+class ContributionsRule:
+    """A linear operation with known coefficients (pooling, interpolation, a product of matrices).
+
+    P_i = Σ_j c_ij⁺ / Σ_i c_ij⁺ P_j; where nothing contributes positively, in proportion to |c_ij|. A product of two
+    matrices that both see the input gives half to each.
+    """
+
+    def backward(
+        self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        first = _signed_constants(operation) if operation.name in _MATRIX else [operation.function]
+        if len(first) == 2:  # x⁺ through W⁺ and x⁻ through W⁻
+            pairs = [(first[0], [x.clamp(min=0) for x in operands]), (first[1], [x.clamp(max=0) for x in operands])]
+            across = [(first[1], pairs[0][1]), (first[0], pairs[1][1])]
+        elif len(operands) == 2:
+            up, down = [x.clamp(min=0) for x in operands], [x.clamp(max=0) for x in operands]
+            pairs = [(first[0], up), (first[0], down)]
+            across = [(first[0], [up[0], down[1]]), (first[0], [down[0], up[1]])]
+        else:
+            pairs = [(first[0], [x.clamp(min=0) for x in operands])]
+            across = [(first[0], [x.clamp(max=0) for x in operands])]
+        raised = torch.stack([function(*values) for function, values in pairs]).sum(0)
+        lowered = torch.stack([function(*values) for function, values in across]).sum(0)
+        result = [torch.zeros_like(x) for x in operands]
+        for chosen, total, outputs in ((pairs, raised, raised > 0), (across, lowered, raised <= 0)):
+            share = ratio(torch.where(outputs, gradient, 0.0), total) / len(operands)
+            for function, values in chosen:
+                for i, arriving in enumerate(local_gradient(function, values, share)):
+                    assert arriving is not None
+                    result[i] = result[i] + values[i] * arriving
+        return tuple(result)
+
+
+def _signed_constants(operation: Operation) -> list[Callable[..., Tensor]]:
+    """The operation with its constant matrix's positive, then its negative entries; itself where it has no constant."""
+    found: list[Tensor] = []
+    map_tensors(found.append, (operation.args, operation.kwargs))
+    if not found:
+        return [operation.function]
+
+    def with_constants(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+        args, kwargs = map_tensors(change, operation.args), map_tensors(change, operation.kwargs)
+        changed = Operation(operation.name, operation.func, args, kwargs, operation.in_place)
+        return changed.function
+
+    return [with_constants(lambda c: c.clamp(min=0)), with_constants(lambda c: c.clamp(max=0))]
+
+
+@dataclass(frozen=True)
+class _Probabilities:
+    winner: WinnerRule
+
+    def treatment(self, operation: Operation) -> Treatment:
+        kind, name = operation.kind, operation.name
+        if kind in (Kind.CONVOLUTION, Kind.DENSE):
+            return self.winner
+        if kind in (Kind.MOVE, Kind.MAXIMUM):
+            return PLAIN  # the adjoint of a move moves back; the winner of a maximum receives all
+        if kind is Kind.COMPOSITE:
+            return PARTS
+        if kind in (Kind.ACTIVATION, Kind.UNIVARIATE, Kind.NORM) or (kind is Kind.SOFTMAX and name != "logsumexp"):
+            return ParentRule()
+        operands = len(list(operation.slots()))
+        if name == "mul" or (name in _ELEMENTWISE and operands == 1):
+            return ParentRule()
+        if name in ("add", "sub", "rsub"):
+            return SumRule()
+        known = name in _MATRIX or (kind is Kind.LINEAR and operands == 1 and not name.startswith("add"))
+        if not known or operation.argument("mode") == "bicubic" or name in ("conv", "conv_transpose", "lerp"):
+            raise operation.error("excitation has no rule for it")
+        return ContributionsRule()
+
+
+def excitation(
+    forward: Forward,
+    x: Tensor,
+    cotangents: Tensor,
+    contrastive: bool = False,
+    *,
+    layers: Mapping[str, nn.Module] | None = None,
+) -> Relevance:
+    """Excitation backpropagation: marginal winning probabilities (Zhang et al. 2018).
+
+    Activations, norms and gates hand on their probability unchanged; convolutions and linear layers share it among the
+    inputs that raise the output; a factor of a product receives half. Biases receive nothing.
+
+    Args:
+        forward: windows (n, C, *roi) to outputs (n, K, …).
+        x: the windows, float32 or float64.
+        cotangents: the prior over outputs, (k, n, K, …): ∂s/∂y of a linear s; one for a class gives probabilities.
+        contrastive: subtract the map of the opposite (the last layer's weights negated), each normalised to one:
+            what is special to the target. Signed; Zhang keeps its positive part. Windows are then run one by one.
+        layers: modules at whose outputs the probabilities are wanted as well.
+
+    Returns:
+        ``input`` (k, n, C, *roi): the share of the prior that is traced to each voxel; ``booked`` (k, n): the share
+        that ended where nothing excites (a winner that only its bias raised, a constant).
+
+    >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    >>> result = excitation(net, torch.rand(1, 3), torch.tensor([[[0.0, 1.0]]]))
+    >>> bool((result.input.sum() + result.booked - 1).abs() < 1e-5)
+    True
+    """
+    if cotangents.shape[1] != len(x):
+        raise UsageError(f"cotangents for {cotangents.shape[1]} windows, {len(x)} windows given")
+    rules = _Probabilities(WinnerRule(contrastive))
+    batches = list(range(len(x))) if contrastive else [None]
+    inputs: list[Tensor] = []
+    at_layers: list[dict[str, LayerRelevance]] = []
+    for i in batches:
+        own = slice(None) if i is None else slice(i, i + 1)
+        run = Run(forward, x[own], rules, layers=layers)
+        _mark_last(run.output.grad_fn)
+        traced = [(arriving, layer_values) for arriving, layer_values, _ in run.backward(cotangents[:, own])]
+        inputs.append(torch.stack([arriving for arriving, _ in traced]))
+        values = [layer_values for _, layer_values in traced]
+        probabilities = {name: torch.stack([value[name] for value in values]) for name in run.captured}
+        at_layers.append(layer_relevance(run.captured, values, probabilities))
+    result = torch.cat(inputs, 1)
+    prior = torch.zeros_like(cotangents) if contrastive else cotangents
+    sums = (values.reshape(*values.shape[:2], -1).sum(2) for values in (prior, result))
+    booked = next(sums) - next(sums)
+    return Relevance(result, booked.to(result.dtype), {name: _joined(at_layers, name) for name in layers or {}})
+
+
+def _joined(windows: list[dict[str, LayerRelevance]], name: str) -> LayerRelevance:
+    each = [window[name] for window in windows]
+    return LayerRelevance(
+        torch.cat([layer.activation for layer in each]),
+        torch.cat([layer.gradient for layer in each], 1),
+        torch.cat([layer.relevance for layer in each], 1),
+    )
+
+
+def _mark_last(output: Any) -> None:
+    """Find the operations with weights behind which no other lies, by walking the graph from the output."""
+
+    def above(node: Any, seen: set[Any]) -> set[Any]:
+        """The first operations with weights on every path down from ``node``; every node passed is put in ``seen``."""
+        found, waiting = set(), [child for child, _ in node.next_functions]
+        while waiting:
+            child = waiting.pop()
+            if child is None or child in seen:
+                continue
+            seen.add(child)
+            if _has_weights(child):
+                found.add(child)
+            else:
+                waiting.extend(grandchild for grandchild, _ in child.next_functions)
+        return found
+
+    first = {output} if _has_weights(output) else above(output, set())
+    behind: set[Any] = set()
+    seen: set[Any] = set()
+    waiting = list(first)
+    while waiting:
+        below = above(waiting.pop(), seen)
+        behind |= below
+        waiting.extend(below)
+    for node in first - behind:
+        node.operation.is_last = True
+
+
+def _has_weights(node: Any) -> bool:
+    return getattr(getattr(node, "operation", None), "kind", None) in (Kind.CONVOLUTION, Kind.DENSE)
