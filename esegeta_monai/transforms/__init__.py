@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from esegeta_monai.transforms.explain import Explain, ExplainD, Explaind, ExplainDict
 from esegeta_monai.transforms.invert import (
     InvertAttribution,
     InvertAttributionD,
@@ -9,4 +10,13 @@ from esegeta_monai.transforms.invert import (
     InvertAttributionDict,
 )
 
-__all__ = ["InvertAttribution", "InvertAttributionD", "InvertAttributionDict", "InvertAttributiond"]
+__all__ = [
+    "Explain",
+    "ExplainD",
+    "ExplainDict",
+    "Explaind",
+    "InvertAttribution",
+    "InvertAttributionD",
+    "InvertAttributionDict",
+    "InvertAttributiond",
+]

@@ -1,0 +1,208 @@
+"""Attribution maps in the data dictionary: a thin door to the `Explainer` for everything that composes transforms."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Transform
+from monai.utils import TransformBackends
+from torch import nn
+from torch.utils.data import get_worker_info
+
+from esegeta_monai.errors import UsageError
+from esegeta_monai.explainer import Attribution, Explainer
+from esegeta_monai.methods.base import METHODS
+from esegeta_monai.storage import check_clashes, distinct_names, safe_name
+from esegeta_monai.storage.files import strict_json
+from esegeta_monai.targets.base import TARGETS, Target
+from esegeta_monai.targets.classes import PredictedClasses
+
+__all__ = ["Explain", "ExplainD", "ExplainDict", "Explaind"]
+
+logger = logging.getLogger("esegeta_monai")
+
+
+class Explain(Transform):
+    """The attribution maps of an image, by name: ``"{target}_{Method}"``.
+
+    The names are those of the targets and methods; of two of one kind, with the parameters that tell them apart
+    (`names` lists them). A target that asks for several classes (`PredictedClasses`, ``ClassScore(top_k=3)``) gives a
+    map for each, ``"{target}-{class}_{Method}"``, known only once the prediction is.
+
+    Each map is a MetaTensor (C, *spatial) with the image's affine and trace, so that `InvertAttributiond` brings
+    additive ones back to the scan's grid, and MONAI's ``Invertd`` the others. Its record is in ``meta["record"]`` as
+    JSON text (text, since data loaders cannot collate what a dictionary may hold).
+
+    Args:
+        network: the network; its weights may be loaded later.
+        inferer, device, amp: see `Explainer`.
+        methods: names, configs or instances; default Saliency and GradCam.
+        targets: names, configs or instances; None: every predicted class, background aside.
+        explainer: further options of `Explainer` (``class_names``, ``seed``, ``output``, ``on_error``, …).
+
+    Raises:
+        UsageError: an unknown name or parameter, names that clash, or a CUDA device in a forked DataLoader worker.
+        EsegetaError: what the explanation meets, see `Explainer`; with ``on_error="record"`` the map is left out.
+
+    Example:
+        >>> network = nn.Conv2d(1, 2, 3, padding=1)
+        >>> explain = Explain(network, methods=["Saliency"], targets=["MultiClassMask(0)", "MultiClassMask(1)"])
+        >>> explain.names
+        ['MultiClassMask-class_index0_Saliency', 'MultiClassMask-class_index1_Saliency']
+    """
+
+    backend = [TransformBackends.TORCH]  # noqa: RUF012 - as in all of MONAI's transforms
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inferer: Any = None,
+        methods: Any = ("Saliency", "GradCam"),
+        targets: Any = None,
+        device: torch.device | str | None = None,
+        amp: bool = False,
+        **explainer: Any,
+    ) -> None:
+        if not isinstance(network, nn.Module):
+            raise UsageError(
+                f"network is a {type(network).__name__}: give the module itself (in a config '@network'; from a "
+                "bundle's folder esegeta_monai.bundle.BundleReader(folder).network)"
+            )
+        self.methods = METHODS.create_all(methods)
+        self.targets: list[Target] = [PredictedClasses()] if targets is None else TARGETS.create_all(targets)
+        self.explainer = Explainer(network, inferer, device, amp, **explainer)
+        self._methods = dict(zip(map(id, self.methods), distinct_names(self.methods)))
+        self._targets = dict(zip(map(id, self.targets), distinct_names(self.targets)))
+        check_clashes([], self._targets.values(), self._methods.values())
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the maps, targets outermost; without those that only a prediction tells."""
+        fixed = [t for t in self.targets if not _several(t)]
+        return [f"{self._targets[id(t)]}_{self._methods[id(m)]}" for t in fixed for m in self.methods]
+
+    def __call__(
+        self, image: torch.Tensor, case: Mapping[Hashable, Any] | None = None, prediction: torch.Tensor | None = None
+    ) -> dict[str, MetaTensor]:
+        """The maps by name; those of empty targets are left out, with a line in the log.
+
+        Args:
+            image: (C, *spatial), preprocessed. It is not modified.
+            case: its data dictionary, where targets find masks and labels.
+            prediction: the network's raw output (K, …) for the image, where it is known already.
+        """
+        self._refuse_forked_cuda()
+        found: dict[str, MetaTensor] = {}
+        batch = None if prediction is None else torch.as_tensor(prediction)[None]
+        known = {str(k): v for k, v in (case or {}).items()}
+        for attribution in self.explainer(image[None], self.methods, self.targets, data=known, prediction=batch):
+            name = self._name(attribution)
+            if attribution.map is None:
+                logger.warning("%s: no map, %s: %s", name, attribution.status, attribution.record.get("reason"))
+                continue
+            if name in found:
+                raise UsageError(f"{attribution.target!r} gives several maps called {name!r}: give one target a map")
+            attribution.map.meta["record"] = strict_json(attribution.record)
+            found[name] = attribution.map
+        return found
+
+    def _name(self, attribution: Attribution) -> str:
+        target = self._targets[id(attribution.target)]
+        if _several(attribution.target) and attribution.record["class_name"] is not None:
+            target = f"{target}-{safe_name(attribution.record['class_name'])}"
+        return f"{target}_{self._methods[id(attribution.method)]}"
+
+    def _refuse_forked_cuda(self) -> None:
+        devices = {self.explainer.device.type, self.explainer.volume_device.type}
+        if "cuda" in devices and get_worker_info() is not None and _forked():
+            raise UsageError(
+                "Explain on a CUDA device cannot run in a forked DataLoader worker, since CUDA does not survive a "
+                'fork: set num_workers=0, or multiprocessing_context="spawn", or explain in the postprocessing'
+            )
+
+
+class Explaind(MapTransform):
+    """Dictionary version of :class:`Explain`: adds maps under ``"{key}_{target}_{Method}"``.
+
+    Args:
+        keys: preprocessed images (C, *spatial); each is explained by itself.
+        network, inferer, methods, targets, device, amp, explainer: see :class:`Explain`.
+        output_keys: where the maps go, in place of the names above: for each key, for each target, for each method.
+        pred_key: the network's raw output for the image, where the dictionary has it (an evaluator's postprocessing):
+            saves a forward pass.
+        allow_missing_keys: skip keys that are not there.
+
+    Raises:
+        UsageError: as :class:`Explain`; ``output_keys`` of another number than maps.
+
+    Example:
+        >>> explain = Explaind("image", nn.Conv2d(1, 2, 3, padding=1), methods="Saliency", targets="MultiClassMask(1)")
+        >>> data = explain({"image": MetaTensor(torch.rand(1, 8, 8))})
+        >>> sorted(data), explain.output_keys, tuple(data["image_MultiClassMask_Saliency"].shape)
+        (['image', 'image_MultiClassMask_Saliency'], ['image_MultiClassMask_Saliency'], (1, 8, 8))
+    """
+
+    backend = Explain.backend
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        network: nn.Module,
+        inferer: Any = None,
+        methods: Any = ("Saliency", "GradCam"),
+        targets: Any = None,
+        device: torch.device | str | None = None,
+        amp: bool = False,
+        *,
+        output_keys: Sequence[str] | str | None = None,
+        pred_key: str | None = None,
+        allow_missing_keys: bool = False,
+        **explainer: Any,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.explain = Explain(network, inferer, methods, targets, device, amp, **explainer)
+        self.pred_key = pred_key
+        usual = [(key, name) for key in self.keys for name in self.explain.names]
+        chosen = [output_keys] if isinstance(output_keys, str) else output_keys
+        if chosen is None:
+            chosen = [f"{key}_{name}" for key, name in usual]
+        if len(chosen) != len(usual) or len(set(chosen)) != len(chosen):
+            raise UsageError(
+                f"output_keys must be {len(usual)} different names, for {', '.join(f'{k}_{n}' for k, n in usual)}"
+            )
+        self._keys_of = dict(zip(usual, chosen))
+
+    @property
+    def output_keys(self) -> list[str]:
+        """Where the maps go, for the ``keys`` of the transforms that follow; see `Explain.names`."""
+        return list(self._keys_of.values())
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            prediction = None if self.pred_key is None else data[self.pred_key]
+            for name, attribution in self.explain(data[key], data, prediction).items():
+                result[self._keys_of.get((key, name), f"{key}_{name}")] = attribution
+        return result
+
+
+ExplainD = ExplainDict = Explaind
+
+
+def _several(target: Target) -> bool:
+    """Whether a target has a map for each of several classes."""
+    return isinstance(target, PredictedClasses) or getattr(target, "top_k", 1) != 1
+
+
+def _forked() -> bool:
+    """Whether this process was forked from the one that holds the network."""
+    kind = type(multiprocessing.current_process()).__name__
+    if kind in ("SpawnProcess", "ForkServerProcess"):
+        return False
+    return kind == "ForkProcess" or multiprocessing.get_start_method() == "fork"
