@@ -71,22 +71,25 @@ class Batch:
         some = next(c for c in self.cotangents if c is not None)
         return torch.stack([torch.zeros_like(some) if c is None else c for c in self.cotangents])
 
-    def gradients(self, out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Vector-Jacobian products of every target with respect to each input: a list of (k, *input.shape)."""
+    def gradients(self, out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Vector-Jacobian products of every target with respect to each input: a list of (k, *input.shape).
+
+        None stands for an input that no target depends on by a differentiable path.
+        """
         active = [k for k, c in enumerate(self.cotangents) if c is not None]
-        results = [torch.zeros((len(self.cotangents), *i.shape), dtype=i.dtype, device=i.device) for i in inputs]
-        if not out.requires_grad:
-            raise MethodError(
-                "the network's output does not depend on its input by a differentiable path (an operation such as "
-                "argmax, round or .detach() cuts it, or the network is compiled for inference): use a perturbation "
-                "method such as Occlusion"
-            )
+        results: list[Tensor | None] = [None] * len(inputs)
+        if not out.requires_grad or not inputs:
+            raise MethodError(_NO_PATH)
         for k in active:
             cotangent = self.cotangents[k]
             assert cotangent is not None
             grads = self.objective.vjp(out, inputs, cotangent, retain=k != active[-1])
-            for result, g in zip(results, grads):
-                result[k] = g
+            for i, (x, g) in enumerate(zip(inputs, grads)):
+                if g is not None:
+                    found = results[i]
+                    if found is None:
+                        found = results[i] = x.new_zeros((len(self.cotangents), *x.shape))
+                    found[k] = g
         return results
 
     def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +97,16 @@ class Batch:
         x = x.detach().requires_grad_(True)
         with torch.enable_grad():
             out = self.forward(x)
-        return self.gradients(out, [x])[0], out.detach()
+        (gradient,) = self.gradients(out, [x])
+        if gradient is None:
+            raise MethodError(_NO_PATH)
+        return gradient, out.detach()
+
+
+_NO_PATH = (
+    "the network's output does not depend on its input by a differentiable path (an operation such as argmax, round or "
+    ".detach() cuts it, or the network is compiled for inference): use a perturbation method such as Occlusion"
+)
 
 
 @dataclass
@@ -105,7 +117,7 @@ class View:
         batch: the windows.
         out: network output (n, R, *out_roi).
         activations: layer name to (n, …).
-        gradients: layer name to (k, n, …); absent where no target sees the windows.
+        gradients: layer name to (k, n, …); absent where no target sees the windows or depends on the layer.
         input_gradient: (k, n, C, *roi) where some request wants it.
         seen: whether some target sees these windows (else this is a forward pass only).
     """
@@ -177,14 +189,16 @@ class InputGradient(Request):
         self.objective = objective
         self.maps = objective.new_maps()
         self.padding = self.maps.new_zeros(self.maps.shape[:2])
+        self.values = objective.constants()
 
     def see(self, view: View) -> None:
         assert view.input_gradient is not None
         self.padding += self.objective.add(self.maps, view.batch, view.input_gradient)
+        self.values += view.batch.scores(view.out).sum(1).cpu()
 
     def result(self) -> Gradient:
-        values = self.objective.image_values()[:, None]
-        return Gradient(self.maps[:, None], values, self.padding[:, None])
+        values = self.values if self.objective.linear else self.objective.image_values().cpu()
+        return Gradient(self.maps[:, None], values[:, None], self.padding[:, None])
 
 
 class Objective:
@@ -235,6 +249,7 @@ class Objective:
         self.windows = sorted({w for windows in self.support for w in windows})
         self.blend_deviation: list[float | None] = [None] * len(self.scores)
         self.base_scores: dict[int, Tensor] = {}
+        self._at_image: list[Tensor] | None = None
 
     # -- what a method reads ------------------------------------------------------------------------------------
 
@@ -252,7 +267,7 @@ class Objective:
         """The same objective (same frozen scores) at another image."""
         other = copy.copy(self)
         other.image, other.prediction = image, None
-        other.base_scores = {}
+        other.base_scores, other._at_image = {}, None
         other.blend_deviation = [None] * len(self.scores)
         return other
 
@@ -270,6 +285,14 @@ class Objective:
     def image_values(self) -> Tensor:
         """F at the image (k,), float64."""
         return torch.stack([s.value(p.double()) for s, p in zip(self.scores, self.image_predictions())])
+
+    def constants(self) -> Tensor:
+        """What linear scores give beside the sum over windows: s at a prediction of zeros (k,), float64; else 0."""
+        values = [
+            s.value(self._new_prediction(s, 1).double()).reshape(()).cpu() if s.linear else torch.zeros(()).double()
+            for s in self.scores
+        ]
+        return torch.stack(values)
 
     def value(self, points: Tensor) -> Tensor:
         """F at volumes (m, C, *spatial): (k, m), float64; forward passes over the windows that the targets see."""
@@ -302,9 +325,11 @@ class Objective:
 
     def image_predictions(self) -> list[Tensor]:
         """For each score what it reads of the prediction at the image, (channels, *box)."""
-        if self.prediction is None:
-            return [p[0] for p in self.predict(self.image[None])]
-        return [s.crop(self.prediction) for s in self.scores]
+        if self.prediction is not None:
+            return [s.crop(self.prediction) for s in self.scores]
+        if self._at_image is None:
+            self._at_image = [p[0] for p in self.predict(self.image[None])]
+        return self._at_image
 
     # -- gradients ----------------------------------------------------------------------------------------------
 
@@ -314,11 +339,7 @@ class Objective:
         predictions = None if self.linear else self.predict(points)
         maps = torch.stack([self.new_maps() for _ in range(m)], 1)
         padding = maps.new_zeros(maps.shape[:3])
-        constants = [
-            s.value(torch.zeros_like(self._new_prediction(s, 1)).double()) if s.linear else 0 for s in self.scores
-        ]
-        values = torch.zeros((self.n_targets, m), dtype=torch.float64)
-        values += torch.stack([torch.as_tensor(c).reshape(()).cpu() for c in constants])[:, None]
+        values = self.constants()[:, None].repeat(1, m)
 
         def run(batch: Batch) -> None:
             gradient, out = batch.gradient(batch.cut(points))
@@ -403,8 +424,8 @@ class Objective:
                 raise MethodError(f"layer {name!r} is not used in the forward pass: choose another")
             if self.model.inferer is not None and captured.calls[name] > 1:  # its windows are not known
                 raise MethodError(
-                    f"layer {name!r} runs {captured.calls[name]} times under {type(self.model.inferer).__name__}, whose "
-                    "windows are not known: use SlidingWindowInferer, or an input method"
+                    f"layer {name!r} runs {captured.calls[name]} times under {type(self.model.inferer).__name__}, "
+                    "whose windows are not known: use SlidingWindowInferer, or an input method"
                 )
         gradients: dict[str, Tensor] = {}
         at_input = None
@@ -412,9 +433,13 @@ class Objective:
             with_grad = [n for r in wanting if r.backward for n in r.layers]
             names = [n for n in dict.fromkeys(with_grad) if captured[n].requires_grad]
             wants_input = any(r.input_gradient for r in wanting)
-            found = batch.gradients(out, [captured[n] for n in names] + ([x] if wants_input else []))
-            gradients = dict(zip(names, found))
+            found = []
+            if names or wants_input:
+                found = batch.gradients(out, [captured[n] for n in names] + ([x] if wants_input else []))
+            gradients = {n: g for n, g in zip(names, found) if g is not None}
             at_input = found[-1] if wants_input else None
+            if wants_input and at_input is None:
+                raise MethodError(_NO_PATH)
         activations = {n: captured[n].detach() for n in layers}
         return View(batch, out.detach(), activations, gradients, at_input, seen)
 
@@ -443,17 +468,20 @@ class Objective:
             return out
         return out.index_select(1, torch.tensor(self.read, device=out.device))
 
-    def vjp(self, out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, *, retain: bool) -> list[Tensor]:
-        """One vector-Jacobian product; under float16 autocast the cotangent is scaled until nothing overflows."""
+    def vjp(self, out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, *, retain: bool) -> list[Tensor | None]:
+        """One vector-Jacobian product, None for inputs that ``out`` does not depend on.
+
+        Under float16 autocast the cotangent is scaled until nothing overflows.
+        """
         cotangent = cotangent.to(out.dtype)
         if self.model.autocast_dtype != torch.float16:
-            return list(torch.autograd.grad(out, inputs, cotangent, retain_graph=retain))
+            return list(torch.autograd.grad(out, inputs, cotangent, retain_graph=retain, allow_unused=True))
         peak = float(cotangent.abs().max())
         scale = 2.0**12 / peak if peak > 0 else 1.0
         for _ in range(8):
-            grads = torch.autograd.grad(out, inputs, cotangent * scale, retain_graph=True)
-            if all(bool(torch.isfinite(g).all()) for g in grads):
-                return [g / scale for g in grads]
+            grads = torch.autograd.grad(out, inputs, cotangent * scale, retain_graph=True, allow_unused=True)
+            if all(g is None or bool(torch.isfinite(g).all()) for g in grads):
+                return [None if g is None else g / scale for g in grads]
             scale /= 16
         raise MethodError("float16 gradients overflow at every scale: switch amp off, or use bfloat16 (amp_kwargs)")
 

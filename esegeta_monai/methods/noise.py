@@ -68,8 +68,9 @@ class SmoothGrad(Method):
         return Explained(total / self.n_samples)
 
     def passes(self, objective: Objective) -> int:
-        """Those of the method inside, once a sample."""
-        return self.n_samples * self.method.passes(objective)
+        """Those of the method inside, once a sample, and the prediction there where the target is not linear."""
+        prediction = 0 if objective.linear else len(objective.windows)
+        return self.n_samples * (prediction + self.method.passes(objective))
 
     def _samples(self, objective: Objective) -> Iterator[Tensor]:
         """The method's maps at each noisy image."""
