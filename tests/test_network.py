@@ -1,0 +1,205 @@
+"""How a network is called, and that it leaves as it came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.network import Model, capture, check_network, find_layer, frozen, is_scripted, select_output, unwrap
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1))
+
+
+def state(network: nn.Module):
+    return (
+        [m.training for m in network.modules()],
+        [p.requires_grad for p in network.parameters()],
+        [None if p.grad is None else p.grad.clone() for p in network.parameters()],
+        {k: v.clone() for k, v in network.state_dict().items()},
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in network.modules()],
+    )
+
+
+def same(a, b) -> bool:
+    return (
+        a[0] == b[0]
+        and a[1] == b[1]
+        and all((x is None and y is None) or torch.equal(x, y) for x, y in zip(a[2], b[2]))
+        and all(torch.equal(a[3][k], b[3][k]) for k in a[3])
+        and a[4] == b[4]
+    )
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_frozen_puts_everything_back(fail):
+    network = small()
+    network[0].bias.requires_grad_(False)
+    network[1].eval()
+    network(torch.rand(2, 1, 6, 6)).sum().backward()
+    before = state(network)
+    try:
+        with frozen(network):
+            assert not any(m.training for m in network.modules())
+            assert not any(p.requires_grad for p in network.parameters())
+            network.train()
+            network[0].weight.requires_grad_(True)
+            network[0].weight.grad = None
+            if fail:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert fail
+    assert same(state(network), before)
+    assert network.training
+    assert not network[1].training
+
+
+def test_capture_records_what_the_layer_gave_before_an_inplace_change():
+    network = small().eval()
+    x = torch.rand(1, 1, 6, 6)
+    with capture(network, ["1", "2"]) as captured:
+        out = network(x)
+    assert float(captured["1"].detach().min()) < 0
+    assert torch.equal(captured["2"], captured["1"].relu())
+    assert torch.equal(out, network(x))
+    assert captured.calls == {"1": 1, "2": 1}
+    assert not any(m._forward_hooks for m in network.modules())
+
+
+def test_capture_removes_its_hooks_after_an_error():
+    network = small()
+    with pytest.raises(ZeroDivisionError), capture(network, ["0"]):
+        raise ZeroDivisionError
+    with pytest.raises(UsageError, match="near matches"), capture(network, ["0", "nope"]):
+        pass
+    assert not any(m._forward_hooks for m in network.modules())
+
+
+def test_capture_counts_calls_and_keeps_the_last():
+    act = nn.Tanh()
+    network = nn.Sequential(act, nn.Linear(3, 3), act)
+    x = torch.rand(2, 3)
+    with capture(network, ["0"]) as captured:
+        out = network(x)
+    assert captured.calls["0"] == 2
+    assert torch.equal(captured["0"], out)
+
+
+def test_capture_of_a_layer_without_a_tensor_is_refused():
+    class Dict(nn.Module):
+        def forward(self, x):
+            return {"x": x}
+
+    network = nn.Sequential(Dict())
+    with pytest.raises(NetworkError, match="not a tensor"), capture(network, ["0"]):
+        network(torch.rand(1))
+
+
+def test_find_layer_lists_near_matches():
+    network = nn.ModuleDict({"encoder1": nn.Conv2d(1, 1, 1), "decoder1": nn.Conv2d(1, 1, 1)})
+    assert find_layer(network, "encoder1") is network["encoder1"]
+    with pytest.raises(UsageError, match="near matches: encoder1"):
+        find_layer(network, "encoder")
+
+
+A, B = torch.zeros(1, 2), torch.ones(1, 3)
+
+
+@pytest.mark.parametrize(
+    ("output", "key", "expected"),
+    [
+        (A, None, A),
+        (A, 0, A),
+        ((A, B), None, A),
+        ([A, B], 1, B),
+        ((A, B), -1, B),
+        (([A], B), None, A),
+        ({"x": A}, None, A),
+        ({"aux": A, "pred": B}, None, B),
+        ({"out": A, "logits": B}, None, B),
+        ({"a": A, "b": B}, "b", B),
+    ],
+)
+def test_select_output(output, key, expected):
+    assert torch.equal(select_output(output, key), expected)
+
+
+@pytest.mark.parametrize(
+    ("output", "key", "message"),
+    [
+        (A, 1, "single tensor"),
+        ({"a": A, "b": B}, None, r"\['a', 'b'\]"),
+        ({"a": A}, "z", r"\['a'\]"),
+        ((A, B), 2, "2 outputs"),
+        ((A, B), "x", "2 outputs"),
+        ("text", None, "str"),
+        (None, None, "NoneType"),
+    ],
+)
+def test_select_output_says_what_there_is(output, key, message):
+    with pytest.raises(NetworkError, match=message):
+        select_output(output, key)
+
+
+def test_half_precision_weights_are_refused_by_name():
+    check_network(small())
+    with pytest.raises(NetworkError, match=r"network\.float\(\)"):
+        check_network(small().half())
+
+
+def test_unwrap_and_scripted():
+    network = small()
+    assert unwrap(nn.DataParallel(network)) is network
+    assert not is_scripted(network)
+    assert is_scripted(torch.jit.trace(network.eval(), torch.rand(1, 1, 6, 6)))
+
+
+class Recorder(nn.Module):
+    """Keeps what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, *args, **kwargs):
+        self.args, self.kwargs = args, kwargs
+        return args[0] * self.weight
+
+
+def test_several_image_inputs_and_further_arguments_are_passed():
+    network = Recorder()
+    model = Model(network, torch.device("cpu"), inputs={"image": 2, "prior": 1}, args=("extra",), kwargs={"flag": True})
+    x = torch.rand(1, 3, 4, 4)
+    model(x, coordinates="here", condition=A)
+    assert torch.equal(network.args[0], x[:, :2])
+    assert network.args[1:] == ("here", "extra")
+    assert torch.equal(network.kwargs["prior"], x[:, 2:])
+    assert network.kwargs["flag"] is True
+    assert network.kwargs["condition"] is A
+
+
+def test_the_slice_axis_is_taken_out_and_put_back():
+    network = Recorder()
+    x = torch.rand(1, 1, 4, 1, 5)
+    out = Model(network, torch.device("cpu"))(x, slice_axis=1)
+    assert network.args[0].shape == (1, 1, 4, 5)
+    assert torch.equal(out, x)
+
+
+def test_autocast_gives_float32_and_full_precision_switches_it_off():
+    network = nn.Conv2d(1, 1, 3)
+    model = Model(network, torch.device("cpu"), amp=True)
+    x = torch.rand(1, 1, 8, 8)
+    assert model.autocast_dtype == torch.bfloat16
+    assert model(x).dtype == torch.float32
+    assert not torch.equal(model(x), network(x))
+    with model.full_precision():
+        assert model.autocast_dtype is None
+        assert torch.equal(model(x), network(x))
+    assert model.autocast_dtype == torch.bfloat16
+    half = Model(network, torch.device("cpu"), amp=True, amp_kwargs={"dtype": torch.float16})
+    assert half.autocast_dtype == torch.float16

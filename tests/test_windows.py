@@ -1,0 +1,192 @@
+"""The window plan is MONAI's, and cutting, padding and blending are adjoint to each other."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from monai.data.utils import dense_patch_slices
+from monai.inferers import (
+    SimpleInferer,
+    SliceInferer,
+    SlidingWindowInferer,
+    SlidingWindowInfererAdapt,
+    sliding_window_inference,
+)
+
+from esegeta_monai.errors import NetworkError
+from esegeta_monai.windows import OutputGrid, as_inferer, plan_windows
+
+PADDINGS = ["constant", "reflect", "replicate", "circular"]
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def inner(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a * b).sum())
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.625, (0.5, 0.25)])
+@pytest.mark.parametrize("shape", [(20, 13), (8, 8), (5, 20), (6, 7)])
+def test_windows_are_those_that_monai_runs(shape, overlap):
+    """Coordinates that MONAI hands its predictor, in its order."""
+    inferer = SlidingWindowInferer((8, 8), 1, overlap, "gaussian", with_coord=True)
+    seen = []
+
+    def predictor(x, coordinates):
+        seen.extend(coordinates)
+        return x
+
+    volume = noise(1, 1, *shape)
+    inferer(volume, predictor)
+    plan = plan_windows(inferer, shape, torch.float64)
+    assert [plan.coordinates(w)[2:] for w in range(len(plan))] == [list(c[2:]) for c in seen]
+    assert plan.with_coord
+    assert plan.coverage == 1
+
+
+@pytest.mark.parametrize("padding_mode", PADDINGS)
+@pytest.mark.parametrize("shape", [(5, 20), (6, 7), (6, 8, 12), (5, 6, 7)])
+def test_cutting_a_window_is_cutting_the_padded_volume(shape, padding_mode):
+    fill = {"cval": 0.3} if padding_mode == "constant" else {}
+    inferer = SlidingWindowInferer((8,) * len(shape), 1, 0.5, padding_mode=padding_mode, **fill)
+    plan, volume = plan_windows(inferer, shape, torch.float64), noise(2, *shape)
+    windows = []
+    inferer(volume[None], lambda x: windows.append(x.clone()) or x)
+    for w, window in enumerate(windows):
+        assert torch.equal(plan.cut(volume, w), window[0])
+
+
+@pytest.mark.parametrize("padding_mode", PADDINGS)
+@pytest.mark.parametrize("shape", [(12, 13), (5, 20), (6, 7), (6, 8, 12)])
+def test_add_is_the_adjoint_of_cut(shape, padding_mode):
+    """<cut x, y> = <x, add y>, what falls on constant padding aside."""
+    inferer = SlidingWindowInferer((8,) * len(shape), 1, 0.5, padding_mode=padding_mode)
+    plan, x = plan_windows(inferer, shape, torch.float64), noise(2, *shape)
+    for w in range(len(plan)):
+        y, volume = noise(2, *plan.roi, seed=w + 1), torch.zeros(2, *shape, dtype=torch.float64)
+        lost = plan.add(volume, w, y)
+        assert inner(plan.cut(x, w), y) == pytest.approx(inner(x, volume), rel=1e-10)
+        assert float(lost.sum() + volume.sum()) == pytest.approx(float(y.sum()), rel=1e-10)
+        assert plan.padded or not lost.any()
+
+
+@pytest.mark.parametrize("mode", ["constant", "gaussian"])
+@pytest.mark.parametrize("shape", [(20, 13), (6, 20), (10, 9, 13)])
+def test_weights_sum_to_one_and_blend_like_monai(shape, mode):
+    inferer = SlidingWindowInferer((8,) * len(shape), 2, 0.5, mode)
+    plan = plan_windows(inferer, shape, torch.float64)
+    grid = OutputGrid(plan, plan.roi, torch.float64)
+    whole = tuple(slice(0, n) for n in shape)
+    total, blended = torch.zeros(1, *shape, dtype=torch.float64), torch.zeros(1, *shape, dtype=torch.float64)
+    volume = noise(1, *shape)
+
+    def predictor(x):  # differs from window to window at the same voxel
+        return x * x.flatten(1).std(1).reshape(-1, *(1,) * (len(shape) + 1))
+
+    for w in range(len(plan)):
+        grid.add(total, whole, w, grid.weight(w)[None])
+        grid.add(blended, whole, w, predictor(plan.cut(volume, w)[None])[0] * grid.weight(w))
+    assert torch.allclose(total, torch.ones_like(total), rtol=1e-12, atol=0)
+    reference = inferer(volume[None], predictor)[0]
+    assert float((blended - reference).abs().max() / reference.abs().max()) <= 1e-10
+
+
+@pytest.mark.parametrize("box", [((3, 9), (2, 5)), ((0, 20), (0, 13)), ((19, 20), (12, 13))])
+def test_output_add_is_the_adjoint_of_cut_on_a_box(box):
+    plan = plan_windows(SlidingWindowInferer((8, 8), 1, 0.5), (20, 13), torch.float64)
+    grid, place = OutputGrid(plan, plan.roi, torch.float64), tuple(slice(*b) for b in box)
+    size = [b[1] - b[0] for b in box]
+    x = noise(3, *size)
+    for w in range(len(plan)):
+        y, values = noise(3, *plan.roi, seed=w + 1), torch.zeros(3, *size, dtype=torch.float64)
+        grid.add(values, place, w, y)
+        assert inner(grid.cut(x, place, w), y) == pytest.approx(inner(x, values), rel=1e-10)
+        assert values.any() == (w in grid.windows_of(place))
+
+
+def test_windows_of_a_mask_are_those_that_hold_one_of_its_voxels():
+    plan = plan_windows(SlidingWindowInferer((8, 8), 1, 0.5), (20, 20), torch.float64)
+    grid = OutputGrid(plan, plan.roi, torch.float64)
+    mask = torch.zeros(20, 20, dtype=torch.bool)
+    mask[1, 1] = mask[18, 18] = True
+    expected = [w for w in range(len(plan)) if mask[plan.place(w)].any()]
+    box = (slice(1, 19), slice(1, 19))
+    assert grid.windows_of(box, mask[box]) == expected
+    assert len(expected) < len(grid.windows_of(box)) == len(plan)
+
+
+def test_touched_windows_hold_a_voxel_of_the_box():
+    plan = plan_windows(SlidingWindowInferer((8, 8), 1, 0.5), (20, 6), torch.float64)
+    for box in [((0, 1), (0, 1)), ((7, 9), (2, 3)), ((0, 20), (0, 6))]:
+        place = tuple(slice(*b) for b in box)
+        inside = torch.zeros(20, 6, dtype=torch.bool)
+        inside[place] = True
+        assert plan.touched(place) == [w for w in range(len(plan)) if inside[plan.place(w)].any()]
+
+
+def test_coverage_of_dense_windows_is_whole():
+    assert plan_windows(SlidingWindowInferer((8, 8), 1, 0.25), (21, 9)).coverage == 1
+
+
+def test_roi_of_minus_one_takes_the_whole_axis():
+    plan = plan_windows(SlidingWindowInferer((8, -1), 1, 0.5), (20, 13))
+    assert plan.roi == (8, 13)
+    assert len(plan) == len(dense_patch_slices((20, 13), (8, 13), (4, 13)))
+
+
+def test_kinds_of_inferer():
+    assert plan_windows(as_inferer(None), (5, 6)).whole
+    assert plan_windows(SimpleInferer(), (5, 6)).roi == (5, 6)
+    adapt = SlidingWindowInfererAdapt((8, 8), 2, 0.5)
+    assert len(plan_windows(adapt, (20, 13))) == len(plan_windows(SlidingWindowInferer((8, 8), 2, 0.5), (20, 13)))
+    slices = plan_windows(SliceInferer(roi_size=(8, 8), spatial_dim=1, sw_batch_size=2), (12, 5, 9))
+    assert slices.roi == (8, 1, 8)
+    assert slices.slice_axis == 1
+    with pytest.warns(UserWarning, match="memory of a backward pass"):
+        assert plan_windows(lambda x, network: network(x), (5, 6)).whole
+
+
+def test_a_partial_of_monais_function_is_understood():
+    options = {"roi_size": (8, 8), "sw_batch_size": 3, "overlap": 0.5, "mode": "gaussian"}
+    partial = functools.partial(sliding_window_inference, **options)
+    plan = plan_windows(as_inferer(partial), (20, 13))
+    same = plan_windows(SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), (20, 13))
+    assert plan.slices == same.slices
+    assert plan.batch_size == 3
+    assert torch.equal(plan.importance, same.importance)
+
+
+def test_roi_weight_map_is_used():
+    weights = torch.rand(8, 8, dtype=torch.float64) + 0.1
+    partial = functools.partial(
+        sliding_window_inference, roi_size=(8, 8), sw_batch_size=3, overlap=0.5, roi_weight_map=weights
+    )
+    plan = plan_windows(as_inferer(partial), (20, 13), torch.float64)
+    assert torch.equal(plan.importance, weights)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "message"),
+    [
+        (lambda: SlidingWindowInferer((8, 8), 1), (8, 8, 8), "do not fit"),
+        (lambda: SliceInferer(roi_size=(8, 8)), (8, 8), "SliceInferer takes a 2D roi"),
+        (
+            lambda: functools.partial(sliding_window_inference, roi_size=(8, 8), sw_batch_size=1, process_fn=print),
+            (8, 8),
+            "process_fn",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(make, shape, message):
+    with pytest.raises(NetworkError, match=message):
+        plan_windows(as_inferer(make()), shape)
+
+
+def test_a_classification_output_under_a_sliding_window_is_refused():
+    plan = plan_windows(SlidingWindowInferer((8, 8), 1), (20, 13))
+    with pytest.raises(NetworkError, match="SimpleInferer"):
+        OutputGrid(plan, (), torch.float32)
