@@ -8,7 +8,7 @@ windows are added.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,21 +89,24 @@ def default_layer(objective: Objective) -> str:
     """
     modules = dict(objective.model.network.named_modules())
     *layers, network = layer_shapes(objective)
-    spatial = [s for s in layers if s.grid is not None and math.prod(s.grid[1:]) > 1]
-    good = [
-        s
-        for s in spatial
-        if s.grid[0] > 1 and s.shape != network.shape and s.calls == 1 and not isinstance(modules[s.name], _IDLE)
-    ]
-    candidates = good or spatial
-    if candidates and math.prod(objective.grid.shape) > 1:
-        coarsest = min(math.prod(s.grid[1:]) for s in candidates)
-        candidates = [s for s in candidates if math.prod(s.grid[1:]) == coarsest]
-    elif candidates:
-        candidates = [s for s in candidates if s.grid[1:] == candidates[-1].grid[1:]]
-    for shape in sorted(reversed(candidates), key=lambda s: _nesting(s.name, modules)):
-        if _depends(objective, shape.name):
-            return shape.name
+    grids = {s.name: s.grid for s in layers if s.grid is not None and math.prod(s.grid[1:]) > 1}
+    useful = {
+        s.name: grids[s.name]
+        for s in layers
+        if s.name in grids
+        and grids[s.name][0] > 1
+        and s.shape != network.shape
+        and s.calls == 1
+        and not isinstance(modules[s.name], _IDLE)
+    }
+    positions = {name: grid[1:] for name, grid in (useful or grids).items()}
+    if positions:
+        is_map = math.prod(objective.grid.shape) > 1
+        best = min(positions.values(), key=math.prod) if is_map else list(positions.values())[-1]
+        positions = {name: p for name, p in positions.items() if math.prod(p) == math.prod(best)}
+    for name in sorted(reversed(positions), key=lambda n: _nesting(n, modules)):
+        if _depends(objective, name):
+            return name
     raise MethodError(
         "the target depends on no layer with a spatial map by a differentiable path: name one with layer=…, or use an "
         "input method"
@@ -128,8 +131,8 @@ def _depends(objective: Objective, layer: str) -> bool:
         out = batch.forward(x)
     if not captured[layer].requires_grad or not out.requires_grad:
         return False
-    gradient = batch.gradients(out, [captured[layer]])[0]
-    return bool(spatial_map(gradient, objective, layer, lead=2).any())
+    (gradient,) = batch.gradients(out, [captured[layer]])
+    return gradient is not None and bool(spatial_map(gradient, objective, layer, lead=2).any())
 
 
 def check_layer(objective: Objective, layer: str | None) -> str:
@@ -209,15 +212,22 @@ def to_window(values: Tensor, plan: WindowPlan) -> Tensor:
 def spread(values: Tensor, plan: WindowPlan) -> Tensor:
     """Spreads (n, C, *positions) over the window (n, C, *roi), each position's value shared out so that sums stay.
 
-    ``out = U (v / Uᵀ1)`` with U the linear interpolation: column sums of U are one after the division.
+    ``out = U (v / Uᵀ1)`` with U the linear interpolation, or the mean over a cell where the layer is finer than the
+    window: column sums of U are one after the division.
     """
-    if tuple(values.shape[2:]) == plan.roi:
+    roi = plan.roi
+    if tuple(values.shape[2:]) == roi:
         return values
+    finer = any(p > n for p, n in zip(values.shape[2:], roi))
+
+    def up(small: Tensor) -> Tensor:
+        return F.interpolate(small, size=roi, mode="area") if finer else to_window(small, plan)
+
     with torch.enable_grad():
         probe = torch.ones_like(values[:1, :1]).requires_grad_(True)
-        up = to_window(probe, plan)
-        (share,) = torch.autograd.grad(up, probe, torch.ones_like(up))
-    return to_window(values / share, plan)
+        wide = up(probe)
+        (share,) = torch.autograd.grad(wide, probe, torch.ones_like(wide))
+    return up(values / share)
 
 
 class BlendedActivations(Request):
@@ -269,3 +279,20 @@ def input_grid(objective: Objective) -> OutputGrid:
     if objective.grid.out_roi == objective.plan.roi:
         return objective.grid
     return OutputGrid(objective.plan, objective.plan.roi, objective.image.dtype, objective.image.device)
+
+
+def position_weights(objective: Objective, window: int, positions: Sequence[int]) -> Tensor:
+    """ĝ_w on a layer's positions: the mean over each position's cell. It is one for a volume of one window."""
+    weight = input_grid(objective).weight(window)[None]
+    return F.interpolate(weight[None], size=tuple(positions), mode="area")[0, 0]
+
+
+def channel_axis(objective: Objective, layer: str, values: Tensor) -> int:
+    """Where a layer's raw output (n, …) has its channels: the last axis of tokens and Swin blocks, else the first.
+
+    Raises:
+        MethodError: it is no spatial map.
+    """
+    spatial_map(values, objective, layer)
+    tokens = values.ndim == 3 and network_axes(objective.plan) > 1
+    return -1 if tokens or _channels_last(find_layer(objective.model.network, layer)) else 1

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from esegeta_monai.errors import NetworkError, UsageError
 
-__all__ = ["Captured", "Model", "capture", "find_layer", "frozen", "select_output", "unwrap", "weights_hash"]
+__all__ = ["Captured", "Model", "capture", "find_layer", "frozen", "replaced", "select_output", "unwrap"]
+__all__ += ["weights_hash"]
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -134,6 +135,29 @@ def capture(network: nn.Module, layers: Sequence[str]) -> Iterator[Captured]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def replaced(network: nn.Module, layer: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The output of a layer goes on as ``edit(output)`` inside; the hook is removed afterwards.
+
+    Raises:
+        UsageError: no such layer.
+        NetworkError: its output is no tensor.
+    """
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        value = output[0] if isinstance(output, (tuple, list)) else output
+        if not isinstance(value, Tensor):
+            raise NetworkError(f"layer {layer!r} gives {type(value).__name__}, not a tensor: choose one inside it")
+        edited = edit(value)
+        return type(output)([edited, *output[1:]]) if isinstance(output, (tuple, list)) else edited
+
+    handle = find_layer(network, layer).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def select_output(output: Any, key: int | str | None = None) -> Tensor:

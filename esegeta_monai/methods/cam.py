@@ -1,45 +1,49 @@
-"""Class activation maps: activations of a layer, weighted by how much the target depends on each channel."""
+"""Class activation maps: activations of a layer, weighted by how much the target depends on each channel.
+
+Two kinds. *Weighted* maps (Grad-CAM and most others) have one weight a channel for the whole volume, gathered over the
+windows that the target sees; activations of **all** windows are blended under these weights. *Scattered* maps
+(HiResCAM, LayerCAM) multiply activation and gradient position by position; they carry the blending weights already, so
+windows are added, and only those that the target sees matter. ReLU comes last, of the whole map.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from abc import abstractmethod
+from collections.abc import Generator, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from esegeta_monai.errors import MethodError
-from esegeta_monai.layers import BlendedActivations, check_layer, spatial_map
+from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.layers import BlendedActivations, check_layer, position_weights, spatial_map
 from esegeta_monai.methods.base import Explained, Method, Passes
+from esegeta_monai.methods.rounds import lockstep
+from esegeta_monai.methods.scattered import ScatteredGradients, gradients_of
 from esegeta_monai.objective import Objective, Request, View
 
-__all__ = ["GradCam"]
+__all__ = ["EigenCam", "GradCam", "GradCamPlusPlus", "HiResCam", "LayerCam", "XGradCam", "check_layers"]
+
+Layers = str | Sequence[str] | None
+LayerPasses = Generator[Request, Any, Tensor]
 
 
 @dataclass(eq=False, repr=False)
-class GradCam(Method):
-    """``ReLU(Σ_c α_c A_c)`` with ``α_c`` the mean of ``∂F/∂A_c`` over the layer's positions (Selvaraju et al. 2017).
-
-    The channel weights are those of the whole volume: gradients of all windows that the target sees are summed first;
-    then the weighted activations of **all** windows are blended, and ReLU is taken of the blend. With a segmentation
-    target this is Seg-Grad-CAM (Vinogradova et al. 2020).
+class _Cam(Method):
+    """What all class activation maps share.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
+        layer: dotted name, or a list of them, which gives one channel a layer; None: a sensible one is found and named
+            in the record. Layers of tokens (transformers) are put on their grid.
         relu: keep only what speaks for the target.
-
-    Example:
-        >>> GradCam(layer="model.0").signed
-        False
     """
 
-    reference = "Selvaraju et al., ICCV 2017, arXiv:1610.02391"
     produces = "layer map"
     additive = False
-    aliases = ("SegGradCam",)
 
-    layer: str | None = None
+    layer: Layers = None
     relu: bool = True
     name: str | None = field(default=None, kw_only=True)
 
@@ -56,41 +60,298 @@ class GradCam(Method):
         return len(objective.windows) + len(objective.plan)
 
     def attribute(self, objective: Objective) -> Passes:
-        """(k, 1, *spatial)."""
-        layer = check_layer(objective, self.layer)
-        weights = yield ChannelGradients(layer)
-        maps = yield BlendedActivations(layer, weights)
-        return Explained(maps.relu() if self.relu else maps, {"layer": layer})
+        """(k, 1, *spatial), or (k, L, *spatial) for a list of L layers."""
+        layers = self.layers(objective)
+        maps = torch.cat((yield from lockstep([self.layer_map(objective, layer) for layer in layers])), 1)
+        return Explained(maps.relu() if self.relu else maps, {"layer": layers[0] if len(layers) == 1 else layers})
+
+    def layers(self, objective: Objective) -> tuple[str, ...]:
+        """The layers that are looked at, all of which exist."""
+        return check_layers(objective, self.layer)
+
+    @abstractmethod
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        """The map of one layer (k, 1, *spatial), before ReLU."""
 
 
-class ChannelGradients(Request):
-    """``α_c``: the sum of ``∂F/∂A_c`` over all windows and positions, over the number of positions in the volume.
+def check_layers(objective: Objective, layer: Layers) -> tuple[str, ...]:
+    """The layers named, which must exist, or the default one."""
+    if layer is None or isinstance(layer, str):
+        return (check_layer(objective, layer),)
+    if not isinstance(layer, Sequence) or not layer:
+        raise UsageError(f"layer={layer!r}: give the dotted name of a module, or a list of them")
+    return tuple(dict.fromkeys(check_layer(objective, name) for name in layer))
 
-    The result is (k, C). A volume of one window gives the usual mean over the layer's positions.
+
+@dataclass(eq=False, repr=False)
+class GradCam(_Cam):
+    """``ReLU(Σ_c α_c A_c)`` with ``α_c`` the mean of ``∂F/∂A_c`` over the layer's positions (Selvaraju et al. 2017).
+
+    The channel weights are those of the whole volume: gradients of all windows that the target sees are summed first;
+    then the weighted activations of **all** windows are blended, and ReLU is taken of the blend. With a segmentation
+    target this is Seg-Grad-CAM (Vinogradova et al. 2020).
+
+    Args:
+        layer: dotted name, or a list of them, which gives one channel a layer; None: a sensible one is found and named
+            in the record. Layers of tokens (transformers) are put on their grid.
+        relu: keep only what speaks for the target.
+
+    Example:
+        >>> GradCam(layer="model.0").signed
+        False
     """
+
+    reference = "Selvaraju et al., ICCV 2017, arXiv:1610.02391"
+    aliases = ("SegGradCam",)
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        weights = yield ChannelGradients(layer)
+        return (yield BlendedActivations(layer, weights))
+
+
+class _ChannelRequest(Request):
+    """A sum over windows and positions for each channel: the result is a tensor (k, C), float64."""
+
+    total: Tensor | None = None
 
     def __init__(self, layer: str) -> None:
         self.layers = (layer,)
-        self.total: Tensor | None = None
 
     @property
     def key(self) -> Hashable:
-        return ("channel gradients", self.layers)
+        return (type(self).__name__, self.layers)
 
     def begin(self, objective: Objective) -> None:
         self.objective = objective
 
     def see(self, view: View) -> None:
-        plan, layer = self.objective.plan, self.layers[0]
-        if layer not in view.gradients:
-            raise MethodError(f"the target does not depend on layer {layer!r} by a differentiable path: choose another")
-        gradients = spatial_map(view.gradients[layer], self.objective, layer, lead=2)
-        summed = gradients.flatten(3).sum((1, 3), dtype=torch.float64).cpu()
-        positions = math.prod(gradients.shape[3:])
-        volume = math.prod(plan.padded_shape) / math.prod(plan.roi)
-        self.total = summed / (positions * volume) if self.total is None else self.total + summed / (positions * volume)
+        layer = self.layers[0]
+        gradients = gradients_of(view, self.objective, layer).double()
+        activations = spatial_map(view.activations[layer], self.objective, layer).double()
+        part = self.part(activations.flatten(2), gradients.flatten(3)).cpu()
+        self.total = part if self.total is None else self.total + part
+
+    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """What one batch adds: (k, C) from activations (n, C, p) and gradients (k, n, C, p)."""
+        raise NotImplementedError
 
     def result(self) -> Tensor:
         if self.total is None:
             raise MethodError("the target sees no window, so there are no gradients")
         return self.total
+
+
+class ChannelGradients(_ChannelRequest):
+    """``α_c``: the sum of ``∂F/∂A_c`` over all windows and positions, over the number of positions in the volume.
+
+    A volume of one window gives the usual mean over the layer's positions.
+    """
+
+    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        plan = self.objective.plan
+        positions = gradients.shape[-1] * math.prod(plan.padded_shape) / math.prod(plan.roi)
+        return gradients.sum((1, 3)) / positions
+
+
+@dataclass(eq=False, repr=False)
+class GradCamPlusPlus(_Cam):
+    """``ReLU(Σ_c w_c A_c)`` with ``w_c = Σ_p α_cp ReLU(g_cp)``, ``α = g² / (2 g² + Σ_q A_cq g³)``, g = ∂F/∂A
+    (Chattopadhay et al. 2018; their common factor exp(F) is left out, as it overflows for sums over many voxels).
+
+    Positions p and q run over all windows that the target sees.
+
+    Args:
+        layer, relu: see `GradCam`.
+    """
+
+    reference = "Chattopadhay et al., WACV 2018, arXiv:1710.11063"
+
+    def passes(self, objective: Objective) -> int:
+        """Gradients twice, since α needs the sum over all windows first; then activations everywhere."""
+        return 2 * len(objective.windows) + len(objective.plan)
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        weights = yield _PlusPlusWeights(layer, (yield _Cubes(layer)))
+        return (yield BlendedActivations(layer, weights))
+
+
+class _Cubes(_ChannelRequest):
+    """``Σ A g³``."""
+
+    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        return (activations * gradients**3).sum((1, 3))
+
+
+class _PlusPlusWeights(_ChannelRequest):
+    """``Σ α ReLU(g)``, given `_Cubes`."""
+
+    def __init__(self, layer: str, cubes: Tensor) -> None:
+        super().__init__(layer)
+        self.cubes = cubes
+
+    @property
+    def key(self) -> Hashable:
+        return id(self)
+
+    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        squares = gradients**2
+        below = 2 * squares + self.cubes.to(squares.device)[:, None, :, None]
+        alpha = torch.where(below == 0, 0.0, squares / below)
+        return (alpha * gradients.relu()).sum((1, 3))
+
+
+@dataclass(eq=False, repr=False)
+class XGradCam(_Cam):
+    """``ReLU(Σ_c w_c A_c)`` with ``w_c = Σ_p A_cp ∂F/∂A_cp / Σ_p A_cp`` (Fu et al. 2020).
+
+    The denominator is the sum over the volume, each window counting with its blending weight; a channel whose
+    activations sum to zero is left out.
+
+    Args:
+        layer, relu: see `GradCam`.
+    """
+
+    reference = "Fu et al., BMVC 2020, arXiv:2008.02312"
+
+    def passes(self, objective: Objective) -> int:
+        """Gradients where the target sees, activations everywhere twice."""
+        return 2 * len(objective.plan)
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        moments, above = yield from lockstep([_ask(Moments(layer)), _ask(_Products(layer))])
+        sums = moments.first
+        return (yield BlendedActivations(layer, torch.where(sums == 0, 0.0, above / sums)))
+
+
+def _ask(request: Request) -> Generator[Request, Any, Any]:
+    return (yield request)
+
+
+class _Products(_ChannelRequest):
+    """``Σ A g``."""
+
+    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        return (activations * gradients).sum((1, 3))
+
+
+@dataclass
+class ChannelMoments:
+    """Sums over the layer's positions in the volume, each window with its blending weight; float64.
+
+    Attributes:
+        count: number of positions.
+        first: ``Σ A_c``, (C,).
+        second: ``Σ A_c A_d``, (C, C).
+    """
+
+    count: float
+    first: Tensor
+    second: Tensor
+
+
+class Moments(Request):
+    """`ChannelMoments` of a layer, from all windows."""
+
+    everywhere = True
+    backward = False
+
+    def __init__(self, layer: str) -> None:
+        self.layers = (layer,)
+        self.moments: ChannelMoments | None = None
+
+    @property
+    def key(self) -> Hashable:
+        return ("moments", self.layers)
+
+    def begin(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def see(self, view: View) -> None:
+        values = spatial_map(view.activations[self.layers[0]], self.objective, self.layers[0]).double()
+        weights = torch.stack([position_weights(self.objective, w, values.shape[2:]) for w in view.batch.windows])
+        values, weights = values.flatten(2), weights.to(values).flatten(1)
+        weighted = values * weights[:, None]
+        found = self.moments or ChannelMoments(0.0, torch.zeros(()), torch.zeros(()))
+        self.moments = ChannelMoments(
+            found.count + float(weights.sum()),
+            found.first + weighted.sum((0, 2)).cpu(),
+            found.second + torch.einsum("ncp,ndp->cd", weighted, values).cpu(),
+        )
+
+    def result(self) -> ChannelMoments:
+        assert self.moments is not None
+        return self.moments
+
+
+@dataclass(eq=False, repr=False)
+class EigenCam(_Cam):
+    """``ReLU(Σ_c v_c A_c)`` with v the first principal direction of the activations (Muhammad & Yeasin 2020).
+
+    v is the first eigenvector of ``Σ_p A_p A_pᵀ`` over the volume's positions p (the first right singular vector of
+    the activation matrix, which is not centred), its sign such that the map's sum is not negative. It needs no gradient
+    and is the same for every target.
+
+    Args:
+        layer, relu: see `GradCam`.
+    """
+
+    reference = "Muhammad & Yeasin, IJCNN 2020, arXiv:2008.00299"
+
+    @property
+    def units(self) -> str:
+        return "projected activation"
+
+    def passes(self, objective: Objective) -> int:
+        """Activations everywhere, twice."""
+        return 2 * len(objective.plan)
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        moments: ChannelMoments = yield Moments(layer)
+        direction = torch.linalg.eigh(moments.second).eigenvectors[:, -1]
+        if direction @ moments.first < 0:
+            direction = -direction
+        return (yield BlendedActivations(layer, direction.expand(objective.n_targets, -1)))
+
+
+@dataclass(eq=False, repr=False)
+class HiResCam(_Cam):
+    """``ReLU(Σ_c A_c ∂F/∂A_c)``, position by position (Draelos & Carin 2020).
+
+    Without ``relu`` the sum of the map is that of activation times gradient at the layer.
+
+    Args:
+        layer, relu: see `GradCam`.
+    """
+
+    reference = "Draelos & Carin 2020, arXiv:2011.08891"
+
+    @property
+    def units(self) -> str:
+        return "target per voxel"
+
+    def passes(self, objective: Objective) -> int:
+        """Gradients where the target sees (besides one or two where a layer is looked for)."""
+        return len(objective.windows)
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        maps, _ = yield ScatteredGradients(layer, torch.mul)
+        return maps
+
+
+@dataclass(eq=False, repr=False)
+class LayerCam(HiResCam):
+    """``ReLU(Σ_c A_c ReLU(∂F/∂A_c))``, position by position (Jiang et al. 2021).
+
+    Args:
+        layer, relu: see `GradCam`.
+    """
+
+    reference = "Jiang et al., IEEE TIP 2021, doi:10.1109/TIP.2021.3089943"
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        maps, _ = yield ScatteredGradients(layer, _positive_product)
+        return maps
+
+
+def _positive_product(activations: Tensor, gradients: Tensor) -> Tensor:
+    return activations * gradients.relu()

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from torch import Tensor
-
-from esegeta_monai.errors import UsageError
 from esegeta_monai.layers import BlendedActivations, check_layer
 from esegeta_monai.methods.base import Explained, Method, Passes
+from esegeta_monai.methods.scattered import Reduce, check_reduce, reduce_channels
 from esegeta_monai.objective import Objective
 
-__all__ = ["LayerActivation", "reduce_channels"]
-
-Reduce = Literal["channels", "sum", "mean", "abs", "positive"]
+__all__ = ["LayerActivation"]
 
 
 @dataclass(eq=False, repr=False)
@@ -36,8 +31,7 @@ class LayerActivation(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reduce not in ("channels", "sum", "mean", "abs", "positive"):
-            raise UsageError(f"reduce={self.reduce!r}: give channels, sum, mean, abs or positive")
+        check_reduce(self.reduce)
 
     @property
     def signed(self) -> bool:
@@ -57,14 +51,3 @@ class LayerActivation(Method):
         activations = yield BlendedActivations(layer)
         maps = reduce_channels(activations, self.reduce)
         return Explained(maps[None].expand(objective.n_targets, *maps.shape).clone(), {"layer": layer})
-
-
-def reduce_channels(values: Tensor, how: Reduce, axis: int = 0) -> Tensor:
-    """One map of a layer's channels along ``axis``, which stays with length 1, or all of them."""
-    if how == "channels":
-        return values
-    if how == "abs":
-        return values.abs().sum(axis, keepdim=True)
-    if how == "positive":
-        return values.relu().sum(axis, keepdim=True)
-    return values.sum(axis, keepdim=True) if how == "sum" else values.mean(axis, keepdim=True)

@@ -1,0 +1,130 @@
+"""What a method of layers should give, computed the naive way: hooks on the layer while MONAI's own inferer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from monai.inferers import SlidingWindowInferer
+from torch import Tensor, nn
+
+from esegeta_monai.methods import Method, run
+from esegeta_monai.methods.base import Explained
+from esegeta_monai.network import Model, frozen
+from esegeta_monai.objective import Objective
+from esegeta_monai.targets import Case, ClassScore, MultiClassMask, Target
+from esegeta_monai.windows import as_inferer, plan_windows
+from tests.networks import CLASSIFICATION, build
+
+DOUBLE = torch.float64
+UP = {2: "bilinear", 3: "trilinear"}
+
+
+def objective_of(
+    network: nn.Module,
+    image: Tensor,
+    targets: Sequence[Target],
+    inferer: object = None,
+    output: str | int | None = None,
+) -> Objective:
+    """An objective for an image (C, *spatial)."""
+    inferer = as_inferer(inferer)
+    model = Model(network.eval(), torch.device("cpu"), output=output)
+    with torch.no_grad():
+        prediction = inferer(image[None], model)[0]
+    scores = [s for t in targets for s in t.bind(prediction, Case())]
+    return Objective(model, image, plan_windows(inferer, image.shape[1:], image.dtype), scores, prediction)
+
+
+def explain(method: Method, objective: Objective) -> Explained:
+    with frozen(objective.model.network):
+        return run(method, objective)
+
+
+def close(mine: Tensor, reference: Tensor, tolerance: float = 1e-10) -> None:
+    scale = reference.abs().max()
+    assert scale > 0
+    assert mine.shape == reference.shape
+    assert float((mine - reference).abs().max() / scale) <= tolerance
+
+
+@dataclass
+class Setting:
+    """A network of `tests.networks`, a volume of several gaussian windows, and the layer that is looked at."""
+
+    network: nn.Module
+    image: Tensor
+    inferer: object
+    objective: Objective
+    layer: str
+    output: str | int | None
+
+    @property
+    def roi(self) -> tuple[int, ...]:
+        return self.objective.plan.roi
+
+    def model(self, x: Tensor) -> Tensor:
+        return self.objective.model(x)
+
+    def pass_(self, target: int = 0) -> tuple[Tensor, Tensor]:
+        """Activations (W, …) of all windows, and the gradient of F there by autograd through the whole inferer."""
+        kept: list[Tensor] = []
+        layer = self.network.get_submodule(self.layer)
+        handle = layer.register_forward_hook(lambda m, i, o: kept.append(o) or o.clone())
+        x = self.image[None].clone().requires_grad_(True)
+        prediction = self.inferer(x, self.model)[0]
+        handle.remove()
+        score = self.objective.scores[target]
+        gradients = torch.autograd.grad(score.value(score.crop(prediction)), kept)
+        return self.as_map(torch.cat(kept).detach()), self.as_map(torch.cat(gradients))
+
+    def as_map(self, values: Tensor) -> Tensor:
+        """Tokens (W, T, C) on their grid."""
+        if values.ndim > 3:
+            return values
+        patch = 4
+        grid = [n // patch for n in self.roi]
+        return values[:, -torch.Size(grid).numel() :].movedim(-1, 1).reshape(len(values), -1, *grid)
+
+    def blend(self, weights: Tensor) -> Tensor:
+        """``up(Σ_c w_c A_c)`` blended by MONAI's own inferer, (1, *spatial); weights (C,), or (D, C) for D maps."""
+
+        def weighted(x: Tensor) -> Tensor:
+            kept: list[Tensor] = []
+            layer = self.network.get_submodule(self.layer)
+            handle = layer.register_forward_hook(lambda m, i, o: kept.append(o.clone()))
+            self.model(x)
+            handle.remove()
+            small = torch.einsum("dc,nc...->nd...", torch.atleast_2d(weights), self.as_map(kept[0]))
+            return F.interpolate(small, size=self.roi, mode=UP[len(self.roi)])
+
+        with torch.no_grad():
+            return self.inferer(self.image[None], weighted)[0]
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Window maps (W, C, *positions) spread with their sums kept, and added: (C, *spatial)."""
+        ones = torch.ones_like(values).requires_grad_(True)
+        up = F.interpolate(ones, size=self.roi, mode=UP[len(self.roi)])
+        (share,) = torch.autograd.grad(up.sum(), ones)
+        wide = F.interpolate(values / share, size=self.roi, mode=UP[len(self.roi)])
+        total = torch.zeros(values.shape[1], *self.image.shape[1:], dtype=values.dtype)
+        for window, place in zip(wide, self.objective.plan.slices):
+            total[(slice(None), *place)] += window
+        return total
+
+
+def setting(name: str, dims: int = 2, target: Target | None = None, layer: str | None = None) -> Setting:
+    """One and a half windows along the last axis: three gaussian windows (one for a classification network)."""
+    case = build(name, dims)
+    image, inferer = case.image[0], as_inferer(None)
+    if case.kind == CLASSIFICATION:
+        target = target or ClassScore(1)
+    else:
+        half = case.roi[-1] // 2
+        image = torch.cat([case.image, case.reference[..., :half]], -1)[0]
+        inferer = SlidingWindowInferer(case.roi, 2, 0.625, "gaussian")
+        target = target or MultiClassMask(1)
+    objective = objective_of(case.network, image, [target], inferer, case.output)
+    return Setting(case.network, image, inferer, objective, layer or case.cam_layer, case.output)
