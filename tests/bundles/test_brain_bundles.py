@@ -43,6 +43,12 @@ TENSOR_KEYS = {
     "channel_def": dict,
 }
 
+ZOO_IDS = (
+    *("bundle_root", "device", "output_dir", "dataset_dir", "datalist", "image_key"),
+    *("network_def", "network", "preprocessing", "inferer", "postprocessing", "handlers", "evaluator"),
+    *("initialize", "run"),
+)
+
 
 def metadata(name: str) -> dict:
     return json.loads((BUNDLES / name / "configs" / "metadata.json").read_text())
@@ -94,10 +100,7 @@ def test_metadata_states_the_limits(name: str) -> None:
 @both
 def test_configs_have_the_ids_of_the_zoo(name: str) -> None:
     inference = config(name, "inference.json")
-    for key in (
-        "bundle_root device output_dir dataset_dir datalist network_def network inferer preprocessing postprocessing "
-        "handlers evaluator initialize run image_key"
-    ).split():
+    for key in ZOO_IDS:
         assert key in inference, key
     assert isinstance(inference["handlers"], list)
     assert inference["evaluator#val_handlers"] == "@handlers"

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,14 +18,14 @@ SHAPE = (1, 40, 40, 40)
 
 
 @pytest.fixture
-def lesions(enter_bundle: EnterBundle):  # noqa: ANN201 - a module
+def lesions(enter_bundle: EnterBundle) -> Any:
     enter_bundle(ROOT)
     import scripts.lesions
 
     return scripts.lesions
 
 
-def flat_case(label: int = 1, level: float = 0.6) -> dict[str, object]:
+def flat_case(label: int = 1, level: float = 0.6) -> dict[str, Any]:
     """A ball of radius 17 voxels with intensity `level`."""
     grid = torch.stack(torch.meshgrid(*[torch.arange(40) - 19.5] * 3, indexing="ij"))
     brain = (grid.norm(dim=0, keepdim=True) < 17).float()
@@ -32,7 +33,7 @@ def flat_case(label: int = 1, level: float = 0.6) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_mask_is_where_the_image_changed(lesions, seed: int) -> None:
+def test_mask_is_where_the_image_changed(lesions: Any, seed: int) -> None:
     case = flat_case()
     plant = lesions.PlantLesiond(radius_mm=(6, 10), contrast=(0.3, 0.5)).set_random_state(seed=seed)
     planted = plant(case)
@@ -51,14 +52,14 @@ def test_mask_is_where_the_image_changed(lesions, seed: int) -> None:
     assert 0.4 * 4 / 3 * math.pi * 6**3 < volume_mm3 < 1.6 * 4 / 3 * math.pi * 10**3
 
 
-def test_no_lesion_without_the_label(lesions) -> None:
+def test_no_lesion_without_the_label(lesions: Any) -> None:
     case = flat_case(label=0)
     planted = lesions.PlantLesiond()(case)
     assert not planted["lesion"].any()
     assert torch.equal(planted["image"].as_tensor(), case["image"])
 
 
-def test_lesions_are_bright_and_dark_and_everywhere(lesions) -> None:
+def test_lesions_are_bright_and_dark_and_everywhere(lesions: Any) -> None:
     plant = lesions.PlantLesiond(radius_mm=(6, 8), contrast=(0.3, 0.4)).set_random_state(seed=0)
     case = flat_case()
     signs, centres = [], []
@@ -72,7 +73,7 @@ def test_lesions_are_bright_and_dark_and_everywhere(lesions) -> None:
     assert (high - low > 18).all()
 
 
-def test_dark_tissue_gets_a_bright_lesion(lesions) -> None:
+def test_dark_tissue_gets_a_bright_lesion(lesions: Any) -> None:
     case = flat_case(level=0.1)
     case["image"][0, 18:22, 18:22, 18:22] = 1.0  # so that the white end is far above the tissue
     case["image"][0, :4] = case["brain"][0, :4]
@@ -83,12 +84,12 @@ def test_dark_tissue_gets_a_bright_lesion(lesions) -> None:
         assert planted["image"][inside].mean() >= case["image"][inside].mean()
 
 
-def test_shortcut_agrees_and_distractor_does_not(lesions) -> None:
+def test_shortcut_agrees_and_distractor_does_not(lesions: Any) -> None:
     always = lesions.PlantCornerMarkd(mark_key="shortcut", agreement=1.0)
     never = lesions.PlantCornerMarkd(mark_key="shortcut", agreement=0.0)
     chance = lesions.PlantCornerMarkd(mark_key="distractor", agreement=0.5, high_corner=True).set_random_state(seed=0)
     present = {0: 0, 1: 0}
-    for index in range(200):
+    for index in range(80):
         label = index % 2
         case = flat_case(label)
         assert bool(always(case)["shortcut"].any()) == bool(label)
@@ -96,10 +97,10 @@ def test_shortcut_agrees_and_distractor_does_not(lesions) -> None:
         marked = chance(case)
         present[label] += int(marked["distractor"].any())
         assert torch.equal(marked["image"].as_tensor() != case["image"], marked["distractor"].as_tensor() > 0)
-    assert all(30 <= count <= 70 for count in present.values()), "present in half of either class"
+    assert all(10 <= count <= 30 for count in present.values()), "present in half of either class"
 
 
-def test_marks_lie_in_opposite_corners_outside_the_brain(lesions) -> None:
+def test_marks_lie_in_opposite_corners_outside_the_brain(lesions: Any) -> None:
     case = flat_case(1)
     low = lesions.PlantCornerMarkd(agreement=1.0)(case)["shortcut"].as_tensor()
     high = lesions.PlantCornerMarkd(agreement=1.0, high_corner=True)(case)["shortcut"].as_tensor()
@@ -108,7 +109,8 @@ def test_marks_lie_in_opposite_corners_outside_the_brain(lesions) -> None:
     assert not (low * case["brain"]).any()
 
 
-def test_cases_are_decided_by_their_seed(lesions, mni152: dict[str, str]) -> None:
+@pytest.mark.slow
+def test_cases_are_decided_by_their_seed(lesions: Any, mni152: dict[str, str]) -> None:
     fresh = lesions.LesionCases(mni152, seeds=[5, 6, 5])
     kept = lesions.LesionCases(mni152, seeds=[5, 5], heads=8)
     first, other, again = (fresh[index] for index in range(3))
@@ -118,7 +120,24 @@ def test_cases_are_decided_by_their_seed(lesions, mni152: dict[str, str]) -> Non
         assert torch.equal(kept[index]["image"], first["image"]), "a kept head is the head of its seed"
 
 
-def test_options_change_neither_label_nor_lesion(lesions, mni152: dict[str, str]) -> None:
+def test_pairs_differ_in_the_lesion_alone(lesions: Any, mni152: dict[str, str]) -> None:
+    cases = lesions.LesionCases({"image": mni152["image"]}, seeds=[8, 9], pairs=True, augment=False)
+    without, with_lesion = cases[0], cases[1]
+    assert (without["label"], with_lesion["label"]) == (0, 1)
+    assert not without["lesion"].any()
+    outside = with_lesion["lesion"].as_tensor() == 0
+    far = torch.nn.functional.max_pool3d(1.0 - outside.float(), 9, 1, 4) == 0
+    before, after = without["image"].as_tensor(), with_lesion["image"].as_tensor()
+    # A bright lesion is part of the 99.5th percentile that both are scaled by: one factor for the whole image.
+    factor = (after[far] * before[far]).sum() / (before[far] ** 2).sum()
+    assert 0.9 < factor <= 1.05
+    changed = (after - factor * before).abs()
+    assert changed[far].max() < 1e-5
+    assert changed[~outside].mean() > 0.2
+
+
+@pytest.mark.slow
+def test_options_change_neither_label_nor_lesion(lesions: Any, mni152: dict[str, str]) -> None:
     seeds = range(10, 14)
     plain = lesions.LesionCases(mni152, seeds, augment=False)
     marked = lesions.LesionCases(mni152, seeds, augment=False, shortcut=1.0, distractor=True)
@@ -134,7 +153,9 @@ def test_options_change_neither_label_nor_lesion(lesions, mni152: dict[str, str]
     assert labels == {0, 1}
 
 
-def test_prepare_is_the_preprocessing_of_inference(lesions, enter_bundle: EnterBundle, mni152: dict[str, str]) -> None:
+def test_prepare_is_the_preprocessing_of_inference(
+    lesions: Any, enter_bundle: EnterBundle, mni152: dict[str, str]
+) -> None:
     parser = ConfigParser(json.loads((enter_bundle(ROOT) / "configs" / "inference.json").read_text()))
     ours = lesions.prepare(["image"])({"image": mni152["image"]})["image"]
     theirs = parser.get_parsed_content("preprocessing")({"image": mni152["image"]})["image"]
@@ -143,7 +164,7 @@ def test_prepare_is_the_preprocessing_of_inference(lesions, enter_bundle: EnterB
 
 
 @pytest.mark.slow
-def test_accuracy_on_unseen_seeds(lesions, enter_bundle: EnterBundle, mni152: dict[str, str]) -> None:
+def test_accuracy_on_unseen_seeds(lesions: Any, enter_bundle: EnterBundle, mni152: dict[str, str]) -> None:
     root = enter_bundle(ROOT)
     network = ConfigParser(json.loads((root / "configs" / "inference.json").read_text()))
     network = network.get_parsed_content("network_def").eval()

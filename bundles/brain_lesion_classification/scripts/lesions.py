@@ -29,7 +29,6 @@ from monai.transforms import (
     RandGaussianNoised,
     RandGaussianSmoothd,
     Randomizable,
-    RandSimulateLowResolutiond,
     RandSmoothDeformd,
     ResizeWithPadOrCropd,
     ScaleIntensityRangePercentilesd,
@@ -38,12 +37,13 @@ from monai.transforms import (
 )
 from torch.utils.data import Dataset
 
-from .anatomy import SPACING_MM, Case, RandIndividuald, like, smooth_noise
+from .anatomy import Case, RandIndividuald, like, smooth_noise
 
 __all__ = ["SPATIAL_SIZE", "BrainMaskd", "LesionCases", "PlantCornerMarkd", "PlantLesiond", "prepare"]
 
+SPACING_MM = 4
 #: 160 x 192 x 160 mm: holds a brain. The network sees all of it at once.
-SPATIAL_SIZE = (80, 96, 80)
+SPATIAL_SIZE = (40, 48, 40)
 
 
 class BrainMaskd(MapTransform):
@@ -65,18 +65,22 @@ class PlantLesiond(MapTransform, Randomizable):
 
     With :math:`d(v)` the distance from the centre in units of the three random radii (random axes are those of the
     grid; the head was turned before), :math:`n` smooth noise, :math:`m` the mean of the image under the lesion and
-    :math:`\delta` the contrast:
+    :math:`\ell` the lesion's level:
 
     .. math:: \alpha(v) = \mathrm{brain}(v)\,\sigma\bigl((1 + 0.15\,n(v) - d(v)) / 0.12\bigr), \qquad
-        image'(v) = (1 - \alpha)\, image + \alpha\,\bigl(m + \delta + 0.4\,(image - m)\bigr)
+        image'(v) = (1 - \alpha)\, image + \alpha\,\bigl(\ell + 0.3\,(image - m)\bigr)
 
-    The mask is :math:`\alpha > 0.5`. :math:`\delta` is positive or negative with equal chance, but positive where the
-    tissue is too dark to become darker by it.
+    The mask is :math:`\alpha > 0.5`. With equal chance the lesion is brighter than any tissue,
+    :math:`\ell = (1 + contrast)\, white`, or a void, :math:`\ell = void \cdot white` without texture, where
+    :math:`white` is the 99.5th percentile of the brain. Both lie outside the range of most healthy tissue on purpose:
+    the cause of the label is then clear.
 
     Args:
         keys: the image (1, *spatial), intensities about 0 to 1.
         radius_mm: range of each radius.
-        contrast: range of the absolute :math:`\delta`, in units of the image's white end (its 99.5th percentile).
+        contrast: range of a bright lesion's excess over the white end.
+        void: range of a dark lesion's level, in units of the white end.
+        number: range of the number of lesions where there is one.
         depth_mm: least distance of the centre from the edge of the brain.
     """
 
@@ -86,22 +90,30 @@ class PlantLesiond(MapTransform, Randomizable):
         label_key: str = "label",
         brain_key: str = "brain",
         lesion_key: str = "lesion",
-        radius_mm: tuple[float, float] = (6.0, 14.0),
-        contrast: tuple[float, float] = (0.35, 0.7),
+        radius_mm: tuple[float, float] = (8.0, 16.0),
+        contrast: tuple[float, float] = (0.3, 0.9),
+        void: tuple[float, float] = (0.0, 0.08),
+        number: tuple[int, int] = (1, 1),
         depth_mm: float = 6.0,
         spacing_mm: float = SPACING_MM,
     ) -> None:
         super().__init__(keys)
         self.label_key, self.brain_key, self.lesion_key = label_key, brain_key, lesion_key
-        self.radius_mm, self.contrast, self.depth_mm, self.spacing_mm = radius_mm, contrast, depth_mm, spacing_mm
+        self.radius_mm, self.contrast, self.void, self.number = radius_mm, contrast, void, number
+        self.depth_mm, self.spacing_mm = depth_mm, spacing_mm
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Case:
         case = dict(data)
         brain = torch.as_tensor(case[self.brain_key]).as_subclass(torch.Tensor)
-        alpha = self._blob(brain) if int(case[self.label_key]) else torch.zeros_like(brain)
-        for key in self.key_iterator(case):
-            case[key] = like(case[key], self._plant(case[key].as_subclass(torch.Tensor), alpha))
-        case[self.lesion_key] = like(case[self.brain_key], alpha > 0.5)
+        mask = torch.zeros_like(brain)
+        images = {key: case[key].as_subclass(torch.Tensor) for key in self.key_iterator(case)}
+        number = self.R.randint(self.number[0], self.number[1] + 1) if int(case[self.label_key]) else 0
+        for _ in range(number):
+            alpha = self._blob(brain)
+            mask = torch.maximum(mask, (alpha > 0.5).float())
+            images = {key: self._plant(image, alpha) for key, image in images.items()}
+        case.update({key: like(case[key], image) for key, image in images.items()})
+        case[self.lesion_key] = like(case[self.brain_key], mask)
         return case
 
     def _blob(self, brain: torch.Tensor) -> torch.Tensor:
@@ -112,22 +124,22 @@ class PlantLesiond(MapTransform, Randomizable):
         box = [slice(max(int(c - 2 * r), 0), int(c + 2 * r) + 2) for c, r in zip(centre, radii)]
         alpha = torch.zeros_like(brain)
         inside = alpha[0][tuple(box)]  # a view
-        axes = [(torch.arange(part.start, part.start + n) - c) / r
-                for part, n, c, r in zip(box, inside.shape, centre, radii)]
+        axes = [
+            (torch.arange(part.start, part.start + n) - c) / r
+            for part, n, c, r in zip(box, inside.shape, centre, radii)
+        ]
         distance = torch.stack(torch.meshgrid(*axes, indexing="ij")).norm(dim=0)
         noise = smooth_noise(self.R, inside.shape, cell=min(radii))[0]
         inside.copy_(torch.sigmoid((1 + 0.15 * noise - distance) / 0.12))
         return alpha * brain
 
     def _plant(self, image: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-        if not alpha.any():
-            return image
-        white = torch.quantile(image[image > 0][::7], 0.995)
-        contrast = self.R.uniform(*self.contrast) * white
+        white = torch.quantile(image[image > 0], 0.995)
         mean = (image * alpha).sum() / alpha.sum()
-        darker = self.R.rand() < 0.5 and mean - contrast > 0.02 * white
-        level = mean - contrast if darker else mean + contrast
-        return (1 - alpha) * image + alpha * (level + 0.4 * (image - mean)).clamp(min=0.01 * white)
+        bright = self.R.rand() < 0.5
+        level = white * (1 + self.R.uniform(*self.contrast) if bright else self.R.uniform(*self.void))
+        texture = 0.3 * (image - mean) if bright else 0.0
+        return (1 - alpha) * image + alpha * (level + texture)
 
 
 class PlantCornerMarkd(MapTransform, Randomizable):
@@ -150,8 +162,8 @@ class PlantCornerMarkd(MapTransform, Randomizable):
         agreement: float = 1.0,
         high_corner: bool = False,
         label_key: str = "label",
-        size: int = 6,
-        gap: int = 2,
+        size: int = 4,
+        gap: int = 1,
     ) -> None:
         super().__init__(keys)
         self.mark_key, self.label_key, self.agreement = mark_key, label_key, agreement
@@ -191,18 +203,20 @@ def prepare(keys: Sequence[str], spatial_size: Sequence[int] = SPATIAL_SIZE) -> 
 class LesionCases(Dataset):
     """Heads without (`label` 0) and with (`label` 1) a planted lesion: item i depends on ``seeds[i]`` alone.
 
-    An item holds ``image`` (1, 80, 96, 80), ``label`` (0 or 1, by the seed, equally likely), ``lesion`` (mask of the
+    An item holds ``image`` (1, 40, 48, 40), ``label`` (0 or 1, by the seed, equally likely), ``lesion`` (mask of the
     planted voxels), ``brain`` (mask), ``seed``, and the masks ``shortcut`` and ``distractor`` where asked for.
 
     Args:
         anatomy: file names: ``image``, and ``tissue`` (see `anatomy.template_case`) to paint individuals from. Without
             ``tissue`` the image's own intensities are kept, under the same deformations: that is for a real head.
         seeds: one case each.
-        radius_mm, contrast: of the lesions, see `PlantLesiond`.
+        radius_mm, contrast, number: of the lesions, see `PlantLesiond`.
         shortcut: probability that the corner mark agrees with the label; None plants no mark.
         distractor: plant the mark of the opposite corner in half of the cases, whatever the label.
         augment: False keeps place, shape and intensities of the head as they are: all that differs is the lesion.
-        heads: number of different heads, which are kept in memory (4 MB each); None makes one for every seed.
+        heads: number of different heads, which are kept in memory (0.6 MB each); None makes one for every seed.
+        pairs: seeds 2k and 2k + 1 are the same scan without and with a lesion; they differ in that and in the
+            scale of the image that follows from it.
 
     Example:
         >>> cases = LesionCases(template_case("/tmp/mni152"), seeds=range(4), shortcut=1.0)   # doctest: +SKIP
@@ -213,12 +227,14 @@ class LesionCases(Dataset):
         self,
         anatomy: Mapping[str, str],
         seeds: Sequence[int],
-        radius_mm: tuple[float, float] = (6.0, 14.0),
-        contrast: tuple[float, float] = (0.35, 0.7),
+        radius_mm: tuple[float, float] = (8.0, 16.0),
+        contrast: tuple[float, float] = (0.3, 0.9),
+        number: tuple[int, int] = (1, 1),
         shortcut: float | None = None,
         distractor: bool = False,
         augment: bool = True,
         heads: int | None = None,
+        pairs: bool = False,
     ) -> None:
         keys = [key for key in ("image", "tissue") if key in anatomy]
         self.template = prepare(keys)({key: anatomy[key] for key in keys})
@@ -226,14 +242,14 @@ class LesionCases(Dataset):
         self.make_head = Compose(
             [*(_place(keys) if augment else []), individual if "tissue" in keys else BrainMaskd("image")]
         )
-        scan: list[Any] = [PlantLesiond(radius_mm=tuple(radius_mm), contrast=tuple(contrast))]
+        scan: list[Any] = [PlantLesiond(radius_mm=radius_mm, contrast=contrast, number=number)]
         scan += _scanner() if augment else []
         scan += [ScaleIntensityRangePercentilesd("image", 0, 99.5, 0, 1)]
         scan += [RandAdjustContrastd("image", prob=0.5, gamma=(0.7, 1.5))] if augment else []
         scan += [] if shortcut is None else [PlantCornerMarkd(mark_key="shortcut", agreement=shortcut)]
         scan += [PlantCornerMarkd(mark_key="distractor", agreement=0.5, high_corner=True)] if distractor else []
         self.make_scan = Compose(scan)
-        self.seeds, self.heads = seeds, heads
+        self.seeds, self.heads, self.pairs = seeds, heads, pairs
         self._kept: dict[int, Case] = {}
 
     def __len__(self) -> int:
@@ -242,9 +258,10 @@ class LesionCases(Dataset):
     def __getitem__(self, index: int) -> Case:
         seed = int(self.seeds[index])
         # The label hangs on the seed by its own generator: the same whatever options draw before it.
-        label = int(torch.randint(2, (1,), generator=torch.Generator().manual_seed(seed)))
-        self.make_scan.set_random_state(seed=seed)
-        return {**self.make_scan({**self._head(seed), "label": label}), "seed": seed}
+        label = seed % 2 if self.pairs else int(torch.randint(2, (1,), generator=torch.Generator().manual_seed(seed)))
+        scan = seed // 2 if self.pairs else seed
+        self.make_scan.set_random_state(seed=scan)
+        return {**self.make_scan({**self._head(scan), "label": label}), "seed": seed}
 
     def _head(self, seed: int) -> Case:
         if self.heads is None:
@@ -277,7 +294,7 @@ def _place(keys: Sequence[str]) -> list[Any]:
             prob=0.9,
             rotate_range=(0.3, 0.3, 0.3),
             shear_range=(0.1,) * 3,
-            translate_range=(4, 4, 4),
+            translate_range=(2, 2, 2),
             scale_range=((-0.1, 0.2),) * 3,
             padding_mode="zeros",
         ),
@@ -297,8 +314,7 @@ def _place(keys: Sequence[str]) -> list[Any]:
 def _scanner() -> list[Any]:
     return [
         RandBiasFieldd("image", prob=0.7, degree=3, coeff_range=(-0.2, 0.2)),
-        RandGaussianSmoothd("image", prob=0.4, sigma_x=(0.3, 0.8), sigma_y=(0.3, 0.8), sigma_z=(0.3, 0.8)),
-        RandSimulateLowResolutiond("image", prob=0.15, zoom_range=(0.6, 1.0)),
+        RandGaussianSmoothd("image", prob=0.4, sigma_x=(0.2, 0.5), sigma_y=(0.2, 0.5), sigma_z=(0.2, 0.5)),
         RandGaussianNoised("image", prob=0.7, std=0.05),
         ThresholdIntensityd("image", threshold=0.0, above=True, cval=0.0),  # noise made negative values
         MaskIntensityd("image", mask_key="brain"),

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform, Randomizable, RandomizableTransform
+from monai.transforms import Compose, MapTransform, RandomizableTransform
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
 
@@ -155,7 +155,7 @@ class SeededDataset(Dataset):
         seeds: one item each. Training and validation share no seed.
     """
 
-    def __init__(self, data: Mapping[str, Any], prepare: Any, transform: Randomizable, seeds: Sequence[int]) -> None:
+    def __init__(self, data: Mapping[str, Any], prepare: Any, transform: Compose, seeds: Sequence[int]) -> None:
         self.case = prepare(dict(data))
         self.transform = transform
         self.seeds = seeds

@@ -1,0 +1,44 @@
+"""The training loss of the classifier."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import avg_pool3d, binary_cross_entropy_with_logits, cross_entropy
+
+__all__ = ["LocatedLoss"]
+
+
+class LocatedLoss(torch.nn.Module):
+    r"""Cross entropy of the image's class, and of the place of the lesion in the last feature maps.
+
+    A lesion is a thousandth of the volume: through global average pooling the class alone teaches next to nothing in
+    a few hundred steps. The last convolution's outputs :math:`z_k` before their ReLU
+    are therefore trained to be positive in the lesion as well:
+
+    .. math:: L = CE(\mathrm{logits}, y) + \lambda\; BCE(\log \sum_k e^{z_k}, \mathrm{lesion\ mask})
+
+    Args:
+        network: its `features[-1].conv` is listened to; the network itself is not changed.
+        location: :math:`\lambda`; 0 trains by the class alone.
+        positive: weight of the voxels in a lesion.
+    """
+
+    def __init__(self, network: torch.nn.Module, location: float = 3.0, positive: float = 30.0) -> None:
+        super().__init__()
+        self.location, self.positive = location, torch.tensor(positive)
+        self._maps: torch.Tensor | None = None
+        network.features[-1].conv.register_forward_hook(self._listen)
+
+    def _listen(self, module: torch.nn.Module, args: object, output: torch.Tensor) -> None:
+        self._maps = output
+
+    def forward(self, logits: torch.Tensor, lesion: torch.Tensor) -> torch.Tensor:
+        """Logits (B, 2) and lesion masks (B, 1, *spatial); a head without a lesion has an empty mask."""
+        if self._maps is None:
+            raise RuntimeError("LocatedLoss saw no forward pass of its network")
+        label = lesion.flatten(1).any(dim=1).long()
+        where = (avg_pool3d(lesion, [n // m for n, m in zip(lesion.shape[2:], self._maps.shape[2:])]) > 0.25).float()
+        place = binary_cross_entropy_with_logits(
+            self._maps.logsumexp(dim=1, keepdim=True), where, pos_weight=self.positive.to(where)
+        )
+        return cross_entropy(logits, label) + self.location * place
