@@ -1,0 +1,249 @@
+"""Perturbations by coalitions of features and by smooth masks, each made for one window at a time.
+
+    x' = x where a voxel's feature is in the coalition, else x₀                   (`Segments`)
+    x' = x₀ + m · (x − x₀), m interpolated from a coarse grid                     (`SmoothMasks`)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esegeta_monai.baselines import Baseline, baseline_for
+from esegeta_monai.configurable import json_ready
+from esegeta_monai.errors import MethodError
+from esegeta_monai.features import Features, features_for
+from esegeta_monai.objective import Objective
+from esegeta_monai.perturbation import UNCHANGED, Perturbations, _rows, known_change, passes_needed
+from esegeta_monai.windows import Slices
+
+__all__ = ["Game", "Segments", "SmoothMasks", "reference_image", "split_half"]
+
+TABLE_BYTES = 2**30
+"""The largest table of coalitions that is made."""
+
+
+class Segments(Perturbations):
+    """Features that are not in the coalition are replaced by a baseline.
+
+    Windows in which coalitions agree are computed once for all of them.
+
+    Args:
+        labels: see `esegeta_monai.features.Features`.
+        coalitions: (m, n) bool, True where a feature is kept.
+        baseline: (C, *spatial).
+    """
+
+    def __init__(self, labels: Tensor, coalitions: np.ndarray, baseline: Tensor) -> None:
+        self.labels, self.coalitions, self.baseline = labels, np.ascontiguousarray(coalitions, dtype=bool), baseline
+        self._present: dict[int, np.ndarray] = {}
+        self._here: tuple[Slices, Tensor, Tensor] | None = None
+        self._digest: bytes | None = None
+
+    def __len__(self) -> int:
+        return len(self.coalitions)
+
+    def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
+        if self._here is None or self._here[0] != place or self._here[1].device != crop.device:
+            inside = _rows(slice(None), place)
+            self._here = (place, self.labels[inside].to(crop.device), self.baseline[inside].to(crop))
+        _, labels, baseline = self._here
+        # a voxel of no feature has the label −1: the last entry, always kept
+        kept = torch.from_numpy(np.append(self.coalitions[index], True)).to(crop.device)
+        return torch.where(kept[labels], crop, baseline)
+
+    def key(self, index: int, window: int, place: Slices) -> Hashable:
+        if window not in self._present:
+            found = torch.unique(self.labels[_rows(slice(None), place)]).cpu().numpy()
+            self._present[window] = found[found >= 0]
+        kept = self.coalitions[index, self._present[window]]
+        return UNCHANGED if kept.all() else np.packbits(kept).tobytes()
+
+    def identity(self, index: int) -> Hashable:
+        if self._digest is None:
+            self._digest = _digest(self.labels, self.baseline)
+        return self._digest, np.packbits(self.coalitions[index]).tobytes()
+
+
+class SmoothMasks(Perturbations):
+    """Masks in [0, 1] on coarse grids, interpolated linearly: ``x' = x₀ + m (x − x₀)``, 1 keeps the image.
+
+    A mask is made for the crop at hand only, by one small matrix an axis.
+
+    Args:
+        grids: (m, *g).
+        shape: of the volume.
+        baseline: (C, *spatial).
+        shifts: (m, d), by how many voxels each mask is moved towards the origin; None: not at all.
+        extent: voxels that the grid is stretched over; None: ``shape``.
+    """
+
+    def __init__(
+        self,
+        grids: Tensor,
+        shape: Sequence[int],
+        baseline: Tensor,
+        shifts: Tensor | None = None,
+        extent: Sequence[int] | None = None,
+    ) -> None:
+        self.grids, self.baseline = grids, baseline
+        self.shifts = torch.zeros(len(grids), len(shape), dtype=torch.long) if shifts is None else shifts
+        self.shape, self.extent = tuple(shape), tuple(extent or shape)
+        self._digest: bytes | None = None
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def mask(self, index: int, place: Slices) -> Tensor:
+        """The mask on a box of the volume (*place), in the dtype of the grids."""
+        return interpolate(self.grids[index], self._matrices(index, place))
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """``Σ_i weights[:, i] · mask_i`` on the whole volume: (k, *spatial); masks of equal shift are made as one."""
+        everywhere = tuple(slice(0, n) for n in self.shape)
+        total = torch.zeros((len(weights), *self.shape), dtype=weights.dtype)
+        shifts, which = torch.unique(self.shifts, dim=0, return_inverse=True)
+        for s in range(len(shifts)):
+            chosen = torch.nonzero(which == s).flatten()
+            grids = torch.tensordot(weights[:, chosen], self.grids[chosen].to(weights), 1)
+            matrices = [m.to(weights) for m in self._matrices(int(chosen[0]), everywhere)]
+            for k, grid in enumerate(grids):
+                total[k] += interpolate(grid, matrices)
+        return total
+
+    def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
+        mask = self.mask(index, place).to(crop)
+        baseline = self.baseline[_rows(slice(None), place)].to(crop)
+        return baseline + mask * (crop - baseline)
+
+    def key(self, index: int, window: int, place: Slices) -> Hashable:
+        shift = self.shifts[index].tolist()
+        cells = tuple(_cells(p, s, g, e) for p, s, g, e in zip(place, shift, self.grids.shape[1:], self.extent))
+        part = self.grids[index][cells].contiguous()
+        if bool((part == 1).all()):
+            return UNCHANGED
+        return tuple(shift), tuple((c.start, c.stop) for c in cells), part.numpy().tobytes()
+
+    def identity(self, index: int) -> Hashable:
+        if self._digest is None:
+            self._digest = _digest(self.baseline)
+        grid = self.grids[index]
+        return self._digest, self.extent, tuple(grid.shape), tuple(self.shifts[index].tolist()), grid.numpy().tobytes()
+
+    def _matrices(self, index: int, place: Slices) -> list[Tensor]:
+        shift = self.shifts[index].tolist()
+        return [
+            line_matrix(p, s, g, e, self.grids.dtype)
+            for p, s, g, e in zip(place, shift, self.grids.shape[1:], self.extent)
+        ]
+
+
+def line_matrix(place: slice, shift: int, cells: int, extent: int, dtype: torch.dtype) -> Tensor:
+    """Linear interpolation from ``cells`` values, stretched over ``extent`` voxels, to the voxels of ``place``.
+
+    The convention is that of `torch.nn.functional.interpolate` with ``align_corners=False``. (voxels, cells).
+    """
+    voxels = torch.arange(place.start, place.stop, dtype=torch.float64) + shift
+    at = ((voxels + 0.5) * cells / extent - 0.5).clamp(0, cells - 1)
+    return (1 - (at[:, None] - torch.arange(cells, dtype=torch.float64)).abs()).clamp(min=0).to(dtype)
+
+
+def _cells(place: slice, shift: int, cells: int, extent: int) -> slice:
+    """The cells that voxels of ``place`` are interpolated from."""
+    ends = [(v + shift + 0.5) * cells / extent - 0.5 for v in (place.start, place.stop - 1)]
+    low, high = (min(max(e, 0.0), cells - 1.0) for e in ends)
+    return slice(math.floor(low), math.ceil(high) + 1)
+
+
+def interpolate(grid: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """A grid (*g) by one matrix (voxels, cells) an axis: (*voxels)."""
+    for axis, matrix in enumerate(matrices):
+        grid = torch.movedim(torch.tensordot(matrix.to(grid), grid, dims=([1], [axis])), 0, axis)
+    return grid
+
+
+def split_half(a: Tensor, b: Tensor) -> list[float | None]:
+    """Pearson correlation between two estimates (k, …) of the same maps, a target each; None where one is constant."""
+    found: list[float | None] = []
+    for x, y in zip(a.flatten(1).double(), b.flatten(1).double()):
+        x, y = x - x.mean(), y - y.mean()
+        scale = float(x.norm() * y.norm())
+        found.append(float(x @ y) / scale if scale > 0 else None)
+    return found
+
+
+def _digest(*tensors: Tensor) -> bytes:
+    found = hashlib.sha256()
+    for t in tensors:
+        found.update(str(tuple(t.shape)).encode())
+        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.digest()
+
+
+@dataclass
+class Game:
+    """The features of a case as players: ``v(S) = F(x with the features outside S replaced) − F(x)``."""
+
+    objective: Objective
+    features: Features
+    reference: Tensor
+    baseline: Baseline | None
+
+    @classmethod
+    def of(cls, objective: Objective, feature_mask: object, baseline: object) -> Game:
+        """From a method's parameters, see `features_for` and `reference_image`."""
+        features = features_for(feature_mask).of(objective)
+        found, reference = reference_image(objective, features, baseline)
+        return cls(objective, features, reference, found)
+
+    def segments(self, coalitions: np.ndarray, reference: Tensor | None = None) -> Segments:
+        """The perturbations that leave these coalitions (m, n)."""
+        return Segments(self.features.labels, coalitions, self.reference if reference is None else reference)
+
+    def values(self, coalitions: np.ndarray, reference: Tensor | None = None) -> Tensor:
+        """``v(S)`` for coalitions (m, n): (k, m), each distinct one computed once on an objective."""
+        return known_change(self.objective, self.segments(coalitions, reference))
+
+    def passes(self, coalitions: np.ndarray) -> int:
+        """Window passes that `values` needs, at most."""
+        return passes_needed(self.objective, self.segments(np.unique(coalitions, axis=0)))
+
+    def notes(self) -> dict[str, object]:
+        """For the record."""
+        how = "mean of each feature" if self.baseline is None else json_ready(self.baseline.record())
+        return {"n_features": len(self.features), "baseline": how}
+
+    def check_size(self, coalitions: int) -> None:
+        """Raises where the table of coalitions would not fit in memory."""
+        n = len(self.features)
+        if coalitions * n > TABLE_BYTES:
+            raise MethodError(
+                f"{coalitions} evaluations of {n} features each are too many: take larger features, such as "
+                "feature_mask='supervoxels(n_segments=200)', or Occlusion"
+            )
+
+
+def reference_image(objective: Objective, features: Features, baseline: object) -> tuple[Baseline | None, Tensor]:
+    """What stands where a feature is off, and where it came from.
+
+    ``baseline="feature mean"``: each feature's own mean in each channel, as LIME has it. Anything else: see
+    `esegeta_monai.baselines`.
+    """
+    if isinstance(baseline, str) and baseline.replace("_", " ") == "feature mean":
+        image, labels = objective.image, features.labels.expand(objective.image.shape)
+        reference = image.clone()
+        for c in range(len(image)):
+            flat = labels[c].flatten() + 1
+            total = torch.zeros(len(features) + 1, dtype=image.dtype, device=image.device)
+            total.index_add_(0, flat, image[c].flatten())
+            mean = total / torch.bincount(flat, minlength=len(total)).clamp(min=1)
+            reference[c] = torch.where(labels[c] < 0, image[c], mean[labels[c] + 1])
+        return None, reference
+    found = baseline_for(baseline, local=True)
+    return found, found.draw(objective, objective.generator())

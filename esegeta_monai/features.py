@@ -1,0 +1,309 @@
+"""Features: the parts of an image that are switched off and on together.
+
+Given as text (``"grid(size=16)"``, ``"supervoxels(n_segments=80)"``, ``"channels"``), a label map (a NIfTI file, a key
+of the data dictionary or a tensor), or one of the classes here.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.utils import ensure_tuple_rep
+from torch import Tensor
+
+from esegeta_monai.configurable import Configurable, Registry
+from esegeta_monai.errors import EsegetaError, InputError, UsageError
+from esegeta_monai.objective import Objective
+from esegeta_monai.targets.base import Case
+from esegeta_monai.targets.regions import label_on_grid
+
+__all__ = ["FEATURES", "Channels", "FeatureSpec", "Features", "Grid", "LabelMap", "Supervoxels", "features_for"]
+__all__ += ["table_csv"]
+
+
+@dataclass(frozen=True)
+class Features:
+    """n features of one image.
+
+    Attributes:
+        labels: the number of each voxel's feature, 0 … n−1, or −1 where a voxel belongs to none and is never changed:
+            (1, *spatial) for all channels together, else (C, *spatial).
+        names: one a feature.
+    """
+
+    labels: Tensor
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def counts(self) -> Tensor:
+        """Entries of `labels` a feature (n,)."""
+        return torch.bincount(self.labels.flatten() + 1, minlength=len(self) + 1)[1:]
+
+    def paint(self, values: Tensor) -> Tensor:
+        """Feature values (k, n) at all their voxels: (k, 1 or C, *spatial), zero outside all features."""
+        padded = torch.cat([values, values.new_zeros(len(values), 1)], 1).to(self.labels.device)
+        return padded[:, self.labels]  # the label −1 is the last column
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Feature values (k, n) shared equally between their voxels, so that the sum of the map is that of values."""
+        return self.paint(values / self.counts.to(values).clamp(min=1))
+
+    def table(self, values: Tensor, **more: Tensor) -> list[list[dict[str, Any]]]:
+        """For each target a row a feature: name, value, voxels, and further columns (k, n)."""
+        counts = self.counts.tolist()
+        return [
+            [
+                {"feature": n, "value": float(values[k, j]), "voxels": counts[j]}
+                | {title: float(column[k, j]) for title, column in more.items()}
+                for j, n in enumerate(self.names)
+            ]
+            for k in range(len(values))
+        ]
+
+
+def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    r"""A feature table (an entry of a record) as the text of a CSV file.
+
+    >>> table_csv([{"feature": "liver", "value": 0.5}])
+    'feature,value\nliver,0.5\n'
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["feature", "value"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+class FeatureSpec(Configurable, ABC):
+    """How the features of a case are found."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        FEATURES.register(cls, *cls.__dict__.get("aliases", ()))
+
+    @abstractmethod
+    def of(self, objective: Objective) -> Features:
+        """The features of the objective's image; the same ones at every call."""
+
+
+FEATURES: Registry[FeatureSpec] = Registry("kind of features", FeatureSpec, "esegeta_monai.features")
+
+
+@dataclass(eq=False, repr=False)
+class Grid(FeatureSpec):
+    """Boxes that tile the image, named by their first voxel.
+
+    Args:
+        size: of a box in voxels; one number for all axes.
+        per_channel: the boxes of each channel are features by themselves.
+    """
+
+    size: int | Sequence[int] = 16
+    per_channel: bool = False
+    name: str | None = field(default=None, kw_only=True)
+
+    def of(self, objective: Objective) -> Features:
+        shape = objective.plan.spatial_shape
+        size = tuple(int(s) for s in ensure_tuple_rep(self.size, len(shape)))
+        if any(s < 1 for s in size):
+            raise UsageError(f"grid(size={self.size}): a box needs at least one voxel")
+        lines = [torch.arange(n) // s for n, s in zip(shape, size)]
+        counts = [int(line[-1]) + 1 for line in lines]
+        labels = torch.zeros(shape, dtype=torch.long)
+        for axis, (line, n) in enumerate(zip(lines, counts)):
+            labels = labels * n + line.reshape(-1, *(1,) * (len(shape) - 1 - axis))
+        corners = itertools.product(*(range(0, c * s, s) for c, s in zip(counts, size)))
+        names = ["box " + " ".join(map(str, corner)) for corner in corners]
+        features = Features(labels[None].to(objective.image.device), names)
+        return _per_channel(features, objective.image.shape[0]) if self.per_channel else features
+
+
+@dataclass(eq=False, repr=False)
+class Channels(FeatureSpec):
+    """Each channel of the image is a feature, such as the contrasts of an MR examination.
+
+    Args:
+        names: of the channels; None: ``channel 0``, ….
+    """
+
+    names: Sequence[str] | None = None
+    name: str | None = field(default=None, kw_only=True)
+
+    def of(self, objective: Objective) -> Features:
+        image = objective.image
+        names = list(self.names or [f"channel {c}" for c in range(len(image))])
+        if len(names) != len(image):
+            raise UsageError(f"channels(names=…): {len(names)} names for {len(image)} channels")
+        labels = torch.arange(len(image), device=image.device).reshape(-1, *(1,) * (image.ndim - 1))
+        return Features(labels.expand(image.shape).clone(), names)
+
+
+@dataclass(eq=False, repr=False)
+class LabelMap(FeatureSpec):
+    """The regions of a label map, such as an atlas or an organ segmentation.
+
+    Args:
+        labels: a NIfTI file, a key of the data dictionary, or a tensor (*spatial) or (1, *spatial). A file or
+            MetaTensor with another affine is moved to the network's grid by nearest neighbour.
+        names: label value to name; None: ``label 1``, ….
+        background: the value that is no feature; None: every value is one.
+
+    Example:
+        >>> LabelMap(torch.tensor([[0, 3]]), names={3: "liver"}).parameters["background"]
+        0
+    """
+
+    labels: str | Path | Tensor
+    names: Mapping[Any, str] | None = None
+    background: int | None = 0
+    name: str | None = field(default=None, kw_only=True)
+
+    def of(self, objective: Objective) -> Features:
+        case = getattr(objective, "case", None) or Case()
+        try:
+            values = label_on_grid(self.labels, objective.image, case)
+        except EsegetaError as error:
+            raise InputError(f"feature map: {error}") from error
+        return from_values(values, {int(k): v for k, v in (self.names or {}).items()}, self.background)
+
+
+@dataclass(eq=False, repr=False)
+class Supervoxels(FeatureSpec):
+    """SLIC supervoxels (Achanta et al. 2012, scikit-image), in 2D and 3D, over all channels together; deterministic.
+
+    Args:
+        n_segments: about how many.
+        compactness: weight of distance against intensity, each channel scaled to [0, 1].
+        mask: ``"foreground"`` (voxels that differ from the background by more than 5 % of the range, holes filled),
+            ``"everything"``, or a label map as in `LabelMap` whose voxels above zero count. Voxels outside belong to no
+            feature.
+        max_voxels: larger images are segmented on a copy made coarser by a whole factor.
+    """
+
+    aliases = ("slic", "superpixels")
+
+    n_segments: int = 100
+    compactness: float = 0.1
+    mask: str | Path | Tensor = "foreground"
+    max_voxels: int = 1_000_000
+    name: str | None = field(default=None, kw_only=True)
+
+    def of(self, objective: Objective) -> Features:
+        from scipy.ndimage import distance_transform_edt
+        from skimage.segmentation import slic
+
+        image = objective.image
+        inside = self._mask(objective)
+        step = _step(image, self.max_voxels)
+        mask = _thinned(inside[None], step)[0].cpu().numpy()
+        found = slic(
+            _thinned(_unit_range(image), step).cpu().numpy().astype(np.float32),
+            n_segments=self.n_segments,
+            compactness=self.compactness,
+            channel_axis=0,
+            start_label=1,
+            mask=None if mask.all() else mask,
+        )
+        if not found.any():
+            raise InputError("supervoxels: no voxel of the mask is left on the coarse grid: raise max_voxels")
+        # voxels of the mask between those of the coarse grid belong to the nearest supervoxel
+        nearest = distance_transform_edt(found == 0, return_distances=False, return_indices=True)
+        labels = torch.from_numpy(found[tuple(nearest)].astype(np.int64))
+        for axis, n in enumerate(inside.shape):
+            labels = labels.repeat_interleave(step, axis).narrow(axis, 0, n)
+        return from_values(torch.where(inside, labels.to(image.device), 0), {}, 0, "supervoxel")
+
+    def _mask(self, objective: Objective) -> Tensor:
+        image = objective.image
+        if isinstance(self.mask, str) and self.mask in ("foreground", "everything"):
+            everything = torch.ones_like(image[0], dtype=torch.bool)
+            return _foreground(image) if self.mask == "foreground" else everything
+        inside = LabelMap(self.mask).of(objective).labels[0] >= 0
+        if not bool(inside.any()):
+            raise InputError("supervoxels(mask=…): the mask is empty on the network's grid")
+        return inside
+
+
+def features_for(spec: Any) -> FeatureSpec:
+    """A `FeatureSpec` from text, a label map (file, tensor or data key ``"key:NAME"``), or an instance.
+
+    >>> features_for("grid(8)").parameters
+    {'size': 8, 'per_channel': False}
+    """
+    if isinstance(spec, Tensor) or (isinstance(spec, (str, Path)) and str(spec).endswith((".nii", ".nii.gz"))):
+        return LabelMap(spec)
+    if isinstance(spec, str) and spec.startswith("key:"):
+        return LabelMap(spec.removeprefix("key:"))
+    return FEATURES.create(spec)
+
+
+def from_values(values: Tensor, names: Mapping[int, str], background: int | None, word: str = "label") -> Features:
+    """Features from a map of label values (*spatial): consecutive numbers in the order of the values."""
+    present, numbers = torch.unique(values, return_inverse=True)
+    found = present.tolist()
+    if background in found:
+        at = found.index(background)
+        numbers = torch.where(numbers == at, -1, numbers - (numbers > at).long())
+        found.pop(at)
+    if not found:
+        raise InputError("the feature map has no label on the network's grid: nothing could be switched off")
+    return Features(numbers[None], [names.get(v, f"{word} {v}") for v in found])
+
+
+def _per_channel(features: Features, channels: int) -> Features:
+    labels = features.labels
+    each = torch.cat([torch.where(labels < 0, -1, labels + c * len(features)) for c in range(channels)])
+    return Features(each, [f"channel {c}, {n}" for c in range(channels) for n in features.names])
+
+
+def _unit_range(image: Tensor) -> Tensor:
+    """Each channel from its 1st to its 99th percentile, on [0, 1]."""
+    low, high = _percentiles(image)
+    return ((image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny)).clamp(0, 1)
+
+
+def _step(image: Tensor, voxels: int) -> int:
+    """The whole factor by which an image is thinned out to at most ``voxels``."""
+    step = 1
+    while image[0].numel() / step ** (image.ndim - 1) > voxels:
+        step += 1
+    return step
+
+
+def _thinned(image: Tensor, step: int) -> Tensor:
+    """Every ``step``-th voxel of (C, *spatial)."""
+    for axis in range(1, image.ndim):
+        image = image.index_select(axis, torch.arange(0, image.shape[axis], step, device=image.device))
+    return image
+
+
+def _percentiles(image: Tensor) -> tuple[Tensor, Tensor]:
+    """The 1st and 99th percentile of each channel, of about a million voxels."""
+    ordered = _thinned(image, _step(image, 1_000_000)).flatten(1).sort(1).values
+    last, axes = ordered.shape[1] - 1, (1,) * (image.ndim - 1)
+    return ordered[:, round(0.01 * last)].reshape(-1, *axes), ordered[:, round(0.99 * last)].reshape(-1, *axes)
+
+
+def _foreground(image: Tensor) -> Tensor:
+    """Voxels that differ from the background in some channel; everything where that would be nothing."""
+    from scipy.ndimage import binary_fill_holes
+
+    low, high = _percentiles(image)
+    faces = [image.select(axis, end).flatten(1) for axis in range(1, image.ndim) for end in (0, -1)]
+    background = torch.cat(faces, 1).median(1).values.reshape(low.shape)
+    differs = ((image - background).abs() > 0.05 * (high - low)).any(0)
+    if not bool(differs.any()):
+        return torch.ones_like(differs)
+    return torch.from_numpy(binary_fill_holes(differs.cpu().numpy())).to(image.device)

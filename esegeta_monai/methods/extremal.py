@@ -1,0 +1,230 @@
+"""Extremal perturbations: the mask of a given area that keeps, or destroys, the target most."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esegeta_monai.baselines import baseline_for
+from esegeta_monai.configurable import json_ready
+from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.objective import Objective
+from esegeta_monai.windows import Slices
+
+__all__ = ["ExtremalPerturbation", "SmoothMask"]
+
+
+@dataclass(eq=False, repr=False)
+class ExtremalPerturbation(Method):
+    """The smooth mask m of area a that maximises ``F(x₀ + m (x − x₀))`` (Fong et al. 2019), in 2D and 3D.
+
+    ``max over m of ±F(x')/|F(x) − F(x₀)| − λ mean (sort(m) − r_a)²``, r_a being 1 for the greatest share a of the cells
+    and 0 for the others; λ grows tenfold while Adam climbs. m comes from a coarse grid by a smooth maximum of Gaussians
+    and linear interpolation. The area is a share of the box of windows that the target sees, and so is the mask: what
+    lies outside cannot matter. Memory is that of one window batch, a map and the volume.
+
+    Args:
+        areas: one or several; with several, the map is the mean of the masks.
+        variant: ``"preserve"``: the region that suffices; ``"delete"``: the region without which F drops most.
+        baseline: x₀, see `esegeta_monai.baselines`.
+        n_iter: gradients an area.
+        step: voxels a cell of the coarse grid; None: a twelfth of the shortest side of the box, at least 1.
+        sigma: of the Gaussians in voxels; None: ``step``.
+        lr: of Adam.
+
+    The record has for each area the area reached, and what of ``F(x) − F(x₀)`` is left where the mask is kept and
+    where it is deleted.
+
+    Example:
+        >>> ExtremalPerturbation(areas=(0.05, 0.1)).parameters["variant"]
+        'preserve'
+    """
+
+    reference = "Fong, Patrick & Vedaldi, ICCV 2019, arXiv:1910.08485"
+    additive = False
+
+    areas: float | Sequence[float] = 0.1
+    variant: Literal["preserve", "delete"] = "preserve"
+    baseline: Any = "blur"
+    n_iter: int = 200
+    step: int | None = None
+    sigma: float | None = None
+    lr: float = 0.05
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        areas = self._areas()
+        if not areas or any(not 0 < a < 1 for a in areas):
+            raise UsageError(f"areas={self.areas}: give shares between 0 and 1")
+        if self.variant not in ("preserve", "delete"):
+            raise UsageError(f"variant={self.variant!r}: give 'preserve' or 'delete'")
+        if self.n_iter < 1 or self.lr <= 0:
+            raise UsageError(f"n_iter={self.n_iter}, lr={self.lr}: both must be positive")
+
+    @property
+    def signed(self) -> bool:
+        return False
+
+    @property
+    def units(self) -> str:
+        return "mask: 1 where the image is kept" if self.variant == "preserve" else "mask: 1 where it is deleted"
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, 1, *spatial)."""
+        baseline = baseline_for(self.baseline)
+        x0 = baseline.draw(objective, objective.generator())
+        maps = objective.new_maps(1)
+        found: list[list[dict[str, float]]] = [[] for _ in maps]
+        for k in range(objective.n_targets):
+            game = _Single(_one_target(objective, k), x0)
+            for area in self._areas():
+                mask, notes = self._mask(game, area)
+                maps[k][game.inside] += mask / len(self._areas())
+                found[k].append(notes)
+        return Explained(maps, {"areas_found": found, "baseline": json_ready(baseline.record())})
+
+    def passes(self, objective: Objective) -> int:
+        """A gradient an iteration (a forward pass more for non-linear targets), and three values."""
+        each = self.n_iter * (1 if objective.linear else 2) + 2
+        return sum(len(s) for s in objective.support) * (each * len(self._areas()) + 1)
+
+    def _areas(self) -> list[float]:
+        return [float(self.areas)] if isinstance(self.areas, (int, float)) else [float(a) for a in self.areas]
+
+    def _mask(self, game: _Single, area: float) -> tuple[Tensor, dict[str, float]]:
+        """The mask (*box) of one area, and what it does."""
+        smooth = SmoothMask(game.shape, self.step, self.sigma)
+        parameters = torch.full(smooth.grid, 0.5, dtype=game.dx.dtype, device=game.dx.device, requires_grad=True)
+        optimizer = torch.optim.Adam([parameters], lr=self.lr)
+        keeps = self.variant == "preserve"
+        for i in range(self.n_iter):
+            with torch.enable_grad():
+                coarse = smooth.coarse(parameters)
+                mask = smooth.fine(coarse)
+                weight = WEIGHT * 10 ** (i / self.n_iter)
+                constraint = weight * _area_error(coarse, area)
+            # the sign of the goal and that of d x'/d m turn together: what is minimised has the slope −∂F/∂m either way
+            slope = -game.slope(mask.detach() if keeps else 1 - mask.detach())
+            ones = torch.ones_like(constraint)
+            (parameters.grad,) = torch.autograd.grad([mask, constraint], parameters, [slope, ones])
+            optimizer.step()
+            with torch.no_grad():
+                parameters.clamp_(0, 1)
+        with torch.no_grad():
+            mask = smooth.fine(smooth.coarse(parameters))
+        kept, deleted = game.share(mask), game.share(1 - mask)
+        return mask, {"area": area, "area_reached": float(mask.mean()), "kept": kept, "left_without": deleted}
+
+
+WEIGHT = 100.0
+"""Of the area constraint at the start; ten times that at the end."""
+
+
+class _Single:
+    """One target between x₀ and x, by a mask on the box of the windows that it sees."""
+
+    def __init__(self, objective: Objective, x0: Tensor) -> None:
+        self.objective, self.x0, self.dx = objective, x0, objective.image - x0
+        places = [objective.plan.place(w) for w in objective.windows]
+        self.box: Slices = tuple(
+            slice(min(p[axis].start for p in places), max(p[axis].stop for p in places)) for axis in range(x0.ndim - 1)
+        )
+        self.inside: tuple[Any, ...] = (slice(None), *self.box)
+        self.shape = tuple(b.stop - b.start for b in self.box)
+        self.start = float(objective.value(x0[None])[0, 0])
+        self.rise = float(objective.image_values()[0]) - self.start
+        if self.rise == 0:
+            raise MethodError("F is the same at the baseline and at the image: choose another baseline")
+        if self.rise < 0:
+            objective.monitor.warn(
+                f"{objective.scores[0].label}: the baseline scores higher than the image, so there is little to keep "
+                "or to delete: choose another baseline"
+            )
+
+    def image(self, mask: Tensor) -> Tensor:
+        """``x₀ + m (x − x₀)``."""
+        x = self.x0.clone()
+        x[self.inside] += mask * self.dx[self.inside]
+        return x
+
+    def slope(self, mask: Tensor) -> Tensor:
+        """``∂F/∂m / |F(x) − F(x₀)|`` (*box)."""
+        gradient = self.objective.gradient(self.image(mask)[None]).maps[0, 0]
+        return (gradient[self.inside] * self.dx[self.inside]).sum(0) / abs(self.rise)
+
+    def share(self, mask: Tensor) -> float:
+        """``(F(x') − F(x₀)) / (F(x) − F(x₀))``."""
+        return (float(self.objective.value(self.image(mask)[None])[0, 0]) - self.start) / self.rise
+
+
+class SmoothMask:
+    """Masks from few parameters: a smooth maximum of Gaussian bumps on a coarse grid, interpolated linearly.
+
+    ``m(u) = smax_v k(u − v) p(v)``, ``k(d) = exp(−|d|²/2σ²)`` up to 2σ, ``smax a = Σ a e^{Ta} / Σ e^{Ta}``, T = 20.
+
+    Args:
+        shape: of the mask.
+        step: voxels a cell; None: a twelfth of the shortest side.
+        sigma: of a bump in voxels; None: ``step``.
+    """
+
+    temperature = 20.0
+
+    def __init__(self, shape: Sequence[int], step: int | None = None, sigma: float | None = None) -> None:
+        self.shape = tuple(shape)
+        step = step or max(1, min((n for n in shape if n > 1), default=1) // 12)
+        self.grid = tuple(math.ceil(n / step) for n in shape)
+        sigma = (sigma or step) / step
+        self.radius = math.ceil(2 * sigma)
+        near = range(-self.radius, self.radius + 1)
+        offsets = [o for o in itertools.product(near, repeat=len(self.grid)) if math.hypot(*o) <= 2 * sigma]
+        self.bumps = [(o, math.exp(-sum(d * d for d in o) / (2 * sigma**2))) for o in offsets]
+
+    def coarse(self, parameters: Tensor) -> Tensor:
+        """The mask on the coarse grid."""
+        padded = F.pad(parameters, (self.radius,) * (2 * parameters.ndim))
+        values = []
+        for offset, height in self.bumps:
+            place = tuple(slice(self.radius + o, self.radius + o + n) for o, n in zip(offset, self.grid))
+            values.append(height * padded[place])
+        stacked = torch.stack(values)
+        return (stacked * torch.softmax(self.temperature * stacked, 0)).sum(0)
+
+    def fine(self, coarse: Tensor) -> Tensor:
+        """The mask itself."""
+        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(self.shape)]
+        return F.interpolate(coarse[None, None], self.shape, mode=mode, align_corners=False)[0, 0]
+
+
+def _area_error(mask: Tensor, area: float) -> Tensor:
+    """``mean (sort(m) − r_a)²``: zero where exactly a share ``area`` of the mask is 1 and the rest 0."""
+    ordered = mask.flatten().sort().values
+    wanted = torch.zeros_like(ordered)
+    wanted[len(ordered) - round(area * len(ordered)) :] = 1
+    return (ordered - wanted).square().mean()
+
+
+def _one_target(objective: Objective, k: int) -> Objective:
+    """The objective of one target alone."""
+    single = Objective(
+        objective.model,
+        objective.image,
+        objective.plan,
+        [objective.scores[k]],
+        objective.prediction,
+        out_shape=objective.grid.shape,
+        seed=objective.seed,
+        monitor=objective.monitor,
+        condition=objective.condition,
+    )
+    single.window_batch = objective.window_batch
+    return single

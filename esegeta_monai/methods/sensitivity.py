@@ -1,0 +1,231 @@
+"""Global sensitivity analysis of masks: how much of the target's variation each part of the image accounts for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from monai.utils import ensure_tuple_rep
+from torch import Tensor
+
+from esegeta_monai.baselines import Baseline, baseline_for
+from esegeta_monai.coalitions import TABLE_BYTES, SmoothMasks, split_half
+from esegeta_monai.configurable import json_ready
+from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.objective import Objective
+from esegeta_monai.perturbation import known_change, passes_needed
+
+__all__ = ["Hsic", "Sobol", "hsic", "jansen", "quasi_random"]
+
+
+@dataclass(eq=False, repr=False)
+class _MaskSensitivity(Method):
+    """What both share: masks over the cells of a coarse grid, an index a cell, interpolated to a map."""
+
+    additive = False
+    needs_gradient = False
+
+    @property
+    def signed(self) -> bool:
+        return False
+
+    def cells(self, objective: Objective, grid: int | Sequence[int]) -> tuple[int, ...]:
+        """Cells an axis, at most one a voxel."""
+        shape = objective.plan.spatial_shape
+        try:
+            asked = [int(g) for g in ensure_tuple_rep(grid, len(shape))]
+        except ValueError as error:
+            raise UsageError(f"grid={grid} does not fit an image of {len(shape)} axes") from error
+        return tuple(max(1, min(g, n)) for g, n in zip(asked, shape))
+
+    def design(self, objective: Objective) -> Tensor:
+        """The masks (m, cells) in [0, 1]."""
+        raise NotImplementedError
+
+    def masks(self, objective: Objective, reference: Tensor) -> SmoothMasks:
+        """The masks of this case."""
+        values = self.design(objective).to(objective.image.dtype)
+        cells = self.cells(objective, getattr(self, "grid"))  # noqa: B009 - a field of the subclasses
+        return SmoothMasks(values.reshape(-1, *cells), objective.plan.spatial_shape, reference)
+
+    def passes(self, objective: Objective) -> int:
+        """At most."""
+        return passes_needed(objective, self.masks(objective, objective.image))
+
+    def scored(self, objective: Objective, spec: Any) -> tuple[SmoothMasks, Tensor, Baseline]:
+        """The masks, their scores (k, m), and the baseline."""
+        baseline = baseline_for(spec, local=True)
+        masks = self.masks(objective, baseline.draw(objective, objective.generator()))
+        return masks, known_change(objective, masks), baseline
+
+    def explained(
+        self, masks: SmoothMasks, index: Tensor, halves: Sequence[Tensor], notes: dict[str, Any]
+    ) -> Explained:
+        """From the indices (k, cells), whole and from either half of the samples."""
+        cells = masks.grids.shape[1:]
+        grid = SmoothMasks(index.reshape(-1, *cells), masks.shape, masks.baseline)
+        maps = grid.weighted_sum(torch.eye(len(index), dtype=index.dtype))[:, None].to(masks.baseline)
+        return Explained(maps, {"cells": list(cells), "convergence": split_half(*halves), **notes})
+
+
+@dataclass(eq=False, repr=False)
+class Sobol(_MaskSensitivity):
+    """Total-order Sobol indices of the cells of a mask, by Jansen's estimator (Fel et al. 2021).
+
+    ``S_Ti = E[(F(A) − F(A with cell i of B))²] / (2 Var F(A))``, A and B masks with cells uniform on [0, 1] from one
+    quasi-random design; ``x' = x₀ + m (x − x₀)``. The share of the target's variance that cell i takes part in. A
+    window that a cell does not reach is not computed again when the cell is exchanged.
+
+    Args:
+        n_samples: N, a power of two; ``N (cells + 1)`` predictions at most.
+        grid: cells an axis.
+        baseline: x₀, see `esegeta_monai.baselines`.
+
+    The record has the greatest standard error of an index and ``convergence``, the correlation of the indices from
+    either half of the samples.
+
+    Example:
+        >>> Sobol(n_samples=16, grid=4).signed
+        False
+    """
+
+    reference = "Fel et al., NeurIPS 2021, arXiv:2111.04138; Jansen 1999"
+
+    n_samples: int = 32
+    grid: int | Sequence[int] = 8
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _power_of_two(self.n_samples)
+
+    @property
+    def units(self) -> str:
+        return "share of the target's variance under random masks (total order)"
+
+    def design(self, objective: Objective) -> Tensor:
+        """A, then A with cell i of B for each i: (N (cells + 1), cells)."""
+        d, n = math.prod(self.cells(objective, self.grid)), self.n_samples
+        if n * (d + 1) * d * 8 > TABLE_BYTES:
+            raise MethodError(f"Sobol: {d} cells need {n * (d + 1)} predictions: take a coarser grid than {self.grid}")
+        a, b = quasi_random(n, 2 * d, objective.seed).split(d, 1)
+        exchanged = torch.where(torch.eye(d, dtype=torch.bool)[:, None], b, a)  # (cells, N, cells)
+        return torch.cat([a, exchanged.reshape(-1, d)])
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, 1, *spatial)."""
+        masks, scores, baseline = self.scored(objective, self.baseline)
+        n = self.n_samples
+        at_a, exchanged = scores[:, :n], scores[:, n:].reshape(len(scores), -1, n)
+        index, error = jansen(at_a, exchanged)
+        halves = [jansen(at_a[:, h::2], exchanged[:, :, h::2])[0] for h in (0, 1)]
+        notes = {"standard_error": error.amax(1).tolist(), "baseline": json_ready(baseline.record())}
+        return self.explained(masks, index, halves, notes)
+
+
+@dataclass(eq=False, repr=False)
+class Hsic(_MaskSensitivity):
+    """Dependence between each cell of a random mask and the target (Novello et al. 2022).
+
+    ``HSIC_i = 1/(N−1)² tr(K_i H L H)``: ``K_i`` the Dirac kernel of cell i (1 where two masks agree there), L a
+    Gaussian kernel of the target with the median distance as its width, ``H = I − 1/N``. Cells are 0 or 1, from a
+    quasi-random design; N predictions whatever the number of cells.
+
+    Args:
+        n_samples: N, a power of two.
+        grid: cells an axis.
+        baseline: x₀, see `esegeta_monai.baselines`.
+
+    The record has ``convergence``, the correlation of the indices from either half of the samples.
+    """
+
+    reference = "Novello et al., NeurIPS 2022, arXiv:2206.06219"
+
+    n_samples: int = 1024
+    grid: int | Sequence[int] = 7
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _power_of_two(self.n_samples)
+
+    @property
+    def units(self) -> str:
+        return "dependence of the target on the voxel's cell (HSIC)"
+
+    def design(self, objective: Objective) -> Tensor:
+        """(N, cells) of 0 and 1."""
+        d = math.prod(self.cells(objective, self.grid))
+        return quasi_random(self.n_samples, d, objective.seed, binary=True)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, 1, *spatial)."""
+        masks, scores, baseline = self.scored(objective, self.baseline)
+        ones = masks.grids.flatten(1)
+        halves = [hsic(ones[h::2], scores[:, h::2]) for h in (0, 1)]
+        return self.explained(masks, hsic(ones, scores), halves, {"baseline": json_ready(baseline.record())})
+
+
+def jansen(at_a: Tensor, exchanged: Tensor) -> tuple[Tensor, Tensor]:
+    """Total-order indices and their standard errors (k, d), from F(A) (k, N) and F(A with input i of B) (k, d, N)."""
+    squares = (at_a[:, None] - exchanged) ** 2 / 2
+    variance = at_a.var(1, keepdim=True)
+    scale = torch.where(variance > 0, variance, 1)
+    return squares.mean(2) / scale, squares.std(2) / math.sqrt(at_a.shape[1]) / scale
+
+
+def hsic(cells: Tensor, values: Tensor) -> Tensor:
+    """``1/(N−1)² tr(K_i H L H)`` for binary inputs (N, d) and values (k, N): (k, d).
+
+    With ``s = ±1``, the Dirac kernel is ``(1 + s sᵀ)/2``, whose constant part H removes.
+    """
+    n, signs = len(cells), 2 * cells.double() - 1
+    found = []
+    for y in values.double():
+        squares = (y[:, None] - y) ** 2
+        width = torch.nanmedian(torch.where(squares > 0, squares, torch.nan))  # of distinct values
+        kernel = torch.exp(-squares / (2 * width)) if bool(torch.isfinite(width)) else torch.ones_like(squares)
+        centred = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
+        found.append((signs * (centred @ signs)).sum(0) / 2 / (n - 1) ** 2)
+    return torch.stack(found)
+
+
+def quasi_random(n: int, d: int, seed: int, *, binary: bool = False) -> Tensor:
+    """n well-spread points in [0, 1)ᵈ, float64; ``binary``: rounded to 0 and 1.
+
+    A scrambled Sobol sequence, unless some two of its dimensions are more alike than any two of a Latin hypercube,
+    which then is taken: of 128 dimensions of 32 Sobol points some agree in the first bit at every point, and masks of
+    such a design would not tell two cells apart.
+    """
+    from scipy.stats import qmc
+
+    def drawn(kind: Any) -> Tensor:
+        points = torch.from_numpy(kind(d, seed=np.random.default_rng(seed)).random(n))
+        return (points >= 0.5).double() if binary else points
+
+    latin = drawn(qmc.LatinHypercube)
+    if d > qmc.Sobol.MAXDIM:
+        return latin
+    sobol = drawn(qmc.Sobol)
+    return sobol if _likeness(sobol) <= _likeness(latin) else latin
+
+
+def _likeness(points: Tensor) -> float:
+    """The greatest absolute correlation between two dimensions, of the points and of their first bits."""
+    found = 0.0
+    for values in (points, (points >= 0.5).double()) if points.shape[1] > 1 else ():
+        correlation = torch.corrcoef(values.T).fill_diagonal_(0)
+        found = max(found, float(correlation.abs().max()))
+    return found
+
+
+def _power_of_two(n: int) -> None:
+    if n < 4 or n & (n - 1):
+        raise UsageError(f"n_samples={n}: a quasi-random sequence is balanced at powers of two: 4, 8, 16, …")

@@ -1,0 +1,109 @@
+"""Every perturbation method against the naive computation on whole volumes, with the same seed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import esegeta_monai.coalitions
+from esegeta_monai import methods
+from esegeta_monai.methods import METHODS, run
+from esegeta_monai.network import frozen
+from esegeta_monai.targets import MultiClassMask
+from tests.methods.naive import Naive, image_of, small, two_targets
+from tests.test_objective import assert_equal
+
+LABELS = torch.arange(6 * 20).reshape(6, 20) // 5 % 7  # scattered over the windows; 0 is background
+OTHERS = [image_of(2, 6, 20, seed=s) for s in (5, 6)]
+BLACK_BOX = [
+    methods.FeatureAblation("grid(4)"),
+    methods.FeatureAblation("grid(size=5, per_channel=True)", baseline=0.3),
+    methods.FeatureAblation(LABELS, baseline="feature mean"),
+    methods.FeaturePermutation(OTHERS, "grid(5)"),
+    methods.ShapleyValueSampling(n_samples=4, feature_mask=LABELS),
+    methods.KernelShap(n_samples=32, feature_mask=LABELS),
+    methods.ChannelShapley(),
+    methods.Lime(n_samples=30, feature_mask=LABELS),
+    methods.Rise(n_masks=12, grid=(2, 3)),
+    methods.Sobol(n_samples=4, grid=(2, 4)),
+    methods.Hsic(n_samples=16, grid=3),
+]
+
+
+@pytest.mark.parametrize("output", ["logit", "probability"])
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("method", BLACK_BOX, ids=lambda m: f"{m.name}-{len(repr(m))}")
+def test_equals_the_naive_computation(method, norm, output, monkeypatch):
+    case = Naive(small(2, 2, norm), image_of(2, 6, 20), two_targets(output))
+    with frozen(case.net):
+        expected_passes = method.passes(case.objective)
+        assert case.objective.monitor.passes == 0
+        mine = run(method, case.objective)
+        assert case.objective.monitor.passes <= expected_passes
+        for module in (esegeta_monai.coalitions, methods.rise, methods.sensitivity):
+            monkeypatch.setattr(module, "known_change", case.change)
+        naive = run(method, case.objective)
+    for k in range(2):
+        assert_equal(mine.maps[k], naive.maps[k])
+
+
+@pytest.mark.parametrize("method", BLACK_BOX[4:], ids=lambda m: m.name)
+def test_in_three_dimensions(method, monkeypatch):
+    labels = torch.arange(6 * 10 * 9).reshape(6, 10, 9) // 5 % 5
+    if hasattr(method, "feature_mask"):
+        method = type(method)(**{**{p: getattr(method, p) for p in method.parameter_names()}, "feature_mask": labels})
+    if isinstance(method, methods.Rise | methods.Sobol):
+        method = type(method)(grid=2, **({"n_masks": 8} if isinstance(method, methods.Rise) else {"n_samples": 4}))
+    case = Naive(small(3, 2), image_of(2, 6, 10, 9), [MultiClassMask(1, output="probability")])
+    with frozen(case.net):
+        mine = run(method, case.objective)
+        for module in (esegeta_monai.coalitions, methods.rise, methods.sensitivity):
+            monkeypatch.setattr(module, "known_change", case.change)
+        naive = run(method, case.objective)
+    assert mine.maps.shape[2:] == (6, 10, 9)
+    assert_equal(mine.maps, naive.maps)
+
+
+@pytest.mark.parametrize("method", [m for m in BLACK_BOX if not isinstance(m, methods.ChannelShapley)], ids=repr)
+def test_the_passes_are_exact_where_no_voxel_equals_its_baseline(method):
+    case = Naive(small(2, 2), image_of(2, 6, 20), [MultiClassMask(1)])
+    with frozen(case.net):
+        run(method, case.objective)
+        assert case.objective.monitor.passes == method.passes(case.objective)
+
+
+@pytest.mark.parametrize("method", BLACK_BOX, ids=repr)
+def test_the_same_seed_gives_the_same_map_and_the_image_is_left_alone(method):
+    image = image_of(2, 6, 20)
+    maps = []
+    for _ in range(2):
+        case = Naive(small(2, 2), image.clone())
+        with frozen(case.net):
+            maps.append(run(method, case.objective).maps)
+        assert torch.equal(case.image, image)
+    assert torch.equal(*maps)
+
+
+def test_methods_are_found_by_name_and_described():
+    for method in BLACK_BOX:
+        cls = METHODS.get(type(method).__name__.lower())
+        assert cls is type(method)
+        assert cls.reference
+        assert method.units
+        assert not method.needs_gradient
+
+
+def test_equal_coalitions_are_scored_once_for_all_methods():
+    case = Naive(small(2, 1), image_of(1, 6, 20), [MultiClassMask(1)])
+    labels = LABELS.clamp(max=3)
+    with frozen(case.net):
+        exact = run(methods.KernelShap(n_samples=64, feature_mask=labels), case.objective)
+        spent = case.objective.monitor.passes
+        run(methods.ShapleyValueSampling(n_samples=6, feature_mask=labels), case.objective)
+        run(methods.FeatureAblation(labels), case.objective)
+        assert case.objective.monitor.passes == spent
+        run(methods.FeatureAblation(labels, baseline=7.0), case.objective)
+        assert case.objective.monitor.passes > spent
+        again = case.objective.at(case.image + 1)
+        other = run(methods.KernelShap(n_samples=64, feature_mask=labels), again)
+    assert not torch.equal(other.maps, exact.maps)
