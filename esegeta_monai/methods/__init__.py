@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
+from esegeta_monai.methods.ablation import FeatureAblation, FeaturePermutation
 from esegeta_monai.methods.base import METHODS, Explained, Method, run, run_together
 from esegeta_monai.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, XGradCam
 from esegeta_monai.methods.cam_perturbation import AblationCam, ScoreCam
+from esegeta_monai.methods.extremal import ExtremalPerturbation
 from esegeta_monai.methods.gradient import GradTimesImage, InputXGradient, Saliency, VanillaBackprop
 from esegeta_monai.methods.guided import Deconvolution, GuidedBackprop
 from esegeta_monai.methods.guided_cam import GuidedGradCam
 from esegeta_monai.methods.layer import LayerActivation
+from esegeta_monai.methods.lime import Lime
 from esegeta_monai.methods.noise import SmoothGrad
 from esegeta_monai.methods.occlusion import Occlusion
 from esegeta_monai.methods.path import IntegratedGradients
 from esegeta_monai.methods.pooled_cam import Cam
+from esegeta_monai.methods.rise import Rise
+from esegeta_monai.methods.sensitivity import Hsic, Sobol
+from esegeta_monai.methods.shapley import ChannelShapley, KernelShap, ShapleyValueSampling
 
 __all__ = [
     "METHODS",
     "AblationCam",
     "Cam",
+    "ChannelShapley",
     "Deconvolution",
     "EigenCam",
     "Explained",
+    "ExtremalPerturbation",
+    "FeatureAblation",
+    "FeaturePermutation",
     "GradCam",
     "GradCamPlusPlus",
     "GradTimesImage",
     "GuidedBackprop",
     "GuidedGradCam",
     "HiResCam",
+    "Hsic",
     "InputXGradient",
     "IntegratedGradients",
+    "KernelShap",
     "LayerActivation",
     "LayerCam",
+    "Lime",
     "Method",
     "Occlusion",
+    "Rise",
     "Saliency",
     "ScoreCam",
+    "ShapleyValueSampling",
     "SmoothGrad",
+    "Sobol",
     "VanillaBackprop",
     "XGradCam",
     "run",
