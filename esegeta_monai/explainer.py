@@ -306,6 +306,8 @@ class Explainer:
                     yield self._failed(method, b, case, record, error)
                 elif b.score is None or b.score.empty:
                     yield self._empty(method, b, case, record)
+                elif method.needs_linear and not b.score.linear:
+                    yield self._failed(method, b, case, record, _not_linear(method, b))
                 else:
                     left.append(j)
             if left:
@@ -419,8 +421,7 @@ class Explainer:
             raise error
         record["status"] = "timeout" if isinstance(error, MethodTimeout) else "failed"
         record["reason"] = str(error) if isinstance(error, EsegetaError) else f"{type(error).__name__}: {error}"
-        logger.error("case %d: %s, %s: %s", case.index, method.name, bound.label, record["reason"])
-        logger.debug("traceback", exc_info=error)
+        logger.debug("case %d: %s, %s failed", case.index, method.name, bound.label, exc_info=error)
         return Attribution(None, method, bound.target, case.index, record, bound.label, error=error)
 
     @staticmethod
@@ -594,9 +595,7 @@ def cases_of(image: Tensor) -> list[MetaTensor]:
         return [MetaTensor(one) for one in image]
     if not image.is_batch and image.affine.ndim == 2:
         return [MetaTensor(one, meta=image.meta, applied_operations=image.applied_operations) for one in image]
-    batch = MetaTensor(image.as_tensor(), meta=image.meta, applied_operations=image.applied_operations)
-    batch.is_batch = True  # engines with compile=True lose the mark
-    return list(decollate_batch(batch))
+    return list(decollate_batch(_batch_like(image.as_tensor(), image)))
 
 
 def _joined(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -609,10 +608,14 @@ def _joined(inputs: Mapping[str, Tensor]) -> Tensor:
                 "inputs must share batch and grid; pass others by network_kwargs"
             )
     joined = torch.cat([torch.as_tensor(v).as_subclass(Tensor).to(first.device) for v in inputs.values()], 1)
-    if not isinstance(first, MetaTensor):
-        return joined
-    found = MetaTensor(joined, meta=first.meta, applied_operations=first.applied_operations)
-    found.is_batch = first.is_batch
+    return _batch_like(joined, first) if isinstance(first, MetaTensor) else joined
+
+
+def _batch_like(values: Tensor, batch: MetaTensor) -> MetaTensor:
+    """A batch with another's metadata, marked as one: engines with ``compile=True`` lose the mark."""
+    found = MetaTensor(values)
+    found.meta, found.applied_operations = batch.meta, batch.applied_operations
+    found.is_batch = batch.is_batch or batch.affine.ndim == 3
     return found
 
 
