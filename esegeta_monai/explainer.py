@@ -598,6 +598,13 @@ def cases_of(image: Tensor) -> list[MetaTensor]:
     return list(decollate_batch(_batch_like(image.as_tensor(), image)))
 
 
+def _not_linear(method: Method, bound: _Bound) -> MethodError:
+    return MethodError(
+        f"{method.name} hands relevance down from a linear score, and {bound.label} is not linear in the prediction: "
+        "use output='logit' for it, or a method such as IntegratedGradients or DeepLift"
+    )
+
+
 def _joined(inputs: Mapping[str, Tensor]) -> Tensor:
     """Several image inputs as one tensor, channel behind channel."""
     first = next(iter(inputs.values()))

@@ -16,17 +16,20 @@ from esegeta_monai.methods.noise import SmoothGrad
 from esegeta_monai.methods.occlusion import Occlusion
 from esegeta_monai.methods.path import IntegratedGradients
 from esegeta_monai.methods.pooled_cam import Cam
+from esegeta_monai.methods.relevance import LRP, ExcitationBackprop
 from esegeta_monai.methods.rise import Rise
 from esegeta_monai.methods.sensitivity import Hsic, Sobol
 from esegeta_monai.methods.shapley import ChannelShapley, KernelShap, ShapleyValueSampling
 
 __all__ = [
+    "LRP",
     "METHODS",
     "AblationCam",
     "Cam",
     "ChannelShapley",
     "Deconvolution",
     "EigenCam",
+    "ExcitationBackprop",
     "Explained",
     "ExtremalPerturbation",
     "FeatureAblation",

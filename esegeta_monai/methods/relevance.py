@@ -1,0 +1,124 @@
+"""Relevance that is handed down from the output to the image, operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import esegeta_monai.rules as rules
+from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.objective import Batch, Objective
+
+__all__ = ["LRP", "ExcitationBackprop"]
+
+
+@dataclass(eq=False, repr=False)
+class _Relevance(Method):
+    """What relevance methods share: windows added, what stays with biases booked, conservation in the record."""
+
+    full_precision = True
+    needs_linear = True
+
+    def passes(self, objective: Objective) -> int:
+        """Twice: the output under the rules is compared with the plain one."""
+        return 2 * len(objective.windows)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        booked = torch.zeros(objective.n_targets, dtype=torch.float64)
+        total = torch.zeros_like(booked)
+
+        def of(batch: Batch) -> torch.Tensor:
+            nonlocal booked, total
+            cotangents = batch.stacked_cotangents()
+            relevance = self._relevance(objective, batch, cotangents)
+            booked = booked + relevance.booked.sum(1, dtype=torch.float64).cpu()
+            with torch.no_grad():
+                total = total + self._expected(batch, cotangents).cpu()
+            return relevance.input
+
+        maps, padding = objective.scatter(of)
+        lost = padding.sum(1, dtype=torch.float64).cpu()
+        sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + booked
+        gap = [abs(float((s - f) / f)) if f else None for s, f in zip(sums, total)]
+        return Explained(maps, {"booked": booked, "sum_in_padding": lost, "completeness_gap": gap})
+
+    def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
+        raise NotImplementedError
+
+    def _expected(self, batch: Batch, cotangents: torch.Tensor) -> torch.Tensor:
+        """What map and books must sum up to, for each target."""
+        return batch.scores(batch.forward(batch.image)).sum(1)
+
+
+@dataclass(eq=False, repr=False)
+class LRP(_Relevance):
+    """Layer-wise relevance propagation (Bach et al. 2015): ``Σ a + booked = F(x)``.
+
+    Convolutions and linear layers by the rules of a composite (Kohlbrenner et al. 2020); norms with σ held constant;
+    attention by AttnLRP (Achtibat et al. 2024); biases booked. Linear scores only (``output="logit"``).
+
+    Args:
+        composite: ``"EpsilonPlus"``, ``"EpsilonPlusFlat"``, ``"EpsilonGammaBox"``, ``"EpsilonAlpha2Beta1"``,
+            ``"DeepTaylor"``, or a mapping of operation to rule, see `esegeta_monai.rules.lrp`.
+        epsilon, gamma: of the rules of those names.
+
+    Example:
+        >>> LRP(composite="EpsilonPlusFlat").name
+        'LRP'
+    """
+
+    reference = "Bach et al., PLoS ONE 2015, doi:10.1371/journal.pone.0130140; Kohlbrenner et al., IJCNN 2020"
+
+    composite: str | Mapping[str, Any] = "EpsilonPlus"
+    epsilon: float = 1e-6
+    gamma: float = 0.25
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=0.0, high=1.0)
+
+    def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
+        low, high = objective.image.min(), objective.image.max()
+        device = objective.model.device
+        return rules.lrp(
+            batch.forward,
+            batch.image,
+            cotangents,
+            self.composite,
+            epsilon=self.epsilon,
+            gamma=self.gamma,
+            low=low.to(device),
+            high=high.to(device),
+        )
+
+
+@dataclass(eq=False, repr=False)
+class ExcitationBackprop(_Relevance):
+    """Excitation backpropagation: the marginal winning probability of each voxel (Zhang et al. 2018).
+
+    The prior is the target's weights (sum 1 for a class); what falls on each voxel is never negative, and adds up to
+    the prior but for what only biases excite, which is booked. Linear scores only.
+    """
+
+    reference = "Zhang et al., IJCV 2018, doi:10.1007/s11263-017-1059-x"
+
+    name: str | None = field(default=None, kw_only=True)
+
+    @property
+    def signed(self) -> bool:
+        return False
+
+    @property
+    def units(self) -> str:
+        return "share of the prior"
+
+    def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
+        return rules.excitation(batch.forward, batch.image, cotangents)
+
+    def _expected(self, batch: Batch, cotangents: torch.Tensor) -> torch.Tensor:
+        return cotangents.flatten(1).sum(1, dtype=torch.float64)

@@ -1,0 +1,75 @@
+"""LRP and excitation backpropagation through windows: conservation, linear networks, the whole volume."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+from torch import nn
+
+from esegeta_monai import Explainer
+from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.methods import LRP, ExcitationBackprop
+from esegeta_monai.rules import excitation, lrp
+from esegeta_monai.targets import ClassScore, MultiClassMask
+from tests.networks import build
+
+COMPOSITES = ["EpsilonPlus", "EpsilonPlusFlat", "EpsilonGammaBox", "DeepTaylor"]
+
+
+def explain(network, image, method, target, inferer=None, output=None):
+    (found,) = Explainer(network, inferer, output=output)(image, [method], [target])
+    return found
+
+
+@pytest.mark.parametrize("name", ["UNet_batch", "UNet_instance", "SegResNet", "DenseNet121", "ViT"])
+@pytest.mark.parametrize("method", [*map(LRP, COMPOSITES), ExcitationBackprop()], ids=[*COMPOSITES, "Excitation"])
+def test_conserves_through_windows(name, method):
+    case = build(name, spatial_dims=2)
+    inferer, image, target = None, case.image, ClassScore(1)
+    if case.kind == "segmentation":
+        image = torch.cat([case.image, case.reference], -1)
+        inferer, target = SlidingWindowInferer(case.roi, 2, 0.5, "gaussian"), MultiClassMask(1)
+    found = explain(case.network, image, method, target, inferer, case.output)
+    assert found.record["completeness_gap"] <= 1e-9
+    assert found.status == "ok"
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_linear_network_gives_weight_times_input(dims):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(6**dims, 2)).double()
+    image = torch.rand(1, 1, *[6] * dims, dtype=torch.float64)
+    found = explain(network, image, LRP("LRP0"), ClassScore(1))
+    expected = network[1].weight[1].reshape(1, *[6] * dims) * image[0]
+    assert float((found.map.as_tensor() - expected).abs().max() / expected.abs().max()) <= 1e-10
+    assert found.record["booked"] == pytest.approx(float(network[1].bias[1]), abs=1e-12)
+
+
+def test_windows_are_the_sum_of_single_windows():
+    case = build("UNet_batch", spatial_dims=2)
+    image = torch.cat([case.image, case.reference], -1)
+    n = case.roi[-1]
+    inferer = SlidingWindowInferer(case.roi, 1, 0.0, "constant")  # two windows, side by side
+    with torch.no_grad():
+        mask = torch.cat([case.logits(p) for p in (image[..., :n], image[..., n:])], -1)[0].argmax(0) == 1
+    for method, rule in ((LRP(), lrp), (ExcitationBackprop(), excitation)):
+        found = explain(case.network, image, method, MultiClassMask(1), inferer, case.output)
+        parts = []
+        for part, seen in ((image[..., :n], mask[..., :n]), (image[..., n:], mask[..., n:])):
+            cotangents = torch.zeros(1, 1, 3, *case.roi, dtype=image.dtype)
+            cotangents[0, 0, 1] = seen
+            parts.append(rule(case.logits, part, cotangents).input[0, 0])
+        expected = torch.cat(parts, -1)
+        assert float((found.map.as_tensor() - expected).abs().max() / expected.abs().max()) <= 1e-10
+
+
+def test_only_linear_scores():
+    case = build("UNet_batch", spatial_dims=2)
+    with pytest.raises(MethodError, match="output='logit'"):
+        explain(case.network, case.image, LRP(), MultiClassMask(1, output="probability"), output=case.output)
+
+
+def test_an_unknown_composite_is_refused_at_once():
+    with pytest.raises(UsageError):
+        LRP("EpsilonMinus")
