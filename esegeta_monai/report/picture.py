@@ -22,10 +22,9 @@ from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys
 
 from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.report.planes import Anatomy, Plane
+from esegeta_monai.storage import INTENDED_USE
 
 __all__ = ["INTENDED_USE", "save_picture"]
-
-INTENDED_USE = "Research only, not a medical device. A map is no proof that a prediction is right."
 
 PERCENTILE = 99.5
 SIGNED = LinearSegmentedColormap.from_list("blue-white-red", ["#0b3fd1", "#ffffff", "#d1120b"])
