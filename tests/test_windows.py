@@ -190,3 +190,9 @@ def test_a_classification_output_under_a_sliding_window_is_refused():
     plan = plan_windows(SlidingWindowInferer((8, 8), 1), (20, 13))
     with pytest.raises(NetworkError, match="SimpleInferer"):
         OutputGrid(plan, (), torch.float32)
+
+
+def test_rescaled_output_off_the_voxels_is_refused():
+    plan = plan_windows(SlidingWindowInferer((5, 5), 1, 0.0), (50, 50))
+    with pytest.raises(NetworkError, match="whole output voxels"):
+        OutputGrid(plan, (7, 7), torch.float32)  # 45 * 7/5 is 62.99… in floating point, and MONAI cuts it to 62
