@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from esegeta_monai.errors import UsageError
+from esegeta_monai.rules.kinds import Kind
 from esegeta_monai.rules.mode import Rule
-from esegeta_monai.rules.operations import Kind, Operation
+from esegeta_monai.rules.operations import Operation
 from esegeta_monai.rules.weighted import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
 
 __all__ = ["COMPOSITES", "RULES", "Composite", "composite_of"]

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from esegeta_monai.rules.operations import Kind, Operation, Slot
+from esegeta_monai.rules.kinds import Kind
+from esegeta_monai.rules.operations import Operation, Slot
 
 __all__ = ["joined", "remember"]
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from esegeta_monai.errors import UsageError
 from esegeta_monai.rules.guided import layer_relevance
+from esegeta_monai.rules.kinds import Kind
 from esegeta_monai.rules.mode import PARTS, PLAIN, Treatment, local_gradient
-from esegeta_monai.rules.operations import Kind, Operation, map_tensors
+from esegeta_monai.rules.operations import Operation, map_tensors
 from esegeta_monai.rules.run import Forward, LayerRelevance, Relevance, Run
 from esegeta_monai.rules.weighted import Part, distribute_shares, ratio
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from esegeta_monai.errors import InputError
+from esegeta_monai.rules.kinds import Kind
 from esegeta_monai.rules.mode import PARTS, PLAIN, Treatment, local_gradient
-from esegeta_monai.rules.operations import Kind, Operation
+from esegeta_monai.rules.operations import Operation
 from esegeta_monai.rules.run import Forward, LayerRelevance, Relevance, Run, record
 
 __all__ = ["BilinearRule", "MaximumRule", "QuotientRule", "SoftmaxRule", "deep_lift", "deep_lift_multiplier"]
@@ -197,7 +198,8 @@ def deep_lift(
     """
     if baseline.shape != x.shape:
         raise InputError(f"the baseline has shape {tuple(baseline.shape)}, the windows {tuple(x.shape)}")
-    baseline = baseline.to(x)
+    x = x.detach().as_subclass(Tensor)
+    baseline = baseline.detach().as_subclass(Tensor).to(x)
     rules = _FiniteDifferences()
     past, past_layers = record(forward, baseline, rules, layers or {})
     run = Run(forward, x, rules, reference=past, layers=layers)

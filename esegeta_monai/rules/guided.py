@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from esegeta_monai.errors import MethodError
+from esegeta_monai.rules.kinds import Kind
 from esegeta_monai.rules.mode import PARTS, PLAIN, Rule, Treatment, local_gradient
-from esegeta_monai.rules.operations import Kind, Operation
+from esegeta_monai.rules.operations import Operation
 from esegeta_monai.rules.run import Forward, LayerRelevance, Relevance, Run
 
 __all__ = ["DeconvolutionRule", "GuidedRule", "deconvolution", "guided"]

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.rules.composites import Composite, composite_of
 from esegeta_monai.rules.decompositions import standardised
+from esegeta_monai.rules.kinds import Kind
 from esegeta_monai.rules.mode import PARTS, PLAIN, Treatment, local_gradient
-from esegeta_monai.rules.operations import Kind, Operation
+from esegeta_monai.rules.operations import Operation
 from esegeta_monai.rules.run import Forward, LayerRelevance, Relevance, Run
 
 __all__ = ["AffineRule", "FrozenNormRule", "HalvesRule", "RootRule", "TaylorRule", "lrp"]

@@ -23,9 +23,8 @@ from torch.overrides import TorchFunctionMode
 from esegeta_monai.errors import NetworkError, RuleError
 from esegeta_monai.rules.curves import joined, remember
 from esegeta_monai.rules.decompositions import take_apart
+from esegeta_monai.rules.kinds import CUTS, Kind
 from esegeta_monai.rules.operations import (
-    CUTS,
-    Kind,
     Operation,
     Slot,
     canonical_name,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -97,9 +97,9 @@ class Run:
         _check_input(forward, x)
         with torch.inference_mode(False), _eager(x):
             with torch.no_grad():
-                plain = forward(x.detach().clone())
+                plain = forward(_copy(x))
             self.mode = RuleMode(rules, reference=reference)
-            self.leaf = x.detach().clone().requires_grad_()
+            self.leaf = _copy(x).requires_grad_()
             with torch.enable_grad(), _captured(layers or {}) as self.captured, _no_saved_tensor_hooks():
                 start = self.leaf.clone()
                 with self.mode:
@@ -123,7 +123,7 @@ class Run:
             self.mode.ledger.clear()
             try:
                 with torch.inference_mode(False):
-                    start = cotangent.to(self.output.dtype, copy=True)
+                    start = _copy(cotangent).to(self.output)
                     arriving = torch.autograd.grad(self.output, places, start, retain_graph=True, allow_unused=True)
             except RuntimeError as error:
                 if "modified by an inplace operation" in str(error):
@@ -141,10 +141,15 @@ def record(forward: Forward, x: Tensor, rules: Rules, layers: Mapping[str, nn.Mo
     _check_input(forward, x)
     mode = RuleMode(rules, record=True)
     with torch.inference_mode(False), _eager(x), torch.no_grad(), _captured(layers) as captured:
-        start = mode.enter_input(x.detach().clone())
+        start = mode.enter_input(_copy(x))
         with mode:
             forward(start)
     return mode.record, captured
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A plain tensor (no MetaTensor) that the network may write into."""
+    return x.detach().clone().as_subclass(Tensor)
 
 
 def _check_input(forward: Forward, x: Tensor) -> None:
@@ -167,19 +172,21 @@ def _check_agreement(output: Tensor, plain: Tensor) -> None:
         )
 
 
-@contextlib.contextmanager
+@contextmanager
 def _eager(x: Tensor) -> Iterator[None]:
-    """Full precision, and no activation checkpointing: what is recomputed later is recomputed outside the mode."""
+    """Full precision, nothing compiled, and no activation checkpointing, which would recompute outside the mode."""
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         options = ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
         return function(*args, **{name: value for name, value in kwargs.items() if name not in options})
 
-    with torch.autocast(x.device.type, enabled=False), mock.patch.object(torch.utils.checkpoint, "checkpoint", call):
+    uncompiled = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
+    checkpointing_off = mock.patch.object(torch.utils.checkpoint, "checkpoint", call)
+    with torch.autocast(x.device.type, enabled=False), checkpointing_off, uncompiled:
         yield
 
 
-@contextlib.contextmanager
+@contextmanager
 def _no_saved_tensor_hooks() -> Iterator[None]:
     """Refuse what :func:`_eager` could not switch off: checkpointing through a name imported earlier."""
     message = "activation checkpointing hides operations from the rule engine; switch use_checkpoint off"
@@ -192,7 +199,7 @@ def _no_saved_tensor_hooks() -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
+@contextmanager
 def _captured(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """The outputs of ``layers`` as they leave the module, safe from a later write in place. Hooks are removed again."""
     captured: dict[str, Tensor] = {}

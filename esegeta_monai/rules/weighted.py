@@ -58,13 +58,14 @@ def ratio(relevance: Tensor, total: Tensor) -> Tensor:
 
 def distribute_shares(operation: Operation, parts: list[Part], relevance: Tensor, bias: Tensor | None) -> list[Tensor]:
     """For each part, Wᵀ(R / Z) with Z the sum of all contributions and the bias; what the bias receives is booked."""
-    pairs = [part.contributions(operation) for part in parts]
-    total = torch.stack([contribution.detach() for _, contribution in pairs]).sum(0)
+    pairs = {i: part.contributions(operation) for i, part in enumerate(parts) if i == 0 or bool(part.value.any())}
+    total = torch.stack([contribution.detach() for _, contribution in pairs.values()]).sum(0)
     offset = 0.0 if bias is None else _along_channels(operation, bias, total)
     total = total + offset
     share = ratio(relevance, total)
     operation.ledger.book(torch.where(share == 0, relevance, share * offset))
-    return [torch.autograd.grad(contribution, leaf, share)[0] for leaf, contribution in pairs]
+    arriving = {i: torch.autograd.grad(contribution, leaf, share)[0] for i, (leaf, contribution) in pairs.items()}
+    return [arriving.get(i, torch.zeros_like(part.value)) for i, part in enumerate(parts)]  # a zero part adds nothing
 
 
 def _along_channels(operation: Operation, bias: Tensor, like: Tensor) -> Tensor:
