@@ -99,6 +99,27 @@ class _CaseInput:
     """What the records of all its maps share."""
 
 
+class _CaseModel(Model):
+    """The network with one case's further inputs.
+
+    Where it sees whole images, a further input of batch length 1 is repeated for each image of a batch, as the network
+    expects; under a sliding window it is passed as it is, as MONAI does.
+    """
+
+    repeats = False
+
+    def __call__(self, x: Tensor, **more: Any) -> Tensor:
+        if not self.repeats:
+            return super().__call__(x, **more)
+        args, kwargs = self.args, self.kwargs
+        self.args = tuple(_repeated(v, len(x)) for v in args)
+        self.kwargs = {k: _repeated(v, len(x)) for k, v in kwargs.items()}
+        try:
+            return super().__call__(x, **more)
+        finally:
+            self.args, self.kwargs = args, kwargs
+
+
 @dataclass
 class _Bound:
     """A target and one of its scores, or the error that binding it gave."""
@@ -290,6 +311,7 @@ class Explainer:
         notes = [str(w.message) for w in caught]
         for text in notes:
             logger.warning(text)
+        model.repeats = plan.whole
         if plan.whole and type(self.inferer).__name__ != "SimpleInferer":
             model.inferer = self.inferer
         prediction = self._prediction(case, image, model)
@@ -325,7 +347,7 @@ class Explainer:
                     monitor=Monitor(),
                     condition=None if case.condition is None else case.condition.to(self.volume_device, model.dtype),
                 )
-            objective.window_batch = self.window_batch or self._window_batch(plan, case)
+            objective.window_batch = self.window_batch or (4 if plan.whole else plan.batch_size)
             if not _shares(together[0]):  # else its sweep compares
                 with self._modes(), frozen(self.network):
                     objective.sweep([_Blend()])
@@ -432,8 +454,8 @@ class Explainer:
 
     # -- parts --------------------------------------------------------------------------------------------------
 
-    def _model(self, channels: dict[str, int], case: _CaseInput) -> Model:
-        return Model(
+    def _model(self, channels: dict[str, int], case: _CaseInput) -> _CaseModel:
+        return _CaseModel(
             self.network,
             self.device,
             output=self.output,
@@ -443,13 +465,6 @@ class Explainer:
             args=[_to(a, self.device) for a in case.args],
             kwargs={k: _to(v, self.device) for k, v in case.kwargs.items()},
         )
-
-    @staticmethod
-    def _window_batch(plan: WindowPlan, case: _CaseInput) -> int:
-        """Windows a pass. Further inputs of a case have batch length 1, which only one whole image matches for sure."""
-        if not plan.whole:
-            return plan.batch_size
-        return 1 if any(isinstance(v, Tensor) for v in (*case.args, *case.kwargs.values())) else 4
 
     @contextmanager
     def _modes(self) -> Iterator[None]:
@@ -681,6 +696,11 @@ def _sha256(values: Tensor, *more: Any) -> str:
 def _of_case(value: Any, index: int, n: int) -> Any:
     """What of a further input belongs to one case of n."""
     return value[index : index + 1] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
+
+
+def _repeated(value: Any, n: int) -> Any:
+    repeats = isinstance(value, Tensor) and value.ndim and len(value) == 1
+    return value.expand(n, *value.shape[1:]) if repeats else value
 
 
 def _to(value: Any, device: torch.device) -> Any:

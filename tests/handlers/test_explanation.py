@@ -1,0 +1,456 @@
+"""The handler on MONAI's engines: it takes what it needs from them and leaves them as they were."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.data import DataLoader, Dataset
+from monai.engines import EnsembleEvaluator, SupervisedEvaluator, SupervisedTrainer
+from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.transforms import (
+    Activationsd,
+    Compose,
+    CropForegroundd,
+    EnsureChannelFirstd,
+    Invertd,
+    LoadImaged,
+    SaveImaged,
+    Spacingd,
+)
+from monai.utils import ForwardMode
+from torch import Tensor, nn
+
+from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.handlers import ExplanationHandler
+from esegeta_monai.handlers.cases import CaseNames, files_of
+from esegeta_monai.network import weights_hash
+from tests.bundle import oblique
+
+CORNER = "Box(class_index=1, start=(0, 0, 0), stop=(2, 2, 2))"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Small(nn.Module):
+    """Two convolutions around a batch norm (whose statistics training would change); extras shift the logits."""
+
+    def __init__(self, classes: int = 2, returns: str = "tensor") -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.first, self.norm = nn.Conv3d(1, 4, 3, padding=1), nn.BatchNorm3d(4)
+            self.last, self.returns = nn.Conv3d(4, classes, 3, padding=1), returns
+
+    def forward(self, x: Tensor, shift: Tensor | None = None, *, factor: Tensor | float = 1.0) -> Any:
+        out = self.last(torch.relu(self.norm(self.first(x))))
+        if shift is not None:  # one a case: (B, 1, 1, 1, 1), with the batch length of x
+            assert len(shift) == len(x)
+            out = out + shift
+        out = out * factor
+        return {"tensor": out, "tuple": (out, out.mean()), "dict": {"pred": out, "features": x}}[self.returns]
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> list[Path]:
+    return [oblique.write_scan(tmp_path / "scans" / f"{name}.nii.gz", i) for i, name in enumerate(("alpha", "beta"))]
+
+
+def preprocessing() -> Compose:
+    return Compose([LoadImaged("image"), EnsureChannelFirstd("image"), Spacingd("image", (2.0, 2.0, 2.0)),
+                    CropForegroundd("image", source_key="image", allow_smaller=True)])  # fmt: skip
+
+
+def loader(scans: list[Path], batch_size: int = 1, **more: Any) -> DataLoader:
+    items = [{"image": str(s), **{k: v[i] for k, v in more.items()}} for i, s in enumerate(scans)]
+    return DataLoader(Dataset(items, preprocessing()), batch_size=batch_size, num_workers=0)
+
+
+def prepare(batch: Mapping[str, Any], *_: Any, **__: Any) -> tuple[Any, Any]:
+    return batch["image"], None
+
+
+def evaluator(scans: list[Path], network: nn.Module, **options: Any) -> SupervisedEvaluator:
+    options = {"inferer": SlidingWindowInferer((8, 8, 8), 2, 0.25, "gaussian"), "prepare_batch": prepare, **options}
+    options.setdefault("val_data_loader", loader(scans))
+    return SupervisedEvaluator(torch.device("cpu"), network=network, **options)
+
+
+def handler(output: Path | str, **options: Any) -> ExplanationHandler:
+    options = {"methods": "Saliency", "targets": "MultiClassMask(1)", "pictures": False, **options}
+    return ExplanationHandler(output_dir=output, **options)
+
+
+def statuses(output: Path) -> dict[tuple[str, str], str]:
+    entries = json.loads((output / "run.json").read_text())["results"]
+    return {(r["case"], r["method"]): r["status"] for r in entries}
+
+
+def records(output: Path) -> dict[str, dict[str, Any]]:
+    found = [json.loads(p.read_text()) for p in sorted(output.rglob("*_attr.json"))]
+    return {f"{r['case']} {r['method']}": r for r in found}
+
+
+def maps(output: Path) -> dict[str, np.ndarray]:
+    return {p.name: np.asarray(nib.load(p).dataobj) for p in sorted(output.rglob("*_attr.nii.gz"))}
+
+
+def state(network: nn.Module) -> list[Any]:
+    """All that the handler could have left behind."""
+    return [
+        weights_hash(network),
+        [(name, m.training, len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+         for name, m in network.named_modules()],
+        [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in network.parameters()],
+    ]  # fmt: skip
+
+
+# ---- what it takes from the engine -------------------------------------------------------------------------------
+
+
+def test_output_layout_and_sigmoid_are_the_engines(scans: list[Path], tmp_path: Path) -> None:
+    """MONAI's engine keeps its postprocessing in a closure only; the handler finds it there."""
+    data = loader(scans)
+    pre = data.dataset.transform
+    post = Compose(
+        [
+            Activationsd("pred", sigmoid=True),
+            Compose([Invertd("pred", pre, "image", nearest_interp=False)]),
+            SaveImaged("pred", output_dir=tmp_path / "out", output_postfix="seg", output_ext=".nii",
+                       separate_folder=False, resample=False, print_log=False),
+        ]
+    )  # fmt: skip
+    engine = evaluator(scans, Small(), postprocessing=post, val_data_loader=data)
+    explain = ExplanationHandler(methods="Saliency", pictures=False)
+    explain.attach(engine)
+    engine.run()
+    assert explain.targets is not None
+    assert explain.targets[0].parameters["activation"] == "sigmoid"
+    names = sorted(p.name for p in (tmp_path / "out").iterdir() if p.suffix == ".nii")
+    assert names == [
+        "alpha_MultiClassMask-class0_Saliency_attr.nii",
+        "alpha_MultiClassMask-class1_Saliency_attr.nii",
+        "alpha_seg.nii",
+        "beta_MultiClassMask-class0_Saliency_attr.nii",
+        "beta_MultiClassMask-class1_Saliency_attr.nii",
+        "beta_seg.nii",
+    ]
+
+
+def test_sigmoid_of_another_key_does_not_count(scans: list[Path], tmp_path: Path) -> None:
+    post = Compose([Activationsd(["other", "pred"], sigmoid=[True, False], allow_missing_keys=True)])
+    engine = evaluator(scans[:1], Small(), postprocessing=post)
+    explain = handler(tmp_path, targets=None)
+    explain.attach(engine)
+    engine.run()
+    assert explain.targets is not None
+    assert explain.targets[0].parameters["activation"] == "auto"
+
+
+def test_nowhere_to_write_is_said_before_any_work(scans: list[Path]) -> None:
+    engine = evaluator(scans, Small())
+    ExplanationHandler(methods="Saliency").attach(engine)
+    with pytest.raises(UsageError, match="give output_dir"):
+        engine.run()
+    assert engine.state.iteration == 0
+
+
+def test_engines_without_one_network_are_refused(scans: list[Path], tmp_path: Path) -> None:
+    engine = EnsembleEvaluator(
+        torch.device("cpu"), loader(scans), [Small(), Small()], ["a", "b"], prepare_batch=prepare
+    )
+    handler(tmp_path).attach(engine)
+    with pytest.raises(UsageError, match="EnsembleEvaluator has no single network"):
+        engine.run()
+
+
+def test_half_precision_is_refused_before_any_work(scans: list[Path], tmp_path: Path) -> None:
+    engine = evaluator(scans, Small().half())
+    handler(tmp_path).attach(engine)
+    with pytest.raises(NetworkError, match=r"network\.float\(\)"):
+        engine.run()
+    assert engine.state.iteration == 0
+
+
+@pytest.mark.parametrize("returns", ["tuple", "dict"])
+def test_networks_with_several_outputs(scans: list[Path], tmp_path: Path, returns: str) -> None:
+    """The same numbers as with a tensor, as the first output (or "pred") is the same."""
+    found = {}
+    for kind in ("tensor", returns):
+        engine = evaluator(scans[:1], Small(returns=kind), inferer=SimpleInferer(), decollate=False)
+        handler(tmp_path / kind).attach(engine)
+        engine.run()
+        (found[kind],) = maps(tmp_path / kind).values()
+    np.testing.assert_array_equal(found[returns], found["tensor"])
+
+
+def test_network_of_one_channel(scans: list[Path], tmp_path: Path) -> None:
+    network = Small(classes=1)
+    engine = evaluator(scans[:1], network)
+    handler(tmp_path, targets=None).attach(engine)
+    engine.run()
+    (record,) = records(tmp_path).values()
+    assert record["status"] == "ok"
+    above = (engine.state.output[0]["pred"] > 0).sum().item()
+    assert record["target_voxels"] == above > 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("sliding", [False, True])
+def test_further_inputs_come_from_prepare_batch(
+    scans: list[Path], tmp_path: Path, batch_size: int, sliding: bool
+) -> None:
+    """args and kwargs of a 4-tuple reach the network case by case, and matter."""
+
+    def with_more(batch: Mapping[str, Any], *_: Any, **__: Any) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
+        shift = batch["shift"].float().reshape(-1, 1, 1, 1, 1)
+        return batch["image"], None, () if sliding else (shift,), {"factor": torch.tensor(2.0)}
+
+    data = loader(scans, batch_size, shift=[0.5, -0.5])
+    inferer = SlidingWindowInferer((8, 8, 8), 2, 0.25) if sliding else SimpleInferer()
+    engine = evaluator(scans, Small(), val_data_loader=data, prepare_batch=with_more, inferer=inferer)
+    handler(tmp_path, methods=["Saliency", "IntegratedGradients(n_steps=4)"]).attach(engine)
+    engine.run()
+    found = records(tmp_path)
+    assert {r["status"] for r in found.values()} == {"ok"}
+    assert len(found) == 4
+    network = Small().eval()
+    for i, case in enumerate(("alpha", "beta")):
+        image = data.dataset[i]["image"].as_tensor()[None].requires_grad_(True)
+        shift = torch.full((1, 1, 1, 1, 1), (0.5, -0.5)[i])
+        out = inferer(image, network, factor=2.0) if sliding else network(image, shift, factor=2.0)
+        score = out[0, 1][out[0].argmax(0) == 1].sum()
+        assert found[f"{case} Saliency"]["value"] == pytest.approx(float(score), rel=1e-5)
+        (gradient,) = torch.autograd.grad(score, image)
+        assert found[f"{case} Saliency"]["sum"] == pytest.approx(float(gradient.abs().sum()), rel=1e-4)
+
+
+def wrapped_in_ddp(network: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(network)
+
+
+def compiled(network: nn.Module) -> nn.Module:
+    return torch.compile(network, backend="eager")  # type: ignore[return-value]
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Any:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [wrapped_in_ddp, compiled])
+def test_wrapped_networks_are_unwrapped(
+    scans: list[Path], tmp_path: Path, process_group: None, wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    plain = Small()
+    wrapped = wrap(plain)
+    for network, name in ((plain, "plain"), (wrapped, "wrapped")):
+        engine = evaluator(scans[:1], network)
+        handler(tmp_path / name, methods=["Saliency", "LayerActivation(layer='first')"]).attach(engine)
+        engine.run()
+    assert set(statuses(tmp_path / "wrapped").values()) == {"ok"}
+    for name, values in maps(tmp_path / "plain").items():
+        np.testing.assert_array_equal(maps(tmp_path / "wrapped")[name], values)
+
+
+def test_the_engines_own_compile(scans: list[Path], tmp_path: Path) -> None:
+    """SupervisedEvaluator(compile=True) takes the metadata off and puts it back without the mark of a batch."""
+    engine = evaluator(scans[:1], Small(), compile=True, compile_kwargs={"backend": "eager"}, inferer=SimpleInferer())
+    handler(tmp_path).attach(engine)
+    engine.run()
+    assert statuses(tmp_path) == {("alpha", "Saliency"): "ok"}
+
+
+# ---- what it leaves ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("methods", ["Saliency,GradCam", "GradCam(layer='nowhere'),Saliency"])
+def test_the_network_leaves_as_it_came(scans: list[Path], tmp_path: Path, methods: str) -> None:
+    network = Small()
+    network.first.requires_grad_(False)
+    network.last.weight.grad = torch.ones_like(network.last.weight)
+    handle = network.first.register_forward_hook(lambda *_: None)
+    torch.manual_seed(0)
+    evaluator(scans, network).run()
+    before, random = state(network), torch.random.get_rng_state()  # data loaders draw from it themselves
+    engine = evaluator(scans, network)
+    handler(tmp_path, methods=methods).attach(engine)
+    torch.manual_seed(0)
+    engine.run()
+    after = state(network)
+    assert after[:2] == before[:2]
+    for (flag, grad), (flag2, grad2) in zip(before[2], after[2]):
+        assert flag == flag2
+        assert (grad is None and grad2 is None) or torch.equal(grad, grad2)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    handle.remove()
+
+
+def trainer(scans: list[Path], network: nn.Module, epochs: int) -> SupervisedTrainer:
+    def with_label(batch: Mapping[str, Any], *_: Any, **__: Any) -> tuple[Any, Any]:
+        return batch["image"], (batch["image"] > 1).float()
+
+    return SupervisedTrainer(
+        torch.device("cpu"), epochs, loader(scans, 1), network, torch.optim.SGD(network.parameters(), 0.05),
+        lambda out, label: ((out[:, 1:] - label) ** 2), prepare_batch=with_label,
+    )  # fmt: skip
+
+
+def test_training_goes_the_same_way_with_the_handler(scans: list[Path], tmp_path: Path) -> None:
+    """Weights bit-equal after three epochs, batch-norm statistics included; maps of the first and third epoch."""
+    finals, engines = [], []
+    for explained in (False, True):
+        torch.manual_seed(0)
+        network = Small()
+        engine = trainer(scans, network, 3)
+        if explained:
+            folder = f"{tmp_path}/epoch{{epoch:02d}}"
+            handler(folder, epochs=2, targets=CORNER).attach(engine)
+        engine.run()
+        finals.append(weights_hash(network))
+        engines.append(engine)
+    assert finals[0] == finals[1] != weights_hash(Small())
+    assert engines[1].network.training
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("epoch")) == ["epoch01", "epoch03"]
+    first, third = records(tmp_path / "epoch01"), records(tmp_path / "epoch03")
+    assert set(first) == set(third) == {"alpha Saliency", "beta Saliency"}
+    hashes = [r["weights_sha256"] for r in (*first.values(), *third.values())]
+    assert len(set(hashes)) == 4  # each iteration has its own weights
+
+
+def test_on_a_trainer_the_network_is_explained_in_evaluation_mode(scans: list[Path], tmp_path: Path) -> None:
+    """The engine's prediction comes from batch statistics; the explained one must not."""
+    network = Small()
+    engine = trainer(scans[:1], network, 1)
+    handler(tmp_path, targets=CORNER).attach(engine)
+    image = loader(scans).dataset[0]["image"].as_tensor()[None]
+    with torch.no_grad():
+        same = Small().train()
+        in_training = float(same(image)[0, 1, :2, :2, :2].sum())  # moves the statistics, as the engine's pass does
+        expected = float(same.eval()(image)[0, 1, :2, :2, :2].sum())
+    engine.run()
+    (record,) = records(tmp_path).values()
+    assert abs(expected - in_training) > 0.01
+    assert record["value"] == pytest.approx(expected, rel=1e-5)
+    assert record["blend_deviation"] < 1e-6
+
+
+def test_a_validating_evaluator_explains_the_weights_of_its_epoch(scans: list[Path], tmp_path: Path) -> None:
+    """The same handler in several runs: new weights are never taken for finished."""
+    network = Small()
+    engine = evaluator(scans[:1], network)
+    handler(tmp_path).attach(engine)
+    values = []
+    for epoch, status in ((1, "ok"), (2, "skipped"), (3, "ok")):
+        if epoch == 3:
+            with torch.no_grad():
+                network.last.weight.mul_(1.5)
+        engine.run(global_epoch=epoch)
+        assert statuses(tmp_path) == {("alpha", "Saliency"): status}
+        values.append(records(tmp_path)["alpha Saliency"]["value"])
+    assert values[0] == values[1] != values[2]
+
+
+def test_evaluators_in_train_mode_are_not_believed(scans: list[Path], tmp_path: Path) -> None:
+    engine = evaluator(scans[:1], Small(), mode=ForwardMode.TRAIN)
+    handler(tmp_path).attach(engine)
+    engine.run()
+    (record,) = records(tmp_path).values()
+    assert record["blend_deviation"] < 1e-6
+
+
+def test_failures_go_to_run_json_and_the_log(
+    scans: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = evaluator(scans, Small())
+    handler(tmp_path, methods="GradCam(layer='nowhere'),Saliency", name="my.logger").attach(engine)
+    with caplog.at_level(logging.INFO):
+        engine.run()
+    assert statuses(tmp_path)["alpha", "GradCam"] == "failed"
+    assert statuses(tmp_path)["beta", "Saliency"] == "ok"
+    (last,) = [r for r in caplog.records if r.name == "my.logger"]
+    assert "2 failed, 2 ok" in last.getMessage()
+    assert json.loads((tmp_path / "run.json").read_text())["finished"]
+
+
+def test_a_label_in_the_batch_can_be_a_target(scans: list[Path], tmp_path: Path) -> None:
+    class WithLabel(Dataset):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            item = dict(super().__getitem__(index))
+            item["label"] = (item["image"] > 1.2).float()
+            return item
+
+    data = DataLoader(WithLabel([{"image": str(s)} for s in scans], preprocessing()), batch_size=2)
+    engine = evaluator(scans, Small(), val_data_loader=data)
+    handler(tmp_path, targets="LabelMask('label', 1, class_index=1)").attach(engine)
+    engine.run()
+    voxels = {r["case"]: r["target_voxels"] for r in records(tmp_path).values()}
+    expected = {c: int((data.dataset[i]["image"] > 1.2).sum()) for i, c in enumerate(("alpha", "beta"))}
+    assert voxels == expected
+
+
+# ---- names -------------------------------------------------------------------------------------------------------
+
+
+def test_names_do_not_depend_on_the_order() -> None:
+    files = ["/study/a/T1.nii.gz", "/study/b/T1.nii.gz", "/study/b/T2.nii.gz", "/study/b/T1.nii"]
+    first, second = CaseNames(files), CaseNames(files[::-1])
+    assert {f: first[f] for f in files[:1] + files[2:3]} == {files[0]: "a-T1", files[2]: "T2"}
+    for names in (first, second):
+        found = [names[f] for f in files]
+        assert len({n.casefold() for n in found}) == len(files)
+    assert first[files[0]] == second[files[0]]
+
+
+def test_names_that_differ_in_case_or_punctuation_stay_apart() -> None:
+    names = CaseNames()
+    found = [names[f"/x/{n}.nii"] for n in ("Scan 1", "scan-1", "scan_1")]
+    assert len({n.casefold() for n in found}) == 3
+    assert found[0] == "Scan 1"
+    assert found[1] != "scan-1"  # its file would be that of "Scan 1" where upper case does not count
+
+
+def test_names_below_a_root_have_their_folders() -> None:
+    assert CaseNames(root="/study")["/study/p1/day2/T1.nii.gz"] == "p1-day2-T1"
+
+
+def test_files_of_reads_lists_of_dictionaries_only(scans: list[Path]) -> None:
+    assert files_of(loader(scans), "image") == [os.fspath(s) for s in scans]
+    assert files_of(DataLoader(Dataset([{"image": [str(s) for s in scans]}])), "image") == [str(scans[0])]
+    assert files_of(DataLoader(Dataset([torch.zeros(1)])), "image") == []
+    assert files_of([{"image": "a"}], "image") == []
+
+
+def test_images_without_files_are_numbered(tmp_path: Path) -> None:
+    data = DataLoader(Dataset([{"image": torch.rand(1, 8, 8, 8)} for _ in range(3)]), batch_size=2)
+    engine = evaluator([], Small(), val_data_loader=data)
+    handler(tmp_path, targets=CORNER).attach(engine)
+    engine.run()
+    assert [case for case, _ in statuses(tmp_path)] == ["iteration1_0", "iteration1_1", "iteration2_0"]
+
+
+def test_crops_of_one_scan_do_not_overwrite_each_other(scans: list[Path], tmp_path: Path) -> None:
+    data = loader([scans[0], scans[0]], batch_size=2)
+    engine = evaluator(scans, Small(), val_data_loader=data)
+    handler(tmp_path).attach(engine)
+    engine.run()
+    assert [case for case, _ in statuses(tmp_path)] == ["alpha-sample1", "alpha-sample2"]
+
+
+@pytest.mark.parametrize("option", [{"epochs": 0}, {"overwrite": "perhaps"}, {"methods": "Salience"}])
+def test_wrong_options_are_said_at_construction(tmp_path: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        handler(tmp_path, **option)
