@@ -25,13 +25,13 @@ _ELEMENTWISE = ("add", "sub", "rsub", "mul", "div", "neg")
 @dataclass(frozen=True)
 class _Curve:
     start: Tensor
-    version: int
+    versions: tuple[int, int]  # of the start and of the result: a later write in place to either ends the curve
     function: Callable[[Tensor], Tensor]
 
 
 def _curve_of(tensor: Tensor) -> _Curve | None:
     curve: _Curve | None = getattr(tensor, _CURVE, None)
-    return curve if curve is not None and curve.start._version == curve.version else None
+    return curve if curve is not None and (curve.start._version, tensor._version) == curve.versions else None
 
 
 def remember(operation: Operation, operands: tuple[Tensor, ...], result: Any) -> None:
@@ -46,13 +46,15 @@ def remember(operation: Operation, operands: tuple[Tensor, ...], result: Any) ->
     if not linear and operation.kind not in (Kind.ACTIVATION, Kind.UNIVARIATE):
         return
     before = _curve_of(operands[0])
-    step = operation.function
-    if before is None:
-        curve = _Curve(operands[0], operands[0]._version, step)
-    else:
-        earlier = before.function
-        curve = _Curve(before.start, before.version, lambda x: step(earlier(x)))
-    setattr(result, _CURVE, curve)
+    start = operands[0]
+    function: Callable[..., Any] = operation.function
+    if before is not None:
+        start, function = before.start, _after(before.function, operation.function)
+    setattr(result, _CURVE, _Curve(start, (start._version, result._version), function))
+
+
+def _after(first: Callable[[Tensor], Tensor], second: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x: second(first(x))
 
 
 def joined(operation: Operation, operands: tuple[Tensor, ...]) -> tuple[Operation, tuple[Tensor, ...]]:

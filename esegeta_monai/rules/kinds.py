@@ -48,7 +48,7 @@ CUTS = _words(
 )
 _MOVE = _words(
     """view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze permute transpose movedim
-    t T mT adjoint expand expand_as repeat tile repeat_interleave broadcast_to broadcast_tensors contiguous clone alias
+    t T mT adjoint expand expand_as repeat tile repeat_interleave broadcast_to broadcast_tensors contiguous clone
     cat stack hstack vstack dstack column_stack chunk split split_with_sizes tensor_split unbind hsplit vsplit dsplit
     unsafe_chunk unsafe_split narrow select index_select getitem setitem gather take take_along_dim masked_select
     masked_fill where roll flip fliplr flipud rot90 diagonal diag diag_embed tril triu pad constant_pad_nd unfold_copy
@@ -59,7 +59,7 @@ _MOVE = _words(
 )
 _LINEAR = _words(
     """add sub rsub neg sum mean avg_pool adaptive_avg_pool interpolate upsample upsample_nearest upsample_bilinear
-    cumsum unfold fold index_add scatter_add trace sum_to_size im2col col2im"""
+    cumsum unfold fold index_add scatter_add trace sum_to_size"""
 )
 _CONVOLUTION = _words("conv conv_transpose")
 _ACTIVATION = _words(

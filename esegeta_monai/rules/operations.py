@@ -186,7 +186,7 @@ def map_tensors(visit: Callable[[Tensor], Any], value: Any) -> Any:
         return visit(value)
     if isinstance(value, tuple):
         items = [map_tensors(visit, item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, list):
         return [map_tensors(visit, item) for item in value]
     if isinstance(value, dict):
