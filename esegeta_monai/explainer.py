@@ -155,7 +155,7 @@ class Explainer:
             and the rest goes on.
 
     Raises:
-        NetworkError: half-precision weights, or a network on another device.
+        NetworkError: half-precision weights, a network on another device, or one built under ``inference_mode``.
 
     Example:
         >>> from esegeta_monai.methods import Saliency
@@ -187,6 +187,11 @@ class Explainer:
     ) -> None:
         self.network = unwrap(network)
         check_network(self.network)
+        if any(p.is_inference() for p in self.network.parameters()):
+            raise NetworkError(
+                "the network was built inside torch.inference_mode(), so its flags cannot be set and put back: build "
+                "it outside, or under torch.no_grad()"
+            )
         self.inferer = as_inferer(inferer)
         at = {p.device for p in self.network.parameters()}
         self.device = torch.device(device) if device is not None else next(iter(at), torch.device("cpu"))

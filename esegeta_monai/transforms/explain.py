@@ -77,15 +77,14 @@ class Explain(Transform):
         self.methods = METHODS.create_all(methods)
         self.targets: list[Target] = [PredictedClasses()] if targets is None else TARGETS.create_all(targets)
         self.explainer = Explainer(network, inferer, device, amp, **explainer)
-        self._methods = dict(zip(map(id, self.methods), distinct_names(self.methods)))
-        self._targets = dict(zip(map(id, self.targets), distinct_names(self.targets)))
-        check_clashes([], self._targets.values(), self._methods.values())
+        self._method_names, self._target_names = distinct_names(self.methods), distinct_names(self.targets)
+        check_clashes([], self._target_names, self._method_names)
 
     @property
     def names(self) -> list[str]:
         """The names of the maps, targets outermost; without those that only a prediction tells."""
-        fixed = [t for t in self.targets if not _several(t)]
-        return [f"{self._targets[id(t)]}_{self._methods[id(m)]}" for t in fixed for m in self.methods]
+        fixed = [name for name, target in zip(self._target_names, self.targets) if not _several(target)]
+        return [f"{target}_{method}" for target in fixed for method in self._method_names]
 
     def __call__(
         self, image: torch.Tensor, case: Mapping[Hashable, Any] | None = None, prediction: torch.Tensor | None = None
@@ -113,10 +112,12 @@ class Explain(Transform):
         return found
 
     def _name(self, attribution: Attribution) -> str:
-        target = self._targets[id(attribution.target)]
+        # by identity, and by position rather than by id(): the transform may have been pickled for a worker
+        target = next(n for n, t in zip(self._target_names, self.targets) if t is attribution.target)
+        method = next(n for n, m in zip(self._method_names, self.methods) if m is attribution.method)
         if _several(attribution.target) and attribution.record["class_name"] is not None:
             target = f"{target}-{safe_name(attribution.record['class_name'])}"
-        return f"{target}_{self._methods[id(attribution.method)]}"
+        return f"{target}_{method}"
 
     def _refuse_forked_cuda(self) -> None:
         devices = {self.explainer.device.type, self.explainer.volume_device.type}
