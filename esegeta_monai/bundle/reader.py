@@ -182,7 +182,7 @@ class BundleReader:
             return str(CommonKeys.IMAGE)
         if keys:
             return str(keys[0])
-        raise self._lacks("image_key", ("image_key", "LoadImaged in preprocessing"), "image_key image")
+        raise self._lacks("image_key", ("image_key", "LoadImaged in preprocessing"), "image_key=image")
 
     @cached_property
     def output_dir(self) -> Path:
@@ -231,7 +231,7 @@ class BundleReader:
         """
         found = self._find(part)
         if found is None:
-            raise self._lacks(part, _IDS[part], f"{part} '@id_of_yours'")
+            raise self._lacks(part, _IDS[part], f"{part}=@id_of_yours")
         seen = {found}
         while isinstance(value := self.parser[found], str) and value.startswith("@") and value[1:] in self.parser:
             found = value[1:]
@@ -255,7 +255,7 @@ class BundleReader:
             NetworkError: building it failed; the message has the cause and the override that helps.
         """
         if key not in self.parser:
-            raise self._lacks(key, (key,), f"{key.replace('::', '#')} VALUE")
+            raise self._lacks(key, (key,), f"{key.replace('::', '#')}=VALUE")
         with self.importable():
             try:
                 value = self.parser.get_parsed_content(key)
@@ -263,7 +263,8 @@ class BundleReader:
                 parts = [name for name in sorted(references(self.parser, key)) if self._is_built(name)] or [key]
                 raise NetworkError(
                     f"'{key}' of {self._files} cannot be built: {_cause(error)}; install what is missing, or override "
-                    f"{' or '.join(parts[:4])}, whole or in part, on the command line --{parts[0]}#ARGUMENT VALUE"
+                    f"{' or '.join(parts[:4])}, whole or in part, on the command line "
+                    f"--override {parts[0]}#ARGUMENT=VALUE"
                 ) from error
         return getattr(value, "_raw", value)
 
@@ -277,7 +278,7 @@ class BundleReader:
                 names = ", ".join(sorted(file.name for file in (self.bundle_dir / "configs").glob("*.*"))) or "none"
                 raise UsageError(
                     f"{self.bundle_dir} has no configs/inference.json, .yaml or .yml; name the config to use with "
-                    f"config_files (--config_file), there are: {names}"
+                    f"config_files (--config FILE), there are: {names}"
                 )
             return (found,)
         listed = [given] if isinstance(given, (str, Path)) else list(given)
@@ -372,7 +373,7 @@ class BundleReader:
     def _lacks(self, part: str, ids: Sequence[str], override: str) -> UsageError:
         return UsageError(
             f"bundle {self.name!r} has no {part}: {self._files} has none of the ids {', '.join(ids)}; say which one to "
-            f"use with overrides, on the command line --{override}"
+            f"use with overrides, on the command line --override {override}"
         )
 
 

@@ -92,6 +92,8 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
         UsageError: naming the folder and the reason.
     """
     folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"cannot write {folder}: it is a file, not a folder; choose another output folder")
     probe = folder / f".tmp-{uuid.uuid4().hex[:8]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

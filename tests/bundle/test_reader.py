@@ -315,9 +315,9 @@ def test_sys_path_and_modules_are_restored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "config", "message"),
     [
-        ("network", {"inferer": 1}, r"no network: configs/inference\.json has none of .*network_def.* --network"),
-        ("inferer", {"network_def": 1}, r"no inferer: .*evaluator::inferer, inferer.* --inferer '@id_of_yours'"),
-        ("preprocessing", {"evaluator": "$None"}, r"no preprocessing: .*--preprocessing"),
+        ("network", {"inferer": 1}, r"no network: configs/inference\.json has none of .*--override network="),
+        ("inferer", {"network_def": 1}, r"no inferer: .*evaluator::inferer, inferer.* --override inferer=@id_of_yours"),
+        ("preprocessing", {"evaluator": "$None"}, r"no preprocessing: .*--override preprocessing="),
         ("preprocessing", {"preprocessing": 5}, r"is a int, no transform"),
     ],
 )
@@ -329,7 +329,7 @@ def test_missing_id(tmp_path: Path, part: str, config: dict[str, Any], message: 
 
 def test_missing_image_key(tmp_path: Path) -> None:
     reader = BundleReader(write(tmp_path / "bundle", minimal(), metadata={}))
-    with pytest.raises(UsageError, match="--image_key image"):
+    with pytest.raises(UsageError, match="--override image_key=image"):
         _ = reader.image_key
 
 
@@ -341,7 +341,7 @@ def test_unknown_id(tmp_path: Path) -> None:
 def test_network_that_cannot_be_built(tmp_path: Path) -> None:
     config = minimal(network="$@network_def.to('cpu')")
     config["network_def"]["img_size"] = 3
-    with pytest.raises(NetworkError, match=r"TypeError: .*img_size.*override network_def.*--network_def#ARGUMENT"):
+    with pytest.raises(NetworkError, match=r"TypeError: .*img_size.*override network_def.*--override network_def#ARG"):
         _ = BundleReader(write(tmp_path / "bundle", config)).network
 
 
@@ -417,7 +417,7 @@ def test_no_such_folder_or_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         BundleReader(tmp_path / "absent")
     folder = write(tmp_path / "bundle", minimal(), name="predict.json")
-    with pytest.raises(UsageError, match=r"no configs/inference\.json.*--config_file.*metadata\.json, predict\.json"):
+    with pytest.raises(UsageError, match=r"no configs/inference\.json.*--config FILE.*metadata\.json, predict\.json"):
         BundleReader(folder)
     with pytest.raises(UsageError, match=r"no config file configs/other\.json"):
         BundleReader(folder, "configs/other.json")
