@@ -251,10 +251,20 @@ def class_mask(prediction: Tensor, index: int, activation: Activation) -> Tensor
 
 
 def otsu(values: Tensor) -> float:
-    """Otsu's threshold: the cut that maximises the variance between the two groups (Otsu 1979, 256 bins)."""
-    from skimage.filters import threshold_otsu
+    """Otsu's threshold: the cut that maximises the variance between the two groups (Otsu 1979), without bins.
 
-    array = values.detach().float().cpu().numpy()
-    if array.min() == array.max():
+    Raises:
+        TargetError: all values are equal.
+
+    >>> otsu(torch.tensor([0.0, 1.0, 9.0, 10.0]))
+    5.0
+    """
+    ordered = values.detach().double().flatten().sort().values
+    cuts = torch.nonzero(ordered[1:] > ordered[:-1]).flatten()
+    if not len(cuts):
         raise TargetError("threshold='otsu': all values of the channel are equal, so no threshold parts them")
-    return float(threshold_otsu(array))
+    below, sums = (cuts + 1).double(), ordered.cumsum(0)
+    above = len(ordered) - below
+    between = below * above * (sums[cuts] / below - (sums[-1] - sums[cuts]) / above) ** 2
+    best = cuts[between.argmax()]
+    return float((ordered[best] + ordered[best + 1]) / 2)
