@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import subprocess
@@ -17,7 +18,7 @@ from monai.inferers import SlidingWindowInferer
 import esegeta_monai
 from esegeta_monai import Explainer
 from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.cli import main
+from esegeta_monai.cli import build_parser, main
 from esegeta_monai.commands import demo, explain
 from esegeta_monai.commands.cases import Preprocessor, ScanCase, by_channel, find_cases
 from esegeta_monai.commands.log import RunLog
@@ -454,3 +455,13 @@ def test_the_demo_s_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     pictures = list(out.rglob("*.png"))
     assert f"{len(pictures)} pictures" in text
     assert str(out / demo.CASE) in text
+
+
+def test_the_documentation_has_every_command_and_option() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    (commands,) = [a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    for name, parser in commands.choices.items():
+        assert f"`{name}" in text
+        for action in parser._actions:
+            if action.option_strings and "--help" not in action.option_strings:
+                assert any(option in text for option in action.option_strings if option.startswith("--")), action
