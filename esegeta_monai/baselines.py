@@ -114,7 +114,7 @@ class Blur(Baseline):
     name: str | None = field(default=None, kw_only=True)
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
-        self.used_sigma = self.sigma or min(r for r in objective.plan.roi if r > 1) / 8
+        self.used_sigma = min(r for r in objective.plan.roi if r > 1) / 8 if self.sigma is None else self.sigma
         blurred = gaussian_blur(objective.image, self.used_sigma)
         return blurred + noise_like(objective.image, self.std, generator) if self.std else blurred
 

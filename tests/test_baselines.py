@@ -60,6 +60,7 @@ def test_blur_is_a_gaussian_in_voxels():
     found = draw("blur(sigma=1.5)")
     for mine, channel in zip(found, image()):
         assert_equal(mine, torch.from_numpy(gaussian_filter(channel.numpy(), 1.5, mode="nearest")), 1e-12)
+    assert torch.equal(draw("blur(sigma=0)"), image())
     assert baseline_for("blur").record()["sigma_voxels"] is None
     blur = baseline_for("blur")
     blur.draw(case(), torch.Generator())

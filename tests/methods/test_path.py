@@ -91,7 +91,7 @@ def test_quadrature_weights_sum_to_one_and_nodes_lie_on_the_path(rule, n):
 
 
 # (network, steps that 1e-3 takes at most, smallest gap that 64 fixed steps leave)
-ADAPTIVE = [("UNet_batch", 400), ("UNet_instance", 400), ("UNETR", 200), ("ViT", 100)]
+ADAPTIVE = [("UNet_batch", 400), ("UNet_instance", 400), pytest.param("UNETR", 200, marks=pytest.mark.slow), ("ViT", 100)]
 
 
 @pytest.mark.parametrize(("name", "most"), ADAPTIVE)
