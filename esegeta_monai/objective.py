@@ -301,7 +301,7 @@ class Objective:
 
     def predict(self, points: Tensor) -> list[Tensor]:
         """The blended prediction at volumes (m, C, *spatial): for each score what it reads, (m, channels, *box)."""
-        blended = [self._new_prediction(s, len(points)) for s in self.scores]
+        blended = self.new_predictions(len(points))
 
         def run(batch: Batch) -> None:
             with torch.inference_mode():
@@ -318,6 +318,10 @@ class Objective:
             for score, rows, windows, total in zip(self.scores, self.rows, self.support, blended):
                 if w in windows:
                     self.grid.add(total[source], score.box, w, weighted[rows])
+
+    def new_predictions(self, m: int) -> list[Tensor]:
+        """Zeros for what each score reads of m predictions, (m, channels, *box): what `blend` adds into."""
+        return [self._new_prediction(s, m) for s in self.scores]
 
     def _new_prediction(self, score: Score, m: int) -> Tensor:
         shape = (m, len(score.channels), *(b.stop - b.start for b in score.box))
@@ -395,7 +399,7 @@ class Objective:
             r.begin(self)
         blended = None
         if self.prediction is not None and any(d is None for d in self.blend_deviation):
-            blended = [self._new_prediction(s, 1) for s in self.scores]
+            blended = self.new_predictions(1)
 
         def run(batch: Batch) -> None:
             seen = any(c is not None for c in batch.cotangents)

@@ -6,19 +6,24 @@ from esegeta_monai.methods.ablation import FeatureAblation, FeaturePermutation
 from esegeta_monai.methods.base import METHODS, Explained, Method, run, run_together
 from esegeta_monai.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, XGradCam
 from esegeta_monai.methods.cam_perturbation import AblationCam, ScoreCam
+from esegeta_monai.methods.deeplift import DeepLift, DeepLiftShap, LayerDeepLift, LayerDeepLiftShap
 from esegeta_monai.methods.extremal import ExtremalPerturbation
 from esegeta_monai.methods.gradient import GradTimesImage, InputXGradient, Saliency, VanillaBackprop
 from esegeta_monai.methods.guided import Deconvolution, GuidedBackprop
 from esegeta_monai.methods.guided_cam import GuidedGradCam
 from esegeta_monai.methods.layer import LayerActivation
+from esegeta_monai.methods.layer_gradient import LayerActivationGuidedBackprop, LayerGradCam, LayerGradientXActivation
+from esegeta_monai.methods.layer_path import InternalInfluence, LayerConductance, LayerIntegratedGradients
 from esegeta_monai.methods.lime import Lime
-from esegeta_monai.methods.noise import SmoothGrad
+from esegeta_monai.methods.linear import LinearApproximation
+from esegeta_monai.methods.noise import SmoothGrad, SmoothGradSquared, VarGrad
 from esegeta_monai.methods.occlusion import Occlusion
 from esegeta_monai.methods.path import IntegratedGradients
 from esegeta_monai.methods.pooled_cam import Cam
 from esegeta_monai.methods.relevance import LRP, ExcitationBackprop
 from esegeta_monai.methods.rise import Rise
 from esegeta_monai.methods.sensitivity import Hsic, Sobol
+from esegeta_monai.methods.shap import GradientShap, LayerGradientShap
 from esegeta_monai.methods.shapley import ChannelShapley, KernelShap, ShapleyValueSampling
 
 __all__ = [
@@ -28,6 +33,8 @@ __all__ = [
     "Cam",
     "ChannelShapley",
     "Deconvolution",
+    "DeepLift",
+    "DeepLiftShap",
     "EigenCam",
     "ExcitationBackprop",
     "Explained",
@@ -37,16 +44,27 @@ __all__ = [
     "GradCam",
     "GradCamPlusPlus",
     "GradTimesImage",
+    "GradientShap",
     "GuidedBackprop",
     "GuidedGradCam",
     "HiResCam",
     "Hsic",
     "InputXGradient",
     "IntegratedGradients",
+    "InternalInfluence",
     "KernelShap",
     "LayerActivation",
+    "LayerActivationGuidedBackprop",
     "LayerCam",
+    "LayerConductance",
+    "LayerDeepLift",
+    "LayerDeepLiftShap",
+    "LayerGradCam",
+    "LayerGradientShap",
+    "LayerGradientXActivation",
+    "LayerIntegratedGradients",
     "Lime",
+    "LinearApproximation",
     "Method",
     "Occlusion",
     "Rise",
@@ -54,8 +72,10 @@ __all__ = [
     "ScoreCam",
     "ShapleyValueSampling",
     "SmoothGrad",
+    "SmoothGradSquared",
     "Sobol",
     "VanillaBackprop",
+    "VarGrad",
     "XGradCam",
     "run",
     "run_together",

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from esegeta_monai.baselines import noise_like
@@ -13,7 +14,7 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS, Explained, Method, run
 from esegeta_monai.objective import Objective
 
-__all__ = ["SmoothGrad"]
+__all__ = ["SmoothGrad", "SmoothGradSquared", "VarGrad"]
 
 
 @dataclass(eq=False, repr=False)
@@ -78,3 +79,59 @@ class SmoothGrad(Method):
         for _ in range(self.n_samples):
             noisy = objective.image + noise_like(objective.image, self.std, generator)
             yield run(self.method, objective.at(noisy)).maps
+
+
+@dataclass(eq=False, repr=False)
+class SmoothGradSquared(SmoothGrad):
+    """The mean of the squares of a method's maps over noisy images: ``a = 1/n Σ_i A(x + ε_i)²`` (Hooker et al. 2019).
+
+    Squares are of the whole volume's maps.
+
+    Args:
+        method, n_samples, std: see `SmoothGrad`.
+    """
+
+    reference = "Hooker et al., NeurIPS 2019, arXiv:1806.10758"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.additive = False  # type: ignore[misc]
+
+    @property
+    def signed(self) -> bool:
+        return False
+
+    @property
+    def units(self) -> str:
+        return f"({self.method.units})²"
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        total: Tensor | None = None
+        for maps in self._samples(objective):
+            total = maps.square() if total is None else total + maps.square()
+        assert total is not None
+        return Explained(total / self.n_samples)
+
+
+@dataclass(eq=False, repr=False)
+class VarGrad(SmoothGradSquared):
+    """The variance of a method's maps over noisy images: ``a = 1/n Σ_i (A(x + ε_i) − Ā)²`` (Adebayo et al. 2018).
+
+    Args:
+        method, n_samples, std: see `SmoothGrad`.
+    """
+
+    reference = "Adebayo et al., ICLR workshop 2018, arXiv:1810.03307"
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial); updated sample by sample (Welford 1962), since E[A²] − E[A]² would cancel."""
+        mean: Tensor | None = None
+        for i, maps in enumerate(self._samples(objective)):
+            if mean is None:
+                mean, squares = maps.clone(), torch.zeros_like(maps)
+                continue
+            step = maps - mean
+            mean += step / (i + 1)
+            squares += step * (maps - mean)
+        return Explained(squares / self.n_samples)

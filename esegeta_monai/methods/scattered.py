@@ -74,6 +74,18 @@ class LayerSum:
         assert self.padding is not None
         self.padding += self.objective.add(self.maps, batch, wide.to(self.maps.dtype))
 
+    def scale(self, factor: float) -> None:
+        """Multiplies what has been added so far."""
+        if self.maps is not None and self.padding is not None:
+            self.maps *= factor
+            self.padding *= factor
+
+    def share(self, change: Tensor) -> list[float | None]:
+        """The sum, padding included, over a change of F (k,): what flows through the layer; None where F stays."""
+        maps, padding = self.result()
+        sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu() + padding.cpu()
+        return [float(s / c) if c != 0 else None for s, c in zip(sums, change.cpu())]
+
     def result(self) -> tuple[Tensor, Tensor]:
         """Maps (k, C or 1, *spatial), and what fell on constant padding (k,), float64."""
         if self.maps is None or self.padding is None:

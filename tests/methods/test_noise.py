@@ -7,13 +7,24 @@ import torch
 from captum.attr import NoiseTunnel
 from captum.attr import Saliency as CaptumSaliency
 from monai.inferers import SlidingWindowInferer
+from torch import nn
 
 from esegeta_monai.baselines import noise_like
 from esegeta_monai.errors import UsageError
-from esegeta_monai.methods import InputXGradient, IntegratedGradients, Occlusion, Saliency, SmoothGrad, run
+from esegeta_monai.methods import (
+    InputXGradient,
+    IntegratedGradients,
+    Occlusion,
+    Saliency,
+    SmoothGrad,
+    SmoothGradSquared,
+    VarGrad,
+    run,
+)
 from esegeta_monai.network import frozen
 from esegeta_monai.objective import Objective
-from esegeta_monai.targets import MultiClassMask, TargetWrapper, Voxel
+from esegeta_monai.targets import ClassScore, MultiClassMask, TargetWrapper, Voxel
+from tests.methods.whole import close, explain, objective_of
 from tests.test_objective import assert_equal, full_gradient, network, objective
 
 INFERER = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
@@ -125,3 +136,27 @@ def test_it_takes_after_the_method_inside():
 def test_bad_parameters(bad):
     with pytest.raises(UsageError):
         SmoothGrad(**bad)
+
+
+def test_squares_and_variance_of_the_samples_and_captum(monkeypatch):
+    """Against the samples themselves, and Captum's NoiseTunnel with the same noise."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(4 * 64, 3)).double().eval()
+    image = torch.randn(1, 8, 8, dtype=torch.float64)
+    o = objective_of(net, image, [ClassScore(1)])
+    samples = torch.stack(list(SmoothGrad(n_samples=6, std=0.3)._samples(o)))
+    squared = explain(SmoothGradSquared(n_samples=6, std=0.3), o).maps
+    variance = explain(VarGrad(n_samples=6, std=0.3), o).maps
+    close(squared, samples.square().mean(0))
+    close(variance, samples.var(0, unbiased=False))
+
+    generator = o.generator()
+    noise = torch.stack([noise_like(image, 0.3, generator) for _ in range(6)])
+    monkeypatch.setattr(torch, "normal", lambda mean, std: noise.clone())
+    tunnel = NoiseTunnel(CaptumSaliency(net))
+    given = {"nt_samples": 6, "stdevs": 0.3, "target": 1, "abs": False}
+    close(squared, tunnel.attribute(image[None], nt_type="smoothgrad_sq", **given).detach())
+    close(variance, tunnel.attribute(image[None], nt_type="vargrad", **given).detach(), 1e-9)
+    for method in (SmoothGradSquared("InputXGradient"), VarGrad("InputXGradient")):
+        assert not method.additive
+        assert not method.signed

@@ -1,0 +1,212 @@
+"""DeepLIFT: differences from a reference, passed back by finite-difference multipliers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import esegeta_monai.rules as rules
+from esegeta_monai.baselines import Baseline, baseline_for, describe_baseline
+from esegeta_monai.errors import UsageError
+from esegeta_monai.layers import check_layer
+from esegeta_monai.methods.base import Explained, Method, relative_gap
+from esegeta_monai.methods.layer_gradient import _LayerMethod
+from esegeta_monai.methods.scattered import LayerSum
+from esegeta_monai.network import find_layer
+from esegeta_monai.objective import Batch, Objective
+
+__all__ = ["DeepLift", "DeepLiftShap", "LayerDeepLift", "LayerDeepLiftShap"]
+
+
+@dataclass(eq=False, repr=False)
+class DeepLift(Method):
+    """``a = (x − x₀) · m`` with m the finite-difference multipliers, the rescale rule (Shrikumar et al. 2017).
+
+    Complete to rounding on every network: the sum of the map is ``F(x) − F(x₀)``. Activations, norms, attention and
+    pooling have exact difference formulas, see `esegeta_monai.rules.deep_lift`; a non-linear target enters by its own
+    multiplier over the two predictions.
+
+    Args:
+        baseline: x₀, see `esegeta_monai.baselines`.
+
+    Example:
+        >>> DeepLift(baseline="blur(sigma=4)").full_precision
+        True
+    """
+
+    reference = "Shrikumar et al., ICML 2017, arXiv:1704.02685"
+    full_precision = True
+
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    def passes(self, objective: Objective) -> int:
+        """The image twice (the output under the rules is compared with the plain one), the baseline twice."""
+        return 4 * len(objective.windows)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        baseline = baseline_for(self.baseline)
+        x0 = baseline.draw(objective, objective.generator())
+        start, cotangents = differences(objective, x0)
+        maps, _ = objective.scatter(_against(x0), cotangents)
+        gap = relative_gap(maps, objective.image_values(), start)
+        return Explained(maps, {"completeness_gap": gap, **describe_baseline(baseline, start)})
+
+
+@dataclass(eq=False, repr=False)
+class DeepLiftShap(Method):
+    """The mean of `DeepLift` over references drawn from a distribution (Lundberg & Lee 2017): an approximation of
+    Shapley values, complete to rounding for the references that were drawn.
+
+    Args:
+        baseline: the distribution, see `esegeta_monai.baselines`; a list of files or tensors is taken one by one.
+        n_samples: number of draws; a list is used whole where it is not longer.
+    """
+
+    reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
+    full_precision = True
+
+    baseline: Any = "auto"
+    n_samples: int = 8
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_samples(self.n_samples)
+
+    def passes(self, objective: Objective) -> int:
+        """Those of `DeepLift`, once a draw."""
+        return 4 * self.n_samples * len(objective.windows)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        baseline = baseline_for(self.baseline)
+        maps, starts = objective.new_maps(), []
+        for x0 in draws(baseline, objective, self.n_samples):
+            start, cotangents = differences(objective, x0)
+            maps += objective.scatter(_against(x0), cotangents)[0]
+            starts.append(start)
+        maps /= len(starts)
+        mean = torch.stack(starts).mean(0)
+        gap = relative_gap(maps, objective.image_values(), mean)
+        notes = {"completeness_gap": gap, "n_baselines": len(starts), **describe_baseline(baseline, mean)}
+        return Explained(maps, notes)
+
+
+@dataclass(eq=False, repr=False)
+class LayerDeepLift(_LayerMethod):
+    """`DeepLift` at a layer: ``(A − A₀) · m`` with A₀ the layer's output for the reference.
+
+    The sum is the part of ``F(x) − F(x₀)`` that flows through the layer, all of it where no path leads round it:
+    ``share_through_layer`` in the record.
+
+    Args:
+        layer: dotted name; None: a sensible one is found and named in the record.
+        reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
+        baseline: x₀, see `esegeta_monai.baselines`.
+    """
+
+    reference = "Shrikumar et al., ICML 2017, arXiv:1704.02685"
+    full_precision = True
+
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    @property
+    def references(self) -> int:
+        """How many references are drawn."""
+        return 1
+
+    def passes(self, objective: Objective) -> int:
+        """Those of `DeepLift`, once a draw."""
+        return 4 * self.references * len(objective.windows)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C or 1, *spatial)."""
+        layer = check_layer(objective, self.layer)
+        module = find_layer(objective.model.network, layer)
+        baseline = baseline_for(self.baseline)
+        total, starts = LayerSum(objective, layer, self.reduce), []
+        for x0 in draws(baseline, objective, self.references):
+            start, cotangents = differences(objective, x0)
+
+            def run(batch: Batch, x0: Tensor = x0) -> None:
+                total.add(batch, _multiply(batch, x0, {layer: module}).layers[layer].relevance)
+
+            objective.each([(0, w) for w in objective.windows], run, cotangents=cotangents)
+            starts.append(start)
+        total.scale(1 / len(starts))
+        maps, padding = total.result()
+        mean = torch.stack(starts).mean(0).cpu()
+        notes: dict[str, Any] = {"layer": layer, "sum_in_padding": padding, **describe_baseline(baseline, mean)}
+        if self.reduce == "sum":
+            notes["share_through_layer"] = total.share(objective.image_values().cpu() - mean)
+        return Explained(maps, notes)
+
+
+@dataclass(eq=False, repr=False)
+class LayerDeepLiftShap(LayerDeepLift):
+    """The mean of `LayerDeepLift` over references drawn from a distribution.
+
+    Args:
+        layer, reduce: see `LayerDeepLift`.
+        baseline: the distribution; a list of files or tensors is taken one by one.
+        n_samples: number of draws; a list is used whole where it is not longer.
+    """
+
+    reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
+
+    n_samples: int = 8
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_samples(self.n_samples)
+
+    @property
+    def references(self) -> int:
+        return self.n_samples
+
+
+def _multiply(batch: Batch, x0: Tensor, layers: dict[str, torch.nn.Module] | None = None) -> rules.Relevance:
+    return rules.deep_lift(batch.forward, batch.image, batch.cut(x0), batch.stacked_cotangents(), layers=layers)
+
+
+def _against(x0: Tensor) -> Callable[[Batch], Tensor]:
+    return lambda batch: _multiply(batch, x0).input
+
+
+def differences(objective: Objective, x0: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """F at a reference (k,), and what each score does to differences of its prediction, (channels, *box) a score:
+    ``∂s/∂P`` for a linear one, else the multiplier that makes ``Σ m · (P − P₀) = s(P) − s(P₀)``."""
+    at_reference = [p[0] for p in objective.predict(x0[None])]
+    start = torch.stack([s.value(p.double()) for s, p in zip(objective.scores, at_reference)])
+    cotangents = []
+    for score, p, p0 in zip(objective.scores, objective.image_predictions(), at_reference):
+        if score.linear:
+            cotangents.append(score.cotangent(p))
+        else:
+            cotangents.append(rules.deep_lift_multiplier(score.value, p.double(), p0.double()).to(p.dtype))
+    return start, cotangents
+
+
+def draws(baseline: Baseline, objective: Objective, n: int) -> Iterator[Tensor]:
+    """References: n draws, or every one of a list that is not longer."""
+    files = getattr(baseline, "files", None)
+    if files is not None and 0 < len(files) <= n:
+        for file in files:
+            yield baseline_for([file]).draw(objective, objective.generator())
+        return
+    generator = objective.generator()
+    for _ in range(n):
+        yield baseline.draw(objective, generator)
+
+
+def _check_samples(n: int) -> None:
+    if n < 1:
+        raise UsageError(f"n_samples={n}: at least one is needed")
