@@ -44,18 +44,6 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def jacobian(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """∂y/∂x as a matrix (outputs, inputs), by finite differences, independent of autograd."""
-    step = 1e-6
-    columns = []
-    for i in range(x.numel()):
-        offset = torch.zeros_like(x).flatten()
-        offset[i] = step
-        offset = offset.view_as(x)
-        columns.append((function(x + offset) - function(x - offset)).flatten() / (2 * step))
-    return torch.stack(columns, dim=1)
-
-
 def weights_matrix(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """A linear operation as (matrix, bias): the columns are its answers to unit vectors."""
     zero = torch.zeros(shape, dtype=torch.float64)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from monai.data import MetaTensor
 from monai.networks.blocks.activation import SwishImplementation
 from monai.networks.nets import SwinUNETR
 from torch import nn
@@ -90,6 +91,19 @@ def test_scripted_and_compiled_networks_are_refused():
         guided(nn.Sequential(torch.jit.script(network), nn.ReLU()), X, ONES)
     with pytest.raises(NetworkError, match="compiled"):
         guided(torch.compile(network, backend="eager"), X, ONES)
+
+
+def test_a_compiled_part_that_is_not_a_module_of_the_network_runs_eagerly():
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1)).double().eval()
+    compiled = torch.compile(network, backend="eager")
+    assert torch.equal(guided(lambda x: compiled(x), X, ONES).input, guided(network, X, ONES).input)
+
+
+def test_a_meta_tensor_enters_as_a_plain_tensor():
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1)).double().eval()
+    result = guided(network, MetaTensor(X), MetaTensor(ONES)).input
+    assert type(result) is torch.Tensor
+    assert torch.equal(result, guided(network, X, ONES).input)
 
 
 def test_half_precision_is_refused():
