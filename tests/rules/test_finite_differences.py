@@ -213,8 +213,14 @@ def test_sequence_first_windows_are_complete_one_by_one():
     assert relative(result.flatten(1).sum(1), (cotangents[0] * (y - y0)).flatten(1).sum(1)) < 1e-11
 
 
-@pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("name", NAMES)
+CELLS = [
+    pytest.param(name, dims, marks=pytest.mark.slow if (name, dims) in (("UNETR", 3), ("SwinUNETR", 3)) else ())
+    for name in NAMES
+    for dims in (2, 3)
+]
+
+
+@pytest.mark.parametrize(("name", "dims"), CELLS)
 def test_complete_on_every_network(name, dims):
     case = build(name, spatial_dims=dims)
     reference = torch.randn(case.image.shape, dtype=case.image.dtype, generator=torch.Generator().manual_seed(0))
