@@ -407,7 +407,8 @@ def test_the_unforeseen_is_one_line_too(
     assert line.startswith("esegeta-monai: error: ZeroDivisionError: a bug; run it with -v")
 
 
-def test_the_console_script_and_the_module(bundle: Path, scans: Path, tmp_path: Path) -> None:
+@pytest.mark.slow  # importing torch and MONAI in a new process takes longer than the run
+def test_the_module_in_a_process_of_its_own(bundle: Path, scans: Path, tmp_path: Path) -> None:
     words = ["explain", "--bundle", bundle, "--input", scans / "007.nii.gz", scans / "none.nii.gz", "--output", "out",
              "--target", "MultiClassMask(7)", "--target", "MultiClassMask(1)"]  # fmt: skip
     done = subprocess.run(

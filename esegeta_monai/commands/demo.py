@@ -23,16 +23,17 @@ __all__ = ["DEMO_METHODS", "run"]
 BUNDLE = Path("bundles") / "brain_tissue_segmentation"
 CASE = "mni152_t1_2mm"
 
-# Small enough for two cores: few steps and samples, occluders that tile the head.
+# Small enough for two cores: few samples, occluders that tile the head, and as many steps as keep the completeness gap
+# under the 5 % that are warned of (measured: 8 steps leave 9 % of grey matter, 12 leave 2.5 %).
 DEMO_METHODS = (
     "Saliency",
     "InputXGradient",
-    "IntegratedGradients(n_steps=8)",
+    "IntegratedGradients(n_steps=12)",
     "SmoothGrad(n_samples=4)",
     "GuidedBackprop",
     "GradCam",
     "LayerActivation",
-    "Occlusion(window=24)",
+    "Occlusion(window=32)",
 )
 
 
