@@ -284,20 +284,16 @@ class Objective:
 
     def image_values(self) -> Tensor:
         """F at the image (k,), float64."""
-        return torch.stack([s.value(p.double()) for s, p in zip(self.scores, self.image_predictions())])
+        return torch.stack([s.value(p) for s, p in zip(self.scores, self.image_predictions())])
 
     def constants(self) -> Tensor:
         """What linear scores give beside the sum over windows: s at a prediction of zeros (k,), float64; else 0."""
-        values = [
-            s.value(self._new_prediction(s, 1).double()).reshape(()).cpu() if s.linear else torch.zeros(()).double()
-            for s in self.scores
-        ]
-        return torch.stack(values)
+        return torch.tensor([s.constant() if s.linear else 0.0 for s in self.scores], dtype=torch.float64)
 
     def value(self, points: Tensor) -> Tensor:
         """F at volumes (m, C, *spatial): (k, m), float64; forward passes over the windows that the targets see."""
         predictions = self.predict(points)
-        return torch.stack([s.value(p.double()) for s, p in zip(self.scores, predictions)])
+        return torch.stack([s.value(p) for s, p in zip(self.scores, predictions)])
 
     def predict(self, points: Tensor) -> list[Tensor]:
         """The blended prediction at volumes (m, C, *spatial): for each score what it reads, (m, channels, *box)."""
@@ -354,7 +350,7 @@ class Objective:
 
         self.each(self._jobs(m), run, predictions=predictions)
         if predictions is not None:
-            values = torch.stack([s.value(p.double()) for s, p in zip(self.scores, predictions)])
+            values = torch.stack([s.value(p) for s, p in zip(self.scores, predictions)])
         return Gradient(maps, values, padding)
 
     def scatter(
@@ -453,10 +449,9 @@ class Objective:
             if score.empty:
                 continue
             theirs = score.crop(self.prediction)
-            difference = (mine[0] - theirs).abs() * score.mask.to(mine.device)
-            self.blend_deviation[k] = float(
-                difference.max() / theirs.abs().max().clamp(min=torch.finfo(mine.dtype).tiny)
-            )
+            largest = theirs.abs().max().clamp(min=torch.finfo(mine.dtype).tiny)
+            mask = score.mask.to(mine.device)
+            self.blend_deviation[k] = float((mine[0] - theirs)[:, mask].abs().max() / largest)
 
     # -- windows ------------------------------------------------------------------------------------------------
 

@@ -62,7 +62,8 @@ class Score(ABC):
 
     @abstractmethod
     def value(self, prediction: Tensor) -> Tensor:
-        """``s(P)`` for P of shape (..., len(channels), *box): one scalar for each leading index, differentiable."""
+        """``s(P)`` for P of shape (..., len(channels), *box): one scalar for each leading index, differentiable, summed
+        in float64."""
 
     def cotangent(self, prediction: Tensor) -> Tensor:
         """``∂s/∂P`` at P of shape (len(channels), *box), by automatic differentiation."""
@@ -70,6 +71,10 @@ class Score(ABC):
             p = prediction.detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(self.value(p), p)
         return gradient
+
+    def constant(self) -> float:
+        """``s(0)``: what a linear score adds to the sum over windows."""
+        return float(self.value(torch.zeros((len(self.channels), *(b.stop - b.start for b in self.box)))))
 
     @property
     def empty(self) -> bool:
@@ -129,22 +134,26 @@ class WeightedScore(Score):
 
     def value(self, prediction: Tensor) -> Tensor:
         lead = prediction.ndim - self.mask.ndim - 1
-        chosen = self._transformed(prediction, lead)
-        mask = self.mask.to(chosen.device, chosen.dtype)
-        weighted = (chosen - self.reference) * mask
-        total = weighted.sum(dim=tuple(range(lead, weighted.ndim))) if self.mask.ndim else weighted
+        voxels = prediction.flatten(lead + 1) if self.mask.ndim else prediction.unsqueeze(-1)
+        if self.output == "logit":
+            voxels = voxels.narrow(lead, self._position, 1)
+        # the mask's voxels only, and only those in float64: a whole box of them would cost many volumes
+        seen = voxels[..., self.mask.flatten().to(voxels.device)].double()
+        total = (self._transformed(seen) - self.reference).sum(-1)
         return total / self.voxels if self.reduction == "mean" and self.voxels else total
 
-    def _transformed(self, prediction: Tensor, lead: int) -> Tensor:
+    def constant(self) -> float:
+        return -self.reference * (1 if self.reduction == "mean" else self.voxels) if self.linear else super().constant()
+
+    def _transformed(self, voxels: Tensor) -> Tensor:
+        """``φ(P)(c, ·)`` from (..., channels, n): (..., n)."""
         if self.output == "logit":
-            return prediction.select(lead, self._position)
+            return voxels[..., 0, :]
         if self.activation == "softmax":
-            log_p = torch.log_softmax(prediction, dim=lead).select(lead, self._position)
+            log_p = torch.log_softmax(voxels, dim=-2)[..., self._position, :]
             return log_p.exp() if self.output == "probability" else log_p
-        logit = prediction.select(lead, self._position)
-        if self.output == "probability":
-            return torch.sigmoid(logit)
-        return torch.nn.functional.logsigmoid(logit)
+        logit = voxels[..., self._position, :]
+        return torch.sigmoid(logit) if self.output == "probability" else torch.nn.functional.logsigmoid(logit)
 
     def cotangent(self, prediction: Tensor) -> Tensor:
         if not self.linear:
@@ -175,7 +184,11 @@ class Target(Configurable, ABC):
     * ``activation``: what turns raw output into probabilities: ``"softmax"`` over channels, ``"sigmoid"`` a channel,
       ``"auto"``: sigmoid where there is one channel, else softmax.
     * ``reduction``: ``"sum"`` or ``"mean"`` over the mask.
+
+    A target with a ``layer`` (a dotted name) is bound to that layer's output in place of the prediction.
     """
+
+    layer: str | None = None
 
     @abstractmethod
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
