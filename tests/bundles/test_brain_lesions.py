@@ -35,17 +35,19 @@ def flat_case(label: int = 1, level: float = 0.6) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(8))
 def test_mask_is_where_the_image_changed(lesions: Any, seed: int) -> None:
     case = flat_case()
-    plant = lesions.PlantLesiond(radius_mm=(6, 10), contrast=(0.3, 0.5)).set_random_state(seed=seed)
+    plant = lesions.PlantLesiond(radius_mm=(6, 10), contrast=(0.3, 0.5), spacing_mm=2).set_random_state(seed=seed)
     planted = plant(case)
     change = (planted["image"] - case["image"]).as_tensor()
     mask = planted["lesion"].as_tensor() > 0
     assert torch.equal(case["image"], flat_case()["image"]), "the input is never changed"
     assert not change[case["brain"] == 0].any(), "lesions stay inside the brain"
-    # On flat tissue the change is alpha times the contrast: at least half of it exactly on the mask.
+    # On flat tissue the change is alpha times (level - tissue), and the mask is where alpha exceeds one half.
     peak = change.abs().max()
-    assert 0.3 * 0.6 <= peak / 0.999 <= 0.5 * 0.6 + 1e-6
     assert torch.equal(change.abs() > peak / 2 * 1.02, mask & (change.abs() > peak / 2 * 1.02))
     assert change[mask].abs().min() >= peak / 2 * 0.98
+    bright = bool(change[mask].mean() > 0)
+    low, high = (0.3, 0.5) if bright else (0.92, 1.0)
+    assert low * 0.6 * 0.99 <= peak <= high * 0.6 * 1.001
     assert len(torch.unique(change[mask].sign())) == 1
     # Volume of the ellipsoid: between those of the smallest and the largest ball, cut at the brain's edge at most.
     volume_mm3 = int(mask.sum()) * 8
@@ -60,7 +62,7 @@ def test_no_lesion_without_the_label(lesions: Any) -> None:
 
 
 def test_lesions_are_bright_and_dark_and_everywhere(lesions: Any) -> None:
-    plant = lesions.PlantLesiond(radius_mm=(6, 8), contrast=(0.3, 0.4)).set_random_state(seed=0)
+    plant = lesions.PlantLesiond(radius_mm=(6, 8), spacing_mm=2).set_random_state(seed=0)
     case = flat_case()
     signs, centres = [], []
     for _ in range(40):
@@ -71,17 +73,6 @@ def test_lesions_are_bright_and_dark_and_everywhere(lesions: Any) -> None:
     assert set(signs) == {1.0, -1.0}
     low, high = torch.stack(centres).aminmax(dim=0)
     assert (high - low > 18).all()
-
-
-def test_dark_tissue_gets_a_bright_lesion(lesions: Any) -> None:
-    case = flat_case(level=0.1)
-    case["image"][0, 18:22, 18:22, 18:22] = 1.0  # so that the white end is far above the tissue
-    case["image"][0, :4] = case["brain"][0, :4]
-    plant = lesions.PlantLesiond(radius_mm=(6, 6), contrast=(0.5, 0.5), depth_mm=20).set_random_state(seed=1)
-    for _ in range(5):
-        planted = plant(case)
-        inside = planted["lesion"].as_tensor() > 0
-        assert planted["image"][inside].mean() >= case["image"][inside].mean()
 
 
 def test_shortcut_agrees_and_distractor_does_not(lesions: Any) -> None:
@@ -104,7 +95,7 @@ def test_marks_lie_in_opposite_corners_outside_the_brain(lesions: Any) -> None:
     case = flat_case(1)
     low = lesions.PlantCornerMarkd(agreement=1.0)(case)["shortcut"].as_tensor()
     high = lesions.PlantCornerMarkd(agreement=1.0, high_corner=True)(case)["shortcut"].as_tensor()
-    assert low.sum() == high.sum() == 6**3
+    assert low.sum() == high.sum() == 4**3
     assert torch.equal(low.flip(1, 2, 3), high)
     assert not (low * case["brain"]).any()
 

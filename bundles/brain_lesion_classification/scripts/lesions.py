@@ -130,7 +130,8 @@ class PlantLesiond(MapTransform, Randomizable):
         ]
         distance = torch.stack(torch.meshgrid(*axes, indexing="ij")).norm(dim=0)
         noise = smooth_noise(self.R, inside.shape, cell=min(radii))[0]
-        inside.copy_(torch.sigmoid((1 + 0.15 * noise - distance) / 0.12))
+        soft = torch.sigmoid((1 + 0.15 * noise - distance) / 0.12)
+        inside.copy_(torch.where(soft > 0.01, soft, 0.0))  # no tail: the image changes near the mask alone
         return alpha * brain
 
     def _plant(self, image: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -245,7 +246,7 @@ class LesionCases(Dataset):
         scan: list[Any] = [PlantLesiond(radius_mm=radius_mm, contrast=contrast, number=number)]
         scan += _scanner() if augment else []
         scan += [ScaleIntensityRangePercentilesd("image", 0, 99.5, 0, 1)]
-        scan += [RandAdjustContrastd("image", prob=0.5, gamma=(0.7, 1.5))] if augment else []
+        scan += [RandAdjustContrastd("image", prob=0.5, gamma=(0.8, 1.25))] if augment else []
         scan += [] if shortcut is None else [PlantCornerMarkd(mark_key="shortcut", agreement=shortcut)]
         scan += [PlantCornerMarkd(mark_key="distractor", agreement=0.5, high_corner=True)] if distractor else []
         self.make_scan = Compose(scan)
@@ -313,7 +314,7 @@ def _place(keys: Sequence[str]) -> list[Any]:
 
 def _scanner() -> list[Any]:
     return [
-        RandBiasFieldd("image", prob=0.7, degree=3, coeff_range=(-0.2, 0.2)),
+        RandBiasFieldd("image", prob=0.7, degree=2, coeff_range=(-0.1, 0.1)),
         RandGaussianSmoothd("image", prob=0.4, sigma_x=(0.2, 0.5), sigma_y=(0.2, 0.5), sigma_z=(0.2, 0.5)),
         RandGaussianNoised("image", prob=0.7, std=0.05),
         ThresholdIntensityd("image", threshold=0.0, above=True, cval=0.0),  # noise made negative values

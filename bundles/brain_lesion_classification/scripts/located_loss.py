@@ -15,15 +15,19 @@ class LocatedLoss(torch.nn.Module):
     a few hundred steps. The last convolution's outputs :math:`z_k` before their ReLU
     are therefore trained to be positive in the lesion as well:
 
-    .. math:: L = CE(\mathrm{logits}, y) + \lambda\; BCE(\log \sum_k e^{z_k}, \mathrm{lesion\ mask})
+    .. math:: L = CE(\mathrm{logits}, y)
+        + \lambda\; BCE_w(\log \sum_k e^{z_k} + \log w, \mathrm{lesion\ mask})
+
+    A voxel of a lesion weighs :math:`w` times as much as another, and the shift by :math:`\log w` takes that weight out
+    of :math:`z` again: it stays near the true odds, so that the ReLU leaves little but lesions.
 
     Args:
         network: its `features[-1].conv` is listened to; the network itself is not changed.
         location: :math:`\lambda`; 0 trains by the class alone.
-        positive: weight of the voxels in a lesion.
+        positive: :math:`w`.
     """
 
-    def __init__(self, network: torch.nn.Module, location: float = 3.0, positive: float = 30.0) -> None:
+    def __init__(self, network: torch.nn.Module, location: float = 30.0, positive: float = 300.0) -> None:
         super().__init__()
         self.location, self.positive = location, torch.tensor(positive)
         self._maps: torch.Tensor | None = None
@@ -38,7 +42,7 @@ class LocatedLoss(torch.nn.Module):
             raise RuntimeError("LocatedLoss saw no forward pass of its network")
         label = lesion.flatten(1).any(dim=1).long()
         where = (avg_pool3d(lesion, [n // m for n, m in zip(lesion.shape[2:], self._maps.shape[2:])]) > 0.25).float()
-        place = binary_cross_entropy_with_logits(
-            self._maps.logsumexp(dim=1, keepdim=True), where, pos_weight=self.positive.to(where)
-        )
+        weight = self.positive.to(where)
+        odds = self._maps.logsumexp(dim=1, keepdim=True) + weight.log()
+        place = binary_cross_entropy_with_logits(odds, where, pos_weight=weight)
         return cross_entropy(logits, label) + self.location * place
