@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Hashable, Sequence
@@ -139,17 +140,18 @@ class SmoothMasks(Perturbations):
     def _matrices(self, index: int, place: Slices) -> list[Tensor]:
         shift = self.shifts[index].tolist()
         return [
-            line_matrix(p, s, g, e, self.grids.dtype)
+            line_matrix(p.start + s, p.stop + s, g, e, self.grids.dtype)
             for p, s, g, e in zip(place, shift, self.grids.shape[1:], self.extent)
         ]
 
 
-def line_matrix(place: slice, shift: int, cells: int, extent: int, dtype: torch.dtype) -> Tensor:
-    """Linear interpolation from ``cells`` values, stretched over ``extent`` voxels, to the voxels of ``place``.
+@functools.lru_cache(maxsize=1024)
+def line_matrix(start: int, stop: int, cells: int, extent: int, dtype: torch.dtype) -> Tensor:
+    """Linear interpolation from ``cells`` values, stretched over ``extent`` voxels, to the voxels ``start`` … ``stop``.
 
     The convention is that of `torch.nn.functional.interpolate` with ``align_corners=False``. (voxels, cells).
     """
-    voxels = torch.arange(place.start, place.stop, dtype=torch.float64) + shift
+    voxels = torch.arange(start, stop, dtype=torch.float64)
     at = ((voxels + 0.5) * cells / extent - 0.5).clamp(0, cells - 1)
     return (1 - (at[:, None] - torch.arange(cells, dtype=torch.float64)).abs()).clamp(min=0).to(dtype)
 

@@ -230,10 +230,7 @@ class Supervoxels(FeatureSpec):
         if isinstance(self.mask, str) and self.mask in ("foreground", "everything"):
             everything = torch.ones_like(image[0], dtype=torch.bool)
             return _foreground(image) if self.mask == "foreground" else everything
-        inside = LabelMap(self.mask).of(objective).labels[0] >= 0
-        if not bool(inside.any()):
-            raise InputError("supervoxels(mask=…): the mask is empty on the network's grid")
-        return inside
+        return LabelMap(self.mask).of(objective).labels[0] >= 0
 
 
 def features_for(spec: Any) -> FeatureSpec:

@@ -27,9 +27,10 @@ class ExtremalPerturbation(Method):
     """The smooth mask m of area a that maximises ``F(x₀ + m (x − x₀))`` (Fong et al. 2019), in 2D and 3D.
 
     ``max over m of ±F(x')/|F(x) − F(x₀)| − λ mean (sort(m) − r_a)²``, r_a being 1 for the greatest share a of the cells
-    and 0 for the others; λ grows tenfold while Adam climbs. m comes from a coarse grid by a smooth maximum of Gaussians
-    and linear interpolation. The area is a share of the box of windows that the target sees, and so is the mask: what
-    lies outside cannot matter. Memory is that of one window batch, a map and the volume.
+    and 0 for the others; λ grows from 1 to 1000 while Adam climbs. m comes from a coarse grid by a smooth maximum of
+    Gaussians and linear interpolation; at the end it is raised to the power that makes its mean a. The area is a share
+    of the box of windows that the target sees, and so is the mask: what lies outside cannot matter. Memory is that of
+    one window batch, a map and the volume.
 
     Args:
         areas: one or several; with several, the map is the mean of the masks.
@@ -110,7 +111,7 @@ class ExtremalPerturbation(Method):
             with torch.enable_grad():
                 coarse = smooth.coarse(parameters)
                 mask = smooth.fine(coarse)
-                weight = WEIGHT * 10 ** (i / self.n_iter)
+                weight = WEIGHT * FACTOR ** (i / self.n_iter)
                 constraint = weight * _area_error(coarse, area)
             # the sign of the goal and that of d x'/d m turn together: what is minimised has the slope −∂F/∂m either way
             slope = -game.slope(mask.detach() if keeps else 1 - mask.detach())
@@ -120,13 +121,14 @@ class ExtremalPerturbation(Method):
             with torch.no_grad():
                 parameters.clamp_(0, 1)
         with torch.no_grad():
-            mask = smooth.fine(smooth.coarse(parameters))
+            mask = _of_area(smooth.fine(smooth.coarse(parameters)), area)
         kept, deleted = game.share(mask), game.share(1 - mask)
         return mask, {"area": area, "area_reached": float(mask.mean()), "kept": kept, "left_without": deleted}
 
 
-WEIGHT = 100.0
-"""Of the area constraint at the start; ten times that at the end."""
+WEIGHT, FACTOR = 1.0, 1000.0
+"""Of the area constraint: where it starts, so that the target decides first where the mask goes, and by how much it
+grows until the end, so that the area is met."""
 
 
 class _Single:
@@ -211,6 +213,15 @@ def _area_error(mask: Tensor, area: float) -> Tensor:
     wanted = torch.zeros_like(ordered)
     wanted[len(ordered) - round(area * len(ordered)) :] = 1
     return (ordered - wanted).square().mean()
+
+
+def _of_area(mask: Tensor, area: float) -> Tensor:
+    """The power of a mask, between its 16th root and its 16th power, whose mean is nearest to ``area``."""
+    low, high = -4.0, 4.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float((mask ** 2**middle).mean()) > area else (low, middle)
+    return mask ** 2 ** ((low + high) / 2)
 
 
 def _one_target(objective: Objective, k: int) -> Objective:

@@ -124,7 +124,7 @@ class Sobol(_MaskSensitivity):
         n = self.n_samples
         at_a, exchanged = scores[:, :n], scores[:, n:].reshape(len(scores), -1, n)
         index, error = jansen(at_a, exchanged)
-        halves = [jansen(at_a[:, h::2], exchanged[:, :, h::2])[0] for h in (0, 1)]
+        halves = [jansen(at_a[:, h], exchanged[:, :, h])[0] for h in _halves(n)]
         notes = {"standard_error": error.amax(1).tolist(), "baseline": json_ready(baseline.record())}
         return self.explained(masks, index, halves, notes)
 
@@ -169,7 +169,7 @@ class Hsic(_MaskSensitivity):
         """(k, 1, *spatial)."""
         masks, scores, baseline = self.scored(objective, self.baseline)
         ones = masks.grids.flatten(1)
-        halves = [hsic(ones[h::2], scores[:, h::2]) for h in (0, 1)]
+        halves = [hsic(ones[h], scores[:, h]) for h in _halves(self.n_samples)]
         return self.explained(masks, hsic(ones, scores), halves, {"baseline": json_ready(baseline.record())})
 
 
@@ -215,6 +215,11 @@ def quasi_random(n: int, d: int, seed: int, *, binary: bool = False) -> Tensor:
         return latin
     sobol = drawn(qmc.Sobol)
     return sobol if _likeness(sobol) <= _likeness(latin) else latin
+
+
+def _halves(n: int) -> tuple[slice, slice]:
+    """The first and the second half of n points: each as well spread as the whole, unlike every other Sobol point."""
+    return slice(0, n // 2), slice(n // 2, n)
 
 
 def _likeness(points: Tensor) -> float:

@@ -144,6 +144,11 @@ class KernelShap(_ShapleyMethod):
         if self._exact(n):
             return all_coalitions(n)[[0, -1, *range(1, 2**n - 1)]]
         game.check_size(self.n_samples)
+        if self.n_samples < max(2 * GROUPS, 2 * n):
+            raise MethodError(
+                f"KernelShap: {self.n_samples} samples for {n} features: at least {max(2 * GROUPS, 2 * n)} are needed, "
+                "ten times the features are better"
+            )
         generator = game.objective.generator()
         sizes = torch.arange(1, n, dtype=torch.float64)
         drawn = torch.multinomial(1 / (sizes * (n - sizes)), self.n_samples // 2, True, generator=generator) + 1
@@ -172,13 +177,8 @@ class KernelShap(_ShapleyMethod):
         empty = torch.from_numpy(values[:, 0])
         return self.explained(game, torch.from_numpy(phi), torch.from_numpy(error), empty, notes)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.n_samples < 2 * GROUPS:
-            raise UsageError(f"n_samples={self.n_samples}: at least {2 * GROUPS} coalitions are needed")
 
-
-GROUPS = 8
+GROUPS = 32
 """Groups of the jackknife."""
 
 

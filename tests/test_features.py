@@ -1,0 +1,158 @@
+"""Features: grids, supervoxels, label maps on other grids, channels, and their table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SimpleInferer
+
+from esegeta_monai.errors import EsegetaError, InputError, UsageError
+from esegeta_monai.features import Channels, Features, Grid, LabelMap, Supervoxels, features_for, table_csv
+from esegeta_monai.objective import Objective
+from esegeta_monai.targets import Case, ClassScore
+from tests.methods.games import Quadratic
+from tests.methods.naive import Naive, image_of
+
+
+def of(image: torch.Tensor) -> Objective:
+    return Naive(Quadratic(image.numel()), image, [ClassScore(1)], SimpleInferer()).objective
+
+
+def phantom(*shape: int) -> torch.Tensor:
+    """Zero background, a ball of 1 with a smaller one of 2 inside, and a hole of background value."""
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, n, dtype=torch.float64) for n in shape), indexing="ij")
+    radius = sum(a**2 for a in axes).sqrt()
+    image = (radius < 0.8).double() + (radius < 0.4).double()
+    image[tuple(n // 2 for n in shape)] = 0
+    return image[None]
+
+
+def test_grid_tiles_the_image_and_keeps_the_rest_of_the_last_boxes():
+    found = Grid((4, 3)).of(of(image_of(1, 6, 7)))
+    assert len(found) == 2 * 3
+    assert found.names[4] == "box 4 3"
+    expected = torch.arange(6)[:, None] // 4 * 3 + torch.arange(7) // 3
+    assert torch.equal(found.labels[0], expected)
+    assert found.counts.tolist() == [12, 12, 4, 6, 6, 2]
+
+
+def test_grid_per_channel():
+    found = Grid(4, per_channel=True).of(of(image_of(2, 4, 8)))
+    assert len(found) == 4
+    assert found.labels[1].unique().tolist() == [2, 3]
+    assert found.names[3] == "channel 1, box 0 4"
+
+
+def test_channels():
+    found = Channels(["T1", "T2"]).of(of(image_of(2, 3, 4, 5)))
+    assert found.names == ["T1", "T2"]
+    assert found.labels.shape == (2, 3, 4, 5)
+    assert bool((found.labels[1] == 1).all())
+    with pytest.raises(UsageError, match="1 names for 2 channels"):
+        Channels(["T1"]).of(of(image_of(2, 3, 4)))
+
+
+@pytest.mark.parametrize("shape", [(40, 44), (20, 22, 24)])
+def test_supervoxels_cover_the_foreground_follow_edges_and_repeat(shape):
+    image = phantom(*shape)
+    objective = of(image)
+    found = Supervoxels(n_segments=30).of(objective)
+    again = Supervoxels(n_segments=30).of(objective)
+    assert torch.equal(found.labels, again.labels)
+    inside = image[0] > 0
+    inside[tuple(n // 2 for n in shape)] = True  # holes are filled
+    assert torch.equal(found.labels[0] >= 0, inside)
+    assert 15 <= len(found) <= 45
+    assert found.counts.sum() == inside.sum()
+    assert int(found.counts.min()) > 0
+    # most voxels lie in supervoxels of one intensity
+    parts = [image[0][found.labels[0] == j] for j in range(len(found))]
+    assert sum(len(p) for p in parts if p.unique().numel() == 1) / int(inside.sum()) > 0.5
+
+
+def test_supervoxels_of_a_coarse_copy_cover_the_same_voxels():
+    image = phantom(31, 45)
+    coarse = Supervoxels(n_segments=20, max_voxels=400).of(of(image))
+    fine = Supervoxels(n_segments=20).of(of(image))
+    assert torch.equal(coarse.labels >= 0, fine.labels >= 0)
+    assert 10 <= len(coarse) <= 30
+
+
+def test_supervoxels_everywhere_in_a_given_mask_or_in_an_image_without_foreground():
+    image = phantom(20, 20)
+    assert bool((Supervoxels(10, mask="everything").of(of(image)).labels >= 0).all())
+    mask = torch.zeros(20, 20)
+    mask[3:9, 3:17] = 5
+    assert torch.equal(Supervoxels(10, mask=mask).of(of(image)).labels[0] >= 0, mask > 0)
+    assert len(Supervoxels(4).of(of(torch.ones(1, 8, 8, dtype=torch.float64)))) >= 1
+    with pytest.raises(InputError, match="no label"):
+        Supervoxels(10, mask=torch.zeros(20, 20)).of(of(image))
+
+
+def test_multi_channel_supervoxels_see_an_edge_of_the_second_channel():
+    image = torch.zeros(2, 16, 16, dtype=torch.float64)
+    image[1, :, 8:] = 1
+    found = Supervoxels(8, mask="everything").of(of(image)).labels[0]
+    assert not set(found[:, :7].unique().tolist()) & set(found[:, 9:].unique().tolist())
+
+
+def test_label_map_keeps_names_and_leaves_the_background_alone():
+    labels = torch.tensor([[0, 0, 7, 7], [3, 3, 7, 0]])
+    found = LabelMap(labels, names={3: "liver", "7": "spleen"}).of(of(image_of(1, 2, 4)))
+    assert found.names == ["liver", "spleen"]
+    assert found.labels[0].tolist() == [[-1, -1, 1, 1], [0, 0, 1, -1]]
+    assert LabelMap(labels, background=None).of(of(image_of(1, 2, 4))).names == ["label 0", "label 3", "label 7"]
+    assert features_for(labels).of(of(image_of(1, 2, 4))).names == ["label 3", "label 7"]
+
+
+def test_a_label_map_on_another_grid_is_moved():
+    """Twice as fine, and shifted by one coarse voxel along the first axis."""
+    objective = of(image_of(1, 4, 4, 4))
+    objective.case = Case(torch.eye(4, dtype=torch.float64))
+    fine = np.diag([0.5, 0.5, 0.5, 1.0])
+    fine[:3, 3] = [0.75, -0.25, -0.25]  # voxel corners of the grids agree; one voxel off along x
+    labels = torch.arange(8 * 8 * 8).reshape(8, 8, 8) // 64 + 1
+    found = LabelMap(MetaTensor(labels[None], affine=torch.from_numpy(fine))).of(objective)
+    slabs = [set(found.labels[0, i].unique().tolist()) for i in range(4)]
+    assert slabs[0] == {-1}  # outside the map
+    named = [[found.names[j] for j in s] for s in slabs[1:]]
+    assert [n[0] in (f"label {2 * i + 1}", f"label {2 * i + 2}") for i, n in enumerate(named)] == [True] * 3
+
+
+def test_a_key_of_the_data_and_a_file(tmp_path):
+    import nibabel
+
+    objective = of(image_of(1, 2, 3, 4))
+    labels = torch.arange(24).reshape(2, 3, 4) // 6
+    objective.case = Case(torch.eye(4, dtype=torch.float64), {"organs": labels})
+    by_key = features_for("key:organs").of(objective)
+    nibabel.save(nibabel.Nifti1Image(labels.numpy().astype(np.uint8), np.eye(4)), tmp_path / "organs.nii.gz")
+    by_file = features_for(str(tmp_path / "organs.nii.gz")).of(objective)
+    assert by_key.names == by_file.names == ["label 1", "label 2", "label 3"]
+    assert torch.equal(by_key.labels, by_file.labels)
+    with pytest.raises(InputError, match="neither a file nor a key"):
+        features_for("key:bones").of(objective)
+
+
+def test_what_is_refused():
+    objective = of(image_of(1, 4, 4))
+    with pytest.raises(InputError, match="no affine"):
+        LabelMap(torch.ones(5, 5)).of(objective)
+    with pytest.raises(InputError, match="no label"):
+        LabelMap(torch.zeros(4, 4)).of(objective)
+    with pytest.raises(UsageError, match="one voxel"):
+        Grid(0).of(objective)
+    with pytest.raises(EsegetaError, match="did you mean Supervoxels"):
+        features_for("supervoxel")
+
+
+def test_paint_spread_and_table():
+    features = Features(torch.tensor([[[0, 0, -1, 1]]]), ["a", "b, c"])
+    values = torch.tensor([[3.0, 5.0], [0.0, 1.0]])
+    assert features.paint(values).tolist() == [[[[3, 3, 0, 5]]], [[[0, 0, 0, 1]]]]
+    assert features.spread(values).tolist() == [[[[1.5, 1.5, 0, 5]]], [[[0, 0, 0, 1]]]]
+    rows = features.table(values, error=values / 10)[0]
+    assert table_csv(rows) == 'feature,value,voxels,error\na,3.0,2,0.30000001192092896\n"b, c",5.0,1,0.5\n'
+    assert table_csv([]) == "feature,value\n"
