@@ -234,9 +234,10 @@ class ResultWriter:
             if attribution.mask is not None:
                 plain = MetaTensor(attribution.mask.as_tensor().float(), affine=attribution.mask.affine)
                 mask = to_scan_grid(plain, volume, additive=False, mode="nearest")[0]
+            names = attribution.record.get("channel_names") or []
             more["picture"] = save_picture(
                 storage.picture_path(path),
-                volume,
+                _background(values, volume, image),
                 values,
                 mask,
                 signed=method.signed,
@@ -245,7 +246,7 @@ class ResultWriter:
                 target=attribution.label,
                 class_name=attribution.record.get("class_name"),
                 units=method.units,
-                channel_names=attribution.record.get("channel_names") or None,
+                channel_names=names if len(names) == len(values) else None,
             )
         return more
 
@@ -283,6 +284,20 @@ def scan_of(image: MetaTensor) -> Any:
     name = image.meta.get("filename_or_obj")
     name = name[0] if isinstance(name, (list, tuple)) and name else name
     return Path(name) if isinstance(name, (str, os.PathLike)) and Path(name).exists() else image
+
+
+def _background(values: Tensor, scan: MetaTensor, image: MetaTensor) -> MetaTensor:
+    """What a map is drawn on: the scan, with as many channels as the map where that has several.
+
+    Channels that lie in files of their own are taken from the image that the network saw; a layer's channels have no
+    counterpart, and the scan stands behind each of them.
+    """
+    if len(values) in (1, len(scan)):
+        return scan
+    if len(values) == len(image):
+        plain = MetaTensor(image.as_tensor().detach().cpu().float(), affine=image.affine)
+        return MetaTensor(to_scan_grid(plain, scan, additive=False)[0], affine=scan.affine)
+    return MetaTensor(scan.as_tensor()[:1].expand(len(values), *scan.shape[1:]), affine=scan.affine)
 
 
 def to_scan_grid(
