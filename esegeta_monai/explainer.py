@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import EsegetaError, InputError, MethodError, MethodTimeout, NetworkError, UsageError
+from esegeta_monai.layers import LayerOutput
 from esegeta_monai.methods.base import METHODS, Explained, Method, run_together
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import Model, check_network, frozen, is_scripted, select_output, unwrap
@@ -302,8 +303,14 @@ class Explainer:
         refused: Mapping[int, Exception],
         skip: Skip | None,
     ) -> Iterator[Attribution]:
+        layers = list(dict.fromkeys(t.layer for t in targets))
+        if len(layers) > 1:  # a layer takes the place of the prediction
+            for layer in layers:
+                mine = [t for t in targets if t.layer == layer]
+                yield from self._explain_case(case, methods, mine, channels, refused, skip)
+            return
         check_image(case.image.detach().cpu(), f"image {case.index}")
-        model = self._model(channels, case)
+        model = self._model(channels, case, layers[0] if layers else None)
         image = case.image.as_tensor().detach().to(self.volume_device, model.dtype)
         case.record = {
             "network_grid": list(image.shape[1:]),
@@ -404,7 +411,8 @@ class Explainer:
                     continue
                 assert values is not None
                 record["value"] = float(values[k])
-                record.update(_predicted(prediction, self.class_names))
+                if b.target.layer is None:
+                    record.update(_predicted(prediction, self.class_names))
                 yield from self._finished(method, b, case, record, outcome, k, channels)
 
     def _finished(
@@ -459,11 +467,11 @@ class Explainer:
 
     # -- parts --------------------------------------------------------------------------------------------------
 
-    def _model(self, channels: dict[str, int], case: _CaseInput) -> _CaseModel:
+    def _model(self, channels: dict[str, int], case: _CaseInput, layer: str | None) -> _CaseModel:
         return _CaseModel(
-            self.network,
+            self.network if layer is None else LayerOutput(self.network, layer),
             self.device,
-            output=self.output,
+            output=self.output if layer is None else None,
             amp=self.amp,
             amp_kwargs=self.amp_kwargs,
             inputs=channels,
@@ -479,7 +487,7 @@ class Explainer:
 
     def _prediction(self, case: _CaseInput, image: Tensor, model: Model) -> Tensor:
         """The unperturbed prediction (K, *out) by the user's own inferer."""
-        if case.prediction is not None:
+        if case.prediction is not None and not isinstance(model.network, LayerOutput):
             return case.prediction.detach().to(self.volume_device, model.dtype)
         inferer = self.inferer if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
 

@@ -8,7 +8,7 @@ windows are added.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from esegeta_monai.network import capture, find_layer, select_output
 from esegeta_monai.objective import Batch, Objective, Request, View
 from esegeta_monai.windows import OutputGrid, WindowPlan
 
-__all__ = ["BlendedActivations", "LayerShape", "check_layer", "default_layer", "layer_shapes", "spread", "to_window"]
+__all__ = ["BlendedActivations", "LayerOutput", "LayerShape", "check_layer", "default_layer", "layer_shapes", "spread"]
+__all__ += ["to_window"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def layer_shapes(objective: Objective) -> list[LayerShape]:
             value = output[0] if isinstance(output, (tuple, list)) and output else output
             calls = found.pop(name).calls + 1 if name in found else 1
             if isinstance(value, Tensor):
-                grid = _grid(module, tuple(value.shape[1:]), objective.plan) if len(value) == 1 else None
+                grid = _grid(module, tuple(value.shape[1:]), network_roi(objective.plan)) if len(value) == 1 else None
                 found[name] = LayerShape(name, type(module).__name__, tuple(value.shape[1:]), grid, calls)
 
         return hook
@@ -145,11 +146,6 @@ def check_layer(objective: Objective, layer: str | None) -> str:
     return layer
 
 
-def network_axes(plan: WindowPlan) -> int:
-    """Spatial axes that the network sees: one less than the image's under `SliceInferer`."""
-    return len(plan.roi) - (plan.slice_axis is not None)
-
-
 def with_slice_axis(values: Tensor, plan: WindowPlan) -> Tensor:
     """Puts back the axis that a 2D network does not see: (…, h, w) to (…, h, 1, w) or the like."""
     return values if plan.slice_axis is None else values.unsqueeze(values.ndim - len(plan.roi) + 1 + plan.slice_axis)
@@ -167,8 +163,18 @@ def spatial_map(values: Tensor, objective: Objective, layer: str, *, lead: int =
     Raises:
         MethodError: it is no spatial map; the way out is named.
     """
-    module, plan, shape = find_layer(objective.model.network, layer), objective.plan, tuple(values.shape[lead:])
-    grid = _grid(module, shape, plan)
+    module, plan = find_layer(objective.model.network, layer), objective.plan
+    return with_slice_axis(_on_grid(values, module, layer, network_roi(plan), lead), plan)
+
+
+def network_roi(plan: WindowPlan) -> tuple[int, ...]:
+    """Shape of a window as the network sees it: without the axis that `SliceInferer` takes away."""
+    return tuple(n for axis, n in enumerate(plan.roi) if axis != plan.slice_axis)
+
+
+def _on_grid(values: Tensor, module: nn.Module, layer: str, roi: Sequence[int], lead: int) -> Tensor:
+    shape = tuple(values.shape[lead:])
+    grid = _grid(module, shape, roi)
     if grid is None:
         raise MethodError(
             f"layer {layer!r} gives {shape} for a window, which is no spatial map: choose an earlier layer "
@@ -177,14 +183,11 @@ def spatial_map(values: Tensor, objective: Objective, layer: str, *, lead: int =
     if len(shape) == 2:
         positions = math.prod(grid[1:])
         values = values.narrow(-2, shape[0] - positions, positions).unflatten(-2, grid[1:])
-    if len(shape) == 2 or _channels_last(module):
-        values = values.movedim(-1, lead)
-    return with_slice_axis(values, plan)
+    return values.movedim(-1, lead) if len(shape) == 2 or _channels_last(module) else values
 
 
-def _grid(module: nn.Module, shape: tuple[int, ...], plan: WindowPlan) -> tuple[int, ...] | None:
+def _grid(module: nn.Module, shape: tuple[int, ...], roi: Sequence[int]) -> tuple[int, ...] | None:
     """(C, *positions) of a layer's output (without batch), or None where it is no map of the window."""
-    roi = [n for axis, n in enumerate(plan.roi) if axis != plan.slice_axis]
     if len(shape) == len(roi) + 1:
         return (shape[-1], *shape[:-1]) if _channels_last(module) else shape
     if len(shape) != 2:
@@ -294,5 +297,45 @@ def channel_axis(objective: Objective, layer: str, values: Tensor) -> int:
         MethodError: it is no spatial map.
     """
     spatial_map(values, objective, layer)
-    tokens = values.ndim == 3 and network_axes(objective.plan) > 1
+    tokens = values.ndim == 3 and len(network_roi(objective.plan)) > 1
     return -1 if tokens or _channels_last(find_layer(objective.model.network, layer)) else 1
+
+
+class LayerOutput(nn.Module):
+    """A network whose output is one of its layers: each window's map at the window's own resolution, every voxel having
+    the unit whose cell holds it; or a vector, where the layer gives one.
+
+    What a target of a layer is bound to. Layers keep the names that they have in the network.
+
+    Args:
+        network: the network.
+        layer: dotted name.
+    """
+
+    def __init__(self, network: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.network, self.layer = network, layer
+        find_layer(network, layer)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(n, C, *roi), or (n, C)."""
+        with capture(self.network, [self.layer]) as captured:
+            self.network(x, *args, **kwargs)
+        if self.layer not in captured:
+            raise MethodError(f"layer {self.layer!r} is not used in the forward pass: choose another")
+        values = captured[self.layer]
+        if values.ndim == 2:
+            return values
+        values = _on_grid(values, find_layer(self.network, self.layer), self.layer, x.shape[2:], 1)
+        return F.interpolate(values, size=x.shape[2:], mode="nearest-exact")
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A layer by its name in the network."""
+        return self.network.get_submodule(target)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The network's modules by their names in it; the root is this module."""
+        yield "", self
+        for name, module in self.network.named_modules(*args, **kwargs):
+            if name:
+                yield name, module

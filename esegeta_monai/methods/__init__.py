@@ -14,8 +14,10 @@ from esegeta_monai.methods.guided_cam import GuidedGradCam
 from esegeta_monai.methods.layer import LayerActivation
 from esegeta_monai.methods.layer_gradient import LayerActivationGuidedBackprop, LayerGradCam, LayerGradientXActivation
 from esegeta_monai.methods.layer_path import InternalInfluence, LayerConductance, LayerIntegratedGradients
+from esegeta_monai.methods.layer_relevance import LayerLRP
 from esegeta_monai.methods.lime import Lime
 from esegeta_monai.methods.linear import LinearApproximation
+from esegeta_monai.methods.neuron import NeuronConductance
 from esegeta_monai.methods.noise import SmoothGrad, SmoothGradSquared, VarGrad
 from esegeta_monai.methods.occlusion import Occlusion
 from esegeta_monai.methods.path import IntegratedGradients
@@ -63,9 +65,11 @@ __all__ = [
     "LayerGradientShap",
     "LayerGradientXActivation",
     "LayerIntegratedGradients",
+    "LayerLRP",
     "Lime",
     "LinearApproximation",
     "Method",
+    "NeuronConductance",
     "Occlusion",
     "Rise",
     "Saliency",

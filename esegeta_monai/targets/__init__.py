@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from esegeta_monai.targets.base import TARGETS, Case, Score, Target, WeightedScore
 from esegeta_monai.targets.classes import ClassScore, MultiClassMask, PredictedClasses, ThresholdMask
+from esegeta_monai.targets.neuron import LayerNeuron
 from esegeta_monai.targets.regions import Box, Component, Errors, LabelMask, OutputValue, Voxel
 from esegeta_monai.targets.wrapper import TargetWrapper
 
@@ -15,6 +16,7 @@ __all__ = [
     "Component",
     "Errors",
     "LabelMask",
+    "LayerNeuron",
     "MultiClassMask",
     "OutputValue",
     "PredictedClasses",
