@@ -226,7 +226,7 @@ ROWS = [
     Row("target without voxels", 0, r"", empty_target, goes_on=False),
     Row("layer that does not exist", 2, r"the network has no layer 'model.9'; near matches: .*model\.",
         with_options("--methods", "GradCam(layer='model.9')"), goes_on=False),
-    Row("method that does not exist", 2, r"there is no method 'Occlusio': did you mean",
+    Row("method that does not exist", 2, r"there is no method 'Occlusio': did you mean .*Occlusion",
         with_options("--methods", "Occlusio"), goes_on=False),
     Row("target that does not exist", 2, r"there is no target 'Multiclas\w*': did you mean",
         with_options("--target", "MulticlasMask(1)"), goes_on=False),
@@ -273,6 +273,7 @@ def documented(situation: Situation, row: Row, lines: list[str]) -> str:
         message = run_json(situation.output)["results"][0].get("reason", "")
     message = message.replace(f"{situation.folder.resolve()}/", "").replace(f"{situation.folder}/", "")
     message = re.sub(r"this machine has \d+", "this machine has 0", message)
+    message = re.sub(r"did you mean .*\?", "did you mean …?", message)  # new methods and targets have names too
     return f"| {row.what} | {row.code} | {message.replace('|', chr(92) + '|')} |"
 
 
