@@ -122,7 +122,8 @@ class TestWheel:
         python = [sys.executable, "-m"]
         run(
             [*python, "esegeta_monai", "explain", "--bundle", str(bundle), "--input", str(scan),
-             "--methods", "Saliency", "--target", "MultiClassMask(class_index=core)", "--output", str(tmp_path / "cli")],
+             "--methods", "Saliency", "--target", "MultiClassMask(class_index=core)",
+             "--output", str(tmp_path / "cli")],
             tmp_path, installed,
         )  # fmt: skip
         run([*python, "esegeta_monai", "overlay", "--bundle", str(bundle)], tmp_path, installed)
