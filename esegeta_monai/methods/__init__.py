@@ -8,6 +8,7 @@ from esegeta_monai.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResC
 from esegeta_monai.methods.cam_perturbation import AblationCam, ScoreCam
 from esegeta_monai.methods.deeplift import DeepLift, DeepLiftShap, LayerDeepLift, LayerDeepLiftShap
 from esegeta_monai.methods.extremal import ExtremalPerturbation
+from esegeta_monai.methods.fullgrad import FullGrad
 from esegeta_monai.methods.gradient import GradTimesImage, InputXGradient, Saliency, VanillaBackprop
 from esegeta_monai.methods.guided import Deconvolution, GuidedBackprop
 from esegeta_monai.methods.guided_cam import GuidedGradCam
@@ -21,17 +22,21 @@ from esegeta_monai.methods.neuron import NeuronConductance
 from esegeta_monai.methods.noise import SmoothGrad, SmoothGradSquared, VarGrad
 from esegeta_monai.methods.occlusion import Occlusion
 from esegeta_monai.methods.path import IntegratedGradients
+from esegeta_monai.methods.path_variants import BlurIG, GuidedIG
 from esegeta_monai.methods.pooled_cam import Cam
 from esegeta_monai.methods.relevance import LRP, ExcitationBackprop
 from esegeta_monai.methods.rise import Rise
 from esegeta_monai.methods.sensitivity import Hsic, Sobol
 from esegeta_monai.methods.shap import GradientShap, LayerGradientShap
 from esegeta_monai.methods.shapley import ChannelShapley, KernelShap, ShapleyValueSampling
+from esegeta_monai.methods.xrai import XRAI
 
 __all__ = [
     "LRP",
     "METHODS",
+    "XRAI",
     "AblationCam",
+    "BlurIG",
     "Cam",
     "ChannelShapley",
     "Deconvolution",
@@ -43,12 +48,14 @@ __all__ = [
     "ExtremalPerturbation",
     "FeatureAblation",
     "FeaturePermutation",
+    "FullGrad",
     "GradCam",
     "GradCamPlusPlus",
     "GradTimesImage",
     "GradientShap",
     "GuidedBackprop",
     "GuidedGradCam",
+    "GuidedIG",
     "HiResCam",
     "Hsic",
     "InputXGradient",
