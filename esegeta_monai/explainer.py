@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from monai.data import MetaTensor, decollate_batch
 from torch import Tensor, nn
 
+from esegeta_monai.attribution import Attribution, like_image, mask_on_image
+from esegeta_monai.cases import CaseInput, CaseModel, cases_of, joined_inputs, of_case, to_device
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import EsegetaError, InputError, MethodError, MethodTimeout, NetworkError, UsageError
 from esegeta_monai.layers import LayerOutput
@@ -30,6 +31,14 @@ from esegeta_monai.methods.base import METHODS, Explained, Method, run_together
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import Model, check_network, frozen, is_scripted, select_output, unwrap
 from esegeta_monai.objective import Objective, Request, View
+from esegeta_monai.record import (
+    MEASURED,
+    described,
+    peak_memory,
+    predicted_class,
+    reset_peak_memory,
+    tensor_hash,
+)
 from esegeta_monai.storage import check_image, versions
 from esegeta_monai.targets.base import TARGETS, Case, Score, Target
 from esegeta_monai.windows import WindowPlan, as_inferer, plan_windows
@@ -40,85 +49,7 @@ logger = logging.getLogger("esegeta_monai")
 
 OnError = Literal["raise", "record"]
 
-MEASURED = (
-    *("status", "sum", "completeness_gap", "blend_deviation", "value", "baseline_value"),
-    *("predicted_class", "predicted_class_name", "predicted_probability"),
-    *("windows_used", "window_passes", "window_batch", "seconds", "peak_memory_bytes"),
-)
-"""What a record has besides what is known beforehand; None where the method, or the network, has no such thing."""
-
-HOW_NOT_WHAT = ("progress", "sw_batch_size", "sw_device", "device", "cpu_thresh", "buffer_steps", "buffer_dim")
-"""Parameters of MONAI's inferers that change where and how fast a prediction is computed, not what it is."""
-
-Skip = Callable[["Attribution"], bool]
-
-
-@dataclass
-class Attribution:
-    """One map: what a method says about a target of a case.
-
-    Attributes:
-        map: MetaTensor (C, *spatial) on the grid of the image, raw values in the network's dtype; None where there is
-            none (``record["status"]`` says why).
-        method, target: the objects; a target that asks for several scores gives several attributions.
-        case: index of the image in the batch.
-        record: JSON-ready: status, parameters, sums, completeness gap, windows, seconds, memory, versions, warnings.
-        label: the target's name with its class, for files and pictures.
-        mask: bool MetaTensor (1, *spatial) of the target's voxels on the prediction's grid; None for class scores.
-        input: name of the image input, where a network has several.
-        error: the exception of a failed method.
-    """
-
-    map: MetaTensor | None
-    method: Method
-    target: Target
-    case: int
-    record: dict[str, Any]
-    label: str
-    mask: MetaTensor | None = None
-    input: str | None = None
-    error: Exception | None = None
-
-    @property
-    def status(self) -> str:
-        """ok, zero, empty_target, failed or timeout."""
-        return self.record["status"]
-
-
-@dataclass
-class _CaseInput:
-    """One case of a batch, on the network's grid."""
-
-    index: int
-    image: MetaTensor
-    prediction: Tensor | None
-    data: Mapping[str, Any]
-    condition: Tensor | None = None
-    args: Sequence[Any] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    record: dict[str, Any] = field(default_factory=dict)
-    """What the records of all its maps share."""
-
-
-class _CaseModel(Model):
-    """The network with one case's further inputs.
-
-    Where it sees whole images, a further input of batch length 1 is repeated for each image of a batch, as the network
-    expects; under a sliding window it is passed as it is, as MONAI does.
-    """
-
-    repeats = False
-
-    def __call__(self, x: Tensor, **more: Any) -> Tensor:
-        if not self.repeats:
-            return super().__call__(x, **more)
-        args, kwargs = self.args, self.kwargs
-        self.args = tuple(_repeated(v, len(x)) for v in args)
-        self.kwargs = {k: _repeated(v, len(x)) for k, v in kwargs.items()}
-        try:
-            return super().__call__(x, **more)
-        finally:
-            self.args, self.kwargs = args, kwargs
+Skip = Callable[[Attribution], bool]
 
 
 @dataclass
@@ -129,9 +60,12 @@ class _Bound:
     score: Score | None
     error: Exception | None = None
     label: str = field(init=False)
+    hash: str | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.label = self.score.label if self.score is not None else self.target.name or type(self.target).__name__
+        score = self.score
+        self.label = score.label if score is not None else self.target.name or type(self.target).__name__
+        self.hash = None if score is None else tensor_hash(score.mask, *[[b.start, b.stop] for b in score.box])
 
 
 class Explainer:
@@ -253,7 +187,7 @@ class Explainer:
             raise next(iter(refused.values()))
         inputs = dict(image) if isinstance(image, Mapping) else {}
         if inputs:
-            image = _joined(inputs)
+            image = joined_inputs(inputs)
         assert isinstance(image, Tensor)
         if image.ndim not in (4, 5):
             raise InputError(f"image must be (B, C, *spatial) in 2D or 3D, got shape {tuple(image.shape)}")
@@ -276,7 +210,7 @@ class Explainer:
 
     def _cases(
         self, image: Tensor, prediction: Any, data: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Iterator[_CaseInput]:
+    ) -> Iterator[CaseInput]:
         output = None if prediction is None else select_output(prediction, self.output)
         n = len(image)
         several = list(data) if isinstance(data, Sequence) else [data or {}] * n
@@ -284,19 +218,19 @@ class Explainer:
         if len(several) != n:
             raise UsageError(f"data has {len(several)} entries for {n} images")
         for i, one in enumerate(cases_of(image)):
-            yield _CaseInput(
+            yield CaseInput(
                 i,
                 one,
                 None if output is None else output[i],
                 several[i],
                 None if condition is None else torch.as_tensor(condition[i]).as_subclass(Tensor),
-                [_of_case(a, i, n) for a in args],
-                {k: _of_case(v, i, n) for k, v in kwargs.items() if k != "condition"},
+                [of_case(a, i, n) for a in args],
+                {k: of_case(v, i, n) for k, v in kwargs.items() if k != "condition"},
             )
 
     def _explain_case(
         self,
-        case: _CaseInput,
+        case: CaseInput,
         methods: Sequence[Method],
         targets: Sequence[Target],
         channels: dict[str, int],
@@ -315,7 +249,7 @@ class Explainer:
         case.record = {
             "network_grid": list(image.shape[1:]),
             "network_affine": torch.as_tensor(case.image.affine).double().tolist(),
-            "image_sha256": _sha256(image),
+            "image_sha256": tensor_hash(image),
         }
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -371,7 +305,7 @@ class Explainer:
         group: Sequence[Method],
         objective: Objective,
         bound: Sequence[_Bound],
-        case: _CaseInput,
+        case: CaseInput,
         channels: dict[str, int],
         prediction: Tensor,
         notes: Sequence[str],
@@ -379,7 +313,7 @@ class Explainer:
         """Methods that share their passes, in one run of the network."""
         monitor = objective.monitor
         monitor.start(None if self.time_limit is None else self.time_limit * len(group))
-        _reset_peak(self.device)
+        reset_peak_memory(self.device)
         began = time.monotonic()
         names = ", ".join(m.name or type(m).__name__ for m in group)
         full = group[0].full_precision
@@ -389,7 +323,7 @@ class Explainer:
         seconds = time.monotonic() - began
         shared = {
             "seconds": round(seconds, 3),
-            "peak_memory_bytes": _peak(self.device),
+            "peak_memory_bytes": peak_memory(self.device),
             "windows_used": len(objective.windows),
             "windows_total": len(objective.plan),
             "window_passes": monitor.passes,
@@ -412,14 +346,14 @@ class Explainer:
                 assert values is not None
                 record["value"] = float(values[k])
                 if b.target.layer is None:
-                    record.update(_predicted(prediction, self.class_names))
+                    record.update(predicted_class(prediction, self.class_names))
                 yield from self._finished(method, b, case, record, outcome, k, channels)
 
     def _finished(
         self,
         method: Method,
         bound: _Bound,
-        case: _CaseInput,
+        case: CaseInput,
         record: dict[str, Any],
         outcome: Explained,
         k: int,
@@ -429,7 +363,7 @@ class Explainer:
         values = outcome.maps[k]
         per_input = bool(channels) and values.shape[0] == sum(channels.values())
         parts = dict(zip(channels, values.split(list(channels.values())))) if per_input else {None: values}
-        mask = _mask(bound.score, case.image)
+        mask = mask_on_image(bound.score, case.image)
         for name, part in parts.items():
             mine = dict(record)
             finite = bool(torch.isfinite(part).all())
@@ -447,10 +381,11 @@ class Explainer:
                 continue
             if mine["status"] == "zero":
                 mine["warnings"] = [*mine["warnings"], "the map is zero everywhere: the target does not react here"]
-            yield Attribution(_like(part, case.image), method, bound.target, case.index, mine, bound.label, mask, name)
+            found = like_image(part, case.image)
+            yield Attribution(found, method, bound.target, case.index, mine, bound.label, mask, name)
 
     def _failed(
-        self, method: Method, bound: _Bound, case: _CaseInput, record: dict[str, Any], error: Exception
+        self, method: Method, bound: _Bound, case: CaseInput, record: dict[str, Any], error: Exception
     ) -> Attribution:
         if self.on_error == "raise":
             raise error
@@ -460,23 +395,23 @@ class Explainer:
         return Attribution(None, method, bound.target, case.index, record, bound.label, error=error)
 
     @staticmethod
-    def _empty(method: Method, bound: _Bound, case: _CaseInput, record: dict[str, Any]) -> Attribution:
+    def _empty(method: Method, bound: _Bound, case: CaseInput, record: dict[str, Any]) -> Attribution:
         record["status"] = "empty_target"
         record["reason"] = f"no voxel of the prediction belongs to {bound.label}, so there is nothing to explain"
         return Attribution(None, method, bound.target, case.index, record, bound.label)
 
     # -- parts --------------------------------------------------------------------------------------------------
 
-    def _model(self, channels: dict[str, int], case: _CaseInput, layer: str | None) -> _CaseModel:
-        return _CaseModel(
+    def _model(self, channels: dict[str, int], case: CaseInput, layer: str | None) -> CaseModel:
+        return CaseModel(
             self.network if layer is None else LayerOutput(self.network, layer),
             self.device,
             output=self.output if layer is None else None,
             amp=self.amp,
             amp_kwargs=self.amp_kwargs,
             inputs=channels,
-            args=[_to(a, self.device) for a in case.args],
-            kwargs={k: _to(v, self.device) for k, v in case.kwargs.items()},
+            args=[to_device(a, self.device) for a in case.args],
+            kwargs={k: to_device(v, self.device) for k, v in case.kwargs.items()},
         )
 
     @contextmanager
@@ -485,7 +420,7 @@ class Explainer:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
             yield
 
-    def _prediction(self, case: _CaseInput, image: Tensor, model: Model) -> Tensor:
+    def _prediction(self, case: CaseInput, image: Tensor, model: Model) -> Tensor:
         """The unperturbed prediction (K, *out) by the user's own inferer."""
         if case.prediction is not None and not isinstance(model.network, LayerOutput):
             return case.prediction.detach().to(self.volume_device, model.dtype)
@@ -509,7 +444,7 @@ class Explainer:
             raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
         return prediction
 
-    def _bind(self, targets: Sequence[Target], prediction: Tensor, case: _CaseInput) -> Iterator[_Bound]:
+    def _bind(self, targets: Sequence[Target], prediction: Tensor, case: CaseInput) -> Iterator[_Bound]:
         affine = torch.as_tensor(case.image.affine).double().cpu()
         same = tuple(prediction.shape[1:]) == tuple(case.image.shape[1:])
         context = Case(affine if same else None, case.data, self.class_names)
@@ -520,7 +455,7 @@ class Explainer:
             except EsegetaError as error:
                 yield _Bound(target, None, error)
 
-    def _record(self, method: Method, bound: _Bound, plan: WindowPlan | None, case: _CaseInput) -> dict[str, Any]:
+    def _record(self, method: Method, bound: _Bound, plan: WindowPlan | None, case: CaseInput) -> dict[str, Any]:
         """All that is known before the method runs; what only the run can tell stands as None."""
         score, names = bound.score, self.channel_names
         return {
@@ -537,7 +472,7 @@ class Explainer:
             "target_name": bound.label,
             "target_parameters": bound.target.parameters,
             "target_voxels": 0 if score is None else score.voxels,
-            "target_sha256": None if score is None else _sha256(score.mask, *[[b.start, b.stop] for b in score.box]),
+            "target_sha256": bound.hash,
             "class_index": None if score is None else score.class_index,
             "class_name": None if score is None else score.class_name,
             "channel_names": names if len(names) == case.image.shape[0] else [],
@@ -545,7 +480,7 @@ class Explainer:
             "windows_total": None if plan is None else len(plan),
             "seed": self.seed,
             "amp": None if method.full_precision else self._autocast,
-            "inferer": _described(self.inferer),
+            "inferer": described(self.inferer),
             "output": self.output,
             "network": {"name": type(self.network).__name__, "structure_sha256": self._structure},
             **case.record,
@@ -617,121 +552,8 @@ def _groups(methods: Sequence[Method]) -> list[list[Method]]:
     return groups
 
 
-def cases_of(image: Tensor) -> list[MetaTensor]:
-    """The images (C, *spatial) of a batch (B, C, *spatial), each with its own metadata and trace."""
-    if not isinstance(image, MetaTensor):
-        return [MetaTensor(one) for one in image]
-    if not image.is_batch and image.affine.ndim == 2:
-        return [MetaTensor(one, meta=image.meta, applied_operations=image.applied_operations) for one in image]
-    return list(decollate_batch(_batch_like(image.as_tensor(), image)))
-
-
 def _not_linear(method: Method, bound: _Bound) -> MethodError:
     return MethodError(
         f"{method.name} hands relevance down from a linear score, and {bound.label} is not linear in the prediction: "
         "use output='logit' for it, or a method such as IntegratedGradients or DeepLift"
     )
-
-
-def _joined(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Several image inputs as one tensor, channel behind channel."""
-    first = next(iter(inputs.values()))
-    for name, value in inputs.items():
-        if value.shape[2:] != first.shape[2:] or len(value) != len(first):
-            raise InputError(
-                f"image input {name!r} has shape {tuple(value.shape)}, the first one {tuple(first.shape)}: image "
-                "inputs must share batch and grid; pass others by network_kwargs"
-            )
-    joined = torch.cat([torch.as_tensor(v).as_subclass(Tensor).to(first.device) for v in inputs.values()], 1)
-    return _batch_like(joined, first) if isinstance(first, MetaTensor) else joined
-
-
-def _batch_like(values: Tensor, batch: MetaTensor) -> MetaTensor:
-    """A batch with another's metadata, marked as one: engines with ``compile=True`` lose the mark."""
-    found = MetaTensor(values)
-    found.meta, found.applied_operations = batch.meta, batch.applied_operations
-    found.is_batch = batch.is_batch or batch.affine.ndim == 3
-    return found
-
-
-def _like(values: Tensor, image: MetaTensor) -> MetaTensor:
-    """A map with the image's place in the world and the trace of its preprocessing, but none of its other metadata."""
-    found = MetaTensor(values.detach(), affine=image.affine.clone())
-    keep = ("original_affine", "spatial_shape", "space", "filename_or_obj")
-    found.meta.update({k: image.meta[k] for k in keep if k in image.meta})
-    found.applied_operations = list(image.applied_operations)
-    return found
-
-
-def _mask(score: Score | None, image: MetaTensor) -> MetaTensor | None:
-    if score is None or not score.box:
-        return None
-    if any(b.stop > n for b, n in zip(score.box, image.shape[1:])) or len(score.box) != image.ndim - 1:
-        return None
-    mask = torch.zeros((1, *image.shape[1:]), dtype=torch.bool)
-    mask[0][score.box] = score.mask.cpu()
-    return _like(mask, image)
-
-
-def _predicted(prediction: Tensor, names: Mapping[int, str]) -> dict[str, Any]:
-    """Predicted class and its probability, for a classification network."""
-    if prediction.ndim > 1 and prediction[0].numel() > 1:
-        return {}
-    flat = prediction.flatten().double()
-    probabilities = torch.sigmoid(flat) if len(flat) == 1 else torch.softmax(flat, 0)
-    best = int(flat.argmax())
-    return {
-        "predicted_class": best,
-        "predicted_class_name": names.get(best),
-        "predicted_probability": float(probabilities[best]),
-    }
-
-
-def _described(inferer: Any) -> dict[str, Any]:
-    """An inferer by its class and the parameters that shape the prediction, JSON-ready."""
-    values = {k: v for k, v in vars(inferer).items() if not k.startswith("_")} if hasattr(inferer, "__dict__") else {}
-    described: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in HOW_NOT_WHAT or callable(value):
-            continue
-        described[name] = _sha256(value) if isinstance(value, Tensor) and value.ndim else json_ready(value)
-    return {"name": getattr(inferer, "__name__", type(inferer).__name__), **described}
-
-
-def _sha256(values: Tensor, *more: Any) -> str:
-    """Of a tensor's shape, type and bytes, and of what else belongs to it."""
-    plain = torch.as_tensor(values).as_subclass(Tensor).detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tuple(plain.shape)}{plain.dtype}{more}".encode())
-    digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _of_case(value: Any, index: int, n: int) -> Any:
-    """What of a further input belongs to one case of n."""
-    return value[index : index + 1] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
-
-
-def _repeated(value: Any, n: int) -> Any:
-    repeats = isinstance(value, Tensor) and value.ndim and len(value) == 1
-    return value.expand(n, *value.shape[1:]) if repeats else value
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, Tensor) else value
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak(device: torch.device) -> int:
-    """Peak memory in bytes: of the method on an accelerator, of the process so far on the CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # Windows has no such count
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)

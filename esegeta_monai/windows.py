@@ -122,7 +122,7 @@ class WindowPlan:
         """What MONAI passes to a network under ``with_coord=True``, in padded coordinates."""
         return [slice(0, 1), slice(None), *self.slices[window]]
 
-    @property
+    @functools.cached_property
     def coverage(self) -> float:
         """Share of the volume's voxels that some window holds (always 1 for MONAI's dense windows)."""
         seen = torch.zeros(self.spatial_shape, dtype=torch.bool)

@@ -18,8 +18,9 @@ from monai.utils import CommonKeys
 
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.provenance import bundle_provenance
+from esegeta_monai.cases import cases_of
 from esegeta_monai.errors import UsageError
-from esegeta_monai.explainer import Explainer, cases_of
+from esegeta_monai.explainer import Explainer
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.network import unwrap, weights_hash
