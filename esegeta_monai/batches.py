@@ -1,0 +1,195 @@
+"""Window batches, and what methods ask to be gathered from them in a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.errors import MethodError
+
+if TYPE_CHECKING:
+    from esegeta_monai.objective import Objective
+
+__all__ = ["Batch", "Gradient", "InputGradient", "Request", "View"]
+
+
+class Batch:
+    """Some windows of one or several volumes, and what the targets see in them.
+
+    Attributes:
+        windows: indices into the plan.
+        sources: for each window the volume it is cut from, where `cut` is given several.
+        cotangents: a target each (n, R, *out_roi), ``ĝ_w · ∂s/∂P`` cut to the windows; None where the target sees none
+            of them. R are the output channels that some target reads.
+    """
+
+    def __init__(
+        self, objective: Objective, windows: Sequence[int], sources: Sequence[int], cotangents: list[Tensor | None]
+    ) -> None:
+        self.objective, self.windows, self.sources, self.cotangents = objective, windows, sources, cotangents
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    @property
+    def image(self) -> Tensor:
+        """The windows of the case's image: (n, C, *roi)."""
+        return self.cut(self.objective.image)
+
+    def cut(self, volume: Tensor) -> Tensor:
+        """The windows of a volume (C, *spatial), or of several (m, C, *spatial): (n, C, *roi) on the window device."""
+        plan, several = self.objective.plan, volume.ndim == len(self.objective.plan.spatial_shape) + 2
+        parts = [plan.cut(volume[s] if several else volume, w) for w, s in zip(self.windows, self.sources)]
+        return torch.stack(parts).to(self.objective.model.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network on windows (n, C, *roi): the channels that targets read, (n, R, *out_roi). Differentiable."""
+        return self.objective.run(x, self.windows)
+
+    def scores(self, out: Tensor) -> Tensor:
+        """``F_w = <c_w, f(x_w)>`` (k, n) from network output; sums in float64."""
+        rows = []
+        for cotangent in self.cotangents:
+            if cotangent is None:
+                rows.append(out.new_zeros(len(self), dtype=torch.float64))
+            else:
+                rows.append((out * cotangent).flatten(1).sum(1, dtype=torch.float64))
+        return torch.stack(rows)
+
+    def stacked_cotangents(self) -> Tensor:
+        """The cotangents of all targets as one tensor (k, n, R, *out_roi), zero where a target sees nothing."""
+        some = next(c for c in self.cotangents if c is not None)
+        return torch.stack([torch.zeros_like(some) if c is None else c for c in self.cotangents])
+
+    def gradients(self, out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        """Vector-Jacobian products of every target with respect to each input: a list of (k, *input.shape).
+
+        None stands for an input that no target depends on by a differentiable path.
+        """
+        active = [k for k, c in enumerate(self.cotangents) if c is not None]
+        results: list[Tensor | None] = [None] * len(inputs)
+        if not out.requires_grad or not inputs:
+            raise MethodError(_NO_PATH)
+        for k in active:
+            cotangent = self.cotangents[k]
+            assert cotangent is not None
+            grads = self.objective.vjp(out, inputs, cotangent, retain=k != active[-1])
+            for i, (x, g) in enumerate(zip(inputs, grads)):
+                if g is not None:
+                    found = results[i]
+                    if found is None:
+                        found = results[i] = x.new_zeros((len(self.cotangents), *x.shape))
+                    found[k] = g
+        return results
+
+    def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``∂F/∂x_w`` (k, n, C, *roi) at windows x, and the network's output."""
+        x = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            out = self.forward(x)
+        (gradient,) = self.gradients(out, [x])
+        if gradient is None:
+            raise MethodError(_NO_PATH)
+        return gradient, out.detach()
+
+
+_NO_PATH = (
+    "the network's output does not depend on its input by a differentiable path (an operation such as argmax, round or "
+    ".detach() cuts it, or the network is compiled for inference): use a perturbation method such as Occlusion"
+)
+
+
+@dataclass
+class View:
+    """What a `Request` sees of one window batch in a sweep.
+
+    Attributes:
+        batch: the windows.
+        out: network output (n, R, *out_roi).
+        activations: layer name to (n, …).
+        gradients: layer name to (k, n, …); absent where no target sees the windows or depends on the layer.
+        input_gradient: (k, n, C, *roi) where some request wants it.
+        seen: whether some target sees these windows (else this is a forward pass only).
+    """
+
+    batch: Batch
+    out: Tensor
+    activations: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    input_gradient: Tensor | None
+    seen: bool
+
+
+class Request:
+    """Something that a method wants gathered in one sweep over the windows; equal keys are gathered once.
+
+    Attributes:
+        layers: layers whose activations (and gradients) it looks at.
+        input_gradient: whether it looks at the gradient at the input.
+        everywhere: all windows, not just those that the targets see (these come without gradients).
+    """
+
+    layers: tuple[str, ...] = ()
+    input_gradient: bool = False
+    backward: bool = True
+    everywhere: bool = False
+
+    @property
+    def key(self) -> Hashable:
+        """Requests of equal key share their result."""
+        return id(self)
+
+    def begin(self, objective: Objective) -> None:
+        """Called before the first window."""
+
+    def see(self, view: View) -> None:
+        """Called for each window batch."""
+        raise NotImplementedError
+
+    def result(self) -> Any:
+        """Called after the last window."""
+        raise NotImplementedError
+
+
+@dataclass
+class Gradient:
+    """Gradients at m points.
+
+    Attributes:
+        maps: (k, m, C, *spatial).
+        values: F at the points (k, m), float64.
+        padding: what fell on constant padding (k, m, C).
+    """
+
+    maps: Tensor
+    values: Tensor
+    padding: Tensor
+
+
+class InputGradient(Request):
+    """``∂F/∂x`` at the image, as a `Gradient` with m = 1."""
+
+    input_gradient = True
+
+    @property
+    def key(self) -> Hashable:
+        return "input gradient"
+
+    def begin(self, objective: Objective) -> None:
+        self.objective = objective
+        self.maps = objective.new_maps()
+        self.padding = self.maps.new_zeros(self.maps.shape[:2])
+        self.values = objective.constants()
+
+    def see(self, view: View) -> None:
+        assert view.input_gradient is not None
+        self.padding += self.objective.add(self.maps, view.batch, view.input_gradient)
+        self.values += view.batch.scores(view.out).sum(1).cpu()
+
+    def result(self) -> Gradient:
+        values = self.values if self.objective.linear else self.objective.image_values().cpu()
+        return Gradient(self.maps[:, None], values[:, None], self.padding[:, None])
