@@ -73,7 +73,7 @@ class Batch:
         active = [k for k, c in enumerate(self.cotangents) if c is not None]
         results: list[Tensor | None] = [None] * len(inputs)
         if not out.requires_grad or not inputs:
-            raise MethodError(_NO_PATH)
+            raise MethodError(NO_PATH)
         for k in active:
             cotangent = self.cotangents[k]
             assert cotangent is not None
@@ -93,11 +93,11 @@ class Batch:
             out = self.forward(x)
         (gradient,) = self.gradients(out, [x])
         if gradient is None:
-            raise MethodError(_NO_PATH)
+            raise MethodError(NO_PATH)
         return gradient, out.detach()
 
 
-_NO_PATH = (
+NO_PATH = (
     "the network's output does not depend on its input by a differentiable path (an operation such as argmax, round or "
     ".detach() cuts it, or the network is compiled for inference): use a perturbation method such as Occlusion"
 )

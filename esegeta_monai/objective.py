@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esegeta_monai.batches import Batch, Gradient, InputGradient, Request, View
+from esegeta_monai.batches import NO_PATH, Batch, Gradient, InputGradient, Request, View
 from esegeta_monai.errors import MethodError
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import Model, capture
@@ -261,7 +261,7 @@ class Objective:
             gradients = {n: g for n, g in zip(names, found) if g is not None}
             at_input = found[-1] if wants_input else None
             if wants_input and at_input is None:
-                raise MethodError(_NO_PATH)
+                raise MethodError(NO_PATH)
         activations = {n: captured[n].detach() for n in layers}
         return View(batch, out.detach(), activations, gradients, at_input, seen)
 
