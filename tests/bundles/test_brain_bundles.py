@@ -162,9 +162,10 @@ def test_segmentation_runs_without_any_file_of_the_user(enter_bundle: EnterBundl
     prediction = nib.load(written)
     assert prediction.shape == label.shape
     np.testing.assert_allclose(prediction.affine, label.affine, atol=1e-5)
+    # 0.874 both, as docs/README.md states.
     classes, truth = np.asarray(prediction.dataobj), np.asarray(label.dataobj)
-    assert dice(classes == 1, truth == 1) > 0.85
-    assert dice(classes == 2, truth == 2) > 0.90
+    assert dice(classes == 1, truth == 1) > 0.86
+    assert dice(classes == 2, truth == 2) > 0.86
 
 
 @pytest.mark.slow
@@ -211,6 +212,6 @@ def test_evaluation_overlay_writes_its_metric(name: str, enter_bundle: EnterBund
         device="$torch.device('cpu')",
         val_seeds=[2_000_000, 2_000_001],
     )
-    metric, value = (tmp_path / "metrics.csv").read_text().split()[:2]
+    ((metric, value),) = csv.reader((tmp_path / "metrics.csv").open())
     assert metric in ("val_mean_dice", "val_accuracy")
     assert 0.5 <= float(value) <= 1

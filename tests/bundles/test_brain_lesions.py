@@ -154,6 +154,28 @@ def test_prepare_is_the_preprocessing_of_inference(
     assert torch.equal(ours.affine, theirs.affine)
 
 
+def test_located_loss_is_its_formula(lesions: Any) -> None:
+    from scripts.located_loss import LocatedLoss
+
+    torch.manual_seed(0)
+    conv = torch.nn.Conv3d(1, 2, 2, stride=2)
+    features = torch.nn.Sequential(torch.nn.Sequential())
+    features[0].add_module("conv", conv)
+    network = torch.nn.Sequential()
+    network.add_module("features", features)
+    loss = LocatedLoss(network, location=3.0, positive=5.0)
+    images, lesion, logits = torch.randn(2, 1, 4, 4, 4), torch.zeros(2, 1, 4, 4, 4), torch.randn(2, 2)
+    lesion[1, 0, :2, :2, :2] = 1  # fills the first cell of the second image
+    z = network(images)
+    odds = z.exp().sum(1) * 5
+    chance = odds / (1 + odds)
+    place = -(1 - chance).log()
+    place[1, 0, 0, 0] = -5 * chance[1, 0, 0, 0].log()
+    share = logits.softmax(1)
+    expected = -(share[0, 0].log() + share[1, 1].log()) / 2 + 3 * place.mean()
+    torch.testing.assert_close(loss(logits, lesion), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.slow
 def test_accuracy_on_unseen_seeds(lesions: Any, enter_bundle: EnterBundle, mni152: dict[str, str]) -> None:
     root = enter_bundle(ROOT)

@@ -22,7 +22,7 @@ class LocatedLoss(torch.nn.Module):
     of :math:`z` again: it stays near the true odds, so that the ReLU leaves little but lesions.
 
     Args:
-        network: its `features[-1].conv` is listened to; the network itself is not changed.
+        network: a forward hook listens to its `features[-1].conv`; nothing else is changed.
         location: :math:`\lambda`; 0 trains by the class alone.
         positive: :math:`w`.
     """
@@ -31,7 +31,8 @@ class LocatedLoss(torch.nn.Module):
         super().__init__()
         self.location, self.positive = location, torch.tensor(positive)
         self._maps: torch.Tensor | None = None
-        network.features[-1].conv.register_forward_hook(self._listen)
+        last = max(int(name) for name, _ in network.get_submodule("features").named_children())
+        network.get_submodule(f"features.{last}.conv").register_forward_hook(self._listen)
 
     def _listen(self, module: torch.nn.Module, args: object, output: torch.Tensor) -> None:
         self._maps = output
