@@ -307,12 +307,12 @@ class _BlendedChange(_Change):
         for start in range(0, len(self.perturbations), self.block):
             indices = range(start, min(start + self.block, len(self.perturbations)))
             self.position = {i: j for j, i in enumerate(indices)}
-            self.delta = [torch.zeros((len(indices), *p.shape), dtype=torch.float64) for p in self.predictions]
+            self.delta = [p.new_zeros((len(indices), *p.shape)) for p in self.predictions]
             self.over(indices)
             for k, (score, p, d) in enumerate(zip(self.objective.scores, self.predictions, self.delta)):
                 for j, i in enumerate(indices):
                     if bool(d[j].any()):
-                        self.result[k, i] = (score.value(p + d[j].to(p.device)) - self.values[k]).cpu()
+                        self.result[k, i] = (score.value(p + d[j]) - self.values[k]).cpu()
         return self.result
 
     def compute(self, pairs: Sequence[_Pair], windows: Sequence[Tensor]) -> None:
@@ -322,6 +322,7 @@ class _BlendedChange(_Change):
         for j, pair in enumerate(pairs):
             difference = out[j].double() - base[pair.window].to(out.device).double()
             weighted = difference * objective.grid.weight(pair.window).to(out.device).double()
+            weighted = weighted.to(self.predictions[0].device)  # once, for all perturbations that share the pair
             for score, rows, support, delta in zip(objective.scores, objective.rows, objective.support, self.delta):
                 if pair.window in support:
                     for index in pair.indices:

@@ -21,7 +21,7 @@ BLACK_BOX = [
     methods.FeatureAblation(LABELS, baseline="feature mean"),
     methods.FeaturePermutation(OTHERS, "grid(5)"),
     methods.ShapleyValueSampling(n_samples=4, feature_mask=LABELS),
-    methods.KernelShap(n_samples=32, feature_mask=LABELS),
+    methods.KernelShap(n_samples=64, feature_mask="grid(4)"),
     methods.ChannelShapley(),
     methods.Lime(n_samples=30, feature_mask=LABELS),
     methods.Rise(n_masks=12, grid=(2, 3)),

@@ -1,0 +1,333 @@
+"""Every perturbation method against its peer on the same work, in one run.
+
+    python benchmarks/perturbation.py [--full] [--threads 2] [--methods Occlusion,Lime] [--table FILE.md]
+
+Peers: Captum (`Occlusion`, `FeatureAblation`, `ShapleyValueSampling`, `KernelShap`, `Lime`) round MONAI's own inferer,
+and MONAI's `OcclusionSensitivity` on a classification network. For each: window passes (exact), seconds, the ratio of
+both, our time over that of a bare loop of the same passes, the largest difference of the maps over the largest value
+(where both draw their own samples: of either from exact Shapley values, or the correlation), and by how much the memory
+of the process grew. Then, counted and not run, the passes on a 240 x 240 x 155 scan with
+96³ windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import captum.attr
+import torch
+from captum._utils.models.linear_model import SkLearnRidge
+from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.networks.nets import DenseNet, UNet
+from monai.visualize import OcclusionSensitivity
+from torch import Tensor, nn
+
+from esegeta_monai.features import Grid
+from esegeta_monai.methods import FeatureAblation, KernelShap, Lime, Method, Occlusion, ShapleyValueSampling, run
+from esegeta_monai.network import Model, frozen
+from esegeta_monai.objective import Objective
+from esegeta_monai.targets import Box, Case, ClassScore, MultiClassMask, Target
+from esegeta_monai.windows import plan_windows
+
+
+class Counted(nn.Module):
+    """A network that counts its windows."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.windows = network, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.windows += len(x)
+        return self.network(x)
+
+
+class Measured:
+    """Seconds, window passes, and growth of the resident memory (sampled) of what runs inside."""
+
+    def __init__(self, network: Counted) -> None:
+        self.network = network
+
+    def __enter__(self) -> Measured:
+        self._done = threading.Event()
+        self._peak = self._before = _resident()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        self.network.windows, self._start = 0, time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds, self.passes = time.perf_counter() - self._start, self.network.windows
+        self._done.set()
+        self._thread.join()
+        self.megabytes = (self._peak - self._before) / 2**20
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.02):
+            self._peak = max(self._peak, _resident())
+
+
+def _resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass
+class Work:
+    """A network, an image and its windows."""
+
+    network: Counted
+    image: Tensor
+    inferer: Any
+
+    def objective(self, target: Target) -> Objective:
+        with torch.no_grad():
+            prediction = self.inferer(self.image[None], self.network)[0]
+        plan = plan_windows(self.inferer, self.image.shape[1:])
+        objective = Objective(
+            Model(self.network, torch.device("cpu")), self.image, plan, target.bind(prediction, Case()), prediction
+        )
+        if plan.whole:
+            objective.window_batch = 4
+        return objective
+
+    def score(self, objective: Objective) -> Callable[[Tensor], Tensor]:
+        """F of a batch of images by MONAI's inferer, for Captum."""
+        score = objective.scores[0]
+
+        def of(x: Tensor) -> Tensor:
+            return torch.stack([score.value(score.crop(self.inferer(one[None], self.network)[0])) for one in x])
+
+        return of
+
+    def bare(self, passes: int, batch: int, roi: Sequence[int]) -> float:
+        """Seconds of so many window passes and nothing else."""
+        windows = torch.randn(batch, len(self.image), *roi)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            for done in range(0, passes, batch):
+                self.network(windows[: min(batch, passes - done)])
+        return time.perf_counter() - start
+
+
+Peer = Callable[[Work, Objective], Tensor]
+
+
+def pairs(sizes: Sizes) -> list[tuple[Method, Peer, bool]]:
+    """Our method, its peer on the same work, and whether both compute the same numbers."""
+    grid = Grid(sizes.feature)
+
+    def mask_of(objective: Objective) -> Tensor:
+        return grid.of(objective).labels[None]
+
+    def peer_of(name: str, work: Work, objective: Objective) -> Any:
+        return getattr(captum.attr, name)(work.score(objective))
+
+    def occlusion(work: Work, objective: Objective) -> Tensor:
+        shape = (len(work.image), *(sizes.occluder,) * (work.image.ndim - 1))
+        peer = peer_of("Occlusion", work, objective)
+        return peer.attribute(work.image[None], sliding_window_shapes=shape, strides=shape)
+
+    def ablation(work: Work, objective: Objective) -> Tensor:
+        return peer_of("FeatureAblation", work, objective).attribute(work.image[None], feature_mask=mask_of(objective))
+
+    def shapley(work: Work, objective: Objective) -> Tensor:
+        peer = peer_of("ShapleyValueSampling", work, objective)
+        orders = sampling.orders(sampling.game(objective)).tolist()
+        peer.permutation_generator = lambda n, samples: iter(orders)
+        options = {"feature_mask": mask_of(objective), "n_samples": sampling.n_samples}
+        return peer.attribute(work.image[None], **options) / sizes.feature**3  # ours is a share a voxel
+
+    def kernel(work: Work, objective: Objective) -> Tensor:
+        options = {"feature_mask": mask_of(objective), "n_samples": sizes.samples}
+        return peer_of("KernelShap", work, objective).attribute(work.image[None], **options) / sizes.feature**3
+
+    def lime(work: Work, objective: Objective) -> Tensor:
+        peer = captum.attr.Lime(work.score(objective), interpretable_model=SkLearnRidge(alpha=1.0))
+        return peer.attribute(work.image[None], feature_mask=mask_of(objective), n_samples=sizes.samples)
+
+    sampling = ShapleyValueSampling(n_samples=sizes.orders, feature_mask=grid, baseline="zero")
+    return [
+        (Occlusion(window=sizes.occluder, baseline="zero"), occlusion, True),
+        (FeatureAblation(grid, baseline="zero"), ablation, True),
+        (sampling, shapley, True),
+        (KernelShap(sizes.samples, grid, "zero"), kernel, False),
+        (Lime(sizes.samples, grid, "zero"), lime, False),
+    ]
+
+
+@dataclass
+class Sizes:
+    """How large the work is."""
+
+    volume: int
+    window: int
+    occluder: int
+    feature: int
+    orders: int
+    samples: int
+
+
+SMALL = Sizes(volume=48, window=24, occluder=16, feature=24, orders=4, samples=64)
+FULL = Sizes(volume=128, window=48, occluder=32, feature=32, orders=10, samples=256)
+
+
+def segmentation(sizes: Sizes) -> tuple[Work, dict[str, Target]]:
+    """A small UNet behind windows, and a lesion and an organ in its prediction."""
+    torch.manual_seed(0)
+    network = Counted(UNet(3, 1, 2, channels=(8, 16, 32), strides=(2, 2), num_res_units=1)).eval()
+    inferer = SlidingWindowInferer((sizes.window,) * 3, sw_batch_size=4, overlap=0.25, mode="gaussian")
+    corner = sizes.volume * 3 // 8 + 2
+    targets: dict[str, Target] = {
+        "lesion": Box(1, (corner - 2,) * 3, (corner + 2,) * 3),
+        "organ": MultiClassMask(1),
+        "organ, probability": MultiClassMask(1, output="probability"),
+    }
+    return Work(network, torch.randn(1, *(sizes.volume,) * 3), inferer), targets
+
+
+def off(found: Tensor, reference: Tensor) -> float:
+    """The largest difference over the largest value."""
+    return float((found - reference).abs().max() / reference.abs().max())
+
+
+def row(work: Work, objective: Objective, method: Method, peer: Peer, same: bool, title: str) -> list[str]:
+    """One line of the table."""
+    with frozen(work.network):
+        work.bare(8, 4, objective.plan.roi)  # warm up
+        with Measured(work.network) as ours:
+            mine = run(method, objective).maps[0].mean(0)
+        bare = work.bare(ours.passes, objective.window_batch, objective.plan.roi)
+        with torch.no_grad(), Measured(work.network) as theirs:
+            reference = peer(work, objective)[0].float().mean(0)
+    if same:
+        agreement = f"{off(mine, reference):.1e}"
+    elif isinstance(method, KernelShap):
+        exact = run(KernelShap(2**13, method.feature_mask, method.baseline), objective).maps[0].mean(0)
+        agreement = f"{off(mine, exact):.1e} and {off(reference, exact):.1e} off"
+    else:
+        agreement = f"r = {float(torch.corrcoef(torch.stack([mine.flatten(), reference.flatten()]))[0, 1]):.3f}"
+    passes, seconds = theirs.passes / ours.passes, theirs.seconds / ours.seconds
+    return [
+        str(method.name),
+        title,
+        *(str(ours.passes), str(theirs.passes), f"{passes:.1f}"),
+        *(f"{ours.seconds:.2f}", f"{theirs.seconds:.2f}", f"{seconds:.1f}", f"{seconds / passes:.2f}"),
+        f"{ours.seconds / bare:.2f}",
+        agreement,
+        *(f"{ours.megabytes:.0f}", f"{theirs.megabytes:.0f}"),
+    ]
+
+
+HEADER = [
+    *("method", "target", "passes", "peer's passes", "ratio", "s", "peer's s", "ratio", "time / passes"),
+    *("over bare loop", "difference", "MB", "peer's MB"),
+]
+
+
+def classification(sizes: Sizes) -> list[str]:
+    """MONAI's `OcclusionSensitivity` with constant occluders that tile the image, on the probability of class 1."""
+    torch.manual_seed(0)
+    network = Counted(DenseNet(3, 1, 2, 8, 4, (2, 2), 2)).eval()
+    work = Work(network, torch.randn(1, *(sizes.volume,) * 3), SimpleInferer())
+    objective = work.objective(ClassScore(1, output="probability"))
+    monai = OcclusionSensitivity(network, sizes.occluder, n_batch=4, mode=0.0, overlap=0.0, verbose=False)
+    monai.activate = lambda out: out.softmax(1)  # its own choice goes by the channels of the image, not of the output
+
+    def peer(work: Work, objective: Objective) -> Tensor:
+        occluded = monai(work.image[None])[0][:, 1:2]
+        return objective.image_values()[0] - torch.as_tensor(occluded).as_subclass(Tensor)
+
+    method = Occlusion(window=sizes.occluder, baseline="zero", name="Occlusion (MONAI's OcclusionSensitivity)")
+    return row(work, objective, method, peer, True, "class probability")
+
+
+def counted() -> list[list[str]]:
+    """Window passes on a scan of 240 x 240 x 155 with windows of 96³, overlap 0.5: ours, and by whole predictions."""
+    image = torch.rand(1, 240, 240, 155)
+    inferer = SlidingWindowInferer((96,) * 3, 4, 0.5, "gaussian")
+    plan = plan_windows(inferer, image.shape[1:])
+    prediction = torch.zeros(2, *image.shape[1:])
+    targets = {"lesion of 15³": Box(1, (60, 80, 70), (75, 95, 85)), "organ of 100³": Box(1, (40,) * 3, (140,) * 3)}
+    methods: list[tuple[str, Method, int]] = [
+        ("Occlusion, 16³", Occlusion(window=16, baseline="zero"), 15 * 15 * 10 + 1),
+        ("FeatureAblation, boxes of 24³", FeatureAblation(Grid(24), "zero"), 10 * 10 * 7 + 1),
+        ("ShapleyValueSampling, 25 orders of boxes of 48³", ShapleyValueSampling(25, Grid(48), "zero"), 25 * 100 + 1),
+        ("KernelShap, 1000 samples of boxes of 48³", KernelShap(1000, Grid(48), "zero"), 1003),
+        ("Lime, 1000 samples of boxes of 48³", Lime(1000, Grid(48), "zero"), 1000),
+    ]
+    lines = []
+    for title, target in targets.items():
+        model = Model(nn.Identity(), torch.device("cpu"))
+        objective = Objective(model, image, plan, target.bind(prediction, Case()), prediction)
+        for name, method, predictions in methods:
+            ours, naive = method.passes(objective), predictions * len(plan)
+            lines.append([name, title, f"{len(objective.windows)} of {len(plan)}", str(ours), str(naive)])
+            lines[-1].append(f"{naive / ours:.0f}")
+    return lines
+
+
+def flat_memory(work: Work, objective: Objective) -> str:
+    """Growth of memory against the number of perturbations."""
+    parts = []
+    for stride in (24, 12, 6):
+        method = Occlusion(window=12, stride=stride, baseline="zero")
+        with frozen(work.network), Measured(work.network) as measured:
+            occluders = run(method, objective).notes["occluders"]
+        parts.append(f"{occluders} occluders: {measured.passes} passes, {measured.megabytes:.0f} MB")
+    return "; ".join(parts)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="128³ instead of 48³: about an hour")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--methods", default="", help="comma-separated names; all where left out")
+    parser.add_argument("--no-counted", action="store_true", help="without the table of counted passes")
+    parser.add_argument("--table", type=Path, help="where the tables are written too")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    sizes = FULL if args.full else SMALL
+    wanted = {m for m in args.methods.lower().split(",") if m}
+    work, targets = segmentation(sizes)
+    rows = []
+    for title, target in targets.items():
+        for method, peer, same in pairs(sizes):
+            if wanted and type(method).__name__.lower() not in wanted:
+                continue
+            # a fresh objective: nothing may be shared between methods here
+            rows.append(row(work, work.objective(target), method, peer, same, title))
+            print(*rows[-1], sep="  ", flush=True)
+    if not wanted or "occlusion" in wanted:
+        rows.append(classification(sizes))
+    memory = flat_memory(work, work.objective(targets["organ"]))
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    windows = len(plan_windows(work.inferer, work.image.shape[1:]))
+    text = (
+        f"{sizes.volume}³ voxels, windows of {sizes.window}³ ({windows}), UNet (8, 16, 32), torch {torch.__version__}, "
+        f"{args.threads} threads of {os.cpu_count()} cores, load {load}.\n\n"
+        f"{table(HEADER, rows)}\n\nMemory against the number of perturbations (organ): {memory}.\n"
+    )
+    if not args.no_counted:
+        head = ["method", "target", "windows seen", "passes", "by whole predictions", "ratio"]
+        text += f"\n240 x 240 x 155, windows of 96³, overlap 0.5, counted and not run:\n\n{table(head, counted())}\n"
+    print(text)
+    if args.table:
+        args.table.parent.mkdir(parents=True, exist_ok=True)
+        args.table.write_text(f"# Perturbation methods against their peers\n\n{text}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
