@@ -1,7 +1,7 @@
 """Perturbations by coalitions of features and by smooth masks, each made for one window at a time.
 
-    x' = x where a voxel's feature is in the coalition, else x₀                   (`Segments`)
-    x' = x₀ + m · (x − x₀), m interpolated from a coarse grid                     (`SmoothMasks`)
+x' = x where a voxel's feature is in the coalition, else x₀                   (`Segments`)
+x' = x₀ + m · (x − x₀), m interpolated from a coarse grid                     (`SmoothMasks`)
 """
 
 from __future__ import annotations

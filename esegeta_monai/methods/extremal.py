@@ -220,8 +220,8 @@ def _of_area(mask: Tensor, area: float) -> Tensor:
     low, high = -4.0, 4.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if float((mask ** 2**middle).mean()) > area else (low, middle)
-    return mask ** 2 ** ((low + high) / 2)
+        low, high = (middle, high) if float((mask**2**middle).mean()) > area else (low, middle)
+    return mask**2 ** ((low + high) / 2)
 
 
 def _one_target(objective: Objective, k: int) -> Objective:
