@@ -159,7 +159,7 @@ def _add_explain(commands: Any) -> None:
         "--target",
         action="append",
         metavar="TARGET",
-        help="what: such as \"MultiClassMask(class_index=1)\" or \"MultiClassMask('spleen')\"; may be repeated "
+        help='what: such as "MultiClassMask(class_index=1)" or "MultiClassMask(\'spleen\')"; may be repeated '
         "(default: every predicted class but background; 'esegeta-monai targets' lists all)",
     )
     _add_network(explain)
@@ -172,9 +172,7 @@ def _add_demo(commands: Any) -> None:
         "--output", default="demo_output", metavar="DIR", help="where the results go (default: %(default)s)"
     )
     demo.add_argument("--bundle", metavar="DIR", help="the bundle brain_tissue_segmentation, where it is not found")
-    demo.add_argument(
-        "--methods", action="append", metavar="LIST", help="other methods than those chosen for the demo"
-    )
+    demo.add_argument("--methods", action="append", metavar="LIST", help="other methods than those chosen for the demo")
     demo.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
     _add_run_options(demo)
     demo.set_defaults(config=None, override=None, network_output=None)

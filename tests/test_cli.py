@@ -395,9 +395,7 @@ def test_overrides_are_json_else_text() -> None:
     assert found == {"a#b": [1, 2], "c": True, "d": "@e", "f": "x=y"}
 
 
-def test_the_unforeseen_is_one_line_too(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_unforeseen_is_one_line_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(*_: object) -> int:
         raise ZeroDivisionError("a bug\nof ours")
 

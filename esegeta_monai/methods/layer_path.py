@@ -229,9 +229,7 @@ def _mixed(objective: Objective, layer: str, alpha: float) -> Iterator[dict[str,
             raise MethodError(f"layer {layer!r} is not used in the forward pass: choose another")
 
 
-def along_path(
-    objective: Objective, x0: Tensor, nodes: list[float], see: Callable[[Batch, Tensor], None]
-) -> None:
+def along_path(objective: Objective, x0: Tensor, nodes: list[float], see: Callable[[Batch, Tensor], None]) -> None:
     """Calls ``see(batch, x)`` with the windows x of ``x₀ + α (image − x₀)`` for all windows that the targets see and
     all α in ``nodes`` (``batch.sources`` says which); the nodes of a window come one after the other.
 

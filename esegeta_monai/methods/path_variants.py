@@ -116,10 +116,12 @@ class GuidedIG(Method):
         start = here.values[own, own]
         for step in range(self.n_steps):
             gradients = here.maps[own, own]
-            moved = torch.stack([
-                self._move(point, x0, objective.image, g, (step + 1) / self.n_steps)
-                for point, g in zip(points, gradients)
-            ])
+            moved = torch.stack(
+                [
+                    self._move(point, x0, objective.image, g, (step + 1) / self.n_steps)
+                    for point, g in zip(points, gradients)
+                ]
+            )
             here = objective.gradient(moved)
             maps += (gradients + here.maps[own, own]) / 2 * (moved - points)
             points = moved

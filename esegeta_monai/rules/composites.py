@@ -86,9 +86,7 @@ def composite_of(
     if unknown or not {"convolution", "dense"} <= set(spec):
         raise UsageError(f"a composite has 'convolution', 'dense' and possibly 'first'; given {sorted(spec)}")
     defaults: dict[str, object] = {"epsilon": epsilon, "gamma": gamma, "low": low, "high": high}
-    rules = {
-        place: None if rule is None else _rule_of(rule, place, defaults) for place, rule in spec.items()
-    }
+    rules = {place: None if rule is None else _rule_of(rule, place, defaults) for place, rule in spec.items()}
     return Composite(**rules)  # type: ignore[arg-type]
 
 

@@ -106,9 +106,7 @@ def _run(
     for arriving, layer_gradients, _ in run.backward(cotangents):
         inputs.append(arriving)
         at_layers.append(layer_gradients)
-    return Relevance(
-        torch.stack(inputs), x.new_zeros(cotangents.shape[:2]), layer_relevance(run.captured, at_layers)
-    )
+    return Relevance(torch.stack(inputs), x.new_zeros(cotangents.shape[:2]), layer_relevance(run.captured, at_layers))
 
 
 def layer_relevance(

@@ -77,8 +77,12 @@ def test_equals_what_monai_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     write_scan(tmp_path)
     monkeypatch.chdir(folder)
     workflow = ConfigWorkflow(
-        config_file=str(folder / "configs/inference.json"), meta_file=str(folder / "configs/metadata.json"),
-        workflow_type="infer", device="$torch.device('cpu')", bundle_root=str(folder), postprocessing="$None",
+        config_file=str(folder / "configs/inference.json"),
+        meta_file=str(folder / "configs/metadata.json"),
+        workflow_type="infer",
+        device="$torch.device('cpu')",
+        bundle_root=str(folder),
+        postprocessing="$None",
     )
     workflow.initialize()
     workflow.run()
@@ -137,15 +141,33 @@ def test_yaml_with_other_ids_and_code_of_its_own(tmp_path: Path) -> None:
         "net": {"_target_": "scripts.nets.Mine", "in_channels": 2, "out_channels": 3, "kernel_size": 1},
         "checkpoint": "$@bundle_root + '/models/model.pt'",
         "bundle_root": "/nowhere",
-        "val_handlers": [{"_target_": "CheckpointLoader", "_disabled_": "$not os.path.exists(@checkpoint)",
-                          "load_path": "@checkpoint", "load_dict": {"weights_of_it": "@net"}, "strict": "True"}],
-        "evaluator": {"_target_": "SupervisedEvaluator", "network": "@net", "val_handlers": "@val_handlers",
-                      "inferer": {"_target_": "SimpleInferer"}, "amp": True},
+        "val_handlers": [
+            {
+                "_target_": "CheckpointLoader",
+                "_disabled_": "$not os.path.exists(@checkpoint)",
+                "load_path": "@checkpoint",
+                "load_dict": {"weights_of_it": "@net"},
+                "strict": "True",
+            }
+        ],
+        "evaluator": {
+            "_target_": "SupervisedEvaluator",
+            "network": "@net",
+            "val_handlers": "@val_handlers",
+            "inferer": {"_target_": "SimpleInferer"},
+            "amp": True,
+        },
         "evaluating": ["$@evaluator.run()"],
     }
     state = {"module.weight": torch.arange(6.0).view(3, 2, 1, 1), "module.bias": torch.arange(3.0)}
-    folder = write(tmp_path / "bundle", config, name="inference.yaml", scripts=scripts, metadata=None,
-                   weights={"weights_of_it": state, "optimizer": {"lr": torch.zeros(1)}})
+    folder = write(
+        tmp_path / "bundle",
+        config,
+        name="inference.yaml",
+        scripts=scripts,
+        metadata=None,
+        weights={"weights_of_it": state, "optimizer": {"lr": torch.zeros(1)}},
+    )
     reader = BundleReader(folder)
     assert type(reader.network).__name__ == "Mine"
     assert torch.equal(reader.network.state_dict()["weight"].flatten(), torch.arange(6.0))
@@ -163,8 +185,10 @@ def test_yaml_with_other_ids_and_code_of_its_own(tmp_path: Path) -> None:
     "expressions",
     [
         {"initialize": ["$@network_def.load_state_dict(torch.load(@path, map_location='cpu')['inner'])"]},
-        {"initialize": ["$print(1)", "$@network_def.load_state_dict(@loaded['inner'], strict=True)"],
-         "loaded": "$torch.load(@path, weights_only=False)"},
+        {
+            "initialize": ["$print(1)", "$@network_def.load_state_dict(@loaded['inner'], strict=True)"],
+            "loaded": "$torch.load(@path, weights_only=False)",
+        },
         {"go": {"load": "$@network_def.load_state_dict(torch.load(os.path.join(@bundle_root, 'other.pt'))['inner'])"}},
     ],
 )
@@ -200,7 +224,8 @@ def test_parts_inside_the_evaluator_win(tmp_path: Path) -> None:
     config = wired(tmp_path)
     config["evaluator"]["inferer"] = {"_target_": "SimpleInferer"}
     config["evaluator"]["postprocessing"] = {
-        "_target_": "Compose", "transforms": [{"_target_": "SaveImaged", "keys": "pred", "output_postfix": "inner"}]
+        "_target_": "Compose",
+        "transforms": [{"_target_": "SaveImaged", "keys": "pred", "output_postfix": "inner"}],
     }
     reader = BundleReader(write(tmp_path / "bundle", config))
     assert isinstance(reader.inferer, SimpleInferer)
@@ -212,8 +237,14 @@ def test_parts_inside_the_evaluator_win(tmp_path: Path) -> None:
     ("transforms", "more", "key"),
     [
         ([{"_target_": "LoadImaged", "keys": ["scan", "mask"]}], {}, "scan"),
-        ([{"_target_": "LoadImaged", "keys": ["t1", "t2"]},
-          {"_target_": "ConcatItemsd", "keys": ["t1", "t2"], "name": "image"}], {}, "image"),
+        (
+            [
+                {"_target_": "LoadImaged", "keys": ["t1", "t2"]},
+                {"_target_": "ConcatItemsd", "keys": ["t1", "t2"], "name": "image"},
+            ],
+            {},
+            "image",
+        ),
         ([{"_target_": "LoadImaged", "keys": "@which"}], {"which": "$monai.utils.CommonKeys.IMAGE"}, "image"),
         ([{"_target_": "LoadImaged", "keys": "scan"}], {"image_key": "other"}, "other"),
     ],
@@ -226,8 +257,10 @@ def test_image_key(tmp_path: Path, transforms: list[dict], more: dict[str, Any],
 @pytest.mark.parametrize(
     ("inputs", "names"),
     [
-        ({"image": {"num_channels": 4, "channel_def": {"0": "T1c", "1": "T1", "2": "T2", "3": "FLAIR"}}},
-         {0: "T1c", 1: "T1", 2: "T2", 3: "FLAIR"}),
+        (
+            {"image": {"num_channels": 4, "channel_def": {"0": "T1c", "1": "T1", "2": "T2", "3": "FLAIR"}}},
+            {0: "T1c", 1: "T1", 2: "T2", 3: "FLAIR"},
+        ),
         ({"image": {"num_channels": 3, "channel_def": {"0": "image"}}}, {0: "image 0", 1: "image 1", 2: "image 2"}),
         ({"image": {"num_channels": 2}}, {0: "channel 0", 1: "channel 1"}),
         ({"scan": {"channel_def": ["R", "G"]}}, {0: "R", 1: "G"}),
@@ -252,7 +285,8 @@ def test_several_config_files_and_overrides(tmp_path: Path) -> None:
     folder = write(tmp_path / "bundle", wired(tmp_path))
     (folder / "configs/overlay.json").write_text('{"output_dir": "elsewhere", "+handlers": [{"_target_": "X"}]}')
     reader = BundleReader(
-        folder, ["configs/inference.json", "configs/overlay.json"],
+        folder,
+        ["configs/inference.json", "configs/overlay.json"],
         overrides={"inferer#overlap": 0.75, "evaluator::amp": True, "network_def#features": [2, 2, 2, 2, 2, 4]},
         weights="optional",
     )

@@ -74,8 +74,10 @@ class NetworkCase:
 
     def score(self, x: torch.Tensor, class_index: int = 1) -> torch.Tensor:
         """Mean logit of one class over all voxels, (B,): the linear target that the network is calibrated for."""
-        return self.logits(x)[:, class_index].flatten(1).mean(1) if self.kind == SEGMENTATION else (
-            self.logits(x)[:, class_index]
+        return (
+            self.logits(x)[:, class_index].flatten(1).mean(1)
+            if self.kind == SEGMENTATION
+            else (self.logits(x)[:, class_index])
         )
 
 
@@ -132,7 +134,16 @@ def _draw(name: str, spatial_dims: int, in_channels: int) -> NetworkCase:
     _calibrate(network, head, spec, pair)
     network.requires_grad_(True)
     return NetworkCase(
-        name, network, image, reference, spec.kind, roi, _norm(network), activations, spec.output, spec.probability,
+        name,
+        network,
+        image,
+        reference,
+        spec.kind,
+        roi,
+        _norm(network),
+        activations,
+        spec.output,
+        spec.probability,
         spec.cam_layer,
     )
 

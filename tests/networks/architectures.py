@@ -90,8 +90,15 @@ class TinySwinUNETR(SwinUNETR):
     """SwinUNETR with its smallest width (12), and 4 channels at full resolution, where float64 is slow."""
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, norm: str) -> None:
-        super().__init__(in_channels, out_channels, depths=(2, 1, 1, 1), window_size=4, feature_size=12,
-                         norm_name=norm, spatial_dims=spatial_dims)
+        super().__init__(
+            in_channels,
+            out_channels,
+            depths=(2, 1, 1, 1),
+            window_size=4,
+            feature_size=12,
+            norm_name=norm,
+            spatial_dims=spatial_dims,
+        )
         self.encoder1 = UnetrBasicBlock(spatial_dims, in_channels, 4, 3, 1, norm, res_block=True)
         self.decoder1 = UnetrUpBlock(spatial_dims, 12, 4, 3, 2, norm, res_block=True)
         self.out = UnetOutBlock(spatial_dims, 4, out_channels)
@@ -104,8 +111,16 @@ class MeshNet(nn.Sequential):
         blocks: list[nn.Module] = []
         for dilation in (1, 2, 4, 2, 1):
             blocks.append(
-                Convolution(spatial_dims, in_channels, width, dilation=dilation, adn_ordering="NDA", norm="batch",
-                            act="relu", dropout=0.1)
+                Convolution(
+                    spatial_dims,
+                    in_channels,
+                    width,
+                    dilation=dilation,
+                    adn_ordering="NDA",
+                    norm="batch",
+                    act="relu",
+                    dropout=0.1,
+                )
             )
             in_channels = width
         super().__init__(*blocks, Convolution(spatial_dims, width, out_channels, kernel_size=1, conv_only=True))
@@ -219,13 +234,28 @@ FLEXUNET_BACKBONE.register_class(TinyEncoder)
 
 
 def _dynunet(dims: int, channels: int, size: int) -> nn.Module:
-    return DynUNet(dims, channels, CLASSES, kernel_size=[3, 3, 3], strides=[1, 2, 2], upsample_kernel_size=[2, 2],
-                   filters=[4, 8, 8], deep_supervision=True, deep_supr_num=1)
+    return DynUNet(
+        dims,
+        channels,
+        CLASSES,
+        kernel_size=[3, 3, 3],
+        strides=[1, 2, 2],
+        upsample_kernel_size=[2, 2],
+        filters=[4, 8, 8],
+        deep_supervision=True,
+        deep_supr_num=1,
+    )
 
 
 def _efficientnet(dims: int, channels: int, size: int) -> nn.Module:
-    b0 = ["r1_k3_s11_e1_i32_o16_se0.25", "r1_k3_s22_e6_i16_o24_se0.25", "r1_k5_s22_e6_i24_o40_se0.25",
-          "r2_k3_s22_e6_i40_o80_se0.25", "r1_k5_s11_e6_i80_o112_se0.25", "r1_k3_s11_e6_i112_o192_se0.25"]
+    b0 = [
+        "r1_k3_s11_e1_i32_o16_se0.25",
+        "r1_k3_s22_e6_i16_o24_se0.25",
+        "r1_k5_s22_e6_i24_o40_se0.25",
+        "r2_k3_s22_e6_i40_o80_se0.25",
+        "r1_k5_s11_e6_i80_o112_se0.25",
+        "r1_k3_s11_e6_i112_o192_se0.25",
+    ]
     return EfficientNet(b0, dims, channels, CLASSES, width_coefficient=0.25, image_size=size)
 
 
@@ -238,90 +268,143 @@ def _resnet(block: str, layers: list[int]) -> Callable[[int, int, int], nn.Modul
 SPECS: dict[str, Spec] = {
     "UNet_instance": Spec(
         lambda d, c, s: UNet(d, c, CLASSES, channels=(4, 8, 16), strides=(2, 2), num_res_units=2),
-        SEGMENTATION, "model.1.submodule.1.submodule",
+        SEGMENTATION,
+        "model.1.submodule.1.submodule",
     ),
     "UNet_batch": Spec(
         lambda d, c, s: UNet(d, c, CLASSES, channels=(4, 8, 16), strides=(2, 2), act="relu", norm="batch"),
-        SEGMENTATION, "model.1.submodule.1.submodule",
+        SEGMENTATION,
+        "model.1.submodule.1.submodule",
     ),
     "BasicUNet": Spec(
-        lambda d, c, s: BasicUNet(d, c, CLASSES, features=(2, 4, 8, 8, 8, 2)), SEGMENTATION, "down_3", (32, 32),
+        lambda d, c, s: BasicUNet(d, c, CLASSES, features=(2, 4, 8, 8, 8, 2)),
+        SEGMENTATION,
+        "down_3",
+        (32, 32),
     ),
     "BasicUNetPlusPlus": Spec(
         lambda d, c, s: BasicUNetPlusPlus(d, c, CLASSES, features=(4, 4, 4, 4, 4, 4), norm="batch"),
-        SEGMENTATION, "conv_2_0", output=0,
+        SEGMENTATION,
+        "conv_2_0",
+        output=0,
     ),
     "DynUNet": Spec(_dynunet, SEGMENTATION, "bottleneck"),
     "SegResNet": Spec(
         lambda d, c, s: SegResNet(d, 8, c, CLASSES, blocks_down=(1, 1, 1), blocks_up=(1, 1)),
-        SEGMENTATION, "down_layers.2",
+        SEGMENTATION,
+        "down_layers.2",
     ),
     "SegResNetDS": Spec(
         lambda d, c, s: SegResNetDS(d, 4, c, CLASSES, blocks_down=(1, 1, 1), dsdepth=2),
-        SEGMENTATION, "encoder.layers.2.blocks",
+        SEGMENTATION,
+        "encoder.layers.2.blocks",
     ),
     "AttentionUnet": Spec(
         lambda d, c, s: AttentionUnet(d, c, CLASSES, channels=(4, 8, 16), strides=(2, 2)),
-        SEGMENTATION, "model.1.submodule.1.submodule",
+        SEGMENTATION,
+        "model.1.submodule.1.submodule",
     ),
     "VNet": Spec(lambda d, c, s: TinyVNet(d, c, CLASSES), SEGMENTATION, "down_tr64"),
     "FlexibleUNet": Spec(
         lambda d, c, s: FlexibleUNet(c, CLASSES, "tiny", pretrained=False, spatial_dims=d, decoder_channels=(8, 8, 4)),
-        SEGMENTATION, "decoder.blocks.0",
+        SEGMENTATION,
+        "decoder.blocks.0",
     ),
     "UNETR": Spec(
         lambda d, c, s: UNETR(c, CLASSES, s, feature_size=4, hidden_size=24, mlp_dim=48, num_heads=3, spatial_dims=d),
-        SEGMENTATION, "decoder5", (64, 32),
+        SEGMENTATION,
+        "decoder5",
+        (64, 32),
     ),
     "SwinUNETR": Spec(
         lambda d, c, s: TinySwinUNETR(d, c, CLASSES, norm="instance" if d == 2 else "batch"),  # 32³ ends as one voxel
-        SEGMENTATION, "decoder4", (64, 32),
+        SEGMENTATION,
+        "decoder4",
+        (64, 32),
     ),
     "ViT": Spec(
-        lambda d, c, s: ViT(c, s, 4, hidden_size=24, mlp_dim=48, num_layers=2, num_heads=3, classification=True,
-                            num_classes=CLASSES, spatial_dims=d, post_activation="none"),
-        CLASSIFICATION, "blocks.1.norm1", output=0,
+        lambda d, c, s: ViT(
+            c,
+            s,
+            4,
+            hidden_size=24,
+            mlp_dim=48,
+            num_layers=2,
+            num_heads=3,
+            classification=True,
+            num_classes=CLASSES,
+            spatial_dims=d,
+            post_activation="none",
+        ),
+        CLASSIFICATION,
+        "blocks.1.norm1",
+        output=0,
     ),
     "ViTAutoEnc": Spec(
-        lambda d, c, s: ViTAutoEnc(c, s, 4, CLASSES, 4, hidden_size=24, mlp_dim=48, num_layers=2, num_heads=3,
-                                   spatial_dims=d),
-        SEGMENTATION, "blocks.1.norm1", output=0,
+        lambda d, c, s: ViTAutoEnc(
+            c, s, 4, CLASSES, 4, hidden_size=24, mlp_dim=48, num_layers=2, num_heads=3, spatial_dims=d
+        ),
+        SEGMENTATION,
+        "blocks.1.norm1",
+        output=0,
     ),
     "DenseNet121": Spec(
         lambda d, c, s: DenseNet121(d, c, CLASSES, init_features=8, growth_rate=4, block_config=(2, 2, 2, 2)),
-        CLASSIFICATION, "features.denseblock2", (32, 32),
+        CLASSIFICATION,
+        "features.denseblock2",
+        (32, 32),
     ),
     "ResNet18": Spec(_resnet("basic", [2, 2, 2, 2]), CLASSIFICATION, "layer2"),
     "ResNet50": Spec(_resnet("bottleneck", [2, 1, 1, 1]), CLASSIFICATION, "layer2"),
     "SEResNet50": Spec(
-        lambda d, c, s: TinySENet(d, c, CLASSES, "se_resnet_bottleneck", groups=1, dropout_prob=None,
-                                  downsample_kernel_size=1, input_3x3=False),
-        CLASSIFICATION, "layer1",
+        lambda d, c, s: TinySENet(
+            d,
+            c,
+            CLASSES,
+            "se_resnet_bottleneck",
+            groups=1,
+            dropout_prob=None,
+            downsample_kernel_size=1,
+            input_3x3=False,
+        ),
+        CLASSIFICATION,
+        "layer1",
     ),
     "SENet154": Spec(
         lambda d, c, s: TinySENet(d, c, CLASSES, "se_bottleneck", groups=4),
-        CLASSIFICATION, "layer1",
+        CLASSIFICATION,
+        "layer1",
     ),
     "EfficientNet": Spec(_efficientnet, CLASSIFICATION, "_blocks.2", (32, 32)),
     "HighResNet": Spec(
-        lambda d, c, s: HighResNet(d, c, CLASSES, layer_params=(
-            {"name": "conv_0", "n_features": 8, "kernel_size": 3},
-            {"name": "res_1", "n_features": 8, "kernels": (3, 3), "repeat": 1},
-            {"name": "res_2", "n_features": 8, "kernels": (3, 3), "repeat": 1},
-            {"name": "res_3", "n_features": 8, "kernels": (3, 3), "repeat": 1},
-            {"name": "conv_1", "n_features": 16, "kernel_size": 1},
-            {"name": "conv_2", "kernel_size": 1},
-        )),
-        SEGMENTATION, "blocks.3", before="blocks.5.adn.N", lift=4.0,  # the class itself ends in norm and ReLU
+        lambda d, c, s: HighResNet(
+            d,
+            c,
+            CLASSES,
+            layer_params=(
+                {"name": "conv_0", "n_features": 8, "kernel_size": 3},
+                {"name": "res_1", "n_features": 8, "kernels": (3, 3), "repeat": 1},
+                {"name": "res_2", "n_features": 8, "kernels": (3, 3), "repeat": 1},
+                {"name": "res_3", "n_features": 8, "kernels": (3, 3), "repeat": 1},
+                {"name": "conv_1", "n_features": 16, "kernel_size": 1},
+                {"name": "conv_2", "kernel_size": 1},
+            ),
+        ),
+        SEGMENTATION,
+        "blocks.3",
+        before="blocks.5.adn.N",
+        lift=4.0,  # the class itself ends in norm and ReLU
     ),
     "RegUNet": Spec(
         lambda d, c, s: RegUNet(d, c, num_channel_initial=4, depth=2, out_channels=CLASSES, concat_skip=True),
-        SEGMENTATION, "bottom_block",
+        SEGMENTATION,
+        "bottom_block",
     ),
     "MeshNet": Spec(lambda d, c, s: MeshNet(d, c, CLASSES), SEGMENTATION, "2"),
     "TwoHeads": Spec(lambda d, c, s: TwoHeads(d, c, CLASSES), SEGMENTATION, "trunk", output="segmentation"),
     "TupleNet": Spec(lambda d, c, s: TupleNet(d, c, CLASSES), SEGMENTATION, "trunk", output=1),
-    "SoftmaxInside": Spec(lambda d, c, s: SoftmaxInside(d, c, CLASSES), SEGMENTATION, "trunk", before="head",
-                          probability=True),
+    "SoftmaxInside": Spec(
+        lambda d, c, s: SoftmaxInside(d, c, CLASSES), SEGMENTATION, "trunk", before="head", probability=True
+    ),
     "SharedNet": Spec(lambda d, c, s: SharedNet(d, c, CLASSES), SEGMENTATION, "stem"),
 }

@@ -24,9 +24,13 @@ def test_composites_from_a_mapping():
 
 @pytest.mark.parametrize(
     ("spec", "text"),
-    [("Epsilonplus", "EpsilonPlusFlat"), ({"convolution": "ZPlus"}, "'dense'"),
-     ({"convolution": "Zpuls", "dense": "Epsilon"}, "Zpuls"), ({"convolution": "Flat", "dense": "Epsilon"}, "first"),
-     ({"convolution": {"rule": "Gamma", "gama": 1}, "dense": "Epsilon"}, "gama")],
+    [
+        ("Epsilonplus", "EpsilonPlusFlat"),
+        ({"convolution": "ZPlus"}, "'dense'"),
+        ({"convolution": "Zpuls", "dense": "Epsilon"}, "Zpuls"),
+        ({"convolution": "Flat", "dense": "Epsilon"}, "first"),
+        ({"convolution": {"rule": "Gamma", "gama": 1}, "dense": "Epsilon"}, "gama"),
+    ],
 )
 def test_wrong_composites_are_named(spec, text):
     with pytest.raises(UsageError, match=text):

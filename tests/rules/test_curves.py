@@ -60,8 +60,12 @@ def test_written_out_activations_are_one_operation(name):
 
 @pytest.mark.parametrize(
     "function",
-    [lambda x: x * x, lambda x: x * torch.sigmoid(x.flip(0)), lambda x: x * torch.sigmoid(x.mean()),
-     lambda x: (x * 2).mul_(x.sigmoid())],
+    [
+        lambda x: x * x,
+        lambda x: x * torch.sigmoid(x.flip(0)),
+        lambda x: x * torch.sigmoid(x.mean()),
+        lambda x: (x * 2).mul_(x.sigmoid()),
+    ],
 )
 def test_other_products_stay_products(function):
     assert Kind.PRODUCT in _kinds(function, X)[0]

@@ -38,13 +38,18 @@ CASES = {
     "normalize": [lambda x: F.normalize(x), lambda x: F.normalize(x, dim=-1, eps=3.0)],
     "norm": [lambda x: x.norm(), lambda x: x.norm(dim=1, keepdim=True), lambda x: torch.norm(x, dim=(1, 2))],
     "vector_norm": [lambda x: torch.linalg.vector_norm(x, dim=1), lambda x: torch.linalg.vector_norm(x, 1, dim=2)],
-    "var": [lambda x: x.var(), lambda x: x.var(1), lambda x: x.var(dim=(1, 2), correction=0, keepdim=True),
-            lambda x: torch.var(x, 2, False)],
+    "var": [
+        lambda x: x.var(),
+        lambda x: x.var(1),
+        lambda x: x.var(dim=(1, 2), correction=0, keepdim=True),
+        lambda x: torch.var(x, 2, False),
+    ],
     "std": [lambda x: x.std(dim=2), lambda x: torch.std(x, dim=1, unbiased=False)],
     "var_mean": [lambda x: torch.var_mean(x, dim=1), lambda x: torch.var_mean(x, dim=1, keepdim=True)],
     "std_mean": [lambda x: torch.std_mean(x, dim=(1, 2))],
     "scaled_dot_product_attention": [
-        lambda x: F.scaled_dot_product_attention(x, x, x), lambda x: F.scaled_dot_product_attention(x, x, x, scale=0.3),
+        lambda x: F.scaled_dot_product_attention(x, x, x),
+        lambda x: F.scaled_dot_product_attention(x, x, x, scale=0.3),
         lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
         lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=KEEP.expand(4, 4)),
         lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=W.expand(4, 4)),
@@ -101,10 +106,15 @@ def test_every_part_has_a_case():
 @pytest.mark.parametrize("options", [{}, {"kdim": 6, "vdim": 6}, {"bias": False}])
 @pytest.mark.parametrize(
     "call",
-    [{}, {"need_weights": False}, {"average_attn_weights": False},
-     {"attn_mask": torch.eye(5, dtype=torch.bool)}, {"attn_mask": torch.randn(5, 5).double()},
-     {"attn_mask": torch.randn(6, 5, 5).double()},
-     {"key_padding_mask": torch.tensor([[False, True, False, False, True]] * 3)}],
+    [
+        {},
+        {"need_weights": False},
+        {"average_attn_weights": False},
+        {"attn_mask": torch.eye(5, dtype=torch.bool)},
+        {"attn_mask": torch.randn(5, 5).double()},
+        {"attn_mask": torch.randn(6, 5, 5).double()},
+        {"key_padding_mask": torch.tensor([[False, True, False, False, True]] * 3)},
+    ],
 )
 def test_multi_head_attention(batch_first, options, call):
     torch.manual_seed(0)
@@ -135,10 +145,13 @@ def test_unbatched_attention():
 
 @pytest.mark.parametrize(
     ("function", "text"),
-    [(lambda x: F.normalize(x, p=1), "p = 2"), (lambda x: x.norm(p=3), "order 3"),
-     (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1), "dropout"),
-     (lambda x: nn.MultiheadAttention(6, 2, add_bias_kv=True).double().eval()(x, x, x)[0], "bias_k"),
-     (lambda x: nn.MultiheadAttention(6, 2, add_zero_attn=True).double().eval()(x, x, x)[0], "add_zero_attn")],
+    [
+        (lambda x: F.normalize(x, p=1), "p = 2"),
+        (lambda x: x.norm(p=3), "order 3"),
+        (lambda x: F.scaled_dot_product_attention(x, x, x, dropout_p=0.1), "dropout"),
+        (lambda x: nn.MultiheadAttention(6, 2, add_bias_kv=True).double().eval()(x, x, x)[0], "bias_k"),
+        (lambda x: nn.MultiheadAttention(6, 2, add_zero_attn=True).double().eval()(x, x, x)[0], "add_zero_attn"),
+    ],
 )
 def test_what_cannot_be_taken_apart_is_named(function, text):
     with pytest.raises(RuleError, match=text):

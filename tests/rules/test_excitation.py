@@ -46,10 +46,14 @@ def test_weights_share_by_excitatory_contribution(name):
 
 @pytest.mark.parametrize(
     ("function", "shape"),
-    [(lambda x: F.avg_pool2d(x, 2), (1, 2, 4, 4)), (lambda x: F.adaptive_avg_pool3d(x, 2), (1, 1, 3, 3, 3)),
-     (lambda x: F.interpolate(x, size=5, mode="linear"), (1, 2, 3)), (lambda x: x.mean(1), (1, 3, 4)),
-     (lambda x: x @ torch.linspace(-1, 1, 20, dtype=torch.float64).view(4, 5), (1, 3, 4)),
-     (lambda x: torch.einsum("bij,jk->bki", x, torch.linspace(-1, 1, 20).double().view(4, 5)), (1, 3, 4))],
+    [
+        (lambda x: F.avg_pool2d(x, 2), (1, 2, 4, 4)),
+        (lambda x: F.adaptive_avg_pool3d(x, 2), (1, 1, 3, 3, 3)),
+        (lambda x: F.interpolate(x, size=5, mode="linear"), (1, 2, 3)),
+        (lambda x: x.mean(1), (1, 3, 4)),
+        (lambda x: x @ torch.linspace(-1, 1, 20, dtype=torch.float64).view(4, 5), (1, 3, 4)),
+        (lambda x: torch.einsum("bij,jk->bki", x, torch.linspace(-1, 1, 20).double().view(4, 5)), (1, 3, 4)),
+    ],
 )
 def test_known_coefficients_share_likewise(function, shape):
     torch.manual_seed(1)
@@ -72,9 +76,20 @@ PRIOR = torch.rand(1, 2, 4, 6, dtype=torch.float64, generator=torch.Generator().
 
 @pytest.mark.parametrize(
     "function",
-    [F.relu, F.gelu, torch.sigmoid, lambda x: F.leaky_relu_(x * 2), lambda x: F.instance_norm(x), lambda x: 1 - x,
-     lambda x: F.layer_norm(x, (6,)), lambda x: x.softmax(1), lambda x: F.normalize(x, dim=1), lambda x: x + 3,
-     lambda x: F.batch_norm(x, torch.ones(4).double(), torch.ones(4).double()), lambda x: x / 2],
+    [
+        F.relu,
+        F.gelu,
+        torch.sigmoid,
+        lambda x: F.leaky_relu_(x * 2),
+        lambda x: F.instance_norm(x),
+        lambda x: 1 - x,
+        lambda x: F.layer_norm(x, (6,)),
+        lambda x: x.softmax(1),
+        lambda x: F.normalize(x, dim=1),
+        lambda x: x + 3,
+        lambda x: F.batch_norm(x, torch.ones(4).double(), torch.ones(4).double()),
+        lambda x: x / 2,
+    ],
 )
 def test_one_parent_receives_all(function):
     assert relative(excitation(function, X, PRIOR).input, PRIOR) < 1e-12

@@ -116,9 +116,7 @@ def test_maximum_goes_to_the_larger_winner():
     assert torch.equal(deep_lift(lambda z: F.adaptive_max_pool1d(z, 2), x, r, ones).input[0], expected)
     assert torch.equal(deep_lift(lambda z: z.view(1, 1, 2, 3).amax(-1), x, r, ones).input[0], expected)
     assert torch.equal(deep_lift(lambda z: z.view(1, 1, 2, 3).max(-1)[0], x, r, ones).input[0], expected)
-    assert torch.equal(
-        deep_lift(lambda z: F.max_pool1d(z, 3, return_indices=True)[0], x, r, ones).input[0], expected
-    )
+    assert torch.equal(deep_lift(lambda z: F.max_pool1d(z, 3, return_indices=True)[0], x, r, ones).input[0], expected)
     assert torch.equal(deep_lift(lambda z: -z.view(1, 1, 2, 3).amin(-1), -x, -r, ones).input[0], expected)
 
 
@@ -258,9 +256,9 @@ def test_linear_network_gives_weight_times_change(dims):
     cotangent = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
     network(x)
     zero = torch.zeros_like(x)
-    weights = torch.stack([
-        (network(unit.view_as(x)) - network(zero))[0, 0] for unit in torch.eye(x.numel(), dtype=torch.float64)
-    ])
+    weights = torch.stack(
+        [(network(unit.view_as(x)) - network(zero))[0, 0] for unit in torch.eye(x.numel(), dtype=torch.float64)]
+    )
     assert relative(deep_lift(network, x, r, cotangent).input[0], weights.view_as(x) * (x - r)) < 1e-10
 
 
@@ -269,9 +267,7 @@ def test_linear_network_gives_weight_times_change(dims):
 def test_equals_captum_on_plain_relu_networks(dims):
     torch.manual_seed(dims)
     conv = nn.Conv2d if dims == 2 else nn.Conv3d
-    network = nn.Sequential(
-        conv(2, 4, 3), nn.ReLU(), conv(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 3**dims, 3)
-    )
+    network = nn.Sequential(conv(2, 4, 3), nn.ReLU(), conv(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 3**dims, 3))
     network = network.double().eval()
     x, r = _pair(2, 2, *(7,) * dims)
     cotangents = torch.zeros(1, 2, 3, dtype=torch.float64)

@@ -26,9 +26,19 @@ X = torch.randn(1, 4, 6, dtype=torch.float64, generator=torch.Generator().manual
 
 @pytest.mark.parametrize(
     ("function", "at_zero"),
-    [(F.relu, 0.0), (F.gelu, 0.0), (torch.sigmoid, 0.5), (torch.tanh, 0.0), (torch.exp, 1.0), (F.elu, 0.0),
-     (lambda x: F.leaky_relu(x, 0.2), 0.0), (F.softplus, 0.6931471805599453), (lambda x: x * torch.sigmoid(x), 0.0),
-     (torch.square, 0.0), (torch.cos, 1.0)],
+    [
+        (F.relu, 0.0),
+        (F.gelu, 0.0),
+        (torch.sigmoid, 0.5),
+        (torch.tanh, 0.0),
+        (torch.exp, 1.0),
+        (F.elu, 0.0),
+        (lambda x: F.leaky_relu(x, 0.2), 0.0),
+        (F.softplus, 0.6931471805599453),
+        (lambda x: x * torch.sigmoid(x), 0.0),
+        (torch.square, 0.0),
+        (torch.cos, 1.0),
+    ],
 )
 def test_univariate_gives_all_but_its_value_at_zero(function, at_zero):
     relevance, booked, c, y = _explain(function, X)
@@ -56,8 +66,11 @@ def test_univariate_at_zero_has_a_finite_multiplier():
 
 @pytest.mark.parametrize(
     "function",
-    [lambda x: x[:, :2] @ x[:, 2:].transpose(1, 2), lambda x: x[:, :2] * x[:, 2:],
-     lambda x: torch.einsum("bij,bkj->bik", x[:, :2], x[:, 2:])],
+    [
+        lambda x: x[:, :2] @ x[:, 2:].transpose(1, 2),
+        lambda x: x[:, :2] * x[:, 2:],
+        lambda x: torch.einsum("bij,bkj->bik", x[:, :2], x[:, 2:]),
+    ],
 )
 def test_product_gives_half_to_each_factor(function):
     relevance, booked, c, y = _explain(function, X)
@@ -113,14 +126,30 @@ def test_batch_norm_in_eval_mode_books_its_shift():
 
 @pytest.mark.parametrize(
     "function",
-    [lambda x: x + 2.0, lambda x: 3 - x, lambda x: F.pad(x, (1, 2), value=0.7), lambda x: x[:, 0] + x[:, 1],
-     lambda x: torch.cat([x, torch.ones_like(x)], 1), lambda x: x.masked_fill(torch.arange(6) > 3, 1.0) + 1,
-     lambda x: torch.where(torch.arange(6) > 2, x, 5.0), lambda x: torch.stack([x, torch.full_like(x, 2.0)], 1),
-     lambda x: F.max_pool1d(x, 2), lambda x: F.avg_pool1d(x, 2), lambda x: x.mean(1), lambda x: x.amax(1),
-     lambda x: F.interpolate(x, size=9, mode="linear"), lambda x: torch.maximum(x[:, 0], x[:, 1]),
-     lambda x: F.normalize(x, dim=1), lambda x: x.std(1), lambda x: x[:, :2] / (1 + x[:, 2:] ** 2),
-     lambda x: F.glu(x, 1), lambda x: F.log_softmax(x, 1), lambda x: torch.addcmul(x, x, x),
-     lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True), lambda x: F.conv1d(x, x[:, :, :2])],
+    [
+        lambda x: x + 2.0,
+        lambda x: 3 - x,
+        lambda x: F.pad(x, (1, 2), value=0.7),
+        lambda x: x[:, 0] + x[:, 1],
+        lambda x: torch.cat([x, torch.ones_like(x)], 1),
+        lambda x: x.masked_fill(torch.arange(6) > 3, 1.0) + 1,
+        lambda x: torch.where(torch.arange(6) > 2, x, 5.0),
+        lambda x: torch.stack([x, torch.full_like(x, 2.0)], 1),
+        lambda x: F.max_pool1d(x, 2),
+        lambda x: F.avg_pool1d(x, 2),
+        lambda x: x.mean(1),
+        lambda x: x.amax(1),
+        lambda x: F.interpolate(x, size=9, mode="linear"),
+        lambda x: torch.maximum(x[:, 0], x[:, 1]),
+        lambda x: F.normalize(x, dim=1),
+        lambda x: x.std(1),
+        lambda x: x[:, :2] / (1 + x[:, 2:] ** 2),
+        lambda x: F.glu(x, 1),
+        lambda x: F.log_softmax(x, 1),
+        lambda x: torch.addcmul(x, x, x),
+        lambda x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+        lambda x: F.conv1d(x, x[:, :, :2]),
+    ],
 )
 def test_every_kind_of_operation_conserves(function):
     relevance, booked, c, y = _explain(function, X)
@@ -191,9 +220,13 @@ def test_windows_keep_their_own_books():
 def test_relevance_at_a_layer_is_conserved():
     """Between the bottleneck's parts of a plain chain nothing is lost but what biases receive."""
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(1, 3, 3, bias=False), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(3, 2, 3, bias=False)
-    ).double().eval()
+    network = (
+        nn.Sequential(
+            nn.Conv2d(1, 3, 3, bias=False), nn.ReLU(inplace=True), nn.MaxPool2d(2), nn.Conv2d(3, 2, 3, bias=False)
+        )
+        .double()
+        .eval()
+    )
     x = torch.randn(1, 1, 10, 10, dtype=torch.float64)
     y = network(x)
     layers = {"conv": network[0], "act": network[1], "pool": network[2]}

@@ -36,8 +36,14 @@ X = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
 ONE = torch.ones(4, 1)
 
 SPELLINGS = {
-    "add": [lambda x: x + 1, lambda x: 1 + x, lambda x: x.add(1), lambda x: torch.add(x, 1), lambda x: x.add_(1),
-            lambda x: torch.add(input=x, other=1)],
+    "add": [
+        lambda x: x + 1,
+        lambda x: 1 + x,
+        lambda x: x.add(1),
+        lambda x: torch.add(x, 1),
+        lambda x: x.add_(1),
+        lambda x: torch.add(input=x, other=1),
+    ],
     "sub": [lambda x: x - 1, lambda x: x.sub_(1), lambda x: torch.subtract(x, 1)],
     "mul": [lambda x: x * 2, lambda x: 2 * x, lambda x: x.mul_(2), lambda x: torch.multiply(x, 2)],
     "div": [lambda x: x / 2, lambda x: x.div_(2), lambda x: torch.true_divide(x, 2)],
@@ -88,13 +94,23 @@ def test_the_kind_depends_on_what_sees_the_input():
 
 @pytest.mark.parametrize(
     ("function", "text"),
-    [(lambda x: torch.fft.rfft(x).real, "fft"), (lambda x: x.cumprod(1), "cumprod"), (lambda x: x.sort()[0], "sort"),
-     (lambda x: torch.erfinv(x), "erfinv"), (lambda x: torch.einsum("abc,abd,abe->cde", x, x, x), "more than two"),
-     (lambda x: F.grid_sample(x[None], x[:1, :3, :2].reshape(1, 1, 3, 2)), "grid"), (lambda x: x**x, "parameters"),
-     (lambda x: torch.div(x, 2, rounding_mode="floor"), "rounding"), (lambda x: x % 1, "remainder"),
-     (lambda x: F.conv1d(x, ONE.view(1, 4, 1), x[0, :1, 0]), "bias"), (lambda x: x.median(), "median"),
-     (lambda x: nn.LSTM(6, 3)(x)[0], "lstm"), (lambda x: torch.bucketize(x, X[0, 0]), "bucketize"),
-     (lambda x: x.apply_(lambda v: v), "apply"), (lambda x: F.rrelu(x, training=True), "eval mode")],
+    [
+        (lambda x: torch.fft.rfft(x).real, "fft"),
+        (lambda x: x.cumprod(1), "cumprod"),
+        (lambda x: x.sort()[0], "sort"),
+        (lambda x: torch.erfinv(x), "erfinv"),
+        (lambda x: torch.einsum("abc,abd,abe->cde", x, x, x), "more than two"),
+        (lambda x: F.grid_sample(x[None], x[:1, :3, :2].reshape(1, 1, 3, 2)), "grid"),
+        (lambda x: x**x, "parameters"),
+        (lambda x: torch.div(x, 2, rounding_mode="floor"), "rounding"),
+        (lambda x: x % 1, "remainder"),
+        (lambda x: F.conv1d(x, ONE.view(1, 4, 1), x[0, :1, 0]), "bias"),
+        (lambda x: x.median(), "median"),
+        (lambda x: nn.LSTM(6, 3)(x)[0], "lstm"),
+        (lambda x: torch.bucketize(x, X[0, 0]), "bucketize"),
+        (lambda x: x.apply_(lambda v: v), "apply"),
+        (lambda x: F.rrelu(x, training=True), "eval mode"),
+    ],
 )
 def test_what_has_no_kind_raises_with_its_name(function, text):
     with pytest.raises(RuleError, match=text):

@@ -132,10 +132,18 @@ def test_flat_reaches_voxels_that_are_zero_and_books_what_falls_on_padding():
 def test_equals_captum_on_a_plain_relu_network(rule):
     """Captum's rules without biases, where its treatment of them cannot differ, for positive inputs (its gamma)."""
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3, bias=False), nn.ReLU(),
-        nn.Conv2d(4, 3, 4, bias=False),
-    ).double().eval()
+    network = (
+        nn.Sequential(
+            nn.Conv2d(1, 4, 3, bias=False),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(4, 4, 3, bias=False),
+            nn.ReLU(),
+            nn.Conv2d(4, 3, 4, bias=False),
+        )
+        .double()
+        .eval()
+    )
     x = torch.rand(1, 1, 14, 14, dtype=torch.float64)
     with torch.no_grad():  # a positive logit: for a negative one Captum's gamma still favours positive contributions
         network[-1].weight[1] *= network(x)[0, 1].sign()

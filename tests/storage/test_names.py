@@ -22,7 +22,7 @@ def test_hostile_names_become_plain_files_in_the_folder(name: str, tmp_path: Pat
     path = map_path(tmp_path, name, name, name)
     assert path.resolve().parent.parent == tmp_path.resolve()
     assert not path.name.startswith((".", "-"))
-    assert not set(path.name) & set('<>:"/\\|?*\n\x00\u202e$\'{}%~ ')
+    assert not set(path.name) & set("<>:\"/\\|?*\n\x00\u202e$'{}%~ ")
     assert len(f".tmp-12345678-{path.name}".encode()) <= 255
     path.parent.mkdir()
     path.write_bytes(b"")
