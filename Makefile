@@ -55,6 +55,7 @@ test-peers: $(PEERS)/.ready
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet .
 
 types: $(READY)
 	$(VENV)/bin/mypy
