@@ -11,9 +11,8 @@ __all__ = ["LocatedLoss"]
 class LocatedLoss(torch.nn.Module):
     r"""Cross entropy of the image's class, and of the place of the lesion in the last feature maps.
 
-    A lesion is a thousandth of the volume: through global average pooling the class alone teaches next to nothing in
-    a few hundred steps. The last convolution's outputs :math:`z_k` before their ReLU
-    are therefore trained to be positive in the lesion as well:
+    A lesion is a thousandth of the volume, so that the class alone, through global average pooling, teaches slowly. The
+    last convolution's outputs :math:`z_k` before their ReLU are therefore trained to be positive in the lesion as well:
 
     .. math:: L = CE(\mathrm{logits}, y)
         + \lambda\; BCE_w(\log \sum_k e^{z_k} + \log w, \mathrm{lesion\ mask})
