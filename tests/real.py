@@ -104,4 +104,4 @@ def meshnet(name: str = "meshnet_model5_gw_ae") -> tuple[nn.Module, dict[int, st
     layers.append(nn.Conv3d(last.shape[1], last.shape[0], 1))
     network = nn.Sequential(*layers)
     network.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
-    return network.eval(), {int(k): v for k, v in labels.items() if k.isdigit()}
+    return network.eval(), dict(enumerate(labels["labels"]))
