@@ -7,6 +7,7 @@ for attribution in explainer(image, methods=[Saliency()], targets=[MultiClassMas
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import logging
@@ -292,6 +293,7 @@ class Explainer:
                     seed=self.seed,
                     monitor=Monitor(),
                     condition=None if case.condition is None else case.condition.to(self.volume_device, model.dtype),
+                    case=self._context(case),
                 )
             objective.window_batch = self.window_batch or (4 if plan.whole else plan.batch_size)
             if not _shares(together[0]):  # else its sweep compares
@@ -445,15 +447,18 @@ class Explainer:
         return prediction
 
     def _bind(self, targets: Sequence[Target], prediction: Tensor, case: CaseInput) -> Iterator[_Bound]:
-        affine = torch.as_tensor(case.image.affine).double().cpu()
-        same = tuple(prediction.shape[1:]) == tuple(case.image.shape[1:])
-        context = Case(affine if same else None, case.data, self.class_names)
+        context = self._context(case)
+        if tuple(prediction.shape[1:]) != tuple(case.image.shape[1:]):
+            context = dataclasses.replace(context, affine=None)
         for target in targets:
             try:
                 for score in target.bind(prediction, context):
                     yield _Bound(target, score)
             except EsegetaError as error:
                 yield _Bound(target, None, error)
+
+    def _context(self, case: CaseInput) -> Case:
+        return Case(torch.as_tensor(case.image.affine).double().cpu(), case.data, self.class_names)
 
     def _record(self, method: Method, bound: _Bound, plan: WindowPlan | None, case: CaseInput) -> dict[str, Any]:
         """All that is known before the method runs; what only the run can tell stands as None."""

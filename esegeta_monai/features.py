@@ -23,7 +23,6 @@ from torch import Tensor
 from esegeta_monai.configurable import Configurable, Registry
 from esegeta_monai.errors import EsegetaError, InputError, UsageError
 from esegeta_monai.objective import Objective
-from esegeta_monai.targets.base import Case
 from esegeta_monai.targets.regions import label_on_grid
 
 __all__ = ["FEATURES", "Channels", "FeatureSpec", "Features", "Grid", "LabelMap", "Supervoxels", "features_for"]
@@ -171,9 +170,8 @@ class LabelMap(FeatureSpec):
     name: str | None = field(default=None, kw_only=True)
 
     def of(self, objective: Objective) -> Features:
-        case = getattr(objective, "case", None) or Case()
         try:
-            values = label_on_grid(self.labels, objective.image, case)
+            values = label_on_grid(self.labels, objective.image, objective.case)
         except EsegetaError as error:
             raise InputError(f"feature map: {error}") from error
         return from_values(values, {int(k): v for k, v in (self.names or {}).items()}, self.background)

@@ -17,7 +17,7 @@ from esegeta_monai.batches import NO_PATH, Batch, Gradient, InputGradient, Reque
 from esegeta_monai.errors import MethodError
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import Model, capture
-from esegeta_monai.targets.base import Score
+from esegeta_monai.targets.base import Case, Score
 from esegeta_monai.windows import OutputGrid, WindowPlan
 
 __all__ = ["Batch", "Gradient", "InputGradient", "Objective", "Request", "View"]
@@ -36,6 +36,7 @@ class Objective:
         seed: for every random draw; the same for all methods.
         monitor: counts passes, shows progress, keeps the time limit.
         condition: MONAI's ``condition`` volume (C, *spatial), cut to windows beside the image.
+        case: where the image's voxels lie and the case's data, for feature maps given as files or keys.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class Objective:
         seed: int = 0,
         monitor: Monitor | None = None,
         condition: Tensor | None = None,
+        case: Case | None = None,
     ) -> None:
+        self.case = case or Case()
         self.model, self.image, self.plan, self.scores = model, image, plan, list(scores)
         self.prediction, self.condition, self.seed = prediction, condition, seed
         self.monitor = monitor or Monitor()

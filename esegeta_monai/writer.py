@@ -21,6 +21,7 @@ from torch import Tensor
 import esegeta_monai.storage as storage
 from esegeta_monai.errors import EsegetaError, MethodError
 from esegeta_monai.explainer import Attribution, Explainer
+from esegeta_monai.features import table_csv
 from esegeta_monai.methods.base import Method
 from esegeta_monai.report.picture import save_picture
 from esegeta_monai.storage.runs import UNFINISHED
@@ -229,6 +230,9 @@ class ResultWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.save_map(path, values, grid, method=method.name or type(method).__name__)
         storage.picture_path(path).unlink(missing_ok=True)  # of an earlier map
+        if attribution.record.get("features"):
+            with storage.atomic(storage.table_path(path)) as temporary:
+                temporary.write_text(table_csv(attribution.record["features"]), encoding="utf-8")
         if self.pictures:
             mask = None
             if attribution.mask is not None:

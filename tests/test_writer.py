@@ -17,7 +17,7 @@ from torch import nn
 import esegeta_monai.writer as module
 from esegeta_monai import Attribution, Explainer
 from esegeta_monai.errors import MethodError, UsageError
-from esegeta_monai.methods import GradCam, InputXGradient, LayerActivation, Occlusion, Saliency
+from esegeta_monai.methods import FeatureAblation, GradCam, InputXGradient, LayerActivation, Occlusion, Saliency
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets import Box, MultiClassMask, PredictedClasses, Target, ThresholdMask
 from esegeta_monai.writer import ResultWriter, scan_of, to_scan_grid
@@ -325,3 +325,19 @@ def test_writing_by_hand(image: MetaTensor, scan: Path, tmp_path: Path) -> None:
         paths.append(writer.write(attribution, "alpha", image))
         assert writer.is_done(attribution, "alpha", scan)
     assert [p.exists() for p in paths if p] == [True]
+
+
+def test_a_label_map_by_key_names_the_features_of_a_table_beside_the_map(tmp_path, image):
+    """The label map lies on another grid; its features come out under their own names."""
+    labels = torch.zeros(image.shape)
+    labels[..., : image.shape[-1] // 2] = 1
+    labels[..., image.shape[-1] // 2 :] = 2
+    atlas = Spacing((3.0, 2.0, 2.0), mode="nearest")(MetaTensor(labels, affine=image.affine))
+    method = FeatureAblation(feature_mask="key:atlas", baseline=0.0)
+    writer = ResultWriter(tmp_path, [method], [MultiClassMask(1)])
+    (found,) = Explainer(network())(image[None], [method], [MultiClassMask(1)], data={"atlas": atlas})
+    path = writer.write(found, "alpha", image)
+    rows = path.with_name(path.name.replace(".nii.gz", ".csv")).read_text().splitlines()
+    assert len(rows) == 3
+    values = found.map.as_tensor().unique()
+    assert sorted(row["value"] for row in found.record["features"]) == pytest.approx(sorted(values.tolist()), rel=1e-5)

@@ -11,8 +11,8 @@ Knows numpy, nibabel and MONAI only; it takes plain arguments, so every door can
 
 from __future__ import annotations
 
-from esegeta_monai.storage.files import INTENDED_USE, sha256_file, versions, writable_folder
-from esegeta_monai.storage.maps import is_complete, picture_path, save_map, save_sidecar, sidecar_path
+from esegeta_monai.storage.files import INTENDED_USE, atomic, sha256_file, versions, writable_folder
+from esegeta_monai.storage.maps import is_complete, picture_path, save_map, save_sidecar, sidecar_path, table_path
 from esegeta_monai.storage.names import case_name, check_clashes, distinct_names, map_path, safe_name
 from esegeta_monai.storage.runs import STATUSES, RunRecord
 from esegeta_monai.storage.scans import Grid, check_image, read_scan
@@ -22,6 +22,7 @@ __all__ = [
     "STATUSES",
     "Grid",
     "RunRecord",
+    "atomic",
     "case_name",
     "check_clashes",
     "check_image",
@@ -35,6 +36,7 @@ __all__ = [
     "save_sidecar",
     "sha256_file",
     "sidecar_path",
+    "table_path",
     "versions",
     "writable_folder",
 ]

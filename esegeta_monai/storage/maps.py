@@ -110,6 +110,11 @@ def picture_path(map_path: str | os.PathLike[str]) -> Path:
     return _beside(map_path, ".png")
 
 
+def table_path(map_path: str | os.PathLike[str]) -> Path:
+    """The feature table beside a map, of methods that explain features: ``.csv`` in place of the extension."""
+    return _beside(map_path, ".csv")
+
+
 def _beside(map_path: str | os.PathLike[str], suffix: str) -> Path:
     path = Path(map_path)
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + suffix)
