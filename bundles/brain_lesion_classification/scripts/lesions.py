@@ -220,7 +220,7 @@ class LesionCases(Dataset):
             scale of the image that follows from it.
 
     Example:
-        >>> cases = LesionCases(template_case("/tmp/mni152"), seeds=range(4), shortcut=1.0)   # doctest: +SKIP
+        >>> cases = LesionCases(template_case("mni152"), seeds=range(4), shortcut=1.0)   # doctest: +SKIP
         >>> cases[0]["lesion"].sum()                                                          # doctest: +SKIP
     """
 
