@@ -215,3 +215,10 @@ def test_evaluation_overlay_writes_its_metric(name: str, enter_bundle: EnterBund
     ((metric, value),) = csv.reader((tmp_path / "metrics.csv").open())
     assert metric in ("val_mean_dice", "val_accuracy")
     assert 0.5 <= float(value) <= 1
+
+
+@pytest.mark.parametrize("name", ["brain_tissue_segmentation", "brain_lesion_classification"])
+def test_the_overlay_in_a_bundle_is_the_one_that_is_shipped(name: str) -> None:
+    root = Path(__file__).parents[2]
+    shipped = (root / "esegeta_monai" / "bundle" / "explain.json").read_text()
+    assert (root / "bundles" / name / "configs" / "explain.json").read_text() == shipped
