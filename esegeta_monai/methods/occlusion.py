@@ -57,14 +57,16 @@ class Occlusion(Method):
         baseline = baseline_for(self.baseline, local=True)
         reference = baseline.draw(objective, objective.generator())
         boxes = self.occluders(objective, reference)
-        drops = -change(objective, boxes)
+        drops = (-change(objective, boxes)).to(objective.image)
+        changed = drops.any(0).tolist()  # an occluder that no target sees has nothing to add
         maps = objective.new_maps()
         count = torch.zeros_like(maps[0])
         rows = boxes.channels or [range(objective.image.shape[0])] * len(boxes)
         for i, place in enumerate(boxes.boxes):
             for c in rows[i]:
                 index: tuple[Any, ...] = (slice(None), c, *place)
-                maps[index] += drops[:, i].to(maps).reshape(-1, *(1,) * len(place))
+                if changed[i]:
+                    maps[index] += drops[:, i].reshape(-1, *(1,) * len(place))
                 count[index[1:]] += 1
         maps /= count.clamp(min=1)
         notes = {"occluders": len(boxes), "passes_at_most": passes_needed(objective, boxes)}
