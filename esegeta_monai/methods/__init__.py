@@ -6,6 +6,7 @@ from esegeta_monai.methods.ablation import FeatureAblation, FeaturePermutation
 from esegeta_monai.methods.base import METHODS, Explained, Method, run, run_together
 from esegeta_monai.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, XGradCam
 from esegeta_monai.methods.cam_perturbation import AblationCam, ScoreCam
+from esegeta_monai.methods.contrastive import ContrastiveExcitationBackprop, ContrastiveLRP
 from esegeta_monai.methods.deeplift import DeepLift, DeepLiftShap, LayerDeepLift, LayerDeepLiftShap
 from esegeta_monai.methods.extremal import ExtremalPerturbation
 from esegeta_monai.methods.fullgrad import FullGrad
@@ -39,6 +40,8 @@ __all__ = [
     "BlurIG",
     "Cam",
     "ChannelShapley",
+    "ContrastiveExcitationBackprop",
+    "ContrastiveLRP",
     "Deconvolution",
     "DeepLift",
     "DeepLiftShap",

@@ -6,6 +6,7 @@ See :mod:`esegeta_monai.rules.mode` for the engine.
 from __future__ import annotations
 
 from esegeta_monai.rules.composites import COMPOSITES, RULES, Composite, composite_of
+from esegeta_monai.rules.contrast import Sides, contrastive_excitation, contrastive_lrp
 from esegeta_monai.rules.excitation import excitation
 from esegeta_monai.rules.finite_differences import deep_lift, deep_lift_multiplier
 from esegeta_monai.rules.guided import deconvolution, guided
@@ -18,8 +19,11 @@ __all__ = [
     "Composite",
     "LayerRelevance",
     "Relevance",
+    "Sides",
     "check_network",
     "composite_of",
+    "contrastive_excitation",
+    "contrastive_lrp",
     "deconvolution",
     "deep_lift",
     "deep_lift_multiplier",

@@ -7,8 +7,7 @@ in proportion to their excitatory contributions; where an output has one parent,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,41 +17,53 @@ from esegeta_monai.rules.guided import layer_relevance
 from esegeta_monai.rules.kinds import Kind
 from esegeta_monai.rules.mode import PARTS, PLAIN, Treatment, local_gradient
 from esegeta_monai.rules.operations import Operation, map_tensors
-from esegeta_monai.rules.run import Forward, LayerRelevance, Relevance, Run
+from esegeta_monai.rules.run import Forward, Relevance, Run
 from esegeta_monai.rules.weighted import Part, distribute_shares, ratio
 
-__all__ = ["ContributionsRule", "ParentRule", "SumRule", "WinnerRule", "excitation"]
+__all__ = ["ContributionsRule", "ParentRule", "Probabilities", "Side", "SumRule", "WinnerRule", "excitation"]
 
 _ELEMENTWISE = frozenset({"mul", "div", "neg", "add", "sub", "rsub", "batch_norm", "instance_norm"})
 _MATRIX = frozenset({"matmul", "rmatmul", "mm", "bmm", "mv", "dot", "inner", "outer", "einsum"})
+
+
+@dataclass(eq=False)
+class Side:
+    """What is traced: the target, or its opposite, for which all values above the last weights change their sign.
+
+    Attributes:
+        opposite: the opposite.
+        lost: of the probability that reached the last operations with weights, what they could hand to no input.
+    """
+
+    opposite: bool = False
+    lost: Tensor | float = 0.0
+
+    def sign(self, operation: Operation) -> int:
+        """−1 at the top of the opposite, else 1."""
+        return -1 if self.opposite and operation.is_top else 1
 
 
 @dataclass(frozen=True)
 class WinnerRule:
     """P_i = Σ_j c_ij⁺ / Σ_i c_ij⁺ P_j with c_ij = x_i w_ij: what raises an output shares its probability (Zhang 2018).
 
-    For x ≥ 0 these are Zhang's excitatory weights w⁺; a negative input excites through a negative weight. With
-    ``contrast``, the last layer gives the difference between this and the same for −W, each normalised to one.
+    For x ≥ 0 these are Zhang's excitatory weights w⁺; a negative input excites through a negative weight.
     """
 
-    contrast: bool = False
+    side: Side = field(default_factory=Side)
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
         (x,) = operands
-        weight = operation.argument("weight")
-        traced = self._trace(operation, x, weight, gradient)
-        if self.contrast and operation.is_last:
-            against = self._trace(operation, x, -weight, gradient)
-            traced = gradient.sum() * (ratio(traced, traced.sum()) - ratio(against, against.sum()))
-        return (traced,)
-
-    @staticmethod
-    def _trace(operation: Operation, x: Tensor, weight: Tensor, probability: Tensor) -> Tensor:
+        weight = self.side.sign(operation) * operation.argument("weight")
         parts = [Part(x.clamp(min=0), weight.clamp(min=0)), Part(x.clamp(max=0), weight.clamp(max=0))]
-        shares = distribute_shares(operation, parts, probability, None)
-        return parts[0].value * shares[0] + parts[1].value * shares[1]
+        shares = distribute_shares(operation, parts, gradient, None)
+        traced = parts[0].value * shares[0] + parts[1].value * shares[1]
+        if operation.is_top:
+            per_target = (gradient.sum(dtype=torch.float64), traced.sum(dtype=torch.float64))
+            self.side.lost = self.side.lost + per_target[0] - per_target[1]
+        return (traced,)
 
 
 class ParentRule:
@@ -64,14 +75,18 @@ class ParentRule:
         return tuple((gradient / len(operands)).sum_to_size(operand.shape) for operand in operands)
 
 
+@dataclass(frozen=True)
 class SumRule:
     """A sum of operands (a skip connection): P in proportion to the positive terms, to all where none is."""
+
+    side: Side = field(default_factory=Side)
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
         zeros = [torch.zeros_like(operand) for operand in operands]
         terms = [operation.function(*zeros[:i], operand, *zeros[i + 1 :]) for i, operand in enumerate(operands)]
+        terms = [self.side.sign(operation) * term for term in terms]
         positive = [term.clamp(min=0) for term in terms]
         none = torch.stack(positive).sum(0) == 0
         shares = [torch.where(none, term.abs(), raised) for term, raised in zip(terms, positive)]
@@ -79,6 +94,7 @@ class SumRule:
         return tuple((per_unit * share).sum_to_size(operand.shape) for share, operand in zip(shares, operands))
 
 
+@dataclass(frozen=True)
 class ContributionsRule:
     """A linear operation with known coefficients (pooling, interpolation, a product of matrices).
 
@@ -86,9 +102,12 @@ class ContributionsRule:
     matrices that both see the input gives half to each.
     """
 
+    side: Side = field(default_factory=Side)
+
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
+        operands = (self.side.sign(operation) * operands[0], *operands[1:])
         first = _signed_constants(operation) if operation.name in _MATRIX else [operation.function]
         if len(first) == 2:  # x⁺ through W⁺ and x⁻ through W⁻
             pairs = [(first[0], [x.clamp(min=0) for x in operands]), (first[1], [x.clamp(max=0) for x in operands])]
@@ -128,13 +147,15 @@ def _signed_constants(operation: Operation) -> list[Callable[..., Tensor]]:
 
 
 @dataclass(frozen=True)
-class _Probabilities:
-    winner: WinnerRule
+class Probabilities:
+    """The rules of excitation backpropagation, for one side of a contrast or for the target alone."""
+
+    side: Side = field(default_factory=Side)
 
     def treatment(self, operation: Operation) -> Treatment:
         kind, name = operation.kind, operation.name
         if kind in (Kind.CONVOLUTION, Kind.DENSE):
-            return self.winner
+            return WinnerRule(self.side)
         if kind in (Kind.MOVE, Kind.MAXIMUM):
             return PLAIN  # the adjoint of a move moves back; the winner of a maximum receives all
         if kind is Kind.COMPOSITE:
@@ -145,20 +166,15 @@ class _Probabilities:
         if name == "mul" or (name in _ELEMENTWISE and operands == 1):
             return ParentRule()
         if name in ("add", "sub", "rsub"):
-            return SumRule()
+            return SumRule(self.side)
         known = name in _MATRIX or (kind is Kind.LINEAR and operands == 1 and not name.startswith("add"))
         if not known or operation.argument("mode") == "bicubic" or name in ("conv", "conv_transpose", "lerp"):
             raise operation.error("excitation has no rule for it")
-        return ContributionsRule()
+        return ContributionsRule(self.side)
 
 
 def excitation(
-    forward: Forward,
-    x: Tensor,
-    cotangents: Tensor,
-    contrastive: bool = False,
-    *,
-    layers: Mapping[str, nn.Module] | None = None,
+    forward: Forward, x: Tensor, cotangents: Tensor, *, layers: Mapping[str, nn.Module] | None = None
 ) -> Relevance:
     """Excitation backpropagation: marginal winning probabilities (Zhang et al. 2018).
 
@@ -169,8 +185,6 @@ def excitation(
         forward: windows (n, C, *roi) to outputs (n, K, …).
         x: the windows, float32 or float64.
         cotangents: the prior over outputs, (k, n, K, …): ∂s/∂y of a linear s; one for a class gives probabilities.
-        contrastive: subtract the map of the opposite (the last layer's weights negated), each normalised to one:
-            what is special to the target. Signed; Zhang keeps its positive part. Windows are then run one by one.
         layers: modules at whose outputs the probabilities are wanted as well.
 
     Returns:
@@ -184,63 +198,11 @@ def excitation(
     """
     if cotangents.shape[1] != len(x):
         raise UsageError(f"cotangents for {cotangents.shape[1]} windows, {len(x)} windows given")
-    rules = _Probabilities(WinnerRule(contrastive))
-    batches = list(range(len(x))) if contrastive else [None]
-    inputs: list[Tensor] = []
-    at_layers: list[dict[str, LayerRelevance]] = []
-    for i in batches:
-        own = slice(None) if i is None else slice(i, i + 1)
-        run = Run(forward, x[own], rules, layers=layers)
-        _mark_last(run.output.grad_fn)
-        traced = [(arriving, layer_values) for arriving, layer_values, _ in run.backward(cotangents[:, own])]
-        inputs.append(torch.stack([arriving for arriving, _ in traced]))
-        values = [layer_values for _, layer_values in traced]
-        probabilities = {name: torch.stack([value[name] for value in values]) for name in run.captured}
-        at_layers.append(layer_relevance(run.captured, values, probabilities))
-    result = torch.cat(inputs, 1)
-    prior = torch.zeros_like(cotangents) if contrastive else cotangents
-    sums = (values.reshape(*values.shape[:2], -1).sum(2) for values in (prior, result))
+    run = Run(forward, x, Probabilities(), layers=layers)
+    traced = [(arriving, at_layers) for arriving, at_layers, _ in run.backward(cotangents)]
+    result = torch.stack([arriving for arriving, _ in traced])
+    values = [at_layers for _, at_layers in traced]
+    probabilities = {name: torch.stack([value[name] for value in values]) for name in run.captured}
+    sums = (each.reshape(*each.shape[:2], -1).sum(2) for each in (cotangents, result))
     booked = next(sums) - next(sums)
-    return Relevance(result, booked.to(result.dtype), {name: _joined(at_layers, name) for name in layers or {}})
-
-
-def _joined(windows: list[dict[str, LayerRelevance]], name: str) -> LayerRelevance:
-    each = [window[name] for window in windows]
-    return LayerRelevance(
-        torch.cat([layer.activation for layer in each]),
-        torch.cat([layer.gradient for layer in each], 1),
-        torch.cat([layer.relevance for layer in each], 1),
-    )
-
-
-def _mark_last(output: Any) -> None:
-    """Find the operations with weights behind which no other lies, by walking the graph from the output."""
-
-    def above(node: Any, seen: set[Any]) -> set[Any]:
-        """The first operations with weights on every path down from ``node``; every node passed is put in ``seen``."""
-        found, waiting = set(), [child for child, _ in node.next_functions]
-        while waiting:
-            child = waiting.pop()
-            if child is None or child in seen:
-                continue
-            seen.add(child)
-            if _has_weights(child):
-                found.add(child)
-            else:
-                waiting.extend(grandchild for grandchild, _ in child.next_functions)
-        return found
-
-    first = {output} if _has_weights(output) else above(output, set())
-    behind: set[Any] = set()
-    seen: set[Any] = set()
-    waiting = list(first)
-    while waiting:
-        below = above(waiting.pop(), seen)
-        behind |= below
-        waiting.extend(below)
-    for node in first - behind:
-        node.operation.is_last = True
-
-
-def _has_weights(node: Any) -> bool:
-    return getattr(getattr(node, "operation", None), "kind", None) in (Kind.CONVOLUTION, Kind.DENSE)
+    return Relevance(result, booked.to(result.dtype), layer_relevance(run.captured, values, probabilities))

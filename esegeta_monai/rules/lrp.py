@@ -7,7 +7,7 @@ receives is *booked*; input relevance and booked relevance add up to Σ y · cot
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,16 @@ from esegeta_monai.rules.mode import PARTS, PLAIN, Treatment, local_gradient
 from esegeta_monai.rules.operations import Operation
 from esegeta_monai.rules.run import Forward, LayerRelevance, Relevance, Run
 
-__all__ = ["AffineRule", "FrozenNormRule", "HalvesRule", "RootRule", "TaylorRule", "lrp"]
+__all__ = [
+    "AffineRule",
+    "FrozenNormRule",
+    "HalvesRule",
+    "RootRule",
+    "TaylorRule",
+    "composite_run",
+    "lrp",
+    "relevance_of",
+]
 
 # Linear operations and moves that can bring in a constant: its relevance has to be booked.
 _WITH_CONSTANT = frozenset(
@@ -202,26 +211,11 @@ def lrp(
 def _one_window(
     forward: Forward, x: Tensor, cotangents: Tensor, composite: Composite, layers: Mapping[str, nn.Module]
 ) -> Relevance:
-    rules = _Relevance(composite, AffineRule())
-    run = Run(forward, x, rules, layers=layers)
-    if composite.first is not None and not rules.first_used:
-        raise MethodError(
-            "this composite has a rule for the first layer, and no convolution or linear layer reads the input here; "
-            "use a composite without one, such as EpsilonPlus"
-        )
+    run = composite_run(forward, x, composite, layers)
     inputs, booked, multipliers, relevances = [], [], [], []
-    for multiplier, at_layers, ledger in run.backward(cotangents):
-        values = {"": run.leaf, **run.captured}
-        relevance = {name: m * values[name].detach() for name, m in {"": multiplier, **at_layers}.items()}
-        kept = ledger.booked
-        for tensor, direct in list(ledger.direct):
-            arriving = torch.autograd.grad(tensor, list(values.values()), direct, retain_graph=True, allow_unused=True)
-            for name, share in zip(values, arriving):
-                relevance[name] = relevance[name] if share is None else relevance[name] + share
-            assert arriving[0] is not None
-            kept = kept + direct.sum() - arriving[0].sum()  # what a constant padding received
+    for kept, at_layers, relevance in relevance_of(run, cotangents):
         inputs.append(relevance.pop(""))
-        booked.append(torch.as_tensor(kept, dtype=x.dtype, device=x.device).reshape(1))
+        booked.append(kept.reshape(1))
         multipliers.append(at_layers)
         relevances.append(relevance)
     results = {
@@ -233,3 +227,34 @@ def _one_window(
         for name, activation in run.captured.items()
     }
     return Relevance(torch.stack(inputs), torch.stack(booked), results)
+
+
+def composite_run(forward: Forward, x: Tensor, composite: Composite, layers: Mapping[str, nn.Module]) -> Run:
+    """The forward pass under a composite's rules.
+
+    Raises:
+        MethodError: the composite has a rule for the first layer and no such layer reads the input.
+    """
+    rules = _Relevance(composite, AffineRule())
+    run = Run(forward, x, rules, layers=layers)
+    if composite.first is not None and not rules.first_used:
+        raise MethodError(
+            "this composite has a rule for the first layer, and no convolution or linear layer reads the input here; "
+            "use a composite without one, such as EpsilonPlus"
+        )
+    return run
+
+
+def relevance_of(run: Run, cotangents: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]:
+    """For each target: what was booked (of all windows), the layers' multipliers, relevance by layer ("": input)."""
+    for multiplier, at_layers, ledger in run.backward(cotangents):
+        values = {"": run.leaf, **run.captured}
+        relevance = {name: m * values[name].detach() for name, m in {"": multiplier, **at_layers}.items()}
+        kept = ledger.booked
+        for tensor, direct in list(ledger.direct):
+            arriving = torch.autograd.grad(tensor, list(values.values()), direct, retain_graph=True, allow_unused=True)
+            for name, share in zip(values, arriving):
+                relevance[name] = relevance[name] if share is None else relevance[name] + share
+            assert arriving[0] is not None
+            kept = kept + direct.sum() - arriving[0].sum()  # what a constant padding received
+        yield torch.as_tensor(kept, dtype=run.leaf.dtype, device=run.leaf.device), at_layers, relevance

@@ -226,7 +226,7 @@ class Operation:
     #: True where nothing but moves lies between the network's input and the operands.
     reads_input: bool = False
     #: True where no other operation with weights lies between this one and the output (set after the forward).
-    is_last: bool = False
+    is_top: bool = False
     kind: Kind = field(init=False)
 
     def function(self, *operands: Tensor) -> Any:
