@@ -131,17 +131,25 @@ class Request:
         layers: layers whose activations (and gradients) it looks at.
         input_gradient: whether it looks at the gradient at the input.
         everywhere: all windows, not just those that the targets see (these come without gradients).
+        summed: names of attributes that add up over windows, tensors that are zero (or None) after `begin`: what
+            several processes bring together. None: each process looks at all windows.
     """
 
     layers: tuple[str, ...] = ()
     input_gradient: bool = False
     backward: bool = True
     everywhere: bool = False
+    summed: tuple[str, ...] | None = None
 
     @property
     def key(self) -> Hashable:
         """Requests of equal key share their result."""
         return id(self)
+
+    @property
+    def parts(self) -> list[Any] | None:
+        """What holds the sums, see `esegeta_monai.ranks.Summed`; None: each process looks at all windows."""
+        return None if self.summed is None else [self]
 
     def begin(self, objective: Objective) -> None:
         """Called before the first window."""
@@ -174,6 +182,7 @@ class InputGradient(Request):
     """``∂F/∂x`` at the image, as a `Gradient` with m = 1."""
 
     input_gradient = True
+    summed = ("maps", "padding", "values")
 
     @property
     def key(self) -> Hashable:
@@ -183,7 +192,7 @@ class InputGradient(Request):
         self.objective = objective
         self.maps = objective.new_maps()
         self.padding = self.maps.new_zeros(self.maps.shape[:2])
-        self.values = objective.constants()
+        self.values = torch.zeros(objective.n_targets, dtype=torch.float64)
 
     def see(self, view: View) -> None:
         assert view.input_gradient is not None
@@ -191,5 +200,6 @@ class InputGradient(Request):
         self.values += view.batch.scores(view.out).sum(1).cpu()
 
     def result(self) -> Gradient:
-        values = self.values if self.objective.linear else self.objective.image_values().cpu()
+        objective = self.objective
+        values = self.values + objective.constants() if objective.linear else objective.image_values().cpu()
         return Gradient(self.maps[:, None], values[:, None], self.padding[:, None])

@@ -8,6 +8,7 @@ __all__ = [
     "MethodError",
     "MethodTimeout",
     "NetworkError",
+    "RankLost",
     "RuleError",
     "TargetError",
     "UsageError",
@@ -36,6 +37,10 @@ class TargetError(EsegetaError, ValueError):
 
 class MethodError(EsegetaError, RuntimeError):
     """A method that cannot run on this network or target; the message names the alternative."""
+
+
+class RankLost(EsegetaError, RuntimeError):  # noqa: N818 - reads as what happened
+    """Another process of a distributed run has ended: nothing can be computed together any more."""
 
 
 class RuleError(MethodError):

@@ -245,6 +245,7 @@ class BlendedActivations(Request):
 
     everywhere = True
     backward = False
+    summed = ("maps",)
 
     def __init__(self, layer: str, weights: Tensor | None = None) -> None:
         self.layers, self.weights = (layer,), weights

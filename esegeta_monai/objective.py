@@ -17,6 +17,7 @@ from esegeta_monai.batches import NO_PATH, Batch, Gradient, InputGradient, Reque
 from esegeta_monai.errors import MethodError
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import Model, capture
+from esegeta_monai.ranks import Ranks, Summed
 from esegeta_monai.targets.base import Case, Score
 from esegeta_monai.windows import OutputGrid, WindowPlan
 
@@ -37,6 +38,7 @@ class Objective:
         monitor: counts passes, shows progress, keeps the time limit.
         condition: MONAI's ``condition`` volume (C, *spatial), cut to windows beside the image.
         case: where the image's voxels lie and the case's data, for feature maps given as files or keys.
+        ranks: the processes that compute this case together, each with the same arguments; None: this one alone.
     """
 
     def __init__(
@@ -52,8 +54,9 @@ class Objective:
         monitor: Monitor | None = None,
         condition: Tensor | None = None,
         case: Case | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.case = case or Case()
+        self.case, self.ranks = case or Case(), ranks or Ranks()
         self.model, self.image, self.plan, self.scores = model, image, plan, list(scores)
         self.prediction, self.condition, self.seed = prediction, condition, seed
         self.monitor = monitor or Monitor()
@@ -129,7 +132,7 @@ class Objective:
                 out = batch.forward(batch.cut(points))
             self.blend(blended, batch, out)
 
-        self.each(self._jobs(len(points)), run, with_cotangents=False)
+        self.each(self._jobs(len(points)), run, with_cotangents=False, sums=blended)
         return blended
 
     def blend(self, blended: Sequence[Tensor], batch: Batch, out: Tensor) -> None:
@@ -173,19 +176,23 @@ class Objective:
                 values[:, source] += scores[:, j]
                 padding[:, source] += self.plan.add(maps[:, source], batch.windows[j], gradient[:, j]).to(padding)
 
-        self.each(self._jobs(m), run, predictions=predictions)
+        self.each(self._jobs(m), run, predictions=predictions, sums=[maps, padding, values])
         if predictions is not None:
             values = torch.stack([s.value(p) for s, p in zip(self.scores, predictions)])
         return Gradient(maps, values, padding)
 
     def scatter(
-        self, attribute: Callable[[Batch], Tensor], cotangents: list[Tensor] | None = None
+        self,
+        attribute: Callable[[Batch], Tensor],
+        cotangents: list[Tensor] | None = None,
+        sums: Sequence[Tensor | Summed] = (),
     ) -> tuple[Tensor, Tensor]:
         """Sums per-window attributions into volume maps: exact for additive methods and linear scores.
 
         Args:
             attribute: gets a batch, returns (k, n, C, *roi).
             cotangents: for each score (channels, *box), in place of ``∂s/∂P`` at the image.
+            sums: what else ``attribute`` adds into, see `each`.
 
         Returns:
             maps (k, C, *spatial) and what fell on constant padding (k, C).
@@ -194,11 +201,9 @@ class Objective:
         padding = maps.new_zeros(maps.shape[:2])
 
         def run(batch: Batch) -> None:
-            values = attribute(batch)
-            nonlocal padding
-            padding = padding + self.add(maps, batch, values)
+            padding.add_(self.add(maps, batch, attribute(batch)))
 
-        self.each(self._jobs(1), run, cotangents=cotangents)
+        self.each(self._jobs(1), run, cotangents=cotangents, sums=[maps, padding, *sums])
         return maps, padding
 
     def add(self, maps: Tensor, batch: Batch, values: Tensor) -> Tensor:
@@ -232,7 +237,8 @@ class Objective:
                 r.see(view)
 
         everywhere = any(r.everywhere for r in todo)
-        self.each([(0, w) for w in range(len(self.plan))] if everywhere else self._jobs(1), run, split_seen=everywhere)
+        jobs = [(0, w) for w in range(len(self.plan))] if everywhere else self._jobs(1)
+        self.each(jobs, run, split_seen=everywhere, sums=_sums(todo, blended or []))
         if blended is not None:
             self._note_deviation(blended)
         return [unique[r.key].result() for r in requests]
@@ -321,8 +327,22 @@ class Objective:
         cotangents: list[Tensor] | None = None,
         with_cotangents: bool = True,
         split_seen: bool = False,
+        sums: Sequence[Tensor | Summed] | None = None,
+        whole_windows: bool = False,
     ) -> None:
-        """Runs (volume, window) jobs in batches; a batch that does not fit in memory is halved and done again."""
+        """Runs (volume, window) jobs in batches; a batch that does not fit in memory is halved and done again.
+
+        Args:
+            jobs: what to run, those of one window best together.
+            run: called with each batch.
+            predictions: of each volume, what the scores read, where cotangents depend on it.
+            cotangents: for each score (channels, *box), in place of ``∂s/∂P``.
+            with_cotangents: False: the batches have none.
+            split_seen: windows that some target sees first, so that they come in batches of their own.
+            sums: all that ``run`` adds into, and only adds into: then several processes share the jobs, and the sums
+                are those of all of them. None: each process runs all jobs.
+            whole_windows: all jobs of a window are one process's.
+        """
         groups = [list(jobs)]
         if split_seen:
             support = set(self.windows)
@@ -330,6 +350,26 @@ class Objective:
         whole = cotangents
         if with_cotangents and predictions is None and whole is None:
             whole = self._whole_cotangents()
+        if sums is None:
+            self._run(groups, run, whole, predictions, with_cotangents)
+            return
+        with self.ranks.summed(sums):
+            self._run([self._share(g, whole_windows) for g in groups], run, whole, predictions, with_cotangents)
+
+    def _share(self, jobs: Sequence[tuple[int, int]], whole_windows: bool) -> list[tuple[int, int]]:
+        if not whole_windows:
+            return self.ranks.share(jobs)
+        mine = set(self.ranks.share(sorted({w for _, w in jobs})))
+        return [j for j in jobs if j[1] in mine]
+
+    def _run(
+        self,
+        groups: Sequence[Sequence[tuple[int, int]]],
+        run: Callable[[Batch], None],
+        whole: list[Tensor] | None,
+        predictions: list[Tensor] | None,
+        with_cotangents: bool,
+    ) -> None:
         for group in groups:
             done = 0
             while done < len(group):
@@ -402,6 +442,12 @@ class Objective:
                     total[j, self.rows[k]] = cut.to(total.device)
             found.append(total.to(device))
         return found
+
+
+def _sums(requests: Sequence[Request], blended: Sequence[Tensor]) -> list[Tensor | Summed] | None:
+    """What a sweep adds into, None where a request does not say."""
+    parts = [r.parts for r in requests]
+    return None if any(p is None for p in parts) else [*blended, *(one for p in parts if p is not None for one in p)]
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -215,9 +215,15 @@ class _Change:
                 continue
             crop = self.objective.image[_rows(slice(None), place)].to(device)
             for group in groups:
+                if not self.mine():
+                    continue
                 perturbed = self.perturbations.apply(group[0], crop, place)
                 if not torch.equal(perturbed, crop):
                     yield _Pair(group, w), plan.pad(perturbed)
+
+    def mine(self) -> bool:
+        """Whether this process computes the next pair."""
+        return True
 
     def compute(self, pairs: Sequence[_Pair], windows: Sequence[Tensor]) -> None:
         """Network passes for one batch of pairs, and their booking."""
@@ -256,22 +262,33 @@ class _LinearChange(_Change):
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         super().__init__(objective, perturbations)
         self.cotangents: dict[tuple[int, ...], list[Tensor | None]] = {}
+        self.number = 0
+
+    def mine(self) -> bool:
+        """Pairs go round the processes."""
+        ranks = self.objective.ranks
+        self.number += 1
+        return self.number % ranks.size == ranks.rank
 
     def run(self) -> Tensor:
         self._base()
-        self.over(range(len(self.perturbations)))
+        with self.objective.ranks.summed([self.result]):
+            self.over(range(len(self.perturbations)))
         return self.result
 
     def _base(self) -> None:
-        missing = [(0, w) for w in self.objective.windows if w not in self.objective.base_scores]
+        known = self.objective.base_scores
+        missing = [w for w in self.objective.windows if w not in known]
+        found = torch.zeros((len(missing), self.objective.n_targets), dtype=torch.float64)
 
         def score(batch: Batch) -> None:
             with torch.inference_mode():
-                found = batch.scores(batch.forward(batch.image)).cpu()
-            for j, w in enumerate(batch.windows):
-                self.objective.base_scores[w] = found[:, j].clone()
+                scores = batch.scores(batch.forward(batch.image)).cpu()
+            for w, one in zip(batch.windows, scores.T):
+                found[missing.index(w)] += one
 
-        self.objective.each(missing, score)
+        self.objective.each([(0, w) for w in missing], score, sums=[found])
+        known.update(zip(missing, found))
 
     def compute(self, pairs: Sequence[_Pair], windows: Sequence[Tensor]) -> None:
         out = self.forward(pairs, windows)
@@ -304,8 +321,14 @@ class _BlendedChange(_Change):
         self.block = _block_size(objective, len(perturbations))
 
     def run(self) -> Tensor:
-        for start in range(0, len(self.perturbations), self.block):
-            indices = range(start, min(start + self.block, len(self.perturbations)))
+        ranks = self.objective.ranks
+        with ranks.summed([self.result]):
+            self._blocks(ranks.share(range(len(self.perturbations))))
+        return self.result
+
+    def _blocks(self, mine: Sequence[int]) -> None:
+        for start in range(0, len(mine), self.block):
+            indices = mine[start : start + self.block]
             self.position = {i: j for j, i in enumerate(indices)}
             self.delta = [p.new_zeros((len(indices), *p.shape)) for p in self.predictions]
             self.over(indices)
@@ -313,7 +336,6 @@ class _BlendedChange(_Change):
                 for j, i in enumerate(indices):
                     if bool(d[j].any()):
                         self.result[k, i] = (score.value(p + d[j]) - self.values[k]).cpu()
-        return self.result
 
     def compute(self, pairs: Sequence[_Pair], windows: Sequence[Tensor]) -> None:
         out = self.forward(pairs, windows)

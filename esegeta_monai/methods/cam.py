@@ -112,6 +112,7 @@ class GradCam(_Cam):
 class _ChannelRequest(Request):
     """A sum over windows and positions for each channel: the result is a tensor (k, C), float64."""
 
+    summed = ("total",)
     total: Tensor | None = None
 
     def __init__(self, layer: str) -> None:
@@ -254,10 +255,12 @@ class Moments(Request):
 
     everywhere = True
     backward = False
+    summed = ("count", "first", "second")
 
     def __init__(self, layer: str) -> None:
         self.layers = (layer,)
-        self.moments: ChannelMoments | None = None
+        self.first: Tensor | None = None
+        self.second: Tensor | None = None
 
     @property
     def key(self) -> Hashable:
@@ -265,22 +268,22 @@ class Moments(Request):
 
     def begin(self, objective: Objective) -> None:
         self.objective = objective
+        self.count = torch.zeros((), dtype=torch.float64)
 
     def see(self, view: View) -> None:
         values = spatial_map(view.activations[self.layers[0]], self.objective, self.layers[0]).double()
         weights = torch.stack([position_weights(self.objective, w, values.shape[2:]) for w in view.batch.windows])
         values, weights = values.flatten(2), weights.to(values).flatten(1)
         weighted = values * weights[:, None]
-        found = self.moments or ChannelMoments(0.0, torch.zeros(()), torch.zeros(()))
-        self.moments = ChannelMoments(
-            found.count + float(weights.sum()),
-            found.first + weighted.sum((0, 2)).cpu(),
-            found.second + torch.einsum("ncp,ndp->cd", weighted, values).cpu(),
-        )
+        self.count += weights.sum().cpu()
+        first, second = weighted.sum((0, 2)).cpu(), torch.einsum("ncp,ndp->cd", weighted, values).cpu()
+        self.first = first if self.first is None else self.first + first
+        self.second = second if self.second is None else self.second + second
 
     def result(self) -> ChannelMoments:
-        assert self.moments is not None
-        return self.moments
+        assert self.first is not None
+        assert self.second is not None
+        return ChannelMoments(float(self.count), self.first, self.second)
 
 
 @dataclass(eq=False, repr=False)

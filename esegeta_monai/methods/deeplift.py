@@ -138,7 +138,7 @@ class LayerDeepLift(_LayerMethod):
             def run(batch: Batch, x0: Tensor = x0) -> None:
                 total.add(batch, _multiply(batch, x0, {layer: module}).layers[layer].relevance)
 
-            objective.each([(0, w) for w in objective.windows], run, cotangents=cotangents)
+            objective.each([(0, w) for w in objective.windows], run, cotangents=cotangents, sums=[total])
             starts.append(start)
         total.scale(1 / len(starts))
         maps, padding = total.result()

@@ -72,31 +72,36 @@ class FullGrad(Method):
         signed = torch.zeros_like(booked)
         for names in [[], *groups] if self.abs else groups:
             maps = objective.new_maps()
-            parts: dict[str, LayerSum] = {}
+            how: Reduce = "channels" if self.abs else "sum"
+            parts = {n: LayerSum(objective, n, how) for n in names if n in spatial}
 
-            def run(batch: Batch, names: list[str] = names, maps: Tensor = maps, parts: Any = parts) -> None:
-                nonlocal booked, padding
+            def run(
+                batch: Batch,
+                names: list[str] = names,
+                maps: Tensor = maps,
+                parts: dict[str, LayerSum] = parts,
+                padding: Tensor = padding,
+            ) -> None:
                 x = batch.image.detach().requires_grad_(True)
                 with torch.enable_grad(), _recorded(objective.model.network, names) as calls:
                     out = batch.forward(x)
                 found = batch.gradients(out, [x, *(c.output for c in calls)])
                 if found[0] is not None and (not self.abs or not names):
-                    padding = padding + objective.add(maps, batch, found[0] * x.detach()).sum(1).double().cpu()
+                    padding.add_(objective.add(maps, batch, found[0] * x.detach()).sum(1).double().cpu())
                 for call, gradient in zip(calls, found[1:]):
                     if gradient is None:
                         continue
                     product = gradient * _bias(call)
                     if call.name in spatial and len(call.output) == len(batch):
-                        how: Reduce = "channels" if self.abs else "sum"
-                        part = parts.setdefault(call.name, LayerSum(objective, call.name, how))
-                        part.add(batch, product)
+                        parts[call.name].add(batch, product)
                     else:
-                        booked = booked + product.flatten(1).sum(1).double().cpu()
+                        booked.add_(product.flatten(1).sum(1).double().cpu())
 
-            objective.each([(0, w) for w in objective.windows], run)
-            for values, lost in [(maps, torch.zeros_like(padding)), *(p.result() for p in parts.values())]:
+            objective.each([(0, w) for w in objective.windows], run, sums=[maps, padding, booked, *parts.values()])
+            found = [p.result() for p in parts.values() if p.maps is not None]
+            for values, lost in [(maps, torch.zeros_like(padding)), *found]:
                 signed = signed + values.flatten(1).sum(1).double().cpu()
-                padding = padding + lost.cpu()
+                padding += lost.cpu()
                 total += (values.abs() if self.abs else values).sum(1, keepdim=True)
         value = objective.image_values().cpu()
         gap = [abs(float((s - v) / v)) if v else None for s, v in zip(signed + booked + padding, value)]

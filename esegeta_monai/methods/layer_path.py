@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from esegeta_monai.methods.path import Rule, quadrature
 from esegeta_monai.methods.scattered import LayerSum
 from esegeta_monai.network import capture, replaced
 from esegeta_monai.objective import Batch, Objective
+from esegeta_monai.ranks import Summed
 
 __all__ = ["InternalInfluence", "LayerConductance", "LayerIntegratedGradients", "along_path", "layer_pass"]
 
@@ -75,7 +76,7 @@ class LayerConductance(_LayerMethod):
             total.add(batch, torch.where(inside, mean * (a - before), 0.0))
             last = a[-1:], g[:, -1:]
 
-        along_path(objective, x0, [j / self.n_steps for j in range(self.n_steps + 1)], see)
+        along_path(objective, x0, [j / self.n_steps for j in range(self.n_steps + 1)], see, [total])
         maps, padding = total.result()
         start = objective.value(x0[None])[:, 0]
         notes: dict[str, Any] = {"layer": layer, "sum_in_padding": padding, **describe_baseline(baseline, start)}
@@ -129,7 +130,7 @@ class InternalInfluence(_LayerMethod):
             share = torch.tensor([weights[nodes[j]] for j in batch.sources], dtype=g.dtype, device=g.device)
             total.add(batch, g * share.reshape(-1, *(1,) * (g.ndim - 2)))
 
-        along_path(objective, baseline.draw(objective, objective.generator()), nodes, see)
+        along_path(objective, baseline.draw(objective, objective.generator()), nodes, see, [total])
         maps, padding = total.result()
         return Explained(maps, {"layer": layer, "sum_in_padding": padding, "baseline": baseline.record()})
 
@@ -183,7 +184,7 @@ class LayerIntegratedGradients(_LayerMethod):
                 total.add(batch, weights[alpha] * g * (mixed["end"] - mixed["start"]))
 
             predictions = None if objective.linear else self._predict(objective, layer, alpha, x0)
-            objective.each([(0, w) for w in objective.windows], run, predictions=predictions)
+            objective.each([(0, w) for w in objective.windows], run, predictions=predictions, sums=[total])
         start = torch.stack(
             [s.value(p.double())[0] for s, p in zip(objective.scores, self._predict(objective, layer, 0.0, x0))]
         )
@@ -202,7 +203,7 @@ class LayerIntegratedGradients(_LayerMethod):
             with torch.no_grad(), _mixed(objective, layer, alpha):
                 objective.blend(blended, batch, _both(batch, x0))
 
-        objective.each([(0, w) for w in objective.windows], run, with_cotangents=False)
+        objective.each([(0, w) for w in objective.windows], run, with_cotangents=False, sums=blended)
         return blended
 
 
@@ -229,9 +230,16 @@ def _mixed(objective: Objective, layer: str, alpha: float) -> Iterator[dict[str,
             raise MethodError(f"layer {layer!r} is not used in the forward pass: choose another")
 
 
-def along_path(objective: Objective, x0: Tensor, nodes: list[float], see: Callable[[Batch, Tensor], None]) -> None:
+def along_path(
+    objective: Objective,
+    x0: Tensor,
+    nodes: list[float],
+    see: Callable[[Batch, Tensor], None],
+    sums: Sequence[Tensor | Summed],
+) -> None:
     """Calls ``see(batch, x)`` with the windows x of ``x₀ + α (image − x₀)`` for all windows that the targets see and
-    all α in ``nodes`` (``batch.sources`` says which); the nodes of a window come one after the other.
+    all α in ``nodes`` (``batch.sources`` says which); the nodes of a window come one after the other. ``see`` adds into
+    ``sums``.
 
     The batch's cotangents are those of the prediction at that α. Memory: what the scores read of it, a node each.
     """
@@ -245,7 +253,8 @@ def along_path(objective: Objective, x0: Tensor, nodes: list[float], see: Callab
         alphas = torch.tensor([nodes[j] for j in batch.sources], dtype=start.dtype, device=start.device)
         see(batch, start + alphas.reshape(-1, *(1,) * x0.ndim) * (end - start))
 
-    objective.each([(j, w) for w in objective.windows for j in range(len(nodes))], run, predictions=predictions)
+    jobs = [(j, w) for w in objective.windows for j in range(len(nodes))]
+    objective.each(jobs, run, predictions=predictions, sums=sums, whole_windows=True)
 
 
 def layer_pass(batch: Batch, x: Tensor, layer: str) -> tuple[Tensor, Tensor]:

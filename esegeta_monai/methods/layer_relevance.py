@@ -58,7 +58,7 @@ class LayerLRP(_LayerMethod):
             )
             total.add(batch, found.layers[layer].relevance)
 
-        objective.each([(0, w) for w in objective.windows], run)
+        objective.each([(0, w) for w in objective.windows], run, sums=[total])
         maps, padding = total.result()
         notes: dict[str, Any] = {"layer": layer, "sum_in_padding": padding}
         return Explained(maps, notes)

@@ -87,7 +87,7 @@ class NeuronConductance(Method):
             through = [torch.autograd.grad(values, x, g * chosen, retain_graph=True)[0] for g in gradient]
             objective.add(maps, batch, torch.stack(through) * step)
 
-        along_path(objective, x0, nodes, see)
+        along_path(objective, x0, nodes, see, [maps])
         start = objective.value(x0[None])[:, 0]
         return Explained(maps, {"layer": layer, **describe_baseline(baseline, start)})
 

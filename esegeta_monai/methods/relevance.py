@@ -32,15 +32,14 @@ class _Relevance(Method):
         total = torch.zeros_like(booked)
 
         def of(batch: Batch) -> torch.Tensor:
-            nonlocal booked, total
             cotangents = batch.stacked_cotangents()
             relevance = self._relevance(objective, batch, cotangents)
-            booked = booked + relevance.booked.sum(1, dtype=torch.float64).cpu()
+            booked.add_(relevance.booked.sum(1, dtype=torch.float64).cpu())
             with torch.no_grad():
-                total = total + self._expected(batch, cotangents).cpu()
+                total.add_(self._expected(batch, cotangents).cpu())
             return relevance.input
 
-        maps, padding = objective.scatter(of)
+        maps, padding = objective.scatter(of, sums=[booked, total])
         lost = padding.sum(1, dtype=torch.float64).cpu()
         sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + booked
         gap = [abs(float((s - f) / f)) if f else None for s, f in zip(sums, total)]

@@ -24,6 +24,11 @@ class Several(Request):
     def key(self) -> Hashable:
         return tuple(r.key for r in self.requests)
 
+    @property
+    def parts(self) -> list[Any] | None:
+        found = [r.parts for r in self.requests]
+        return None if any(p is None for p in found) else [one for p in found if p is not None for one in p]
+
     def begin(self, objective: Objective) -> None:
         for request in self.requests:
             request.begin(objective)

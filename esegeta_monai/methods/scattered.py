@@ -59,6 +59,8 @@ class LayerSum:
         self.maps: Tensor | None = None
         self.padding: Tensor | None = None
 
+    summed = ("maps", "padding")
+
     def add(self, batch: Batch, values: Tensor) -> None:
         """Adds attributions in the layer's own shape, (k, n, …)."""
         self.add_map(batch, spatial_map(values, self.objective, self.layer, lead=2))
@@ -110,6 +112,10 @@ class ScatteredGradients(Request):
     @property
     def key(self) -> Hashable:
         return ("scattered", self.layers, self.combine, self.reduce)
+
+    @property
+    def parts(self) -> list[LayerSum]:
+        return [self.total]
 
     def begin(self, objective: Objective) -> None:
         self.objective, self.total = objective, LayerSum(objective, self.layers[0], self.reduce)

@@ -139,7 +139,7 @@ class LayerGradientShap(_LayerMethod):
                 total.add(batch, g * (_activation(batch, draw.x, layer) - _activation(batch, draw.x0, layer)))
 
             predictions = None if objective.linear else objective.predict(draw.point[None])
-            objective.each([(0, w) for w in objective.windows], run, predictions=predictions)
+            objective.each([(0, w) for w in objective.windows], run, predictions=predictions, sums=[total])
         total.scale(1 / self.n_samples)
         maps, padding = total.result()
         notes = {"layer": layer, "sum_in_padding": padding, "n_samples": self.n_samples}

@@ -1,0 +1,175 @@
+"""Several processes that compute a case together get the maps of one, from every method."""
+
+from __future__ import annotations
+
+import copy
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, UsageError
+from esegeta_monai.methods import METHODS, Method, run
+from esegeta_monai.monitor import Monitor
+from esegeta_monai.network import frozen
+from esegeta_monai.objective import Batch, Objective
+from esegeta_monai.perturbation import Boxes, change
+from esegeta_monai.ranks import Ranks, process_group
+from esegeta_monai.targets import MultiClassMask
+from tests.methods.whole import setting
+
+FEW = {"n_steps": 3, "n_samples": 4, "n_masks": 6, "grid": 2, "steps": 4, "n_iter": 5, "max_channels": 4}
+NEED_MORE = {"Cam", "FeaturePermutation", "PatternNet", "PatternAttribution"}  # a linear head, other cases
+
+
+def spawn(work: Callable[..., None], *args: Any, ranks: int = 3) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_joined, (work, port, ranks, args), nprocs=ranks)
+
+
+def _joined(rank: int, work: Callable[..., None], port: int, ranks: int, args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks)
+    )
+    with process_group("gloo") as joined:
+        assert (joined.rank, joined.size) == (rank, ranks)
+        work(*args)
+
+
+def small(cls: type[Method]) -> Method:
+    if cls.__name__ == "KernelShap":  # needs two a feature
+        return cls(n_samples=256)
+    return cls(**{p: v for p, v in FEW.items() if p in cls.parameter_names()})
+
+
+def by(objective: Objective, ranks: Ranks) -> Objective:
+    """The same objective, computed by these ranks; nothing is remembered."""
+    other = copy.copy(objective)
+    other.ranks, other.base_scores, other._at_image, other.monitor = ranks, {}, None, Monitor()
+    return other
+
+
+def every_method(network: str, output: str) -> None:
+    found = setting(network, target=MultiClassMask(1, output=output))
+    ranks, differences = Ranks.current(), {}
+    for cls in METHODS:
+        if cls.__name__ in NEED_MORE or (cls.needs_linear and output != "logit"):
+            continue
+        method = small(cls)
+        together, alone = by(found.objective, ranks), by(found.objective, Ranks())
+        with frozen(found.network):
+            mine, theirs = run(method, alone), run(method, together)
+        scale = mine.maps.abs().max()
+        assert scale > 0, cls
+        differences[cls.__name__] = float((mine.maps - theirs.maps).abs().max() / scale)
+        for key in ("completeness_gap", "sum_in_padding", "share_through_layer", "booked", "baseline_value"):
+            if key in mine.notes:
+                assert [mine.note(0)[key]] == pytest.approx([theirs.note(0)[key]], rel=1e-6, abs=1e-9), (cls, key)
+        passes = ranks.gather(together.monitor.passes)
+        if ranks.rank == 0:
+            print(cls.__name__, alone.monitor.passes, passes, differences[cls.__name__])
+    assert len(differences) > 30
+    assert max(differences.values()) <= 1e-10, differences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["logit", "probability"])
+@pytest.mark.parametrize("network", ["UNet_instance", "ViTAutoEnc"])
+def test_every_method_is_the_same_by_one_rank_and_by_three(network, output):
+    spawn(every_method, network, output)
+
+
+def alike(what: str) -> None:
+    """What may go wrong on one rank reaches all of them."""
+    ranks = Ranks.current()
+    objective = by(setting("UNet_instance").objective, ranks)
+    with frozen(objective.model.network):
+        if what == "error":
+
+            def fails(batch: Batch) -> Tensor:
+                if ranks.rank == 1:
+                    raise ZeroDivisionError("injected")
+                return batch.gradient(batch.image)[0]
+
+            kind = ZeroDivisionError if ranks.rank == 1 else MethodError
+            with pytest.raises(kind, match="injected" if ranks.rank == 1 else "rank 1: ZeroDivisionError: injected"):
+                objective.scatter(fails)
+        else:
+            objective.monitor.start(0.0 if ranks.rank == 2 else None)
+            time.sleep(0.01)
+            with pytest.raises(MethodTimeout, match="time limit"):
+                objective.scatter(lambda batch: batch.gradient(batch.image)[0])
+        maps, _ = by(objective, ranks).scatter(lambda batch: batch.gradient(batch.image)[0])  # and they go on
+        alone, _ = by(objective, Ranks()).scatter(lambda batch: batch.gradient(batch.image)[0])
+        assert float((maps - alone).abs().max() / alone.abs().max()) <= 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["error", "time limit"])
+def test_an_error_of_one_rank_is_an_error_of_all(what):
+    spawn(alike, what)
+
+
+def lost() -> None:
+    ranks = Ranks.current()
+    if ranks.rank == 1:
+        os._exit(0)  # no good-bye
+    began = time.monotonic()
+    with pytest.raises(RankLost, match="another rank has ended"):
+        ranks.gather("still there?")
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.slow
+def test_a_rank_that_has_ended_is_noticed():
+    spawn(lost, ranks=2)
+
+
+def one_box(m: int) -> None:
+    """More ranks than windows, and perturbations that share windows."""
+    ranks = Ranks.current()
+    found = setting("DenseNet121").objective
+    assert len(found.windows) == 1
+    boxes = Boxes([[i, i] for i in range(m)], [[i + 4, i + 4] for i in range(m)])
+    with frozen(found.model.network):
+        mine, theirs = change(by(found, Ranks()), boxes), change(by(found, ranks), boxes)
+    assert bool(mine.any())
+    assert float((mine - theirs).abs().max() / mine.abs().max()) <= 1e-10
+
+
+@pytest.mark.slow
+def test_more_ranks_than_windows():
+    spawn(one_box, 5)
+
+
+def test_shares_are_whole_and_as_even_as_can_be():
+    for n in range(12):
+        parts = [Ranks(r, 5).share(range(n)) for r in range(5)]
+        assert [i for part in parts for i in part] == list(range(n))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_alone_nothing_is_joined(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with process_group() as ranks:
+        assert (ranks.rank, ranks.size) == (0, 1)
+    tensor = torch.ones(2)
+    with ranks.summed([tensor]):
+        tensor += 1
+    assert tensor.tolist() == [2, 2]
+    assert ranks.gather("x") == ["x"]
+
+
+def test_processes_that_were_not_joined_are_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="init_process_group"):
+        Ranks.current()
