@@ -19,10 +19,11 @@ from monai.transforms import SpatialResample
 from torch import Tensor
 
 import esegeta_monai.storage as storage
-from esegeta_monai.errors import EsegetaError, MethodError
+from esegeta_monai.errors import EsegetaError, MethodError, RankLost
 from esegeta_monai.explainer import Attribution, Explainer
 from esegeta_monai.features import table_csv
 from esegeta_monai.methods.base import Method
+from esegeta_monai.ranks import Ranks
 from esegeta_monai.report.picture import save_picture
 from esegeta_monai.storage.runs import UNFINISHED
 from esegeta_monai.targets.base import Target
@@ -51,6 +52,8 @@ class ResultWriter:
         postfix, separate_folder, extension: file layout, see `esegeta_monai.storage.map_path`.
         overwrite: compute and write again what is finished.
         pictures: a PNG beside every map.
+        ranks: the processes that write into this folder; None: this one.
+        together: they compute each case together (`Explainer` with ``distributed=True``), and the first one writes.
 
     Raises:
         UsageError: an unwritable folder, or names that clash.
@@ -68,7 +71,10 @@ class ResultWriter:
         extension: str = ".nii.gz",
         overwrite: bool = False,
         pictures: bool = True,
+        ranks: Ranks | None = None,
+        together: bool = False,
     ) -> None:
+        self.ranks, self.together = ranks or Ranks(), together
         self.method_names = dict(zip(map(id, methods), storage.distinct_names(methods)))
         self.target_names = dict(zip(map(id, targets), storage.distinct_names(targets)))
         storage.check_clashes([], self.target_names.values(), self.method_names.values())
@@ -76,10 +82,20 @@ class ResultWriter:
         self.provenance = dict(provenance or {})
         self.layout: dict[str, Any] = {"postfix": postfix, "separate_folder": separate_folder, "extension": extension}
         self.overwrite, self.pictures = overwrite, pictures
-        self.run = storage.RunRecord(self.output_dir, self.provenance)
+        rank = self.ranks.rank
+        if rank:
+            self.ranks.gather(None)  # the first one's record is there
+        self.run = storage.RunRecord(self.output_dir, self.provenance, rank=rank, writes=self.writes)
+        if not rank:
+            self.ranks.gather(None)
         self._scans: dict[str, MetaTensor] = {}
         self._hashes: dict[str, str] = {}
         self._written: dict[str, str] = {}
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the maps that it computes."""
+        return not (self.together and self.ranks.rank)
 
     def target_name(self, target: Target, label: str) -> str:
         """The target's name in files: its label (with the class), and what else tells it apart.
@@ -152,11 +168,14 @@ class ResultWriter:
         scan = scan if scan is not None else scan_of(image)
 
         def skip(attribution: Attribution) -> bool:
-            return self.is_done(attribution, case, scan)
+            done = self.writes and self.is_done(attribution, case, scan)
+            return self.ranks.gather(done)[0] if self.together else done
 
         try:
             for attribution in explainer(image[None], methods, targets, skip=skip, **more):
                 self.write(attribution, case, image, scan)
+        except RankLost:
+            raise
         except EsegetaError as error:
             self.failed(case, error)
 
@@ -171,8 +190,10 @@ class ResultWriter:
                 ``image`` itself.
 
         Returns:
-            The map's path, None where there is no map. The run record has it in any case.
+            The map's path, None where there is no map, or another process writes it. The run record has it in any case.
         """
+        if not self.writes:
+            return None
         scan = scan if scan is not None else scan_of(image)
         path, label, method_name = self.path(attribution, case), attribution.label, self._method_name(attribution)
         record = {**attribution.record, **self.key(attribution, case, scan)}
@@ -208,6 +229,8 @@ class ResultWriter:
 
     def failed(self, case: str, error: Exception) -> None:
         """Records a case that could not be explained at all."""
+        if not self.writes:
+            return
         text = _reason(error)
         self.run.set(case, None, None, "failed", text)
         logger.error("%s: %s", case, text)

@@ -236,6 +236,7 @@ def _one_target(objective: Objective, k: int) -> Objective:
         seed=objective.seed,
         monitor=objective.monitor,
         condition=objective.condition,
+        ranks=objective.ranks,
     )
     single.window_batch = objective.window_batch
     return single

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from esegeta_monai.errors import UsageError
+from esegeta_monai.ranks import Ranks
 from esegeta_monai.storage.files import INTENDED_USE, read_json, versions, write_json
 
 __all__ = ["STATUSES", "RunRecord"]
@@ -31,9 +32,14 @@ class RunRecord:
     Results of earlier runs into the same folder stay, until this run says something about the same case, target and
     method, so that a run can be stopped, resumed, or extended by another method; they do not count in `exit_code`.
 
+    Several processes that write into one folder keep a record each, ``run.json`` and ``run.rank1.json``, …, which
+    `join` makes one; those of a run that was killed are read by the next run.
+
     Args:
         output_dir: where ``run.json`` lies.
         info: what else to record (bundle, options, hashes), JSON-ready.
+        rank: of this process; the first one must be there before the others begin.
+        writes: False keeps everything in memory, for a process whose results another one writes.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, RunRecord(folder, {"seed": 0}) as run:
@@ -43,15 +49,25 @@ class RunRecord:
     ({'failed': 1, 'ok': 1}, 1)
     """
 
-    def __init__(self, output_dir: str | os.PathLike[str], info: Mapping[str, Any] | None = None) -> None:
-        self.path = Path(output_dir) / "run.json"
-        self._info = dict(info or {})
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        info: Mapping[str, Any] | None = None,
+        *,
+        rank: int = 0,
+        writes: bool = True,
+    ) -> None:
+        self.path = Path(output_dir) / (f"run.rank{rank}.json" if rank else "run.json")
+        self._info, self._rank, self._writes = dict(info or {}), rank, writes
         self._started = _now()
         self._finished: str | None = None
         self._versions = versions()
-        self._earlier = self._read_earlier()
+        others = sorted(self.path.parent.glob("run.rank*.json")) if rank == 0 and writes else []
+        self._earlier = {k: e for path in [self.path, *others] for k, e in self._read_earlier(path).items()}
         self._results: dict[Key, dict[str, Any]] = {}
         self.write()
+        for path in others:  # of a run that was killed; they stand in run.json now
+            path.unlink()
 
     def set(
         self, case: str, target: str | None, method: str | None, status: str, reason: str | None = None, **more: Any
@@ -81,8 +97,21 @@ class RunRecord:
         """0: everything asked for is there (empty targets and zero maps included); 1: some case or method failed."""
         return int(any(entry["status"] in UNFINISHED for entry in self._results.values()))
 
+    def join(self, ranks: Ranks) -> None:
+        """Makes the records of all processes one, in memory for each and on disk for the first."""
+        for results in ranks.gather(self._results):
+            self._results = {**self._results, **results}
+        if self._rank == 0:
+            self.write()
+        ranks.gather(None)  # the first one has it before the others take theirs away
+        if self._rank and self._writes:
+            self.path.unlink(missing_ok=True)
+            self._writes = False
+
     def write(self) -> None:
         """Writes ``run.json``, whole or not at all."""
+        if not self._writes:
+            return
         record = {
             **self._info,
             "intended_use": INTENDED_USE,
@@ -105,15 +134,16 @@ class RunRecord:
             self._finished = _now()
             self.write()
 
-    def _read_earlier(self) -> dict[Key, dict[str, Any]]:
-        if not self.path.exists():
+    @staticmethod
+    def _read_earlier(path: Path) -> dict[Key, dict[str, Any]]:
+        if not path.exists():
             return {}
-        record = read_json(self.path)
+        record = read_json(path)
         entries = record.get("results") if record is not None else None
         if not isinstance(entries, list) or not all(isinstance(e, dict) and "case" in e for e in entries):
-            aside = self.path.with_suffix(".json.unreadable")
-            os.replace(self.path, aside)
-            logger.warning("%s could not be read; it lies in %s now and a new one begins", self.path, aside.name)
+            aside = path.with_suffix(".json.unreadable")
+            os.replace(path, aside)
+            logger.warning("%s could not be read; it lies in %s now and a new one begins", path, aside.name)
             return {}
         return {(e["case"], e.get("target"), e.get("method")): e for e in entries}
 
