@@ -164,6 +164,13 @@ def _add_explain(commands: Any) -> None:
     )
     _add_network(explain)
     _add_run_options(explain)
+    explain.add_argument(
+        "--share",
+        choices=["cases", "windows", "methods"],
+        default="cases",
+        help="what the processes share, where torchrun started several: each explains cases of its own (default), all "
+        "compute each case together window by window (one large scan), or each takes methods and targets of its own",
+    )
 
 
 def _add_demo(commands: Any) -> None:
@@ -175,7 +182,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--methods", action="append", metavar="LIST", help="other methods than those chosen for the demo")
     demo.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
     _add_run_options(demo)
-    demo.set_defaults(config=None, override=None, network_output=None)
+    demo.set_defaults(config=None, override=None, network_output=None, share="cases")
 
 
 def _add(commands: Any, name: str, summary: str, run: Callable[..., int]) -> argparse.ArgumentParser:

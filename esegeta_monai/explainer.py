@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+import itertools
 import logging
 import re
 import sys
@@ -18,20 +19,30 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
 from torch import Tensor, nn
 
 from esegeta_monai.attribution import Attribution, like_image, mask_on_image
 from esegeta_monai.cases import CaseInput, CaseModel, cases_of, joined_inputs, of_case, to_device
 from esegeta_monai.configurable import json_ready
-from esegeta_monai.errors import EsegetaError, InputError, MethodError, MethodTimeout, NetworkError, UsageError
+from esegeta_monai.errors import (
+    EsegetaError,
+    InputError,
+    MethodError,
+    MethodTimeout,
+    NetworkError,
+    RankLost,
+    UsageError,
+)
 from esegeta_monai.layers import LayerOutput
 from esegeta_monai.methods.base import METHODS, Explained, Method, run_together
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import Model, check_network, frozen, is_scripted, select_output, unwrap
 from esegeta_monai.objective import Objective, Request, View
+from esegeta_monai.ranks import Ranks
 from esegeta_monai.record import (
     MEASURED,
     described,
@@ -87,6 +98,9 @@ class Explainer:
         seed: of every random draw.
         progress: a progress bar with the remaining time for each group of methods.
         time_limit: seconds a method; then it ends as ``timeout`` and the next one begins.
+        distributed: the processes of ``torch.distributed`` compute each case together, called alike with the same
+            cases: windows and perturbations are shared between them, and every process gets the whole maps. Each has
+            the network on a device of its own; it is not wrapped.
         on_error: ``"raise"``, or ``"record"``: what fails (a method, a target, a case) gives an attribution without map
             and the rest goes on.
 
@@ -119,8 +133,10 @@ class Explainer:
         seed: int = 0,
         progress: bool = False,
         time_limit: float | None = None,
+        distributed: bool = False,
         on_error: OnError = "raise",
     ) -> None:
+        self.ranks = Ranks.current() if distributed else Ranks()
         self.network = unwrap(network)
         check_network(self.network)
         if any(p.is_inference() for p in self.network.parameters()):
@@ -200,7 +216,7 @@ class Explainer:
                     told.add((id(attribution.method), id(attribution.target)))
                     yield attribution
             except Exception as error:
-                if self.on_error == "raise":
+                if self.on_error == "raise" or isinstance(error, RankLost):
                     raise
                 for method in chosen:
                     for target in (t for t in wanted if (id(method), id(t)) not in told):
@@ -252,6 +268,7 @@ class Explainer:
             "network_affine": torch.as_tensor(case.image.affine).double().tolist(),
             "image_sha256": tensor_hash(image),
         }
+        self._same_everywhere(case)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             plan = plan_windows(self.inferer, image.shape[1:], model.dtype)
@@ -294,6 +311,7 @@ class Explainer:
                     monitor=Monitor(),
                     condition=None if case.condition is None else case.condition.to(self.volume_device, model.dtype),
                     case=self._context(case),
+                    ranks=self.ranks,
                 )
             objective.window_batch = self.window_batch or (4 if plan.whole else plan.batch_size)
             if not _shares(together[0]):  # else its sweep compares
@@ -328,7 +346,8 @@ class Explainer:
             "peak_memory_bytes": peak_memory(self.device),
             "windows_used": len(objective.windows),
             "windows_total": len(objective.plan),
-            "window_passes": monitor.passes,
+            "window_passes": sum(self.ranks.gather(monitor.passes)),
+            "ranks": self.ranks.size,
             "window_batch": objective.window_batch,
             "warnings": [*notes, *monitor.warnings],
         }
@@ -389,7 +408,7 @@ class Explainer:
     def _failed(
         self, method: Method, bound: _Bound, case: CaseInput, record: dict[str, Any], error: Exception
     ) -> Attribution:
-        if self.on_error == "raise":
+        if self.on_error == "raise" or isinstance(error, RankLost):
             raise error
         record["status"] = "timeout" if isinstance(error, MethodTimeout) else "failed"
         record["reason"] = str(error) if isinstance(error, EsegetaError) else f"{type(error).__name__}: {error}"
@@ -427,24 +446,44 @@ class Explainer:
         if case.prediction is not None and not isinstance(model.network, LayerOutput):
             return case.prediction.detach().to(self.volume_device, model.dtype)
         inferer = self.inferer if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
+        blends = type(self.inferer) in (SlidingWindowInferer, SlidingWindowInfererAdapt, SliceInferer)
+        turns = itertools.count()
+        shape: list[int] = []
 
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return model(x.to(self.device), coordinates=args[0] if args else None, condition=kwargs.get("condition"))
+            """Blending is linear in the windows: with zeros for those of others, the ranks' predictions add up."""
+            mine = not blends or next(turns) % self.ranks.size == self.ranks.rank
+            if not mine and shape:
+                return torch.zeros((len(x), *shape), dtype=model.dtype, device=self.device)
+            out = model(x.to(self.device), coordinates=args[0] if args else None, condition=kwargs.get("condition"))
+            shape[:] = out.shape[1:]
+            return out if mine else torch.zeros_like(out)
 
         kwargs = {} if case.condition is None else {"condition": case.condition[None].to(image.device, image.dtype)}
         sw_device = getattr(self.inferer, "sw_device", None)
-        with self._modes(), torch.no_grad(), frozen(self.network):
+        found = _Blended()
+        together = self.ranks.summed([found]) if blends else nullcontext()
+        with self._modes(), torch.no_grad(), frozen(self.network), together:
             if sw_device is None and hasattr(self.inferer, "sw_device"):
                 self.inferer.sw_device = self.device
             try:
-                out = inferer(image[None], call, **kwargs)
+                found.prediction = select_output(inferer(image[None], call, **kwargs))[0].detach()
             finally:
                 if hasattr(self.inferer, "sw_device"):
                     self.inferer.sw_device = sw_device
-        prediction = select_output(out)[0].detach().to(self.volume_device, model.dtype)
+        assert found.prediction is not None
+        prediction = found.prediction.to(self.volume_device, model.dtype)
         if not bool(torch.isfinite(prediction).all()):
             raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
         return prediction
+
+    def _same_everywhere(self, case: CaseInput) -> None:
+        known = self.ranks.gather((case.record["image_sha256"], self._structure))
+        if len(set(known)) > 1:
+            raise UsageError(
+                f"case {case.index}: the ranks hold different images or networks, but distributed=True computes one "
+                "case together: give every rank the same, or let each rank explain its own cases with distributed=False"
+            )
 
     def _bind(self, targets: Sequence[Target], prediction: Tensor, case: CaseInput) -> Iterator[_Bound]:
         context = self._context(case)
@@ -526,10 +565,19 @@ class Explainer:
                 objective.monitor.on_pass = None
 
 
+@dataclass
+class _Blended:
+    """A prediction (K, *out), or one rank's part of it."""
+
+    prediction: Tensor | None = None
+    summed: ClassVar[tuple[str, ...]] = ("prediction",)
+
+
 class _Blend(Request):
     """Asks for nothing: the sweep itself compares the blended windows with the prediction."""
 
     backward = False
+    summed = ()
 
     def see(self, view: View) -> None:
         """Nothing to gather."""

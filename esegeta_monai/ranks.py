@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import ignite.distributed as idist
 import torch
@@ -19,9 +19,15 @@ from torch import Tensor
 
 from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout, RankLost, UsageError
 
-__all__ = ["Ranks", "Summed", "process_group"]
+__all__ = ["SHARES", "Ranks", "Share", "Summed", "join", "leave", "local_device", "process_group"]
+
+Share = Literal["cases", "windows", "methods"]
+"""What the ranks share: each explains cases of its own; all compute each case together, window by window; or each takes
+methods and targets of its own."""
+SHARES: tuple[Share, ...] = get_args(Share)
 
 T = TypeVar("T")
+M = TypeVar("M")
 
 
 class Summed(Protocol):
@@ -64,6 +70,17 @@ class Ranks:
         """This rank's part of a sequence, as long as that of the others (or one less)."""
         n = len(items)
         return list(items[n * self.rank // self.size : n * (self.rank + 1) // self.size])
+
+    def part(self, share: Share, methods: Sequence[M], targets: Sequence[T]) -> list[tuple[list[M], list[T]]]:
+        """Which methods this rank runs for which targets: all of them, unless methods are what is shared.
+
+        >>> Ranks(1, 2).part("methods", ["Saliency", "GradCam"], ["liver", "spleen"])
+        [(['Saliency', 'GradCam'], ['spleen'])]
+        """
+        if share != "methods":
+            return [(list(methods), list(targets))]
+        pairs = self.share([(i, j) for j in range(len(targets)) for i in range(len(methods))])
+        return [([methods[i] for i, k in pairs if k == j], [targets[j]]) for j in sorted({j for _, j in pairs})]
 
     def gather(self, value: Any) -> list[Any]:
         """A picklable value of every rank, in their order.
@@ -115,11 +132,11 @@ class Ranks:
     def _reduce(self, place: _Place, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
         tensor = place.tensor
         if tensor is None:  # no window of this rank's was seen
-            tensor = torch.zeros(shape, dtype=dtype, device=idist.device() if device != "cpu" else "cpu")
+            tensor = torch.zeros(shape, dtype=dtype, device=local_device() if device != "cpu" else "cpu")
             place.put(tensor)
         carried = tensor.detach().contiguous()
         if dist.get_backend() == "nccl":
-            carried = carried.to(idist.device())
+            carried = carried.to(local_device())
         with _lost():
             dist.all_reduce(carried)
         if carried.data_ptr() != tensor.data_ptr():
@@ -181,16 +198,45 @@ def process_group(backend: str | None = None) -> Iterator[Ranks]:
     as it is and left alone.
 
     Args:
-        backend: None: NCCL where there are GPUs, gloo elsewhere.
+        backend: see `join`.
     """
-    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield Ranks.current()
-        return
-    chosen = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    if chosen == "nccl":  # more processes than GPUs share them
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    dist.init_process_group(chosen)
+    before = dist.is_initialized()
+    join(backend)
     try:
         yield Ranks.current()
     finally:
+        if not before:
+            leave()
+
+
+def join(backend: str | None = None) -> torch.device:
+    """Joins the processes that ``torchrun`` (or SLURM with its variables) started, where there are several and they
+    have not been joined yet.
+
+    Args:
+        backend: None: NCCL where each process of this machine has a GPU of its own, else gloo: NCCL refuses two
+            processes on one GPU.
+
+    Returns:
+        `local_device`.
+    """
+    device = local_device()
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        alone = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(backend or ("nccl" if device.type == "cuda" and alone else "gloo"))
+    return device
+
+
+def leave() -> None:
+    """Ends what `join` began."""
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def local_device() -> torch.device:
+    """The device of this process: GPU ``LOCAL_RANK``, counted round where there are more processes than GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -17,10 +17,11 @@ from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.commands.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.commands.log import RunLog, reason
-from esegeta_monai.errors import EsegetaError, NetworkError, UsageError
+from esegeta_monai.errors import EsegetaError, NetworkError, RankLost, UsageError
 from esegeta_monai.explainer import Explainer
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.network import find_layer, unwrap, weights_hash
+from esegeta_monai.ranks import Ranks, local_device, process_group
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.writer import ResultWriter
@@ -44,12 +45,13 @@ def run(args: Namespace, log: RunLog) -> int:
     methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
     targets = TARGETS.create_all(",".join(args.target)) if args.target else None
     output = Path(args.output)
-    reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
-    channel_names = [name for _, name in sorted(reader.channel_names.items())]
-    cases = find_cases(args.input, channel_names, leave_out=output)
-    writer = explain_cases(reader, cases, methods, targets, output, args, log)
+    with process_group() as ranks:
+        reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
+        channel_names = [name for _, name in sorted(reader.channel_names.items())]
+        cases = find_cases(args.input, channel_names, leave_out=output)
+        writer = explain_cases(reader, cases, methods, targets, output, args, log, ranks)
     summary = ", ".join(f"{n} {status}" for status, n in writer.run.summary.items()) or "nothing to do"
-    if not args.quiet:
+    if not args.quiet and not ranks.rank:
         print(f"{summary.replace('_', ' ')}. Maps, pictures and the log are in {output}; run.json tells all.")
     return writer.run.exit_code
 
@@ -62,13 +64,15 @@ def explain_cases(
     output: Path,
     options: Namespace,
     log: RunLog,
+    ranks: Ranks | None = None,
 ) -> ResultWriter:
     """Explains cases one by one; one that fails is recorded, and the others go on.
 
     Args:
         targets: None: every predicted class, background aside.
         options: of the command line: device, amp, seed, time_limit, window_batch, network_output, progress,
-            overwrite, pictures, override, config.
+            overwrite, pictures, override, config, share.
+        ranks: the processes that share the work; None: this one.
 
     Returns:
         The writer, whose ``run`` has the status of every result.
@@ -76,6 +80,7 @@ def explain_cases(
     Raises:
         EsegetaError: before any case is touched.
     """
+    ranks = ranks or Ranks()
     storage.writable_folder(output)
     chosen = [PredictedClasses(activation="sigmoid" if _sigmoid(reader) else "auto")] if targets is None else targets
     network, preprocess = reader.network, Preprocessor(reader)
@@ -93,6 +98,7 @@ def explain_cases(
         seed=options.seed,
         progress=options.progress,
         time_limit=options.time_limit,
+        distributed=options.share == "windows",
         on_error="record",
     )
     writer = ResultWriter(
@@ -102,6 +108,8 @@ def explain_cases(
         provenance=_provenance(reader, options),
         overwrite=options.overwrite,
         pictures=options.pictures,
+        ranks=ranks,
+        together=options.share == "windows",
     )
     for case in cases:
         for file in case.files:
@@ -110,15 +118,20 @@ def explain_cases(
     log.hide(reader.bundle_dir, reader.bundle_dir.name)
     log.write_to(output)
     logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))
-    for number, case in enumerate(cases, 1):
+    mine = ranks.share(cases) if options.share == "cases" else cases
+    for number, case in enumerate(mine, 1):
         with log.of(case.name):
-            logger.info("%s: case %d of %d", case.name, number, len(cases))
+            logger.info("%s: case %d of %d", case.name, number, len(mine))
             try:
                 scan, image, data = preprocess(case)
-                writer.explain(explainer, image, case.name, methods, chosen, scan=scan, data=data)
+                for some, of in ranks.part(options.share, methods, chosen):
+                    writer.explain(explainer, image, case.name, some, of, scan=scan, data=data)
+            except RankLost:
+                raise
             except Exception as error:  # recorded with its reason, and the other cases go on
                 writer.failed(case.name, _named(error, log))
     with writer.run:
+        writer.run.join(ranks)
         return writer
 
 
@@ -195,7 +208,7 @@ def choose_device(text: str | None) -> torch.device:
         UsageError: no such device here.
     """
     if text is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+        return local_device()
     try:
         device = torch.device(text)
     except RuntimeError as error:

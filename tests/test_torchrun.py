@@ -1,0 +1,128 @@
+"""``torchrun -m esegeta_monai explain``: the same files by one process and by several, and none left waiting."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from tests.support_cli import make_bundle, make_scan, run_json, statuses
+
+pytestmark = pytest.mark.slow
+
+METHODS = "Saliency,GradCam,Occlusion(window=8),IntegratedGradients(n_steps=4)"
+ROOT = Path(__file__).parents[1]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(bundle: Path, scans: Path, output: Path, ranks: int, *more: str) -> list[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    what = ["explain", "--bundle", str(bundle), "--input", str(scans), "--output", str(output), "--device", "cpu"]
+    return [sys.executable, *launch, "-m", "esegeta_monai", *what, *more]
+
+
+def explain(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*args, **kwargs),  # type: ignore[arg-type]
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def process_of(rank: int, run: str) -> int:
+    """The process id of a rank of a run, told by its command and environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            told, variables = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "environ").read_bytes()
+        except OSError:  # it has just ended, or is not ours
+            continue
+        if run.encode() in told and f"RANK={rank}".encode() in variables.split(b"\0"):
+            return int(folder.name)
+    raise ProcessLookupError(f"no rank {rank}")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A bundle, three scans, and what one process makes of them."""
+    folder = tmp_path_factory.mktemp("study")
+    bundle = make_bundle(folder / "bundle")
+    for i in range(3):
+        make_scan(folder / "scans" / f"s{i}.nii.gz", seed=i)
+    done = explain(bundle, folder / "scans", folder / "alone", 1, "--methods", METHODS, "--no-pictures")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def maps(folder: Path) -> dict[str, np.ndarray]:
+    return {p.relative_to(folder).as_posix(): np.asarray(nib.load(p).dataobj) for p in folder.rglob("*_attr.nii.gz")}
+
+
+@pytest.mark.parametrize("share", ["cases", "windows", "methods"])
+def test_two_processes_write_what_one_does(study, share):
+    output = study / share
+    done = explain(
+        study / "bundle", study / "scans", output, 2, "--methods", METHODS, "--share", share, "--no-pictures"
+    )
+    assert done.returncode == 0, done.stderr
+    assert statuses(output) == statuses(study / "alone")
+    assert set(statuses(output).values()) == {"ok"}
+    assert not list(output.glob("run.rank*"))
+    mine, theirs = maps(output), maps(study / "alone")
+    assert mine.keys() == theirs.keys()
+    assert {name.split("/")[0] for name in mine} == {"s0", "s1", "s2"}
+    for name in theirs:
+        assert np.abs(mine[name] - theirs[name]).max() <= 1e-5 * np.abs(theirs[name]).max(), name
+    assert done.stdout.count("run.json tells all") == 1
+    again = explain(
+        study / "bundle", study / "scans", output, 2, "--methods", METHODS, "--share", share, "--no-pictures"
+    )
+    assert again.returncode == 0, again.stderr
+    assert set(statuses(output).values()) == {"skipped"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find the process")
+def test_a_killed_process_ends_the_others_and_finished_cases_stay(study):
+    output = study / "killed"
+    dear = ("--methods", "Saliency,Occlusion(window=2,stride=1)", "--share", "windows", "--no-pictures")
+    running = subprocess.Popen(
+        command(study / "bundle", study / "scans", output, 2, *dear),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        until = time.monotonic() + 120
+        while not list(output.rglob("*Saliency*.json")) and time.monotonic() < until:
+            time.sleep(0.1)
+        os.kill(process_of(rank=1, run=str(output)), signal.SIGKILL)
+        killed = time.monotonic()
+        _, said = running.communicate(timeout=60)
+        assert time.monotonic() - killed < 60
+    finally:
+        running.kill()
+    assert running.returncode != 0
+    assert "SIGKILL" in said or "another rank has ended" in said, said
+    finished = {k for k, s in statuses(output).items() if s == "ok"}
+    assert finished
+    assert run_json(output)["finished"] is None
+    cheap = ("--methods", "Saliency", "--share", "windows", "--no-pictures")
+    again = explain(study / "bundle", study / "scans", output, 2, *cheap)
+    assert again.returncode == 0, again.stderr
+    now = statuses(output)
+    assert all(now[key] == "skipped" for key in finished if key[2] == "Saliency")
+    assert len([s for k, s in now.items() if k[2] == "Saliency" and s in ("ok", "skipped")]) == len(
+        {k for k in statuses(study / "alone") if k[2] == "Saliency"}
+    )
