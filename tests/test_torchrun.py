@@ -13,6 +13,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+import esegeta_monai.bundle
+from tests.bundle import oblique
 from tests.support_cli import make_bundle, make_scan, run_json, statuses
 
 pytestmark = pytest.mark.slow
@@ -126,3 +128,32 @@ def test_a_killed_process_ends_the_others_and_finished_cases_stay(study):
     assert len([s for k, s in now.items() if k[2] == "Saliency" and s in ("ok", "skipped")]) == len(
         {k for k in statuses(study / "alone") if k[2] == "Saliency"}
     )
+
+
+@pytest.mark.parametrize("shared", ["cases", "windows"])
+def test_the_overlay_by_two_processes(shared, tmp_path):
+    scans = [oblique.write_scan(tmp_path / "scans" / f"{name}.nii.gz", i) for i, name in enumerate(("a", "b", "c"))]
+    bundle = oblique.write(tmp_path / "bundle", oblique.config(scans, tmp_path / "eval"))
+    shipped = Path(esegeta_monai.bundle.__file__).parent
+    overlays = ["explain.json", *(["multi_gpu_explain.json"] if shared == "cases" else [])]
+    what = ["--explain_methods", "Saliency,Occlusion(window=12)", "--explain_targets", "MultiClassMask(2)"]
+
+    def run(output: Path, launch: list[str], files: list[str]) -> None:
+        configs = [str(bundle / "configs" / "inference.json"), *(str(shipped / f) for f in files)]
+        told = [*launch, "-m", "monai.bundle", "run", "--bundle_root", str(bundle), "--config_file", str(configs)]
+        extra = [*what, "--output_dir", str(output), "--explain_handler#pictures", "False"]
+        done = subprocess.run(
+            [sys.executable, *told, *extra], env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+
+    run(tmp_path / "one", [], overlays[:1])
+    run(tmp_path / "two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], overlays)
+    assert statuses(tmp_path / "two") == statuses(tmp_path / "one")
+    assert set(statuses(tmp_path / "one").values()) == {"ok"}
+    mine, theirs = maps(tmp_path / "two"), maps(tmp_path / "one")
+    assert mine.keys() == theirs.keys()
+    assert len(mine) == 6
+    for name in theirs:
+        assert np.abs(mine[name] - theirs[name]).max() <= 1e-5 * np.abs(theirs[name]).max(), name
+    assert len(list((tmp_path / "two").rglob("*_seg.nii.gz"))) == 3

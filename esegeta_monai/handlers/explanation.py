@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from monai.data import MetaTensor, decollate_batch
@@ -15,6 +15,7 @@ from monai.engines.utils import IterationEvents
 from monai.networks.utils import eval_mode
 from monai.transforms import Activationsd, Compose, SaveImaged
 from monai.utils import CommonKeys
+from torch.utils.data.distributed import DistributedSampler
 
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.provenance import bundle_provenance
@@ -24,6 +25,7 @@ from esegeta_monai.explainer import Explainer
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.network import unwrap, weights_hash
+from esegeta_monai.ranks import SHARES, Ranks, Share
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.writer import ResultWriter
@@ -52,6 +54,10 @@ class ExplanationHandler:
         pictures: a PNG beside every map.
         progress: show a progress bar.
         epochs: on a trainer or a validating evaluator, only every so many epochs, from the first.
+        share: what the processes share, where ``torch.distributed`` has several. ``"cases"``: each explains those that
+            its data loader gives it. ``"windows"``: all get the same cases and compute each of them together, for large
+            volumes. ``"methods"``: all get the same cases, each takes methods and targets of its own. ``"auto"``: cases
+            where the loader has a ``DistributedSampler``, else windows.
         name: of the logger; None: ``engine.logger``.
 
     A method or case that fails is recorded in ``run.json`` and logged; the evaluation goes on.
@@ -86,6 +92,7 @@ class ExplanationHandler:
         pictures: bool = True,
         progress: bool = False,
         epochs: int = 1,
+        share: Share | Literal["auto"] = "auto",
         name: str | None = None,
     ) -> None:
         self.methods = METHODS.create_all(methods)
@@ -108,7 +115,11 @@ class ExplanationHandler:
         self.overwrite, self.pictures = _flag("overwrite", overwrite), _flag("pictures", pictures)
         if epochs < 1:
             raise UsageError(f"epochs={epochs}: at least 1, every epoch")
+        if share not in ("auto", *SHARES):
+            raise UsageError(f"share={share!r}: give auto, {', '.join(SHARES)}")
         self.epochs, self.name = epochs, name
+        self.share = share
+        self._ranks, self._share = Ranks(), cast(Share, "cases")
         self.logger = logging.getLogger(name or "esegeta_monai")
         self.writer: ResultWriter | None = None
         self._explainer: Explainer | None = None
@@ -134,6 +145,7 @@ class ExplanationHandler:
             )
         if self.targets is None:
             self.targets = [PredictedClasses(activation="sigmoid" if self._sigmoid(engine) else "auto")]
+        self._ranks, self._share = Ranks.current(), self._shared(engine)
         self._explainer = Explainer(
             engine.network,
             engine.inferer,
@@ -143,6 +155,7 @@ class ExplanationHandler:
             output=self.output,
             class_names=self.class_names,
             channel_names=[n for _, n in sorted(self.metadata.channel_names.items())],
+            distributed=self._share == "windows",
             on_error="record",
             **self.options,
         )
@@ -173,6 +186,8 @@ class ExplanationHandler:
             extension=".nii" if extension == "nii" else ".nii.gz",
             overwrite=self.overwrite,
             pictures=self.pictures,
+            ranks=self._ranks,
+            together=self._share == "windows",
         )
 
     def __call__(self, engine: Any) -> None:
@@ -193,21 +208,15 @@ class ExplanationHandler:
         predictions = None if training else engine.state.output.get(self.pred_key)
         args, kwargs = self._further_inputs(engine)
         for i, (image, case) in enumerate(zip(images, self._cases(images, engine))):
-            self.writer.explain(
-                self._explainer,
-                image,
-                case,
-                self.methods,
-                self.targets,
-                data=data[i],
-                prediction=_entry(predictions, i, len(images)),
-                network_args=_entry(args, i, len(images)),
-                network_kwargs=_entry(kwargs, i, len(images)),
-            )
+            more = {"prediction": predictions, "network_args": args, "network_kwargs": kwargs}
+            of_case = {k: _entry(v, i, len(images)) for k, v in more.items()}
+            for methods, targets in self._ranks.part(self._share, self.methods, self.targets):
+                self.writer.explain(self._explainer, image, case, methods, targets, data=data[i], **of_case)
 
     def _end(self, engine: Any) -> None:
         if self.writer is None:
             return
+        self.writer.run.join(self._ranks)
         summary = ", ".join(f"{n} {status}" for status, n in self.writer.run.summary.items()) or "nothing to do"
         self.writer.run.__exit__(None, None, None)
         level = logging.ERROR if self.writer.run.exit_code else logging.INFO
@@ -245,6 +254,27 @@ class ExplanationHandler:
             if found is not None:
                 return list(found.flatten().transforms) if isinstance(found, Compose) else [found]
         return []
+
+    def _shared(self, engine: Any) -> Share:
+        """What the processes share in this engine's run.
+
+        Raises:
+            UsageError: the data loader gives each process other cases, and they should compute each case together.
+        """
+        sampled = isinstance(getattr(engine.data_loader, "sampler", None), DistributedSampler)
+        if self._ranks.size == 1:
+            return "cases"
+        if sampled and self.share in ("windows", "methods"):
+            raise UsageError(
+                f"share={self.share!r}, but the data loader has a DistributedSampler, which gives every process other "
+                "cases: take it away, or share='cases'"
+            )
+        if not sampled and self.share == "cases":
+            raise UsageError(
+                "share='cases', but the data loader has no DistributedSampler, so every process gets the same cases: "
+                "give it one (multi_gpu_explain.json does), or share='windows'"
+            )
+        return ("cases" if sampled else "windows") if self.share == "auto" else self.share
 
     def _saved(self, engine: Any, what: str) -> Any:
         savers = [t for t in self._transforms(engine) if isinstance(t, SaveImaged)]
