@@ -82,8 +82,9 @@ def every_method(network: str, output: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("output", ["logit", "probability"])
-@pytest.mark.parametrize("network", ["UNet_instance", "ViTAutoEnc"])
+@pytest.mark.parametrize(
+    ("network", "output"), [("UNet_instance", "logit"), ("UNet_instance", "probability"), ("ViTAutoEnc", "logit")]
+)
 def test_every_method_is_the_same_by_one_rank_and_by_three(network, output):
     spawn(every_method, network, output)
 

@@ -135,20 +135,21 @@ def test_the_overlay_by_two_processes(shared, tmp_path):
     scans = [oblique.write_scan(tmp_path / "scans" / f"{name}.nii.gz", i) for i, name in enumerate(("a", "b", "c"))]
     bundle = oblique.write(tmp_path / "bundle", oblique.config(scans, tmp_path / "eval"))
     shipped = Path(esegeta_monai.bundle.__file__).parent
-    overlays = ["explain.json", *(["multi_gpu_explain.json"] if shared == "cases" else [])]
+    overlays = ["explain.json", "multi_gpu_explain.json"]
+    sampler = [] if shared == "cases" else ["--dataloader#sampler", "None"]
     what = ["--explain_methods", "Saliency,Occlusion(window=12)", "--explain_targets", "MultiClassMask(2)"]
 
-    def run(output: Path, launch: list[str], files: list[str]) -> None:
+    def run(output: Path, launch: list[str], files: list[str], *more: str) -> None:
         configs = [str(bundle / "configs" / "inference.json"), *(str(shipped / f) for f in files)]
         told = [*launch, "-m", "monai.bundle", "run", "--bundle_root", str(bundle), "--config_file", str(configs)]
-        extra = [*what, "--output_dir", str(output), "--explain_handler#pictures", "False"]
+        extra = [*what, "--output_dir", str(output), "--explain_handler#pictures", "False", *more]
         done = subprocess.run(
             [sys.executable, *told, *extra], env=environment(), capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
 
     run(tmp_path / "one", [], overlays[:1])
-    run(tmp_path / "two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], overlays)
+    run(tmp_path / "two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], overlays, *sampler)
     assert statuses(tmp_path / "two") == statuses(tmp_path / "one")
     assert set(statuses(tmp_path / "one").values()) == {"ok"}
     mine, theirs = maps(tmp_path / "two"), maps(tmp_path / "one")
