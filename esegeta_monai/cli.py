@@ -130,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     info = _add(commands, "info", "show versions, devices, and what a bundle holds", _lazy("look", "run_info"))
     _add_bundle(info, required=False)
     info.add_argument("--json", action="store_true", help="as JSON, for programs")
+    _add_patterns(commands)
     overlay = _add(
         commands,
         "overlay",
@@ -183,6 +184,20 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
     _add_run_options(demo)
     demo.set_defaults(config=None, override=None, network_output=None, share="cases")
+
+
+def _add_patterns(commands: Any) -> None:
+    patterns = _add(
+        commands,
+        "patterns",
+        "fit the patterns of PatternNet and PatternAttribution on scans",
+        _lazy("patterns", "run"),
+    )
+    _add_bundle(patterns, required=True)
+    patterns.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
+    patterns.add_argument("--output", metavar="FILE", help="where they go (default: models/patterns.pt in the bundle)")
+    patterns.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    _add_network(patterns)
 
 
 def _add(commands: Any, name: str, summary: str, run: Callable[..., int]) -> argparse.ArgumentParser:

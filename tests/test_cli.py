@@ -344,6 +344,22 @@ def test_info(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "monai" in capsys.readouterr().out
 
 
+def test_patterns_are_fitted_and_used(
+    bundle: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "patterns.pt"
+    assert run("patterns", "--bundle", bundle, "--input", scans, "--output", file) == 0
+    assert "PatternAttribution(patterns=" in capsys.readouterr().out
+    methods = f"PatternNet(patterns='{file}'),PatternAttribution(patterns='{file}')"
+    scan = scans / "007.nii.gz"
+    out = tmp_path / "out"
+    assert run("explain", "--bundle", bundle, "--input", scan, "--output", out, "--methods", methods) == 0
+    assert set(statuses(out).values()) == {"ok"}
+    assert run("patterns", "--bundle", bundle, "--input", scans, "--output", file) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert run("patterns", "--bundle", bundle, "--input", scans, "--output", file, "--overwrite", "-q") == 0
+
+
 def test_overlay_is_copied_and_never_over_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = make_bundle(tmp_path / "b", weights=False)
     assert run("overlay", "--bundle", bundle) == 0

@@ -24,6 +24,7 @@ from esegeta_monai.methods.noise import SmoothGrad, SmoothGradSquared, VarGrad
 from esegeta_monai.methods.occlusion import Occlusion
 from esegeta_monai.methods.path import IntegratedGradients
 from esegeta_monai.methods.path_variants import BlurIG, GuidedIG
+from esegeta_monai.methods.patterns import PatternAttribution, PatternNet
 from esegeta_monai.methods.pooled_cam import Cam
 from esegeta_monai.methods.relevance import LRP, ExcitationBackprop
 from esegeta_monai.methods.rise import Rise
@@ -81,6 +82,8 @@ __all__ = [
     "Method",
     "NeuronConductance",
     "Occlusion",
+    "PatternAttribution",
+    "PatternNet",
     "Rise",
     "Saliency",
     "ScoreCam",

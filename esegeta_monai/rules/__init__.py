@@ -11,6 +11,8 @@ from esegeta_monai.rules.excitation import excitation
 from esegeta_monai.rules.finite_differences import deep_lift, deep_lift_multiplier
 from esegeta_monai.rules.guided import deconvolution, guided
 from esegeta_monai.rules.lrp import lrp
+from esegeta_monai.rules.pattern_sums import Pattern
+from esegeta_monai.rules.patterns import PatternFit, Way, back_project
 from esegeta_monai.rules.run import LayerRelevance, Relevance, check_network
 
 __all__ = [
@@ -18,8 +20,12 @@ __all__ = [
     "RULES",
     "Composite",
     "LayerRelevance",
+    "Pattern",
+    "PatternFit",
     "Relevance",
     "Sides",
+    "Way",
+    "back_project",
     "check_network",
     "composite_of",
     "contrastive_excitation",
