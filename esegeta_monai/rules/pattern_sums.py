@@ -131,7 +131,7 @@ def _phases(operation: Operation, y: Tensor) -> list[Tensor]:
     if operation.name != "conv_transpose":
         return [y]
     stride, padding = _steps(operation, "stride"), _steps(operation, "padding")
-    places = [
+    places: list[tuple[Any, ...]] = [
         (..., *(slice((phase - pad) % step, None, step) for phase, pad, step in zip(each, padding, stride)))
         for each in _grid(operation)
     ]
