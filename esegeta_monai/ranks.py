@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
-import ignite.distributed as idist
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -64,7 +63,8 @@ class Ranks:
                 "this is one of several processes, but torch.distributed is not initialised: call "
                 "torch.distributed.init_process_group() first"
             )
-        return cls(idist.get_rank(), idist.get_world_size())
+        # ignite.distributed is not asked: it goes on answering for a process group that has been destroyed
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This rank's part of a sequence, as long as that of the others (or one less)."""

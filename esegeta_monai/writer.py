@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -153,6 +153,7 @@ class ResultWriter:
         targets: Sequence[Target],
         *,
         scan: Any = None,
+        on_written: Callable[[Attribution, Path | None], None] | None = None,
         **more: Any,
     ) -> None:
         """Explains one case and writes what comes out; what is finished is skipped, what fails is recorded.
@@ -163,6 +164,7 @@ class ResultWriter:
             case: name of the case, as the user calls it.
             methods, targets: those that this writer was made for.
             scan: see `write`.
+            on_written: called with each attribution and its map's path, None where there is none.
             more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
         """
         scan = scan if scan is not None else scan_of(image)
@@ -173,7 +175,9 @@ class ResultWriter:
 
         try:
             for attribution in explainer(image[None], methods, targets, skip=skip, **more):
-                self.write(attribution, case, image, scan)
+                path = self.write(attribution, case, image, scan)
+                if on_written is not None and self.writes:
+                    on_written(attribution, path)
         except RankLost:
             raise
         except EsegetaError as error:

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from esegeta_monai.handlers.explanation import ExplanationHandler
+from esegeta_monai.handlers.series import ExplanationSeries
 
-__all__ = ["ExplanationHandler"]
+__all__ = ["ExplanationHandler", "ExplanationSeries"]

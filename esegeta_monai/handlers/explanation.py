@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,15 +17,18 @@ from monai.transforms import Activationsd, Compose, SaveImaged
 from monai.utils import CommonKeys
 from torch.utils.data.distributed import DistributedSampler
 
+from esegeta_monai.attribution import Attribution
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.cases import cases_of
 from esegeta_monai.errors import UsageError
 from esegeta_monai.explainer import Explainer
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
+from esegeta_monai.handlers.series import ExplanationSeries
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.network import unwrap, weights_hash
 from esegeta_monai.ranks import SHARES, Ranks, Share
+from esegeta_monai.storage import picture_path
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.writer import ResultWriter
@@ -54,6 +57,8 @@ class ExplanationHandler:
         pictures: a PNG beside every map.
         progress: show a progress bar.
         epochs: on a trainer or a validating evaluator, only every so many epochs, from the first.
+        cases: only these, by name; or the first so many of an epoch (of each process); None: all.
+        series: an `ExplanationSeries`, which shows how explanations change from epoch to epoch.
         share: what the processes share, where ``torch.distributed`` has several. ``"cases"``: each explains those that
             its data loader gives it. ``"windows"``: all get the same cases and compute each of them together, for large
             volumes. ``"methods"``: all get the same cases, each takes methods and targets of its own. ``"auto"``: cases
@@ -92,6 +97,8 @@ class ExplanationHandler:
         pictures: bool = True,
         progress: bool = False,
         epochs: int = 1,
+        cases: int | Sequence[str] | None = None,
+        series: ExplanationSeries | None = None,
         share: Share | Literal["auto"] = "auto",
         name: str | None = None,
     ) -> None:
@@ -115,6 +122,9 @@ class ExplanationHandler:
         self.overwrite, self.pictures = _flag("overwrite", overwrite), _flag("pictures", pictures)
         if epochs < 1:
             raise UsageError(f"epochs={epochs}: at least 1, every epoch")
+        if isinstance(cases, (str, bool)) or (isinstance(cases, int) and cases < 1):
+            raise UsageError(f"cases={cases!r}: give a list of names, or how many of an epoch (at least 1)")
+        self.cases, self.series, self._seen = cases, series, 0
         if share not in ("auto", *SHARES):
             raise UsageError(f"share={share!r}: give auto, {', '.join(SHARES)}")
         self.epochs, self.name = epochs, name
@@ -134,6 +144,8 @@ class ExplanationHandler:
             self.logger = engine.logger
         engine.add_event_handler(Events.STARTED, self._begin)
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._begin_epoch)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
         engine.add_event_handler(Events.COMPLETED, self._end)
 
     def _begin(self, engine: Any) -> None:
@@ -203,15 +215,59 @@ class ExplanationHandler:
             self._weights = weights_hash(unwrap(engine.network))
         self.writer.provenance["weights_sha256"] = self._weights
         images = cases_of(engine.state.output[self.image_key])
+        names = self._cases(images, engine)
+        wanted = [self._wanted(name) for name in names]
+        if not any(wanted):
+            return
         batch = engine.state.batch
         data = decollate_batch(batch) if isinstance(batch, Mapping) else [{}] * len(images)
         predictions = None if training else engine.state.output.get(self.pred_key)
         args, kwargs = self._further_inputs(engine)
-        for i, (image, case) in enumerate(zip(images, self._cases(images, engine))):
+        for i, (image, case) in enumerate(zip(images, names)):
+            if not wanted[i]:
+                continue
             more = {"prediction": predictions, "network_args": args, "network_kwargs": kwargs}
             of_case = {k: _entry(v, i, len(images)) for k, v in more.items()}
             for methods, targets in self._ranks.part(self._share, self.methods, self.targets):
-                self.writer.explain(self._explainer, image, case, methods, targets, data=data[i], **of_case)
+                self.writer.explain(
+                    self._explainer,
+                    image,
+                    case,
+                    methods,
+                    targets,
+                    data=data[i],
+                    on_written=self._noted(case, engine.state.epoch, data[i]),
+                    **of_case,
+                )
+
+    def _wanted(self, case: str) -> bool:
+        if isinstance(self.cases, int):
+            self._seen += 1
+            return self._seen <= self.cases
+        return self.cases is None or case in self.cases
+
+    def _noted(
+        self, case: str, epoch: int, data: Mapping[str, Any]
+    ) -> Callable[[Attribution, Path | None], None] | None:
+        if self.series is None:
+            return None
+        series = self.series
+
+        def note(attribution: Attribution, path: Path | None) -> None:
+            series.add(attribution, case, epoch, data, None if path is None else picture_path(path))
+
+        return note
+
+    def _begin_epoch(self, engine: Any) -> None:
+        self._seen = 0
+
+    def _end_epoch(self, engine: Any) -> None:
+        if self.series is None or self.writer is None or not self.writer.writes:
+            return
+        folder = self.writer.output_dir
+        if "{epoch" in str(self.output_dir or ""):
+            folder = Path(str(self.output_dir).split("{epoch")[0] + "x").parent
+        self.series.close_epoch(engine.state.epoch, folder)
 
     def _end(self, engine: Any) -> None:
         if self.writer is None:

@@ -1,0 +1,166 @@
+"""How explanations change while a network learns: scalars and pictures in TensorBoard, and the figures as a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.utils import CommonKeys, optional_import
+from scipy.stats import spearmanr
+from torch import Tensor
+
+from esegeta_monai.attribution import Attribution
+from esegeta_monai.errors import UsageError
+from esegeta_monai.storage.files import atomic
+
+__all__ = ["TABLE", "ExplanationSeries"]
+
+TABLE = "explanations.csv"
+COLUMNS = ("epoch", "case", "target", "method", "value", "relevance_mass", "similarity", "status")
+
+Key = tuple[str, str, str]
+
+
+class ExplanationSeries:
+    """What an `ExplanationHandler` sees from epoch to epoch.
+
+    For every epoch, case, target and method:
+
+    * ``value``: F(x), what the network gives the target;
+    * ``relevance_mass``: ``Σ_{v in label} |a_v| / Σ_v |a_v|``, the share of the map's magnitude inside the reference
+      region, 0 to 1; where the data has one (label above 0);
+    * ``similarity``: Spearman's rank correlation of |a| with the last epoch's map of the same case, -1 to 1; where that
+      lies on the same grid.
+
+    They go to ``explanations.csv`` in the handler's output folder (the part of it before ``{epoch}``), and to
+    TensorBoard as ``explanation/<figure>/<target>/<method>``, the mean over the epoch's cases, with each case's picture
+    as ``explanation/<case>/<target>/<method>``.
+
+    Args:
+        summary_writer: of TensorBoard; None: one for ``log_dir`` is made, as MONAI's handlers do.
+        log_dir: MONAI's default is ``./runs``.
+        label_key: of the reference region in the case's data.
+        tensorboard: False writes the table only.
+
+    Raises:
+        UsageError: TensorBoard is wanted and not installed.
+
+    Example::
+
+        series = ExplanationSeries(log_dir="runs")
+        ExplanationHandler(methods=["GradCam"], targets=["ClassScore(1)"], output_dir="seen/epoch{epoch:03d}",
+                           series=series).attach(evaluator)
+    """
+
+    def __init__(
+        self,
+        summary_writer: Any = None,
+        log_dir: str | Path = "./runs",
+        *,
+        label_key: str = CommonKeys.LABEL,
+        tensorboard: bool = True,
+    ) -> None:
+        self.label_key, self._log_dir = label_key, str(log_dir)
+        self._writer, self._tensorboard = summary_writer, tensorboard
+        if tensorboard and summary_writer is None and not optional_import("torch.utils.tensorboard")[1]:
+            raise UsageError(
+                "the series goes to TensorBoard, which is not installed: pip install tensorboard, or tensorboard=False"
+            )
+        self._last: dict[Key, Tensor] = {}
+        self._rows: list[dict[str, Any]] = []
+
+    def add(
+        self, attribution: Attribution, case: str, epoch: int, data: Mapping[str, Any], picture: Path | None = None
+    ) -> None:
+        """Takes an attribution of an epoch.
+
+        Args:
+            attribution: on the network's grid.
+            case: its name.
+            epoch: from 1.
+            data: the case's data, where the reference region may be.
+            picture: PNG of it.
+        """
+        name = attribution.method.name or type(attribution.method).__name__
+        row: dict[str, Any] = dict.fromkeys(COLUMNS)
+        row.update(epoch=epoch, case=case, target=attribution.label, method=name, status=attribution.status)
+        row["value"] = attribution.record.get("value")
+        if attribution.map is not None:
+            magnitude = attribution.map.as_tensor().detach().abs().sum(0).double().cpu()
+            row["relevance_mass"] = self._mass(magnitude, data.get(self.label_key))
+            row["similarity"] = self._similarity((case, attribution.label, name), magnitude)
+        self._rows.append(row)
+        if picture is not None and self._tensorboard and picture.is_file():
+            from PIL import Image
+
+            with Image.open(picture) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            tag = f"explanation/{case}/{attribution.label}/{name}"
+            self._board.add_image(tag, pixels, epoch, dataformats="HWC")
+
+    def close_epoch(self, epoch: int, folder: Path) -> None:
+        """Writes what the epoch gave: rows behind those of earlier epochs in ``folder/explanations.csv``, and means to
+        TensorBoard."""
+        rows, self._rows = self._rows, []
+        if not rows:
+            return
+        self._append(folder / TABLE, rows)
+        if not self._tensorboard:
+            return
+        means: dict[str, list[float]] = defaultdict(list)
+        for row in rows:
+            for figure in ("value", "relevance_mass", "similarity"):
+                if row[figure] is not None:
+                    means[f"explanation/{figure}/{row['target']}/{row['method']}"].append(row[figure])
+        for tag, values in means.items():
+            self._board.add_scalar(tag, float(np.mean(values)), epoch)
+        self._board.flush()
+
+    @property
+    def _board(self) -> Any:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(self._log_dir)
+        return self._writer
+
+    @staticmethod
+    def _mass(magnitude: Tensor, label: Any) -> float | None:
+        total = float(magnitude.sum())
+        if not isinstance(label, Tensor) or total == 0:
+            return None
+        inside = torch.as_tensor(label).as_subclass(Tensor).cpu() > 0
+        while inside.ndim > magnitude.ndim:
+            inside = inside.any(0)
+        if inside.shape != magnitude.shape:  # a class label, or a region on another grid
+            return None
+        return float(magnitude[inside].sum()) / total
+
+    def _similarity(self, key: Key, magnitude: Tensor) -> float | None:
+        before, self._last[key] = self._last.get(key), magnitude
+        if before is None or before.shape != magnitude.shape or not bool(before.any()) or not bool(magnitude.any()):
+            return None
+        return float(spearmanr(before.flatten().numpy(), magnitude.flatten().numpy()).statistic)
+
+    def _append(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        """The whole table, rewritten, so that it is whole at any instant. What an earlier run left is kept, save for
+        epochs that come again."""
+        kept: list[dict[str, Any]] = []
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                kept = list(csv.DictReader(file))
+        again = {(str(r["epoch"]), r["case"], r["target"], r["method"]) for r in rows}
+        kept = [r for r in kept if (r["epoch"], r["case"], r["target"], r["method"]) not in again]
+        text = io.StringIO()
+        table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows([*kept, *rows])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as temporary:
+            temporary.write_text(text.getvalue(), encoding="utf-8")
