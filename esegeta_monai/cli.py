@@ -119,6 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     for name, what in (("methods", "how it can be explained"), ("targets", "what can be explained")):
         table = _add(commands, name, f"list {what}, with parameters and defaults", _lazy("tables", f"run_{name}"))
         table.add_argument("name", nargs="?", metavar="NAME", help="tell all about this one")
+        table.add_argument("--bundle", metavar="DIR", help="also those in this bundle's scripts/")
         table.add_argument("--json", action="store_true", help="as JSON, for programs")
     layers = _add(
         commands, "layers", "list a bundle's layers, for --methods 'GradCam(layer=NAME)'", _lazy("look", "run_layers")

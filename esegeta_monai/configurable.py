@@ -93,12 +93,17 @@ class Registry(Generic[T]):
         self._others_loaded = False
 
     def register(self, cls: type[T], *aliases: str) -> type[T]:
-        """Adds ``cls`` under its own name and ``aliases``; a name that is taken by another class is a UsageError."""
+        """Adds ``cls`` under its own name and ``aliases``, in place of an earlier definition of the same class.
+
+        Raises:
+            UsageError: a name is taken by another class.
+        """
         for name in (cls.__name__, *aliases):
-            key = self._key(name)
-            known = self._classes.setdefault(key, cls)
-            if known is not cls and known.__qualname__ != cls.__qualname__:
+            known = self._classes.get(self._key(name), cls)
+            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise UsageError(f"the {self.kind} name {name!r} is taken by {known.__module__}.{known.__qualname__}")
+        for name in (cls.__name__, *aliases):
+            self._classes[self._key(name)] = cls
         return cls
 
     @staticmethod
@@ -126,7 +131,8 @@ class Registry(Generic[T]):
         if found is not None:
             return found
         if "." in name:
-            return self._import(name)
+            known = [c for c in self._classes.values() if f"{c.__module__}.{c.__qualname__}" == name]
+            return known[0] if known else self._import(name)
         near = difflib.get_close_matches(self._key(name), self._classes, n=4, cutoff=0.5)
         names = sorted({self._classes[k].__name__ for k in near})
         hint = f"did you mean {', '.join(names)}?" if names else f"'esegeta-monai {self.kind}s' lists them"

@@ -13,6 +13,7 @@ import torch
 from monai.transforms import Activationsd
 
 import esegeta_monai.storage as storage
+from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.commands.cases import Preprocessor, ScanCase, find_cases
@@ -42,6 +43,7 @@ def run(args: Namespace, log: RunLog) -> int:
     Raises:
         EsegetaError: a wrong option, bundle or output folder: nothing has been computed.
     """
+    register_extensions(args.bundle)
     methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
     targets = TARGETS.create_all(",".join(args.target)) if args.target else None
     output = Path(args.output)

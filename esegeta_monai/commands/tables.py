@@ -9,6 +9,7 @@ import textwrap
 from argparse import Namespace
 from typing import Any
 
+from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.configurable import Configurable, Registry, json_ready
 from esegeta_monai.errors import EsegetaError
 from esegeta_monai.methods.base import METHODS, Method
@@ -30,6 +31,8 @@ def run_targets(args: Namespace, *_: object) -> int:
 
 
 def _run(registry: Registry[Any], args: Namespace, usage: str) -> int:
+    if args.bundle:
+        register_extensions(args.bundle)
     chosen = [registry.get(args.name)] if args.name else list(registry)
     entries = [describe(cls, registry.kind) for cls in chosen]
     if args.json:

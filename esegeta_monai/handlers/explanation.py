@@ -18,6 +18,7 @@ from monai.utils import CommonKeys
 from torch.utils.data.distributed import DistributedSampler
 
 from esegeta_monai.attribution import Attribution
+from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.cases import cases_of
@@ -102,6 +103,8 @@ class ExplanationHandler:
         share: Share | Literal["auto"] = "auto",
         name: str | None = None,
     ) -> None:
+        if bundle_root is not None:
+            register_extensions(bundle_root)
         self.methods = METHODS.create_all(methods)
         self.targets: list[Target] | None = None if targets is None else TARGETS.create_all(targets)
         if output_dir is not None and not isinstance(output_dir, (str, Path)):

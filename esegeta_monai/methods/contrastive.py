@@ -42,13 +42,13 @@ class _Contrastive(Method):
         total = torch.zeros_like(padding[0])
 
         def run(batch: Batch) -> None:
-            nonlocal kept, total
             sides = self._sides(objective, batch)
-            kept, total = kept + sides.kept.cpu(), total + sides.total.cpu()
+            kept.add_(sides.kept.cpu())
+            total.add_(sides.total.cpu())
             for i, values in enumerate((sides.target, sides.opposite)):
                 padding[i] += objective.add(maps[i], batch, values).sum(1, dtype=torch.float64).cpu()
 
-        objective.each([(0, w) for w in objective.windows], run)
+        objective.each([(0, w) for w in objective.windows], run, sums=[maps, padding, kept, total])
         return maps, padding, kept, total
 
     def _sides(self, objective: Objective, batch: Batch) -> rules.Sides:

@@ -32,61 +32,65 @@ class Pattern:
 
 
 class PatternSums:
-    """Running sums of one operation, in float64: of x y, x, y and 1, in each regime.
+    """Sums of x y, x, y and 1 over one batch, in each regime of the rectifier behind an operation, in float64.
 
     A sum of x y over positions is the derivative of Σ y q with respect to the weights, for convolutions of every kind.
+
+    Args:
+        operation: a convolution or linear layer, or a sum of two tensors.
+        operands: what it reads.
+        regime: where the rectifier's argument is positive, of as many elements as the output; None: no rectifier.
     """
 
-    def __init__(self, operation: Operation, rectified: bool) -> None:
-        self.name, self.rectified = operation.name, rectified
+    def __init__(self, operation: Operation, operands: tuple[Tensor, ...], regime: Tensor | None) -> None:
         self.operation = operation
-        regimes = 2 if rectified else 1
-        self.xy: list[Any] = [0.0] * regimes
-        self.x: list[Any] = [0.0] * regimes
-        self.y: list[Any] = [0.0] * regimes
-        self.count: list[Any] = [0.0] * regimes
-
-    def add(self, operation: Operation, operands: tuple[Tensor, ...], regime: Tensor | None) -> None:
-        """One batch."""
-        if self.name not in _WEIGHTED:
-            self._add_terms(operation, operands)
+        self.key = (operation.name, regime is not None)
+        self.xy: list[Tensor] = []
+        self.x: list[Tensor] = []
+        self.y: list[Tensor] = []
+        self.count: list[Tensor] = []
+        if operation.name not in _WEIGHTED:
+            self._take_terms(operands)
             return
         (x,) = operands
         weight = operation.argument("weight")
         y = apply_weights(operation, x, weight)
         inside = None if regime is None else regime.reshape(y.shape)
-        masks = [torch.ones_like(y)] if inside is None else [inside.to(y), (~inside).to(y)]
-        for i, mask in enumerate(masks):
-            self.xy[i] = self.xy[i] + _weight_gradient(operation, x, weight, mask * y).double()
-            self.x[i] = self.x[i] + _weight_gradient(operation, x, weight, mask).double()
-            self.y[i] = self.y[i] + _by_neuron(operation, mask * y)
-            self.count[i] = self.count[i] + _by_neuron(operation, mask)
+        for mask in [torch.ones_like(y)] if inside is None else [inside.to(y), (~inside).to(y)]:
+            self.xy.append(_weight_gradient(operation, x, weight, mask * y).double())
+            self.x.append(_weight_gradient(operation, x, weight, mask).double())
+            self.y.append(_by_neuron(operation, mask * y))
+            self.count.append(_by_neuron(operation, mask))
+
+    def add(self, other: PatternSums) -> None:
+        """Takes in the sums of another batch."""
+        for name in ("xy", "x", "y", "count"):
+            setattr(self, name, [mine + new for mine, new in zip(getattr(self, name), getattr(other, name))])
 
     def pattern(self) -> Pattern:
         """The estimate from what was added."""
-        if self.name not in _WEIGHTED:
+        if self.operation.name not in _WEIGHTED:
             shares = self._shares()
-            return Pattern(self.name, shares, shares)
-        weight, count = self.operation.argument("weight"), sum(self.count)
-        mean_y = sum(self.y) / count.clamp(min=1)
-        mean_x = sum(self.x) / _spread_phases(self.operation, count).clamp(min=1)
+            return Pattern(self.operation.name, shares, shares)
+        weight, count = self.operation.argument("weight"), torch.stack(self.count).sum(0)
+        mean_y = torch.stack(self.y).sum(0) / count.clamp(min=1)
+        mean_x = torch.stack(self.x).sum(0) / _spread_phases(self.operation, count).clamp(min=1)
         found = []
         for xy, x, y, n in zip(self.xy, self.x, self.y, self.count):
             by_x = xy - _spread_phases(self.operation, mean_y) * x
             numerator = by_x - mean_x * _spread_phases(self.operation, y - mean_y * n)
             found.append(ratio(numerator, _sum_of_neuron(self.operation, weight * numerator)).to(weight.dtype))
-        return Pattern(self.name, found[0], found[-1])
+        return Pattern(self.operation.name, found[0], found[-1])
 
-    def _add_terms(self, operation: Operation, operands: tuple[Tensor, ...]) -> None:
+    def _take_terms(self, operands: tuple[Tensor, ...]) -> None:
         if operands[0].shape != operands[1].shape:
-            raise operation.error("a sum of operands of two shapes is no neuron with two inputs")
+            raise self.operation.error("a sum of operands of two shapes is no neuron with two inputs")
         zero = torch.zeros_like(operands[0])
-        terms = [operation.function(operands[0], zero), operation.function(zero, operands[1])]
+        terms = [self.operation.function(operands[0], zero), self.operation.function(zero, operands[1])]
         flat = torch.stack([_channels_first(term).double() for term in terms])  # (2, channels, positions)
         total = flat.sum(0)
-        self.xy[0] = self.xy[0] + (flat * total).sum(2)
-        self.x[0] = self.x[0] + flat.sum(2)
-        self.y[0], self.count[0] = self.y[0] + total.sum(1), self.count[0] + total.shape[1]
+        self.xy, self.x, self.y = [(flat * total).sum(2)], [flat.sum(2)], [total.sum(1)]
+        self.count = [torch.full_like(self.y[0], total.shape[1])]
 
     def _shares(self) -> Tensor:
         covariance = self.xy[0] - self.x[0] * self.y[0] / self.count[0]

@@ -74,22 +74,24 @@ class PatternFit:
         self._sums: list[PatternSums | None] = []
 
     def add(self, forward: Forward, x: Tensor) -> None:
-        """Takes in one batch of windows (n, C, *roi).
+        """Takes in one batch of windows (n, C, *roi), whole or (where memory runs out) not at all.
 
         Raises:
             MethodError: the network takes another path than for the batches before.
         """
         rules = _Patterns("signal", None)
         run = Run(forward, x, rules)
-        linked = list(_linked(run, rules.neurons))
+        found: list[PatternSums | None] = []
+        for neuron in _linked(run, rules.neurons):
+            found.append(None if neuron is None else PatternSums(neuron.operation, neuron.operands, neuron.regime))
         if not self._sums:
-            self._sums = [None if n is None else PatternSums(n.operation, n.regime is not None) for n in linked]
-        seen = [None if n is None else (n.operation.name, n.regime is not None) for n in linked]
-        if seen != [None if sums is None else (sums.name, sums.rectified) for sums in self._sums]:
+            self._sums = found
+            return
+        if [s and s.key for s in found] != [s and s.key for s in self._sums]:
             raise MethodError("the network runs other operations on this window than on the first: no patterns for it")
-        for neuron, sums in zip(linked, self._sums):
-            if neuron is not None and sums is not None:
-                sums.add(neuron.operation, neuron.operands, neuron.regime)
+        for mine, new in zip(self._sums, found):
+            if mine is not None and new is not None:
+                mine.add(new)
 
     def patterns(self) -> list[Pattern | None]:
         """Of all operations in the order in which they run, None for those that do not lead to the output.

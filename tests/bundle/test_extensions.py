@@ -1,0 +1,185 @@
+"""Methods and targets written outside the package: in a bundle's scripts/, and in another installed package."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import pytest
+import torch
+
+from esegeta_monai import Explainer
+from esegeta_monai.bundle.extensions import register_extensions
+from esegeta_monai.cli import main
+from esegeta_monai.errors import UsageError
+from esegeta_monai.methods.base import METHODS
+from esegeta_monai.targets.base import TARGETS
+from tests.support_cli import make_bundle, make_scan, run_json, statuses
+
+METHOD = '''
+from dataclasses import dataclass, field
+from esegeta_monai.methods import Explained, Method
+from esegeta_monai.objective import InputGradient
+
+
+@dataclass(eq=False, repr=False)
+class SteepGradient(Method):
+    """The gradient, times a factor.
+
+    Args:
+        factor: of the gradient.
+    """
+
+    reference = "nobody 2030"
+    aliases = ("steep",)
+    factor: float = 2.0
+    name: str | None = field(default=None, kw_only=True)
+
+    def attribute(self, objective):
+        gradient = yield InputGradient()
+        return Explained(self.factor * gradient.maps[:, 0])
+'''
+PLAIN = '''
+from esegeta_monai.methods import Method
+
+
+class OnlyGradient(Method):
+    """Not a dataclass."""
+
+    def __init__(self, sign: int = 1, name=None):
+        self.sign, self.name = sign, name
+
+    def attribute(self, objective):
+        return self.sign * objective.gradient(objective.image[None]).maps[:, 0]
+'''
+TARGET = '''
+from dataclasses import dataclass, field
+from esegeta_monai.targets import Box, Target
+
+
+@dataclass(eq=False, repr=False)
+class Corner(Target):
+    """The first voxels of a class."""
+
+    class_index: int | str = 1
+    size: int = 4
+    name: str | None = field(default=None, kw_only=True)
+
+    def bind(self, prediction, case):
+        return Box(self.class_index, (0,) * 3, (self.size,) * 3, name="Corner").bind(prediction, case)
+'''
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays(monkeypatch):
+    """Scripts and classes that a test brings are gone after it."""
+    for registry in (METHODS, TARGETS):
+        list(registry)  # entry points are loaded
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in ("scripts", "outside"):
+            del sys.modules[name]
+
+
+def bundle_with(folder: Path, **scripts: str) -> Path:
+    bundle = make_bundle(folder)
+    (bundle / "scripts").mkdir()
+    for name, source in scripts.items():
+        (bundle / "scripts" / f"{name}.py").write_text(source)
+    return bundle
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def test_a_bundle_s_own_are_listed(tmp_path, capsys):
+    bundle = bundle_with(tmp_path / "b", __init__="", mine=METHOD, plain=PLAIN, corner=TARGET, other="raise OSError")
+    assert run("methods", "--bundle", bundle, "--json") == 0
+    entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert entries["SteepGradient"]["parameters"] == {"factor": 2.0}
+    assert entries["SteepGradient"]["summary"] == "The gradient, times a factor."
+    assert entries["SteepGradient"]["reference"] == "nobody 2030"
+    assert entries["OnlyGradient"]["parameters"] == {"sign": 1}
+    assert {"Saliency", "LRP"} <= set(entries)
+    assert run("methods", "steep", "--bundle", bundle) == 0
+    assert "factor=2.0" in capsys.readouterr().out
+    assert run("targets", "--bundle", bundle) == 0
+    assert "Corner(class_index=1, size=4)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("prefix", ["", "scripts."])
+def test_a_bundle_s_own_are_run(tmp_path, prefix):
+    bundle = bundle_with(tmp_path / "b", mine=METHOD, plain=PLAIN, corner=TARGET)
+    names = ("mine.SteepGradient", "plain.OnlyGradient", "corner.Corner")
+    steep, only, corner = (f"scripts.{n}" if prefix else n.partition(".")[2] for n in names)
+    scan, out = make_scan(tmp_path / "s.nii.gz"), tmp_path / "out"
+    words = ["--bundle", bundle, "--input", scan, "--output", out, "--target", f"{corner}(class_index='grey matter')"]
+    methods = f"{steep}(factor=3),{only}(sign=-1),Saliency(abs=False)"
+    assert run("explain", *words, "--methods", methods) == 0
+    assert set(statuses(out).values()) == {"ok"}
+    maps = {entry["method"]: entry for entry in run_json(out)["results"]}
+    assert set(maps) == {"SteepGradient", "OnlyGradient", "Saliency"}
+    (record,) = [json.loads(f.read_text()) for f in out.rglob("*SteepGradient*.json")]
+    assert record["parameters"] == {"factor": 3}
+    assert record["passes_shared_with"] == ["SteepGradient", "Saliency"]  # run like our own
+    read = {name: nib.load(next(out.rglob(f"*{name}*.nii.gz"))).get_fdata() for name in maps}
+    assert abs(read["SteepGradient"] - 3 * read["Saliency"]).max() <= 1e-5 * abs(read["SteepGradient"]).max()
+    assert abs(read["OnlyGradient"] + read["Saliency"]).max() <= 1e-5 * abs(read["Saliency"]).max()
+
+
+def test_as_a_config_from_python(tmp_path):
+    register_extensions(bundle_with(tmp_path / "b", mine=METHOD, corner=TARGET))
+    network = torch.nn.Conv3d(1, 2, 3, padding=1)
+    method = {"_target_": "scripts.mine.SteepGradient", "factor": 5}
+    target = {"_target_": "scripts.corner.Corner", "size": 2}
+    (found,) = Explainer(network)(torch.rand(1, 1, 6, 6, 6), [method], [target])
+    assert found.status == "ok"
+    assert found.record["target_voxels"] == 8
+
+
+def test_two_bundles_with_classes_of_one_name(tmp_path):
+    for factor in (7.0, 8.0):
+        register_extensions(bundle_with(tmp_path / str(factor), mine=METHOD.replace("= 2.0", f"= {factor}")))
+        assert METHODS.create("SteepGradient").factor == factor
+
+
+def test_what_is_wrong_is_named(tmp_path, capsys):
+    broken = bundle_with(tmp_path / "a", mine="import esegeta_monai\nimport not_there_at_all\n")
+    assert run("methods", "--bundle", broken) == 2
+    assert "scripts/mine.py of the bundle cannot be imported: ModuleNotFoundError" in capsys.readouterr().err
+    taken = bundle_with(tmp_path / "b", mine=METHOD.replace("SteepGradient", "Saliency"))
+    with pytest.raises(UsageError, match=r"'Saliency' is taken by esegeta_monai\.methods"):
+        register_extensions(taken)
+    assert register_extensions(make_bundle(tmp_path / "none")) == []
+
+
+def test_an_installed_package_announces_its_own(tmp_path, monkeypatch, capsys):
+    """A distribution on the path whose entry points name a method and a target."""
+    site = tmp_path / "site"
+    (site / "outside").mkdir(parents=True)
+    (site / "outside" / "__init__.py").write_text("")
+    (site / "outside" / "methods.py").write_text(METHOD)
+    (site / "outside" / "targets.py").write_text(TARGET)
+    info = site / "outside-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[esegeta_monai.methods]\nsteep-gradient = outside.methods:SteepGradient\n\n"
+        "[esegeta_monai.targets]\ncorner = outside.targets:Corner\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+    for registry in (METHODS, TARGETS):  # as in a process that has not looked yet
+        monkeypatch.setattr(registry, "_others_loaded", False)
+    assert run("methods", "--json") == 0
+    assert "SteepGradient" in {entry["name"] for entry in json.loads(capsys.readouterr().out)}
+    assert run("targets", "--json") == 0
+    assert "Corner" in {entry["name"] for entry in json.loads(capsys.readouterr().out)}
+    bundle, scan = make_bundle(tmp_path / "b"), make_scan(tmp_path / "s.nii.gz")
+    words = ["--methods", "steep-gradient,SteepGradient(factor=3, name='Steeper')", "--target", "Corner(2)"]
+    assert run("explain", "--bundle", bundle, "--input", scan, "--output", tmp_path / "out", *words) == 0
+    assert set(statuses(tmp_path / "out").values()) == {"ok"}
