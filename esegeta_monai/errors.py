@@ -7,6 +7,7 @@ __all__ = [
     "InputError",
     "MethodError",
     "MethodTimeout",
+    "MetricError",
     "NetworkError",
     "RankLost",
     "RuleError",
@@ -41,6 +42,10 @@ class MethodError(EsegetaError, RuntimeError):
 
 class RankLost(EsegetaError, RuntimeError):  # noqa: N818 - reads as what happened
     """Another process of a distributed run has ended: nothing can be computed together any more."""
+
+
+class MetricError(EsegetaError, ValueError):
+    """A metric that cannot judge this map: it needs a label, an objective or the method, or the map says nothing."""
 
 
 class RuleError(MethodError):

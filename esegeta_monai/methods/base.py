@@ -92,9 +92,9 @@ class Method(Configurable, ABC):
         """Window passes that `attribute` needs, for progress and for cost estimates; exact unless a method says so."""
         return len(objective.windows)
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__module__.startswith("esegeta_monai.") and not cls.__name__.startswith("_"):
+        if registered and cls.__module__.startswith("esegeta_monai.") and not cls.__name__.startswith("_"):
             METHODS.register(cls, *cls.__dict__.get("aliases", ()))
 
 

@@ -1,0 +1,311 @@
+"""What a metric is: how far one map can be trusted, as a number with its meaning and its interval.
+
+A metric looks at a `Subject` (a map, what it explains, whatever else is known of the case) and gives a `Measured`. Like
+those of torchmetrics it validates, updates and computes: `Metric.update` measures one map, `Metric.compute` sums up all
+maps since `Metric.reset`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esegeta_monai.configurable import Configurable, Registry, json_ready
+from esegeta_monai.errors import MetricError, UsageError
+from esegeta_monai.methods.base import Method
+from esegeta_monai.objective import Objective
+
+__all__ = ["METRICS", "Group", "Measured", "Metric", "Need", "Sign", "Subject", "better", "bootstrap", "mean_interval"]
+__all__ += ["magnitude", "wilson"]
+
+Group = Literal["faithfulness", "robustness", "localisation", "complexity", "randomisation", "axiomatic", "modality"]
+Need = Literal["objective", "method", "label", "spacing"]
+Sign = Literal["absolute", "positive", "negative"]
+
+CONFIDENCE = 0.95
+"""Of every interval."""
+
+
+@dataclass
+class Subject:
+    """One map, and what is known of what it explains.
+
+    Attributes:
+        map: (C, *spatial) on the network's grid, raw values with their sign. C is the image's number of channels, or 1.
+        objective: what was explained; for metrics that ask the network.
+        target: which of the objective's scores the map explains.
+        method: how it was explained; for metrics that explain again.
+        label: bool (*spatial), where the cause lies.
+        body: bool (*spatial), the voxels of the patient; None: not known.
+        spacing: mm a voxel along each spatial axis; None: not known.
+        shared: intermediate results that several metrics need (explanations of perturbed images), by key. Give subjects
+            of one objective the same dictionary.
+
+    Raises:
+        MetricError: shapes that do not fit, or a map with values that are not finite.
+    """
+
+    map: Tensor
+    objective: Objective | None = None
+    target: int = 0
+    method: Method | None = None
+    label: Tensor | None = None
+    body: Tensor | None = None
+    spacing: Sequence[float] | None = None
+    shared: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.map = torch.as_tensor(self.map).detach().as_subclass(Tensor)
+        shape = tuple(self.map.shape[1:])
+        if len(shape) not in (2, 3):
+            raise MetricError(f"a map is (C, *spatial) in 2D or 3D, got shape {tuple(self.map.shape)}")
+        if not bool(torch.isfinite(self.map).all()):
+            bad = int((~torch.isfinite(self.map)).sum())
+            raise MetricError(f"the map has {bad} of {self.map.numel()} values that are not finite: explain again")
+        for what in ("label", "body"):
+            mask = getattr(self, what)
+            if mask is None:
+                continue
+            mask = torch.as_tensor(mask).as_subclass(Tensor) > 0
+            mask = mask[0] if mask.ndim == len(shape) + 1 and len(mask) == 1 else mask
+            if tuple(mask.shape) != shape:
+                raise MetricError(
+                    f"the {what} mask has shape {tuple(mask.shape)}, the map {shape}: bring it to the map's grid"
+                )
+            setattr(self, what, mask)
+        if self.spacing is not None:
+            self.spacing = tuple(float(s) for s in self.spacing)
+            if len(self.spacing) != len(shape) or min(self.spacing) <= 0:
+                raise MetricError(f"spacing={self.spacing} does not fit a map of {len(shape)} axes")
+        if self.objective is not None and shape != tuple(self.objective.plan.spatial_shape):
+            raise MetricError(f"the map has shape {shape}, the image {tuple(self.objective.plan.spatial_shape)}")
+
+    def need_objective(self) -> Objective:
+        """The objective of a subject that was validated to have one."""
+        assert self.objective is not None
+        return self.objective
+
+    @property
+    def per_channel(self) -> Tensor:
+        """The map with one channel for each of the image's, float64: one channel counts for all, in equal shares."""
+        values = self.map.double()
+        n = self.need_objective().image.shape[0]
+        if len(values) == n:
+            return values
+        if len(values) == 1:
+            return values.expand(n, *values.shape[1:]) / n
+        raise MetricError(
+            f"the map has {len(values)} channels and the image {n}: a layer's channels cannot be judged by what "
+            "happens to the image; choose a method that gives an input map, or one channel"
+        )
+
+
+@dataclass
+class Measured:
+    """What a metric found.
+
+    Attributes:
+        value: None where the metric says nothing about this map (``notes["undefined"]`` tells why): such a map never
+            beats another.
+        low, high: the 95 % confidence interval over the samples; None where there is only one.
+        n: number of samples.
+        meaning: one sentence.
+        curve: lists of equal length by name, the first one the abscissa, where the value sums up a curve.
+        notes: what else is worth knowing, JSON-ready.
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int = 1
+    meaning: str = ""
+    curve: dict[str, list[float]] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def undefined(cls, why: str, **more: Any) -> Measured:
+        """A metric that says nothing about a map."""
+        return cls(None, n=0, notes={"undefined": why}, **more)
+
+    def as_json(self) -> dict[str, Any]:
+        """In terms that JSON has."""
+        found: dict[str, Any] = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+        found["meaning"] = self.meaning
+        if self.curve is not None:
+            found["curve"] = self.curve
+        return {**found, **({"notes": json_ready(self.notes)} if self.notes else {})}
+
+
+class Metric(Configurable, ABC):
+    """How far an explanation can be trusted, in one respect. Subclasses are dataclasses, their fields the parameters.
+
+    Class attributes:
+        group: what it is about.
+        reference: the paper.
+        higher_is_better: which way is better; None: neither, the number only describes the map.
+        needs: what it needs of a subject beside the map.
+        meaning: one sentence that explains the value to a reader of the report.
+        compared: whether a map should beat the control maps. Not where controls are perfect by nature: a constant is
+            perfectly stable, and an edge detector sparse.
+        proportion: a yes or no a map, so that `compute` gives Wilson's interval.
+
+    Example:
+        >>> from esegeta_monai.metrics import PointingGame
+        >>> metric = PointingGame()
+        >>> label = torch.tensor([[0, 1], [0, 0]])
+        >>> metric.update(Subject(torch.tensor([[[0.1, 3.0], [0.0, 0.0]]]), label=label)).value
+        1.0
+        >>> metric.update(Subject(torch.tensor([[[5.0, 3.0], [0.0, 0.0]]]), label=label)).value
+        0.0
+        >>> metric.compute().value, metric.compute().n
+        (0.5, 2)
+    """
+
+    group: ClassVar[Group]
+    reference: ClassVar[str] = ""
+    higher_is_better: ClassVar[bool | None]
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    meaning: ClassVar[str]
+    compared: ClassVar[bool] = True
+    proportion: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("esegeta_monai.") and not cls.__name__.startswith("_"):
+            METRICS.register(cls, *cls.__dict__.get("aliases", ()))
+
+    @abstractmethod
+    def measure(self, subject: Subject) -> Measured:
+        """Judges one map that `validate` has let pass."""
+
+    def validate(self, subject: Subject) -> None:
+        """Refuses a subject that lacks what the metric needs.
+
+        Raises:
+            MetricError: naming what is missing.
+        """
+        for what in sorted(self.needs):
+            if getattr(subject, what) is None:
+                raise MetricError(f"{self.name} needs {HOW_TO_GIVE[what]}")
+        if subject.label is not None and "label" in self.needs and not bool(subject.label.any()):
+            raise MetricError(f"{self.name}: the label is empty, so nothing can be found in it")
+
+    def update(self, subject: Subject) -> Measured:
+        """Validates and measures one map, and keeps the result for `compute`.
+
+        Raises:
+            MetricError: see `validate`.
+        """
+        self.validate(subject)
+        found = self.measure(subject)
+        found.meaning = found.meaning or self.meaning
+        self._seen().append(found)
+        return found
+
+    def compute(self) -> Measured:
+        """All maps since `reset`: of one map what it gave; of several the mean with its interval over the maps.
+
+        Maps about which the metric says nothing are left out of the mean and counted in ``notes["undefined"]``.
+
+        Raises:
+            MetricError: no map yet.
+        """
+        seen = self._seen()
+        if not seen:
+            raise MetricError(f"{self.name} has not seen a map yet: call update first")
+        if len(seen) == 1:
+            return seen[0]
+        values = [m.value for m in seen if m.value is not None]
+        notes = {"undefined": len(seen) - len(values)} if len(values) < len(seen) else {}
+        if not values:
+            return Measured(None, n=0, meaning=self.meaning, notes=notes)
+        interval = wilson(values) if self.proportion else mean_interval(values)
+        return Measured(float(np.mean(values)), *interval, n=len(values), meaning=self.meaning, notes=notes)
+
+    def reset(self) -> None:
+        """Forgets all maps."""
+        self._seen().clear()
+
+    def _seen(self) -> list[Measured]:
+        return self.__dict__.setdefault("_measured", [])
+
+
+HOW_TO_GIVE = {
+    "objective": "the network and the image (an objective), not the map alone",
+    "method": "the method that made the map, to explain again",
+    "label": "a label that says where the cause lies",
+    "spacing": "the voxel size in mm (a map with an affine)",
+}
+
+METRICS: Registry[Metric] = Registry("metric", Metric, "esegeta_monai.metrics")
+
+
+def better(metric: Metric | type[Metric], a: float | None, b: float | None) -> bool:
+    """Whether the value ``a`` is better than ``b``; an undefined value is never better, and worse than any other."""
+    if a is None or metric.higher_is_better is None:
+        return False
+    return b is None or (a > b if metric.higher_is_better else a < b)
+
+
+def magnitude(values: Tensor, sign: Sign = "absolute") -> Tensor:
+    """How much each voxel matters: ``Σ_c |a_c|``, or of the positive (negative) part only. (*spatial), float64."""
+    values = values.double()
+    if sign == "absolute":
+        return values.abs().sum(0)
+    if sign not in ("positive", "negative"):
+        raise UsageError(f"sign={sign!r}: give absolute, positive or negative")
+    return (values if sign == "positive" else -values).clamp(min=0).sum(0)
+
+
+def mean_interval(samples: Any) -> tuple[float | None, float | None]:
+    """Student's interval of the mean of samples; (None, None) for fewer than two.
+
+    >>> low, high = mean_interval([1.0, 2.0, 3.0])
+    >>> round(low, 3), round(high, 3)
+    (-0.484, 4.484)
+    """
+    from scipy.stats import t
+
+    values = np.asarray(samples, dtype=np.float64).ravel()
+    if len(values) < 2:
+        return None, None
+    half = float(t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
+def wilson(outcomes: Sequence[float]) -> tuple[float, float]:
+    """Wilson's interval of a proportion, from outcomes on [0, 1].
+
+    >>> [round(v, 3) for v in wilson([1.0] * 8 + [0.0] * 2)]
+    [0.49, 0.943]
+    """
+    from scipy.stats import norm
+
+    n, p, z = len(outcomes), float(np.mean(outcomes)), float(norm.ppf(0.5 + CONFIDENCE / 2))
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+
+
+def bootstrap(statistic: Any, *samples: np.ndarray, seed: int = 0, draws: int = 1000) -> tuple[Any, Any]:
+    """Percentile interval of ``statistic(*samples)`` over paired samples drawn with replacement; (None, None) for < 3.
+
+    Args:
+        statistic: takes arrays (draws, n), one for each of ``samples`` (n,), and gives (draws,).
+    """
+    n = len(samples[0])
+    if n < 3:
+        return None, None
+    chosen = np.random.default_rng(seed).integers(0, n, (draws, n))
+    found = statistic(*[np.asarray(s, dtype=np.float64)[chosen] for s in samples])
+    found = found[np.isfinite(found)]
+    if len(found) < draws // 2:
+        return None, None
+    low, high = np.quantile(found, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+    return float(low), float(high)

@@ -1,0 +1,110 @@
+"""Control maps: what is found without looking at the network. A method has to do better than all of them.
+
+They are methods like any other (but not in the registry), so that every metric treats them alike, also those that
+explain again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esegeta_monai.methods.base import Method
+from esegeta_monai.objective import Objective
+
+__all__ = ["ConstantControl", "Control", "RandomControl", "SobelControl", "constant_map", "controls", "random_map"]
+__all__ += ["sobel_map"]
+
+
+class Control(Method, registered=False):
+    """A map that does not depend on the network."""
+
+    additive = False
+    needs_gradient = False
+
+    def passes(self, objective: Objective) -> int:
+        """None: the network is not asked."""
+        return 0
+
+    @property
+    def units(self) -> str:
+        return "none: a control"
+
+    def attribute(self, objective: Objective) -> Tensor:
+        """The same map for every target (k, C, *spatial)."""
+        return self.map(objective.image, objective.seed).expand(objective.n_targets, *objective.image.shape).clone()
+
+    def map(self, image: Tensor, seed: int) -> Tensor:
+        """(C, *spatial)."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False, repr=False)
+class RandomControl(Control, registered=False):
+    """Independent standard normal values, from the run's seed."""
+
+    name: str | None = field(default="control:random", kw_only=True)
+
+    def map(self, image: Tensor, seed: int) -> Tensor:
+        return random_map(image, seed)
+
+
+@dataclass(eq=False, repr=False)
+class SobelControl(Control, registered=False):
+    """Edges of the image: what an untrained eye sees."""
+
+    name: str | None = field(default="control:sobel", kw_only=True)
+
+    @property
+    def signed(self) -> bool:
+        return False
+
+    def map(self, image: Tensor, seed: int) -> Tensor:
+        return sobel_map(image)
+
+
+@dataclass(eq=False, repr=False)
+class ConstantControl(Control, registered=False):
+    """One everywhere."""
+
+    name: str | None = field(default="control:constant", kw_only=True)
+
+    @property
+    def signed(self) -> bool:
+        return False
+
+    def map(self, image: Tensor, seed: int) -> Tensor:
+        return constant_map(image)
+
+
+def controls() -> list[Control]:
+    """One of each.
+
+    >>> [c.name for c in controls()]
+    ['control:random', 'control:sobel', 'control:constant']
+    """
+    return [RandomControl(), SobelControl(), ConstantControl()]
+
+
+def random_map(image: Tensor, seed: int = 0) -> Tensor:
+    """Standard normal values like ``image`` (C, *spatial); the same for the same seed on every device."""
+    generator = torch.Generator().manual_seed(seed + 1_000_003)  # not the numbers that methods draw
+    return torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image.device, image.dtype)
+
+
+def sobel_map(image: Tensor) -> Tensor:
+    """``√Σ_axes (Sobel_axis ∗ x)²`` of each channel (C, *spatial), in 2D and 3D; edges repeated."""
+    from scipy.ndimage import sobel
+
+    array = image.detach().cpu().double().numpy()
+    axes = range(array.ndim - 1)
+    edges = np.stack([np.sqrt(sum(sobel(c, axis, mode="nearest") ** 2 for axis in axes)) for c in array])
+    return torch.from_numpy(edges).to(image.device, image.dtype)
+
+
+def constant_map(image: Tensor) -> Tensor:
+    """Ones like ``image``."""
+    return torch.ones_like(image)

@@ -1,0 +1,243 @@
+"""Does the map lie where the cause is known to lie?
+
+All take the magnitude of the map, summed over channels (`esegeta_monai.metrics.base.magnitude`). Where voxels tie, the
+value is the expectation over all orders of them, so that a flat map gains nothing by the order of its voxels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esegeta_monai.errors import MetricError, UsageError
+from esegeta_monai.metrics.base import Measured, Metric, Sign, Subject, magnitude
+
+__all__ = ["DistanceProfile", "LocalisationAUC", "PointingGame", "RelevanceMass", "RelevanceRank", "TopKIntersection"]
+__all__ += ["SHELLS_MM", "distance_mm", "shells"]
+
+SHELLS_MM = (0.0, 5.0, 10.0, 20.0)
+"""Edges of the distance shells: inside, 0-5, 5-10, 10-20 mm, beyond."""
+
+
+@dataclass(eq=False, repr=False)
+class _Localisation(Metric):
+    """What they share: a label, and the magnitude by a sign.
+
+    ``sign``: ``"absolute"``, ``"positive"`` or ``"negative"``, which part of the map counts.
+    """
+
+    group = "localisation"
+    higher_is_better = True
+    needs = frozenset({"label"})
+
+    def _parts(self, subject: Subject) -> tuple[Tensor, Tensor]:
+        """Magnitude and label, flat."""
+        assert subject.label is not None
+        values = magnitude(subject.map, getattr(self, "sign")).flatten()  # noqa: B009 - a field of the subclasses
+        return values, subject.label.to(values.device).flatten()
+
+
+@dataclass(eq=False, repr=False)
+class PointingGame(_Localisation):
+    """Whether the strongest voxel lies in the label (Zhang et al. 2018): 1 or 0; over maps, the rate of hits.
+
+    Args:
+        tolerance_mm: a hit also at this distance from the label.
+        sign: which part of the map counts: absolute, positive or negative.
+    """
+
+    reference = "Zhang et al., IJCV 2018, arXiv:1608.00507"
+    meaning = "Share of maps whose strongest voxel lies in the label; chance is the label's share of the volume."
+    proportion = True
+
+    tolerance_mm: float = 0.0
+    sign: Sign = "absolute"
+    name: str | None = field(default=None, kw_only=True)
+
+    def measure(self, subject: Subject) -> Measured:
+        """[0, 1]; a zero map misses."""
+        values, label = self._parts(subject)
+        if self.tolerance_mm > 0:
+            if subject.spacing is None or subject.label is None:
+                raise MetricError(f"{self.name}(tolerance_mm={self.tolerance_mm}) needs the voxel size in mm")
+            near = distance_mm(subject.label, subject.spacing) <= self.tolerance_mm
+            label = near.to(label.device).flatten()
+        strongest = values == values.max()
+        hit = float(label[strongest].double().mean()) if float(values.max()) > 0 else 0.0
+        return Measured(hit, notes={"strongest_voxels": int(strongest.sum()), "chance": float(label.double().mean())})
+
+
+@dataclass(eq=False, repr=False)
+class RelevanceMass(_Localisation):
+    """The share of the map's magnitude that lies in the label: ``Σ_label |a| / Σ |a|`` (Arras et al. 2022).
+
+    Args:
+        sign: which part of the map counts: absolute, positive or negative.
+    """
+
+    reference = "Arras et al., Information Fusion 2022, arXiv:2003.07258"
+    meaning = "Share of the map that lies in the label; a flat map has the label's share of the volume."
+
+    sign: Sign = "absolute"
+    name: str | None = field(default=None, kw_only=True)
+
+    def measure(self, subject: Subject) -> Measured:
+        """[0, 1]; a zero map has no mass anywhere: 0."""
+        values, label = self._parts(subject)
+        total = float(values.sum())
+        mass = float(values[label].sum()) / total if total > 0 else 0.0
+        return Measured(mass, notes={"chance": float(label.double().mean())})
+
+
+@dataclass(eq=False, repr=False)
+class RelevanceRank(_Localisation):
+    """Of the K strongest voxels, K the label's size, the share in the label (Arras et al. 2022).
+
+    Args:
+        sign: which part of the map counts: absolute, positive or negative.
+    """
+
+    reference = "Arras et al., Information Fusion 2022, arXiv:2003.07258"
+    meaning = "Of as many strongest voxels as the label has, the share that lies in it; chance is the label's share."
+
+    sign: Sign = "absolute"
+    name: str | None = field(default=None, kw_only=True)
+
+    def measure(self, subject: Subject) -> Measured:
+        """[0, 1]; zeros of the map belong to no top: a zero map gets 0."""
+        values, label = self._parts(subject)
+        return Measured(share_of_top(values, label, int(label.sum())), notes={"chance": float(label.double().mean())})
+
+
+@dataclass(eq=False, repr=False)
+class TopKIntersection(_Localisation):
+    """Of the k strongest voxels, the share in the label (Theiner et al. 2022).
+
+    Args:
+        k: a number of voxels, or below 1 a share of the volume; it should not exceed the label.
+        sign: which part of the map counts: absolute, positive or negative.
+    """
+
+    reference = "Theiner et al., WACV 2022, arXiv:2104.14995"
+    meaning = "Share of the strongest k voxels that lies in the label; chance is the label's share of the volume."
+
+    k: float = 0.01
+    sign: Sign = "absolute"
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k <= 0:
+            raise UsageError(f"TopKIntersection: k={self.k} must be above 0")
+
+    def measure(self, subject: Subject) -> Measured:
+        """[0, 1]; where k is greater than the label, |label| / k is the most that can be reached (``best_possible``)."""
+        values, label = self._parts(subject)
+        k = round(self.k) if self.k >= 1 else max(1, round(self.k * len(values)))
+        k = min(k, len(values))
+        best = min(1.0, int(label.sum()) / k)
+        return Measured(share_of_top(values, label, k), notes={"k": k, "best_possible": best})
+
+
+@dataclass(eq=False, repr=False)
+class LocalisationAUC(_Localisation):
+    """Area under the ROC curve of the map as a detector of the label's voxels (ties count half).
+
+    Args:
+        sign: which part of the map counts: absolute, positive or negative.
+    """
+
+    aliases = ("AUC",)
+    reference = "Fawcett 2006; as in Hedström et al., JMLR 2023, arXiv:2202.06861"
+    meaning = "Chance that a voxel of the label has a stronger value than one outside; 0.5 is no better than nothing."
+
+    sign: Sign = "absolute"
+    name: str | None = field(default=None, kw_only=True)
+
+    def measure(self, subject: Subject) -> Measured:
+        """[0, 1]; undefined for a zero map, and where the label fills the volume."""
+        from scipy.stats import rankdata
+
+        values, label = self._parts(subject)
+        if not bool(values.any()):
+            return Measured.undefined("the map is zero everywhere")
+        inside = label.cpu().numpy()
+        n, m = int(inside.sum()), int((~inside).sum())
+        if m == 0:
+            return Measured.undefined("the label fills the whole volume")
+        ranks = rankdata(values.cpu().numpy())[inside].sum()
+        return Measured(float((ranks - n * (n + 1) / 2) / (n * m)))
+
+
+@dataclass(eq=False, repr=False)
+class DistanceProfile(_Localisation):
+    """How far from the label the map lies, in mm: ``Σ d(v) |a(v)| / Σ |a|`` with d = 0 in the label.
+
+    The notes have the share of the map (``share``) and its mean density against the whole volume's (``density``) in
+    each shell: inside, 0-5, 5-10, 10-20 mm, beyond; and, where a body mask is given, the share outside of it.
+
+    Args:
+        sign: which part of the map counts: absolute, positive or negative.
+    """
+
+    meaning = "Mean distance of the map from the label in mm, weighted by its magnitude; 0 is inside."
+    higher_is_better = False
+    needs = frozenset({"label", "spacing"})
+
+    sign: Sign = "absolute"
+    name: str | None = field(default=None, kw_only=True)
+
+    def measure(self, subject: Subject) -> Measured:
+        """mm; undefined for a zero map."""
+        values, _ = self._parts(subject)
+        assert subject.label is not None
+        assert subject.spacing is not None
+        total = float(values.sum())
+        if total == 0:
+            return Measured.undefined("the map is zero everywhere")
+        distance = distance_mm(subject.label, subject.spacing).to(values.device).flatten()
+        profile = []
+        for name, inside in shells(distance.reshape(subject.label.shape), subject.body):
+            part, voxels = float(values[inside.flatten()].sum()) / total, int(inside.sum())
+            density = part * len(values) / voxels if voxels else None
+            profile.append({"shell": name, "voxels": voxels, "share": part, "density": density})
+        return Measured(float((distance * values).sum() / total), notes={"profile": profile})
+
+
+def shells(distance: Tensor, body: Tensor | None = None) -> list[tuple[str, Tensor]]:
+    """Masks of the distance shells, and of what lies outside the body where that is known; they do not overlap.
+
+    Args:
+        distance: from `distance_mm` (*spatial).
+        body: bool (*spatial).
+    """
+    within = torch.ones_like(distance, dtype=torch.bool) if body is None else body.to(distance.device)
+    within = within | (distance == 0)  # the label is part of the body
+    edges = [*SHELLS_MM, float("inf")]
+    found = [("inside", distance == 0)]
+    for low, high in itertools.pairwise(edges):
+        name = f"{low:g}-{high:g} mm" if np.isfinite(high) else f"beyond {low:g} mm"
+        found.append((name, (distance > low) & (distance <= high) & within))
+    return found if body is None else [*found, ("outside the body", ~within)]
+
+
+def distance_mm(label: Tensor, spacing: object) -> Tensor:
+    """Euclidean distance of each voxel's centre from the nearest voxel of the label, in mm; 0 inside. (*spatial)."""
+    from scipy.ndimage import distance_transform_edt
+
+    found = distance_transform_edt(~label.cpu().numpy(), sampling=spacing)
+    return torch.from_numpy(np.asarray(found, dtype=np.float64))
+
+
+def share_of_top(values: Tensor, label: Tensor, k: int) -> float:
+    """Of the k greatest values (n,) above zero the share that lies in the label, the expectation over ties."""
+    edge = values.topk(k).values[-1]
+    above, tied = values > edge, values == edge
+    hits = float(label[above].sum())
+    if float(edge) > 0:
+        hits += float(label[tied].double().mean()) * (k - int(above.sum()))
+    return hits / k

@@ -1,0 +1,96 @@
+"""Subjects refuse what does not fit; results are summed up with the right interval."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from esegeta_monai.configurable import json_ready
+from esegeta_monai.errors import MetricError, UsageError
+from esegeta_monai.metrics import METRICS, Measured, PointingGame, RelevanceMass, Subject, better
+from esegeta_monai.metrics.base import bootstrap, magnitude, mean_interval, wilson
+from tests.methods.naive import Naive, image_of, small
+
+
+def test_every_metric_says_what_it_is_and_builds_by_name():
+    for cls in METRICS:
+        metric = METRICS.create(cls.__name__)
+        assert cls.group
+        assert cls.meaning
+        assert cls.higher_is_better in (True, False, None)
+        assert (cls.__doc__ or "").strip()
+        assert json_ready(metric.parameters) == metric.parameters
+        assert cls.reference or cls.__name__ in {"DistanceProfile"}
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"map": torch.zeros(4, 4)}, "2D or 3D"),
+        ({"map": torch.full((1, 4, 4), torch.nan)}, "not finite"),
+        ({"label": torch.zeros(4, 5)}, "label mask has shape"),
+        ({"body": torch.zeros(3, 4)}, "body mask has shape"),
+        ({"spacing": (1.0, 1.0, 1.0)}, "does not fit"),
+        ({"spacing": (1.0, 0.0)}, "does not fit"),
+        ({"objective": Naive(small(), image_of(1, 8, 12)).objective}, "the image"),
+    ],
+)
+def test_subjects_that_do_not_fit_are_refused(more, text):
+    with pytest.raises(MetricError, match=text):
+        Subject(**{"map": torch.ones(1, 4, 4), **more})
+
+
+def test_what_a_metric_needs_is_named():
+    with pytest.raises(MetricError, match="PointingGame needs a label"):
+        PointingGame().update(Subject(torch.ones(1, 4, 4)))
+    with pytest.raises(MetricError, match="label is empty"):
+        PointingGame().update(Subject(torch.ones(1, 4, 4), label=torch.zeros(4, 4)))
+    with pytest.raises(MetricError, match="not seen a map"):
+        PointingGame().compute()
+
+
+def test_several_maps_give_the_mean_and_students_interval():
+    metric = RelevanceMass()
+    label = torch.zeros(4, 4)
+    label[0] = 1
+    values = []
+    for seed in range(5):
+        values.append(metric.update(Subject(image_of(1, 4, 4, seed=seed), label=label)).value)
+    found = metric.compute()
+    low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
+    assert found.value == pytest.approx(np.mean(values))
+    assert (found.low, found.high, found.n) == (pytest.approx(low), pytest.approx(high), 5)
+    metric.reset()
+    with pytest.raises(MetricError):
+        metric.compute()
+
+
+def test_wilson_and_bootstrap_against_scipy():
+    outcomes = [1.0] * 7 + [0.0] * 5
+    reference = stats.binomtest(7, 12).proportion_ci(method="wilson")
+    assert wilson(outcomes) == pytest.approx((reference.low, reference.high))
+    sample = np.random.default_rng(0).normal(size=60)
+    low, high = bootstrap(lambda s: s.mean(1), sample, draws=4000)
+    assert (low, high) == pytest.approx(mean_interval(sample), abs=0.05)
+    assert bootstrap(lambda s: s.mean(1), sample[:2]) == (None, None)
+    assert mean_interval([1.0]) == (None, None)
+
+
+def test_undefined_never_beats_and_is_beaten():
+    metric = RelevanceMass()
+    assert better(metric, 0.1, None)
+    assert not better(metric, None, 0.1)
+    assert not better(metric, None, None)
+    assert not better(metric, 0.1, 0.1)
+    assert Measured.undefined("why").as_json()["notes"] == {"undefined": "why"}
+
+
+def test_magnitude_by_sign_sums_channels():
+    values = torch.tensor([[[1.0, -2.0]], [[-3.0, 4.0]]])
+    assert magnitude(values).tolist() == [[4.0, 6.0]]
+    assert magnitude(values, "positive").tolist() == [[1.0, 4.0]]
+    assert magnitude(values, "negative").tolist() == [[3.0, 2.0]]
+    with pytest.raises(UsageError):
+        magnitude(values, "both")
