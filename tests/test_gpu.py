@@ -1,0 +1,99 @@
+"""On a CUDA device: the maps of the CPU, volumes apart from windows, half precision, memory that runs out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+
+from esegeta_monai import Explainer
+from esegeta_monai.methods import (
+    LRP,
+    DeepLift,
+    GradCam,
+    GuidedBackprop,
+    IntegratedGradients,
+    LayerConductance,
+    Method,
+    Occlusion,
+    Rise,
+    Saliency,
+    SmoothGrad,
+)
+from esegeta_monai.targets import MultiClassMask
+from tests.networks import build
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+METHODS: list[Method] = [
+    Saliency(),
+    IntegratedGradients(n_steps=4),
+    SmoothGrad(n_samples=2),
+    GuidedBackprop(),
+    GradCam(relu=False),
+    LayerConductance(n_steps=4),
+    DeepLift(),
+    LRP(),
+    Occlusion(window=6),
+    Rise(n_masks=8, grid=2),
+]
+NETWORKS = ["UNet_instance", "UNet_batch", "SegResNet", "SwinUNETR"]
+
+
+def study(name: str, dtype: torch.dtype = torch.float64):
+    """A network, a volume of several gaussian windows, and the inferer."""
+    case = build(name, 3)
+    image = torch.cat([case.image, case.reference[..., : case.roi[-1] // 2]], -1).to(dtype)
+    return case, case.network.to(dtype), image, SlidingWindowInferer(case.roi, 2, 0.5, "gaussian")
+
+
+@pytest.mark.parametrize("volumes", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_maps_are_those_of_the_cpu(name, volumes):
+    case, network, image, inferer = study(name)
+    on_cpu = list(Explainer(network, inferer, "cpu", output=case.output)(image, METHODS, [MultiClassMask(1)]))
+    network.cuda()
+    explainer = Explainer(network, inferer, "cuda", volume_device=volumes, output=case.output)
+    on_gpu = list(explainer(image, METHODS, [MultiClassMask(1)]))
+    for here, there in zip(on_cpu, on_gpu):
+        scale = here.map.abs().max()
+        assert scale > 0
+        assert there.map.device.type == volumes
+        assert float((here.map - there.map.cpu()).abs().max() / scale) <= 1e-8, here.method.name
+        assert there.record["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_half_precision_is_like_single_or_falls_back(name, dtype):
+    case, network, image, inferer = study(name, torch.float32)
+    network.cuda()
+    chosen = [Saliency(), IntegratedGradients(n_steps=4), GradCam(relu=False), Occlusion(window=6)]
+    single = list(Explainer(network, inferer, "cuda", output=case.output)(image, chosen, [MultiClassMask(1)]))
+    explainer = Explainer(network, inferer, "cuda", amp=True, amp_kwargs={"dtype": dtype}, output=case.output)
+    for full, half in zip(single, explainer(image, chosen, [MultiClassMask(1)])):
+        pair = torch.stack([full.map.flatten().double().cpu(), half.map.flatten().double().cpu()])
+        assert float(torch.corrcoef(pair)[0, 1]) >= 0.99, full.method.name
+
+
+def test_memory_that_runs_out_halves_the_window_batch():
+    case, network, image, _ = study("UNet_batch", torch.float32)
+    network.cuda()
+    many = SlidingWindowInferer(case.roi, 64, 0.9, "gaussian")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    (whole,) = Explainer(network, many, "cuda", volume_device="cpu")(image, [Saliency()], [MultiClassMask(1)])
+    needed = torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.6 * needed / total)
+    try:
+        (part,) = Explainer(network, many, "cuda", volume_device="cpu")(image, [Saliency()], [MultiClassMask(1)])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert part.record["window_batch"] < whole.record["window_batch"]
+    assert any("out of memory" in w for w in part.record["warnings"])
+    assert float((part.map - whole.map).abs().max() / whole.map.abs().max()) <= 1e-4
