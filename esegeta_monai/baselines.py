@@ -28,7 +28,7 @@ class Baseline(Configurable, ABC):
 
     @abstractmethod
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
-        """One reference volume (C, *spatial) for the case."""
+        """One reference volume (C, *spatial) for the case. It may be a view: it must not be written into."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -64,7 +64,7 @@ class Zero(Baseline):
     name: str | None = field(default=None, kw_only=True)
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
-        return torch.zeros_like(objective.image)
+        return per_channel(torch.zeros(len(objective.image)), objective.image)
 
 
 @dataclass(eq=False, repr=False)
@@ -254,8 +254,8 @@ def scale_invariant(objective: Objective, tolerance: float = 0.01) -> bool:
 
 
 def per_channel(values: Tensor, image: Tensor) -> Tensor:
-    """One value a channel (C,) spread over a volume like ``image`` (C, *spatial)."""
-    return values.to(image.device, image.dtype).reshape(-1, *(1,) * (image.ndim - 1)).expand_as(image).clone()
+    """One value a channel (C,) seen as a volume like ``image`` (C, *spatial): a view, in no memory of its own."""
+    return values.to(image.device, image.dtype).reshape(-1, *(1,) * (image.ndim - 1)).expand_as(image)
 
 
 def noise_like(image: Tensor, std: float, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,7 @@ from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError
 from esegeta_monai.features import Features, features_for
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import UNCHANGED, Perturbations, _rows, known_change, passes_needed
+from esegeta_monai.perturbation import UNCHANGED, Perturbations, _rows, known_change, known_passes
 from esegeta_monai.windows import Slices
 
 __all__ = ["Game", "Segments", "SmoothMasks", "reference_image", "split_half"]
@@ -212,9 +212,9 @@ class Game:
         """``v(S)`` for coalitions (m, n): (k, m), each distinct one computed once on an objective."""
         return known_change(self.objective, self.segments(coalitions, reference))
 
-    def passes(self, coalitions: np.ndarray) -> int:
-        """Window passes that `values` needs, at most."""
-        return passes_needed(self.objective, self.segments(np.unique(coalitions, axis=0)))
+    def passes(self, coalitions: np.ndarray, reference: Tensor | None = None) -> int:
+        """Window passes that `values` needs."""
+        return known_passes(self.objective, self.segments(coalitions, reference))
 
     def notes(self) -> dict[str, object]:
         """For the record."""

@@ -7,6 +7,7 @@ scatter-added sums over windows; for non-linear ones the cotangent ``∂s/∂P``
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -347,7 +348,7 @@ class Objective:
         if split_seen:
             support = set(self.windows)
             groups = [[j for j in jobs if j[1] in support], [j for j in jobs if j[1] not in support]]
-        whole = cotangents
+        whole: list[Tensor | None] | None = None if cotangents is None else list(cotangents)
         if with_cotangents and predictions is None and whole is None:
             whole = self._whole_cotangents()
         if sums is None:
@@ -407,40 +408,38 @@ class Objective:
         """``ĝ_w ∂s/∂P`` at the image, for each target (n, R, *out_roi), None where it sees none of the windows."""
         return self._batch_cotangents(windows, [0] * len(windows), self._whole_cotangents(), None)
 
-    def _whole_cotangents(self) -> list[Tensor]:
-        at_image = [None] * self.n_targets if self.linear else self.image_predictions()
-        return [self._cotangent(s, p) for s, p in zip(self.scores, at_image)]
-
-    def _cotangent(self, score: Score, prediction: Tensor | None) -> Tensor:
-        if score.linear or prediction is None:
-            prediction = self._new_prediction(score, 1)[0]
-        return score.cotangent(prediction)
+    def _whole_cotangents(self) -> list[Tensor | None]:
+        """``∂s/∂P`` at the image of each score that is not linear; a linear one is cut from its mask."""
+        if self.linear:
+            return [None] * self.n_targets
+        return [None if s.linear else s.cotangent(p) for s, p in zip(self.scores, self.image_predictions())]
 
     def _batch_cotangents(
         self,
         windows: Sequence[int],
         sources: Sequence[int],
-        whole: list[Tensor] | None,
+        whole: list[Tensor | None] | None,
         predictions: list[Tensor] | None,
     ) -> list[Tensor | None]:
         """``ĝ_w ∂s/∂P`` for each target: (n, R, *out_roi), None where the target sees none of the windows."""
-        device = self.model.device
         found: list[Tensor | None] = []
         for k, (score, support) in enumerate(zip(self.scores, self.support)):
             if not set(windows) & set(support):
                 found.append(None)
                 continue
+            at: dict[int, Tensor | None] = {}
+            if predictions is not None and not score.linear:
+                at = {source: score.cotangent(predictions[k][source]) for source in set(sources)}
+            elif whole is not None:
+                at = dict.fromkeys(sources, whole[k])
             total = torch.zeros((len(windows), len(self.read), *self.grid.out_roi), dtype=self.image.dtype)
             for j, (w, source) in enumerate(zip(windows, sources)):
                 if w in support:
-                    if predictions is not None:
-                        at_point = self._cotangent(score, predictions[k][source])
-                    else:
-                        assert whole is not None
-                        at_point = whole[k]
-                    cut = self.grid.cut(at_point, score.box, w) * self.grid.weight(w)
-                    total[j, self.rows[k]] = cut.to(total.device)
-            found.append(total.to(device))
+                    cut = functools.partial(self.grid.cut, box=score.box, window=w)
+                    volume = at.get(source)
+                    inside = score.window_cotangent(cut) if volume is None else cut(volume)
+                    total[j, self.rows[k]] = (inside * self.grid.weight(w)).to(total)
+            found.append(total.to(self.model.device))
         return found
 
 

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from esegeta_monai.objective import Batch, Objective, out_of_memory
-from esegeta_monai.windows import Slices, _overlap
+from esegeta_monai.windows import Slices
 
-__all__ = ["UNCHANGED", "Boxes", "Perturbations", "change", "known_change", "passes_needed"]
+__all__ = ["UNCHANGED", "Boxes", "Perturbations", "change", "known_change", "known_passes", "passes_needed"]
 
 BLOCK_BYTES = 256 * 2**20
 """Memory for the ΔP of the perturbations in flight and, beside it, for cached unperturbed outputs (non-linear s)."""
@@ -43,9 +44,13 @@ class Perturbations(ABC):
     def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
         """The perturbed copy of ``crop`` (C, *place), which lies at ``place`` of the volume. Never changes ``crop``."""
 
-    def box(self, index: int) -> Slices | None:
-        """The box of voxels that perturbation ``index`` may change; None: any voxel."""
-        return None
+    def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
+        """Whether perturbation ``index`` changes a voxel of ``crop`` (C, *place): what does not is never computed."""
+        return not torch.equal(self.apply(index, crop, place), crop)
+
+    def reaching(self, place: Slices) -> Sequence[int]:
+        """The perturbations that may change a voxel at ``place``, in order."""
+        return range(len(self))
 
     def key(self, index: int, window: int, place: Slices) -> Hashable | None:
         """What determines the perturbed window, so that equal ones are computed once; None: always computed.
@@ -75,8 +80,12 @@ class _Part(Perturbations):
     def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
         return self.whole.apply(self.indices[index], crop, place)
 
-    def box(self, index: int) -> Slices | None:
-        return self.whole.box(self.indices[index])
+    def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
+        return self.whole.changes(self.indices[index], crop, place)
+
+    def reaching(self, place: Slices) -> Sequence[int]:
+        near = set(self.whole.reaching(place))
+        return [j for j, i in enumerate(self.indices) if i in near]
 
     def key(self, index: int, window: int, place: Slices) -> Hashable | None:
         return self.whole.key(self.indices[index], window, place)
@@ -103,23 +112,37 @@ class Boxes(Perturbations):
     ) -> None:
         self.boxes = [tuple(slice(a, b) for a, b in zip(s, t)) for s, t in zip(starts, stops)]
         self.baseline, self.channels = baseline, channels
+        self._corners = np.array([starts, stops], dtype=int)
 
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def box(self, index: int) -> Slices:
-        return self.boxes[index]
+    def reaching(self, place: Slices) -> Sequence[int]:
+        if not self.boxes:
+            return []
+        starts, stops = self._corners
+        meet = (starts < [p.stop for p in place]) & (stops > [p.start for p in place])
+        return np.flatnonzero(meet.all(1)).tolist()
 
     def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
+        inside, value = self._replaced(index, crop, place)
+        perturbed = crop.clone()
+        perturbed[inside] = value
+        return perturbed
+
+    def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
+        inside, value = self._replaced(index, crop, place)
+        return bool((crop[inside] != value).any())  # the box alone, not the whole window
+
+    def _replaced(self, index: int, crop: Tensor, place: Slices) -> tuple[tuple[Any, ...], Tensor | float]:
+        """The part of the crop that lies in the box, and what stands there afterwards."""
         common = [slice(max(b.start, p.start), min(b.stop, p.stop)) for b, p in zip(self.boxes[index], place)]
         inside = tuple(slice(c.start - p.start, c.stop - p.start) for c, p in zip(common, place))
         rows = slice(None) if self.channels is None else list(self.channels[index])
-        perturbed = crop.clone()
         value = self.baseline
         if isinstance(value, Tensor):
             value = value[_rows(rows, common)].to(crop.device, crop.dtype)
-        perturbed[_rows(rows, inside)] = value
-        return perturbed
+        return _rows(rows, inside), value
 
 
 def _rows(channels: Any, place: Sequence[slice]) -> tuple[Any, ...]:
@@ -147,13 +170,9 @@ def change(objective: Objective, perturbations: Perturbations) -> Tensor:
 def known_change(objective: Objective, perturbations: Perturbations) -> Tensor:
     """`change`, where a perturbation that any method has scored on this objective before is looked up: (k, m)."""
     table = _TABLES.setdefault(objective, {})
-    names = [perturbations.identity(i) for i in range(len(perturbations))]
-    first: dict[Hashable, int] = {}
-    for i, name in enumerate(names):
-        if name is None or name not in table:
-            first.setdefault(i if name is None else (name,), i)
-    found = change(objective, perturbations.take(list(first.values())))
-    columns = {i: j for j, i in enumerate(first.values())}
+    names, first = _unknown(objective, perturbations)
+    found = change(objective, perturbations.take(first))
+    columns = {i: j for j, i in enumerate(first)}
     for i, j in columns.items():
         if (name := names[i]) is not None:
             table[name] = found[:, j].clone()
@@ -161,30 +180,71 @@ def known_change(objective: Objective, perturbations: Perturbations) -> Tensor:
     return torch.stack(rows, 1) if rows else found
 
 
+def known_passes(objective: Objective, perturbations: Perturbations) -> int:
+    """Window passes that `known_change` needs; no network runs."""
+    return passes_needed(objective, perturbations.take(_unknown(objective, perturbations)[1]))
+
+
+def _unknown(objective: Objective, perturbations: Perturbations) -> tuple[list[Hashable | None], list[int]]:
+    """The identities of perturbations, and the first of each that has not been scored yet."""
+    table = _TABLES.get(objective, {})
+    names = [perturbations.identity(i) for i in range(len(perturbations))]
+    first: dict[Hashable, int] = {}
+    for i, name in enumerate(names):
+        if name is None or name not in table:
+            first.setdefault(i if name is None else (name,), i)
+    return names, list(first.values())
+
+
 _TABLES: WeakKeyDictionary[Objective, dict[Hashable, Tensor]] = WeakKeyDictionary()
 """Scores by objective and `Perturbations.identity`: shared by the methods that run on one objective."""
 
 
 def passes_needed(objective: Objective, perturbations: Perturbations) -> int:
-    """Window passes that `change` needs, at most: pairs that change no voxel are found only while running."""
+    """Window passes that `change` needs; perturbed windows are looked at for that, but no network runs."""
     m, windows = len(perturbations), objective.windows
     block = m if objective.linear else _block_size(objective, m)
     blocks = [range(a, min(a + block, m)) for a in range(0, m, max(block, 1))]
-    pairs = sum(len(_groups(perturbations, part, w, objective.plan.place(w))) for part in blocks for w in windows)
+    touched = [[pair.window for pair, _, _ in _pairs(objective, perturbations, part)] for part in blocks]
+    pairs = sum(map(len, touched))
     if objective.linear:
         return pairs + len(windows)
-    itemsize = objective.image.element_size()
-    kept = len(windows) * len(objective.read) * math.prod(objective.grid.out_roi) * itemsize <= BLOCK_BYTES
+    unperturbed = [set(part) for part in touched]
+    if _keeps(objective):
+        unperturbed = [set().union(*unperturbed)]
     blending = len(windows) if objective.prediction is None else 0
-    return pairs + len(windows) * (1 if kept else len(blocks)) + blending
+    return pairs + sum(map(len, unperturbed)) + blending
 
 
-def _groups(perturbations: Perturbations, indices: Sequence[int], window: int, place: Slices) -> list[tuple[int, ...]]:
+def _keeps(objective: Objective) -> bool:
+    """Whether the unperturbed outputs of all windows fit in `BLOCK_BYTES`."""
+    size = len(objective.read) * math.prod(objective.grid.out_roi) * objective.image.element_size()
+    return len(objective.windows) * size <= BLOCK_BYTES
+
+
+def _pairs(
+    objective: Objective, perturbations: Perturbations, block: Sequence[int]
+) -> Iterator[tuple[_Pair, Tensor, Slices]]:
+    """All pairs of a block of perturbations that change a voxel, each with the window (C, *place) and its place.
+
+    Windows are outside, perturbations inside, so that a window is cut once.
+    """
+    for w in objective.windows:
+        place = objective.plan.place(w)
+        groups = _groups(perturbations, block, w, place)
+        if groups:
+            crop = objective.image[_rows(slice(None), place)].to(objective.model.device)
+            for group in groups:
+                if perturbations.changes(group[0], crop, place):
+                    yield _Pair(group, w), crop, place
+
+
+def _groups(perturbations: Perturbations, block: Sequence[int], window: int, place: Slices) -> list[tuple[int, ...]]:
     """The perturbations that may change a window, those that are equal there together."""
     groups: dict[Hashable, list[int]] = {}
-    for i in indices:
-        box = perturbations.box(i)
-        if box is not None and not _overlap(place, box):
+    wanted = block if isinstance(block, range) else set(block)
+    for i in perturbations.reaching(place):
+        if i not in wanted:
             continue
         key = perturbations.key(i, window, place)
         if key != UNCHANGED:
@@ -199,27 +259,11 @@ def _block_size(objective: Objective, m: int) -> int:
 
 
 class _Change:
-    """What both kinds share: windows outside, perturbations inside, so that a window is cut once."""
+    """What both kinds share: pairs in full batches."""
 
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         self.objective, self.perturbations = objective, perturbations
         self.result = torch.zeros((objective.n_targets, len(perturbations)), dtype=torch.float64)
-
-    def pairs(self, indices: Sequence[int]) -> Iterator[tuple[_Pair, Tensor]]:
-        """(pair, perturbed window) for all pairs that change a voxel."""
-        plan, device = self.objective.plan, self.objective.model.device
-        for w in self.objective.windows:
-            place = plan.place(w)
-            groups = _groups(self.perturbations, indices, w, place)
-            if not groups:
-                continue
-            crop = self.objective.image[_rows(slice(None), place)].to(device)
-            for group in groups:
-                if not self.mine():
-                    continue
-                perturbed = self.perturbations.apply(group[0], crop, place)
-                if not torch.equal(perturbed, crop):
-                    yield _Pair(group, w), plan.pad(perturbed)
 
     def mine(self) -> bool:
         """Whether this process computes the next pair."""
@@ -229,11 +273,14 @@ class _Change:
         """Network passes for one batch of pairs, and their booking."""
         raise NotImplementedError
 
-    def over(self, indices: Sequence[int]) -> None:
+    def over(self, block: Sequence[int]) -> None:
         """All pairs of these perturbations, in full batches."""
         pending: list[tuple[_Pair, Tensor]] = []
-        for item in self.pairs(indices):
-            pending.append(item)
+        for pair, crop, place in _pairs(self.objective, self.perturbations, block):
+            if not self.mine():
+                continue
+            perturbed = self.perturbations.apply(pair.indices[0], crop, place)
+            pending.append((pair, self.objective.plan.pad(perturbed)))
             if len(pending) >= self.objective.window_batch:
                 pending = self._flush(pending)
         while pending:
@@ -317,8 +364,7 @@ class _BlendedChange(_Change):
         self.predictions = [p.double() for p in objective.image_predictions()]
         self.values = torch.stack([s.value(p) for s, p in zip(objective.scores, self.predictions)])
         self.base: dict[int, Tensor] = {}
-        self.base_bytes = 0
-        self.block = _block_size(objective, len(perturbations))
+        self.block, self.keeps = _block_size(objective, len(perturbations)), _keeps(objective)
 
     def run(self) -> Tensor:
         ranks = self.objective.ranks
@@ -329,6 +375,7 @@ class _BlendedChange(_Change):
     def _blocks(self, mine: Sequence[int]) -> None:
         for start in range(0, len(mine), self.block):
             indices = mine[start : start + self.block]
+            self.base = self.base if self.keeps else {}
             self.position = {i: j for j, i in enumerate(indices)}
             self.delta = [p.new_zeros((len(indices), *p.shape)) for p in self.predictions]
             self.over(indices)
@@ -357,11 +404,7 @@ class _BlendedChange(_Change):
             crops = torch.stack([self.objective.plan.cut(self.objective.image, w) for w in missing])
             with torch.inference_mode():
                 out = self.objective.run(crops.to(self.objective.model.device), missing).cpu()
-            needed = out[0].numel() * out.element_size()
-            if self.base_bytes + needed * len(missing) > BLOCK_BYTES:
-                keep = {w: self.base[w] for w in windows if w in self.base}
-                self.base, self.base_bytes = keep, needed * len(keep)
-            for w, o in zip(missing, out):
-                self.base[w] = o.clone()
-                self.base_bytes += needed
+            if not self.keeps:
+                self.base = {w: self.base[w] for w in windows if w in self.base}
+            self.base.update({w: o.clone() for w, o in zip(missing, out)})
         return {w: self.base[w] for w in windows}

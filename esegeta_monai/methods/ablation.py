@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from esegeta_monai.baselines import Image
 from esegeta_monai.coalitions import Game
@@ -54,7 +55,7 @@ class FeatureAblation(Method):
         return Explained(maps, {**game.notes(), "features": game.features.table(drops)})
 
     def passes(self, objective: Objective) -> int:
-        """At most: features that change no voxel are found while running."""
+        """One coalition a feature."""
         game = Game.of(objective, self.feature_mask, self.baseline)
         return game.passes(one_off(game))
 
@@ -100,7 +101,7 @@ class FeaturePermutation(Method):
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial), or (k, C, *spatial) where features are channels."""
         game = Game.of(objective, self.feature_mask, 0.0)
-        others = [Image(c).draw(objective, objective.generator()) for c in self.cases]
+        others = self._others(objective)
         drops = torch.stack([-game.values(one_off(game), other) for other in others])
         mean, spread = drops.mean(0), drops.std(0)
         maps = game.features.paint(mean).to(objective.image.dtype)
@@ -108,10 +109,13 @@ class FeaturePermutation(Method):
         return Explained(maps, {"n_features": len(game.features), "n_cases": len(others), "features": table})
 
     def passes(self, objective: Objective) -> int:
-        """At most: features that change no voxel are found while running."""
+        """One round of all features a case; the unperturbed scores of a linear target are computed once."""
         game = Game.of(objective, self.feature_mask, 0.0)
-        unperturbed = len(objective.windows) * (len(self.cases) - 1) if objective.linear else 0
-        return len(self.cases) * game.passes(one_off(game)) - unperturbed
+        rounds = [game.passes(one_off(game), other) for other in self._others(objective)]
+        return sum(rounds) - (len(objective.windows) * (len(rounds) - 1) if objective.linear else 0)
+
+    def _others(self, objective: Objective) -> list[Tensor]:
+        return [Image(c).draw(objective, objective.generator()) for c in self.cases]
 
 
 def one_off(game: Game) -> np.ndarray:

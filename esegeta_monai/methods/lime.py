@@ -75,7 +75,7 @@ class Lime(Method):
         return Explained(maps, {**game.notes(), **notes})
 
     def passes(self, objective: Objective) -> int:
-        """At most: features that change no voxel are found while running."""
+        """Those of all coalitions."""
         game = Game.of(objective, self.feature_mask, self.baseline)
         return game.passes(self.coalitions(game))
 

@@ -58,38 +58,53 @@ class Occlusion(Method):
         reference = baseline.draw(objective, objective.generator())
         boxes = self.occluders(objective, reference)
         drops = (-change(objective, boxes)).to(objective.image)
-        changed = drops.any(0).tolist()  # an occluder that no target sees has nothing to add
         maps = objective.new_maps()
-        count = torch.zeros_like(maps[0])
-        rows = boxes.channels or [range(objective.image.shape[0])] * len(boxes)
-        for i, place in enumerate(boxes.boxes):
-            for c in rows[i]:
-                index: tuple[Any, ...] = (slice(None), c, *place)
-                if changed[i]:
-                    maps[index] += drops[:, i].reshape(-1, *(1,) * len(place))
-                count[index[1:]] += 1
-        maps /= count.clamp(min=1)
-        notes = {"occluders": len(boxes), "passes_at_most": passes_needed(objective, boxes)}
-        return Explained(maps, {**notes, "baseline": json_ready(baseline.record())})
+        changed = drops.any(0).nonzero().flatten().tolist()  # an occluder that no target sees has nothing to add
+        for i in changed:
+            place = boxes.boxes[i]
+            for c in range(len(maps[0])) if boxes.channels is None else boxes.channels[i]:
+                maps[(slice(None), c, *place)] += drops[:, i].reshape(-1, *(1,) * len(place))
+        if changed:  # elsewhere the map is zero, and nothing is divided
+            places = list(zip(*(boxes.boxes[i] for i in changed)))
+            touched = tuple(slice(min(p.start for p in axis), max(p.stop for p in axis)) for axis in places)
+            counts = [count[t] for count, t in zip(self._counts(objective.plan.spatial_shape), touched)]
+            for axis, count in enumerate(counts):  # occluders are a grid: what holds a voxel is a product over the axes
+                maps[(..., *touched)] /= count.to(maps).reshape(-1, *(1,) * (len(counts) - 1 - axis))
+        return Explained(maps, {"occluders": len(boxes), "baseline": json_ready(baseline.record())})
 
     def passes(self, objective: Objective) -> int:
-        """At most: occluders that change no voxel are found while running."""
-        return passes_needed(objective, self.occluders(objective, objective.image))
+        """Window passes of all occluders that change a voxel."""
+        reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
+        return passes_needed(objective, self.occluders(objective, reference))
 
     def occluders(self, objective: Objective, reference: Tensor) -> Boxes:
         """The boxes of this case."""
-        shape = objective.plan.spatial_shape
-        window = self._spatial(self.window, len(shape), "window")
-        stride = window if self.stride is None else self._spatial(self.stride, len(shape), "stride")
-        lines = [range(0, max(n - w, 0) + s, s) for n, w, s in zip(shape, window, stride)]
-        starts = [s for s in itertools.product(*lines) if all(a < n for a, n in zip(s, shape))]
-        stops = [[min(a + w, n) for a, w, n in zip(s, window, shape)] for s in starts]
+        lines = self._lines(objective.plan.spatial_shape)
+        starts = [[s for s, _ in corner] for corner in itertools.product(*lines)]
+        stops = [[t for _, t in corner] for corner in itertools.product(*lines)]
         channels: list[Sequence[int]] | None = None
         if self.per_channel:
             n_channels = objective.image.shape[0]
             channels = [(c,) for c in range(n_channels) for _ in starts]
             starts, stops = starts * n_channels, stops * n_channels
         return Boxes(starts, stops, reference, channels)
+
+    def _lines(self, shape: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """First and last voxel (excluded) of the occluders along each axis."""
+        window = self._spatial(self.window, len(shape), "window")
+        stride = window if self.stride is None else self._spatial(self.stride, len(shape), "stride")
+        starts = [range(0, max(n - w, 0) + s, s) for n, w, s in zip(shape, window, stride)]
+        return [[(a, min(a + w, n)) for a in line if a < n] for line, w, n in zip(starts, window, shape)]
+
+    def _counts(self, shape: Sequence[int]) -> list[Tensor]:
+        """For each axis how many occluders hold each voxel, at least 1."""
+        counts = []
+        for line, n in zip(self._lines(shape), shape):
+            count = torch.zeros(n)
+            for a, b in line:
+                count[a:b] += 1
+            counts.append(count.clamp(min=1))
+        return counts
 
     @staticmethod
     def _spatial(value: int | Sequence[int], axes: int, what: str) -> tuple[int, ...]:

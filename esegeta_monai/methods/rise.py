@@ -17,7 +17,7 @@ from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import known_change, passes_needed
+from esegeta_monai.perturbation import known_change, known_passes
 
 __all__ = ["Rise"]
 
@@ -81,8 +81,9 @@ class Rise(Method):
         return Explained(maps[:, None].to(objective.image), {**notes, "baseline": json_ready(baseline.record())})
 
     def passes(self, objective: Objective) -> int:
-        """At most."""
-        return passes_needed(objective, self.masks(objective, objective.image))
+        """Those of all masks."""
+        reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
+        return known_passes(objective, self.masks(objective, reference))
 
     def masks(self, objective: Objective, reference: Tensor) -> SmoothMasks:
         """The random masks of this case: a grid, stretched over the image and one cell more, so that it can move."""

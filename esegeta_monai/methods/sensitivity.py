@@ -18,29 +18,46 @@ from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import known_change, passes_needed
+from esegeta_monai.perturbation import known_change, known_passes
 
 __all__ = ["Hsic", "Sobol", "hsic", "jansen", "quasi_random"]
 
 
 @dataclass(eq=False, repr=False)
 class _MaskSensitivity(Method):
-    """What both share: masks over the cells of a coarse grid, an index a cell, interpolated to a map."""
+    """What both share: masks over the cells of a coarse grid, an index a cell, interpolated to a map.
+
+    Args:
+        n_samples: N, a power of two.
+        grid: cells an axis; one number for all axes.
+        baseline: x₀, see `esegeta_monai.baselines`.
+    """
 
     additive = False
     needs_gradient = False
+
+    n_samples: int = 32
+    grid: int | Sequence[int] = 8
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        n = self.n_samples
+        if n < 4 or n & (n - 1):
+            raise UsageError(f"n_samples={n}: a quasi-random sequence is balanced at powers of two: 4, 8, 16, …")
 
     @property
     def signed(self) -> bool:
         return False
 
-    def cells(self, objective: Objective, grid: int | Sequence[int]) -> tuple[int, ...]:
+    def cells(self, objective: Objective) -> tuple[int, ...]:
         """Cells an axis, at most one a voxel."""
         shape = objective.plan.spatial_shape
         try:
-            asked = [int(g) for g in ensure_tuple_rep(grid, len(shape))]
+            asked = [int(g) for g in ensure_tuple_rep(self.grid, len(shape))]
         except ValueError as error:
-            raise UsageError(f"grid={grid} does not fit an image of {len(shape)} axes") from error
+            raise UsageError(f"grid={self.grid} does not fit an image of {len(shape)} axes") from error
         return tuple(max(1, min(g, n)) for g, n in zip(asked, shape))
 
     def design(self, objective: Objective) -> Tensor:
@@ -50,16 +67,16 @@ class _MaskSensitivity(Method):
     def masks(self, objective: Objective, reference: Tensor) -> SmoothMasks:
         """The masks of this case."""
         values = self.design(objective).to(objective.image.dtype)
-        cells = self.cells(objective, getattr(self, "grid"))  # noqa: B009 - a field of the subclasses
-        return SmoothMasks(values.reshape(-1, *cells), objective.plan.spatial_shape, reference)
+        return SmoothMasks(values.reshape(-1, *self.cells(objective)), objective.plan.spatial_shape, reference)
 
     def passes(self, objective: Objective) -> int:
-        """At most."""
-        return passes_needed(objective, self.masks(objective, objective.image))
+        """Those of all masks."""
+        reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
+        return known_passes(objective, self.masks(objective, reference))
 
-    def scored(self, objective: Objective, spec: Any) -> tuple[SmoothMasks, Tensor, Baseline]:
+    def scored(self, objective: Objective) -> tuple[SmoothMasks, Tensor, Baseline]:
         """The masks, their scores (k, m), and the baseline."""
-        baseline = baseline_for(spec, local=True)
+        baseline = baseline_for(self.baseline, local=True)
         masks = self.masks(objective, baseline.draw(objective, objective.generator()))
         return masks, known_change(objective, masks), baseline
 
@@ -96,22 +113,13 @@ class Sobol(_MaskSensitivity):
 
     reference = "Fel et al., NeurIPS 2021, arXiv:2111.04138; Jansen 1999"
 
-    n_samples: int = 32
-    grid: int | Sequence[int] = 8
-    baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _power_of_two(self.n_samples)
-
     @property
     def units(self) -> str:
         return "share of the target's variance under random masks (total order)"
 
     def design(self, objective: Objective) -> Tensor:
         """A, then A with cell i of B for each i: (N (cells + 1), cells)."""
-        d, n = math.prod(self.cells(objective, self.grid)), self.n_samples
+        d, n = math.prod(self.cells(objective)), self.n_samples
         if n * (d + 1) * d * 8 > TABLE_BYTES:
             raise MethodError(f"Sobol: {d} cells need {n * (d + 1)} predictions: take a coarser grid than {self.grid}")
         a, b = quasi_random(n, 2 * d, objective.seed).split(d, 1)
@@ -120,7 +128,7 @@ class Sobol(_MaskSensitivity):
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial)."""
-        masks, scores, baseline = self.scored(objective, self.baseline)
+        masks, scores, baseline = self.scored(objective)
         n = self.n_samples
         at_a, exchanged = scores[:, :n], scores[:, n:].reshape(len(scores), -1, n)
         index, error = jansen(at_a, exchanged)
@@ -149,25 +157,18 @@ class Hsic(_MaskSensitivity):
 
     n_samples: int = 1024
     grid: int | Sequence[int] = 7
-    baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _power_of_two(self.n_samples)
-
     @property
     def units(self) -> str:
         return "dependence of the target on the voxel's cell (HSIC)"
 
     def design(self, objective: Objective) -> Tensor:
         """(N, cells) of 0 and 1."""
-        d = math.prod(self.cells(objective, self.grid))
+        d = math.prod(self.cells(objective))
         return quasi_random(self.n_samples, d, objective.seed, binary=True)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial)."""
-        masks, scores, baseline = self.scored(objective, self.baseline)
+        masks, scores, baseline = self.scored(objective)
         ones = masks.grids.flatten(1)
         halves = [hsic(ones[h], scores[:, h]) for h in _halves(self.n_samples)]
         return self.explained(masks, hsic(ones, scores), halves, {"baseline": json_ready(baseline.record())})
@@ -230,7 +231,3 @@ def _likeness(points: Tensor) -> float:
         found = max(found, float(correlation.abs().max()))
     return found
 
-
-def _power_of_two(n: int) -> None:
-    if n < 4 or n & (n - 1):
-        raise UsageError(f"n_samples={n}: a quasi-random sequence is balanced at powers of two: 4, 8, 16, …")

@@ -36,7 +36,7 @@ class _ShapleyMethod(Method):
         raise NotImplementedError
 
     def passes(self, objective: Objective) -> int:
-        """At most: features that change no voxel are found while running."""
+        """Those of all coalitions."""
         game = self.game(objective)
         return game.passes(self.coalitions(game))
 

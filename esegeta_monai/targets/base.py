@@ -7,7 +7,7 @@ A `Target` is what the user chooses. Bound to one unperturbed prediction it beco
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -71,6 +71,10 @@ class Score(ABC):
             p = prediction.detach().requires_grad_(True)
             (gradient,) = torch.autograd.grad(self.value(p), p)
         return gradient
+
+    def window_cotangent(self, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        """``∂s/∂P`` of a linear score in one window: ``cut`` takes a window out of a (…, *box) tensor."""
+        return cut(self.cotangent(torch.zeros((len(self.channels), *(b.stop - b.start for b in self.box)))))
 
     def constant(self) -> float:
         """``s(0)``: what a linear score adds to the sum over windows."""
@@ -160,6 +164,10 @@ class WeightedScore(Score):
             return super().cotangent(prediction)
         weights = self.mask.to(prediction.device, prediction.dtype)
         return (weights / self.voxels if self.reduction == "mean" and self.voxels else weights).unsqueeze(0)
+
+    def window_cotangent(self, cut: Callable[[Tensor], Tensor]) -> Tensor:
+        weights = cut(self.mask.unsqueeze(0)).double()  # the window alone: no volume of weights is made
+        return weights / self.voxels if self.reduction == "mean" and self.voxels else weights
 
 
 def bounding_box(mask: Tensor) -> tuple[slice, ...]:

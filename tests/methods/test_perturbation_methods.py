@@ -39,7 +39,7 @@ def test_equals_the_naive_computation(method, norm, output, monkeypatch):
         expected_passes = method.passes(case.objective)
         assert case.objective.monitor.passes == 0
         mine = run(method, case.objective)
-        assert case.objective.monitor.passes <= expected_passes
+        assert case.objective.monitor.passes == expected_passes
         for module in (esegeta_monai.coalitions, methods.rise, methods.sensitivity):
             monkeypatch.setattr(module, "known_change", case.change)
         naive = run(method, case.objective)
@@ -62,14 +62,6 @@ def test_in_three_dimensions(method, monkeypatch):
         naive = run(method, case.objective)
     assert mine.maps.shape[2:] == (6, 10, 9)
     assert_equal(mine.maps, naive.maps)
-
-
-@pytest.mark.parametrize("method", [m for m in BLACK_BOX if not isinstance(m, methods.ChannelShapley)], ids=repr)
-def test_the_passes_are_exact_where_no_voxel_equals_its_baseline(method):
-    case = Naive(small(2, 2), image_of(2, 6, 20), [MultiClassMask(1)])
-    with frozen(case.net):
-        run(method, case.objective)
-        assert case.objective.monitor.passes == method.passes(case.objective)
 
 
 @pytest.mark.parametrize("method", BLACK_BOX, ids=repr)
