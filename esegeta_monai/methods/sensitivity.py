@@ -157,6 +157,7 @@ class Hsic(_MaskSensitivity):
 
     n_samples: int = 1024
     grid: int | Sequence[int] = 7
+
     @property
     def units(self) -> str:
         return "dependence of the target on the voxel's cell (HSIC)"
@@ -230,4 +231,3 @@ def _likeness(points: Tensor) -> float:
         correlation = torch.corrcoef(values.T).fill_diagonal_(0)
         found = max(found, float(correlation.abs().max()))
     return found
-
