@@ -367,7 +367,7 @@ class Objective:
         self,
         groups: Sequence[Sequence[tuple[int, int]]],
         run: Callable[[Batch], None],
-        whole: list[Tensor] | None,
+        whole: list[Tensor | None] | None,
         predictions: list[Tensor] | None,
         with_cotangents: bool,
     ) -> None:

@@ -63,13 +63,15 @@ class Occlusion(Method):
         for i in changed:
             place = boxes.boxes[i]
             for c in range(len(maps[0])) if boxes.channels is None else boxes.channels[i]:
-                maps[(slice(None), c, *place)] += drops[:, i].reshape(-1, *(1,) * len(place))
+                index: tuple[Any, ...] = (slice(None), c, *place)
+                maps[index] += drops[:, i].reshape(-1, *(1,) * len(place))
         if changed:  # elsewhere the map is zero, and nothing is divided
             places = list(zip(*(boxes.boxes[i] for i in changed)))
             touched = tuple(slice(min(p.start for p in axis), max(p.stop for p in axis)) for axis in places)
+            index = (..., *touched)
             counts = [count[t] for count, t in zip(self._counts(objective.plan.spatial_shape), touched)]
             for axis, count in enumerate(counts):  # occluders are a grid: what holds a voxel is a product over the axes
-                maps[(..., *touched)] /= count.to(maps).reshape(-1, *(1,) * (len(counts) - 1 - axis))
+                maps[index] /= count.to(maps).reshape(-1, *(1,) * (len(counts) - 1 - axis))
         return Explained(maps, {"occluders": len(boxes), "baseline": json_ready(baseline.record())})
 
     def passes(self, objective: Objective) -> int:
