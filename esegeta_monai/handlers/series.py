@@ -17,6 +17,7 @@ from torch import Tensor
 
 from esegeta_monai.attribution import Attribution
 from esegeta_monai.errors import UsageError
+from esegeta_monai.metrics import RelevanceMass, Subject
 from esegeta_monai.storage.files import atomic
 
 __all__ = ["TABLE", "ExplanationSeries"]
@@ -132,15 +133,14 @@ class ExplanationSeries:
 
     @staticmethod
     def _mass(magnitude: Tensor, label: Any) -> float | None:
-        total = float(magnitude.sum())
-        if not isinstance(label, Tensor) or total == 0:
+        if not isinstance(label, Tensor) or not bool(magnitude.any()):
             return None
         inside = torch.as_tensor(label).as_subclass(Tensor).cpu() > 0
         while inside.ndim > magnitude.ndim:
             inside = inside.any(0)
-        if inside.shape != magnitude.shape:  # a class label, or a region on another grid
+        if inside.shape != magnitude.shape or not bool(inside.any()):  # a class, another grid, no region
             return None
-        return float(magnitude[inside].sum()) / total
+        return RelevanceMass().update(Subject(magnitude[None], label=inside)).value
 
     def _similarity(self, key: Key, magnitude: Tensor) -> float | None:
         before, self._last[key] = self._last.get(key), magnitude
