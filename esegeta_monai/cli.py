@@ -135,12 +135,23 @@ def build_parser() -> argparse.ArgumentParser:
     overlay = _add(
         commands,
         "overlay",
-        "copy explain.json into a bundle, so that 'monai.bundle run' explains too",
+        "write the config file that lets 'monai.bundle run' explain a bundle, and say what was found in it",
         _lazy("overlay", "run"),
     )
-    overlay.add_argument("--bundle", metavar="DIR", help="the bundle; the file goes to DIR/configs/explain.json")
-    overlay.add_argument("--output", metavar="FILE", help="where to write it instead")
+    _add_bundle(overlay, required=False)
+    overlay.add_argument("--output", metavar="FILE", help="where to write it (default: DIR/configs/explain.json)")
     overlay.add_argument("--path", action="store_true", help="write nothing, print where the shipped file lies")
+    merge = _add(
+        commands, "merge", "write a bundle's config and its overlay as one file", _lazy("overlay", "run_merge")
+    )
+    _add_bundle(merge, required=True)
+    merge.add_argument(
+        "--add",
+        action="append",
+        metavar="FILE",
+        help="what is merged behind the config (default: the overlay that fits); may be repeated",
+    )
+    merge.add_argument("--output", required=True, metavar="FILE", help="where to write it; never over another file")
     return parser
 
 

@@ -28,7 +28,7 @@ from esegeta_monai.methods import Saliency
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets import MultiClassMask
 from esegeta_monai.targets.base import TARGETS
-from tests.support_cli import CLASSES, SIZE, make_bundle, make_scan, run_json, statuses
+from tests.support_cli import CLASSES, SIZE, config, make_bundle, make_scan, run_json, statuses
 
 
 @pytest.fixture(scope="module")
@@ -360,11 +360,15 @@ def test_patterns_are_fitted_and_used(
     assert run("patterns", "--bundle", bundle, "--input", scans, "--output", file, "--overwrite", "-q") == 0
 
 
-def test_overlay_is_copied_and_never_over_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overlay_is_written_and_never_over_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = make_bundle(tmp_path / "b", weights=False)
+    assert run("overlay", "--bundle", bundle) == 2
+    assert "builds no evaluator" in capsys.readouterr().err
+    evaluator = {"_target_": "SupervisedEvaluator", "network": "@network"}
+    (bundle / "configs" / "inference.json").write_text(json.dumps(config(evaluator=evaluator, run=["$@evaluator.run()"])))
     assert run("overlay", "--bundle", bundle) == 0
     copy = bundle / "configs" / "explain.json"
-    assert copy.read_bytes() == shipped_overlay().read_bytes()
+    assert json.loads(copy.read_text())["evaluator#val_handlers"] == ["@explain_handler"]
     assert "['configs/inference.json', 'configs/explain.json']" in capsys.readouterr().out
     copy.write_text("mine")
     assert run("overlay", "--bundle", bundle) == 2
@@ -380,7 +384,7 @@ def test_overlay_is_copied_and_never_over_another(tmp_path: Path, capsys: pytest
 # ---------------------------------------------------------------------- the rest
 
 
-@pytest.mark.parametrize("command", [[], ["explain"], ["demo"], ["methods"], ["layers"], ["info"], ["overlay"]])
+@pytest.mark.parametrize("command", [[], ["explain"], ["demo"], ["methods"], ["layers"], ["info"], ["overlay"], ["merge"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
     text = capsys.readouterr().out

@@ -1,7 +1,8 @@
-"""MONAI bundles: reading one for explanation."""
+"""MONAI bundles: reading one for explanation, and running one with explanations."""
 
 from __future__ import annotations
 
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.bundle.workflow import ExplainWorkflow
 
-__all__ = ["BundleReader"]
+__all__ = ["BundleReader", "ExplainWorkflow"]

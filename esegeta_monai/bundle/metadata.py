@@ -109,7 +109,8 @@ class BundleMetadata:
 
 
 def _channel_names(data_format: Any) -> dict[int, str]:
-    names = data_format.get("channel_def") if isinstance(data_format, Mapping) else None
+    known = data_format if isinstance(data_format, Mapping) else {}
+    names = known.get("channel_def") or known.get("label_def")
     if isinstance(names, (list, tuple)):
         names = dict(enumerate(names))
     if not isinstance(names, Mapping):

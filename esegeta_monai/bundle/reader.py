@@ -23,7 +23,7 @@ from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.weights import WeightSource, components, find_weights, load_weights, references
 from esegeta_monai.errors import NetworkError, UsageError
 
-__all__ = ["BundleReader"]
+__all__ = ["BundleReader", "run_id_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -243,9 +243,7 @@ class BundleReader:
     @property
     def run_id(self) -> str | None:
         """The id that starts the bundle (`run`, `evaluating`, …): the one that runs the evaluator, or None."""
-        config: Any = self.parser.config
-        ids = [key for key, value in config.items() if "@evaluator.run" in json.dumps(value, default=str)]
-        return "run" if "run" in ids else next(iter(ids), None)
+        return _running(self.parser)
 
     def resolve(self, key: str) -> Any:
         """The value of any id, built with the bundle's own `scripts/` importable.
@@ -375,6 +373,24 @@ class BundleReader:
             f"bundle {self.name!r} has no {part}: {self._files} has none of the ids {', '.join(ids)}; say which one to "
             f"use with overrides, on the command line --override {override}"
         )
+
+
+def run_id_of(parser: ConfigParser) -> str:
+    """The id that runs a config's evaluator.
+
+    Raises:
+        UsageError: nothing runs it.
+    """
+    found = _running(parser)
+    if found is None:
+        raise UsageError("no id of this config runs its evaluator: name the one to run with run_id")
+    return found
+
+
+def _running(parser: ConfigParser) -> str | None:
+    config: Any = parser.config
+    ids = [key for key, value in config.items() if "@evaluator.run" in json.dumps(value, default=str)]
+    return "run" if "run" in ids else next(iter(ids), None)
 
 
 def _cause(error: BaseException) -> str:

@@ -1,0 +1,282 @@
+"""A small synthetic input for every bundle of MONAI's Model Zoo, in the layout that the bundle expects.
+
+Each function writes files below a folder and returns the options that say where they lie. Nothing of a bundle is edited.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+__all__ = ["RECIPES", "Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one bundle is given something to do.
+
+    Attributes:
+        data: writes the input below a folder, returns options (id to value) that say where it lies.
+        needs: overrides without which the bundle itself does not run on this MONAI, and why.
+        speed: overrides that make it small enough for a laptop, and why.
+        options: of the overlay, beside methods and target.
+        methods: what explains it.
+        crop: what is different in the check on a crop.
+        cause: why no map can be made at all.
+    """
+
+    data: Callable[[Path], dict[str, Any]] = lambda folder: {}
+    needs: dict[str, Any] = field(default_factory=dict)
+    needs_why: str = ""
+    speed: dict[str, Any] = field(default_factory=dict)
+    speed_why: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    methods: str = "Saliency"
+    crop: dict[str, Any] = field(default_factory=dict)
+    cause: str = ""
+
+
+def body(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Smooth texture in an ellipsoid on air, about 0 to 1."""
+    rng = np.random.default_rng(seed)
+    texture = gaussian_filter(rng.normal(size=shape), 2.0)
+    texture = 0.5 + 0.2 * texture / texture.std()
+    axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij")
+    return np.clip(texture, 0.05, 1) * (sum(a**2 for a in axes) < 0.9)
+
+
+def scan(
+    file: Path,
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    *,
+    hounsfield: bool = True,
+    channels: int = 0,
+    seed: int = 0,
+) -> str:
+    """A NIfTI volume whose axes run left, posterior, superior, away from the origin."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
+    affine[:3, 3] = (40.0, 30.0, -20.0)
+    values = body(shape, seed)
+    values = values * 400 - 200 if hounsfield else values * 1000
+    if channels:
+        values = np.stack([values + 50 * i * body(shape, seed + i + 1) for i in range(channels)], -1)
+    image = nib.Nifti1Image(values.astype(np.float32 if channels else np.int16), affine)
+    image.header.set_xyzt_units("mm")
+    image.set_qform(affine, 1)
+    image.set_sform(affine, 1)
+    nib.save(image, file)
+    return str(file)
+
+
+def picture(file: Path, size: tuple[int, int], channels: int = 3, seed: int = 0) -> str:
+    """A PNG or JPEG, size as (width, height)."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    planes = [body((size[1], size[0]), seed + i) for i in range(channels)]
+    values = (np.stack(planes, -1) if channels > 1 else planes[0]) * 255
+    Image.fromarray(values.astype(np.uint8)).save(file)
+    return str(file)
+
+
+def scans_in(below: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], **options: Any) -> Callable:
+    """One scan in the folder that `dataset_dir` names."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        scan(folder / below / "case_1.nii.gz", shape, spacing, **options)
+        return {"dataset_dir": str(folder)}
+
+    return make
+
+
+def datalist(key: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], **options: Any) -> Callable:
+    """One scan in a Decathlon list."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        file = scan(folder / "case_1.nii.gz", shape, spacing, **options)
+        (folder / "list.json").write_text(json.dumps({key: [{"image": file}]}))
+        return {"data_list_file_path": str(folder / "list.json"), "dataset_dir": str(folder)}
+
+    return make
+
+
+def listed_files(folder: Path, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    (folder / "samples.json").write_text(json.dumps(entries))
+    return {"test_json": str(folder / "samples.json")}
+
+
+def classification_template(folder: Path) -> dict[str, Any]:
+    return listed_files(folder, [{"image": picture(folder / "a.png", (128, 128), 1), "label": 1}])
+
+
+def endoscopic_inbody(folder: Path) -> dict[str, Any]:
+    return listed_files(folder, [{"image": picture(folder / "a.jpg", (320, 240)), "label": 1}])
+
+
+def endoscopic_tool(folder: Path) -> dict[str, Any]:
+    picture(folder / "test" / "a" / "frame_1.jpg", (320, 240))
+    return {"dataset_dir": str(folder)}
+
+
+def mednist(folder: Path) -> dict[str, Any]:
+    for i in range(2):
+        picture(folder / f"{i}.jpeg", (64, 64), 1, seed=i)
+    return {"datalist": [str(folder / f"{i}.jpeg") for i in range(2)]}
+
+
+def nuclei(folder: Path) -> dict[str, Any]:
+    picture(folder / "Test" / "Images" / "a.png", (128, 128))
+    mask = np.zeros((128, 128), np.uint8)
+    mask[50:70, 55:80] = 1
+    (folder / "Test" / "Labels").mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask).save(folder / "Test" / "Labels" / "a.png")
+    return {"dataset_dir": str(folder)}
+
+
+def clicks(folder: Path) -> dict[str, Any]:
+    picture(folder / "Test" / "Images" / "a.png", (256, 256))
+    (folder / "Test" / "Centroids").mkdir(parents=True, exist_ok=True)
+    (folder / "Test" / "Centroids" / "a.txt").write_text(json.dumps([[100, 120]]))
+    return {"dataset_dir": str(folder)}
+
+
+def hovernet(folder: Path) -> dict[str, Any]:
+    picture(folder / "a.png", (300, 260))
+    return {"dataset_dir": str(folder)}
+
+
+def pediatric(folder: Path) -> dict[str, Any]:
+    file = scan(folder / "case_1.nii.gz", (88, 88, 88), (1.6, 1.6, 3.2))
+    (folder / "list.json").write_text(json.dumps({"validation": [{"image": file}]}))
+    return {"data_list_file_path": str(folder / "list.json")}
+
+
+def prostate(folder: Path) -> dict[str, Any]:
+    scan(folder / "train" / "t2.nii.gz", (70, 70, 30), (0.7, 0.7, 1.6), hounsfield=False)
+    (folder / "test.csv").write_text("ID,t2\n1,train/t2.nii.gz\n")
+    return {"dataset_dir": f"{folder}/"}
+
+
+def kidney_phases(folder: Path) -> dict[str, Any]:
+    for i, name in enumerate(("12", "22-", "32-", "merged")):
+        scan(folder / "case_1" / f"{name}.nii.gz", (86, 86, 86), (0.9, 0.9, 0.9), seed=i)
+    return {"dataset_dir": str(folder)}
+
+
+def vista3d(folder: Path) -> dict[str, Any]:
+    file = scan(folder / "case_1.nii.gz", (80, 80, 80), (1.6, 1.6, 1.6))
+    return {"input_dict": {"image": file, "label_prompt": [3]}}
+
+
+def vista2d(folder: Path) -> dict[str, Any]:
+    return {"input_dict": {"image": picture(folder / "a.png", (256, 256))}}
+
+
+def lungs(folder: Path) -> dict[str, Any]:
+    file = scan(folder / "case_1.nii.gz", (64, 64, 32), (0.703125, 0.703125, 1.25))
+    entry = {"image": file, "box": [[10.0, 10.0, 10.0, 6.0, 6.0, 6.0]], "label": [0]}
+    (folder / "list.json").write_text(json.dumps({"validation": [entry]}))
+    return {"data_list_file_path": str(folder / "list.json"), "dataset_dir": str(folder)}
+
+
+def valves(folder: Path) -> dict[str, Any]:
+    file = folder / "case_1.nii.gz"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    values = np.stack([body((256, 256), i) * 1000 for i in range(3)], -1)[:, :, None, :]
+    nib.save(nib.Nifti1Image(values.astype(np.float32), np.diag([1.4, 1.4, 8.0, 1.0])), file)
+    return {"dataset_dir": str(folder)}
+
+
+def slide(folder: Path) -> dict[str, Any]:
+    (folder / "testing" / "images").mkdir(parents=True, exist_ok=True)
+    picture(folder / "testing" / "images" / "a.png", (512, 512)).replace(".png", ".tif")
+    Image.open(folder / "testing" / "images" / "a.png").save(folder / "testing" / "images" / "a.tif")
+    (folder / "testing.csv").write_text("a\n")
+    return {"dataset_dir": str(folder), "testing_file": str(folder / "testing.csv")}
+
+
+def searched(folder: Path) -> dict[str, Any]:
+    """A Decathlon list, and an architecture as DiNTS' search writes it (the file is part of the missing weights)."""
+    options = datalist("testing", (96, 96, 96), (1.0, 1.0, 1.0))(folder)
+    generator = torch.Generator().manual_seed(0)
+    code = {
+        "code_a": None,
+        "arch_code_a": (torch.rand(12, 10, generator=generator) > 0.5).long().numpy(),
+        "arch_code_c": torch.randint(0, 5, (12, 10), generator=generator).numpy(),
+        "node_a": np.ones((13, 4), np.int64),
+    }
+    code["arch_code_a"][:, [0, 1, 4]] = 1
+    torch.save(code, folder / "architecture.pt")
+    return {**options, "arch_ckpt_path": str(folder / "architecture.pt")}
+
+
+GENERATIVE = "makes images from noise: there is no image whose voxels could be explained"
+
+RECIPES: dict[str, Recipe] = {
+    "brats_mri_axial_slices_generative_diffusion": Recipe(cause=GENERATIVE),
+    "brats_mri_generative_diffusion": Recipe(cause=GENERATIVE),
+    "maisi_ct_generative": Recipe(cause=GENERATIVE),
+    "mednist_gan": Recipe(cause=GENERATIVE),
+    "brats_mri_segmentation": Recipe(
+        datalist("testing", (64, 64, 48), (1.0, 1.0, 1.0), hounsfield=False, channels=4),
+        speed={"inferer#roi_size": [64, 64, 48]},
+        speed_why="its windows of 240x240x160 are padded to that size whatever the image",
+    ),
+    "breast_density_classification": Recipe(),
+    "classification_template": Recipe(classification_template),
+    "endoscopic_inbody_classification": Recipe(endoscopic_inbody),
+    "endoscopic_tool_segmentation": Recipe(endoscopic_tool),
+    "lung_nodule_ct_detection": Recipe(lungs),
+    "mednist_reg": Recipe(mednist),
+    "multi_organ_segmentation": Recipe(
+        searched,
+        needs={
+            "arch_ckpt": "$torch.load(@arch_ckpt_path, map_location=@device, weights_only=False)",
+            "dints_space#device": "$@device",
+        },
+        needs_why="it names cuda whatever the device, and its architecture file holds NumPy arrays",
+    ),
+    "pancreas_ct_dints_segmentation": Recipe(
+        searched,
+        needs={
+            "arch_ckpt": "$torch.load(@arch_ckpt_path, map_location=@device, weights_only=False)",
+            "dints_space#device": "$@device",
+        },
+        needs_why="it names cuda whatever the device, and its architecture file holds NumPy arrays",
+    ),
+    "pathology_nuclei_classification": Recipe(nuclei),
+    "pathology_nuclei_segmentation_classification": Recipe(hovernet),
+    "pathology_nuclick_annotation": Recipe(clicks),
+    "pathology_tumor_detection": Recipe(
+        slide, needs={"wsi_reader": "TiffFile"}, needs_why="cuCIM is not there without an NVIDIA driver"
+    ),
+    "pediatric_abdominal_ct_segmentation": Recipe(pediatric),
+    "prostate_mri_anatomy": Recipe(prostate),
+    "renalStructures_CECT_segmentation": Recipe(kidney_phases),
+    "renalStructures_UNEST_segmentation": Recipe(scans_in(".", (87, 87, 87), (1.1, 1.1, 1.1))),
+    "segmentation_template": Recipe(scans_in(".", (64, 72, 48), (1.0, 1.0, 1.5))),
+    "spleen_ct_segmentation": Recipe(scans_in("imagesTs", (100, 88, 88), (1.6, 1.6, 2.1))),
+    "spleen_deepedit_annotation": Recipe(scans_in("imagesTs", (100, 90, 80), (1.6, 1.6, 2.1))),
+    "swin_unetr_btcv_segmentation": Recipe(
+        scans_in("imagesTs", (88, 88, 88), (1.6, 1.6, 2.1)),
+        needs={"network_def": {"_target_": "SwinUNETR", "in_channels": 1, "out_channels": 14, "feature_size": 48}},
+        needs_why="SwinUNETR's img_size was removed in MONAI 1.5",
+    ),
+    "valve_landmarks": Recipe(valves),
+    "ventricular_short_axis_3label": Recipe(scans_in(".", (256, 256, 4), (1.4, 1.4, 8.0), hounsfield=False)),
+    "vista2d": Recipe(vista2d),
+    "vista3d": Recipe(vista3d),
+    "wholeBody_ct_segmentation": Recipe(scans_in("imagesTs", (87, 87, 87), (1.6, 1.6, 1.6))),
+    "wholeBrainSeg_Large_UNEST_segmentation": Recipe(
+        scans_in("images", (96, 96, 96), (1.0, 1.0, 1.0), hounsfield=False)
+    ),
+}

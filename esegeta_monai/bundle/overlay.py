@@ -1,0 +1,111 @@
+"""The overlay that fits a bundle: the shipped ``explain.json``, wired to the ids that this bundle has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+
+from esegeta_monai.bundle.metadata import BundleMetadata
+from esegeta_monai.errors import UsageError
+
+__all__ = ["HANDLER", "evaluator_of", "fitted_overlay", "shipped_overlay"]
+
+HANDLER = "@explain_handler"
+_REGRESSION = ("points", "tuples", "regression")
+_SEGMENTATION = ("segmentation", "labels")
+
+
+def shipped_overlay() -> Path:
+    """The ``explain.json`` that the package carries, for bundles that keep ``handlers`` and ``output_dir``."""
+    return Path(str(files("esegeta_monai.bundle") / "explain.json"))
+
+
+def fitted_overlay(parser: ConfigParser, metadata: BundleMetadata) -> dict[str, Any]:
+    """The content of an overlay for a bundle's config, to be merged behind it.
+
+    What differs from the shipped one: the list that the handler joins (``handlers``, ``val_handlers``, the evaluator's
+    own, or a new one), the output folder where the config has no ``output_dir``, the output that is explained where
+    metadata.json knows several, and the target of a regression.
+
+    Args:
+        parser: the bundle's config; nothing of it is evaluated.
+        metadata: its metadata.json.
+
+    Raises:
+        UsageError: no evaluator in the config.
+
+    >>> parser = ConfigParser({"evaluator": {"_target_": "SupervisedEvaluator"}, "bundle_root": "."})
+    >>> overlay = fitted_overlay(parser, BundleMetadata({}))
+    >>> overlay["evaluator#val_handlers"], overlay["explain_output_dir"]
+    (['@explain_handler'], "$@bundle_root + '/explained'")
+    """
+    overlay: dict[str, Any] = json.loads(shipped_overlay().read_text(encoding="utf-8"))
+    del overlay["+handlers"]
+    if "bundle_root" not in parser:
+        overlay["bundle_root"] = "."
+    if "output_dir" not in parser:
+        overlay["explain_output_dir"] = "$@bundle_root + '/explained'"
+    overlay["explain_output"] = chosen_output(metadata)
+    if _is_regression(metadata):
+        overlay["explain_targets"] = ["OutputValue(channel=0)"]
+    overlay.update(_joined(parser))
+    return overlay
+
+
+def evaluator_of(parser: ConfigParser) -> str:
+    """The id of the evaluator that a config runs.
+
+    Raises:
+        UsageError: it has none.
+    """
+    for key in ("evaluator", "validate#evaluator"):
+        if isinstance(parser.get(key), Mapping):
+            return key
+    built = [
+        key
+        for key, value in (parser.config or {}).items()
+        if isinstance(value, Mapping) and str(value.get("_target_", "")).endswith("Evaluator")
+    ]
+    if built:
+        return str(built[0])
+    raise UsageError(
+        "this config builds no evaluator, so no handler can watch it; explain with 'esegeta-monai explain --bundle "
+        "DIR', or from Python with esegeta_monai.Explainer"
+    )
+
+
+def chosen_output(metadata: BundleMetadata) -> str | None:
+    """Which of several outputs is explained: None for one, else the first that is called a segmentation."""
+    outputs = metadata.outputs
+    if len(outputs) < 2 or "pred" in outputs:
+        return None
+    kinds = {name: str(f.get("format") if isinstance(f, Mapping) else "").lower() for name, f in outputs.items()}
+    masks = [name for name, kind in kinds.items() if any(word in kind for word in _SEGMENTATION)]
+    return str(next(iter(masks or kinds)))
+
+
+def _joined(parser: ConfigParser) -> dict[str, Any]:
+    """The entry that puts the handler behind the evaluator's own ones: a checkpoint loader must stay the first."""
+    own = f"{evaluator_of(parser)}#val_handlers"
+    handlers = parser.get(own)
+    if handlers is None:
+        return {own: [HANDLER]}
+    if isinstance(handlers, list):
+        return {f"+{own}": [HANDLER]}
+    name = str(handlers).removeprefix("@").replace("::", "#")
+    if str(handlers).startswith("@") and isinstance(parser.get(name), list):
+        return {f"+{name}": [HANDLER]}
+    expression = str(handlers).removeprefix("$")
+    return {own: f"$list({expression}) + [{HANDLER}]"}
+
+
+def _is_regression(metadata: BundleMetadata) -> bool:
+    pred: Any = metadata.outputs.get("pred")
+    if not isinstance(pred, Mapping):
+        return False
+    return any(str(pred.get(key)).lower() in _REGRESSION for key in ("type", "format"))
