@@ -6,8 +6,9 @@ CHECKOUT is a folder of bundles (the model zoo's `models/`). For each bundle, in
 
 1. the bundle is copied; where its checkpoint is absent, random weights (seed 0) are put in its place;
 2. a small synthetic input is made in the layout that it expects (`zoo_inputs.py`);
-3. `esegeta-monai overlay --bundle` writes the overlay, and on the input (or a crop of it) the gradient by `Explainer` is compared with PyTorch's autograd through the bundle's
-   own inferer (`zoo_check.py`, which also chooses a class that these weights predict);
+3. `esegeta-monai overlay --bundle` writes the overlay, and on the input (or a crop of it) the gradient by `Explainer`
+   is compared with PyTorch's autograd through the bundle's own inferer (`zoo_check.py`, which also chooses a class that
+   these weights predict);
 4. `python -m monai.bundle run` runs without and with the overlay, and their predictions are compared, byte by byte.
 
 A bundle is green where a map has status ok, its target has voxels, it is not zero, it lies on the input's grid, the
@@ -206,20 +207,21 @@ def table(rows: list[dict[str, Any]], commit: str) -> str:
         "# The Model Zoo, bundle by bundle",
         "",
         f"Every bundle of [Project-MONAI/model-zoo](https://github.com/Project-MONAI/model-zoo){commit}, unedited, by",
-        "`python -m monai.bundle run` with the overlay that `esegeta-monai overlay --bundle DIR` writes. Where a checkpoint",
-        "is absent the weights are random, so a map says that the machinery is right, not what the model has learned.",
+        "`python -m monai.bundle run` with the overlay that `esegeta-monai overlay --bundle DIR` writes. Where a",
+        "checkpoint is absent the weights are random: a map then shows that the machinery is right, and nothing of",
+        "what a model has learned.",
         "",
-        f"**{len(green)} of {len(rows)} green, {len(nothing)} of them with nothing done** but saying where data and output",
-        "lie and what is explained. Green: status ok, the target has voxels, the map is not zero, its grid is the input's,",
-        f"the gradient equals full autograd through the bundle's own inferer (largest difference <= {TOLERANCE:g} of its",
-        "largest value), and the files that the bundle writes are equal with and without the overlay (NIfTI: header and",
-        "voxels; others: every byte).",
+        f"**{len(green)} of {len(rows)} green, {len(nothing)} of them with nothing done** but saying where data and",
+        "output lie and what is explained. Green: status ok, the target has voxels, the map is not zero, its grid is",
+        "the input's, the gradient equals full autograd through the bundle's own inferer",
+        f"(<= {TOLERANCE:g} of its largest value), and the files that the bundle writes are equal with and without the",
+        "overlay (NIfTI: header and voxels; others: every byte).",
         "",
         "    python benchmarks/zoo.py CHECKOUT/models --work DIR --table docs/zoo.md",
         "",
-        "makes this page; it takes about two hours of one core, and goes on where it was stopped.",
+        "makes this page. Finished bundles are skipped, and several of these may run side by side.",
         "",
-        "| bundle | network | inferer | what was done | target | maps | off autograd | predictions | CPU s without, with |",
+        "| bundle | network | inferer | what was done | target | maps | off autograd | predictions | CPU s, with |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

@@ -1,5 +1,6 @@
 """One bundle, in a process of its own: its overlay, random weights where there are none, a class that they predict, and
-the gradient against PyTorch's autograd through the bundle's inferer. Called by `zoo.py`; writes check.json beside the job."""
+the gradient against PyTorch's autograd through the bundle's inferer. `zoo.py` calls it; check.json lies beside the job.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A small synthetic input for every bundle of MONAI's Model Zoo, in the layout that the bundle expects.
 
-Each function writes files below a folder and returns the options that say where they lie. Nothing of a bundle is edited.
+Each function writes files below a folder and returns the options that say where they lie. No bundle is edited.
 """
 
 from __future__ import annotations

@@ -259,6 +259,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="mixed precision (default: on CUDA as the bundle says, off on the CPU)",
     )
+    parser.add_argument(
+        "--map-format",
+        choices=["nifti", "input"],
+        default="nifti",
+        help="how maps are written: NIfTI, or NRRD and MHA where the scan is (needs ITK; others stay NIfTI)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="compute again what is finished")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: 0)")
     parser.add_argument(

@@ -49,7 +49,8 @@ class ResultWriter:
         methods, targets: of the run; two of one kind get their distinguishing parameters into their names.
         provenance: what else every sidecar and ``run.json`` records, JSON-ready (bundle, version, hashes); a finished
             map counts as finished only where all of it is the same.
-        postfix, separate_folder, extension: file layout, see `esegeta_monai.storage.map_path`.
+        postfix, separate_folder, extension: file layout, see `esegeta_monai.storage.map_path`; the extension
+            ``"input"`` stands for that of each scan (`esegeta_monai.storage.map_suffix`).
         overwrite: compute and write again what is finished.
         pictures: a PNG beside every map.
         ranks: the processes that write into this folder; None: this one.
@@ -81,6 +82,7 @@ class ResultWriter:
         self.output_dir = storage.writable_folder(output_dir)
         self.provenance = dict(provenance or {})
         self.layout: dict[str, Any] = {"postfix": postfix, "separate_folder": separate_folder, "extension": extension}
+        self.as_input = extension == "input"
         self.overwrite, self.pictures = overwrite, pictures
         rank = self.ranks.rank
         if rank:
@@ -112,10 +114,11 @@ class ResultWriter:
         own = [p for p in extra.split("-") if p and not p.startswith("class_index")]
         return "-".join([label, *own])
 
-    def path(self, attribution: Attribution, case: str) -> Path:
+    def path(self, attribution: Attribution, case: str, scan: Any = None) -> Path:
         """Where a map lies."""
         target_name = self.target_name(attribution.target, attribution.label)
-        return storage.map_path(self.output_dir, case, target_name, self._method_name(attribution), **self.layout)
+        layout = {**self.layout, "extension": storage.map_suffix(scan)} if self.as_input else self.layout
+        return storage.map_path(self.output_dir, case, target_name, self._method_name(attribution), **layout)
 
     def _method_name(self, attribution: Attribution) -> str:
         name = self.method_names[id(attribution.method)]
@@ -134,7 +137,7 @@ class ResultWriter:
             case: name of the case, as the user calls it.
             scan: file of the scan, or the scan.
         """
-        path = self.path(attribution, case)
+        path = self.path(attribution, case, scan)
         if self.overwrite or not storage.is_complete(path, self.key(attribution, case, scan)):
             return False
         if self._clash(path, attribution, case):
@@ -199,7 +202,7 @@ class ResultWriter:
         if not self.writes:
             return None
         scan = scan if scan is not None else scan_of(image)
-        path, label, method_name = self.path(attribution, case), attribution.label, self._method_name(attribution)
+        path, label, method_name = self.path(attribution, case, scan), attribution.label, self._method_name(attribution)
         record = {**attribution.record, **self.key(attribution, case, scan)}
         record["class"] = record.pop("class_name", None)
         clash = self._clash(path, attribution, case)

@@ -365,7 +365,9 @@ def test_overlay_is_written_and_never_over_another(tmp_path: Path, capsys: pytes
     assert run("overlay", "--bundle", bundle) == 2
     assert "builds no evaluator" in capsys.readouterr().err
     evaluator = {"_target_": "SupervisedEvaluator", "network": "@network"}
-    (bundle / "configs" / "inference.json").write_text(json.dumps(config(evaluator=evaluator, run=["$@evaluator.run()"])))
+    (bundle / "configs" / "inference.json").write_text(
+        json.dumps(config(evaluator=evaluator, run=["$@evaluator.run()"]))
+    )
     assert run("overlay", "--bundle", bundle) == 0
     copy = bundle / "configs" / "explain.json"
     assert json.loads(copy.read_text())["evaluator#val_handlers"] == ["@explain_handler"]
@@ -384,7 +386,9 @@ def test_overlay_is_written_and_never_over_another(tmp_path: Path, capsys: pytes
 # ---------------------------------------------------------------------- the rest
 
 
-@pytest.mark.parametrize("command", [[], ["explain"], ["demo"], ["methods"], ["layers"], ["info"], ["overlay"], ["merge"]])
+@pytest.mark.parametrize(
+    "command", [[], ["explain"], ["demo"], ["methods"], ["layers"], ["info"], ["overlay"], ["merge"]]
+)
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--help"]) == 0
     text = capsys.readouterr().out

@@ -66,9 +66,10 @@ def evaluator_of(parser: ConfigParser) -> str:
     for key in ("evaluator", "validate#evaluator"):
         if isinstance(parser.get(key), Mapping):
             return key
+    config: Any = parser.config or {}
     built = [
         key
-        for key, value in (parser.config or {}).items()
+        for key, value in config.items()
         if isinstance(value, Mapping) and str(value.get("_target_", "")).endswith("Evaluator")
     ]
     if built:

@@ -21,8 +21,8 @@ logger = logging.getLogger("esegeta_monai")
 class ExplainWorkflow(ConfigWorkflow):
     """A bundle's own inference workflow, with an `ExplanationHandler` that joins the evaluator's handlers.
 
-    What the overlay of ``esegeta-monai overlay`` does with a file is done here in memory, so that a bundle needs neither
-    a list called ``handlers``, nor ``output_dir``, nor a run id ``run``.
+    What the overlay of ``esegeta-monai overlay`` does with a file is done here in memory, so that a bundle needs
+    neither a list called ``handlers``, nor ``output_dir``, nor a run id ``run``.
 
     Args:
         config_file: one or more config files of the bundle; None: ``configs/inference.json``.

@@ -20,11 +20,10 @@ import esegeta_monai.storage as storage
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.commands.log import reason
 from esegeta_monai.errors import InputError, UsageError
+from esegeta_monai.storage.dicom import DICOM_SUFFIXES
 from esegeta_monai.storage.names import SCAN_SUFFIXES
 
 __all__ = ["Preprocessor", "ScanCase", "find_cases"]
-
-DICOM = (".dcm", ".dicom", ".ima")
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def _in_folder(root: Path, channel_names: Sequence[str], leave_out: Path | None)
 
 
 def _is_series(folder: Path) -> bool:
-    return folder.is_dir() and any(f.name.lower().endswith(DICOM) for f in folder.iterdir() if f.is_file())
+    return folder.is_dir() and any(f.name.lower().endswith(DICOM_SUFFIXES) for f in folder.iterdir() if f.is_file())
 
 
 def by_channel(files: Sequence[Path], channel_names: Sequence[str]) -> tuple[Path, ...] | None:

@@ -73,7 +73,7 @@ def explain_cases(
     Args:
         targets: None: every predicted class, background aside.
         options: of the command line: device, amp, seed, time_limit, window_batch, network_output, progress,
-            overwrite, pictures, override, config, share.
+            overwrite, pictures, map_format, override, config, share.
         ranks: the processes that share the work; None: this one.
 
     Returns:
@@ -108,6 +108,7 @@ def explain_cases(
         methods,
         list(chosen),
         provenance=_provenance(reader, options),
+        extension="input" if options.map_format == "input" else ".nii.gz",
         overwrite=options.overwrite,
         pictures=options.pictures,
         ranks=ranks,

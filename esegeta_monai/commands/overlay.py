@@ -124,7 +124,8 @@ def _config(args: Namespace) -> ConfigParser:
     """The bundle's config as its files have it, with the overrides; nothing evaluated, nothing of ours added."""
     parser = ConfigParser()
     parser.read_config([str(file) for file in _reader(args).config_files])
-    parser.config.pop(ConfigParser.meta_key, None)
+    content: Any = parser.config
+    content.pop(ConfigParser.meta_key, None)
     parser.update(overrides(args.override))
     return parser
 

@@ -56,6 +56,7 @@ class ExplanationHandler:
         seed, time_limit, window_batch, volume_device: see `esegeta_monai.Explainer`.
         overwrite: explain again what is finished.
         pictures: a PNG beside every map.
+        map_format: ``"nifti"``, or ``"input"``: NRRD and MHA scans get maps in their own format, all others NIfTI.
         progress: show a progress bar.
         epochs: on a trainer or a validating evaluator, only every so many epochs, from the first.
         cases: only these, by name; or the first so many of an epoch (of each process); None: all.
@@ -96,6 +97,7 @@ class ExplanationHandler:
         volume_device: torch.device | str | None = None,
         overwrite: bool = False,
         pictures: bool = True,
+        map_format: str = "nifti",
         progress: bool = False,
         epochs: int = 1,
         cases: int | Sequence[str] | None = None,
@@ -123,6 +125,9 @@ class ExplanationHandler:
             "progress": _flag("progress", progress),
         }
         self.overwrite, self.pictures = _flag("overwrite", overwrite), _flag("pictures", pictures)
+        if map_format not in ("nifti", "input"):
+            raise UsageError(f"map_format={map_format!r}: give 'nifti' or 'input'")
+        self.map_format = map_format
         if epochs < 1:
             raise UsageError(f"epochs={epochs}: at least 1, every epoch")
         if isinstance(cases, (str, bool)) or (isinstance(cases, int) and cases < 1):
@@ -198,7 +203,7 @@ class ExplanationHandler:
             self.targets,
             provenance=bundle_provenance(self.bundle_root) if self.bundle_root else {},
             separate_folder=True if separate is None else bool(separate),
-            extension=".nii" if extension == "nii" else ".nii.gz",
+            extension="input" if self.map_format == "input" else ".nii" if extension == "nii" else ".nii.gz",
             overwrite=self.overwrite,
             pictures=self.pictures,
             ranks=self._ranks,

@@ -3,8 +3,9 @@
 Knows numpy, nibabel and MONAI only; it takes plain arguments, so every door can use it.
 
     names.py    <output>/<case>/<case>_<target>_<Method>_attr.nii.gz, safe, readable, never twice
+    dicom.py    whether a folder holds one whole DICOM series
     scans.py    reading a scan and refusing a bad one; the `Grid` its voxels lie on
-    maps.py     a map as NIfTI on that grid, its sidecar, and whether both are finished
+    maps.py     a map on that grid, as NIfTI or in the scan's format, its sidecar, and whether both are finished
     runs.py     run.json: what became of every case, target and method
     files.py    atomic writing, strict JSON, checksums
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from esegeta_monai.storage.files import INTENDED_USE, atomic, sha256_file, versions, writable_folder
 from esegeta_monai.storage.maps import is_complete, picture_path, save_map, save_sidecar, sidecar_path, table_path
-from esegeta_monai.storage.names import case_name, check_clashes, distinct_names, map_path, safe_name
+from esegeta_monai.storage.names import case_name, check_clashes, distinct_names, map_path, map_suffix, safe_name
 from esegeta_monai.storage.runs import STATUSES, RunRecord
 from esegeta_monai.storage.scans import Grid, check_image, read_scan
 
@@ -29,6 +30,7 @@ __all__ = [
     "distinct_names",
     "is_complete",
     "map_path",
+    "map_suffix",
     "picture_path",
     "read_scan",
     "safe_name",

@@ -10,15 +10,19 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from monai.data import ITKWriter
+from monai.utils import optional_import
 
-from esegeta_monai.errors import InputError, MethodError
+from esegeta_monai.errors import InputError, MethodError, UsageError
 from esegeta_monai.storage.files import INTENDED_USE, atomic, read_json, sha256_file, strict_json, write_json
+from esegeta_monai.storage.names import MAP_SUFFIXES
 from esegeta_monai.storage.scans import Grid
 
 __all__ = ["is_complete", "picture_path", "save_map", "save_sidecar", "sidecar_path"]
 
 WITH_MAP = ("ok", "zero")
 """Statuses under which a map lies on disk; an empty target has a sidecar only, and all others are tried again."""
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
 _MISSING = object()
 
 
@@ -31,7 +35,10 @@ def save_map(
     cal_min: float | None = None,
     cal_max: float | None = None,
 ) -> Path:
-    """Writes a map (C, *spatial) as float32 NIfTI on ``grid``: raw values, the scan's shape, affine, codes and units.
+    """Writes a map (C, *spatial) as float32 on ``grid``: raw values, the scan's shape, affine, codes and units.
+
+    The suffix of ``path`` says how: NIfTI, or NRRD or MetaImage through ITK, which hold shape and affine, and neither
+    codes nor units nor a display window. Several channels are a vector image there; in 2D the third axis has size 1.
 
     Args:
         path: from `map_path`.
@@ -59,6 +66,8 @@ def save_map(
     if bad:
         raise MethodError(f"{path.name}: {bad} of {array.size} values are not finite in float32; nothing is written")
     data = _on_disk(array, grid.shape)
+    if not path.name.endswith(NIFTI_SUFFIXES):
+        return _save_with_itk(path, data, grid)
 
     header = grid.header.copy()
     header.set_data_dtype(np.float32)
@@ -72,6 +81,22 @@ def save_map(
     image = nib.Nifti1Image(data, header.get_best_affine(), header)
     with atomic(path) as temporary:
         nib.save(image, temporary)
+    return path
+
+
+def _save_with_itk(path: Path, data: np.ndarray, grid: Grid) -> Path:
+    """NRRD or MetaImage: (*spatial) or (*spatial, C) as a vector image, world coordinates as ITK has them (LPS mm)."""
+    itk, has_itk = optional_import("itk")
+    if not has_itk:
+        what = f"{path.name}: writing {path.suffix} needs ITK"
+        raise UsageError(f'{what}: pip install "esegeta-monai[itk]", or let maps be NIfTI')
+    channels = -1 if data.ndim > 3 and data.shape[-1] > 1 else None
+    values = data if channels else data.reshape(data.shape[:3])
+    image = ITKWriter.create_backend_obj(
+        np.ascontiguousarray(values), channel_dim=channels, affine=grid.affine, dtype=np.float32, affine_lps_to_ras=True
+    )
+    with atomic(path) as temporary:
+        itk.imwrite(image, str(temporary), compression=True)
     return path
 
 
@@ -117,7 +142,8 @@ def table_path(map_path: str | os.PathLike[str]) -> Path:
 
 def _beside(map_path: str | os.PathLike[str], suffix: str) -> Path:
     path = Path(map_path)
-    return path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + suffix)
+    stem = next((path.name.removesuffix(s) for s in MAP_SUFFIXES if path.name.endswith(s)), path.name)
+    return path.with_name(stem + suffix)
 
 
 def save_sidecar(map_path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:

@@ -13,13 +13,14 @@ from typing import Any
 
 from esegeta_monai.errors import UsageError
 
-__all__ = ["case_name", "check_clashes", "distinct_names", "map_path", "safe_name"]
+__all__ = ["case_name", "check_clashes", "distinct_names", "map_path", "map_suffix", "safe_name"]
 
 SCAN_SUFFIXES = (
     *(".nii.gz", ".nii", ".img.gz", ".hdr.gz", ".img", ".hdr", ".mgz", ".mgh"),
     *(".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".dicom", ".ima"),
     *(".png", ".jpeg", ".jpg", ".bmp", ".tiff", ".tif", ".npy", ".npz"),
 )
+MAP_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 LONGEST_PART = 60  # bytes; case, target, method, postfix and suffix together stay under the 255 of common file systems
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # names that Windows keeps for itself
 
@@ -80,7 +81,7 @@ def map_path(
     Args:
         postfix: the last word of the name (a bundle's ``output_postfix``); may be empty.
         separate_folder: a folder for each case, as MONAI's ``SaveImage`` does by default.
-        extension: ``.nii.gz`` or ``.nii``.
+        extension: one of `MAP_SUFFIXES`.
 
     Raises:
         UsageError: another extension.
@@ -88,12 +89,25 @@ def map_path(
     >>> map_path("out", "sub-01", "MultiClassMask-grey matter", "Saliency").as_posix()
     'out/sub-01/sub-01_MultiClassMask-grey-matter_Saliency_attr.nii.gz'
     """
-    if extension not in (".nii.gz", ".nii"):
-        raise UsageError(f"maps are NIfTI files: extension must be '.nii.gz' or '.nii', got {extension!r}")
+    if extension not in MAP_SUFFIXES:
+        raise UsageError(f"extension={extension!r}: maps are written as one of {', '.join(MAP_SUFFIXES)}")
     parts = [safe_name(part) for part in (case, target, method)]
     name = "_".join([*parts, *([safe_name(postfix, 20)] if postfix else [])])
     folder = Path(output_dir) / parts[0] if separate_folder else Path(output_dir)
     return folder / f"{name}{extension}"
+
+
+def map_suffix(scan: Any) -> str:
+    """The suffix of a map in the format of its scan: that of a NIfTI, NRRD or MetaImage file, else ``.nii.gz``.
+
+    DICOM has no form for a map of real numbers that viewers agree on, and pictures have no real numbers.
+
+    >>> [map_suffix(name) for name in ("a.NRRD", "a.nhdr", "a.mhd", "a.nii", "series", "a.png")]
+    ['.nrrd', '.nrrd', '.mha', '.nii', '.nii.gz', '.nii.gz']
+    """
+    name = str(scan).lower() if isinstance(scan, (str, os.PathLike)) else ""
+    kin = {".nhdr": ".nrrd", ".mhd": ".mha"}
+    return next((kin.get(s, s) for s in (*MAP_SUFFIXES, *kin) if name.endswith(s)), ".nii.gz")
 
 
 def check_clashes(

@@ -21,6 +21,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from esegeta_monai.errors import InputError
+from esegeta_monai.storage.dicom import check_series
 
 __all__ = ["Grid", "check_image", "read_scan"]
 
@@ -149,9 +150,9 @@ def read_scan(
         channels: how many the network takes.
 
     Raises:
-        InputError: the file is missing, empty, truncated or of another format; it holds NaN, infinity, colour
-            triples or complex numbers; its affine is singular; dimensions or channels are not those asked for; it
-            needs ITK, which is not installed.
+        InputError: the file is missing, empty, truncated or of another format (a DICOM series: it has a hole, see
+            `check_series`); it holds NaN, infinity, colour triples or complex numbers; its affine is singular;
+            dimensions or channels are not those asked for; it needs ITK, which is not installed.
     """
     path = Path(path)
     if not path.exists():
@@ -239,12 +240,7 @@ def _itk_reader(path: Path) -> ImageReader:
         what = "a DICOM folder" if path.is_dir() else f"a {path.suffix or 'suffixless'} file"
         raise InputError(f'{path}: reading {what} needs ITK: pip install "esegeta-monai[itk]"')
     if path.is_dir():
-        names = itk.GDCMSeriesFileNames.New()
-        names.SetUseSeriesDetails(True)
-        names.SetDirectory(str(path))
-        series = len(names.GetSeriesUIDs())
-        if series != 1:
-            raise InputError(f"{path}: the folder holds {series} DICOM series; give a folder that holds one")
+        check_series(path, itk)
     return ITKReader()
 
 

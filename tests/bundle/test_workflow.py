@@ -100,9 +100,7 @@ def test_the_fitted_overlay_explains(tmp_path: Path, change: Change, capsys: pyt
         assert f"monai.bundle run {run_id}" in said
     files = [str(folder / "configs" / name) for name in ("inference.json", "explain.json")]
     maps = tmp_path / "maps"
-    monai.bundle.run(
-        run_id=run_id, config_file=files, bundle_root=str(folder), explain_output_dir=str(maps), **SMALL
-    )
+    monai.bundle.run(run_id=run_id, config_file=files, bundle_root=str(folder), explain_output_dir=str(maps), **SMALL)
     np.testing.assert_array_equal(the_map(maps), reference(tmp_path, tmp_path / "scans" / "alpha.nii.gz"))
 
 

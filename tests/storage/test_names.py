@@ -49,7 +49,7 @@ def test_long_names_that_differ_at_the_end_stay_apart() -> None:
 def test_map_path_layouts() -> None:
     assert map_path("o", "c", "t", "M").as_posix() == "o/c/c_t_M_attr.nii.gz"
     assert map_path("o", "c", "t", "M", "", separate_folder=False, extension=".nii").as_posix() == "o/c_t_M.nii"
-    with pytest.raises(UsageError, match="maps are NIfTI files"):
+    with pytest.raises(UsageError, match="maps are written as one of"):
         map_path("o", "c", "t", "M", extension=".png")
 
 

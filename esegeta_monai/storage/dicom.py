@@ -1,0 +1,100 @@
+"""Whether a folder holds one whole DICOM series: readers go over a hole in it with a warning, and move every slice."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esegeta_monai.errors import InputError
+
+__all__ = ["DICOM_SUFFIXES", "check_series"]
+
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+_POSITION, _ORIENTATION = "0020|0032", "0020|0037"
+_NUMBER, _IN_ACQUISITION, _IN_STACK = "0020|0013", "0020|1002", "0054|0081"
+_UNEVEN = 0.02  # of the distance between slices; scanners round positions to some 1e-3 mm
+
+
+def check_series(folder: Path, itk: Any) -> list[str]:
+    """The files of the one series in a folder, in order, after every check that tells a truncated one.
+
+    A series is whole where every file called ``.dcm`` (or ``.dicom``, ``.ima``) in the folder is one of its readable
+    slices, the slices lie at equal distances, their instance numbers have no hole, and there are as many as the files
+    themselves say (Images in Acquisition, Number of Slices), where they do.
+
+    Raises:
+        InputError: none or several series, or one that is truncated, with what is missing.
+    """
+    names = itk.GDCMSeriesFileNames.New()
+    names.SetUseSeriesDetails(True)
+    names.SetDirectory(str(folder))
+    series = list(names.GetSeriesUIDs())
+    if len(series) != 1:
+        raise InputError(f"{folder}: the folder holds {len(series)} DICOM series; give a folder that holds one")
+    files = [str(file) for file in names.GetFileNames(series[0])]
+    called = {p.resolve() for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(DICOM_SUFFIXES)}
+    lost = sorted(p.name for p in called - {Path(file).resolve() for file in files})
+    if lost:
+        raise _truncated(folder, f"{len(lost)} of {len(called)} files cannot be read, first {lost[0]}")
+    headers = [_header(itk, file) for file in files]
+    for file, header in zip(files, headers):
+        if header["bytes"] > Path(file).stat().st_size and not header["compressed"]:
+            raise _truncated(folder, f"{Path(file).name} is cut short")
+    if len(files) > 1:
+        _check_distances(folder, headers)
+    numbers = sorted(h["number"] for h in headers if h["number"] is not None)
+    steps = np.diff(numbers)
+    if len(set(steps)) > 1 and max(steps) > 1:  # one step throughout is a numbering of its own
+        raise _truncated(folder, f"instance number {numbers[int(np.argmax(steps))] + 1} is missing")
+    said = {h["count"] for h in headers} - {None}
+    if len(said) == 1 and (count := said.pop()) is not None and count > len(files):
+        raise _truncated(folder, f"{len(files)} slices of the {count} that they say there are")
+    return files
+
+
+def _check_distances(folder: Path, headers: list[dict[str, Any]]) -> None:
+    if any(h["position"] is None or h["orientation"] is None for h in headers):
+        return
+    row, column = np.split(headers[0]["orientation"], 2)
+    along = np.array([h["position"] @ np.cross(row, column) for h in headers])
+    distances = np.diff(np.sort(along))
+    usual = float(np.median(distances))
+    uneven = np.abs(distances - usual) > _UNEVEN * max(usual, 1e-6)
+    if uneven.any():
+        wrong = float(distances[uneven][0])
+        raise _truncated(folder, f"slices are missing, one gap of {wrong:g} mm among gaps of {usual:g} mm")
+
+
+def _truncated(folder: Path, what: str) -> InputError:
+    return InputError(f"{folder}: the DICOM series is truncated ({what}); export or copy it again, whole")
+
+
+def _header(itk: Any, file: str) -> dict[str, Any]:
+    image_io = itk.GDCMImageIO.New()
+    image_io.SetFileName(file)
+    image_io.ReadImageInformation()
+    tags = image_io.GetMetaDataDictionary()
+
+    def text(tag: str) -> str | None:
+        return str(tags[tag]).strip() if tags.HasKey(tag) else None
+
+    def numbers(tag: str, n: int) -> np.ndarray | None:
+        values = [float(v) for v in (text(tag) or "").split("\\") if v.strip()]
+        return np.array(values) if len(values) == n else None
+
+    def whole(tag: str) -> int | None:
+        found = text(tag)
+        return int(found) if found and re.fullmatch(r"[+-]?\d+", found) else None
+
+    syntax = text("0002|0010") or "1.2.840.10008.1.2.1"
+    return {
+        "position": numbers(_POSITION, 3),
+        "orientation": numbers(_ORIENTATION, 6),
+        "number": whole(_NUMBER),
+        "count": whole(_IN_ACQUISITION) or whole(_IN_STACK),
+        "bytes": int(image_io.GetImageSizeInBytes()),
+        "compressed": syntax not in ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2"),
+    }
