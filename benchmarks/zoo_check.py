@@ -85,6 +85,8 @@ def main(job_file: Path) -> None:
     reader.weights = "required"
     network, inferer = reader.network, reader.inferer
     image, args, kwargs = batch_of(reader)
+    given = job["crop"].get("kwargs", {})
+    kwargs.update({k: torch.tensor(v) if isinstance(v, list) else v for k, v in given.items()})
     crop = job["crop"].get("size")
     if crop:
         image = image[(..., *[slice(0, n) for n in crop])]
@@ -92,7 +94,7 @@ def main(job_file: Path) -> None:
     plain = image.as_tensor() if isinstance(image, MetaTensor) else image
     output = chosen_output(reader.metadata)
     text = json.dumps([reader.parser[k] for k in ("postprocessing",) if k in reader.parser], default=str)
-    sigmoid = '"sigmoid": true' in text
+    sigmoid = '"sigmoid": true' in text or job["crop"].get("sigmoid", False)
     regression = "OutputValue" in (Path(job_file).parent / "explain.json").read_text()
     x = plain.detach().clone().float().requires_grad_(True)
     for parameter in network.parameters():

@@ -118,6 +118,12 @@ def classification_template(folder: Path) -> dict[str, Any]:
     return listed_files(folder, [{"image": picture(folder / "a.png", (128, 128), 1), "label": 1}])
 
 
+def mammogram(folder: Path) -> dict[str, Any]:
+    entry = {"image": picture(folder / "a.jpg", (320, 400)), "label": [1, 0, 0, 0]}
+    (folder / "samples.json").write_text(json.dumps({"Test": [entry]}))
+    return {"data#filename": str(folder / "samples.json")}
+
+
 def endoscopic_inbody(folder: Path) -> dict[str, Any]:
     return listed_files(folder, [{"image": picture(folder / "a.jpg", (320, 240)), "label": 1}])
 
@@ -231,7 +237,7 @@ RECIPES: dict[str, Recipe] = {
         speed={"inferer#roi_size": [64, 64, 48]},
         speed_why="its windows of 240x240x160 are padded to that size whatever the image",
     ),
-    "breast_density_classification": Recipe(),
+    "breast_density_classification": Recipe(mammogram),
     "classification_template": Recipe(classification_template),
     "endoscopic_inbody_classification": Recipe(endoscopic_inbody),
     "endoscopic_tool_segmentation": Recipe(endoscopic_tool),
@@ -274,7 +280,9 @@ RECIPES: dict[str, Recipe] = {
     "valve_landmarks": Recipe(valves),
     "ventricular_short_axis_3label": Recipe(scans_in(".", (256, 256, 4), (1.4, 1.4, 8.0), hounsfield=False)),
     "vista2d": Recipe(vista2d),
-    "vista3d": Recipe(vista3d),
+    "vista3d": Recipe(
+        vista3d, crop={"kwargs": {"class_vector": [[3]], "point_coords": None, "point_labels": None}, "sigmoid": True}
+    ),
     "wholeBody_ct_segmentation": Recipe(scans_in("imagesTs", (87, 87, 87), (1.6, 1.6, 1.6))),
     "wholeBrainSeg_Large_UNEST_segmentation": Recipe(
         scans_in("images", (96, 96, 96), (1.0, 1.0, 1.0), hounsfield=False)

@@ -24,6 +24,7 @@ from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.cases import cases_of
 from esegeta_monai.errors import UsageError
 from esegeta_monai.explainer import Explainer
+from esegeta_monai.handlers.calls import InfererCalls, plain_inferer, watched
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
 from esegeta_monai.handlers.series import ExplanationSeries
 from esegeta_monai.methods.base import METHODS
@@ -141,6 +142,7 @@ class ExplanationHandler:
         self.logger = logging.getLogger(name or "esegeta_monai")
         self.writer: ResultWriter | None = None
         self._explainer: Explainer | None = None
+        self._calls: InfererCalls | None = None
         self._names = CaseNames()
         self._weights: str | None = None
 
@@ -168,7 +170,7 @@ class ExplanationHandler:
         self._ranks, self._share = Ranks.current(), self._shared(engine)
         self._explainer = Explainer(
             engine.network,
-            engine.inferer,
+            plain_inferer(engine),
             engine.state.device,
             bool(getattr(engine, "amp", False)),
             amp_kwargs=getattr(engine, "amp_kwargs", None),
@@ -179,6 +181,7 @@ class ExplanationHandler:
             on_error="record",
             **self.options,
         )
+        self._calls = watched(engine)
         root = self._saved(engine, "data_root_dir")
         self._names = CaseNames(files_of(engine.data_loader, self.image_key), root)
         self._weights = None
@@ -222,7 +225,7 @@ class ExplanationHandler:
         if self._weights is None or training:
             self._weights = weights_hash(unwrap(engine.network))
         self.writer.provenance["weights_sha256"] = self._weights
-        images = cases_of(engine.state.output[self.image_key])
+        images = self._images(engine)
         names = self._cases(images, engine)
         wanted = [self._wanted(name) for name in names]
         if not any(wanted):
@@ -231,6 +234,7 @@ class ExplanationHandler:
         data = decollate_batch(batch) if isinstance(batch, Mapping) else [{}] * len(images)
         predictions = None if training else engine.state.output.get(self.pred_key)
         args, kwargs = self._further_inputs(engine)
+        self._explainer.class_names = self._names_of_prompts(kwargs) or self.class_names
         for i, (image, case) in enumerate(zip(images, names)):
             if not wanted[i]:
                 continue
@@ -278,6 +282,7 @@ class ExplanationHandler:
         self.series.close_epoch(engine.state.epoch, folder)
 
     def _end(self, engine: Any) -> None:
+        engine.inferer = plain_inferer(engine)
         if self.writer is None:
             return
         self.writer.run.join(self._ranks)
@@ -288,7 +293,23 @@ class ExplanationHandler:
 
     # -- what the engine knows ----------------------------------------------------------------------------------
 
+    def _images(self, engine: Any) -> list[MetaTensor]:
+        """The images of the batch; a list of them, as detection has it, are images of a batch each."""
+        image = engine.state.output[self.image_key]
+        if isinstance(image, torch.Tensor):
+            return cases_of(image)
+        return [one for item in image for one in cases_of(item[None])]
+
+    def _names_of_prompts(self, kwargs: Mapping[str, Any]) -> dict[int, str]:
+        """The names of a promptable network's channels, which are those of the classes it was asked for (VISTA3D)."""
+        asked = kwargs.get("class_vector")
+        if not isinstance(asked, torch.Tensor):
+            return {}
+        return {i: self.class_names.get(c, f"class{c}") for i, c in enumerate(asked.flatten().tolist())}
+
     def _further_inputs(self, engine: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._calls is not None:
+            return self._calls.args, self._calls.kwargs
         batch = engine.prepare_batch(
             engine.state.batch, engine.state.device, engine.non_blocking, **getattr(engine, "to_kwargs", {})
         )
