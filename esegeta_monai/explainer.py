@@ -290,7 +290,7 @@ class Explainer:
                 error = refused.get(id(method), b.error)
                 if error is not None:
                     yield self._failed(method, b, case, record, error)
-                elif b.score is None or b.score.empty:
+                elif b.score is None or (b.score.empty and method.needs_voxels):
                     yield self._empty(method, b, case, record)
                 elif method.needs_linear and not b.score.linear:
                     yield self._failed(method, b, case, record, _not_linear(method, b))

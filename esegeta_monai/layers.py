@@ -311,11 +311,13 @@ class LayerOutput(nn.Module):
     Args:
         network: the network.
         layer: dotted name.
+        read: what becomes of the layer's map (n, C, *positions), or vector (n, C), before it is brought to the
+            window's resolution; None: nothing.
     """
 
-    def __init__(self, network: nn.Module, layer: str) -> None:
+    def __init__(self, network: nn.Module, layer: str, read: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
-        self.network, self.layer = network, layer
+        self.network, self.layer, self.read = network, layer, read
         find_layer(network, layer)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -325,10 +327,10 @@ class LayerOutput(nn.Module):
         if self.layer not in captured:
             raise MethodError(f"layer {self.layer!r} is not used in the forward pass: choose another")
         values = captured[self.layer]
-        if values.ndim == 2:
-            return values
-        values = _on_grid(values, find_layer(self.network, self.layer), self.layer, x.shape[2:], 1)
-        return F.interpolate(values, size=x.shape[2:], mode="nearest-exact")
+        if values.ndim > 2:
+            values = _on_grid(values, find_layer(self.network, self.layer), self.layer, x.shape[2:], 1)
+        values = values if self.read is None else self.read(values)
+        return values if values.ndim == 2 else F.interpolate(values, size=x.shape[2:], mode="nearest-exact")
 
     def get_submodule(self, target: str) -> nn.Module:
         """A layer by its name in the network."""

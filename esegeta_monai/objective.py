@@ -61,7 +61,8 @@ class Objective:
         self.model, self.image, self.plan, self.scores = model, image, plan, list(scores)
         self.prediction, self.condition, self.seed = prediction, condition, seed
         self.monitor = monitor or Monitor()
-        shape = tuple(prediction.shape[1:] if prediction is not None else out_shape or plan.spatial_shape)
+        known = plan.spatial_shape if out_shape is None else out_shape  # () for a classification network
+        shape = tuple(known if prediction is None else prediction.shape[1:])
         self.read: list[int] = []
         if plan.whole:
             out_roi = shape

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -121,6 +121,29 @@ class WindowPlan:
     def coordinates(self, window: int) -> list[slice]:
         """What MONAI passes to a network under ``with_coord=True``, in padded coordinates."""
         return [slice(0, 1), slice(None), *self.slices[window]]
+
+    def single(self) -> WindowPlan:
+        """One window alone, padded as it is in this plan: what the network sees at once."""
+        if len(self) == 1:
+            return self
+        shape = tuple(min(n, r) for n, r in zip(self.spatial_shape, self.roi))
+        return replace(self, spatial_shape=shape, slices=(tuple(slice(0, r) for r in self.roi),))
+
+    def resized(self, shape: Sequence[int]) -> WindowPlan:
+        """The same windows at the same distances over a volume that is not larger along any axis.
+
+        One that is smaller than the window (for a network that sees the whole volume: than that volume) is padded with
+        its own edge.
+        """
+        pads = tuple(((r - n) // 2, r - n - (r - n) // 2) if r > n else (0, 0) for r, n in zip(self.roi, shape))
+        if self.whole:
+            return replace(self, spatial_shape=tuple(shape), pads=pads, padding_mode="replicate")
+        padded = tuple(n + lo + hi for n, (lo, hi) in zip(shape, pads))
+        starts = [sorted({place[axis].start for place in self.slices}) for axis in range(len(self.roi))]
+        interval = tuple(s[1] - s[0] if len(s) > 1 else r for s, r in zip(starts, self.roi))
+        places = dense_patch_slices(padded, self.roi, interval)
+        slices = tuple(tuple(slice(int(s.start), int(s.stop)) for s in place) for place in places)
+        return replace(self, spatial_shape=tuple(shape), pads=pads, slices=slices, padding_mode="replicate")
 
     @functools.cached_property
     def coverage(self) -> float:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
 from monai.transforms import SpatialResample
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from esegeta_monai.features import table_csv
 from esegeta_monai.methods.base import Method
 from esegeta_monai.ranks import Ranks
 from esegeta_monai.report.picture import save_picture
+from esegeta_monai.report.synthesis import save_curve, save_synthesised
 from esegeta_monai.storage.runs import UNFINISHED
 from esegeta_monai.targets.base import Target
 from esegeta_monai.transforms.invert import InvertAttribution
@@ -251,19 +254,30 @@ class ResultWriter:
         grid = storage.Grid.of(scan)
         volume = self._scan(scan)
         on_cpu = cast(MetaTensor, attribution.map.cpu())
-        values, sums = to_scan_grid(on_cpu, volume, additive=method.additive)
+        made_up = method.produces == "synthesised image"
+        sums: dict[str, float] = {}
+        if made_up:
+            values = _image_on_scan(on_cpu, volume, attribution.record["intensity_range"])
+        else:
+            values, sums = to_scan_grid(on_cpu, volume, additive=method.additive)
         if not bool(torch.isfinite(values).all()):
             raise MethodError(f"{path.name}: the map has values that are not finite after resampling")
         more: dict[str, Any] = dict(sums)
         if "sum_in_padding" in attribution.record:
             more["sum_in_padding"] = sums.get("sum_in_padding", 0.0) + attribution.record["sum_in_padding"]
         path.parent.mkdir(parents=True, exist_ok=True)
-        storage.save_map(path, values, grid, method=method.name or type(method).__name__)
+        shown: dict[str, float] = {}
+        if made_up:  # black and white, in place of the window of a map
+            ends = torch.tensor(attribution.record["intensity_range"])
+            shown = {"cal_min": float(ends.min()), "cal_max": float(ends.max())}
+        storage.save_map(path, values, grid, method=method.name or type(method).__name__, **shown)
         storage.picture_path(path).unlink(missing_ok=True)  # of an earlier map
         if attribution.record.get("features"):
             with storage.atomic(storage.table_path(path)) as temporary:
                 temporary.write_text(table_csv(attribution.record["features"]), encoding="utf-8")
-        if self.pictures:
+        if self.pictures and made_up:
+            more["picture"] = self._draw_made_up(path, values, attribution, case, volume)
+        elif self.pictures:
             mask = None
             if attribution.mask is not None:
                 plain = MetaTensor(attribution.mask.as_tensor().float(), affine=attribution.mask.affine)
@@ -283,6 +297,37 @@ class ResultWriter:
                 channel_names=names if len(names) == len(values) else None,
             )
         return more
+
+    def _draw_made_up(
+        self, path: Path, values: Tensor, attribution: Attribution, case: str, scan: MetaTensor
+    ) -> dict[str, Any]:
+        """The picture of a synthesised image, cut to where it was made up, and of its curve."""
+        record, method = attribution.record, attribution.method
+        name, subject = method.name or type(method).__name__, attribution.label
+        if record.get("layer") is not None:
+            channel, neuron = record.get("channel"), method.parameters.get("neuron")
+            subject = f"layer {record['layer']}"
+            subject += "" if channel is None else f", channel {channel}"
+            subject += "" if neuron is None else f", neuron {neuron}"
+        elif record.get("class_name"):
+            subject = f"{record['class_name']} ({attribution.label})"
+        names = record.get("channel_names") or []
+        save_curve(
+            storage.curve_path(path),
+            record["curve"],
+            title=f"{name}: {subject}, case {case}",
+            label="layer distance and penalties" if "distance_end" in record else "objective",
+        )
+        return save_synthesised(
+            storage.picture_path(path),
+            _cut_to_place(values, record, scan),
+            record["intensity_range"],
+            case=case,
+            method=name,
+            subject=subject,
+            units=method.units,
+            channel_names=names if len(names) == len(values) else None,
+        )
 
     def _clash(self, path: Path, attribution: Attribution, case: str) -> str | None:
         """Takes a path for a map; says so where another map of this run has it."""
@@ -332,6 +377,31 @@ def _background(values: Tensor, scan: MetaTensor, image: MetaTensor) -> MetaTens
         plain = MetaTensor(image.as_tensor().detach().cpu().float(), affine=image.affine)
         return MetaTensor(to_scan_grid(plain, scan, additive=False)[0], affine=scan.affine)
     return MetaTensor(scan.as_tensor()[:1].expand(len(values), *scan.shape[1:]), affine=scan.affine)
+
+
+def _image_on_scan(values: MetaTensor, scan: MetaTensor, intensity: Sequence[Sequence[float]]) -> Tensor:
+    """A synthesised image on the scan's grid, black where the network saw nothing."""
+    black = torch.tensor([low for low, _ in intensity], dtype=values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
+    lifted = MetaTensor(values.as_tensor() - black, affine=values.affine)
+    return to_scan_grid(lifted, scan, additive=False)[0] + black
+
+
+def _cut_to_place(values: Tensor, record: Mapping[str, Any], scan: MetaTensor) -> MetaTensor:
+    """The part of a synthesised image on the scan's grid where it was made up, with its place in the world."""
+    d = values.ndim - 1
+    network, affine = (
+        to_affine_nd(d, np.asarray(a, dtype=np.float64)) for a in (record["network_affine"], scan.affine)
+    )
+    corners = np.array([[*corner, 1.0] for corner in product(*[(a - 0.5, b - 0.5) for a, b in record["place"]])])
+    found = (np.linalg.inv(affine) @ network @ corners.T)[:d]
+    low = np.clip(np.ceil(found.min(1) - 1e-3), 0, None).astype(int)
+    high = np.minimum(np.floor(found.max(1) + 1e-3).astype(int) + 1, values.shape[1:])
+    cut: tuple[slice, ...] = (slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high)))
+    moved = affine.copy()
+    moved[:d, d] += affine[:d, :d] @ low
+    part = MetaTensor(values[cut], affine=torch.as_tensor(moved))
+    part.meta.update({k: scan.meta[k] for k in ("space", "filename_or_obj") if k in scan.meta})
+    return part
 
 
 def to_scan_grid(

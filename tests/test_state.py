@@ -11,10 +11,14 @@ from torch import nn
 
 from esegeta_monai import Explainer
 from esegeta_monai.methods import (
+    ClassImage,
+    DeepDream,
+    FeatureVisualization,
     GradCam,
     GuidedBackprop,
     InputXGradient,
     IntegratedGradients,
+    InvertedRepresentation,
     LayerActivation,
     Occlusion,
     Saliency,
@@ -37,6 +41,10 @@ MAKE = {
     "GradCam": lambda: GradCam(relu=False),
     "LayerActivation": LayerActivation,
     "Occlusion": lambda: Occlusion(8),
+    "FeatureVisualization": lambda: FeatureVisualization(n_iter=2),
+    "ClassImage": lambda: ClassImage(n_iter=2),
+    "DeepDream": lambda: DeepDream(n_iter=1),
+    "InvertedRepresentation": lambda: InvertedRepresentation(n_iter=2),
 }
 INFERER = SlidingWindowInferer((16, 16), 2, 0.5, "gaussian")
 

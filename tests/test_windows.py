@@ -196,3 +196,26 @@ def test_rescaled_output_off_the_voxels_is_refused():
     plan = plan_windows(SlidingWindowInferer((5, 5), 1, 0.0), (50, 50))
     with pytest.raises(NetworkError, match="whole output voxels"):
         OutputGrid(plan, (7, 7), torch.float32)  # 45 * 7/5 is 62.99… in floating point, and MONAI cuts it to 62
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (9, 30), (5, 30), (20, 21), (8, 9)])
+@pytest.mark.parametrize("overlap", [0.25, 0.5, (0.5, 0.75)])
+def test_resized_is_the_plan_of_the_same_inferer(shape, overlap):
+    inferer = SlidingWindowInferer((8, 10), 2, overlap, "gaussian", padding_mode="replicate")
+    whole, expected = plan_windows(inferer, (20, 30)), plan_windows(inferer, shape)
+    found = whole.resized(shape)
+    assert (found.slices, found.pads, found.spatial_shape) == (expected.slices, expected.pads, expected.spatial_shape)
+    volume = torch.rand(2, *shape)
+    for window in range(len(found)):
+        assert torch.equal(found.cut(volume, window), expected.cut(volume, window))
+
+
+def test_single_is_one_window_with_its_padding():
+    plan = plan_windows(SlidingWindowInferer((8, 10), 2, 0.5, padding_mode="reflect"), (6, 30))
+    single = plan.single()
+    assert (len(single), single.spatial_shape, single.pads) == (1, (6, 10), plan.pads)
+    volume = torch.rand(1, 6, 30)
+    for window in range(len(plan)):
+        part = volume[(slice(None), *plan.place(window))]
+        assert torch.equal(single.cut(part, 0), plan.cut(volume, window))
+    assert single.single() is single

@@ -11,13 +11,24 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation, Spacing
 from torch import nn
 
 import esegeta_monai.writer as module
 from esegeta_monai import Attribution, Explainer
 from esegeta_monai.errors import MethodError, UsageError
-from esegeta_monai.methods import FeatureAblation, GradCam, InputXGradient, LayerActivation, Occlusion, Saliency
+from esegeta_monai.methods import (
+    DeepDream,
+    FeatureAblation,
+    FeatureVisualization,
+    GradCam,
+    InputXGradient,
+    InvertedRepresentation,
+    LayerActivation,
+    Occlusion,
+    Saliency,
+)
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets import Box, MultiClassMask, PredictedClasses, Target, ThresholdMask
 from esegeta_monai.writer import ResultWriter, scan_of, to_scan_grid
@@ -341,3 +352,41 @@ def test_a_label_map_by_key_names_the_features_of_a_table_beside_the_map(tmp_pat
     assert len(rows) == 3
     values = found.map.as_tensor().unique()
     assert sorted(row["value"] for row in found.record["features"]) == pytest.approx(sorted(values.tolist()), rel=1e-5)
+
+
+def test_a_synthesised_image_is_written_as_an_image(tmp_path, image, scan):
+    """On the scan's oblique grid by interpolation, black outside, with a grey picture and its curve beside it."""
+    methods: list[Method] = [FeatureVisualization(n_iter=4, intensity=(-2, 6)), DeepDream("0", n_iter=1)]
+    methods.append(InvertedRepresentation("0", n_iter=3))
+    targets: list[Target] = [MultiClassMask(1)]
+    writer = ResultWriter(tmp_path, methods, targets)
+    writer.explain(Explainer(network(), SlidingWindowInferer((8, 8, 8))), image, "alpha", methods, targets)
+    assert writer.run.summary == {"ok": 3}
+    for method in methods:
+        stem = tmp_path / "alpha" / f"alpha_MultiClassMask-class1_{method.name}_attr"
+        record = json.loads(Path(f"{stem}.json").read_text())
+        found, source = nib.load(f"{stem}.nii.gz"), nib.load(scan)
+        assert found.shape == source.shape
+        assert np.allclose(found.affine, source.affine)
+        ((low, high),) = record["intensity_range"]
+        assert (found.header["cal_min"], found.header["cal_max"]) == pytest.approx((low, high), rel=1e-6)
+        assert "sum_scan_grid" not in record
+        assert record["units"] == "intensity of the network's input"
+        assert record["produces"] == "synthesised image"
+        assert len(record["curve"]) >= 1
+        for suffix in (".png", "_curve.png"):
+            assert Path(f"{stem}{suffix}").stat().st_size > 1000
+    values = nib.load(tmp_path / "alpha" / "alpha_MultiClassMask-class1_FeatureVisualization_attr.nii.gz").get_fdata()
+    place = json.loads((tmp_path / "alpha" / "alpha_MultiClassMask-class1_FeatureVisualization_attr.json").read_text())[
+        "place"
+    ]
+    assert values.min() == pytest.approx(-2, abs=1e-5)
+    index = np.moveaxis(np.indices(values.shape), 0, -1) + 0.0
+    there = index @ (np.linalg.inv(image.affine.numpy()) @ nib.load(scan).affine)[:3, :3].T
+    there += (np.linalg.inv(image.affine.numpy()) @ nib.load(scan).affine)[:3, 3]
+    deep = np.all([(there[..., a] > lo + 1) & (there[..., a] < hi - 2) for a, (lo, hi) in enumerate(place)], axis=0)
+    far = np.any([(there[..., a] < lo - 1) | (there[..., a] > hi) for a, (lo, hi) in enumerate(place)], axis=0)
+    assert deep.any()
+    assert far.any()
+    assert np.allclose(values[far], -2, atol=1e-5)
+    assert values[deep].min() > 0  # grey noise in the middle of the range

@@ -8,6 +8,7 @@ from esegeta_monai.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResC
 from esegeta_monai.methods.cam_perturbation import AblationCam, ScoreCam
 from esegeta_monai.methods.contrastive import ContrastiveExcitationBackprop, ContrastiveLRP
 from esegeta_monai.methods.deeplift import DeepLift, DeepLiftShap, LayerDeepLift, LayerDeepLiftShap
+from esegeta_monai.methods.dream import DeepDream, InvertedRepresentation
 from esegeta_monai.methods.extremal import ExtremalPerturbation
 from esegeta_monai.methods.fullgrad import FullGrad
 from esegeta_monai.methods.gradient import GradTimesImage, InputXGradient, Saliency, VanillaBackprop
@@ -31,6 +32,7 @@ from esegeta_monai.methods.rise import Rise
 from esegeta_monai.methods.sensitivity import Hsic, Sobol
 from esegeta_monai.methods.shap import GradientShap, LayerGradientShap
 from esegeta_monai.methods.shapley import ChannelShapley, KernelShap, ShapleyValueSampling
+from esegeta_monai.methods.synthesis import ClassImage, FeatureVisualization
 from esegeta_monai.methods.xrai import XRAI
 
 __all__ = [
@@ -41,9 +43,11 @@ __all__ = [
     "BlurIG",
     "Cam",
     "ChannelShapley",
+    "ClassImage",
     "ContrastiveExcitationBackprop",
     "ContrastiveLRP",
     "Deconvolution",
+    "DeepDream",
     "DeepLift",
     "DeepLiftShap",
     "EigenCam",
@@ -52,6 +56,7 @@ __all__ = [
     "ExtremalPerturbation",
     "FeatureAblation",
     "FeaturePermutation",
+    "FeatureVisualization",
     "FullGrad",
     "GradCam",
     "GradCamPlusPlus",
@@ -65,6 +70,7 @@ __all__ = [
     "InputXGradient",
     "IntegratedGradients",
     "InternalInfluence",
+    "InvertedRepresentation",
     "KernelShap",
     "LayerActivation",
     "LayerActivationGuidedBackprop",

@@ -80,6 +80,11 @@ class Method(Configurable, ABC):
         return True
 
     @property
+    def needs_voxels(self) -> bool:
+        """Whether there is nothing to explain where no voxel of the prediction belongs to the target."""
+        return True
+
+    @property
     def units(self) -> str:
         """Units of the map's values, in words."""
         return "target per voxel"

@@ -15,7 +15,9 @@ from torch import Tensor
 from esegeta_monai.baselines import baseline_for
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.methods.backends import flat_only, torchray_masks
 from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.canvas import derived
 from esegeta_monai.objective import Objective
 from esegeta_monai.windows import Slices
 
@@ -40,6 +42,8 @@ class ExtremalPerturbation(Method):
         step: voxels a cell of the coarse grid; None: a twelfth of the shortest side of the box, at least 1.
         sigma: of the Gaussians in voxels; None: ``step``.
         lr: of Adam.
+        backend: ``"native"``, or ``"torchray"`` (2D, where TorchRay is installed): its masks and optimisation, with
+            ``baseline`` ``"blur"`` or ``"zero"``, for the same F.
 
     The record has for each area the area reached, and what of ``F(x) − F(x₀)`` is left where the mask is kept and
     where it is deleted.
@@ -59,6 +63,7 @@ class ExtremalPerturbation(Method):
     step: int | None = None
     sigma: float | None = None
     lr: float = 0.05
+    backend: Literal["native", "torchray"] = "native"
     name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -70,6 +75,10 @@ class ExtremalPerturbation(Method):
             raise UsageError(f"variant={self.variant!r}: give 'preserve' or 'delete'")
         if self.n_iter < 1 or self.lr <= 0:
             raise UsageError(f"n_iter={self.n_iter}, lr={self.lr}: both must be positive")
+        if self.backend not in ("native", "torchray"):
+            raise UsageError(f"backend={self.backend!r}: give 'native' or 'torchray'")
+        if self.backend == "torchray" and self.baseline not in ("blur", "zero"):
+            raise UsageError(f"backend='torchray' has baseline 'blur' or 'zero', not {self.baseline!r}")
 
     @property
     def signed(self) -> bool:
@@ -81,12 +90,14 @@ class ExtremalPerturbation(Method):
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial)."""
+        if self.backend == "torchray":
+            flat_only(self.backend, objective.image.shape)
         baseline = baseline_for(self.baseline)
         x0 = baseline.draw(objective, objective.generator())
         maps = objective.new_maps(1)
         found: list[list[dict[str, float]]] = [[] for _ in maps]
         for k in range(objective.n_targets):
-            game = _Single(_one_target(objective, k), x0)
+            game = _Single(derived(objective, [objective.scores[k]], prediction=objective.prediction), x0)
             for area in self._areas():
                 mask, notes = self._mask(game, area)
                 maps[k][game.inside] += mask / len(self._areas())
@@ -103,6 +114,8 @@ class ExtremalPerturbation(Method):
 
     def _mask(self, game: _Single, area: float) -> tuple[Tensor, dict[str, float]]:
         """The mask (*box) of one area, and what it does."""
+        if self.backend == "torchray":
+            return self._described(game, area, self._peer_mask(game, area))
         smooth = SmoothMask(game.shape, self.step, self.sigma)
         parameters = torch.full(smooth.grid, 0.5, dtype=game.dx.dtype, device=game.dx.device, requires_grad=True)
         optimizer = torch.optim.Adam([parameters], lr=self.lr)
@@ -122,6 +135,27 @@ class ExtremalPerturbation(Method):
                 parameters.clamp_(0, 1)
         with torch.no_grad():
             mask = _of_area(smooth.fine(smooth.coarse(parameters)), area)
+        return self._described(game, area, mask)
+
+    def _peer_mask(self, game: _Single, area: float) -> Tensor:
+        """TorchRay's mask, which it finds for the whole image. F is the mean over the target's voxels, since there the
+        weight of the area is made for one logit."""
+        (score,) = game.objective.scores
+        voxels = 1 if getattr(score, "reduction", "sum") == "mean" else score.voxels
+
+        def climb(image: Tensor) -> tuple[float, Tensor]:
+            gradient = game.objective.gradient(image.detach().to(game.x0)[None])
+            return float(gradient.values[0, 0]) / voxels, gradient.maps[0, 0] / voxels
+
+        given = {"step": self.step, "sigma": self.sigma}
+        options = {name: value for name, value in given.items() if value is not None}
+        image, blurred = game.objective.image, self.baseline == "blur"
+        (mask,) = torchray_masks(
+            image, climb, [area], self.variant, self.n_iter, blurred, game.objective.seed, **options
+        )
+        return mask[game.box]
+
+    def _described(self, game: _Single, area: float, mask: Tensor) -> tuple[Tensor, dict[str, float]]:
         kept, deleted = game.share(mask), game.share(1 - mask)
         return mask, {"area": area, "area_reached": float(mask.mean()), "kept": kept, "left_without": deleted}
 
@@ -222,21 +256,3 @@ def _of_area(mask: Tensor, area: float) -> Tensor:
         middle = (low + high) / 2
         low, high = (middle, high) if float((mask**2**middle).mean()) > area else (low, middle)
     return mask**2 ** ((low + high) / 2)
-
-
-def _one_target(objective: Objective, k: int) -> Objective:
-    """The objective of one target alone."""
-    single = Objective(
-        objective.model,
-        objective.image,
-        objective.plan,
-        [objective.scores[k]],
-        objective.prediction,
-        out_shape=objective.grid.shape,
-        seed=objective.seed,
-        monitor=objective.monitor,
-        condition=objective.condition,
-        ranks=objective.ranks,
-    )
-    single.window_batch = objective.window_batch
-    return single

@@ -13,7 +13,15 @@ Knows numpy, nibabel and MONAI only; it takes plain arguments, so every door can
 from __future__ import annotations
 
 from esegeta_monai.storage.files import INTENDED_USE, atomic, sha256_file, versions, writable_folder
-from esegeta_monai.storage.maps import is_complete, picture_path, save_map, save_sidecar, sidecar_path, table_path
+from esegeta_monai.storage.maps import (
+    curve_path,
+    is_complete,
+    picture_path,
+    save_map,
+    save_sidecar,
+    sidecar_path,
+    table_path,
+)
 from esegeta_monai.storage.names import case_name, check_clashes, distinct_names, map_path, map_suffix, safe_name
 from esegeta_monai.storage.runs import STATUSES, RunRecord
 from esegeta_monai.storage.scans import Grid, check_image, read_scan
@@ -27,6 +35,7 @@ __all__ = [
     "case_name",
     "check_clashes",
     "check_image",
+    "curve_path",
     "distinct_names",
     "is_complete",
     "map_path",

@@ -140,6 +140,11 @@ def table_path(map_path: str | os.PathLike[str]) -> Path:
     return _beside(map_path, ".csv")
 
 
+def curve_path(map_path: str | os.PathLike[str]) -> Path:
+    """``…_attr_curve.png`` beside ``…_attr.nii.gz``, of methods that optimise an image."""
+    return _beside(map_path, "_curve.png")
+
+
 def _beside(map_path: str | os.PathLike[str], suffix: str) -> Path:
     path = Path(map_path)
     stem = next((path.name.removesuffix(s) for s in MAP_SUFFIXES if path.name.endswith(s)), path.name)

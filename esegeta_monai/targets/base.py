@@ -6,6 +6,7 @@ A `Target` is what the user chooses. Bound to one unperturbed prediction it beco
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,15 +127,26 @@ class WeightedScore(Score):
         if activation not in ("auto", "softmax", "sigmoid"):
             raise TargetError(f"activation must be auto, softmax or sigmoid, got {activation!r}")
         self.activation = ("sigmoid" if n_classes == 1 else "softmax") if activation == "auto" else activation
-        self.output, self.reduction, self.reference = output, reduction, reference
+        self.output, self.reference = output, reference
+        self.reduction: Reduction = reduction
         self.class_index, self.class_name, self.label = class_index, class_name, label
         self.linear = output == "logit"
         reads_all = not self.linear and self.activation == "softmax"
         self.channels = tuple(range(n_classes)) if reads_all else (class_index,)
         self._position = class_index if reads_all else 0
+        self._take(mask)
+
+    def _take(self, mask: Tensor) -> None:
         self.box = bounding_box(mask)
         self.mask = mask[self.box].clone()
         self.voxels = int(mask.sum())
+
+    def over(self, mask: Tensor) -> WeightedScore:
+        """The same score over another mask (*spatial), which may lie on another grid; its mean over the mask."""
+        other = copy.copy(self)
+        other.reduction = "mean"
+        other._take(mask)
+        return other
 
     def value(self, prediction: Tensor) -> Tensor:
         lead = prediction.ndim - self.mask.ndim - 1

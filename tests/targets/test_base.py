@@ -145,3 +145,18 @@ def test_bounding_box_in_three_dimensions():
     mask[1, 2, 3] = mask[3, 2, 6] = True
     assert bounding_box(mask) == (slice(1, 4), slice(2, 3), slice(3, 7))
     assert bounding_box(torch.tensor(True)) == ()
+
+
+@pytest.mark.parametrize("output", ["logit", "probability"])
+def test_over_another_mask_it_is_the_mean_there(output):
+    p, first = noise(3, 4, 5), torch.zeros(4, 5, dtype=torch.bool)
+    first[0, 0] = True
+    score = WeightedScore(first, 1, 3, output=output)
+    second = torch.zeros(6, 5, dtype=torch.bool)  # on another grid
+    second[2:5, 1:3] = True
+    larger = noise(3, 6, 5)
+    other = score.over(second)
+    assert float(other.value(other.crop(larger))) == pytest.approx(
+        formula(larger, second, 1, output, "softmax", "mean")
+    )
+    assert float(score.value(score.crop(p))) == pytest.approx(formula(p, first, 1, output, "softmax", "sum"))

@@ -1,0 +1,151 @@
+"""From the numbers that are optimised to an image: which basis, which intensities, from where it is looked at."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esegeta_monai.errors import UsageError
+
+__all__ = ["Fourier", "RandomView", "Voxels", "hartley", "squash"]
+
+
+class Voxels:
+    """Every voxel is a number of its own."""
+
+    def image(self, numbers: Tensor) -> Tensor:
+        """(C, *shape)."""
+        return numbers
+
+    def numbers(self, image: Tensor) -> Tensor:
+        """The inverse of `image`."""
+        return image
+
+
+class Fourier:
+    """Frequencies are the numbers: ``z = H(s · θ)``, H the Hartley transform and ``s(f) ∝ |f|^−decay``.
+
+    The Hartley transform is the Fourier transform of real numbers by real numbers (`hartley`), so that no number is
+    idle. Slow frequencies move more for the same step, which keeps the optimisation from high-frequency patterns (Olah
+    et al. 2017). s has a mean square of 1: θ of variance 1 gives an image of variance 1, and ``|z|² = Σ (s θ)²``
+    (Parseval).
+
+    Args:
+        shape: of the image's spatial axes.
+        decay: exponent; None: half the number of axes longer than one voxel, which gives each octave the same share of
+            the variance (1 in 2D, as in natural images; 1.5 in 3D).
+        dtype, device: of the image.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        decay: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        axes = [n for n in shape if n > 1]
+        self.decay = len(axes) / 2 if decay is None else decay
+        square = torch.zeros(tuple(shape), dtype=torch.float64)
+        for axis, n in enumerate(shape):
+            square += torch.fft.fftfreq(n, dtype=torch.float64).square().reshape(-1, *(1,) * (len(shape) - 1 - axis))
+        scale = square.sqrt().clamp(min=1 / max(axes, default=1)) ** -self.decay
+        self.scale = (scale / scale.square().mean().sqrt()).to(device, dtype)
+
+    def image(self, numbers: Tensor) -> Tensor:
+        """(C, *shape)."""
+        return hartley(self.scale * numbers)
+
+    def numbers(self, image: Tensor) -> Tensor:
+        """The inverse of `image`."""
+        return hartley(image) / self.scale
+
+
+def hartley(values: Tensor) -> Tensor:
+    """``H(u) = N^−½ Σ_v x(v) (cos + sin)(2π u·v/n)`` over all axes but the first: orthonormal, and its own inverse.
+
+    >>> x = torch.arange(6.0).reshape(1, 2, 3)
+    >>> torch.allclose(hartley(hartley(x)), x, atol=1e-6)
+    True
+    """
+    spectrum = torch.fft.fftn(values, dim=tuple(range(1, values.ndim)), norm="ortho")
+    return spectrum.real - spectrum.imag
+
+
+def squash(values: Tensor, intensity: Tensor) -> Tensor:
+    """``low + (high − low) σ(z)``: any numbers to intensities of each channel's range (C, 2)."""
+    low, high = (per_channel(intensity[:, i], values) for i in (0, 1))
+    return low + (high - low) * torch.sigmoid(values)
+
+
+def per_channel(values: Tensor, image: Tensor) -> Tensor:
+    """(C,) as (C, 1, …), to be broadcast over an image (C, *spatial)."""
+    return values.reshape(-1, *(1,) * (image.ndim - 1))
+
+
+@dataclass(frozen=True)
+class RandomView:
+    """A look at an image from somewhere near: turned, scaled, moved; linear interpolation, reflected at the borders.
+
+    Args:
+        jitter: voxels along each axis, up to which it is moved.
+        scale: factors between which it is scaled.
+        rotate: degrees, up to which it is turned in each plane (three planes in 3D), in millimetres.
+        spacing: of the voxels; None: 1.
+    """
+
+    jitter: int
+    scale: tuple[float, float]
+    rotate: float
+    spacing: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.jitter < 0 or self.rotate < 0 or not 0 < self.scale[0] <= self.scale[1]:
+            raise UsageError(
+                f"jitter={self.jitter}, scale={self.scale}, rotate={self.rotate}: give a number of voxels, two "
+                "positive factors, the smaller first, and degrees"
+            )
+
+    @property
+    def idle(self) -> bool:
+        """Whether it always shows the image as it is."""
+        return self.jitter == 0 and self.rotate == 0 and self.scale == (1, 1)
+
+    def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """A random map from output to input voxels, both from the middle of the image: (d, d + 1), float64."""
+
+        def uniform(low: float, high: float) -> float:
+            return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
+
+        d = len(shape)
+        axes = [a for a in range(d) if shape[a] > 1]
+        matrix = torch.eye(d, dtype=torch.float64)
+        for a, b in itertools.combinations(axes, 2):
+            angle = math.radians(uniform(-self.rotate, self.rotate))
+            turn = torch.eye(d, dtype=torch.float64)
+            turn[a, a] = turn[b, b] = math.cos(angle)
+            turn[a, b], turn[b, a] = -math.sin(angle), math.sin(angle)
+            matrix = matrix @ turn
+        voxel = torch.tensor(self.spacing or (1.0,) * d, dtype=torch.float64)
+        matrix = matrix * voxel / voxel[:, None]
+        factor = uniform(*self.scale)
+        shift = torch.zeros(d, dtype=torch.float64)
+        for a in axes:
+            matrix[a] /= factor
+            shift[a] = int(torch.randint(-self.jitter, self.jitter + 1, (), generator=generator))
+        return torch.cat([matrix, shift[:, None]], 1)
+
+    def show(self, image: Tensor, way: Tensor) -> Tensor:
+        """The image (C, *spatial) through a map of `draw`; differentiable, linear in the image."""
+        half = torch.tensor(image.shape[1:], dtype=torch.float64) / 2
+        theta = torch.cat([way[:, :-1] * half / half[:, None], (way[:, -1] / half)[:, None]], 1)
+        # grid_sample counts axes from the last one
+        theta = torch.cat([theta[:, :-1].flip(0, 1), theta[:, -1:].flip(0)], 1).to(image.device, image.dtype)
+        grid = F.affine_grid(theta[None], [1, *image.shape], align_corners=False)
+        return F.grid_sample(image[None], grid, "bilinear", "reflection", align_corners=False)[0]
