@@ -187,3 +187,25 @@ def test_random_state_and_grad_mode_are_left_alone():
             assert not torch.is_grad_enabled()
             assert attribution.map is not None
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_plain_training_loop_goes_as_without_the_explainer():
+    """Dropout and batch norm, which draw random numbers and gather statistics; the weights are bit-equal."""
+    weights = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        network = Network().train()
+        optimizer = torch.optim.Adam(network.parameters(), 0.01)
+        explainer = Explainer(network, inferer=INFERER)
+        for step in range(3):
+            x = torch.rand(2, 1, 16, 16)
+            optimizer.zero_grad()
+            (network(x) - x).square().mean().backward()
+            optimizer.step()
+            if watched:
+                seen = explainer(
+                    image()[None], methods=["Saliency", "SmoothGrad", "Occlusion(8)"], targets=[Voxel(0, index=(3, 3))]
+                )
+                assert all(a.map is not None for a in seen), step
+        weights.append({k: v.clone() for k, v in network.state_dict().items()})
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
