@@ -140,6 +140,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_bundle(overlay, required=False)
     overlay.add_argument("--output", metavar="FILE", help="where to write it (default: DIR/configs/explain.json)")
+    overlay.add_argument(
+        "--multi-gpu", action="store_true", help="write multi_gpu_explain.json beside it, for several processes"
+    )
     overlay.add_argument("--path", action="store_true", help="write nothing, print where the shipped file lies")
     merge = _add(
         commands, "merge", "write a bundle's config and its overlay as one file", _lazy("overlay", "run_merge")

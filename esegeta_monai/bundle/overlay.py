@@ -13,7 +13,7 @@ from monai.bundle import ConfigParser
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.errors import UsageError
 
-__all__ = ["HANDLER", "evaluator_of", "fitted_overlay", "shipped_overlay"]
+__all__ = ["HANDLER", "evaluator_of", "fitted_overlay", "multi_gpu_overlay", "shipped_overlay"]
 
 HANDLER = "@explain_handler"
 _REGRESSION = ("points", "tuples", "regression")
@@ -54,6 +54,35 @@ def fitted_overlay(parser: ConfigParser, metadata: BundleMetadata) -> dict[str, 
     if _is_regression(metadata):
         overlay["explain_targets"] = ["OutputValue(channel=0)"]
     overlay.update(_joined(parser))
+    return overlay
+
+
+def multi_gpu_overlay(parser: ConfigParser) -> dict[str, Any]:
+    """The content of ``multi_gpu_explain.json`` for a config: processes are joined, each gets its device, and a
+    ``DistributedSampler`` shares the evaluator's cases out.
+
+    Raises:
+        UsageError: the evaluator's data loader is no id of the config.
+
+    >>> loader = {"_target_": "DataLoader", "dataset": "@data"}
+    >>> parser = ConfigParser({"evaluator": {"val_data_loader": "@test_loader"}, "test_loader": loader, "data": {}})
+    >>> multi_gpu_overlay(parser)["test_loader#sampler"]
+    '@explain_sampler'
+    """
+    overlay: dict[str, Any] = json.loads(
+        shipped_overlay().with_name("multi_gpu_explain.json").read_text(encoding="utf-8")
+    )
+    evaluator = evaluator_of(parser)
+    named = str(parser.get(f"{evaluator}#val_data_loader"))
+    loader = named.removeprefix("@").replace("::", "#") if named.startswith("@") else f"{evaluator}#val_data_loader"
+    if not isinstance(parser.get(loader), Mapping):
+        raise UsageError(
+            f"the data loader of {evaluator} is {named}, which is no part of the config that a sampler could be given "
+            "to: share one case's windows instead, 'torchrun -m esegeta_monai explain --share windows'"
+        )
+    del overlay["dataloader#sampler"]
+    overlay["explain_sampler"]["dataset"] = f"@{loader}#dataset"
+    overlay[f"{loader}#sampler"] = "@explain_sampler"
     return overlay
 
 

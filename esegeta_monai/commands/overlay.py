@@ -11,7 +11,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
-from esegeta_monai.bundle.overlay import evaluator_of, fitted_overlay, shipped_overlay
+from esegeta_monai.bundle.overlay import evaluator_of, fitted_overlay, multi_gpu_overlay, shipped_overlay
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.commands.explain import overrides
 from esegeta_monai.errors import EsegetaError, UsageError
@@ -28,6 +28,8 @@ def run(args: Namespace, *_: object) -> int:
         return 0
     if not args.bundle and not args.output:
         raise UsageError("overlay needs --bundle DIR (or --output FILE, or --path to print where the shipped one lies)")
+    if args.multi_gpu and not args.bundle:
+        raise UsageError("overlay --multi-gpu needs --bundle DIR, whose data loader gets the sampler")
     if not args.bundle:
         target = _free(Path(args.output))
         _write(target, shipped_overlay().read_text(encoding="utf-8"))
@@ -36,16 +38,18 @@ def run(args: Namespace, *_: object) -> int:
     reader, config = _reader(args), _config(args)
     overlay = fitted_overlay(config, reader.metadata)
     target = _free(Path(args.output) if args.output else reader.bundle_dir / "configs" / "explain.json")
+    second = _free(target.with_name("multi_gpu_explain.json")) if args.multi_gpu else None
     _write(target, json.dumps(overlay, indent=4, ensure_ascii=False) + "\n")
+    if second is not None:
+        _write(second, json.dumps(multi_gpu_overlay(config), indent=4) + "\n")
     print("\n".join(f"  {title:<9} {text}" for title, text in found(reader, config, overlay).items()))
-    place = target.resolve()
-    inside = place.is_relative_to(reader.bundle_dir)
-    shown = place.relative_to(reader.bundle_dir).as_posix() if inside else str(place)
-    files = [*[f.relative_to(reader.bundle_dir).as_posix() for f in reader.config_files], shown]
+    written = [_shown(file, reader) for file in (target, second) if file is not None]
+    files = [*[f.relative_to(reader.bundle_dir).as_posix() for f in reader.config_files], *written]
     run_id = "" if reader.run_id in (None, "run") else f" {reader.run_id}"
     root = "" if config.get("bundle_root", ".") in (".", "./") else " --bundle_root ."
-    print(f"{target} is written. In the bundle's folder:")
-    print(f'  python -m monai.bundle run{run_id}{root} --config_file "{files}"')
+    launch = "torchrun --nproc_per_node NUMBER_OF_GPUS" if args.multi_gpu else "python"
+    print(f"{' and '.join(str(f) for f in (target, second) if f)} written. In the bundle's folder:")
+    print(f'  {launch} -m monai.bundle run{run_id}{root} --config_file "{files}"')
     print("Settings follow as options: --explain_methods \"['Saliency']\" --explain_output_dir explained")
     return 0
 
@@ -135,6 +139,13 @@ def _existing(reader: BundleReader, file: str) -> Path:
     if chosen is None:
         raise UsageError(f"no config file {file}, neither in {reader.bundle_dir} nor from here")
     return chosen
+
+
+def _shown(file: Path, reader: BundleReader) -> str:
+    """A file as it is named from the bundle's folder."""
+    place = file.resolve()
+    inside = place.is_relative_to(reader.bundle_dir)
+    return place.relative_to(reader.bundle_dir).as_posix() if inside else str(place)
 
 
 def _free(target: Path) -> Path:

@@ -19,7 +19,7 @@ from monai.bundle import ConfigParser
 import esegeta_monai.bundle
 from esegeta_monai.bundle import ExplainWorkflow
 from esegeta_monai.bundle.metadata import BundleMetadata
-from esegeta_monai.bundle.overlay import chosen_output, fitted_overlay, shipped_overlay
+from esegeta_monai.bundle.overlay import chosen_output, fitted_overlay, multi_gpu_overlay, shipped_overlay
 from esegeta_monai.cli import main
 from esegeta_monai.errors import UsageError
 from tests.bundle import oblique
@@ -227,3 +227,27 @@ def test_a_regression_is_explained_by_its_value() -> None:
     metadata = BundleMetadata({"network_data_format": {"outputs": {"pred": {"type": "tuples", "format": "points"}}}})
     overlay = fitted_overlay(ConfigParser({"evaluator": {"_target_": "SupervisedEvaluator"}}), metadata)
     assert overlay["explain_targets"] == ["OutputValue(channel=0)"]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_the_multi_gpu_overlay_finds_the_data_loader(
+    tmp_path: Path, inside: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it is called; one process alone runs it too."""
+    config = oblique.config([oblique.write_scan(tmp_path / "a.nii.gz")], tmp_path / "eval")
+    config["loads"] = config.pop("dataloader")
+    config["evaluator"]["val_data_loader"] = config.pop("loads") if inside else "@loads"
+    folder = oblique.write(tmp_path / "bundle", config)
+    assert main(["overlay", "--bundle", str(folder), "--multi-gpu"]) == 0
+    assert "torchrun --nproc_per_node NUMBER_OF_GPUS -m monai.bundle run" in capsys.readouterr().out
+    written = json.loads((folder / "configs" / "multi_gpu_explain.json").read_text())
+    where = "evaluator#val_data_loader" if inside else "loads"
+    assert written[f"{where}#sampler"] == "@explain_sampler"
+    assert written["explain_sampler"]["dataset"] == f"@{where}#dataset"
+    assert main(["overlay", "--bundle", str(folder), "--multi-gpu"]) == 2
+    assert main(["overlay", "--output", str(tmp_path / "x.json"), "--multi-gpu"]) == 2
+
+
+def test_a_data_loader_that_the_config_does_not_show_is_refused() -> None:
+    with pytest.raises(UsageError, match="--share windows"):
+        multi_gpu_overlay(ConfigParser({"evaluator": {"val_data_loader": "$make_loader()"}}))
