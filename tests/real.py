@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -105,3 +106,26 @@ def meshnet(name: str = "meshnet_model5_gw_ae") -> tuple[nn.Module, dict[int, st
     network = nn.Sequential(*layers)
     network.load_state_dict({k.removeprefix("model."): v for k, v in state.items()})
     return network.eval(), dict(enumerate(labels["labels"]))
+
+
+def pneumonia_cnn() -> nn.Module:
+    """The small trained 2D classifier of chest X-rays (convolution, batch norm, ReLU; 28 x 28), in eval mode."""
+    from safetensors.torch import load_file
+
+    layers: list[nn.Module] = []
+    channels = [1, 16, 32, 64, 64]
+    for i, (a, b) in enumerate(itertools.pairwise(channels)):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if i < 3 else []
+    network = nn.Sequential(nn.Sequential(*layers), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 2))
+    network.load_state_dict(load_file(ROOT / "models" / "pneumonia2d_cnn.safetensors"))
+    return network.eval()
+
+
+def chest_images() -> tuple[Tensor, Tensor]:
+    """Its test images (624, 1, 28, 28), 0 to 1, and their labels: 1 is pneumonia."""
+    import numpy as np
+
+    with np.load(image("pneumoniamnist_test28.npz")) as kept:
+        pixels, labels = kept["images"], kept["labels"]
+    return torch.from_numpy(pixels)[:, None].float() / 255, torch.from_numpy(labels)[:, 0].long()

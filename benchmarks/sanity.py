@@ -1,0 +1,178 @@
+"""Sanity checks of Adebayo et al. 2018: does a map lose its likeness when the network loses what it has learned?
+
+    python benchmarks/sanity.py [--images 12] [--seeds 3] [--volumes 3] [--picture docs/images/sanity.png]
+
+Weights are drawn anew from the output to the input, one convolution or linear layer (with its norm) more a step, and
+after each step every method explains the same class of the same image again. Likeness to the map of the trained
+network: Spearman's rank correlation and SSIM of the absolute maps (SSIM of maps over their maximum).
+
+Networks with ReLU: pneumonia2d_cnn on chest X-rays (2D; needs ESEGETA_SHARED_DATA), and the bundle
+brain_lesion_classification on heads with a planted lesion (3D; needs the extra `demo`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+from skimage.metrics import structural_similarity
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from esegeta_monai import Explainer
+from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.methods import LRP, GradCam, GuidedBackprop, GuidedGradCam, Method, Saliency
+from esegeta_monai.targets import ClassScore
+from tests import real
+
+METHODS: list[Method] = [
+    Saliency(),
+    GradCam(),
+    GuidedBackprop(),
+    GuidedGradCam(),
+    LRP("EpsilonPlus"),
+]
+COLOURS = ["#1f77b4", "#2ca02c", "#d62728", "#ff7f0e", "#8c564b"]
+
+
+def stages(network: nn.Module) -> list[list[nn.Module]]:
+    """Layers with weights from the output to the input, each with the norms behind it."""
+    found: list[list[nn.Module]] = []
+    for module in network.modules():  # both networks define their layers in the order in which they run
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            found.append([module])
+        elif isinstance(module, _BatchNorm):
+            found[-1].append(module)
+    return found[::-1]
+
+
+def maps_of(network: nn.Module, images: Tensor) -> np.ndarray:
+    """Absolute maps (methods, images, *spatial), summed over channels."""
+    explainer = Explainer(network)
+    maps = np.zeros((len(METHODS), len(images), *images.shape[2:]), dtype=np.float64)
+    for found in explainer(images, METHODS, [ClassScore(1)]):
+        i = next(i for i, method in enumerate(METHODS) if method is found.method)
+        if found.map is not None:
+            maps[i, found.case] = found.map.as_tensor().abs().sum(0).double().numpy()
+    return maps
+
+
+def likeness(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """Spearman's rank correlation and SSIM; 0 where a map is constant and so has neither ranks nor structure."""
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0, 0.0
+    return float(spearmanr(a.ravel(), b.ravel()).statistic), float(
+        structural_similarity(a / a.max(), b / b.max(), data_range=1.0)
+    )
+
+
+def cascade(network: nn.Module, images: Tensor, seeds: Sequence[int]) -> tuple[list[str], np.ndarray]:
+    """Names of the steps, and likeness (methods, steps, samples, 2); step 0 is the trained network against itself."""
+    trained = maps_of(network, images)
+    names = ["trained"]
+    result: list[list[np.ndarray]] = []
+    for seed in seeds:
+        torch.manual_seed(seed)
+        random = copy.deepcopy(network)
+        steps = [trained]
+        for stage in stages(random):
+            for module in stage:
+                module.reset_parameters()  # type: ignore[operator]
+            steps.append(maps_of(random, images))
+            if seed == seeds[0]:
+                names.append(next(n for n, m in random.named_modules() if m is stage[0]))
+        pairs = [[[likeness(t, m) for t, m in zip(*both)] for both in zip(trained, step)] for step in steps]
+        result.append([np.array(step) for step in pairs])  # steps of (methods, images, 2)
+    whole = np.array(result)  # (seeds, steps, methods, images, 2)
+    return names, whole.transpose(2, 1, 0, 3, 4).reshape(len(METHODS), len(names), -1, 2)
+
+
+def chest(n: int) -> tuple[nn.Module, Tensor]:
+    """The 2D network, and X-rays with pneumonia that it recognises."""
+    network = real.pneumonia_cnn()
+    images, labels = real.chest_images()
+    with torch.no_grad():
+        right = (network(images).argmax(1) == labels) & (labels == 1)
+    return network, images[right][:n]
+
+
+def lesions(n: int, folder: Path) -> tuple[nn.Module, Tensor]:
+    """The 3D network, and heads with a lesion that it recognises."""
+    reader = BundleReader(ROOT / "bundles" / "brain_lesion_classification")
+    network = reader.network
+    with reader.importable():
+        from scripts.anatomy import template_case
+        from scripts.lesions import LesionCases
+
+        cases = LesionCases(template_case(folder), seeds=range(2_000_000, 2_000_000 + 6 * n))
+        images = torch.stack([torch.as_tensor(cases[i]["image"]).float() for i in range(len(cases))])
+        labels = torch.tensor([int(cases[i]["label"]) for i in range(len(cases))])
+    with torch.no_grad():
+        right = (network(images).argmax(1) == labels) & (labels == 1)
+    return network, images[right][:n]
+
+
+def table(title: str, names: list[str], values: np.ndarray) -> None:
+    """Markdown: Spearman and SSIM after the first step, after half of them and after all, mean ± standard error."""
+    steps = [1, (len(names) - 1) // 2 + 1, len(names) - 1]
+    print(f"\n{title}; {values.shape[2]} maps a cell (images x draws)\n")
+    print("| method | " + " | ".join(f"Spearman, {names[s]}" for s in steps), end=" | ")
+    print(" | ".join(f"SSIM, {names[s]}" for s in steps) + " |")
+    print("|---" * (1 + 2 * len(steps)) + "|")
+    for method, mine in zip(METHODS, values):
+        cells = [
+            f"{mine[s, :, which].mean():.2f} ± {mine[s, :, which].std() / mine.shape[1] ** 0.5:.2f}"
+            for which in (0, 1)
+            for s in steps
+        ]
+        print(f"| `{method.name}` | " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=12, help="of the 2D network")
+    parser.add_argument("--volumes", type=int, default=3, help="of the 3D network; 0 leaves it out")
+    parser.add_argument("--seeds", type=int, default=3, help="draws of the random weights")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "sanity.png")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    runs = []
+    network, images = chest(args.images)
+    runs.append((f"Chest X-rays, 2D, {len(images)} images", *cascade(network, images, range(args.seeds))))
+    table(*runs[-1])
+    if args.volumes:
+        with tempfile.TemporaryDirectory() as folder:
+            network, images = lesions(args.volumes, Path(folder))
+        runs.append((f"Planted lesions, 3D, {len(images)} heads", *cascade(network, images, range(args.seeds))))
+        table(*runs[-1])
+    figure, axes = plt.subplots(len(runs), 2, figsize=(9, 3.3 * len(runs)), squeeze=False, sharey=True)
+    for row, (title, names, values) in zip(axes, runs):
+        for which, (axis, what) in enumerate(zip(row, ("Spearman's rank correlation", "SSIM"))):
+            for method, mine, colour in zip(METHODS, values, COLOURS):
+                mean = mine[..., which].mean(1)
+                error = 1.96 * mine[..., which].std(1) / mine.shape[1] ** 0.5
+                axis.plot(mean, "o-", color=colour, label=method.name, markersize=3)
+                axis.fill_between(range(len(mean)), mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
+            axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
+            axis.set_title(f"{title}: {what}", fontsize=9)
+            axis.grid(alpha=0.3)
+            axis.set_xlabel("weights drawn anew from the output down to …", fontsize=8)
+    axes[0, 0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(args.picture, dpi=90)
+    print(f"\n{args.picture}")
+
+
+if __name__ == "__main__":
+    main()
