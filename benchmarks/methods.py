@@ -181,7 +181,8 @@ def main() -> None:
     together = took["all that share, together"]
     lines = [
         f"{args.size}³, {args.window}³ windows ({len(bench.plan)}), MONAI UNet (batch norm, PReLU), layer "
-        f"{bench.layer!r}, one thread, torch {torch.__version__}, {platform.machine()}; CPU seconds, minimum of {args.repeats}",
+        f"{bench.layer!r}, one thread, torch {torch.__version__}, {platform.machine()}; "
+        f"CPU seconds, minimum of {args.repeats}",
         "",
         "| method | forward | to the layer | to the input | seconds | bare loop | ratio |",
         "|---|---|---|---|---|---|---|",

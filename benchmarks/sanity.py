@@ -28,14 +28,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from esegeta_monai import Explainer
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.methods import LRP, GradCam, GuidedBackprop, GuidedGradCam, Method, Saliency
 from esegeta_monai.targets import ClassScore
 from tests import real
 
+ROOT = Path(__file__).parents[1]
 METHODS: list[Method] = [
     Saliency(),
     GradCam(),
