@@ -1,5 +1,5 @@
 # Everything happens in a virtual environment inside the checkout; only Python >= 3.10, pip and make are needed.
-#   make demo        explain the segmentation bundle on the MNI152 template and say where the pictures lie
+#   make demo        explain the segmentation bundle on the MNI152 template and say where the report lies
 #   make test        the fast tests        make test-slow    the slow ones
 #   make lint types  ruff and mypy         make wheel        the wheel, into dist/
 # Choose another interpreter with `make PYTHON=python3.12 test`, a mirror or a CUDA index with pip's own settings

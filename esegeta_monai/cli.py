@@ -26,6 +26,7 @@ EXAMPLES = """examples:
   esegeta-monai explain --bundle my_bundle --input scans/ --output explained/
   esegeta-monai explain --bundle my_bundle --input a.nii.gz --output explained/ \\
       --methods "Saliency,IntegratedGradients(tolerance=1e-3)" --target "MultiClassMask(class_index=1)"
+  esegeta-monai report explained/
   esegeta-monai methods
   esegeta-monai layers --bundle my_bundle
 """
@@ -45,6 +46,10 @@ EXPLAIN_END = """inputs:
 
 exit codes: 0 all done, 1 some case or method failed (run.json says why; the others are there), 2 usage error
 """
+
+REPORT = """Writes OUTPUT/CASE/CASE_report.html for each case and OUTPUT/index.html, from what 'explain' and, where it
+was run, 'evaluate' left in OUTPUT; also after a run that failed or was stopped. Each page is complete in itself and
+opens in a browser without a network. It names the cases as you called them, and no folder and no scan file."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -115,6 +120,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, help="print the version and stop")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_explain(commands)
+    report = _add(commands, "report", "write an HTML report of what was explained", _lazy("report", "run"))
+    report.description = REPORT
+    report.add_argument("output", metavar="OUTPUT", help="the output folder of 'explain'")
+    report.add_argument(
+        "--neurological", action="store_true", help="patient's left on the viewer's left (default: radiological)"
+    )
+    report.add_argument(
+        "--view-3d",
+        action="store_true",
+        help="add a 3D view (needs NiiVue, which nilearn carries; 2.3 MB a page); a head can be recognised by its face",
+    )
     _add_demo(commands)
     for name, what in (("methods", "how it can be explained"), ("targets", "what can be explained")):
         table = _add(commands, name, f"list {what}, with parameters and defaults", _lazy("tables", f"run_{name}"))
@@ -178,6 +194,7 @@ def _add_explain(commands: Any) -> None:
         help='what: such as "MultiClassMask(class_index=1)" or "MultiClassMask(\'spleen\')"; may be repeated '
         "(default: every predicted class but background; 'esegeta-monai targets' lists all)",
     )
+    explain.add_argument("--report", action="store_true", help="write the HTML report when all is done")
     _add_network(explain)
     _add_run_options(explain)
     explain.add_argument(
@@ -276,7 +293,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window-batch", type=_count, metavar="N", help="windows computed at once (default: as the bundle's inferer)"
     )
-    parser.add_argument("--no-pictures", dest="pictures", action="store_false", help="write no PNG files")
+    parser.add_argument(
+        "--no-pictures",
+        dest="pictures",
+        action="store_false",
+        help="write no PNG files, and no copy of the scan for the report",
+    )
     parser.add_argument(
         "--no-progress", dest="progress", action="store_false", default=sys.stderr.isatty(), help="show no progress bar"
     )

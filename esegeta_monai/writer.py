@@ -26,8 +26,10 @@ from esegeta_monai.explainer import Attribution, Explainer
 from esegeta_monai.features import table_csv
 from esegeta_monai.methods.base import Method
 from esegeta_monai.ranks import Ranks
-from esegeta_monai.report.picture import save_picture
+from esegeta_monai.report.picture import display_affine, save_picture
 from esegeta_monai.report.synthesis import save_curve, save_synthesised
+from esegeta_monai.storage.copies import mask_path, save_grey_copy, save_mask, scan_copy_path
+from esegeta_monai.storage.private import traceback_text
 from esegeta_monai.storage.runs import UNFINISHED
 from esegeta_monai.targets.base import Target
 from esegeta_monai.transforms.invert import InvertAttribution
@@ -55,7 +57,8 @@ class ResultWriter:
         postfix, separate_folder, extension: file layout, see `esegeta_monai.storage.map_path`; the extension
             ``"input"`` stands for that of each scan (`esegeta_monai.storage.map_suffix`).
         overwrite: compute and write again what is finished.
-        pictures: a PNG beside every map.
+        pictures: what is for looking at: a PNG beside every map, and for the report an eight-bit copy of the scan and
+            the voxels of each target (`esegeta_monai.storage.copies`).
         ranks: the processes that write into this folder; None: this one.
         together: they compute each case together (`Explainer` with ``distributed=True``), and the first one writes.
 
@@ -96,6 +99,7 @@ class ResultWriter:
         self._scans: dict[str, MetaTensor] = {}
         self._hashes: dict[str, str] = {}
         self._written: dict[str, str] = {}
+        self._copied: tuple[str, dict[Path, Tensor]] = ("", {})
 
     @property
     def writes(self) -> bool:
@@ -146,7 +150,8 @@ class ResultWriter:
         if self._clash(path, attribution, case):
             return False  # `write` says so
         reason = "finished in an earlier run"
-        self.run.set(case, attribution.label, self._method_name(attribution), "skipped", reason)
+        written = path.relative_to(self.output_dir).as_posix() if path.is_file() else None
+        self.run.set(case, attribution.label, self._method_name(attribution), "skipped", reason, map=written)
         logger.info("%s: %s is finished, skipped", case, path.name)
         return True
 
@@ -207,7 +212,9 @@ class ResultWriter:
         scan = scan if scan is not None else scan_of(image)
         path, label, method_name = self.path(attribution, case, scan), attribution.label, self._method_name(attribution)
         record = {**attribution.record, **self.key(attribution, case, scan)}
+        record["result"] = {"target": label, "method": method_name}  # as run.json calls it
         record["class"] = record.pop("class_name", None)
+        failure: Exception | None = attribution.error
         clash = self._clash(path, attribution, case)
         if clash:
             record.update(status="failed", reason=clash)
@@ -216,12 +223,16 @@ class ResultWriter:
             if attribution.map is not None and not clash:
                 record.update(self._write_map(path, attribution, case, image, scan))
             elif record["status"] == "empty_target":
-                for stale in (path, storage.picture_path(path)):  # of an earlier run: another prediction's
+                # of an earlier run: another prediction's
+                for stale in (path, storage.picture_path(path), self._mask_path(attribution, case)):
                     stale.unlink(missing_ok=True)
+            if self.pictures:
+                self._copy_scan(case, image, scan)
             if record["status"] in ("ok", "zero", "empty_target"):
                 storage.save_sidecar(path, record)
         except Exception as error:  # one map that cannot be written leaves the others
             record.update(status="failed", reason=_reason(error))
+            failure = error
         if record["status"] in UNFINISHED:
             logger.error("%s: %s: %s", case, path.name, record["reason"])
         written = attribution.map is not None and record["status"] not in UNFINISHED
@@ -234,6 +245,7 @@ class ResultWriter:
             map=path.relative_to(self.output_dir).as_posix() if written else None,
             seconds=record.get("seconds"),
             warnings=record.get("warnings", []),
+            **({} if failure is None else {"traceback": traceback_text(failure)}),
         )
         return path if written else None
 
@@ -242,7 +254,7 @@ class ResultWriter:
         if not self.writes:
             return
         text = _reason(error)
-        self.run.set(case, None, None, "failed", text)
+        self.run.set(case, None, None, "failed", text, traceback=traceback_text(error))
         logger.error("%s: %s", case, text)
         logger.debug("traceback", exc_info=error)
 
@@ -275,13 +287,19 @@ class ResultWriter:
         if attribution.record.get("features"):
             with storage.atomic(storage.table_path(path)) as temporary:
                 temporary.write_text(table_csv(attribution.record["features"]), encoding="utf-8")
+        if self.pictures:
+            affine, oriented = display_affine(volume)
+            more["display"] = {
+                "scan": scan_copy_path(".", case, **self._folders).name,
+                "mask": None,
+                "affine": affine.tolist(),
+                "oriented": oriented,
+            }
         if self.pictures and made_up:
             more["picture"] = self._draw_made_up(path, values, attribution, case, volume)
         elif self.pictures:
-            mask = None
-            if attribution.mask is not None:
-                plain = MetaTensor(attribution.mask.as_tensor().float(), affine=attribution.mask.affine)
-                mask = to_scan_grid(plain, volume, additive=False, mode="nearest")[0]
+            mask = self._copy_mask(attribution, case, volume, grid)
+            more["display"]["mask"] = None if mask is None else self._mask_path(attribution, case).name
             names = attribution.record.get("channel_names") or []
             more["picture"] = save_picture(
                 storage.picture_path(path),
@@ -328,6 +346,39 @@ class ResultWriter:
             units=method.units,
             channel_names=names if len(names) == len(values) else None,
         )
+
+    @property
+    def _folders(self) -> dict[str, Any]:
+        return {"separate_folder": self.layout["separate_folder"]}
+
+    def _mask_path(self, attribution: Attribution, case: str) -> Path:
+        name = self.target_name(attribution.target, attribution.label)
+        return mask_path(self.output_dir, case, name, **self._folders)
+
+    def _copies(self, case: str) -> dict[Path, Tensor]:
+        """What this run has copied of a case, one case at a time."""
+        if self._copied[0] != case:
+            self._copied = (case, {})
+        return self._copied[1]
+
+    def _copy_mask(self, attribution: Attribution, case: str, volume: MetaTensor, grid: storage.Grid) -> Tensor | None:
+        """The target's voxels on the scan's grid, written beside the maps once; None for a class score."""
+        if attribution.mask is None:
+            return None
+        path, copies = self._mask_path(attribution, case), self._copies(case)
+        if path not in copies:
+            plain = MetaTensor(attribution.mask.as_tensor().float(), affine=attribution.mask.affine)
+            copies[path] = to_scan_grid(plain, volume, additive=False, mode="nearest")[0]
+            save_mask(path, copies[path].numpy(), grid)
+        return copies[path]
+
+    def _copy_scan(self, case: str, image: MetaTensor, scan: Any) -> None:
+        """The eight-bit copy of the scan, once a case."""
+        path, copies = scan_copy_path(self.output_dir, case, **self._folders), self._copies(case)
+        if path not in copies:
+            grey = _background(image, self._scan(scan), image).as_tensor()
+            save_grey_copy(path, grey.numpy(), storage.Grid.of(scan))
+            copies[path] = torch.empty(0)
 
     def _clash(self, path: Path, attribution: Attribution, case: str) -> str | None:
         """Takes a path for a map; says so where another map of this run has it."""

@@ -86,7 +86,8 @@ def names(folder: Path) -> list[str]:
 def test_map_picture_and_sidecar_lie_together(image: MetaTensor, tmp_path: Path) -> None:
     writer = explain(tmp_path, image, [InputXGradient()], pictures=True)
     stem = "alpha_Box-class1_InputXGradient_attr"
-    assert names(tmp_path) == [f"{stem}.json", f"{stem}.nii.gz", f"{stem}.png"]
+    copies = ["alpha_Box-class1_mask.nii.gz", "alpha_scan.nii.gz"]
+    assert names(tmp_path) == sorted([f"{stem}.json", f"{stem}.nii.gz", f"{stem}.png", *copies])
     (entry,) = entries(writer)
     assert entry["map"] == f"alpha/{stem}.nii.gz"
     assert (entry["status"], entry["target"], entry["method"]) == ("ok", "Box-class1", "InputXGradient")
@@ -160,7 +161,7 @@ def test_several_files_as_channels_give_one_4d_map(scan: Path, tmp_path: Path) -
     explainer = Explainer(nn.Conv3d(2, 2, 3, padding=1), on_error="record", channel_names=["T1", "T2"])
     writer.explain(explainer, image, "both", methods, targets)
     assert [e["status"] for e in entries(writer)] == ["ok"]
-    (path,) = (tmp_path / "out").rglob("*.nii.gz")
+    (path,) = (tmp_path / "out").rglob("*_attr.nii.gz")
     assert nib.load(path).shape == (*oblique.SHAPE, 2)
     assert json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())["channel_names"] == [
         "T1",
@@ -219,11 +220,11 @@ def test_a_target_that_became_empty_takes_its_old_map_away(image: MetaTensor, tm
     """The map of another prediction must not lie beside a sidecar that says there is none."""
     high = ThresholdMask(-1e9, value="raw", name="above")
     explain(tmp_path, image, targets=[high], pictures=True)
-    assert len(names(tmp_path)) == 3
+    assert len(names(tmp_path)) == 5
     never = ThresholdMask(1e9, value="raw", name="above")
     writer = explain(tmp_path, image, targets=[never], pictures=True)
     assert [e["status"] for e in entries(writer)] == ["empty_target"]
-    assert names(tmp_path) == ["alpha_above_Saliency_attr.json"]
+    assert names(tmp_path) == ["alpha_above_Saliency_attr.json", "alpha_scan.nii.gz"]
     assert "map" not in json.loads(next(tmp_path.rglob("*_attr.json")).read_text())
 
 

@@ -16,6 +16,7 @@ from esegeta_monai.commands.explain import choose_device, explain_cases
 from esegeta_monai.commands.log import RunLog
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS
+from esegeta_monai.report.page import write_report
 from esegeta_monai.storage import INTENDED_USE, sidecar_path
 
 __all__ = ["DEMO_METHODS", "run"]
@@ -38,7 +39,7 @@ DEMO_METHODS = (
 
 
 def run(args: Namespace, log: RunLog) -> int:
-    """Explains, then prints a table and where the pictures lie."""
+    """Explains, then prints a table, where the pictures lie, and last the report."""
     began = time.monotonic()
     output = Path(args.output)
     reader = BundleReader(args.bundle or find_bundle(), device=choose_device(args.device))
@@ -51,9 +52,9 @@ def run(args: Namespace, log: RunLog) -> int:
     _print_table([entry for entry in entries if entry["case"] == CASE], output)
     pictures = sorted(output.glob(f"{CASE}/*.png"))
     print(f"\n{len(pictures)} pictures, maps (.nii.gz) and records (.json) lie in {output / CASE}")
-    if pictures:
-        print(f"Look first at {pictures[0]}")
+    written = write_report(output)
     print(f"{time.monotonic() - began:.0f} s. {INTENDED_USE}")
+    print(f"Open the report in a browser, it needs no network: {written.cases[CASE].resolve()}")
     return writer.run.exit_code
 
 

@@ -23,6 +23,7 @@ from esegeta_monai.explainer import Explainer
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.network import find_layer, unwrap, weights_hash
 from esegeta_monai.ranks import Ranks, local_device, process_group
+from esegeta_monai.report.page import write_report
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.writer import ResultWriter
@@ -55,6 +56,10 @@ def run(args: Namespace, log: RunLog) -> int:
     summary = ", ".join(f"{n} {status}" for status, n in writer.run.summary.items()) or "nothing to do"
     if not args.quiet and not ranks.rank:
         print(f"{summary.replace('_', ' ')}. Maps, pictures and the log are in {output}; run.json tells all.")
+    if args.report and not ranks.rank:
+        written = write_report(output)
+        if not args.quiet:
+            print(f"The report: {written.index}")
     return writer.run.exit_code
 
 

@@ -22,7 +22,7 @@ from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.cases import cases_of
-from esegeta_monai.errors import UsageError
+from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.explainer import Explainer
 from esegeta_monai.handlers.calls import InfererCalls, plain_inferer, watched
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
@@ -30,6 +30,7 @@ from esegeta_monai.handlers.series import ExplanationSeries
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.network import unwrap, weights_hash
 from esegeta_monai.ranks import SHARES, Ranks, Share
+from esegeta_monai.report.page import write_report
 from esegeta_monai.storage import picture_path
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
@@ -56,8 +57,9 @@ class ExplanationHandler:
         class_names: class number to name; None: from the bundle's metadata.json.
         seed, time_limit, window_batch, volume_device: see `esegeta_monai.Explainer`.
         overwrite: explain again what is finished.
-        pictures: a PNG beside every map.
         map_format: ``"nifti"``, or ``"input"``: NRRD and MHA scans get maps in their own format, all others NIfTI.
+        pictures: a PNG beside every map, and what the report shows of the scan.
+        report: write the HTML report (`esegeta_monai.report.write_report`) when the run or an epoch's folder is done.
         progress: show a progress bar.
         epochs: on a trainer or a validating evaluator, only every so many epochs, from the first.
         cases: only these, by name; or the first so many of an epoch (of each process); None: all.
@@ -99,6 +101,7 @@ class ExplanationHandler:
         overwrite: bool = False,
         pictures: bool = True,
         map_format: str = "nifti",
+        report: bool = False,
         progress: bool = False,
         epochs: int = 1,
         cases: int | Sequence[str] | None = None,
@@ -129,6 +132,7 @@ class ExplanationHandler:
         if map_format not in ("nifti", "input"):
             raise UsageError(f"map_format={map_format!r}: give 'nifti' or 'input'")
         self.map_format = map_format
+        self.report = _flag("report", report)
         if epochs < 1:
             raise UsageError(f"epochs={epochs}: at least 1, every epoch")
         if isinstance(cases, (str, bool)) or (isinstance(cases, int) and cases < 1):
@@ -198,6 +202,7 @@ class ExplanationHandler:
         folder = Path(str(folder).format(epoch=epoch) if "{epoch" in str(folder) else folder)
         if self.writer is not None and self.writer.output_dir == folder:
             return
+        self._write_report()
         assert self.targets is not None
         separate, extension = self._saved(engine, "parent"), str(self._saved(engine, "ext") or "").lstrip(".")
         self.writer = ResultWriter(
@@ -290,6 +295,18 @@ class ExplanationHandler:
         self.writer.run.__exit__(None, None, None)
         level = logging.ERROR if self.writer.run.exit_code else logging.INFO
         self.logger.log(level, f"explanations in {self.writer.output_dir}: {summary}")
+        self._write_report()
+
+    def _write_report(self) -> None:
+        """Of the folder that is done; a report that cannot be written does not end the engine's run."""
+        if not self.report or self._ranks.rank or self.writer is None or not self.writer.run.summary:
+            return
+        try:
+            written = write_report(self.writer.output_dir)
+        except EsegetaError as error:
+            self.logger.error(f"no report: {error}")
+        else:
+            self.logger.info(f"report: {written.index}")
 
     # -- what the engine knows ----------------------------------------------------------------------------------
 

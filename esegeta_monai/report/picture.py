@@ -190,22 +190,30 @@ def _check(image: np.ndarray, values: np.ndarray, contour: np.ndarray | None) ->
 
 
 def _anatomy(scan: torch.Tensor, image: np.ndarray) -> tuple[Anatomy, bool]:
-    """The scan's grid in RAS space, and whether its affine is to be believed."""
+    affine, oriented = display_affine(scan)
     size = image.shape[1:]
+    return Anatomy(size if len(size) == 3 else (*size, 1), affine), oriented
+
+
+def display_affine(scan: torch.Tensor) -> tuple[np.ndarray, bool]:
+    """The 4x4 affine by which a scan (C, *spatial) is drawn, and whether its letters are to be believed.
+
+    Voxel to RAS mm; of a 2D image without a world (an identity affine, as PNG files have) a turn that shows it upright.
+    """
     affine = np.eye(4)
     if isinstance(scan, MetaTensor):
         affine = np.array(to_affine_nd(3, scan.affine.detach().cpu().numpy()), dtype=np.float64)
         if scan.meta.get(MetaKeys.SPACE) == SpaceKeys.LPS:
             affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-    if len(size) == 3:
-        return Anatomy(size, affine), isinstance(scan, MetaTensor)
+    if scan.ndim == 4:
+        return affine, isinstance(scan, MetaTensor)
     if not np.array_equal(affine[:3, :3], np.eye(3)):
-        return Anatomy((*size, 1), affine), True
+        return affine, True
     # Readers of photographs give (x, y), arrays are (row, column); either way y and rows count downwards.
     name = str(scan.meta.get(ImageMetaKey.FILENAME_OR_OBJ, "")) if isinstance(scan, MetaTensor) else ""
     x_first = name.lower().endswith((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"))
     down = [[1, 0, 0, 0], [0, -1, 0, 0]] if x_first else [[0, 1, 0, 0], [-1, 0, 0, 0]]
-    return Anatomy((*size, 1), np.array([*down, [0, 0, 1, 0], [0, 0, 0, 1]])), False
+    return np.array([*down, [0, 0, 1, 0], [0, 0, 0, 1]], dtype=np.float64), False
 
 
 def _read(values: np.ndarray, mask: np.ndarray | None, signed: bool) -> Reading:

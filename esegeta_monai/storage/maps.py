@@ -18,7 +18,7 @@ from esegeta_monai.storage.files import INTENDED_USE, atomic, read_json, sha256_
 from esegeta_monai.storage.names import MAP_SUFFIXES
 from esegeta_monai.storage.scans import Grid
 
-__all__ = ["is_complete", "picture_path", "save_map", "save_sidecar", "sidecar_path"]
+__all__ = ["is_complete", "on_disk", "picture_path", "save_map", "save_sidecar", "sidecar_path"]
 
 WITH_MAP = ("ok", "zero")
 """Statuses under which a map lies on disk; an empty target has a sidecar only, and all others are tried again."""
@@ -65,7 +65,7 @@ def save_map(
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
     if bad:
         raise MethodError(f"{path.name}: {bad} of {array.size} values are not finite in float32; nothing is written")
-    data = _on_disk(array, grid.shape)
+    data = on_disk(array, grid.shape)
     if not path.name.endswith(NIFTI_SUFFIXES):
         return _save_with_itk(path, data, grid)
 
@@ -100,7 +100,7 @@ def _save_with_itk(path: Path, data: np.ndarray, grid: Grid) -> Path:
     return path
 
 
-def _on_disk(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def on_disk(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """(C, *spatial) with channels last, in the scan's own shape where it holds as many values."""
     last = np.moveaxis(array, 0, -1)
 

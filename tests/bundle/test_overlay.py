@@ -144,7 +144,7 @@ def test_the_real_command(bundle: Path, tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(p.name for p in (tmp_path / "maps" / "alpha").glob("*.nii.gz")) == [
+    assert sorted(p.name for p in (tmp_path / "maps" / "alpha").glob("*_attr.nii.gz")) == [
         "alpha_MultiClassMask-core_Occlusion_attr.nii.gz",
         "alpha_MultiClassMask-core_Saliency_attr.nii.gz",
     ]

@@ -116,6 +116,19 @@ def state(network: nn.Module) -> list[Any]:
     ]  # fmt: skip
 
 
+# ---- the report ---------------------------------------------------------------------------------------------------
+
+
+def test_the_report_is_written_at_the_end_where_asked_for(scans: list[Path], tmp_path: Path) -> None:
+    for report in (False, "true"):
+        engine = evaluator(scans, Small())
+        handler(tmp_path / str(report), report=report).attach(engine)
+        engine.run()
+        written = {p.name for p in (tmp_path / str(report)).rglob("*.html")}
+        cases = {case for case, _ in statuses(tmp_path / str(report))}
+        assert written == ({"index.html", *(f"{case}_report.html" for case in cases)} if report else set())
+
+
 # ---- what it takes from the engine -------------------------------------------------------------------------------
 
 

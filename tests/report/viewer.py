@@ -1,0 +1,28 @@
+"""What a page carries, read back without its script."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    """The JSON that the viewer reads."""
+    (text,) = re.findall(r'id="viewer-data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
+    return json.loads(text)
+
+
+def volume_of(page: Path, name: str, kind: type = np.int8) -> np.ndarray:
+    """A volume (x, y, z) by its id."""
+    found = re.search(rf'id="{name}"( data-delta="1")?>(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
+    assert found is not None, name
+    raw = np.frombuffer(zlib.decompress(base64.b64decode(found[2])), dtype=np.uint8)
+    if found[1]:
+        raw = np.cumsum(raw, dtype=np.uint8)
+    return raw.view(kind).reshape(data_of(page)["size"], order="F")
