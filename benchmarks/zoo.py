@@ -36,11 +36,25 @@ sys.path.insert(0, str(Path(__file__).parent))
 from zoo_inputs import RECIPES, Recipe
 
 TOLERANCE = 1e-5
+MEMORY = 13 << 30
 HERE = Path(__file__).resolve().parent
 
 
-def call(python: str, *words: str, cwd: Path, log: Path, limit: float) -> tuple[int, float]:
+def modest() -> None:
+    """No more than 13 GB for a command: it fails, and nothing else on the machine does."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+def available() -> float:
+    """Free memory in GB."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
+
+
+def call(python: str, *words: str, cwd: Path, log: Path, limit: float, gigabytes: float) -> tuple[int, float]:
     """Exit code and CPU seconds of a command; what it says goes to `log`."""
+    while available() < gigabytes:
+        time.sleep(10)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {
         **os.environ,
@@ -53,8 +67,15 @@ def call(python: str, *words: str, cwd: Path, log: Path, limit: float) -> tuple[
         stream.flush()
         try:
             code = subprocess.run(
-                [python, *words], cwd=cwd, stdout=stream, stderr=subprocess.STDOUT, timeout=limit, env=environment
+                [python, *words],
+                cwd=cwd,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                timeout=limit,
+                env=environment,
+                preexec_fn=modest,
             ).returncode
+            stream.write(f"exit code {code}\n")
         except subprocess.TimeoutExpired:
             code = 124
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -64,7 +85,7 @@ def call(python: str, *words: str, cwd: Path, log: Path, limit: float) -> tuple[
 def last_line(log: Path) -> str:
     """The line that says what went wrong."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line and not line.startswith("File")]
+    errors = [line for line in lines if "Error" in line and "Warning" not in line and not line.startswith("File")]
     return (errors or lines or ["nothing was said"])[-1][:300]
 
 
@@ -101,7 +122,13 @@ def explain_bundle(source: Path, work: Path, recipe: Recipe, python: str, limit:
         job["overlay"] += ["--override", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
     (work / "job.json").write_text(json.dumps(job))
     code, seconds = call(
-        python, str(HERE / "zoo_check.py"), str(work / "job.json"), cwd=bundle, log=work / "check.log", limit=limit
+        python,
+        str(HERE / "zoo_check.py"),
+        str(work / "job.json"),
+        cwd=bundle,
+        log=work / "check.log",
+        limit=limit,
+        gigabytes=recipe.gigabytes,
     )
     row["found"] = [x.strip() for x in (work / "check.log").read_text().splitlines() if x.startswith("  ")][:10]
     row["check_cpu_seconds"] = round(seconds, 1)
@@ -120,7 +147,9 @@ def explain_bundle(source: Path, work: Path, recipe: Recipe, python: str, limit:
             words += ["--explain_methods", recipe.methods, "--explain_targets", check["target"]]
             words += ["--explain_output_dir", str(work / "maps"), *as_options(recipe.options)]
             words += ["--explain_handler#pictures", "false"]
-        code, seconds = call(python, *words, cwd=bundle, log=work / f"{kind}.log", limit=limit)
+        code, seconds = call(
+            python, *words, cwd=bundle, log=work / f"{kind}.log", limit=limit, gigabytes=recipe.gigabytes
+        )
         row[f"{kind}_cpu_seconds"] = round(seconds, 1)
         if code:
             return {**row, "green": False, "cause": f"{kind}: {last_line(work / f'{kind}.log')}"}

@@ -40,6 +40,8 @@ def batch_of(reader: BundleReader) -> tuple[Tensor, tuple[Any, ...], dict[str, A
     loader = reader.resolve("evaluator::val_data_loader")
     with reader.importable():
         batch = next(iter(loader))
+    if isinstance(batch, list):  # a detector's: images of different shapes
+        return batch[0][reader.image_key][None], (), {}
     prepare = default_prepare_batch
     if "evaluator::prepare_batch" in reader.parser:
         prepare = reader.resolve("evaluator::prepare_batch")

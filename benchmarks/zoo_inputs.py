@@ -31,6 +31,7 @@ class Recipe:
         options: of the overlay, beside methods and target.
         methods: what explains it.
         crop: what is different in the check on a crop.
+        gigabytes: of memory that it takes about; it waits until they are free.
         cause: why no map can be made at all.
     """
 
@@ -42,6 +43,7 @@ class Recipe:
     options: dict[str, Any] = field(default_factory=dict)
     methods: str = "Saliency"
     crop: dict[str, Any] = field(default_factory=dict)
+    gigabytes: float = 2
     cause: str = ""
 
 
@@ -60,7 +62,6 @@ def scan(
     spacing: tuple[float, float, float],
     *,
     hounsfield: bool = True,
-    channels: int = 0,
     seed: int = 0,
 ) -> str:
     """A NIfTI volume whose axes run left, posterior, superior, away from the origin."""
@@ -69,9 +70,7 @@ def scan(
     affine[:3, 3] = (40.0, 30.0, -20.0)
     values = body(shape, seed)
     values = values * 400 - 200 if hounsfield else values * 1000
-    if channels:
-        values = np.stack([values + 50 * i * body(shape, seed + i + 1) for i in range(channels)], -1)
-    image = nib.Nifti1Image(values.astype(np.float32 if channels else np.int16), affine)
+    image = nib.Nifti1Image(values.astype(np.int16), affine)
     image.header.set_xyzt_units("mm")
     image.set_qform(affine, 1)
     image.set_sform(affine, 1)
@@ -160,6 +159,15 @@ def hovernet(folder: Path) -> dict[str, Any]:
     return {"dataset_dir": str(folder)}
 
 
+def four_mr_sequences(folder: Path) -> dict[str, Any]:
+    files = [
+        scan(folder / f"case_1_{name}.nii.gz", (64, 64, 48), (1.0, 1.0, 1.0), hounsfield=False, seed=i)
+        for i, name in enumerate(("t1ce", "t1", "t2", "flair"))
+    ]
+    (folder / "list.json").write_text(json.dumps({"testing": [{"image": files}]}))
+    return {"data_list_file_path": str(folder / "list.json"), "dataset_dir": str(folder)}
+
+
 def pediatric(folder: Path) -> dict[str, Any]:
     file = scan(folder / "case_1.nii.gz", (88, 88, 88), (1.6, 1.6, 3.2))
     (folder / "list.json").write_text(json.dumps({"validation": [{"image": file}]}))
@@ -167,14 +175,14 @@ def pediatric(folder: Path) -> dict[str, Any]:
 
 
 def prostate(folder: Path) -> dict[str, Any]:
-    scan(folder / "train" / "t2.nii.gz", (70, 70, 30), (0.7, 0.7, 1.6), hounsfield=False)
+    scan(folder / "train" / "t2.nii.gz", (68, 68, 30), (0.7, 0.7, 1.6), hounsfield=False)
     (folder / "test.csv").write_text("ID,t2\n1,train/t2.nii.gz\n")
     return {"dataset_dir": f"{folder}/"}
 
 
 def kidney_phases(folder: Path) -> dict[str, Any]:
     for i, name in enumerate(("12", "22-", "32-", "merged")):
-        scan(folder / "case_1" / f"{name}.nii.gz", (86, 86, 86), (0.9, 0.9, 0.9), seed=i)
+        scan(folder / "case_1" / f"{name}.nii.gz", (84, 84, 84), (0.9, 0.9, 0.9), seed=i)
     return {"dataset_dir": str(folder)}
 
 
@@ -212,15 +220,9 @@ def slide(folder: Path) -> dict[str, Any]:
 
 def searched(folder: Path) -> dict[str, Any]:
     """A Decathlon list, and an architecture as DiNTS' search writes it (the file is part of the missing weights)."""
-    options = datalist("testing", (96, 96, 96), (1.0, 1.0, 1.0))(folder)
-    generator = torch.Generator().manual_seed(0)
-    code = {
-        "code_a": None,
-        "arch_code_a": (torch.rand(12, 10, generator=generator) > 0.5).long().numpy(),
-        "arch_code_c": torch.randint(0, 5, (12, 10), generator=generator).numpy(),
-        "node_a": np.ones((13, 4), np.int64),
-    }
-    code["arch_code_a"][:, [0, 1, 4]] = 1
+    options = datalist("testing", (64, 64, 64), (1.5, 1.5, 1.5))(folder)
+    edges = np.ones((12, 10), np.int64)  # every path is taken, each by the first convolution
+    code = {"arch_code_a": edges, "arch_code_c": edges, "node_a": np.ones((13, 4), np.int64)}
     torch.save(code, folder / "architecture.pt")
     return {**options, "arch_ckpt_path": str(folder / "architecture.pt")}
 
@@ -233,7 +235,7 @@ RECIPES: dict[str, Recipe] = {
     "maisi_ct_generative": Recipe(cause=GENERATIVE),
     "mednist_gan": Recipe(cause=GENERATIVE),
     "brats_mri_segmentation": Recipe(
-        datalist("testing", (64, 64, 48), (1.0, 1.0, 1.0), hounsfield=False, channels=4),
+        four_mr_sequences,
         speed={"inferer#roi_size": [64, 64, 48]},
         speed_why="its windows of 240x240x160 are padded to that size whatever the image",
     ),
@@ -265,26 +267,29 @@ RECIPES: dict[str, Recipe] = {
     "pathology_tumor_detection": Recipe(
         slide, needs={"wsi_reader": "TiffFile"}, needs_why="cuCIM is not there without an NVIDIA driver"
     ),
-    "pediatric_abdominal_ct_segmentation": Recipe(pediatric),
+    "pediatric_abdominal_ct_segmentation": Recipe(pediatric, gigabytes=5),
     "prostate_mri_anatomy": Recipe(prostate),
-    "renalStructures_CECT_segmentation": Recipe(kidney_phases),
-    "renalStructures_UNEST_segmentation": Recipe(scans_in(".", (87, 87, 87), (1.1, 1.1, 1.1))),
+    "renalStructures_CECT_segmentation": Recipe(kidney_phases, gigabytes=6),
+    "renalStructures_UNEST_segmentation": Recipe(scans_in(".", (87, 87, 87), (1.1, 1.1, 1.1)), gigabytes=4),
     "segmentation_template": Recipe(scans_in(".", (64, 72, 48), (1.0, 1.0, 1.5))),
     "spleen_ct_segmentation": Recipe(scans_in("imagesTs", (100, 88, 88), (1.6, 1.6, 2.1))),
-    "spleen_deepedit_annotation": Recipe(scans_in("imagesTs", (100, 90, 80), (1.6, 1.6, 2.1))),
+    "spleen_deepedit_annotation": Recipe(scans_in("imagesTs", (100, 90, 80), (1.6, 1.6, 2.1)), gigabytes=6),
     "swin_unetr_btcv_segmentation": Recipe(
         scans_in("imagesTs", (88, 88, 88), (1.6, 1.6, 2.1)),
         needs={"network_def": {"_target_": "SwinUNETR", "in_channels": 1, "out_channels": 14, "feature_size": 48}},
         needs_why="SwinUNETR's img_size was removed in MONAI 1.5",
+        gigabytes=6,
     ),
     "valve_landmarks": Recipe(valves),
     "ventricular_short_axis_3label": Recipe(scans_in(".", (256, 256, 4), (1.4, 1.4, 8.0), hounsfield=False)),
     "vista2d": Recipe(vista2d),
     "vista3d": Recipe(
-        vista3d, crop={"kwargs": {"class_vector": [[3]], "point_coords": None, "point_labels": None}, "sigmoid": True}
+        vista3d,
+        gigabytes=11,
+        crop={"kwargs": {"class_vector": [[3]], "point_coords": None, "point_labels": None}, "sigmoid": True},
     ),
-    "wholeBody_ct_segmentation": Recipe(scans_in("imagesTs", (87, 87, 87), (1.6, 1.6, 1.6))),
+    "wholeBody_ct_segmentation": Recipe(scans_in("imagesTs", (87, 87, 87), (1.6, 1.6, 1.6)), gigabytes=7),
     "wholeBrainSeg_Large_UNEST_segmentation": Recipe(
-        scans_in("images", (96, 96, 96), (1.0, 1.0, 1.0), hounsfield=False)
+        scans_in("images", (96, 96, 96), (1.0, 1.0, 1.0), hounsfield=False), gigabytes=5
     ),
 }

@@ -12,6 +12,7 @@ padding each cut-out window is the same as cutting the padded volume.
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.data.utils import compute_importance_map, dense_patch_slices
-from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
+from monai.inferers import (
+    AvgMerger,
+    PatchInferer,
+    SimpleInferer,
+    SliceInferer,
+    SlidingWindowInferer,
+    SlidingWindowInfererAdapt,
+    SlidingWindowSplitter,
+)
 from monai.inferers.utils import _get_scan_interval, sliding_window_inference
 from monai.utils import ensure_tuple_rep, fall_back_tuple
 from torch import Tensor
@@ -306,7 +315,9 @@ def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype 
     """The window plan of an inferer for a volume.
 
     `SimpleInferer` is one window of the whole volume; `SlidingWindowInferer`, `SlidingWindowInfererAdapt` and
-    `SliceInferer` give their windows; any other callable is one window too, with a warning that names the cost.
+    `SliceInferer` give their windows, and so does a `PatchInferer` that averages what a `SlidingWindowSplitter` cuts
+    (then ĝ_w is one over the patches at a voxel). Any other callable is one window too, with a warning that names the
+    reason and the cost.
 
     Args:
         inferer: as `as_inferer` returns it.
@@ -314,7 +325,7 @@ def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype 
         dtype: in which MONAI would compute (that of the image): the importance map is made in it.
 
     Raises:
-        NetworkError: the inferer's windows do not fit the dimensions of the volume.
+        NetworkError: the inferer's windows do not fit the dimensions of the volume, or leave part of it out.
 
     >>> plan = plan_windows(SlidingWindowInferer((8, 8), overlap=0.5), (12, 6))
     >>> len(plan), plan.pads, plan.place(0)
@@ -323,8 +334,11 @@ def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype 
     shape = tuple(int(n) for n in spatial_shape)
     if type(inferer).__call__ not in _SLIDING:
         if type(inferer).__call__ is not SimpleInferer.__call__:
+            plan = _patches(inferer, shape, dtype) if type(inferer) is PatchInferer else "is not known"
+            if isinstance(plan, WindowPlan):
+                return plan
             warnings.warn(
-                f"{type(inferer).__name__} is not known: it is explained as one window of {shape}, so the memory of a "
+                f"{type(inferer).__name__} {plan}: it is explained as one window of {shape}, so the memory of a "
                 "backward pass through the whole volume is needed; SlidingWindowInferer needs that of one window batch",
                 stacklevel=2,
             )
@@ -367,3 +381,51 @@ def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype 
         slice_axis,
         bool(inferer.with_coord),
     )
+
+
+def _patches(inferer: PatchInferer, shape: tuple[int, ...], dtype: torch.dtype) -> WindowPlan | str:
+    """The windows of a `PatchInferer` whose merging is linear and whose padding is a plan's; else why they are not.
+
+    Raises:
+        NetworkError: the patches leave voxels out, where `AvgMerger` divides by zero.
+    """
+    splitter = inferer.splitter
+    if type(splitter) is not SlidingWindowSplitter or splitter.filter_fn is not None:
+        return "does not split by a plain SlidingWindowSplitter"
+    if inferer.merger_cls is not AvgMerger or {"merged_shape", "cropped_shape"} & set(inferer.merger_kwargs):
+        return f"merges by {inferer.merger_cls.__name__} with settings of its own, no plain AvgMerger"
+    if inferer.preprocessing or inferer.postprocessing or inferer.output_keys:
+        return "transforms patches, or keeps several outputs"
+    roi, overlap, offset = splitter._get_valid_shape_parameters(shape)
+    roi = tuple(r or n for r, n in zip(roi, shape))
+    sizes, _ = splitter._calculate_pad_size(shape, len(shape), roi, offset, overlap)
+    pads = tuple(zip(sizes[1::2], sizes[::2]))
+    padded = tuple(n + lo + hi for n, (lo, hi) in zip(shape, pads))
+    if any((lo or hi) and n != r for (lo, hi), n, r in zip(pads, padded, roi)):
+        return "pads behind its last patches"
+    if any(pads) and not inferer.match_spatial_shape:
+        return "gives the padding out as part of the prediction"
+    starts = itertools.product(*_starts(padded, roi, [o + lo for o, (lo, _) in zip(offset, pads)], overlap))
+    slices = tuple(tuple(slice(a, a + r) for a, r in zip(start, roi)) for start in starts)
+    plan = WindowPlan(
+        shape,
+        roi,
+        slices,
+        pads,
+        str(splitter.pad_mode or "constant"),
+        float(splitter.pad_value),
+        torch.ones(roi, dtype=dtype),
+        int(inferer.batch_size),
+    )
+    if plan.coverage < 1:
+        raise NetworkError(
+            f"PatchInferer's patches of {roi} cover {100 * plan.coverage:.0f} % of the image {shape}, and AvgMerger "
+            'divides by zero in the rest: give its splitter pad_mode="constant" and an offset of 0'
+        )
+    return plan
+
+
+def _starts(padded: Sequence[int], roi: Sequence[int], offset: Sequence[int], overlap: Sequence[float]) -> list[range]:
+    """Where patches begin along each axis, as `monai.data.utils.iter_patch_position` has it."""
+    steps = [round(r * (1.0 - o)) if isinstance(o, float) else r - o for r, o in zip(roi, overlap)]
+    return [range(first, n - r + 1, step) for first, n, r, step in zip(offset, padded, roi, steps)]
