@@ -7,7 +7,6 @@ x' = x₀ + m · (x − x₀), m interpolated from a coarse grid                
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError
 from esegeta_monai.features import Features, features_for
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import UNCHANGED, Perturbations, _rows, known_change, known_passes
+from esegeta_monai.perturbation import UNCHANGED, Perturbations, _rows, digest, known_change, known_passes
 from esegeta_monai.windows import Slices
 
 __all__ = ["Game", "Segments", "SmoothMasks", "reference_image", "split_half"]
@@ -68,7 +67,7 @@ class Segments(Perturbations):
 
     def identity(self, index: int) -> Hashable:
         if self._digest is None:
-            self._digest = _digest(self.labels, self.baseline)
+            self._digest = digest(self.labels, self.baseline)
         return self._digest, np.packbits(self.coalitions[index]).tobytes()
 
 
@@ -133,7 +132,7 @@ class SmoothMasks(Perturbations):
 
     def identity(self, index: int) -> Hashable:
         if self._digest is None:
-            self._digest = _digest(self.baseline)
+            self._digest = digest(self.baseline)
         grid = self.grids[index]
         return self._digest, self.extent, tuple(grid.shape), tuple(self.shifts[index].tolist()), grid.numpy().tobytes()
 
@@ -178,14 +177,6 @@ def split_half(a: Tensor, b: Tensor) -> list[float | None]:
         scale = float(x.norm() * y.norm())
         found.append(float(x @ y) / scale if scale > 0 else None)
     return found
-
-
-def _digest(*tensors: Tensor) -> bytes:
-    found = hashlib.sha256()
-    for t in tensors:
-        found.update(str(tuple(t.shape)).encode())
-        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.digest()
 
 
 @dataclass

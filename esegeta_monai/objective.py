@@ -63,7 +63,7 @@ class Objective:
         self.monitor = monitor or Monitor()
         known = plan.spatial_shape if out_shape is None else out_shape  # () for a classification network
         shape = tuple(known if prediction is None else prediction.shape[1:])
-        self.read: list[int] = []
+        self.out_shape, self.read = shape, list[int]()
         if plan.whole:
             out_roi = shape
         elif shape == plan.spatial_shape:
@@ -100,6 +100,34 @@ class Objective:
         other.base_scores, other._at_image = {}, None
         other.blend_deviation = [None] * len(self.scores)
         return other
+
+    def with_scores(self, scores: Sequence[Score]) -> Objective:
+        """The same case and network, asked for other scores."""
+        other = Objective(
+            self.model,
+            self.image,
+            self.plan,
+            scores,
+            self.prediction,
+            out_shape=self.out_shape,
+            seed=self.seed,
+            monitor=self.monitor,
+            condition=self.condition,
+            case=self.case,
+            ranks=self.ranks,
+        )
+        other.window_batch = self.window_batch
+        return other
+
+    @property
+    def n_classes(self) -> int:
+        """K, the number of channels of the prediction."""
+        if self.prediction is not None:
+            return len(self.prediction)
+        probe = copy.copy(self)
+        probe.read = []
+        with torch.inference_mode():
+            return probe.run(self.plan.cut(self.image, 0)[None].to(self.model.device), [0]).shape[1]
 
     def generator(self) -> torch.Generator:
         """A fresh generator with the run's seed: every method draws the same numbers on every device."""

@@ -10,6 +10,7 @@ share one pass of it.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
@@ -24,7 +25,8 @@ from torch import Tensor
 from esegeta_monai.objective import Batch, Objective, out_of_memory
 from esegeta_monai.windows import Slices
 
-__all__ = ["UNCHANGED", "Boxes", "Perturbations", "change", "known_change", "known_passes", "passes_needed"]
+__all__ = ["UNCHANGED", "Added", "Boxes", "Perturbations", "change", "digest", "known_change", "known_passes"]
+__all__ += ["passes_needed"]
 
 BLOCK_BYTES = 256 * 2**20
 """Memory for the ΔP of the perturbations in flight and, beside it, for cached unperturbed outputs (non-linear s)."""
@@ -113,6 +115,7 @@ class Boxes(Perturbations):
         self.boxes = [tuple(slice(a, b) for a, b in zip(s, t)) for s, t in zip(starts, stops)]
         self.baseline, self.channels = baseline, channels
         self._corners = np.array([starts, stops], dtype=int)
+        self._digest: bytes | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -123,6 +126,12 @@ class Boxes(Perturbations):
         starts, stops = self._corners
         meet = (starts < [p.stop for p in place]) & (stops > [p.start for p in place])
         return np.flatnonzero(meet.all(1)).tolist()
+
+    def identity(self, index: int) -> Hashable:
+        if self._digest is None:
+            self._digest = digest(torch.as_tensor(self.baseline))
+        rows = None if self.channels is None else tuple(self.channels[index])
+        return self._digest, rows, tuple((b.start, b.stop) for b in self.boxes[index])
 
     def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
         inside, value = self._replaced(index, crop, place)
@@ -143,6 +152,38 @@ class Boxes(Perturbations):
         if isinstance(value, Tensor):
             value = value[_rows(rows, common)].to(crop.device, crop.dtype)
         return _rows(rows, inside), value
+
+
+class Added(Perturbations):
+    """Whole volumes added: ``x' = x + δ``.
+
+    Args:
+        deltas: (m, C, *spatial).
+    """
+
+    def __init__(self, deltas: Tensor) -> None:
+        self.deltas = deltas
+        self._digests: dict[int, bytes] = {}
+
+    def __len__(self) -> int:
+        return len(self.deltas)
+
+    def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
+        return crop + self.deltas[index][_rows(slice(None), place)].to(crop)
+
+    def identity(self, index: int) -> Hashable:
+        if index not in self._digests:
+            self._digests[index] = digest(self.deltas[index])
+        return "added", self._digests[index]
+
+
+def digest(*tensors: Tensor) -> bytes:
+    """SHA-256 over shapes and bytes."""
+    found = hashlib.sha256()
+    for t in tensors:
+        found.update(str(tuple(t.shape)).encode())
+        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.digest()
 
 
 def _rows(channels: Any, place: Sequence[slice]) -> tuple[Any, ...]:

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from esegeta_monai.metrics.axiomatic import Completeness, Conservation, InputInvariance
 from esegeta_monai.metrics.base import METRICS, Measured, Metric, Subject, better
+from esegeta_monai.metrics.complexity import EffectiveComplexity, Entropy, Sparseness
 from esegeta_monai.metrics.controls import ConstantControl, Control, RandomControl, SobelControl, controls
+from esegeta_monai.metrics.faithfulness import (
+    IROF,
+    Deletion,
+    FaithfulnessCorrelation,
+    Infidelity,
+    Insertion,
+    RegionPerturbation,
+    SensitivityN,
+)
 from esegeta_monai.metrics.localisation import (
     DistanceProfile,
     LocalisationAUC,
@@ -12,20 +23,63 @@ from esegeta_monai.metrics.localisation import (
     RelevanceRank,
     TopKIntersection,
 )
+from esegeta_monai.metrics.masking import ROAD, AverageDrop, AverageGain, AverageIncrease
+from esegeta_monai.metrics.modality import MSFI, ModalityImportance
+from esegeta_monai.metrics.randomisation import (
+    CascadingRandomisation,
+    DataRandomisation,
+    IndependentRandomisation,
+    RandomLogit,
+)
+from esegeta_monai.metrics.robustness import (
+    AverageSensitivity,
+    LocalLipschitz,
+    MaxSensitivity,
+    RelativeInputStability,
+    RelativeOutputStability,
+)
 
 __all__ = [
+    "IROF",
     "METRICS",
+    "MSFI",
+    "ROAD",
+    "AverageDrop",
+    "AverageGain",
+    "AverageIncrease",
+    "AverageSensitivity",
+    "CascadingRandomisation",
+    "Completeness",
+    "Conservation",
     "ConstantControl",
     "Control",
+    "DataRandomisation",
+    "Deletion",
     "DistanceProfile",
+    "EffectiveComplexity",
+    "Entropy",
+    "FaithfulnessCorrelation",
+    "IndependentRandomisation",
+    "Infidelity",
+    "InputInvariance",
+    "Insertion",
+    "LocalLipschitz",
     "LocalisationAUC",
+    "MaxSensitivity",
     "Measured",
     "Metric",
+    "ModalityImportance",
     "PointingGame",
     "RandomControl",
+    "RandomLogit",
+    "RegionPerturbation",
+    "RelativeInputStability",
+    "RelativeOutputStability",
     "RelevanceMass",
     "RelevanceRank",
+    "SensitivityN",
     "SobelControl",
+    "Sparseness",
     "Subject",
     "TopKIntersection",
     "better",

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from esegeta_monai.configurable import Configurable, Registry, json_ready
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.methods.base import Method
+from esegeta_monai.network import frozen
 from esegeta_monai.objective import Objective
 
 __all__ = ["METRICS", "Group", "Measured", "Metric", "Need", "Sign", "Subject", "better", "bootstrap", "mean_interval"]
@@ -28,6 +30,8 @@ __all__ += ["magnitude", "wilson"]
 Group = Literal["faithfulness", "robustness", "localisation", "complexity", "randomisation", "axiomatic", "modality"]
 Need = Literal["objective", "method", "label", "spacing"]
 Sign = Literal["absolute", "positive", "negative"]
+
+T = TypeVar("T")
 
 CONFIDENCE = 0.95
 """Of every interval."""
@@ -91,6 +95,20 @@ class Subject:
         """The objective of a subject that was validated to have one."""
         assert self.objective is not None
         return self.objective
+
+    @property
+    def alone(self) -> Objective:
+        """The objective with this subject's target only: what depends on the map is asked of its windows alone."""
+        objective = self.need_objective()
+        if objective.n_targets == 1:
+            return objective
+        return self.once(("alone", self.target), lambda: objective.with_scores([objective.scores[self.target]]))
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` gives, made once for all subjects with the same `shared`."""
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     @property
     def per_channel(self) -> Tensor:
@@ -204,7 +222,8 @@ class Metric(Configurable, ABC):
             MetricError: see `validate`.
         """
         self.validate(subject)
-        found = self.measure(subject)
+        with asking(subject.objective):
+            found = self.measure(subject)
         found.meaning = found.meaning or self.meaning
         self._seen().append(found)
         return found
@@ -245,6 +264,22 @@ HOW_TO_GIVE = {
 }
 
 METRICS: Registry[Metric] = Registry("metric", Metric, "esegeta_monai.metrics")
+
+
+@contextmanager
+def asking(objective: Objective | None) -> Iterator[None]:
+    """The state in which a network is asked, whatever the caller has set; the network leaves as it came."""
+    if objective is None:
+        yield
+        return
+    device = objective.model.device.type
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device, enabled=False),
+        frozen(objective.model.network),
+    ):
+        yield
 
 
 def better(metric: Metric | type[Metric], a: float | None, b: float | None) -> bool:

@@ -135,7 +135,7 @@ class TopKIntersection(_Localisation):
             raise UsageError(f"TopKIntersection: k={self.k} must be above 0")
 
     def measure(self, subject: Subject) -> Measured:
-        """[0, 1]; where k is greater than the label, |label| / k is the most that can be reached."""
+        """[0, 1]; where k is greater than the label, at most |label| / k (``best_possible`` in the notes)."""
         values, label = self._parts(subject)
         k = round(self.k) if self.k >= 1 else max(1, round(self.k * len(values)))
         k = min(k, len(values))

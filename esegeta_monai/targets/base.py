@@ -148,6 +148,30 @@ class WeightedScore(Score):
         other._take(mask)
         return other
 
+    def altered(
+        self,
+        n_classes: int,
+        *,
+        class_index: int | None = None,
+        output: Output | None = None,
+        reduction: Reduction | None = None,
+    ) -> WeightedScore:
+        """The same mask with another class, output or reduction.
+
+        Args:
+            n_classes: number of channels K of the prediction.
+        """
+        other = copy.copy(self)
+        index = self.channels[self._position] if class_index is None else class_index
+        if class_index is not None:
+            other.class_index, other.class_name = index, None
+        other.output, other.reduction = output or self.output, reduction or self.reduction
+        other.linear = other.output == "logit"
+        reads_all = not other.linear and other.activation == "softmax"
+        other.channels = tuple(range(n_classes)) if reads_all else (index,)
+        other._position = index if reads_all else 0
+        return other
+
     def value(self, prediction: Tensor) -> Tensor:
         lead = prediction.ndim - self.mask.ndim - 1
         voxels = prediction.flatten(lead + 1) if self.mask.ndim else prediction.unsqueeze(-1)

@@ -1,0 +1,138 @@
+"""Does the map keep the laws that its method promises?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.baselines import baseline_for
+from esegeta_monai.configurable import json_ready
+from esegeta_monai.metrics.base import Measured, Metric, Subject
+from esegeta_monai.metrics.robustness import explained
+from esegeta_monai.objective import Objective
+
+__all__ = ["Completeness", "Conservation", "InputInvariance", "shifted"]
+
+
+@dataclass(eq=False, repr=False)
+class Completeness(Metric):
+    """The gap ``|Σ a − (F(x) − F(x₀))| / |F(x) − F(x₀)|`` (Sundararajan et al. 2017).
+
+    Args:
+        baseline: x₀; None: the one of the method, ``"auto"`` where it has none.
+    """
+
+    group = "axiomatic"
+    reference = "Sundararajan et al., ICML 2017, arXiv:1703.01365"
+    meaning = "Relative gap between the map's sum and the target's difference to the baseline; 0: complete."
+    higher_is_better = False
+    needs = frozenset({"objective"})
+
+    baseline: Any = None
+    name: str | None = field(default=None, kw_only=True)
+
+    def measure(self, subject: Subject) -> Measured:
+        """0 or more; a zero map has 1; undefined where the target does not change."""
+        objective = subject.need_objective()
+        spec = self.baseline if self.baseline is not None else getattr(subject.method, "baseline", None)
+        baseline = baseline_for("auto" if spec is None else spec)
+
+        def there() -> Tensor:
+            return objective.value(baseline.draw(objective, objective.generator())[None])[:, 0].cpu()
+
+        by = id(spec) if isinstance(spec, Tensor) else repr(json_ready(spec))
+        at_baseline = float(subject.once(("baseline value", by), there)[subject.target])
+        value, total = _value(subject), float(subject.map.sum(dtype=torch.float64))
+        rounding = 100 * torch.finfo(objective.image.dtype).eps * max(abs(value), abs(at_baseline))
+        if abs(value - at_baseline) <= rounding:
+            return Measured.undefined("the target is the same at image and baseline: choose another baseline")
+        notes = {"sum": total, "value": value, "baseline_value": at_baseline, "baseline": json_ready(baseline.record())}
+        return Measured(abs(total - (value - at_baseline)) / abs(value - at_baseline), notes=notes)
+
+
+@dataclass(eq=False, repr=False)
+class Conservation(Metric):
+    """The gap ``|Σ a − F(x)| / |F(x)|`` (Bach et al. 2015): relevance neither comes from nowhere nor is lost.
+
+    What a method books to biases or padding is not in its map, so that it shows here.
+    """
+
+    group = "axiomatic"
+    reference = "Bach et al., PLOS ONE 2015, https://doi.org/10.1371/journal.pone.0130140"
+    meaning = "Relative gap between the map's sum and the target itself; 0: conserved."
+    higher_is_better = False
+    needs = frozenset({"objective"})
+
+    name: str | None = field(default=None, kw_only=True)
+
+    def measure(self, subject: Subject) -> Measured:
+        """0 or more; a zero map has 1; undefined where the target is zero."""
+        value, total = _value(subject), float(subject.map.sum(dtype=torch.float64))
+        if value == 0:
+            return Measured.undefined("the target is zero at the image")
+        return Measured(abs(total - value) / abs(value), notes={"sum": total, "value": value})
+
+
+def _value(subject: Subject) -> float:
+    objective = subject.need_objective()
+    return float(subject.once("values", lambda: objective.image_values().cpu())[subject.target])
+
+
+@dataclass(eq=False, repr=False)
+class InputInvariance(Metric):
+    """``‖a'(x + c) − a(x)‖ / ‖a(x)‖``, a' of a network that takes c off its input first and so answers alike
+    (Kindermans et al. 2019).
+
+    Args:
+        shift: c, in units of the image's standard deviation.
+    """
+
+    group = "axiomatic"
+    reference = "Kindermans et al. 2019, arXiv:1711.00867"
+    meaning = "Relative change of the map when image and network are shifted alike, which changes no prediction."
+    higher_is_better = False
+    needs = frozenset({"objective", "method"})
+    compared = False
+
+    shift: float = 1.0
+    name: str | None = field(default=None, kw_only=True)
+
+    def measure(self, subject: Subject) -> Measured:
+        """0 or more; undefined for a zero map."""
+        objective, k = subject.need_objective(), subject.target
+        base = subject.once(("explained", id(subject.method)), lambda: explained(subject, objective))
+        if not bool(base[k].any()):
+            return Measured.undefined("the map is zero everywhere")
+        constant = self.shift * float(objective.image.std())
+
+        def there() -> tuple[Tensor, Tensor]:
+            with shifted(objective, constant) as other:
+                return explained(subject, other), other.image_values().cpu()
+
+        maps, values = subject.once(("shifted", id(subject.method), self.shift), there)
+        found = float((maps[k] - base[k]).norm() / base[k].norm())
+        return Measured(found, notes={"shift": constant, "value": _value(subject), "value_shifted": float(values[k])})
+
+
+@contextmanager
+def shifted(objective: Objective, constant: float) -> Iterator[Objective]:
+    """The same objective at ``x + c``, its network taking c off every image input; the hook is removed afterwards."""
+    other = objective.at(objective.image + constant)
+    other.plan = dataclasses.replace(objective.plan, cval=objective.plan.cval + constant)
+    names = list(objective.model.inputs)[1:]
+
+    def take_off(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        moved = {n: v - constant if n in names else v for n, v in kwargs.items()}
+        return (args[0] - constant, *args[1:]), moved
+
+    handle = objective.model.network.register_forward_pre_hook(take_off, with_kwargs=True)
+    try:
+        yield other
+    finally:
+        handle.remove()

@@ -1,0 +1,425 @@
+"""Does the target change as the map says when parts of the image are removed?
+
+Scores are ``F(x')`` of perturbed images through `esegeta_monai.perturbation.change`, so that only touched windows are
+computed, for classification and segmentation alike. Differences are in units of ``|F(x) − F(x₀)|``, what the target
+loses when everything is replaced, so that logits, probabilities and sums over voxels can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from esegeta_monai.baselines import baseline_for, noise_like
+from esegeta_monai.configurable import json_ready
+from esegeta_monai.errors import UsageError
+from esegeta_monai.metrics.base import Measured, Metric, Need, Subject, bootstrap, mean_interval
+from esegeta_monai.metrics.features import Removal, at_least, removal_of
+from esegeta_monai.perturbation import Added, Boxes, Perturbations, _rows, known_change
+
+__all__ = ["IROF", "Deletion", "FaithfulnessCorrelation", "Infidelity", "Insertion", "RegionPerturbation"]
+__all__ += ["SensitivityN"]
+
+NOTHING = "the target does not change when the whole image is replaced by the baseline: choose another baseline"
+ZERO = "the map is zero everywhere"
+NEEDS: frozenset[Need] = frozenset({"objective"})
+
+
+@dataclass(eq=False, repr=False)
+class _Curve(Metric):
+    """Features removed (or brought back) in the order of the map, and the area under the target's curve."""
+
+    group = "faithfulness"
+    needs = NEEDS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "steps", getattr(self, "steps"), 2)  # noqa: B009 - fields of the subclasses
+        at_least(self, "n_samples", getattr(self, "n_samples"), 1)  # noqa: B009
+
+    def _curves(self, subject: Subject, insert: bool) -> Measured:
+        steps, n_samples = getattr(self, "steps"), getattr(self, "n_samples")  # noqa: B009
+        areas, curves = [], []
+        x = np.zeros(0)
+        if not bool(subject.map.any()):
+            return Measured.undefined(ZERO)
+        for i in range(n_samples):
+            seed = None if n_samples == 1 else subject.need_objective().seed + i
+            removal = removal_of(subject, getattr(self, "features"), getattr(self, "baseline"), seed)  # noqa: B009
+            if removal.full == 0:
+                return Measured.undefined(NOTHING)
+            x, y = removal_curve(removal, steps, insert)
+            areas.append(float(np.trapezoid(y, x)))
+            curves.append(y)
+        low, high = mean_interval(areas)
+        curve = {"x": x.tolist(), "y": np.mean(curves, 0).tolist()}
+        notes = {"features": len(removal.features), "features_seen": len(removal.seen), "steps": len(x) - 1}
+        return Measured(float(np.mean(areas)), low, high, len(areas), curve=curve, notes=notes)
+
+
+@dataclass(eq=False, repr=False)
+class Deletion(_Curve):
+    """The area under ``y(t) = (F(x_t) − F(x₀)) / |F(x) − F(x₀)|``, the share t of features removed in the map's order
+    (Petsiuk et al. 2018), strongest first.
+
+    Args:
+        features: what is removed together: ``"blocks"`` (16 an axis in 2D, 8 in 3D), ``"grid(size=8)"``,
+            ``"supervoxels(n_segments=100)"``, a label map.
+        steps: points of the curve.
+        baseline: x₀, see `esegeta_monai.baselines`.
+        n_samples: draws of a random baseline, for the interval.
+    """
+
+    reference = "Petsiuk et al., BMVC 2018, arXiv:1806.07421"
+    meaning = "Area under the target's curve while the strongest parts are removed; low: they carry the target."
+    higher_is_better = False
+
+    features: Any = "blocks"
+    steps: int = 20
+    baseline: Any = "auto"
+    n_samples: int = 1
+    name: str | None = field(default=None, kw_only=True)
+
+    def measure(self, subject: Subject) -> Measured:
+        """About 0 to 1 (below or above where the target overshoots)."""
+        return self._curves(subject, insert=False)
+
+
+@dataclass(eq=False, repr=False)
+class Insertion(_Curve):
+    """The area under ``y(t)`` of `Deletion`, features brought back into the baseline, strongest first.
+
+    Args:
+        features, steps, baseline, n_samples: see `Deletion`. The paper inserts into a blurred image
+            (``baseline="blur(sigma=4)"``).
+    """
+
+    reference = "Petsiuk et al., BMVC 2018, arXiv:1806.07421"
+    meaning = "Area under the target's curve while the strongest parts are brought back; high: they are enough."
+    higher_is_better = True
+
+    features: Any = "blocks"
+    steps: int = 20
+    baseline: Any = "auto"
+    n_samples: int = 1
+    name: str | None = field(default=None, kw_only=True)
+
+    def measure(self, subject: Subject) -> Measured:
+        """About 0 to 1 (below or above where the target overshoots)."""
+        return self._curves(subject, insert=True)
+
+
+def removal_curve(removal: Removal, steps: int, insert: bool) -> tuple[np.ndarray, np.ndarray]:
+    """x: the share of seen features that was removed (inserted); y: ``(F(x_t) − F(x₀)) / |F(x) − F(x₀)|``.
+
+    Features that no window of the target holds are left out: they change nothing.
+    """
+    seen = set(removal.seen.tolist())
+    order = np.array([j for j in removal.order() if j in seen])
+    counts = np.unique(np.round(np.linspace(0, len(order), min(steps, len(order)) + 1)).astype(int))
+    coalitions = np.ones((len(counts), len(removal.features)), dtype=bool)
+    for row, count in zip(coalitions, counts):
+        row[order[count:] if insert else order[:count]] = False
+    full = removal.full
+    y = (removal.own(coalitions) - full) / abs(full)
+    return counts / len(order), y
+
+
+@dataclass(eq=False, repr=False)
+class IROF(Metric):
+    """Iterative removal of features: ``1/L Σ_l (F(x) − F(x_l)) / |F(x) − F(x₀)|``, supervoxels replaced by their mean
+    in the order of the map's mean over them (Rieger & Hansen 2020).
+
+    The paper divides by F(x), a probability; logits and sums over voxels need the whole range.
+
+    Args:
+        features: the parts, see `Deletion`.
+        baseline: what replaces them.
+        steps: L at most.
+    """
+
+    group = "faithfulness"
+    reference = "Rieger & Hansen 2020, arXiv:2003.08747"
+    meaning = "Area over the target's curve while supervoxels are removed, strongest first; high: they carry it."
+    higher_is_better = True
+    needs = NEEDS
+
+    features: Any = "supervoxels(n_segments=60)"
+    baseline: Any = "feature mean"
+    steps: int = 60
+    name: str | None = field(default=None, kw_only=True)
+
+    def measure(self, subject: Subject) -> Measured:
+        """About 0 to 1."""
+        if not bool(subject.map.any()):
+            return Measured.undefined(ZERO)
+        removal = removal_of(subject, self.features, self.baseline)
+        if removal.full == 0:
+            return Measured.undefined(NOTHING)
+        x, y = removal_curve(removal, self.steps, insert=False)
+        lost = y[0] - y[1:]
+        return Measured(float(lost.mean()), curve={"x": x.tolist(), "y": y.tolist()}, notes={"steps": len(lost)})
+
+
+@dataclass(eq=False, repr=False)
+class RegionPerturbation(Metric):
+    """Area over the most-relevant-first perturbation curve, ``AOPC = 1/(L+1) Σ_{l=0..L} (F(x) − F(x_l))``, in units of
+    ``|F(x) − F(x₀)|``: blocks replaced one by one by random values (Samek et al. 2017).
+
+    Args:
+        steps: L, how many blocks are replaced.
+        features: the blocks, see `Deletion`.
+        baseline: what they are replaced by; the paper draws uniform noise.
+        n_samples: draws of the noise.
+    """
+
+    group = "faithfulness"
+    reference = "Samek et al., IEEE TNNLS 2017, arXiv:1509.06321"
+    meaning = "Mean loss of the target while the strongest regions are replaced by noise; high: they carry it."
+    higher_is_better = True
+    needs = NEEDS
+
+    steps: int = 20
+    features: Any = "blocks"
+    baseline: Any = "uniform"
+    n_samples: int = 3
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "steps", self.steps, 1)
+        at_least(self, "n_samples", self.n_samples, 1)
+
+    def measure(self, subject: Subject) -> Measured:
+        """About 0 to 1."""
+        if not bool(subject.map.any()):
+            return Measured.undefined(ZERO)
+        areas, curves = [], []
+        for i in range(self.n_samples):
+            removal = removal_of(subject, self.features, self.baseline, subject.need_objective().seed + i)
+            full = removal.full
+            if full == 0:
+                return Measured.undefined(NOTHING)
+            seen = set(removal.seen.tolist())
+            order = np.array([j for j in removal.order() if j in seen])
+            count = min(self.steps, len(order))
+            coalitions = np.ones((count + 1, len(removal.features)), dtype=bool)
+            for step in range(1, count + 1):
+                coalitions[step, order[:step]] = False
+            lost = -removal.own(coalitions) / abs(full)
+            areas.append(float(lost.mean()))
+            curves.append(lost)
+        low, high = mean_interval(areas)
+        curve = {"x": list(range(len(curves[0]))), "y": np.mean(curves, 0).tolist()}
+        return Measured(float(np.mean(areas)), low, high, len(areas), curve=curve)
+
+
+@dataclass(eq=False, repr=False)
+class FaithfulnessCorrelation(Metric):
+    """Pearson's correlation, over random sets S of features, between ``Σ_S a`` and ``F(x) − F(x with S replaced)``
+    (Bhatt et al. 2020).
+
+    Args:
+        n_samples: number of sets.
+        subset: the share of the features that the target sees in each set.
+        features, baseline: see `Deletion`.
+    """
+
+    group = "faithfulness"
+    reference = "Bhatt et al., IJCAI 2020, arXiv:2005.00631"
+    meaning = "Correlation between what the map gives to random parts and what the target loses without them."
+    higher_is_better = True
+    needs = NEEDS
+
+    n_samples: int = 30
+    subset: float = 0.25
+    features: Any = "blocks"
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "n_samples", self.n_samples, 10)
+        if not 0 < self.subset < 1:
+            raise UsageError(f"FaithfulnessCorrelation: subset={self.subset} is a share between 0 and 1")
+
+    def measure(self, subject: Subject) -> Measured:
+        """[-1, 1]; undefined where the map gives the same to all sets (a zero map)."""
+        removal = removal_of(subject, self.features, self.baseline)
+        size = max(1, round(self.subset * len(removal.seen)))
+        said, lost = said_and_lost(removal, size, self.n_samples, subject.need_objective().seed)
+        value = correlation(said[None], lost[None])[0]
+        if not math.isfinite(value):
+            return Measured.undefined("the map gives the same to all sets, or the target reacts to none")
+        low, high = bootstrap(correlation, said, lost)
+        return Measured(float(value), low, high, len(said), notes={"subset_size": size})
+
+
+@dataclass(eq=False, repr=False)
+class SensitivityN(Metric):
+    """`FaithfulnessCorrelation` for sets of n features, n from one to most of them; mean over n (Ancona et al. 2018).
+
+    Args:
+        sizes: how many values of n, spaced evenly on a logarithmic scale.
+        n_samples: sets for each.
+        features, baseline: see `Deletion`.
+    """
+
+    group = "faithfulness"
+    reference = "Ancona et al., ICLR 2018, arXiv:1711.06104"
+    meaning = "Mean correlation between map and loss of the target over sets of growing size."
+    higher_is_better = True
+    needs = NEEDS
+
+    sizes: int = 4
+    n_samples: int = 12
+    features: Any = "blocks"
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "n_samples", self.n_samples, 10)
+        at_least(self, "sizes", self.sizes, 1)
+
+    def measure(self, subject: Subject) -> Measured:
+        """[-1, 1]; undefined for a zero map. The interval is over n."""
+        removal = removal_of(subject, self.features, self.baseline)
+        sizes = np.unique(np.round(np.geomspace(1, max(1, 0.8 * len(removal.seen)), self.sizes)).astype(int))
+        found = []
+        for size in sizes.tolist():
+            seed = subject.need_objective().seed + size
+            said, lost = said_and_lost(removal, size, self.n_samples, seed)
+            found.append(float(correlation(said[None], lost[None])[0]))
+        known = [(s, c) for s, c in zip(sizes.tolist(), found) if math.isfinite(c)]
+        if not known:
+            return Measured.undefined("the map gives the same to all sets, or the target reacts to none")
+        values = [c for _, c in known]
+        low, high = mean_interval(values)
+        curve = {"x": [float(s) for s, _ in known], "y": values}
+        return Measured(float(np.mean(values)), low, high, len(values), curve=curve)
+
+
+def said_and_lost(removal: Removal, size: int, n_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """For random sets S of ``size`` features: ``Σ_S a`` and ``F(x) − F(x without S)``, (n,) each; the same sets for all
+    maps of a target."""
+    generator = np.random.default_rng(seed)
+    coalitions = np.ones((n_samples, len(removal.features)), dtype=bool)
+    for row in coalitions:
+        row[generator.choice(removal.seen, size, replace=False)] = False
+    return ~coalitions @ removal.shares.numpy(), -removal.common(coalitions)
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Pearson's correlation of rows (r, n): (r,), NaN where a row is constant."""
+    a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
+    scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    flat = scale <= 1e-12 * max(float(np.abs(a).max() * np.abs(b).max() * a.shape[1]), np.finfo(float).tiny)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(flat, np.nan, (a * b).sum(1) / np.where(flat, 1, scale))
+
+
+@dataclass(eq=False, repr=False)
+class Infidelity(Metric):
+    """``min_β E[(β Iᵀa − ΔF)²] / E[ΔF²]`` with ``ΔF = F(x) − F(x − I)`` (Yeh et al. 2019, normalised by the best scale
+    β as there).
+
+    Divided by ``E[ΔF²]``, a zero map gets 1, the worst; the notes have the paper's numerator (``infidelity``) and β.
+
+    Args:
+        perturbation: ``"boxes"``: a random box within the target's windows is replaced by the baseline;
+            ``"noise"``: Gaussian noise on the whole volume, I = ε.
+        n_samples: at least 10.
+        size: side of the box in voxels; None: half a window.
+        multiplied: the map is a share of F, already multiplied by the input (integrated gradients, LRP, occlusion,
+            SHAP): it says ``Σ_box a`` of a box. False, for gradients: ``Σ_box a · (x − x₀)``, as in the paper.
+        baseline: x₀ in the box.
+        std: of the noise, in units of each channel's standard deviation.
+        keep_sign: a map of the wrong sign explains nothing (β at least 0). The paper lets β be negative, by which a map
+            is as good as its negative.
+    """
+
+    group = "faithfulness"
+    reference = "Yeh et al., NeurIPS 2019, arXiv:1901.09392"
+    meaning = "Share of the target's response to random changes that the map does not foresee; 1: as good as no map."
+    higher_is_better = False
+    needs = NEEDS
+
+    perturbation: Literal["boxes", "noise"] = "boxes"
+    n_samples: int = 30
+    size: int | None = None
+    multiplied: bool = True
+    baseline: Any = "auto"
+    std: float = 0.1
+    keep_sign: bool = True
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "n_samples", self.n_samples, 10)
+        if self.perturbation not in ("boxes", "noise"):
+            raise UsageError(f"Infidelity: perturbation={self.perturbation!r}: give 'boxes' or 'noise'")
+
+    def measure(self, subject: Subject) -> Measured:
+        """[0, 1]."""
+        said, lost = self._noise(subject) if self.perturbation == "noise" else self._boxes(subject)
+        if not np.any(lost):
+            return Measured.undefined(
+                "the target reacts to none of the perturbations: take larger boxes, or more noise"
+            )
+        value, beta = (float(v[0]) for v in self._relative(said[None], lost[None]))
+        low, high = bootstrap(lambda s, d: self._relative(s, d)[0], said, lost)
+        notes = {"infidelity": float(np.mean((beta * said - lost) ** 2)), "scale": beta}
+        notes["without_scale"] = float(np.mean((said - lost) ** 2))
+        return Measured(value, low, high, len(said), notes=notes)
+
+    def _relative(self, said: np.ndarray, lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(r, n) to value and β (r,)."""
+        square, energy = (said * said).sum(1), (lost * lost).sum(1)
+        beta = np.divide((said * lost).sum(1), square, out=np.zeros_like(square), where=square > 0)
+        if self.keep_sign:
+            beta = np.maximum(beta, 0)
+        missed = ((beta[:, None] * said - lost) ** 2).sum(1)
+        return np.divide(missed, energy, out=np.full_like(energy, np.nan), where=energy > 0), beta
+
+    def _boxes(self, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+        objective, alone = subject.need_objective(), subject.alone
+        key = ("reference", "whole", repr(json_ready(self.baseline)))
+        reference = subject.once(
+            key, lambda: baseline_for(self.baseline, local=True).draw(objective, objective.generator())
+        )
+        places = [alone.plan.place(w) for w in alone.windows]
+        generator = np.random.default_rng(objective.seed)
+        starts, stops = [], []
+        low = [min(p[axis].start for p in places) for axis in range(len(places[0]))]
+        high = [max(p[axis].stop for p in places) for axis in range(len(places[0]))]
+        for _ in range(self.n_samples):
+            sides = [max(1, r // 2) if self.size is None else self.size for r in alone.plan.roi]
+            sides = [min(b - a, s) for a, b, s in zip(low, high, sides)]
+            start = [int(generator.integers(a, b - s + 1)) for a, b, s in zip(low, high, sides)]
+            starts.append(start)
+            stops.append([a + s for a, s in zip(start, sides)])
+        boxes = Boxes(starts, stops, reference)
+        values = subject.per_channel
+        if not self.multiplied:
+            values = values * (objective.image - reference).to(values)
+        said = [float(values[_rows(slice(None), box)].sum()) for box in boxes.boxes]
+        return np.array(said), _lost(subject, boxes)
+
+    def _noise(self, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+        objective = subject.need_objective()
+        generator = objective.generator()
+        said, lost = [], []
+        for _ in range(self.n_samples):  # one volume of noise at a time; the same ones for every map
+            noise = noise_like(objective.image, self.std, generator)
+            said.append(float((subject.per_channel * noise.to(subject.map.device)).sum()))
+            lost.append(_lost(subject, Added(-noise[None])))
+        return np.array(said), np.concatenate(lost)
+
+
+def _lost(subject: Subject, perturbations: Perturbations) -> np.ndarray:
+    """``F(x) − F(x')`` of the subject's target, looked up where another map has been judged by the same."""
+    return -known_change(subject.need_objective(), perturbations)[subject.target].numpy()

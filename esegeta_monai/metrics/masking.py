@@ -1,0 +1,264 @@
+"""The map as a mask on the image, and removal by imputation: what is left of the target."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esegeta_monai.baselines import baseline_for
+from esegeta_monai.configurable import json_ready
+from esegeta_monai.errors import MetricError, UsageError
+from esegeta_monai.metrics.base import Measured, Metric, Subject, mean_interval
+from esegeta_monai.metrics.faithfulness import NEEDS, NOTHING, ZERO
+from esegeta_monai.objective import Objective
+from esegeta_monai.perturbation import Added, change
+from esegeta_monai.targets.base import WeightedScore
+
+__all__ = ["ROAD", "AverageDrop", "AverageGain", "AverageIncrease", "imputed"]
+
+
+@dataclass(eq=False, repr=False)
+class _Masked(Metric):
+    """The image seen through the map: ``x' = x₀ + m (x − x₀)``, m the positive part of the map, summed over channels,
+    from its smallest to its greatest value on [0, 1].
+
+    The target's probability is asked, its mean over the mask for a target of voxels, whatever output the target has.
+    """
+
+    group = "faithfulness"
+    needs = NEEDS
+
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    def _probabilities(self, subject: Subject) -> tuple[float, float]:
+        """The target's probability at the image, and at the masked image."""
+        objective = subject.once(("probability", subject.target), lambda: _as_probability(subject))
+        reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
+
+        def ask() -> tuple[float, float]:
+            mask = unit_mask(subject.map).to(objective.image)
+            delta = (mask - 1) * (objective.image - reference)
+            before = float(objective.image_values()[0])
+            return before, before + float(change(objective, Added(delta[None]))[0, 0])
+
+        key = ("masked", subject.target, id(subject.map), repr(json_ready(self.baseline)))
+        # the map is kept beside, so that its id is not given to another one
+        return subject.once(key, lambda: (ask(), subject.map))[0]
+
+
+def _as_probability(subject: Subject) -> Objective:
+    objective = subject.need_objective()
+    score = objective.scores[subject.target]
+    if not isinstance(score, WeightedScore) or score.class_index is None:
+        raise MetricError(f"{score.label} is no class, so it has no probability: use Deletion or Insertion")
+    return objective.with_scores([score.altered(objective.n_classes, output="probability", reduction="mean")])
+
+
+def unit_mask(values: Tensor) -> Tensor:
+    """The positive part summed over channels, from smallest to greatest on [0, 1]; zeros where all are equal."""
+    mask = values.double().clamp(min=0).sum(0, keepdim=True)
+    spread = mask.max() - mask.min()
+    return (mask - mask.min()) / spread if float(spread) > 0 else torch.zeros_like(mask)
+
+
+@dataclass(eq=False, repr=False)
+class AverageDrop(_Masked):
+    """``max(0, p(x) − p(x')) / p(x)``: how much of the class's probability is lost when only what the map shows is left
+    (Chattopadhay et al. 2018).
+
+    Args:
+        baseline: x₀, what stands where the map is zero; see `esegeta_monai.baselines`.
+    """
+
+    reference = "Chattopadhay et al., WACV 2018, arXiv:1710.11063"
+    meaning = "Share of the class's probability that is lost when only what the map shows is left of the image."
+    higher_is_better = False
+
+    def measure(self, subject: Subject) -> Measured:
+        """[0, 1]."""
+        before, after = self._probabilities(subject)
+        return Measured(max(0.0, before - after) / before, notes={"before": before, "after": after})
+
+
+@dataclass(eq=False, repr=False)
+class AverageIncrease(_Masked):
+    """Whether the class's probability rises when only what the map shows is left: 1 or 0; over maps, the rate.
+
+    Args:
+        baseline: see `AverageDrop`.
+    """
+
+    reference = "Chattopadhay et al., WACV 2018, arXiv:1710.11063"
+    meaning = "Share of maps that leave the class's probability higher than the whole image does."
+    higher_is_better = True
+    proportion = True
+
+    def measure(self, subject: Subject) -> Measured:
+        """0 or 1."""
+        before, after = self._probabilities(subject)
+        return Measured(float(after > before), notes={"before": before, "after": after})
+
+
+@dataclass(eq=False, repr=False)
+class AverageGain(_Masked):
+    """``max(0, p(x') − p(x)) / (1 − p(x))``: the counterpart of `AverageDrop` (Zhang et al. 2024).
+
+    Args:
+        baseline: see `AverageDrop`.
+    """
+
+    reference = "Zhang et al. (Opti-CAM), CVIU 2024, arXiv:2301.07002"
+    meaning = "Share of what the class's probability lacked that is won when only what the map shows is left."
+    higher_is_better = True
+
+    def measure(self, subject: Subject) -> Measured:
+        """[0, 1]; undefined where the probability is 1 already."""
+        before, after = self._probabilities(subject)
+        if before >= 1:
+            return Measured.undefined("the probability is 1 already")
+        return Measured(max(0.0, after - before) / (1 - before), notes={"before": before, "after": after})
+
+
+@dataclass(eq=False, repr=False)
+class ROAD(Metric):
+    """Remove and debias: the target's loss when a share of the voxels is imputed from its neighbours, so that the mask
+    itself tells nothing (Rong et al. 2022). In units of ``|F(x) − F(x₀)|``.
+
+    A removed voxel is the mean of its neighbours with weights 1/d² (in 2D the paper's 1/6 and 1/12), all together as
+    the solution of a linear system, plus noise of 0.01 of the channel's standard deviation.
+
+    Args:
+        order: ``"combined"``: (loss with the strongest removed − loss with the weakest removed) / 2; ``"morf"`` or
+            ``"lerf"``: one of them, strongest or weakest first.
+        shares: of the voxels that are removed.
+        baseline: x₀, for the unit only.
+        noise: standard deviation, in units of each channel's.
+    """
+
+    group = "faithfulness"
+    reference = "Rong et al., ICML 2022, arXiv:2202.00449"
+    meaning = "Loss of the target when the strongest voxels are imputed, less the loss for the weakest, halved."
+    higher_is_better = True
+    needs = NEEDS
+
+    order: Literal["combined", "morf", "lerf"] = "combined"
+    shares: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    baseline: Any = "auto"
+    noise: float = 0.01
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in ("combined", "morf", "lerf"):
+            raise UsageError(f"ROAD: order={self.order!r}: give 'combined', 'morf' or 'lerf'")
+        if not self.shares or any(not 0 < s < 1 for s in self.shares):
+            raise UsageError(f"ROAD: shares={self.shares} must lie between 0 and 1")
+        if self.order == "lerf":
+            self.higher_is_better = False  # type: ignore[misc]
+
+    def measure(self, subject: Subject) -> Measured:
+        """About -1 to 1. The interval is over the shares."""
+        if not bool(subject.map.any()):
+            return Measured.undefined(ZERO)
+        objective = subject.alone
+        reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
+        full = float(change(objective, Added((reference - objective.image)[None]))[0, 0])
+        if full == 0:
+            return Measured.undefined(NOTHING)
+        strength = subject.per_channel.sum(0).flatten()
+        strongest = torch.argsort(strength, descending=True, stable=True)
+        found: dict[str, list[float]] = {}
+        for name in ("morf", "lerf") if self.order == "combined" else (self.order,):
+            ranked = strongest if name == "morf" else strongest.flip(0)
+            found[name] = [self._loss(objective, ranked, share) / abs(full) for share in self.shares]
+        losses = np.array(list(found.values()))
+        values = (losses[0] - losses[1]) / 2 if self.order == "combined" else losses[0]
+        low, high = mean_interval(values)
+        return Measured(float(values.mean()), low, high, len(values), curve={"x": list(self.shares), **_renamed(found)})
+
+    def _loss(self, objective: Objective, ranked: Tensor, share: float) -> float:
+        removed = torch.zeros(len(ranked), dtype=torch.bool, device=ranked.device)
+        removed[ranked[: max(1, round(share * len(ranked)))]] = True
+        removed = removed.reshape(objective.plan.spatial_shape)
+        noisy = imputed(objective.image, removed, self.noise, objective.generator())
+        return -float(change(objective, Added((noisy - objective.image)[None]))[0, 0])
+
+
+def _renamed(curves: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {"y": next(iter(curves.values())), **(curves if len(curves) > 1 else {})}
+
+
+def imputed(
+    image: Tensor, removed: Tensor, noise: float, generator: torch.Generator, tolerance: float = 1e-4
+) -> Tensor:
+    """``image`` with the removed voxels solved for: each the weighted mean of its neighbours, weights 1/d², plus noise.
+
+    Args:
+        image: (C, *spatial).
+        removed: bool (*spatial), not all of it.
+        noise: standard deviation in units of each channel's.
+        tolerance: of the conjugate gradients' residual, relative.
+    """
+    dims = removed.ndim
+    conv = {2: F.conv2d, 3: F.conv3d}[dims]
+    kernel = torch.zeros((3,) * dims, dtype=torch.float64, device=image.device)
+    for offset in itertools.product((0, 1, 2), repeat=dims):
+        square = sum((o - 1) ** 2 for o in offset)
+        kernel[offset] = 1 / square if square else 0.0
+    kernel = (kernel / kernel.sum())[None, None]
+
+    def neighbours(values: Tensor) -> Tensor:
+        return conv(values[:, None], kernel, padding=1)[:, 0]
+
+    gone = removed.to(image.device, torch.float64)
+    diagonal = neighbours(torch.ones_like(gone)[None])[0]  # less than 1 at the edges of the volume
+    known = image.double() * (1 - gone)
+
+    def system(values: Tensor) -> Tensor:
+        return gone * (diagonal * values - neighbours(gone * values))
+
+    solution = _first_guess(known, 1 - gone) * gone
+    residual = gone * neighbours(known) - system(solution)
+    scale = (gone * neighbours(known)).flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    precondition = gone / diagonal
+    z = precondition * residual
+    direction, rho = z, (residual * z).flatten(1).sum(1)
+    for _ in range(2000):
+        if bool((residual.flatten(1).norm(dim=1) <= tolerance * scale).all()):
+            break
+        image_of = system(direction)
+        along = (direction * image_of).flatten(1).sum(1)
+        step = torch.where(along > 0, rho / along, 0.0).reshape(-1, *(1,) * dims)
+        solution, residual = solution + step * direction, residual - step * image_of
+        z = precondition * residual
+        before, rho = rho, (residual * z).flatten(1).sum(1)
+        direction = z + torch.where(before > 0, rho / before, 0.0).reshape(-1, *(1,) * dims) * direction
+    drawn = torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image.device, torch.float64)
+    drawn = drawn * image.double().flatten(1).std(1).reshape(-1, *(1,) * dims) * noise
+    return torch.where(removed.to(image.device), (solution + drawn).to(image.dtype), image)
+
+
+def _first_guess(known: Tensor, weight: Tensor) -> Tensor:
+    """Known voxels averaged at every scale, the finest that has any: where conjugate gradients start."""
+    dims = weight.ndim
+    pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[dims]
+    if bool((weight > 0).all()) or max(weight.shape) == 1:
+        return known / weight.clamp(min=torch.finfo(torch.float64).tiny)
+    here = torch.where(weight > 0, known / weight.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    small = [math.ceil(n / 2) for n in weight.shape]
+    pads = [p for n, m in zip(reversed(weight.shape), reversed(small)) for p in (0, 2 * m - n)]
+    coarse = pool(F.pad(known[:, None], pads), 2)[:, 0]
+    coarse_weight = pool(F.pad(weight[None, None], pads), 2)[0, 0]
+    up = F.interpolate(_first_guess(coarse, coarse_weight)[:, None], scale_factor=2, mode="nearest")[:, 0]
+    for axis, n in enumerate(weight.shape, 1):
+        up = up.narrow(axis, 0, n)
+    return torch.where(weight > 0, here, up)

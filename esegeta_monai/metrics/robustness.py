@@ -1,0 +1,246 @@
+"""Does the map stay the same when the image hardly changes? The method explains noisy copies of the image.
+
+One set of explanations serves all these metrics, and all targets of a case: only their distances are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esegeta_monai.baselines import per_channel
+from esegeta_monai.errors import UsageError
+from esegeta_monai.methods.base import run
+from esegeta_monai.metrics.base import Measured, Metric, Subject, bootstrap, mean_interval
+from esegeta_monai.metrics.features import at_least
+from esegeta_monai.objective import Objective
+
+__all__ = ["AverageSensitivity", "LocalLipschitz", "MaxSensitivity", "RelativeInputStability"]
+__all__ += ["RelativeOutputStability", "explained"]
+
+ZERO = "the map is zero everywhere, which is stable and says nothing"
+TINY = 1e-12
+
+
+@dataclass
+class Neighbours:
+    """What n noisy images changed: (k, n) each, ‖x' − x‖ and friends (n,)."""
+
+    maps: np.ndarray
+    """``‖a' − a‖``."""
+    relative_maps: np.ndarray
+    """``‖(a' − a) / a‖``, elementwise."""
+    norm: np.ndarray
+    """``‖a‖`` (k,)."""
+    inputs: np.ndarray
+    relative_inputs: np.ndarray
+    input_norm: float
+    values: np.ndarray
+    """``|F(x') − F(x)|``."""
+    value: np.ndarray
+    """F(x) (k,)."""
+
+
+def explained(subject: Subject, objective: Objective) -> Tensor:
+    """The method's maps (k, C, *spatial) at an objective's image, float64."""
+    method = subject.method
+    assert method is not None
+    return run(method, objective).maps.double()
+
+
+def neighbours(subject: Subject, radius: float, n_samples: int) -> Neighbours:
+    """Explanations at x + ε, ε uniform on ``±radius`` times each channel's standard deviation, against that at x."""
+    objective, method = subject.need_objective(), subject.method
+    assert method is not None
+    base = subject.once(("explained", id(method)), lambda: explained(subject, objective))
+    return subject.once(
+        ("neighbours", id(method), radius, n_samples), lambda: _neighbours(subject, objective, base, radius, n_samples)
+    )
+
+
+def _neighbours(subject: Subject, objective: Objective, base: Tensor, radius: float, n_samples: int) -> Neighbours:
+    image, generator = objective.image, objective.generator()
+    value = objective.image_values().double().cpu()
+    scale = per_channel(image.flatten(1).std(1) * radius, image)
+    rows: dict[str, list[np.ndarray | float]] = {k: [] for k in ("maps", "relative", "inputs", "shares", "values")}
+    for _ in range(n_samples):
+        noise = (torch.rand(image.shape, generator=generator, dtype=torch.float32) * 2 - 1).to(image) * scale
+        there = objective.at(image + noise)
+        maps = explained(subject, there)
+        rows["maps"].append(_norm(maps - base))
+        rows["relative"].append(_norm(torch.where(base == 0, (maps - base) / TINY, (maps - base) / base)))
+        rows["inputs"].append(float(noise.double().norm()))
+        rows["shares"].append(float((noise.double() / torch.where(image == 0, TINY, image.double())).norm()))
+        rows["values"].append((there.image_values().double().cpu() - value).abs().numpy())
+    return Neighbours(
+        np.stack(rows["maps"], 1),
+        np.stack(rows["relative"], 1),
+        _norm(base),
+        np.array(rows["inputs"]),
+        np.array(rows["shares"]),
+        float(image.double().norm()),
+        np.stack(rows["values"], 1),
+        value.numpy(),
+    )
+
+
+def _norm(maps: Tensor) -> np.ndarray:
+    return maps.flatten(1).norm(dim=1).cpu().numpy()
+
+
+@dataclass(eq=False, repr=False)
+class _Robustness(Metric):
+    """What they share. Controls that ignore the image are perfectly stable, so there is nothing to beat.
+
+    ``radius``: of the noise, in units of each channel's standard deviation; ``n_samples``: noisy images.
+    """
+
+    group = "robustness"
+    higher_is_better = False
+    needs = frozenset({"objective", "method"})
+    compared = False
+
+    radius: float = 0.02
+    n_samples: int = 10
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "n_samples", self.n_samples, 2)
+        if self.radius <= 0:
+            raise UsageError(f"{type(self).__name__}: radius={self.radius} must be above 0")
+
+    def _worst(self, subject: Subject, ratio: np.ndarray) -> Measured:
+        """The greatest of the samples; its interval by bootstrap never reaches above it, which is stated."""
+        low, high = bootstrap(lambda s: s.max(1), ratio)
+        notes = {"mean": float(ratio.mean())}
+        return Measured(float(ratio.max()), low, high, len(ratio), notes=notes)
+
+
+@dataclass(eq=False, repr=False)
+class MaxSensitivity(_Robustness):
+    """``max ‖a(x + ε) − a(x)‖ / ‖a(x)‖`` over uniform noise ``|ε| ≤ radius`` (Yeh et al. 2019).
+
+    Args:
+        radius: of the noise, in units of each channel's standard deviation.
+        n_samples: noisy images.
+    """
+
+    reference = "Yeh et al., NeurIPS 2019, arXiv:1901.09392"
+    meaning = "Greatest relative change of the map under small noise on the image; small: stable."
+
+    def measure(self, subject: Subject) -> Measured:
+        """0 or more; undefined for a zero map."""
+        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
+        if found.norm[k] == 0:
+            return Measured.undefined(ZERO)
+        return self._worst(subject, found.maps[k] / found.norm[k])
+
+
+@dataclass(eq=False, repr=False)
+class AverageSensitivity(_Robustness):
+    """The mean of ``‖a(x + ε) − a(x)‖ / ‖a(x)‖``, see `MaxSensitivity` (Yeh et al. 2019, Bhatt et al. 2020).
+
+    Args:
+        radius: of the noise, in units of each channel's standard deviation.
+        n_samples: noisy images.
+    """
+
+    reference = "Yeh et al., NeurIPS 2019, arXiv:1901.09392; Bhatt et al., IJCAI 2020, arXiv:2005.00631"
+    meaning = "Mean relative change of the map under small noise on the image; small: stable."
+
+    def measure(self, subject: Subject) -> Measured:
+        """0 or more; undefined for a zero map."""
+        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
+        if found.norm[k] == 0:
+            return Measured.undefined(ZERO)
+        ratio = found.maps[k] / found.norm[k]
+        return Measured(float(ratio.mean()), *mean_interval(ratio), n=len(ratio))
+
+
+@dataclass(eq=False, repr=False)
+class LocalLipschitz(_Robustness):
+    """``max ‖a(x + ε) − a(x)‖ / ‖ε‖`` (Alvarez-Melis & Jaakkola 2018), the map scaled to norm 1, so that maps compare.
+
+    Args:
+        radius: of the noise, in units of each channel's standard deviation.
+        n_samples: noisy images.
+        scaled: divide by ``‖a(x)‖``; False: the paper's constant, in the map's units.
+    """
+
+    reference = "Alvarez-Melis & Jaakkola 2018, arXiv:1806.08049"
+    meaning = "Greatest change of the map (scaled to norm 1) for a change of the image of norm 1; small: smooth."
+
+    scaled: bool = True
+
+    def measure(self, subject: Subject) -> Measured:
+        """0 or more; undefined for a zero map."""
+        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
+        if found.norm[k] == 0:
+            return Measured.undefined(ZERO)
+        return self._worst(subject, found.maps[k] / found.inputs / (found.norm[k] if self.scaled else 1.0))
+
+
+@dataclass(eq=False, repr=False)
+class RelativeInputStability(_Robustness):
+    """``max [‖a' − a‖ / ‖a‖] / [‖x' − x‖ / ‖x‖]`` (Agarwal et al. 2022).
+
+    Args:
+        radius: of the noise, in units of each channel's standard deviation.
+        n_samples: noisy images.
+        ratio: ``"norms"``, or ``"elementwise"`` as in the paper, ``‖(a' − a) / a‖ / ‖(x' − x) / x‖``, which the voxels
+            of value near zero decide: most of them in a volume with background.
+    """
+
+    reference = "Agarwal et al. 2022, arXiv:2203.06877"
+    meaning = "Greatest relative change of the map over the relative change of the image; 1: as stable as the image."
+
+    ratio: Literal["norms", "elementwise"] = "norms"
+
+    def measure(self, subject: Subject) -> Measured:
+        """0 or more; undefined for a zero map."""
+        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
+        if found.norm[k] == 0:
+            return Measured.undefined(ZERO)
+        if _elementwise(self.ratio):
+            return self._worst(subject, found.relative_maps[k] / found.relative_inputs)
+        return self._worst(subject, found.maps[k] / found.norm[k] / (found.inputs / found.input_norm))
+
+
+@dataclass(eq=False, repr=False)
+class RelativeOutputStability(_Robustness):
+    """``max [‖a' − a‖ / ‖a‖] / [|F(x') − F(x)| / |F(x)|]`` (Agarwal et al. 2022, of the target in place of all logits).
+
+    Args:
+        radius: of the noise, in units of each channel's standard deviation.
+        n_samples: noisy images.
+        ratio: ``"norms"``, or ``"elementwise"`` as in the paper, ``‖(a' − a) / a‖``.
+        least: the smallest relative change of the target that is divided by.
+    """
+
+    reference = "Agarwal et al. 2022, arXiv:2203.06877"
+    meaning = "Greatest relative change of the map over that of the target; 1: as stable as what it explains."
+
+    ratio: Literal["norms", "elementwise"] = "norms"
+    least: float = 1e-6
+
+    def measure(self, subject: Subject) -> Measured:
+        """0 or more; undefined for a zero map."""
+        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
+        if found.norm[k] == 0:
+            return Measured.undefined(ZERO)
+        if found.value[k] == 0:
+            return Measured.undefined("the target is zero at the image")
+        changed = np.maximum(found.values[k] / abs(found.value[k]), self.least)
+        maps = found.relative_maps[k] if _elementwise(self.ratio) else found.maps[k] / found.norm[k]
+        return self._worst(subject, maps / changed)
+
+
+def _elementwise(ratio: str) -> bool:
+    if ratio not in ("norms", "elementwise"):
+        raise UsageError(f"ratio={ratio!r}: give 'norms' or 'elementwise'")
+    return ratio == "elementwise"

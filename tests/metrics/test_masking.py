@@ -1,0 +1,121 @@
+"""Drop, increase and gain against whole volumes; ROAD's imputation against a dense linear solve; ranking."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from esegeta_monai.errors import UsageError
+from esegeta_monai.metrics import ROAD, AverageDrop, AverageGain, AverageIncrease, Subject, better
+from esegeta_monai.metrics.masking import imputed, unit_mask
+from esegeta_monai.targets import Box, ClassScore, MultiClassMask
+from tests.methods.naive import Naive, image_of, small
+from tests.metrics.cases import LinearClassifier, linear_case, ranked, subject_of
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_drop_increase_and_gain_of_voxels_by_whole_volumes(dims):
+    shape = (2, 9, 12) if dims == 2 else (2, 8, 9, 8)
+    image = image_of(*shape)
+    target, other = MultiClassMask(1), Box(2, (1,) * dims, (5,) * dims)
+    case = Naive(small(dims, 2), image, [target, other])
+    probability = Naive(
+        case.net,
+        image,
+        [
+            MultiClassMask(1, output="probability", reduction="mean"),
+            Box(2, (1,) * dims, (5,) * dims, output="probability", reduction="mean"),
+        ],
+    )
+    values = image_of(2, *shape[1:], seed=3)
+    mask = values.clamp(min=0).sum(0)
+    mask = (mask - mask.min()) / (mask.max() - mask.min())
+    seen = 0.3 + mask * (image - 0.3)
+    for k in (0, 1):
+        before, after = float(probability.value(image)[k]), float(probability.value(seen)[k])
+        subject = Subject(values, case.objective, k)
+        assert 0 < before < 1
+        drop = AverageDrop(baseline=0.3).update(subject)
+        assert drop.notes["before"] == pytest.approx(before, rel=1e-10)
+        assert drop.value == pytest.approx(max(0, before - after) / before, rel=1e-9)
+        assert AverageIncrease(baseline=0.3).update(subject).value == (after > before)
+        gain = AverageGain(baseline=0.3).update(subject)
+        assert gain.value == pytest.approx(max(0, after - before) / (1 - before), rel=1e-9)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_map_of_what_the_class_needs_drops_less_than_controls(dims):
+    case = linear_case("classification", dims)
+    probability = Naive(case.net, case.image, [ClassScore(1)], case.inferer)
+    values = ranked(AverageDrop(baseline=0.0), probability)
+    assert better(AverageDrop, values["perfect"], values["zero"])
+    # flat maps hide everything: their mask is zero
+    assert values["control:constant"] == values["zero"]
+    assert not bool(unit_mask(torch.ones(1, 4, 4)).any())
+    gain = ranked(AverageGain(baseline=0.0), probability)
+    for name in ("zero", "control:constant", "control:random", "control:sobel"):
+        assert gain["perfect"] >= gain[name]
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 6), (2, 4, 5, 4)])
+def test_imputation_is_the_solution_of_the_linear_system(shape):
+    image, dims = image_of(*shape), len(shape) - 1
+    removed = image_of(*shape[1:], seed=7) > -0.5
+    assert removed.double().mean() > 0.5
+    found = imputed(image, removed, 0.0, torch.Generator().manual_seed(0), tolerance=1e-13)
+    places = [tuple(p) for p in np.argwhere(removed.numpy())]
+    number = {p: i for i, p in enumerate(places)}
+    for channel in range(2):
+        matrix, right = np.eye(len(places)), np.zeros(len(places))
+        for p, i in number.items():
+            around = {}
+            for step in itertools.product((-1, 0, 1), repeat=dims):
+                q = tuple(a + b for a, b in zip(p, step))
+                if any(step) and all(0 <= a < n for a, n in zip(q, shape[1:])):
+                    around[q] = 1 / sum(s * s for s in step)
+            total = sum(around.values())
+            for q, weight in around.items():
+                if q in number:
+                    matrix[i, number[q]] -= weight / total
+                else:
+                    right[i] += weight / total * float(image[(channel, *q)])
+        solution = np.linalg.solve(matrix, right)
+        mine = np.array([float(found[(channel, *p)]) for p in places])
+        assert np.abs(mine - solution).max() <= 1e-10 * np.abs(solution).max()
+    assert torch.equal(found[:, ~removed], image[:, ~removed])
+
+
+def test_in_2d_the_weights_are_those_of_the_paper():
+    image = torch.arange(9, dtype=torch.float64).reshape(1, 3, 3) ** 2
+    removed = torch.zeros(3, 3, dtype=torch.bool)
+    removed[1, 1] = True
+    found = imputed(image, removed, 0.0, torch.Generator(), tolerance=1e-13)[0, 1, 1]
+    direct, diagonal = [1, 9, 25, 49], [0, 4, 36, 64]
+    assert float(found) == pytest.approx(sum(direct) / 6 + sum(diagonal) / 12)
+
+
+@pytest.mark.parametrize("kind", ["classification", "segmentation"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_road_ranks_the_perfect_map_first(kind, dims):
+    case = linear_case(kind, dims)
+    values = ranked(ROAD(baseline=0.0), case)
+    for name, value in values.items():
+        if name != "perfect":
+            assert better(ROAD, values["perfect"], value), values
+    assert values["zero"] is None
+    subject = subject_of(case)
+    more, less = ROAD("morf", baseline=0.0).update(subject), ROAD("lerf", baseline=0.0).update(subject)
+    assert values["perfect"] == pytest.approx((more.value - less.value) / 2)
+    assert better(ROAD("lerf"), 0.1, 0.2)
+    assert better(ROAD("morf"), 0.2, 0.1)
+
+
+def test_wrong_parameters():
+    with pytest.raises(UsageError, match="order"):
+        ROAD("both")
+    with pytest.raises(UsageError, match="shares"):
+        ROAD(shares=(0.5, 1.0))
+    assert LinearClassifier((2, 4, 4)).weight.shape == (2, 2, 4, 4)
