@@ -35,7 +35,7 @@ def flat_case(label: int = 1, level: float = 0.6) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(8))
 def test_mask_is_where_the_image_changed(lesions: Any, seed: int) -> None:
     case = flat_case()
-    plant = lesions.PlantLesiond(radius_mm=(6, 10), contrast=(0.3, 0.5), spacing_mm=2).set_random_state(seed=seed)
+    plant = lesions.PlantBlobd(radius_mm=(6, 10), contrast=(0.3, 0.5), void=(0.0, 0.08), spacing_mm=2).set_random_state(seed=seed)
     planted = plant(case)
     change = (planted["image"] - case["image"]).as_tensor()
     mask = planted["lesion"].as_tensor() > 0
@@ -56,13 +56,14 @@ def test_mask_is_where_the_image_changed(lesions: Any, seed: int) -> None:
 
 def test_no_lesion_without_the_label(lesions: Any) -> None:
     case = flat_case(label=0)
-    planted = lesions.PlantLesiond()(case)
+    planted = lesions.PlantBlobd()(case)
     assert not planted["lesion"].any()
+    assert planted["lesion_place"].any(), "where it would be, so that taking it away moves nothing else"
     assert torch.equal(planted["image"].as_tensor(), case["image"])
 
 
 def test_lesions_are_bright_and_dark_and_everywhere(lesions: Any) -> None:
-    plant = lesions.PlantLesiond(radius_mm=(6, 8), spacing_mm=2).set_random_state(seed=0)
+    plant = lesions.PlantBlobd(radius_mm=(6, 8), spacing_mm=2).set_random_state(seed=0)
     case = flat_case()
     signs, centres = [], []
     for _ in range(40):
@@ -75,29 +76,46 @@ def test_lesions_are_bright_and_dark_and_everywhere(lesions: Any) -> None:
     assert (high - low > 18).all()
 
 
-def test_shortcut_agrees_and_distractor_does_not(lesions: Any) -> None:
-    always = lesions.PlantCornerMarkd(mark_key="shortcut", agreement=1.0)
-    never = lesions.PlantCornerMarkd(mark_key="shortcut", agreement=0.0)
-    chance = lesions.PlantCornerMarkd(mark_key="distractor", agreement=0.5, high_corner=True).set_random_state(seed=0)
-    present = {0: 0, 1: 0}
-    for index in range(80):
+def test_shortcut_agrees_with_the_label_as_often_as_stated(lesions: Any) -> None:
+    always = lesions.PlantCornerMarkd(agreement=1.0)
+    never = lesions.PlantCornerMarkd(agreement=0.0)
+    often = lesions.PlantCornerMarkd(agreement=0.8).set_random_state(seed=0)
+    agreed = 0
+    for index in range(200):
         label = index % 2
         case = flat_case(label)
         assert bool(always(case)["shortcut"].any()) == bool(label)
         assert bool(never(case)["shortcut"].any()) != bool(label)
-        marked = chance(case)
-        present[label] += int(marked["distractor"].any())
-        assert torch.equal(marked["image"].as_tensor() != case["image"], marked["distractor"].as_tensor() > 0)
-    assert all(10 <= count <= 30 for count in present.values()), "present in half of either class"
+        marked = often(case)
+        agreed += bool(marked["shortcut"].any()) == bool(label)
+        assert torch.equal(marked["image"].as_tensor() != case["image"], marked["shortcut"].as_tensor() > 0)
+    assert 142 <= agreed <= 178, "0.8 of 200, within three standard deviations"
 
 
-def test_marks_lie_in_opposite_corners_outside_the_brain(lesions: Any) -> None:
+def test_the_mark_is_a_cube_in_a_corner_outside_the_brain(lesions: Any) -> None:
     case = flat_case(1)
-    low = lesions.PlantCornerMarkd(agreement=1.0)(case)["shortcut"].as_tensor()
-    high = lesions.PlantCornerMarkd(agreement=1.0, high_corner=True)(case)["shortcut"].as_tensor()
-    assert low.sum() == high.sum() == 4**3
-    assert torch.equal(low.flip(1, 2, 3), high)
-    assert not (low * case["brain"]).any()
+    mark = lesions.PlantCornerMarkd(agreement=1.0)(case)["shortcut"].as_tensor()
+    assert mark.sum() == mark[0, 1:5, 1:5, 1:5].sum() == 4**3
+    assert not (mark * case["brain"]).any()
+
+
+def test_distractor_is_planted_whatever_the_label_and_beside_the_lesion(lesions: Any) -> None:
+    law = {"radius_mm": (6, 8), "spacing_mm": 2}
+    plant = lesions.PlantBlobd(**law, bright=1.0).set_random_state(seed=0)
+    distract = lesions.PlantBlobd(**law, blob_key="distractor", share=0.5, avoid_key="lesion_place", bright=0.0)
+    distract.set_random_state(seed=1)
+    present = {0: 0, 1: 0}
+    for index in range(80):
+        label = index % 2
+        with_lesion = plant(flat_case(label))
+        both = distract(with_lesion)
+        lesion, distractor = both["lesion"].as_tensor(), both["distractor"].as_tensor()
+        present[label] += int(distractor.any())
+        change = (both["image"] - with_lesion["image"]).as_tensor()
+        assert change.max() <= 0, "dark"
+        assert not change[torch.nn.functional.max_pool3d(lesion, 3, 1, 1) > 0].any(), "the lesion is left alone"
+        assert (change < 0)[distractor > 0].all()
+    assert all(10 <= count <= 30 for count in present.values()), "present in half of either class"
 
 
 @pytest.mark.slow
@@ -131,17 +149,32 @@ def test_pairs_differ_in_the_lesion_alone(lesions: Any, mni152: dict[str, str]) 
 def test_options_change_neither_label_nor_lesion(lesions: Any, mni152: dict[str, str]) -> None:
     seeds = range(10, 14)
     plain = lesions.LesionCases(mni152, seeds, augment=False)
-    marked = lesions.LesionCases(mni152, seeds, augment=False, shortcut=1.0, distractor=True)
+    marked = lesions.LesionCases(mni152, seeds, augment=False, shortcut=1.0)
     labels = set()
     for index in range(len(seeds)):
         one, other = plain[index], marked[index]
         labels.add(one["label"])
         assert one["label"] == other["label"] == int(one["lesion"].any()) == int(other["shortcut"].any())
         assert torch.equal(one["lesion"], other["lesion"])
-        marks = other["shortcut"] + other["distractor"]
-        assert torch.equal((one["image"] != other["image"]).as_tensor(), marks.as_tensor() > 0)
+        assert torch.equal((one["image"] != other["image"]).as_tensor(), other["shortcut"].as_tensor() > 0)
         assert one["image"].shape == (1, *lesions.SPATIAL_SIZE)
     assert labels == {0, 1}
+
+
+@pytest.mark.parametrize("removed", ["lesion", "distractor", "shortcut"])
+def test_taking_one_object_away_moves_no_other(lesions: Any, mni152: dict[str, str], removed: str) -> None:
+    anatomy = {"image": mni152["image"]}
+    cases = lesions.LesionCases(anatomy, range(20, 40), shortcut=0.5, distractor=True, augment=False)
+    for index in range(20):
+        all_there = cases.with_planted(index, lesion=True, distractor=True, shortcut=True)
+        without = cases.with_planted(index, **{"lesion": True, "distractor": True, "shortcut": True, removed: False})
+        assert not without[removed].any()
+        assert all_there[removed].any()
+        assert all_there["label"] == without["label"] == cases[index]["label"]
+        for other in {"lesion", "distractor", "shortcut"} - {removed}:
+            assert torch.equal(all_there[other], without[other])
+    with pytest.raises(ValueError, match="tumour is not planted here"):
+        cases.with_planted(0, tumour=True)
 
 
 def test_prepare_is_the_preprocessing_of_inference(
@@ -152,28 +185,6 @@ def test_prepare_is_the_preprocessing_of_inference(
     theirs = parser.get_parsed_content("preprocessing")({"image": mni152["image"]})["image"]
     assert torch.equal(ours.as_tensor(), theirs.as_tensor())
     assert torch.equal(ours.affine, theirs.affine)
-
-
-def test_located_loss_is_its_formula(lesions: Any) -> None:
-    from scripts.located_loss import LocatedLoss
-
-    torch.manual_seed(0)
-    conv = torch.nn.Conv3d(1, 2, 2, stride=2)
-    features = torch.nn.Sequential(torch.nn.Sequential())
-    features[0].add_module("conv", conv)
-    network = torch.nn.Sequential()
-    network.add_module("features", features)
-    loss = LocatedLoss(network, location=3.0, positive=5.0)
-    images, lesion, logits = torch.randn(2, 1, 4, 4, 4), torch.zeros(2, 1, 4, 4, 4), torch.randn(2, 2)
-    lesion[1, 0, :2, :2, :2] = 1  # fills the first cell of the second image
-    z = network(images)
-    odds = z.exp().sum(1) * 5
-    chance = odds / (1 + odds)
-    place = -(1 - chance).log()
-    place[1, 0, 0, 0] = -5 * chance[1, 0, 0, 0].log()
-    share = logits.softmax(1)
-    expected = -(share[0, 0].log() + share[1, 1].log()) / 2 + 3 * place.mean()
-    torch.testing.assert_close(loss(logits, lesion), expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.slow

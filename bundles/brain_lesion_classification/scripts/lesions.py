@@ -1,9 +1,11 @@
-"""Heads with a planted lesion of known place: the data of this bundle, and a ground truth for explanations.
+"""Heads with planted causes of known place: the data of this bundle, and a ground truth for explanations.
 
-Half of the cases get one lesion: a smooth irregular blob at a random place inside the brain, brighter or darker than
-what lies there. The mask of the changed voxels is part of the case, so that a map can be measured against it. Two
-options plant a *wrong* reason beside it: a `shortcut` (a mark in one corner that agrees with the label) and a
-`distractor` (a mark in the opposite corner that has nothing to do with the label).
+Half of the cases get one *lesion*: a smooth irregular blob at a random place inside the brain, brighter or darker than
+what lies there. It is what the label means. Two options plant something else beside it: a *shortcut* (a mark in a
+corner outside the brain, as a scanner may leave one, that agrees with the label with a stated probability) and a
+*distractor* (a dark blob of the same law of sizes, where all lesions are bright then; it says nothing of the label).
+The mask of each is part of the case, and each can be taken away or added alone (`LesionCases.with_planted`), so that
+what a network answers to is a matter of experiment.
 """
 
 from __future__ import annotations
@@ -35,13 +37,16 @@ from monai.transforms import (
     Spacingd,
     ThresholdIntensityd,
 )
+from torch.nn.functional import max_pool3d
 from torch.utils.data import Dataset
 
 from .anatomy import Case, RandIndividuald, like, smooth_noise
 
-__all__ = ["SPATIAL_SIZE", "BrainMaskd", "LesionCases", "PlantCornerMarkd", "PlantLesiond", "prepare"]
+__all__ = ["SPATIAL_SIZE", "BrainMaskd", "LesionCases", "PlantBlobd", "PlantCornerMarkd", "prepare"]
 
 SPACING_MM = 4
+#: Of all blobs: excess of a bright one over the white end, and level of a dark one, both in units of the white end.
+CONTRAST, VOID = (0.1, 0.9), (0.0, 0.15)
 #: 160 x 192 x 160 mm: holds a brain. The network sees all of it at once.
 SPATIAL_SIZE = (40, 48, 40)
 
@@ -60,27 +65,34 @@ class BrainMaskd(MapTransform):
         return case
 
 
-class PlantLesiond(MapTransform, Randomizable):
-    r"""Plant a lesion where `label` is 1, and write its mask; where it is 0 the mask is empty.
+def _planted(case: Mapping[Hashable, Any], key: str, default: bool) -> bool:
+    """Whether the object `key` is present: as an experiment on the case says, else as its law does."""
+    return bool(case.get("planted", {}).get(key, default))
+
+
+class PlantBlobd(MapTransform, Randomizable):
+    r"""Plant blobs into the brain and write their mask: lesions, where `label` is 1, or distractors, in some cases.
 
     With :math:`d(v)` the distance from the centre in units of the three random radii (random axes are those of the
-    grid; the head was turned before), :math:`n` smooth noise, :math:`m` the mean of the image under the lesion and
-    :math:`\ell` the lesion's level:
+    grid; the head was turned before), :math:`n` smooth noise, :math:`m` the mean of the image under the blob and
+    :math:`\ell` the blob's level:
 
     .. math:: \alpha(v) = \mathrm{brain}(v)\,\sigma\bigl((1 + 0.15\,n(v) - d(v)) / 0.12\bigr), \qquad
         image'(v) = (1 - \alpha)\, image + \alpha\,\bigl(\ell + 0.3\,(image - m)\bigr)
 
-    The mask is :math:`\alpha > 0.5`. With equal chance the lesion is brighter than any tissue,
-    :math:`\ell = (1 + contrast)\, white`, or a void, :math:`\ell = void \cdot white` without texture, where
-    :math:`white` is the 99.5th percentile of the brain. Both lie outside the range of most healthy tissue on purpose:
-    the cause of the label is then clear.
+    The mask is :math:`\alpha > 0.5`. The blob is brighter than any tissue, :math:`\ell = (1 + contrast)\, white`, or a
+    void, :math:`\ell = void \cdot white` without texture, where :math:`white` is the 99.5th percentile of the brain.
 
     Args:
         keys: the image (1, *spatial), intensities about 0 to 1.
+        blob_key: written: the mask, empty where nothing is planted; ``{blob_key}_place`` is where it would be.
+        share: None plants where `label` is 1; a number plants in that share of the cases, whatever the label.
+        avoid_key: a mask that the blob keeps a voxel away from, and its centre by the greatest radius.
         radius_mm: range of each radius.
-        contrast: range of a bright lesion's excess over the white end.
-        void: range of a dark lesion's level, in units of the white end.
-        number: range of the number of lesions where there is one.
+        bright: share of bright blobs.
+        contrast: range of a bright blob's excess over the white end.
+        void: range of a dark blob's level, in units of the white end.
+        number: range of the number of blobs where there is one.
         depth_mm: least distance of the centre from the edge of the brain.
     """
 
@@ -89,35 +101,48 @@ class PlantLesiond(MapTransform, Randomizable):
         keys: KeysCollection = "image",
         label_key: str = "label",
         brain_key: str = "brain",
-        lesion_key: str = "lesion",
+        blob_key: str = "lesion",
+        share: float | None = None,
+        avoid_key: str | None = None,
         radius_mm: tuple[float, float] = (8.0, 16.0),
-        contrast: tuple[float, float] = (0.3, 0.9),
-        void: tuple[float, float] = (0.0, 0.08),
+        bright: float = 0.5,
+        contrast: tuple[float, float] = CONTRAST,
+        void: tuple[float, float] = VOID,
         number: tuple[int, int] = (1, 1),
         depth_mm: float = 6.0,
         spacing_mm: float = SPACING_MM,
     ) -> None:
         super().__init__(keys)
-        self.label_key, self.brain_key, self.lesion_key = label_key, brain_key, lesion_key
-        self.radius_mm, self.contrast, self.void, self.number = radius_mm, contrast, void, number
+        self.label_key, self.brain_key, self.blob_key, self.avoid_key = label_key, brain_key, blob_key, avoid_key
+        self.share, self.radius_mm, self.bright, self.number = share, radius_mm, bright, number
+        self.contrast, self.void = contrast, void
         self.depth_mm, self.spacing_mm = depth_mm, spacing_mm
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Case:
         case = dict(data)
         brain = torch.as_tensor(case[self.brain_key]).as_subclass(torch.Tensor)
+        taken = None if self.avoid_key is None else case[self.avoid_key].as_subclass(torch.Tensor)
         mask = torch.zeros_like(brain)
         images = {key: case[key].as_subclass(torch.Tensor) for key in self.key_iterator(case)}
-        number = self.R.randint(self.number[0], self.number[1] + 1) if int(case[self.label_key]) else 0
-        for _ in range(number):
-            alpha = self._blob(brain)
+        by_law = bool(case[self.label_key]) if self.share is None else self.R.rand() < self.share
+        present = _planted(case, self.blob_key, by_law)
+        # Blobs are drawn even where none is planted: taking one away moves no other.
+        for _ in range(self.R.randint(self.number[0], self.number[1] + 1)):
+            alpha = self._blob(brain, taken)
             mask = torch.maximum(mask, (alpha > 0.5).float())
-            images = {key: self._plant(image, alpha) for key, image in images.items()}
+            planted = {key: self._plant(image, alpha) for key, image in images.items()}
+            images = planted if present else images
         case.update({key: like(case[key], image) for key, image in images.items()})
-        case[self.lesion_key] = like(case[self.brain_key], mask)
+        case[f"{self.blob_key}_place"] = like(case[self.brain_key], mask)
+        case[self.blob_key] = like(case[self.brain_key], mask * present)
         return case
 
-    def _blob(self, brain: torch.Tensor) -> torch.Tensor:
-        places = torch.nonzero(_eroded(brain[0], round(self.depth_mm / self.spacing_mm)))
+    def _blob(self, brain: torch.Tensor, taken: torch.Tensor | None) -> torch.Tensor:
+        free = _eroded(brain[0], round(self.depth_mm / self.spacing_mm))
+        if taken is not None:
+            free &= _dilated(taken, round(self.radius_mm[1] / self.spacing_mm))[0] == 0
+            brain = brain * (1 - _dilated(taken, 1))
+        places = torch.nonzero(free)
         centre = places[self.R.randint(len(places))]
         radii = [self.R.uniform(*self.radius_mm) / self.spacing_mm for _ in centre]
         # Twice the radius holds all that a noise of 3 standard deviations can reach.
@@ -137,21 +162,20 @@ class PlantLesiond(MapTransform, Randomizable):
     def _plant(self, image: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
         white = torch.quantile(image[image > 0], 0.995)
         mean = (image * alpha).sum() / alpha.sum()
-        bright = self.R.rand() < 0.5
+        bright = self.R.rand() < self.bright
         level = white * (1 + self.R.uniform(*self.contrast) if bright else self.R.uniform(*self.void))
         texture = 0.3 * (image - mean) if bright else 0.0
         return (1 - alpha) * image + alpha * (level + texture)
 
 
 class PlantCornerMarkd(MapTransform, Randomizable):
-    """Set a bright cube in a corner of the grid, outside the brain, and write its mask.
+    """Set a bright cube in a corner of the grid, outside the brain, as a scanner may mark its images; write its mask.
 
     Args:
         keys: the image (1, *spatial).
         mark_key: written: 1 inside the mark, all 0 where there is none.
         agreement: probability that "mark present" equals "label is 1". 1.0 is a perfect shortcut, 0.5 tells nothing
-            of the label (a distractor).
-        high_corner: the corner of the highest indices in place of the lowest.
+            of the label.
         size: edge of the cube in voxels.
         gap: distance from the border in voxels.
     """
@@ -161,19 +185,18 @@ class PlantCornerMarkd(MapTransform, Randomizable):
         keys: KeysCollection = "image",
         mark_key: str = "shortcut",
         agreement: float = 1.0,
-        high_corner: bool = False,
         label_key: str = "label",
         size: int = 4,
         gap: int = 1,
     ) -> None:
         super().__init__(keys)
         self.mark_key, self.label_key, self.agreement = mark_key, label_key, agreement
-        self.place = slice(-gap - size, -gap) if high_corner else slice(gap, gap + size)
+        self.place = slice(gap, gap + size)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Case:
         case = dict(data)
         agrees = self.R.rand() < self.agreement
-        present = bool(case[self.label_key]) == agrees
+        present = _planted(case, self.mark_key, bool(case[self.label_key]) == agrees)
         for key in self.key_iterator(case):
             image = case[key].as_subclass(torch.Tensor).clone()
             mask = torch.zeros_like(image)
@@ -211,10 +234,11 @@ class LesionCases(Dataset):
         anatomy: file names: ``image``, and ``tissue`` (see `anatomy.template_case`) to paint individuals from. Without
             ``tissue`` the image's own intensities are kept, under the same deformations: that is for a real head.
         seeds: one case each.
-        radius_mm, contrast, number: of the lesions, see `PlantLesiond`.
+        radius_mm, contrast, void, number: of the lesions, see `PlantBlobd`.
         shortcut: probability that the corner mark agrees with the label; None plants no mark.
-        distractor: plant the mark of the opposite corner in half of the cases, whatever the label.
-        augment: False keeps place, shape and intensities of the head as they are: all that differs is the lesion.
+        distractor: plant a dark blob in half of the cases, whatever the label. Lesions are all bright then, so that the
+            two can be told apart; sizes are drawn alike.
+        augment: False keeps place, shape and intensities of the head as they are: all that differs is what is planted.
         heads: number of different heads, which are kept in memory (0.6 MB each); None makes one for every seed.
         pairs: seeds 2k and 2k + 1 are the same scan without and with a lesion; they differ in that and in the
             scale of the image that follows from it.
@@ -229,7 +253,8 @@ class LesionCases(Dataset):
         anatomy: Mapping[str, str],
         seeds: Sequence[int],
         radius_mm: tuple[float, float] = (8.0, 16.0),
-        contrast: tuple[float, float] = (0.3, 0.9),
+        contrast: tuple[float, float] = CONTRAST,
+        void: tuple[float, float] = VOID,
         number: tuple[int, int] = (1, 1),
         shortcut: float | None = None,
         distractor: bool = False,
@@ -243,13 +268,20 @@ class LesionCases(Dataset):
         self.make_head = Compose(
             [*(_place(keys) if augment else []), individual if "tissue" in keys else BrainMaskd("image")]
         )
-        scan: list[Any] = [PlantLesiond(radius_mm=radius_mm, contrast=contrast, number=number)]
+        law: dict[str, Any] = {"radius_mm": radius_mm, "contrast": contrast, "void": void}
+        scan: list[Any] = [PlantBlobd(**law, number=number, bright=1.0 if distractor else 0.5)]
+        other = PlantBlobd(**law, blob_key="distractor", share=0.5, avoid_key="lesion_place", bright=0.0)
+        scan += [other] if distractor else []
         scan += _scanner() if augment else []
         scan += [ScaleIntensityRangePercentilesd("image", 0, 99.5, 0, 1)]
         scan += [RandAdjustContrastd("image", prob=0.5, gamma=(0.8, 1.25))] if augment else []
         scan += [] if shortcut is None else [PlantCornerMarkd(mark_key="shortcut", agreement=shortcut)]
-        scan += [PlantCornerMarkd(mark_key="distractor", agreement=0.5, high_corner=True)] if distractor else []
         self.make_scan = Compose(scan)
+        self.objects = {
+            "lesion",
+            *(["shortcut"] if shortcut is not None else []),
+            *(["distractor"] if distractor else []),
+        }
         self.seeds, self.heads, self.pairs = seeds, heads, pairs
         self._kept: dict[int, Case] = {}
 
@@ -257,12 +289,30 @@ class LesionCases(Dataset):
         return len(self.seeds)
 
     def __getitem__(self, index: int) -> Case:
+        return self.with_planted(index)
+
+    def with_planted(self, index: int, **planted: bool) -> Case:
+        """Item ``index`` with objects taken away or added and all else (label, head, noise, places) as it is.
+
+        Args:
+            index: of the item.
+            planted: ``lesion``, ``shortcut`` or ``distractor``: whether it is there.
+
+        Raises:
+            ValueError: an object that these cases never have.
+
+        Example:
+            >>> cases.with_planted(0, lesion=False)["lesion"].any()                               # doctest: +SKIP
+        """
+        if unknown := set(planted) - self.objects:
+            raise ValueError(f"{', '.join(sorted(unknown))} is not planted here: choose of {sorted(self.objects)}")
         seed = int(self.seeds[index])
         # The label hangs on the seed by its own generator: the same whatever options draw before it.
         label = seed % 2 if self.pairs else int(torch.randint(2, (1,), generator=torch.Generator().manual_seed(seed)))
         scan = seed // 2 if self.pairs else seed
         self.make_scan.set_random_state(seed=scan)
-        return {**self.make_scan({**self._head(scan), "label": label}), "seed": seed}
+        case = self.make_scan({**self._head(scan), "label": label, "planted": planted})
+        return {**{key: case[key] for key in ("image", "label", "brain", *sorted(self.objects))}, "seed": seed}
 
     def _head(self, seed: int) -> Case:
         if self.heads is None:
@@ -285,6 +335,14 @@ def _eroded(mask: torch.Tensor, depth: int) -> torch.Tensor:
         for step in (-depth, depth):
             inside = inside & (torch.roll(mask, step, axis) > 0)
     return inside
+
+
+def _dilated(mask: torch.Tensor, depth: int) -> torch.Tensor:
+    """A mask (1, *spatial) with all voxels added that lie in a cube of `depth` voxels round one of it."""
+    for axis in range(3):  # one axis after the other: the same cube at a fraction of the cost
+        wide = [2 * depth + 1 if axis == other else 1 for other in range(3)]
+        mask = max_pool3d(mask, wide, 1, [size // 2 for size in wide])
+    return mask
 
 
 def _place(keys: Sequence[str]) -> list[Any]:

@@ -1,0 +1,105 @@
+"""The three networks whose cause is known, and cases that they never saw."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[2]
+BUNDLE = ROOT / "bundles" / "brain_lesion_classification"
+sys.path.insert(0, str(BUNDLE))
+
+from scripts.anatomy import template_case  # noqa: E402
+from scripts.lesions import LesionCases  # noqa: E402
+
+__all__ = ["BUNDLE", "CAUSES", "Cause", "Example"]
+
+
+@dataclass
+class Example:
+    """A case with the network's answer.
+
+    Attributes:
+        seed: of the case.
+        image: (1, *spatial).
+        truth: bool (1, *spatial): the voxels that the answer rests on.
+        other: bool (1, *spatial): the object that a map must not point at (see `Cause.other`); perhaps empty.
+    """
+
+    seed: int
+    image: Tensor
+    truth: Tensor
+    other: Tensor
+
+
+@dataclass
+class Cause:
+    """A trained network and what its answer "lesion" rests on, as `interventions` proves.
+
+    Attributes:
+        name: of the network.
+        weights: file in the bundle's `models`.
+        options: of `LesionCases`: what is planted beside lesions.
+        truth: the object that the network answers to.
+        other: the object that it does not answer to.
+    """
+
+    name: str
+    weights: str
+    options: dict[str, Any] = field(default_factory=dict)
+    truth: str = "lesion"
+    other: str | None = None
+    folder: Path = ROOT / "build" / "known_cause"
+
+    @cached_property
+    def network(self) -> nn.Module:
+        parser = ConfigParser(json.loads((BUNDLE / "configs" / "inference.json").read_text()))
+        network = parser.get_parsed_content("network_def").eval()
+        state = torch.load(BUNDLE / "models" / self.weights, map_location="cpu", weights_only=True)
+        network.load_state_dict(state)
+        return network
+
+    def cases(self, seeds: range) -> LesionCases:
+        return LesionCases(template_case(self.folder / "mni152"), seeds, **self.options)
+
+    def margin(self, image: Tensor) -> float:
+        """Logit of a lesion less that of none."""
+        with torch.inference_mode():
+            none, lesion = self.network(image[None].as_subclass(torch.Tensor))[0].tolist()
+        return lesion - none
+
+    def examples(self, n: int, first_seed: int) -> Iterator[Example]:
+        """The first ``n`` cases from ``first_seed`` on that have all objects and that the network calls a lesion."""
+        cases = self.cases(range(first_seed, first_seed + 20 * n))
+        found = 0
+        for index in range(len(cases)):
+            case = cases[index]
+            shown = [self.truth, *([self.other] if self.other else [])]
+            if not case["label"] or not all(case[key].any() for key in shown):
+                continue
+            image = case["image"].as_tensor()
+            if self.margin(image) <= 0:
+                continue
+            truth = case[self.truth].as_tensor() > 0
+            other = case[self.other].as_tensor() > 0 if self.other else torch.zeros_like(truth)
+            yield Example(case["seed"], image, truth, other)
+            found += 1
+            if found == n:
+                return
+        raise RuntimeError(f"{self.name}: {found} of {n} cases found in {len(cases)} seeds from {first_seed}")
+
+
+CAUSES = [
+    Cause("lesion", "model.pt"),
+    Cause("shortcut", "model_shortcut.pt", {"shortcut": 1.0}, truth="shortcut", other="lesion"),
+    Cause("distractor", "model_distractor.pt", {"distractor": True}, other="distractor"),
+]
