@@ -73,7 +73,7 @@ class Cause:
 
     def margin(self, image: Tensor) -> float:
         """Logit of a lesion less that of none."""
-        with torch.inference_mode():
+        with torch.no_grad():
             none, lesion = self.network(image[None].as_subclass(torch.Tensor))[0].tolist()
         return lesion - none
 

@@ -35,7 +35,9 @@ def flat_case(label: int = 1, level: float = 0.6) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(8))
 def test_mask_is_where_the_image_changed(lesions: Any, seed: int) -> None:
     case = flat_case()
-    plant = lesions.PlantBlobd(radius_mm=(6, 10), contrast=(0.3, 0.5), void=(0.0, 0.08), spacing_mm=2).set_random_state(seed=seed)
+    plant = lesions.PlantBlobd(radius_mm=(6, 10), contrast=(0.3, 0.5), void=(0.0, 0.08), spacing_mm=2).set_random_state(
+        seed=seed
+    )
     planted = plant(case)
     change = (planted["image"] - case["image"]).as_tensor()
     mask = planted["lesion"].as_tensor() > 0

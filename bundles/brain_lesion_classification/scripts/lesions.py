@@ -46,7 +46,7 @@ __all__ = ["SPATIAL_SIZE", "BrainMaskd", "LesionCases", "PlantBlobd", "PlantCorn
 
 SPACING_MM = 4
 #: Of all blobs: excess of a bright one over the white end, and level of a dark one, both in units of the white end.
-CONTRAST, VOID = (0.1, 0.9), (0.0, 0.15)
+CONTRAST, VOID = (0.2, 0.9), (0.0, 0.1)
 #: 160 x 192 x 160 mm: holds a brain. The network sees all of it at once.
 SPATIAL_SIZE = (40, 48, 40)
 

@@ -1,0 +1,95 @@
+"""Every method against three networks whose cause is known; the tables of docs/known_cause.md.
+
+    python benchmarks/known_cause [--cases 16] [--dear-cases 6] [--experiments 100] [--networks lesion,shortcut]
+
+The networks of the bundle `brain_lesion_classification` answer to a planted lesion, to a mark in a corner (shortcut), and
+to a lesion beside a distractor. What each answers to is proved by experiment first: the object is taken away or added and
+nothing else. Then every method of the registry and three controls (noise, Sobel edges, constant) are measured on cases
+that no training saw. Maps and measurements are kept in `--work`: a run that was stopped goes on where it stopped, and a
+new metric needs no new maps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from pathlib import Path
+
+import torch
+from causes import CAUSES, ROOT, Cause
+from interventions import Experiment, experiments
+from maps import compute_maps
+from measure import LOCALISATION, Row, measure
+from methods import chosen_methods, is_dear
+from table import by_cell, experiment_table, method_table, write_block, write_csv
+
+FIRST_SEED = 5_000_000
+"""Of the examples; training and validation used seeds below 2,000,000."""
+EXPERIMENT_SEEDS, OTHER_SEEDS = 7_000_000, 6_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=16, help="examples a network")
+    parser.add_argument("--dear-cases", type=int, default=6, help="examples for methods of many passes")
+    parser.add_argument("--faithful-cases", type=int, default=6, help="examples for faithfulness")
+    parser.add_argument("--experiments", type=int, default=100, help="cases for the experiments on the cause")
+    parser.add_argument("--networks", default=",".join(cause.name for cause in CAUSES))
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "known_cause", help="folder for what is kept")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "known_cause.md")
+    parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "results" / "known_cause.csv")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    wanted = args.networks.split(",")
+    if unknown := set(wanted) - {cause.name for cause in CAUSES}:
+        parser.error(f"no network {', '.join(sorted(unknown))}: choose of {', '.join(c.name for c in CAUSES)}")
+    causes = [cause for cause in CAUSES if cause.name in wanted]
+    tried: dict[str, tuple[list[bool], list[Experiment]]] = {}
+    rows: list[Row] = []
+    for cause in causes:
+        cause.folder = args.work
+        tried[cause.name] = _experiments(cause, args.experiments)
+        rows += _measured(cause, args.cases, args.dear_cases, args.faithful_cases)
+    cells = by_cell(rows)
+    write_csv(cells, args.table)
+    write_block(args.page, "experiments", experiment_table(tried))
+    for cause in causes:
+        judged = list(LOCALISATION)
+        other = ["other: relevance mass"] if cause.other else []
+        table = method_table(cells, cause.name, [*judged, *other], "relevance mass", judged)
+        write_block(args.page, f"localisation {cause.name}", table)
+        faithful = ["deletion", "insertion", "infidelity"]
+        table = method_table(cells, cause.name, [*faithful, "seconds"], "insertion", faithful)
+        write_block(args.page, f"faithfulness {cause.name}", table)
+    print(f"written: {args.page}, {args.table}")
+
+
+def _experiments(cause: Cause, n: int) -> tuple[list[bool], list[Experiment]]:
+    """What the network answers to; read from disk where it was found out before."""
+    file = cause.folder / "experiments" / f"{cause.name}_{n}.json"
+    if not file.exists():
+        right, found = experiments(cause, range(EXPERIMENT_SEEDS, EXPERIMENT_SEEDS + n))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"right": right, "experiments": [vars(e) for e in found]}))
+    kept = json.loads(file.read_text())
+    return kept["right"], [Experiment(**e) for e in kept["experiments"]]
+
+
+def _measured(cause: Cause, n: int, n_dear: int, n_faithful: int) -> list[Row]:
+    cases = cause.cases(range(OTHER_SEEDS, OTHER_SEEDS + 40))
+    healthy = (case for case in (cases[i] for i in range(40)) if not case["label"])
+    methods = chosen_methods([case["image"].as_tensor() for case in itertools.islice(healthy, 4)])
+    rows: list[Row] = []
+    for i, example in enumerate(cause.examples(n, FIRST_SEED)):
+        start = time.perf_counter()
+        now = [method for method in methods if i < n_dear or not is_dear(method)]
+        rows += measure(cause, example, compute_maps(cause, example, now), faithful=i < n_faithful)
+        print(f"{cause.name} {i + 1}/{n}: {time.perf_counter() - start:.0f} s", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Maps of every method on every example, kept on disk: a run that was stopped goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from causes import Cause, Example
+
+from esegeta_monai import Explainer
+from esegeta_monai.methods import Method
+from esegeta_monai.targets import ClassScore
+
+__all__ = ["compute_maps", "read_map"]
+
+#: What is explained: the logit of "lesion", which every method can explain.
+TARGET = ClassScore(1)
+
+
+def compute_maps(cause: Cause, example: Example, methods: Sequence[Method]) -> Iterator[tuple[str, Path]]:
+    """A file for each method, with the map (None where there is none) and its record."""
+    folder = cause.folder / "maps" / cause.name / str(example.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {method.name: folder / f"{method.name}.pt" for method in methods}
+    missing = [method for method in methods if not files[method.name].exists()]
+    if missing:
+        explainer = Explainer(cause.network, on_error="record", window_batch=8)
+        for found in explainer(example.image[None], methods=missing, targets=[TARGET]):
+            path = files[found.method.name]
+            plain = None if found.map is None else found.map.as_subclass(torch.Tensor).float()
+            part = path.with_suffix(".part")
+            torch.save({"map": plain, "record": _plain(found.record)}, part)
+            os.replace(part, path)
+    yield from files.items()
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    """What the table reads: whether there is a map, and what it took."""
+    keys = ("status", "reason", "seconds", "peak_memory_bytes", "completeness_gap", "layer", "areas_found", "warnings")
+    return {key: record[key] for key in keys if key in record}
+
+
+def read_map(path: Path) -> dict[str, Any]:
+    """``map`` (C, *spatial) or None, and ``record``."""
+    return torch.load(path, weights_only=True)
