@@ -1,12 +1,12 @@
 """Every method against three networks whose cause is known; the tables of docs/known_cause.md.
 
-    python benchmarks/known_cause [--cases 16] [--dear-cases 6] [--experiments 100] [--networks lesion,shortcut]
+    python benchmarks/known_cause [--cases 12] [--dear-cases 5] [--experiments 100] [--networks lesion,shortcut]
 
-The networks of the bundle `brain_lesion_classification` answer to a planted lesion, to a mark in a corner (shortcut), and
-to a lesion beside a distractor. What each answers to is proved by experiment first: the object is taken away or added and
-nothing else. Then every method of the registry and three controls (noise, Sobel edges, constant) are measured on cases
-that no training saw. Maps and measurements are kept in `--work`: a run that was stopped goes on where it stopped, and a
-new metric needs no new maps.
+The networks of the bundle `brain_lesion_classification` answer to a planted lesion, to a mark in a corner (shortcut),
+and to a lesion beside a distractor. What each answers to is proved by experiment first: the object is taken away or
+added and nothing else. Then every method of the registry and three controls (noise, Sobel edges, constant) are measured
+on cases that no training saw. Maps and measurements are kept in `--work`: a run that was stopped goes on where it
+stopped, and a new metric needs no new maps.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ EXPERIMENT_SEEDS, OTHER_SEEDS = 7_000_000, 6_000_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=16, help="examples a network")
-    parser.add_argument("--dear-cases", type=int, default=6, help="examples for methods of many passes")
+    parser.add_argument("--cases", type=int, default=12, help="examples a network")
+    parser.add_argument("--dear-cases", type=int, default=5, help="examples for methods of many passes")
     parser.add_argument("--faithful-cases", type=int, default=6, help="examples for faithfulness")
     parser.add_argument("--experiments", type=int, default=100, help="cases for the experiments on the cause")
     parser.add_argument("--networks", default=",".join(cause.name for cause in CAUSES))

@@ -14,7 +14,7 @@ __all__ = ["chosen_methods", "is_dear"]
 DEAR: dict[str, list[str]] = {
     "ExtremalPerturbation": ["ExtremalPerturbation(areas=0.005)"],
     "FeatureAblation": ["FeatureAblation"],
-    "FeaturePermutation": [],  # built with cases, below
+    "FeaturePermutation": [],
     "Hsic": ["Hsic(n_samples=512)"],
     "KernelShap": ["KernelShap"],
     "Lime": ["Lime(n_samples=512)"],
@@ -27,8 +27,8 @@ DEAR: dict[str, list[str]] = {
     "Sobol": ["Sobol(n_samples=8, grid=5)"],
 }
 
-#: Where the defaults do not serve: an activation's guided gradient and a layer's conductance are of one channel each.
-CHEAP: dict[str, list[str]] = {}
+#: Methods that look at other cases too; built with them, below.
+WITH_CASES = ("FeaturePermutation", "PatternAttribution", "PatternNet")
 
 
 def is_dear(method: Method) -> bool:
@@ -37,12 +37,13 @@ def is_dear(method: Method) -> bool:
 
 
 def chosen_methods(others: Sequence[Tensor]) -> list[Method]:
-    """All methods; ``others`` are images (1, *spatial) that `FeaturePermutation` exchanges features with."""
+    """All methods; ``others`` are images (1, *spatial) for those that look at other cases (`WITH_CASES`)."""
     methods: list[Method] = []
     for cls in METHODS:
         if cls.produces == "synthesised image" or cls.__name__ == "ChannelShapley":
             continue  # no map of this case; one channel has no shares
-        texts = DEAR.get(cls.__name__, CHEAP.get(cls.__name__, [cls.__name__]))
-        methods += METHODS.create_all(texts) if texts else []
-    methods.append(METHODS.get("FeaturePermutation")(cases=list(others)))
+        if cls.__name__ in WITH_CASES:
+            methods.append(cls(cases=list(others)))  # type: ignore[call-arg]
+        else:
+            methods += METHODS.create_all(DEAR.get(cls.__name__, [cls.__name__]))
     return methods
