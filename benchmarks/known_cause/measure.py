@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from causes import Cause, Example
-from esegeta_monai.metrics import METRICS, Subject, controls
 from maps import TARGET, read_map
 from torch import Tensor
 
+from esegeta_monai.metrics import METRICS, Subject, controls
 from esegeta_monai.network import Model, frozen
 from esegeta_monai.objective import Objective
 from esegeta_monai.targets import Case

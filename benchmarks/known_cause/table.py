@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from esegeta_monai.metrics.base import bootstrap, wilson
 
 __all__ = ["CONTROLS", "Cell", "Summary", "by_cell", "experiment_table", "method_table", "write_block", "write_csv"]

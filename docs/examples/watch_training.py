@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from esegeta_monai.metrics import RelevanceMass, Subject
 from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from esegeta_monai import Explainer
+from esegeta_monai.metrics import RelevanceMass, Subject
 from esegeta_monai.targets import ClassScore
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "brain_lesion_classification"

@@ -123,9 +123,15 @@ def test_verify_would_notice_a_wrong_channel_count(name: str) -> None:
         )
 
 
-@both
-def test_weights_are_a_small_plain_state_dict(name: str) -> None:
-    path = BUNDLES / name / "models" / "model.pt"
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        (SEGMENTATION, "model.pt"),
+        *((CLASSIFICATION, f"model{which}.pt") for which in ("", "_shortcut", "_distractor")),
+    ],
+)
+def test_weights_are_a_small_plain_state_dict(name: str, weights: str) -> None:
+    path = BUNDLES / name / "models" / weights
     assert path.stat().st_size <= 2_000_000
     state = torch.load(path, map_location="cpu", weights_only=True)
     assert all(isinstance(value, torch.Tensor) for value in state.values())

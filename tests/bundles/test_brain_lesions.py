@@ -189,14 +189,52 @@ def test_prepare_is_the_preprocessing_of_inference(
     assert torch.equal(ours.affine, theirs.affine)
 
 
+def trained(root: Path, weights: str = "model.pt") -> torch.nn.Module:
+    parser = ConfigParser(json.loads((root / "configs" / "inference.json").read_text()))
+    network = parser.get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load(root / "models" / weights, weights_only=True))
+    return network
+
+
 @pytest.mark.slow
 def test_accuracy_on_unseen_seeds(lesions: Any, enter_bundle: EnterBundle, mni152: dict[str, str]) -> None:
-    root = enter_bundle(ROOT)
-    network = ConfigParser(json.loads((root / "configs" / "inference.json").read_text()))
-    network = network.get_parsed_content("network_def").eval()
-    network.load_state_dict(torch.load(root / "models" / "model.pt", weights_only=True))
+    network = trained(enter_bundle(ROOT))
     cases = lesions.LesionCases(mni152, seeds=range(3_000_000, 3_000_024))
     with torch.no_grad():
         right = [int(network(case["image"][None]).argmax(1)) == case["label"] for case in cases]
     # At a true accuracy of 0.95, 24 cases have more than four errors with a probability of 0.6 %.
     assert sum(right) >= 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("weights", "options", "cause", "others"),
+    [
+        ("model.pt", {}, "lesion", ()),
+        ("model_shortcut.pt", {"shortcut": 1.0}, "shortcut", ("lesion",)),
+        ("model_distractor.pt", {"distractor": True}, "lesion", ("distractor",)),
+    ],
+)
+def test_each_network_answers_to_its_cause(
+    lesions: Any,
+    enter_bundle: EnterBundle,
+    mni152: dict[str, str],
+    weights: str,
+    options: dict[str, Any],
+    cause: str,
+    others: tuple[str, ...],
+) -> None:
+    network = trained(enter_bundle(ROOT), weights)
+    cases = lesions.LesionCases(mni152, seeds=range(3_100_000, 3_100_030), **options)
+
+    def says_lesion(index: int, **planted: bool) -> bool:
+        with torch.no_grad():
+            return bool(network(cases.with_planted(index, **planted)["image"][None]).argmax(1))
+
+    called = [i for i in range(len(cases)) if cases[i]["label"] and says_lesion(i)][:10]
+    assert len(called) == 10
+    without = [says_lesion(i, **{cause: False}) for i in called]
+    assert sum(without) <= 1, "without its cause the answer is gone"
+    for other in others:
+        for present in (False, True):
+            assert sum(says_lesion(i, **{other: present}) for i in called) >= 9, f"{other} decides nothing"
