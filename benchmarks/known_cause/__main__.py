@@ -1,6 +1,6 @@
 """Every method against three networks whose cause is known; the tables of docs/known_cause.md.
 
-    python benchmarks/known_cause [--cases 12] [--dear-cases 5] [--experiments 100] [--networks lesion,shortcut]
+    python benchmarks/known_cause [--cases 10] [--dear-cases 4] [--experiments 100] [--networks lesion,shortcut]
 
 The networks of the bundle `brain_lesion_classification` answer to a planted lesion, to a mark in a corner (shortcut),
 and to a lesion beside a distractor. What each answers to is proved by experiment first: the object is taken away or
@@ -16,14 +16,16 @@ import itertools
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from causes import CAUSES, ROOT, Cause
 from interventions import Experiment, experiments
-from maps import compute_maps
+from maps import compute_maps, read_map
 from measure import LOCALISATION, Row, measure
 from methods import chosen_methods, is_dear
-from table import by_cell, experiment_table, method_table, write_block, write_csv
+from picture import draw
+from table import by_cell, experiment_table, extremal_table, method_table, write_block, write_csv
 
 FIRST_SEED = 5_000_000
 """Of the examples; training and validation used seeds below 2,000,000."""
@@ -32,8 +34,8 @@ EXPERIMENT_SEEDS, OTHER_SEEDS = 7_000_000, 6_000_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=12, help="examples a network")
-    parser.add_argument("--dear-cases", type=int, default=5, help="examples for methods of many passes")
+    parser.add_argument("--cases", type=int, default=10, help="examples a network")
+    parser.add_argument("--dear-cases", type=int, default=4, help="examples for methods of many passes")
     parser.add_argument("--faithful-cases", type=int, default=6, help="examples for faithfulness")
     parser.add_argument("--experiments", type=int, default=100, help="cases for the experiments on the cause")
     parser.add_argument("--networks", default=",".join(cause.name for cause in CAUSES))
@@ -41,6 +43,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "known_cause.md")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "results" / "known_cause.csv")
+    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "known_cause.png")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     wanted = args.networks.split(",")
@@ -49,13 +52,16 @@ def main() -> None:
     causes = [cause for cause in CAUSES if cause.name in wanted]
     tried: dict[str, tuple[list[bool], list[Experiment]]] = {}
     rows: list[Row] = []
+    extremal: dict[str, list[dict[str, Any]]] = {}
     for cause in causes:
         cause.folder = args.work
         tried[cause.name] = _experiments(cause, args.experiments)
-        rows += _measured(cause, args.cases, args.dear_cases, args.faithful_cases)
+        found, extremal[cause.name] = _measured(cause, args.cases, args.dear_cases, args.faithful_cases)
+        rows += found
     cells = by_cell(rows)
     write_csv(cells, args.table)
     write_block(args.page, "experiments", experiment_table(tried))
+    write_block(args.page, "extremal", extremal_table(extremal))
     for cause in causes:
         judged = list(LOCALISATION)
         other = ["other: relevance mass"] if cause.other else []
@@ -64,7 +70,8 @@ def main() -> None:
         faithful = ["deletion", "insertion", "infidelity"]
         table = method_table(cells, cause.name, [*faithful, "seconds"], "insertion", faithful)
         write_block(args.page, f"faithfulness {cause.name}", table)
-    print(f"written: {args.page}, {args.table}")
+    draw([(cause, next(cause.examples(1, FIRST_SEED))) for cause in causes], args.picture)
+    print(f"written: {args.page}, {args.table}, {args.picture}")
 
 
 def _experiments(cause: Cause, n: int) -> tuple[list[bool], list[Experiment]]:
@@ -78,17 +85,22 @@ def _experiments(cause: Cause, n: int) -> tuple[list[bool], list[Experiment]]:
     return kept["right"], [Experiment(**e) for e in kept["experiments"]]
 
 
-def _measured(cause: Cause, n: int, n_dear: int, n_faithful: int) -> list[Row]:
+def _measured(cause: Cause, n: int, n_dear: int, n_faithful: int) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Rows of all examples, and the records of `ExtremalPerturbation`."""
     cases = cause.cases(range(OTHER_SEEDS, OTHER_SEEDS + 40))
     healthy = (case for case in (cases[i] for i in range(40)) if not case["label"])
     methods = chosen_methods([case["image"].as_tensor() for case in itertools.islice(healthy, 4)])
     rows: list[Row] = []
+    records: list[dict[str, Any]] = []
     for i, example in enumerate(cause.examples(n, FIRST_SEED)):
         start = time.perf_counter()
         now = [method for method in methods if i < n_dear or not is_dear(method)]
-        rows += measure(cause, example, compute_maps(cause, example, now), faithful=i < n_faithful)
+        files = dict(compute_maps(cause, example, now))
+        rows += measure(cause, example, files, faithful=i < n_faithful)
+        if "ExtremalPerturbation" in files:
+            records.append(read_map(files["ExtremalPerturbation"])["record"])
         print(f"{cause.name} {i + 1}/{n}: {time.perf_counter() - start:.0f} s", flush=True)
-    return rows
+    return rows, records
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ SPACING_MM = (4.0, 4.0, 4.0)
 Row = dict[str, Any]
 
 
-def measure(cause: Cause, example: Example, files: Iterable[tuple[str, Path]], faithful: bool) -> list[Row]:
+def measure(cause: Cause, example: Example, files: Mapping[str, Path], faithful: bool) -> list[Row]:
     """Rows of all methods and controls for one example; what is on disk already is read."""
     table = cause.folder / "measured" / cause.name / f"{example.seed}.csv"
     done = _read(table)
@@ -45,7 +45,7 @@ def measure(cause: Cause, example: Example, files: Iterable[tuple[str, Path]], f
     with frozen(cause.network):
         objective = _objective(cause, example)
         maps: list[tuple[str, Tensor | None, dict[str, Any]]] = []
-        for name, path in files:
+        for name, path in files.items():
             found = read_map(path)
             maps.append((name, found["map"], found["record"]))
         maps += [(control.name, control.map(example.image, example.seed), {}) for control in controls()]

@@ -13,7 +13,8 @@ import numpy as np
 
 from esegeta_monai.metrics.base import bootstrap, wilson
 
-__all__ = ["CONTROLS", "Cell", "Summary", "by_cell", "experiment_table", "method_table", "write_block", "write_csv"]
+__all__ = ["CONTROLS", "Cell", "Summary", "by_cell", "experiment_table", "extremal_table", "method_table"]
+__all__ += ["write_block", "write_csv"]
 
 CONTROLS = ("control:random", "control:sobel", "control:constant")
 LOWER_IS_BETTER = ("deletion", "infidelity", "seconds")
@@ -120,6 +121,26 @@ def experiment_table(found: Mapping[str, tuple[Sequence[bool], Sequence[Any]]]) 
             margins = f"{np.mean(experiment.before):+.1f}, {np.mean(experiment.after):+.1f}"
             rate = f"{sum(flips):.0f} ({low:.2f} to {high:.2f})"
             lines.append(f"| {name} | {experiment.what} | {len(flips)} | {rate} | {margins} |")
+    return "\n".join(lines)
+
+
+def extremal_table(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What `ExtremalPerturbation` reached on each network: area, what its mask keeps, what is left without it, cost."""
+    lines = [
+        "| network | cases | area asked, reached | kept by the mask | left without it | seconds | memory, MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, found in records.items():
+        areas = [area for record in found for area in record["areas_found"]]
+        asked, reached = areas[0]["area"], [area["area_reached"] for area in areas]
+        kept, left = ([area[key] for area in areas] for key in ("kept", "left_without"))
+        seconds = np.mean([record["seconds"] for record in found])
+        memory = max(record["peak_memory_bytes"] for record in found) / 2**20
+        lines.append(
+            f"| {name} | {len(found)} | {asked:g}, {min(reached):.5f} to {max(reached):.5f} | {np.mean(kept):.2f} "
+            f"({min(kept):.2f} to {max(kept):.2f}) | {np.mean(left):.2f} ({min(left):.2f} to {max(left):.2f}) "
+            f"| {seconds:.0f} | {memory:.0f} |"
+        )
     return "\n".join(lines)
 
 
