@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -96,6 +97,14 @@ class Cause:
             if found == n:
                 return
         raise RuntimeError(f"{self.name}: {found} of {n} cases found in {len(cases)} seeds from {first_seed}")
+
+    def others(self, label: int, n: int, first_seed: int) -> list[Tensor]:
+        """The first ``n`` images of a label, for methods that look at other cases too."""
+        cases = self.cases(range(first_seed, first_seed + 20 * n))
+        found = (
+            case["image"].as_tensor() for case in map(cases.__getitem__, range(len(cases))) if case["label"] == label
+        )
+        return list(itertools.islice(found, n))
 
 
 CAUSES = [

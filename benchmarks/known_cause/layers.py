@@ -1,6 +1,6 @@
 """Which layer should a class activation map take where the user names none? Relevance mass over all candidate layers.
 
-    python benchmarks/known_cause/layers.py [--cases 8]
+    python benchmarks/known_cause/layers.py [--cases 6]
 
 On the lesion classifier the mass of the map in the lesion; on the U-shaped tissue network (bundle
 `brain_tissue_segmentation`) the mass in the grey matter of a box that is explained, and within 8 mm of it. Writes the
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,13 +38,15 @@ FIRST_SEED = 5_500_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=8)
+    parser.add_argument("--cases", type=int, default=6)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "known_cause")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "known_cause.md")
+    parser.add_argument("--networks", default="classifier,tissue")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    write_block(args.page, "layers classifier", _classifier(args.cases, args.work))
-    write_block(args.page, "layers tissue", _tissue(args.cases, args.work))
+    for name, table in (("classifier", _classifier), ("tissue", _tissue)):
+        if name in args.networks.split(","):
+            write_block(args.page, f"layers {name}", table(args.cases, args.work))
 
 
 def _classifier(n: int, work: Path) -> str:
@@ -138,4 +139,4 @@ def _is_block(network: nn.Module, name: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -27,23 +27,31 @@ DEAR: dict[str, list[str]] = {
     "Sobol": ["Sobol(n_samples=8, grid=5)"],
 }
 
-#: Methods that look at other cases too; built with them, below.
-WITH_CASES = ("FeaturePermutation", "PatternAttribution", "PatternNet")
-
 
 def is_dear(method: Method) -> bool:
     """Whether a method runs on fewer cases."""
     return type(method).__name__ in DEAR
 
 
-def chosen_methods(others: Sequence[Tensor]) -> list[Method]:
-    """All methods; ``others`` are images (1, *spatial) for those that look at other cases (`WITH_CASES`)."""
+def chosen_methods(healthy: Sequence[Tensor], ill: Sequence[Tensor]) -> list[Method]:
+    """All methods.
+
+    Args:
+        healthy: other images (1, *spatial) without what the network answers to; `FeaturePermutation` exchanges features
+            with them.
+        ill: others with it. Patterns are fitted on both: a neuron's pattern is how the data vary with it.
+    """
+    cases = {
+        "FeaturePermutation": list(healthy),
+        "PatternAttribution": [*healthy, *ill],
+        "PatternNet": [*healthy, *ill],
+    }
     methods: list[Method] = []
     for cls in METHODS:
         if cls.produces == "synthesised image" or cls.__name__ == "ChannelShapley":
             continue  # no map of this case; one channel has no shares
-        if cls.__name__ in WITH_CASES:
-            methods.append(cls(cases=list(others)))  # type: ignore[call-arg]
+        if cls.__name__ in cases:
+            methods.append(cls(cases=cases[cls.__name__]))  # type: ignore[call-arg]
         else:
             methods += METHODS.create_all(DEAR.get(cls.__name__, [cls.__name__]))
     return methods

@@ -34,7 +34,9 @@ from scripts.anatomy import template_case  # noqa: E402
 from scripts.lesions import LesionCases  # noqa: E402
 
 METHODS = ["LRP", "IntegratedGradients(n_steps=16)"]
-SHORTCUT_EPOCHS, CLEAN_EPOCHS, STEPS, BATCH = 4, 16, 100, 8
+SHORTCUT_EPOCHS, CLEAN_EPOCHS, STEPS, BATCH = 4, 12, 100, 8
+KEPT = (SHORTCUT_EPOCHS, SHORTCUT_EPOCHS + CLEAN_EPOCHS // 2)
+"""Epochs whose maps are drawn, beside the last."""
 WATCHED = 6
 Row = dict[str, Any]
 
@@ -62,22 +64,24 @@ def main() -> None:
         row, maps = watch(network, watched)
         rows.append({"epoch": epoch, "shortcut": epoch <= SHORTCUT_EPOCHS, **row})
         print({key: round(value, 3) for key, value in rows[-1].items()}, flush=True)
-        if epoch in (SHORTCUT_EPOCHS, SHORTCUT_EPOCHS + CLEAN_EPOCHS // 2, epochs):
-            kept[epoch] = maps
+        kept = {**{e: kept[e] for e in KEPT if e in kept}, epoch: maps}
         with (out / "watch_training.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    draw(rows, kept, watched, out / "watch_training.png")
+        draw(rows, kept, watched, out / "watch_training.png")
     print(f"written: {out / 'watch_training.csv'}, {out / 'watch_training.png'}")
 
 
 def training_set(anatomy: dict[str, str], agreement: float) -> tuple[Tensor, Tensor]:
     """Scans in pairs without and with lesions, and their labels. The heads are the same whatever the mark does."""
     cases = LesionCases(anatomy, range(1600), heads=200, pairs=True, number=(1, 3), shortcut=agreement)
-    items = [cases[i] for i in range(len(cases))]
-    images = torch.stack([item["image"].as_tensor().half() for item in items])
-    return images, torch.tensor([item["label"] for item in items])
+    images = torch.empty(len(cases), *cases[0]["image"].shape, dtype=torch.float16)
+    labels = torch.empty(len(cases), dtype=torch.long)
+    for i in range(len(cases)):
+        case = cases[i]
+        images[i], labels[i] = case["image"].as_tensor(), case["label"]
+    return images, labels
 
 
 def train(network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, seed: int) -> None:
@@ -160,20 +164,23 @@ def draw(rows: list[Row], kept: dict[int, list[Tensor]], watched: list[dict[str,
         axis.text(SHORTCUT_EPOCHS + 0.2, 0.93, "shortcut removed", color="grey", fontsize=8)
         axis.legend(fontsize=8, loc="center right")
     case = watched[0]["both"]
-    panels = below.subplots(1, 1 + len(kept))
+    panels = below.subplots(1, 1 + len(KEPT) + 1)
     image = case["image"].as_tensor()[0].amax(2).T.numpy()
     for panel, (epoch, maps) in zip(panels, [(None, None), *kept.items()]):
         panel.imshow(image, cmap="gray", origin="lower")
-        if maps:
-            relevance = maps[0].amax(2).T.numpy()
-            panel.imshow(relevance, cmap="hot", origin="lower", alpha=np.clip(relevance / relevance.max() * 2, 0, 1))
+        if maps and maps[0].any():
+            relevance = (maps[0] / maps[0].max()).amax(2).T.numpy()
+            panel.imshow(relevance, cmap="hot", origin="lower", alpha=np.clip(2 * relevance, 0, 1))
         for key, colour in (("shortcut", "tab:red"), ("lesion", "tab:blue")):
             panel.contour(case[key].as_tensor()[0].amax(2).T.numpy(), [0.5], colors=colour, linewidths=1)
         panel.set_title("scan (maximum projection)" if epoch is None else f"LRP, epoch {epoch}", fontsize=9)
         panel.set_axis_off()
-    below.text(0.01, 0.01, "axial maximum projections; red: mark, blue: lesion. MNI152: a population average of "
-               "skull-stripped brains. Research only.", fontsize=7)  # fmt: skip
+    note = (
+        "Axial maximum projections, R at the right; red: the mark, blue: the lesion. MNI152 is a population average of"
+    )
+    below.text(0.01, 0.01, f"{note} skull-stripped brains. Research only.", fontsize=7)
     figure.savefig(file, dpi=90)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
