@@ -15,6 +15,7 @@ are new. Samples and steps are few: the pictures show what a method looks like, 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import tempfile
@@ -35,11 +36,11 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.targets import MultiClassMask
 
-GRID = "grid(size=16)"
+GRID = "grid(size=24)"
 #: Parameters that keep two cores busy for minutes, not hours; the others are the methods' own.
 PARAMETERS: dict[str, dict[str, Any]] = {
-    **{name: {"n_steps": 6} for name in ("IntegratedGradients", "BlurIG", "GuidedIG", "LayerConductance")},
-    **{name: {"n_steps": 6} for name in ("InternalInfluence", "LayerIntegratedGradients", "XRAI")},
+    **{name: {"n_steps": 4} for name in ("IntegratedGradients", "BlurIG", "GuidedIG", "LayerConductance")},
+    **{name: {"n_steps": 4} for name in ("InternalInfluence", "LayerIntegratedGradients", "XRAI")},
     **{name: {"n_samples": 4} for name in ("SmoothGrad", "SmoothGradSquared", "VarGrad")},
     **{name: {"n_samples": 4} for name in ("GradientShap", "LayerGradientShap")},
     **{name: {"n_samples": 2} for name in ("DeepLiftShap", "LayerDeepLiftShap")},
@@ -47,13 +48,15 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "Occlusion": {"window": 16},
     "FeatureAblation": {"feature_mask": GRID},
     "FeaturePermutation": {"feature_mask": GRID},
-    "ShapleyValueSampling": {"feature_mask": GRID, "n_samples": 2},
-    "KernelShap": {"feature_mask": GRID, "n_samples": 60},
-    "Lime": {"feature_mask": GRID, "n_samples": 60},
-    "Rise": {"n_masks": 60},
-    "Sobol": {"n_samples": 2, "grid": 3},
-    "Hsic": {"n_samples": 60, "grid": 4},
-    "ExtremalPerturbation": {"areas": [0.1], "n_iter": 20},
+    "ShapleyValueSampling": {"feature_mask": GRID, "n_samples": 1},
+    "KernelShap": {"feature_mask": GRID, "n_samples": 40},
+    "Lime": {"feature_mask": GRID, "n_samples": 40},
+    "Rise": {"n_masks": 40},
+    "Sobol": {"n_samples": 2, "grid": 2},
+    "Hsic": {"n_samples": 40, "grid": 4},
+    **{name: {"n_iter": 16} for name in ("FeatureVisualization", "ClassImage", "InvertedRepresentation")},
+    "DeepDream": {"n_iter": 2},
+    "ExtremalPerturbation": {"areas": [0.1], "n_iter": 12},
 }
 #: Methods that need cases beside the one explained: its mirror image, and itself moved by four voxels.
 NEED_CASES = ("FeaturePermutation", "PatternNet", "PatternAttribution")
@@ -92,7 +95,7 @@ def method_of(cls: type[Method], image: Tensor, layer: str) -> Method:
         plain = image.as_tensor() if hasattr(image, "as_tensor") else image
         parameters["cases"] = [plain.flip(1), plain.roll(4, 2)]
     if cls.__name__ == "NeuronConductance":
-        parameters |= {"layer": layer, "channel": 0, "n_steps": 8}
+        parameters |= {"layer": layer, "channel": 0, "n_steps": 4}
     return METHODS.create({"_target_": cls.__name__, **parameters})
 
 
@@ -108,7 +111,7 @@ def compute(name: str, wanted: list[str] | None, cache: Path) -> None:
     layer = [n for n, m in network.named_modules() if isinstance(m, torch.nn.Conv3d)][1]
     for cls in METHODS:
         file = folder / f"{cls.__name__}.npz"
-        if (wanted and cls.__name__ not in wanted) or (file.is_file() and not wanted):
+        if inspect.isabstract(cls) or (wanted and cls.__name__ not in wanted) or (file.is_file() and not wanted):
             continue
         began = time.process_time()
         record: dict[str, Any] = {}
@@ -119,7 +122,7 @@ def compute(name: str, wanted: list[str] | None, cache: Path) -> None:
             record = {"status": "failed", "reason": str(error)}
         else:
             (found,) = explainer(image[None], [method], [target])
-            keys = ("status", "reason", "signed", "parameters", "units", "completeness_gap", "layer")
+            keys = ("status", "reason", "signed", "produces", "parameters", "units", "completeness_gap", "layer")
             record = {key: found.record.get(key) for key in keys}
             if found.map is not None:
                 values = found.map.as_tensor().sum(0).numpy()
@@ -159,6 +162,9 @@ def draw(name: str, cache: Path, output: Path) -> None:
             axis.text(0.02, 0.95, text, fontsize=4.5, color="white", va="top", transform=axis.transAxes)
         else:
             cut = _slices(values, middle)
+            if record.get("produces") == "synthesised image":
+                axis.imshow(cut, cmap="gray", vmin=np.percentile(values, 1), vmax=np.percentile(values, 99.5))
+                continue
             limit = float(np.percentile(np.abs(values), 99.8)) or float(np.abs(values).max())
             signed = values.min() < 0
             strength = np.clip(np.abs(cut) / limit, 0, 1)

@@ -54,9 +54,14 @@ from esegeta_monai.windows import plan_windows
 SHARING: list[Method] = [
     *(Saliency(), VanillaBackprop(), InputXGradient()),
     *(GradCam(), GradCamPlusPlus(), HiResCam(), LayerCam(), XGradCam(), EigenCam()),
-    *(LayerActivation(), LayerGradCam(), LayerGradientXActivation(), LinearApproximation()),
+    LinearApproximation(),
 ]
-ALONE: list[Method] = [IntegratedGradients(n_steps=2), SmoothGrad(n_samples=2), GuidedBackprop()]
+ALONE: list[Method] = [
+    *(LayerActivation(), LayerGradCam(), LayerGradientXActivation()),
+    IntegratedGradients(n_steps=2),
+    SmoothGrad(n_samples=2),
+    GuidedBackprop(),
+]
 #: What a pass is: how it was called, or how the bare loop calls it.
 FORWARD, TO_LAYER, TO_INPUT = "forward", "to the layer", "to the input"
 
@@ -70,9 +75,18 @@ class Counted(nn.Module):
         self.passes: Counter[str] = Counter()
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = FORWARD if not torch.is_grad_enabled() else TO_INPUT if x.requires_grad else TO_LAYER
-        self.passes[kind] += len(x)
+        if not torch.is_grad_enabled():
+            self.passes[FORWARD] += len(x)
+            return self.network(x)
+        self.passes[TO_LAYER] += len(x)
+        with torch._C.DisableTorchFunction():  # the rule engine refuses hooks on tensors
+            x.register_hook(self._reached)
         return self.network(x)
+
+    def _reached(self, gradient: Tensor) -> None:
+        """The backward pass has come down to the input."""
+        self.passes[TO_LAYER] -= len(gradient)
+        self.passes[TO_INPUT] += len(gradient)
 
 
 class Bench:

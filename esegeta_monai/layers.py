@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -85,9 +85,17 @@ def default_layer(objective: Objective) -> str:
     nothing else; one whose positions the target does not depend on (behind the last attention of a transformer that
     reads its class token) does not serve at all.
 
+    It is looked for once an objective: methods that run together share it.
+
     Raises:
         MethodError: no layer gives a spatial map that the target depends on.
     """
+    if objective.default_layer is None:
+        objective.default_layer = _find_default_layer(objective)
+    return objective.default_layer
+
+
+def _find_default_layer(objective: Objective) -> str:
     modules = dict(objective.model.network.named_modules())
     *layers, network = layer_shapes(objective)
     grids = {s.name: s.grid for s in layers if s.grid is not None and math.prod(s.grid[1:]) > 1}
@@ -238,22 +246,22 @@ class BlendedActivations(Request):
 
     Args:
         layer: dotted name.
-        weights: α (k, C), or None: every channel for itself.
+        weights: α (k, C); or None: every channel for itself; or ``"sum"`` or ``"mean"``: one map of all channels.
 
-    The result is (k, 1, *spatial) with weights, else (C, *spatial).
+    The result is (k, 1, *spatial) with weights α, else (C or 1, *spatial).
     """
 
     everywhere = True
     backward = False
     summed = ("maps",)
 
-    def __init__(self, layer: str, weights: Tensor | None = None) -> None:
+    def __init__(self, layer: str, weights: Tensor | Literal["sum", "mean"] | None = None) -> None:
         self.layers, self.weights = (layer,), weights
         self.maps: Tensor | None = None
 
     @property
     def key(self) -> Hashable:
-        return ("activations", self.layers) if self.weights is None else id(self)
+        return id(self) if isinstance(self.weights, Tensor) else ("activations", self.layers, self.weights)
 
     def begin(self, objective: Objective) -> None:
         self.objective = objective
@@ -262,7 +270,9 @@ class BlendedActivations(Request):
     def see(self, view: View) -> None:
         plan = self.objective.plan
         values = spatial_map(view.activations[self.layers[0]], self.objective, self.layers[0])
-        if self.weights is not None:
+        if isinstance(self.weights, str):
+            values = values.sum(1, keepdim=True) if self.weights == "sum" else values.mean(1, keepdim=True)
+        elif self.weights is not None:
             values = torch.einsum("kc,nc...->nk...", self.weights.to(values.device, values.dtype), values)
         up = to_window(values.to(self.objective.image.dtype), plan)
         if self.maps is None:
@@ -275,7 +285,7 @@ class BlendedActivations(Request):
 
     def result(self) -> Tensor:
         assert self.maps is not None
-        return self.maps if self.weights is None else self.maps[:, None]
+        return self.maps[:, None] if isinstance(self.weights, Tensor) else self.maps
 
 
 def input_grid(objective: Objective) -> OutputGrid:

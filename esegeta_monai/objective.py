@@ -80,6 +80,7 @@ class Objective:
         self.blend_deviation: list[float | None] = [None] * len(self.scores)
         self.base_scores: dict[int, Tensor] = {}
         self._at_image: list[Tensor] | None = None
+        self.default_layer: str | None = None
 
     # -- what a method reads ------------------------------------------------------------------------------------
 

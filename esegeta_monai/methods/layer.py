@@ -48,6 +48,7 @@ class LayerActivation(Method):
     def attribute(self, objective: Objective) -> Passes:
         """(k, C, *spatial), the same for every target; C is 1 unless ``reduce="channels"``."""
         layer = check_layer(objective, self.layer)
-        activations = yield BlendedActivations(layer)
-        maps = reduce_channels(activations, self.reduce)
+        linear = self.reduce if self.reduce in ("sum", "mean") else None  # then it may come before the blending
+        activations = yield BlendedActivations(layer, linear)
+        maps = activations if linear else reduce_channels(activations, self.reduce)
         return Explained(maps[None].expand(objective.n_targets, *maps.shape).clone(), {"layer": layer})
