@@ -1,10 +1,10 @@
 """Sanity checks of Adebayo et al. 2018: does a map lose its likeness when the network loses what it has learned?
 
-    python benchmarks/sanity.py [--images 12] [--seeds 3] [--volumes 3] [--picture docs/images/sanity.png]
+    python benchmarks/sanity.py [--images 8] [--seeds 3] [--volumes 3] [--picture docs/images/sanity.png]
 
 Weights are drawn anew from the output to the input, one convolution or linear layer (with its norm) more a step, and
 after each step every method explains the same class of the same image again. Likeness to the map of the trained
-network: Spearman's rank correlation and SSIM of the absolute maps (SSIM of maps over their maximum).
+network: Spearman's rank correlation and SSIM of the absolute maps (`esegeta_monai.metrics`; 0 where nothing is left).
 
 Networks with ReLU: pneumonia2d_cnn on chest X-rays (2D; needs ESEGETA_SHARED_DATA), and the bundle
 brain_lesion_classification on heads with a planted lesion (3D; needs the extra `demo`).
@@ -13,7 +13,6 @@ brain_lesion_classification on heads with a planted lesion (3D; needs the extra 
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,8 +21,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from scipy.stats import spearmanr
-from skimage.metrics import structural_similarity
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -33,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from esegeta_monai import Explainer
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.methods import LRP, GradCam, GuidedBackprop, GuidedGradCam, Method, Saliency
+from esegeta_monai.metrics.randomisation import randomised, similarity
 from esegeta_monai.targets import ClassScore
 from tests import real
 
@@ -47,56 +45,41 @@ METHODS: list[Method] = [
 COLOURS = ["#1f77b4", "#2ca02c", "#d62728", "#ff7f0e", "#8c564b"]
 
 
-def stages(network: nn.Module) -> list[list[nn.Module]]:
-    """Layers with weights from the output to the input, each with the norms behind it."""
-    found: list[list[nn.Module]] = []
-    for module in network.modules():  # both networks define their layers in the order in which they run
+def stages(network: nn.Module) -> list[list[str]]:
+    """Names of the layers with weights from the output to the input, each with the norms behind it."""
+    found: list[list[str]] = []
+    for name, module in network.named_modules():  # both networks define their layers in the order in which they run
         if isinstance(module, (_ConvNd, nn.Linear)):
-            found.append([module])
+            found.append([name])
         elif isinstance(module, _BatchNorm):
-            found[-1].append(module)
+            found[-1].append(name)
     return found[::-1]
 
 
-def maps_of(network: nn.Module, images: Tensor) -> np.ndarray:
-    """Absolute maps (methods, images, *spatial), summed over channels."""
+def maps_of(network: nn.Module, images: Tensor) -> Tensor:
+    """Maps (methods, images, 1, *spatial); zero where a method finds nothing."""
     explainer = Explainer(network)
-    maps = np.zeros((len(METHODS), len(images), *images.shape[2:]), dtype=np.float64)
+    maps = torch.zeros(len(METHODS), *images.shape)
     for found in explainer(images, METHODS, [ClassScore(1)]):
         i = next(i for i, method in enumerate(METHODS) if method is found.method)
         if found.map is not None:
-            maps[i, found.case] = found.map.as_tensor().abs().sum(0).double().numpy()
+            maps[i, found.case] = found.map.as_tensor()
     return maps
-
-
-def likeness(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Spearman's rank correlation and SSIM; 0 where a map is constant and so has neither ranks nor structure."""
-    if np.ptp(a) == 0 or np.ptp(b) == 0:
-        return 0.0, 0.0
-    return float(spearmanr(a.ravel(), b.ravel()).statistic), float(
-        structural_similarity(a / a.max(), b / b.max(), data_range=1.0)
-    )
 
 
 def cascade(network: nn.Module, images: Tensor, seeds: Sequence[int]) -> tuple[list[str], np.ndarray]:
     """Names of the steps, and likeness (methods, steps, samples, 2); step 0 is the trained network against itself."""
     trained = maps_of(network, images)
-    names = ["trained"]
-    result: list[list[np.ndarray]] = []
-    for seed in seeds:
-        torch.manual_seed(seed)
-        random = copy.deepcopy(network)
-        steps = [trained]
-        for stage in stages(random):
-            for module in stage:
-                module.reset_parameters()  # type: ignore[operator]
-            steps.append(maps_of(random, images))
-            if seed == seeds[0]:
-                names.append(next(n for n, m in random.named_modules() if m is stage[0]))
-        pairs = [[[likeness(t, m) for t, m in zip(*both)] for both in zip(trained, step)] for step in steps]
-        result.append([np.array(step) for step in pairs])  # steps of (methods, images, 2)
-    whole = np.array(result)  # (seeds, steps, methods, images, 2)
-    return names, whole.transpose(2, 1, 0, 3, 4).reshape(len(METHODS), len(names), -1, 2)
+    order = stages(network)
+    result = np.ones((len(METHODS), 1 + len(order), len(seeds), len(images), 2))
+    for draw, seed in enumerate(seeds):
+        for step in range(1, len(order) + 1):
+            with randomised(network, [name for stage in order[:step] for name in stage], seed):
+                maps = maps_of(network, images)
+            for i, j in np.ndindex(len(METHODS), len(images)):
+                both = trained[i, j], maps[i, j]
+                result[i, step, draw, j] = similarity(*both, "spearman"), similarity(*both, "ssim")
+    return ["trained", *(stage[0] for stage in order)], result.reshape(len(METHODS), 1 + len(order), -1, 2)
 
 
 def chest(n: int) -> tuple[nn.Module, Tensor]:
@@ -142,7 +125,7 @@ def table(title: str, names: list[str], values: np.ndarray) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=12, help="of the 2D network")
+    parser.add_argument("--images", type=int, default=8, help="of the 2D network")
     parser.add_argument("--volumes", type=int, default=3, help="of the 3D network; 0 leaves it out")
     parser.add_argument("--seeds", type=int, default=3, help="draws of the random weights")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "sanity.png")
