@@ -26,6 +26,7 @@ from esegeta_monai.commands.overlay import shipped_overlay
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import Saliency
 from esegeta_monai.methods.base import METHODS
+from esegeta_monai.report import report_path
 from esegeta_monai.targets import MultiClassMask
 from esegeta_monai.targets.base import TARGETS
 from tests.support_cli import CLASSES, SIZE, config, make_bundle, make_scan, run_json, statuses
@@ -481,6 +482,9 @@ def test_the_demo_s_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     pictures = list(out.rglob("*.png"))
     assert f"{len(pictures)} pictures" in text
     assert str(out / demo.CASE) in text
+    report = report_path(out, demo.CASE)
+    assert text.splitlines()[-1].endswith(f": {report}")
+    assert report.is_file()
 
 
 def test_the_documentation_has_every_command_and_option() -> None:

@@ -29,7 +29,7 @@ class Chart:
 AXES = {
     "deletion": ("share of voxels taken away, strongest first", "score"),
     "insertion": ("share of voxels put back, strongest first", "score"),
-    "randomisation": ("layers randomised, from the output on", "similarity to the map"),
+    "randomisation": ("stages made random, from the output on", "similarity to the map"),
     "synthesis": ("step", ""),
 }
 
