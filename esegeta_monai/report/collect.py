@@ -146,9 +146,9 @@ def read_output(folder: Path) -> Run:
     metrics = _metrics(folder)
     for case in cases.values():
         case.scan = _scan(folder, case)
-        case.metrics = metrics.get(case.name) or _case_metrics(folder, case.name)
+        case.metrics = _as_in_run(metrics.get(case.name) or _case_metrics(folder, case.name), case)
         case.curves = list(_curves(_beside(folder, case.name, "metrics.json")))
-        case.regions = _regions(folder, case.name)
+        case.regions = _as_in_run(_regions(folder, case.name), case)
     return Run(folder, {k: v for k, v in info.items() if k != "results"}, list(cases.values()))
 
 
@@ -223,6 +223,15 @@ def _case_metrics(folder: Path, case: str) -> list[dict[str, Any]]:
     content = read_json(_beside(folder, case, "metrics.json")) or {}
     rows: list[Any] = next((content[k] for k in ("metrics", "rows", "results") if isinstance(content.get(k), list)), [])
     return [_typed(row) for row in rows if isinstance(row, dict)]
+
+
+def _as_in_run(rows: list[dict[str, Any]], case: CaseResults) -> list[dict[str, Any]]:
+    """Rows whose targets and methods are called as ``run.json`` does, also where they were taken from file names."""
+    known = {safe_name(name).casefold(): name for name in (*case.targets, *case.methods)}
+    for row in rows:
+        for key in ("target", "method"):
+            row[key] = known.get(safe_name(str(row[key])).casefold(), row[key])
+    return rows
 
 
 def _typed(row: Mapping[str, Any]) -> dict[str, Any]:

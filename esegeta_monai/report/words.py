@@ -98,7 +98,8 @@ def lead(case: CaseResults, info: dict[str, Any]) -> str:
         f"“{bundle}”{f' (version {version})' if version else ''}" if bundle else f"the network {network or ''}".strip()
     )
     kinds = count(len(case.methods), "method"), count(len(case.targets), "target")
-    text = f"What does {who} look at in this scan? {kinds[0]} explained {kinds[1]}: {listed(map(plain, case.targets))}."
+    names = listed(map(plain, case.targets))
+    text = f"What does {who} look at in this scan? {kinds[0]} asked about {kinds[1]}: {names}."
     predicted = first(case, "predicted_class_name") or first(case, "predicted_class")
     if predicted is not None:
         probability = first(case, "predicted_probability")
@@ -125,6 +126,8 @@ def targets(case: CaseResults) -> list[Target]:
             volume = voxels * _determinant(grid) / 1000
         reason = next((r.reason for r in mine if r.status == "empty_target"), None)
         kind = name.split("-")[0] if record.get("target") == "PredictedClasses" else record.get("target") or name
+        if kind == "ClassScore":  # one number, no voxels
+            voxels = None
         found.append(Target(name, _meaning(kind), record.get("class"), voxels, volume, record.get("value"), reason))
     return found
 

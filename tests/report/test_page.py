@@ -57,7 +57,7 @@ def test_pages_lie_where_they_should_and_are_complete_in_themselves(folder: Path
 
 def test_the_summary_says_what_was_explained_and_what_to_be_careful_with(text: str) -> None:
     said = words(text)
-    assert "What does “Tiny brain” (version 0.1.0) look at in this scan? 4 methods explained 3 targets" in said
+    assert "What does “Tiny brain” (version 0.1.0) look at in this scan? 4 methods asked about 3 targets" in said
     for expected in (
         "Problem Cam for MultiClassMask-grey matter failed: Cam needs a network that ends in global average pooling",
         "Region alarm, Saliency for MultiClassMask-grey matter: outside of the body (65.0 % of the attribution)",
