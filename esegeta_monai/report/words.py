@@ -98,7 +98,8 @@ def lead(case: CaseResults, info: dict[str, Any]) -> str:
         f"“{bundle}”{f' (version {version})' if version else ''}" if bundle else f"the network {network or ''}".strip()
     )
     kinds = count(len(case.methods), "method"), count(len(case.targets), "target")
-    names = listed(map(plain, case.targets))
+    short = [plain(target) for target in case.targets]
+    names = listed(short if len(set(short)) == len(short) else case.targets)
     text = f"What does {who} look at in this scan? {kinds[0]} asked about {kinds[1]}: {names}."
     predicted = first(case, "predicted_class_name") or first(case, "predicted_class")
     if predicted is not None:
@@ -189,7 +190,8 @@ def findings(case: CaseResults, embedded_notes: Sequence[str] = ()) -> list[Find
             )
         )
     order = ("bad", "warn", "note", "good")
-    return sorted(found, key=lambda f: order.index(f.level))
+    joined = [Finding(f.level, f.text.replace(" %", "\u00a0%")) for f in found]
+    return sorted(joined, key=lambda f: order.index(f.level))
 
 
 def _careful(result: Result) -> list[str]:

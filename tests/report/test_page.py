@@ -72,7 +72,7 @@ def test_metrics_regions_and_curves_are_there(text: str) -> None:
     said = words(text)
     assert "deletion ↓" in said
     assert "gini ↑" in said
-    assert re.search(r"GradCam 0.7 0.6 … 0.8 not above controls", said)
+    assert re.search(r"GradCam 0.7 0.6 … 0.8 not better than controls", said)
     assert text.count('<tr class="control">') == 4
     assert "cortex &lt;left&gt;" in text
     assert text.count("<svg") == 2
