@@ -15,7 +15,7 @@ PEERS := .venv-peers
 # Two test processes on two cores: more threads than cores make torch slower, not faster.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help setup demo test test-slow test-peers lint types wheel clean distclean
+.PHONY: help setup demo test test-slow test-peers compatibility lint types wheel clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -43,15 +43,20 @@ test: $(READY)
 test-slow: $(READY)
 	$(PYTEST) -m "slow and not peers" $(TEST_ARGS)
 
-# Oracles that need torchvision, which has no CPU-only wheel on PyPI and must not enter the main environment.
+# Oracles that need torchvision, which has no CPU-only wheel on PyPI and must not enter the main environment (6 GB).
+# torch is named exactly: a local CPU build of that version does not fit torchvision.
 $(PEERS)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(PEERS)
-	@$(PEERS)/bin/python -m pip install --quiet -c constraints.txt "$(TORCH)" torchvision
-	@$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,dev,torchray]" zennit
+	@$(PEERS)/bin/python -m pip install --quiet -c constraints.txt "torch===2.13.0" "torchvision==0.28.0"
+	@$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,dev,torchray]" zennit grad-cam torch-lucent
 	@touch $@
 
 test-peers: $(PEERS)/.ready
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -n 2 -m peers $(TEST_ARGS)
+
+# Measures what is missing or out of date of the table methods x networks, and writes docs/compatibility.md.
+compatibility: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m tests.compatibility
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -103,23 +103,37 @@ class Captured(dict[str, Tensor]):
         self.calls: dict[str, int] = {}
 
 
+def versions(args: Sequence[Any]) -> list[int]:
+    """How often each argument of a module has been written to: what `handed_on` compares with."""
+    return [a._version if isinstance(a, Tensor) and not a.is_inference() else 0 for a in args]
+
+
+def handed_on(value: Tensor, args: Sequence[Any], before: Sequence[int]) -> bool:
+    """Whether a module returned one of its arguments as it was, neither computed anew nor written to in place."""
+    return any(value is a and now == then for a, now, then in zip(args, versions(args), before))
+
+
 @contextmanager
 def capture(network: nn.Module, layers: Sequence[str]) -> Iterator[Captured]:
     """Hooks that record the output of layers, removed afterwards.
 
-    What flows on is a copy, so that an in-place operation behind a layer cannot change what was recorded.
+    What flows on is a copy, so that an in-place operation behind a layer cannot change what was recorded. A layer that
+    hands its input on untouched is recorded as a copy of its own: the gradient there is that of its output only.
 
     Raises:
         UsageError: no such layer.
     """
     captured = Captured()
     handles = []
+    before: dict[str, list[int]] = {}
 
     def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             value = output[0] if isinstance(output, (tuple, list)) else output
             if not isinstance(value, Tensor):
                 raise NetworkError(f"layer {name!r} gives {type(value).__name__}, not a tensor: choose one inside it")
+            if handed_on(value, args, before[name]):
+                value = value.clone()
             captured[name] = value
             captured.calls[name] = captured.calls.get(name, 0) + 1
             if isinstance(output, (tuple, list)):
@@ -130,7 +144,9 @@ def capture(network: nn.Module, layers: Sequence[str]) -> Iterator[Captured]:
 
     try:
         for name in layers:
-            handles.append(find_layer(network, name).register_forward_hook(hook_for(name)))
+            module = find_layer(network, name)
+            handles.append(module.register_forward_pre_hook(lambda m, args, n=name: before.update({n: versions(args)})))
+            handles.append(module.register_forward_hook(hook_for(name)))
         yield captured
     finally:
         for handle in handles:

@@ -8,6 +8,7 @@ from torch import nn
 
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.network import Model, capture, check_network, find_layer, frozen, is_scripted, select_output, unwrap
+from esegeta_monai.rules import lrp
 
 
 def small() -> nn.Sequential:
@@ -68,6 +69,30 @@ def test_capture_records_what_the_layer_gave_before_an_inplace_change():
     assert torch.equal(out, network(x))
     assert captured.calls == {"1": 1, "2": 1}
     assert not any(m._forward_hooks for m in network.modules())
+
+
+def test_a_layer_that_hands_its_input_on_has_a_gradient_of_its_own():
+    """Not that of the input's other uses: a skip connection through an identity beside a branch."""
+
+    class Skip(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.pad, self.branch = nn.Linear(3, 3), nn.Identity(), nn.Linear(3, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.stem(x)
+            return self.pad(h) + self.branch(h)
+
+    network, x = Skip(), torch.rand(1, 3)
+    with capture(network, ["pad", "stem"]) as captured:
+        out = network(x)
+    pad, stem = torch.autograd.grad(out.sum(), [captured["pad"], captured["stem"]])
+    assert torch.equal(pad, torch.ones(1, 3))
+    assert torch.allclose(stem, 1 + network.branch.weight.sum(0, keepdim=True))
+    found = lrp(
+        network.double(), x.double(), torch.ones(1, 1, 3, dtype=torch.float64), "LRP0", layers={"pad": network.pad}
+    )
+    assert torch.allclose(found.layers["pad"].gradient, torch.ones(1, 1, 3, dtype=torch.float64))
 
 
 def test_capture_removes_its_hooks_after_an_error():

@@ -156,10 +156,12 @@ class ChannelGradients(_ChannelRequest):
 
 @dataclass(eq=False, repr=False)
 class GradCamPlusPlus(_Cam):
-    """``ReLU(Σ_c w_c A_c)`` with ``w_c = Σ_p α_cp ReLU(g_cp)``, ``α = g² / (2 g² + Σ_q A_cq g³)``, g = ∂F/∂A
-    (Chattopadhay et al. 2018; their common factor exp(F) is left out, as it overflows for sums over many voxels).
+    """``ReLU(Σ_c w_c A_c)`` with ``w_c = Σ_p α_cp ReLU(g_cp)``, ``α = g² / (2 g² + g³ Σ_q A_cq)``, g = ∂F/∂A
+    (Chattopadhay et al. 2018, equation 19; their common factor exp(F) is left out, as it overflows for sums over many
+    voxels).
 
-    Positions p and q run over all windows that the target sees.
+    Positions p run over all windows that the target sees; ``Σ_q A_cq`` is the sum over the volume, each window counting
+    with its blending weight. (MONAI's GradCAMpp has ``Σ_q A_cq g_cq³`` instead, which is not the paper's.)
 
     Args:
         layer, relu: see `GradCam`.
@@ -168,37 +170,25 @@ class GradCamPlusPlus(_Cam):
     reference = "Chattopadhay et al., WACV 2018, arXiv:1710.11063"
 
     def passes(self, objective: Objective) -> int:
-        """Gradients twice, since α needs the sum over all windows first; then activations everywhere."""
-        return 2 * len(objective.windows) + len(objective.plan)
+        """Activations everywhere, since α needs their sum first; gradients where the target sees; then activations."""
+        return 2 * len(objective.plan) + len(objective.windows)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
-        weights = yield _PlusPlusWeights(layer, (yield _Cubes(layer)))
+        moments: ChannelMoments = yield Moments(layer)
+        weights = yield _PlusPlusWeights(layer, moments.first)
         return (yield BlendedActivations(layer, weights))
 
 
-class _Cubes(_ChannelRequest):
-    """``Σ A g³``."""
-
-    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        return (activations * gradients**3).sum((1, 3))
-
-
 class _PlusPlusWeights(_ChannelRequest):
-    """``Σ α ReLU(g)``, given `_Cubes`."""
+    """``Σ α ReLU(g)``, given ``Σ A``."""
 
-    def __init__(self, layer: str, cubes: Tensor) -> None:
+    def __init__(self, layer: str, sums: Tensor) -> None:
         super().__init__(layer)
-        self.cubes = cubes
-
-    @property
-    def key(self) -> Hashable:
-        return id(self)
+        self.sums = sums
 
     def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        squares = gradients**2
-        below = 2 * squares + self.cubes.to(squares.device)[:, None, :, None]
-        alpha = torch.where(below == 0, 0.0, squares / below)
-        return (alpha * gradients.relu()).sum((1, 3))
+        below = 2 + gradients * self.sums.to(gradients.device)[:, None]  # g² divided out
+        return torch.where(gradients > 0, gradients / below, 0.0).sum((1, 3))
 
 
 @dataclass(eq=False, repr=False)

@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from esegeta_monai.errors import InputError, MethodError, NetworkError
+from esegeta_monai.network import handed_on, versions
 from esegeta_monai.rules.mode import RuleMode, Rules
 
 __all__ = ["Forward", "LayerRelevance", "Relevance", "Run", "check_network"]
@@ -203,6 +204,7 @@ def _no_saved_tensor_hooks() -> Iterator[None]:
 def _captured(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
     """The outputs of ``layers`` as they leave the module, safe from a later write in place. Hooks are removed again."""
     captured: dict[str, Tensor] = {}
+    before: dict[str, list[int]] = {}
 
     def keep(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -210,6 +212,9 @@ def _captured(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
                 raise MethodError(f"layer {name} returns {type(output).__name__}, not one tensor; choose one inside it")
             if name in captured:
                 raise MethodError(f"layer {name} runs twice in one pass; choose the layer around it")
+            if handed_on(output, inputs, before[name]):  # else the input's other uses would count as the layer's
+                captured[name] = output.clone()
+                return captured[name].clone()
             if any(output is tensor for tensor in inputs):  # written in place: the input object goes on
                 captured[name] = output.clone()
                 return output.copy_(captured[name])
@@ -218,7 +223,10 @@ def _captured(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in layers.items()]
+    handles = []
+    for name, module in layers.items():
+        handles.append(module.register_forward_pre_hook(lambda m, args, n=name: before.update({n: versions(args)})))
+        handles.append(module.register_forward_hook(keep(name)))
     try:
         yield captured
         missing = [name for name in layers if name not in captured]

@@ -12,6 +12,7 @@ from esegeta_monai.methods import BlurIG, GuidedIG, IntegratedGradients
 from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.methods.test_layer_path import plain
 from tests.methods.whole import close, explain, objective_of, setting
+from tests.networks import build
 
 
 def gradient(s, x: Tensor) -> Tensor:
@@ -56,6 +57,23 @@ def test_complete(dims):
             assert few.note(k)["completeness_gap"] > faster * many.note(k)["completeness_gap"]
 
 
+def test_bisecting_reaches_its_tolerance_where_more_steps_do_not():
+    """Along the kinks of ReLU the trapezoid rule stays wrong, however many steps the guided path has."""
+    s = setting("UNet_batch", target=MultiClassMask(1, reduction="mean"))
+    case = build("UNet_batch", 2)
+    x0 = torch.cat([case.reference, case.image[..., : case.roi[-1] // 2]], -1)[0]
+    plain = explain(GuidedIG(x0, n_steps=256), s.objective)
+    fine = explain(GuidedIG(x0, n_steps=16, tolerance=1e-3), s.objective)
+    assert plain.note(0)["completeness_gap"] > 1e-3
+    assert fine.note(0)["completeness_gap"] < 1e-3
+    assert fine.note(0)["steps"] < 1024
+    blurred = explain(BlurIG(2, n_steps=8, tolerance=1e-3), s.objective)
+    assert blurred.note(0)["completeness_gap"] < 1e-3
+    few = explain(GuidedIG(x0, n_steps=16, tolerance=1e-3, max_steps=40), s.objective)
+    assert few.note(0)["steps"] <= 40
+    assert any("max_steps=40" in w for w in s.objective.monitor.warnings)
+
+
 def test_the_guided_path_moves_calm_voxels_first_and_keeps_its_distance():
     torch.manual_seed(0)
     x0, x1, g = torch.zeros(1, 8, 8).double(), torch.randn(1, 8, 8).double(), torch.randn(1, 8, 8).double()
@@ -73,6 +91,10 @@ def test_the_guided_path_moves_calm_voxels_first_and_keeps_its_distance():
 
 
 def test_bad_parameters():
+    for wrong in ({"tolerance": 0.0}, {"tolerance": 1e-3, "max_steps": 9}):
+        for method in (GuidedIG, BlurIG):
+            with pytest.raises(UsageError, match="tolerance"):
+                method(**wrong)
     for wrong in ({"fraction": 0.0}, {"max_dist": 2.0}, {"n_steps": 0}):
         with pytest.raises(UsageError, match="GuidedIG"):
             GuidedIG(**wrong)

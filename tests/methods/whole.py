@@ -66,7 +66,8 @@ class Setting:
         return self.objective.plan.roi
 
     def model(self, x: Tensor) -> Tensor:
-        return self.objective.model(x)
+        """The network; a copy of its output, since MONAI's inferer works on it in place."""
+        return self.objective.model(x).clone()
 
     def pass_(self, target: int = 0) -> tuple[Tensor, Tensor]:
         """Activations (W, …) of all windows, and the gradient of F there by autograd through the whole inferer."""
