@@ -4,6 +4,7 @@
     --networks, --rows, --dims    only these
     --again                       also cells that are there
     --table                       measure nothing, only write docs/compatibility.md
+    --store FILE                  where the cells are kept (default: tests/compatibility/cells.csv)
 
 It can be stopped and started again at any time. One thread is enough: networks are small.
 """
@@ -16,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 
 import torch
 
@@ -23,7 +25,7 @@ from tests.compatibility import table
 from tests.compatibility.checks import ROWS, Figure, NotApplicable, Row, measure
 from tests.compatibility.peers import PEERS, measure_peer
 from tests.compatibility.sight import Sight
-from tests.compatibility.store import Cell, Store
+from tests.compatibility.store import STORE, Cell, Store
 from tests.networks import NAMES
 
 
@@ -49,11 +51,12 @@ def main() -> None:
     parser.add_argument("--dims", nargs="+", type=int, default=[2, 3], choices=[2, 3])
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--store", type=Path, default=STORE)
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    store = Store()
+    store = Store(args.store)
     rows = [row for row in ROWS if row.name in args.rows]
     for dims in args.dims if not args.table else ():
         for network in args.networks:

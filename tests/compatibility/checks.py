@@ -426,7 +426,7 @@ def class_weights(sight: Sight, ask: Ask) -> Figure:
     answer = ask(sight)
     layer = str(answer.notes["layer"])
     head = [m for m in sight.network.modules() if isinstance(m, torch.nn.Linear)][-1]
-    (pooled,) = sight.record(sight.image, layer)
+    *_, pooled = sight.record(sight.image, layer)  # the last call: EfficientNet's activation is one module
     small = torch.einsum("c,nc...->n...", head.weight[sight.class_index].detach(), pooled)
     logit = float(small.mean() + head.bias[sight.class_index])
     logits = Figure(abs(logit - value(sight)) / abs(value(sight)), EXACT)
