@@ -52,7 +52,9 @@ another convention that is as good (ReLU before the map is interpolated, biases 
 
 def write(store: Store) -> str:
     """Writes the page, and says what is in it."""
-    cells = [c for c in store.cells.values()]
+    versions = {row.name: row.version for row in ROWS}
+    store.cells = {k: c for k, c in store.cells.items() if versions.get(c.row) == c.version}  # the others are missing
+    cells = list(store.cells.values())
     present = [w for w in TITLES if any(c.whose == w for c in cells)]
     parts = [HEAD, _counts(cells, present), _rows_by_library(cells, present)]
     parts += [_reasons(cells)]
