@@ -48,12 +48,12 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "Occlusion": {"window": 16},
     "FeatureAblation": {"feature_mask": GRID},
     "FeaturePermutation": {"feature_mask": GRID},
-    "ShapleyValueSampling": {"feature_mask": GRID, "n_samples": 1},
-    "KernelShap": {"feature_mask": GRID, "n_samples": 40},
+    "ShapleyValueSampling": {"feature_mask": GRID, "n_samples": 2},
+    "KernelShap": {"feature_mask": GRID, "n_samples": 64},
     "Lime": {"feature_mask": GRID, "n_samples": 40},
     "Rise": {"n_masks": 40},
-    "Sobol": {"n_samples": 2, "grid": 2},
-    "Hsic": {"n_samples": 40, "grid": 4},
+    "Sobol": {"n_samples": 4, "grid": 2},
+    "Hsic": {"n_samples": 32, "grid": 4},
     **{name: {"n_iter": 16} for name in ("FeatureVisualization", "ClassImage", "InvertedRepresentation")},
     "DeepDream": {"n_iter": 2},
     "ExtremalPerturbation": {"areas": [0.1], "n_iter": 12},
@@ -122,7 +122,7 @@ def compute(name: str, wanted: list[str] | None, cache: Path) -> None:
             record = {"status": "failed", "reason": str(error)}
         else:
             (found,) = explainer(image[None], [method], [target])
-            keys = ("status", "reason", "signed", "produces", "parameters", "units", "completeness_gap", "layer")
+            keys = ("status", "reason", "signed", "parameters", "units", "completeness_gap", "layer")
             record = {key: found.record.get(key) for key in keys}
             if found.map is not None:
                 values = found.map.as_tensor().sum(0).numpy()
@@ -149,8 +149,8 @@ def draw(name: str, cache: Path, output: Path) -> None:
     figure, axes = plt.subplots(rows, WIDTH, figsize=(2.35 * WIDTH, 1.5 * rows), dpi=75)
     for axis in axes.flat:
         axis.axis("off")
-    grey = _slices(image, middle)
     low, high = np.percentile(image, [1, 99.5])
+    grey = _slices(image, middle, low)
     for axis, (title, values, record) in zip(axes.flat, panels):
         axis.imshow(grey, cmap="gray", vmin=low, vmax=high)
         axis.set_title(title, fontsize=8, pad=2)
@@ -162,16 +162,19 @@ def draw(name: str, cache: Path, output: Path) -> None:
             axis.text(0.02, 0.95, text, fontsize=4.5, color="white", va="top", transform=axis.transAxes)
         else:
             cut = _slices(values, middle)
-            if record.get("produces") == "synthesised image":
-                axis.imshow(cut, cmap="gray", vmin=np.percentile(values, 1), vmax=np.percentile(values, 99.5))
+            if METHODS.get(title).produces == "synthesised image":
+                dark, bright = np.percentile(values, [1, 99.5])
+                axis.imshow(_slices(values, middle, dark), cmap="gray", vmin=dark, vmax=bright)
                 continue
             limit = float(np.percentile(np.abs(values), 99.8)) or float(np.abs(values).max())
             signed = values.min() < 0
             strength = np.clip(np.abs(cut) / limit, 0, 1)
-            colours = (
-                plt.get_cmap("bwr")(0.5 + np.clip(cut / limit, -1, 1) / 2) if signed else plt.get_cmap("hot")(strength)
-            )
-            colours[..., 3] = np.sqrt(strength) * 0.85
+            if signed:
+                colours = np.zeros((*cut.shape, 4))
+                colours[..., 0], colours[..., 2] = cut > 0, cut < 0
+            else:
+                colours = plt.get_cmap("hot")(0.25 + 0.65 * strength)
+            colours[..., 3] = strength**0.7
             axis.imshow(colours, interpolation="nearest")
     figure.subplots_adjust(0.005, 0.002, 0.995, 0.985, 0.03, 0.16)
     target = output / f"gallery_{name}.jpg"
@@ -180,13 +183,13 @@ def draw(name: str, cache: Path, output: Path) -> None:
     print(target, f"{target.stat().st_size / 1e3:.0f} kB, {len(panels) - 1} methods")
 
 
-def _slices(volume: np.ndarray, middle: list[int]) -> np.ndarray:
+def _slices(volume: np.ndarray, middle: list[int], fill: float = 0.0) -> np.ndarray:
     """Axial and coronal slice side by side, RAS in: patient's right at the viewer's left, front and top up."""
     axial = volume[::-1, ::-1, middle[2]].T
     coronal = volume[::-1, middle[1], ::-1].T
     tall = max(len(axial), len(coronal))
     parts = [
-        np.pad(p, (((tall - len(p)) // 2, -(-(tall - len(p)) // 2)), (1, 1)), constant_values=volume.min())
+        np.pad(p, (((tall - len(p)) // 2, -(-(tall - len(p)) // 2)), (1, 1)), constant_values=fill)
         for p in (axial, coronal)
     ]
     return np.concatenate(parts, 1)

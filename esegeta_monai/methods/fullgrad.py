@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class FullGrad(Method):
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial)."""
-        spatial = {s.name for s in layer_shapes(objective) if s.grid is not None and max(s.grid[1:]) > 1}
+        runs = {s.name: s.calls for s in layer_shapes(objective) if s.grid is not None and max(s.grid[1:]) > 1}
         leaves = [n for n, m in objective.model.network.named_modules() if n and not any(m.children())]
         groups = [[n] for n in leaves] if self.abs else [leaves]
         total = objective.new_maps(1)
@@ -73,13 +74,14 @@ class FullGrad(Method):
         for names in [[], *groups] if self.abs else groups:
             maps = objective.new_maps()
             how: Reduce = "channels" if self.abs else "sum"
-            parts = {n: LayerSum(objective, n, how) for n in names if n in spatial}
+            # a part for each run: a module used twice may give other channels the second time
+            parts = {(n, i): LayerSum(objective, n, how) for n in names for i in range(runs.get(n, 0))}
 
             def run(
                 batch: Batch,
                 names: list[str] = names,
                 maps: Tensor = maps,
-                parts: dict[str, LayerSum] = parts,
+                parts: dict[tuple[str, int], LayerSum] = parts,
                 padding: Tensor = padding,
             ) -> None:
                 x = batch.image.detach().requires_grad_(True)
@@ -88,12 +90,15 @@ class FullGrad(Method):
                 found = batch.gradients(out, [x, *(c.output for c in calls)])
                 if found[0] is not None and (not self.abs or not names):
                     padding.add_(objective.add(maps, batch, found[0] * x.detach()).sum(1).double().cpu())
+                seen: Counter[str] = Counter()
                 for call, gradient in zip(calls, found[1:]):
+                    key = (call.name, seen[call.name])
+                    seen[call.name] += 1
                     if gradient is None:
                         continue
                     product = gradient * _bias(call)
-                    if call.name in spatial and len(call.output) == len(batch):
-                        parts[call.name].add(batch, product)
+                    if key in parts and len(call.output) == len(batch):
+                        parts[key].add(batch, product)
                     else:
                         booked.add_(product.flatten(1).sum(1).double().cpu())
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from esegeta_monai.methods import FullGrad
-from esegeta_monai.targets import ClassScore
+from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.methods.test_layer_path import plain
 from tests.methods.whole import close, explain, objective_of, setting
 
@@ -58,3 +58,23 @@ def test_in_place_and_shared_modules():
     image = torch.randn(1, 8, 8).double()
     found = explain(FullGrad(abs=False), objective_of(network, image, [ClassScore(1)]))
     assert found.note(0)["completeness_gap"] < 1e-9
+
+
+class Reused(nn.Module):
+    """One upsampling for maps of 6 and of 4 channels, as U-Nets have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 6, 3, 4, 1), nn.Conv2d(6, 4, 3, 1, 1), nn.Conv2d(4, 3, 3, 1, 1)
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear")
+
+    def forward(self, x):
+        return self.c(self.up(self.b(self.up(self.a(x).relu())).relu()))
+
+
+def test_a_module_that_runs_twice_with_other_channels():
+    torch.manual_seed(0)
+    network = Reused().double().eval()
+    objective = objective_of(network, torch.rand(1, 16, 16, dtype=torch.float64), [MultiClassMask(1)])
+    assert explain(FullGrad(abs=False), objective).notes["completeness_gap"][0] <= 1e-9
+    assert explain(FullGrad(), objective).maps.min() >= 0
