@@ -571,7 +571,13 @@ def _sources(part: Any, seen: set[int]) -> list[str]:
     if id(part) in seen:
         return []
     seen.add(id(part))
-    return [inspect.getsource(part), *_sources([c.cell_contents for c in part.__closure__ or ()], seen)]
+    code = part.__code__
+    if code.co_name == "<lambda>":  # its source would be the whole table
+        constants = [c for c in code.co_consts if not inspect.iscode(c)]
+        said = repr((code.co_names, code.co_freevars, constants))
+    else:
+        said = inspect.getsource(part)
+    return [said, *_sources([c.cell_contents for c in part.__closure__ or ()], seen)]
 
 
 GRADIENT, CAMS, LAYERS, NEURONS = "Gradient and relevance", "Class activation maps", "Layers", "Neurons"

@@ -231,7 +231,8 @@ class Sight:
     @cached_property
     def channel(self) -> int:
         """The layer's channel that is most active at the unit: behind a ReLU others may be silent."""
-        channels = range(self.at_image[0].shape[1])
+        with torch.enable_grad():
+            channels = range(self.at_image[0].shape[1])
         with torch.no_grad():
             values = [self._unit_value(self.image, c) for c in channels]
         return int(torch.stack(values).argmax())
