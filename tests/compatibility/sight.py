@@ -293,10 +293,10 @@ def tail(
 
     def forward(pair: Tensor) -> Tensor:
         image, inside = pair.split([x.numel(), z.numel()], 1)
-        inside = inside.reshape(z.shape)
+        inside = inside.reshape(z.shape).clone()  # a network may work on it in place
         handle = network.get_submodule(layer).register_forward_hook(lambda m, i, o: inside)
         try:
-            return select_output(network(image.reshape(x.shape)), output)
+            return select_output(network(image.reshape(x.shape).clone()), output)
         finally:
             handle.remove()
 
