@@ -23,7 +23,7 @@ from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.weights import WeightSource, components, find_weights, load_weights, references
 from esegeta_monai.errors import NetworkError, UsageError
 
-__all__ = ["BundleReader", "run_id_of"]
+__all__ = ["BundleReader", "bundle_network", "run_id_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -373,6 +373,12 @@ class BundleReader:
             f"bundle {self.name!r} has no {part}: {self._files} has none of the ids {', '.join(ids)}; say which one to "
             f"use with overrides, on the command line --override {override}"
         )
+
+
+def bundle_network(bundle_dir: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """A bundle's network with its weights, in eval mode: what a config names as ``_target_`` where no engine loads the
+    checkpoint (MONAI Label, MONAI Deploy)."""
+    return BundleReader(bundle_dir, device=device).network
 
 
 def run_id_of(parser: ConfigParser) -> str:
