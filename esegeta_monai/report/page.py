@@ -22,7 +22,7 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.report import words
 from esegeta_monai.report.charts import charts
 from esegeta_monai.report.collect import CaseResults, Curve, Result, Run, read_output
-from esegeta_monai.report.embed import Embedded, embed, picture_of, thumbnail
+from esegeta_monai.report.embed import BUDGET, Embedded, embed, picture_of, thumbnail
 from esegeta_monai.report.viewer3d import HOW_TO_INSTALL, find_niivue
 from esegeta_monai.storage import INTENDED_USE, atomic, picture_path, safe_name
 from esegeta_monai.storage.private import private
@@ -31,6 +31,8 @@ __all__ = ["Written", "report_path", "write_report"]
 
 Convention = Literal["radiological", "neurological"]
 
+LARGEST_PICTURE = 400_000
+"""Bytes of a PNG that a page takes over as it is."""
 MARKS = {"good": "Good", "note": "Note", "warn": "Careful", "bad": "Problem"}
 
 
@@ -85,9 +87,11 @@ def write_report(
     pages: dict[str, Path] = {}
     rows: list[dict[str, Any]] = []
     for case in run.cases:
-        embedded = embed(case, radiological=convention == "radiological")
+        made = {id(result): _synthesised(result) for result in case.explained}
+        room = BUDGET - sum(len(image or "") for image in made.values())
+        embedded = embed(case, radiological=convention == "radiological", budget=room)
         path = report_path(output_dir, case.name)
-        content = _case_page(run, case, embedded, convention, library, path)
+        content = _case_page(run, case, embedded, made, convention, library, path)
         _write(path, content)
         pages[case.name] = path
         rows.append(_row(case, embedded, path, Path(output_dir)))
@@ -108,6 +112,7 @@ def _case_page(
     run: Run,
     case: CaseResults,
     embedded: Embedded,
+    made: Mapping[int, str | None],
     convention: str,
     library: str | None,
     path: Path,
@@ -135,7 +140,7 @@ def _case_page(
         data=data,
         extents=" ".join(f"minmax(0, {extent:.0f}fr)" for extent in extents),
         volumes=embedded.volumes,
-        grid=_grid(case, data),
+        grid=_grid(case, data, made),
         metrics=_metric_tables(case),
         charts=charts([*case.curves, *_synthesis_curves(case)]),
         checks=[r for r in case.explained if r.record.get("blend_deviation") is not None],
@@ -177,7 +182,7 @@ def _orientation(embedded: Embedded, convention: str) -> str:
     return text
 
 
-def _grid(case: CaseResults, data: Mapping[str, Any]) -> dict[str, Any]:
+def _grid(case: CaseResults, data: Mapping[str, Any], made: Mapping[int, str | None]) -> dict[str, Any]:
     """The table of targets by methods; what there is more of runs across, so that all can be seen at once."""
     places = {(r.method, r.target): i for i, r in enumerate(case.explained)}
     index = {m["place"]: i for i, m in enumerate(data["maps"])}
@@ -187,12 +192,11 @@ def _grid(case: CaseResults, data: Mapping[str, Any]) -> dict[str, Any]:
         if place is None:
             return None
         result = case.explained[place]
-        image = _synthesised(result)
         number = index.get(place)
         limit = None if number is None else data["maps"][number]["limit"]
         units = "" if number is None else data["maps"][number]["units"]
         names = {"method": method, "target": target, "status": result.status, "reason": result.reason}
-        return {**names, "index": number, "image": image, "limit": limit, "units": units}
+        return {**names, "index": number, "image": made[id(result)], "limit": limit, "units": units}
 
     def head(method: str) -> dict[str, Any]:
         beaten = [r["metric"] for r in case.metrics if r["method"] == method and r["beats_controls"] is False]
@@ -213,7 +217,7 @@ def _synthesised(result: Result) -> str | None:
     if not result.synthesised or result.map is None:
         return None
     picture = picture_path(result.map)
-    if picture.is_file():
+    if picture.is_file() and picture.stat().st_size < LARGEST_PICTURE:
         return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
     return picture_of(result.map)
 

@@ -183,7 +183,7 @@ def test_left_is_left(tmp_path: Path, flip: float) -> None:
 def test_large_volumes_are_means_over_blocks_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=(32, 32, 16)).astype(np.float32)
     one_map(tmp_path, values, np.diag([1.0, 1.0, 2.0, 1.0]))
-    monkeypatch.setattr(embed.embed, "__kwdefaults__", {"radiological": True, "budget": 6000})
+    monkeypatch.setattr(page, "BUDGET", 6000)
     written = write_report(tmp_path)
     data = data_of(written.cases["a"])
     assert data["levels"] == embed.LEVELS[-1]
