@@ -251,3 +251,21 @@ def test_the_multi_gpu_overlay_finds_the_data_loader(
 def test_a_data_loader_that_the_config_does_not_show_is_refused() -> None:
     with pytest.raises(UsageError, match="--share windows"):
         multi_gpu_overlay(ConfigParser({"evaluator": {"val_data_loader": "$make_loader()"}}))
+
+
+def test_the_transforms_of_label_and_deploy_explain_without_ignite(tmp_path: Path) -> None:
+    folder = make(tmp_path, as_it_is)
+    add = str(TRACKING.with_name("explain_transforms.json"))
+    merged = folder / "configs" / "merged.json"
+    assert main(["merge", "--bundle", str(folder), "--add", add, "--output", str(merged)]) == 0
+    reader = esegeta_monai.bundle.BundleReader(folder, "configs/merged.json")
+    scan = tmp_path / "scans" / "alpha.nii.gz"
+    data = reader.preprocessing({"image": str(scan)})
+    with torch.no_grad():
+        data["pred"] = reader.inferer(data["image"][None], reader.network)[0]
+        reader.postprocessing(data)
+    (path,) = (folder / "explained").rglob("*_explanation.nii.gz")
+    image, source = nib.load(path), nib.load(scan)
+    assert image.shape == source.shape
+    np.testing.assert_allclose(image.affine, source.affine, atol=1e-5)
+    assert np.any(np.asarray(image.dataobj))
