@@ -476,7 +476,7 @@ def test_the_demo_s_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     assert run("demo", "--bundle", bundle, "--output", out, "--methods", "Saliency,IntegratedGradients(n_steps=4)") == 0
     text = capsys.readouterr().out
     assert "population average" in text
-    gap = json.loads(next(out.rglob("*_IntegratedGradients_attr.json")).read_text())["completeness_gap"]
+    gap = json.loads(next(out.rglob("*_IntegratedGradients_attr.json")).read_text(encoding="utf-8"))["completeness_gap"]
     (row,) = [line for line in text.splitlines() if "grey matter  IntegratedGradients" in line]
     assert row.endswith(f"{100 * gap:.2g} %")
     pictures = list(out.rglob("*.png"))
