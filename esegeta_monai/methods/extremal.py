@@ -79,6 +79,8 @@ class ExtremalPerturbation(Method):
             raise UsageError(f"backend={self.backend!r}: give 'native' or 'torchray'")
         if self.backend == "torchray" and self.baseline not in ("blur", "zero"):
             raise UsageError(f"backend='torchray' has baseline 'blur' or 'zero', not {self.baseline!r}")
+        if self.backend == "torchray" and self.step is not None and self.step % 2 == 0:
+            raise UsageError(f"step={self.step}: backend='torchray' builds its masks with an odd step only")
 
     @property
     def signed(self) -> bool:

@@ -106,7 +106,7 @@ def layer_values(network: nn.Module, layer: str, image: Tensor) -> Tensor:
 
 
 RISING = [("UNet_instance", 2), ("UNet_batch", 2), ("ViT", 2), ("ResNet18", 2), ("UNet_instance", 3), ("UNet_batch", 3)]
-RISING += [pytest.param("ViT", 3, marks=pytest.mark.slow), pytest.param("UNETR", 3, marks=pytest.mark.slow)]
+RISING += [pytest.param("ViT", 3, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("name", "dims"), RISING)
