@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import itertools
 import logging
 import re
@@ -18,66 +17,56 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
 from torch import Tensor, nn
 
-from esegeta_monai.attribution import Attribution, like_image, mask_on_image
+from esegeta_monai.attribution import Attribution
 from esegeta_monai.cases import CaseInput, CaseModel, cases_of, joined_inputs, of_case, to_device
-from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import (
     EsegetaError,
     InputError,
-    MethodError,
-    MethodTimeout,
     NetworkError,
     RankLost,
     UsageError,
 )
 from esegeta_monai.layers import LayerOutput
-from esegeta_monai.methods.base import METHODS, Explained, Method, run_together
+from esegeta_monai.methods.base import METHODS, Explained, Method, grouped, run_together, shares_passes
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import Model, check_network, frozen, is_scripted, select_output, unwrap
 from esegeta_monai.objective import Objective, Request, View
+from esegeta_monai.outcomes import Bound, OnError, Outcomes, not_linear
 from esegeta_monai.ranks import Ranks
 from esegeta_monai.record import (
-    MEASURED,
     described,
     peak_memory,
     predicted_class,
     reset_peak_memory,
     tensor_hash,
 )
-from esegeta_monai.storage import check_image, versions
-from esegeta_monai.targets.base import TARGETS, Case, Score, Target
-from esegeta_monai.windows import WindowPlan, as_inferer, plan_windows
+from esegeta_monai.storage import check_image
+from esegeta_monai.targets.base import TARGETS, Case, Target
+from esegeta_monai.windows import as_inferer, plan_windows
 
 __all__ = ["Attribution", "Explainer"]
 
 logger = logging.getLogger("esegeta_monai")
 
-OnError = Literal["raise", "record"]
-
 Skip = Callable[[Attribution], bool]
 
 
 @dataclass
-class _Bound:
-    """A target and one of its scores, or the error that binding it gave."""
+class _Work:
+    """Methods that explain the same targets of a case."""
 
-    target: Target
-    score: Score | None
-    error: Exception | None = None
-    label: str = field(init=False)
-    hash: str | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        score = self.score
-        self.label = score.label if score is not None else self.target.name or type(self.target).__name__
-        self.hash = None if score is None else tensor_hash(score.mask, *[[b.start, b.stop] for b in score.box])
+    methods: list[Method]
+    objective: Objective
+    bound: list[Bound]
+    prediction: Tensor
+    notes: list[str]
 
 
 class Explainer:
@@ -164,6 +153,13 @@ class Explainer:
         if on_error not in ("raise", "record"):
             raise UsageError(f"on_error={on_error!r}: give 'raise' or 'record'")
         self.on_error = on_error
+        settings = {
+            "seed": self.seed,
+            "inferer": described(self.inferer),
+            "output": self.output,
+            "network": {"name": type(self.network).__name__, "structure_sha256": self._structure},
+        }
+        self.outcomes = Outcomes(settings, self._autocast, self.channel_names, on_error)
 
     def __call__(
         self,
@@ -220,8 +216,10 @@ class Explainer:
                     raise
                 for method in chosen:
                     for target in (t for t in wanted if (id(method), id(t)) not in told):
-                        bound = _Bound(target, None, error)
-                        yield self._failed(method, bound, case, self._record(method, bound, None, case), error)
+                        bound = Bound(target, None, error)
+                        yield self.outcomes.failed(
+                            method, bound, case, self.outcomes.record(method, bound, None, case), error
+                        )
 
     # -- cases --------------------------------------------------------------------------------------------------
 
@@ -254,11 +252,31 @@ class Explainer:
         refused: Mapping[int, Exception],
         skip: Skip | None,
     ) -> Iterator[Attribution]:
+        for found in self._prepare(case, methods, targets, channels, refused, skip):
+            if isinstance(found, Attribution):
+                yield found
+                continue
+            if not shares_passes(found.methods[0]):  # else its sweep compares
+                with self._modes(), frozen(self.network):
+                    found.objective.sweep([_Blend()])
+            for group in grouped(found.methods):
+                yield from self._explain_group(group, found, case, channels)
+
+    def _prepare(
+        self,
+        case: CaseInput,
+        methods: Sequence[Method],
+        targets: Sequence[Target],
+        channels: dict[str, int],
+        refused: Mapping[int, Exception],
+        skip: Skip | None,
+    ) -> Iterator[Attribution | _Work]:
+        """What there is to do for a case, after its prediction; and what there is not, and why."""
         layers = list(dict.fromkeys(t.layer for t in targets))
         if len(layers) > 1:  # a layer takes the place of the prediction
             for layer in layers:
                 mine = [t for t in targets if t.layer == layer]
-                yield from self._explain_case(case, methods, mine, channels, refused, skip)
+                yield from self._prepare(case, methods, mine, channels, refused, skip)
             return
         check_image(case.image.detach().cpu(), f"image {case.index}")
         model = self._model(channels, case, layers[0] if layers else None)
@@ -284,16 +302,16 @@ class Explainer:
         for method in methods:
             left = []
             for j, b in enumerate(bound):
-                record = self._record(method, b, plan, case)
+                record = self.outcomes.record(method, b, plan, case)
                 if skip and skip(Attribution(None, method, b.target, case.index, record, b.label)):
                     continue
                 error = refused.get(id(method), b.error)
                 if error is not None:
-                    yield self._failed(method, b, case, record, error)
+                    yield self.outcomes.failed(method, b, case, record, error)
                 elif b.score is None or (b.score.empty and method.needs_voxels):
-                    yield self._empty(method, b, case, record)
+                    yield self.outcomes.empty(method, b, case, record)
                 elif method.needs_linear and not b.score.linear:
-                    yield self._failed(method, b, case, record, _not_linear(method, b))
+                    yield self.outcomes.failed(method, b, case, record, not_linear(method, b))
                 else:
                     left.append(j)
             if left:
@@ -314,24 +332,17 @@ class Explainer:
                     ranks=self.ranks,
                 )
             objective.window_batch = self.window_batch or (4 if plan.whole else plan.batch_size)
-            if not _shares(together[0]):  # else its sweep compares
-                with self._modes(), frozen(self.network):
-                    objective.sweep([_Blend()])
-            for group in _groups(together):
-                yield from self._explain_group(group, objective, part, case, channels, prediction, notes)
+            yield _Work(together, objective, part, prediction, notes)
 
     def _explain_group(
         self,
         group: Sequence[Method],
-        objective: Objective,
-        bound: Sequence[_Bound],
+        work: _Work,
         case: CaseInput,
         channels: dict[str, int],
-        prediction: Tensor,
-        notes: Sequence[str],
     ) -> Iterator[Attribution]:
         """Methods that share their passes, in one run of the network."""
-        monitor = objective.monitor
+        objective, monitor = work.objective, work.objective.monitor
         monitor.start(None if self.time_limit is None else self.time_limit * len(group))
         reset_peak_memory(self.device)
         began = time.monotonic()
@@ -349,7 +360,7 @@ class Explainer:
             "window_passes": sum(self.ranks.gather(monitor.passes)),
             "ranks": self.ranks.size,
             "window_batch": objective.window_batch,
-            "warnings": [*notes, *monitor.warnings],
+            "warnings": [*work.notes, *monitor.warnings],
         }
         if len(group) > 1:
             shared["passes_shared_with"] = [m.name for m in group]
@@ -357,69 +368,18 @@ class Explainer:
         values = objective.image_values() if any(isinstance(r, Explained) for r in results.values()) else None
         for i, method in enumerate(group):
             outcome = results[i]
-            for k, b in enumerate(bound):
-                record = self._record(method, b, objective.plan, case)
+            for k, b in enumerate(work.bound):
+                record = self.outcomes.record(method, b, objective.plan, case)
                 record.update(shared)
                 record["blend_deviation"] = objective.blend_deviation[k]
                 if isinstance(outcome, Exception):
-                    yield self._failed(method, b, case, record, outcome)
+                    yield self.outcomes.failed(method, b, case, record, outcome)
                     continue
                 assert values is not None
                 record["value"] = float(values[k])
                 if b.target.layer is None:
-                    record.update(predicted_class(prediction, self.class_names))
-                yield from self._finished(method, b, case, record, outcome, k, channels)
-
-    def _finished(
-        self,
-        method: Method,
-        bound: _Bound,
-        case: CaseInput,
-        record: dict[str, Any],
-        outcome: Explained,
-        k: int,
-        channels: dict[str, int],
-    ) -> Iterator[Attribution]:
-        record.update(json_ready(outcome.note(k)))
-        values = outcome.maps[k]
-        per_input = bool(channels) and values.shape[0] == sum(channels.values())
-        parts = dict(zip(channels, values.split(list(channels.values())))) if per_input else {None: values}
-        mask = mask_on_image(bound.score, case.image)
-        for name, part in parts.items():
-            mine = dict(record)
-            finite = bool(torch.isfinite(part).all())
-            mine["sum"] = float(part.sum(dtype=torch.float64)) if finite else None
-            mine["status"] = "ok" if finite and bool(part.any()) else ("zero" if finite else "failed")
-            if name is not None:
-                mine["input"] = name
-            if not finite:
-                bad = int((~torch.isfinite(part)).sum())
-                error = MethodError(
-                    f"{method.name} gave {bad} of {part.numel()} values that are not finite: switch amp off, or choose "
-                    "another method for this network"
-                )
-                yield self._failed(method, bound, case, mine, error)
-                continue
-            if mine["status"] == "zero":
-                mine["warnings"] = [*mine["warnings"], "the map is zero everywhere: the target does not react here"]
-            found = like_image(part, case.image)
-            yield Attribution(found, method, bound.target, case.index, mine, bound.label, mask, name)
-
-    def _failed(
-        self, method: Method, bound: _Bound, case: CaseInput, record: dict[str, Any], error: Exception
-    ) -> Attribution:
-        if self.on_error == "raise" or isinstance(error, RankLost):
-            raise error
-        record["status"] = "timeout" if isinstance(error, MethodTimeout) else "failed"
-        record["reason"] = str(error) if isinstance(error, EsegetaError) else f"{type(error).__name__}: {error}"
-        logger.debug("case %d: %s, %s failed", case.index, method.name, bound.label, exc_info=error)
-        return Attribution(None, method, bound.target, case.index, record, bound.label, error=error)
-
-    @staticmethod
-    def _empty(method: Method, bound: _Bound, case: CaseInput, record: dict[str, Any]) -> Attribution:
-        record["status"] = "empty_target"
-        record["reason"] = f"no voxel of the prediction belongs to {bound.label}, so there is nothing to explain"
-        return Attribution(None, method, bound.target, case.index, record, bound.label)
+                    record.update(predicted_class(work.prediction, self.class_names))
+                yield from self.outcomes.finished(method, b, case, record, outcome, k, channels)
 
     # -- parts --------------------------------------------------------------------------------------------------
 
@@ -485,52 +445,19 @@ class Explainer:
                 "case together: give every rank the same, or let each rank explain its own cases with distributed=False"
             )
 
-    def _bind(self, targets: Sequence[Target], prediction: Tensor, case: CaseInput) -> Iterator[_Bound]:
+    def _bind(self, targets: Sequence[Target], prediction: Tensor, case: CaseInput) -> Iterator[Bound]:
         context = self._context(case)
         if tuple(prediction.shape[1:]) != tuple(case.image.shape[1:]):
             context = dataclasses.replace(context, affine=None)
         for target in targets:
             try:
                 for score in target.bind(prediction, context):
-                    yield _Bound(target, score)
+                    yield Bound(target, score)
             except EsegetaError as error:
-                yield _Bound(target, None, error)
+                yield Bound(target, None, error)
 
     def _context(self, case: CaseInput) -> Case:
         return Case(torch.as_tensor(case.image.affine).double().cpu(), case.data, self.class_names)
-
-    def _record(self, method: Method, bound: _Bound, plan: WindowPlan | None, case: CaseInput) -> dict[str, Any]:
-        """All that is known before the method runs; what only the run can tell stands as None."""
-        score, names = bound.score, self.channel_names
-        return {
-            **dict.fromkeys(MEASURED),
-            "method": type(method).__name__,
-            "method_name": method.name,
-            "parameters": method.parameters,
-            "produces": method.produces,
-            "additive": method.additive,
-            "signed": method.signed,
-            "units": method.units,
-            "reference": method.reference,
-            "target": type(bound.target).__name__,
-            "target_name": bound.label,
-            "target_parameters": bound.target.parameters,
-            "target_voxels": 0 if score is None else score.voxels,
-            "target_sha256": bound.hash,
-            "class_index": None if score is None else score.class_index,
-            "class_name": None if score is None else score.class_name,
-            "channel_names": names if len(names) == case.image.shape[0] else [],
-            "coverage": None if plan is None else plan.coverage,
-            "windows_total": None if plan is None else len(plan),
-            "seed": self.seed,
-            "amp": None if method.full_precision else self._autocast,
-            "inferer": described(self.inferer),
-            "output": self.output,
-            "network": {"name": type(self.network).__name__, "structure_sha256": self._structure},
-            **case.record,
-            "warnings": [],
-            "versions": versions(),
-        }
 
     @property
     def _autocast(self) -> str | None:
@@ -584,29 +511,3 @@ class _Blend(Request):
 
     def result(self) -> None:
         """Nothing."""
-
-
-def _shares(method: Method) -> bool:
-    """Whether a method asks for sweeps over the windows that others can share."""
-    return inspect.isgeneratorfunction(type(method).attribute) and not method.full_precision
-
-
-def _groups(methods: Sequence[Method]) -> list[list[Method]]:
-    """Methods in their order; those that can share passes come together, at the place of the first."""
-    groups: list[list[Method]] = []
-    sharing: list[Method] = []
-    for method in methods:
-        if _shares(method):
-            if not sharing:
-                groups.append(sharing)
-            sharing.append(method)
-        else:
-            groups.append([method])
-    return groups
-
-
-def _not_linear(method: Method, bound: _Bound) -> MethodError:
-    return MethodError(
-        f"{method.name} hands relevance down from a linear score, and {bound.label} is not linear in the prediction: "
-        "use output='logit' for it, or a method such as IntegratedGradients or DeepLift"
-    )

@@ -30,22 +30,28 @@ class BundleMetadata:
         self.content = dict(content)
 
     @classmethod
-    def read(cls, bundle_root: str | Path) -> BundleMetadata:
+    def read(cls, bundle_root: str | Path, file: Path | None = None) -> BundleMetadata:
         """The metadata.json of a bundle; empty, with a warning, where there is none.
+
+        Args:
+            bundle_root: the bundle.
+            file: where it lies, since MONAI reads the one beside the first config; None: ``configs/metadata.json``.
 
         Raises:
             UsageError: the file is no JSON object.
         """
-        file = Path(bundle_root) / "configs" / "metadata.json"
+        root = Path(bundle_root)
+        file = file or root / "configs" / "metadata.json"
+        shown = file.relative_to(root) if file.is_relative_to(root) else file
         if not file.is_file():
-            logger.warning("%s has no configs/metadata.json: names of classes and channels are unknown", bundle_root)
+            logger.warning("%s has no %s: names of classes and channels are unknown", root.name, shown)
             return cls({})
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UsageError(f"{file} is no valid JSON: {error}") from error
+            raise UsageError(f"{shown} is no valid JSON: {error}") from error
         if not isinstance(content, dict):
-            raise UsageError(f"{file} must hold a JSON object")
+            raise UsageError(f"{shown} must hold a JSON object")
         return cls(content)
 
     @property

@@ -82,7 +82,7 @@ class BundleReader:
         self.config_files = self._config_files(config_files)
         self.device = torch.device(device)
         self.weights = weights
-        self.metadata = self._read_metadata()
+        self.metadata = BundleMetadata.read(self.bundle_dir, self._metadata_file)
         self.parser = ConfigParser()
         try:
             self.parser.read_config([str(file) for file in self.config_files])
@@ -292,18 +292,6 @@ class BundleReader:
     @property
     def _metadata_file(self) -> Path:
         return self.config_files[0].parent / "metadata.json"  # MONAI's rule: beside the first config
-
-    def _read_metadata(self) -> BundleMetadata:
-        if not self._metadata_file.is_file():
-            logger.warning("%s has no metadata.json: names of classes and channels are unknown", self.bundle_dir.name)
-            return BundleMetadata({})
-        try:
-            metadata = json.loads(self._metadata_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{self._relative(self._metadata_file)} is no valid JSON: {error}") from error
-        if not isinstance(metadata, dict):
-            raise UsageError(f"{self._relative(self._metadata_file)} must hold a JSON object")
-        return BundleMetadata(metadata)
 
     def _own_values(self) -> dict[str, Any]:
         values: dict[str, Any] = {"bundle_root": str(self.bundle_dir)}

@@ -7,6 +7,7 @@ run together share those passes (`run_together`).
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from torch import Tensor
 from esegeta_monai.configurable import Configurable, Registry
 from esegeta_monai.objective import Objective, Request
 
-__all__ = ["METHODS", "Explained", "Method", "Passes", "Produces", "relative_gap", "run", "run_together"]
+__all__ = ["METHODS", "Explained", "Method", "Passes", "Produces", "grouped", "relative_gap", "run"]
+__all__ += ["run_together", "shares_passes"]
 
 Produces = Literal["input map", "layer map", "synthesised image", "activation"]
 
@@ -178,3 +180,22 @@ def relative_gap(maps: Tensor, values: Tensor, baseline_values: Tensor) -> list[
     sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu()
     expected = (values - baseline_values).double().cpu()
     return [abs(float((s - e) / e)) if e != 0 else None for s, e in zip(sums, expected)]
+
+
+def shares_passes(method: Method) -> bool:
+    """Whether a method asks for sweeps over the windows that others can share."""
+    return inspect.isgeneratorfunction(type(method).attribute) and not method.full_precision
+
+
+def grouped(methods: Sequence[Method]) -> list[list[Method]]:
+    """Methods in their order; those that can share passes come together, at the place of the first."""
+    groups: list[list[Method]] = []
+    sharing: list[Method] = []
+    for method in methods:
+        if shares_passes(method):
+            if not sharing:
+                groups.append(sharing)
+            sharing.append(method)
+        else:
+            groups.append([method])
+    return groups

@@ -14,7 +14,7 @@ from esegeta_monai.baselines import Baseline, baseline_for, describe_baseline
 from esegeta_monai.errors import UsageError
 from esegeta_monai.layers import check_layer
 from esegeta_monai.methods.base import Explained, Method, relative_gap
-from esegeta_monai.methods.layer_gradient import _LayerMethod
+from esegeta_monai.methods.layer import LayerMethod
 from esegeta_monai.methods.scattered import LayerSum
 from esegeta_monai.network import find_layer
 from esegeta_monai.objective import Batch, Objective
@@ -99,7 +99,7 @@ class DeepLiftShap(Method):
 
 
 @dataclass(eq=False, repr=False)
-class LayerDeepLift(_LayerMethod):
+class LayerDeepLift(LayerMethod):
     """`DeepLift` at a layer: ``(A − A₀) · m`` with A₀ the layer's output for the reference.
 
     The sum is the part of ``F(x) − F(x₀)`` that flows through the layer, all of it where no path leads round it:

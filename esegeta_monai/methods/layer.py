@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from esegeta_monai.layers import BlendedActivations, check_layer
-from esegeta_monai.methods.base import Explained, Method, Passes
+from esegeta_monai.methods.base import Explained, Method, Passes, Produces
 from esegeta_monai.methods.scattered import Reduce, check_reduce, reduce_channels
 from esegeta_monai.objective import Objective
 
-__all__ = ["LayerActivation"]
+__all__ = ["LayerActivation", "LayerMethod"]
 
 
 @dataclass(eq=False, repr=False)
-class LayerActivation(Method):
+class LayerMethod(Method, registered=False):
+    """What methods share whose map is that of a layer.
+
+    Args:
+        layer: dotted name; None: a sensible one is found and named in the record.
+        reduce: ``"channels"`` keeps every channel (a 4D NIfTI); ``"sum"``, ``"mean"``, ``"abs"`` (sum of absolute
+            values) or ``"positive"`` (sum of positive values) give one map.
+    """
+
+    produces: ClassVar[Produces] = "layer map"
+
+    layer: str | None = None
+    reduce: Reduce = "sum"
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_reduce(self.reduce)
+
+    @property
+    def signed(self) -> bool:
+        return self.reduce not in ("abs", "positive")
+
+
+@dataclass(eq=False, repr=False)
+class LayerActivation(LayerMethod):
     """The output of a layer on the image's grid: ``Σ_w ĝ_w · up(A_w)``, windows blended like the prediction.
 
     Args:
@@ -25,17 +51,8 @@ class LayerActivation(Method):
     produces = "activation"
     additive = False
 
-    layer: str | None = None
     reduce: Reduce = "mean"
     name: str | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_reduce(self.reduce)
-
-    @property
-    def signed(self) -> bool:
-        return self.reduce not in ("abs", "positive")
 
     @property
     def units(self) -> str:

@@ -12,7 +12,8 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.layers import check_layer, position_weights, spatial_map
 from esegeta_monai.methods.base import Explained, Method, Passes
 from esegeta_monai.methods.cam import GradCam
-from esegeta_monai.methods.scattered import Reduce, ScatteredGradients, check_reduce
+from esegeta_monai.methods.layer import LayerMethod
+from esegeta_monai.methods.scattered import ScatteredGradients
 from esegeta_monai.network import capture
 from esegeta_monai.objective import Batch, Objective
 
@@ -20,32 +21,7 @@ __all__ = ["LayerActivationGuidedBackprop", "LayerGradCam", "LayerGradientXActiv
 
 
 @dataclass(eq=False, repr=False)
-class _LayerMethod(Method):
-    """What methods share whose map is a layer's attribution, scattered so that its sum is kept.
-
-    Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
-        reduce: ``"channels"`` keeps every channel (a 4D NIfTI); ``"sum"``, ``"mean"``, ``"abs"`` (sum of absolute
-            values) or ``"positive"`` (sum of positive values) give one map.
-    """
-
-    produces = "layer map"
-
-    layer: str | None = None
-    reduce: Reduce = "sum"
-    name: str | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_reduce(self.reduce)
-
-    @property
-    def signed(self) -> bool:
-        return self.reduce not in ("abs", "positive")
-
-
-@dataclass(eq=False, repr=False)
-class LayerGradientXActivation(_LayerMethod):
+class LayerGradientXActivation(LayerMethod):
     """``A_c(p) · ∂F/∂A_c(p)``: activation times gradient at a layer, position by position.
 
     Args:

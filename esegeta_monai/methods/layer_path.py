@@ -14,7 +14,7 @@ from esegeta_monai.baselines import baseline_for, describe_baseline
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.layers import check_layer
 from esegeta_monai.methods.base import Explained
-from esegeta_monai.methods.layer_gradient import _LayerMethod
+from esegeta_monai.methods.layer import LayerMethod
 from esegeta_monai.methods.path import Rule, quadrature
 from esegeta_monai.methods.scattered import LayerSum
 from esegeta_monai.network import capture, replaced
@@ -25,7 +25,7 @@ __all__ = ["InternalInfluence", "LayerConductance", "LayerIntegratedGradients", 
 
 
 @dataclass(eq=False, repr=False)
-class LayerConductance(_LayerMethod):
+class LayerConductance(LayerMethod):
     """``∫₀¹ ∂F/∂A_c · dA_c/dα dα`` along ``x₀ + α (x − x₀)``: what of F's change flows through each unit (Dhamdhere
     et al. 2019).
 
@@ -86,7 +86,7 @@ class LayerConductance(_LayerMethod):
 
 
 @dataclass(eq=False, repr=False)
-class InternalInfluence(_LayerMethod):
+class InternalInfluence(LayerMethod):
     """``∫₀¹ ∂F/∂A_c dα`` along ``x₀ + α (x − x₀)`` (Leino et al. 2018).
 
     Args:
@@ -136,7 +136,7 @@ class InternalInfluence(_LayerMethod):
 
 
 @dataclass(eq=False, repr=False)
-class LayerIntegratedGradients(_LayerMethod):
+class LayerIntegratedGradients(LayerMethod):
     """``(A − A₀) · ∫₀¹ ∂F/∂A (A₀ + α (A − A₀)) dα``: integrated gradients with the layer's output as the input,
     A = A(x), A₀ = A(x₀), everything beside the layer computed from x.
 

@@ -9,7 +9,7 @@ from typing import Any
 import esegeta_monai.rules as rules
 from esegeta_monai.layers import check_layer
 from esegeta_monai.methods.base import Explained
-from esegeta_monai.methods.layer_gradient import _LayerMethod
+from esegeta_monai.methods.layer import LayerMethod
 from esegeta_monai.methods.scattered import LayerSum
 from esegeta_monai.network import find_layer
 from esegeta_monai.objective import Batch, Objective
@@ -18,7 +18,7 @@ __all__ = ["LayerLRP"]
 
 
 @dataclass(eq=False, repr=False)
-class LayerLRP(_LayerMethod):
+class LayerLRP(LayerMethod):
     """Layer-wise relevance that arrives at a layer's units (Bach et al. 2015), see `LRP`. Linear scores only.
 
     Args:

@@ -14,7 +14,7 @@ from esegeta_monai.baselines import baseline_for, describe_baseline, noise_like
 from esegeta_monai.errors import UsageError
 from esegeta_monai.layers import check_layer
 from esegeta_monai.methods.base import Explained, Method, relative_gap
-from esegeta_monai.methods.layer_gradient import _LayerMethod
+from esegeta_monai.methods.layer import LayerMethod
 from esegeta_monai.methods.layer_path import layer_pass
 from esegeta_monai.methods.scattered import LayerSum
 from esegeta_monai.network import capture
@@ -103,7 +103,7 @@ class GradientShap(Method):
 
 
 @dataclass(eq=False, repr=False)
-class LayerGradientShap(_LayerMethod):
+class LayerGradientShap(LayerMethod):
     """``E[(A(x') − A(x₀)) · ∂F/∂A(x₀ + α (x' − x₀))]`` at a layer, in the words of `GradientShap`.
 
     Args:
