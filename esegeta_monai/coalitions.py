@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -191,7 +192,13 @@ class Game:
     @classmethod
     def of(cls, objective: Objective, feature_mask: object, baseline: object) -> Game:
         """From a method's parameters, see `features_for` and `reference_image`."""
-        features = features_for(feature_mask).of(objective)
+        known = _FEATURES.setdefault(objective, {})
+        if not isinstance(feature_mask, str):
+            features = features_for(feature_mask).of(objective)
+        elif feature_mask in known:
+            features = known[feature_mask]
+        else:
+            features = known[feature_mask] = features_for(feature_mask).of(objective)
         found, reference = reference_image(objective, features, baseline)
         return cls(objective, features, reference, found)
 
@@ -220,6 +227,10 @@ class Game:
                 f"{coalitions} evaluations of {n} features each are too many: take larger features, such as "
                 "feature_mask='supervoxels(n_segments=200)', or Occlusion"
             )
+
+
+_FEATURES: WeakKeyDictionary[Objective, dict[str, Features]] = WeakKeyDictionary()
+"""Features by objective and description: counted beforehand and used afterwards, or by several methods, found once."""
 
 
 def reference_image(objective: Objective, features: Features, baseline: object) -> tuple[Baseline | None, Tensor]:

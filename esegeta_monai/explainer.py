@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from esegeta_monai.attribution import Attribution
 from esegeta_monai.cases import CaseInput, CaseModel, cases_of, joined_inputs, of_case, to_device
+from esegeta_monai.costs import Cost, cost_of, too_costly
 from esegeta_monai.errors import (
     EsegetaError,
     InputError,
@@ -87,6 +88,8 @@ class Explainer:
         seed: of every random draw.
         progress: a progress bar with the remaining time for each group of methods.
         time_limit: seconds a method; then it ends as ``timeout`` and the next one begins.
+        allow_costly: methods may score more perturbations than `esegeta_monai.costs.COSTLY`, such as an occluder of one
+            voxel on a volume; else they are refused with the number.
         distributed: the processes of ``torch.distributed`` compute each case together, called alike with the same
             cases: windows and perturbations are shared between them, and every process gets the whole maps. Each has
             the network on a device of its own; it is not wrapped.
@@ -122,6 +125,7 @@ class Explainer:
         seed: int = 0,
         progress: bool = False,
         time_limit: float | None = None,
+        allow_costly: bool = False,
         distributed: bool = False,
         on_error: OnError = "raise",
     ) -> None:
@@ -149,7 +153,7 @@ class Explainer:
         self.window_batch, self.seed = window_batch, int(seed)
         # what the weights do not tell, such as the slope of a LeakyReLU; object addresses aside
         self._structure = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(self.network)).encode()).hexdigest()
-        self.progress, self.time_limit = progress, time_limit
+        self.progress, self.time_limit, self.allow_costly = progress, time_limit, bool(allow_costly)
         if on_error not in ("raise", "record"):
             raise UsageError(f"on_error={on_error!r}: give 'raise' or 'record'")
         self.on_error = on_error
@@ -193,18 +197,11 @@ class Explainer:
         Raises:
             EsegetaError: a wrong name or parameter; with ``on_error="raise"`` anything that goes wrong.
         """
-        chosen = METHODS.create_all(methods)
-        wanted = TARGETS.create_all(targets)
+        chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
         refused = self._refused(chosen)
         if refused and self.on_error == "raise":
             raise next(iter(refused.values()))
-        inputs = dict(image) if isinstance(image, Mapping) else {}
-        if inputs:
-            image = joined_inputs(inputs)
-        assert isinstance(image, Tensor)
-        if image.ndim not in (4, 5):
-            raise InputError(f"image must be (B, C, *spatial) in 2D or 3D, got shape {tuple(image.shape)}")
-        channels = {n: v.shape[1] for n, v in inputs.items()}
+        image, channels = self._inputs(image)
         for case in self._cases(image, prediction, data, network_args, network_kwargs or {}):
             told: set[tuple[int, int]] = set()
             try:
@@ -217,9 +214,65 @@ class Explainer:
                 for method in chosen:
                     for target in (t for t in wanted if (id(method), id(t)) not in told):
                         bound = Bound(target, None, error)
-                        yield self.outcomes.failed(
-                            method, bound, case, self.outcomes.record(method, bound, None, case), error
-                        )
+                        record = self.outcomes.record(method, bound, None, case)
+                        yield self.outcomes.failed(method, bound, case, record, error)
+
+    def costs(
+        self,
+        image: Tensor | Mapping[str, Tensor],
+        methods: Any,
+        targets: Any,
+        *,
+        data: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        prediction: Any = None,
+        network_args: Sequence[Any] = (),
+        network_kwargs: Mapping[str, Any] | None = None,
+        calibration: float = 3.0,
+    ) -> Iterator[Cost]:
+        """What explaining would cost: for each case, method and target, the method run alone.
+
+        The prediction is computed, since the targets' windows depend on it, and each method is run for a moment, to
+        see how long a pass takes. Methods that share their passes (gradient and CAM methods) need less together.
+
+        Args:
+            image, methods, targets, data, prediction, network_args, network_kwargs: as in `__call__`.
+            calibration: seconds that each method is run for at most.
+
+        Raises:
+            EsegetaError: a wrong name or parameter, or a case that cannot be predicted.
+
+        Example:
+            >>> from esegeta_monai.methods import Saliency
+            >>> from esegeta_monai.targets import ClassScore
+            >>> explainer = Explainer(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)))
+            >>> [cost.passes for cost in explainer.costs(torch.rand(1, 1, 4, 4), [Saliency()], [ClassScore(1)])]
+            [1]
+        """
+        chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
+        refused = self._refused(chosen)
+        image, channels = self._inputs(image)
+        for case in self._cases(image, prediction, data, network_args, network_kwargs or {}):
+            for found in self._prepare(case, chosen, wanted, channels, refused, None):
+                if isinstance(found, Attribution):
+                    reason = found.record["reason"]
+                    yield Cost(case.index, str(found.method.name), found.label, note=reason)
+                    continue
+                for method in found.methods:
+                    full = found.objective.model.full_precision() if method.full_precision else nullcontext()
+                    for k, bound in enumerate(found.bound):
+                        with self._modes(), frozen(self.network), full:
+                            one = found.objective.only(k)
+                            yield cost_of(method, one, case.index, bound.label, calibration)
+
+    @staticmethod
+    def _inputs(image: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, dict[str, int]]:
+        """The images as one tensor, and how many channels each named one has."""
+        inputs = dict(image) if isinstance(image, Mapping) else {}
+        joined = joined_inputs(inputs) if inputs else image
+        assert isinstance(joined, Tensor)
+        if joined.ndim not in (4, 5):
+            raise InputError(f"image must be (B, C, *spatial) in 2D or 3D, got shape {tuple(joined.shape)}")
+        return joined, {n: v.shape[1] for n, v in inputs.items()}
 
     # -- cases --------------------------------------------------------------------------------------------------
 
@@ -332,7 +385,16 @@ class Explainer:
                     ranks=self.ranks,
                 )
             objective.window_batch = self.window_batch or (4 if plan.whole else plan.batch_size)
-            yield _Work(together, objective, part, prediction, notes)
+            affordable = []
+            for method in together:
+                refusal = None if self.allow_costly else _refusal(method, objective)
+                if refusal is None:
+                    affordable.append(method)
+                    continue
+                for b in part:
+                    yield self.outcomes.failed(method, b, case, self.outcomes.record(method, b, plan, case), refusal)
+            if affordable:
+                yield _Work(affordable, objective, part, prediction, notes)
 
     def _explain_group(
         self,
@@ -490,6 +552,14 @@ class Explainer:
                 yield
             finally:
                 objective.monitor.on_pass = None
+
+
+def _refusal(method: Method, objective: Objective) -> EsegetaError | None:
+    """Why a method is not even begun: it costs too much, or its parameters do not fit the image."""
+    try:
+        return too_costly(method, objective)
+    except EsegetaError as error:
+        return error
 
 
 @dataclass

@@ -130,6 +130,17 @@ class Objective:
         with torch.inference_mode():
             return probe.run(self.plan.cut(self.image, 0)[None].to(self.model.device), [0]).shape[1]
 
+    def only(self, target: int) -> Objective:
+        """The same objective with one of its targets, on which nothing has run yet."""
+        other = copy.copy(self)
+        other.scores, other.support = [self.scores[target]], [self.support[target]]
+        other.read = sorted(set(self.scores[target].channels))
+        other.rows = [[other.read.index(c) for c in self.scores[target].channels]]
+        other.windows = sorted(self.support[target])
+        other.blend_deviation, other.base_scores, other._at_image = [None], {}, None
+        other.monitor = Monitor()
+        return other
+
     def generator(self) -> torch.Generator:
         """A fresh generator with the run's seed: every method draws the same numbers on every device."""
         return torch.Generator().manual_seed(self.seed)

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.baselines import Image
-from esegeta_monai.coalitions import Game
+from esegeta_monai.coalitions import Game, Segments
 from esegeta_monai.errors import UsageError
-from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.base import Explained
+from esegeta_monai.methods.perturbing import PerturbationMethod
 from esegeta_monai.objective import Objective
 
 __all__ = ["FeatureAblation", "FeaturePermutation"]
 
 
 @dataclass(eq=False, repr=False)
-class FeatureAblation(Method):
+class FeatureAblation(PerturbationMethod):
     """``a_j = F(x) − F(x with feature j replaced)``, shown at every voxel of the feature.
 
     Args:
@@ -36,9 +37,6 @@ class FeatureAblation(Method):
     """
 
     reference = "Zeiler & Fergus, ECCV 2014, arXiv:1311.2901 (one feature at a time)"
-    additive = False
-    needs_gradient = False
-
     feature_mask: Any = "supervoxels"
     baseline: Any = "auto"
     name: str | None = field(default=None, kw_only=True)
@@ -54,14 +52,14 @@ class FeatureAblation(Method):
         maps = game.features.paint(drops).to(objective.image.dtype)
         return Explained(maps, {**game.notes(), "features": game.features.table(drops)})
 
-    def passes(self, objective: Objective) -> int:
+    def perturbations(self, objective: Objective) -> Segments:
         """One coalition a feature."""
         game = Game.of(objective, self.feature_mask, self.baseline)
-        return game.passes(one_off(game))
+        return game.segments(one_off(game))
 
 
 @dataclass(eq=False, repr=False)
-class FeaturePermutation(Method):
+class FeaturePermutation(PerturbationMethod):
     """``a_j = F(x) − mean over other cases i of F(x with feature j of case i)`` (Breiman 2001, Fisher et al. 2019).
 
     Permuting a feature within a set of cases gives each case the feature of a random other one; here the mean over all
@@ -79,9 +77,6 @@ class FeaturePermutation(Method):
     """
 
     reference = "Fisher et al., JMLR 20(177), 2019, arXiv:1801.01489"
-    additive = False
-    needs_gradient = False
-
     cases: Sequence[Any] = ()
     feature_mask: Any = "supervoxels"
     name: str | None = field(default=None, kw_only=True)
@@ -107,6 +102,14 @@ class FeaturePermutation(Method):
         maps = game.features.paint(mean).to(objective.image.dtype)
         table = game.features.table(mean, standard_deviation=spread)
         return Explained(maps, {"n_features": len(game.features), "n_cases": len(others), "features": table})
+
+    def perturbations(self, objective: Objective) -> Segments:
+        """One round, by the first of the other cases."""
+        game = Game.of(objective, self.feature_mask, 0.0)
+        return game.segments(one_off(game), self._others(objective)[0])
+
+    def predictions(self, objective: Objective) -> int:
+        return len(self.cases) * super().predictions(objective)
 
     def passes(self, objective: Objective) -> int:
         """One round of all features a case; the unperturbed scores of a linear target are computed once."""

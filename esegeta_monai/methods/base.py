@@ -95,6 +95,10 @@ class Method(Configurable, ABC):
     def attribute(self, objective: Objective) -> Explained | Tensor | Passes:
         """The maps (k, C, *spatial) of all targets, or a generator of requests that ends in them."""
 
+    def predictions(self, objective: Objective) -> int | None:
+        """How often a naive computation predicts the whole image; None: as often as this one looks at the windows."""
+        return None
+
     def passes(self, objective: Objective) -> int:
         """Window passes that `attribute` needs, for progress and for cost estimates; exact unless a method says so."""
         return len(objective.windows)

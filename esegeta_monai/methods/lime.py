@@ -8,16 +8,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from esegeta_monai.coalitions import Game
+from esegeta_monai.coalitions import Game, Segments
 from esegeta_monai.errors import UsageError
-from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.base import Explained
+from esegeta_monai.methods.perturbing import PerturbationMethod
 from esegeta_monai.objective import Objective
 
 __all__ = ["Lime"]
 
 
 @dataclass(eq=False, repr=False)
-class Lime(Method):
+class Lime(PerturbationMethod):
     """The weights of a ridge regression of ``F(x with the features outside z off)`` on ``z ∈ {0, 1}ⁿ`` (Ribeiro 2016).
 
     z is uniform; a sample weighs ``√exp(−d²/kernel_width²)``, d its distance from the image itself (all ones). Sampling
@@ -41,9 +42,6 @@ class Lime(Method):
     """
 
     reference = "Ribeiro et al., KDD 2016, arXiv:1602.04938"
-    additive = False
-    needs_gradient = False
-
     n_samples: int = 1000
     feature_mask: Any = "supervoxels"
     baseline: Any = "auto"
@@ -74,10 +72,13 @@ class Lime(Method):
         maps = game.features.paint(found).to(objective.image.dtype)
         return Explained(maps, {**game.notes(), **notes})
 
-    def passes(self, objective: Objective) -> int:
-        """Those of all coalitions."""
+    def predictions(self, objective: Objective) -> int:
+        return self.n_samples
+
+    def perturbations(self, objective: Objective) -> Segments:
+        """The samples."""
         game = Game.of(objective, self.feature_mask, self.baseline)
-        return game.passes(self.coalitions(game))
+        return game.segments(self.coalitions(game))
 
     def coalitions(self, game: Game) -> np.ndarray:
         """The samples (n_samples, n)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,15 +15,16 @@ from torch import Tensor
 from esegeta_monai.baselines import baseline_for
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
-from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.base import Explained
+from esegeta_monai.methods.perturbing import PerturbationMethod
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import Boxes, change, passes_needed
+from esegeta_monai.perturbation import Boxes, change
 
 __all__ = ["Occlusion"]
 
 
 @dataclass(eq=False, repr=False)
-class Occlusion(Method):
+class Occlusion(PerturbationMethod):
     """``a(v) = mean over occluders b that hold v of F(x) − F(x with b replaced)`` (Zeiler & Fergus 2014).
 
     Only the windows that an occluder touches, and that the target sees, are computed again.
@@ -39,9 +41,6 @@ class Occlusion(Method):
     """
 
     reference = "Zeiler & Fergus, ECCV 2014, arXiv:1311.2901"
-    additive = False
-    needs_gradient = False
-
     window: int | Sequence[int] = 16
     stride: int | Sequence[int] | None = None
     baseline: Any = "auto"
@@ -74,10 +73,13 @@ class Occlusion(Method):
                 maps[index] /= count.to(maps).reshape(-1, *(1,) * (len(counts) - 1 - axis))
         return Explained(maps, {"occluders": len(boxes), "baseline": json_ready(baseline.record())})
 
-    def passes(self, objective: Objective) -> int:
-        """Window passes of all occluders that change a voxel."""
-        reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
-        return passes_needed(objective, self.occluders(objective, reference))
+    def perturbations(self, objective: Objective) -> Boxes:
+        """All occluders."""
+        return self.occluders(objective, baseline_for(self.baseline, local=True).draw(objective, objective.generator()))
+
+    def predictions(self, objective: Objective) -> int:
+        occluders = math.prod(len(line) for line in self._lines(objective.plan.spatial_shape))
+        return occluders * (objective.image.shape[0] if self.per_channel else 1)
 
     def occluders(self, objective: Objective, reference: Tensor) -> Boxes:
         """The boxes of this case."""

@@ -15,15 +15,16 @@ from esegeta_monai.baselines import baseline_for
 from esegeta_monai.coalitions import SmoothMasks, split_half
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
-from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.base import Explained
+from esegeta_monai.methods.perturbing import PerturbationMethod
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import known_change, known_passes
+from esegeta_monai.perturbation import known_change
 
 __all__ = ["Rise"]
 
 
 @dataclass(eq=False, repr=False)
-class Rise(Method):
+class Rise(PerturbationMethod):
     """``a(v) = 1 / (p N) Σ_i F(x₀ + m_i (x − x₀)) m_i(v)`` over random smooth masks (Petsiuk et al. 2018).
 
     A mask is a coarse grid of ones (with probability p) and zeros, interpolated linearly and moved by a random part of
@@ -45,9 +46,6 @@ class Rise(Method):
     """
 
     reference = "Petsiuk et al., BMVC 2018, arXiv:1806.07421"
-    additive = False
-    needs_gradient = False
-
     n_masks: int = 2000
     grid: int | Sequence[int] = 7
     p: float = 0.5
@@ -80,10 +78,13 @@ class Rise(Method):
         notes = {"n_masks": self.n_masks, "convergence": split_half(*halves)}
         return Explained(maps[:, None].to(objective.image), {**notes, "baseline": json_ready(baseline.record())})
 
-    def passes(self, objective: Objective) -> int:
-        """Those of all masks."""
+    def predictions(self, objective: Objective) -> int:
+        return self.n_masks
+
+    def perturbations(self, objective: Objective) -> SmoothMasks:
+        """All masks."""
         reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
-        return known_passes(objective, self.masks(objective, reference))
+        return self.masks(objective, reference)
 
     def masks(self, objective: Objective, reference: Tensor) -> SmoothMasks:
         """The random masks of this case: a grid, stretched over the image and one cell more, so that it can move."""

@@ -16,15 +16,16 @@ from esegeta_monai.baselines import Baseline, baseline_for
 from esegeta_monai.coalitions import TABLE_BYTES, SmoothMasks, split_half
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError, UsageError
-from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.base import Explained
+from esegeta_monai.methods.perturbing import PerturbationMethod
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import known_change, known_passes
+from esegeta_monai.perturbation import known_change
 
 __all__ = ["Hsic", "Sobol", "hsic", "jansen", "quasi_random"]
 
 
 @dataclass(eq=False, repr=False)
-class _MaskSensitivity(Method):
+class _MaskSensitivity(PerturbationMethod):
     """What both share: masks over the cells of a coarse grid, an index a cell, interpolated to a map.
 
     Args:
@@ -32,9 +33,6 @@ class _MaskSensitivity(Method):
         grid: cells an axis; one number for all axes.
         baseline: x₀, see `esegeta_monai.baselines`.
     """
-
-    additive = False
-    needs_gradient = False
 
     n_samples: int = 32
     grid: int | Sequence[int] = 8
@@ -69,10 +67,13 @@ class _MaskSensitivity(Method):
         values = self.design(objective).to(objective.image.dtype)
         return SmoothMasks(values.reshape(-1, *self.cells(objective)), objective.plan.spatial_shape, reference)
 
-    def passes(self, objective: Objective) -> int:
-        """Those of all masks."""
+    def predictions(self, objective: Objective) -> int:
+        return self.n_samples
+
+    def perturbations(self, objective: Objective) -> SmoothMasks:
+        """All masks."""
         reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
-        return known_passes(objective, self.masks(objective, reference))
+        return self.masks(objective, reference)
 
     def scored(self, objective: Objective) -> tuple[SmoothMasks, Tensor, Baseline]:
         """The masks, their scores (k, m), and the baseline."""
@@ -125,6 +126,9 @@ class Sobol(_MaskSensitivity):
         a, b = quasi_random(n, 2 * d, objective.seed).split(d, 1)
         exchanged = torch.where(torch.eye(d, dtype=torch.bool)[:, None], b, a)  # (cells, N, cells)
         return torch.cat([a, exchanged.reshape(-1, d)])
+
+    def predictions(self, objective: Objective) -> int:
+        return self.n_samples * (math.prod(self.cells(objective)) + 1)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial)."""

@@ -12,20 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esegeta_monai.coalitions import Game
+from esegeta_monai.coalitions import Game, Segments
 from esegeta_monai.errors import MethodError, UsageError
-from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.base import Explained
+from esegeta_monai.methods.perturbing import PerturbationMethod
 from esegeta_monai.objective import Objective
 
 __all__ = ["ChannelShapley", "KernelShap", "ShapleyValueSampling", "all_coalitions", "shapley_values"]
 
 
 @dataclass(eq=False, repr=False)
-class _ShapleyMethod(Method):
+class _ShapleyMethod(PerturbationMethod):
     """What all share: ``φ_j`` of each feature, spread over its voxels, so that the map sums up to F(x) − F(x₀)."""
 
     additive = True
-    needs_gradient = False
 
     def game(self, objective: Objective) -> Game:
         """The features as players."""
@@ -35,10 +35,10 @@ class _ShapleyMethod(Method):
         """All coalitions that are needed (m, n)."""
         raise NotImplementedError
 
-    def passes(self, objective: Objective) -> int:
-        """Those of all coalitions."""
+    def perturbations(self, objective: Objective) -> Segments:
+        """All coalitions."""
         game = self.game(objective)
-        return game.passes(self.coalitions(game))
+        return game.segments(self.coalitions(game))
 
     @staticmethod
     def explained(game: Game, phi: Tensor, error: Tensor, empty: Tensor, notes: dict[str, Any]) -> Explained:

@@ -1,0 +1,129 @@
+"""What a method will cost on a case, before it is run: window passes, time, memory; and when that is too much."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout
+from esegeta_monai.methods.base import Method, run
+from esegeta_monai.objective import Objective
+from esegeta_monai.record import peak_memory, reset_peak_memory
+
+__all__ = ["COSTLY", "Cost", "cost_of", "too_costly"]
+
+COSTLY = 100_000
+"""More perturbations than that are not computed unless the user says so."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one method needs for one target of a case, run alone.
+
+    Attributes:
+        case: index of the image in the batch.
+        method, target: their names.
+        passes: windows that go through the network: what the record will have as ``window_passes``.
+        naive_passes: windows of a computation that predicts the whole image for each perturbation, or that looks at all
+            windows whatever the target sees.
+        seconds: an estimate, from running the method for a moment on this machine.
+        peak_memory_bytes: of that moment; memory does not grow with the number of passes.
+        note: why there is nothing to compute, or why it would be refused; None where it would run.
+    """
+
+    case: int
+    method: str
+    target: str
+    passes: int = 0
+    naive_passes: int = 0
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    note: str | None = None
+
+
+def cost_of(method: Method, objective: Objective, case: int, label: str, calibration: float) -> Cost:
+    """The cost of a method on an objective that nothing has run on yet.
+
+    Args:
+        calibration: seconds that the method is run for. What is not done by then is extrapolated by the passes from the
+            first one to the last one.
+    """
+    name = str(method.name)
+    passes, windows = method.passes(objective), len(objective.windows)
+    predictions = method.predictions(objective)
+    rounds = passes / windows if predictions is None else predictions + 1
+    monitor, device = objective.monitor, objective.model.device
+    seen: list[tuple[float, int]] = []
+    monitor.on_pass = lambda n: seen.append((_now(device), n))
+    reset_peak_memory(device)
+    began = _now(device)
+    monitor.start(calibration)
+    whole = False
+    try:
+        run(method, objective)
+        whole = True
+    except MethodTimeout:  # the rest is extrapolated
+        pass
+    except EsegetaError as error:
+        return Cost(case, name, label, note=str(error))
+    finally:
+        monitor.on_pass = None
+    seconds = _now(device) - began
+    if whole:
+        passes = monitor.passes
+    elif seen:
+        done = sum(n for _, n in seen)
+        until, rate = seen[-1][0] - began, (seen[-1][0] - seen[0][0]) / max(done - seen[0][1], 1)
+        seconds = until + (passes - done) * (rate or until / done)
+    naive = round(rounds * len(objective.plan))
+    return Cost(case, name, label, passes, naive, seconds, peak_memory(device))
+
+
+def too_costly(method: Method, objective: Objective) -> MethodError | None:
+    """The error of a method that would score more than `COSTLY` perturbations."""
+    predictions = method.predictions(objective)
+    if predictions is None or predictions <= COSTLY:
+        return None
+    return MethodError(
+        f"{method.name} would score {predictions:,} perturbations, each in up to {len(objective.windows)} windows, and "
+        f"more than {COSTLY:,} are not computed unasked: take larger occluders, strides or features, or insist with "
+        "--yes (allow_costly=True in Python)"
+    )
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
+
+
+def table(costs: list[Cost], names: dict[int, str]) -> list[str]:
+    """Lines of text, a line a cost, with the names of the cases."""
+    rows: list[list[Any]] = [["case", "target", "method", "passes", "naive passes", "time", "peak memory"]]
+    for c in costs:
+        case = names.get(c.case, str(c.case))
+        if c.note is not None:
+            rows.append([case, c.target, c.method, "-", "-", "-", "-", c.note])
+            continue
+        assert c.seconds is not None
+        assert c.peak_memory_bytes is not None
+        memory = f"{c.peak_memory_bytes / 2**30:.1f} GiB"
+        rows.append([case, c.target, c.method, f"{c.passes:,}", f"{c.naive_passes:,}", _duration(c.seconds), memory])
+    widths = [max(len(str(row[i])) for row in rows) for i in range(7)]
+    return ["  ".join([f"{v:<{w}}" for v, w in zip(row, widths)] + row[7:]).rstrip() for row in rows]
+
+
+def _duration(seconds: float) -> str:
+    """
+    >>> _duration(2.34), _duration(75), _duration(9000)
+    ('2.3 s', '1 min 15 s', '2 h 30 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,29 @@
+"""What perturbation methods share: how many perturbations, and how many window passes, they need."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+from esegeta_monai.methods.base import Method
+from esegeta_monai.objective import Objective
+from esegeta_monai.perturbation import Perturbations, known_passes
+
+__all__ = ["PerturbationMethod"]
+
+
+class PerturbationMethod(Method, registered=False):
+    """A black-box method: it sees the change of the target under perturbations, never a gradient."""
+
+    additive = False
+    needs_gradient = False
+
+    @abstractmethod
+    def perturbations(self, objective: Objective) -> Perturbations:
+        """All that will be scored."""
+
+    def predictions(self, objective: Objective) -> int:
+        return len(self.perturbations(objective))
+
+    def passes(self, objective: Objective) -> int:
+        """Exact: windows that a perturbation does not change, or that have been scored, are left out."""
+        return known_passes(objective, self.perturbations(objective))
