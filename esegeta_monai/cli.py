@@ -196,6 +196,11 @@ def _add_explain(commands: Any) -> None:
     )
     explain.add_argument("--report", action="store_true", help="write the HTML report when all is done")
     _add_network(explain)
+    explain.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing; print window passes, time and memory of every method for every target of every case",
+    )
     _add_run_options(explain)
     explain.add_argument(
         "--share",
@@ -284,6 +289,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         choices=["nifti", "input"],
         default="nifti",
         help="how maps are written: NIfTI, or NRRD and MHA where the scan is (needs ITK; others stay NIfTI)",
+    )
+    parser.add_argument(
+        "--yes", action="store_true", help="compute also what is refused for its cost, such as an occluder of one voxel"
     )
     parser.add_argument("--overwrite", action="store_true", help="compute again what is finished")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: 0)")

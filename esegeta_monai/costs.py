@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -13,7 +13,7 @@ from esegeta_monai.methods.base import Method, run
 from esegeta_monai.objective import Objective
 from esegeta_monai.record import peak_memory, reset_peak_memory
 
-__all__ = ["COSTLY", "Cost", "cost_of", "too_costly"]
+__all__ = ["COSTLY", "Cost", "cost_of", "duration", "table", "too_costly"]
 
 COSTLY = 100_000
 """More perturbations than that are not computed unless the user says so."""
@@ -27,6 +27,7 @@ class Cost:
         case: index of the image in the batch.
         method, target: their names.
         passes: windows that go through the network: what the record will have as ``window_passes``.
+        exact: whether ``passes`` is exact; else it depends on what the run finds (an adaptive path, say).
         naive_passes: windows of a computation that predicts the whole image for each perturbation, or that looks at all
             windows whatever the target sees.
         seconds: an estimate, from running the method for a moment on this machine.
@@ -38,6 +39,7 @@ class Cost:
     method: str
     target: str
     passes: int = 0
+    exact: bool = True
     naive_passes: int = 0
     seconds: float | None = None
     peak_memory_bytes: int | None = None
@@ -79,7 +81,8 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
         until, rate = seen[-1][0] - began, (seen[-1][0] - seen[0][0]) / max(done - seen[0][1], 1)
         seconds = until + (passes - done) * (rate or until / done)
     naive = round(rounds * len(objective.plan))
-    return Cost(case, name, label, passes, naive, seconds, peak_memory(device))
+    exact = whole or (method.passes_exact and getattr(method, "layer", "") is not None)
+    return Cost(case, name, label, passes, exact, naive, seconds, peak_memory(device))
 
 
 def too_costly(method: Method, objective: Objective) -> MethodError | None:
@@ -100,25 +103,35 @@ def _now(device: torch.device) -> float:
     return time.monotonic()
 
 
-def table(costs: list[Cost], names: dict[int, str]) -> list[str]:
-    """Lines of text, a line a cost, with the names of the cases."""
-    rows: list[list[Any]] = [["case", "target", "method", "passes", "naive passes", "time", "peak memory"]]
-    for c in costs:
-        case = names.get(c.case, str(c.case))
+def table(costs: Sequence[tuple[str, Cost]]) -> list[str]:
+    """Lines of text, a line a cost, each with the name of its case."""
+    rows: list[list[str]] = [["case", "target", "method", "passes", "naive passes", "time", "peak memory"]]
+    for case, c in costs:
         if c.note is not None:
             rows.append([case, c.target, c.method, "-", "-", "-", "-", c.note])
             continue
         assert c.seconds is not None
         assert c.peak_memory_bytes is not None
         memory = f"{c.peak_memory_bytes / 2**30:.1f} GiB"
-        rows.append([case, c.target, c.method, f"{c.passes:,}", f"{c.naive_passes:,}", _duration(c.seconds), memory])
-    widths = [max(len(str(row[i])) for row in rows) for i in range(7)]
+        rows.append(
+            [
+                case,
+                c.target,
+                c.method,
+                f"{'' if c.exact else 'about '}{c.passes:,}",
+                f"{c.naive_passes:,}",
+                duration(c.seconds),
+                memory,
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(7)]
     return ["  ".join([f"{v:<{w}}" for v, w in zip(row, widths)] + row[7:]).rstrip() for row in rows]
 
 
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(2.34), _duration(75), _duration(9000)
+def duration(seconds: float) -> str:
+    """Seconds in words.
+
+    >>> duration(2.34), duration(75), duration(9000)
     ('2.3 s', '1 min 15 s', '2 h 30 min')
     """
     if seconds < 60:

@@ -11,13 +11,15 @@ import dataclasses
 import hashlib
 import itertools
 import logging
+import os
 import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -37,9 +39,10 @@ from esegeta_monai.errors import (
 from esegeta_monai.layers import LayerOutput
 from esegeta_monai.methods.base import METHODS, Explained, Method, grouped, run_together, shares_passes
 from esegeta_monai.monitor import Monitor
-from esegeta_monai.network import Model, check_network, frozen, is_scripted, select_output, unwrap
+from esegeta_monai.network import Model, check_network, frozen, is_scripted, select_output, unwrap, weights_hash
 from esegeta_monai.objective import Objective, Request, View
 from esegeta_monai.outcomes import Bound, OnError, Outcomes, not_linear
+from esegeta_monai.partial import ScoreTable
 from esegeta_monai.ranks import Ranks
 from esegeta_monai.record import (
     described,
@@ -176,6 +179,7 @@ class Explainer:
         network_args: Sequence[Any] = (),
         network_kwargs: Mapping[str, Any] | None = None,
         skip: Skip | None = None,
+        scores_dir: str | os.PathLike[str] | None = None,
     ) -> Iterator[Attribution]:
         """Explains every case of a batch by every method for every target.
 
@@ -190,6 +194,8 @@ class Explainer:
                 as long as the batch is cut to the case; ``condition`` is cut to the windows too, as MONAI does.
             skip: asked before anything is computed, with an attribution that has no map yet and whose record says what
                 would be computed; True leaves it out.
+            scores_dir: where perturbation methods keep their scores while they run, so that a run that was stopped
+                goes on where it was (`esegeta_monai.partial.ScoreTable`); None: nowhere.
 
         Yields:
             `Attribution`, case by case.
@@ -205,7 +211,7 @@ class Explainer:
         for case in self._cases(image, prediction, data, network_args, network_kwargs or {}):
             told: set[tuple[int, int]] = set()
             try:
-                for attribution in self._explain_case(case, chosen, wanted, channels, refused, skip):
+                for attribution in self._explain_case(case, chosen, wanted, channels, refused, skip, scores_dir):
                     told.add((id(attribution.method), id(attribution.target)))
                     yield attribution
             except Exception as error:
@@ -258,11 +264,10 @@ class Explainer:
                     yield Cost(case.index, str(found.method.name), found.label, note=reason)
                     continue
                 for method in found.methods:
-                    full = found.objective.model.full_precision() if method.full_precision else nullcontext()
                     for k, bound in enumerate(found.bound):
-                        with self._modes(), frozen(self.network), full:
-                            one = found.objective.only(k)
-                            yield cost_of(method, one, case.index, bound.label, calibration)
+                        with self._precision(method, found.objective), self._modes(), frozen(self.network):
+                            cost = cost_of(method, found.objective.only(k), case.index, bound.label, calibration)
+                        yield cost
 
     @staticmethod
     def _inputs(image: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, dict[str, int]]:
@@ -304,6 +309,7 @@ class Explainer:
         channels: dict[str, int],
         refused: Mapping[int, Exception],
         skip: Skip | None,
+        scores_dir: str | os.PathLike[str] | None,
     ) -> Iterator[Attribution]:
         for found in self._prepare(case, methods, targets, channels, refused, skip):
             if isinstance(found, Attribution):
@@ -313,6 +319,9 @@ class Explainer:
                 with self._modes(), frozen(self.network):
                     found.objective.sweep([_Blend()])
             for group in grouped(found.methods):
+                found.objective.table = None
+                if scores_dir is not None and not group[0].needs_gradient:
+                    found.objective.table = ScoreTable(Path(scores_dir), self._decides(group[0], found, case))
                 yield from self._explain_group(group, found, case, channels)
 
     def _prepare(
@@ -409,10 +418,11 @@ class Explainer:
         reset_peak_memory(self.device)
         began = time.monotonic()
         names = ", ".join(m.name or type(m).__name__ for m in group)
-        full = group[0].full_precision
-        precision = objective.model.full_precision() if full else nullcontext()
+        precision = self._precision(group[0], objective)
         with self._bar(names, group, objective), self._modes(), frozen(self.network), precision:
             results = run_together(group, objective)
+        if objective.table is not None and all(isinstance(r, Explained) for r in results.values()):
+            objective.table.remove()
         seconds = time.monotonic() - began
         shared = {
             "seconds": round(seconds, 3),
@@ -456,6 +466,22 @@ class Explainer:
             args=[to_device(a, self.device) for a in case.args],
             kwargs={k: to_device(v, self.device) for k, v in case.kwargs.items()},
         )
+
+    def _decides(self, method: Method, work: _Work, case: CaseInput) -> dict[str, Any]:
+        """What decides the scores of perturbations."""
+        records = [self.outcomes.record(method, b, work.objective.plan, case) for b in work.bound]
+        names = ("parameters", "amp", "seed", "inferer", "output", "network", "network_affine", "image_sha256")
+        return {
+            "method": type(method).__name__,
+            "weights_sha256": weights_hash(self.network),
+            "targets": [[r["target"], r["target_parameters"], r["target_sha256"]] for r in records],
+            **{name: records[0][name] for name in names},
+        }
+
+    @staticmethod
+    def _precision(method: Method, objective: Objective) -> AbstractContextManager[None]:
+        """Without autocast for methods that need it so."""
+        return objective.model.full_precision() if method.full_precision else nullcontext()
 
     @contextmanager
     def _modes(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from esegeta_monai.network import Model, capture
 from esegeta_monai.ranks import Ranks, Summed
 from esegeta_monai.targets.base import Case, Score
 from esegeta_monai.windows import OutputGrid, WindowPlan
+
+if TYPE_CHECKING:
+    from esegeta_monai.partial import ScoreTable
 
 __all__ = ["Batch", "Gradient", "InputGradient", "Objective", "Request", "View"]
 
@@ -78,6 +81,8 @@ class Objective:
         self.support = [self.grid.windows_of(s.box, s.mask) if not s.empty else [] for s in self.scores]
         self.windows = sorted({w for windows in self.support for w in windows})
         self.blend_deviation: list[float | None] = [None] * len(self.scores)
+        self.table: ScoreTable | None = None
+        """Where a perturbation run keeps its scores on disk."""
         self.base_scores: dict[int, Tensor] = {}
         self._at_image: list[Tensor] | None = None
         self.default_layer: str | None = None

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esegeta_monai.errors import MethodTimeout
 from esegeta_monai.objective import Batch, Objective, out_of_memory
 from esegeta_monai.windows import Slices
 
@@ -30,6 +31,9 @@ __all__ += ["passes_needed"]
 
 BLOCK_BYTES = 256 * 2**20
 """Memory for the ΔP of the perturbations in flight and, beside it, for cached unperturbed outputs (non-linear s)."""
+
+BLOCK = 512
+"""Perturbations in flight at most (non-linear s): after each block their scores are known, and can be kept."""
 
 UNCHANGED: Final = "unchanged"
 """The `Perturbations.key` of a window in which the perturbation changes nothing."""
@@ -65,6 +69,11 @@ class Perturbations(ABC):
         """What determines the whole perturbation, for `known_change`; None: nothing else is ever equal to it."""
         return None
 
+    def fingerprint(self) -> str | None:
+        """A hash of all of them, under which their scores are kept on disk; None: they are not kept."""
+        names = [self.identity(i) for i in range(len(self))]
+        return None if None in names else hashlib.sha256(repr(names).encode()).hexdigest()
+
     def take(self, indices: Sequence[int]) -> Perturbations:
         """Some of these perturbations."""
         return _Part(self, list(indices))
@@ -94,6 +103,10 @@ class _Part(Perturbations):
 
     def identity(self, index: int) -> Hashable | None:
         return self.whole.identity(self.indices[index])
+
+    def fingerprint(self) -> str | None:
+        whole = self.whole.fingerprint()
+        return None if whole is None else hashlib.sha256(f"{whole}{self.indices}".encode()).hexdigest()
 
 
 class Boxes(Perturbations):
@@ -142,6 +155,11 @@ class Boxes(Perturbations):
     def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
         inside, value = self._replaced(index, crop, place)
         return bool((crop[inside] != value).any())  # the box alone, not the whole window
+
+    def fingerprint(self) -> str:
+        baseline = self.baseline if isinstance(self.baseline, Tensor) else torch.tensor(self.baseline)
+        parts = digest(torch.from_numpy(self._corners), baseline).hex()
+        return hashlib.sha256(f"{parts}{self.channels}".encode()).hexdigest()
 
     def _replaced(self, index: int, crop: Tensor, place: Slices) -> tuple[tuple[Any, ...], Tensor | float]:
         """The part of the crop that lies in the box, and what stands there afterwards."""
@@ -294,9 +312,9 @@ def _groups(perturbations: Perturbations, block: Sequence[int], window: int, pla
 
 
 def _block_size(objective: Objective, m: int) -> int:
-    """How many ΔP fit in `BLOCK_BYTES`."""
+    """How many ΔP fit in `BLOCK_BYTES`, at most `BLOCK`."""
     size = sum(len(s.channels) * math.prod(b.stop - b.start for b in s.box) * 8 for s in objective.scores)
-    return max(1, min(m, BLOCK_BYTES // max(size, 1)))
+    return max(1, min(m, BLOCK, BLOCK_BYTES // max(size, 1)))
 
 
 class _Change:
@@ -305,6 +323,19 @@ class _Change:
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         self.objective, self.perturbations = objective, perturbations
         self.result = torch.zeros((objective.n_targets, len(perturbations)), dtype=torch.float64)
+        self.done = 0
+        table = objective.table if objective.ranks.size == 1 else None
+        self.name = None if table is None else perturbations.fingerprint()
+        self.table = None if self.name is None else table
+        if self.table is not None and self.name is not None:
+            known = self.table.read(self.name, tuple(self.result.shape))
+            if known is not None:
+                self.result, self.done = known
+
+    def keep(self, *, force: bool = False) -> None:
+        """Writes down the scores so far, which stand for ``done`` pairs or perturbations."""
+        if self.table is not None and self.name is not None:
+            self.table.write(self.name, self.result, self.done, force=force)
 
     def mine(self) -> bool:
         """Whether this process computes the next pair."""
@@ -328,7 +359,12 @@ class _Change:
             pending = self._flush(pending)
 
     def _flush(self, pending: list[tuple[_Pair, Tensor]]) -> list[tuple[_Pair, Tensor]]:
-        self.objective.monitor.check()
+        try:
+            self.objective.monitor.check()
+        except MethodTimeout:
+            self.keep(force=True)
+            raise
+        self.keep()
         part = pending[: self.objective.window_batch]
         try:
             self.compute([p for p, _ in part], [x for _, x in part])
@@ -356,9 +392,10 @@ class _LinearChange(_Change):
         """Pairs go round the processes."""
         ranks = self.objective.ranks
         self.number += 1
-        return self.number % ranks.size == ranks.rank
+        return self.number > self.known and self.number % ranks.size == ranks.rank
 
     def run(self) -> Tensor:
+        self.known = self.done  # pairs come in the same order at every run
         self._base()
         with self.objective.ranks.summed([self.result]):
             self.over(range(len(self.perturbations)))
@@ -389,6 +426,7 @@ class _LinearChange(_Change):
         changes -= torch.stack([self.objective.base_scores[p.window] for p in pairs], 1)
         for pair, row in zip(pairs, changes.T):
             self.result[:, list(pair.indices)] += row[:, None]
+        self.done += len(pairs)
 
     def _cotangents_of(self, windows: Sequence[int]) -> list[Tensor | None]:
         key = tuple(windows)
@@ -414,7 +452,7 @@ class _BlendedChange(_Change):
         return self.result
 
     def _blocks(self, mine: Sequence[int]) -> None:
-        for start in range(0, len(mine), self.block):
+        for start in range(self.done, len(mine), self.block):
             indices = mine[start : start + self.block]
             self.base = self.base if self.keeps else {}
             self.position = {i: j for j, i in enumerate(indices)}
@@ -424,6 +462,8 @@ class _BlendedChange(_Change):
                 for j, i in enumerate(indices):
                     if bool(d[j].any()):
                         self.result[k, i] = (score.value(p + d[j]) - self.values[k]).cpu()
+            self.done += len(indices)
+            self.keep()
 
     def compute(self, pairs: Sequence[_Pair], windows: Sequence[Tensor]) -> None:
         out = self.forward(pairs, windows)

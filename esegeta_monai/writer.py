@@ -184,8 +184,9 @@ class ResultWriter:
             done = self.writes and self.is_done(attribution, case, scan)
             return self.ranks.gather(done)[0] if self.together else done
 
+        kept = self.output_dir / ".scores"
         try:
-            for attribution in explainer(image[None], methods, targets, skip=skip, **more):
+            for attribution in explainer(image[None], methods, targets, skip=skip, scores_dir=kept, **more):
                 path = self.write(attribution, case, image, scan)
                 if on_written is not None and self.writes:
                     on_written(attribution, path)

@@ -495,3 +495,27 @@ def test_the_documentation_has_every_command_and_option() -> None:
         for action in parser._actions:
             if action.option_strings and "--help" not in action.option_strings:
                 assert any(option in text for option in action.option_strings if option.startswith("--")), action
+
+
+def test_a_dry_run_tells_the_passes_and_writes_nothing(
+    bundle: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", "Occlusion(window=8)")
+    assert explained(*words, "--target", "MultiClassMask(1)", "--dry-run") == 0
+    header, line, *_ = capsys.readouterr().out.splitlines()
+    assert not (tmp_path / "out").exists()
+    assert explained(*words, "--target", "MultiClassMask(1)") == 0
+    record = json.loads(next((tmp_path / "out").rglob("*_attr.json")).read_text())
+    assert line.split()[0] == "007"
+    assert line[header.index("passes") :].split()[0] == str(record["window_passes"])
+
+
+def test_what_costs_too_much_is_refused_unless_told(
+    bundle: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("esegeta_monai.costs.COSTLY", 5)
+    words = (bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", "Occlusion(window=16)",
+             "--target", "MultiClassMask(1)")  # fmt: skip
+    assert explained(*words) == 1
+    assert "perturbations" in capsys.readouterr().err
+    assert explained(*words, "--yes") == 0

@@ -18,6 +18,7 @@ from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.commands.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.commands.log import RunLog, reason
+from esegeta_monai.costs import duration, table
 from esegeta_monai.errors import EsegetaError, NetworkError, RankLost, UsageError
 from esegeta_monai.explainer import Explainer
 from esegeta_monai.methods.base import METHODS, Method
@@ -52,6 +53,8 @@ def run(args: Namespace, log: RunLog) -> int:
         reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
         channel_names = [name for _, name in sorted(reader.channel_names.items())]
         cases = find_cases(args.input, channel_names, leave_out=output)
+        if args.dry_run:
+            return _tell_costs(reader, cases, methods, targets, args, log)
         writer = explain_cases(reader, cases, methods, targets, output, args, log, ranks)
     summary = ", ".join(f"{n} {status}" for status, n in writer.run.summary.items()) or "nothing to do"
     if not args.quiet and not ranks.rank:
@@ -78,7 +81,7 @@ def explain_cases(
     Args:
         targets: None: every predicted class, background aside.
         options: of the command line: device, amp, seed, time_limit, window_batch, network_output, progress,
-            overwrite, pictures, map_format, override, config, share.
+            overwrite, pictures, map_format, override, config, share, yes.
         ranks: the processes that share the work; None: this one.
 
     Returns:
@@ -89,25 +92,8 @@ def explain_cases(
     """
     ranks = ranks or Ranks()
     storage.writable_folder(output)
-    chosen = [PredictedClasses(activation="sigmoid" if _sigmoid(reader) else "auto")] if targets is None else targets
-    network, preprocess = reader.network, Preprocessor(reader)
-    check_layers(network, [*methods, *chosen])
-    amp = reader.amp and reader.device.type == "cuda" if options.amp is None else options.amp  # on CPUs as MONAI does
-    explainer = Explainer(
-        network,
-        reader.inferer,
-        reader.device,
-        amp,
-        output=options.network_output,
-        class_names=reader.class_names,
-        channel_names=[name for _, name in sorted(reader.channel_names.items())],
-        window_batch=options.window_batch,
-        seed=options.seed,
-        progress=options.progress,
-        time_limit=options.time_limit,
-        distributed=options.share == "windows",
-        on_error="record",
-    )
+    explainer, chosen = _explainer(reader, methods, targets, options)
+    preprocess = Preprocessor(reader)
     writer = ResultWriter(
         output,
         methods,
@@ -141,6 +127,58 @@ def explain_cases(
     with writer.run:
         writer.run.join(ranks)
         return writer
+
+
+def _explainer(
+    reader: BundleReader, methods: Sequence[Method], targets: Sequence[Target] | None, options: Namespace
+) -> tuple[Explainer, Sequence[Target]]:
+    """The explainer of a bundle, and what it explains: every predicted class where ``targets`` is None."""
+    chosen = [PredictedClasses(activation="sigmoid" if _sigmoid(reader) else "auto")] if targets is None else targets
+    check_layers(reader.network, [*methods, *chosen])
+    amp = reader.amp and reader.device.type == "cuda" if options.amp is None else options.amp  # on CPUs as MONAI does
+    explainer = Explainer(
+        reader.network,
+        reader.inferer,
+        reader.device,
+        amp,
+        output=options.network_output,
+        class_names=reader.class_names,
+        channel_names=[name for _, name in sorted(reader.channel_names.items())],
+        window_batch=options.window_batch,
+        seed=options.seed,
+        progress=options.progress,
+        time_limit=options.time_limit,
+        allow_costly=options.yes,
+        distributed=options.share == "windows",
+        on_error="record",
+    )
+    return explainer, chosen
+
+
+def _tell_costs(
+    reader: BundleReader,
+    cases: Sequence[ScanCase],
+    methods: Sequence[Method],
+    targets: Sequence[Target] | None,
+    options: Namespace,
+    log: RunLog,
+) -> int:
+    """Prints what explaining would cost; writes nothing."""
+    explainer, chosen = _explainer(reader, methods, targets, options)
+    preprocess, found, failed = Preprocessor(reader), [], False
+    for case in cases:
+        try:
+            _, image, data = preprocess(case)
+            found += [(case.name, cost) for cost in explainer.costs(image[None], methods, chosen, data=data)]
+        except Exception as error:  # told, and the other cases go on
+            failed = True
+            logger.error("%s: %s", case.name, _named(error, log))
+    print("\n".join(table(found)))
+    seconds = sum(cost.seconds or 0.0 for _, cost in found)
+    print(
+        f"About {duration(seconds)} in all; methods that share passes (gradients, CAM) need less. Nothing was written."
+    )
+    return int(failed)
 
 
 def _named(error: Exception, log: RunLog) -> Exception:

@@ -22,6 +22,7 @@ from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.cases import cases_of
+from esegeta_monai.costs import Cost, table
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.explainer import Explainer
 from esegeta_monai.handlers.calls import InfererCalls, plain_inferer, watched
@@ -56,6 +57,9 @@ class ExplanationHandler:
         output: which of several outputs of the network is explained.
         class_names: class number to name; None: from the bundle's metadata.json.
         seed, time_limit, window_batch, volume_device: see `esegeta_monai.Explainer`.
+        dry_run: nothing is explained or written; the log says what each method and target would cost, see
+            `esegeta_monai.costs.Cost`.
+        allow_costly: see `esegeta_monai.Explainer`.
         overwrite: explain again what is finished.
         map_format: ``"nifti"``, or ``"input"``: NRRD and MHA scans get maps in their own format, all others NIfTI.
         pictures: a PNG beside every map, and what the report shows of the scan.
@@ -95,6 +99,8 @@ class ExplanationHandler:
         output: int | str | None = None,
         class_names: Mapping[int, str] | None = None,
         seed: int = 0,
+        dry_run: bool = False,
+        allow_costly: bool = False,
         time_limit: float | None = None,
         window_batch: int | None = None,
         volume_device: torch.device | str | None = None,
@@ -123,11 +129,14 @@ class ExplanationHandler:
         self.class_names = {int(k): v for k, v in (class_names or self.metadata.class_names).items()}
         self.options: dict[str, Any] = {
             "seed": seed,
+            "allow_costly": _flag("allow_costly", allow_costly),
             "time_limit": time_limit,
             "window_batch": window_batch,
             "volume_device": volume_device,
             "progress": _flag("progress", progress),
         }
+        self.dry_run = _flag("dry_run", dry_run)
+        self._costs: list[tuple[str, Cost]] = []
         self.overwrite, self.pictures = _flag("overwrite", overwrite), _flag("pictures", pictures)
         if map_format not in ("nifti", "input"):
             raise UsageError(f"map_format={map_format!r}: give 'nifti' or 'input'")
@@ -192,7 +201,9 @@ class ExplanationHandler:
         self._open(engine, max(engine.state.epoch, 1))
 
     def _open(self, engine: Any, epoch: int) -> None:
-        """The writer of an epoch's folder."""
+        """The writer of an epoch's folder; none in a dry run."""
+        if self.dry_run:
+            return
         folder = self.output_dir or self._saved(engine, "output_dir")
         if folder is None:
             raise UsageError(
@@ -223,13 +234,13 @@ class ExplanationHandler:
         if (engine.state.epoch - 1) % self.epochs:
             return
         self._open(engine, engine.state.epoch)
-        assert self.writer is not None
         assert self._explainer is not None
         assert self.targets is not None
         training = getattr(engine, "mode", None) is not eval_mode
         if self._weights is None or training:
             self._weights = weights_hash(unwrap(engine.network))
-        self.writer.provenance["weights_sha256"] = self._weights
+        if self.writer is not None:
+            self.writer.provenance["weights_sha256"] = self._weights
         images = self._images(engine)
         names = self._cases(images, engine)
         wanted = [self._wanted(name) for name in names]
@@ -245,6 +256,11 @@ class ExplanationHandler:
                 continue
             more = {"prediction": predictions, "network_args": args, "network_kwargs": kwargs}
             of_case = {k: _entry(v, i, len(images)) for k, v in more.items()}
+            if self.dry_run:
+                found = self._explainer.costs(image[None], self.methods, self.targets, data=data[i], **of_case)
+                self._costs += [(case, cost) for cost in found]
+                continue
+            assert self.writer is not None
             for methods, targets in self._ranks.part(self._share, self.methods, self.targets):
                 self.writer.explain(
                     self._explainer,
@@ -288,6 +304,10 @@ class ExplanationHandler:
 
     def _end(self, engine: Any) -> None:
         engine.inferer = plain_inferer(engine)
+        if self.dry_run:
+            for line in table(self._costs):
+                self.logger.info(line)
+            self._costs = []
         if self.writer is None:
             return
         self.writer.run.join(self._ranks)

@@ -99,6 +99,11 @@ class Method(Configurable, ABC):
         """How often a naive computation predicts the whole image; None: as often as this one looks at the windows."""
         return None
 
+    @property
+    def passes_exact(self) -> bool:
+        """Whether `passes` is known before, or only roughly since it depends on what the run finds."""
+        return True
+
     def passes(self, objective: Objective) -> int:
         """Window passes that `attribute` needs, for progress and for cost estimates; exact unless a method says so."""
         return len(objective.windows)

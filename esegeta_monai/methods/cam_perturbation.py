@@ -34,6 +34,10 @@ class _ChannelByChannel(_Cam):
         if self.max_channels is not None and self.max_channels < 1:
             raise UsageError(f"max_channels={self.max_channels}: give at least 1, or None for all channels")
 
+    @property
+    def passes_exact(self) -> bool:
+        return False
+
     def passes(self, objective: Objective) -> int:
         """Activations everywhere twice; each channel the windows that the target sees (64 channels are assumed)."""
         return 2 * len(objective.plan) + (self.max_channels or 64) * len(objective.windows)

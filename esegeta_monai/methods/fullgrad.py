@@ -57,6 +57,10 @@ class FullGrad(Method):
     def signed(self) -> bool:
         return not self.abs
 
+    @property
+    def passes_exact(self) -> bool:
+        return False
+
     def passes(self, objective: Objective) -> int:
         """One, or one a module (about)."""
         leaves = sum(not any(m.children()) for m in objective.model.network.modules())

@@ -76,10 +76,15 @@ class IntegratedGradients(Method):
         _warn(objective, gap, ends)
         return Explained(maps, notes)
 
+    @property
+    def passes_exact(self) -> bool:
+        return self.tolerance is None
+
     def passes(self, objective: Objective) -> int:
         """With ``tolerance`` at most ``max_steps`` gradients; a forward pass each more for non-linear targets."""
-        points = self.n_steps + 1 if self.tolerance is None else self.max_steps
-        return points * len(objective.windows) * (1 if objective.linear else 2)
+        each = 1 if objective.linear else 2
+        points = 1 + self.n_steps * each if self.tolerance is None else self.max_steps * each
+        return points * len(objective.windows)
 
     def _fixed(self, objective: Objective, x0: Tensor, dx: Tensor) -> Tensor:
         nodes, weights = quadrature(self.method, self.n_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -181,6 +182,18 @@ def test_what_the_command_line_makes_of_a_date_and_of_false(bundle: Path) -> Non
         parser.get_parsed_content("explain_handler", reset=True)
     assert isinstance(raised.value.__cause__, UsageError)
     assert "output_dir=20240115 is no folder name: on the command line write ./NAME" in str(raised.value.__cause__)
+
+
+@pytest.mark.parametrize("told", [True, DefaultParseValue("true")])
+def test_a_dry_run_logs_what_it_would_cost(
+    bundle: Path, tmp_path: Path, told: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        run(bundle, output_dir=str(tmp_path), explain_dry_run=told, explain_output_dir=str(tmp_path / "maps"))
+    assert not (tmp_path / "maps").exists()
+    lines = [r.getMessage() for r in caplog.records]
+    (start,) = (i for i, line in enumerate(lines) if line.startswith("case ") and "naive passes" in line)
+    assert any("Saliency" in line for line in lines[start + 1 :])
 
 
 def test_second_run_skips_what_is_finished(bundle: Path, finished: Path, tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""What a method costs is known before: passes exactly, time roughly; what costs too much is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+
+import esegeta_monai.costs as costs
+from esegeta_monai import Explainer
+from esegeta_monai import methods as m
+from esegeta_monai.errors import MethodError
+from esegeta_monai.targets import MultiClassMask, Voxel
+from tests.methods.naive import image_of, small
+
+METHODS = [
+    m.Saliency(),
+    m.IntegratedGradients(n_steps=4),
+    m.SmoothGrad(m.Saliency(), n_samples=3),
+    m.GuidedBackprop(),
+    m.DeepLift(),
+    m.LRP(),
+    m.GradCam("a"),
+    m.LayerActivation("a"),
+    m.Occlusion(4, 3),
+    m.FeatureAblation("grid(5)"),
+    m.ShapleyValueSampling(3, "grid(6)"),
+    m.KernelShap(20, "grid(6)"),
+    m.ChannelShapley(),
+    m.Lime(20, "grid(6)"),
+    m.Rise(6, grid=2),
+    m.Sobol(4, grid=2),
+    m.Hsic(4, grid=2),
+]
+
+
+def explainer(**options) -> Explainer:
+    return Explainer(small(2, 2), SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), **options)
+
+
+@pytest.mark.parametrize("calibration", [30.0, 0.0])
+@pytest.mark.parametrize("output", ["logit", "probability"])
+def test_the_passes_are_those_of_the_run(output, calibration):
+    """Whether the method has run to its end while its time was taken, or has only begun."""
+    image = image_of(1, 2, 6, 20)
+    image[..., :9] = 0.25  # background, so that perturbations there change nothing
+    chosen = [x for x in METHODS if output == "logit" or not x.needs_linear]
+    targets = [MultiClassMask(1, output=output), Voxel(0, index=(2, 15), output=output)]
+    for cost in explainer().costs(image, chosen, targets, calibration=calibration):
+        method = next(x for x in chosen if x.name == cost.method)
+        target = targets[0] if cost.target.startswith("MultiClassMask") else targets[1]
+        (found,) = explainer()(image, [method], [target])
+        assert cost.note is None
+        if cost.exact:
+            assert cost.passes == found.record["window_passes"], cost
+        else:
+            assert method.name == "LRP"
+        assert cost.naive_passes >= cost.passes or not isinstance(method, m.Occlusion)
+        assert cost.seconds > 0
+        assert cost.peak_memory_bytes > 0
+
+
+def test_the_naive_passes_are_those_of_whole_predictions():
+    (cost,) = explainer().costs(image_of(1, 2, 6, 20), [m.Occlusion(4)], [Voxel(0, index=(2, 3))])
+    occluders, windows = 2 * 5, 4
+    assert cost.naive_passes == (occluders + 1) * windows
+
+
+def test_an_empty_target_has_a_reason():
+    image = image_of(1, 2, 6, 20)
+    found = list(explainer().costs(image, ["Saliency"], [MultiClassMask(c) for c in range(3)]))
+    told = {a.label: a.status for a in explainer()(image, ["Saliency"], [MultiClassMask(c) for c in range(3)])}
+    assert {c.target for c in found if c.note is None} == {label for label, s in told.items() if s == "ok"}
+
+
+def test_what_costs_too_much_is_refused_with_number_and_remedy(monkeypatch):
+    monkeypatch.setattr(costs, "COSTLY", 9)
+    image, target = image_of(1, 2, 6, 20), [Voxel(0, index=(2, 3))]
+    with pytest.raises(MethodError, match=r"10 perturbations.*larger occluders.*--yes"):
+        list(explainer()(image, [m.Occlusion(4)], target))
+    refused, done = explainer(on_error="record")(image, [m.Occlusion(4), m.Occlusion(5, name="coarse")], target)
+    assert (refused.status, done.status) == ("failed", "ok")
+    assert refused.record["window_passes"] is None
+    (allowed,) = explainer(allow_costly=True)(image, [m.Occlusion(4)], target)
+    assert allowed.status == "ok"
+
+
+def test_a_voxel_by_voxel_occlusion_of_a_volume_is_refused_at_once():
+    network = torch.nn.Conv3d(1, 1, 1)
+    torch.nn.init.ones_(network.bias)
+    explain = Explainer(network, SlidingWindowInferer((32,) * 3, 4, 0.25), on_error="record")
+    (found,) = explain(torch.rand(1, 1, 64, 64, 64), [m.Occlusion(1)], [MultiClassMask(0)])
+    assert "262,144 perturbations" in found.record["reason"]
+
+
+def test_the_lines_of_the_table():
+    found = [
+        ("sub-01", costs.Cost(0, "Occlusion", "Voxel-1", 1200, True, 40000, 75.0, 2**31)),
+        ("sub-01", costs.Cost(0, "Saliency", "Voxel-1", note="no voxel")),
+    ]
+    header, first, second = costs.table(found)
+    assert header.split() == ["case", "target", "method", "passes", "naive", "passes", "time", "peak", "memory"]
+    assert first.split() == ["sub-01", "Voxel-1", "Occlusion", "1,200", "40,000", "1", "min", "15", "s", "2.0", "GiB"]
+    assert first.index("40,000") == header.index("naive")
+    assert second.endswith("no voxel")
