@@ -514,7 +514,7 @@ def test_what_costs_too_much_is_refused_unless_told(
     bundle: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("esegeta_monai.costs.COSTLY", 5)
-    words = (bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", "Occlusion(window=16)",
+    words = (bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", "Occlusion(window=4)",
              "--target", "MultiClassMask(1)")  # fmt: skip
     assert explained(*words) == 1
     assert "perturbations" in capsys.readouterr().err
