@@ -38,12 +38,13 @@ class Segments(Perturbations):
     Args:
         labels: see `esegeta_monai.features.Features`.
         coalitions: (m, n) bool, True where a feature is kept.
-        baseline: (C, *spatial).
+        baseline, image: (C, *spatial); a feature that is equal in both changes nothing.
     """
 
-    def __init__(self, labels: Tensor, coalitions: np.ndarray, baseline: Tensor) -> None:
-        self.labels, self.coalitions, self.baseline = labels, np.ascontiguousarray(coalitions, dtype=bool), baseline
-        self._present: dict[int, np.ndarray] = {}
+    def __init__(self, labels: Tensor, coalitions: np.ndarray, baseline: Tensor, image: Tensor) -> None:
+        self.labels, self.coalitions = labels, np.ascontiguousarray(coalitions, dtype=bool)
+        self.baseline, self.image = baseline, image
+        self._present: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
         self._here: tuple[Slices, Tensor, Tensor] | None = None
         self._digest: bytes | None = None
 
@@ -59,12 +60,27 @@ class Segments(Perturbations):
         kept = torch.from_numpy(np.append(self.coalitions[index], True)).to(crop.device)
         return torch.where(kept[labels], crop, baseline)
 
+    def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
+        return not self.coalitions[index, self._differing(place)].all()
+
+    def altered(self, index: int, crop: Tensor, place: Slices) -> Tensor | None:
+        return self.apply(index, crop, place) if self.changes(index, crop, place) else None
+
     def key(self, index: int, window: int, place: Slices) -> Hashable:
-        if window not in self._present:
-            found = torch.unique(self.labels[_rows(slice(None), place)]).cpu().numpy()
-            self._present[window] = found[found >= 0]
-        kept = self.coalitions[index, self._present[window]]
+        kept = self.coalitions[index, self._differing(place)]
         return UNCHANGED if kept.all() else np.packbits(kept).tobytes()
+
+    def _differing(self, place: Slices) -> np.ndarray:
+        """The features that have a voxel at ``place`` which differs from the baseline."""
+        where = tuple((p.start, p.stop) for p in place)
+        if where not in self._present:
+            inside = _rows(slice(None), place)
+            labels, differs = self.labels[inside], self.image[inside] != self.baseline[inside].to(self.image)
+            if len(labels) == 1:
+                differs = differs.any(0, keepdim=True)
+            found = torch.unique(labels[differs]).cpu().numpy()
+            self._present[where] = found[found >= 0]
+        return self._present[where]
 
     def identity(self, index: int) -> Hashable:
         if self._digest is None:
@@ -204,7 +220,8 @@ class Game:
 
     def segments(self, coalitions: np.ndarray, reference: Tensor | None = None) -> Segments:
         """The perturbations that leave these coalitions (m, n)."""
-        return Segments(self.features.labels, coalitions, self.reference if reference is None else reference)
+        baseline = self.reference if reference is None else reference
+        return Segments(self.features.labels, coalitions, baseline, self.objective.image)
 
     def values(self, coalitions: np.ndarray, reference: Tensor | None = None) -> Tensor:
         """``v(S)`` for coalitions (m, n): (k, m), each distinct one computed once on an objective."""

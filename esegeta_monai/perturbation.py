@@ -52,7 +52,12 @@ class Perturbations(ABC):
 
     def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
         """Whether perturbation ``index`` changes a voxel of ``crop`` (C, *place): what does not is never computed."""
-        return not torch.equal(self.apply(index, crop, place), crop)
+        return self.altered(index, crop, place) is not None
+
+    def altered(self, index: int, crop: Tensor, place: Slices) -> Tensor | None:
+        """`apply`, or None where no voxel of ``crop`` is changed."""
+        perturbed = self.apply(index, crop, place)
+        return None if torch.equal(perturbed, crop) else perturbed
 
     def reaching(self, place: Slices) -> Sequence[int]:
         """The perturbations that may change a voxel at ``place``, in order."""
@@ -93,6 +98,9 @@ class _Part(Perturbations):
 
     def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
         return self.whole.changes(self.indices[index], crop, place)
+
+    def altered(self, index: int, crop: Tensor, place: Slices) -> Tensor | None:
+        return self.whole.altered(self.indices[index], crop, place)
 
     def reaching(self, place: Slices) -> Sequence[int]:
         near = set(self.whole.reaching(place))
@@ -156,6 +164,9 @@ class Boxes(Perturbations):
         inside, value = self._replaced(index, crop, place)
         return bool((crop[inside] != value).any())  # the box alone, not the whole window
 
+    def altered(self, index: int, crop: Tensor, place: Slices) -> Tensor | None:
+        return self.apply(index, crop, place) if self.changes(index, crop, place) else None
+
     def fingerprint(self) -> str:
         baseline = self.baseline if isinstance(self.baseline, Tensor) else torch.tensor(self.baseline)
         parts = digest(torch.from_numpy(self._corners), baseline).hex()
@@ -215,6 +226,11 @@ class _Pair:
     indices: tuple[int, ...]
     window: int
 
+    @property
+    def first(self) -> int:
+        """The perturbation that stands for all."""
+        return self.indices[0]
+
 
 def change(objective: Objective, perturbations: Perturbations) -> Tensor:
     """``F(x') − F(x)`` for every perturbation and target: (k, m), float64, on the CPU.
@@ -264,7 +280,14 @@ def passes_needed(objective: Objective, perturbations: Perturbations) -> int:
     m, windows = len(perturbations), objective.windows
     block = m if objective.linear else _block_size(objective, m)
     blocks = [range(a, min(a + block, m)) for a in range(0, m, max(block, 1))]
-    touched = [[pair.window for pair, _, _ in _pairs(objective, perturbations, part)] for part in blocks]
+    touched = [
+        [
+            pair.window
+            for pair, *where in _pairs(objective, perturbations, b)
+            if perturbations.changes(pair.first, *where)
+        ]
+        for b in blocks
+    ]
     pairs = sum(map(len, touched))
     if objective.linear:
         return pairs + len(windows)
@@ -284,7 +307,7 @@ def _keeps(objective: Objective) -> bool:
 def _pairs(
     objective: Objective, perturbations: Perturbations, block: Sequence[int]
 ) -> Iterator[tuple[_Pair, Tensor, Slices]]:
-    """All pairs of a block of perturbations that change a voxel, each with the window (C, *place) and its place.
+    """All pairs of a block of perturbations that may change a voxel, each with the window (C, *place) and its place.
 
     Windows are outside, perturbations inside, so that a window is cut once.
     """
@@ -294,8 +317,7 @@ def _pairs(
         if groups:
             crop = objective.image[_rows(slice(None), place)].to(objective.model.device)
             for group in groups:
-                if perturbations.changes(group[0], crop, place):
-                    yield _Pair(group, w), crop, place
+                yield _Pair(group, w), crop, place
 
 
 def _groups(perturbations: Perturbations, block: Sequence[int], window: int, place: Slices) -> list[tuple[int, ...]]:
@@ -323,7 +345,7 @@ class _Change:
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         self.objective, self.perturbations = objective, perturbations
         self.result = torch.zeros((objective.n_targets, len(perturbations)), dtype=torch.float64)
-        self.done = 0
+        self.done = self.number = self.known = 0
         table = objective.table if objective.ranks.size == 1 else None
         self.name = None if table is None else perturbations.fingerprint()
         self.table = None if self.name is None else table
@@ -351,7 +373,12 @@ class _Change:
         for pair, crop, place in _pairs(self.objective, self.perturbations, block):
             if not self.mine():
                 continue
-            perturbed = self.perturbations.apply(pair.indices[0], crop, place)
+            perturbed = self.perturbations.altered(pair.first, crop, place)
+            if perturbed is None:
+                continue
+            self.number += 1
+            if self.number <= self.known:  # of an earlier run: pairs come in the same order at every run
+                continue
             pending.append((pair, self.objective.plan.pad(perturbed)))
             if len(pending) >= self.objective.window_batch:
                 pending = self._flush(pending)
@@ -386,16 +413,15 @@ class _LinearChange(_Change):
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         super().__init__(objective, perturbations)
         self.cotangents: dict[tuple[int, ...], list[Tensor | None]] = {}
-        self.number = 0
+        self.turn = 0
 
     def mine(self) -> bool:
         """Pairs go round the processes."""
-        ranks = self.objective.ranks
-        self.number += 1
-        return self.number > self.known and self.number % ranks.size == ranks.rank
+        self.turn += 1
+        return self.turn % self.objective.ranks.size == self.objective.ranks.rank
 
     def run(self) -> Tensor:
-        self.known = self.done  # pairs come in the same order at every run
+        self.known = self.done
         self._base()
         with self.objective.ranks.summed([self.result]):
             self.over(range(len(self.perturbations)))

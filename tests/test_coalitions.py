@@ -59,9 +59,10 @@ def test_masks_with_equal_keys_make_equal_crops_and_no_others():
 def test_segments_with_equal_keys_make_equal_crops():
     labels = torch.arange(100).reshape(1, 10, 10) // 9 - 1
     coalitions = np.random.default_rng(0).random((60, 11)) > 0.4
-    segments = Segments(labels, coalitions, torch.zeros(1, 10, 10, dtype=torch.float64))
+    image = image_of(1, 10, 10)
+    segments = Segments(labels, coalitions, torch.zeros_like(image), image)
     place = (slice(0, 3), slice(2, 6))
-    crop = image_of(1, 3, 4)
+    crop = image[:, 0:3, 2:6]
     by_key: dict = {}
     for i in range(60):
         by_key.setdefault(segments.key(i, 0, place), []).append(segments.apply(i, crop, place))
@@ -70,11 +71,27 @@ def test_segments_with_equal_keys_make_equal_crops():
     assert len(by_key) == 2**2  # features 0 and 1; the first row belongs to none
 
 
+def test_features_that_equal_the_baseline_are_told_apart_from_nothing():
+    labels = (torch.arange(16) // 4).expand(1, 8, 16).contiguous()
+    image = image_of(1, 8, 16)
+    image[..., :4] = 0  # feature 0 is background
+    segments = Segments(
+        labels, np.array([[0, 1, 1, 1], [0, 0, 1, 1], [1, 0, 1, 1]], bool), torch.zeros(1, 8, 16), image
+    )
+    place = (slice(0, 8), slice(0, 8))
+    crop = image[..., :8]
+    assert segments.key(0, 0, place) == UNCHANGED
+    assert not segments.changes(0, crop, place)
+    assert segments.altered(0, crop, place) is None
+    assert segments.key(1, 0, place) == segments.key(2, 0, place) != UNCHANGED
+    assert torch.equal(segments.apply(1, crop, place), segments.apply(2, crop, place))
+
+
 def test_no_perturbation_changes_the_crop_it_gets():
     crop, before = image_of(1, 6, 6), image_of(1, 6, 6)
     place = (slice(0, 6), slice(0, 6))
     labels = torch.zeros(1, 6, 6, dtype=torch.long)
-    Segments(labels, np.array([[False]]), torch.zeros(1, 6, 6, dtype=torch.float64)).apply(0, crop, place)
+    Segments(labels, np.array([[False]]), torch.zeros_like(crop), crop).apply(0, crop, place)
     SmoothMasks(torch.zeros(1, 2, 2), (6, 6), torch.zeros(1, 6, 6)).apply(0, crop, place)
     assert torch.equal(crop, before)
 
@@ -85,7 +102,7 @@ def test_windows_in_which_coalitions_agree_are_computed_once(output):
     case = Naive(small(), image_of(1, 8, 32), [MultiClassMask(1, output=output)])
     labels = (torch.arange(32) // 4).expand(1, 8, 32).contiguous()
     coalitions = np.random.default_rng(1).random((40, 8)) > 0.5
-    segments = Segments(labels, coalitions, torch.zeros_like(case.image))
+    segments = Segments(labels, coalitions, torch.zeros_like(case.image), case.image)
     with frozen(case.net):
         mine = change(case.objective, segments)
     windows = len(case.objective.windows)
@@ -96,7 +113,7 @@ def test_windows_in_which_coalitions_agree_are_computed_once(output):
 def test_blocks_of_a_non_linear_target_count_and_score_the_same(monkeypatch):
     case = Naive(small(), image_of(1, 8, 24), [MultiClassMask(1, output="probability")])
     labels = (torch.arange(24) // 4).expand(1, 8, 24).contiguous()
-    segments = Segments(labels, np.random.default_rng(1).random((9, 6)) > 0.5, torch.zeros_like(case.image))
+    segments = Segments(labels, np.random.default_rng(1).random((9, 6)) > 0.5, torch.zeros_like(case.image), case.image)
     with frozen(case.net):
         whole = change(case.objective, segments)
         monkeypatch.setattr("esegeta_monai.perturbation.BLOCK_BYTES", 8 * 3 * 8 * 24 * 2)
@@ -113,16 +130,16 @@ def test_known_perturbations_are_looked_up():
     rows = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1], [1, 1, 1, 1]], dtype=bool)
     zero = torch.zeros_like(case.image)
     with frozen(case.net):
-        first = known_change(case.objective, Segments(labels, rows, zero))
+        first = known_change(case.objective, Segments(labels, rows, zero, case.image))
         spent = case.objective.monitor.passes
-        again = known_change(case.objective, Segments(labels, rows[[1, 0]], zero))
+        again = known_change(case.objective, Segments(labels, rows[[1, 0]], zero, case.image))
         assert case.objective.monitor.passes == spent
-        known_change(case.objective, Segments(labels, rows, zero + 1))
+        known_change(case.objective, Segments(labels, rows, zero + 1, case.image))
         assert case.objective.monitor.passes > spent
     assert torch.equal(first[:, [1, 0]], again)
     assert torch.equal(first[:, 0], first[:, 2])
     assert bool((first[:, 3] == 0).all())
-    assert_equal(first, case.change(case.objective, Segments(labels, rows, zero)))
+    assert_equal(first, case.change(case.objective, Segments(labels, rows, zero, case.image)))
 
 
 def test_feature_means():
