@@ -283,8 +283,8 @@ def passes_needed(objective: Objective, perturbations: Perturbations) -> int:
     touched = [
         [
             pair.window
-            for pair, *where in _pairs(objective, perturbations, b)
-            if perturbations.changes(pair.first, *where)
+            for pair, crop, place in _pairs(objective, perturbations, b)
+            if perturbations.changes(pair.first, crop, place)
         ]
         for b in blocks
     ]
