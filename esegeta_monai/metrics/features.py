@@ -64,7 +64,7 @@ class Removal:
         return self._change(self.objective, coalitions, known=True)
 
     def _change(self, objective: Objective, coalitions: np.ndarray, known: bool) -> np.ndarray:
-        segments = Segments(self.features.labels, coalitions, self.reference)
+        segments = Segments(self.features.labels, coalitions, self.reference, objective.image)
         found = (known_change if known else change)(objective, segments)
         return found[self.row if objective is self.objective else 0].numpy()
 
