@@ -27,7 +27,7 @@ from esegeta_monai.methods.canvas import (
     window_of,
 )
 from esegeta_monai.methods.parametrisation import per_channel
-from esegeta_monai.methods.synthesis import Synthesis, check_steps, descend, described, for_targets, noise
+from esegeta_monai.methods.synthesis import _Synthesis, check_steps, descend, described, for_targets, noise
 from esegeta_monai.objective import Objective
 from esegeta_monai.targets.base import WeightedScore
 from esegeta_monai.windows import WindowPlan
@@ -36,7 +36,7 @@ __all__ = ["DeepDream", "InvertedRepresentation"]
 
 
 @dataclass(eq=False, repr=False)
-class DeepDream(Synthesis):
+class DeepDream(_Synthesis):
     """The case's image with what the network sees in it made stronger (Mordvintsev et al. 2015), in 2D and 3D, window
     by window over the whole image.
 
@@ -55,7 +55,7 @@ class DeepDream(Synthesis):
         jitter: voxels by which the image is rolled round at random before each step, against patterns of the
             windows' and strides' own; with ``layer`` only, since a mask stays where it is.
         intensity: (low, high), or a pair for each channel; None: the image's extremes.
-        min_rise: see `Synthesis`.
+        min_rise: by which share of its start the objective should rise; below, the record warns.
 
     A copy smaller than the network's window is padded with its own edge. The record also has
     ``correlation_with_image`` and ``octave_shapes``.
@@ -174,7 +174,7 @@ SMALLEST = 8
 
 
 @dataclass(eq=False, repr=False)
-class InvertedRepresentation(Synthesis):
+class InvertedRepresentation(_Synthesis):
     """The image that a layer takes for the case's: ``min over x of |Φ(x) − Φ₀|²/|Φ₀|² + λ_α mean |r|^α + λ_TV mean
     |∇r|^β``, Φ₀ = Φ(case), ``r = (x − middle)/h`` in half ranges of intensity (Mahendran & Vedaldi 2015), in 2D and 3D.
 

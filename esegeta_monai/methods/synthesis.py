@@ -27,10 +27,10 @@ from esegeta_monai.methods.canvas import (
 from esegeta_monai.methods.parametrisation import Fourier, RandomView, Voxels, per_channel, squash
 from esegeta_monai.objective import Objective
 
-__all__ = ["ClassImage", "FeatureVisualization", "Synthesis"]
+__all__ = ["ClassImage", "FeatureVisualization"]
 
 
-class Synthesis(Method):
+class _Synthesis(Method):
     """What methods that make images up have in common.
 
     The image lies on the case's grid: where it is one window, at that window's place (``place`` in the record), with
@@ -55,7 +55,7 @@ class Synthesis(Method):
 
 
 @dataclass(eq=False, repr=False)
-class FeatureVisualization(Synthesis):
+class FeatureVisualization(_Synthesis):
     """The image that excites a class, a layer, a channel or a unit most: ``max over z of E_T[F(T(x(z)))]`` (Olah et
     al. 2017), in 2D and 3D, for any number of channels.
 
@@ -80,7 +80,7 @@ class FeatureVisualization(Synthesis):
         decay: of the Fourier spectrum; None: half the number of dimensions.
         intensity: (low, high), or a pair for each channel; None: 0.5th to 99.5th percentile of the case.
         extent: ``"window"``: what the network sees at once; ``"image"``: the whole image, window by window.
-        min_rise: see `Synthesis`.
+        min_rise: by which share of its start the objective should rise; below, the record warns.
         backend: ``"native"``, or ``"lucent"`` (2D, where torch-lucent is installed), whose own parametrisation
             and transforms are used.
 
@@ -192,7 +192,7 @@ START_STD = 0.05
 
 
 @dataclass(eq=False, repr=False)
-class ClassImage(Synthesis):
+class ClassImage(_Synthesis):
     """The image with the greatest class score for its norm: ``max over I of S(I) − λ mean ((I − I₀)/h)²`` (Simonyan
     et al. 2014), h half of each channel's range of intensities; in 2D and 3D, for any number of channels.
 
