@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=8, help="examples a network")
     parser.add_argument("--dear-cases", type=int, default=3, help="examples for methods of many passes")
-    parser.add_argument("--faithful-cases", type=int, default=0, help="examples for faithfulness")
+    parser.add_argument("--faithful-cases", type=int, default=3, help="examples for faithfulness")
     parser.add_argument("--experiments", type=int, default=100, help="cases for the experiments on the cause")
     parser.add_argument("--networks", default=",".join(cause.name for cause in CAUSES))
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "known_cause", help="folder for what is kept")
@@ -68,7 +68,7 @@ def main() -> None:
         write_block(args.page, f"localisation {cause.name}", table)
         if args.faithful_cases:
             faithful = list(FAITHFULNESS)
-            table = method_table(cells, cause.name, [*faithful, "seconds"], "insertion", faithful)
+            table = method_table(cells, cause.name, [*faithful, "seconds"], "deletion", faithful)
             write_block(args.page, f"faithfulness {cause.name}", table)
     draw([(cause, next(cause.examples(1, FIRST_SEED))) for cause in causes], args.picture)
     print(f"written: {args.page}, {args.table}, {args.picture}")
