@@ -199,6 +199,7 @@ def test_one_step_of_training_writes_the_same_kind_of_weights(
         device="$torch.device('cpu')",
         epochs=1,
         epoch_length=1,
+        train_seeds=list(range(8)),  # what the cache holds
         val_seeds=[1_000_000],
     )
     trained = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
