@@ -86,7 +86,8 @@ def last_line(log: Path) -> str:
     """The line that says what went wrong."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line and "Warning" not in line and not line.startswith("File")]
-    return (errors or lines or ["nothing was said"])[-1][:300]
+    said = (errors or lines or ["nothing was said"])[-1]
+    return said.replace(str(log.parent.resolve()), "WORK")[:300]
 
 
 def as_options(values: dict[str, Any]) -> list[str]:
