@@ -55,7 +55,7 @@ from esegeta_monai.storage import check_image
 from esegeta_monai.targets.base import TARGETS, Case, Target
 from esegeta_monai.windows import as_inferer, plan_windows
 
-__all__ = ["Attribution", "Explainer"]
+__all__ = ["Attribution", "Explainer", "Judged"]
 
 logger = logging.getLogger("esegeta_monai")
 
@@ -71,6 +71,29 @@ class _Work:
     bound: list[Bound]
     prediction: Tensor
     notes: list[str]
+
+
+@dataclass
+class Judged:
+    """What metrics ask of one case.
+
+    Attributes:
+        case: its index in the batch.
+        objective: of all targets that have a voxel; None where none has.
+        targets, labels: of its scores.
+        left_out: label and reason of targets that could not be bound, or are empty.
+        time_limit: seconds a method.
+    """
+
+    case: int
+    objective: Objective | None
+    targets: list[Target]
+    labels: list[str]
+    left_out: list[tuple[str, str]]
+    time_limit: float | None
+
+
+NOTHING_THERE = "no voxel of the prediction belongs to {}, so there is nothing to explain"
 
 
 class Explainer:
@@ -279,6 +302,41 @@ class Explainer:
             raise InputError(f"image must be (B, C, *spatial) in 2D or 3D, got shape {tuple(joined.shape)}")
         return joined, {n: v.shape[1] for n, v in inputs.items()}
 
+    def judge(
+        self,
+        image: Tensor,
+        targets: Any,
+        *,
+        data: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        prediction: Any = None,
+        network_args: Sequence[Any] = (),
+        network_kwargs: Mapping[str, Any] | None = None,
+    ) -> Iterator[Judged]:
+        """The objectives of a batch, for metrics that ask the network themselves: one a case, and one for each layer
+        that takes the prediction's place.
+
+        Args:
+            image, targets, data, prediction, network_args, network_kwargs: see `__call__`.
+
+        Raises:
+            EsegetaError: a case that cannot be explained at all.
+        """
+        wanted = TARGETS.create_all(targets)
+        for case in self._cases(image, prediction, data, network_args, network_kwargs or {}):
+            for layer in dict.fromkeys(t.layer for t in wanted):
+                mine = [t for t in wanted if t.layer == layer]
+                model, volume, plan, predicted, _ = self._prepared(case, {}, layer)
+                bound = list(self._bind(mine, predicted, case))
+                seen = [b for b in bound if b.score is not None and not b.score.empty]
+                left = [(b.label, str(b.error or NOTHING_THERE.format(b.label))) for b in bound if b not in seen]
+                objective = None
+                if seen:
+                    scores = [b.score for b in seen if b.score is not None]
+                    objective = self._objective(case, model, volume, plan, scores, predicted)
+                yield Judged(
+                    case.index, objective, [b.target for b in seen], [b.label for b in seen], left, self.time_limit
+                )
+
     # -- cases --------------------------------------------------------------------------------------------------
 
     def _cases(
@@ -340,25 +398,7 @@ class Explainer:
                 mine = [t for t in targets if t.layer == layer]
                 yield from self._prepare(case, methods, mine, channels, refused, skip)
             return
-        check_image(case.image.detach().cpu(), f"image {case.index}")
-        model = self._model(channels, case, layers[0] if layers else None)
-        image = case.image.as_tensor().detach().to(self.volume_device, model.dtype)
-        case.record = {
-            "network_grid": list(image.shape[1:]),
-            "network_affine": torch.as_tensor(case.image.affine).double().tolist(),
-            "image_sha256": tensor_hash(image),
-        }
-        self._same_everywhere(case)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            plan = plan_windows(self.inferer, image.shape[1:], model.dtype)
-        notes = [str(w.message) for w in caught]
-        for text in notes:
-            logger.warning(text)
-        model.repeats = plan.whole
-        if plan.whole and type(self.inferer).__name__ != "SimpleInferer":
-            model.inferer = self.inferer
-        prediction = self._prediction(case, image, model)
+        model, image, plan, prediction, notes = self._prepared(case, channels, layers[0] if layers else None)
         todo: dict[tuple[int, ...], list[Method]] = {}
         bound = list(self._bind(targets, prediction, case))
         for method in methods:
@@ -380,20 +420,8 @@ class Explainer:
                 todo.setdefault(tuple(left), []).append(method)
         for seen, together in todo.items():
             part = [bound[j] for j in seen]
-            with self._modes(), frozen(self.network):
-                objective = Objective(
-                    model,
-                    image,
-                    plan,
-                    [b.score for b in part if b.score is not None],
-                    prediction,
-                    seed=self.seed,
-                    monitor=Monitor(),
-                    condition=None if case.condition is None else case.condition.to(self.volume_device, model.dtype),
-                    case=self._context(case),
-                    ranks=self.ranks,
-                )
-            objective.window_batch = self.window_batch or (4 if plan.whole else plan.batch_size)
+            scores = [b.score for b in part if b.score is not None]
+            objective = self._objective(case, model, image, plan, scores, prediction)
             affordable = []
             for method in together:
                 refusal = None if self.allow_costly else _refusal(method, objective)
@@ -404,6 +432,56 @@ class Explainer:
                     yield self.outcomes.failed(method, b, case, self.outcomes.record(method, b, plan, case), refusal)
             if affordable:
                 yield _Work(affordable, objective, part, prediction, notes)
+
+    def _prepared(
+        self, case: CaseInput, channels: dict[str, int], layer: str | None
+    ) -> tuple[CaseModel, Tensor, WindowPlan, Tensor, list[str]]:
+        """The network, the image, its windows and the unperturbed prediction of a case, and what is to be warned of."""
+        check_image(case.image.detach().cpu(), f"image {case.index}")
+        model = self._model(channels, case, layer)
+        image = case.image.as_tensor().detach().to(self.volume_device, model.dtype)
+        case.record = {
+            "network_grid": list(image.shape[1:]),
+            "network_affine": torch.as_tensor(case.image.affine).double().tolist(),
+            "image_sha256": tensor_hash(image),
+        }
+        self._same_everywhere(case)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plan = plan_windows(self.inferer, image.shape[1:], model.dtype)
+        notes = [str(w.message) for w in caught]
+        for text in notes:
+            logger.warning(text)
+        model.repeats = plan.whole
+        if plan.whole and type(self.inferer).__name__ != "SimpleInferer":
+            model.inferer = self.inferer
+        prediction = self._prediction(case, image, model)
+        return model, image, plan, prediction, notes
+
+    def _objective(
+        self,
+        case: CaseInput,
+        model: CaseModel,
+        image: Tensor,
+        plan: WindowPlan,
+        scores: Sequence[Score],
+        prediction: Tensor,
+    ) -> Objective:
+        with self._modes(), frozen(self.network):
+            objective = Objective(
+                model,
+                image,
+                plan,
+                scores,
+                prediction,
+                seed=self.seed,
+                monitor=Monitor(),
+                condition=None if case.condition is None else case.condition.to(self.volume_device, model.dtype),
+                case=self._context(case),
+                ranks=self.ranks,
+            )
+        objective.window_batch = self.window_batch or (4 if plan.whole else plan.batch_size)
+        return objective
 
     def _explain_group(
         self,

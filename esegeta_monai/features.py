@@ -26,7 +26,7 @@ from esegeta_monai.objective import Objective
 from esegeta_monai.targets.regions import label_on_grid
 
 __all__ = ["FEATURES", "Channels", "FeatureSpec", "Features", "Grid", "LabelMap", "Supervoxels", "features_for"]
-__all__ += ["table_csv"]
+__all__ += ["foreground", "table_csv"]
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class Supervoxels(FeatureSpec):
         image = objective.image
         if isinstance(self.mask, str) and self.mask in ("foreground", "everything"):
             everything = torch.ones_like(image[0], dtype=torch.bool)
-            return _foreground(image) if self.mask == "foreground" else everything
+            return foreground(image) if self.mask == "foreground" else everything
         return LabelMap(self.mask).of(objective).labels[0] >= 0
 
 
@@ -291,7 +291,7 @@ def _percentiles(image: Tensor) -> tuple[Tensor, Tensor]:
     return ordered[:, round(0.01 * last)].reshape(-1, *axes), ordered[:, round(0.99 * last)].reshape(-1, *axes)
 
 
-def _foreground(image: Tensor) -> Tensor:
+def foreground(image: Tensor) -> Tensor:
     """Voxels that differ from the background in some channel; everything where that would be nothing."""
     from scipy.ndimage import binary_fill_holes
 
