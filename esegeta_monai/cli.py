@@ -27,6 +27,7 @@ EXAMPLES = """examples:
   esegeta-monai explain --bundle my_bundle --input a.nii.gz --output explained/ \\
       --methods "Saliency,IntegratedGradients(tolerance=1e-3)" --target "MultiClassMask(class_index=1)"
   esegeta-monai report explained/
+  esegeta-monai evaluate --bundle my_bundle --input scans/ --maps explained/ --output judged/ --label labels/
   esegeta-monai methods
   esegeta-monai layers --bundle my_bundle
 """
@@ -35,6 +36,20 @@ EXPLAIN = """Explains what a bundle predicts on your scans. For each case, targe
 OUTPUT/CASE/CASE_TARGET_METHOD_attr.nii.gz (the map, on the scan's own voxels), .png (a picture) and .json (the record),
 and OUTPUT/run.json with the status of everything. What is finished already is skipped, so the same command goes on
 where an earlier run was stopped. The bundle itself is not changed."""
+
+EVALUATE = """Measures how far maps can be trusted: does the target change as they say, do they stay the same when they
+should, do they change when the network does, do they lie where the cause is known to lie. Beside the methods stand
+three control maps that do not look at the network (random, edges of the image, constant); a method that is no better is
+named. It writes OUTPUT/metrics.csv (one row a case, target, method and metric), OUTPUT/CASE/CASE_metrics.json (with
+curves and parameters) and OUTPUT/CASE/CASE_regions.csv (sums of the map per region, channel and distance)."""
+
+EVALUATE_END = """labels:
+  A label says where the cause lies. It is needed by the metrics of localisation (pointing game, relevance mass, ...)
+  and may lie on any grid. A folder must hold one file for each case: CASE.nii.gz, or one whose name begins with CASE_.
+
+exit codes: 0 all done (metrics that say nothing about a map, or do not apply to it, included), 1 something failed,
+2 usage error
+"""
 
 EXPLAIN_END = """inputs:
   scan.nii.gz                a scan; the case is called "scan"
@@ -131,8 +146,10 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="add a 3D view (needs NiiVue, which nilearn carries; 2.3 MB a page); a head can be recognised by its face",
     )
+    _add_evaluate(commands)
     _add_demo(commands)
-    for name, what in (("methods", "how it can be explained"), ("targets", "what can be explained")):
+    kinds = {"methods": "how it can be explained", "targets": "what can be explained", "metrics": "how maps are judged"}
+    for name, what in kinds.items():
         table = _add(commands, name, f"list {what}, with parameters and defaults", _lazy("tables", f"run_{name}"))
         table.add_argument("name", nargs="?", metavar="NAME", help="tell all about this one")
         table.add_argument("--bundle", metavar="DIR", help="also those in this bundle's scripts/")
@@ -211,6 +228,66 @@ def _add_explain(commands: Any) -> None:
     )
 
 
+def _add_evaluate(commands: Any) -> None:
+    evaluate = _add(
+        commands, "evaluate", "measure how far the maps of a bundle can be trusted", _lazy("evaluate", "run")
+    )
+    evaluate.description, evaluate.epilog = EVALUATE, EVALUATE_END
+    _add_bundle(evaluate, required=True)
+    evaluate.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
+    evaluate.add_argument("--output", required=True, metavar="DIR", help="where the tables go; made if missing")
+    evaluate.add_argument(
+        "--maps", metavar="DIR", help="judge the maps in this output folder of 'explain' in place of computing them"
+    )
+    evaluate.add_argument(
+        "--methods",
+        action="append",
+        metavar="LIST",
+        help="how it is explained (default: those of --maps, else Saliency,GradCam)",
+    )
+    evaluate.add_argument(
+        "--target",
+        action="append",
+        metavar="TARGET",
+        help="what is explained (default: those of --maps, else every predicted class but background)",
+    )
+    evaluate.add_argument(
+        "--metrics",
+        action="append",
+        metavar="LIST",
+        help="names with commas between them, with parameters in brackets, or 'all' (default: a quick selection; "
+        "'esegeta-monai metrics' lists all)",
+    )
+    evaluate.add_argument(
+        "--label", metavar="FILE", help="label map, or folder of them named like the cases: see below"
+    )
+    evaluate.add_argument(
+        "--label-value",
+        type=lambda text: text if text == "class" else _count(text),
+        metavar="N",
+        help="which value of the label is the cause: a number, or 'class' for the target's own (default: all above 0)",
+    )
+    evaluate.add_argument(
+        "--regions", metavar="FILE", help="label map, or folder, for the region tables (default: --label)"
+    )
+    evaluate.add_argument("--region-names", metavar="N=NAME,...", help="names of its values, such as 1=liver,2=spleen")
+    evaluate.add_argument(
+        "--body", metavar="FILE", help="mask of the patient, or folder (default: the image's foreground)"
+    )
+    evaluate.add_argument(
+        "--outside-alarm", type=_positive, default=0.1, metavar="SHARE",
+        help="a region table raises its alarm where more than this share lies outside the body (default: %(default)s)",
+    )  # fmt: skip
+    evaluate.add_argument(
+        "--no-controls",
+        dest="controls",
+        action="store_false",
+        help="without the control maps (random, Sobel, constant)",
+    )
+    _add_network(evaluate)
+    _add_computing_options(evaluate)
+
+
 def _add_demo(commands: Any) -> None:
     demo = _add(commands, "demo", "explain a brain segmentation, to see what comes out", _lazy("demo", "run"))
     demo.add_argument(
@@ -278,12 +355,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--amp",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="mixed precision (default: on CUDA as the bundle says, off on the CPU)",
-    )
+    _add_computing_options(parser)
     parser.add_argument(
         "--map-format",
         choices=["nifti", "input"],
@@ -294,18 +366,27 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--yes", action="store_true", help="compute also what is refused for its cost, such as an occluder of one voxel"
     )
     parser.add_argument("--overwrite", action="store_true", help="compute again what is finished")
+    parser.add_argument(
+        "--no-pictures",
+        dest="pictures",
+        action="store_false",
+        help="write no PNG files, and no copy of the scan for the report",
+    )
+
+
+def _add_computing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--amp",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="mixed precision (default: on CUDA as the bundle says, off on the CPU)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: 0)")
     parser.add_argument(
         "--time-limit", type=_positive, metavar="SECONDS", help="for one method on one case; then the next one begins"
     )
     parser.add_argument(
         "--window-batch", type=_count, metavar="N", help="windows computed at once (default: as the bundle's inferer)"
-    )
-    parser.add_argument(
-        "--no-pictures",
-        dest="pictures",
-        action="store_false",
-        help="write no PNG files, and no copy of the scan for the report",
     )
     parser.add_argument(
         "--no-progress", dest="progress", action="store_false", default=sys.stderr.isatty(), help="show no progress bar"

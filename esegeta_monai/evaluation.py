@@ -13,6 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,12 @@ __all__ = ["COLUMNS", "DEFAULT_METRICS", "REGION_COLUMNS", "EvaluationWriter", "
 
 logger = logging.getLogger("esegeta_monai")
 
-COLUMNS = ("case", "target", "method", "metric", "group", "value", "low", "high", "n", "higher_is_better")
-COLUMNS += ("beats_controls", "seconds", "passes")
+_FIRST = ("case", "target", "method", "metric", "group", "value", "low", "high", "n", "higher_is_better")
+COLUMNS: tuple[str, ...] = (*_FIRST, "beats_controls", "seconds", "passes")
 """Of ``metrics.csv``: one row a case, target, method and metric."""
 
-REGION_COLUMNS = ("target", "method", "region", "voxels", "volume_mm3", "sum", "abs_sum", "share_of_abs", "mean")
-REGION_COLUMNS += ("alarm",)
+_SUMS = ("voxels", "volume_mm3", "sum", "abs_sum", "share_of_abs", "mean")
+REGION_COLUMNS: tuple[str, ...] = ("target", "method", "region", *_SUMS, "alarm")
 """Of ``<case>_regions.csv``."""
 
 DEFAULT_METRICS = ("Deletion", "Insertion", "Infidelity", "FaithfulnessCorrelation", "Sparseness", "Entropy")
@@ -90,7 +91,7 @@ class Evaluator:
         outside_alarm: float = OUTSIDE_ALARM,
     ) -> None:
         self.explainer, self.outside_alarm = explainer, outside_alarm
-        everything = metrics in ("all", ["all"], ("all",))
+        everything = isinstance(metrics, str) and metrics.strip().lower() == "all"
         self.metrics = None if metrics is None else METRICS.create_all(list(METRICS) if everything else metrics)
         self.with_controls = with_controls
         if self.metrics is not None:
@@ -225,15 +226,15 @@ class _Case:
         maps: dict[tuple[int, int], Tensor] = {}
         for method in methods:
             objective = self.objective
-            precise = objective.model.full_precision() if method.full_precision else None
-            objective.monitor.start(self.judged.time_limit)
-            with asking(objective):
-                if precise is not None:
-                    with precise:
-                        outcome = run_together([method], objective)[0]
-                else:
+            outcome: Explained | Exception
+            if method.needs_linear and not objective.linear:
+                outcome = MetricError(f"{names[id(method)]} needs targets that are linear: use output='logit'")
+            else:
+                objective.monitor.start(self.judged.time_limit)
+                precise = objective.model.full_precision() if method.full_precision else nullcontext()
+                with asking(objective), precise:
                     outcome = run_together([method], objective)[0]
-            objective.monitor.start()
+                objective.monitor.start()
             if isinstance(outcome, RankLost):
                 raise outcome
             for k, target in enumerate(self.names):
@@ -348,8 +349,8 @@ def _reason(error: Exception) -> str:
 
 
 class EvaluationWriter:
-    """Writes ``<output>/metrics.csv`` (tidy, all cases) and for each case ``<case>_metrics.json``, ``<case>_regions.csv``
-    and ``<case>_regions.json``. Cases of earlier runs into the same folder stay.
+    """Writes ``<output>/metrics.csv`` (tidy, all cases) and for each case ``<case>_metrics.json``,
+    ``<case>_regions.csv`` and ``<case>_regions.json``. Cases of earlier runs into the same folder stay.
 
     Args:
         output_dir: made if it does not exist.

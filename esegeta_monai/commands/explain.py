@@ -29,7 +29,7 @@ from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.writer import ResultWriter
 
-__all__ = ["DEFAULT_METHODS", "choose_device", "explain_cases", "overrides", "run"]
+__all__ = ["DEFAULT_METHODS", "choose_device", "default_targets", "explain_cases", "explainer_for", "overrides", "run"]
 
 DEFAULT_METHODS = ("Saliency", "GradCam")
 
@@ -92,13 +92,15 @@ def explain_cases(
     """
     ranks = ranks or Ranks()
     storage.writable_folder(output)
-    explainer, chosen = _explainer(reader, methods, targets, options)
+    chosen = default_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)
+    check_layers(reader.network, [*methods, *chosen])
+    explainer = explainer_for(reader, options)
     writer = ResultWriter(
         output,
         methods,
         list(chosen),
-        provenance=_provenance(reader, options),
+        provenance=provenance_of(reader, options),
         extension="input" if options.map_format == "input" else ".nii.gz",
         overwrite=options.overwrite,
         pictures=options.pictures,
@@ -123,20 +125,16 @@ def explain_cases(
             except RankLost:
                 raise
             except Exception as error:  # recorded with its reason, and the other cases go on
-                writer.failed(case.name, _named(error, log))
+                writer.failed(case.name, named(error, log))
     with writer.run:
         writer.run.join(ranks)
         return writer
 
 
-def _explainer(
-    reader: BundleReader, methods: Sequence[Method], targets: Sequence[Target] | None, options: Namespace
-) -> tuple[Explainer, Sequence[Target]]:
-    """The explainer of a bundle, and what it explains: every predicted class where ``targets`` is None."""
-    chosen = [PredictedClasses(activation="sigmoid" if _sigmoid(reader) else "auto")] if targets is None else targets
-    check_layers(reader.network, [*methods, *chosen])
+def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
+    """The explainer of a bundle, by the options of the command line."""
     amp = reader.amp and reader.device.type == "cuda" if options.amp is None else options.amp  # on CPUs as MONAI does
-    explainer = Explainer(
+    return Explainer(
         reader.network,
         reader.inferer,
         reader.device,
@@ -148,11 +146,15 @@ def _explainer(
         seed=options.seed,
         progress=options.progress,
         time_limit=options.time_limit,
-        allow_costly=options.yes,
-        distributed=options.share == "windows",
+        allow_costly=getattr(options, "yes", False),
+        distributed=getattr(options, "share", "cases") == "windows",
         on_error="record",
     )
-    return explainer, chosen
+
+
+def default_targets(reader: BundleReader) -> list[Target]:
+    """Every predicted class, background aside."""
+    return [PredictedClasses(activation="sigmoid" if _sigmoid(reader) else "auto")]
 
 
 def _tell_costs(
@@ -164,15 +166,17 @@ def _tell_costs(
     log: RunLog,
 ) -> int:
     """Prints what explaining would cost; writes nothing."""
-    explainer, chosen = _explainer(reader, methods, targets, options)
-    preprocess, found, failed = Preprocessor(reader), [], False
+    chosen = default_targets(reader) if targets is None else targets
+    preprocess = Preprocessor(reader)
+    check_layers(reader.network, [*methods, *chosen])
+    explainer, found, failed = explainer_for(reader, options), [], False
     for case in cases:
         try:
             _, image, data = preprocess(case)
             found += [(case.name, cost) for cost in explainer.costs(image[None], methods, chosen, data=data)]
         except Exception as error:  # told, and the other cases go on
             failed = True
-            logger.error("%s: %s", case.name, _named(error, log))
+            logger.error("%s: %s", case.name, named(error, log))
     print("\n".join(table(found)))
     seconds = sum(cost.seconds or 0.0 for _, cost in found)
     print(
@@ -181,7 +185,7 @@ def _tell_costs(
     return int(failed)
 
 
-def _named(error: Exception, log: RunLog) -> Exception:
+def named(error: Exception, log: RunLog) -> Exception:
     """The error as ``run.json`` may have it: named, in one line, without folders."""
     if isinstance(error, EsegetaError):
         named: Exception = type(error)(log.clean(str(error)))
@@ -217,7 +221,7 @@ def _sigmoid(reader: BundleReader) -> bool:
     return any(isinstance(t, Activationsd) and any(t.sigmoid) for t in transforms)
 
 
-def _provenance(reader: BundleReader, options: Namespace) -> dict[str, Any]:
+def provenance_of(reader: BundleReader, options: Namespace) -> dict[str, Any]:
     found = {**bundle_provenance(reader.bundle_dir), "weights_sha256": weights_hash(unwrap(reader.network))}
     if options.config:
         found["configs_used_sha256"] = {file.name: storage.sha256_file(file) for file in reader.config_files}

@@ -1,4 +1,4 @@
-"""``esegeta-monai methods`` and ``esegeta-monai targets``: what there is, read off the classes themselves."""
+"""``esegeta-monai methods``, ``targets`` and ``metrics``: what there is, read off the classes themselves."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.configurable import Configurable, Registry, json_ready
 from esegeta_monai.errors import EsegetaError
 from esegeta_monai.methods.base import METHODS, Method
+from esegeta_monai.metrics import METRICS, Metric
 from esegeta_monai.targets.base import TARGETS
 
-__all__ = ["describe", "run_methods", "run_targets"]
+__all__ = ["describe", "run_methods", "run_metrics", "run_targets"]
 
 WIDTH = 100
 
@@ -28,6 +29,11 @@ def run_methods(args: Namespace, *_: object) -> int:
 def run_targets(args: Namespace, *_: object) -> int:
     """The table of targets, or one target in full."""
     return _run(TARGETS, args, "Use them with --target 'NAME(parameter=value)'; classes by number or by name.")
+
+
+def run_metrics(args: Namespace, *_: object) -> int:
+    """The table of metrics, or one metric in full."""
+    return _run(METRICS, args, "Use them with evaluate --metrics NAME,NAME or --metrics 'NAME(parameter=value)'.")
 
 
 def _run(registry: Registry[Any], args: Namespace, usage: str) -> int:
@@ -72,6 +78,15 @@ def describe(cls: type[Configurable], kind: str = "method") -> dict[str, Any]:
             "additive": cls.additive,
             "reference": cls.reference,
         }
+    if issubclass(cls, Metric):
+        entry |= {
+            "aliases": list(cls.__dict__.get("aliases", ())),
+            "group": cls.group,
+            "higher_is_better": cls.higher_is_better,
+            "needs": sorted(cls.needs),
+            "meaning": cls.meaning,
+            "reference": cls.reference,
+        }
     return entry
 
 
@@ -95,4 +110,9 @@ def _block(entry: dict[str, Any]) -> str:
     if "produces" in entry:
         sign = {True: "signed", False: "not signed", None: "signed or not"}[entry["signed"]]
         lines.append(f"{entry['produces']}, {sign}" + (f"; {entry['reference']}" if entry["reference"] else ""))
+    if "group" in entry:
+        way = {True: "higher is better", False: "lower is better", None: "neither way is better"}
+        needs = f"; needs {', '.join(entry['needs'])}" if entry["needs"] else ""
+        lines.append(f"{entry['group']}, {way[entry['higher_is_better']]}{needs}")
+        lines += textwrap.wrap(entry["meaning"], WIDTH - 4)
     return "\n".join([_heading(entry), *(f"    {line}" for line in lines)])

@@ -29,11 +29,11 @@ def region_table(
     channel_names: list[str] | None = None,
     alarm: float = OUTSIDE_ALARM,
 ) -> list[dict[str, Any]]:
-    """One row a region: ``region``, ``voxels``, ``volume_mm3``, ``sum``, ``abs_sum``, ``share_of_abs``, ``mean``, ``alarm``.
+    """One row a region: region, voxels, volume_mm3, sum, abs_sum, share_of_abs, mean, alarm.
 
     ``sum`` is ``Σ a`` over all channels, ``abs_sum`` ``Σ |a|``, ``share_of_abs`` its share of the whole map's, ``mean``
-    the mean of a over the region's voxels and channels. Kinds of rows: ``all``, ``body`` and ``outside the body`` (where
-    a body mask is known), ``channel …`` (where there are several), the label map's regions, and the distance shells
+    the mean of a over the region's voxels and channels. Kinds of rows: ``all``, ``body`` and ``outside the body``
+    (where a body mask is known), ``channel …`` (where there are several), the label map's regions, distance shells
     from ``origin`` (``distance inside``, ``distance 0-5 mm``, …). ``alarm`` is a sentence where more than the stated
     share lies outside the body, else None.
 
@@ -84,8 +84,7 @@ def region_table(
     origin = subject.label if origin is None else origin
     if origin is not None and subject.spacing is not None and bool(origin.any()):
         distance = distance_mm(origin.cpu(), subject.spacing)
-        body = None if subject.body is None else subject.body.cpu()
-        for name, inside in shells(distance, body):
+        for name, inside in shells(distance, None if subject.body is None else subject.body.cpu()):
             if name != "outside the body":  # stands above; the label counts as body here
                 rows.append(row(f"distance {name}", inside))
     return rows

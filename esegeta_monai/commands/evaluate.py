@@ -1,0 +1,275 @@
+"""``esegeta-monai evaluate``: how far the maps of a bundle's predictions can be trusted, in numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import SpatialResample
+from torch import Tensor
+
+import esegeta_monai.storage as storage
+from esegeta_monai.bundle.extensions import register_extensions
+from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.commands.cases import Preprocessor, ScanCase, find_cases
+from esegeta_monai.commands.explain import (
+    DEFAULT_METHODS,
+    check_layers,
+    choose_device,
+    default_targets,
+    explainer_for,
+    named,
+    overrides,
+    provenance_of,
+)
+from esegeta_monai.commands.log import RunLog
+from esegeta_monai.configurable import Registry
+from esegeta_monai.errors import EsegetaError, UsageError
+from esegeta_monai.evaluation import EvaluationWriter, Evaluator
+from esegeta_monai.methods.base import METHODS, Method
+from esegeta_monai.storage.files import read_json
+from esegeta_monai.targets.base import TARGETS, Case, Target
+from esegeta_monai.targets.regions import label_on_grid
+from esegeta_monai.writer import ResultWriter
+
+__all__ = ["run", "to_network_grid"]
+
+logger = logging.getLogger("esegeta_monai")
+
+
+def run(args: Namespace, log: RunLog) -> int:
+    """The command.
+
+    Returns:
+        0: every metric was measured, said nothing, or does not apply; 1: a case, method or metric failed.
+
+    Raises:
+        EsegetaError: a wrong option, bundle or output folder: nothing has been computed.
+    """
+    register_extensions(args.bundle)
+    output = Path(args.output)
+    reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
+    channel_names = [name for _, name in sorted(reader.channel_names.items())]
+    cases = find_cases(args.input, channel_names, leave_out=output)
+    earlier = _Earlier.read(Path(args.maps), cases) if args.maps else None
+    methods = METHODS.create_all(",".join(args.methods)) if args.methods else None
+    if methods is None:
+        methods = earlier.methods if earlier else METHODS.create_all(list(DEFAULT_METHODS))
+    targets = TARGETS.create_all(",".join(args.target)) if args.target else None
+    if targets is None:
+        targets = earlier.targets if earlier else default_targets(reader)
+    check_layers(reader.network, [*methods, *targets])
+    metrics = ",".join(args.metrics) if args.metrics else None
+    evaluator = Evaluator(
+        explainer_for(reader, args),
+        metrics,
+        with_controls=args.controls,
+        outside_alarm=args.outside_alarm,
+    )
+    names = ResultWriter(output, methods, targets, pictures=False)  # for its names; it writes no map
+    writer = EvaluationWriter(output, provenance_of(reader, args))
+    preprocess = Preprocessor(reader)
+    for case in cases:
+        for file in case.files:
+            log.hide(file, file.name)
+    log.hide(output, output.name)
+    log.hide(reader.bundle_dir, reader.bundle_dir.name)
+    log.write_to(output)
+    failed = 0
+    for number, case in enumerate(cases, 1):
+        with log.of(case.name):
+            logger.info("%s: case %d of %d", case.name, number, len(cases))
+            try:
+                _, image, data = preprocess(case)
+                beside = _beside(args, case, image, data)
+                maps = earlier.maps(case, methods, targets, names, image) if earlier else None
+                found = evaluator(
+                    image,
+                    methods,
+                    targets,
+                    data=data,
+                    maps=maps,
+                    region_names=_region_names(args.region_names),
+                    label_value=args.label_value,
+                    target_name=names.target_name,
+                    **beside,
+                )
+                writer.write(case.name, found)
+            except Exception as error:  # told with its reason, and the other cases go on
+                failed += 1
+                logger.error("%s: %s", case.name, named(error, log))
+                logger.debug("traceback", exc_info=error)
+    for problem in writer.problems:
+        logger.error("%s", log.clean(problem))
+    if not args.quiet:
+        _summary(writer, len(cases) - failed)
+    return int(bool(failed or writer.problems))
+
+
+def _summary(writer: EvaluationWriter, done: int) -> None:
+    for text in writer.not_beating[:20]:
+        print(f"no better than a control: {text}")
+    if len(writer.not_beating) > 20:
+        print(f"... and {len(writer.not_beating) - 20} more, marked false in the column beats_controls")
+    print(f"{done} case(s) judged, {len(writer.problems)} problem(s). The table is {writer.path}.")
+
+
+# -- what lies beside a scan ---------------------------------------------------------------------------------------
+
+
+def _beside(args: Namespace, case: ScanCase, image: MetaTensor, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Label, regions and body mask of a case on the network's grid."""
+    context = Case(torch.as_tensor(image.affine).double().cpu(), data, {})
+    found: dict[str, Any] = {}
+    for what, text in (("label", args.label), ("regions", args.regions), ("body", args.body)):
+        if text is None:
+            found[what] = None
+        else:
+            found[what] = label_on_grid(_file_of(what, text, case, data), image.as_tensor(), context)
+    return found
+
+
+def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> str:
+    """The file of a case: the one that is given, or that of a folder whose name begins with the case's."""
+    path = Path(text)
+    if not path.is_dir():
+        if not path.exists() and text not in data:
+            raise UsageError(f"--{what} {text}: there is no such file or folder")
+        return text
+    names = {file: storage.case_name(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    exact = [file for file, name in names.items() if name == case.name]
+    near = [f for f, name in names.items() if name.startswith(case.name) and not name[len(case.name)].isalnum()]
+    fitting = exact or near
+    if len(fitting) != 1:
+        listed = ", ".join(f.name for f in fitting[:5]) or "none"
+        raise UsageError(
+            f"--{what} {path.name}: one file called {case.name}.nii.gz (or {case.name}_….nii.gz) is needed, found: "
+            f"{listed}"
+        )
+    return str(fitting[0])
+
+
+def _region_names(text: str | None) -> dict[int, str] | None:
+    """``1=liver,2=spleen``."""
+    if text is None:
+        return None
+    try:
+        return {int(k): v.strip() for k, _, v in (part.partition("=") for part in text.split(","))}
+    except ValueError as error:
+        raise UsageError(f"--region-names {text!r}: write NUMBER=NAME,NUMBER=NAME") from error
+
+
+# -- maps of an earlier run ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Earlier:
+    """The maps in the output folder of ``explain``, by their sidecars."""
+
+    folder: Path
+    sidecars: dict[str, list[tuple[Path, dict[str, Any]]]]
+    methods: list[Method]
+    targets: list[Target]
+
+    @classmethod
+    def read(cls, folder: Path, cases: Sequence[ScanCase]) -> _Earlier:
+        """Raises UsageError where there is no map of these cases, or one whose parameters no text can say."""
+        if not folder.is_dir():
+            raise UsageError(f"--maps {folder}: there is no such folder; give the output folder of 'explain'")
+        wanted = {case.name for case in cases}
+        sidecars: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+        for file in sorted(folder.rglob("*.json")):
+            record = read_json(file)
+            if record and record.get("map") and record.get("case") in wanted and record.get("status") in ("ok", "zero"):
+                if record.get("input"):
+                    raise UsageError(
+                        f"{file.name}: maps of several inputs cannot be judged from disk: leave --maps out"
+                    )
+                sidecars.setdefault(record["case"], []).append((file.with_name(record["map"]), record))
+        if not sidecars:
+            raise UsageError(f"--maps {folder}: no map of {', '.join(sorted(wanted)[:3])} in it; run 'explain' first")
+        records = [record for several in sidecars.values() for _, record in several]
+        return cls(
+            folder,
+            sidecars,
+            _revived(records, METHODS, "method", "parameters"),
+            _revived(records, TARGETS, "target", "target_parameters"),
+        )
+
+    def maps(
+        self,
+        case: ScanCase,
+        methods: Sequence[Method],
+        targets: Sequence[Target],
+        names: ResultWriter,
+        image: MetaTensor,
+    ) -> dict[tuple[str, str], Tensor]:
+        """By the names of target and method, on the network's grid."""
+        found: dict[tuple[str, str], Tensor] = {}
+        for path, record in self.sidecars.get(case.name, []):
+            method = _same(methods, record["method"], record["parameters"])
+            target = _same(targets, record["target"], record["target_parameters"])
+            if method is None or target is None:
+                continue
+            key = (names.target_name(target, record["target_name"]), names.method_names[id(method)])
+            values = storage.read_scan(path, spatial_dims=2 if image.ndim == 3 else None)
+            found[key] = to_network_grid(values, image, additive=bool(record.get("additive")))
+        if not found:
+            raise UsageError(f"{case.name}: none of its maps on disk is of these methods and targets")
+        return found
+
+
+def _revived(records: Sequence[Mapping[str, Any]], registry: Registry[Any], kind: str, parameters: str) -> list[Any]:
+    """One instance for each kind and parameters that the records have."""
+    found: dict[str, Any] = {}
+    for record in records:
+        key = json.dumps([record[kind], record[parameters]], sort_keys=True)
+        if key in found:
+            continue
+        try:
+            found[key] = registry.create({"_target_": record[kind], **_nested(record[parameters])})
+        except EsegetaError as error:
+            raise UsageError(
+                f"the {kind} {record[kind]} of an earlier map cannot be made again from its record ({error}): name it "
+                f"with --{kind}{'s' if kind == 'method' else ''}"
+            ) from error
+    return list(found.values())
+
+
+def _nested(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as a config has them: objects by ``_target_``."""
+    return {
+        k: {"_target_": v["name"], **_nested({a: b for a, b in v.items() if a != "name"})}
+        if isinstance(v, Mapping) and "name" in v
+        else v
+        for k, v in parameters.items()
+    }
+
+
+def _same(things: Sequence[Any], kind: str, parameters: Mapping[str, Any]) -> Any:
+    said = json.dumps(parameters, sort_keys=True)
+    fitting = (t for t in things if type(t).__name__ == kind and json.dumps(t.parameters, sort_keys=True) == said)
+    return next(fitting, None)
+
+
+def to_network_grid(values: MetaTensor, image: MetaTensor, *, additive: bool) -> Tensor:
+    """A map on the scan's grid brought to the network's, interpolated in world coordinates: (C, *spatial).
+
+    The values of an additive map are shares of a sum, so they are scaled by the ratio of the voxels' volumes.
+    """
+    there, here = (np.asarray(a, dtype=np.float64) for a in (image.affine, values.affine))
+    if tuple(values.shape[1:]) == tuple(image.shape[1:]) and np.allclose(there, here, atol=1e-4):
+        return values.as_tensor()
+    plain = MetaTensor(values.as_tensor().double(), affine=values.affine)
+    resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=np.float64)
+    moved = resample(plain, dst_affine=torch.as_tensor(there), spatial_size=tuple(image.shape[1:]))
+    ratio = abs(np.linalg.det(there[:3, :3]) / np.linalg.det(here[:3, :3])) if additive else 1.0
+    return cast(Tensor, torch.as_tensor(moved).as_subclass(Tensor) * ratio).to(values.dtype)
