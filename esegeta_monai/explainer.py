@@ -41,7 +41,7 @@ from esegeta_monai.methods.base import METHODS, Explained, Method, grouped, run_
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import Model, check_network, frozen, is_scripted, select_output, unwrap, weights_hash
 from esegeta_monai.objective import Objective, Request, View
-from esegeta_monai.outcomes import Bound, OnError, Outcomes, not_linear
+from esegeta_monai.outcomes import NOTHING_THERE, Bound, OnError, Outcomes, not_linear
 from esegeta_monai.partial import ScoreTable
 from esegeta_monai.ranks import Ranks
 from esegeta_monai.record import (
@@ -52,8 +52,8 @@ from esegeta_monai.record import (
     tensor_hash,
 )
 from esegeta_monai.storage import check_image
-from esegeta_monai.targets.base import TARGETS, Case, Target
-from esegeta_monai.windows import as_inferer, plan_windows
+from esegeta_monai.targets.base import TARGETS, Case, Score, Target
+from esegeta_monai.windows import WindowPlan, as_inferer, plan_windows
 
 __all__ = ["Attribution", "Explainer", "Judged"]
 
@@ -91,9 +91,6 @@ class Judged:
     labels: list[str]
     left_out: list[tuple[str, str]]
     time_limit: float | None
-
-
-NOTHING_THERE = "no voxel of the prediction belongs to {}, so there is nothing to explain"
 
 
 class Explainer:

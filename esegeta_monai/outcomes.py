@@ -19,9 +19,11 @@ from esegeta_monai.storage import versions
 from esegeta_monai.targets.base import Score, Target
 from esegeta_monai.windows import WindowPlan
 
-__all__ = ["Bound", "OnError", "Outcomes", "not_linear"]
+__all__ = ["NOTHING_THERE", "Bound", "OnError", "Outcomes", "not_linear"]
 
 logger = logging.getLogger("esegeta_monai")
+
+NOTHING_THERE = "no voxel of the prediction belongs to {}, so there is nothing to explain"
 
 OnError = Literal["raise", "record"]
 
@@ -143,7 +145,7 @@ class Outcomes:
     def empty(method: Method, bound: Bound, case: CaseInput, record: dict[str, Any]) -> Attribution:
         """The attribution of a target without voxels."""
         record["status"] = "empty_target"
-        record["reason"] = f"no voxel of the prediction belongs to {bound.label}, so there is nothing to explain"
+        record["reason"] = NOTHING_THERE.format(bound.label)
         return Attribution(None, method, bound.target, case.index, record, bound.label)
 
 

@@ -68,6 +68,7 @@ def run(args: Namespace, log: RunLog) -> int:
         targets = earlier.targets if earlier else default_targets(reader)
     check_layers(reader.network, [*methods, *targets])
     metrics = ",".join(args.metrics) if args.metrics else None
+    region_names = _region_names(args.region_names)
     evaluator = Evaluator(
         explainer_for(reader, args),
         metrics,
@@ -97,7 +98,7 @@ def run(args: Namespace, log: RunLog) -> int:
                     targets,
                     data=data,
                     maps=maps,
-                    region_names=_region_names(args.region_names),
+                    region_names=region_names,
                     label_value=args.label_value,
                     target_name=names.target_name,
                     **beside,
@@ -146,7 +147,7 @@ def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> s
         return text
     names = {file: storage.case_name(file) for file in sorted(path.rglob("*")) if file.is_file()}
     exact = [file for file, name in names.items() if name == case.name]
-    near = [f for f, name in names.items() if name.startswith(case.name) and not name[len(case.name)].isalnum()]
+    near = [f for f, n in names.items() if n.startswith(case.name) and not n[len(case.name) :][:1].isalnum()]
     fitting = exact or near
     if len(fitting) != 1:
         listed = ", ".join(f.name for f in fitting[:5]) or "none"
