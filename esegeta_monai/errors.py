@@ -13,6 +13,7 @@ __all__ = [
     "RuleError",
     "TargetError",
     "UsageError",
+    "named_reason",
 ]
 
 
@@ -54,3 +55,12 @@ class RuleError(MethodError):
 
 class MethodTimeout(EsegetaError, TimeoutError):  # noqa: N818 - reads as what happened
     """The time limit of one method has passed; what was finished before is kept."""
+
+
+def named_reason(error: Exception) -> str:
+    """What records say of an error: our own text as it is, any other with its kind before it.
+
+    >>> named_reason(UsageError("no such layer")), named_reason(ValueError("odd"))
+    ('no such layer', 'ValueError: odd')
+    """
+    return str(error) if isinstance(error, EsegetaError) else f"{type(error).__name__}: {error}"

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import esegeta_monai.storage as storage
 from esegeta_monai.configurable import json_ready
-from esegeta_monai.errors import EsegetaError, MetricError, RankLost
+from esegeta_monai.errors import MetricError, RankLost, named_reason
 from esegeta_monai.explainer import Explainer, Judged
 from esegeta_monai.features import foreground
 from esegeta_monai.methods.base import METHODS, Explained, Method, run_together
@@ -241,7 +241,7 @@ class _Case:
                 if isinstance(outcome, Explained):
                     maps[id(method), k] = outcome.maps[k]
                 else:
-                    found.failed[f"{target}, {names[id(method)]}"] = _reason(outcome)
+                    found.failed[f"{target}, {names[id(method)]}"] = named_reason(outcome)
             if isinstance(outcome, Explained):
                 self.shared["explained", id(method)] = outcome.maps.double()
         return maps
@@ -327,7 +327,7 @@ def _measured(metric: Metric, title: str, subject: Subject) -> dict[str, Any]:
         raise
     except Exception as error:  # one metric that fails leaves the others; its reason is in the table
         logger.debug("%s failed", title, exc_info=error)
-        row |= {"status": "failed", "reason": _reason(error)}
+        row |= {"status": "failed", "reason": named_reason(error)}
     return {**row, "seconds": round(time.monotonic() - began, 3), "passes": monitor.passes}
 
 
@@ -342,10 +342,6 @@ def _compare(rows: Sequence[dict[str, Any]], metrics: Mapping[str, Metric]) -> N
         for row in mine:
             if not row["method"].startswith(prefix) and row["status"] in ("ok", "undefined"):
                 row["beats_controls"] = all(better(metric, row["value"], other["value"]) for other in against)
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, EsegetaError) else f"{type(error).__name__}: {error}"
 
 
 class EvaluationWriter:

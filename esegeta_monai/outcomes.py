@@ -12,7 +12,7 @@ import torch
 from esegeta_monai.attribution import Attribution, like_image, mask_on_image
 from esegeta_monai.cases import CaseInput
 from esegeta_monai.configurable import json_ready
-from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout, RankLost
+from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, named_reason
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.record import MEASURED, tensor_hash
 from esegeta_monai.storage import versions
@@ -137,7 +137,7 @@ class Outcomes:
         if self.on_error == "raise" or isinstance(error, RankLost):
             raise error
         record["status"] = "timeout" if isinstance(error, MethodTimeout) else "failed"
-        record["reason"] = str(error) if isinstance(error, EsegetaError) else f"{type(error).__name__}: {error}"
+        record["reason"] = named_reason(error)
         logger.debug("case %d: %s, %s failed", case.index, method.name, bound.label, exc_info=error)
         return Attribution(None, method, bound.target, case.index, record, bound.label, error=error)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout, RankLost, UsageError
+from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout, RankLost, UsageError, named_reason
 
 __all__ = ["SHARES", "Ranks", "Share", "Summed", "join", "leave", "local_device", "process_group"]
 
@@ -176,7 +176,7 @@ def _form(tensor: Tensor | None) -> tuple[tuple[int, ...], torch.dtype, str] | N
 
 def _described(error: Exception) -> tuple[type[EsegetaError], str]:
     kind: type[EsegetaError] = MethodTimeout if isinstance(error, MethodTimeout) else MethodError
-    return kind, str(error) if isinstance(error, EsegetaError) else f"{type(error).__name__}: {error}"
+    return kind, named_reason(error)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from monai.transforms import SpatialResample
 from torch import Tensor
 
 import esegeta_monai.storage as storage
-from esegeta_monai.errors import EsegetaError, MethodError, RankLost
+from esegeta_monai.errors import EsegetaError, MethodError, RankLost, named_reason
 from esegeta_monai.explainer import Attribution, Explainer
 from esegeta_monai.features import table_csv
 from esegeta_monai.methods.base import Method
@@ -232,7 +232,7 @@ class ResultWriter:
             if record["status"] in ("ok", "zero", "empty_target"):
                 storage.save_sidecar(path, record)
         except Exception as error:  # one map that cannot be written leaves the others
-            record.update(status="failed", reason=_reason(error))
+            record.update(status="failed", reason=named_reason(error))
             failure = error
         if record["status"] in UNFINISHED:
             logger.error("%s: %s: %s", case, path.name, record["reason"])
@@ -254,7 +254,7 @@ class ResultWriter:
         """Records a case that could not be explained at all."""
         if not self.writes:
             return
-        text = _reason(error)
+        text = named_reason(error)
         self.run.set(case, None, None, "failed", text, traceback=traceback_text(error))
         logger.error("%s: %s", case, text)
         logger.debug("traceback", exc_info=error)
@@ -404,10 +404,6 @@ class ResultWriter:
         if name not in self._hashes:
             self._hashes[name] = storage.sha256_file(scan)
         return self._hashes[name]
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, EsegetaError) else f"{type(error).__name__}: {error}"
 
 
 def scan_of(image: MetaTensor) -> Any:
