@@ -13,7 +13,6 @@ import json
 import logging
 import time
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from esegeta_monai.metrics.base import METRICS, Metric, Subject, asking, better
 from esegeta_monai.metrics.controls import Control, controls
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM, region_table
 from esegeta_monai.objective import Objective
+from esegeta_monai.precision import full_precision
 from esegeta_monai.storage.files import write_json
 from esegeta_monai.targets.base import TARGETS, Score
 
@@ -144,7 +144,7 @@ class Evaluator:
                 found.failed[bound] = reason
             if judged.objective is None:
                 continue
-            case = _Case(judged, judged.objective, image, label, label_value, _plain(body), target_name)
+            case = _Case(judged, full_precision(judged.objective), image, label, label_value, _plain(body), target_name)
             self._case(case, chosen, names, maps, found, regions if regions is not None else label, region_names)
         return found
 
@@ -199,7 +199,11 @@ class Evaluator:
 
 @dataclass
 class _Case:
-    """One case of one objective, and what is known of it."""
+    """One case of one objective, and what is known of it.
+
+    Metrics ask the network without autocast, whose noise is as large as the differences that they measure, and explain
+    again without it; the maps that they judge are computed in the precision that is enough for them.
+    """
 
     judged: Judged
     objective: Objective
@@ -225,14 +229,14 @@ class _Case:
         """Maps (C, *spatial) by the method's id and target; what fails is noted."""
         maps: dict[tuple[int, int], Tensor] = {}
         for method in methods:
-            objective = self.objective
+            objective = self.judged.objective
+            assert objective is not None
             outcome: Explained | Exception
             if method.needs_linear and not objective.linear:
                 outcome = MetricError(f"{names[id(method)]} needs targets that are linear: use output='logit'")
             else:
                 objective.monitor.start(self.judged.time_limit)
-                precise = objective.model.full_precision() if method.full_precision else nullcontext()
-                with asking(objective), precise:
+                with asking(objective):
                     outcome = run_together([method], objective)[0]
                 objective.monitor.start()
             if isinstance(outcome, RankLost):
@@ -242,7 +246,7 @@ class _Case:
                     maps[id(method), k] = outcome.maps[k]
                 else:
                     found.failed[f"{target}, {names[id(method)]}"] = named_reason(outcome)
-            if isinstance(outcome, Explained):
+            if isinstance(outcome, Explained) and objective is self.objective:
                 self.shared["explained", id(method)] = outcome.maps.double()
         return maps
 

@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -285,7 +285,7 @@ class Explainer:
                     continue
                 for method in found.methods:
                     for k, bound in enumerate(found.bound):
-                        with self._precision(method, found.objective), self._modes(), frozen(self.network):
+                        with self._modes(), frozen(self.network):
                             cost = cost_of(method, found.objective.only(k), case.index, bound.label, calibration)
                         yield cost
 
@@ -493,8 +493,7 @@ class Explainer:
         reset_peak_memory(self.device)
         began = time.monotonic()
         names = ", ".join(m.name or type(m).__name__ for m in group)
-        precision = self._precision(group[0], objective)
-        with self._bar(names, group, objective), self._modes(), frozen(self.network), precision:
+        with self._bar(names, group, objective), self._modes(), frozen(self.network):
             results = run_together(group, objective)
         if objective.table is not None and all(isinstance(r, Explained) for r in results.values()):
             objective.table.remove()
@@ -552,11 +551,6 @@ class Explainer:
             "targets": [[r["target"], r["target_parameters"], r["target_sha256"]] for r in records],
             **{name: records[0][name] for name in names},
         }
-
-    @staticmethod
-    def _precision(method: Method, objective: Objective) -> AbstractContextManager[None]:
-        """Without autocast for methods that need it so."""
-        return objective.model.full_precision() if method.full_precision else nullcontext()
 
     @contextmanager
     def _modes(self) -> Iterator[None]:

@@ -18,10 +18,11 @@ class Monitor:
 
     Args:
         on_pass: called with the number of windows after each forward pass, for a progress bar.
+        silent: warnings are kept, but not logged.
     """
 
-    def __init__(self, on_pass: Callable[[int], None] | None = None) -> None:
-        self.on_pass = on_pass
+    def __init__(self, on_pass: Callable[[int], None] | None = None, *, silent: bool = False) -> None:
+        self.on_pass, self.silent = on_pass, silent
         self.passes = 0
         self.warnings: list[str] = []
         self._deadline: float | None = None
@@ -50,4 +51,5 @@ class Monitor:
         """A warning for the log and the record, once."""
         if text not in self.warnings:
             self.warnings.append(text)
-            logger.warning(text)
+            if not self.silent:
+                logger.warning(text)

@@ -250,21 +250,11 @@ class Model:
         self.kwargs = dict(kwargs or {})
         parameter = next((p for p in network.parameters() if p.is_floating_point()), None)
         self.dtype = parameter.dtype if parameter is not None else torch.float32
-        self._full_precision = False
-
-    @contextmanager
-    def full_precision(self) -> Iterator[None]:
-        """No autocast inside: rule-based methods need it whatever the setting."""
-        before, self._full_precision = self._full_precision, True
-        try:
-            yield
-        finally:
-            self._full_precision = before
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """The dtype of autocast in force, or None."""
-        if not self.amp or self._full_precision:
+        """The dtype of autocast, or None."""
+        if not self.amp:
             return None
         return self.amp_kwargs.get("dtype", torch.float16 if self.device.type == "cuda" else torch.bfloat16)
 

@@ -86,6 +86,12 @@ class Objective:
         self.base_scores: dict[int, Tensor] = {}
         self._at_image: list[Tensor] | None = None
         self.default_layer: str | None = None
+        self.every: Sequence[int] = range(len(plan))
+        """The windows of requests that look everywhere."""
+        self.settled = False
+        """Whether the precision is decided, see `esegeta_monai.precision`."""
+        self.sample: int | None = None
+        """How many perturbations a window are scored before the method stops, see `first_windows`; None: all."""
 
     # -- what a method reads ------------------------------------------------------------------------------------
 
@@ -101,10 +107,31 @@ class Objective:
 
     def at(self, image: Tensor) -> Objective:
         """The same objective (same frozen scores) at another image."""
-        other = copy.copy(self)
+        other = self.apart()
         other.image, other.prediction = image, None
-        other.base_scores, other._at_image = {}, None
         other.blend_deviation = [None] * len(self.scores)
+        return other
+
+    def apart(self) -> Objective:
+        """The same objective, of which nothing has been computed yet."""
+        other = copy.copy(self)
+        other.base_scores, other._at_image = {}, None
+        return other
+
+    def first_windows(self, sample: int = 16) -> Objective:
+        """The first window that each target sees, alone: as if the prediction were what this window gives.
+
+        It is for a look at what a method computes, on this process alone: unblended, without time limit, progress,
+        scores on disk or log. A method that perturbs the image scores at most ``sample`` perturbations that change such
+        a window, and stops with `esegeta_monai.perturbation.Sampled`.
+        """
+        other = self.apart()
+        other.support = [windows[:1] for windows in self.support]
+        other.windows = sorted({w for windows in other.support for w in windows})
+        other.every, other.grid = other.windows, self.grid.unblended()
+        other.blend_deviation = [0.0] * len(self.scores)
+        other.monitor, other.ranks, other.table = Monitor(silent=True), Ranks(), None
+        other.settled, other.sample = True, sample
         return other
 
     def with_scores(self, scores: Sequence[Score]) -> Objective:
@@ -137,12 +164,12 @@ class Objective:
 
     def only(self, target: int) -> Objective:
         """The same objective with one of its targets, on which nothing has run yet."""
-        other = copy.copy(self)
+        other = self.apart()
         other.scores, other.support = [self.scores[target]], [self.support[target]]
         other.read = sorted(set(self.scores[target].channels))
         other.rows = [[other.read.index(c) for c in self.scores[target].channels]]
         other.windows = sorted(self.support[target])
-        other.blend_deviation, other.base_scores, other._at_image = [None], {}, None
+        other.blend_deviation = [None]
         other.monitor = Monitor()
         return other
 
@@ -284,7 +311,7 @@ class Objective:
                 r.see(view)
 
         everywhere = any(r.everywhere for r in todo)
-        jobs = [(0, w) for w in range(len(self.plan))] if everywhere else self._jobs(1)
+        jobs = [(0, w) for w in self.every] if everywhere else self._jobs(1)
         self.each(jobs, run, split_seen=everywhere, sums=_sums(todo, blended or []))
         if blended is not None:
             self._note_deviation(blended)

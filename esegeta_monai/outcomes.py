@@ -102,6 +102,8 @@ class Outcomes:
     ) -> Iterator[Attribution]:
         """The map of target k, one for each image input where a network has several."""
         record.update(json_ready(outcome.note(k)))
+        if record["amp_fallback"] is not None:
+            record["warnings"] = [*record["warnings"], f"computed in float32: {record['amp_fallback']}"]
         values = outcome.maps[k]
         per_input = bool(channels) and values.shape[0] == sum(channels.values())
         parts = dict(zip(channels, values.split(list(channels.values())))) if per_input else {None: values}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -51,6 +52,12 @@ class ScoreTable:
         self.key = json.dumps(key, sort_keys=True)
         self._last = time.monotonic()
         self._files: set[Path] = set()
+
+    def beside(self, **key: Any) -> ScoreTable:
+        """Tables in the same folder for the same, but for what more decides the scores."""
+        other = copy.copy(self)
+        other.key = json.dumps({**json.loads(self.key), **key}, sort_keys=True)
+        return other
 
     def path(self, perturbations: str) -> Path:
         """Where the table of a set of perturbations, named by its hash, lies."""

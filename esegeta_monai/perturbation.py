@@ -10,7 +10,9 @@ share one pass of it.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
@@ -26,7 +28,17 @@ from esegeta_monai.errors import MethodTimeout
 from esegeta_monai.objective import Batch, Objective, out_of_memory
 from esegeta_monai.windows import Slices
 
-__all__ = ["UNCHANGED", "Added", "Boxes", "Perturbations", "change", "digest", "known_change", "known_passes"]
+__all__ = [
+    "UNCHANGED",
+    "Added",
+    "Boxes",
+    "Perturbations",
+    "Sampled",
+    "change",
+    "digest",
+    "known_change",
+    "known_passes",
+]
 __all__ += ["passes_needed"]
 
 BLOCK_BYTES = 256 * 2**20
@@ -34,6 +46,9 @@ BLOCK_BYTES = 256 * 2**20
 
 BLOCK = 512
 """Perturbations in flight at most (non-linear s): after each block their scores are known, and can be kept."""
+
+LOOKED_AT = 8
+"""Perturbations of a window that are looked at for one that changes it, before fewer are sampled."""
 
 UNCHANGED: Final = "unchanged"
 """The `Perturbations.key` of a window in which the perturbation changes nothing."""
@@ -232,14 +247,47 @@ class _Pair:
         return self.indices[0]
 
 
+class Sampled(Exception):  # noqa: N818 - reads as what happened
+    """Ends a method of which only some scores are wanted, see `Objective.first_windows`.
+
+    Args:
+        scores: (k, n).
+    """
+
+    def __init__(self, scores: Tensor) -> None:
+        super().__init__(f"{scores.shape[1]} perturbations were scored")
+        self.scores = scores
+
+
 def change(objective: Objective, perturbations: Perturbations) -> Tensor:
     """``F(x') − F(x)`` for every perturbation and target: (k, m), float64, on the CPU.
 
     Batches hold ``objective.window_batch`` pairs; where memory runs out they are halved.
+
+    Raises:
+        Sampled: the objective is one of `Objective.first_windows`.
     """
+    if objective.sample is not None:
+        whole = copy.copy(objective)
+        whole.sample = None
+        raise Sampled(change(whole, perturbations.take(_sample(objective, perturbations, objective.sample))))
     if objective.linear:
         return _LinearChange(objective, perturbations).run()
     return _BlendedChange(objective, perturbations).run()
+
+
+def _sample(objective: Objective, perturbations: Perturbations, n: int) -> list[int]:
+    """At most n perturbations for each window, drawn from those that change a voxel of it."""
+    chosen: set[int] = set()
+    generator = objective.generator()
+    for w in objective.windows:
+        place = objective.plan.place(w)
+        crop = objective.image[_rows(slice(None), place)].to(objective.model.device)
+        near = perturbations.reaching(place)
+        order = torch.randperm(len(near), generator=generator).tolist()[: LOOKED_AT * n]
+        changing = (near[j] for j in order if perturbations.changes(near[j], crop, place))
+        chosen.update(itertools.islice(changing, n))
+    return sorted(chosen)
 
 
 def known_change(objective: Objective, perturbations: Perturbations) -> Tensor:

@@ -25,6 +25,7 @@ __all__ = [
 MEASURED = (
     *("status", "sum", "completeness_gap", "blend_deviation", "value", "baseline_value"),
     *("predicted_class", "predicted_class_name", "predicted_probability"),
+    *("amp_correlation", "amp_fallback"),
     *("windows_used", "window_passes", "window_batch", "seconds", "peak_memory_bytes"),
 )
 """What a record has besides what is known beforehand; None where the method, or the network, has no such thing."""

@@ -11,6 +11,7 @@ padding each cut-out window is the same as cutting the padded volume.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import warnings
@@ -239,6 +240,12 @@ class OutputGrid:
         if self._count is None:
             return self._weight
         return self._weight / self._count[self._slices[window]]
+
+    def unblended(self) -> OutputGrid:
+        """The same grid with weights of one: what a single window gives is the prediction."""
+        other = copy.copy(self)
+        other._weight, other._count = torch.ones_like(self._weight), None
+        return other
 
     def windows_of(self, box: Slices, mask: Tensor | None = None) -> list[int]:
         """The windows whose output holds a voxel of ``mask``, which lies in ``box`` of the prediction's grid."""

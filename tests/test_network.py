@@ -215,16 +215,13 @@ def test_the_slice_axis_is_taken_out_and_put_back():
     assert torch.equal(out, x)
 
 
-def test_autocast_gives_float32_and_full_precision_switches_it_off():
+def test_autocast_gives_float32():
     network = nn.Conv2d(1, 1, 3)
     model = Model(network, torch.device("cpu"), amp=True)
     x = torch.rand(1, 1, 8, 8)
     assert model.autocast_dtype == torch.bfloat16
     assert model(x).dtype == torch.float32
     assert not torch.equal(model(x), network(x))
-    with model.full_precision():
-        assert model.autocast_dtype is None
-        assert torch.equal(model(x), network(x))
-    assert model.autocast_dtype == torch.bfloat16
+    assert Model(network, torch.device("cpu")).autocast_dtype is None
     half = Model(network, torch.device("cpu"), amp=True, amp_kwargs={"dtype": torch.float16})
     assert half.autocast_dtype == torch.float16

@@ -7,6 +7,7 @@ run together share those passes (`run_together`).
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from esegeta_monai.configurable import Configurable, Registry
 from esegeta_monai.objective import Objective, Request
+from esegeta_monai.precision import run_precisely
 
 __all__ = ["METHODS", "Explained", "Method", "Passes", "Produces", "grouped", "relative_gap", "run"]
 __all__ += ["run_together", "shares_passes"]
@@ -66,6 +68,7 @@ class Method(Configurable, ABC):
         needs_gradient: False for black-box methods, which run on TorchScript networks too.
         needs_linear: only scores linear in the prediction (``output="logit"``) make sense.
         full_precision: never under autocast.
+        brief: names and values of parameters with which the method is cheap, see `in_brief`.
     """
 
     reference: ClassVar[str] = ""
@@ -75,6 +78,7 @@ class Method(Configurable, ABC):
     needs_gradient: ClassVar[bool] = True
     needs_linear: ClassVar[bool] = False
     full_precision: ClassVar[bool] = False
+    brief: ClassVar[tuple[tuple[str, int | None], ...]] = ()
 
     @property
     def signed(self) -> bool:
@@ -108,6 +112,21 @@ class Method(Configurable, ABC):
         """Window passes that `attribute` needs, for progress and for cost estimates; exact unless a method says so."""
         return len(objective.windows)
 
+    def in_brief(self) -> Method:
+        """The same method at a fraction of its cost, with few steps or samples: what half precision is measured on.
+
+        A number in ``brief`` is the most that a parameter keeps. Methods inside are in brief too.
+        """
+        if not dataclasses.is_dataclass(self):
+            return self
+        changed = {
+            f.name: v.in_brief() for f in dataclasses.fields(self) if isinstance(v := getattr(self, f.name), Method)
+        }
+        for name, value in self.brief:
+            given = getattr(self, name)
+            changed[name] = value if value is None or given is None else min(given, value)
+        return dataclasses.replace(self, **changed) if changed else self
+
     def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if registered and cls.__module__.startswith("esegeta_monai.") and not cls.__name__.startswith("_"):
@@ -126,12 +145,18 @@ def run(method: Method, objective: Objective) -> Explained:
 
 
 def run_together(methods: Sequence[Method], objective: Objective) -> dict[int, Explained | Exception]:
-    """Several methods in lock-step: what they ask of the windows in the same round is done in one sweep.
+    """Several methods in lock-step, each in the precision that is enough for it (`esegeta_monai.precision`).
+
+    Returns results by position in ``methods``; a method that fails leaves its exception as its result.
+    """
+    return run_precisely(methods, objective, _lock_step)
+
+
+def _lock_step(methods: Sequence[Method], objective: Objective) -> dict[int, Explained | Exception]:
+    """Several methods in one precision: what they ask of the windows in the same round is done in one sweep.
 
     A method that fails leaves its exception as its result; a sweep that fails is done again for each method alone, so
     that only the culprit fails.
-
-    Returns results by position in ``methods``.
     """
     results: dict[int, Explained | Exception] = {}
     running: dict[int, Passes] = {}

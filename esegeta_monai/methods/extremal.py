@@ -54,6 +54,7 @@ class ExtremalPerturbation(Method):
     """
 
     reference = "Fong, Patrick & Vedaldi, ICCV 2019, arXiv:1910.08485"
+    brief = (("n_iter", 2),)
     additive = False
 
     areas: float | Sequence[float] = 0.1

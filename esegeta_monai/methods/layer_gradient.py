@@ -98,7 +98,7 @@ class LayerActivationGuidedBackprop(Method):
             cotangent = self._sign(values, objective, layer, batch)
             objective.add(maps, batch, rules.guided(activation, batch.image, cotangent[None]).input)
 
-        objective.each([(0, w) for w in range(len(objective.plan))], run, with_cotangents=False, sums=[maps])
+        objective.each([(0, w) for w in objective.every], run, with_cotangents=False, sums=[maps])
         return Explained(maps.expand(objective.n_targets, *maps.shape[1:]).clone(), {"layer": layer})
 
     def _sign(self, values: Tensor, objective: Objective, layer: str, batch: Batch) -> Tensor:

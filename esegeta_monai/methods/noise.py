@@ -34,6 +34,7 @@ class SmoothGrad(Method):
     """
 
     reference = "Smilkov et al. 2017, arXiv:1706.03825"
+    brief = (("n_samples", 2),)
 
     method: Any = "Saliency(abs=False)"
     n_samples: int = 10

@@ -45,6 +45,7 @@ class IntegratedGradients(Method):
     """
 
     reference = "Sundararajan et al., ICML 2017, arXiv:1703.01365"
+    brief = (("n_steps", 4), ("tolerance", None))
 
     baseline: Any = "auto"
     n_steps: int = 32

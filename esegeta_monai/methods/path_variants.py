@@ -38,6 +38,7 @@ class BlurIG(Method):
     """
 
     reference = "Xu et al., CVPR 2020, arXiv:2004.03383"
+    brief = (("n_steps", 4), ("tolerance", None))
 
     sigma: float | None = None
     n_steps: int = 32
@@ -100,6 +101,7 @@ class GuidedIG(Method):
     """
 
     reference = "Kapishnikov et al., CVPR 2021, arXiv:2106.09788"
+    brief = (("n_steps", 4), ("tolerance", None))
 
     baseline: Any = "auto"
     n_steps: int = 64

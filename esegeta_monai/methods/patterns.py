@@ -20,6 +20,7 @@ from esegeta_monai.layers import LayerOutput
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.network import weights_hash
 from esegeta_monai.objective import Batch, Objective
+from esegeta_monai.precision import full_precision
 
 __all__ = ["FittedPatterns", "PatternAttribution", "PatternNet"]
 
@@ -51,8 +52,8 @@ class FittedPatterns:
         fit, cases, network = rules.PatternFit(), 0, None
         for objective in objectives:
             jobs = [(0, w) for w in range(len(objective.plan))]
-            with objective.model.full_precision():
-                objective.each(jobs, lambda batch: fit.add(batch.forward, batch.image), with_cotangents=False)
+            precise = full_precision(objective)
+            precise.each(jobs, lambda batch: fit.add(batch.forward, batch.image), with_cotangents=False)
             cases, network = cases + 1, objective.model.network
         if network is None:
             raise UsageError("patterns are fitted on cases: give at least one")

@@ -69,6 +69,7 @@ class GradientShap(Method):
     """
 
     reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
+    brief = (("n_samples", 4),)
 
     baseline: Any = "auto"
     n_samples: int = 32
@@ -113,6 +114,7 @@ class LayerGradientShap(LayerMethod):
     """
 
     reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
+    brief = (("n_samples", 4),)
 
     baseline: Any = "auto"
     n_samples: int = 32

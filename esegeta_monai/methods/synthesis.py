@@ -90,6 +90,7 @@ class FeatureVisualization(_Synthesis):
     """
 
     reference = "Olah, Mordvintsev & Schubert, Distill 2017, doi:10.23915/distill.00007"
+    brief = (("n_iter", 2),)
     aliases = ("LayerVisualization", "CNNLayerVisualization")
 
     layer: str | None = None
@@ -216,6 +217,7 @@ class ClassImage(_Synthesis):
     """
 
     reference = "Simonyan, Vedaldi & Zisserman, ICLR workshop 2014, arXiv:1312.6034"
+    brief = (("n_iter", 2),)
     aliases = ("ClassSpecificImage",)
 
     regularization: float | None = None

@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer
+from torch import Tensor, nn
+
+from esegeta_monai import Explainer, precision
+from esegeta_monai.evaluation import Evaluator
+from esegeta_monai.methods import (
+    LRP,
+    METHODS,
+    XRAI,
+    DeepLift,
+    GradCam,
+    IntegratedGradients,
+    Method,
+    Occlusion,
+    Saliency,
+    SmoothGrad,
+    run,
+)
+from esegeta_monai.partial import ScoreTable
+from esegeta_monai.precision import AGREES, Agreement, agreement, full_precision
+from esegeta_monai.ranks import Ranks
+from esegeta_monai.targets import Box
+from esegeta_monai.writer import DECIDES
+
+WINDOWS = SlidingWindowInferer((8, 8), 2, 0.5, "gaussian")
+TARGET = Box(0, (2, 2), (10, 10))
+GRADIENT = Saliency(abs=False)
+OCCLUSION = Occlusion(window=2)
+
+
+def image() -> Tensor:
+    return torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0)) + 0.5
+
+
+def draw(network: nn.Module, std: float = 0.3) -> nn.Module:
+    torch.manual_seed(0)
+    for p in network.parameters():
+        nn.init.normal_(p, std=std)
+    return network.eval()
+
+
+class Offset(nn.Module):
+    """A small change on top of a large output: the gradient does not see the offset, differences drown in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = draw(nn.Conv2d(1, 1, 3, padding=1))
+        with torch.no_grad():
+            self.conv.bias.fill_(100.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Wild(nn.Module):
+    """Phases of thousands: half precision rounds them by more than a period."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = draw(nn.Conv2d(1, 2, 3, padding=1), 300.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(self.conv(x).float()).sum(1, keepdim=True)
+
+
+class Overflow(nn.Module):
+    """Variances beyond float16's largest number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = draw(nn.Conv2d(1, 4, 3, padding=1), 1e5)
+        self.norm = nn.InstanceNorm2d(4)
+        self.last = draw(nn.Conv2d(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.norm(self.conv(x))))
+
+
+def tame() -> nn.Module:
+    return draw(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 1, 3, padding=1)))
+
+
+def tiny() -> nn.Module:
+    """Gradients of 1e-10: nothing in float32, zero in float16 where a scaled cotangent meets the last weights."""
+    return draw(nn.Sequential(*[nn.Conv2d(1, 1, 1) for _ in range(4)]), 1e-4)
+
+
+def explained(network: nn.Module, methods: Sequence[Method], dtype: torch.dtype | None = torch.bfloat16, **given: Any):
+    explainer = Explainer(network, WINDOWS, "cpu", dtype is not None, amp_kwargs={"dtype": dtype} if dtype else None)
+    return list(explainer(image(), methods, [TARGET], **given))
+
+
+def test_values_that_agree_do() -> None:
+    x = torch.randn(1000, dtype=torch.float64)
+    r, why = agreement(x.bfloat16(), x)
+    assert why is None
+    assert r == pytest.approx(float(np.corrcoef(x.bfloat16().double(), x)[0, 1]), abs=1e-12)
+
+
+def test_zeros_of_both_do_not_make_two_maps_alike() -> None:
+    a, b = torch.zeros(10_000), torch.zeros(10_000)
+    a[:100] = 5 + torch.randn(100, generator=torch.Generator().manual_seed(0))
+    b[:100] = 5 + torch.randn(100, generator=torch.Generator().manual_seed(1))
+    assert np.corrcoef(a, b)[0, 1] > 0.95
+    r, _ = agreement(a, b)
+    assert r == pytest.approx(np.corrcoef(a[:100], b[:100])[0, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rough", "precise", "why"),
+    [
+        ([1.0, 2.0, 3.0], [1.0, 3.0, 2.0], f"correlation 0.500 with float32 on the first window, below {AGREES}"),
+        ([1.0, float("inf"), 3.0], [1.0, 2.0, 3.0], "overflow: 1 values are not finite in half precision"),
+        ([0.0, 0.0, 3.0], [1.0, 2.0, 3.0], "underflow: of 3 values that are not zero in float32, half precision keeps"),
+        ([0.0, 0.0], [0.0, 0.0], "the first window is zero in float32"),
+        ([1.0, 2.0], [3.0, 3.0], "do not vary"),
+        ([1.0, 2.0], [3.0, float("nan")], "do not vary"),
+    ],
+)
+def test_each_disagreement_has_its_reason(rough: list[float], precise: list[float], why: str) -> None:
+    assert why in str(agreement(torch.tensor(rough), torch.tensor(precise))[1])
+
+
+def test_what_agrees_runs_under_autocast_and_says_how_well() -> None:
+    half, full = explained(tame(), [GRADIENT, OCCLUSION]), explained(tame(), [GRADIENT, OCCLUSION], None)
+    for a, b in zip(half, full):
+        assert (a.record["amp"], a.record["amp_fallback"], a.record["warnings"]) == ("torch.bfloat16", None, [])
+        assert AGREES <= a.record["amp_correlation"] < 1
+        assert not torch.equal(a.map, b.map)
+        assert np.corrcoef(a.map.flatten(), b.map.flatten())[0, 1] >= AGREES
+        assert (b.record["amp"], b.record["amp_correlation"], b.record["amp_fallback"]) == (None, None, None)
+
+
+def test_noisy_gradients_fall_back_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        (a,) = explained(Wild(), [GRADIENT])
+    (b,) = explained(Wild(), [GRADIENT], None)
+    assert torch.equal(a.map, b.map)
+    assert a.record["amp"] == "torch.bfloat16"  # as asked; what came of it stands beside
+    assert a.record["amp_correlation"] < AGREES
+    assert a.record["amp_fallback"].startswith("correlation ")
+    assert a.record["warnings"] == [f"computed in float32: {a.record['amp_fallback']}"]
+    assert f"Saliency runs in float32: {a.record['amp_fallback']}" in caplog.text
+
+
+def test_small_differences_fall_back_where_gradients_need_not() -> None:
+    """The raw scores correlate at 0.9999 here: what an occluder changes is what counts."""
+    gradient, occlusion = explained(Offset(), [GRADIENT, OCCLUSION])
+    assert gradient.record["amp_fallback"] is None
+    assert occlusion.record["amp_fallback"].startswith("correlation ")
+    _, full = explained(Offset(), [GRADIENT, OCCLUSION], None)
+    assert torch.equal(occlusion.map, full.map)  # no unperturbed score of half precision among them
+
+
+def test_methods_that_share_their_passes_are_decided_one_by_one() -> None:
+    network = nn.Sequential(draw(nn.Conv2d(1, 3, 3, padding=1)), Wild())
+    network[1].conv = draw(nn.Conv2d(3, 2, 3, padding=1), 300.0)
+    activation = METHODS.create("LayerActivation(layer='0')")
+    half = explained(network, [GRADIENT, activation])
+    assert [a.record["amp_fallback"] is None for a in half] == [False, True]
+    assert half[1].record["warnings"] == []
+    for a, b in zip(half, explained(network, [GRADIENT, activation], None)):
+        assert torch.equal(a.map, b.map) == (a.method is GRADIENT)
+
+
+def test_underflow_is_caught() -> None:
+    half, full = explained(tiny(), [GRADIENT], torch.float16)[0], explained(tiny(), [GRADIENT], None)[0]
+    assert "underflow: of 36 values that are not zero in float32, float16 keeps 0" in half.record["amp_fallback"]
+    assert half.record["status"] == "ok"
+    assert torch.equal(half.map, full.map)
+
+
+def test_overflow_falls_back() -> None:
+    prediction = Overflow()(image()).detach()
+    (half,) = explained(Overflow(), [GRADIENT], torch.float16, prediction=prediction)
+    assert half.record["amp_fallback"].startswith("it fails in float16: float16 gradients overflow at every scale")
+    assert torch.equal(half.map, explained(Overflow(), [GRADIENT], None, prediction=prediction)[0].map)
+
+
+class Loses(Method, registered=False):
+    """Agrees on the first window, and under autocast gives something else for the whole image."""
+
+    def __init__(self, lost: Any) -> None:
+        self.lost = lost
+        self.__post_init__()
+
+    def attribute(self, objective: Any) -> Tensor:
+        maps = objective.image[None] + torch.zeros(objective.n_targets, 1, 1, 1)
+        if objective.model.autocast_dtype is None or objective.sample is not None:
+            return maps
+        if isinstance(self.lost, Exception):
+            raise self.lost
+        return maps * self.lost
+
+
+@pytest.mark.parametrize(
+    ("lost", "why"),
+    [
+        (0.0, "underflow: the map is zero everywhere in bfloat16"),
+        (float("nan"), "overflow: the map has values that are not finite in bfloat16"),
+        (RuntimeError("not implemented for 'BFloat16'"), "it fails in bfloat16: RuntimeError: not implemented"),
+    ],
+)
+def test_what_is_lost_after_the_first_window_is_computed_again(lost: Any, why: str) -> None:
+    (found,) = explained(tame(), [Loses(lost)])
+    assert found.record["amp_correlation"] == 1
+    assert found.record["amp_fallback"].startswith(why)
+    assert found.record["status"] == "ok"
+    assert torch.equal(found.map.as_subclass(Tensor), image()[0])
+
+
+def test_a_zero_map_is_said_after_float32_has_found_it_too() -> None:
+    network = draw(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1)))
+    with torch.no_grad():
+        network[0].bias.fill_(-1e3)
+    (found,) = explained(network, [GRADIENT])
+    assert found.record["status"] == "zero"
+    assert "is zero in float32, so there is nothing to compare" in found.record["amp_fallback"]
+
+
+def test_rules_run_in_float32_unasked() -> None:
+    methods = [GRADIENT, DeepLift(), LRP()]
+    for a, b in zip(explained(tame(), methods)[1:], explained(tame(), methods, None)[1:]):
+        assert (a.record["amp"], a.record["amp_correlation"], a.record["amp_fallback"]) == (None, None, None)
+        assert torch.equal(a.map, b.map)
+
+
+def test_the_worst_target_decides_for_all() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tame, self.wild = tame(), Wild()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.tame(x), self.wild(x)], 1)
+
+    explainer = Explainer(Two(), WINDOWS, "cpu", amp=True)
+    first, second = explainer(image(), [GRADIENT], [TARGET, Box(1, (2, 2), (10, 10))])
+    assert first.record["amp_correlation"] >= AGREES > second.record["amp_correlation"]
+    assert first.record["amp_fallback"] == second.record["amp_fallback"]
+    assert f"{second.record['amp_correlation']:.3f}" in second.record["amp_fallback"]
+
+
+def test_methods_inside_others_are_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    measure = precision.measure
+    monkeypatch.setattr(precision, "measure", lambda *args: asked.append(1) or measure(*args))
+    (found,) = explained(tame(), [SmoothGrad(GRADIENT, n_samples=3)])
+    assert len(asked) == 1
+    assert found.record["amp_correlation"] >= AGREES
+
+
+def test_all_ranks_decide_as_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Second(Ranks):
+        """What this rank would find is not what counts."""
+
+        def gather(self, value: Any) -> list[Any]:
+            first = [Agreement([0.5], "of the first rank")] if value and isinstance(value, list) else value
+            return [first, value]
+
+    explainer = Explainer(tame(), WINDOWS, "cpu", amp=True)
+    monkeypatch.setattr(explainer, "ranks", Second())
+    monkeypatch.setattr(explainer, "_same_everywhere", lambda case: None)
+    (objective,) = [j.objective for j in explainer.judge(image(), [TARGET])]
+    assert objective is not None
+    found = run(GRADIENT, objective)
+    assert found.notes["amp_fallback"] == "of the first rank"
+    assert torch.equal(found.maps, run(GRADIENT, full_precision(objective)).maps)
+
+
+def test_a_method_in_brief_is_the_same_method_cheaper() -> None:
+    assert XRAI(n_segments=(3,), n_steps=64).in_brief().parameters == XRAI(n_segments=(3,), n_steps=4).parameters
+    inner = SmoothGrad(IntegratedGradients(tolerance=1e-3), n_samples=9).in_brief()
+    assert (inner.n_samples, inner.method.n_steps, inner.method.tolerance) == (2, 4, None)
+    assert IntegratedGradients(n_steps=2).in_brief().n_steps == 2
+    assert GRADIENT.in_brief() is GRADIENT
+
+
+def test_what_decides_a_map_does_not_depend_on_what_was_measured() -> None:
+    """So that a finished map with a fallback is skipped like any other."""
+    asked: list[dict[str, Any]] = []
+    explainer = Explainer(Wild(), WINDOWS, "cpu", amp=True)
+    (found,) = explainer(image(), [GRADIENT], [TARGET], skip=lambda a: bool(asked.append(dict(a.record))))
+    assert found.record["amp_fallback"] is not None
+    assert {k: asked[0][k] for k in DECIDES} == {k: found.record[k] for k in DECIDES}
+
+
+def test_scores_kept_on_disk_are_of_one_precision(tmp_path: Any) -> None:
+    """A run that fell back does not go on with scores of one that did not."""
+    half = Explainer(tame(), WINDOWS, "cpu", amp=True)
+    (objective,) = [j.objective for j in half.judge(image(), [TARGET])]
+    assert objective is not None
+    objective.table = ScoreTable(tmp_path, {"image": "a"})
+    precise = full_precision(objective).table
+    assert precise is not None
+    assert precise.path("boxes") != objective.table.path("boxes")
+
+
+def test_metrics_ask_without_autocast() -> None:
+    values = []
+    for amp in (False, True):
+        evaluator = Evaluator(Explainer(Offset(), WINDOWS, "cpu", amp), ["Infidelity", "Deletion"], with_controls=False)
+        found = evaluator(MetaTensor(image()[0]), [OCCLUSION], [TARGET])  # its map is float32's, see above
+        values.append([row["value"] for row in found.rows])
+    assert values[0] == values[1]
+
+
+def test_a_cam_is_measured_on_its_first_window_alone() -> None:
+    (found,) = explained(tame(), [GradCam(layer="0", relu=False)])
+    assert found.record["amp_correlation"] >= AGREES
+    assert found.record["window_passes"] == 8  # four windows each for weights and map: what is measured comes beside
