@@ -104,7 +104,8 @@ def main(job_file: Path) -> None:
     raw = inferer(x, network, *args, **kwargs)
     prediction = select_output(raw, output)
     target, channel, mask = choose(prediction[0].detach(), sigmoid, regression)
-    (expected,) = torch.autograd.grad(prediction[0][channel][mask].sum(), x)
+    score = prediction[0][channel][mask]
+    (expected,) = torch.autograd.grad(score.mean() if regression else score.sum(), x)  # as `OutputValue` has it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         explainer = Explainer(network, inferer, output=output, class_names=reader.class_names)

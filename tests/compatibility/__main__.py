@@ -63,7 +63,7 @@ def main() -> None:
             sight = cache(partial(Sight, network, dims))
             for whose in args.whose:
                 for row in rows:
-                    if whose != "ours" and row.name not in PEERS[whose].maps:
+                    if whose != "ours" and (row.name not in PEERS[whose].maps or dims not in PEERS[whose].dims):
                         continue
                     if store.has(whose, row.name, network, dims, row.version) and not args.again:
                         continue
@@ -71,11 +71,11 @@ def main() -> None:
                     work = (
                         (lambda r=row, s=sight: measure(r, s(True, r.neuron)))
                         if whose == "ours"
-                        else (lambda r=row, s=sight, w=whose: measure_peer(w, r, s(False, r.neuron)))
+                        else (lambda r=row, s=sight, w=whose: measure_peer(PEERS[w], r, s(False, r.neuron)))
                     )
                     cell = measured(whose, row, network, dims, work)
                     store.add(cell)
-                    if whose != "ours" and (cell.verdict == "error" or "LRP" in row.name):
+                    if whose == "zennit" or (whose != "ours" and (cell.verdict == "error" or "LRP" in row.name)):
                         sight.cache_clear()  # some libraries leave their hooks and rules in the network
                     seconds = time.process_time() - start
                     print(f"{seconds:7.2f} s", *cell.key, cell.verdict, cell.figure, cell.note, flush=True)

@@ -15,6 +15,7 @@ __all__ = ["write"]
 
 PATH = Path(__file__).parents[2] / "docs" / "compatibility.md"
 TITLES = {"ours": "esegeta_monai", **{name: peer.title for name, peer in PEERS.items()}}
+LETTERS = {"captum": "C", "monai": "M", "zennit": "z", "torchray": "t", "grad_cam": "g"}
 MARKS = {"green": "✓", "capped": "◐", "red": "✗", "error": "!", "none": "–"}
 
 HEAD = """\
@@ -137,5 +138,5 @@ def _cell(store: Store, row: str, network: str, dims: int) -> str:
         if whose == "ours":
             parts.append(f"{mark} {cell.figure}".strip())
         else:
-            parts.append(f"{whose[0].upper()}{mark}" + ("" if cell.verdict == "green" else f" {cell.figure}".rstrip()))
+            parts.append(f"{LETTERS[whose]}{mark}" + ("" if cell.verdict == "green" else f" {cell.figure}".rstrip()))
     return "<br>".join(parts) or "missing"
