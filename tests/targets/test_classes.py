@@ -54,6 +54,16 @@ def test_multi_class_mask_is_the_argmax_map(shape):
     assert bool((torch.stack(masks).sum(0) == 1).all())
 
 
+def test_the_first_of_equal_channels_wins():
+    """Every voxel has one class, as in torch's own argmax, also where channels tie."""
+    p = noise(4, 6, 5).round()
+    assert bool((p.sort(0, descending=True).values[0] == p.sort(0, descending=True).values[1]).any())
+    for c in range(4):
+        (score,) = MultiClassMask(c).bind(p, CASE)
+        mask = torch.zeros(6, 5, dtype=torch.bool) if score.empty else full(score, (6, 5))
+        assert torch.equal(mask, p.argmax(0) == c)
+
+
 def test_one_channel_and_sigmoid_channels_are_cut_at_half():
     p = noise(1, 6, 5)
     assert torch.equal(full(MultiClassMask(0).bind(p, CASE)[0], (6, 5)), torch.sigmoid(p[0]) > 0.5)
