@@ -172,9 +172,14 @@ def build_parser() -> argparse.ArgumentParser:
         _lazy("overlay", "run"),
     )
     _add_bundle(overlay, required=False)
-    overlay.add_argument("--output", metavar="FILE", help="where to write it (default: DIR/configs/explain.json)")
+    overlay.add_argument("--output", metavar="FILE", help="where to write it (default: explain.json in DIR/configs)")
     overlay.add_argument(
         "--multi-gpu", action="store_true", help="write multi_gpu_explain.json beside it, for several processes"
+    )
+    overlay.add_argument(
+        "--metrics",
+        action="store_true",
+        help="write explain_metrics.json, which judges the maps as 'evaluate' does; alone or behind explain.json",
     )
     overlay.add_argument("--path", action="store_true", help="write nothing, print where the shipped file lies")
     merge = _add(
@@ -219,13 +224,7 @@ def _add_explain(commands: Any) -> None:
         help="write nothing; print window passes, time and memory of every method for every target of every case",
     )
     _add_run_options(explain)
-    explain.add_argument(
-        "--share",
-        choices=["cases", "windows", "methods"],
-        default="cases",
-        help="what the processes share, where torchrun started several: each explains cases of its own (default), all "
-        "compute each case together window by window (one large scan), or each takes methods and targets of its own",
-    )
+    _add_share(explain)
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -286,6 +285,17 @@ def _add_evaluate(commands: Any) -> None:
     )
     _add_network(evaluate)
     _add_computing_options(evaluate)
+    _add_share(evaluate)
+
+
+def _add_share(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--share",
+        choices=["cases", "windows", "methods"],
+        default="cases",
+        help="what the processes share, where torchrun started several: each takes cases of its own (default), all "
+        "compute each case together window by window (one large scan), or each takes methods and targets of its own",
+    )
 
 
 def _add_demo(commands: Any) -> None:

@@ -7,14 +7,10 @@ found.rows[0]["value"], found.rows[0]["beats_controls"]
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import logging
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +18,6 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 import esegeta_monai.storage as storage
-from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MetricError, RankLost, named_reason
 from esegeta_monai.explainer import Explainer, Judged
 from esegeta_monai.features import foreground
@@ -30,24 +25,18 @@ from esegeta_monai.methods.base import METHODS, Explained, Method, run_together
 from esegeta_monai.metrics.base import METRICS, Metric, Subject, asking, better
 from esegeta_monai.metrics.controls import Control, controls
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM, region_table
+from esegeta_monai.naming import ResultNames
 from esegeta_monai.objective import Objective
 from esegeta_monai.precision import full_precision
-from esegeta_monai.storage.files import write_json
 from esegeta_monai.targets.base import TARGETS, Score
 
-__all__ = ["COLUMNS", "DEFAULT_METRICS", "REGION_COLUMNS", "EvaluationWriter", "Evaluator", "Found"]
+__all__ = ["DEFAULT_METRICS", "Evaluator", "Found", "chosen_metrics"]
 
 logger = logging.getLogger("esegeta_monai")
 
-_FIRST = ("case", "target", "method", "metric", "group", "value", "low", "high", "n", "higher_is_better")
-COLUMNS: tuple[str, ...] = (*_FIRST, "beats_controls", "seconds", "passes")
-"""Of ``metrics.csv``: one row a case, target, method and metric."""
-
-_SUMS = ("voxels", "volume_mm3", "sum", "abs_sum", "share_of_abs", "mean")
-REGION_COLUMNS: tuple[str, ...] = ("target", "method", "region", *_SUMS, "alarm")
-"""Of ``<case>_regions.csv``."""
-
 DEFAULT_METRICS = ("Deletion", "Insertion", "Infidelity", "FaithfulnessCorrelation", "Sparseness", "Entropy")
+CONTROL = "control:"
+"""What the names of control maps begin with."""
 WITH_LABEL = ("PointingGame", "RelevanceMass", "RelevanceRank", "LocalisationAUC", "DistanceProfile")
 """Added by default where there is a label."""
 
@@ -57,15 +46,34 @@ class Found:
     """What was found of one case.
 
     Attributes:
-        rows: one a target, method and metric: the columns of `COLUMNS` but ``case``, and ``status`` (ok, undefined, not
-            applicable, failed), ``reason``, ``meaning``, ``parameters``, ``notes``, ``curve``.
-        regions: one a target, method and region, the columns of `REGION_COLUMNS`.
+        rows: one a target, method and metric: the columns of ``metrics.csv`` but ``case``, and ``status`` (ok,
+            undefined, not applicable, failed), ``reason``, ``meaning``, ``parameters``, ``notes``, ``curve``.
+        regions: one a target, method and region.
         failed: reasons of methods and targets of which there was no map to judge, by ``target, method``.
+        empty: the targets without a voxel, which is no failure, with that said.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     regions: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    empty: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Found]) -> Found:
+        """What several processes found of one case, each with methods and targets of its own and the same controls:
+        as one process would have it, target by target, the controls behind the methods."""
+        whole, seen = cls(), set()
+        for part in parts:
+            whole.failed |= part.failed
+            whole.empty |= part.empty
+            for mine, theirs in ((whole.rows, part.rows), (whole.regions, part.regions)):
+                keys = [(row["target"], row["method"], row.get("metric"), row.get("region")) for row in theirs]
+                mine += [row for key, row in zip(keys, theirs) if key not in seen]
+                seen |= set(keys)
+        for rows in (whole.rows, whole.regions):
+            order = {target: i for i, target in enumerate(dict.fromkeys(row["target"] for row in rows))}
+            rows.sort(key=lambda row: (order[row["target"]], row["method"].startswith(CONTROL)))
+        return whole
 
 
 class Evaluator:
@@ -91,11 +99,7 @@ class Evaluator:
         outside_alarm: float = OUTSIDE_ALARM,
     ) -> None:
         self.explainer, self.outside_alarm = explainer, outside_alarm
-        everything = isinstance(metrics, str) and metrics.strip().lower() == "all"
-        self.metrics = None if metrics is None else METRICS.create_all(list(METRICS) if everything else metrics)
-        self.with_controls = with_controls
-        if self.metrics is not None:
-            storage.distinct_names(self.metrics)
+        self.metrics, self.with_controls = chosen_metrics(metrics), with_controls
 
     def __call__(
         self,
@@ -109,8 +113,7 @@ class Evaluator:
         region_names: Mapping[int, str] | None = None,
         body: Tensor | None = None,
         maps: Mapping[tuple[str, str], Tensor] | None = None,
-        method_names: Sequence[str] | None = None,
-        target_name: Any = None,
+        names: ResultNames | None = None,
         **more: Any,
     ) -> Found:
         """Judges every method for every target of one case.
@@ -126,40 +129,38 @@ class Evaluator:
             body: mask of the patient; None: the image's foreground.
             maps: maps (C, *spatial) on the image's grid by target's and method's name, in place of computing them;
                 methods without one are left out.
-            method_names, target_name: how methods are called (default: their distinct names), and a function of target
-                and label that says how targets are.
+            names: of methods and targets, where these are some of a run's; None: what tells them apart.
             more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
 
         Raises:
             EsegetaError: the case cannot be explained at all. What fails of a method or metric is in the result.
         """
         chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
-        names = list(method_names or storage.distinct_names(chosen))
+        names = names or ResultNames(chosen, wanted)
         found = Found()
         label, regions = _plain(label), _plain(regions)
         if body is None:
             body = foreground(image.as_tensor().detach().cpu())
         for judged in self.explainer.judge(image[None], wanted, **more):
-            for bound, reason in judged.left_out:
-                found.failed[bound] = reason
+            found.failed |= dict(judged.left_out)
+            found.empty |= dict(judged.empty)
             if judged.objective is None:
                 continue
-            case = _Case(judged, full_precision(judged.objective), image, label, label_value, _plain(body), target_name)
-            self._case(case, chosen, names, maps, found, regions if regions is not None else label, region_names)
+            case = _Case(judged, full_precision(judged.objective), image, label, label_value, _plain(body), names)
+            self._case(case, chosen, maps, found, regions if regions is not None else label, region_names)
         return found
 
     def _case(
         self,
         case: _Case,
         methods: Sequence[Method],
-        names: Sequence[str],
         maps: Mapping[tuple[str, str], Tensor] | None,
         found: Found,
         regions: Tensor | None,
         region_names: Mapping[int, str] | None,
     ) -> None:
         beside: list[Method] = list(controls()) if self.with_controls else []
-        all_names = [*names, *(str(c.name) for c in beside)]
+        all_names = [*map(case.names.method, methods), *(str(c.name) for c in beside)]
         everything = [*methods, *beside]
         computed = case.explain(
             everything if maps is None else beside, found, dict(zip(map(id, everything), all_names))
@@ -169,7 +170,7 @@ class Evaluator:
             metrics = METRICS.create_all([*DEFAULT_METRICS, *(WITH_LABEL if case.label is not None else ())])
         titles = storage.distinct_names(metrics)
         for k in range(len(case.objective.scores)):
-            target = case.names[k]
+            target = case.targets[k]
             rows: list[dict[str, Any]] = []
             for method, name in zip(everything, all_names):
                 values = computed.get((id(method), k))
@@ -197,6 +198,20 @@ class Evaluator:
             found.rows += rows
 
 
+def chosen_metrics(metrics: Any) -> list[Metric] | None:
+    """The metrics that are asked for: instances, names or configs, ``"all"``; None: those of `Evaluator`'s choice.
+
+    Raises:
+        UsageError: a wrong metric or parameter, or two metrics of one name.
+    """
+    if metrics is None:
+        return None
+    everything = isinstance(metrics, str) and metrics.strip().lower() == "all"
+    chosen = METRICS.create_all(list(METRICS) if everything else metrics)
+    storage.distinct_names(chosen)
+    return chosen
+
+
 @dataclass
 class _Case:
     """One case of one objective, and what is known of it.
@@ -211,14 +226,14 @@ class _Case:
     label: Tensor | None
     label_value: int | str | None
     body: Tensor | None
-    target_name: Any
+    names: ResultNames
     shared: dict[Hashable, Any] = field(default_factory=dict)
-    names: list[str] = field(init=False)
+    targets: list[str] = field(init=False)
     spacing: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
         pairs = zip(self.judged.targets, self.judged.labels)
-        self.names = [self.target_name(t, text) if self.target_name else text for t, text in pairs]
+        self.targets = [self.names.target(target, text) for target, text in pairs]
         affine = torch.as_tensor(self.image.affine).double()
         dims = self.image.ndim - 1
         self.spacing = affine[:-1, :dims].norm(dim=0).tolist()
@@ -241,7 +256,7 @@ class _Case:
                 objective.monitor.start()
             if isinstance(outcome, RankLost):
                 raise outcome
-            for k, target in enumerate(self.names):
+            for k, target in enumerate(self.targets):
                 if isinstance(outcome, Explained):
                     maps[id(method), k] = outcome.maps[k]
                 else:
@@ -337,87 +352,11 @@ def _measured(metric: Metric, title: str, subject: Subject) -> dict[str, Any]:
 
 def _compare(rows: Sequence[dict[str, Any]], metrics: Mapping[str, Metric]) -> None:
     """Marks the methods of one target that do better than every control."""
-    prefix = "control:"
     for title, metric in metrics.items():
         mine = [r for r in rows if r["metric"] == title]
-        against = [r for r in mine if r["method"].startswith(prefix) and r["status"] in ("ok", "undefined")]
+        against = [r for r in mine if r["method"].startswith(CONTROL) and r["status"] in ("ok", "undefined")]
         if not metric.compared or metric.higher_is_better is None or not against:
             continue
         for row in mine:
-            if not row["method"].startswith(prefix) and row["status"] in ("ok", "undefined"):
+            if not row["method"].startswith(CONTROL) and row["status"] in ("ok", "undefined"):
                 row["beats_controls"] = all(better(metric, row["value"], other["value"]) for other in against)
-
-
-class EvaluationWriter:
-    """Writes ``<output>/metrics.csv`` (tidy, all cases) and for each case ``<case>_metrics.json``,
-    ``<case>_regions.csv`` and ``<case>_regions.json``. Cases of earlier runs into the same folder stay.
-
-    Args:
-        output_dir: made if it does not exist.
-        provenance: what every JSON records beside versions.
-
-    Raises:
-        UsageError: an unwritable folder.
-    """
-
-    def __init__(self, output_dir: str | Path, provenance: Mapping[str, Any] | None = None) -> None:
-        self.output_dir = storage.writable_folder(output_dir)
-        self.provenance = dict(provenance or {})
-        self.path = self.output_dir / "metrics.csv"
-        self.problems: list[str] = []
-        self.not_beating: list[str] = []
-
-    def write(self, case: str, found: Found) -> Path:
-        """Writes one case; returns the path of its JSON."""
-        self.problems += [f"{case}: {what}: {why}" for what, why in found.failed.items()]
-        for row in found.rows:
-            if row["status"] == "failed":
-                self.problems.append(f"{case}: {row['target']}, {row['method']}, {row['metric']}: {row['reason']}")
-            if row["beats_controls"] is False:
-                self.not_beating.append(f"{case}: {row['target']}, {row['method']}, {row['metric']}")
-        base = self.output_dir / storage.safe_name(case) / storage.safe_name(case)
-        region_rows = [{c: row.get(c) for c in REGION_COLUMNS} for row in found.regions]
-        _write_text(base.with_name(f"{base.name}_regions.csv"), _csv(REGION_COLUMNS, region_rows))
-        write_json(base.with_name(f"{base.name}_regions.json"), {"case": case, "regions": region_rows})
-        self._table([{"case": case, **row} for row in found.rows], case)
-        curves = [
-            {"target": r["target"], "method": r["method"], "metric": r["metric"], **r["curve"]}
-            for r in found.rows
-            if r.get("curve")
-        ]
-        record = {
-            **self.provenance,
-            "case": case,
-            "metrics": [{k: v for k, v in row.items() if k != "curve"} for row in found.rows],
-            "curves": curves,
-            "failed": found.failed,
-            "intended_use": storage.INTENDED_USE,
-            "versions": storage.versions(),
-        }
-        return write_json(base.with_name(f"{base.name}_metrics.json"), json_ready(record))
-
-    def _table(self, rows: list[dict[str, Any]], case: str) -> None:
-        earlier: list[dict[str, Any]] = []
-        if self.path.is_file():
-            with open(self.path, newline="", encoding="utf-8") as file:
-                earlier = [row for row in csv.DictReader(file) if row.get("case") != case]
-        _write_text(self.path, _csv(COLUMNS, [*earlier, *rows]))
-
-
-def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_cell(row.get(c)) for c in columns] for row in rows)
-    return text.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    if value is None:
-        return ""
-    return json.dumps(value) if isinstance(value, (bool, float)) else value
-
-
-def _write_text(path: Path, text: str) -> None:
-    with storage.atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -81,7 +81,8 @@ class Judged:
         case: its index in the batch.
         objective: of all targets that have a voxel; None where none has.
         targets, labels: of its scores.
-        left_out: label and reason of targets that could not be bound, or are empty.
+        left_out: label and reason of targets that could not be bound.
+        empty: label and reason of those without a voxel.
         time_limit: seconds a method.
     """
 
@@ -90,6 +91,7 @@ class Judged:
     targets: list[Target]
     labels: list[str]
     left_out: list[tuple[str, str]]
+    empty: list[tuple[str, str]]
     time_limit: float | None
 
 
@@ -325,14 +327,16 @@ class Explainer:
                 model, volume, plan, predicted, _ = self._prepared(case, {}, layer)
                 bound = list(self._bind(mine, predicted, case))
                 seen = [b for b in bound if b.score is not None and not b.score.empty]
-                left = [(b.label, str(b.error or NOTHING_THERE.format(b.label))) for b in bound if b not in seen]
+                left = [(b.label, str(b.error)) for b in bound if b.score is None]
+                empty = [
+                    (b.label, NOTHING_THERE.format(b.label)) for b in bound if b.score is not None and b not in seen
+                ]
                 objective = None
                 if seen:
                     scores = [b.score for b in seen if b.score is not None]
                     objective = self._objective(case, model, volume, plan, scores, predicted)
-                yield Judged(
-                    case.index, objective, [b.target for b in seen], [b.label for b in seen], left, self.time_limit
-                )
+                names = [b.label for b in seen]
+                yield Judged(case.index, objective, [b.target for b in seen], names, left, empty, self.time_limit)
 
     # -- cases --------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from esegeta_monai.errors import EsegetaError, MethodError, RankLost, named_reas
 from esegeta_monai.explainer import Attribution, Explainer
 from esegeta_monai.features import table_csv
 from esegeta_monai.methods.base import Method
+from esegeta_monai.naming import ResultNames
 from esegeta_monai.ranks import Ranks
 from esegeta_monai.report.picture import display_affine, save_picture
 from esegeta_monai.report.synthesis import save_curve, save_synthesised
@@ -82,9 +83,7 @@ class ResultWriter:
         together: bool = False,
     ) -> None:
         self.ranks, self.together = ranks or Ranks(), together
-        self.method_names = dict(zip(map(id, methods), storage.distinct_names(methods)))
-        self.target_names = dict(zip(map(id, targets), storage.distinct_names(targets)))
-        storage.check_clashes([], self.target_names.values(), self.method_names.values())
+        self.names = ResultNames(methods, targets)
         self.output_dir = storage.writable_folder(output_dir)
         self.provenance = dict(provenance or {})
         self.layout: dict[str, Any] = {"postfix": postfix, "separate_folder": separate_folder, "extension": extension}
@@ -106,29 +105,14 @@ class ResultWriter:
         """Whether this process writes the maps that it computes."""
         return not (self.together and self.ranks.rank)
 
-    def target_name(self, target: Target, label: str) -> str:
-        """The target's name in files: its label (with the class), and what else tells it apart.
-
-        >>> from esegeta_monai.targets import MultiClassMask
-        >>> target = MultiClassMask(1)
-        >>> ResultWriter(".", [], [target]).target_name(target, "MultiClassMask-white matter")  # doctest: +SKIP
-        'MultiClassMask-white matter'
-        """
-        given = target.given_name
-        if given:
-            return label if label != type(target).__name__ else given
-        extra = self.target_names.get(id(target), "").removeprefix(type(target).__name__)
-        own = [p for p in extra.split("-") if p and not p.startswith("class_index")]
-        return "-".join([label, *own])
-
     def path(self, attribution: Attribution, case: str, scan: Any = None) -> Path:
         """Where a map lies."""
-        target_name = self.target_name(attribution.target, attribution.label)
+        target_name = self.names.target(attribution.target, attribution.label)
         layout = {**self.layout, "extension": storage.map_suffix(scan)} if self.as_input else self.layout
         return storage.map_path(self.output_dir, case, target_name, self._method_name(attribution), **layout)
 
     def _method_name(self, attribution: Attribution) -> str:
-        name = self.method_names[id(attribution.method)]
+        name = self.names.method(attribution.method)
         return f"{name}-{attribution.input}" if attribution.input else name
 
     def key(self, attribution: Attribution, case: str, scan: Any) -> dict[str, Any]:
@@ -353,7 +337,7 @@ class ResultWriter:
         return {"separate_folder": self.layout["separate_folder"]}
 
     def _mask_path(self, attribution: Attribution, case: str) -> Path:
-        name = self.target_name(attribution.target, attribution.label)
+        name = self.names.target(attribution.target, attribution.label)
         return mask_path(self.output_dir, case, name, **self._folders)
 
     def _copies(self, case: str) -> dict[Path, Tensor]:

@@ -1,7 +1,9 @@
-"""``torchrun -m esegeta_monai explain``: the same files by one process and by several, and none left waiting."""
+"""``torchrun -m esegeta_monai explain`` and ``evaluate``: the same files by one process and by several, and none left
+waiting."""
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -27,10 +29,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def command(bundle: Path, scans: Path, output: Path, ranks: int, *more: str) -> list[str]:
+def command(bundle: Path, scans: Path, output: Path, ranks: int, *more: str, what: str = "explain") -> list[str]:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    what = ["explain", "--bundle", str(bundle), "--input", str(scans), "--output", str(output), "--device", "cpu"]
-    return [sys.executable, *launch, "-m", "esegeta_monai", *what, *more]
+    words = [what, "--bundle", str(bundle), "--input", str(scans), "--output", str(output), "--device", "cpu"]
+    return [sys.executable, *launch, "-m", "esegeta_monai", *words, *more]
 
 
 def explain(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
@@ -92,6 +94,48 @@ def test_two_processes_write_what_one_does(study, share):
     )
     assert again.returncode == 0, again.stderr
     assert set(statuses(output).values()) == {"skipped"}
+
+
+JUDGED = [
+    *("--methods", "Saliency,InputXGradient,Occlusion(window=8)", "--target"),
+    *("MultiClassMask(class_index=1),MultiClassMask(class_index=2)", "--metrics"),
+    "Deletion(steps=4),Infidelity(n_samples=10),MaxSensitivity(n_samples=2),CascadingRandomisation,ROAD(shares=[0.5]),"
+    "Sparseness,RandomLogit",
+]
+
+
+def figures(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = {(r["case"], r["target"], r["method"], r["metric"]): r for r in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+@pytest.fixture(scope="module")
+def judged(study):
+    done = explain(study / "bundle", study / "scans", study / "judged", 1, *JUDGED, what="evaluate")
+    assert done.returncode == 0, done.stderr
+    return figures(study / "judged")
+
+
+@pytest.mark.parametrize("share", ["cases", "windows", "methods"])
+def test_two_processes_judge_as_one_does(study, judged, share):
+    output = study / f"judged-{share}"
+    done = explain(study / "bundle", study / "scans", output, 2, *JUDGED, "--share", share, what="evaluate")
+    assert done.returncode == 0, done.stderr
+    mine = figures(output)
+    assert list(mine) == list(judged)
+    assert len(mine) == (3 * 2 - 1) * 6 * 7  # one case has no voxel of one target
+    for key, row in judged.items():
+        assert mine[key]["beats_controls"] == row["beats_controls"], key
+        assert bool(mine[key]["value"]) == bool(row["value"]), key
+        if row["value"]:
+            assert float(mine[key]["value"]) == pytest.approx(float(row["value"]), rel=1e-4, abs=1e-5), key
+    assert done.stdout.count("3 case(s) judged, 0 problem(s)") == 1
+    for case in ("s0", "s1", "s2"):
+        one, other = ((study / f / case / f"{case}_regions.csv").read_text().splitlines() for f in (output, "judged"))
+        assert [r.split(",")[:3] for r in one] == [r.split(",")[:3] for r in other]
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc to find the process")

@@ -13,19 +13,29 @@ from monai.bundle import ConfigParser
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.errors import UsageError
 
-__all__ = ["HANDLER", "evaluator_of", "fitted_overlay", "multi_gpu_overlay", "shipped_overlay"]
+__all__ = [
+    "METRICS_OVERLAY",
+    "MULTI_GPU_OVERLAY",
+    "OVERLAY",
+    "evaluator_of",
+    "fitted_overlay",
+    "multi_gpu_overlay",
+    "shipped_overlay",
+]
 
-HANDLER = "@explain_handler"
+OVERLAY, METRICS_OVERLAY, MULTI_GPU_OVERLAY = "explain.json", "explain_metrics.json", "multi_gpu_explain.json"
+HANDLERS = {OVERLAY: "@explain_handler", METRICS_OVERLAY: "@explain_metrics_handler"}
 _REGRESSION = ("points", "tuples", "regression")
 _SEGMENTATION = ("segmentation", "labels")
 
 
-def shipped_overlay() -> Path:
-    """The ``explain.json`` that the package carries, for bundles that keep ``handlers`` and ``output_dir``."""
-    return Path(str(files("esegeta_monai.bundle") / "explain.json"))
+def shipped_overlay(name: str = OVERLAY) -> Path:
+    """An overlay that the package carries, for bundles that keep ``handlers`` and ``output_dir``: ``explain.json``
+    explains, ``explain_metrics.json`` judges the maps by metrics."""
+    return Path(str(files("esegeta_monai.bundle") / name))
 
 
-def fitted_overlay(parser: ConfigParser, metadata: BundleMetadata) -> dict[str, Any]:
+def fitted_overlay(parser: ConfigParser, metadata: BundleMetadata, name: str = OVERLAY) -> dict[str, Any]:
     """The content of an overlay for a bundle's config, to be merged behind it.
 
     What differs from the shipped one: the list that the handler joins (``handlers``, ``val_handlers``, the evaluator's
@@ -35,6 +45,8 @@ def fitted_overlay(parser: ConfigParser, metadata: BundleMetadata) -> dict[str, 
     Args:
         parser: the bundle's config; nothing of it is evaluated.
         metadata: its metadata.json.
+        name: of the shipped one. That of the metrics runs alone, or behind that of the maps unless the bundle's
+            handlers are an expression, which only one of them can extend.
 
     Raises:
         UsageError: no evaluator in the config.
@@ -44,7 +56,7 @@ def fitted_overlay(parser: ConfigParser, metadata: BundleMetadata) -> dict[str, 
     >>> overlay["evaluator#val_handlers"], overlay["explain_output_dir"]
     (['@explain_handler'], "$@bundle_root + '/explained'")
     """
-    overlay: dict[str, Any] = json.loads(shipped_overlay().read_text(encoding="utf-8"))
+    overlay: dict[str, Any] = json.loads(shipped_overlay(name).read_text(encoding="utf-8"))
     del overlay["+handlers"]
     if "bundle_root" not in parser:
         overlay["bundle_root"] = "."
@@ -53,7 +65,7 @@ def fitted_overlay(parser: ConfigParser, metadata: BundleMetadata) -> dict[str, 
     overlay["explain_output"] = chosen_output(metadata)
     if _is_regression(metadata):
         overlay["explain_targets"] = ["OutputValue(channel=0)"]
-    overlay.update(_joined(parser))
+    overlay.update(_joined(parser, HANDLERS[name], behind=name == METRICS_OVERLAY))
     return overlay
 
 
@@ -69,9 +81,7 @@ def multi_gpu_overlay(parser: ConfigParser) -> dict[str, Any]:
     >>> multi_gpu_overlay(parser)["test_loader#sampler"]
     '@explain_sampler'
     """
-    overlay: dict[str, Any] = json.loads(
-        shipped_overlay().with_name("multi_gpu_explain.json").read_text(encoding="utf-8")
-    )
+    overlay: dict[str, Any] = json.loads(shipped_overlay(MULTI_GPU_OVERLAY).read_text(encoding="utf-8"))
     evaluator = evaluator_of(parser)
     named = str(parser.get(f"{evaluator}#val_data_loader"))
     loader = named.removeprefix("@").replace("::", "#") if named.startswith("@") else f"{evaluator}#val_data_loader"
@@ -119,19 +129,23 @@ def chosen_output(metadata: BundleMetadata) -> str | None:
     return str(next(iter(masks or kinds)))
 
 
-def _joined(parser: ConfigParser) -> dict[str, Any]:
-    """The entry that puts the handler behind the evaluator's own ones: a checkpoint loader must stay the first."""
+def _joined(parser: ConfigParser, handler: str, behind: bool) -> dict[str, Any]:
+    """The entry that puts the handler behind the evaluator's own ones: a checkpoint loader must stay the first.
+
+    Args:
+        behind: another overlay may have made the list.
+    """
     own = f"{evaluator_of(parser)}#val_handlers"
     handlers = parser.get(own)
     if handlers is None:
-        return {own: [HANDLER]}
+        return {f"+{own}" if behind else own: [handler]}
     if isinstance(handlers, list):
-        return {f"+{own}": [HANDLER]}
+        return {f"+{own}": [handler]}
     name = str(handlers).removeprefix("@").replace("::", "#")
     if str(handlers).startswith("@") and isinstance(parser.get(name), list):
-        return {f"+{name}": [HANDLER]}
+        return {f"+{name}": [handler]}
     expression = str(handlers).removeprefix("$")
-    return {own: f"$list({expression}) + [{HANDLER}]"}
+    return {own: f"$list({expression}) + [{handler}]"}
 
 
 def _is_regression(metadata: BundleMetadata) -> bool:

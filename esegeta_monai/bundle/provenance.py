@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from esegeta_monai.bundle.metadata import BundleMetadata
+from esegeta_monai.bundle.overlay import METRICS_OVERLAY, MULTI_GPU_OVERLAY, OVERLAY
 from esegeta_monai.storage import sha256_file
 
 __all__ = ["bundle_provenance"]
+
+OVERLAYS = (OVERLAY, METRICS_OVERLAY, MULTI_GPU_OVERLAY)
+"""Our own files beside a bundle's: they change no prediction."""
 
 
 def bundle_provenance(bundle_root: str | Path) -> dict[str, Any]:
@@ -22,5 +26,5 @@ def bundle_provenance(bundle_root: str | Path) -> dict[str, Any]:
     return {
         "bundle": metadata.name or root.resolve().name,
         "bundle_version": metadata.version,
-        "configs_sha256": {p.name: sha256_file(p) for p in files if p.name != "explain.json"},
+        "configs_sha256": {p.name: sha256_file(p) for p in files if p.name not in OVERLAYS},
     }

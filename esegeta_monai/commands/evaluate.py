@@ -32,13 +32,15 @@ from esegeta_monai.commands.explain import (
 )
 from esegeta_monai.commands.log import RunLog
 from esegeta_monai.configurable import Registry
-from esegeta_monai.errors import EsegetaError, UsageError
-from esegeta_monai.evaluation import EvaluationWriter, Evaluator
+from esegeta_monai.errors import EsegetaError, RankLost, UsageError
+from esegeta_monai.evaluation import Evaluator
+from esegeta_monai.evaluation_writer import EvaluationWriter
 from esegeta_monai.methods.base import METHODS, Method
+from esegeta_monai.naming import ResultNames
+from esegeta_monai.ranks import Ranks, process_group
 from esegeta_monai.storage.files import read_json
 from esegeta_monai.targets.base import TARGETS, Case, Target
 from esegeta_monai.targets.regions import label_on_grid
-from esegeta_monai.writer import ResultWriter
 
 __all__ = ["run", "to_network_grid"]
 
@@ -55,6 +57,17 @@ def run(args: Namespace, log: RunLog) -> int:
         EsegetaError: a wrong option, bundle or output folder: nothing has been computed.
     """
     register_extensions(args.bundle)
+    with process_group() as ranks:
+        writer = _evaluate(args, log, ranks)
+    if not ranks.rank:
+        for problem in writer.problems:
+            logger.error("%s", log.clean(problem))
+        if not args.quiet:
+            _summary(writer)
+    return int(bool(writer.problems))
+
+
+def _evaluate(args: Namespace, log: RunLog, ranks: Ranks) -> EvaluationWriter:
     output = Path(args.output)
     reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
     channel_names = [name for _, name in sorted(reader.channel_names.items())]
@@ -67,16 +80,14 @@ def run(args: Namespace, log: RunLog) -> int:
     if targets is None:
         targets = earlier.targets if earlier else default_targets(reader)
     check_layers(reader.network, [*methods, *targets])
-    metrics = ",".join(args.metrics) if args.metrics else None
     region_names = _region_names(args.region_names)
     evaluator = Evaluator(
         explainer_for(reader, args),
-        metrics,
+        ",".join(args.metrics) if args.metrics else None,
         with_controls=args.controls,
         outside_alarm=args.outside_alarm,
     )
-    names = ResultWriter(output, methods, targets, pictures=False)  # for its names; it writes no map
-    writer = EvaluationWriter(output, provenance_of(reader, args))
+    writer = EvaluationWriter(output, methods, targets, provenance_of(reader, args), ranks=ranks, share=args.share)
     preprocess = Preprocessor(reader)
     for case in cases:
         for file in case.files:
@@ -84,43 +95,37 @@ def run(args: Namespace, log: RunLog) -> int:
     log.hide(output, output.name)
     log.hide(reader.bundle_dir, reader.bundle_dir.name)
     log.write_to(output)
-    failed = 0
-    for number, case in enumerate(cases, 1):
+    mine = ranks.share(cases) if args.share == "cases" else cases
+    for number, case in enumerate(mine, 1):
         with log.of(case.name):
-            logger.info("%s: case %d of %d", case.name, number, len(cases))
+            logger.info("%s: case %d of %d", case.name, number, len(mine))
             try:
                 _, image, data = preprocess(case)
-                beside = _beside(args, case, image, data)
-                maps = earlier.maps(case, methods, targets, names, image) if earlier else None
-                found = evaluator(
+                writer.evaluate(
+                    evaluator,
                     image,
-                    methods,
-                    targets,
+                    case.name,
                     data=data,
-                    maps=maps,
+                    maps=earlier.maps(case, methods, targets, writer.names, image) if earlier else None,
                     region_names=region_names,
                     label_value=args.label_value,
-                    target_name=names.target_name,
-                    **beside,
+                    **_beside(args, case, image, data),
                 )
-                writer.write(case.name, found)
+            except RankLost:
+                raise
             except Exception as error:  # told with its reason, and the other cases go on
-                failed += 1
-                logger.error("%s: %s", case.name, named(error, log))
+                writer.failed(case.name, str(named(error, log)))
                 logger.debug("traceback", exc_info=error)
-    for problem in writer.problems:
-        logger.error("%s", log.clean(problem))
-    if not args.quiet:
-        _summary(writer, len(cases) - failed)
-    return int(bool(failed or writer.problems))
+    writer.join()
+    return writer
 
 
-def _summary(writer: EvaluationWriter, done: int) -> None:
+def _summary(writer: EvaluationWriter) -> None:
     for text in writer.not_beating[:20]:
         print(f"no better than a control: {text}")
     if len(writer.not_beating) > 20:
         print(f"... and {len(writer.not_beating) - 20} more, marked false in the column beats_controls")
-    print(f"{done} case(s) judged, {len(writer.problems)} problem(s). The table is {writer.path}.")
+    print(f"{writer.done} case(s) judged, {len(writer.problems)} problem(s). The table is {writer.path}.")
 
 
 # -- what lies beside a scan ---------------------------------------------------------------------------------------
@@ -210,7 +215,7 @@ class _Earlier:
         case: ScanCase,
         methods: Sequence[Method],
         targets: Sequence[Target],
-        names: ResultWriter,
+        names: ResultNames,
         image: MetaTensor,
     ) -> dict[tuple[str, str], Tensor]:
         """By the names of target and method, on the network's grid."""
@@ -220,7 +225,7 @@ class _Earlier:
             target = _same(targets, record["target"], record["target_parameters"])
             if method is None or target is None:
                 continue
-            key = (names.target_name(target, record["target_name"]), names.method_names[id(method)])
+            key = (names.target(target, record["target_name"]), names.method(method))
             values = storage.read_scan(path, spatial_dims=2 if image.ndim == 3 else None)
             found[key] = to_network_grid(values, image, additive=bool(record.get("additive")))
         if not found:

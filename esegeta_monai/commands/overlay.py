@@ -11,7 +11,15 @@ from typing import Any
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
-from esegeta_monai.bundle.overlay import evaluator_of, fitted_overlay, multi_gpu_overlay, shipped_overlay
+from esegeta_monai.bundle.overlay import (
+    METRICS_OVERLAY,
+    MULTI_GPU_OVERLAY,
+    OVERLAY,
+    evaluator_of,
+    fitted_overlay,
+    multi_gpu_overlay,
+    shipped_overlay,
+)
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.commands.explain import overrides
 from esegeta_monai.errors import EsegetaError, UsageError
@@ -23,22 +31,23 @@ __all__ = ["run", "run_merge"]
 def run(args: Namespace, *_: object) -> int:
     """Writes the overlay that fits a bundle, never over another file, and says what it found; or prints where the
     shipped one lies."""
+    name = METRICS_OVERLAY if args.metrics else OVERLAY
     if args.path:
-        print(shipped_overlay())
+        print(shipped_overlay(name))
         return 0
     if not args.bundle and not args.output:
         raise UsageError("overlay needs --bundle DIR (or --output FILE, or --path to print where the shipped one lies)")
     if args.multi_gpu and not args.bundle:
         raise UsageError("overlay --multi-gpu needs --bundle DIR, whose data loader gets the sampler")
     if not args.bundle:
-        target = _free(Path(args.output))
-        _write(target, shipped_overlay().read_text(encoding="utf-8"))
+        target = _free(Path(args.output), name)
+        _write(target, shipped_overlay(name).read_text(encoding="utf-8"))
         print(f"{target} is written; it joins a list called handlers. With --bundle DIR it fits any bundle.")
         return 0
     reader, config = _reader(args), _config(args)
-    overlay = fitted_overlay(config, reader.metadata)
-    target = _free(Path(args.output) if args.output else reader.bundle_dir / "configs" / "explain.json")
-    second = _free(target.with_name("multi_gpu_explain.json")) if args.multi_gpu else None
+    overlay = fitted_overlay(config, reader.metadata, name)
+    target = _free(Path(args.output) if args.output else reader.bundle_dir / "configs" / name, name)
+    second = _free(target.with_name(MULTI_GPU_OVERLAY), name) if args.multi_gpu else None
     _write(target, json.dumps(overlay, indent=4, ensure_ascii=False) + "\n")
     if second is not None:
         _write(second, json.dumps(multi_gpu_overlay(config), indent=4) + "\n")
@@ -50,7 +59,8 @@ def run(args: Namespace, *_: object) -> int:
     launch = "torchrun --nproc_per_node NUMBER_OF_GPUS" if args.multi_gpu else "python"
     print(f"{' and '.join(str(f) for f in (target, second) if f)} written. In the bundle's folder:")
     print(f'  {launch} -m monai.bundle run{run_id}{root} --config_file "{files}"')
-    print("Settings follow as options: --explain_methods \"['Saliency']\" --explain_output_dir explained")
+    more = " --explain_metrics \"['Deletion']\"" if args.metrics else ""
+    print(f"Settings follow as options: --explain_methods \"['Saliency']\"{more} --explain_output_dir explained")
     return 0
 
 
@@ -148,8 +158,8 @@ def _shown(file: Path, reader: BundleReader) -> str:
     return place.relative_to(reader.bundle_dir).as_posix() if inside else str(place)
 
 
-def _free(target: Path) -> Path:
-    target = target / "explain.json" if target.is_dir() else target
+def _free(target: Path, name: str = OVERLAY) -> Path:
+    target = target / name if target.is_dir() else target
     if target.exists():
         raise UsageError(f"{target} exists and stays as it is: move it away, or write elsewhere with --output FILE")
     return target

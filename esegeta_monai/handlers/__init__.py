@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from esegeta_monai.handlers.evaluation import EvaluationHandler
 from esegeta_monai.handlers.explanation import ExplanationHandler
 from esegeta_monai.handlers.series import ExplanationSeries
 
-__all__ = ["ExplanationHandler", "ExplanationSeries"]
+__all__ = ["EvaluationHandler", "ExplanationHandler", "ExplanationSeries"]

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from monai.utils import CommonKeys, optional_import
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from esegeta_monai.attribution import Attribution
 from esegeta_monai.errors import UsageError
 from esegeta_monai.metrics import RelevanceMass, Subject
+from esegeta_monai.metrics.randomisation import similarity
 from esegeta_monai.storage.files import atomic
 
 __all__ = ["TABLE", "ExplanationSeries"]
@@ -36,8 +36,8 @@ class ExplanationSeries:
     * ``value``: F(x), what the network gives the target;
     * ``relevance_mass``: ``Σ_{v in label} |a_v| / Σ_v |a_v|``, the share of the map's magnitude inside the reference
       region, 0 to 1; where the data has one (label above 0);
-    * ``similarity``: Spearman's rank correlation of |a| with the last epoch's map of the same case, -1 to 1; where that
-      lies on the same grid.
+    * ``similarity``: Spearman's rank correlation of |a| with the last epoch's map of the same case, over the voxels
+      where one of them is not zero, -1 to 1; where that lies on the same grid.
 
     They go to ``explanations.csv`` in the handler's output folder (the part of it before ``{epoch}``), and to
     TensorBoard as ``explanation/<figure>/<target>/<method>``, the mean over the epoch's cases, with each case's picture
@@ -146,7 +146,7 @@ class ExplanationSeries:
         before, self._last[key] = self._last.get(key), magnitude
         if before is None or before.shape != magnitude.shape or not bool(before.any()) or not bool(magnitude.any()):
             return None
-        return float(spearmanr(before.flatten().numpy(), magnitude.flatten().numpy()).statistic)
+        return similarity(before[None], magnitude[None])
 
     def _append(self, path: Path, rows: list[dict[str, Any]]) -> None:
         """The whole table, rewritten, so that it is whole at any instant. What an earlier run left is kept, save for

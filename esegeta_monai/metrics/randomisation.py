@@ -30,6 +30,7 @@ __all__ += ["execution_order", "randomised", "similarity"]
 
 Similarity = Literal["spearman", "ssim"]
 ZERO = "the map is zero everywhere"
+ROUNDING = 1e-5
 
 
 def similarity(a: Tensor, b: Tensor, kind: Similarity = "spearman") -> float:
@@ -38,10 +39,13 @@ def similarity(a: Tensor, b: Tensor, kind: Similarity = "spearman") -> float:
     ``"spearman"``: rank correlation over the voxels where one of them is not zero: those outside the target's windows,
     zero in every map, would make all maps of a small target alike. ``"ssim"``: structural similarity (Wang et al. 2004)
     in 2D and 3D in the box of these voxels, windows of 7 voxels (fewer in a smaller box), maps divided by their maxima.
+
+    Zero is what is below 1e-5 of a map's maximum, to which maps in float32 are exact: ranks of what rounding left there
+    would be drawn by lot.
     """
     if torch.equal(a, b):
         return 1.0
-    x, y = (magnitude(v).cpu().numpy() for v in (a, b))
+    x, y = (_above_rounding(magnitude(v)).cpu().numpy() for v in (a, b))
     if x.max() == x.min() or y.max() == y.min():
         return 0.0
     support = torch.from_numpy((x > 0) | (y > 0))
@@ -56,6 +60,10 @@ def similarity(a: Tensor, b: Tensor, kind: Similarity = "spearman") -> float:
     x, y = x[place], y[place]
     side = min(7, *x.shape)
     return float(structural_similarity(x / x.max(), y / y.max(), win_size=side - 1 + side % 2, data_range=1.0))
+
+
+def _above_rounding(strength: Tensor) -> Tensor:
+    return torch.where(strength > ROUNDING * strength.max(), strength, 0.0)
 
 
 def _at_least(part: slice, side: int, length: int) -> slice:

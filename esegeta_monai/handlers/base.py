@@ -1,0 +1,320 @@
+"""What handlers share that look at an engine's cases one by one: what the engine knows of them, and which they want."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from monai.data import MetaTensor, decollate_batch
+from monai.engines.utils import IterationEvents
+from monai.networks.utils import eval_mode
+from monai.transforms import Activationsd, Compose, SaveImaged
+from monai.utils import CommonKeys
+from torch.utils.data.distributed import DistributedSampler
+
+from esegeta_monai.bundle.extensions import register_extensions
+from esegeta_monai.bundle.metadata import BundleMetadata
+from esegeta_monai.cases import cases_of
+from esegeta_monai.errors import UsageError
+from esegeta_monai.explainer import Explainer
+from esegeta_monai.handlers.calls import InfererCalls, plain_inferer, watched
+from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
+from esegeta_monai.methods.base import METHODS
+from esegeta_monai.network import unwrap, weights_hash
+from esegeta_monai.ranks import SHARES, Ranks, Share
+from esegeta_monai.targets.base import TARGETS, Target
+from esegeta_monai.targets.classes import PredictedClasses
+
+__all__ = ["CaseHandler", "flag"]
+
+
+class CaseHandler(ABC):
+    """Looks at each case when its prediction is there, with the engine's network, inferer, AMP settings and inputs.
+
+    Subclasses open a folder (`open`), look at a case (`look`) and close the folder (`close`).
+
+    Args:
+        methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share, name:
+            see `esegeta_monai.handlers.ExplanationHandler`.
+        options: further ones of `Explainer`.
+
+    Raises:
+        UsageError: see `esegeta_monai.handlers.ExplanationHandler`.
+    """
+
+    def __init__(
+        self,
+        methods: Any,
+        targets: Any,
+        output_dir: str | Path | None,
+        bundle_root: str | Path | None,
+        *,
+        image_key: str = CommonKeys.IMAGE,
+        pred_key: str = CommonKeys.PRED,
+        output: int | str | None = None,
+        class_names: Mapping[int, str] | None = None,
+        epochs: int = 1,
+        cases: int | Sequence[str] | None = None,
+        share: Share | Literal["auto"] = "auto",
+        name: str | None = None,
+        **options: Any,
+    ) -> None:
+        if bundle_root is not None:
+            register_extensions(bundle_root)
+        self.methods = METHODS.create_all(methods)
+        self.targets: list[Target] | None = None if targets is None else TARGETS.create_all(targets)
+        if output_dir is not None and not isinstance(output_dir, (str, Path)):
+            raise UsageError(
+                f"output_dir={output_dir!r} is no folder name: on the command line write ./NAME, since 1_0 is 10"
+            )
+        self.output_dir, self.bundle_root = output_dir, None if bundle_root is None else Path(bundle_root)
+        self.image_key, self.pred_key, self.output = image_key, pred_key, output
+        self.metadata = BundleMetadata.read(self.bundle_root) if self.bundle_root else BundleMetadata({})
+        self.class_names = {int(k): v for k, v in (class_names or self.metadata.class_names).items()}
+        self.options = options
+        if epochs < 1:
+            raise UsageError(f"epochs={epochs}: at least 1, every epoch")
+        if isinstance(cases, (str, bool)) or (isinstance(cases, int) and cases < 1):
+            raise UsageError(f"cases={cases!r}: give a list of names, or how many of an epoch (at least 1)")
+        self.cases, self._seen = cases, 0
+        if share not in ("auto", *SHARES):
+            raise UsageError(f"share={share!r}: give auto, {', '.join(SHARES)}")
+        self.epochs, self.name = epochs, name
+        self.share = share
+        self._ranks, self._share = Ranks(), cast(Share, "cases")
+        self.logger = logging.getLogger(name or "esegeta_monai")
+        self.folder: Path | None = None
+        self._explainer: Explainer | None = None
+        self._calls: InfererCalls | None = None
+        self._names = CaseNames()
+        self._weights: str | None = None
+
+    @abstractmethod
+    def open(self, engine: Any, folder: Path) -> None:
+        """Makes ready to write into a folder; the one before has been closed."""
+
+    @abstractmethod
+    def look(self, engine: Any, image: MetaTensor, case: str, data: Mapping[str, Any], **more: Any) -> None:
+        """Looks at a case.
+
+        Args:
+            engine: whose batch it is of.
+            image: the preprocessed image (C, *spatial).
+            case: its name.
+            data: its dictionary.
+            more: ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """All cases of the folder have been looked at."""
+
+    # -- the engine's events ------------------------------------------------------------------------------------
+
+    def attach(self, engine: Any) -> None:
+        """Registers with a MONAI evaluator or trainer."""
+        from ignite.engine import Events
+
+        if self.name is None:
+            self.logger = engine.logger
+        engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._begin_epoch)
+        engine.add_event_handler(Events.COMPLETED, self._end)
+
+    def _begin(self, engine: Any) -> None:
+        """Names, folders and the network are looked at before any work, so that a mistake costs nothing."""
+        if not isinstance(getattr(engine, "network", None), torch.nn.Module):
+            raise UsageError(
+                f"{type(self).__name__}: {type(engine).__name__} has no single network to explain; attach the handler "
+                "to a SupervisedEvaluator or SupervisedTrainer"
+            )
+        if self.targets is None:
+            self.targets = [PredictedClasses(activation="sigmoid" if self._sigmoid(engine) else "auto")]
+        self._ranks, self._share = Ranks.current(), self._shared(engine)
+        self._explainer = Explainer(
+            engine.network,
+            plain_inferer(engine),
+            engine.state.device,
+            bool(getattr(engine, "amp", False)),
+            amp_kwargs=getattr(engine, "amp_kwargs", None),
+            output=self.output,
+            class_names=self.class_names,
+            channel_names=[n for _, n in sorted(self.metadata.channel_names.items())],
+            distributed=self._share == "windows",
+            on_error="record",
+            **self.options,
+        )
+        self._calls = watched(engine)
+        root = self._saved(engine, "data_root_dir")
+        self._names = CaseNames(files_of(engine.data_loader, self.image_key), root)
+        self._weights = None
+        epoch = engine.state.epoch + 1
+        self._enter(engine, epoch + -(epoch - 1) % self.epochs)
+
+    def _enter(self, engine: Any, epoch: int) -> None:
+        """Goes to the folder of an epoch."""
+        folder = self.output_dir or self._saved(engine, "output_dir")
+        if folder is None:
+            raise UsageError(
+                f"{type(self).__name__}: the engine has no SaveImaged that says where predictions go: give output_dir "
+                "(with the overlay: --explain_output_dir DIR)"
+            )
+        folder = Path(str(folder).format(epoch=epoch) if "{epoch" in str(folder) else folder)
+        if folder == self.folder:
+            return
+        if self.folder is not None:
+            self.close()
+        self.open(engine, folder)
+        self.folder = folder
+
+    def _begin_epoch(self, engine: Any) -> None:
+        self._seen = 0
+        if self._due(engine):
+            self._enter(engine, engine.state.epoch)
+
+    def _due(self, engine: Any) -> bool:
+        return (engine.state.epoch - 1) % self.epochs == 0
+
+    def __call__(self, engine: Any) -> None:
+        """Looks at the batch whose raw predictions are in ``engine.state.output``."""
+        if not self._due(engine):
+            return
+        assert self._explainer is not None
+        training = getattr(engine, "mode", None) is not eval_mode
+        if self._weights is None or training:
+            self._weights = weights_hash(unwrap(engine.network))
+        images = self._images(engine)
+        names = self._cases(images, engine)
+        wanted = [self._wanted(name) for name in names]
+        if not any(wanted):
+            return
+        batch = engine.state.batch
+        data = decollate_batch(batch) if isinstance(batch, Mapping) else [{}] * len(images)
+        predictions = None if training else engine.state.output.get(self.pred_key)
+        args, kwargs = self._further_inputs(engine)
+        self._explainer.class_names = self._names_of_prompts(kwargs) or self.class_names
+        for i, (image, case) in enumerate(zip(images, names)):
+            if wanted[i]:
+                more = {"prediction": predictions, "network_args": args, "network_kwargs": kwargs}
+                self.look(engine, image, case, data[i], **{k: _entry(v, i, len(images)) for k, v in more.items()})
+
+    def _wanted(self, case: str) -> bool:
+        if isinstance(self.cases, int):
+            self._seen += 1
+            return self._seen <= self.cases
+        return self.cases is None or case in self.cases
+
+    def _end(self, engine: Any) -> None:
+        engine.inferer = plain_inferer(engine)
+        if self.folder is not None:
+            self.close()
+        self.folder = None
+
+    # -- what the engine knows ----------------------------------------------------------------------------------
+
+    def _images(self, engine: Any) -> list[MetaTensor]:
+        """The images of the batch; a list of them, as detection has it, are images of a batch each."""
+        image = engine.state.output[self.image_key]
+        if isinstance(image, torch.Tensor):
+            return cases_of(image)
+        return [one for item in image for one in cases_of(item[None])]
+
+    def _names_of_prompts(self, kwargs: Mapping[str, Any]) -> dict[int, str]:
+        """The names of a promptable network's channels, which are those of the classes it was asked for (VISTA3D)."""
+        asked = kwargs.get("class_vector")
+        if not isinstance(asked, torch.Tensor):
+            return {}
+        return {i: self.class_names.get(c, f"class{c}") for i, c in enumerate(asked.flatten().tolist())}
+
+    def _further_inputs(self, engine: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._calls is not None:
+            return self._calls.args, self._calls.kwargs
+        batch = engine.prepare_batch(
+            engine.state.batch, engine.state.device, engine.non_blocking, **getattr(engine, "to_kwargs", {})
+        )
+        return (tuple(batch[2]), dict(batch[3])) if len(batch) == 4 else ((), {})
+
+    def _cases(self, images: list[MetaTensor], engine: Any) -> list[str]:
+        """A name each. Crops of one scan in a batch, as trainers draw them, are numbered."""
+        names = []
+        for i, image in enumerate(images):
+            file = file_of(image)
+            names.append(f"iteration{engine.state.iteration}_{i}" if file is None else self._names[file])
+        count = Counter(names)
+        seen: Counter[str] = Counter()
+        for i, name in enumerate(names):
+            seen[name] += 1
+            if count[name] > 1:
+                names[i] = f"{name}-sample{seen[name]}"
+        return names
+
+    @staticmethod
+    def _transforms(engine: Any) -> list[Any]:
+        """The engine's postprocessing, which MONAI keeps nowhere but in the function that it registers."""
+        for function, _, _ in engine._event_handlers.get(IterationEvents.MODEL_COMPLETED, []):
+            found = (
+                inspect.getclosurevars(function).nonlocals.get("posttrans") if inspect.isfunction(function) else None
+            )
+            if found is not None:
+                return list(found.flatten().transforms) if isinstance(found, Compose) else [found]
+        return []
+
+    def _shared(self, engine: Any) -> Share:
+        """What the processes share in this engine's run.
+
+        Raises:
+            UsageError: the data loader gives each process other cases, and they should compute each case together.
+        """
+        sampled = isinstance(getattr(engine.data_loader, "sampler", None), DistributedSampler)
+        if self._ranks.size == 1:
+            return "cases"
+        if sampled and self.share in ("windows", "methods"):
+            raise UsageError(
+                f"share={self.share!r}, but the data loader has a DistributedSampler, which gives every process other "
+                "cases: take it away, or share='cases'"
+            )
+        if not sampled and self.share == "cases":
+            raise UsageError(
+                "share='cases', but the data loader has no DistributedSampler, so every process gets the same cases: "
+                "give it one (multi_gpu_explain.json does), or share='windows'"
+            )
+        return ("cases" if sampled else "windows") if self.share == "auto" else self.share
+
+    def _saved(self, engine: Any, what: str) -> Any:
+        savers = [t for t in self._transforms(engine) if isinstance(t, SaveImaged)]
+        for transform in sorted(savers, key=lambda t: self.pred_key not in t.keys):
+            return getattr(transform.saver.folder_layout, what, None)
+        return None
+
+    def _sigmoid(self, engine: Any) -> bool:
+        found = [t for t in self._transforms(engine) if isinstance(t, Activationsd)]
+        return any(on for t in found for key, on in zip(t.keys, t.sigmoid) if key == self.pred_key)
+
+
+def flag(name: str, value: Any) -> bool:
+    """A switch, also as the command line hands it over: ``false`` there is text."""
+    known = {"true": True, "false": False}
+    if isinstance(value, bool):
+        return value
+    if str(value).lower() not in known:
+        raise UsageError(f"{name}={value!r}: give true or false")
+    return known[str(value).lower()]
+
+
+def _entry(values: Any, index: int, n: int) -> Any:
+    """One case of a batch of n, whatever the structure; a tensor that is no batch belongs to every case."""
+    if isinstance(values, torch.Tensor):
+        one = values.as_subclass(torch.Tensor)
+        return one[index : index + 1] if one.ndim and len(one) == n else one
+    if isinstance(values, Mapping):
+        return {k: _entry(v, index, n) for k, v in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [_entry(v, index, n) for v in values]
+    return values

@@ -1,0 +1,185 @@
+"""An Ignite handler that measures how far the explanations of an evaluator's predictions can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from monai.data import MetaTensor
+from monai.utils import CommonKeys
+from torch import Tensor
+
+from esegeta_monai.bundle.provenance import bundle_provenance
+from esegeta_monai.errors import EsegetaError, InputError, RankLost, named_reason
+from esegeta_monai.evaluation import Evaluator, chosen_metrics
+from esegeta_monai.evaluation_writer import EvaluationWriter
+from esegeta_monai.handlers.base import CaseHandler, flag
+from esegeta_monai.metrics.regions import OUTSIDE_ALARM
+from esegeta_monai.ranks import Share
+from esegeta_monai.targets.base import Case
+from esegeta_monai.targets.regions import label_on_grid
+
+__all__ = ["EvaluationHandler"]
+
+
+class EvaluationHandler(CaseHandler):
+    """Judges the maps of each case by metrics, control maps beside them, when its prediction is there.
+
+    It writes what ``esegeta-monai evaluate`` writes: ``metrics.csv``, and for each case ``<case>_metrics.json`` and
+    ``<case>_regions.csv``. Beside an `ExplanationHandler` with the same folder the report shows them.
+
+    Args:
+        methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share, name,
+            seed, time_limit, window_batch, volume_device, progress: see `ExplanationHandler`.
+        metrics: names, configs or instances; ``"all"``; None: a quick selection, with a label those of localisation
+            too.
+        label_key: of the case's data, a label map that says where the cause lies; a case without it, or with a label
+            that is no map (the class of an image), is judged without. None: never one.
+        label_value: which of its values is the cause: a number, or ``"class"`` for the target's own; None: all above 0.
+        regions_key: of a label map for the region tables; None: the label.
+        region_names: number to name.
+        body_key: of a mask of the patient; None: the image's foreground.
+        controls: judge the control maps (random, Sobel, constant) too.
+        outside_alarm: the share of a map outside the body above which a region table raises its alarm.
+
+    A case, method or metric that fails is in the records and the log; the evaluation goes on.
+
+    Raises:
+        UsageError, NetworkError: see `ExplanationHandler`; an unknown metric too.
+
+    Example (in a bundle's config, as ``explain_metrics.json`` does it)::
+
+        "+handlers": [{"_target_": "esegeta_monai.handlers.EvaluationHandler",
+                       "methods": ["Saliency"], "metrics": ["Deletion", "RelevanceMass"], "output_dir": "@output_dir"}]
+    """
+
+    def __init__(
+        self,
+        methods: Any = ("Saliency", "GradCam"),
+        targets: Any = None,
+        metrics: Any = None,
+        output_dir: str | Path | None = None,
+        bundle_root: str | Path | None = None,
+        *,
+        label_key: str | None = CommonKeys.LABEL,
+        label_value: int | Literal["class"] | None = None,
+        regions_key: str | None = None,
+        region_names: Mapping[int, str] | None = None,
+        body_key: str | None = None,
+        controls: bool = True,
+        outside_alarm: float = OUTSIDE_ALARM,
+        image_key: str = CommonKeys.IMAGE,
+        pred_key: str = CommonKeys.PRED,
+        output: int | str | None = None,
+        class_names: Mapping[int, str] | None = None,
+        seed: int = 0,
+        time_limit: float | None = None,
+        window_batch: int | None = None,
+        volume_device: torch.device | str | None = None,
+        progress: bool = False,
+        epochs: int = 1,
+        cases: int | Sequence[str] | None = None,
+        share: Share | Literal["auto"] = "auto",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            methods,
+            targets,
+            output_dir,
+            bundle_root,
+            image_key=image_key,
+            pred_key=pred_key,
+            output=output,
+            class_names=class_names,
+            epochs=epochs,
+            cases=cases,
+            share=share,
+            name=name,
+            seed=seed,
+            time_limit=time_limit,
+            window_batch=window_batch,
+            volume_device=volume_device,
+            progress=flag("progress", progress),
+        )
+        self.label_key, self.regions_key, self.body_key = label_key, regions_key, body_key
+        self.label_value, self.region_names = label_value, None
+        if region_names is not None:
+            self.region_names = {int(k): v for k, v in region_names.items()}
+        self.metrics = chosen_metrics(metrics)
+        self.controls, self.outside_alarm = flag("controls", controls), float(outside_alarm)
+        self.writer: EvaluationWriter | None = None
+
+    def open(self, engine: Any, folder: Path) -> None:
+        """The writer of a folder."""
+        assert self.targets is not None
+        self.writer = EvaluationWriter(
+            folder,
+            self.methods,
+            self.targets,
+            bundle_provenance(self.bundle_root) if self.bundle_root else {},
+            ranks=self._ranks,
+            share=self._share,
+        )
+
+    def look(self, engine: Any, image: MetaTensor, case: str, data: Mapping[str, Any], **more: Any) -> None:
+        """Judges a case and writes what comes out."""
+        assert self.writer is not None
+        assert self._explainer is not None
+        evaluator = Evaluator(
+            self._explainer, self.metrics, with_controls=self.controls, outside_alarm=self.outside_alarm
+        )
+        self.writer.provenance["weights_sha256"] = self._weights
+        masks, problems = self._masks(image, data)
+        try:
+            self.writer.evaluate(
+                evaluator,
+                image,
+                case,
+                problems=problems,
+                data=data,
+                label_value=self.label_value,
+                region_names=self.region_names,
+                **masks,
+                **more,
+            )
+        except RankLost:
+            raise
+        except Exception as error:  # recorded with its reason; the engine's run is not ours to end
+            self.writer.failed(case, named_reason(error))
+            self.logger.debug("traceback", exc_info=error)
+
+    def _masks(self, image: MetaTensor, data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Label, regions and body of the data on the image's grid, and why one of them cannot be used."""
+        context = Case(torch.as_tensor(image.affine).double().cpu(), data, {})
+        masks: dict[str, Any] = {}
+        problems: dict[str, str] = {}
+        for what, key in (("label", self.label_key), ("regions", self.regions_key), ("body", self.body_key)):
+            value = None if key is None else data.get(key)
+            no_map = not isinstance(value, str) and (value is None or torch.as_tensor(value).ndim < image.ndim - 1)
+            if key is None or (no_map and what == "label"):
+                continue
+            try:
+                if no_map:
+                    raise InputError(f"the data has no label map {key!r}")
+                if isinstance(value, Tensor) and value.ndim == image.ndim and len(value) > 1:
+                    raise InputError(
+                        f"{key!r} has {len(value)} channels: make it one label map in the preprocessing (AsDiscreted "
+                        f"with argmax=True where it is one-hot), or {what}_key=None"
+                    )
+                masks[what] = label_on_grid(key, image.as_tensor(), context)
+            except EsegetaError as error:
+                problems[what] = str(error)
+        return masks, problems
+
+    def close(self) -> None:
+        """The table of all processes, and what failed."""
+        assert self.writer is not None
+        self.writer.join()
+        if not self._ranks.rank:
+            for problem in self.writer.problems:
+                self.logger.error(problem)
+            for text in self.writer.not_beating:
+                self.logger.warning(f"no better than a control: {text}")
+            self.logger.info(f"{self.writer.done} case(s) judged: {self.writer.path}")

@@ -1,0 +1,252 @@
+"""Evaluation inside an evaluator: the figures of the command, the predictions as they were, failures recorded."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor, nn
+
+import esegeta_monai.bundle
+from esegeta_monai.bundle.metadata import BundleMetadata
+from esegeta_monai.bundle.overlay import METRICS_OVERLAY, fitted_overlay, shipped_overlay
+from esegeta_monai.cli import main
+from esegeta_monai.errors import UsageError
+from esegeta_monai.handlers import EvaluationHandler
+from esegeta_monai.metrics import Measured, Metric, Subject
+from tests.bundle import oblique
+from tests.handlers.test_explanation import Small, evaluator, loader, preprocessing, trainer
+
+OVERLAY = Path(esegeta_monai.bundle.__file__).parent / METRICS_OVERLAY
+METHODS, TARGET = ["Saliency", "InputXGradient"], "MultiClassMask(2)"
+METRICS = ["Deletion(steps=3)", "Infidelity(n_samples=10)", "MaxSensitivity(n_samples=2)", "Sparseness"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> list[Path]:
+    return [oblique.write_scan(tmp_path / "scans" / f"{name}.nii.gz", i) for i, name in enumerate(("alpha", "beta"))]
+
+
+def handler(output: Path | str, **options: Any) -> EvaluationHandler:
+    options = {"methods": METHODS, "targets": "MultiClassMask(1)", "metrics": METRICS, "controls": False, **options}
+    return EvaluationHandler(output_dir=output, **options)
+
+
+def table(output: Path) -> list[dict[str, str]]:
+    """All columns but how long it took."""
+    with open(output / "metrics.csv", newline="", encoding="utf-8") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def record(output: Path, case: str) -> dict[str, Any]:
+    return json.loads((output / case / f"{case}_metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that has run with the overlay, without it, and been evaluated by the command."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("bundle")
+    names = ("alpha", "beta")
+    scans = [oblique.write_scan(folder / "scans" / f"{name}.nii.gz", i) for i, name in enumerate(names)]
+    oblique.write(folder, oblique.config(scans, folder / "plain"))
+    config = str(folder / "configs" / "inference.json")
+    monai.bundle.run(config_file=config, bundle_root=str(folder))
+    settings = {"explain_methods": METHODS, "explain_targets": TARGET, "explain_metrics": METRICS}
+    monai.bundle.run(
+        config_file=[config, str(OVERLAY)], bundle_root=str(folder), output_dir=str(folder / "overlay"), **settings
+    )
+    words = ["evaluate", "--bundle", folder, "--input", folder / "scans", "--output", folder / "command", "-q"]
+    words += ["--methods", ",".join(METHODS), "--target", TARGET, "--metrics", ",".join(METRICS)]
+    assert main([str(w) for w in words]) == 0
+    return folder
+
+
+def test_the_overlay_finds_what_the_command_finds_to_the_last_digit(judged: Path) -> None:
+    mine, theirs = table(judged / "overlay"), table(judged / "command")
+    assert mine == theirs
+    assert len(mine) == 2 * 5 * len(METRICS)  # cases, methods and controls, metrics
+    assert sum(bool(row["value"]) for row in mine) > 30
+    for case in ("alpha", "beta"):
+        a, b = record(judged / "overlay", case), record(judged / "command", case)
+        assert a["curves"] == b["curves"]
+        assert a["weights_sha256"] == b["weights_sha256"]
+        assert (a["bundle"], a["configs_sha256"]) == (b["bundle"], b["configs_sha256"])
+        regions = [(judged / f / case / f"{case}_regions.csv").read_bytes() for f in ("overlay", "command")]
+        assert regions[0] == regions[1]
+
+
+def test_predictions_are_bit_equal_with_and_without(judged: Path) -> None:
+    for case in ("alpha", "beta"):
+        with_overlay, without = (nib.load(judged / f / case / f"{case}_seg.nii.gz") for f in ("overlay", "plain"))
+        assert np.asarray(with_overlay.dataobj).tobytes() == np.asarray(without.dataobj).tobytes()
+        assert np.asarray(without.dataobj).any()
+
+
+def test_both_overlays_in_one_run_and_the_report_shows_them(judged: Path) -> None:
+    files = [str(judged / "configs" / "inference.json"), str(shipped_overlay()), str(OVERLAY)]
+    settings = {"explain_methods": METHODS, "explain_targets": TARGET, "explain_metrics": METRICS}
+    monai.bundle.run(
+        config_file=files,
+        bundle_root=str(judged),
+        output_dir=str(judged / "both"),
+        explain_report=True,
+        **settings,
+    )
+    assert table(judged / "both") == table(judged / "command")
+    report = (judged / "both" / "alpha" / "alpha_report.html").read_text(encoding="utf-8")
+    assert "Infidelity" in report
+    assert len(list((judged / "both").rglob("*_attr.nii.gz"))) == 4
+
+
+def test_the_shipped_overlay_is_the_fitted_one_of_the_usual_ids(tmp_path: Path) -> None:
+    parser = ConfigParser(oblique.config([], tmp_path))
+    shipped = json.loads(OVERLAY.read_text())
+    assert fitted_overlay(parser, BundleMetadata(oblique.METADATA), METRICS_OVERLAY) == shipped
+
+
+def test_the_command_writes_the_overlay(judged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "some.json"
+    assert main(["overlay", "--bundle", str(judged), "--metrics", "--output", str(output)]) == 0
+    assert json.loads(output.read_text()) == json.loads(OVERLAY.read_text())
+    assert "--explain_metrics" in capsys.readouterr().out
+    assert main(["overlay", "--metrics", "--path"]) == 0
+    assert Path(capsys.readouterr().out.strip()) == OVERLAY
+
+
+# ---- labels ------------------------------------------------------------------------------------------------------
+
+
+def labelled(scans: list[Path], label: Any) -> Any:
+    """A loader whose data has a label, made of the image by ``label``."""
+    data = loader(scans)
+    before = preprocessing()
+
+    def with_label(item: Mapping[str, Any]) -> dict[str, Any]:
+        made = dict(before(item))
+        return {**made, "label": label(made["image"])}
+
+    data.dataset.transform = with_label
+    return data
+
+
+def bright(image: Tensor) -> Tensor:
+    return (image > 1.2).float()
+
+
+def test_the_label_of_the_data_says_where_the_cause_lies(scans: list[Path], tmp_path: Path) -> None:
+    data = labelled(scans, bright)
+    engine = evaluator(scans, Small(), val_data_loader=data)
+    handler(tmp_path, metrics=["RelevanceMass", "PointingGame"]).attach(engine)
+    engine.run()
+    rows = {(r["case"], r["method"]): r["value"] for r in table(tmp_path) if r["metric"] == "RelevanceMass"}
+    network, image = Small().eval(), data.dataset[0]["image"].as_tensor()[None].requires_grad_(True)
+    out = engine.inferer(image, network)
+    (gradient,) = torch.autograd.grad(out[0, 1][out[0].argmax(0) == 1].sum(), image)
+    magnitude, inside = gradient.abs()[0, 0].double(), data.dataset[0]["label"][0] > 0
+    assert float(rows["alpha", "Saliency"]) == pytest.approx(float(magnitude[inside].sum() / magnitude.sum()), rel=1e-5)
+    with open(tmp_path / "alpha" / "alpha_regions.csv", newline="", encoding="utf-8") as file:
+        assert "label 1" in {row["region"] for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize(
+    ("label", "problem"),
+    [(lambda image: torch.tensor(1), None), (lambda image: torch.cat([image > 1, image <= 1]).float(), "one-hot")],
+)
+def test_a_label_that_is_no_map_is_left_and_one_that_cannot_be_read_is_told(
+    scans: list[Path], tmp_path: Path, label: Any, problem: str | None
+) -> None:
+    engine = evaluator(scans[:1], Small(), val_data_loader=labelled(scans[:1], label))
+    handler(tmp_path, metrics=None, methods="Saliency").attach(engine)
+    engine.run()
+    assert {r["metric"] for r in table(tmp_path)} >= {"Deletion", "Infidelity"}
+    assert not [r for r in table(tmp_path) if r["metric"] == "PointingGame"]
+    failed = record(tmp_path, "alpha")["failed"]
+    assert failed == {} if problem is None else problem in failed["label"]
+
+
+# ---- failures, epochs ---------------------------------------------------------------------------------------------
+
+
+class Breaks(Metric):
+    """Fails on every second map."""
+
+    group = "complexity"
+    higher_is_better = True
+    meaning = "nothing"
+    calls = 0
+
+    def measure(self, subject: Subject) -> Measured:
+        Breaks.calls += 1
+        if Breaks.calls % 2:
+            raise ZeroDivisionError("injected")
+        return Measured(1.0)
+
+
+class Stumbles(nn.Module):
+    """A network that fails when it is asked again about the first case."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.asked = Small(), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            self.asked += 1
+            if self.asked == 1:
+                raise RuntimeError("stumbled")
+        return self.inner(x)
+
+
+def test_what_fails_is_recorded_and_the_run_goes_on(
+    scans: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = evaluator(scans, Stumbles())
+    handler(tmp_path, methods="Saliency", metrics=[Breaks(), "Sparseness"], name="my.logger").attach(engine)
+    with caplog.at_level(logging.INFO):
+        engine.run()
+    assert "stumbled" in record(tmp_path, "alpha")["failed"]["MultiClassMask-class1, Saliency"]
+    found = {(r["method"], r["metric"]): r for r in record(tmp_path, "beta")["metrics"]}
+    assert found["Saliency", "Breaks"]["status"] == "failed"
+    assert "ZeroDivisionError: injected" in found["Saliency", "Breaks"]["reason"]
+    assert found["Saliency", "Sparseness"]["status"] == "ok"
+    said = [r.getMessage() for r in caplog.records if r.name == "my.logger"]
+    assert [line for line in said if "stumbled" in line]
+    assert [line for line in said if "injected" in line]
+    assert "2 case(s) judged" in said[-1]
+
+
+def test_epochs_and_cases_as_the_explanation_handler(scans: list[Path], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    engine = trainer(scans, Small(), 3)
+    handler(
+        f"{tmp_path}/epoch{{epoch:02d}}", epochs=2, cases=["beta"], metrics="Sparseness",
+        targets="Box(class_index=1, start=(0, 0, 0), stop=(2, 2, 2))",
+    ).attach(engine)  # fmt: skip
+    engine.run()
+    assert engine.network.training
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("epoch")) == ["epoch01", "epoch03"]
+    values = [{r["case"]: r["value"] for r in table(tmp_path / f"epoch{n}")} for n in ("01", "03")]
+    assert set(values[0]) == set(values[1]) == {"beta"}
+    assert values[0] != values[1]
+
+
+@pytest.mark.parametrize("option", [{"metrics": "Deletio"}, {"metrics": ["Deletion", "Deletion"]}, {"controls": "?"}])
+def test_wrong_options_are_said_at_construction(tmp_path: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        handler(tmp_path, **option)
