@@ -36,6 +36,7 @@ from esegeta_monai.errors import (
     RankLost,
     UsageError,
 )
+from esegeta_monai.extremes import all_finite
 from esegeta_monai.layers import LayerOutput
 from esegeta_monai.methods.base import METHODS, Explained, Method, grouped, run_together, shares_passes
 from esegeta_monai.monitor import Monitor
@@ -594,7 +595,7 @@ class Explainer:
                     self.inferer.sw_device = sw_device
         assert found.prediction is not None
         prediction = found.prediction.to(self.volume_device, model.dtype)
-        if not bool(torch.isfinite(prediction).all()):
+        if not all_finite(prediction):
             raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
         return prediction
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from esegeta_monai.batches import NO_PATH, Batch, Gradient, InputGradient, Request, View
 from esegeta_monai.errors import MethodError
+from esegeta_monai.extremes import largest
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import Model, capture
 from esegeta_monai.ranks import Ranks, Summed
@@ -179,7 +180,9 @@ class Objective:
 
     def new_maps(self, channels: int | None = None) -> Tensor:
         """Zeros (k, C, *spatial)."""
-        shape = (self.n_targets, channels or self.image.shape[0], *self.plan.spatial_shape)
+        return self._zeros(self.n_targets, channels or self.image.shape[0], *self.plan.spatial_shape)
+
+    def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=self.image.dtype, device=self.image.device)
 
     # -- values -------------------------------------------------------------------------------------------------
@@ -222,8 +225,7 @@ class Objective:
         return [self._new_prediction(s, m) for s in self.scores]
 
     def _new_prediction(self, score: Score, m: int) -> Tensor:
-        shape = (m, len(score.channels), *(b.stop - b.start for b in score.box))
-        return torch.zeros(shape, dtype=self.image.dtype, device=self.image.device)
+        return self._zeros(m, len(score.channels), *(b.stop - b.start for b in score.box))
 
     def image_predictions(self) -> list[Tensor]:
         """For each score what it reads of the prediction at the image, (channels, *box)."""
@@ -239,7 +241,7 @@ class Objective:
         """Gradients and values at volumes (m, C, *spatial)."""
         m = len(points)
         predictions = None if self.linear else self.predict(points)
-        maps = torch.stack([self.new_maps() for _ in range(m)], 1)
+        maps = self._zeros(self.n_targets, m, *self.image.shape)
         padding = maps.new_zeros(maps.shape[:3])
         values = self.constants()[:, None].repeat(1, m)
 
@@ -354,9 +356,8 @@ class Objective:
             if score.empty:
                 continue
             theirs = score.crop(self.prediction)
-            largest = theirs.abs().max().clamp(min=torch.finfo(mine.dtype).tiny)
-            mask = score.mask.to(mine.device)
-            self.blend_deviation[k] = float((mine[0] - theirs)[:, mask].abs().max() / largest)
+            off = mine[0].sub_(theirs).mul_(score.mask.to(mine.device))  # in place: these are whole volumes
+            self.blend_deviation[k] = largest(off) / max(largest(theirs), torch.finfo(mine.dtype).tiny)
 
     # -- windows ------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from esegeta_monai.attribution import Attribution, like_image, mask_on_image
 from esegeta_monai.cases import CaseInput
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, named_reason
+from esegeta_monai.extremes import all_finite, largest
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.record import MEASURED, tensor_hash
 from esegeta_monai.storage import versions
@@ -110,9 +111,9 @@ class Outcomes:
         mask = mask_on_image(bound.score, case.image)
         for name, part in parts.items():
             mine = dict(record)
-            finite = bool(torch.isfinite(part).all())
+            finite = all_finite(part)
             mine["sum"] = float(part.sum(dtype=torch.float64)) if finite else None
-            mine["status"] = "ok" if finite and bool(part.any()) else ("zero" if finite else "failed")
+            mine["status"] = "ok" if finite and largest(part) > 0 else ("zero" if finite else "failed")
             if name is not None:
                 mine["input"] = name
             if not finite:

@@ -92,8 +92,9 @@ class IntegratedGradients(Method):
         maps = objective.new_maps()
         for part, gradient in gradients_on_path(objective, x0, dx, nodes):
             for j, alpha in enumerate(part):
-                maps += weights[alpha] * gradient.maps[:, j]
-        return maps * dx
+                maps.add_(gradient.maps[:, j], alpha=weights[alpha])
+            del gradient  # or it lives while the next is made
+        return maps.mul_(dx)
 
 
 SEGMENTS = 8
@@ -174,9 +175,12 @@ def gradients_on_path(
 ) -> Iterator[tuple[list[float], Gradient]]:
     """Gradients at ``x₀ + α dx`` for each α in ``nodes``, as many at a time as fill a window batch."""
     size = max(1, objective.window_batch // max(1, len(objective.windows)))
+    points = x0.new_empty((min(size, len(nodes)), *x0.shape))
     for start in range(0, len(nodes), size):
         part = nodes[start : start + size]
-        yield part, objective.gradient(torch.stack([x0 + alpha * dx for alpha in part]))
+        for point, alpha in zip(points, part):
+            torch.add(x0, dx, alpha=alpha, out=point)
+        yield part, objective.gradient(points[: len(part)])
 
 
 def quadrature(rule: str, n: int) -> tuple[list[float], dict[float, float]]:

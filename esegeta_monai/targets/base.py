@@ -87,9 +87,12 @@ class Score(ABC):
         return self.voxels == 0
 
     def crop(self, prediction: Tensor) -> Tensor:
-        """The part of a whole prediction (..., K, *spatial) that ``s`` reads: (..., len(channels), *box)."""
-        lead = prediction.ndim - len(self.box) - 1
-        read = prediction.index_select(lead, torch.tensor(self.channels, device=prediction.device))
+        """The part of a whole prediction (..., K, *spatial) that ``s`` reads, (..., len(channels), *box); a view if it can be."""
+        lead, first, n = prediction.ndim - len(self.box) - 1, self.channels[0], len(self.channels)
+        if self.channels == tuple(range(first, first + n)):
+            read = prediction.narrow(lead, first, n)
+        else:
+            read = prediction.index_select(lead, torch.tensor(self.channels, device=prediction.device))
         return read[(slice(None),) * (lead + 1) + self.box]
 
 
