@@ -87,7 +87,7 @@ class Score(ABC):
         return self.voxels == 0
 
     def crop(self, prediction: Tensor) -> Tensor:
-        """The part of a whole prediction (..., K, *spatial) that ``s`` reads, (..., len(channels), *box); a view if it can be."""
+        """What ``s`` reads of a prediction (..., K, *spatial): (..., len(channels), *box), a view if it can be."""
         lead, first, n = prediction.ndim - len(self.box) - 1, self.channels[0], len(self.channels)
         if self.channels == tuple(range(first, first + n)):
             read = prediction.narrow(lead, first, n)
