@@ -49,6 +49,7 @@ $(PEERS)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet -c constraints.txt "torch===2.13.0" "torchvision==0.28.0"
 	@$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,dev,torchray]" zennit grad-cam torch-lucent
+	@$(PEERS)/bin/python -m pip install --quiet -c constraints.txt --no-deps quantus cachetools  # else a second OpenCV
 	@touch $@
 
 test-peers: $(PEERS)/.ready
