@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.baselines import Baseline, baseline_for
+from esegeta_monai.change import known_change, known_passes
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError
 from esegeta_monai.features import Features, features_for
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import UNCHANGED, Perturbations, _rows, digest, known_change, known_passes
+from esegeta_monai.perturbation import UNCHANGED, Perturbations, _rows, digest
 from esegeta_monai.windows import Slices
 
 __all__ = ["Game", "Segments", "SmoothMasks", "reference_image", "split_half"]
@@ -45,6 +46,7 @@ class Segments(Perturbations):
         self.labels, self.coalitions = labels, np.ascontiguousarray(coalitions, dtype=bool)
         self.baseline, self.image = baseline, image
         self._present: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        self._in_window: dict[int, np.ndarray] = {}
         self._here: tuple[Slices, Tensor, Tensor] | None = None
         self._digest: bytes | None = None
 
@@ -67,7 +69,9 @@ class Segments(Perturbations):
         return self.apply(index, crop, place) if self.changes(index, crop, place) else None
 
     def key(self, index: int, window: int, place: Slices) -> Hashable:
-        kept = self.coalitions[index, self._differing(place)]
+        if window not in self._in_window:
+            self._in_window[window] = self._differing(place)
+        kept = self.coalitions[index, self._in_window[window]]
         return UNCHANGED if kept.all() else np.packbits(kept).tobytes()
 
     def _differing(self, place: Slices) -> np.ndarray:
@@ -78,8 +82,9 @@ class Segments(Perturbations):
             labels, differs = self.labels[inside], self.image[inside] != self.baseline[inside].to(self.image)
             if len(labels) == 1:
                 differs = differs.any(0, keepdim=True)
-            found = torch.unique(labels[differs]).cpu().numpy()
-            self._present[where] = found[found >= 0]
+            present = torch.zeros(self.coalitions.shape[1] + 1, dtype=torch.bool, device=labels.device)
+            present[torch.where(differs, labels, -1).flatten()] = True  # −1, no feature, is the last entry
+            self._present[where] = np.flatnonzero(present[:-1].cpu().numpy())
         return self._present[where]
 
     def identity(self, index: int) -> Hashable:

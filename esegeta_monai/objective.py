@@ -124,7 +124,7 @@ class Objective:
 
         It is for a look at what a method computes, on this process alone: unblended, without time limit, progress,
         scores on disk or log. A method that perturbs the image scores at most ``sample`` perturbations that change such
-        a window, and stops with `esegeta_monai.perturbation.Sampled`.
+        a window, and stops with `esegeta_monai.change.Sampled`.
         """
         other = self.apart()
         other.support = [windows[:1] for windows in self.support]

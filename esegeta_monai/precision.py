@@ -20,9 +20,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from esegeta_monai.change import Sampled
 from esegeta_monai.errors import MethodTimeout, RankLost, named_reason
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import Sampled
 
 logger = logging.getLogger("esegeta_monai")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -217,6 +218,11 @@ class OutputGrid:
         for place in self._slices:
             self._count[place] += importance
 
+    @property
+    def size(self) -> int:
+        """Voxels of a window's output."""
+        return math.prod(self.out_roi)
+
     def place(self, window: int) -> Slices:
         """The window's output on the prediction's grid, padding aside."""
         if self.plan.whole:
@@ -261,16 +267,17 @@ class OutputGrid:
     def cut(self, values: Tensor, box: Slices, window: int) -> Tensor:
         """Values (…, *box) on the prediction's grid cut to the window's output (…, *out_roi), zero elsewhere."""
         cut = values.new_zeros((*values.shape[: values.ndim - len(box)], *self.out_roi))
-        target, source = self._meet(box, window)
+        target, source = self.meet(box, window)
         cut[_last(target)] = values[_last(source)]
         return cut
 
     def add(self, values: Tensor, box: Slices, window: int, output: Tensor) -> None:
         """The adjoint of `cut`: adds the window's (…, *out_roi) into values (…, *box) in place."""
-        source, target = self._meet(box, window)
+        source, target = self.meet(box, window)
         values[_last(target)] += output[_last(source)].to(values.device, values.dtype)
 
-    def _meet(self, box: Slices, window: int) -> tuple[Slices, Slices]:
+    def meet(self, box: Slices, window: int) -> tuple[Slices, Slices]:
+        """The part that a box and the window's output have in common: in the window, and in the box."""
         place, inside = self.place(window), self.inside(window)
         common = [slice(max(p.start, b.start), max(min(p.stop, b.stop), p.start, b.start)) for p, b in zip(place, box)]
         in_window = tuple(

@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from esegeta_monai.change import change, known_change, passes_needed
 from esegeta_monai.coalitions import Game, Segments, SmoothMasks, line_matrix, reference_image, split_half
 from esegeta_monai.features import Features
 from esegeta_monai.network import frozen
-from esegeta_monai.perturbation import UNCHANGED, change, known_change, passes_needed
+from esegeta_monai.perturbation import UNCHANGED
 from esegeta_monai.targets import MultiClassMask, Voxel
 from tests.methods.naive import Naive, image_of, perturbed, small, whole_mask
 from tests.test_objective import assert_equal
@@ -116,7 +117,7 @@ def test_blocks_of_a_non_linear_target_count_and_score_the_same(monkeypatch):
     segments = Segments(labels, np.random.default_rng(1).random((9, 6)) > 0.5, torch.zeros_like(case.image), case.image)
     with frozen(case.net):
         whole = change(case.objective, segments)
-        monkeypatch.setattr("esegeta_monai.perturbation.BLOCK_BYTES", 8 * 3 * 8 * 24 * 2)
+        monkeypatch.setattr("esegeta_monai.change.BLOCK_BYTES", 8 * 3 * 8 * 24 * 2)
         before = case.objective.monitor.passes
         blocks = change(case.objective, segments)
     assert_equal(blocks, whole)

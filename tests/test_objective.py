@@ -10,10 +10,11 @@ import torch
 from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer, sliding_window_inference
 from torch import Tensor, nn
 
+from esegeta_monai.change import change
 from esegeta_monai.methods import InputXGradient, Saliency, run
 from esegeta_monai.network import Model, frozen
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import Boxes, change
+from esegeta_monai.perturbation import Boxes
 from esegeta_monai.targets import Case, MultiClassMask, Target, Voxel
 from esegeta_monai.windows import as_inferer, plan_windows
 

@@ -16,7 +16,8 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
-from esegeta_monai import Explainer, perturbation
+from esegeta_monai import Explainer
+from esegeta_monai import change as engine
 from esegeta_monai import methods as m
 from esegeta_monai.partial import ScoreTable
 from esegeta_monai.targets import MultiClassMask
@@ -65,7 +66,7 @@ def tables(folder: Path) -> list[Path]:
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are written after every batch, and for non-linear targets after every few perturbations."""
     monkeypatch.setattr(ScoreTable.__init__, "__defaults__", (0.0,))
-    monkeypatch.setattr(perturbation, "BLOCK", 3)
+    monkeypatch.setattr(engine, "BLOCK", 3)
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])

@@ -14,12 +14,13 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
+from esegeta_monai.change import change
 from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, UsageError
 from esegeta_monai.methods import METHODS, Method, run
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import frozen
 from esegeta_monai.objective import Batch, Objective
-from esegeta_monai.perturbation import Boxes, change
+from esegeta_monai.perturbation import Boxes
 from esegeta_monai.ranks import Ranks, process_group
 from esegeta_monai.targets import MultiClassMask
 from tests.methods.whole import setting

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.baselines import baseline_for
+from esegeta_monai.change import change
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.layers import BlendedActivations, channel_axis
 from esegeta_monai.methods.cam import ChannelMoments, LayerPasses, Moments, _Cam
 from esegeta_monai.network import replaced
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import Perturbations, change
+from esegeta_monai.perturbation import Perturbations
 from esegeta_monai.windows import Slices
 
 __all__ = ["AblationCam", "ScoreCam"]

@@ -13,12 +13,13 @@ from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
 from esegeta_monai.baselines import baseline_for
+from esegeta_monai.change import change
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.perturbing import PerturbationMethod
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import Boxes, change
+from esegeta_monai.perturbation import Boxes
 
 __all__ = ["Occlusion"]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+from esegeta_monai.change import known_passes
 from esegeta_monai.methods.base import Method
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import Perturbations, known_passes
+from esegeta_monai.perturbation import Perturbations
 
 __all__ = ["PerturbationMethod"]
 

@@ -12,13 +12,13 @@ from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
 from esegeta_monai.baselines import baseline_for
+from esegeta_monai.change import known_change
 from esegeta_monai.coalitions import SmoothMasks, split_half
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.perturbing import PerturbationMethod
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import known_change
 
 __all__ = ["Rise"]
 

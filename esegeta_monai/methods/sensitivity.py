@@ -13,13 +13,13 @@ from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
 from esegeta_monai.baselines import Baseline, baseline_for
+from esegeta_monai.change import known_change
 from esegeta_monai.coalitions import TABLE_BYTES, SmoothMasks, split_half
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.perturbing import PerturbationMethod
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import known_change
 
 __all__ = ["Hsic", "Sobol", "hsic", "jansen", "quasi_random"]
 

@@ -1,6 +1,6 @@
 """Does the target change as the map says when parts of the image are removed?
 
-Scores are ``F(x')`` of perturbed images through `esegeta_monai.perturbation.change`, so that only touched windows are
+Scores are ``F(x')`` of perturbed images through `esegeta_monai.change.change`, so that only touched windows are
 computed, for classification and segmentation alike. Differences are in units of ``|F(x) − F(x₀)|``, what the target
 loses when everything is replaced, so that logits, probabilities and sums over voxels can be compared.
 """
@@ -14,11 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from esegeta_monai.baselines import baseline_for, noise_like
+from esegeta_monai.change import known_change
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
 from esegeta_monai.metrics.base import Measured, Metric, Need, Subject, bootstrap, mean_interval
 from esegeta_monai.metrics.features import Removal, at_least, removal_of
-from esegeta_monai.perturbation import Added, Boxes, Perturbations, _rows, known_change
+from esegeta_monai.perturbation import Added, Boxes, Perturbations, _rows
 
 __all__ = ["IROF", "Deletion", "FaithfulnessCorrelation", "Infidelity", "Insertion", "RegionPerturbation"]
 __all__ += ["SensitivityN"]

@@ -1,7 +1,7 @@
 """The parts of an image that metrics remove, and what a map says about each of them.
 
 Metrics that remove parts share their features, reference images and scores: a perturbation that another method's map
-has been judged by is looked up (`esegeta_monai.perturbation.known_change`).
+has been judged by is looked up (`esegeta_monai.change.known_change`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esegeta_monai.change import change, known_change
 from esegeta_monai.coalitions import Segments, reference_image
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.features import Features, Grid, features_for
 from esegeta_monai.metrics.base import Subject
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import change, known_change
 
 __all__ = ["Removal", "removal_of"]
 

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esegeta_monai.baselines import baseline_for
+from esegeta_monai.change import change
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.metrics.base import Measured, Metric, Subject, mean_interval
 from esegeta_monai.metrics.faithfulness import NEEDS, NOTHING, ZERO
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import Added, change
+from esegeta_monai.perturbation import Added
 from esegeta_monai.targets.base import WeightedScore
 
 __all__ = ["ROAD", "AverageDrop", "AverageGain", "AverageIncrease", "imputed"]

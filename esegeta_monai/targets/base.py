@@ -50,6 +50,8 @@ class Score(ABC):
         mask: (len(box) dims) bool, the support inside the box; windows that miss it are never computed.
         linear: whether ``s`` is linear (affine) in the prediction; only then do per-window scores add up.
         voxels: number of voxels in the support (1 for a class score).
+        additive: whether ``s`` is a sum over the mask's voxels, each of which counts by itself (see `terms`): then a
+            change of few voxels is scored by looking at these alone.
     """
 
     label: str = "target"
@@ -58,6 +60,7 @@ class Score(ABC):
     mask: Tensor
     linear: bool
     voxels: int
+    additive: bool = False
     class_index: int | None = None
     class_name: str | None = None
 
@@ -65,6 +68,10 @@ class Score(ABC):
     def value(self, prediction: Tensor) -> Tensor:
         """``s(P)`` for P of shape (..., len(channels), *box): one scalar for each leading index, differentiable, summed
         in float64."""
+
+    def terms(self, voxels: Tensor) -> Tensor:
+        """What each voxel of the mask adds to an additive ``s``: (..., n) float64, from P there (..., channels, n)."""
+        raise NotImplementedError
 
     def cotangent(self, prediction: Tensor) -> Tensor:
         """``∂s/∂P`` at P of shape (len(channels), *box), by automatic differentiation."""
@@ -109,6 +116,8 @@ class WeightedScore(Score):
         output, activation, reduction: see `Target`.
         reference: the value r that a regression output is compared with.
     """
+
+    additive = True
 
     def __init__(
         self,
@@ -178,12 +187,12 @@ class WeightedScore(Score):
     def value(self, prediction: Tensor) -> Tensor:
         lead = prediction.ndim - self.mask.ndim - 1
         voxels = prediction.flatten(lead + 1) if self.mask.ndim else prediction.unsqueeze(-1)
-        if self.output == "logit":
-            voxels = voxels.narrow(lead, self._position, 1)
         # the mask's voxels only, and only those in float64: a whole box of them would cost many volumes
-        seen = voxels[..., self.mask.flatten().to(voxels.device)].double()
-        total = (self._transformed(seen) - self.reference).sum(-1)
-        return total / self.voxels if self.reduction == "mean" and self.voxels else total
+        return self.terms(voxels[..., self.mask.flatten().to(voxels.device)]).sum(-1)
+
+    def terms(self, voxels: Tensor) -> Tensor:
+        terms = self._transformed(voxels.double()) - self.reference
+        return terms / self.voxels if self.reduction == "mean" and self.voxels else terms
 
     def constant(self) -> float:
         return -self.reference * (1 if self.reduction == "mean" else self.voxels) if self.linear else super().constant()
@@ -193,8 +202,8 @@ class WeightedScore(Score):
         if self.output == "logit":
             return voxels[..., 0, :]
         if self.activation == "softmax":
-            log_p = torch.log_softmax(voxels, dim=-2)[..., self._position, :]
-            return log_p.exp() if self.output == "probability" else log_p
+            of_classes = torch.softmax if self.output == "probability" else torch.log_softmax
+            return of_classes(voxels, -2)[..., self._position, :]
         logit = voxels[..., self._position, :]
         return torch.sigmoid(logit) if self.output == "probability" else torch.nn.functional.logsigmoid(logit)
 

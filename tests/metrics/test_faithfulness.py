@@ -8,6 +8,7 @@ import torch
 from captum.metrics import infidelity
 from monai.inferers import SimpleInferer
 
+from esegeta_monai.change import change
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.features import features_for
 from esegeta_monai.methods import Saliency
@@ -23,7 +24,6 @@ from esegeta_monai.metrics import (
     Subject,
     better,
 )
-from esegeta_monai.perturbation import change
 from esegeta_monai.targets import Box, Case, ClassScore, MultiClassMask
 from tests.methods.naive import Naive, image_of, small
 from tests.metrics.cases import linear_case, ranked, subject_of

@@ -9,10 +9,12 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor
 
-from esegeta_monai import perturbation
+from esegeta_monai import change as engine
+from esegeta_monai.change import change, passes_needed
 from esegeta_monai.network import frozen
-from esegeta_monai.perturbation import Boxes, Perturbations, change, passes_needed
-from esegeta_monai.targets import Box, MultiClassMask, Voxel
+from esegeta_monai.perturbation import Boxes, Perturbations
+from esegeta_monai.targets import Box, MultiClassMask, Score, Voxel
+from esegeta_monai.targets.base import bounding_box
 from tests.test_objective import assert_equal, naive_change, network, objective
 
 
@@ -120,7 +122,7 @@ def test_equal_coalitions_in_one_batch_are_booked_for_all():
     assert found[0, 5] == found[0, 6] != found[0, 0]
 
 
-@pytest.mark.parametrize("block_bytes", [1, 20_000])
+@pytest.mark.parametrize("block_bytes", [1, 2_000])
 def test_blocks_and_evicted_outputs_give_the_same(monkeypatch, block_bytes):
     """BLOCK_BYTES so small that perturbations go one by one and unperturbed outputs are computed again."""
     net, image = network(2, 1), noise(1, 20, 18)
@@ -131,7 +133,7 @@ def test_blocks_and_evicted_outputs_give_the_same(monkeypatch, block_bytes):
         whole = change(o, boxes)
         passes = o.monitor.passes
         o.monitor.start()
-        monkeypatch.setattr(perturbation, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(engine, "BLOCK_BYTES", block_bytes)
         blocks = change(o, boxes)
     assert o.monitor.passes > passes
     assert_equal(blocks, whole, 1e-12)
@@ -201,3 +203,44 @@ def test_no_perturbations_give_no_columns():
     o, _ = objective(net, image, None, [MultiClassMask(1)])
     with frozen(net):
         assert change(o, Boxes([], [])).shape == (1, 0)
+
+
+class SoftDice(Score):
+    """``2 Σ p m / (Σ p + Σ m)`` of a sigmoid against a fixed reference: no sum over voxels."""
+
+    linear, channels, label = False, (1,), "dice"
+
+    def __init__(self, mask: Tensor, reference: Tensor) -> None:
+        self.box = bounding_box(mask)
+        self.mask, self.reference = mask[self.box], reference[self.box][mask[self.box]]
+        self.voxels = int(mask.sum())
+
+    def value(self, prediction: Tensor) -> Tensor:
+        p = prediction[..., 0, self.mask].double().sigmoid()
+        return 2 * (p * self.reference).sum(-1) / (p.sum(-1) + self.reference.sum())
+
+
+def test_a_score_that_is_no_sum_over_voxels():
+    net, image = network(2, 1), noise(1, 20, 18)
+    inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
+    o, _ = objective(net, image, inferer, [MultiClassMask(1)])
+    score = SoftDice(noise(20, 18, seed=3) > 0.2, (noise(20, 18, seed=4) > 0).double())
+    o = o.with_scores([score])
+    boxes = boxes_for((20, 18), 4, 0.3)
+    with frozen(net):
+        found = change(o, boxes)
+    assert float(found.abs().max()) > 1e-3
+    assert_equal(found[0], naive_change(net, image, inferer, score, boxes))
+
+
+@pytest.mark.parametrize("output", ["logit", "probability"])
+def test_where_indices_of_windows_do_not_fit_they_are_made_again(monkeypatch, output):
+    """The cache of what windows hold is dropped, the scores stay."""
+    net, image = network(2, 2), noise(2, 20, 18)
+    o, _ = objective(net, image, SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), targets(output, 2))
+    boxes = boxes_for((20, 18), 5, 0.3)
+    with frozen(net):
+        whole = change(o, boxes)
+        monkeypatch.setattr(engine, "BLOCK_BYTES", 1)
+        o.base_scores.clear()
+        assert_equal(change(o, boxes), whole, 1e-12)
