@@ -6,16 +6,19 @@ import json
 import sys
 from pathlib import Path
 
+import monai.bundle
 import nibabel as nib
 import pytest
 import torch
 
+import esegeta_monai.bundle
 from esegeta_monai import Explainer
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.cli import main
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS
+from tests.bundle import oblique
 from tests.support_cli import make_bundle, make_scan, run_json, statuses
 
 METHOD = '''
@@ -130,6 +133,29 @@ def test_a_bundle_s_own_are_run(tmp_path, prefix):
     read = {name: nib.load(next(out.rglob(f"*{name}*.nii.gz"))).get_fdata() for name in maps}
     assert abs(read["SteepGradient"] - 3 * read["Saliency"]).max() <= 1e-5 * abs(read["SteepGradient"]).max()
     assert abs(read["OnlyGradient"] + read["Saliency"]).max() <= 1e-5 * abs(read["Saliency"]).max()
+
+
+def test_a_bundle_s_own_are_run_by_the_overlay(tmp_path):
+    """By name and by ``_target_``, in ``monai.bundle run``."""
+    scan = oblique.write_scan(tmp_path / "scans" / "alpha.nii.gz", 0)
+    bundle = oblique.write(tmp_path / "b", oblique.config([scan], tmp_path / "b" / "eval"))
+    (bundle / "scripts").mkdir()
+    (bundle / "scripts" / "mine.py").write_text(METHOD)
+    (bundle / "scripts" / "corner.py").write_text(TARGET)
+    overlay = Path(esegeta_monai.bundle.__file__).parent / "explain.json"
+    files = [str(bundle / "configs" / "inference.json"), str(overlay)]
+    methods = ["SteepGradient(factor=3)", {"_target_": "scripts.mine.SteepGradient", "name": "four", "factor": 4}]
+    monai.bundle.run(
+        config_file=files,
+        bundle_root=str(bundle),
+        explain_methods=methods,
+        explain_targets="Corner(size=6)",
+    )
+    read = {f.name.split("_")[-2]: nib.load(f).get_fdata() for f in (bundle / "eval").rglob("*_attr.nii.gz")}
+    assert set(read) == {"SteepGradient", "four"}
+    largest = abs(read["four"]).max()
+    assert largest > 0
+    assert abs(read["SteepGradient"] / 3 - read["four"] / 4).max() <= 1e-5 * largest
 
 
 def test_as_a_config_from_python(tmp_path):

@@ -1,0 +1,148 @@
+"""Minutes and GB of every method on a stated volume: the demo's bundle on the MNI152 template, one target.
+
+    python benchmarks/cost.py [--methods A,B] [--limit 120] [--again] [--work DIR] [--output benchmarks/results/cost.md]
+
+Each method has its own parameters' defaults and a process of its own with one thread. It is run for a moment first; where
+the whole would take longer than `--limit` seconds, the estimate from that moment is the row, marked ≈. Finished rows are
+kept in `--work`, so that a stopped run goes on. Time is CPU time of one thread, so that other work on the machine does not
+count; memory is the peak above that of the process that has read the network and the scan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+#: What these need besides their defaults, on this network.
+NEEDED: dict[str, dict[str, Any]] = {
+    "Cam": {},
+    "PatternNet": {"cases": "itself"},
+    "PatternAttribution": {"cases": "itself"},
+}
+SKIPPED = {
+    "Cam": "needs a network that ends in global pooling and one linear layer",
+    "ChannelShapley": "the template has one channel",
+}
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def one(name: str, limit: float) -> dict[str, Any]:
+    """One row, in a process of its own."""
+    import torch
+    from monai.data import MetaTensor
+
+    from esegeta_monai import Explainer, methods
+    from esegeta_monai.bundle.reader import BundleReader
+    from esegeta_monai.commands.demo import _template, find_bundle
+    from esegeta_monai.targets import MultiClassMask
+
+    torch.set_num_threads(1)
+    reader = BundleReader(find_bundle(), device=torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        file = _template(reader, Path(folder))
+        with reader.importable():
+            image = reader.resolve("preprocessing")({"image": str(file)})["image"]
+    assert isinstance(image, MetaTensor)
+    parameters = dict(NEEDED.get(name, {}))
+    if parameters.get("cases") == "itself":
+        parameters["cases"] = [image.as_tensor()]
+    method = getattr(methods, name)(**parameters)
+    explainer = Explainer(reader.network, reader.inferer, on_error="record")
+    target = MultiClassMask(1)
+    row: dict[str, Any] = {"method": name, "shape": list(image.shape[1:]), "network": type(reader.network).__name__}
+    row["window"] = list(getattr(reader.inferer, "roi_size", []))
+    before = peak()
+    start, wall = time.process_time(), time.monotonic()
+    (cost,) = explainer.costs(image[None], [method], [target], calibration=4.0)
+    if cost.note is not None:
+        return {**row, "note": cost.note}
+    assert cost.seconds is not None
+    # the estimate is wall time: brought to CPU time by the share of the core that the calibration had
+    estimate = cost.seconds * (time.process_time() - start) / (time.monotonic() - wall)
+    row |= {"passes": cost.passes, "exact": cost.exact, "seconds": estimate, "estimated": True}
+    if estimate <= limit:
+        start = time.process_time()
+        (found,) = explainer(image[None], [method], [target])
+        seconds = time.process_time() - start
+        row |= {"seconds": seconds, "estimated": False, "status": found.status}
+        row |= {"passes": found.record.get("window_passes"), "reason": found.record.get("reason")}
+    return {**row, "peak": peak() - before}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    first = next(r for r in rows if "passes" in r)
+    shape, window = ("x".join(map(str, first[k])) for k in ("shape", "window"))
+    lines = [
+        "# Minutes and GB of every method",
+        "",
+        f"`python benchmarks/cost.py`: {first['network']} of the demo's bundle on the MNI152 template of {shape} voxels in",
+        f"windows of {window}, one target (grey matter), the methods' default parameters, float32, one thread of an",
+        "x86-64 core. Minutes are CPU time of the whole explanation, the prediction (some seconds) included; GB is the",
+        "peak above the process with network and scan. ≈: from a moment's run and the number of passes. Several gradient",
+        "and CAM methods asked for together share their passes and cost little more than the dearest of them. For other",
+        "volumes `esegeta-monai explain --dry-run` says what your machine would need.",
+        "",
+        "| method | window passes | minutes | GB |",
+        "|---|---|---|---|",
+    ]
+    for r in sorted((r for r in rows if "passes" in r), key=lambda r: r["seconds"]):
+        about = "≈ " if r["estimated"] else ""
+        passes = f"{r['passes']:,}" if r.get("exact", True) or not r["estimated"] else f"≤ {r['passes']:,}"
+        minutes = r["seconds"] / 60
+        told = f"{minutes:,.0f}" if minutes >= 10 else f"{minutes:.1f}" if minutes >= 1 else f"{minutes:.2f}"
+        state = "" if r["estimated"] or r["status"] == "ok" else f" ({r['status']}: {r['reason']})"
+        lines.append(f"| `{r['method']}`{state} | {passes} | {about}{told} | {r['peak'] / 1e9:.2f} |")
+    lines += [f"| `{r['method']}` | {r['note']} | | |" for r in rows if "note" in r]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default="")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds; what takes longer is estimated")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "esegeta_cost")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cost.md")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(options.one, options.limit)))
+        return
+    from esegeta_monai.methods.base import METHODS
+
+    options.work.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in options.methods.split(",") if options.methods else [c.__name__ for c in METHODS]:
+        kept = options.work / f"{name}.json"
+        if options.again or not kept.is_file():
+            if name in SKIPPED:
+                row = {"method": name, "note": SKIPPED[name]}
+            else:
+                words = [sys.executable, __file__, "--one", name, "--limit", str(options.limit)]
+                done = subprocess.run(
+                    words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+                )
+                if done.returncode:
+                    raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+                row = json.loads(done.stdout.splitlines()[-1])
+            kept.write_text(json.dumps(row))
+            print(name, {k: row[k] for k in ("passes", "seconds", "peak", "note", "estimated") if k in row}, flush=True)
+        rows.append(json.loads(kept.read_text()))
+    options.output.write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main()
