@@ -1,11 +1,11 @@
 """Minutes and GB of every method on a stated volume: the demo's bundle on the MNI152 template, one target.
 
-    python benchmarks/cost.py [--methods A,B] [--limit 120] [--again] [--work DIR] [--output benchmarks/results/cost.md]
+    python benchmarks/cost.py [--methods A,B] [--limit 120] [--again] [--work DIR] [--output FILE.md]
 
-Each method has its own parameters' defaults and a process of its own with one thread. It is run for a moment first; where
-the whole would take longer than `--limit` seconds, the estimate from that moment is the row, marked ≈. Finished rows are
-kept in `--work`, so that a stopped run goes on. Time is CPU time of one thread, so that other work on the machine does not
-count; memory is the peak above that of the process that has read the network and the scan.
+Each method has its default parameters and a process of its own with one thread. It is run for a moment first; where
+the whole would take longer than `--limit` seconds, the estimate from that moment is the row, marked ≈. Finished rows
+are kept in `--work`, so that a stopped run goes on. Time is CPU time of one thread, so that other work on the machine
+does not count; memory is the peak above that of the process that has read the network and the scan.
 """
 
 from __future__ import annotations
@@ -88,11 +88,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Minutes and GB of every method",
         "",
-        f"`python benchmarks/cost.py`: {first['network']} of the demo's bundle on the MNI152 template of {shape} voxels in",
+        f"`python benchmarks/cost.py`: {first['network']} of the demo's bundle on the MNI152 template, {shape}, in",
         f"windows of {window}, one target (grey matter), the methods' default parameters, float32, one thread of an",
-        "x86-64 core. Minutes are CPU time of the whole explanation, the prediction (some seconds) included; GB is the",
-        "peak above the process with network and scan. ≈: from a moment's run and the number of passes. Several gradient",
-        "and CAM methods asked for together share their passes and cost little more than the dearest of them. For other",
+        "x86-64 core. Minutes are CPU time of the whole explanation with the prediction (some seconds); GB is the peak",
+        "above the process with network and scan. ≈: from a moment's run and the passes. Several gradient and",
+        "CAM methods asked for together share their passes and cost little more than the dearest of them. For other",
         "volumes `esegeta-monai explain --dry-run` says what your machine would need.",
         "",
         "| method | window passes | minutes | GB |",
