@@ -218,7 +218,7 @@ def relative_gap(maps: Tensor, values: Tensor, baseline_values: Tensor) -> list[
 
 def shares_passes(method: Method) -> bool:
     """Whether a method asks for sweeps over the windows that others can share."""
-    return inspect.isgeneratorfunction(type(method).attribute) and not method.full_precision
+    return inspect.isgeneratorfunction(type(method).attribute)
 
 
 def grouped(methods: Sequence[Method]) -> list[list[Method]]:

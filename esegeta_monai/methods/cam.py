@@ -168,6 +168,7 @@ class GradCamPlusPlus(_Cam):
     """
 
     reference = "Chattopadhay et al., WACV 2018, arXiv:1710.11063"
+    full_precision = True  # α has a pole where g Σ A = −2: rounding moves it
 
     def passes(self, objective: Objective) -> int:
         """Activations everywhere, since α needs their sum first; gradients where the target sees; then activations."""

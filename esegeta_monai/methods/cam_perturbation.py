@@ -123,7 +123,7 @@ class AblationCam(_ChannelByChannel):
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
         moments: ChannelMoments = yield Moments(layer)
-        value = objective.image_values()
+        value = objective.value(objective.image[None])[:, 0]  # in the precision of what is compared with it
         weights = torch.zeros((objective.n_targets, len(moments.first)), dtype=torch.float64)
         for c in self.chosen(moments):
             with replaced(objective.model.network, layer, _without(objective, layer, c)):

@@ -66,7 +66,6 @@ class DeepDream(_Synthesis):
     """
 
     reference = "Mordvintsev, Olah & Tyka, Google Research blog 2015, 'Inceptionism'"
-    brief = (("n_iter", 2),)
 
     layer: str | None = None
     channel: int | None = None
@@ -201,7 +200,6 @@ class InvertedRepresentation(_Synthesis):
     """
 
     reference = "Mahendran & Vedaldi, CVPR 2015, arXiv:1412.0035"
-    brief = (("n_iter", 2),)
 
     layer: str | None = None
     alpha: float = 6.0

@@ -54,8 +54,8 @@ class ExtremalPerturbation(Method):
     """
 
     reference = "Fong, Patrick & Vedaldi, ICCV 2019, arXiv:1910.08485"
-    brief = (("n_iter", 2),)
     additive = False
+    full_precision = True  # iterations feed their own rounding back
 
     areas: float | Sequence[float] = 0.1
     variant: Literal["preserve", "delete"] = "preserve"

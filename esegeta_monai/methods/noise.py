@@ -124,6 +124,7 @@ class VarGrad(SmoothGradSquared):
     """
 
     reference = "Adebayo et al., ICLR workshop 2018, arXiv:1810.03307"
+    brief = (("n_samples", 8),)  # the variance of two gradients is one difference
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial); updated sample by sample (Welford 1962), since E[A²] − E[A]² would cancel."""

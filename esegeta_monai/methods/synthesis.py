@@ -44,6 +44,7 @@ class _Synthesis(Method):
 
     produces = "synthesised image"
     additive = False
+    full_precision = True  # iterations feed their own rounding back
 
     @property
     def signed(self) -> bool:
@@ -90,7 +91,6 @@ class FeatureVisualization(_Synthesis):
     """
 
     reference = "Olah, Mordvintsev & Schubert, Distill 2017, doi:10.23915/distill.00007"
-    brief = (("n_iter", 2),)
     aliases = ("LayerVisualization", "CNNLayerVisualization")
 
     layer: str | None = None
@@ -217,7 +217,6 @@ class ClassImage(_Synthesis):
     """
 
     reference = "Simonyan, Vedaldi & Zisserman, ICLR workshop 2014, arXiv:1312.6034"
-    brief = (("n_iter", 2),)
     aliases = ("ClassSpecificImage",)
 
     regularization: float | None = None

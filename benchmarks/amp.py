@@ -1,0 +1,207 @@
+"""Autocast against float32, every method on six networks: what the first window says, and what the whole map says.
+
+    python benchmarks/amp.py [--dtype bfloat16] [--device cpu] [--networks UNet_batch:3 …] [--table FILE]
+
+Each method is computed three times for the same target: in float32, under autocast whatever comes of it, and as a user
+gets it: measured on the first window, in float32 where that correlates below 0.99. Networks are the untrained,
+calibrated ones of ``tests/networks``, on an image of three gaussian windows; the target's voxels are those of the
+float32 prediction for all three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.inferers import SimpleInferer, SlidingWindowInferer
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from esegeta_monai import Explainer
+from esegeta_monai.features import Supervoxels
+from esegeta_monai.methods import METHODS, Explained, Method, run
+from esegeta_monai.methods.base import _lock_step
+from esegeta_monai.metrics.base import asking
+from esegeta_monai.objective import Objective
+from esegeta_monai.precision import AGREES, full_precision
+from esegeta_monai.targets import ClassScore, MultiClassMask
+from tests.networks import SEGMENTATION, NetworkCase, build
+
+NETWORKS = ("UNet_batch:3", "UNet_instance:3", "SegResNet:2", "DynUNet:2", "SwinUNETR:2", "ResNet18:2")
+
+FOR_ALL: dict[str, Any] = {
+    "feature_mask": Supervoxels(24, mask="everything"),
+    "max_channels": 16,
+    "n_iter": 32,
+    "n_samples": 8,
+    "n_steps": 16,
+}
+SMALL: dict[str, dict[str, Any]] = {
+    "ExtremalPerturbation": {"n_iter": 40, "areas": 0.1},
+    "Hsic": {"n_samples": 128},
+    "KernelShap": {"n_samples": 128},
+    "Lime": {"n_samples": 128},
+    "Occlusion": {"window": 6},
+    "Rise": {"n_masks": 128},
+    "ShapleyValueSampling": {"n_samples": 4},
+    "Sobol": {"n_samples": 8},
+}
+"""Parameters that keep a method affordable here."""
+
+
+def methods(case: NetworkCase, image: Tensor) -> Iterator[Method]:
+    """Every method of the registry; those of a layer look at the network's deep one."""
+    for kind in METHODS:
+        offered = {**FOR_ALL, "layer": case.cam_layer, "cases": [image.flip(-1), image.roll(7, -2)]}
+        if kind.produces != "synthesised image":
+            offered["channel"] = 0
+        yield kind(**{n: v for n, v in offered.items() if n in kind.parameter_names()} | SMALL.get(kind.__name__, {}))
+
+
+@dataclass
+class Row:
+    """One method on one network.
+
+    Attributes:
+        first: correlation on the first window; None: not measured.
+        autocast: of the whole map, whatever the first window says.
+        saved: of the map that a user gets.
+        fallback: why it is float32's.
+    """
+
+    network: str
+    method: str
+    first: float | None
+    autocast: float | None
+    saved: float | None
+    fallback: str | None
+    alone: bool = False
+
+    @property
+    def missed(self) -> bool:
+        """Whether a map is saved that is not float32's, though nothing said so."""
+        return self.fallback is None and self.saved is not None and self.saved < AGREES
+
+
+def correlation(a: Tensor, b: Tensor) -> float | None:
+    """Pearson's over all voxels; None where a map is constant."""
+    x, y = a.flatten().double().cpu(), b.flatten().double().cpu()
+    if not bool(torch.isfinite(x).all()):
+        return None
+    x, y = x - x.mean(), y - y.mean()
+    norm = float(x.norm() * y.norm())
+    return float(x @ y) / norm if norm > 0 else (1.0 if torch.equal(a, b) else None)
+
+
+def objective_of(case: NetworkCase, device: str, dtype: torch.dtype) -> Objective:
+    """The middle class on an image of three windows, or the class of a classification network."""
+    maps = case.kind == SEGMENTATION
+    image = torch.cat([case.image, case.reference[..., : case.roi[-1] // 2]], -1) if maps else case.image
+    inferer = SlidingWindowInferer(case.roi, 2, 0.5, "gaussian") if maps else SimpleInferer()
+    with torch.no_grad():
+        prediction = inferer(image, case.logits)
+    network = case.network.to(device)
+    explainer = Explainer(network, inferer, device, True, amp_kwargs={"dtype": dtype}, output=case.output)
+    target = MultiClassMask(1) if maps else ClassScore(1)
+    given = prediction if case.output is None else {case.output: prediction}
+    (judged,) = explainer.judge(image, [target], prediction=given)
+    assert judged.objective is not None
+    return judged.objective
+
+
+def rows(name: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
+    """Every method on one network."""
+    kind, dims = name.split(":")
+    case = build(kind, int(dims), torch.float32)
+    objective = objective_of(case, device, dtype)
+    for method in methods(case, objective.image.cpu()):
+        began = time.process_time()
+        with asking(objective):
+            try:
+                precise = run(method, full_precision(objective))
+            except Exception as error:  # a method that this network does not have, in float32 either
+                print(f"  {method.name}: {error}", file=sys.stderr)
+                continue
+            found = run(method, objective)
+            rough = forced(method, objective)
+        notes = found.notes
+        yield Row(
+            name,
+            str(method.name),
+            (notes.get("amp_correlation") or [None])[0],
+            None if rough is None else correlation(rough.maps, precise.maps),
+            correlation(found.maps, precise.maps),
+            notes.get("amp_fallback"),
+            method.full_precision,
+        )
+        print(f"  {method.name}: {time.process_time() - began:.1f} s", file=sys.stderr)
+
+
+def forced(method: Method, objective: Objective) -> Explained | None:
+    """Under autocast, whatever comes of it; None where nothing does."""
+    objective.settled = True
+    outcome = _lock_step([method], objective)[0]
+    objective.settled = False
+    if isinstance(outcome, Exception):
+        print(f"  {method.name} under autocast: {outcome}", file=sys.stderr)
+        return None
+    return outcome
+
+
+def figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def table(found: list[Row], networks: list[str], title: str) -> Iterator[str]:
+    """Markdown."""
+    measured = [r for r in found if not r.alone]
+    fell = [r for r in measured if r.fallback is not None]
+    missed = [r for r in measured if r.missed]
+    spared = [r for r in fell if r.autocast is not None and r.autocast >= AGREES]
+    yield f"# Autocast against float32\n\n{title}\n"
+    yield (
+        f"{len(measured)} pairs of method and network were measured; {len(fell)} fell back to float32, "
+        f"{len(spared)} of them though the whole map would have kept {AGREES}; {len(missed)} maps were saved from "
+        f"autocast whose whole map correlates below {AGREES}:\n"
+    )
+    for r in missed:
+        yield f"* {r.method} on {r.network}: first window {figure(r.first)}, whole map {figure(r.saved)}"
+    for network in networks:
+        yield f"\n## {network}\n"
+        yield "| method | first window | whole map, autocast | whole map, saved | fallback |\n|---|---|---|---|---|"
+        for r in (r for r in found if r.network == network):
+            why = "always float32" if r.alone else (r.fallback or "")
+            yield f"| {r.method} | {figure(r.first)} | {figure(r.autocast)} | {figure(r.saved)} | {why} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--table", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("esegeta_monai").setLevel(logging.ERROR)
+    found: list[Row] = []
+    for name in args.networks:
+        print(name, file=sys.stderr)
+        found += rows(name, args.device, getattr(torch, args.dtype))
+    title = f"`{args.dtype}` on {args.device}, torch {torch.__version__}, {platform.machine()}, one thread."
+    text = "\n".join(table(found, args.networks, title))
+    print(text)
+    if args.table is not None:
+        args.table.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
