@@ -7,27 +7,23 @@ for attribution in explainer(image, methods=[Saliency()], targets=[MultiClassMas
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import itertools
 import logging
 import os
 import re
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
 from torch import Tensor, nn
 
 from esegeta_monai.attribution import Attribution
-from esegeta_monai.cases import CaseInput, CaseModel, cases_of, joined_inputs, of_case, to_device
+from esegeta_monai.cases import CaseInput, cases_of, joined_inputs, of_case
 from esegeta_monai.costs import Cost, cost_of, too_costly
 from esegeta_monai.errors import (
     EsegetaError,
@@ -36,25 +32,21 @@ from esegeta_monai.errors import (
     RankLost,
     UsageError,
 )
-from esegeta_monai.extremes import all_finite
-from esegeta_monai.layers import LayerOutput
 from esegeta_monai.methods.base import METHODS, Explained, Method, grouped, run_together, shares_passes
-from esegeta_monai.monitor import Monitor
-from esegeta_monai.network import Model, check_network, frozen, is_scripted, select_output, unwrap, weights_hash
+from esegeta_monai.network import check_network, frozen, is_scripted, select_output, unwrap, weights_hash
 from esegeta_monai.objective import Objective, Request, View
 from esegeta_monai.outcomes import NOTHING_THERE, Bound, OnError, Outcomes, not_linear
 from esegeta_monai.partial import ScoreTable
+from esegeta_monai.predicted import Predicted
 from esegeta_monai.ranks import Ranks
 from esegeta_monai.record import (
     described,
     peak_memory,
     predicted_class,
     reset_peak_memory,
-    tensor_hash,
 )
-from esegeta_monai.storage import check_image
-from esegeta_monai.targets.base import TARGETS, Case, Score, Target
-from esegeta_monai.windows import WindowPlan, as_inferer, plan_windows
+from esegeta_monai.targets.base import TARGETS, Target
+from esegeta_monai.windows import as_inferer
 
 __all__ = ["Attribution", "Explainer", "Judged"]
 
@@ -70,8 +62,7 @@ class _Work:
     methods: list[Method]
     objective: Objective
     bound: list[Bound]
-    prediction: Tensor
-    notes: list[str]
+    predicted: Predicted
 
 
 @dataclass
@@ -178,7 +169,7 @@ class Explainer:
         self.channel_names = list(channel_names or [])
         self.window_batch, self.seed = window_batch, int(seed)
         # what the weights do not tell, such as the slope of a LeakyReLU; object addresses aside
-        self._structure = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(self.network)).encode()).hexdigest()
+        self.structure_sha256: str = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(self.network)).encode()).hexdigest()
         self.progress, self.time_limit, self.allow_costly = progress, time_limit, bool(allow_costly)
         if on_error not in ("raise", "record"):
             raise UsageError(f"on_error={on_error!r}: give 'raise' or 'record'")
@@ -187,7 +178,7 @@ class Explainer:
             "seed": self.seed,
             "inferer": described(self.inferer),
             "output": self.output,
-            "network": {"name": type(self.network).__name__, "structure_sha256": self._structure},
+            "network": {"name": type(self.network).__name__, "structure_sha256": self.structure_sha256},
         }
         self.outcomes = Outcomes(settings, self._autocast, self.channel_names, on_error)
 
@@ -288,7 +279,7 @@ class Explainer:
                     continue
                 for method in found.methods:
                     for k, bound in enumerate(found.bound):
-                        with self._modes(), frozen(self.network):
+                        with found.predicted.modes(), frozen(self.network):
                             cost = cost_of(method, found.objective.only(k), case.index, bound.label, calibration)
                         yield cost
 
@@ -325,8 +316,8 @@ class Explainer:
         for case in self._cases(image, prediction, data, network_args, network_kwargs or {}):
             for layer in dict.fromkeys(t.layer for t in wanted):
                 mine = [t for t in wanted if t.layer == layer]
-                model, volume, plan, predicted, _ = self._prepared(case, {}, layer)
-                bound = list(self._bind(mine, predicted, case))
+                predicted = Predicted(self, case, {}, layer)
+                bound = list(predicted.bind(mine))
                 seen = [b for b in bound if b.score is not None and not b.score.empty]
                 left = [(b.label, str(b.error)) for b in bound if b.score is None]
                 empty = [
@@ -335,7 +326,7 @@ class Explainer:
                 objective = None
                 if seen:
                     scores = [b.score for b in seen if b.score is not None]
-                    objective = self._objective(case, model, volume, plan, scores, predicted)
+                    objective = predicted.objective(scores)
                 names = [b.label for b in seen]
                 yield Judged(case.index, objective, [b.target for b in seen], names, left, empty, self.time_limit)
 
@@ -376,7 +367,7 @@ class Explainer:
                 yield found
                 continue
             if not shares_passes(found.methods[0]):  # else its sweep compares
-                with self._modes(), frozen(self.network):
+                with found.predicted.modes(), frozen(self.network):
                     found.objective.sweep([_Blend()])
             for group in grouped(found.methods):
                 found.objective.table = None
@@ -400,13 +391,13 @@ class Explainer:
                 mine = [t for t in targets if t.layer == layer]
                 yield from self._prepare(case, methods, mine, channels, refused, skip)
             return
-        model, image, plan, prediction, notes = self._prepared(case, channels, layers[0] if layers else None)
+        predicted = Predicted(self, case, channels, layers[0] if layers else None)
         todo: dict[tuple[int, ...], list[Method]] = {}
-        bound = list(self._bind(targets, prediction, case))
+        bound = list(predicted.bind(targets))
         for method in methods:
             left = []
             for j, b in enumerate(bound):
-                record = self.outcomes.record(method, b, plan, case)
+                record = self.outcomes.record(method, b, predicted.plan, case)
                 if skip and skip(Attribution(None, method, b.target, case.index, record, b.label)):
                     continue
                 error = refused.get(id(method), b.error)
@@ -423,7 +414,7 @@ class Explainer:
         for seen, together in todo.items():
             part = [bound[j] for j in seen]
             scores = [b.score for b in part if b.score is not None]
-            objective = self._objective(case, model, image, plan, scores, prediction)
+            objective = predicted.objective(scores)
             affordable = []
             for method in together:
                 refusal = None if self.allow_costly else _refusal(method, objective)
@@ -431,59 +422,11 @@ class Explainer:
                     affordable.append(method)
                     continue
                 for b in part:
-                    yield self.outcomes.failed(method, b, case, self.outcomes.record(method, b, plan, case), refusal)
+                    yield self.outcomes.failed(
+                        method, b, case, self.outcomes.record(method, b, predicted.plan, case), refusal
+                    )
             if affordable:
-                yield _Work(affordable, objective, part, prediction, notes)
-
-    def _prepared(
-        self, case: CaseInput, channels: dict[str, int], layer: str | None
-    ) -> tuple[CaseModel, Tensor, WindowPlan, Tensor, list[str]]:
-        """The network, the image, its windows and the unperturbed prediction of a case, and what is to be warned of."""
-        check_image(case.image.detach().cpu(), f"image {case.index}")
-        model = self._model(channels, case, layer)
-        image = case.image.as_tensor().detach().to(self.volume_device, model.dtype)
-        case.record = {
-            "network_grid": list(image.shape[1:]),
-            "network_affine": torch.as_tensor(case.image.affine).double().tolist(),
-            "image_sha256": tensor_hash(image),
-        }
-        self._same_everywhere(case)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            plan = plan_windows(self.inferer, image.shape[1:], model.dtype)
-        notes = [str(w.message) for w in caught]
-        for text in notes:
-            logger.warning(text)
-        model.repeats = plan.whole
-        if plan.whole and type(self.inferer).__name__ != "SimpleInferer":
-            model.inferer = self.inferer
-        prediction = self._prediction(case, image, model)
-        return model, image, plan, prediction, notes
-
-    def _objective(
-        self,
-        case: CaseInput,
-        model: CaseModel,
-        image: Tensor,
-        plan: WindowPlan,
-        scores: Sequence[Score],
-        prediction: Tensor,
-    ) -> Objective:
-        with self._modes(), frozen(self.network):
-            objective = Objective(
-                model,
-                image,
-                plan,
-                scores,
-                prediction,
-                seed=self.seed,
-                monitor=Monitor(),
-                condition=None if case.condition is None else case.condition.to(self.volume_device, model.dtype),
-                case=self._context(case),
-                ranks=self.ranks,
-            )
-        objective.window_batch = self.window_batch or (4 if plan.whole else plan.batch_size)
-        return objective
+                yield _Work(affordable, objective, part, predicted)
 
     def _explain_group(
         self,
@@ -498,7 +441,7 @@ class Explainer:
         reset_peak_memory(self.device)
         began = time.monotonic()
         names = ", ".join(m.name or type(m).__name__ for m in group)
-        with self._bar(names, group, objective), self._modes(), frozen(self.network):
+        with self._bar(names, group, objective), work.predicted.modes(), frozen(self.network):
             results = run_together(group, objective)
         if objective.table is not None and all(isinstance(r, Explained) for r in results.values()):
             objective.table.remove()
@@ -511,7 +454,7 @@ class Explainer:
             "window_passes": sum(self.ranks.gather(monitor.passes)),
             "ranks": self.ranks.size,
             "window_batch": objective.window_batch,
-            "warnings": [*work.notes, *monitor.warnings],
+            "warnings": [*work.predicted.notes, *monitor.warnings],
         }
         if len(group) > 1:
             shared["passes_shared_with"] = [m.name for m in group]
@@ -529,22 +472,10 @@ class Explainer:
                 assert values is not None
                 record["value"] = float(values[k])
                 if b.target.layer is None:
-                    record.update(predicted_class(work.prediction, self.class_names))
+                    record.update(predicted_class(work.predicted.prediction, self.class_names))
                 yield from self.outcomes.finished(method, b, case, record, outcome, k, channels)
 
     # -- parts --------------------------------------------------------------------------------------------------
-
-    def _model(self, channels: dict[str, int], case: CaseInput, layer: str | None) -> CaseModel:
-        return CaseModel(
-            self.network if layer is None else LayerOutput(self.network, layer),
-            self.device,
-            output=self.output if layer is None else None,
-            amp=self.amp,
-            amp_kwargs=self.amp_kwargs,
-            inputs=channels,
-            args=[to_device(a, self.device) for a in case.args],
-            kwargs={k: to_device(v, self.device) for k, v in case.kwargs.items()},
-        )
 
     def _decides(self, method: Method, work: _Work, case: CaseInput) -> dict[str, Any]:
         """What decides the scores of perturbations."""
@@ -556,70 +487,6 @@ class Explainer:
             "targets": [[r["target"], r["target_parameters"], r["target_sha256"]] for r in records],
             **{name: records[0][name] for name in names},
         }
-
-    @contextmanager
-    def _modes(self) -> Iterator[None]:
-        """Gradients on and autocast off, whatever the caller (an evaluator, a trainer) has set; `Model` decides."""
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(self.device.type, enabled=False):
-            yield
-
-    def _prediction(self, case: CaseInput, image: Tensor, model: Model) -> Tensor:
-        """The unperturbed prediction (K, *out) by the user's own inferer."""
-        if case.prediction is not None and not isinstance(model.network, LayerOutput):
-            return case.prediction.detach().to(self.volume_device, model.dtype)
-        inferer = self.inferer if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
-        blends = type(self.inferer) in (SlidingWindowInferer, SlidingWindowInfererAdapt, SliceInferer)
-        turns = itertools.count()
-        shape: list[int] = []
-
-        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """Blending is linear in the windows: with zeros for those of others, the ranks' predictions add up."""
-            mine = not blends or next(turns) % self.ranks.size == self.ranks.rank
-            if not mine and shape:
-                return torch.zeros((len(x), *shape), dtype=model.dtype, device=self.device)
-            out = model(x.to(self.device), coordinates=args[0] if args else None, condition=kwargs.get("condition"))
-            shape[:] = out.shape[1:]
-            return out if mine else torch.zeros_like(out)
-
-        kwargs = {} if case.condition is None else {"condition": case.condition[None].to(image.device, image.dtype)}
-        sw_device = getattr(self.inferer, "sw_device", None)
-        found = _Blended()
-        together = self.ranks.summed([found]) if blends else nullcontext()
-        with self._modes(), torch.no_grad(), frozen(self.network), together:
-            if sw_device is None and hasattr(self.inferer, "sw_device"):
-                self.inferer.sw_device = self.device
-            try:
-                found.prediction = select_output(inferer(image[None], call, **kwargs))[0].detach()
-            finally:
-                if hasattr(self.inferer, "sw_device"):
-                    self.inferer.sw_device = sw_device
-        assert found.prediction is not None
-        prediction = found.prediction.to(self.volume_device, model.dtype)
-        if not all_finite(prediction):
-            raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
-        return prediction
-
-    def _same_everywhere(self, case: CaseInput) -> None:
-        known = self.ranks.gather((case.record["image_sha256"], self._structure))
-        if len(set(known)) > 1:
-            raise UsageError(
-                f"case {case.index}: the ranks hold different images or networks, but distributed=True computes one "
-                "case together: give every rank the same, or let each rank explain its own cases with distributed=False"
-            )
-
-    def _bind(self, targets: Sequence[Target], prediction: Tensor, case: CaseInput) -> Iterator[Bound]:
-        context = self._context(case)
-        if tuple(prediction.shape[1:]) != tuple(case.image.shape[1:]):
-            context = dataclasses.replace(context, affine=None)
-        for target in targets:
-            try:
-                for score in target.bind(prediction, context):
-                    yield Bound(target, score)
-            except EsegetaError as error:
-                yield Bound(target, None, error)
-
-    def _context(self, case: CaseInput) -> Case:
-        return Case(torch.as_tensor(case.image.affine).double().cpu(), case.data, self.class_names)
 
     @property
     def _autocast(self) -> str | None:
@@ -660,14 +527,6 @@ def _refusal(method: Method, objective: Objective) -> EsegetaError | None:
         return too_costly(method, objective)
     except EsegetaError as error:
         return error
-
-
-@dataclass
-class _Blended:
-    """A prediction (K, *out), or one rank's part of it."""
-
-    prediction: Tensor | None = None
-    summed: ClassVar[tuple[str, ...]] = ("prediction",)
 
 
 class _Blend(Request):

@@ -1,0 +1,187 @@
+"""A case after its prediction: the network, the image, its windows and what was predicted."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
+from torch import Tensor
+
+from esegeta_monai.cases import CaseInput, CaseModel, to_device
+from esegeta_monai.errors import EsegetaError, NetworkError, UsageError
+from esegeta_monai.extremes import all_finite
+from esegeta_monai.layers import LayerOutput
+from esegeta_monai.monitor import Monitor
+from esegeta_monai.network import frozen, select_output
+from esegeta_monai.objective import Objective
+from esegeta_monai.outcomes import Bound
+from esegeta_monai.record import tensor_hash
+from esegeta_monai.storage import check_image
+from esegeta_monai.targets.base import Case, Score, Target
+from esegeta_monai.windows import plan_windows
+
+if TYPE_CHECKING:
+    from esegeta_monai.explainer import Explainer
+
+__all__ = ["Predicted"]
+
+logger = logging.getLogger("esegeta_monai")
+
+
+class Predicted:
+    """A case and its unperturbed prediction, from which targets and objectives follow.
+
+    Args:
+        settings: the explainer, whose network, inferer, devices and names are used.
+        case: one image; its ``record`` is filled with what all its maps share.
+        channels: of each named image input, where the network has several.
+        layer: dotted name of a layer whose output takes the prediction's place; None: the prediction.
+
+    Attributes:
+        model, image, plan: the network behind windows, (C, *spatial) on the volume device, the windows.
+        prediction: (K, *out), by the user's own inferer.
+        notes: what is to be warned of.
+
+    Raises:
+        EsegetaError: an image or a prediction that cannot be explained.
+    """
+
+    def __init__(
+        self, settings: Explainer, case: CaseInput, channels: Mapping[str, int], layer: str | None = None
+    ) -> None:
+        self.settings, self.case = settings, case
+        check_image(case.image.detach().cpu(), f"image {case.index}")
+        device = settings.device
+        self.model = CaseModel(
+            settings.network if layer is None else LayerOutput(settings.network, layer),
+            device,
+            output=settings.output if layer is None else None,
+            amp=settings.amp,
+            amp_kwargs=settings.amp_kwargs,
+            inputs=dict(channels),
+            args=[to_device(a, device) for a in case.args],
+            kwargs={k: to_device(v, device) for k, v in case.kwargs.items()},
+        )
+        self.image = case.image.as_tensor().detach().to(settings.volume_device, self.model.dtype)
+        case.record = {
+            "network_grid": list(self.image.shape[1:]),
+            "network_affine": torch.as_tensor(case.image.affine).double().tolist(),
+            "image_sha256": tensor_hash(self.image),
+        }
+        self._same_everywhere()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.plan = plan_windows(settings.inferer, self.image.shape[1:], self.model.dtype)
+        self.notes = [str(w.message) for w in caught]
+        for text in self.notes:
+            logger.warning(text)
+        self.model.repeats = self.plan.whole
+        if self.plan.whole and type(settings.inferer).__name__ != "SimpleInferer":
+            self.model.inferer = settings.inferer
+        self.prediction = self._predict()
+
+    def bind(self, targets: Sequence[Target]) -> Iterator[Bound]:
+        """Each target's scores, or the error that it met."""
+        context = self._context
+        if tuple(self.prediction.shape[1:]) != tuple(self.image.shape[1:]):
+            context = dataclasses.replace(context, affine=None)
+        for target in targets:
+            try:
+                for score in target.bind(self.prediction, context):
+                    yield Bound(target, score)
+            except EsegetaError as error:
+                yield Bound(target, None, error)
+
+    def objective(self, scores: Sequence[Score]) -> Objective:
+        """F of this case, for each score."""
+        settings, condition = self.settings, self.case.condition
+        with self.modes(), frozen(settings.network):
+            objective = Objective(
+                self.model,
+                self.image,
+                self.plan,
+                scores,
+                self.prediction,
+                seed=settings.seed,
+                monitor=Monitor(),
+                condition=None if condition is None else condition.to(self.image),
+                case=self._context,
+                ranks=settings.ranks,
+            )
+        objective.window_batch = settings.window_batch or (4 if self.plan.whole else self.plan.batch_size)
+        return objective
+
+    @contextmanager
+    def modes(self) -> Iterator[None]:
+        """Gradients on and autocast off, whatever the caller (an evaluator, a trainer) has set; `Model` decides."""
+        kind = self.settings.device.type
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
+            yield
+
+    @property
+    def _context(self) -> Case:
+        affine = torch.as_tensor(self.case.image.affine).double().cpu()
+        return Case(affine, self.case.data, self.settings.class_names)
+
+    def _same_everywhere(self) -> None:
+        known = self.settings.ranks.gather((self.case.record["image_sha256"], self.settings.structure_sha256))
+        if len(set(known)) > 1:
+            raise UsageError(
+                f"case {self.case.index}: the ranks hold different images or networks, but distributed=True computes "
+                "one case together: give every rank the same, or let each rank explain its own cases with "
+                "distributed=False"
+            )
+
+    def _predict(self) -> Tensor:
+        """The unperturbed prediction (K, *out) by the user's own inferer."""
+        settings, case, model = self.settings, self.case, self.model
+        if case.prediction is not None and not isinstance(model.network, LayerOutput):
+            return case.prediction.detach().to(self.image)
+        user, ranks = settings.inferer, settings.ranks
+        inferer = user if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
+        blends = type(user) in (SlidingWindowInferer, SlidingWindowInfererAdapt, SliceInferer)
+        turns = itertools.count()
+        shape: list[int] = []
+
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """Blending is linear in the windows: with zeros for those of others, the ranks' predictions add up."""
+            mine = not blends or next(turns) % ranks.size == ranks.rank
+            if not mine and shape:
+                return torch.zeros((len(x), *shape), dtype=model.dtype, device=model.device)
+            out = model(x.to(model.device), coordinates=args[0] if args else None, condition=kwargs.get("condition"))
+            shape[:] = out.shape[1:]
+            return out if mine else torch.zeros_like(out)
+
+        kwargs = {} if case.condition is None else {"condition": case.condition[None].to(self.image)}
+        sw_device = getattr(user, "sw_device", None)
+        found = _Blended()
+        together = ranks.summed([found]) if blends else nullcontext()
+        with self.modes(), torch.no_grad(), frozen(settings.network), together:
+            if sw_device is None and hasattr(user, "sw_device"):
+                user.sw_device = model.device
+            try:
+                found.prediction = select_output(inferer(self.image[None], call, **kwargs))[0].detach()
+            finally:
+                if hasattr(user, "sw_device"):
+                    user.sw_device = sw_device
+        assert found.prediction is not None
+        prediction = found.prediction.to(self.image)
+        if not all_finite(prediction):
+            raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
+        return prediction
+
+
+@dataclass
+class _Blended:
+    """A prediction (K, *out), or one rank's part of it."""
+
+    prediction: Tensor | None = None
+    summed: ClassVar[tuple[str, ...]] = ("prediction",)
