@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -34,25 +34,33 @@ class _Curve(Metric):
     """Features removed (or brought back) in the order of the map, and the area under the target's curve."""
 
     group = "faithfulness"
+    reference = "Petsiuk et al., BMVC 2018, arXiv:1806.07421"
     needs = NEEDS
+    insert: ClassVar[bool]
+
+    features: Any = "blocks"
+    steps: int = 20
+    baseline: Any = "auto"
+    n_samples: int = 1
+    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, "steps", getattr(self, "steps"), 2)  # noqa: B009 - fields of the subclasses
-        at_least(self, "n_samples", getattr(self, "n_samples"), 1)  # noqa: B009
+        at_least(self, "steps", self.steps, 2)
+        at_least(self, "n_samples", self.n_samples, 1)
 
-    def _curves(self, subject: Subject, insert: bool) -> Measured:
-        steps, n_samples = getattr(self, "steps"), getattr(self, "n_samples")  # noqa: B009
+    def measure(self, subject: Subject) -> Measured:
+        """About 0 to 1 (below or above where the target overshoots)."""
         areas, curves = [], []
         x = np.zeros(0)
         if not bool(subject.map.any()):
             return Measured.undefined(ZERO)
-        for i in range(n_samples):
-            seed = None if n_samples == 1 else subject.need_objective().seed + i
-            removal = removal_of(subject, getattr(self, "features"), getattr(self, "baseline"), seed)  # noqa: B009
+        for i in range(self.n_samples):
+            seed = None if self.n_samples == 1 else subject.need_objective().seed + i
+            removal = removal_of(subject, self.features, self.baseline, seed)
             if removal.full == 0:
                 return Measured.undefined(NOTHING)
-            x, y = removal_curve(removal, steps, insert)
+            x, y = removal_curve(removal, self.steps, self.insert)
             areas.append(float(np.trapezoid(y, x)))
             curves.append(y)
         low, high = mean_interval(areas)
@@ -74,19 +82,9 @@ class Deletion(_Curve):
         n_samples: draws of a random baseline, for the interval.
     """
 
-    reference = "Petsiuk et al., BMVC 2018, arXiv:1806.07421"
     meaning = "Area under the target's curve while the strongest parts are removed; low: they carry the target."
     higher_is_better = False
-
-    features: Any = "blocks"
-    steps: int = 20
-    baseline: Any = "auto"
-    n_samples: int = 1
-    name: str | None = field(default=None, kw_only=True)
-
-    def measure(self, subject: Subject) -> Measured:
-        """About 0 to 1 (below or above where the target overshoots)."""
-        return self._curves(subject, insert=False)
+    insert = False
 
 
 @dataclass(eq=False, repr=False)
@@ -98,19 +96,9 @@ class Insertion(_Curve):
             (``baseline="blur(sigma=4)"``).
     """
 
-    reference = "Petsiuk et al., BMVC 2018, arXiv:1806.07421"
     meaning = "Area under the target's curve while the strongest parts are brought back; high: they are enough."
     higher_is_better = True
-
-    features: Any = "blocks"
-    steps: int = 20
-    baseline: Any = "auto"
-    n_samples: int = 1
-    name: str | None = field(default=None, kw_only=True)
-
-    def measure(self, subject: Subject) -> Measured:
-        """About 0 to 1 (below or above where the target overshoots)."""
-        return self._curves(subject, insert=True)
+    insert = True
 
 
 def removal_curve(removal: Removal, steps: int, insert: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -52,7 +52,8 @@ def similarity(a: Tensor, b: Tensor, kind: Similarity = "spearman") -> float:
     if kind == "spearman":
         from scipy.stats import spearmanr
 
-        return float(spearmanr(x[support], y[support]).statistic)
+        x, y = x[support], y[support]
+        return 0.0 if x.max() == x.min() or y.max() == y.min() else float(spearmanr(x, y).statistic)
     from skimage.metrics import structural_similarity
 
     # windows at the edge of the box may reach over it, as far as there are voxels
@@ -183,11 +184,19 @@ class _Randomised(Metric):
         for sample in range(self.n_samples):
             for stage, part in enumerate(parts):
                 layers = [name for p in parts[: stage + 1] for name in p] if cascading else part
-                with randomised(objective.model.network, layers, objective.seed + 1 + sample):
-                    maps = explained(subject, objective.at(objective.image))
-                for k in range(objective.n_targets):
-                    found[k, sample, stage] = similarity(base[k], maps[k], self.similarity)
+                found[:, sample, stage] = self._likeness(subject, base, layers, sample)
         return parts, found, [not bool(b.any()) for b in base]
+
+    def _likeness(self, subject: Subject, base: Tensor, layers: Sequence[str], sample: int) -> list[float]:
+        """Of each target's map to that with these layers random; the first stage is the same in both orders."""
+        objective = subject.need_objective()
+
+        def measured() -> list[float]:
+            with randomised(objective.model.network, layers, objective.seed + 1 + sample):
+                maps = explained(subject, objective.at(objective.image))
+            return [similarity(a, b, self.similarity) for a, b in zip(base, maps)]
+
+        return subject.once(("likeness", id(subject.method), tuple(layers), sample, self.similarity), measured)
 
 
 def _check(kind: str) -> None:
@@ -260,7 +269,7 @@ class RandomLogit(Metric):
             raise MetricError(f"{score.label} has no other class beside it, so RandomLogit has nothing to compare with")
         others = [c for c in range(n) if c != score.class_index]
         chosen = np.random.default_rng(objective.seed).permutation(others)[: self.n_samples].tolist()
-        base = explained(subject, alone)[0]
+        base = subject.once(("explained", id(subject.method)), lambda: explained(subject, objective))[subject.target]
         if not bool(base.any()):
             return Measured.undefined(ZERO)
         maps = explained(subject, alone.with_scores([score.altered(n, class_index=c) for c in chosen]))

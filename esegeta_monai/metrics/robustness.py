@@ -5,6 +5,8 @@ One set of explanations serves all these metrics, and all targets of a case: onl
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,7 +30,7 @@ TINY = 1e-12
 
 @dataclass
 class Neighbours:
-    """What n noisy images changed: (k, n) each, ‖x' − x‖ and friends (n,)."""
+    """What n noisy images changed in a method's maps: (k, n) each, ‖x' − x‖ and friends (n,)."""
 
     maps: np.ndarray
     """``‖a' − a‖``."""
@@ -39,10 +41,6 @@ class Neighbours:
     inputs: np.ndarray
     relative_inputs: np.ndarray
     input_norm: float
-    values: np.ndarray
-    """``|F(x') − F(x)|``."""
-    value: np.ndarray
-    """F(x) (k,)."""
 
 
 def explained(subject: Subject, objective: Objective) -> Tensor:
@@ -62,20 +60,35 @@ def neighbours(subject: Subject, radius: float, n_samples: int) -> Neighbours:
     )
 
 
-def _neighbours(subject: Subject, objective: Objective, base: Tensor, radius: float, n_samples: int) -> Neighbours:
+def values_near(subject: Subject, radius: float, n_samples: int) -> np.ndarray:
+    """``|F(x') − F(x)|`` of the images of `neighbours` (k, n): no method has a part in it, so once for all maps."""
+    objective = subject.need_objective()
+
+    def find() -> np.ndarray:
+        value = objective.image_values().double().cpu()
+        noisy = (objective.at(objective.image + noise) for noise in _noise(objective, radius, n_samples))
+        return np.stack([(there.image_values().double().cpu() - value).abs().numpy() for there in noisy], 1)
+
+    return subject.once(("values near", radius, n_samples), find)
+
+
+def _noise(objective: Objective, radius: float, n_samples: int) -> Iterator[Tensor]:
+    """The same for every method."""
     image, generator = objective.image, objective.generator()
-    value = objective.image_values().double().cpu()
     scale = per_channel(image.flatten(1).std(1) * radius, image)
-    rows: dict[str, list[np.ndarray | float]] = {k: [] for k in ("maps", "relative", "inputs", "shares", "values")}
     for _ in range(n_samples):
-        noise = (torch.rand(image.shape, generator=generator, dtype=torch.float32) * 2 - 1).to(image) * scale
-        there = objective.at(image + noise)
-        maps = explained(subject, there)
+        yield (torch.rand(image.shape, generator=generator, dtype=torch.float32) * 2 - 1).to(image) * scale
+
+
+def _neighbours(subject: Subject, objective: Objective, base: Tensor, radius: float, n_samples: int) -> Neighbours:
+    image = objective.image
+    rows: dict[str, list[np.ndarray | float]] = {k: [] for k in ("maps", "relative", "inputs", "shares")}
+    for noise in _noise(objective, radius, n_samples):
+        maps = explained(subject, objective.at(image + noise))
         rows["maps"].append(_norm(maps - base))
         rows["relative"].append(_norm(torch.where(base == 0, (maps - base) / TINY, (maps - base) / base)))
         rows["inputs"].append(float(noise.double().norm()))
         rows["shares"].append(float((noise.double() / torch.where(image == 0, TINY, image.double())).norm()))
-        rows["values"].append((there.image_values().double().cpu() - value).abs().numpy())
     return Neighbours(
         np.stack(rows["maps"], 1),
         np.stack(rows["relative"], 1),
@@ -83,8 +96,6 @@ def _neighbours(subject: Subject, objective: Objective, base: Tensor, radius: fl
         np.array(rows["inputs"]),
         np.array(rows["shares"]),
         float(image.double().norm()),
-        np.stack(rows["values"], 1),
-        value.numpy(),
     )
 
 
@@ -114,15 +125,31 @@ class _Robustness(Metric):
         if self.radius <= 0:
             raise UsageError(f"{type(self).__name__}: radius={self.radius} must be above 0")
 
-    def _worst(self, subject: Subject, ratio: np.ndarray) -> Measured:
+    @abstractmethod
+    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
+        """The ratio of each noisy image (n,) for target k."""
+
+    def measure(self, subject: Subject) -> Measured:
+        """0 or more; undefined for a zero map."""
+        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
+        if found.norm[k] == 0:
+            return Measured.undefined(ZERO)
+        return self._sum_up(self._ratio(found, k))
+
+    def _sum_up(self, ratio: np.ndarray) -> Measured:
         """The greatest of the samples; its interval by bootstrap never reaches above it, which is stated."""
         low, high = bootstrap(lambda s: s.max(1), ratio)
-        notes = {"mean": float(ratio.mean())}
-        return Measured(float(ratio.max()), low, high, len(ratio), notes=notes)
+        return Measured(float(ratio.max()), low, high, len(ratio), notes={"mean": float(ratio.mean())})
 
 
 @dataclass(eq=False, repr=False)
-class MaxSensitivity(_Robustness):
+class _Sensitivity(_Robustness):
+    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
+        return found.maps[k] / found.norm[k]
+
+
+@dataclass(eq=False, repr=False)
+class MaxSensitivity(_Sensitivity):
     """``max ‖a(x + ε) − a(x)‖ / ‖a(x)‖`` over uniform noise ``|ε| ≤ radius`` (Yeh et al. 2019).
 
     Args:
@@ -133,16 +160,9 @@ class MaxSensitivity(_Robustness):
     reference = "Yeh et al., NeurIPS 2019, arXiv:1901.09392"
     meaning = "Greatest relative change of the map under small noise on the image; small: stable."
 
-    def measure(self, subject: Subject) -> Measured:
-        """0 or more; undefined for a zero map."""
-        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
-        if found.norm[k] == 0:
-            return Measured.undefined(ZERO)
-        return self._worst(subject, found.maps[k] / found.norm[k])
-
 
 @dataclass(eq=False, repr=False)
-class AverageSensitivity(_Robustness):
+class AverageSensitivity(_Sensitivity):
     """The mean of ``‖a(x + ε) − a(x)‖ / ‖a(x)‖``, see `MaxSensitivity` (Yeh et al. 2019, Bhatt et al. 2020).
 
     Args:
@@ -153,12 +173,7 @@ class AverageSensitivity(_Robustness):
     reference = "Yeh et al., NeurIPS 2019, arXiv:1901.09392; Bhatt et al., IJCAI 2020, arXiv:2005.00631"
     meaning = "Mean relative change of the map under small noise on the image; small: stable."
 
-    def measure(self, subject: Subject) -> Measured:
-        """0 or more; undefined for a zero map."""
-        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
-        if found.norm[k] == 0:
-            return Measured.undefined(ZERO)
-        ratio = found.maps[k] / found.norm[k]
+    def _sum_up(self, ratio: np.ndarray) -> Measured:
         return Measured(float(ratio.mean()), *mean_interval(ratio), n=len(ratio))
 
 
@@ -177,12 +192,8 @@ class LocalLipschitz(_Robustness):
 
     scaled: bool = True
 
-    def measure(self, subject: Subject) -> Measured:
-        """0 or more; undefined for a zero map."""
-        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
-        if found.norm[k] == 0:
-            return Measured.undefined(ZERO)
-        return self._worst(subject, found.maps[k] / found.inputs / (found.norm[k] if self.scaled else 1.0))
+    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
+        return found.maps[k] / found.inputs / (found.norm[k] if self.scaled else 1.0)
 
 
 @dataclass(eq=False, repr=False)
@@ -201,14 +212,10 @@ class RelativeInputStability(_Robustness):
 
     ratio: Literal["norms", "elementwise"] = "norms"
 
-    def measure(self, subject: Subject) -> Measured:
-        """0 or more; undefined for a zero map."""
-        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
-        if found.norm[k] == 0:
-            return Measured.undefined(ZERO)
+    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
         if _elementwise(self.ratio):
-            return self._worst(subject, found.relative_maps[k] / found.relative_inputs)
-        return self._worst(subject, found.maps[k] / found.norm[k] / (found.inputs / found.input_norm))
+            return found.relative_maps[k] / found.relative_inputs
+        return found.maps[k] / found.norm[k] / (found.inputs / found.input_norm)
 
 
 @dataclass(eq=False, repr=False)
@@ -229,15 +236,18 @@ class RelativeOutputStability(_Robustness):
     least: float = 1e-6
 
     def measure(self, subject: Subject) -> Measured:
-        """0 or more; undefined for a zero map."""
+        """0 or more; undefined for a zero map, or where the target is zero."""
         found, k = neighbours(subject, self.radius, self.n_samples), subject.target
         if found.norm[k] == 0:
             return Measured.undefined(ZERO)
-        if found.value[k] == 0:
+        value = abs(float(subject.need_objective().image_values()[k]))
+        if value == 0:
             return Measured.undefined("the target is zero at the image")
-        changed = np.maximum(found.values[k] / abs(found.value[k]), self.least)
-        maps = found.relative_maps[k] if _elementwise(self.ratio) else found.maps[k] / found.norm[k]
-        return self._worst(subject, maps / changed)
+        changed = np.maximum(values_near(subject, self.radius, self.n_samples)[k] / value, self.least)
+        return self._sum_up(self._ratio(found, k) / changed)
+
+    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
+        return found.relative_maps[k] if _elementwise(self.ratio) else found.maps[k] / found.norm[k]
 
 
 def _elementwise(ratio: str) -> bool:

@@ -101,6 +101,8 @@ def test_similarities_are_scipys_and_skimages(shape):
     wide = [torch.nn.functional.pad(m, (9,) * 2 * (len(shape) - 1)) for m in (a, b)]
     assert similarity(*wide) == pytest.approx(similarity(a, b))
     assert similarity(*wide, "ssim") == pytest.approx(similarity(a, b, "ssim"))
+    box = torch.where(wide[0] != 0, 1.0, 0.0).double()  # flat wherever one of them is not zero
+    assert similarity(box, wide[1]) == similarity(wide[0], box) == 0
     # nor does what rounding leaves there
     rounded = [m + 1e-7 * torch.randn(m.shape, dtype=m.dtype) * (m == 0) for m in wide]
     assert similarity(*rounded) == pytest.approx(similarity(a, b))

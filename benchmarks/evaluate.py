@@ -1,0 +1,217 @@
+"""What judging maps costs: window passes of every metric against a naive computation, and an evaluation in minutes.
+
+    python benchmarks/evaluate.py [--table benchmarks/results/evaluate.md] [--methods ...] [--full]
+
+*Passes* are windows that go through the network. The naive computation predicts the whole image for each perturbation,
+and explains all windows each time that a metric explains anew, for each map and metric by itself. Both are counted on a
+quarter of the demo's grid with a quarter of its windows (so that there are as many, in the same places) and a network
+of one voxel; ``--count`` leaves the rest out. Then five methods and the three control maps are judged on the MNI152
+template by the tissue bundle, with every metric that has no need of a second network or several channels, for a box in
+the cerebellum; times are of this machine, whose load is said. With ``--full`` the target is the whole white matter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import esegeta_monai.perturbation
+from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.commands.cases import Preprocessor, find_cases
+from esegeta_monai.evaluation import Evaluator
+from esegeta_monai.explainer import Explainer
+from esegeta_monai.methods import METHODS
+from esegeta_monai.metrics import METRICS, controls, features, masking
+from esegeta_monai.objective import Objective
+from esegeta_monai.targets import Box
+
+ROOT = Path(__file__).parents[1]
+BUNDLE = ROOT / "bundles" / "brain_tissue_segmentation"
+FIVE = ["Saliency", "InputXGradient", "GuidedBackprop", "GradCam", "LRP"]
+GRID, WINDOW, WINDOWS = (18, 22, 19), 16, 8
+WHOLE, SMALL = Box(2, (0, 0, 0), GRID), Box(2, (8, 4, 1), (11, 6, 3))
+CEREBELLUM = Box(2, (30, 14, 3), (42, 24, 13))
+#: A network's second weights, several channels: what the demo has not.
+LEFT_OUT = ("DataRandomisation", "ModalityImportance", "MSFI")
+
+
+class Naive:
+    """Counts what a naive computation would put through the network: all windows of the image and of each perturbation,
+    and in place of other passes (new explanations, values) as many more as there are windows that ours did not see."""
+
+    def __init__(self) -> None:
+        self.predictions = self.inside = self.windows = 0
+
+    def passes(self, ours: int) -> int:
+        """Of a naive computation, where we needed ``ours``."""
+        return self.predictions * WINDOWS + (ours - self.inside) * WINDOWS // max(self.windows, 1)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        change = esegeta_monai.perturbation.change
+        places = (esegeta_monai.perturbation, features, masking)
+
+        def counted(objective: Objective, perturbations: Any) -> Any:
+            self.predictions += len(perturbations) + (not self.predictions)
+            self.windows = len(objective.windows)
+            before = objective.monitor.passes
+            found = change(objective, perturbations)
+            self.inside += objective.monitor.passes - before
+            return found
+
+        for module in places:
+            module.change = counted  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for module in places:
+                module.change = change  # type: ignore[attr-defined]
+
+
+def image() -> MetaTensor:
+    return MetaTensor(torch.rand(1, *GRID, generator=torch.Generator().manual_seed(0)) + 0.1)
+
+
+def explainer_of(network: nn.Module) -> Explainer:
+    return Explainer(network, SlidingWindowInferer((WINDOW,) * 3, 2, 0.5, "gaussian"))
+
+
+def voxel_network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv3d(1, 4, 1), nn.ReLU(), nn.Conv3d(4, 3, 1)).eval()
+
+
+def metrics() -> list[Any]:
+    return [METRICS.create(cls) for cls in METRICS if cls.__name__ not in LEFT_OUT]
+
+
+def counted(target: Box, seen: int, method: str) -> list[list[str]]:
+    """A row a metric: passes of one map judged by it alone, naive passes, and of five maps and three controls.
+
+    Args:
+        seen: how many windows see the target.
+    """
+    label = torch.zeros(GRID)
+    label[5:8, 10:13, 10:13] = 1
+    alone: dict[str, tuple[int, int]] = {}
+    for metric in metrics():
+        naive = Naive()
+        naive.windows = seen
+        with naive.counting():
+            found = Evaluator(explainer_of(voxel_network()), [metric], with_controls=False)(
+                image(), [method], [target], label=label
+            )
+        (row,) = found.rows
+        assert row["status"] in ("ok", "undefined", "not applicable"), row
+        alone[row["metric"]] = (row["passes"], naive.passes(row["passes"]))
+    together: dict[str, int] = defaultdict(int)
+    everything = Evaluator(explainer_of(voxel_network()), metrics())(image(), FIVE, [target], label=label)
+    for row in everything.rows:
+        together[row["metric"]] += row["passes"]
+    maps = len(FIVE) + len(controls())
+    rows = []
+    for name, (passes, naive_passes) in alone.items():
+        if naive_passes or passes:
+            ratio = f"{naive_passes / passes:.1f}" if passes else "-"
+            rows.append([name, str(passes), str(naive_passes), ratio, f"{together[name] / maps:.0f}"])
+    passes, naive_passes = (sum(column) for column in zip(*alone.values()))
+    rows.append(["sum", str(passes), str(naive_passes), "", f"{sum(together.values()) / maps:.0f}"])
+    return rows
+
+
+def whole(methods: list[str], target: Box | str) -> tuple[list[list[str]], str]:
+    """The evaluation on the template: a row a group of metrics, and a sentence."""
+    reader = BundleReader(BUNDLE, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    with tempfile.TemporaryDirectory() as folder, reader.importable():
+        file = importlib.import_module("scripts.anatomy").template_case(Path(folder))["image"]
+        _, scan, data = Preprocessor(reader)(find_cases([str(file)])[0])
+    explainer = Explainer(reader.network, reader.inferer, reader.device, class_names=reader.class_names)
+    began, processor = time.monotonic(), time.process_time()
+    found = Evaluator(explainer, metrics())(scan, methods, [target], data=data)
+    minutes, busy = (time.monotonic() - began) / 60, (time.process_time() - processor) / 60
+    for what, why in found.failed.items():
+        print("failed:", what, why)
+    passes: dict[str, int] = defaultdict(int)
+    seconds: dict[str, float] = defaultdict(float)
+    count: dict[str, set[str]] = defaultdict(set)
+    for row in found.rows:
+        passes[row["group"]] += row["passes"]
+        seconds[row["group"]] += row["seconds"]
+        count[row["group"]].add(row["metric"])
+    rows = [[g, str(len(count[g])), str(passes[g]), f"{seconds[g] / 60:.1f}"] for g in passes]
+    failures = [r for r in found.rows if r["status"] == "failed"]
+    sentence = (
+        f"{', '.join(METHODS.create(m).name for m in methods)} and three control maps, {sum(map(len, count.values()))} "
+        f"metrics: **{minutes:.1f} minutes** ({busy:.1f} of processor time), {sum(passes.values())} window passes of "
+        f"metrics, {len(found.rows)} values, {len(failures)} failures."
+    )
+    return rows, sentence
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "results" / "evaluate.md")
+    parser.add_argument("--methods", nargs="+", default=FIVE)
+    parser.add_argument("--count", action="store_true", help="count passes only")
+    parser.add_argument("--full", action="store_true", help="explain the whole white matter")
+    args = parser.parse_args()
+    head = ["metric", "passes of one map", "naive", "ratio", "passes a map, eight maps together"]
+    small, large = counted(SMALL, 2, "InputXGradient"), counted(WHOLE, WINDOWS, "InputXGradient")
+    text = [
+        "# What judging maps costs",
+        "",
+        "`python benchmarks/evaluate.py`. The demo's 8 windows; the map is `InputXGradient`'s, one pass a window.",
+        "Metrics without passes (localisation, complexity) are left out. In the last column explanations and scores",
+        "are shared between metrics and maps, as `evaluate` does it: five methods and three controls.",
+        "",
+        "## A small target, which 2 of 8 windows see",
+        "",
+        table(head, small),
+        "",
+        "## A target that all windows see",
+        "",
+        table(head, large),
+        "",
+    ]
+    print("\n".join(text))
+    if not args.count:
+        rows, sentence = whole(args.methods, "MultiClassMask(class_index=2)" if args.full else CEREBELLUM)
+        load = ", ".join(f"{v:.1f}" for v in os.getloadavg())
+        box = "a box of 12 x 10 x 10 voxels in the cerebellum (2 of 8 windows)"
+        text += [
+            f"## The demo's scan, {'white matter' if args.full else box}",
+            "",
+            f"{sentence} torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores "
+            f"({platform.machine()}), load {load}.",
+            "",
+            table(["group", "metrics", "passes", "minutes"], rows),
+            "",
+        ]
+    args.table.write_text("\n".join(text), encoding="utf-8")
+    print("\n".join(text[-5:]))
+
+
+if __name__ == "__main__":
+    main()
