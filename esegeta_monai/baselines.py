@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.objective import Objective
 
 __all__ = ["BASELINES", "Auto", "Background", "Baseline", "Blur", "Cases", "Constant", "Image", "Mean", "Minimum"]
-__all__ += ["Noise", "Uniform", "Zero", "baseline_for", "has_scale_free_norm", "scale_invariant"]
+__all__ += ["Noise", "Uniform", "Zero", "baseline_for", "choice_passes", "has_scale_free_norm", "scale_invariant"]
 
 
 class Baseline(Configurable, ABC):
@@ -33,6 +34,10 @@ class Baseline(Configurable, ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         BASELINES.register(cls, *cls.__dict__.get("aliases", ()))
+
+    def passes(self, objective: Objective) -> int:
+        """Window passes that the first `draw` needs on an objective; the others need none."""
+        return 0
 
     def record(self) -> dict[str, Any]:
         """For the sidecar: which baseline, its numbers, and why it was taken."""
@@ -197,6 +202,10 @@ class Auto(Baseline):
         self.chosen, self.reason = self._choose(objective)
         return self.chosen.draw(objective, generator)
 
+    def passes(self, objective: Objective) -> int:
+        asks = not self.local and not has_scale_free_norm(objective.model.network)
+        return 2 if asks and objective.windows and objective not in _SCALE_INVARIANT else 0
+
     def _choose(self, objective: Objective) -> tuple[Baseline, str]:
         if self.local:
             return Background(), "the image's background value"
@@ -212,6 +221,15 @@ class Auto(Baseline):
         if chosen is None:
             return super().record()
         return {**chosen.record(), "chosen_by": "auto", "reason": self.reason}
+
+
+_SCALE_INVARIANT: WeakKeyDictionary[Objective, bool] = WeakKeyDictionary()
+"""What `scale_invariant` has found, so that each of many draws is not another look."""
+
+
+def choice_passes(spec: Any, objective: Objective) -> int:
+    """Window passes that a baseline, given as in `baseline_for`, needs on an objective, however often it is drawn."""
+    return baseline_for(spec).passes(objective)
 
 
 def baseline_for(spec: Any, *, local: bool = False) -> Baseline:
@@ -241,16 +259,21 @@ def has_scale_free_norm(network: nn.Module) -> str:
     return ", ".join(sorted({type(m).__name__ for m in network.modules() if isinstance(m, kinds)}))
 
 
-def scale_invariant(objective: Objective, tolerance: float = 0.01) -> bool:
-    """Whether halving the input of one window changes the output by less than ``tolerance`` of its spread."""
+def scale_invariant(objective: Objective) -> bool:
+    """Whether halving the input of one window changes the output by less than 1 % of its spread.
+
+    Looked at once for an objective: two window passes.
+    """
     if not objective.windows:
         return False
-    window = objective.windows[len(objective.windows) // 2]
-    x = objective.plan.cut(objective.image, window)[None].to(objective.model.device)
-    with torch.inference_mode():
-        full, half = objective.run(torch.cat([x, x / 2]), [window] * 2)
-    spread = (full - full.mean()).abs().mean() + full.abs().mean()
-    return bool((full - half).abs().mean() < tolerance * spread)
+    if objective not in _SCALE_INVARIANT:
+        window = objective.windows[len(objective.windows) // 2]
+        x = objective.plan.cut(objective.image, window)[None].to(objective.model.device)
+        with torch.inference_mode():
+            full, half = objective.run(torch.cat([x, x / 2]), [window] * 2)
+        spread = (full - full.mean()).abs().mean() + full.abs().mean()
+        _SCALE_INVARIANT[objective] = bool((full - half).abs().mean() < 0.01 * spread)
+    return _SCALE_INVARIANT[objective]
 
 
 def per_channel(values: Tensor, image: Tensor) -> Tensor:

@@ -60,6 +60,36 @@ def test_the_passes_are_those_of_the_run(output, calibration):
         assert cost.peak_memory_bytes > 0
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        m.IntegratedGradients(n_steps=4),
+        m.GuidedIG(n_steps=3),
+        m.GradientShap(n_samples=3),
+        m.GradientShap(n_samples=2, std=0.1),
+        m.LayerGradientShap("a", n_samples=2),
+        m.LayerConductance("a", n_steps=3),
+        m.LayerIntegratedGradients("a", n_steps=3),
+        m.InternalInfluence("a", n_steps=3),
+        m.NeuronConductance("a", channel=1, n_steps=3),
+        m.DeepLift(),
+        m.DeepLiftShap(n_samples=2),
+        m.LayerDeepLift("a"),
+        m.SmoothGrad(m.IntegratedGradients(n_steps=2), n_samples=3),
+        m.Occlusion(4),
+    ],
+    ids=repr,
+)
+def test_choosing_the_baseline_is_counted(method):
+    """Without a norm layer "auto" looks at a window twice, to see whether the network is invariant to scale."""
+    explain = Explainer(small(2, 2, "batch"), SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"))
+    image, targets = image_of(1, 2, 6, 20), [MultiClassMask(1)]
+    (cost,) = explain.costs(image, [method], targets, calibration=0.0)
+    (found,) = explain(image, [method], targets)
+    assert cost.exact
+    assert cost.passes == found.record["window_passes"]
+
+
 def test_the_naive_passes_are_those_of_whole_predictions():
     (cost,) = explainer().costs(image_of(1, 2, 6, 20), [m.Occlusion(4)], [Voxel(0, index=(2, 3))])
     occluders, windows = 2 * 5, 4

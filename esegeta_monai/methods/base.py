@@ -68,6 +68,8 @@ class Method(Configurable, ABC):
         needs_gradient: False for black-box methods, which run on TorchScript networks too.
         needs_linear: only scores linear in the prediction (``output="logit"``) make sense.
         full_precision: never under autocast.
+        needs_value: also where the target is linear, F at the image is asked for: a forward pass where no prediction is
+            known, as at the noisy images of `SmoothGrad`.
         brief: names and values of parameters with which the method is cheap, see `in_brief`.
     """
 
@@ -78,6 +80,7 @@ class Method(Configurable, ABC):
     needs_gradient: ClassVar[bool] = True
     needs_linear: ClassVar[bool] = False
     full_precision: ClassVar[bool] = False
+    needs_value: ClassVar[bool] = False
     brief: ClassVar[tuple[tuple[str, int | None], ...]] = ()
 
     @property

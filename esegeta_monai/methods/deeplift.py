@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import esegeta_monai.rules as rules
-from esegeta_monai.baselines import Baseline, baseline_for, describe_baseline
+from esegeta_monai.baselines import Baseline, baseline_for, choice_passes, describe_baseline
 from esegeta_monai.errors import UsageError
 from esegeta_monai.layers import check_layer
 from esegeta_monai.methods.base import Explained, Method, relative_gap
@@ -39,6 +39,7 @@ class DeepLift(Method):
     """
 
     reference = "Shrikumar et al., ICML 2017, arXiv:1704.02685"
+    needs_value = True
     full_precision = True
 
     baseline: Any = "auto"
@@ -46,7 +47,7 @@ class DeepLift(Method):
 
     def passes(self, objective: Objective) -> int:
         """The image twice (the output under the rules is compared with the plain one), the baseline twice."""
-        return 4 * len(objective.windows)
+        return 4 * len(objective.windows) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
@@ -69,6 +70,7 @@ class DeepLiftShap(Method):
     """
 
     reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
+    needs_value = True
     full_precision = True
 
     baseline: Any = "auto"
@@ -81,7 +83,7 @@ class DeepLiftShap(Method):
 
     def passes(self, objective: Objective) -> int:
         """Those of `DeepLift`, once a draw."""
-        return 4 * self.n_samples * len(objective.windows)
+        return 4 * self.n_samples * len(objective.windows) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
@@ -112,6 +114,7 @@ class LayerDeepLift(LayerMethod):
     """
 
     reference = "Shrikumar et al., ICML 2017, arXiv:1704.02685"
+    needs_value = True
     full_precision = True
 
     baseline: Any = "auto"
@@ -124,7 +127,7 @@ class LayerDeepLift(LayerMethod):
 
     def passes(self, objective: Objective) -> int:
         """Those of `DeepLift`, once a draw."""
-        return 4 * self.references * len(objective.windows)
+        return 4 * self.references * len(objective.windows) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C or 1, *spatial)."""
@@ -160,6 +163,7 @@ class LayerDeepLiftShap(LayerDeepLift):
     """
 
     reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
+    needs_value = True
 
     n_samples: int = 8
     name: str | None = field(default=None, kw_only=True)

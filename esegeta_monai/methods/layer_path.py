@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from esegeta_monai.baselines import baseline_for, describe_baseline
+from esegeta_monai.baselines import baseline_for, choice_passes, describe_baseline
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.layers import check_layer
 from esegeta_monai.methods.base import Explained
@@ -57,7 +57,8 @@ class LayerConductance(LayerMethod):
 
     def passes(self, objective: Objective) -> int:
         """The ends of all segments; a forward pass each more for non-linear targets."""
-        return (self.n_steps + 1) * len(objective.windows) * (1 if objective.linear else 2) + len(objective.windows)
+        points = (self.n_steps + 1) * (1 if objective.linear else 2) + 1
+        return points * len(objective.windows) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C or 1, *spatial)."""
@@ -118,7 +119,8 @@ class InternalInfluence(LayerMethod):
 
     def passes(self, objective: Objective) -> int:
         """One a step; a forward pass each more for non-linear targets."""
-        return self.n_steps * len(objective.windows) * (1 if objective.linear else 2)
+        points = self.n_steps * (1 if objective.linear else 2)
+        return points * len(objective.windows) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C or 1, *spatial)."""
@@ -167,7 +169,8 @@ class LayerIntegratedGradients(LayerMethod):
 
     def passes(self, objective: Objective) -> int:
         """Image and baseline go through together, once a step, twice for non-linear targets; once at the start."""
-        return (2 * self.n_steps * (1 if objective.linear else 2) + 2) * len(objective.windows)
+        points = 2 * self.n_steps * (1 if objective.linear else 2) + 2
+        return points * len(objective.windows) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C or 1, *spatial)."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esegeta_monai.baselines import baseline_for, describe_baseline
+from esegeta_monai.baselines import baseline_for, choice_passes, describe_baseline
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.layers import check_layer, spatial_map
 from esegeta_monai.methods.base import Explained, Method
@@ -57,7 +57,8 @@ class NeuronConductance(Method):
 
     def passes(self, objective: Objective) -> int:
         """One a step, and F at the baseline; a forward pass each more for non-linear targets."""
-        return (self.n_steps * (1 if objective.linear else 2) + 1) * len(objective.windows)
+        points = self.n_steps * (1 if objective.linear else 2) + 1
+        return points * len(objective.windows) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""

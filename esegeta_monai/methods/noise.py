@@ -70,9 +70,15 @@ class SmoothGrad(Method):
         return Explained(total / self.n_samples)
 
     def passes(self, objective: Objective) -> int:
-        """Those of the method inside, once a sample, and the prediction there where the target is not linear."""
-        prediction = 0 if objective.linear else len(objective.windows)
+        """Those of the method inside, once a sample, and the prediction there where that is asked for."""
+        asked = self.method.needs_value or not objective.linear
+        prediction = len(objective.windows) if asked else 0
         return self.n_samples * (prediction + self.method.passes(objective))
+
+    @property
+    def passes_exact(self) -> bool:
+        """What a perturbation changes differs from one noisy image to the next."""
+        return self.method.passes_exact and self.method.needs_gradient
 
     def _samples(self, objective: Objective) -> Iterator[Tensor]:
         """The method's maps at each noisy image."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esegeta_monai.baselines import baseline_for, describe_baseline
+from esegeta_monai.baselines import baseline_for, choice_passes, describe_baseline
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained, Method, relative_gap
 from esegeta_monai.objective import Gradient, Objective
@@ -45,6 +45,7 @@ class IntegratedGradients(Method):
     """
 
     reference = "Sundararajan et al., ICML 2017, arXiv:1703.01365"
+    needs_value = True
     brief = (("n_steps", 4), ("tolerance", None))
 
     baseline: Any = "auto"
@@ -85,7 +86,7 @@ class IntegratedGradients(Method):
         """With ``tolerance`` at most ``max_steps`` gradients; a forward pass each more for non-linear targets."""
         each = 1 if objective.linear else 2
         points = 1 + self.n_steps * each if self.tolerance is None else self.max_steps * each
-        return points * len(objective.windows)
+        return points * len(objective.windows) + choice_passes(self.baseline, objective)
 
     def _fixed(self, objective: Objective, x0: Tensor, dx: Tensor) -> Tensor:
         nodes, weights = quadrature(self.method, self.n_steps)

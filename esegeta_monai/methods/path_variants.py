@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esegeta_monai.baselines import baseline_for, describe_baseline, gaussian_blur
+from esegeta_monai.baselines import baseline_for, choice_passes, describe_baseline, gaussian_blur
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained, Method, relative_gap
 from esegeta_monai.objective import Objective
@@ -38,6 +38,7 @@ class BlurIG(Method):
     """
 
     reference = "Xu et al., CVPR 2020, arXiv:2004.03383"
+    needs_value = True
     brief = (("n_steps", 4), ("tolerance", None))
 
     sigma: float | None = None
@@ -101,6 +102,7 @@ class GuidedIG(Method):
     """
 
     reference = "Kapishnikov et al., CVPR 2021, arXiv:2106.09788"
+    needs_value = True
     brief = (("n_steps", 4), ("tolerance", None))
 
     baseline: Any = "auto"
@@ -124,7 +126,8 @@ class GuidedIG(Method):
         """The ends of all steps on each target's own path, with ``tolerance`` at most ``max_steps``; a forward pass
         each more for non-linear targets."""
         points = self.n_steps + 1 if self.tolerance is None else self.max_steps
-        return objective.n_targets * points * len(objective.windows) * (1 if objective.linear else 2)
+        each = len(objective.windows) * (1 if objective.linear else 2)
+        return objective.n_targets * points * each + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""

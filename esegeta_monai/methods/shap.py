@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esegeta_monai.baselines import baseline_for, describe_baseline, noise_like
+from esegeta_monai.baselines import baseline_for, choice_passes, describe_baseline, noise_like
 from esegeta_monai.errors import UsageError
 from esegeta_monai.layers import check_layer
 from esegeta_monai.methods.base import Explained, Method, relative_gap
@@ -69,6 +69,7 @@ class GradientShap(Method):
     """
 
     reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
+    needs_value = True
     brief = (("n_samples", 4),)
 
     baseline: Any = "auto"
@@ -82,7 +83,8 @@ class GradientShap(Method):
 
     def passes(self, objective: Objective) -> int:
         """A gradient and F at the baseline a draw, F at the noisy image, and one more for non-linear targets."""
-        return self.n_samples * (2 + bool(self.std) + (not objective.linear)) * len(objective.windows)
+        each = (2 + bool(self.std) + (not objective.linear)) * len(objective.windows)
+        return self.n_samples * each + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
@@ -114,6 +116,7 @@ class LayerGradientShap(LayerMethod):
     """
 
     reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
+    needs_value = True
     brief = (("n_samples", 4),)
 
     baseline: Any = "auto"
@@ -127,7 +130,8 @@ class LayerGradientShap(LayerMethod):
 
     def passes(self, objective: Objective) -> int:
         """A gradient, and the layer at image and baseline, a draw; one more for non-linear targets."""
-        return self.n_samples * (3 + (not objective.linear)) * len(objective.windows)
+        each = (3 + (not objective.linear)) * len(objective.windows)
+        return self.n_samples * each + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C or 1, *spatial)."""

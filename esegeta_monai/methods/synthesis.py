@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from esegeta_monai.baselines import baseline_for
+from esegeta_monai.baselines import baseline_for, choice_passes
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.layers import check_layer
 from esegeta_monai.methods.backends import lucent_visualization
@@ -240,7 +240,8 @@ class ClassImage(_Synthesis):
     def passes(self, objective: Objective) -> int:
         """About: the line search of the last step may take some gradients more."""
         windows = len(objective.plan) if self.extent == "image" else 1
-        return ((self.n_iter * (1 if objective.linear else 2) + 3) * windows + 1) * objective.n_targets
+        each = (self.n_iter * (1 if objective.linear else 2) + 3) * windows + 1
+        return each * objective.n_targets + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
