@@ -9,9 +9,10 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
 from esegeta_monai.coalitions import Segments, SmoothMasks
+from esegeta_monai.methods.cam_perturbation import _Masks as Masks
 from esegeta_monai.network import Model
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import Perturbations
+from esegeta_monai.perturbation import Boxes, Perturbations
 from esegeta_monai.targets import Case, MultiClassMask, Target, Voxel
 from esegeta_monai.windows import as_inferer, plan_windows
 
@@ -83,6 +84,13 @@ class Naive:
 
 def perturbed(perturbations: Perturbations, i: int, image: Tensor) -> Tensor:
     """The whole perturbed volume, built without the code under test."""
+    if isinstance(perturbations, Boxes):
+        gone = torch.zeros(image.shape, dtype=torch.bool)
+        channels = slice(None) if perturbations.channels is None else list(perturbations.channels[i])
+        gone[(channels, *perturbations.boxes[i])] = True
+        return torch.where(gone, torch.as_tensor(perturbations.baseline, dtype=image.dtype), image)
+    if isinstance(perturbations, Masks):
+        return perturbations.masks[i] * image + (1 - perturbations.masks[i]) * perturbations.baseline
     if isinstance(perturbations, Segments):
         off = np.flatnonzero(~perturbations.coalitions[i])
         gone = torch.from_numpy(np.isin(perturbations.labels.numpy(), off))
