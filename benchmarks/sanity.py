@@ -4,7 +4,10 @@
 
 Weights are drawn anew from the output to the input, one convolution or linear layer (with its norm) more a step, and
 after each step every method explains the same class of the same image again. Likeness to the map of the trained
-network: Spearman's rank correlation and SSIM of the absolute maps (`esegeta_monai.metrics`; 0 where nothing is left).
+network: Spearman's rank correlation and SSIM of the absolute maps (`esegeta_monai.metrics`; 0 where nothing is left),
+and Spearman's among the voxels where Grad-CAM is positive for both networks: random weights turn the sign of Grad-CAM's
+weights as often as not, ReLU then leaves another part of the image, and whatever is multiplied by it says nothing
+outside of the part that both have.
 
 Networks with ReLU: pneumonia2d_cnn on chest X-rays (2D; needs ESEGETA_SHARED_DATA), and the bundle
 brain_lesion_classification on heads with a planted lesion (3D; needs the extra `demo`).
@@ -42,6 +45,8 @@ METHODS: list[Method] = [
     GuidedGradCam(),
     LRP("EpsilonPlus"),
 ]
+CAM = 1
+MEASURES = ("Spearman", "SSIM", "Spearman inside both Grad-CAMs")
 COLOURS = ["#1f77b4", "#2ca02c", "#d62728", "#ff7f0e", "#8c564b"]
 
 
@@ -68,18 +73,22 @@ def maps_of(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def cascade(network: nn.Module, images: Tensor, seeds: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """Names of the steps, and likeness (methods, steps, samples, 2); step 0 is the trained network against itself."""
+    """Names of the steps, and likeness (methods, steps, samples, `MEASURES`); step 0 is the trained network against
+    itself. NaN where too few voxels are left to compare."""
     trained = maps_of(network, images)
     order = stages(network)
-    result = np.ones((len(METHODS), 1 + len(order), len(seeds), len(images), 2))
+    result = np.ones((len(METHODS), 1 + len(order), len(seeds), len(images), len(MEASURES)))
     for draw, seed in enumerate(seeds):
         for step in range(1, len(order) + 1):
             with randomised(network, [name for stage in order[:step] for name in stage], seed):
                 maps = maps_of(network, images)
             for i, j in np.ndindex(len(METHODS), len(images)):
                 both = trained[i, j], maps[i, j]
-                result[i, step, draw, j] = similarity(*both, "spearman"), similarity(*both, "ssim")
-    return ["trained", *(stage[0] for stage in order)], result.reshape(len(METHODS), 1 + len(order), -1, 2)
+                seen = (trained[CAM, j] > 0) & (maps[CAM, j] > 0)
+                enough = float(seen.float().mean()) >= 0.05
+                inside = similarity(*(m[seen][None] for m in both), "spearman") if enough else np.nan
+                result[i, step, draw, j] = similarity(*both, "spearman"), similarity(*both, "ssim"), inside
+    return ["trained", *(stage[0] for stage in order)], result.reshape(*result.shape[:2], -1, len(MEASURES))
 
 
 def chest(n: int) -> tuple[nn.Module, Tensor]:
@@ -107,25 +116,27 @@ def lesions(n: int, folder: Path) -> tuple[nn.Module, Tensor]:
     return network, images[right][:n]
 
 
+def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Over the samples (axis 1), those that could be compared."""
+    n = np.isfinite(values).sum(1)
+    return np.nanmean(values, 1), np.nanstd(values, 1) / np.sqrt(n)
+
+
 def table(title: str, names: list[str], values: np.ndarray) -> None:
-    """Markdown: Spearman and SSIM after the first step, after half of them and after all, mean ± standard error."""
+    """Markdown: each measure after the first step, after half of them and after all, mean ± standard error."""
     steps = [1, (len(names) - 1) // 2 + 1, len(names) - 1]
     print(f"\n{title}; {values.shape[2]} maps a cell (images x draws)\n")
-    print("| method | " + " | ".join(f"Spearman, {names[s]}" for s in steps), end=" | ")
-    print(" | ".join(f"SSIM, {names[s]}" for s in steps) + " |")
-    print("|---" * (1 + 2 * len(steps)) + "|")
+    print("| method | " + " | ".join(f"{what}, {names[s]}" for what in MEASURES for s in steps) + " |")
+    print("|---" * (1 + len(MEASURES) * len(steps)) + "|")
     for method, mine in zip(METHODS, values):
-        cells = [
-            f"{mine[s, :, which].mean():.2f} ± {mine[s, :, which].std() / mine.shape[1] ** 0.5:.2f}"
-            for which in (0, 1)
-            for s in steps
-        ]
+        mean, error = mean_and_error(mine)
+        cells = [f"{mean[s, k]:.2f} ± {error[s, k]:.2f}" for k in range(len(MEASURES)) for s in steps]
         print(f"| `{method.name}` | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=8, help="of the 2D network")
+    parser.add_argument("--images", type=int, default=16, help="of the 2D network")
     parser.add_argument("--volumes", type=int, default=3, help="of the 3D network; 0 leaves it out")
     parser.add_argument("--seeds", type=int, default=3, help="draws of the random weights")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "sanity.png")
@@ -140,16 +151,16 @@ def main() -> None:
             network, images = lesions(args.volumes, Path(folder))
         runs.append((f"Planted lesions, 3D, {len(images)} heads", *cascade(network, images, range(args.seeds))))
         table(*runs[-1])
-    figure, axes = plt.subplots(len(runs), 2, figsize=(9, 3.3 * len(runs)), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(len(runs), len(MEASURES), figsize=(13, 3.3 * len(runs)), squeeze=False, sharey=True)
     for row, (title, names, values) in zip(axes, runs):
-        for which, (axis, what) in enumerate(zip(row, ("Spearman's rank correlation", "SSIM"))):
+        for which, (axis, what) in enumerate(zip(row, MEASURES)):
             for method, mine, colour in zip(METHODS, values, COLOURS):
-                mean = mine[..., which].mean(1)
-                error = 1.96 * mine[..., which].std(1) / mine.shape[1] ** 0.5
+                mean, error = mean_and_error(mine[..., which])
+                error = 1.96 * error
                 axis.plot(mean, "o-", color=colour, label=method.name, markersize=3)
                 axis.fill_between(range(len(mean)), mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)
             axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
-            axis.set_title(f"{title}: {what}", fontsize=9)
+            axis.set_title(f"{title}: {what}", fontsize=8)
             axis.grid(alpha=0.3)
             axis.set_xlabel("weights drawn anew from the output down to …", fontsize=8)
     axes[0, 0].legend(fontsize=7)

@@ -40,7 +40,7 @@ def measured(whose: str, row: Row, network: str, dims: int, measure: Callable[[]
         verdict, note = "none", str(answer)
     except Exception as error:  # an exception is a result of the table
         note = f"{type(error).__name__}: {error}".replace("\n", " ")[:160]
-    return Cell(whose, row.name, network, dims, row.version, verdict, text, note)
+    return Cell(whose, row.name, network, dims, row.version(whose), verdict, text, note)
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
                 for row in rows:
                     if whose != "ours" and (row.name not in PEERS[whose].maps or dims not in PEERS[whose].dims):
                         continue
-                    if store.has(whose, row.name, network, dims, row.version) and not args.again:
+                    if store.has(whose, row.name, network, dims, row.version(whose)) and not args.again:
                         continue
                     start = time.process_time()
                     work = (

@@ -552,10 +552,9 @@ class Row:
     def name(self) -> str:
         return self.label or self.method
 
-    @property
-    def version(self) -> str:
-        """Changes with the method's own file, and with the check's (by its source and what it closes over)."""
-        parts = [inspect.getsource(inspect.getmodule(getattr(methods, self.method)))]
+    def version(self, whose: str) -> str:
+        """Changes with the check (by its source and what it closes over), and for our cells with the method's file."""
+        parts = [inspect.getsource(inspect.getmodule(getattr(methods, self.method)))] if whose == "ours" else []
         parts += _sources([self.check, *itertools.chain(*sorted(self.parameters.items()))], set())
         return sha256("".join(parts).encode()).hexdigest()[:8]
 

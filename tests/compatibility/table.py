@@ -53,8 +53,10 @@ another convention that is as good (ReLU before the map is interpolated, biases 
 
 def write(store: Store) -> str:
     """Writes the page, and says what is in it."""
-    versions = {row.name: row.version for row in ROWS}
-    store.cells = {k: c for k, c in store.cells.items() if versions.get(c.row) == c.version}  # the others are missing
+    rows = {row.name: row for row in ROWS}
+    store.cells = {  # the others are missing
+        k: c for k, c in store.cells.items() if c.row in rows and rows[c.row].version(c.whose) == c.version
+    }
     cells = list(store.cells.values())
     present = [w for w in TITLES if any(c.whose == w for c in cells)]
     parts = [HEAD, _counts(cells, present), _rows_by_library(cells, present)]

@@ -41,10 +41,13 @@ def _batch(baseline: Tensor | list[Tensor]) -> Tensor:
 
 
 def _steps(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Captum's words for the parameters of a path; where ours would refine it, many steps."""
+    """Captum's words for the parameters of a path; where ours would refine it, many steps, a few at a time."""
+    names = ("n_steps", "method", "n_samples")
+    found: dict[str, Any] = {name: parameters[name] for name in names if name in parameters}
     if "tolerance" in parameters:
-        return {"n_steps": MANY_STEPS}
-    found = {name: parameters[name] for name in ("n_steps", "method", "n_samples") if name in parameters}
+        found = {"n_steps": MANY_STEPS}
+    if found.get("n_steps", 0) > 8:
+        found["internal_batch_size"] = 4
     return {**found, "stdevs": 0.0} if "n_samples" in found else found
 
 
