@@ -1,9 +1,9 @@
 """Autocast against float32, every method on six networks: what the first window says, and what the whole map says.
 
-    python benchmarks/amp.py [--dtype bfloat16] [--device cpu] [--networks UNet_batch:3 …] [--table FILE]
+    python benchmarks/amp.py [--dtype bfloat16] [--device cpu] [--networks UNet_batch:3 …] [--seed 1] [--table FILE]
 
 Each method is computed three times for the same target: in float32, under autocast whatever comes of it, and as a user
-gets it: measured on the first window, in float32 where that correlates below 0.99. Networks are the untrained,
+gets it: measured on the first window, in float32 where that correlates below 0.997. Networks are the untrained,
 calibrated ones of ``tests/networks``, on an image of three gaussian windows; the target's voxels are those of the
 float32 prediction for all three.
 """
@@ -36,7 +36,7 @@ from esegeta_monai.precision import AGREES, full_precision
 from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.networks import SEGMENTATION, NetworkCase, build
 
-NETWORKS = ("UNet_batch:3", "UNet_instance:3", "SegResNet:2", "DynUNet:2", "SwinUNETR:2", "ResNet18:2")
+NETWORKS = ("UNet_batch:3", "UNet_instance:3", "SegResNet:3", "DynUNet:2", "SwinUNETR:2", "ResNet18:3")
 
 FOR_ALL: dict[str, Any] = {
     "feature_mask": Supervoxels(24, mask="everything"),
@@ -118,10 +118,10 @@ def objective_of(case: NetworkCase, device: str, dtype: torch.dtype) -> Objectiv
     return judged.objective
 
 
-def rows(name: str, device: str, dtype: torch.dtype) -> Iterator[Row]:
+def rows(name: str, device: str, dtype: torch.dtype, seed: int) -> Iterator[Row]:
     """Every method on one network."""
     kind, dims = name.split(":")
-    case = build(kind, int(dims), torch.float32)
+    case = build(kind, int(dims), torch.float32, seed)
     objective = objective_of(case, device, dtype)
     for method in methods(case, objective.image.cpu()):
         began = time.process_time()
@@ -170,8 +170,9 @@ def table(found: list[Row], networks: list[str], title: str) -> Iterator[str]:
     yield f"# Autocast against float32\n\n{title}\n"
     yield (
         f"{len(measured)} pairs of method and network were measured; {len(fell)} fell back to float32, "
-        f"{len(spared)} of them though the whole map would have kept {AGREES}; {len(missed)} maps were saved from "
-        f"autocast whose whole map correlates below {AGREES}:\n"
+        f"{len(spared)} of them though the whole map would have kept {AGREES}. Of the {len(measured) - len(fell)} maps "
+        f"saved from autocast {len(missed)} correlate below {AGREES} with float32's as a whole"
+        f"{':' if missed else '.'}\n"
     )
     for r in missed:
         yield f"* {r.method} on {r.network}: first window {figure(r.first)}, whole map {figure(r.saved)}"
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--seed", type=int, default=1, help="of weights and images")
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -195,8 +197,9 @@ def main() -> None:
     found: list[Row] = []
     for name in args.networks:
         print(name, file=sys.stderr)
-        found += rows(name, args.device, getattr(torch, args.dtype))
-    title = f"`{args.dtype}` on {args.device}, torch {torch.__version__}, {platform.machine()}, one thread."
+        found += rows(name, args.device, getattr(torch, args.dtype), args.seed)
+    where = f"{args.device}, torch {torch.__version__}, {platform.machine()}, one thread"
+    title = f"`{args.dtype}` on {where}; seed {args.seed}."
     text = "\n".join(table(found, args.networks, title))
     print(text)
     if args.table is not None:

@@ -3,8 +3,8 @@
 Half precision rounds what is small beside what is large: a prediction stays right to three digits while its gradient,
 or the small difference that a perturbation makes, is noise. So each method is measured before it runs. It is computed
 on the first window that each target sees, at a fraction of its cost, both under autocast and in float32; a correlation
-below `AGREES` for any target, or values that autocast loses, send the whole method to float32. What comes out of
-autocast as zeros or as values that are not finite is computed again in float32 too.
+below `SURE` for any target, or values that autocast loses, send the whole method to float32, so that maps keep `AGREES`
+as a whole. What comes out of autocast as zeros or as values that are not finite is computed again in float32 too.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ logger = logging.getLogger("esegeta_monai")
 if TYPE_CHECKING:
     from esegeta_monai.methods.base import Explained, Method
 
-__all__ = ["AGREES", "Agreement", "agreement", "full_precision", "run_precisely"]
+__all__ = ["AGREES", "SURE", "Agreement", "agreement", "full_precision", "run_precisely"]
 
 AGREES = 0.99
-"""The correlation with float32 below which a method does not run under autocast."""
+"""The correlation with float32 that a map keeps."""
+
+SURE = 0.997
+"""What one window must show for it. It is a sample: whole maps have up to three times its noise."""
 
 KEPT = 0.5
 """The share of float32's non-zero values that autocast must keep: less is underflow, whatever the correlation."""
@@ -182,7 +185,7 @@ def agreement(rough: Tensor, precise: Tensor, dtype: str = "half precision") -> 
     if not norm > 0:  # NaN too: float32 itself is not finite
         return None, "the first window's values do not vary, so they have no correlation with float32"
     r = min(1.0, float(a @ b) / norm)
-    return r, None if r >= AGREES else f"correlation {r:.3f} with float32 on the first window, below {AGREES}"
+    return r, None if r >= SURE else f"correlation {r:.4f} with float32 on the first window, below {SURE}"
 
 
 def _values(outcome: Explained | Exception) -> Tensor | Exception:

@@ -70,7 +70,7 @@ class Method(Configurable, ABC):
         full_precision: never under autocast.
         needs_value: also where the target is linear, F at the image is asked for: a forward pass where no prediction is
             known, as at the noisy images of `SmoothGrad`.
-        brief: names and values of parameters with which the method is cheap, see `in_brief`.
+        brief: names and values of parameters with which the method is cheap, where it has them, see `in_brief`.
     """
 
     reference: ClassVar[str] = ""
@@ -81,7 +81,7 @@ class Method(Configurable, ABC):
     needs_linear: ClassVar[bool] = False
     full_precision: ClassVar[bool] = False
     needs_value: ClassVar[bool] = False
-    brief: ClassVar[tuple[tuple[str, int | None], ...]] = ()
+    brief: ClassVar[tuple[tuple[str, int | None], ...]] = (("n_steps", 4), ("n_samples", 4), ("tolerance", None))
 
     @property
     def signed(self) -> bool:
@@ -118,16 +118,16 @@ class Method(Configurable, ABC):
     def in_brief(self) -> Method:
         """The same method at a fraction of its cost, with few steps or samples: what half precision is measured on.
 
-        A number in ``brief`` is the most that a parameter keeps. Methods inside are in brief too.
+        A number in ``brief`` is the most that a parameter keeps. Methods inside are in brief too. A black-box method
+        stays as it is: of its perturbations only some are scored (`Objective.first_windows`).
         """
         if not dataclasses.is_dataclass(self):
             return self
-        changed = {
-            f.name: v.in_brief() for f in dataclasses.fields(self) if isinstance(v := getattr(self, f.name), Method)
-        }
-        for name, value in self.brief:
-            given = getattr(self, name)
-            changed[name] = value if value is None or given is None else min(given, value)
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed = {n: v.in_brief() for n, v in own.items() if isinstance(v, Method)}
+        for name, value in self.brief if self.needs_gradient or type(self).brief is not Method.brief else ():
+            if name in own:
+                changed[name] = value if value is None or own[name] is None else min(own[name], value)
         return dataclasses.replace(self, **changed) if changed else self
 
     def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:

@@ -204,6 +204,7 @@ class XGradCam(_Cam):
     """
 
     reference = "Fu et al., BMVC 2020, arXiv:2008.02312"
+    full_precision = True  # Σ A may cancel: rounding then decides the weight
 
     def passes(self, objective: Objective) -> int:
         """Gradients where the target sees, activations everywhere twice."""

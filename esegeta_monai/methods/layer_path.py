@@ -42,7 +42,6 @@ class LayerConductance(LayerMethod):
     """
 
     reference = "Dhamdhere et al., ICLR 2019, arXiv:1805.12233"
-    brief = (("n_steps", 4),)
 
     baseline: Any = "auto"
     n_steps: int = 32
@@ -100,7 +99,6 @@ class InternalInfluence(LayerMethod):
     """
 
     reference = "Leino et al. 2018, arXiv:1802.03788"
-    brief = (("n_steps", 4),)
     additive = False
 
     baseline: Any = "auto"
@@ -155,7 +153,6 @@ class LayerIntegratedGradients(LayerMethod):
     """
 
     reference = "Sundararajan et al., ICML 2017, arXiv:1703.01365"
-    brief = (("n_steps", 4),)
 
     baseline: Any = "auto"
     n_steps: int = 32

@@ -39,7 +39,6 @@ class NeuronConductance(Method):
     """
 
     reference = "Dhamdhere et al., ICLR 2019, arXiv:1805.12233"
-    brief = (("n_steps", 4),)
 
     layer: str | None = None
     channel: int | None = None

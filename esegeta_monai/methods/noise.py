@@ -34,7 +34,6 @@ class SmoothGrad(Method):
     """
 
     reference = "Smilkov et al. 2017, arXiv:1706.03825"
-    brief = (("n_samples", 2),)
 
     method: Any = "Saliency(abs=False)"
     n_samples: int = 10
@@ -130,7 +129,7 @@ class VarGrad(SmoothGradSquared):
     """
 
     reference = "Adebayo et al., ICLR workshop 2018, arXiv:1810.03307"
-    brief = (("n_samples", 8),)  # the variance of two gradients is one difference
+    brief = (("n_samples", 8),)  # the variance of few gradients is hardly more than one difference
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial); updated sample by sample (Welford 1962), since E[A²] − E[A]² would cancel."""

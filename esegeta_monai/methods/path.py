@@ -46,7 +46,6 @@ class IntegratedGradients(Method):
 
     reference = "Sundararajan et al., ICML 2017, arXiv:1703.01365"
     needs_value = True
-    brief = (("n_steps", 4), ("tolerance", None))
 
     baseline: Any = "auto"
     n_steps: int = 32

@@ -39,7 +39,6 @@ class BlurIG(Method):
 
     reference = "Xu et al., CVPR 2020, arXiv:2004.03383"
     needs_value = True
-    brief = (("n_steps", 4), ("tolerance", None))
 
     sigma: float | None = None
     n_steps: int = 32
@@ -103,7 +102,6 @@ class GuidedIG(Method):
 
     reference = "Kapishnikov et al., CVPR 2021, arXiv:2106.09788"
     needs_value = True
-    brief = (("n_steps", 4), ("tolerance", None))
 
     baseline: Any = "auto"
     n_steps: int = 64

@@ -70,7 +70,6 @@ class GradientShap(Method):
 
     reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
     needs_value = True
-    brief = (("n_samples", 4),)
 
     baseline: Any = "auto"
     n_samples: int = 32
@@ -117,7 +116,6 @@ class LayerGradientShap(LayerMethod):
 
     reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
     needs_value = True
-    brief = (("n_samples", 4),)
 
     baseline: Any = "auto"
     n_samples: int = 32

@@ -41,7 +41,6 @@ class XRAI(Method):
     """
 
     reference = "Kapishnikov et al., ICCV 2019, arXiv:1906.02825"
-    brief = (("n_steps", 4),)
     additive = False
 
     n_segments: Sequence[int] = (50, 150, 400)
