@@ -12,17 +12,19 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
+from monai.inferers import SlidingWindowInferer
 from torch import Tensor
 
+from esegeta_monai import Explainer
 from esegeta_monai.change import change
 from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, UsageError
-from esegeta_monai.methods import METHODS, Method, run
+from esegeta_monai.methods import METHODS, Method, Occlusion, Saliency, run
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import frozen
 from esegeta_monai.objective import Batch, Objective
 from esegeta_monai.perturbation import Boxes
 from esegeta_monai.ranks import Ranks, process_group
-from esegeta_monai.targets import MultiClassMask
+from esegeta_monai.targets import Box, MultiClassMask
 from tests.methods.whole import setting
 
 FEW = {"n_steps": 3, "n_samples": 4, "n_masks": 6, "grid": 2, "steps": 4, "n_iter": 5, "max_channels": 4}
@@ -134,6 +136,36 @@ def lost() -> None:
 @pytest.mark.slow
 def test_a_rank_that_has_ended_is_noticed():
     spawn(lost, ranks=2)
+
+
+def half_precision() -> None:
+    """Differences drown in an offset, gradients do not see it: one method falls back, one does not."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.Tanh(), torch.nn.Conv2d(4, 1, 3)).eval()
+    torch.nn.init.constant_(network[-1].bias, 100.0)
+    network[-1].padding = (1, 1)
+    image = torch.rand(1, 1, 12, 16)
+    methods, target = [Saliency(abs=False), Occlusion(window=2)], Box(0, (2, 2), (10, 14))
+    inferer = SlidingWindowInferer((8, 8), 2, 0.5)
+    prediction = inferer(image, network).detach()
+
+    def maps(**how: Any) -> list[Any]:
+        return list(Explainer(network, inferer, "cpu", **how)(image, methods, [target], prediction=prediction))
+
+    together, full = maps(amp=True, distributed=True), maps()
+    decided = [(a.record["amp_correlation"], a.record["amp_fallback"]) for a in together]
+    assert Ranks.current().gather(decided) == [decided] * 2
+    assert [why is None for _, why in decided] == [True, False]
+    for a, b, (_, why) in zip(together, full, decided):
+        gap = float((a.map - b.map).abs().max())
+        if why:  # scores of float32, to 1e-6 of F
+            assert gap <= 1e-6 * abs(b.record["value"]), gap
+        else:
+            assert 1e-5 < gap / float(b.map.abs().max()) < 0.05, gap
+
+
+def test_ranks_decide_alike_how_precisely():
+    spawn(half_precision, ranks=2)
 
 
 def one_box(m: int) -> None:
