@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ __all__ = [
     "reset_peak_memory",
     "tensor_hash",
 ]
+
+logger = logging.getLogger("esegeta_monai")
 
 MEASURED = (
     *("status", "sum", "completeness_gap", "blend_deviation", "value", "baseline_value"),
@@ -68,14 +72,29 @@ def tensor_hash(values: Tensor, *more: Any) -> str:
 
 
 def reset_peak_memory(device: torch.device) -> None:
+    """Begins the count of `peak_memory` anew, where the device or the operating system can (CUDA, Linux).
+
+    The count is the process' own: whoever else reads it sees it begin anew too.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the process' own count of its peak, VmHWM
+    except OSError as error:  # no Linux, or /proc is read-only: the count goes on from the start of the process
+        logger.debug("the count of peak memory stays: %s", error.strerror)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: of the method on an accelerator, of the process so far on the CPU."""
+    """Peak memory in bytes: on an accelerator what tensors held since `reset_peak_memory`; on the CPU the resident
+    memory of the process, all that it held before included, since then on Linux, else since it was started."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration) as error:
+        logger.debug("no VmHWM (%s): the peak since the process was started is taken", type(error).__name__)
     try:
         import resource
     except ImportError:  # Windows has no such count

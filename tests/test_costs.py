@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
@@ -10,6 +12,7 @@ import esegeta_monai.costs as costs
 from esegeta_monai import Explainer
 from esegeta_monai import methods as m
 from esegeta_monai.errors import MethodError
+from esegeta_monai.record import peak_memory, reset_peak_memory
 from esegeta_monai.targets import MultiClassMask, Voxel
 from tests.methods.naive import image_of, small
 
@@ -94,6 +97,20 @@ def test_the_naive_passes_are_those_of_whole_predictions():
     (cost,) = explainer().costs(image_of(1, 2, 6, 20), [m.Occlusion(4)], [Voxel(0, index=(2, 3))])
     occluders, windows = 2 * 5, 4
     assert cost.naive_passes == (occluders + 1) * windows
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux begins the count anew")
+def test_peak_memory_is_that_of_the_method():
+    cpu = torch.device("cpu")
+    large = torch.ones(40_000_000)  # 160 MB, gone before
+    before = peak_memory(cpu)
+    del large
+    reset_peak_memory(cpu)
+    begun = peak_memory(cpu)
+    assert begun < before - 100e6
+    held = torch.ones(20_000_000)
+    assert 70e6 < peak_memory(cpu) - begun < 100e6
+    assert held[0] == 1
 
 
 def test_an_empty_target_has_a_reason():

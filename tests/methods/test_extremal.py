@@ -11,7 +11,7 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import ExtremalPerturbation, run
 from esegeta_monai.methods.extremal import SmoothMask, _area_error, _of_area
 from esegeta_monai.network import frozen
-from esegeta_monai.targets import MultiClassMask, Voxel
+from esegeta_monai.targets import ClassScore, MultiClassMask, Voxel
 from tests.methods.naive import Naive, small
 from tests.test_objective import assert_equal
 
@@ -52,7 +52,7 @@ def test_finds_the_blob_within_the_area(shape, roi, step, output):
     inferer = SimpleInferer() if roi is None else SlidingWindowInferer(roi, 4, 0.5, "gaussian")
     case = Naive(BlobDetector(len(shape)), image, [MultiClassMask(1, output=output)], inferer)
     assert case.objective.scores[0].voxels > 0
-    method = ExtremalPerturbation(areas=area, baseline="zero", n_iter=60, step=step, lr=0.1)
+    method = ExtremalPerturbation(areas=area, variant="preserve", baseline="zero", n_iter=60, step=step, lr=0.1)
     found = run(method, case.objective)
     mask, notes = found.maps[0, 0], found.note(0)["areas_found"][0]
     assert 0 <= float(mask.min()) <= float(mask.max()) <= 1
@@ -73,16 +73,42 @@ def test_deletion_finds_it_too():
     image, inside = blob(48, 60)
     case = Naive(BlobDetector(2), image, [MultiClassMask(1)], SimpleInferer())
     area = float(inside.double().mean()) * 1.3
-    found = run(ExtremalPerturbation(area, "delete", "zero", n_iter=60, step=2, lr=0.1), case.objective)
+    method = ExtremalPerturbation(area, "delete", "zero", n_iter=60, step=2, lr=0.1)
+    found = run(method, case.objective)
     assert float(found.maps[0, 0][inside].mean()) > 0.85
-    assert found.note(0)["areas_found"][0]["left_without"] < 0.3
+    notes = found.note(0)["areas_found"][0]
+    assert notes["left_without"] < 0.3
+    without = case.value(image * (1 - found.maps[0]))
+    assert notes["value_without"] == pytest.approx(float(without[0]), rel=1e-9)
+    assert case.objective.monitor.passes == method.passes(case.objective)
+
+
+class BlendFooled(nn.Module):
+    """The brightness of a blob, and far more where the rest is half dimmed: as networks are fooled by blends."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        blob, rest = x[:, :, 8:14, 8:14], x[:, :, 24:, 24:]
+        fooled = 200 * torch.relu(0.3 - (rest.mean((1, 2, 3)) - 0.6).abs())
+        return (blob.mean((1, 2, 3)) + fooled)[:, None]
+
+
+def test_deletion_is_not_led_astray_by_blends():
+    """A start from 0.5 everywhere would look at the rest: no image is like that blend, and its slope says nothing."""
+    image = torch.ones(1, 40, 40, dtype=torch.float64)
+    image[:, 8:14, 8:14] = 3
+    case = Naive(BlendFooled(), image, [ClassScore(0)], SimpleInferer())
+    area = 36 / 1600 * 1.5
+    found = run(ExtremalPerturbation(area, "delete", "zero", n_iter=60, step=2, lr=0.1), case.objective)
+    mask = found.maps[0, 0]
+    assert float(mask[6:16, 6:16].sum() / mask.sum()) > 0.9
+    assert found.note(0)["areas_found"][0]["value_without"] < 0.3 * float(case.value(image)[0])
 
 
 def test_a_series_is_the_mean_of_its_masks_and_each_area_is_met():
     image, _ = blob(48, 60)
     case = Naive(BlobDetector(2), image, [MultiClassMask(1), Voxel(1, index=(16, 19))], SimpleInferer())
     areas = (0.05, 0.1, 0.2)
-    options = {"baseline": "zero", "n_iter": 30, "step": 3, "lr": 0.1}
+    options = {"variant": "preserve", "baseline": "zero", "n_iter": 30, "step": 3, "lr": 0.1}
     series = run(ExtremalPerturbation(areas, **options), case.objective)
     single = [run(ExtremalPerturbation(a, **options), case.objective).maps for a in areas]
     assert torch.allclose(series.maps, torch.stack(single).mean(0), rtol=0, atol=1e-12)
@@ -117,7 +143,7 @@ def test_the_slope_is_that_of_the_naive_computation(norm, output):
 def test_only_the_box_of_windows_that_the_target_sees_is_searched():
     case = Naive(small(), torch.rand(1, 8, 40, dtype=torch.float64), [Voxel(1, index=(1, 1))])
     with frozen(case.net):
-        found = run(ExtremalPerturbation(0.2, baseline="zero", n_iter=20, lr=0.2), case.objective)
+        found = run(ExtremalPerturbation(0.2, "preserve", "zero", n_iter=20, lr=0.2), case.objective)
     assert bool((found.maps[..., 8:] == 0).all())
     assert bool(found.maps.any())
     assert case.objective.monitor.passes == 20 + 3

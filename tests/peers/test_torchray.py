@@ -107,7 +107,9 @@ def test_extremal_perturbation_finds_the_same_place() -> None:
         resize=True,
     )
     network = torch.nn.Sequential(Spot(), torch.nn.Flatten())
-    mine = explain(ExtremalPerturbation(areas=area, baseline="zero"), objective_for(network, image)).maps[0]
+    mine = explain(
+        ExtremalPerturbation(areas=area, variant="preserve", baseline="zero"), objective_for(network, image)
+    ).maps[0]
     inside = torch.zeros(32, 32, dtype=torch.bool)
     inside[6:14, 6:14] = True
     shares = [float(m.reshape(32, 32)[inside].sum() / m.sum()) for m in (mine, theirs[0])]
