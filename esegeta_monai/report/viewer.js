@@ -404,7 +404,11 @@
   async function draw3d() {
     const canvas = $("gl");
     canvas.hidden = false;
-    const viewer = new window.niivue.Niivue({ isColorbar: false, show3Dcrosshair: false, isResizeCanvas: true, backColor: [0, 0, 0, 1] });
+    canvas.parentElement.classList.add("drawn"); // NiiVue makes the canvas as large as this
+    const viewer = new window.niivue.Niivue({
+      isColorbar: false, show3Dcrosshair: false, isResizeCanvas: true, backColor: [0, 0, 0, 1],
+      clipPlaneColor: [0, 0, 0, 0], // the cut itself, not a plate in its place
+    });
     await viewer.attachToCanvas(canvas);
     const map = data.maps[state.selected];
     const files = [];
