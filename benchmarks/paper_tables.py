@@ -141,7 +141,7 @@ def judged(network: nn.Module, images: list[Tensor]) -> dict[tuple[str, str], li
 def cascade_picture(network: nn.Module, image: Tensor, path: Path) -> None:
     """Maps of some methods, trained and with more and more layers random: maximum projections of the magnitude."""
     methods = [METHODS.create(spec) for name, spec, _ in TABLE if name in PICTURED]
-    explainer = Explainer(network, inferer(), on_error="record")
+    explainer = Explainer(network, inferer())
     (judge,) = Explainer(network, inferer()).judge(MetaTensor(image)[None], [TARGET])
     assert judge.objective is not None
     order = execution_order(judge.objective)[::-1]
@@ -155,9 +155,11 @@ def cascade_picture(network: nn.Module, image: Tensor, path: Path) -> None:
     for j, layers in enumerate(columns):
         with randomised(network, layers, 1):
             found = list(explainer(MetaTensor(image)[None], methods, [frozen_target], data=[{"mask": mask[None]}]))
-        for i, attribution in enumerate(found):
+        for attribution in found:  # in the order in which they are done: those that share passes first
+            i = next(i for i, method in enumerate(methods) if method is attribution.method)
             axis = axes[i, j + 1]
-            values = torch.zeros_like(image) if attribution.map is None else attribution.map.as_tensor()
+            assert attribution.map is not None, attribution.record
+            values = attribution.map.as_tensor()
             truth.setdefault(i, values)
             axis.imshow(values.abs().sum(0).amax(0).numpy(), cmap="magma", origin="lower")
             title = "trained" if not j else f"{j} of 4 random"

@@ -335,7 +335,8 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
         and not np.allclose(np.asarray(affine), np.asarray(case.affine), atol=1e-3)
     )
     if tuple(spatial.shape) == shape and not moved:
-        return torch.Tensor(spatial).as_subclass(torch.Tensor).round().long().to(prediction.device)
+        plain = spatial.as_subclass(torch.Tensor)
+        return (plain.round() if plain.is_floating_point() else plain).long().to(prediction.device)
     if affine is None or case.affine is None:
         raise TargetError(
             f"the label map has shape {tuple(spatial.shape)}, the prediction {shape}, and one of them has no affine "

@@ -141,6 +141,7 @@ def test_label_mask_options():
     p, labels = noise(3, *SHAPE), (noise(*SHAPE) > 0.3).long() * 2
     assert LabelMask(labels, label=2).bind(p, Case())[0].class_index == 2
     assert LabelMask(labels, class_index=0).bind(p, Case())[0].voxels == int((labels > 0).sum())
+    assert LabelMask(labels > 0, 1, class_index=0).bind(p, Case())[0].voxels == int((labels > 0).sum())
     with pytest.raises(TargetError, match="needs class_index"):
         LabelMask(labels).bind(p, Case())
     with pytest.raises(TargetError, match="neither a file nor a key"):
