@@ -283,12 +283,12 @@ def why(row: dict[str, Any]) -> str:
 
 
 FOOT = """
-Read beside this: BraTS and VISTA3D ran with their own windows; BraTS by `Occlusion`, its gradient compared on a crop with
-windows of 64x64x48. `spleen_deepedit_annotation` was compared on a crop of 64x64x64.
+Read beside this: BraTS and VISTA3D ran with their own windows; BraTS by `Occlusion`, its gradient compared on a crop
+with windows of 64x64x48. `spleen_deepedit_annotation` was compared on a crop of 64x64x64.
 
 The environment: torchvision 0.28, timm, einops and fire beside the pinned versions, and NumPy 1.26, since the script of
-`valve_landmarks` uses `numpy.product`, which NumPy 2 no longer has. `breast_density_classification` downloads pretrained
-weights: random ones lay in torch's cache. All inputs are synthetic.
+`valve_landmarks` uses `numpy.product`, which NumPy 2 no longer has. `breast_density_classification` downloads
+pretrained weights: random ones lay in torch's cache. All inputs are synthetic.
 """
 
 
