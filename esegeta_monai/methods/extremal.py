@@ -37,7 +37,7 @@ class ExtremalPerturbation(Method):
 
     ``"delete"`` climbs from the share a of cells where F rises most with m at the image itself; ``"preserve"``, as the
     paper's code, from 0.5 everywhere. Such a blend of image and x₀ is nothing that a network was trained on, nor is an
-    image of which a share a is left: on ``brain_lesion_classification`` they score higher than any image, and the mask
+    image of which a share a is left: on ``brain_lesion_classification`` they score higher than the image, and the mask
     is found anywhere. ``"delete"`` leaves all but a share a as it is, and is the variant to trust unless x₀ is a
     plausible image.
 
