@@ -3,8 +3,9 @@
 Half precision rounds what is small beside what is large: a prediction stays right to three digits while its gradient,
 or the small difference that a perturbation makes, is noise. So each method is measured before it runs. It is computed
 on the first window that each target sees, at a fraction of its cost, both under autocast and in float32; a correlation
-below `SURE` for any target, or values that autocast loses, send the whole method to float32, so that maps keep `AGREES`
-as a whole. What comes out of autocast as zeros or as values that are not finite is computed again in float32 too.
+below `SURE` for any target, or values that autocast loses, send the whole method to float32, so that whole maps keep
+`AGREES`: likely, not surely, since another window may differ (docs/evidence.md). What comes
+out of autocast as zeros or as values that are not finite is computed again in float32 too.
 """
 
 from __future__ import annotations

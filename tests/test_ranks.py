@@ -164,6 +164,7 @@ def half_precision() -> None:
             assert 1e-5 < gap / float(b.map.abs().max()) < 0.05, gap
 
 
+@pytest.mark.slow
 def test_ranks_decide_alike_how_precisely():
     spawn(half_precision, ranks=2)
 
