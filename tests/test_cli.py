@@ -139,6 +139,20 @@ def test_two_of_one_kind_are_told_apart(bundle: Path, scans: Path, tmp_path: Pat
     assert names == {"Occlusion-window8", "Occlusion-window16", "mine"}
 
 
+def test_synthesised_images_are_written_like_maps(bundle: Path, scans: Path, tmp_path: Path) -> None:
+    """For a class and for a layer; on the scan's grid, finite and not constant."""
+    methods = "FeatureVisualization(n_iter=3),ClassImage(n_iter=3),DeepDream(n_iter=2),InvertedRepresentation(n_iter=2)"
+    words = ("--methods", methods, "--target", "MultiClassMask(1)", "-q")
+    assert explained(bundle, scans / "007.nii.gz", tmp_path / "out", *words) == 0
+    sidecars = sorted((tmp_path / "out").rglob("*_attr.json"))
+    assert len(sidecars) == 4
+    for sidecar in sidecars:
+        assert json.loads(sidecar.read_text())["status"] == "ok"
+        values = np.asarray(nib.load(sidecar.with_suffix(".nii.gz")).dataobj)
+        assert np.isfinite(values).all()
+        assert np.ptp(values) > 0
+
+
 def test_twins_are_refused_before_any_work(bundle: Path, scans: Path, tmp_path: Path) -> None:
     assert explained(bundle, scans, tmp_path / "out", "--methods", "Saliency,Saliency") == 2
     assert list((tmp_path / "out").rglob("*.*")) == []

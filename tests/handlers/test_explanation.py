@@ -129,6 +129,19 @@ def test_the_report_is_written_at_the_end_where_asked_for(scans: list[Path], tmp
         assert written == ({"index.html", *(f"{case}_report.html" for case in cases)} if report else set())
 
 
+def test_synthesis_runs_from_the_handler(scans: list[Path], tmp_path: Path) -> None:
+    methods = ["FeatureVisualization(n_iter=2)", "DeepDream(layer='first', n_iter=2)"]
+    engine = evaluator(scans[:1], network := Small())
+    before = state(network)
+    handler(tmp_path, methods=methods).attach(engine)
+    engine.run()
+    assert set(statuses(tmp_path).values()) == {"ok"}
+    found = maps(tmp_path)
+    assert len(found) == 2
+    assert all(np.isfinite(values).all() and np.ptp(values) > 0 for values in found.values())
+    assert state(network)[:2] == before[:2]
+
+
 # ---- what it takes from the engine -------------------------------------------------------------------------------
 
 
