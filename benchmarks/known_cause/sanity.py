@@ -1,0 +1,92 @@
+"""Which methods still show the same when the network has forgotten? Adebayo's check, for every method of the table.
+
+    python benchmarks/known_cause/sanity.py [--cases 2] [--draws 2]
+
+The lesion network's weights are drawn anew, those of the last layer first and then all; each method explains the same
+class of the same case again, and its map is compared with the one of the trained network (Spearman's rank correlation
+and SSIM of the magnitudes, `esegeta_monai.metrics`). A method **fails** where the map of a network that knows nothing
+is still like the trained one's: a rank correlation or SSIM of `FAILS` or more after all weights were drawn anew. The
+maps of the trained network are shared with `python benchmarks/known_cause` (`--work`). Writes a table of
+docs/known_cause.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from causes import CAUSES, ROOT, Cause, Example
+from maps import TARGET, compute_maps, read_map
+from methods import chosen_methods
+from table import write_block
+from torch import Tensor
+
+from esegeta_monai import Explainer
+from esegeta_monai.methods import Method
+from esegeta_monai.metrics.randomisation import randomised, similarity
+
+FAILS = 0.5
+FIRST_SEED = 5_000_000
+OTHER_SEEDS, N_OTHERS = 6_000_000, 4
+Likeness = dict[tuple[str, str], list[tuple[float, float]]]
+
+
+def redrawn(cause: Cause, example: Example, methods: list[Method], layers: list[str], draw: int) -> dict[str, Tensor]:
+    """Maps of the network whose ``layers`` were drawn anew."""
+    found: dict[str, Tensor] = {}
+    with randomised(cause.network, layers, draw):
+        explainer = Explainer(cause.network, on_error="record", window_batch=8)
+        for attribution in explainer(example.image[None], methods=methods, targets=[TARGET]):
+            zero = torch.zeros_like(example.image)
+            plain = zero if attribution.map is None else attribution.map.as_subclass(Tensor).float()
+            found[str(attribution.method.name)] = plain
+    return found
+
+
+def likeness(cause: Cause, cases: int, draws: int) -> Likeness:
+    """(Spearman, SSIM) of each method after the last layer and after all, a pair a case and draw."""
+    methods = chosen_methods(*(cause.others(label, N_OTHERS, OTHER_SEEDS) for label in (0, 1)))
+    own = [n for n, m in cause.network.named_modules() if any(True for _ in m.parameters(recurse=False))]
+    result: Likeness = defaultdict(list)
+    for example in cause.examples(cases, FIRST_SEED):
+        trained = {name: read_map(path)["map"] for name, path in compute_maps(cause, example, methods)}
+        for draw in range(draws):
+            for what, layers in (("last", own[-1:]), ("all", own)):
+                for name, values in redrawn(cause, example, methods, layers, draw).items():
+                    if trained[name] is not None:
+                        both = trained[name], values
+                        result[name, what].append((similarity(*both, "spearman"), similarity(*both, "ssim")))
+        print(f"{cause.name}, case {example.seed}", flush=True)
+    return result
+
+
+def table(found: Likeness) -> str:
+    """Methods that fail first, then by their likeness."""
+    rows = []
+    for name in dict.fromkeys(name for name, _ in found):
+        means = [np.mean(found[name, what], 0) for what in ("last", "all")]
+        worst = float(max(means[1]))
+        cells = " | ".join(f"{v:.2f}" for pair in means for v in pair)
+        rows.append((-worst, f"| {name} | {cells} | {'**fails**' if worst >= FAILS else 'passes'} |"))
+    head = "| method | last layer: Spearman | SSIM | all layers: Spearman | SSIM | |\n|---|---|---|---|---|---|\n"
+    return head + "\n".join(line for _, line in sorted(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=2)
+    parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "known_cause")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "known_cause.md")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    cause = CAUSES[0]
+    cause.folder = args.work
+    write_block(args.page, "sanity", table(likeness(cause, args.cases, args.draws)))
+
+
+if __name__ == "__main__":
+    main()
