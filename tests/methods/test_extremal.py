@@ -122,13 +122,14 @@ def test_a_series_is_the_mean_of_its_masks_and_each_area_is_met():
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
 @pytest.mark.parametrize("norm", ["instance", "batch"])
-def test_the_slope_is_that_of_the_naive_computation(norm, output):
+@pytest.mark.parametrize("shape", [(6, 20), (6, 14, 7)])
+def test_the_slope_is_that_of_the_naive_computation(shape, norm, output):
     """∂F/∂m through gaussian windows against autograd through MONAI's inferer, under a norm and padding."""
     from esegeta_monai.methods.extremal import _Single
 
-    image = torch.randn(2, 6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    case = Naive(small(2, 2, norm), image, [MultiClassMask(1, output=output)])
-    mask = torch.rand(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_(True)
+    image = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    case = Naive(small(len(shape), 2, norm), image, [MultiClassMask(1, output=output)])
+    mask = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_(True)
     x0 = torch.full_like(image, 0.2)
     prediction = case.inferer((x0 + mask * (image - x0))[None], case.net)[0]
     value = case.scores[0].value(case.scores[0].crop(prediction))
