@@ -32,7 +32,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import esegeta_monai.perturbation
+import esegeta_monai.change
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.commands.cases import Preprocessor, find_cases
 from esegeta_monai.evaluation import Evaluator
@@ -65,8 +65,8 @@ class Naive:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        change = esegeta_monai.perturbation.change
-        places = (esegeta_monai.perturbation, features, masking)
+        change = esegeta_monai.change.change
+        places = (esegeta_monai.change, features, masking)
 
         def counted(objective: Objective, perturbations: Any) -> Any:
             self.predictions += len(perturbations) + (not self.predictions)

@@ -36,12 +36,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from zoo_inputs import RECIPES, Recipe
 
 TOLERANCE = 1e-5
-MEMORY = 13 << 30
+MEMORY = 18 << 30
 HERE = Path(__file__).resolve().parent
 
 
 def modest() -> None:
-    """No more than 13 GB for a command: it fails, and nothing else on the machine does."""
+    """No more than 18 GB of address space for a command: it fails, and nothing else on the machine does."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
