@@ -273,7 +273,7 @@ def table(rows: list[dict[str, Any]], commit: str) -> str:
         )
     lines += ["", "## Why the others are not green", ""]
     lines += [f"* **{r['bundle']}**: {why(r)}" for r in rows if not r["green"]] or ["None."]
-    return "\n".join(lines) + FOOT
+    return "\n".join(lines) + "\n" + FOOT
 
 
 def why(row: dict[str, Any]) -> str:

@@ -231,7 +231,9 @@ def searched(folder: Path) -> dict[str, Any]:
 
 GENERATIVE = "makes images from noise: there is no image whose voxels could be explained"
 
-SEARCHED = "the searched architecture is part of the absent weights; a made-up one does not fit the network"
+SEARCHED = (
+    "the searched architecture is part of the absent weights; with a made-up one the network fails, or wants memory"
+)
 
 RECIPES: dict[str, Recipe] = {
     "brats_mri_axial_slices_generative_diffusion": Recipe(cause=GENERATIVE),
