@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import captum.attr
 import pytest
 import torch
+from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule
 from torch import nn
 
 from esegeta_monai.methods import LRP, LayerLRP
@@ -35,3 +37,27 @@ def test_windows_add_up(name):
     network = nn.Sequential(nn.Identity(), s.network)
     objective = objective_of(network, s.image, [MultiClassMask(1)], s.inferer)
     close(explain(LayerLRP("0", "channels"), objective).maps, explain(LRP(), s.objective).maps)
+
+
+class _Flat(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).flatten(1)  # Captum has no rule for the module that does this
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
+def test_equals_captum_on_plain_relu_without_biases(dims):
+    """Captum keeps what biases take, ours books it: without biases there is nothing to differ by."""
+    torch.manual_seed(0)
+    conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    first = conv(1, 3, 3, padding=1, bias=False)  # on the image's grid: nothing is spread
+    network = _Flat(first, nn.ReLU(), conv(3, 4, 3, bias=False), nn.ReLU(), conv(4, 3, 4, bias=False))
+    network = network.double().eval()
+    image = torch.rand(1, *[6] * dims, dtype=DOUBLE)
+    objective = objective_of(network, image, [ClassScore(1)])
+    mine = [explain(m, objective).maps for m in (LRP("EpsilonPlus"), LayerLRP("0", "channels"))]
+    for found, theirs in zip(mine, (captum.attr.LRP(network), captum.attr.LayerLRP(network, first))):
+        for module in network:
+            if isinstance(module, conv):
+                module.rule = Alpha1_Beta0_Rule()  # it takes them away afterwards
+        close(found, theirs.attribute(image[None], target=1).detach(), 1e-6)  # its stabiliser of 1e-9 is everywhere
