@@ -202,6 +202,8 @@ def versions() -> dict[str, str]:
     >>> sorted(versions())[:3]
     ['captum', 'esegeta_monai', 'lime']
     """
+    import torch
+
     import esegeta_monai  # at call time: the package's own __init__ may import this module
 
     found = {"esegeta_monai": esegeta_monai.__version__}
@@ -210,6 +212,7 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    found["torch"] = str(torch.__version__)  # with its build (+cpu, +cu130), which a package's metadata may leave out
     found["python"] = platform.python_version()
     found["platform"] = f"{platform.system()} {platform.machine()}"
     return found
