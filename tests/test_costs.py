@@ -112,8 +112,8 @@ def test_peak_memory_is_that_of_the_method(request):
     reset_peak_memory(cpu)
     begun = peak_memory(cpu)
     assert begun < before - 100e6
-    held = torch.ones(20_000_000)
-    assert 70e6 < peak_memory(cpu) - begun < 100e6
+    held = torch.ones(100_000_000)  # 400 MB: what other threads free or take meanwhile is small beside it
+    assert 300e6 < peak_memory(cpu) - begun < 500e6
     assert held[0] == 1
 
 
