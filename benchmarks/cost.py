@@ -86,7 +86,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     first = next(r for r in rows if "passes" in r)
     shape, window = ("x".join(map(str, first[k])) for k in ("shape", "window"))
     lines = [
-        "# Minutes and GB of every method",
+        "# Minutes and GB of methods",
         "",
         f"`python benchmarks/cost.py`: {first['network']} of the demo's bundle on the MNI152 template, {shape}, in",
         f"windows of {window}, one target (grey matter), the methods' default parameters, float32, one thread of an",
