@@ -23,12 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-#: What these need besides their defaults, on this network.
-NEEDED: dict[str, dict[str, Any]] = {
-    "Cam": {},
-    "PatternNet": {"cases": "itself"},
-    "PatternAttribution": {"cases": "itself"},
-}
+FITTED = ("PatternNet", "PatternAttribution")  # on the scan itself
 SKIPPED = {
     "Cam": "needs a network that ends in global pooling and one linear layer",
     "ChannelShapley": "the template has one channel",
@@ -56,10 +51,7 @@ def one(name: str, limit: float) -> dict[str, Any]:
         with reader.importable():
             image = reader.resolve("preprocessing")({"image": str(file)})["image"]
     assert isinstance(image, MetaTensor)
-    parameters = dict(NEEDED.get(name, {}))
-    if parameters.get("cases") == "itself":
-        parameters["cases"] = [image.as_tensor()]
-    method = getattr(methods, name)(**parameters)
+    method = getattr(methods, name)(**({"cases": [image.as_tensor()]} if name in FITTED else {}))
     explainer = Explainer(reader.network, reader.inferer, on_error="record")
     target = MultiClassMask(1)
     row: dict[str, Any] = {"method": name, "shape": list(image.shape[1:]), "network": type(reader.network).__name__}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from esegeta_monai.change import Sampled
 from esegeta_monai.errors import MethodTimeout, RankLost, named_reason
+from esegeta_monai.extremes import all_finite
 from esegeta_monai.objective import Objective
 
 logger = logging.getLogger("esegeta_monai")
@@ -205,7 +206,7 @@ def _lost(results: dict[int, Explained | Exception], objective: Objective) -> di
             continue
         if isinstance(outcome, Exception):
             lost[i] = f"it fails in {dtype}: {named_reason(outcome)}"
-        elif not bool(torch.isfinite(outcome.maps).all()):
+        elif not all_finite(outcome.maps):
             lost[i] = f"overflow: the map has values that are not finite in {dtype}"
         elif not bool(outcome.maps.flatten(1).any(1).all()):
             lost[i] = f"underflow: the map is zero everywhere in {dtype}"
