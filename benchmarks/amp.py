@@ -195,15 +195,15 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("esegeta_monai").setLevel(logging.ERROR)
     found: list[Row] = []
-    for name in args.networks:
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.device}, {platform.machine()}"
+    title = f"`{args.dtype}` on {device}, torch {torch.__version__}, one thread; seed {args.seed}."
+    for n, name in enumerate(args.networks, 1):
         print(name, file=sys.stderr)
         found += rows(name, args.device, getattr(torch, args.dtype), args.seed)
-    where = f"{args.device}, torch {torch.__version__}, {platform.machine()}, one thread"
-    title = f"`{args.dtype}` on {where}; seed {args.seed}."
-    text = "\n".join(table(found, args.networks, title))
+        text = "\n".join(table(found, args.networks[:n], title))
+        if args.table is not None:
+            args.table.write_text(text + "\n")
     print(text)
-    if args.table is not None:
-        args.table.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -79,11 +79,15 @@ class Batch:
             assert cotangent is not None
             grads = self.objective.vjp(out, inputs, cotangent, retain=k != active[-1])
             for i, (x, g) in enumerate(zip(inputs, grads)):
-                if g is not None:
-                    found = results[i]
-                    if found is None:
-                        found = results[i] = x.new_zeros((len(self.cotangents), *x.shape))
-                    found[k] = g
+                if g is None:
+                    continue
+                if len(self.cotangents) == 1:
+                    results[i] = g[None]
+                    continue
+                found = results[i]
+                if found is None:
+                    found = results[i] = x.new_zeros((len(self.cotangents), *x.shape))
+                found[k] = g
         return results
 
     def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,6 +135,8 @@ class Request:
         layers: layers whose activations (and gradients) it looks at.
         input_gradient: whether it looks at the gradient at the input.
         everywhere: all windows, not just those that the targets see (these come without gradients).
+        before_gradient: it looks at activations, and a gradient is asked for next: what other methods want to know of
+            gradients can wait for that sweep.
         summed: names of attributes that add up over windows, tensors that are zero (or None) after `begin`: what
             several processes bring together. None: each process looks at all windows.
     """
@@ -139,6 +145,7 @@ class Request:
     input_gradient: bool = False
     backward: bool = True
     everywhere: bool = False
+    before_gradient: bool = False
     summed: tuple[str, ...] | None = None
 
     @property

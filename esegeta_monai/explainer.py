@@ -33,7 +33,7 @@ from esegeta_monai.errors import (
     UsageError,
 )
 from esegeta_monai.methods.base import METHODS, Explained, Method, grouped, run_together, shares_passes
-from esegeta_monai.network import check_network, frozen, is_scripted, select_output, unwrap, weights_hash
+from esegeta_monai.network import check_network, frozen, is_scripted, own_modes, select_output, unwrap, weights_hash
 from esegeta_monai.objective import Objective, Request, View
 from esegeta_monai.outcomes import NOTHING_THERE, Bound, OnError, Outcomes, not_linear
 from esegeta_monai.partial import ScoreTable
@@ -279,7 +279,7 @@ class Explainer:
                     continue
                 for method in found.methods:
                     for k, bound in enumerate(found.bound):
-                        with found.predicted.modes(), frozen(self.network):
+                        with own_modes(self.device), frozen(self.network):
                             cost = cost_of(method, found.objective.only(k), case.index, bound.label, calibration)
                         yield cost
 
@@ -367,7 +367,7 @@ class Explainer:
                 yield found
                 continue
             if not shares_passes(found.methods[0]):  # else its sweep compares
-                with found.predicted.modes(), frozen(self.network):
+                with own_modes(self.device), frozen(self.network):
                     found.objective.sweep([_Blend()])
             for group in grouped(found.methods):
                 found.objective.table = None
@@ -441,7 +441,7 @@ class Explainer:
         reset_peak_memory(self.device)
         began = time.monotonic()
         names = ", ".join(m.name or type(m).__name__ for m in group)
-        with self._bar(names, group, objective), work.predicted.modes(), frozen(self.network):
+        with self._bar(names, group, objective), own_modes(self.device), frozen(self.network):
             results = run_together(group, objective)
         if objective.table is not None and all(isinstance(r, Explained) for r in results.values()):
             objective.table.remove()

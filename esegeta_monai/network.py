@@ -6,15 +6,17 @@ import difflib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from esegeta_monai.errors import NetworkError, UsageError
 
-__all__ = ["Captured", "Model", "capture", "find_layer", "frozen", "replaced", "select_output", "unwrap"]
-__all__ += ["weights_hash"]
+__all__ = ["Captured", "Model", "capture", "find_layer", "frozen", "own_modes", "replaced"]
+__all__ += ["select_output", "unwrap", "weights_hash"]
+
+T = TypeVar("T")
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -58,6 +60,55 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
             p.requires_grad_(flag)
         for p, gradient in gradients:
             p.grad = gradient
+
+
+@contextmanager
+def own_modes(device: torch.device | str) -> Iterator[None]:
+    """The state in which a network is asked, whatever an evaluator or a trainer has set: gradients on, autocast off
+    (`Model` decides), and a float32 that is float32."""
+    no_autocast = torch.autocast(torch.device(device).type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), no_autocast, _float32():
+        yield
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Convolutions and matrix products in IEEE float32, all settings as they were afterwards.
+
+    On GPUs torch lets convolutions round to TensorFloat-32, whose ten bits of mantissa are those of float16: enough for
+    a prediction, and what autocast offers, but not what half precision is measured against. torch 2.9 has settings by
+    operation beside the older ones, and an older one cannot be read where they disagree.
+    """
+    backends: Any = torch.backends
+    allowed = _readable(lambda: backends.cudnn.allow_tf32)
+    matmul = _readable(torch.get_float32_matmul_precision)
+    operations = [backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul] if _BY_OPERATION else []
+    before = [(operation, operation.fp32_precision) for operation in operations]
+    try:
+        if allowed is not None:
+            backends.cudnn.allow_tf32 = False
+        if matmul is not None:
+            torch.set_float32_matmul_precision("highest")
+        for operation in operations:
+            operation.fp32_precision = "ieee"
+        yield
+    finally:
+        if allowed is not None:
+            backends.cudnn.allow_tf32 = allowed
+        if matmul is not None:
+            torch.set_float32_matmul_precision(matmul)
+        for operation, precision in before:
+            operation.fp32_precision = precision
+
+
+_BY_OPERATION = hasattr(torch.backends.cudnn, "conv")
+
+
+def _readable(read: Callable[[], T]) -> T | None:
+    try:
+        return read()
+    except RuntimeError:  # torch's word that it was set by operation
+        return None
 
 
 def check_network(network: nn.Module) -> None:
@@ -259,10 +310,15 @@ class Model:
         return self.amp_kwargs.get("dtype", torch.float16 if self.device.type == "cuda" else torch.bfloat16)
 
     def autocast(self) -> Any:
-        """The context in which the forward pass runs."""
+        """The context in which the forward pass runs.
+
+        Without autocast's cache, which keeps a copy of every leaf that requires a gradient until the outermost autocast
+        ends: here not the weights, which are frozen, but the windows of all passes.
+        """
         if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self.device.type, **{"dtype": self.autocast_dtype, **self.amp_kwargs})
+        settings = {"dtype": self.autocast_dtype, "cache_enabled": False, **self.amp_kwargs}
+        return torch.autocast(self.device.type, **settings)
 
     def __call__(
         self, x: Tensor, *, slice_axis: int | None = None, coordinates: Any = None, condition: Tensor | None = None

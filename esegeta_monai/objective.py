@@ -119,7 +119,7 @@ class Objective:
         other.base_scores, other._at_image = {}, None
         return other
 
-    def first_windows(self, sample: int = 16) -> Objective:
+    def first_windows(self, sample: int) -> Objective:
         """The first window that each target sees, alone: as if the prediction were what this window gives.
 
         It is for a look at what a method computes, on this process alone: unblended, without time limit, progress,
@@ -506,14 +506,15 @@ class Objective:
                 at = {source: score.cotangent(predictions[k][source]) for source in set(sources)}
             elif whole is not None:
                 at = dict.fromkeys(sources, whole[k])
-            total = torch.zeros((len(windows), len(self.read), *self.grid.out_roi), dtype=self.image.dtype)
+            shape = (len(windows), len(self.read), *self.grid.out_roi)
+            total = torch.zeros(shape, dtype=self.image.dtype, device=self.model.device)
             for j, (w, source) in enumerate(zip(windows, sources)):
                 if w in support:
                     cut = functools.partial(self.grid.cut, box=score.box, window=w)
                     volume = at.get(source)
                     inside = score.window_cotangent(cut) if volume is None else cut(volume)
                     total[j, self.rows[k]] = (inside * self.grid.weight(w)).to(total)
-            found.append(total.to(self.model.device))
+            found.append(total)
         return found
 
 

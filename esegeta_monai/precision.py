@@ -39,6 +39,9 @@ AGREES = 0.99
 SURE = 0.997
 """What one window must show for it. It is a sample: whole maps have up to three times its noise."""
 
+SAMPLED = 16
+"""How many perturbations of a window are scored to measure a method that perturbs the image."""
+
 KEPT = 0.5
 """The share of float32's non-zero values that autocast must keep: less is underflow, whatever the correlation."""
 
@@ -84,8 +87,11 @@ def run_precisely(
     half = [i for i, m in enumerate(methods) if not m.full_precision]
     inside = objective.settled
     if half and not inside:
+        found = {i: Agreement(fallback=NOT_WORTH_IT) for i in half if not _pays(methods[i], objective)}
+        half = [i for i in half if i not in found]
+    if half and not inside:
         measured = measure([methods[i] for i in half], objective, lock_step)
-        found = dict(zip(half, objective.ranks.gather(measured)[0]))
+        found |= dict(zip(half, objective.ranks.gather(measured)[0]))
         half = [i for i in half if found[i].fallback is None]
     if half:
         with _settled(objective):
@@ -130,6 +136,19 @@ def full_precision(objective: Objective) -> Objective:
 _PRECISE: WeakKeyDictionary[Objective, Objective] = WeakKeyDictionary()
 
 
+NOT_WORTH_IT = "measuring would take as many passes as the map in float32"
+
+
+def _pays(method: Method, objective: Objective) -> bool:
+    """Whether measuring is cheaper than what it may save: not so for a gradient map of a volume of one window, nor for
+    a few perturbations."""
+    predictions = method.predictions(objective)
+    if predictions is None:
+        return len(objective.plan) > 1 or method.in_brief() is not method
+    first = {windows[0] for windows in objective.support if windows}
+    return 2 * len(first) * min(SAMPLED, predictions) < method.passes(objective)
+
+
 def measure(methods: Sequence[Method], objective: Objective, lock_step: LockStep) -> list[Agreement]:
     """How each method agrees with float32 on the first window that each target sees.
 
@@ -139,7 +158,7 @@ def measure(methods: Sequence[Method], objective: Objective, lock_step: LockStep
     else, and a raw score would hide its small differences.
     """
     brief = [m.in_brief() for m in methods]
-    half = objective.first_windows()
+    half = objective.first_windows(SAMPLED)
     full = full_precision(half)
     precise = lock_step(brief, full)
     half.default_layer = objective.default_layer = full.default_layer  # a gradient of zero must not choose the layer
@@ -172,7 +191,7 @@ def agreement(rough: Tensor, precise: Tensor, dtype: str = "half precision") -> 
     >>> agreement(torch.tensor([0.0, 0.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))[1]
     'underflow: of 3 values that are not zero in float32, half precision keeps 1'
     """
-    a, b = rough.detach().flatten().double().cpu(), precise.detach().flatten().double().cpu()
+    a, b = (v.detach().flatten().to(_for_sums(v.device), torch.float64) for v in (rough, precise))
     if not bool(torch.isfinite(a).all()):
         return None, f"overflow: {int((~torch.isfinite(a)).sum())} values are not finite in {dtype}"
     some = int((b != 0).sum())
@@ -188,6 +207,10 @@ def agreement(rough: Tensor, precise: Tensor, dtype: str = "half precision") -> 
         return None, "the first window's values do not vary, so they have no correlation with float32"
     r = min(1.0, float(a @ b) / norm)
     return r, None if r >= SURE else f"correlation {r:.4f} with float32 on the first window, below {SURE}"
+
+
+def _for_sums(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device  # which has no float64
 
 
 def _values(outcome: Explained | Exception) -> Tensor | Exception:

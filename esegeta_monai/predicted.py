@@ -7,7 +7,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +20,7 @@ from esegeta_monai.errors import EsegetaError, NetworkError, UsageError
 from esegeta_monai.extremes import all_finite
 from esegeta_monai.layers import LayerOutput
 from esegeta_monai.monitor import Monitor
-from esegeta_monai.network import frozen, select_output
+from esegeta_monai.network import frozen, own_modes, select_output
 from esegeta_monai.objective import Objective
 from esegeta_monai.outcomes import Bound
 from esegeta_monai.record import tensor_hash
@@ -103,7 +103,7 @@ class Predicted:
     def objective(self, scores: Sequence[Score]) -> Objective:
         """F of this case, for each score."""
         settings, condition = self.settings, self.case.condition
-        with self.modes(), frozen(settings.network):
+        with own_modes(settings.device), frozen(settings.network):
             objective = Objective(
                 self.model,
                 self.image,
@@ -118,13 +118,6 @@ class Predicted:
             )
         objective.window_batch = settings.window_batch or (4 if self.plan.whole else self.plan.batch_size)
         return objective
-
-    @contextmanager
-    def modes(self) -> Iterator[None]:
-        """Gradients on and autocast off, whatever the caller (an evaluator, a trainer) has set; `Model` decides."""
-        kind = self.settings.device.type
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(kind, enabled=False):
-            yield
 
     @property
     def _context(self) -> Case:
@@ -164,7 +157,7 @@ class Predicted:
         sw_device = getattr(user, "sw_device", None)
         found = _Blended()
         together = ranks.summed([found]) if blends else nullcontext()
-        with self.modes(), torch.no_grad(), frozen(settings.network), together:
+        with own_modes(settings.device), torch.no_grad(), frozen(settings.network), together:
             if sw_device is None and hasattr(user, "sw_device"):
                 user.sw_device = model.device
             try:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from esegeta_monai.errors import NetworkError, UsageError
-from esegeta_monai.network import Model, capture, check_network, find_layer, frozen, is_scripted, select_output, unwrap
+from esegeta_monai.network import (
+    Model,
+    capture,
+    check_network,
+    find_layer,
+    frozen,
+    is_scripted,
+    own_modes,
+    select_output,
+    unwrap,
+)
 from esegeta_monai.rules import lrp
 
 
@@ -225,3 +240,88 @@ def test_autocast_gives_float32():
     assert Model(network, torch.device("cpu")).autocast_dtype is None
     half = Model(network, torch.device("cpu"), amp=True, amp_kwargs={"dtype": torch.float16})
     assert half.autocast_dtype == torch.float16
+
+
+def test_autocast_keeps_no_window_after_its_pass():
+    """torch's cache holds a half-precision copy of each leaf with a gradient until the outermost autocast ends."""
+    network = small()
+    with own_modes("cpu"), frozen(network):
+        model = Model(network, torch.device("cpu"), amp=True)
+        x = torch.rand(1, 1, 8, 8, requires_grad=True)
+        torch.autograd.grad(model(x).sum(), x)
+        seen = weakref.ref(x)
+        del x
+        gc.collect()
+        assert seen() is None
+
+
+BACKENDS: Any = torch.backends
+
+
+def precisions() -> list[Any]:
+    def read(what: Callable[[], Any]) -> Any:
+        try:
+            return what()
+        except RuntimeError:
+            return "set by operation"
+
+    places = [BACKENDS.cudnn.conv, BACKENDS.cudnn.rnn, BACKENDS.cuda.matmul] if hasattr(BACKENDS.cudnn, "conv") else []
+    old = [lambda: BACKENDS.cudnn.allow_tf32, lambda: BACKENDS.cuda.matmul.allow_tf32]
+    return [*map(read, [*old, torch.get_float32_matmul_precision]), *(p.fp32_precision for p in places)]
+
+
+def by_operation(place: str, value: str) -> Callable[[], None]:
+    def call() -> None:
+        owner = BACKENDS
+        for name in place.split("."):
+            owner = getattr(owner, name)
+        owner.fp32_precision = value
+
+    return call
+
+
+OLD = {
+    "as torch comes": lambda: None,
+    "matmul high": lambda: torch.set_float32_matmul_precision("high"),
+    "no TF32": lambda: setattr(BACKENDS.cudnn, "allow_tf32", False),
+    "TF32 in matmul": lambda: setattr(BACKENDS.cuda.matmul, "allow_tf32", True),
+}
+NEW = {"conv": by_operation("cudnn.conv", "ieee"), "matmul": by_operation("cuda.matmul", "tf32")}
+
+
+@pytest.mark.parametrize("setting", OLD)
+def test_float32_is_float32_and_settings_are_put_back(setting):
+    cudnn, matmul = BACKENDS.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    OLD[setting]()
+    try:
+        check_settings()
+    finally:
+        BACKENDS.cudnn.allow_tf32 = cudnn
+        torch.set_float32_matmul_precision(matmul)
+
+
+@pytest.mark.skipif(not hasattr(BACKENDS.cudnn, "conv"), reason="this torch has no settings by operation")
+@pytest.mark.parametrize("setting", NEW)
+def test_settings_by_operation_are_put_back_too(setting):
+    """In a process of its own: torch has no way back from them to the older ones."""
+    worker = torch.multiprocessing.get_context("spawn").Process(target=_after, args=(setting,))
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0
+
+
+def _after(setting: str) -> None:
+    NEW[setting]()
+    check_settings()
+
+
+def check_settings() -> None:
+    before = precisions()
+    with pytest.raises(ZeroDivisionError), own_modes("cpu"):
+        _ = 1 / 0
+    assert precisions() == before
+    with own_modes("cpu"):
+        cudnn, _, _, *operations = precisions()
+    assert cudnn in (False, "set by operation")
+    assert set(operations) <= {"ieee"}
+    assert operations or cudnn is False

@@ -162,6 +162,21 @@ def test_small_differences_fall_back_where_gradients_need_not() -> None:
     assert torch.equal(occlusion.map, full.map)  # no unperturbed score of half precision among them
 
 
+def test_nothing_is_measured_where_that_costs_the_map_in_float32() -> None:
+    """One window is seen whole, and there are fewer perturbations of it than would be scored twice."""
+    network = tame()
+    few, many = Occlusion(window=6), Occlusion(window=1)
+    steps = IntegratedGradients(n_steps=32, baseline="zero")
+    for inferer, spared in ((None, [True, True, False, False]), (WINDOWS, [False] * 4)):
+        explainer = Explainer(network, inferer, "cpu", True)
+        found = list(explainer(image(), [GRADIENT, few, many, steps], [TARGET]))
+        assert [a.record["amp_fallback"] == precision.NOT_WORTH_IT for a in found] == spared
+        for a in (a for a, alone in zip(found, spared) if alone):
+            (full,) = Explainer(network, inferer, "cpu")(image(), [a.method], [TARGET])
+            assert a.record["window_passes"] == full.record["window_passes"]
+            assert torch.equal(a.map, full.map)
+
+
 def test_methods_that_share_their_passes_are_decided_one_by_one() -> None:
     network = nn.Sequential(draw(nn.Conv2d(1, 3, 3, padding=1)), Wild())
     network[1].conv = draw(nn.Conv2d(3, 2, 3, padding=1), 300.0)

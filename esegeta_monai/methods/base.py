@@ -185,13 +185,23 @@ def _lock_step(methods: Sequence[Method], objective: Objective) -> dict[int, Exp
         else:
             results[i] = _explained(outcome)
     while running:
-        current, running = running, {}
-        for i, answer in _answers(objective, {i: asked[i] for i in sorted(current)}).items():
+        current = running
+        now = _due({i: asked[i] for i in sorted(current)})
+        running = {i: passes for i, passes in current.items() if i not in now}
+        for i, answer in _answers(objective, now).items():
             if isinstance(answer, Exception):
                 results[i] = answer
             else:
                 step(i, current[i], answer)
     return results
+
+
+def _due(asked: dict[int, Request]) -> dict[int, Request]:
+    """What is asked for in the next sweep: gradients wait while some method has yet to look at activations before it
+    asks for them too, since one backward pass serves all."""
+    if not any(r.before_gradient for r in asked.values()):
+        return asked
+    return {i: r for i, r in asked.items() if not r.backward}
 
 
 def _answers(objective: Objective, asked: dict[int, Request]) -> dict[int, Any]:

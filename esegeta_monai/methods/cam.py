@@ -175,7 +175,7 @@ class GradCamPlusPlus(_Cam):
         return 2 * len(objective.plan) + len(objective.windows)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
-        moments: ChannelMoments = yield Moments(layer)
+        moments: ChannelMoments = yield Moments(layer, before_gradient=True)
         weights = yield _PlusPlusWeights(layer, moments.first)
         return (yield BlendedActivations(layer, weights))
 
@@ -249,8 +249,8 @@ class Moments(Request):
     backward = False
     summed = ("count", "first", "second")
 
-    def __init__(self, layer: str) -> None:
-        self.layers = (layer,)
+    def __init__(self, layer: str, *, before_gradient: bool = False) -> None:
+        self.layers, self.before_gradient = (layer,), before_gradient
         self.first: Tensor | None = None
         self.second: Tensor | None = None
 

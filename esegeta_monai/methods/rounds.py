@@ -19,6 +19,7 @@ class Several(Request):
         self.input_gradient = any(r.input_gradient for r in requests)
         self.backward = any(r.backward for r in requests)
         self.everywhere = any(r.everywhere for r in requests)
+        self.before_gradient = not self.backward and any(r.before_gradient for r in requests)
 
     @property
     def key(self) -> Hashable:

@@ -21,7 +21,7 @@ from torch import Tensor
 from esegeta_monai.configurable import Configurable, Registry, json_ready
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.methods.base import Method
-from esegeta_monai.network import frozen
+from esegeta_monai.network import frozen, own_modes
 from esegeta_monai.objective import Objective
 
 __all__ = ["METRICS", "Group", "Measured", "Metric", "Need", "Sign", "Subject", "better", "bootstrap", "mean_interval"]
@@ -272,13 +272,7 @@ def asking(objective: Objective | None) -> Iterator[None]:
     if objective is None:
         yield
         return
-    device = objective.model.device.type
-    with (
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast(device, enabled=False),
-        frozen(objective.model.network),
-    ):
+    with own_modes(objective.model.device), frozen(objective.model.network):
         yield
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import captum.attr
 import pytest
 import torch
@@ -20,6 +22,7 @@ from esegeta_monai.methods import (
     GuidedGradCam,
     HiResCam,
     LayerCam,
+    Saliency,
     ScoreCam,
     XGradCam,
     run_together,
@@ -236,6 +239,28 @@ def test_methods_share_their_passes():
         together = run_together(methods, s.objective)
     windows = len(s.objective.plan)
     assert s.objective.monitor.passes - before == 3 * windows
+    for i, maps in enumerate(alone):
+        close(together[i].maps, maps)
+
+
+def test_gradients_wait_for_the_one_that_comes_later():
+    """Grad-CAM++ looks at activations before it asks for gradients: one backward pass a window serves all."""
+    s = setting("UNet_batch")
+    methods = [Saliency(), GradCam(s.layer), EigenCam(s.layer), GradCamPlusPlus(s.layer)]
+    alone = [explain(m, s.objective).maps for m in methods]
+    backward = []
+    vjp = s.objective.vjp
+
+    def counted(out: Tensor, *args: Any, **kwargs: Any) -> Any:
+        backward.append(len(out))
+        return vjp(out, *args, **kwargs)
+
+    s.objective.vjp = counted
+    before = s.objective.monitor.passes
+    with frozen(s.network):
+        together = run_together(methods, s.objective)
+    assert s.objective.monitor.passes - before == 3 * len(s.objective.plan)
+    assert sum(backward) == len(s.objective.windows) * s.objective.n_targets
     for i, maps in enumerate(alone):
         close(together[i].maps, maps)
 

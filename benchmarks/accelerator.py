@@ -1,0 +1,228 @@
+"""Time and memory on an accelerator beside the bare passes: the BraTS bundle's SegResNet on a 240x240x160 volume.
+
+    python benchmarks/accelerator.py [--size 240 240 160] [--steps 80] [--table benchmarks/results/accelerator.md]
+
+The network is that of the Model Zoo's ``brats_mri_segmentation``: four contrasts in, three overlapping regions out. It
+is trained for a moment on spheres in noise, so that its maps are of something. It is explained in the bundle's own one
+window of the whole volume, and in windows of 128³ with gaussian blending, in float32 and under bfloat16 autocast. The
+*bare pass* is the network's forward pass, or forward and backward to the input, on one batch of such windows, after a
+pass that warms it up; the ratio is the method's seconds over its passes times the bare pass. Memory is the peak that
+tensors held on the device, the volume's included. float32 is IEEE float32, as methods have it; torch's default,
+TF32, is measured for the bare passes, with how far its gradient is from float32's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.inferers import SlidingWindowInferer
+from monai.networks.nets import SegResNet
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.amp import correlation, figure
+from esegeta_monai import Explainer
+from esegeta_monai.methods import GradCam, IntegratedGradients, Method, Occlusion, Saliency
+from esegeta_monai.network import own_modes
+from esegeta_monai.record import peak_memory, reset_peak_memory
+from esegeta_monai.targets import ThresholdMask
+
+REGIONS = {0: "tumor core", 1: "whole tumor", 2: "enhancing tumor"}
+RADII = (0.5, 1.0, 0.3)
+"""Of the regions, in radii of the whole."""
+
+WITH_GRADIENT, FORWARD = "forward and backward", "forward"
+
+
+@dataclass
+class Row:
+    """One method, in one way of cutting windows and one precision.
+
+    Attributes:
+        seconds: of the method; ``whole`` with hashing, checks and the target.
+        ratio: to its passes, each as long as a bare one.
+        gigabytes: peak on the device.
+        alike: correlation with the float32 map.
+    """
+
+    windows: str
+    precision: str
+    method: str
+    passes: int
+    seconds: float
+    whole: float
+    ratio: float
+    gigabytes: float
+    alike: float | None
+    fallback: str | None
+
+    def __str__(self) -> str:
+        figures = f"{self.seconds:.3f} | {self.ratio:.2f} | {self.whole:.3f} | {self.gigabytes:.2f}"
+        return (
+            f"| {self.windows} | {self.precision} | {self.method} | {self.passes} | {figures} | "
+            f"{figure(self.alike)} | {self.fallback or ''} |"
+        )
+
+
+def scan(size: list[int], seed: int, device: str) -> tuple[Tensor, Tensor]:
+    """Four contrasts of noise with a sphere of three shells, brighter in each, and its regions."""
+    draw = torch.Generator().manual_seed(seed)
+    centre = [n * (0.35 + 0.3 * float(torch.rand(1, generator=draw))) for n in size]
+    axes = torch.meshgrid(*[torch.arange(n, device=device, dtype=torch.float32) for n in size], indexing="ij")
+    distance = sum((a - c).square() for a, c in zip(axes, centre)).sqrt()
+    radius = min(size) * (0.15 + 0.1 * float(torch.rand(1, generator=draw)))
+    regions = torch.stack([distance < radius * share for share in RADII]).float()
+    noise = torch.randn(4, *size, generator=torch.Generator(device).manual_seed(seed), device=device)
+    shells = torch.stack([regions[1], regions[1] + regions[0], 2 * regions[2] + regions[0], -regions[1]])
+    return (0.7 * noise + shells)[None], regions[None]
+
+
+def trained(device: str, steps: int, edge: int) -> nn.Module:
+    """The bundle's network after some steps on spheres."""
+    torch.manual_seed(0)
+    network = SegResNet(
+        blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1), init_filters=16, in_channels=4, out_channels=3, dropout_prob=0.2
+    ).to(device)
+    optimiser = torch.optim.Adam(network.parameters(), 1e-3)
+    network.train()
+    for step in range(steps):
+        image, regions = scan([edge] * 3, step, device)
+        loss = nn.functional.binary_cross_entropy_with_logits(network(image), regions)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return network.eval()
+
+
+def waited(device: str) -> float:
+    """The clock, once the device has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def bare(network: nn.Module, batch: Tensor, dtype: torch.dtype | None, gradient: bool) -> Callable[[], Tensor]:
+    """One pass of a batch and nothing else: the output, or the gradient of the sum of a channel."""
+
+    def call() -> Tensor:
+        with torch.autocast(batch.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            x = batch.detach().requires_grad_(gradient)
+            with torch.set_grad_enabled(gradient):
+                out = network(x)
+        return torch.autograd.grad(out[:, 1].float().sum(), x)[0] if gradient else out
+
+    return call
+
+
+def least(call: Callable[[], Any], device: str, repeats: int) -> float:
+    """Seconds, after one call that does not count."""
+    call()
+    times = []
+    for _ in range(repeats):
+        began = waited(device)
+        call()
+        times.append(waited(device) - began)
+    return min(times)
+
+
+def methods(size: list[int]) -> list[tuple[Method, str]]:
+    """What is measured, and what one of its passes is."""
+    occluder = max(1, max(size) // 4)
+    return [
+        (Saliency(), WITH_GRADIENT),
+        (IntegratedGradients(n_steps=8, baseline="zero"), WITH_GRADIENT),
+        (GradCam(), WITH_GRADIENT),
+        (Occlusion(window=occluder), FORWARD),
+    ]
+
+
+def measured(network: nn.Module, image: Tensor, roi: list[int], device: str, repeats: int) -> Iterator[Row | str]:
+    """Rows of one way of cutting windows, and lines that say what the bare passes take."""
+    whole = roi == list(image.shape[2:])
+    inferer = SlidingWindowInferer(roi, 1, 0.5, "constant" if whole else "gaussian")
+    windows = "one window" if whole else "x".join(map(str, roi))
+    target = ThresholdMask(0.5, 1)
+    with torch.no_grad():
+        prediction = inferer(image, network)
+    batch = image[(..., *(slice(0, n) for n in roi))]
+    single: dict[str, Tensor] = {}
+    for precision, dtype in (("float32", None), ("TF32", None), ("bfloat16", torch.bfloat16)):
+        loop = {}
+        for kind, gradient in ((FORWARD, False), (WITH_GRADIENT, True)):
+            reset_peak_memory(image.device)
+            call = bare(network, batch, dtype, gradient)
+            with nullcontext() if precision == "TF32" else own_modes(device):
+                loop[kind] = least(call, device, repeats)
+                held = peak_memory(image.device) / 1e9
+                single.setdefault(kind, found := call())
+            alike = figure(correlation(found, single[kind]))
+            yield f"| {windows} | {precision} | bare: {kind} | 1 | {loop[kind]:.3f} | | | {held:.2f} | {alike} | |"
+        if precision == "TF32":  # methods do not have it
+            continue
+        amp = {} if dtype is None else {"amp": True, "amp_kwargs": {"dtype": dtype}}
+        for method, kind in methods(list(image.shape[2:])):
+            explainer = Explainer(network, inferer, device, **amp)
+            took, whole_call = float("inf"), float("inf")
+            for _ in range(1 if isinstance(method, Occlusion | IntegratedGradients) else 2):
+                began = waited(device)
+                (found,) = explainer(image, [method], [target], prediction=prediction)
+                whole_call = min(whole_call, waited(device) - began)
+                took = min(took, found.record["seconds"])
+            assert found.map is not None, found.record["reason"]
+            name, record = str(method.name), found.record
+            single.setdefault(name, found.map)
+            yield Row(
+                *(windows, precision, name, record["window_passes"], took, whole_call),
+                took / (record["window_passes"] * loop[kind]),
+                record["peak_memory_bytes"] / 1e9,
+                correlation(found.map, single[name]),
+                record.get("amp_fallback"),
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, nargs=3, default=[240, 240, 160])
+    parser.add_argument("--window", type=int, default=128, help="edge of a window of the second setting")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=80, help="of training")
+    parser.add_argument("--repeats", type=int, default=3, help="of a bare pass")
+    parser.add_argument("--table", type=Path)
+    args = parser.parse_args()
+    logging.getLogger("esegeta_monai").setLevel(logging.ERROR)
+    network = trained(args.device, args.steps, min(96, *args.size))
+    image, _ = scan(args.size, 10_000, args.device)
+    where = torch.cuda.get_device_name() if args.device == "cuda" else "the CPU"
+    lines = [
+        "# On an accelerator",
+        "",
+        f"`python benchmarks/accelerator.py` on {where}, torch {torch.__version__}: the BraTS bundle's SegResNet, "
+        f"{'x'.join(map(str, args.size))}, after {args.steps} steps of training on spheres; target "
+        f"{REGIONS[1]}. *Ratio*: seconds over passes times the bare pass. *Whole call*: with hashes, checks and the "
+        "target, the prediction given. *Alike*: correlation with the float32 map.",
+        "",
+        "| windows | precision | method | passes | seconds | ratio | whole call | GB | alike | fallback |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines))
+    for roi in (args.size, [args.window] * 3):
+        for row in measured(network, image, roi, args.device, args.repeats):
+            row = str(row)
+            lines.append(row)
+            print(row, flush=True)
+            if args.table:
+                args.table.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
