@@ -19,7 +19,7 @@ from esegeta_monai.methods.base import METHODS
 from esegeta_monai.report.page import write_report
 from esegeta_monai.storage import INTENDED_USE, sidecar_path
 
-__all__ = ["DEMO_METHODS", "run"]
+__all__ = ["DEMO_METHODS", "find_bundle", "run", "template"]
 
 BUNDLE = Path("bundles") / "brain_tissue_segmentation"
 CASE = "mni152_t1_2mm"
@@ -46,7 +46,7 @@ def run(args: Namespace, log: RunLog) -> int:
     methods = METHODS.create_all(",".join(args.methods or DEMO_METHODS))
     _ = reader.network  # missing weights are told before the template is made
     print(f"{reader.name}, on the MNI152 template: a population average of skull-stripped brains, not a patient.")
-    scan = _template(reader, output)
+    scan = template(reader, output)
     writer = explain_cases(reader, [ScanCase(CASE, (scan,))], methods, None, output, args, log)
     entries = json.loads(writer.run.path.read_text(encoding="utf-8"))["results"]
     _print_table([entry for entry in entries if entry["case"] == CASE], output)
@@ -73,7 +73,7 @@ def find_bundle() -> Path:
     )
 
 
-def _template(reader: BundleReader, output: Path) -> Path:
+def template(reader: BundleReader, output: Path) -> Path:
     """The template as a file, made once by the bundle's own script."""
     try:
         with reader.importable():
