@@ -2,8 +2,10 @@
 
     python benchmarks/ranks.py [--ranks 2] [--size 96] [--window 48]
 
-In one run: the first process alone while the others wait, then all together. The machine must have a free core for each
-process, else the figure says nothing.
+In one run: the first process alone while the others wait, then all together on the one volume, then each process the
+whole volume for itself, all at the same time. The last says what the machine gives: cores share memory and caches, and
+where each of two processes is slower beside the other, no division of the work can be twice as fast. The machine must
+have a free core for each process, else the figures say nothing.
 """
 
 from __future__ import annotations
@@ -53,17 +55,23 @@ def work(rank: int, port: int, args: argparse.Namespace) -> None:
     inferer = SlidingWindowInferer([args.window] * 3, 2, 0.25, "gaussian")
     with process_group("gloo") as ranks:
         if rank == 0:
-            print(f"{'method':<50}{'one':>8}{'together':>10}{'ratio':>8}{'difference':>12}", flush=True)
+            head = f"{'one':>8}{'together':>10}{'ratio':>8}{'each alone':>12}{'ceiling':>9}{'difference':>12}"
+            print(f"{'method':<50}{head}", flush=True)
         for method in METHODS_TRIED:
             alone: tuple[float, Tensor] | None = None
             if rank == 0:
                 alone = explain(Explainer(network, inferer), image, method, args.repeats)
             ranks.gather(None)
             seconds, found = explain(Explainer(network, inferer, distributed=True), image, method, args.repeats)
+            ranks.gather(None)
+            mine, _ = explain(Explainer(network, inferer), image, method, args.repeats)
+            beside = max(ranks.gather(mine))
             if alone is not None:
+                one = alone[0]
                 difference = float((found - alone[1]).abs().max() / alone[1].abs().max())
                 print(
-                    f"{method:<50}{alone[0]:>7.2f}s{seconds:>9.2f}s{alone[0] / seconds:>8.2f}{difference:>12.1e}",
+                    f"{method:<50}{one:>7.2f}s{seconds:>9.2f}s{one / seconds:>8.2f}"
+                    f"{beside:>11.2f}s{args.ranks * one / beside:>9.2f}{difference:>12.1e}",
                     flush=True,
                 )
 
