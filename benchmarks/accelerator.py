@@ -141,7 +141,7 @@ def methods(size: list[int]) -> list[tuple[Method, str]]:
     return [
         (Saliency(), WITH_GRADIENT),
         (IntegratedGradients(n_steps=8, baseline="zero"), WITH_GRADIENT),
-        (GradCam(), WITH_GRADIENT),
+        (GradCam(relu=False), WITH_GRADIENT),
         (Occlusion(window=occluder), FORWARD),
     ]
 
