@@ -131,6 +131,25 @@ def test_additive_maps_keep_their_sum(bundle: Path, tmp_path: Path) -> None:
         assert abs(record["sum_network_grid"] - record["sum_scan_grid"] - record["sum_in_padding"]) < 1e-4 * scale
 
 
+def test_images_that_are_made_up_lie_beside_the_predictions(bundle: Path, tmp_path: Path) -> None:
+    """On each scan's grid, with the curve in the sidecar and as a picture."""
+    methods = ["FeatureVisualization(n_iter=3)", "ClassImage(n_iter=3)", "DeepDream(n_iter=1, octaves=1)"]
+    methods += ["InvertedRepresentation(layer='first', n_iter=3)"]
+    options = {"explain_methods": methods, "explain_handler#pictures": True}
+    run(bundle, output_dir=str(tmp_path), **{**SMALL, **options})
+    assert set(statuses(tmp_path).values()) == {"ok"}
+    assert len(statuses(tmp_path)) == 2 * len(methods)
+    for result in results(tmp_path):
+        sidecar_file = tmp_path / result["map"].replace(".nii.gz", ".json")
+        record = json.loads(sidecar_file.read_text())
+        assert record["produces"] == "synthesised image"
+        assert len(record["curve"]) >= 1
+        written, scan = (nib.load(p) for p in (tmp_path / result["map"], bundle / "scans" / f"{result['case']}.nii.gz"))
+        assert written.shape[:3] == scan.shape[:3]
+        assert np.allclose(written.affine, scan.affine, atol=1e-6)
+        assert list(sidecar_file.parent.glob(f"*{result['method']}*curve*.png"))
+
+
 @pytest.mark.slow
 def test_the_real_command(bundle: Path, tmp_path: Path) -> None:
     """In the bundle's folder, the overlay copied beside the configs, options as a user types them."""
