@@ -319,6 +319,14 @@ def flat_memory(work: Work, objective: Objective) -> str:
     return "; ".join(parts)
 
 
+NOTES = """\
+Seconds are of the processor, ours the least of three runs. "time / passes" is the ratio of seconds over that of passes;
+"over its passes" is our time over that of the network's own passes in the same run: what the engine adds. A window pass
+takes 2 ms here, so that the 0.3 to 0.7 ms which the engine adds to each weigh more than behind the windows of a real
+network (second table). KernelShap and Lime draw their own samples: Captum's 64 are others than ours. Occlusion of a
+lesion in 128³ against Captum: [occlusion.md](occlusion.md)."""
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -351,11 +359,11 @@ def main() -> None:
     text = (
         f"{sizes.volume}³ voxels, windows of {sizes.window}³ ({windows}), UNet (8, 16, 32), torch {torch.__version__}, "
         f"{args.threads} threads of {os.cpu_count()} cores, load {load}.\n\n"
-        f"{table(HEADER, rows)}\n\nMemory against the number of perturbations (organ): {memory}.\n"
+        f"{table(HEADER, rows)}\n\n{NOTES}\n\nMemory against the number of perturbations (organ): {memory}.\n"
     )
     if not wanted:
         head = ["method", "target", "passes", "ms a pass", "over its passes", "MB"]
-        text += "\n96³ voxels, windows of 64³ (8), UNet (16, 32, 64, 128), two residual units, batch norm:\n\n"
+        text += "\nWindows of a common size. 96³ voxels, windows of 64³ (8), UNet (16, 32, 64, 128), two residual units, batch norm:\n\n"
         text += f"{table(head, common())}\n"
     if not args.no_counted:
         head = ["method", "target", "windows seen", "passes", "by whole predictions", "ratio"]
@@ -363,7 +371,10 @@ def main() -> None:
     print(text)
     if args.table:
         args.table.parent.mkdir(parents=True, exist_ok=True)
-        args.table.write_text(f"# Perturbation methods against their peers\n\n{text}", encoding="utf-8")
+        args.table.write_text(
+            f"# Perturbation methods against their peers\n\n`python benchmarks/perturbation.py`. {text}",
+            encoding="utf-8",
+        )
 
 
 if __name__ == "__main__":
