@@ -363,7 +363,10 @@ def main() -> None:
     )
     if not wanted:
         head = ["method", "target", "passes", "ms a pass", "over its passes", "MB"]
-        text += "\nWindows of a common size. 96³ voxels, windows of 64³ (8), UNet (16, 32, 64, 128), two residual units, batch norm:\n\n"
+        text += (
+            "\nWindows of a common size. 96³ voxels, windows of 64³ (8), UNet (16, 32, 64, 128), two residual units, "
+        )
+        text += "batch norm:\n\n"
         text += f"{table(head, common())}\n"
     if not args.no_counted:
         head = ["method", "target", "windows seen", "passes", "by whole predictions", "ratio"]
