@@ -39,7 +39,7 @@ from esegeta_monai.targets import MultiClassMask
 GRID = "grid(size=24)"
 #: Parameters that keep two cores busy for minutes, not hours; the others are the methods' own.
 PARAMETERS: dict[str, dict[str, Any]] = {
-    **{name: {"n_steps": 4} for name in ("IntegratedGradients", "BlurIG", "GuidedIG", "LayerConductance")},
+    **{name: {"n_steps": 8} for name in ("IntegratedGradients", "BlurIG", "GuidedIG", "LayerConductance")},
     **{name: {"n_steps": 4} for name in ("InternalInfluence", "LayerIntegratedGradients", "XRAI")},
     **{name: {"n_samples": 4} for name in ("SmoothGrad", "SmoothGradSquared", "VarGrad")},
     **{name: {"n_samples": 4} for name in ("GradientShap", "LayerGradientShap")},
@@ -49,14 +49,14 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "FeatureAblation": {"feature_mask": GRID},
     "FeaturePermutation": {"feature_mask": GRID},
     "ShapleyValueSampling": {"feature_mask": GRID, "n_samples": 2},
-    "KernelShap": {"feature_mask": GRID, "n_samples": 64},
-    "Lime": {"feature_mask": GRID, "n_samples": 40},
-    "Rise": {"n_masks": 40},
+    "KernelShap": {"feature_mask": GRID, "n_samples": 96},
+    "Lime": {"feature_mask": GRID, "n_samples": 96},
+    "Rise": {"n_masks": 128},
     "Sobol": {"n_samples": 4, "grid": 2},
     "Hsic": {"n_samples": 32, "grid": 4},
-    **{name: {"n_iter": 16} for name in ("FeatureVisualization", "ClassImage", "InvertedRepresentation")},
-    "DeepDream": {"n_iter": 2},
-    "ExtremalPerturbation": {"areas": [0.1], "n_iter": 12},
+    **{name: {"n_iter": 48} for name in ("FeatureVisualization", "ClassImage", "InvertedRepresentation")},
+    "DeepDream": {"n_iter": 4},
+    "ExtremalPerturbation": {"areas": [0.1], "n_iter": 40},
 }
 #: Methods that need cases beside the one explained: its mirror image, and itself moved by four voxels.
 NEED_CASES = ("FeaturePermutation", "PatternNet", "PatternAttribution")
