@@ -10,6 +10,7 @@ import platform
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
@@ -202,6 +203,12 @@ def versions() -> dict[str, str]:
     >>> sorted(versions())[:3]
     ['captum', 'esegeta_monai', 'lime']
     """
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Read once: every record has them, and to read the packages' metadata takes 80 ms."""
     import torch
 
     import esegeta_monai  # at call time: the package's own __init__ may import this module
