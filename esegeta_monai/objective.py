@@ -299,12 +299,13 @@ class Objective:
         layers = sorted({name for r in todo for name in r.layers})
         for r in todo:
             r.begin(self)
+        backward, supported = any(r.backward for r in todo), set(self.windows)
         blended = None
         if self.prediction is not None and any(d is None for d in self.blend_deviation):
             blended = self.new_predictions(1)
 
         def run(batch: Batch) -> None:
-            seen = any(c is not None for c in batch.cotangents)
+            seen = not supported.isdisjoint(batch.windows)
             wanting = [r for r in todo if seen or r.everywhere]
             view = self._view(batch, layers, wanting, seen)
             if blended is not None and seen:
@@ -314,7 +315,8 @@ class Objective:
 
         everywhere = any(r.everywhere for r in todo)
         jobs = [(0, w) for w in self.every] if everywhere else self._jobs(1)
-        self.each(jobs, run, split_seen=everywhere, sums=_sums(todo, blended or []))
+        sums = _sums(todo, blended or [])
+        self.each(jobs, run, with_cotangents=backward, split_seen=everywhere, sums=sums)
         if blended is not None:
             self._note_deviation(blended)
         return [unique[r.key].result() for r in requests]
