@@ -515,7 +515,8 @@ class Objective:
                     cut = functools.partial(self.grid.cut, box=score.box, window=w)
                     volume = at.get(source)
                     inside = score.window_cotangent(cut) if volume is None else cut(volume)
-                    total[j, self.rows[k]] = (inside * self.grid.weight(w)).to(total)
+                    weight = self.grid.weight(w)
+                    total[j, self.rows[k]] = (inside.to(weight.device) * weight).to(total)
             found.append(total)
         return found
 

@@ -233,6 +233,31 @@ def test_a_score_that_is_no_sum_over_voxels():
     assert_equal(found[0], naive_change(net, image, inferer, score, boxes))
 
 
+class Thirds(Score):
+    """``Σ_v P(1, v) w(v)``: linear, differentiated by autograd, also where the network runs under inference mode."""
+
+    linear, channels, label = True, (1,), "thirds"
+
+    def __init__(self, mask: Tensor, weights: Tensor) -> None:
+        self.box, self.voxels = bounding_box(mask), int(mask.sum())
+        self.mask, self.weights = mask[self.box], (weights * mask)[self.box]
+
+    def value(self, prediction: Tensor) -> Tensor:
+        return (prediction[..., 0, :, :].double() * self.weights).sum((-1, -2))
+
+
+def test_a_linear_score_of_a_users_own():
+    net, image = network(2, 1), noise(1, 20, 18)
+    inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
+    o, _ = objective(net, image, inferer, [MultiClassMask(1)])
+    score = Thirds(noise(20, 18, seed=3) > 0.2, noise(20, 18, seed=4) / 3)
+    o = o.with_scores([score])
+    boxes = boxes_for((20, 18), 4, 0.3)
+    with frozen(net):
+        found = change(o, boxes)
+    assert_equal(found[0], naive_change(net, image, inferer, score, boxes))
+
+
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_where_indices_of_windows_do_not_fit_they_are_made_again(monkeypatch, output):
     """The cache of what windows hold is dropped, the scores stay."""

@@ -97,13 +97,13 @@ def class_canvas(objective: Objective, k: int, extent: Extent) -> Canvas:
     window = None if extent == "image" else window_of(objective, objective.support[k])
     plan, image, place, condition = _cut(objective, window)
     shape = _output_shape(objective.model, objective, plan, image, condition)
-    mask = torch.ones(shape, dtype=torch.bool)
+    mask = torch.ones(shape, dtype=torch.bool, device=image.device)
     if score.voxels == 1 and score.mask.ndim:
         if window is None:
-            mask = torch.zeros(shape, dtype=torch.bool)
+            mask = torch.zeros_like(mask)
             mask[score.box] = score.mask
         else:
-            seen = objective.grid.cut(score.mask.cpu(), score.box, window)
+            seen = objective.grid.cut(score.mask.to(mask.device), score.box, window)
             mask = seen if objective.plan.whole else seen[objective.grid.inside(window)]
     more = {"plan": plan, "image": image, "condition": condition, "out_shape": shape}
     return Canvas(derived(objective, [score.over(mask)], **more), place)
@@ -143,9 +143,9 @@ def layer_objective(
     """`layer_canvas` on any grid: ``plan`` and ``image`` say which."""
     model = layer_model(objective.model, layer, read)
     shape = _output_shape(model, objective, plan, image, condition)
-    mask = torch.ones(shape, dtype=torch.bool)
+    mask = torch.ones(shape, dtype=torch.bool, device=image.device)
     if neuron is not None and shape:
-        mask = torch.zeros(shape, dtype=torch.bool)
+        mask = torch.zeros_like(mask)
         mask[_position(neuron, shape)] = True
     score = WeightedScore(mask, 0, 1, reduction="mean", label=layer)
     more = {"model": model, "plan": plan, "image": image, "condition": condition, "out_shape": shape}

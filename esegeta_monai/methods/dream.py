@@ -325,8 +325,8 @@ def resize(image: Tensor, shape: Sequence[int]) -> Tensor:
 def _mask(objective: Objective, k: int, plan: WindowPlan, shape: Sequence[int]) -> Tensor:
     """Target k's mask on an octave's prediction: the voxels of which it holds more than half, or most."""
     score, grid = objective.scores[k], objective.grid
-    whole = torch.zeros(grid.shape, dtype=torch.bool)
-    whole[score.box] = score.mask.cpu()
+    whole = torch.zeros(grid.shape, dtype=torch.bool, device=objective.image.device)
+    whole[score.box] = score.mask
     if plan is objective.plan or not grid.shape:
         return whole
     if grid.shape != objective.plan.spatial_shape:

@@ -75,18 +75,22 @@ class Score(ABC):
 
     def cotangent(self, prediction: Tensor) -> Tensor:
         """``∂s/∂P`` at P of shape (len(channels), *box), by automatic differentiation."""
-        with torch.enable_grad():
-            p = prediction.detach().requires_grad_(True)
+        with torch.inference_mode(False), torch.enable_grad():
+            p = (prediction.clone() if prediction.is_inference() else prediction.detach()).requires_grad_(True)
             (gradient,) = torch.autograd.grad(self.value(p), p)
         return gradient
 
     def window_cotangent(self, cut: Callable[[Tensor], Tensor]) -> Tensor:
         """``∂s/∂P`` of a linear score in one window: ``cut`` takes a window out of a (…, *box) tensor."""
-        return cut(self.cotangent(torch.zeros((len(self.channels), *(b.stop - b.start for b in self.box)))))
+        return cut(self.cotangent(self._zeros()))
 
     def constant(self) -> float:
         """``s(0)``: what a linear score adds to the sum over windows."""
-        return float(self.value(torch.zeros((len(self.channels), *(b.stop - b.start for b in self.box)))))
+        return float(self.value(self._zeros()))
+
+    def _zeros(self) -> Tensor:
+        shape = (len(self.channels), *(b.stop - b.start for b in self.box))
+        return torch.zeros(shape, dtype=torch.float64, device=self.mask.device)
 
     @property
     def empty(self) -> bool:

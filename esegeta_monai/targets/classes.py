@@ -229,7 +229,7 @@ class PredictedClasses(Target):
             scores += [s for s in mask.bind(prediction, case) if not s.empty]
         if scores:
             return scores
-        none = torch.zeros(prediction.shape[1:], dtype=torch.bool)
+        none = torch.zeros(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
         return [WeightedScore(none, 0, prediction.shape[0], label=self.given_name or "no-class")]
 
     def _background(self, prediction: Tensor, case: Case) -> int | None:

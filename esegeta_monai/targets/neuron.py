@@ -53,7 +53,7 @@ class LayerNeuron(Target):
         if prediction.ndim == 1:
             if self.world is not None or self.index is not None:
                 raise TargetError(f"LayerNeuron: layer {self.layer!r} gives a vector: leave world and index away")
-            score = WeightedScore(torch.tensor(True), self.channel, channels, label=label)
+            score = WeightedScore(torch.tensor(True, device=prediction.device), self.channel, channels, label=label)
         else:
             (at,) = Voxel(self.channel, world=self.world, index=self.index, name=label).bind(prediction, case)
             assert isinstance(at, WeightedScore)

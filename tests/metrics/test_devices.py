@@ -1,0 +1,42 @@
+"""Every metric on a device that is not the CPU, which `tests.elsewhere` pretends: what it says of a map on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from monai.data import MetaTensor
+
+from esegeta_monai import Explainer
+from esegeta_monai.evaluation import Evaluator, Found
+from esegeta_monai.metrics import METRICS, Metric
+from tests.elsewhere import THERE, elsewhere
+from tests.test_devices import CLASS, LABEL, SETTINGS, image
+
+PARAMETERS = {"features": "grid(size=6)", "n_samples": 10, "steps": 3}
+
+
+def metric(name: str) -> Metric:
+    kind = METRICS.get(name)
+    return kind(**{n: v for n, v in PARAMETERS.items() if n in kind.parameter_names()})
+
+
+def judged(name: str, device: Any = "cpu", volumes: Any = None) -> Found:
+    setting = SETTINGS["UNet"]
+    explainer = Explainer(setting.network(device), setting.inferer, device, volume_device=volumes)
+    scan = MetaTensor(image(0, *setting.shape)[0]).to(device if volumes is None else volumes)
+    evaluator = Evaluator(explainer, [metric(name)], with_controls=name == "Deletion")
+    return evaluator(scan, ["InputXGradient"], [CLASS], label=LABEL.to(scan.device))
+
+
+@pytest.mark.parametrize("name", [m.__name__ for m in METRICS])
+def test_figures_are_those_of_the_cpu(name: str) -> None:
+    here = judged(name)
+    assert here.rows
+    assert not here.failed
+    for volumes in (None, "cpu"):
+        with elsewhere():
+            there = judged(name, THERE, volumes)
+        assert not there.failed
+        assert repr([{**row, "seconds": 0} for row in there.rows]) == repr([{**row, "seconds": 0} for row in here.rows])
+        assert repr(there.regions) == repr(here.regions)  # as text, in which NaN is NaN
