@@ -22,11 +22,12 @@ from torch import Tensor
 import esegeta_monai.methods as methods
 from esegeta_monai import Explainer
 from esegeta_monai.baselines import gaussian_blur
-from esegeta_monai.errors import MethodError
+from esegeta_monai.errors import MethodError, RuleError
 from esegeta_monai.features import Supervoxels
 from esegeta_monai.methods import Method
 from esegeta_monai.rules import COMPOSITES, Relevance, excitation, lrp
 from tests.compatibility.graph import modified_gradient
+from tests.compatibility.patterns import Patterned
 from tests.compatibility.sight import Sight, tail
 from tests.methods.test_xrai import naive as naive_ranking
 from tests.methods.whole import explain
@@ -106,6 +107,22 @@ def modified_at_activations(rule: str) -> Check:
         found = ask(sight).map
         cosine = float(torch.cosine_similarity(found.flatten().double(), sight.plain.flatten(), 0))
         return Figure(deviation(found, sight.modified(rule)), EXACT, f"cos ∇ {cosine:.2f}")
+
+    return check
+
+
+def by_patterns(way: str) -> Check:
+    """Equals patterns, fitted and applied on autograd's graph; refused where that holds a product of two tensors."""
+
+    def check(sight: Sight, ask: Ask) -> Figure:
+        window = sight.window_cotangents()[0][:1]
+        if Patterned(sight.network, sight.case_output).call(window).products:
+            try:
+                ask(sight)
+            except RuleError as refusal:
+                raise NotApplicable(str(refusal)) from refusal
+            return Figure(float("inf"), EXACT, "answered on a network with products")
+        return Figure(deviation(ask(sight).map, sight.signal(way)), EXACT)
 
     return check
 
@@ -584,6 +601,7 @@ _PATH = {"baseline": x0, "n_steps": 2, "method": "riemann_middle"}
 _BISECTED = {"n_steps": 16, "tolerance": INTEGRATED}
 _AT = {"layer": lambda s: s.layer}
 _CUT = {"layer": lambda s: s.cut_layer, "baseline": x0}
+_CASES = {"cases": lambda s: s.cases}
 _RELU_OFF = {**_AT, "relu": False}
 
 
@@ -636,6 +654,8 @@ ROWS: list[Row] = [
     Row(GRADIENT, "ContrastiveExcitationBackprop", contrast_of_excitation, "N", {"positive": False}),
     Row(GRADIENT, "LinearApproximation", equals(products), "N", _AT),
     Row(GRADIENT, "FullGrad", conserves(value), "C", {"abs": False}),
+    Row(GRADIENT, "PatternNet", by_patterns("signal"), "J", _CASES),
+    Row(GRADIENT, "PatternAttribution", by_patterns("attribution"), "J", _CASES),
     Row(GRADIENT, "XRAI", equals(ranked_regions), "N", {"n_segments": _SIZES, "n_steps": 2}),
     Row(CAMS, "Cam", class_weights, "C"),
     Row(CAMS, "GradCam", equals(grad_cam), "N", _RELU_OFF),

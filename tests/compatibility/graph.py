@@ -14,9 +14,18 @@ import torch
 from monai.networks.blocks import MemoryEfficientSwish, Swish
 from torch import Tensor, nn
 
-__all__ = ["count_paths", "modified_gradient", "nodes_of"]
+__all__ = ["RECTIFIERS", "count_paths", "kind_of", "modified_gradient", "nodes_of", "written_out"]
 
-_RECTIFIERS = ("Relu", "LeakyRelu", "PreluKernel", "Elu", "Gelu", "Silu", "Mish", "Softplus", "Hardtanh", "Hardswish")
+RECTIFIERS = ("Relu", "LeakyRelu", "PreluKernel", "Elu", "Gelu", "Silu", "Mish", "Softplus", "Hardtanh", "Hardswish")
+
+
+Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
+
+
+def kind_of(node: Any) -> str:
+    """The name of what left the node: ``"Relu"`` for a ReluBackward0."""
+    name: str = node.name()
+    return name.rstrip("0123456789").removesuffix("Backward")
 
 
 def nodes_of(output: Tensor) -> list[Any]:
@@ -57,10 +66,10 @@ def count_paths(output: Tensor, leaf: Tensor) -> dict[Any, tuple[int, int]]:
 def modified_gradient(network: nn.Module, value: Callable[[Tensor], Tensor], x: Tensor, rule: str) -> Tensor:
     """The gradient of ``value`` at x with guided backpropagation's or deconvolution's rule at every rectifier."""
     x = x.detach().clone().requires_grad_(True)
-    with _written_out(network, rule), torch.enable_grad():
+    with written_out(network, _swish(rule)), torch.enable_grad():
         output = value(x)
     for node in nodes_of(output):
-        if node.name().removesuffix("0").removesuffix("1").removesuffix("Backward") in _RECTIFIERS:
+        if kind_of(node) in RECTIFIERS:
             node.register_prehook(lambda grads: tuple(None if g is None else g.clamp(min=0) for g in grads))
             node.register_hook(_guided if rule == "guided" else _deconvolution)
     (gradient,) = torch.autograd.grad(output, x)
@@ -75,12 +84,8 @@ def _deconvolution(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[A
     return (outputs[0].clamp(min=0), *inputs[1:])
 
 
-@contextmanager
-def _written_out(network: nn.Module, rule: str) -> Iterator[None]:
-    """MONAI's Swish is several nodes (a product with a sigmoid): hooks on the tensors before and behind it. In-place
-    activations work out of place: in place on a view, autograd hides their node in another."""
-    handles = []
-    in_place = [m for m in network.modules() if getattr(m, "inplace", False)]
+def _swish(rule: str) -> Hook:
+    """MONAI's Swish is several nodes (a product with a sigmoid): hooks on the tensors before and behind it."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         start = args[0].clone()
@@ -95,12 +100,21 @@ def _written_out(network: nn.Module, rule: str) -> Iterator[None]:
         start.register_hook(lambda g: g.clamp(min=0) if rule == "guided" else arrived[-1])
         return output
 
+    return hook
+
+
+@contextmanager
+def written_out(network: nn.Module, swish: Hook) -> Iterator[None]:
+    """MONAI's Swish under a forward hook; in-place activations out of place: in place on a view, autograd hides their
+    node in another."""
+    handles = []
+    in_place = [m for m in network.modules() if getattr(m, "inplace", False)]
     try:
         for module in in_place:
             module.inplace = False  # type: ignore[assignment]
         for module in network.modules():
             if isinstance(module, (Swish, MemoryEfficientSwish)):
-                handles.append(module.register_forward_hook(hook))
+                handles.append(module.register_forward_hook(swish))
         yield
     finally:
         for module in in_place:

@@ -18,6 +18,7 @@ from esegeta_monai.network import select_output
 from esegeta_monai.targets import ClassScore, LayerNeuron, MultiClassMask, Target
 from esegeta_monai.windows import as_inferer
 from tests.compatibility.graph import count_paths, modified_gradient
+from tests.compatibility.patterns import Patterned
 from tests.methods.whole import DOUBLE, UP, Setting, objective_of, setting
 from tests.networks import CLASSIFICATION, NetworkCase, build
 
@@ -118,6 +119,26 @@ class Sight:
     def modified(self, rule: str) -> Tensor:
         """Guided backpropagation or deconvolution, by hooks on autograd's graph."""
         return self.once(rule, lambda: modified_gradient(self.network, self.F, self.image, rule))
+
+    @property
+    def cases(self) -> list[Tensor]:
+        """What patterns are fitted on."""
+        return [self.image, self.x0]
+
+    @cached_property
+    def patterned(self) -> Patterned:
+        """The network with patterns that were fitted on the windows which MONAI's inferer cuts from the cases."""
+        found = Patterned(self.network, self.case_output)
+        for case in self.cases:
+            self.s.inferer(case[None], found.see)
+        return found.fit()
+
+    def signal(self, way: str) -> Tensor:
+        """What arrives at the image when patterns stand in the place of weights, through the whole inferer."""
+        x = self.image.clone().requires_grad_(True)
+        prediction = self.s.inferer(x[None], lambda window: self.patterned.signal(window, way))[0]
+        (found,) = torch.autograd.grad(self.score(prediction), x)
+        return found
 
     # -- a layer ------------------------------------------------------------------------------------------------
 

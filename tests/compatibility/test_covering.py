@@ -17,7 +17,12 @@ from tests.networks import NAMES
 # What integrates or masks channel by channel takes hundreds of passes: on these it is done in a second.
 SMALL = ["MeshNet", "TwoHeads", "TupleNet", "SoftmaxInside", "ViTAutoEnc", "ViT"]
 LONG = {"IntegratedGradients", "BlurIG", "GuidedIG", "LayerConductance"}
-POOLED = ["ResNet18", "DenseNet121", "SEResNet50", "EfficientNet", "ResNet50", "SENet154"]
+# Rows that have a place on few networks: one for 2D, one for 3D.
+PLACES = {
+    "Cam": ("SEResNet50", "EfficientNet"),
+    "PatternNet": ("SegResNet", "ResNet50"),
+    "PatternAttribution": ("DenseNet121", "UNet_instance"),
+}
 
 
 def covering() -> list[tuple[Row, str, int]]:
@@ -28,8 +33,8 @@ def covering() -> list[tuple[Row, str, int]]:
         for i, row in enumerate(ROWS):
             if row.name in LONG:
                 network = SMALL[(i + dims) % len(SMALL)]
-            elif row.name == "Cam":
-                network = POOLED[dims]
+            elif row.name in PLACES:
+                network = PLACES[row.name][dims - 2]
             else:
                 while (row.name, NAMES[turn % len(NAMES)]) in EXCEPTIONS:
                     turn += 1
@@ -76,8 +81,18 @@ def test_a_check_can_fail() -> None:
 
 
 def test_a_place_that_a_method_does_not_have_is_a_sentence() -> None:
-    with pytest.raises(NotApplicable, match="pooled"):
-        measure(next(r for r in ROWS if r.name == "Cam"), Sight("UNet_batch", 2))
+    for row, network, reason in (
+        ("Cam", "UNet_batch", "pooled"),
+        ("PatternNet", "AttentionUnet", r"'mul' in AttentionBlock \(model.*no linear neuron"),
+    ):
+        with pytest.raises(NotApplicable, match=reason):
+            measure(next(r for r in ROWS if r.name == row), Sight(network, 2))
+
+
+def test_patterns_of_fewer_cases_are_not_the_same() -> None:
+    sight = Sight("TwoHeads", 2)
+    row = next(r for r in ROWS if r.name == "PatternNet")
+    assert not row.check(sight, lambda s, **p: ours(row)(s, **p, cases=s.cases[:1])).green
 
 
 def test_the_known_exceptions_are_still_exceptions() -> None:
