@@ -1,7 +1,7 @@
-"""PatternNet and PatternAttribution (Kindermans et al. 2018) by hooks on autograd's own graph, through MONAI's inferer.
+"""PatternNet and PatternAttribution (Kindermans et al. 2018) by hooks on autograd's graph, through MONAI's inferer.
 
-Nothing of `esegeta_monai.rules` is used: what runs is read off the graph, patterns are estimated tap by tap from centred
-inputs and outputs,
+Nothing of `esegeta_monai.rules` is used: what runs is read off the graph, patterns are estimated tap by tap from
+centred inputs and outputs,
 
     a_r = Σ_r (x − E x)(y − E y) / Σ_r (y − E y)²,   r: the sign of the argument of the rectifier behind y = wᵀx,
 
@@ -79,7 +79,7 @@ class _Call:
         return [n for n in self.nodes if kind_of(n) in _WEIGHTED or (kind_of(n) in _SUMS and len(_inner(n)) == 2)]
 
     def regimes(self) -> dict[Any, Tensor]:
-        """For each neuron that has a rectifier behind it, with norms at most between, where its argument is positive."""
+        """Where the argument of the rectifier is positive that stands behind a neuron, with norms at most between."""
         found: dict[Any, Tensor] = {}
         for node in self.nodes:
             if kind_of(node) not in RECTIFIERS:
