@@ -35,6 +35,8 @@ class PatternSums:
     """Sums of x y, x, y and 1 over one batch, in each regime of the rectifier behind an operation, in float64.
 
     A sum of x y over positions is the derivative of Σ y q with respect to the weights, for convolutions of every kind.
+    y is counted from its mean in the batch: a y whose mean is large beside its spread would lose in float32 what its
+    covariance with x is made of.
 
     Args:
         operation: a convolution or linear layer, or a sum of two tensors.
@@ -45,6 +47,7 @@ class PatternSums:
     def __init__(self, operation: Operation, operands: tuple[Tensor, ...], regime: Tensor | None) -> None:
         self.operation = operation
         self.key = (operation.name, regime is not None)
+        self.eps = torch.finfo(operands[0].dtype).eps
         self.xy: list[Tensor] = []
         self.x: list[Tensor] = []
         self.y: list[Tensor] = []
@@ -55,17 +58,30 @@ class PatternSums:
         (x,) = operands
         weight = operation.argument("weight")
         y = apply_weights(operation, x, weight)
+        everywhere = torch.ones_like(y)
+        self.pivot = _by_neuron(operation, y) / _by_neuron(operation, everywhere).clamp(min=1)
+        y = _less(operation, y, self.pivot)
         inside = None if regime is None else regime.reshape(y.shape)
-        for mask in [torch.ones_like(y)] if inside is None else [inside.to(y), (~inside).to(y)]:
+        for mask in [everywhere] if inside is None else [inside.to(y), (~inside).to(y)]:
             self.xy.append(_weight_gradient(operation, x, weight, mask * y).double())
             self.x.append(_weight_gradient(operation, x, weight, mask).double())
             self.y.append(_by_neuron(operation, mask * y))
             self.count.append(_by_neuron(operation, mask))
 
     def add(self, other: PatternSums) -> None:
-        """Takes in the sums of another batch."""
-        for name in ("xy", "x", "y", "count"):
-            setattr(self, name, [mine + new for mine, new in zip(getattr(self, name), getattr(other, name))])
+        """Takes in the sums of another batch, counted from this one's pivot."""
+        shift = other.pivot - self.pivot
+        for r, (xy, x, y, count) in enumerate(zip(other.xy, other.x, other.y, other.count)):
+            if self.operation.name in _WEIGHTED:
+                xy, y = xy + _spread_phases(self.operation, shift) * x, y + shift * count
+            else:
+                total = shift.sum(0)
+                xy = xy + shift * y + total * x + count * shift * total
+                x, y = x + count * shift, y + count * total
+            self.xy[r] += xy
+            self.x[r] += x
+            self.y[r] += y
+            self.count[r] += count
 
     def pattern(self) -> Pattern:
         """The estimate from what was added."""
@@ -75,11 +91,15 @@ class PatternSums:
         weight, count = self.operation.argument("weight"), torch.stack(self.count).sum(0)
         mean_y = torch.stack(self.y).sum(0) / count.clamp(min=1)
         mean_x = torch.stack(self.x).sum(0) / _spread_phases(self.operation, count).clamp(min=1)
+        taps = _sum_of_neuron(self.operation, torch.ones_like(mean_x))
+        rounding = self.eps * taps.sqrt() * _sum_of_neuron(self.operation, weight.abs() * mean_x.abs())
         found = []
         for xy, x, y, n in zip(self.xy, self.x, self.y, self.count):
             by_x = xy - _spread_phases(self.operation, mean_y) * x
             numerator = by_x - mean_x * _spread_phases(self.operation, y - mean_y * n)
-            found.append(ratio(numerator, _sum_of_neuron(self.operation, weight * numerator)).to(weight.dtype))
+            power = _sum_of_neuron(self.operation, weight * numerator)
+            constant = power <= _spread_phases(self.operation, n) * rounding.square()
+            found.append(torch.where(constant, 0.0, ratio(numerator, power)).to(weight.dtype))
         return Pattern(self.operation.name, found[0], found[-1])
 
     def _take_terms(self, operands: tuple[Tensor, ...]) -> None:
@@ -88,13 +108,18 @@ class PatternSums:
         zero = torch.zeros_like(operands[0])
         terms = [self.operation.function(operands[0], zero), self.operation.function(zero, operands[1])]
         flat = torch.stack([_channels_first(term).double() for term in terms])  # (2, channels, positions)
+        self.pivot = flat.mean(2)
+        flat = flat - self.pivot[..., None]
         total = flat.sum(0)
         self.xy, self.x, self.y = [(flat * total).sum(2)], [flat.sum(2)], [total.sum(1)]
         self.count = [torch.full_like(self.y[0], total.shape[1])]
 
     def _shares(self) -> Tensor:
         covariance = self.xy[0] - self.x[0] * self.y[0] / self.count[0]
-        return ratio(covariance, covariance.sum(0).expand_as(covariance))
+        variance = covariance.sum(0)
+        rounding = self.eps * (self.pivot + self.x[0] / self.count[0]).abs().sum(0)
+        shares = ratio(covariance, variance.expand_as(covariance))
+        return torch.where(variance <= self.count[0] * rounding.square(), 0.0, shares)
 
 
 _WEIGHTED = ("conv", "conv_transpose", "linear")
@@ -115,6 +140,14 @@ def _by_neuron(operation: Operation, y: Tensor) -> Tensor:
     """Sums over the outputs of each neuron, (phases, channels)."""
     axis = -1 if operation.name == "linear" else 1
     return torch.stack([part.movedim(axis, 0).flatten(1).double().sum(1) for part in _phases(operation, y)])
+
+
+def _less(operation: Operation, y: Tensor, pivot: Tensor) -> Tensor:
+    """The outputs of each neuron minus its pivot, (phases, channels)."""
+    y = y.clone()
+    for part, value in zip(_phases(operation, y), pivot):
+        part -= value.to(y).reshape(-1, *(1,) * (0 if operation.name == "linear" else y.ndim - 2))
+    return y
 
 
 def _steps(operation: Operation, name: str) -> tuple[int, ...]:

@@ -96,7 +96,7 @@ class PatternFit:
     def patterns(self) -> list[Pattern | None]:
         """Of all operations in the order in which they run, None for those that do not lead to the output.
 
-        A neuron that never varied has a pattern of zeros.
+        A neuron that never varied by more than rounding has a pattern of zeros.
         """
         return [None if sums is None else sums.pattern() for sums in self._sums]
 
@@ -195,7 +195,8 @@ class _Patterns:
         if name == "batch_norm" or name in ("instance_norm", "group_norm"):
             return _ScaleRule(self.way)
         if kind in (Kind.PRODUCT, Kind.SOFTMAX, Kind.NORM):
-            raise operation.error("it is no linear neuron (each factor scales the other), so it has no pattern")
+            why = "each factor scales the other" if kind is Kind.PRODUCT else "it divides by what it is computed from"
+            raise operation.error(f"it is no linear neuron ({why}), so it has no pattern")
         if kind is Kind.ACTIVATION:
             return _DerivativeRule()
         return PARTS if kind is Kind.COMPOSITE else PLAIN
@@ -222,6 +223,10 @@ def _along(per_channel: Tensor, like: Tensor) -> Tensor:
 
 # -- which rectifier stands behind a neuron --------------------------------------------------------------------------
 
+#: Nodes of autograd's graph that put every element in another place, and those that scale or shift each of them.
+_MOVES = ("View", "UnsafeView", "Squeeze", "Unsqueeze", "Permute", "Transpose", "T")
+_SCALINGS = ("Mul", "Div", "Add", "Sub", "Rsub", "Neg", "Clone", "Alias", "ToCopy")
+
 
 @dataclass(frozen=True)
 class _Neuron:
@@ -236,7 +241,7 @@ def _linked(run: Run, neurons: list[tuple[Operation, _NeuronRule]]) -> Iterator[
 
     None for one that does not lead to the output.
 
-    Norms, scalings and moves may lie between the two, but nothing that has a second operand or another shape.
+    Norms, scalings with constants and moves of all elements may lie between the two, nothing else.
     """
     by_operation: dict[int, Any] = {}
     activations: list[Any] = []
@@ -255,15 +260,23 @@ def _linked(run: Run, neurons: list[tuple[Operation, _NeuronRule]]) -> Iterator[
     behind: dict[int, Tensor] = {}
     for node in activations:
         below: Any = node
+        regime = node.saved_tensors[0] > 0
         while True:
             children = [child for child, _ in below.next_functions if child is not None]
             if len(children) != 1:
                 break
             below = children[0]
             operation = getattr(below, "operation", None)
-            if operation is not None and operation.kind in (Kind.CONVOLUTION, Kind.DENSE):
-                behind[id(operation)] = node.saved_tensors[0] > 0
-            if operation is not None and operation.kind is not Kind.NORM and operation.name != "batch_norm":
+            if operation is None:
+                kind = below.name().rstrip("0123456789").removesuffix("Backward")
+                if kind in _MOVES:
+                    regime = below(regime.to(run.output.dtype)) > 0  # back to where they were
+                elif kind not in _SCALINGS:
+                    break
+                continue
+            if operation.kind in (Kind.CONVOLUTION, Kind.DENSE):
+                behind[id(operation)] = regime
+            if operation.kind is not Kind.NORM and operation.name != "batch_norm":
                 break
     for operation, rule in neurons:
         node = by_operation.get(id(operation))
@@ -272,6 +285,6 @@ def _linked(run: Run, neurons: list[tuple[Operation, _NeuronRule]]) -> Iterator[
             continue
         operands = tuple(operand.detach() for operand in node.saved_tensors)
         regime = behind.get(id(operation))
-        if regime is not None and regime.numel() != operation.function(*operands).numel():
-            regime = None  # a pooling between them
+        if regime is not None and regime.shape != operation.function(*operands).shape:
+            regime = None  # a scaling by a larger tensor
         yield _Neuron(operation, rule, operands, regime)

@@ -199,6 +199,87 @@ def test_products_are_no_linear_neurons(name):
         PatternFit().add(case.logits, case.image)
 
 
+class Between(nn.Module):
+    """Something between a layer and its rectifier, undone behind it."""
+
+    def __init__(self, layer, there, back):
+        super().__init__()
+        self.layer, self.there, self.back = layer, there, back
+
+    def forward(self, x):
+        return self.back(torch.relu(self.there(self.layer(x))))
+
+
+def same(x):
+    return x
+
+
+MOVED = {
+    "permute": (lambda y: y.permute(0, 2, 3, 1), lambda y: y.permute(0, 3, 1, 2)),
+    "transpose and flatten": (lambda y: y.transpose(1, 3).flatten(1), lambda y: y.view(20, 4, 6, 3).transpose(1, 3)),
+    "scale": (lambda y: (2 * y).unsqueeze(1), lambda y: y[:, 0] / 2),
+}
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_the_rectifier_is_found_behind_moves(name):
+    """Channels last: each neuron keeps its own regimes."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 3, 1).double().requires_grad_(False)
+    x, one = torch.randn(20, 2, 6, 4, dtype=DOUBLE), torch.ones(1, 20, 3, 6, 4, dtype=DOUBLE)
+    plain, moved = Between(layer, same, same), Between(layer, *MOVED[name])
+    patterns = fitted(moved, x)
+    assert relative(patterns[0].positive, patterns[0].negative) > 0.01
+    (expected,) = fitted(plain, x)
+    assert relative(patterns[0].positive, expected.positive) < 1e-12
+    assert relative(patterns[0].negative, expected.negative) < 1e-12
+    found = back_project(moved, x, one, patterns, "signal")
+    assert relative(found, back_project(plain, x, one, patterns, "signal")) < 1e-12
+
+
+def test_a_rectifier_behind_a_pooling_is_not_the_neurons_own():
+    torch.manual_seed(0)
+    pool = nn.AvgPool2d(3, stride=1, padding=1)  # of the same shape
+    layer = nn.Conv2d(2, 3, 1).double().requires_grad_(False)
+    (pattern,) = fitted(Between(layer, pool, same), torch.randn(20, 2, 6, 4, dtype=DOUBLE))
+    assert torch.equal(pattern.positive, pattern.negative)
+
+
+@pytest.mark.parametrize("rectified", [True, False])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("empty", [0, 2])
+def test_intensities_far_from_zero(empty, kind, rectified):
+    """Float32 in the units of a scanner (1000 ± 1), empty windows before or not, against the fit in float64."""
+    torch.manual_seed(0)
+    layer = kind(1, 2, 3, stride=2).requires_grad_(False)
+    x = 1000 + torch.randn(4, 1, 32, 32)
+    layer.bias -= layer(x)[..., 2, 2].mean(0)  # what the rectifier sees has both signs
+    network = nn.Sequential(layer, nn.ReLU()) if rectified else layer
+    x[:empty] = 0
+    (found,) = fitted(network, x[:2], x[2:])
+    network.double()
+    (expected,) = fitted(network, x[:2].double(), x[2:].double())
+    for regime in ("positive", "negative"):
+        assert relative(getattr(found, regime), getattr(expected, regime)) < 1e-3  # a float32 is 1000 ± 6e-5
+    (alone,) = fitted(network, x.double())
+    assert relative(alone.positive, expected.positive) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_neurons_that_never_varied_have_no_pattern(dtype):
+    """A channel of 0.1 beside one that varies: rounding is no variance."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(2, 2, 1, groups=2).to(dtype).requires_grad_(False)
+    x = torch.rand(3, 2, 5, 5, dtype=dtype)
+    x[:, 0] = 0.1
+    (pattern,) = fitted(layer, x, x / 2 + torch.tensor([0.05, 0], dtype=dtype)[:, None, None])
+    assert pattern.positive[0] == 0
+    assert relative(pattern.positive[1], 1 / layer.weight[1]) < 1e-5
+    (shares,) = fitted(lambda z: 0.1 * z + 0.7 * z, x)
+    assert (shares.positive[:, 0] == 0).all()
+    assert relative(shares.positive[:, 1], torch.tensor([1 / 8, 7 / 8], dtype=dtype)) < 1e-5
+
+
 def test_patterns_of_another_network_are_refused():
     torch.manual_seed(0)
     one, other = nn.Linear(3, 2).double(), nn.Linear(2, 2).double()
