@@ -140,11 +140,11 @@ NOT_WORTH_IT = "measuring would take as many passes as the map in float32"
 
 
 def _pays(method: Method, objective: Objective) -> bool:
-    """Whether measuring is cheaper than what it may save: not so for a gradient map of a volume of one window, nor for
-    a few perturbations."""
+    """Whether measuring is cheaper than what it may save: not so for few steps on a volume of one window, nor for few
+    perturbations."""
     predictions = method.predictions(objective)
     if predictions is None:
-        return len(objective.plan) > 1 or method.in_brief() is not method
+        return len(objective.plan) > 1 or 2 * method.in_brief().passes(objective) < method.passes(objective)
     first = {windows[0] for windows in objective.support if windows}
     return 2 * len(first) * min(SAMPLED, predictions) < method.passes(objective)
 

@@ -9,10 +9,14 @@ from monai.inferers import SlidingWindowInferer
 from esegeta_monai import Explainer
 from esegeta_monai.methods import (
     LRP,
+    ClassImage,
+    DeepDream,
     DeepLift,
+    FeatureVisualization,
     GradCam,
     GuidedBackprop,
     IntegratedGradients,
+    InvertedRepresentation,
     LayerConductance,
     Method,
     Occlusion,
@@ -41,6 +45,12 @@ METHODS: list[Method] = [
     Occlusion(window=6),
     Rise(n_masks=8, grid=2),
 ]
+SYNTHESIS: list[Method] = [
+    FeatureVisualization(n_iter=12, lr=0.1),
+    ClassImage(n_iter=6),
+    DeepDream(octaves=2, octave_scale=1.2, n_iter=3),
+    InvertedRepresentation(n_iter=6),
+]
 NETWORKS = ["UNet_instance", "UNet_batch", "SegResNet", "SwinUNETR"]
 
 
@@ -65,6 +75,26 @@ def test_maps_are_those_of_the_cpu(name, volumes):
         assert there.map.device.type == volumes
         assert float((here.map - there.map.cpu()).abs().max() / scale) <= 1e-8, here.method.name
         assert there.record["peak_memory_bytes"] > 0
+
+
+@pytest.mark.parametrize("volumes", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_images_are_made_up_as_on_the_cpu(name, volumes):
+    """They begin where the CPU begins and get as far in the same direction; further on, L-BFGS and Adam amplify
+    rounding, so that voxels need not agree."""
+    case, network, image, inferer = study(name)
+    on_cpu = list(Explainer(network, inferer, "cpu", output=case.output)(image, SYNTHESIS, [MultiClassMask(1)]))
+    network.cuda()
+    explainer = Explainer(network, inferer, "cuda", volume_device=volumes, output=case.output)
+    for here, there in zip(on_cpu, explainer(image, SYNTHESIS, [MultiClassMask(1)])):
+        assert there.map.device.type == volumes
+        assert bool(torch.isfinite(there.map).all())
+        assert there.record["curve"][0] == pytest.approx(here.record["curve"][0], rel=1e-6)
+        for found in (here.record, there.record):
+            start, end, sign = found.get("objective_start"), found.get("objective_end"), 1
+            if start is None:  # an inversion comes nearer
+                start, end, sign = found["distance_start"], found["distance_end"], -1
+            assert sign * (end - start) > 0, here.method.name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

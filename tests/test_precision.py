@@ -26,6 +26,7 @@ from esegeta_monai.methods import (
     SmoothGrad,
     run,
 )
+from esegeta_monai.network import frozen, own_modes
 from esegeta_monai.partial import ScoreTable
 from esegeta_monai.precision import AGREES, SURE, Agreement, agreement, full_precision
 from esegeta_monai.ranks import Ranks
@@ -163,13 +164,14 @@ def test_small_differences_fall_back_where_gradients_need_not() -> None:
 
 
 def test_nothing_is_measured_where_that_costs_the_map_in_float32() -> None:
-    """One window is seen whole, and there are fewer perturbations of it than would be scored twice."""
+    """One window is seen whole, and there are fewer steps or perturbations of it than would be computed twice."""
     network = tame()
     few, many = Occlusion(window=6), Occlusion(window=1)
-    steps = IntegratedGradients(n_steps=32, baseline="zero")
-    for inferer, spared in ((None, [True, True, False, False]), (WINDOWS, [False] * 4)):
+    nine, ten, eleven = (IntegratedGradients(n_steps=n, baseline="zero") for n in (8, 9, 10))  # in brief it takes five
+    methods = [GRADIENT, few, nine, ten, many, eleven]
+    for inferer, spared in ((None, [True] * 4 + [False] * 2), (WINDOWS, [False] * 6)):
         explainer = Explainer(network, inferer, "cpu", True)
-        found = list(explainer(image(), [GRADIENT, few, many, steps], [TARGET]))
+        found = list(explainer(image(), methods, [TARGET]))
         assert [a.record["amp_fallback"] == precision.NOT_WORTH_IT for a in found] == spared
         for a in (a for a, alone in zip(found, spared) if alone):
             (full,) = Explainer(network, inferer, "cpu")(image(), [a.method], [TARGET])
@@ -241,6 +243,37 @@ def test_a_zero_map_is_said_after_float32_has_found_it_too() -> None:
     (found,) = explained(network, [GRADIENT])
     assert found.record["status"] == "zero"
     assert "is zero in float32, so there is nothing to compare" in found.record["amp_fallback"]
+
+
+class Watched(nn.Module):
+    """Notes whether it runs under autocast."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.seen = network, set[bool]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add(torch.is_autocast_enabled("cpu"))
+        return self.network(x)
+
+
+@pytest.mark.parametrize("name", [m.__name__ for m in METHODS if m.full_precision])
+def test_no_pass_of_a_method_in_full_precision_is_under_autocast(name: str) -> None:
+    """Not inside another method either, nor inside an autocast of the user's own."""
+    kind, cases = METHODS.get(name), [image().flip(2), image().flip(3)]
+    offered = {"n_iter": 2, "n_samples": 2, "cases": cases, "layer": "network.0", "areas": 0.1}
+    method = kind(**{n: v for n, v in offered.items() if n in kind.parameter_names()})
+    network = draw(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 1, 3, padding=1)))
+    explainer = Explainer(Watched(network), WINDOWS, "cpu", True)
+    (objective,) = [j.objective for j in explainer.judge(image(), [TARGET])]
+    assert objective is not None
+    for one in [method] if method.produces != "input map" else [method, SmoothGrad(method, n_samples=2)]:
+        objective.model.network.seen.clear()
+        with torch.autocast("cpu", torch.bfloat16), own_modes("cpu"), frozen(explainer.network):
+            run(one, objective)
+        assert objective.model.network.seen == {False}
+        run(GRADIENT, objective)
+        assert objective.model.network.seen == {False, True}
 
 
 def test_rules_run_in_float32_unasked() -> None:
