@@ -109,9 +109,10 @@ class PatternAttribution(Method):
 
     a is the pattern of each linear neuron, ``cov(x, y) / var(y)`` in the regime of the rectifier behind it, fitted on
     cases (Kindermans et al. 2018). It points where the data vary with the neuron; the filter w also has to cancel what
-    distracts. Norms (σ constant) hand relevance on; the terms of a sum get their shares of its variance; rectifiers,
-    pooling and interpolation keep their derivative. Linear scores only. A network with products of two tensors
-    (attention, gates) has operations that are no linear neurons, and is refused.
+    distracts. Batch, instance and group norms (σ constant) hand relevance on; the terms of a sum get their shares of
+    its variance; rectifiers, pooling and interpolation keep their derivative. Linear scores only. A network with
+    products of two tensors (attention, gates), softmax or layer norm has operations that are no linear neurons, and is
+    refused.
 
     Args:
         patterns: a file of patterns beside the weights (``esegeta-monai patterns`` writes one). Where it does not
