@@ -21,9 +21,9 @@ from torch import Tensor
 
 from esegeta_monai.errors import MethodTimeout
 from esegeta_monai.objective import Batch, Objective, out_of_memory
-from esegeta_monai.perturbation import UNCHANGED, Perturbations, _rows
+from esegeta_monai.perturbation import UNCHANGED, Perturbations
 from esegeta_monai.support import Held, Support
-from esegeta_monai.windows import Slices
+from esegeta_monai.windows import Slices, last_axes
 
 __all__ = ["Sampled", "change", "known_change", "known_passes", "passes_needed"]
 
@@ -90,7 +90,7 @@ def _sample(objective: Objective, perturbations: Perturbations, n: int) -> list[
     generator = objective.generator()
     for w in objective.windows:
         place = objective.plan.place(w)
-        crop = objective.image[_rows(slice(None), place)].to(objective.model.device)
+        crop = objective.image[last_axes(place)].to(objective.model.device)
         near = perturbations.reaching(place)
         order = torch.randperm(len(near), generator=generator).tolist()[: LOOKED_AT * n]
         changing = (near[j] for j in order if perturbations.changes(near[j], crop, place))
@@ -158,7 +158,7 @@ def _pairs(objective: Objective, block: Block) -> Iterator[tuple[_Pair, Tensor, 
     """All pairs of a block, each with the window (C, *place) and its place; a window is cut once."""
     for w, groups in block:
         place = objective.plan.place(w)
-        crop = objective.image[_rows(slice(None), place)].to(objective.model.device)
+        crop = objective.image[last_axes(place)].to(objective.model.device)
         for group in groups:
             yield _Pair(group, w), crop, place
 

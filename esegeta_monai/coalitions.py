@@ -22,8 +22,8 @@ from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError
 from esegeta_monai.features import Features, features_for
 from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import UNCHANGED, Perturbations, _rows, digest
-from esegeta_monai.windows import Slices
+from esegeta_monai.perturbation import UNCHANGED, Perturbations, digest
+from esegeta_monai.windows import Slices, last_axes
 
 __all__ = ["Game", "Segments", "SmoothMasks", "reference_image", "split_half"]
 
@@ -55,7 +55,7 @@ class Segments(Perturbations):
 
     def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
         if self._here is None or self._here[0] != place or self._here[1].device != crop.device:
-            inside = _rows(slice(None), place)
+            inside = last_axes(place)
             self._here = (place, self.labels[inside].to(crop.device), self.baseline[inside].to(crop))
         _, labels, baseline = self._here
         # a voxel of no feature has the label −1: the last entry, always kept
@@ -78,7 +78,7 @@ class Segments(Perturbations):
         """The features that have a voxel at ``place`` which differs from the baseline."""
         where = tuple((p.start, p.stop) for p in place)
         if where not in self._present:
-            inside = _rows(slice(None), place)
+            inside = last_axes(place)
             labels, differs = self.labels[inside], self.image[inside] != self.baseline[inside].to(self.image)
             if len(labels) == 1:
                 differs = differs.any(0, keepdim=True)
@@ -141,7 +141,7 @@ class SmoothMasks(Perturbations):
 
     def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
         mask = self.mask(index, place).to(crop)
-        baseline = self.baseline[_rows(slice(None), place)].to(crop)
+        baseline = self.baseline[last_axes(place)].to(crop)
         return baseline + mask * (crop - baseline)
 
     def key(self, index: int, window: int, place: Slices) -> Hashable:

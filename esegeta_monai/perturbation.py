@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esegeta_monai.windows import Slices
+from esegeta_monai.windows import Slices, last_axes
 
 __all__ = ["UNCHANGED", "Added", "Boxes", "Perturbations", "digest"]
 
@@ -170,8 +170,8 @@ class Boxes(Perturbations):
         rows = slice(None) if self.channels is None else list(self.channels[index])
         value = self.baseline
         if isinstance(value, Tensor):
-            value = value[_rows(rows, common)].to(crop.device, crop.dtype)
-        return _rows(rows, inside), value
+            value = value[(rows, *common)].to(crop.device, crop.dtype)
+        return (rows, *inside), value
 
 
 class Added(Perturbations):
@@ -189,7 +189,7 @@ class Added(Perturbations):
         return len(self.deltas)
 
     def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
-        return crop + self.deltas[index][_rows(slice(None), place)].to(crop)
+        return crop + self.deltas[index][last_axes(place)].to(crop)
 
     def identity(self, index: int) -> Hashable:
         if index not in self._digests:
@@ -204,7 +204,3 @@ def digest(*tensors: Tensor) -> bytes:
         found.update(str(tuple(t.shape)).encode())
         found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.digest()
-
-
-def _rows(channels: Any, place: Sequence[slice]) -> tuple[Any, ...]:
-    return (channels, *place)

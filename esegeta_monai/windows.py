@@ -38,7 +38,7 @@ from torch import Tensor
 
 from esegeta_monai.errors import NetworkError
 
-__all__ = ["OutputGrid", "WindowPlan", "as_inferer", "plan_windows"]
+__all__ = ["OutputGrid", "WindowPlan", "as_inferer", "last_axes", "plan_windows"]
 
 Slices = tuple[slice, ...]
 
@@ -104,7 +104,7 @@ class WindowPlan:
 
     def cut(self, volume: Tensor, window: int) -> Tensor:
         """The window of a volume (…, *spatial), padded: (…, *roi)."""
-        return self.pad(volume[_last(self.place(window))])
+        return self.pad(volume[last_axes(self.place(window))])
 
     def add(self, volume: Tensor, window: int, values: Tensor) -> Tensor:
         """The adjoint of `cut`: adds (…, *roi) into a volume in place; returns what fell on constant padding (…)."""
@@ -113,15 +113,15 @@ class WindowPlan:
             before = values.flatten(-len(self.roi)).sum(-1)
             values = self._unpad(values)
             lost = before - values.flatten(-len(self.roi)).sum(-1)
-        volume[_last(self.place(window))] += values.to(volume.device, volume.dtype)
+        volume[last_axes(self.place(window))] += values.to(volume.device, volume.dtype)
         return lost
 
     def _unpad(self, values: Tensor) -> Tensor:
         inner = tuple(slice(lo, v - hi) for v, (lo, hi) in zip(self.roi, self.pads))
         if self.padding_mode == "constant":
-            return values[_last(inner)]
+            return values[last_axes(inner)]
         with torch.enable_grad():
-            probe = torch.zeros_like(values[_last(inner)]).requires_grad_(True)
+            probe = torch.zeros_like(values[last_axes(inner)]).requires_grad_(True)
             (folded,) = torch.autograd.grad(self.pad(probe), probe, values)
         return folded
 
@@ -268,13 +268,13 @@ class OutputGrid:
         """Values (…, *box) on the prediction's grid cut to the window's output (…, *out_roi), zero elsewhere."""
         cut = values.new_zeros((*values.shape[: values.ndim - len(box)], *self.out_roi))
         target, source = self.meet(box, window)
-        cut[_last(target)] = values[_last(source)]
+        cut[last_axes(target)] = values[last_axes(source)]
         return cut
 
     def add(self, values: Tensor, box: Slices, window: int, output: Tensor) -> None:
         """The adjoint of `cut`: adds the window's (…, *out_roi) into values (…, *box) in place."""
         source, target = self.meet(box, window)
-        values[_last(target)] += output[_last(source)].to(values.device, values.dtype)
+        values[last_axes(target)] += output[last_axes(source)].to(values.device, values.dtype)
 
     def meet(self, box: Slices, window: int) -> tuple[Slices, Slices]:
         """The part that a box and the window's output have in common: in the window, and in the box."""
@@ -286,7 +286,7 @@ class OutputGrid:
         return in_window, tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box))
 
 
-def _last(slices: Slices) -> tuple[Any, ...]:
+def last_axes(slices: Slices) -> tuple[Any, ...]:
     """An index of the last axes."""
     return (..., *slices)
 

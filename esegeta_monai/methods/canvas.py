@@ -21,7 +21,7 @@ from esegeta_monai.layers import LayerOutput
 from esegeta_monai.network import Model
 from esegeta_monai.objective import Objective
 from esegeta_monai.targets.base import Score, WeightedScore
-from esegeta_monai.windows import OutputGrid, Slices, WindowPlan
+from esegeta_monai.windows import OutputGrid, Slices, WindowPlan, last_axes
 
 __all__ = ["Canvas", "Extent", "Neuron", "class_canvas", "derived", "intensity_range", "layer_canvas"]
 __all__ += ["layer_model", "layer_objective", "read_channel", "read_energy", "weighted", "window_of"]
@@ -59,7 +59,7 @@ class Canvas:
     def on_image(self, image: Tensor, outside: Tensor, shape: Sequence[int]) -> Tensor:
         """The made-up image where it lies in the case's, ``outside`` (C,) round it: (C, *shape)."""
         whole = outside.reshape(-1, *(1,) * len(shape)).expand(-1, *shape).clone()
-        whole[_all_channels(self.place)] = image
+        whole[last_axes(self.place)] = image
         return whole
 
 
@@ -240,12 +240,8 @@ def _cut(objective: Objective, window: int | None) -> tuple[WindowPlan, Tensor, 
     if plan.with_coord and len(plan) > 1:
         raise MethodError("the network is told where its window lies (with_coord=True): use extent='image'")
     place = plan.place(window)
-    condition = None if objective.condition is None else objective.condition[_all_channels(place)]
-    return plan.single(), objective.image[_all_channels(place)], place, condition
-
-
-def _all_channels(place: Slices) -> tuple[slice, ...]:
-    return (slice(None), *place)
+    condition = None if objective.condition is None else objective.condition[last_axes(place)]
+    return plan.single(), objective.image[last_axes(place)], place, condition
 
 
 def _output_shape(

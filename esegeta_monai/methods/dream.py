@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.extremes import all_finite
 from esegeta_monai.layers import check_layer
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.canvas import (
@@ -244,7 +245,7 @@ class InvertedRepresentation(_Synthesis):
 
         numbers, curve = descend(start, loss, self.n_iter)
         image = middle + half * numbers
-        if not bool(torch.isfinite(image).all()):
+        if not all_finite(image):
             raise MethodError("the image has values that are not finite: switch amp off, or choose another layer")
         begin, end = canvas.value(middle + half * start), canvas.value(image)
         if end > self.max_share * begin:

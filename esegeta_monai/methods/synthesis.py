@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esegeta_monai.baselines import baseline_for, choice_passes
 from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.extremes import all_finite
 from esegeta_monai.layers import check_layer
 from esegeta_monai.methods.backends import lucent_visualization
 from esegeta_monai.methods.base import Explained, Method
@@ -319,7 +320,7 @@ def described(
     Raises:
         MethodError: the image, or F there, is not finite.
     """
-    if not bool(torch.isfinite(end).all()):
+    if not all_finite(end):
         raise MethodError("the image has values that are not finite: take a smaller lr or step, or switch amp off")
     begin, reached, at_case = (canvas.value(image) for image in (start, end, canvas.image))
     rise = (reached - begin) / abs(begin) if begin else None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from esegeta_monai.configurable import Configurable, Registry, json_ready
 from esegeta_monai.errors import MetricError, UsageError
+from esegeta_monai.extremes import all_finite
 from esegeta_monai.methods.base import Method
 from esegeta_monai.network import frozen, own_modes
 from esegeta_monai.objective import Objective
@@ -70,7 +71,7 @@ class Subject:
         shape = tuple(self.map.shape[1:])
         if len(shape) not in (2, 3):
             raise MetricError(f"a map is (C, *spatial) in 2D or 3D, got shape {tuple(self.map.shape)}")
-        if not bool(torch.isfinite(self.map).all()):
+        if not all_finite(self.map):
             bad = int((~torch.isfinite(self.map)).sum())
             raise MetricError(f"the map has {bad} of {self.map.numel()} values that are not finite: explain again")
         for what in ("label", "body"):

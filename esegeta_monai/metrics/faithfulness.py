@@ -19,7 +19,8 @@ from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
 from esegeta_monai.metrics.base import Measured, Metric, Need, Subject, bootstrap, mean_interval
 from esegeta_monai.metrics.features import Removal, at_least, removal_of
-from esegeta_monai.perturbation import Added, Boxes, Perturbations, _rows
+from esegeta_monai.perturbation import Added, Boxes, Perturbations
+from esegeta_monai.windows import last_axes
 
 __all__ = ["IROF", "Deletion", "FaithfulnessCorrelation", "Infidelity", "Insertion", "RegionPerturbation"]
 __all__ += ["SensitivityN"]
@@ -395,7 +396,7 @@ class Infidelity(Metric):
         values = subject.per_channel
         if not self.multiplied:
             values = values * (objective.image - reference).to(values)
-        said = [float(values[_rows(slice(None), box)].sum()) for box in boxes.boxes]
+        said = [float(values[last_axes(box)].sum()) for box in boxes.boxes]
         return np.array(said), _lost(subject, boxes)
 
     def _noise(self, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
