@@ -27,4 +27,4 @@ def all_finite(values: Tensor) -> bool:
     >>> all_finite(torch.tensor([1.0, float("nan")]))
     False
     """
-    return all(math.isfinite(float(v)) for v in values.aminmax())
+    return all(math.isfinite(float(v)) for v in values.detach().aminmax())

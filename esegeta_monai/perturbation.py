@@ -170,7 +170,8 @@ class Boxes(Perturbations):
         rows = slice(None) if self.channels is None else list(self.channels[index])
         value = self.baseline
         if isinstance(value, Tensor):
-            value = value[(rows, *common)].to(crop.device, crop.dtype)
+            there: tuple[Any, ...] = (rows, *common)
+            value = value[there].to(crop.device, crop.dtype)
         return (rows, *inside), value
 
 
