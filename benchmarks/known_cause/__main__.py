@@ -21,14 +21,22 @@ import torch
 from causes import CAUSES, ROOT, Cause
 from interventions import Experiment, experiments
 from maps import compute_maps, read_map
-from measure import FAITHFULNESS, LOCALISATION, Row, measure
+from measure import Row, measure
 from methods import chosen_methods, is_dear
+from metrics import FAITHFULNESS, LOCALISATION, OTHER
 from picture import draw
-from table import by_cell, experiment_table, extremal_table, method_table, write_block, write_csv
+from table import (
+    ORDER,
+    agreement_table,
+    by_cell,
+    experiment_table,
+    extremal_table,
+    method_table,
+    write_block,
+    write_csv,
+)
 
-FIRST_SEED = 5_000_000
-"""Of the examples; training and validation used seeds below 2,000,000."""
-EXPERIMENT_SEEDS, OTHER_SEEDS, N_OTHERS = 7_000_000, 6_000_000, 4
+EXPERIMENT_SEEDS = 7_000_000
 
 
 def main() -> None:
@@ -61,16 +69,15 @@ def main() -> None:
     write_csv(cells, args.table)
     write_block(args.page, "experiments", experiment_table(tried))
     write_block(args.page, "extremal", extremal_table(extremal))
+    write_block(args.page, "agreement", agreement_table(cells, [cause.name for cause in causes]))
     for cause in causes:
-        judged = list(LOCALISATION)
-        other = ["other: relevance mass"] if cause.other else []
-        table = method_table(cells, cause.name, [*judged, *other], "relevance mass", judged)
+        other = [OTHER + ORDER] if cause.other else []
+        table = method_table(cells, cause.name, [*LOCALISATION, *other], list(LOCALISATION))
         write_block(args.page, f"localisation {cause.name}", table)
         if args.faithful_cases:
-            faithful = list(FAITHFULNESS)
-            table = method_table(cells, cause.name, [*faithful, "seconds"], "deletion", faithful)
+            table = method_table(cells, cause.name, [*FAITHFULNESS, "seconds"], list(FAITHFULNESS), intervals=False)
             write_block(args.page, f"faithfulness {cause.name}", table)
-    draw([(cause, next(cause.examples(1, FIRST_SEED))) for cause in causes], args.picture)
+    draw([(cause, next(cause.examples(1))) for cause in causes], args.picture)
     print(f"written: {args.page}, {args.table}, {args.picture}")
 
 
@@ -87,10 +94,10 @@ def _experiments(cause: Cause, n: int) -> tuple[list[bool], list[Experiment]]:
 
 def _measured(cause: Cause, n: int, n_dear: int, n_faithful: int) -> tuple[list[Row], list[dict[str, Any]]]:
     """Rows of all examples, and the records of `ExtremalPerturbation`."""
-    methods = chosen_methods(*(cause.others(label, N_OTHERS, OTHER_SEEDS) for label in (0, 1)))
+    methods = chosen_methods(cause)
     rows: list[Row] = []
     records: list[dict[str, Any]] = []
-    for i, example in enumerate(cause.examples(n, FIRST_SEED)):
+    for i, example in enumerate(cause.examples(n)):
         start = time.perf_counter()
         now = [method for method in methods if i < n_dear or not is_dear(method)]
         files = dict(compute_maps(cause, example, now))

@@ -24,6 +24,10 @@ from scripts.lesions import LesionCases  # noqa: E402
 
 __all__ = ["BUNDLE", "CAUSES", "Cause", "Example"]
 
+FIRST_SEED, OTHER_SEEDS = 5_000_000, 6_000_000
+"""Of the examples, and of the cases that methods look at beside them; training and validation used seeds below
+2,000,000."""
+
 
 @dataclass
 class Example:
@@ -78,7 +82,7 @@ class Cause:
             none, lesion = self.network(image[None].as_subclass(torch.Tensor))[0].tolist()
         return lesion - none
 
-    def examples(self, n: int, first_seed: int) -> Iterator[Example]:
+    def examples(self, n: int, first_seed: int = FIRST_SEED) -> Iterator[Example]:
         """The first ``n`` cases from ``first_seed`` on that have all objects and that the network calls a lesion."""
         cases = self.cases(range(first_seed, first_seed + 20 * n))
         found = 0
@@ -98,9 +102,9 @@ class Cause:
                 return
         raise RuntimeError(f"{self.name}: {found} of {n} cases found in {len(cases)} seeds from {first_seed}")
 
-    def others(self, label: int, n: int, first_seed: int) -> list[Tensor]:
+    def others(self, label: int, n: int = 4) -> list[Tensor]:
         """The first ``n`` images of a label, for methods that look at other cases too."""
-        cases = self.cases(range(first_seed, first_seed + 20 * n))
+        cases = self.cases(range(OTHER_SEEDS, OTHER_SEEDS + 20 * n))
         found = (
             case["image"].as_tensor() for case in map(cases.__getitem__, range(len(cases))) if case["label"] == label
         )

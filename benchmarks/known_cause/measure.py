@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from causes import Cause, Example
 from maps import TARGET, read_map
+from metrics import FAITHFULNESS, LOCALISATION, OTHER, metric_of
 from torch import Tensor
 
-from esegeta_monai.metrics import METRICS, Subject, controls
+from esegeta_monai.metrics import Subject, controls
 from esegeta_monai.network import Model, frozen
 from esegeta_monai.objective import Objective
 from esegeta_monai.targets import Case
 from esegeta_monai.windows import as_inferer, plan_windows
 
-__all__ = ["FAITHFULNESS", "LOCALISATION", "Row", "measure"]
+__all__ = ["Row", "measure"]
 
-#: Of the positive part of a map: what speaks for a lesion. Maps without a sign are positive everywhere.
-LOCALISATION = {
-    "pointing game": "PointingGame(sign='positive')",
-    "pointing game, 8 mm": "PointingGame(sign='positive', tolerance_mm=8)",
-    "relevance mass": "RelevanceMass(sign='positive')",
-    "relevance rank": "RelevanceRank(sign='positive')",
-    "AUC": "LocalisationAUC(sign='positive')",
-}
-FAITHFULNESS = {
-    "deletion": "Deletion",
-    "insertion": "Insertion",
-    "infidelity": "Infidelity",
-}
 SPACING_MM = (4.0, 4.0, 4.0)
 Row = dict[str, Any]
 
@@ -50,8 +39,9 @@ def measure(cause: Cause, example: Example, files: Mapping[str, Path], faithful:
             maps.append((name, found["map"], found["record"]))
         maps += [(control.name, control.map(example.image, example.seed), {}) for control in controls()]
         new: list[Row] = []
+        shared: dict[Hashable, Any] = {}
         for name, values, record in maps:
-            new += _about(name, values, record, example, objective, faithful, seen)
+            new += _about(name, values, record, example, objective, faithful, seen, shared)
     if new:
         table.parent.mkdir(parents=True, exist_ok=True)
         part = table.with_suffix(".part")
@@ -71,24 +61,20 @@ def _about(
     objective: Objective,
     faithful: bool,
     seen: set[tuple[str, str]],
+    shared: dict[Hashable, Any],
 ) -> list[Row]:
-    labels = {"": example.truth, **({"other: ": example.other} if example.other.any() else {})}
-    asked: list[tuple[str, str, Tensor]] = []
-    for prefix, label in labels.items():
-        asked += [(prefix + metric, text, label) for metric, text in LOCALISATION.items()]
-    if faithful:
-        asked += [(metric, text, example.truth) for metric, text in FAITHFULNESS.items()]
+    # a method that gave no map gave nothing: a zero map
+    found = torch.zeros_like(example.image) if values is None else values
+    here = Subject(found, objective, label=example.truth[0], spacing=SPACING_MM, shared=shared)
+    asked = [(metric, here) for metric in (*LOCALISATION, *(FAITHFULNESS if faithful else ()))]
+    if example.other.any():
+        there = replace(here, label=example.other[0])
+        asked += [(OTHER + metric, there) for metric in LOCALISATION]
     rows: list[Row] = []
-    for metric, text, label in asked:
-        if (name, metric) in seen:
-            continue
-        value: float | None = None
-        if values is not None:
-            subject = Subject(values, objective, label=label[0], spacing=SPACING_MM)
-            value = METRICS.create(text).update(subject).value
-        elif metric.removeprefix("other: ") in LOCALISATION:
-            value = 0.0  # no map points nowhere
-        rows.append({"method": name, "metric": metric, "value": "" if value is None else value})
+    for metric, subject in asked:
+        if (name, metric) not in seen:
+            value = metric_of(metric).update(subject).value
+            rows.append({"method": name, "metric": metric, "value": "" if value is None else value})
     if ("seconds" in record) and (name, "seconds") not in seen:
         rows.append({"method": name, "metric": "seconds", "value": record["seconds"]})
     return rows

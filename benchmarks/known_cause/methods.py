@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
+from causes import Cause
 
 from esegeta_monai.methods import METHODS, Method
 
@@ -33,16 +31,12 @@ def is_dear(method: Method) -> bool:
     return type(method).__name__ in DEAR
 
 
-def chosen_methods(healthy: Sequence[Tensor], ill: Sequence[Tensor]) -> list[Method]:
-    """All methods.
-
-    Args:
-        healthy: other images (1, *spatial) without what the network answers to; `FeaturePermutation` exchanges features
-            with them.
-        ill: others with it. Patterns are fitted on both: a neuron's pattern is how the data vary with it.
-    """
+def chosen_methods(cause: Cause) -> list[Method]:
+    """All methods. `FeaturePermutation` exchanges features with cases without what the network answers to; patterns are
+    fitted on cases with and without it: a neuron's pattern is how the data vary with it."""
+    healthy, ill = (cause.others(label) for label in (0, 1))
     cases = {
-        "FeaturePermutation": list(healthy),
+        "FeaturePermutation": healthy,
         "PatternAttribution": [*healthy, *ill],
         "PatternNet": [*healthy, *ill],
     }

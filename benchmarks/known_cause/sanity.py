@@ -29,8 +29,6 @@ from esegeta_monai.methods import Method
 from esegeta_monai.metrics.randomisation import randomised, similarity
 
 FAILS = 0.5
-FIRST_SEED = 5_000_000
-OTHER_SEEDS, N_OTHERS = 6_000_000, 4
 Likeness = dict[tuple[str, str], list[tuple[float, float]]]
 
 
@@ -48,10 +46,10 @@ def redrawn(cause: Cause, example: Example, methods: list[Method], layers: list[
 
 def likeness(cause: Cause, cases: int, draws: int) -> Likeness:
     """(Spearman, SSIM) of each method after the last layer and after all, a pair a case and draw."""
-    methods = chosen_methods(*(cause.others(label, N_OTHERS, OTHER_SEEDS) for label in (0, 1)))
+    methods = chosen_methods(cause)
     own = [n for n, m in cause.network.named_modules() if any(True for _ in m.parameters(recurse=False))]
     result: Likeness = defaultdict(list)
-    for example in cause.examples(cases, FIRST_SEED):
+    for example in cause.examples(cases):
         trained = {name: read_map(path)["map"] for name, path in compute_maps(cause, example, methods)}
         for draw in range(draws):
             now = [method for method in methods if not (draw and is_dear(method))]

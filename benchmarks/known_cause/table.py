@@ -1,4 +1,4 @@
-"""Rows to means with bootstrap intervals, and those to the tables of `docs/known_cause.md`."""
+"""Rows to means with intervals, and those to the tables of `docs/known_cause.md`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from metrics import FAITHFULNESS, LOCALISATION, metric_of
+from scipy.stats import spearmanr
 
 from esegeta_monai.metrics.base import bootstrap, wilson
 
-__all__ = ["CONTROLS", "Cell", "Summary", "by_cell", "experiment_table", "extremal_table", "method_table"]
-__all__ += ["write_block", "write_csv"]
+__all__ = ["CONTROLS", "ORDER", "Cell", "Summary", "agreement_table", "by_cell", "experiment_table", "extremal_table"]
+__all__ += ["method_table", "write_block", "write_csv"]
 
 CONTROLS = ("control:random", "control:sobel", "control:constant")
-LOWER_IS_BETTER = ("deletion", "infidelity", "seconds")
+ORDER = "relevance mass"
+"""The metric by which tables rank methods, and with which others are compared."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Summary:
-    """Mean over cases with its 95 % bootstrap interval (None below three cases); ``values`` by seed."""
+    """Mean over cases with its 95 % interval (None below three cases); ``values`` by seed."""
 
     mean: float
     low: float | None
@@ -44,68 +47,127 @@ class Summary:
 
 
 def by_cell(rows: Sequence[Mapping[str, Any]]) -> dict[Cell, Summary]:
-    """The mean of each cell over its cases."""
+    """The mean of each cell over its cases; there is no cell where the metric was undefined in any of them."""
     values: dict[Cell, dict[int, float]] = defaultdict(dict)
+    undefined = set()
     for row in rows:
-        if row["value"] != "":
-            values[Cell(row["network"], row["method"], row["metric"])][int(row["seed"])] = float(row["value"])
-    return {cell: summary(found) for cell, found in values.items()}
+        cell = Cell(row["network"], row["method"], row["metric"])
+        if row["value"] == "":
+            undefined.add(cell)
+        else:
+            values[cell][int(row["seed"])] = float(row["value"])
+    return {cell: summary(found, cell.metric) for cell, found in values.items() if cell not in undefined}
 
 
-def summary(values: Mapping[int, float]) -> Summary:
-    """Of one cell."""
+def summary(values: Mapping[int, float], metric: str) -> Summary:
+    """Of one cell: Wilson's interval of a yes or no a case, of all else the bootstrap over cases."""
     numbers = np.array(list(values.values()))
-    low, high = bootstrap(lambda drawn: drawn.mean(1), numbers)
+    low: float | None
+    high: float | None
+    if metric != "seconds" and metric_of(metric).proportion:
+        low, high = wilson(numbers.tolist()) if len(numbers) > 2 else (None, None)
+    else:
+        low, high = bootstrap(lambda drawn: drawn.mean(1), numbers)
     return Summary(float(numbers.mean()), low, high, dict(values))
+
+
+def direction(metric: str) -> int:
+    """1 where higher is better, -1 where lower is, 0 where neither: the number only describes the map."""
+    higher = metric_of(metric).higher_is_better
+    return 0 if higher is None else 1 if higher else -1
+
+
+def gains(cells: Mapping[Cell, Summary], network: str, method: str, metric: str) -> list[np.ndarray]:
+    """How much better a method is than each control on the cases that both have, one value a case.
+
+    Empty where nothing can be said: an undefined value, or a metric that has no better and worse. Controls for which
+    the metric is undefined are left out.
+    """
+    mine = cells.get(Cell(network, method, metric))
+    if mine is None or not direction(metric):
+        return []
+    found = []
+    for control in CONTROLS:
+        theirs = cells.get(Cell(network, control, metric))
+        if theirs is not None:
+            common = sorted(set(mine.values) & set(theirs.values))
+            found.append(np.array([direction(metric) * (mine.values[seed] - theirs.values[seed]) for seed in common]))
+    return found
 
 
 def beats_controls(cells: Mapping[Cell, Summary], network: str, method: str, metric: str) -> bool | None:
     """Whether a method is better than each control: the interval of the paired difference over cases leaves out zero.
 
-    None where nothing can be said (fewer than three cases).
+    None where nothing can be said (see `gains`; fewer than three cases).
     """
-    mine = cells.get(Cell(network, method, metric))
-    if mine is None:
+    lows = [bootstrap(lambda drawn: drawn.mean(1), gain)[0] for gain in gains(cells, network, method, metric)]
+    if not lows or None in lows:
         return None
-    sign = -1 if metric in LOWER_IS_BETTER else 1
-    for control in CONTROLS:
-        theirs = cells.get(Cell(network, control, metric))
-        if theirs is None:
-            return None
-        common = sorted(set(mine.values) & set(theirs.values))
-        difference = np.array([sign * (mine.values[seed] - theirs.values[seed]) for seed in common])
-        low, _ = bootstrap(lambda drawn: drawn.mean(1), difference)
-        if low is None:
-            return None
-        if low <= 0:
-            return False
-    return True
+    return min(lows) > 0
 
 
 def method_table(
-    cells: Mapping[Cell, Summary], network: str, metrics: Sequence[str], order: str, judged: Sequence[str] = ()
+    cells: Mapping[Cell, Summary],
+    network: str,
+    metrics: Sequence[str],
+    judged: Sequence[str] = (),
+    intervals: bool = True,
 ) -> str:
-    """A Markdown table: a row a method, best first by `order`; ``*`` where it beats all controls in that metric."""
-    methods = {cell.method for cell in cells if cell.network == network and cell.metric == order}
-    sign = -1 if order in LOWER_IS_BETTER else 1
-    ranked = sorted(methods, key=lambda name: (-sign * cells[Cell(network, name, order)].mean, name))
+    """A Markdown table: a row a method, in the order of `ORDER`; ``*`` where it beats all controls in that metric."""
+    methods = {cell.method for cell in cells if cell.network == network and cell.metric == ORDER}
+    ranked = sorted(methods, key=lambda name: (-cells[Cell(network, name, ORDER)].mean, name))
     lines = [f"| method | cases | {' | '.join(metrics)} |", f"|---|---|{'---|' * len(metrics)}"]
     for method in ranked:
-        texts = []
+        texts, n = [], 0
         for metric in metrics:
             found = cells.get(Cell(network, method, metric))
             mark = metric in judged and method not in CONTROLS and beats_controls(cells, network, method, metric)
-            texts.append("–" if found is None else shown(found, metric) + ("\\*" if mark else ""))
-        n = cells[Cell(network, method, order)].n
+            texts.append("–" if found is None else shown(found, metric, intervals) + ("\\*" if mark else ""))
+            n = max(n, 0 if found is None else found.n)
         lines.append(f"| {f'*{method}*' if method in CONTROLS else method} | {n} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
-def shown(found: Summary, metric: str) -> str:
-    """``0.52 (0.41–0.63)``."""
-    digits = 3 if "mass" in metric or "rank" in metric or metric == "infidelity" else 2
+def shown(found: Summary, metric: str, interval: bool = True) -> str:
+    """``0.52 (0.41 to 0.63)``."""
+    digits = 3 if metric.endswith(("relevance mass", "relevance rank")) else 1 if metric == "distance" else 2
     text = f"{found.mean:.{digits}f}"
-    return text if found.low is None else f"{text} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+    if found.low is None or not interval:
+        return text
+    return f"{text} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+
+
+def agreement_table(cells: Mapping[Cell, Summary], networks: Sequence[str]) -> str:
+    """A row a metric, for each network: how far it ranks methods as `ORDER` does, and tells them from controls.
+
+    The first is Spearman's correlation over methods of the metric's means, better end up, with those of `ORDER` on the
+    same cases; of methods with the same value in every localisation metric one counts. The second is the number of
+    methods whose mean is better than that of each control.
+    """
+    columns = [f"{network}: {what}" for network in networks for what in ("correlation", "above controls")]
+    lines = [f"| metric | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for metric in (*LOCALISATION, *FAITHFULNESS):
+        texts = []
+        for network in networks:
+            methods = {c.method for c in cells if c.network == network and c.metric == metric} - {*CONTROLS}
+            better = [all(g.mean() > 0 for g in gains(cells, network, method, metric)) for method in methods]
+            rho = correlation(cells, network, sorted(methods), metric)
+            texts += ["–" if rho is None else f"{rho:+.2f}", f"{sum(better)} of {len(methods)}"]
+        lines.append(f"| {metric} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def correlation(cells: Mapping[Cell, Summary], network: str, methods: Sequence[str], metric: str) -> float | None:
+    """See `agreement_table`; None where the metric gives all methods the same, or has no better and worse."""
+    pairs = {}
+    for method in methods:
+        found = cells[Cell(network, method, metric)]
+        mass = cells[Cell(network, method, ORDER)].values
+        same = tuple(round(cells[Cell(network, method, name)].mean, 6) for name in LOCALISATION)
+        pairs[same] = (direction(metric) * found.mean, np.mean([mass[seed] for seed in found.values]))
+    if len({mine for mine, _ in pairs.values()}) < 2:
+        return None
+    return float(spearmanr(*zip(*pairs.values())).statistic)
 
 
 def experiment_table(found: Mapping[str, tuple[Sequence[bool], Sequence[Any]]]) -> str:
