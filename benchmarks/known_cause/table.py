@@ -110,10 +110,13 @@ def method_table(
     cells: Mapping[Cell, Summary],
     network: str,
     metrics: Sequence[str],
-    judged: Sequence[str] = (),
+    judged: Sequence[str],
     intervals: bool = True,
 ) -> str:
-    """A Markdown table: a row a method, in the order of `ORDER`; ``*`` where it beats all controls in that metric."""
+    """A Markdown table: a row a method, in the order of `ORDER`; ``*`` where it beats all controls in a judged metric.
+
+    "cases" are those of the judged metrics.
+    """
     methods = {cell.method for cell in cells if cell.network == network and cell.metric == ORDER}
     ranked = sorted(methods, key=lambda name: (-cells[Cell(network, name, ORDER)].mean, name))
     lines = [f"| method | cases | {' | '.join(metrics)} |", f"|---|---|{'---|' * len(metrics)}"]
@@ -123,18 +126,18 @@ def method_table(
             found = cells.get(Cell(network, method, metric))
             mark = metric in judged and method not in CONTROLS and beats_controls(cells, network, method, metric)
             texts.append("–" if found is None else shown(found, metric, intervals) + ("\\*" if mark else ""))
-            n = max(n, 0 if found is None else found.n)
+            n = max(n, found.n) if found is not None and metric in judged else n
         lines.append(f"| {f'*{method}*' if method in CONTROLS else method} | {n} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
 def shown(found: Summary, metric: str, interval: bool = True) -> str:
-    """``0.52 (0.41 to 0.63)``."""
+    """``0.52 (0.41–0.63)``."""
     digits = 3 if metric.endswith(("relevance mass", "relevance rank")) else 1 if metric == "distance" else 2
     text = f"{found.mean:.{digits}f}"
     if found.low is None or not interval:
         return text
-    return f"{text} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+    return f"{text} ({found.low:.{digits}f}–{found.high:.{digits}f})"
 
 
 def agreement_table(cells: Mapping[Cell, Summary], networks: Sequence[str]) -> str:

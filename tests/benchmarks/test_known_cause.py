@@ -61,7 +61,7 @@ def test_a_cell_that_is_undefined_in_one_case_is_empty(table: Any) -> None:
     undefined = {"network": "lesion", "seed": 9, "method": "LRP", "metric": "AUC", "value": ""}
     cells = table.by_cell([*rows("LRP", [0.9] * 4), undefined, *rows("LRP", [0.5] * 4, "relevance mass")])
     assert [cell.metric for cell in cells] == ["relevance mass"]
-    assert table.method_table(cells, "lesion", ["AUC"]).splitlines()[2] == "| LRP | 0 | – |"
+    assert table.method_table(cells, "lesion", ["AUC"], ["AUC"]).splitlines()[2] == "| LRP | 0 | – |"
 
 
 def test_every_metric_of_both_groups_is_measured(metrics: Any) -> None:
@@ -114,7 +114,7 @@ def test_the_table_has_the_best_first_and_controls_in_italics(table: Any) -> Non
     assert names[0] == "Better"
     assert names[-1] == "Worse"
     assert "*control:sobel*" in names
-    assert lines[2] == "| Better | 6 | 0.90 (0.90 to 0.90)\\* |"
+    assert lines[2] == "| Better | 6 | 0.90 (0.90–0.90)\\* |"
     assert lines[-1].count("\\*") == 0
     means = table.method_table(cells, "lesion", ["AUC"], ["AUC"], intervals=False).splitlines()
     assert means[2] == "| Better | 6 | 0.90\\* |"
