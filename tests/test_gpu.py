@@ -46,7 +46,7 @@ METHODS: list[Method] = [
     Rise(n_masks=8, grid=2),
 ]
 SYNTHESIS: list[Method] = [
-    FeatureVisualization(n_iter=12, lr=0.1),
+    FeatureVisualization(n_iter=12, jitter=1, rotate=1),
     ClassImage(n_iter=6),
     DeepDream(octaves=2, octave_scale=1.2, n_iter=3),
     InvertedRepresentation(n_iter=6),
