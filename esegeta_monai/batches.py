@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +50,12 @@ class Batch:
     def forward(self, x: Tensor) -> Tensor:
         """The network on windows (n, C, *roi): the channels that targets read, (n, R, *out_roi). Differentiable."""
         return self.objective.run(x, self.windows)
+
+    @property
+    def forwards(self) -> list[Callable[[Tensor], Tensor]]:
+        """`forward` for each window alone, x (1, C, *roi): a network may be told where its window lies, or read a
+        condition there."""
+        return [functools.partial(self.objective.run, windows=[w]) for w in self.windows]
 
     def scores(self, out: Tensor) -> Tensor:
         """``F_w = <c_w, f(x_w)>`` (k, n) from network output; sums in float64."""

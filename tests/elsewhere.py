@@ -3,7 +3,8 @@
 Tensors there are torch's own meta tensors, so that ``.device``, autograd, modules and subclasses are those of a real
 device; their values lie in CPU memory beside them. Each operation below autograd is done on these values, after what a
 GPU refuses has been refused: operands on two devices, an index there for a tensor here, a CPU generator that draws
-there. NumPy is refused by torch itself. So the numbers are those of the CPU, to the last bit.
+there. NumPy is refused by torch itself. So the numbers are those of the CPU, to the last bit where torch computes an
+operation there by the same ones.
 
 It sees where tensors live and nothing else of a GPU: no kernels, no autocast, no memory, no streams, no second GPU.
 """

@@ -58,7 +58,12 @@ class LayerLRP(LayerMethod):
 
         def run(batch: Batch) -> None:
             found = rules.lrp(
-                batch.forward, batch.image, batch.stacked_cotangents(), self.composite, layers={layer: module}, **limits
+                batch.forwards,
+                batch.image,
+                batch.stacked_cotangents(),
+                self.composite,
+                layers={layer: module},
+                **limits,
             )
             total.add(batch, found.layers[layer].relevance)
 

@@ -89,7 +89,7 @@ class LRP(_Relevance):
         low, high = objective.image.min(), objective.image.max()
         device = objective.model.device
         return rules.lrp(
-            batch.forward,
+            batch.forwards,
             batch.image,
             cotangents,
             self.composite,

@@ -7,7 +7,7 @@ receives is *booked*; input relevance and booked relevance add up to Σ y · cot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,7 +148,7 @@ class _Relevance:
 
 
 def lrp(
-    forward: Forward,
+    forward: Forward | Sequence[Forward],
     x: Tensor,
     cotangents: Tensor,
     composite: str | Mapping[str, object] | Composite = "EpsilonPlus",
@@ -164,7 +164,8 @@ def lrp(
     For every target k and window i, Σ input[k, i] + booked[k, i] = Σ cotangents[k, i] · f(x)[i].
 
     Args:
-        forward: windows (n, C, *roi) to outputs (n, K, …). Windows are run one by one, for the books of each.
+        forward: windows (1, C, *roi) to outputs (1, K, …), or such a function for each window. They are run one by one,
+            for the books of each.
         x: the windows, float32 or float64.
         cotangents: ∂s/∂y of a **linear** s, (k, n, K, …).
         composite: which rule an operation with weights gets: a name of :data:`COMPOSITES`, or a mapping such as
@@ -193,8 +194,9 @@ def lrp(
     chosen = composite_of(composite, epsilon=epsilon, gamma=gamma, low=low, high=high)
     if cotangents.shape[1] != len(x):
         raise UsageError(f"cotangents for {cotangents.shape[1]} windows, {len(x)} windows given")
+    forwards = [forward] * len(x) if callable(forward) else forward
     windows = [
-        _one_window(forward, x[i : i + 1], cotangents[:, i : i + 1], chosen, layers or {}) for i in range(len(x))
+        _one_window(forwards[i], x[i : i + 1], cotangents[:, i : i + 1], chosen, layers or {}) for i in range(len(x))
     ]
     at_layers = {
         name: LayerRelevance(

@@ -9,7 +9,7 @@ from torch import nn
 
 from esegeta_monai import Explainer
 from esegeta_monai.errors import MethodError, UsageError
-from esegeta_monai.methods import LRP, ExcitationBackprop
+from esegeta_monai.methods import LRP, ExcitationBackprop, LayerLRP
 from esegeta_monai.rules import excitation, lrp
 from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.networks import build
@@ -44,6 +44,39 @@ def test_linear_network_gives_weight_times_input(dims):
     expected = network[1].weight[1].reshape(1, *[6] * dims) * image[0]
     assert float((found.map.as_tensor() - expected).abs().max() / expected.abs().max()) <= 1e-10
     assert found.record["booked"] == pytest.approx(float(network[1].bias[1]), abs=1e-12)
+
+
+class Told(nn.Module):
+    """Told where each window lies, and given a condition there."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 3, 3, padding=1)
+
+    def forward(self, x, coordinates, condition):
+        assert len(x) == len(coordinates) == len(condition)
+        factors = torch.tensor([1.0 + place[2].start for place in coordinates], dtype=x.dtype)
+        return self.last(torch.relu(self.first(torch.cat([x, condition], 1)))) * factors.reshape(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("method", [LRP(), LayerLRP("first"), ExcitationBackprop()], ids=lambda m: m.name)
+def test_each_window_of_a_batch_is_told_its_own_place_and_condition(method):
+    image, condition = (torch.rand(1, 1, 20, 12, dtype=torch.float64) for _ in range(2))
+    inferer = SlidingWindowInferer((8, 8), 1, 0.5, "gaussian", with_coord=True)
+    found = [
+        next(
+            Explainer(Told().double().eval(), inferer, window_batch=n)(
+                image, [method], [MultiClassMask(1)], network_kwargs={"condition": condition}
+            )
+        )
+        for n in (1, 4)
+    ]
+    single, together = (a.map.as_tensor() for a in found)
+    assert float((single - together).abs().max() / single.abs().max()) <= 1e-12
+    assert found[0].record["window_passes"] == found[1].record["window_passes"]
+    if isinstance(method, LRP):
+        assert found[1].record["completeness_gap"] <= 1e-9
 
 
 def test_windows_are_the_sum_of_single_windows():
