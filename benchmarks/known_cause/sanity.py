@@ -63,13 +63,13 @@ def likeness(cause: Cause, cases: int, draws: int) -> Likeness:
 
 
 def table(found: Likeness) -> str:
-    """Methods that fail first, then by their likeness."""
+    """Methods that fail first, then by their likeness; in brackets the least and greatest over cases and draws."""
     rows = []
     for name in dict.fromkeys(name for name, _ in found):
-        means = [np.mean(found[name, what], 0) for what in ("last", "all")]
-        worst = float(means[1][0])
-        cells = " | ".join(f"{v:.2f}" for pair in means for v in pair)
-        rows.append((-worst, f"| {name} | {cells} | {'**fails**' if worst >= FAILS else 'passes'} |"))
+        (last, last_ssim), (gone, gone_ssim) = (np.mean(found[name, what], 0) for what in ("last", "all"))
+        each = [spearman for spearman, _ in found[name, "all"]]
+        cells = f"{last:.2f} | {last_ssim:.2f} | {gone:.2f} ({min(each):.2f} to {max(each):.2f}) | {gone_ssim:.2f}"
+        rows.append((-gone, f"| {name} | {cells} | {'**fails**' if gone >= FAILS else 'passes'} |"))
     head = "| method | last layer: Spearman | SSIM | all layers: Spearman | SSIM | |\n|---|---|---|---|---|---|\n"
     return head + "\n".join(line for _, line in sorted(rows))
 
