@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-FITTED = ("PatternNet", "PatternAttribution")  # on the scan itself
+CASES = ("FeaturePermutation", "PatternAttribution", "PatternNet")  # need others: the scan itself, mirrored
 SKIPPED = {
     "Cam": "needs a network that ends in global pooling and one linear layer",
     "ChannelShapley": "the template has one channel",
@@ -48,7 +48,8 @@ def one(name: str, limit: float) -> dict[str, Any]:
         with reader.importable():
             image = reader.resolve("preprocessing")({"image": str(file)})["image"]
     assert isinstance(image, MetaTensor)
-    method = getattr(methods, name)(**({"cases": [image.as_tensor()]} if name in FITTED else {}))
+    cases = {"cases": [image.as_tensor().flip(axis) for axis in (1, 2)]} if name in CASES else {}
+    method = getattr(methods, name)(**cases)
     explainer = Explainer(reader.network, reader.inferer, on_error="record")
     target = MultiClassMask(1)
     row: dict[str, Any] = {"method": name, "shape": list(image.shape[1:]), "network": type(reader.network).__name__}
