@@ -79,8 +79,8 @@ class LayerActivationGuidedBackprop(Method):
         return "modified gradient of the activation"
 
     def passes(self, objective: Objective) -> int:
-        """All windows twice: the output under the rules is compared with the plain one."""
-        return 2 * len(objective.plan)
+        """All windows thrice: for the activation's signs, under the rules, and plainly, to compare with that."""
+        return 3 * len(objective.plan)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""

@@ -40,10 +40,6 @@ class LayerLRP(LayerMethod):
         super().__post_init__()
         rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=0.0, high=1.0)
 
-    @property
-    def passes_exact(self) -> bool:
-        return False
-
     def passes(self, objective: Objective) -> int:
         """Twice: the output under the rules is compared with the plain one."""
         return 2 * len(objective.windows)

@@ -22,10 +22,6 @@ class _Relevance(Method):
     full_precision = True
     needs_linear = True
 
-    @property
-    def passes_exact(self) -> bool:
-        return False
-
     def passes(self, objective: Objective) -> int:
         """Twice: the output under the rules is compared with the plain one."""
         return 2 * len(objective.windows)
@@ -84,6 +80,10 @@ class LRP(_Relevance):
     def __post_init__(self) -> None:
         super().__post_init__()
         rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=0.0, high=1.0)
+
+    def passes(self, objective: Objective) -> int:
+        """Thrice: once more for F, which relevance and biases must add up to."""
+        return 3 * len(objective.windows)
 
     def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
         low, high = objective.image.min(), objective.image.max()
