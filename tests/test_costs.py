@@ -16,6 +16,7 @@ from esegeta_monai.errors import MethodError
 from esegeta_monai.record import peak_memory, reset_peak_memory
 from esegeta_monai.targets import MultiClassMask, Voxel
 from tests.methods.naive import image_of, small
+from tests.test_devices import PAIRS, SETTINGS, image
 
 METHODS = [
     m.Saliency(),
@@ -93,6 +94,16 @@ def test_choosing_the_baseline_is_counted(method):
     (found,) = explain(image, [method], targets)
     assert cost.exact
     assert cost.passes == found.record["window_passes"]
+
+
+@pytest.mark.parametrize(("setting", "name"), PAIRS)
+def test_every_method_that_knows_its_passes_exactly_does(setting, name):
+    case = SETTINGS[setting]
+    scan, method = image(0, *case.shape), case.method(name)
+    (cost,) = Explainer(case.network(), case.inferer).costs(scan, [method], [case.target], calibration=0.0)
+    assert cost.exact == (method.passes_exact and getattr(method, "layer", "") is not None)
+    if cost.exact:
+        assert cost.passes == case.explain(case.method(name), case.target).record["window_passes"]
 
 
 def test_the_naive_passes_are_those_of_whole_predictions():

@@ -93,6 +93,10 @@ class DeepDream(_Synthesis):
     def needs_voxels(self) -> bool:
         return self.layer is None
 
+    @property
+    def passes_exact(self) -> bool:
+        return False
+
     def passes(self, objective: Objective) -> int:
         """At most: windows that the target's mask does not touch are left out."""
         windows = [len(self._plan(objective, shape)) for shape in self._shapes(objective)]
@@ -220,6 +224,10 @@ class InvertedRepresentation(_Synthesis):
 
     @property
     def needs_voxels(self) -> bool:
+        return False
+
+    @property
+    def passes_exact(self) -> bool:
         return False
 
     def passes(self, objective: Objective) -> int:

@@ -36,8 +36,8 @@ class Cam(_Cam):
     name: str | None = field(default=None, kw_only=True)
 
     def passes(self, objective: Objective) -> int:
-        """One for the activations, two to find the layer and the head."""
-        return len(objective.plan) + 2
+        """One for the activations, one to find the head, and one to find the layer."""
+        return len(objective.plan) + (2 if self.layer is None else 1)
 
     def layers(self, objective: Objective) -> tuple[str, ...]:
         if self.layer is None:

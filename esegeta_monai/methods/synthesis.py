@@ -238,6 +238,10 @@ class ClassImage(_Synthesis):
     def needs_voxels(self) -> bool:
         return False
 
+    @property
+    def passes_exact(self) -> bool:
+        return False
+
     def passes(self, objective: Objective) -> int:
         """About: the line search of the last step may take some gradients more."""
         windows = len(objective.plan) if self.extent == "image" else 1
