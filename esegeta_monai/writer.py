@@ -375,7 +375,7 @@ class ResultWriter:
 
     def _scan(self, scan: Any) -> MetaTensor:
         if isinstance(scan, MetaTensor):
-            return scan
+            return cast(MetaTensor, scan.cpu())
         name = str(scan)
         if name not in self._scans:
             self._scans = {name: storage.read_scan(scan)}  # one case at a time

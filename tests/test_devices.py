@@ -6,13 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNet
+from monai.transforms import Flipd, SpatialPadd
 from torch import Tensor, nn
 
 from esegeta_monai import Explainer
@@ -45,6 +49,8 @@ from esegeta_monai.targets import (
     Voxel,
 )
 from esegeta_monai.targets.base import WeightedScore, bounding_box
+from esegeta_monai.transforms import Explaind, InvertAttributiond
+from esegeta_monai.writer import ResultWriter
 from tests.elsewhere import THERE, elsewhere
 
 WINDOWS = SlidingWindowInferer((12, 12), 2, 0.5, "gaussian")
@@ -270,3 +276,46 @@ def test_what_users_make_on_the_cpu_is_brought_along(target: Target, method: Met
     here = found.explain(method, target)
     with elsewhere():
         assert_same(found.explain(method, target, THERE, volumes), here, volumes)
+
+
+# ---- behind the maps -------------------------------------------------------------------------------------------------
+
+
+def written(folder: Path, device: Any) -> dict[str, np.ndarray]:
+    """Files of a case whose scan and network are on a device, with pictures, and the voxels of each NIfTI file."""
+    found, methods = SETTINGS["UNet"], [InputXGradient(), DeepDream(octaves=1, n_iter=1)]
+    scan = MetaTensor(image(0, *found.shape)[0], affine=torch.diag(torch.tensor([-2.0, 2.0, 2.0, 1.0]))).to(device)
+    writer = ResultWriter(folder, methods, [CLASS], pictures=True)
+    writer.explain(Explainer(found.network(device), found.inferer), scan, "alpha", methods, [CLASS])
+    return {p.name: np.asarray(nib.load(p).dataobj) for p in sorted(folder.rglob("*.nii.gz"))}
+
+
+def test_maps_there_are_written_with_their_pictures(tmp_path: Path) -> None:
+    here = written(tmp_path / "here", "cpu")
+    with elsewhere() as there:
+        found = written(tmp_path / "there", there)
+    assert found.keys() == here.keys()
+    assert len(found) > 2
+    for name, values in here.items():
+        assert np.abs(found[name] - values).max() <= 1e-6 * np.abs(values).max(), name
+    pictures = [sorted(p.name for p in (tmp_path / side).rglob("*.png")) for side in ("here", "there")]
+    assert pictures[0] == pictures[1] != []
+
+
+def test_a_map_there_goes_back_to_the_scan_there() -> None:
+    def inverted(device: Any) -> Tensor:
+        data = {"image": MetaTensor(image(0, 1, 18, 12)).to(device)}
+        data = SpatialPadd("image", (20, 20))(Flipd("image", 0)(data))
+        explain = Explaind("image", nn.Conv2d(1, 2, 3, padding=1).double().to(device), WINDOWS, InputXGradient(), CLASS)
+        data = explain(data)
+        (key,) = [k for k in data if "InputXGradient" in str(k)]
+        return InvertAttributiond(key)(data)[key].cpu().as_subclass(Tensor)
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        here = inverted("cpu")
+        torch.manual_seed(0)
+        with elsewhere() as there:
+            found = inverted(there)
+    assert here.shape == (1, 18, 12)
+    assert float((found - here).abs().max() / here.abs().max()) <= 1e-10
