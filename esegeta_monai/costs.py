@@ -50,16 +50,16 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
     """The cost of a method on an objective that nothing has run on yet.
 
     Args:
-        calibration: seconds that the method is run for. What is not done by then is extrapolated by the passes from the
-            first one to the last one.
+        calibration: seconds that the method is run for. What is not done by then is extrapolated from the batches that
+            are, backward passes included; what comes before the first one is not counted again.
     """
     name = str(method.name)
     passes, windows = method.passes(objective), len(objective.windows)
     predictions = method.predictions(objective)
     rounds = passes / windows if predictions is None else predictions + 1
     monitor, device = objective.monitor, objective.model.device
-    seen: list[tuple[float, int]] = []
-    monitor.on_pass = lambda n: seen.append((_now(device), n))
+    batches: list[float] = []
+    monitor.on_check = lambda: batches.append(_now(device))
     reset_peak_memory(device)
     began = _now(device)
     monitor.start(calibration)
@@ -72,14 +72,13 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
     except EsegetaError as error:
         return Cost(case, name, label, note=str(error))
     finally:
-        monitor.on_pass = None
+        monitor.on_check = None
     seconds = _now(device) - began
+    done = monitor.passes
     if whole:
-        passes = monitor.passes
-    elif seen:
-        done = sum(n for _, n in seen)
-        until, rate = seen[-1][0] - began, (seen[-1][0] - seen[0][0]) / max(done - seen[0][1], 1)
-        seconds = until + (passes - done) * (rate or until / done)
+        passes = done
+    elif done:
+        seconds += (passes - done) * (batches[-1] - batches[0]) / done
     naive = round(rounds * len(objective.plan))
     exact = whole or (method.passes_exact and getattr(method, "layer", "") is not None)
     return Cost(case, name, label, passes, exact, naive, seconds, peak_memory(device))

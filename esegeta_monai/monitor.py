@@ -23,6 +23,7 @@ class Monitor:
 
     def __init__(self, on_pass: Callable[[int], None] | None = None, *, silent: bool = False) -> None:
         self.on_pass, self.silent = on_pass, silent
+        self.on_check: Callable[[], None] | None = None
         self.passes = 0
         self.warnings: list[str] = []
         self._deadline: float | None = None
@@ -40,7 +41,9 @@ class Monitor:
             self.on_pass(windows)
 
     def check(self) -> None:
-        """Raises `MethodTimeout` where the time limit has passed."""
+        """Raises `MethodTimeout` where the time limit has passed; called before each window batch."""
+        if self.on_check is not None:
+            self.on_check()
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise MethodTimeout(
                 f"stopped at the time limit of {self._limit:g} s after {self.passes} window passes: raise the limit, "

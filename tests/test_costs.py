@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
+from torch import Tensor, nn
 
 import esegeta_monai.costs as costs
 from esegeta_monai import Explainer
 from esegeta_monai import methods as m
 from esegeta_monai.errors import MethodError
 from esegeta_monai.record import peak_memory, reset_peak_memory
-from esegeta_monai.targets import MultiClassMask, Voxel
+from esegeta_monai.targets import Box, MultiClassMask, Voxel
 from tests.methods.naive import image_of, small
 from tests.test_devices import PAIRS, SETTINGS, image
 
@@ -127,6 +128,46 @@ def test_peak_memory_is_that_of_the_method(request):
     held = torch.ones(100_000_000)  # 400 MB: what other threads free or take meanwhile is small beside it
     assert 300e6 < peak_memory(cpu) - begun < 500e6
     assert held[0] == 1
+
+
+class Clock:
+    """Time that only a network's passes take: a second forwards, nine backwards."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+
+class Timed(nn.Module):
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.conv = clock, nn.Conv2d(1, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock.seconds += 1
+        out = self.conv(x)
+        if out.requires_grad:
+            out.register_hook(self._backward)
+        return out
+
+    def _backward(self, gradient: Tensor) -> None:
+        self.clock.seconds += 9
+
+
+@pytest.mark.parametrize("calibration", [3.0, 25.0, 1000.0])
+def test_the_time_of_backward_passes_is_foretold_too(monkeypatch, calibration):
+    """After one batch, whose forward pass is a tenth of it, after three, and after all."""
+    clock = Clock()
+    monkeypatch.setattr("esegeta_monai.costs._now", lambda device: clock.seconds)
+    monkeypatch.setattr("esegeta_monai.monitor.time", clock)
+    explainer = Explainer(Timed(clock), SlidingWindowInferer((8, 8), 1, 0.0))
+    (cost,) = explainer.costs(
+        torch.rand(1, 1, 8, 64), [m.Saliency()], [Box(0, (0, 0), (8, 64))], calibration=calibration
+    )
+    assert cost.passes == 8
+    assert cost.seconds == 80
 
 
 def test_an_empty_target_has_a_reason():
