@@ -134,7 +134,7 @@ def test_additive_maps_keep_their_sum(bundle: Path, tmp_path: Path) -> None:
 def test_images_that_are_made_up_lie_beside_the_predictions(bundle: Path, tmp_path: Path) -> None:
     """On each scan's grid, with the curve in the sidecar and as a picture."""
     methods = ["FeatureVisualization(n_iter=3)", "ClassImage(n_iter=3)", "DeepDream(n_iter=1, octaves=1)"]
-    methods += ["InvertedRepresentation(layer='first', n_iter=3)"]
+    methods += ["InvertedRepresentation(layer='model.0', n_iter=3)"]
     options = {"explain_methods": methods, "explain_handler#pictures": True}
     run(bundle, output_dir=str(tmp_path), **{**SMALL, **options})
     assert set(statuses(tmp_path).values()) == {"ok"}
