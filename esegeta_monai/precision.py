@@ -45,6 +45,9 @@ SAMPLED = 16
 KEPT = 0.5
 """The share of float32's non-zero values that autocast must keep: less is underflow, whatever the correlation."""
 
+NOT_WORTH_IT = "measuring would take as many passes as the map in float32"
+"""Why a method is not measured, see `_pays`."""
+
 LockStep = Callable[["Sequence[Method]", Objective], "dict[int, Explained | Exception]"]
 
 
@@ -134,9 +137,6 @@ def full_precision(objective: Objective) -> Objective:
 
 
 _PRECISE: WeakKeyDictionary[Objective, Objective] = WeakKeyDictionary()
-
-
-NOT_WORTH_IT = "measuring would take as many passes as the map in float32"
 
 
 def _pays(method: Method, objective: Objective) -> bool:
