@@ -25,7 +25,13 @@ __all__ += ["Noise", "Uniform", "Zero", "baseline_for", "choice_passes", "has_sc
 
 
 class Baseline(Configurable, ABC):
-    """A reference input, or a distribution of them."""
+    """A reference input, or a distribution of them.
+
+    Attributes:
+        random: whether two draws may differ: False where one of them says all.
+    """
+
+    random: bool = True
 
     @abstractmethod
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
@@ -53,6 +59,7 @@ class Constant(Baseline):
 
     value: float | Sequence[float] = 0.0
     name: str | None = field(default=None, kw_only=True)
+    random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         image = objective.image
@@ -67,6 +74,7 @@ class Zero(Baseline):
     """Zeros. Under instance, group or layer norm ``f(αx) = f(x)``: a path from zero finds nothing there."""
 
     name: str | None = field(default=None, kw_only=True)
+    random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         return per_channel(torch.zeros(len(objective.image)), objective.image)
@@ -78,6 +86,7 @@ class Minimum(Baseline):
 
     aliases = ("min",)
     name: str | None = field(default=None, kw_only=True)
+    random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         return per_channel(objective.image.flatten(1).amin(1), objective.image)
@@ -88,6 +97,7 @@ class Mean(Baseline):
     """Each channel's mean."""
 
     name: str | None = field(default=None, kw_only=True)
+    random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         return per_channel(objective.image.flatten(1).mean(1), objective.image)
@@ -98,6 +108,7 @@ class Background(Baseline):
     """Each channel's background value: the median of the voxels on the faces of the volume."""
 
     name: str | None = field(default=None, kw_only=True)
+    random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         image = objective.image
@@ -117,6 +128,10 @@ class Blur(Baseline):
     sigma: float | None = None
     std: float = 0.0
     name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.random = self.std > 0
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         self.used_sigma = min(r for r in objective.plan.roi if r > 1) / 8 if self.sigma is None else self.sigma
@@ -176,6 +191,7 @@ class Image(Baseline):
 
     file: Any
     name: str | None = field(default=None, kw_only=True)
+    random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         return _as_volume(self.file, objective)
@@ -197,6 +213,10 @@ class Auto(Baseline):
     local: bool = False
     std: float = 0.2
     name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.random = not self.local
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         self.chosen, self.reason = self._choose(objective)

@@ -255,13 +255,18 @@ _FEATURES: WeakKeyDictionary[Objective, dict[str, Features]] = WeakKeyDictionary
 """Features by objective and description: counted beforehand and used afterwards, or by several methods, found once."""
 
 
+def is_feature_mean(baseline: object) -> bool:
+    """Whether a baseline is, in words, each feature's own mean."""
+    return isinstance(baseline, str) and baseline.replace("_", " ") == "feature mean"
+
+
 def reference_image(objective: Objective, features: Features, baseline: object) -> tuple[Baseline | None, Tensor]:
     """What stands where a feature is off, and where it came from.
 
     ``baseline="feature mean"``: each feature's own mean in each channel, as LIME has it. Anything else: see
     `esegeta_monai.baselines`.
     """
-    if isinstance(baseline, str) and baseline.replace("_", " ") == "feature mean":
+    if is_feature_mean(baseline):
         image, labels = objective.image, features.labels.expand(objective.image.shape)
         reference = image.clone()
         for c in range(len(image)):

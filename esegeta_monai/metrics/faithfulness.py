@@ -8,6 +8,7 @@ loses when everything is replaced, so that logits, probabilities and sums over v
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from esegeta_monai.change import known_change
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
 from esegeta_monai.metrics.base import Measured, Metric, Need, Subject, bootstrap, mean_interval
-from esegeta_monai.metrics.features import Removal, at_least, removal_of
+from esegeta_monai.metrics.features import Removal, at_least, drawn_removals, removal_of
 from esegeta_monai.perturbation import Added, Boxes, Perturbations
 from esegeta_monai.windows import last_axes
 
@@ -42,7 +43,7 @@ class _Curve(Metric):
     features: Any = "blocks"
     steps: int = 20
     baseline: Any = "auto"
-    n_samples: int = 1
+    n_samples: int = 3
     name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -52,22 +53,17 @@ class _Curve(Metric):
 
     def measure(self, subject: Subject) -> Measured:
         """About 0 to 1 (below or above where the target overshoots)."""
-        areas, curves = [], []
-        x = np.zeros(0)
         if not bool(subject.map.any()):
             return Measured.undefined(ZERO)
-        for i in range(self.n_samples):
-            seed = None if self.n_samples == 1 else subject.need_objective().seed + i
-            removal = removal_of(subject, self.features, self.baseline, seed)
+        areas, curves = [], []
+        for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
             if removal.full == 0:
                 return Measured.undefined(NOTHING)
             x, y = removal_curve(removal, self.steps, self.insert)
             areas.append(float(np.trapezoid(y, x)))
             curves.append(y)
-        low, high = mean_interval(areas)
-        curve = {"x": x.tolist(), "y": np.mean(curves, 0).tolist()}
         notes = {"features": len(removal.features), "features_seen": len(removal.seen), "steps": len(x) - 1}
-        return Measured(float(np.mean(areas)), low, high, len(areas), curve=curve, notes=notes)
+        return _over_draws(areas, x, curves, notes)
 
 
 @dataclass(eq=False, repr=False)
@@ -80,7 +76,8 @@ class Deletion(_Curve):
             ``"supervoxels(n_segments=100)"``, a label map.
         steps: points of the curve.
         baseline: x₀, see `esegeta_monai.baselines`.
-        n_samples: draws of a random baseline, for the interval.
+        n_samples: draws, where the baseline is random or the map says the same of several features: these are removed
+            in a random order, the value is the mean, the interval is over draws. Else one curve says all.
     """
 
     meaning = "Area under the target's curve while the strongest parts are removed; low: they carry the target."
@@ -107,8 +104,7 @@ def removal_curve(removal: Removal, steps: int, insert: bool) -> tuple[np.ndarra
 
     Features that no window of the target holds are left out: they change nothing.
     """
-    seen = set(removal.seen.tolist())
-    order = np.array([j for j in removal.order() if j in seen])
+    order = removal.order
     counts = np.unique(np.round(np.linspace(0, len(order), min(steps, len(order)) + 1)).astype(int))
     coalitions = np.ones((len(counts), len(removal.features)), dtype=bool)
     for row, count in zip(coalitions, counts):
@@ -116,6 +112,15 @@ def removal_curve(removal: Removal, steps: int, insert: bool) -> tuple[np.ndarra
     full = removal.full
     y = (removal.own(coalitions) - full) / abs(full)
     return counts / len(order), y
+
+
+def _over_draws(
+    values: Sequence[float], x: np.ndarray, curves: Sequence[np.ndarray], notes: dict[str, Any]
+) -> Measured:
+    """The mean over draws, of values and of curves."""
+    low, high = mean_interval(values)
+    curve = {"x": x.tolist(), "y": np.mean(curves, 0).tolist()}
+    return Measured(float(np.mean(values)), low, high, len(values), curve=curve, notes=notes)
 
 
 @dataclass(eq=False, repr=False)
@@ -129,6 +134,7 @@ class IROF(Metric):
         features: the parts, see `Deletion`.
         baseline: what replaces them.
         steps: L at most.
+        n_samples: see `Deletion`.
     """
 
     group = "faithfulness"
@@ -140,18 +146,26 @@ class IROF(Metric):
     features: Any = "supervoxels(n_segments=60)"
     baseline: Any = "feature mean"
     steps: int = 60
+    n_samples: int = 3
     name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, "steps", self.steps, 1)
+        at_least(self, "n_samples", self.n_samples, 1)
 
     def measure(self, subject: Subject) -> Measured:
         """About 0 to 1."""
         if not bool(subject.map.any()):
             return Measured.undefined(ZERO)
-        removal = removal_of(subject, self.features, self.baseline)
-        if removal.full == 0:
-            return Measured.undefined(NOTHING)
-        x, y = removal_curve(removal, self.steps, insert=False)
-        lost = y[0] - y[1:]
-        return Measured(float(lost.mean()), curve={"x": x.tolist(), "y": y.tolist()}, notes={"steps": len(lost)})
+        areas, curves = [], []
+        for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
+            if removal.full == 0:
+                return Measured.undefined(NOTHING)
+            x, y = removal_curve(removal, self.steps, insert=False)
+            areas.append(float((y[0] - y[1:]).mean()))
+            curves.append(y)
+        return _over_draws(areas, x, curves, {"steps": len(x) - 1})
 
 
 @dataclass(eq=False, repr=False)
@@ -163,7 +177,7 @@ class RegionPerturbation(Metric):
         steps: L, how many blocks are replaced.
         features: the blocks, see `Deletion`.
         baseline: what they are replaced by; the paper draws uniform noise.
-        n_samples: draws of the noise.
+        n_samples: draws of the noise, and of the order of blocks that the map says the same of.
     """
 
     group = "faithfulness"
@@ -188,13 +202,11 @@ class RegionPerturbation(Metric):
         if not bool(subject.map.any()):
             return Measured.undefined(ZERO)
         areas, curves = [], []
-        for i in range(self.n_samples):
-            removal = removal_of(subject, self.features, self.baseline, subject.need_objective().seed + i)
+        for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
             full = removal.full
             if full == 0:
                 return Measured.undefined(NOTHING)
-            seen = set(removal.seen.tolist())
-            order = np.array([j for j in removal.order() if j in seen])
+            order = removal.order
             count = min(self.steps, len(order))
             coalitions = np.ones((count + 1, len(removal.features)), dtype=bool)
             for step in range(1, count + 1):
@@ -202,9 +214,7 @@ class RegionPerturbation(Metric):
             lost = -removal.own(coalitions) / abs(full)
             areas.append(float(lost.mean()))
             curves.append(lost)
-        low, high = mean_interval(areas)
-        curve = {"x": list(range(len(curves[0]))), "y": np.mean(curves, 0).tolist()}
-        return Measured(float(np.mean(areas)), low, high, len(areas), curve=curve)
+        return _over_draws(areas, np.arange(len(curves[0])), curves, {})
 
 
 @dataclass(eq=False, repr=False)

@@ -7,25 +7,32 @@ has been judged by is looked up (`esegeta_monai.change.known_change`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from esegeta_monai.change import change, known_change
-from esegeta_monai.coalitions import Segments, reference_image
+from esegeta_monai.baselines import baseline_for
+from esegeta_monai.change import known_change
+from esegeta_monai.coalitions import Segments, is_feature_mean, reference_image
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.features import Features, Grid, features_for
 from esegeta_monai.metrics.base import Subject
 from esegeta_monai.objective import Objective
 
-__all__ = ["Removal", "removal_of"]
+__all__ = ["Removal", "drawn_removals", "ranking", "removal_of"]
 
 CELLS = {2: 16, 3: 8}
 """Voxel blocks an axis, by default."""
+
+SAME = 9
+"""Digits, of the greatest, in which means over features must agree to be called equal: sums of one number over
+features of different sizes differ in the last."""
 
 
 @dataclass
@@ -36,6 +43,8 @@ class Removal:
         objective: with all targets, whose scores are shared; ``alone``: with the subject's target only.
         features, reference: see `esegeta_monai.features` and `esegeta_monai.coalitions.reference_image`.
         row: of the subject's target in ``objective``.
+        random: whether another draw has another reference.
+        seed: of the order of features that the map says the same of.
     """
 
     objective: Objective
@@ -50,54 +59,89 @@ class Removal:
     seen: np.ndarray
     """Numbers of the features that lie in some window that the target sees; all others change nothing."""
 
+    random: bool
+    seed: int
+
     @property
     def full(self) -> float:
         """``F(x₀) − F(x)``: all features removed."""
-        return float(self._change(self.alone, np.zeros((1, len(self.features)), dtype=bool), known=True)[0])
+        return float(self.own(np.zeros((1, len(self.features)), dtype=bool))[0])
 
     def own(self, coalitions: np.ndarray) -> np.ndarray:
         """``F(x_S) − F(x)`` for coalitions (m, n) that depend on the map: of this target alone."""
-        return self._change(self.alone, coalitions, known=False)
+        return self._change(self.alone, coalitions)[0].numpy()
 
     def common(self, coalitions: np.ndarray) -> np.ndarray:
         """The same for coalitions that other maps are judged by too: of all targets, computed once."""
-        return self._change(self.objective, coalitions, known=True)
+        return self._change(self.objective, coalitions)[self.row].numpy()
 
-    def _change(self, objective: Objective, coalitions: np.ndarray, known: bool) -> np.ndarray:
-        segments = Segments(self.features.labels, coalitions, self.reference, objective.image)
-        found = (known_change if known else change)(objective, segments)
-        return found[self.row if objective is self.objective else 0].numpy()
+    def _change(self, objective: Objective, coalitions: np.ndarray) -> Tensor:
+        return known_change(objective, Segments(self.features.labels, coalitions, self.reference, objective.image))
 
-    def order(self, by: Tensor | None = None) -> np.ndarray:
-        """Numbers of the features by the mean of the map over them, greatest first; ties by number."""
-        means = self.shares / self.voxels.clamp(min=1) if by is None else by
-        return np.argsort(-means.numpy(), kind="stable")
+    @cached_property
+    def means(self) -> Tensor:
+        """Of the map over the features that are seen, in units of the greatest, and rounded (m,)."""
+        means = (self.shares / self.voxels.clamp(min=1))[torch.from_numpy(self.seen)]
+        return (means / means.abs().max().clamp(min=torch.finfo(means.dtype).tiny)).round(decimals=SAME)
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """Numbers of the features that are seen by the mean of the map over them, greatest first; see `ranking`."""
+        return self.seen[ranking(self.means, self.seed).numpy()]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the map says the same of some features, so that the order rests on chance."""
+        return len(self.means.unique()) < len(self.means)
 
 
-def removal_of(subject: Subject, features: Any, baseline: Any, seed: int | None = None) -> Removal:
+def ranking(values: Tensor, seed: int) -> Tensor:
+    """Positions of values (n,) from the greatest to the least; equal ones in a random order.
+
+    An order by number would favour maps that are flat where the cause happens to come first.
+
+    >>> ranking(torch.tensor([1.0, 3.0, 2.0]), seed=0).tolist()
+    [1, 2, 0]
+    """
+    drawn = torch.from_numpy(np.random.default_rng(seed).permutation(len(values))).to(values.device)
+    return drawn[torch.argsort(values[drawn], descending=True, stable=True)]
+
+
+def drawn_removals(subject: Subject, features: Any, baseline: Any, n_samples: int) -> Iterator[Removal]:
+    """`removal_of` for several draws of a random baseline and of the order of features that the map says the same of;
+    one where neither is left to chance."""
+    for draw in range(n_samples):
+        removal = removal_of(subject, features, baseline, draw)
+        yield removal
+        if not removal.random and not removal.tied:
+            return
+
+
+def removal_of(subject: Subject, features: Any, baseline: Any, draw: int = 0) -> Removal:
     """The features of a subject's image and what its map says of them.
 
     Args:
         features: see `esegeta_monai.features.features_for`; ``"blocks"``: about 16 blocks an axis in 2D, 8 in 3D.
         baseline: see `reference_image`.
-        seed: of a random baseline; None: the run's.
+        draw: which one, of a random baseline and of the order of equal features; 0: by the run's seed.
     """
     objective = subject.need_objective()
     spec = _blocks(objective) if isinstance(features, str) and features == "blocks" else features_for(features)
     what = repr(json_ready(spec)) if not isinstance(spec, Tensor) else id(features)
     found = subject.once(("features", what), lambda: spec.of(objective))
+    random = not is_feature_mean(baseline) and baseline_for(baseline, local=True).random
+    seed = objective.seed + draw
 
-    def draw() -> Tensor:
-        if seed is None:
-            return reference_image(objective, found, baseline)[1]
-        drawn, objective.seed = objective.seed, seed
+    def reference_of() -> Tensor:
+        run_seed = objective.seed
+        objective.seed = seed if random else run_seed
         try:
             return reference_image(objective, found, baseline)[1]
         finally:
-            objective.seed = drawn
+            objective.seed = run_seed
 
     by = id(baseline) if isinstance(baseline, Tensor) else repr(json_ready(baseline))
-    reference = subject.once(("reference", what, by, seed), draw)
+    reference = subject.once(("reference", what, by, draw if random else 0), reference_of)
     values = subject.per_channel.to(found.labels.device)
     if len(found.labels) == 1:
         values = values.sum(0, keepdim=True)
@@ -110,8 +154,9 @@ def removal_of(subject: Subject, features: Any, baseline: Any, seed: int | None 
             f"the target sees {len(seen)} of the {len(found)} features: nothing could be compared; take smaller ones, "
             "such as features='grid(size=4)'"
         )
+    voxels = found.counts.double().cpu()
     return Removal(
-        objective, subject.alone, found, reference, subject.target, shares[1:].cpu(), found.counts.double().cpu(), seen
+        objective, subject.alone, found, reference, subject.target, shares[1:].cpu(), voxels, seen, random, seed
     )
 
 

@@ -18,6 +18,7 @@ from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.metrics.base import Measured, Metric, Subject, mean_interval
 from esegeta_monai.metrics.faithfulness import NEEDS, NOTHING, ZERO
+from esegeta_monai.metrics.features import ranking
 from esegeta_monai.objective import Objective
 from esegeta_monai.perturbation import Added
 from esegeta_monai.targets.base import WeightedScore
@@ -134,7 +135,8 @@ class ROAD(Metric):
     itself tells nothing (Rong et al. 2022). In units of ``|F(x) − F(x₀)|``.
 
     A removed voxel is the mean of its neighbours with weights 1/d² (in 2D the paper's 1/6 and 1/12), all together as
-    the solution of a linear system, plus noise of 0.01 of the channel's standard deviation.
+    the solution of a linear system, plus noise of 0.01 of the channel's standard deviation. Voxels of equal
+    strength are removed in a random order.
 
     Args:
         order: ``"combined"``: (loss with the strongest removed − loss with the weakest removed) / 2; ``"morf"`` or
@@ -175,7 +177,7 @@ class ROAD(Metric):
         if full == 0:
             return Measured.undefined(NOTHING)
         strength = subject.per_channel.sum(0).flatten()
-        strongest = torch.argsort(strength, descending=True, stable=True)
+        strongest = ranking(strength, objective.seed)
         found: dict[str, list[float]] = {}
         for name in ("morf", "lerf") if self.order == "combined" else (self.order,):
             ranked = strongest if name == "morf" else strongest.flip(0)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from captum.metrics import infidelity
 from monai.inferers import SimpleInferer
+from scipy.stats import chisquare
 
 from esegeta_monai.change import change
 from esegeta_monai.errors import MetricError, UsageError
@@ -24,6 +28,7 @@ from esegeta_monai.metrics import (
     Subject,
     better,
 )
+from esegeta_monai.metrics.features import ranking, removal_of
 from esegeta_monai.targets import Box, Case, ClassScore, MultiClassMask
 from tests.methods.naive import Naive, image_of, small
 from tests.metrics.cases import linear_case, ranked, subject_of
@@ -91,6 +96,55 @@ def test_deletion_by_hand():
     assert region.value == pytest.approx((0 + 3 / 4 + 1) / 3)
     wrong = Subject(values.flip(-1), case.objective)
     assert Deletion(**parts).update(wrong).value == pytest.approx((1 + 3 / 4) / 4 + (3 / 4 + 0) / 4)
+
+
+def test_equal_features_are_removed_in_every_order():
+    """F = first of four voxels, one the others do not change: in whatever place a flat map's draw removes it, the area
+    is known, and their mean is that over the places. An order by number would give the first place always."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2, bias=False)).double()
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([[0.0] * 4, [1.0, 0.0, 0.0, 0.0]]))
+    case = Naive(net, torch.ones(1, 1, 4, dtype=torch.float64), [ClassScore(1)], SimpleInferer())
+    parts = {"features": "grid(size=1)", "baseline": 0.0, "n_samples": 400}
+    # removed as number p of four (0, 1, 2, 3), the curve falls from 1 to 0 between p/4 and (p + 1)/4
+    expected = {
+        Deletion(**parts): np.mean([(p + 0.5) / 4 for p in range(4)]),
+        Insertion(**parts): np.mean([1 - (p + 0.5) / 4 for p in range(4)]),
+        IROF(**parts): np.mean([(4 - p) / 4 for p in range(4)]),
+        RegionPerturbation(steps=1, **parts): np.mean([1 / 2, 0, 0, 0]),
+    }
+    for metric, mean in expected.items():
+        flat = metric.update(subject_of(case, values=torch.full((1, 1, 4), 0.1)))
+        assert flat.n == 400
+        assert flat.low < mean < flat.high
+        assert flat.high - flat.low < 0.08
+    partly = torch.tensor([[[2.0, 1.0, 1.0, 3.0]]])  # the first is the second to go, whatever the order of the others
+    found = Deletion(**parts).update(subject_of(case, values=partly))
+    assert (found.n, found.value, found.low, found.high) == pytest.approx((400, 1.5 / 4, 1.5 / 4, 1.5 / 4))
+    clear = Deletion(**parts).update(subject_of(case, values=torch.tensor([[[2.0, 1.0, 0.0, 3.0]]])))
+    assert (clear.n, clear.low) == (1, None)
+    backgrounds = [torch.full((1, 1, 4), value) for value in (0.0, 0.5)]
+    drawn = Deletion(**{**parts, "baseline": backgrounds, "n_samples": 5})
+    assert drawn.update(subject_of(case, values=torch.tensor([[[2.0, 1.0, 0.0, 3.0]]]))).n == 5
+
+
+def test_a_flat_map_says_the_same_of_features_of_any_size():
+    """0.1 summed 3, 9 and 27 times and divided again: not the same number, but the same word."""
+    case = windowed(3)
+    shape = case.image.shape[1:]
+    for value in (0.1, -0.7, 1e-12):
+        flat = removal_of(Subject(torch.full((1, *shape), value), case.objective), "grid(size=3)", 0.0)
+        assert flat.tied
+        assert len(flat.means.unique()) == 1
+    assert not removal_of(Subject(image_of(1, *shape), case.objective), "grid(size=3)", 0.0).tied
+
+
+def test_every_order_of_equal_values_is_drawn_equally_often():
+    values = torch.tensor([1.0, 2.0, 1.0, 1.0, 3.0])
+    orders = collections.Counter(tuple(ranking(values, seed).tolist()) for seed in range(15_000))
+    assert all(order[:2] == (4, 1) for order in orders)
+    assert sorted(orders) == [(4, 1, *rest) for rest in itertools.permutations((0, 2, 3))]
+    assert chisquare(list(orders.values())).pvalue > 0.01
 
 
 @pytest.mark.parametrize(("kind", "dims"), KINDS)

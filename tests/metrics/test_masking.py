@@ -10,6 +10,7 @@ import torch
 
 from esegeta_monai.errors import UsageError
 from esegeta_monai.metrics import ROAD, AverageDrop, AverageGain, AverageIncrease, Subject, better
+from esegeta_monai.metrics.base import mean_interval
 from esegeta_monai.metrics.masking import imputed, unit_mask
 from esegeta_monai.targets import Box, ClassScore, MultiClassMask
 from tests.methods.naive import Naive, image_of, small
@@ -111,6 +112,21 @@ def test_road_ranks_the_perfect_map_first(kind, dims):
     assert values["perfect"] == pytest.approx((more.value - less.value) / 2)
     assert better(ROAD("lerf"), 0.1, 0.2)
     assert better(ROAD("morf"), 0.2, 0.1)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_road_gives_nothing_to_a_flat_map(dims):
+    """What a linear network looks at lies in the first corner; removed by number, it would go first. In random orders
+    the strongest and the weakest share cost the same on average."""
+    case, road = linear_case("classification", dims), ROAD(baseline=0.0)
+    found = []
+    for seed in range(30):
+        case.objective.seed = seed
+        found.append(road.update(subject_of(case, values=torch.full_like(case.image, 0.1))).value)
+    low, high = mean_interval(found)
+    assert low < 0 < high
+    shown = road.update(subject_of(case)).value
+    assert high - low < shown / 5
 
 
 def test_wrong_parameters():
