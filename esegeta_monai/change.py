@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from esegeta_monai.errors import MethodTimeout
 from esegeta_monai.objective import Batch, Objective, out_of_memory
+from esegeta_monai.pace import Loop
 from esegeta_monai.perturbation import UNCHANGED, Perturbations
 from esegeta_monai.support import Held, Support
 from esegeta_monai.windows import Slices, last_axes
@@ -133,6 +136,12 @@ _TABLES: WeakKeyDictionary[Objective, dict[Hashable, Tensor]] = WeakKeyDictionar
 
 def passes_needed(objective: Objective, perturbations: Perturbations) -> int:
     """Window passes that `change` needs; perturbed windows are looked at for that, but no network runs."""
+    unperturbed = len(objective.windows) if objective.linear or objective.prediction is None else 0
+    return _pair_passes(objective, perturbations) + unperturbed
+
+
+def _pair_passes(objective: Objective, perturbations: Perturbations) -> int:
+    """Window passes of all pairs, and of what they are compared with where that is not known before."""
 
     def touched(block: Block) -> list[int]:
         """The windows of all pairs that change a voxel."""
@@ -140,14 +149,13 @@ def passes_needed(objective: Objective, perturbations: Perturbations) -> int:
         return [pair.window for pair, crop, place in pairs if perturbations.changes(pair.first, crop, place)]
 
     if objective.linear:
-        return len(touched(_by_window(objective, perturbations))) + len(objective.windows)
+        return len(touched(_by_window(objective, perturbations)))
     sizes = _sizes(objective, _supports(objective))
     parts = [touched(b) for _, b in _blocks(objective, perturbations, range(len(perturbations)), sizes)]
     unperturbed = [set(part) for part in parts]
     if _keeps(sizes):
         unperturbed = [set().union(*unperturbed)]
-    blending = len(objective.windows) if objective.prediction is None else 0
-    return sum(map(len, parts)) + sum(map(len, unperturbed)) + blending
+    return sum(map(len, parts)) + sum(map(len, unperturbed))
 
 
 def _supports(objective: Objective) -> list[Support]:
@@ -236,6 +244,8 @@ class _Change:
         self._held: dict[int, list[Held | None]] = {}
         self.result = torch.zeros((objective.n_targets, len(perturbations)), dtype=torch.float64)
         self.done = self.number = self.known = 0
+        self.loop: Loop | None = None
+        self.began, self.ended = 0, False
         table = objective.table if objective.ranks.size == 1 else None
         self.name = None if table is None else perturbations.fingerprint()
         self.table = None if self.name is None else table
@@ -256,6 +266,27 @@ class _Change:
                 self._held.clear()
             self._held[window] = [s.held(window) if window in s.windows else None for s in self.supports]
         return self._held[window]
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Where the method is only timed (`esegeta_monai.pace`), not all pairs inside are computed."""
+        pace = self.objective.monitor.pace
+        if pace is None:
+            yield
+            return
+        self.began, self.loop = self.objective.monitor.passes, pace.loop("perturbations")
+        yield
+        self.loop.end(self._passes(), self._all_passes)
+
+    def _all_passes(self) -> int:
+        """Window passes of all pairs."""
+        if not self.ended:
+            return self._passes()
+        return math.ceil(_pair_passes(self.objective, self.perturbations) / self.objective.ranks.size)
+
+    def _passes(self) -> int:
+        """Window passes of the pairs so far."""
+        return self.objective.monitor.passes - self.began
 
     def mine(self) -> bool:
         """Whether this process computes the next pair."""
@@ -280,10 +311,15 @@ class _Change:
             pending.append((pair, self.objective.plan.pad(perturbed)))
             if len(pending) >= self.objective.window_batch:
                 pending = self._flush(pending)
-        while pending:
+                if self.ended:
+                    return
+        while pending and not self.ended:
             pending = self._flush(pending)
 
     def _flush(self, pending: list[tuple[_Pair, Tensor]]) -> list[tuple[_Pair, Tensor]]:
+        if self.loop is not None and self.loop.enough(self._passes()):
+            self.ended = True
+            return []
         try:
             self.objective.monitor.check()
         except MethodTimeout:
@@ -330,7 +366,7 @@ class _LinearChange(_Change):
     def run(self) -> Tensor:
         self.known = self.done
         self._base()
-        with self.objective.ranks.summed([self.result]):
+        with self.timed(), self.objective.ranks.summed([self.result]):
             self.over(_by_window(self.objective, self.perturbations))
         return self.result
 
@@ -391,12 +427,18 @@ class _BlendedChange(_Change):
 
     def run(self) -> Tensor:
         ranks = self.objective.ranks
-        with ranks.summed([self.result]):
+        with self.timed(), ranks.summed([self.result]):
             mine = ranks.share(range(len(self.perturbations)))[self.done :]
             for indices, block in _blocks(self.objective, self.perturbations, mine, self.sizes):
                 self.base = self.base if self.keeps else {}
                 self.parts = {i: [] for i in indices}
+                before = self.number
                 self.over(block)
+                if self.ended:  # scores take time too: as many as the pairs would be
+                    pairs = sum(len(groups) for _, groups in block)
+                    for i in indices[: math.ceil(len(indices) * (self.number - before) / pairs)]:
+                        self._score(i)
+                    break
                 for i in indices:
                     self._score(i)
                 self.done += len(indices)

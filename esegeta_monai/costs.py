@@ -11,6 +11,7 @@ import torch
 from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout
 from esegeta_monai.methods.base import Method, run
 from esegeta_monai.objective import Objective
+from esegeta_monai.pace import Pace
 from esegeta_monai.record import peak_memory, reset_peak_memory
 
 __all__ = ["COSTLY", "Cost", "cost_of", "duration", "table", "too_costly"]
@@ -30,9 +31,11 @@ class Cost:
         exact: whether ``passes`` is exact; else it depends on what the run finds (an adaptive path, say).
         naive_passes: windows of a computation that predicts the whole image for each perturbation, or that looks at all
             windows whatever the target sees.
-        seconds: an estimate, from running the method for a moment on this machine.
+        seconds: an estimate, from running the method for a moment on this machine (`esegeta_monai.pace`).
         peak_memory_bytes: of that moment; memory does not grow with the number of passes.
         note: why there is nothing to compute, or why it would be refused; None where it would run.
+        at_least: whether ``seconds`` lacks what the method does after its last pass, since the moment did not come so
+            far; else every part of it has been timed.
     """
 
     case: int
@@ -44,44 +47,47 @@ class Cost:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     note: str | None = None
+    at_least: bool = False
 
 
 def cost_of(method: Method, objective: Objective, case: int, label: str, calibration: float) -> Cost:
     """The cost of a method on an objective that nothing has run on yet.
 
     Args:
-        calibration: seconds that the method is run for. What is not done by then is extrapolated from the batches that
-            are, backward passes included; what comes before the first one is not counted again.
+        calibration: seconds that its passes over windows are run for: at least one batch of each kind of loop, and what
+            it does before, between and after them. The rest of each loop is extrapolated from its own batches.
     """
     name = str(method.name)
-    passes, windows = method.passes(objective), len(objective.windows)
-    predictions = method.predictions(objective)
-    rounds = passes / windows if predictions is None else predictions + 1
     monitor, device = objective.monitor, objective.model.device
-    batches: list[float] = []
-    monitor.on_check = lambda: batches.append(_now(device))
     reset_peak_memory(device)
     began = _now(device)
-    monitor.start(calibration)
-    whole = False
+    monitor.start()
+    pace = monitor.pace = Pace(calibration, lambda: _now(device), lambda: monitor.passes)
+    ended = True
     try:
         run(method, objective)
-        whole = True
-    except MethodTimeout:  # the rest is extrapolated
-        pass
-    except EsegetaError as error:
-        return Cost(case, name, label, note=str(error))
+    except Exception as error:
+        if pace.whole and not isinstance(error, MethodTimeout):  # not of maps that mean nothing: it will fail
+            if not isinstance(error, EsegetaError):
+                raise
+            return Cost(case, name, label, note=str(error))
+        ended = False
     finally:
-        monitor.on_check = None
-    seconds = _now(device) - began
-    done = monitor.passes
-    if whole:
-        passes = done
-    elif done:
-        seconds += (passes - done) * (batches[-1] - batches[0]) / done
+        monitor.pace = None
+    stopped = pace.seconds()
+    seconds, memory, found = stopped - began, peak_memory(device), round(pace.passes())
+    timed, alone = ended and (pace.whole or not method.steered), objective.ranks.size == 1
+    if timed and alone:
+        passes, exact = found, pace.whole or method.passes_exact
+    else:  # besides one or two by which a layer is found that is not named
+        passes = method.passes(objective.apart())
+        exact = method.passes_exact and getattr(method, "layer", "") is not None
+    if not timed and found and pace.first is not None:  # at the mean of what was seen
+        seconds += max(0, passes / objective.ranks.size - found) * (stopped - pace.first) / found
+    predictions, windows = method.predictions(objective), len(objective.windows)
+    rounds = passes / windows if predictions is None else predictions + 1
     naive = round(rounds * len(objective.plan))
-    exact = whole or (method.passes_exact and getattr(method, "layer", "") is not None)
-    return Cost(case, name, label, passes, exact, naive, seconds, peak_memory(device))
+    return Cost(case, name, label, passes, exact, naive, seconds, memory, at_least=not ended)
 
 
 def too_costly(method: Method, objective: Objective) -> MethodError | None:
@@ -119,7 +125,7 @@ def table(costs: Sequence[tuple[str, Cost]]) -> list[str]:
                 c.method,
                 f"{'' if c.exact else 'about '}{c.passes:,}",
                 f"{c.naive_passes:,}",
-                duration(c.seconds),
+                f"{'at least ' if c.at_least else ''}{duration(c.seconds)}",
                 memory,
             ]
         )

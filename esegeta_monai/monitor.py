@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from esegeta_monai.errors import MethodTimeout
+from esegeta_monai.pace import Pace
 
 __all__ = ["Monitor"]
 
@@ -23,7 +24,8 @@ class Monitor:
 
     def __init__(self, on_pass: Callable[[int], None] | None = None, *, silent: bool = False) -> None:
         self.on_pass, self.silent = on_pass, silent
-        self.on_check: Callable[[], None] | None = None
+        self.pace: Pace | None = None
+        """Where a method is only timed: how much of each loop is run."""
         self.passes = 0
         self.warnings: list[str] = []
         self._deadline: float | None = None
@@ -42,8 +44,6 @@ class Monitor:
 
     def check(self) -> None:
         """Raises `MethodTimeout` where the time limit has passed; called before each window batch."""
-        if self.on_check is not None:
-            self.on_check()
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise MethodTimeout(
                 f"stopped at the time limit of {self._limit:g} s after {self.passes} window passes: raise the limit, "
@@ -54,5 +54,5 @@ class Monitor:
         """A warning for the log and the record, once."""
         if text not in self.warnings:
             self.warnings.append(text)
-            if not self.silent:
+            if not self.silent and self.pace is None:  # maps that mean nothing warn of nothing
                 logger.warning(text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,8 @@ from esegeta_monai.errors import MethodError
 from esegeta_monai.extremes import largest
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import Model, capture
-from esegeta_monai.ranks import Ranks, Summed
+from esegeta_monai.pace import Timed
+from esegeta_monai.ranks import Ranks, Summed, tensors_of
 from esegeta_monai.targets.base import Case, Score
 from esegeta_monai.windows import OutputGrid, WindowPlan
 
@@ -279,7 +280,8 @@ class Objective:
         def run(batch: Batch) -> None:
             padding.add_(self.add(maps, batch, attribute(batch)))
 
-        self.each(self._jobs(1), run, cotangents=cotangents, sums=[maps, padding, *sums])
+        kind = _kind(attribute)
+        self.each(self._jobs(1), run, cotangents=cotangents, sums=[maps, padding, *sums], kind=kind)
         return maps, padding
 
     def add(self, maps: Tensor, batch: Batch, values: Tensor) -> Tensor:
@@ -316,7 +318,9 @@ class Objective:
         everywhere = any(r.everywhere for r in todo)
         jobs = [(0, w) for w in self.every] if everywhere else self._jobs(1)
         sums = _sums(todo, blended or [])
-        self.each(jobs, run, with_cotangents=backward, split_seen=everywhere, sums=sums)
+        kind = tuple(type(r).__name__ for r in todo)
+        least = int(sums is not None and any(t is None for t in tensors_of(sums)))  # or there would be no result
+        self.each(jobs, run, with_cotangents=backward, split_seen=everywhere, sums=sums, kind=kind, least=least)
         if blended is not None:
             self._note_deviation(blended)
         return [unique[r.key].result() for r in requests]
@@ -406,6 +410,8 @@ class Objective:
         split_seen: bool = False,
         sums: Sequence[Tensor | Summed] | None = None,
         whole_windows: bool = False,
+        kind: Hashable = None,
+        least: int = 0,
     ) -> None:
         """Runs (volume, window) jobs in batches; a batch that does not fit in memory is halved and done again.
 
@@ -419,6 +425,8 @@ class Objective:
             sums: all that ``run`` adds into, and only adds into: then several processes share the jobs, and the sums
                 are those of all of them. None: each process runs all jobs.
             whole_windows: all jobs of a window are one process's.
+            kind, least: where the method is only timed, loops of one kind take as long a job (None: those of one
+                ``run``), and so many jobs are run in any case, see `esegeta_monai.pace`.
         """
         groups = [list(jobs)]
         if split_seen:
@@ -427,11 +435,13 @@ class Objective:
         whole: list[Tensor | None] | None = None if cotangents is None else list(cotangents)
         if with_cotangents and predictions is None and whole is None:
             whole = self._whole_cotangents()
+        timed = Timed(_kind(run) if kind is None else kind, least, sums is not None, whole_windows)
         if sums is None:
-            self._run(groups, run, whole, predictions, with_cotangents)
+            self._run(groups, run, whole, predictions, with_cotangents, timed)
             return
         with self.ranks.summed(sums):
-            self._run([self._share(g, whole_windows) for g in groups], run, whole, predictions, with_cotangents)
+            shares = [self._share(g, whole_windows) for g in groups]
+            self._run(shares, run, whole, predictions, with_cotangents, timed)
 
     def _share(self, jobs: Sequence[tuple[int, int]], whole_windows: bool) -> list[tuple[int, int]]:
         if not whole_windows:
@@ -446,10 +456,14 @@ class Objective:
         whole: list[Tensor | None] | None,
         predictions: list[Tensor] | None,
         with_cotangents: bool,
+        timed: Timed,
     ) -> None:
-        for group in groups:
+        for number, group in enumerate(groups):
             done = 0
+            loop = timed.loop(self.monitor.pace, number, group)
             while done < len(group):
+                if loop is not None and timed.may_end(group, done) and loop.enough(done):
+                    break
                 self.monitor.check()
                 part = group[done : done + self.window_batch]
                 windows, sources = [w for _, w in part], [p for p, _ in part]
@@ -464,6 +478,8 @@ class Objective:
                     self.shrink(len(part), error)
                     continue
                 done += len(part)
+            if loop is not None:
+                loop.end(done, functools.partial(len, group))
 
     def shrink(self, tried: int, error: RuntimeError) -> None:
         """Halves the window batch after memory ran out, and records it.
@@ -519,6 +535,12 @@ class Objective:
                     total[j, self.rows[k]] = (inside.to(weight.device) * weight).to(total)
             found.append(total)
         return found
+
+
+def _kind(function: Callable[..., Any]) -> Hashable:
+    """What functions made at one place in the code share."""
+    found: Hashable = getattr(function, "__code__", None)
+    return found if found is not None else id(type(function))
 
 
 def _sums(requests: Sequence[Request], blended: Sequence[Tensor]) -> list[Tensor | Summed] | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout, RankLost, UsageError, named_reason
 
-__all__ = ["SHARES", "Ranks", "Share", "Summed", "join", "leave", "local_device", "process_group"]
+__all__ = ["SHARES", "Ranks", "Share", "Summed", "join", "leave", "local_device", "process_group", "tensors_of"]
 
 Share = Literal["cases", "windows", "methods"]
 """What the ranks share: each explains cases of its own; all compute each case together, window by window; or each takes
@@ -109,7 +109,7 @@ class Ranks:
             yield
             return
         if self.rank:
-            for tensor in _tensors(sums):
+            for tensor in tensors_of(sums):
                 if tensor is not None:
                     tensor.zero_()
         failed: Exception | None = None
@@ -117,7 +117,7 @@ class Ranks:
             yield
         except Exception as error:  # told to the others, then raised
             failed = error
-        known = self.gather((None if failed is None else _described(failed), [_form(t) for t in _tensors(sums)]))
+        known = self.gather((None if failed is None else _described(failed), [_form(t) for t in tensors_of(sums)]))
         if failed is not None:
             raise failed
         for rank, (trouble, _) in enumerate(known):
@@ -166,7 +166,8 @@ def _places(sums: Sequence[Tensor | Summed]) -> list[_Place]:
     ]
 
 
-def _tensors(sums: Sequence[Tensor | Summed]) -> list[Tensor | None]:
+def tensors_of(sums: Sequence[Tensor | Summed]) -> list[Tensor | None]:
+    """The tensors that are added into, None where nothing has been added yet."""
     return [place.tensor for place in _places(sums)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import esegeta_monai.costs as costs
 from esegeta_monai import Explainer
 from esegeta_monai import methods as m
 from esegeta_monai.errors import MethodError
+from esegeta_monai.methods.base import shares_passes
 from esegeta_monai.record import peak_memory, reset_peak_memory
 from esegeta_monai.targets import Box, MultiClassMask, Voxel
 from tests.methods.naive import image_of, small
@@ -101,10 +103,39 @@ def test_choosing_the_baseline_is_counted(method):
 def test_every_method_that_knows_its_passes_exactly_does(setting, name):
     case = SETTINGS[setting]
     scan, method = image(0, *case.shape), case.method(name)
-    (cost,) = Explainer(case.network(), case.inferer).costs(scan, [method], [case.target], calibration=0.0)
-    assert cost.exact == (method.passes_exact and getattr(method, "layer", "") is not None)
-    if cost.exact:
-        assert cost.passes == case.explain(case.method(name), case.target).record["window_passes"]
+    explain = Explainer(case.network(), case.inferer)
+    (judged,) = explain.judge(scan, [case.target])
+    told = method.passes(judged.objective)
+    (cost,) = explain.costs(scan, [method], [case.target], calibration=0.0)
+    found = case.explain(case.method(name), case.target).record["window_passes"]
+    assert cost.note is None
+    assert not cost.at_least
+    assert cost.exact or not method.passes_exact
+    assert cost.passes == found or not cost.exact
+    assert method.steered or name == "ScoreCam" or cost.passes == found  # counted as it went, if not known before
+    assert told == found or not method.passes_exact or getattr(method, "layer", "") is None
+
+
+@pytest.mark.parametrize("calibration", [0.0, 60.0])
+@pytest.mark.parametrize(
+    "method",
+    [
+        m.IntegratedGradients(tolerance=1e-2, max_steps=20),
+        m.BlurIG(n_steps=4, tolerance=1e-2, max_steps=20),
+        m.GuidedIG(n_steps=4, tolerance=1e-2, max_steps=20),
+        m.SmoothGrad(m.IntegratedGradients(tolerance=1e-2, max_steps=20), n_samples=2),
+        m.XRAI([3], method=m.BlurIG(n_steps=4, tolerance=1e-2, max_steps=20)),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_passes_that_a_tolerance_decides_are_told_as_a_cap_unless_all_were_run(method, calibration):
+    image, target = image_of(1, 2, 12, 20), [MultiClassMask(1)]
+    (cost,) = explainer().costs(image, [method], target, calibration=calibration)
+    (found,) = explainer()(image, [method], target)
+    assert not method.passes_exact
+    assert cost.exact == (calibration > 0)
+    assert cost.passes >= found.record["window_passes"]
+    assert cost.passes == found.record["window_passes"] or not cost.exact
 
 
 def test_the_naive_passes_are_those_of_whole_predictions():
@@ -131,7 +162,7 @@ def test_peak_memory_is_that_of_the_method(request):
 
 
 class Clock:
-    """Time that only a network's passes take: a second forwards, nine backwards."""
+    """Time that passes only where something says so."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -140,34 +171,165 @@ class Clock:
         return self.seconds
 
 
-class Timed(nn.Module):
-    def __init__(self, clock: Clock) -> None:
-        super().__init__()
-        self.clock, self.conv = clock, nn.Conv2d(1, 2, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.clock.seconds += 1
-        out = self.conv(x)
-        if out.requires_grad:
-            out.register_hook(self._backward)
-        return out
-
-    def _backward(self, gradient: Tensor) -> None:
-        self.clock.seconds += 9
-
-
-@pytest.mark.parametrize("calibration", [3.0, 25.0, 1000.0])
-def test_the_time_of_backward_passes_is_foretold_too(monkeypatch, calibration):
-    """After one batch, whose forward pass is a tenth of it, after three, and after all."""
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr("esegeta_monai.costs._now", lambda device: clock.seconds)
     monkeypatch.setattr("esegeta_monai.monitor.time", clock)
-    explainer = Explainer(Timed(clock), SlidingWindowInferer((8, 8), 1, 0.0))
-    (cost,) = explainer.costs(
-        torch.rand(1, 1, 8, 64), [m.Saliency()], [Box(0, (0, 0), (8, 64))], calibration=calibration
-    )
-    assert cost.passes == 8
-    assert cost.seconds == 80
+    grad = torch.autograd.grad
+
+    def slow_grad(outputs, *args, **kwargs):
+        """Nine seconds a window backwards."""
+        clock.seconds += 9 * len(outputs) if outputs.ndim else 0
+        return grad(outputs, *args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", slow_grad)
+    return clock
+
+
+class Slow(nn.Module):
+    """A window takes a second forwards."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock, self.conv, self.head = clock, nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock.seconds += len(x)
+        return self.head(self.conv(x).relu())
+
+
+@dataclass(eq=False, repr=False)
+class Slower(m.Occlusion):
+    """It takes its time before and after the passes."""
+
+    before: float = 0.0
+    after: float = 0.0
+    clock: Clock | None = None
+
+    def attribute(self, objective):
+        self.clock.seconds += self.before
+        found = super().attribute(objective)
+        self.clock.seconds += self.after
+        return found
+
+
+@dataclass(eq=False, repr=False)
+class Endless(m.Saliency):
+    """As many gradients as it likes, each with much work of its own."""
+
+    rounds: int = 1000
+    clock: Clock | None = None
+
+    def passes(self, objective):
+        return self.rounds * len(objective.windows)
+
+    def attribute(self, objective):
+        for _ in range(self.rounds):
+            found = objective.gradient(objective.image[None])
+            self.clock.seconds += 0.5
+        return found.maps[:, 0]
+
+
+def slow(clock: Clock, **options) -> Explainer:
+    torch.manual_seed(0)
+    return Explainer(Slow(clock), SlidingWindowInferer((8, 8), 2, 0.0), **options)
+
+
+def foretold_and_taken(clock, method, calibration, output="logit"):
+    """On twelve windows, of which the target sees eight."""
+    image, target = torch.rand(1, 1, 8, 96), [Box(0, (0, 0), (8, 64), output=output)]
+    explain = slow(clock)
+    prediction = explain.inferer(image, explain.network)
+    (cost,) = explain.costs(image, [method], target, calibration=calibration, prediction=prediction)
+    began = clock.seconds
+    (found,) = explain(image, [method], target, prediction=prediction)
+    taken = clock.seconds - began
+    if not shares_passes(method):  # the run compares the windows with the prediction first, which is no method's
+        taken -= 8
+    assert cost.passes == found.record["window_passes"]
+    return cost, taken
+
+
+@pytest.mark.parametrize("calibration", [0.0, 3.0, 25.0, 1000.0])
+@pytest.mark.parametrize(
+    "method",
+    [
+        m.Saliency(),
+        m.GuidedBackprop(),
+        m.LRP(),
+        m.DeepLift("zero"),  # passes forwards first
+        m.DeepLiftShap("noise", n_samples=3),
+        m.IntegratedGradients("zero", n_steps=5),
+        m.GradientShap("zero", n_samples=3),
+        m.LayerConductance("conv", baseline="zero", n_steps=3),
+        m.SmoothGrad(m.Saliency(), n_samples=3),
+        m.GradCam("conv"),  # gradients in some windows, activations in all
+        m.EigenCam("conv"),
+        m.FullGrad(),
+        m.AblationCam("conv"),
+    ],
+    ids=repr,
+)
+def test_the_time_of_every_kind_of_pass_is_foretold(clock, method, calibration):
+    """After one batch of each kind, after some, and after all, by a clock that only passes move."""
+    cost, taken = foretold_and_taken(clock, method, calibration)
+    assert cost.seconds == pytest.approx(taken, rel=1e-9)
+    assert not cost.at_least
+
+
+@pytest.mark.parametrize("calibration", [0.0, 3.0, 1000.0])
+@pytest.mark.parametrize("output", ["logit", "probability"])
+def test_what_a_method_does_before_and_after_its_passes_is_foretold(clock, calibration, output):
+    """However long it takes to come to the first pass, which supervoxels may."""
+    method = Slower(4, before=100.0, after=50.0, clock=clock)
+    cost, taken = foretold_and_taken(clock, method, calibration, output)
+    assert cost.seconds == pytest.approx(taken, rel=1e-9)
+    assert not cost.at_least
+
+
+def test_a_method_that_goes_on_and_on_is_stopped_and_says_so(clock):
+    method = Endless(clock=clock)
+    cost, taken = foretold_and_taken(clock, method, 3.0)
+    assert cost.at_least
+    assert 0.9 * taken < cost.seconds < 1.1 * taken
+    assert clock.seconds < 1.1 * taken
+    assert "at least " in costs.table([("case", cost)])[1]
+
+
+def test_a_method_that_only_fails_on_meaningless_maps_is_foretold_all_the_same(clock):
+    class Strict(m.Saliency, registered=False):
+        def attribute(self, objective):
+            found = objective.gradient(objective.image[None])
+            if not bool((found.maps[..., 32:64] != 0).any()):
+                raise MethodError("half of the map is missing")
+            return found.maps[:, 0]
+
+    cost, taken = foretold_and_taken(clock, Strict(), 0.0)
+    assert (cost.note, cost.at_least) == (None, True)
+    assert cost.seconds == taken
+
+
+def test_a_method_that_fails_says_why(clock):
+    class Failing(m.Saliency, registered=False):
+        def attribute(self, objective):
+            raise MethodError("never on Sundays")
+
+    (cost,) = slow(clock).costs(torch.rand(1, 1, 8, 16), [Failing()], [Box(0, (0, 0), (8, 8))])
+    assert cost.note == "never on Sundays"
+
+
+def test_foretelling_leaves_nothing_behind(caplog):
+    """Maps of a dry run mean nothing, and no later run sees any of it."""
+    image, target = image_of(1, 2, 6, 20), [MultiClassMask(1)]
+    methods = [m.IntegratedGradients("zero", n_steps=2), m.Occlusion(4), m.GradCam("a")]
+    expected = [a.map for a in explainer()(image, methods, target)]
+    explain = explainer()
+    caplog.clear()
+    assert all(c.note is None for c in explain.costs(image, methods, target, calibration=0.0))
+    assert not caplog.records
+    for mine, theirs in zip(explain(image, methods, target), expected):
+        assert torch.equal(mine.map, theirs)
 
 
 def test_an_empty_target_has_a_reason():

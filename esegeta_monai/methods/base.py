@@ -107,13 +107,24 @@ class Method(Configurable, ABC):
         return None
 
     @property
+    def steered(self) -> bool:
+        """Whether values decide how many passes it needs (a tolerance, a line search): only a whole run tells."""
+        return any(m.steered for m in self.inside())
+
+    @property
     def passes_exact(self) -> bool:
         """Whether `passes` is known before, or only roughly since it depends on what the run finds."""
-        return True
+        return not self.steered and all(m.passes_exact for m in self.inside())
 
     def passes(self, objective: Objective) -> int:
         """Window passes that `attribute` needs, for progress and for cost estimates; exact unless a method says so."""
         return len(objective.windows)
+
+    def inside(self) -> list[Method]:
+        """The methods that are parameters of this one."""
+        if not dataclasses.is_dataclass(self):
+            return []
+        return [m for m in (getattr(self, f.name) for f in dataclasses.fields(self)) if isinstance(m, Method)]
 
     def in_brief(self) -> Method:
         """The same method at a fraction of its cost, with few steps or samples: what half precision is measured on.
@@ -124,7 +135,7 @@ class Method(Configurable, ABC):
         if not dataclasses.is_dataclass(self):
             return self
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        changed = {n: v.in_brief() for n, v in own.items() if isinstance(v, Method)}
+        changed: dict[str, Any] = {n: m.in_brief() for n, m in own.items() if isinstance(m, Method)}
         for name, value in self.brief if self.needs_gradient or type(self).brief is not Method.brief else ():
             if name in own:
                 changed[name] = value if value is None or own[name] is None else min(own[name], value)

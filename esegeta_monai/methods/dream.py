@@ -94,8 +94,8 @@ class DeepDream(_Synthesis):
         return self.layer is None
 
     @property
-    def passes_exact(self) -> bool:
-        return False
+    def steered(self) -> bool:
+        return True
 
     def passes(self, objective: Objective) -> int:
         """At most: windows that the target's mask does not touch are left out."""
@@ -227,8 +227,8 @@ class InvertedRepresentation(_Synthesis):
         return False
 
     @property
-    def passes_exact(self) -> bool:
-        return False
+    def steered(self) -> bool:
+        return True
 
     def passes(self, objective: Objective) -> int:
         """About: the line search of the last step may take some gradients more."""

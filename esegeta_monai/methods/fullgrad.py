@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from esegeta_monai.layers import layer_shapes
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.scattered import LayerSum, Reduce
+from esegeta_monai.network import find_layer
 from esegeta_monai.objective import Batch, Objective
+from esegeta_monai.ranks import Summed
 
 __all__ = ["FullGrad"]
 
@@ -49,6 +51,7 @@ class FullGrad(Method):
     additive = False
     full_precision = True
     needs_linear = True
+    needs_value = True
 
     abs: bool = True
     name: str | None = field(default=None, kw_only=True)
@@ -57,19 +60,15 @@ class FullGrad(Method):
     def signed(self) -> bool:
         return not self.abs
 
-    @property
-    def passes_exact(self) -> bool:
-        return False
-
     def passes(self, objective: Objective) -> int:
-        """One, or one a module (about)."""
-        leaves = sum(not any(m.children()) for m in objective.model.network.modules())
-        return len(objective.windows) * (leaves + 1 if self.abs else 1)
+        """One, or one a module and one for the image; and one window in which all modules are looked at."""
+        rounds = len(_leaves(objective.model.network)) + 1 if self.abs else 1
+        return len(objective.windows) * rounds + 1
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial)."""
         runs = {s.name: s.calls for s in layer_shapes(objective) if s.grid is not None and max(s.grid[1:]) > 1}
-        leaves = [n for n, m in objective.model.network.named_modules() if n and not any(m.children())]
+        leaves = _leaves(objective.model.network)
         groups = [[n] for n in leaves] if self.abs else [leaves]
         total = objective.new_maps(1)
         booked = objective.constants()
@@ -106,7 +105,9 @@ class FullGrad(Method):
                     else:
                         booked.add_(product.flatten(1).sum(1).double().cpu())
 
-            objective.each([(0, w) for w in objective.windows], run, sums=[maps, padding, booked, *parts.values()])
+            kind = ("full gradients", *(type(find_layer(objective.model.network, n)) for n in names))
+            sums: list[Tensor | Summed] = [maps, padding, booked, *parts.values()]
+            objective.each([(0, w) for w in objective.windows], run, sums=sums, kind=kind)
             found = [p.result() for p in parts.values() if p.maps is not None]
             for values, lost in [(maps, torch.zeros_like(padding)), *found]:
                 signed = signed + values.flatten(1).sum(1).double().cpu()
@@ -115,6 +116,11 @@ class FullGrad(Method):
         value = objective.image_values().cpu()
         gap = [abs(float((s - v) / v)) if v else None for s, v in zip(signed + booked + padding, value)]
         return Explained(total, {"completeness_gap": gap, "booked": booked, "sum_in_padding": padding})
+
+
+def _leaves(network: nn.Module) -> list[str]:
+    """The modules that have none inside."""
+    return [n for n, m in network.named_modules() if n and not any(m.children())]
 
 
 @contextmanager

@@ -77,7 +77,7 @@ class SmoothGrad(Method):
     @property
     def passes_exact(self) -> bool:
         """What a perturbation changes differs from one noisy image to the next."""
-        return self.method.passes_exact and self.method.needs_gradient
+        return super().passes_exact and self.method.needs_gradient
 
     def _samples(self, objective: Objective) -> Iterator[Tensor]:
         """The method's maps at each noisy image."""

@@ -78,8 +78,8 @@ class IntegratedGradients(Method):
         return Explained(maps, notes)
 
     @property
-    def passes_exact(self) -> bool:
-        return self.tolerance is None
+    def steered(self) -> bool:
+        return self.tolerance is not None
 
     def passes(self, objective: Objective) -> int:
         """With ``tolerance`` at most ``max_steps`` gradients; a forward pass each more for non-linear targets."""

@@ -52,6 +52,10 @@ class BlurIG(Method):
             raise UsageError(f"BlurIG: n_steps={self.n_steps} and sigma={self.sigma} must be positive")
         _check_tolerance(self.tolerance, self.max_steps, self.n_steps)
 
+    @property
+    def steered(self) -> bool:
+        return self.tolerance is not None
+
     def passes(self, objective: Objective) -> int:
         """The ends of all segments, with ``tolerance`` at most ``max_steps``; a forward pass each more for non-linear
         targets."""
@@ -119,6 +123,10 @@ class GuidedIG(Method):
                 f"max_dist={self.max_dist} in [0, 1]"
             )
         _check_tolerance(self.tolerance, self.max_steps, self.n_steps)
+
+    @property
+    def steered(self) -> bool:
+        return self.tolerance is not None
 
     def passes(self, objective: Objective) -> int:
         """The ends of all steps on each target's own path, with ``tolerance`` at most ``max_steps``; a forward pass

@@ -239,8 +239,8 @@ class ClassImage(_Synthesis):
         return False
 
     @property
-    def passes_exact(self) -> bool:
-        return False
+    def steered(self) -> bool:
+        return True
 
     def passes(self, objective: Objective) -> int:
         """About: the line search of the last step may take some gradients more."""
