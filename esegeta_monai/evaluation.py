@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from esegeta_monai.objective import Objective
 from esegeta_monai.precision import full_precision
 from esegeta_monai.targets.base import TARGETS, Score
 
-__all__ = ["DEFAULT_METRICS", "Evaluator", "Found", "chosen_metrics"]
+__all__ = ["DEFAULT_METRICS", "Evaluator", "Found", "Known", "chosen_metrics"]
 
 logger = logging.getLogger("esegeta_monai")
 
@@ -39,6 +39,11 @@ CONTROL = "control:"
 """What the names of control maps begin with."""
 WITH_LABEL = ("PointingGame", "RelevanceMass", "RelevanceRank", "LocalisationAUC", "DistanceProfile")
 """Added by default where there is a label."""
+
+
+Known = Callable[[Mapping[str, Any]], "Tensor | None"]
+"""Gives a map (C, *spatial) that has been computed already, None where there is none, by the record of what is known of
+it beforehand (`esegeta_monai.record.decisive` is what decides)."""
 
 
 @dataclass
@@ -113,6 +118,7 @@ class Evaluator:
         region_names: Mapping[int, str] | None = None,
         body: Tensor | None = None,
         maps: Mapping[tuple[str, str], Tensor] | None = None,
+        known: Known | None = None,
         names: ResultNames | None = None,
         **more: Any,
     ) -> Found:
@@ -129,6 +135,7 @@ class Evaluator:
             body: mask of the patient; None: the image's foreground.
             maps: maps (C, *spatial) on the image's grid by target's and method's name, in place of computing them;
                 methods without one are left out.
+            known: asked for maps that have been computed already, see `Known`; the others are computed.
             names: of methods and targets, where these are some of a run's; None: what tells them apart.
             more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
 
@@ -147,6 +154,7 @@ class Evaluator:
             if judged.objective is None:
                 continue
             case = _Case(judged, full_precision(judged.objective), image, label, label_value, _plain(body), names)
+            case.known = known
             self._case(case, chosen, maps, found, regions if regions is not None else label, region_names)
         return found
 
@@ -227,6 +235,7 @@ class _Case:
     label_value: int | str | None
     body: Tensor | None
     names: ResultNames
+    known: Known | None = None
     shared: dict[Hashable, Any] = field(default_factory=dict)
     targets: list[str] = field(init=False)
     spacing: list[float] = field(init=False)
@@ -247,7 +256,10 @@ class _Case:
             objective = self.judged.objective
             assert objective is not None
             outcome: Explained | Exception
-            if method.needs_linear and not objective.linear:
+            earlier = self._earlier(method, objective)
+            if earlier is not None:
+                outcome = earlier
+            elif method.needs_linear and not objective.linear:
                 outcome = MetricError(f"{names[id(method)]} needs targets that are linear: use output='logit'")
             else:
                 objective.monitor.start(self.judged.time_limit)
@@ -264,6 +276,15 @@ class _Case:
             if isinstance(outcome, Explained) and objective is self.objective:
                 self.shared["explained", id(method)] = outcome.maps.double()
         return maps
+
+    def _earlier(self, method: Method, objective: Objective) -> Explained | None:
+        """The maps of all targets, where they are known: to every process of those that compute this case together."""
+        if self.known is None:
+            return None
+        found = [self.known(self.judged.record(method, k)) for k in range(len(objective.scores))]
+        maps = [m.to(objective.image.device) for m in found if m is not None]
+        everywhere = all(objective.ranks.gather(len(maps) == len(found)))
+        return Explained(torch.stack(maps)) if everywhere else None
 
     def subject(self, values: Tensor, k: int, method: Method) -> Subject | str:
         """What metrics look at, or why there is nothing to look at."""

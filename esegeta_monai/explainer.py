@@ -76,6 +76,7 @@ class Judged:
         left_out: label and reason of targets that could not be bound.
         empty: label and reason of those without a voxel.
         time_limit: seconds a method.
+        record: of a method and the place of a target, what is known of its map before it is computed.
     """
 
     case: int
@@ -85,6 +86,7 @@ class Judged:
     left_out: list[tuple[str, str]]
     empty: list[tuple[str, str]]
     time_limit: float | None
+    record: Callable[[Method, int], dict[str, Any]]
 
 
 class Explainer:
@@ -328,7 +330,14 @@ class Explainer:
                     scores = [b.score for b in seen if b.score is not None]
                     objective = predicted.objective(scores)
                 names = [b.label for b in seen]
-                yield Judged(case.index, objective, [b.target for b in seen], names, left, empty, self.time_limit)
+
+                def record(
+                    method: Method, k: int, seen: list[Bound] = seen, predicted: Predicted = predicted
+                ) -> dict[str, Any]:
+                    return self.outcomes.record(method, seen[k], predicted.plan, predicted.case)
+
+                at = [b.target for b in seen]
+                yield Judged(case.index, objective, at, names, left, empty, self.time_limit, record)
 
     # -- cases --------------------------------------------------------------------------------------------------
 

@@ -15,8 +15,10 @@ from torch import Tensor
 from esegeta_monai.configurable import json_ready
 
 __all__ = [
+    "DECIDES",
     "HOW_NOT_WHAT",
     "MEASURED",
+    "decisive",
     "described",
     "peak_memory",
     "predicted_class",
@@ -34,8 +36,20 @@ MEASURED = (
 )
 """What a record has besides what is known beforehand; None where the method, or the network, has no such thing."""
 
+DECIDES = (
+    *("method", "parameters", "target", "target_parameters", "target_sha256", "seed", "amp", "output"),
+    *("inferer", "network", "network_grid", "network_affine", "image_sha256"),
+)
+"""What of an attribution's record, beside provenance and scan, decides what its map is. The hash of the image that the
+network saw stands for the whole preprocessing."""
+
 HOW_NOT_WHAT = ("progress", "sw_batch_size", "sw_device", "device", "cpu_thresh", "buffer_steps", "buffer_dim")
 """Parameters of MONAI's inferers that change where and how fast a prediction is computed, not what it is."""
+
+
+def decisive(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a record that decides what the map is, see `DECIDES`; known before the method runs."""
+    return {name: record.get(name) for name in DECIDES}
 
 
 def predicted_class(prediction: Tensor, names: Mapping[int, str]) -> dict[str, Any]:

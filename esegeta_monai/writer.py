@@ -27,6 +27,7 @@ from esegeta_monai.features import table_csv
 from esegeta_monai.methods.base import Method
 from esegeta_monai.naming import ResultNames
 from esegeta_monai.ranks import Ranks
+from esegeta_monai.record import decisive
 from esegeta_monai.report.picture import display_affine, save_picture
 from esegeta_monai.report.synthesis import save_curve, save_synthesised
 from esegeta_monai.storage.copies import mask_path, save_grey_copy, save_mask, scan_copy_path
@@ -38,13 +39,6 @@ from esegeta_monai.transforms.invert import InvertAttribution
 __all__ = ["ResultWriter", "scan_of", "to_scan_grid"]
 
 logger = logging.getLogger("esegeta_monai")
-
-DECIDES = (
-    *("method", "parameters", "target", "target_parameters", "target_sha256", "seed", "amp", "output"),
-    *("inferer", "network", "network_grid", "network_affine", "image_sha256"),
-)
-"""What of an attribution's record, beside provenance and scan, decides what its map is. The hash of the image that the
-network saw stands for the whole preprocessing."""
 
 
 class ResultWriter:
@@ -117,7 +111,7 @@ class ResultWriter:
 
     def key(self, attribution: Attribution, case: str, scan: Any) -> dict[str, Any]:
         """What must be equal in a sidecar for its map to count as finished."""
-        known = {name: attribution.record.get(name) for name in DECIDES}
+        known = decisive(attribution.record)
         return {**self.provenance, "case": case, **known, "scan_sha256": self._scan_hash(scan)}
 
     def is_done(self, attribution: Attribution, case: str, scan: Any) -> bool:
@@ -148,6 +142,7 @@ class ResultWriter:
         targets: Sequence[Target],
         *,
         scan: Any = None,
+        on_explained: Callable[[Attribution], None] | None = None,
         on_written: Callable[[Attribution, Path | None], None] | None = None,
         **more: Any,
     ) -> None:
@@ -159,6 +154,7 @@ class ResultWriter:
             case: name of the case, as the user calls it.
             methods, targets: those that this writer was made for.
             scan: see `write`.
+            on_explained: called with each attribution, in every process that computes it.
             on_written: called with each attribution and its map's path, None where there is none.
             more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
         """
@@ -171,6 +167,8 @@ class ResultWriter:
         kept = self.output_dir / ".scores"
         try:
             for attribution in explainer(image[None], methods, targets, skip=skip, scores_dir=kept, **more):
+                if on_explained is not None:
+                    on_explained(attribution)
                 path = self.write(attribution, case, image, scan)
                 if on_written is not None and self.writes:
                     on_written(attribution, path)

@@ -30,8 +30,8 @@ from esegeta_monai.network import frozen, own_modes
 from esegeta_monai.partial import ScoreTable
 from esegeta_monai.precision import AGREES, SURE, Agreement, agreement, full_precision
 from esegeta_monai.ranks import Ranks
+from esegeta_monai.record import DECIDES
 from esegeta_monai.targets import Box
-from esegeta_monai.writer import DECIDES
 
 WINDOWS = SlidingWindowInferer((8, 8), 2, 0.5, "gaussian")
 TARGET = Box(0, (2, 2), (10, 10))

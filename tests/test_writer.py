@@ -30,6 +30,7 @@ from esegeta_monai.methods import (
     Saliency,
 )
 from esegeta_monai.methods.base import Method
+from esegeta_monai.record import DECIDES
 from esegeta_monai.targets import Box, MultiClassMask, PredictedClasses, Target, ThresholdMask
 from esegeta_monai.writer import ResultWriter, scan_of, to_scan_grid
 from tests.bundle import oblique
@@ -191,7 +192,7 @@ def test_whatever_decides_computes_again(image: MetaTensor, scan: Path, tmp_path
     assert list(explainer(image[None], methods, targets, skip=lambda a: not asked.append(a))) == []
     (waiting,), (sidecar,) = asked, tmp_path.rglob("*_attr.json")
     whole = json.loads(sidecar.read_text())
-    for field in (*module.DECIDES, "bundle", "case", "scan_sha256"):
+    for field in (*DECIDES, "bundle", "case", "scan_sha256"):
         for changed in ({**whole, field: "other"}, {k: v for k, v in whole.items() if k != field}):
             sidecar.write_text(json.dumps(changed))
             assert not writer.is_done(waiting, "alpha", scan), field

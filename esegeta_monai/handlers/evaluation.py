@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from monai.data import MetaTensor
+from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
 from torch import Tensor
 
+from esegeta_monai.attribution import Attribution
 from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.errors import EsegetaError, InputError, RankLost, named_reason
-from esegeta_monai.evaluation import Evaluator, chosen_metrics
+from esegeta_monai.evaluation import Evaluator, Known, chosen_metrics
 from esegeta_monai.evaluation_writer import EvaluationWriter
 from esegeta_monai.handlers.base import CaseHandler, flag
+from esegeta_monai.handlers.explanation import ExplanationHandler
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM
 from esegeta_monai.ranks import Share
+from esegeta_monai.record import decisive
 from esegeta_monai.targets.base import Case
 from esegeta_monai.targets.regions import label_on_grid
 
@@ -28,7 +33,9 @@ class EvaluationHandler(CaseHandler):
     """Judges the maps of each case by metrics, control maps beside them, when its prediction is there.
 
     It writes what ``esegeta-monai evaluate`` writes: ``metrics.csv``, and for each case ``<case>_metrics.json`` and
-    ``<case>_regions.csv``. Beside an `ExplanationHandler` with the same folder the report shows them.
+    ``<case>_regions.csv``. Beside an `ExplanationHandler` with the same folder the report shows them. Maps that an
+    `ExplanationHandler` on the same engine, attached before, has just computed are judged as they are: those of which
+    all that decides them is the same (`esegeta_monai.record.decisive`, weights, batch). They are kept until judged.
 
     Args:
         methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share, name,
@@ -110,6 +117,34 @@ class EvaluationHandler(CaseHandler):
         self.metrics = chosen_metrics(metrics)
         self.controls, self.outside_alarm = flag("controls", controls), float(outside_alarm)
         self.writer: EvaluationWriter | None = None
+        self._explained: dict[str, Tensor] = {}
+        self._batch: tuple[int, int] | None = None
+
+    def _begin(self, engine: Any) -> None:
+        super()._begin(engine)
+        attached = [function for function, _, _ in engine._event_handlers[IterationEvents.FORWARD_COMPLETED]]
+        for other in attached[: attached.index(self)]:
+            if isinstance(other, ExplanationHandler) and self._hear not in other.listeners:
+                other.listeners.append(self._hear)
+
+    def __call__(self, engine: Any) -> None:
+        """Judges the batch whose raw predictions are in ``engine.state.output``."""
+        super().__call__(engine)
+        self._explained.clear()
+
+    def _hear(self, engine: Any, attribution: Attribution, weights: str | None) -> None:
+        """Keeps a map until this batch is judged."""
+        batch = (engine.state.epoch, engine.state.iteration)
+        if batch != self._batch:
+            self._batch, self._explained = batch, {}
+        if attribution.map is not None and attribution.input is None:
+            self._explained[_fingerprint(attribution.record, weights)] = attribution.map.as_tensor()
+
+    def _known(self, engine: Any) -> Known | None:
+        """What has been heard of this batch."""
+        if self._batch != (engine.state.epoch, engine.state.iteration):
+            return None
+        return lambda record: self._explained.get(_fingerprint(record, self._weights))
 
     def open(self, engine: Any, folder: Path) -> None:
         """The writer of a folder."""
@@ -141,6 +176,7 @@ class EvaluationHandler(CaseHandler):
                 data=data,
                 label_value=self.label_value,
                 region_names=self.region_names,
+                known=self._known(engine),
                 **masks,
                 **more,
             )
@@ -183,3 +219,8 @@ class EvaluationHandler(CaseHandler):
             for text in self.writer.not_beating:
                 self.logger.warning(f"no better than a control: {text}")
             self.logger.info(f"{self.writer.done} case(s) judged: {self.writer.path}")
+
+
+def _fingerprint(record: Mapping[str, Any], weights: str | None) -> str:
+    """What decides a map, in one text."""
+    return json.dumps({**decisive(record), "weights_sha256": weights}, sort_keys=True)

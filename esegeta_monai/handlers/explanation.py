@@ -128,6 +128,8 @@ class ExplanationHandler(CaseHandler):
         self.map_format = map_format
         self.report, self.series = flag("report", report), series
         self.writer: ResultWriter | None = None
+        self.listeners: list[Callable[[Any, Attribution, str | None], None]] = []
+        """Told of each attribution, with the engine and the hash of its network's weights."""
 
     def attach(self, engine: Any) -> None:
         """Registers with a MONAI evaluator or trainer."""
@@ -167,9 +169,24 @@ class ExplanationHandler(CaseHandler):
             return
         assert self.writer is not None
         self.writer.provenance["weights_sha256"] = self._weights
+
+        def tell(attribution: Attribution) -> None:
+            for listener in self.listeners:
+                listener(engine, attribution, self._weights)
+
         for methods, targets in self._ranks.part(self._share, self.methods, self.targets):
             noted = self._noted(case, engine.state.epoch, data)
-            self.writer.explain(self._explainer, image, case, methods, targets, data=data, on_written=noted, **more)
+            self.writer.explain(
+                self._explainer,
+                image,
+                case,
+                methods,
+                targets,
+                data=data,
+                on_explained=tell,
+                on_written=noted,
+                **more,
+            )
 
     def _noted(
         self, case: str, epoch: int, data: Mapping[str, Any]

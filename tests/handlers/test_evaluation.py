@@ -22,8 +22,9 @@ from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.overlay import METRICS_OVERLAY, fitted_overlay, shipped_overlay
 from esegeta_monai.cli import main
 from esegeta_monai.errors import UsageError
-from esegeta_monai.handlers import EvaluationHandler
+from esegeta_monai.handlers import EvaluationHandler, ExplanationHandler
 from esegeta_monai.metrics import Measured, Metric, Subject
+from esegeta_monai.ranks import Ranks
 from tests.bundle import oblique
 from tests.handlers.test_explanation import Small, evaluator, loader, preprocessing, trainer
 
@@ -127,6 +128,121 @@ def test_the_command_writes_the_overlay(judged: Path, tmp_path: Path, capsys: py
     assert "--explain_metrics" in capsys.readouterr().out
     assert main(["overlay", "--metrics", "--path"]) == 0
     assert Path(capsys.readouterr().out.strip()) == OVERLAY
+
+
+# ---- maps that an ExplanationHandler has just computed -----------------------------------------------------------
+
+
+class Counted(Small):
+    """How many windows have gone through it."""
+
+    passes = 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.passes += len(x)
+        return super().forward(x)
+
+
+LAYER = "GradCam(layer=first)"
+
+
+def passes(scans: list[Path], *handlers: Any, **options: Any) -> int:
+    network = Counted()
+    engine = evaluator(scans, network, **options)
+    for one in handlers:
+        one.attach(engine)
+    engine.run()
+    return network.passes
+
+
+def explains(folder: Path, **options: Any) -> ExplanationHandler:
+    options = {"methods": ["Saliency", LAYER], "targets": "MultiClassMask(1)", "pictures": False, **options}
+    return ExplanationHandler(output_dir=folder, **options)
+
+
+def judges(output: Path, **options: Any) -> EvaluationHandler:
+    """By a metric that never asks the network."""
+    return handler(output, **{"methods": ["Saliency", LAYER], "metrics": "Sparseness", **options})
+
+
+def test_maps_that_were_just_computed_are_judged_as_they_are(scans: list[Path], tmp_path: Path) -> None:
+    """No window goes through the network for judging, and the figures are those of judging alone."""
+    explained = passes(scans, explains(tmp_path / "maps"))
+    assert passes(scans, judges(tmp_path / "alone")) > passes(scans)
+    assert passes(scans, explains(tmp_path / "both"), judges(tmp_path / "both")) == explained
+    assert table(tmp_path / "both") == table(tmp_path / "alone")
+    for case in ("alpha", "beta"):
+        files = [tmp_path / f / case / f"{case}_regions.csv" for f in ("both", "alone")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_metrics_that_explain_again_find_the_same(scans: list[Path], tmp_path: Path) -> None:
+    more = {"methods": "Saliency", "metrics": ["MaxSensitivity(n_samples=2)", "Deletion(steps=3)"], "controls": True}
+    alone = passes(scans, judges(tmp_path / "alone", **more))
+    both = passes(scans, explains(tmp_path / "both", methods="Saliency"), judges(tmp_path / "both", **more))
+    assert both == alone
+    assert table(tmp_path / "both") == table(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"methods": ["Saliency(abs=False)", "InputXGradient"]},
+        {"targets": "MultiClassMask(0)"},
+        {"targets": "MultiClassMask(1, output=probability)"},
+        {"seed": 1},
+        {"output": 0},
+        {"cases": ["nobody"]},
+    ],
+    ids=str,
+)
+def test_what_is_not_the_same_in_all_is_computed(scans: list[Path], tmp_path: Path, other: dict[str, Any]) -> None:
+    alone = passes(scans, judges(tmp_path / "alone")) - passes(scans)
+    explained = passes(scans, explains(tmp_path / "maps", **other))
+    assert passes(scans, explains(tmp_path / "both", **other), judges(tmp_path / "both")) == explained + alone
+    assert table(tmp_path / "both") == table(tmp_path / "alone")
+
+
+def test_maps_that_were_finished_before_are_computed(scans: list[Path], tmp_path: Path) -> None:
+    alone = passes(scans, judges(tmp_path / "alone"))
+    passes(scans, explains(tmp_path / "maps"))
+    again = passes(scans, explains(tmp_path / "maps"), judges(tmp_path / "maps"))
+    assert again == alone
+    assert table(tmp_path / "maps") == table(tmp_path / "alone")
+
+
+def test_no_map_of_another_epoch_is_judged(scans: list[Path], tmp_path: Path) -> None:
+    """Weights move between the epochs, of which only the first is explained."""
+
+    def run(*handlers: Any) -> None:
+        torch.manual_seed(0)
+        engine = trainer(scans, Small(), 2)
+        for one in handlers:
+            one.attach(engine)
+        engine.run()
+
+    fixed = {"methods": "Saliency", "targets": "Box(class_index=1, start=(0, 0, 0), stop=(2, 2, 2))"}
+    run(judges(tmp_path / "alone{epoch}", **fixed))
+    run(explains(tmp_path / "maps", epochs=2, **fixed), judges(tmp_path / "both{epoch}", **fixed))
+    tables = [table(tmp_path / f"{kind}{epoch}") for kind in ("alone", "both") for epoch in (1, 2)]
+    assert tables[:2] == tables[2:]
+    assert tables[0] != tables[1]
+
+
+def test_maps_that_another_process_lacks_are_computed_by_all(
+    scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else those that compute would wait for those that do not."""
+    alone = passes(scans, judges(tmp_path / "alone")) - passes(scans)
+    explained = passes(scans, explains(tmp_path / "maps"))
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, False] if value is True else [value])
+    assert passes(scans, explains(tmp_path / "both"), judges(tmp_path / "both")) == explained + alone
+
+
+def test_a_judge_that_comes_first_computes_its_maps(scans: list[Path], tmp_path: Path) -> None:
+    alone = passes(scans, judges(tmp_path / "alone")) - passes(scans)
+    explained = passes(scans, explains(tmp_path / "maps"))
+    assert passes(scans, judges(tmp_path / "both"), explains(tmp_path / "both")) == explained + alone
 
 
 # ---- labels ------------------------------------------------------------------------------------------------------
