@@ -31,8 +31,8 @@ from esegeta_monai.windows import Slices, last_axes
 __all__ = ["Sampled", "change", "known_change", "known_passes", "passes_needed"]
 
 BLOCK_BYTES = 256 * 2**20
-"""Memory for the changed outputs of the perturbations in flight and, beside it, for cached unperturbed outputs
-(non-linear s)."""
+"""Memory for the changed outputs of the perturbations in flight and, beside it, for unperturbed outputs, which the
+objective keeps where all fit (non-linear s)."""
 
 BLOCK = 512
 """Perturbations in flight at most (non-linear s): after each block their scores are known, and can be kept."""
@@ -114,9 +114,9 @@ def known_change(objective: Objective, perturbations: Perturbations) -> Tensor:
     return torch.stack(rows, 1) if rows else found
 
 
-def known_passes(objective: Objective, perturbations: Perturbations) -> int:
-    """Window passes that `known_change` needs; no network runs."""
-    return passes_needed(objective, perturbations.take(_unknown(objective, perturbations)[1]))
+def known_passes(objective: Objective, *rounds: Perturbations) -> int:
+    """Window passes that `known_change` needs for one set of perturbations after the other; no network runs."""
+    return passes_needed(objective, *(p.take(_unknown(objective, p)[1]) for p in rounds))
 
 
 def _unknown(objective: Objective, perturbations: Perturbations) -> tuple[list[Hashable | None], list[int]]:
@@ -134,14 +134,17 @@ _TABLES: WeakKeyDictionary[Objective, dict[Hashable, Tensor]] = WeakKeyDictionar
 """Scores by objective and `Perturbations.identity`: shared by the methods that run on one objective."""
 
 
-def passes_needed(objective: Objective, perturbations: Perturbations) -> int:
-    """Window passes that `change` needs; perturbed windows are looked at for that, but no network runs."""
+def passes_needed(objective: Objective, *rounds: Perturbations) -> int:
+    """Window passes that `change` needs for one set of perturbations after the other, on an objective of which nothing
+    has been computed yet; perturbed windows are looked at for that, but no network runs."""
     unperturbed = len(objective.windows) if objective.linear or objective.prediction is None else 0
-    return _pair_passes(objective, perturbations) + unperturbed
+    known: set[int] = set()
+    return unperturbed + sum(_pair_passes(objective, p, known) for p in rounds)
 
 
-def _pair_passes(objective: Objective, perturbations: Perturbations) -> int:
-    """Window passes of all pairs, and of what they are compared with where that is not known before."""
+def _pair_passes(objective: Objective, perturbations: Perturbations, known: set[int]) -> int:
+    """Window passes of all pairs, and of what they are compared with (non-linear s) where that is not ``known``; it is
+    afterwards."""
 
     def touched(block: Block) -> list[int]:
         """The windows of all pairs that change a voxel."""
@@ -154,7 +157,8 @@ def _pair_passes(objective: Objective, perturbations: Perturbations) -> int:
     parts = [touched(b) for _, b in _blocks(objective, perturbations, range(len(perturbations)), sizes)]
     unperturbed = [set(part) for part in parts]
     if _keeps(sizes):
-        unperturbed = [set().union(*unperturbed)]
+        unperturbed = [set().union(*unperturbed) - known]
+        known |= unperturbed[0]
     return sum(map(len, parts)) + sum(map(len, unperturbed))
 
 
@@ -245,7 +249,7 @@ class _Change:
         self.result = torch.zeros((objective.n_targets, len(perturbations)), dtype=torch.float64)
         self.done = self.number = self.known = 0
         self.loop: Loop | None = None
-        self.began, self.ended = 0, False
+        self.began, self.ended, self.compared = 0, False, set[int]()
         table = objective.table if objective.ranks.size == 1 else None
         self.name = None if table is None else perturbations.fingerprint()
         self.table = None if self.name is None else table
@@ -275,6 +279,7 @@ class _Change:
             yield
             return
         self.began, self.loop = self.objective.monitor.passes, pace.loop("perturbations")
+        self.compared = set(self.objective.base_outputs)
         yield
         self.loop.end(self._passes(), self._all_passes)
 
@@ -282,7 +287,10 @@ class _Change:
         """Window passes of all pairs."""
         if not self.ended:
             return self._passes()
-        return math.ceil(_pair_passes(self.objective, self.perturbations) / self.objective.ranks.size)
+        found = _pair_passes(self.objective, self.perturbations, self.compared)
+        for window in self.compared:
+            self.objective.base_outputs.setdefault(window)
+        return math.ceil(found / self.objective.ranks.size)
 
     def _passes(self) -> int:
         """Window passes of the pairs so far."""
@@ -422,7 +430,7 @@ class _BlendedChange(_Change):
         self.before = [s.of(p).double() for s, p in zip(self.supports, objective.image_predictions())]
         self.terms = [s.score.terms(p) if s.score.additive else None for s, p in zip(self.supports, self.before)]
         self.delta = [torch.zeros_like(p) for p in self.before]
-        self.base: dict[int, list[Tensor | None]] = {}
+        self.base: dict[int, list[Tensor | None] | None] = objective.base_outputs if self.keeps else {}
         self.parts: dict[int, list[list[tuple[Held, Tensor] | None]]] = {}
 
     def run(self) -> Tensor:
@@ -465,7 +473,7 @@ class _BlendedChange(_Change):
         return [None if h is None else s.read(out, h).to(device) for s, h in zip(self.supports, self.held(window))]
 
     def _unperturbed(self, windows: Sequence[int]) -> dict[int, list[Tensor | None]]:
-        missing = [w for w in windows if w not in self.base]
+        missing = [w for w in windows if self.base.get(w) is None]
         if missing:
             crops = torch.stack([self.objective.plan.cut(self.objective.image, w) for w in missing])
             out = self.forward(missing, crops.to(self.objective.model.device))
@@ -473,7 +481,7 @@ class _BlendedChange(_Change):
                 self.base = {w: self.base[w] for w in windows if w in self.base}
             for j, w in enumerate(missing):
                 self.base[w] = [None if s is None else s[0].clone() for s in self._read(out[j : j + 1], w)]
-        return self.base
+        return {w: kept for w in windows if (kept := self.base[w]) is not None}
 
     def _score(self, index: int) -> None:
         """``s(P + ΔP) − s(P)`` of one perturbation, from what its windows changed."""

@@ -232,9 +232,9 @@ class Game:
         """``v(S)`` for coalitions (m, n): (k, m), each distinct one computed once on an objective."""
         return known_change(self.objective, self.segments(coalitions, reference))
 
-    def passes(self, coalitions: np.ndarray, reference: Tensor | None = None) -> int:
-        """Window passes that `values` needs."""
-        return known_passes(self.objective, self.segments(coalitions, reference))
+    def passes(self, coalitions: np.ndarray, references: Sequence[Tensor]) -> int:
+        """Window passes that `values` needs for one reference after the other."""
+        return known_passes(self.objective, *(self.segments(coalitions, r) for r in references))
 
     def notes(self) -> dict[str, object]:
         """For the record."""

@@ -86,6 +86,9 @@ class Objective:
         self.table: ScoreTable | None = None
         """Where a perturbation run keeps its scores on disk."""
         self.base_scores: dict[int, Tensor] = {}
+        self.base_outputs: dict[int, list[Tensor | None] | None] = {}
+        """What perturbed windows are compared with: of linear scores their values (k,), else what each score reads of
+        the output; None: that it would have been computed, where a method is only timed."""
         self._at_image: list[Tensor] | None = None
         self.default_layer: str | None = None
         self.every: Sequence[int] = range(len(plan))
@@ -117,7 +120,7 @@ class Objective:
     def apart(self) -> Objective:
         """The same objective, of which nothing has been computed yet."""
         other = copy.copy(self)
-        other.base_scores, other._at_image = {}, None
+        other.base_scores, other.base_outputs, other._at_image = {}, {}, None
         return other
 
     def first_windows(self, sample: int) -> Objective:

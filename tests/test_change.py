@@ -189,6 +189,34 @@ def test_passes_needed_is_exact(output):
     assert o.monitor.passes == passes_needed(o, boxes)
 
 
+@pytest.mark.parametrize("output", ["logit", "probability"])
+def test_what_perturbed_windows_are_compared_with_is_computed_once(output):
+    """For one set of perturbations after the other; another image or precision begins anew."""
+    net, image = network(2, 1), noise(1, 20, 18)
+    rounds = [boxes_for((20, 18), 3, 0.3), boxes_for((20, 18), 4, 0.1), boxes_for((20, 18), 3, 0.3)]
+    inferer, target = SlidingWindowInferer((8, 8), 3, 0.5), MultiClassMask(1, output=output)
+    o, _ = objective(net, image, inferer, [target])
+    windows = len(o.windows)
+    needed = [passes_needed(o, boxes) for boxes in rounds]
+    with frozen(net):
+        found = [change(o, boxes) for boxes in rounds]
+        assert o.monitor.passes == passes_needed(o, *rounds) == sum(needed) - 2 * windows
+        for boxes, mine in zip(rounds, found):
+            fresh, _ = objective(net, image, inferer, [target])
+            assert_equal(mine, change(fresh, boxes))
+        for other in (o.at(image + 1), o.apart(), o.only(0)):
+            before = other.monitor.passes
+            change(other, rounds[0])
+            assert other.monitor.passes - before == needed[0] + (
+                0 if o.linear or other.prediction is not None else windows
+            )
+    fresh, _ = objective(net, image, inferer, [target])
+    with pytest.MonkeyPatch.context() as patch, frozen(net):
+        patch.setattr(engine, "BLOCK_BYTES", 1)  # what does not fit is not kept
+        change(fresh, rounds[0])
+        assert not fresh.base_outputs
+
+
 def test_the_image_is_never_changed():
     net, image = network(2, 1), noise(1, 13, 10)
     before = image.clone()

@@ -99,6 +99,20 @@ def test_choosing_the_baseline_is_counted(method):
     assert cost.passes == found.record["window_passes"]
 
 
+@pytest.mark.parametrize("calibration", [0.0, 30.0])
+@pytest.mark.parametrize("output", ["logit", "probability"])
+def test_the_passes_of_several_rounds_are_those_of_the_run(output, calibration):
+    """What perturbed windows are compared with is computed in the first round that touches them."""
+    image = image_of(1, 2, 6, 20)
+    others = [image_of(2, 6, 20, seed=s) for s in (1, 2, 3)]
+    others[0][..., :10] = image[0, ..., :10]  # which changes nothing there
+    method, target = m.FeaturePermutation(others, "grid(5)"), [MultiClassMask(1, output=output)]
+    (cost,) = explainer().costs(image, [method], target, calibration=calibration)
+    (found,) = explainer()(image, [method], target)
+    (judged,) = explainer().judge(image, target)
+    assert cost.passes == found.record["window_passes"] == method.passes(judged.objective)
+
+
 @pytest.mark.parametrize(("setting", "name"), PAIRS)
 def test_every_method_that_knows_its_passes_exactly_does(setting, name):
     case = SETTINGS[setting]

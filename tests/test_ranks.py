@@ -57,7 +57,8 @@ def small(cls: type[Method]) -> Method:
 def by(objective: Objective, ranks: Ranks) -> Objective:
     """The same objective, computed by these ranks; nothing is remembered."""
     other = copy.copy(objective)
-    other.ranks, other.base_scores, other._at_image, other.monitor = ranks, {}, None, Monitor()
+    other.ranks, other.base_scores, other.base_outputs, other._at_image = ranks, {}, {}, None
+    other.monitor = Monitor()
     return other
 
 

@@ -47,6 +47,23 @@ def test_drop_increase_and_gain_of_voxels_by_whole_volumes(dims):
         assert gain.value == pytest.approx(max(0, after - before) / (1 - before), rel=1e-9)
 
 
+def test_the_unmasked_windows_are_computed_once_for_all_maps():
+    """A pass a window for the first map to compare with, and a pass a window for each map; figures as of each alone."""
+    case = Naive(small(2, 2), image_of(2, 9, 12), [MultiClassMask(1)])
+    windows, shared = len(case.objective.windows), {}
+    subjects = [Subject(image_of(2, 9, 12, seed=s), case.objective, shared=shared) for s in range(3)]
+    passes, values = [], []
+    for subject in subjects:
+        before = case.objective.monitor.passes
+        values.append([m.update(subject).value for m in (AverageDrop(0.3), AverageGain(0.3), AverageIncrease(0.3))])
+        passes.append(case.objective.monitor.passes - before)
+    assert passes == [2 * windows, windows, windows]
+    for subject, found in zip(subjects, values):
+        alone = Subject(subject.map, case.objective)
+        expected = [m.update(alone).value for m in (AverageDrop(0.3), AverageGain(0.3), AverageIncrease(0.3))]
+        assert found == pytest.approx(expected, rel=1e-10)
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_a_map_of_what_the_class_needs_drops_less_than_controls(dims):
     case = linear_case("classification", dims)
