@@ -1,6 +1,6 @@
 """Every method against three networks whose cause is known; the tables of docs/known_cause.md.
 
-    python benchmarks/known_cause [--cases 8] [--dear-cases 3] [--experiments 100] [--networks lesion,shortcut]
+    python benchmarks/known_cause [--cases 24] [--dear-cases 12] [--experiments 100] [--networks lesion,shortcut]
 
 The networks of the bundle `brain_lesion_classification` answer to a planted lesion, to a mark in a corner (shortcut),
 and to a lesion beside a distractor. What each answers to is proved by experiment first: the object is taken away or
@@ -41,9 +41,9 @@ EXPERIMENT_SEEDS = 7_000_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=8, help="examples a network")
-    parser.add_argument("--dear-cases", type=int, default=3, help="examples for methods of many passes")
-    parser.add_argument("--faithful-cases", type=int, default=3, help="examples for faithfulness")
+    parser.add_argument("--cases", type=int, default=24, help="examples a network")
+    parser.add_argument("--dear-cases", type=int, default=12, help="examples for methods of many passes")
+    parser.add_argument("--faithful-cases", type=int, default=12, help="examples for faithfulness")
     parser.add_argument("--experiments", type=int, default=100, help="cases for the experiments on the cause")
     parser.add_argument("--networks", default=",".join(cause.name for cause in CAUSES))
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "known_cause", help="folder for what is kept")

@@ -1,6 +1,6 @@
 """Which methods still show the same when the network has forgotten? Adebayo's check, for every method of the table.
 
-    python benchmarks/known_cause/sanity.py [--cases 2] [--draws 2]
+    python benchmarks/known_cause/sanity.py [--cases 6] [--draws 2]
 
 The lesion network's weights are drawn anew, those of the last layer first and then all; each method explains the same
 class of the same case again, and its map is compared with the one of the trained network (Spearman's rank correlation
@@ -76,7 +76,7 @@ def table(found: Likeness) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=2)
+    parser.add_argument("--cases", type=int, default=6)
     parser.add_argument("--draws", type=int, default=2, help="of the weights; one for methods of many passes")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "known_cause")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "known_cause.md")

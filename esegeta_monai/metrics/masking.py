@@ -129,6 +129,10 @@ class AverageGain(_Masked):
         return Measured(max(0.0, after - before) / (1 - before), notes={"before": before, "after": after})
 
 
+ITERATIONS = 2000
+"""Of conjugate gradients at most; some tens are needed."""
+
+
 @dataclass(eq=False, repr=False)
 class ROAD(Metric):
     """Remove and debias: the target's loss when a share of the voxels is imputed from its neighbours, so that the mask
@@ -209,6 +213,9 @@ def imputed(
         removed: bool (*spatial), not all of it.
         noise: standard deviation in units of each channel's.
         tolerance: of the conjugate gradients' residual, relative.
+
+    Raises:
+        MetricError: the system was not solved.
     """
     dims = removed.ndim
     gone = removed.to(image.device, torch.float64)
@@ -218,22 +225,27 @@ def imputed(
     def system(values: Tensor) -> Tensor:
         return gone * (diagonal * values - _neighbours(gone * values))
 
+    wanted = gone * _neighbours(known)
+    enough = tolerance * wanted.flatten(1).norm(dim=1)
     solution = _first_guess(known, 1 - gone) * gone
-    residual = gone * _neighbours(known) - system(solution)
-    scale = (gone * _neighbours(known)).flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float64).tiny)
+    solution[enough == 0] = 0  # all neighbours are 0: so is what lies between them, and no residual is small beside it
+    residual = wanted - system(solution)
     precondition = gone / diagonal
     z = precondition * residual
     direction, rho = z, (residual * z).flatten(1).sum(1)
-    for _ in range(2000):
-        if bool((residual.flatten(1).norm(dim=1) <= tolerance * scale).all()):
+    for _ in range(ITERATIONS):
+        going = residual.flatten(1).norm(dim=1) > enough
+        if not going.any():
             break
         image_of = system(direction)
         along = (direction * image_of).flatten(1).sum(1)
-        step = torch.where(along > 0, rho / along, 0.0).reshape(-1, *(1,) * dims)
+        step = torch.where(going, rho / along, 0.0).reshape(-1, *(1,) * dims)
         solution, residual = solution + step * direction, residual - step * image_of
         z = precondition * residual
         before, rho = rho, (residual * z).flatten(1).sum(1)
-        direction = z + torch.where(before > 0, rho / before, 0.0).reshape(-1, *(1,) * dims) * direction
+        direction = z + torch.where(going, rho / before, 0.0).reshape(-1, *(1,) * dims) * direction
+    else:
+        raise MetricError(f"ROAD: the imputation did not converge within {ITERATIONS} steps of conjugate gradients")
     drawn = torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image.device, torch.float64)
     drawn = drawn * image.double().flatten(1).std(1).reshape(-1, *(1,) * dims) * noise
     return torch.where(removed.to(image.device), (solution + drawn).to(image.dtype), image)

@@ -106,6 +106,23 @@ def test_imputation_is_the_solution_of_the_linear_system(shape):
     assert torch.equal(found[:, ~removed], image[:, ~removed])
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_what_lies_between_zeros_is_zero_whatever_the_other_channel_needs(dims):
+    """Nearly all round a bright middle is removed: of channel 0, dark there, and of channel 1, which is noise. The system
+    of the first is solved from the start, and must stay so while the second is still being solved."""
+    shape = (2, *(24,) * dims)
+    image = image_of(*shape)
+    middle = tuple(slice(8, 16) for _ in range(dims))
+    removed = torch.rand(shape[1:], generator=torch.Generator().manual_seed(1)) < 0.99
+    removed[middle] = False
+    image[0] = 0
+    image[(0, *(slice(10, 14) for _ in range(dims)))] = 5.0
+    found = imputed(image, removed, 0.0, torch.Generator(), tolerance=1e-12)
+    assert torch.equal(found[0], image[0])
+    alone = imputed(image[1:], removed, 0.0, torch.Generator(), tolerance=1e-12)
+    assert (found[1] - alone[0]).abs().max() <= 1e-9
+
+
 def test_in_2d_the_weights_are_those_of_the_paper():
     image = torch.arange(9, dtype=torch.float64).reshape(1, 3, 3) ** 2
     removed = torch.zeros(3, 3, dtype=torch.bool)
