@@ -108,8 +108,8 @@ def test_imputation_is_the_solution_of_the_linear_system(shape):
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_what_lies_between_zeros_is_zero_whatever_the_other_channel_needs(dims):
-    """Nearly all round a bright middle is removed: of channel 0, dark there, and of channel 1, which is noise. The system
-    of the first is solved from the start, and must stay so while the second is still being solved."""
+    """Nearly all round a bright middle is removed: of channel 0, dark there, and of channel 1, which is noise. The
+    system of the first is solved from the start, and must stay so while the second is still being solved."""
     shape = (2, *(24,) * dims)
     image = image_of(*shape)
     middle = tuple(slice(8, 16) for _ in range(dims))
