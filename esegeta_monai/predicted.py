@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -138,38 +137,76 @@ class Predicted:
         settings, case, model = self.settings, self.case, self.model
         if case.prediction is not None and not isinstance(model.network, LayerOutput):
             return case.prediction.detach().to(self.image)
-        user, ranks = settings.inferer, settings.ranks
+        user, ranks, windows = settings.inferer, settings.ranks, len(self.plan)
         inferer = user if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
-        blends = type(user) in (SlidingWindowInferer, SlidingWindowInfererAdapt, SliceInferer)
-        turns = itertools.count()
-        shape: list[int] = []
+        shared = ranks.size > 1 and type(user) in (SlidingWindowInferer, SlidingWindowInfererAdapt, SliceInferer)
+        mine = set(ranks.share(range(windows)))
+        seen = 0
 
-        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """Blending is linear in the windows: with zeros for those of others, the ranks' predictions add up."""
-            mine = not blends or next(turns) % ranks.size == ranks.rank
-            if not mine and shape:
-                return torch.zeros((len(x), *shape), dtype=model.dtype, device=model.device)
-            out = model(x.to(model.device), coordinates=args[0] if args else None, condition=kwargs.get("condition"))
-            shape[:] = out.shape[1:]
-            return out if mine else torch.zeros_like(out)
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[()]:
+            """Blending is linear in the windows: each rank blends its own, and the ranks' predictions add up."""
+            nonlocal seen
+            here = [j for j in range(len(x)) if not shared or seen + j in mine]
+            seen += len(x)
+            if not here:
+                return ()  # no output: nothing is blended
+            coordinates, condition = args[0] if args else None, kwargs.get("condition")
+            if len(here) == len(x):
+                return model(x.to(model.device), coordinates=coordinates, condition=condition)
+            part = model(
+                x[here].to(model.device), coordinates=_some(coordinates, here), condition=_some(condition, here)
+            )
+            out = part.new_zeros((len(x), *part.shape[1:]))
+            out[here] = part
+            return out
 
         kwargs = {} if case.condition is None else {"condition": case.condition[None].to(self.image)}
-        sw_device = getattr(user, "sw_device", None)
+        changes = {"sw_device": user.sw_device or model.device} if hasattr(user, "sw_device") else {}
+        if shared:
+            changes["buffer_steps"] = 0  # a buffer wants an output of every batch
+
+        def infer() -> Tensor | None:
+            """What this rank blends, None where it has no window."""
+            nonlocal seen
+            if shared and not mine:
+                return None
+            for _ in range(2):
+                seen = 0
+                prediction = select_output(inferer(self.image[None], call, **kwargs))[0].detach()
+                if not shared or seen == windows:
+                    return prediction
+                # memory ran out and SlidingWindowInfererAdapt began anew, so that windows were miscounted; not again,
+                # since it remembers
+            raise NetworkError(
+                f"the inferer showed {seen} windows instead of {windows}, so ranks cannot share them: give it "
+                "device='cpu', where there is more memory for the prediction"
+            )
+
         found = _Blended()
-        together = ranks.summed([found]) if blends else nullcontext()
-        with own_modes(settings.device), torch.no_grad(), frozen(settings.network), together:
-            if sw_device is None and hasattr(user, "sw_device"):
-                user.sw_device = model.device
-            try:
-                found.prediction = select_output(inferer(self.image[None], call, **kwargs))[0].detach()
-            finally:
-                if hasattr(user, "sw_device"):
-                    user.sw_device = sw_device
+        together = ranks.summed([found]) if shared else nullcontext()
+        with own_modes(settings.device), torch.no_grad(), frozen(settings.network), together, _changed(user, changes):
+            found.prediction = infer()
         assert found.prediction is not None
         prediction = found.prediction.to(self.image)
         if not all_finite(prediction):
             raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
         return prediction
+
+
+def _some(values: Any, which: Sequence[int]) -> Any:
+    """Some windows' part of what a batch of them is given beside the image."""
+    return values[which] if isinstance(values, Tensor) else None if values is None else [values[j] for j in which]
+
+
+@contextmanager
+def _changed(inferer: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """Attributes of an inferer for the time of the block."""
+    before = {name: getattr(inferer, name) for name in values}
+    try:
+        vars(inferer).update(values)
+        yield
+    finally:
+        vars(inferer).update(before)
 
 
 @dataclass
