@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,6 +91,7 @@ class Objective:
         """What perturbed windows are compared with: of linear scores their values (k,), else what each score reads of
         the output; None: that it would have been computed, where a method is only timed."""
         self._at_image: list[Tensor] | None = None
+        self._values: Tensor | None = None
         self.default_layer: str | None = None
         self.every: Sequence[int] = range(len(plan))
         """The windows of requests that look everywhere."""
@@ -120,7 +122,7 @@ class Objective:
     def apart(self) -> Objective:
         """The same objective, of which nothing has been computed yet."""
         other = copy.copy(self)
-        other.base_scores, other.base_outputs, other._at_image = {}, {}, None
+        other.base_scores, other.base_outputs, other._at_image, other._values = {}, {}, None, None
         return other
 
     def first_windows(self, sample: int) -> Objective:
@@ -193,7 +195,9 @@ class Objective:
 
     def image_values(self) -> Tensor:
         """F at the image (k,), float64."""
-        return torch.stack([s.value(p) for s, p in zip(self.scores, self.image_predictions())])
+        if self._values is None:
+            self._values = torch.stack([s.value(p) for s, p in zip(self.scores, self.image_predictions())])
+        return self._values
 
     def constants(self) -> Tensor:
         """What linear scores give beside the sum over windows: s at a prediction of zeros (k,), float64; else 0."""
@@ -241,8 +245,12 @@ class Objective:
 
     # -- gradients ----------------------------------------------------------------------------------------------
 
-    def gradient(self, points: Tensor) -> Gradient:
-        """Gradients and values at volumes (m, C, *spatial)."""
+    def gradient(self, points: Tensor, turn: int | None = None) -> Gradient:
+        """Gradients and values at volumes (m, C, *spatial).
+
+        Args:
+            turn: for linear scores only: gives this process's part of the windows alone, see `each`.
+        """
         m = len(points)
         predictions = None if self.linear else self.predict(points)
         maps = self._zeros(self.n_targets, m, *self.image.shape)
@@ -256,7 +264,7 @@ class Objective:
                 values[:, source] += scores[:, j]
                 padding[:, source] += self.plan.add(maps[:, source], batch.windows[j], gradient[:, j]).to(padding)
 
-        self.each(self._jobs(m), run, predictions=predictions, sums=[maps, padding, values])
+        self.each(self._jobs(m), run, predictions=predictions, sums=[maps, padding, values], turn=turn)
         if predictions is not None:
             values = torch.stack([s.value(p) for s, p in zip(self.scores, predictions)])
         return Gradient(maps, values, padding)
@@ -415,6 +423,7 @@ class Objective:
         whole_windows: bool = False,
         kind: Hashable = None,
         least: int = 0,
+        turn: int | None = None,
     ) -> None:
         """Runs (volume, window) jobs in batches; a batch that does not fit in memory is halved and done again.
 
@@ -430,6 +439,8 @@ class Objective:
             whole_windows: all jobs of a window are one process's.
             kind, least: where the method is only timed, loops of one kind take as long a job (None: those of one
                 ``run``), and so many jobs are run in any case, see `esegeta_monai.pace`.
+            turn: the number of this call among several whose sums the caller adds up and brings together itself, in
+                one `Ranks.summed` round all of them: shares go round, and ``sums`` stay this process's part.
         """
         groups = [list(jobs)]
         if split_seen:
@@ -442,13 +453,13 @@ class Objective:
         if sums is None:
             self._run(groups, run, whole, predictions, with_cotangents, timed)
             return
-        with self.ranks.summed(sums):
-            shares = [self._share(g, whole_windows) for g in groups]
+        with self.ranks.summed(sums) if turn is None else nullcontext():
+            shares = [self._share(g, whole_windows, turn or 0) for g in groups]
             self._run(shares, run, whole, predictions, with_cotangents, timed)
 
-    def _share(self, jobs: Sequence[tuple[int, int]], whole_windows: bool) -> list[tuple[int, int]]:
+    def _share(self, jobs: Sequence[tuple[int, int]], whole_windows: bool, turn: int) -> list[tuple[int, int]]:
         if not whole_windows:
-            return self.ranks.share(jobs)
+            return self.ranks.share(jobs, turn)
         mine = set(self.ranks.share(sorted({w for _, w in jobs})))
         return [j for j in jobs if j[1] in mine]
 

@@ -66,10 +66,16 @@ class Ranks:
         # ignite.distributed is not asked: it goes on answering for a process group that has been destroyed
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """This rank's part of a sequence, as long as that of the others (or one less)."""
-        n = len(items)
-        return list(items[n * self.rank // self.size : n * (self.rank + 1) // self.size])
+    def share(self, items: Sequence[T], turn: int = 0) -> list[T]:
+        """This rank's part of a sequence, as long as that of the others (or one less).
+
+        With ``turn`` = 0, 1, … the parts go round, so that over some sequences no rank has always the longer one.
+
+        >>> [Ranks(1, 2).share([1, 2, 3], turn) for turn in range(2)]
+        [[2, 3], [1]]
+        """
+        n, place = len(items), (self.rank + turn) % self.size
+        return list(items[n * place // self.size : n * (place + 1) // self.size])
 
     def part(self, share: Share, methods: Sequence[M], targets: Sequence[T]) -> list[tuple[list[M], list[T]]]:
         """Which methods this rank runs for which targets: all of them, unless methods are what is shared.

@@ -52,7 +52,7 @@ class Support:
     def count(self, window: int) -> int:
         """m, how many of the voxels a window holds."""
         _, in_box = self.objective.grid.meet(self.score.box, window)
-        return int((self._number[in_box] >= 0).sum())
+        return int(torch.count_nonzero(self._number[in_box] >= 0))
 
     def held(self, window: int) -> Held:
         """Which of the voxels a window holds, and where."""

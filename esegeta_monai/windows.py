@@ -162,7 +162,7 @@ class WindowPlan:
         seen = torch.zeros(self.spatial_shape, dtype=torch.bool)
         for w in range(len(self)):
             seen[self.place(w)] = True
-        return float(seen.float().mean())
+        return int(torch.count_nonzero(seen)) / seen.numel()
 
 
 class OutputGrid:
@@ -260,7 +260,7 @@ class OutputGrid:
         found = []
         for w in range(len(self.plan)):
             place = self.place(w)
-            if _overlap(place, box) and (mask is None or bool(mask[_relative(place, box)].any())):
+            if _overlap(place, box) and (mask is None or bool(torch.count_nonzero(mask[_relative(place, box)]))):
                 found.append(w)
         return found
 

@@ -225,3 +225,23 @@ def test_memory_back_off_halves_the_batch_and_is_recorded():
         assert_equal(run(Saliency(), o).maps, run(Saliency(), reference).maps)
     assert o.window_batch == 2
     assert any("out of memory" in w for w in o.monitor.warnings)
+
+
+def test_values_at_the_image_are_kept_by_one_objective_alone():
+    network, image = nn.Conv2d(1, 2, 3, padding=1), torch.randn(1, 12, 10, generator=torch.Generator().manual_seed(0))
+    inferer = SlidingWindowInferer((8, 8), 2, 0.5)
+    with torch.no_grad():
+        prediction, elsewhere = inferer(image[None], network)[0], inferer(2 * image[None], network)[0]
+    targets = [Voxel(0, index=(3, 4)), Voxel(1, index=(9, 2))]
+    scores = [s for t in targets for s in t.bind(prediction, Case())]
+    objective = Objective(
+        Model(network, torch.device("cpu")), image, plan_windows(inferer, image.shape[1:]), scores, prediction
+    )
+    expected = torch.stack([prediction[0, 3, 4], prediction[1, 9, 2]]).double()
+    torch.testing.assert_close(objective.image_values(), expected)
+    assert objective.image_values() is objective.image_values()
+    with frozen(network):
+        there = objective.at(2 * image).image_values()
+    torch.testing.assert_close(there, torch.stack([elsewhere[0, 3, 4], elsewhere[1, 9, 2]]).double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(objective.only(1).image_values(), expected[1:])
+    torch.testing.assert_close(objective.with_scores(scores[::-1]).image_values(), expected.flip(0))

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from monai.inferers import SlidingWindowInferer
+from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt, sliding_window_inference
 from torch import Tensor
 
 from esegeta_monai import Explainer
 from esegeta_monai.change import change
-from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, UsageError
-from esegeta_monai.methods import METHODS, Method, Occlusion, Saliency, run
+from esegeta_monai.errors import MethodError, MethodTimeout, NetworkError, RankLost, UsageError
+from esegeta_monai.methods import METHODS, IntegratedGradients, Method, Occlusion, Saliency, run
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import frozen
 from esegeta_monai.objective import Batch, Objective
 from esegeta_monai.perturbation import Boxes
+from esegeta_monai.predicted import Predicted
 from esegeta_monai.ranks import Ranks, process_group
 from esegeta_monai.targets import Box, MultiClassMask
 from tests.methods.whole import setting
@@ -56,9 +57,8 @@ def small(cls: type[Method]) -> Method:
 
 def by(objective: Objective, ranks: Ranks) -> Objective:
     """The same objective, computed by these ranks; nothing is remembered."""
-    other = copy.copy(objective)
-    other.ranks, other.base_scores, other.base_outputs, other._at_image = ranks, {}, {}, None
-    other.monitor = Monitor()
+    other = objective.apart()
+    other.ranks, other.monitor = ranks, Monitor()
     return other
 
 
@@ -85,12 +85,114 @@ def every_method(network: str, output: str) -> None:
     assert max(differences.values()) <= 1e-10, differences
 
 
+class Apart(Ranks):
+    """One of several ranks that never meet: what each has is its own part."""
+
+    @contextmanager
+    def summed(self, sums: Sequence[Any]) -> Iterator[None]:
+        yield
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class Told(torch.nn.Module):
+    """A network that uses what it is given beside the image, and knows what it has seen."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        self.layer = (torch.nn.Conv2d if dims == 2 else torch.nn.Conv3d)(1, 2, 3, padding=1)
+        self.seen = 0
+
+    def forward(self, x: Tensor, coordinates: Any = None, condition: Tensor | None = None) -> Tensor:
+        self.seen += len(x)
+        out = self.layer(x) if condition is None else self.layer(x + condition)
+        if coordinates is not None:
+            starts = [float(sum(s.start for s in place[2:])) for place in coordinates]
+            out = out + torch.tensor(starts, dtype=out.dtype).reshape(-1, *[1] * (out.ndim - 1))
+        return out
+
+
+class Anew:
+    """What `SlidingWindowInfererAdapt` does where memory runs out under way: it begins again, and remembers."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+
+    def __call__(self, x: Tensor, roi: Any, batch: int, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.failures:
+            self.failures -= 1
+            network(x[..., :8, :8, :8])
+        return sliding_window_inference(x, roi, batch, network, *args, **kwargs)
+
+
+INFERERS = {
+    "one window a pass": SlidingWindowInferer((8, 8, 8), 1, 0.25, "gaussian"),
+    "four": SlidingWindowInferer((8, 8, 8), 4, 0.5, "gaussian"),
+    "all in one": SlidingWindowInferer((8, 8, 8), 100, 0.25),
+    "padded": SlidingWindowInferer((16, 8, 4), 3, 0.25, padding_mode="reflect"),
+    "buffered": SlidingWindowInferer((8, 8, 8), 3, 0.5, buffer_steps=2, buffer_dim=0),
+    "coordinates": SlidingWindowInferer((8, 8, 8), 4, 0.25, "gaussian", with_coord=True),
+    "condition": SlidingWindowInferer((8, 8, 8), 4, 0.25, "gaussian"),
+    "slices": SliceInferer(spatial_dim=1, roi_size=(8, 8), sw_batch_size=3, overlap=0.25),
+    "adapting": SlidingWindowInfererAdapt((8, 8, 8), 3, 0.25, "gaussian"),
+    "begun anew": SlidingWindowInfererAdapt((8, 8, 8), 3, 0.25, "gaussian"),
+}
+
+
+@pytest.mark.parametrize("name", INFERERS)
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_the_windows_of_the_prediction(name, size, monkeypatch):
+    torch.manual_seed(0)
+    inferer, network = INFERERS[name], Told(2 if name == "slices" else 3).double()
+    image = torch.randn(1, 1, 13, 14, 11, dtype=torch.float64)
+    more = {"condition": torch.randn(image.shape, dtype=torch.float64)} if name == "condition" else {}
+    (expected,) = Explainer(network, inferer).judge(image, [Box(1, (1, 1, 1), (4, 5, 6))], network_kwargs=more)
+    windows, network.seen, settings = network.seen, 0, vars(inferer).copy()
+    if name == "begun anew":
+        monkeypatch.setattr("monai.inferers.inferer.sliding_window_inference", Anew(failures=1))
+    seen, total = [], torch.zeros_like(expected.objective.prediction)
+    for rank in range(size):
+        explainer = Explainer(network, inferer)
+        explainer.ranks = Apart(rank, size)
+        (case,) = explainer._cases(image, None, None, (), more)
+        total += Predicted(explainer, case, {}).prediction
+        seen.append(network.seen)
+        network.seen = 0
+    torch.testing.assert_close(total, expected.objective.prediction, rtol=1e-10, atol=1e-12)
+    if name != "begun anew":
+        assert sum(seen) == windows == len(expected.objective.plan)
+        assert max(seen) - min(seen) <= 1
+    assert vars(inferer) == settings
+
+
+def test_a_prediction_whose_windows_cannot_be_counted_is_refused(monkeypatch):
+    monkeypatch.setattr("monai.inferers.inferer.sliding_window_inference", Anew(failures=2))
+    explainer = Explainer(Told(3), SlidingWindowInferer((8, 8, 8), 1, 0.25))
+    explainer.ranks = Apart(0, 2)
+    (case,) = explainer._cases(torch.randn(1, 1, 13, 14, 11), None, None, (), {})
+    with pytest.raises(NetworkError, match=r"showed 9 windows instead of 8.*device='cpu'"):
+        Predicted(explainer, case, {})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("network", "output"), [("UNet_instance", "logit"), ("UNet_instance", "probability"), ("ViTAutoEnc", "logit")]
 )
 def test_every_method_is_the_same_by_one_rank_and_by_three(network, output):
     spawn(every_method, network, output)
+
+
+class Fails:
+    """A hook that fails after some passes; None: never."""
+
+    def __init__(self, after: int | None) -> None:
+        self.after, self.passes = after, 0
+
+    def __call__(self, *_: Any) -> None:
+        self.passes += 1
+        if self.passes == self.after:
+            raise ZeroDivisionError("injected")
 
 
 def alike(what: str) -> None:
@@ -108,6 +210,12 @@ def alike(what: str) -> None:
             kind = ZeroDivisionError if ranks.rank == 1 else MethodError
             with pytest.raises(kind, match="injected" if ranks.rank == 1 else "rank 1: ZeroDivisionError: injected"):
                 objective.scatter(fails)
+        elif what == "error on a path":
+            handle = objective.model.network.register_forward_hook(Fails(after=5 if ranks.rank == 1 else None))
+            kind = ZeroDivisionError if ranks.rank == 1 else MethodError
+            with pytest.raises(kind, match="injected" if ranks.rank == 1 else "rank 1: ZeroDivisionError: injected"):
+                run(IntegratedGradients(n_steps=5, baseline="zero"), objective)
+            handle.remove()
         else:
             objective.monitor.start(0.0 if ranks.rank == 2 else None)
             time.sleep(0.01)
@@ -119,7 +227,7 @@ def alike(what: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["error", "time limit"])
+@pytest.mark.parametrize("what", ["error", "error on a path", "time limit"])
 def test_an_error_of_one_rank_is_an_error_of_all(what):
     spawn(alike, what)
 
@@ -192,6 +300,10 @@ def test_shares_are_whole_and_as_even_as_can_be():
         parts = [Ranks(r, 5).share(range(n)) for r in range(5)]
         assert [i for part in parts for i in part] == list(range(n))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        for turn in range(6):
+            assert sorted(i for r in range(5) for i in Ranks(r, 5).share(range(n), turn)) == list(range(n))
+        over_all = [sum(len(Ranks(r, 5).share(range(n), turn)) for turn in range(5)) for r in range(5)]
+        assert over_all == [n] * 5
 
 
 def test_alone_nothing_is_joined(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -90,10 +91,12 @@ class IntegratedGradients(Method):
     def _fixed(self, objective: Objective, x0: Tensor, dx: Tensor) -> Tensor:
         nodes, weights = quadrature(self.method, self.n_steps)
         maps = objective.new_maps()
-        for part, gradient in gradients_on_path(objective, x0, dx, nodes):
-            for j, alpha in enumerate(part):
-                maps.add_(gradient.maps[:, j], alpha=weights[alpha])
-            del gradient  # or it lives while the next is made
+        own = objective.linear  # else each step begins with a prediction, which needs all processes
+        with objective.ranks.summed([maps]) if own else nullcontext():
+            for part, gradient in gradients_on_path(objective, x0, dx, nodes, own=own):
+                for j, alpha in enumerate(part):
+                    maps.add_(gradient.maps[:, j], alpha=weights[alpha])
+                del gradient  # or it lives while the next is made
         return maps.mul_(dx)
 
 
@@ -171,16 +174,20 @@ def _within(errors: Tensor, tolerance: float) -> bool:
 
 
 def gradients_on_path(
-    objective: Objective, x0: Tensor, dx: Tensor, nodes: list[float]
+    objective: Objective, x0: Tensor, dx: Tensor, nodes: list[float], *, own: bool = False
 ) -> Iterator[tuple[list[float], Gradient]]:
-    """Gradients at ``x₀ + α dx`` for each α in ``nodes``, as many at a time as fill a window batch."""
+    """Gradients at ``x₀ + α dx`` for each α in ``nodes``, as many at a time as fill a window batch.
+
+    Args:
+        own: only what this process adds to each, see `Objective.gradient`.
+    """
     size = max(1, objective.window_batch // max(1, len(objective.windows)))
     points = x0.new_empty((min(size, len(nodes)), *x0.shape))
-    for start in range(0, len(nodes), size):
+    for turn, start in enumerate(range(0, len(nodes), size)):
         part = nodes[start : start + size]
         for point, alpha in zip(points, part):
             torch.add(x0, dx, alpha=alpha, out=point)
-        yield part, objective.gradient(points[: len(part)])
+        yield part, objective.gradient(points[: len(part)], turn if own else None)
 
 
 def quadrature(rule: str, n: int) -> tuple[list[float], dict[float, float]]:

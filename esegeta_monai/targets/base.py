@@ -155,7 +155,7 @@ class WeightedScore(Score):
     def _take(self, mask: Tensor) -> None:
         self.box = bounding_box(mask)
         self.mask = mask[self.box].clone()
-        self.voxels = int(mask.sum())
+        self.voxels = int(torch.count_nonzero(mask))
 
     def over(self, mask: Tensor) -> WeightedScore:
         """The same score over another mask (*spatial), which may lie on another grid; its mean over the mask."""
@@ -228,11 +228,11 @@ def bounding_box(mask: Tensor) -> tuple[slice, ...]:
     >>> bounding_box(torch.tensor([[False, True, True]]))
     (slice(0, 1, None), slice(1, 3, None))
     """
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(a for a in range(mask.ndim) if a != axis)
-        line = torch.nonzero(mask.any(dim=others) if others else mask).flatten()
+    box, rest = [], mask.view(torch.uint8)  # torch looks through bytes many times as fast as through booleans
+    while rest.ndim:
+        line = torch.nonzero(rest if rest.ndim == 1 else rest.flatten(1).amax(1)).flatten()
         box.append(slice(int(line[0]), int(line[-1]) + 1) if len(line) else slice(0, 0))
+        rest = rest.amax(0)
     return tuple(box)
 
 

@@ -147,6 +147,16 @@ def test_bounding_box_in_three_dimensions():
     assert bounding_box(torch.tensor(True)) == ()
 
 
+@pytest.mark.parametrize("shape", [(9,), (7, 8), (5, 6, 7)])
+def test_bounding_box_is_that_of_the_places_of_true_voxels(shape):
+    generator = torch.Generator().manual_seed(len(shape))
+    for share in (0.0, 0.02, 0.2, 1.0):
+        mask = (torch.rand(shape, generator=generator) < share).mT if len(shape) > 1 else torch.ones(shape) < share
+        places = torch.nonzero(mask)
+        expected = [slice(int(p.min()), int(p.max()) + 1) if len(p) else slice(0, 0) for p in places.T]
+        assert bounding_box(mask) == tuple(expected)
+
+
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_over_another_mask_it_is_the_mean_there(output):
     p, first = noise(3, 4, 5), torch.zeros(4, 5, dtype=torch.bool)
