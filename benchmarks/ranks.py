@@ -1,92 +1,248 @@
 """How much faster several processes explain one volume together, each with one thread.
 
-    python benchmarks/ranks.py [--ranks 2] [--size 96] [--window 48]
+    torchrun --nproc_per_node 2 benchmarks/ranks.py [--settings small,real] [--table FILE.md]
 
-In one run: the first process alone while the others wait, then all together on the one volume, then each process the
-whole volume for itself, all at the same time. The last says what the machine gives: cores share memory and caches, and
-where each of two processes is slower beside the other, no division of the work can be twice as fast. The machine must
-have a free core for each process, else the figures say nothing.
+*Small* is the worst case, a small U-Net whose windows take 20 ms each; *real* is the network of the Model Zoo's
+``brats_mri_segmentation``, a SegResNet with four contrasts in and three regions out, untrained. Each repeat is one
+process alone while the others wait, then all together on the one volume, then each process the whole volume for
+itself, all at the same time; the least seconds of the repeats count. The last of the three says what the machine gives,
+the *ceiling*: cores share memory and caches, and where each of two processes is slower beside the other, no division of
+the work can be twice as fast. The machine must have an idle core for each process, else seconds say nothing; processor
+seconds say a little even then.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-import socket
+import platform
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNet
-from torch import Tensor
+from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.accelerator import scan, trained
 from esegeta_monai import Explainer
 from esegeta_monai.methods import METHODS
-from esegeta_monai.ranks import process_group
-from esegeta_monai.targets import MultiClassMask
+from esegeta_monai.ranks import Ranks, process_group
+from esegeta_monai.targets import MultiClassMask, Target, ThresholdMask
 
-METHODS_TRIED = (
-    "Saliency",
-    "IntegratedGradients(n_steps=4, baseline='zero')",
-    "GradCam(relu=False)",
-    "Occlusion(window=24)",
-)
+GOAL = 1.8
 
 
-def explain(explainer: Explainer, image: Tensor, method: str, repeats: int) -> tuple[float, Tensor]:
-    """Least seconds of some runs, and the map."""
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        (found,) = explainer(image, METHODS.create_all(method), [MultiClassMask(1)])
-        times.append(time.perf_counter() - began)
-    assert found.map is not None
-    return min(times), found.map.as_tensor()
+@dataclass
+class Setting:
+    """A network, a volume, and the methods that are measured on them."""
+
+    title: str
+    network: nn.Module
+    image: Tensor
+    inferer: SlidingWindowInferer
+    target: Target
+    methods: tuple[str, ...]
+    repeats: int
 
 
-def work(rank: int, port: int, args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(args.ranks))
-    os.environ.update(LOCAL_RANK=str(rank))
+def small(args: argparse.Namespace) -> Setting:
     torch.manual_seed(0)
     network = UNet(3, 1, 3, channels=(16, 32, 64), strides=(2, 2), norm="batch").eval()
     image = torch.rand(1, 1, *[args.size] * 3, generator=torch.Generator().manual_seed(0))
     inferer = SlidingWindowInferer([args.window] * 3, 2, 0.25, "gaussian")
-    with process_group("gloo") as ranks:
-        if rank == 0:
-            head = f"{'one':>8}{'together':>10}{'ratio':>8}{'each alone':>12}{'ceiling':>9}{'difference':>12}"
-            print(f"{'method':<50}{head}", flush=True)
-        for method in METHODS_TRIED:
-            alone: tuple[float, Tensor] | None = None
-            if rank == 0:
-                alone = explain(Explainer(network, inferer), image, method, args.repeats)
-            ranks.gather(None)
-            seconds, found = explain(Explainer(network, inferer, distributed=True), image, method, args.repeats)
-            ranks.gather(None)
-            mine, _ = explain(Explainer(network, inferer), image, method, args.repeats)
-            beside = max(ranks.gather(mine))
-            if alone is not None:
-                one = alone[0]
-                difference = float((found - alone[1]).abs().max() / alone[1].abs().max())
-                print(
-                    f"{method:<50}{one:>7.2f}s{seconds:>9.2f}s{one / seconds:>8.2f}"
-                    f"{beside:>11.2f}s{args.ranks * one / beside:>9.2f}{difference:>12.1e}",
-                    flush=True,
-                )
+    title = f"Small: U-Net (16, 32, 64), {args.size}³ voxels, windows of {args.window}³ with overlap 0.25, two a pass"
+    return Setting(title, network, image, inferer, MultiClassMask(1), methods(args.size // 4), args.repeats)
+
+
+def real(args: argparse.Namespace) -> Setting:
+    size, window = args.real_size, args.real_window
+    image, _ = scan([size] * 3, 0, "cpu")
+    inferer = SlidingWindowInferer([window] * 3, 1, 0.25, "gaussian")
+    title = (
+        f"Real: SegResNet as in the BraTS bundle (16 filters, 4 channels in, 3 out), {size}³ voxels, windows of "
+        f"{window}³ with overlap 0.25, one a pass"
+    )
+    network = trained("cpu", 0, size)
+    return Setting(title, network, image, inferer, ThresholdMask(0.5, 1), methods(size // 2), args.real_repeats)
+
+
+def methods(occluder: int) -> tuple[str, ...]:
+    return (
+        "Saliency",
+        "IntegratedGradients(n_steps=4, baseline='zero')",
+        "GradCam(relu=False)",
+        f"Occlusion(window={occluder})",
+    )
+
+
+@dataclass
+class Took:
+    """The least of some runs: seconds on the clock and of the processor, the method's record, its map."""
+
+    seconds: float = float("inf")
+    processor: float = float("inf")
+    record: dict[str, Any] = field(default_factory=dict)
+    map: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def run(self, explainer: Explainer, setting: Setting, method: str) -> None:
+        clock, processor = time.perf_counter(), time.process_time()
+        (found,) = explainer(setting.image, METHODS.create_all(method), [setting.target])
+        self.seconds = min(self.seconds, time.perf_counter() - clock)
+        self.processor = min(self.processor, time.process_time() - processor)
+        assert found.map is not None, found.record["reason"]
+        self.record, self.map = found.record, found.map.as_tensor()
+
+
+@dataclass
+class Row:
+    """One method.
+
+    Attributes:
+        windows: that the target sees; passes: of all of them, the prediction's aside.
+        one, together, beside: seconds of one process alone, of all together, of the slowest where each explains the
+            whole volume.
+        busy: processor seconds over seconds of the process alone: less than one where others want its core.
+        processor: of one process alone, over the most of a rank.
+        difference: of the maps, over the largest value.
+    """
+
+    method: str
+    windows: int
+    passes: int
+    one: float
+    together: float
+    beside: float
+    busy: float
+    processor: float
+    difference: float
+    ranks: int
+
+    @property
+    def ratio(self) -> float:
+        return self.one / self.together
+
+    @property
+    def ceiling(self) -> float:
+        return self.ranks * self.one / self.beside
+
+    def cells(self) -> list[str]:
+        return [
+            *(f"`{self.method}`", str(self.windows), str(self.passes), f"{self.one:.2f}", f"{self.together:.2f}"),
+            *(f"{self.ratio:.2f}", f"{self.ceiling:.2f}", f"{self.ratio / self.ceiling:.2f}"),
+            *(f"{self.processor:.2f}", f"{self.busy:.2f}", f"{self.difference:.1e}"),
+        ]
+
+
+HEADER = ["method", "windows", "passes", "one (s)", "together (s)", "ratio", "ceiling", "ratio / ceiling"]
+HEADER += ["processor ratio", "busy", "difference"]
+
+
+def measured(setting: Setting, method: str, ranks: Ranks) -> Row | None:
+    """A row, on the first rank."""
+    alone, together, beside = Took(), Took(), Took()
+    for _ in range(setting.repeats):
+        if ranks.rank == 0:
+            alone.run(Explainer(setting.network, setting.inferer), setting, method)
+        ranks.gather(None)
+        together.run(Explainer(setting.network, setting.inferer, distributed=True), setting, method)
+        ranks.gather(None)
+        beside.run(Explainer(setting.network, setting.inferer), setting, method)
+        ranks.gather(None)
+    of_all = ranks.gather((together.seconds, together.processor, beside.seconds))
+    if ranks.rank:
+        return None
+    seconds, processor, whole = (max(column) for column in zip(*of_all))
+    difference = float((together.map - alone.map).abs().max() / alone.map.abs().max())
+    record = together.record
+    return Row(
+        *(method, record["windows_used"], record["window_passes"], alone.seconds, seconds, whole),
+        *(alone.processor / alone.seconds, alone.processor / processor, difference, ranks.size),
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [HEADER, ["---"] * len(HEADER), *(row.cells() for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def load() -> str:
+    return ", ".join(f"{value:.2f}" for value in os.getloadavg())
+
+
+NOTES = """\
+Seconds are of the whole call: the prediction, the target, hashes and checks are in them, but not in *passes*.
+*Ceiling*: the number of processes times the time of one alone over that of the slowest when each explains the whole
+volume for itself at the same time. *Processor ratio*: processor seconds of one process alone over the most of a rank,
+in which nothing waits. *Busy*: processor seconds of the process alone over its seconds; below 0.95 it had no core of
+its own, and the ratio of seconds says nothing. *Difference*: of the maps, over the largest value."""
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """What the figures say, in words."""
+    reached = [f"`{r.method}`" for r in rows if r.ratio >= GOAL]
+    missed = [f"`{r.method}` ({r.ratio:.2f}, the machine {r.ceiling:.2f})" for r in rows if r.ratio < GOAL]
+    shares = [r.ratio / r.ceiling for r in rows]
+    text = f"{len(reached)} of {len(rows)} methods are at least {GOAL} times as fast: {', '.join(reached) or 'none'}."
+    if missed:
+        text += f" Below it: {', '.join(missed)}."
+    text += f" They reach {100 * min(shares):.0f} to {100 * max(shares):.0f} % of what the machine gives."
+    n, ranks = rows[0].windows, rows[0].ranks
+    if n % ranks:
+        most = -(-n // ranks)
+        text += f" {n} windows do not part evenly: with {most} on one process no gradient is over {n / most:.2f}."
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--size", type=int, default=96, help="edge of the volume in voxels")
-    parser.add_argument("--window", type=int, default=48, help="edge of a window")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--settings", default="small,real")
+    parser.add_argument("--size", type=int, default=96, help="edge of the small setting's volume in voxels")
+    parser.add_argument("--window", type=int, default=48, help="edge of its windows")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--real-size", type=int, default=112)
+    parser.add_argument("--real-window", type=int, default=64)
+    parser.add_argument("--real-repeats", type=int, default=2)
+    parser.add_argument("--table", type=Path, help="where the tables are written too")
     args = parser.parse_args()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (port, args), nprocs=args.ranks)
+    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
+        parser.error("start it by torchrun --nproc_per_node 2")
+    torch.set_num_threads(1)
+    logging.getLogger("esegeta_monai").setLevel(logging.ERROR)
+    began, before = time.perf_counter(), load()
+    known = {"small": small, "real": real}
+    parts = []
+    with process_group("gloo") as ranks:
+        for name in args.settings.split(","):
+            setting, rows = known[name](args), []
+            for method in setting.methods:
+                row = measured(setting, method, ranks)
+                if row is not None:
+                    rows.append(row)
+                    print(*row.cells(), sep="  ", flush=True)
+            if rows:
+                title = f"{setting.title}, the least of {setting.repeats} runs."
+                parts.append(f"{title}\n\n{table(rows)}\n\n{verdict(rows)}")
+        if ranks.rank == 0:
+            text = (
+                "# Several processes on one volume\n\n"
+                f"`torchrun --nproc_per_node {ranks.size} benchmarks/ranks.py`: {ranks.size} processes with one thread "
+                f"each against one, {os.cpu_count()} {platform.machine()} cores, torch {torch.__version__}, gloo. Load "
+                f"average before: {before}; after {(time.perf_counter() - began) / 60:.0f} minutes: {load()}.\n\n"
+                + "\n\n".join(parts)
+                + f"\n\n{NOTES}\n"
+            )
+            print(f"\n{text}")
+            if args.table:
+                args.table.parent.mkdir(parents=True, exist_ok=True)
+                args.table.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
