@@ -179,9 +179,10 @@ def test_the_overlay_by_two_processes(shared, tmp_path):
     scans = [oblique.write_scan(tmp_path / "scans" / f"{name}.nii.gz", i) for i, name in enumerate(("a", "b", "c"))]
     bundle = oblique.write(tmp_path / "bundle", oblique.config(scans, tmp_path / "eval"))
     shipped = Path(esegeta_monai.bundle.__file__).parent
-    overlays = ["explain.json", "multi_gpu_explain.json"]
+    overlays = ["explain.json", "explain_metrics.json", "multi_gpu_explain.json"]
     sampler = [] if shared == "cases" else ["--dataloader#sampler", "None"]
     what = ["--explain_methods", "Saliency,Occlusion(window=12)", "--explain_targets", "MultiClassMask(2)"]
+    what += ["--explain_metrics", "Sparseness,Deletion(steps=3)"]
 
     def run(output: Path, launch: list[str], files: list[str], *more: str) -> None:
         configs = [str(bundle / "configs" / "inference.json"), *(str(shipped / f) for f in files)]
@@ -192,7 +193,7 @@ def test_the_overlay_by_two_processes(shared, tmp_path):
         )
         assert done.returncode == 0, done.stderr
 
-    run(tmp_path / "one", [], overlays[:1])
+    run(tmp_path / "one", [], overlays[:2])
     run(tmp_path / "two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], overlays, *sampler)
     assert statuses(tmp_path / "two") == statuses(tmp_path / "one")
     assert set(statuses(tmp_path / "one").values()) == {"ok"}
@@ -202,3 +203,8 @@ def test_the_overlay_by_two_processes(shared, tmp_path):
     for name in theirs:
         assert np.abs(mine[name] - theirs[name]).max() <= 1e-5 * np.abs(theirs[name]).max(), name
     assert len(list((tmp_path / "two").rglob("*_seg.nii.gz"))) == 3
+    found, expected = figures(tmp_path / "two"), figures(tmp_path / "one")
+    assert found.keys() == expected.keys()
+    assert len(found) == 3 * (2 + 3) * 2  # cases, methods and controls, metrics
+    for key, row in expected.items():
+        assert float(found[key]["value"]) == pytest.approx(float(row["value"]), rel=1e-4, abs=1e-5), key
