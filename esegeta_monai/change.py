@@ -4,8 +4,9 @@
     non-linear s:  ΔP = Σ_touched ĝ_w (f(x'_w) − f(x_w)) on the mask of s,   F(x') − F(x) = s(P + ΔP) − s(P)
 
 (perturbation, window) pairs of different windows share batches; a pair that changes no voxel is never computed, and
-perturbations that are equal inside a window share one pass of it. Of a window's output only the mask's voxels are
-looked at (`esegeta_monai.support`), and where s is a sum over voxels only those that the touched windows hold.
+perturbations that are equal inside a window share one pass of it. Of a window's output a linear s looks at the box of
+its mask, another one at the mask's voxels (`esegeta_monai.support`), and where that one is a sum over voxels only at
+those that the touched windows hold.
 """
 
 from __future__ import annotations
@@ -180,41 +181,37 @@ def _by_window(objective: Objective, perturbations: Perturbations) -> Iterator[t
     for w in objective.windows:
         place = objective.plan.place(w)
         groups: dict[Hashable, list[int]] = {}
-        for i in perturbations.reaching(place):
-            key = _key(perturbations, i, w, place)
-            if key != UNCHANGED:
-                groups.setdefault(key, []).append(i)
+        for i, key in _keys(perturbations, perturbations.reaching(place), w, place):
+            groups.setdefault(key, []).append(i)
         if groups:
             yield w, [tuple(g) for g in groups.values()]
 
 
-def _key(perturbations: Perturbations, index: int, window: int, place: Slices) -> Hashable:
-    """`Perturbations.key`, one of its own where there is none."""
-    key = perturbations.key(index, window, place)
-    return key if key == UNCHANGED else ("alone", index) if key is None else ("key", key)
+def _keys(
+    perturbations: Perturbations, indices: Sequence[int], window: int, place: Slices
+) -> Iterator[tuple[int, Hashable]]:
+    """Perturbations that may change a window, and their `Perturbations.keys`: one of its own where there is none."""
+    for i, key in zip(indices, perturbations.keys(indices, window, place)):
+        if key != UNCHANGED:
+            yield i, ("alone", i) if key is None else ("key", key)
 
 
 def _blocks(
     objective: Objective, perturbations: Perturbations, indices: Sequence[int], sizes: Mapping[int, int]
 ) -> Iterator[tuple[list[int], Block]]:
     """As many perturbations at a time as `BLOCK` and `BLOCK_BYTES` of changed outputs allow, and their pairs."""
-    places = {w: objective.plan.place(w) for w in objective.windows}
-    reaching = {w: perturbations.reaching(place) for w, place in places.items()}
-    near = {w: found if isinstance(found, range) else set(found) for w, found in reaching.items()}
     members: list[int] = []
-    groups: dict[int, dict[Hashable, list[int]]] = {w: {} for w in places}
+    groups: dict[int, dict[Hashable, list[int]]] = {w: {} for w in objective.windows}
     total = 0
 
     def block() -> tuple[list[int], Block]:
         return members, [(w, [tuple(g) for g in found.values()]) for w, found in groups.items() if found]
 
-    for i in indices:
-        keys = {w: _key(perturbations, i, w, place) for w, place in places.items() if i in near[w]}
-        keys = {w: key for w, key in keys.items() if key != UNCHANGED}
+    for i, keys in _keyed(objective, perturbations, indices):
         new = sum(sizes[w] for w, key in keys.items() if key not in groups[w])
         if members and (len(members) == BLOCK or total + new > BLOCK_BYTES):
             yield block()
-            members, groups, total = [], {w: {} for w in places}, 0
+            members, groups, total = [], {w: {} for w in objective.windows}, 0
             new = sum(sizes[w] for w in keys)
         members.append(i)
         total += new
@@ -222,6 +219,21 @@ def _blocks(
             groups[w].setdefault(key, []).append(i)
     if members:
         yield block()
+
+
+def _keyed(
+    objective: Objective, perturbations: Perturbations, indices: Sequence[int]
+) -> Iterator[tuple[int, dict[int, Hashable]]]:
+    """Each perturbation with its keys in the windows that it may change, `BLOCK` perturbations looked at together."""
+    places = {w: objective.plan.place(w) for w in objective.windows}
+    reaching = {w: perturbations.reaching(place) for w, place in places.items()}
+    near = {w: found if isinstance(found, range) else set(found) for w, found in reaching.items()}
+    for start in range(0, len(indices), BLOCK):
+        some: dict[int, dict[int, Hashable]] = {i: {} for i in indices[start : start + BLOCK]}
+        for w, place in places.items():
+            for i, key in _keys(perturbations, [i for i in some if i in near[w]], w, place):
+                some[i][w] = key
+        yield from some.items()
 
 
 def _sizes(objective: Objective, supports: Sequence[Support]) -> dict[int, int]:
@@ -242,10 +254,6 @@ class _Change:
 
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         self.objective, self.perturbations = objective, perturbations
-        self.supports = _supports(objective)
-        self.sizes = _sizes(objective, self.supports)
-        self.keeps = _keeps(self.sizes)
-        self._held: dict[int, list[Held | None]] = {}
         self.result = torch.zeros((objective.n_targets, len(perturbations)), dtype=torch.float64)
         self.done = self.number = self.known = 0
         self.loop: Loop | None = None
@@ -262,14 +270,6 @@ class _Change:
         """Writes down the scores so far, which stand for ``done`` pairs or perturbations."""
         if self.table is not None and self.name is not None:
             self.table.write(self.name, self.result, self.done, force=force)
-
-    def held(self, window: int) -> list[Held | None]:
-        """For each score which of its voxels a window holds, None where it sees none of the window."""
-        if window not in self._held:
-            if not self.keeps:  # windows come in order, so that only the last one can come again
-                self._held.clear()
-            self._held[window] = [s.held(window) if window in s.windows else None for s in self.supports]
-        return self._held[window]
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -363,7 +363,7 @@ class _LinearChange(_Change):
 
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         super().__init__(objective, perturbations)
-        self.weights: dict[int, list[Tensor | None]] = {}
+        self.weights: dict[int, list[tuple[Slices, Tensor] | None]] = {}
         self.turn = 0
 
     def mine(self) -> bool:
@@ -382,12 +382,12 @@ class _LinearChange(_Change):
         known = self.objective.base_scores
         missing = [w for w in self.objective.windows if w not in known]
         found = torch.zeros((len(missing), self.objective.n_targets), dtype=torch.float64)
+        rows = {w: row for row, w in enumerate(missing)}
 
         def score(batch: Batch) -> None:
             with torch.inference_mode():
                 scores = self.scores(batch.windows, batch.forward(batch.image))
-            for w, one in zip(batch.windows, scores.T):
-                found[missing.index(w)] += one
+            found[[rows[w] for w in batch.windows]] = scores.T
 
         self.objective.each([(0, w) for w in missing], score, with_cotangents=False, sums=[found])
         known.update(zip(missing, found))
@@ -396,29 +396,42 @@ class _LinearChange(_Change):
         where = [p.window for p in pairs]
         changes = self.scores(where, self.forward(where, torch.stack(list(windows))))
         changes -= torch.stack([self.objective.base_scores[w] for w in where], 1)
-        for pair, row in zip(pairs, changes.T):
-            self.result[:, list(pair.indices)] += row[:, None]
+        result = self.result.numpy()  # its own memory: to add to few places is dear in torch
+        for pair, column in zip(pairs, changes.numpy().T):
+            result[:, pair.indices] += column[:, None]
         self.done += len(pairs)
 
     def scores(self, windows: Sequence[int], out: Tensor) -> Tensor:
-        """``F_w`` (k, n) from network output."""
-        found = out.new_zeros((len(self.supports), len(out)), dtype=torch.float64)
+        """``F_w`` (k, n) from network output (n, R, *out_roi)."""
+        found = out.new_zeros((self.objective.n_targets, len(out)), dtype=torch.float64)
         for w, rows in _runs(windows):
-            for k, (support, held, weight) in enumerate(zip(self.supports, self.held(w), self._weights_of(w))):
-                if held is not None and weight is not None:
-                    found[k, rows] = support.read(out[rows], held).flatten(1).double() @ weight.to(out.device)
+            for k, weighted in enumerate(self._weights_of(w)):
+                if weighted is not None:
+                    inside, weight = weighted
+                    seen = out[(rows, self.objective.rows[k], *inside)]
+                    found[k, rows] = seen.flatten(1).double() @ weight.to(out.device)
         return found.cpu()
 
-    def _weights_of(self, window: int) -> list[Tensor | None]:
-        """The flattened cotangent of each score at the voxels that a window holds."""
+    def _weights_of(self, window: int) -> list[tuple[Slices, Tensor] | None]:
+        """For each score the box of its mask in a window's output, and ``ĝ_w ∂s/∂P`` there as a vector in float64; None
+        where it sees none of the window."""
         if window not in self.weights:
-            if not self.keeps:
+            held = sum(w[1].nbytes for known in self.weights.values() for w in known if w is not None)
+            if held > BLOCK_BYTES:  # windows come in order, so that only the last one can come again
                 self.weights.clear()
             self.weights[window] = [
-                None if h is None else s.cotangent(window, h).flatten()
-                for s, h in zip(self.supports, self.held(window))
+                self._weight(k, window) if window in support else None
+                for k, support in enumerate(self.objective.support)
             ]
         return self.weights[window]
+
+    def _weight(self, k: int, window: int) -> tuple[Slices, Tensor]:
+        grid, score = self.objective.grid, self.objective.scores[k]
+        in_window, in_box = grid.meet(score.box, window)
+        cotangent = score.window_cotangent(lambda values: values[last_axes(in_box)])
+        weight = grid.weight(window)[in_window]
+        weighted = cotangent.to(weight.device).double() * weight
+        return in_window, weighted.expand(len(score.channels), *weight.shape).flatten()
 
 
 class _BlendedChange(_Change):
@@ -427,9 +440,14 @@ class _BlendedChange(_Change):
 
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         super().__init__(objective, perturbations)
-        self.before = [s.of(p).double() for s, p in zip(self.supports, objective.image_predictions())]
+        self.supports = _supports(objective)
+        self.sizes = _sizes(objective, self.supports)
+        self.keeps = _keeps(self.sizes)
+        self._held: dict[int, list[Held | None]] = {}
+        self.before = [s.of(p) for s, p in zip(self.supports, objective.image_predictions())]
         self.terms = [s.score.terms(p) if s.score.additive else None for s, p in zip(self.supports, self.before)]
-        self.delta = [torch.zeros_like(p) for p in self.before]
+        self.delta = [torch.zeros_like(p, dtype=objective.image.dtype) for p in self.before]
+        self.after = [torch.empty_like(p) for p in self.before]
         self.base: dict[int, list[Tensor | None] | None] = objective.base_outputs if self.keeps else {}
         self.parts: dict[int, list[list[tuple[Held, Tensor] | None]]] = {}
 
@@ -452,6 +470,14 @@ class _BlendedChange(_Change):
                 self.done += len(indices)
                 self.keep()
         return self.result
+
+    def held(self, window: int) -> list[Held | None]:
+        """For each score which of its voxels a window holds, None where it sees none of the window."""
+        if window not in self._held:
+            if not self.keeps:  # windows come in order, so that only the last one can come again
+                self._held.clear()
+            self._held[window] = [s.held(window) if window in s.windows else None for s in self.supports]
+        return self._held[window]
 
     def compute(self, pairs: Sequence[_Pair], windows: Sequence[Tensor]) -> None:
         where = [p.window for p in pairs]
@@ -486,24 +512,25 @@ class _BlendedChange(_Change):
     def _score(self, index: int) -> None:
         """``s(P + ΔP) − s(P)`` of one perturbation, from what its windows changed."""
         parts = self.parts.pop(index)
-        for k, delta in enumerate(self.delta):
+        for k, (before, delta, after) in enumerate(zip(self.before, self.delta, self.after)):
             changed = [seen[k] for seen in parts]
             touched = [part for part in changed if part is not None]
             if touched:
                 for held, part in touched:
-                    delta.index_add_(1, held.voxels, part.to(delta.dtype))
-                self.result[k, index] = self._difference(k, [held for held, _ in touched])
+                    delta.index_add_(1, held.voxels, part)
+                torch.add(before, delta, out=after)
                 delta.zero_()
+                self.result[k, index] = self._difference(k, [held for held, _ in touched])
 
     def _difference(self, k: int, touched: Sequence[Held]) -> float:
-        support, before, delta, terms = self.supports[k], self.before[k], self.delta[k], self.terms[k]
+        support, before, after, terms = self.supports[k], self.before[k], self.after[k], self.terms[k]
         score = support.score
         if terms is None:
-            return float(score.value(support.box(before + delta)) - score.value(support.box(before)))
+            return float(score.value(support.box(after)) - score.value(support.box(before)))
         if sum(len(held.voxels) for held in touched) >= support.n:  # about all of them: to pick them would cost more
-            return float((score.terms(before + delta) - terms).sum())
-        here = torch.zeros(support.n, dtype=torch.bool, device=delta.device)
+            return float((score.terms(after) - terms).sum())
+        here = torch.zeros(support.n, dtype=torch.bool, device=after.device)
         for held in touched:
             here[held.voxels] = True
         at = torch.nonzero(here).flatten()
-        return float((score.terms(before[:, at] + delta[:, at]) - terms[at]).sum())
+        return float((score.terms(after[:, at]) - terms[at]).sum())

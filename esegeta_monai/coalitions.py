@@ -45,52 +45,81 @@ class Segments(Perturbations):
     def __init__(self, labels: Tensor, coalitions: np.ndarray, baseline: Tensor, image: Tensor) -> None:
         self.labels, self.coalitions = labels, np.ascontiguousarray(coalitions, dtype=bool)
         self.baseline, self.image = baseline, image
-        self._present: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-        self._in_window: dict[int, np.ndarray] = {}
-        self._here: tuple[Slices, Tensor, Tensor] | None = None
+        self._differing: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        self._last: tuple[Slices, np.ndarray] | None = None
+        self._here: _Crop | None = None
         self._digest: bytes | None = None
 
     def __len__(self) -> int:
         return len(self.coalitions)
 
     def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
-        if self._here is None or self._here[0] != place or self._here[1].device != crop.device:
+        here = self._here
+        if here is None or here.place != place or here.crop is not crop:
             inside = last_axes(place)
-            self._here = (place, self.labels[inside].to(crop.device), self.baseline[inside].to(crop))
-        _, labels, baseline = self._here
-        # a voxel of no feature has the label −1: the last entry, always kept
-        kept = torch.from_numpy(np.append(self.coalitions[index], True)).to(crop.device)
-        return torch.where(kept[labels], crop, baseline)
-
-    def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
-        return not self.coalitions[index, self._differing(place)].all()
+            entries = (self.labels[inside] + 1).to(crop.device)
+            here = self._here = _Crop(place, crop, entries, self.baseline[inside].to(crop))
+        return here.keeping(self.coalitions[index])
 
     def altered(self, index: int, crop: Tensor, place: Slices) -> Tensor | None:
         return self.apply(index, crop, place) if self.changes(index, crop, place) else None
 
-    def key(self, index: int, window: int, place: Slices) -> Hashable:
-        if window not in self._in_window:
-            self._in_window[window] = self._differing(place)
-        kept = self.coalitions[index, self._in_window[window]]
-        return UNCHANGED if kept.all() else np.packbits(kept).tobytes()
+    def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
+        return not self.coalitions[index, self._features(place)].all()
 
-    def _differing(self, place: Slices) -> np.ndarray:
+    def key(self, index: int, window: int, place: Slices) -> Hashable:
+        return self.keys([index], window, place)[0]
+
+    def keys(self, indices: Sequence[int], window: int, place: Slices) -> Sequence[Hashable]:
+        kept = self.coalitions[np.ix_(indices, self._features(place))]
+        packed = np.packbits(kept, axis=1)
+        return [UNCHANGED if whole else row.tobytes() for whole, row in zip(kept.all(1), packed)]
+
+    def _features(self, place: Slices) -> np.ndarray:
         """The features that have a voxel at ``place`` which differs from the baseline."""
+        if self._last is not None and self._last[0] is place:
+            return self._last[1]
         where = tuple((p.start, p.stop) for p in place)
-        if where not in self._present:
+        if where not in self._differing:
             inside = last_axes(place)
             labels, differs = self.labels[inside], self.image[inside] != self.baseline[inside].to(self.image)
             if len(labels) == 1:
                 differs = differs.any(0, keepdim=True)
+            entries = torch.where(differs, labels + 1, 0).flatten()  # the first entry is no feature
             present = torch.zeros(self.coalitions.shape[1] + 1, dtype=torch.bool, device=labels.device)
-            present[torch.where(differs, labels, -1).flatten()] = True  # −1, no feature, is the last entry
-            self._present[where] = np.flatnonzero(present[:-1].cpu().numpy())
-        return self._present[where]
+            self._differing[where] = np.flatnonzero(present.index_fill_(0, entries, True)[1:].cpu().numpy())
+        self._last = place, self._differing[where]
+        return self._last[1]
 
     def identity(self, index: int) -> Hashable:
         if self._digest is None:
             self._digest = digest(self.labels, self.baseline)
         return self._digest, np.packbits(self.coalitions[index]).tobytes()
+
+
+class _Crop:
+    """A crop of which features are replaced, one coalition after the other.
+
+    What `torch.where` gives is computed bit by bit, in a third of its time: ``x₀ ^ (m & (x ^ x₀))``, all bits of m set
+    where a voxel is kept.
+
+    Args:
+        place, crop: where it lies, and the image there (C, *place).
+        entries: (1 or C, *place), the number of each voxel's feature from 1 on, 0 where there is none.
+        baseline: (C, *place).
+    """
+
+    def __init__(self, place: Slices, crop: Tensor, entries: Tensor, baseline: Tensor) -> None:
+        self.place, self.crop, self.entries = place, crop, entries
+        self.bits = torch.int64 if crop.dtype == torch.float64 else torch.int32
+        self.baseline = baseline.view(self.bits)
+        self.differing = crop.view(self.bits) ^ self.baseline
+
+    def keeping(self, coalition: np.ndarray) -> Tensor:
+        """The crop with the features outside a coalition (n,) replaced."""
+        kept = torch.from_numpy(np.append(True, coalition)).to(self.crop.device, self.bits).neg_()
+        mask = kept.index_select(0, self.entries.flatten()).view(self.entries.shape)
+        return (mask & self.differing).bitwise_xor_(self.baseline).view(self.crop.dtype)
 
 
 class SmoothMasks(Perturbations):

@@ -79,7 +79,8 @@ class Objective:
                 out_roi = tuple(self.run(plan.cut(image, 0)[None].to(model.device), [0]).shape[2:])
         self.grid = OutputGrid(plan, out_roi, image.dtype, image.device)
         self.read = sorted({c for s in self.scores for c in s.channels})
-        self.rows = [[self.read.index(c) for c in s.channels] for s in self.scores]
+        self.rows = [picked([self.read.index(c) for c in s.channels]) for s in self.scores]
+        """Where each score's channels lie among those read."""
         self.window_batch = plan.batch_size
         self.support = [self.grid.windows_of(s.box, s.mask) if not s.empty else [] for s in self.scores]
         self.windows = sorted({w for windows in self.support for w in windows})
@@ -174,7 +175,7 @@ class Objective:
         other = self.apart()
         other.scores, other.support = [self.scores[target]], [self.support[target]]
         other.read = sorted(set(self.scores[target].channels))
-        other.rows = [[other.read.index(c) for c in self.scores[target].channels]]
+        other.rows = [picked([other.read.index(c) for c in self.scores[target].channels])]
         other.windows = sorted(self.support[target])
         other.blend_deviation = [None]
         other.monitor = Monitor()
@@ -388,7 +389,7 @@ class Objective:
         self.monitor.passed(len(windows))
         if len(self.read) in (0, out.shape[1]):
             return out
-        return out.index_select(1, torch.tensor(self.read, device=out.device))
+        return out[:, picked(self.read)]
 
     def vjp(self, out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, *, retain: bool) -> list[Tensor | None]:
         """One vector-Jacobian product, None for inputs that ``out`` does not depend on.
@@ -561,6 +562,13 @@ def _sums(requests: Sequence[Request], blended: Sequence[Tensor]) -> list[Tensor
     """What a sweep adds into, None where a request does not say."""
     parts = [r.parts for r in requests]
     return None if any(p is None for p in parts) else [*blended, *(one for p in parts if p is not None for one in p)]
+
+
+def picked(positions: list[int]) -> list[int] | slice:
+    """Positions along an axis as an index, which copies nothing where they are neighbours in order."""
+    first = positions[0]
+    last = first + len(positions)
+    return slice(first, last) if positions == list(range(first, last)) else positions
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -53,6 +53,10 @@ class Perturbations(ABC):
         """
         return None
 
+    def keys(self, indices: Sequence[int], window: int, place: Slices) -> Sequence[Hashable | None]:
+        """`key` of several perturbations in one window."""
+        return [self.key(i, window, place) for i in indices]
+
     def identity(self, index: int) -> Hashable | None:
         """What determines the whole perturbation; None: no other is ever equal to it.
 
@@ -94,6 +98,9 @@ class _Part(Perturbations):
 
     def key(self, index: int, window: int, place: Slices) -> Hashable | None:
         return self.whole.key(self.indices[index], window, place)
+
+    def keys(self, indices: Sequence[int], window: int, place: Slices) -> Sequence[Hashable | None]:
+        return self.whole.keys([self.indices[i] for i in indices], window, place)
 
     def identity(self, index: int) -> Hashable | None:
         return self.whole.identity(self.indices[index])
