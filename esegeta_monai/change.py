@@ -27,6 +27,7 @@ from esegeta_monai.objective import Batch, Objective, out_of_memory
 from esegeta_monai.pace import Loop
 from esegeta_monai.perturbation import UNCHANGED, Perturbations
 from esegeta_monai.support import Held, Support
+from esegeta_monai.targets.base import take, true_positions
 from esegeta_monai.windows import Slices, last_axes
 
 __all__ = ["Sampled", "change", "known_change", "known_passes", "passes_needed"]
@@ -408,7 +409,7 @@ class _LinearChange(_Change):
             for k, weighted in enumerate(self._weights_of(w)):
                 if weighted is not None:
                     inside, weight = weighted
-                    seen = out[(rows, self.objective.rows[k], *inside)]
+                    seen = out[rows][:, self.objective.rows[k]][last_axes(inside)]
                     found[k, rows] = seen.flatten(1).double() @ weight.to(out.device)
         return found.cpu()
 
@@ -426,12 +427,9 @@ class _LinearChange(_Change):
         return self.weights[window]
 
     def _weight(self, k: int, window: int) -> tuple[Slices, Tensor]:
-        grid, score = self.objective.grid, self.objective.scores[k]
-        in_window, in_box = grid.meet(score.box, window)
-        cotangent = score.window_cotangent(lambda values: values[last_axes(in_box)])
-        weight = grid.weight(window)[in_window]
-        weighted = cotangent.to(weight.device).double() * weight
-        return in_window, weighted.expand(len(score.channels), *weight.shape).flatten()
+        inside, weight = self.objective.weighted_cotangent(k, window)
+        channels = len(self.objective.scores[k].channels)
+        return inside, weight.double().expand(channels, *weight.shape[1:]).flatten()
 
 
 class _BlendedChange(_Change):
@@ -512,25 +510,24 @@ class _BlendedChange(_Change):
     def _score(self, index: int) -> None:
         """``s(P + ΔP) − s(P)`` of one perturbation, from what its windows changed."""
         parts = self.parts.pop(index)
-        for k, (before, delta, after) in enumerate(zip(self.before, self.delta, self.after)):
+        for k, delta in enumerate(self.delta):
             changed = [seen[k] for seen in parts]
             touched = [part for part in changed if part is not None]
             if touched:
                 for held, part in touched:
                     delta.index_add_(1, held.voxels, part)
-                torch.add(before, delta, out=after)
-                delta.zero_()
                 self.result[k, index] = self._difference(k, [held for held, _ in touched])
+                delta.zero_()
 
     def _difference(self, k: int, touched: Sequence[Held]) -> float:
-        support, before, after, terms = self.supports[k], self.before[k], self.after[k], self.terms[k]
+        support, before, delta, terms = self.supports[k], self.before[k], self.delta[k], self.terms[k]
         score = support.score
         if terms is None:
-            return float(score.value(support.box(after)) - score.value(support.box(before)))
+            return float(score.value(support.box(before + delta)) - score.value(support.box(before)))
         if sum(len(held.voxels) for held in touched) >= support.n:  # about all of them: to pick them would cost more
-            return float((score.terms(after) - terms).sum())
-        here = torch.zeros(support.n, dtype=torch.bool, device=after.device)
+            return float((score.terms(torch.add(before, delta, out=self.after[k])) - terms).sum())
+        here = torch.zeros(support.n, dtype=torch.bool, device=delta.device)
         for held in touched:
             here[held.voxels] = True
-        at = torch.nonzero(here).flatten()
-        return float((score.terms(after[:, at]) - terms[at]).sum())
+        at = true_positions(here)
+        return float((score.terms(take(before, at) + take(delta, at)) - take(terms, at)).sum())

@@ -6,7 +6,6 @@ x' = x₀ + m · (x − x₀), m interpolated from a coarse grid                
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from esegeta_monai.change import known_change, known_passes
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError
 from esegeta_monai.features import Features, features_for
+from esegeta_monai.interpolation import interpolate, line_matrix
 from esegeta_monai.objective import Objective
 from esegeta_monai.perturbation import UNCHANGED, Perturbations, digest
 from esegeta_monai.windows import Slices, last_axes
@@ -71,9 +71,9 @@ class Segments(Perturbations):
         return self.keys([index], window, place)[0]
 
     def keys(self, indices: Sequence[int], window: int, place: Slices) -> Sequence[Hashable]:
-        kept = self.coalitions[np.ix_(indices, self._features(place))]
-        packed = np.packbits(kept, axis=1)
-        return [UNCHANGED if whole else row.tobytes() for whole, row in zip(kept.all(1), packed)]
+        kept = self.coalitions[np.asarray(indices, dtype=int)[:, None], self._features(place)]
+        whole, packed = kept.all(axis=1).tolist(), np.packbits(kept, axis=1)
+        return [UNCHANGED if all_kept else row.tobytes() for all_kept, row in zip(whole, packed)]
 
     def _features(self, place: Slices) -> np.ndarray:
         """The features that have a voxel at ``place`` which differs from the baseline."""
@@ -195,29 +195,11 @@ class SmoothMasks(Perturbations):
         ]
 
 
-@functools.lru_cache(maxsize=1024)
-def line_matrix(start: int, stop: int, cells: int, extent: int, dtype: torch.dtype) -> Tensor:
-    """Linear interpolation from ``cells`` values, stretched over ``extent`` voxels, to the voxels ``start`` … ``stop``.
-
-    The convention is that of `torch.nn.functional.interpolate` with ``align_corners=False``. (voxels, cells).
-    """
-    voxels = torch.arange(start, stop, dtype=torch.float64)
-    at = ((voxels + 0.5) * cells / extent - 0.5).clamp(0, cells - 1)
-    return (1 - (at[:, None] - torch.arange(cells, dtype=torch.float64)).abs()).clamp(min=0).to(dtype)
-
-
 def _cells(place: slice, shift: int, cells: int, extent: int) -> slice:
     """The cells that voxels of ``place`` are interpolated from."""
     ends = [(v + shift + 0.5) * cells / extent - 0.5 for v in (place.start, place.stop - 1)]
     low, high = (min(max(e, 0.0), cells - 1.0) for e in ends)
     return slice(math.floor(low), math.ceil(high) + 1)
-
-
-def interpolate(grid: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """A grid (*g) by one matrix (voxels, cells) an axis: (*voxels)."""
-    for axis, matrix in enumerate(matrices):
-        grid = torch.movedim(torch.tensordot(matrix.to(grid), grid, dims=([1], [axis])), 0, axis)
-    return grid
 
 
 def split_half(a: Tensor, b: Tensor) -> list[float | None]:

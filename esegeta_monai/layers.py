@@ -19,6 +19,7 @@ from monai.networks.nets.swin_unetr import PatchMergingV2, SwinTransformerBlock
 from torch import Tensor, nn
 
 from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.interpolation import area_matrix, interpolate, line_matrix
 from esegeta_monai.network import capture, find_layer, select_output
 from esegeta_monai.objective import Batch, Objective, Request, View
 from esegeta_monai.windows import OutputGrid, WindowPlan
@@ -214,31 +215,25 @@ def _channels_last(module: nn.Module) -> bool:
 
 def to_window(values: Tensor, plan: WindowPlan) -> Tensor:
     """Interpolates (n, C, *positions) linearly to the window (n, C, *roi)."""
-    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(plan.roi)]
     if tuple(values.shape[2:]) == plan.roi:
         return values
-    return F.interpolate(values, size=plan.roi, mode=mode, align_corners=False)
+    return interpolate(values, [line_matrix(0, n, p, n, values.dtype) for p, n in zip(values.shape[2:], plan.roi)])
 
 
 def spread(values: Tensor, plan: WindowPlan) -> Tensor:
     """Spreads (n, C, *positions) over the window (n, C, *roi), each position's value shared out so that sums stay.
 
-    ``out = U (v / Uᵀ1)`` with U the linear interpolation, or the mean over a cell where the layer is finer than the
-    window: column sums of U are one after the division.
+    ``out = U v`` with U the linear interpolation, or the mean over a cell where the layer is finer than the window, its
+    columns divided by their sums.
     """
-    roi = plan.roi
-    if tuple(values.shape[2:]) == roi:
+    positions, roi = tuple(values.shape[2:]), plan.roi
+    if positions == roi:
         return values
-    finer = any(p > n for p, n in zip(values.shape[2:], roi))
-
-    def up(small: Tensor) -> Tensor:
-        return F.interpolate(small, size=roi, mode="area") if finer else to_window(small, plan)
-
-    with torch.enable_grad():
-        probe = torch.ones_like(values[:1, :1]).requires_grad_(True)
-        wide = up(probe)
-        (share,) = torch.autograd.grad(wide, probe, torch.ones_like(wide))
-    return up(values / share)
+    if any(p > n for p, n in zip(positions, roi)):
+        matrices = [area_matrix(n, p, torch.float64) for p, n in zip(positions, roi)]
+    else:
+        matrices = [line_matrix(0, n, p, n, torch.float64) for p, n in zip(positions, roi)]
+    return interpolate(values, [m / m.sum(0) for m in matrices])
 
 
 class BlendedActivations(Request):
@@ -281,7 +276,7 @@ class BlendedActivations(Request):
             )
         whole = tuple(slice(0, n) for n in plan.spatial_shape)
         for window, one in zip(view.batch.windows, up):
-            self.grid.add(self.maps, whole, window, one * self.grid.weight(window).to(one.device, one.dtype))
+            self.grid.blend(self.maps, whole, window, one)
 
     def result(self) -> Tensor:
         assert self.maps is not None

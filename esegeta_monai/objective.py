@@ -23,7 +23,7 @@ from esegeta_monai.network import Model, capture
 from esegeta_monai.pace import Timed
 from esegeta_monai.ranks import Ranks, Summed, tensors_of
 from esegeta_monai.targets.base import Case, Score
-from esegeta_monai.windows import OutputGrid, WindowPlan
+from esegeta_monai.windows import OutputGrid, Slices, WindowPlan, last_axes
 
 if TYPE_CHECKING:
     from esegeta_monai.partial import ScoreTable
@@ -224,10 +224,9 @@ class Objective:
     def blend(self, blended: Sequence[Tensor], batch: Batch, out: Tensor) -> None:
         """Adds ``ĝ_w · out`` into each score's (m, channels, *box) in place."""
         for j, (w, source) in enumerate(zip(batch.windows, batch.sources)):
-            weighted = out[j] * self.grid.weight(w).to(out.device, out.dtype)
             for score, rows, windows, total in zip(self.scores, self.rows, self.support, blended):
                 if w in windows:
-                    self.grid.add(total[source], score.box, w, weighted[rows])
+                    self.grid.blend(total[source], score.box, w, out[j, rows])
 
     def new_predictions(self, m: int) -> list[Tensor]:
         """Zeros for what each score reads of m predictions, (m, channels, *box): what `blend` adds into."""
@@ -515,6 +514,22 @@ class Objective:
         """``ĝ_w ∂s/∂P`` at the image, for each target (n, R, *out_roi), None where it sees none of the windows."""
         return self._batch_cotangents(windows, [0] * len(windows), self._whole_cotangents(), None)
 
+    def weighted_cotangent(self, k: int, window: int, volume: Tensor | None = None) -> tuple[Slices, Tensor]:
+        """Where a window's output meets the box of score k, and ``ĝ_w ∂s/∂P`` there: (channels or 1, *part).
+
+        Args:
+            volume: ``∂s/∂P`` (channels, *box); None: of a linear score.
+        """
+        score = self.scores[k]
+        inside, in_box = self.grid.meet(score.box, window)
+
+        def cut(values: Tensor) -> Tensor:
+            return values[last_axes(in_box)]
+
+        part = score.window_cotangent(cut) if volume is None else cut(volume)
+        weight = self.grid.weight(window)[inside]
+        return inside, part.to(weight.device) * weight
+
     def _whole_cotangents(self) -> list[Tensor | None]:
         """``∂s/∂P`` at the image of each score that is not linear; a linear one is cut from its mask."""
         if self.linear:
@@ -543,11 +558,9 @@ class Objective:
             total = torch.zeros(shape, dtype=self.image.dtype, device=self.model.device)
             for j, (w, source) in enumerate(zip(windows, sources)):
                 if w in support:
-                    cut = functools.partial(self.grid.cut, box=score.box, window=w)
-                    volume = at.get(source)
-                    inside = score.window_cotangent(cut) if volume is None else cut(volume)
-                    weight = self.grid.weight(w)
-                    total[j, self.rows[k]] = (inside.to(weight.device) * weight).to(total)
+                    inside, part = self.weighted_cotangent(k, w, at.get(source))
+                    index: tuple[Any, ...] = (j, self.rows[k], *inside)
+                    total[index] = part.to(total)
             found.append(total)
         return found
 

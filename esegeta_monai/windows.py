@@ -271,10 +271,11 @@ class OutputGrid:
         cut[last_axes(target)] = values[last_axes(source)]
         return cut
 
-    def add(self, values: Tensor, box: Slices, window: int, output: Tensor) -> None:
-        """The adjoint of `cut`: adds the window's (…, *out_roi) into values (…, *box) in place."""
+    def blend(self, values: Tensor, box: Slices, window: int, output: Tensor) -> None:
+        """Adds ``ĝ_w`` times the window's output (…, *out_roi) into values (…, *box) in place."""
         source, target = self.meet(box, window)
-        values[last_axes(target)] += output[last_axes(source)].to(values.device, values.dtype)
+        seen = output[last_axes(source)].to(values.device, values.dtype)
+        values[last_axes(target)].addcmul_(seen, self.weight(window)[source].to(values.device, values.dtype))
 
     def meet(self, box: Slices, window: int) -> tuple[Slices, Slices]:
         """The part that a box and the window's output have in common: in the window, and in the box."""

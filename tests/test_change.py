@@ -15,7 +15,7 @@ from esegeta_monai.network import frozen
 from esegeta_monai.perturbation import Boxes, Perturbations
 from esegeta_monai.targets import Box, MultiClassMask, Score, Voxel
 from esegeta_monai.targets.base import bounding_box
-from tests.test_objective import assert_equal, naive_change, network, objective
+from tests.test_objective import assert_equal, full_gradient, naive_change, network, objective
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -297,3 +297,31 @@ def test_where_indices_of_windows_do_not_fit_they_are_made_again(monkeypatch, ou
         monkeypatch.setattr(engine, "BLOCK_BYTES", 1)
         o.base_scores.clear()
         assert_equal(change(o, boxes), whole, 1e-12)
+
+
+class Crossed(Score):
+    """``Σ_v w(v) P(2, v) − P(0, v)``: linear, of channels that are no neighbours and in an order of its own."""
+
+    linear, channels, label = True, (2, 0), "crossed"
+
+    def __init__(self, mask: Tensor, weights: Tensor) -> None:
+        self.box, self.voxels = bounding_box(mask), int(mask.sum())
+        self.mask, self.weights = mask[self.box], torch.stack([weights * mask, -1.0 * mask])[(slice(None), *self.box)]
+
+    def value(self, prediction: Tensor) -> Tensor:
+        return (prediction.double() * self.weights).sum((-1, -2, -3))
+
+
+@pytest.mark.parametrize("others", [[], [MultiClassMask(1)]])
+def test_channels_that_are_no_neighbours(others):
+    net, image = network(2, 1), noise(1, 20, 18)
+    inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
+    o, _ = objective(net, image, inferer, others or [MultiClassMask(1)])
+    score = Crossed(noise(20, 18, seed=3) > 1.5, noise(20, 18, seed=4))
+    o = o.with_scores([*(o.scores if others else []), score])
+    boxes = boxes_for((20, 18), 4, 0.3)
+    with frozen(net):
+        assert_equal(change(o, boxes)[-1], naive_change(net, image, inferer, score, boxes))
+        found = o.gradient(image[None])
+        assert_equal(found.maps[-1, 0], full_gradient(net, image, inferer, score))
+        assert_equal(found.values[-1], o.value(image[None])[-1])

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from esegeta_monai.change import change, known_change, passes_needed
-from esegeta_monai.coalitions import Game, Segments, SmoothMasks, line_matrix, reference_image, split_half
+from esegeta_monai.coalitions import Game, Segments, SmoothMasks, reference_image, split_half
 from esegeta_monai.features import Features
 from esegeta_monai.network import frozen
 from esegeta_monai.perturbation import UNCHANGED
@@ -30,13 +29,6 @@ def test_a_mask_of_a_crop_is_the_crop_of_the_mask(extent):
     weights = torch.tensor([[1.0, -2.0, 0.5, 3.0]], dtype=torch.float64)
     expected = sum(w * whole_mask(masks, i) for i, w in enumerate(weights[0]))
     assert_equal(masks.weighted_sum(weights)[0], expected)
-
-
-@pytest.mark.parametrize(("cells", "extent"), [(1, 5), (3, 7), (7, 7), (9, 4)])
-def test_the_interpolation_is_that_of_torch(cells, extent):
-    values = torch.rand(cells, dtype=torch.float64)
-    theirs = F.interpolate(values[None, None], extent, mode="linear", align_corners=False)[0, 0]
-    assert_equal(line_matrix(0, extent, cells, extent, torch.float64) @ values, theirs)
 
 
 def test_masks_with_equal_keys_make_equal_crops_and_no_others():

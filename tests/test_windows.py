@@ -95,23 +95,23 @@ def test_weights_sum_to_one_and_blend_like_monai(shape, mode):
         return x * x.flatten(1).std(1).reshape(-1, *(1,) * (len(shape) + 1))
 
     for w in range(len(plan)):
-        grid.add(total, whole, w, grid.weight(w)[None])
-        grid.add(blended, whole, w, predictor(plan.cut(volume, w)[None])[0] * grid.weight(w))
+        grid.blend(total, whole, w, torch.ones_like(grid.weight(w))[None])
+        grid.blend(blended, whole, w, predictor(plan.cut(volume, w)[None])[0])
     assert torch.allclose(total, torch.ones_like(total), rtol=1e-12, atol=0)
     reference = inferer(volume[None], predictor)[0]
     assert float((blended - reference).abs().max() / reference.abs().max()) <= 1e-10
 
 
 @pytest.mark.parametrize("box", [((3, 9), (2, 5)), ((0, 20), (0, 13)), ((19, 20), (12, 13))])
-def test_output_add_is_the_adjoint_of_cut_on_a_box(box):
+def test_blending_into_a_box_is_the_adjoint_of_the_weighted_cut(box):
     plan = plan_windows(SlidingWindowInferer((8, 8), 1, 0.5), (20, 13), torch.float64)
     grid, place = OutputGrid(plan, plan.roi, torch.float64), tuple(slice(*b) for b in box)
     size = [b[1] - b[0] for b in box]
     x = noise(3, *size)
     for w in range(len(plan)):
         y, values = noise(3, *plan.roi, seed=w + 1), torch.zeros(3, *size, dtype=torch.float64)
-        grid.add(values, place, w, y)
-        assert inner(grid.cut(x, place, w), y) == pytest.approx(inner(x, values), rel=1e-10)
+        grid.blend(values, place, w, y)
+        assert inner(grid.cut(x, place, w) * grid.weight(w), y) == pytest.approx(inner(x, values), rel=1e-10)
         assert values.any() == (w in grid.windows_of(place))
 
 
@@ -263,7 +263,7 @@ def test_a_patch_inferer_that_averages_is_a_plan(shape, options):
     box = tuple(slice(0, n) for n in grid.shape)
     blended = torch.zeros(2, *grid.shape, dtype=torch.float64)
     for w, window in enumerate(cut):
-        grid.add(blended, box, w, network(window) * grid.weight(w))
+        grid.blend(blended, box, w, network(window))
     torch.testing.assert_close(blended, expected, rtol=1e-12, atol=0)
 
 

@@ -127,13 +127,13 @@ class _ChannelRequest(Request):
 
     def see(self, view: View) -> None:
         layer = self.layers[0]
-        gradients = gradients_of(view, self.objective, layer).double()
-        activations = spatial_map(view.activations[layer], self.objective, layer).double()
+        gradients = gradients_of(view, self.objective, layer)
+        activations = spatial_map(view.activations[layer], self.objective, layer)
         part = self.part(activations.flatten(2), gradients.flatten(3)).cpu()
         self.total = part if self.total is None else self.total + part
 
     def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        """What one batch adds: (k, C) from activations (n, C, p) and gradients (k, n, C, p)."""
+        """What one batch adds: (k, C) in float64 from activations (n, C, p) and gradients (k, n, C, p)."""
         raise NotImplementedError
 
     def result(self) -> Tensor:
@@ -151,7 +151,7 @@ class ChannelGradients(_ChannelRequest):
     def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
         plan = self.objective.plan
         positions = gradients.shape[-1] * math.prod(plan.padded_shape) / math.prod(plan.roi)
-        return gradients.sum((1, 3)) / positions
+        return gradients.sum((1, 3), dtype=torch.float64) / positions
 
 
 @dataclass(eq=False, repr=False)
@@ -175,8 +175,8 @@ class GradCamPlusPlus(_Cam):
         return 2 * len(objective.plan) + len(objective.windows)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
-        moments: ChannelMoments = yield Moments(layer, before_gradient=True)
-        weights = yield _PlusPlusWeights(layer, moments.first)
+        sums: Tensor = yield ChannelSums(layer, before_gradient=True)
+        weights = yield _PlusPlusWeights(layer, sums)
         return (yield BlendedActivations(layer, weights))
 
 
@@ -188,6 +188,7 @@ class _PlusPlusWeights(_ChannelRequest):
         self.sums = sums
 
     def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        gradients = gradients.double()
         below = 2 + gradients * self.sums.to(gradients.device)[:, None]  # g² divided out
         return torch.where(gradients > 0, gradients / below, 0.0).sum((1, 3))
 
@@ -211,8 +212,7 @@ class XGradCam(_Cam):
         return 2 * len(objective.plan)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
-        moments, above = yield from lockstep([_ask(Moments(layer)), _ask(_Products(layer))])
-        sums = moments.first
+        sums, above = yield from lockstep([_ask(ChannelSums(layer)), _ask(_Products(layer))])
         return (yield BlendedActivations(layer, torch.where(sums == 0, 0.0, above / sums)))
 
 
@@ -224,7 +224,7 @@ class _Products(_ChannelRequest):
     """``Σ A g``."""
 
     def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        return (activations * gradients).sum((1, 3))
+        return (activations.double() * gradients.double()).sum((1, 3))
 
 
 @dataclass
@@ -242,33 +242,63 @@ class ChannelMoments:
     second: Tensor
 
 
-class Moments(Request):
-    """`ChannelMoments` of a layer, from all windows."""
+class _Weighted(Request):
+    """Sums over the layer's positions in the volume, from all windows, each with its blending weight."""
 
     everywhere = True
     backward = False
-    summed = ("count", "first", "second")
 
     def __init__(self, layer: str, *, before_gradient: bool = False) -> None:
         self.layers, self.before_gradient = (layer,), before_gradient
         self.first: Tensor | None = None
-        self.second: Tensor | None = None
 
     @property
     def key(self) -> Hashable:
-        return ("moments", self.layers)
+        return (type(self).__name__, self.layers)
 
     def begin(self, objective: Objective) -> None:
         self.objective = objective
+
+    def values(self, view: View) -> tuple[Tensor, Tensor]:
+        """Activations (n, C, p) and weights (n, p), float64."""
+        values = spatial_map(view.activations[self.layers[0]], self.objective, self.layers[0])
+        weights = [position_weights(self.objective, w, values.shape[2:]) for w in view.batch.windows]
+        return values.flatten(2).double(), torch.stack(weights).to(values.device).flatten(1).double()
+
+
+class ChannelSums(_Weighted):
+    """``Σ A_c`` of a layer: (C,), float64."""
+
+    summed = ("first",)
+
+    def see(self, view: View) -> None:
+        values, weights = self.values(view)
+        first = torch.einsum("ncp,np->c", values, weights).cpu()
+        self.first = first if self.first is None else self.first + first
+
+    def result(self) -> Tensor:
+        assert self.first is not None
+        return self.first
+
+
+class Moments(_Weighted):
+    """`ChannelMoments` of a layer."""
+
+    summed = ("count", "first", "second")
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(layer)
+        self.second: Tensor | None = None
+
+    def begin(self, objective: Objective) -> None:
+        super().begin(objective)
         self.count = torch.zeros((), dtype=torch.float64)
 
     def see(self, view: View) -> None:
-        values = spatial_map(view.activations[self.layers[0]], self.objective, self.layers[0]).double()
-        weights = torch.stack([position_weights(self.objective, w, values.shape[2:]) for w in view.batch.windows])
-        values, weights = values.flatten(2), weights.to(values).flatten(1)
+        values, weights = self.values(view)
         weighted = values * weights[:, None]
         self.count += weights.sum().cpu()
-        first, second = weighted.sum((0, 2)).cpu(), torch.einsum("ncp,ndp->cd", weighted, values).cpu()
+        first, second = weighted.sum((0, 2)).cpu(), torch.bmm(weighted, values.mT).sum(0).cpu()
         self.first = first if self.first is None else self.first + first
         self.second = second if self.second is None else self.second + second
 

@@ -236,8 +236,8 @@ class WeightedScore(Score):
         return (weights / self.voxels if self.reduction == "mean" and self.voxels else weights).unsqueeze(0)
 
     def window_cotangent(self, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        weights = cut(self.mask.unsqueeze(0)).double()  # the window alone: no volume of weights is made
-        return weights / self.voxels if self.reduction == "mean" and self.voxels else weights
+        weights = cut(self.mask.unsqueeze(0)).float()  # the window alone: no volume of weights is made
+        return weights.double() / self.voxels if self.reduction == "mean" and self.voxels else weights
 
 
 def true_positions(mask: Tensor) -> Tensor:
