@@ -8,15 +8,9 @@ for attribution in explainer(image, methods=[Saliency()], targets=[MultiClassMas
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import re
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,69 +18,18 @@ from torch import Tensor, nn
 
 from esegeta_monai.attribution import Attribution
 from esegeta_monai.cases import CaseInput, cases_of, joined_inputs, of_case
-from esegeta_monai.costs import Cost, cost_of, too_costly
-from esegeta_monai.errors import (
-    EsegetaError,
-    InputError,
-    NetworkError,
-    RankLost,
-    UsageError,
-)
-from esegeta_monai.methods.base import METHODS, Explained, Method, grouped, run_together, shares_passes
-from esegeta_monai.network import check_network, frozen, is_scripted, own_modes, select_output, unwrap, weights_hash
-from esegeta_monai.objective import Objective, Request, View
-from esegeta_monai.outcomes import NOTHING_THERE, Bound, OnError, Outcomes, not_linear
-from esegeta_monai.partial import ScoreTable
-from esegeta_monai.predicted import Predicted
+from esegeta_monai.casework import CaseWork, Judged, Skip
+from esegeta_monai.costs import Cost, cost_of
+from esegeta_monai.errors import InputError, NetworkError, RankLost, UsageError
+from esegeta_monai.methods.base import METHODS, Method
+from esegeta_monai.network import check_network, frozen, is_scripted, own_modes, select_output, unwrap
+from esegeta_monai.outcomes import Bound, OnError, Outcomes
 from esegeta_monai.ranks import Ranks
-from esegeta_monai.record import (
-    described,
-    peak_memory,
-    predicted_class,
-    reset_peak_memory,
-)
-from esegeta_monai.targets.base import TARGETS, Target
+from esegeta_monai.record import described
+from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.windows import as_inferer
 
 __all__ = ["Attribution", "Explainer", "Judged"]
-
-logger = logging.getLogger("esegeta_monai")
-
-Skip = Callable[[Attribution], bool]
-
-
-@dataclass
-class _Work:
-    """Methods that explain the same targets of a case."""
-
-    methods: list[Method]
-    objective: Objective
-    bound: list[Bound]
-    predicted: Predicted
-
-
-@dataclass
-class Judged:
-    """What metrics ask of one case.
-
-    Attributes:
-        case: its index in the batch.
-        objective: of all targets that have a voxel; None where none has.
-        targets, labels: of its scores.
-        left_out: label and reason of targets that could not be bound.
-        empty: label and reason of those without a voxel.
-        time_limit: seconds a method.
-        record: of a method and the place of a target, what is known of its map before it is computed.
-    """
-
-    case: int
-    objective: Objective | None
-    targets: list[Target]
-    labels: list[str]
-    left_out: list[tuple[str, str]]
-    empty: list[tuple[str, str]]
-    time_limit: float | None
-    record: Callable[[Method, int], dict[str, Any]]
 
 
 class Explainer:
@@ -227,7 +170,7 @@ class Explainer:
         for case in self._cases(image, prediction, data, network_args, network_kwargs or {}):
             told: set[tuple[int, int]] = set()
             try:
-                for attribution in self._explain_case(case, chosen, wanted, channels, refused, skip, scores_dir):
+                for attribution in CaseWork(self, case, channels).explained(chosen, wanted, refused, skip, scores_dir):
                     told.add((id(attribution.method), id(attribution.target)))
                     yield attribution
             except Exception as error:
@@ -274,7 +217,7 @@ class Explainer:
         refused = self._refused(chosen)
         image, channels = self._inputs(image)
         for case in self._cases(image, prediction, data, network_args, network_kwargs or {}):
-            for found in self._prepare(case, chosen, wanted, channels, refused, None):
+            for found in CaseWork(self, case, channels).prepared(chosen, wanted, refused):
                 if isinstance(found, Attribution):
                     reason = found.record["reason"]
                     yield Cost(case.index, str(found.method.name), found.label, note=reason)
@@ -316,30 +259,7 @@ class Explainer:
         """
         wanted = TARGETS.create_all(targets)
         for case in self._cases(image, prediction, data, network_args, network_kwargs or {}):
-            for layer in dict.fromkeys(t.layer for t in wanted):
-                mine = [t for t in wanted if t.layer == layer]
-                predicted = Predicted(self, case, {}, layer)
-                bound = list(predicted.bind(mine))
-                seen = [b for b in bound if b.score is not None and not b.score.empty]
-                left = [(b.label, str(b.error)) for b in bound if b.score is None]
-                empty = [
-                    (b.label, NOTHING_THERE.format(b.label)) for b in bound if b.score is not None and b not in seen
-                ]
-                objective = None
-                if seen:
-                    scores = [b.score for b in seen if b.score is not None]
-                    objective = predicted.objective(scores)
-                names = [b.label for b in seen]
-
-                def record(
-                    method: Method, k: int, seen: list[Bound] = seen, predicted: Predicted = predicted
-                ) -> dict[str, Any]:
-                    return self.outcomes.record(method, seen[k], predicted.plan, predicted.case)
-
-                at = [b.target for b in seen]
-                yield Judged(case.index, objective, at, names, left, empty, self.time_limit, record)
-
-    # -- cases --------------------------------------------------------------------------------------------------
+            yield from CaseWork(self, case, {}).judged(wanted)
 
     def _cases(
         self, image: Tensor, prediction: Any, data: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -361,142 +281,6 @@ class Explainer:
                 {k: of_case(v, i, n) for k, v in kwargs.items() if k != "condition"},
             )
 
-    def _explain_case(
-        self,
-        case: CaseInput,
-        methods: Sequence[Method],
-        targets: Sequence[Target],
-        channels: dict[str, int],
-        refused: Mapping[int, Exception],
-        skip: Skip | None,
-        scores_dir: str | os.PathLike[str] | None,
-    ) -> Iterator[Attribution]:
-        for found in self._prepare(case, methods, targets, channels, refused, skip):
-            if isinstance(found, Attribution):
-                yield found
-                continue
-            if not shares_passes(found.methods[0]):  # else its sweep compares
-                with own_modes(self.device), frozen(self.network):
-                    found.objective.sweep([_Blend()])
-            for group in grouped(found.methods):
-                found.objective.table = None
-                if scores_dir is not None and not group[0].needs_gradient:
-                    found.objective.table = ScoreTable(Path(scores_dir), self._decides(group[0], found, case))
-                yield from self._explain_group(group, found, case, channels)
-
-    def _prepare(
-        self,
-        case: CaseInput,
-        methods: Sequence[Method],
-        targets: Sequence[Target],
-        channels: dict[str, int],
-        refused: Mapping[int, Exception],
-        skip: Skip | None,
-    ) -> Iterator[Attribution | _Work]:
-        """What there is to do for a case, after its prediction; and what there is not, and why."""
-        layers = list(dict.fromkeys(t.layer for t in targets))
-        if len(layers) > 1:  # a layer takes the place of the prediction
-            for layer in layers:
-                mine = [t for t in targets if t.layer == layer]
-                yield from self._prepare(case, methods, mine, channels, refused, skip)
-            return
-        predicted = Predicted(self, case, channels, layers[0] if layers else None)
-        todo: dict[tuple[int, ...], list[Method]] = {}
-        bound = list(predicted.bind(targets))
-        for method in methods:
-            left = []
-            for j, b in enumerate(bound):
-                record = self.outcomes.record(method, b, predicted.plan, case)
-                if skip and skip(Attribution(None, method, b.target, case.index, record, b.label)):
-                    continue
-                error = refused.get(id(method), b.error)
-                if error is not None:
-                    yield self.outcomes.failed(method, b, case, record, error)
-                elif b.score is None or (b.score.empty and method.needs_voxels):
-                    yield self.outcomes.empty(method, b, case, record)
-                elif method.needs_linear and not b.score.linear:
-                    yield self.outcomes.failed(method, b, case, record, not_linear(method, b))
-                else:
-                    left.append(j)
-            if left:
-                todo.setdefault(tuple(left), []).append(method)
-        for seen, together in todo.items():
-            part = [bound[j] for j in seen]
-            scores = [b.score for b in part if b.score is not None]
-            objective = predicted.objective(scores)
-            affordable = []
-            for method in together:
-                refusal = None if self.allow_costly else _refusal(method, objective)
-                if refusal is None:
-                    affordable.append(method)
-                    continue
-                for b in part:
-                    yield self.outcomes.failed(
-                        method, b, case, self.outcomes.record(method, b, predicted.plan, case), refusal
-                    )
-            if affordable:
-                yield _Work(affordable, objective, part, predicted)
-
-    def _explain_group(
-        self,
-        group: Sequence[Method],
-        work: _Work,
-        case: CaseInput,
-        channels: dict[str, int],
-    ) -> Iterator[Attribution]:
-        """Methods that share their passes, in one run of the network."""
-        objective, monitor = work.objective, work.objective.monitor
-        monitor.start(None if self.time_limit is None else self.time_limit * len(group))
-        reset_peak_memory(self.device)
-        began = time.monotonic()
-        names = ", ".join(m.name or type(m).__name__ for m in group)
-        with self._bar(names, group, objective), own_modes(self.device), frozen(self.network):
-            results = run_together(group, objective)
-        if objective.table is not None and all(isinstance(r, Explained) for r in results.values()):
-            objective.table.remove()
-        seconds = time.monotonic() - began
-        shared = {
-            "seconds": round(seconds, 3),
-            "peak_memory_bytes": peak_memory(self.device),
-            "windows_used": len(objective.windows),
-            "windows_total": len(objective.plan),
-            "window_passes": sum(self.ranks.gather(monitor.passes)),
-            "ranks": self.ranks.size,
-            "window_batch": objective.window_batch,
-            "warnings": [*work.predicted.notes, *monitor.warnings],
-        }
-        if len(group) > 1:
-            shared["passes_shared_with"] = [m.name for m in group]
-        logger.info("case %d: %s took %.1f s, %d window passes", case.index, names, seconds, monitor.passes)
-        values = objective.image_values() if any(isinstance(r, Explained) for r in results.values()) else None
-        for i, method in enumerate(group):
-            outcome = results[i]
-            for k, b in enumerate(work.bound):
-                record = self.outcomes.record(method, b, objective.plan, case)
-                record.update(shared)
-                record["blend_deviation"] = objective.blend_deviation[k]
-                if isinstance(outcome, Exception):
-                    yield self.outcomes.failed(method, b, case, record, outcome)
-                    continue
-                assert values is not None
-                record["value"] = float(values[k])
-                if b.target.layer is None:
-                    record.update(predicted_class(work.predicted.prediction, self.class_names))
-                yield from self.outcomes.finished(method, b, case, record, outcome, k, channels)
-
-    # -- parts --------------------------------------------------------------------------------------------------
-
-    def _decides(self, method: Method, work: _Work, case: CaseInput) -> dict[str, Any]:
-        """What decides the scores of perturbations."""
-        records = [self.outcomes.record(method, b, work.objective.plan, case) for b in work.bound]
-        names = ("parameters", "amp", "seed", "inferer", "output", "network", "network_affine", "image_sha256")
-        return {
-            "method": type(method).__name__,
-            "weights_sha256": weights_hash(self.network),
-            "targets": [[r["target"], r["target_parameters"], r["target_sha256"]] for r in records],
-            **{name: records[0][name] for name in names},
-        }
-
     @property
     def _autocast(self) -> str | None:
         if not self.amp:
@@ -513,39 +297,3 @@ class Explainer:
             "does not give reliably; load the plain PyTorch network, or use a perturbation method such as Occlusion"
         )
         return {id(m): error for m in need}
-
-    @contextmanager
-    def _bar(self, names: str, group: Sequence[Method], objective: Objective) -> Iterator[None]:
-        if not self.progress:
-            yield
-            return
-        from tqdm import tqdm
-
-        total = sum(m.passes(objective) for m in group)
-        with tqdm(total=total, desc=names[:60], unit="window", file=sys.stderr) as bar:
-            objective.monitor.on_pass = bar.update
-            try:
-                yield
-            finally:
-                objective.monitor.on_pass = None
-
-
-def _refusal(method: Method, objective: Objective) -> EsegetaError | None:
-    """Why a method is not even begun: it costs too much, or its parameters do not fit the image."""
-    try:
-        return too_costly(method, objective)
-    except EsegetaError as error:
-        return error
-
-
-class _Blend(Request):
-    """Asks for nothing: the sweep itself compares the blended windows with the prediction."""
-
-    backward = False
-    summed = ()
-
-    def see(self, view: View) -> None:
-        """Nothing to gather."""
-
-    def result(self) -> None:
-        """Nothing."""

@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=24, help="examples a network")
     parser.add_argument("--dear-cases", type=int, default=12, help="examples for methods of many passes")
-    parser.add_argument("--faithful-cases", type=int, default=12, help="examples for faithfulness")
+    parser.add_argument("--faithful-cases", type=int, default=8, help="examples for faithfulness")
     parser.add_argument("--experiments", type=int, default=100, help="cases for the experiments on the cause")
     parser.add_argument("--networks", default=",".join(cause.name for cause in CAUSES))
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "known_cause", help="folder for what is kept")
