@@ -220,14 +220,21 @@ class WeightedScore(Score):
         return -self.reference * (1 if self.reduction == "mean" else self.voxels) if self.linear else super().constant()
 
     def _transformed(self, contrast: Tensor) -> Tensor:
-        """``φ(P)(c, ·)`` from `contrast`: (..., n)."""
+        """``φ(P)(c, ·)`` from `contrast`: (..., n).
+
+        By the log-odds of the class, ``P_c − log Σ_{others} exp P``: the derivative p (1 − p) of a probability that
+        rounds to 1 is exact to the last digit, where softmax and sigmoid lose it in 1 − p.
+        """
         if self.output == "logit":
             return contrast[..., 0, :]
         if self.activation == "softmax" and not self._of_two:
-            of_classes = torch.softmax if self.output == "probability" else torch.log_softmax
-            return of_classes(contrast, -2)[..., self._position, :]
-        logit = contrast[..., 0, :]
-        return torch.sigmoid(logit) if self.output == "probability" else torch.nn.functional.logsigmoid(logit)
+            c = self._position
+            others = torch.cat([contrast[..., :c, :], contrast[..., c + 1 :, :]], -2)
+            odds = contrast[..., c, :] - torch.logsumexp(others, -2)
+        else:
+            odds = contrast[..., 0, :]
+        log_probability = torch.nn.functional.logsigmoid(odds)
+        return log_probability.exp() if self.output == "probability" else log_probability
 
     def cotangent(self, prediction: Tensor) -> Tensor:
         if not self.linear:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -89,6 +91,24 @@ def test_extreme_logits_stay_finite():
         score = WeightedScore(mask, 0, 2, output="log_probability", activation=activation)
         assert torch.isfinite(score.value(score.crop(p)))
         assert torch.isfinite(score.cotangent(score.crop(p))).all()
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("odds", [-300.0, -50.0, 0.0, 50.0, 300.0])
+def test_the_derivative_of_a_probability_that_rounds_to_one_is_exact(odds, classes, activation):
+    """p (1 − p) of one logit, and −p p_j of the others: in float64 softmax and sigmoid give 0 from 37 on."""
+    logits = torch.linspace(-1, 1, classes, dtype=torch.float64)[:, None]
+    others = torch.cat([logits[:1], logits[2:]])
+    logits[1] = odds + (torch.logsumexp(others[:, 0], 0) if activation == "softmax" else 0)
+    score = WeightedScore(torch.ones(1, dtype=torch.bool), 1, classes, output="probability", activation=activation)
+    found = score.cotangent(logits[list(score.channels)])[:, 0]
+    exact = math.exp(-abs(odds)) / (1 + math.exp(-abs(odds))) ** 2  # p (1 − p)
+    expected = torch.full((len(score.channels),), exact, dtype=torch.float64)
+    if activation == "softmax":  # shared by the others as their own softmax says
+        share = torch.softmax(others[:, 0], 0)
+        expected = exact * torch.cat([-share[:1], torch.ones(1, dtype=torch.float64), -share[1:]])
+    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
 
 
 def test_a_reference_moves_the_value_and_not_the_cotangent():
