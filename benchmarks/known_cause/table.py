@@ -166,7 +166,8 @@ def correlation(cells: Mapping[Cell, Summary], network: str, methods: Sequence[s
     for method in methods:
         found = cells[Cell(network, method, metric)]
         mass = cells[Cell(network, method, ORDER)].values
-        same = tuple(round(cells[Cell(network, method, name)].mean, 6) for name in LOCALISATION)
+        about = (cells.get(Cell(network, method, name)) for name in LOCALISATION)  # None: undefined in some case
+        same = tuple(None if cell is None else round(cell.mean, 6) for cell in about)
         pairs[same] = (direction(metric) * found.mean, np.mean([mass[seed] for seed in found.values]))
     if len({mine for mine, _ in pairs.values()}) < 2:
         return None

@@ -137,6 +137,18 @@ def test_agreement_with_mass_and_how_many_are_above_the_controls(table: Any, met
     assert "| insertion | -1.00 | 0 of 4 |" in lines
 
 
+def test_agreement_where_a_metric_is_undefined_for_a_method(table: Any, metrics: Any) -> None:
+    """It is left out of that metric's row, and stays in the others."""
+    found = []
+    for i, method in enumerate("ABC"):
+        found += [row for name in metrics.LOCALISATION for row in rows(method, [0.5 + 0.1 * i] * 3, name)]
+    undefined = [row for row in found if row["method"] == "B" and row["metric"] == "AUC"]
+    undefined[0]["value"] = ""
+    lines = table.agreement_table(table.by_cell(found), ["lesion"]).splitlines()
+    assert [line for line in lines if line.startswith("| AUC")] == ["| AUC | +1.00 | 2 of 2 |"]
+    assert [line for line in lines if line.startswith("| top 20")] == ["| top 20 | +1.00 | 3 of 3 |"]
+
+
 def test_the_page_has_a_column_of_every_metric(metrics: Any) -> None:
     page = (ROOT / "docs" / "known_cause.md").read_text()
     for network in ("lesion", "shortcut", "distractor"):
