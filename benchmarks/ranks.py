@@ -59,7 +59,8 @@ def small(args: argparse.Namespace) -> Setting:
     image = torch.rand(1, 1, *[args.size] * 3, generator=torch.Generator().manual_seed(0))
     inferer = SlidingWindowInferer([args.window] * 3, 2, 0.25, "gaussian")
     title = f"Small: U-Net (16, 32, 64), {args.size}³ voxels, windows of {args.window}³ with overlap 0.25, two a pass"
-    return Setting(title, network, image, inferer, MultiClassMask(1), methods(args.size // 4), args.repeats)
+    tried = methods(args.size // 4, "model.1.submodule.1")
+    return Setting(title, network, image, inferer, MultiClassMask(1), tried, args.repeats)
 
 
 def real(args: argparse.Namespace) -> Setting:
@@ -71,14 +72,17 @@ def real(args: argparse.Namespace) -> Setting:
         f"{window}³ with overlap 0.25, one a pass"
     )
     network = trained("cpu", 0, size)
-    return Setting(title, network, image, inferer, ThresholdMask(0.5, 1), methods(size // 2), args.real_repeats)
+    tried = methods(size // 2, "down_layers.3")
+    return Setting(title, network, image, inferer, ThresholdMask(0.5, 1), tried, args.real_repeats)
 
 
-def methods(occluder: int) -> tuple[str, ...]:
+def methods(occluder: int, layer: str) -> tuple[str, ...]:
+    """Grad-CAM twice: where it looks for its layer, which every process does, and where the layer is named."""
     return (
         "Saliency",
         "IntegratedGradients(n_steps=4, baseline='zero')",
         "GradCam(relu=False)",
+        f"GradCam('{layer}', relu=False)",
         f"Occlusion(window={occluder})",
     )
 
