@@ -291,9 +291,9 @@ class Explainer:
         """Methods (by id) that this network cannot serve, each with its error."""
         if not is_scripted(self.network):
             return {}
-        need = [m for m in methods if m.needs_gradient]
+        need = [m for m in methods if m.needs_gradient or m.produces in ("layer map", "activation")]
         error = NetworkError(
-            f"{', '.join(str(m.name) for m in need)}: gradients are needed, which a TorchScript or TensorRT network "
-            "does not give reliably; load the plain PyTorch network, or use a perturbation method such as Occlusion"
+            f"{', '.join(str(m.name) for m in need)}: gradients or layers are needed, which a TorchScript or TensorRT "
+            "network does not give; load the plain PyTorch network, or use a perturbation method such as Occlusion"
         )
         return {id(m): error for m in need}

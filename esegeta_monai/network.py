@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
@@ -43,23 +44,40 @@ def weights_hash(network: nn.Module) -> str:
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode without parameter gradients; every flag is put back afterwards, also after an exception."""
+    """Evaluation mode without parameter gradients and without backward hooks, which see and may change gradients that
+    are the training's; flags, hooks, gradients and buffers are put back afterwards, also after an exception."""
     modes = [(m, m.training) for m in network.modules()]
     flags: list[tuple[Tensor, bool]] = [(p, p.requires_grad) for p in network.parameters()]
-    buffers: list[tuple[Tensor, bool]] = [(b, b.requires_grad) for b in network.buffers()]
     gradients: list[tuple[Tensor, Tensor | None]] = [(p, p.grad) for p in network.parameters()]
+    buffers = [(m, n, b, b.requires_grad) for m in network.modules() for n, b in m._buffers.items() if b is not None]
+    values = {id(b): b.detach().clone() for _, _, b, _ in buffers}
+    hooks = [(m, name, getattr(m, name)) for m in network.modules() for name in _BACKWARD_HOOKS]
     try:
         network.eval()
         for p, _ in flags:
             p.requires_grad_(False)
+        for module, name, _ in hooks:
+            setattr(module, name, OrderedDict())
         yield network
     finally:
+        for module, name, found in hooks:
+            setattr(module, name, found)
         for module, mode in modes:
             module.training = mode
-        for p, flag in [*flags, *buffers]:
+        for p, flag in flags:
             p.requires_grad_(flag)
+        for module, name, buffer, flag in buffers:
+            if not isinstance(module, torch.jit.ScriptModule):  # its dictionary cannot be written to, nor be changed
+                module._buffers[name] = buffer
+            if not torch.equal(buffer, values[id(buffer)]):
+                with torch.no_grad():
+                    buffer.copy_(values[id(buffer)])
+            buffer.requires_grad_(flag)
         for p, gradient in gradients:
             p.grad = gradient
+
+
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 @contextmanager
@@ -135,7 +153,10 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
 
     Raises:
         UsageError: no such layer; near matches are listed.
+        NetworkError: TorchScript.
     """
+    if is_scripted(network):
+        raise NetworkError("a TorchScript network does not show its layers: load the plain PyTorch network")
     try:
         return network.get_submodule(name)
     except AttributeError:
@@ -164,32 +185,80 @@ def handed_on(value: Tensor, args: Sequence[Any], before: Sequence[int]) -> bool
     return any(value is a and now == then for a, now, then in zip(args, versions(args), before))
 
 
+def first_tensor(layer: str, output: Any) -> Tensor:
+    """A layer's output, or the first of several.
+
+    Raises:
+        NetworkError: it is no tensor.
+    """
+    value = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(value, Tensor):
+        raise NetworkError(f"layer {layer!r} gives {type(value).__name__}, not a tensor: choose one inside it")
+    return value
+
+
+def with_first(output: Any, value: Tensor) -> Any:
+    """A layer's output with ``value`` in the place of `first_tensor`."""
+    if not isinstance(output, (tuple, list)):
+        return value
+    items = [value, *output[1:]]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+
+
+def check_rows(layer: str, value: Tensor, windows: int) -> None:
+    """Raises `NetworkError` where a layer's first axis is not the windows, so that no row of it is one window's map."""
+    if value.ndim == 0 or len(value) != windows:
+        raise NetworkError(
+            f"layer {layer!r} gives {tuple(value.shape)} for {windows} window(s), so its first axis is not the windows "
+            "(attention inside parts of a window, tokens before the batch): choose the block round it"
+        )
+
+
+class _Windows:
+    """How many windows a network is called with, by a hook on it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.number = 0
+        self.handle = network.register_forward_pre_hook(self._see)
+
+    def _see(self, module: nn.Module, args: Any) -> None:
+        self.number = len(args[0])
+
+
 @contextmanager
-def capture(network: nn.Module, layers: Sequence[str]) -> Iterator[Captured]:
+def capture(network: nn.Module, layers: Sequence[str], *, of_windows: bool = True) -> Iterator[Captured]:
     """Hooks that record the output of layers, removed afterwards.
 
     What flows on is a copy, so that an in-place operation behind a layer cannot change what was recorded. A layer that
     hands its input on untouched is recorded as a copy of its own: the gradient there is that of its output only.
 
+    Args:
+        network: called inside with the windows (n, …) as its first argument.
+        layers: dotted names.
+        of_windows: a layer must give one row a window.
+
     Raises:
         UsageError: no such layer.
+        NetworkError: while the network runs: a layer gives no tensor, or other rows than the windows.
     """
     captured = Captured()
+    if not layers:
+        yield captured
+        return
+    seen = _Windows(network)
     handles = []
     before: dict[str, list[int]] = {}
 
     def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            value = output[0] if isinstance(output, (tuple, list)) else output
-            if not isinstance(value, Tensor):
-                raise NetworkError(f"layer {name!r} gives {type(value).__name__}, not a tensor: choose one inside it")
+            value = first_tensor(name, output)
+            if of_windows:
+                check_rows(name, value, seen.number)
             if handed_on(value, args, before[name]):
                 value = value.clone()
             captured[name] = value
             captured.calls[name] = captured.calls.get(name, 0) + 1
-            if isinstance(output, (tuple, list)):
-                return type(output)([value.clone(), *output[1:]])
-            return value.clone()
+            return with_first(output, value.clone())
 
         return hook
 
@@ -200,7 +269,7 @@ def capture(network: nn.Module, layers: Sequence[str]) -> Iterator[Captured]:
             handles.append(module.register_forward_hook(hook_for(name)))
         yield captured
     finally:
-        for handle in handles:
+        for handle in [seen.handle, *handles]:
             handle.remove()
 
 
@@ -210,21 +279,22 @@ def replaced(network: nn.Module, layer: str, edit: Callable[[Tensor], Tensor]) -
 
     Raises:
         UsageError: no such layer.
-        NetworkError: its output is no tensor.
+        NetworkError: its output is no tensor, or has other rows than the windows.
     """
+    replaced_layer = find_layer(network, layer)
+    seen = _Windows(network)
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        value = output[0] if isinstance(output, (tuple, list)) else output
-        if not isinstance(value, Tensor):
-            raise NetworkError(f"layer {layer!r} gives {type(value).__name__}, not a tensor: choose one inside it")
-        edited = edit(value)
-        return type(output)([edited, *output[1:]]) if isinstance(output, (tuple, list)) else edited
+        value = first_tensor(layer, output)
+        check_rows(layer, value, seen.number)
+        return with_first(output, edit(value))
 
-    handle = find_layer(network, layer).register_forward_hook(hook)
+    handle = replaced_layer.register_forward_hook(hook)
     try:
         yield
     finally:
         handle.remove()
+        seen.handle.remove()
 
 
 def select_output(output: Any, key: int | str | None = None) -> Tensor:

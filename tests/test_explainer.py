@@ -21,12 +21,13 @@ from esegeta_monai.methods import (
     LayerActivation,
     Occlusion,
     Saliency,
+    ScoreCam,
     SmoothGrad,
 )
 from esegeta_monai.methods.base import Method
 from esegeta_monai.network import weights_hash
 from esegeta_monai.storage.files import strict_json
-from esegeta_monai.targets import Box, ClassScore, MultiClassMask, PredictedClasses, ThresholdMask
+from esegeta_monai.targets import Box, ClassScore, LayerNeuron, MultiClassMask, PredictedClasses, ThresholdMask
 
 RECORDED = {  # docs/design.md, "Recorded"
     *("status", "method", "parameters", "target", "target_voxels", "sum", "completeness_gap", "blend_deviation"),
@@ -466,10 +467,14 @@ def test_torchscript_runs_black_boxes_and_refuses_gradients() -> None:
     plain = list(Explainer(Plain(), SLIDING)(image(), [Occlusion(window=6)], [MultiClassMask(1)]))
     boxes = list(Explainer(scripted, SLIDING)(image(), [Occlusion(window=6)], [MultiClassMask(1)]))
     torch.testing.assert_close(boxes[0].map, plain[0].map, rtol=0, atol=1e-5 * float(plain[0].map.abs().max()))
-    with pytest.raises(NetworkError, match=r"Saliency: gradients are needed.*such as Occlusion"):
+    with pytest.raises(NetworkError, match=r"Saliency: gradients or layers are needed.*such as Occlusion"):
         list(Explainer(scripted, SLIDING)(image(), [Saliency(), Occlusion()], [MultiClassMask(1)]))
     mixed = Explainer(scripted, SLIDING, on_error="record")(image(), [Saliency(), Occlusion(6)], [MultiClassMask(1)])
     assert {a.method.name: a.status for a in mixed} == {"Saliency": "failed", "Occlusion": "ok"}
+    with pytest.raises(NetworkError, match=r"ScoreCam: gradients or layers are needed"):
+        list(Explainer(scripted, SLIDING)(image(), [ScoreCam(layer="conv")], [MultiClassMask(1)]))
+    with pytest.raises(NetworkError, match="TorchScript network does not show its layers"):
+        list(Explainer(scripted, SLIDING)(image(), [Occlusion(6)], [LayerNeuron("conv", 0, index=(2, 2))]))
 
 
 def test_double_precision_networks_give_double_precision_maps() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from esegeta_monai.network import (
     frozen,
     is_scripted,
     own_modes,
+    replaced,
     select_output,
     unwrap,
 )
@@ -72,6 +73,41 @@ def test_frozen_puts_everything_back(fail):
     assert same(state(network), before)
     assert network.training
     assert not network[1].training
+
+
+def test_frozen_puts_back_buffers_that_the_network_writes_itself():
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("seen", torch.zeros(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            self.seen = self.seen + 1
+            return x * self.calls
+
+    network = Counts()
+    seen = network.seen
+    with frozen(network):
+        network(torch.rand(2))
+    assert float(network.calls) == 0
+    assert network.seen is seen
+    assert float(seen.sum()) == 0
+
+
+def test_frozen_sets_backward_hooks_aside():
+    """They may change gradients, which would not be those of F then, and rules cannot see through what they insert."""
+    network, x = small().eval(), torch.rand(1, 1, 6, 6)
+    called = []
+    network[3].register_full_backward_hook(lambda module, above, below: called.append(module))
+    network.register_full_backward_pre_hook(lambda module, above: called.append(module))
+    with frozen(network):
+        torch.autograd.grad(network(x.requires_grad_()).sum(), x)
+        assert not called
+        lrp(network, x.detach(), torch.ones(1, 1, 2, 4, 4))
+    torch.autograd.grad(network(x).sum(), x)
+    assert len(called) == 2
 
 
 def test_capture_records_what_the_layer_gave_before_an_inplace_change():
@@ -137,6 +173,60 @@ def test_capture_of_a_layer_without_a_tensor_is_refused():
     network = nn.Sequential(Dict())
     with pytest.raises(NetworkError, match="not a tensor"), capture(network, ["0"]):
         network(torch.rand(1))
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+@pytest.mark.parametrize("kind", [Pair, lambda *items: list(items), lambda *items: items])
+def test_of_several_outputs_the_first_is_recorded_and_all_go_on(kind):
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            return kind(x * 2, x * 3)
+
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.two = Two()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            pair = self.two(x)
+            return pair[0] + (pair.second if isinstance(pair, Pair) else pair[1])
+
+    network, x = Sum(), torch.rand(2, 3, dtype=torch.float64)
+    with capture(network, ["two"]) as captured:
+        assert torch.allclose(network(x), 5 * x)
+    assert torch.equal(captured["two"], 2 * x)
+    with replaced(network, "two", torch.zeros_like):
+        assert torch.equal(network(x), 3 * x)
+    layer = lrp(network, x, torch.ones(1, 2, 3, dtype=torch.float64), layers={"two": network.two}).layers["two"]
+    assert torch.allclose(layer.relevance, 2 * x[None])
+
+
+def test_a_layer_whose_rows_are_not_the_windows_is_refused():
+    """Its rows would be taken for windows: attention inside parts of a window, tokens in front of the batch."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.reshape(-1, 1, 4)).reshape(x.shape)
+
+    network, x = Parts().double(), torch.rand(2, 4, 4, dtype=torch.float64)
+    with pytest.raises(NetworkError, match=r"'inner' gives \(8, 1, 4\) for 2 window"), capture(network, ["inner"]):
+        network(x)
+    with pytest.raises(NetworkError, match="first axis is not the windows"), replaced(network, "inner", lambda v: v):
+        network(x)
+    with pytest.raises(NetworkError, match="first axis is not the windows"):
+        lrp(network, x, torch.ones(1, 2, 4, 4, dtype=torch.float64), layers={"inner": network.inner})
+    with capture(network, ["inner"], of_windows=False) as captured:
+        network(x)
+    assert captured["inner"].shape == (8, 1, 4)
+    assert not network._forward_pre_hooks
 
 
 def test_find_layer_lists_near_matches():

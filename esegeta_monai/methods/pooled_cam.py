@@ -73,7 +73,7 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
     ]
     x = objective.plan.cut(objective.image, 0)[None].to(objective.model.device)
     try:
-        with torch.inference_mode(), capture(network, list(dict.fromkeys([*names, *heads]))) as found:
+        with torch.inference_mode(), capture(network, list(dict.fromkeys([*names, *heads])), of_windows=False) as found:
             objective.run(x, [0])
             out = objective.model(x)
     finally:

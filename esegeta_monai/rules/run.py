@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from esegeta_monai.errors import InputError, MethodError, NetworkError
-from esegeta_monai.network import handed_on, versions
+from esegeta_monai.network import check_rows, first_tensor, handed_on, versions, with_first
 from esegeta_monai.rules.mode import RuleMode, Rules
 
 __all__ = ["Forward", "LayerRelevance", "Relevance", "Run", "check_network"]
@@ -101,7 +101,7 @@ class Run:
                 plain = forward(_copy(x))
             self.mode = RuleMode(rules, reference=reference)
             self.leaf = _copy(x).requires_grad_()
-            with torch.enable_grad(), _captured(layers or {}) as self.captured, _no_saved_tensor_hooks():
+            with torch.enable_grad(), _captured(layers or {}, len(x)) as self.captured, _no_saved_tensor_hooks():
                 start = self.leaf.clone()
                 with self.mode:
                     self.output = forward(self.mode.enter_input(start))
@@ -141,7 +141,7 @@ def record(forward: Forward, x: Tensor, rules: Rules, layers: Mapping[str, nn.Mo
     """A pass that only keeps the operands of the operations with a rule, and the layers' outputs."""
     _check_input(forward, x)
     mode = RuleMode(rules, record=True)
-    with torch.inference_mode(False), _eager(x), torch.no_grad(), _captured(layers) as captured:
+    with torch.inference_mode(False), _eager(x), torch.no_grad(), _captured(layers, len(x)) as captured:
         start = mode.enter_input(_copy(x))
         with mode:
             forward(start)
@@ -201,25 +201,31 @@ def _no_saved_tensor_hooks() -> Iterator[None]:
 
 
 @contextmanager
-def _captured(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """The outputs of ``layers`` as they leave the module, safe from a later write in place. Hooks are removed again."""
+def _captured(layers: Mapping[str, nn.Module], windows: int) -> Iterator[dict[str, Tensor]]:
+    """The outputs of ``layers`` as they leave the module, safe from a later write in place. Hooks are removed again.
+
+    Raises:
+        MethodError: a layer that runs twice or not at all.
+        NetworkError: one that gives no tensor, or other rows than the windows.
+    """
     captured: dict[str, Tensor] = {}
     before: dict[str, list[int]] = {}
 
     def keep(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            if not isinstance(output, Tensor):
-                raise MethodError(f"layer {name} returns {type(output).__name__}, not one tensor; choose one inside it")
+            value = first_tensor(name, output)
+            check_rows(name, value, windows)
             if name in captured:
                 raise MethodError(f"layer {name} runs twice in one pass; choose the layer around it")
-            if handed_on(output, inputs, before[name]):  # else the input's other uses would count as the layer's
-                captured[name] = output.clone()
-                return captured[name].clone()
-            if any(output is tensor for tensor in inputs):  # written in place: the input object goes on
-                captured[name] = output.clone()
-                return output.copy_(captured[name])
-            captured[name] = output
-            return output.clone()
+            if handed_on(value, inputs, before[name]):  # else the input's other uses would count as the layer's
+                captured[name] = value.clone()
+                return with_first(output, captured[name].clone())
+            if any(value is tensor for tensor in inputs):  # written in place: the input object goes on
+                captured[name] = value.clone()
+                value.copy_(captured[name])
+                return output
+            captured[name] = value
+            return with_first(output, value.clone())
 
         return hook
 
