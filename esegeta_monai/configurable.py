@@ -15,7 +15,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from esegeta_monai.errors import UsageError
+from esegeta_monai.errors import EsegetaError, UsageError
+from esegeta_monai.parameters import fit_parameters
 
 __all__ = ["Configurable", "Registry", "json_ready"]
 
@@ -68,6 +69,7 @@ class Configurable:
     def __post_init__(self) -> None:
         self.given_name = getattr(self, "name", None)
         self.name = self.given_name or type(self).__name__
+        fit_parameters(self, self.parameter_names())
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items())
@@ -91,6 +93,7 @@ class Registry(Generic[T]):
         self.base: type[T] = base
         self._classes: dict[str, type[T]] = {}
         self._others_loaded = False
+        _REGISTRIES.append(self)
 
     def register(self, cls: type[T], *aliases: str) -> type[T]:
         """Adds ``cls`` under its own name and ``aliases``, in place of an earlier definition of the same class.
@@ -162,7 +165,8 @@ class Registry(Generic[T]):
             if "_target_" not in what:
                 raise UsageError(f"a {self.kind} in a config needs '_target_': got {dict(what)!r}")
             nested = {
-                k: self.create(v) if isinstance(v, Mapping) and "_target_" in v else v for k, v in arguments.items()
+                k: self._inner(str(v["_target_"])).create(v) if isinstance(v, Mapping) and "_target_" in v else v
+                for k, v in arguments.items()
             }
             return self._build(self.get(str(what["_target_"])), (), nested)
         if isinstance(what, str):
@@ -183,7 +187,9 @@ class Registry(Generic[T]):
             if getattr(created, "name", None) is None:  # written outside, not as a dataclass
                 Configurable.__post_init__(created)
             return created
-        except TypeError as error:
+        except EsegetaError:
+            raise
+        except (TypeError, ValueError) as error:
             names = ", ".join([*cls.parameter_names(), "name"])
             raise UsageError(f"{cls.__name__}: {error}; its parameters are: {names}") from error
 
@@ -201,23 +207,60 @@ class Registry(Generic[T]):
         return value
 
     def _node(self, node: ast.AST, text: str, *, top: bool = True) -> Any:
-        if isinstance(node, (ast.Name, ast.Attribute)) and top:
-            return self._build(self.get(ast.unparse(node)), (), {})
-        if isinstance(node, ast.Call):
-            args = tuple(self._node(a, text, top=False) for a in node.args)
-            kwargs = {k.arg: self._node(k.value, text, top=False) for k in node.keywords if k.arg}
-            return self._build(self.get(ast.unparse(node.func)), args, kwargs)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):  # fused-name such as guided-backprop
-            return self._build(self.get(text), (), {})
+        name = _name(node)
+        if top and name is not None:
+            return self._build(self.get(name), (), {})
+        called = _called(node)
+        if called is not None:
+            name, call = called
+            registry = self if top else self._inner(name)
+            args = tuple(self._node(a, text, top=False) for a in call.args)
+            kwargs = {k.arg: self._node(k.value, text, top=False) for k in call.keywords if k.arg}
+            return registry._build(registry.get(name), args, kwargs)
         if isinstance(node, (ast.List, ast.Tuple)):
             items = [self._node(n, text, top=False) for n in node.elts]
             return items if isinstance(node, ast.List) else tuple(items)
-        if isinstance(node, (ast.Name, ast.Attribute)):  # an unquoted word or layer, as shells tend to leave it
-            return ast.unparse(node)
+        if name is not None:  # an unquoted word or layer, as shells tend to leave it
+            return name
         try:
             return ast.literal_eval(node)
         except ValueError as error:
             raise UsageError(f"{ast.unparse(node)!r} in {text!r} is neither a value nor a {self.kind}") from error
+
+    def _inner(self, name: str) -> Registry[Any]:
+        """The registry that knows the name of a parameter's value, such as a baseline inside a method: this one, or
+        else another; this one too where none knows it, which then says what it has."""
+        for registry in (self, *(r for r in _REGISTRIES if r is not self)):
+            try:
+                registry.get(name)
+            except UsageError:
+                continue
+            return registry
+        return self
+
+
+_REGISTRIES: list[Registry[Any]] = []
+"""All there are, in the order in which they were made."""
+
+
+def _name(node: ast.AST) -> str | None:
+    """A word, a dotted name or a fused-name such as guided-backprop; None where it is something else."""
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        return ast.unparse(node)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
+        left, right = _name(node.left), _name(node.right)
+        return None if left is None or right is None else f"{left}-{right}"
+    return None
+
+
+def _called(node: ast.AST) -> tuple[str, ast.Call] | None:
+    """The name that is called, which may be a fused-name(...), and the call."""
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func), node
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
+        left, right = _name(node.left), _called(node.right)
+        return None if left is None or right is None else (f"{left}-{right[0]}", right[1])
+    return None
 
 
 def split_calls(text: str) -> list[str]:

@@ -79,12 +79,10 @@ class ExtremalPerturbation(Method):
         areas = self._areas()
         if not areas or any(not 0 < a < 1 for a in areas):
             raise UsageError(f"areas={self.areas}: give shares between 0 and 1")
-        if self.variant not in ("preserve", "delete"):
-            raise UsageError(f"variant={self.variant!r}: give 'preserve' or 'delete'")
         if self.n_iter < 1 or self.lr <= 0:
             raise UsageError(f"n_iter={self.n_iter}, lr={self.lr}: both must be positive")
-        if self.backend not in ("native", "torchray"):
-            raise UsageError(f"backend={self.backend!r}: give 'native' or 'torchray'")
+        if (self.step is not None and self.step < 1) or (self.sigma is not None and not self.sigma > 0):
+            raise UsageError(f"step={self.step}, sigma={self.sigma}: give voxels, at least 1 and above 0, or None")
         if self.backend == "torchray" and self.baseline not in ("blur", "zero"):
             raise UsageError(f"backend='torchray' has baseline 'blur' or 'zero', not {self.baseline!r}")
         if self.backend == "torchray" and self.step is not None and self.step % 2 == 0:
@@ -122,7 +120,7 @@ class ExtremalPerturbation(Method):
         return sum(len(s) for s in objective.support) * passes
 
     def _areas(self) -> list[float]:
-        return [float(self.areas)] if isinstance(self.areas, (int, float)) else [float(a) for a in self.areas]
+        return [float(a) for a in (self.areas if isinstance(self.areas, Sequence) else [self.areas])]
 
     def _mask(self, game: _Single, area: float) -> tuple[Tensor, dict[str, float]]:
         """The mask (*box) of one area, and what it does."""

@@ -96,7 +96,7 @@ class FeatureVisualization(_Synthesis):
 
     layer: str | None = None
     channel: int | None = None
-    neuron: Any = None
+    neuron: Sequence[int] | Literal["centre"] | None = None
     parametrisation: Literal["fourier", "voxel"] = "fourier"
     n_iter: int = 128
     lr: float = 0.05
@@ -112,18 +112,11 @@ class FeatureVisualization(_Synthesis):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.parametrisation not in ("fourier", "voxel"):
-            raise UsageError(f"parametrisation={self.parametrisation!r}: give 'fourier' or 'voxel'")
-        if self.backend not in ("native", "lucent"):
-            raise UsageError(f"backend={self.backend!r}: give 'native' or 'lucent'")
         if self.layer is None and (self.channel is not None or self.neuron is not None):
             raise UsageError("channel and neuron are those of a layer: give layer=… too ('esegeta-monai layers')")
-        if self.neuron is not None and (
-            self.channel is None or (isinstance(self.neuron, str) and self.neuron != "centre")
-        ):
-            raise UsageError(f"neuron={self.neuron!r}: give 'centre' or a voxel of the canvas, and its channel=…")
+        if self.neuron is not None and self.channel is None:
+            raise UsageError(f"neuron={self.neuron!r}: give its channel=… too")
         check_steps(self.n_iter, lr=self.lr)
-        check_extent(self.extent)
         self._view()
 
     @property
@@ -232,7 +225,6 @@ class ClassImage(_Synthesis):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_steps(self.n_iter, rms=self.rms, regularization=1 if self.regularization is None else self.regularization)
-        check_extent(self.extent)
 
     @property
     def needs_voxels(self) -> bool:
@@ -331,7 +323,7 @@ def described(
     if reached <= begin or (rise is not None and rise < min_rise):
         share = "" if rise is None else f", by {rise:.3g} of its start"
         remedy = "take more steps (n_iter), or fewer views (jitter, scale, rotate)"
-        if not any(curve):
+        if curve and not any(curve):
             remedy = "it is silent at the start: take another seed, channel or neuron"
         canvas.objective.monitor.warn(
             f"{canvas.objective.scores[0].label}: the objective went from {begin:.4g} to {reached:.4g}{share}; a rise "
@@ -370,12 +362,6 @@ def check_steps(n_iter: int, **positive: float) -> None:
     for name, value in positive.items():
         if value <= 0:
             raise UsageError(f"{name}={value}: must be positive")
-
-
-def check_extent(extent: str) -> None:
-    """Raises UsageError where it is neither window nor image."""
-    if extent not in ("window", "image"):
-        raise UsageError(f"extent={extent!r}: give 'window' or 'image'")
 
 
 def _spacing(objective: Objective) -> tuple[float, ...] | None:

@@ -188,9 +188,7 @@ class ThresholdMask(Target):
             return torch.sigmoid(prediction[index])
         if self.value == "softmax":
             return torch.softmax(prediction, 0)[index]
-        if self.value == "raw":
-            return prediction[index]
-        raise TargetError(f"value={self.value!r}: give sigmoid, softmax or raw")
+        return prediction[index]
 
 
 @dataclass(eq=False, repr=False)

@@ -141,8 +141,8 @@ def test_errors_name_the_way_out():
             run(LayerActivation("layer_1"), o)
         with pytest.raises(MethodError, match="no spatial map"):
             run(LayerActivation("fc"), o)
-        with pytest.raises(UsageError, match="dotted name"):
-            run(LayerActivation(3), o)
+    with pytest.raises(UsageError, match="layer=3: give text or None"):
+        LayerActivation(3)
     with pytest.raises(UsageError, match="reduce"):
         LayerActivation(reduce="max")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from skimage.filters import threshold_otsu
 
-from esegeta_monai.errors import TargetError
+from esegeta_monai.errors import TargetError, UsageError
 from esegeta_monai.targets import Case, ClassScore, MultiClassMask, ThresholdMask
 from esegeta_monai.targets.classes import otsu
 
@@ -124,8 +124,8 @@ def test_the_probability_of_a_threshold_follows_what_was_compared():
 def test_errors():
     with pytest.raises(TargetError, match="'mean'"):
         ThresholdMask("mean").bind(noise(1, 4, 4), CASE)
-    with pytest.raises(TargetError, match="give sigmoid, softmax or raw"):
-        ThresholdMask(0.5, value="tanh").bind(noise(1, 4, 4), CASE)
+    with pytest.raises(UsageError, match="give 'sigmoid', 'softmax' or 'raw'"):
+        ThresholdMask(0.5, value="tanh")
     for target in (MultiClassMask(1), ThresholdMask(0.5)):
         with pytest.raises(TargetError, match="use ClassScore"):
             target.bind(noise(3), CASE)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from esegeta_monai.errors import TargetError
+from esegeta_monai.errors import TargetError, UsageError
 from esegeta_monai.targets import Box, Case, Component, Errors, LabelMask, OutputValue, Voxel
 
 AFFINE = torch.tensor([[-2.0, 0, 0, 10], [0, 0, 3, -5], [0, 1.5, 0, 2], [0, 0, 0, 1]], dtype=torch.float64)
@@ -179,8 +179,8 @@ def test_errors_of_a_network_with_one_channel():
     labels = (noise(*SHAPE).flip(0) > 0).long()
     (score,) = Errors(labels, "false_negative", 0).bind(p, Case())
     assert torch.equal(full(score), (labels > 0) & (p[0] <= 0))
-    with pytest.raises(TargetError, match="give false_positive"):
-        Errors(labels, "wrong", 0).bind(p, Case())
+    with pytest.raises(UsageError, match="give 'false_positive' or 'false_negative'"):
+        Errors(labels, "wrong", 0)
 
 
 def test_output_value():

@@ -1,0 +1,123 @@
+"""Whether parameters are of the kind that their class declares: JSON, shells and notebooks hand over anything."""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+from torch import Tensor
+
+from esegeta_monai.errors import UsageError
+
+__all__ = ["as_declared", "fit_parameters"]
+
+UNFIT: Final = object()
+"""What `as_declared` gives for a value of another kind."""
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a file"}
+WORDS |= {Tensor: "a tensor", types.NoneType: "None"}
+BOOLS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False}
+"""What a shell hands over as a text is JSON's word, of which any but the empty one would count as true."""
+SEVERAL = {int: "whole numbers", float: "numbers", str: "texts"}
+
+
+def fit_parameters(owner: Any, names: Sequence[str]) -> None:
+    """Sees to it that attributes of a dataclass are what its annotations say; whole floats become whole numbers.
+
+    Only numbers, texts, choices, files, tensors and sequences of them are looked at: what a class takes in more forms,
+    or makes something of, is its own business.
+
+    Raises:
+        UsageError: one is of another kind, or a number is NaN.
+    """
+    cls: Any = type(owner)
+    hints: dict[str, Any] = _hints(cls)
+    for name in names:
+        value = getattr(owner, name, None)
+        found = as_declared(value, hints.get(name, Any))
+        if found is UNFIT:
+            text = " ".join(repr(value).split())
+            shown = text if len(text) <= 60 else f"{text[:57]}..."
+            raise UsageError(f"{cls.__name__}: {name}={shown}: give {_words(hints[name])}")
+        if found is not value:
+            setattr(owner, name, found)
+
+
+def as_declared(value: Any, hint: Any) -> Any:
+    """The value as an annotation wants it, or `UNFIT`.
+
+    >>> as_declared(8.0, int), as_declared("8", int) is UNFIT, as_declared([2, 3.0], int | Sequence[int])
+    (8, True, [2, 3])
+    """
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        found = [f for h in inner if (f := as_declared(value, h)) is not UNFIT]
+        return next((f for f in found if f is value), found[0] if found else UNFIT)
+    if origin is Literal:
+        return value if isinstance(value, (str, int, types.NoneType)) and value in inner else UNFIT
+    if origin is Sequence:
+        return _sequence(value, inner[0])
+    if origin is Mapping:
+        return value if isinstance(value, Mapping) else UNFIT
+    if hint in (int, float, bool):
+        return _number(value, hint)
+    if hint is Tensor:
+        return value if isinstance(value, (Tensor, np.ndarray)) else UNFIT
+    if hint in (str, Path, types.NoneType):
+        return value if isinstance(value, hint) else UNFIT
+    return value
+
+
+def _sequence(value: Any, inner: Any) -> Any:
+    array = isinstance(value, (Tensor, np.ndarray))
+    if isinstance(value, (str, bytes)) or (not value.ndim if array else not isinstance(value, Sequence)):
+        return UNFIT
+    if inner is Any:
+        return value
+    found = [as_declared(v, inner) for v in value]
+    if any(f is UNFIT for f in found):
+        return UNFIT
+    if not array and all(f is v for f, v in zip(found, value)):
+        return value
+    return tuple(found) if isinstance(value, tuple) else found
+
+
+def _number(value: Any, kind: type) -> Any:
+    if isinstance(value, (Tensor, np.ndarray)) and value.ndim == 0:
+        value = value.item()
+    if kind is bool:
+        return BOOLS.get(value, UNFIT) if isinstance(value, (bool, np.bool_, str)) else UNFIT
+    if isinstance(value, (bool, np.bool_)):
+        return UNFIT
+    if not isinstance(value, Real) or math.isnan(value):
+        return UNFIT
+    if kind is float or isinstance(value, int):
+        return value
+    whole = float(value)
+    return int(whole) if whole.is_integer() else UNFIT
+
+
+def _words(hint: Any) -> str:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(h) for h in inner)
+    if origin is Literal:
+        return " or ".join(filter(None, (", ".join(map(repr, inner[:-1])), repr(inner[-1]))))
+    if origin is Sequence:
+        return f"a list of {SEVERAL[inner[0]]}" if inner[0] in SEVERAL else "a list"
+    return "a mapping" if origin is Mapping else WORDS[hint]
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The annotations of a class; none where they name what is not there when it runs."""
+    try:
+        return get_type_hints(cls)
+    except NameError:
+        return {}
