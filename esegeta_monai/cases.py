@@ -29,6 +29,8 @@ class CaseInput:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
     """What the records of all its maps share."""
+    hashes: dict[int, str | None] = field(default_factory=dict)
+    """Of further inputs by method (id), see `esegeta_monai.record.inputs_sha256`."""
 
 
 class CaseModel(Model):

@@ -230,7 +230,8 @@ class CaseWork:
     def _decides(self, method: Method, work: Work) -> dict[str, Any]:
         """What decides the scores of perturbations."""
         records = [self.settings.outcomes.record(method, b, work.objective.plan, self.case) for b in work.bound]
-        names = ("parameters", "amp", "seed", "inferer", "output", "network", "network_affine", "image_sha256")
+        names = ["parameters", "amp", "seed", "inferer", "output", "network", "network_affine"]
+        names += ["image_sha256", "inputs_sha256"]
         return {
             "method": type(method).__name__,
             "weights_sha256": weights_hash(self.settings.network),

@@ -15,7 +15,7 @@ from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, named_reason
 from esegeta_monai.extremes import all_finite, largest
 from esegeta_monai.methods.base import Explained, Method
-from esegeta_monai.record import MEASURED, tensor_hash
+from esegeta_monai.record import MEASURED, inputs_sha256, tensor_hash
 from esegeta_monai.storage import versions
 from esegeta_monai.targets.base import Score, Target
 from esegeta_monai.windows import WindowPlan
@@ -79,6 +79,7 @@ class Outcomes:
             "target_parameters": bound.target.parameters,
             "target_voxels": 0 if score is None else score.voxels,
             "target_sha256": bound.hash,
+            "inputs_sha256": inputs_sha256(method, case),
             "class_index": None if score is None else score.class_index,
             "class_name": None if score is None else score.class_name,
             "channel_names": names if len(names) == case.image.shape[0] else [],

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from esegeta_monai.configurable import json_ready
+from esegeta_monai.cases import CaseInput
+from esegeta_monai.configurable import Configurable, json_ready
 
 __all__ = [
     "DECIDES",
@@ -20,6 +24,7 @@ __all__ = [
     "MEASURED",
     "decisive",
     "described",
+    "inputs_sha256",
     "peak_memory",
     "predicted_class",
     "reset_peak_memory",
@@ -38,10 +43,10 @@ MEASURED = (
 
 DECIDES = (
     *("method", "parameters", "target", "target_parameters", "target_sha256", "seed", "amp", "output"),
-    *("inferer", "network", "network_grid", "network_affine", "image_sha256"),
+    *("inferer", "network", "network_grid", "network_affine", "image_sha256", "inputs_sha256"),
 )
 """What of an attribution's record, beside provenance and scan, decides what its map is. The hash of the image that the
-network saw stands for the whole preprocessing."""
+network saw stands for the whole preprocessing, that of further inputs for what parameters only name: files and data."""
 
 HOW_NOT_WHAT = ("progress", "sw_batch_size", "sw_device", "device", "cpu_thresh", "buffer_steps", "buffer_dim")
 """Parameters of MONAI's inferers that change where and how fast a prediction is computed, not what it is."""
@@ -83,6 +88,48 @@ def tensor_hash(values: Tensor, *more: Any) -> str:
     digest = hashlib.sha256(f"{tuple(plain.shape)}{plain.dtype}{more}".encode())
     digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def inputs_sha256(method: Configurable, case: CaseInput) -> str | None:
+    """Of what decides a map but stands in no record as it is: tensors, files and entries of the case's data that the
+    method's parameters hold or name (also inside others and in text), and the network's further inputs; None: nothing.
+    """
+    if id(method) not in case.hashes:
+        found: list[str] = []
+        _look(method, case.data, found)
+        _look([case.condition, *case.args, *case.kwargs.items()], {}, found)
+        case.hashes[id(method)] = hashlib.sha256(" ".join(found).encode()).hexdigest() if found else None
+    return case.hashes[id(method)]
+
+
+def _look(value: Any, data: Mapping[str, Any], found: list[str]) -> None:
+    if isinstance(value, (Tensor, np.ndarray)):
+        found.append(tensor_hash(torch.as_tensor(value)))
+    elif isinstance(value, Configurable):
+        _look([getattr(value, p, None) for p in value.parameter_names()], data, found)
+    elif isinstance(value, Mapping):
+        _look(list(value.values()), data, found)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            _look(one, data, found)
+    elif isinstance(value, (str, Path)):
+        for name in dict.fromkeys([str(value), *WORDS.findall(str(value))]):
+            key = name.removeprefix("key:")
+            if key in data:
+                _look(data[key], {}, found)
+            elif "." in name and Path(name).is_file():
+                stat = Path(name).stat()
+                found.append(_file_hash(name, stat.st_size, stat.st_mtime_ns))
+
+
+WORDS = re.compile(r"[^\s'\"()\[\]{},=]+|(?<=')[^']+(?=')|(?<=\")[^\"]+(?=\")")
+"""What may be a file or a key in the text of a parameter, such as ``supervoxels(mask='body.nii.gz')``."""
+
+
+@functools.lru_cache(maxsize=64)
+def _file_hash(name: str, size: int, changed: int) -> str:
+    """Of a file's bytes; looked at once while its size and time stay."""
+    return hashlib.sha256(Path(name).read_bytes()).hexdigest()
 
 
 def reset_peak_memory(device: torch.device) -> None:

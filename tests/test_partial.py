@@ -20,7 +20,7 @@ from esegeta_monai import Explainer
 from esegeta_monai import change as engine
 from esegeta_monai import methods as m
 from esegeta_monai.partial import ScoreTable
-from esegeta_monai.targets import MultiClassMask
+from esegeta_monai.targets import Box, MultiClassMask
 from tests.methods.naive import image_of, small
 from tests.test_objective import assert_equal
 
@@ -189,3 +189,35 @@ def test_kill_9_in_the_middle(tmp_path):
     whole = explain(Stops(1e9), m.Occlusion(3, 2), None)
     assert int(second.stdout) < whole.record["window_passes"]
     assert_equal(torch.load(tmp_path / "map.pt"), torch.as_tensor(whole.map), 1e-12)
+
+
+class Conditioned(nn.Module):
+    """Stops, with a condition volume added to the image."""
+
+    def __init__(self, after: float) -> None:
+        super().__init__()
+        self.stops = Stops(after)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.stops(x + condition)
+
+
+def test_another_condition_has_a_table_of_its_own(tmp_path, often):
+    """The image, and the mask of the target, are the same; the scores are not."""
+
+    def run(network: nn.Module, condition: Tensor, folder: Path | None):
+        explainer = Explainer(network, SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), window_batch=2)
+        kwargs = {"condition": condition}
+        (found,) = explainer(
+            IMAGE, [m.Occlusion(3, 2)], [Box(1, (0, 0), (6, 20))], network_kwargs=kwargs, scores_dir=folder
+        )
+        return found
+
+    first, second = torch.zeros_like(IMAGE), image_of(*IMAGE.shape, seed=9)
+    with pytest.raises(KeyboardInterrupt):
+        run(Conditioned(60), first, tmp_path)
+    assert len(tables(tmp_path)) == 1
+    whole = run(Conditioned(np.inf), second, None)
+    again = run(Conditioned(np.inf), second, tmp_path)
+    assert_equal(torch.as_tensor(again.map), torch.as_tensor(whole.map), 1e-12)
+    assert again.record["window_passes"] == whole.record["window_passes"]
