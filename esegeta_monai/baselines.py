@@ -61,6 +61,11 @@ class Constant(Baseline):
     name: str | None = field(default=None, kw_only=True)
     random = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not bool(torch.isfinite(torch.as_tensor(self.value, dtype=torch.float64)).all()):
+            raise UsageError(f"constant baseline: {self.value} is infinite")
+
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         image = objective.image
         value = torch.as_tensor(self.value, dtype=image.dtype, device=image.device).flatten()
@@ -131,6 +136,8 @@ class Blur(Baseline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.std < 0 or (self.sigma or 0) < 0:
+            raise UsageError(f"blur(sigma={self.sigma}, std={self.std}): neither can be negative")
         self.random = self.std > 0
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
@@ -148,6 +155,11 @@ class Noise(Baseline):
 
     std: float = 1.0
     name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.std < 0:
+            raise UsageError(f"noise(std={self.std}): it cannot be negative")
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         image = objective.image
@@ -253,7 +265,7 @@ def choice_passes(spec: Any, objective: Objective) -> int:
 
 
 def baseline_for(spec: Any, *, local: bool = False) -> Baseline:
-    """A `Baseline` from text, a number, a file, a tensor, or a list of files.
+    """A `Baseline` from text, a number (or one a channel), a file, a tensor, or a list of files.
 
     >>> baseline_for("blur(sigma=3)").parameters
     {'sigma': 3, 'std': 0.0}
@@ -269,7 +281,8 @@ def baseline_for(spec: Any, *, local: bool = False) -> Baseline:
     if isinstance(spec, Tensor) or (isinstance(spec, (str, Path)) and str(spec).endswith((".nii", ".nii.gz"))):
         return Image(spec)
     if isinstance(spec, (list, tuple)):
-        return Cases(spec)
+        numbers = spec and all(isinstance(v, (int, float)) for v in spec)
+        return Constant(list(spec)) if numbers else Cases(spec)
     return BASELINES.create(spec)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
 from esegeta_monai.configurable import Configurable, Registry
@@ -115,9 +115,7 @@ class Grid(FeatureSpec):
 
     def of(self, objective: Objective) -> Features:
         shape = objective.plan.spatial_shape
-        size = tuple(int(s) for s in ensure_tuple_rep(self.size, len(shape)))
-        if any(s < 1 for s in size):
-            raise UsageError(f"grid(size={self.size}): a box needs at least one voxel")
+        size = one_an_axis(self.size, len(shape), "grid(size=…)")
         lines = [torch.arange(n) // s for n, s in zip(shape, size)]
         counts = [int(line[-1]) + 1 for line in lines]
         labels = torch.zeros(shape, dtype=torch.long)
@@ -126,7 +124,7 @@ class Grid(FeatureSpec):
         corners = itertools.product(*(range(0, c * s, s) for c, s in zip(counts, size)))
         names = ["box " + " ".join(map(str, corner)) for corner in corners]
         features = Features(labels[None].to(objective.image.device), names)
-        return _per_channel(features, objective.image.shape[0]) if self.per_channel else features
+        return _per_channel(features, _channel_names(objective)) if self.per_channel else features
 
 
 @dataclass(eq=False, repr=False)
@@ -134,7 +132,7 @@ class Channels(FeatureSpec):
     """Each channel of the image is a feature, such as the contrasts of an MR examination.
 
     Args:
-        names: of the channels; None: ``channel 0``, ….
+        names: of the channels; None: as the case has them (a bundle's metadata.json), else ``channel 0``, ….
     """
 
     names: Sequence[str] | None = None
@@ -142,7 +140,7 @@ class Channels(FeatureSpec):
 
     def of(self, objective: Objective) -> Features:
         image = objective.image
-        names = list(self.names or [f"channel {c}" for c in range(len(image))])
+        names = list(self.names or _channel_names(objective))
         if len(names) != len(image):
             raise UsageError(f"channels(names=…): {len(names)} names for {len(image)} channels")
         labels = torch.arange(len(image), device=image.device).reshape(-1, *(1,) * (image.ndim - 1))
@@ -169,12 +167,15 @@ class LabelMap(FeatureSpec):
     background: int | None = 0
     name: str | None = field(default=None, kw_only=True)
 
-    def of(self, objective: Objective) -> Features:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         try:
-            values = label_on_grid(self.labels, objective.image, objective.case)
-        except EsegetaError as error:
-            raise InputError(f"feature map: {error}") from error
-        return from_values(values, {int(k): v for k, v in (self.names or {}).items()}, self.background)
+            self._names = {int(k): str(v) for k, v in (self.names or {}).items()}
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"names={dict(self.names or {})}: give label value to name, such as 1: 'liver'") from error
+
+    def of(self, objective: Objective) -> Features:
+        return from_values(_labels(self.labels, objective), self._names, self.background)
 
 
 @dataclass(eq=False, repr=False)
@@ -198,6 +199,14 @@ class Supervoxels(FeatureSpec):
     max_voxels: int = 1_000_000
     name: str | None = field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_segments < 1 or self.max_voxels < 1 or not 0 < self.compactness < math.inf:
+            raise UsageError(
+                f"supervoxels(n_segments={self.n_segments}, compactness={self.compactness}, "
+                f"max_voxels={self.max_voxels}): all must be above 0"
+            )
+
     def of(self, objective: Objective) -> Features:
         from scipy.ndimage import distance_transform_edt
         from skimage.segmentation import slic
@@ -206,6 +215,8 @@ class Supervoxels(FeatureSpec):
         inside = self._mask(objective)
         step = _step(image, self.max_voxels)
         mask = _thinned(inside[None], step)[0].cpu().numpy()
+        if self.n_segments == 1:  # of which scikit-image labels nothing where there is a mask
+            return from_values(inside.long(), {}, 0, "supervoxel")
         found = slic(
             _thinned(_unit_range(image), step).cpu().numpy().astype(np.float32),
             n_segments=self.n_segments,
@@ -228,7 +239,10 @@ class Supervoxels(FeatureSpec):
         if isinstance(self.mask, str) and self.mask in ("foreground", "everything"):
             everything = torch.ones_like(image[0], dtype=torch.bool)
             return foreground(image) if self.mask == "foreground" else everything
-        return LabelMap(self.mask).of(objective).labels[0] >= 0
+        inside = _labels(self.mask, objective) > 0
+        if not bool(inside.any()):
+            raise InputError("supervoxels: the mask has no voxel above 0 on the network's grid: give another one")
+        return inside
 
 
 def features_for(spec: Any) -> FeatureSpec:
@@ -237,11 +251,41 @@ def features_for(spec: Any) -> FeatureSpec:
     >>> features_for("grid(8)").parameters
     {'size': 8, 'per_channel': False}
     """
+    if isinstance(spec, np.ndarray):
+        return LabelMap(torch.as_tensor(spec))
     if isinstance(spec, Tensor) or (isinstance(spec, (str, Path)) and str(spec).endswith((".nii", ".nii.gz"))):
         return LabelMap(spec)
     if isinstance(spec, str) and spec.startswith("key:"):
         return LabelMap(spec.removeprefix("key:"))
     return FEATURES.create(spec)
+
+
+def one_an_axis(value: int | Sequence[int], axes: int, what: str) -> tuple[int, ...]:
+    """A whole number above 0 for each axis, from one for all or one for each.
+
+    Raises:
+        UsageError: not as many as axes, or one is below 1.
+    """
+    several = tuple(value) if isinstance(value, Sequence) else (value,) * axes
+    if len(several) != axes or any(v < 1 for v in several):
+        raise UsageError(
+            f"{what}: {value} does not fit an image of {axes} axes: give a whole number above 0, or {axes} of them"
+        )
+    return tuple(int(v) for v in several)
+
+
+def _labels(what: Any, objective: Objective) -> Tensor:
+    """`label_on_grid` of the image."""
+    try:
+        return label_on_grid(what, objective.image, objective.case)
+    except EsegetaError as error:
+        raise InputError(f"feature map: {error}") from error
+
+
+def _channel_names(objective: Objective) -> list[str]:
+    known = list(objective.case.channel_names)
+    channels = len(objective.image)
+    return known if len(known) == channels else [f"channel {c}" for c in range(channels)]
 
 
 def from_values(values: Tensor, names: Mapping[int, str], background: int | None, word: str = "label") -> Features:
@@ -257,10 +301,10 @@ def from_values(values: Tensor, names: Mapping[int, str], background: int | None
     return Features(numbers[None], [names.get(v, f"{word} {v}") for v in found])
 
 
-def _per_channel(features: Features, channels: int) -> Features:
+def _per_channel(features: Features, channels: Sequence[str]) -> Features:
     labels = features.labels
-    each = torch.cat([torch.where(labels < 0, -1, labels + c * len(features)) for c in range(channels)])
-    return Features(each, [f"channel {c}, {n}" for c in range(channels) for n in features.names])
+    each = torch.cat([torch.where(labels < 0, -1, labels + c * len(features)) for c in range(len(channels))])
+    return Features(each, [f"{c}, {n}" for c in channels for n in features.names])
 
 
 def _unit_range(image: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class Predicted:
     @property
     def _context(self) -> Case:
         affine = torch.as_tensor(self.case.image.affine).double().cpu()
-        return Case(affine, self.case.data, self.settings.class_names)
+        return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names)
 
     def _same_everywhere(self) -> None:
         known = self.settings.ranks.gather((self.case.record["image_sha256"], self.settings.structure_sha256))

@@ -173,3 +173,11 @@ def test_every_baseline_has_a_record_in_json():
     for cls in BASELINES:
         baseline = cls(*([[torch.rand(2, 12, 10)]] if cls.__name__ in ("Cases", "Image") else []))
         json.dumps(baseline.record())
+
+
+def test_numbers_are_one_a_channel_and_wrong_ones_are_refused():
+    assert baseline_for([1, 2.5]).parameters == {"value": [1, 2.5]}
+    assert draw([1, 2.5]).flatten(1)[:, 0].tolist() == [1.0, 2.5]
+    for bad in (float("inf"), "blur(sigma=-2)", "blur(std=-1)", "noise(std=-1)", [1.0, float("inf")]):
+        with pytest.raises(UsageError, match=r"infinite|negative"):
+            baseline_for(bad)

@@ -87,7 +87,7 @@ def test_supervoxels_everywhere_in_a_given_mask_or_in_an_image_without_foregroun
     mask[3:9, 3:17] = 5
     assert torch.equal(Supervoxels(10, mask=mask).of(of(image)).labels[0] >= 0, mask > 0)
     assert len(Supervoxels(4).of(of(torch.ones(1, 8, 8, dtype=torch.float64)))) >= 1
-    with pytest.raises(InputError, match="no label"):
+    with pytest.raises(InputError, match="no voxel above 0"):
         Supervoxels(10, mask=torch.zeros(20, 20)).of(of(image))
 
 
@@ -142,7 +142,7 @@ def test_what_is_refused():
         LabelMap(torch.ones(5, 5)).of(objective)
     with pytest.raises(InputError, match="no label"):
         LabelMap(torch.zeros(4, 4)).of(objective)
-    with pytest.raises(UsageError, match="one voxel"):
+    with pytest.raises(UsageError, match="above 0"):
         Grid(0).of(objective)
     with pytest.raises(EsegetaError, match="did you mean Supervoxels"):
         features_for("supervoxel")
@@ -156,3 +156,72 @@ def test_paint_spread_and_table():
     rows = features.table(values, error=values / 10)[0]
     assert table_csv(rows) == 'feature,value,voxels,error\na,3.0,2,0.30000001192092896\n"b, c",5.0,1,0.5\n'
     assert table_csv([]) == "feature,value\n"
+
+
+def test_labels_that_float32_does_not_tell_apart_keep_apart_on_another_grid():
+    """Atlases number regions up to 6e8; MONAI resamples in float32, which is exact up to 1.7e7."""
+    image = MetaTensor(torch.rand(1, 6, 6, 6).double(), affine=torch.eye(4).double())
+    objective = of(torch.as_tensor(image).as_subclass(torch.Tensor))
+    objective.case = Case(affine=image.affine)
+    labels = torch.zeros(1, 3, 3, 3, dtype=torch.int64)
+    labels[:, 0], labels[:, 1] = 614_454_276, 614_454_277
+    found = LabelMap(MetaTensor(labels, affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))).of(objective)
+    assert found.names == ["label 614454276", "label 614454277"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([[0.0, 1.0, 0.5]]), r"no whole numbers, such as 0\.5"),
+        (torch.tensor([[0.0, 1.0, float("nan")]]), "no whole numbers, such as nan"),
+        (torch.ones(2, 1, 3), "has 2 channels"),
+    ],
+)
+def test_what_is_no_label_map_is_refused(labels, message):
+    with pytest.raises(InputError, match=message):
+        LabelMap(labels).of(of(image_of(1, 1, 3)))
+
+
+def test_label_maps_may_hold_floats_negative_numbers_and_be_arrays():
+    objective = of(image_of(1, 1, 4))
+    found = LabelMap(torch.tensor([[0.0, -1.0, 2.0000001, 2.0]]), names={"2": "liver"}).of(objective)
+    assert found.names == ["label -1", "liver"]
+    assert found.labels.tolist() == [[[-1, 0, 1, 1]]]
+    assert features_for(np.array([[1, 1, 2, 2]])).of(objective).counts.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LabelMap(torch.ones(1, 1), names={"liver": 1}), "give label value to name"),
+        (lambda: LabelMap(torch.ones(1, 1), names=["liver"]), "give a mapping or None"),
+        (lambda: Supervoxels(n_segments=0), "must be above 0"),
+        (lambda: Supervoxels(compactness=0), "must be above 0"),
+        (lambda: Supervoxels(max_voxels=0), "must be above 0"),
+        (lambda: Grid(0).of(of(image_of(1, 3, 4))), "does not fit an image of 2 axes"),
+        (lambda: Grid((2, 2, 2)).of(of(image_of(1, 3, 4))), "does not fit an image of 2 axes"),
+        (lambda: Supervoxels(mask=torch.zeros(3, 4)).of(of(image_of(1, 3, 4))), "no voxel above 0"),
+    ],
+)
+def test_wrong_parameters(build, message):
+    with pytest.raises(EsegetaError, match=message):
+        build()
+
+
+def test_a_mask_of_supervoxels_counts_above_zero_and_one_segment_is_the_mask():
+    mask = torch.zeros(20, 22, dtype=torch.long)
+    mask[5:15, 5:15], mask[:3] = 2, -1
+    objective = of(phantom(20, 22))
+    for n in (1, 4):
+        found = Supervoxels(n_segments=n, mask=mask).of(objective)
+        assert torch.equal(found.labels[0] >= 0, mask > 0)
+    assert Supervoxels(n_segments=1).of(objective).names == ["supervoxel 1"]
+
+
+def test_channels_are_called_as_the_case_calls_them():
+    objective = of(image_of(2, 4, 4))
+    objective.case = Case(channel_names=["T1", "FLAIR"])
+    assert Channels().of(objective).names == ["T1", "FLAIR"]
+    assert Grid(4, per_channel=True).of(objective).names == ["T1, box 0 0", "FLAIR, box 0 0"]
+    objective.case = Case(channel_names=["T1"])
+    assert Channels().of(objective).names == ["channel 0", "channel 1"]

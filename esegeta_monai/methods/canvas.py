@@ -201,11 +201,15 @@ def intensity_range(
     """
     channels = image.shape[0]
     if given is not None:
-        pairs = torch.as_tensor(given, dtype=torch.float64)
+        wrong = UsageError(f"intensity={given!r}: give (low, high), or {channels} such pairs, numbers, low below high")
+        try:
+            pairs = torch.as_tensor(given, dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise wrong from error
         if pairs.shape == (2,):
             pairs = pairs.expand(channels, 2)
-        if pairs.shape != (channels, 2) or not bool((pairs[:, 0] < pairs[:, 1]).all()):
-            raise UsageError(f"intensity={given}: give (low, high), or {channels} such pairs, low below high")
+        if pairs.shape != (channels, 2) or not bool(((pairs[:, 0] < pairs[:, 1]) & pairs.isfinite().all(1)).all()):
+            raise wrong
         return pairs.to(image.device, image.dtype)
     rows = []
     for c, values in enumerate(image.detach().flatten(1).cpu().numpy()):

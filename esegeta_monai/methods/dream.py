@@ -224,7 +224,7 @@ class InvertedRepresentation(_Synthesis):
 
     @property
     def needs_voxels(self) -> bool:
-        return False
+        return self.layer is None  # one is looked for where the target is
 
     @property
     def steered(self) -> bool:

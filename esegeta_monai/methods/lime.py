@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,10 +12,14 @@ import torch
 from esegeta_monai.coalitions import Game, Segments
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained
-from esegeta_monai.methods.perturbing import PerturbationMethod
+from esegeta_monai.methods.perturbing import PerturbationMethod, finite_scores
 from esegeta_monai.objective import Objective
 
 __all__ = ["Lime"]
+
+
+Distance = Literal["cosine", "euclidean", "sqeuclidean", "manhattan", "chebyshev", "hamming", "jaccard", "dice"]
+"""Of scikit-learn's, those that make sense between a coalition and that of all features."""
 
 
 @dataclass(eq=False, repr=False)
@@ -46,7 +51,7 @@ class Lime(PerturbationMethod):
     feature_mask: Any = "supervoxels"
     baseline: Any = "auto"
     kernel_width: float = 0.25
-    distance_metric: str = "cosine"
+    distance_metric: Distance = "cosine"
     num_features: int | None = None
     feature_selection: Literal["auto", "none", "forward_selection", "highest_weights", "lasso_path"] = "none"
     alpha: float = 1.0
@@ -56,6 +61,10 @@ class Lime(PerturbationMethod):
         super().__post_init__()
         if self.n_samples < 2:
             raise UsageError(f"n_samples={self.n_samples}: a regression needs at least two samples")
+        if not self.kernel_width > 0 or not 0 <= self.alpha < math.inf:
+            raise UsageError(f"kernel_width={self.kernel_width}, alpha={self.alpha}: above 0, and not below it")
+        if self.num_features is not None and self.num_features < 1:
+            raise UsageError(f"num_features={self.num_features}: give a number of features, or None for all")
 
     @property
     def units(self) -> str:
@@ -65,7 +74,8 @@ class Lime(PerturbationMethod):
         """(k, 1, *spatial), or (k, C, *spatial) where features are channels."""
         game = Game.of(objective, self.feature_mask, self.baseline)
         samples = self.coalitions(game)
-        scores = (objective.image_values().cpu()[:, None] + game.values(samples)).numpy()
+        changes = finite_scores(self, game.values(samples))
+        scores = (objective.image_values().cpu()[:, None] + changes).numpy()
         weights, r2, intercept = self.fit(samples, scores)
         found = torch.from_numpy(weights)
         notes = {"r2": r2, "intercept": intercept, "features": game.features.table(found)}

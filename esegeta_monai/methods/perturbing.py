@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
+import torch
+from torch import Tensor
+
 from esegeta_monai.change import known_passes
+from esegeta_monai.errors import MethodError
 from esegeta_monai.methods.base import Method
 from esegeta_monai.objective import Objective
 from esegeta_monai.perturbation import Perturbations
 
-__all__ = ["PerturbationMethod"]
+__all__ = ["PerturbationMethod", "finite_scores"]
 
 
 class PerturbationMethod(Method, registered=False):
@@ -28,3 +32,18 @@ class PerturbationMethod(Method, registered=False):
     def passes(self, objective: Objective) -> int:
         """Exact: windows that a perturbation does not change, or that have been scored, are left out."""
         return known_passes(objective, self.perturbations(objective))
+
+
+def finite_scores(method: Method, scores: Tensor) -> Tensor:
+    """The scores (k, m), for methods whose statistics would make a number of NaN.
+
+    Raises:
+        MethodError: some are not finite.
+    """
+    bad = int((~torch.isfinite(scores)).any(0).sum())
+    if bad:
+        raise MethodError(
+            f"{method.name}: the target is not finite at {bad} of {scores.shape[1]} perturbed images: switch amp off, "
+            "or choose another baseline"
+        )
+    return scores

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
 from esegeta_monai.baselines import baseline_for
@@ -16,6 +15,7 @@ from esegeta_monai.change import known_change
 from esegeta_monai.coalitions import SmoothMasks, split_half
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
+from esegeta_monai.features import one_an_axis
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.perturbing import PerturbationMethod
 from esegeta_monai.objective import Objective
@@ -50,16 +50,13 @@ class Rise(PerturbationMethod):
     grid: int | Sequence[int] = 7
     p: float = 0.5
     baseline: Any = "auto"
-    score: str = "value"
+    score: Literal["value", "change"] = "value"
     name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_masks < 2 or not 0 < self.p < 1 or self.score not in ("value", "change"):
-            raise UsageError(
-                f"Rise: n_masks={self.n_masks} (at least 2), p={self.p} (between 0 and 1), score={self.score!r} "
-                "('value' or 'change')"
-            )
+        if self.n_masks < 2 or not 0 < self.p < 1:
+            raise UsageError(f"Rise: n_masks={self.n_masks} (at least 2), p={self.p} (between 0 and 1)")
 
     @property
     def units(self) -> str:
@@ -89,7 +86,7 @@ class Rise(PerturbationMethod):
     def masks(self, objective: Objective, reference: Tensor) -> SmoothMasks:
         """The random masks of this case: a grid, stretched over the image and one cell more, so that it can move."""
         shape = objective.plan.spatial_shape
-        cells = tuple(int(g) for g in ensure_tuple_rep(self.grid, len(shape)))
+        cells = one_an_axis(self.grid, len(shape), "Rise(grid=…)")
         sides = [math.ceil(n / g) for n, g in zip(shape, cells)]
         generator = objective.generator()
         grids = (torch.rand(self.n_masks, *cells, generator=generator) < self.p).to("cpu", objective.image.dtype)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
 from esegeta_monai.baselines import Baseline, baseline_for
@@ -17,8 +16,9 @@ from esegeta_monai.change import known_change
 from esegeta_monai.coalitions import TABLE_BYTES, SmoothMasks, split_half
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.features import one_an_axis
 from esegeta_monai.methods.base import Explained
-from esegeta_monai.methods.perturbing import PerturbationMethod
+from esegeta_monai.methods.perturbing import PerturbationMethod, finite_scores
 from esegeta_monai.objective import Objective
 
 __all__ = ["Hsic", "Sobol", "hsic", "jansen", "quasi_random"]
@@ -52,11 +52,7 @@ class _MaskSensitivity(PerturbationMethod):
     def cells(self, objective: Objective) -> tuple[int, ...]:
         """Cells an axis, at most one a voxel."""
         shape = objective.plan.spatial_shape
-        try:
-            asked = [int(g) for g in ensure_tuple_rep(self.grid, len(shape))]
-        except ValueError as error:
-            raise UsageError(f"grid={self.grid} does not fit an image of {len(shape)} axes") from error
-        return tuple(max(1, min(g, n)) for g, n in zip(asked, shape))
+        return tuple(min(g, n) for g, n in zip(one_an_axis(self.grid, len(shape), "grid=…"), shape))
 
     def design(self, objective: Objective) -> Tensor:
         """The masks (m, cells) in [0, 1]."""
@@ -79,7 +75,7 @@ class _MaskSensitivity(PerturbationMethod):
         """The masks, their scores (k, m), and the baseline."""
         baseline = baseline_for(self.baseline, local=True)
         masks = self.masks(objective, baseline.draw(objective, objective.generator()))
-        return masks, known_change(objective, masks), baseline
+        return masks, finite_scores(self, known_change(objective, masks)), baseline
 
     def explained(
         self, masks: SmoothMasks, index: Tensor, halves: Sequence[Tensor], notes: dict[str, Any]

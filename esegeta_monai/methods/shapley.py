@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -210,7 +210,7 @@ class ChannelShapley(_ShapleyMethod):
 
     Args:
         baseline: what stands in a channel that is off, see `esegeta_monai.baselines`.
-        names: of the channels, for the table.
+        names: of the channels, for the table; None: as the case has them (a bundle's metadata.json).
 
     Raises:
         MethodError: more than 12 channels.
@@ -219,7 +219,7 @@ class ChannelShapley(_ShapleyMethod):
     reference = "Shapley 1953; Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
 
     baseline: Any = "auto"
-    names: Any = None
+    names: Sequence[str] | None = None
     name: str | None = field(default=None, kw_only=True)
 
     def game(self, objective: Objective) -> Game:

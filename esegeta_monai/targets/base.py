@@ -34,11 +34,13 @@ class Case:
         affine: 4x4 (3x3 in 2D) voxel-to-world matrix of the prediction's grid, RAS mm; None where unknown.
         data: the case's data dictionary (labels, masks), entries (1 or C, *spatial) on the image's grid or files.
         class_names: class index to name, from the bundle's metadata.json.
+        channel_names: of the image, from there too; empty where unknown.
     """
 
     affine: Tensor | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     class_names: Mapping[int, str] = field(default_factory=dict)
+    channel_names: Sequence[str] = ()
 
 
 class Score(ABC):

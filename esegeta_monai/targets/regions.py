@@ -236,11 +236,9 @@ class Errors(Target):
         """One score; empty where the prediction makes no such error.
 
         Raises:
-            TargetError: an unknown kind, class, or label.
+            TargetError: an unknown class or label.
         """
         need_map(prediction, self)
-        if self.kind not in ("false_positive", "false_negative"):
-            raise TargetError(f"kind={self.kind!r}: give false_positive or false_negative")
         index, _ = resolve_class(self.class_index, prediction.shape[0], case.class_names)
         truth = label_on_grid(self.label, prediction, case)
         truth = truth > 0 if prediction.shape[0] == 1 else truth == index
@@ -313,7 +311,8 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
     A map that knows its place in the world and has another grid is resampled by nearest neighbour.
 
     Raises:
-        TargetError: no such key or file, or another grid and no affine to resample by.
+        TargetError: no such key or file, several channels, values that are no whole numbers, or another grid and no
+            affine to resample by.
     """
     shape = tuple(prediction.shape[1:])
     value: Any = what
@@ -327,7 +326,12 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
 
             value = LoadImage(image_only=True, ensure_channel_first=True)(what)
     label = torch.as_tensor(value)
-    spatial = label[0] if label.ndim == len(shape) + 1 else label
+    if label.ndim == len(shape) + 1 and len(label) > 1:
+        raise TargetError(
+            f"the label map has {len(label)} channels: give one map with a whole number for each region (of one-hot "
+            "channels, their argmax)"
+        )
+    spatial = _whole_numbers(label[0] if label.ndim == len(shape) + 1 else label)
     affine = getattr(value, "affine", None)
     moved = (
         affine is not None
@@ -335,8 +339,7 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
         and not np.allclose(np.asarray(affine), np.asarray(case.affine), atol=1e-3)
     )
     if tuple(spatial.shape) == shape and not moved:
-        plain = spatial.as_subclass(torch.Tensor)
-        return (plain.round() if plain.is_floating_point() else plain).long().to(prediction.device)
+        return spatial.to(prediction.device)
     if affine is None or case.affine is None:
         raise TargetError(
             f"the label map has shape {tuple(spatial.shape)}, the prediction {shape}, and one of them has no affine "
@@ -345,7 +348,25 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
     from monai.data import MetaTensor
     from monai.transforms import SpatialResample
 
-    source = MetaTensor(spatial.as_subclass(torch.Tensor)[None].float(), affine=torch.as_tensor(np.asarray(affine)))
+    # labels of an atlas can be larger than what float32, in which MONAI resamples, tells apart: their numbers are moved
+    present, numbers = torch.unique(spatial, return_inverse=True)
+    source = MetaTensor((numbers + 1)[None].float(), affine=torch.as_tensor(np.asarray(affine)))
     resample = SpatialResample(mode="nearest", padding_mode="zeros")
     resampled = resample(source, dst_affine=torch.as_tensor(np.asarray(case.affine)), spatial_size=shape)
-    return torch.as_tensor(resampled).as_subclass(torch.Tensor)[0].round().long().to(prediction.device)
+    moved_numbers = torch.as_tensor(resampled).as_subclass(torch.Tensor)[0].round().long()
+    return torch.cat([present.new_zeros(1), present])[moved_numbers].to(prediction.device)
+
+
+def _whole_numbers(labels: Tensor) -> Tensor:
+    """Label values as int64; files may hold them as floats."""
+    plain = labels.as_subclass(torch.Tensor)
+    if not plain.is_floating_point():
+        return plain.long()
+    whole = plain.round()
+    odd = ~((plain - whole).abs() < 1e-3)  # NaN too
+    if bool(odd.any()):
+        raise TargetError(
+            f"the label map has values that are no whole numbers, such as {float(plain[odd][0]):g}: threshold it, or "
+            "resample it by nearest neighbour"
+        )
+    return whole.long()

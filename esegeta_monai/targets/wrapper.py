@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,7 +75,7 @@ class TargetWrapper(nn.Module):
         affine = getattr(image, "affine", None)
         case = self.case
         if case.affine is None and affine is not None:
-            case = Case(affine[0] if affine.ndim == 3 else affine, case.data, case.class_names)
+            case = dataclasses.replace(case, affine=affine[0] if affine.ndim == 3 else affine)
         with torch.no_grad():
             self._bind(self._predict(image, *args, **kwargs), case)
         return self

@@ -13,7 +13,7 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import DeepDream, InvertedRepresentation
 from esegeta_monai.methods.dream import _mask, correlation, resize
 from esegeta_monai.network import frozen
-from esegeta_monai.targets import Box, ClassScore, MultiClassMask, Voxel
+from esegeta_monai.targets import Box, ClassScore, LabelMask, MultiClassMask, Voxel
 from tests.methods.naive import Naive, image_of, small
 from tests.methods.test_synthesis import explained, layer_values
 from tests.networks import CLASSIFICATION, build
@@ -279,3 +279,17 @@ def test_a_silent_layer_cannot_be_inverted():
     found = explained(DeepDream("1"), case)
     assert torch.equal(found.maps[0], case.image)
     assert any("gradient is zero" in w for w in case.objective.monitor.warnings)
+
+
+def test_inversion_looks_for_a_layer_only_where_there_is_a_target():
+    explainer = Explainer(small(2, 1), SlidingWindowInferer((8, 8), 2), on_error="record")
+    nowhere = [LabelMask(torch.zeros(12, 12), 1, class_index=1)]
+    methods = [InvertedRepresentation(n_iter=2), InvertedRepresentation("a", n_iter=2, max_share=2.0)]
+    found = list(explainer(image_of(1, 1, 12, 12), methods, nowhere))
+    assert {f.method.layer: f.status for f in found} == {None: "empty_target", "a": "ok"}
+
+
+def test_a_dream_of_no_steps_is_the_image_and_says_so():
+    (found,) = Explainer(small(2, 1))(image_of(1, 1, 12, 12), [DeepDream(n_iter=0)], [Box(1, (0, 0), (4, 4))])
+    assert torch.equal(torch.as_tensor(found.map), image_of(1, 12, 12))
+    assert "take more steps" in found.record["warnings"][0]

@@ -11,7 +11,7 @@ from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
 from esegeta_monai.errors import MethodError, UsageError
-from esegeta_monai.methods import Hsic, Sobol, run
+from esegeta_monai.methods import Hsic, Lime, Sobol, run
 from esegeta_monai.methods.sensitivity import _likeness, hsic, jansen, quasi_random
 from esegeta_monai.network import frozen
 from esegeta_monai.targets import ClassScore, MultiClassMask, Voxel
@@ -170,3 +170,20 @@ def test_what_is_refused():
         run(Sobol(n_samples=32, grid=128), case.objective)
     with pytest.raises(UsageError, match="axes"):
         run(Hsic(n_samples=8, grid=(3, 3, 3)), case.objective)
+
+
+@pytest.mark.parametrize("method", [Sobol(4, 2, "zero"), Hsic(16, 2, "zero"), Lime(20, "grid(2)", "zero")])
+def test_scores_that_are_not_finite_are_an_error(method):
+    """HSIC of them was zero, "the target does not react here", and the regression of LIME a traceback."""
+
+    class Breaks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2, 16).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1) @ self.weight.T + torch.log(x.flatten(1).amin(1, keepdim=True) - 0.9)
+
+    case = Naive(Breaks(), image_of(1, 4, 4).abs() + 1, [ClassScore(1)], SimpleInferer())
+    with frozen(case.net), pytest.raises(MethodError, match=r"not finite at .* perturbed images"):
+        run(method, case.objective)
