@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from esegeta_monai import Attribution, Explainer
 from esegeta_monai.errors import InputError, MethodError, MethodTimeout, NetworkError, TargetError, UsageError
 from esegeta_monai.methods import (
+    BlurIG,
+    Explained,
     GradCam,
     InputXGradient,
     IntegratedGradients,
@@ -26,8 +30,9 @@ from esegeta_monai.methods import (
 )
 from esegeta_monai.methods.base import Method
 from esegeta_monai.network import weights_hash
+from esegeta_monai.objective import Objective
 from esegeta_monai.storage.files import strict_json
-from esegeta_monai.targets import Box, ClassScore, LayerNeuron, MultiClassMask, PredictedClasses, ThresholdMask
+from esegeta_monai.targets import Box, ClassScore, LayerNeuron, MultiClassMask, PredictedClasses, ThresholdMask, Voxel
 
 RECORDED = {  # docs/design.md, "Recorded"
     *("status", "method", "parameters", "target", "target_voxels", "sum", "completeness_gap", "blend_deviation"),
@@ -276,6 +281,32 @@ def test_a_given_prediction_is_not_computed_again() -> None:
         counts.append(network.seen)
     assert counts == [1, 9]  # one window sees the corner; the prediction takes eight
     assert found.record["windows_used"] == 1
+
+
+@dataclass(eq=False, repr=False)
+class Misses(Method):
+    """A map with a completeness gap for each target."""
+
+    gap_advice = "take more of them"
+    gaps: Sequence[float | None] = ()
+    name: str | None = field(default=None, kw_only=True)
+
+    def attribute(self, objective: Objective) -> Explained:
+        return Explained(objective.new_maps() + 1, {"completeness_gap": list(self.gaps)})
+
+
+def test_a_completeness_gap_above_five_percent_is_warned_of_whatever_the_method() -> None:
+    methods = [Misses([0.06, None]), Misses([0.04, 0.05], name="fine")]
+    found = list(Explainer(Spy(), SLIDING)(image(), methods, [MultiClassMask(1), MultiClassMask(0, name="air")]))
+    told = {w for a in found for w in a.record["warnings"]}
+    assert told == {
+        "Misses, MultiClassMask-class1: the map's sum misses what it should add up to by 6 %: take more of them"
+    }
+    assert not any(a.record["warnings"] for a in found if a.method.name == "fine")
+    short = [BlurIG(n_steps=1), IntegratedGradients(n_steps=1, method="riemann_left")]
+    for a in Explainer(Spy(), SLIDING)(5 * image(), short, [Voxel(1, index=(6, 6, 6), output="log_probability")]):
+        assert a.record["completeness_gap"] > 0.05
+        assert any(w.startswith(f"{a.method.name}, ") for w in a.record["warnings"])
 
 
 class Slow(Method):

@@ -68,6 +68,7 @@ class Method(Configurable, ABC):
         needs_gradient: False for black-box methods, which run on TorchScript networks too.
         needs_linear: only scores linear in the prediction (``output="logit"``) make sense.
         full_precision: never under autocast.
+        gap_advice: what to do about a completeness gap, in words.
         needs_value: also where the target is linear, F at the image is asked for: a forward pass where no prediction is
             known, as at the noisy images of `SmoothGrad`.
         brief: names and values of parameters with which the method is cheap, where it has them, see `in_brief`.
@@ -81,6 +82,7 @@ class Method(Configurable, ABC):
     needs_linear: ClassVar[bool] = False
     full_precision: ClassVar[bool] = False
     needs_value: ClassVar[bool] = False
+    gap_advice: ClassVar[str] = "read it as a ranking of places, not as shares"
     brief: ClassVar[tuple[tuple[str, int | None], ...]] = (("n_steps", 4), ("n_samples", 4), ("tolerance", None))
 
     @property
@@ -181,7 +183,7 @@ def _lock_step(methods: Sequence[Method], objective: Objective) -> dict[int, Exp
             asked[i] = passes.send(answer)
             running[i] = passes
         except StopIteration as stop:
-            results[i] = _explained(stop.value)
+            results[i] = _explained(stop.value, methods[i], objective)
         except Exception as error:  # kept as the method's result, which the caller raises or records
             results[i] = error
 
@@ -194,7 +196,7 @@ def _lock_step(methods: Sequence[Method], objective: Objective) -> dict[int, Exp
         if isinstance(outcome, Generator):
             step(i, outcome, None)
         else:
-            results[i] = _explained(outcome)
+            results[i] = _explained(outcome, method, objective)
     while running:
         current = running
         now = _due({i: asked[i] for i in sorted(current)})
@@ -224,8 +226,21 @@ def _answers(objective: Objective, asked: dict[int, Request]) -> dict[int, Any]:
     return {i: answer for i, request in asked.items() for answer in _answers(objective, {i: request}).values()}
 
 
-def _explained(value: Explained | Tensor) -> Explained:
-    return value if isinstance(value, Explained) else Explained(value)
+def _explained(value: Explained | Tensor, method: Method, objective: Objective) -> Explained:
+    """What a method returned, with a warning where its completeness gap is above `GAP`."""
+    explained = value if isinstance(value, Explained) else Explained(value)
+    gaps = explained.notes.get("completeness_gap") or []
+    for score, gap in zip(objective.scores, gaps):
+        if gap is not None and gap > GAP:
+            objective.monitor.warn(
+                f"{method.name}, {score.label}: the map's sum misses what it should add up to by {100 * gap:.0f} %: "
+                f"{method.gap_advice}"
+            )
+    return explained
+
+
+GAP = 0.05
+"""The relative completeness gap above which a map comes with a warning."""
 
 
 def relative_gap(maps: Tensor, values: Tensor, baseline_values: Tensor) -> list[float | None]:

@@ -52,6 +52,7 @@ class FullGrad(Method):
     full_precision = True
     needs_linear = True
     needs_value = True
+    gap_advice = "gates, attention and functions outside modules have parts that are the bias of no module"
 
     abs: bool = True
     name: str | None = field(default=None, kw_only=True)

@@ -153,6 +153,7 @@ class LayerIntegratedGradients(LayerMethod):
     """
 
     reference = "Sundararajan et al., ICML 2017, arXiv:1703.01365"
+    gap_advice = "take more steps (n_steps)"
 
     baseline: Any = "auto"
     n_steps: int = 32

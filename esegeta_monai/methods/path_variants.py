@@ -39,6 +39,7 @@ class BlurIG(Method):
 
     reference = "Xu et al., CVPR 2020, arXiv:2004.03383"
     needs_value = True
+    gap_advice = "take more steps, or give tolerance=1e-3"
 
     sigma: float | None = None
     n_steps: int = 32
@@ -106,6 +107,7 @@ class GuidedIG(Method):
 
     reference = "Kapishnikov et al., CVPR 2021, arXiv:2106.09788"
     needs_value = True
+    gap_advice = "take more steps, or give tolerance=1e-3"
 
     baseline: Any = "auto"
     n_steps: int = 64

@@ -70,6 +70,7 @@ class GradientShap(Method):
 
     reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
     needs_value = True
+    gap_advice = "take more draws (n_samples); completeness_error is its standard error"
 
     baseline: Any = "auto"
     n_samples: int = 32
