@@ -72,10 +72,15 @@ class Batch:
         some = next(c for c in self.cotangents if c is not None)
         return torch.stack([torch.zeros_like(some) if c is None else c for c in self.cotangents])
 
-    def gradients(self, out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    def gradients(self, out: Tensor, inputs: Sequence[Tensor], *, retain: bool = False) -> list[Tensor | None]:
         """Vector-Jacobian products of every target with respect to each input: a list of (k, *input.shape).
 
         None stands for an input that no target depends on by a differentiable path.
+
+        Args:
+            out: the network's output.
+            inputs: what it was computed from.
+            retain: keep the graph for another call.
         """
         active = [k for k, c in enumerate(self.cotangents) if c is not None]
         results: list[Tensor | None] = [None] * len(inputs)
@@ -84,7 +89,7 @@ class Batch:
         for k in active:
             cotangent = self.cotangents[k]
             assert cotangent is not None
-            grads = self.objective.vjp(out, inputs, cotangent, retain=k != active[-1])
+            grads = self.objective.vjp(out, inputs, cotangent, retain=retain or k != active[-1])
             for i, (x, g) in enumerate(zip(inputs, grads)):
                 if g is None:
                     continue

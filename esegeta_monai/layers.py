@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.interpolation import area_matrix, interpolate, line_matrix
-from esegeta_monai.network import capture, find_layer, select_output
+from esegeta_monai.network import capture, find_layer, handed_on, select_output, versions
 from esegeta_monai.objective import Batch, Objective, Request, View
 from esegeta_monai.windows import OutputGrid, WindowPlan
 
@@ -49,10 +50,25 @@ class LayerShape:
 
 def layer_shapes(objective: Objective) -> list[LayerShape]:
     """All layers that run, in the order in which they finish; the last one is the network itself, without a name."""
-    found: dict[str, LayerShape] = {}
-    handles = []
     model, window = objective.model, (objective.windows or [0])[0]
     x = objective.plan.cut(objective.image, window)[None].to(model.device)
+    with torch.inference_mode(), _seen(objective) as found:
+        objective.run(x, [window])
+    return list(found.values())
+
+
+@contextmanager
+def _seen(objective: Objective, kept: dict[str, tuple[Tensor, int]] | None = None) -> Iterator[dict[str, LayerShape]]:
+    """Hooks that write down each layer that runs on one window, removed afterwards.
+
+    Args:
+        kept: where the outputs go that lie on a grid, with how often they had been written to; one that a layer handed
+            on as it came is none of its own and does not go there.
+    """
+    found: dict[str, LayerShape] = {}
+    before: dict[str, list[int]] = {}
+    handles = []
+    model, roi = objective.model, network_roi(objective.plan)
 
     def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -61,20 +77,24 @@ def layer_shapes(objective: Objective) -> list[LayerShape]:
             value = output[0] if isinstance(output, (tuple, list)) and output else output
             calls = found.pop(name).calls + 1 if name in found else 1
             if isinstance(value, Tensor):
-                grid = _grid(module, tuple(value.shape[1:]), network_roi(objective.plan)) if len(value) == 1 else None
+                grid = _grid(module, tuple(value.shape[1:]), roi) if len(value) == 1 else None
                 found[name] = LayerShape(name, type(module).__name__, tuple(value.shape[1:]), grid, calls)
+                if kept is not None and grid is not None and not handed_on(value, args, before[name]):
+                    kept[name] = (value, value._version)
 
         return hook
 
     try:
         for name, module in model.network.named_modules():
+            if kept is not None:
+                handles.append(
+                    module.register_forward_pre_hook(lambda m, args, n=name: before.update({n: versions(args)}))
+                )
             handles.append(module.register_forward_hook(hook_for(name)))
-        with torch.inference_mode():
-            objective.run(x, [window])
+        yield found
     finally:
         for handle in handles:
             handle.remove()
-    return list(found.values())
 
 
 def default_layer(objective: Objective) -> str:
@@ -86,7 +106,8 @@ def default_layer(objective: Objective) -> str:
     nothing else; one whose positions the target does not depend on (behind the last attention of a transformer that
     reads its class token) does not serve at all.
 
-    It is looked for once an objective: methods that run together share it.
+    One forward pass of one window and the backward pass to the layer tell. It is looked for once an objective: methods
+    that run together share it.
 
     Raises:
         MethodError: no layer gives a spatial map that the target depends on.
@@ -98,7 +119,12 @@ def default_layer(objective: Objective) -> str:
 
 def _find_default_layer(objective: Objective) -> str:
     modules = dict(objective.model.network.named_modules())
-    *layers, network = layer_shapes(objective)
+    windows = (objective.windows or [0])[:1]
+    batch = Batch(objective, windows, [0], objective.cotangents(windows))
+    kept: dict[str, tuple[Tensor, int]] = {}
+    with torch.enable_grad(), _seen(objective, kept) as found:
+        out = batch.forward(batch.image.detach().requires_grad_(True))
+    *layers, network = found.values()
     grids = {s.name: s.grid for s in layers if s.grid is not None and math.prod(s.grid[1:]) > 1}
     useful = {
         s.name: grids[s.name]
@@ -115,7 +141,11 @@ def _find_default_layer(objective: Objective) -> str:
         best = min(positions.values(), key=math.prod) if is_map else list(positions.values())[-1]
         positions = {name: p for name, p in positions.items() if math.prod(p) == math.prod(best)}
     for name in sorted(reversed(positions), key=lambda n: _nesting(n, modules)):
-        if _depends(objective, name):
+        value, written = kept.get(name, (None, 0))
+        if value is None or value._version != written:  # not what the layer gave, or no longer
+            if _depends_alone(batch, name):
+                return name
+        elif _depends(batch, out, value, name, retain=True):
             return name
     raise MethodError(
         "the target depends on no layer with a spatial map by a differentiable path: name one with layer=…, or use an "
@@ -133,16 +163,19 @@ def _nesting(name: str, modules: Mapping[str, nn.Module]) -> int:
     return sum(type(modules[".".join(parts[:i])]) not in _CONTAINERS for i in range(1, len(parts)))
 
 
-def _depends(objective: Objective, layer: str) -> bool:
+def _depends(batch: Batch, out: Tensor, value: Tensor, layer: str, *, retain: bool = False) -> bool:
     """Whether some target has a gradient at the layer's positions, in a window that it sees."""
-    batch = Batch(objective, objective.windows[:1], [0], objective.cotangents(objective.windows[:1]))
-    x = batch.image.detach().requires_grad_(True)
-    with torch.enable_grad(), capture(objective.model.network, [layer]) as captured:
-        out = batch.forward(x)
-    if not captured[layer].requires_grad or not out.requires_grad:
+    if not value.requires_grad or not out.requires_grad:
         return False
-    (gradient,) = batch.gradients(out, [captured[layer]])
-    return gradient is not None and bool(spatial_map(gradient, objective, layer, lead=2).any())
+    (gradient,) = batch.gradients(out, [value], retain=retain)
+    return gradient is not None and bool(spatial_map(gradient, batch.objective, layer, lead=2).any())
+
+
+def _depends_alone(batch: Batch, layer: str) -> bool:
+    """`_depends` by a forward pass of its own, which records the layer's output whatever is written into it later."""
+    with torch.enable_grad(), capture(batch.objective.model.network, [layer]) as captured:
+        out = batch.forward(batch.image.detach().requires_grad_(True))
+    return _depends(batch, out, captured[layer], layer)
 
 
 def check_layer(objective: Objective, layer: str | None) -> str:

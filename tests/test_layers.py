@@ -126,3 +126,55 @@ def test_check_layer():
         assert check_layer(o, "up") == "up"
         with pytest.raises(UsageError, match="near matches: down"):
             check_layer(o, "dwon")
+
+
+@pytest.mark.parametrize("ndim", (2, 3))
+def test_the_default_layer_is_found_in_one_pass(ndim):
+    net = coarse(ndim)
+    o, _ = objective(net, noise(1, *(16,) * ndim), None, [MultiClassMask(1)])
+    with frozen(net):
+        assert default_layer(o) == "down"
+        assert o.monitor.passes == 1
+        assert default_layer(o) == "down"
+        assert o.monitor.passes == 1
+
+
+def test_a_layer_that_is_written_into_is_looked_at_alone():
+    """The gradient of what was written over it would tell of another layer: of one that the target depends on."""
+
+    class Overwritten(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Conv2d(1, 3, 3, 2, 1), torch.nn.Conv2d(1, 3, 3, 2, 1)
+
+        def forward(self, x):
+            kept = self.first(x)
+            gone = self.second(x)
+            gone.zero_().add_(kept)  # nothing of the second is left, but its tensor lies on the path
+            return torch.nn.functional.interpolate(gone, scale_factor=2)
+
+    net = Overwritten().eval().double()
+    o, _ = objective(net, noise(1, 16, 16), None, [MultiClassMask(1)])
+    with frozen(net):
+        assert default_layer(o) == "first"
+
+
+def test_a_layer_that_hands_its_input_on_is_looked_at_alone():
+    class Handed(torch.nn.Module):
+        def forward(self, x):
+            return x
+
+    class Beside(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.beside = torch.nn.Conv2d(1, 3, 3, 2, 1), Handed()
+
+        def forward(self, x):
+            low = self.down(x)
+            self.beside(low)  # used by nobody, though its output is the tensor that the target depends on
+            return torch.nn.functional.interpolate(low, scale_factor=2)
+
+    net = Beside().eval().double()
+    o, _ = objective(net, noise(1, 16, 16), None, [MultiClassMask(1)])
+    with frozen(net):
+        assert default_layer(o) == "down"

@@ -56,7 +56,7 @@ class _Cam(Method):
         return "weighted activation"
 
     def passes(self, objective: Objective) -> int:
-        """Gradients where the target sees, activations everywhere (besides one or two where a layer is looked for)."""
+        """Gradients where the target sees, activations everywhere (besides one where a layer is looked for)."""
         return len(objective.windows) + len(objective.plan)
 
     def attribute(self, objective: Objective) -> Passes:
@@ -355,7 +355,7 @@ class HiResCam(_Cam):
         return "target per voxel"
 
     def passes(self, objective: Objective) -> int:
-        """Gradients where the target sees (besides one or two where a layer is looked for)."""
+        """Gradients where the target sees (besides one where a layer is looked for)."""
         return len(objective.windows)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:

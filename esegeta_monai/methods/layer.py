@@ -59,7 +59,7 @@ class LayerActivation(LayerMethod):
         return "activation"
 
     def passes(self, objective: Objective) -> int:
-        """One forward pass everywhere (besides one or two where a layer is looked for)."""
+        """One forward pass everywhere (besides one where a layer is looked for)."""
         return len(objective.plan)
 
     def attribute(self, objective: Objective) -> Passes:
