@@ -26,12 +26,20 @@ class Batch:
         sources: for each window the volume it is cut from, where `cut` is given several.
         cotangents: a target each (n, R, *out_roi), ``ĝ_w · ∂s/∂P`` cut to the windows; None where the target sees none
             of them. R are the output channels that some target reads.
+        first: whether it is the first of its loop.
     """
 
     def __init__(
-        self, objective: Objective, windows: Sequence[int], sources: Sequence[int], cotangents: list[Tensor | None]
+        self,
+        objective: Objective,
+        windows: Sequence[int],
+        sources: Sequence[int],
+        cotangents: list[Tensor | None],
+        *,
+        first: bool = True,
     ) -> None:
         self.objective, self.windows, self.sources, self.cotangents = objective, windows, sources, cotangents
+        self.first = first
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -56,6 +64,21 @@ class Batch:
         """`forward` for each window alone, x (1, C, *roi): a network may be told where its window lies, or read a
         condition there."""
         return [functools.partial(self.objective.run, windows=[w]) for w in self.windows]
+
+    @property
+    def compare(self) -> bool | Callable[[Tensor], Tensor]:
+        """What rules compare their output with: the plain output of a loop's first window, and nothing in later
+        batches, in which the network does the same."""
+        return self._plain if self.first else False
+
+    @property
+    def compares(self) -> list[bool | Callable[[Tensor], Tensor]]:
+        """`compare` for windows that are run one by one."""
+        return [self.compare, *(False for _ in self.windows[1:])]
+
+    def _plain(self, x: Tensor) -> Tensor:
+        with self.objective.monitor.once():
+            return self.objective.run(x[:1], self.windows[:1])
 
     def scores(self, out: Tensor) -> Tensor:
         """``F_w = <c_w, f(x_w)>`` (k, n) from network output; sums in float64."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from esegeta_monai.errors import MethodTimeout
 from esegeta_monai.pace import Pace
@@ -41,6 +42,15 @@ class Monitor:
         self.passes += windows
         if self.on_pass is not None:
             self.on_pass(windows)
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Passes inside are made once a loop, whatever its length."""
+        if self.pace is None:
+            yield
+            return
+        with self.pace.once():
+            yield
 
     def check(self) -> None:
         """Raises `MethodTimeout` where the time limit has passed; called before each window batch."""

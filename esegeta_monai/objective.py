@@ -272,14 +272,12 @@ class Objective:
     def scatter(
         self,
         attribute: Callable[[Batch], Tensor],
-        cotangents: list[Tensor] | None = None,
         sums: Sequence[Tensor | Summed] = (),
     ) -> tuple[Tensor, Tensor]:
         """Sums per-window attributions into volume maps: exact for additive methods and linear scores.
 
         Args:
             attribute: gets a batch, returns (k, n, C, *roi).
-            cotangents: for each score (channels, *box), in place of ``∂s/∂P`` at the image.
             sums: what else ``attribute`` adds into, see `each`.
 
         Returns:
@@ -292,7 +290,7 @@ class Objective:
             padding.add_(self.add(maps, batch, attribute(batch)))
 
         kind = _kind(attribute)
-        self.each(self._jobs(1), run, cotangents=cotangents, sums=[maps, padding, *sums], kind=kind)
+        self.each(self._jobs(1), run, sums=[maps, padding, *sums], kind=kind)
         return maps, padding
 
     def add(self, maps: Tensor, batch: Batch, values: Tensor) -> Tensor:
@@ -485,7 +483,7 @@ class Objective:
                     found: list[Tensor | None] = [None] * self.n_targets
                     if with_cotangents:
                         found = self._batch_cotangents(windows, sources, whole, predictions)
-                    run(Batch(self, windows, sources, found))
+                    run(Batch(self, windows, sources, found, first=number == done == 0))
                 except RuntimeError as error:
                     if not out_of_memory(error):
                         raise

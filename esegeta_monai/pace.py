@@ -7,7 +7,8 @@ loops, with maps that mean nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from esegeta_monai.errors import MethodTimeout
@@ -20,11 +21,13 @@ PATIENCE = 1.0
 
 @dataclass
 class _Seen:
-    """What the batches of one kind of loop took so far."""
+    """What the batches of one kind of loop took so far; and what one such loop takes once, whatever its length."""
 
     units: int = 0
     seconds: float = 0.0
     passes: float = 0.0
+    once_seconds: float = 0.0
+    once_passes: float = 0.0
 
 
 class Pace:
@@ -49,6 +52,7 @@ class Pace:
         self.skipped_seconds = self.skipped_passes = 0.0
         self.whole = True
         self.first: float | None = None
+        self.once_seconds = self.once_passes = 0.0
         self._seen: dict[Hashable, _Seen] = {}
         self._news = 0.0
 
@@ -59,6 +63,16 @@ class Pace:
     def passes(self) -> float:
         """The window passes, had everything been run."""
         return self._passes() + self.skipped_passes
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """What is done inside is done once a loop, and tells nothing of its other batches."""
+        seconds, passes = self._now(), self._passes()
+        try:
+            yield
+        finally:
+            self.once_seconds += self._now() - seconds
+            self.once_passes += self._passes() - passes
 
     def loop(self, kind: Hashable, *, least: int = 0, skips: bool = True) -> Loop:
         """A loop begins.
@@ -96,6 +110,7 @@ class Loop:
         self.until = pace._now() + max(0.0, left) / 2
         self._stop_if_tired()
         self.began, self.passes = pace.seconds(), pace.passes()
+        self.once_seconds, self.once_passes = pace.once_seconds, pace.once_passes
 
     def enough(self, done: int) -> bool:
         """Whether the rest is left out, after ``done`` units; asked before each batch."""
@@ -112,13 +127,16 @@ class Loop:
         Counting them takes no time on the clock.
         """
         pace, seen = self.pace, self.seen
-        seconds, passes = pace.seconds() - self.began, pace.passes() - self.passes
+        once_seconds, once_passes = pace.once_seconds - self.once_seconds, pace.once_passes - self.once_passes
+        seconds = pace.seconds() - self.began - once_seconds
+        passes = pace.passes() - self.passes - once_passes
         if done:
             if not seen.units:
                 pace._news = pace._now()
             seen.units += done
             seen.seconds += seconds
             seen.passes += passes
+            seen.once_seconds, seen.once_passes = once_seconds, once_passes
         began = pace._now()
         rest = total() - done
         pace.skipped_seconds -= pace._now() - began
@@ -127,6 +145,9 @@ class Loop:
             pace.whole = False
             pace.skipped_seconds += rest * mine.seconds / mine.units
             pace.skipped_passes += rest * mine.passes / mine.units
+            if not done:
+                pace.skipped_seconds += seen.once_seconds
+                pace.skipped_passes += seen.once_passes
 
     def _stop_if_tired(self) -> None:
         if self.seen.units and self.pace._tired():

@@ -128,7 +128,7 @@ def test_check_layer():
             check_layer(o, "dwon")
 
 
-@pytest.mark.parametrize("ndim", (2, 3))
+@pytest.mark.parametrize("ndim", [2, 3])
 def test_the_default_layer_is_found_in_one_pass(ndim):
     net = coarse(ndim)
     o, _ = objective(net, noise(1, *(16,) * ndim), None, [MultiClassMask(1)])

@@ -31,8 +31,8 @@ class _Contrastive(Method):
         return not self.positive
 
     def passes(self, objective: Objective) -> int:
-        """Twice: the output under the rules is compared with the plain one."""
-        return 2 * len(objective.windows)
+        """Once, and the first window twice: its output under the rules is compared with the plain one."""
+        return len(objective.windows) + 1
 
     def _both(self, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of target and opposite: maps (2, k, C, *spatial), what fell on padding and `Sides.kept` (2, k), the total."""
@@ -97,7 +97,9 @@ class ContrastiveExcitationBackprop(_Contrastive):
         return Explained(self._shown(contrast), notes)
 
     def _sides(self, objective: Objective, batch: Batch) -> rules.Sides:
-        return rules.contrastive_excitation(batch.forward, batch.image, batch.stacked_cotangents())
+        return rules.contrastive_excitation(
+            batch.forward, batch.image, batch.stacked_cotangents(), compare=batch.compare
+        )
 
 
 @dataclass(eq=False, repr=False)
@@ -143,4 +145,6 @@ class ContrastiveLRP(_Contrastive):
     def _sides(self, objective: Objective, batch: Batch) -> rules.Sides:
         low, high = (v.to(objective.model.device) for v in (objective.image.min(), objective.image.max()))
         composite = rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=low, high=high)
-        return rules.contrastive_lrp(batch.forward, batch.image, batch.stacked_cotangents(), composite)
+        return rules.contrastive_lrp(
+            batch.forward, batch.image, batch.stacked_cotangents(), composite, compare=batch.compare
+        )

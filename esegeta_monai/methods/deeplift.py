@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from esegeta_monai.methods.layer import LayerMethod
 from esegeta_monai.methods.scattered import LayerSum
 from esegeta_monai.network import find_layer
 from esegeta_monai.objective import Batch, Objective
+from esegeta_monai.ranks import Summed
 
 __all__ = ["DeepLift", "DeepLiftShap", "LayerDeepLift", "LayerDeepLiftShap"]
 
@@ -46,15 +47,16 @@ class DeepLift(Method):
     name: str | None = field(default=None, kw_only=True)
 
     def passes(self, objective: Objective) -> int:
-        """The image twice (the output under the rules is compared with the plain one), the baseline twice."""
-        return 4 * len(objective.windows) + choice_passes(self.baseline, objective)
+        """Image and baseline once (twice where the target is not linear: F at the baseline comes first), and the first
+        window of the image once more: its output under the rules is compared with the plain one."""
+        return passes_against(objective) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
         baseline = baseline_for(self.baseline)
         x0 = baseline.draw(objective, objective.generator())
-        start, cotangents = differences(objective, x0)
-        maps, _ = objective.scatter(_against(x0), cotangents)
+        maps = objective.new_maps()
+        start = against(objective, x0, _adding(objective, maps), [maps])
         gap = relative_gap(maps, objective.image_values(), start)
         return Explained(maps, {"completeness_gap": gap, **describe_baseline(baseline, start)})
 
@@ -83,16 +85,14 @@ class DeepLiftShap(Method):
 
     def passes(self, objective: Objective) -> int:
         """Those of `DeepLift`, once a draw."""
-        return 4 * self.n_samples * len(objective.windows) + choice_passes(self.baseline, objective)
+        return self.n_samples * passes_against(objective) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
         baseline = baseline_for(self.baseline)
         maps, starts = objective.new_maps(), []
         for x0 in draws(baseline, objective, self.n_samples):
-            start, cotangents = differences(objective, x0)
-            maps += objective.scatter(_against(x0), cotangents)[0]
-            starts.append(start)
+            starts.append(against(objective, x0, _adding(objective, maps), [maps]))
         maps /= len(starts)
         mean = torch.stack(starts).mean(0)
         gap = relative_gap(maps, objective.image_values(), mean)
@@ -127,7 +127,7 @@ class LayerDeepLift(LayerMethod):
 
     def passes(self, objective: Objective) -> int:
         """Those of `DeepLift`, once a draw."""
-        return 4 * self.references * len(objective.windows) + choice_passes(self.baseline, objective)
+        return self.references * passes_against(objective) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C or 1, *spatial)."""
@@ -135,14 +135,12 @@ class LayerDeepLift(LayerMethod):
         module = find_layer(objective.model.network, layer)
         baseline = baseline_for(self.baseline)
         total, starts = LayerSum(objective, layer, self.reduce), []
+
+        def see(batch: Batch, found: rules.Relevance) -> None:
+            total.add(batch, found.layers[layer].relevance)
+
         for x0 in draws(baseline, objective, self.references):
-            start, cotangents = differences(objective, x0)
-
-            def run(batch: Batch, x0: Tensor = x0) -> None:
-                total.add(batch, _multiply(batch, x0, {layer: module}).layers[layer].relevance)
-
-            objective.each([(0, w) for w in objective.windows], run, cotangents=cotangents, sums=[total])
-            starts.append(start)
+            starts.append(against(objective, x0, see, [total], {layer: module}))
         total.scale(1 / len(starts))
         maps, padding = total.result()
         mean = torch.stack(starts).mean(0).cpu()
@@ -177,12 +175,54 @@ class LayerDeepLiftShap(LayerDeepLift):
         return self.n_samples
 
 
-def _multiply(batch: Batch, x0: Tensor, layers: dict[str, torch.nn.Module] | None = None) -> rules.Relevance:
-    return rules.deep_lift(batch.forward, batch.image, batch.cut(x0), batch.stacked_cotangents(), layers=layers)
+See = Callable[[Batch, rules.Relevance], None]
 
 
-def _against(x0: Tensor) -> Callable[[Batch], Tensor]:
-    return lambda batch: _multiply(batch, x0).input
+def against(
+    objective: Objective,
+    x0: Tensor,
+    see: See,
+    sums: Sequence[Tensor | Summed],
+    layers: Mapping[str, torch.nn.Module] | None = None,
+) -> Tensor:
+    """DeepLIFT against one reference, window by window.
+
+    Args:
+        x0: the reference (C, *spatial).
+        see: called with what DeepLIFT makes of each batch.
+        sums: what ``see`` adds into, see `Objective.each`.
+        layers: modules whose outputs are attributed as well.
+
+    Returns:
+        F at the reference (k,), float64. Of linear scores the pass over the reference that DeepLIFT makes tells it.
+    """
+    start, cotangents = (None, None) if objective.linear else differences(objective, x0)
+    found = torch.zeros(objective.n_targets, dtype=torch.float64)
+
+    def run(batch: Batch) -> None:
+        image, reference = batch.image, batch.cut(x0)
+        relevance = rules.deep_lift(
+            batch.forward, image, reference, batch.stacked_cotangents(), layers=layers, compare=batch.compare
+        )
+        if start is None:
+            assert relevance.at_baseline is not None
+            found.add_(batch.scores(relevance.at_baseline).sum(1).cpu())
+        see(batch, relevance)
+
+    objective.each([(0, w) for w in objective.windows], run, cotangents=cotangents, sums=[*sums, found])
+    return found + objective.constants() if start is None else start
+
+
+def passes_against(objective: Objective) -> int:
+    """Window passes of `against`."""
+    return (2 if objective.linear else 3) * len(objective.windows) + 1
+
+
+def _adding(objective: Objective, maps: Tensor) -> See:
+    def see(batch: Batch, relevance: rules.Relevance) -> None:
+        objective.add(maps, batch, relevance.input)
+
+    return see
 
 
 def differences(objective: Objective, x0: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 import esegeta_monai.rules as rules
 from esegeta_monai.methods.base import Explained, Method
-from esegeta_monai.objective import Objective
+from esegeta_monai.objective import Batch, Objective
 
 __all__ = ["Deconvolution", "GuidedBackprop"]
 
@@ -32,13 +34,16 @@ class GuidedBackprop(Method):
         return "modified gradient"
 
     def passes(self, objective: Objective) -> int:
-        """Twice: the output under the rules is compared with the plain one."""
-        return 2 * len(objective.windows)
+        """Once, and the first window twice: its output under the rules is compared with the plain one."""
+        return len(objective.windows) + 1
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
-        maps, _ = objective.scatter(lambda b: self._rule(b.forward, b.image, b.stacked_cotangents()).input)
-        return Explained(maps)
+
+        def of(batch: Batch) -> Tensor:
+            return self._rule(batch.forward, batch.image, batch.stacked_cotangents(), compare=batch.compare).input
+
+        return Explained(objective.scatter(of)[0])
 
     _rule = staticmethod(rules.guided)
 

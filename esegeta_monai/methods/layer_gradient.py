@@ -79,8 +79,8 @@ class LayerActivationGuidedBackprop(Method):
         return "modified gradient of the activation"
 
     def passes(self, objective: Objective) -> int:
-        """All windows thrice: for the activation's signs, under the rules, and plainly, to compare with that."""
-        return 3 * len(objective.plan)
+        """All windows twice: for the activation's signs, and under the rules."""
+        return 2 * len(objective.plan)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
@@ -96,7 +96,8 @@ class LayerActivationGuidedBackprop(Method):
             with torch.no_grad():
                 values = activation(batch.image)
             cotangent = self._sign(values, objective, layer, batch)
-            objective.add(maps, batch, rules.guided(activation, batch.image, cotangent[None]).input)
+            guided = rules.guided(activation, batch.image, cotangent[None], compare=lambda x: values)
+            objective.add(maps, batch, guided.input)
 
         objective.each([(0, w) for w in objective.every], run, with_cotangents=False, sums=[maps])
         return Explained(maps.expand(objective.n_targets, *maps.shape[1:]).clone(), {"layer": layer})

@@ -41,8 +41,8 @@ class LayerLRP(LayerMethod):
         rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=0.0, high=1.0)
 
     def passes(self, objective: Objective) -> int:
-        """Twice: the output under the rules is compared with the plain one."""
-        return 2 * len(objective.windows)
+        """Once, and the first window twice: its output under the rules is compared with the plain one."""
+        return len(objective.windows) + 1
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C or 1, *spatial)."""
@@ -59,6 +59,7 @@ class LayerLRP(LayerMethod):
                 batch.stacked_cotangents(),
                 self.composite,
                 layers={layer: module},
+                compare=batch.compares,
                 **limits,
             )
             total.add(batch, found.layers[layer].relevance)

@@ -53,7 +53,7 @@ class FittedPatterns:
         for objective in objectives:
             jobs = [(0, w) for w in range(len(objective.plan))]
             precise = full_precision(objective)
-            precise.each(jobs, lambda batch: fit.add(batch.forward, batch.image), with_cotangents=False)
+            precise.each(jobs, lambda b: fit.add(b.forward, b.image, compare=b.compare), with_cotangents=False)
             cases, network = cases + 1, objective.model.network
         if network is None:
             raise UsageError("patterns are fitted on cases: give at least one")
@@ -150,10 +150,11 @@ class PatternAttribution(Method):
             )
 
     def passes(self, objective: Objective) -> int:
-        """Twice: the output under the rules is compared with the plain one. Likewise for cases that are fitted on."""
+        """Once, and the first window twice: its output under the rules is compared with the plain one. Likewise for
+        cases that are fitted on."""
         known = self._fitted or (self.patterns is not None and Path(self.patterns).is_file())
-        fitting = 0 if known else 2 * len(self.cases) * len(objective.plan)
-        return fitting + 2 * len(objective.windows)
+        fitting = 0 if known else len(self.cases) * (len(objective.plan) + 1)
+        return fitting + len(objective.windows) + 1
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
@@ -161,7 +162,9 @@ class PatternAttribution(Method):
 
         def of(batch: Batch) -> Tensor:
             cotangents = batch.stacked_cotangents()
-            return rules.back_project(batch.forward, batch.image, cotangents, fitted.patterns, self.way)
+            return rules.back_project(
+                batch.forward, batch.image, cotangents, fitted.patterns, self.way, compare=batch.compare
+            )
 
         maps, padding = objective.scatter(of)
         return Explained(maps, {"pattern_cases": fitted.cases, "sum_in_padding": padding.sum(1, dtype=torch.float64)})

@@ -23,8 +23,8 @@ class _Relevance(Method):
     needs_linear = True
 
     def passes(self, objective: Objective) -> int:
-        """Twice: the output under the rules is compared with the plain one."""
-        return 2 * len(objective.windows)
+        """Once, and the first window twice: its output under the rules is compared with the plain one."""
+        return len(objective.windows) + 1
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
@@ -35,8 +35,7 @@ class _Relevance(Method):
             cotangents = batch.stacked_cotangents()
             relevance = self._relevance(objective, batch, cotangents)
             booked.add_(relevance.booked.sum(1, dtype=torch.float64).cpu())
-            with torch.no_grad():
-                total.add_(self._expected(batch, cotangents).cpu())
+            total.add_(self._expected(batch, cotangents, relevance).cpu())
             return relevance.input
 
         maps, padding = objective.scatter(of, sums=[booked, total])
@@ -48,9 +47,9 @@ class _Relevance(Method):
     def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
         raise NotImplementedError
 
-    def _expected(self, batch: Batch, cotangents: torch.Tensor) -> torch.Tensor:
+    def _expected(self, batch: Batch, cotangents: torch.Tensor, relevance: rules.Relevance) -> torch.Tensor:
         """What map and books must sum up to, for each target."""
-        return batch.scores(batch.forward(batch.image)).sum(1)
+        return batch.scores(relevance.output).sum(1)
 
 
 @dataclass(eq=False, repr=False)
@@ -81,10 +80,6 @@ class LRP(_Relevance):
         super().__post_init__()
         rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=0.0, high=1.0)
 
-    def passes(self, objective: Objective) -> int:
-        """Thrice: once more for F, which relevance and biases must add up to."""
-        return 3 * len(objective.windows)
-
     def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
         low, high = objective.image.min(), objective.image.max()
         device = objective.model.device
@@ -97,6 +92,7 @@ class LRP(_Relevance):
             gamma=self.gamma,
             low=low.to(device),
             high=high.to(device),
+            compare=batch.compares,
         )
 
 
@@ -121,7 +117,7 @@ class ExcitationBackprop(_Relevance):
         return "share of the prior"
 
     def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
-        return rules.excitation(batch.forward, batch.image, cotangents)
+        return rules.excitation(batch.forward, batch.image, cotangents, compare=batch.compare)
 
-    def _expected(self, batch: Batch, cotangents: torch.Tensor) -> torch.Tensor:
+    def _expected(self, batch: Batch, cotangents: torch.Tensor, relevance: rules.Relevance) -> torch.Tensor:
         return cotangents.flatten(1).sum(1, dtype=torch.float64)

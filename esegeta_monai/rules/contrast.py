@@ -19,7 +19,7 @@ from esegeta_monai.rules.kinds import Kind
 from esegeta_monai.rules.lrp import composite_run, relevance_of
 from esegeta_monai.rules.mode import Rule
 from esegeta_monai.rules.operations import Operation
-from esegeta_monai.rules.run import Forward, Run
+from esegeta_monai.rules.run import Compare, Forward, Run
 from esegeta_monai.rules.weighted import ZPlus
 
 __all__ = ["Sides", "contrastive_excitation", "contrastive_lrp"]
@@ -42,7 +42,7 @@ class Sides:
     total: Tensor
 
 
-def contrastive_excitation(forward: Forward, x: Tensor, cotangents: Tensor) -> Sides:
+def contrastive_excitation(forward: Forward, x: Tensor, cotangents: Tensor, *, compare: Compare = True) -> Sides:
     """Both sides of contrastive excitation backpropagation (Zhang et al. 2018).
 
     With T, A the maps of the two sides, summed over all windows, and t, a what each handed down, the contrast is
@@ -56,7 +56,7 @@ def contrastive_excitation(forward: Forward, x: Tensor, cotangents: Tensor) -> S
     torch.Size([2, 1])
     """
     side = Side()
-    run = Run(forward, x, Probabilities(side))
+    run = Run(forward, x, Probabilities(side), compare=compare)
     _mark_top(run.output.grad_fn)
     traced, kept = [], []
     for side.opposite in (False, True):
@@ -71,7 +71,9 @@ def contrastive_excitation(forward: Forward, x: Tensor, cotangents: Tensor) -> S
     )
 
 
-def contrastive_lrp(forward: Forward, x: Tensor, cotangents: Tensor, composite: Composite) -> Sides:
+def contrastive_lrp(
+    forward: Forward, x: Tensor, cotangents: Tensor, composite: Composite, *, compare: Compare = True
+) -> Sides:
     """Both sides of contrastive LRP (Gu et al. 2018, CLRP2): relevance R, and R_dual of the opposite.
 
     Both start with the same relevance y · cotangent; the last operations with weights hand it down by z⁺, for the
@@ -92,6 +94,7 @@ def contrastive_lrp(forward: Forward, x: Tensor, cotangents: Tensor, composite: 
         x,
         Composite(**{name: rule and _TopRule(rule, side) for name, rule in places.items()}),
         {},
+        compare,
     )
     _mark_top(run.output.grad_fn)
     traced, kept = [], []

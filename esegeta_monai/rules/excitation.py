@@ -17,7 +17,7 @@ from esegeta_monai.rules.guided import layer_relevance
 from esegeta_monai.rules.kinds import Kind
 from esegeta_monai.rules.mode import PARTS, PLAIN, Treatment, local_gradient
 from esegeta_monai.rules.operations import Operation, map_tensors
-from esegeta_monai.rules.run import Forward, Relevance, Run
+from esegeta_monai.rules.run import Compare, Forward, Relevance, Run
 from esegeta_monai.rules.weighted import Part, distribute_shares, ratio
 
 __all__ = ["ContributionsRule", "ParentRule", "Probabilities", "Side", "SumRule", "WinnerRule", "excitation"]
@@ -174,7 +174,12 @@ class Probabilities:
 
 
 def excitation(
-    forward: Forward, x: Tensor, cotangents: Tensor, *, layers: Mapping[str, nn.Module] | None = None
+    forward: Forward,
+    x: Tensor,
+    cotangents: Tensor,
+    *,
+    layers: Mapping[str, nn.Module] | None = None,
+    compare: Compare = True,
 ) -> Relevance:
     """Excitation backpropagation: marginal winning probabilities (Zhang et al. 2018).
 
@@ -186,6 +191,8 @@ def excitation(
         x: the windows, float32 or float64.
         cotangents: the prior over outputs, (k, n, K, …): ∂s/∂y of a linear s; one for a class gives probabilities.
         layers: modules at whose outputs the probabilities are wanted as well.
+        compare: whether the output under the rules is compared with the plain one, which takes a forward pass more; or
+            what computes that.
 
     Returns:
         ``input`` (k, n, C, *roi): the share of the prior that is traced to each voxel; ``booked`` (k, n): the share
@@ -198,11 +205,12 @@ def excitation(
     """
     if cotangents.shape[1] != len(x):
         raise UsageError(f"cotangents for {cotangents.shape[1]} windows, {len(x)} windows given")
-    run = Run(forward, x, Probabilities(), layers=layers)
+    run = Run(forward, x, Probabilities(), layers=layers, compare=compare)
     traced = [(arriving, at_layers) for arriving, at_layers, _ in run.backward(cotangents)]
     result = torch.stack([arriving for arriving, _ in traced])
     values = [at_layers for _, at_layers in traced]
     probabilities = {name: torch.stack([value[name] for value in values]) for name in run.captured}
     sums = (each.reshape(*each.shape[:2], -1).sum(2) for each in (cotangents, result))
     booked = next(sums) - next(sums)
-    return Relevance(result, booked.to(result.dtype), layer_relevance(run.captured, values, probabilities))
+    at = layer_relevance(run.captured, values, probabilities)
+    return Relevance(result, booked.to(result.dtype), run.output.detach(), at)

@@ -22,7 +22,7 @@ from esegeta_monai.errors import InputError
 from esegeta_monai.rules.kinds import Kind
 from esegeta_monai.rules.mode import PARTS, PLAIN, Treatment, local_gradient
 from esegeta_monai.rules.operations import Operation
-from esegeta_monai.rules.run import Forward, LayerRelevance, Relevance, Run, record
+from esegeta_monai.rules.run import Compare, Forward, LayerRelevance, Relevance, Run, record
 
 __all__ = ["BilinearRule", "MaximumRule", "QuotientRule", "SoftmaxRule", "deep_lift", "deep_lift_multiplier"]
 
@@ -170,6 +170,7 @@ def deep_lift(
     cotangents: Tensor,
     *,
     layers: Mapping[str, nn.Module] | None = None,
+    compare: Compare = True,
 ) -> Relevance:
     """DeepLIFT with the rescale rule (Shrikumar et al. 2017), exact through norms, attention and products.
 
@@ -182,6 +183,8 @@ def deep_lift(
         cotangents: ∂s/∂y of a linear s, or :func:`deep_lift_multiplier` of any other, (k, n, K, …).
         layers: modules whose outputs are attributed as well: gradient is the multiplier, relevance is
             multiplier x (activation − activation of the baseline).
+        compare: whether the output under the rules is compared with the plain one, which takes a forward pass more; or
+            what computes that.
 
     Returns:
         ``input`` = multiplier x (x − baseline), (k, n, C, *roi), in units of s.
@@ -201,8 +204,8 @@ def deep_lift(
     x = x.detach().as_subclass(Tensor)
     baseline = baseline.detach().as_subclass(Tensor).to(x)
     rules = _FiniteDifferences()
-    past, past_layers = record(forward, baseline, rules, layers or {})
-    run = Run(forward, x, rules, reference=past, layers=layers)
+    past, past_layers, at_baseline = record(forward, baseline, rules, layers or {})
+    run = Run(forward, x, rules, reference=past, layers=layers, compare=compare)
     multipliers, at_layers = [], []
     for multiplier, layer_multipliers, _ in run.backward(cotangents):
         multipliers.append(multiplier)
@@ -211,7 +214,8 @@ def deep_lift(
     for name, activation in run.captured.items():
         multiplier, value = torch.stack([each[name] for each in at_layers]), activation.detach()
         results[name] = LayerRelevance(value, multiplier, multiplier * (value - past_layers[name]))
-    return Relevance(torch.stack(multipliers) * (x - baseline), x.new_zeros(cotangents.shape[:2]), results)
+    differences, none = torch.stack(multipliers) * (x - baseline), x.new_zeros(cotangents.shape[:2])
+    return Relevance(differences, none, run.output.detach(), results, at_baseline)
 
 
 def deep_lift_multiplier(function: Callable[[Tensor], Tensor], p: Tensor, p0: Tensor) -> Tensor:
@@ -236,7 +240,7 @@ def deep_lift_multiplier(function: Callable[[Tensor], Tensor], p: Tensor, p0: Te
     if p.shape != p0.shape:
         raise InputError(f"the two predictions have shapes {tuple(p.shape)} and {tuple(p0.shape)}")
     rules = _FiniteDifferences()
-    past, _ = record(function, p0.to(p), rules, {})
+    past, _, _ = record(function, p0.to(p), rules, {})
     run = Run(function, p, rules, reference=past)
     value = run.output
     chosen = torch.eye(value.numel(), dtype=value.dtype, device=value.device).reshape(-1, *value.shape)

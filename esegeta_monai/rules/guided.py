@@ -12,7 +12,7 @@ from esegeta_monai.errors import MethodError
 from esegeta_monai.rules.kinds import Kind
 from esegeta_monai.rules.mode import PARTS, PLAIN, Rule, Treatment, local_gradient
 from esegeta_monai.rules.operations import Operation
-from esegeta_monai.rules.run import Forward, LayerRelevance, Relevance, Run
+from esegeta_monai.rules.run import Compare, Forward, LayerRelevance, Relevance, Run
 
 __all__ = ["DeconvolutionRule", "GuidedRule", "deconvolution", "guided"]
 
@@ -50,7 +50,12 @@ class _AtActivations:
 
 
 def guided(
-    forward: Forward, x: Tensor, cotangents: Tensor, *, layers: Mapping[str, nn.Module] | None = None
+    forward: Forward,
+    x: Tensor,
+    cotangents: Tensor,
+    *,
+    layers: Mapping[str, nn.Module] | None = None,
+    compare: Compare = True,
 ) -> Relevance:
     """Guided backpropagation (Springenberg et al. 2014) through every kind of activation.
 
@@ -63,6 +68,8 @@ def guided(
         x: the windows, float32 or float64.
         cotangents: ∂s/∂y, (k, n, K, …), for k targets.
         layers: modules at whose outputs the modified gradient is wanted as well.
+        compare: whether the output under the rules is compared with the plain one, which takes a forward pass more; or
+            what computes that.
 
     Returns:
         ``input`` (k, n, C, *roi) in units of s per unit of x; layers hold gradient and gradient x activation.
@@ -75,17 +82,22 @@ def guided(
     >>> guided(net, torch.ones(1, 1, 8, 8), torch.ones(1, 1, 1, 4, 4)).input.shape
     torch.Size([1, 1, 1, 8, 8])
     """
-    return _run(forward, x, cotangents, GuidedRule(), "guided backpropagation", layers)
+    return _run(forward, x, cotangents, GuidedRule(), "guided backpropagation", layers, compare)
 
 
 def deconvolution(
-    forward: Forward, x: Tensor, cotangents: Tensor, *, layers: Mapping[str, nn.Module] | None = None
+    forward: Forward,
+    x: Tensor,
+    cotangents: Tensor,
+    *,
+    layers: Mapping[str, nn.Module] | None = None,
+    compare: Compare = True,
 ) -> Relevance:
     """Deconvolution (Zeiler & Fergus 2014): at each activation g_in = max(g_out, 0), elsewhere the plain gradient.
 
     Arguments, result and errors as in :func:`guided`.
     """
-    return _run(forward, x, cotangents, DeconvolutionRule(), "deconvolution", layers)
+    return _run(forward, x, cotangents, DeconvolutionRule(), "deconvolution", layers, compare)
 
 
 def _run(
@@ -95,8 +107,9 @@ def _run(
     rule: Rule,
     name: str,
     layers: Mapping[str, nn.Module] | None,
+    compare: Compare,
 ) -> Relevance:
-    run = Run(forward, x, _AtActivations(rule), layers=layers)
+    run = Run(forward, x, _AtActivations(rule), layers=layers, compare=compare)
     if not run.mode.met.get(Kind.ACTIVATION):
         raise MethodError(
             f"{name} acts on activations (ReLU and its relatives) and this network has none: it would be the plain "
@@ -106,7 +119,8 @@ def _run(
     for arriving, layer_gradients, _ in run.backward(cotangents):
         inputs.append(arriving)
         at_layers.append(layer_gradients)
-    return Relevance(torch.stack(inputs), x.new_zeros(cotangents.shape[:2]), layer_relevance(run.captured, at_layers))
+    none, at = x.new_zeros(cotangents.shape[:2]), layer_relevance(run.captured, at_layers)
+    return Relevance(torch.stack(inputs), none, run.output.detach(), at)
 
 
 def layer_relevance(

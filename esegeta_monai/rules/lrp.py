@@ -19,7 +19,7 @@ from esegeta_monai.rules.decompositions import standardised
 from esegeta_monai.rules.kinds import Kind
 from esegeta_monai.rules.mode import PARTS, PLAIN, Treatment, local_gradient
 from esegeta_monai.rules.operations import Operation
-from esegeta_monai.rules.run import Forward, LayerRelevance, Relevance, Run
+from esegeta_monai.rules.run import Compare, Forward, LayerRelevance, Relevance, Run
 
 __all__ = [
     "AffineRule",
@@ -158,6 +158,7 @@ def lrp(
     low: float | Tensor | None = None,
     high: float | Tensor | None = None,
     layers: Mapping[str, nn.Module] | None = None,
+    compare: Compare | Sequence[Compare] = True,
 ) -> Relevance:
     """Layer-wise relevance propagation (Bach 2015; composites of Kohlbrenner 2020; attention rule of Achtibat 2024).
 
@@ -175,6 +176,8 @@ def lrp(
         low: smallest value that an input can have, for ZBox; the smallest value of x where None.
         high: largest value, likewise.
         layers: modules at whose outputs relevance is wanted as well.
+        compare: whether the output under the rules is compared with the plain one, which takes a forward pass more; or
+            what computes that; or one or the other for each window.
 
     Returns:
         ``input`` (k, n, C, *roi) in units of s, ``booked`` (k, n), and the layers' relevance.
@@ -195,8 +198,10 @@ def lrp(
     if cotangents.shape[1] != len(x):
         raise UsageError(f"cotangents for {cotangents.shape[1]} windows, {len(x)} windows given")
     forwards = [forward] * len(x) if callable(forward) else forward
+    compares = [compare] * len(x) if isinstance(compare, bool) or callable(compare) else compare
     windows = [
-        _one_window(forwards[i], x[i : i + 1], cotangents[:, i : i + 1], chosen, layers or {}) for i in range(len(x))
+        _one_window(forwards[i], x[i : i + 1], cotangents[:, i : i + 1], chosen, layers or {}, compares[i])
+        for i in range(len(x))
     ]
     at_layers = {
         name: LayerRelevance(
@@ -207,13 +212,19 @@ def lrp(
         for name in (layers or {})
     }
     inputs, booked = ([getattr(window, name) for window in windows] for name in ("input", "booked"))
-    return Relevance(torch.cat(inputs, 1), torch.cat(booked, 1), at_layers)
+    output = torch.cat([window.output for window in windows])
+    return Relevance(torch.cat(inputs, 1), torch.cat(booked, 1), output, at_layers)
 
 
 def _one_window(
-    forward: Forward, x: Tensor, cotangents: Tensor, composite: Composite, layers: Mapping[str, nn.Module]
+    forward: Forward,
+    x: Tensor,
+    cotangents: Tensor,
+    composite: Composite,
+    layers: Mapping[str, nn.Module],
+    compare: Compare,
 ) -> Relevance:
-    run = composite_run(forward, x, composite, layers)
+    run = composite_run(forward, x, composite, layers, compare)
     inputs, booked, multipliers, relevances = [], [], [], []
     for kept, at_layers, relevance in relevance_of(run, cotangents):
         inputs.append(relevance.pop(""))
@@ -228,17 +239,19 @@ def _one_window(
         )
         for name, activation in run.captured.items()
     }
-    return Relevance(torch.stack(inputs), torch.stack(booked), results)
+    return Relevance(torch.stack(inputs), torch.stack(booked), run.output.detach(), results)
 
 
-def composite_run(forward: Forward, x: Tensor, composite: Composite, layers: Mapping[str, nn.Module]) -> Run:
+def composite_run(
+    forward: Forward, x: Tensor, composite: Composite, layers: Mapping[str, nn.Module], compare: Compare
+) -> Run:
     """The forward pass under a composite's rules.
 
     Raises:
         MethodError: the composite has a rule for the first layer and no such layer reads the input.
     """
     rules = _Relevance(composite, AffineRule())
-    run = Run(forward, x, rules, layers=layers)
+    run = Run(forward, x, rules, layers=layers, compare=compare)
     if composite.first is not None and not rules.first_used:
         raise MethodError(
             "this composite has a rule for the first layer, and no convolution or linear layer reads the input here; "

@@ -25,7 +25,7 @@ from esegeta_monai.rules.kinds import Kind
 from esegeta_monai.rules.mode import PARTS, PLAIN, Treatment, local_gradient
 from esegeta_monai.rules.operations import Operation
 from esegeta_monai.rules.pattern_sums import Pattern, PatternSums
-from esegeta_monai.rules.run import Forward, Run
+from esegeta_monai.rules.run import Compare, Forward, Run
 from esegeta_monai.rules.weighted import apply_weights, ratio
 
 __all__ = ["Pattern", "PatternFit", "Way", "back_project"]
@@ -33,7 +33,15 @@ __all__ = ["Pattern", "PatternFit", "Way", "back_project"]
 Way = Literal["signal", "attribution"]
 
 
-def back_project(forward: Forward, x: Tensor, cotangents: Tensor, patterns: list[Pattern | None], way: Way) -> Tensor:
+def back_project(
+    forward: Forward,
+    x: Tensor,
+    cotangents: Tensor,
+    patterns: list[Pattern | None],
+    way: Way,
+    *,
+    compare: Compare = True,
+) -> Tensor:
     """What y · cotangent becomes at the input, (k, n, C, *roi), with patterns in place of weights.
 
     Args:
@@ -42,13 +50,15 @@ def back_project(forward: Forward, x: Tensor, cotangents: Tensor, patterns: list
         cotangents: ∂s/∂y of a linear s, (k, n, K, …).
         patterns: of the operations in the order in which they run, from `PatternFit.patterns`.
         way: ``"signal"`` hands a · g down (PatternNet), ``"attribution"`` w ⊙ a · g (PatternAttribution).
+        compare: whether the output under the rules is compared with the plain one, which takes a forward pass more; or
+            what computes that.
 
     Raises:
         MethodError: the patterns are another network's.
         RuleError: an operation that is no linear neuron, such as a product of two tensors (attention).
     """
     rules = _Patterns(way, patterns)
-    run = Run(forward, x, rules)
+    run = Run(forward, x, rules, compare=compare)
     if len(rules.neurons) != len(patterns):
         raise MethodError(f"the network has {len(rules.neurons)} operations with patterns, {len(patterns)} were fitted")
     for neuron, pattern in zip(_linked(run, rules.neurons), patterns):
@@ -73,14 +83,20 @@ class PatternFit:
     def __init__(self) -> None:
         self._sums: list[PatternSums | None] = []
 
-    def add(self, forward: Forward, x: Tensor) -> None:
+    def add(self, forward: Forward, x: Tensor, *, compare: Compare = True) -> None:
         """Takes in one batch of windows (n, C, *roi), whole or (where memory runs out) not at all.
+
+        Args:
+            forward: windows to outputs.
+            x: the windows.
+            compare: whether the output under the rules is compared with the plain one, which takes a forward pass more;
+                or what computes that.
 
         Raises:
             MethodError: the network takes another path than for the batches before.
         """
         rules = _Patterns("signal", None)
-        run = Run(forward, x, rules)
+        run = Run(forward, x, rules, compare=compare)
         found: list[PatternSums | None] = []
         for neuron in _linked(run, rules.neurons):
             found.append(None if neuron is None else PatternSums(neuron.operation, neuron.operands, neuron.regime))

@@ -16,9 +16,13 @@ from esegeta_monai.errors import InputError, MethodError, NetworkError
 from esegeta_monai.network import check_rows, first_tensor, handed_on, versions, with_first
 from esegeta_monai.rules.mode import RuleMode, Rules
 
-__all__ = ["Forward", "LayerRelevance", "Relevance", "Run", "check_network"]
+__all__ = ["Compare", "Forward", "LayerRelevance", "Relevance", "Run", "check_network"]
 
 Forward = Callable[[Tensor], Tensor]
+
+Compare = bool | Forward
+"""Whether the output under the rules is compared with the plain one, which takes a forward pass more; or what computes
+the plain one, of all windows or of the first ones."""
 
 #: How far the output under the rules may lie from the plain output, relative to its largest value. Some operations are
 #: computed from their parts, so rounding differs.
@@ -47,12 +51,16 @@ class Relevance:
     Attributes:
         input: attribution of the input, (k, n, C, *roi).
         booked: relevance that stayed with biases and other constants, (k, n); zero for methods that have none.
+        output: the network's output, (n, K, …).
         layers: the attribution at each requested module's output.
+        at_baseline: the network's output at the baseline, where there is one.
     """
 
     input: Tensor
     booked: Tensor
+    output: Tensor
     layers: Mapping[str, LayerRelevance] = field(default_factory=dict)
+    at_baseline: Tensor | None = None
 
 
 def check_network(network: nn.Module) -> None:
@@ -84,6 +92,10 @@ class Run:
         rules: the method's rules.
         reference: a recorded pass (see :class:`RuleMode`).
         layers: modules whose outputs are asked for.
+        compare: see `Compare`.
+
+    Raises:
+        MethodError: the output under the rules is not the plain one.
     """
 
     def __init__(
@@ -94,11 +106,13 @@ class Run:
         *,
         reference: list[tuple[str, tuple[Tensor, ...]]] | None = None,
         layers: Mapping[str, nn.Module] | None = None,
+        compare: Compare = True,
     ) -> None:
         _check_input(forward, x)
         with torch.inference_mode(False), _eager(x):
-            with torch.no_grad():
-                plain = forward(_copy(x))
+            if compare is not False:
+                with torch.no_grad():
+                    plain = (forward if compare is True else compare)(_copy(x))
             self.mode = RuleMode(rules, reference=reference)
             self.leaf = _copy(x).requires_grad_()
             with torch.enable_grad(), _captured(layers or {}, len(x)) as self.captured, _no_saved_tensor_hooks():
@@ -110,7 +124,9 @@ class Run:
                 "the output was computed by something that the rule engine cannot see (TorchScript, a compiled "
                 "function, a custom autograd.Function); use the eager network, or a perturbation method"
             )
-        _check_agreement(self.output.detach(), plain)
+        if compare is not False:
+            output = self.output.detach()
+            _check_agreement(output if compare is True else output[: len(plain)], plain)
 
     def backward(self, cotangents: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor], Any]]:
         """For each target: what arrives at the input, at each layer, and the ledger of this pass."""
@@ -137,15 +153,17 @@ class Run:
             yield filled[0], dict(zip(self.captured, filled[1:])), self.mode.ledger
 
 
-def record(forward: Forward, x: Tensor, rules: Rules, layers: Mapping[str, nn.Module]) -> tuple[Any, dict[str, Tensor]]:
-    """A pass that only keeps the operands of the operations with a rule, and the layers' outputs."""
+def record(
+    forward: Forward, x: Tensor, rules: Rules, layers: Mapping[str, nn.Module]
+) -> tuple[Any, dict[str, Tensor], Tensor]:
+    """A pass that only keeps the operands of the operations with a rule; the layers' outputs, and the network's."""
     _check_input(forward, x)
     mode = RuleMode(rules, record=True)
     with torch.inference_mode(False), _eager(x), torch.no_grad(), _captured(layers, len(x)) as captured:
         start = mode.enter_input(_copy(x))
         with mode:
-            forward(start)
-    return mode.record, captured
+            output = forward(start)
+    return mode.record, captured, output
 
 
 def _copy(x: Tensor) -> Tensor:

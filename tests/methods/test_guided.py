@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from esegeta_monai import Explainer
 from esegeta_monai.errors import MethodError
-from esegeta_monai.methods import Deconvolution, GuidedBackprop, Saliency
+from esegeta_monai.methods import LRP, Deconvolution, DeepLift, ExcitationBackprop, GuidedBackprop, Saliency
 from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.networks import build
 
@@ -111,3 +111,31 @@ def test_a_network_without_activations_is_refused():
     network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
     with pytest.raises(MethodError, match="has none"):
         explain(network, torch.rand(1, 1, 4, 4), GuidedBackprop(), ClassScore(1))
+
+
+class Shaken(nn.Module):
+    """Random, from the window of a number on."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inside, self.after, self.seen = nn.Conv2d(1, 2, 3, padding=1), after, 0
+        self.inside.bias.data[1] = 10.0  # class 1 everywhere
+
+    def forward(self, x):
+        self.seen += len(x)
+        shift = torch.rand(()) if self.seen > self.after else 0.0
+        return torch.relu(self.inside(x)) + shift
+
+
+@pytest.mark.parametrize("method", [GuidedBackprop(), LRP(), DeepLift("zero"), ExcitationBackprop()], ids=repr)
+def test_a_loops_first_window_is_compared_with_the_plain_output(method):
+    """A network that is not the same twice is refused, whatever rule explains it, and nothing is looked at twice but
+    that window."""
+    image, inferer = torch.rand(1, 1, 16, 24), SlidingWindowInferer((8, 8), 2, 0.5)
+    (found,) = Explainer(Shaken(10**9).eval(), inferer)(image, [method], [MultiClassMask(1)])
+    assert found.status == "ok"
+    windows = 15
+    assert found.record["window_passes"] == windows * (1 + isinstance(method, DeepLift)) + 1
+    with pytest.raises(MethodError, match="the network is random or keeps state"):
+        list(Explainer(Shaken(windows).eval(), inferer)(image, [method], [MultiClassMask(1)]))
