@@ -210,7 +210,7 @@ def against(
         see(batch, relevance)
 
     objective.each([(0, w) for w in objective.windows], run, cotangents=cotangents, sums=[*sums, found])
-    return found + objective.constants() if start is None else start
+    return (found + objective.constants()).to(objective.image.device) if start is None else start
 
 
 def passes_against(objective: Objective) -> int:
