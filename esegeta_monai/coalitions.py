@@ -6,6 +6,8 @@ x' = x₀ + m · (x − x₀), m interpolated from a coarse grid                
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -43,58 +45,86 @@ class Segments(Perturbations):
     """
 
     def __init__(self, labels: Tensor, coalitions: np.ndarray, baseline: Tensor, image: Tensor) -> None:
-        self.labels, self.coalitions = labels, np.ascontiguousarray(coalitions, dtype=bool)
-        self.baseline, self.image = baseline, image
-        self._differing: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
-        self._last: tuple[Slices, np.ndarray] | None = None
-        self._here: _Crop | None = None
-        self._digest: bytes | None = None
+        self.labels, self.baseline, self.image = labels, baseline, image
+        self._parts = _Parts(labels, baseline, image)
+        self._set(coalitions)
+
+    def _set(self, coalitions: np.ndarray) -> None:
+        entries = np.ones((len(coalitions), coalitions.shape[1] + 1), dtype=bool)  # the first entry is no feature
+        entries[:, 1:] = coalitions
+        self.coalitions, self._entries = entries[:, 1:], entries.view(np.int8)
+
+    def with_coalitions(self, coalitions: np.ndarray) -> Segments:
+        """The same features, image and baseline, which are looked at once for all sets of coalitions (m, n)."""
+        other = copy.copy(self)
+        other._set(coalitions)
+        return other
 
     def __len__(self) -> int:
         return len(self.coalitions)
 
     def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
-        here = self._here
-        if here is None or here.place != place or here.crop is not crop:
-            inside = last_axes(place)
-            entries = (self.labels[inside] + 1).to(crop.device)
-            here = self._here = _Crop(place, crop, entries, self.baseline[inside].to(crop))
-        return here.keeping(self.coalitions[index])
+        out = crop.new_empty((1, *crop.shape))
+        self._parts.at(crop, place).keep(self._entries[[index]], out)
+        return out[0]
 
-    def altered(self, index: int, crop: Tensor, place: Slices) -> Tensor | None:
-        return self.apply(index, crop, place) if self.changes(index, crop, place) else None
+    def write(self, indices: Sequence[int], crop: Tensor, place: Slices, out: Tensor) -> Sequence[int]:
+        self._parts.at(crop, place).keep(self._entries[list(indices)], out)
+        return range(len(indices))  # that they change something, their keys have said
 
     def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
-        return not self.coalitions[index, self._features(place)].all()
+        return not self.coalitions[index, self._parts.features(place)].all()
 
     def key(self, index: int, window: int, place: Slices) -> Hashable:
         return self.keys([index], window, place)[0]
 
     def keys(self, indices: Sequence[int], window: int, place: Slices) -> Sequence[Hashable]:
-        kept = self.coalitions[np.asarray(indices, dtype=int)[:, None], self._features(place)]
+        kept = self.coalitions[np.asarray(indices, dtype=int)[:, None], self._parts.features(place)]
         whole, packed = kept.all(axis=1).tolist(), np.packbits(kept, axis=1)
         return [UNCHANGED if all_kept else row.tobytes() for all_kept, row in zip(whole, packed)]
 
-    def _features(self, place: Slices) -> np.ndarray:
-        """The features that have a voxel at ``place`` which differs from the baseline."""
-        if self._last is not None and self._last[0] is place:
-            return self._last[1]
-        where = tuple((p.start, p.stop) for p in place)
-        if where not in self._differing:
-            inside = last_axes(place)
-            labels, differs = self.labels[inside], self.image[inside] != self.baseline[inside].to(self.image)
-            if len(labels) == 1:
-                differs = differs.any(0, keepdim=True)
-            entries = torch.where(differs, labels + 1, 0).flatten()  # the first entry is no feature
-            present = torch.zeros(self.coalitions.shape[1] + 1, dtype=torch.bool, device=labels.device)
-            self._differing[where] = np.flatnonzero(present.index_fill_(0, entries, True)[1:].cpu().numpy())
-        self._last = place, self._differing[where]
-        return self._last[1]
-
     def identity(self, index: int) -> Hashable:
-        if self._digest is None:
-            self._digest = digest(self.labels, self.baseline)
-        return self._digest, np.packbits(self.coalitions[index]).tobytes()
+        return self._parts.digest, np.packbits(self.coalitions[index]).tobytes()
+
+
+class _Parts:
+    """The features of an image and what replaces them, whichever are in a coalition: looked at once a window."""
+
+    def __init__(self, labels: Tensor, baseline: Tensor, image: Tensor) -> None:
+        self.labels, self.baseline, self.image = labels, baseline, image
+        self._features: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+        self._last: tuple[Slices, Tensor] | None = None
+        self._crop: _Crop | None = None
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """Of what they are and what replaces them."""
+        return digest(self.labels, self.baseline)
+
+    def features(self, place: Slices) -> np.ndarray:
+        """The features that have a voxel at ``place`` which differs from the baseline, in order."""
+        where = tuple((p.start, p.stop) for p in place)
+        if where not in self._features:
+            inside, entries = last_axes(place), self._entries(place)
+            differs = self.image[inside] != self.baseline[inside].to(self.image)
+            if len(differs) > len(entries):
+                differs = differs.any(0, keepdim=True)
+            counts = torch.bincount((entries * differs).flatten())[1:]
+            self._features[where] = np.flatnonzero(counts.cpu().numpy())
+        return self._features[where]
+
+    def at(self, crop: Tensor, place: Slices) -> _Crop:
+        """The crop (C, *place) at ``place`` for one coalition after the other."""
+        if self._crop is None or self._crop.place != place or self._crop.crop is not crop:
+            entries, baseline = self._entries(place).to(crop.device), self.baseline[last_axes(place)].to(crop)
+            self._crop = _Crop(place, crop, entries, baseline)
+        return self._crop
+
+    def _entries(self, place: Slices) -> Tensor:
+        """(1 or C, *place), the number of each voxel's feature from 1 on, 0 where there is none."""
+        if self._last is None or self._last[0] != place:
+            self._last = place, self.labels[last_axes(place)] + 1
+        return self._last[1]
 
 
 class _Crop:
@@ -105,21 +135,30 @@ class _Crop:
 
     Args:
         place, crop: where it lies, and the image there (C, *place).
-        entries: (1 or C, *place), the number of each voxel's feature from 1 on, 0 where there is none.
+        entries: see `_Parts._entries`.
         baseline: (C, *place).
     """
 
     def __init__(self, place: Slices, crop: Tensor, entries: Tensor, baseline: Tensor) -> None:
-        self.place, self.crop, self.entries = place, crop, entries
-        self.bits = torch.int64 if crop.dtype == torch.float64 else torch.int32
+        self.place, self.crop = place, crop
+        self.bits, self.table = (torch.int32, np.int32) if crop.element_size() == 4 else (torch.int64, np.int64)
+        self.shape, self.entries = entries.shape, entries.flatten(1)[None]
         self.baseline = baseline.view(self.bits)
         self.differing = crop.view(self.bits) ^ self.baseline
 
-    def keeping(self, coalition: np.ndarray) -> Tensor:
-        """The crop with the features outside a coalition (n,) replaced."""
-        kept = torch.from_numpy(np.append(True, coalition)).to(self.crop.device, self.bits).neg_()
-        mask = kept.index_select(0, self.entries.flatten()).view(self.entries.shape)
-        return (mask & self.differing).bitwise_xor_(self.baseline).view(self.crop.dtype)
+    def keep(self, entries: np.ndarray, out: Tensor) -> None:
+        """Copies of the crop with features replaced.
+
+        Args:
+            entries: (m, 1 + n) int8, 1 where an entry is kept, else 0.
+            out: (m, C, *place), where they are written.
+        """
+        m, (channels, cells) = len(entries), self.entries.shape[1:]
+        table = torch.from_numpy(-entries.astype(self.table)).to(self.crop.device)  # all bits set where it is kept
+        mask = table[:, None].expand(-1, channels, -1).gather(2, self.entries.expand(m, channels, cells))
+        bits = out.view(self.bits)
+        torch.bitwise_and(mask.view(m, *self.shape), self.differing, out=bits)
+        bits.bitwise_xor_(self.baseline)
 
 
 class SmoothMasks(Perturbations):
@@ -236,8 +275,15 @@ class Game:
 
     def segments(self, coalitions: np.ndarray, reference: Tensor | None = None) -> Segments:
         """The perturbations that leave these coalitions (m, n)."""
-        baseline = self.reference if reference is None else reference
-        return Segments(self.features.labels, coalitions, baseline, self.objective.image)
+        if reference is None or reference is self.reference:
+            return self._segments.with_coalitions(coalitions)
+        return Segments(self.features.labels, coalitions, reference, self.objective.image)
+
+    @functools.cached_property
+    def _segments(self) -> Segments:
+        """What all coalitions share."""
+        none = np.ones((0, len(self.features)), dtype=bool)
+        return Segments(self.features.labels, none, self.reference, self.objective.image)
 
     def values(self, coalitions: np.ndarray, reference: Tensor | None = None) -> Tensor:
         """``v(S)`` for coalitions (m, n): (k, m), each distinct one computed once on an objective."""

@@ -7,6 +7,7 @@ of the data dictionary or a tensor), or one of the classes here.
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import itertools
 import math
@@ -45,15 +46,16 @@ class Features:
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
+    @functools.cached_property
     def counts(self) -> Tensor:
         """Entries of `labels` a feature (n,)."""
         return torch.bincount(self.labels.flatten() + 1, minlength=len(self) + 1)[1:]
 
     def paint(self, values: Tensor) -> Tensor:
         """Feature values (k, n) at all their voxels: (k, 1 or C, *spatial), zero outside all features."""
-        padded = torch.cat([values, values.new_zeros(len(values), 1)], 1).to(self.labels.device)
-        return padded[:, self.labels]  # the label −1 is the last column
+        padded = torch.cat([values.new_zeros(len(values), 1), values], 1).to(self.labels.device)
+        entries = (self.labels + 1).flatten()
+        return torch.stack([row.index_select(0, entries) for row in padded]).view(-1, *self.labels.shape)
 
     def spread(self, values: Tensor) -> Tensor:
         """Feature values (k, n) shared equally between their voxels, so that the sum of the map is that of values."""
@@ -118,9 +120,9 @@ class Grid(FeatureSpec):
         size = one_an_axis(self.size, len(shape), "grid(size=…)")
         lines = [torch.arange(n) // s for n, s in zip(shape, size)]
         counts = [int(line[-1]) + 1 for line in lines]
-        labels = torch.zeros(shape, dtype=torch.long)
-        for axis, (line, n) in enumerate(zip(lines, counts)):
-            labels = labels * n + line.reshape(-1, *(1,) * (len(shape) - 1 - axis))
+        labels = torch.zeros((), dtype=torch.long)
+        for line, n in zip(lines, counts):  # the last axis alone takes all voxels
+            labels = (labels * n).unsqueeze(-1) + line
         corners = itertools.product(*(range(0, c * s, s) for c, s in zip(counts, size)))
         names = ["box " + " ".join(map(str, corner)) for corner in corners]
         features = Features(labels[None].to(objective.image.device), names)

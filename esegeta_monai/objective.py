@@ -23,7 +23,7 @@ from esegeta_monai.network import Model, capture
 from esegeta_monai.pace import Timed
 from esegeta_monai.ranks import Ranks, Summed, tensors_of
 from esegeta_monai.targets.base import Case, Score
-from esegeta_monai.windows import OutputGrid, Slices, WindowPlan, last_axes
+from esegeta_monai.windows import OutputGrid, Slices, WindowPlan, last_axes, picked
 
 if TYPE_CHECKING:
     from esegeta_monai.partial import ScoreTable
@@ -87,7 +87,7 @@ class Objective:
         self.blend_deviation: list[float | None] = [None] * len(self.scores)
         self.table: ScoreTable | None = None
         """Where a perturbation run keeps its scores on disk."""
-        self.base_scores: dict[int, Tensor] = {}
+        self.base_scores: dict[int, Tensor | None] = {}
         self.base_outputs: dict[int, list[Tensor | None] | None] = {}
         """What perturbed windows are compared with: of linear scores their values (k,), else what each score reads of
         the output; None: that it would have been computed, where a method is only timed."""
@@ -525,7 +525,7 @@ class Objective:
             return values[last_axes(in_box)]
 
         part = score.window_cotangent(cut) if volume is None else cut(volume)
-        weight = self.grid.weight(window)[inside]
+        weight = self.grid.weight(window, inside)
         return inside, part.to(weight.device) * weight
 
     def _whole_cotangents(self) -> list[Tensor | None]:
@@ -573,13 +573,6 @@ def _sums(requests: Sequence[Request], blended: Sequence[Tensor]) -> list[Tensor
     """What a sweep adds into, None where a request does not say."""
     parts = [r.parts for r in requests]
     return None if any(p is None for p in parts) else [*blended, *(one for p in parts if p is not None for one in p)]
-
-
-def picked(positions: list[int]) -> list[int] | slice:
-    """Positions along an axis as an index, which copies nothing where they are neighbours in order."""
-    first = positions[0]
-    last = first + len(positions)
-    return slice(first, last) if positions == list(range(first, last)) else positions
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esegeta_monai.windows import Slices, last_axes
+from esegeta_monai.windows import Slices, last_axes, picked
 
 __all__ = ["UNCHANGED", "Added", "Boxes", "Perturbations", "digest"]
 
@@ -35,12 +35,28 @@ class Perturbations(ABC):
 
     def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
         """Whether perturbation ``index`` changes a voxel of ``crop`` (C, *place): what does not is never computed."""
-        return self.altered(index, crop, place) is not None
+        return not torch.equal(self.apply(index, crop, place), crop)
 
-    def altered(self, index: int, crop: Tensor, place: Slices) -> Tensor | None:
-        """`apply`, or None where no voxel of ``crop`` is changed."""
+    def write(self, indices: Sequence[int], crop: Tensor, place: Slices, out: Tensor) -> Sequence[int]:
+        """`apply` of several perturbations into the first rows of ``out`` (n, C, *place), those left out that change no
+        voxel of ``crop``.
+
+        `key` says of none that it is `UNCHANGED`.
+
+        Returns:
+            Positions in ``indices`` of those written.
+        """
+        written: list[int] = []
+        for position, i in enumerate(indices):
+            if self._write(i, crop, place, out[len(written)]):
+                written.append(position)
+        return written
+
+    def _write(self, index: int, crop: Tensor, place: Slices, row: Tensor) -> bool:
+        """`apply` into ``row`` (C, *place), and whether it changes a voxel; else ``row`` may hold anything."""
         perturbed = self.apply(index, crop, place)
-        return None if torch.equal(perturbed, crop) else perturbed
+        row.copy_(perturbed)
+        return not torch.equal(perturbed, crop)
 
     def reaching(self, place: Slices) -> Sequence[int]:
         """The perturbations that may change a voxel at ``place``, in order."""
@@ -89,8 +105,8 @@ class _Part(Perturbations):
     def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
         return self.whole.changes(self.indices[index], crop, place)
 
-    def altered(self, index: int, crop: Tensor, place: Slices) -> Tensor | None:
-        return self.whole.altered(self.indices[index], crop, place)
+    def write(self, indices: Sequence[int], crop: Tensor, place: Slices, out: Tensor) -> Sequence[int]:
+        return self.whole.write([self.indices[i] for i in indices], crop, place, out)
 
     def reaching(self, place: Slices) -> Sequence[int]:
         near = set(self.whole.reaching(place))
@@ -155,15 +171,17 @@ class Boxes(Perturbations):
 
     def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
         inside, value = self._replaced(index, crop, place)
-        return bool((crop[inside] != value).any())  # the box alone, not the whole window
+        return _differ(crop[inside], value)  # the box alone, not the whole window
 
-    def altered(self, index: int, crop: Tensor, place: Slices) -> Tensor | None:
-        inside, value = self._replaced(index, crop, place)
-        if not bool((crop[inside] != value).any()):
-            return None
-        perturbed = crop.clone()
-        perturbed[inside] = value
-        return perturbed
+    def write(self, indices: Sequence[int], crop: Tensor, place: Slices, out: Tensor) -> Sequence[int]:
+        out[: len(indices)] = crop
+        written: list[int] = []
+        for position, i in enumerate(indices):
+            inside, value = self._replaced(i, crop, place)
+            if _differ(crop[inside], value):
+                out[len(written)][inside] = value
+                written.append(position)
+        return written
 
     def fingerprint(self) -> str:
         baseline = self.baseline if isinstance(self.baseline, Tensor) else torch.tensor(self.baseline)
@@ -174,12 +192,16 @@ class Boxes(Perturbations):
         """The part of the crop that lies in the box, and what stands there afterwards."""
         common = [slice(max(b.start, p.start), min(b.stop, p.stop)) for b, p in zip(self.boxes[index], place)]
         inside = tuple(slice(c.start - p.start, c.stop - p.start) for c, p in zip(common, place))
-        rows = slice(None) if self.channels is None else list(self.channels[index])
+        rows = slice(None) if self.channels is None else picked(list(self.channels[index]))
         value = self.baseline
         if isinstance(value, Tensor):
             there: tuple[Any, ...] = (rows, *common)
             value = value[there].to(crop.device, crop.dtype)
         return (rows, *inside), value
+
+
+def _differ(values: Tensor, other: Tensor | float) -> bool:
+    return not torch.equal(values, other) if isinstance(other, Tensor) else bool((values != other).any())
 
 
 class Added(Perturbations):
@@ -210,5 +232,5 @@ def digest(*tensors: Tensor) -> bytes:
     found = hashlib.sha256()
     for t in tensors:
         found.update(str(tuple(t.shape)).encode())
-        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.digest()

@@ -17,6 +17,10 @@ from esegeta_monai.targets.base import take, true_positions
 __all__ = ["Held", "Support"]
 
 
+DENSE = 8
+"""By how much to pick a voxel is dearer than to look at one in order."""
+
+
 @dataclass(frozen=True)
 class Held:
     """The m voxels of the mask that one window holds.
@@ -59,18 +63,27 @@ class Support:
         """Which of the voxels a window holds, and where."""
         grid = self.objective.grid
         in_window, in_box = grid.meet(self.score.box, window)
-        at = true_positions(self.mask[in_box])
-        weight = grid.weight(window)[in_window].reshape(-1).index_select(0, at)
+        part = self.mask[in_box]
+        at = true_positions(part)
+        weight = grid.weight(window, in_window).reshape(-1).index_select(0, at)
         voxels = self._number[in_box].reshape(-1).index_select(0, at).long()
         if len(at) == grid.size:
             return Held(None, voxels, weight)
-        cells = torch.arange(grid.size, device=at.device).reshape(grid.out_roi)[in_window].reshape(-1)
-        return Held(cells.index_select(0, at), voxels, weight)
+        if part.numel() == grid.size:
+            return Held(at, voxels, weight)
+        whole = part.new_zeros(grid.out_roi)
+        whole[in_window] = part
+        return Held(true_positions(whole), voxels, weight)
 
     def read(self, out: Tensor, held: Held) -> Tensor:
         """`Score.contrast` at the voxels that a window holds, from its output (n, R, *out_roi): (n, channels, m)."""
         seen = out[:, self.rows].reshape(len(out), len(self.score.channels), -1)
-        return self.score.contrast(seen if held.cells is None else take(seen, held.cells.to(seen.device)))
+        if held.cells is None:
+            return self.score.contrast(seen)
+        cells = held.cells.to(seen.device)
+        if DENSE * len(cells) > seen.shape[-1]:  # fewer channels are picked from
+            return take(self.score.contrast(seen), cells)
+        return self.score.contrast(take(seen, cells))
 
     def of(self, prediction: Tensor) -> Tensor:
         """`Score.contrast` at the mask's voxels of what the score reads of a prediction (channels, *box), in float64:

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from esegeta_monai.errors import NetworkError
 
-__all__ = ["OutputGrid", "WindowPlan", "as_inferer", "last_axes", "plan_windows"]
+__all__ = ["OutputGrid", "WindowPlan", "as_inferer", "last_axes", "picked", "plan_windows"]
 
 Slices = tuple[slice, ...]
 
@@ -241,11 +241,13 @@ class OutputGrid:
             for p, s, (lo, _) in zip(self.place(window), self._slices[window], self._pads)
         )
 
-    def weight(self, window: int) -> Tensor:
-        """``ĝ_w`` (*out_roi): the importance map over the sum of all windows' maps."""
+    def weight(self, window: int, part: Slices | None = None) -> Tensor:
+        """``ĝ_w`` (*out_roi), or a part of it: the importance map over the sum of all windows' maps."""
+        importance = self._weight if part is None else self._weight[part]
         if self._count is None:
-            return self._weight
-        return self._weight / self._count[self._slices[window]]
+            return importance
+        count = self._count[self._slices[window]]
+        return importance / (count if part is None else count[part])
 
     def unblended(self) -> OutputGrid:
         """The same grid with weights of one: what a single window gives is the prediction."""
@@ -275,7 +277,7 @@ class OutputGrid:
         """Adds ``ĝ_w`` times the window's output (…, *out_roi) into values (…, *box) in place."""
         source, target = self.meet(box, window)
         seen = output[last_axes(source)].to(values.device, values.dtype)
-        values[last_axes(target)].addcmul_(seen, self.weight(window)[source].to(values.device, values.dtype))
+        values[last_axes(target)].addcmul_(seen, self.weight(window, source).to(values.device, values.dtype))
 
     def meet(self, box: Slices, window: int) -> tuple[Slices, Slices]:
         """The part that a box and the window's output have in common: in the window, and in the box."""
@@ -290,6 +292,13 @@ class OutputGrid:
 def last_axes(slices: Slices) -> tuple[Any, ...]:
     """An index of the last axes."""
     return (..., *slices)
+
+
+def picked(positions: list[int]) -> list[int] | slice:
+    """Positions along an axis as an index, which copies nothing where they are neighbours in order."""
+    first = positions[0]
+    last = first + len(positions)
+    return slice(first, last) if positions == list(range(first, last)) else positions
 
 
 def _overlap(a: Slices, b: Slices) -> bool:

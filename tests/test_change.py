@@ -9,7 +9,7 @@ import torch
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor
 
-from esegeta_monai import change as engine
+from esegeta_monai import pairs
 from esegeta_monai.change import change, passes_needed
 from esegeta_monai.network import frozen
 from esegeta_monai.perturbation import Boxes, Perturbations
@@ -133,7 +133,7 @@ def test_blocks_and_evicted_outputs_give_the_same(monkeypatch, block_bytes):
         whole = change(o, boxes)
         passes = o.monitor.passes
         o.monitor.start()
-        monkeypatch.setattr(engine, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(pairs, "BLOCK_BYTES", block_bytes)
         blocks = change(o, boxes)
     assert o.monitor.passes > passes
     assert_equal(blocks, whole, 1e-12)
@@ -163,6 +163,7 @@ def test_memory_back_off(output):
 
         def hungry(x):
             if len(x) > 3:
+                x.zero_()  # what a pass that failed leaves of its input is not known
                 raise torch.OutOfMemoryError("not enough memory")
             return forward(x)
 
@@ -212,9 +213,22 @@ def test_what_perturbed_windows_are_compared_with_is_computed_once(output):
             )
     fresh, _ = objective(net, image, inferer, [target])
     with pytest.MonkeyPatch.context() as patch, frozen(net):
-        patch.setattr(engine, "BLOCK_BYTES", 1)  # what does not fit is not kept
+        patch.setattr(pairs, "BLOCK_BYTES", 1)  # what does not fit is not kept
         change(fresh, rounds[0])
         assert not fresh.base_outputs
+
+
+@pytest.mark.parametrize("output", ["logit", "probability"])
+def test_windows_that_no_perturbation_changes_are_not_computed(output):
+    net, image = network(2, 1), noise(1, 20, 18)
+    inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
+    o, _ = objective(net, image, inferer, targets(output, 2))
+    corner = Boxes([(0, 0), (1, 2)], [(2, 2), (3, 3)], 0.3)
+    with frozen(net):
+        found = change(o, corner)
+    assert o.monitor.passes == passes_needed(o, corner) == 2 + 1 < len(o.windows)
+    for k, score in enumerate(o.scores):
+        assert_equal(found[k], naive_change(net, image, inferer, score, corner))
 
 
 def test_the_image_is_never_changed():
@@ -294,7 +308,7 @@ def test_where_indices_of_windows_do_not_fit_they_are_made_again(monkeypatch, ou
     boxes = boxes_for((20, 18), 5, 0.3)
     with frozen(net):
         whole = change(o, boxes)
-        monkeypatch.setattr(engine, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(pairs, "BLOCK_BYTES", 1)
         o.base_scores.clear()
         assert_equal(change(o, boxes), whole, 1e-12)
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from esegeta_monai import coalitions as coalitions_module
 from esegeta_monai.change import change, known_change, passes_needed
 from esegeta_monai.coalitions import Game, Segments, SmoothMasks, reference_image, split_half
 from esegeta_monai.features import Features
@@ -75,7 +76,6 @@ def test_features_that_equal_the_baseline_are_told_apart_from_nothing():
     crop = image[..., :8]
     assert segments.key(0, 0, place) == UNCHANGED
     assert not segments.changes(0, crop, place)
-    assert segments.altered(0, crop, place) is None
     assert segments.key(1, 0, place) == segments.key(2, 0, place) != UNCHANGED
     assert torch.equal(segments.apply(1, crop, place), segments.apply(2, crop, place))
 
@@ -109,7 +109,7 @@ def test_blocks_of_a_non_linear_target_count_and_score_the_same(monkeypatch):
     segments = Segments(labels, np.random.default_rng(1).random((9, 6)) > 0.5, torch.zeros_like(case.image), case.image)
     with frozen(case.net):
         whole = change(case.objective, segments)
-        monkeypatch.setattr("esegeta_monai.change.BLOCK_BYTES", 8 * 3 * 8 * 24 * 2)
+        monkeypatch.setattr("esegeta_monai.pairs.BLOCK_BYTES", 8 * 3 * 8 * 24 * 2)
         before = case.objective.monitor.passes
         blocks = change(case.objective, segments)
     assert_equal(blocks, whole)
@@ -150,3 +150,24 @@ def test_feature_means():
 def test_split_half_correlation():
     a = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
     assert split_half(a, -2 * a) == [pytest.approx(-1), None]
+
+
+def test_what_coalitions_share_is_looked_at_once(monkeypatch):
+    """Labels and reference are hashed once, and each window is looked at once, however many sets of coalitions come."""
+    case = Naive(small(), image_of(1, 8, 24), [MultiClassMask(1)])
+    game = Game.of(case.objective, "grid(size=4)", "constant(0.1)")
+    hashed, counted = [], []
+    digest, bincount = coalitions_module.digest, torch.bincount
+    monkeypatch.setattr(coalitions_module, "digest", lambda *t: hashed.append(t) or digest(*t))
+    monkeypatch.setattr(torch, "bincount", lambda *a, **k: counted.append(a) or bincount(*a, **k))
+    drawn = np.random.default_rng(1).random((3, 5, len(game.features))) > 0.5
+    with frozen(case.net):
+        mine = [game.values(coalitions) for coalitions in drawn]
+        again = [game.values(coalitions) for coalitions in drawn]
+    assert len(hashed) == 1
+    assert len(counted) == len(case.objective.windows)
+    for coalitions, one, other in zip(drawn, mine, again):
+        segments = Segments(game.features.labels, coalitions, game.reference, case.image)
+        assert segments.identity(0) == game.segments(coalitions).identity(0)
+        assert_equal(one, case.change(case.objective, segments))
+        assert torch.equal(one, other)

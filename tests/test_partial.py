@@ -17,8 +17,8 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
 from esegeta_monai import Explainer
-from esegeta_monai import change as engine
 from esegeta_monai import methods as m
+from esegeta_monai import pairs as engine
 from esegeta_monai.partial import ScoreTable
 from esegeta_monai.targets import Box, MultiClassMask
 from tests.methods.naive import image_of, small
@@ -104,7 +104,8 @@ def test_the_time_limit_keeps_the_scores(tmp_path, monkeypatch):
     assert len(runs) > 2
     assert all("time limit" in r.record["reason"] for r in runs[:-1])
     assert_equal(torch.as_tensor(runs[-1].map), torch.as_tensor(whole.map), 1e-12)
-    assert sum(r.record["window_passes"] for r in runs) == whole.record["window_passes"] + 4 * (len(runs) - 1)
+    again = sum(r.record["window_passes"] for r in runs) - whole.record["window_passes"]
+    assert 0 <= again < len(runs)  # the window that each goes on in, as it is
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "foreign", "shape"])

@@ -41,7 +41,7 @@ class Removal:
 
     Attributes:
         objective: with all targets, whose scores are shared; ``alone``: with the subject's target only.
-        features, reference: see `esegeta_monai.features` and `esegeta_monai.coalitions.reference_image`.
+        features: see `esegeta_monai.features`.
         row: of the subject's target in ``objective``.
         random: whether another draw has another reference.
         seed: of the order of features that the map says the same of.
@@ -50,7 +50,8 @@ class Removal:
     objective: Objective
     alone: Objective
     features: Features
-    reference: Tensor
+    segments: Segments
+    """The features and their reference, shared by all coalitions and by all maps of the image."""
     row: int
     shares: Tensor
     """What the map says of each feature: the sum of the map over it (n,), float64."""
@@ -76,7 +77,7 @@ class Removal:
         return self._change(self.objective, coalitions)[self.row].numpy()
 
     def _change(self, objective: Objective, coalitions: np.ndarray) -> Tensor:
-        return known_change(objective, Segments(self.features.labels, coalitions, self.reference, objective.image))
+        return known_change(objective, self.segments.with_coalitions(coalitions))
 
     @cached_property
     def means(self) -> Tensor:
@@ -132,16 +133,17 @@ def removal_of(subject: Subject, features: Any, baseline: Any, draw: int = 0) ->
     random = not is_feature_mean(baseline) and baseline_for(baseline, local=True).random
     seed = objective.seed + draw
 
-    def reference_of() -> Tensor:
+    def segments_of() -> Segments:
         run_seed = objective.seed
         objective.seed = seed if random else run_seed
         try:
-            return reference_image(objective, found, baseline)[1]
+            reference = reference_image(objective, found, baseline)[1]
         finally:
             objective.seed = run_seed
+        return Segments(found.labels, np.ones((0, len(found)), dtype=bool), reference, objective.image)
 
     by = id(baseline) if isinstance(baseline, Tensor) else repr(json_ready(baseline))
-    reference = subject.once(("reference", what, by, draw if random else 0), reference_of)
+    segments = subject.once(("segments", what, by, draw if random else 0), segments_of)
     values = subject.per_channel.to(found.labels.device)
     if len(found.labels) == 1:
         values = values.sum(0, keepdim=True)
@@ -156,7 +158,7 @@ def removal_of(subject: Subject, features: Any, baseline: Any, draw: int = 0) ->
         )
     voxels = found.counts.double().cpu()
     return Removal(
-        objective, subject.alone, found, reference, subject.target, shares[1:].cpu(), voxels, seen, random, seed
+        objective, subject.alone, found, segments, subject.target, shares[1:].cpu(), voxels, seen, random, seed
     )
 
 

