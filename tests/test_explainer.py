@@ -300,13 +300,13 @@ def test_a_completeness_gap_above_five_percent_is_warned_of_whatever_the_method(
     found = list(Explainer(Spy(), SLIDING)(image(), methods, [MultiClassMask(1), MultiClassMask(0, name="air")]))
     told = {w for a in found for w in a.record["warnings"]}
     assert told == {
-        "Misses, MultiClassMask-class1: the map's sum misses what it should add up to by 6 %: take more of them"
+        "MultiClassMask-class1: Misses: the map's sum misses what it should add up to by 6 %: take more of them"
     }
     assert not any(a.record["warnings"] for a in found if a.method.name == "fine")
     short = [BlurIG(n_steps=1), IntegratedGradients(n_steps=1, method="riemann_left")]
     for a in Explainer(Spy(), SLIDING)(5 * image(), short, [Voxel(1, index=(6, 6, 6), output="log_probability")]):
         assert a.record["completeness_gap"] > 0.05
-        assert any(w.startswith(f"{a.method.name}, ") for w in a.record["warnings"])
+        assert any(w.startswith(f"{a.label}: {a.method.name}: ") for w in a.record["warnings"])
 
 
 class Slow(Method):

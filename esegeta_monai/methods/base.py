@@ -233,8 +233,9 @@ def _explained(value: Explained | Tensor, method: Method, objective: Objective) 
     for score, gap in zip(objective.scores, gaps):
         if gap is not None and gap > GAP:
             objective.monitor.warn(
-                f"{method.name}, {score.label}: the map's sum misses what it should add up to by {100 * gap:.0f} %: "
-                f"{method.gap_advice}"
+                f"{method.name}: the map's sum misses what it should add up to by {100 * gap:.0f} %: "
+                f"{method.gap_advice}",
+                score.label,
             )
     return explained
 
