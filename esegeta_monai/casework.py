@@ -248,8 +248,7 @@ class CaseWork:
             return
         from tqdm import tqdm
 
-        total = sum(m.passes(objective) for m in group)
-        with tqdm(total=total, desc=names[:60], unit="window", file=sys.stderr) as bar:
+        with tqdm(total=_total(group, objective), desc=names[:60], unit="window", file=sys.stderr) as bar:
             objective.monitor.on_pass = bar.update
             try:
                 yield
@@ -270,6 +269,15 @@ def _goes_on(error: Exception, table: ScoreTable | None) -> Exception:
     if table is None or not isinstance(error, MethodTimeout) or not table.kept:
         return error
     return MethodTimeout(f"{error}; its scores are kept: the same run goes on from there")
+
+
+def _total(group: Sequence[Method], objective: Objective) -> int | None:
+    """The passes that a progress bar counts to; None where a method cannot say so, which then fails by itself."""
+    try:
+        return sum(m.passes(objective) for m in group)
+    except Exception as error:  # of a file, say, that is not there: the method meets it too, and has it recorded
+        logger.debug("%s: its passes cannot be counted: %s", group[0].name, error)
+        return None
 
 
 class _Blend(Request):

@@ -24,6 +24,7 @@ from esegeta_monai.methods import (
     IntegratedGradients,
     LayerActivation,
     Occlusion,
+    Rise,
     Saliency,
     ScoreCam,
     SmoothGrad,
@@ -586,3 +587,14 @@ def test_warnings_are_recorded_not_lost() -> None:
         warnings.simplefilter("error")
         found = only(Explainer(Spy(), Mirrored())(image(), [Saliency()], [MultiClassMask(1)]))
     assert found.record["warnings"]
+
+
+@pytest.mark.parametrize("bad", [Occlusion(4, baseline="gone.nii.gz"), Rise(10, grid=(2, 2))])
+def test_a_progress_bar_does_not_spread_a_failure(bad: Method, capsys: pytest.CaptureFixture[str]) -> None:
+    """The passes are counted before the run: what fails there failed all methods of the case."""
+    explainer = Explainer(Spy(), SLIDING, on_error="record", progress=True)
+    methods = [bad, Saliency(), Occlusion(6, name="second")]
+    found = {a.method.name: a for a in explainer(image(), methods, [Voxel(1, index=(6, 6, 6))])}
+    assert {n: a.status for n, a in found.items()} == {bad.name: "failed", "Saliency": "ok", "second": "ok"}
+    passes = found["second"].record["window_passes"]
+    assert f"{passes}/{passes} [" in capsys.readouterr().err
