@@ -13,11 +13,11 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,6 +32,9 @@ __all__ = ["Sampled", "change", "known_change", "known_passes", "passes_needed"]
 
 PICKED = 2
 """By how much to pick voxels of the mask one by one is dearer than to look at all of them."""
+
+WEIGHTS_BYTES = 2**22
+"""Memory for the weights of windows that come next (linear s): to make several at once takes half the time."""
 
 LOOKED_AT = 8
 """Perturbations of a window that are looked at for one that changes it, before fewer are sampled."""
@@ -126,7 +129,7 @@ class _LinearChange(Pairs):
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         super().__init__(objective, perturbations)
         self.base = objective.base_scores
-        self.weights: tuple[int, list[tuple[Slices, Tensor] | None]] = (-1, [])
+        self.weights: dict[int, list[tuple[Slices, Tensor] | None]] = {}
         self.turn = 0
 
     def mine(self) -> bool:
@@ -151,25 +154,24 @@ class _LinearChange(Pairs):
         def score(batch: Batch) -> None:
             with torch.inference_mode():
                 scores = self.scores(batch.windows, batch.forward(batch.image))
-            found[[rows[w] for w in batch.windows]] = scores
+            found[[rows[w] for w in batch.windows]] = torch.tensor(scores, dtype=torch.float64)
 
         self.objective.each([(0, w) for w in missing], score, with_cotangents=False, sums=[found])
-        self.base.update(zip(missing, found))
+        self.base.update(zip(missing, found.tolist()))
 
-    def compute(self, pairs: Sequence[Pair], x: Tensor) -> None:
-        scores = self.scores([p.window for p in pairs], self.forward(pairs, x))
-        for pair, score in zip(pairs, scores):
+    def book(self, pairs: Sequence[Pair], out: Tensor) -> None:
+        result = self.result.numpy()  # its own memory: to add to few places is dear in torch
+        for pair, scores in zip(pairs, self.scores([p.window for p in pairs], out)):
             if not pair.indices:
-                self.base[pair.window] = score
-        changes = scores - torch.stack([self.base[p.window] for p in pairs])
-        some = [len(p.indices) for p in pairs]
-        indices = list(itertools.chain.from_iterable(p.indices for p in pairs))
-        # in its own memory: to add to few places is dear in torch
-        np.add.at(self.result.numpy().T, indices, changes.numpy().repeat(some, 0))
-        self.done += sum(n > 0 for n in some)
+                self.base[pair.window] = scores
+                continue
+            indices = pair.indices[0] if len(pair.indices) == 1 else list(pair.indices)
+            for k, (after, before) in enumerate(zip(scores, self.base[pair.window])):
+                result[k, indices] += after - before
+            self.done += 1
 
-    def scores(self, windows: Sequence[int], out: Tensor) -> Tensor:
-        """``F_w`` (n, k) from network output (n, R, *out_roi), on the CPU."""
+    def scores(self, windows: Sequence[int], out: Tensor) -> list[list[float]]:
+        """``F_w`` from network output (n, R, *out_roi): k for each of the windows."""
         found: list[list[Tensor]] = [[] for _ in range(self.objective.n_targets)]
         for w, rows in runs(windows):
             for weighted, channels, parts in zip(self._weights_of(w), self.objective.rows, found):
@@ -179,18 +181,23 @@ class _LinearChange(Pairs):
                     inside, weight = weighted
                     where: tuple[Any, ...] = (rows, channels, *inside)
                     parts.append(out[where].double().flatten(1) @ weight.to(out.device))
-        return torch.stack([torch.cat(parts) for parts in found], 1).cpu()
+        values = torch.cat([part for parts in found for part in parts]).tolist()
+        return [values[j :: len(out)] for j in range(len(out))]
 
     def _weights_of(self, window: int) -> list[tuple[Slices, Tensor] | None]:
         """For each score the box of its mask in a window's output, and ``ĝ_w ∂s/∂P`` there as a vector in float64; None
         where it sees none of the window."""
-        if self.weights[0] != window:  # windows come in order, so that only the last one can come again
-            found = [
-                self._weight(k, window) if window in support else None
-                for k, support in enumerate(self.objective.support)
-            ]
-            self.weights = window, found
-        return self.weights[1]
+        if window not in self.weights:  # windows come in order: made for this one and, at once, for some of the next
+            self.weights.clear()
+            held = 0
+            for w in self.objective.windows[bisect_left(self.objective.windows, window) :]:
+                self.weights[w] = [
+                    self._weight(k, w) if w in support else None for k, support in enumerate(self.objective.support)
+                ]
+                held += sum(one[1].nbytes for one in self.weights[w] if one is not None)
+                if held >= WEIGHTS_BYTES:
+                    break
+        return self.weights[window]
 
     def _weight(self, k: int, window: int) -> tuple[Slices, Tensor]:
         inside, weight = self.objective.weighted_cotangent(k, window)
@@ -224,11 +231,13 @@ class _BlendedChange(Pairs):
             for indices, block in blocks(self.objective, self.perturbations, mine, self.sizes):
                 self.base = self.base if self.keeps else {}
                 self.parts = {i: [[] for _ in self.supports] for i in indices}
-                before = self.number
+                before = self.computed
+                for w, _ in block:  # before the passes, which empty the processor's caches
+                    self.held(w)
                 self.over(block)
                 if self.ended:  # scores take time too: as many as the pairs would be
                     pairs = sum(len(groups) for _, groups in block)
-                    for i in indices[: math.ceil(len(indices) * (self.number - before) / pairs)]:
+                    for i in indices[: math.ceil(len(indices) * (self.computed - before) / pairs)]:
                         self._score(i)
                     break
                 for i in indices:
@@ -245,28 +254,28 @@ class _BlendedChange(Pairs):
             self._held[window] = [s.held(window) if window in s.windows else None for s in self.supports]
         return self._held[window]
 
-    def compute(self, pairs: Sequence[Pair], x: Tensor) -> None:
-        out = self.forward(pairs, x)
+    def book(self, pairs: Sequence[Pair], out: Tensor) -> None:
+        windows = list(runs([p.window for p in pairs]))
         booked: list[tuple[Pair, int, Held, Tensor]] = []
-        for w, rows in runs([p.window for p in pairs]):
-            some, held = pairs[rows], self.held(w)
-            seen = [None if h is None else self._read(k, out[rows], h) for k, h in enumerate(held)]
-            if not some[0].indices:
-                if not self.keeps:
-                    self.base.clear()
-                self.base[w] = [None if s is None else s[0].clone() for s in seen]
-                some, seen = some[1:], [None if s is None else s[1:] for s in seen]
-            for k, (here, after, before) in enumerate(zip(held, seen, self.base[w])):
-                if here is not None and after is not None and before is not None:
-                    changed = torch.sub(after, before).mul_(here.weight)
-                    booked += [(pair, k, here, one) for pair, one in zip(some, changed)]
-        for pair, k, here, one in booked:
+        base: dict[int, list[Any]] = {
+            w: [None] * len(self.supports) for w, rows in windows if not pairs[rows.start].indices
+        }
+        for k, support in enumerate(self.supports):
+            held = [(w, rows, h) for w, rows in windows if (h := self.held(w)[k]) is not None]
+            for (w, rows, h), one in zip(held, support.read(out, [(rows, h) for _, rows, h in held])):
+                seen, some = one.to(self.objective.image.device), pairs[rows]
+                if w in base:  # the window as it is comes first
+                    base[w][k], seen, some = seen[0].clone(), seen[1:], some[1:]
+                if some:
+                    before: Tensor = (base if w in base else self.base)[w][k]
+                    changed = torch.sub(seen, before).mul_(h.weight)
+                    booked += [(pair, k, h, change) for pair, change in zip(some, changed)]
+        if base and not self.keeps:
+            self.base.clear()
+        self.base.update(base)
+        for pair, k, h, changed in booked:
             for i in pair.indices:
-                self.parts[i][k].append((here, one))
-
-    def _read(self, k: int, out: Tensor, held: Held) -> Tensor:
-        """What score k sees of a window's outputs (n, R, *out_roi): (n, channels, m), where volumes live."""
-        return self.supports[k].read(out, held).to(self.objective.image.device)
+                self.parts[i][k].append((h, changed))
 
     @torch.inference_mode()
     def _score(self, index: int) -> None:

@@ -99,7 +99,7 @@ class _Parts:
     @functools.cached_property
     def digest(self) -> bytes:
         """Of what they are and what replaces them."""
-        return digest(self.labels, self.baseline)
+        return digest(self.labels.int(), self.baseline)
 
     def features(self, place: Slices) -> np.ndarray:
         """The features that have a voxel at ``place`` which differs from the baseline, in order."""

@@ -87,7 +87,7 @@ class Objective:
         self.blend_deviation: list[float | None] = [None] * len(self.scores)
         self.table: ScoreTable | None = None
         """Where a perturbation run keeps its scores on disk."""
-        self.base_scores: dict[int, Tensor | None] = {}
+        self.base_scores: dict[int, list[float] | None] = {}
         self.base_outputs: dict[int, list[Tensor | None] | None] = {}
         """What perturbed windows are compared with: of linear scores their values (k,), else what each score reads of
         the output; None: that it would have been computed, where a method is only timed."""

@@ -32,6 +32,12 @@ BLOCK = 512
 """Perturbations in flight at most (non-linear s): after each block their scores are known, and can be kept."""
 
 
+STAGED, STAGED_BYTES = 16, 8 * 2**20
+"""So many batches of small windows are written together, pass the network one after the other, and are booked
+together, as long as they and their outputs take no more memory: between two passes the first call of everything is
+slow, since a pass empties the processor's caches."""
+
+
 class Pair(NamedTuple):
     """One perturbed window, and all perturbations that are equal there; none: the window as it is."""
 
@@ -50,14 +56,24 @@ def cut(objective: Objective, window: int) -> tuple[Slices, Tensor]:
 
 
 def by_window(objective: Objective, perturbations: Perturbations) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-    """All perturbations as one block, found as it is asked for."""
+    """All perturbations as one block, found as it is asked for.
+
+    Windows are looked at some together, until `BLOCK` perturbations have been met, see `STAGED`.
+    """
+    found: list[tuple[int, list[tuple[int, ...]]]] = []
+    met = 0
     for w in objective.windows:
         place = objective.plan.place(w)
         groups: dict[Hashable, list[int]] = {}
         for i, key in _keys(perturbations, perturbations.reaching(place), w, place):
             groups.setdefault(key, []).append(i)
         if groups:
-            yield w, [tuple(g) for g in groups.values()]
+            found.append((w, [tuple(g) for g in groups.values()]))
+            met += sum(map(len, groups.values()))
+        if met >= BLOCK:
+            yield from found
+            found, met = [], 0
+    yield from found
 
 
 def _keys(
@@ -164,13 +180,14 @@ def runs(windows: Sequence[int]) -> Iterator[tuple[int, slice]]:
 class Pairs:
     """Scores of perturbations whose pairs go through the network in full batches.
 
-    Windows are written where the network reads them, so that one batch of them is held and nothing is copied twice.
+    Windows are written where the network reads them, so that one batch of them is held (of small ones some, see
+    `STAGED`) and nothing is copied twice.
     """
 
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         self.objective, self.perturbations = objective, perturbations
         self.result = torch.zeros((objective.n_targets, len(perturbations)), dtype=torch.float64)
-        self.done = self.number = self.known = 0
+        self.done = self.number = self.computed = self.known = 0
         self.loop: Loop | None = None
         self.began, self.ended, self.compared = 0, False, set[int]()
         self.base: dict[int, Any] = {}
@@ -219,15 +236,9 @@ class Pairs:
         """Whether this process computes the next pair."""
         return True
 
-    def compute(self, pairs: Sequence[Pair], x: Tensor) -> None:
-        """Network passes for the windows (n, C, *roi) of one batch of pairs, and their booking: all of it, or none
-        where memory runs out."""
+    def book(self, pairs: Sequence[Pair], out: Tensor) -> None:
+        """What the network gave for a batch of pairs (n, R, *out_roi): all of it, or none where memory runs out."""
         raise NotImplementedError
-
-    def forward(self, pairs: Sequence[Pair], x: Tensor) -> Tensor:
-        """The network's output (n, R, *out_roi)."""
-        with torch.inference_mode():
-            return self.objective.run(x, [p.window for p in pairs])
 
     def over(self, block: Block) -> None:
         """All pairs of a block, in full batches; before those of a window the window as it is, where it is not
@@ -256,11 +267,12 @@ class Pairs:
 
     @property
     def _room(self) -> int:
-        """How many pairs the batch has room for."""
-        return self.objective.window_batch - len(self._pending)
+        """How many pairs the batches have room for."""
+        assert self._rows is not None
+        return len(self._rows) - len(self._pending)
 
     def _add(self, pairs: Sequence[Pair], crop: Tensor, place: Slices) -> int:
-        """Pairs of one window for which there is room; a full batch is computed.
+        """Pairs of one window for which there is room; full batches are computed.
 
         Returns:
             Their number.
@@ -287,38 +299,67 @@ class Pairs:
         self._pending += pairs
 
     def _made(self, crop: Tensor) -> Tensor:
-        """Rows for one batch, (n, C, *roi)."""
+        """Rows for one batch (n, C, *roi), or for some where they are small."""
+        objective = self.objective
+        one = objective.plan.roi
+        size = (len(crop) * math.prod(one) + len(objective.read) * objective.grid.size) * crop.element_size()
+        batches = max(1, min(STAGED, STAGED_BYTES // (size * objective.window_batch)))
         while True:
             try:
-                return crop.new_empty((self.objective.window_batch, len(crop), *self.objective.plan.roi))
+                return crop.new_empty((batches * objective.window_batch, len(crop), *one))
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                self.objective.shrink(self.objective.window_batch, error)
+                if batches == 1:
+                    objective.shrink(objective.window_batch, error)
+                batches = 1
 
     def _flush(self) -> None:
-        """One batch of the pairs that wait; all of them go on waiting where memory runs out."""
-        if self.loop is not None and self.loop.enough(self._passes()):
-            self.ended = True
-            return
-        try:
-            self.objective.monitor.check()
-        except MethodTimeout:
-            self.keep(force=True)
-            raise
-        self.keep()
-        part = self._pending[: self.objective.window_batch]
+        """The batches that wait go through the network and are booked; where memory runs out, some wait longer."""
         assert self._rows is not None
+        waiting, n, late = self._pending, self.objective.window_batch, False
+        passed: list[tuple[list[Pair], Tensor]] = []
         try:
-            self.compute(part, self._rows[: len(part)])
-            rest = self._pending[len(part) :]
+            for start in range(0, len(waiting), n):
+                if self.loop is not None and self.loop.enough(self._passes()):
+                    self.ended = True
+                    break
+                self.objective.monitor.check()
+                batch = waiting[start : start + n]
+                with torch.inference_mode():
+                    out = self.objective.run(self._rows[start : start + len(batch)], [p.window for p in batch])
+                passed.append((batch, out))
+        except MethodTimeout:
+            late = True
+            raise
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            self.objective.shrink(len(part), error)
-            rest = self._pending
+            self.objective.shrink(len(batch), error)
+        finally:  # what has gone through the network counts, whatever stopped the rest
+            rest = waiting[self._booked(passed) :]
+            self.keep(force=late)
         self._pending, number = [], self.number
         for pair in rest:  # there are some where memory ran out: what a pass left of their rows is not known
             place, crop = cut(self.objective, pair.window)
             self._write([pair], crop, place)
         self.number = number
+
+    def _booked(self, passed: Sequence[tuple[list[Pair], Tensor]]) -> int:
+        """Books batches one after the other, until memory runs out.
+
+        Returns:
+            The number of their pairs.
+        """
+        count = 0
+        for batch, out in passed:
+            try:
+                self.book(batch, out)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                self.objective.shrink(len(batch), error)
+                break
+            count += len(batch)
+            self.computed += sum(bool(p.indices) for p in batch)
+        return count

@@ -6,6 +6,7 @@ voxels of the mask that lie in it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,15 +76,21 @@ class Support:
         whole[in_window] = part
         return Held(true_positions(whole), voxels, weight)
 
-    def read(self, out: Tensor, held: Held) -> Tensor:
-        """`Score.contrast` at the voxels that a window holds, from its output (n, R, *out_roi): (n, channels, m)."""
+    def read(self, out: Tensor, held: Sequence[tuple[slice, Held]]) -> list[Tensor]:
+        """`Score.contrast` at the voxels that windows hold, from the network's output (n, R, *out_roi).
+
+        Args:
+            held: some rows of the output that are of one window, and what it holds.
+
+        Returns:
+            For each of them (rows, channels, m).
+        """
         seen = out[:, self.rows].reshape(len(out), len(self.score.channels), -1)
-        if held.cells is None:
-            return self.score.contrast(seen)
-        cells = held.cells.to(seen.device)
-        if DENSE * len(cells) > seen.shape[-1]:  # fewer channels are picked from
-            return take(self.score.contrast(seen), cells)
-        return self.score.contrast(take(seen, cells))
+        dense = any(h.cells is None or DENSE * len(h.cells) > seen.shape[-1] for _, h in held)
+        if dense:  # fewer channels are picked from
+            seen = self.score.contrast(seen)
+        picked = [seen[rows] if h.cells is None else take(seen[rows], h.cells.to(seen.device)) for rows, h in held]
+        return picked if dense else [self.score.contrast(one) for one in picked]
 
     def of(self, prediction: Tensor) -> Tensor:
         """`Score.contrast` at the mask's voxels of what the score reads of a prediction (channels, *box), in float64:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
 
+from esegeta_monai import pairs
 from esegeta_monai.change import change, passes_needed
 from esegeta_monai.network import frozen
 from esegeta_monai.targets import MultiClassMask
@@ -15,17 +16,18 @@ from tests.test_objective import assert_equal, naive_change, network, objective
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
 @pytest.mark.parametrize("shape", [(20, 18), (5, 19)])  # the second is padded
-@pytest.mark.parametrize("batch", [1, 3, 4])
-def test_batches_are_full_and_written_in_place(shape, batch, output):
+@pytest.mark.parametrize(("batch", "staged"), [(1, 1), (3, 1), (4, 1), (1, 8), (3, 2)])
+def test_batches_are_full_and_written_in_place(shape, batch, staged, output, monkeypatch):
     net, image = network(2, 2), noise(2, *shape)
     inferer = SlidingWindowInferer((8, 8), batch, 0.5, "gaussian", padding_mode="reflect")
     o, _ = objective(net, image, inferer, [MultiClassMask(1, output=output)])
     boxes = boxes_for(shape, 4, 0.3)
     sizes, memory, forward = [], set(), net.forward
+    monkeypatch.setattr(pairs, "STAGED", staged)
 
     def seen(x):
         sizes.append(len(x))
-        memory.add(x.untyped_storage().data_ptr())
+        memory.add((x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()))
         return forward(x)
 
     net.forward = seen
@@ -34,9 +36,59 @@ def test_batches_are_full_and_written_in_place(shape, batch, output):
     assert sum(sizes) == o.monitor.passes == passes_needed(o, boxes)
     assert set(sizes[:-1]) == {batch}
     assert sizes[-1] <= batch
-    assert len(memory) == 1
+    ((_, held),) = memory
+    assert held == staged * batch * 2 * 8 * 8 * 8
     net.forward = forward
     assert_equal(found[0], naive_change(net, image, inferer, o.scores[0], boxes))
+
+
+def test_large_windows_are_not_held_several_batches_at_a_time(monkeypatch):
+    net, image = network(2, 1), noise(1, 13, 10)
+    o, _ = objective(net, image, SlidingWindowInferer((8, 8), 2, 0.5), [MultiClassMask(1)])
+    monkeypatch.setattr(pairs, "STAGED_BYTES", 3 * 2 * (8 * 8 + 8 * 8) * 8)  # three batches and their outputs
+    lengths, forward = set(), net.forward
+
+    def seen(x):
+        lengths.add(x.untyped_storage().nbytes() // (8 * 8 * 8))
+        return forward(x)
+
+    net.forward = seen
+    with frozen(net):
+        reference = change(o, boxes_for((13, 10), 3, 0.3))
+        monkeypatch.setattr(pairs, "STAGED_BYTES", 1)
+        assert_equal(change(o, boxes_for((13, 10), 3, 0.3)), reference, 1e-12)
+    assert lengths == {6, 2}
+
+
+class Interrupted(Exception):  # noqa: N818 - reads as what happened
+    """Of the network's own."""
+
+
+@pytest.mark.parametrize("output", ["logit", "probability"])
+def test_what_went_through_the_network_counts_where_it_stops(output):
+    """A batch that fails takes none with it that passed before, though they are booked together."""
+    net, image = network(2, 1), noise(1, 13, 10)
+    o, _ = objective(net, image, SlidingWindowInferer((8, 8), 2, 0.5), [MultiClassMask(1, output=output)])
+    boxes, forward, left = boxes_for((13, 10), 3, 0.3), net.forward, [3]
+
+    def stops(x):
+        left[0] -= 1
+        if left[0] < 0:
+            raise Interrupted
+        return forward(x)
+
+    with frozen(net):
+        reference = change(o, boxes)
+        passes = o.monitor.passes
+        fresh = o.apart()
+        net.forward = stops
+        with pytest.raises(Interrupted):
+            change(fresh, boxes)
+        known = fresh.base_scores if o.linear else fresh.base_outputs
+        assert 0 < len(known) < len(o.windows)
+        left[0], before, again = 1000, o.monitor.passes, len(known)
+        assert_equal(change(fresh, boxes), reference, 1e-12)
+    assert o.monitor.passes - before == passes - again
 
 
 def test_a_batch_for_which_there_is_no_memory_is_made_smaller(monkeypatch):

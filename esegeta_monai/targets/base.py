@@ -89,7 +89,8 @@ class Score(ABC):
         return gradient
 
     def window_cotangent(self, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        """``∂s/∂P`` of a linear score in one window: ``cut`` takes a window out of a (…, *box) tensor."""
+        """``∂s/∂P`` of a linear score in one window: ``cut`` takes a window out of a (…, *box) tensor. A boolean one
+        stands for 0 and 1."""
         return cut(self.cotangent(self._zeros()))
 
     def constant(self) -> float:
@@ -249,7 +250,7 @@ class WeightedScore(Score):
         return (weights / self.voxels if self.reduction == "mean" and self.voxels else weights).unsqueeze(0)
 
     def window_cotangent(self, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        weights = cut(self.mask.unsqueeze(0)).float()  # the window alone: no volume of weights is made
+        weights = cut(self.mask.unsqueeze(0))  # the window alone: no volume of weights is made
         return weights.double() / self.voxels if self.reduction == "mean" and self.voxels else weights
 
 
