@@ -190,9 +190,12 @@ class Cases(Baseline):
     files: Sequence[Any]
     name: str | None = field(default=None, kw_only=True)
 
-    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not len(self.files):
             raise UsageError("the baseline cases(files=…) needs at least one file")
+
+    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         which = int(torch.randint(len(self.files), (1,), generator=generator))
         return _as_volume(self.files[which], objective)
 
@@ -303,7 +306,7 @@ def scale_invariant(objective: Objective) -> bool:
         window = objective.windows[len(objective.windows) // 2]
         x = objective.plan.cut(objective.image, window)[None].to(objective.model.device)
         with torch.inference_mode():
-            full, half = objective.run(torch.cat([x, x / 2]), [window] * 2)
+            full, half = objective.run(torch.cat([x, x / 2]), [window] * 2).double()
         spread = (full - full.mean()).abs().mean() + full.abs().mean()
         _SCALE_INVARIANT[objective] = bool((full - half).abs().mean() < 0.01 * spread)
     return _SCALE_INVARIANT[objective]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from esegeta_monai.attribution import Attribution
 from esegeta_monai.cases import CaseInput
 from esegeta_monai.costs import too_costly
-from esegeta_monai.errors import EsegetaError
+from esegeta_monai.errors import EsegetaError, MethodTimeout
 from esegeta_monai.methods.base import Explained, Method, grouped, run_together, shares_passes
 from esegeta_monai.network import frozen, own_modes, weights_hash
 from esegeta_monai.objective import Objective, Request, View
@@ -195,8 +195,6 @@ class CaseWork:
         names = ", ".join(m.name or type(m).__name__ for m in group)
         with self._bar(names, group, objective), own_modes(settings.device), frozen(settings.network):
             results = run_together(group, objective)
-        if objective.table is not None and all(isinstance(r, Explained) for r in results.values()):
-            objective.table.remove()
         seconds = time.monotonic() - began
         shared = {
             "seconds": round(seconds, 3),
@@ -206,7 +204,6 @@ class CaseWork:
             "window_passes": sum(settings.ranks.gather(monitor.passes)),
             "ranks": settings.ranks.size,
             "window_batch": objective.window_batch,
-            "warnings": [*work.predicted.notes, *monitor.warnings],
         }
         if len(group) > 1:
             shared["passes_shared_with"] = [m.name for m in group]
@@ -217,15 +214,19 @@ class CaseWork:
             for k, b in enumerate(work.bound):
                 record = settings.outcomes.record(method, b, objective.plan, case)
                 record.update(shared)
+                others = [other.label for other in work.bound if other.label != b.label]
+                record["warnings"] = [*work.predicted.notes, *monitor.warnings_without(others)]
                 record["blend_deviation"] = objective.blend_deviation[k]
                 if isinstance(outcome, Exception):
-                    yield settings.outcomes.failed(method, b, case, record, outcome)
+                    yield settings.outcomes.failed(method, b, case, record, _goes_on(outcome, objective.table))
                     continue
                 assert values is not None
                 record["value"] = float(values[k])
                 if b.target.layer is None:
                     record.update(predicted_class(work.predicted.prediction, settings.class_names))
                 yield from settings.outcomes.finished(method, b, case, record, outcome, k, self.channels)
+        if objective.table is not None and all(isinstance(r, Explained) for r in results.values()):
+            objective.table.remove()  # only now: whoever asks on has written the maps
 
     def _decides(self, method: Method, work: Work) -> dict[str, Any]:
         """What decides the scores of perturbations."""
@@ -234,6 +235,7 @@ class CaseWork:
         names += ["image_sha256", "inputs_sha256"]
         return {
             "method": type(method).__name__,
+            "version": records[0]["versions"]["esegeta_monai"],  # another one may go through the pairs in another order
             "weights_sha256": weights_hash(self.settings.network),
             "targets": [[r["target"], r["target_parameters"], r["target_sha256"]] for r in records],
             **{name: records[0][name] for name in names},
@@ -246,8 +248,7 @@ class CaseWork:
             return
         from tqdm import tqdm
 
-        total = sum(m.passes(objective) for m in group)
-        with tqdm(total=total, desc=names[:60], unit="window", file=sys.stderr) as bar:
+        with tqdm(total=_total(group, objective), desc=names[:60], unit="window", file=sys.stderr) as bar:
             objective.monitor.on_pass = bar.update
             try:
                 yield
@@ -261,6 +262,22 @@ def _refusal(method: Method, objective: Objective) -> EsegetaError | None:
         return too_costly(method, objective)
     except EsegetaError as error:
         return error
+
+
+def _goes_on(error: Exception, table: ScoreTable | None) -> Exception:
+    """A time limit's error, with what can be done about it where scores have been kept."""
+    if table is None or not isinstance(error, MethodTimeout) or not table.kept:
+        return error
+    return MethodTimeout(f"{error}; its scores are kept: the same run goes on from there")
+
+
+def _total(group: Sequence[Method], objective: Objective) -> int | None:
+    """The passes that a progress bar counts to; None where a method cannot say so, which then fails by itself."""
+    try:
+        return sum(m.passes(objective) for m in group)
+    except Exception as error:  # of a file, say, that is not there: the method meets it too, and has it recorded
+        logger.debug("%s: its passes cannot be counted: %s", group[0].name, error)
+        return None
 
 
 class _Blend(Request):

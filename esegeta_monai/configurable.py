@@ -174,8 +174,14 @@ class Registry(Generic[T]):
         raise UsageError(f"cannot make a {self.kind} of {what!r}: give an instance, a class, a name, or a config")
 
     def create_all(self, what: Any) -> list[T]:
-        """A list of instances from one description, a list of them, or comma-separated text."""
+        """A list of instances from one description, a list of them, or comma-separated text.
+
+        Raises:
+            UsageError: text that names none, or one that cannot be made.
+        """
         if isinstance(what, str):
+            if not what.strip(", "):
+                raise UsageError(f"no {self.kind} is named: 'esegeta-monai {self.kind}s' lists them")
             return [self.create(part) for part in split_calls(what)]
         if isinstance(what, (list, tuple)):
             return [self.create(part) for part in what]

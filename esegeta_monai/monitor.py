@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from esegeta_monai.errors import MethodTimeout
@@ -29,12 +29,13 @@ class Monitor:
         """Where a method is only timed: how much of each loop is run."""
         self.passes = 0
         self.warnings: list[str] = []
+        self._about: dict[str, str | None] = {}
         self._deadline: float | None = None
         self._limit = 0.0
 
     def start(self, time_limit: float | None = None) -> None:
         """Begins a method: counters at zero, the clock at ``time_limit`` seconds (None: no limit)."""
-        self.passes, self.warnings, self._limit = 0, [], time_limit or 0.0
+        self.passes, self.warnings, self._about, self._limit = 0, [], {}, time_limit or 0.0
         self._deadline = None if time_limit is None else time.monotonic() + time_limit
 
     def passed(self, windows: int) -> None:
@@ -60,9 +61,19 @@ class Monitor:
                 "or choose a target with fewer windows"
             )
 
-    def warn(self, text: str) -> None:
-        """A warning for the log and the record, once."""
+    def warn(self, text: str, about: str | None = None) -> None:
+        """A warning for the log and the record, once.
+
+        Args:
+            about: the label of the score that it is about, which stands before the text; None: of all of them.
+        """
+        text = text if about is None else f"{about}: {text}"
         if text not in self.warnings:
+            self._about[text] = about
             self.warnings.append(text)
             if not self.silent and self.pace is None:  # maps that mean nothing warn of nothing
                 logger.warning(text)
+
+    def warnings_without(self, labels: Sequence[str]) -> list[str]:
+        """The warnings that are about none of these scores."""
+        return [text for text in self.warnings if self._about.get(text) not in labels]

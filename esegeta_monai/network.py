@@ -152,11 +152,13 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     """The module at a dotted name.
 
     Raises:
-        UsageError: no such layer; near matches are listed.
+        UsageError: no such layer; near matches are listed. No name.
         NetworkError: TorchScript.
     """
     if is_scripted(network):
         raise NetworkError("a TorchScript network does not show its layers: load the plain PyTorch network")
+    if not name:
+        raise UsageError("layer='': give a layer's dotted name ('esegeta-monai layers' lists them), or leave it away")
     try:
         return network.get_submodule(name)
     except AttributeError:

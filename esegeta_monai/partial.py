@@ -90,6 +90,11 @@ class ScoreTable:
             np.savez(file, key=np.array(self.key + perturbations), scores=scores.cpu().numpy(), done=np.array(done))
         self._last = now
 
+    @property
+    def kept(self) -> bool:
+        """Whether a table that was asked for lies on disk."""
+        return any(path.exists() for path in self._files)
+
     def remove(self) -> None:
         """Removes the tables that were asked for: the map is whole."""
         for path in self._files:

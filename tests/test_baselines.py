@@ -11,6 +11,7 @@ from torch import nn
 
 from esegeta_monai.baselines import BASELINES, Auto, baseline_for, has_scale_free_norm, scale_invariant
 from esegeta_monai.errors import InputError, UsageError
+from esegeta_monai.methods import IntegratedGradients, LayerDeepLift, NeuronConductance
 from esegeta_monai.network import frozen
 from esegeta_monai.targets import MultiClassMask
 from tests.networks import NAMES, build
@@ -112,10 +113,13 @@ def test_a_nifti_on_the_networks_grid(tmp_path):
     assert torch.equal(found, torch.from_numpy(volume)[None].double())
 
 
-@pytest.mark.parametrize("bad", [None, True, "nothing", "blur(sigmoid=1)"])
+@pytest.mark.parametrize("bad", [None, True, "nothing", "blur(sigmoid=1)", []])
 def test_what_is_no_baseline_is_refused(bad):
     with pytest.raises(UsageError):
         baseline_for(bad)
+    for method in (IntegratedGradients, LayerDeepLift, NeuronConductance):  # before any work
+        with pytest.raises(UsageError):
+            method(baseline=bad)
 
 
 @pytest.mark.parametrize("name", NAMES)

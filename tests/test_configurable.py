@@ -87,6 +87,12 @@ def test_create_from_everything():
     assert fruits.create("Apple(-2.5)").weight == -2.5
 
 
+@pytest.mark.parametrize("text", ["", " ", " , "])
+def test_text_that_names_nothing_is_refused(text):
+    with pytest.raises(UsageError, match="no fruit is named: 'esegeta-monai fruits' lists them"):
+        registry().create_all(text)
+
+
 def test_text_of_several():
     text = "Saliency, Occlusion(window=(8, 8), stride=4),input-x-gradient, SmoothGrad('Saliency')"
     methods = METHODS.create_all(text)

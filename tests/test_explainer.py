@@ -24,6 +24,7 @@ from esegeta_monai.methods import (
     IntegratedGradients,
     LayerActivation,
     Occlusion,
+    Rise,
     Saliency,
     ScoreCam,
     SmoothGrad,
@@ -300,13 +301,13 @@ def test_a_completeness_gap_above_five_percent_is_warned_of_whatever_the_method(
     found = list(Explainer(Spy(), SLIDING)(image(), methods, [MultiClassMask(1), MultiClassMask(0, name="air")]))
     told = {w for a in found for w in a.record["warnings"]}
     assert told == {
-        "Misses, MultiClassMask-class1: the map's sum misses what it should add up to by 6 %: take more of them"
+        "MultiClassMask-class1: Misses: the map's sum misses what it should add up to by 6 %: take more of them"
     }
     assert not any(a.record["warnings"] for a in found if a.method.name == "fine")
     short = [BlurIG(n_steps=1), IntegratedGradients(n_steps=1, method="riemann_left")]
     for a in Explainer(Spy(), SLIDING)(5 * image(), short, [Voxel(1, index=(6, 6, 6), output="log_probability")]):
         assert a.record["completeness_gap"] > 0.05
-        assert any(w.startswith(f"{a.method.name}, ") for w in a.record["warnings"])
+        assert any(w.startswith(f"{a.label}: {a.method.name}: ") for w in a.record["warnings"])
 
 
 class Slow(Method):
@@ -586,3 +587,14 @@ def test_warnings_are_recorded_not_lost() -> None:
         warnings.simplefilter("error")
         found = only(Explainer(Spy(), Mirrored())(image(), [Saliency()], [MultiClassMask(1)]))
     assert found.record["warnings"]
+
+
+@pytest.mark.parametrize("bad", [Occlusion(4, baseline="gone.nii.gz"), Rise(10, grid=(2, 2))])
+def test_a_progress_bar_does_not_spread_a_failure(bad: Method, capsys: pytest.CaptureFixture[str]) -> None:
+    """The passes are counted before the run: what fails there failed all methods of the case."""
+    explainer = Explainer(Spy(), SLIDING, on_error="record", progress=True)
+    methods = [bad, Saliency(), Occlusion(6, name="second")]
+    found = {a.method.name: a for a in explainer(image(), methods, [Voxel(1, index=(6, 6, 6))])}
+    assert {n: a.status for n, a in found.items()} == {bad.name: "failed", "Saliency": "ok", "second": "ok"}
+    passes = found["second"].record["window_passes"]
+    assert f"{passes}/{passes} [" in capsys.readouterr().err

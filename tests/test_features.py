@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -225,3 +226,27 @@ def test_channels_are_called_as_the_case_calls_them():
     assert Grid(4, per_channel=True).of(objective).names == ["T1, box 0 0", "FLAIR, box 0 0"]
     objective.case = Case(channel_names=["T1"])
     assert Channels().of(objective).names == ["channel 0", "channel 1"]
+
+
+@pytest.mark.parametrize("size", [3, 4])
+@pytest.mark.parametrize(("step", "behind"), [(1, False), (2, False), (1, True), (2, True)])
+def test_label_files_of_a_2d_image(size, step, behind, tmp_path):
+    """They may keep a third axis of length 1; the image's affine may be that of its plane or of its file."""
+    labels = np.arange(6).reshape(2, 3)
+    whole = labels.repeat(4, 0).repeat(4, 1)
+    stored = whole[::step, ::step].astype(np.int16)
+    affine = np.diag([2.0 * step, 2.0 * step, 1.0, 1.0])
+    affine[:2, 3] = step - 1  # the middle of a coarse voxel lies between fine ones
+    nib.save(nib.Nifti1Image(stored[..., None] if behind else stored, affine), tmp_path / "labels.nii.gz")
+    objective = of(image_of(1, 8, 12))
+    objective.case = Case(affine=torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0][:size])).double())
+    found = LabelMap(tmp_path / "labels.nii.gz", background=None).of(objective)
+    assert torch.equal(found.labels[0], torch.from_numpy(whole))
+    by_key = Case(affine=objective.case.affine, data={"atlas": str(tmp_path / "labels.nii.gz")})
+    objective.case = by_key
+    assert torch.equal(features_for("key:atlas").of(objective).labels[0], torch.from_numpy(whole) - 1)
+
+
+def test_a_volume_of_labels_is_none_of_a_slice():
+    with pytest.raises(InputError, match=r"give one with 2 axes|has 3 channels"):
+        LabelMap(torch.ones(1, 4, 5, 3)).of(of(image_of(1, 4, 5)))

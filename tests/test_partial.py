@@ -103,6 +103,7 @@ def test_the_time_limit_keeps_the_scores(tmp_path, monkeypatch):
         assert len(runs) < 10
     assert len(runs) > 2
     assert all("time limit" in r.record["reason"] for r in runs[:-1])
+    assert all(r.record["reason"].endswith("the same run goes on from there") for r in runs[:-1])
     assert_equal(torch.as_tensor(runs[-1].map), torch.as_tensor(whole.map), 1e-12)
     again = sum(r.record["window_passes"] for r in runs) - whole.record["window_passes"]
     assert 0 <= again < len(runs)  # the window that each goes on in, as it is
@@ -222,3 +223,12 @@ def test_another_condition_has_a_table_of_its_own(tmp_path, often):
     again = run(Conditioned(np.inf), second, tmp_path)
     assert_equal(torch.as_tensor(again.map), torch.as_tensor(whole.map), 1e-12)
     assert again.record["window_passes"] == whole.record["window_passes"]
+
+
+def test_the_scores_are_there_until_the_map_is_taken(tmp_path, often):
+    """What kills the run while a map is written must not cost its scores."""
+    explainer = Explainer(small(2, 2), SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), window_batch=2)
+    for found in explainer(IMAGE, [m.Occlusion(3, 2)], [MultiClassMask(1)], scores_dir=tmp_path):
+        assert found.status == "ok"
+        assert len(tables(tmp_path)) == 1
+    assert tables(tmp_path) == []

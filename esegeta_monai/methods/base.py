@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from esegeta_monai.baselines import baseline_for
 from esegeta_monai.configurable import Configurable, Registry
 from esegeta_monai.objective import Objective, Request
 from esegeta_monai.precision import run_precisely
@@ -84,6 +85,11 @@ class Method(Configurable, ABC):
     needs_value: ClassVar[bool] = False
     gap_advice: ClassVar[str] = "read it as a ranking of places, not as shares"
     brief: ClassVar[tuple[tuple[str, int | None], ...]] = (("n_steps", 4), ("n_samples", 4), ("tolerance", None))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.needs_gradient and hasattr(self, "baseline"):  # black-box methods know more words, and read their own
+            baseline_for(self.baseline)
 
     @property
     def signed(self) -> bool:
@@ -231,11 +237,10 @@ def _explained(value: Explained | Tensor, method: Method, objective: Objective) 
     explained = value if isinstance(value, Explained) else Explained(value)
     gaps = explained.notes.get("completeness_gap") or []
     for score, gap in zip(objective.scores, gaps):
-        if gap is not None and gap > GAP:
-            objective.monitor.warn(
-                f"{method.name}, {score.label}: the map's sum misses what it should add up to by {100 * gap:.0f} %: "
-                f"{method.gap_advice}"
-            )
+        start = f"{method.name}: the map's sum misses what it should add up to by"
+        told = any(w.startswith(f"{score.label}: {start}") for w in objective.monitor.warnings)  # at other noisy images
+        if gap is not None and gap > GAP and not told:
+            objective.monitor.warn(f"{start} {100 * gap:.0f} %: {method.gap_advice}", score.label)
     return explained
 
 

@@ -47,6 +47,11 @@ class _Cam(Method):
     relu: bool = True
     name: str | None = field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer is not None and not isinstance(self.layer, str) and not len(self.layer):
+            raise UsageError("layer=[]: give the dotted name of a module, or a list of them")
+
     @property
     def signed(self) -> bool:
         return not self.relu

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import esegeta_monai.rules as rules
 from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.relevance import input_range
 from esegeta_monai.objective import Batch, Objective
 
 __all__ = ["ContrastiveExcitationBackprop", "ContrastiveLRP"]
@@ -143,7 +144,7 @@ class ContrastiveLRP(_Contrastive):
         return Explained(self._shown(contrast), notes)
 
     def _sides(self, objective: Objective, batch: Batch) -> rules.Sides:
-        low, high = (v.to(objective.model.device) for v in (objective.image.min(), objective.image.max()))
+        low, high = input_range(objective)
         composite = rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=low, high=high)
         return rules.contrastive_lrp(
             batch.forward, batch.image, batch.stacked_cotangents(), composite, compare=batch.compare

@@ -292,7 +292,8 @@ FLAT = 1e-12
 
 
 class _Distance:
-    """``Σ_c (A_c − A⁰_c)²`` over its mean at A = 0: its mean over positions is ``|Φ − Φ₀|²/|Φ₀|²``."""
+    """``|Φ − Φ₀|²/|Φ₀|²`` at every position, so that no position counts more than another where the layer's grid does
+    not divide the window's."""
 
     def __init__(self, objective: Objective, layer: str, window: int) -> None:
         kept: list[Tensor] = []
@@ -311,7 +312,8 @@ class _Distance:
             raise MethodError(f"layer {layer!r} is zero for the case, so there is nothing to invert: choose another")
 
     def __call__(self, values: Tensor) -> Tensor:
-        return (values - self.reference).square().sum(1, keepdim=True) / self.energy
+        far = (values - self.reference).square().sum(1, keepdim=True) / self.energy
+        return far.flatten(1).mean(1).reshape(-1, *(1,) * (far.ndim - 1)).expand_as(far)
 
 
 def correlation(a: Tensor, b: Tensor) -> float | None:

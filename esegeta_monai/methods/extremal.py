@@ -127,6 +127,12 @@ class ExtremalPerturbation(Method):
         if self.backend == "torchray":
             return self._described(game, area, self._peer_mask(game, area))
         smooth = SmoothMask(game.shape, self.step, self.sigma)
+        cells = math.prod(smooth.grid)
+        if not 0 < round(area * cells) < cells:
+            raise UsageError(
+                f"areas: {area:g} of a mask of {cells} cells is none or all of them: take another area, or a smaller "
+                "step"
+            )
         parameters = self._start(game, smooth, area).requires_grad_(True)
         optimizer = torch.optim.Adam([parameters], lr=self.lr)
         keeps = self.variant == "preserve"
@@ -206,8 +212,9 @@ class _Single:
             raise MethodError("F is the same at the baseline and at the image: choose another baseline")
         if self.rise < 0:
             objective.monitor.warn(
-                f"{objective.scores[0].label}: the baseline scores higher than the image, so there is little to keep "
-                "or to delete: choose another baseline"
+                "the baseline scores higher than the image, so there is little to keep or to delete: choose another "
+                "baseline",
+                objective.scores[0].label,
             )
 
     def image(self, mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import esegeta_monai.rules as rules
 from esegeta_monai.layers import check_layer
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.layer import LayerMethod
+from esegeta_monai.methods.relevance import input_range
 from esegeta_monai.methods.scattered import LayerSum
 from esegeta_monai.network import find_layer
 from esegeta_monai.objective import Batch, Objective
@@ -49,7 +50,7 @@ class LayerLRP(LayerMethod):
         layer = check_layer(objective, self.layer)
         module = find_layer(objective.model.network, layer)
         total = LayerSum(objective, layer, self.reduce)
-        low, high = (v.to(objective.model.device) for v in (objective.image.min(), objective.image.max()))
+        low, high = input_range(objective)
         limits: dict[str, Any] = {"epsilon": self.epsilon, "gamma": self.gamma, "low": low, "high": high}
 
         def run(batch: Batch) -> None:

@@ -47,6 +47,8 @@ class SmoothGrad(Method):
             raise UsageError(f"SmoothGrad needs a method that gives an input map, not {self.method.name}")
         if self.n_samples < 1:
             raise UsageError(f"n_samples={self.n_samples}: at least one sample is needed")
+        if self.std < 0:
+            raise UsageError(f"std={self.std}: noise cannot have a negative standard deviation")
         self.additive = self.method.additive  # type: ignore[misc]
         self.full_precision = self.method.full_precision  # type: ignore[misc]
         self.needs_gradient = self.method.needs_gradient  # type: ignore[misc]

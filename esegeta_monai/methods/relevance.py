@@ -12,7 +12,7 @@ import esegeta_monai.rules as rules
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.objective import Batch, Objective
 
-__all__ = ["LRP", "ExcitationBackprop"]
+__all__ = ["LRP", "ExcitationBackprop", "input_range"]
 
 
 @dataclass(eq=False, repr=False)
@@ -81,8 +81,7 @@ class LRP(_Relevance):
         rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=0.0, high=1.0)
 
     def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
-        low, high = objective.image.min(), objective.image.max()
-        device = objective.model.device
+        low, high = input_range(objective)
         return rules.lrp(
             batch.forwards,
             batch.image,
@@ -90,10 +89,18 @@ class LRP(_Relevance):
             self.composite,
             epsilon=self.epsilon,
             gamma=self.gamma,
-            low=low.to(device),
-            high=high.to(device),
+            low=low,
+            high=high,
             compare=batch.compares,
         )
+
+
+def input_range(objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest and the largest value that windows of the image can have, constant padding among them."""
+    low, high = objective.image.min(), objective.image.max()
+    if objective.plan.padded and objective.plan.padding_mode == "constant":
+        low, high = low.clamp(max=objective.plan.cval), high.clamp(min=objective.plan.cval)
+    return low.to(objective.model.device), high.to(objective.model.device)
 
 
 @dataclass(eq=False, repr=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -150,7 +151,7 @@ class FeatureVisualization(_Synthesis):
             else:
                 start, end, curve = self._synthesise(canvas, intensity)
             images.append(canvas.on_image(end, intensity[:, 0], objective.plan.spatial_shape))
-            notes.append(described(canvas, start, end, curve, intensity, self.min_rise))
+            notes.append(described(canvas, start, end, curve, intensity, self.min_rise, FEWER_VIEWS))
         return for_targets(objective, images, notes, layer=self.layer, channel=self.channel)
 
     def _view(self, spacing: tuple[float, ...] | None = None) -> RandomView:
@@ -182,6 +183,7 @@ class FeatureVisualization(_Synthesis):
         return start, squash(basis.image(numbers), intensity).detach(), curve
 
 
+FEWER_VIEWS = "take more steps (n_iter), or fewer views (jitter, scale, rotate)"
 START_STD = 0.05
 """Of z at the start: nearly flat, in the middle of the intensities."""
 
@@ -309,9 +311,18 @@ HISTORY = 10
 
 
 def described(
-    canvas: Canvas, start: Tensor, end: Tensor, curve: Sequence[float], intensity: Tensor, min_rise: float
+    canvas: Canvas,
+    start: Tensor,
+    end: Tensor,
+    curve: Sequence[float],
+    intensity: Tensor,
+    min_rise: float,
+    remedy: str = "take more steps (n_iter)",
 ) -> dict[str, Any]:
     """The record of an image that was made up, and the warning where its objective did not rise.
+
+    Args:
+        remedy: what the warning names as the way out.
 
     Raises:
         MethodError: the image, or F there, is not finite.
@@ -319,15 +330,17 @@ def described(
     if not all_finite(end):
         raise MethodError("the image has values that are not finite: take a smaller lr or step, or switch amp off")
     begin, reached, at_case = (canvas.value(image) for image in (start, end, canvas.image))
+    if not math.isfinite(begin + reached):
+        raise MethodError(f"the objective went from {begin:g} to {reached:g}: choose another target or intensity range")
     rise = (reached - begin) / abs(begin) if begin else None
     if reached <= begin or (rise is not None and rise < min_rise):
         share = "" if rise is None else f", by {rise:.3g} of its start"
-        remedy = "take more steps (n_iter), or fewer views (jitter, scale, rotate)"
         if curve and not any(curve):
             remedy = "it is silent at the start: take another seed, channel or neuron"
         canvas.objective.monitor.warn(
-            f"{canvas.objective.scores[0].label}: the objective went from {begin:.4g} to {reached:.4g}{share}; a rise "
-            f"of {min_rise:g} was asked for: {remedy}"
+            f"the objective went from {begin:.4g} to {reached:.4g}{share}; a rise of {min_rise:g} was asked for: "
+            f"{remedy}",
+            canvas.objective.scores[0].label,
         )
     return {
         "curve": [float(v) for v in curve],

@@ -126,8 +126,8 @@ class SoftmaxRule:
     ) -> tuple[Tensor | None, ...]:
         (x,), (reference,) = operands, operation.reference
         dim = operation.argument("dim")
-        if dim is None:
-            raise operation.error("give dim=")
+        if dim is None:  # `nn.Softmax()`: torch's own choice
+            dim = 0 if x.ndim in (0, 1, 3) else 1
         total, total_then = (torch.logsumexp(z, dim, keepdim=True) for z in (x, reference))
         shift = torch.maximum(total, total_then)
         weights = _exponential(x - shift, reference - shift) / _exponential(total - shift, total_then - shift)

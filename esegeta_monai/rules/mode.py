@@ -234,8 +234,8 @@ class RuleMode(TorchFunctionMode):
         operation = Operation(name, func, slotted_args, slotted_kwargs, in_place, self.ledger)
         operation.kind = kind_of(operation)
         operation.reads_input = reads_input
-        if self.record is None and not torch.is_grad_enabled():
-            raise operation.error("it runs without gradients (inside no_grad or a custom autograd.Function)")
+        if (self.record is None and not torch.is_grad_enabled()) or torch.is_inference_mode_enabled():
+            raise operation.error("it runs without gradients (no_grad, inference_mode, a custom autograd.Function)")
         result = self._apply(*joined(operation, tuple(operands)))
         remember(operation, tuple(operands), result)
         moved = reads_input and operation.kind is Kind.MOVE and not constants

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.rules.operations import Operation
 
 __all__ = [
@@ -93,6 +94,10 @@ class Epsilon:
 
     epsilon: float = 1e-6
 
+    def __post_init__(self) -> None:
+        if not self.epsilon >= 0:
+            raise UsageError(f"epsilon={self.epsilon}: it cannot be negative, or the denominator would meet zero")
+
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
@@ -115,6 +120,10 @@ class Gamma:
     """
 
     gamma: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not self.gamma >= 0:
+            raise UsageError(f"gamma={self.gamma}: it cannot be negative, since it favours a sign")
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
@@ -139,6 +148,10 @@ class AlphaBeta:
 
     alpha: float = 2.0
     beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.beta < 0 or abs(self.alpha - self.beta - 1) > 1e-9:
+            raise UsageError(f"alpha={self.alpha}, beta={self.beta}: alpha - beta must be 1, and beta not negative")
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
@@ -210,6 +223,11 @@ class ZBox(_Direct):
 
     def distribute(self, operation: Operation, x: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:
         low, high = (torch.ones_like(x) * bound for bound in (self.low, self.high))
+        if bool((x < low).any() | (x > high).any()):
+            raise MethodError(
+                f"ZBox: the input has values from {float(x.min()):.4g} to {float(x.max()):.4g}, outside of its box: "
+                "give low and high that hold them, or neither, for the image's own range"
+            )
         parts = [Part(x, weight), Part(low, -weight.clamp(min=0)), Part(high, -weight.clamp(max=0))]
         return sum(
             part.value * multiplier

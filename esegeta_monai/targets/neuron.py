@@ -54,6 +54,10 @@ class LayerNeuron(Target):
             if self.world is not None or self.index is not None:
                 raise TargetError(f"LayerNeuron: layer {self.layer!r} gives a vector: leave world and index away")
             score = WeightedScore(torch.tensor(True, device=prediction.device), self.channel, channels, label=label)
+        elif self.world is None and self.index is None:
+            raise TargetError(
+                f"LayerNeuron: layer {self.layer!r} has positions: give world=(x, y, z) or index=(i, j, k)"
+            )
         else:
             (at,) = Voxel(self.channel, world=self.world, index=self.index, name=label).bind(prediction, case)
             assert isinstance(at, WeightedScore)

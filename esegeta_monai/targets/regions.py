@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from monai.data.utils import to_affine_nd
 from torch import Tensor
 
 from esegeta_monai.errors import TargetError
@@ -298,11 +299,7 @@ def _masked(target: Any, mask: Tensor, class_index: int | str, prediction: Tenso
 def _affine(case: Case, dimensions: int, what: str) -> np.ndarray:
     if case.affine is None:
         raise TargetError(f"{what} needs to know where the voxels lie: give the image as a MetaTensor with an affine")
-    affine = np.asarray(case.affine, dtype=float)
-    if affine.shape[0] != dimensions + 1:  # 2D images carry a 3D affine; the third axis is not there
-        keep = [*range(dimensions), affine.shape[0] - 1]
-        affine = affine[np.ix_(keep, keep)]
-    return affine
+    return _in_plane(case.affine, dimensions)
 
 
 def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> Tensor:
@@ -315,32 +312,21 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
             affine to resample by.
     """
     shape = tuple(prediction.shape[1:])
-    value: Any = what
-    if isinstance(what, (str, Path)):
-        value = case.data.get(str(what))
-        if value is None:
-            if not Path(what).is_file():
-                keys = ", ".join(sorted(map(str, case.data))) or "none"
-                raise TargetError(f"{what!s} is neither a file nor a key of the case's data (keys: {keys})")
-            from monai.transforms import LoadImage
+    value: Any = case.data.get(str(what), what) if isinstance(what, (str, Path)) else what
+    if isinstance(value, (str, Path)):
+        if not Path(value).is_file():
+            keys = ", ".join(sorted(map(str, case.data))) or "none"
+            raise TargetError(f"{value!s} is neither a file nor a key of the case's data (keys: {keys})")
+        from monai.transforms import LoadImage
 
-            value = LoadImage(image_only=True, ensure_channel_first=True)(what)
-    label = torch.as_tensor(value)
-    if label.ndim == len(shape) + 1 and len(label) > 1:
-        raise TargetError(
-            f"the label map has {len(label)} channels: give one map with a whole number for each region (of one-hot "
-            "channels, their argmax)"
-        )
-    spatial = _whole_numbers(label[0] if label.ndim == len(shape) + 1 else label)
-    affine = getattr(value, "affine", None)
-    moved = (
-        affine is not None
-        and case.affine is not None
-        and not np.allclose(np.asarray(affine), np.asarray(case.affine), atol=1e-3)
-    )
+        value = LoadImage(image_only=True, ensure_channel_first=True)(value)
+    spatial = _whole_numbers(_without_channel(torch.as_tensor(value), shape))
+    affines = [getattr(value, "affine", None), case.affine]
+    known = [_in_plane(a, len(shape)) for a in affines if a is not None]
+    moved = len(known) == 2 and not np.allclose(known[0], known[1], atol=1e-3)
     if tuple(spatial.shape) == shape and not moved:
         return spatial.to(prediction.device)
-    if affine is None or case.affine is None:
+    if len(known) < 2:
         raise TargetError(
             f"the label map has shape {tuple(spatial.shape)}, the prediction {shape}, and one of them has no affine "
             "to bring them together: give both as files or MetaTensors"
@@ -350,11 +336,34 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
 
     # labels of an atlas can be larger than what float32, in which MONAI resamples, tells apart: their numbers are moved
     present, numbers = torch.unique(spatial, return_inverse=True)
-    source = MetaTensor((numbers + 1)[None].float(), affine=torch.as_tensor(np.asarray(affine)))
+    source = MetaTensor((numbers + 1)[None].float(), affine=torch.as_tensor(known[0]))
     resample = SpatialResample(mode="nearest", padding_mode="zeros")
-    resampled = resample(source, dst_affine=torch.as_tensor(np.asarray(case.affine)), spatial_size=shape)
+    resampled = resample(source, dst_affine=torch.as_tensor(known[1]), spatial_size=shape)
     moved_numbers = torch.as_tensor(resampled).as_subclass(torch.Tensor)[0].round().long()
     return torch.cat([present.new_zeros(1), present])[moved_numbers].to(prediction.device)
+
+
+def _without_channel(label: Tensor, shape: Sequence[int]) -> Tensor:
+    """A label map (*spatial), or (1, *spatial), as such; in 2D also of a file that keeps an axis of length 1 behind."""
+    if label.ndim > len(shape) and label.shape[-1] == 1 and tuple(label.shape[-len(shape) :]) != tuple(shape):
+        label = label[..., 0]
+    if label.ndim == len(shape) + 1 and len(label) > 1:
+        raise TargetError(
+            f"the label map has {len(label)} channels: give one map with a whole number for each region (of one-hot "
+            "channels, their argmax)"
+        )
+    spatial = label[0] if label.ndim == len(shape) + 1 else label
+    if spatial.ndim != len(shape):
+        raise TargetError(
+            f"the label map has shape {tuple(label.shape)}, the prediction {tuple(shape)}: give one with {len(shape)} "
+            "axes"
+        )
+    return spatial
+
+
+def _in_plane(affine: Any, axes: int) -> np.ndarray:
+    """Of the grid's own axes: 2D images have 4x4 ones, of their file, or 3x3 ones."""
+    return np.asarray(to_affine_nd(axes, np.asarray(affine, dtype=np.float64)))
 
 
 def _whole_numbers(labels: Tensor) -> Tensor:

@@ -277,7 +277,9 @@ def test_wrong_layers_are_named(method):
     with pytest.raises(UsageError, match=r"near matches: features"):
         explain(method("feature"), objective)
     with pytest.raises(UsageError, match="dotted name"):
-        explain(method([]), objective)
+        method([])
+    with pytest.raises(UsageError, match="layer=''"):
+        explain(method(""), objective)
 
 
 def test_zero_gradients_are_recorded_as_zero():

@@ -293,3 +293,15 @@ def test_a_dream_of_no_steps_is_the_image_and_says_so():
     (found,) = Explainer(small(2, 1))(image_of(1, 1, 12, 12), [DeepDream(n_iter=0)], [Box(1, (0, 0), (4, 4))])
     assert torch.equal(torch.as_tensor(found.map), image_of(1, 12, 12))
     assert "take more steps" in found.record["warnings"][0]
+
+
+def test_the_distance_is_the_layers_own_where_its_grid_does_not_divide_the_windows():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 1)).double().eval()
+    image = image_of(1, 1, 9, 11)
+    methods = [InvertedRepresentation("0", n_iter=n, max_share=2.0) for n in (3, 6)]
+    for found in Explainer(net)(image, methods, [Box(1, (0, 0), (2, 2))]):
+        with torch.no_grad():
+            mine, case = net[0](torch.as_tensor(found.map)[None].double()), net[0](image)
+        expected = float((mine - case).square().sum() / case.square().sum())
+        assert found.record["distance_end"] == pytest.approx(expected, rel=1e-5)

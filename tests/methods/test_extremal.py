@@ -7,12 +7,13 @@ import torch
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 
+from esegeta_monai import Explainer
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import ExtremalPerturbation, run
 from esegeta_monai.methods.extremal import SmoothMask, _area_error, _of_area
 from esegeta_monai.network import frozen
 from esegeta_monai.targets import ClassScore, MultiClassMask, Voxel
-from tests.methods.naive import Naive, small
+from tests.methods.naive import Naive, image_of, small
 from tests.test_objective import assert_equal
 
 
@@ -186,3 +187,20 @@ def test_what_is_refused():
     case = Naive(BlobDetector(2), image, [MultiClassMask(1)], SimpleInferer())
     with pytest.raises(MethodError, match="another baseline"):
         run(ExtremalPerturbation(baseline=image), case.objective)
+
+
+@pytest.mark.parametrize(("area", "step"), [(0.001, None), (0.999, None), (0.1, 100)])
+def test_an_area_that_the_mask_cannot_have_is_refused(area, step):
+    """The mask was the same shade of 0.001 everywhere, and its area was "met"."""
+    method = ExtremalPerturbation(area, step=step, n_iter=2)
+    with pytest.raises(UsageError, match="none or all of them"):
+        list(Explainer(small(2, 1))(image_of(1, 1, 12, 12), [method], [Voxel(1, index=(2, 2))]))
+
+
+def test_each_target_has_its_own_warnings():
+    net, image = small(2, 1), image_of(1, 1, 12, 12)
+    targets = [Voxel(c, index=(i, 5), name=f"v{c}{i}") for c in range(3) for i in (2, 6, 9)]
+    found = list(Explainer(net)(image, [ExtremalPerturbation(n_iter=1)], targets))
+    warned = [f for f in found if f.record["warnings"]]
+    assert 0 < len(warned) < len(found)
+    assert all(w.startswith(f"{f.label}: ") for f in warned for w in f.record["warnings"])

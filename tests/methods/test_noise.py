@@ -132,7 +132,7 @@ def test_it_takes_after_the_method_inside():
     assert o.monitor.passes == method.passes(o)
 
 
-@pytest.mark.parametrize("bad", [{"method": "GradCam"}, {"n_samples": 0}])
+@pytest.mark.parametrize("bad", [{"method": "GradCam"}, {"n_samples": 0}, {"std": -0.1}])
 def test_bad_parameters(bad):
     with pytest.raises(UsageError):
         SmoothGrad(**bad)

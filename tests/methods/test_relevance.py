@@ -97,6 +97,21 @@ def test_windows_are_the_sum_of_single_windows():
         assert float((found.map.as_tensor() - expected).abs().max() / expected.abs().max()) <= 1e-10
 
 
+@pytest.mark.parametrize("method", [LRP("EpsilonGammaBox"), LayerLRP("0", composite="EpsilonGammaBox")], ids=repr)
+def test_the_box_of_an_image_holds_its_constant_padding(method):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
+    image = 2 + torch.rand(1, 1, 6, 6, dtype=torch.float64)
+    found = explain(network, image, method, MultiClassMask(1), SlidingWindowInferer((8, 8), 1))
+    padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
+    cotangents = torch.zeros(1, 1, 2, 8, 8, dtype=torch.float64)
+    cotangents[0, 0, 1, 1:7, 1:7] = network(padded)[0, :, 1:7, 1:7].argmax(0) == 1
+    whole = lrp(network, padded, cotangents, "EpsilonGammaBox", low=0.0, layers={"0": network[0]})
+    expected = whole.layers["0"].relevance.sum(2) if isinstance(method, LayerLRP) else whole.input[0]
+    gap = (found.map.as_tensor() - expected[0, :, 1:7, 1:7]).abs().max() / expected.abs().max()
+    assert float(gap) <= 1e-10
+
+
 def test_only_linear_scores():
     case = build("UNet_batch", spatial_dims=2)
     with pytest.raises(MethodError, match="output='logit'"):

@@ -30,6 +30,10 @@ def test_composites_from_a_mapping():
         ({"convolution": "Zpuls", "dense": "Epsilon"}, "Zpuls"),
         ({"convolution": "Flat", "dense": "Epsilon"}, "first"),
         ({"convolution": {"rule": "Gamma", "gama": 1}, "dense": "Epsilon"}, "gama"),
+        ({"convolution": {"rule": "Gamma", "gamma": -0.1}, "dense": "Epsilon"}, "gamma=-0.1"),
+        ({"convolution": {"rule": "AlphaBeta", "alpha": 2, "beta": 2}, "dense": "Epsilon"}, "alpha - beta must be 1"),
+        ({"convolution": {"rule": "AlphaBeta", "alpha": 0, "beta": -1}, "dense": "Epsilon"}, "beta not negative"),
+        ({"convolution": {"rule": "Epsilon", "epsilon": -1e-3}, "dense": "Epsilon"}, "epsilon=-0.001"),
     ],
 )
 def test_wrong_composites_are_named(spec, text):

@@ -124,6 +124,8 @@ def test_maximum_goes_to_the_larger_winner():
 COMPLETE = {
     "softmax": lambda x: x.softmax(-1),
     "log_softmax": lambda x: F.log_softmax(x, dim=1),
+    "softmax of an image over what torch chooses": lambda x: nn.Softmax()(x[..., None]),
+    "log_softmax of rows over what torch chooses": lambda x: nn.LogSoftmax()(x.flatten(1)),
     "softmin": lambda x: F.softmin(x, dim=1),
     "logsumexp": lambda x: x.logsumexp(1),
     "logsumexp keepdim": lambda x: torch.logsumexp(x, 1, keepdim=True),
@@ -162,6 +164,7 @@ COMPLETE = {
 
 
 @pytest.mark.parametrize("name", COMPLETE)
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
 def test_each_operation_is_complete(name):
     function = COMPLETE[name]
     x, r = _pair(2, 4, 6, seed=4)

@@ -42,6 +42,11 @@ def _no_grad(x):
     return y + x
 
 
+@torch.inference_mode()
+def _inference_mode(x):
+    return F.relu(x) + x
+
+
 def _out(x):
     y = torch.empty_like(x)
     torch.mul(F.relu(x), 2, out=y)
@@ -54,6 +59,7 @@ REFUSED = {
     "autograd function": (lambda x: F.relu(_Double.apply(x)), RuleError, "custom autograd.Function"),
     "SwishImplementation": (lambda x: F.relu(SwishImplementation.apply(x)), RuleError, "custom autograd.Function"),
     "no_grad": (_no_grad, RuleError, "no_grad"),
+    "inference_mode": (_inference_mode, RuleError, "inference_mode"),
     "detach": (lambda x: F.relu(x) + x.detach(), RuleError, "detach"),
     "data": (lambda x: F.relu(x) + x.data, RuleError, "detach"),
     "comparison": (lambda x: torch.where(x > 0, F.relu(x), x), RuleError, "comparison"),

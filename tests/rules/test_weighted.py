@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from captum.attr._utils import lrp_rules
 from torch import nn
 
+from esegeta_monai.errors import MethodError
 from esegeta_monai.rules import lrp
 from esegeta_monai.rules.composites import Composite
 from esegeta_monai.rules.weighted import AlphaBeta, Epsilon, Flat, Gamma, WSquare, ZBox, ZPlus
@@ -161,3 +162,15 @@ def test_equals_captum_on_a_plain_relu_network(rule):
     result = lrp(network, x, cotangents, Composite(ours, ours)).input[0]
     expected = captum.attr.LRP(network).attribute(x, target=(1, 0, 0)).detach()
     assert relative(result, expected) < 1e-6  # Captum's own stabiliser of 1e-9 stands in every denominator
+
+
+def test_a_box_that_does_not_hold_the_input_is_refused():
+    """Shares would be divided by sums that meet zero."""
+    module, ones = nn.Conv2d(1, 1, 1), torch.ones(1, 1, 1, 2, 2)
+    spec = {"convolution": "ZPlus", "dense": "Epsilon", "first": {"rule": "ZBox", "low": 0.0, "high": 1.0}}
+    lrp(module, torch.rand(1, 1, 2, 2), ones, spec)
+    for outside in (-0.1, 1.1):
+        x = torch.full((1, 1, 2, 2), 0.5)
+        x[0, 0, 1, 1] = outside
+        with pytest.raises(MethodError, match="outside of its box"):
+            lrp(module, x, ones, spec)

@@ -103,7 +103,7 @@ def test_a_vector_and_bad_input():
     close(found.map.as_tensor(), explain(Saliency(abs=False), objective_of(network, image[0], [ClassScore(1)])).maps[0])
     for target, error, text in (
         (LayerNeuron("head", 1, index=(1, 1)), TargetError, "vector"),
-        (LayerNeuron("act", 1), TargetError, "world"),
+        (LayerNeuron("act", 1), TargetError, r"LayerNeuron: layer 'act' has positions: give world"),
         (LayerNeuron("act", 1, index=(9, 9)), TargetError, "outside"),
         (LayerNeuron("act", 7, index=(1, 1)), TargetError, "has 4 channels"),
         (LayerNeuron("acts", 1, index=(1, 1)), UsageError, "near matches"),
