@@ -272,15 +272,18 @@ def methods_text(case: CaseResults, info: dict[str, Any]) -> str:
 
 
 def parameters_text(parameters: dict[str, Any]) -> str:
-    """Parameters as ``name=value``, those that are None left out.
+    """Parameters as ``name=value``, those that are None left out; files without folders, which may name a patient.
 
     >>> parameters_text({"n_steps": 12, "baseline": {"name": "Zero"}, "layer": None})
     'n_steps=12, baseline=Zero()'
+    >>> parameters_text({"feature_mask": "supervoxels(mask='/scans/Jane Doe/body.nii.gz')"})
+    "feature_mask=supervoxels(mask='body.nii.gz')"
     """
 
     def one(value: Any) -> str:
         if isinstance(value, dict):
             return f"{value.get('name', '')}({parameters_text({k: v for k, v in value.items() if k != 'name'})})"
-        return "×".join(map(str, value)) if isinstance(value, list) else str(value)
+        text = "×".join(map(str, value)) if isinstance(value, list) else str(value)
+        return re.sub(r"""[^'"()\[\],=×]*[\\/](?=[^\\/'"()\[\],=×]+\.\w)""", "", text)
 
     return ", ".join(f"{name}={one(value)}" for name, value in parameters.items() if value is not None)
