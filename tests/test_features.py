@@ -250,3 +250,15 @@ def test_label_files_of_a_2d_image(size, step, behind, tmp_path):
 def test_a_volume_of_labels_is_none_of_a_slice():
     with pytest.raises(InputError, match=r"give one with 2 axes|has 3 channels"):
         LabelMap(torch.ones(1, 4, 5, 3)).of(of(image_of(1, 4, 5)))
+
+
+def test_supervoxels_are_found_once_for_an_image(monkeypatch):
+    import skimage.segmentation
+
+    calls = []
+    slic = skimage.segmentation.slic
+    monkeypatch.setattr(skimage.segmentation, "slic", lambda *a, **k: calls.append(1) or slic(*a, **k))
+    spec, first, second = Supervoxels(4), of(phantom(20, 22)), of(phantom(20, 24))
+    assert spec.of(first) is spec.of(first)
+    assert spec.of(second).labels.shape == (1, 20, 24)
+    assert len(calls) == 2
