@@ -320,15 +320,15 @@ class Pairs:
         waiting, n, late = self._pending, self.objective.window_batch, False
         passed: list[tuple[list[Pair], Tensor]] = []
         try:
-            for start in range(0, len(waiting), n):
-                if self.loop is not None and self.loop.enough(self._passes()):
-                    self.ended = True
-                    break
-                self.objective.monitor.check()
-                batch = waiting[start : start + n]
-                with torch.inference_mode():
-                    out = self.objective.run(self._rows[start : start + len(batch)], [p.window for p in batch])
-                passed.append((batch, out))
+            with torch.inference_mode():
+                for start in range(0, len(waiting), n):
+                    if self.loop is not None and self.loop.enough(self._passes()):
+                        self.ended = True
+                        break
+                    self.objective.monitor.check()
+                    batch = waiting[start : start + n]
+                    x = self._rows[start : start + len(batch)]
+                    passed.append((batch, self.objective.run(x, [p.window for p in batch])))
         except MethodTimeout:
             late = True
             raise

@@ -156,16 +156,16 @@ def test_what_coalitions_share_is_looked_at_once(monkeypatch):
     """Labels and reference are hashed once, and each window is looked at once, however many sets of coalitions come."""
     case = Naive(small(), image_of(1, 8, 24), [MultiClassMask(1)])
     game = Game.of(case.objective, "grid(size=4)", "constant(0.1)")
-    hashed, counted = [], []
-    digest, bincount = coalitions_module.digest, torch.bincount
+    hashed, looked_at = [], []
+    digest, differing = coalitions_module.digest, coalitions_module._differing
     monkeypatch.setattr(coalitions_module, "digest", lambda *t: hashed.append(t) or digest(*t))
-    monkeypatch.setattr(torch, "bincount", lambda *a, **k: counted.append(a) or bincount(*a, **k))
+    monkeypatch.setattr(coalitions_module, "_differing", lambda *t: looked_at.append(t) or differing(*t))
     drawn = np.random.default_rng(1).random((3, 5, len(game.features))) > 0.5
     with frozen(case.net):
         mine = [game.values(coalitions) for coalitions in drawn]
         again = [game.values(coalitions) for coalitions in drawn]
     assert len(hashed) == 1
-    assert len(counted) == len(case.objective.windows)
+    assert len(looked_at) == len(case.objective.windows)
     for coalitions, one, other in zip(drawn, mine, again):
         segments = Segments(game.features.labels, coalitions, game.reference, case.image)
         assert segments.identity(0) == game.segments(coalitions).identity(0)
