@@ -1,16 +1,23 @@
 """All gradient and CAM methods together against the dearest single one, and each against a bare loop of its passes.
 
-    python benchmarks/methods.py [--size 48] [--window 32] [--repeats 3] [--table benchmarks/results/methods.md]
+    python benchmarks/methods.py [--window 32] [--along 8] [--repeats 3] [--table benchmarks/results/methods.md]
 
 CPU seconds of the process with one thread (so that a busy machine does not matter), the minimum of several rounds in
-which all take turns. A *bare loop* makes the same passes through the same windows and nothing else: forward passes
-without a graph, forward and backward down to the layer that is looked at, forward and backward down to the input, as
-often as the method was seen to make them. Methods that cannot share (paths, noise, rules) are measured alone.
+which all take turns. A *bare loop* makes the passes that the method needs, through windows of the same shape, and
+nothing else: forward passes without a graph, forward and backward down to the layer that is looked at, forward and
+backward down to the input. Passes over one or two windows, which a method makes once a run to choose its baseline or to
+compare its rules' output with the plain one, are none of them: they are counted as *looks*, and are what the method has
+to pay for. (There are as many windows as fill batches, so that no other pass has so few.) The layer is named; what
+finding it takes is a line of its own. Methods that cannot share (paths, noise, rules) are measured alone.
+
+Freed memory is kept for what comes next (`mallopt`): else glibc gives it back to the kernel or not, by where the heap
+happens to end, and the faults that fetch it again are a fifth of a pass of 32³ windows, on either side.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import platform
 import sys
 import time
@@ -51,19 +58,37 @@ from esegeta_monai.objective import Objective
 from esegeta_monai.targets import Case, MultiClassMask
 from esegeta_monai.windows import plan_windows
 
-SHARING: list[Method] = [
-    *(Saliency(), VanillaBackprop(), InputXGradient()),
-    *(GradCam(), GradCamPlusPlus(), HiResCam(), LayerCam(), XGradCam(), EigenCam()),
-    LinearApproximation(),
-]
-ALONE: list[Method] = [
-    *(LayerActivation(), LayerGradCam(), LayerGradientXActivation()),
-    IntegratedGradients(n_steps=2),
-    SmoothGrad(n_samples=2),
-    GuidedBackprop(),
-]
+
+def sharing(layer: str) -> list[Method]:
+    """Methods whose passes serve one another."""
+    return [
+        *(Saliency(), VanillaBackprop(), InputXGradient()),
+        *(GradCam(layer), GradCamPlusPlus(layer), HiResCam(layer), LayerCam(layer), XGradCam(layer), EigenCam(layer)),
+        LinearApproximation(layer),
+    ]
+
+
+def alone(layer: str) -> list[Method]:
+    """Methods that are measured one by one only."""
+    return [
+        *(LayerActivation(layer), LayerGradCam(layer), LayerGradientXActivation(layer)),
+        IntegratedGradients(n_steps=2),
+        SmoothGrad(n_samples=2),
+        GuidedBackprop(),
+    ]
+
+
 #: What a pass is: how it was called, or how the bare loop calls it.
-FORWARD, TO_LAYER, TO_INPUT = "forward", "to the layer", "to the input"
+FORWARD, TO_LAYER, TO_INPUT, LOOK = "forward", "to the layer", "to the input", "look"
+BATCH = 4
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc not to give freed memory back to the kernel; elsewhere nothing."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 class Counted(nn.Module):
@@ -75,12 +100,16 @@ class Counted(nn.Module):
         self.passes: Counter[str] = Counter()
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(x) < BATCH:
+            self.passes[LOOK] += len(x)
+            return self.network(x)
         if not torch.is_grad_enabled():
             self.passes[FORWARD] += len(x)
             return self.network(x)
         self.passes[TO_LAYER] += len(x)
-        with torch._C.DisableTorchFunction():  # the rule engine refuses hooks on tensors
-            x.register_hook(self._reached)
+        if x.requires_grad:
+            with torch._C.DisableTorchFunction():  # the rule engine refuses hooks on tensors
+                x.register_hook(self._reached)
         return self.network(x)
 
     def _reached(self, gradient: Tensor) -> None:
@@ -92,17 +121,19 @@ class Counted(nn.Module):
 class Bench:
     """A volume behind overlapping windows, and the stopwatch."""
 
-    def __init__(self, size: int, window: int) -> None:
+    def __init__(self, window: int, along: int) -> None:
         torch.manual_seed(0)
         self.network = Counted(UNet(3, 1, 2, (16, 32, 64), (2, 2), num_res_units=1, norm="batch")).eval()
-        self.image = torch.randn(1, size, size, size)
-        self.inferer = SlidingWindowInferer((window,) * 3, 4, 0.25, "gaussian")
+        step = window * 3 // 4
+        self.image = torch.randn(1, window + step, window + step, window + (along - 1) * step)
+        self.inferer = SlidingWindowInferer((window,) * 3, BATCH, 0.25, "gaussian")
         with torch.no_grad():
             self.prediction = self.inferer(self.image[None], self.network)[0]
         self.scores = MultiClassMask(1).bind(self.prediction, Case())
         self.plan = plan_windows(self.inferer, self.image.shape[1:])
         self.layer = default_layer(self.objective())
-        self.windows = torch.stack([self.plan.cut(self.image, w) for w in range(4)])
+        assert len(self.plan) % BATCH == 0, "the last batch would be taken for looks"
+        self.windows = torch.stack([self.plan.cut(self.image, w) for w in range(BATCH)])
         with torch.no_grad():
             self.cotangent = torch.randn_like(self.network(self.windows))
 
@@ -122,12 +153,17 @@ class Bench:
 
         return call
 
+    def search(self) -> None:
+        """What it takes to find the layer."""
+        with frozen(self.network):
+            default_layer(self.objective())
+
     def bare(self, passes: Counter[str]) -> Callable[[], None]:
-        """A call that makes the same passes in batches of four, and nothing else."""
+        """A call that makes the needed ones of these passes in batches, and nothing else."""
         network, layer = self.network.network, self.network.get_submodule(self.layer)
 
-        def one(kind: str, n: int) -> None:
-            x = self.windows[:n]
+        def one(kind: str) -> None:
+            x = self.windows
             if kind == FORWARD:
                 with torch.no_grad():
                     network(x)
@@ -141,17 +177,17 @@ class Bench:
             handle = layer.register_forward_hook(hook) if kind == TO_LAYER else None
             leaf = x.clone().requires_grad_() if kind == TO_INPUT else x
             out = network(leaf)
-            torch.autograd.grad(out, kept if handle else [leaf], self.cotangent[:n])
+            torch.autograd.grad(out, kept if handle else [leaf], self.cotangent)
             if handle:
                 handle.remove()
 
         def call() -> None:
             with frozen(self.network):
                 for kind, n in passes.items():
-                    for _ in range(n // 4):
-                        one(kind, 4)
-                    if n % 4:
-                        one(kind, n % 4)
+                    if kind != LOOK:
+                        assert n % BATCH == 0
+                        for _ in range(n // BATCH):
+                            one(kind)
 
         return call
 
@@ -175,42 +211,48 @@ def seconds(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", type=int, default=48)
     parser.add_argument("--window", type=int, default=32)
+    parser.add_argument("--along", type=int, default=8, help="windows along the longest side, an even number")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--table", type=Path, help="write the table there too")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    bench = Bench(args.size, args.window)
-    groups = {str(m.name): [m] for m in (*SHARING, *ALONE)}
-    groups["all that share, together"] = SHARING
+    keep_freed_memory()
+    bench = Bench(args.window, args.along)
+    shares = sharing(bench.layer)
+    groups = {str(m.name): [m] for m in (*shares, *alone(bench.layer))}
+    groups["all that share, together"] = shares
     passes = {name: bench.passes(methods) for name, methods in groups.items()}
     calls: dict[str, Callable[[], None]] = {}
     for name, methods in groups.items():
         calls[name] = bench.ours(methods)
         calls[f"bare {name}"] = bench.bare(passes[name])
+    calls["search"] = bench.search
     took = seconds(calls, args.repeats)
-    shared = [str(m.name) for m in SHARING]
+    shared = [str(m.name) for m in shares]
     dearest = max(shared, key=lambda name: took[name])
     together = took["all that share, together"]
+    shape = " x ".join(map(str, bench.image.shape[1:]))
     lines = [
-        f"{args.size}³, {args.window}³ windows ({len(bench.plan)}), MONAI UNet (batch norm, PReLU), layer "
+        f"{shape}, {args.window}³ windows ({len(bench.plan)}), MONAI UNet (batch norm, PReLU), layer "
         f"{bench.layer!r}, one thread, torch {torch.__version__}, {platform.machine()}; "
         f"CPU seconds, minimum of {args.repeats}",
         "",
-        "| method | forward | to the layer | to the input | seconds | bare loop | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "| method | forward | to the layer | to the input | looks | seconds | bare loop | ratio |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in groups:
         count, mine, loop = passes[name], took[name], took[f"bare {name}"]
         lines.append(
-            f"| {name} | {count[FORWARD]} | {count[TO_LAYER]} | {count[TO_INPUT]} | {mine:.3f} | {loop:.3f} | "
-            f"{mine / loop:.2f} |"
+            f"| {name} | {count[FORWARD]} | {count[TO_LAYER]} | {count[TO_INPUT]} | {count[LOOK]} | "
+            f"{mine:.3f} | {loop:.3f} | {mine / loop:.2f} |"
         )
     lines += [
         "",
-        f"All {len(SHARING)} that share, together: {together / took[dearest]:.2f} times the dearest of them alone "
+        f"All {len(shares)} that share, together: {together / took[dearest]:.2f} times the dearest of them alone "
         f"({dearest}), {together / sum(took[name] for name in shared):.2f} times the sum of all alone.",
+        "",
+        f"Finding the layer, where none is named: {took['search']:.3f} s, one pass of one window, once.",
     ]
     print("\n".join(lines))
     if args.table:

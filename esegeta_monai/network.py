@@ -228,7 +228,9 @@ class _Windows:
 
 
 @contextmanager
-def capture(network: nn.Module, layers: Sequence[str], *, of_windows: bool = True) -> Iterator[Captured]:
+def capture(
+    network: nn.Module, layers: Sequence[str], *, of_windows: bool = True, leaves: bool = False
+) -> Iterator[Captured]:
     """Hooks that record the output of layers, removed afterwards.
 
     What flows on is a copy, so that an in-place operation behind a layer cannot change what was recorded. A layer that
@@ -238,6 +240,8 @@ def capture(network: nn.Module, layers: Sequence[str], *, of_windows: bool = Tru
         network: called inside with the windows (n, …) as its first argument.
         layers: dotted names.
         of_windows: a layer must give one row a window.
+        leaves: where the image asks for no gradient, the graph begins at the first of the layers: nothing in front of
+            it is kept, the memory of which costs more time than its gradient would.
 
     Raises:
         UsageError: no such layer.
@@ -258,6 +262,8 @@ def capture(network: nn.Module, layers: Sequence[str], *, of_windows: bool = Tru
                 check_rows(name, value, seen.number)
             if handed_on(value, args, before[name]):
                 value = value.clone()
+            if leaves and torch.is_grad_enabled() and value.is_floating_point() and not value.requires_grad:
+                value = value.detach().requires_grad_(True)
             captured[name] = value
             captured.calls[name] = captured.calls.get(name, 0) + 1
             return with_first(output, value.clone())

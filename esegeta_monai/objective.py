@@ -337,9 +337,10 @@ class Objective:
     def _view(self, batch: Batch, layers: Sequence[str], wanting: Sequence[Request], seen: bool) -> View:
         backward = seen and any(r.backward for r in wanting)
         x = batch.image
-        if backward:
+        wants_input = backward and any(r.input_gradient for r in wanting)
+        if wants_input:
             x = x.detach().requires_grad_(True)
-        with torch.set_grad_enabled(backward), capture(self.model.network, layers) as captured:
+        with torch.set_grad_enabled(backward), capture(self.model.network, layers, leaves=True) as captured:
             out = batch.forward(x)
         for name in layers:
             if name not in captured:
@@ -354,7 +355,6 @@ class Objective:
         if backward:
             with_grad = [n for r in wanting if r.backward for n in r.layers]
             names = [n for n in dict.fromkeys(with_grad) if captured[n].requires_grad]
-            wants_input = any(r.input_gradient for r in wanting)
             found = []
             if names or wants_input:
                 found = batch.gradients(out, [captured[n] for n in names] + ([x] if wants_input else []))

@@ -267,9 +267,8 @@ def layer_pass(batch: Batch, x: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     Raises:
         MethodError: no target depends on the layer.
     """
-    x = x.detach().requires_grad_(True)
-    with torch.enable_grad(), capture(batch.objective.model.network, [layer]) as captured:
-        out = batch.forward(x)
+    with torch.enable_grad(), capture(batch.objective.model.network, [layer], leaves=True) as captured:
+        out = batch.forward(x.detach())
     if layer not in captured or not captured[layer].requires_grad:
         raise MethodError(_unreached(layer))
     (gradient,) = batch.gradients(out, [captured[layer]])
