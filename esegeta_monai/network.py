@@ -155,18 +155,24 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
         UsageError: no such layer; near matches are listed. No name.
         NetworkError: TorchScript.
     """
-    if is_scripted(network):
+    module, within = network, [network]
+    try:
+        for part in name.split("."):
+            module = module.get_submodule(part)
+            within.append(module)
+    except AttributeError:
+        if not is_scripted(network):
+            names = [n for n, _ in network.named_modules() if n]
+            near = difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]
+            raise UsageError(
+                f"the network has no layer {name!r}; near matches: {', '.join(near)} ('esegeta-monai layers' lists all)"
+            ) from None
+        within = list(network.modules())
+    if any(isinstance(m, torch.jit.ScriptModule) for m in within):
         raise NetworkError("a TorchScript network does not show its layers: load the plain PyTorch network")
     if not name:
         raise UsageError("layer='': give a layer's dotted name ('esegeta-monai layers' lists them), or leave it away")
-    try:
-        return network.get_submodule(name)
-    except AttributeError:
-        names = [n for n, _ in network.named_modules() if n]
-        near = difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]
-        raise UsageError(
-            f"the network has no layer {name!r}; near matches: {', '.join(near)} ('esegeta-monai layers' lists all)"
-        ) from None
+    return module
 
 
 class Captured(dict[str, Tensor]):

@@ -415,3 +415,46 @@ def check_settings() -> None:
     assert cudnn in (False, "set by operation")
     assert set(operations) <= {"ieee"}
     assert operations or cudnn is False
+
+
+class Skipping(nn.Module):
+    """Two layers one behind the other and a way round both; a module that hands out a buffer."""
+
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("value", torch.ones(1, 2, 8, 8, dtype=torch.float64))
+
+        def forward(self, x):
+            return self.value.expand(len(x), -1, -1, -1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.front, self.first, self.second = (nn.Conv2d(n, 2, 3, padding=1) for n in (1, 2, 2))
+        self.constant = self.Constant()
+
+    def forward(self, x):
+        x = self.front(x)
+        return torch.tanh(self.second(torch.tanh(self.first(x)))) * x * self.constant(x)
+
+
+def test_a_graph_that_begins_at_the_layers_has_their_gradients_and_nothing_in_front():
+    network, x = Skipping().double().eval(), torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    layers, found = ["first", "second", "constant"], {}
+    with frozen(network):
+        for leaves in (True, False):
+            with capture(network, [*layers, "front"][: 3 if leaves else 4], leaves=leaves) as captured:
+                out = network(x if leaves else x.clone().requires_grad_())
+            chosen = layers if leaves else layers[:2]  # the buffer is on no path from the image
+            found[leaves] = torch.autograd.grad(out.sin().sum(), [captured[name] for name in chosen])
+        assert captured["front"].requires_grad
+        with capture(network, ["first"], leaves=True) as captured:
+            outputs = []
+            handle = network.front.register_forward_hook(lambda m, a, out: outputs.append(out))
+            network(x)
+            handle.remove()
+        assert not outputs[0].requires_grad
+        assert not network.constant.value.requires_grad
+    for begun, whole in zip(found[True], found[False]):
+        assert torch.equal(begun, whole)

@@ -206,7 +206,7 @@ def excitation(
     if cotangents.shape[1] != len(x):
         raise UsageError(f"cotangents for {cotangents.shape[1]} windows, {len(x)} windows given")
     run = Run(forward, x, Probabilities(), layers=layers, compare=compare)
-    traced = [(arriving, at_layers) for arriving, at_layers, _ in run.backward(cotangents)]
+    traced = [(arriving, at_layers) for arriving, at_layers, _ in run.backward(cotangents, ends=True)]
     result = torch.stack([arriving for arriving, _ in traced])
     values = [at_layers for _, at_layers in traced]
     probabilities = {name: torch.stack([value[name] for value in values]) for name in run.captured}

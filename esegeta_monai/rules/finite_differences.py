@@ -207,7 +207,7 @@ def deep_lift(
     past, past_layers, at_baseline = record(forward, baseline, rules, layers or {})
     run = Run(forward, x, rules, reference=past, layers=layers, compare=compare)
     multipliers, at_layers = [], []
-    for multiplier, layer_multipliers, _ in run.backward(cotangents):
+    for multiplier, layer_multipliers, _ in run.backward(cotangents, ends=True):
         multipliers.append(multiplier)
         at_layers.append(layer_multipliers)
     results = {}
@@ -244,5 +244,5 @@ def deep_lift_multiplier(function: Callable[[Tensor], Tensor], p: Tensor, p0: Te
     run = Run(function, p, rules, reference=past)
     value = run.output
     chosen = torch.eye(value.numel(), dtype=value.dtype, device=value.device).reshape(-1, *value.shape)
-    multipliers = torch.stack([multiplier for multiplier, _, _ in run.backward(chosen)])
+    multipliers = torch.stack([multiplier for multiplier, _, _ in run.backward(chosen, ends=True)])
     return multipliers if value.ndim else multipliers[0]

@@ -116,7 +116,7 @@ def _run(
             "gradient; use Saliency or InputXGradient"
         )
     inputs, at_layers = [], []
-    for arriving, layer_gradients, _ in run.backward(cotangents):
+    for arriving, layer_gradients, _ in run.backward(cotangents, ends=True):
         inputs.append(arriving)
         at_layers.append(layer_gradients)
     none, at = x.new_zeros(cotangents.shape[:2]), layer_relevance(run.captured, at_layers)

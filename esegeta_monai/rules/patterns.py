@@ -67,7 +67,7 @@ def back_project(
         if neuron is not None:
             neuron.rule.regime = neuron.regime
     start = cotangents * run.output.detach()
-    return torch.stack([arriving for arriving, _, _ in run.backward(start)])
+    return torch.stack([arriving for arriving, _, _ in run.backward(start, ends=True)])
 
 
 class PatternFit:

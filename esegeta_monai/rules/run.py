@@ -128,20 +128,26 @@ class Run:
             output = self.output.detach()
             _check_agreement(output if compare is True else output[: len(plain)], plain)
 
-    def backward(self, cotangents: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor], Any]]:
-        """For each target: what arrives at the input, at each layer, and the ledger of this pass."""
+    def backward(self, cotangents: Tensor, *, ends: bool = False) -> Iterator[tuple[Tensor, dict[str, Tensor], Any]]:
+        """For each target: what arrives at the input, at each layer, and the ledger of this pass.
+
+        Args:
+            cotangents: (k, n, K, …).
+            ends: nothing is asked of the graph after the last target, whose pass may free it as it goes.
+        """
         if cotangents.shape[1:] != self.output.shape:
             raise InputError(
                 f"cotangents of shape {tuple(cotangents.shape)} do not fit outputs of shape "
                 f"{tuple(self.output.shape)}: expected (targets, *output shape)"
             )
         places = [self.leaf, *self.captured.values()]
-        for cotangent in cotangents:
+        for number, cotangent in enumerate(cotangents, 1):
+            keep = not ends or number < len(cotangents)
             self.mode.ledger.clear()
             try:
                 with torch.inference_mode(False):
                     start = _copy(cotangent).to(self.output)
-                    arriving = torch.autograd.grad(self.output, places, start, retain_graph=True, allow_unused=True)
+                    arriving = torch.autograd.grad(self.output, places, start, retain_graph=keep, allow_unused=True)
             except RuntimeError as error:
                 if "modified by an inplace operation" in str(error):
                     raise MethodError(
