@@ -97,8 +97,8 @@ def too_costly(method: Method, objective: Objective) -> MethodError | None:
         return None
     return MethodError(
         f"{method.name} would score {predictions:,} perturbations, each in up to {len(objective.windows)} windows, and "
-        f"more than {COSTLY:,} are not computed unasked: take larger occluders, strides or features, or insist with "
-        "--yes (allow_costly=True in Python)"
+        f"more than {COSTLY:,} are not computed unasked: take larger occluders, strides or features, or fewer samples, "
+        "or insist with --yes (allow_costly=True in Python)"
     )
 
 

@@ -38,11 +38,12 @@ class Situation:
         self.bad = self.folder / "scans" / "bad.nii.gz"
         self.output = self.folder / "out"
         self.inputs: list[Path | str] = [self.bad, self.good]
+        self.methods = "Saliency"
         self.more: list[str] = ["--target", TARGET]
 
     def argv(self) -> list[str]:
         words = ["explain", "--bundle", self.bundle, "--input", *self.inputs, "--output", self.output]
-        return [str(word) for word in [*words, "--methods", "Saliency", "--no-pictures", *self.more]]
+        return [str(word) for word in [*words, "--methods", self.methods, "--no-pictures", *self.more]]
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,14 @@ def with_options(*more: str) -> Callable[[Situation], None]:
     return make
 
 
+def by(method: str) -> Callable[[Situation], None]:
+    def make(s: Situation) -> None:
+        one_good(s)
+        s.methods = method
+
+    return make
+
+
 def empty_target(s: Situation) -> None:
     one_good(s)
     weights = torch.load(s.bundle / "models" / "model.pt", weights_only=True)
@@ -128,6 +137,14 @@ def empty_target(s: Situation) -> None:
         if name.startswith("model.2") and name.endswith("bias"):
             value[1] = -1e6
     torch.save(weights, s.bundle / "models" / "model.pt")
+
+
+def probabilities(s: Situation) -> None:
+    one_good(s)
+    scan = nib.load(s.good)
+    file = s.folder / "atlas.nii.gz"
+    nib.save(nib.Nifti1Image(np.full(scan.shape, 0.5, np.float32), scan.affine), file)
+    s.methods = f"FeatureAblation('{file}')"
 
 
 def other_grid(s: Situation) -> None:
@@ -232,6 +249,14 @@ ROWS = [
         with_options("--target", "MulticlasMask(1)"), goes_on=False),
     Row("parameter that does not exist", 2, r"Saliency: .*its parameters are: abs, name",
         with_options("--methods", "Saliency(absolute=True)"), goes_on=False),
+    Row("parameter of another kind", 2, r"Occlusion: window='8': give a whole number or a list of whole numbers",
+        with_options("--methods", "Occlusion(window='8')"), goes_on=False),
+    Row("feature map that is not there", 1, r"feature map: atlas.nii.gz is neither a file nor a key",
+        by("FeatureAblation('atlas.nii.gz')"), goes_on=False),
+    Row("feature map of probabilities", 1, r"values that are no whole numbers, such as 0\.5: threshold it",
+        probabilities, goes_on=False),
+    Row("method that costs too much", 1, r"Rise would score 200,000 perturbations, .* or insist with --yes",
+        by("Rise(200000)"), goes_on=False),
     Row("bundle without a network", 2, r"has no network: configs/inference.json has none of the ids .*network_def",
         lambda s: one_good(s, **NO_NETWORK), goes_on=False),
     Row("bundle without an inferer", 2, r"has no inferer: configs/inference.json has none of the ids",
