@@ -98,7 +98,7 @@ def too_costly(method: Method, objective: Objective) -> MethodError | None:
     return MethodError(
         f"{method.name} would score {predictions:,} perturbations, each in up to {len(objective.windows)} windows, and "
         f"more than {COSTLY:,} are not computed unasked: take larger occluders, strides or features, or fewer samples, "
-        "or insist with --yes (allow_costly=True in Python)"
+        "or insist with --yes (allow_costly=True in Python, --explain_handler#allow_costly true with the overlay)"
     )
 
 
