@@ -2,7 +2,7 @@
 
 Every result of an elementwise operation remembers the tensor it started from and the function since. A product of two
 such results with one common start is again a function of one tensor, and gets the rule of an activation instead of
-the rule of a product.
+the rule of a product; and so does the larger or smaller of the two (``torch.maximum(x, 0.1 * x)`` is LeakyReLU).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from esegeta_monai.rules.operations import Operation, Slot
 __all__ = ["joined", "remember"]
 
 _CURVE = "_esegeta_curve"
+_EXTREMES = ("maximum", "minimum", "max", "min")
 _ELEMENTWISE = ("add", "sub", "rsub", "mul", "div", "neg")
 
 
@@ -58,17 +59,20 @@ def _after(first: Callable[[Tensor], Tensor], second: Callable[..., Any]) -> Cal
 
 
 def joined(operation: Operation, operands: tuple[Tensor, ...]) -> tuple[Operation, tuple[Tensor, ...]]:
-    """The product of two functions of one tensor as one function of it; any other operation as it is."""
-    if operation.name != "mul" or operation.kind is not Kind.PRODUCT or operation.in_place:
+    """The product, maximum or minimum of two functions of one tensor as one function of it; any other operation as it
+    is."""
+    product = operation.name == "mul" and operation.kind is Kind.PRODUCT
+    if not (product or (operation.name in _EXTREMES and len(operands) == 2)) or operation.in_place:
         return operation, operands
     left, right = (_curve_of(operand) for operand in operands)
     starts = [curve.start if curve else operand for curve, operand in zip((left, right), operands)]
     if starts[0] is not starts[1] or (left is None and right is None):
         return operation, operands
 
-    def product(x: Tensor) -> Tensor:
-        return (left.function(x) if left else x) * (right.function(x) if right else x)
+    def together(x: Tensor) -> Tensor:
+        result: Tensor = operation.function(left.function(x) if left else x, right.function(x) if right else x)
+        return result
 
-    whole = Operation("product_of_functions", product, (Slot(0),), {}, ledger=operation.ledger)
+    whole = Operation(f"{operation.name}_of_functions", together, (Slot(0),), {}, ledger=operation.ledger)
     whole.kind, whole.reads_input = Kind.ACTIVATION, operation.reads_input
     return whole, (starts[0],)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from esegeta_monai.errors import MethodError
 from esegeta_monai.rules import deep_lift, guided
 from esegeta_monai.rules.kinds import Kind
 from esegeta_monai.rules.mode import PLAIN, RuleMode
@@ -44,6 +45,9 @@ JOINED = {
         lambda x: F.gelu(x, approximate="tanh"),
     ),
     "hardswish": (lambda x: x * F.relu6(x + 3) / 6, F.hardswish),
+    "leaky relu, the larger": (lambda x: torch.maximum(x, 0.1 * x), lambda x: F.leaky_relu(x, 0.1)),
+    "leaky relu, the larger, other order": (lambda x: torch.max(0.1 * x, x), lambda x: F.leaky_relu(x, 0.1)),
+    "leaky relu, the smaller": (lambda x: torch.minimum(x, 3 * x), lambda x: F.leaky_relu(x, 3.0)),
 }
 
 
@@ -69,6 +73,13 @@ def test_written_out_activations_are_one_operation(name):
 )
 def test_other_products_stay_products(function):
     assert Kind.PRODUCT in _kinds(function, X)[0]
+
+
+def test_the_larger_of_two_tensors_is_no_activation():
+    for function in (lambda x: torch.maximum(x, x.flip(0)), lambda x: torch.max(x, x.mean(0, keepdim=True))):
+        assert Kind.ACTIVATION not in _kinds(function, X)[0]
+        with pytest.raises(MethodError, match="has none"):
+            guided(function, X, torch.ones(1, 3, 4, dtype=X.dtype))
 
 
 def test_a_start_that_was_overwritten_is_not_joined():
