@@ -118,7 +118,11 @@ _TABLES: WeakKeyDictionary[Objective, dict[Hashable, Tensor]] = WeakKeyDictionar
 def passes_needed(objective: Objective, *rounds: Perturbations) -> int:
     """Window passes that `change` needs for one set of perturbations after the other, on an objective of which nothing
     has been computed yet; perturbed windows are looked at for that, but no network runs."""
-    unperturbed = 0 if objective.linear or objective.prediction is not None else len(objective.windows)
+    unperturbed = (
+        0
+        if objective.linear or (objective.prediction is not None and not objective.own_prediction)
+        else len(objective.windows)
+    )
     known: set[int] = set()
     return unperturbed + sum(pair_passes(objective, p, known) for p in rounds)
 

@@ -93,6 +93,8 @@ class Objective:
         the output; None: that it would have been computed, where a method is only timed."""
         self._at_image: list[Tensor] | None = None
         self._values: Tensor | None = None
+        self.own_prediction = False
+        """Whether F at the image is the network's own, although a prediction is given: one of another precision."""
         self.default_layer: str | None = None
         self.every: Sequence[int] = range(len(plan))
         """The windows of requests that look everywhere."""
@@ -200,6 +202,11 @@ class Objective:
             self._values = torch.stack([s.value(p) for s, p in zip(self.scores, self.image_predictions())])
         return self._values
 
+    @property
+    def asked(self) -> bool:
+        """Whether something has asked for `image_values`."""
+        return self._values is not None
+
     def constants(self) -> Tensor:
         """What linear scores give beside the sum over windows: s at a prediction of zeros (k,), float64; else 0."""
         return torch.tensor([s.constant() if s.linear else 0.0 for s in self.scores], dtype=torch.float64)
@@ -237,7 +244,7 @@ class Objective:
 
     def image_predictions(self) -> list[Tensor]:
         """For each score what it reads of the prediction at the image, (channels, *box)."""
-        if self.prediction is not None:
+        if self.prediction is not None and not self.own_prediction:
             return [s.crop(self.prediction) for s in self.scores]
         if self._at_image is None:
             self._at_image = [p[0] for p in self.predict(self.image[None])]

@@ -107,6 +107,10 @@ def run_precisely(
     if again:
         precise = full_precision(objective)
         results |= _by_position(again, methods, precise, lock_step)
+        if precise.asked:  # what the maps add up to
+            for outcome in (results[i] for i in again):
+                if not isinstance(outcome, Exception):
+                    outcome.notes.setdefault("value", precise.image_values())
         objective.window_batch = min(objective.window_batch, precise.window_batch)
     for i, known in found.items():
         outcome = results[i]
@@ -121,7 +125,7 @@ def full_precision(objective: Objective) -> Objective:
     """The same objective without autocast, always the same one; itself where there is none.
 
     It shares nothing that was computed in half precision: unperturbed scores, tables of scores and the prediction at
-    the image are its own.
+    the image are its own. Masks stay as they are.
     """
     if objective.model.autocast_dtype is None:
         return objective
@@ -129,6 +133,7 @@ def full_precision(objective: Objective) -> Objective:
         other = objective.apart()
         other.model = copy.copy(objective.model)
         other.model.amp = False
+        other.own_prediction = objective.sample is None  # on first windows both precisions start from the one given
         _PRECISE[objective] = other
     found = _PRECISE[objective]
     found.monitor, found.window_batch = objective.monitor, objective.window_batch

@@ -18,8 +18,10 @@ from esegeta_monai.methods import (
     METHODS,
     XRAI,
     DeepLift,
+    DeepLiftShap,
     GradCam,
     IntegratedGradients,
+    LayerDeepLift,
     Method,
     Occlusion,
     Saliency,
@@ -173,9 +175,11 @@ def test_nothing_is_measured_where_that_costs_the_map_in_float32() -> None:
         explainer = Explainer(network, inferer, "cpu", True)
         found = list(explainer(image(), methods, [TARGET]))
         assert [a.record["amp_fallback"] == precision.NOT_WORTH_IT for a in found] == spared
+        value = 1  # once, F at the image in float32, which the prediction under autocast does not tell
         for a in (a for a, alone in zip(found, spared) if alone):
             (full,) = Explainer(network, inferer, "cpu")(image(), [a.method], [TARGET])
-            assert a.record["window_passes"] == full.record["window_passes"]
+            own, value = (value, 0) if a.method.needs_value else (0, value)
+            assert a.record["window_passes"] == full.record["window_passes"] + own
             assert torch.equal(a.map, full.map)
 
 
@@ -281,6 +285,19 @@ def test_rules_run_in_float32_unasked() -> None:
     for a, b in zip(explained(tame(), methods)[1:], explained(tame(), methods, None)[1:]):
         assert (a.record["amp"], a.record["amp_correlation"], a.record["amp_fallback"]) == (None, None, None)
         assert torch.equal(a.map, b.map)
+
+
+@pytest.mark.parametrize("output", ["logit", "probability"])
+def test_what_runs_in_float32_adds_up_to_f_in_float32(output: str) -> None:
+    """Not to F of a prediction under autocast, which may differ by more than the image and its baseline do."""
+    target = Box(1, (2, 2), (10, 10), output=output)
+    network = draw(nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1)))
+    methods = [DeepLift("mean"), DeepLiftShap("noise", n_samples=2), LayerDeepLift("0", baseline="mean")]
+    for a in Explainer(network, WINDOWS, "cpu", amp=True)(image(), methods, [target]):
+        change = a.record["value"] - a.record["baseline_value"]
+        assert a.record["sum"] == pytest.approx(change, rel=1e-4)
+        assert a.record.get("share_through_layer", 1.0) == pytest.approx(1, abs=1e-4)
+        assert (a.record["completeness_gap"] or 0.0) <= 1e-4
 
 
 def test_the_worst_target_decides_for_all() -> None:
