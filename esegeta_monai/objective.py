@@ -7,9 +7,7 @@ scatter-added sums over windows; for non-linear ones the cotangent ``∂s/∂P``
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +21,7 @@ from esegeta_monai.network import Model, capture
 from esegeta_monai.pace import Timed
 from esegeta_monai.ranks import Ranks, Summed, tensors_of
 from esegeta_monai.targets.base import Case, Score
+from esegeta_monai.windowed import Windowed
 from esegeta_monai.windows import OutputGrid, Slices, WindowPlan, last_axes, picked
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["Batch", "Gradient", "InputGradient", "Objective", "Request", "View"]
 
 
-class Objective:
+class Objective(Windowed):
     """One case, its targets and the network behind windows.
 
     Args:
@@ -63,13 +62,11 @@ class Objective:
         case: Case | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.case, self.ranks = case or Case(), ranks or Ranks()
-        self.model, self.image, self.plan, self.scores = model, image, plan, list(scores)
-        self.prediction, self.condition, self.seed = prediction, condition, seed
-        self.monitor = monitor or Monitor()
+        super().__init__(model, image, plan, monitor=monitor, condition=condition, ranks=ranks)
+        self.case, self.scores, self.prediction, self.seed = case or Case(), list(scores), prediction, seed
         known = plan.spatial_shape if out_shape is None else out_shape  # () for a classification network
         shape = tuple(known if prediction is None else prediction.shape[1:])
-        self.out_shape, self.read = shape, list[int]()
+        self.out_shape = shape
         if plan.whole:
             out_roi = shape
         elif shape == plan.spatial_shape:
@@ -81,7 +78,6 @@ class Objective:
         self.read = sorted({c for s in self.scores for c in s.channels})
         self.rows = [picked([self.read.index(c) for c in s.channels]) for s in self.scores]
         """Where each score's channels lie among those read."""
-        self.window_batch = plan.batch_size
         self.support = [self.grid.windows_of(s.box, s.mask) if not s.empty else [] for s in self.scores]
         self.windows = sorted({w for windows in self.support for w in windows})
         self.blend_deviation: list[float | None] = [None] * len(self.scores)
@@ -383,35 +379,6 @@ class Objective:
 
     # -- windows ------------------------------------------------------------------------------------------------
 
-    def run(self, x: Tensor, windows: Sequence[int]) -> Tensor:
-        """The network on windows x (n, C, *roi): (n, R, *out_roi), the channels that some target reads."""
-        coordinates = [self.plan.coordinates(w) for w in windows] if self.plan.with_coord else None
-        condition = None
-        if self.condition is not None:
-            condition = torch.stack([self.plan.cut(self.condition, w) for w in windows]).to(self.model.device)
-        out = self.model(x, slice_axis=self.plan.slice_axis, coordinates=coordinates, condition=condition)
-        self.monitor.passed(len(windows))
-        if len(self.read) in (0, out.shape[1]):
-            return out
-        return out[:, picked(self.read)]
-
-    def vjp(self, out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, *, retain: bool) -> list[Tensor | None]:
-        """One vector-Jacobian product, None for inputs that ``out`` does not depend on.
-
-        Under float16 autocast the cotangent is scaled until nothing overflows.
-        """
-        cotangent = cotangent.to(out.dtype)
-        if self.model.autocast_dtype != torch.float16:
-            return list(torch.autograd.grad(out, inputs, cotangent, retain_graph=retain, allow_unused=True))
-        peak = float(cotangent.abs().max())
-        scale = 2.0**12 / peak if peak > 0 else 1.0
-        for _ in range(8):
-            grads = torch.autograd.grad(out, inputs, cotangent * scale, retain_graph=True, allow_unused=True)
-            if all(g is None or bool(torch.isfinite(g).all()) for g in grads):
-                return [None if g is None else g / scale for g in grads]
-            scale /= 16
-        raise MethodError("float16 gradients overflow at every scale: switch amp off, or use bfloat16 (amp_kwargs)")
-
     def _jobs(self, m: int) -> list[tuple[int, int]]:
         return [(p, w) for p in range(m) for w in self.windows]
 
@@ -454,66 +421,15 @@ class Objective:
         whole: list[Tensor | None] | None = None if cotangents is None else list(cotangents)
         if with_cotangents and predictions is None and whole is None:
             whole = self._whole_cotangents()
+
+        def one(windows: list[int], sources: list[int], first: bool) -> None:
+            found: list[Tensor | None] = [None] * self.n_targets
+            if with_cotangents:
+                found = self._batch_cotangents(windows, sources, whole, predictions)
+            run(Batch(self, windows, sources, found, first=first))
+
         timed = Timed(_kind(run) if kind is None else kind, least, sums is not None, whole_windows)
-        if sums is None:
-            self._run(groups, run, whole, predictions, with_cotangents, timed)
-            return
-        with self.ranks.summed(sums) if turn is None else nullcontext():
-            shares = [self._share(g, whole_windows, turn or 0) for g in groups]
-            self._run(shares, run, whole, predictions, with_cotangents, timed)
-
-    def _share(self, jobs: Sequence[tuple[int, int]], whole_windows: bool, turn: int) -> list[tuple[int, int]]:
-        if not whole_windows:
-            return self.ranks.share(jobs, turn)
-        mine = set(self.ranks.share(sorted({w for _, w in jobs})))
-        return [j for j in jobs if j[1] in mine]
-
-    def _run(
-        self,
-        groups: Sequence[Sequence[tuple[int, int]]],
-        run: Callable[[Batch], None],
-        whole: list[Tensor | None] | None,
-        predictions: list[Tensor] | None,
-        with_cotangents: bool,
-        timed: Timed,
-    ) -> None:
-        for number, group in enumerate(groups):
-            done = 0
-            loop = timed.loop(self.monitor.pace, number, group)
-            while done < len(group):
-                if loop is not None and timed.may_end(group, done) and loop.enough(done):
-                    break
-                self.monitor.check()
-                part = group[done : done + self.window_batch]
-                windows, sources = [w for _, w in part], [p for p, _ in part]
-                try:
-                    found: list[Tensor | None] = [None] * self.n_targets
-                    if with_cotangents:
-                        found = self._batch_cotangents(windows, sources, whole, predictions)
-                    run(Batch(self, windows, sources, found, first=number == done == 0))
-                except RuntimeError as error:
-                    if not out_of_memory(error):
-                        raise
-                    self.shrink(len(part), error)
-                    continue
-                done += len(part)
-            if loop is not None:
-                loop.end(done, functools.partial(len, group))
-
-    def shrink(self, tried: int, error: RuntimeError) -> None:
-        """Halves the window batch after memory ran out, and records it.
-
-        Raises:
-            MethodError: already one window.
-        """
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if tried == 1:
-            raise MethodError(
-                f"out of memory with one window of {self.plan.roi}: use amp=True, a smaller window, or device='cpu'"
-            ) from error
-        self.window_batch = tried // 2
-        self.monitor.warn(f"out of memory with {tried} windows a batch: continued with {self.window_batch}")
+        self.loop(groups, one, timed, sums, turn)
 
     def cotangents(self, windows: Sequence[int]) -> list[Tensor | None]:
         """``ĝ_w ∂s/∂P`` at the image, for each target (n, R, *out_roi), None where it sees none of the windows."""
@@ -580,9 +496,3 @@ def _sums(requests: Sequence[Request], blended: Sequence[Tensor]) -> list[Tensor
     """What a sweep adds into, None where a request does not say."""
     parts = [r.parts for r in requests]
     return None if any(p is None for p in parts) else [*blended, *(one for p in parts if p is not None for one in p)]
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of torch means that memory ran out, on an accelerator or on the CPU."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
