@@ -24,6 +24,7 @@ from esegeta_monai.errors import InputError, NetworkError, RankLost, UsageError
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.network import check_network, frozen, is_scripted, own_modes, select_output, unwrap
 from esegeta_monai.outcomes import Bound, OnError, Outcomes
+from esegeta_monai.parameters import number
 from esegeta_monai.ranks import Ranks
 from esegeta_monai.record import described
 from esegeta_monai.targets.base import TARGETS
@@ -112,10 +113,14 @@ class Explainer:
         self.amp, self.amp_kwargs, self.output = bool(amp), dict(amp_kwargs or {}), output
         self.class_names = {int(k): v for k, v in (class_names or {}).items()}
         self.channel_names = list(channel_names or [])
-        self.window_batch, self.seed = window_batch, int(seed)
+        self.window_batch, self.seed = (
+            number("window_batch", window_batch, int | None, 0),
+            number("seed", seed, int, -1),
+        )
         # what the weights do not tell, such as the slope of a LeakyReLU; object addresses aside
         self.structure_sha256: str = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(self.network)).encode()).hexdigest()
-        self.progress, self.time_limit, self.allow_costly = progress, time_limit, bool(allow_costly)
+        self.progress, self.allow_costly = progress, bool(allow_costly)
+        self.time_limit = number("time_limit", time_limit, float | None, 0)
         if on_error not in ("raise", "record"):
             raise UsageError(f"on_error={on_error!r}: give 'raise' or 'record'")
         self.on_error = on_error
@@ -233,9 +238,9 @@ class Explainer:
         """The images as one tensor, and how many channels each named one has."""
         inputs = dict(image) if isinstance(image, Mapping) else {}
         joined = joined_inputs(inputs) if inputs else image
-        assert isinstance(joined, Tensor)
-        if joined.ndim not in (4, 5):
-            raise InputError(f"image must be (B, C, *spatial) in 2D or 3D, got shape {tuple(joined.shape)}")
+        if not isinstance(joined, Tensor) or joined.ndim not in (4, 5) or 0 in joined.shape[1:]:
+            found = f"shape {tuple(joined.shape)}" if isinstance(joined, Tensor) else type(joined).__name__
+            raise InputError(f"image must be (B, C, *spatial) in 2D or 3D, a tensor, got {found}")
         return joined, {n: v.shape[1] for n, v in inputs.items()}
 
     def judge(

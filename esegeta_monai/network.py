@@ -158,6 +158,8 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     module, within = network, [network]
     try:
         for part in name.split("."):
+            if isinstance(module, torch.jit.ScriptModule):  # which raises another error than a module's
+                break
             module = module.get_submodule(part)
             within.append(module)
     except AttributeError:

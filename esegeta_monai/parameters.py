@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esegeta_monai.errors import UsageError
 
-__all__ = ["as_declared", "fit_parameters"]
+__all__ = ["as_declared", "fit_parameters", "number"]
 
 UNFIT: Final = object()
 """What `as_declared` gives for a value of another kind."""
@@ -47,6 +47,25 @@ def fit_parameters(owner: Any, names: Sequence[str]) -> None:
             raise UsageError(f"{cls.__name__}: {name}={shown}: give {_words(hints[name])}")
         if found is not value:
             setattr(owner, name, found)
+
+
+def number(name: str, value: Any, hint: Any, above: float) -> Any:
+    """A number of a setting, None where the annotation allows it.
+
+    Raises:
+        UsageError: it is none, or not above ``above``.
+
+    >>> number("window_batch", 4.0, int | None, 0)
+    4
+    """
+    found = as_declared(value, hint)
+    if found is UNFIT or (found is not None and not above < found < LARGEST):
+        raise UsageError(f"{name}={value!r}: give {_words(hint)} above {above:g}")
+    return found
+
+
+LARGEST = 2**63
+"""What a seed may not reach."""
 
 
 def as_declared(value: Any, hint: Any) -> Any:

@@ -97,9 +97,9 @@ class ScoreTable:
 
     def remove(self) -> None:
         """Removes the tables that were asked for: the map is whole."""
-        for path in self._files:
-            path.unlink(missing_ok=True)
         try:
+            for path in self._files:
+                path.unlink(missing_ok=True)
             self.folder.rmdir()
         except OSError as error:  # other tables lie there, of this run or of another process, or it was never made
             logger.debug("%s stays: %s", self.folder.name, error.strerror)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
@@ -598,3 +599,29 @@ def test_a_progress_bar_does_not_spread_a_failure(bad: Method, capsys: pytest.Ca
     assert {n: a.status for n, a in found.items()} == {bad.name: "failed", "Saliency": "ok", "second": "ok"}
     passes = found["second"].record["window_passes"]
     assert f"{passes}/{passes} [" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"time_limit": "600"}, "time_limit='600': give a number or None above 0"),
+        ({"time_limit": 0}, "time_limit=0: give a number"),
+        ({"time_limit": float("nan")}, "time_limit=nan"),
+        ({"window_batch": 0}, "window_batch=0: give a whole number or None above 0"),
+        ({"window_batch": 2.5}, r"window_batch=2\.5"),
+        ({"seed": -1}, "seed=-1: give a whole number above -1"),
+        ({"seed": 2**70}, "seed="),
+        ({"seed": "three"}, "seed='three'"),
+    ],
+)
+def test_settings_that_are_no_such_numbers_are_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Explainer(Spy(), SLIDING, **setting)
+
+
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((1, 1, 8, 8, 8)), "scan.nii.gz", torch.zeros(8, 8, 8), torch.zeros(1, 1, 8, 0)]
+)
+def test_what_is_no_image_is_refused(wrong: Any) -> None:
+    with pytest.raises(InputError, match="image must be"):
+        list(Explainer(Spy(), SLIDING)(wrong, [Saliency()], [MultiClassMask(1)]))
