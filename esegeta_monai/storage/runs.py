@@ -32,8 +32,9 @@ class RunRecord:
     Results of earlier runs into the same folder stay, until this run says something about the same case, target and
     method, so that a run can be stopped, resumed, or extended by another method; they do not count in `exit_code`.
 
-    Several processes that write into one folder keep a record each, ``run.json`` and ``run.rank1.json``, …, which
-    `join` makes one; those of a run that was killed are read by the next run.
+    So do those of another run that writes into the same folder at the same time. Processes that share a run keep a
+    record each, ``run.json`` and ``run.rank1.json``, …, which `join` makes one; those of a run that was killed are read
+    by the next run.
 
     Args:
         output_dir: where ``run.json`` lies.
@@ -65,6 +66,7 @@ class RunRecord:
         others = sorted(self.path.parent.glob("run.rank*.json")) if rank == 0 and writes else []
         self._earlier = {k: e for path in [self.path, *others] for k, e in self._read_earlier(path).items()}
         self._results: dict[Key, dict[str, Any]] = {}
+        self._refuted: set[Key] = set()
         self.write()
         for path in others:  # of a run that was killed; they stand in run.json now
             path.unlink()
@@ -84,7 +86,7 @@ class RunRecord:
         entry = {"case": case, "target": target, "method": method, "status": status, **more}
         self._results[case, target, method] = entry if reason is None else {**entry, "reason": reason}
         if method is not None:
-            self._earlier.pop((case, None, None), None)  # the case could be read this time
+            self._refuted.add((case, None, None))  # the case could be read this time
         self.write()
 
     @property
@@ -109,9 +111,11 @@ class RunRecord:
             self._writes = False
 
     def write(self) -> None:
-        """Writes ``run.json``, whole or not at all."""
+        """Writes ``run.json``, whole or not at all, with what another run has written there meanwhile."""
         if not self._writes:
             return
+        self._earlier = {**self._earlier, **self._read_earlier(self.path)}
+        earlier = {key: entry for key, entry in self._earlier.items() if key not in self._refuted}
         record = {
             **self._info,
             "intended_use": INTENDED_USE,
@@ -119,7 +123,7 @@ class RunRecord:
             "started": self._started,
             "finished": self._finished,
             "summary": self.summary,
-            "results": list({**self._earlier, **self._results}.values()),
+            "results": list({**earlier, **self._results}.values()),
         }
         write_json(self.path, record)
 

@@ -105,3 +105,21 @@ def test_unwritable_folder_fails_at_once(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(UsageError, match="cannot write"):
         RunRecord(tmp_path / "out")
+
+
+def test_two_runs_at_once_keep_each_others_results(tmp_path: Path) -> None:
+    """The one that wrote last took the other's results out of the record, though its maps lay there."""
+    first, second = RunRecord(tmp_path), RunRecord(tmp_path)
+    first.set("a", "t", "Rise", "ok")
+    second.set("a", "t", "Occlusion", "ok")
+    second.set("b", "t", "Occlusion", "failed", "because")
+    first.set("b", "t", "Rise", "ok")
+    assert statuses(tmp_path) == {
+        ("a", "t", "Rise"): "ok",
+        ("a", "t", "Occlusion"): "ok",
+        ("b", "t", "Occlusion"): "failed",
+        ("b", "t", "Rise"): "ok",
+    }
+    assert first.exit_code == 0
+    assert first.summary == {"ok": 2}
+    assert second.exit_code == 1
