@@ -72,14 +72,17 @@ class Windowed:
         """One vector-Jacobian product, None for inputs that ``out`` does not depend on.
 
         Under float16 autocast the cotangent is scaled until nothing overflows.
+
+        Raises:
+            MethodError: an operation on the path has no derivative, or what it needs was overwritten.
         """
         cotangent = cotangent.to(out.dtype)
         if self.model.autocast_dtype != torch.float16:
-            return list(torch.autograd.grad(out, inputs, cotangent, retain_graph=retain, allow_unused=True))
+            return _gradients(out, inputs, cotangent, retain)
         peak = float(cotangent.abs().max())
         scale = 2.0**12 / peak if peak > 0 else 1.0
         for _ in range(8):
-            grads = torch.autograd.grad(out, inputs, cotangent * scale, retain_graph=True, allow_unused=True)
+            grads = _gradients(out, inputs, cotangent * scale, True)
             if all(g is None or bool(torch.isfinite(g).all()) for g in grads):
                 return [None if g is None else g / scale for g in grads]
             scale /= 16
@@ -147,6 +150,20 @@ class Windowed:
             ) from error
         self.window_batch = tried // 2
         self.monitor.warn(f"out of memory with {tried} windows a batch: continued with {self.window_batch}")
+
+
+def _gradients(out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, retain: bool) -> list[Tensor | None]:
+    """What torch says of a network that it cannot differentiate is an error of ours, with the way out."""
+    try:
+        return list(torch.autograd.grad(out, inputs, cotangent, retain_graph=retain, allow_unused=True))
+    except RuntimeError as error:
+        if out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())
+        raise MethodError(
+            f"the network cannot be differentiated ({said[:200]}): mend that operation (in place: set inplace=False), "
+            "or use a perturbation method such as Occlusion"
+        ) from error
 
 
 def out_of_memory(error: RuntimeError) -> bool:

@@ -11,7 +11,8 @@ from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer, sl
 from torch import Tensor, nn
 
 from esegeta_monai.change import change
-from esegeta_monai.methods import InputXGradient, Saliency, run
+from esegeta_monai.errors import MethodError
+from esegeta_monai.methods import GradCam, InputXGradient, IntegratedGradients, Saliency, run
 from esegeta_monai.network import Model, frozen
 from esegeta_monai.objective import Objective
 from esegeta_monai.perturbation import Boxes
@@ -225,6 +226,24 @@ def test_memory_back_off_halves_the_batch_and_is_recorded():
         assert_equal(run(Saliency(), o).maps, run(Saliency(), reference).maps)
     assert o.window_batch == 2
     assert any("out of memory" in w for w in o.monitor.warnings)
+
+
+def test_a_network_that_has_no_gradient_is_named():
+    def overwritten(x):
+        y = x.exp()
+        y[:] = 2 * y  # exp needs its result for its gradient
+        return y
+
+    for function, said in ((overwritten, "inplace operation"), (lambda x: torch.heaviside(x, x), "heaviside")):
+
+        class Broken(Small):
+            def forward(self, x: Tensor, function=function) -> Tensor:
+                return function(super().forward(x))
+
+        o, _ = objective(Broken(2, 1).double(), torch.rand(1, 8, 8, dtype=torch.float64), None, [MultiClassMask(1)])
+        for method in (Saliency(), GradCam(), IntegratedGradients(n_steps=2, baseline="zero")):
+            with frozen(o.model.network), pytest.raises(MethodError, match=rf"cannot be differentiated \(.*{said}"):
+                run(method, o)
 
 
 def test_values_at_the_image_are_kept_by_one_objective_alone():
