@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.errors import EsegetaError, NetworkError, UsageError
 
 __all__ = ["Captured", "Model", "capture", "find_layer", "frozen", "own_modes", "replaced"]
 __all__ += ["select_output", "unwrap", "weights_hash"]
@@ -175,6 +175,12 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     if not name:
         raise UsageError("layer='': give a layer's dotted name ('esegeta-monai layers' lists them), or leave it away")
     return module
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch means that memory ran out, on an accelerator or on the CPU."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
 
 
 class Captured(dict[str, Tensor]):
@@ -417,11 +423,19 @@ class Model:
         if condition is not None:
             kwargs["condition"] = condition if axis is None else condition.squeeze(axis)
         args = self.args if coordinates is None else (coordinates, *self.args)
-        with self.autocast():
-            if self.inferer is None:
-                raw = self.network(parts[0], *args, **kwargs)
-            else:
-                raw = self.inferer(parts[0], self.network, *args, **kwargs)
+        try:
+            with self.autocast():
+                if self.inferer is None:
+                    raw = self.network(parts[0], *args, **kwargs)
+                else:
+                    raw = self.inferer(parts[0], self.network, *args, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error, EsegetaError) or out_of_memory(error):
+                raise
+            raise NetworkError(
+                f"the network fails on input of shape {tuple(x.shape)}: {' '.join(str(error).split())}; give it the "
+                "channels and the size that it is made for (roi_size of a SlidingWindowInferer)"
+            ) from error
         out = select_output(raw, self.output)
         if out.dtype in (torch.float16, torch.bfloat16):
             out = out.float()

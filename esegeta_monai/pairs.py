@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.errors import MethodTimeout
+from esegeta_monai.network import out_of_memory
 from esegeta_monai.objective import Objective
 from esegeta_monai.pace import Loop
 from esegeta_monai.perturbation import UNCHANGED, Perturbations
 from esegeta_monai.support import Support
-from esegeta_monai.windowed import out_of_memory
 from esegeta_monai.windows import Slices, last_axes
 
 __all__ = ["Block", "Pair", "Pairs", "blocks", "by_window", "cut", "fit", "pair_passes", "runs", "sizes_of"]

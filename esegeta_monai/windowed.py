@@ -14,12 +14,12 @@ from torch import Tensor
 
 from esegeta_monai.errors import MethodError
 from esegeta_monai.monitor import Monitor
-from esegeta_monai.network import Model
+from esegeta_monai.network import Model, out_of_memory
 from esegeta_monai.pace import Timed
 from esegeta_monai.ranks import Ranks, Summed
 from esegeta_monai.windows import WindowPlan, picked
 
-__all__ = ["Windowed", "out_of_memory"]
+__all__ = ["Windowed"]
 
 Jobs = Sequence[tuple[int, int]]
 """(volume, window)."""
@@ -164,9 +164,3 @@ def _gradients(out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, retain:
             f"the network cannot be differentiated ({said[:200]}): mend that operation (in place: set inplace=False), "
             "or use a perturbation method such as Occlusion"
         ) from error
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of torch means that memory ran out, on an accelerator or on the CPU."""
-    text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text

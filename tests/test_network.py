@@ -110,6 +110,19 @@ def test_frozen_sets_backward_hooks_aside():
     assert len(called) == 2
 
 
+def test_a_network_that_cannot_take_its_input_is_named():
+    model = Model(small().eval(), torch.device("cpu"))
+    with pytest.raises(NetworkError, match=r"fails on input of shape \(1, 2, 6, 6\): Given groups=1.*; give it the ch"):
+        model(torch.rand(1, 2, 6, 6))
+
+    class Full(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("as it is")
+
+    with pytest.raises(torch.OutOfMemoryError, match="as it is"):
+        Model(Full(), torch.device("cpu"))(torch.rand(1, 2, 6, 6))
+
+
 def test_capture_records_what_the_layer_gave_before_an_inplace_change():
     network = small().eval()
     x = torch.rand(1, 1, 6, 6)

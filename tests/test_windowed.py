@@ -7,9 +7,9 @@ import torch
 from monai.inferers import SlidingWindowInferer
 
 from esegeta_monai.errors import MethodError
-from esegeta_monai.network import Model
+from esegeta_monai.network import Model, out_of_memory
 from esegeta_monai.pace import Timed
-from esegeta_monai.windowed import Windowed, out_of_memory
+from esegeta_monai.windowed import Windowed
 from esegeta_monai.windows import plan_windows
 from tests.test_objective import network
 
