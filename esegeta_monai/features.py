@@ -56,7 +56,10 @@ class Features:
         """Feature values (k, n) at all their voxels: (k, 1 or C, *spatial), zero outside all features."""
         padded = torch.cat([values.new_zeros(len(values), 1), values], 1).to(self.labels.device)
         entries = (self.labels + 1).flatten()
-        return torch.stack([row.index_select(0, entries) for row in padded]).view(-1, *self.labels.shape)
+        painted = padded.new_empty((len(padded), len(entries)))
+        for row, out in zip(padded, painted):
+            torch.index_select(row, 0, entries, out=out)
+        return painted.view(-1, *self.labels.shape)
 
     def spread(self, values: Tensor) -> Tensor:
         """Feature values (k, n) shared equally between their voxels, so that the sum of the map is that of values."""

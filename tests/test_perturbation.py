@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from esegeta_monai.coalitions import Segments, SmoothMasks
-from esegeta_monai.perturbation import UNCHANGED, Added, Boxes, Perturbations
+from esegeta_monai.perturbation import UNCHANGED, Added, Boxes, Perturbations, digest
 from tests.methods.naive import image_of
 
 SHAPE = (2, 9, 8)
@@ -64,3 +64,21 @@ def test_all_kinds_leave_something_out_and_keep_something():
     counts = {kind: (sum(p.changes(i, IMAGE, whole) for i in range(len(p))), len(p)) for kind, p in all_kinds().items()}
     assert all(some > 0 for some, _ in counts.values()), counts
     assert sum(some < n for some, n in counts.values()) >= 5, counts
+
+
+def test_a_digest_tells_tensors_apart_and_goes_through_repeated_values_once():
+    column, row = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 2.0]])
+    different = [
+        column.expand(2, 2),
+        row.expand(2, 2),
+        torch.tensor([[1.0, 2.0], [2.0, 1.0]]),
+        torch.tensor([1.0, 2.0, 2.0, 1.0]),
+        torch.tensor([[1, 2], [2, 1]]),
+        torch.tensor(1.0),
+        torch.tensor(1.0).expand(2, 2),
+        torch.zeros(0),
+    ]
+    assert len({digest(t) for t in different}) == len(different)
+    assert digest(column.expand(2, 2)) == digest(column.clone().expand(2, 2))
+    huge = torch.tensor(1.0).expand(2**20, 2**20)  # 4 TiB where it were gone through
+    assert digest(huge) != digest(torch.tensor(2.0).expand(2**20, 2**20))
