@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -44,6 +45,18 @@ def json_ready(value: Any) -> Any:
     return str(value)
 
 
+FOLDERS = re.compile(r"""(?<![^'"(\[,=\s])(~|[A-Za-z]:)?[\\/]([^'"()\[\],=]*[\\/])?(?=[^\\/'"()\[\],=]+\.\w)""")
+"""Of a file that is given by its whole path, alone or in text such as ``LabelMap('/scans/Doe/atlas.nii.gz')``."""
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, str):
+        return FOLDERS.sub("", value)
+    if isinstance(value, list):
+        return [_without_folders(v) for v in value]
+    return {k: _without_folders(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
 class Configurable:
     """A named object whose parameters are those of its ``__init__``.
 
@@ -63,8 +76,9 @@ class Configurable:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The parameters with their values, JSON-ready."""
-        return {p: json_ready(getattr(self, p, None)) for p in self.parameter_names()}
+        """The parameters with their values, JSON-ready; files that are given by their whole path by their name alone,
+        since the folders may be called after a patient."""
+        return {p: _without_folders(json_ready(getattr(self, p, None))) for p in self.parameter_names()}
 
     def __post_init__(self) -> None:
         self.given_name = getattr(self, "name", None)

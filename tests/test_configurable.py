@@ -10,7 +10,15 @@ import torch
 
 from esegeta_monai.configurable import Configurable, Registry, json_ready, split_calls
 from esegeta_monai.errors import UsageError
-from esegeta_monai.methods import METHODS, InputXGradient, IntegratedGradients, Occlusion, Saliency, SmoothGrad
+from esegeta_monai.methods import (
+    METHODS,
+    FeatureAblation,
+    InputXGradient,
+    IntegratedGradients,
+    Occlusion,
+    Saliency,
+    SmoothGrad,
+)
 from esegeta_monai.targets import TARGETS, Box, MultiClassMask
 
 
@@ -159,3 +167,22 @@ def test_json_ready():
     }
     assert json_ready(torch.float32) == "torch.float32"
     assert json_ready(len) == "len"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("/scans/Jane Doe/atlas.nii.gz", "atlas.nii.gz"),
+        (r"C:\scans\Doe\atlas.nii.gz", "atlas.nii.gz"),
+        ("~/Doe/atlas.nii.gz", "atlas.nii.gz"),
+        ("/atlas.nii.gz", "atlas.nii.gz"),
+        ("LabelMap('/scans/Doe/atlas.nii.gz', names={1: 'a/b'})", "LabelMap('atlas.nii.gz', names={1: 'a/b'})"),
+        ("supervoxels(mask=/scans/Doe/body.nii.gz, n_segments=4)", "supervoxels(mask=body.nii.gz, n_segments=4)"),
+        ("models/atlas.nii.gz", "models/atlas.nii.gz"),
+        ("grid(size=8)", "grid(size=8)"),
+    ],
+)
+def test_whole_paths_are_shown_by_name(given, shown):
+    """Records, names of files and reports show parameters; folders can be called after a patient."""
+    assert FeatureAblation(given).parameters["feature_mask"] == shown
+    assert Occlusion(baseline=[given, given]).parameters["baseline"] == [shown, shown]
