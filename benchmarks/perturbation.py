@@ -323,9 +323,9 @@ NOTES = """\
 Seconds are of the processor, ours the least of three runs. "time / passes" is the ratio of seconds over that of passes;
 "over its passes" is our time over that of the network's own passes in the same run: what the engine adds. A window pass
 takes 2 ms here, so that the 0.1 to 0.3 ms which the engine adds to each weigh more than behind the windows of a real
-network (second table). Most of it is a first look at each window, which few passes share where features are removed one
-by one; for a probability also the 55,000 voxels that are scored anew for each perturbation. KernelShap and Lime draw
-their own samples: Captum's 64 are others than ours. Occlusion of a lesion in 128³ against Captum:
+network (second table). It is most where features are removed one by one, since few passes share the first look at a
+window, and for the probability of an organ, whose 55,000 voxels are scored anew for each perturbation. KernelShap and
+Lime draw their own samples: Captum's 64 are others than ours. Occlusion of a lesion in 128³ against Captum:
 [occlusion.md](occlusion.md)."""
 
 
