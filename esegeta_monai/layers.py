@@ -79,7 +79,8 @@ def _seen(objective: Objective, kept: dict[str, tuple[Tensor, int]] | None = Non
             if isinstance(value, Tensor):
                 grid = _grid(module, tuple(value.shape[1:]), roi) if len(value) == 1 else None
                 found[name] = LayerShape(name, type(module).__name__, tuple(value.shape[1:]), grid, calls)
-                if kept is not None and grid is not None and not handed_on(value, args, before[name]):
+                own = grid is not None and not value.is_inference()
+                if kept is not None and own and not handed_on(value, args, before[name]):
                     kept[name] = (value, value._version)
 
         return hook

@@ -118,6 +118,21 @@ def test_a_class_token_is_looked_through():
         assert default_layer(o) == "vit.blocks.0"
 
 
+def test_a_network_without_gradients_inside_has_no_default_layer():
+    class Inference(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = coarse(2)
+
+        @torch.inference_mode()
+        def forward(self, x):
+            return self.inside(x)
+
+    o, _ = objective(Inference(), noise(1, 16, 16), None, [MultiClassMask(1)])
+    with frozen(o.model.network), pytest.raises(MethodError, match="depends on no layer"):
+        default_layer(o)
+
+
 def test_check_layer():
     net = coarse(2)
     o, _ = objective(net, noise(1, 16, 16), None, [MultiClassMask(1)])
