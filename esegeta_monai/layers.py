@@ -15,14 +15,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from monai.networks.blocks import MLPBlock
-from monai.networks.nets.swin_unetr import PatchMergingV2, SwinTransformerBlock
 from torch import Tensor, nn
 
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.interpolation import area_matrix, interpolate, line_matrix
 from esegeta_monai.network import capture, find_layer, handed_on, select_output, versions
 from esegeta_monai.objective import Batch, Objective, Request, View
+from esegeta_monai.orientation import channels_last, grid_of
 from esegeta_monai.windows import OutputGrid, WindowPlan
 
 __all__ = ["BlendedActivations", "LayerOutput", "LayerShape", "check_layer", "default_layer", "layer_shapes", "spread"]
@@ -77,8 +76,9 @@ def _seen(objective: Objective, kept: dict[str, tuple[Tensor, int]] | None = Non
             value = output[0] if isinstance(output, (tuple, list)) and output else output
             calls = found.pop(name).calls + 1 if name in found else 1
             if isinstance(value, Tensor):
-                grid = _grid(module, tuple(value.shape[1:]), roi) if len(value) == 1 else None
-                found[name] = LayerShape(name, type(module).__name__, tuple(value.shape[1:]), grid, calls)
+                shape = tuple(value.shape[1:])
+                grid = grid_of(model.network, name, shape, roi) if len(value) == 1 else None
+                found[name] = LayerShape(name, type(module).__name__, shape, grid, calls)
                 own = grid is not None and not value.is_inference()
                 if kept is not None and own and not handed_on(value, args, before[name]):
                     kept[name] = (value, value._version)
@@ -105,7 +105,7 @@ def default_layer(objective: Objective) -> str:
     the coarsest resolution, which has seen the widest context. Blocks are preferred to what is inside them; layers
     that repeat the network's output, do nothing in evaluation mode, or run several times only serve where there is
     nothing else; one whose positions the target does not depend on (behind the last attention of a transformer that
-    reads its class token) does not serve at all.
+    reads its class token) does not serve at all, and where none of a resolution does, the next one is looked through.
 
     One forward pass of one window and the backward pass to the layer tell. It is looked for once an objective: methods
     that run together share it.
@@ -136,18 +136,14 @@ def _find_default_layer(objective: Objective) -> str:
         and s.calls == 1
         and not isinstance(modules[s.name], _IDLE)
     }
-    positions = {name: grid[1:] for name, grid in (useful or grids).items()}
-    if positions:
-        is_map = math.prod(objective.grid.shape) > 1
-        best = min(positions.values(), key=math.prod) if is_map else list(positions.values())[-1]
-        positions = {name: p for name, p in positions.items() if math.prod(p) == math.prod(best)}
-    for name in sorted(reversed(positions), key=lambda n: _nesting(n, modules)):
-        value, written = kept.get(name, (None, 0))
-        if value is None or value._version != written:  # not what the layer gave, or no longer
-            if _depends_alone(batch, name):
+    for some in (useful, {name: grid for name, grid in grids.items() if name not in useful}):
+        for name in _by_preference(some, modules, is_map=math.prod(objective.grid.shape) > 1):
+            value, written = kept.get(name, (None, 0))
+            if value is None or value._version != written:  # not what the layer gave, or no longer
+                if _depends_alone(batch, name):
+                    return name
+            elif _depends(batch, out, value, name, retain=True):
                 return name
-        elif _depends(batch, out, value, name, retain=True):
-            return name
     raise MethodError(
         "the target depends on no layer with a spatial map by a differentiable path: name one with layer=…, or use an "
         "input method"
@@ -156,6 +152,17 @@ def _find_default_layer(objective: Objective) -> str:
 
 _IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _by_preference(
+    grids: Mapping[str, tuple[int, ...]], modules: Mapping[str, nn.Module], *, is_map: bool
+) -> Iterator[str]:
+    """Layers of the coarsest resolution first where the output is a map, else those of the last one; of each the
+    outermost first, and of these the last."""
+    sizes = {name: math.prod(grid[1:]) for name, grid in grids.items()}
+    for size in sorted(set(sizes.values())) if is_map else dict.fromkeys(reversed(sizes.values())):
+        alike = (name for name in reversed(sizes) if sizes[name] == size)
+        yield from sorted(alike, key=lambda name: _nesting(name, modules))
 
 
 def _nesting(name: str, modules: Mapping[str, nn.Module]) -> int:
@@ -206,8 +213,9 @@ def spatial_map(values: Tensor, objective: Objective, layer: str, *, lead: int =
     Raises:
         MethodError: it is no spatial map; the way out is named.
     """
-    module, plan = find_layer(objective.model.network, layer), objective.plan
-    return with_slice_axis(_on_grid(values, module, layer, network_roi(plan), lead), plan)
+    find_layer(objective.model.network, layer)
+    on_grid = _on_grid(values, objective.model.network, layer, network_roi(objective.plan), lead)
+    return with_slice_axis(on_grid, objective.plan)
 
 
 def network_roi(plan: WindowPlan) -> tuple[int, ...]:
@@ -215,36 +223,18 @@ def network_roi(plan: WindowPlan) -> tuple[int, ...]:
     return tuple(n for axis, n in enumerate(plan.roi) if axis != plan.slice_axis)
 
 
-def _on_grid(values: Tensor, module: nn.Module, layer: str, roi: Sequence[int], lead: int) -> Tensor:
+def _on_grid(values: Tensor, network: nn.Module, layer: str, roi: Sequence[int], lead: int) -> Tensor:
     shape = tuple(values.shape[lead:])
-    grid = _grid(module, shape, roi)
+    grid = grid_of(network, layer, shape, roi)
     if grid is None:
         raise MethodError(
-            f"layer {layer!r} gives {shape} for a window, which is no spatial map: choose an earlier layer "
-            "('esegeta-monai layers' lists them with their shapes)"
+            f"layer {layer!r} gives {shape} for a window, which is no spatial map, or not known to be one: choose "
+            "another layer ('esegeta-monai layers' lists them with their shapes)"
         )
     if len(shape) == 2:
         positions = math.prod(grid[1:])
         values = values.narrow(-2, shape[0] - positions, positions).unflatten(-2, grid[1:])
-    return values.movedim(-1, lead) if len(shape) == 2 or _channels_last(module) else values
-
-
-def _grid(module: nn.Module, shape: tuple[int, ...], roi: Sequence[int]) -> tuple[int, ...] | None:
-    """(C, *positions) of a layer's output (without batch), or None where it is no map of the window."""
-    if len(shape) == len(roi) + 1:
-        return (shape[-1], *shape[:-1]) if _channels_last(module) else shape
-    if len(shape) != 2:
-        return None
-    for patch in range(1, min(roi) + 1):  # tokens: one a patch, perhaps with a class token in front
-        grid = tuple(n // patch for n in roi)
-        if math.prod(grid) in (shape[0], shape[0] - 1) and math.prod(grid) > 1:
-            return (shape[1], *grid)
-    return None
-
-
-def _channels_last(module: nn.Module) -> bool:
-    """Whether a layer with spatial axes has its channels behind them, as Swin transformers do inside."""
-    return isinstance(module, (nn.LayerNorm, nn.Linear, MLPBlock, SwinTransformerBlock, PatchMergingV2))
+    return values.movedim(-1, lead) if len(shape) == 2 or channels_last(network, layer, shape, roi) else values
 
 
 def to_window(values: Tensor, plan: WindowPlan) -> Tensor:
@@ -337,8 +327,9 @@ def channel_axis(objective: Objective, layer: str, values: Tensor) -> int:
         MethodError: it is no spatial map.
     """
     spatial_map(values, objective, layer)
-    tokens = values.ndim == 3 and len(network_roi(objective.plan)) > 1
-    return -1 if tokens or _channels_last(find_layer(objective.model.network, layer)) else 1
+    roi, shape = network_roi(objective.plan), tuple(values.shape[1:])
+    tokens = len(shape) == 2 and len(roi) > 1
+    return -1 if tokens or channels_last(objective.model.network, layer, shape, roi) else 1
 
 
 class LayerOutput(nn.Module):
@@ -367,7 +358,7 @@ class LayerOutput(nn.Module):
             raise MethodError(f"layer {self.layer!r} is not used in the forward pass: choose another")
         values = captured[self.layer]
         if values.ndim > 2:
-            values = _on_grid(values, find_layer(self.network, self.layer), self.layer, x.shape[2:], 1)
+            values = _on_grid(values, self.network, self.layer, x.shape[2:], 1)
         values = values if self.read is None else self.read(values)
         return values if values.ndim == 2 else F.interpolate(values, size=x.shape[2:], mode="nearest-exact")
 

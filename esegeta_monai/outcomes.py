@@ -126,7 +126,10 @@ class Outcomes:
                 yield self.failed(method, bound, case, mine, error)
                 continue
             if mine["status"] == "zero":
-                mine["warnings"] = [*mine["warnings"], "the map is zero everywhere: the target does not react here"]
+                mine["warnings"] = [
+                    *mine["warnings"],
+                    "the map is zero everywhere: the target does not react here, or the method lets nothing through",
+                ]
             found = like_image(part, case.image)
             yield Attribution(found, method, bound.target, case.index, mine, bound.label, mask, name)
 

@@ -10,8 +10,9 @@ from monai.inferers import SliceInferer, SlidingWindowInferer
 
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.layers import check_layer, default_layer, layer_shapes, spatial_map, spread, to_window
-from esegeta_monai.network import frozen
-from esegeta_monai.targets import ClassScore, MultiClassMask
+from esegeta_monai.network import Model, frozen
+from esegeta_monai.objective import Objective
+from esegeta_monai.targets import Case, ClassScore, MultiClassMask
 from esegeta_monai.windows import plan_windows
 from tests.methods.test_layer import coarse, noise
 from tests.networks import build
@@ -193,3 +194,26 @@ def test_a_layer_that_hands_its_input_on_is_looked_at_alone():
     o, _ = objective(net, noise(1, 16, 16), None, [MultiClassMask(1)])
     with frozen(net):
         assert default_layer(o) == "down"
+
+
+def test_a_target_that_no_coarsest_layer_reaches_has_a_finer_one():
+    """As the first output of a U-Net++ with deep supervision, which ends one step down."""
+
+    class TwoEnds(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second, self.fourth = torch.nn.Conv2d(1, 3, 3, 2, 1), torch.nn.Conv2d(3, 3, 3, 2, 1)
+
+        def forward(self, x):
+            half = self.second(x)
+            up = torch.nn.functional.interpolate
+            return up(half, scale_factor=2), up(self.fourth(half), scale_factor=4)
+
+    net = TwoEnds().eval().double()
+    for output, layer in ((0, "second"), (1, "fourth")):
+        image = noise(1, 16, 16)
+        model, plan = Model(net, torch.device("cpu"), output=output), plan_windows(None, (16, 16), torch.float64)
+        prediction = net(image[None])[output][0].detach()
+        o = Objective(model, image, plan, MultiClassMask(1).bind(prediction, Case()), prediction)
+        with frozen(net):
+            assert default_layer(o) == layer

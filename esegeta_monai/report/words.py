@@ -197,7 +197,9 @@ def findings(case: CaseResults, embedded_notes: Sequence[str] = ()) -> list[Find
 def _careful(result: Result) -> list[str]:
     record, texts = result.record, []
     if result.status == "zero":
-        texts.append("the map is zero everywhere, since the target does not react to the scan.")
+        texts.append(
+            "the map is zero everywhere: the target does not react to the scan, or the method lets nothing through."
+        )
     gap = record.get("completeness_gap")
     if isinstance(gap, (int, float)) and gap > GAP:
         texts.append(f"completeness gap {100 * gap:.2g} %: the map's sum misses the change of the score by that much.")

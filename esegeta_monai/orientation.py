@@ -1,0 +1,83 @@
+"""How a layer's values lie in a window: which axis has the channels, and on which grid tokens are.
+
+Shapes alone do not say whether (48, 32, 32) has its channels in front. Layers with weights do by their kind. One
+without, such as an activation, does as what runs before it, unless its shape tells the other way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from monai.networks.blocks import MLPBlock
+from monai.networks.nets.swin_unetr import PatchMergingV2, SwinTransformerBlock
+from torch import nn
+
+__all__ = ["channels_last", "grid_of"]
+
+_LAST = (nn.LayerNorm, nn.Linear)
+_LAST_INSIDE = (MLPBlock, SwinTransformerBlock, PatchMergingV2)
+"""Blocks that hand channels behind positions from one layer to the next."""
+
+
+def grid_of(network: nn.Module, layer: str, shape: tuple[int, ...], roi: Sequence[int]) -> tuple[int, ...] | None:
+    """(C, *positions) of a layer's output (without batch), or None where it is no map of the window, or cannot be told
+    to be one.
+
+    Args:
+        network: the network.
+        layer: dotted name.
+        shape: of the output.
+        roi: shape of a window as the network sees it.
+    """
+    if len(shape) == len(roi) + 1:
+        last = channels_last(network, layer, shape, roi)
+        return None if last is None else (shape[-1], *shape[:-1]) if last else shape
+    if len(shape) != 2:
+        return None
+    for patch in range(1, min(roi) + 1):  # tokens: one a patch, perhaps with a class token in front
+        grid = tuple(n // patch for n in roi)
+        if math.prod(grid) in (shape[0], shape[0] - 1) and math.prod(grid) > 1:
+            return (shape[1], *grid)
+    return None
+
+
+def channels_last(network: nn.Module, layer: str, shape: tuple[int, ...], roi: Sequence[int]) -> bool | None:
+    """Whether a layer's output, of as many positions as the window has axes, has its channels behind them, as Swin and
+    ConvNeXt blocks do inside; None: it cannot be told.
+
+    Arguments of `grid_of`.
+    """
+    parts = layer.split(".") if layer else []
+    path = [network, *(network.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts)))]
+    module = path[-1]
+    if isinstance(module, _LAST) or any(isinstance(m, _LAST_INSIDE) for m in path):
+        return True
+    if len(path) == 1 or _has_weights(module) or not _behind_last(path[-2], parts[-1]):
+        return False
+    in_front, behind = _fit(shape[1:], roi), _fit(shape[:-1], roi)
+    return None if in_front == behind > 0 else behind > in_front
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) or any(p.ndim > 1 for p in module.parameters(recurse=False))
+
+
+def _behind_last(parent: nn.Module, name: str) -> bool:
+    """Whether what stands before a layer without weights, among its siblings, has its channels last."""
+    behind = False
+    for sibling, module in parent.named_children():
+        if sibling == name:
+            break
+        if _has_weights(module) or isinstance(module, _LAST) or any(True for _ in module.parameters(recurse=False)):
+            behind = isinstance(module, _LAST)
+    return behind
+
+
+def _fit(positions: Sequence[int], roi: Sequence[int]) -> int:
+    """How well positions are those of a window, divided by one number for all axes: 2 exactly, 1 rounded, 0 not."""
+    if all(n * positions[0] == p * roi[0] for n, p in zip(roi, positions)):
+        return 2
+    lowest = max(n / (p + 1) for n, p in zip(roi, positions))
+    highest = min(n / (p - 1) if p > 1 else math.inf for n, p in zip(roi, positions))
+    return int(lowest < highest)
