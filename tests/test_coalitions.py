@@ -171,3 +171,23 @@ def test_what_coalitions_share_is_looked_at_once(monkeypatch):
         assert segments.identity(0) == game.segments(coalitions).identity(0)
         assert_equal(one, case.change(case.objective, segments))
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whether_a_mask_changes_a_window_is_as_if_all_of_it_was_made(dtype):
+    """Clear changes, changes in one corner only, by rounding only, and none; also where the image is the baseline."""
+    torch.manual_seed(0)
+    grids = torch.cat([torch.rand(6, 4, 4), torch.ones(4, 4, 4)]).to(dtype)
+    grids[6, 0, 0], grids[7, 3, 3], grids[8] = 0.0, 0.0, 1.0 - torch.finfo(dtype).eps
+    image = torch.randn(2, 20, 24, dtype=dtype)
+    baseline = torch.zeros_like(image)
+    baseline[:, 6:14] = image[:, 6:14]
+    masks = SmoothMasks(grids, (20, 24), baseline)
+    seen = set()
+    for place in [(slice(0, 20), slice(0, 24)), (slice(6, 14), slice(2, 20)), (slice(4, 9), slice(10, 24))]:
+        crop = image[(slice(None), *place)]
+        for i in range(len(masks)):
+            told = masks.changes(i, crop, place)
+            assert told == (not torch.equal(masks.apply(i, crop, place), crop))
+            seen.add((i, told))
+    assert {(6, True), (7, True), (9, False), (0, False), (0, True)} <= seen

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from monai.inferers import SliceInferer, SlidingWindowInferer
+from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer
 
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.layers import check_layer, default_layer, layer_shapes, spatial_map, spread, to_window
@@ -212,7 +212,10 @@ def test_a_target_that_no_coarsest_layer_reaches_has_a_finer_one():
     net = TwoEnds().eval().double()
     for output, layer in ((0, "second"), (1, "fourth")):
         image = noise(1, 16, 16)
-        model, plan = Model(net, torch.device("cpu"), output=output), plan_windows(None, (16, 16), torch.float64)
+        model, plan = (
+            Model(net, torch.device("cpu"), output=output),
+            plan_windows(SimpleInferer(), (16, 16), torch.float64),
+        )
         prediction = net(image[None])[output][0].detach()
         o = Objective(model, image, plan, MultiClassMask(1).bind(prediction, Case()), prediction)
         with frozen(net):
