@@ -50,7 +50,7 @@ class Baseline(Configurable, ABC):
         return {"name": type(self).__name__.lower(), **self.parameters}
 
 
-BASELINES: Registry[Baseline] = Registry("baseline", Baseline, "esegeta_monai.baselines")
+BASELINES: Registry[Baseline] = Registry("baseline", Baseline, "esegeta_monai.baselines", command=False)
 
 
 @dataclass(eq=False, repr=False)

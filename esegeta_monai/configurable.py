@@ -100,10 +100,11 @@ class Registry(Generic[T]):
         kind: the word for errors, such as ``"method"``.
         base: the class that all entries derive from.
         group: entry-point group in which other packages announce theirs.
+        command: whether the command line has one that lists them, called after the kind; else errors name them all.
     """
 
-    def __init__(self, kind: str, base: Any, group: str) -> None:
-        self.kind, self.group = kind, group
+    def __init__(self, kind: str, base: Any, group: str, *, command: bool = True) -> None:
+        self.kind, self.group, self.command = kind, group, command
         self.base: type[T] = base
         self._classes: dict[str, type[T]] = {}
         self._others_loaded = False
@@ -152,8 +153,13 @@ class Registry(Generic[T]):
             return known[0] if known else self._import(name)
         near = difflib.get_close_matches(self._key(name), self._classes, n=4, cutoff=0.5)
         names = sorted({self._classes[k].__name__ for k in near})
-        hint = f"did you mean {', '.join(names)}?" if names else f"'esegeta-monai {self.kind}s' lists them"
+        hint = f"did you mean {', '.join(names)}?" if names else self._where_listed()
         raise UsageError(f"there is no {self.kind} {name!r}: {hint}")
+
+    def _where_listed(self) -> str:
+        if self.command:
+            return f"'esegeta-monai {self.kind}s' lists them"
+        return f"there are {', '.join(cls.__name__ for cls in self)}"
 
     def _import(self, dotted: str) -> type[T]:
         module, _, attribute = dotted.rpartition(".")
@@ -195,7 +201,7 @@ class Registry(Generic[T]):
         """
         if isinstance(what, str):
             if not what.strip(", "):
-                raise UsageError(f"no {self.kind} is named: 'esegeta-monai {self.kind}s' lists them")
+                raise UsageError(f"no {self.kind} is named: {self._where_listed()}")
             return [self.create(part) for part in split_calls(what)]
         if isinstance(what, (list, tuple)):
             return [self.create(part) for part in what]

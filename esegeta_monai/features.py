@@ -103,7 +103,7 @@ class FeatureSpec(Configurable, ABC):
         """The features of the objective's image; the same ones at every call."""
 
 
-FEATURES: Registry[FeatureSpec] = Registry("kind of features", FeatureSpec, "esegeta_monai.features")
+FEATURES: Registry[FeatureSpec] = Registry("kind of features", FeatureSpec, "esegeta_monai.features", command=False)
 
 
 @dataclass(eq=False, repr=False)

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from esegeta_monai.baselines import baseline_for
 from esegeta_monai.configurable import Configurable, Registry, json_ready, split_calls
 from esegeta_monai.errors import UsageError
+from esegeta_monai.features import features_for
 from esegeta_monai.methods import (
     METHODS,
     FeatureAblation,
@@ -186,3 +188,9 @@ def test_whole_paths_are_shown_by_name(given, shown):
     """Records, names of files and reports show parameters; folders can be called after a patient."""
     assert FeatureAblation(given).parameters["feature_mask"] == shown
     assert Occlusion(baseline=[given, given]).parameters["baseline"] == [shown, shown]
+
+
+@pytest.mark.parametrize(("make", "names"), [(baseline_for, "Blur, .*Zero"), (features_for, "Grid, .*Supervoxels")])
+def test_kinds_that_no_command_lists_are_named_in_the_error(make, names):
+    with pytest.raises(UsageError, match=f"'xyzzyq': there are .*{names}"):
+        make("xyzzyq")

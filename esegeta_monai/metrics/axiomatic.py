@@ -13,8 +13,9 @@ from torch import Tensor
 
 from esegeta_monai.baselines import baseline_for
 from esegeta_monai.configurable import json_ready
+from esegeta_monai.errors import UsageError
 from esegeta_monai.metrics.base import Measured, Metric, Subject
-from esegeta_monai.metrics.robustness import explained
+from esegeta_monai.metrics.robustness import CONSTANT, explained
 from esegeta_monai.objective import Objective
 
 __all__ = ["Completeness", "Conservation", "InputInvariance", "shifted"]
@@ -36,6 +37,11 @@ class Completeness(Metric):
 
     baseline: Any = None
     name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline is not None:
+            baseline_for(self.baseline)
 
     def measure(self, subject: Subject) -> Measured:
         """0 or more; a zero map has 1; undefined where the target does not change."""
@@ -90,7 +96,7 @@ class InputInvariance(Metric):
     (Kindermans et al. 2019).
 
     Args:
-        shift: c, in units of the image's standard deviation.
+        shift: c, in units of the image's standard deviation; not 0.
     """
 
     group = "axiomatic"
@@ -103,13 +109,20 @@ class InputInvariance(Metric):
     shift: float = 1.0
     name: str | None = field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shift == 0:
+            raise UsageError("InputInvariance: shift=0 moves nothing: give another number")
+
     def measure(self, subject: Subject) -> Measured:
-        """0 or more; undefined for a zero map."""
+        """0 or more; undefined for a zero map, and for a constant image, whose standard deviation is 0."""
         objective, k = subject.need_objective(), subject.target
         base = subject.once(("explained", id(subject.method)), lambda: explained(subject, objective))
         if not bool(base[k].any()):
             return Measured.undefined("the map is zero everywhere")
         constant = self.shift * float(objective.image.std())
+        if constant == 0:
+            return Measured.undefined(CONSTANT)
 
         def there() -> tuple[Tensor, Tensor]:
             with shifted(objective, constant) as other:

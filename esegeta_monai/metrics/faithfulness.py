@@ -19,7 +19,7 @@ from esegeta_monai.change import known_change
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
 from esegeta_monai.metrics.base import Measured, Metric, Need, Subject, bootstrap, mean_interval
-from esegeta_monai.metrics.features import Removal, at_least, drawn_removals, removal_of
+from esegeta_monai.metrics.features import Removal, at_least, check_parts, drawn_removals, removal_of
 from esegeta_monai.perturbation import Added, Boxes, Perturbations
 from esegeta_monai.windows import last_axes
 
@@ -48,6 +48,7 @@ class _Curve(Metric):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_parts(self.features, self.baseline)
         at_least(self, "steps", self.steps, 2)
         at_least(self, "n_samples", self.n_samples, 1)
 
@@ -151,6 +152,7 @@ class IROF(Metric):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_parts(self.features, self.baseline)
         at_least(self, "steps", self.steps, 1)
         at_least(self, "n_samples", self.n_samples, 1)
 
@@ -194,6 +196,7 @@ class RegionPerturbation(Metric):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_parts(self.features, self.baseline)
         at_least(self, "steps", self.steps, 1)
         at_least(self, "n_samples", self.n_samples, 1)
 
@@ -242,6 +245,7 @@ class FaithfulnessCorrelation(Metric):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_parts(self.features, self.baseline)
         at_least(self, "n_samples", self.n_samples, 10)
         if not 0 < self.subset < 1:
             raise UsageError(f"FaithfulnessCorrelation: subset={self.subset} is a share between 0 and 1")
@@ -282,6 +286,7 @@ class SensitivityN(Metric):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_parts(self.features, self.baseline)
         at_least(self, "n_samples", self.n_samples, 10)
         at_least(self, "sizes", self.sizes, 1)
 
@@ -359,9 +364,13 @@ class Infidelity(Metric):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        baseline_for(self.baseline, local=True)
         at_least(self, "n_samples", self.n_samples, 10)
         if self.perturbation not in ("boxes", "noise"):
             raise UsageError(f"Infidelity: perturbation={self.perturbation!r}: give 'boxes' or 'noise'")
+        at_least(self, "size", 1 if self.size is None else self.size, 1)
+        if self.std <= 0:
+            raise UsageError(f"Infidelity: std={self.std} must be above 0")
 
     def measure(self, subject: Subject) -> Measured:
         """[0, 1]."""

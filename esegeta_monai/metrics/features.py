@@ -25,7 +25,7 @@ from esegeta_monai.features import Features, Grid, features_for
 from esegeta_monai.metrics.base import Subject
 from esegeta_monai.objective import Objective
 
-__all__ = ["Removal", "drawn_removals", "ranking", "removal_of"]
+__all__ = ["Removal", "check_parts", "drawn_removals", "ranking", "removal_of"]
 
 CELLS = {2: 16, 3: 8}
 """Voxel blocks an axis, by default."""
@@ -174,6 +174,14 @@ def _seen(objective: Objective, features: Features) -> np.ndarray:
     labels = features.labels.cpu()
     found = torch.unique(labels[inside.expand(labels.shape)]).numpy()
     return found[found >= 0]
+
+
+def check_parts(features: Any, baseline: Any) -> None:
+    """Raises a UsageError where `removal_of` would not know features or baseline, before anything is computed."""
+    if not (isinstance(features, str) and features == "blocks"):
+        features_for(features)
+    if not is_feature_mean(baseline):
+        baseline_for(baseline, local=True)
 
 
 def at_least(metric: object, what: str, value: float, least: float) -> None:

@@ -58,6 +58,11 @@ class PointingGame(_Localisation):
     sign: Sign = "absolute"
     name: str | None = field(default=None, kw_only=True)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tolerance_mm < 0:
+            raise UsageError(f"PointingGame: tolerance_mm={self.tolerance_mm} must be at least 0")
+
     def measure(self, subject: Subject) -> Measured:
         """[0, 1]; a zero map misses."""
         values, label = self._parts(subject)

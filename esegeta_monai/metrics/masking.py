@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.metrics.base import Measured, Metric, Subject, mean_interval
 from esegeta_monai.metrics.faithfulness import NEEDS, NOTHING, ZERO
-from esegeta_monai.metrics.features import ranking
+from esegeta_monai.metrics.features import at_least, ranking
 from esegeta_monai.objective import Objective
 from esegeta_monai.perturbation import Added
 from esegeta_monai.targets.base import WeightedScore
@@ -39,6 +40,20 @@ class _Masked(Metric):
 
     baseline: Any = "auto"
     name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        baseline_for(self.baseline, local=True)
+
+    def measure(self, subject: Subject) -> Measured:
+        """Undefined for a zero map: it shows nothing of the image, and the baseline may be likelier than the image."""
+        if not bool(subject.map.any()):
+            return Measured.undefined(ZERO)
+        return self._judge(*self._probabilities(subject))
+
+    @abstractmethod
+    def _judge(self, before: float, after: float) -> Measured:
+        """By the target's probability at the image, and at the masked image."""
 
     def _probabilities(self, subject: Subject) -> tuple[float, float]:
         """The target's probability at the image, and at the masked image."""
@@ -84,9 +99,10 @@ class AverageDrop(_Masked):
     meaning = "Share of the class's probability that is lost when only what the map shows is left of the image."
     higher_is_better = False
 
-    def measure(self, subject: Subject) -> Measured:
-        """[0, 1]."""
-        before, after = self._probabilities(subject)
+    def _judge(self, before: float, after: float) -> Measured:
+        """[0, 1]; undefined where the probability is 0, of which nothing can be lost."""
+        if before <= 0:
+            return Measured.undefined("the probability is 0 already")
         return Measured(max(0.0, before - after) / before, notes={"before": before, "after": after})
 
 
@@ -103,9 +119,8 @@ class AverageIncrease(_Masked):
     higher_is_better = True
     proportion = True
 
-    def measure(self, subject: Subject) -> Measured:
+    def _judge(self, before: float, after: float) -> Measured:
         """0 or 1."""
-        before, after = self._probabilities(subject)
         return Measured(float(after > before), notes={"before": before, "after": after})
 
 
@@ -121,9 +136,8 @@ class AverageGain(_Masked):
     meaning = "Share of what the class's probability lacked that is won when only what the map shows is left."
     higher_is_better = True
 
-    def measure(self, subject: Subject) -> Measured:
+    def _judge(self, before: float, after: float) -> Measured:
         """[0, 1]; undefined where the probability is 1 already."""
-        before, after = self._probabilities(subject)
         if before >= 1:
             return Measured.undefined("the probability is 1 already")
         return Measured(max(0.0, after - before) / (1 - before), notes={"before": before, "after": after})
@@ -168,6 +182,8 @@ class ROAD(Metric):
             raise UsageError(f"ROAD: order={self.order!r}: give 'combined', 'morf' or 'lerf'")
         if not self.shares or any(not 0 < s < 1 for s in self.shares):
             raise UsageError(f"ROAD: shares={self.shares} must lie between 0 and 1")
+        at_least(self, "noise", self.noise, 0)
+        baseline_for(self.baseline, local=True)
         if self.order == "lerf":
             self.higher_is_better = False  # type: ignore[misc]
 

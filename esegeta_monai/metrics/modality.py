@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from esegeta_monai.baselines import baseline_for
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.methods.shapley import ChannelShapley
@@ -26,6 +27,10 @@ class _Modality(Metric):
 
     baseline: Any = "auto"
     name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        baseline_for(self.baseline)
 
     def validate(self, subject: Subject) -> None:
         super().validate(subject)

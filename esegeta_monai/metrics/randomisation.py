@@ -7,6 +7,7 @@ maps do not ask the network: their similarity is 1, and what reaches it has fail
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -287,7 +288,8 @@ class DataRandomisation(Metric):
         similarity: ``"spearman"`` or ``"ssim"`` of the magnitudes.
 
     Raises:
-        UsageError: no network, or weights that do not fit.
+        MetricError: no network.
+        UsageError: a file that is no state dict, or weights that do not fit.
     """
 
     group = "randomisation"
@@ -329,8 +331,12 @@ class DataRandomisation(Metric):
             return dict(self.network.state_dict())
         try:
             state = torch.load(Path(self.network), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError) as error:
-            raise UsageError(f"DataRandomisation: {Path(self.network).name} cannot be read: {error}") from error
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            what = error.strerror if isinstance(error, OSError) else type(error).__name__
+            raise UsageError(
+                f"DataRandomisation: {Path(self.network).name} cannot be read as a state dict ({what}): save one with "
+                "torch.save(network.state_dict(), FILE)"
+            ) from error
         return dict(state.get("state_dict", state) if isinstance(state, dict) else {})
 
 

@@ -25,6 +25,7 @@ __all__ = ["AverageSensitivity", "LocalLipschitz", "MaxSensitivity", "RelativeIn
 __all__ += ["RelativeOutputStability", "explained"]
 
 ZERO = "the map is zero everywhere, which is stable and says nothing"
+CONSTANT = "the image is constant, so that a change in units of its standard deviation changes nothing"
 TINY = 1e-12
 
 
@@ -130,11 +131,14 @@ class _Robustness(Metric):
         """The ratio of each noisy image (n,) for target k."""
 
     def measure(self, subject: Subject) -> Measured:
-        """0 or more; undefined for a zero map."""
+        """0 or more; undefined for a zero map, and for a constant image, near which there is no noise."""
         found, k = neighbours(subject, self.radius, self.n_samples), subject.target
+        return self._says_nothing(found, k) or self._sum_up(self._ratio(found, k))
+
+    def _says_nothing(self, found: Neighbours, k: int) -> Measured | None:
         if found.norm[k] == 0:
             return Measured.undefined(ZERO)
-        return self._sum_up(self._ratio(found, k))
+        return None if found.inputs.all() else Measured.undefined(CONSTANT)
 
     def _sum_up(self, ratio: np.ndarray) -> Measured:
         """The greatest of the samples; its interval by bootstrap never reaches above it, which is stated."""
@@ -235,11 +239,17 @@ class RelativeOutputStability(_Robustness):
     ratio: Literal["norms", "elementwise"] = "norms"
     least: float = 1e-6
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.least <= 0:
+            raise UsageError(f"RelativeOutputStability: least={self.least} must be above 0")
+
     def measure(self, subject: Subject) -> Measured:
-        """0 or more; undefined for a zero map, or where the target is zero."""
+        """0 or more; undefined for a zero map or a constant image, or where the target is zero."""
         found, k = neighbours(subject, self.radius, self.n_samples), subject.target
-        if found.norm[k] == 0:
-            return Measured.undefined(ZERO)
+        nothing = self._says_nothing(found, k)
+        if nothing is not None:
+            return nothing
         value = abs(float(subject.need_objective().image_values()[k]))
         if value == 0:
             return Measured.undefined("the target is zero at the image")

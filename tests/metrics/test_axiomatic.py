@@ -6,6 +6,7 @@ import pytest
 import torch
 from monai.inferers import SlidingWindowInferer
 
+from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import GradTimesImage, InputXGradient, IntegratedGradients, Saliency
 from esegeta_monai.metrics import Completeness, Conservation, InputInvariance, Subject
 from esegeta_monai.targets import MultiClassMask
@@ -62,3 +63,12 @@ def test_zero_maps_say_nothing_about_invariance():
     zero = case.objective.at(torch.zeros_like(case.image))
     found = InputInvariance().update(Subject(torch.zeros_like(case.image), zero, 0, InputXGradient()))
     assert found.value is None
+
+
+def test_a_shift_of_nothing_says_nothing_about_invariance():
+    case = Naive(small(2, 2, "batch"), torch.full((2, 9, 12), 0.7, dtype=torch.float64), [MultiClassMask(1)])
+    found = InputInvariance().update(subject_of(case, Saliency()))
+    assert found.value is None
+    assert "constant" in found.notes["undefined"]
+    with pytest.raises(UsageError, match="shift=0"):
+        InputInvariance(0)

@@ -13,6 +13,10 @@ from esegeta_monai.metrics import METRICS, Measured, PointingGame, RelevanceMass
 from esegeta_monai.metrics.base import bootstrap, magnitude, mean_interval, wilson
 from tests.methods.naive import Naive, image_of, small
 
+BASELINED = [cls.__name__ for cls in METRICS if "baseline" in cls.parameter_names()]
+WRONG = [f"{cls.__name__}(features='blokcs')" for cls in METRICS if "features" in cls.parameter_names()]
+WRONG += ["PointingGame(tolerance_mm=-1)", "Infidelity(size=0)", "Infidelity(std=0)", "ROAD(noise=-1)"]
+
 
 def test_every_metric_says_what_it_is_and_builds_by_name():
     for cls in METRICS:
@@ -23,6 +27,12 @@ def test_every_metric_says_what_it_is_and_builds_by_name():
         assert (cls.__doc__ or "").strip()
         assert json_ready(metric.parameters) == metric.parameters
         assert cls.reference or cls.__name__ in {"DistanceProfile"}
+
+
+@pytest.mark.parametrize("text", [f"{name}(baseline='blurr')" for name in BASELINED] + WRONG)
+def test_wrong_parameters_are_refused_before_anything_is_computed(text):
+    with pytest.raises(UsageError, match=r"there is no|must be at least|must be above"):
+        METRICS.create(text)
 
 
 @pytest.mark.parametrize(

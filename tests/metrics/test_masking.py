@@ -69,13 +69,39 @@ def test_a_map_of_what_the_class_needs_drops_less_than_controls(dims):
     case = linear_case("classification", dims)
     probability = Naive(case.net, case.image, [ClassScore(1)], case.inferer)
     values = ranked(AverageDrop(baseline=0.0), probability)
-    assert better(AverageDrop, values["perfect"], values["zero"])
+    assert values["zero"] is None, "what shows nothing is not judged by the baseline's probability"
     # flat maps hide everything: their mask is zero
-    assert values["control:constant"] == values["zero"]
+    asked = Naive(case.net, case.image, [ClassScore(1, output="probability")], case.inferer)
+    before, after = float(asked.value(case.image)), float(asked.value(torch.zeros_like(case.image)))
+    assert values["control:constant"] == pytest.approx(max(0.0, before - after) / before, rel=1e-9)
+    assert better(AverageDrop, values["perfect"], values["control:constant"])
     assert not bool(unit_mask(torch.ones(1, 4, 4)).any())
     gain = ranked(AverageGain(baseline=0.0), probability)
-    for name in ("zero", "control:constant", "control:random", "control:sobel"):
+    for name in ("control:constant", "control:random", "control:sobel"):
         assert gain["perfect"] >= gain[name]
+
+
+@pytest.mark.parametrize("metric", [AverageDrop, AverageGain, AverageIncrease])
+def test_a_zero_map_gains_nothing_where_the_baseline_is_likelier_than_the_image(metric):
+    """A class that the image speaks against: with nothing of the image left it is likelier."""
+    case = linear_case("classification", 2)
+    against = min((0, 1), key=lambda c: float(case.predict(case.image)[c]))
+    unlikely = Naive(case.net, case.image, [ClassScore(against)], case.inferer)
+    found = metric(baseline=0.0).update(subject_of(unlikely, values=torch.zeros_like(case.image)))
+    assert found.value is None
+    assert "zero everywhere" in found.notes["undefined"]
+    shown = metric(baseline=0.0).update(subject_of(unlikely, values=torch.ones_like(case.image)))
+    assert shown.notes["after"] > shown.notes["before"], "or there was nothing to gain"
+
+
+def test_a_probability_of_nought_has_nothing_to_lose():
+    case = linear_case("classification", 2)
+    against = min((0, 1), key=lambda c: float(case.predict(case.image)[c]))
+    image = 1e4 * case.image
+    impossible = Naive(case.net, image, [ClassScore(against)], case.inferer)
+    found = AverageDrop(baseline=0.0).update(subject_of(impossible))
+    assert found.value is None
+    assert "probability is 0" in found.notes["undefined"]
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 6), (2, 4, 5, 4)])

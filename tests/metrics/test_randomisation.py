@@ -206,6 +206,9 @@ def test_data_randomisation_takes_a_second_network(tmp_path):
         DataRandomisation(small(2, 2)).update(subject_of(case, method))
     with pytest.raises(UsageError, match="cannot be read"):
         DataRandomisation(tmp_path / "absent.pt").update(subject_of(case, method))
+    (tmp_path / "scan.nii.gz").write_bytes(b"\x1f\x8b no weights")
+    with pytest.raises(UsageError, match=r"scan\.nii\.gz cannot be read as a state dict"):
+        DataRandomisation(tmp_path / "scan.nii.gz").update(subject_of(case, method))
 
 
 def test_refusals():

@@ -117,6 +117,17 @@ def test_the_gradient_of_a_linear_network_is_perfectly_stable_and_zero_says_noth
     assert not metric.compared
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("metric", ALL)
+def test_near_a_constant_image_there_is_no_noise_by_which_a_map_could_be_stable(metric):
+    case = Naive(small(2, 2, "batch"), torch.full((2, 9, 12), 0.7, dtype=torch.float64), [MultiClassMask(1)])
+    subject = subject_of(case, Saliency())
+    assert bool(subject.map.any())
+    found = metric(n_samples=3).update(subject)
+    assert found.value is None
+    assert "constant" in found.notes["undefined"]
+
+
 def test_what_is_missing_or_wrong_is_said():
     case = linear_case("segmentation", 2)
     with pytest.raises(MetricError, match="the method"):
@@ -125,5 +136,7 @@ def test_what_is_missing_or_wrong_is_said():
         MaxSensitivity(radius=0)
     with pytest.raises(UsageError, match="n_samples"):
         MaxSensitivity(n_samples=1)
+    with pytest.raises(UsageError, match="least=0"):
+        RelativeOutputStability(least=0)
     with pytest.raises(UsageError, match="norms"):
         RelativeInputStability(n_samples=2, ratio="other").update(subject_of(case, GRADIENT))
