@@ -262,7 +262,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     evaluate.add_argument(
         "--label-value",
-        type=lambda text: text if text == "class" else _count(text),
+        type=_label_value,
         metavar="N",
         help="which value of the label is the cause: a number, or 'class' for the target's own (default: all above 0)",
     )
@@ -274,7 +274,7 @@ def _add_evaluate(commands: Any) -> None:
         "--body", metavar="FILE", help="mask of the patient, or folder (default: the image's foreground)"
     )
     evaluate.add_argument(
-        "--outside-alarm", type=_positive, default=0.1, metavar="SHARE",
+        "--outside-alarm", type=_share, default=0.1, metavar="SHARE",
         help="a region table raises its alarm where more than this share lies outside the body (default: %(default)s)",
     )  # fmt: skip
     evaluate.add_argument(
@@ -413,6 +413,22 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def _label_value(text: str) -> int | str:
+    if text != "class" and (not text.isdigit() or int(text) < 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0, and not 'class'")
+    return text if text == "class" else int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share from 0 to 1")
+    return value
 
 
 def _positive(text: str) -> float:

@@ -18,7 +18,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 import esegeta_monai.storage as storage
-from esegeta_monai.errors import MetricError, RankLost, named_reason
+from esegeta_monai.errors import MetricError, RankLost, UsageError, named_reason
 from esegeta_monai.explainer import Explainer, Judged
 from esegeta_monai.features import foreground
 from esegeta_monai.methods.base import METHODS, Explained, Method, run_together
@@ -30,7 +30,7 @@ from esegeta_monai.objective import Objective
 from esegeta_monai.precision import full_precision
 from esegeta_monai.targets.base import TARGETS, Score
 
-__all__ = ["DEFAULT_METRICS", "Evaluator", "Found", "Known", "chosen_metrics"]
+__all__ = ["DEFAULT_METRICS", "Evaluator", "Found", "Known", "alarm_share", "chosen_metrics", "value_of_label"]
 
 logger = logging.getLogger("esegeta_monai")
 
@@ -92,7 +92,7 @@ class Evaluator:
         outside_alarm: the share of a map outside the body above which a region table raises its alarm.
 
     Raises:
-        UsageError: a wrong metric or parameter, or two metrics of one name.
+        UsageError: a wrong metric or parameter, two metrics of one name, or no share.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Evaluator:
         with_controls: bool = True,
         outside_alarm: float = OUTSIDE_ALARM,
     ) -> None:
-        self.explainer, self.outside_alarm = explainer, outside_alarm
+        self.explainer, self.outside_alarm = explainer, alarm_share(outside_alarm)
         self.metrics, self.with_controls = chosen_metrics(metrics), with_controls
 
     def __call__(
@@ -140,12 +140,13 @@ class Evaluator:
             more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
 
         Raises:
+            UsageError: a wrong ``label_value``.
             EsegetaError: the case cannot be explained at all. What fails of a method or metric is in the result.
         """
         chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
         names = names or ResultNames(chosen, wanted)
-        found = Found()
-        label, regions = _plain(label), _plain(regions)
+        found, dims = Found(), image.ndim - 1
+        label, regions, label_value = _plain(label, dims), _plain(regions, dims), value_of_label(label_value)
         if body is None:
             body = foreground(image.as_tensor().detach().cpu())
         for judged in self.explainer.judge(image[None], wanted, **more):
@@ -153,7 +154,7 @@ class Evaluator:
             found.empty |= dict(judged.empty)
             if judged.objective is None:
                 continue
-            case = _Case(judged, full_precision(judged.objective), image, label, label_value, _plain(body), names)
+            case = _Case(judged, full_precision(judged.objective), image, label, label_value, _plain(body, dims), names)
             case.known = known
             self._case(case, chosen, maps, found, regions if regions is not None else label, region_names)
         return found
@@ -328,11 +329,36 @@ class _Case:
         return self.objective.scores[k]
 
 
-def _plain(mask: Any) -> Tensor | None:
+def alarm_share(share: float) -> float:
+    """The share outside the body above which there is an alarm.
+
+    Raises:
+        UsageError: it is no number from 0 to 1: with any other there would always be an alarm, or never.
+    """
+    if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 <= share <= 1:
+        raise UsageError(f"outside_alarm={share!r}: give a share from 0 to 1")
+    return float(share)
+
+
+def value_of_label(value: int | str | None) -> int | str | None:
+    """Which value of a label is the cause, see `Evaluator`; a shell may have made a text of the number.
+
+    Raises:
+        UsageError: it is neither a whole number nor ``"class"``.
+    """
+    if value is None or value == "class" or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if not str(value).isdigit():
+        raise UsageError(f"label_value={value!r}: give a whole number, or 'class' for the target's own")
+    return int(value)
+
+
+def _plain(mask: Any, dims: int) -> Tensor | None:
+    """A mask (*spatial), or (1, *spatial), of an image of so many axes."""
     if mask is None:
         return None
     plain = torch.as_tensor(mask).as_subclass(Tensor).cpu()
-    return plain[0] if plain.ndim > 2 and len(plain) == 1 else plain
+    return plain[0] if plain.ndim == dims + 1 and len(plain) == 1 else plain
 
 
 def _measured(metric: Metric, title: str, subject: Subject) -> dict[str, Any]:

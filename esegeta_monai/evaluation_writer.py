@@ -14,6 +14,7 @@ from torch import Tensor
 
 import esegeta_monai.storage as storage
 from esegeta_monai.configurable import json_ready
+from esegeta_monai.errors import UsageError
 from esegeta_monai.evaluation import Evaluator, Found
 from esegeta_monai.methods.base import Method
 from esegeta_monai.naming import ResultNames
@@ -50,7 +51,7 @@ class EvaluationWriter:
         not_beating: the case, target, method and metric of each value that is no better than a control's.
 
     Raises:
-        UsageError: an unwritable folder, or names that clash.
+        UsageError: an unwritable folder, names that clash, or a ``metrics.csv`` there that is another table.
     """
 
     def __init__(
@@ -68,10 +69,12 @@ class EvaluationWriter:
         self.output_dir = storage.writable_folder(output_dir)
         self.provenance = dict(provenance or {})
         self.path = self.output_dir / "metrics.csv"
+        if not self.ranks.rank:
+            self._earlier()  # before anything is computed
         self.done = 0
         self.problems: list[str] = []
         self.not_beating: list[str] = []
-        self._rows: list[dict[str, Any]] = []
+        self._rows: list[tuple[str, list[dict[str, Any]]]] = []
 
     @property
     def writes(self) -> bool:
@@ -135,9 +138,9 @@ class EvaluationWriter:
         write_json(base.with_name(f"{base.name}_regions.json"), {"case": case, "regions": region_rows})
         rows = [{"case": case, **{c: row.get(c) for c in COLUMNS if c != "case"}} for row in found.rows]
         if self.ranks.rank:
-            self._rows += rows
+            self._rows.append((case, rows))
         else:
-            self._table(rows)
+            self._table({case: rows})
         curves = [
             {"target": r["target"], "method": r["method"], "metric": r["metric"], **r["curve"]}
             for r in found.rows
@@ -163,17 +166,33 @@ class EvaluationWriter:
         self.done = sum(done for done, *_ in known)
         self.problems = [line for _, lines, _, _ in known for line in lines]
         self.not_beating = [line for _, _, lines, _ in known for line in lines]
-        rows = [row for *_, several in known for row in several]
-        if rows and not self.ranks.rank:
-            self._table(rows)
+        of_others = dict(pair for *_, several in known for pair in several)
+        if of_others and not self.ranks.rank:
+            self._table(of_others)
         self._rows = []
 
-    def _table(self, rows: list[dict[str, Any]]) -> None:
-        again, earlier = {row["case"] for row in rows}, []
-        if self.path.is_file():
-            with open(self.path, newline="", encoding="utf-8") as file:
-                earlier = [row for row in csv.DictReader(file) if row.get("case") not in again]
-        _write_text(self.path, _csv(COLUMNS, [*earlier, *rows]))
+    def _table(self, judged: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Rows by case, in place of the earlier ones of these cases, also where there is none to put there."""
+        earlier = [row for row in self._earlier() if row["case"] not in judged]
+        _write_text(self.path, _csv(COLUMNS, [*earlier, *(row for rows in judged.values() for row in rows)]))
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        """The rows of the table as it lies there, also where a spreadsheet has written it again.
+
+        Raises:
+            UsageError: it is no such table, and writing would lose what it has.
+        """
+        if not self.path.is_file():
+            return []
+        try:
+            with open(self.path, newline="", encoding="utf-8-sig") as file:
+                table = csv.DictReader(file)
+                rows = list(table)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UsageError(f"{self.path} cannot be read ({error}): move it away, or choose another folder") from error
+        if table.fieldnames is not None and not set(COLUMNS) <= set(table.fieldnames):
+            raise UsageError(f"{self.path} has other columns than 'evaluate' writes: move it away")
+        return rows
 
 
 def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

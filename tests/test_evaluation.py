@@ -17,7 +17,7 @@ from esegeta_monai import Explainer
 from esegeta_monai.cli import main
 from esegeta_monai.commands.evaluate import to_network_grid
 from esegeta_monai.errors import UsageError
-from esegeta_monai.evaluation import Evaluator
+from esegeta_monai.evaluation import Evaluator, Found
 from esegeta_monai.evaluation_writer import COLUMNS, REGION_COLUMNS, EvaluationWriter
 from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.support_cli import make_bundle, make_scan
@@ -114,6 +114,67 @@ def test_the_table_is_tidy_and_grows_by_cases(tmp_path):
     assert {"all", "label 1", "body"} <= {r["region"] for r in regions}
 
 
+def test_rows_of_an_earlier_run_do_not_stay_where_a_case_has_none_now(tmp_path):
+    found = judged()
+    writer = EvaluationWriter(tmp_path, [], [])
+    writer.write("a", found)
+    writer.write("b", found)
+    writer.write("a", Found(failed={"ClassScore-class1, InputXGradient": "out of memory"}))
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        assert {r["case"] for r in csv.DictReader(file)} == {"b"}
+
+
+def test_a_table_that_a_spreadsheet_wrote_again_is_kept_and_another_one_refused(tmp_path):
+    EvaluationWriter(tmp_path, [], []).write("a", judged())
+    table = tmp_path / "metrics.csv"
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())
+    EvaluationWriter(tmp_path, [], []).write("b", judged())
+    with open(table, newline="", encoding="utf-8") as file:
+        assert {r["case"] for r in csv.DictReader(file)} == {"a", "b"}
+    for content in (b"case;target\na;b\n", "case,target\nKöln,b\n".encode("latin-1")):
+        table.write_bytes(content)
+        with pytest.raises(UsageError, match=r"metrics\.csv .*move it away"):
+            EvaluationWriter(tmp_path, [], [])
+        assert table.read_bytes() == content
+
+
+def test_masks_of_a_volume_that_is_one_voxel_thick():
+    """(1, y, z) is a volume without a channel, not a slice with one."""
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.linspace(1, 2, 36, dtype=torch.float64).reshape(1, 6, 6))
+
+        def forward(self, x):
+            score = (x[:, 0] * self.w).sum((1, 2, 3))
+            return torch.stack([-score, score], 1)
+
+    image = MetaTensor(torch.rand(1, 1, 6, 6, dtype=torch.float64) + 0.5)
+    label = torch.zeros(1, 6, 6)
+    label[:, :3] = 1
+    for mask in (label, label[None]):
+        found = Evaluator(Explainer(Half()), ["RelevanceMass"], with_controls=False)(
+            image, ["InputXGradient"], list(ONE), label=mask, body=torch.ones(1, 6, 6)
+        )
+        assert not found.failed
+        assert 0.1 < found.rows[0]["value"] < 0.9
+        assert {r["voxels"] for r in found.regions if r["region"] == "label 1"} == {18}
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), "0.1", True])
+def test_an_alarm_that_could_never_ring_is_refused(share):
+    with pytest.raises(UsageError, match="share from 0 to 1"):
+        Evaluator(Explainer(Linear()), outside_alarm=share)
+
+
+def test_the_value_of_a_label_is_a_number_or_the_class():
+    assert judged(metrics=["RelevanceMass"], label_value="1").rows[0]["value"] == pytest.approx(1.0)
+    assert judged(metrics=["RelevanceMass"], label_value="class").rows[0]["value"] == pytest.approx(1.0)
+    with pytest.raises(UsageError, match="label_value='klass'"):
+        judged(label_value="klass")
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     folder: Path = tmp_path_factory.mktemp("study")
@@ -157,10 +218,22 @@ def test_the_command_judges_maps_from_disk_as_it_does_fresh_ones(study, capsys):
         (["--label", "nowhere.nii.gz"], "no such file"),
         (["--metrics", "PointingGam"], "PointingGame"),
         (["--regions", "{study}/scans", "--region-names", "liver"], "NUMBER=NAME"),
+        (["--regions", "{study}/scans", "--region-names", "1"], "NUMBER=NAME"),
+        (["--region-names", "1=liver"], "--regions or --label"),
+        (["--label-value", "1"], "give the label with --label"),
+        (
+            ["--label", "{study}/labels", "--label-value", "klass"],
+            "'klass' is no whole number above 0, and not 'class'",
+        ),
+        (["--outside-alarm", "2"], "'2' is no share from 0 to 1"),
+        (["--label", "{study}/bundle/configs/inference.json"], "inference.json cannot be read as a label map"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(study, more, said, capsys):
-    code = run(study, "evaluate", "wrong", *[m.format(study=study) for m in more])
+    try:
+        code = run(study, "evaluate", "wrong", *[m.format(study=study) for m in more])
+    except SystemExit as stopped:  # by argparse
+        code = stopped.code
     assert code in (1, 2)
     error = capsys.readouterr().err.strip()
     assert said in error

@@ -56,6 +56,10 @@ def run(args: Namespace, log: RunLog) -> int:
     Raises:
         EsegetaError: a wrong option, bundle or output folder: nothing has been computed.
     """
+    if args.label_value is not None and args.label is None:
+        raise UsageError("--label-value says which value of a label counts: give the label with --label")
+    if args.region_names is not None and args.regions is None and args.label is None:
+        raise UsageError("--region-names names the values of a label map: give one with --regions or --label")
     register_extensions(args.bundle)
     with process_group() as ranks:
         writer = _evaluate(args, log, ranks)
@@ -167,10 +171,10 @@ def _region_names(text: str | None) -> dict[int, str] | None:
     """``1=liver,2=spleen``."""
     if text is None:
         return None
-    try:
-        return {int(k): v.strip() for k, _, v in (part.partition("=") for part in text.split(","))}
-    except ValueError as error:
-        raise UsageError(f"--region-names {text!r}: write NUMBER=NAME,NUMBER=NAME") from error
+    parts = [[word.strip() for word in part.split("=", 1)] for part in text.split(",")]
+    if any(len(part) < 2 or not part[0].isdigit() or not part[1] for part in parts):
+        raise UsageError(f"--region-names {text!r}: write NUMBER=NAME,NUMBER=NAME")
+    return {int(number): name for number, name in parts}
 
 
 # -- maps of an earlier run ----------------------------------------------------------------------------------------

@@ -308,8 +308,8 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
     A map that knows its place in the world and has another grid is resampled by nearest neighbour.
 
     Raises:
-        TargetError: no such key or file, several channels, values that are no whole numbers, or another grid and no
-            affine to resample by.
+        TargetError: no such key or file, one that cannot be read, several channels, values that are no whole numbers,
+            or another grid and no affine to resample by.
     """
     shape = tuple(prediction.shape[1:])
     value: Any = case.data.get(str(what), what) if isinstance(what, (str, Path)) else what
@@ -319,7 +319,11 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
             raise TargetError(f"{value!s} is neither a file nor a key of the case's data (keys: {keys})")
         from monai.transforms import LoadImage
 
-        value = LoadImage(image_only=True, ensure_channel_first=True)(value)
+        try:
+            value = LoadImage(image_only=True, ensure_channel_first=True)(value)
+        except Exception as error:  # each reader has its own errors; all of them mean that the file cannot be read
+            why = " ".join(str(error).replace(str(value), Path(value).name).split())[:200]
+            raise TargetError(f"{Path(value).name} cannot be read as a label map: {why}") from error
     spatial = _whole_numbers(_without_channel(torch.as_tensor(value), shape))
     affines = [getattr(value, "affine", None), case.affine]
     known = [_in_plane(a, len(shape)) for a in affines if a is not None]
