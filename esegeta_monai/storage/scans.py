@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
+import torch
 from monai.data import ITKReader, MetaTensor, NibabelReader, NumpyReader, PILReader
 from monai.data.image_reader import ImageReader
 from monai.transforms import EnsureChannelFirst
@@ -207,10 +208,10 @@ def check_image(
             f"{where}: {image.shape[0]} channel(s) where the network takes {channels}; "
             "put the image's channels together in the order of the bundle's metadata.json"
         )
-    array = np.asarray(image)
-    bad = array.size - int(np.count_nonzero(np.isfinite(array)))
+    values = torch.as_tensor(image)  # which knows bfloat16
+    bad = values.numel() - int(torch.isfinite(values).sum())
     if bad:
-        raise InputError(f"{where}: {bad} of {array.size} voxels are NaN or infinite; mend the image first")
+        raise InputError(f"{where}: {bad} of {values.numel()} voxels are NaN or infinite; mend the image first")
     if isinstance(image, MetaTensor):
         _check_affine(np.asarray(image.affine, dtype=np.float64), found, where)
 
