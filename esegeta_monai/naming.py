@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import esegeta_monai.storage as storage
+from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
 
@@ -34,7 +35,16 @@ class ResultNames:
         storage.check_clashes([], self._targets.values(), self._methods.values())
 
     def method(self, method: Method) -> str:
-        """The name of a method of the run."""
+        """The name of a method of the run.
+
+        Raises:
+            UsageError: it is not one of those that the names were made for.
+        """
+        if id(method) not in self._methods:
+            raise UsageError(
+                f"{method!r} is not one of the methods that this run was begun with: make methods and targets once, "
+                "as instances, and give the same ones to the writer and to its explain"
+            )
         return self._methods[id(method)]
 
     def target(self, target: Target, label: str) -> str:

@@ -101,9 +101,12 @@ class ResultWriter:
 
     def path(self, attribution: Attribution, case: str, scan: Any = None) -> Path:
         """Where a map lies."""
-        target_name = self.names.target(attribution.target, attribution.label)
+        target_name = self._target_name(attribution)
         layout = {**self.layout, "extension": storage.map_suffix(scan)} if self.as_input else self.layout
         return storage.map_path(self.output_dir, case, target_name, self._method_name(attribution), **layout)
+
+    def _target_name(self, attribution: Attribution) -> str:
+        return self.names.target(attribution.target, attribution.label)
 
     def _method_name(self, attribution: Attribution) -> str:
         name = self.names.method(attribution.method)
@@ -129,7 +132,9 @@ class ResultWriter:
             return False  # `write` says so
         reason = "finished in an earlier run"
         written = path.relative_to(self.output_dir).as_posix() if path.is_file() else None
-        self.run.set(case, attribution.label, self._method_name(attribution), "skipped", reason, map=written)
+        self.run.set(
+            case, self._target_name(attribution), self._method_name(attribution), "skipped", reason, map=written
+        )
         logger.info("%s: %s is finished, skipped", case, path.name)
         return True
 
@@ -157,7 +162,12 @@ class ResultWriter:
             on_explained: called with each attribution, in every process that computes it.
             on_written: called with each attribution and its map's path, None where there is none.
             more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
+
+        Raises:
+            UsageError: a method that this writer was not made for.
         """
+        for method in methods:
+            self.names.method(method)
         scan = scan if scan is not None else scan_of(image)
 
         def skip(attribution: Attribution) -> bool:
@@ -193,7 +203,8 @@ class ResultWriter:
         if not self.writes:
             return None
         scan = scan if scan is not None else scan_of(image)
-        path, label, method_name = self.path(attribution, case, scan), attribution.label, self._method_name(attribution)
+        path = self.path(attribution, case, scan)
+        label, method_name = self._target_name(attribution), self._method_name(attribution)
         record = {**attribution.record, **self.key(attribution, case, scan)}
         record["result"] = {"target": label, "method": method_name}  # as run.json calls it
         record["class"] = record.pop("class_name", None)
@@ -335,8 +346,7 @@ class ResultWriter:
         return {"separate_folder": self.layout["separate_folder"]}
 
     def _mask_path(self, attribution: Attribution, case: str) -> Path:
-        name = self.names.target(attribution.target, attribution.label)
-        return mask_path(self.output_dir, case, name, **self._folders)
+        return mask_path(self.output_dir, case, self._target_name(attribution), **self._folders)
 
     def _copies(self, case: str) -> dict[Path, Tensor]:
         """What this run has copied of a case, one case at a time."""

@@ -278,6 +278,27 @@ def test_two_of_one_kind_are_told_apart(image: MetaTensor, tmp_path: Path) -> No
     assert found
 
 
+def test_every_target_of_one_kind_has_its_status(image: MetaTensor, tmp_path: Path) -> None:
+    """In run.json, in the sidecar and on disk by the same name."""
+    targets: list[Target] = [Box(1, (0, 0, 0), (6, 6, 6)), Box(1, (2, 2, 2), (6, 6, 6))]
+    first = entries(explain(tmp_path, image, targets=targets))
+    expected = ["Box-class1-start0x0x0", "Box-class1-start2x2x2"]
+    assert [e["target"] for e in first] == expected
+    again = entries(explain(tmp_path, image, targets=targets))
+    assert [(e["target"], e["status"]) for e in again] == [(name, "skipped") for name in expected]
+    for e in first:
+        sidecar = tmp_path / e["map"].replace(".nii.gz", ".json")
+        assert json.loads(sidecar.read_text())["result"]["target"] == e["target"]
+        assert e["target"] in sidecar.name
+
+
+def test_methods_that_the_writer_does_not_know_are_refused_by_name(image: MetaTensor, tmp_path: Path) -> None:
+    targets: list[Target] = [Box(1, (0, 0, 0), (6, 6, 6))]
+    writer = ResultWriter(tmp_path, [Saliency()], targets)
+    with pytest.raises(UsageError, match="one of the methods that this run was begun with"):
+        writer.explain(Explainer(network()), image, "alpha", [Saliency()], targets)
+
+
 def test_given_names_are_taken(image: MetaTensor, tmp_path: Path) -> None:
     explain(tmp_path, image, [Saliency(name="gradient")], [Box(1, (0, 0, 0), (6, 6, 6), name="corner")])
     assert names(tmp_path)[1] == "alpha_corner_gradient_attr.nii.gz"

@@ -18,6 +18,7 @@ from esegeta_monai.attribution import Attribution
 from esegeta_monai.errors import UsageError
 from esegeta_monai.metrics import RelevanceMass, Subject
 from esegeta_monai.metrics.randomisation import similarity
+from esegeta_monai.naming import ResultNames
 from esegeta_monai.storage.files import atomic
 
 __all__ = ["TABLE", "ExplanationSeries"]
@@ -77,7 +78,13 @@ class ExplanationSeries:
         self._rows: list[dict[str, Any]] = []
 
     def add(
-        self, attribution: Attribution, case: str, epoch: int, data: Mapping[str, Any], picture: Path | None = None
+        self,
+        attribution: Attribution,
+        case: str,
+        epoch: int,
+        data: Mapping[str, Any],
+        picture: Path | None = None,
+        names: ResultNames | None = None,
     ) -> None:
         """Takes an attribution of an epoch.
 
@@ -87,22 +94,25 @@ class ExplanationSeries:
             epoch: from 1.
             data: the case's data, where the reference region may be.
             picture: PNG of it.
+            names: of the run, which tell two methods or targets of one kind apart.
         """
-        name = attribution.method.name or type(attribution.method).__name__
+        name, target = attribution.method.name or type(attribution.method).__name__, attribution.label
+        if names is not None:
+            name, target = names.method(attribution.method), names.target(attribution.target, target)
         row: dict[str, Any] = dict.fromkeys(COLUMNS)
-        row.update(epoch=epoch, case=case, target=attribution.label, method=name, status=attribution.status)
+        row.update(epoch=epoch, case=case, target=target, method=name, status=attribution.status)
         row["value"] = attribution.record.get("value")
         if attribution.map is not None:
             magnitude = attribution.map.as_tensor().detach().abs().sum(0).double().cpu()
             row["relevance_mass"] = self._mass(magnitude, data.get(self.label_key))
-            row["similarity"] = self._similarity((case, attribution.label, name), magnitude)
+            row["similarity"] = self._similarity((case, target, name), magnitude)
         self._rows.append(row)
         if picture is not None and self._tensorboard and picture.is_file():
             from PIL import Image
 
             with Image.open(picture) as image:
                 pixels = np.asarray(image.convert("RGB"))
-            tag = f"explanation/{case}/{attribution.label}/{name}"
+            tag = f"explanation/{case}/{target}/{name}"
             self._board.add_image(tag, pixels, epoch, dataformats="HWC")
 
     def close_epoch(self, epoch: int, folder: Path) -> None:

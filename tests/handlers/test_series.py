@@ -124,6 +124,21 @@ def test_on_a_validating_evaluator_of_a_trainer(scans, tmp_path):
     assert rows(tmp_path / "seen")[1]["similarity"] != ""
 
 
+def test_two_of_one_kind_have_series_of_their_own(scans, tmp_path):
+    """Each is compared with its own map of the last epoch: the same network twice gives 1."""
+    engine = evaluator(scans[:1], Small(), val_data_loader=loader(scans[:1]), inferer=SimpleInferer())
+    methods = ["Saliency", "Saliency(abs=False)"]
+    targets = [f"Box(1, start=({n}, 0, 0), stop=({n + 3}, 3, 3))" for n in (2, 5)]
+    series = ExplanationSeries(tensorboard=False)
+    ExplanationHandler(methods, targets, tmp_path, series=series, overwrite=True, pictures=False).attach(engine)
+    for epoch in (1, 2):
+        engine.run(global_epoch=epoch)
+    table = rows(tmp_path)
+    assert len({(r["target"], r["method"]) for r in table}) == 4
+    assert [r["similarity"] for r in table[:4]] == [""] * 4
+    assert [float(r["similarity"]) for r in table[4:]] == pytest.approx([1.0] * 4)
+
+
 def test_the_table_of_an_earlier_run_stays_save_for_epochs_that_come_again(scans, tmp_path):
     for epochs in ((1, 2), (2,)):
         engine = evaluator(scans[:1], Small(), val_data_loader=loader(scans[:1]), inferer=SimpleInferer())
