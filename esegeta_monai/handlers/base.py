@@ -6,7 +6,8 @@ import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,7 +22,7 @@ from torch.utils.data.distributed import DistributedSampler
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.cases import cases_of
-from esegeta_monai.errors import UsageError
+from esegeta_monai.errors import EsegetaError, RankLost, UsageError
 from esegeta_monai.explainer import Explainer
 from esegeta_monai.handlers.calls import InfererCalls, plain_inferer, watched
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
@@ -86,6 +87,8 @@ class CaseHandler(ABC):
         if share not in ("auto", *SHARES):
             raise UsageError(f"share={share!r}: give auto, {', '.join(SHARES)}")
         self.epochs, self.name = epochs, name
+        self._last_due: int | None = None
+        self._shut = False  # this epoch's folder cannot be written
         self.share = share
         self._ranks, self._share = Ranks(), cast(Share, "cases")
         self.logger = logging.getLogger(name or "esegeta_monai")
@@ -155,8 +158,29 @@ class CaseHandler(ABC):
         root = self._saved(engine, "data_root_dir")
         self._names = CaseNames(files_of(engine.data_loader, self.image_key), root)
         self._weights = None
-        epoch = engine.state.epoch + 1
-        self._enter(engine, epoch + -(epoch - 1) % self.epochs)
+        if self._due(engine.state.epoch + 1):
+            self._enter_due(engine, engine.state.epoch + 1)
+
+    def _enter_due(self, engine: Any, epoch: int) -> None:
+        """Goes to the folder of an epoch; from the second one on a folder that cannot be written costs no training."""
+        if self._last_due is None:
+            self._enter(engine, epoch)
+            return
+        self._shut = True
+        with self._going_on(f"epoch {epoch} is left out"):
+            self._enter(engine, epoch)
+            self._shut = False
+
+    @contextmanager
+    def _going_on(self, what: str) -> Iterator[None]:
+        """What cannot be written is said, and the engine's run goes on; not so where other processes wait for it."""
+        try:
+            yield
+        except EsegetaError as error:
+            if isinstance(error, RankLost) or self._ranks.size > 1:
+                raise
+            self.logger.error(f"{what}: {error}")
+            self.logger.debug("traceback", exc_info=error)
 
     def _enter(self, engine: Any, epoch: int) -> None:
         """Goes to the folder of an epoch."""
@@ -169,22 +193,31 @@ class CaseHandler(ABC):
         folder = Path(str(folder).format(epoch=epoch) if "{epoch" in str(folder) else folder)
         if folder == self.folder:
             return
-        if self.folder is not None:
-            self.close()
+        self._leave()
         self.open(engine, folder)
         self.folder = folder
 
+    def _leave(self) -> None:
+        if self.folder is not None:
+            folder, self.folder = self.folder, None
+            with self._going_on(f"the record in {folder} is not finished"):
+                self.close()
+
     def _begin_epoch(self, engine: Any) -> None:
         self._seen = 0
-        if self._due(engine):
-            self._enter(engine, engine.state.epoch)
+        epoch = engine.state.epoch
+        if self._due(epoch):
+            self._enter_due(engine, epoch)
+            self._last_due = epoch
 
-    def _due(self, engine: Any) -> bool:
-        return (engine.state.epoch - 1) % self.epochs == 0
+    def _due(self, epoch: int) -> bool:
+        """Of every so many epochs the first that comes here: a validation may see the fifth, tenth, … only."""
+        last = self._last_due
+        return last is None or epoch == last or (epoch - 1) // self.epochs != (last - 1) // self.epochs
 
     def __call__(self, engine: Any) -> None:
         """Looks at the batch whose raw predictions are in ``engine.state.output``."""
-        if not self._due(engine):
+        if self._shut or not self._due(engine.state.epoch):
             return
         assert self._explainer is not None
         training = getattr(engine, "mode", None) is not eval_mode
@@ -203,7 +236,8 @@ class CaseHandler(ABC):
         for i, (image, case) in enumerate(zip(images, names)):
             if wanted[i]:
                 more = {"prediction": predictions, "network_args": args, "network_kwargs": kwargs}
-                self.look(engine, image, case, data[i], **{k: _entry(v, i, len(images)) for k, v in more.items()})
+                with self._going_on(case):
+                    self.look(engine, image, case, data[i], **{k: _entry(v, i, len(images)) for k, v in more.items()})
 
     def _wanted(self, case: str) -> bool:
         if isinstance(self.cases, int):
@@ -213,14 +247,18 @@ class CaseHandler(ABC):
 
     def _end(self, engine: Any) -> None:
         engine.inferer = plain_inferer(engine)
-        if self.folder is not None:
-            self.close()
-        self.folder = None
+        self._leave()
 
     # -- what the engine knows ----------------------------------------------------------------------------------
 
     def _images(self, engine: Any) -> list[MetaTensor]:
         """The images of the batch; a list of them, as detection has it, are images of a batch each."""
+        if self.image_key not in engine.state.output:
+            raise UsageError(
+                f"image_key={self.image_key!r} is not in the engine's output, which has "
+                f"{', '.join(map(str, engine.state.output))}: MONAI's engines call the network's input 'image' there, "
+                "whatever it is called in the batch"
+            )
         image = engine.state.output[self.image_key]
         if isinstance(image, torch.Tensor):
             return cases_of(image)

@@ -50,7 +50,8 @@ class ExplanationHandler(CaseHandler):
         pictures: a PNG beside every map, and what the report shows of the scan.
         report: write the HTML report (`esegeta_monai.report.write_report`) when the run or an epoch's folder is done.
         progress: show a progress bar.
-        epochs: on a trainer or a validating evaluator, only every so many epochs, from the first.
+        epochs: on a trainer or a validating evaluator, of every so many epochs only the first that the engine runs:
+            with 5 the first, sixth, … epoch, and where there is a validation every fifth epoch, each of them.
         cases: only these, by name; or the first so many of an epoch (of each process); None: all.
         series: an `ExplanationSeries`, which shows how explanations change from epoch to epoch.
         share: what the processes share, where ``torch.distributed`` has several. ``"cases"``: each explains those that
@@ -59,7 +60,8 @@ class ExplanationHandler(CaseHandler):
             where the loader has a ``DistributedSampler``, else windows.
         name: of the logger; None: ``engine.logger``.
 
-    A method or case that fails is recorded in ``run.json`` and logged; the evaluation goes on.
+    A method or case that fails is recorded in ``run.json`` and logged; what can no longer be written is logged (a full
+    disk, say). The evaluation goes on in either case.
 
     Raises:
         UsageError: on construction or at the engine's start, before any work: an unknown method, target or parameter,
@@ -193,10 +195,10 @@ class ExplanationHandler(CaseHandler):
     ) -> Callable[[Attribution, Path | None], None] | None:
         if self.series is None:
             return None
-        series = self.series
+        series, names = self.series, None if self.writer is None else self.writer.names
 
         def note(attribution: Attribution, path: Path | None) -> None:
-            series.add(attribution, case, epoch, data, None if path is None else picture_path(path))
+            series.add(attribution, case, epoch, data, None if path is None else picture_path(path), names)
 
         return note
 
@@ -206,7 +208,8 @@ class ExplanationHandler(CaseHandler):
         folder = self.writer.output_dir
         if "{epoch" in str(self.output_dir or ""):
             folder = Path(str(self.output_dir).split("{epoch")[0] + "x").parent
-        self.series.close_epoch(engine.state.epoch, folder)
+        with self._going_on("the series is not written"):
+            self.series.close_epoch(engine.state.epoch, folder)
 
     def _end(self, engine: Any) -> None:
         super()._end(engine)

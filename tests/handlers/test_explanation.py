@@ -15,6 +15,7 @@ import pytest
 import torch
 from monai.data import DataLoader, Dataset
 from monai.engines import EnsembleEvaluator, SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import ValidationHandler
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from monai.transforms import (
     Activationsd,
@@ -33,6 +34,7 @@ from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.handlers import ExplanationHandler
 from esegeta_monai.handlers.cases import CaseNames, files_of
 from esegeta_monai.network import weights_hash
+from esegeta_monai.storage import files
 from tests.bundle import oblique
 
 CORNER = "Box(class_index=1, start=(0, 0, 0), stop=(2, 2, 2))"
@@ -388,6 +390,59 @@ def test_a_validating_evaluator_explains_the_weights_of_its_epoch(scans: list[Pa
         assert statuses(tmp_path) == {("alpha", "Saliency"): status}
         values.append(records(tmp_path)["alpha Saliency"]["value"])
     assert values[0] == values[1] != values[2]
+
+
+@pytest.mark.parametrize(("interval", "every", "explained"), [(1, 2, [1, 3, 5]), (2, 2, [2, 4, 6]), (3, 2, [3, 6])])
+def test_of_every_so_many_epochs_the_first_that_is_validated(
+    scans: list[Path], tmp_path: Path, interval: int, every: int, explained: list[int]
+) -> None:
+    """Counted from the first epoch, a validation every second epoch would never be explained; no folder stays empty."""
+    training = trainer(scans[:1], network := Small(), 6)
+    validation = evaluator(scans[:1], network)
+    handler(f"{tmp_path}/epoch{{epoch}}", epochs=every, targets=CORNER).attach(validation)
+    ValidationHandler(interval=interval, validator=validation).attach(training)
+    training.run()
+    assert [int(p.name.removeprefix("epoch")) for p in sorted(tmp_path.glob("epoch*"))] == explained
+    assert all(len(maps(tmp_path / f"epoch{epoch}")) == 1 for epoch in explained)
+
+
+def test_a_full_disk_ends_no_training(
+    scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Full from the second scan of the first epoch on through the second: said, and what has room is written."""
+    training = trainer(scans, Small(), 3)
+    handler(f"{tmp_path}/epoch{{epoch}}", targets=CORNER).attach(training)
+    flush = files._flush
+
+    def flush_if_there_is_room(path: Path) -> None:
+        if 2 <= training.state.iteration <= 3:
+            raise OSError(28, "No space left on device")
+        flush(path)
+
+    monkeypatch.setattr(files, "_flush", flush_if_there_is_room)
+    training.run()
+    assert training.state.iteration == 6
+    assert [len(maps(tmp_path / f"epoch{n}")) for n in (1, 2, 3)] == [1, 0, 2]
+    assert "beta: cannot write" in caplog.text
+    assert "No space left on device" in caplog.text
+
+
+def test_a_folder_that_cannot_be_made_later_ends_no_training(
+    scans: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "epoch2").write_text("a file")
+    training = trainer(scans[:1], Small(), 3)
+    handler(f"{tmp_path}/epoch{{epoch}}", targets=CORNER).attach(training)
+    training.run()
+    assert [len(maps(tmp_path / f"epoch{n}")) for n in (1, 3)] == [1, 1]
+    assert "epoch 2 is left out: cannot write" in caplog.text
+
+
+def test_a_key_that_the_engine_does_not_give_is_named(scans: list[Path], tmp_path: Path) -> None:
+    engine = evaluator(scans[:1], Small())
+    handler(tmp_path, image_key="scan").attach(engine)
+    with pytest.raises(UsageError, match="image_key='scan' is not in the engine's output, which has image"):
+        engine.run()
 
 
 def test_evaluators_in_train_mode_are_not_believed(scans: list[Path], tmp_path: Path) -> None:
