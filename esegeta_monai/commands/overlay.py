@@ -40,17 +40,22 @@ def run(args: Namespace, *_: object) -> int:
     if args.multi_gpu and not args.bundle:
         raise UsageError("overlay --multi-gpu needs --bundle DIR, whose data loader gets the sampler")
     if not args.bundle:
-        target = _free(Path(args.output), name)
-        _write(target, shipped_overlay(name).read_text(encoding="utf-8"))
+        text = shipped_overlay(name).read_text(encoding="utf-8")
+        target = _free(Path(args.output), name, text)
+        _write(target, text)
         print(f"{target} is written; it joins a list called handlers. With --bundle DIR it fits any bundle.")
         return 0
     reader, config = _reader(args), _config(args)
     overlay = fitted_overlay(config, reader.metadata, name)
-    target = _free(Path(args.output) if args.output else reader.bundle_dir / "configs" / name, name)
-    second = _free(target.with_name(MULTI_GPU_OVERLAY), name) if args.multi_gpu else None
-    _write(target, json.dumps(overlay, indent=4, ensure_ascii=False) + "\n")
+    text = json.dumps(overlay, indent=4, ensure_ascii=False) + "\n"
+    target = _free(Path(args.output) if args.output else reader.bundle_dir / "configs" / name, name, text)
+    second, more_text = None, ""
+    if args.multi_gpu:
+        more_text = json.dumps(multi_gpu_overlay(config), indent=4) + "\n"
+        second = _free(target.with_name(MULTI_GPU_OVERLAY), name, more_text)
+    _write(target, text)
     if second is not None:
-        _write(second, json.dumps(multi_gpu_overlay(config), indent=4) + "\n")
+        _write(second, more_text)
     print("\n".join(f"  {title:<9} {text}" for title, text in found(reader, config, overlay).items()))
     written = [_shown(file, reader) for file in (target, second) if file is not None]
     files = [*[f.relative_to(reader.bundle_dir).as_posix() for f in reader.config_files], *written]
@@ -158,9 +163,10 @@ def _shown(file: Path, reader: BundleReader) -> str:
     return place.relative_to(reader.bundle_dir).as_posix() if inside else str(place)
 
 
-def _free(target: Path, name: str = OVERLAY) -> Path:
+def _free(target: Path, name: str = OVERLAY, text: str | None = None) -> Path:
+    """Where to write, no other file being there; one that already says ``text`` is no other."""
     target = target / name if target.is_dir() else target
-    if target.exists():
+    if target.exists() and not (text is not None and target.is_file() and target.read_bytes() == text.encode()):
         raise UsageError(f"{target} exists and stays as it is: move it away, or write elsewhere with --output FILE")
     return target
 

@@ -233,18 +233,25 @@ def test_a_regression_is_explained_by_its_value() -> None:
 def test_the_multi_gpu_overlay_finds_the_data_loader(
     tmp_path: Path, inside: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever it is called; one process alone runs it too."""
+    """Whatever it is called; one process alone runs it too. An overlay that was written before is no obstacle, unless
+    somebody has changed it."""
     config = oblique.config([oblique.write_scan(tmp_path / "a.nii.gz")], tmp_path / "eval")
     config["loads"] = config.pop("dataloader")
     config["evaluator"]["val_data_loader"] = config.pop("loads") if inside else "@loads"
     folder = oblique.write(tmp_path / "bundle", config)
+    assert main(["overlay", "--bundle", str(folder)]) == 0
     assert main(["overlay", "--bundle", str(folder), "--multi-gpu"]) == 0
     assert "torchrun --nproc_per_node NUMBER_OF_GPUS -m monai.bundle run" in capsys.readouterr().out
     written = json.loads((folder / "configs" / "multi_gpu_explain.json").read_text())
     where = "evaluator#val_data_loader" if inside else "loads"
     assert written[f"{where}#sampler"] == "@explain_sampler"
     assert written["explain_sampler"]["dataset"] == f"@{where}#dataset"
-    assert main(["overlay", "--bundle", str(folder), "--multi-gpu"]) == 2
+    for name in ("explain.json", "multi_gpu_explain.json"):
+        own = {**json.loads((folder / "configs" / name).read_text()), "explain_seed": 7}
+        (folder / "configs" / name).write_text(json.dumps(own))
+        assert main(["overlay", "--bundle", str(folder), "--multi-gpu"]) == 2
+        assert json.loads((folder / "configs" / name).read_text()) == own
+        (folder / "configs" / name).unlink()
     assert main(["overlay", "--output", str(tmp_path / "x.json"), "--multi-gpu"]) == 2
 
 
