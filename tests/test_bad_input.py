@@ -287,13 +287,13 @@ ROWS = [
 
 def errors(stderr: str) -> list[str]:
     """The lines that tell of errors: those of the log and the last one of a command that could not begin."""
-    return [line for line in stderr.splitlines() if " ERROR rank " in line or line.startswith("esegeta-monai: error:")]
+    return [line for line in stderr.splitlines() if " ERROR: " in line or line.startswith("esegeta-monai: error:")]
 
 
 def documented(situation: Situation, row: Row, lines: list[str]) -> str:
     """The row of the table: input, message, exit code; without this machine's folders."""
     message = lines[0] if lines else ""
-    message = re.sub(r"^[\d\-: ]+ERROR rank 0: ", "", message).removeprefix("esegeta-monai: error: ")
+    message = re.sub(r"^[\d\-: ]+ERROR: ", "", message).removeprefix("esegeta-monai: error: ")
     if not message:
         message = run_json(situation.output)["results"][0].get("reason", "")
     message = message.replace(f"{situation.folder.resolve()}/", "").replace(f"{situation.folder}/", "")

@@ -87,8 +87,8 @@ class RunLog:
 
 class _Formatter(logging.Formatter):
     def __init__(self, log: RunLog) -> None:
-        rank = os.environ.get("RANK", "0")
-        super().__init__(f"%(asctime)s %(levelname)s rank {rank}: %(message)s", "%Y-%m-%d %H:%M:%S")
+        who = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # one process alone has none
+        super().__init__(f"%(asctime)s %(levelname)s{who}: %(message)s", "%Y-%m-%d %H:%M:%S")
         self.log = log
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
