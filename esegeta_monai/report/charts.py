@@ -29,6 +29,10 @@ class Chart:
 AXES = {
     "deletion": ("share of voxels taken away, strongest first", "score"),
     "insertion": ("share of voxels put back, strongest first", "score"),
+    "irof": ("supervoxels replaced, strongest first", "score"),
+    "regionperturbation": ("regions replaced, strongest first", "loss"),
+    "road": ("share of voxels imputed", "loss"),
+    "sensitivityn": ("parts in a set", "correlation"),
     "randomisation": ("stages made random, from the output on", "similarity to the map"),
     "synthesis": ("step", ""),
 }
@@ -93,13 +97,14 @@ def line_chart(lines: Sequence[Curve], styles: Sequence[str], x_label: str, y_la
 def _ticks(low: float, high: float, about: int = 4) -> list[float]:
     """Round numbers that reach from below ``low`` to above ``high``.
 
-    >>> _ticks(0.0, 1.0), _ticks(2.0, 2.0)
-    ([0.0, 0.5, 1.0], [2.0])
+    >>> _ticks(0.0, 1.0), _ticks(2.0, 2.0), _ticks(0.0, 3e-14)
+    ([0.0, 0.5, 1.0], [2.0], [0.0, 1e-14, 2e-14, 3e-14])
     """
-    if low == high:
-        return [low]
-    rough = (high - low) / about
-    power = 10.0 ** int(f"{rough:e}".split("e")[1])
+    rough = high / about - low / about
+    if not rough > 1e-300 or max(abs(low), abs(high)) > 1e12 * rough:  # no round numbers lie between
+        return sorted({low, high})
+    exponent = int(f"{rough:e}".split("e")[1])
+    power = 10.0**exponent
     step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if step >= rough)
     first, last = int(low // step), -int(-high // step)
-    return [round(n * step, 12) for n in range(first, last + 1)]
+    return [round(n * step, 1 - exponent) for n in range(first, last + 1)]

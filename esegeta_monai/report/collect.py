@@ -6,15 +6,14 @@ nor names of scan files reach a page; a case is called what the user called it.
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from esegeta_monai.errors import UsageError
+from esegeta_monai.report.reading import fitted, table
 from esegeta_monai.storage import STATUSES, safe_name, sidecar_path
 from esegeta_monai.storage.copies import scan_copy_path
 from esegeta_monai.storage.files import read_json
@@ -23,6 +22,8 @@ from esegeta_monai.storage.private import private, without_paths
 __all__ = ["CaseResults", "Curve", "Result", "Run", "read_output"]
 
 CONTROL = "control:"
+OF_A_METRIC = ("target", "method", "metric")
+"""What a row of a metric needs to have."""
 WITH_MAP = ("ok", "zero")
 
 
@@ -71,7 +72,7 @@ class Curve:
 
 @dataclass
 class CaseResults:
-    """All that is known of one case."""
+    """All that is known of one case. ``notes``: what of its files could not be used."""
 
     name: str
     results: list[Result] = field(default_factory=list)
@@ -79,6 +80,7 @@ class CaseResults:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
     regions: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def explained(self) -> list[Result]:
@@ -118,9 +120,14 @@ def read_output(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder; give the output folder of 'esegeta-monai explain'")
-    info = read_json(folder / "run.json") or {}
-    sidecars = {path: record for path, record in _sidecars(folder)}
-    entries = [e for e in info.get("results") or [] if isinstance(e, dict) and "case" in e]
+    whole: list[str] = []
+    """Notes that concern all cases."""
+    info = fitted(read_json(folder / "run.json") or {}, "run.json", whole)
+    own: dict[str, list[str]] = {}
+    sidecars = {
+        path: fitted(record, path.name, own.setdefault(str(record["case"]), [])) for path, record in _sidecars(folder)
+    }
+    entries = _entries(info.get("results"), whole)
     if not entries and not sidecars:
         raise UsageError(
             f"{folder} has neither a run.json nor maps: run 'esegeta-monai explain --output {folder}' first"
@@ -143,19 +150,34 @@ def read_output(folder: Path) -> Run:
             "status": record["status"],
         }
         case.results.append(_result(entry, path, sidecars))
-    metrics = _metrics(folder)
+    metrics = _metrics(folder, whole)
     for case in cases.values():
+        case.notes = [*whole, *own.get(case.name, [])]
         case.scan = _scan(folder, case)
         case.metrics = _as_in_run(metrics.get(case.name) or _case_metrics(folder, case.name), case)
         case.curves = list(_curves(_beside(folder, case.name, "metrics.json")))
-        case.regions = _as_in_run(_regions(folder, case.name), case)
+        case.regions = _as_in_run(_regions(folder, case), case)
     return Run(folder, {k: v for k, v in info.items() if k != "results"}, list(cases.values()))
+
+
+def _entries(results: Any, notes: list[str]) -> list[dict[str, Any]]:
+    """Those of run.json that say of which case, target and method they are, and how it went."""
+    several = results if isinstance(results, list) else []
+    found = [fitted(e, "run.json", notes) for e in several if isinstance(e, dict)]
+    found = [
+        e
+        for e in found
+        if "case" in e and e.get("status") in STATUSES and (e.get("target") is None) == (e.get("method") is None)
+    ]
+    if len(found) < len(several):
+        notes.append(f"run.json: {len(several) - len(found)} results are not as 'explain' wrote them and are left out.")
+    return found
 
 
 def _sidecars(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
         record = read_json(path)
-        if record is not None and {"case", "method", "status", "target_name"} <= set(record):
+        if record is not None and {"case", "method", "target_name"} <= set(record) and record.get("status") in STATUSES:
             yield path, record
 
 
@@ -209,20 +231,17 @@ def _beside(folder: Path, case: str, what: str) -> Path:
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def _metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    path = folder / "metrics.csv"
+def _metrics(folder: Path, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
     found: dict[str, list[dict[str, Any]]] = {}
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                found.setdefault(row.get("case") or "", []).append(_typed(row))
+    for row in table(folder / "metrics.csv", ("case", *OF_A_METRIC), notes):
+        found.setdefault(row["case"], []).append(_typed(row))
     return found
 
 
 def _case_metrics(folder: Path, case: str) -> list[dict[str, Any]]:
     content = read_json(_beside(folder, case, "metrics.json")) or {}
     rows: list[Any] = next((content[k] for k in ("metrics", "rows", "results") if isinstance(content.get(k), list)), [])
-    return [_typed(row) for row in rows if isinstance(row, dict)]
+    return [_typed(row) for row in rows if isinstance(row, dict) and all(row.get(k) for k in OF_A_METRIC)]
 
 
 def _as_in_run(rows: list[dict[str, Any]], case: CaseResults) -> list[dict[str, Any]]:
@@ -290,18 +309,18 @@ def _walk(value: Any, keys: tuple[str, ...]) -> Iterator[Curve]:
         yield from _walk(inner, (*keys, str(key)))
 
 
-def _regions(folder: Path, case: str) -> list[dict[str, Any]]:
-    path = _beside(folder, case, "regions.csv")
-    rows: Iterable[Mapping[str, Any]] = []
-    if path.is_file():
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    elif path.with_suffix(".json").is_file():
-        content = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        rows = content if isinstance(content, list) else content.get("regions", [])
+def _regions(folder: Path, case: CaseResults) -> list[dict[str, Any]]:
+    """From the table, else from the JSON of the same name."""
+    path = _beside(folder, case.name, "regions.csv")
+    needed = ("target", "method", "region")
+    rows = table(path, needed, case.notes)
+    if not rows:
+        content = (read_json(path.with_suffix(".json")) or {}).get("regions")
+        several = content if isinstance(content, list) else []
+        rows = [row for row in several if isinstance(row, dict) and all(row.get(k) for k in needed)]
     found = []
     for row in rows:
-        typed: dict[str, Any] = {k: private(row.get(k)) for k in ("target", "method", "region")}
+        typed: dict[str, Any] = {k: private(row.get(k)) for k in needed}
         numbers = ("voxels", "volume_mm3", "sum", "abs_sum", "share_of_abs", "mean")
         typed |= {k: number(row.get(k)) for k in numbers}
         alarm = row.get("alarm")

@@ -193,7 +193,7 @@ def _entry(result: Result, values: list[np.ndarray], levels: int, add: Callable[
         "method": result.method,
         "signed": signed,
         "limit": limit,
-        "units": result.record.get("units", "attribution"),
+        "units": result.record.get("units") or "attribution",
         "peak": peak,
         "channel": channel,
         "value": float(together[channel][tuple(peak)]),

@@ -18,7 +18,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 import esegeta_monai
-from esegeta_monai.errors import UsageError
+from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.report import words
 from esegeta_monai.report.charts import charts
 from esegeta_monai.report.collect import CaseResults, Curve, Result, Run, read_output
@@ -87,7 +87,7 @@ def write_report(
     pages: dict[str, Path] = {}
     rows: list[dict[str, Any]] = []
     for case in run.cases:
-        made = {id(result): _synthesised(result) for result in case.explained}
+        made = {id(result): _synthesised(result, case.notes) for result in case.explained}
         room = BUDGET - sum(len(image or "") for image in made.values())
         embedded = embed(case, radiological=convention == "radiological", budget=room)
         path = report_path(output_dir, case.name)
@@ -132,7 +132,7 @@ def _case_page(
         index_href="../index.html",
         lead=words.lead(case, private(run.info)),
         counts=case.counts(),
-        findings=words.findings(case, embedded.notes),
+        findings=words.findings(case, [*case.notes, *embedded.notes]),
         targets=words.targets(case),
         orientation=_orientation(embedded, convention),
         oriented=bool(view is not None and view.oriented and data["maps"]),
@@ -212,14 +212,18 @@ def _grid(case: CaseResults, data: Mapping[str, Any], made: Mapping[int, str | N
     return {"corner": "Target" if across else "Method", "columns": columns, "rows": list(zip(rows, cells))}
 
 
-def _synthesised(result: Result) -> str | None:
+def _synthesised(result: Result, notes: list[str]) -> str | None:
     """A synthesised image as a data URI: the picture that lies beside it, else its middle planes."""
     if not result.synthesised or result.map is None:
         return None
     picture = picture_path(result.map)
     if picture.is_file() and picture.stat().st_size < LARGEST_PICTURE:
         return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
-    return picture_of(result.map)
+    try:
+        return picture_of(result.map)
+    except InputError as error:
+        notes.append(str(error))
+        return None
 
 
 def _metric_tables(case: CaseResults) -> list[dict[str, Any]]:
@@ -359,11 +363,12 @@ def _text(name: str) -> str:
 def _short(value: Any, digits: int = 4) -> str:
     """A number for reading: few digits, exponents only where they help.
 
-    >>> _short(0.000012345), _short(484714.17), _short(12.0), _short(None)
-    ('1.234e-05', '484,700', '12', '–')
+    >>> _short(0.000012345), _short(484714.17), _short(12.0), _short(None), _short(-0.0)
+    ('1.234e-05', '484,700', '12', '–', '0')
     """
     if not isinstance(value, (int, float)):
         return "–"
+    value += 0.0  # of the two zeros, the one without a sign
     if abs(value) >= 1000 and abs(value) < 1e9:
         rounded = float(f"{value:.{digits}g}")
         return f"{rounded:,.0f}"

@@ -51,7 +51,11 @@ class View:
         >>> view = View.of((4, 5, 6), np.diag([-2.0, 1.0, 3.0, 1.0]), True)
         >>> view.size, view.spacing, view.shown_affine[:3, 3].tolist()
         ((4, 5, 6), (2.0, 1.0, 3.0), [-6.0, 0.0, 0.0])
+
+        Raises:
+            InputError: an affine without a way from voxel to world and back.
         """
+        Anatomy(shape, affine)  # which looks at the affine
         spatial = [*shape[:3], *[1] * (3 - len(shape[:3]))]
         turn = io_orientation(affine)
         size = [0, 0, 0]
@@ -133,13 +137,18 @@ def read_volume(path: Path, affine: np.ndarray, view: View, channels: slice = sl
         channels: which of a 4D file.
 
     Raises:
-        InputError: the file is unreadable or lies on another grid.
+        InputError: the file is unreadable, lies on another grid, or has voxels that are no numbers.
     """
     image = open_volume(path)
     try:
         values = np.asanyarray(image.dataobj)
     except Exception as error:  # cut in the middle
         raise _unreadable(path, error) from error
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise InputError(
+            f"{path.name}: {bad} of {values.size} values are not finite: run explain again with --overwrite"
+        )
     values = values.reshape([*values.shape[:3], *[1] * (3 - values.ndim), -1])
     turned = apply_orientation(values, io_orientation(affine))
     if turned.shape[:3] != view.size:

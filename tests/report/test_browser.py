@@ -322,6 +322,20 @@ def test_hostile_names_of_everything(browser: Any, tmp_path: Path) -> None:
         reader.context.close()
 
 
+@pytest.mark.parametrize("width", [1280, 800])
+def test_a_long_name_leaves_the_other_columns_of_the_index_in_sight(browser: Any, tmp_path: Path, width: int) -> None:
+    entry = {"case": "a" * 150, "target": None, "method": None, "status": "failed", "reason": "no scan"}
+    (tmp_path / "run.json").write_text(json.dumps({"results": [entry]}))
+    reader = Reader(browser, write_report(tmp_path).index, width)
+    try:
+        wide, seen = reader.page.evaluate(
+            "() => { const s = document.querySelector('section.scroll'); return [s.scrollWidth, s.clientWidth]; }"
+        )
+    finally:
+        reader.context.close()
+    assert wide <= seen
+
+
 def test_in_two_dimensions(browser: Any, tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(40, 60, 1)).astype(np.float32)
     one_map(tmp_path, values, np.eye(4))

@@ -1,0 +1,79 @@
+"""Files of an output folder that somebody may have edited, cut or saved again: what fits is taken, the rest is told."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["fitted", "table"]
+
+NUMBER, TEXT = (int, float), str
+KINDS: dict[str, Any] = dict.fromkeys(("display", "parameters", "network", "inferer", "versions"), dict)
+KINDS |= dict.fromkeys(("configs_sha256", "overrides", "result"), dict)
+KINDS |= dict.fromkeys(("network_affine", "network_grid", "channel_names", "warnings", "curve"), list)
+KINDS |= dict.fromkeys(("target_voxels", "sum", "value", "completeness_gap", "blend_deviation", "coverage"), NUMBER)
+KINDS |= dict.fromkeys(("sum_network_grid", "sum_scan_grid", "sum_in_padding", "seconds"), NUMBER)
+KINDS |= dict.fromkeys(("predicted_probability",), NUMBER)
+KINDS |= dict.fromkeys(("target", "method", "target_name", "method_name", "map", "reason", "traceback"), TEXT)
+KINDS |= dict.fromkeys(("reference", "units", "produces", "bundle", "class", "predicted_class_name"), TEXT)
+"""What a page does something with, beside showing it."""
+
+
+def fitted(record: Mapping[str, Any], name: str, notes: list[str]) -> dict[str, Any]:
+    """A record without the entries that are of another kind than ``explain`` writes; ``notes`` gets their names.
+
+    >>> notes = []
+    >>> fitted({"sum": "many", "value": 2.5, "seconds": None}, "a.json", notes), notes
+    ({'value': 2.5, 'seconds': None}, ["a.json is not as 'explain' wrote it, left out: sum."])
+    """
+    wrong = [key for key, kind in KINDS.items() if record.get(key) is not None and not _fits(key, record[key], kind)]
+    if wrong:
+        notes.append(f"{name} is not as 'explain' wrote it, left out: {', '.join(sorted(wrong))}.")
+    return {key: value for key, value in record.items() if key not in wrong}
+
+
+def _fits(key: str, value: Any, kind: Any) -> bool:
+    if not isinstance(value, kind) or (kind is NUMBER and (isinstance(value, bool) or not math.isfinite(value))):
+        return False
+    if key == "network_affine":
+        return len(value) >= 3 and all(isinstance(row, list) and len(row) >= 3 and _numbers(row) for row in value)
+    if key in ("network_grid", "curve"):
+        return _numbers(value)
+    if key == "display":
+        rows = value.get("affine")
+        return rows is None or (
+            len(rows) == 4 and all(isinstance(r, list) and len(r) == 4 and _numbers(r) for r in rows)
+        )
+    return True
+
+
+def _numbers(values: list[Any]) -> bool:
+    return all(v is None or (isinstance(v, NUMBER) and math.isfinite(v)) for v in values)
+
+
+def table(path: Path, columns: Collection[str], notes: list[str]) -> list[dict[str, Any]]:
+    """The rows of a table, also where a spreadsheet has written it again; none, and a note, where it is no such table.
+
+    Args:
+        path: a CSV file.
+        columns: what every row needs to have; rows without are left out, with a note.
+        notes: what could not be read.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        notes.append(f"{path.name} cannot be read ({type(error).__name__}): run 'evaluate' again.")
+        return []
+    whole = [row for row in rows if all(row.get(column) for column in columns)]
+    if len(whole) < len(rows):
+        notes.append(
+            f"{path.name}: {len(rows) - len(whole)} of {len(rows)} rows are not as 'evaluate' writes them and are left "
+            "out: run it again."
+        )
+    return whole
