@@ -42,6 +42,10 @@ __all__ = ["OutputGrid", "WindowPlan", "as_inferer", "last_axes", "picked", "pla
 
 Slices = tuple[slice, ...]
 
+WEIGHTS_BYTES, KEPT = 4 * 2**20, 16
+"""Memory for blending weights of windows that are small enough for so many of them: they are asked for again and
+again, and a small window's network takes little longer."""
+
 
 @dataclass(frozen=True)
 class WindowPlan:
@@ -87,10 +91,12 @@ class WindowPlan:
 
     def place(self, window: int) -> Slices:
         """The window's part of the unpadded volume."""
-        return tuple(
-            slice(max(s.start - lo, 0), min(s.stop - lo, n))
-            for s, n, (lo, _) in zip(self.slices[window], self.spatial_shape, self.pads)
-        )
+        return self._places[window]
+
+    @functools.cached_property
+    def _places(self) -> list[Slices]:
+        lows = [lo for lo, _ in self.pads]
+        return [_unpadded(window, lows, self.spatial_shape) for window in self.slices]
 
     def pad(self, values: Tensor, *, cval: float | None = None) -> Tensor:
         """Pads a cut-out (…, *place) to (…, *roi) as MONAI pads the volume; differentiable."""
@@ -214,6 +220,7 @@ class OutputGrid:
             )
             inner = tuple(o - lo - hi for o, (lo, hi) in zip(padded, pads))
         self._pads, self.shape, self._weight = pads, inner, importance
+        self._weights: dict[int, Tensor] = {}
         self._count = torch.zeros(padded, dtype=dtype, device=device)
         for place in self._slices:
             self._count[place] += importance
@@ -225,12 +232,12 @@ class OutputGrid:
 
     def place(self, window: int) -> Slices:
         """The window's output on the prediction's grid, padding aside."""
-        if self.plan.whole:
-            return self._slices[0]
-        return tuple(
-            slice(max(s.start - lo, 0), min(s.stop - lo, n))
-            for s, n, (lo, _) in zip(self._slices[window], self.shape, self._pads)
-        )
+        return self._slices[0] if self.plan.whole else self._places[window]
+
+    @functools.cached_property
+    def _places(self) -> list[Slices]:
+        lows = [lo for lo, _ in self._pads]
+        return [_unpadded(window, lows, self.shape) for window in self._slices]
 
     def inside(self, window: int) -> Slices:
         """The part of the window's output (*out_roi) that is no padding: what `place` receives."""
@@ -243,6 +250,16 @@ class OutputGrid:
 
     def weight(self, window: int, part: Slices | None = None) -> Tensor:
         """``ĝ_w`` (*out_roi), or a part of it: the importance map over the sum of all windows' maps."""
+        if self._count is None or KEPT * self._weight.nbytes > WEIGHTS_BYTES:
+            return self._weight_of(window, part)
+        if window not in self._weights:
+            if (len(self._weights) + 1) * self._weight.nbytes > WEIGHTS_BYTES:
+                self._weights.clear()
+            with torch.inference_mode(False):  # whoever asks first, another one may need it in a graph
+                self._weights[window] = self._weight_of(window, None)
+        return self._weights[window] if part is None else self._weights[window][part]
+
+    def _weight_of(self, window: int, part: Slices | None) -> Tensor:
         importance = self._weight if part is None else self._weight[part]
         if self._count is None:
             return importance
@@ -287,6 +304,11 @@ class OutputGrid:
             slice(c.start - p.start + i.start, c.stop - p.start + i.start) for c, p, i in zip(common, place, inside)
         )
         return in_window, tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box))
+
+
+def _unpadded(window: Slices, lows: Sequence[int], shape: Sequence[int]) -> Slices:
+    """The part of a window of the padded volume that is none of the padding, in the unpadded one."""
+    return tuple(slice(max(s.start - lo, 0), min(s.stop - lo, n)) for s, n, lo in zip(window, shape, lows))
 
 
 def last_axes(slices: Slices) -> tuple[Any, ...]:

@@ -303,3 +303,26 @@ def test_the_gradient_through_a_patch_inferer_is_autograds(shape):
         (found,) = Explainer(network, inferer)(image.detach(), [Saliency(abs=False)], [MultiClassMask(1)])
     torch.testing.assert_close(found.map.as_tensor(), expected[0], rtol=0, atol=1e-10 * float(expected.abs().max()))
     assert found.record["blend_deviation"] < 1e-10
+
+
+def test_weights_that_are_kept_are_those_of_their_window_and_serve_in_a_graph():
+    plan = plan_windows(SlidingWindowInferer((4, 4), 1, 0.5, "gaussian"), (9, 10))
+    grid = OutputGrid(plan, plan.roi, torch.float64)
+    with torch.inference_mode():
+        first = [grid.weight(w) for w in range(len(plan))]
+    total = torch.zeros(plan.padded_shape, dtype=torch.float64)
+    for w, weight in enumerate(first):
+        assert grid.weight(w) is weight
+        assert torch.equal(grid.weight(w, (slice(1, 3), slice(0, 2))), weight[1:3, 0:2])
+        total[plan.slices[w]] += weight
+        x = torch.ones(4, 4, dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad((x * weight).sum(), x)
+        assert torch.equal(gradient, weight)
+    assert float((total - 1).abs().max()) < 1e-12
+    assert torch.equal(grid.unblended().weight(0), torch.ones(4, 4, dtype=torch.float64))
+
+
+def test_weights_of_large_windows_are_not_kept():
+    plan = plan_windows(SlidingWindowInferer((256, 256), 1, 0.5, "gaussian"), (300, 300))
+    grid = OutputGrid(plan, plan.roi, torch.float64)
+    assert grid.weight(0) is not grid.weight(0)
