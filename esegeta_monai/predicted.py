@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
-from torch import Tensor
+from torch import Tensor, nn
 
 from esegeta_monai.cases import CaseInput, CaseModel, to_device
-from esegeta_monai.errors import EsegetaError, NetworkError, UsageError
+from esegeta_monai.errors import EsegetaError, InputError, NetworkError, UsageError
 from esegeta_monai.extremes import all_finite
 from esegeta_monai.layers import LayerOutput
 from esegeta_monai.monitor import Monitor
@@ -79,6 +79,7 @@ class Predicted:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self.plan = plan_windows(settings.inferer, self.image.shape[1:], self.model.dtype)
+        self._refuse_missing_axis()
         self.notes = [str(w.message) for w in caught]
         for text in self.notes:
             logger.warning(text)
@@ -131,6 +132,33 @@ class Predicted:
                 "one case together: give every rank the same, or let each rank explain its own cases with "
                 "distributed=False"
             )
+
+    def _refuse_missing_axis(self) -> None:
+        """A volume without its batch or channel axis looks like a 2D image, and torch's 3D convolutions take it for one
+        image without a batch: maps would be wrong, or fail with what says nothing of the cause. Looked at only where 3D
+        convolutions meet a 2D image, which is right for a network that adds the axis itself."""
+        solid = [m for m in self.model.network.modules() if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d))]
+        if self.image.ndim != 3 or not solid or getattr(self.settings.inferer, "with_coord", False):
+            return
+
+        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _Reached(args[0].ndim)
+
+        condition = None if self.case.condition is None else self.case.condition[None].to(self.image)
+        hooks = [module.register_forward_pre_hook(stop) for module in solid]
+        try:
+            with torch.no_grad(), frozen(self.settings.network):
+                self.model(self.image[None].to(self.model.device), condition=condition)
+        except _Reached as first:
+            if first.args == (4,):
+                raise InputError(
+                    f"image {self.case.index} has shape {tuple(self.image.shape)}, so it is 2D with "
+                    f"{len(self.image)} channel(s), and the network's convolutions are 3D: give (B, C, *spatial) with "
+                    "all its axes (image[None]; EnsureChannelFirstd adds a channel axis)"
+                ) from None
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _predict(self) -> Tensor:
         """The unperturbed prediction (K, *out) by the user's own inferer."""
@@ -191,6 +219,10 @@ class Predicted:
         if not all_finite(prediction):
             raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
         return prediction
+
+
+class _Reached(Exception):  # noqa: N818 - no error: it ends a pass at the first 3D convolution
+    """With the number of axes of its input."""
 
 
 def _some(values: Any, which: Sequence[int]) -> Any:

@@ -248,6 +248,33 @@ def test_images_of_other_dimensions_are_refused(shape: tuple[int, ...]) -> None:
         list(Explainer(Spy())(torch.zeros(shape), [Saliency()], [MultiClassMask(1)]))
 
 
+class Inflated(nn.Module):
+    """2D images in, 3D convolutions inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(1, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x[:, :, None])[:, :, 0]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_volume_without_its_batch_axis_is_refused(given: bool) -> None:
+    """torch takes it for one image without a batch: the map had the volume's first axis for channels."""
+    network, image = nn.Conv3d(1, 1, 3, padding=1), torch.rand(1, 6, 6, 6)
+    prediction = network(image).detach() if given else None
+    target = ThresholdMask(-100.0, 0, value="raw")
+    with pytest.raises(InputError, match=r"has shape \(6, 6, 6\).*convolutions are 3D.*EnsureChannelFirstd"):
+        list(Explainer(network)(image, [Saliency()], [target], prediction=prediction))
+    assert not network._forward_pre_hooks
+    (found,) = Explainer(network)(image[None], [Saliency()], [target])
+    assert tuple(found.map.shape) == (1, 6, 6, 6)
+    (flat,) = Explainer(inflated := Inflated())(torch.rand(1, 1, 6, 6), [Saliency()], [ThresholdMask(-100.0, 0)])
+    assert tuple(flat.map.shape) == (1, 6, 6)
+    assert not inflated.conv._forward_pre_hooks
+
+
 def test_data_of_another_length_is_refused() -> None:
     with pytest.raises(UsageError, match="data has 1 entries for 2 images"):
         list(Explainer(Spy(), SLIDING)(image(2), [Saliency()], [MultiClassMask(1)], data=[{}]))
