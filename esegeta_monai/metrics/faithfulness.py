@@ -336,11 +336,12 @@ class Infidelity(Metric):
 
     Args:
         perturbation: ``"boxes"``: a random box within the target's windows is replaced by the baseline;
-            ``"noise"``: Gaussian noise on the whole volume, I = ε.
+            ``"noise"``: Gaussian noise on the whole volume, I = ε, of which the map says ``Σ a · ε``: for gradients.
         n_samples: at least 10.
         size: side of the box in voxels; None: half a window.
-        multiplied: the map is a share of F, already multiplied by the input (integrated gradients, LRP, occlusion,
-            SHAP): it says ``Σ_box a`` of a box. False, for gradients: ``Σ_box a · (x − x₀)``, as in the paper.
+        multiplied: of boxes: the map is a share of F, already multiplied by the input (integrated gradients, LRP,
+            occlusion, SHAP): it says ``Σ_box a`` of a box. False, for gradients: ``Σ_box a · (x − x₀)``, as in the
+            paper.
         baseline: x₀ in the box.
         std: of the noise, in units of each channel's standard deviation.
         keep_sign: a map of the wrong sign explains nothing (β at least 0). The paper lets β be negative, by which a map

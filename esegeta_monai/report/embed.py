@@ -123,7 +123,9 @@ def _embed(
             found.notes.append(str(error))
             return []
 
-    scan = [add(np.rint(v).astype(np.uint8)) for v in (read(case.scan, MOST_CHANNELS) if case.scan else [])]
+    kept = _strongest([result.map for _, result in shown if result.map is not None], affine, view)
+    grey = read(case.scan) if case.scan else []
+    scan = [add(np.rint(grey[c]).astype(np.uint8)) for c in kept.get(len(grey), range(min(len(grey), MOST_CHANNELS)))]
     channels: list[str] = []
     masks: dict[Path, str | None] = {}
     maps: list[dict[str, Any]] = []
@@ -132,21 +134,23 @@ def _embed(
         values = read(result.map)
         if not values:
             continue
-        if len(values) > MOST_CHANNELS:
-            strongest = sorted(np.argsort([-float(np.abs(v).sum()) for v in values])[:MOST_CHANNELS].tolist())
-            found.notes.append(
-                f"{result.method}, {result.target}: the {MOST_CHANNELS} strongest of {len(values)} channels are shown, "
-                f"numbers {', '.join(map(str, strongest))}."
-            )
-            values = [values[c] for c in strongest]
         names = result.record.get("channel_names") or []
+        names = names if len(names) == len(values) else [f"channel {c}" for c in range(len(values))]
+        if len(values) in kept:
+            chosen = kept[len(values)]
+            note = (
+                f"Of maps with {len(values)} channels the {MOST_CHANNELS} strongest of all together are shown: numbers "
+                f"{', '.join(map(str, chosen))}."
+            )
+            found.notes += [note] if note not in found.notes else []
+            values, names = [values[c] for c in chosen], [names[c] for c in chosen]
         if len(values) > len(channels):
-            channels = names if len(names) == len(values) else [f"channel {c}" for c in range(len(values))]
+            channels = names
         if result.mask is not None and result.mask not in masks:
             voxels = _mask(read(result.mask, 1))
             masks[result.mask] = None if voxels is None else add(voxels)
         mask = masks[result.mask] if result.mask is not None else None
-        maps.append({"place": place, "mask": mask, **_entry(result, values, levels, add)})
+        maps.append({"place": place, "mask": mask, "channels": names, **_entry(result, values, levels, add)})
     first = next((arrays[name] for name in masks.values() if name is not None), None)
     start = _start(first, maps, view)
     box = _box(list(arrays.values()), view)
@@ -177,6 +181,22 @@ def _embed(
         ],
     }
     return found
+
+
+def _strongest(paths: list[Path], affine: np.ndarray, view: View) -> dict[int, list[int]]:
+    """By the number of channels, where that is too many: which ones are shown, the same of all maps of as many, so that
+    a channel's name is one channel. The strongest of the maps together, each map counting for one."""
+    shares: dict[int, np.ndarray] = {}
+    for path in paths:
+        try:
+            image = open_volume(path)
+            if len(image.shape) < 4 or image.shape[3] <= MOST_CHANNELS:
+                continue
+            strength = np.array([float(np.abs(v).sum()) for v in read_volume(path, affine, view)])
+        except InputError:  # told where it is to be shown
+            continue
+        shares[len(strength)] = shares.get(len(strength), 0) + strength / (strength.sum() or 1)
+    return {n: sorted(np.argsort(-s, kind="stable")[:MOST_CHANNELS].tolist()) for n, s in shares.items()}
 
 
 def _entry(result: Result, values: list[np.ndarray], levels: int, add: Callable[[np.ndarray], str]) -> dict[str, Any]:
@@ -224,7 +244,7 @@ def _mask(read: list[np.ndarray]) -> np.ndarray | None:
 def _start(inside: np.ndarray | None, maps: list[dict[str, Any]], view: View) -> list[int]:
     """Where the planes stand at first: where they cut most of the target, else the first map's strongest point."""
     if inside is None or not inside.any():
-        return maps[0]["peak"] if maps else [n // 2 for n in view.shown]
+        return maps[0]["peak"] if maps and maps[0]["limit"] else [n // 2 for n in view.shown]
     counts = [inside.sum(axis=axes, dtype=np.int64) for axes in ((1, 2), (0, 2), (0, 1))]
     return [int(np.median(np.flatnonzero(count == count.max()))) for count in counts]
 

@@ -249,7 +249,7 @@
       const edge = Math.abs(byte) === data.levels ? (byte > 0 ? "≥ " : "≤ ") : "≈ ";
       text += ` · ${edge}${short((byte / data.levels) * map.limit)} ${map.units}`;
     }
-    if (data.channels.length > 1 && map.volumes.length > 1) text += ` · ${data.channels[channelOf(map)]}`;
+    if (map.volumes.length > 1) text += ` · ${map.channels[channelOf(map)]}`;
     $("readout").textContent = text;
     const mm = data.oriented && data.planes.length > 1 ? `, ${"xyz"[plane.through]} = ${world(state.at)[plane.through].toFixed(1)} mm` : "";
     $("slice-text").textContent = `${state.at[plane.through] + 1} of ${data.size[plane.through]}${mm}`;

@@ -216,6 +216,38 @@ def test_channels_are_named_and_the_strongest_is_first(tmp_path: Path) -> None:
     assert len(entry["volumes"]) == 2
 
 
+def test_of_many_channels_the_same_are_shown_of_every_map_and_of_the_scan_under_their_own_names(tmp_path: Path) -> None:
+    """Each map's own strongest under shared names would call channel 11 of one map by the name of another."""
+    shape, own = (6, 6, 6), tmp_path / "a"
+    values = np.ones((*shape, 12), np.float32) * np.array([1, 1, 9, 9, 9, 9, 9, 9, 9, 1, 1, 20], np.float32)
+    one_map(tmp_path, values, np.eye(4), channel_names=[f"c{n}" for n in range(12)])
+    other = np.ones((*shape, 12), np.float32) * np.array([20, 1, 9, 9, 9, 9, 9, 9, 9, 1, 1, 1], np.float32)
+    nib.save(nib.Nifti1Image(other, np.eye(4)), own / "a_t_GradCam_attr.nii.gz")
+    record = json.loads((own / "a_t_Saliency_attr.json").read_text())
+    record |= {"method": "GradCam", "method_name": "GradCam", "map": "a_t_GradCam_attr.nii.gz"}
+    (own / "a_t_GradCam_attr.json").write_text(json.dumps(record))
+    scan = np.ones((*shape, 12), np.uint8) * np.arange(100, 112, dtype=np.uint8)
+    nib.save(nib.Nifti1Image(scan, np.eye(4)), own / "a_scan.nii.gz")
+    path = write_report(tmp_path).cases["a"]
+    data = data_of(path)
+    kept = [0, 2, 3, 4, 5, 6, 7, 11]
+    assert data["channels"] == [f"c{n}" for n in kept]
+    assert [m["channels"] for m in data["maps"]] == [data["channels"]] * 2
+    assert [int(volume_of(path, name, np.uint8).max()) for name in data["scan"]] == [100 + n for n in kept]
+    text = words(path.read_text(encoding="utf-8"))
+    assert (
+        text.count(
+            "Of maps with 12 channels the 8 strongest of all together are shown: numbers 0, 2, 3, 4, 5, 6, 7, 11."
+        )
+        == 1
+    )
+
+
+def test_a_zero_map_is_seen_in_the_middle(tmp_path: Path) -> None:
+    one_map(tmp_path, np.zeros((9, 9, 9), np.float32), np.eye(4), status="zero")
+    assert data_of(write_report(tmp_path).cases["a"])["start"] == [4, 4, 4]
+
+
 def test_two_dimensions_without_a_world_have_no_letters(tmp_path: Path) -> None:
     """An array of rows and columns: rows count downwards, as the picture beside the map shows it."""
     values = np.zeros((12, 30, 1), np.float32)
