@@ -28,11 +28,12 @@ from esegeta_monai.handlers.calls import InfererCalls, plain_inferer, watched
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.network import unwrap, weights_hash
+from esegeta_monai.parameters import number
 from esegeta_monai.ranks import SHARES, Ranks, Share
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 
-__all__ = ["CaseHandler", "flag"]
+__all__ = ["CaseHandler", "flag", "numbered"]
 
 
 class CaseHandler(ABC):
@@ -77,10 +78,9 @@ class CaseHandler(ABC):
         self.output_dir, self.bundle_root = output_dir, None if bundle_root is None else Path(bundle_root)
         self.image_key, self.pred_key, self.output = image_key, pred_key, output
         self.metadata = BundleMetadata.read(self.bundle_root) if self.bundle_root else BundleMetadata({})
-        self.class_names = {int(k): v for k, v in (class_names or self.metadata.class_names).items()}
+        self.class_names = numbered("class_names", class_names or self.metadata.class_names)
         self.options = options
-        if epochs < 1:
-            raise UsageError(f"epochs={epochs}: at least 1, every epoch")
+        epochs = number("epochs", epochs, int, 0)
         if isinstance(cases, (str, bool)) or (isinstance(cases, int) and cases < 1):
             raise UsageError(f"cases={cases!r}: give a list of names, or how many of an epoch (at least 1)")
         self.cases, self._seen = cases, 0
@@ -190,7 +190,12 @@ class CaseHandler(ABC):
                 f"{type(self).__name__}: the engine has no SaveImaged that says where predictions go: give output_dir "
                 "(with the overlay: --explain_output_dir DIR)"
             )
-        folder = Path(str(folder).format(epoch=epoch) if "{epoch" in str(folder) else folder)
+        try:
+            folder = Path(str(folder).format(epoch=epoch) if "{epoch" in str(folder) else folder)
+        except (LookupError, ValueError) as error:
+            raise UsageError(
+                f"output_dir={str(folder)!r}: only {{epoch}}, with a width as in {{epoch:03d}}, is put in ({error})"
+            ) from error
         if folder == self.folder:
             return
         self._leave()
@@ -344,6 +349,14 @@ def flag(name: str, value: Any) -> bool:
     if str(value).lower() not in known:
         raise UsageError(f"{name}={value!r}: give true or false")
     return known[str(value).lower()]
+
+
+def numbered(name: str, names: Mapping[Any, str]) -> dict[int, str]:
+    """Names by number, also where JSON has made the numbers text."""
+    try:
+        return {int(k): v for k, v in names.items()}
+    except ValueError as error:
+        raise UsageError(f"{name}={dict(names)!r}: give numbers to names, such as {{1: 'liver'}}") from error
 
 
 def _entry(values: Any, index: int, n: int) -> Any:

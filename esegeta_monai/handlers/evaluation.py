@@ -18,7 +18,7 @@ from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.errors import EsegetaError, InputError, RankLost, named_reason
 from esegeta_monai.evaluation import Evaluator, Known, alarm_share, chosen_metrics, value_of_label
 from esegeta_monai.evaluation_writer import EvaluationWriter
-from esegeta_monai.handlers.base import CaseHandler, flag
+from esegeta_monai.handlers.base import CaseHandler, flag, numbered
 from esegeta_monai.handlers.explanation import ExplanationHandler
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM
 from esegeta_monai.ranks import Share
@@ -113,7 +113,7 @@ class EvaluationHandler(CaseHandler):
         self.label_key, self.regions_key, self.body_key = label_key, regions_key, body_key
         self.label_value, self.region_names = value_of_label(label_value), None
         if region_names is not None:
-            self.region_names = {int(k): v for k, v in region_names.items()}
+            self.region_names = numbered("region_names", region_names)
         self.metrics = chosen_metrics(metrics)
         self.controls, self.outside_alarm = flag("controls", controls), alarm_share(outside_alarm)
         self.writer: EvaluationWriter | None = None

@@ -122,6 +122,9 @@ class ExplanationHandler(CaseHandler):
             volume_device=volume_device,
             progress=flag("progress", progress),
         )
+        for what, given in (("methods", self.methods), ("targets", self.targets)):
+            if given == []:
+                raise UsageError(f"{what}=[]: there is nothing to explain; leave {what} away for the usual ones")
         self.dry_run = flag("dry_run", dry_run)
         self._costs: list[tuple[str, Cost]] = []
         self.overwrite, self.pictures = flag("overwrite", overwrite), flag("pictures", pictures)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from monai.data import DataLoader, Dataset
 from monai.engines import EnsembleEvaluator, SupervisedEvaluator, SupervisedTrainer
+from monai.engines.utils import IterationEvents
 from monai.handlers import ValidationHandler
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from monai.transforms import (
@@ -438,6 +439,36 @@ def test_a_folder_that_cannot_be_made_later_ends_no_training(
     assert "epoch 2 is left out: cannot write" in caplog.text
 
 
+def test_a_folder_with_other_fields_is_refused_before_any_work(scans: list[Path], tmp_path: Path) -> None:
+    engine = evaluator(scans[:1], Small())
+    handler(f"{tmp_path}/{{name}}/{{epoch}}").attach(engine)
+    with pytest.raises(UsageError, match=r"only \{epoch\}.*is put in"):
+        engine.run()
+    assert engine.state.iteration == 0
+
+
+def test_a_prediction_that_another_handler_has_changed_is_warned_of(
+    scans: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Then F is of raw outputs and the mask of what they were made into."""
+    for changed in (False, True):
+        engine = evaluator(scans[:1], Small())
+        if changed:
+            engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, soften)
+        handler(tmp_path / str(changed), methods=["Saliency", "GradCam"], targets=CORNER).attach(engine)
+        caplog.clear()
+        engine.run()
+        found = list(records(tmp_path / str(changed)).values())
+        assert len(found) == 2
+        said = [any("deviates from the prediction" in w for w in r["warnings"]) for r in found]
+        assert said == [changed, changed]
+        assert caplog.text.count("deviates from the prediction") == changed
+
+
+def soften(engine: SupervisedEvaluator) -> None:
+    engine.state.output["pred"] = 5 * torch.softmax(engine.state.output["pred"], 1)
+
+
 def test_a_key_that_the_engine_does_not_give_is_named(scans: list[Path], tmp_path: Path) -> None:
     engine = evaluator(scans[:1], Small())
     handler(tmp_path, image_key="scan").attach(engine)
@@ -531,7 +562,11 @@ def test_crops_of_one_scan_do_not_overwrite_each_other(scans: list[Path], tmp_pa
     assert [case for case, _ in statuses(tmp_path)] == ["alpha-sample1", "alpha-sample2"]
 
 
-@pytest.mark.parametrize("option", [{"epochs": 0}, {"overwrite": "perhaps"}, {"methods": "Salience"}])
+@pytest.mark.parametrize(
+    "option",
+    [{"epochs": 0}, {"epochs": 2.5}, {"epochs": "two"}, {"overwrite": "perhaps"}, {"methods": "Salience"},
+     {"methods": []}, {"targets": []}, {"class_names": {"liver": 1}}],
+)  # fmt: skip
 def test_wrong_options_are_said_at_construction(tmp_path: Path, option: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         handler(tmp_path, **option)
