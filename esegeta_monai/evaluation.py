@@ -180,6 +180,8 @@ class Evaluator:
         titles = storage.distinct_names(metrics)
         for k in range(len(case.objective.scores)):
             target = case.targets[k]
+            if target in case.targets[:k]:  # PredictedClasses beside one of these classes: the same voxels and maps
+                continue
             rows: list[dict[str, Any]] = []
             for method, name in zip(everything, all_names):
                 values = computed.get((id(method), k))

@@ -80,6 +80,14 @@ def test_the_exact_map_beats_the_controls_and_a_zero_map_does_not():
     assert all(r["beats_controls"] is False for r in mine)
 
 
+def test_a_class_that_two_targets_ask_for_is_judged_once():
+    """As where a folder has maps of all predicted classes and, from a later run, of one of them."""
+    found = judged(targets=[ClassScore(1), ClassScore(top_k=2)])
+    keys = [(r["target"], r["method"], r["metric"]) for r in found.rows]
+    assert {target for target, _, _ in keys} == {"ClassScore-class0", "ClassScore-class1"}
+    assert len(keys) == len(set(keys)) == 2 * len(judged().rows)
+
+
 def test_passes_are_counted_and_maps_that_cannot_be_judged_are_named():
     found = judged(["Saliency", "LRP"], METRICS[:2], [ClassScore(1, output="probability")], controls=False)
     assert {r["method"] for r in found.rows} == {"Saliency"}
