@@ -355,8 +355,8 @@ def numbered(name: str, names: Mapping[Any, str]) -> dict[int, str]:
     """Names by number, also where JSON has made the numbers text."""
     try:
         return {int(k): v for k, v in names.items()}
-    except ValueError as error:
-        raise UsageError(f"{name}={dict(names)!r}: give numbers to names, such as {{1: 'liver'}}") from error
+    except (ValueError, AttributeError) as error:
+        raise UsageError(f"{name}={names!r}: give numbers to names, such as {{1: 'liver'}}") from error
 
 
 def _entry(values: Any, index: int, n: int) -> Any:

@@ -15,6 +15,7 @@ from esegeta_monai.baselines import baseline_for
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
 from esegeta_monai.metrics.base import Measured, Metric, Subject
+from esegeta_monai.metrics.features import blind, value_of
 from esegeta_monai.metrics.robustness import CONSTANT, explained
 from esegeta_monai.objective import Objective
 
@@ -54,9 +55,8 @@ class Completeness(Metric):
 
         by = id(spec) if isinstance(spec, Tensor) else repr(json_ready(spec))
         at_baseline = float(subject.once(("baseline value", by), there)[subject.target])
-        value, total = _value(subject), float(subject.map.sum(dtype=torch.float64))
-        rounding = 100 * torch.finfo(objective.image.dtype).eps * max(abs(value), abs(at_baseline))
-        if abs(value - at_baseline) <= rounding:
+        value, total = value_of(subject), float(subject.map.sum(dtype=torch.float64))
+        if blind(subject, at_baseline - value):
             return Measured.undefined("the target is the same at image and baseline: choose another baseline")
         notes = {"sum": total, "value": value, "baseline_value": at_baseline, "baseline": json_ready(baseline.record())}
         return Measured(abs(total - (value - at_baseline)) / abs(value - at_baseline), notes=notes)
@@ -79,15 +79,10 @@ class Conservation(Metric):
 
     def measure(self, subject: Subject) -> Measured:
         """0 or more; a zero map has 1; undefined where the target is zero."""
-        value, total = _value(subject), float(subject.map.sum(dtype=torch.float64))
+        value, total = value_of(subject), float(subject.map.sum(dtype=torch.float64))
         if value == 0:
             return Measured.undefined("the target is zero at the image")
         return Measured(abs(total - value) / abs(value), notes={"sum": total, "value": value})
-
-
-def _value(subject: Subject) -> float:
-    objective = subject.need_objective()
-    return float(subject.once("values", lambda: objective.image_values().cpu())[subject.target])
 
 
 @dataclass(eq=False, repr=False)
@@ -130,7 +125,7 @@ class InputInvariance(Metric):
 
         maps, values = subject.once(("shifted", id(subject.method), self.shift), there)
         found = float((maps[k] - base[k]).norm() / base[k].norm())
-        return Measured(found, notes={"shift": constant, "value": _value(subject), "value_shifted": float(values[k])})
+        return Measured(found, notes={"shift": constant, "value": value_of(subject), "value_shifted": float(values[k])})
 
 
 @contextmanager

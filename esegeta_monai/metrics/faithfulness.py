@@ -19,7 +19,7 @@ from esegeta_monai.change import known_change
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
 from esegeta_monai.metrics.base import Measured, Metric, Need, Subject, bootstrap, mean_interval
-from esegeta_monai.metrics.features import Removal, at_least, check_parts, drawn_removals, removal_of
+from esegeta_monai.metrics.features import Removal, at_least, blind, check_parts, drawn_removals, removal_of
 from esegeta_monai.perturbation import Added, Boxes, Perturbations
 from esegeta_monai.windows import last_axes
 
@@ -58,7 +58,7 @@ class _Curve(Metric):
             return Measured.undefined(ZERO)
         areas, curves = [], []
         for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
-            if removal.full == 0:
+            if blind(subject, removal.full):
                 return Measured.undefined(NOTHING)
             x, y = removal_curve(removal, self.steps, self.insert)
             areas.append(float(np.trapezoid(y, x)))
@@ -162,7 +162,7 @@ class IROF(Metric):
             return Measured.undefined(ZERO)
         areas, curves = [], []
         for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
-            if removal.full == 0:
+            if blind(subject, removal.full):
                 return Measured.undefined(NOTHING)
             x, y = removal_curve(removal, self.steps, insert=False)
             areas.append(float((y[0] - y[1:]).mean()))
@@ -207,7 +207,7 @@ class RegionPerturbation(Metric):
         areas, curves = [], []
         for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
             full = removal.full
-            if full == 0:
+            if blind(subject, full):
                 return Measured.undefined(NOTHING)
             order = removal.order
             count = min(self.steps, len(order))

@@ -25,7 +25,7 @@ from esegeta_monai.features import Features, Grid, features_for
 from esegeta_monai.metrics.base import Subject
 from esegeta_monai.objective import Objective
 
-__all__ = ["Removal", "check_parts", "drawn_removals", "ranking", "removal_of"]
+__all__ = ["Removal", "blind", "check_parts", "drawn_removals", "ranking", "removal_of", "value_of"]
 
 CELLS = {2: 16, 3: 8}
 """Voxel blocks an axis, by default."""
@@ -174,6 +174,19 @@ def _seen(objective: Objective, features: Features) -> np.ndarray:
     labels = features.labels.cpu()
     found = torch.unique(labels[inside.expand(labels.shape)]).numpy()
     return found[found >= 0]
+
+
+def value_of(subject: Subject) -> float:
+    """``F(x)`` of the subject's target, asked once for all maps."""
+    objective = subject.need_objective()
+    return float(subject.once("values", lambda: objective.image_values().cpu())[subject.target])
+
+
+def blind(subject: Subject, full: float) -> bool:
+    """Whether ``F(x₀) − F(x)`` is no more than the image's precision lets be seen, a hundred of its last digit of F: in
+    units of it every loss would be rounding."""
+    value = value_of(subject)
+    return abs(full) <= 100 * torch.finfo(subject.need_objective().image.dtype).eps * max(abs(value), abs(value + full))
 
 
 def check_parts(features: Any, baseline: Any) -> None:

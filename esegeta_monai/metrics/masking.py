@@ -19,7 +19,7 @@ from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.metrics.base import Measured, Metric, Subject, mean_interval
 from esegeta_monai.metrics.faithfulness import NEEDS, NOTHING, ZERO
-from esegeta_monai.metrics.features import at_least, ranking
+from esegeta_monai.metrics.features import at_least, blind, ranking
 from esegeta_monai.objective import Objective
 from esegeta_monai.perturbation import Added
 from esegeta_monai.targets.base import WeightedScore
@@ -194,7 +194,7 @@ class ROAD(Metric):
         objective = subject.alone
         reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
         full = float(change(objective, Added((reference - objective.image)[None]))[0, 0])
-        if full == 0:
+        if blind(subject, full):
             return Measured.undefined(NOTHING)
         strength = subject.per_channel.sum(0).flatten()
         strongest = ranking(strength, objective.seed)

@@ -366,3 +366,16 @@ def test_epochs_and_cases_as_the_explanation_handler(scans: list[Path], tmp_path
 def test_wrong_options_are_said_at_construction(tmp_path: Path, option: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         handler(tmp_path, **option)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("region_names", v) for v in ("1=liver", ["liver"], {"liver": 1})),
+        *(("label_value", v) for v in ("klass", 1.5)),
+        *(("outside_alarm", v) for v in (2, "0.2")),
+    ],
+)
+def test_wrong_settings_are_refused_before_the_run(tmp_path: Path, option: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=option):
+        handler(tmp_path, **{option: value})

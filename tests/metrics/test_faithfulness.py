@@ -11,6 +11,7 @@ import torch
 from captum.metrics import infidelity
 from monai.inferers import SimpleInferer
 from scipy.stats import chisquare
+from torch import nn
 
 from esegeta_monai.change import change
 from esegeta_monai.errors import MetricError, UsageError
@@ -19,6 +20,7 @@ from esegeta_monai.methods import Saliency
 from esegeta_monai.metrics import (
     IROF,
     METRICS,
+    ROAD,
     Deletion,
     FaithfulnessCorrelation,
     Infidelity,
@@ -287,3 +289,26 @@ def test_added_volumes_change_as_whole_volumes_do():
 
 def test_every_faithfulness_metric_is_listed():
     assert {c.__name__ for c in METRICS if c.group == "faithfulness"} >= {"Deletion", "Insertion", "ROAD", "IROF"}
+
+
+class Blind(nn.Module):
+    """Class 0 is 3.7 and what rounding leaves of a mean taken off: it does not look at the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        axes = tuple(range(2, x.ndim))
+        left = (x - x.mean(axes, keepdim=True)).sum(1, keepdim=True).mean(axes, keepdim=True)
+        return torch.cat([left * self.w + 3.7, left - 1.1], 1) * torch.ones_like(x)
+
+
+@pytest.mark.parametrize("shape", [(1, 17, 19), (1, 9, 11, 10)])
+@pytest.mark.parametrize("metric", [Deletion, Insertion, IROF, RegionPerturbation, ROAD])
+def test_rounding_is_no_loss_of_the_target(metric, shape):
+    dims = len(shape) - 1
+    case = Naive(Blind().eval(), image_of(*shape).float() + 2, [Box(0, (1,) * dims, (6,) * dims)])
+    found = metric().update(Subject(image_of(*shape, seed=1), case.objective))
+    assert found.value is None
+    assert "does not change" in found.notes["undefined"]
