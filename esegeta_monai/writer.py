@@ -454,8 +454,17 @@ def to_scan_grid(
         scan: (C, *spatial) on its own grid.
         additive: by the conserving adjoint of the preprocessing, else interpolated in world coordinates (zero outside
             of what the network saw).
+
+    Raises:
+        MethodError: the map is of a slice of the scan, or no trace leads back from an additive one.
+        InputError: see `esegeta_monai.transforms.InvertAttribution`.
     """
     shape = tuple(scan.shape[1:])
+    if values.ndim - 1 < sum(n > 1 for n in shape):
+        raise MethodError(
+            f"the network saw a slice of {tuple(values.shape[1:])}, the scan is a volume of {shape}, and maps are "
+            "written on the scan's own grid: predict volumes by SliceInferer, or take maps of slices from Explainer"
+        )
     if additive and values.applied_operations:
         back = InvertAttribution()(values)
         sums = {k: float(back.meta[k]) for k in ("sum_network_grid", "sum_scan_grid", "sum_in_padding")}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
-from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation, Spacing
+from monai.transforms import Compose, EnsureChannelFirst, LoadImage, Orientation, RandSpatialCrop, Spacing
 from torch import nn
 
 import esegeta_monai.writer as module
@@ -135,6 +135,13 @@ def test_additive_maps_without_a_trace_are_refused(scan: Path, image: MetaTensor
     bare = MetaTensor(torch.ones_like(image.as_tensor()), affine=image.affine)
     with pytest.raises(MethodError, match="left no trace"):
         to_scan_grid(bare, module.storage.read_scan(scan), additive=True)
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_slices_of_a_volume_are_refused_with_the_way_out(scan: Path, additive: bool) -> None:
+    whole = Compose([LoadImage(), EnsureChannelFirst()])(str(scan))
+    with pytest.raises(MethodError, match=r"saw a slice of .* SliceInferer"):
+        to_scan_grid(RandSpatialCrop((-1, -1, 1), random_size=False)(whole)[..., 0], whole, additive=additive)
 
 
 def test_maps_on_the_scans_own_grid_stay_bit_by_bit(scan: Path) -> None:
