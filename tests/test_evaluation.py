@@ -219,6 +219,22 @@ def test_the_command_judges_maps_from_disk_as_it_does_fresh_ones(study, capsys):
     assert record["bundle"] == "Tiny brain"
 
 
+def test_a_map_on_disk_that_cannot_be_read_leaves_the_others(study, capsys):
+    what = ["--methods", "InputXGradient,Saliency", "--target", "MultiClassMask(class_index=1)"]
+    assert run(study, "explain", "cut", *what, "--no-pictures") == 0
+    (cut,) = (study / "cut" / "a").glob("*Saliency_attr.nii.gz")
+    cut.write_bytes(b"cut")
+    (study / "cut" / "other.json").write_text('{"case": "a", "map": "x.nii.gz", "status": "ok"}')
+    assert run(study, "evaluate", "rest", "--maps", str(study / "cut"), "--metrics", "Sparseness", "--no-controls") == 1
+    assert {method for _, method, _ in rows_of(study, "rest")} == {"InputXGradient"}
+    record = json.loads((study / "rest" / "a" / "a_metrics.json").read_text(encoding="utf-8"))
+    ((name, why),) = record["failed"].items()
+    assert name == "MultiClassMask-grey matter, Saliency"
+    assert "no readable NIfTI file" in why
+    assert str(study) not in why.split(" (")[0]
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

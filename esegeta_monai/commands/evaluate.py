@@ -32,7 +32,7 @@ from esegeta_monai.commands.explain import (
 )
 from esegeta_monai.commands.log import RunLog
 from esegeta_monai.configurable import Registry
-from esegeta_monai.errors import EsegetaError, RankLost, UsageError
+from esegeta_monai.errors import EsegetaError, InputError, RankLost, UsageError
 from esegeta_monai.evaluation import Evaluator
 from esegeta_monai.evaluation_writer import EvaluationWriter
 from esegeta_monai.methods.base import METHODS, Method
@@ -105,12 +105,14 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Ranks) -> EvaluationWriter:
             logger.info("%s: case %d of %d", case.name, number, len(mine))
             try:
                 _, image, data = preprocess(case)
+                maps, problems = earlier.maps(case, methods, targets, writer.names, image) if earlier else (None, {})
                 writer.evaluate(
                     evaluator,
                     image,
                     case.name,
+                    problems=problems,
                     data=data,
-                    maps=earlier.maps(case, methods, targets, writer.names, image) if earlier else None,
+                    maps=maps,
                     region_names=region_names,
                     label_value=args.label_value,
                     **_beside(args, case, image, data),
@@ -199,6 +201,9 @@ class _Earlier:
         for file in sorted(folder.rglob("*.json")):
             record = read_json(file)
             if record and record.get("map") and record.get("case") in wanted and record.get("status") in ("ok", "zero"):
+                if not _whole(record):
+                    logger.warning("%s does not say of which method and target its map is: left out", file.name)
+                    continue
                 if record.get("input"):
                     raise UsageError(
                         f"{file.name}: maps of several inputs cannot be judged from disk: leave --maps out"
@@ -221,20 +226,33 @@ class _Earlier:
         targets: Sequence[Target],
         names: ResultNames,
         image: MetaTensor,
-    ) -> dict[tuple[str, str], Tensor]:
-        """By the names of target and method, on the network's grid."""
+    ) -> tuple[dict[tuple[str, str], Tensor], dict[str, str]]:
+        """By the names of target and method, on the network's grid; and why others cannot be read, by both names."""
         found: dict[tuple[str, str], Tensor] = {}
+        problems: dict[str, str] = {}
         for path, record in self.sidecars.get(case.name, []):
             method = _same(methods, record["method"], record["parameters"])
             target = _same(targets, record["target"], record["target_parameters"])
             if method is None or target is None:
                 continue
             key = (names.target(target, record["target_name"]), names.method(method))
-            values = storage.read_scan(path, spatial_dims=2 if image.ndim == 3 else None)
+            try:
+                values = storage.read_scan(path, spatial_dims=2 if image.ndim == 3 else None)
+            except InputError as error:
+                problems[", ".join(key)] = str(error).replace(str(path), path.name)
+                continue
             found[key] = to_network_grid(values, image, additive=bool(record.get("additive")))
-        if not found:
+        if not found and not problems:
             raise UsageError(f"{case.name}: none of its maps on disk is of these methods and targets")
-        return found
+        return found, problems
+
+
+def _whole(record: Mapping[str, Any]) -> bool:
+    """Whether a sidecar says what is asked of it."""
+    texts, parameters = ("method", "target", "target_name", "map"), ("parameters", "target_parameters")
+    return all(isinstance(record.get(k), str) for k in texts) and all(
+        isinstance(record.get(k), dict) for k in parameters
+    )
 
 
 def _revived(records: Sequence[Mapping[str, Any]], registry: Registry[Any], kind: str, parameters: str) -> list[Any]:
