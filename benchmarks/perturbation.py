@@ -1,6 +1,6 @@
 """Every perturbation method against its peer on the same work, in one run.
 
-    python benchmarks/perturbation.py [--full] [--threads 1] [--methods Occlusion,Lime] [--table FILE.md]
+    python benchmarks/perturbation.py [--size middle] [--threads 1] [--methods Occlusion,Lime] [--table FILE.md]
 
 Peers: Captum (`Occlusion`, `FeatureAblation`, `ShapleyValueSampling`, `KernelShap`, `Lime`) round MONAI's own inferer,
 and MONAI's `OcclusionSensitivity` on a classification network. For each: window passes (exact), seconds of processor
@@ -200,8 +200,11 @@ class Sizes:
     samples: int
 
 
-SMALL = Sizes(volume=48, window=24, occluder=16, feature=24, orders=4, samples=64)
-FULL = Sizes(volume=128, window=48, occluder=32, feature=32, orders=10, samples=256)
+SIZES = {
+    "tiny": Sizes(volume=48, window=24, occluder=16, feature=24, orders=4, samples=64),
+    "middle": Sizes(volume=96, window=48, occluder=32, feature=48, orders=4, samples=64),
+    "full": Sizes(volume=128, window=48, occluder=32, feature=32, orders=10, samples=256),
+}
 
 
 def segmentation(sizes: Sizes) -> tuple[Work, dict[str, Target]]:
@@ -353,14 +356,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="128³ instead of 48³: about an hour")
+    parser.add_argument("--size", choices=SIZES, default="tiny", help="48³, 96³ or (about an hour) 128³")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--methods", default="", help="comma-separated names; all where left out")
     parser.add_argument("--no-counted", action="store_true", help="without the table of counted passes")
     parser.add_argument("--table", type=Path, help="where the tables are written too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    sizes = FULL if args.full else SMALL
+    sizes = SIZES[args.size]
     wanted = {m for m in args.methods.lower().split(",") if m}
     work, targets = segmentation(sizes)
     rows = []
