@@ -256,6 +256,17 @@ def test_names_of_cases(files: str, name: str) -> None:
     assert len(case.files) == files.count(",") + 1
 
 
+def test_the_name_of_a_case_has_no_slash(tmp_path: Path) -> None:
+    """The whole text was taken for a path, and the case named after the file, whose name may be a person's."""
+    scan, odd = tmp_path / "person.nii.gz", tmp_path / "odd=1"
+    scan.touch()
+    odd.mkdir()
+    (odd / "scan.nii.gz").touch()
+    with pytest.raises(UsageError, match="leave slashes out"):
+        find_cases([f"ward/7={scan}"])
+    assert [case.name for case in find_cases([f"ward-7={scan}", str(odd / "scan.nii.gz")])] == ["ward-7", "scan"]
+
+
 def test_channels_are_only_put_in_order_where_names_say_so() -> None:
     files = [Path(f"p_{n}.nii.gz") for n in ("flair", "t1", "t1c")]
     assert by_channel(files, ["T1c", "FLAIR", "T1"]) == (files[2], files[0], files[1])

@@ -49,14 +49,19 @@ def find_cases(
         leave_out: a folder that is not looked into (the output's).
 
     Raises:
-        UsageError: a folder without scans, or two cases with one name.
+        UsageError: a folder without scans, a name with slashes, or two cases with one name.
     """
     cases: list[ScanCase] = []
     for text in inputs:
         name, path = None, text
-        given = re.match(r"([^=/\\]+)=(.+)", text)
+        given = re.match(r"([^=]+)=(.+)", text)
         if given and not Path(text).exists():
-            name, path = given[1], given[2]
+            if not re.search(r"[/\\]", given[1]):
+                name, path = given[1], given[2]
+            elif Path(given[2]).exists():  # else the case would have the name of the file, which may be a person's
+                raise UsageError(
+                    f"--input {given[1]}=...: the name of a case becomes that of a folder: leave slashes out"
+                )
         found = list(_cases(path, channel_names, leave_out))
         if name is not None and len(found) > 1:
             raise UsageError(f"--input {text}: one name for the {len(found)} cases of a folder; name them one by one")
