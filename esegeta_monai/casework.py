@@ -237,10 +237,12 @@ class CaseWork:
 
     def _deviates(self, label: str, deviation: float) -> str:
         """The warning that another prediction is explained than the one that was given; logged once a target."""
+        remedy = "give raw outputs (before softmax and the like), and the inferer and the weights that predicted"
+        if self.settings.amp:
+            remedy = "switch amp off, since this network predicts something else in half precision; else " + remedy
         text = (
             f"{label}: what the network gives deviates from the prediction by {100 * deviation:.2g} %, so another one "
-            "is explained than the one that is shown: give raw outputs (before softmax and the like), and the inferer "
-            "and the weights that predicted"
+            f"is explained than the one that is shown: {remedy}"
         )
         if label not in self._told:
             self._told.add(label)

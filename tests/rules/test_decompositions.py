@@ -69,11 +69,11 @@ CASES = {
     "glu": [lambda x: F.glu(x), lambda x: F.glu(x, dim=1)],
     "softmin": [lambda x: F.softmin(x, dim=1)],
     "cosine_similarity": [lambda x: F.cosine_similarity(x[:, :2], x[:, 2:], dim=2)],
-    "max": [lambda x: x.max(), lambda x: x.max(1), lambda x: x.max(-1, True), lambda x: torch.max(x, -x)],
+    "max": [lambda x: x.max(), lambda x: x.max(1), lambda x: x.max(-1, True), lambda x: torch.max(x, x.flip(-1))],
     "min": [lambda x: x.min(), lambda x: x.min(dim=2), lambda x: torch.min(x[:, 0], x[:, 1])],
     "amin": [lambda x: x.amin(), lambda x: x.amin((1, 2), keepdim=True)],
     "maximum": [lambda x: torch.maximum(x, x * x)],
-    "minimum": [lambda x: torch.minimum(x, -x)],
+    "minimum": [lambda x: torch.minimum(x, x.flip(-1))],
 }
 
 

@@ -86,7 +86,8 @@ def test_the_kind_depends_on_what_sees_the_input():
     assert _kind(lambda x: x / ONE) is Kind.LINEAR
     assert _kind(lambda x: ONE / x) is Kind.COMPOSITE
     assert _kind(lambda x: torch.maximum(x, ONE)) is Kind.ACTIVATION
-    assert _kind(lambda x: torch.maximum(x, -x)) is Kind.COMPOSITE
+    assert _kind(lambda x: torch.maximum(x, x.flip(-1))) is Kind.COMPOSITE
+    assert _kind(lambda x: torch.maximum(x, -x)) is Kind.ACTIVATION  # of one tensor
     assert _kind(lambda x: F.instance_norm(x)) is Kind.NORM
     assert _kind(lambda x: F.instance_norm(x, ONE[:, 0], ONE[:, 0], use_input_stats=False)) is Kind.LINEAR
     assert _kind(lambda x: F.dropout(x, 0.5, False)) is Kind.MOVE
