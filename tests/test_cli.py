@@ -467,7 +467,7 @@ def test_the_module_in_a_process_of_its_own(bundle: Path, scans: Path, tmp_path:
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert sum(" ERROR " in line for line in done.stderr.splitlines()) == 3
+    assert sum(" ERROR: " in line for line in done.stderr.splitlines()) == 3
     assert done.stdout.startswith("3 failed, 2 ok.")
 
 
