@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.interpolation import area_matrix, interpolate, line_matrix
-from esegeta_monai.network import capture, find_layer, handed_on, select_output, versions
+from esegeta_monai.network import capture, find_layer, handed_on, note_versions, select_output
 from esegeta_monai.objective import Batch, Objective, Request, View
 from esegeta_monai.orientation import channels_last, grid_of
 from esegeta_monai.windows import OutputGrid, WindowPlan
@@ -88,9 +88,7 @@ def _seen(objective: Objective, kept: dict[str, tuple[Tensor, int]] | None = Non
     try:
         for name, module in model.network.named_modules():
             if kept is not None:
-                handles.append(
-                    module.register_forward_pre_hook(lambda m, args, n=name: before.update({n: versions(args)}))
-                )
+                handles.append(note_versions(module, name, before))
             handles.append(module.register_forward_hook(hook_for(name)))
         yield found
     finally:
@@ -213,7 +211,6 @@ def spatial_map(values: Tensor, objective: Objective, layer: str, *, lead: int =
     Raises:
         MethodError: it is no spatial map; the way out is named.
     """
-    find_layer(objective.model.network, layer)
     on_grid = _on_grid(values, objective.model.network, layer, network_roi(objective.plan), lead)
     return with_slice_axis(on_grid, objective.plan)
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from esegeta_monai.errors import EsegetaError, NetworkError, UsageError
 
@@ -196,6 +197,11 @@ def versions(args: Sequence[Any]) -> list[int]:
     return [a._version if isinstance(a, Tensor) and not a.is_inference() else 0 for a in args]
 
 
+def note_versions(module: nn.Module, name: str, before: dict[str, list[int]]) -> RemovableHandle:
+    """A hook that notes under a name, before each call of a module, the `versions` of its arguments."""
+    return module.register_forward_pre_hook(lambda m, args: before.update({name: versions(args)}))
+
+
 def handed_on(value: Tensor, args: Sequence[Any], before: Sequence[int]) -> bool:
     """Whether a module returned one of its arguments as it was, neither computed anew nor written to in place."""
     return any(value is a and now == then for a, now, then in zip(args, versions(args), before))
@@ -287,7 +293,7 @@ def capture(
     try:
         for name in layers:
             module = find_layer(network, name)
-            handles.append(module.register_forward_pre_hook(lambda m, args, n=name: before.update({n: versions(args)})))
+            handles.append(note_versions(module, name, before))
             handles.append(module.register_forward_hook(hook_for(name)))
         yield captured
     finally:

@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from esegeta_monai.errors import InputError, MethodError, NetworkError
-from esegeta_monai.network import check_rows, first_tensor, handed_on, versions, with_first
+from esegeta_monai.network import check_rows, first_tensor, handed_on, note_versions, with_first
 from esegeta_monai.rules.mode import RuleMode, Rules
 
 __all__ = ["Compare", "Forward", "LayerRelevance", "Relevance", "Run", "check_network"]
@@ -255,7 +255,7 @@ def _captured(layers: Mapping[str, nn.Module], windows: int) -> Iterator[dict[st
 
     handles = []
     for name, module in layers.items():
-        handles.append(module.register_forward_pre_hook(lambda m, args, n=name: before.update({n: versions(args)})))
+        handles.append(note_versions(module, name, before))
         handles.append(module.register_forward_hook(keep(name)))
     try:
         yield captured
