@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esegeta_monai.batches import NO_PATH, Batch, Gradient, InputGradient, Request, View
 from esegeta_monai.errors import MethodError
-from esegeta_monai.extremes import largest
+from esegeta_monai.extremes import digest, largest
 from esegeta_monai.monitor import Monitor
 from esegeta_monai.network import Model, capture
 from esegeta_monai.pace import Timed
@@ -112,9 +112,11 @@ class Objective(Windowed):
         return len(self.scores)
 
     def at(self, image: Tensor) -> Objective:
-        """The same objective (same frozen scores) at another image."""
+        """The same objective (same frozen scores) at another image, whose perturbation scores are stored apart."""
         other = self.apart()
         other.image, other.prediction = image, None
+        if self.table is not None:
+            other.table = self.table.beside(image=digest(image).hex())
         other.blend_deviation = [None] * len(self.scores)
         return other
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esegeta_monai.extremes import digest
 from esegeta_monai.windows import Slices, last_axes, picked
 
 __all__ = ["UNCHANGED", "Added", "Boxes", "Perturbations", "digest"]
@@ -225,14 +226,3 @@ class Added(Perturbations):
         if index not in self._digests:
             self._digests[index] = digest(self.deltas[index])
         return "added", self._digests[index]
-
-
-def digest(*tensors: Tensor) -> bytes:
-    """SHA-256 over shapes and bytes; what a view repeats along an axis counts once, so that a volume of one value a
-    channel (`esegeta_monai.baselines.per_channel`) is not gone through."""
-    found = hashlib.sha256()
-    for whole in tensors:
-        t = whole[tuple(slice(0, 1) if step == 0 else slice(None) for step in whole.stride())]
-        found.update(f"{tuple(whole.shape)}{tuple(t.shape)}".encode())
-        found.update(np.ascontiguousarray(t.detach().cpu().numpy()).data)
-    return found.digest()

@@ -232,3 +232,35 @@ def test_the_scores_are_there_until_the_map_is_taken(tmp_path, often):
         assert found.status == "ok"
         assert len(tables(tmp_path)) == 1
     assert tables(tmp_path) == []
+
+
+WRAPPERS = [m.SmoothGrad, m.SmoothGradSquared, m.VarGrad]
+CONSTANTS = [0.0, "zero", "constant(value=0.5)"]
+
+
+@pytest.mark.parametrize("baseline", CONSTANTS, ids=str)
+@pytest.mark.parametrize("inner", METHODS, ids=lambda x: f"{x.name}{len(repr(x))}")
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda x: x.__name__)
+def test_a_method_inside_a_method_never_reads_the_scores_of_another_image(wrapper, inner, baseline, tmp_path, often):
+    """With a constant baseline, nothing but the image tells the perturbations of one noisy copy from another's."""
+    parameters = {n: v for n, v in inner.parameters.items() if n != "name"}
+    method = wrapper(type(inner)(**{**parameters, "baseline": baseline}), n_samples=3, std=1.0)
+    whole = explain(Stops(np.inf), method, None)
+    stored = explain(Stops(np.inf), method, tmp_path / "scores")
+    assert torch.equal(torch.as_tensor(stored.map), torch.as_tensor(whole.map))
+    assert stored.record["window_passes"] == whole.record["window_passes"]
+    assert tables(tmp_path / "scores") == []
+
+
+def test_an_interrupted_run_of_noisy_images_goes_on(tmp_path, often):
+    method = m.SmoothGrad(m.Occlusion(3, 2, baseline=0.0), n_samples=3, std=1.0)
+    whole = explain(Stops(np.inf), method, None)
+    network = Stops(8 + whole.record["window_passes"] * 2 // 3)
+    with pytest.raises(KeyboardInterrupt):
+        explain(network, method, tmp_path / "scores")
+    assert len(tables(tmp_path / "scores")) == 2
+    network.left = np.inf
+    resumed = explain(network, method, tmp_path / "scores")
+    assert_equal(torch.as_tensor(resumed.map), torch.as_tensor(whole.map), 1e-12)
+    assert resumed.record["window_passes"] < 0.75 * whole.record["window_passes"]
+    assert tables(tmp_path / "scores") == []
