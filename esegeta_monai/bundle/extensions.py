@@ -7,10 +7,10 @@ import inspect
 from pathlib import Path
 
 from esegeta_monai.bundle.imports import BundleImports
-from esegeta_monai.configurable import Configurable
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.targets.base import TARGETS, Target
+from esegeta_monai.utils.registry import Configurable
 
 __all__ = ["register_extensions"]
 

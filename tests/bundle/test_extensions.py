@@ -14,7 +14,7 @@ import torch
 import esegeta_monai.bundle
 from esegeta_monai import Explainer
 from esegeta_monai.bundle.extensions import register_extensions
-from esegeta_monai.cli import main
+from esegeta_monai.cli.main import main
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS
@@ -24,7 +24,7 @@ from tests.support_cli import make_bundle, make_scan, run_json, statuses
 METHOD = '''
 from dataclasses import dataclass, field
 from esegeta_monai.methods import Explained, Method
-from esegeta_monai.objective import InputGradient
+from esegeta_monai.engine.objective import InputGradient
 
 
 @dataclass(eq=False, repr=False)
