@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.baselines import Baseline, baseline_for
-from esegeta_monai.change import known_change, known_passes
+from esegeta_monai.change import known_passes, known_score_changes
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError
 from esegeta_monai.features import Features, features_for
@@ -317,7 +317,7 @@ class Game:
 
     def values(self, coalitions: np.ndarray, reference: Tensor | None = None) -> Tensor:
         """``v(S)`` for coalitions (m, n): (k, m), each distinct one computed once on an objective."""
-        return known_change(self.objective, self.segments(coalitions, reference))
+        return known_score_changes(self.objective, self.segments(coalitions, reference))
 
     def passes(self, coalitions: np.ndarray, references: Sequence[Tensor]) -> int:
         """Window passes that `values` needs for one reference after the other."""

@@ -16,7 +16,7 @@ from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfe
 from torch import Tensor
 
 from esegeta_monai import Explainer
-from esegeta_monai.change import change
+from esegeta_monai.change import score_changes
 from esegeta_monai.errors import MethodError, MethodTimeout, NetworkError, RankLost, UsageError
 from esegeta_monai.methods import METHODS, IntegratedGradients, Method, Occlusion, Saliency, run
 from esegeta_monai.monitor import Monitor
@@ -285,7 +285,7 @@ def one_box(m: int) -> None:
     assert len(found.windows) == 1
     boxes = Boxes([[i, i] for i in range(m)], [[i + 4, i + 4] for i in range(m)])
     with frozen(found.model.network):
-        mine, theirs = change(by(found, Ranks()), boxes), change(by(found, ranks), boxes)
+        mine, theirs = score_changes(by(found, Ranks()), boxes), score_changes(by(found, ranks), boxes)
     assert bool(mine.any())
     assert float((mine - theirs).abs().max() / mine.abs().max()) <= 1e-10
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from esegeta_monai import Explainer
 from esegeta_monai.layers import default_layer, layer_shapes
 from esegeta_monai.methods import METHODS
-from esegeta_monai.metrics import PointingGame, RelevanceMass, Subject
+from esegeta_monai.metrics import MetricInput, PointingGame, RelevanceMass
 from esegeta_monai.network import Model, frozen
 from esegeta_monai.objective import Objective
 from esegeta_monai.targets import Case, ClassScore, LabelMask, Target
@@ -109,7 +109,7 @@ def _table(network: nn.Module, cases: Sequence[tuple[Tensor, Target, Tensor]], s
             if found.map is None:
                 raise RuntimeError(f"{found.method.name}: {found.record['reason']}")
             for layer, one in zip(layers, found.map.as_subclass(Tensor)):
-                subject = Subject(one[None], label=truth, spacing=(spacing,) * 3)
+                subject = MetricInput(one[None], label=truth, spacing=(spacing,) * 3)
                 key = layer, found.method.name
                 mass.setdefault(key, []).append(RelevanceMass(sign="positive").update(subject).value or 0.0)
                 hit = PointingGame(sign="positive", tolerance_mm=CELL_MM).update(subject).value or 0.0

@@ -14,7 +14,7 @@ from maps import TARGET, read_map
 from metrics import FAITHFULNESS, LOCALISATION, OTHER, metric_of
 from torch import Tensor
 
-from esegeta_monai.metrics import Subject, controls
+from esegeta_monai.metrics import MetricInput, controls
 from esegeta_monai.network import Model, frozen
 from esegeta_monai.objective import Objective
 from esegeta_monai.targets import Case
@@ -65,7 +65,7 @@ def _about(
 ) -> list[Row]:
     # a method that gave no map gave nothing: a zero map
     found = torch.zeros_like(example.image) if values is None else values
-    here = Subject(found, objective, label=example.truth[0], spacing=SPACING_MM, shared=shared)
+    here = MetricInput(found, objective, label=example.truth[0], spacing=SPACING_MM, shared=shared)
     asked = [(metric, here) for metric in (*LOCALISATION, *(FAITHFULNESS if faithful else ()))]
     if example.other.any():
         there = replace(here, label=example.other[0])

@@ -1,10 +1,13 @@
-"""How it is explained: one small class a method, one file a family."""
+"""Attribution methods, one small class each, and the public names for writing one."""
 
 from __future__ import annotations
 
+from esegeta_monai.baselines import baseline_for
+from esegeta_monai.change import known_score_changes, score_changes
+from esegeta_monai.layers import BlendedActivations
 from esegeta_monai.methods.ablation import FeatureAblation, FeaturePermutation
-from esegeta_monai.methods.base import METHODS, Explained, Method, run, run_together
-from esegeta_monai.methods.cam import EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, XGradCam
+from esegeta_monai.methods.base import METHODS, Explained, Method, Passes, run, run_together
+from esegeta_monai.methods.cam import ChannelGradients, EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, XGradCam
 from esegeta_monai.methods.cam_perturbation import AblationCam, ScoreCam
 from esegeta_monai.methods.contrastive import ContrastiveExcitationBackprop, ContrastiveLRP
 from esegeta_monai.methods.deeplift import DeepLift, DeepLiftShap, LayerDeepLift, LayerDeepLiftShap
@@ -26,6 +29,7 @@ from esegeta_monai.methods.occlusion import Occlusion
 from esegeta_monai.methods.path import IntegratedGradients
 from esegeta_monai.methods.path_variants import BlurIG, GuidedIG
 from esegeta_monai.methods.patterns import PatternAttribution, PatternNet
+from esegeta_monai.methods.perturbing import PerturbationMethod
 from esegeta_monai.methods.pooled_cam import Cam
 from esegeta_monai.methods.relevance import LRP, ExcitationBackprop
 from esegeta_monai.methods.rise import Rise
@@ -34,14 +38,20 @@ from esegeta_monai.methods.shap import GradientShap, LayerGradientShap
 from esegeta_monai.methods.shapley import ChannelShapley, KernelShap, ShapleyValueSampling
 from esegeta_monai.methods.synthesis import ClassImage, FeatureVisualization
 from esegeta_monai.methods.xrai import XRAI
+from esegeta_monai.objective import Batch, InputGradient, Objective, Request, View
+from esegeta_monai.perturbation import Boxes, Perturbations
 
 __all__ = [
     "LRP",
     "METHODS",
     "XRAI",
     "AblationCam",
+    "Batch",
+    "BlendedActivations",
     "BlurIG",
+    "Boxes",
     "Cam",
+    "ChannelGradients",
     "ChannelShapley",
     "ClassImage",
     "ContrastiveExcitationBackprop",
@@ -67,6 +77,7 @@ __all__ = [
     "GuidedIG",
     "HiResCam",
     "Hsic",
+    "InputGradient",
     "InputXGradient",
     "IntegratedGradients",
     "InternalInfluence",
@@ -87,9 +98,14 @@ __all__ = [
     "LinearApproximation",
     "Method",
     "NeuronConductance",
+    "Objective",
     "Occlusion",
+    "Passes",
     "PatternAttribution",
     "PatternNet",
+    "PerturbationMethod",
+    "Perturbations",
+    "Request",
     "Rise",
     "Saliency",
     "ScoreCam",
@@ -99,7 +115,11 @@ __all__ = [
     "Sobol",
     "VanillaBackprop",
     "VarGrad",
+    "View",
     "XGradCam",
+    "baseline_for",
+    "known_score_changes",
     "run",
     "run_together",
+    "score_changes",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.baselines import baseline_for
-from esegeta_monai.change import change
+from esegeta_monai.change import score_changes
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.layers import BlendedActivations, channel_axis
 from esegeta_monai.methods.cam import ChannelMoments, LayerPasses, Moments, _Cam
@@ -85,7 +85,7 @@ class ScoreCam(_ChannelByChannel):
             raise MethodError(f"all channels of layer {layer!r} are constant over the image: choose another layer")
         masks = ((maps - low) / (high - low))[varied]
         x0 = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
-        changes = change(objective, _Masks(masks, x0))
+        changes = score_changes(objective, _Masks(masks, x0))
         weights = (changes / _voxels(objective)[:, None]).softmax(1)
         return torch.einsum("kc,c...->k...", weights.to(maps), maps[varied])[:, None]
 

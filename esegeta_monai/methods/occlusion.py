@@ -13,7 +13,7 @@ from monai.utils import ensure_tuple_rep
 from torch import Tensor
 
 from esegeta_monai.baselines import baseline_for
-from esegeta_monai.change import change
+from esegeta_monai.change import score_changes
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained
@@ -57,7 +57,7 @@ class Occlusion(PerturbationMethod):
         baseline = baseline_for(self.baseline, local=True)
         reference = baseline.draw(objective, objective.generator())
         boxes = self.occluders(objective, reference)
-        drops = (-change(objective, boxes)).to(objective.image)
+        drops = (-score_changes(objective, boxes)).to(objective.image)
         maps = objective.new_maps()
         changed = drops.any(0).nonzero().flatten().tolist()  # an occluder that no target sees has nothing to add
         for i in changed:

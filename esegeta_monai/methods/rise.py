@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.baselines import baseline_for
-from esegeta_monai.change import known_change
+from esegeta_monai.change import known_score_changes
 from esegeta_monai.coalitions import SmoothMasks, split_half
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import UsageError
@@ -66,7 +66,7 @@ class Rise(PerturbationMethod):
         """(k, 1, *spatial)."""
         baseline = baseline_for(self.baseline, local=True)
         masks = self.masks(objective, baseline.draw(objective, objective.generator()))
-        scores = known_change(objective, masks)
+        scores = known_score_changes(objective, masks)
         if self.score == "value":
             scores = scores + objective.image_values().cpu()[:, None]
         halves = [self._mean(masks, scores, range(first, self.n_masks, 2)) for first in (0, 1)]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.baselines import Baseline, baseline_for
-from esegeta_monai.change import known_change
+from esegeta_monai.change import known_score_changes
 from esegeta_monai.coalitions import TABLE_BYTES, SmoothMasks, split_half
 from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MethodError, UsageError
@@ -75,7 +75,7 @@ class _MaskSensitivity(PerturbationMethod):
         """The masks, their scores (k, m), and the baseline."""
         baseline = baseline_for(self.baseline, local=True)
         masks = self.masks(objective, baseline.draw(objective, objective.generator()))
-        return masks, finite_scores(self, known_change(objective, masks)), baseline
+        return masks, finite_scores(self, known_score_changes(objective, masks)), baseline
 
     def explained(
         self, masks: SmoothMasks, index: Tensor, halves: Sequence[Tensor], notes: dict[str, Any]

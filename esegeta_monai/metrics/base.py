@@ -1,8 +1,8 @@
 """What a metric is: how far one map can be trusted, as a number with its meaning and its interval.
 
-A metric looks at a `Subject` (a map, what it explains, whatever else is known of the case) and gives a `Measured`. Like
-those of torchmetrics it validates, updates and computes: `Metric.update` measures one map, `Metric.compute` sums up all
-maps since `Metric.reset`.
+A metric takes a `MetricInput` (a map, what it explains, whatever else is known of the case) and gives a `MetricResult`.
+Like those of torchmetrics it validates, updates and computes: `Metric.update` measures one map, `Metric.compute`
+summarises all maps since `Metric.reset`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,20 @@ from esegeta_monai.methods.base import Method
 from esegeta_monai.network import frozen, own_modes
 from esegeta_monai.objective import Objective
 
-__all__ = ["METRICS", "Group", "Measured", "Metric", "Need", "Sign", "Subject", "better", "bootstrap", "mean_interval"]
-__all__ += ["magnitude", "wilson"]
+__all__ = [
+    "METRICS",
+    "Group",
+    "Metric",
+    "MetricInput",
+    "MetricResult",
+    "Need",
+    "Sign",
+    "better",
+    "bootstrap",
+    "magnitude",
+    "mean_interval",
+    "wilson",
+]
 
 Group = Literal["faithfulness", "robustness", "localisation", "complexity", "randomisation", "axiomatic", "modality"]
 Need = Literal["objective", "method", "label", "spacing"]
@@ -39,7 +51,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass
-class Subject:
+class MetricInput:
     """One map, and what is known of what it explains.
 
     Attributes:
@@ -127,7 +139,7 @@ class Subject:
 
 
 @dataclass
-class Measured:
+class MetricResult:
     """What a metric found.
 
     Attributes:
@@ -149,7 +161,7 @@ class Measured:
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def undefined(cls, why: str, **more: Any) -> Measured:
+    def undefined(cls, why: str, **more: Any) -> MetricResult:
         """A metric that says nothing about a map."""
         return cls(None, n=0, notes={"undefined": why}, **more)
 
@@ -179,9 +191,9 @@ class Metric(Configurable, ABC):
         >>> from esegeta_monai.metrics import PointingGame
         >>> metric = PointingGame()
         >>> label = torch.tensor([[0, 1], [0, 0]])
-        >>> metric.update(Subject(torch.tensor([[[0.1, 3.0], [0.0, 0.0]]]), label=label)).value
+        >>> metric.update(MetricInput(torch.tensor([[[0.1, 3.0], [0.0, 0.0]]]), label=label)).value
         1.0
-        >>> metric.update(Subject(torch.tensor([[[5.0, 3.0], [0.0, 0.0]]]), label=label)).value
+        >>> metric.update(MetricInput(torch.tensor([[[5.0, 3.0], [0.0, 0.0]]]), label=label)).value
         0.0
         >>> metric.compute().value, metric.compute().n
         (0.5, 2)
@@ -201,10 +213,10 @@ class Metric(Configurable, ABC):
             METRICS.register(cls, *cls.__dict__.get("aliases", ()))
 
     @abstractmethod
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """Judges one map that `validate` has let pass."""
 
-    def validate(self, subject: Subject) -> None:
+    def validate(self, subject: MetricInput) -> None:
         """Refuses a subject that lacks what the metric needs.
 
         Raises:
@@ -216,7 +228,7 @@ class Metric(Configurable, ABC):
         if subject.label is not None and "label" in self.needs and not bool(subject.label.any()):
             raise MetricError(f"{self.name}: the label is empty, so nothing can be found in it")
 
-    def update(self, subject: Subject) -> Measured:
+    def update(self, subject: MetricInput) -> MetricResult:
         """Validates and measures one map, and keeps the result for `compute`.
 
         Raises:
@@ -229,7 +241,7 @@ class Metric(Configurable, ABC):
         self._seen().append(found)
         return found
 
-    def compute(self) -> Measured:
+    def compute(self) -> MetricResult:
         """All maps since `reset`: of one map what it gave; of several the mean with its interval over the maps.
 
         Maps about which the metric says nothing are left out of the mean and counted in ``notes["undefined"]``.
@@ -245,15 +257,15 @@ class Metric(Configurable, ABC):
         values = [m.value for m in seen if m.value is not None]
         notes = {"undefined": len(seen) - len(values)} if len(values) < len(seen) else {}
         if not values:
-            return Measured(None, n=0, meaning=self.meaning, notes=notes)
+            return MetricResult(None, n=0, meaning=self.meaning, notes=notes)
         interval = wilson(values) if self.proportion else mean_interval(values)
-        return Measured(float(np.mean(values)), *interval, n=len(values), meaning=self.meaning, notes=notes)
+        return MetricResult(float(np.mean(values)), *interval, n=len(values), meaning=self.meaning, notes=notes)
 
     def reset(self) -> None:
         """Forgets all maps."""
         self._seen().clear()
 
-    def _seen(self) -> list[Measured]:
+    def _seen(self) -> list[MetricResult]:
         return self.__dict__.setdefault("_measured", [])
 
 
@@ -285,7 +297,18 @@ def better(metric: Metric | type[Metric], a: float | None, b: float | None) -> b
 
 
 def magnitude(values: Tensor, sign: Sign = "absolute") -> Tensor:
-    """How much each voxel matters: ``Σ_c |a_c|``, or of the positive (negative) part only. (*spatial), float64."""
+    """Sum a map's absolute values over its channels: ``Σ_c |a_c|``, or of the positive (negative) part only.
+
+    Args:
+        values: the map (C, *spatial), in any units.
+        sign: which part counts.
+
+    Returns:
+        (*spatial), float64, in the map's units, >= 0.
+
+    Raises:
+        UsageError: an unknown ``sign``.
+    """
     values = values.double()
     if sign == "absolute":
         return values.abs().sum(0)

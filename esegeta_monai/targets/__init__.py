@@ -1,8 +1,8 @@
-"""What is explained: a prediction becomes a scalar."""
+"""Targets: which scalar of the prediction is explained, and the public names for writing one."""
 
 from __future__ import annotations
 
-from esegeta_monai.targets.base import TARGETS, Case, Score, Target, WeightedScore
+from esegeta_monai.targets.base import TARGETS, Case, Score, Target, WeightedScore, need_map, resolve_class
 from esegeta_monai.targets.classes import ClassScore, MultiClassMask, PredictedClasses, ThresholdMask
 from esegeta_monai.targets.neuron import LayerNeuron
 from esegeta_monai.targets.regions import Box, Component, Errors, LabelMask, OutputValue, Voxel
@@ -26,4 +26,6 @@ __all__ = [
     "ThresholdMask",
     "Voxel",
     "WeightedScore",
+    "need_map",
+    "resolve_class",
 ]
