@@ -40,6 +40,9 @@ class DeepLift(Method):
     """
 
     reference = "Shrikumar et al., ICML 2017, arXiv:1704.02685"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
     needs_value = True
     full_precision = True
 
@@ -72,6 +75,9 @@ class DeepLiftShap(Method):
     """
 
     reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
     needs_value = True
     full_precision = True
 
@@ -114,6 +120,8 @@ class LayerDeepLift(LayerMethod):
     """
 
     reference = "Shrikumar et al., ICML 2017, arXiv:1704.02685"
+    additive = True
+    units = "target per voxel"
     needs_value = True
     full_precision = True
 

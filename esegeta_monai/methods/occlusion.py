@@ -42,15 +42,12 @@ class Occlusion(PerturbationMethod):
     """
 
     reference = "Zeiler & Fergus, ECCV 2014, arXiv:1311.2901"
+    units = "change of the target when the voxel's surroundings are replaced"
     window: int | Sequence[int] = 16
     stride: int | Sequence[int] | None = None
     baseline: Any = "auto"
     per_channel: bool = False
     name: str | None = field(default=None, kw_only=True)
-
-    @property
-    def units(self) -> str:
-        return "change of the target when the voxel's surroundings are replaced"
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""

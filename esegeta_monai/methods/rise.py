@@ -46,6 +46,7 @@ class Rise(PerturbationMethod):
     """
 
     reference = "Petsiuk et al., BMVC 2018, arXiv:1806.07421"
+    units = "target where the voxel is kept"
     n_masks: int = 2000
     grid: int | Sequence[int] = 7
     p: float = 0.5
@@ -57,10 +58,6 @@ class Rise(PerturbationMethod):
         super().__post_init__()
         if self.n_masks < 2 or not 0 < self.p < 1:
             raise UsageError(f"Rise: n_masks={self.n_masks} (at least 2), p={self.p} (between 0 and 1)")
-
-    @property
-    def units(self) -> str:
-        return "target where the voxel is kept"
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial)."""

@@ -109,10 +109,7 @@ class Sobol(_MaskSensitivity):
     """
 
     reference = "Fel et al., NeurIPS 2021, arXiv:2111.04138; Jansen 1999"
-
-    @property
-    def units(self) -> str:
-        return "share of the target's variance under random masks (total order)"
+    units = "share of the target's variance under random masks (total order)"
 
     def design(self, objective: Objective) -> Tensor:
         """A, then A with cell i of B for each i: (N (cells + 1), cells)."""
@@ -154,13 +151,10 @@ class Hsic(_MaskSensitivity):
     """
 
     reference = "Novello et al., NeurIPS 2022, arXiv:2206.06219"
+    units = "dependence of the target on the voxel's cell (HSIC)"
 
     n_samples: int = 1024
     grid: int | Sequence[int] = 7
-
-    @property
-    def units(self) -> str:
-        return "dependence of the target on the voxel's cell (HSIC)"
 
     def design(self, objective: Objective) -> Tensor:
         """(N, cells) of 0 and 1."""

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from esegeta_monai.extremes import all_finite
 from esegeta_monai.methods.base import Method
 from esegeta_monai.network import frozen, own_modes
 from esegeta_monai.objective import Objective
+from esegeta_monai.parameters import check_stated
 
 __all__ = [
     "METRICS",
@@ -177,6 +178,9 @@ class MetricResult:
 class Metric(Configurable, ABC):
     """How far an explanation can be trusted, in one respect. Subclasses are dataclasses, their fields the parameters.
 
+    Every class states ``group``, ``higher_is_better`` and ``meaning``, or inherits them from a family base; they are
+    checked when the class is defined.
+
     Class attributes:
         group: what it is about.
         reference: the paper.
@@ -209,6 +213,11 @@ class Metric(Configurable, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        check_stated(cls, {"group": Group, "higher_is_better": bool | None, "meaning": str})
+        if not set(cls.needs) <= set(get_args(Need)):
+            raise UsageError(
+                f"{cls.__name__}.needs={cls.needs!r}: give a set of {', '.join(map(repr, get_args(Need)))}"
+            )
         if cls.__module__.startswith("esegeta_monai.") and not cls.__name__.startswith("_"):
             METRICS.register(cls, *cls.__dict__.get("aliases", ()))
 
