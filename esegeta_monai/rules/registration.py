@@ -61,7 +61,7 @@ def register_operation(function: Callable[..., Any], kind: Kind, **rules: Rule) 
     already keeps it: the same method and parameters always give the same map.
 
     Args:
-        function: a torch function or a method of `torch.Tensor`; all spellings of it are meant.
+        function: a torch function or a method of `torch.Tensor`; known as a function, as a method and in place.
         kind: what it does; one of MOVE, LINEAR, ACTIVATION, UNIVARIATE and PRODUCT. ACTIVATION: guided backpropagation
             and deconvolution act on it. LINEAR: without a constant term.
         rules: rules that differ from the kind's, by `esegeta_monai.rules.Family`.

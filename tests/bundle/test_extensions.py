@@ -19,6 +19,7 @@ from esegeta_monai.cli import main
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.metrics.base import METRICS, MetricInput
+from esegeta_monai.rules import RULES, registration
 from esegeta_monai.targets.base import TARGETS
 from tests.bundle import oblique
 from tests.support_cli import make_bundle, make_scan, run_json, statuses
@@ -239,6 +240,20 @@ def test_a_bundle_s_metric_measures(tmp_path):
     assert METRICS.create("centre").update(MetricInput(values)).value == pytest.approx(1.5)  # (3·3 − 1·3) / 4
     with pytest.raises(UsageError, match=r"^CentreDistance: power='x': give a number$"):
         METRICS.get("centre")("x")
+
+
+def test_a_bundle_s_backward_rule_is_a_word_of_composites(tmp_path, monkeypatch):
+    monkeypatch.setattr("esegeta_monai.rules.registration.RULES", dict(RULES))
+    monkeypatch.setattr("esegeta_monai.rules.composites.RULES", registration.RULES)
+    lrp = "LRP(composite={'convolution': 'Absolute', 'dense': 'Epsilon'})"
+    with pytest.raises(UsageError, match="unknown rule 'Absolute'"):
+        METHODS.create(lrp)
+    rule = Path(__file__).parents[2] / "docs" / "examples" / "backward_rule.py"
+    bundle = bundle_with(tmp_path / "b", rule=rule.read_text())
+    scan, output = make_scan(tmp_path / "s.nii.gz"), tmp_path / "out"
+    words = ["--bundle", bundle, "--input", scan, "--output", output, "--target", "MultiClassMask(1)"]
+    assert run("explain", *words, "--methods", lrp) == 0
+    assert set(statuses(output).values()) == {"ok"}
 
 
 def test_as_a_config_from_python(tmp_path):
