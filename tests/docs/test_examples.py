@@ -99,6 +99,13 @@ def test_what_a_page_includes_is_the_file(page: Path) -> None:
     assert text.count("<!-- include:") == text.count("<!-- /include -->") == len(INCLUDE.findall(text))
 
 
+def test_the_sizes_of_examples_are_as_said() -> None:
+    said = re.findall(r"\[(\d+) lines\]\((\S+)\)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(said) == len(EXAMPLE_PAGES)
+    for lines, path in said:
+        assert int(lines) == len((ROOT / path).read_text(encoding="utf-8").splitlines()), path
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
