@@ -79,6 +79,7 @@ def test_the_check_of_an_example_fails_where_the_example_is_wrong(
 @pytest.mark.parametrize("name", EXAMPLE_PAGES)
 def test_an_example_is_small_and_uses_public_imports_only(name: str) -> None:
     source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 10))
     assert len(source.splitlines()) <= 60
     modules = [node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     ours = {m for m in modules if m is not None and m.startswith("esegeta_monai")}
