@@ -66,7 +66,7 @@ class Naive:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        change = esegeta_monai.engine.perturbation.scoring.change
+        change = esegeta_monai.engine.perturbation.scoring.score_changes
         places = (esegeta_monai.engine.perturbation.scoring, features, masking)
 
         def counted(objective: Objective, perturbations: Any) -> Any:
@@ -78,12 +78,12 @@ class Naive:
             return found
 
         for module in places:
-            module.change = counted  # type: ignore[attr-defined]
+            module.score_changes = counted  # type: ignore[attr-defined]
         try:
             yield
         finally:
             for module in places:
-                module.change = change  # type: ignore[attr-defined]
+                module.score_changes = change  # type: ignore[attr-defined]
 
 
 def image() -> MetaTensor:

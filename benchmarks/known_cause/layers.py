@@ -29,7 +29,7 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.methods import METHODS
-from esegeta_monai.metrics import PointingGame, RelevanceMass, Subject
+from esegeta_monai.metrics import MetricInput, PointingGame, RelevanceMass
 from esegeta_monai.targets import Case, ClassScore, LabelMask, Target
 
 CAMS = ("GradCam", "GradCamPlusPlus", "HiResCam", "LayerCam", "XGradCam")
@@ -110,7 +110,7 @@ def _table(network: nn.Module, cases: Sequence[tuple[Tensor, Target, Tensor]], s
             if found.map is None:
                 raise RuntimeError(f"{found.method.name}: {found.record['reason']}")
             for layer, one in zip(layers, found.map.as_subclass(Tensor)):
-                subject = Subject(one[None], label=truth, spacing=(spacing,) * 3)
+                subject = MetricInput(one[None], label=truth, spacing=(spacing,) * 3)
                 key = layer, found.method.name
                 mass.setdefault(key, []).append(RelevanceMass(sign="positive").update(subject).value or 0.0)
                 hit = PointingGame(sign="positive", tolerance_mm=CELL_MM).update(subject).value or 0.0

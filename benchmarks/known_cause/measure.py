@@ -18,7 +18,7 @@ from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
-from esegeta_monai.metrics import Subject, controls
+from esegeta_monai.metrics import MetricInput, controls
 from esegeta_monai.targets import Case
 
 __all__ = ["Row", "measure"]
@@ -66,7 +66,7 @@ def _about(
 ) -> list[Row]:
     # a method that gave no map gave nothing: a zero map
     found = torch.zeros_like(example.image) if values is None else values
-    here = Subject(found, objective, label=example.truth[0], spacing=SPACING_MM, shared=shared)
+    here = MetricInput(found, objective, label=example.truth[0], spacing=SPACING_MM, shared=shared)
     asked = [(metric, here) for metric in (*LOCALISATION, *(FAITHFULNESS if faithful else ()))]
     if example.other.any():
         there = replace(here, label=example.other[0])

@@ -24,7 +24,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor, nn
 
 from esegeta_monai import Explainer
-from esegeta_monai.metrics import RelevanceMass, Subject
+from esegeta_monai.metrics import MetricInput, RelevanceMass
 from esegeta_monai.targets import ClassScore
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "brain_lesion_classification"
@@ -124,7 +124,7 @@ def watch(network: nn.Module, watched: list[dict[str, Any]]) -> tuple[Row, list[
             if attribution.map is None:  # a network that does not answer to the image yet
                 continue
             for where, key in (("mark", "shortcut"), ("lesion", "lesion")):
-                subject = Subject(attribution.map, label=case["both"][key].as_tensor())
+                subject = MetricInput(attribution.map, label=case["both"][key].as_tensor())
                 share = RelevanceMass(sign="positive").update(subject).value
                 mass[f"{attribution.method.name} {where}"].append(share)
             if attribution.method.name == METHODS[0]:

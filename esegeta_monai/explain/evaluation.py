@@ -27,7 +27,7 @@ from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.methods.base import METHODS, Explained, Method
 from esegeta_monai.methods.precision import full_precision
 from esegeta_monai.methods.run import run_together
-from esegeta_monai.metrics.base import METRICS, Metric, Subject, asking, better
+from esegeta_monai.metrics.base import METRICS, Metric, MetricInput, asking, better
 from esegeta_monai.metrics.controls import Control, controls
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM, region_table
 from esegeta_monai.targets.base import TARGETS
@@ -291,10 +291,10 @@ class _Case:
         everywhere = all(objective.ranks.gather(len(maps) == len(found)))
         return Explained(torch.stack(maps)) if everywhere else None
 
-    def subject(self, values: Tensor, k: int, method: Method) -> Subject | str:
+    def subject(self, values: Tensor, k: int, method: Method) -> MetricInput | str:
         """What metrics look at, or why there is nothing to look at."""
         try:
-            return Subject(
+            return MetricInput(
                 values.to(self.objective.image.device),
                 self.objective,
                 k,
@@ -365,7 +365,7 @@ def _plain(mask: Any, dims: int) -> Tensor | None:
     return plain[0] if plain.ndim == dims + 1 and len(plain) == 1 else plain
 
 
-def _measured(metric: Metric, title: str, subject: Subject) -> dict[str, Any]:
+def _measured(metric: Metric, title: str, subject: MetricInput) -> dict[str, Any]:
     """A row: what the metric found, or why it found nothing."""
     monitor = subject.need_objective().monitor
     monitor.start()

@@ -17,7 +17,7 @@ from torch import Tensor
 from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.names import ResultNames
-from esegeta_monai.metrics import RelevanceMass, Subject
+from esegeta_monai.metrics import MetricInput, RelevanceMass
 from esegeta_monai.metrics.randomisation import similarity
 from esegeta_monai.utils.files import atomic
 
@@ -150,7 +150,7 @@ class ExplanationSeries:
             inside = inside.any(0)
         if inside.shape != magnitude.shape or not bool(inside.any()):  # a class, another grid, no region
             return None
-        return RelevanceMass().update(Subject(magnitude[None], label=inside)).value
+        return RelevanceMass().update(MetricInput(magnitude[None], label=inside)).value
 
     def _similarity(self, key: Key, magnitude: Tensor) -> float | None:
         before, self._last[key] = self._last.get(key), magnitude

@@ -1,8 +1,14 @@
-"""How it is explained: one small class a method, one file a family."""
+"""Attribution methods, one small class each, and the public names for writing one."""
 
 from __future__ import annotations
 
-from esegeta_monai.methods.base import METHODS, Explained, Method
+from esegeta_monai.engine.baselines import baseline_for
+from esegeta_monai.engine.layer_maps import BlendedActivations
+from esegeta_monai.engine.objective import Batch, InputGradient, Objective, Request, View
+from esegeta_monai.engine.perturbation.base import Perturbations
+from esegeta_monai.engine.perturbation.boxes import Boxes
+from esegeta_monai.engine.perturbation.scoring import known_score_changes, score_changes
+from esegeta_monai.methods.base import METHODS, Explained, Method, Passes
 from esegeta_monai.methods.cam.gradient_cam import (
     EigenCam,
     GradCam,
@@ -14,6 +20,7 @@ from esegeta_monai.methods.cam.gradient_cam import (
 from esegeta_monai.methods.cam.guided_cam import GuidedGradCam
 from esegeta_monai.methods.cam.perturbation_cam import AblationCam, ScoreCam
 from esegeta_monai.methods.cam.pooled_cam import Cam
+from esegeta_monai.methods.cam.requests import ChannelGradients
 from esegeta_monai.methods.gradient.guided import Deconvolution, GuidedBackprop
 from esegeta_monai.methods.gradient.noise import SmoothGrad, SmoothGradSquared, VarGrad
 from esegeta_monai.methods.gradient.saliency import GradTimesImage, InputXGradient, Saliency, VanillaBackprop
@@ -32,6 +39,7 @@ from esegeta_monai.methods.path.shap import GradientShap, LayerGradientShap
 from esegeta_monai.methods.path.variants import BlurIG, GuidedIG
 from esegeta_monai.methods.path.xrai import XRAI
 from esegeta_monai.methods.perturbation.ablation import FeatureAblation, FeaturePermutation
+from esegeta_monai.methods.perturbation.base import PerturbationMethod
 from esegeta_monai.methods.perturbation.extremal import ExtremalPerturbation
 from esegeta_monai.methods.perturbation.lime import Lime
 from esegeta_monai.methods.perturbation.occlusion import Occlusion
@@ -52,8 +60,12 @@ __all__ = [
     "METHODS",
     "XRAI",
     "AblationCam",
+    "Batch",
+    "BlendedActivations",
     "BlurIG",
+    "Boxes",
     "Cam",
+    "ChannelGradients",
     "ChannelShapley",
     "ClassImage",
     "ContrastiveExcitationBackprop",
@@ -79,6 +91,7 @@ __all__ = [
     "GuidedIG",
     "HiResCam",
     "Hsic",
+    "InputGradient",
     "InputXGradient",
     "IntegratedGradients",
     "InternalInfluence",
@@ -99,9 +112,14 @@ __all__ = [
     "LinearApproximation",
     "Method",
     "NeuronConductance",
+    "Objective",
     "Occlusion",
+    "Passes",
     "PatternAttribution",
     "PatternNet",
+    "PerturbationMethod",
+    "Perturbations",
+    "Request",
     "Rise",
     "Saliency",
     "ScoreCam",
@@ -111,7 +129,11 @@ __all__ = [
     "Sobol",
     "VanillaBackprop",
     "VarGrad",
+    "View",
     "XGradCam",
+    "baseline_for",
+    "known_score_changes",
     "run",
     "run_together",
+    "score_changes",
 ]

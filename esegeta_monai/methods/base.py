@@ -19,6 +19,7 @@ from torch import Tensor
 from esegeta_monai.engine.baselines import baseline_for
 from esegeta_monai.engine.objective import Objective, Request
 from esegeta_monai.utils.registry import Configurable, Registry
+from esegeta_monai.utils.types import check_stated
 
 __all__ = [
     "METHODS",
@@ -65,12 +66,16 @@ Passes = Generator[Request, Any, "Explained | Tensor"]
 class Method(Configurable, ABC):
     """How it is explained. Subclasses are dataclasses, their fields the parameters.
 
+    Every class states ``produces``, ``additive`` and ``units``, or inherits them from a family base; they are checked
+    when the class is defined.
+
     Class attributes:
         reference: the paper.
-        produces: what kind of map comes out.
+        produces: the kind of map: ``"input map"``, ``"layer map"``, ``"synthesised image"`` or ``"activation"``.
+        additive: True where the map's voxels are shares of a sum: the map is brought to the scan's grid with its sum
+            conserved. Other maps are interpolated.
+        units: units of the map's values, in words; a property where they depend on a parameter.
         aliases: further names of the same method.
-        additive: the map's voxels are shares of a sum, so it is brought to the scan's grid conservatively; other maps
-            are interpolated.
         needs_gradient: False for black-box methods, which run on TorchScript networks too.
         needs_linear: only scores linear in the prediction (``output="logit"``) make sense.
         full_precision: never under autocast.
@@ -81,9 +86,9 @@ class Method(Configurable, ABC):
     """
 
     reference: ClassVar[str] = ""
-    produces: ClassVar[Produces] = "input map"
+    produces: ClassVar[Produces]
     aliases: ClassVar[tuple[str, ...]] = ()
-    additive: ClassVar[bool] = True
+    additive: ClassVar[bool]
     needs_gradient: ClassVar[bool] = True
     needs_linear: ClassVar[bool] = False
     full_precision: ClassVar[bool] = False
@@ -107,9 +112,9 @@ class Method(Configurable, ABC):
         return True
 
     @property
+    @abstractmethod
     def units(self) -> str:
         """Units of the map's values, in words."""
-        return "target per voxel"
 
     @abstractmethod
     def attribute(self, objective: Objective) -> Explained | Tensor | Passes:
@@ -156,6 +161,7 @@ class Method(Configurable, ABC):
 
     def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        check_stated(cls, {"produces": Produces, "additive": bool, "units": str})
         if registered and cls.__module__.startswith("esegeta_monai.") and not cls.__name__.startswith("_"):
             METHODS.register(cls, *cls.__dict__.get("aliases", ()))
 

@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from esegeta_monai.metrics.axiomatic import Completeness, Conservation, InputInvariance
-from esegeta_monai.metrics.base import METRICS, Measured, Metric, Subject, better
+from esegeta_monai.metrics.base import (
+    METRICS,
+    Metric,
+    MetricInput,
+    MetricResult,
+    better,
+    bootstrap,
+    magnitude,
+    mean_interval,
+    wilson,
+)
 from esegeta_monai.metrics.complexity import EffectiveComplexity, Entropy, Sparseness
 from esegeta_monai.metrics.controls import ConstantControl, Control, RandomControl, SobelControl, controls
 from esegeta_monai.metrics.faithfulness import (
@@ -66,8 +76,9 @@ __all__ = [
     "LocalLipschitz",
     "LocalisationAUC",
     "MaxSensitivity",
-    "Measured",
     "Metric",
+    "MetricInput",
+    "MetricResult",
     "ModalityImportance",
     "PointingGame",
     "RandomControl",
@@ -80,8 +91,11 @@ __all__ = [
     "SensitivityN",
     "SobelControl",
     "Sparseness",
-    "Subject",
     "TopKIntersection",
     "better",
+    "bootstrap",
     "controls",
+    "magnitude",
+    "mean_interval",
+    "wilson",
 ]

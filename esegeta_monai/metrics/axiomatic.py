@@ -14,7 +14,7 @@ from torch import Tensor
 from esegeta_monai.engine.baselines import baseline_for
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
-from esegeta_monai.metrics.base import Measured, Metric, Subject
+from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult
 from esegeta_monai.metrics.removal import blind, value_of
 from esegeta_monai.metrics.robustness import CONSTANT, explained
 from esegeta_monai.utils.registry import json_ready
@@ -44,7 +44,7 @@ class Completeness(Metric):
         if self.baseline is not None:
             baseline_for(self.baseline)
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; a zero map has 1; undefined where the target does not change."""
         objective = subject.need_objective()
         spec = self.baseline if self.baseline is not None else getattr(subject.method, "baseline", None)
@@ -57,9 +57,9 @@ class Completeness(Metric):
         at_baseline = float(subject.once(("baseline value", by), there)[subject.target])
         value, total = value_of(subject), float(subject.map.sum(dtype=torch.float64))
         if blind(subject, at_baseline - value):
-            return Measured.undefined("the target is the same at image and baseline: choose another baseline")
+            return MetricResult.undefined("the target is the same at image and baseline: choose another baseline")
         notes = {"sum": total, "value": value, "baseline_value": at_baseline, "baseline": json_ready(baseline.record())}
-        return Measured(abs(total - (value - at_baseline)) / abs(value - at_baseline), notes=notes)
+        return MetricResult(abs(total - (value - at_baseline)) / abs(value - at_baseline), notes=notes)
 
 
 @dataclass(eq=False, repr=False)
@@ -77,12 +77,12 @@ class Conservation(Metric):
 
     name: str | None = field(default=None, kw_only=True)
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; a zero map has 1; undefined where the target is zero."""
         value, total = value_of(subject), float(subject.map.sum(dtype=torch.float64))
         if value == 0:
-            return Measured.undefined("the target is zero at the image")
-        return Measured(abs(total - value) / abs(value), notes={"sum": total, "value": value})
+            return MetricResult.undefined("the target is zero at the image")
+        return MetricResult(abs(total - value) / abs(value), notes={"sum": total, "value": value})
 
 
 @dataclass(eq=False, repr=False)
@@ -109,15 +109,15 @@ class InputInvariance(Metric):
         if self.shift == 0:
             raise UsageError("InputInvariance: shift=0 moves nothing: give another number")
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; undefined for a zero map, and for a constant image, whose standard deviation is 0."""
         objective, k = subject.need_objective(), subject.target
         base = subject.once(("explained", id(subject.method)), lambda: explained(subject, objective))
         if not bool(base[k].any()):
-            return Measured.undefined("the map is zero everywhere")
+            return MetricResult.undefined("the map is zero everywhere")
         constant = self.shift * float(objective.image.std())
         if constant == 0:
-            return Measured.undefined(CONSTANT)
+            return MetricResult.undefined(CONSTANT)
 
         def there() -> tuple[Tensor, Tensor]:
             with shifted(objective, constant) as other:
@@ -125,7 +125,9 @@ class InputInvariance(Metric):
 
         maps, values = subject.once(("shifted", id(subject.method), self.shift), there)
         found = float((maps[k] - base[k]).norm() / base[k].norm())
-        return Measured(found, notes={"shift": constant, "value": value_of(subject), "value_shifted": float(values[k])})
+        return MetricResult(
+            found, notes={"shift": constant, "value": value_of(subject), "value_shifted": float(values[k])}
+        )
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """What a metric is: how far one map can be trusted, as a number with its meaning and its interval.
 
-A metric looks at a `Subject` (a map, what it explains, whatever else is known of the case) and gives a `Measured`. Like
-those of torchmetrics it validates, updates and computes: `Metric.update` measures one map, `Metric.compute` sums up all
-maps since `Metric.reset`.
+A metric takes a `MetricInput` (a map, what it explains, whatever else is known of the case) and gives a `MetricResult`.
+Like those of torchmetrics it validates, updates and computes: `Metric.update` measures one map, `Metric.compute`
+summarises all maps since `Metric.reset`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -24,9 +24,22 @@ from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.methods.base import Method
 from esegeta_monai.utils.registry import Configurable, Registry, json_ready
 from esegeta_monai.utils.tensors import all_finite
+from esegeta_monai.utils.types import check_stated
 
-__all__ = ["METRICS", "Group", "Measured", "Metric", "Need", "Sign", "Subject", "better", "bootstrap", "mean_interval"]
-__all__ += ["magnitude", "wilson"]
+__all__ = [
+    "METRICS",
+    "Group",
+    "Metric",
+    "MetricInput",
+    "MetricResult",
+    "Need",
+    "Sign",
+    "better",
+    "bootstrap",
+    "magnitude",
+    "mean_interval",
+    "wilson",
+]
 
 Group = Literal["faithfulness", "robustness", "localisation", "complexity", "randomisation", "axiomatic", "modality"]
 Need = Literal["objective", "method", "label", "spacing"]
@@ -39,7 +52,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass
-class Subject:
+class MetricInput:
     """One map, and what is known of what it explains.
 
     Attributes:
@@ -127,7 +140,7 @@ class Subject:
 
 
 @dataclass
-class Measured:
+class MetricResult:
     """What a metric found.
 
     Attributes:
@@ -149,7 +162,7 @@ class Measured:
     notes: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def undefined(cls, why: str, **more: Any) -> Measured:
+    def undefined(cls, why: str, **more: Any) -> MetricResult:
         """A metric that says nothing about a map."""
         return cls(None, n=0, notes={"undefined": why}, **more)
 
@@ -165,6 +178,9 @@ class Measured:
 class Metric(Configurable, ABC):
     """How far an explanation can be trusted, in one respect. Subclasses are dataclasses, their fields the parameters.
 
+    Every class states ``group``, ``higher_is_better`` and ``meaning``, or inherits them from a family base; they are
+    checked when the class is defined.
+
     Class attributes:
         group: what it is about.
         reference: the paper.
@@ -179,9 +195,9 @@ class Metric(Configurable, ABC):
         >>> from esegeta_monai.metrics import PointingGame
         >>> metric = PointingGame()
         >>> label = torch.tensor([[0, 1], [0, 0]])
-        >>> metric.update(Subject(torch.tensor([[[0.1, 3.0], [0.0, 0.0]]]), label=label)).value
+        >>> metric.update(MetricInput(torch.tensor([[[0.1, 3.0], [0.0, 0.0]]]), label=label)).value
         1.0
-        >>> metric.update(Subject(torch.tensor([[[5.0, 3.0], [0.0, 0.0]]]), label=label)).value
+        >>> metric.update(MetricInput(torch.tensor([[[5.0, 3.0], [0.0, 0.0]]]), label=label)).value
         0.0
         >>> metric.compute().value, metric.compute().n
         (0.5, 2)
@@ -197,14 +213,19 @@ class Metric(Configurable, ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        check_stated(cls, {"group": Group, "higher_is_better": bool | None, "meaning": str})
+        if not set(cls.needs) <= set(get_args(Need)):
+            raise UsageError(
+                f"{cls.__name__}.needs={cls.needs!r}: give a set of {', '.join(map(repr, get_args(Need)))}"
+            )
         if cls.__module__.startswith("esegeta_monai.") and not cls.__name__.startswith("_"):
             METRICS.register(cls, *cls.__dict__.get("aliases", ()))
 
     @abstractmethod
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """Judges one map that `validate` has let pass."""
 
-    def validate(self, subject: Subject) -> None:
+    def validate(self, subject: MetricInput) -> None:
         """Refuses a subject that lacks what the metric needs.
 
         Raises:
@@ -216,7 +237,7 @@ class Metric(Configurable, ABC):
         if subject.label is not None and "label" in self.needs and not bool(subject.label.any()):
             raise MetricError(f"{self.name}: the label is empty, so nothing can be found in it")
 
-    def update(self, subject: Subject) -> Measured:
+    def update(self, subject: MetricInput) -> MetricResult:
         """Validates and measures one map, and keeps the result for `compute`.
 
         Raises:
@@ -229,7 +250,7 @@ class Metric(Configurable, ABC):
         self._seen().append(found)
         return found
 
-    def compute(self) -> Measured:
+    def compute(self) -> MetricResult:
         """All maps since `reset`: of one map what it gave; of several the mean with its interval over the maps.
 
         Maps about which the metric says nothing are left out of the mean and counted in ``notes["undefined"]``.
@@ -245,15 +266,15 @@ class Metric(Configurable, ABC):
         values = [m.value for m in seen if m.value is not None]
         notes = {"undefined": len(seen) - len(values)} if len(values) < len(seen) else {}
         if not values:
-            return Measured(None, n=0, meaning=self.meaning, notes=notes)
+            return MetricResult(None, n=0, meaning=self.meaning, notes=notes)
         interval = wilson(values) if self.proportion else mean_interval(values)
-        return Measured(float(np.mean(values)), *interval, n=len(values), meaning=self.meaning, notes=notes)
+        return MetricResult(float(np.mean(values)), *interval, n=len(values), meaning=self.meaning, notes=notes)
 
     def reset(self) -> None:
         """Forgets all maps."""
         self._seen().clear()
 
-    def _seen(self) -> list[Measured]:
+    def _seen(self) -> list[MetricResult]:
         return self.__dict__.setdefault("_measured", [])
 
 
@@ -285,7 +306,18 @@ def better(metric: Metric | type[Metric], a: float | None, b: float | None) -> b
 
 
 def magnitude(values: Tensor, sign: Sign = "absolute") -> Tensor:
-    """How much each voxel matters: ``Σ_c |a_c|``, or of the positive (negative) part only. (*spatial), float64."""
+    """Sum a map's absolute values over its channels: ``Σ_c |a_c|``, or of the positive (negative) part only.
+
+    Args:
+        values: the map (C, *spatial), in any units.
+        sign: which part counts.
+
+    Returns:
+        (*spatial), float64, in the map's units, >= 0.
+
+    Raises:
+        UsageError: an unknown ``sign``.
+    """
     values = values.double()
     if sign == "absolute":
         return values.abs().sum(0)

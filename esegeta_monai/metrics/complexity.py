@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.errors import UsageError
-from esegeta_monai.metrics.base import Measured, Metric, Subject, magnitude
+from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, magnitude
 
 __all__ = ["EffectiveComplexity", "Entropy", "Sparseness"]
 
@@ -34,14 +34,14 @@ class Sparseness(_Complexity):
     meaning = "Gini index of the map: 0 all voxels equal, 1 all in one voxel; Gaussian noise has 0.41."
     higher_is_better = True
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1): at most 1 − 1/n; undefined for a zero map."""
         values = magnitude(subject.map).flatten().sort().values
         n, total = len(values), float(values.sum())
         if total == 0:
-            return Measured.undefined(ZERO)
+            return MetricResult.undefined(ZERO)
         rank = torch.arange(1, n + 1, dtype=torch.float64, device=values.device)
-        return Measured(float(((2 * rank - n - 1) * values).sum()) / (n * total))
+        return MetricResult(float(((2 * rank - n - 1) * values).sum()) / (n * total))
 
 
 @dataclass(eq=False, repr=False)
@@ -53,13 +53,13 @@ class Entropy(_Complexity):
     meaning = "Entropy of the map over that of a flat one: 1 spread over everything, 0 all in one voxel."
     higher_is_better = False
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]; undefined for a zero map."""
         values = magnitude(subject.map).flatten()
         total = float(values.sum())
         if total == 0:
-            return Measured.undefined(ZERO)
-        return Measured(float(-torch.special.xlogy(values / total, values / total).sum()) / math.log(len(values)))
+            return MetricResult.undefined(ZERO)
+        return MetricResult(float(-torch.special.xlogy(values / total, values / total).sum()) / math.log(len(values)))
 
 
 @dataclass(eq=False, repr=False)
@@ -84,11 +84,11 @@ class EffectiveComplexity(_Complexity):
         if not 0 < self.mass <= 1:
             raise UsageError(f"EffectiveComplexity: mass={self.mass} is a share between 0 and 1")
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """(0, 1]; undefined for a zero map."""
         values: Tensor = magnitude(subject.map).flatten().sort(descending=True).values
         held = values.cumsum(0)
         if float(held[-1]) == 0:
-            return Measured.undefined(ZERO)
+            return MetricResult.undefined(ZERO)
         needed = int((held < self.mass * held[-1] * (1 - 1e-12)).sum()) + 1
-        return Measured(needed / len(values), notes={"voxels": needed})
+        return MetricResult(needed / len(values), notes={"voxels": needed})

@@ -22,16 +22,15 @@ __all__ += ["sobel_map"]
 class Control(Method, registered=False):
     """A map that does not depend on the network."""
 
+    produces = "input map"
     additive = False
+    units = "none: a control"
+
     needs_gradient = False
 
     def passes(self, objective: Objective) -> int:
         """None: the network is not asked."""
         return 0
-
-    @property
-    def units(self) -> str:
-        return "none: a control"
 
     def attribute(self, objective: Objective) -> Tensor:
         """The same map for every target (k, C, *spatial)."""

@@ -1,8 +1,7 @@
 """Does the target change as the map says when parts of the image are removed?
 
-Scores are ``F(x')`` of perturbed images through `esegeta_monai.engine.perturbation.scoring.change`, so that only
-touched windows are
-computed, for classification and segmentation alike. Differences are in units of ``|F(x) − F(x₀)|``, what the target
+Scores are ``F(x')`` of perturbed images through `esegeta_monai.engine.perturbation.scoring.score_changes`, so that
+only touched windows are computed, for classification and segmentation alike. Differences are in units of ``|F(x) − F(x₀)|``, what the target
 loses when everything is replaced, so that logits, probabilities and sums over voxels can be compared.
 """
 
@@ -18,10 +17,10 @@ import numpy as np
 from esegeta_monai.engine.baselines import baseline_for, noise_like
 from esegeta_monai.engine.perturbation.base import Added, Perturbations
 from esegeta_monai.engine.perturbation.boxes import Boxes
-from esegeta_monai.engine.perturbation.scoring import known_change
+from esegeta_monai.engine.perturbation.scoring import known_score_changes
 from esegeta_monai.engine.windows.plan import last_axes
 from esegeta_monai.errors import UsageError
-from esegeta_monai.metrics.base import Measured, Metric, Need, Subject, bootstrap, mean_interval
+from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, Need, bootstrap, mean_interval
 from esegeta_monai.metrics.removal import Removal, at_least, blind, check_parts, drawn_removals, removal_of
 from esegeta_monai.utils.registry import json_ready
 
@@ -54,14 +53,14 @@ class _Curve(Metric):
         at_least(self, "steps", self.steps, 2)
         at_least(self, "n_samples", self.n_samples, 1)
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """About 0 to 1 (below or above where the target overshoots)."""
         if not bool(subject.map.any()):
-            return Measured.undefined(ZERO)
+            return MetricResult.undefined(ZERO)
         areas, curves = [], []
         for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
             if blind(subject, removal.full):
-                return Measured.undefined(NOTHING)
+                return MetricResult.undefined(NOTHING)
             x, y = removal_curve(removal, self.steps, self.insert)
             areas.append(float(np.trapezoid(y, x)))
             curves.append(y)
@@ -119,11 +118,11 @@ def removal_curve(removal: Removal, steps: int, insert: bool) -> tuple[np.ndarra
 
 def _over_draws(
     values: Sequence[float], x: np.ndarray, curves: Sequence[np.ndarray], notes: dict[str, Any]
-) -> Measured:
+) -> MetricResult:
     """The mean over draws, of values and of curves."""
     low, high = mean_interval(values)
     curve = {"x": x.tolist(), "y": np.mean(curves, 0).tolist()}
-    return Measured(float(np.mean(values)), low, high, len(values), curve=curve, notes=notes)
+    return MetricResult(float(np.mean(values)), low, high, len(values), curve=curve, notes=notes)
 
 
 @dataclass(eq=False, repr=False)
@@ -158,14 +157,14 @@ class IROF(Metric):
         at_least(self, "steps", self.steps, 1)
         at_least(self, "n_samples", self.n_samples, 1)
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """About 0 to 1."""
         if not bool(subject.map.any()):
-            return Measured.undefined(ZERO)
+            return MetricResult.undefined(ZERO)
         areas, curves = [], []
         for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
             if blind(subject, removal.full):
-                return Measured.undefined(NOTHING)
+                return MetricResult.undefined(NOTHING)
             x, y = removal_curve(removal, self.steps, insert=False)
             areas.append(float((y[0] - y[1:]).mean()))
             curves.append(y)
@@ -202,15 +201,15 @@ class RegionPerturbation(Metric):
         at_least(self, "steps", self.steps, 1)
         at_least(self, "n_samples", self.n_samples, 1)
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """About 0 to 1."""
         if not bool(subject.map.any()):
-            return Measured.undefined(ZERO)
+            return MetricResult.undefined(ZERO)
         areas, curves = [], []
         for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
             full = removal.full
             if blind(subject, full):
-                return Measured.undefined(NOTHING)
+                return MetricResult.undefined(NOTHING)
             order = removal.order
             count = min(self.steps, len(order))
             coalitions = np.ones((count + 1, len(removal.features)), dtype=bool)
@@ -252,16 +251,16 @@ class FaithfulnessCorrelation(Metric):
         if not 0 < self.subset < 1:
             raise UsageError(f"FaithfulnessCorrelation: subset={self.subset} is a share between 0 and 1")
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[-1, 1]; undefined where the map gives the same to all sets (a zero map)."""
         removal = removal_of(subject, self.features, self.baseline)
         size = max(1, round(self.subset * len(removal.seen)))
         said, lost = said_and_lost(removal, size, self.n_samples, subject.need_objective().seed)
         value = correlation(said[None], lost[None])[0]
         if not math.isfinite(value):
-            return Measured.undefined("the map gives the same to all sets, or the target reacts to none")
+            return MetricResult.undefined("the map gives the same to all sets, or the target reacts to none")
         low, high = bootstrap(correlation, said, lost)
-        return Measured(float(value), low, high, len(said), notes={"subset_size": size})
+        return MetricResult(float(value), low, high, len(said), notes={"subset_size": size})
 
 
 @dataclass(eq=False, repr=False)
@@ -292,7 +291,7 @@ class SensitivityN(Metric):
         at_least(self, "n_samples", self.n_samples, 10)
         at_least(self, "sizes", self.sizes, 1)
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[-1, 1]; undefined for a zero map. The interval is over n."""
         removal = removal_of(subject, self.features, self.baseline)
         sizes = np.unique(np.round(np.geomspace(1, max(1, 0.8 * len(removal.seen)), self.sizes)).astype(int))
@@ -303,11 +302,11 @@ class SensitivityN(Metric):
             found.append(float(correlation(said[None], lost[None])[0]))
         known = [(s, c) for s, c in zip(sizes.tolist(), found) if math.isfinite(c)]
         if not known:
-            return Measured.undefined("the map gives the same to all sets, or the target reacts to none")
+            return MetricResult.undefined("the map gives the same to all sets, or the target reacts to none")
         values = [c for _, c in known]
         low, high = mean_interval(values)
         curve = {"x": [float(s) for s, _ in known], "y": values}
-        return Measured(float(np.mean(values)), low, high, len(values), curve=curve)
+        return MetricResult(float(np.mean(values)), low, high, len(values), curve=curve)
 
 
 def said_and_lost(removal: Removal, size: int, n_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -375,18 +374,18 @@ class Infidelity(Metric):
         if self.std <= 0:
             raise UsageError(f"Infidelity: std={self.std} must be above 0")
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]."""
         said, lost = self._noise(subject) if self.perturbation == "noise" else self._boxes(subject)
         if not np.any(lost):
-            return Measured.undefined(
+            return MetricResult.undefined(
                 "the target reacts to none of the perturbations: take larger boxes, or more noise"
             )
         value, beta = (float(v[0]) for v in self._relative(said[None], lost[None]))
         low, high = bootstrap(lambda s, d: self._relative(s, d)[0], said, lost)
         notes = {"infidelity": float(np.mean((beta * said - lost) ** 2)), "scale": beta}
         notes["without_scale"] = float(np.mean((said - lost) ** 2))
-        return Measured(value, low, high, len(said), notes=notes)
+        return MetricResult(value, low, high, len(said), notes=notes)
 
     def _relative(self, said: np.ndarray, lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(r, n) to value and β (r,)."""
@@ -397,7 +396,7 @@ class Infidelity(Metric):
         missed = ((beta[:, None] * said - lost) ** 2).sum(1)
         return np.divide(missed, energy, out=np.full_like(energy, np.nan), where=energy > 0), beta
 
-    def _boxes(self, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    def _boxes(self, subject: MetricInput) -> tuple[np.ndarray, np.ndarray]:
         objective, alone = subject.need_objective(), subject.alone
         key = ("reference", "whole", repr(json_ready(self.baseline)))
         reference = subject.once(
@@ -421,7 +420,7 @@ class Infidelity(Metric):
         said = [float(values[last_axes(box)].sum()) for box in boxes.boxes]
         return np.array(said), _lost(subject, boxes)
 
-    def _noise(self, subject: Subject) -> tuple[np.ndarray, np.ndarray]:
+    def _noise(self, subject: MetricInput) -> tuple[np.ndarray, np.ndarray]:
         objective = subject.need_objective()
         generator = objective.generator()
         said, lost = [], []
@@ -432,6 +431,6 @@ class Infidelity(Metric):
         return np.array(said), np.concatenate(lost)
 
 
-def _lost(subject: Subject, perturbations: Perturbations) -> np.ndarray:
+def _lost(subject: MetricInput, perturbations: Perturbations) -> np.ndarray:
     """``F(x) − F(x')`` of the subject's target, looked up where another map has been judged by the same."""
-    return -known_change(subject.need_objective(), perturbations)[subject.target].numpy()
+    return -known_score_changes(subject.need_objective(), perturbations)[subject.target].numpy()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.errors import MetricError, UsageError
-from esegeta_monai.metrics.base import Measured, Metric, Sign, Subject, magnitude
+from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, Sign, magnitude
 
 __all__ = ["DistanceProfile", "LocalisationAUC", "PointingGame", "RelevanceMass", "RelevanceRank", "TopKIntersection"]
 __all__ += ["SHELLS_MM", "distance_mm", "shells"]
@@ -34,7 +34,7 @@ class _Localisation(Metric):
     higher_is_better = True
     needs = frozenset({"label"})
 
-    def _parts(self, subject: Subject) -> tuple[Tensor, Tensor]:
+    def _parts(self, subject: MetricInput) -> tuple[Tensor, Tensor]:
         """Magnitude and label, flat."""
         assert subject.label is not None
         values = magnitude(subject.map, getattr(self, "sign")).flatten()  # noqa: B009 - a field of the subclasses
@@ -63,7 +63,7 @@ class PointingGame(_Localisation):
         if self.tolerance_mm < 0:
             raise UsageError(f"PointingGame: tolerance_mm={self.tolerance_mm} must be at least 0")
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]; a zero map misses."""
         values, label = self._parts(subject)
         if self.tolerance_mm > 0:
@@ -73,7 +73,9 @@ class PointingGame(_Localisation):
             label = near.to(label.device).flatten()
         strongest = values == values.max()
         hit = float(label[strongest].double().mean()) if float(values.max()) > 0 else 0.0
-        return Measured(hit, notes={"strongest_voxels": int(strongest.sum()), "chance": float(label.double().mean())})
+        return MetricResult(
+            hit, notes={"strongest_voxels": int(strongest.sum()), "chance": float(label.double().mean())}
+        )
 
 
 @dataclass(eq=False, repr=False)
@@ -90,12 +92,12 @@ class RelevanceMass(_Localisation):
     sign: Sign = "absolute"
     name: str | None = field(default=None, kw_only=True)
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]; a zero map has no mass anywhere: 0."""
         values, label = self._parts(subject)
         total = float(values.sum())
         mass = float(values[label].sum()) / total if total > 0 else 0.0
-        return Measured(mass, notes={"chance": float(label.double().mean())})
+        return MetricResult(mass, notes={"chance": float(label.double().mean())})
 
 
 @dataclass(eq=False, repr=False)
@@ -112,10 +114,12 @@ class RelevanceRank(_Localisation):
     sign: Sign = "absolute"
     name: str | None = field(default=None, kw_only=True)
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]; zeros of the map belong to no top: a zero map gets 0."""
         values, label = self._parts(subject)
-        return Measured(share_of_top(values, label, int(label.sum())), notes={"chance": float(label.double().mean())})
+        return MetricResult(
+            share_of_top(values, label, int(label.sum())), notes={"chance": float(label.double().mean())}
+        )
 
 
 @dataclass(eq=False, repr=False)
@@ -139,13 +143,13 @@ class TopKIntersection(_Localisation):
         if self.k <= 0:
             raise UsageError(f"TopKIntersection: k={self.k} must be above 0")
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]; where k is greater than the label, at most |label| / k (``best_possible`` in the notes)."""
         values, label = self._parts(subject)
         k = round(self.k) if self.k >= 1 else max(1, round(self.k * len(values)))
         k = min(k, len(values))
         best = min(1.0, int(label.sum()) / k)
-        return Measured(share_of_top(values, label, k), notes={"k": k, "best_possible": best})
+        return MetricResult(share_of_top(values, label, k), notes={"k": k, "best_possible": best})
 
 
 @dataclass(eq=False, repr=False)
@@ -163,19 +167,19 @@ class LocalisationAUC(_Localisation):
     sign: Sign = "absolute"
     name: str | None = field(default=None, kw_only=True)
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]; undefined for a zero map, and where the label fills the volume."""
         from scipy.stats import rankdata
 
         values, label = self._parts(subject)
         if not bool(values.any()):
-            return Measured.undefined("the map is zero everywhere")
+            return MetricResult.undefined("the map is zero everywhere")
         inside = label.cpu().numpy()
         n, m = int(inside.sum()), int((~inside).sum())
         if m == 0:
-            return Measured.undefined("the label fills the whole volume")
+            return MetricResult.undefined("the label fills the whole volume")
         ranks = rankdata(values.cpu().numpy())[inside].sum()
-        return Measured(float((ranks - n * (n + 1) / 2) / (n * m)))
+        return MetricResult(float((ranks - n * (n + 1) / 2) / (n * m)))
 
 
 @dataclass(eq=False, repr=False)
@@ -196,21 +200,21 @@ class DistanceProfile(_Localisation):
     sign: Sign = "absolute"
     name: str | None = field(default=None, kw_only=True)
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """mm; undefined for a zero map."""
         values, _ = self._parts(subject)
         assert subject.label is not None
         assert subject.spacing is not None
         total = float(values.sum())
         if total == 0:
-            return Measured.undefined("the map is zero everywhere")
+            return MetricResult.undefined("the map is zero everywhere")
         distance = distance_mm(subject.label, subject.spacing).to(values.device).flatten()
         profile = []
         for name, inside in shells(distance.reshape(subject.label.shape), subject.body):
             part, voxels = float(values[inside.flatten()].sum()) / total, int(inside.sum())
             density = part * len(values) / voxels if voxels else None
             profile.append({"shell": name, "voxels": voxels, "share": part, "density": density})
-        return Measured(float((distance * values).sum() / total), notes={"profile": profile})
+        return MetricResult(float((distance * values).sum() / total), notes={"profile": profile})
 
 
 def shells(distance: Tensor, body: Tensor | None = None) -> list[tuple[str, Tensor]]:

@@ -16,10 +16,10 @@ from torch import Tensor
 from esegeta_monai.engine.baselines import baseline_for
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.base import Added
-from esegeta_monai.engine.perturbation.scoring import change
+from esegeta_monai.engine.perturbation.scoring import score_changes
 from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.errors import MetricError, UsageError
-from esegeta_monai.metrics.base import Measured, Metric, Subject, mean_interval
+from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, mean_interval
 from esegeta_monai.metrics.faithfulness import NEEDS, NOTHING, ZERO
 from esegeta_monai.metrics.removal import at_least, blind, ranking
 from esegeta_monai.utils.registry import json_ready
@@ -45,17 +45,17 @@ class _Masked(Metric):
         super().__post_init__()
         baseline_for(self.baseline, local=True)
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """Undefined for a zero map: it shows nothing of the image, and the baseline may be likelier than the image."""
         if not bool(subject.map.any()):
-            return Measured.undefined(ZERO)
+            return MetricResult.undefined(ZERO)
         return self._judge(*self._probabilities(subject))
 
     @abstractmethod
-    def _judge(self, before: float, after: float) -> Measured:
+    def _judge(self, before: float, after: float) -> MetricResult:
         """By the target's probability at the image, and at the masked image."""
 
-    def _probabilities(self, subject: Subject) -> tuple[float, float]:
+    def _probabilities(self, subject: MetricInput) -> tuple[float, float]:
         """The target's probability at the image, and at the masked image."""
         objective = subject.once(("probability", subject.target), lambda: _as_probability(subject))
         reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
@@ -64,14 +64,14 @@ class _Masked(Metric):
             mask = unit_mask(subject.map).to(objective.image)
             delta = (mask - 1) * (objective.image - reference)
             before = float(objective.image_values()[0])
-            return before, before + float(change(objective, Added(delta[None]))[0, 0])
+            return before, before + float(score_changes(objective, Added(delta[None]))[0, 0])
 
         key = ("masked", subject.target, id(subject.map), repr(json_ready(self.baseline)))
         # the map is kept beside, so that its id is not given to another one
         return subject.once(key, lambda: (ask(), subject.map))[0]
 
 
-def _as_probability(subject: Subject) -> Objective:
+def _as_probability(subject: MetricInput) -> Objective:
     objective = subject.need_objective()
     score = objective.scores[subject.target]
     if not isinstance(score, WeightedScore) or score.class_index is None:
@@ -99,11 +99,11 @@ class AverageDrop(_Masked):
     meaning = "Share of the class's probability that is lost when only what the map shows is left of the image."
     higher_is_better = False
 
-    def _judge(self, before: float, after: float) -> Measured:
+    def _judge(self, before: float, after: float) -> MetricResult:
         """[0, 1]; undefined where the probability is 0, of which nothing can be lost."""
         if before <= 0:
-            return Measured.undefined("the probability is 0 already")
-        return Measured(max(0.0, before - after) / before, notes={"before": before, "after": after})
+            return MetricResult.undefined("the probability is 0 already")
+        return MetricResult(max(0.0, before - after) / before, notes={"before": before, "after": after})
 
 
 @dataclass(eq=False, repr=False)
@@ -119,9 +119,9 @@ class AverageIncrease(_Masked):
     higher_is_better = True
     proportion = True
 
-    def _judge(self, before: float, after: float) -> Measured:
+    def _judge(self, before: float, after: float) -> MetricResult:
         """0 or 1."""
-        return Measured(float(after > before), notes={"before": before, "after": after})
+        return MetricResult(float(after > before), notes={"before": before, "after": after})
 
 
 @dataclass(eq=False, repr=False)
@@ -136,11 +136,11 @@ class AverageGain(_Masked):
     meaning = "Share of what the class's probability lacked that is won when only what the map shows is left."
     higher_is_better = True
 
-    def _judge(self, before: float, after: float) -> Measured:
+    def _judge(self, before: float, after: float) -> MetricResult:
         """[0, 1]; undefined where the probability is 1 already."""
         if before >= 1:
-            return Measured.undefined("the probability is 1 already")
-        return Measured(max(0.0, after - before) / (1 - before), notes={"before": before, "after": after})
+            return MetricResult.undefined("the probability is 1 already")
+        return MetricResult(max(0.0, after - before) / (1 - before), notes={"before": before, "after": after})
 
 
 ITERATIONS = 2000
@@ -187,15 +187,15 @@ class ROAD(Metric):
         if self.order == "lerf":
             self.higher_is_better = False  # type: ignore[misc]
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """About -1 to 1. The interval is over the shares."""
         if not bool(subject.map.any()):
-            return Measured.undefined(ZERO)
+            return MetricResult.undefined(ZERO)
         objective = subject.alone
         reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
-        full = float(change(objective, Added((reference - objective.image)[None]))[0, 0])
+        full = float(score_changes(objective, Added((reference - objective.image)[None]))[0, 0])
         if blind(subject, full):
-            return Measured.undefined(NOTHING)
+            return MetricResult.undefined(NOTHING)
         strength = subject.per_channel.sum(0).flatten()
         strongest = ranking(strength, objective.seed)
         found: dict[str, list[float]] = {}
@@ -205,14 +205,16 @@ class ROAD(Metric):
         losses = np.array(list(found.values()))
         values = (losses[0] - losses[1]) / 2 if self.order == "combined" else losses[0]
         low, high = mean_interval(values)
-        return Measured(float(values.mean()), low, high, len(values), curve={"x": list(self.shares), **_renamed(found)})
+        return MetricResult(
+            float(values.mean()), low, high, len(values), curve={"x": list(self.shares), **_renamed(found)}
+        )
 
     def _loss(self, objective: Objective, ranked: Tensor, share: float) -> float:
         removed = torch.zeros(len(ranked), dtype=torch.bool, device=ranked.device)
         removed[ranked[: max(1, round(share * len(ranked)))]] = True
         removed = removed.reshape(objective.plan.spatial_shape)
         noisy = imputed(objective.image, removed, self.noise, objective.generator())
-        return -float(change(objective, Added((noisy - objective.image)[None]))[0, 0])
+        return -float(score_changes(objective, Added((noisy - objective.image)[None]))[0, 0])
 
 
 def _renamed(curves: dict[str, list[float]]) -> dict[str, list[float]]:

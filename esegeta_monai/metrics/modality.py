@@ -11,7 +11,7 @@ import torch
 from esegeta_monai.engine.baselines import baseline_for
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.methods.perturbation.shapley import ChannelShapley
-from esegeta_monai.metrics.base import Measured, Metric, Subject
+from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult
 from esegeta_monai.utils.registry import json_ready
 
 __all__ = ["MSFI", "ModalityImportance", "channel_importance"]
@@ -32,7 +32,7 @@ class _Modality(Metric):
         super().__post_init__()
         baseline_for(self.baseline)
 
-    def validate(self, subject: Subject) -> None:
+    def validate(self, subject: MetricInput) -> None:
         super().validate(subject)
         channels = subject.need_objective().image.shape[0]
         if channels < 2:
@@ -44,7 +44,7 @@ class _Modality(Metric):
             )
 
 
-def channel_importance(subject: Subject, baseline: Any) -> np.ndarray:
+def channel_importance(subject: MetricInput, baseline: Any) -> np.ndarray:
     """Exact Shapley values of the channels (C,), computed once for all targets and maps."""
     objective = subject.need_objective()
 
@@ -77,7 +77,7 @@ class ModalityImportance(_Modality):
         if self.correlation not in ("kendall", "pearson") or self.part not in ("positive", "signed"):
             raise UsageError(f"{self!r}: correlation is 'kendall' or 'pearson', part 'positive' or 'signed'")
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[-1, 1]; undefined where the map gives all channels the same."""
         from scipy.stats import kendalltau
 
@@ -86,9 +86,9 @@ class ModalityImportance(_Modality):
         said = values.flatten(1).sum(1).cpu().numpy()
         notes = {"map": said.tolist(), "shapley": truth.tolist()}
         if np.ptp(said) <= 1e-12 * np.abs(said).max(initial=0) or np.ptp(truth) == 0:
-            return Measured.undefined("the map, or the target, does not tell the channels apart")
+            return MetricResult.undefined("the map, or the target, does not tell the channels apart")
         found = kendalltau(said, truth).statistic if self.correlation == "kendall" else np.corrcoef(said, truth)[0, 1]
-        return Measured(float(found), notes=notes)
+        return MetricResult(float(found), notes=notes)
 
 
 @dataclass(eq=False, repr=False)
@@ -105,16 +105,16 @@ class MSFI(_Modality):
     meaning = "Share of the map that lies in the label, in the channels that matter to the network."
     needs = frozenset({"objective", "label"})
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]; a channel without positive values has no share in the label; undefined where no channel matters."""
         assert subject.label is not None
         weight = np.maximum(channel_importance(subject, self.baseline), 0)
         if not weight.any():
-            return Measured.undefined("no channel raises the target")
+            return MetricResult.undefined("no channel raises the target")
         weight = weight / weight.max()
         values = subject.map.double().clamp(min=0)
         inside = values[:, subject.label.to(values.device)].sum(1).cpu().numpy()
         total = values.flatten(1).sum(1).cpu().numpy()
         share = np.divide(inside, total, out=np.zeros_like(total), where=total > 0)
         notes = {"share": share.tolist(), "weight": weight.tolist()}
-        return Measured(float((weight * share).sum() / weight.sum()), notes=notes)
+        return MetricResult(float((weight * share).sum() / weight.sum()), notes=notes)

@@ -22,7 +22,7 @@ from esegeta_monai.engine.network.model import is_scripted
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.errors import MetricError, UsageError
-from esegeta_monai.metrics.base import Measured, Metric, Subject, magnitude, mean_interval
+from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, magnitude, mean_interval
 from esegeta_monai.metrics.removal import at_least
 from esegeta_monai.metrics.robustness import explained
 from esegeta_monai.utils.tensors import bounding_box
@@ -159,22 +159,22 @@ class _Randomised(Metric):
         at_least(self, "n_samples", self.n_samples, 1)
         _check(self.similarity)
 
-    def _stages(self, subject: Subject, cascading: bool) -> Measured:
+    def _stages(self, subject: MetricInput, cascading: bool) -> MetricResult:
         objective = subject.need_objective()
         key = ("randomised", cascading, id(subject.method), self.stages, self.n_samples, self.similarity)
         layers, found, zero = subject.once(key, lambda: self._compare(subject, objective, cascading))
         if zero[subject.target]:
-            return Measured.undefined(ZERO)
+            return MetricResult.undefined(ZERO)
         values = found[subject.target]  # (n_samples, stages)
         low, high = mean_interval(values.mean(1))
         share = [i / len(layers) for i in range(1, len(layers) + 1)]
         first = [0.0] if cascading else []
         curve = {"x": [*first, *share], "y": [*(1.0 for _ in first), *values.mean(0).tolist()]}
         notes = {"stages": [{"layers": part} for part in layers], "last": float(values[:, -1].mean())}
-        return Measured(float(values.mean()), low, high, len(values), curve=curve, notes=notes)
+        return MetricResult(float(values.mean()), low, high, len(values), curve=curve, notes=notes)
 
     def _compare(
-        self, subject: Subject, objective: Objective, cascading: bool
+        self, subject: MetricInput, objective: Objective, cascading: bool
     ) -> tuple[list[list[str]], np.ndarray, list[bool]]:
         """Layers of each stage, similarities (k, n_samples, stages), and which maps are zero."""
         base = subject.once(("explained", id(subject.method)), lambda: explained(subject, objective))
@@ -189,7 +189,7 @@ class _Randomised(Metric):
                 found[:, sample, stage] = self._likeness(subject, base, layers, sample)
         return parts, found, [not bool(b.any()) for b in base]
 
-    def _likeness(self, subject: Subject, base: Tensor, layers: Sequence[str], sample: int) -> list[float]:
+    def _likeness(self, subject: MetricInput, base: Tensor, layers: Sequence[str], sample: int) -> list[float]:
         """Of each target's map to that with these layers random; the first stage is the same in both orders."""
         objective = subject.need_objective()
 
@@ -219,7 +219,7 @@ class CascadingRandomisation(_Randomised):
 
     meaning = "Mean similarity of the map to those of the same network with more and more random weights; 1: it fails."
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[-1, 1]; the curve's x is the share of stages that are random."""
         return self._stages(subject, cascading=True)
 
@@ -234,7 +234,7 @@ class IndependentRandomisation(_Randomised):
 
     meaning = "Mean similarity of the map to those of the same network with one stage of layers random; 1: it fails."
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[-1, 1]; the curve's x is the stage, from the output to the input."""
         return self._stages(subject, cascading=False)
 
@@ -263,7 +263,7 @@ class RandomLogit(Metric):
         at_least(self, "n_samples", self.n_samples, 1)
         _check(self.similarity)
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[-1, 1]; undefined for a zero map. Raises where there is no other class."""
         objective, alone = subject.need_objective(), subject.alone
         score, n = objective.scores[subject.target], objective.n_classes
@@ -273,11 +273,11 @@ class RandomLogit(Metric):
         chosen = np.random.default_rng(objective.seed).permutation(others)[: self.n_samples].tolist()
         base = subject.once(("explained", id(subject.method)), lambda: explained(subject, objective))[subject.target]
         if not bool(base.any()):
-            return Measured.undefined(ZERO)
+            return MetricResult.undefined(ZERO)
         maps = explained(subject, alone.with_scores([score.altered(n, class_index=c) for c in chosen]))
         found = [similarity(base, m, self.similarity) for m in maps]
         low, high = mean_interval(found)
-        return Measured(float(np.mean(found)), low, high, len(found), notes={"classes": chosen})
+        return MetricResult(float(np.mean(found)), low, high, len(found), notes={"classes": chosen})
 
 
 @dataclass(eq=False, repr=False)
@@ -312,20 +312,20 @@ class DataRandomisation(Metric):
         named = type(self.network).__name__ if isinstance(self.network, nn.Module) else self.network
         return {"network": None if named is None else Path(str(named)).name, "similarity": self.similarity}
 
-    def validate(self, subject: Subject) -> None:
+    def validate(self, subject: MetricInput) -> None:
         super().validate(subject)
         if self.network is None:
             raise MetricError("DataRandomisation needs a second network, trained on random labels: network=FILE")
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """[-1, 1]; undefined for a zero map."""
         objective = subject.need_objective()
         base = subject.once(("explained", id(subject.method)), lambda: explained(subject, objective))
         if not bool(base[subject.target].any()):
-            return Measured.undefined(ZERO)
+            return MetricResult.undefined(ZERO)
         with exchanged(objective.model.network, self._second(objective.model.network)):
             maps = explained(subject, objective.at(objective.image))
-        return Measured(similarity(base[subject.target], maps[subject.target], self.similarity))
+        return MetricResult(similarity(base[subject.target], maps[subject.target], self.similarity))
 
     def _second(self, network: nn.Module) -> dict[str, Tensor]:
         if isinstance(self.network, nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esegeta_monai.metrics.base import Subject, magnitude
+from esegeta_monai.metrics.base import MetricInput, magnitude
 from esegeta_monai.metrics.localisation import distance_mm, shells
 
 __all__ = ["OUTSIDE_ALARM", "region_table"]
@@ -21,7 +21,7 @@ OUTSIDE_ALARM = 0.1
 
 
 def region_table(
-    subject: Subject,
+    subject: MetricInput,
     *,
     regions: Tensor | None = None,
     names: Mapping[int, str] | None = None,

@@ -1,7 +1,7 @@
 """The parts of an image that metrics remove, and what a map says about each of them.
 
 Metrics that remove parts share their features, reference images and scores: a perturbation that another method's map
-has been judged by is looked up (`esegeta_monai.engine.perturbation.scoring.known_change`).
+has been judged by is looked up (`esegeta_monai.engine.perturbation.scoring.known_score_changes`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from esegeta_monai.engine.feature_masks import Features, Grid, features_for
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.game import is_feature_mean, reference_image
 from esegeta_monai.engine.perturbation.masks import Segments
-from esegeta_monai.engine.perturbation.scoring import known_change
+from esegeta_monai.engine.perturbation.scoring import known_score_changes
 from esegeta_monai.errors import MetricError, UsageError
-from esegeta_monai.metrics.base import Subject
+from esegeta_monai.metrics.base import MetricInput
 from esegeta_monai.utils.registry import json_ready
 
 __all__ = ["Removal", "blind", "check_parts", "drawn_removals", "ranking", "removal_of", "value_of"]
@@ -78,7 +78,7 @@ class Removal:
         return self._change(self.objective, coalitions)[self.row].numpy()
 
     def _change(self, objective: Objective, coalitions: np.ndarray) -> Tensor:
-        return known_change(objective, self.segments.with_coalitions(coalitions))
+        return known_score_changes(objective, self.segments.with_coalitions(coalitions))
 
     @cached_property
     def means(self) -> Tensor:
@@ -109,7 +109,7 @@ def ranking(values: Tensor, seed: int) -> Tensor:
     return drawn[torch.argsort(values[drawn], descending=True, stable=True)]
 
 
-def drawn_removals(subject: Subject, features: Any, baseline: Any, n_samples: int) -> Iterator[Removal]:
+def drawn_removals(subject: MetricInput, features: Any, baseline: Any, n_samples: int) -> Iterator[Removal]:
     """`removal_of` for several draws of a random baseline and of the order of features that the map says the same of;
     one where neither is left to chance."""
     for draw in range(n_samples):
@@ -119,7 +119,7 @@ def drawn_removals(subject: Subject, features: Any, baseline: Any, n_samples: in
             return
 
 
-def removal_of(subject: Subject, features: Any, baseline: Any, draw: int = 0) -> Removal:
+def removal_of(subject: MetricInput, features: Any, baseline: Any, draw: int = 0) -> Removal:
     """The features of a subject's image and what its map says of them.
 
     Args:
@@ -178,13 +178,13 @@ def _seen(objective: Objective, features: Features) -> np.ndarray:
     return found[found >= 0]
 
 
-def value_of(subject: Subject) -> float:
+def value_of(subject: MetricInput) -> float:
     """``F(x)`` of the subject's target, asked once for all maps."""
     objective = subject.need_objective()
     return float(subject.once("values", lambda: objective.image_values().cpu())[subject.target])
 
 
-def blind(subject: Subject, full: float) -> bool:
+def blind(subject: MetricInput, full: float) -> bool:
     """Whether ``F(x₀) − F(x)`` is no more than the image's precision lets be seen, a hundred of its last digit of F: in
     units of it every loss would be rounding."""
     value = value_of(subject)

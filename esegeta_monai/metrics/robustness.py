@@ -18,7 +18,7 @@ from esegeta_monai.engine.baselines import per_channel
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.run import run
-from esegeta_monai.metrics.base import Measured, Metric, Subject, bootstrap, mean_interval
+from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, bootstrap, mean_interval
 from esegeta_monai.metrics.removal import at_least
 
 __all__ = ["AverageSensitivity", "LocalLipschitz", "MaxSensitivity", "RelativeInputStability"]
@@ -44,14 +44,14 @@ class Neighbours:
     input_norm: float
 
 
-def explained(subject: Subject, objective: Objective) -> Tensor:
+def explained(subject: MetricInput, objective: Objective) -> Tensor:
     """The method's maps (k, C, *spatial) at an objective's image, float64."""
     method = subject.method
     assert method is not None
     return run(method, objective).maps.double()
 
 
-def neighbours(subject: Subject, radius: float, n_samples: int) -> Neighbours:
+def neighbours(subject: MetricInput, radius: float, n_samples: int) -> Neighbours:
     """Explanations at x + ε, ε uniform on ``±radius`` times each channel's standard deviation, against that at x."""
     objective, method = subject.need_objective(), subject.method
     assert method is not None
@@ -61,7 +61,7 @@ def neighbours(subject: Subject, radius: float, n_samples: int) -> Neighbours:
     )
 
 
-def values_near(subject: Subject, radius: float, n_samples: int) -> np.ndarray:
+def values_near(subject: MetricInput, radius: float, n_samples: int) -> np.ndarray:
     """``|F(x') − F(x)|`` of the images of `neighbours` (k, n): no method has a part in it, so once for all maps."""
     objective = subject.need_objective()
 
@@ -81,7 +81,7 @@ def _noise(objective: Objective, radius: float, n_samples: int) -> Iterator[Tens
         yield (torch.rand(image.shape, generator=generator, dtype=torch.float32) * 2 - 1).to(image) * scale
 
 
-def _neighbours(subject: Subject, objective: Objective, base: Tensor, radius: float, n_samples: int) -> Neighbours:
+def _neighbours(subject: MetricInput, objective: Objective, base: Tensor, radius: float, n_samples: int) -> Neighbours:
     image = objective.image
     rows: dict[str, list[np.ndarray | float]] = {k: [] for k in ("maps", "relative", "inputs", "shares")}
     for noise in _noise(objective, radius, n_samples):
@@ -130,20 +130,20 @@ class _Robustness(Metric):
     def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
         """The ratio of each noisy image (n,) for target k."""
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; undefined for a zero map, and for a constant image, near which there is no noise."""
         found, k = neighbours(subject, self.radius, self.n_samples), subject.target
         return self._says_nothing(found, k) or self._sum_up(self._ratio(found, k))
 
-    def _says_nothing(self, found: Neighbours, k: int) -> Measured | None:
+    def _says_nothing(self, found: Neighbours, k: int) -> MetricResult | None:
         if found.norm[k] == 0:
-            return Measured.undefined(ZERO)
-        return None if found.inputs.all() else Measured.undefined(CONSTANT)
+            return MetricResult.undefined(ZERO)
+        return None if found.inputs.all() else MetricResult.undefined(CONSTANT)
 
-    def _sum_up(self, ratio: np.ndarray) -> Measured:
+    def _sum_up(self, ratio: np.ndarray) -> MetricResult:
         """The greatest of the samples; its interval by bootstrap never reaches above it, which is stated."""
         low, high = bootstrap(lambda s: s.max(1), ratio)
-        return Measured(float(ratio.max()), low, high, len(ratio), notes={"mean": float(ratio.mean())})
+        return MetricResult(float(ratio.max()), low, high, len(ratio), notes={"mean": float(ratio.mean())})
 
 
 @dataclass(eq=False, repr=False)
@@ -177,8 +177,8 @@ class AverageSensitivity(_Sensitivity):
     reference = "Yeh et al., NeurIPS 2019, arXiv:1901.09392; Bhatt et al., IJCAI 2020, arXiv:2005.00631"
     meaning = "Mean relative change of the map under small noise on the image; small: stable."
 
-    def _sum_up(self, ratio: np.ndarray) -> Measured:
-        return Measured(float(ratio.mean()), *mean_interval(ratio), n=len(ratio))
+    def _sum_up(self, ratio: np.ndarray) -> MetricResult:
+        return MetricResult(float(ratio.mean()), *mean_interval(ratio), n=len(ratio))
 
 
 @dataclass(eq=False, repr=False)
@@ -244,7 +244,7 @@ class RelativeOutputStability(_Robustness):
         if self.least <= 0:
             raise UsageError(f"RelativeOutputStability: least={self.least} must be above 0")
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; undefined for a zero map or a constant image, or where the target is zero."""
         found, k = neighbours(subject, self.radius, self.n_samples), subject.target
         nothing = self._says_nothing(found, k)
@@ -252,7 +252,7 @@ class RelativeOutputStability(_Robustness):
             return nothing
         value = abs(float(subject.need_objective().image_values()[k]))
         if value == 0:
-            return Measured.undefined("the target is zero at the image")
+            return MetricResult.undefined("the target is zero at the image")
         changed = np.maximum(values_near(subject, self.radius, self.n_samples)[k] / value, self.least)
         return self._sum_up(self._ratio(found, k) / changed)
 

@@ -1,9 +1,9 @@
-"""What is explained: a prediction becomes a scalar."""
+"""Targets: which scalar of the prediction is explained, and the public names for writing one."""
 
 from __future__ import annotations
 
 from esegeta_monai.engine.score import Case, Score, WeightedScore
-from esegeta_monai.targets.base import TARGETS, Target
+from esegeta_monai.targets.base import TARGETS, Target, need_map, resolve_class
 from esegeta_monai.targets.classes import ClassScore, MultiClassMask, PredictedClasses, ThresholdMask
 from esegeta_monai.targets.neuron import LayerNeuron
 from esegeta_monai.targets.regions import Box, Component, Errors, LabelMask, OutputValue, Voxel
@@ -27,4 +27,6 @@ __all__ = [
     "ThresholdMask",
     "Voxel",
     "WeightedScore",
+    "need_map",
+    "resolve_class",
 ]

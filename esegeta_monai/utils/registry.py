@@ -10,6 +10,7 @@ import ast
 import difflib
 import inspect
 import re
+from abc import ABCMeta
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -57,8 +58,24 @@ def _without_folders(value: Any) -> Any:
     return {k: _without_folders(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-class Configurable:
-    """A named object whose parameters are those of its ``__init__``.
+class _Checked(ABCMeta):
+    """Checks the parameters of every new instance, whether its class is a dataclass or has its own ``__init__``."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        instance = super().__call__(*args, **kwargs)
+        if "given_name" not in vars(instance):
+            Configurable.__post_init__(instance)
+        return instance
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of ``__init__``, not of ``__call__`` above."""
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+class Configurable(metaclass=_Checked):
+    """A named object whose parameters are those of its ``__init__``, checked against their annotations.
 
     ``name`` is what files and pictures call it: the class name unless the user gives one.
     """
@@ -209,10 +226,7 @@ class Registry(Generic[T]):
 
     def _build(self, cls: type[T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
         try:
-            created = cls(*args, **kwargs)
-            if getattr(created, "name", None) is None:  # written outside, not as a dataclass
-                Configurable.__post_init__(created)
-            return created
+            return cls(*args, **kwargs)
         except EsegetaError:
             raise
         except (TypeError, ValueError) as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esegeta_monai.errors import UsageError
 
-__all__ = ["as_declared", "fit_parameters", "number"]
+__all__ = ["as_declared", "check_stated", "fit_parameters", "is_family", "number"]
 
 UNFIT: Final = object()
 """What `as_declared` gives for a value of another kind."""
@@ -28,18 +28,20 @@ SEVERAL = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def fit_parameters(owner: Any, names: Sequence[str]) -> None:
-    """Sees to it that attributes of a dataclass are what its annotations say; whole floats become whole numbers.
+    """Check parameters against their annotations, in the class or in ``__init__``; whole floats become whole numbers.
 
-    Only numbers, texts, choices, files, tensors and sequences of them are looked at: what a class takes in more forms,
-    or makes something of, is its own business.
+    Only numbers, texts, choices, files, tensors and sequences of them are checked; a parameter of any other type is
+    the class's own to check.
 
     Raises:
-        UsageError: one is of another kind, or a number is NaN.
+        UsageError: a value is of another type, a number is NaN, or ``__init__`` does not keep a parameter.
     """
     cls: Any = type(owner)
     hints: dict[str, Any] = _hints(cls)
     for name in names:
-        value = getattr(owner, name, None)
+        if not hasattr(owner, name):
+            raise UsageError(f"{cls.__name__}: __init__ must keep its parameter as self.{name}, for records and copies")
+        value = getattr(owner, name)
         found = as_declared(value, hints.get(name, Any))
         if found is UNFIT:
             text = " ".join(repr(value).split())
@@ -47,6 +49,35 @@ def fit_parameters(owner: Any, names: Sequence[str]) -> None:
             raise UsageError(f"{cls.__name__}: {name}={shown}: give {_words(hints[name])}")
         if found is not value:
             setattr(owner, name, found)
+
+
+def check_stated(cls: type, hints: Mapping[str, Any]) -> None:
+    """Check class attributes that every class must state, when the class is defined.
+
+    A family base (see `is_family`) may leave them open; what it states is checked all the same. Text may be a property.
+
+    Raises:
+        UsageError: one is missing or of another type; names class, attribute and permitted values.
+    """
+    for name, hint in hints.items():
+        value = getattr(cls, name, UNFIT)
+        computed = hint is str and isinstance(value, (property, functools.cached_property))
+        permitted = f"give {_words(hint)}" + (" or a property" if hint is str else "")
+        if value is UNFIT or getattr(value, "__isabstractmethod__", False):
+            if not is_family(cls, ignore=hints):
+                raise UsageError(f"{cls.__name__}.{name} is missing: {permitted}")
+        elif not computed and as_declared(value, hint) is not value:
+            raise UsageError(f"{cls.__name__}.{name}={value!r}: {permitted}")
+
+
+def is_family(cls: type, ignore: Collection[str] = ()) -> bool:
+    """Whether a class is a base of others only: an abstract one, or one whose name begins with ``_``.
+
+    Args:
+        ignore: abstract attributes that do not count.
+    """
+    abstract = (n for n in dir(cls) if getattr(getattr(cls, n, None), "__isabstractmethod__", False))
+    return cls.__name__.startswith("_") or any(n not in ignore for n in abstract)
 
 
 def number(name: str, value: Any, hint: Any, above: float) -> Any:
@@ -135,8 +166,11 @@ def _words(hint: Any) -> str:
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    """The annotations of a class; none where they name what is not there when it runs."""
-    try:
-        return get_type_hints(cls)
-    except NameError:
-        return {}
+    """The annotations of ``__init__`` and of the class; none where they name what is not there when it runs."""
+    hints: dict[str, Any] = {}
+    for annotated in (cls.__init__, cls):
+        try:
+            hints |= get_type_hints(annotated)
+        except NameError:
+            continue
+    return hints

@@ -1,7 +1,8 @@
-"""Methods and targets written outside the package: in a bundle's scripts/, and in another installed package."""
+"""Methods, targets and metrics from outside the package: a bundle's scripts/, and another installed package."""
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from pathlib import Path
@@ -15,16 +16,17 @@ import esegeta_monai.bundle
 from esegeta_monai import Explainer
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.cli.main import main
+from esegeta_monai.engine.rules import RULES, registration
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS
+from esegeta_monai.metrics.base import METRICS, MetricInput
 from esegeta_monai.targets.base import TARGETS
 from tests.bundle import oblique
 from tests.support_cli import make_bundle, make_scan, run_json, statuses
 
 METHOD = '''
 from dataclasses import dataclass, field
-from esegeta_monai.methods import Explained, Method
-from esegeta_monai.engine.objective import InputGradient
+from esegeta_monai.methods import Explained, InputGradient, Method
 
 
 @dataclass(eq=False, repr=False)
@@ -37,6 +39,9 @@ class SteepGradient(Method):
 
     reference = "nobody 2030"
     aliases = ("steep",)
+    produces = "input map"
+    additive = False
+    units = "target per unit of image intensity"
     factor: float = 2.0
     name: str | None = field(default=None, kw_only=True)
 
@@ -50,6 +55,10 @@ from esegeta_monai.methods import Method
 
 class OnlyGradient(Method):
     """Not a dataclass."""
+
+    produces = "input map"
+    additive = False
+    units = "target per unit of image intensity"
 
     def __init__(self, sign: int = 1, name=None):
         self.sign, self.name = sign, name
@@ -74,11 +83,40 @@ class Corner(Target):
         return Box(self.class_index, (0,) * 3, (self.size,) * 3, name="Corner").bind(prediction, case)
 '''
 
+METRIC = '''
+from dataclasses import dataclass, field
+from esegeta_monai.metrics import Metric, MetricResult, magnitude
+
+
+@dataclass(eq=False, repr=False)
+class CentreDistance(Metric):
+    """How far the map's centre of mass lies from the middle of the image.
+
+    Args:
+        power: of the values.
+    """
+
+    group = "localisation"
+    aliases = ("centre",)
+    higher_is_better = False
+    meaning = "voxels from the middle of the image to the map's centre of mass"
+    power: float = 1.0
+    name: str | None = field(default=None, kw_only=True)
+
+    def measure(self, subject):
+        values = magnitude(subject.map) ** self.power
+        where = values.nonzero().double()
+        weights = values[values != 0]
+        centre = (where * weights[:, None]).sum(0) / weights.sum()
+        middle = (centre.new_tensor(values.shape) - 1) / 2
+        return MetricResult(float((centre - middle).norm()))
+'''
+
 
 @pytest.fixture(autouse=True)
 def _nothing_stays(monkeypatch):
     """Scripts and classes that a test brings are gone after it."""
-    for registry in (METHODS, TARGETS):
+    for registry in (METHODS, TARGETS, METRICS):
         list(registry)  # entry points are loaded
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     before = set(sys.modules)
@@ -158,6 +196,66 @@ def test_a_bundle_s_own_are_run_by_the_overlay(tmp_path):
     assert abs(read["SteepGradient"] / 3 - read["four"] / 4).max() <= 1e-5 * largest
 
 
+def judged(output: Path) -> dict[str, float]:
+    """Values by metric, of the one map that was judged."""
+    with open(output / "metrics.csv", newline="", encoding="utf-8") as file:
+        return {row["metric"]: float(row["value"]) for row in csv.DictReader(file)}
+
+
+def test_a_bundle_s_metric_is_listed_and_found_by_command_and_overlay(tmp_path, capsys):
+    scan = oblique.write_scan(tmp_path / "scans" / "alpha.nii.gz", 0)
+    bundle = oblique.write(tmp_path / "b", oblique.config([scan], tmp_path / "b" / "eval"))
+    (bundle / "scripts").mkdir()
+    (bundle / "scripts" / "distance.py").write_text(METRIC)
+    assert run("metrics", "--bundle", bundle, "--json") == 0
+    entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert entries["CentreDistance"]["parameters"] == {"power": 1.0}
+    assert entries["CentreDistance"]["aliases"] == ["centre"]
+    metrics = "CentreDistance,centre(power=2, name='Squared')"
+    what = ["--methods", "Saliency", "--target", "MultiClassMask(class_index=1)", "--metrics", metrics, "--no-controls"]
+    assert run("evaluate", "--bundle", bundle, "--input", scan, "--output", tmp_path / "out", *what) == 0
+    by_command = judged(tmp_path / "out")
+    assert set(by_command) == {"CentreDistance", "Squared"}
+    assert by_command["CentreDistance"] > 0
+    assert by_command["CentreDistance"] != by_command["Squared"]
+    overlay = Path(esegeta_monai.bundle.__file__).parent / "explain_metrics.json"
+    monai.bundle.run(
+        config_file=[str(bundle / "configs" / "inference.json"), str(overlay)],
+        bundle_root=str(bundle),
+        explain_methods="Saliency",
+        explain_targets="MultiClassMask(class_index=1)",
+        explain_metrics=[
+            {"_target_": "scripts.distance.CentreDistance"},
+            "centre(power=2, name='Squared')",
+        ],
+        **{"explain_metrics_handler#controls": False},
+    )
+    assert judged(bundle / "eval") == by_command
+
+
+def test_a_bundle_s_metric_measures(tmp_path):
+    register_extensions(bundle_with(tmp_path / "b", distance=METRIC))
+    values = torch.zeros(1, 9, 9)
+    values[0, 4, 7], values[0, 4, 1] = 3.0, -1.0
+    assert METRICS.create("centre").update(MetricInput(values)).value == pytest.approx(1.5)  # (3·3 − 1·3) / 4
+    with pytest.raises(UsageError, match=r"^CentreDistance: power='x': give a number$"):
+        METRICS.get("centre")("x")
+
+
+def test_a_bundle_s_backward_rule_is_a_word_of_composites(tmp_path, monkeypatch):
+    monkeypatch.setattr("esegeta_monai.engine.rules.registration.RULES", dict(RULES))
+    monkeypatch.setattr("esegeta_monai.engine.rules.composites.RULES", registration.RULES)
+    lrp = "LRP(composite={'convolution': 'Absolute', 'dense': 'Epsilon'})"
+    with pytest.raises(UsageError, match="unknown rule 'Absolute'"):
+        METHODS.create(lrp)
+    rule = Path(__file__).parents[2] / "docs" / "examples" / "backward_rule.py"
+    bundle = bundle_with(tmp_path / "b", rule=rule.read_text())
+    scan, output = make_scan(tmp_path / "s.nii.gz"), tmp_path / "out"
+    words = ["--bundle", bundle, "--input", scan, "--output", output, "--target", "MultiClassMask(1)"]
+    assert run("explain", *words, "--methods", lrp) == 0
+    assert set(statuses(output).values()) == {"ok"}
+
+
 def test_as_a_config_from_python(tmp_path):
     register_extensions(bundle_with(tmp_path / "b", mine=METHOD, corner=TARGET))
     network = torch.nn.Conv3d(1, 2, 3, padding=1)
@@ -178,6 +276,9 @@ def test_what_is_wrong_is_named(tmp_path, capsys):
     broken = bundle_with(tmp_path / "a", mine="import esegeta_monai\nimport not_there_at_all\n")
     assert run("methods", "--bundle", broken) == 2
     assert "scripts/mine.py of the bundle cannot be imported: ModuleNotFoundError" in capsys.readouterr().err
+    vague = bundle_with(tmp_path / "c", mine=METHOD.replace('"input map"', '"input"'))
+    assert run("methods", "--bundle", vague) == 2
+    assert "cannot be imported: SteepGradient.produces='input': give 'input map'," in capsys.readouterr().err
     taken = bundle_with(tmp_path / "b", mine=METHOD.replace("SteepGradient", "Saliency"))
     with pytest.raises(UsageError, match=r"'Saliency' is taken by esegeta_monai\.methods"):
         register_extensions(taken)
@@ -185,27 +286,34 @@ def test_what_is_wrong_is_named(tmp_path, capsys):
 
 
 def test_an_installed_package_announces_its_own(tmp_path, monkeypatch, capsys):
-    """A distribution on the path whose entry points name a method and a target."""
+    """A distribution on the path whose entry points name a method, a target and a metric."""
     site = tmp_path / "site"
     (site / "outside").mkdir(parents=True)
     (site / "outside" / "__init__.py").write_text("")
     (site / "outside" / "methods.py").write_text(METHOD)
     (site / "outside" / "targets.py").write_text(TARGET)
+    (site / "outside" / "metrics.py").write_text(METRIC)
     info = site / "outside-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[esegeta_monai.methods]\nsteep-gradient = outside.methods:SteepGradient\n\n"
-        "[esegeta_monai.targets]\ncorner = outside.targets:Corner\n"
+        "[esegeta_monai.targets]\ncorner = outside.targets:Corner\n\n"
+        "[esegeta_monai.metrics]\ncentre-distance = outside.metrics:CentreDistance\n"
     )
     monkeypatch.syspath_prepend(str(site))
-    for registry in (METHODS, TARGETS):  # as in a process that has not looked yet
+    for registry in (METHODS, TARGETS, METRICS):  # as in a process that has not looked yet
         monkeypatch.setattr(registry, "_others_loaded", False)
     assert run("methods", "--json") == 0
     assert "SteepGradient" in {entry["name"] for entry in json.loads(capsys.readouterr().out)}
     assert run("targets", "--json") == 0
     assert "Corner" in {entry["name"] for entry in json.loads(capsys.readouterr().out)}
+    assert run("metrics", "--json") == 0
+    assert "CentreDistance" in {entry["name"] for entry in json.loads(capsys.readouterr().out)}
     bundle, scan = make_bundle(tmp_path / "b"), make_scan(tmp_path / "s.nii.gz")
     words = ["--methods", "steep-gradient,SteepGradient(factor=3, name='Steeper')", "--target", "Corner(2)"]
     assert run("explain", "--bundle", bundle, "--input", scan, "--output", tmp_path / "out", *words) == 0
     assert set(statuses(tmp_path / "out").values()) == {"ok"}
+    words = ["--methods", "Saliency", "--target", "Corner(2)", "--metrics", "centre-distance", "--no-controls"]
+    assert run("evaluate", "--bundle", bundle, "--input", scan, "--output", tmp_path / "judged", *words) == 0
+    assert judged(tmp_path / "judged")["CentreDistance"] > 0

@@ -14,7 +14,7 @@ from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.boxes import Boxes
-from esegeta_monai.engine.perturbation.scoring import change
+from esegeta_monai.engine.perturbation.scoring import score_changes
 from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.errors import MethodError
 from esegeta_monai.methods import GradCam, InputXGradient, IntegratedGradients, Saliency, run
@@ -193,7 +193,7 @@ def test_change_equals_naive(shape, padding_mode, norm, output):
     stops = [(min(a + 4, shape[0]), min(b + 4, shape[1])) for a, b in starts]
     boxes = Boxes(starts, stops, torch.full_like(image, 0.3))
     with frozen(net):
-        mine = change(o, boxes)
+        mine = score_changes(o, boxes)
     for k, score in enumerate(o.scores):
         assert_equal(mine[k], naive_change(net, image, inferer, score, boxes))
 
@@ -204,7 +204,7 @@ def test_a_box_that_changes_nothing_costs_nothing():
     image[:, :3] = 0.5
     o, _ = objective(net, image, SimpleInferer(), [MultiClassMask(1)])
     with frozen(net):
-        found = change(o, Boxes([(0, 0), (4, 4)], [(3, 8), (6, 6)], 0.5))
+        found = score_changes(o, Boxes([(0, 0), (4, 4)], [(3, 8), (6, 6)], 0.5))
     assert found[0, 0] == 0
     assert found[0, 1] != 0
     assert o.monitor.passes == 2  # the unperturbed window and one box

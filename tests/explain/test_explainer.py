@@ -316,6 +316,9 @@ def test_a_given_prediction_is_not_computed_again() -> None:
 class Misses(Method):
     """A map with a completeness gap for each target."""
 
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
     gap_advice = "take more of them"
     gaps: Sequence[float | None] = ()
     name: str | None = field(default=None, kw_only=True)
@@ -340,6 +343,10 @@ def test_a_completeness_gap_above_five_percent_is_warned_of_whatever_the_method(
 
 class Slow(Method):
     """Takes its time, looking at the clock between windows as all methods do."""
+
+    produces = "input map"
+    additive = False
+    units = "target per unit of image intensity"
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name

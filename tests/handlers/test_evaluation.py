@@ -23,7 +23,7 @@ from esegeta_monai.bundle.overlay import METRICS_OVERLAY, fitted_overlay, shippe
 from esegeta_monai.cli.main import main
 from esegeta_monai.errors import UsageError
 from esegeta_monai.handlers import EvaluationHandler, ExplanationHandler
-from esegeta_monai.metrics import Measured, Metric, Subject
+from esegeta_monai.metrics import Metric, MetricInput, MetricResult
 from esegeta_monai.utils.distributed import Ranks
 from tests.bundle import oblique
 from tests.handlers.test_explanation import Small, evaluator, loader, preprocessing, trainer
@@ -307,11 +307,11 @@ class Breaks(Metric):
     meaning = "nothing"
     calls = 0
 
-    def measure(self, subject: Subject) -> Measured:
+    def measure(self, subject: MetricInput) -> MetricResult:
         Breaks.calls += 1
         if Breaks.calls % 2:
             raise ZeroDivisionError("injected")
-        return Measured(1.0)
+        return MetricResult(1.0)
 
 
 class Stumbles(nn.Module):

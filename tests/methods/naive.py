@@ -77,7 +77,7 @@ class Naive:
         return torch.stack([s.value(s.crop(prediction)) for s in self.scores])
 
     def change(self, objective: Objective, perturbations: Perturbations) -> Tensor:
-        """`esegeta_monai.engine.perturbation.base.change`, from what describes the perturbations alone."""
+        """`esegeta_monai.engine.perturbation.scoring.score_changes`, from what describes the perturbations alone."""
         base = self.value(self.image)
         values = [self.value(perturbed(perturbations, i, self.image)) - base for i in range(len(perturbations))]
         return torch.stack(values, 1)

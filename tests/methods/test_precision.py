@@ -214,6 +214,10 @@ def test_overflow_falls_back() -> None:
 class Loses(Method, registered=False):
     """Agrees on the first window, and under autocast gives something else for the whole image."""
 
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
+
     def __init__(self, lost: Any) -> None:
         self.lost = lost
         self.__post_init__()

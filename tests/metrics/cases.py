@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.methods import InputXGradient, Method, run
-from esegeta_monai.metrics import Metric, Subject, controls
+from esegeta_monai.metrics import Metric, MetricInput, controls
 from esegeta_monai.targets import Box, ClassScore
 from tests.methods.naive import Naive, image_of
 
@@ -49,14 +49,14 @@ def linear_case(kind: str, dims: int) -> Naive:
     return (classification if kind == "classification" else segmentation)(dims)
 
 
-def subject_of(case: Naive, method: Method | None = None, values: Tensor | None = None, **more) -> Subject:
+def subject_of(case: Naive, method: Method | None = None, values: Tensor | None = None, **more) -> MetricInput:
     """A method's map of the first target; ``values`` in its place."""
     method = method or InputXGradient()
     if values is None:
         with frozen(case.net):
             values = run(method, case.objective).maps[0]
     dims = case.image.ndim - 1
-    return Subject(values, case.objective, 0, method, spacing=(1.0,) * dims, **more)
+    return MetricInput(values, case.objective, 0, method, spacing=(1.0,) * dims, **more)
 
 
 def ranked(metric: Metric, case: Naive, **more) -> dict[str, float | None]:

@@ -8,7 +8,7 @@ from monai.inferers import SlidingWindowInferer
 
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import GradTimesImage, InputXGradient, IntegratedGradients, Saliency
-from esegeta_monai.metrics import Completeness, Conservation, InputInvariance, Subject
+from esegeta_monai.metrics import Completeness, Conservation, InputInvariance, MetricInput
 from esegeta_monai.targets import MultiClassMask
 from tests.methods.naive import Naive, image_of, small
 from tests.metrics.cases import linear_case, ranked, subject_of
@@ -61,7 +61,7 @@ def test_a_shift_that_the_network_takes_off_changes_no_gradient(shape):
 def test_zero_maps_say_nothing_about_invariance():
     case = linear_case("segmentation", 2)
     zero = case.objective.at(torch.zeros_like(case.image))
-    found = InputInvariance().update(Subject(torch.zeros_like(case.image), zero, 0, InputXGradient()))
+    found = InputInvariance().update(MetricInput(torch.zeros_like(case.image), zero, 0, InputXGradient()))
     assert found.value is None
 
 

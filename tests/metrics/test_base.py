@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from esegeta_monai.errors import MetricError, UsageError
-from esegeta_monai.metrics import METRICS, Measured, PointingGame, RelevanceMass, Subject, better
+from esegeta_monai.metrics import METRICS, MetricInput, MetricResult, PointingGame, RelevanceMass, better
 from esegeta_monai.metrics.base import bootstrap, magnitude, mean_interval, wilson
 from esegeta_monai.utils.registry import json_ready
 from tests.methods.naive import Naive, image_of, small
@@ -49,14 +49,14 @@ def test_wrong_parameters_are_refused_before_anything_is_computed(text):
 )
 def test_subjects_that_do_not_fit_are_refused(more, text):
     with pytest.raises(MetricError, match=text):
-        Subject(**{"map": torch.ones(1, 4, 4), **more})
+        MetricInput(**{"map": torch.ones(1, 4, 4), **more})
 
 
 def test_what_a_metric_needs_is_named():
     with pytest.raises(MetricError, match="PointingGame needs a label"):
-        PointingGame().update(Subject(torch.ones(1, 4, 4)))
+        PointingGame().update(MetricInput(torch.ones(1, 4, 4)))
     with pytest.raises(MetricError, match="label is empty"):
-        PointingGame().update(Subject(torch.ones(1, 4, 4), label=torch.zeros(4, 4)))
+        PointingGame().update(MetricInput(torch.ones(1, 4, 4), label=torch.zeros(4, 4)))
     with pytest.raises(MetricError, match="not seen a map"):
         PointingGame().compute()
 
@@ -67,7 +67,7 @@ def test_several_maps_give_the_mean_and_students_interval():
     label[0] = 1
     values = []
     for seed in range(5):
-        values.append(metric.update(Subject(image_of(1, 4, 4, seed=seed), label=label)).value)
+        values.append(metric.update(MetricInput(image_of(1, 4, 4, seed=seed), label=label)).value)
     found = metric.compute()
     low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
     assert found.value == pytest.approx(np.mean(values))
@@ -94,7 +94,7 @@ def test_undefined_never_beats_and_is_beaten():
     assert not better(metric, None, 0.1)
     assert not better(metric, None, None)
     assert not better(metric, 0.1, 0.1)
-    assert Measured.undefined("why").as_json()["notes"] == {"undefined": "why"}
+    assert MetricResult.undefined("why").as_json()["notes"] == {"undefined": "why"}
 
 
 def test_magnitude_by_sign_sums_channels():

@@ -8,14 +8,14 @@ import torch
 from scipy.stats import entropy
 
 from esegeta_monai.errors import UsageError
-from esegeta_monai.metrics import EffectiveComplexity, Entropy, Sparseness, Subject
+from esegeta_monai.metrics import EffectiveComplexity, Entropy, MetricInput, Sparseness
 from tests.methods.naive import image_of
 
 ALL = [Sparseness, Entropy, EffectiveComplexity]
 
 
 def value(metric, values):
-    return metric.update(Subject(values)).value
+    return metric.update(MetricInput(values)).value
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 7), (2, 6, 7, 8)])
@@ -48,7 +48,7 @@ def test_by_hand():
 def test_the_size_of_the_volume_does_not_matter_and_zero_says_nothing(metric):
     small, large = (value(metric(), image_of(1, n, n, n)) for n in (16, 48))
     assert small == pytest.approx(large, abs=0.02)
-    found = metric().update(Subject(torch.zeros(1, 4, 4)))
+    found = metric().update(MetricInput(torch.zeros(1, 4, 4)))
     assert found.value is None
     assert "zero" in found.notes["undefined"]
 

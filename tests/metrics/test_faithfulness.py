@@ -14,7 +14,7 @@ from scipy.stats import chisquare
 from torch import nn
 
 from esegeta_monai.engine.feature_masks import features_for
-from esegeta_monai.engine.perturbation.scoring import change
+from esegeta_monai.engine.perturbation.scoring import score_changes
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.methods import Saliency
 from esegeta_monai.metrics import (
@@ -25,9 +25,9 @@ from esegeta_monai.metrics import (
     FaithfulnessCorrelation,
     Infidelity,
     Insertion,
+    MetricInput,
     RegionPerturbation,
     SensitivityN,
-    Subject,
     better,
 )
 from esegeta_monai.metrics.removal import ranking, removal_of
@@ -74,7 +74,7 @@ def test_curves_equal_the_naive_computation(metric, output, dims):
     case = windowed(dims, output)
     values = image_of(2, *case.image.shape[1:], seed=9)
     for target in (0, 1):
-        found = metric(SIZE[dims], steps=6, baseline=0.25).update(Subject(values, case.objective, target))
+        found = metric(SIZE[dims], steps=6, baseline=0.25).update(MetricInput(values, case.objective, target))
         background = torch.full_like(case.image, 0.25)
         x, y = naive_curve(case, values, target, metric is Insertion, background, 6)
         assert found.curve["x"] == pytest.approx(x.tolist())
@@ -89,14 +89,14 @@ def test_deletion_by_hand():
         net[1].weight.copy_(torch.tensor([[0.0, 0.0], [3.0, 1.0]]))
     case = Naive(net, torch.ones(1, 1, 2, dtype=torch.float64), [ClassScore(1)], SimpleInferer())
     values = torch.tensor([[[3.0, 1.0]]])
-    subject = Subject(values, case.objective)
+    subject = MetricInput(values, case.objective)
     parts = {"features": "grid(size=1)", "baseline": 0.0}
     assert Deletion(**parts).update(subject).value == pytest.approx((1 + 1 / 4) / 4 + (1 / 4 + 0) / 4)
     assert Insertion(**parts).update(subject).value == pytest.approx((0 + 3 / 4) / 4 + (3 / 4 + 1) / 4)
     assert IROF(**parts).update(subject).value == pytest.approx((3 / 4 + 1) / 2)
     region = RegionPerturbation(steps=2, n_samples=1, **parts).update(subject)
     assert region.value == pytest.approx((0 + 3 / 4 + 1) / 3)
-    wrong = Subject(values.flip(-1), case.objective)
+    wrong = MetricInput(values.flip(-1), case.objective)
     assert Deletion(**parts).update(wrong).value == pytest.approx((1 + 3 / 4) / 4 + (3 / 4 + 0) / 4)
 
 
@@ -135,10 +135,10 @@ def test_a_flat_map_says_the_same_of_features_of_any_size():
     case = windowed(3)
     shape = case.image.shape[1:]
     for value in (0.1, -0.7, 1e-12):
-        flat = removal_of(Subject(torch.full((1, *shape), value), case.objective), "grid(size=3)", 0.0)
+        flat = removal_of(MetricInput(torch.full((1, *shape), value), case.objective), "grid(size=3)", 0.0)
         assert flat.tied
         assert len(flat.means.unique()) == 1
-    assert not removal_of(Subject(image_of(1, *shape), case.objective), "grid(size=3)", 0.0).tied
+    assert not removal_of(MetricInput(image_of(1, *shape), case.objective), "grid(size=3)", 0.0).tied
 
 
 def test_every_order_of_equal_values_is_drawn_equally_often():
@@ -238,7 +238,7 @@ def test_perturbations_that_do_not_depend_on_the_map_are_computed_once():
     for seed in range(2):
         for target in (0, 1):
             case.objective.monitor.start()
-            subject = Subject(image_of(2, 11, 15, seed=seed), case.objective, target, shared=shared)
+            subject = MetricInput(image_of(2, 11, 15, seed=seed), case.objective, target, shared=shared)
             for metric in (FaithfulnessCorrelation(features="grid(4)"), Infidelity(), Infidelity("noise", 10)):
                 metric.update(subject)
             passes.append(case.objective.monitor.passes)
@@ -249,7 +249,7 @@ def test_perturbations_that_do_not_depend_on_the_map_are_computed_once():
 def test_only_windows_of_the_target_are_asked():
     case = windowed(2)
     small_target = case.objective.with_scores([Box(2, (0, 0), (3, 3)).bind(case.predict(case.image), Case())[0]])
-    subject = Subject(image_of(2, 11, 15), small_target)
+    subject = MetricInput(image_of(2, 11, 15), small_target)
     found = Deletion("grid(size=4)", steps=5).update(subject)
     assert found.notes["features_seen"] < found.notes["features"]
     assert small_target.monitor.passes < 6 * len(case.objective.plan)
@@ -257,14 +257,14 @@ def test_only_windows_of_the_target_are_asked():
 
 def test_what_cannot_be_judged_is_said():
     case = windowed(2)
-    flat = Subject(torch.zeros(2, 11, 15), case.objective)
+    flat = MetricInput(torch.zeros(2, 11, 15), case.objective)
     assert Deletion().update(flat).value is None
-    same = Deletion(baseline=case.image).update(Subject(torch.ones(2, 11, 15), case.objective))
+    same = Deletion(baseline=case.image).update(MetricInput(torch.ones(2, 11, 15), case.objective))
     assert "another baseline" in same.notes["undefined"]
     with pytest.raises(MetricError, match="a layer's channels"):
-        Deletion().update(Subject(torch.ones(5, 11, 15), case.objective))
+        Deletion().update(MetricInput(torch.ones(5, 11, 15), case.objective))
     with pytest.raises(MetricError, match="an objective"):
-        Deletion().update(Subject(torch.ones(2, 11, 15)))
+        Deletion().update(MetricInput(torch.ones(2, 11, 15)))
     for wrong in (
         lambda: Infidelity(n_samples=9),
         lambda: Deletion(steps=1),
@@ -272,7 +272,7 @@ def test_what_cannot_be_judged_is_said():
     ):
         with pytest.raises(UsageError):
             wrong()
-    one = Subject(torch.ones(1, 11, 15), case.objective)  # one channel counts for both
+    one = MetricInput(torch.ones(1, 11, 15), case.objective)  # one channel counts for both
     assert torch.equal(one.per_channel, torch.full((2, 11, 15), 0.5, dtype=torch.float64))
 
 
@@ -283,7 +283,7 @@ def test_added_volumes_change_as_whole_volumes_do():
         case = windowed(3, output)
         deltas = image_of(3, *case.image.shape, seed=4)
         naive = torch.stack([case.value(case.image + d) - case.value(case.image) for d in deltas], 1)
-        found = change(case.objective, Added(deltas))
+        found = score_changes(case.objective, Added(deltas))
         assert float((found - naive).abs().max()) <= 1e-10 * float(case.value(case.image).abs().max())
 
 
@@ -309,6 +309,6 @@ class Blind(nn.Module):
 def test_rounding_is_no_loss_of_the_target(metric, shape):
     dims = len(shape) - 1
     case = Naive(Blind().eval(), image_of(*shape).float() + 2, [Box(0, (1,) * dims, (6,) * dims)])
-    found = metric().update(Subject(image_of(*shape, seed=1), case.objective))
+    found = metric().update(MetricInput(image_of(*shape, seed=1), case.objective))
     assert found.value is None
     assert "does not change" in found.notes["undefined"]

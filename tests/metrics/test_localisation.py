@@ -13,10 +13,10 @@ from esegeta_monai.metrics import (
     METRICS,
     DistanceProfile,
     LocalisationAUC,
+    MetricInput,
     PointingGame,
     RelevanceMass,
     RelevanceRank,
-    Subject,
     TopKIntersection,
     better,
 )
@@ -33,7 +33,7 @@ def label_in(shape) -> torch.Tensor:
 
 
 def measured(metric, values, label, **more):
-    return metric.update(Subject(values, label=label, spacing=(1.0, 2.0, 0.5)[: label.ndim], **more))
+    return metric.update(MetricInput(values, label=label, spacing=(1.0, 2.0, 0.5)[: label.ndim], **more))
 
 
 def test_by_hand():
@@ -100,7 +100,7 @@ def test_a_hit_within_the_tolerance():
     assert measured(PointingGame(tolerance_mm=4), values, label).value == 1  # two voxels of 2 mm
     assert measured(PointingGame(tolerance_mm=3.9), values, label).value == 0
     with pytest.raises(MetricError, match="voxel size"):
-        PointingGame(tolerance_mm=1).update(Subject(values, label=label))
+        PointingGame(tolerance_mm=1).update(MetricInput(values, label=label))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

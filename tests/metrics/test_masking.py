@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from esegeta_monai.errors import UsageError
-from esegeta_monai.metrics import ROAD, AverageDrop, AverageGain, AverageIncrease, Subject, better
+from esegeta_monai.metrics import ROAD, AverageDrop, AverageGain, AverageIncrease, MetricInput, better
 from esegeta_monai.metrics.base import mean_interval
 from esegeta_monai.metrics.masking import imputed, unit_mask
 from esegeta_monai.targets import Box, ClassScore, MultiClassMask
@@ -37,7 +37,7 @@ def test_drop_increase_and_gain_of_voxels_by_whole_volumes(dims):
     seen = 0.3 + mask * (image - 0.3)
     for k in (0, 1):
         before, after = float(probability.value(image)[k]), float(probability.value(seen)[k])
-        subject = Subject(values, case.objective, k)
+        subject = MetricInput(values, case.objective, k)
         assert 0 < before < 1
         drop = AverageDrop(baseline=0.3).update(subject)
         assert drop.notes["before"] == pytest.approx(before, rel=1e-10)
@@ -51,7 +51,7 @@ def test_the_unmasked_windows_are_computed_once_for_all_maps():
     """A pass a window for the first map to compare with, and a pass a window for each map; figures as of each alone."""
     case = Naive(small(2, 2), image_of(2, 9, 12), [MultiClassMask(1)])
     windows, shared = len(case.objective.windows), {}
-    subjects = [Subject(image_of(2, 9, 12, seed=s), case.objective, shared=shared) for s in range(3)]
+    subjects = [MetricInput(image_of(2, 9, 12, seed=s), case.objective, shared=shared) for s in range(3)]
     passes, values = [], []
     for subject in subjects:
         before = case.objective.monitor.passes
@@ -59,7 +59,7 @@ def test_the_unmasked_windows_are_computed_once_for_all_maps():
         passes.append(case.objective.monitor.passes - before)
     assert passes == [2 * windows, windows, windows]
     for subject, found in zip(subjects, values):
-        alone = Subject(subject.map, case.objective)
+        alone = MetricInput(subject.map, case.objective)
         expected = [m.update(alone).value for m in (AverageDrop(0.3), AverageGain(0.3), AverageIncrease(0.3))]
         assert found == pytest.approx(expected, rel=1e-10)
 

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import kendalltau
 
 from esegeta_monai.errors import MetricError, UsageError
-from esegeta_monai.metrics import MSFI, ModalityImportance, Subject, controls
+from esegeta_monai.metrics import MSFI, MetricInput, ModalityImportance, controls
 from esegeta_monai.targets import Box, MultiClassMask
 from tests.methods.games import enumerated
 from tests.methods.naive import Naive, image_of, small
@@ -29,7 +29,7 @@ def test_against_enumeration(dims):
     truth = enumerated(case, labels, 3, torch.full_like(case.image, 0.2)).numpy()
     values, label = image_of(*shape, seed=8), label_of(shape[1:])
     for k in (0, 1):
-        subject = Subject(values, case.objective, k, label=label)
+        subject = MetricInput(values, case.objective, k, label=label)
         found = ModalityImportance(baseline=0.2).update(subject)
         positive = values.clamp(min=0).flatten(1).sum(1).numpy()
         assert found.value == pytest.approx(kendalltau(positive, truth[k]).statistic)
@@ -55,20 +55,20 @@ def test_perfect_first_and_zero_never(dims):
     with torch.no_grad():  # every channel raises the target
         case.net.weight.abs_()
     case = Naive(case.net, case.image.abs(), [Box(1, (1,) * dims, (4,) * dims)])
-    inside = Subject(label.double().expand(case.image.shape), case.objective, label=label)
+    inside = MetricInput(label.double().expand(case.image.shape), case.objective, label=label)
     metric = MSFI(baseline=0.0)
     assert metric.update(inside).value == 1
     for control in controls():
-        assert metric.update(Subject(control.map(case.image, 0), case.objective, label=label)).value < 0.9
-    assert metric.update(Subject(torch.zeros_like(case.image), case.objective, label=label)).value == 0
+        assert metric.update(MetricInput(control.map(case.image, 0), case.objective, label=label)).value < 0.9
+    assert metric.update(MetricInput(torch.zeros_like(case.image), case.objective, label=label)).value == 0
 
 
 def test_refusals():
     case = segmentation(2)
     with pytest.raises(MetricError, match="does not tell channels apart"):
-        ModalityImportance().update(Subject(case.image[:1], case.objective))
+        ModalityImportance().update(MetricInput(case.image[:1], case.objective))
     one = Naive(small(2, 1), image_of(1, 8, 12))
     with pytest.raises(MetricError, match="the image has one"):
-        ModalityImportance().update(Subject(one.image, one.objective))
+        ModalityImportance().update(MetricInput(one.image, one.objective))
     with pytest.raises(UsageError, match="correlation"):
         ModalityImportance(correlation="spearman")

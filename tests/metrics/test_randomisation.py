@@ -17,8 +17,8 @@ from esegeta_monai.metrics import (
     CascadingRandomisation,
     DataRandomisation,
     IndependentRandomisation,
+    MetricInput,
     RandomLogit,
-    Subject,
     controls,
 )
 from esegeta_monai.metrics.randomisation import execution_order, randomised, similarity
@@ -142,7 +142,7 @@ def test_controls_reach_one_and_the_perfect_map_does_not(kind, dims):
         assert metric.update(subject_of(case, control)).value == 1
     assert metric.update(subject_of(case, InputXGradient())).value < 0.95
     zero = case.objective.at(torch.zeros_like(case.image))
-    found = metric.update(Subject(torch.zeros_like(case.image), zero, 0, InputXGradient()))
+    found = metric.update(MetricInput(torch.zeros_like(case.image), zero, 0, InputXGradient()))
     assert found.value is None
 
 

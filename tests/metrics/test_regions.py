@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from esegeta_monai.metrics.base import Subject
+from esegeta_monai.metrics.base import MetricInput
 from esegeta_monai.metrics.regions import region_table
 
 
@@ -16,7 +16,7 @@ def table(**more):
     body[:, :3] = True
     label = torch.zeros(4, 6, dtype=torch.bool)
     label[1, 1] = True
-    subject = Subject(values, body=body, label=label, spacing=(2.0, 3.0))
+    subject = MetricInput(values, body=body, label=label, spacing=(2.0, 3.0))
     return values, body, {row["region"]: row for row in region_table(subject, **more)}
 
 
@@ -66,5 +66,5 @@ def test_the_alarm_is_raised_above_the_stated_share(alarm, raised):
 
 
 def test_a_zero_map_has_no_shares():
-    subject = Subject(torch.zeros(1, 4, 6), body=torch.ones(4, 6, dtype=torch.bool))
+    subject = MetricInput(torch.zeros(1, 4, 6), body=torch.ones(4, 6, dtype=torch.bool))
     assert [row["share_of_abs"] for row in region_table(subject)] == [None, None, None]

@@ -15,9 +15,9 @@ from esegeta_monai.metrics import (
     AverageSensitivity,
     LocalLipschitz,
     MaxSensitivity,
+    MetricInput,
     RelativeInputStability,
     RelativeOutputStability,
-    Subject,
 )
 from esegeta_monai.metrics.controls import SobelControl
 from esegeta_monai.targets import Box, ClassScore, MultiClassMask
@@ -84,7 +84,7 @@ def test_formulas_with_windows_and_two_targets(dims):
     shared: dict = {}
     case.objective.monitor.start()
     for k in (0, 1):
-        subject = Subject(base[k], case.objective, k, GRADIENT, shared=shared)
+        subject = MetricInput(base[k], case.objective, k, GRADIENT, shared=shared)
 
         def value(metric, subject=subject):
             return metric.update(subject).value
@@ -112,7 +112,7 @@ def test_the_gradient_of_a_linear_network_is_perfectly_stable_and_zero_says_noth
     assert metric(n_samples=3).update(subject_of(case, GRADIENT)).value == pytest.approx(0, abs=1e-10)
     image = case.objective.image
     flat = case.objective.at(torch.zeros_like(image))
-    zero = metric(n_samples=3).update(Subject(torch.zeros_like(image), flat, 0, SobelControl()))
+    zero = metric(n_samples=3).update(MetricInput(torch.zeros_like(image), flat, 0, SobelControl()))
     assert zero.value is None
     assert not metric.compared
 
@@ -131,7 +131,7 @@ def test_near_a_constant_image_there_is_no_noise_by_which_a_map_could_be_stable(
 def test_what_is_missing_or_wrong_is_said():
     case = linear_case("segmentation", 2)
     with pytest.raises(MetricError, match="the method"):
-        MaxSensitivity().update(Subject(case.image, case.objective))
+        MaxSensitivity().update(MetricInput(case.image, case.objective))
     with pytest.raises(UsageError, match="radius"):
         MaxSensitivity(radius=0)
     with pytest.raises(UsageError, match="n_samples"):

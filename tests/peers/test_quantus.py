@@ -23,11 +23,11 @@ from esegeta_monai.metrics import (
     FaithfulnessCorrelation,
     LocalisationAUC,
     MaxSensitivity,
+    MetricInput,
     PointingGame,
     RelevanceMass,
     RelevanceRank,
     Sparseness,
-    Subject,
     TopKIntersection,
 )
 from esegeta_monai.targets import ClassScore
@@ -60,7 +60,7 @@ class Setting:
         self.label[tuple(slice(2, 6) for _ in shape[1:])] = True
         self.explain = {"method": self.method}
         self.map = quantus_explain_func(self.network, self.image[None].numpy(), [CLASS], **self.explain)[0]
-        self.subject = Subject(torch.from_numpy(self.map), self.objective, 0, self.method, label=self.label)
+        self.subject = MetricInput(torch.from_numpy(self.map), self.objective, 0, self.method, label=self.label)
 
     def theirs(self, metric: Any, **more: Any) -> Any:
         """What Quantus' metric gives this image; it asks for the map itself."""
@@ -112,7 +112,7 @@ def test_complexity(setting: Setting) -> None:
     entropy = Entropy().update(setting.subject).value * np.log(setting.map.size)
     close("entropy", entropy, setting.theirs(quantus.Complexity(**QUIET)), 1e-5)
     raised = torch.from_numpy(np.abs(setting.map) / np.abs(setting.map).max() + 1e-7)
-    close("Gini", Sparseness().update(Subject(raised)).value, setting.theirs(quantus.Sparseness(**QUIET)), 1e-5)
+    close("Gini", Sparseness().update(MetricInput(raised)).value, setting.theirs(quantus.Sparseness(**QUIET)), 1e-5)
 
 
 def test_deletion_is_pixel_flipping(setting: Setting) -> None:

@@ -19,7 +19,7 @@ from esegeta_monai import Explainer
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Batch, Objective
 from esegeta_monai.engine.perturbation.boxes import Boxes
-from esegeta_monai.engine.perturbation.scoring import change
+from esegeta_monai.engine.perturbation.scoring import score_changes
 from esegeta_monai.engine.progress import Monitor
 from esegeta_monai.errors import MethodError, MethodTimeout, NetworkError, RankLost, UsageError
 from esegeta_monai.explain.prediction import Predicted
@@ -285,7 +285,7 @@ def one_box(m: int) -> None:
     assert len(found.windows) == 1
     boxes = Boxes([[i, i] for i in range(m)], [[i + 4, i + 4] for i in range(m)])
     with frozen(found.model.network):
-        mine, theirs = change(by(found, Ranks()), boxes), change(by(found, ranks), boxes)
+        mine, theirs = score_changes(by(found, Ranks()), boxes), score_changes(by(found, ranks), boxes)
     assert bool(mine.any())
     assert float((mine - theirs).abs().max() / mine.abs().max()) <= 1e-10
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 from typing import get_type_hints
 
 import numpy as np
@@ -9,11 +11,12 @@ import pytest
 import torch
 
 from esegeta_monai import methods as m
-from esegeta_monai.engine.baselines import BASELINES
-from esegeta_monai.engine.feature_masks import FEATURES, Grid
+from esegeta_monai.engine.baselines import BASELINES, Baseline
+from esegeta_monai.engine.feature_masks import FEATURES, FeatureSpec, Grid
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import METHODS
-from esegeta_monai.targets import TARGETS, Box, Component, ThresholdMask, Voxel
+from esegeta_monai.metrics import Metric
+from esegeta_monai.targets import TARGETS, Box, Component, Target, ThresholdMask, Voxel
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,108 @@ def test_what_is_given_in_another_kind_is_refused(text, message):
     with pytest.raises(UsageError, match=message) as caught:
         METHODS.create(text)
     assert "\n" not in str(caught.value)
+
+
+BY_HAND = [
+    (
+        m.Method,
+        {"produces": "input map", "additive": False, "units": "u", "attribute": lambda self, objective: None},
+    ),
+    (Metric, {"group": "complexity", "higher_is_better": None, "meaning": "m", "measure": lambda self, subject: None}),
+    (Target, {"bind": lambda self, prediction, case: []}),
+    (Baseline, {"draw": lambda self, objective, generator: objective.image}),
+    (FeatureSpec, {"of": lambda self, objective: None}),
+]
+
+
+@pytest.fixture
+def _registries(monkeypatch):
+    """Baselines and features register themselves wherever they are defined: gone after the test."""
+    for registry in (BASELINES, FEATURES):
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
+
+
+@pytest.mark.usefixtures("_registries")
+@pytest.mark.parametrize("how", ["dataclass", "dataclass that checks nothing", "own __init__"])
+@pytest.mark.parametrize(("base", "body"), BY_HAND, ids=lambda b: getattr(b, "__name__", ""))
+def test_instances_made_by_hand_are_checked_whatever_the_base(base, body, how):
+    def own(self, steps: int = 8, name: str | None = None) -> None:
+        self.steps, self.name = steps, name
+
+    if how == "own __init__":
+        cls = type("Mine", (base,), {**body, "__init__": own, "__module__": __name__})
+    else:
+        silent = {"__post_init__": lambda self: None} if "nothing" in how else {}
+        annotations = {"steps": int, "name": str | None}
+        made = type("Mine", (base,), {**body, **silent, "__annotations__": annotations, "steps": 8, "name": None})
+        cls = dataclasses.dataclass(eq=False, repr=False)(made)
+    assert list(inspect.signature(cls).parameters)[:2] == ["steps", "name"]
+    assert type(cls(4.0).steps) is int
+    assert (cls().name, cls().given_name, cls(name="n").given_name) == ("Mine", None, "n")
+    for wrong in ("8", 2.5, None):
+        with pytest.raises(UsageError, match=f"^Mine: steps={wrong!r}: give a whole number$"):
+            cls(wrong)
+
+
+def test_a_parameter_that_is_not_kept_is_refused():
+    def forgets(self, steps: int = 8) -> None:
+        self.n = steps
+
+    cls = type("Forgetful", (Target,), {"bind": lambda self, prediction, case: [], "__init__": forgets})
+    with pytest.raises(UsageError, match=r"^Forgetful: __init__ must keep its parameter as self\.steps"):
+        cls()
+
+
+STATED = {"produces": "input map", "additive": True, "units": "target per voxel"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("produces", "input", "='input': give 'input map', 'layer map', 'synthesised image' or 'activation'"),
+        ("produces", None, "=None: give 'input map', 'layer map', 'synthesised image' or 'activation'"),
+        ("produces", ..., " is missing: give 'input map', 'layer map', 'synthesised image' or 'activation'"),
+        ("additive", 1, "=1: give true or false"),
+        ("additive", "true", "='true': give true or false"),
+        ("additive", ..., " is missing: give true or false"),
+        ("units", 5, "=5: give text or a property"),
+        ("units", ..., " is missing: give text or a property"),
+    ],
+)
+def test_a_method_states_what_its_map_is_when_it_is_defined(name, value, message):
+    stated = {k: v for k, v in {**STATED, name: value}.items() if v is not ...}
+    with pytest.raises(UsageError) as caught:
+        type("Mine", (m.Method,), {**stated, "attribute": lambda self, objective: None})
+    assert str(caught.value) == f"Mine.{name}{message}"
+
+
+def test_a_family_base_may_leave_open_what_its_classes_state():
+    for bases, body in [("_Family", {"attribute": lambda self, objective: None}), ("Family", {})]:
+        family = type(bases, (m.Method,), {"additive": True, **body})
+        rest = {"produces": "layer map", "units": property(lambda self: "u"), "attribute": lambda self, objective: None}
+        made = type("Mine", (family,), rest)()
+        assert (made.additive, made.produces, made.units) == (True, "layer map", "u")
+        with pytest.raises(UsageError, match=r"^Mine\.produces is missing"):
+            type("Mine", (family,), {k: v for k, v in rest.items() if k != "produces"})
+        with pytest.raises(UsageError, match=r"^_Wrong\.additive='yes'"):
+            type("_Wrong", (family,), {"additive": "yes"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("group", "speed", "='speed': give 'faithfulness', 'robustness', .* or 'modality'$"),
+        ("higher_is_better", "yes", "='yes': give true or false or None$"),
+        ("meaning", ..., " is missing: give text or a property$"),
+        ("needs", {"mask"}, "={'mask'}: give a set of 'objective', 'method', 'label', 'spacing'$"),
+        ("needs", "label", "='label': give a set of 'objective', 'method', 'label', 'spacing'$"),
+    ],
+)
+def test_a_metric_states_what_its_value_means_when_it_is_defined(name, value, message):
+    stated = {"group": "complexity", "higher_is_better": True, "meaning": "m", "measure": lambda self, subject: None}
+    stated[name] = value
+    with pytest.raises(UsageError, match=rf"^Mine\.{name}{message}"):
+        type("Mine", (Metric,), {k: v for k, v in stated.items() if v is not ...})
 
 
 def test_what_means_the_same_is_taken():

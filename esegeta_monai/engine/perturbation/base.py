@@ -76,7 +76,7 @@ class Perturbations(ABC):
     def identity(self, index: int) -> Hashable | None:
         """What determines the whole perturbation; None: no other is ever equal to it.
 
-        Equal perturbations are scored once (`esegeta_monai.engine.perturbation.scoring.known_change`).
+        Equal perturbations are scored once (`esegeta_monai.engine.perturbation.scoring.known_score_changes`).
         """
         return None
 

@@ -15,7 +15,7 @@ from esegeta_monai.engine.baselines import Baseline, baseline_for
 from esegeta_monai.engine.feature_masks import Features, features_for
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.masks import Segments
-from esegeta_monai.engine.perturbation.scoring import known_change, known_passes
+from esegeta_monai.engine.perturbation.scoring import known_passes, known_score_changes
 from esegeta_monai.errors import MethodError
 from esegeta_monai.utils.registry import json_ready
 
@@ -72,7 +72,7 @@ class Game:
 
     def values(self, coalitions: np.ndarray, reference: Tensor | None = None) -> Tensor:
         """``v(S)`` for coalitions (m, n): (k, m), each distinct one computed once on an objective."""
-        return known_change(self.objective, self.segments(coalitions, reference))
+        return known_score_changes(self.objective, self.segments(coalitions, reference))
 
     def passes(self, coalitions: np.ndarray, references: Sequence[Tensor]) -> int:
         """Window passes that `values` needs for one reference after the other."""

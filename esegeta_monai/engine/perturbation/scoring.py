@@ -40,7 +40,7 @@ from esegeta_monai.engine.perturbation.mask_voxels import Held, Support
 from esegeta_monai.engine.windows.plan import Slices
 from esegeta_monai.utils.tensors import take, true_positions
 
-__all__ = ["Sampled", "change", "known_change", "known_passes", "passes_needed"]
+__all__ = ["Sampled", "known_passes", "known_score_changes", "passes_needed", "score_changes"]
 
 PICKED = 2
 """By how much to pick voxels of the mask one by one is dearer than to look at all of them."""
@@ -64,10 +64,18 @@ class Sampled(Exception):  # noqa: N818 - reads as what happened
         self.scores = scores
 
 
-def change(objective: Objective, perturbations: Perturbations) -> Tensor:
-    """``F(x') − F(x)`` for every perturbation and target: (k, m), float64, on the CPU.
+def score_changes(objective: Objective, perturbations: Perturbations) -> Tensor:
+    """Score perturbed images: ``F(x') − F(x)`` for every target and perturbation.
 
-    Batches hold ``objective.window_batch`` pairs; where memory runs out they are halved.
+    Only the windows that a perturbation changes, and that a target sees, are computed again. Batches hold
+    ``objective.window_batch`` pairs of perturbation and window; where memory runs out they are halved.
+
+    Args:
+        objective: the case, its network and its k targets.
+        perturbations: m perturbations of ``objective.image``.
+
+    Returns:
+        (k, m), float64, on the CPU, in the units of the target; any finite sign, and NaN where the network gives NaN.
 
     Raises:
         Sampled: the objective is one of `Objective.first_windows`.
@@ -75,7 +83,7 @@ def change(objective: Objective, perturbations: Perturbations) -> Tensor:
     if objective.sample is not None:
         whole = copy.copy(objective)
         whole.sample = None
-        raise Sampled(change(whole, perturbations.take(_sample(objective, perturbations, objective.sample))))
+        raise Sampled(score_changes(whole, perturbations.take(_sample(objective, perturbations, objective.sample))))
     if objective.linear:
         return _LinearChange(objective, perturbations).run()
     return _BlendedChange(objective, perturbations).run()
@@ -94,11 +102,11 @@ def _sample(objective: Objective, perturbations: Perturbations, n: int) -> list[
     return sorted(chosen)
 
 
-def known_change(objective: Objective, perturbations: Perturbations) -> Tensor:
-    """`change`, where a perturbation that any method has scored on this objective before is looked up: (k, m)."""
+def known_score_changes(objective: Objective, perturbations: Perturbations) -> Tensor:
+    """As `score_changes`; perturbations that some method has scored on this objective before are looked up: (k, m)."""
     table = _TABLES.setdefault(objective, {})
     names, first = _unknown(objective, perturbations)
-    found = change(objective, perturbations.take(first))
+    found = score_changes(objective, perturbations.take(first))
     columns = {i: j for j, i in enumerate(first)}
     for i, j in columns.items():
         if (name := names[i]) is not None:
@@ -108,7 +116,7 @@ def known_change(objective: Objective, perturbations: Perturbations) -> Tensor:
 
 
 def known_passes(objective: Objective, *rounds: Perturbations) -> int:
-    """Window passes that `known_change` needs for one set of perturbations after the other; no network runs."""
+    """Window passes that `known_score_changes` needs for one set of perturbations after the other; no network runs."""
     return passes_needed(objective, *(p.take(_unknown(objective, p)[1]) for p in rounds))
 
 
@@ -128,8 +136,8 @@ _TABLES: WeakKeyDictionary[Objective, dict[Hashable, Tensor]] = WeakKeyDictionar
 
 
 def passes_needed(objective: Objective, *rounds: Perturbations) -> int:
-    """Window passes that `change` needs for one set of perturbations after the other, on an objective of which nothing
-    has been computed yet; perturbed windows are looked at for that, but no network runs."""
+    """Window passes that `score_changes` needs for one set of perturbations after the other, on an objective of which
+    nothing has been computed yet; perturbed windows are looked at for that, but no network runs."""
     unperturbed = (
         0
         if objective.linear or (objective.prediction is not None and not objective.own_prediction)

@@ -1,6 +1,8 @@
 """Modified backward passes: guided backpropagation, DeepLIFT, layer-wise relevance and excitation, on any network.
 
-See :mod:`esegeta_monai.engine.rules.mode` for the engine.
+See :mod:`esegeta_monai.engine.rules.mode` for the engine. A rule from outside: `register_rule` adds one for operations with
+weights to the words of LRP composites, `register_operation` an operation that the engine does not know, and `Run` takes
+the rules of a method of your own.
 """
 
 from __future__ import annotations
@@ -10,19 +12,33 @@ from esegeta_monai.engine.rules.contrast import Sides, contrastive_excitation, c
 from esegeta_monai.engine.rules.excitation import excitation
 from esegeta_monai.engine.rules.finite_differences import deep_lift, deep_lift_multiplier
 from esegeta_monai.engine.rules.guided import deconvolution, guided
+from esegeta_monai.engine.rules.kinds import Kind
 from esegeta_monai.engine.rules.lrp import lrp
+from esegeta_monai.engine.rules.mode import PARTS, PLAIN, Family, Rule, Rules, local_gradient
+from esegeta_monai.engine.rules.operations import Operation
 from esegeta_monai.engine.rules.pattern_sums import Pattern
 from esegeta_monai.engine.rules.patterns import PatternFit, Way, back_project
-from esegeta_monai.engine.rules.run import LayerRelevance, Relevance, check_network
+from esegeta_monai.engine.rules.registration import register_operation, register_rule
+from esegeta_monai.engine.rules.run import LayerRelevance, Relevance, Run, check_network
+from esegeta_monai.engine.rules.weighted import Part, distribute_shares
 
 __all__ = [
     "COMPOSITES",
+    "PARTS",
+    "PLAIN",
     "RULES",
     "Composite",
+    "Family",
+    "Kind",
     "LayerRelevance",
+    "Operation",
+    "Part",
     "Pattern",
     "PatternFit",
     "Relevance",
+    "Rule",
+    "Rules",
+    "Run",
     "Sides",
     "Way",
     "back_project",
@@ -33,7 +49,11 @@ __all__ = [
     "deconvolution",
     "deep_lift",
     "deep_lift_multiplier",
+    "distribute_shares",
     "excitation",
     "guided",
+    "local_gradient",
     "lrp",
+    "register_operation",
+    "register_rule",
 ]

@@ -16,8 +16,8 @@ from esegeta_monai.errors import UsageError
 
 __all__ = ["COMPOSITES", "RULES", "Composite", "composite_of"]
 
-#: The rules by name; their fields are their parameters.
-RULES: Mapping[str, Callable[..., Rule]] = {
+#: The rules by name; their fields are their parameters. `esegeta_monai.engine.rules.register_rule` adds to them.
+RULES: dict[str, Callable[..., Rule]] = {
     "Epsilon": Epsilon,
     "Gamma": Gamma,
     "ZPlus": ZPlus,
@@ -26,7 +26,8 @@ RULES: Mapping[str, Callable[..., Rule]] = {
     "WSquare": WSquare,
     "ZBox": ZBox,
 }
-_FIRST_ONLY = ("Flat", "WSquare", "ZBox")
+#: Rules whose relevance only the input can hold.
+FIRST_ONLY = {"Flat", "WSquare", "ZBox"}
 
 #: The composites by name, in the form in which a user writes one.
 COMPOSITES: Mapping[str, Mapping[str, object]] = {
@@ -95,7 +96,7 @@ def _rule_of(spec: object, place: str, defaults: Mapping[str, object]) -> Rule:
     name = given.pop("rule", None)
     if not isinstance(name, str) or name not in RULES:
         raise UsageError(f"unknown rule {name!r} for {place}; there are {', '.join(RULES)}")
-    if name in _FIRST_ONLY and place != "first":
+    if name in FIRST_ONLY and place != "first":
         raise UsageError(f"{name} gives relevance that only the input can hold; use it as the rule for 'first'")
     fields = {field.name for field in dataclasses.fields(RULES[name])}  # type: ignore[arg-type]
     if not set(given) <= fields:

@@ -151,6 +151,7 @@ class Probabilities:
     """The rules of excitation backpropagation, for one side of a contrast or for the target alone."""
 
     side: Side = field(default_factory=Side)
+    family: str = "excitation"
 
     def treatment(self, operation: Operation) -> Treatment:
         kind, name = operation.kind, operation.name

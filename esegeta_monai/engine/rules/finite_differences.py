@@ -145,6 +145,7 @@ def _values(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 class _FiniteDifferences:
     """The treatment of every kind: linear operations plainly, the rest by a rule, norms and composites in parts."""
 
+    family = "deep_lift"
     _TREATMENTS: Mapping[Kind, Treatment] = {
         Kind.MOVE: PLAIN,
         Kind.LINEAR: PLAIN,

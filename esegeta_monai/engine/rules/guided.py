@@ -42,6 +42,7 @@ class _AtActivations:
     """One rule at every activation; the plain gradient elsewhere; composites opened, so that none hides in them."""
 
     rule: Rule
+    family: str
 
     def treatment(self, operation: Operation) -> Treatment:
         if operation.kind is Kind.ACTIVATION:
@@ -82,7 +83,7 @@ def guided(
     >>> guided(net, torch.ones(1, 1, 8, 8), torch.ones(1, 1, 1, 4, 4)).input.shape
     torch.Size([1, 1, 1, 8, 8])
     """
-    return _run(forward, x, cotangents, GuidedRule(), "guided backpropagation", layers, compare)
+    return _run(forward, x, cotangents, GuidedRule(), "guided", "guided backpropagation", layers, compare)
 
 
 def deconvolution(
@@ -97,7 +98,7 @@ def deconvolution(
 
     Arguments, result and errors as in :func:`guided`.
     """
-    return _run(forward, x, cotangents, DeconvolutionRule(), "deconvolution", layers, compare)
+    return _run(forward, x, cotangents, DeconvolutionRule(), "deconvolution", "deconvolution", layers, compare)
 
 
 def _run(
@@ -105,11 +106,12 @@ def _run(
     x: Tensor,
     cotangents: Tensor,
     rule: Rule,
+    family: str,
     name: str,
     layers: Mapping[str, nn.Module] | None,
     compare: Compare,
 ) -> Relevance:
-    run = Run(forward, x, _AtActivations(rule), layers=layers, compare=compare)
+    run = Run(forward, x, _AtActivations(rule, family), layers=layers, compare=compare)
     if not run.mode.met.get(Kind.ACTIVATION):
         raise MethodError(
             f"{name} acts on activations (ReLU and its relatives) and this network has none: it would be the plain "

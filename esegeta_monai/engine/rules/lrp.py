@@ -137,6 +137,7 @@ class _Relevance:
     composite: Composite
     affine: AffineRule
     first_used: bool = False
+    family: str = "lrp"
 
     def treatment(self, operation: Operation) -> Treatment:
         if operation.kind in (Kind.CONVOLUTION, Kind.DENSE):

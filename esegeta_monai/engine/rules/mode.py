@@ -34,7 +34,8 @@ from esegeta_monai.engine.rules.operations import (
 )
 from esegeta_monai.errors import NetworkError, RuleError
 
-__all__ = ["PARTS", "PLAIN", "Ledger", "Rule", "RuleMode", "Rules", "Treatment", "local_gradient"]
+__all__ = ["OPERATION_RULES", "PARTS", "PLAIN", "Family", "Ledger", "Rule", "RuleMode", "Rules", "Treatment"]
+__all__ += ["local_gradient"]
 
 #: The plain gradient is the rule.
 PLAIN: Literal["plain"] = "plain"
@@ -43,19 +44,39 @@ PARTS: Literal["parts"] = "parts"
 
 
 class Rule(Protocol):
-    """A backward rule: what arrives at the operands, given what arrives at the result."""
+    """A backward rule: what arrives at an operation's operands, given what arrives at its result."""
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """One tensor (or None for zero) per operand, each of the operand's shape."""
+        """Give what arrives at each operand.
+
+        Args:
+            operation: the call; ``operation.argument(name)`` is one of its arguments, ``operation.function(*operands)``
+                its result, ``operation.reference`` the operands at the baseline (DeepLIFT).
+            operands: the tensors that depend on the network's input.
+            gradient: what arrives at the result, of the result's shape: a gradient, a multiplier, or a probability.
+
+        Returns:
+            A tensor of the operand's shape for each operand; None for zeros.
+        """
 
 
 Treatment = Rule | Literal["plain", "parts"]
 
+Family = Literal["guided", "deconvolution", "lrp", "deep_lift", "excitation"]
+"""The rules for which `esegeta_monai.engine.rules.register_operation` takes a rule of its own."""
+
+OPERATION_RULES: dict[tuple[str, str], Rule] = {}
+"""Rules of registered operations, by family and operation name."""
+
 
 class Rules(Protocol):
     """The rules of one method: a treatment for each operation."""
+
+    @property
+    def family(self) -> str:
+        """The `Family`, or any other name, for which no operation has a registered rule."""
 
     def treatment(self, operation: Operation) -> Treatment:
         """The rule of this operation, or ``PLAIN``, or ``PARTS``."""
@@ -256,7 +277,8 @@ class RuleMode(TorchFunctionMode):
 
     def _apply(self, operation: Operation, operands: tuple[Tensor, ...]) -> Any:
         self.met[operation.kind] = self.met.get(operation.kind, 0) + 1
-        treatment = self.rules.treatment(operation)
+        registered = OPERATION_RULES.get((self.rules.family, operation.name))
+        treatment = self.rules.treatment(operation) if registered is None else registered
         if treatment == PLAIN:
             return operation.function(*operands)
         if treatment == PARTS:

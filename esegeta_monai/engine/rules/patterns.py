@@ -197,6 +197,7 @@ class _Patterns:
     way: Way
     patterns: list[Pattern | None] | None
     neurons: list[tuple[Operation, _NeuronRule]] = field(default_factory=list)
+    family: str = "patterns"
 
     def treatment(self, operation: Operation) -> Treatment:
         kind, name = operation.kind, operation.name

@@ -50,6 +50,7 @@ class _Cam(Method):
 
     produces = "layer map"
     additive = False
+    units = "weighted activation"
 
     layer: Layers = None
     relu: bool = True
@@ -63,10 +64,6 @@ class _Cam(Method):
     @property
     def signed(self) -> bool:
         return not self.relu
-
-    @property
-    def units(self) -> str:
-        return "weighted activation"
 
     def passes(self, objective: Objective) -> int:
         """Gradients where the target sees, activations everywhere (besides one where a layer is looked for)."""
@@ -188,10 +185,7 @@ class EigenCam(_Cam):
     """
 
     reference = "Muhammad & Yeasin, IJCNN 2020, arXiv:2008.00299"
-
-    @property
-    def units(self) -> str:
-        return "projected activation"
+    units = "projected activation"
 
     def passes(self, objective: Objective) -> int:
         """Activations everywhere, twice."""
@@ -216,10 +210,7 @@ class HiResCam(_Cam):
     """
 
     reference = "Draelos & Carin 2020, arXiv:2011.08891"
-
-    @property
-    def units(self) -> str:
-        return "target per voxel"
+    units = "target per voxel"
 
     def passes(self, objective: Objective) -> int:
         """Gradients where the target sees (besides one where a layer is looked for)."""

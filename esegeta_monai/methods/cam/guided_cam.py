@@ -24,15 +24,13 @@ class GuidedGradCam(Method):
     """
 
     reference = "Selvaraju et al., ICCV 2017, arXiv:1610.02391"
+    produces = "input map"
     additive = False
+    units = "modified gradient times weighted activation"
     full_precision = True
 
     layer: str | None = None
     name: str | None = field(default=None, kw_only=True)
-
-    @property
-    def units(self) -> str:
-        return "modified gradient times weighted activation"
 
     def passes(self, objective: Objective) -> int:
         """Those of the two methods."""

@@ -13,7 +13,7 @@ from esegeta_monai.engine.layer_maps import BlendedActivations, channel_axis
 from esegeta_monai.engine.network.hooks import replaced
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.base import Perturbations
-from esegeta_monai.engine.perturbation.scoring import change
+from esegeta_monai.engine.perturbation.scoring import score_changes
 from esegeta_monai.engine.windows.plan import Slices
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.cam.gradient_cam import LayerPasses, _Cam
@@ -86,7 +86,7 @@ class ScoreCam(_ChannelByChannel):
             raise MethodError(f"all channels of layer {layer!r} are constant over the image: choose another layer")
         masks = ((maps - low) / (high - low))[varied]
         x0 = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
-        changes = change(objective, _Masks(masks, x0))
+        changes = score_changes(objective, _Masks(masks, x0))
         weights = (changes / _voxels(objective)[:, None]).softmax(1)
         return torch.einsum("kc,c...->k...", weights.to(maps), maps[varied])[:, None]
 

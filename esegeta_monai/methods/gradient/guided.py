@@ -24,14 +24,12 @@ class GuidedBackprop(Method):
     """
 
     reference = "Springenberg et al., ICLR workshop 2015, arXiv:1412.6806"
+    produces = "input map"
     additive = False
+    units = "modified gradient"
     full_precision = True
 
     name: str | None = field(default=None, kw_only=True)
-
-    @property
-    def units(self) -> str:
-        return "modified gradient"
 
     def passes(self, objective: Objective) -> int:
         """Once, and the first window twice: its output under the rules is compared with the plain one."""

@@ -35,6 +35,8 @@ class SmoothGrad(Method):
     """
 
     reference = "Smilkov et al. 2017, arXiv:1706.03825"
+    produces = "input map"
+    additive = True
 
     method: Any = "Saliency(abs=False)"
     n_samples: int = 10

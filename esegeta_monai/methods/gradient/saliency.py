@@ -25,7 +25,9 @@ class Saliency(Method):
     """
 
     reference = "Simonyan et al., ICLR workshop 2014, arXiv:1312.6034"
+    produces = "input map"
     additive = False
+    units = "target per unit of image intensity"
 
     abs: bool = True
     name: str | None = field(default=None, kw_only=True)
@@ -33,10 +35,6 @@ class Saliency(Method):
     @property
     def signed(self) -> bool:
         return not self.abs
-
-    @property
-    def units(self) -> str:
-        return "target per unit of image intensity"
 
     def attribute(self, objective: Objective) -> Passes:
         """(k, C, *spatial)."""
@@ -60,6 +58,9 @@ class InputXGradient(Method):
     """
 
     reference = "Shrikumar et al. 2016, arXiv:1605.01713"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
     aliases = ("GradTimesImage",)
 
     name: str | None = field(default=None, kw_only=True)

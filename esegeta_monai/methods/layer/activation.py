@@ -51,13 +51,10 @@ class LayerActivation(LayerMethod):
 
     produces = "activation"
     additive = False
+    units = "activation"
 
     reduce: Reduce = "mean"
     name: str | None = field(default=None, kw_only=True)
-
-    @property
-    def units(self) -> str:
-        return "activation"
 
     def passes(self, objective: Objective) -> int:
         """One forward pass everywhere (besides one where a layer is looked for)."""

@@ -35,6 +35,8 @@ class LayerGradientXActivation(LayerMethod):
     """
 
     reference = "Shrikumar et al. 2016, arXiv:1605.01713"
+    additive = True
+    units = "target per voxel"
 
     def attribute(self, objective: Objective) -> Passes:
         """(k, C or 1, *spatial)."""
@@ -68,16 +70,14 @@ class LayerActivationGuidedBackprop(Method):
     """
 
     reference = "Springenberg et al., ICLR workshop 2015, arXiv:1412.6806"
+    produces = "input map"
     additive = False
+    units = "modified gradient of the activation"
     full_precision = True
 
     layer: str | None = None
     channel: int | None = None
     name: str | None = field(default=None, kw_only=True)
-
-    @property
-    def units(self) -> str:
-        return "modified gradient of the activation"
 
     def passes(self, objective: Objective) -> int:
         """All windows twice: for the activation's signs, and under the rules."""

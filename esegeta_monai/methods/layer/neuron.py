@@ -40,6 +40,9 @@ class NeuronConductance(Method):
     """
 
     reference = "Dhamdhere et al., ICLR 2019, arXiv:1805.12233"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
 
     layer: str | None = None
     channel: int | None = None

@@ -42,6 +42,8 @@ class LayerConductance(LayerMethod):
     """
 
     reference = "Dhamdhere et al., ICLR 2019, arXiv:1805.12233"
+    additive = True
+    units = "target per voxel"
 
     baseline: Any = "auto"
     n_steps: int = 32
@@ -100,6 +102,7 @@ class InternalInfluence(LayerMethod):
 
     reference = "Leino et al. 2018, arXiv:1802.03788"
     additive = False
+    units = "target per unit of activation"
 
     baseline: Any = "auto"
     n_steps: int = 32
@@ -110,10 +113,6 @@ class InternalInfluence(LayerMethod):
         super().__post_init__()
         _check_steps(self.n_steps)
         quadrature(self.method, 2)
-
-    @property
-    def units(self) -> str:
-        return "target per unit of activation"
 
     def passes(self, objective: Objective) -> int:
         """One a step; a forward pass each more for non-linear targets."""
@@ -153,6 +152,8 @@ class LayerIntegratedGradients(LayerMethod):
     """
 
     reference = "Sundararajan et al., ICML 2017, arXiv:1703.01365"
+    additive = True
+    units = "target per voxel"
     gap_advice = "take more steps (n_steps)"
 
     baseline: Any = "auto"

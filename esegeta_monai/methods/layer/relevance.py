@@ -29,6 +29,8 @@ class LayerLRP(LayerMethod):
     """
 
     reference = "Bach et al., PLoS ONE 2015, doi:10.1371/journal.pone.0130140"
+    additive = True
+    units = "target per voxel"
     full_precision = True
     needs_linear = True
 

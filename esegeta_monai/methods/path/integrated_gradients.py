@@ -47,6 +47,9 @@ class IntegratedGradients(Method):
     """
 
     reference = "Sundararajan et al., ICML 2017, arXiv:1703.01365"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
     needs_value = True
     gap_advice = (
         "take more steps (tolerance=1e-3), or another baseline: under instance, group or layer norm a path from zero "

@@ -69,6 +69,9 @@ class GradientShap(Method):
     """
 
     reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
     needs_value = True
     gap_advice = "take more draws (n_samples); completeness_error is its standard error"
 
@@ -116,6 +119,8 @@ class LayerGradientShap(LayerMethod):
     """
 
     reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
+    additive = True
+    units = "target per voxel"
     needs_value = True
 
     baseline: Any = "auto"

@@ -38,6 +38,9 @@ class BlurIG(Method):
     """
 
     reference = "Xu et al., CVPR 2020, arXiv:2004.03383"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
     needs_value = True
     gap_advice = "take more steps, or give tolerance=1e-3"
 
@@ -106,6 +109,9 @@ class GuidedIG(Method):
     """
 
     reference = "Kapishnikov et al., CVPR 2021, arXiv:2106.09788"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
     needs_value = True
     gap_advice = "take more steps, or give tolerance=1e-3"
 

@@ -42,7 +42,9 @@ class XRAI(Method):
     """
 
     reference = "Kapishnikov et al., ICCV 2019, arXiv:1906.02825"
+    produces = "input map"
     additive = False
+    units = "mean attribution of a region"
 
     n_segments: Sequence[int] = (50, 150, 400)
     compactness: float = 0.1
@@ -61,10 +63,6 @@ class XRAI(Method):
             self.full_precision = self.method.full_precision  # type: ignore[misc]
             self.needs_gradient = self.method.needs_gradient  # type: ignore[misc]
             self.needs_linear = self.method.needs_linear  # type: ignore[misc]
-
-    @property
-    def units(self) -> str:
-        return "mean attribution of a region"
 
     def passes(self, objective: Objective) -> int:
         """Those of the methods inside."""

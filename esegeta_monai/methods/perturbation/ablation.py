@@ -39,13 +39,10 @@ class FeatureAblation(PerturbationMethod):
     """
 
     reference = "Zeiler & Fergus, ECCV 2014, arXiv:1311.2901 (one feature at a time)"
+    units = "change of the target when the voxel's feature is replaced"
     feature_mask: Any = "supervoxels"
     baseline: Any = "auto"
     name: str | None = field(default=None, kw_only=True)
-
-    @property
-    def units(self) -> str:
-        return "change of the target when the voxel's feature is replaced"
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial), or (k, C, *spatial) where features are channels."""
@@ -79,6 +76,7 @@ class FeaturePermutation(PerturbationMethod):
     """
 
     reference = "Fisher et al., JMLR 20(177), 2019, arXiv:1801.01489"
+    units = "mean change of the target when the voxel's feature comes from another case"
     cases: Sequence[Any] = ()
     feature_mask: Any = "supervoxels"
     name: str | None = field(default=None, kw_only=True)
@@ -90,10 +88,6 @@ class FeaturePermutation(PerturbationMethod):
                 f"FeaturePermutation exchanges features between cases, but cases= has {len(self.cases)}: give at least "
                 "two files or tensors, or use FeatureAblation, which needs none"
             )
-
-    @property
-    def units(self) -> str:
-        return "mean change of the target when the voxel's feature comes from another case"
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial), or (k, C, *spatial) where features are channels."""

@@ -19,7 +19,9 @@ __all__ = ["PerturbationMethod", "finite_scores"]
 class PerturbationMethod(Method, registered=False):
     """A black-box method: it sees the change of the target under perturbations, never a gradient."""
 
+    produces = "input map"
     additive = False
+
     needs_gradient = False
 
     @abstractmethod

@@ -61,6 +61,7 @@ class ExtremalPerturbation(Method):
     """
 
     reference = "Fong, Patrick & Vedaldi, ICCV 2019, arXiv:1910.08485"
+    produces = "input map"
     additive = False
     full_precision = True  # iterations feed their own rounding back
 

@@ -48,6 +48,7 @@ class Lime(PerturbationMethod):
     """
 
     reference = "Ribeiro et al., KDD 2016, arXiv:1602.04938"
+    units = "weight of the voxel's feature in a linear model of the target"
     n_samples: int = 1000
     feature_mask: Any = "supervoxels"
     baseline: Any = "auto"
@@ -66,10 +67,6 @@ class Lime(PerturbationMethod):
             raise UsageError(f"kernel_width={self.kernel_width}, alpha={self.alpha}: above 0, and not below it")
         if self.num_features is not None and self.num_features < 1:
             raise UsageError(f"num_features={self.num_features}: give a number of features, or None for all")
-
-    @property
-    def units(self) -> str:
-        return "weight of the voxel's feature in a linear model of the target"
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial), or (k, C, *spatial) where features are channels."""

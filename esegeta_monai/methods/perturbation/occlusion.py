@@ -15,7 +15,7 @@ from torch import Tensor
 from esegeta_monai.engine.baselines import baseline_for
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.boxes import Boxes
-from esegeta_monai.engine.perturbation.scoring import change
+from esegeta_monai.engine.perturbation.scoring import score_changes
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.perturbation.base import PerturbationMethod
@@ -42,22 +42,19 @@ class Occlusion(PerturbationMethod):
     """
 
     reference = "Zeiler & Fergus, ECCV 2014, arXiv:1311.2901"
+    units = "change of the target when the voxel's surroundings are replaced"
     window: int | Sequence[int] = 16
     stride: int | Sequence[int] | None = None
     baseline: Any = "auto"
     per_channel: bool = False
     name: str | None = field(default=None, kw_only=True)
 
-    @property
-    def units(self) -> str:
-        return "change of the target when the voxel's surroundings are replaced"
-
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
         baseline = baseline_for(self.baseline, local=True)
         reference = baseline.draw(objective, objective.generator())
         boxes = self.occluders(objective, reference)
-        drops = (-change(objective, boxes)).to(objective.image)
+        drops = (-score_changes(objective, boxes)).to(objective.image)
         maps = objective.new_maps()
         changed = drops.any(0).nonzero().flatten().tolist()  # an occluder that no target sees has nothing to add
         for i in changed:

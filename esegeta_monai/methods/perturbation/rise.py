@@ -15,7 +15,7 @@ from esegeta_monai.engine.feature_masks import one_an_axis
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.game import split_half
 from esegeta_monai.engine.perturbation.masks import SmoothMasks
-from esegeta_monai.engine.perturbation.scoring import known_change
+from esegeta_monai.engine.perturbation.scoring import known_score_changes
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.perturbation.base import PerturbationMethod
@@ -47,6 +47,7 @@ class Rise(PerturbationMethod):
     """
 
     reference = "Petsiuk et al., BMVC 2018, arXiv:1806.07421"
+    units = "target where the voxel is kept"
     n_masks: int = 2000
     grid: int | Sequence[int] = 7
     p: float = 0.5
@@ -59,15 +60,11 @@ class Rise(PerturbationMethod):
         if self.n_masks < 2 or not 0 < self.p < 1:
             raise UsageError(f"Rise: n_masks={self.n_masks} (at least 2), p={self.p} (between 0 and 1)")
 
-    @property
-    def units(self) -> str:
-        return "target where the voxel is kept"
-
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial)."""
         baseline = baseline_for(self.baseline, local=True)
         masks = self.masks(objective, baseline.draw(objective, objective.generator()))
-        scores = known_change(objective, masks)
+        scores = known_score_changes(objective, masks)
         if self.score == "value":
             scores = scores + objective.image_values().cpu()[:, None]
         halves = [self._mean(masks, scores, range(first, self.n_masks, 2)) for first in (0, 1)]

@@ -16,7 +16,7 @@ from esegeta_monai.engine.feature_masks import one_an_axis
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.game import TABLE_BYTES, split_half
 from esegeta_monai.engine.perturbation.masks import SmoothMasks
-from esegeta_monai.engine.perturbation.scoring import known_change
+from esegeta_monai.engine.perturbation.scoring import known_score_changes
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.perturbation.base import PerturbationMethod, finite_scores
@@ -76,7 +76,7 @@ class _MaskSensitivity(PerturbationMethod):
         """The masks, their scores (k, m), and the baseline."""
         baseline = baseline_for(self.baseline, local=True)
         masks = self.masks(objective, baseline.draw(objective, objective.generator()))
-        return masks, finite_scores(self, known_change(objective, masks)), baseline
+        return masks, finite_scores(self, known_score_changes(objective, masks)), baseline
 
     def explained(
         self, masks: SmoothMasks, index: Tensor, halves: Sequence[Tensor], notes: dict[str, Any]
@@ -110,10 +110,7 @@ class Sobol(_MaskSensitivity):
     """
 
     reference = "Fel et al., NeurIPS 2021, arXiv:2111.04138; Jansen 1999"
-
-    @property
-    def units(self) -> str:
-        return "share of the target's variance under random masks (total order)"
+    units = "share of the target's variance under random masks (total order)"
 
     def design(self, objective: Objective) -> Tensor:
         """A, then A with cell i of B for each i: (N (cells + 1), cells)."""
@@ -155,13 +152,10 @@ class Hsic(_MaskSensitivity):
     """
 
     reference = "Novello et al., NeurIPS 2022, arXiv:2206.06219"
+    units = "dependence of the target on the voxel's cell (HSIC)"
 
     n_samples: int = 1024
     grid: int | Sequence[int] = 7
-
-    @property
-    def units(self) -> str:
-        return "dependence of the target on the voxel's cell (HSIC)"
 
     def design(self, objective: Objective) -> Tensor:
         """(N, cells) of 0 and 1."""

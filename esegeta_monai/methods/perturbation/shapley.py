@@ -27,6 +27,7 @@ class _ShapleyMethod(PerturbationMethod):
     """What all share: ``φ_j`` of each feature, spread over its voxels, so that the map sums up to F(x) − F(x₀)."""
 
     additive = True
+    units = "target per voxel"
 
     def game(self, objective: Objective) -> Game:
         """The features as players."""

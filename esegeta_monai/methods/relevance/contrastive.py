@@ -21,6 +21,9 @@ __all__ = ["ContrastiveExcitationBackprop", "ContrastiveLRP"]
 class _Contrastive(Method):
     """What contrastive methods share: both sides are summed over the windows, then compared."""
 
+    produces = "input map"
+    additive = True
+
     full_precision = True
     needs_linear = True
 
@@ -78,10 +81,7 @@ class ContrastiveExcitationBackprop(_Contrastive):
     """
 
     reference = "Zhang et al., IJCV 2018, doi:10.1007/s11263-017-1059-x"
-
-    @property
-    def units(self) -> str:
-        return "share of the prior"
+    units = "share of the prior"
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
@@ -121,6 +121,7 @@ class ContrastiveLRP(_Contrastive):
     """
 
     reference = "Gu, Yang & Tresp, ACCV 2018, arXiv:1812.02100"
+    units = "target per voxel"
 
     composite: str | Mapping[str, Any] = field(default_factory=lambda: {"convolution": "ZPlus", "dense": "ZPlus"})
     epsilon: float = 1e-6

@@ -41,6 +41,9 @@ class DeepLift(Method):
     """
 
     reference = "Shrikumar et al., ICML 2017, arXiv:1704.02685"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
     needs_value = True
     full_precision = True
 
@@ -74,6 +77,9 @@ class DeepLiftShap(Method):
     """
 
     reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
     needs_value = True
     full_precision = True
 
@@ -116,6 +122,8 @@ class LayerDeepLift(LayerMethod):
     """
 
     reference = "Shrikumar et al., ICML 2017, arXiv:1704.02685"
+    additive = True
+    units = "target per voxel"
     needs_value = True
     full_precision = True
 

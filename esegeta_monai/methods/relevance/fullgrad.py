@@ -48,7 +48,9 @@ class FullGrad(Method):
     """
 
     reference = "Srinivas & Fleuret, NeurIPS 2019, arXiv:1905.00780"
+    produces = "input map"
     additive = False
+    units = "target per voxel"
     full_precision = True
     needs_linear = True
     needs_value = True

@@ -19,6 +19,9 @@ __all__ = ["LRP", "ExcitationBackprop", "input_range"]
 class _Relevance(Method):
     """What relevance methods share: windows added, what stays with biases booked, conservation in the record."""
 
+    produces = "input map"
+    additive = True
+
     full_precision = True
     needs_linear = True
 
@@ -70,6 +73,7 @@ class LRP(_Relevance):
     """
 
     reference = "Bach et al., PLoS ONE 2015, doi:10.1371/journal.pone.0130140; Kohlbrenner et al., IJCNN 2020"
+    units = "target per voxel"
 
     composite: str | Mapping[str, Any] = "EpsilonPlus"
     epsilon: float = 1e-6
@@ -112,16 +116,13 @@ class ExcitationBackprop(_Relevance):
     """
 
     reference = "Zhang et al., IJCV 2018, doi:10.1007/s11263-017-1059-x"
+    units = "share of the prior"
 
     name: str | None = field(default=None, kw_only=True)
 
     @property
     def signed(self) -> bool:
         return False
-
-    @property
-    def units(self) -> str:
-        return "share of the prior"
 
     def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
         return rules.excitation(batch.forward, batch.image, cotangents, compare=batch.compare)

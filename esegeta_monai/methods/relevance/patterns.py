@@ -130,6 +130,9 @@ class PatternAttribution(Method):
     """
 
     reference = "Kindermans et al., ICLR 2018, arXiv:1705.05598"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
     full_precision = True
     needs_linear = True
 
@@ -198,9 +201,6 @@ class PatternNet(PatternAttribution):
     """
 
     additive = False
+    units = "signal, in units of image intensity"
 
     way: ClassVar[rules.Way] = "signal"
-
-    @property
-    def units(self) -> str:
-        return "signal, in units of image intensity"

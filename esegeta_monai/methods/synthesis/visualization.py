@@ -52,15 +52,13 @@ class _Synthesis(Method):
 
     produces = "synthesised image"
     additive = False
+    units = "intensity of the network's input"
+
     full_precision = True  # iterations feed their own rounding back
 
     @property
     def signed(self) -> bool:
         return False
-
-    @property
-    def units(self) -> str:
-        return "intensity of the network's input"
 
 
 @dataclass(eq=False, repr=False)

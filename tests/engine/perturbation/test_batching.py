@@ -8,7 +8,7 @@ from monai.inferers import SlidingWindowInferer
 
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.perturbation import batching as pairs
-from esegeta_monai.engine.perturbation.scoring import change, passes_needed
+from esegeta_monai.engine.perturbation.scoring import passes_needed, score_changes
 from esegeta_monai.targets import MultiClassMask
 from tests.engine.perturbation.test_scoring import boxes_for, noise
 from tests.engine.test_objective import assert_equal, naive_change, network, objective
@@ -32,7 +32,7 @@ def test_batches_are_full_and_written_in_place(shape, batch, staged, output, mon
 
     net.forward = seen
     with frozen(net):
-        found = change(o, boxes)
+        found = score_changes(o, boxes)
     assert sum(sizes) == o.monitor.passes == passes_needed(o, boxes)
     assert set(sizes[:-1]) == {batch}
     assert sizes[-1] <= batch
@@ -54,9 +54,9 @@ def test_large_windows_are_not_held_several_batches_at_a_time(monkeypatch):
 
     net.forward = seen
     with frozen(net):
-        reference = change(o, boxes_for((13, 10), 3, 0.3))
+        reference = score_changes(o, boxes_for((13, 10), 3, 0.3))
         monkeypatch.setattr(pairs, "STAGED_BYTES", 1)
-        assert_equal(change(o, boxes_for((13, 10), 3, 0.3)), reference, 1e-12)
+        assert_equal(score_changes(o, boxes_for((13, 10), 3, 0.3)), reference, 1e-12)
     assert lengths == {6, 2}
 
 
@@ -78,16 +78,16 @@ def test_what_went_through_the_network_counts_where_it_stops(output):
         return forward(x)
 
     with frozen(net):
-        reference = change(o, boxes)
+        reference = score_changes(o, boxes)
         passes = o.monitor.passes
         fresh = o.apart()
         net.forward = stops
         with pytest.raises(Interrupted):
-            change(fresh, boxes)
+            score_changes(fresh, boxes)
         known = fresh.base_scores if o.linear else fresh.base_outputs
         assert 0 < len(known) < len(o.windows)
         left[0], before, again = 1000, o.monitor.passes, len(known)
-        assert_equal(change(fresh, boxes), reference, 1e-12)
+        assert_equal(score_changes(fresh, boxes), reference, 1e-12)
     assert o.monitor.passes - before == passes - again
 
 
@@ -102,8 +102,8 @@ def test_a_batch_for_which_there_is_no_memory_is_made_smaller(monkeypatch):
         return new_empty(tensor, size, **options)
 
     with frozen(net):
-        reference = change(o, boxes)
+        reference = score_changes(o, boxes)
         monkeypatch.setattr(torch.Tensor, "new_empty", hungry)
-        found = change(o, boxes)
+        found = score_changes(o, boxes)
     assert o.window_batch == 2
     assert_equal(found, reference, 1e-12)

@@ -12,7 +12,7 @@ from esegeta_monai.engine.perturbation import masks as coalitions_module
 from esegeta_monai.engine.perturbation.base import UNCHANGED
 from esegeta_monai.engine.perturbation.game import Game, reference_image, split_half
 from esegeta_monai.engine.perturbation.masks import Segments, SmoothMasks
-from esegeta_monai.engine.perturbation.scoring import change, known_change, passes_needed
+from esegeta_monai.engine.perturbation.scoring import known_score_changes, passes_needed, score_changes
 from esegeta_monai.targets import MultiClassMask, Voxel
 from tests.engine.test_objective import assert_equal
 from tests.methods.naive import Naive, image_of, perturbed, small, whole_mask
@@ -98,7 +98,7 @@ def test_windows_in_which_coalitions_agree_are_computed_once(output):
     coalitions = np.random.default_rng(1).random((40, 8)) > 0.5
     segments = Segments(labels, coalitions, torch.zeros_like(case.image), case.image)
     with frozen(case.net):
-        mine = change(case.objective, segments)
+        mine = score_changes(case.objective, segments)
     windows = len(case.objective.windows)
     assert case.objective.monitor.passes == passes_needed(case.objective, segments) <= windows * (1 + 3)
     assert_equal(mine, case.change(case.objective, segments))
@@ -109,10 +109,10 @@ def test_blocks_of_a_non_linear_target_count_and_score_the_same(monkeypatch):
     labels = (torch.arange(24) // 4).expand(1, 8, 24).contiguous()
     segments = Segments(labels, np.random.default_rng(1).random((9, 6)) > 0.5, torch.zeros_like(case.image), case.image)
     with frozen(case.net):
-        whole = change(case.objective, segments)
+        whole = score_changes(case.objective, segments)
         monkeypatch.setattr("esegeta_monai.engine.perturbation.batching.BLOCK_BYTES", 8 * 3 * 8 * 24 * 2)
         before = case.objective.monitor.passes
-        blocks = change(case.objective, segments)
+        blocks = score_changes(case.objective, segments)
     assert_equal(blocks, whole)
     assert case.objective.monitor.passes - before <= passes_needed(case.objective, segments)
     assert case.objective.monitor.passes - before > before
@@ -124,11 +124,11 @@ def test_known_perturbations_are_looked_up():
     rows = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1], [1, 1, 1, 1]], dtype=bool)
     zero = torch.zeros_like(case.image)
     with frozen(case.net):
-        first = known_change(case.objective, Segments(labels, rows, zero, case.image))
+        first = known_score_changes(case.objective, Segments(labels, rows, zero, case.image))
         spent = case.objective.monitor.passes
-        again = known_change(case.objective, Segments(labels, rows[[1, 0]], zero, case.image))
+        again = known_score_changes(case.objective, Segments(labels, rows[[1, 0]], zero, case.image))
         assert case.objective.monitor.passes == spent
-        known_change(case.objective, Segments(labels, rows, zero + 1, case.image))
+        known_score_changes(case.objective, Segments(labels, rows, zero + 1, case.image))
         assert case.objective.monitor.passes > spent
     assert torch.equal(first[:, [1, 0]], again)
     assert torch.equal(first[:, 0], first[:, 2])

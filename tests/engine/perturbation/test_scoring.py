@@ -1,4 +1,4 @@
-"""`change` equals the naive computation in 3D, for several targets, for keyed coalitions, and with little memory."""
+"""`score_changes` equals the naive computation in 3D, for several targets, keyed coalitions, and with little memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.perturbation import batching as pairs
 from esegeta_monai.engine.perturbation.base import Perturbations
 from esegeta_monai.engine.perturbation.boxes import Boxes
-from esegeta_monai.engine.perturbation.scoring import change, passes_needed
+from esegeta_monai.engine.perturbation.scoring import passes_needed, score_changes
 from esegeta_monai.targets import Box, MultiClassMask, Score, Voxel
 from esegeta_monai.utils.tensors import bounding_box
 from tests.engine.test_objective import assert_equal, full_gradient, naive_change, network, objective
@@ -70,7 +70,7 @@ def test_boxes_equal_naive(dims, shape, channels, output):
     o, _ = objective(net, image, inferer, targets(output, dims))
     boxes = boxes_for(shape, 4, noise(2, *shape, seed=1), channels)
     with frozen(net):
-        found = change(o, boxes)
+        found = score_changes(o, boxes)
     assert found.shape == (3, len(boxes))
     for k, score in enumerate(o.scores):
         assert_equal(found[k], naive_change(net, image, inferer, score, boxes))
@@ -85,7 +85,7 @@ def test_float32_keeps_to_its_tolerance(output):
     exact = naive_change(net.double(), image.double(), inferer, o.scores[0], boxes)
     net.float()
     with frozen(net):
-        found = change(o, boxes)[0]
+        found = score_changes(o, boxes)[0]
     assert float((found - exact).abs().max()) <= 1e-6 * float(o.image_values()[0].abs())
 
 
@@ -100,7 +100,7 @@ def test_keyed_coalitions_equal_naive_and_are_computed_once(output):
     for perturbations in (keyed, plain):
         o, _ = objective(net, image, inferer, targets(output, 2))
         with frozen(net):
-            results.append(change(o, perturbations))
+            results.append(score_changes(o, perturbations))
         counts.append(o.monitor.passes)
     for k, score in enumerate(o.scores):
         naive = naive_change(net, image, inferer, score, plain)
@@ -116,7 +116,7 @@ def test_equal_coalitions_in_one_batch_are_booked_for_all():
     o.window_batch = 16
     members = torch.tensor([[True, False]] * 5 + [[False, True]] * 2)
     with frozen(net):
-        found = change(o, Coalitions(members, 4, torch.zeros_like(image), keyed=True))
+        found = score_changes(o, Coalitions(members, 4, torch.zeros_like(image), keyed=True))
     assert o.monitor.passes == 3
     assert found[0, 0] != 0
     assert bool((found[0, :5] == found[0, 0]).all())
@@ -131,11 +131,11 @@ def test_blocks_and_evicted_outputs_give_the_same(monkeypatch, block_bytes):
     boxes = boxes_for((20, 18), 5, 0.3)
     o, _ = objective(net, image, inferer, targets("probability", 2))
     with frozen(net):
-        whole = change(o, boxes)
+        whole = score_changes(o, boxes)
         passes = o.monitor.passes
         o.monitor.start()
         monkeypatch.setattr(pairs, "BLOCK_BYTES", block_bytes)
-        blocks = change(o, boxes)
+        blocks = score_changes(o, boxes)
     assert o.monitor.passes > passes
     assert_equal(blocks, whole, 1e-12)
 
@@ -148,9 +148,9 @@ def test_the_batch_does_not_matter(batch, output):
     inferer = SlidingWindowInferer((8, 8), 3, 0.5)
     o, _ = objective(net, image, inferer, targets(output, 2))
     with frozen(net):
-        reference = change(o, boxes)
+        reference = score_changes(o, boxes)
         o.window_batch = batch
-        assert_equal(change(o, boxes), reference, 1e-12)
+        assert_equal(score_changes(o, boxes), reference, 1e-12)
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -159,7 +159,7 @@ def test_memory_back_off(output):
     boxes = boxes_for((13, 10), 3, 0.3)
     o, _ = objective(net, image, SlidingWindowInferer((8, 8), 8, 0.5), targets(output, 2))
     with frozen(net):
-        reference = change(o, boxes)
+        reference = score_changes(o, boxes)
         forward = net.forward
 
         def hungry(x):
@@ -170,7 +170,7 @@ def test_memory_back_off(output):
 
         net.forward = hungry
         o.base_scores.clear()
-        found = change(o, boxes)
+        found = score_changes(o, boxes)
     assert o.window_batch <= 3
     assert any("out of memory" in w for w in o.monitor.warnings)
     assert_equal(found, reference, 1e-12)
@@ -182,12 +182,12 @@ def test_passes_needed_is_exact(output):
     o, _ = objective(net, image, SlidingWindowInferer((8, 8), 3, 0.5), [MultiClassMask(1, output=output)])
     boxes = boxes_for((20, 18), 3, 0.3)
     with frozen(net):
-        change(o, boxes)
+        score_changes(o, boxes)
     assert o.monitor.passes == passes_needed(o, boxes)
     image[:, :8] = 0.3
     o, _ = objective(net, image, SlidingWindowInferer((8, 8), 3, 0.5), [MultiClassMask(1, output=output)])
     with frozen(net):
-        change(o, boxes)
+        score_changes(o, boxes)
     assert o.monitor.passes == passes_needed(o, boxes)
 
 
@@ -201,21 +201,21 @@ def test_what_perturbed_windows_are_compared_with_is_computed_once(output):
     windows = len(o.windows)
     needed = [passes_needed(o, boxes) for boxes in rounds]
     with frozen(net):
-        found = [change(o, boxes) for boxes in rounds]
+        found = [score_changes(o, boxes) for boxes in rounds]
         assert o.monitor.passes == passes_needed(o, *rounds) == sum(needed) - 2 * windows
         for boxes, mine in zip(rounds, found):
             fresh, _ = objective(net, image, inferer, [target])
-            assert_equal(mine, change(fresh, boxes))
+            assert_equal(mine, score_changes(fresh, boxes))
         for other in (o.at(image + 1), o.apart(), o.only(0)):
             before = other.monitor.passes
-            change(other, rounds[0])
+            score_changes(other, rounds[0])
             assert other.monitor.passes - before == needed[0] + (
                 0 if o.linear or other.prediction is not None else windows
             )
     fresh, _ = objective(net, image, inferer, [target])
     with pytest.MonkeyPatch.context() as patch, frozen(net):
         patch.setattr(pairs, "BLOCK_BYTES", 1)  # what does not fit is not kept
-        change(fresh, rounds[0])
+        score_changes(fresh, rounds[0])
         assert not fresh.base_outputs
 
 
@@ -226,7 +226,7 @@ def test_windows_that_no_perturbation_changes_are_not_computed(output):
     o, _ = objective(net, image, inferer, targets(output, 2))
     corner = Boxes([(0, 0), (1, 2)], [(2, 2), (3, 3)], 0.3)
     with frozen(net):
-        found = change(o, corner)
+        found = score_changes(o, corner)
     assert o.monitor.passes == passes_needed(o, corner) == 2 + 1 < len(o.windows)
     for k, score in enumerate(o.scores):
         assert_equal(found[k], naive_change(net, image, inferer, score, corner))
@@ -237,7 +237,7 @@ def test_the_image_is_never_changed():
     before = image.clone()
     o, _ = objective(net, image, SlidingWindowInferer((8, 8), 3, 0.5), [MultiClassMask(1)])
     with frozen(net):
-        change(o, boxes_for((13, 10), 3, 0.3))
+        score_changes(o, boxes_for((13, 10), 3, 0.3))
     assert torch.equal(image, before)
 
 
@@ -245,7 +245,7 @@ def test_no_perturbations_give_no_columns():
     net, image = network(2, 1), noise(1, 8, 8)
     o, _ = objective(net, image, None, [MultiClassMask(1)])
     with frozen(net):
-        assert change(o, Boxes([], [])).shape == (1, 0)
+        assert score_changes(o, Boxes([], [])).shape == (1, 0)
 
 
 class SoftDice(Score):
@@ -271,7 +271,7 @@ def test_a_score_that_is_no_sum_over_voxels():
     o = o.with_scores([score])
     boxes = boxes_for((20, 18), 4, 0.3)
     with frozen(net):
-        found = change(o, boxes)
+        found = score_changes(o, boxes)
     assert float(found.abs().max()) > 1e-3
     assert_equal(found[0], naive_change(net, image, inferer, score, boxes))
 
@@ -297,7 +297,7 @@ def test_a_linear_score_of_a_users_own():
     o = o.with_scores([score])
     boxes = boxes_for((20, 18), 4, 0.3)
     with frozen(net):
-        found = change(o, boxes)
+        found = score_changes(o, boxes)
     assert_equal(found[0], naive_change(net, image, inferer, score, boxes))
 
 
@@ -308,10 +308,10 @@ def test_where_indices_of_windows_do_not_fit_they_are_made_again(monkeypatch, ou
     o, _ = objective(net, image, SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), targets(output, 2))
     boxes = boxes_for((20, 18), 5, 0.3)
     with frozen(net):
-        whole = change(o, boxes)
+        whole = score_changes(o, boxes)
         monkeypatch.setattr(pairs, "BLOCK_BYTES", 1)
         o.base_scores.clear()
-        assert_equal(change(o, boxes), whole, 1e-12)
+        assert_equal(score_changes(o, boxes), whole, 1e-12)
 
 
 class Crossed(Score):
@@ -336,7 +336,7 @@ def test_channels_that_are_no_neighbours(others):
     o = o.with_scores([*(o.scores if others else []), score])
     boxes = boxes_for((20, 18), 4, 0.3)
     with frozen(net):
-        assert_equal(change(o, boxes)[-1], naive_change(net, image, inferer, score, boxes))
+        assert_equal(score_changes(o, boxes)[-1], naive_change(net, image, inferer, score, boxes))
         found = o.gradient(image[None])
         assert_equal(found.maps[-1, 0], full_gradient(net, image, inferer, score))
         assert_equal(found.values[-1], o.value(image[None])[-1])

@@ -19,6 +19,8 @@ class _Count:
     def __init__(self):
         self.kinds = []
 
+    family = "none"
+
     def treatment(self, operation):
         self.kinds.append(operation.kind)
         return PLAIN

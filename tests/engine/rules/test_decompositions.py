@@ -20,6 +20,8 @@ class _TakeApart:
     def __init__(self):
         self.names = set()
 
+    family = "none"
+
     def treatment(self, operation):
         self.names.add(operation.name)
         return PARTS if operation.kind in (Kind.COMPOSITE, Kind.NORM) else PLAIN

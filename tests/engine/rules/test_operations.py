@@ -24,6 +24,8 @@ class _Watch:
     def __init__(self):
         self.seen = []
 
+    family = "none"
+
     def treatment(self, operation):
         self.seen.append((operation.name, operation.kind, operation.in_place))
         return PLAIN

@@ -37,9 +37,9 @@ BLACK_BOX = [
 def score_naively(monkeypatch, case: Naive) -> None:
     """Every perturbation is a whole volume through MONAI's inferer from now on."""
     for module in (esegeta_monai.engine.perturbation.masks, methods.rise, methods.sensitivity):
-        monkeypatch.setattr(module, "known_change", case.change)
+        monkeypatch.setattr(module, "known_score_changes", case.change)
     for module in (methods.occlusion, methods.cam_perturbation):
-        monkeypatch.setattr(module, "change", case.change)
+        monkeypatch.setattr(module, "score_changes", case.change)
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
