@@ -30,7 +30,8 @@ class CentreDistance(Metric):
         weights = magnitude(subject.map) ** self.power
         if not weights.any():
             return MetricResult.undefined("the map is zero everywhere")
-        step = (centre(weights) - centre(subject.label.double())) * weights.new_tensor(subject.spacing)
+        assert subject.label is not None  # it is in `needs`
+        step = (centre(weights) - centre(subject.label.to(weights))) * weights.new_tensor(subject.spacing)
         return MetricResult(float(step.norm()))
 
 

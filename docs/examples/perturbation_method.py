@@ -42,7 +42,7 @@ class SlabOcclusion(PerturbationMethod):
         drops = -score_changes(objective, slabs).to(objective.image)
         maps = objective.new_maps()
         for slab, drop in zip(slabs.boxes, drops.T):
-            maps[(..., *slab)] = drop.reshape(-1, *(1,) * (maps.ndim - 1))
+            maps[:, :, slab[0]] = drop.reshape(-1, *(1,) * (maps.ndim - 1))
         return Explained(maps)
 
 

@@ -1,7 +1,8 @@
 """Does the target change as the map says when parts of the image are removed?
 
 Scores are ``F(x')`` of perturbed images through `esegeta_monai.engine.perturbation.scoring.score_changes`, so that
-only touched windows are computed, for classification and segmentation alike. Differences are in units of ``|F(x) − F(x₀)|``, what the target
+only touched windows are computed, for classification and segmentation alike. Differences are in units of ``|F(x) −
+F(x₀)|``, what the target
 loses when everything is replaced, so that logits, probabilities and sums over voxels can be compared.
 """
 

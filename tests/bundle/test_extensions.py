@@ -24,6 +24,7 @@ from esegeta_monai.targets.base import TARGETS
 from tests.bundle import oblique
 from tests.support_cli import make_bundle, make_scan, run_json, statuses
 
+EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 METHOD = '''
 from dataclasses import dataclass, field
 from esegeta_monai.methods import Explained, InputGradient, Method
@@ -196,6 +197,27 @@ def test_a_bundle_s_own_are_run_by_the_overlay(tmp_path):
     assert abs(read["SteepGradient"] / 3 - read["four"] / 4).max() <= 1e-5 * largest
 
 
+def test_the_examples_of_the_documentation_work_in_a_bundle(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("esegeta_monai.engine.rules.registration.RULES", dict(RULES))
+    monkeypatch.setattr("esegeta_monai.engine.rules.composites.RULES", registration.RULES)
+    examples = ("gradient_method", "perturbation_method", "shared_passes", "metric", "target", "backward_rule")
+    bundle = bundle_with(tmp_path / "b", **{name: (EXAMPLES / f"{name}.py").read_text() for name in examples})
+    listed = {}
+    for kind in ("methods", "targets", "metrics"):
+        assert run(kind, "--bundle", bundle, "--json") == 0
+        listed[kind] = {entry["name"] for entry in json.loads(capsys.readouterr().out)}
+    assert {"DeviationXGradient", "SlabOcclusion", "PositiveCam"} <= listed["methods"]
+    assert "MostConfident" in listed["targets"]
+    assert "CentreDistance" in listed["metrics"]
+    scan, output = make_scan(tmp_path / "s.nii.gz"), tmp_path / "out"
+    lrp = "LRP(composite={'convolution': 'Absolute', 'dense': 'Absolute'})"
+    methods = f"DeviationXGradient(scale=2),SlabOcclusion(thickness=8),{lrp}"
+    words = ["--bundle", bundle, "--input", scan, "--target", "MostConfident('grey matter', share=0.2)"]
+    assert run("explain", *words, "--output", output, "--methods", methods) == 0
+    assert len(statuses(output)) == 3
+    assert set(statuses(output).values()) == {"ok"}
+
+
 def judged(output: Path) -> dict[str, float]:
     """Values by metric, of the one map that was judged."""
     with open(output / "metrics.csv", newline="", encoding="utf-8") as file:
@@ -248,8 +270,7 @@ def test_a_bundle_s_backward_rule_is_a_word_of_composites(tmp_path, monkeypatch)
     lrp = "LRP(composite={'convolution': 'Absolute', 'dense': 'Epsilon'})"
     with pytest.raises(UsageError, match="unknown rule 'Absolute'"):
         METHODS.create(lrp)
-    rule = Path(__file__).parents[2] / "docs" / "examples" / "backward_rule.py"
-    bundle = bundle_with(tmp_path / "b", rule=rule.read_text())
+    bundle = bundle_with(tmp_path / "b", rule=(EXAMPLES / "backward_rule.py").read_text())
     scan, output = make_scan(tmp_path / "s.nii.gz"), tmp_path / "out"
     words = ["--bundle", bundle, "--input", scan, "--output", output, "--target", "MultiClassMask(1)"]
     assert run("explain", *words, "--methods", lrp) == 0

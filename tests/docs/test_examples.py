@@ -28,7 +28,10 @@ EXAMPLE_PAGES = {
     "backward_rule": "howto/backward_rule.md",
     "shared_passes": "requests.md",
 }
-PUBLIC = {"esegeta_monai", *(f"esegeta_monai.{package}" for package in ("methods", "metrics", "targets", "rules"))}
+PUBLIC = {
+    "esegeta_monai",
+    *(f"esegeta_monai.{package}" for package in ("methods", "metrics", "targets", "engine.rules")),
+}
 BROKEN = [
     ("gradient_method", "(image - mean) *", "image *"),
     ("perturbation_method", "min(i + self.thickness, n)", "min(i + self.thickness, n) - 1"),
@@ -79,6 +82,7 @@ def test_the_check_of_an_example_fails_where_the_example_is_wrong(
 @pytest.mark.parametrize("name", EXAMPLE_PAGES)
 def test_an_example_is_small_and_uses_public_imports_only(name: str) -> None:
     source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    ast.parse(source, feature_version=(3, 10))
     assert len(source.splitlines()) <= 60
     modules = [node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     ours = {m for m in modules if m is not None and m.startswith("esegeta_monai")}
@@ -97,6 +101,13 @@ def test_what_a_page_includes_is_the_file(page: Path) -> None:
         assert text == as_code(path.read_text(encoding="utf-8")), f"python -m {__spec__.name} writes {page.name} anew"
     text = page.read_text(encoding="utf-8")
     assert text.count("<!-- include:") == text.count("<!-- /include -->") == len(INCLUDE.findall(text))
+
+
+def test_the_sizes_of_examples_are_as_said() -> None:
+    said = re.findall(r"\[(\d+) lines\]\((\S+)\)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(said) == len(EXAMPLE_PAGES)
+    for lines, path in said:
+        assert int(lines) == len((ROOT / path).read_text(encoding="utf-8").splitlines()), path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

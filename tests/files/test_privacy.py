@@ -41,7 +41,7 @@ def test_a_traceback_tells_code_and_causes_and_no_folder() -> None:
             raise ValueError("cannot go on") from error
     except ValueError as error:
         text = traceback_text(error)
-    assert "test_private.py, line" in text
+    assert "test_privacy.py, line" in text
     assert "/" not in text.replace("tests/", "")
     lines = text.splitlines()
     assert lines[-1] == "ValueError: cannot go on"

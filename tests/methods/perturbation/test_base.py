@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-import esegeta_monai.engine.perturbation.masks
 from esegeta_monai import methods
 from esegeta_monai.engine.network.state import frozen
+from esegeta_monai.engine.perturbation import game
 from esegeta_monai.methods import METHODS, run
+from esegeta_monai.methods.cam import perturbation_cam
+from esegeta_monai.methods.perturbation import occlusion, rise, sensitivity
 from esegeta_monai.targets import MultiClassMask
 from tests.engine.test_objective import assert_equal
 from tests.methods.naive import Naive, image_of, small, two_targets
@@ -36,9 +38,9 @@ BLACK_BOX = [
 
 def score_naively(monkeypatch, case: Naive) -> None:
     """Every perturbation is a whole volume through MONAI's inferer from now on."""
-    for module in (esegeta_monai.engine.perturbation.masks, methods.rise, methods.sensitivity):
+    for module in (game, rise, sensitivity):
         monkeypatch.setattr(module, "known_score_changes", case.change)
-    for module in (methods.occlusion, methods.cam_perturbation):
+    for module in (occlusion, perturbation_cam):
         monkeypatch.setattr(module, "score_changes", case.change)
 
 
