@@ -17,15 +17,15 @@ import sys
 class WithoutText(ast.NodeTransformer):
     """Replaces every string by "" and removes docstrings."""
 
-    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:  # noqa: N802 - named by ast
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             return None
         return self.generic_visit(node)
 
-    def visit_Constant(self, node: ast.Constant) -> ast.AST:  # noqa: N802
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
         return ast.Constant("") if isinstance(node.value, str) else node
 
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:  # noqa: N802
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
         """An f-string is its values, in a fixed order: a sentence may name them in another one."""
         values = [self.visit(v) for v in node.values if isinstance(v, ast.FormattedValue)]
         return ast.JoinedStr(sorted(values, key=ast.dump)) if values else ast.Constant("")
