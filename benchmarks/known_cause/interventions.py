@@ -36,7 +36,7 @@ def experiments(cause: Cause, seeds: range) -> tuple[list[bool], list[Experiment
     """
     cases = cause.cases(seeds)
     found = {
-        (key, add): Experiment(f"{key} {'added' if add else 'taken away'}")
+        (key, add): Experiment(f"{key} {'added' if add else 'removed'}")
         for key in sorted(cases.objects, key=lambda key: key != cause.truth)
         for add in (False, True)
     }

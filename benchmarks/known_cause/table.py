@@ -176,11 +176,11 @@ def correlation(cells: Mapping[Cell, Summary], network: str, methods: Sequence[s
 
 def experiment_table(found: Mapping[str, tuple[Sequence[bool], Sequence[Any]]]) -> str:
     """Accuracy of each network, and how often each experiment flips a right answer."""
-    lines = ["| network | what was done | cases | answer flipped | margin before, after |", "|---|---|---|---|---|"]
+    lines = ["| network | intervention | cases | answer flipped | margin before, after |", "|---|---|---|---|---|"]
     for name, (right, experiments) in found.items():
         low, high = wilson([float(r) for r in right])
         share = f"{np.mean(right):.3f} ({low:.3f} to {high:.3f}) right"
-        lines.append(f"| {name} | nothing | {len(right)} | {share} | |")
+        lines.append(f"| {name} | none | {len(right)} | {share} | |")
         for experiment in experiments:
             flips = [float(f) for f in experiment.flipped]
             low, high = wilson(flips)
@@ -193,7 +193,7 @@ def experiment_table(found: Mapping[str, tuple[Sequence[bool], Sequence[Any]]]) 
 def extremal_table(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """What `ExtremalPerturbation` reached on each network: area, what its mask keeps, what is left without it, cost."""
     lines = [
-        "| network | cases | area asked, reached | kept by the mask | left without it | seconds | memory, MB |",
+        "| network | cases | area requested, reached | kept by the mask | left without it | seconds | memory, MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in records.items():
