@@ -88,7 +88,7 @@ def save_synthesised(
     heading = [f"{method}: {subject}", f"synthesised for the network, not a scan  ·  case {case}"]
     if len(values) > 1 or channel_names:
         heading[1] += f"  ·  channel {shown}" + (f" ({channel_names[shown]})" if channel_names else "")
-    through = "" if flat else f"planes through voxel ({', '.join(map(str, voxel))}), the centre of the synthesised part; "
+    through = "" if flat else f"planes through voxel ({', '.join(map(str, voxel))}), the centre of the image; "
     footing = [
         f"{through}black {low:.4g}, white {high:.4g} ({grey.origin})",
         _orientation_text(anatomy, convention) if oriented else "orientation unknown: the image has no world affine",
