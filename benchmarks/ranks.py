@@ -1,14 +1,15 @@
-"""How much faster several processes explain one volume together, each with one thread.
+"""Measure the speed-up of several processes that explain one volume together, each with one thread.
 
     torchrun --nproc_per_node 2 benchmarks/ranks.py [--settings small,real] [--table FILE.md]
 
-*Small* is the worst case, a small U-Net whose windows take 20 ms each; *real* is the network of the Model Zoo's
-``brats_mri_segmentation``, a SegResNet with four contrasts in and three regions out, untrained. Each repeat is one
-process alone while the others wait, then all together on the one volume, then each process the whole volume for
-itself, all at the same time; the least seconds of the repeats count. The last of the three says what the machine gives,
-the *ceiling*: cores share memory and caches, and where each of two processes is slower beside the other, no division of
-the work can be twice as fast. The machine must have an idle core for each process, else seconds say nothing; processor
-seconds say a little even then.
+*Small* is the worst case, a small U-Net whose windows take 20 ms each. *Real* is the network of the Model Zoo's
+``brats_mri_segmentation``, an untrained SegResNet with four input contrasts and three output regions. Each repeat has
+three parts: one process alone while the others wait; all together on one volume; each process on the whole volume, all
+at the same time. The least seconds of the repeats count.
+
+The third part gives the *ceiling* of the machine: cores share memory and caches, and if two processes slow each other
+down, no division of the work can be twice as fast. The machine must have an idle core for each process, otherwise
+seconds are meaningless, and processor seconds are of limited use.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ GOAL = 1.8
 
 @dataclass
 class Setting:
-    """A network, a volume, and the methods that are measured on them."""
+    """A network, a volume, and the methods measured on them."""
 
     title: str
     network: nn.Module
@@ -77,7 +78,7 @@ def real(args: argparse.Namespace) -> Setting:
 
 
 def methods(occluder: int, layer: str) -> tuple[str, ...]:
-    """Grad-CAM twice: where it looks for its layer, which every process does, and where the layer is named."""
+    """Return the methods; Grad-CAM twice: it finds its layer (in every process), or the layer is given."""
     return (
         "Saliency",
         "IntegratedGradients(n_steps=4, baseline='zero')",
@@ -89,7 +90,7 @@ def methods(occluder: int, layer: str) -> tuple[str, ...]:
 
 @dataclass
 class Took:
-    """The least of some runs: seconds on the clock and of the processor, the method's record, its map."""
+    """The fastest of several runs: wall-clock and processor seconds, the method's record, its map."""
 
     seconds: float = float("inf")
     processor: float = float("inf")
@@ -107,15 +108,15 @@ class Took:
 
 @dataclass
 class Row:
-    """One method.
+    """Result of one method.
 
     Attributes:
-        windows: that the target sees; passes: of all of them, the prediction's aside.
-        one, together, beside: seconds of one process alone, of all together, of the slowest where each explains the
-            whole volume.
-        busy: processor seconds over seconds of the process alone: less than one where others want its core.
-        processor: of one process alone, over the most of a rank.
-        difference: of the maps, over the largest value.
+        windows: number of windows that overlap the target; passes: all window passes except the prediction's.
+        one, together, beside: seconds of one process alone, of all together, and of the slowest if each explains
+            the whole volume.
+        busy: processor seconds over seconds of the process alone; below one if others use its core.
+        processor: processor seconds of one process alone over the largest of a rank.
+        difference: largest difference of the maps relative to the largest value.
     """
 
     method: str
@@ -150,7 +151,7 @@ HEADER += ["processor ratio", "busy", "difference"]
 
 
 def measured(setting: Setting, method: str, ranks: Ranks) -> Row | None:
-    """A row, on the first rank."""
+    """Measure a method; return the row on the first rank."""
     alone, together, beside = Took(), Took(), Took()
     for _ in range(setting.repeats):
         if ranks.rank == 0:
@@ -190,7 +191,7 @@ its own, and the ratio of seconds says nothing. *Difference*: of the maps, over 
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """What the figures say, in words."""
+    """Summarise the rows in words."""
     reached = [f"`{r.method}`" for r in rows if r.ratio >= GOAL]
     missed = [f"`{r.method}` ({r.ratio:.2f}, the machine {r.ceiling:.2f})" for r in rows if r.ratio < GOAL]
     shares = [r.ratio / r.ceiling for r in rows]
@@ -209,12 +210,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", default="small,real")
     parser.add_argument("--size", type=int, default=96, help="edge of the small setting's volume in voxels")
-    parser.add_argument("--window", type=int, default=48, help="edge of its windows")
+    parser.add_argument("--window", type=int, default=48, help="edge of its windows in voxels")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--real-size", type=int, default=112)
     parser.add_argument("--real-window", type=int, default=64)
     parser.add_argument("--real-repeats", type=int, default=2)
-    parser.add_argument("--table", type=Path, help="where the tables are written too")
+    parser.add_argument("--table", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         parser.error("start it by torchrun --nproc_per_node 2")
