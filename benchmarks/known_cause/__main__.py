@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--faithful-cases", type=int, default=8, help="examples for faithfulness")
     parser.add_argument("--experiments", type=int, default=100, help="cases for the experiments on the cause")
     parser.add_argument("--networks", default=",".join(cause.name for cause in CAUSES))
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "known_cause", help="folder of maps and measurements")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "known_cause", help="folder of maps and results")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "known_cause.md")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "results" / "known_cause.csv")

@@ -191,7 +191,7 @@ def experiment_table(found: Mapping[str, tuple[Sequence[bool], Sequence[Any]]]) 
 
 
 def extremal_table(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Return a table of `ExtremalPerturbation` by network: area, score kept by the mask, score left without it, cost."""
+    """Return a table of `ExtremalPerturbation` by network: area, score kept with the mask, score without it, cost."""
     lines = [
         "| network | cases | area requested, reached | kept by the mask | left without it | seconds | memory, MB |",
         "|---|---|---|---|---|---|---|",
