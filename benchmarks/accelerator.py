@@ -210,7 +210,7 @@ def main() -> None:
         f"`python benchmarks/accelerator.py` on {where}, torch {torch.__version__}: the BraTS bundle's SegResNet, "
         f"{'x'.join(map(str, args.size))}, after {args.steps} steps of training on spheres; target "
         f"{REGIONS[1]}. *Ratio*: seconds over passes times the bare pass. *Whole call*: with hashes, checks and the "
-        "target, the prediction given. *Alike*: correlation with the float32 map.",
+        "target, without the prediction. *Alike*: correlation with the float32 map.",
         "",
         "| windows | precision | method | passes | seconds | ratio | whole call | GB | alike | fallback |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -170,8 +170,8 @@ def table(found: list[Row], networks: list[str], title: str) -> Iterator[str]:
     yield f"# Autocast against float32\n\n{title}\n"
     yield (
         f"{len(measured)} pairs of method and network were measured; {len(fell)} fell back to float32, "
-        f"{len(spared)} of them though the whole map would have kept {AGREES}. Of the {len(measured) - len(fell)} maps "
-        f"saved from autocast {len(missed)} correlate below {AGREES} with float32's as a whole"
+        f"{len(spared)} of them although the whole map would have kept {AGREES}. Of the {len(measured) - len(fell)} "
+        f"maps computed under autocast {len(missed)} correlate below {AGREES} with float32 as a whole"
         f"{':' if missed else '.'}\n"
     )
     for r in missed:

@@ -106,17 +106,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         "",
         f"`python benchmarks/cost.py`: {measured[0]['network']} of the demo's bundle on the MNI152 template, {shape},",
         f"in windows of {window}, one target (grey matter), float32, one thread of an x86-64 core. Minutes are CPU",
-        "time of the explanation, the prediction given; GB is the peak above the process with network, scan and",
-        "prediction. ≈: from a dry run. Several gradient and CAM methods asked for together share their passes and",
-        "cost little more than the costliest one. For other volumes `esegeta-monai explain --dry-run` says what your",
-        "machine would need.",
+        "time of the explanation without the prediction; GB is the peak above the process with network, scan and",
+        "prediction. ≈: from a dry run. Several gradient and CAM methods in one run share their passes and",
+        "cost little more than the costliest one. For other volumes use `esegeta-monai explain --dry-run`",
+        "on your machine.",
         "",
-        "*Foretold* is what a dry run says, from four seconds of the method's passes, or at least one batch of each",
-        f"kind of loop. Of the {len(run)} methods that were run to their end, foretold over measured lies between",
+        "*Estimate* is the result of a dry run, from four seconds of the method's passes, or one batch or more of each",
+        f"kind of loop. Of the {len(run)} methods that ran to their end, estimated over measured time is between",
         f"{min(ratios):.2f} and {max(ratios):.2f}, within a factor of two for {sum(0.5 <= r <= 2 for r in ratios)}; of",
-        f"the {len(known)} whose passes are known before, {right} had as many as foretold. A dry run takes",
+        f"the {len(known)} whose passes are known in advance, {right} had the estimated number. A dry run takes",
         f"{min(r['dry_run'] for r in measured):.0f} to {max(r['dry_run'] for r in measured):.0f} s.",
-        '"At least" stands where it did not come to the method\'s end.',
+        '"At least": the dry run did not reach the end of the method.',
         "",
         *_lines([r for r in rows if r["method"] not in SMALL]),
         "",
@@ -128,7 +128,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _lines(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| method | window passes | minutes | foretold | GB |", "|---|---|---|---|---|"]
+    lines = ["| method | window passes | minutes | estimate | GB |", "|---|---|---|---|---|"]
     for r in sorted((r for r in rows if "passes" in r), key=lambda r: r["seconds"]):
         passes = f"{r['passes']:,}" if r["exact"] or not r["estimated"] else f"≈ {r['passes']:,}"
         least = "at least " if r["at_least"] else ""

@@ -182,20 +182,20 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help="count passes only")
     parser.add_argument("--full", action="store_true", help="explain the whole white matter")
     args = parser.parse_args()
-    head = ["metric", "passes of one map", "naive", "ratio", "passes a map, eight maps together"]
+    head = ["metric", "passes of one map", "naive", "ratio", "passes per map, eight maps together"]
     small, large = counted(SMALL, 2, "InputXGradient"), counted(WHOLE, WINDOWS, "InputXGradient")
     text = [
-        "# What judging maps costs",
+        "# Cost of evaluation",
         "",
-        "`python benchmarks/evaluate.py`. The demo's 8 windows; the map is `InputXGradient`'s, one pass a window.",
-        "Metrics without passes (localisation, complexity) are left out. In the last column explanations and scores",
-        "are shared between metrics and maps, as `evaluate` does it: five methods and three controls.",
+        "`python benchmarks/evaluate.py`. The demo's 8 windows; map: `InputXGradient`, one pass per window.",
+        "Metrics without passes (localisation, complexity) are left out. In the last column metrics and maps share",
+        "explanations and scores, as in `evaluate`: five methods and three controls.",
         "",
-        "## A small target, which 2 of 8 windows see",
+        "## A small target in 2 of 8 windows",
         "",
         table(head, small),
         "",
-        "## A target that all windows see",
+        "## A target in all windows",
         "",
         table(head, large),
         "",

@@ -250,15 +250,15 @@ def main() -> None:
         )
     lines += [
         "",
-        f"All {len(shares)} that share, together: {together / took[dearest]:.2f} times the dearest of them alone "
-        f"({dearest}), {together / sum(took[name] for name in shared):.2f} times the sum of all alone.",
+        f"All {len(shares)} methods that share passes, together: {together / took[dearest]:.2f} times the costliest "
+        f"({dearest}), {together / sum(took[name] for name in shared):.2f} times the sum of all.",
         "",
-        f"Finding the layer, where none is named: {took['search']:.3f} s, one pass of one window, once.",
+        f"Finding the default layer: {took['search']:.3f} s, one pass of one window, once.",
     ]
     print("\n".join(lines))
     if args.table:
         args.table.write_text(
-            "# Methods together, and against bare loops\n\n`python benchmarks/methods.py`\n\n" + "\n".join(lines) + "\n"
+            "# Methods together and against bare loops\n\n`python benchmarks/methods.py`\n\n" + "\n".join(lines) + "\n"
         )
 
 

@@ -344,13 +344,14 @@ def flat_memory(work: Work, objective: Objective) -> str:
 
 
 NOTES = """\
-Seconds are of the processor, ours the least of three runs. "time / passes" is the ratio of seconds over that of passes;
-"over its passes" is our time over that of the network's own passes in the same run, "and scores" over that of passes
-and of the target's own formula, the softmax at its voxels for each perturbation: what the engine adds. It weighs more
-behind small windows (a pass of 24³ takes 2 ms here, one of 48³ 11 ms), where features are removed one by one, since few
-passes share the first look at a window, and for the probability of an organ, all voxels of which are blended and scored
-anew for each perturbation. KernelShap and Lime draw their own samples: Captum's 64 are others than ours. Occlusion of a
-lesion in 128³ against Captum: [occlusion.md](occlusion.md)."""
+Seconds are processor seconds, ours the least of three runs. "time / passes" is the ratio of seconds divided by that of
+passes. "over its passes" is our time relative to that of the network's own passes in the same run. "and scores" is
+relative to passes and the target's own formula (the softmax at its voxels for each perturbation): the overhead of the
+engine. It is larger for small windows (a pass of 24³ takes 2 ms here, one of 48³ 11 ms), if features are removed one
+by one (few passes share the first computation of a window), and for the probability of an organ (all its voxels are
+blended and scored for each perturbation). KernelShap and Lime draw their own samples: Captum's 64 differ from ours.
+Occlusion of
+a lesion in 128³ compared with Captum: [occlusion.md](occlusion.md)."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -385,23 +386,23 @@ def main() -> None:
     text = (
         f"{sizes.volume}³ voxels, windows of {sizes.window}³ ({windows}), UNet (8, 16, 32), torch {torch.__version__}, "
         f"{args.threads} threads of {os.cpu_count()} cores, load {load}.\n\n"
-        f"{table(HEADER, rows)}\n\n{NOTES}\n\nMemory against the number of perturbations (organ): {memory}.\n"
+        f"{table(HEADER, rows)}\n\n{NOTES}\n\nMemory by number of perturbations (organ): {memory}.\n"
     )
     if not wanted:
-        head = ["method", "target", "passes", "ms a pass", "over its passes", "MB"]
+        head = ["method", "target", "passes", "ms per pass", "over its passes", "MB"]
         text += (
             "\nWindows of a common size. 96³ voxels, windows of 64³ (8), UNet (16, 32, 64, 128), two residual units, "
         )
         text += "batch norm:\n\n"
         text += f"{table(head, common())}\n"
     if not args.no_counted:
-        head = ["method", "target", "windows seen", "passes", "by whole predictions", "ratio"]
+        head = ["method", "target", "windows", "passes", "with whole predictions", "ratio"]
         text += f"\n240 x 240 x 155, windows of 96³, overlap 0.5, counted and not run:\n\n{table(head, counted())}\n"
     print(text)
     if args.table:
         args.table.parent.mkdir(parents=True, exist_ok=True)
         args.table.write_text(
-            "# Perturbation methods against their peers\n\n"
+            "# Perturbation methods compared with other libraries\n\n"
             f"`python benchmarks/perturbation.py --size {args.size}`. {text}",
             encoding="utf-8",
         )

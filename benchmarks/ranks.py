@@ -59,7 +59,7 @@ def small(args: argparse.Namespace) -> Setting:
     network = UNet(3, 1, 3, channels=(16, 32, 64), strides=(2, 2), norm="batch").eval()
     image = torch.rand(1, 1, *[args.size] * 3, generator=torch.Generator().manual_seed(0))
     inferer = SlidingWindowInferer([args.window] * 3, 2, 0.25, "gaussian")
-    title = f"Small: U-Net (16, 32, 64), {args.size}³ voxels, windows of {args.window}³ with overlap 0.25, two a pass"
+    title = f"Small: U-Net (16, 32, 64), {args.size}³ voxels, windows of {args.window}³ with overlap 0.25, two per pass"
     tried = methods(args.size // 4, "model.1.submodule.1")
     return Setting(title, network, image, inferer, MultiClassMask(1), tried, args.repeats)
 
@@ -70,7 +70,7 @@ def real(args: argparse.Namespace) -> Setting:
     inferer = SlidingWindowInferer([window] * 3, 1, 0.25, "gaussian")
     title = (
         f"Real: SegResNet as in the BraTS bundle (16 filters, 4 channels in, 3 out), {size}³ voxels, windows of "
-        f"{window}³ with overlap 0.25, one a pass"
+        f"{window}³ with overlap 0.25, one per pass"
     )
     network = trained("cpu", 0, size)
     tried = methods(size // 2, "down_layers.3")
@@ -183,26 +183,27 @@ def load() -> str:
 
 
 NOTES = """\
-Seconds are of the whole call: the prediction, the target, hashes and checks are in them, but not in *passes*.
-*Ceiling*: the number of processes times the time of one alone over that of the slowest when each explains the whole
-volume for itself at the same time. *Processor ratio*: processor seconds of one process alone over the most of a rank,
-in which nothing waits. *Busy*: processor seconds of the process alone over its seconds; below 0.95 it had no core of
-its own, and the ratio of seconds says nothing. *Difference*: of the maps, over the largest value."""
+Seconds are of the whole call, including the prediction, the target, hashes and checks, which *passes* leaves out.
+*Ceiling*: the number of processes times the time of one alone, divided by that of the slowest if each explains the
+whole volume at the same time. *Processor ratio*: processor seconds of one process alone divided by the largest of a
+rank, which excludes waiting. *Busy*: processor seconds of the process alone divided by its seconds; below 0.95 it had
+no core of its
+own, and the ratio of seconds is meaningless. *Difference*: of the maps, relative to the largest value."""
 
 
 def verdict(rows: Sequence[Row]) -> str:
     """Summarise the rows in words."""
     reached = [f"`{r.method}`" for r in rows if r.ratio >= GOAL]
-    missed = [f"`{r.method}` ({r.ratio:.2f}, the machine {r.ceiling:.2f})" for r in rows if r.ratio < GOAL]
+    missed = [f"`{r.method}` ({r.ratio:.2f}, ceiling {r.ceiling:.2f})" for r in rows if r.ratio < GOAL]
     shares = [r.ratio / r.ceiling for r in rows]
     text = f"{len(reached)} of {len(rows)} methods are at least {GOAL} times as fast: {', '.join(reached) or 'none'}."
     if missed:
         text += f" Below it: {', '.join(missed)}."
-    text += f" They reach {100 * min(shares):.0f} to {100 * max(shares):.0f} % of what the machine gives."
+    text += f" They reach {100 * min(shares):.0f} to {100 * max(shares):.0f} % of the ceiling."
     n, ranks = rows[0].windows, rows[0].ranks
     if n % ranks:
         most = -(-n // ranks)
-        text += f" {n} windows do not part evenly: with {most} on one process no gradient is over {n / most:.2f}."
+        text += f" {n} windows cannot be divided evenly: with {most} on one process the limit is {n / most:.2f}."
     return text
 
 

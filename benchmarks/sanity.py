@@ -127,7 +127,7 @@ def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def table(title: str, names: list[str], values: np.ndarray) -> None:
     """Print a Markdown table: each measure after the first, half of the, and all steps, mean ± standard error."""
     steps = [1, (len(names) - 1) // 2 + 1, len(names) - 1]
-    print(f"\n{title}; {values.shape[2]} maps a cell (images x draws)\n")
+    print(f"\n{title}; {values.shape[2]} maps per cell (images x draws)\n")
     print("| method | " + " | ".join(f"{what}, {names[s]}" for what in MEASURES for s in steps) + " |")
     print("|---" * (1 + len(MEASURES) * len(steps)) + "|")
     for method, mine in zip(METHODS, values):
@@ -164,7 +164,7 @@ def main() -> None:
             axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
             axis.set_title(f"{title}: {what}", fontsize=8)
             axis.grid(alpha=0.3)
-            axis.set_xlabel("weights drawn anew from the output down to …", fontsize=8)
+            axis.set_xlabel("random weights from the output down to …", fontsize=8)
     axes[0, 0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(args.picture, dpi=90)

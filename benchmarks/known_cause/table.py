@@ -113,9 +113,9 @@ def method_table(
     judged: Sequence[str],
     intervals: bool = True,
 ) -> str:
-    """Return a Markdown table with one row per method, sorted by `ORDER`; ``*``: beats all controls in a judged metric.
+    """Return a Markdown table with one row per method, sorted by `ORDER`; ``*``: beats all controls in that metric.
 
-    "cases" counts the cases of the judged metrics.
+    "cases" counts the cases of the metrics in ``judged``, which get stars.
     """
     methods = {cell.method for cell in cells if cell.network == network and cell.metric == ORDER}
     ranked = sorted(methods, key=lambda name: (-cells[Cell(network, name, ORDER)].mean, name))
