@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.amp import correlation, figure
 from esegeta_monai import Explainer
+from esegeta_monai.engine.network.state import own_modes
+from esegeta_monai.explain.record import peak_memory, reset_peak_memory
 from esegeta_monai.methods import GradCam, IntegratedGradients, Method, Occlusion, Saliency
-from esegeta_monai.network import own_modes
-from esegeta_monai.record import peak_memory, reset_peak_memory
 from esegeta_monai.targets import ThresholdMask
 
 REGIONS = {0: "tumor core", 1: "whole tumor", 2: "enhancing tumor"}

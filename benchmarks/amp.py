@@ -27,12 +27,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from esegeta_monai import Explainer
-from esegeta_monai.features import Supervoxels
+from esegeta_monai.engine.feature_masks import Supervoxels
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods import METHODS, Explained, Method, run
-from esegeta_monai.methods.base import _lock_step
+from esegeta_monai.methods.precision import AGREES, full_precision
+from esegeta_monai.methods.run import _lock_step
 from esegeta_monai.metrics.base import asking
-from esegeta_monai.objective import Objective
-from esegeta_monai.precision import AGREES, full_precision
 from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.networks import SEGMENTATION, NetworkCase, build
 

@@ -48,9 +48,9 @@ def one(spec: str, limit: float) -> dict[str, Any]:
 
     from esegeta_monai import Explainer
     from esegeta_monai.bundle.reader import BundleReader
-    from esegeta_monai.commands.demo import find_bundle, template
+    from esegeta_monai.cli.demo import find_bundle, template
+    from esegeta_monai.explain.record import peak_memory, reset_peak_memory
     from esegeta_monai.methods.base import METHODS
-    from esegeta_monai.record import peak_memory, reset_peak_memory
     from esegeta_monai.targets import MultiClassMask
 
     torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def one(spec: str, limit: float) -> dict[str, Any]:
     reset_peak_memory(explainer.device)
     before = peak_memory(explainer.device)  # what is resident now
     start = time.process_time()
-    with mock.patch("esegeta_monai.costs._now", cpu_time):
+    with mock.patch("esegeta_monai.explain.costs._now", cpu_time):
         (cost,) = explainer.costs(image[None], [method], [target], prediction=prediction, calibration=4.0)
     if cost.note is not None:
         return {**row, "note": cost.note}

@@ -32,14 +32,15 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import esegeta_monai.change
+import esegeta_monai.engine.perturbation.scoring
 from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.commands.cases import Preprocessor, find_cases
-from esegeta_monai.evaluation import Evaluator
-from esegeta_monai.explainer import Explainer
+from esegeta_monai.cli.cases import Preprocessor, find_cases
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.explain.evaluation import Evaluator
+from esegeta_monai.explain.explainer import Explainer
 from esegeta_monai.methods import METHODS
-from esegeta_monai.metrics import METRICS, controls, features, masking
-from esegeta_monai.objective import Objective
+from esegeta_monai.metrics import METRICS, controls, masking
+from esegeta_monai.metrics import removal as features
 from esegeta_monai.targets import Box
 
 ROOT = Path(__file__).parents[1]
@@ -65,8 +66,8 @@ class Naive:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        change = esegeta_monai.change.score_changes
-        places = (esegeta_monai.change, features, masking)
+        change = esegeta_monai.engine.perturbation.scoring.score_changes
+        places = (esegeta_monai.engine.perturbation.scoring, features, masking)
 
         def counted(objective: Objective, perturbations: Any) -> Any:
             self.predictions += len(perturbations) + (not self.predictions)

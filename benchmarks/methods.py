@@ -32,7 +32,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from esegeta_monai.layers import default_layer
+from esegeta_monai.engine.default_layer import default_layer
+from esegeta_monai.engine.network.model import Model
+from esegeta_monai.engine.network.state import frozen
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.methods import (
     EigenCam,
     GradCam,
@@ -53,10 +57,7 @@ from esegeta_monai.methods import (
     XGradCam,
     run_together,
 )
-from esegeta_monai.network import Model, frozen
-from esegeta_monai.objective import Objective
 from esegeta_monai.targets import Case, MultiClassMask
-from esegeta_monai.windows import plan_windows
 
 
 def sharing(layer: str) -> list[Method]:

@@ -21,11 +21,12 @@ from monai.inferers import SlidingWindowInferer
 from monai.networks.nets import UNet
 from torch import Tensor
 
+from esegeta_monai.engine.network.model import Model
+from esegeta_monai.engine.network.state import frozen
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.methods import Occlusion, run
-from esegeta_monai.network import Model, frozen
-from esegeta_monai.objective import Objective
 from esegeta_monai.targets import Box, Case, MultiClassMask
-from esegeta_monai.windows import plan_windows
 
 
 class Counted(torch.nn.Module):

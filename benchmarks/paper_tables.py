@@ -30,7 +30,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from esegeta_monai import Explainer
-from esegeta_monai.evaluation import Evaluator
+from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.methods import METHODS
 from esegeta_monai.metrics.randomisation import execution_order, randomised, similarity
 from esegeta_monai.targets import MultiClassMask

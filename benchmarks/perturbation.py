@@ -30,12 +30,13 @@ from monai.networks.nets import DenseNet, UNet
 from monai.visualize import OcclusionSensitivity
 from torch import Tensor, nn
 
-from esegeta_monai.features import Grid
+from esegeta_monai.engine.feature_masks import Grid
+from esegeta_monai.engine.network.model import Model
+from esegeta_monai.engine.network.state import frozen
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.methods import FeatureAblation, KernelShap, Lime, Method, Occlusion, ShapleyValueSampling, run
-from esegeta_monai.network import Model, frozen
-from esegeta_monai.objective import Objective
 from esegeta_monai.targets import Box, Case, ClassScore, MultiClassMask, Score, Target
-from esegeta_monai.windows import plan_windows
 
 
 class Counted(nn.Module):

@@ -34,8 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.accelerator import scan, trained
 from esegeta_monai import Explainer
 from esegeta_monai.methods import METHODS
-from esegeta_monai.ranks import Ranks, process_group
 from esegeta_monai.targets import MultiClassMask, Target, ThresholdMask
+from esegeta_monai.utils.distributed import Ranks, process_group
 
 GOAL = 1.8
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from esegeta_monai import Explainer
 from esegeta_monai.bundle import BundleReader
 from esegeta_monai.bundle.overlay import chosen_output
-from esegeta_monai.cli import main as command
+from esegeta_monai.cli.main import main as command
+from esegeta_monai.engine.network.model import select_output
 from esegeta_monai.methods import Saliency
-from esegeta_monai.network import select_output
 
 
 def put_weights(reader: BundleReader) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from esegeta_monai.explainer import Attribution, Explainer
+from esegeta_monai.explain.explainer import Attribution, Explainer
+from esegeta_monai.utils.files import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["Attribution", "Explainer", "__version__"]

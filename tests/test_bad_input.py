@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from esegeta_monai.cli import main
+from esegeta_monai.cli.main import main
 from tests.support_cli import NETWORK, make_bundle, make_scan, run_json, statuses
 
 DOC = Path(__file__).parents[1] / "docs" / "bad_input.md"

@@ -20,7 +20,8 @@ from monai.transforms import Flipd, SpatialPadd
 from torch import Tensor, nn
 
 from esegeta_monai import Explainer
-from esegeta_monai.attribution import Attribution
+from esegeta_monai.engine.score import WeightedScore
+from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.methods import (
     METHODS,
     ClassImage,
@@ -33,6 +34,7 @@ from esegeta_monai.methods import (
     Method,
     Occlusion,
 )
+from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets import (
     Box,
     Case,
@@ -48,9 +50,8 @@ from esegeta_monai.targets import (
     ThresholdMask,
     Voxel,
 )
-from esegeta_monai.targets.base import WeightedScore, bounding_box
 from esegeta_monai.transforms import Explaind, InvertAttributiond
-from esegeta_monai.writer import ResultWriter
+from esegeta_monai.utils.tensors import bounding_box
 from tests.elsewhere import THERE, elsewhere
 
 WINDOWS = SlidingWindowInferer((12, 12), 2, 0.5, "gaussian")

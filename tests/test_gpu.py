@@ -24,7 +24,7 @@ from esegeta_monai.methods import (
     Saliency,
     SmoothGrad,
 )
-from esegeta_monai.precision import AGREES, SURE
+from esegeta_monai.methods.precision import AGREES, SURE
 from esegeta_monai.targets import Box, MultiClassMask
 from tests.networks import build
 

@@ -23,13 +23,14 @@ from table import write_block
 from torch import Tensor, nn
 
 from esegeta_monai import Explainer
-from esegeta_monai.layers import default_layer, layer_shapes
+from esegeta_monai.engine.default_layer import default_layer, layer_shapes
+from esegeta_monai.engine.network.model import Model
+from esegeta_monai.engine.network.state import frozen
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.methods import METHODS
 from esegeta_monai.metrics import MetricInput, PointingGame, RelevanceMass
-from esegeta_monai.network import Model, frozen
-from esegeta_monai.objective import Objective
 from esegeta_monai.targets import Case, ClassScore, LabelMask, Target
-from esegeta_monai.windows import plan_windows
 
 CAMS = ("GradCam", "GradCamPlusPlus", "HiResCam", "LayerCam", "XGradCam")
 CROP, BOX, CELL_MM = 48, 12, 8.0

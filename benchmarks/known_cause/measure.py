@@ -14,11 +14,12 @@ from maps import TARGET, read_map
 from metrics import FAITHFULNESS, LOCALISATION, OTHER, metric_of
 from torch import Tensor
 
+from esegeta_monai.engine.network.model import Model
+from esegeta_monai.engine.network.state import frozen
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.metrics import MetricInput, controls
-from esegeta_monai.network import Model, frozen
-from esegeta_monai.objective import Objective
 from esegeta_monai.targets import Case
-from esegeta_monai.windows import as_inferer, plan_windows
 
 __all__ = ["Row", "measure"]
 

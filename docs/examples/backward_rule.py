@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from esegeta_monai import Explainer
+from esegeta_monai.engine.rules import Operation, Part, distribute_shares, register_rule
 from esegeta_monai.methods import LRP
-from esegeta_monai.rules import Operation, Part, distribute_shares, register_rule
 
 
 @register_rule

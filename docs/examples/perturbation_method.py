@@ -15,7 +15,7 @@ class SlabOcclusion(PerturbationMethod):
 
     Args:
         thickness: of a slab, in voxels.
-        baseline: what replaces a slab, see `esegeta_monai.baselines`.
+        baseline: what replaces a slab, see `esegeta_monai.engine.baselines`.
     """
 
     units = "change of the target when the voxel's slab is replaced"

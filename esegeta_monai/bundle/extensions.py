@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from esegeta_monai.bundle.imports import BundleImports
-from esegeta_monai.configurable import Configurable, Registry
 from esegeta_monai.errors import UsageError, named_reason
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.metrics.base import METRICS
 from esegeta_monai.targets.base import TARGETS
+from esegeta_monai.utils.registry import Configurable, Registry
 
 __all__ = ["register_extensions"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.overlay import METRICS_OVERLAY, MULTI_GPU_OVERLAY, OVERLAY
-from esegeta_monai.storage import sha256_file
+from esegeta_monai.utils.files import sha256_file
 
 __all__ = ["bundle_provenance"]
 
@@ -18,7 +18,8 @@ OVERLAYS = (OVERLAY, METRICS_OVERLAY, MULTI_GPU_OVERLAY)
 def bundle_provenance(bundle_root: str | Path) -> dict[str, Any]:
     """Name and version of a bundle, and the sha256 of each of its config files by file name, JSON-ready.
 
-    The weights are hashed in memory (`esegeta_monai.network.weights_hash`), since any file may have been loaded.
+    The weights are hashed in memory (`esegeta_monai.engine.network.state.weights_hash`), since any file may have been
+    loaded.
     """
     root = Path(bundle_root)
     metadata = BundleMetadata.read(root)

@@ -21,17 +21,17 @@ from torch.utils.data.distributed import DistributedSampler
 
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.metadata import BundleMetadata
-from esegeta_monai.cases import cases_of
+from esegeta_monai.engine.network.state import unwrap, weights_hash
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
-from esegeta_monai.explainer import Explainer
+from esegeta_monai.explain.case import cases_of
+from esegeta_monai.explain.explainer import Explainer
 from esegeta_monai.handlers.calls import InfererCalls, plain_inferer, watched
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
 from esegeta_monai.methods.base import METHODS
-from esegeta_monai.network import unwrap, weights_hash
-from esegeta_monai.parameters import number
-from esegeta_monai.ranks import SHARES, Ranks, Share
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
+from esegeta_monai.utils.distributed import SHARES, Ranks, Share
+from esegeta_monai.utils.types import number
 
 __all__ = ["CaseHandler", "flag", "numbered"]
 

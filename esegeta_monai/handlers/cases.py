@@ -11,7 +11,7 @@ from typing import Any
 
 from monai.data import MetaTensor
 
-from esegeta_monai.storage import case_name, safe_name
+from esegeta_monai.utils.names import case_name, safe_name
 
 __all__ = ["CaseNames", "files_of"]
 

@@ -13,18 +13,18 @@ from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
 from torch import Tensor
 
-from esegeta_monai.attribution import Attribution
 from esegeta_monai.bundle.provenance import bundle_provenance
+from esegeta_monai.engine.labels import label_on_grid
+from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, RankLost, named_reason
-from esegeta_monai.evaluation import Evaluator, Known, alarm_share, chosen_metrics, value_of_label
-from esegeta_monai.evaluation_writer import EvaluationWriter
+from esegeta_monai.explain.attribution import Attribution
+from esegeta_monai.explain.evaluation import Evaluator, Known, alarm_share, chosen_metrics, value_of_label
+from esegeta_monai.explain.record import decisive
 from esegeta_monai.handlers.base import CaseHandler, flag, numbered
 from esegeta_monai.handlers.explanation import ExplanationHandler
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM
-from esegeta_monai.ranks import Share
-from esegeta_monai.record import decisive
-from esegeta_monai.targets.base import Case
-from esegeta_monai.targets.regions import label_on_grid
+from esegeta_monai.output.evaluation_writer import EvaluationWriter
+from esegeta_monai.utils.distributed import Share
 
 __all__ = ["EvaluationHandler"]
 
@@ -35,7 +35,8 @@ class EvaluationHandler(CaseHandler):
     It writes what ``esegeta-monai evaluate`` writes: ``metrics.csv``, and for each case ``<case>_metrics.json`` and
     ``<case>_regions.csv``. Beside an `ExplanationHandler` with the same folder the report shows them. Maps that an
     `ExplanationHandler` on the same engine, attached before, has just computed are judged as they are: those of which
-    all that decides them is the same (`esegeta_monai.record.decisive`, weights, batch). They are kept until judged.
+    all that decides them is the same (`esegeta_monai.explain.record.decisive`, weights, batch). They are kept until
+    judged.
 
     Args:
         methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share, name,

@@ -11,16 +11,16 @@ import torch
 from monai.data import MetaTensor
 from monai.utils import CommonKeys
 
-from esegeta_monai.attribution import Attribution
 from esegeta_monai.bundle.provenance import bundle_provenance
-from esegeta_monai.costs import Cost, table
 from esegeta_monai.errors import EsegetaError, UsageError
+from esegeta_monai.explain.attribution import Attribution
+from esegeta_monai.explain.costs import Cost, table
+from esegeta_monai.files.maps import picture_path
 from esegeta_monai.handlers.base import CaseHandler, flag
 from esegeta_monai.handlers.series import ExplanationSeries
-from esegeta_monai.ranks import Share
-from esegeta_monai.report.page import write_report
-from esegeta_monai.storage import picture_path
-from esegeta_monai.writer import ResultWriter
+from esegeta_monai.output.report.page import write_report
+from esegeta_monai.output.writer import ResultWriter
+from esegeta_monai.utils.distributed import Share
 
 __all__ = ["ExplanationHandler"]
 
@@ -43,12 +43,13 @@ class ExplanationHandler(CaseHandler):
         class_names: class number to name; None: from the bundle's metadata.json.
         seed, time_limit, window_batch, volume_device: see `esegeta_monai.Explainer`.
         dry_run: nothing is explained or written; the log says what each method and target would cost, see
-            `esegeta_monai.costs.Cost`.
+            `esegeta_monai.explain.costs.Cost`.
         allow_costly: see `esegeta_monai.Explainer`.
         overwrite: explain again what is finished.
         map_format: ``"nifti"``, or ``"input"``: NRRD and MHA scans get maps in their own format, all others NIfTI.
         pictures: a PNG beside every map, and what the report shows of the scan.
-        report: write the HTML report (`esegeta_monai.report.write_report`) when the run or an epoch's folder is done.
+        report: write the HTML report (`esegeta_monai.output.report.page.write_report`) when the run or an epoch's
+        folder is done.
         progress: show a progress bar.
         epochs: on a trainer or a validating evaluator, of every so many epochs only the first that the engine runs:
             with 5 the first, sixth, … epoch, and where there is a validation every fifth epoch, each of them.

@@ -14,12 +14,12 @@ import torch
 from monai.utils import CommonKeys, optional_import
 from torch import Tensor
 
-from esegeta_monai.attribution import Attribution
 from esegeta_monai.errors import UsageError
+from esegeta_monai.explain.attribution import Attribution
+from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.metrics import MetricInput, RelevanceMass
 from esegeta_monai.metrics.randomisation import similarity
-from esegeta_monai.naming import ResultNames
-from esegeta_monai.storage.files import atomic
+from esegeta_monai.utils.files import atomic
 
 __all__ = ["TABLE", "ExplanationSeries"]
 

@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
-from esegeta_monai.baselines import baseline_for
-from esegeta_monai.change import known_score_changes, score_changes
-from esegeta_monai.layers import BlendedActivations
-from esegeta_monai.methods.ablation import FeatureAblation, FeaturePermutation
-from esegeta_monai.methods.base import METHODS, Explained, Method, Passes, run, run_together
-from esegeta_monai.methods.cam import ChannelGradients, EigenCam, GradCam, GradCamPlusPlus, HiResCam, LayerCam, XGradCam
-from esegeta_monai.methods.cam_perturbation import AblationCam, ScoreCam
-from esegeta_monai.methods.contrastive import ContrastiveExcitationBackprop, ContrastiveLRP
-from esegeta_monai.methods.deeplift import DeepLift, DeepLiftShap, LayerDeepLift, LayerDeepLiftShap
-from esegeta_monai.methods.dream import DeepDream, InvertedRepresentation
-from esegeta_monai.methods.extremal import ExtremalPerturbation
-from esegeta_monai.methods.fullgrad import FullGrad
-from esegeta_monai.methods.gradient import GradTimesImage, InputXGradient, Saliency, VanillaBackprop
-from esegeta_monai.methods.guided import Deconvolution, GuidedBackprop
-from esegeta_monai.methods.guided_cam import GuidedGradCam
-from esegeta_monai.methods.layer import LayerActivation
-from esegeta_monai.methods.layer_gradient import LayerActivationGuidedBackprop, LayerGradCam, LayerGradientXActivation
-from esegeta_monai.methods.layer_path import InternalInfluence, LayerConductance, LayerIntegratedGradients
-from esegeta_monai.methods.layer_relevance import LayerLRP
-from esegeta_monai.methods.lime import Lime
-from esegeta_monai.methods.linear import LinearApproximation
-from esegeta_monai.methods.neuron import NeuronConductance
-from esegeta_monai.methods.noise import SmoothGrad, SmoothGradSquared, VarGrad
-from esegeta_monai.methods.occlusion import Occlusion
-from esegeta_monai.methods.path import IntegratedGradients
-from esegeta_monai.methods.path_variants import BlurIG, GuidedIG
-from esegeta_monai.methods.patterns import PatternAttribution, PatternNet
-from esegeta_monai.methods.perturbing import PerturbationMethod
-from esegeta_monai.methods.pooled_cam import Cam
-from esegeta_monai.methods.relevance import LRP, ExcitationBackprop
-from esegeta_monai.methods.rise import Rise
-from esegeta_monai.methods.sensitivity import Hsic, Sobol
-from esegeta_monai.methods.shap import GradientShap, LayerGradientShap
-from esegeta_monai.methods.shapley import ChannelShapley, KernelShap, ShapleyValueSampling
-from esegeta_monai.methods.synthesis import ClassImage, FeatureVisualization
-from esegeta_monai.methods.xrai import XRAI
-from esegeta_monai.objective import Batch, InputGradient, Objective, Request, View
-from esegeta_monai.perturbation import Boxes, Perturbations
+from esegeta_monai.engine.baselines import baseline_for
+from esegeta_monai.engine.layer_maps import BlendedActivations
+from esegeta_monai.engine.objective import Batch, InputGradient, Objective, Request, View
+from esegeta_monai.engine.perturbation.base import Perturbations
+from esegeta_monai.engine.perturbation.boxes import Boxes
+from esegeta_monai.engine.perturbation.scoring import known_score_changes, score_changes
+from esegeta_monai.methods.base import METHODS, Explained, Method, Passes
+from esegeta_monai.methods.cam.gradient_cam import (
+    EigenCam,
+    GradCam,
+    GradCamPlusPlus,
+    HiResCam,
+    LayerCam,
+    XGradCam,
+)
+from esegeta_monai.methods.cam.guided_cam import GuidedGradCam
+from esegeta_monai.methods.cam.perturbation_cam import AblationCam, ScoreCam
+from esegeta_monai.methods.cam.pooled_cam import Cam
+from esegeta_monai.methods.cam.requests import ChannelGradients
+from esegeta_monai.methods.gradient.guided import Deconvolution, GuidedBackprop
+from esegeta_monai.methods.gradient.noise import SmoothGrad, SmoothGradSquared, VarGrad
+from esegeta_monai.methods.gradient.saliency import GradTimesImage, InputXGradient, Saliency, VanillaBackprop
+from esegeta_monai.methods.layer.activation import LayerActivation
+from esegeta_monai.methods.layer.gradient import (
+    LayerActivationGuidedBackprop,
+    LayerGradCam,
+    LayerGradientXActivation,
+)
+from esegeta_monai.methods.layer.linear import LinearApproximation
+from esegeta_monai.methods.layer.neuron import NeuronConductance
+from esegeta_monai.methods.layer.path import InternalInfluence, LayerConductance, LayerIntegratedGradients
+from esegeta_monai.methods.layer.relevance import LayerLRP
+from esegeta_monai.methods.path.integrated_gradients import IntegratedGradients
+from esegeta_monai.methods.path.shap import GradientShap, LayerGradientShap
+from esegeta_monai.methods.path.variants import BlurIG, GuidedIG
+from esegeta_monai.methods.path.xrai import XRAI
+from esegeta_monai.methods.perturbation.ablation import FeatureAblation, FeaturePermutation
+from esegeta_monai.methods.perturbation.base import PerturbationMethod
+from esegeta_monai.methods.perturbation.extremal import ExtremalPerturbation
+from esegeta_monai.methods.perturbation.lime import Lime
+from esegeta_monai.methods.perturbation.occlusion import Occlusion
+from esegeta_monai.methods.perturbation.rise import Rise
+from esegeta_monai.methods.perturbation.sensitivity import Hsic, Sobol
+from esegeta_monai.methods.perturbation.shapley import ChannelShapley, KernelShap, ShapleyValueSampling
+from esegeta_monai.methods.relevance.contrastive import ContrastiveExcitationBackprop, ContrastiveLRP
+from esegeta_monai.methods.relevance.deeplift import DeepLift, DeepLiftShap, LayerDeepLift, LayerDeepLiftShap
+from esegeta_monai.methods.relevance.fullgrad import FullGrad
+from esegeta_monai.methods.relevance.lrp import LRP, ExcitationBackprop
+from esegeta_monai.methods.relevance.patterns import PatternAttribution, PatternNet
+from esegeta_monai.methods.run import run, run_together
+from esegeta_monai.methods.synthesis.dream import DeepDream, InvertedRepresentation
+from esegeta_monai.methods.synthesis.visualization import ClassImage, FeatureVisualization
 
 __all__ = [
     "LRP",

@@ -8,23 +8,28 @@ run together share those passes (`run_together`).
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from esegeta_monai.baselines import baseline_for
-from esegeta_monai.configurable import Configurable, Registry
-from esegeta_monai.objective import Objective, Request
-from esegeta_monai.parameters import check_stated
-from esegeta_monai.precision import run_precisely
+from esegeta_monai.engine.baselines import baseline_for
+from esegeta_monai.engine.objective import Objective, Request
+from esegeta_monai.utils.registry import Configurable, Registry
+from esegeta_monai.utils.types import check_stated
 
-__all__ = ["METHODS", "Explained", "Method", "Passes", "Produces", "grouped", "relative_gap", "run"]
-__all__ += ["run_together", "shares_passes"]
+__all__ = [
+    "METHODS",
+    "Explained",
+    "Method",
+    "Passes",
+    "Produces",
+    "relative_gap",
+]
+__all__ += []
 
 Produces = Literal["input map", "layer map", "synthesised image", "activation"]
 
@@ -164,96 +169,6 @@ class Method(Configurable, ABC):
 METHODS: Registry[Method] = Registry("method", Method, "esegeta_monai.methods")
 
 
-def run(method: Method, objective: Objective) -> Explained:
-    """One method alone."""
-    outcome = run_together([method], objective)[0]
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
-
-
-def run_together(methods: Sequence[Method], objective: Objective) -> dict[int, Explained | Exception]:
-    """Several methods in lock-step, each in the precision that is enough for it (`esegeta_monai.precision`).
-
-    Returns results by position in ``methods``; a method that fails leaves its exception as its result.
-    """
-    return run_precisely(methods, objective, _lock_step)
-
-
-def _lock_step(methods: Sequence[Method], objective: Objective) -> dict[int, Explained | Exception]:
-    """Several methods in one precision: what they ask of the windows in the same round is done in one sweep.
-
-    A method that fails leaves its exception as its result; a sweep that fails is done again for each method alone, so
-    that only the culprit fails.
-    """
-    results: dict[int, Explained | Exception] = {}
-    running: dict[int, Passes] = {}
-    asked: dict[int, Request] = {}
-
-    def step(i: int, passes: Passes, answer: Any) -> None:
-        try:
-            asked[i] = passes.send(answer)
-            running[i] = passes
-        except StopIteration as stop:
-            results[i] = _explained(stop.value, methods[i], objective)
-        except Exception as error:  # kept as the method's result, which the caller raises or records
-            results[i] = error
-
-    for i, method in enumerate(methods):
-        try:
-            outcome = method.attribute(objective)
-        except Exception as error:  # as above
-            results[i] = error
-            continue
-        if isinstance(outcome, Generator):
-            step(i, outcome, None)
-        else:
-            results[i] = _explained(outcome, method, objective)
-    while running:
-        current = running
-        now = _due({i: asked[i] for i in sorted(current)})
-        running = {i: passes for i, passes in current.items() if i not in now}
-        for i, answer in _answers(objective, now).items():
-            if isinstance(answer, Exception):
-                results[i] = answer
-            else:
-                step(i, current[i], answer)
-    return results
-
-
-def _due(asked: dict[int, Request]) -> dict[int, Request]:
-    """What is asked for in the next sweep: gradients wait while some method has yet to look at activations before it
-    asks for them too, since one backward pass serves all."""
-    if not any(r.before_gradient for r in asked.values()):
-        return asked
-    return {i: r for i, r in asked.items() if not r.backward}
-
-
-def _answers(objective: Objective, asked: dict[int, Request]) -> dict[int, Any]:
-    try:
-        return dict(zip(asked, objective.sweep(list(asked.values()))))
-    except Exception as error:  # kept as the result of the one method that asked
-        if len(asked) == 1:
-            return dict.fromkeys(asked, error)
-    return {i: answer for i, request in asked.items() for answer in _answers(objective, {i: request}).values()}
-
-
-def _explained(value: Explained | Tensor, method: Method, objective: Objective) -> Explained:
-    """What a method returned, with a warning where its completeness gap is above `GAP`."""
-    explained = value if isinstance(value, Explained) else Explained(value)
-    gaps = explained.notes.get("completeness_gap") or []
-    for score, gap in zip(objective.scores, gaps):
-        start = f"{method.name}: the map's sum misses what it should add up to by"
-        told = any(w.startswith(f"{score.label}: {start}") for w in objective.monitor.warnings)  # at other noisy images
-        if gap is not None and gap > GAP and not told:
-            objective.monitor.warn(f"{start} {100 * gap:.0f} %: {method.gap_advice}", score.label)
-    return explained
-
-
-GAP = 0.05
-"""The relative completeness gap above which a map comes with a warning."""
-
-
 def relative_gap(maps: Tensor, values: Tensor, baseline_values: Tensor) -> list[float | None]:
     """Completeness gap ``|Σ map − (F(x) − F(x₀))| / |F(x) − F(x₀)|`` a target; None where F does not change.
 
@@ -264,22 +179,3 @@ def relative_gap(maps: Tensor, values: Tensor, baseline_values: Tensor) -> list[
     sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu()
     expected = (values - baseline_values).double().cpu()
     return [abs(float((s - e) / e)) if e != 0 else None for s, e in zip(sums, expected)]
-
-
-def shares_passes(method: Method) -> bool:
-    """Whether a method asks for sweeps over the windows that others can share."""
-    return inspect.isgeneratorfunction(type(method).attribute)
-
-
-def grouped(methods: Sequence[Method]) -> list[list[Method]]:
-    """Methods in their order; those that can share passes come together, at the place of the first."""
-    groups: list[list[Method]] = []
-    sharing: list[Method] = []
-    for method in methods:
-        if shares_passes(method):
-            if not sharing:
-                groups.append(sharing)
-            sharing.append(method)
-        else:
-            groups.append([method])
-    return groups

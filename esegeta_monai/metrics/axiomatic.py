@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esegeta_monai.baselines import baseline_for
-from esegeta_monai.configurable import json_ready
+from esegeta_monai.engine.baselines import baseline_for
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult
-from esegeta_monai.metrics.features import blind, value_of
+from esegeta_monai.metrics.removal import blind, value_of
 from esegeta_monai.metrics.robustness import CONSTANT, explained
-from esegeta_monai.objective import Objective
+from esegeta_monai.utils.registry import json_ready
 
 __all__ = ["Completeness", "Conservation", "InputInvariance", "shifted"]
 

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esegeta_monai.configurable import Configurable, Registry, json_ready
+from esegeta_monai.engine.network.state import frozen, own_modes
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MetricError, UsageError
-from esegeta_monai.extremes import all_finite
 from esegeta_monai.methods.base import Method
-from esegeta_monai.network import frozen, own_modes
-from esegeta_monai.objective import Objective
-from esegeta_monai.parameters import check_stated
+from esegeta_monai.utils.registry import Configurable, Registry, json_ready
+from esegeta_monai.utils.tensors import all_finite
+from esegeta_monai.utils.types import check_stated
 
 __all__ = [
     "METRICS",

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods.base import Method
-from esegeta_monai.objective import Objective
 
 __all__ = ["ConstantControl", "Control", "RandomControl", "SobelControl", "constant_map", "controls", "random_map"]
 __all__ += ["sobel_map"]

@@ -1,7 +1,8 @@
 """Does the target change as the map says when parts of the image are removed?
 
-Scores are ``F(x')`` of perturbed images through `esegeta_monai.change.score_changes`, so that only touched windows are
-computed, for classification and segmentation alike. Differences are in units of ``|F(x) − F(x₀)|``, what the target
+Scores are ``F(x')`` of perturbed images through `esegeta_monai.engine.perturbation.scoring.score_changes`, so that
+only touched windows are computed, for classification and segmentation alike. Differences are in units of ``|F(x) −
+F(x₀)|``, what the target
 loses when everything is replaced, so that logits, probabilities and sums over voxels can be compared.
 """
 
@@ -14,14 +15,15 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from esegeta_monai.baselines import baseline_for, noise_like
-from esegeta_monai.change import known_score_changes
-from esegeta_monai.configurable import json_ready
+from esegeta_monai.engine.baselines import baseline_for, noise_like
+from esegeta_monai.engine.perturbation.base import Added, Perturbations
+from esegeta_monai.engine.perturbation.boxes import Boxes
+from esegeta_monai.engine.perturbation.scoring import known_score_changes
+from esegeta_monai.engine.windows.plan import last_axes
 from esegeta_monai.errors import UsageError
 from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, Need, bootstrap, mean_interval
-from esegeta_monai.metrics.features import Removal, at_least, blind, check_parts, drawn_removals, removal_of
-from esegeta_monai.perturbation import Added, Boxes, Perturbations
-from esegeta_monai.windows import last_axes
+from esegeta_monai.metrics.removal import Removal, at_least, blind, check_parts, drawn_removals, removal_of
+from esegeta_monai.utils.registry import json_ready
 
 __all__ = ["IROF", "Deletion", "FaithfulnessCorrelation", "Infidelity", "Insertion", "RegionPerturbation"]
 __all__ += ["SensitivityN"]
@@ -76,7 +78,7 @@ class Deletion(_Curve):
         features: what is removed together: ``"blocks"`` (16 an axis in 2D, 8 in 3D), ``"grid(size=8)"``,
             ``"supervoxels(n_segments=100)"``, a label map.
         steps: points of the curve.
-        baseline: x₀, see `esegeta_monai.baselines`.
+        baseline: x₀, see `esegeta_monai.engine.baselines`.
         n_samples: draws, where the baseline is random or the map says the same of several features: these are removed
             in a random order, the value is the mean, the interval is over draws. Else one curve says all.
     """

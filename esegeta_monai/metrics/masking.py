@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esegeta_monai.baselines import baseline_for
-from esegeta_monai.change import score_changes
-from esegeta_monai.configurable import json_ready
+from esegeta_monai.engine.baselines import baseline_for
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.perturbation.base import Added
+from esegeta_monai.engine.perturbation.scoring import score_changes
+from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, mean_interval
 from esegeta_monai.metrics.faithfulness import NEEDS, NOTHING, ZERO
-from esegeta_monai.metrics.features import at_least, blind, ranking
-from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import Added
-from esegeta_monai.targets.base import WeightedScore
+from esegeta_monai.metrics.removal import at_least, blind, ranking
+from esegeta_monai.utils.registry import json_ready
 
 __all__ = ["ROAD", "AverageDrop", "AverageGain", "AverageIncrease", "imputed"]
 
@@ -92,7 +92,7 @@ class AverageDrop(_Masked):
     (Chattopadhay et al. 2018).
 
     Args:
-        baseline: x₀, what stands where the map is zero; see `esegeta_monai.baselines`.
+        baseline: x₀, what stands where the map is zero; see `esegeta_monai.engine.baselines`.
     """
 
     reference = "Chattopadhay et al., WACV 2018, arXiv:1710.11063"

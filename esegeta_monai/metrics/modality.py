@@ -8,11 +8,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from esegeta_monai.baselines import baseline_for
-from esegeta_monai.configurable import json_ready
+from esegeta_monai.engine.baselines import baseline_for
 from esegeta_monai.errors import MetricError, UsageError
-from esegeta_monai.methods.shapley import ChannelShapley
+from esegeta_monai.methods.perturbation.shapley import ChannelShapley
 from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult
+from esegeta_monai.utils.registry import json_ready
 
 __all__ = ["MSFI", "ModalityImportance", "channel_importance"]
 
@@ -63,7 +63,7 @@ class ModalityImportance(_Modality):
     Args:
         correlation: ``"kendall"`` (the paper's: the order of the channels) or ``"pearson"``.
         part: ``"positive"`` (the paper's) sums of the map's positive values, or ``"signed"`` sums.
-        baseline: what stands in a channel that is off, see `esegeta_monai.baselines`.
+        baseline: what stands in a channel that is off, see `esegeta_monai.engine.baselines`.
     """
 
     meaning = "Agreement between the map's weight of each channel and what the channel is worth; 1: the same order."
@@ -99,7 +99,7 @@ class MSFI(_Modality):
     φ_c is the positive part of the channel's exact Shapley value over the greatest of them.
 
     Args:
-        baseline: what stands in a channel that is off, see `esegeta_monai.baselines`.
+        baseline: what stands in a channel that is off, see `esegeta_monai.engine.baselines`.
     """
 
     meaning = "Share of the map that lies in the label, in the channels that matter to the network."

@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from esegeta_monai.engine.network.model import is_scripted
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, magnitude, mean_interval
-from esegeta_monai.metrics.features import at_least
+from esegeta_monai.metrics.removal import at_least
 from esegeta_monai.metrics.robustness import explained
-from esegeta_monai.network import is_scripted
-from esegeta_monai.objective import Objective
-from esegeta_monai.targets.base import WeightedScore, bounding_box
+from esegeta_monai.utils.tensors import bounding_box
 
 __all__ = ["CascadingRandomisation", "DataRandomisation", "IndependentRandomisation", "RandomLogit"]
 __all__ += ["execution_order", "randomised", "similarity"]

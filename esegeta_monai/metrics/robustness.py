@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esegeta_monai.baselines import per_channel
+from esegeta_monai.engine.baselines import per_channel
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
-from esegeta_monai.methods.base import run
+from esegeta_monai.methods.run import run
 from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, bootstrap, mean_interval
-from esegeta_monai.metrics.features import at_least
-from esegeta_monai.objective import Objective
+from esegeta_monai.metrics.removal import at_least
 
 __all__ = ["AverageSensitivity", "LocalLipschitz", "MaxSensitivity", "RelativeInputStability"]
 __all__ += ["RelativeOutputStability", "explained"]

@@ -8,18 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.score import Activation, Case, Output, Reduction, Score, WeightedScore
 from esegeta_monai.errors import TargetError
-from esegeta_monai.targets.base import (
-    Activation,
-    Case,
-    Output,
-    Reduction,
-    Score,
-    Target,
-    WeightedScore,
-    need_map,
-    resolve_class,
-)
+from esegeta_monai.targets.base import Target, need_map, resolve_class
 
 __all__ = ["ClassScore", "MultiClassMask", "PredictedClasses", "ThresholdMask"]
 

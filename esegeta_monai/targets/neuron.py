@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.score import Case, Score, WeightedScore
 from esegeta_monai.errors import TargetError
-from esegeta_monai.targets.base import Case, Score, Target, WeightedScore
+from esegeta_monai.targets.base import Target
 from esegeta_monai.targets.regions import Voxel
 
 __all__ = ["LayerNeuron"]
@@ -20,7 +21,8 @@ class LayerNeuron(Target):
     """One unit of an inner layer: ``s = Σ_w ĝ_w(v) · A_w(c, p(v))`` over the windows w that hold the voxel v, p(v) the
     position of the layer whose cell holds v.
 
-    The layer takes the place of the prediction (`esegeta_monai.layers.LayerOutput`), so that every input method and
+    The layer takes the place of the prediction (`esegeta_monai.engine.layer_maps.LayerOutput`), so that every input
+    method and
     every layer before it can be asked what this unit looks at. Linear in the layer.
 
     Args:

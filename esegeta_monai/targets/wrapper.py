@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esegeta_monai.engine.network.model import select_output
+from esegeta_monai.engine.score import Case, Score
 from esegeta_monai.errors import TargetError
-from esegeta_monai.network import select_output
-from esegeta_monai.targets.base import TARGETS, Case, Score
+from esegeta_monai.targets.base import TARGETS
 
 __all__ = ["TargetWrapper"]
 
@@ -33,7 +34,7 @@ class TargetWrapper(nn.Module):
         target: a target, a name or config of one, or a list of them; their scores are the columns, in order.
         inferer: a callable ``(image, network, *args, **kwargs)`` such as MONAI's; None: the network itself.
         prediction: raw network output (B, classes, …) on the unperturbed image, to freeze masks from.
-        output: which of several outputs, see `esegeta_monai.network.select_output`.
+        output: which of several outputs, see `esegeta_monai.engine.network.model.select_output`.
         case: what targets may know besides the prediction (class names, masks, affine).
 
     Raises:

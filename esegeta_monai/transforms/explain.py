@@ -16,12 +16,12 @@ from torch import nn
 from torch.utils.data import get_worker_info
 
 from esegeta_monai.errors import UsageError
-from esegeta_monai.explainer import Attribution, Explainer
+from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.methods.base import METHODS
-from esegeta_monai.storage import check_clashes, distinct_names, safe_name
-from esegeta_monai.storage.files import strict_json
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
+from esegeta_monai.utils.files import strict_json
+from esegeta_monai.utils.names import check_clashes, distinct_names, safe_name
 
 __all__ = ["Explain", "ExplainD", "ExplainDict", "Explaind"]
 

@@ -15,11 +15,11 @@ import torch
 import esegeta_monai.bundle
 from esegeta_monai import Explainer
 from esegeta_monai.bundle.extensions import register_extensions
-from esegeta_monai.cli import main
+from esegeta_monai.cli.main import main
+from esegeta_monai.engine.rules import RULES, registration
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.metrics.base import METRICS, MetricInput
-from esegeta_monai.rules import RULES, registration
 from esegeta_monai.targets.base import TARGETS
 from tests.bundle import oblique
 from tests.support_cli import make_bundle, make_scan, run_json, statuses
@@ -198,8 +198,8 @@ def test_a_bundle_s_own_are_run_by_the_overlay(tmp_path):
 
 
 def test_the_examples_of_the_documentation_work_in_a_bundle(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("esegeta_monai.rules.registration.RULES", dict(RULES))
-    monkeypatch.setattr("esegeta_monai.rules.composites.RULES", registration.RULES)
+    monkeypatch.setattr("esegeta_monai.engine.rules.registration.RULES", dict(RULES))
+    monkeypatch.setattr("esegeta_monai.engine.rules.composites.RULES", registration.RULES)
     examples = ("gradient_method", "perturbation_method", "shared_passes", "metric", "target", "backward_rule")
     bundle = bundle_with(tmp_path / "b", **{name: (EXAMPLES / f"{name}.py").read_text() for name in examples})
     listed = {}
@@ -265,8 +265,8 @@ def test_a_bundle_s_metric_measures(tmp_path):
 
 
 def test_a_bundle_s_backward_rule_is_a_word_of_composites(tmp_path, monkeypatch):
-    monkeypatch.setattr("esegeta_monai.rules.registration.RULES", dict(RULES))
-    monkeypatch.setattr("esegeta_monai.rules.composites.RULES", registration.RULES)
+    monkeypatch.setattr("esegeta_monai.engine.rules.registration.RULES", dict(RULES))
+    monkeypatch.setattr("esegeta_monai.engine.rules.composites.RULES", registration.RULES)
     lrp = "LRP(composite={'convolution': 'Absolute', 'dense': 'Epsilon'})"
     with pytest.raises(UsageError, match="unknown rule 'Absolute'"):
         METHODS.create(lrp)

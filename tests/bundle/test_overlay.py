@@ -19,7 +19,7 @@ from fire.parser import DefaultParseValue
 
 import esegeta_monai.bundle
 from esegeta_monai.errors import UsageError
-from esegeta_monai.storage import sha256_file
+from esegeta_monai.utils.files import sha256_file
 from tests.bundle import oblique
 
 OVERLAY = Path(esegeta_monai.bundle.__file__).parent / "explain.json"

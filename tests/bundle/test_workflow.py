@@ -20,7 +20,7 @@ import esegeta_monai.bundle
 from esegeta_monai.bundle import ExplainWorkflow
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.overlay import chosen_output, fitted_overlay, multi_gpu_overlay, shipped_overlay
-from esegeta_monai.cli import main
+from esegeta_monai.cli.main import main
 from esegeta_monai.errors import UsageError
 from tests.bundle import oblique
 

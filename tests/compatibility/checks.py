@@ -21,15 +21,15 @@ from torch import Tensor
 
 import esegeta_monai.methods as methods
 from esegeta_monai import Explainer
-from esegeta_monai.baselines import gaussian_blur
+from esegeta_monai.engine.baselines import gaussian_blur
+from esegeta_monai.engine.feature_masks import Supervoxels
+from esegeta_monai.engine.rules import COMPOSITES, Relevance, excitation, lrp
 from esegeta_monai.errors import MethodError, RuleError
-from esegeta_monai.features import Supervoxels
 from esegeta_monai.methods import Method
-from esegeta_monai.rules import COMPOSITES, Relevance, excitation, lrp
 from tests.compatibility.graph import modified_gradient
 from tests.compatibility.patterns import Patterned
 from tests.compatibility.sight import Sight, tail
-from tests.methods.test_xrai import naive as naive_ranking
+from tests.methods.path.test_xrai import naive as naive_ranking
 from tests.methods.whole import explain
 from tests.networks import CLASSIFICATION
 

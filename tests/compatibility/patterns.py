@@ -1,6 +1,6 @@
 """PatternNet and PatternAttribution (Kindermans et al. 2018) by hooks on autograd's graph, through MONAI's inferer.
 
-Nothing of `esegeta_monai.rules` is used: what runs is read off the graph, patterns are estimated tap by tap from
+Nothing of `esegeta_monai.engine.rules` is used: what runs is read off the graph, patterns are estimated tap by tap from
 centred inputs and outputs,
 
     a_r = Σ_r (x − E x)(y − E y) / Σ_r (y − E y)²,   r: the sign of the argument of the rectifier behind y = wᵀx,

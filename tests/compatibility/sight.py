@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esegeta_monai.baselines import noise_like
-from esegeta_monai.layers import layer_shapes
-from esegeta_monai.network import select_output
+from esegeta_monai.engine.baselines import noise_like
+from esegeta_monai.engine.default_layer import layer_shapes
+from esegeta_monai.engine.network.model import select_output
+from esegeta_monai.engine.windows.inferers import as_inferer
 from esegeta_monai.targets import ClassScore, LayerNeuron, MultiClassMask, Target
-from esegeta_monai.windows import as_inferer
 from tests.compatibility.graph import count_paths, modified_gradient
 from tests.compatibility.patterns import Patterned
 from tests.methods.whole import DOUBLE, UP, Setting, objective_of, setting

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from esegeta_monai.rules import COMPOSITES, RULES, composite_of
+from esegeta_monai.engine.rules import COMPOSITES, RULES, composite_of
 from tests.compatibility.checks import EXCEPTIONS, ROWS, Figure, NotApplicable, Row, measure, ours
 from tests.compatibility.sight import Sight
 from tests.networks import NAMES

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from esegeta_monai.rules import RULES
+from esegeta_monai.engine.rules import RULES
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -28,7 +28,10 @@ EXAMPLE_PAGES = {
     "backward_rule": "howto/backward_rule.md",
     "shared_passes": "requests.md",
 }
-PUBLIC = {"esegeta_monai", *(f"esegeta_monai.{package}" for package in ("methods", "metrics", "targets", "rules"))}
+PUBLIC = {
+    "esegeta_monai",
+    *(f"esegeta_monai.{package}" for package in ("methods", "metrics", "targets", "engine.rules")),
+}
 BROKEN = [
     ("gradient_method", "(image - mean) *", "image *"),
     ("perturbation_method", "min(i + self.thickness, n)", "min(i + self.thickness, n) - 1"),

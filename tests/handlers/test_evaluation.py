@@ -20,11 +20,11 @@ from torch import Tensor, nn
 import esegeta_monai.bundle
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.overlay import METRICS_OVERLAY, fitted_overlay, shipped_overlay
-from esegeta_monai.cli import main
+from esegeta_monai.cli.main import main
 from esegeta_monai.errors import UsageError
 from esegeta_monai.handlers import EvaluationHandler, ExplanationHandler
 from esegeta_monai.metrics import Metric, MetricInput, MetricResult
-from esegeta_monai.ranks import Ranks
+from esegeta_monai.utils.distributed import Ranks
 from tests.bundle import oblique
 from tests.handlers.test_explanation import Small, evaluator, loader, preprocessing, trainer
 

@@ -31,11 +31,11 @@ from monai.transforms import (
 from monai.utils import ForwardMode
 from torch import Tensor, nn
 
+from esegeta_monai.engine.network.state import weights_hash
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.handlers import ExplanationHandler
 from esegeta_monai.handlers.cases import CaseNames, files_of
-from esegeta_monai.network import weights_hash
-from esegeta_monai.storage import files
+from esegeta_monai.utils import files
 from tests.bundle import oblique
 
 CORNER = "Box(class_index=1, start=(0, 0, 0), stop=(2, 2, 2))"

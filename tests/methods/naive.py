@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
-from esegeta_monai.coalitions import Segments, SmoothMasks
-from esegeta_monai.methods.cam_perturbation import _Masks as Masks
-from esegeta_monai.network import Model
-from esegeta_monai.objective import Objective
-from esegeta_monai.perturbation import Boxes, Perturbations
+from esegeta_monai.engine.network.model import Model
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.perturbation.base import Perturbations
+from esegeta_monai.engine.perturbation.boxes import Boxes
+from esegeta_monai.engine.perturbation.masks import Segments, SmoothMasks
+from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
+from esegeta_monai.methods.cam.perturbation_cam import _Masks as Masks
 from esegeta_monai.targets import Case, MultiClassMask, Target, Voxel
-from esegeta_monai.windows import as_inferer, plan_windows
 
 
 class Small(nn.Module):
@@ -76,7 +77,7 @@ class Naive:
         return torch.stack([s.value(s.crop(prediction)) for s in self.scores])
 
     def change(self, objective: Objective, perturbations: Perturbations) -> Tensor:
-        """`esegeta_monai.change.score_changes`, from what describes the perturbations alone."""
+        """`esegeta_monai.engine.perturbation.scoring.score_changes`, from what describes the perturbations alone."""
         base = self.value(self.image)
         values = [self.value(perturbed(perturbations, i, self.image)) - base for i in range(len(perturbations))]
         return torch.stack(values, 1)

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
+from esegeta_monai.engine.network.model import Model
+from esegeta_monai.engine.network.state import frozen
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.methods import Method, run
 from esegeta_monai.methods.base import Explained
-from esegeta_monai.network import Model, frozen
-from esegeta_monai.objective import Objective
 from esegeta_monai.targets import Case, ClassScore, MultiClassMask, Target
-from esegeta_monai.windows import as_inferer, plan_windows
 from tests.networks import CLASSIFICATION, build
 
 DOUBLE = torch.float64

@@ -6,9 +6,9 @@ import torch
 from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
+from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.methods import InputXGradient, Method, run
 from esegeta_monai.metrics import Metric, MetricInput, controls
-from esegeta_monai.network import frozen
 from esegeta_monai.targets import Box, ClassScore
 from tests.methods.naive import Naive, image_of
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from scipy import stats
 
-from esegeta_monai.configurable import json_ready
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.metrics import METRICS, MetricInput, MetricResult, PointingGame, RelevanceMass, better
 from esegeta_monai.metrics.base import bootstrap, magnitude, mean_interval, wilson
+from esegeta_monai.utils.registry import json_ready
 from tests.methods.naive import Naive, image_of, small
 
 BASELINED = [cls.__name__ for cls in METRICS if "baseline" in cls.parameter_names()]

@@ -8,7 +8,7 @@ import pytest
 from monai.data import MetaTensor
 
 from esegeta_monai import Explainer
-from esegeta_monai.evaluation import Evaluator, Found
+from esegeta_monai.explain.evaluation import Evaluator, Found
 from esegeta_monai.metrics import METRICS, Metric
 from tests.elsewhere import THERE, elsewhere
 from tests.test_devices import CLASS, LABEL, SETTINGS, image

@@ -13,9 +13,9 @@ from monai.inferers import SimpleInferer
 from scipy.stats import chisquare
 from torch import nn
 
-from esegeta_monai.change import score_changes
+from esegeta_monai.engine.feature_masks import features_for
+from esegeta_monai.engine.perturbation.scoring import score_changes
 from esegeta_monai.errors import MetricError, UsageError
-from esegeta_monai.features import features_for
 from esegeta_monai.methods import Saliency
 from esegeta_monai.metrics import (
     IROF,
@@ -30,7 +30,7 @@ from esegeta_monai.metrics import (
     SensitivityN,
     better,
 )
-from esegeta_monai.metrics.features import ranking, removal_of
+from esegeta_monai.metrics.removal import ranking, removal_of
 from esegeta_monai.targets import Box, Case, ClassScore, MultiClassMask
 from tests.methods.naive import Naive, image_of, small
 from tests.metrics.cases import linear_case, ranked, subject_of
@@ -193,7 +193,7 @@ def test_infidelity_is_captums(perturbation, dims, captum_in_float64):
     seen: list[torch.Tensor] = []
 
     if perturbation == "noise":
-        from esegeta_monai.baselines import noise_like
+        from esegeta_monai.engine.baselines import noise_like
 
         generator = case.objective.generator()
         seen = [noise_like(case.image, metric.std, generator) for _ in range(24)]
@@ -277,7 +277,7 @@ def test_what_cannot_be_judged_is_said():
 
 
 def test_added_volumes_change_as_whole_volumes_do():
-    from esegeta_monai.perturbation import Added
+    from esegeta_monai.engine.perturbation.base import Added
 
     for output in ("logit", "probability"):
         case = windowed(3, output)

@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 from skimage.metrics import structural_similarity
 from torch import nn
 
+from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.methods import GuidedBackprop, InputXGradient, Saliency, run
 from esegeta_monai.metrics import (
@@ -21,7 +22,6 @@ from esegeta_monai.metrics import (
     controls,
 )
 from esegeta_monai.metrics.randomisation import execution_order, randomised, similarity
-from esegeta_monai.network import frozen
 from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.methods.naive import Naive, image_of, small
 from tests.metrics.cases import linear_case, subject_of

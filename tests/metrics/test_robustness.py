@@ -8,6 +8,7 @@ import torch
 from captum.metrics import sensitivity_max
 from monai.inferers import SimpleInferer
 
+from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.methods import Saliency, run
 from esegeta_monai.metrics import (
@@ -19,7 +20,6 @@ from esegeta_monai.metrics import (
     RelativeOutputStability,
 )
 from esegeta_monai.metrics.controls import SobelControl
-from esegeta_monai.network import frozen
 from esegeta_monai.targets import Box, ClassScore, MultiClassMask
 from tests.methods.naive import Naive, image_of, small
 from tests.metrics.cases import linear_case, subject_of

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.objective import Objective
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.targets import ClassScore
 from tests.methods.whole import explain, objective_of
 

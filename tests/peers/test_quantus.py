@@ -13,6 +13,8 @@ import torch
 from scipy.stats import pearsonr
 from torch import nn
 
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.explain.quantus import quantus_explain_func
 from esegeta_monai.methods import METHODS, Method
 from esegeta_monai.metrics import (
     AverageSensitivity,
@@ -28,8 +30,6 @@ from esegeta_monai.metrics import (
     Sparseness,
     TopKIntersection,
 )
-from esegeta_monai.objective import Objective
-from esegeta_monai.quantus import quantus_explain_func
 from esegeta_monai.targets import ClassScore
 from tests.methods.whole import objective_of
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.rules import excitation
 from esegeta_monai.methods import (
     ContrastiveExcitationBackprop,
     ExcitationBackprop,
@@ -15,7 +16,6 @@ from esegeta_monai.methods import (
     LinearApproximation,
     Saliency,
 )
-from esegeta_monai.rules import excitation
 from tests.peers.plain import TARGET, close, explain, network_and_image, objective_for
 
 pytestmark = pytest.mark.peers

@@ -9,7 +9,8 @@ import torch
 
 from esegeta_monai.errors import TargetError
 from esegeta_monai.targets import WeightedScore
-from esegeta_monai.targets.base import bounding_box, resolve_class
+from esegeta_monai.targets.base import resolve_class
+from esegeta_monai.utils.tensors import bounding_box
 
 NAMES = {0: "background", 1: "White Matter", 2: "lesion"}
 

@@ -12,7 +12,7 @@ from esegeta_monai import Explainer
 from esegeta_monai.errors import TargetError, UsageError
 from esegeta_monai.methods import DeepLift, GradCam, IntegratedGradients, NeuronConductance, Occlusion, Saliency
 from esegeta_monai.targets import ClassScore, LayerNeuron, MultiClassMask
-from tests.methods.test_layer_path import plain
+from tests.methods.layer.test_path import plain
 from tests.methods.whole import DOUBLE, close, explain, objective_of, setting
 
 

@@ -11,12 +11,12 @@ from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 
+from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import TargetError
 from esegeta_monai.methods import InputXGradient, IntegratedGradients, Saliency, run
-from esegeta_monai.network import frozen
 from esegeta_monai.targets import Box, ClassScore, MultiClassMask, TargetWrapper, ThresholdMask, Voxel
+from tests.engine.test_objective import assert_equal, network, objective
 from tests.networks import build
-from tests.test_objective import assert_equal, network, objective
 
 INFERER = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
 

@@ -15,14 +15,9 @@ from monai.data import MetaTensor, decollate_batch, list_data_collate
 from monai.transforms.utils import create_rotate
 
 from esegeta_monai.errors import InputError
-from esegeta_monai.transforms import (
-    InvertAttribution,
-    InvertAttributionD,
-    InvertAttributiond,
-    InvertAttributionDict,
-)
-from esegeta_monai.transforms.invert import _separable_axes
-from esegeta_monai.transforms.trace import steps
+from esegeta_monai.files.grids.adjoint import _separable_axes
+from esegeta_monai.files.grids.trace import steps
+from esegeta_monai.transforms import InvertAttribution, InvertAttributionD, InvertAttributiond, InvertAttributionDict
 
 SIZE = (7, 6, 5)
 AFFINE = torch.diag(torch.tensor([1.0, 2.0, 3.0, 1.0], dtype=torch.float64))

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.network import select_output
-from esegeta_monai.rules import COMPOSITES
+from esegeta_monai.engine.network.model import select_output
+from esegeta_monai.engine.rules import COMPOSITES
 from tests.compatibility.peers.base import Map, Peer, installed, our_relevance
 from tests.compatibility.sight import Sight
 

@@ -1,0 +1,123 @@
+"""Through how many files and functions of the package one explanation goes, from `Explainer` to a written NIfTI.
+
+    PYTHONPATH=CHECKOUT python benchmarks/journey.py [--package esegeta_monai] [--list]
+
+One Saliency and one Occlusion of a fixed volume run under `sys.setprofile`. Counted are calls of Python functions that
+the package defines: *files* that are entered, *functions* (by file and name, comprehensions and lambdas included), and
+*changes of file*: calls from a function of one file of the package into one of another, and the returns. Calls in
+between of other packages, such as torch, do not count. A run of the same kind before the measurement takes imports and
+caches out of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import logging
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SlidingWindowInferer
+from torch import nn
+
+WRITERS = ("output.writer", "output", "writer")  # where the writer of a run lies: the new places, then the old one
+METHODS = {"Saliency": "Saliency", "Occlusion": "Occlusion(window=8)"}
+
+
+class Journey:
+    """Counts what a profiled call enters.
+
+    Args:
+        folder: of the package.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = f"{folder}/"
+        self.stack: list[CodeType] = []
+        self.functions: set[tuple[str, str]] = set()
+        self.entered: Counter[str] = Counter()
+        self.changes = 0
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> None:
+        """The hook of `sys.setprofile`; a generator that goes on is a call, one that yields is a return."""
+        code = frame.f_code
+        if event not in ("call", "return") or not code.co_filename.startswith(self.folder):
+            return
+        if event == "call":
+            self._change(code.co_filename)
+            self.stack.append(code)
+            self.functions.add((code.co_filename, code.co_qualname if sys.version_info >= (3, 11) else code.co_name))
+            self.entered[code.co_filename] += 1
+        elif self.stack:
+            left = self.stack.pop()
+            self._change(left.co_filename)
+
+    def _change(self, file: str) -> None:
+        self.changes += bool(self.stack) and self.stack[-1].co_filename != file
+
+    def __str__(self) -> str:
+        return f"{len(self.entered)} files, {len(self.functions)} functions, {self.changes} changes of file"
+
+
+def writer_of(package: str) -> Any:
+    """The class that writes results, wherever it lies."""
+    for module in WRITERS:
+        with contextlib.suppress(ImportError, AttributeError):
+            return importlib.import_module(f"{package}.{module}").ResultWriter
+    raise SystemExit(f"{package} has no ResultWriter in {', '.join(WRITERS)}")
+
+
+def explain(package: str, text: str, folder: str) -> None:
+    """One method for one class of a fixed volume, through overlapping windows, to a NIfTI."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 2, 3, padding=1)).eval()
+    image = MetaTensor(torch.rand(1, 16, 16, 24, generator=torch.Generator().manual_seed(0)), affine=torch.eye(4))
+    methods = importlib.import_module(f"{package}.methods").METHODS.create_all(text)
+    targets = importlib.import_module(f"{package}.targets").TARGETS.create_all("MultiClassMask(1)")
+    explainer = importlib.import_module(package).Explainer(
+        network, SlidingWindowInferer((16, 16, 16), 2, 0.5, "gaussian")
+    )
+    writer = writer_of(package)(folder, methods, targets, pictures=False)
+    with writer.run:
+        writer.explain(explainer, image, "case", methods, targets)
+
+
+def measured(package: str, text: str) -> Journey:
+    """The journey of a method's second run."""
+    journey = Journey(Path(str(importlib.import_module(package).__file__)).resolve().parent)
+    for profile in (None, journey):
+        with tempfile.TemporaryDirectory() as folder:
+            sys.setprofile(profile)
+            try:
+                explain(package, text, folder)
+            finally:
+                sys.setprofile(None)
+            if not list(Path(folder).rglob("*_attr.nii.gz")):
+                raise SystemExit(f"{text}: no map was written")
+    return journey
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--package", default="esegeta_monai")
+    parser.add_argument("--list", action="store_true", help="the files too, each with the number of calls into it")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger(args.package).setLevel(logging.ERROR)
+    for name, text in METHODS.items():
+        journey = measured(args.package, text)
+        print(f"{name}: {journey}")
+        if args.list:
+            for file, calls in journey.entered.most_common():
+                print(f"  {calls:6} {file.removeprefix(journey.folder)}")
+
+
+if __name__ == "__main__":
+    main()

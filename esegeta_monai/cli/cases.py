@@ -1,0 +1,229 @@
+"""From what a user names on the command line to cases: which files, which name, and the image the network sees."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.inferers import SliceInferer
+from monai.transforms import LoadImaged
+
+import esegeta_monai.files as storage
+from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.log import reason
+from esegeta_monai.errors import InputError, UsageError
+from esegeta_monai.files.dicom import DICOM_SUFFIXES
+from esegeta_monai.utils.names import SCAN_SUFFIXES
+
+__all__ = ["Preprocessor", "ScanCase", "find_cases"]
+
+
+@dataclass(frozen=True)
+class ScanCase:
+    """One subject's scan: a file, a DICOM folder, or several files that are the channels of one image, in order."""
+
+    name: str
+    files: tuple[Path, ...]
+
+
+def find_cases(
+    inputs: Sequence[str], channel_names: Sequence[str] = (), leave_out: Path | None = None
+) -> list[ScanCase]:
+    """The cases that ``--input`` names, in order, each with a name of its own.
+
+    An input is a file; files with commas between them (the channels of one case); a folder, from which every scan in
+    it and below it is taken, sorted; or any of these after ``NAME=``. A folder of DICOM files is one scan. Where the
+    network takes several channels, a folder with one file for each channel, named after it (``sub1_T1c.nii.gz``),
+    is one case.
+
+    Args:
+        channel_names: of the network's input; what files of several channels are put in order by.
+        leave_out: a folder that is not looked into (the output's).
+
+    Raises:
+        UsageError: a folder without scans, a name with slashes, or two cases with one name.
+    """
+    cases: list[ScanCase] = []
+    for text in inputs:
+        name, path = None, text
+        given = re.match(r"([^=]+)=(.+)", text)
+        if given and not Path(text).exists():
+            if not re.search(r"[/\\]", given[1]):
+                name, path = given[1], given[2]
+            elif Path(given[2]).exists():  # else the case would have the name of the file, which may be a person's
+                raise UsageError(
+                    f"--input {given[1]}=...: the name of a case becomes that of a folder: leave slashes out"
+                )
+        found = list(_cases(path, channel_names, leave_out))
+        if name is not None and len(found) > 1:
+            raise UsageError(f"--input {text}: one name for the {len(found)} cases of a folder; name them one by one")
+        cases += [ScanCase(name or case.name, case.files) for case in found]
+    try:
+        storage.check_clashes([case.name for case in cases], [], [])
+    except UsageError as error:
+        raise UsageError(f"{error}, or on the command line: --input NAME=FILE") from error
+    return cases
+
+
+def _cases(text: str, channel_names: Sequence[str], leave_out: Path | None) -> Iterator[ScanCase]:
+    path = Path(text)
+    if "," in text and not path.exists():
+        files = tuple(Path(part.strip()) for part in text.split(",") if part.strip())
+        yield ScanCase(_common_name(files), files)
+    elif not path.is_dir() or _is_series(path):
+        yield ScanCase(storage.case_name(path), (path,))
+    else:
+        found = list(_in_folder(path, channel_names, leave_out))
+        if not found:
+            kinds = ", ".join(s for s in SCAN_SUFFIXES if s in (".nii.gz", ".nii", ".mha", ".nrrd", ".dcm", ".png"))
+            raise UsageError(f"{path}: no scan in this folder, nor below it (looked for {kinds} and the like)")
+        yield from found
+
+
+def _in_folder(root: Path, channel_names: Sequence[str], leave_out: Path | None) -> Iterator[ScanCase]:
+    skipped = None if leave_out is None else leave_out.resolve()
+    for here, folders, names in os.walk(root):
+        folder = Path(here)
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and (folder / f).resolve() != skipped)
+        if folder != root and _is_series(folder):
+            folders.clear()
+            yield ScanCase(storage.case_name(folder, root), (folder,))
+            continue
+        files = [folder / n for n in sorted(names) if not n.startswith(".") and n.lower().endswith(SCAN_SUFFIXES)]
+        files = [f for f in files if not (f.suffix == ".hdr" and f.with_suffix(".img") in files)]  # one Analyze pair
+        channels = by_channel(files, channel_names)
+        if channels is not None:
+            yield ScanCase(storage.case_name(folder, None if folder == root else root), channels)
+        else:
+            yield from (ScanCase(storage.case_name(file, root), (file,)) for file in files)
+
+
+def _is_series(folder: Path) -> bool:
+    return folder.is_dir() and any(f.name.lower().endswith(DICOM_SUFFIXES) for f in folder.iterdir() if f.is_file())
+
+
+def by_channel(files: Sequence[Path], channel_names: Sequence[str]) -> tuple[Path, ...] | None:
+    """The file of each channel, in the network's order, where a word of each file's name is a channel's; else None.
+
+    >>> files = [Path("a_flair.nii.gz"), Path("a_t1.nii.gz"), Path("a_t1c.nii.gz")]
+    >>> [str(f) for f in by_channel(files, ["T1c", "T1", "FLAIR"])]
+    ['a_t1c.nii.gz', 'a_t1.nii.gz', 'a_flair.nii.gz']
+    """
+    words = {file: _words(file) for file in files}
+    found = [[f for f in files if "".join(_split(name)) in words[f]] for name in channel_names]
+    if len(found) < 2 or any(len(matches) != 1 for matches in found):
+        return None
+    chosen = tuple(matches[0] for matches in found)
+    return chosen if len(set(chosen)) == len(chosen) else None
+
+
+def _split(text: str) -> list[str]:
+    return [word for word in re.split(r"[\W_]+", text.lower()) if word]
+
+
+def _words(file: Path) -> list[str]:
+    return _split(storage.case_name(file))
+
+
+def _common_name(files: Sequence[Path]) -> str:
+    """What the names of a case's files begin with; where they share nothing, the name of their folder."""
+    parts = [re.split(r"([_\-. ])", storage.case_name(file)) for file in files]
+    same = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*parts))
+    name = "".join(words[0] for words in same).rstrip("_-. ")
+    return name or Path(os.path.abspath(files[0])).parent.name or "case"
+
+
+class Preprocessor:
+    """The bundle's own preprocessing, with checks before and after that say in one line what a scan lacks.
+
+    Args:
+        reader: of the bundle.
+    """
+
+    def __init__(self, reader: BundleReader) -> None:
+        self.reader = reader
+        self.transforms = reader.preprocessing
+        self.keys = self._image_keys()
+        self.spatial_dims, self.channels = self._expected()
+
+    def _image_keys(self) -> tuple[str, ...]:
+        loaders = [t for t in self.transforms.flatten().transforms if isinstance(t, LoadImaged)]
+        loaded = [str(key) for t in loaders for key in t.keys]
+        return (self.reader.image_key,) if self.reader.image_key in loaded or not loaded else tuple(loaded)
+
+    def _expected(self) -> tuple[int | None, int | None]:
+        """Axes and channels of the preprocessed image, as far as metadata.json tells."""
+        inputs = self.reader.metadata.inputs
+        said: Any = inputs.get(self.reader.image_key) or inputs.get("image") or next(iter(inputs.values()), {})
+        said = said if isinstance(said, Mapping) else {}
+        shape, channels = said.get("spatial_shape"), said.get("num_channels")
+        dims = len(shape) if isinstance(shape, (list, tuple)) and len(shape) in (2, 3) else None
+        if dims == 2 and isinstance(self.reader.inferer, SliceInferer):
+            dims = 3
+        return dims, channels if isinstance(channels, int) else None
+
+    def read(self, case: ScanCase) -> MetaTensor:
+        """The scan (C, *spatial) as its files have it, several as channels.
+
+        Raises:
+            InputError: a file is missing, empty, truncated, no image, has NaN or a singular affine; the files of one
+                case do not share a grid.
+        """
+        scans = [storage.read_scan(file) for file in case.files]
+        first = scans[0]
+        for file, scan in zip(case.files, scans):
+            near = np.allclose(np.asarray(scan.affine), np.asarray(first.affine), rtol=1e-3, atol=1e-3)
+            if scan.shape[1:] != first.shape[1:] or not near:
+                raise InputError(
+                    f"{file} does not lie on the grid of {case.files[0].name}: register and resample the channels of "
+                    "a case to one grid first"
+                )
+        return first if len(scans) == 1 else MetaTensor(torch.cat([s.as_tensor() for s in scans]), meta=first.meta)
+
+    def __call__(self, case: ScanCase) -> tuple[Path | MetaTensor, MetaTensor, dict[str, Any]]:
+        """What a case is made of.
+
+        Returns:
+            The scan (its file, or several files as one MetaTensor), the image (C, *spatial) that the network sees,
+            with its trace, and the data dictionary it is from.
+
+        Raises:
+            InputError: naming what is wrong with the scan, or which transform failed.
+        """
+        scan = self.read(case)
+        where = case.files[0].name
+        try:
+            with self.reader.importable():
+                data: Any = self.transforms(self._entry(case))
+            image = data[self.reader.image_key]
+        except Exception as error:  # a bundle's transforms are its own code: anything can come, and is named
+            if len(self.keys) == 1 and len(case.files) == 1:  # the likely reason first
+                storage.check_image(scan, where, spatial_dims=self.spatial_dims)
+            hint = ""
+            if isinstance(error.__cause__ or error, KeyError):
+                hint = f" (the keys given are {', '.join(self.keys)}; another config with --config may need no more)"
+            raise InputError(f"{where}: the bundle's preprocessing failed: {reason(error)}{hint}") from error
+        if not isinstance(image, torch.Tensor):
+            raise InputError(f"{where}: the bundle's preprocessing gives a {type(image).__name__}, not a tensor")
+        image = image if isinstance(image, MetaTensor) else MetaTensor(image)
+        storage.check_image(image, where, spatial_dims=self.spatial_dims, channels=self.channels)
+        return case.files[0] if len(case.files) == 1 else scan, image, data
+
+    def _entry(self, case: ScanCase) -> dict[str, Any]:
+        files = [str(file) for file in case.files]
+        if len(self.keys) == 1:
+            return {self.keys[0]: files[0] if len(files) == 1 else files}
+        if len(files) != len(self.keys):
+            raise InputError(
+                f"{len(files)} file(s) where the bundle loads {len(self.keys)} ({', '.join(self.keys)}): give them in "
+                "this order with commas between them, --input FILE,FILE"
+            )
+        return dict(zip(self.keys, files))

@@ -1,0 +1,290 @@
+"""``esegeta-monai evaluate``: how far the maps of a bundle's predictions can be trusted, in numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+import esegeta_monai.files as storage
+from esegeta_monai.bundle.extensions import register_extensions
+from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
+from esegeta_monai.cli.explain import (
+    DEFAULT_METHODS,
+    check_layers,
+    choose_device,
+    default_targets,
+    explainer_for,
+    named,
+    overrides,
+    provenance_of,
+)
+from esegeta_monai.cli.log import RunLog
+from esegeta_monai.engine.labels import label_on_grid
+from esegeta_monai.engine.score import Case
+from esegeta_monai.errors import EsegetaError, InputError, RankLost, UsageError
+from esegeta_monai.explain.evaluation import Evaluator
+from esegeta_monai.explain.names import ResultNames
+from esegeta_monai.files.grids.resample import to_network_grid
+from esegeta_monai.methods.base import METHODS, Method
+from esegeta_monai.output.evaluation_writer import EvaluationWriter
+from esegeta_monai.targets.base import TARGETS, Target
+from esegeta_monai.utils.distributed import Ranks, process_group
+from esegeta_monai.utils.files import read_json
+from esegeta_monai.utils.registry import Registry
+
+__all__ = [
+    "run",
+]
+
+logger = logging.getLogger("esegeta_monai")
+
+
+def run(args: Namespace, log: RunLog) -> int:
+    """The command.
+
+    Returns:
+        0: every metric was measured, said nothing, or does not apply; 1: a case, method or metric failed.
+
+    Raises:
+        EsegetaError: a wrong option, bundle or output folder: nothing has been computed.
+    """
+    if args.label_value is not None and args.label is None:
+        raise UsageError("--label-value says which value of a label counts: give the label with --label")
+    if args.region_names is not None and args.regions is None and args.label is None:
+        raise UsageError("--region-names names the values of a label map: give one with --regions or --label")
+    register_extensions(args.bundle)
+    with process_group() as ranks:
+        writer = _evaluate(args, log, ranks)
+    if not ranks.rank:
+        for problem in writer.problems:
+            logger.error("%s", log.clean(problem))
+        if not args.quiet:
+            _summary(writer)
+    return int(bool(writer.problems))
+
+
+def _evaluate(args: Namespace, log: RunLog, ranks: Ranks) -> EvaluationWriter:
+    output = Path(args.output)
+    reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
+    channel_names = [name for _, name in sorted(reader.channel_names.items())]
+    cases = find_cases(args.input, channel_names, leave_out=output)
+    earlier = _Earlier.read(Path(args.maps), cases) if args.maps else None
+    methods = METHODS.create_all(",".join(args.methods)) if args.methods else None
+    if methods is None:
+        methods = earlier.methods if earlier else METHODS.create_all(list(DEFAULT_METHODS))
+    targets = TARGETS.create_all(",".join(args.target)) if args.target else None
+    if targets is None:
+        targets = earlier.targets if earlier else default_targets(reader)
+    check_layers(reader.network, [*methods, *targets])
+    region_names = _region_names(args.region_names)
+    evaluator = Evaluator(
+        explainer_for(reader, args),
+        ",".join(args.metrics) if args.metrics else None,
+        with_controls=args.controls,
+        outside_alarm=args.outside_alarm,
+    )
+    writer = EvaluationWriter(output, methods, targets, provenance_of(reader, args), ranks=ranks, share=args.share)
+    preprocess = Preprocessor(reader)
+    for case in cases:
+        for file in case.files:
+            log.hide(file, file.name)
+    log.hide(output, output.name)
+    log.hide(reader.bundle_dir, reader.bundle_dir.name)
+    log.write_to(output)
+    mine = ranks.share(cases) if args.share == "cases" else cases
+    for number, case in enumerate(mine, 1):
+        with log.of(case.name):
+            logger.info("%s: case %d of %d", case.name, number, len(mine))
+            try:
+                _, image, data = preprocess(case)
+                maps, problems = earlier.maps(case, methods, targets, writer.names, image) if earlier else (None, {})
+                writer.evaluate(
+                    evaluator,
+                    image,
+                    case.name,
+                    problems=problems,
+                    data=data,
+                    maps=maps,
+                    region_names=region_names,
+                    label_value=args.label_value,
+                    **_beside(args, case, image, data),
+                )
+            except RankLost:
+                raise
+            except Exception as error:  # told with its reason, and the other cases go on
+                writer.failed(case.name, str(named(error, log)))
+                logger.debug("traceback", exc_info=error)
+    writer.join()
+    return writer
+
+
+def _summary(writer: EvaluationWriter) -> None:
+    for text in writer.not_beating[:20]:
+        print(f"no better than a control: {text}")
+    if len(writer.not_beating) > 20:
+        print(f"... and {len(writer.not_beating) - 20} more, marked false in the column beats_controls")
+    print(f"{writer.done} case(s) judged, {len(writer.problems)} problem(s). The table is {writer.path}.")
+
+
+# -- what lies beside a scan ---------------------------------------------------------------------------------------
+
+
+def _beside(args: Namespace, case: ScanCase, image: MetaTensor, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Label, regions and body mask of a case on the network's grid."""
+    context = Case(torch.as_tensor(image.affine).double().cpu(), data, {})
+    found: dict[str, Any] = {}
+    for what, text in (("label", args.label), ("regions", args.regions), ("body", args.body)):
+        if text is None:
+            found[what] = None
+        else:
+            found[what] = label_on_grid(_file_of(what, text, case, data), image.as_tensor(), context)
+    return found
+
+
+def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> str:
+    """The file of a case: the one that is given, or that of a folder whose name begins with the case's."""
+    path = Path(text)
+    if not path.is_dir():
+        if not path.exists() and text not in data:
+            raise UsageError(f"--{what} {text}: there is no such file or folder")
+        return text
+    names = {file: storage.case_name(file) for file in sorted(path.rglob("*")) if file.is_file()}
+    exact = [file for file, name in names.items() if name == case.name]
+    near = [f for f, n in names.items() if n.startswith(case.name) and not n[len(case.name) :][:1].isalnum()]
+    fitting = exact or near
+    if len(fitting) != 1:
+        listed = ", ".join(f.name for f in fitting[:5]) or "none"
+        raise UsageError(
+            f"--{what} {path.name}: one file called {case.name}.nii.gz (or {case.name}_….nii.gz) is needed, found: "
+            f"{listed}"
+        )
+    return str(fitting[0])
+
+
+def _region_names(text: str | None) -> dict[int, str] | None:
+    """``1=liver,2=spleen``."""
+    if text is None:
+        return None
+    parts = [[word.strip() for word in part.split("=", 1)] for part in text.split(",")]
+    if any(len(part) < 2 or not part[0].isdigit() or not part[1] for part in parts):
+        raise UsageError(f"--region-names {text!r}: write NUMBER=NAME,NUMBER=NAME")
+    return {int(number): name for number, name in parts}
+
+
+# -- maps of an earlier run ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Earlier:
+    """The maps in the output folder of ``explain``, by their sidecars."""
+
+    folder: Path
+    sidecars: dict[str, list[tuple[Path, dict[str, Any]]]]
+    methods: list[Method]
+    targets: list[Target]
+
+    @classmethod
+    def read(cls, folder: Path, cases: Sequence[ScanCase]) -> _Earlier:
+        """Raises UsageError where there is no map of these cases, or one whose parameters no text can say."""
+        if not folder.is_dir():
+            raise UsageError(f"--maps {folder}: there is no such folder; give the output folder of 'explain'")
+        wanted = {case.name for case in cases}
+        sidecars: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+        for file in sorted(folder.rglob("*.json")):
+            record = read_json(file)
+            if record and record.get("map") and record.get("case") in wanted and record.get("status") in ("ok", "zero"):
+                if not _whole(record):
+                    logger.warning("%s does not say of which method and target its map is: left out", file.name)
+                    continue
+                if record.get("input"):
+                    raise UsageError(
+                        f"{file.name}: maps of several inputs cannot be judged from disk: leave --maps out"
+                    )
+                sidecars.setdefault(record["case"], []).append((file.with_name(record["map"]), record))
+        if not sidecars:
+            raise UsageError(f"--maps {folder}: no map of {', '.join(sorted(wanted)[:3])} in it; run 'explain' first")
+        records = [record for several in sidecars.values() for _, record in several]
+        return cls(
+            folder,
+            sidecars,
+            _revived(records, METHODS, "method", "parameters"),
+            _revived(records, TARGETS, "target", "target_parameters"),
+        )
+
+    def maps(
+        self,
+        case: ScanCase,
+        methods: Sequence[Method],
+        targets: Sequence[Target],
+        names: ResultNames,
+        image: MetaTensor,
+    ) -> tuple[dict[tuple[str, str], Tensor], dict[str, str]]:
+        """By the names of target and method, on the network's grid; and why others cannot be read, by both names."""
+        found: dict[tuple[str, str], Tensor] = {}
+        problems: dict[str, str] = {}
+        for path, record in self.sidecars.get(case.name, []):
+            method = _same(methods, record["method"], record["parameters"])
+            target = _same(targets, record["target"], record["target_parameters"])
+            if method is None or target is None:
+                continue
+            key = (names.target(target, record["target_name"]), names.method(method))
+            try:
+                values = storage.read_scan(path, spatial_dims=2 if image.ndim == 3 else None)
+            except InputError as error:
+                problems[", ".join(key)] = str(error).replace(str(path), path.name)
+                continue
+            found[key] = to_network_grid(values, image, additive=bool(record.get("additive")))
+        if not found and not problems:
+            raise UsageError(f"{case.name}: none of its maps on disk is of these methods and targets")
+        return found, problems
+
+
+def _whole(record: Mapping[str, Any]) -> bool:
+    """Whether a sidecar says what is asked of it."""
+    texts, parameters = ("method", "target", "target_name", "map"), ("parameters", "target_parameters")
+    return all(isinstance(record.get(k), str) for k in texts) and all(
+        isinstance(record.get(k), dict) for k in parameters
+    )
+
+
+def _revived(records: Sequence[Mapping[str, Any]], registry: Registry[Any], kind: str, parameters: str) -> list[Any]:
+    """One instance for each kind and parameters that the records have."""
+    found: dict[str, Any] = {}
+    for record in records:
+        key = json.dumps([record[kind], record[parameters]], sort_keys=True)
+        if key in found:
+            continue
+        try:
+            found[key] = registry.create({"_target_": record[kind], **_nested(record[parameters])})
+        except EsegetaError as error:
+            raise UsageError(
+                f"the {kind} {record[kind]} of an earlier map cannot be made again from its record ({error}): name it "
+                f"with --{kind}{'s' if kind == 'method' else ''}"
+            ) from error
+    return list(found.values())
+
+
+def _nested(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters as a config has them: objects by ``_target_``."""
+    return {
+        k: {"_target_": v["name"], **_nested({a: b for a, b in v.items() if a != "name"})}
+        if isinstance(v, Mapping) and "name" in v
+        else v
+        for k, v in parameters.items()
+    }
+
+
+def _same(things: Sequence[Any], kind: str, parameters: Mapping[str, Any]) -> Any:
+    said = json.dumps(parameters, sort_keys=True)
+    fitting = (t for t in things if type(t).__name__ == kind and json.dumps(t.parameters, sort_keys=True) == said)
+    return next(fitting, None)

@@ -1,0 +1,269 @@
+"""``esegeta-monai explain``: the cases of a folder, by the methods and for the targets asked for, through a bundle."""
+
+from __future__ import annotations
+
+import json
+import logging
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.transforms import Activationsd
+
+import esegeta_monai.files as storage
+from esegeta_monai.bundle.extensions import register_extensions
+from esegeta_monai.bundle.provenance import bundle_provenance
+from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
+from esegeta_monai.cli.log import RunLog, reason
+from esegeta_monai.engine.network.hooks import find_layer
+from esegeta_monai.engine.network.state import unwrap, weights_hash
+from esegeta_monai.errors import EsegetaError, NetworkError, RankLost, UsageError
+from esegeta_monai.explain.costs import duration, table
+from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.methods.base import METHODS, Method
+from esegeta_monai.output.report.page import write_report
+from esegeta_monai.output.writer import ResultWriter
+from esegeta_monai.targets.base import TARGETS, Target
+from esegeta_monai.targets.classes import PredictedClasses
+from esegeta_monai.utils.distributed import Ranks, local_device, process_group
+
+__all__ = ["DEFAULT_METHODS", "choose_device", "default_targets", "explain_cases", "explainer_for", "overrides", "run"]
+
+DEFAULT_METHODS = ("Saliency", "GradCam")
+
+logger = logging.getLogger("esegeta_monai")
+
+
+def run(args: Namespace, log: RunLog) -> int:
+    """The command; what can be wrong without having computed anything is found first.
+
+    Returns:
+        0: all is there, empty targets included; 1: some case or method failed.
+
+    Raises:
+        EsegetaError: a wrong option, bundle or output folder: nothing has been computed.
+    """
+    register_extensions(args.bundle)
+    methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
+    targets = TARGETS.create_all(",".join(args.target)) if args.target else None
+    output = Path(args.output)
+    with process_group() as ranks:
+        reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
+        channel_names = [name for _, name in sorted(reader.channel_names.items())]
+        cases = find_cases(args.input, channel_names, leave_out=output)
+        if args.dry_run:
+            return _tell_costs(reader, cases, methods, targets, args, log)
+        writer = explain_cases(reader, cases, methods, targets, output, args, log, ranks)
+    summary = ", ".join(f"{n} {status}" for status, n in writer.run.summary.items()) or "nothing to do"
+    if not args.quiet and not ranks.rank:
+        print(f"{summary.replace('_', ' ')}. Maps, pictures and the log are in {output}; run.json tells all.")
+    if args.report and not ranks.rank:
+        written = write_report(output)
+        if not args.quiet:
+            print(f"The report: {written.index}")
+    return writer.run.exit_code
+
+
+def explain_cases(
+    reader: BundleReader,
+    cases: Sequence[ScanCase],
+    methods: Sequence[Method],
+    targets: Sequence[Target] | None,
+    output: Path,
+    options: Namespace,
+    log: RunLog,
+    ranks: Ranks | None = None,
+) -> ResultWriter:
+    """Explains cases one by one; one that fails is recorded, and the others go on.
+
+    Args:
+        targets: None: every predicted class, background aside.
+        options: of the command line: device, amp, seed, time_limit, window_batch, network_output, progress,
+            overwrite, pictures, map_format, override, config, share, yes.
+        ranks: the processes that share the work; None: this one.
+
+    Returns:
+        The writer, whose ``run`` has the status of every result.
+
+    Raises:
+        EsegetaError: before any case is touched.
+    """
+    ranks = ranks or Ranks()
+    storage.writable_folder(output)
+    chosen = default_targets(reader) if targets is None else targets
+    preprocess = Preprocessor(reader)
+    check_layers(reader.network, [*methods, *chosen])
+    explainer = explainer_for(reader, options)
+    writer = ResultWriter(
+        output,
+        methods,
+        list(chosen),
+        provenance=provenance_of(reader, options),
+        extension="input" if options.map_format == "input" else ".nii.gz",
+        overwrite=options.overwrite,
+        pictures=options.pictures,
+        ranks=ranks,
+        together=options.share == "windows",
+    )
+    for case in cases:
+        for file in case.files:
+            log.hide(file, file.name)
+    log.hide(output, output.name)
+    log.hide(reader.bundle_dir, reader.bundle_dir.name)
+    log.write_to(output)
+    logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))
+    mine = ranks.share(cases) if options.share == "cases" else cases
+    for number, case in enumerate(mine, 1):
+        with log.of(case.name):
+            logger.info("%s: case %d of %d", case.name, number, len(mine))
+            try:
+                scan, image, data = preprocess(case)
+                for some, of in ranks.part(options.share, methods, chosen):
+                    writer.explain(explainer, image, case.name, some, of, scan=scan, data=data)
+            except RankLost:
+                raise
+            except Exception as error:  # recorded with its reason, and the other cases go on
+                writer.failed(case.name, named(error, log))
+    with writer.run:
+        writer.run.join(ranks)
+        return writer
+
+
+def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
+    """The explainer of a bundle, by the options of the command line."""
+    amp = reader.amp and reader.device.type == "cuda" if options.amp is None else options.amp  # on CPUs as MONAI does
+    return Explainer(
+        reader.network,
+        reader.inferer,
+        reader.device,
+        amp,
+        output=options.network_output,
+        class_names=reader.class_names,
+        channel_names=[name for _, name in sorted(reader.channel_names.items())],
+        window_batch=options.window_batch,
+        seed=options.seed,
+        progress=options.progress,
+        time_limit=options.time_limit,
+        allow_costly=getattr(options, "yes", False),
+        distributed=getattr(options, "share", "cases") == "windows",
+        on_error="record",
+    )
+
+
+def default_targets(reader: BundleReader) -> list[Target]:
+    """Every predicted class, background aside."""
+    return [PredictedClasses(activation="sigmoid" if _sigmoid(reader) else "auto")]
+
+
+def _tell_costs(
+    reader: BundleReader,
+    cases: Sequence[ScanCase],
+    methods: Sequence[Method],
+    targets: Sequence[Target] | None,
+    options: Namespace,
+    log: RunLog,
+) -> int:
+    """Prints what explaining would cost; writes nothing."""
+    chosen = default_targets(reader) if targets is None else targets
+    preprocess = Preprocessor(reader)
+    check_layers(reader.network, [*methods, *chosen])
+    explainer, found, failed = explainer_for(reader, options), [], False
+    for case in cases:
+        try:
+            _, image, data = preprocess(case)
+            found += [(case.name, cost) for cost in explainer.costs(image[None], methods, chosen, data=data)]
+        except Exception as error:  # told, and the other cases go on
+            failed = True
+            logger.error("%s: %s", case.name, named(error, log))
+    print("\n".join(table(found)))
+    seconds = sum(cost.seconds or 0.0 for _, cost in found)
+    print(
+        f"About {duration(seconds)} in all; methods that share passes (gradients, CAM) need less. Nothing was written."
+    )
+    return int(failed)
+
+
+def named(error: Exception, log: RunLog) -> Exception:
+    """The error as ``run.json`` may have it: named, in one line, without folders."""
+    if isinstance(error, EsegetaError):
+        named: Exception = type(error)(log.clean(str(error)))
+    elif isinstance(error, torch.cuda.OutOfMemoryError):
+        named = NetworkError("out of memory on the accelerator: take a smaller --window-batch, or --device cpu")
+    else:
+        named = NetworkError(log.clean(f"the network or its inferer failed on this case: {reason(error)}"))
+    named.__cause__ = error
+    return named
+
+
+def check_layers(network: torch.nn.Module, things: Sequence[Any]) -> None:
+    """Finds out before any work whether the layers exist that methods (also those inside others) and targets name.
+
+    Raises:
+        UsageError: no such layer; near matches are listed.
+    """
+    for thing in things:
+        layer = getattr(thing, "layer", None)
+        if isinstance(layer, str):
+            find_layer(unwrap(network), layer)
+        inner = getattr(thing, "method", None)
+        if isinstance(inner, Method):
+            check_layers(network, [inner])
+
+
+def _sigmoid(reader: BundleReader) -> bool:
+    """Whether the bundle's classes are not exclusive: its postprocessing takes a sigmoid of every channel."""
+    try:
+        transforms = reader.postprocessing.flatten().transforms
+    except NetworkError as error:
+        raise UsageError(f"{error}; or say with --target what to explain, then postprocessing is not needed") from error
+    return any(isinstance(t, Activationsd) and any(t.sigmoid) for t in transforms)
+
+
+def provenance_of(reader: BundleReader, options: Namespace) -> dict[str, Any]:
+    found = {**bundle_provenance(reader.bundle_dir), "weights_sha256": weights_hash(unwrap(reader.network))}
+    if options.config:
+        found["configs_used_sha256"] = {file.name: storage.sha256_file(file) for file in reader.config_files}
+    if options.override:
+        found["overrides"] = overrides(options.override)
+    return found
+
+
+def overrides(texts: Sequence[str] | None) -> dict[str, Any]:
+    """``id=value`` texts as a dictionary; values are JSON where they can be read as JSON, else text.
+
+    Raises:
+        UsageError: a text without ``=``.
+
+    >>> overrides(["inferer#roi_size=[32, 32, 32]", "network=@net"])
+    {'inferer#roi_size': [32, 32, 32], 'network': '@net'}
+    """
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--override {text}: write id=value, such as inferer#overlap=0.25")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:  # not JSON, so it is text: a reference or an expression of the config
+            found[key] = value
+    return found
+
+
+def choose_device(text: str | None) -> torch.device:
+    """The device that is named, else the first CUDA device, else the CPU.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if text is None:
+        return local_device()
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise UsageError(f"--device {text}: no such device; write cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA device(s); use cpu")
+    return device

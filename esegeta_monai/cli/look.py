@@ -1,0 +1,131 @@
+"""``esegeta-monai info`` and ``esegeta-monai layers``: what is installed here, and what is in a bundle."""
+
+from __future__ import annotations
+
+import json
+import os
+from argparse import Namespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import esegeta_monai.files as storage
+from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.cases import Preprocessor, find_cases
+from esegeta_monai.cli.explain import choose_device, overrides
+from esegeta_monai.engine.default_layer import default_layer, layer_shapes
+from esegeta_monai.engine.network.model import Model
+from esegeta_monai.engine.network.state import frozen, unwrap
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.score import WeightedScore
+from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
+from esegeta_monai.errors import MethodError, UsageError
+
+__all__ = ["run_info", "run_layers"]
+
+
+def run_info(args: Namespace, *_: object) -> int:
+    """Versions, devices, and what a bundle says of itself."""
+    found: dict[str, Any] = {"versions": storage.versions(), "devices": _devices()}
+    if args.bundle:
+        reader = BundleReader(args.bundle, args.config, overrides(args.override), weights="optional")
+        found["bundle"] = _bundle(reader)
+    if args.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return 0
+    for title, content in found.items():
+        print(f"{title}:")
+        for key, value in content.items():
+            text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+            print(f"  {key:<22} {'-' if text is None or text == '' else text}")
+    return 0
+
+
+def _devices() -> dict[str, Any]:
+    found: dict[str, Any] = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"}
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        found[f"cuda:{i}"] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
+    return found
+
+
+def _bundle(reader: BundleReader) -> dict[str, Any]:
+    network, inferer = reader.network, reader.inferer
+    options = {k: v for k, v in vars(inferer).items() if isinstance(v, (bool, int, float, str, tuple, list))}
+    weights = reader.weight_source
+    return {
+        "name": reader.name,
+        "version": reader.version,
+        "task": reader.task,
+        "configs": ", ".join(file.name for file in reader.config_files),
+        "network": type(network).__name__,
+        "weight_count": sum(p.numel() for p in network.parameters()),
+        "weights": f"{weights.path.name} ({'found' if weights.path.is_file() else 'missing'}, {weights.found_in})",
+        "inferer": type(inferer).__name__,
+        "inferer_options": {k: v for k, v in options.items() if not k.startswith("_")},
+        "amp": reader.amp,
+        "classes": {str(k): v for k, v in reader.class_names.items()},
+        "background": reader.background,
+        "channels": {str(k): v for k, v in reader.channel_names.items()},
+        "image_key": reader.image_key,
+    }
+
+
+def run_layers(args: Namespace, *_: object) -> int:
+    """The layers of a bundle's network in the order in which they run, with what they give for one window."""
+    reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device), "optional")
+    network, inferer = unwrap(reader.network), as_inferer(reader.inferer)
+    image = _image(reader, args.input)
+    with torch.random.fork_rng(devices=[]), frozen(network):
+        plan = plan_windows(inferer, image.shape[1:], torch.float32)
+        window = plan.cut(image, 0)
+        plan = plan_windows(inferer, window.shape[1:], torch.float32)
+        model = Model(network, reader.device, output=args.network_output)
+        with torch.inference_mode():
+            axis = plan.slice_axis
+            out = model(window[None].to(reader.device), slice_axis=axis)[0].cpu()
+        score = WeightedScore(torch.ones(out.shape[1:], dtype=torch.bool), 0, out.shape[0])
+        objective = Objective(model, window, plan, [score], out)
+        shapes = layer_shapes(objective)
+        try:
+            default: str | None = default_layer(objective)
+        except MethodError:  # no layer gives a map; then none is marked
+            default = None
+    rows = [
+        {"name": s.name, "kind": s.kind, "shape": list(s.shape), "calls": s.calls, "default": s.name == default}
+        for s in shapes
+        if s.name
+    ]
+    if args.json:
+        print(json.dumps({"window": list(window.shape), "layers": rows}, indent=2))
+        return 0
+    print(f"{type(network).__name__}, one window of shape {_x(window.shape)} (channels first)")
+    longest = max((len(str(r["name"])) for r in rows), default=0)
+    for r in rows:
+        more = f", runs {r['calls']} times" if int(str(r["calls"])) > 1 else ""
+        mark = "   <- default layer of class activation maps" if r["default"] else ""
+        print(f"  {r['name']:<{longest}}  {_x(r['shape']):<18} {r['kind']}{more}{mark}")
+    return 0
+
+
+def _x(shape: Any) -> str:
+    return "x".join(map(str, shape))
+
+
+def _image(reader: BundleReader, text: str | None) -> Tensor:
+    """The preprocessed scan that was named, else noise of one window's shape."""
+    if text is not None:
+        cases = find_cases([text], [name for _, name in sorted(reader.channel_names.items())])
+        return Preprocessor(reader)(cases[0])[1].as_tensor().float()
+    expected = Preprocessor(reader) if reader.has("preprocessing") else None
+    channels = expected.channels if expected is not None and expected.channels else 1
+    dims = (expected.spatial_dims if expected is not None else None) or 3
+    size = getattr(reader.inferer, "roi_size", None)
+    if size is None:
+        inputs = reader.metadata.inputs.values()
+        size = next((i["spatial_shape"] for i in inputs if isinstance(i, dict) and "spatial_shape" in i), None)
+    size = [size] * dims if isinstance(size, int) else size
+    if size is None or not all(isinstance(n, int) and n > 0 for n in size):
+        raise UsageError("the bundle does not say how large a window is: give a scan with --input FILE")
+    return torch.rand((channels, *size), generator=torch.Generator().manual_seed(0))

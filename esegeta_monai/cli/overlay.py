@@ -1,0 +1,176 @@
+"""``esegeta-monai overlay`` and ``merge``: the config file that adds explanation to a bundle, beside or in its own."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+from monai.bundle.utils import merge_kv
+
+from esegeta_monai.bundle.overlay import (
+    METRICS_OVERLAY,
+    MULTI_GPU_OVERLAY,
+    OVERLAY,
+    evaluator_of,
+    fitted_overlay,
+    multi_gpu_overlay,
+    shipped_overlay,
+)
+from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.explain import overrides
+from esegeta_monai.errors import EsegetaError, UsageError
+from esegeta_monai.utils.files import atomic
+
+__all__ = ["run", "run_merge"]
+
+
+def run(args: Namespace, *_: object) -> int:
+    """Writes the overlay that fits a bundle, never over another file, and says what it found; or prints where the
+    shipped one lies."""
+    name = METRICS_OVERLAY if args.metrics else OVERLAY
+    if args.path:
+        print(shipped_overlay(name))
+        return 0
+    if not args.bundle and not args.output:
+        raise UsageError("overlay needs --bundle DIR (or --output FILE, or --path to print where the shipped one lies)")
+    if args.multi_gpu and not args.bundle:
+        raise UsageError("overlay --multi-gpu needs --bundle DIR, whose data loader gets the sampler")
+    if not args.bundle:
+        text = shipped_overlay(name).read_text(encoding="utf-8")
+        target = _free(Path(args.output), name, text)
+        _write(target, text)
+        print(f"{target} is written; it joins a list called handlers. With --bundle DIR it fits any bundle.")
+        return 0
+    reader, config = _reader(args), _config(args)
+    overlay = fitted_overlay(config, reader.metadata, name)
+    text = json.dumps(overlay, indent=4, ensure_ascii=False) + "\n"
+    target = _free(Path(args.output) if args.output else reader.bundle_dir / "configs" / name, name, text)
+    second, more_text = None, ""
+    if args.multi_gpu:
+        more_text = json.dumps(multi_gpu_overlay(config), indent=4) + "\n"
+        second = _free(target.with_name(MULTI_GPU_OVERLAY), name, more_text)
+    _write(target, text)
+    if second is not None:
+        _write(second, more_text)
+    print("\n".join(f"  {title:<9} {text}" for title, text in found(reader, config, overlay).items()))
+    written = [_shown(file, reader) for file in (target, second) if file is not None]
+    files = [*[f.relative_to(reader.bundle_dir).as_posix() for f in reader.config_files], *written]
+    run_id = "" if reader.run_id in (None, "run") else f" {reader.run_id}"
+    root = "" if config.get("bundle_root", ".") in (".", "./") else " --bundle_root ."
+    launch = "torchrun --nproc_per_node NUMBER_OF_GPUS" if args.multi_gpu else "python"
+    print(f"{' and '.join(str(f) for f in (target, second) if f)} written. In the bundle's folder:")
+    print(f'  {launch} -m monai.bundle run{run_id}{root} --config_file "{files}"')
+    more = " --explain_metrics \"['Deletion']\"" if args.metrics else ""
+    print(f"Settings follow as options: --explain_methods \"['Saliency']\"{more} --explain_output_dir explained")
+    return 0
+
+
+def run_merge(args: Namespace, *_: object) -> int:
+    """Writes one config: the bundle's own files, and the overlay (or the files named by ``--add``) behind them."""
+    reader, merged = _reader(args), _config(args)
+    added = [ConfigParser.load_config_file(_existing(reader, file)) for file in args.add or ()]
+    for content in added or [fitted_overlay(merged, reader.metadata)]:
+        for key, value in content.items():
+            merge_kv(merged, key, value)
+    target = _free(Path(args.output))
+    _write(target, json.dumps(merged.config, indent=4, ensure_ascii=False) + "\n")
+    print(f"{target} is written: {', '.join(f.name for f in reader.config_files)} and the explanation in one config.")
+    return 0
+
+
+def found(reader: BundleReader, config: ConfigParser, overlay: dict[str, Any]) -> dict[str, str]:
+    """What was found in a bundle, a line each; what cannot be built here says why."""
+    classes = ", ".join(f"{i} {name}" for i, name in sorted(reader.class_names.items())[:12])
+    more = len(reader.class_names) - 12
+    handlers = next(key for key in overlay if key.startswith("+") or "#val_handlers" in key)
+    return {
+        "bundle": " ".join(filter(None, (reader.name, reader.version))),
+        "network": _tried(lambda: _network(reader)),
+        "weights": _tried(lambda: _weights(reader)),
+        "inferer": _tried(lambda: _inferer(reader)),
+        "channels": ", ".join(name for _, name in sorted(reader.channel_names.items())) or "not named",
+        "classes": (classes + (f", and {more} more" if more > 0 else "")) or "not named in metadata.json",
+        "output": overlay.get("explain_output") or "the only one",
+        "targets": _targets(reader, overlay),
+        "layers": "GradCam finds one; 'esegeta-monai layers --bundle DIR' lists all",
+        "handlers": f"{handlers.lstrip('+')} of {evaluator_of(config)}, run by {reader.run_id or 'no id'}",
+    }
+
+
+def _targets(reader: BundleReader, overlay: dict[str, Any]) -> str:
+    if overlay.get("explain_targets"):
+        return f"{overlay['explain_targets'][0]}: its output is a regression"
+    names = [name for i, name in sorted(reader.class_names.items()) if i != reader.background]
+    example = f"; one of them: --explain_targets \"MultiClassMask('{names[0]}')\"" if names else ""
+    return f"every predicted class, background aside{example}"
+
+
+def _network(reader: BundleReader) -> str:
+    network = reader.network
+    return f"{type(network).__name__}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million weights"
+
+
+def _weights(reader: BundleReader) -> str:
+    source = reader.weight_source
+    return f"{source.path} ({'found' if source.path.is_file() else 'missing'}, {source.found_in})"
+
+
+def _inferer(reader: BundleReader) -> str:
+    inferer = reader.inferer
+    size = getattr(inferer, "roi_size", None)
+    windows = "" if size is None else f", windows {size}, overlap {getattr(inferer, 'overlap', None)}"
+    return f"{type(inferer).__name__}{windows}"
+
+
+def _tried(what: Callable[[], str]) -> str:
+    try:
+        return what()
+    except EsegetaError as error:
+        return f"cannot be built here: {error}"
+
+
+def _reader(args: Namespace) -> BundleReader:
+    if not (Path(args.bundle) / "configs").is_dir():
+        raise UsageError(f"no bundle at {args.bundle}: it has no folder configs")
+    return BundleReader(args.bundle, args.config, overrides(args.override), weights="optional")
+
+
+def _config(args: Namespace) -> ConfigParser:
+    """The bundle's config as its files have it, with the overrides; nothing evaluated, nothing of ours added."""
+    parser = ConfigParser()
+    parser.read_config([str(file) for file in _reader(args).config_files])
+    content: Any = parser.config
+    content.pop(ConfigParser.meta_key, None)
+    parser.update(overrides(args.override))
+    return parser
+
+
+def _existing(reader: BundleReader, file: str) -> Path:
+    chosen = next((p for p in (reader.bundle_dir / file, Path(file)) if p.is_file()), None)
+    if chosen is None:
+        raise UsageError(f"no config file {file}, neither in {reader.bundle_dir} nor from here")
+    return chosen
+
+
+def _shown(file: Path, reader: BundleReader) -> str:
+    """A file as it is named from the bundle's folder."""
+    place = file.resolve()
+    inside = place.is_relative_to(reader.bundle_dir)
+    return place.relative_to(reader.bundle_dir).as_posix() if inside else str(place)
+
+
+def _free(target: Path, name: str = OVERLAY, text: str | None = None) -> Path:
+    """Where to write, no other file being there; one that already says ``text`` is no other."""
+    target = target / name if target.is_dir() else target
+    if target.exists() and not (text is not None and target.is_file() and target.read_bytes() == text.encode()):
+        raise UsageError(f"{target} exists and stays as it is: move it away, or write elsewhere with --output FILE")
+    return target
+
+
+def _write(target: Path, text: str) -> None:
+    with atomic(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,47 @@
+"""``esegeta-monai patterns``: what PatternNet and PatternAttribution need, fitted on scans, beside the weights."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.cases import Preprocessor, find_cases
+from esegeta_monai.cli.explain import choose_device, overrides
+from esegeta_monai.engine.network.model import Model
+from esegeta_monai.engine.network.state import frozen, unwrap
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
+from esegeta_monai.errors import UsageError
+from esegeta_monai.methods.relevance.patterns import FittedPatterns
+
+__all__ = ["run"]
+
+
+def run(args: Namespace, *_: object) -> int:
+    """Fits patterns on all windows of the scans and writes them; never over another file unless told so."""
+    reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
+    target = Path(args.output) if args.output else reader.bundle_dir / "models" / "patterns.pt"
+    if target.exists() and not args.overwrite:
+        raise UsageError(f"{target} exists: use it with patterns='{target.name}', or give --overwrite")
+    if not target.parent.is_dir():
+        raise UsageError(f"{target.parent} is no folder: make it first")
+    cases = find_cases(args.input, [name for _, name in sorted(reader.channel_names.items())])
+    network, preprocess = unwrap(reader.network), Preprocessor(reader)
+    model = Model(network, reader.device, output=args.network_output)
+
+    def objectives() -> Iterator[Objective]:
+        for case in cases:
+            _, image, _ = preprocess(case)
+            plain = image.as_tensor().float()
+            yield Objective(model, plain, plan_windows(as_inferer(reader.inferer), plain.shape[1:], plain.dtype), [])
+
+    with frozen(network):
+        fitted = FittedPatterns.fit(objectives())
+    fitted.save(target)
+    if not args.quiet:
+        found = sum(pattern is not None for pattern in fitted.patterns)
+        print(f"{found} operations of {type(network).__name__}, {fitted.cases} case(s): {target}")
+        print(f"Use them with --methods \"PatternAttribution(patterns='{target}')\"")
+    return 0

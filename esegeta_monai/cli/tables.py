@@ -1,0 +1,118 @@
+"""``esegeta-monai methods``, ``targets`` and ``metrics``: what there is, read off the classes themselves."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import textwrap
+from argparse import Namespace
+from typing import Any
+
+from esegeta_monai.bundle.extensions import register_extensions
+from esegeta_monai.errors import EsegetaError
+from esegeta_monai.methods.base import METHODS, Method
+from esegeta_monai.metrics import METRICS, Metric
+from esegeta_monai.targets.base import TARGETS
+from esegeta_monai.utils.registry import Configurable, Registry, json_ready
+
+__all__ = ["describe", "run_methods", "run_metrics", "run_targets"]
+
+WIDTH = 100
+
+
+def run_methods(args: Namespace, *_: object) -> int:
+    """The table of methods, or one method in full."""
+    return _run(METHODS, args, "Use them with --methods NAME,NAME or --methods 'NAME(parameter=value)'.")
+
+
+def run_targets(args: Namespace, *_: object) -> int:
+    """The table of targets, or one target in full."""
+    return _run(TARGETS, args, "Use them with --target 'NAME(parameter=value)'; classes by number or by name.")
+
+
+def run_metrics(args: Namespace, *_: object) -> int:
+    """The table of metrics, or one metric in full."""
+    return _run(METRICS, args, "Use them with evaluate --metrics NAME,NAME or --metrics 'NAME(parameter=value)'.")
+
+
+def _run(registry: Registry[Any], args: Namespace, usage: str) -> int:
+    if args.bundle:
+        register_extensions(args.bundle)
+    chosen = [registry.get(args.name)] if args.name else list(registry)
+    entries = [describe(cls, registry.kind) for cls in chosen]
+    if args.json:
+        print(json.dumps(entries if not args.name else entries[0], indent=2, ensure_ascii=False))
+    elif args.name:
+        print(_heading(entries[0]), "", inspect.getdoc(chosen[0]) or "", sep="\n")
+        print(*(f"\nReference: {entries[0]['reference']}",) if entries[0].get("reference") else ())
+    else:
+        for entry in entries:
+            print(_block(entry), end="\n\n")
+        print(usage, f"'esegeta-monai {registry.kind}s NAME' tells all about one.", sep="\n")
+    return 0
+
+
+def describe(cls: type[Configurable], kind: str = "method") -> dict[str, Any]:
+    """A method or target as the table, the JSON and the documentation have it.
+
+    >>> describe(METHODS.get("saliency"))["parameters"]
+    {'abs': True}
+    """
+    doc = inspect.getdoc(cls) or ""
+    signature = inspect.signature(cls.__init__)
+    defaults = {p: signature.parameters[p].default for p in cls.parameter_names()}
+    required = [p for p, value in defaults.items() if value is inspect.Parameter.empty]
+    entry: dict[str, Any] = {
+        "name": cls.__name__,
+        "summary": " ".join(doc.split("\n\n")[0].split()),
+        "parameters": {p: json_ready(value) for p, value in defaults.items() if p not in required},
+        "required": required,
+    }
+    if issubclass(cls, Method):
+        entry |= {
+            "aliases": list(cls.__dict__.get("aliases", ())),
+            "produces": cls.produces,
+            "signed": _signed(cls),
+            "needs_gradient": cls.needs_gradient,
+            "additive": cls.additive,
+            "reference": cls.reference,
+        }
+    if issubclass(cls, Metric):
+        entry |= {
+            "aliases": list(cls.__dict__.get("aliases", ())),
+            "group": cls.group,
+            "higher_is_better": cls.higher_is_better,
+            "needs": sorted(cls.needs),
+            "meaning": cls.meaning,
+            "reference": cls.reference,
+        }
+    return entry
+
+
+def _signed(cls: type[Method]) -> bool | None:
+    """Whether the map has a sign with default parameters; None where there are no defaults."""
+    try:
+        return METHODS.create(cls).signed
+    except EsegetaError:  # a parameter without default: it depends
+        return None
+
+
+def _heading(entry: dict[str, Any]) -> str:
+    parameters = [*entry["required"], *(f"{name}={value!r}" for name, value in entry["parameters"].items())]
+    call = textwrap.wrap(f"{entry['name']}({', '.join(parameters)})", WIDTH, subsequent_indent="    ")
+    aliases = f"    also called {', '.join(entry['aliases'])}" if entry.get("aliases") else ""
+    return "\n".join([*call, *([aliases] if aliases else [])])
+
+
+def _block(entry: dict[str, Any]) -> str:
+    lines = textwrap.wrap(re.sub(r"`+", "", entry["summary"]), WIDTH - 4)
+    if "produces" in entry:
+        sign = {True: "signed", False: "not signed", None: "signed or not"}[entry["signed"]]
+        lines.append(f"{entry['produces']}, {sign}" + (f"; {entry['reference']}" if entry["reference"] else ""))
+    if "group" in entry:
+        way = {True: "higher is better", False: "lower is better", None: "neither way is better"}
+        needs = f"; needs {', '.join(entry['needs'])}" if entry["needs"] else ""
+        lines.append(f"{entry['group']}, {way[entry['higher_is_better']]}{needs}")
+        lines += textwrap.wrap(entry["meaning"], WIDTH - 4)
+    return "\n".join([_heading(entry), *(f"    {line}" for line in lines)])

@@ -1,0 +1,369 @@
+"""Reference inputs: what "without this" means for a method that compares the image with something.
+
+A baseline is given as text (``"blur(sigma=4)"``), a number, a NIfTI file, a tensor, or one of these classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.errors import InputError, UsageError
+from esegeta_monai.utils.registry import Configurable, Registry, json_ready
+
+__all__ = ["BASELINES", "Auto", "Background", "Baseline", "Blur", "Cases", "Constant", "Image", "Mean", "Minimum"]
+__all__ += ["Noise", "Uniform", "Zero", "baseline_for", "choice_passes", "has_scale_free_norm", "scale_invariant"]
+
+
+class Baseline(Configurable, ABC):
+    """A reference input, or a distribution of them.
+
+    Attributes:
+        random: whether two draws may differ: False where one of them says all.
+    """
+
+    random: bool = True
+
+    @abstractmethod
+    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
+        """One reference volume (C, *spatial) for the case. It may be a view: it must not be written into."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        BASELINES.register(cls, *cls.__dict__.get("aliases", ()))
+
+    def passes(self, objective: Objective) -> int:
+        """Window passes that the first `draw` needs on an objective; the others need none."""
+        return 0
+
+    def record(self) -> dict[str, Any]:
+        """For the sidecar: which baseline, its numbers, and why it was taken."""
+        return {"name": type(self).__name__.lower(), **self.parameters}
+
+
+BASELINES: Registry[Baseline] = Registry("baseline", Baseline, "esegeta_monai.engine.baselines", command=False)
+
+
+@dataclass(eq=False, repr=False)
+class Constant(Baseline):
+    """The same value everywhere: a number, or one a channel."""
+
+    value: float | Sequence[float] = 0.0
+    name: str | None = field(default=None, kw_only=True)
+    random = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not bool(torch.isfinite(torch.as_tensor(self.value, dtype=torch.float64)).all()):
+            raise UsageError(f"constant baseline: {self.value} is infinite")
+
+    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
+        image = objective.image
+        value = torch.as_tensor(self.value, dtype=image.dtype, device=image.device).flatten()
+        if len(value) not in (1, image.shape[0]):
+            raise UsageError(f"constant baseline: {len(value)} values for {image.shape[0]} channels")
+        return per_channel(value.expand(image.shape[0]), image)
+
+
+@dataclass(eq=False, repr=False)
+class Zero(Baseline):
+    """Zeros. Under instance, group or layer norm ``f(αx) = f(x)``: a path from zero finds nothing there."""
+
+    name: str | None = field(default=None, kw_only=True)
+    random = False
+
+    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
+        return per_channel(torch.zeros(len(objective.image)), objective.image)
+
+
+@dataclass(eq=False, repr=False)
+class Minimum(Baseline):
+    """Each channel's smallest value."""
+
+    aliases = ("min",)
+    name: str | None = field(default=None, kw_only=True)
+    random = False
+
+    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
+        return per_channel(objective.image.flatten(1).amin(1), objective.image)
+
+
+@dataclass(eq=False, repr=False)
+class Mean(Baseline):
+    """Each channel's mean."""
+
+    name: str | None = field(default=None, kw_only=True)
+    random = False
+
+    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
+        return per_channel(objective.image.flatten(1).mean(1), objective.image)
+
+
+@dataclass(eq=False, repr=False)
+class Background(Baseline):
+    """Each channel's background value: the median of the voxels on the faces of the volume."""
+
+    name: str | None = field(default=None, kw_only=True)
+    random = False
+
+    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
+        image = objective.image
+        faces = [image.select(axis, end).flatten(1) for axis in range(1, image.ndim) for end in (0, -1)]
+        return per_channel(torch.cat(faces, 1).median(1).values, image)
+
+
+@dataclass(eq=False, repr=False)
+class Blur(Baseline):
+    """The image blurred by a Gaussian, plus noise.
+
+    Args:
+        sigma: in voxels; None: an eighth of the shortest window side.
+        std: of the noise, in units of each channel's standard deviation.
+    """
+
+    sigma: float | None = None
+    std: float = 0.0
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.std < 0 or (self.sigma or 0) < 0:
+            raise UsageError(f"blur(sigma={self.sigma}, std={self.std}): neither can be negative")
+        self.random = self.std > 0
+
+    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
+        self.used_sigma = min(r for r in objective.plan.roi if r > 1) / 8 if self.sigma is None else self.sigma
+        blurred = gaussian_blur(objective.image, self.used_sigma)
+        return blurred + noise_like(objective.image, self.std, generator) if self.std else blurred
+
+    def record(self) -> dict[str, Any]:
+        return {**super().record(), "sigma_voxels": getattr(self, "used_sigma", self.sigma)}
+
+
+@dataclass(eq=False, repr=False)
+class Noise(Baseline):
+    """Gaussian noise round each channel's mean, in units of its standard deviation."""
+
+    std: float = 1.0
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.std < 0:
+            raise UsageError(f"noise(std={self.std}): it cannot be negative")
+
+    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
+        image = objective.image
+        return per_channel(image.flatten(1).mean(1), image) + noise_like(image, self.std, generator)
+
+
+@dataclass(eq=False, repr=False)
+class Uniform(Baseline):
+    """Uniform noise between each channel's smallest and largest value."""
+
+    name: str | None = field(default=None, kw_only=True)
+
+    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
+        image = objective.image
+        low, high = image.flatten(1).amin(1), image.flatten(1).amax(1)
+        drawn = torch.rand(image.shape, generator=generator, dtype=torch.float32).to(image.device, image.dtype)
+        return per_channel(low, image) + drawn * per_channel(high - low, image)
+
+
+@dataclass(eq=False, repr=False)
+class Cases(Baseline):
+    """Other cases, drawn one after the other: images of the same shape, already preprocessed like the case.
+
+    Args:
+        files: NIfTI files, or tensors (C, *spatial).
+    """
+
+    files: Sequence[Any]
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not len(self.files):
+            raise UsageError("the baseline cases(files=…) needs at least one file")
+
+    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
+        which = int(torch.randint(len(self.files), (1,), generator=generator))
+        return _as_volume(self.files[which], objective)
+
+
+@dataclass(eq=False, repr=False)
+class Image(Baseline):
+    """A given image: a NIfTI file on the network's grid, or a tensor (C, *spatial)."""
+
+    file: Any
+    name: str | None = field(default=None, kw_only=True)
+    random = False
+
+    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
+        return _as_volume(self.file, objective)
+
+
+@dataclass(eq=False, repr=False)
+class Auto(Baseline):
+    """A baseline that works for the network at hand.
+
+    Path, DeepLIFT and Shapley methods: zero, unless the network has instance, group or layer norm, or is found to be
+    invariant to the scale of its input; then a Gaussian blur plus seeded noise. Perturbation methods (``local=True``):
+    the image's background value.
+
+    Args:
+        local: whether single places are replaced rather than the whole image.
+        std: of the noise, in units of each channel's standard deviation.
+    """
+
+    local: bool = False
+    std: float = 0.2
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.random = not self.local
+
+    def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
+        self.chosen, self.reason = self._choose(objective)
+        return self.chosen.draw(objective, generator)
+
+    def passes(self, objective: Objective) -> int:
+        asks = not self.local and not has_scale_free_norm(objective.model.network)
+        return 2 if asks and objective.windows and objective not in _SCALE_INVARIANT else 0
+
+    def _choose(self, objective: Objective) -> tuple[Baseline, str]:
+        if self.local:
+            return Background(), "the image's background value"
+        norms = has_scale_free_norm(objective.model.network)
+        if norms:
+            return Blur(std=self.std), f"the network has {norms}: f(αx) = f(x), nothing is found on a path from zero"
+        if scale_invariant(objective):
+            return Blur(std=self.std), "the network was found to be invariant to the scale of its input"
+        return Zero(), "no norm layer on the path makes the network invariant to scale"
+
+    def record(self) -> dict[str, Any]:
+        chosen: Baseline | None = getattr(self, "chosen", None)
+        if chosen is None:
+            return super().record()
+        return {**chosen.record(), "chosen_by": "auto", "reason": self.reason}
+
+
+_SCALE_INVARIANT: WeakKeyDictionary[Objective, bool] = WeakKeyDictionary()
+"""What `scale_invariant` has found, so that each of many draws is not another look."""
+
+
+def choice_passes(spec: Any, objective: Objective) -> int:
+    """Window passes that a baseline, given as in `baseline_for`, needs on an objective, however often it is drawn."""
+    return baseline_for(spec).passes(objective)
+
+
+def baseline_for(spec: Any, *, local: bool = False) -> Baseline:
+    """Make a `Baseline` of what a user gives as a ``baseline`` parameter.
+
+    ``baseline_for(spec).draw(objective, objective.generator())`` is the reference volume (C, *spatial) of a case, in
+    the units of the image. It may be a view: do not write into it.
+
+    Args:
+        spec: a `Baseline`, its name or call as text, ``"auto"``, a number or one per channel, a NIfTI file, a tensor
+            (C, *spatial), or a list of files or tensors of which one is drawn.
+        local: of ``"auto"``: the baseline replaces a part of the image, not all of it.
+
+    Raises:
+        UsageError: no such baseline.
+
+    >>> baseline_for("blur(sigma=3)").parameters
+    {'sigma': 3, 'std': 0.0}
+    """
+    if isinstance(spec, Baseline):
+        return spec
+    if isinstance(spec, str) and spec.strip().lower() == "auto":
+        return Auto(local=local)
+    if isinstance(spec, bool) or spec is None:
+        raise UsageError(f"baseline={spec!r}: give 'auto', 'zero', 'blur(sigma=…)', a number, or a NIfTI file")
+    if isinstance(spec, (int, float)):
+        return Constant(float(spec))
+    if isinstance(spec, Tensor) or (isinstance(spec, (str, Path)) and str(spec).endswith((".nii", ".nii.gz"))):
+        return Image(spec)
+    if isinstance(spec, (list, tuple)):
+        numbers = spec and all(isinstance(v, (int, float)) for v in spec)
+        return Constant(list(spec)) if numbers else Cases(spec)
+    return BASELINES.create(spec)
+
+
+def has_scale_free_norm(network: nn.Module) -> str:
+    """Names of the norm layers that undo the scale of their input (instance, group and layer norm); empty if none."""
+    kinds = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+    return ", ".join(sorted({type(m).__name__ for m in network.modules() if isinstance(m, kinds)}))
+
+
+def scale_invariant(objective: Objective) -> bool:
+    """Whether halving the input of one window changes the output by less than 1 % of its spread.
+
+    Looked at once for an objective: two window passes.
+    """
+    if not objective.windows:
+        return False
+    if objective not in _SCALE_INVARIANT:
+        window = objective.windows[len(objective.windows) // 2]
+        x = objective.plan.cut(objective.image, window)[None].to(objective.model.device)
+        with torch.inference_mode():
+            full, half = objective.run(torch.cat([x, x / 2]), [window] * 2).double()
+        spread = (full - full.mean()).abs().mean() + full.abs().mean()
+        _SCALE_INVARIANT[objective] = bool((full - half).abs().mean() < 0.01 * spread)
+    return _SCALE_INVARIANT[objective]
+
+
+def per_channel(values: Tensor, image: Tensor) -> Tensor:
+    """One value a channel (C,) seen as a volume like ``image`` (C, *spatial): a view, in no memory of its own."""
+    return values.to(image.device, image.dtype).reshape(-1, *(1,) * (image.ndim - 1)).expand_as(image)
+
+
+def noise_like(image: Tensor, std: float, generator: torch.Generator) -> Tensor:
+    """Gaussian noise (C, *spatial), ``std`` in units of each channel's standard deviation.
+
+    Drawn on the CPU in float32, so that every device sees the same numbers.
+    """
+    drawn = torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image.device, image.dtype)
+    return drawn * per_channel(image.flatten(1).std(1) * std, image)
+
+
+def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+    """Each channel blurred over its spatial axes (edges repeated)."""
+    from scipy.ndimage import gaussian_filter
+
+    array = image.detach().cpu().numpy()
+    blurred = np.stack([gaussian_filter(c, sigma, mode="nearest") for c in array])
+    return torch.from_numpy(blurred).to(image.device, image.dtype)
+
+
+def _as_volume(what: Any, objective: Objective) -> Tensor:
+    image = objective.image
+    if not isinstance(what, Tensor):
+        if not Path(what).is_file():
+            raise InputError(f"baseline file {Path(what).name} does not exist")
+        from monai.transforms import LoadImage
+
+        what = LoadImage(image_only=True, ensure_channel_first=True)(what)
+    volume = torch.as_tensor(what).as_subclass(Tensor).to(image.device, image.dtype)
+    volume = volume[0] if volume.ndim == image.ndim + 1 and len(volume) == 1 else volume
+    if volume.shape != image.shape:
+        raise InputError(
+            f"the baseline has shape {tuple(volume.shape)}, the image on the network's grid {tuple(image.shape)}: "
+            "preprocess it like the image"
+        )
+    return volume
+
+
+def describe_baseline(baseline: Baseline, values: Tensor) -> dict[str, Any]:
+    """The record's entries for a baseline and F there (k,)."""
+    return {"baseline": json_ready(baseline.record()), "baseline_value": [float(v) for v in values]}

@@ -1,0 +1,160 @@
+"""Window batches, and what methods ask to be gathered from them in a sweep."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.errors import MethodError
+
+if TYPE_CHECKING:
+    from esegeta_monai.engine.objective import Objective
+
+__all__ = [
+    "Batch",
+    "Gradient",
+]
+
+
+class Batch:
+    """Some windows of one or several volumes, and what the targets see in them.
+
+    Attributes:
+        windows: indices into the plan.
+        sources: for each window the volume it is cut from, where `cut` is given several.
+        cotangents: a target each (n, R, *out_roi), ``ĝ_w · ∂s/∂P`` cut to the windows; None where the target sees none
+            of them. R are the output channels that some target reads.
+        first: whether it is the first of its loop.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        windows: Sequence[int],
+        sources: Sequence[int],
+        cotangents: list[Tensor | None],
+        *,
+        first: bool = True,
+    ) -> None:
+        self.objective, self.windows, self.sources, self.cotangents = objective, windows, sources, cotangents
+        self.first = first
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    @property
+    def image(self) -> Tensor:
+        """The windows of the case's image: (n, C, *roi)."""
+        return self.cut(self.objective.image)
+
+    def cut(self, volume: Tensor) -> Tensor:
+        """The windows of a volume (C, *spatial), or of several (m, C, *spatial): (n, C, *roi) on the window device."""
+        plan, several = self.objective.plan, volume.ndim == len(self.objective.plan.spatial_shape) + 2
+        parts = [plan.cut(volume[s] if several else volume, w) for w, s in zip(self.windows, self.sources)]
+        return torch.stack(parts).to(self.objective.model.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The network on windows (n, C, *roi): the channels that targets read, (n, R, *out_roi). Differentiable."""
+        return self.objective.run(x, self.windows)
+
+    @property
+    def forwards(self) -> list[Callable[[Tensor], Tensor]]:
+        """`forward` for each window alone, x (1, C, *roi): a network may be told where its window lies, or read a
+        condition there."""
+        return [functools.partial(self.objective.run, windows=[w]) for w in self.windows]
+
+    @property
+    def compare(self) -> bool | Callable[[Tensor], Tensor]:
+        """What rules compare their output with: the plain output of a loop's first window, and nothing in later
+        batches, in which the network does the same."""
+        return self._plain if self.first else False
+
+    @property
+    def compares(self) -> list[bool | Callable[[Tensor], Tensor]]:
+        """`compare` for windows that are run one by one."""
+        return [self.compare, *(False for _ in self.windows[1:])]
+
+    def _plain(self, x: Tensor) -> Tensor:
+        with self.objective.monitor.once():
+            return self.objective.run(x[:1], self.windows[:1])
+
+    def scores(self, out: Tensor) -> Tensor:
+        """``F_w = <c_w, f(x_w)>`` (k, n) from network output; sums in float64."""
+        rows = []
+        for cotangent in self.cotangents:
+            if cotangent is None:
+                rows.append(out.new_zeros(len(self), dtype=torch.float64))
+            else:
+                rows.append((out * cotangent).flatten(1).sum(1, dtype=torch.float64))
+        return torch.stack(rows)
+
+    def stacked_cotangents(self) -> Tensor:
+        """The cotangents of all targets as one tensor (k, n, R, *out_roi), zero where a target sees nothing."""
+        some = next(c for c in self.cotangents if c is not None)
+        return torch.stack([torch.zeros_like(some) if c is None else c for c in self.cotangents])
+
+    def gradients(self, out: Tensor, inputs: Sequence[Tensor], *, retain: bool = False) -> list[Tensor | None]:
+        """Vector-Jacobian products of every target with respect to each input: a list of (k, *input.shape).
+
+        None stands for an input that no target depends on by a differentiable path.
+
+        Args:
+            out: the network's output.
+            inputs: what it was computed from.
+            retain: keep the graph for another call.
+        """
+        active = [k for k, c in enumerate(self.cotangents) if c is not None]
+        results: list[Tensor | None] = [None] * len(inputs)
+        if not out.requires_grad or not inputs:
+            raise MethodError(NO_PATH)
+        for k in active:
+            cotangent = self.cotangents[k]
+            assert cotangent is not None
+            grads = self.objective.vjp(out, inputs, cotangent, retain=retain or k != active[-1])
+            for i, (x, g) in enumerate(zip(inputs, grads)):
+                if g is None:
+                    continue
+                if len(self.cotangents) == 1:
+                    results[i] = g[None]
+                    continue
+                found = results[i]
+                if found is None:
+                    found = results[i] = x.new_zeros((len(self.cotangents), *x.shape))
+                found[k] = g
+        return results
+
+    def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``∂F/∂x_w`` (k, n, C, *roi) at windows x, and the network's output."""
+        x = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            out = self.forward(x)
+        (gradient,) = self.gradients(out, [x])
+        if gradient is None:
+            raise MethodError(NO_PATH)
+        return gradient, out.detach()
+
+
+NO_PATH = (
+    "the network's output does not depend on its input by a differentiable path (an operation such as argmax, round or "
+    ".detach() cuts it, or the network is compiled for inference): use a perturbation method such as Occlusion"
+)
+
+
+@dataclass
+class Gradient:
+    """Gradients at m points.
+
+    Attributes:
+        maps: (k, m, C, *spatial).
+        values: F at the points (k, m), float64.
+        padding: what fell on constant padding (k, m, C).
+    """
+
+    maps: Tensor
+    values: Tensor
+    padding: Tensor

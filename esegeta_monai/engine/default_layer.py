@@ -1,0 +1,189 @@
+"""The layer that layer methods read when none is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esegeta_monai.engine.layer_maps import network_roi, spatial_map
+from esegeta_monai.engine.network.hooks import capture, find_layer, handed_on, note_versions
+from esegeta_monai.engine.network.layout import grid_of
+from esegeta_monai.engine.network.model import select_output
+from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.errors import MethodError, UsageError
+
+__all__ = ["LayerShape", "check_layer", "default_layer", "layer_shapes"]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer and what it gives for one window.
+
+    Attributes:
+        name: dotted name.
+        kind: class of the module.
+        shape: of the output, without batch.
+        grid: (C, *positions) where the output lies on a grid in the window, tokens included; else None.
+        calls: how often the layer runs in one forward pass; the last output is what methods see.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    grid: tuple[int, ...] | None
+    calls: int
+
+
+def layer_shapes(objective: Objective) -> list[LayerShape]:
+    """All layers that run, in the order in which they finish; the last one is the network itself, without a name."""
+    model, window = objective.model, (objective.windows or [0])[0]
+    x = objective.plan.cut(objective.image, window)[None].to(model.device)
+    with torch.inference_mode(), _seen(objective) as found:
+        objective.run(x, [window])
+    return list(found.values())
+
+
+@contextmanager
+def _seen(objective: Objective, kept: dict[str, tuple[Tensor, int]] | None = None) -> Iterator[dict[str, LayerShape]]:
+    """Hooks that write down each layer that runs on one window, removed afterwards.
+
+    Args:
+        kept: where the outputs go that lie on a grid, with how often they had been written to; one that a layer handed
+            on as it came is none of its own and does not go there.
+    """
+    found: dict[str, LayerShape] = {}
+    before: dict[str, list[int]] = {}
+    handles = []
+    model, roi = objective.model, network_roi(objective.plan)
+
+    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if name == "":
+                output = select_output(output, model.output)
+            value = output[0] if isinstance(output, (tuple, list)) and output else output
+            calls = found.pop(name).calls + 1 if name in found else 1
+            if isinstance(value, Tensor):
+                shape = tuple(value.shape[1:])
+                grid = grid_of(model.network, name, shape, roi) if len(value) == 1 else None
+                found[name] = LayerShape(name, type(module).__name__, shape, grid, calls)
+                own = grid is not None and not value.is_inference()
+                if kept is not None and own and not handed_on(value, args, before[name]):
+                    kept[name] = (value, value._version)
+
+        return hook
+
+    try:
+        for name, module in model.network.named_modules():
+            if kept is not None:
+                handles.append(note_versions(module, name, before))
+            handles.append(module.register_forward_hook(hook_for(name)))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def default_layer(objective: Objective) -> str:
+    """A layer for class activation maps where the user names none.
+
+    The last block with spatial resolution for a classification network; for a segmentation network the last block at
+    the coarsest resolution, which has seen the widest context. Blocks are preferred to what is inside them; layers
+    that repeat the network's output, do nothing in evaluation mode, or run several times only serve where there is
+    nothing else; one whose positions the target does not depend on (behind the last attention of a transformer that
+    reads its class token) does not serve at all, and where none of a resolution does, the next one is looked through.
+
+    One forward pass of one window and the backward pass to the layer tell. It is looked for once an objective: methods
+    that run together share it.
+
+    Raises:
+        MethodError: no layer gives a spatial map that the target depends on.
+    """
+    if objective.default_layer is None:
+        objective.default_layer = _find_default_layer(objective)
+    return objective.default_layer
+
+
+def _find_default_layer(objective: Objective) -> str:
+    modules = dict(objective.model.network.named_modules())
+    windows = (objective.windows or [0])[:1]
+    batch = Batch(objective, windows, [0], objective.cotangents(windows))
+    kept: dict[str, tuple[Tensor, int]] = {}
+    with torch.enable_grad(), _seen(objective, kept) as found:
+        out = batch.forward(batch.image.detach().requires_grad_(True))
+    *layers, network = found.values()
+    grids = {s.name: s.grid for s in layers if s.grid is not None and math.prod(s.grid[1:]) > 1}
+    useful = {
+        s.name: grids[s.name]
+        for s in layers
+        if s.name in grids
+        and grids[s.name][0] > 1
+        and s.shape != network.shape
+        and s.calls == 1
+        and not isinstance(modules[s.name], _IDLE)
+    }
+    for some in (useful, {name: grid for name, grid in grids.items() if name not in useful}):
+        for name in _by_preference(some, modules, is_map=math.prod(objective.grid.shape) > 1):
+            value, written = kept.get(name, (None, 0))
+            if value is None or value._version != written:  # not what the layer gave, or no longer
+                if _depends_alone(batch, name):
+                    return name
+            elif _depends(batch, out, value, name, retain=True):
+                return name
+    raise MethodError(
+        "the target depends on no layer with a spatial map by a differentiable path: name one with layer=…, or use an "
+        "input method"
+    )
+
+
+_IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _by_preference(
+    grids: Mapping[str, tuple[int, ...]], modules: Mapping[str, nn.Module], *, is_map: bool
+) -> Iterator[str]:
+    """Layers of the coarsest resolution first where the output is a map, else those of the last one; of each the
+    outermost first, and of these the last."""
+    sizes = {name: math.prod(grid[1:]) for name, grid in grids.items()}
+    for size in sorted(set(sizes.values())) if is_map else dict.fromkeys(reversed(sizes.values())):
+        alike = (name for name in reversed(sizes) if sizes[name] == size)
+        yield from sorted(alike, key=lambda name: _nesting(name, modules))
+
+
+def _nesting(name: str, modules: Mapping[str, nn.Module]) -> int:
+    """The number of blocks round a layer; plain containers do not count."""
+    parts = name.split(".")
+    return sum(type(modules[".".join(parts[:i])]) not in _CONTAINERS for i in range(1, len(parts)))
+
+
+def _depends(batch: Batch, out: Tensor, value: Tensor, layer: str, *, retain: bool = False) -> bool:
+    """Whether some target has a gradient at the layer's positions, in a window that it sees."""
+    if not value.requires_grad or not out.requires_grad:
+        return False
+    (gradient,) = batch.gradients(out, [value], retain=retain)
+    return gradient is not None and bool(spatial_map(gradient, batch.objective, layer, lead=2).any())
+
+
+def _depends_alone(batch: Batch, layer: str) -> bool:
+    """`_depends` by a forward pass of its own, which records the layer's output whatever is written into it later."""
+    with torch.enable_grad(), capture(batch.objective.model.network, [layer]) as captured:
+        out = batch.forward(batch.image.detach().requires_grad_(True))
+    return _depends(batch, out, captured[layer], layer)
+
+
+def check_layer(objective: Objective, layer: str | None) -> str:
+    """The layer to use: the one named, which must exist, or the default one."""
+    if layer is None:
+        return default_layer(objective)
+    if not isinstance(layer, str):
+        raise UsageError(f"layer={layer!r}: give the dotted name of a module")
+    find_layer(objective.model.network, layer)
+    return layer

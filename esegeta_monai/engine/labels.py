@@ -1,0 +1,104 @@
+"""Label maps on the grid of a prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data.utils import to_affine_nd
+from torch import Tensor
+
+from esegeta_monai.engine.score import Case
+from esegeta_monai.errors import TargetError
+
+
+def _affine(case: Case, dimensions: int, what: str) -> np.ndarray:
+    if case.affine is None:
+        raise TargetError(f"{what} needs to know where the voxels lie: give the image as a MetaTensor with an affine")
+    return _in_plane(case.affine, dimensions)
+
+
+def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> Tensor:
+    """A label map (*spatial) on the grid of the prediction, from a data key, a file or a tensor.
+
+    A map that knows its place in the world and has another grid is resampled by nearest neighbour.
+
+    Raises:
+        TargetError: no such key or file, one that cannot be read, several channels, values that are no whole numbers,
+            or another grid and no affine to resample by.
+    """
+    shape = tuple(prediction.shape[1:])
+    value: Any = case.data.get(str(what), what) if isinstance(what, (str, Path)) else what
+    if isinstance(value, (str, Path)):
+        if not Path(value).is_file():
+            keys = ", ".join(sorted(map(str, case.data))) or "none"
+            raise TargetError(f"{value!s} is neither a file nor a key of the case's data (keys: {keys})")
+        from monai.transforms import LoadImage
+
+        try:
+            value = LoadImage(image_only=True, ensure_channel_first=True)(value)
+        except Exception as error:  # each reader has its own errors; all of them mean that the file cannot be read
+            why = " ".join(str(error).replace(str(value), Path(value).name).split())[:200]
+            raise TargetError(f"{Path(value).name} cannot be read as a label map: {why}") from error
+    spatial = _whole_numbers(_without_channel(torch.as_tensor(value), shape))
+    affines = [getattr(value, "affine", None), case.affine]
+    known = [_in_plane(a, len(shape)) for a in affines if a is not None]
+    moved = len(known) == 2 and not np.allclose(known[0], known[1], atol=1e-3)
+    if tuple(spatial.shape) == shape and not moved:
+        return spatial.to(prediction.device)
+    if len(known) < 2:
+        raise TargetError(
+            f"the label map has shape {tuple(spatial.shape)}, the prediction {shape}, and one of them has no affine "
+            "to bring them together: give both as files or MetaTensors"
+        )
+    from monai.data import MetaTensor
+    from monai.transforms import SpatialResample
+
+    # labels of an atlas can be larger than what float32, in which MONAI resamples, tells apart: their numbers are moved
+    present, numbers = torch.unique(spatial, return_inverse=True)
+    source = MetaTensor((numbers + 1)[None].float(), affine=torch.as_tensor(known[0]))
+    resample = SpatialResample(mode="nearest", padding_mode="zeros")
+    resampled = resample(source, dst_affine=torch.as_tensor(known[1]), spatial_size=shape)
+    moved_numbers = torch.as_tensor(resampled).as_subclass(torch.Tensor)[0].round().long()
+    return torch.cat([present.new_zeros(1), present])[moved_numbers].to(prediction.device)
+
+
+def _without_channel(label: Tensor, shape: Sequence[int]) -> Tensor:
+    """A label map (*spatial), or (1, *spatial), as such; in 2D also of a file that keeps an axis of length 1 behind."""
+    if label.ndim > len(shape) and label.shape[-1] == 1 and tuple(label.shape[-len(shape) :]) != tuple(shape):
+        label = label[..., 0]
+    if label.ndim == len(shape) + 1 and len(label) > 1:
+        raise TargetError(
+            f"the label map has {len(label)} channels: give one map with a whole number for each region (of one-hot "
+            "channels, their argmax)"
+        )
+    spatial = label[0] if label.ndim == len(shape) + 1 else label
+    if spatial.ndim != len(shape):
+        raise TargetError(
+            f"the label map has shape {tuple(label.shape)}, the prediction {tuple(shape)}: give one with {len(shape)} "
+            "axes"
+        )
+    return spatial
+
+
+def _in_plane(affine: Any, axes: int) -> np.ndarray:
+    """Of the grid's own axes: 2D images have 4x4 ones, of their file, or 3x3 ones."""
+    return np.asarray(to_affine_nd(axes, np.asarray(affine, dtype=np.float64)))
+
+
+def _whole_numbers(labels: Tensor) -> Tensor:
+    """Label values as int64; files may hold them as floats."""
+    plain = labels.as_subclass(torch.Tensor)
+    if not plain.is_floating_point():
+        return plain.long()
+    whole = plain.round()
+    odd = ~((plain - whole).abs() < 1e-3)  # NaN too
+    if bool(odd.any()):
+        raise TargetError(
+            f"the label map has values that are no whole numbers, such as {float(plain[odd][0]):g}: threshold it, or "
+            "resample it by nearest neighbour"
+        )
+    return whole.long()

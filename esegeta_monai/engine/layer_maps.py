@@ -1,0 +1,204 @@
+"""Maps of a layer on the image's grid: which layer, how its positions lie in a window, scattered or blended.
+
+*Blended* maps are activations: each window's map is interpolated to the window and averaged with ĝ_w.
+*Scattered* maps contain gradients, which carry ĝ_w already: each window's map is spread so that its sum is kept, and
+windows are added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from esegeta_monai.engine.network.hooks import capture, find_layer
+from esegeta_monai.engine.network.layout import channels_last, grid_of
+from esegeta_monai.engine.objective import Objective, Request, View
+from esegeta_monai.engine.windows.grid import OutputGrid
+from esegeta_monai.engine.windows.plan import WindowPlan
+from esegeta_monai.engine.windows.resize import area_matrix, interpolate, line_matrix
+from esegeta_monai.errors import MethodError
+
+__all__ = ["BlendedActivations", "LayerOutput", "spread"]
+__all__ += ["to_window"]
+
+
+def with_slice_axis(values: Tensor, plan: WindowPlan) -> Tensor:
+    """Puts back the axis that a 2D network does not see: (…, h, w) to (…, h, 1, w) or the like."""
+    return values if plan.slice_axis is None else values.unsqueeze(values.ndim - len(plan.roi) + 1 + plan.slice_axis)
+
+
+def spatial_map(values: Tensor, objective: Objective, layer: str, *, lead: int = 1) -> Tensor:
+    """A layer's values (*lead axes, …) as a map (*lead axes, C, *positions) with all axes of the window.
+
+    Tokens (…, T, C) of a transformer are put on their grid, a class token in front aside; maps whose channels come last
+    are turned round.
+
+    Args:
+        lead: number of axes in front: 1 for activations (n, …), 2 for gradients (k, n, …).
+
+    Raises:
+        MethodError: it is no spatial map; the way out is named.
+    """
+    on_grid = _on_grid(values, objective.model.network, layer, network_roi(objective.plan), lead)
+    return with_slice_axis(on_grid, objective.plan)
+
+
+def network_roi(plan: WindowPlan) -> tuple[int, ...]:
+    """Shape of a window as the network sees it: without the axis that `SliceInferer` takes away."""
+    return tuple(n for axis, n in enumerate(plan.roi) if axis != plan.slice_axis)
+
+
+def _on_grid(values: Tensor, network: nn.Module, layer: str, roi: Sequence[int], lead: int) -> Tensor:
+    shape = tuple(values.shape[lead:])
+    grid = grid_of(network, layer, shape, roi)
+    if grid is None:
+        raise MethodError(
+            f"layer {layer!r} gives {shape} for a window, which is no spatial map, or not known to be one: choose "
+            "another layer ('esegeta-monai layers' lists them with their shapes)"
+        )
+    if len(shape) == 2:
+        positions = math.prod(grid[1:])
+        values = values.narrow(-2, shape[0] - positions, positions).unflatten(-2, grid[1:])
+    return values.movedim(-1, lead) if len(shape) == 2 or channels_last(network, layer, shape, roi) else values
+
+
+def to_window(values: Tensor, plan: WindowPlan) -> Tensor:
+    """Interpolates (n, C, *positions) linearly to the window (n, C, *roi)."""
+    if tuple(values.shape[2:]) == plan.roi:
+        return values
+    return interpolate(values, [line_matrix(0, n, p, n, values.dtype) for p, n in zip(values.shape[2:], plan.roi)])
+
+
+def spread(values: Tensor, plan: WindowPlan) -> Tensor:
+    """Spreads (n, C, *positions) over the window (n, C, *roi), each position's value shared out so that sums stay.
+
+    ``out = U v`` with U the linear interpolation, or the mean over a cell where the layer is finer than the window, its
+    columns divided by their sums.
+    """
+    positions, roi = tuple(values.shape[2:]), plan.roi
+    if positions == roi:
+        return values
+    if any(p > n for p, n in zip(positions, roi)):
+        matrices = [area_matrix(n, p, torch.float64) for p, n in zip(positions, roi)]
+    else:
+        matrices = [line_matrix(0, n, p, n, torch.float64) for p, n in zip(positions, roi)]
+    return interpolate(values, [m / m.sum(0) for m in matrices])
+
+
+class BlendedActivations(Request):
+    """Activations of a layer on the image's grid: ``Σ_w ĝ_w · up(Σ_c α_c A_w,c)``.
+
+    Args:
+        layer: dotted name.
+        weights: α (k, C); or None: every channel for itself; or ``"sum"`` or ``"mean"``: one map of all channels.
+
+    The result is (k, 1, *spatial) with weights α, else (C or 1, *spatial).
+    """
+
+    everywhere = True
+    backward = False
+    summed = ("maps",)
+
+    def __init__(self, layer: str, weights: Tensor | Literal["sum", "mean"] | None = None) -> None:
+        self.layers, self.weights = (layer,), weights
+        self.maps: Tensor | None = None
+
+    @property
+    def key(self) -> Hashable:
+        return id(self) if isinstance(self.weights, Tensor) else ("activations", self.layers, self.weights)
+
+    def begin(self, objective: Objective) -> None:
+        self.objective = objective
+        self.grid = input_grid(objective)
+
+    def see(self, view: View) -> None:
+        plan = self.objective.plan
+        values = spatial_map(view.activations[self.layers[0]], self.objective, self.layers[0])
+        if isinstance(self.weights, str):
+            values = values.sum(1, keepdim=True) if self.weights == "sum" else values.mean(1, keepdim=True)
+        elif self.weights is not None:
+            values = torch.einsum("kc,nc...->nk...", self.weights.to(values.device, values.dtype), values)
+        up = to_window(values.to(self.objective.image.dtype), plan)
+        if self.maps is None:
+            self.maps = torch.zeros(
+                (up.shape[1], *plan.spatial_shape), dtype=up.dtype, device=self.objective.image.device
+            )
+        whole = tuple(slice(0, n) for n in plan.spatial_shape)
+        for window, one in zip(view.batch.windows, up):
+            self.grid.blend(self.maps, whole, window, one)
+
+    def result(self) -> Tensor:
+        assert self.maps is not None
+        return self.maps[:, None] if isinstance(self.weights, Tensor) else self.maps
+
+
+def input_grid(objective: Objective) -> OutputGrid:
+    """Blending weights on the image's own grid, whatever the network's output grid is."""
+    if objective.grid.out_roi == objective.plan.roi:
+        return objective.grid
+    return OutputGrid(objective.plan, objective.plan.roi, objective.image.dtype, objective.image.device)
+
+
+def position_weights(objective: Objective, window: int, positions: Sequence[int]) -> Tensor:
+    """ĝ_w on a layer's positions: the mean over each position's cell. It is one for a volume of one window."""
+    weight = input_grid(objective).weight(window)[None]
+    return F.interpolate(weight[None], size=tuple(positions), mode="area")[0, 0]
+
+
+def channel_axis(objective: Objective, layer: str, values: Tensor) -> int:
+    """Where a layer's raw output (n, …) has its channels: the last axis of tokens and Swin blocks, else the first.
+
+    Raises:
+        MethodError: it is no spatial map.
+    """
+    spatial_map(values, objective, layer)
+    roi, shape = network_roi(objective.plan), tuple(values.shape[1:])
+    tokens = len(shape) == 2 and len(roi) > 1
+    return -1 if tokens or channels_last(objective.model.network, layer, shape, roi) else 1
+
+
+class LayerOutput(nn.Module):
+    """A network whose output is one of its layers: each window's map at the window's own resolution, every voxel having
+    the unit whose cell holds it; or a vector, where the layer gives one.
+
+    What a target of a layer is bound to. Layers keep the names that they have in the network.
+
+    Args:
+        network: the network.
+        layer: dotted name.
+        read: what becomes of the layer's map (n, C, *positions), or vector (n, C), before it is brought to the
+            window's resolution; None: nothing.
+    """
+
+    def __init__(self, network: nn.Module, layer: str, read: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.network, self.layer, self.read = network, layer, read
+        find_layer(network, layer)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(n, C, *roi), or (n, C)."""
+        with capture(self.network, [self.layer]) as captured:
+            self.network(x, *args, **kwargs)
+        if self.layer not in captured:
+            raise MethodError(f"layer {self.layer!r} is not used in the forward pass: choose another")
+        values = captured[self.layer]
+        if values.ndim > 2:
+            values = _on_grid(values, self.network, self.layer, x.shape[2:], 1)
+        values = values if self.read is None else self.read(values)
+        return values if values.ndim == 2 else F.interpolate(values, size=x.shape[2:], mode="nearest-exact")
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """A layer by its name in the network."""
+        return self.network.get_submodule(target)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The network's modules by their names in it; the root is this module."""
+        yield "", self
+        for name, module in self.network.named_modules(*args, **kwargs):
+            if name:
+                yield name, module

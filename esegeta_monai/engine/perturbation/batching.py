@@ -1,0 +1,366 @@
+"""(perturbation, window) pairs: which there are, how many window passes they take, and how they go through the network.
+
+Pairs of different windows share batches. A pair that changes no voxel is never computed, and perturbations that are
+equal inside a window are one pair of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.engine.dry_run import Loop
+from esegeta_monai.engine.network.model import out_of_memory
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.perturbation.base import UNCHANGED, Perturbations
+from esegeta_monai.engine.perturbation.mask_voxels import Support
+from esegeta_monai.engine.windows.plan import Slices, last_axes
+from esegeta_monai.errors import MethodTimeout
+
+__all__ = ["Block", "Pair", "Pairs", "blocks", "by_window", "cut", "fit", "pair_passes", "runs", "sizes_of"]
+
+BLOCK_BYTES = 256 * 2**20
+"""Memory for the changed outputs of the perturbations in flight and, beside it, for unperturbed outputs, which the
+objective keeps where all fit (non-linear s)."""
+
+BLOCK = 512
+"""Perturbations in flight at most (non-linear s): after each block their scores are known, and can be kept."""
+
+
+STAGED, STAGED_BYTES = 16, 8 * 2**20
+"""So many batches of small windows are written together, pass the network one after the other, and are booked
+together, as long as they and their outputs take no more memory: between two passes the first call of everything is
+slow, since a pass empties the processor's caches."""
+
+
+class Pair(NamedTuple):
+    """One perturbed window, and all perturbations that are equal there; none: the window as it is."""
+
+    indices: tuple[int, ...]
+    window: int
+
+
+Block = Iterable[tuple[int, list[tuple[int, ...]]]]
+"""Pairs, window by window: for each window the perturbations that are equal there together."""
+
+
+def cut(objective: Objective, window: int) -> tuple[Slices, Tensor]:
+    """A window's place in the volume, and the image there (C, *place), where the network is."""
+    place = objective.plan.place(window)
+    return place, objective.image[last_axes(place)].to(objective.model.device)
+
+
+def by_window(objective: Objective, perturbations: Perturbations) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+    """All perturbations as one block, found as it is asked for.
+
+    Windows are looked at some together, until `BLOCK` perturbations have been met, see `STAGED`.
+    """
+    found: list[tuple[int, list[tuple[int, ...]]]] = []
+    met = 0
+    for w in objective.windows:
+        place = objective.plan.place(w)
+        groups: dict[Hashable, list[int]] = {}
+        for i, key in _keys(perturbations, perturbations.reaching(place), w, place):
+            groups.setdefault(key, []).append(i)
+        if groups:
+            found.append((w, [tuple(g) for g in groups.values()]))
+            met += sum(map(len, groups.values()))
+        if met >= BLOCK:
+            yield from found
+            found, met = [], 0
+    yield from found
+
+
+def _keys(
+    perturbations: Perturbations, indices: Sequence[int], window: int, place: Slices
+) -> Iterator[tuple[int, Hashable]]:
+    """Perturbations that may change a window, and their `Perturbations.keys`: one of its own where there is none."""
+    for i, key in zip(indices, perturbations.keys(indices, window, place)):
+        if key != UNCHANGED:
+            yield i, ("alone", i) if key is None else ("key", key)
+
+
+def blocks(
+    objective: Objective, perturbations: Perturbations, indices: Sequence[int], sizes: Mapping[int, int]
+) -> Iterator[tuple[list[int], Block]]:
+    """As many perturbations at a time as `BLOCK` and `BLOCK_BYTES` of changed outputs allow, and their pairs.
+
+    Args:
+        sizes: see `sizes_of`.
+    """
+    members: list[int] = []
+    groups: dict[int, dict[Hashable, list[int]]] = {w: {} for w in objective.windows}
+    total = 0
+
+    def block() -> tuple[list[int], Block]:
+        return members, [(w, [tuple(g) for g in found.values()]) for w, found in groups.items() if found]
+
+    for i, keys in _keyed(objective, perturbations, indices):
+        new = sum(sizes[w] for w, key in keys.items() if key not in groups[w])
+        if members and (len(members) == BLOCK or total + new > BLOCK_BYTES):
+            yield block()
+            members, groups, total = [], {w: {} for w in objective.windows}, 0
+            new = sum(sizes[w] for w in keys)
+        members.append(i)
+        total += new
+        for w, key in keys.items():
+            groups[w].setdefault(key, []).append(i)
+    if members:
+        yield block()
+
+
+def _keyed(
+    objective: Objective, perturbations: Perturbations, indices: Sequence[int]
+) -> Iterator[tuple[int, dict[int, Hashable]]]:
+    """Each perturbation with its keys in the windows that it may change, `BLOCK` perturbations looked at together."""
+    places = {w: objective.plan.place(w) for w in objective.windows}
+    reaching = {w: perturbations.reaching(place) for w, place in places.items()}
+    near = {w: found if isinstance(found, range) else set(found) for w, found in reaching.items()}
+    for start in range(0, len(indices), BLOCK):
+        some: dict[int, dict[int, Hashable]] = {i: {} for i in indices[start : start + BLOCK]}
+        for w, place in places.items():
+            for i, key in _keys(perturbations, [i for i in some if i in near[w]], w, place):
+                some[i][w] = key
+        yield from some.items()
+
+
+def sizes_of(objective: Objective, supports: Sequence[Support]) -> dict[int, int]:
+    """Bytes of each window's output at the masks' voxels."""
+    item = objective.image.element_size()
+    return {
+        w: sum(s.count(w) * len(s.score.channels) * item for s in supports if w in s.windows) for w in objective.windows
+    }
+
+
+def fit(sizes: Mapping[int, int]) -> bool:
+    """Whether the unperturbed outputs of all windows fit in `BLOCK_BYTES`."""
+    return sum(sizes.values()) <= BLOCK_BYTES
+
+
+def pair_passes(objective: Objective, perturbations: Perturbations, known: set[int]) -> int:
+    """Window passes of all pairs, and of what they are compared with where that is not ``known``; it is afterwards. No
+    network runs."""
+
+    def touched(block: Block) -> list[int]:
+        """The windows of all pairs that change a voxel."""
+        found = []
+        for w, groups in block:
+            place, crop = cut(objective, w)
+            found += [w for group in groups if perturbations.changes(group[0], crop, place)]
+        return found
+
+    if objective.linear:
+        pairs = touched(by_window(objective, perturbations))
+        compared = set(pairs if objective.ranks.size == 1 else objective.windows) - known
+        known |= compared
+        return len(pairs) + len(compared)
+    sizes = sizes_of(objective, [Support(objective, k) for k in range(objective.n_targets)])
+    parts = [touched(b) for _, b in blocks(objective, perturbations, range(len(perturbations)), sizes)]
+    unperturbed = [set(part) for part in parts]
+    if fit(sizes):
+        unperturbed = [set().union(*unperturbed) - known]
+        known |= unperturbed[0]
+    return sum(map(len, parts)) + sum(map(len, unperturbed))
+
+
+def runs(windows: Sequence[int]) -> Iterator[tuple[int, slice]]:
+    """Each window of a batch and its place there; equal ones are neighbours."""
+    start = 0
+    for w, same in itertools.groupby(windows):
+        stop = start + len(list(same))
+        yield w, slice(start, stop)
+        start = stop
+
+
+class Pairs:
+    """Scores of perturbations whose pairs go through the network in full batches.
+
+    Windows are written where the network reads them, so that one batch of them is held (of small ones some, see
+    `STAGED`) and nothing is copied twice.
+    """
+
+    def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
+        self.objective, self.perturbations = objective, perturbations
+        self.result = torch.zeros((objective.n_targets, len(perturbations)), dtype=torch.float64)
+        self.done = self.number = self.computed = self.known = 0
+        self.loop: Loop | None = None
+        self.began, self.ended, self.compared = 0, False, set[int]()
+        self.base: dict[int, Any] = {}
+        """What each window gives as it is; None: that it would have been computed, where a method is only timed."""
+        self._rows: Tensor | None = None
+        self._pending: list[Pair] = []
+        table = objective.table if objective.ranks.size == 1 else None
+        self.name = None if table is None else perturbations.fingerprint()
+        self.table = None if self.name is None else table
+        if self.table is not None and self.name is not None:
+            known = self.table.read(self.name, tuple(self.result.shape))
+            if known is not None:
+                self.result, self.done = known
+
+    def keep(self, *, force: bool = False) -> None:
+        """Writes down the scores so far, which stand for ``done`` pairs or perturbations."""
+        if self.table is not None and self.name is not None:
+            self.table.write(self.name, self.result, self.done, force=force)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Where the method is only timed (`esegeta_monai.engine.dry_run`), not all pairs inside are computed."""
+        pace = self.objective.monitor.pace
+        if pace is None:
+            yield
+            return
+        self.began, self.loop = self.objective.monitor.passes, pace.loop("perturbations")
+        self.compared = set(self.base)
+        yield
+        self.loop.end(self._passes(), self._all_passes)
+
+    def _all_passes(self) -> int:
+        """Window passes of all pairs."""
+        if not self.ended:
+            return self._passes()
+        found = pair_passes(self.objective, self.perturbations, self.compared)
+        for window in self.compared:
+            self.base.setdefault(window)
+        return math.ceil(found / self.objective.ranks.size)
+
+    def _passes(self) -> int:
+        """Window passes of the pairs so far."""
+        return self.objective.monitor.passes - self.began
+
+    def mine(self) -> bool:
+        """Whether this process computes the next pair."""
+        return True
+
+    def book(self, pairs: Sequence[Pair], out: Tensor) -> None:
+        """What the network gave for a batch of pairs (n, R, *out_roi): all of it, or none where memory runs out."""
+        raise NotImplementedError
+
+    def over(self, block: Block) -> None:
+        """All pairs of a block, in full batches; before those of a window the window as it is, where it is not
+        known."""
+        self._pending = []
+        for w, groups in block:
+            place, crop = cut(self.objective, w)
+            if self._rows is None:
+                self._rows = self._made(crop)
+            todo = [Pair(g, w) for g in groups if self.mine()]
+            at = 0
+            while at < len(todo) and (self.number < self.known or self.base.get(w) is None):
+                # those of an earlier run are left out (pairs come in the same order at every run)
+                changes = self.perturbations.changes(todo[at].indices[0], crop, place)
+                if self.number >= self.known and changes:
+                    self._add([Pair((), w)], crop, place)
+                    break
+                self.number += changes
+                at += 1
+            while at < len(todo) and not self.ended:
+                at += self._add(todo[at : at + self._room], crop, place)
+            if self.ended:
+                return
+        while self._pending and not self.ended:
+            self._flush()
+
+    @property
+    def _room(self) -> int:
+        """How many pairs the batches have room for."""
+        assert self._rows is not None
+        return len(self._rows) - len(self._pending)
+
+    def _add(self, pairs: Sequence[Pair], crop: Tensor, place: Slices) -> int:
+        """Pairs of one window for which there is room; full batches are computed.
+
+        Returns:
+            Their number.
+        """
+        self._write(pairs, crop, place)
+        while self._pending and self._room <= 0 and not self.ended:
+            self._flush()
+        return len(pairs)
+
+    def _write(self, pairs: Sequence[Pair], crop: Tensor, place: Slices) -> None:
+        """The windows of pairs that change a voxel, behind those that wait."""
+        plan, n = self.objective.plan, len(self._pending)
+        assert self._rows is not None
+        rows = self._rows[n : n + len(pairs)]
+        out = crop.new_empty((len(pairs), *crop.shape)) if plan.padded else rows
+        if pairs[0].indices:
+            written = self.perturbations.write([p.indices[0] for p in pairs], crop, place, out)
+            self.number += len(written)
+            pairs = [pairs[j] for j in written]
+        else:
+            out.copy_(crop)
+        if plan.padded:
+            rows[: len(pairs)] = plan.pad(out[: len(pairs)])
+        self._pending += pairs
+
+    def _made(self, crop: Tensor) -> Tensor:
+        """Rows for one batch (n, C, *roi), or for some where they are small."""
+        objective = self.objective
+        one = objective.plan.roi
+        size = (len(crop) * math.prod(one) + len(objective.read) * objective.grid.size) * crop.element_size()
+        batches = max(1, min(STAGED, STAGED_BYTES // (size * objective.window_batch)))
+        while True:
+            try:
+                return crop.new_empty((batches * objective.window_batch, len(crop), *one))
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                if batches == 1:
+                    objective.shrink(objective.window_batch, error)
+                batches = 1
+
+    def _flush(self) -> None:
+        """The batches that wait go through the network and are booked; where memory runs out, some wait longer."""
+        assert self._rows is not None
+        waiting, n, late = self._pending, self.objective.window_batch, False
+        passed: list[tuple[list[Pair], Tensor]] = []
+        try:
+            with torch.inference_mode():
+                for start in range(0, len(waiting), n):
+                    if self.loop is not None and self.loop.enough(self._passes()):
+                        self.ended = True
+                        break
+                    self.objective.monitor.check()
+                    batch = waiting[start : start + n]
+                    x = self._rows[start : start + len(batch)]
+                    passed.append((batch, self.objective.run(x, [p.window for p in batch])))
+        except MethodTimeout:
+            late = True
+            raise
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            self.objective.shrink(len(batch), error)
+        finally:  # what has gone through the network counts, whatever stopped the rest
+            rest = waiting[self._booked(passed) :]
+            self.keep(force=late)
+        self._pending, number = [], self.number
+        for pair in rest:  # there are some where memory ran out: what a pass left of their rows is not known
+            place, crop = cut(self.objective, pair.window)
+            self._write([pair], crop, place)
+        self.number = number
+
+    def _booked(self, passed: Sequence[tuple[list[Pair], Tensor]]) -> int:
+        """Books batches one after the other, until memory runs out.
+
+        Returns:
+            The number of their pairs.
+        """
+        count = 0
+        for batch, out in passed:
+            try:
+                self.book(batch, out)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                self.objective.shrink(len(batch), error)
+                break
+            count += len(batch)
+            self.computed += sum(bool(p.indices) for p in batch)
+        return count

@@ -1,0 +1,60 @@
+"""Modified backward passes: guided backpropagation, DeepLIFT, layer-wise relevance and excitation, on any network.
+
+See :mod:`esegeta_monai.engine.rules.mode` for the engine. A rule from outside: `register_rule` adds one for operations
+with
+weights to the words of LRP composites, `register_operation` an operation that the engine does not know, and `Run` takes
+the rules of a method of your own.
+"""
+
+from __future__ import annotations
+
+from esegeta_monai.engine.rules.composites import COMPOSITES, RULES, Composite, composite_of
+from esegeta_monai.engine.rules.contrast import Sides, contrastive_excitation, contrastive_lrp
+from esegeta_monai.engine.rules.excitation import excitation
+from esegeta_monai.engine.rules.finite_differences import deep_lift, deep_lift_multiplier
+from esegeta_monai.engine.rules.guided import deconvolution, guided
+from esegeta_monai.engine.rules.kinds import Kind
+from esegeta_monai.engine.rules.lrp import lrp
+from esegeta_monai.engine.rules.mode import PARTS, PLAIN, Family, Rule, Rules, local_gradient
+from esegeta_monai.engine.rules.operations import Operation
+from esegeta_monai.engine.rules.pattern_sums import Pattern
+from esegeta_monai.engine.rules.patterns import PatternFit, Way, back_project
+from esegeta_monai.engine.rules.registration import register_operation, register_rule
+from esegeta_monai.engine.rules.run import LayerRelevance, Relevance, Run, check_network
+from esegeta_monai.engine.rules.weighted import Part, distribute_shares
+
+__all__ = [
+    "COMPOSITES",
+    "PARTS",
+    "PLAIN",
+    "RULES",
+    "Composite",
+    "Family",
+    "Kind",
+    "LayerRelevance",
+    "Operation",
+    "Part",
+    "Pattern",
+    "PatternFit",
+    "Relevance",
+    "Rule",
+    "Rules",
+    "Run",
+    "Sides",
+    "Way",
+    "back_project",
+    "check_network",
+    "composite_of",
+    "contrastive_excitation",
+    "contrastive_lrp",
+    "deconvolution",
+    "deep_lift",
+    "deep_lift_multiplier",
+    "distribute_shares",
+    "excitation",
+    "guided",
+    "local_gradient",
+    "lrp",
+    "register_operation",
+    "register_rule",
+]

@@ -1,0 +1,161 @@
+"""Contrast: what speaks for a target, less what would speak for its opposite.
+
+The opposite has the target's network with the signs of the last weights changed. Both sides are traced through one
+graph. What is returned is not yet the contrast: maps of windows are added first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.engine.rules.composites import Composite
+from esegeta_monai.engine.rules.excitation import Probabilities, Side
+from esegeta_monai.engine.rules.kinds import Kind
+from esegeta_monai.engine.rules.lrp import composite_run, relevance_of
+from esegeta_monai.engine.rules.mode import Rule
+from esegeta_monai.engine.rules.operations import Operation
+from esegeta_monai.engine.rules.run import Compare, Forward, Run
+from esegeta_monai.engine.rules.weighted import ZPlus
+
+__all__ = ["Sides", "contrastive_excitation", "contrastive_lrp"]
+
+
+@dataclass(frozen=True)
+class Sides:
+    """A target and its opposite.
+
+    Attributes:
+        target, opposite: what is traced to the input, (k, n, C, *roi).
+        kept: of the two, (2, k), summed over windows, float64. Excitation: the probability that the last operations
+            with weights handed down. LRP: the relevance that biases and other constants keep.
+        total: what each side starts with, (k,), likewise: the prior, or Σ y · cotangent.
+    """
+
+    target: Tensor
+    opposite: Tensor
+    kept: Tensor
+    total: Tensor
+
+
+def contrastive_excitation(forward: Forward, x: Tensor, cotangents: Tensor, *, compare: Compare = True) -> Sides:
+    """Both sides of contrastive excitation backpropagation (Zhang et al. 2018).
+
+    With T, A the maps of the two sides, summed over all windows, and t, a what each handed down, the contrast is
+    Σ prior · (T / t − A / a): Zhang normalises the two at the layer below the last weights, and hands their difference
+    on by rules that are linear in it.
+
+    Arguments as in :func:`esegeta_monai.engine.rules.excitation`.
+
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval()
+    >>> contrastive_excitation(net, torch.rand(1, 3), torch.tensor([[[0.0, 1.0]]])).kept.shape
+    torch.Size([2, 1])
+    """
+    side = Side()
+    run = Run(forward, x, Probabilities(side), compare=compare)
+    _mark_top(run.output.grad_fn)
+    traced, kept = [], []
+    for side.opposite in (False, True):
+        arriving = []
+        for i, cotangent in enumerate(cotangents):
+            side.lost = 0.0
+            arriving += [values for values, _, _ in run.backward(cotangents[i : i + 1])]
+            kept.append(cotangent.sum(dtype=torch.float64) - side.lost)
+        traced.append(torch.stack(arriving))
+    return Sides(
+        traced[0], traced[1], torch.stack(kept).reshape(2, -1), cotangents.flatten(1).sum(1, dtype=torch.float64)
+    )
+
+
+def contrastive_lrp(
+    forward: Forward, x: Tensor, cotangents: Tensor, composite: Composite, *, compare: Compare = True
+) -> Sides:
+    """Both sides of contrastive LRP (Gu et al. 2018, CLRP2): relevance R, and R_dual of the opposite.
+
+    Both start with the same relevance y · cotangent; the last operations with weights hand it down by z⁺, for the
+    opposite under −W and −b. Below, the composite's rules. Either side's relevance and what its biases keep add up to
+    Σ y · cotangent; the contrast is R − R_dual.
+
+    >>> from esegeta_monai.engine.rules.composites import composite_of
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).double().eval()
+    >>> x, c = torch.rand(1, 3, dtype=torch.float64), torch.tensor([[[0.0, 1.0]]], dtype=torch.float64)
+    >>> sides = contrastive_lrp(net, x, c, composite_of("DeepTaylor"))
+    >>> bool((sides.target.sum() + sides.kept[0] - net(x)[0, 1]).abs() < 1e-9)
+    True
+    """
+    side = Side()
+    places = {name: getattr(composite, name) for name in ("convolution", "dense", "first")}
+    run = composite_run(
+        forward,
+        x,
+        Composite(**{name: rule and _TopRule(rule, side) for name, rule in places.items()}),
+        {},
+        compare,
+    )
+    _mark_top(run.output.grad_fn)
+    traced, kept = [], []
+    for side.opposite in (False, True):
+        found = list(relevance_of(run, cotangents))
+        traced.append(torch.stack([relevance[""] for _, _, relevance in found]))
+        kept.append(torch.stack([booked for booked, _, _ in found]).double())
+    total = (run.output.detach() * cotangents).flatten(1).sum(1, dtype=torch.float64)
+    return Sides(traced[0], traced[1], torch.stack(kept), total)
+
+
+@dataclass(frozen=True)
+class _TopRule:
+    """z⁺ at the last operations with weights, of W or of −W; another rule below them."""
+
+    below: Rule
+    side: Side
+
+    def backward(
+        self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        if not operation.is_top:
+            return self.below.backward(operation, operands, gradient)
+        if not self.side.opposite:
+            return ZPlus().backward(operation, operands, gradient)
+        # y · m = (−y) · (−m): the relevance is the same, and the negated weights distribute it
+        return ZPlus().backward(_negated(operation), operands, -gradient)
+
+
+def _negated(operation: Operation) -> Operation:
+    bias = operation.argument("bias")
+    changed = {"weight": -operation.argument("weight"), "bias": None if bias is None else -bias}
+    return replace(operation, args=(), kwargs={**operation.arguments, **changed})
+
+
+def _mark_top(output: Any) -> None:
+    """Find the operations behind which none with weights lies, by walking the graph down from the output."""
+    above, first = _reach([output], _has_weights)
+    behind, _ = _reach([child for node in first for child, _ in node.next_functions], lambda _: False)
+    for node in (above | first) - behind:
+        operation = getattr(node, "operation", None)
+        if operation is not None:
+            operation.is_top = True
+
+
+def _reach(start: Iterable[Any], stop: Callable[[Any], bool]) -> tuple[set[Any], set[Any]]:
+    """Nodes reached from ``start`` without passing one where ``stop`` holds, and those where it holds."""
+    passed: set[Any] = set()
+    stopped: set[Any] = set()
+    waiting = list(start)
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in passed or node in stopped:
+            continue
+        if stop(node):
+            stopped.add(node)
+        else:
+            passed.add(node)
+            waiting.extend(child for child, _ in node.next_functions)
+    return passed, stopped
+
+
+def _has_weights(node: Any) -> bool:
+    return getattr(getattr(node, "operation", None), "kind", None) in (Kind.CONVOLUTION, Kind.DENSE)

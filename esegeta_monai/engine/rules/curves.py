@@ -1,0 +1,78 @@
+"""Elementwise functions written out by hand: ``x * torch.sigmoid(x)`` is SiLU, whichever way a network spells it.
+
+Every result of an elementwise operation remembers the tensor it started from and the function since. A product of two
+such results with one common start is again a function of one tensor, and gets the rule of an activation instead of
+the rule of a product; and so does the larger or smaller of the two (``torch.maximum(x, 0.1 * x)`` is LeakyReLU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from esegeta_monai.engine.rules.kinds import Kind
+from esegeta_monai.engine.rules.operations import Operation, Slot
+
+__all__ = ["joined", "remember"]
+
+_CURVE = "_esegeta_curve"
+_EXTREMES = ("maximum", "minimum", "max", "min")
+_ELEMENTWISE = ("add", "sub", "rsub", "mul", "div", "neg")
+
+
+@dataclass(frozen=True)
+class _Curve:
+    start: Tensor
+    versions: tuple[int, int]  # of the start and of the result: a later write in place to either ends the curve
+    function: Callable[[Tensor], Tensor]
+
+
+def _curve_of(tensor: Tensor) -> _Curve | None:
+    curve: _Curve | None = getattr(tensor, _CURVE, None)
+    return curve if curve is not None and (curve.start._version, tensor._version) == curve.versions else None
+
+
+def remember(operation: Operation, operands: tuple[Tensor, ...], result: Any) -> None:
+    """Note on the result of an elementwise operation what it is a function of."""
+    if not isinstance(result, Tensor):
+        return
+    if hasattr(result, _CURVE):
+        delattr(result, _CURVE)
+    if operation.in_place or len(operands) != 1 or result.shape != operands[0].shape:
+        return
+    linear = operation.kind is Kind.LINEAR and operation.name in _ELEMENTWISE
+    if not linear and operation.kind not in (Kind.ACTIVATION, Kind.UNIVARIATE):
+        return
+    before = _curve_of(operands[0])
+    start = operands[0]
+    function: Callable[..., Any] = operation.function
+    if before is not None:
+        start, function = before.start, _after(before.function, operation.function)
+    setattr(result, _CURVE, _Curve(start, (start._version, result._version), function))
+
+
+def _after(first: Callable[[Tensor], Tensor], second: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x: second(first(x))
+
+
+def joined(operation: Operation, operands: tuple[Tensor, ...]) -> tuple[Operation, tuple[Tensor, ...]]:
+    """The product, maximum or minimum of two functions of one tensor as one function of it; any other operation as it
+    is."""
+    product = operation.name == "mul" and operation.kind is Kind.PRODUCT
+    if not (product or (operation.name in _EXTREMES and len(operands) == 2)) or operation.in_place:
+        return operation, operands
+    left, right = (_curve_of(operand) for operand in operands)
+    starts = [curve.start if curve else operand for curve, operand in zip((left, right), operands)]
+    if starts[0] is not starts[1] or (left is None and right is None):
+        return operation, operands
+
+    def together(x: Tensor) -> Tensor:
+        result: Tensor = operation.function(left.function(x) if left else x, right.function(x) if right else x)
+        return result
+
+    whole = Operation(f"{operation.name}_of_functions", together, (Slot(0),), {}, ledger=operation.ledger)
+    whole.kind, whole.reads_input = Kind.ACTIVATION, operation.reads_input
+    return whole, (starts[0],)

@@ -1,0 +1,332 @@
+"""The engine: a forward pass in which every operation's backward rule may be another one.
+
+A :class:`RuleMode` is a ``torch.overrides.TorchFunctionMode``. While it is entered, every call of a torch function
+passes through it, whether the call comes from a module, from functional code, in place, or from a module that is used
+twice. It names the call, asks the method's rules what to do with that kind of operation, and computes the same values
+with the other backward. The network itself is not touched: no hook, no flag, no weight.
+
+Nothing passes unseen. Every tensor that depends on the input carries a mark that only the mode gives; a tensor that
+depends on the input and lacks it came out of TorchScript, a compiled function, a custom ``autograd.Function`` or a
+``no_grad`` block, and raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from esegeta_monai.engine.rules.curves import joined, remember
+from esegeta_monai.engine.rules.decompositions import take_apart
+from esegeta_monai.engine.rules.kinds import CUTS, Kind
+from esegeta_monai.engine.rules.operations import (
+    Operation,
+    Slot,
+    canonical_name,
+    is_inert,
+    kind_of,
+    map_tensors,
+    where_in_network,
+)
+from esegeta_monai.errors import NetworkError, RuleError
+
+__all__ = ["OPERATION_RULES", "PARTS", "PLAIN", "Family", "Ledger", "Rule", "RuleMode", "Rules", "Treatment"]
+__all__ += ["local_gradient"]
+
+#: The plain gradient is the rule.
+PLAIN: Literal["plain"] = "plain"
+#: The operation is taken apart and each part gets its own rule.
+PARTS: Literal["parts"] = "parts"
+
+
+class Rule(Protocol):
+    """A backward rule: what arrives at an operation's operands, given what arrives at its result."""
+
+    def backward(
+        self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """Give what arrives at each operand.
+
+        Args:
+            operation: the call; ``operation.argument(name)`` is one of its arguments, ``operation.function(*operands)``
+                its result, ``operation.reference`` the operands at the baseline (DeepLIFT).
+            operands: the tensors that depend on the network's input.
+            gradient: what arrives at the result, of the result's shape: a gradient, a multiplier, or a probability.
+
+        Returns:
+            A tensor of the operand's shape for each operand; None for zeros.
+        """
+
+
+Treatment = Rule | Literal["plain", "parts"]
+
+Family = Literal["guided", "deconvolution", "lrp", "deep_lift", "excitation"]
+"""The rules for which `esegeta_monai.engine.rules.register_operation` takes a rule of its own."""
+
+OPERATION_RULES: dict[tuple[str, str], Rule] = {}
+"""Rules of registered operations, by family and operation name."""
+
+
+class Rules(Protocol):
+    """The rules of one method: a treatment for each operation."""
+
+    @property
+    def family(self) -> str:
+        """The `Family`, or any other name, for which no operation has a registered rule."""
+
+    def treatment(self, operation: Operation) -> Treatment:
+        """The rule of this operation, or ``PLAIN``, or ``PARTS``."""
+
+
+@dataclass
+class Ledger:
+    """What the rules of one backward pass account for beside the gradients that they return."""
+
+    #: Relevance that stays with biases and other constants instead of reaching the input.
+    booked: Tensor | float = 0.0
+    #: Relevance (not multipliers) of tensors that are mere moves of the input.
+    direct: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def book(self, amount: Tensor) -> None:
+        """Account for ``amount`` (summed) as relevance of a constant."""
+        self.booked = self.booked + amount.sum()
+
+    def clear(self) -> None:
+        """Start the next backward pass."""
+        self.booked, self.direct = 0.0, []
+
+
+def local_gradient(
+    function: Callable[..., Any], operands: Iterable[Tensor], gradient: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The vector-Jacobian product of ``function`` at ``operands``, outside any other graph."""
+    with torch.enable_grad():
+        leaves = tuple(operand.detach().requires_grad_() for operand in operands)
+        result = _first(function(*leaves))
+    return torch.autograd.grad(result, leaves, gradient, allow_unused=True)
+
+
+def _first(result: Any) -> Tensor:
+    """The values, where an operation returns (values, indices)."""
+    tensor: Tensor = result[0] if isinstance(result, (tuple, list)) else result
+    return tensor
+
+
+class _Replaced(torch.autograd.Function):
+    """The operation's own forward, a rule's backward. Operands are saved so that torch notices a later overwrite."""
+
+    @staticmethod
+    def forward(ctx: Any, rule: Rule, operation: Operation, *operands: Tensor) -> Any:
+        ctx.rule, ctx.operation = rule, operation
+        ctx.save_for_backward(*operands)
+        result = operation.function(*operands)
+        values = _first(result)
+        if values._is_view() or any(values is operand for operand in operands):
+            values = values.clone()  # a result that shares memory with an operand could not be written into later
+        if values is result or isinstance(result, Tensor):
+            return values
+        rest = tuple(result[1:])
+        ctx.mark_non_differentiable(*rest)
+        return (values, *rest)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        operands = ctx.saved_tensors
+        arriving = ctx.rule.backward(ctx.operation, operands, gradients[0])
+        return None, None, *arriving
+
+
+_MARK = "_esegeta_mark"
+_CUT = object()
+
+
+class RuleMode(TorchFunctionMode):
+    """Swaps the backward rules of everything that is computed from :meth:`enter_input`'s tensor.
+
+    Args:
+        rules: the method's rules.
+        record: keep the operands of every operation that has a rule, in order, and build no graph (the pass over the
+            reference input of finite differences).
+        reference: such a record, made with another input; its operands are handed to the rules as
+            ``operation.reference``.
+    """
+
+    def __init__(
+        self, rules: Rules, *, record: bool = False, reference: list[tuple[str, tuple[Tensor, ...]]] | None = None
+    ) -> None:
+        super().__init__()
+        self.rules = rules
+        self.ledger = Ledger()
+        self.record: list[tuple[str, tuple[Tensor, ...]]] | None = [] if record else None
+        self.reference = reference
+        self.replayed = 0
+        #: How many operations of each kind were met.
+        self.met: dict[Kind, int] = {}
+        self._token = object()
+
+    # -- marks: which tensors depend on the input, and by which path ------------------------------------------------
+
+    def enter_input(self, x: Tensor) -> Tensor:
+        """Mark ``x`` as the input; what is computed from the returned tensor is what the rules see."""
+        self._mark(x, reads_input=True)
+        return x
+
+    def _mark(self, result: Any, reads_input: bool = False) -> Any:
+        def mark(tensor: Tensor) -> Tensor:
+            if tensor.is_floating_point():
+                setattr(tensor, _MARK, (self._token, tensor.grad_fn, reads_input))
+            else:
+                setattr(tensor, _MARK, (self._token, _CUT, False))
+            return tensor
+
+        map_tensors(mark, result)
+        return result
+
+    def _mark_of(self, tensor: Tensor) -> tuple[Any, Any, bool] | None:
+        mark = getattr(tensor, _MARK, None)
+        return mark if mark is not None and mark[0] is self._token else None
+
+    def seen(self, tensor: Tensor) -> bool:
+        """True where ``tensor`` depends on the input and every operation on the way was seen."""
+        mark = self._mark_of(tensor)
+        return mark is not None and mark[1] is not _CUT and (mark[1] is tensor.grad_fn)
+
+    # -- the mode ---------------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name, in_place = canonical_name(func)
+        if is_inert(name):
+            return func(*args, **kwargs)
+        operands: list[Tensor] = []
+        constants: list[Tensor] = []
+        reads_input = True
+
+        def visit(tensor: Tensor) -> Any:
+            nonlocal reads_input
+            mark = self._mark_of(tensor)
+            if mark is None:
+                if tensor.requires_grad and not tensor.is_leaf:
+                    raise RuleError(
+                        f"operation {name!r}{where_in_network()}: its argument was computed by something that the rule "
+                        "engine cannot see (TorchScript, a compiled function, a custom autograd.Function); use the "
+                        "eager network and plain torch operations, or a gradient or perturbation method"
+                    )
+                constants.append(tensor)
+                return tensor.detach() if tensor.requires_grad else tensor  # parameters enter as constants
+            if mark[1] is _CUT:
+                if name in CUTS:
+                    return tensor
+                raise RuleError(
+                    f"operation {name!r}{where_in_network()}: it uses a value that was cut from the input's gradient "
+                    "(detach, a comparison, an index), so relevance cannot flow; use a perturbation method"
+                )
+            if mark[1] is not tensor.grad_fn:
+                raise RuleError(
+                    f"operation {name!r}{where_in_network()}: its argument was changed by something that the rule "
+                    "engine cannot see (a custom autograd.Function, a write into shared memory); use plain torch "
+                    "operations, or a gradient or perturbation method"
+                )
+            reads_input = reads_input and mark[2]
+            operands.append(tensor)
+            return Slot(len(operands) - 1)
+
+        slotted_args, slotted_kwargs = map_tensors(visit, tuple(args)), map_tensors(visit, dict(kwargs))
+        if name in CUTS:
+            result = func(*args, **kwargs)
+            tainted = operands or any(self._mark_of(t) for t in _tensors((args, kwargs)))
+            if tainted and isinstance(result, Tensor):
+                result = result.view(result.shape) if any(result is t for t in _tensors((args, kwargs))) else result
+                setattr(result, _MARK, (self._token, _CUT, False))
+            return result
+        if not operands:
+            return func(*map_tensors(_as_constant, tuple(args)), **map_tensors(_as_constant, dict(kwargs)))
+        target = None
+        if in_place or _asks_in_place(func, name, args, kwargs):
+            in_place, target = True, args[0] if args else kwargs["input"]
+            operands = [operand.clone() if operand is target else operand for operand in operands]
+        operation = Operation(name, func, slotted_args, slotted_kwargs, in_place, self.ledger)
+        operation.kind = kind_of(operation)
+        operation.reads_input = reads_input
+        if (self.record is None and not torch.is_grad_enabled()) or torch.is_inference_mode_enabled():
+            raise operation.error("it runs without gradients (no_grad, inference_mode, a custom autograd.Function)")
+        result = self._apply(*joined(operation, tuple(operands)))
+        remember(operation, tuple(operands), result)
+        moved = reads_input and operation.kind is Kind.MOVE and not constants
+        if target is not None:
+            self._write_back(operation, target, _first(result))
+            return target if name != "setitem" else None
+        self._check_precision(operation, result)
+        return self._mark(result, moved)
+
+    def _write_back(self, operation: Operation, target: Tensor, result: Tensor) -> None:
+        """Give an in-place call its effect: a network may use the written tensor and drop the returned one."""
+        if result.shape != target.shape:
+            raise operation.error("a change of shape in place has no rule")
+        target.copy_(result)
+        self._mark(target)
+        if target._base is not None:  # a write into a view is a write into what it views
+            self._mark(target._base)
+
+    def _apply(self, operation: Operation, operands: tuple[Tensor, ...]) -> Any:
+        self.met[operation.kind] = self.met.get(operation.kind, 0) + 1
+        registered = OPERATION_RULES.get((self.rules.family, operation.name))
+        treatment = self.rules.treatment(operation) if registered is None else registered
+        if treatment == PLAIN:
+            return operation.function(*operands)
+        if treatment == PARTS:
+            with self:  # the parts pass through the mode again, so that nothing hides in a composite
+                return take_apart(operation, operands)
+        assert not isinstance(treatment, str)
+        if self.record is not None:
+            self.record.append((operation.name, tuple(operand.detach() for operand in operands)))
+            return operation.function(*operands)
+        if self.reference is not None:
+            operation.reference = self._replay(operation, operands)
+        return _Replaced.apply(treatment, operation, *operands)
+
+    def _replay(self, operation: Operation, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert self.reference is not None
+        if self.replayed < len(self.reference):
+            name, reference = self.reference[self.replayed]
+            self.replayed += 1
+            if name == operation.name and [t.shape for t in reference] == [t.shape for t in operands]:
+                return reference
+        raise operation.error("the network takes another path for the baseline than for the input")
+
+    @staticmethod
+    def _check_precision(operation: Operation, result: Any) -> None:
+        for tensor in _tensors(result):
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                raise NetworkError(
+                    f"operation {operation.name!r}{where_in_network()} computes in {tensor.dtype}: "
+                    "rule-based methods need float32 or float64; run the network in float32 for them"
+                )
+
+
+def _as_constant(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad and tensor.is_leaf else tensor
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(found.append, value)
+    return found
+
+
+def _asks_in_place(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """True for ``F.relu(x, inplace=True)``, given by keyword or by position."""
+    if kwargs.get("inplace"):
+        return True
+    code = getattr(func, "__code__", None)
+    if code is None or "inplace" not in code.co_varnames[: code.co_argcount]:
+        return False
+    position = code.co_varnames.index("inplace")
+    return len(args) > position and bool(args[position])

@@ -1,0 +1,161 @@
+"""The grid of the blended output, and the weight of each window on it."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from esegeta_monai.engine.windows.plan import Slices, WindowPlan, last_axes, overlap, unpadded
+from esegeta_monai.errors import NetworkError
+
+__all__ = ["OutputGrid"]
+
+
+WEIGHTS_BYTES, KEPT = 4 * 2**20, 16
+"""Memory for blending weights of windows that are small enough for so many of them: they are asked for again and
+again, and a small window's network takes little longer."""
+
+
+class OutputGrid:
+    """The grid of the prediction and the blending weights on it.
+
+    For most networks it is the volume's own grid. A network whose output is smaller or larger than its window by a
+    factor gets MONAI's scaled coordinates.
+
+    Args:
+        plan: the window plan.
+        out_roi: spatial shape of the network's output for one window; empty for a classification network.
+        dtype, device: of the blending weights.
+    """
+
+    def __init__(
+        self, plan: WindowPlan, out_roi: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        self.plan, self.out_roi = plan, tuple(out_roi)
+        if plan.whole:
+            self.shape = self.out_roi
+            self._slices: tuple[Slices, ...] = (tuple(slice(0, n) for n in self.out_roi),)
+            self._weight = torch.ones(self.out_roi, dtype=dtype, device=device)
+            self._count: Tensor | None = None
+            return
+        if len(self.out_roi) != len(plan.roi):
+            raise NetworkError(
+                f"the network gives an output of spatial shape {self.out_roi} for windows {plan.roi}: a sliding "
+                "window needs one value a voxel; explain a classification network with SimpleInferer"
+            )
+        assert plan.importance is not None
+        importance = plan.importance.to(device, dtype)
+        padded, self._slices = plan.padded_shape, plan.slices
+        pads, inner = plan.pads, plan.spatial_shape
+        if self.out_roi != plan.roi:
+            zoom = [o / i for o, i in zip(self.out_roi, plan.roi)]
+            importance = F.interpolate(importance[None, None], self.out_roi, mode="nearest-exact")[0, 0]
+            self._slices = tuple(
+                tuple(slice(int(s.start * z), int(s.stop * z)) for s, z in zip(window, zoom)) for window in plan.slices
+            )
+            padded = tuple(int(n * z) for n, z in zip(padded, zoom))
+            if any(s.stop - s.start != o for window in self._slices for s, o in zip(window, self.out_roi)):
+                raise NetworkError(
+                    f"windows {plan.roi} with output {self.out_roi} do not fall on whole output voxels: choose roi "
+                    "and overlap so that overlap * roi * output / roi is a whole number"
+                )
+            pads = tuple(
+                (round(lo * z), o - round((lo + n) * z) if lo or hi else 0)
+                for (lo, hi), n, z, o in zip(plan.pads, plan.spatial_shape, zoom, padded)
+            )
+            inner = tuple(o - lo - hi for o, (lo, hi) in zip(padded, pads))
+        self._pads, self.shape, self._weight = pads, inner, importance
+        self._weights: dict[int, Tensor] = {}
+        self._count = torch.zeros(padded, dtype=dtype, device=device)
+        for place in self._slices:
+            self._count[place] += importance
+
+    @property
+    def size(self) -> int:
+        """Voxels of a window's output."""
+        return math.prod(self.out_roi)
+
+    def place(self, window: int) -> Slices:
+        """The window's output on the prediction's grid, padding aside."""
+        return self._slices[0] if self.plan.whole else self._places[window]
+
+    @functools.cached_property
+    def _places(self) -> list[Slices]:
+        lows = [lo for lo, _ in self._pads]
+        return [unpadded(window, lows, self.shape) for window in self._slices]
+
+    def inside(self, window: int) -> Slices:
+        """The part of the window's output (*out_roi) that is no padding: what `place` receives."""
+        if self.plan.whole:
+            return self._slices[0]
+        return tuple(
+            slice(p.start + lo - s.start, p.stop + lo - s.start)
+            for p, s, (lo, _) in zip(self.place(window), self._slices[window], self._pads)
+        )
+
+    def weight(self, window: int, part: Slices | None = None) -> Tensor:
+        """``ĝ_w`` (*out_roi), or a part of it: the importance map over the sum of all windows' maps."""
+        if self._count is None or KEPT * self._weight.nbytes > WEIGHTS_BYTES:
+            return self._weight_of(window, part)
+        if window not in self._weights:
+            if (len(self._weights) + 1) * self._weight.nbytes > WEIGHTS_BYTES:
+                self._weights.clear()
+            with torch.inference_mode(False):  # whoever asks first, another one may need it in a graph
+                self._weights[window] = self._weight_of(window, None)
+        return self._weights[window] if part is None else self._weights[window][part]
+
+    def _weight_of(self, window: int, part: Slices | None) -> Tensor:
+        importance = self._weight if part is None else self._weight[part]
+        if self._count is None:
+            return importance
+        count = self._count[self._slices[window]]
+        return importance / (count if part is None else count[part])
+
+    def unblended(self) -> OutputGrid:
+        """The same grid with weights of one: what a single window gives is the prediction."""
+        other = copy.copy(self)
+        other._weight, other._count = torch.ones_like(self._weight), None
+        return other
+
+    def windows_of(self, box: Slices, mask: Tensor | None = None) -> list[int]:
+        """The windows whose output holds a voxel of ``mask``, which lies in ``box`` of the prediction's grid."""
+        if self.plan.whole:
+            return [0]
+        found = []
+        for w in range(len(self.plan)):
+            place = self.place(w)
+            if overlap(place, box) and (mask is None or bool(torch.count_nonzero(mask[_relative(place, box)]))):
+                found.append(w)
+        return found
+
+    def cut(self, values: Tensor, box: Slices, window: int) -> Tensor:
+        """Values (…, *box) on the prediction's grid cut to the window's output (…, *out_roi), zero elsewhere."""
+        cut = values.new_zeros((*values.shape[: values.ndim - len(box)], *self.out_roi))
+        target, source = self.meet(box, window)
+        cut[last_axes(target)] = values[last_axes(source)]
+        return cut
+
+    def blend(self, values: Tensor, box: Slices, window: int, output: Tensor) -> None:
+        """Adds ``ĝ_w`` times the window's output (…, *out_roi) into values (…, *box) in place."""
+        source, target = self.meet(box, window)
+        seen = output[last_axes(source)].to(values.device, values.dtype)
+        values[last_axes(target)].addcmul_(seen, self.weight(window, source).to(values.device, values.dtype))
+
+    def meet(self, box: Slices, window: int) -> tuple[Slices, Slices]:
+        """The part that a box and the window's output have in common: in the window, and in the box."""
+        place, inside = self.place(window), self.inside(window)
+        common = [slice(max(p.start, b.start), max(min(p.stop, b.stop), p.start, b.start)) for p, b in zip(place, box)]
+        in_window = tuple(
+            slice(c.start - p.start + i.start, c.stop - p.start + i.start) for c, p, i in zip(common, place, inside)
+        )
+        return in_window, tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box))
+
+
+def _relative(place: Slices, box: Slices) -> Slices:
+    return tuple(slice(max(p.start - b.start, 0), max(min(p.stop, b.stop) - b.start, 0)) for p, b in zip(place, box))

@@ -1,0 +1,98 @@
+"""The cases of a batch: each image with its own metadata, prediction and further inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from monai.data import MetaTensor, decollate_batch
+from torch import Tensor
+
+from esegeta_monai.engine.network.model import Model
+from esegeta_monai.errors import InputError
+
+__all__ = ["CaseInput", "CaseModel", "cases_of", "joined_inputs", "of_case", "to_device"]
+
+
+@dataclass
+class CaseInput:
+    """One case of a batch, on the network's grid."""
+
+    index: int
+    image: MetaTensor
+    prediction: Tensor | None
+    data: Mapping[str, Any]
+    condition: Tensor | None = None
+    args: Sequence[Any] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+    """What the records of all its maps share."""
+    hashes: dict[int, str | None] = field(default_factory=dict)
+    """Of further inputs by method (id), see `esegeta_monai.explain.record.inputs_sha256`."""
+
+
+class CaseModel(Model):
+    """The network with one case's further inputs.
+
+    Where it sees whole images, a further input of batch length 1 is repeated for each image of a batch, as the network
+    expects; under a sliding window it is passed as it is, as MONAI does.
+    """
+
+    repeats = False
+
+    def __call__(self, x: Tensor, **more: Any) -> Tensor:
+        if not self.repeats:
+            return super().__call__(x, **more)
+        args, kwargs = self.args, self.kwargs
+        self.args = tuple(_repeated(v, len(x)) for v in args)
+        self.kwargs = {k: _repeated(v, len(x)) for k, v in kwargs.items()}
+        try:
+            return super().__call__(x, **more)
+        finally:
+            self.args, self.kwargs = args, kwargs
+
+
+def cases_of(image: Tensor) -> list[MetaTensor]:
+    """The images (C, *spatial) of a batch (B, C, *spatial), each with its own metadata and trace."""
+    if not isinstance(image, MetaTensor):
+        return [MetaTensor(one) for one in image]
+    if not image.is_batch and image.affine.ndim == 2:
+        return [MetaTensor(one, meta=image.meta, applied_operations=image.applied_operations) for one in image]
+    return list(decollate_batch(_batch_like(image.as_tensor(), image)))
+
+
+def joined_inputs(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Several image inputs as one tensor, channel behind channel."""
+    first = next(iter(inputs.values()))
+    for name, value in inputs.items():
+        if value.shape[2:] != first.shape[2:] or len(value) != len(first):
+            raise InputError(
+                f"image input {name!r} has shape {tuple(value.shape)}, the first one {tuple(first.shape)}: image "
+                "inputs must share batch and grid; pass others by network_kwargs"
+            )
+    joined = torch.cat([torch.as_tensor(v).as_subclass(Tensor).to(first.device) for v in inputs.values()], 1)
+    return _batch_like(joined, first) if isinstance(first, MetaTensor) else joined
+
+
+def _batch_like(values: Tensor, batch: MetaTensor) -> MetaTensor:
+    """A batch with another's metadata, marked as one: engines with ``compile=True`` lose the mark."""
+    found = MetaTensor(values)
+    found.meta, found.applied_operations = batch.meta, batch.applied_operations
+    found.is_batch = batch.is_batch or batch.affine.ndim == 3
+    return found
+
+
+def of_case(value: Any, index: int, n: int) -> Any:
+    """What of a further input belongs to one case of n."""
+    return value[index : index + 1] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
+
+
+def _repeated(value: Any, n: int) -> Any:
+    repeats = isinstance(value, Tensor) and value.ndim and len(value) == 1
+    return value.expand(n, *value.shape[1:]) if repeats else value
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value

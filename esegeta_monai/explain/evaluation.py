@@ -1,0 +1,413 @@
+"""Judges maps by metrics, the control maps beside them: what the `evaluate` command and the Ignite handler share.
+
+evaluator = Evaluator(explainer, ["Deletion", "PointingGame"])
+found = evaluator(image, methods=["Saliency"], targets=["MultiClassMask(1)"], label=label)
+found.rows[0]["value"], found.rows[0]["beats_controls"]
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+import esegeta_monai.files as storage
+from esegeta_monai.engine.feature_masks import foreground
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.score import Score
+from esegeta_monai.errors import MetricError, RankLost, UsageError, named_reason
+from esegeta_monai.explain.explainer import Explainer, Judged
+from esegeta_monai.explain.names import ResultNames
+from esegeta_monai.methods.base import METHODS, Explained, Method
+from esegeta_monai.methods.precision import full_precision
+from esegeta_monai.methods.run import run_together
+from esegeta_monai.metrics.base import METRICS, Metric, MetricInput, asking, better
+from esegeta_monai.metrics.controls import Control, controls
+from esegeta_monai.metrics.regions import OUTSIDE_ALARM, region_table
+from esegeta_monai.targets.base import TARGETS
+
+__all__ = ["DEFAULT_METRICS", "Evaluator", "Found", "Known", "alarm_share", "chosen_metrics", "value_of_label"]
+
+logger = logging.getLogger("esegeta_monai")
+
+DEFAULT_METRICS = ("Deletion", "Insertion", "Infidelity", "FaithfulnessCorrelation", "Sparseness", "Entropy")
+CONTROL = "control:"
+"""What the names of control maps begin with."""
+WITH_LABEL = ("PointingGame", "RelevanceMass", "RelevanceRank", "LocalisationAUC", "DistanceProfile")
+"""Added by default where there is a label."""
+
+
+Known = Callable[[Mapping[str, Any]], "Tensor | None"]
+"""Gives a map (C, *spatial) that has been computed already, None where there is none, by the record of what is known of
+it beforehand (`esegeta_monai.explain.record.decisive` is what decides)."""
+
+
+@dataclass
+class Found:
+    """What was found of one case.
+
+    Attributes:
+        rows: one a target, method and metric: the columns of ``metrics.csv`` but ``case``, and ``status`` (ok,
+            undefined, not applicable, failed), ``reason``, ``meaning``, ``parameters``, ``notes``, ``curve``.
+        regions: one a target, method and region.
+        failed: reasons of methods and targets of which there was no map to judge, by ``target, method``.
+        empty: the targets without a voxel, which is no failure, with that said.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    regions: list[dict[str, Any]] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    empty: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Found]) -> Found:
+        """What several processes found of one case, each with methods and targets of its own and the same controls:
+        as one process would have it, target by target, the controls behind the methods."""
+        whole, seen = cls(), set()
+        for part in parts:
+            whole.failed |= part.failed
+            whole.empty |= part.empty
+            for mine, theirs in ((whole.rows, part.rows), (whole.regions, part.regions)):
+                keys = [(row["target"], row["method"], row.get("metric"), row.get("region")) for row in theirs]
+                mine += [row for key, row in zip(keys, theirs) if key not in seen]
+                seen |= set(keys)
+        for rows in (whole.rows, whole.regions):
+            order = {target: i for i, target in enumerate(dict.fromkeys(row["target"] for row in rows))}
+            rows.sort(key=lambda row: (order[row["target"]], row["method"].startswith(CONTROL)))
+        return whole
+
+
+class Evaluator:
+    """Measures maps of an explainer's cases.
+
+    Args:
+        explainer: knows network, inferer and devices.
+        metrics: instances, names or configs; None: `DEFAULT_METRICS`, with a label `WITH_LABEL` too. ``"all"``: every
+            metric of the registry.
+        with_controls: the control maps beside the methods; without them nothing can be said to beat them.
+        outside_alarm: the share of a map outside the body above which a region table raises its alarm.
+
+    Raises:
+        UsageError: a wrong metric or parameter, two metrics of one name, or no share.
+    """
+
+    def __init__(
+        self,
+        explainer: Explainer,
+        metrics: Any = None,
+        *,
+        with_controls: bool = True,
+        outside_alarm: float = OUTSIDE_ALARM,
+    ) -> None:
+        self.explainer, self.outside_alarm = explainer, alarm_share(outside_alarm)
+        self.metrics, self.with_controls = chosen_metrics(metrics), with_controls
+
+    def __call__(
+        self,
+        image: MetaTensor,
+        methods: Any,
+        targets: Any,
+        *,
+        label: Tensor | None = None,
+        label_value: int | str | None = None,
+        regions: Tensor | None = None,
+        region_names: Mapping[int, str] | None = None,
+        body: Tensor | None = None,
+        maps: Mapping[tuple[str, str], Tensor] | None = None,
+        known: Known | None = None,
+        names: ResultNames | None = None,
+        **more: Any,
+    ) -> Found:
+        """Judges every method for every target of one case.
+
+        Args:
+            image: the preprocessed image (C, *spatial).
+            methods, targets: instances, names or configs.
+            label: label map (*spatial) or (1, *spatial) on the image's grid, where the cause is known to lie.
+            label_value: which of its values is the cause: a number, ``"class"`` for the number of the target's class;
+                None: every value above zero.
+            regions: label map for the region tables; None: ``label``.
+            region_names: of its values.
+            body: mask of the patient; None: the image's foreground.
+            maps: maps (C, *spatial) on the image's grid by target's and method's name, in place of computing them;
+                methods without one are left out.
+            known: asked for maps that have been computed already, see `Known`; the others are computed.
+            names: of methods and targets, where these are some of a run's; None: what tells them apart.
+            more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
+
+        Raises:
+            UsageError: a wrong ``label_value``.
+            EsegetaError: the case cannot be explained at all. What fails of a method or metric is in the result.
+        """
+        chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
+        names = names or ResultNames(chosen, wanted)
+        found, dims = Found(), image.ndim - 1
+        label, regions, label_value = _plain(label, dims), _plain(regions, dims), value_of_label(label_value)
+        if body is None:
+            body = foreground(image.as_tensor().detach().cpu())
+        for judged in self.explainer.judge(image[None], wanted, **more):
+            found.failed |= dict(judged.left_out)
+            found.empty |= dict(judged.empty)
+            if judged.objective is None:
+                continue
+            case = _Case(judged, full_precision(judged.objective), image, label, label_value, _plain(body, dims), names)
+            case.known = known
+            self._case(case, chosen, maps, found, regions if regions is not None else label, region_names)
+        return found
+
+    def _case(
+        self,
+        case: _Case,
+        methods: Sequence[Method],
+        maps: Mapping[tuple[str, str], Tensor] | None,
+        found: Found,
+        regions: Tensor | None,
+        region_names: Mapping[int, str] | None,
+    ) -> None:
+        beside: list[Method] = list(controls()) if self.with_controls else []
+        all_names = [*map(case.names.method, methods), *(str(c.name) for c in beside)]
+        everything = [*methods, *beside]
+        computed = case.explain(
+            everything if maps is None else beside, found, dict(zip(map(id, everything), all_names))
+        )
+        metrics = self.metrics
+        if metrics is None:
+            metrics = METRICS.create_all([*DEFAULT_METRICS, *(WITH_LABEL if case.label is not None else ())])
+        titles = storage.distinct_names(metrics)
+        for k in range(len(case.objective.scores)):
+            target = case.targets[k]
+            if target in case.targets[:k]:  # PredictedClasses beside one of these classes: the same voxels and maps
+                continue
+            rows: list[dict[str, Any]] = []
+            for method, name in zip(everything, all_names):
+                values = computed.get((id(method), k))
+                if values is None and maps is not None:
+                    values = maps.get((target, name))
+                if values is None:
+                    continue
+                subject = case.subject(values, k, method)
+                if isinstance(subject, str):
+                    found.failed[f"{target}, {name}"] = subject
+                    continue
+                for metric, title in zip(metrics, titles):
+                    rows.append({"target": target, "method": name, **_measured(metric, title, subject)})
+                if not isinstance(method, Control):
+                    table = region_table(
+                        subject,
+                        regions=regions,
+                        names=region_names,
+                        origin=case.origin(k),
+                        channel_names=self.explainer.channel_names,
+                        alarm=self.outside_alarm,
+                    )
+                    found.regions += [{"target": target, "method": name, **row} for row in table]
+            _compare(rows, dict(zip(titles, metrics)))
+            found.rows += rows
+
+
+def chosen_metrics(metrics: Any) -> list[Metric] | None:
+    """The metrics that are asked for: instances, names or configs, ``"all"``; None: those of `Evaluator`'s choice.
+
+    Raises:
+        UsageError: a wrong metric or parameter, or two metrics of one name.
+    """
+    if metrics is None:
+        return None
+    everything = isinstance(metrics, str) and metrics.strip().lower() == "all"
+    chosen = METRICS.create_all(list(METRICS) if everything else metrics)
+    storage.distinct_names(chosen)
+    return chosen
+
+
+@dataclass
+class _Case:
+    """One case of one objective, and what is known of it.
+
+    Metrics ask the network without autocast, whose noise is as large as the differences that they measure, and explain
+    again without it; the maps that they judge are computed in the precision that is enough for them.
+    """
+
+    judged: Judged
+    objective: Objective
+    image: MetaTensor
+    label: Tensor | None
+    label_value: int | str | None
+    body: Tensor | None
+    names: ResultNames
+    known: Known | None = None
+    shared: dict[Hashable, Any] = field(default_factory=dict)
+    targets: list[str] = field(init=False)
+    spacing: list[float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        pairs = zip(self.judged.targets, self.judged.labels)
+        self.targets = [self.names.target(target, text) for target, text in pairs]
+        affine = torch.as_tensor(self.image.affine).double()
+        dims = self.image.ndim - 1
+        self.spacing = affine[:-1, :dims].norm(dim=0).tolist()
+
+    def explain(
+        self, methods: Sequence[Method], found: Found, names: Mapping[int, str]
+    ) -> dict[tuple[int, int], Tensor]:
+        """Maps (C, *spatial) by the method's id and target; what fails is noted."""
+        maps: dict[tuple[int, int], Tensor] = {}
+        for method in methods:
+            objective = self.judged.objective
+            assert objective is not None
+            outcome: Explained | Exception
+            earlier = self._earlier(method, objective)
+            if earlier is not None:
+                outcome = earlier
+            elif method.needs_linear and not objective.linear:
+                outcome = MetricError(f"{names[id(method)]} needs targets that are linear: use output='logit'")
+            else:
+                objective.monitor.start(self.judged.time_limit)
+                with asking(objective):
+                    outcome = run_together([method], objective)[0]
+                objective.monitor.start()
+            if isinstance(outcome, RankLost):
+                raise outcome
+            for k, target in enumerate(self.targets):
+                if isinstance(outcome, Explained):
+                    maps[id(method), k] = outcome.maps[k]
+                else:
+                    found.failed[f"{target}, {names[id(method)]}"] = named_reason(outcome)
+            if isinstance(outcome, Explained) and objective is self.objective:
+                self.shared["explained", id(method)] = outcome.maps.double()
+        return maps
+
+    def _earlier(self, method: Method, objective: Objective) -> Explained | None:
+        """The maps of all targets, where they are known: to every process of those that compute this case together."""
+        if self.known is None:
+            return None
+        found = [self.known(self.judged.record(method, k)) for k in range(len(objective.scores))]
+        maps = [m.to(objective.image.device) for m in found if m is not None]
+        everywhere = all(objective.ranks.gather(len(maps) == len(found)))
+        return Explained(torch.stack(maps)) if everywhere else None
+
+    def subject(self, values: Tensor, k: int, method: Method) -> MetricInput | str:
+        """What metrics look at, or why there is nothing to look at."""
+        try:
+            return MetricInput(
+                values.to(self.objective.image.device),
+                self.objective,
+                k,
+                method,
+                label=self.cause(k),
+                body=self.body,
+                spacing=self.spacing,
+                shared=self.shared,
+            )
+        except MetricError as error:
+            return str(error)
+
+    def cause(self, k: int) -> Tensor | None:
+        """Where the cause lies, of target k."""
+        if self.label is None:
+            return None
+        if self.label_value is None:
+            return self.label > 0
+        index = self._score(k).class_index
+        value = index if self.label_value == "class" else int(self.label_value)
+        return torch.zeros_like(self.label, dtype=torch.bool) if value is None else self.label == value
+
+    def origin(self, k: int) -> Tensor | None:
+        """What distances are measured from: the label, else the target's own voxels."""
+        cause, score = self.cause(k), self._score(k)
+        if cause is not None:
+            return cause
+        shape = tuple(self.image.shape[1:])
+        if len(score.box) != len(shape) or any(b.stop > n for b, n in zip(score.box, shape)):
+            return None
+        mask = torch.zeros(shape, dtype=torch.bool)
+        mask[score.box] = score.mask.cpu()
+        return mask
+
+    def _score(self, k: int) -> Score:
+        return self.objective.scores[k]
+
+
+def alarm_share(share: float) -> float:
+    """The share outside the body above which there is an alarm.
+
+    Raises:
+        UsageError: it is no number from 0 to 1: with any other there would always be an alarm, or never.
+    """
+    if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 <= share <= 1:
+        raise UsageError(f"outside_alarm={share!r}: give a share from 0 to 1")
+    return float(share)
+
+
+def value_of_label(value: int | str | None) -> int | str | None:
+    """Which value of a label is the cause, see `Evaluator`; a shell may have made a text of the number.
+
+    Raises:
+        UsageError: it is neither a whole number nor ``"class"``.
+    """
+    if value is None or value == "class" or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if not str(value).isdigit():
+        raise UsageError(f"label_value={value!r}: give a whole number, or 'class' for the target's own")
+    return int(value)
+
+
+def _plain(mask: Any, dims: int) -> Tensor | None:
+    """A mask (*spatial), or (1, *spatial), of an image of so many axes."""
+    if mask is None:
+        return None
+    plain = torch.as_tensor(mask).as_subclass(Tensor).cpu()
+    return plain[0] if plain.ndim == dims + 1 and len(plain) == 1 else plain
+
+
+def _measured(metric: Metric, title: str, subject: MetricInput) -> dict[str, Any]:
+    """A row: what the metric found, or why it found nothing."""
+    monitor = subject.need_objective().monitor
+    monitor.start()
+    began = time.monotonic()
+    row: dict[str, Any] = {
+        "metric": title,
+        "group": metric.group,
+        "value": None,
+        "low": None,
+        "high": None,
+        "n": 0,
+        "higher_is_better": metric.higher_is_better,
+        "beats_controls": None,
+        "status": "ok",
+        "reason": None,
+        "meaning": metric.meaning,
+        "reference": metric.reference,
+        "parameters": metric.parameters,
+    }
+    try:
+        metric.reset()
+        found = metric.update(subject)
+        row |= found.as_json()
+        if found.value is None:
+            row |= {"status": "undefined", "reason": found.notes.get("undefined")}
+    except MetricError as error:
+        row |= {"status": "not applicable", "reason": str(error)}
+    except RankLost:
+        raise
+    except Exception as error:  # one metric that fails leaves the others; its reason is in the table
+        logger.debug("%s failed", title, exc_info=error)
+        row |= {"status": "failed", "reason": named_reason(error)}
+    return {**row, "seconds": round(time.monotonic() - began, 3), "passes": monitor.passes}
+
+
+def _compare(rows: Sequence[dict[str, Any]], metrics: Mapping[str, Metric]) -> None:
+    """Marks the methods of one target that do better than every control."""
+    for title, metric in metrics.items():
+        mine = [r for r in rows if r["metric"] == title]
+        against = [r for r in mine if r["method"].startswith(CONTROL) and r["status"] in ("ok", "undefined")]
+        if not metric.compared or metric.higher_is_better is None or not against:
+            continue
+        for row in mine:
+            if not row["method"].startswith(CONTROL) and row["status"] in ("ok", "undefined"):
+                row["beats_controls"] = all(better(metric, row["value"], other["value"]) for other in against)

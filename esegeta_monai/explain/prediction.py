@@ -1,0 +1,251 @@
+"""A case after its prediction: the network, the image, its windows and what was predicted."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
+from torch import Tensor, nn
+
+from esegeta_monai.engine.layer_maps import LayerOutput
+from esegeta_monai.engine.network.model import select_output
+from esegeta_monai.engine.network.state import frozen, own_modes
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.progress import Monitor
+from esegeta_monai.engine.score import Case, Score
+from esegeta_monai.engine.windows.inferers import plan_windows
+from esegeta_monai.errors import EsegetaError, InputError, NetworkError, UsageError
+from esegeta_monai.explain.case import CaseInput, CaseModel, to_device
+from esegeta_monai.explain.outcomes import Bound
+from esegeta_monai.explain.record import tensor_hash
+from esegeta_monai.targets.base import Target
+from esegeta_monai.utils.images import check_image
+from esegeta_monai.utils.tensors import all_finite
+
+if TYPE_CHECKING:
+    from esegeta_monai.explain.explainer import Explainer
+
+__all__ = ["Predicted"]
+
+logger = logging.getLogger("esegeta_monai")
+
+
+class Predicted:
+    """A case and its unperturbed prediction, from which targets and objectives follow.
+
+    Args:
+        settings: the explainer, whose network, inferer, devices and names are used.
+        case: one image; its ``record`` is filled with what all its maps share.
+        channels: of each named image input, where the network has several.
+        layer: dotted name of a layer whose output takes the prediction's place; None: the prediction.
+
+    Attributes:
+        model, image, plan: the network behind windows, (C, *spatial) on the volume device, the windows.
+        prediction: (K, *out), by the user's own inferer.
+        notes: what is to be warned of.
+
+    Raises:
+        EsegetaError: an image or a prediction that cannot be explained.
+    """
+
+    def __init__(
+        self, settings: Explainer, case: CaseInput, channels: Mapping[str, int], layer: str | None = None
+    ) -> None:
+        self.settings, self.case = settings, case
+        check_image(case.image.detach().cpu(), f"image {case.index}")
+        device = settings.device
+        self.model = CaseModel(
+            settings.network if layer is None else LayerOutput(settings.network, layer),
+            device,
+            output=settings.output if layer is None else None,
+            amp=settings.amp,
+            amp_kwargs=settings.amp_kwargs,
+            inputs=dict(channels),
+            args=[to_device(a, device) for a in case.args],
+            kwargs={k: to_device(v, device) for k, v in case.kwargs.items()},
+        )
+        self.image = case.image.as_tensor().detach().to(settings.volume_device, self.model.dtype)
+        case.record = {
+            "network_grid": list(self.image.shape[1:]),
+            "network_affine": torch.as_tensor(case.image.affine).double().tolist(),
+            "image_sha256": tensor_hash(self.image),
+        }
+        self._same_everywhere()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.plan = plan_windows(settings.inferer, self.image.shape[1:], self.model.dtype)
+        self._refuse_missing_axis()
+        self.notes = [str(w.message) for w in caught]
+        for text in self.notes:
+            logger.warning(text)
+        self.model.repeats = self.plan.whole
+        if self.plan.whole and type(settings.inferer).__name__ != "SimpleInferer":
+            self.model.inferer = settings.inferer
+        self.prediction = self._predict()
+
+    def bind(self, targets: Sequence[Target]) -> Iterator[Bound]:
+        """Each target's scores, or the error that it met."""
+        context = self._context
+        if tuple(self.prediction.shape[1:]) != tuple(self.image.shape[1:]):
+            context = dataclasses.replace(context, affine=None)
+        for target in targets:
+            try:
+                for score in target.bind(self.prediction, context):
+                    yield Bound(target, score)
+            except EsegetaError as error:
+                yield Bound(target, None, error)
+
+    def objective(self, scores: Sequence[Score]) -> Objective:
+        """F of this case, for each score."""
+        settings, condition = self.settings, self.case.condition
+        with own_modes(settings.device), frozen(settings.network):
+            objective = Objective(
+                self.model,
+                self.image,
+                self.plan,
+                scores,
+                self.prediction,
+                seed=settings.seed,
+                monitor=Monitor(),
+                condition=None if condition is None else condition.to(self.image),
+                case=self._context,
+                ranks=settings.ranks,
+            )
+        objective.window_batch = settings.window_batch or (4 if self.plan.whole else self.plan.batch_size)
+        return objective
+
+    @property
+    def _context(self) -> Case:
+        affine = torch.as_tensor(self.case.image.affine).double().cpu()
+        return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names)
+
+    def _same_everywhere(self) -> None:
+        known = self.settings.ranks.gather((self.case.record["image_sha256"], self.settings.structure_sha256))
+        if len(set(known)) > 1:
+            raise UsageError(
+                f"case {self.case.index}: the ranks hold different images or networks, but distributed=True computes "
+                "one case together: give every rank the same, or let each rank explain its own cases with "
+                "distributed=False"
+            )
+
+    def _refuse_missing_axis(self) -> None:
+        """A volume without its batch or channel axis looks like a 2D image, and torch's 3D convolutions take it for one
+        image without a batch: maps would be wrong, or fail with what says nothing of the cause. Looked at only where 3D
+        convolutions meet a 2D image, which is right for a network that adds the axis itself."""
+        solid = [m for m in self.model.network.modules() if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d))]
+        if self.image.ndim != 3 or not solid or getattr(self.settings.inferer, "with_coord", False):
+            return
+
+        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _Reached(args[0].ndim)
+
+        condition = None if self.case.condition is None else self.case.condition[None].to(self.image)
+        hooks = [module.register_forward_pre_hook(stop) for module in solid]
+        try:
+            with torch.no_grad(), frozen(self.settings.network):
+                self.model(self.image[None].to(self.model.device), condition=condition)
+        except _Reached as first:
+            if first.args == (4,):
+                raise InputError(
+                    f"image {self.case.index} has shape {tuple(self.image.shape)}, so it is 2D with "
+                    f"{len(self.image)} channel(s), and the network's convolutions are 3D: give (B, C, *spatial) with "
+                    "all its axes (image[None]; EnsureChannelFirstd adds a channel axis)"
+                ) from None
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _predict(self) -> Tensor:
+        """The unperturbed prediction (K, *out) by the user's own inferer."""
+        settings, case, model = self.settings, self.case, self.model
+        if case.prediction is not None and not isinstance(model.network, LayerOutput):
+            return case.prediction.detach().to(self.image)
+        user, ranks, windows = settings.inferer, settings.ranks, len(self.plan)
+        inferer = user if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
+        shared = ranks.size > 1 and type(user) in (SlidingWindowInferer, SlidingWindowInfererAdapt, SliceInferer)
+        mine = set(ranks.share(range(windows)))
+        seen = 0
+
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[()]:
+            """Blending is linear in the windows: each rank blends its own, and the ranks' predictions add up."""
+            nonlocal seen
+            here = [j for j in range(len(x)) if not shared or seen + j in mine]
+            seen += len(x)
+            if not here:
+                return ()  # no output: nothing is blended
+            coordinates, condition = args[0] if args else None, kwargs.get("condition")
+            if len(here) == len(x):
+                return model(x.to(model.device), coordinates=coordinates, condition=condition)
+            part = model(
+                x[here].to(model.device), coordinates=_some(coordinates, here), condition=_some(condition, here)
+            )
+            out = part.new_zeros((len(x), *part.shape[1:]))
+            out[here] = part
+            return out
+
+        kwargs = {} if case.condition is None else {"condition": case.condition[None].to(self.image)}
+        changes = {"sw_device": user.sw_device or model.device} if hasattr(user, "sw_device") else {}
+        if shared:
+            changes["buffer_steps"] = 0  # a buffer wants an output of every batch
+
+        def infer() -> Tensor | None:
+            """What this rank blends, None where it has no window."""
+            nonlocal seen
+            if shared and not mine:
+                return None
+            for _ in range(2):
+                seen = 0
+                prediction = select_output(inferer(self.image[None], call, **kwargs))[0].detach()
+                if not shared or seen == windows:
+                    return prediction
+                # memory ran out and SlidingWindowInfererAdapt began anew, so that windows were miscounted; not again,
+                # since it remembers
+            raise NetworkError(
+                f"the inferer showed {seen} windows instead of {windows}, so ranks cannot share them: give it "
+                "device='cpu', where there is more memory for the prediction"
+            )
+
+        found = _Blended()
+        together = ranks.summed([found]) if shared else nullcontext()
+        with own_modes(settings.device), torch.no_grad(), frozen(settings.network), together, _changed(user, changes):
+            found.prediction = infer()
+        assert found.prediction is not None
+        prediction = found.prediction.to(self.image)
+        if not all_finite(prediction):
+            raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
+        return prediction
+
+
+class _Reached(Exception):  # noqa: N818 - no error: it ends a pass at the first 3D convolution
+    """With the number of axes of its input."""
+
+
+def _some(values: Any, which: Sequence[int]) -> Any:
+    """Some windows' part of what a batch of them is given beside the image."""
+    return values[which] if isinstance(values, Tensor) else None if values is None else [values[j] for j in which]
+
+
+@contextmanager
+def _changed(inferer: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """Attributes of an inferer for the time of the block."""
+    before = {name: getattr(inferer, name) for name in values}
+    try:
+        vars(inferer).update(values)
+        yield
+    finally:
+        vars(inferer).update(before)
+
+
+@dataclass
+class _Blended:
+    """A prediction (K, *out), or one rank's part of it."""
+
+    prediction: Tensor | None = None
+    summed: ClassVar[tuple[str, ...]] = ("prediction",)

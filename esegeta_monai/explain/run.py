@@ -1,0 +1,315 @@
+"""One case of an explainer: what there is to do for it, and doing it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esegeta_monai.engine.network.state import frozen, own_modes, weights_hash
+from esegeta_monai.engine.objective import Objective, Request, View
+from esegeta_monai.engine.perturbation.checkpoint import ScoreTable
+from esegeta_monai.errors import EsegetaError, MethodTimeout
+from esegeta_monai.explain.attribution import Attribution
+from esegeta_monai.explain.case import CaseInput
+from esegeta_monai.explain.costs import too_costly
+from esegeta_monai.explain.outcomes import NOTHING_THERE, Bound, not_linear
+from esegeta_monai.explain.prediction import Predicted
+from esegeta_monai.explain.record import peak_memory, predicted_class, reset_peak_memory
+from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.run import grouped, run_together, shares_passes
+from esegeta_monai.targets.base import Target
+
+if TYPE_CHECKING:
+    from esegeta_monai.explain.explainer import Explainer
+
+__all__ = ["CaseWork", "Judged", "Skip", "Work"]
+
+logger = logging.getLogger("esegeta_monai")
+
+Skip = Callable[[Attribution], bool]
+"""Whether an attribution that has no map yet, but a record of what would be computed, is left out."""
+
+
+DEVIATES = 0.1
+"""Of a prediction's largest value; that of half precision windows beside a float32 prediction was below 0.05."""
+
+
+@dataclass
+class Work:
+    """Methods that explain the same targets of a case.
+
+    Attributes:
+        objective: of the targets' scores; ``bound`` has these targets in its order.
+        predicted: the case after its prediction.
+    """
+
+    methods: list[Method]
+    objective: Objective
+    bound: list[Bound]
+    predicted: Predicted
+
+
+@dataclass
+class Judged:
+    """What metrics ask of one case.
+
+    Attributes:
+        case: its index in the batch.
+        objective: of all targets that have a voxel; None where none has.
+        targets, labels: of its scores.
+        left_out: label and reason of targets that could not be bound.
+        empty: label and reason of those without a voxel.
+        time_limit: seconds a method.
+        record: of a method and the place of a target, what is known of its map before it is computed.
+    """
+
+    case: int
+    objective: Objective | None
+    targets: list[Target]
+    labels: list[str]
+    left_out: list[tuple[str, str]]
+    empty: list[tuple[str, str]]
+    time_limit: float | None
+    record: Callable[[Method, int], dict[str, Any]]
+
+
+class CaseWork:
+    """A case that methods explain, or that metrics ask about.
+
+    Args:
+        settings: the explainer, whose network, inferer, devices and names are used.
+        case: one image, what is known of it, and further inputs of the network.
+        channels: of each named image input, where the network has several.
+    """
+
+    def __init__(self, settings: Explainer, case: CaseInput, channels: Mapping[str, int]) -> None:
+        self.settings, self.case, self.channels = settings, case, dict(channels)
+        self._told: set[str] = set()
+
+    def explained(
+        self,
+        methods: Sequence[Method],
+        targets: Sequence[Target],
+        refused: Mapping[int, Exception],
+        skip: Skip | None,
+        scores_dir: str | os.PathLike[str] | None,
+    ) -> Iterator[Attribution]:
+        """What `esegeta_monai.Explainer` yields of this case; arguments as there and in `prepared`."""
+        for found in self.prepared(methods, targets, refused, skip):
+            if isinstance(found, Attribution):
+                yield found
+                continue
+            if not shares_passes(found.methods[0]):  # else its sweep compares
+                with own_modes(self.settings.device), frozen(self.settings.network):
+                    found.objective.sweep([_Blend()])
+            for group in grouped(found.methods):
+                found.objective.table = None
+                if scores_dir is not None and not group[0].needs_gradient:
+                    found.objective.table = ScoreTable(Path(scores_dir), self._decides(group[0], found))
+                yield from self._group(group, found)
+
+    def prepared(
+        self,
+        methods: Sequence[Method],
+        targets: Sequence[Target],
+        refused: Mapping[int, Exception],
+        skip: Skip | None = None,
+    ) -> Iterator[Attribution | Work]:
+        """What there is to do, after the prediction; and what there is not, and why.
+
+        Args:
+            refused: methods (by id) that the network cannot serve, each with its error.
+            skip: see `esegeta_monai.Explainer`.
+        """
+        layers = list(dict.fromkeys(t.layer for t in targets))
+        if len(layers) > 1:  # a layer takes the place of the prediction
+            for layer in layers:
+                mine = [t for t in targets if t.layer == layer]
+                yield from self.prepared(methods, mine, refused, skip)
+            return
+        case = self.case
+        predicted = Predicted(self.settings, case, self.channels, layers[0] if layers else None)
+        todo: dict[tuple[int, ...], list[Method]] = {}
+        bound = list(predicted.bind(targets))
+        for method in methods:
+            left = []
+            for j, b in enumerate(bound):
+                record = self.settings.outcomes.record(method, b, predicted.plan, case)
+                if skip and skip(Attribution(None, method, b.target, case.index, record, b.label)):
+                    continue
+                error = refused.get(id(method), b.error)
+                if error is not None:
+                    yield self.settings.outcomes.failed(method, b, case, record, error)
+                elif b.score is None or (b.score.empty and method.needs_voxels):
+                    yield self.settings.outcomes.empty(method, b, case, record)
+                elif method.needs_linear and not b.score.linear:
+                    yield self.settings.outcomes.failed(method, b, case, record, not_linear(method, b))
+                else:
+                    left.append(j)
+            if left:
+                todo.setdefault(tuple(left), []).append(method)
+        for seen, together in todo.items():
+            part = [bound[j] for j in seen]
+            scores = [b.score for b in part if b.score is not None]
+            objective = predicted.objective(scores)
+            affordable = []
+            for method in together:
+                refusal = None if self.settings.allow_costly else _refusal(method, objective)
+                if refusal is None:
+                    affordable.append(method)
+                    continue
+                for b in part:
+                    yield self.settings.outcomes.failed(
+                        method, b, case, self.settings.outcomes.record(method, b, predicted.plan, case), refusal
+                    )
+            if affordable:
+                yield Work(affordable, objective, part, predicted)
+
+    def judged(self, targets: Sequence[Target]) -> Iterator[Judged]:
+        """What metrics ask of this case: of the prediction, and of each layer that takes its place."""
+        for layer in dict.fromkeys(t.layer for t in targets):
+            predicted = Predicted(self.settings, self.case, self.channels, layer)
+            bound = list(predicted.bind([t for t in targets if t.layer == layer]))
+            seen = [b for b in bound if b.score is not None and not b.score.empty]
+            left = [(b.label, str(b.error)) for b in bound if b.score is None]
+            empty = [(b.label, NOTHING_THERE.format(b.label)) for b in bound if b.score is not None and b.score.empty]
+            scores = [b.score for b in seen if b.score is not None]
+            objective = predicted.objective(scores) if seen else None
+
+            def record(
+                method: Method, k: int, seen: list[Bound] = seen, predicted: Predicted = predicted
+            ) -> dict[str, Any]:
+                return self.settings.outcomes.record(method, seen[k], predicted.plan, self.case)
+
+            at, names = [b.target for b in seen], [b.label for b in seen]
+            yield Judged(self.case.index, objective, at, names, left, empty, self.settings.time_limit, record)
+
+    def _group(self, group: Sequence[Method], work: Work) -> Iterator[Attribution]:
+        """Methods that share their passes, in one run of the network."""
+        case, settings = self.case, self.settings
+        objective, monitor = work.objective, work.objective.monitor
+        monitor.start(None if settings.time_limit is None else settings.time_limit * len(group))
+        reset_peak_memory(settings.device)
+        began = time.monotonic()
+        names = ", ".join(m.name or type(m).__name__ for m in group)
+        with self._bar(names, group, objective), own_modes(settings.device), frozen(settings.network):
+            results = run_together(group, objective)
+        seconds = time.monotonic() - began
+        shared = {
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": peak_memory(settings.device),
+            "windows_used": len(objective.windows),
+            "windows_total": len(objective.plan),
+            "window_passes": sum(settings.ranks.gather(monitor.passes)),
+            "ranks": settings.ranks.size,
+            "window_batch": objective.window_batch,
+        }
+        if len(group) > 1:
+            shared["passes_shared_with"] = [m.name for m in group]
+        logger.info("case %d: %s took %.1f s, %d window passes", case.index, names, seconds, monitor.passes)
+        values = objective.image_values() if any(isinstance(r, Explained) for r in results.values()) else None
+        for i, method in enumerate(group):
+            outcome = results[i]
+            for k, b in enumerate(work.bound):
+                record = settings.outcomes.record(method, b, objective.plan, case)
+                record.update(shared)
+                others = [other.label for other in work.bound if other.label != b.label]
+                record["warnings"] = [*work.predicted.notes, *monitor.warnings_without(others)]
+                record["blend_deviation"] = deviation = objective.blend_deviation[k]
+                if deviation is not None and not deviation <= DEVIATES:
+                    record["warnings"].append(self._deviates(b.label, deviation))
+                if isinstance(outcome, Exception):
+                    yield settings.outcomes.failed(method, b, case, record, _goes_on(outcome, objective.table))
+                    continue
+                assert values is not None
+                record["value"] = float(values[k])
+                if b.target.layer is None:
+                    record.update(predicted_class(work.predicted.prediction, settings.class_names))
+                yield from settings.outcomes.finished(method, b, case, record, outcome, k, self.channels)
+        if objective.table is not None and all(isinstance(r, Explained) for r in results.values()):
+            objective.table.remove()  # only now: whoever asks on has written the maps
+
+    def _deviates(self, label: str, deviation: float) -> str:
+        """The warning that another prediction is explained than the one that was given; logged once a target."""
+        remedy = "give raw outputs (before softmax and the like), and the inferer and the weights that predicted"
+        if self.settings.amp:
+            remedy = "switch amp off, since this network predicts something else in half precision; else " + remedy
+        text = (
+            f"{label}: what the network gives deviates from the prediction by {100 * deviation:.2g} %, so another one "
+            f"is explained than the one that is shown: {remedy}"
+        )
+        if label not in self._told:
+            self._told.add(label)
+            logger.warning(text)
+        return text
+
+    def _decides(self, method: Method, work: Work) -> dict[str, Any]:
+        """What decides the scores of perturbations."""
+        records = [self.settings.outcomes.record(method, b, work.objective.plan, self.case) for b in work.bound]
+        names = ["parameters", "amp", "seed", "inferer", "output", "network", "network_affine"]
+        names += ["image_sha256", "inputs_sha256"]
+        return {
+            "method": type(method).__name__,
+            "version": records[0]["versions"]["esegeta_monai"],  # another one may go through the pairs in another order
+            "weights_sha256": weights_hash(self.settings.network),
+            "targets": [[r["target"], r["target_parameters"], r["target_sha256"]] for r in records],
+            **{name: records[0][name] for name in names},
+        }
+
+    @contextmanager
+    def _bar(self, names: str, group: Sequence[Method], objective: Objective) -> Iterator[None]:
+        if not self.settings.progress:
+            yield
+            return
+        from tqdm import tqdm
+
+        with tqdm(total=_total(group, objective), desc=names[:60], unit="window", file=sys.stderr) as bar:
+            objective.monitor.on_pass = bar.update
+            try:
+                yield
+            finally:
+                objective.monitor.on_pass = None
+
+
+def _refusal(method: Method, objective: Objective) -> EsegetaError | None:
+    """Why a method is not even begun: it costs too much, or its parameters do not fit the image."""
+    try:
+        return too_costly(method, objective)
+    except EsegetaError as error:
+        return error
+
+
+def _goes_on(error: Exception, table: ScoreTable | None) -> Exception:
+    """A time limit's error, with what can be done about it where scores have been kept."""
+    if table is None or not isinstance(error, MethodTimeout) or not table.kept:
+        return error
+    return MethodTimeout(f"{error}; its scores are kept: the same run goes on from there")
+
+
+def _total(group: Sequence[Method], objective: Objective) -> int | None:
+    """The passes that a progress bar counts to; None where a method cannot say so, which then fails by itself."""
+    try:
+        return sum(m.passes(objective) for m in group)
+    except Exception as error:  # of a file, say, that is not there: the method meets it too, and has it recorded
+        logger.debug("%s: its passes cannot be counted: %s", group[0].name, error)
+        return None
+
+
+class _Blend(Request):
+    """Asks for nothing: the sweep itself compares the blended windows with the prediction."""
+
+    backward = False
+    summed = ()
+
+    def see(self, view: View) -> None:
+        """Nothing to gather."""
+
+    def result(self) -> None:
+        """Nothing."""

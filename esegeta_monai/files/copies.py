@@ -1,0 +1,86 @@
+"""What a report shows beside the maps: an eight-bit copy of the scan, and the voxels of each target, on its grid.
+
+They lie in the output folder, so that a report needs no path that leads out of it:
+
+    <output>/<case>/<case>_scan.nii.gz            grey values from black to white of the display window in 256 steps
+    <output>/<case>/<case>_<target>_mask.nii.gz   1 where the target is
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from esegeta_monai.files.maps import on_disk
+from esegeta_monai.files.scans import Grid
+from esegeta_monai.utils.files import atomic
+from esegeta_monai.utils.names import safe_name
+
+__all__ = ["mask_path", "save_grey_copy", "save_mask", "scan_copy_path"]
+
+
+def scan_copy_path(output_dir: str | os.PathLike[str], case: str, *, separate_folder: bool = True) -> Path:
+    """Where the copy of a case's scan lies.
+
+    >>> scan_copy_path("out", "sub-01").as_posix()
+    'out/sub-01/sub-01_scan.nii.gz'
+    """
+    return _folder(output_dir, case, separate_folder) / f"{safe_name(case)}_scan.nii.gz"
+
+
+def mask_path(output_dir: str | os.PathLike[str], case: str, target: str, *, separate_folder: bool = True) -> Path:
+    """Where the voxels of a target lie.
+
+    >>> mask_path("out", "sub-01", "MultiClassMask-grey matter").as_posix()
+    'out/sub-01/sub-01_MultiClassMask-grey-matter_mask.nii.gz'
+    """
+    return _folder(output_dir, case, separate_folder) / f"{safe_name(case)}_{safe_name(target)}_mask.nii.gz"
+
+
+def _folder(output_dir: str | os.PathLike[str], case: str, separate: bool) -> Path:
+    return Path(output_dir) / safe_name(case) if separate else Path(output_dir)
+
+
+def save_grey_copy(
+    path: str | os.PathLike[str], values: np.ndarray, grid: Grid, percentiles: tuple[float, float] = (1, 99)
+) -> Path:
+    """Writes a scan (C, *spatial) as unsigned bytes: each channel from its 1st to its 99th percentile, 0 to 255.
+
+    It is for looking at. Channels are brought to one scale each, so the file's values are grey steps, not intensities.
+
+    Raises:
+        InputError: the scan is not on the grid.
+        UsageError: the file cannot be written.
+    """
+    grey = np.zeros(values.shape, dtype=np.uint8)
+    for channel, image in enumerate(values):
+        finite = image[np.isfinite(image)]
+        low, high = np.percentile(finite, percentiles) if finite.size else (0.0, 1.0)
+        part = (np.nan_to_num(image, nan=low) - low) / ((high - low) or 1.0)
+        grey[channel] = np.rint(part.clip(0, 1) * 255)
+    return _save(Path(path), grey, grid)
+
+
+def save_mask(path: str | os.PathLike[str], mask: np.ndarray, grid: Grid) -> Path:
+    """Writes a mask (1, *spatial), above 0.5 or not, as bytes 1 and 0.
+
+    Raises:
+        InputError: the mask is not on the grid.
+        UsageError: the file cannot be written.
+    """
+    return _save(Path(path), (mask > 0.5).astype(np.uint8), grid)
+
+
+def _save(path: Path, values: np.ndarray, grid: Grid) -> Path:
+    data = on_disk(values, grid.shape)
+    header = grid.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(data.shape)
+    header["pixdim"] = grid.header["pixdim"]  # nibabel resets it for axes that come or go
+    header["cal_max"] = float(data.max())
+    with atomic(path) as temporary:
+        nib.save(nib.Nifti1Image(data, header.get_best_affine(), header), temporary)
+    return path

@@ -1,0 +1,125 @@
+"""Maps between the grid of the network and the grid of the scan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.data.utils import to_affine_nd
+from monai.transforms import SpatialResample
+from torch import Tensor
+
+from esegeta_monai.errors import MethodError
+from esegeta_monai.files.grids.adjoint import invert_attribution
+
+__all__ = ["scan_of", "to_network_grid", "to_scan_grid"]
+
+
+def scan_of(image: MetaTensor) -> Any:
+    """The file that an image was loaded from, where it still is there, else the image."""
+    name = image.meta.get("filename_or_obj")
+    name = name[0] if isinstance(name, (list, tuple)) and name else name
+    return Path(name) if isinstance(name, (str, os.PathLike)) and Path(name).exists() else image
+
+
+def _background(values: Tensor, scan: MetaTensor, image: MetaTensor) -> MetaTensor:
+    """What a map is drawn on: the scan, with as many channels as the map where that has several.
+
+    Channels that lie in files of their own are taken from the image that the network saw; a layer's channels have no
+    counterpart, and the scan stands behind each of them.
+    """
+    if len(values) in (1, len(scan)):
+        return scan
+    if len(values) == len(image):
+        plain = MetaTensor(image.as_tensor().detach().cpu().float(), affine=image.affine)
+        return MetaTensor(to_scan_grid(plain, scan, additive=False)[0], affine=scan.affine)
+    return MetaTensor(scan.as_tensor()[:1].expand(len(values), *scan.shape[1:]), affine=scan.affine)
+
+
+def _image_on_scan(values: MetaTensor, scan: MetaTensor, intensity: Sequence[Sequence[float]]) -> Tensor:
+    """A synthesised image on the scan's grid, black where the network saw nothing."""
+    black = torch.tensor([low for low, _ in intensity], dtype=values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
+    lifted = MetaTensor(values.as_tensor() - black, affine=values.affine)
+    return to_scan_grid(lifted, scan, additive=False)[0] + black
+
+
+def _cut_to_place(values: Tensor, record: Mapping[str, Any], scan: MetaTensor) -> MetaTensor:
+    """The part of a synthesised image on the scan's grid where it was made up, with its place in the world."""
+    d = values.ndim - 1
+    network, affine = (
+        to_affine_nd(d, np.asarray(a, dtype=np.float64)) for a in (record["network_affine"], scan.affine)
+    )
+    corners = np.array([[*corner, 1.0] for corner in product(*[(a - 0.5, b - 0.5) for a, b in record["place"]])])
+    found = (np.linalg.inv(affine) @ network @ corners.T)[:d]
+    low = np.clip(np.ceil(found.min(1) - 1e-3), 0, None).astype(int)
+    high = np.minimum(np.floor(found.max(1) + 1e-3).astype(int) + 1, values.shape[1:])
+    cut: tuple[slice, ...] = (slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high)))
+    moved = affine.copy()
+    moved[:d, d] += affine[:d, :d] @ low
+    part = MetaTensor(values[cut], affine=torch.as_tensor(moved))
+    part.meta.update({k: scan.meta[k] for k in ("space", "filename_or_obj") if k in scan.meta})
+    return part
+
+
+def to_scan_grid(
+    values: MetaTensor, scan: MetaTensor, *, additive: bool, mode: str = "bilinear"
+) -> tuple[Tensor, dict[str, float]]:
+    """A map on the network's grid brought to the scan's: (C, *scan), and its sums where it is additive.
+
+    Args:
+        values: (C, *spatial) with affine and the trace of the preprocessing.
+        scan: (C, *spatial) on its own grid.
+        additive: by the conserving adjoint of the preprocessing, else interpolated in world coordinates (zero outside
+            of what the network saw).
+
+    Raises:
+        MethodError: the map is of a slice of the scan, or no trace leads back from an additive one.
+        InputError: see `esegeta_monai.transforms.InvertAttribution`.
+    """
+    shape = tuple(scan.shape[1:])
+    if values.ndim - 1 < sum(n > 1 for n in shape):
+        raise MethodError(
+            f"the network saw a slice of {tuple(values.shape[1:])}, the scan is a volume of {shape}, and maps are "
+            "written on the scan's own grid: predict volumes by SliceInferer, or take maps of slices from Explainer"
+        )
+    if additive and values.applied_operations:
+        back = invert_attribution(values)
+        sums = {k: float(back.meta[k]) for k in ("sum_network_grid", "sum_scan_grid", "sum_in_padding")}
+        if tuple(back.shape[1:]) == shape:
+            return back.as_tensor(), sums
+    same = tuple(values.shape[1:]) == shape and torch.allclose(
+        torch.as_tensor(values.affine).double(), torch.as_tensor(scan.affine).double(), atol=1e-4
+    )
+    if same:
+        total = float(values.as_tensor().sum(dtype=torch.float64))
+        return values.as_tensor(), {"sum_network_grid": total, "sum_scan_grid": total} if additive else {}
+    if additive:
+        raise MethodError(
+            f"the preprocessing left no trace that leads from {tuple(values.shape[1:])} back to the scan's "
+            f"{shape}: use MONAI's transforms on MetaTensors (no track_meta=False, no plain arrays in between)"
+        )
+    plain = MetaTensor(values.as_tensor().double(), affine=values.affine)
+    resample = SpatialResample(mode=mode, padding_mode="zeros", dtype=np.float64)
+    moved = resample(plain, dst_affine=torch.as_tensor(scan.affine), spatial_size=shape)
+    return torch.as_tensor(moved).as_subclass(Tensor).to(values.dtype), {}
+
+
+def to_network_grid(values: MetaTensor, image: MetaTensor, *, additive: bool) -> Tensor:
+    """A map on the scan's grid brought to the network's, interpolated in world coordinates: (C, *spatial).
+
+    The values of an additive map are shares of a sum, so they are scaled by the ratio of the voxels' volumes.
+    """
+    there, here = (np.asarray(a, dtype=np.float64) for a in (image.affine, values.affine))
+    if tuple(values.shape[1:]) == tuple(image.shape[1:]) and np.allclose(there, here, atol=1e-4):
+        return values.as_tensor()
+    plain = MetaTensor(values.as_tensor().double(), affine=values.affine)
+    resample = SpatialResample(mode="bilinear", padding_mode="zeros", dtype=np.float64)
+    moved = resample(plain, dst_affine=torch.as_tensor(there), spatial_size=tuple(image.shape[1:]))
+    ratio = abs(np.linalg.det(there[:3, :3]) / np.linalg.det(here[:3, :3])) if additive else 1.0
+    return cast(Tensor, torch.as_tensor(moved).as_subclass(Tensor) * ratio).to(values.dtype)

@@ -1,0 +1,107 @@
+"""Text that leaves the machine: without folders, without names of scans, and tracebacks that say where in the code."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from pathlib import PurePath
+from typing import Any
+
+from esegeta_monai.utils.names import SCAN_SUFFIXES
+
+__all__ = ["private", "traceback_text", "without_paths"]
+
+_SUFFIX = "|".join(re.escape(suffix) for suffix in SCAN_SUFFIXES)
+# What is hidden may be more than a path, never less: names have spaces and commas, so a scan's name goes from the
+# beginning of a statement to its suffix, a folder's up to the last slash.
+_QUOTED = re.compile(r"(['\"])([^'\"\n]*[\\/][^'\"\n]*)\1")
+_SCAN = re.compile(rf"(?:^|(?<=[:;('\"=\[] )|(?<=[('\"=\[]))[^\n'\":;=\[\]]*?(?:{_SUFFIX})(?![\w.])", re.I | re.M)
+_FOLDERS = re.compile(
+    r"(?<![\w:/\\.])(?:[A-Za-z]:(?=[\\/])|~(?=[\\/])|\.{1,2}(?=[\\/]))?[\\/](?=[^\s\\/])"
+    r"(?:[^\\/\n'\"<>|;:]+[\\/])*[^\\/\s'\"<>|,;:()]*"
+)
+_RELATIVE = re.compile(r"(?<![\w:/\\.])(?:[^\\/\s'\"<>|,;:()=\[\]]+[\\/])+(?=[^\\/\s'\"<>|,;:()=\[\]]+\.\w{1,6}\b)")
+_PACKAGES = ("site-packages", "dist-packages")
+
+
+def without_paths(text: str, relative: bool = True) -> str:
+    """``text`` with names of scan files replaced by "(scan)" and other paths by their last part.
+
+    Args:
+        relative: paths without a root too; not for tracebacks of `traceback_text`, which name files from their package.
+
+    >>> without_paths("/data/Doe Jane/t1.nii.gz: the file is empty")
+    '(scan): the file is empty'
+    >>> without_paths("cannot open /home/doe/weights.pt: see patients/doe/notes.txt; logit/voxel stays")
+    'cannot open weights.pt: see notes.txt; logit/voxel stays'
+    """
+    text = _QUOTED.sub(lambda found: f"{found[1]}{_last(found[2])}{found[1]}", text)
+    text = _SCAN.sub("(scan)", text)
+    text = _FOLDERS.sub(lambda found: _last(found[0]), text)
+    return _RELATIVE.sub("", text) if relative else text
+
+
+def _last(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def private(value: Any) -> Any:
+    """A JSON-like value with every text in it passed through `without_paths`, keys included.
+
+    >>> private({"mask": "/data/doe/label.nii.gz", "window": [8, 8]})
+    {'mask': '(scan)', 'window': [8, 8]}
+    """
+    if isinstance(value, str):
+        return without_paths(value)
+    if isinstance(value, dict):
+        return {without_paths(str(k)): private(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [private(v) for v in value]
+    return value
+
+
+def traceback_text(error: BaseException, longest: int = 40) -> str:
+    """The traceback of an error and of its causes, with files named from their package on, never by their folders.
+
+    Args:
+        longest: how many frames of each error, the innermost ones.
+
+    >>> def fails():
+    ...     raise ValueError("no such axis in /home/doe/case.txt")
+    >>> try:
+    ...     fails()
+    ... except ValueError as error:
+    ...     print(traceback_text(error).splitlines()[-1])
+    ValueError: no such axis in case.txt
+    """
+    lines: list[str] = []
+    chain: list[traceback.TracebackException] = []
+    link: traceback.TracebackException | None = traceback.TracebackException.from_exception(error)
+    while link is not None and len(chain) < 10:
+        chain.append(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    for number, one in enumerate(reversed(chain)):
+        if number:
+            lines += ["", "which led to:", ""]
+        for frame in one.stack[-longest:]:
+            lines.append(f"  {_module(frame.filename)}, line {frame.lineno}, in {frame.name}")
+            if frame.line:
+                lines.append(f"    {without_paths(frame.line)}")
+        lines += [without_paths(line) for line in "".join(one.format_exception_only()).splitlines()]
+    return "\n".join(lines)
+
+
+def _module(filename: str) -> str:
+    """A source file from its package on: what a maintainer needs, and nothing of whose machine it was.
+
+    >>> _module("/home/doe/venv/lib/python3.11/site-packages/torch/nn/module.py"), _module("/home/doe/net.py")
+    ('torch/nn/module.py', 'net.py')
+    """
+    parts = PurePath(filename.replace("\\", "/")).parts
+    for name in _PACKAGES:
+        if name in parts:
+            return "/".join(parts[parts.index(name) + 1 :])
+    if "esegeta_monai" in parts[:-1]:
+        last = len(parts) - 2 - parts[:-1][::-1].index("esegeta_monai")
+        return "/".join(parts[last:])
+    return parts[-1] if parts else filename

@@ -1,0 +1,228 @@
+"""Reading scans, refusing bad ones in one line, and the voxel grid that a map takes over from its scan."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import nibabel as nib
+import numpy as np
+from monai.data import ITKReader, MetaTensor, NibabelReader, NumpyReader, PILReader
+from monai.data.image_reader import ImageReader
+from monai.transforms import EnsureChannelFirst
+from monai.utils import optional_import
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from esegeta_monai.errors import InputError
+from esegeta_monai.files.dicom import check_series
+from esegeta_monai.utils.images import _check_affine, check_image
+
+__all__ = ["Grid", "read_scan"]
+
+logger = logging.getLogger(__name__)
+
+NIBABEL_SUFFIXES = (".nii", ".nii.gz", ".img", ".img.gz", ".hdr", ".hdr.gz", ".mgz", ".mgh")
+RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+GEOMETRY_FIELDS = (
+    *("pixdim", "xyzt_units", "qform_code", "sform_code"),
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("srow_x", "srow_y", "srow_z"),
+)
+"""The fields of a NIfTI header that say where voxels lie. Nothing else of a scan's header enters a map: free text
+(``descrip``, ``db_name``, ``aux_file``) and extensions can name a patient."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The voxel grid of a scan as its file states it: shape on disk, affine, sform and qform with codes, units.
+
+    Attributes:
+        shape: the array's shape on disk, trailing singletons included, channels last.
+        header: a NIfTI header that carries shape and geometry and nothing else of the scan.
+    """
+
+    shape: tuple[int, ...]
+    header: nib.Nifti1Header
+
+    @property
+    def affine(self) -> np.ndarray:
+        """4x4 voxel to world (RAS mm): the sform, else the qform, else the voxel size, as the NIfTI standard ranks."""
+        return self.header.get_best_affine()
+
+    @classmethod
+    def of(cls, scan: str | os.PathLike[str] | nib.spatialimages.SpatialImage | MetaTensor | Mapping[str, Any]) -> Grid:
+        """The grid of a file, a nibabel image, a MetaTensor (C, *spatial), or a MONAI meta dictionary.
+
+        Prefer the file: MONAI mends an affine that contradicts the voxel size, silently, and MetaTensors carry the
+        mended one. Header values in a meta dictionary are taken only where they agree with its affine; transforms
+        such as ``Spacingd`` leave stale ones behind. Where there are none, the affine becomes sform and qform with
+        code 1 ("scanner"); the qform is left out where it cannot express the affine (shears).
+
+        Raises:
+            InputError: a file that is missing or unreadable, or a meta dictionary without an affine.
+        """
+        if isinstance(scan, (str, os.PathLike)):
+            path = Path(scan)
+            if path.name.lower().endswith(NIBABEL_SUFFIXES):
+                return cls.of(_open_with_nibabel(path))
+            return cls.of(read_scan(path))
+        if isinstance(scan, nib.spatialimages.SpatialImage):
+            if isinstance(scan.header, nib.Nifti1Header):
+                return cls(tuple(scan.shape), _geometry_of(scan.header, scan.shape))
+            return cls(tuple(scan.shape), _geometry_from(scan.affine, scan.shape))
+        meta = scan.meta if isinstance(scan, MetaTensor) else scan
+        if isinstance(scan, MetaTensor):
+            shape = _disk_shape(tuple(scan.shape))
+        elif "spatial_shape" in meta:
+            shape = tuple(int(n) for n in meta["spatial_shape"])
+        else:
+            raise InputError("the scan's meta data has no 'spatial_shape': load it with MONAI's LoadImage")
+        affine = scan.affine if isinstance(scan, MetaTensor) else meta.get("affine")
+        if affine is None:
+            raise InputError("the scan's meta data has no 'affine': load it with MONAI's LoadImage")
+        matrix = _four_by_four(np.asarray(affine, dtype=np.float64))
+        if all(field in meta for field in GEOMETRY_FIELDS):
+            header = _geometry_of(meta, shape)
+            if np.allclose(header.get_best_affine(), matrix, rtol=1e-5, atol=1e-5 * np.abs(matrix).max()):
+                return cls(shape, header)
+        return cls(shape, _geometry_from(matrix, shape))
+
+
+def _geometry_of(header: Any, shape: tuple[int, ...]) -> nib.Nifti1Header:
+    """A fresh header with the geometry fields of ``header``, bit for bit (float32 as NIfTI-1 holds them).
+
+    The shape belongs to it: with sform and qform codes of 0 the origin is the middle of the volume.
+    """
+    fresh = nib.Nifti1Header()
+    fresh.set_data_shape(shape)
+    for field in GEOMETRY_FIELDS:
+        fresh[field] = np.asarray(header[field])
+    return fresh
+
+
+def _geometry_from(affine: np.ndarray, shape: tuple[int, ...]) -> nib.Nifti1Header:
+    """A fresh header for an affine that came without one: millimetres, code 1 ("scanner")."""
+    fresh = nib.Nifti1Header()
+    fresh.set_data_shape(shape)
+    fresh.set_sform(affine, code=1)
+    fresh.set_qform(affine, code=1, strip_shears=True)
+    if not np.allclose(fresh.get_qform(), affine, rtol=1e-4, atol=1e-4 * np.abs(affine[:3, :3]).max()):
+        fresh["qform_code"] = 0
+    fresh.set_xyzt_units("mm")
+    return fresh
+
+
+def _disk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(C, *spatial) as a file holds it: space first, at least three axes of it, channels last where there are several.
+
+    >>> _disk_shape((1, 4, 5)), _disk_shape((3, 4, 5)), _disk_shape((1, 4, 5, 6)), _disk_shape((2, 4, 5, 6))
+    ((4, 5, 1), (4, 5, 1, 3), (4, 5, 6), (4, 5, 6, 2))
+    """
+    channels, spatial = shape[0], shape[1:]
+    spatial = spatial + (1,) * (3 - len(spatial))
+    return spatial if channels == 1 else (*spatial, channels)
+
+
+def _four_by_four(affine: np.ndarray) -> np.ndarray:
+    """A 3x3 affine (2D) with a third axis of its own; a 4x4 one as it is."""
+    full = np.eye(4)
+    n = affine.shape[-1] - 1
+    full[:n, :n], full[:n, 3] = affine[:n, :n], affine[:n, n]
+    return full
+
+
+def read_scan(
+    path: str | os.PathLike[str], *, spatial_dims: int | None = None, channels: int | None = None
+) -> MetaTensor:
+    """A scan as MetaTensor (C, *spatial), float32, after every check that a bad file fails in one line.
+
+    NIfTI is read with nibabel, PNG and its kin with Pillow, NumPy files as they are, all else (NRRD, MHA, a folder
+    with one DICOM series) with ITK, where ``itk`` is installed.
+
+    Args:
+        spatial_dims: 2 or 3 where the network asks for it. A third axis of size 1 makes an image 2D, and is dropped.
+        channels: how many the network takes.
+
+    Raises:
+        InputError: the file is missing, empty, truncated or of another format (a DICOM series: it has a hole, see
+            `check_series`); it holds NaN, infinity, colour triples or complex numbers; its affine is singular;
+            dimensions or channels are not those asked for; it needs ITK, which is not installed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file or folder")
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty")
+    reader: ImageReader
+    stated: np.ndarray | None = None  # the affine as the file states it, before MONAI mends it
+    if path.name.lower().endswith(NIBABEL_SUFFIXES):
+        image = _open_with_nibabel(path)
+        stated = np.asarray(image.affine, dtype=np.float64)
+        _check_affine(stated, min(3, image.ndim), path)
+        reader = NibabelReader()
+    elif path.name.lower().endswith(RASTER_SUFFIXES):
+        reader = PILReader()
+    elif path.name.lower().endswith((".npy", ".npz")):
+        reader = NumpyReader()
+    else:
+        reader = _itk_reader(path)
+    array, meta = _load(reader, path)
+    if array.dtype.fields is not None or np.iscomplexobj(array):
+        raise InputError(f"{path}: voxels of type {array.dtype} are no grey values; convert the image to numbers")
+    meta["filename_or_obj"] = str(path)
+    scan = MetaTensor.ensure_torch_and_prune_meta(np.ascontiguousarray(array, dtype=np.float32), meta)
+    scan = cast(MetaTensor, EnsureChannelFirst()(scan))
+    while scan.ndim > 4 and scan.shape[-1] == 1:  # NIfTI keeps vectors in a fifth axis behind an empty fourth
+        scan = scan[..., 0]
+    if spatial_dims == 2 and scan.ndim == 4 and scan.shape[-1] == 1:
+        scan = scan[..., 0]
+    check_image(scan, path, spatial_dims=spatial_dims, channels=channels)
+    if stated is not None and not np.allclose(stated, scan.affine, rtol=1e-4, atol=1e-4):
+        logger.warning("%s: the affine contradicts the voxel size, and MONAI uses another; maps keep the file's", path)
+    return scan
+
+
+def _open_with_nibabel(path: Path) -> Any:
+    """The image with its header read and its voxels still on disk."""
+    try:
+        return nib.load(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file or folder") from error
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{path}: no readable NIfTI file ({_one_line(error)}); convert or copy it again") from error
+
+
+def _itk_reader(path: Path) -> ImageReader:
+    itk, has_itk = optional_import("itk")
+    if not has_itk:
+        what = "a DICOM folder" if path.is_dir() else f"a {path.suffix or 'suffixless'} file"
+        raise InputError(f'{path}: reading {what} needs ITK: pip install "esegeta-monai[itk]"')
+    if path.is_dir():
+        check_series(path, itk)
+    return ITKReader()
+
+
+def _load(reader: ImageReader, path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # readers warn of what is checked here by name
+            array, meta = reader.get_data(reader.read(str(path)))
+            return np.asarray(array), meta
+    except EOFError as error:
+        raise InputError(f"{path}: the file is truncated ({_one_line(error)}); copy it again") from error
+    except Exception as error:  # each reader has its own errors; all of them mean that the file cannot be read
+        if "Expected" in str(error) and "bytes, got" in str(error):
+            raise InputError(f"{path}: the file is truncated ({_one_line(error)}); copy it again") from error
+        raise InputError(f"{path}: cannot be read as an image ({_one_line(error)})") from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."

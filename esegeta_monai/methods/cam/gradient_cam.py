@@ -1,0 +1,240 @@
+"""Class activation maps: activations of a layer, weighted by how much the target depends on each channel.
+
+Two kinds. *Weighted* maps (Grad-CAM and most others) have one weight a channel for the whole volume, gathered over the
+windows that the target sees; activations of **all** windows are blended under these weights. *Scattered* maps
+(HiResCAM, LayerCAM) multiply activation and gradient position by position; they carry the blending weights already, so
+windows are added, and only those that the target sees matter. ReLU comes last, of the whole map.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.engine.default_layer import check_layer
+from esegeta_monai.engine.layer_maps import BlendedActivations
+from esegeta_monai.engine.objective import Objective, Request
+from esegeta_monai.errors import UsageError
+from esegeta_monai.methods.base import Explained, Method, Passes
+from esegeta_monai.methods.cam.requests import (
+    ChannelGradients,
+    ChannelMoments,
+    ChannelSums,
+    Moments,
+    _PlusPlusWeights,
+    _Products,
+)
+from esegeta_monai.methods.layer.scattered import ScatteredGradients
+from esegeta_monai.methods.lockstep import lockstep
+
+__all__ = ["EigenCam", "GradCam", "GradCamPlusPlus", "HiResCam", "LayerCam", "XGradCam", "check_layers"]
+
+Layers = str | Sequence[str] | None
+LayerPasses = Generator[Request, Any, Tensor]
+
+
+@dataclass(eq=False, repr=False)
+class _Cam(Method):
+    """What all class activation maps share.
+
+    Args:
+        layer: dotted name, or a list of them, which gives one channel a layer; None: a sensible one is found and named
+            in the record. Layers of tokens (transformers) are put on their grid.
+        relu: keep only what speaks for the target.
+    """
+
+    produces = "layer map"
+    additive = False
+    units = "weighted activation"
+
+    layer: Layers = None
+    relu: bool = True
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer is not None and not isinstance(self.layer, str) and not len(self.layer):
+            raise UsageError("layer=[]: give the dotted name of a module, or a list of them")
+
+    @property
+    def signed(self) -> bool:
+        return not self.relu
+
+    def passes(self, objective: Objective) -> int:
+        """Gradients where the target sees, activations everywhere (besides one where a layer is looked for)."""
+        return len(objective.windows) + len(objective.plan)
+
+    def attribute(self, objective: Objective) -> Passes:
+        """(k, 1, *spatial), or (k, L, *spatial) for a list of L layers."""
+        layers = self.layers(objective)
+        maps = torch.cat((yield from lockstep([self.layer_map(objective, layer) for layer in layers])), 1)
+        return Explained(maps.relu() if self.relu else maps, {"layer": layers[0] if len(layers) == 1 else layers})
+
+    def layers(self, objective: Objective) -> tuple[str, ...]:
+        """The layers that are looked at, all of which exist."""
+        return check_layers(objective, self.layer)
+
+    @abstractmethod
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        """The map of one layer (k, 1, *spatial), before ReLU."""
+
+
+def check_layers(objective: Objective, layer: Layers) -> tuple[str, ...]:
+    """The layers named, which must exist, or the default one."""
+    if layer is None or isinstance(layer, str):
+        return (check_layer(objective, layer),)
+    if not isinstance(layer, Sequence) or not layer:
+        raise UsageError(f"layer={layer!r}: give the dotted name of a module, or a list of them")
+    return tuple(dict.fromkeys(check_layer(objective, name) for name in layer))
+
+
+@dataclass(eq=False, repr=False)
+class GradCam(_Cam):
+    """``ReLU(Σ_c α_c A_c)`` with ``α_c`` the mean of ``∂F/∂A_c`` over the layer's positions (Selvaraju et al. 2017).
+
+    The channel weights are those of the whole volume: gradients of all windows that the target sees are summed first;
+    then the weighted activations of **all** windows are blended, and ReLU is taken of the blend. With a segmentation
+    target this is Seg-Grad-CAM (Vinogradova et al. 2020).
+
+    Args:
+        layer: dotted name, or a list of them, which gives one channel a layer; None: a sensible one is found and named
+            in the record. Layers of tokens (transformers) are put on their grid.
+        relu: keep only what speaks for the target.
+
+    Example:
+        >>> GradCam(layer="model.0").signed
+        False
+    """
+
+    reference = "Selvaraju et al., ICCV 2017, arXiv:1610.02391"
+    aliases = ("SegGradCam",)
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        weights = yield ChannelGradients(layer)
+        return (yield BlendedActivations(layer, weights))
+
+
+@dataclass(eq=False, repr=False)
+class GradCamPlusPlus(_Cam):
+    """``ReLU(Σ_c w_c A_c)`` with ``w_c = Σ_p α_cp ReLU(g_cp)``, ``α = g² / (2 g² + g³ Σ_q A_cq)``, g = ∂F/∂A
+    (Chattopadhay et al. 2018, equation 19; their common factor exp(F) is left out, as it overflows for sums over many
+    voxels).
+
+    Positions p run over all windows that the target sees; ``Σ_q A_cq`` is the sum over the volume, each window counting
+    with its blending weight. (MONAI's GradCAMpp has ``Σ_q A_cq g_cq³`` instead, which is not the paper's.)
+
+    Args:
+        layer, relu: see `GradCam`.
+    """
+
+    reference = "Chattopadhay et al., WACV 2018, arXiv:1710.11063"
+    full_precision = True  # α has a pole where g Σ A = −2: rounding moves it
+
+    def passes(self, objective: Objective) -> int:
+        """Activations everywhere, since α needs their sum first; gradients where the target sees; then activations."""
+        return 2 * len(objective.plan) + len(objective.windows)
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        sums: Tensor = yield ChannelSums(layer, before_gradient=True)
+        weights = yield _PlusPlusWeights(layer, sums)
+        return (yield BlendedActivations(layer, weights))
+
+
+@dataclass(eq=False, repr=False)
+class XGradCam(_Cam):
+    """``ReLU(Σ_c w_c A_c)`` with ``w_c = Σ_p A_cp ∂F/∂A_cp / Σ_p A_cp`` (Fu et al. 2020).
+
+    The denominator is the sum over the volume, each window counting with its blending weight; a channel whose
+    activations sum to zero is left out.
+
+    Args:
+        layer, relu: see `GradCam`.
+    """
+
+    reference = "Fu et al., BMVC 2020, arXiv:2008.02312"
+    full_precision = True  # Σ A may cancel: rounding then decides the weight
+
+    def passes(self, objective: Objective) -> int:
+        """Gradients where the target sees, activations everywhere twice."""
+        return 2 * len(objective.plan)
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        sums, above = yield from lockstep([_ask(ChannelSums(layer)), _ask(_Products(layer))])
+        return (yield BlendedActivations(layer, torch.where(sums == 0, 0.0, above / sums)))
+
+
+def _ask(request: Request) -> Generator[Request, Any, Any]:
+    return (yield request)
+
+
+@dataclass(eq=False, repr=False)
+class EigenCam(_Cam):
+    """``ReLU(Σ_c v_c A_c)`` with v the first principal direction of the activations (Muhammad & Yeasin 2020).
+
+    v is the first eigenvector of ``Σ_p A_p A_pᵀ`` over the volume's positions p (the first right singular vector of
+    the activation matrix, which is not centred), its sign such that the map's sum is not negative. It needs no gradient
+    and is the same for every target.
+
+    Args:
+        layer, relu: see `GradCam`.
+    """
+
+    reference = "Muhammad & Yeasin, IJCNN 2020, arXiv:2008.00299"
+    units = "projected activation"
+
+    def passes(self, objective: Objective) -> int:
+        """Activations everywhere, twice."""
+        return 2 * len(objective.plan)
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        moments: ChannelMoments = yield Moments(layer)
+        direction = torch.linalg.eigh(moments.second).eigenvectors[:, -1]
+        if direction @ moments.first < 0:
+            direction = -direction
+        return (yield BlendedActivations(layer, direction.expand(objective.n_targets, -1)))
+
+
+@dataclass(eq=False, repr=False)
+class HiResCam(_Cam):
+    """``ReLU(Σ_c A_c ∂F/∂A_c)``, position by position (Draelos & Carin 2020).
+
+    Without ``relu`` the sum of the map is that of activation times gradient at the layer.
+
+    Args:
+        layer, relu: see `GradCam`.
+    """
+
+    reference = "Draelos & Carin 2020, arXiv:2011.08891"
+    units = "target per voxel"
+
+    def passes(self, objective: Objective) -> int:
+        """Gradients where the target sees (besides one where a layer is looked for)."""
+        return len(objective.windows)
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        maps, _ = yield ScatteredGradients(layer, torch.mul)
+        return maps
+
+
+@dataclass(eq=False, repr=False)
+class LayerCam(HiResCam):
+    """``ReLU(Σ_c A_c ReLU(∂F/∂A_c))``, position by position (Jiang et al. 2021).
+
+    Args:
+        layer, relu: see `GradCam`.
+    """
+
+    reference = "Jiang et al., IEEE TIP 2021, doi:10.1109/TIP.2021.3089943"
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        maps, _ = yield ScatteredGradients(layer, _positive_product)
+        return maps
+
+
+def _positive_product(activations: Tensor, gradients: Tensor) -> Tensor:
+    return activations * gradients.relu()

@@ -1,0 +1,142 @@
+"""Class activation maps whose channel weights need no gradient: channels masked or switched off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.engine.baselines import baseline_for
+from esegeta_monai.engine.layer_maps import BlendedActivations, channel_axis
+from esegeta_monai.engine.network.hooks import replaced
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.perturbation.base import Perturbations
+from esegeta_monai.engine.perturbation.scoring import score_changes
+from esegeta_monai.engine.windows.plan import Slices
+from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.methods.cam.gradient_cam import LayerPasses, _Cam
+from esegeta_monai.methods.cam.requests import ChannelMoments, Moments
+
+__all__ = ["AblationCam", "ScoreCam"]
+
+
+@dataclass(eq=False, repr=False)
+class _ChannelByChannel(_Cam):
+    """Cost grows with the number of channels; ``max_channels`` limits it to those of greatest variance."""
+
+    max_channels: int | None = None
+    name: str | None = field(default=None, kw_only=True)
+
+    needs_gradient = False
+    brief = (("max_channels", 16),)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_channels is not None and self.max_channels < 1:
+            raise UsageError(f"max_channels={self.max_channels}: give at least 1, or None for all channels")
+
+    @property
+    def passes_exact(self) -> bool:
+        return False
+
+    def passes(self, objective: Objective) -> int:
+        """Activations everywhere twice; each channel the windows that the target sees (64 channels are assumed)."""
+        return 2 * len(objective.plan) + (self.max_channels or 64) * len(objective.windows)
+
+    def chosen(self, moments: ChannelMoments) -> list[int]:
+        """The channels that are looked at, in order; constant ones are left out."""
+        mean = moments.first / moments.count
+        variance = moments.second.diagonal() / moments.count - mean**2
+        order = variance.argsort(descending=True, stable=True)[: self.max_channels].tolist()
+        return sorted(c for c in order if variance[c] > 0)
+
+
+@dataclass(eq=False, repr=False)
+class ScoreCam(_ChannelByChannel):
+    """``ReLU(Σ_c α_c A_c)``, α the softmax over channels of F with all but the channel's place taken away (Wang et al.
+    2020): ``α = softmax_c F(x₀ + H_c (x − x₀))``, H_c the activation on the image's grid, scaled to [0, 1].
+
+    A target that is a sum over voxels counts by its mean in the softmax, which is not invariant to scale.
+
+    Args:
+        layer, relu: see `GradCam`.
+        max_channels: only as many, those of greatest variance: Faster-Score-CAM (Li et al. 2020).
+        baseline: x₀, see `esegeta_monai.engine.baselines`; the paper has ``"zero"``.
+
+    Memory: one volume a channel that is looked at.
+    """
+
+    reference = "Wang et al., CVPR workshop 2020, arXiv:1910.01279"
+
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        if self.max_channels is None:
+            maps: Tensor = yield BlendedActivations(layer)
+        else:
+            moments: ChannelMoments = yield Moments(layer)
+            one_hot = torch.eye(len(moments.first))[self.chosen(moments)]
+            maps = (yield BlendedActivations(layer, one_hot))[:, 0]
+        low, high = (f(maps.flatten(1), 1).reshape(-1, *(1,) * (maps.ndim - 1)) for f in (torch.amin, torch.amax))
+        varied = (high > low).flatten()
+        if not bool(varied.any()):
+            raise MethodError(f"all channels of layer {layer!r} are constant over the image: choose another layer")
+        masks = ((maps - low) / (high - low))[varied]
+        x0 = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
+        changes = score_changes(objective, _Masks(masks, x0))
+        weights = (changes / _voxels(objective)[:, None]).softmax(1)
+        return torch.einsum("kc,c...->k...", weights.to(maps), maps[varied])[:, None]
+
+
+class _Masks(Perturbations):
+    """``x₀ + H_c (x − x₀)`` for masks H (m, *spatial)."""
+
+    def __init__(self, masks: Tensor, baseline: Tensor) -> None:
+        self.masks, self.baseline = masks, baseline
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
+        there: tuple[Any, ...] = (slice(None), *place)
+        return torch.lerp(self.baseline[there].to(crop), crop, self.masks[index][place].to(crop).expand_as(crop))
+
+
+def _voxels(objective: Objective) -> Tensor:
+    """(k,): over how many voxels each target sums."""
+    return torch.tensor([s.voxels if getattr(s, "reduction", "mean") == "sum" else 1 for s in objective.scores])
+
+
+@dataclass(eq=False, repr=False)
+class AblationCam(_ChannelByChannel):
+    """``ReLU(Σ_c w_c A_c)`` with ``w_c = (F − F_c) / |F|``, F_c the target with channel c of the layer set to zero
+    (Desai & Ramaswamy 2020; the absolute value, since a logit may be negative).
+
+    Args:
+        layer, relu: see `GradCam`.
+        max_channels: only as many, those of greatest variance.
+    """
+
+    reference = "Desai & Ramaswamy, WACV 2020, doi:10.1109/WACV45572.2020.9093360"
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        moments: ChannelMoments = yield Moments(layer)
+        value = objective.value(objective.image[None])[:, 0]  # in the precision of what is compared with it
+        weights = torch.zeros((objective.n_targets, len(moments.first)), dtype=torch.float64)
+        for c in self.chosen(moments):
+            with replaced(objective.model.network, layer, _without(objective, layer, c)):
+                without = objective.value(objective.image[None])[:, 0]
+            weights[:, c] = ((value - without) / torch.where(value == 0, 1.0, value.abs())).cpu()
+        return (yield BlendedActivations(layer, weights))
+
+
+def _without(objective: Objective, layer: str, channel: int) -> Any:
+    def edit(values: Tensor) -> Tensor:
+        edited = values.clone()
+        edited.select(channel_axis(objective, layer, values), channel).zero_()
+        return edited
+
+    return edit

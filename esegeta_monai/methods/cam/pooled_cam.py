@@ -1,0 +1,92 @@
+"""The first class activation map: the weights of a head that follows global average pooling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from esegeta_monai.engine.default_layer import layer_shapes
+from esegeta_monai.engine.layer_maps import BlendedActivations, spatial_map
+from esegeta_monai.engine.network.hooks import capture
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.errors import MethodError
+from esegeta_monai.methods.cam.gradient_cam import LayerPasses, _Cam
+
+__all__ = ["Cam"]
+
+Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+@dataclass(eq=False, repr=False)
+class Cam(_Cam):
+    """``Σ_c w_c A_c`` where the network ends as ``Σ_c w_c mean(A_c) + b``: global average pooling and one linear layer
+    (Zhou et al. 2016). The mean of the layer's map plus the bias is the logit.
+
+    Args:
+        layer: the layer that is pooled; None: it is found.
+        relu: keep only what speaks for the target.
+    """
+
+    reference = "Zhou et al., CVPR 2016, arXiv:1512.04150"
+    needs_linear = True
+    needs_gradient = False
+
+    relu: bool = False
+    name: str | None = field(default=None, kw_only=True)
+
+    def passes(self, objective: Objective) -> int:
+        """One for the activations, one to find the head, and one to find the layer."""
+        return len(objective.plan) + (2 if self.layer is None else 1)
+
+    def layers(self, objective: Objective) -> tuple[str, ...]:
+        if self.layer is None:
+            return (_pooled_layer(objective, None)[0],)
+        return super().layers(objective)
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        _, head = _pooled_layer(objective, layer)
+        rows = head.weight.flatten(1)
+        weights = [s.cotangent(rows.new_zeros(len(s.channels))) @ rows[list(s.channels)] for s in objective.scores]
+        return (yield BlendedActivations(layer, torch.stack(weights)))
+
+
+def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
+    """The layer whose mean over positions enters the linear layer that gives the output, and that linear layer.
+
+    Raises:
+        MethodError: the network does not end so.
+    """
+    network = objective.model.network
+    wrong = (
+        "Cam needs a network that ends in global average pooling, over more than one position, and one linear layer: "
+        "use GradCam or HiResCam"
+    )
+    if objective.grid.shape:
+        raise MethodError(f"{wrong} (this one gives a map of voxels)")
+    heads = {n: m for n, m in network.named_modules() if isinstance(m, Head)}
+    names = [layer] if layer else [s.name for s in layer_shapes(objective) if s.name and s.grid is not None]
+    entered: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_pre_hook(lambda m, args, n=n: entered.update({n: args[0]}))
+        for n, module in heads.items()
+    ]
+    x = objective.plan.cut(objective.image, 0)[None].to(objective.model.device)
+    try:
+        with torch.inference_mode(), capture(network, list(dict.fromkeys([*names, *heads])), of_windows=False) as found:
+            objective.run(x, [0])
+            out = objective.model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for head in reversed(list(entered)):
+        if found[head].numel() != out.numel() or not torch.equal(found[head].flatten(), out.flatten()):
+            continue
+        pooled = entered[head].flatten()
+        for name in reversed(names):
+            values = spatial_map(found[name], objective, name).flatten(2)[0]
+            same = values.shape[0] == len(pooled) and values.shape[1] > 1
+            if same and float((values.mean(1) - pooled).abs().max()) <= 1e-5 * float(values.abs().max()):
+                return name, heads[head]
+    raise MethodError(wrong if layer is None else f"{wrong}; layer {layer!r} is not what is pooled")

@@ -1,0 +1,161 @@
+"""What class activation maps request from a sweep over the windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.engine.layer_maps import position_weights, spatial_map
+from esegeta_monai.engine.objective import Objective, Request, View
+from esegeta_monai.errors import MethodError
+from esegeta_monai.methods.layer.scattered import gradients_of
+
+
+class _ChannelRequest(Request):
+    """A sum over windows and positions for each channel: the result is a tensor (k, C), float64."""
+
+    summed = ("total",)
+    total: Tensor | None = None
+
+    def __init__(self, layer: str) -> None:
+        self.layers = (layer,)
+
+    @property
+    def key(self) -> Hashable:
+        return (type(self).__name__, self.layers)
+
+    def begin(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def see(self, view: View) -> None:
+        layer = self.layers[0]
+        gradients = gradients_of(view, self.objective, layer)
+        activations = spatial_map(view.activations[layer], self.objective, layer)
+        part = self.part(activations.flatten(2), gradients.flatten(3)).cpu()
+        self.total = part if self.total is None else self.total + part
+
+    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """What one batch adds: (k, C) in float64 from activations (n, C, p) and gradients (k, n, C, p)."""
+        raise NotImplementedError
+
+    def result(self) -> Tensor:
+        if self.total is None:
+            raise MethodError("the target sees no window, so there are no gradients")
+        return self.total
+
+
+class ChannelGradients(_ChannelRequest):
+    """``α_c``: the sum of ``∂F/∂A_c`` over all windows and positions, over the number of positions in the volume.
+
+    A volume of one window gives the usual mean over the layer's positions.
+    """
+
+    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        plan = self.objective.plan
+        positions = gradients.shape[-1] * math.prod(plan.padded_shape) / math.prod(plan.roi)
+        return gradients.sum((1, 3), dtype=torch.float64) / positions
+
+
+class _PlusPlusWeights(_ChannelRequest):
+    """``Σ α ReLU(g)``, given ``Σ A``."""
+
+    def __init__(self, layer: str, sums: Tensor) -> None:
+        super().__init__(layer)
+        self.sums = sums
+
+    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        gradients = gradients.double()
+        below = 2 + gradients * self.sums.to(gradients.device)[:, None]  # g² divided out
+        return torch.where(gradients > 0, gradients / below, 0.0).sum((1, 3))
+
+
+class _Products(_ChannelRequest):
+    """``Σ A g``."""
+
+    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        return (activations.double() * gradients.double()).sum((1, 3))
+
+
+@dataclass
+class ChannelMoments:
+    """Sums over the layer's positions in the volume, each window with its blending weight; float64.
+
+    Attributes:
+        count: number of positions.
+        first: ``Σ A_c``, (C,).
+        second: ``Σ A_c A_d``, (C, C).
+    """
+
+    count: float
+    first: Tensor
+    second: Tensor
+
+
+class _Weighted(Request):
+    """Sums over the layer's positions in the volume, from all windows, each with its blending weight."""
+
+    everywhere = True
+    backward = False
+
+    def __init__(self, layer: str, *, before_gradient: bool = False) -> None:
+        self.layers, self.before_gradient = (layer,), before_gradient
+        self.first: Tensor | None = None
+
+    @property
+    def key(self) -> Hashable:
+        return (type(self).__name__, self.layers)
+
+    def begin(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def values(self, view: View) -> tuple[Tensor, Tensor]:
+        """Activations (n, C, p) and weights (n, p), float64."""
+        values = spatial_map(view.activations[self.layers[0]], self.objective, self.layers[0])
+        weights = [position_weights(self.objective, w, values.shape[2:]) for w in view.batch.windows]
+        return values.flatten(2).double(), torch.stack(weights).to(values.device).flatten(1).double()
+
+
+class ChannelSums(_Weighted):
+    """``Σ A_c`` of a layer: (C,), float64."""
+
+    summed = ("first",)
+
+    def see(self, view: View) -> None:
+        values, weights = self.values(view)
+        first = torch.einsum("ncp,np->c", values, weights).cpu()
+        self.first = first if self.first is None else self.first + first
+
+    def result(self) -> Tensor:
+        assert self.first is not None
+        return self.first
+
+
+class Moments(_Weighted):
+    """`ChannelMoments` of a layer."""
+
+    summed = ("count", "first", "second")
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(layer)
+        self.second: Tensor | None = None
+
+    def begin(self, objective: Objective) -> None:
+        super().begin(objective)
+        self.count = torch.zeros((), dtype=torch.float64)
+
+    def see(self, view: View) -> None:
+        values, weights = self.values(view)
+        weighted = values * weights[:, None]
+        self.count += weights.sum().cpu()
+        first, second = weighted.sum((0, 2)).cpu(), torch.bmm(weighted, values.mT).sum(0).cpu()
+        self.first = first if self.first is None else self.first + first
+        self.second = second if self.second is None else self.second + second
+
+    def result(self) -> ChannelMoments:
+        assert self.first is not None
+        assert self.second is not None
+        return ChannelMoments(float(self.count), self.first, self.second)

@@ -1,0 +1,55 @@
+"""Modified backward passes at activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+import esegeta_monai.engine.rules as rules
+from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.methods.base import Explained, Method
+
+__all__ = ["Deconvolution", "GuidedBackprop"]
+
+
+@dataclass(eq=False, repr=False)
+class GuidedBackprop(Method):
+    """The gradient with ``g_in = max(max(g_out, 0) · a′(x), 0)`` at every activation a (Springenberg et al. 2015).
+
+    It acts on all rectifiers (ReLU, LeakyReLU, PReLU, ELU, GELU, SiLU, Mish, …), as modules or calls. The importance
+    map of the windows is never negative, so that the sum of the windows' maps is that of the whole volume.
+
+    Sharp pictures, but insensitive to the upper layers' weights (Adebayo et al. 2018): do not use it alone.
+    """
+
+    reference = "Springenberg et al., ICLR workshop 2015, arXiv:1412.6806"
+    produces = "input map"
+    additive = False
+    units = "modified gradient"
+    full_precision = True
+
+    name: str | None = field(default=None, kw_only=True)
+
+    def passes(self, objective: Objective) -> int:
+        """Once, and the first window twice: its output under the rules is compared with the plain one."""
+        return len(objective.windows) + 1
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+
+        def of(batch: Batch) -> Tensor:
+            return self._rule(batch.forward, batch.image, batch.stacked_cotangents(), compare=batch.compare).input
+
+        return Explained(objective.scatter(of)[0])
+
+    _rule = staticmethod(rules.guided)
+
+
+@dataclass(eq=False, repr=False)
+class Deconvolution(GuidedBackprop):
+    """The gradient with ``g_in = max(g_out, 0)`` at every activation, whatever it is (Zeiler & Fergus 2014)."""
+
+    reference = "Zeiler & Fergus, ECCV 2014, arXiv:1311.2901"
+
+    _rule = staticmethod(rules.deconvolution)

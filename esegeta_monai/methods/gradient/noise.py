@@ -1,0 +1,149 @@
+"""Wrappers that run another method on noisy copies of the image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.engine.baselines import noise_like
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.errors import UsageError
+from esegeta_monai.methods.base import METHODS, Explained, Method
+from esegeta_monai.methods.run import run
+
+__all__ = ["SmoothGrad", "SmoothGradSquared", "VarGrad"]
+
+
+@dataclass(eq=False, repr=False)
+class SmoothGrad(Method):
+    """The mean of a method's maps over noisy images: ``a = 1/n Σ_i A(x + ε_i)`` (Smilkov et al. 2017).
+
+    Noise is drawn once for the volume, so that overlapping windows see the same noise, and with the run's seed.
+
+    Args:
+        method: the method inside, an instance, a config or text; any method that gives an input map.
+        n_samples: n.
+        std: standard deviation of the noise, in units of each channel's standard deviation.
+
+    Example:
+        >>> SmoothGrad("InputXGradient", n_samples=4).method.name
+        'InputXGradient'
+    """
+
+    reference = "Smilkov et al. 2017, arXiv:1706.03825"
+    produces = "input map"
+    additive = True
+
+    method: Any = "Saliency(abs=False)"
+    n_samples: int = 10
+    std: float = 0.15
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.method: Method = METHODS.create(self.method)
+        if self.method.produces != "input map":
+            raise UsageError(f"SmoothGrad needs a method that gives an input map, not {self.method.name}")
+        if self.n_samples < 1:
+            raise UsageError(f"n_samples={self.n_samples}: at least one sample is needed")
+        if self.std < 0:
+            raise UsageError(f"std={self.std}: noise cannot have a negative standard deviation")
+        self.additive = self.method.additive  # type: ignore[misc]
+        self.full_precision = self.method.full_precision  # type: ignore[misc]
+        self.needs_gradient = self.method.needs_gradient  # type: ignore[misc]
+        self.needs_linear = self.method.needs_linear  # type: ignore[misc]
+
+    @property
+    def signed(self) -> bool:
+        return self.method.signed
+
+    @property
+    def units(self) -> str:
+        return self.method.units
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        total: Tensor | None = None
+        for maps in self._samples(objective):
+            total = maps if total is None else total.add_(maps)
+        assert total is not None
+        return Explained(total / self.n_samples)
+
+    def passes(self, objective: Objective) -> int:
+        """Those of the method inside, once a sample, and the prediction there where that is asked for."""
+        asked = self.method.needs_value or not objective.linear
+        prediction = len(objective.windows) if asked else 0
+        return self.n_samples * (prediction + self.method.passes(objective))
+
+    @property
+    def passes_exact(self) -> bool:
+        """What a perturbation changes differs from one noisy image to the next."""
+        return super().passes_exact and self.method.needs_gradient
+
+    def _samples(self, objective: Objective) -> Iterator[Tensor]:
+        """The method's maps at each noisy image."""
+        generator = objective.generator()
+        for _ in range(self.n_samples):
+            noisy = objective.image + noise_like(objective.image, self.std, generator)
+            yield run(self.method, objective.at(noisy)).maps
+
+
+@dataclass(eq=False, repr=False)
+class SmoothGradSquared(SmoothGrad):
+    """The mean of the squares of a method's maps over noisy images: ``a = 1/n Σ_i A(x + ε_i)²`` (Hooker et al. 2019).
+
+    Squares are of the whole volume's maps.
+
+    Args:
+        method, n_samples, std: see `SmoothGrad`.
+    """
+
+    reference = "Hooker et al., NeurIPS 2019, arXiv:1806.10758"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.additive = False  # type: ignore[misc]
+
+    @property
+    def signed(self) -> bool:
+        return False
+
+    @property
+    def units(self) -> str:
+        return f"({self.method.units})²"
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        total: Tensor | None = None
+        for maps in self._samples(objective):
+            total = maps.square() if total is None else total + maps.square()
+        assert total is not None
+        return Explained(total / self.n_samples)
+
+
+@dataclass(eq=False, repr=False)
+class VarGrad(SmoothGradSquared):
+    """The variance of a method's maps over noisy images: ``a = 1/n Σ_i (A(x + ε_i) − Ā)²`` (Adebayo et al. 2018).
+
+    Args:
+        method, n_samples, std: see `SmoothGrad`.
+    """
+
+    reference = "Adebayo et al., ICLR workshop 2018, arXiv:1810.03307"
+    brief = (("n_samples", 8),)  # the variance of few gradients is hardly more than one difference
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial); updated sample by sample (Welford 1962), since E[A²] − E[A]² would cancel."""
+        mean: Tensor | None = None
+        for i, maps in enumerate(self._samples(objective)):
+            if mean is None:
+                mean, squares = maps.clone(), torch.zeros_like(maps)
+                continue
+            step = maps - mean
+            mean += step / (i + 1)
+            squares += step * (maps - mean)
+        return Explained(squares / self.n_samples)

@@ -1,0 +1,69 @@
+"""What a layer gives: activations, and what the target makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from esegeta_monai.engine.default_layer import check_layer
+from esegeta_monai.engine.layer_maps import BlendedActivations
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.methods.base import Explained, Method, Passes, Produces
+from esegeta_monai.methods.layer.scattered import Reduce, check_reduce, reduce_channels
+
+__all__ = ["LayerActivation", "LayerMethod"]
+
+
+@dataclass(eq=False, repr=False)
+class LayerMethod(Method, registered=False):
+    """What methods share whose map is that of a layer.
+
+    Args:
+        layer: dotted name; None: a sensible one is found and named in the record.
+        reduce: ``"channels"`` keeps every channel (a 4D NIfTI); ``"sum"``, ``"mean"``, ``"abs"`` (sum of absolute
+            values) or ``"positive"`` (sum of positive values) give one map.
+    """
+
+    produces: ClassVar[Produces] = "layer map"
+
+    layer: str | None = None
+    reduce: Reduce = "sum"
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_reduce(self.reduce)
+
+    @property
+    def signed(self) -> bool:
+        return self.reduce not in ("abs", "positive")
+
+
+@dataclass(eq=False, repr=False)
+class LayerActivation(LayerMethod):
+    """The output of a layer on the image's grid: ``Σ_w ĝ_w · up(A_w)``, windows blended like the prediction.
+
+    Args:
+        layer: dotted name; None: a sensible one is found and named in the record.
+        reduce: ``"channels"`` keeps every channel (a 4D NIfTI); ``"sum"``, ``"mean"``, ``"abs"`` (sum of absolute
+            values) or ``"positive"`` (sum of positive values) give one map.
+    """
+
+    produces = "activation"
+    additive = False
+    units = "activation"
+
+    reduce: Reduce = "mean"
+    name: str | None = field(default=None, kw_only=True)
+
+    def passes(self, objective: Objective) -> int:
+        """One forward pass everywhere (besides one where a layer is looked for)."""
+        return len(objective.plan)
+
+    def attribute(self, objective: Objective) -> Passes:
+        """(k, C, *spatial), the same for every target; C is 1 unless ``reduce="channels"``."""
+        layer = check_layer(objective, self.layer)
+        linear = self.reduce if self.reduce in ("sum", "mean") else None  # then it may come before the blending
+        activations = yield BlendedActivations(layer, linear)
+        maps = activations if linear else reduce_channels(activations, self.reduce)
+        return Explained(maps[None].expand(objective.n_targets, *maps.shape).clone(), {"layer": layer})

@@ -1,0 +1,117 @@
+"""What the target makes of a layer at the image: gradients times activations, and a layer seen in the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import esegeta_monai.engine.rules as rules
+from esegeta_monai.engine.default_layer import check_layer
+from esegeta_monai.engine.layer_maps import position_weights, spatial_map
+from esegeta_monai.engine.network.hooks import capture
+from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.errors import UsageError
+from esegeta_monai.methods.base import Explained, Method, Passes
+from esegeta_monai.methods.cam.gradient_cam import GradCam
+from esegeta_monai.methods.layer.activation import LayerMethod
+from esegeta_monai.methods.layer.scattered import ScatteredGradients
+
+__all__ = ["LayerActivationGuidedBackprop", "LayerGradCam", "LayerGradientXActivation"]
+
+
+@dataclass(eq=False, repr=False)
+class LayerGradientXActivation(LayerMethod):
+    """``A_c(p) · ∂F/∂A_c(p)``: activation times gradient at a layer, position by position.
+
+    Args:
+        layer: dotted name; None: a sensible one is found and named in the record.
+        reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
+
+    Example:
+        >>> LayerGradientXActivation("model.0", reduce="abs").signed
+        False
+    """
+
+    reference = "Shrikumar et al. 2016, arXiv:1605.01713"
+    additive = True
+    units = "target per voxel"
+
+    def attribute(self, objective: Objective) -> Passes:
+        """(k, C or 1, *spatial)."""
+        layer = check_layer(objective, self.layer)
+        maps, padding = yield ScatteredGradients(layer, torch.mul, self.reduce)
+        return Explained(maps, {"layer": layer, "sum_in_padding": padding})
+
+
+@dataclass(eq=False, repr=False)
+class LayerGradCam(GradCam):
+    """`GradCam` before ReLU: ``Σ_c α_c A_c`` with signs, under the name that Captum gives it.
+
+    Args:
+        layer, relu: see `GradCam`.
+    """
+
+    relu: bool = False
+    name: str | None = field(default=None, kw_only=True)
+
+
+@dataclass(eq=False, repr=False)
+class LayerActivationGuidedBackprop(Method):
+    """Where in the image a layer, or one of its channels, finds what it is active for: guided backpropagation of
+    ``Σ_p |A_c(p)|``, each window with its blending weight (the layer visualisation of TorchEsegeta).
+
+    It does not depend on the target; every target gets the same map.
+
+    Args:
+        layer: dotted name; None: a sensible one is found and named in the record.
+        channel: c; None: the sum over all channels.
+    """
+
+    reference = "Springenberg et al., ICLR workshop 2015, arXiv:1412.6806"
+    produces = "input map"
+    additive = False
+    units = "modified gradient of the activation"
+    full_precision = True
+
+    layer: str | None = None
+    channel: int | None = None
+    name: str | None = field(default=None, kw_only=True)
+
+    def passes(self, objective: Objective) -> int:
+        """All windows twice: for the activation's signs, and under the rules."""
+        return 2 * len(objective.plan)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        layer = check_layer(objective, self.layer)
+        maps = objective.new_maps()[:1]
+
+        def run(batch: Batch) -> None:
+            def activation(x: Tensor) -> Tensor:
+                with capture(objective.model.network, [layer]) as captured:
+                    batch.forward(x)
+                return captured[layer]
+
+            with torch.no_grad():
+                values = activation(batch.image)
+            cotangent = self._sign(values, objective, layer, batch)
+            guided = rules.guided(activation, batch.image, cotangent[None], compare=lambda x: values)
+            objective.add(maps, batch, guided.input)
+
+        objective.each([(0, w) for w in objective.every], run, with_cotangents=False, sums=[maps])
+        return Explained(maps.expand(objective.n_targets, *maps.shape[1:]).clone(), {"layer": layer})
+
+    def _sign(self, values: Tensor, objective: Objective, layer: str, batch: Batch) -> Tensor:
+        """``∂ Σ_p ĝ_w |A_c| / ∂A``, in the layer's own shape."""
+        values = values.detach().requires_grad_(True)
+        with torch.enable_grad():
+            on_grid = spatial_map(values, objective, layer)
+            if self.channel is not None:
+                if not 0 <= self.channel < on_grid.shape[1]:
+                    raise UsageError(f"channel={self.channel}: layer {layer!r} has {on_grid.shape[1]} channels")
+                on_grid = on_grid[:, self.channel : self.channel + 1]
+            weights = [position_weights(objective, w, on_grid.shape[2:]) for w in batch.windows]
+            total = (on_grid.abs() * torch.stack(weights)[:, None].to(on_grid)).sum()
+        return torch.autograd.grad(total, values)[0]

@@ -1,0 +1,20 @@
+"""The linear approximation of the network behind a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esegeta_monai.methods.layer.gradient import LayerGradientXActivation
+
+__all__ = ["LinearApproximation"]
+
+
+@dataclass(eq=False, repr=False)
+class LinearApproximation(LayerGradientXActivation):
+    """``Σ_c A_c(p) · ∂F/∂A_c(p)``: what each position of a layer adds to the first-order approximation of F behind it
+    (``linear_approx`` of TorchRay).
+
+    It is `LayerGradientXActivation` summed over channels, and `HiResCam` before ReLU.
+    """
+
+    reference = "Fong et al., ICCV 2019 (TorchRay), arXiv:1910.08485"

@@ -1,0 +1,162 @@
+"""Expected gradients: integrated gradients whose path and baseline are drawn at random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.engine.baselines import baseline_for, choice_passes, describe_baseline, noise_like
+from esegeta_monai.engine.default_layer import check_layer
+from esegeta_monai.engine.network.hooks import capture
+from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.errors import UsageError
+from esegeta_monai.methods.base import Explained, Method, relative_gap
+from esegeta_monai.methods.layer.activation import LayerMethod
+from esegeta_monai.methods.layer.path import layer_pass
+from esegeta_monai.methods.layer.scattered import LayerSum
+
+__all__ = ["GradientShap", "LayerGradientShap"]
+
+
+@dataclass
+class _Draw:
+    """One sample: the (noisy) image, the baseline, and the place between them."""
+
+    x: Tensor
+    x0: Tensor
+    alpha: float
+
+    @property
+    def point(self) -> Tensor:
+        return torch.lerp(self.x0, self.x, self.alpha)
+
+
+def _draws(method: GradientShap | LayerGradientShap, objective: Objective) -> Iterator[_Draw]:
+    generator, baseline = objective.generator(), baseline_for(method.baseline)
+    for _ in range(method.n_samples):
+        x = objective.image
+        if method.std:
+            x = x + noise_like(x, method.std, generator)
+        yield _Draw(x, baseline.draw(objective, generator), float(torch.rand((), generator=generator)))
+
+
+def _check(n_samples: int, std: float) -> None:
+    if n_samples < 2 or std < 0:
+        raise UsageError(f"n_samples={n_samples} must be at least 2 (for the error bar), std={std} not negative")
+
+
+@dataclass(eq=False, repr=False)
+class GradientShap(Method):
+    """``a = E[(x' − x₀) · ∂F/∂x(x₀ + α (x' − x₀))]`` over baselines x₀, α uniform on [0, 1] and noisy images x' (Erion
+    et al. 2021; Lundberg & Lee 2017).
+
+    Complete in expectation. The record has the gap, and ``completeness_error``: the standard error of the gap from
+    the spread of the samples, in the same units, so that a gap of more than some three of it is no accident.
+
+    Args:
+        baseline: the distribution of x₀, see `esegeta_monai.engine.baselines`.
+        n_samples: draws.
+        std: of noise added to the image, in units of each channel's standard deviation.
+
+    Example:
+        >>> GradientShap(baseline="noise", n_samples=16).parameters["std"]
+        0.0
+    """
+
+    reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
+    needs_value = True
+    gap_advice = "take more draws (n_samples); completeness_error is its standard error"
+
+    baseline: Any = "auto"
+    n_samples: int = 32
+    std: float = 0.0
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.n_samples, self.std)
+
+    def passes(self, objective: Objective) -> int:
+        """A gradient and F at the baseline a draw, F at the noisy image, and one more for non-linear targets."""
+        each = (2 + bool(self.std) + (not objective.linear)) * len(objective.windows)
+        return self.n_samples * each + choice_passes(self.baseline, objective)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        baseline = baseline_for(self.baseline)
+        maps, misses, ends, starts = objective.new_maps(), [], [], []
+        for draw in _draws(self, objective):
+            one = objective.gradient(draw.point[None]).maps[:, 0] * (draw.x - draw.x0)
+            start = objective.value(draw.x0[None])[:, 0]
+            end = objective.value(draw.x[None])[:, 0] if self.std else objective.image_values()
+            misses.append(one.flatten(1).sum(1, dtype=torch.float64).cpu() - (end - start).cpu())
+            ends.append(end)
+            starts.append(start)
+            maps += one
+        maps /= self.n_samples
+        first, last = torch.stack(starts).mean(0), torch.stack(ends).mean(0)
+        error = torch.stack(misses).std(0) / math.sqrt(self.n_samples) / (last - first).abs().cpu()
+        notes = {"completeness_gap": relative_gap(maps, last, first), "completeness_error": error.tolist()}
+        return Explained(maps, {**notes, "n_samples": self.n_samples, **describe_baseline(baseline, first)})
+
+
+@dataclass(eq=False, repr=False)
+class LayerGradientShap(LayerMethod):
+    """``E[(A(x') − A(x₀)) · ∂F/∂A(x₀ + α (x' − x₀))]`` at a layer, in the words of `GradientShap`.
+
+    Args:
+        layer: dotted name; None: a sensible one is found and named in the record.
+        reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
+        baseline, n_samples, std: see `GradientShap`.
+    """
+
+    reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
+    additive = True
+    units = "target per voxel"
+    needs_value = True
+
+    baseline: Any = "auto"
+    n_samples: int = 32
+    std: float = 0.0
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.n_samples, self.std)
+
+    def passes(self, objective: Objective) -> int:
+        """A gradient, and the layer at image and baseline, a draw; one more for non-linear targets."""
+        each = (3 + (not objective.linear)) * len(objective.windows)
+        return self.n_samples * each + choice_passes(self.baseline, objective)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C or 1, *spatial)."""
+        layer = check_layer(objective, self.layer)
+        baseline = baseline_for(self.baseline)
+        total = LayerSum(objective, layer, self.reduce)
+        for draw in _draws(self, objective):
+
+            def run(batch: Batch, draw: _Draw = draw) -> None:
+                _, g = layer_pass(batch, batch.cut(draw.point), layer)
+                total.add(batch, g * (_activation(batch, draw.x, layer) - _activation(batch, draw.x0, layer)))
+
+            predictions = None if objective.linear else objective.predict(draw.point[None])
+            objective.each([(0, w) for w in objective.windows], run, predictions=predictions, sums=[total])
+        total.scale(1 / self.n_samples)
+        maps, padding = total.result()
+        notes = {"layer": layer, "sum_in_padding": padding, "n_samples": self.n_samples}
+        return Explained(maps, {**notes, "baseline": baseline.record()})
+
+
+def _activation(batch: Batch, volume: Tensor, layer: str) -> Tensor:
+    with torch.no_grad(), capture(batch.objective.model.network, [layer]) as captured:
+        batch.forward(batch.cut(volume))
+    return captured[layer]

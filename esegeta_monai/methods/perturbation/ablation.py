@@ -1,0 +1,122 @@
+"""Features switched off one by one: by a baseline, or by what other cases have there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esegeta_monai.engine.baselines import Image
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.perturbation.game import Game
+from esegeta_monai.engine.perturbation.masks import Segments
+from esegeta_monai.errors import UsageError
+from esegeta_monai.methods.base import Explained
+from esegeta_monai.methods.perturbation.base import PerturbationMethod
+
+__all__ = ["FeatureAblation", "FeaturePermutation"]
+
+
+@dataclass(eq=False, repr=False)
+class FeatureAblation(PerturbationMethod):
+    """``a_j = F(x) − F(x with feature j replaced)``, shown at every voxel of the feature.
+
+    Args:
+        feature_mask: the features, see `esegeta_monai.engine.feature_masks`: ``"supervoxels"``, ``"grid(size=16)"``,
+            ``"channels"``, or a label map.
+        baseline: what stands where a feature is off, see `esegeta_monai.engine.baselines`; ``"feature mean"``: its
+        mean.
+
+    The record has a table of the features under ``features``. Windows that a feature does not touch are not computed.
+
+    Example:
+        >>> FeatureAblation("grid(size=8)").parameters["baseline"]
+        'auto'
+    """
+
+    reference = "Zeiler & Fergus, ECCV 2014, arXiv:1311.2901 (one feature at a time)"
+    units = "change of the target when the voxel's feature is replaced"
+    feature_mask: Any = "supervoxels"
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, 1, *spatial), or (k, C, *spatial) where features are channels."""
+        game = Game.of(objective, self.feature_mask, self.baseline)
+        drops = -game.values(one_off(game))
+        maps = game.features.paint(drops).to(objective.image.dtype)
+        return Explained(maps, {**game.notes(), "features": game.features.table(drops)})
+
+    def perturbations(self, objective: Objective) -> Segments:
+        """One coalition a feature."""
+        game = Game.of(objective, self.feature_mask, self.baseline)
+        return game.segments(one_off(game))
+
+
+@dataclass(eq=False, repr=False)
+class FeaturePermutation(PerturbationMethod):
+    """``a_j = F(x) − mean over other cases i of F(x with feature j of case i)`` (Breiman 2001, Fisher et al. 2019).
+
+    Permuting a feature within a set of cases gives each case the feature of a random other one; here the mean over all
+    others is taken, so that nothing is left to chance.
+
+    Args:
+        cases: at least two other cases: NIfTI files on the network's grid or tensors (C, *spatial), preprocessed like
+            the image.
+        feature_mask: see `FeatureAblation`.
+
+    The record's table has the standard deviation over the cases.
+
+    Raises:
+        UsageError: fewer than two cases.
+    """
+
+    reference = "Fisher et al., JMLR 20(177), 2019, arXiv:1801.01489"
+    units = "mean change of the target when the voxel's feature comes from another case"
+    cases: Sequence[Any] = ()
+    feature_mask: Any = "supervoxels"
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.cases) < 2:
+            raise UsageError(
+                f"FeaturePermutation exchanges features between cases, but cases= has {len(self.cases)}: give at least "
+                "two files or tensors, or use FeatureAblation, which needs none"
+            )
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, 1, *spatial), or (k, C, *spatial) where features are channels."""
+        game = Game.of(objective, self.feature_mask, 0.0)
+        others = self._others(objective)
+        drops = torch.stack([-game.values(one_off(game), other) for other in others])
+        mean, spread = drops.mean(0), drops.std(0)
+        maps = game.features.paint(mean).to(objective.image.dtype)
+        table = game.features.table(mean, standard_deviation=spread)
+        return Explained(maps, {"n_features": len(game.features), "n_cases": len(others), "features": table})
+
+    def perturbations(self, objective: Objective) -> Segments:
+        """One round, by the first of the other cases."""
+        game = Game.of(objective, self.feature_mask, 0.0)
+        return game.segments(one_off(game), self._others(objective)[0])
+
+    def predictions(self, objective: Objective) -> int:
+        return len(self.cases) * super().predictions(objective)
+
+    def passes(self, objective: Objective) -> int:
+        """One round of all features a case; what they are compared with is computed once."""
+        game = Game.of(objective, self.feature_mask, 0.0)
+        return game.passes(one_off(game), self._others(objective))
+
+    def _others(self, objective: Objective) -> list[Tensor]:
+        return [Image(c).draw(objective, objective.generator()) for c in self.cases]
+
+
+def one_off(game: Game) -> np.ndarray:
+    """The coalitions that lack one feature (n, n)."""
+    game.check_size(len(game.features))
+    return ~np.eye(len(game.features), dtype=bool)

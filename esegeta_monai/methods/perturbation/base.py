@@ -1,0 +1,51 @@
+"""What perturbation methods share: how many perturbations, and how many window passes, they need."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.perturbation.base import Perturbations
+from esegeta_monai.engine.perturbation.scoring import known_passes
+from esegeta_monai.errors import MethodError
+from esegeta_monai.methods.base import Method
+
+__all__ = ["PerturbationMethod", "finite_scores"]
+
+
+class PerturbationMethod(Method, registered=False):
+    """A black-box method: it sees the change of the target under perturbations, never a gradient."""
+
+    produces = "input map"
+    additive = False
+
+    needs_gradient = False
+
+    @abstractmethod
+    def perturbations(self, objective: Objective) -> Perturbations:
+        """All that will be scored."""
+
+    def predictions(self, objective: Objective) -> int:
+        return len(self.perturbations(objective))
+
+    def passes(self, objective: Objective) -> int:
+        """Exact: windows that a perturbation does not change, or that have been scored, are left out."""
+        return known_passes(objective, self.perturbations(objective))
+
+
+def finite_scores(method: Method, scores: Tensor) -> Tensor:
+    """The scores (k, m), for methods whose statistics would make a number of NaN.
+
+    Raises:
+        MethodError: some are not finite.
+    """
+    bad = int((~torch.isfinite(scores)).any(0).sum())
+    if bad:
+        raise MethodError(
+            f"{method.name}: the target is not finite at {bad} of {scores.shape[1]} perturbed images: switch amp off, "
+            "or choose another baseline"
+        )
+    return scores

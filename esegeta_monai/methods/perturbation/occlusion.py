@@ -1,0 +1,119 @@
+"""Parts of the image replaced, and how much the target changes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from monai.utils import ensure_tuple_rep
+from torch import Tensor
+
+from esegeta_monai.engine.baselines import baseline_for
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.perturbation.boxes import Boxes
+from esegeta_monai.engine.perturbation.scoring import score_changes
+from esegeta_monai.errors import UsageError
+from esegeta_monai.methods.base import Explained
+from esegeta_monai.methods.perturbation.base import PerturbationMethod
+from esegeta_monai.utils.registry import json_ready
+
+__all__ = ["Occlusion"]
+
+
+@dataclass(eq=False, repr=False)
+class Occlusion(PerturbationMethod):
+    """``a(v) = mean over occluders b that hold v of F(x) − F(x with b replaced)`` (Zeiler & Fergus 2014).
+
+    Only the windows that an occluder touches, and that the target sees, are computed again.
+
+    Args:
+        window: shape of the occluder in voxels, spatial; one number for all axes.
+        stride: steps between occluders; None: ``window``, so that occluders tile the image.
+        baseline: what stands in the occluder, see `esegeta_monai.engine.baselines`.
+        per_channel: each channel is occluded by itself, else all together.
+
+    Example:
+        >>> Occlusion(window=8, stride=4).parameters
+        {'window': 8, 'stride': 4, 'baseline': 'auto', 'per_channel': False}
+    """
+
+    reference = "Zeiler & Fergus, ECCV 2014, arXiv:1311.2901"
+    units = "change of the target when the voxel's surroundings are replaced"
+    window: int | Sequence[int] = 16
+    stride: int | Sequence[int] | None = None
+    baseline: Any = "auto"
+    per_channel: bool = False
+    name: str | None = field(default=None, kw_only=True)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        baseline = baseline_for(self.baseline, local=True)
+        reference = baseline.draw(objective, objective.generator())
+        boxes = self.occluders(objective, reference)
+        drops = (-score_changes(objective, boxes)).to(objective.image)
+        maps = objective.new_maps()
+        changed = drops.any(0).nonzero().flatten().tolist()  # an occluder that no target sees has nothing to add
+        for i in changed:
+            place = boxes.boxes[i]
+            for c in range(len(maps[0])) if boxes.channels is None else boxes.channels[i]:
+                index: tuple[Any, ...] = (slice(None), c, *place)
+                maps[index] += drops[:, i].reshape(-1, *(1,) * len(place))
+        if changed:  # elsewhere the map is zero, and nothing is divided
+            places = list(zip(*(boxes.boxes[i] for i in changed)))
+            touched = tuple(slice(min(p.start for p in axis), max(p.stop for p in axis)) for axis in places)
+            index = (..., *touched)
+            counts = [count[t] for count, t in zip(self._counts(objective.plan.spatial_shape), touched)]
+            for axis, count in enumerate(counts):  # occluders are a grid: what holds a voxel is a product over the axes
+                maps[index] /= count.to(maps).reshape(-1, *(1,) * (len(counts) - 1 - axis))
+        return Explained(maps, {"occluders": len(boxes), "baseline": json_ready(baseline.record())})
+
+    def perturbations(self, objective: Objective) -> Boxes:
+        """All occluders."""
+        return self.occluders(objective, baseline_for(self.baseline, local=True).draw(objective, objective.generator()))
+
+    def predictions(self, objective: Objective) -> int:
+        occluders = math.prod(len(line) for line in self._lines(objective.plan.spatial_shape))
+        return occluders * (objective.image.shape[0] if self.per_channel else 1)
+
+    def occluders(self, objective: Objective, reference: Tensor) -> Boxes:
+        """The boxes of this case."""
+        lines = self._lines(objective.plan.spatial_shape)
+        starts = [[s for s, _ in corner] for corner in itertools.product(*lines)]
+        stops = [[t for _, t in corner] for corner in itertools.product(*lines)]
+        channels: list[Sequence[int]] | None = None
+        if self.per_channel:
+            n_channels = objective.image.shape[0]
+            channels = [(c,) for c in range(n_channels) for _ in starts]
+            starts, stops = starts * n_channels, stops * n_channels
+        return Boxes(starts, stops, reference, channels)
+
+    def _lines(self, shape: Sequence[int]) -> list[list[tuple[int, int]]]:
+        """First and last voxel (excluded) of the occluders along each axis."""
+        window = self._spatial(self.window, len(shape), "window")
+        stride = window if self.stride is None else self._spatial(self.stride, len(shape), "stride")
+        starts = [range(0, max(n - w, 0) + s, s) for n, w, s in zip(shape, window, stride)]
+        return [[(a, min(a + w, n)) for a in line if a < n] for line, w, n in zip(starts, window, shape)]
+
+    def _counts(self, shape: Sequence[int]) -> list[Tensor]:
+        """For each axis how many occluders hold each voxel, at least 1."""
+        counts = []
+        for line, n in zip(self._lines(shape), shape):
+            count = torch.zeros(n)
+            for a, b in line:
+                count[a:b] += 1
+            counts.append(count.clamp(min=1))
+        return counts
+
+    @staticmethod
+    def _spatial(value: int | Sequence[int], axes: int, what: str) -> tuple[int, ...]:
+        try:
+            shape = tuple(int(v) for v in ensure_tuple_rep(value, axes))
+        except ValueError as error:
+            raise UsageError(f"Occlusion: {what}={value} does not fit an image of {axes} axes") from error
+        if any(v < 1 for v in shape):
+            raise UsageError(f"Occlusion: {what}={value} must be positive")
+        return shape

@@ -1,0 +1,272 @@
+"""Shapley values of features: how ``F(x) − F(x₀)`` is shared among them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.perturbation.game import Game
+from esegeta_monai.engine.perturbation.masks import Segments
+from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.methods.base import Explained
+from esegeta_monai.methods.perturbation.base import PerturbationMethod
+
+__all__ = ["ChannelShapley", "KernelShap", "ShapleyValueSampling", "all_coalitions", "shapley_values"]
+
+
+@dataclass(eq=False, repr=False)
+class _ShapleyMethod(PerturbationMethod):
+    """What all share: ``φ_j`` of each feature, spread over its voxels, so that the map sums up to F(x) − F(x₀)."""
+
+    additive = True
+    units = "target per voxel"
+
+    def game(self, objective: Objective) -> Game:
+        """The features as players."""
+        raise NotImplementedError
+
+    def coalitions(self, game: Game) -> np.ndarray:
+        """All coalitions that are needed (m, n)."""
+        raise NotImplementedError
+
+    def perturbations(self, objective: Objective) -> Segments:
+        """All coalitions."""
+        game = self.game(objective)
+        return game.segments(self.coalitions(game))
+
+    @staticmethod
+    def explained(game: Game, phi: Tensor, error: Tensor, empty: Tensor, notes: dict[str, Any]) -> Explained:
+        """From values and standard errors (k, n), and ``F(x₀) − F(x)`` (k,)."""
+        gap = [abs(float((s + e) / e)) if e != 0 else None for s, e in zip(phi.sum(1), empty)]
+        table = game.features.table(phi, standard_error=error)
+        found = {"completeness_gap": gap, "baseline_value": (game.objective.image_values().cpu() + empty).tolist()}
+        maps = game.features.spread(phi).to(game.objective.image.dtype)
+        return Explained(maps, {**game.notes(), **notes, **found, "features": table})
+
+
+@dataclass(eq=False, repr=False)
+class ShapleyValueSampling(_ShapleyMethod):
+    """``φ_j = mean over orders of F(with j and all before it) − F(with all before it)`` (Castro et al. 2009).
+
+    Complete: each order's shares add up to ``F(x) − F(x₀)``, x₀ being the image with all features off.
+
+    Args:
+        n_samples: random orders; where there are no more than that (n! ≤ n_samples) each is taken once: exact.
+        feature_mask, baseline: see `FeatureAblation`.
+
+    The map holds φ_j over the number of j's voxels; the record's table has φ_j and its standard error.
+
+    Example:
+        >>> ShapleyValueSampling(n_samples=10, feature_mask="channels").additive
+        True
+    """
+
+    reference = "Castro et al., Comput. Oper. Res. 36(5), 2009; Strumbelj & Kononenko, JMLR 11, 2010"
+
+    n_samples: int = 25
+    feature_mask: Any = "supervoxels"
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_samples < 2:
+            raise UsageError(f"n_samples={self.n_samples}: an error bar needs two orders")
+
+    def game(self, objective: Objective) -> Game:
+        return Game.of(objective, self.feature_mask, self.baseline)
+
+    def coalitions(self, game: Game) -> np.ndarray:
+        """(orders * (n + 1), n): for each order the coalitions from empty to full."""
+        orders = self.orders(game)
+        n = orders.shape[1]
+        game.check_size(len(orders) * (n + 1))
+        rank = np.argsort(orders, axis=1)
+        return (rank[:, None, :] < np.arange(n + 1)[None, :, None]).reshape(-1, n)
+
+    def orders(self, game: Game) -> np.ndarray:
+        """Which feature comes when, (orders, n)."""
+        n = len(game.features)
+        if self._exact(n):
+            return np.array(list(itertools.permutations(range(n))))
+        generator = game.objective.generator()
+        return torch.stack([torch.randperm(n, generator=generator) for _ in range(self.n_samples)]).numpy()
+
+    def _exact(self, n: int) -> bool:
+        return n < 13 and math.factorial(n) <= self.n_samples
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, 1, *spatial), or (k, C, *spatial) where features are channels."""
+        game = self.game(objective)
+        orders = torch.from_numpy(self.orders(game))
+        values = game.values(self.coalitions(game)).reshape(objective.n_targets, *orders.shape[:1], -1)
+        shares = torch.zeros(values.shape[0], *orders.shape, dtype=values.dtype)
+        shares.scatter_(2, orders.expand_as(shares), values.diff(dim=2))
+        exact = self._exact(orders.shape[1])
+        error = torch.zeros_like(shares[:, 0]) if exact else shares.std(1) / math.sqrt(len(orders))
+        notes = {"orders": len(orders), "exact": exact}
+        return self.explained(game, shares.mean(1), error, values[:, 0, 0], notes)
+
+
+@dataclass(eq=False, repr=False)
+class KernelShap(_ShapleyMethod):
+    """Shapley values by weighted regression on coalitions (Lundberg & Lee 2017).
+
+    ``min over φ of Σ_S π(S) (v(S) − v(∅) − Σ_{j∈S} φ_j)²`` with ``Σ φ = v(all) − v(∅)`` as a constraint and
+    ``π(S) = (n−1) / (C(n,|S|) |S| (n−|S|))``. Coalitions are drawn by π, each with its complement (Covert & Lee 2021).
+
+    Args:
+        n_samples: coalitions; where all 2ⁿ − 2 fit, each is taken once with its weight: exact.
+        feature_mask, baseline: see `FeatureAblation`.
+
+    The record's table has φ_j and its standard error (delete-a-group jackknife).
+    """
+
+    reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874; Covert & Lee, AISTATS 2021, arXiv:2012.01536"
+
+    n_samples: int = 512
+    feature_mask: Any = "supervoxels"
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    def game(self, objective: Objective) -> Game:
+        return Game.of(objective, self.feature_mask, self.baseline)
+
+    def coalitions(self, game: Game) -> np.ndarray:
+        """(2 + samples, n): empty, full, then samples; a sample and its complement are neighbours."""
+        n = len(game.features)
+        if self._exact(n):
+            return all_coalitions(n)[[0, -1, *range(1, 2**n - 1)]]
+        game.check_size(self.n_samples)
+        if self.n_samples < max(2 * GROUPS, 2 * n):
+            raise MethodError(
+                f"KernelShap: {self.n_samples} samples for {n} features: at least {max(2 * GROUPS, 2 * n)} are needed, "
+                "ten times the features are better"
+            )
+        generator = game.objective.generator()
+        sizes = torch.arange(1, n, dtype=torch.float64)
+        drawn = torch.multinomial(1 / (sizes * (n - sizes)), self.n_samples // 2, True, generator=generator) + 1
+        chosen = np.zeros((2, n), dtype=bool)
+        chosen[1] = True
+        half = torch.rand(len(drawn), n, generator=generator).argsort(1).argsort(1) < drawn[:, None]
+        return np.concatenate([chosen, torch.stack([half, ~half], 1).reshape(-1, n).numpy()])
+
+    def _exact(self, n: int) -> bool:
+        return n <= 20 and 2**n - 2 <= self.n_samples
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, 1, *spatial), or (k, C, *spatial) where features are channels."""
+        game = self.game(objective)
+        sets = self.coalitions(game)
+        n, exact = sets.shape[1], self._exact(sets.shape[1])
+        values = game.values(sets).numpy()
+        sizes = sets[2:].sum(1)
+        weights = 1 / np.array([math.comb(n, s) * s * (n - s) for s in sizes]) if exact else np.ones(len(sizes))
+        phi = _constrained(sets[2:], values, weights)
+        error = np.zeros_like(phi)
+        if not exact:
+            parts = [_constrained(sets[2:], values, weights * keep) for keep in _without_a_group(len(sizes))]
+            error = np.sqrt((GROUPS - 1) / GROUPS * ((np.stack(parts) - np.mean(parts, 0)) ** 2).sum(0))
+        notes = {"coalitions": len(sets), "exact": exact}
+        empty = torch.from_numpy(values[:, 0])
+        return self.explained(game, torch.from_numpy(phi), torch.from_numpy(error), empty, notes)
+
+
+GROUPS = 32
+"""Groups of the jackknife."""
+
+
+def _without_a_group(samples: int) -> Iterator[np.ndarray]:
+    """Weights that leave out one group of pairs after the other."""
+    group = np.arange(samples) // 2 % GROUPS
+    for g in range(GROUPS):
+        yield (group != g).astype(float)
+
+
+def _constrained(sets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The weighted regression under ``Σ φ = v(all) − v(∅)``: (k, n). ``values``: (k, 2 + m), empty and full first.
+
+    The last feature is eliminated by the constraint.
+    """
+    total = values[:, 1] - values[:, 0]
+    if sets.shape[1] == 1:
+        return total[:, None]
+    y = values[:, 2:] - values[:, :1] - sets[:, -1] * total[:, None]
+    x = sets[:, :-1].astype(float) - sets[:, -1:]
+    root = np.sqrt(weights)
+    first = np.linalg.lstsq(x * root[:, None], (y * root).T, rcond=None)[0].T
+    return np.concatenate([first, (total - first.sum(1))[:, None]], axis=1)
+
+
+@dataclass(eq=False, repr=False)
+class ChannelShapley(_ShapleyMethod):
+    """The exact Shapley value of each input channel, such as the contrasts of an MR examination: 2^C predictions.
+
+    Args:
+        baseline: what stands in a channel that is off, see `esegeta_monai.engine.baselines`.
+        names: of the channels, for the table; None: as the case has them (a bundle's metadata.json).
+
+    Raises:
+        MethodError: more than 12 channels.
+    """
+
+    reference = "Shapley 1953; Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
+
+    baseline: Any = "auto"
+    names: Sequence[str] | None = None
+    name: str | None = field(default=None, kw_only=True)
+
+    def game(self, objective: Objective) -> Game:
+        from esegeta_monai.engine.feature_masks import Channels
+
+        channels = objective.image.shape[0]
+        if channels > 12:
+            raise MethodError(
+                f"ChannelShapley needs 2^{channels} predictions for {channels} channels: use "
+                "ShapleyValueSampling(feature_mask='channels')"
+            )
+        return Game.of(objective, Channels(self.names), self.baseline)
+
+    def coalitions(self, game: Game) -> np.ndarray:
+        """All 2^C."""
+        return all_coalitions(len(game.features))
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        game = self.game(objective)
+        sets = self.coalitions(game)
+        values = game.values(sets)
+        phi = shapley_values(values)
+        return self.explained(game, phi, torch.zeros_like(phi), values[:, 0], {"coalitions": len(sets), "exact": True})
+
+
+def all_coalitions(n: int) -> np.ndarray:
+    """All coalitions of n features (2ⁿ, n), feature j in row r where bit j of r is set."""
+    return (np.arange(2**n)[:, None] >> np.arange(n)) & 1 == 1
+
+
+def shapley_values(values: Tensor) -> Tensor:
+    """Exact Shapley values (k, n) from the value of every coalition (k, 2ⁿ), in the order of `all_coalitions`.
+
+    ``φ_j = Σ_{S ∌ j} |S|! (n−|S|−1)! / n! (v(S ∪ j) − v(S))``
+
+    >>> shapley_values(torch.tensor([[0.0, 1.0, 2.0, 7.0]]))
+    tensor([[3., 4.]])
+    """
+    n = int(values.shape[1]).bit_length() - 1
+    sets = torch.from_numpy(all_coalitions(n))
+    sizes = sets.sum(1)
+    weight = torch.tensor([1 / (n * math.comb(n - 1, s)) for s in range(n)], dtype=values.dtype)
+    found = []
+    for j in range(n):
+        without = torch.nonzero(~sets[:, j]).flatten()
+        found.append(((values[:, without + 2**j] - values[:, without]) * weight[sizes[without]]).sum(1))
+    return torch.stack(found, 1)

@@ -1,0 +1,152 @@
+"""Relevance for the target less relevance for its opposite: what is special to the target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import esegeta_monai.engine.rules as rules
+from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.relevance.lrp import input_range
+
+__all__ = ["ContrastiveExcitationBackprop", "ContrastiveLRP"]
+
+
+@dataclass(eq=False, repr=False)
+class _Contrastive(Method):
+    """What contrastive methods share: both sides are summed over the windows, then compared."""
+
+    produces = "input map"
+    additive = True
+
+    full_precision = True
+    needs_linear = True
+
+    positive: bool = True
+    name: str | None = field(default=None, kw_only=True)
+
+    @property
+    def signed(self) -> bool:
+        return not self.positive
+
+    def passes(self, objective: Objective) -> int:
+        """Once, and the first window twice: its output under the rules is compared with the plain one."""
+        return len(objective.windows) + 1
+
+    def _both(self, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of target and opposite: maps (2, k, C, *spatial), what fell on padding and `Sides.kept` (2, k), the total."""
+        maps = torch.stack([objective.new_maps(), objective.new_maps()])
+        padding = torch.zeros(2, objective.n_targets, dtype=torch.float64)
+        kept = torch.zeros_like(padding)
+        total = torch.zeros_like(padding[0])
+
+        def run(batch: Batch) -> None:
+            sides = self._sides(objective, batch)
+            kept.add_(sides.kept.cpu())
+            total.add_(sides.total.cpu())
+            for i, values in enumerate((sides.target, sides.opposite)):
+                padding[i] += objective.add(maps[i], batch, values).sum(1, dtype=torch.float64).cpu()
+
+        objective.each([(0, w) for w in objective.windows], run, sums=[maps, padding, kept, total])
+        return maps, padding, kept, total
+
+    def _sides(self, objective: Objective, batch: Batch) -> rules.Sides:
+        raise NotImplementedError
+
+    def _shown(self, contrast: Tensor) -> Tensor:
+        return contrast.clamp(min=0) if self.positive else contrast
+
+
+@dataclass(eq=False, repr=False)
+class ContrastiveExcitationBackprop(_Contrastive):
+    """``Σ prior · (T / t − A / a)``: excitation backpropagation of the target less that of its opposite (Zhang 2018).
+
+    The opposite is the target with the signs of the last weights changed. t and a are what the last weights of the
+    whole volume hand down (each side is one below them), so that the contrast adds up to nothing there. Linear scores
+    only (``output="logit"``).
+
+    Args:
+        positive: keep what is above zero, as Zhang does; else the signed contrast.
+
+    The record has ``kept_target`` and ``kept_opposite``, t and a as shares of the prior.
+
+    Example:
+        >>> ContrastiveExcitationBackprop(positive=False).signed
+        True
+    """
+
+    reference = "Zhang et al., IJCV 2018, doi:10.1007/s11263-017-1059-x"
+    units = "share of the prior"
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        maps, padding, kept, prior = self._both(objective)
+        factors = torch.where(kept > 0, prior / torch.where(kept > 0, kept, 1.0), 0.0)
+        factors[1] *= -1
+        wide = factors.reshape(2, -1, *(1,) * (maps.ndim - 2)).to(maps)
+        contrast = (maps * wide).sum(0)
+        notes = {
+            "sum_in_padding": (padding * factors).sum(0),
+            "kept_target": kept[0] / prior,
+            "kept_opposite": kept[1] / prior,
+        }
+        return Explained(self._shown(contrast), notes)
+
+    def _sides(self, objective: Objective, batch: Batch) -> rules.Sides:
+        return rules.contrastive_excitation(
+            batch.forward, batch.image, batch.stacked_cotangents(), compare=batch.compare
+        )
+
+
+@dataclass(eq=False, repr=False)
+class ContrastiveLRP(_Contrastive):
+    """``max(R − R_dual, 0)``: LRP of the target less LRP of its opposite (Gu, Yang & Tresp 2018, CLRP2).
+
+    The opposite is the target with the signs of the last weights changed; it starts with the same relevance F(x). The
+    last weights hand relevance down by z⁺ (under epsilon both sides would be equal), those below by the composite.
+    ``Σ (R − R_dual) + booked = 0``. Linear scores only (``output="logit"``).
+
+    Args:
+        composite, epsilon, gamma: see `LRP`; of the operations below the last weights. Gu et al.: z⁺ everywhere.
+        positive: keep what is above zero, as Gu et al. do; else the signed contrast.
+
+    Example:
+        >>> ContrastiveLRP().parameters["composite"]
+        {'convolution': 'ZPlus', 'dense': 'ZPlus'}
+    """
+
+    reference = "Gu, Yang & Tresp, ACCV 2018, arXiv:1812.02100"
+    units = "target per voxel"
+
+    composite: str | Mapping[str, Any] = field(default_factory=lambda: {"convolution": "ZPlus", "dense": "ZPlus"})
+    epsilon: float = 1e-6
+    gamma: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=0.0, high=1.0)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        maps, padding, kept, total = self._both(objective)
+        contrast = maps[0] - maps[1]
+        booked, lost = kept[0] - kept[1], padding[0] - padding[1]
+        gap = contrast.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + booked
+        notes = {
+            "booked": booked,
+            "sum_in_padding": lost,
+            "completeness_gap": [abs(float(g / v)) if v else None for g, v in zip(gap, total)],
+        }
+        return Explained(self._shown(contrast), notes)
+
+    def _sides(self, objective: Objective, batch: Batch) -> rules.Sides:
+        low, high = input_range(objective)
+        composite = rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=low, high=high)
+        return rules.contrastive_lrp(
+            batch.forward, batch.image, batch.stacked_cotangents(), composite, compare=batch.compare
+        )

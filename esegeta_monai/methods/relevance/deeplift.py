@@ -1,0 +1,266 @@
+"""DeepLIFT: differences from a reference, passed back by finite-difference multipliers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import esegeta_monai.engine.rules as rules
+from esegeta_monai.engine.baselines import Baseline, baseline_for, choice_passes, describe_baseline
+from esegeta_monai.engine.default_layer import check_layer
+from esegeta_monai.engine.network.hooks import find_layer
+from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.errors import UsageError
+from esegeta_monai.methods.base import Explained, Method, relative_gap
+from esegeta_monai.methods.layer.activation import LayerMethod
+from esegeta_monai.methods.layer.scattered import LayerSum
+from esegeta_monai.utils.distributed import Summed
+
+__all__ = ["DeepLift", "DeepLiftShap", "LayerDeepLift", "LayerDeepLiftShap"]
+
+
+@dataclass(eq=False, repr=False)
+class DeepLift(Method):
+    """``a = (x − x₀) · m`` with m the finite-difference multipliers, the rescale rule (Shrikumar et al. 2017).
+
+    Complete to rounding on every network: the sum of the map is ``F(x) − F(x₀)``. Activations, norms, attention and
+    pooling have exact difference formulas, see `esegeta_monai.engine.rules.deep_lift`; a non-linear target enters by
+    its own
+    multiplier over the two predictions.
+
+    Args:
+        baseline: x₀, see `esegeta_monai.engine.baselines`.
+
+    Example:
+        >>> DeepLift(baseline="blur(sigma=4)").full_precision
+        True
+    """
+
+    reference = "Shrikumar et al., ICML 2017, arXiv:1704.02685"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
+    needs_value = True
+    full_precision = True
+
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    def passes(self, objective: Objective) -> int:
+        """Image and baseline once (twice where the target is not linear: F at the baseline comes first), and the first
+        window of the image once more: its output under the rules is compared with the plain one."""
+        return passes_against(objective) + choice_passes(self.baseline, objective)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        baseline = baseline_for(self.baseline)
+        x0 = baseline.draw(objective, objective.generator())
+        maps = objective.new_maps()
+        start = against(objective, x0, _adding(objective, maps), [maps])
+        gap = relative_gap(maps, objective.image_values(), start)
+        return Explained(maps, {"completeness_gap": gap, **describe_baseline(baseline, start)})
+
+
+@dataclass(eq=False, repr=False)
+class DeepLiftShap(Method):
+    """The mean of `DeepLift` over references drawn from a distribution (Lundberg & Lee 2017): an approximation of
+    Shapley values, complete to rounding for the references that were drawn.
+
+    Args:
+        baseline: the distribution, see `esegeta_monai.engine.baselines`; a list of files or tensors is taken one by
+        one.
+        n_samples: number of draws; a list is used whole where it is not longer.
+    """
+
+    reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
+    produces = "input map"
+    additive = True
+    units = "target per voxel"
+    needs_value = True
+    full_precision = True
+
+    baseline: Any = "auto"
+    n_samples: int = 8
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_samples(self.n_samples)
+
+    def passes(self, objective: Objective) -> int:
+        """Those of `DeepLift`, once a draw."""
+        return self.n_samples * passes_against(objective) + choice_passes(self.baseline, objective)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        baseline = baseline_for(self.baseline)
+        maps, starts = objective.new_maps(), []
+        for x0 in draws(baseline, objective, self.n_samples):
+            starts.append(against(objective, x0, _adding(objective, maps), [maps]))
+        maps /= len(starts)
+        mean = torch.stack(starts).mean(0)
+        gap = relative_gap(maps, objective.image_values(), mean)
+        notes = {"completeness_gap": gap, "n_baselines": len(starts), **describe_baseline(baseline, mean)}
+        return Explained(maps, notes)
+
+
+@dataclass(eq=False, repr=False)
+class LayerDeepLift(LayerMethod):
+    """`DeepLift` at a layer: ``(A − A₀) · m`` with A₀ the layer's output for the reference.
+
+    The sum is the part of ``F(x) − F(x₀)`` that flows through the layer, all of it where no path leads round it:
+    ``share_through_layer`` in the record.
+
+    Args:
+        layer: dotted name; None: a sensible one is found and named in the record.
+        reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
+        baseline: x₀, see `esegeta_monai.engine.baselines`.
+    """
+
+    reference = "Shrikumar et al., ICML 2017, arXiv:1704.02685"
+    additive = True
+    units = "target per voxel"
+    needs_value = True
+    full_precision = True
+
+    baseline: Any = "auto"
+    name: str | None = field(default=None, kw_only=True)
+
+    @property
+    def references(self) -> int:
+        """How many references are drawn."""
+        return 1
+
+    def passes(self, objective: Objective) -> int:
+        """Those of `DeepLift`, once a draw."""
+        return self.references * passes_against(objective) + choice_passes(self.baseline, objective)
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C or 1, *spatial)."""
+        layer = check_layer(objective, self.layer)
+        module = find_layer(objective.model.network, layer)
+        baseline = baseline_for(self.baseline)
+        total, starts = LayerSum(objective, layer, self.reduce), []
+
+        def see(batch: Batch, found: rules.Relevance) -> None:
+            total.add(batch, found.layers[layer].relevance)
+
+        for x0 in draws(baseline, objective, self.references):
+            starts.append(against(objective, x0, see, [total], {layer: module}))
+        total.scale(1 / len(starts))
+        maps, padding = total.result()
+        mean = torch.stack(starts).mean(0).cpu()
+        notes: dict[str, Any] = {"layer": layer, "sum_in_padding": padding, **describe_baseline(baseline, mean)}
+        if self.reduce == "sum":
+            notes["share_through_layer"] = total.share(objective.image_values().cpu() - mean)
+        return Explained(maps, notes)
+
+
+@dataclass(eq=False, repr=False)
+class LayerDeepLiftShap(LayerDeepLift):
+    """The mean of `LayerDeepLift` over references drawn from a distribution.
+
+    Args:
+        layer, reduce: see `LayerDeepLift`.
+        baseline: the distribution; a list of files or tensors is taken one by one.
+        n_samples: number of draws; a list is used whole where it is not longer.
+    """
+
+    reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
+    needs_value = True
+
+    n_samples: int = 8
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_samples(self.n_samples)
+
+    @property
+    def references(self) -> int:
+        return self.n_samples
+
+
+See = Callable[[Batch, rules.Relevance], None]
+
+
+def against(
+    objective: Objective,
+    x0: Tensor,
+    see: See,
+    sums: Sequence[Tensor | Summed],
+    layers: Mapping[str, torch.nn.Module] | None = None,
+) -> Tensor:
+    """DeepLIFT against one reference, window by window.
+
+    Args:
+        x0: the reference (C, *spatial).
+        see: called with what DeepLIFT makes of each batch.
+        sums: what ``see`` adds into, see `Objective.each`.
+        layers: modules whose outputs are attributed as well.
+
+    Returns:
+        F at the reference (k,), float64. Of linear scores the pass over the reference that DeepLIFT makes tells it.
+    """
+    start, cotangents = (None, None) if objective.linear else differences(objective, x0)
+    found = torch.zeros(objective.n_targets, dtype=torch.float64)
+
+    def run(batch: Batch) -> None:
+        image, reference = batch.image, batch.cut(x0)
+        relevance = rules.deep_lift(
+            batch.forward, image, reference, batch.stacked_cotangents(), layers=layers, compare=batch.compare
+        )
+        if start is None:
+            assert relevance.at_baseline is not None
+            found.add_(batch.scores(relevance.at_baseline).sum(1).cpu())
+        see(batch, relevance)
+
+    objective.each([(0, w) for w in objective.windows], run, cotangents=cotangents, sums=[*sums, found])
+    return (found + objective.constants()).to(objective.image.device) if start is None else start
+
+
+def passes_against(objective: Objective) -> int:
+    """Window passes of `against`."""
+    return (2 if objective.linear else 3) * len(objective.windows) + 1
+
+
+def _adding(objective: Objective, maps: Tensor) -> See:
+    def see(batch: Batch, relevance: rules.Relevance) -> None:
+        objective.add(maps, batch, relevance.input)
+
+    return see
+
+
+def differences(objective: Objective, x0: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """F at a reference (k,), and what each score does to differences of its prediction, (channels, *box) a score:
+    ``∂s/∂P`` for a linear one, else the multiplier that makes ``Σ m · (P − P₀) = s(P) − s(P₀)``."""
+    at_reference = [p[0] for p in objective.predict(x0[None])]
+    start = torch.stack([s.value(p.double()) for s, p in zip(objective.scores, at_reference)])
+    cotangents = []
+    for score, p, p0 in zip(objective.scores, objective.image_predictions(), at_reference):
+        if score.linear:
+            cotangents.append(score.cotangent(p))
+        else:
+            cotangents.append(rules.deep_lift_multiplier(score.value, p.double(), p0.double()).to(p.dtype))
+    return start, cotangents
+
+
+def draws(baseline: Baseline, objective: Objective, n: int) -> Iterator[Tensor]:
+    """References: n draws, or every one of a list that is not longer."""
+    files = getattr(baseline, "files", None)
+    if files is not None and 0 < len(files) <= n:
+        for file in files:
+            yield baseline_for([file]).draw(objective, objective.generator())
+        return
+    generator = objective.generator()
+    for _ in range(n):
+        yield baseline.draw(objective, generator)
+
+
+def _check_samples(n: int) -> None:
+    if n < 1:
+        raise UsageError(f"n_samples={n}: at least one is needed")

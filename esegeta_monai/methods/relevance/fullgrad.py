@@ -1,0 +1,172 @@
+"""Full gradients: the image's part and every bias's part of the target."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esegeta_monai.engine.default_layer import layer_shapes
+from esegeta_monai.engine.network.hooks import find_layer
+from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.layer.scattered import LayerSum, Reduce
+from esegeta_monai.utils.distributed import Summed
+
+__all__ = ["FullGrad"]
+
+
+@dataclass
+class _Call:
+    """One run of a module: what went in, what came out (a part of the graph)."""
+
+    name: str
+    module: nn.Module
+    input: Tensor
+    output: Tensor
+
+
+@dataclass(eq=False, repr=False)
+class FullGrad(Method):
+    """``F(x) = Σ x · ∂F/∂x + Σ_l Σ b_l · ∂F/∂y_l``: the gradient at the image and at the bias b of every module l
+    (Srinivas & Fleuret 2019).
+
+    The bias of a module is ``b = y − J z``, J its Jacobian at its input z: the parameter ``bias`` of a convolution, the
+    shift of a norm, and the implicit bias of a bent activation; zero for ReLU, pooling and other homogeneous
+    modules. Biases of layers without positions (a linear head) are booked in the record. Complete where all constants
+    and bent functions are modules; attention and functional activations are not, and ``completeness_gap`` says how much
+    is missing. Linear targets only.
+
+    Args:
+        abs: the saliency map of the paper, the sum of the absolute values of all parts, each taken of the whole volume
+            (a pass for each module); else all parts with their signs, which add up to F.
+    """
+
+    reference = "Srinivas & Fleuret, NeurIPS 2019, arXiv:1905.00780"
+    produces = "input map"
+    additive = False
+    units = "target per voxel"
+    full_precision = True
+    needs_linear = True
+    needs_value = True
+    gap_advice = "gates, attention and functions outside modules have parts that are the bias of no module"
+
+    abs: bool = True
+    name: str | None = field(default=None, kw_only=True)
+
+    @property
+    def signed(self) -> bool:
+        return not self.abs
+
+    def passes(self, objective: Objective) -> int:
+        """One, or one a module and one for the image; and one window in which all modules are looked at."""
+        rounds = len(_leaves(objective.model.network)) + 1 if self.abs else 1
+        return len(objective.windows) * rounds + 1
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, 1, *spatial)."""
+        runs = {s.name: s.calls for s in layer_shapes(objective) if s.grid is not None and max(s.grid[1:]) > 1}
+        leaves = _leaves(objective.model.network)
+        groups = [[n] for n in leaves] if self.abs else [leaves]
+        total = objective.new_maps(1)
+        booked = objective.constants()
+        padding = torch.zeros_like(booked)
+        signed = torch.zeros_like(booked)
+        for names in [[], *groups] if self.abs else groups:
+            maps = objective.new_maps()
+            how: Reduce = "channels" if self.abs else "sum"
+            # a part for each run: a module used twice may give other channels the second time
+            parts = {(n, i): LayerSum(objective, n, how) for n in names for i in range(runs.get(n, 0))}
+
+            def run(
+                batch: Batch,
+                names: list[str] = names,
+                maps: Tensor = maps,
+                parts: dict[tuple[str, int], LayerSum] = parts,
+                padding: Tensor = padding,
+            ) -> None:
+                x = batch.image.detach().requires_grad_(True)
+                with torch.enable_grad(), _recorded(objective.model.network, names) as calls:
+                    out = batch.forward(x)
+                found = batch.gradients(out, [x, *(c.output for c in calls)])
+                if found[0] is not None and (not self.abs or not names):
+                    padding.add_(objective.add(maps, batch, found[0] * x.detach()).sum(1).double().cpu())
+                seen: Counter[str] = Counter()
+                for call, gradient in zip(calls, found[1:]):
+                    key = (call.name, seen[call.name])
+                    seen[call.name] += 1
+                    if gradient is None:
+                        continue
+                    product = gradient * _bias(call)
+                    if key in parts and len(call.output) == len(batch):
+                        parts[key].add(batch, product)
+                    else:
+                        booked.add_(product.flatten(1).sum(1).double().cpu())
+
+            kind = ("full gradients", *(type(find_layer(objective.model.network, n)) for n in names))
+            sums: list[Tensor | Summed] = [maps, padding, booked, *parts.values()]
+            objective.each([(0, w) for w in objective.windows], run, sums=sums, kind=kind)
+            found = [p.result() for p in parts.values() if p.maps is not None]
+            for values, lost in [(maps, torch.zeros_like(padding)), *found]:
+                signed = signed + values.flatten(1).sum(1).double().cpu()
+                padding += lost.cpu()
+                total += (values.abs() if self.abs else values).sum(1, keepdim=True)
+        value = objective.image_values().cpu()
+        gap = [abs(float((s - v) / v)) if v else None for s, v in zip(signed + booked + padding, value)]
+        return Explained(total, {"completeness_gap": gap, "booked": booked, "sum_in_padding": padding})
+
+
+def _leaves(network: nn.Module) -> list[str]:
+    """The modules that have none inside."""
+    return [n for n, m in network.named_modules() if n and not any(m.children())]
+
+
+@contextmanager
+def _recorded(network: nn.Module, names: list[str]) -> Iterator[list[_Call]]:
+    """The runs of modules with one tensor in and one out. What goes in and out are copies, safe from in-place calls."""
+    calls: list[_Call] = []
+    inputs: dict[int, Tensor] = {}
+    handles = []
+
+    def before(module: nn.Module, args: Any) -> Any:
+        if len(args) == 1 and isinstance(args[0], Tensor) and args[0].requires_grad:
+            inputs[id(module)] = args[0].detach().clone()
+            return (args[0].clone(),)
+        inputs.pop(id(module), None)
+        return None
+
+    def after_of(name: str) -> Any:
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            if id(module) in inputs and isinstance(output, Tensor):
+                calls.append(_Call(name, module, inputs.pop(id(module)), output))
+                return output.clone()
+            return None
+
+        return after
+
+    try:
+        for name, module in network.named_modules():
+            if name in names:
+                handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after_of(name))]
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _bias(call: _Call) -> Tensor:
+    """``y − J z`` of one run, by two backward passes: Jᵀu is linear in u, and its derivative along z is J z."""
+    with torch.enable_grad():
+        z = call.input.requires_grad_(True)
+        y = call.module(z.clone())
+        u = torch.zeros_like(y).requires_grad_(True)
+        (pulled,) = torch.autograd.grad(y, z, u, create_graph=True, materialize_grads=True)
+        if not pulled.requires_grad:
+            return y.detach()
+        (pushed,) = torch.autograd.grad(pulled, u, z.detach(), allow_unused=True, materialize_grads=True)
+    return (y - pushed).detach()

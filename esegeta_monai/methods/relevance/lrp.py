@@ -1,0 +1,131 @@
+"""Relevance that is handed down from the output to the image, operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import esegeta_monai.engine.rules as rules
+from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.methods.base import Explained, Method
+
+__all__ = ["LRP", "ExcitationBackprop", "input_range"]
+
+
+@dataclass(eq=False, repr=False)
+class _Relevance(Method):
+    """What relevance methods share: windows added, what stays with biases booked, conservation in the record."""
+
+    produces = "input map"
+    additive = True
+
+    full_precision = True
+    needs_linear = True
+
+    def passes(self, objective: Objective) -> int:
+        """Once, and the first window twice: its output under the rules is compared with the plain one."""
+        return len(objective.windows) + 1
+
+    def attribute(self, objective: Objective) -> Explained:
+        """(k, C, *spatial)."""
+        booked = torch.zeros(objective.n_targets, dtype=torch.float64)
+        total = torch.zeros_like(booked)
+
+        def of(batch: Batch) -> torch.Tensor:
+            cotangents = batch.stacked_cotangents()
+            relevance = self._relevance(objective, batch, cotangents)
+            booked.add_(relevance.booked.sum(1, dtype=torch.float64).cpu())
+            total.add_(self._expected(batch, cotangents, relevance).cpu())
+            return relevance.input
+
+        maps, padding = objective.scatter(of, sums=[booked, total])
+        lost = padding.sum(1, dtype=torch.float64).cpu()
+        sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + booked
+        gap = [abs(float((s - f) / f)) if f else None for s, f in zip(sums, total)]
+        return Explained(maps, {"booked": booked, "sum_in_padding": lost, "completeness_gap": gap})
+
+    def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
+        raise NotImplementedError
+
+    def _expected(self, batch: Batch, cotangents: torch.Tensor, relevance: rules.Relevance) -> torch.Tensor:
+        """What map and books must sum up to, for each target."""
+        return batch.scores(relevance.output).sum(1)
+
+
+@dataclass(eq=False, repr=False)
+class LRP(_Relevance):
+    """Layer-wise relevance propagation (Bach et al. 2015): ``Σ a + booked = F(x)``.
+
+    Convolutions and linear layers by the rules of a composite (Kohlbrenner et al. 2020); norms with σ held constant;
+    attention by AttnLRP (Achtibat et al. 2024); biases booked. Linear scores only (``output="logit"``).
+
+    Args:
+        composite: ``"EpsilonPlus"``, ``"EpsilonPlusFlat"``, ``"EpsilonGammaBox"``, ``"EpsilonAlpha2Beta1"``,
+            ``"DeepTaylor"``, or a mapping of operation to rule, see `esegeta_monai.engine.rules.lrp`.
+        epsilon, gamma: of the rules of those names.
+
+    Example:
+        >>> LRP(composite="EpsilonPlusFlat").name
+        'LRP'
+    """
+
+    reference = "Bach et al., PLoS ONE 2015, doi:10.1371/journal.pone.0130140; Kohlbrenner et al., IJCNN 2020"
+    units = "target per voxel"
+
+    composite: str | Mapping[str, Any] = "EpsilonPlus"
+    epsilon: float = 1e-6
+    gamma: float = 0.25
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=0.0, high=1.0)
+
+    def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
+        low, high = input_range(objective)
+        return rules.lrp(
+            batch.forwards,
+            batch.image,
+            cotangents,
+            self.composite,
+            epsilon=self.epsilon,
+            gamma=self.gamma,
+            low=low,
+            high=high,
+            compare=batch.compares,
+        )
+
+
+def input_range(objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
+    """The smallest and the largest value that windows of the image can have, constant padding among them."""
+    low, high = objective.image.min(), objective.image.max()
+    if objective.plan.padded and objective.plan.padding_mode == "constant":
+        low, high = low.clamp(max=objective.plan.cval), high.clamp(min=objective.plan.cval)
+    return low.to(objective.model.device), high.to(objective.model.device)
+
+
+@dataclass(eq=False, repr=False)
+class ExcitationBackprop(_Relevance):
+    """Excitation backpropagation: the marginal winning probability of each voxel (Zhang et al. 2018).
+
+    The prior is the target's weights (sum 1 for a class); what falls on each voxel is never negative, and adds up to
+    the prior but for what only biases excite, which is booked. Linear scores only.
+    """
+
+    reference = "Zhang et al., IJCV 2018, doi:10.1007/s11263-017-1059-x"
+    units = "share of the prior"
+
+    name: str | None = field(default=None, kw_only=True)
+
+    @property
+    def signed(self) -> bool:
+        return False
+
+    def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
+        return rules.excitation(batch.forward, batch.image, cotangents, compare=batch.compare)
+
+    def _expected(self, batch: Batch, cotangents: torch.Tensor, relevance: rules.Relevance) -> torch.Tensor:
+        return cotangents.flatten(1).sum(1, dtype=torch.float64)

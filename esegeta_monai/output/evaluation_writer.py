@@ -1,0 +1,214 @@
+"""Writes what an `Evaluator` found of each case: one table of all cases, and each case's record, curves and regions."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.data import MetaTensor
+from torch import Tensor
+
+import esegeta_monai.files as storage
+from esegeta_monai.errors import UsageError
+from esegeta_monai.explain.evaluation import Evaluator, Found
+from esegeta_monai.explain.names import ResultNames
+from esegeta_monai.methods.base import Method
+from esegeta_monai.targets.base import Target
+from esegeta_monai.utils.distributed import Ranks, Share
+from esegeta_monai.utils.files import write_json
+from esegeta_monai.utils.registry import json_ready
+
+__all__ = ["COLUMNS", "REGION_COLUMNS", "EvaluationWriter"]
+
+_FIRST = ("case", "target", "method", "metric", "group", "value", "low", "high", "n", "higher_is_better")
+COLUMNS: tuple[str, ...] = (*_FIRST, "beats_controls", "seconds", "passes")
+"""Of ``metrics.csv``: one row a case, target, method and metric."""
+
+_SUMS = ("voxels", "volume_mm3", "sum", "abs_sum", "share_of_abs", "mean")
+REGION_COLUMNS: tuple[str, ...] = ("target", "method", "region", *_SUMS, "alarm")
+"""Of ``<case>_regions.csv``."""
+
+
+class EvaluationWriter:
+    """Writes ``<output>/metrics.csv`` (tidy, all cases) and for each case ``<case>_metrics.json``,
+    ``<case>_regions.csv`` and ``<case>_regions.json``. Cases of earlier runs into the same folder stay.
+
+    Args:
+        output_dir: made if it does not exist.
+        methods, targets: of the run.
+        provenance: what every JSON records beside versions.
+        ranks: the processes that write into this folder; None: this one.
+        share: what they share, see `esegeta_monai.utils.distributed.Share`; ``"windows"`` needs an `Explainer` with
+            ``distributed=True``. The table is written by the first process; the cases of others are in it after `join`.
+
+    Attributes:
+        done: how many cases were judged.
+        problems: what failed, a line each.
+        not_beating: the case, target, method and metric of each value that is no better than a control's.
+
+    Raises:
+        UsageError: an unwritable folder, names that clash, or a ``metrics.csv`` there that is another table.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        methods: Sequence[Method],
+        targets: Sequence[Target],
+        provenance: Mapping[str, Any] | None = None,
+        *,
+        ranks: Ranks | None = None,
+        share: Share = "cases",
+    ) -> None:
+        self.methods, self.targets, self.names = methods, targets, ResultNames(methods, targets)
+        self.ranks, self.share = ranks or Ranks(), share
+        self.output_dir = storage.writable_folder(output_dir)
+        self.provenance = dict(provenance or {})
+        self.path = self.output_dir / "metrics.csv"
+        if not self.ranks.rank:
+            self._earlier()  # before anything is computed
+        self.done = 0
+        self.problems: list[str] = []
+        self.not_beating: list[str] = []
+        self._rows: list[tuple[str, list[dict[str, Any]]]] = []
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the cases that it judges."""
+        return self.share == "cases" or not self.ranks.rank
+
+    def evaluate(
+        self,
+        evaluator: Evaluator,
+        image: MetaTensor,
+        case: str,
+        *,
+        problems: Mapping[str, str] | None = None,
+        maps: Mapping[tuple[str, str], Tensor] | None = None,
+        **more: Any,
+    ) -> None:
+        """Judges one case and writes it.
+
+        Args:
+            evaluator: of the run's metrics.
+            image: the preprocessed image (C, *spatial).
+            case: its name, as the user calls it.
+            problems: what of the case cannot be used (its label), and why; recorded.
+            maps, more: see `Evaluator`.
+
+        Raises:
+            EsegetaError: the case cannot be explained at all.
+        """
+        parts = self.ranks.part(self.share, self.methods, self.targets)
+
+        def judge() -> Found:
+            return Found.joined([evaluator(image, some, of, maps=maps, names=self.names, **more) for some, of in parts])
+
+        if self.share == "methods":
+            with self.ranks.summed([]):  # what fails here fails on all ranks
+                found = judge()
+            found = Found.joined(self.ranks.gather(found))
+        else:
+            found = judge()
+        found.failed |= problems or {}
+        if self.writes:
+            self.write(case, found)
+
+    def failed(self, case: str, reason: str) -> None:
+        """Notes a case that could not be judged at all."""
+        if self.writes:
+            self.problems.append(f"{case}: {reason}")
+
+    def write(self, case: str, found: Found) -> Path:
+        """Writes one case; returns the path of its JSON."""
+        self.done += 1
+        self.problems += [f"{case}: {what}: {why}" for what, why in found.failed.items()]
+        for row in found.rows:
+            if row["status"] == "failed":
+                self.problems.append(f"{case}: {row['target']}, {row['method']}, {row['metric']}: {row['reason']}")
+            if row["beats_controls"] is False:
+                self.not_beating.append(f"{case}: {row['target']}, {row['method']}, {row['metric']}")
+        base = self.output_dir / storage.safe_name(case) / storage.safe_name(case)
+        region_rows = [{c: row.get(c) for c in REGION_COLUMNS} for row in found.regions]
+        _write_text(base.with_name(f"{base.name}_regions.csv"), _csv(REGION_COLUMNS, region_rows))
+        write_json(base.with_name(f"{base.name}_regions.json"), {"case": case, "regions": region_rows})
+        rows = [{"case": case, **{c: row.get(c) for c in COLUMNS if c != "case"}} for row in found.rows]
+        if self.ranks.rank:
+            self._rows.append((case, rows))
+        else:
+            self._table({case: rows})
+        curves = [
+            {"target": r["target"], "method": r["method"], "metric": r["metric"], **r["curve"]}
+            for r in found.rows
+            if r.get("curve")
+        ]
+        record = {
+            **self.provenance,
+            "case": case,
+            "metrics": [{k: v for k, v in row.items() if k != "curve"} for row in found.rows],
+            "curves": curves,
+            "failed": found.failed,
+            "empty_targets": found.empty,
+            "intended_use": storage.INTENDED_USE,
+            "versions": storage.versions(),
+        }
+        return write_json(base.with_name(f"{base.name}_metrics.json"), json_ready(record))
+
+    def join(self) -> None:
+        """Brings together what all processes judged: the table is whole, and `problems` and the like are everyone's."""
+        if self.ranks.size == 1:
+            return
+        known = self.ranks.gather((self.done, self.problems, self.not_beating, self._rows))
+        self.done = sum(done for done, *_ in known)
+        self.problems = [line for _, lines, _, _ in known for line in lines]
+        self.not_beating = [line for _, _, lines, _ in known for line in lines]
+        of_others = dict(pair for *_, several in known for pair in several)
+        if of_others and not self.ranks.rank:
+            self._table(of_others)
+        self._rows = []
+
+    def _table(self, judged: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Rows by case, in place of the earlier ones of these cases, also where there is none to put there."""
+        earlier = [row for row in self._earlier() if row["case"] not in judged]
+        _write_text(self.path, _csv(COLUMNS, [*earlier, *(row for rows in judged.values() for row in rows)]))
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        """The rows of the table as it lies there, also where a spreadsheet has written it again.
+
+        Raises:
+            UsageError: it is no such table, and writing would lose what it has.
+        """
+        if not self.path.is_file():
+            return []
+        try:
+            with open(self.path, newline="", encoding="utf-8-sig") as file:
+                table = csv.DictReader(file)
+                rows = list(table)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UsageError(f"{self.path} cannot be read ({error}): move it away, or choose another folder") from error
+        if table.fieldnames is not None and not set(COLUMNS) <= set(table.fieldnames):
+            raise UsageError(f"{self.path} has other columns than 'evaluate' writes: move it away")
+        return rows
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([_cell(row.get(c)) for c in columns] for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    if value is None:
+        return ""
+    return json.dumps(value) if isinstance(value, (bool, float)) else value
+
+
+def _write_text(path: Path, text: str) -> None:
+    with storage.atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,0 +1,332 @@
+"""What lies in an output folder: the results of each case, with maps, copies, metrics and region tables.
+
+Only the folder itself is read. Every text is passed through `esegeta_monai.files.privacy`, so that neither folders
+nor names of scan files reach a page; a case is called what the user called it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from esegeta_monai.errors import UsageError
+from esegeta_monai.files.copies import scan_copy_path
+from esegeta_monai.files.maps import sidecar_path
+from esegeta_monai.files.privacy import private, without_paths
+from esegeta_monai.files.runs import STATUSES
+from esegeta_monai.output.report.reading import fitted, table
+from esegeta_monai.utils.files import read_json
+from esegeta_monai.utils.names import safe_name
+
+__all__ = ["CaseResults", "Curve", "Result", "Run", "read_output"]
+
+CONTROL = "control:"
+OF_A_METRIC = ("target", "method", "metric")
+"""What a row of a metric needs to have."""
+WITH_MAP = ("ok", "zero")
+
+
+@dataclass
+class Result:
+    """One target by one method.
+
+    Attributes:
+        target, method: as ``run.json`` calls them; None both where the case failed as a whole.
+        status: as in ``run.json``; of a skipped one that of its sidecar.
+        record: the sidecar; empty where there is none.
+        map, mask: files, where they are.
+    """
+
+    target: str | None
+    method: str | None
+    status: str
+    reason: str | None = None
+    traceback: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    map: Path | None = None
+    mask: Path | None = None
+    seconds: float | None = None
+    warnings: list[str] = field(default_factory=list)
+    parameters_text: str = ""
+    gap_high: bool = False
+    file: str | None = None
+    href: str | None = None
+
+    @property
+    def synthesised(self) -> bool:
+        """The map is an image that the method made, not an attribution of the scan."""
+        return self.record.get("produces") == "synthesised image"
+
+
+@dataclass
+class Curve:
+    """A curve of the evaluation: what it shows, of which target and method, and its points."""
+
+    name: str
+    target: str
+    method: str
+    x: list[float]
+    y: list[float]
+
+
+@dataclass
+class CaseResults:
+    """All that is known of one case. ``notes``: what of its files could not be used."""
+
+    name: str
+    results: list[Result] = field(default_factory=list)
+    scan: Path | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    regions: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def explained(self) -> list[Result]:
+        """Results of a target and a method: all but the failure of a whole case."""
+        return [r for r in self.results if r.method is not None]
+
+    @property
+    def targets(self) -> list[str]:
+        """Targets in the order of the run."""
+        return list(dict.fromkeys(str(r.target) for r in self.explained))
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods in the order of the run."""
+        return list(dict.fromkeys(str(r.method) for r in self.explained))
+
+    def counts(self) -> dict[str, int]:
+        """How many results have which status, in the order of `STATUSES`."""
+        found = Counter(result.status for result in self.results)
+        return {status: found[status] for status in STATUSES if status in found}
+
+
+@dataclass
+class Run:
+    """An output folder."""
+
+    folder: Path
+    info: dict[str, Any]
+    cases: list[CaseResults]
+
+
+def read_output(folder: Path) -> Run:
+    """Reads what ``explain`` and ``evaluate`` left in ``folder``.
+
+    Raises:
+        UsageError: there is no such folder, or nothing of ours in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: there is no such folder; give the output folder of 'esegeta-monai explain'")
+    whole: list[str] = []
+    """Notes that concern all cases."""
+    info = fitted(read_json(folder / "run.json") or {}, "run.json", whole)
+    own: dict[str, list[str]] = {}
+    sidecars = {
+        path: fitted(record, path.name, own.setdefault(str(record["case"]), [])) for path, record in _sidecars(folder)
+    }
+    entries = _entries(info.get("results"), whole)
+    if not entries and not sidecars:
+        raise UsageError(
+            f"{folder} has neither a run.json nor maps: run 'esegeta-monai explain --output {folder}' first"
+        )
+    cases: dict[str, CaseResults] = {}
+    used: set[Path] = set()
+    for entry in entries:
+        case = cases.setdefault(str(entry["case"]), CaseResults(str(entry["case"])))
+        path = _sidecar_of(entry, folder, sidecars)
+        if path is not None:
+            used.add(path)
+        case.results.append(_result(entry, path, sidecars))
+    for path in sorted(set(sidecars) - used):  # of runs whose run.json is gone
+        record = sidecars[path]
+        case = cases.setdefault(str(record["case"]), CaseResults(str(record["case"])))
+        names = record.get("result") or {}
+        entry = {
+            "target": names.get("target", record.get("target_name")),
+            "method": names.get("method", record.get("method_name")),
+            "status": record["status"],
+        }
+        case.results.append(_result(entry, path, sidecars))
+    metrics = _metrics(folder, whole)
+    for case in cases.values():
+        case.notes = [*whole, *own.get(case.name, [])]
+        case.scan = _scan(folder, case)
+        case.metrics = _as_in_run(metrics.get(case.name) or _case_metrics(folder, case.name), case)
+        case.curves = list(_curves(_beside(folder, case.name, "metrics.json")))
+        case.regions = _as_in_run(_regions(folder, case), case)
+    return Run(folder, {k: v for k, v in info.items() if k != "results"}, list(cases.values()))
+
+
+def _entries(results: Any, notes: list[str]) -> list[dict[str, Any]]:
+    """Those of run.json that say of which case, target and method they are, and how it went."""
+    several = results if isinstance(results, list) else []
+    found = [fitted(e, "run.json", notes) for e in several if isinstance(e, dict)]
+    found = [
+        e
+        for e in found
+        if "case" in e and e.get("status") in STATUSES and (e.get("target") is None) == (e.get("method") is None)
+    ]
+    if len(found) < len(several):
+        notes.append(f"run.json: {len(several) - len(found)} results are not as 'explain' wrote them and are left out.")
+    return found
+
+
+def _sidecars(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
+        record = read_json(path)
+        if record is not None and {"case", "method", "target_name"} <= set(record) and record.get("status") in STATUSES:
+            yield path, record
+
+
+def _sidecar_of(entry: Mapping[str, Any], folder: Path, sidecars: Mapping[Path, dict[str, Any]]) -> Path | None:
+    """The sidecar of an entry of run.json: beside its map, else the one that was recorded under its names."""
+    if entry.get("map"):
+        path = sidecar_path(folder / str(entry["map"]))
+        return path if path in sidecars else None
+    if entry.get("status") in ("failed", "timeout") or entry.get("method") is None:
+        return None  # a sidecar that lies there is of an earlier run
+    wanted = {"target": entry.get("target"), "method": entry.get("method")}
+    for path, record in sidecars.items():
+        if record["case"] == entry["case"]:
+            names = record.get("result") or {"target": record["target_name"], "method": record.get("method_name")}
+            if names == wanted:
+                return path
+    return None
+
+
+def _result(entry: Mapping[str, Any], path: Path | None, sidecars: Mapping[Path, dict[str, Any]]) -> Result:
+    record = private(sidecars[path]) if path is not None else {}
+    status = str(record.get("status") if entry["status"] == "skipped" and record else entry["status"])
+    result = Result(
+        entry.get("target"),
+        entry.get("method"),
+        status,
+        private(record.get("reason") if entry["status"] == "skipped" else entry.get("reason")),
+        without_paths(str(entry["traceback"]), relative=False) if entry.get("traceback") else None,
+        record,
+        seconds=entry.get("seconds") if entry.get("seconds") is not None else record.get("seconds"),
+        warnings=list(dict.fromkeys([*private(entry.get("warnings") or []), *(record.get("warnings") or [])])),
+    )
+    if path is not None and status in WITH_MAP:
+        map_file = path.parent / str(sidecars[path].get("map", ""))
+        result.map = map_file if map_file.is_file() else None
+        mask = (sidecars[path].get("display") or {}).get("mask")
+        result.mask = path.parent / mask if mask and (path.parent / mask).is_file() else None
+    return result
+
+
+def _scan(folder: Path, case: CaseResults) -> Path | None:
+    paths = [scan_copy_path(folder, case.name, separate_folder=separate) for separate in (True, False)]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _beside(folder: Path, case: str, what: str) -> Path:
+    """Where a table of a case lies: in its folder."""
+    return folder / safe_name(case) / f"{safe_name(case)}_{what}"
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def _metrics(folder: Path, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in table(folder / "metrics.csv", ("case", *OF_A_METRIC), notes):
+        found.setdefault(row["case"], []).append(_typed(row))
+    return found
+
+
+def _case_metrics(folder: Path, case: str) -> list[dict[str, Any]]:
+    content = read_json(_beside(folder, case, "metrics.json")) or {}
+    rows: list[Any] = next((content[k] for k in ("metrics", "rows", "results") if isinstance(content.get(k), list)), [])
+    return [_typed(row) for row in rows if isinstance(row, dict) and all(row.get(k) for k in OF_A_METRIC)]
+
+
+def _as_in_run(rows: list[dict[str, Any]], case: CaseResults) -> list[dict[str, Any]]:
+    """Rows whose targets and methods are called as ``run.json`` does, also where they were taken from file names."""
+    known = {safe_name(name).casefold(): name for name in (*case.targets, *case.methods)}
+    for row in rows:
+        for key in ("target", "method"):
+            row[key] = known.get(safe_name(str(row[key])).casefold(), row[key])
+    return rows
+
+
+def _typed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers as numbers, truth as truth; what is empty or no number is None."""
+    typed: dict[str, Any] = {k: private(row.get(k)) for k in ("target", "method", "metric", "group")}
+    typed |= {k: number(row.get(k)) for k in ("value", "low", "high", "n", "seconds", "passes")}
+    typed |= {k: _truth(row.get(k)) for k in ("higher_is_better", "beats_controls")}
+    typed["control"] = str(typed["method"]).startswith(CONTROL)
+    return typed
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None.
+
+    >>> number("0.5"), number(""), number("nan"), number(None)
+    (0.5, None, None, None)
+    """
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        return None
+    return found if abs(found) != float("inf") and found == found else None
+
+
+def _truth(value: Any) -> bool | None:
+    return {"true": True, "1": True, "false": False, "0": False}.get(str(value).strip().lower())
+
+
+def _curves(path: Path) -> Iterator[Curve]:
+    """Every pair of x and y under ``curves``, named by its own entries, else by the keys that lead to it."""
+    yield from _walk((read_json(path) or {}).get("curves"), ())
+
+
+def _walk(value: Any, keys: tuple[str, ...]) -> Iterator[Curve]:
+    if isinstance(value, list):
+        for entry in value:
+            yield from _walk(entry, keys)
+    if not isinstance(value, dict):
+        return
+    if isinstance(value.get("x"), list) and isinstance(value.get("y"), list):
+        left = list(keys)
+        own = {k: value[k] for k in ("target", "method", "metric", "name", "kind") if value.get(k)}
+        name = own.get("metric") or own.get("name") or own.get("kind") or (left.pop() if left else "curve")
+        target = own.get("target") or (left.pop(0) if left else "")
+        method = own.get("method") or (left.pop(0) if left else "")
+        xs = [number(x) for x in value["x"]]
+        if None in xs:  # names of layers
+            xs = [float(i) for i in range(len(xs))]
+        points = [(x, number(y)) for x, y in zip(xs, value["y"])]
+        kept = [(x, y) for x, y in points if x is not None and y is not None]
+        if kept:
+            name, target, method = private([name, target, method])
+            yield Curve(name, target, method, [x for x, _ in kept], [y for _, y in kept])
+        return
+    for key, inner in value.items():
+        yield from _walk(inner, (*keys, str(key)))
+
+
+def _regions(folder: Path, case: CaseResults) -> list[dict[str, Any]]:
+    """From the table, else from the JSON of the same name."""
+    path = _beside(folder, case.name, "regions.csv")
+    needed = ("target", "method", "region")
+    rows = table(path, needed, case.notes)
+    if not rows:
+        content = (read_json(path.with_suffix(".json")) or {}).get("regions")
+        several = content if isinstance(content, list) else []
+        rows = [row for row in several if isinstance(row, dict) and all(row.get(k) for k in needed)]
+    found = []
+    for row in rows:
+        typed: dict[str, Any] = {k: private(row.get(k)) for k in needed}
+        numbers = ("voxels", "volume_mm3", "sum", "abs_sum", "share_of_abs", "mean")
+        typed |= {k: number(row.get(k)) for k in numbers}
+        alarm = row.get("alarm")
+        truth = _truth(alarm)
+        typed["alarm"] = private(str(alarm)) if alarm and truth is None else "alarm" if truth else None
+        found.append(typed)
+    return found

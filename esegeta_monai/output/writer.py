@@ -1,0 +1,396 @@
+"""From an attribution on the network's grid to files beside the prediction: map, picture, sidecar, run record.
+
+Additive maps come back to the scan's grid by the conserving adjoint of the preprocessing (`InvertAttribution`), others
+by interpolation in world coordinates.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from monai.data import MetaTensor
+from torch import Tensor
+
+import esegeta_monai.files as storage
+from esegeta_monai.engine.feature_masks import table_csv
+from esegeta_monai.errors import EsegetaError, MethodError, RankLost, named_reason
+from esegeta_monai.explain.explainer import Attribution, Explainer
+from esegeta_monai.explain.names import ResultNames
+from esegeta_monai.explain.record import decisive
+from esegeta_monai.files.copies import mask_path, save_grey_copy, save_mask, scan_copy_path
+from esegeta_monai.files.grids.resample import _background, _cut_to_place, _image_on_scan, scan_of, to_scan_grid
+from esegeta_monai.files.pictures.picture import display_affine, save_picture
+from esegeta_monai.files.pictures.synthesis import save_curve, save_synthesised
+from esegeta_monai.files.privacy import traceback_text
+from esegeta_monai.files.runs import UNFINISHED
+from esegeta_monai.methods.base import Method
+from esegeta_monai.targets.base import Target
+from esegeta_monai.utils.distributed import Ranks
+
+__all__ = [
+    "ResultWriter",
+]
+
+logger = logging.getLogger("esegeta_monai")
+
+
+class ResultWriter:
+    """Writes the results of a run: ``<output>/<case>/<case>_<target>_<Method>_attr.nii.gz``, ``.json``, ``.png``.
+
+    Args:
+        output_dir: made if it does not exist.
+        methods, targets: of the run; two of one kind get their distinguishing parameters into their names.
+        provenance: what else every sidecar and ``run.json`` records, JSON-ready (bundle, version, hashes); a finished
+            map counts as finished only where all of it is the same.
+        postfix, separate_folder, extension: file layout, see `esegeta_monai.utils.names.map_path`; the extension
+            ``"input"`` stands for that of each scan (`esegeta_monai.utils.names.map_suffix`).
+        overwrite: compute and write again what is finished.
+        pictures: what is for looking at: a PNG beside every map, and for the report an eight-bit copy of the scan and
+            the voxels of each target (`esegeta_monai.files.copies`).
+        ranks: the processes that write into this folder; None: this one.
+        together: they compute each case together (`Explainer` with ``distributed=True``), and the first one writes.
+
+    Raises:
+        UsageError: an unwritable folder, or names that clash.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        methods: Sequence[Method],
+        targets: Sequence[Target],
+        *,
+        provenance: Mapping[str, Any] | None = None,
+        postfix: str = "attr",
+        separate_folder: bool = True,
+        extension: str = ".nii.gz",
+        overwrite: bool = False,
+        pictures: bool = True,
+        ranks: Ranks | None = None,
+        together: bool = False,
+    ) -> None:
+        self.ranks, self.together = ranks or Ranks(), together
+        self.names = ResultNames(methods, targets)
+        self.output_dir = storage.writable_folder(output_dir)
+        self.provenance = dict(provenance or {})
+        self.layout: dict[str, Any] = {"postfix": postfix, "separate_folder": separate_folder, "extension": extension}
+        self.as_input = extension == "input"
+        self.overwrite, self.pictures = overwrite, pictures
+        rank = self.ranks.rank
+        if rank:
+            self.ranks.gather(None)  # the first one's record is there
+        self.run = storage.RunRecord(self.output_dir, self.provenance, rank=rank, writes=self.writes)
+        if not rank:
+            self.ranks.gather(None)
+        self._scans: dict[str, MetaTensor] = {}
+        self._hashes: dict[str, str] = {}
+        self._written: dict[str, str] = {}
+        self._copied: tuple[str, dict[Path, Tensor]] = ("", {})
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the maps that it computes."""
+        return not (self.together and self.ranks.rank)
+
+    def path(self, attribution: Attribution, case: str, scan: Any = None) -> Path:
+        """Where a map lies."""
+        target_name = self._target_name(attribution)
+        layout = {**self.layout, "extension": storage.map_suffix(scan)} if self.as_input else self.layout
+        return storage.map_path(self.output_dir, case, target_name, self._method_name(attribution), **layout)
+
+    def _target_name(self, attribution: Attribution) -> str:
+        return self.names.target(attribution.target, attribution.label)
+
+    def _method_name(self, attribution: Attribution) -> str:
+        name = self.names.method(attribution.method)
+        return f"{name}-{attribution.input}" if attribution.input else name
+
+    def key(self, attribution: Attribution, case: str, scan: Any) -> dict[str, Any]:
+        """What must be equal in a sidecar for its map to count as finished."""
+        known = decisive(attribution.record)
+        return {**self.provenance, "case": case, **known, "scan_sha256": self._scan_hash(scan)}
+
+    def is_done(self, attribution: Attribution, case: str, scan: Any) -> bool:
+        """Whether the map of an earlier run is there and what this run would compute; then it is recorded so.
+
+        Args:
+            attribution: without map, as an `Explainer` shows it to ``skip``.
+            case: name of the case, as the user calls it.
+            scan: file of the scan, or the scan.
+        """
+        path = self.path(attribution, case, scan)
+        if self.overwrite or not storage.is_complete(path, self.key(attribution, case, scan)):
+            return False
+        if self._clash(path, attribution, case):
+            return False  # `write` says so
+        reason = "finished in an earlier run"
+        written = path.relative_to(self.output_dir).as_posix() if path.is_file() else None
+        self.run.set(
+            case, self._target_name(attribution), self._method_name(attribution), "skipped", reason, map=written
+        )
+        logger.info("%s: %s is finished, skipped", case, path.name)
+        return True
+
+    def explain(
+        self,
+        explainer: Explainer,
+        image: MetaTensor,
+        case: str,
+        methods: Sequence[Method],
+        targets: Sequence[Target],
+        *,
+        scan: Any = None,
+        on_explained: Callable[[Attribution], None] | None = None,
+        on_written: Callable[[Attribution, Path | None], None] | None = None,
+        **more: Any,
+    ) -> None:
+        """Explains one case and writes what comes out; what is finished is skipped, what fails is recorded.
+
+        Args:
+            explainer: best with ``on_error="record"``, else the first failure ends the case.
+            image: the preprocessed image (C, *spatial), with its trace.
+            case: name of the case, as the user calls it.
+            methods, targets: those that this writer was made for.
+            scan: see `write`.
+            on_explained: called with each attribution, in every process that computes it.
+            on_written: called with each attribution and its map's path, None where there is none.
+            more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
+
+        Raises:
+            UsageError: a method that this writer was not made for.
+        """
+        for method in methods:
+            self.names.method(method)
+        scan = scan if scan is not None else scan_of(image)
+
+        def skip(attribution: Attribution) -> bool:
+            done = self.writes and self.is_done(attribution, case, scan)
+            return self.ranks.gather(done)[0] if self.together else done
+
+        kept = self.output_dir / ".scores"
+        try:
+            for attribution in explainer(image[None], methods, targets, skip=skip, scores_dir=kept, **more):
+                if on_explained is not None:
+                    on_explained(attribution)
+                path = self.write(attribution, case, image, scan)
+                if on_written is not None and self.writes:
+                    on_written(attribution, path)
+        except RankLost:
+            raise
+        except EsegetaError as error:
+            self.failed(case, error)
+
+    def write(self, attribution: Attribution, case: str, image: MetaTensor, scan: Any = None) -> Path | None:
+        """Brings the map to the scan's grid and writes map, picture and sidecar, in this order.
+
+        Args:
+            attribution: from an `Explainer`.
+            case: name of the case, as the user calls it.
+            image: the preprocessed image (C, *spatial) that was explained, with its trace.
+            scan: file of the scan, or the scan as MetaTensor; None: the file that ``image`` was loaded from, else
+                ``image`` itself.
+
+        Returns:
+            The map's path, None where there is no map, or another process writes it. The run record has it in any case.
+        """
+        if not self.writes:
+            return None
+        scan = scan if scan is not None else scan_of(image)
+        path = self.path(attribution, case, scan)
+        label, method_name = self._target_name(attribution), self._method_name(attribution)
+        record = {**attribution.record, **self.key(attribution, case, scan)}
+        record["result"] = {"target": label, "method": method_name}  # as run.json calls it
+        record["class"] = record.pop("class_name", None)
+        failure: Exception | None = attribution.error
+        clash = self._clash(path, attribution, case)
+        if clash:
+            record.update(status="failed", reason=clash)
+            label = f"{label} of {attribution.target!r}"
+        try:
+            if attribution.map is not None and not clash:
+                record.update(self._write_map(path, attribution, case, image, scan))
+            elif record["status"] == "empty_target":
+                # of an earlier run: another prediction's
+                for stale in (path, storage.picture_path(path), self._mask_path(attribution, case)):
+                    stale.unlink(missing_ok=True)
+            if self.pictures:
+                self._copy_scan(case, image, scan)
+            if record["status"] in ("ok", "zero", "empty_target"):
+                storage.save_sidecar(path, record)
+        except Exception as error:  # one map that cannot be written leaves the others
+            record.update(status="failed", reason=named_reason(error))
+            failure = error
+        if record["status"] in UNFINISHED:
+            logger.error("%s: %s: %s", case, path.name, record["reason"])
+        written = attribution.map is not None and record["status"] not in UNFINISHED
+        self.run.set(
+            case,
+            label,
+            method_name,
+            record["status"],
+            record.get("reason"),
+            map=path.relative_to(self.output_dir).as_posix() if written else None,
+            seconds=record.get("seconds"),
+            warnings=record.get("warnings", []),
+            **({} if failure is None else {"traceback": traceback_text(failure)}),
+        )
+        return path if written else None
+
+    def failed(self, case: str, error: Exception) -> None:
+        """Records a case that could not be explained at all."""
+        if not self.writes:
+            return
+        text = named_reason(error)
+        self.run.set(case, None, None, "failed", text, traceback=traceback_text(error))
+        logger.error("%s: %s", case, text)
+        logger.debug("traceback", exc_info=error)
+
+    def _write_map(
+        self, path: Path, attribution: Attribution, case: str, image: MetaTensor, scan: Any
+    ) -> dict[str, Any]:
+        assert attribution.map is not None
+        method = attribution.method
+        grid = storage.Grid.of(scan)
+        volume = self._scan(scan)
+        on_cpu = cast(MetaTensor, attribution.map.cpu())
+        made_up = method.produces == "synthesised image"
+        sums: dict[str, float] = {}
+        if made_up:
+            values = _image_on_scan(on_cpu, volume, attribution.record["intensity_range"])
+        else:
+            values, sums = to_scan_grid(on_cpu, volume, additive=method.additive)
+        if not bool(torch.isfinite(values).all()):
+            raise MethodError(f"{path.name}: the map has values that are not finite after resampling")
+        more: dict[str, Any] = dict(sums)
+        if "sum_in_padding" in attribution.record:
+            more["sum_in_padding"] = sums.get("sum_in_padding", 0.0) + attribution.record["sum_in_padding"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shown: dict[str, float] = {}
+        if made_up:  # black and white, in place of the window of a map
+            ends = torch.tensor(attribution.record["intensity_range"])
+            shown = {"cal_min": float(ends.min()), "cal_max": float(ends.max())}
+        storage.save_map(path, values, grid, method=method.name or type(method).__name__, **shown)
+        storage.picture_path(path).unlink(missing_ok=True)  # of an earlier map
+        if attribution.record.get("features"):
+            with storage.atomic(storage.table_path(path)) as temporary:
+                temporary.write_text(table_csv(attribution.record["features"]), encoding="utf-8")
+        if self.pictures:
+            affine, oriented = display_affine(volume)
+            more["display"] = {
+                "scan": scan_copy_path(".", case, **self._folders).name,
+                "mask": None,
+                "affine": affine.tolist(),
+                "oriented": oriented,
+            }
+        if self.pictures and made_up:
+            more["picture"] = self._draw_made_up(path, values, attribution, case, volume)
+        elif self.pictures:
+            mask = self._copy_mask(attribution, case, volume, grid)
+            more["display"]["mask"] = None if mask is None else self._mask_path(attribution, case).name
+            names = attribution.record.get("channel_names") or []
+            more["picture"] = save_picture(
+                storage.picture_path(path),
+                _background(values, volume, image),
+                values,
+                mask,
+                signed=method.signed,
+                case=case,
+                method=method.name or type(method).__name__,
+                target=attribution.label,
+                class_name=attribution.record.get("class_name"),
+                units=method.units,
+                channel_names=names if len(names) == len(values) else None,
+            )
+        return more
+
+    def _draw_made_up(
+        self, path: Path, values: Tensor, attribution: Attribution, case: str, scan: MetaTensor
+    ) -> dict[str, Any]:
+        """The picture of a synthesised image, cut to where it was made up, and of its curve."""
+        record, method = attribution.record, attribution.method
+        name, subject = method.name or type(method).__name__, attribution.label
+        if record.get("layer") is not None:
+            channel, neuron = record.get("channel"), method.parameters.get("neuron")
+            subject = f"layer {record['layer']}"
+            subject += "" if channel is None else f", channel {channel}"
+            subject += "" if neuron is None else f", neuron {neuron}"
+        elif record.get("class_name"):
+            subject = f"{record['class_name']} ({attribution.label})"
+        names = record.get("channel_names") or []
+        save_curve(
+            storage.curve_path(path),
+            record["curve"],
+            title=f"{name}: {subject}, case {case}",
+            label="layer distance and penalties" if "distance_end" in record else "objective",
+        )
+        return save_synthesised(
+            storage.picture_path(path),
+            _cut_to_place(values, record, scan),
+            record["intensity_range"],
+            case=case,
+            method=name,
+            subject=subject,
+            units=method.units,
+            channel_names=names if len(names) == len(values) else None,
+        )
+
+    @property
+    def _folders(self) -> dict[str, Any]:
+        return {"separate_folder": self.layout["separate_folder"]}
+
+    def _mask_path(self, attribution: Attribution, case: str) -> Path:
+        return mask_path(self.output_dir, case, self._target_name(attribution), **self._folders)
+
+    def _copies(self, case: str) -> dict[Path, Tensor]:
+        """What this run has copied of a case, one case at a time."""
+        if self._copied[0] != case:
+            self._copied = (case, {})
+        return self._copied[1]
+
+    def _copy_mask(self, attribution: Attribution, case: str, volume: MetaTensor, grid: storage.Grid) -> Tensor | None:
+        """The target's voxels on the scan's grid, written beside the maps once; None for a class score."""
+        if attribution.mask is None:
+            return None
+        path, copies = self._mask_path(attribution, case), self._copies(case)
+        if path not in copies:
+            plain = MetaTensor(attribution.mask.as_tensor().float(), affine=attribution.mask.affine)
+            copies[path] = to_scan_grid(plain, volume, additive=False, mode="nearest")[0]
+            save_mask(path, copies[path].numpy(), grid)
+        return copies[path]
+
+    def _copy_scan(self, case: str, image: MetaTensor, scan: Any) -> None:
+        """The eight-bit copy of the scan, once a case."""
+        path, copies = scan_copy_path(self.output_dir, case, **self._folders), self._copies(case)
+        if path not in copies:
+            grey = _background(image, self._scan(scan), image).as_tensor()
+            save_grey_copy(path, grey.numpy(), storage.Grid.of(scan))
+            copies[path] = torch.empty(0)
+
+    def _clash(self, path: Path, attribution: Attribution, case: str) -> str | None:
+        """Takes a path for a map; says so where another map of this run has it."""
+        what = f"{case!r}, {attribution.target!r}, {attribution.method!r}, {attribution.input}"
+        before = self._written.setdefault(str(path).casefold(), what)
+        if before == what:
+            return None
+        return f"{path.name} is the map of {before} in this run: give a target or method a name=, or rename the case"
+
+    def _scan(self, scan: Any) -> MetaTensor:
+        if isinstance(scan, MetaTensor):
+            return cast(MetaTensor, scan.cpu())
+        name = str(scan)
+        if name not in self._scans:
+            self._scans = {name: storage.read_scan(scan)}  # one case at a time
+        return self._scans[name]
+
+    def _scan_hash(self, scan: Any) -> str | None:
+        if isinstance(scan, MetaTensor) or not Path(scan).is_file():
+            return None
+        name = str(scan)
+        if name not in self._hashes:
+            self._hashes[name] = storage.sha256_file(scan)
+        return self._hashes[name]

@@ -1,0 +1,225 @@
+"""Files that are whole or absent: atomic writing, strict JSON, checksums, and the versions that made them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from esegeta_monai.errors import InputError, UsageError
+
+__all__ = [
+    "INTENDED_USE",
+    "VERSION",
+    "atomic",
+    "read_json",
+    "sha256_file",
+    "strict_json",
+    "versions",
+    "writable_folder",
+    "write_json",
+]
+
+VERSION = "0.1.0"
+INTENDED_USE = "Research only, not a medical device; a map is no proof that a prediction is right."
+"""Stands in every sidecar, every run.json and every picture."""
+
+PACKAGES = ("monai", "torch", "captum", "pytorch-ignite", "nibabel", "numpy", "scipy", "scikit-image", "lime")
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write to; it takes the final name only if the block ends well.
+
+    The temporary file keeps the suffix of ``path`` (nibabel chooses the format by it) and starts with ``.tmp-``. It is
+    flushed to disk before it is renamed, and its folder after, so that a crash at any instant leaves the old file or
+    the new one, never a part. After an exception it is removed. Missing folders are made.
+
+    Raises:
+        UsageError: the file cannot be written there (no permission, no space, a file in place of a folder).
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with atomic(Path(folder) / "note.txt") as temporary:
+    ...         _ = temporary.write_text("whole")
+    ...     [p.name for p in Path(folder).iterdir()]
+    ['note.txt']
+    """
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except OSError as error:
+        raise UsageError(_cannot_write(path, error)) from error
+    finally:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Hands what the system still holds of a file or folder to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders; NTFS journals the rename itself
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return f"cannot write {path}: {error.strerror or error}; choose another output folder or make room in this one"
+
+
+def writable_folder(path: str | os.PathLike[str]) -> Path:
+    """Makes the folder ``path`` where it is missing and proves, by writing, that files can be put there.
+
+    Called before any work, so that hours of computing do not end at a closed door.
+
+    Raises:
+        UsageError: naming the folder and the reason.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"cannot write {folder}: it is a file, not a folder; choose another output folder")
+    probe = folder / f".tmp-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"esegeta")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(_cannot_write(folder, error)) from error
+    return folder
+
+
+def strict_json(record: Mapping[str, Any]) -> str:
+    """``record`` as JSON that every reader accepts: sorted keys, two spaces, a newline at the end.
+
+    JSON has no NaN and no infinity. Such a number becomes ``null``, so that readers meet a number or nothing, and the
+    field ``non_finite`` of the outermost object tells what it was, by dotted key. NumPy scalars and arrays and torch
+    tensors become numbers and lists, paths their last part (folders can name people), sets sorted lists.
+
+    Raises:
+        TypeError: a value that has no form in JSON, with its dotted key.
+
+    >>> print(strict_json({"gap": float("nan"), "sums": (1, 2.5)}))
+    {
+      "gap": null,
+      "non_finite": {
+        "gap": "NaN"
+      },
+      "sums": [
+        1,
+        2.5
+      ]
+    }
+    <BLANKLINE>
+    """
+    non_finite: dict[str, str] = {}
+    plain = _plain(record, "", non_finite)
+    if non_finite:
+        plain["non_finite"] = non_finite
+    return json.dumps(plain, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
+    """Writes `strict_json` of ``record`` in UTF-8, atomically, and returns the path.
+
+    Raises:
+        UsageError: the file cannot be written.
+        TypeError: a value that has no form in JSON.
+    """
+    # A file name that is no valid Unicode reaches Python as a lone surrogate; backslashreplace makes it JSON's \\uXXXX.
+    content = strict_json(record).encode("utf-8", "backslashreplace")
+    with atomic(path) as temporary:
+        temporary.write_bytes(content)
+    return Path(path)
+
+
+def _plain(value: Any, key: str, non_finite: dict[str, str]) -> Any:
+    if hasattr(value, "detach"):  # a torch tensor, without importing torch
+        value = value.detach().tolist()
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        non_finite[key] = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, f"{key}.{k}" if key else str(k), non_finite) for k, v in value.items()}
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, f"{key}.{i}", non_finite) for i, v in enumerate(value)]
+    if isinstance(value, PurePath):
+        return value.name
+    raise TypeError(f"record entry {key!r} is a {type(value).__name__}, which JSON has no form for")
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """The object in a JSON file, or None where the file is missing, cut, or holds no object."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits; read in pieces, so that size does not matter.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that shape a map, of Python, and the kind of machine; nothing that names it or its user.
+
+    >>> sorted(versions())[:3]
+    ['captum', 'esegeta_monai', 'lime']
+    """
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Read once: every record has them, and to read the packages' metadata takes 80 ms."""
+    import torch
+
+    found = {"esegeta_monai": VERSION}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    found["torch"] = str(torch.__version__)  # with its build (+cpu, +cu130), which a package's metadata may leave out
+    found["python"] = platform.python_version()
+    found["platform"] = f"{platform.system()} {platform.machine()}"
+    return found

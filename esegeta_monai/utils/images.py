@@ -1,0 +1,49 @@
+"""Checks of an image before it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from esegeta_monai.errors import InputError
+
+__all__ = ["check_image"]
+
+
+def check_image(
+    image: MetaTensor | Any, where: object = "image", *, spatial_dims: int | None = None, channels: int | None = None
+) -> None:
+    """Refuses an image (C, *spatial) that no network should see; ``where`` opens the message.
+
+    Raises:
+        InputError: NaN or infinity (with their count), a singular affine, other dimensions or channels than asked for.
+    """
+    shape = "x".join(str(n) for n in image.shape[1:])
+    found = image.ndim - 1
+    if spatial_dims == 3 and (found < 3 or image.shape[-1] == 1):
+        raise InputError(f"{where}: a 2D image ({shape}) where the network takes 3D volumes; give the whole volume")
+    if spatial_dims is not None and found != spatial_dims:
+        raise InputError(f"{where}: a {found}D image ({shape}) where the network takes {spatial_dims}D images")
+    if channels is not None and image.shape[0] != channels:
+        raise InputError(
+            f"{where}: {image.shape[0]} channel(s) where the network takes {channels}; "
+            "put the image's channels together in the order of the bundle's metadata.json"
+        )
+    values = torch.as_tensor(image)  # which knows bfloat16
+    bad = values.numel() - int(torch.isfinite(values).sum())
+    if bad:
+        raise InputError(f"{where}: {bad} of {values.numel()} voxels are NaN or infinite; mend the image first")
+    if isinstance(image, MetaTensor):
+        _check_affine(np.asarray(image.affine, dtype=np.float64), found, where)
+
+
+def _check_affine(affine: np.ndarray, spatial_dims: int, where: object) -> None:
+    n = affine.shape[-1] - 1
+    axes = affine[:n, : min(n, spatial_dims)]
+    edges = np.sqrt((axes**2).sum(axis=0))
+    # directions only, so that micrometres given in metres are not taken for flat
+    if not np.isfinite(affine).all() or not edges.all() or np.linalg.svd(axes / edges)[1][-1] < 1e-6:
+        raise InputError(f"{where}: the affine is singular, {affine[:n].tolist()}; set it with nibabel or reconvert")

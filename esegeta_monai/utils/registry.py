@@ -1,0 +1,326 @@
+"""Things a user names in text: methods and targets, their parameters, and the registries that find them.
+
+A method or target is an ordinary class. What its parameters are is read off its ``__init__``, so that JSON,
+command line, sidecar and documentation never disagree.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import re
+from abc import ABCMeta
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from esegeta_monai.errors import EsegetaError, UsageError
+from esegeta_monai.utils.types import fit_parameters
+
+__all__ = ["Configurable", "Registry", "json_ready"]
+
+
+def json_ready(value: Any) -> Any:
+    """``value`` in terms that JSON has: objects by their parameters, tensors by their shape, files by their name.
+
+    >>> json_ready((1, torch.zeros(2, 3)))
+    [1, 'tensor(2, 3)']
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Configurable):
+        return {"name": type(value).__name__, **value.parameters}
+    if isinstance(value, torch.Tensor):
+        return value.item() if value.ndim == 0 else f"tensor{tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return {str(k): json_ready(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [json_ready(v) for v in value]
+    if hasattr(value, "name") and hasattr(value, "parent"):  # a path: its folder is nobody's business in a record
+        return value.name
+    if hasattr(value, "__name__"):
+        return value.__name__
+    return str(value)
+
+
+FOLDERS = re.compile(r"""(?<![^'"(\[,=\s])(~|[A-Za-z]:)?[\\/]([^'"()\[\],=]*[\\/])?(?=[^\\/'"()\[\],=]+\.\w)""")
+"""Of a file that is given by its whole path, alone or in text such as ``LabelMap('/scans/Doe/atlas.nii.gz')``."""
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, str):
+        return FOLDERS.sub("", value)
+    if isinstance(value, list):
+        return [_without_folders(v) for v in value]
+    return {k: _without_folders(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+class _Checked(ABCMeta):
+    """Checks the parameters of every new instance, whether its class is a dataclass or has its own ``__init__``."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        instance = super().__call__(*args, **kwargs)
+        if "given_name" not in vars(instance):
+            Configurable.__post_init__(instance)
+        return instance
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of ``__init__``, not of ``__call__`` above."""
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+class Configurable(metaclass=_Checked):
+    """A named object whose parameters are those of its ``__init__``, checked against their annotations.
+
+    ``name`` is what files and pictures call it: the class name unless the user gives one.
+    """
+
+    name: str | None
+    given_name: str | None = None
+    """What the user called it; None where ``name`` is just the class name."""
+
+    @classmethod
+    def parameter_names(cls) -> list[str]:
+        """Names of the ``__init__`` parameters in order, ``name`` aside."""
+        signature = inspect.signature(cls.__init__)
+        kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return [p.name for p in signature.parameters.values() if p.kind in kinds and p.name not in ("self", "name")]
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters with their values, JSON-ready; files that are given by their whole path by their name alone,
+        since the folders may be called after a patient."""
+        return {p: _without_folders(json_ready(getattr(self, p, None))) for p in self.parameter_names()}
+
+    def __post_init__(self) -> None:
+        self.given_name = getattr(self, "name", None)
+        self.name = self.given_name or type(self).__name__
+        fit_parameters(self, self.parameter_names())
+
+    def __repr__(self) -> str:
+        inner = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items())
+        return f"{type(self).__name__}({inner})"
+
+
+T = TypeVar("T", bound=Configurable)
+
+
+class Registry(Generic[T]):
+    """Classes of one kind by name: our own, those of entry points, and any that a caller imports.
+
+    Args:
+        kind: the word for errors, such as ``"method"``.
+        base: the class that all entries derive from.
+        group: entry-point group in which other packages announce theirs.
+        command: whether the command line has one that lists them, called after the kind; else errors name them all.
+    """
+
+    def __init__(self, kind: str, base: Any, group: str, *, command: bool = True) -> None:
+        self.kind, self.group, self.command = kind, group, command
+        self.base: type[T] = base
+        self._classes: dict[str, type[T]] = {}
+        self._others_loaded = False
+        _REGISTRIES.append(self)
+
+    def register(self, cls: type[T], *aliases: str) -> type[T]:
+        """Adds ``cls`` under its own name and ``aliases``, in place of an earlier definition of the same class.
+
+        Raises:
+            UsageError: a name is taken by another class.
+        """
+        for name in (cls.__name__, *aliases):
+            known = self._classes.get(self._key(name), cls)
+            if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise UsageError(f"the {self.kind} name {name!r} is taken by {known.__module__}.{known.__qualname__}")
+        for name in (cls.__name__, *aliases):
+            self._classes[self._key(name)] = cls
+        return cls
+
+    @staticmethod
+    def _key(name: str) -> str:
+        return name.replace("-", "").replace("_", "").lower()
+
+    def _load_others(self) -> None:
+        if not self._others_loaded:
+            self._others_loaded = True
+            for entry in entry_points(group=self.group):
+                self.register(entry.load(), entry.name)
+
+    def __iter__(self) -> Iterator[type[T]]:
+        self._load_others()
+        return iter(sorted(set(self._classes.values()), key=lambda c: c.__name__))
+
+    def get(self, name: str) -> type[T]:
+        """The class called ``name`` (case, ``-`` and ``_`` do not matter); dotted names are imported.
+
+        Raises:
+            UsageError: no such class; near matches are listed.
+        """
+        self._load_others()
+        found = self._classes.get(self._key(name.rsplit(".", 1)[-1] if name.startswith("esegeta_monai.") else name))
+        if found is not None:
+            return found
+        if "." in name:
+            known = [c for c in self._classes.values() if f"{c.__module__}.{c.__qualname__}" == name]
+            return known[0] if known else self._import(name)
+        near = difflib.get_close_matches(self._key(name), self._classes, n=4, cutoff=0.5)
+        names = sorted({self._classes[k].__name__ for k in near})
+        hint = f"did you mean {', '.join(names)}?" if names else self._where_listed()
+        raise UsageError(f"there is no {self.kind} {name!r}: {hint}")
+
+    def _where_listed(self) -> str:
+        if self.command:
+            return f"'esegeta-monai {self.kind}s' lists them"
+        return f"there are {', '.join(cls.__name__ for cls in self)}"
+
+    def _import(self, dotted: str) -> type[T]:
+        module, _, attribute = dotted.rpartition(".")
+        try:
+            cls = getattr(__import__(module, fromlist=[attribute]), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UsageError(f"cannot import the {self.kind} {dotted!r}: {error}") from error
+        if not (isinstance(cls, type) and issubclass(cls, self.base)):
+            raise UsageError(f"{dotted!r} is no {self.kind}: it must derive from {self.base.__qualname__}")
+        return cls
+
+    def create(self, what: T | type[T] | str | Mapping[str, Any]) -> T:
+        """An instance from an instance, a class, ``{"_target_": name}`` or text such as ``"Occlusion(window=16)"``.
+
+        Text is parsed, never evaluated: literals and nested calls of registered names only.
+        """
+        if isinstance(what, self.base):
+            return what
+        if isinstance(what, type) and issubclass(what, self.base):
+            return self._build(what, (), {})
+        if isinstance(what, Mapping):
+            arguments = {k: v for k, v in what.items() if k != "_target_"}
+            if "_target_" not in what:
+                raise UsageError(f"a {self.kind} in a config needs '_target_': got {dict(what)!r}")
+            nested = {
+                k: self._inner(str(v["_target_"])).create(v) if isinstance(v, Mapping) and "_target_" in v else v
+                for k, v in arguments.items()
+            }
+            return self._build(self.get(str(what["_target_"])), (), nested)
+        if isinstance(what, str):
+            return self._parse(what)
+        raise UsageError(f"cannot make a {self.kind} of {what!r}: give an instance, a class, a name, or a config")
+
+    def create_all(self, what: Any) -> list[T]:
+        """A list of instances from one description, a list of them, or comma-separated text.
+
+        Raises:
+            UsageError: text that names none, or one that cannot be made.
+        """
+        if isinstance(what, str):
+            if not what.strip(", "):
+                raise UsageError(f"no {self.kind} is named: {self._where_listed()}")
+            return [self.create(part) for part in split_calls(what)]
+        if isinstance(what, (list, tuple)):
+            return [self.create(part) for part in what]
+        return [self.create(what)]
+
+    def _build(self, cls: type[T], args: tuple[Any, ...], kwargs: dict[str, Any]) -> T:
+        try:
+            return cls(*args, **kwargs)
+        except EsegetaError:
+            raise
+        except (TypeError, ValueError) as error:
+            names = ", ".join([*cls.parameter_names(), "name"])
+            raise UsageError(f"{cls.__name__}: {error}; its parameters are: {names}") from error
+
+    def _parse(self, text: str) -> T:
+        try:
+            node = ast.parse(text.strip(), mode="eval").body
+        except SyntaxError as error:
+            raise UsageError(
+                f"cannot read the {self.kind} {text!r}: write Name or Name(parameter=value), and text that is no plain "
+                "word in quotes, such as layer='model.0'"
+            ) from error
+        value = self._node(node, text)
+        if not isinstance(value, self.base):
+            raise UsageError(f"cannot read the {self.kind} {text!r}: write Name or Name(parameter=value)")
+        return value
+
+    def _node(self, node: ast.AST, text: str, *, top: bool = True) -> Any:
+        name = _name(node)
+        if top and name is not None:
+            return self._build(self.get(name), (), {})
+        called = _called(node)
+        if called is not None:
+            name, call = called
+            registry = self if top else self._inner(name)
+            args = tuple(self._node(a, text, top=False) for a in call.args)
+            kwargs = {k.arg: self._node(k.value, text, top=False) for k in call.keywords if k.arg}
+            return registry._build(registry.get(name), args, kwargs)
+        if isinstance(node, (ast.List, ast.Tuple)):
+            items = [self._node(n, text, top=False) for n in node.elts]
+            return items if isinstance(node, ast.List) else tuple(items)
+        if name is not None:  # an unquoted word or layer, as shells tend to leave it
+            return name
+        try:
+            return ast.literal_eval(node)
+        except ValueError as error:
+            raise UsageError(f"{ast.unparse(node)!r} in {text!r} is neither a value nor a {self.kind}") from error
+
+    def _inner(self, name: str) -> Registry[Any]:
+        """The registry that knows the name of a parameter's value, such as a baseline inside a method: this one, or
+        else another; this one too where none knows it, which then says what it has."""
+        for registry in (self, *(r for r in _REGISTRIES if r is not self)):
+            try:
+                registry.get(name)
+            except UsageError:
+                continue
+            return registry
+        return self
+
+
+_REGISTRIES: list[Registry[Any]] = []
+"""All there are, in the order in which they were made."""
+
+
+def _name(node: ast.AST) -> str | None:
+    """A word, a dotted name or a fused-name such as guided-backprop; None where it is something else."""
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        return ast.unparse(node)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
+        left, right = _name(node.left), _name(node.right)
+        return None if left is None or right is None else f"{left}-{right}"
+    return None
+
+
+def _called(node: ast.AST) -> tuple[str, ast.Call] | None:
+    """The name that is called, which may be a fused-name(...), and the call."""
+    if isinstance(node, ast.Call):
+        return ast.unparse(node.func), node
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
+        left, right = _name(node.left), _called(node.right)
+        return None if left is None or right is None else (f"{left}-{right[0]}", right[1])
+    return None
+
+
+def split_calls(text: str) -> list[str]:
+    """Splits at the commas outside brackets and quotes.
+
+    >>> split_calls("Saliency, Occlusion(window=(8, 8, 8)),GradCam")
+    ['Saliency', 'Occlusion(window=(8, 8, 8))', 'GradCam']
+    """
+    parts, depth, quote, start = [], 0, "", 0
+    for i, c in enumerate(text):
+        if quote:
+            quote = "" if c == quote else quote
+        elif c in "\"'":
+            quote = c
+        elif c in "([{":
+            depth += 1
+        elif c in ")]}":
+            depth -= 1
+        elif c == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    parts.append(text[start:])
+    return [p.strip() for p in parts if p.strip()]

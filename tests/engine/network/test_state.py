@@ -1,0 +1,211 @@
+"""No method leaves a trace: not in another method's map, and not in the network, also after an exception."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+from torch import nn
+
+from esegeta_monai import Explainer
+from esegeta_monai.engine.network.state import frozen
+from esegeta_monai.methods import (
+    ClassImage,
+    DeepDream,
+    FeatureVisualization,
+    GradCam,
+    GuidedBackprop,
+    InputXGradient,
+    IntegratedGradients,
+    InvertedRepresentation,
+    LayerActivation,
+    Occlusion,
+    Saliency,
+    SmoothGrad,
+    run,
+)
+from esegeta_monai.targets import MultiClassMask, Voxel
+from tests.engine.test_objective import objective
+from tests.networks import build
+
+MAKE = {
+    "Saliency": Saliency,
+    "InputXGradient": InputXGradient,
+    "IntegratedGradients": lambda: IntegratedGradients(n_steps=3),
+    "IntegratedGradients-adaptive": lambda: IntegratedGradients(tolerance=0.1, max_steps=12),
+    "SmoothGrad": lambda: SmoothGrad(n_samples=2),
+    "SmoothGrad-GuidedBackprop": lambda: SmoothGrad("GuidedBackprop", n_samples=2),
+    "GuidedBackprop": GuidedBackprop,
+    "GradCam": lambda: GradCam(relu=False),
+    "LayerActivation": LayerActivation,
+    "Occlusion": lambda: Occlusion(8),
+    "FeatureVisualization": lambda: FeatureVisualization(n_iter=2),
+    "ClassImage": lambda: ClassImage(n_iter=2),
+    "DeepDream": lambda: DeepDream(n_iter=1),
+    "InvertedRepresentation": lambda: InvertedRepresentation(n_iter=2),
+}
+INFERER = SlidingWindowInferer((16, 16), 2, 0.5, "gaussian")
+
+
+def image(channels: int = 1) -> torch.Tensor:
+    return torch.rand(channels, 24, 20, generator=torch.Generator().manual_seed(0))
+
+
+class Faulty(nn.Module):
+    """Raises on its n-th call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left: int | None = None
+
+    def forward(self, x):
+        if self.left is not None:
+            self.left -= 1
+            if self.left < 0:
+                raise ZeroDivisionError("injected")
+        return x
+
+
+class Network(nn.Module):
+    """Batch norm, dropout, an in-place activation under two names, a parameter that is frozen, one with a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.act = nn.LeakyReLU(0.1, inplace=True)
+        self.act_again = self.act
+        self.drop = nn.Dropout(0.5)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.faulty = Faulty()
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        x = self.drop(self.act(self.norm(self.first(x))))
+        return self.head(self.act_again(self.faulty(self.second(x))))
+
+
+def trained() -> Network:
+    """As it comes out of a training step: train mode, but for one layer, gradients, hooks of the user's own."""
+    torch.manual_seed(0)
+    network = Network()
+    network(torch.rand(2, 1, 16, 16)).sum().backward()
+    network.norm.eval()
+    network.second.bias.requires_grad_(False)
+    network.head.weight.grad = None
+    network.head.register_forward_hook(lambda module, args, output: None)
+    network.first.register_forward_pre_hook(lambda module, args: None)
+    return network
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def snapshot(network: nn.Module):
+    return {
+        "weights": copy.deepcopy(network.state_dict()),
+        "identity": [id(p) for p in [*network.parameters(), *network.buffers()]],
+        "requires_grad": [p.requires_grad for p in network.parameters()],
+        "gradients": [None if p.grad is None else p.grad.clone() for p in network.parameters()],
+        "training": [m.training for m in network.modules()],
+        "hooks": [[list(getattr(m, h).items()) for h in HOOKS] for m in network.modules()],
+        "forwards": [m.__dict__.get("forward") for m in network.modules()],
+    }
+
+
+def assert_unchanged(network: nn.Module, before) -> None:
+    after = snapshot(network)
+    for name in ("identity", "requires_grad", "training", "hooks", "forwards"):
+        assert after[name] == before[name], name
+    for key, value in before["weights"].items():
+        assert torch.equal(after["weights"][key], value), key
+    for mine, theirs in zip(after["gradients"], before["gradients"]):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("b", MAKE)
+@pytest.mark.parametrize("name", ["own", "SharedNet"])
+def test_a_is_bit_equal_before_and_after_b(name, b):
+    network = trained() if name == "own" else build(name, 2, dtype=torch.float32).network
+    o, _ = objective(network.eval(), image(), INFERER, [MultiClassMask(1), Voxel(0, index=(3, 3))])
+    between = MAKE[b]()
+    with frozen(network):
+        for a in MAKE:
+            method = MAKE[a]()
+            before = run(method, o).maps.clone()
+            run(between, o)
+            assert torch.equal(run(method, o).maps, before), f"{a} before and after {b}"
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_the_network_leaves_as_it_came(name):
+    network, scan = trained(), image()[None]
+    before, pixels = snapshot(network), scan.clone()
+    explainer = Explainer(network, inferer=INFERER)
+    found = list(explainer(scan, methods=[MAKE[name]()], targets=[MultiClassMask(1)]))
+    assert found[0].map is not None
+    assert_unchanged(network, before)
+    assert torch.equal(scan, pixels)
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 7])
+@pytest.mark.parametrize("name", MAKE)
+def test_the_network_leaves_as_it_came_after_an_exception(name, after):
+    network = trained()
+    before = snapshot(network)
+    explainer = Explainer(network, inferer=INFERER)
+    network.faulty.left = after
+    with pytest.raises(ZeroDivisionError, match="injected"):
+        list(explainer(image()[None], methods=[MAKE[name](), Occlusion(4)], targets=[MultiClassMask(1)]))
+    assert_unchanged(network, before)
+    network.faulty.left = None
+    assert next(iter(explainer(image()[None], methods=[MAKE[name]()], targets=[MultiClassMask(1)]))).map is not None
+
+
+def test_an_abandoned_run_leaves_the_network_as_it_came():
+    """The caller takes one map of several and goes away."""
+    network = trained()
+    before = snapshot(network)
+    found = Explainer(network, inferer=INFERER)(
+        image()[None], methods=["Occlusion(8)", "Saliency"], targets=["MultiClassMask(1)"]
+    )
+    next(found)
+    assert_unchanged(network, before)
+    found.close()
+    assert_unchanged(network, before)
+
+
+def test_random_state_and_grad_mode_are_left_alone():
+    network = trained()
+    explainer = Explainer(network, inferer=INFERER)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        for attribution in explainer(image()[None], methods=[m() for m in MAKE.values()], targets=[MultiClassMask(1)]):
+            assert not torch.is_grad_enabled()
+            assert attribution.map is not None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_plain_training_loop_goes_as_without_the_explainer():
+    """Dropout and batch norm, which draw random numbers and gather statistics; the weights are bit-equal."""
+    weights = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        network = Network().train()
+        optimizer = torch.optim.Adam(network.parameters(), 0.01)
+        explainer = Explainer(network, inferer=INFERER)
+        for step in range(3):
+            x = torch.rand(2, 1, 16, 16)
+            optimizer.zero_grad()
+            (network(x) - x).square().mean().backward()
+            optimizer.step()
+            if watched:
+                seen = explainer(
+                    image()[None], methods=["Saliency", "SmoothGrad", "Occlusion(8)"], targets=[Voxel(0, index=(3, 3))]
+                )
+                assert all(a.map is not None for a in seen), step
+        weights.append({k: v.clone() for k, v in network.state_dict().items()})
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])

@@ -1,0 +1,93 @@
+"""Layer gradients at the image: equal to hooks through the inferer and to Captum; guided backpropagation of a layer."""
+
+from __future__ import annotations
+
+import captum.attr
+import pytest
+import torch
+from torch import Tensor
+
+from esegeta_monai.engine.rules import guided
+from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.methods import (
+    HiResCam,
+    LayerActivationGuidedBackprop,
+    LayerGradCam,
+    LayerGradientXActivation,
+    LinearApproximation,
+)
+from esegeta_monai.targets import ClassScore
+from tests.methods.cam.test_gradient_cam import position_weights
+from tests.methods.layer.test_path import plain
+from tests.methods.whole import close, explain, objective_of, setting
+
+
+@pytest.mark.parametrize("name", ["UNet_batch", "UNet_instance", "SegResNet", "ViTAutoEnc", "ResNet18"])
+def test_gradient_times_activation_equals_hooks_through_the_inferer(name):
+    s = setting(name)
+    a, g = s.pass_()
+    found = explain(LayerGradientXActivation(s.layer, "channels"), s.objective).maps[0]
+    close(found, s.scatter(a * g))
+    whole = explain(LinearApproximation(s.layer), s.objective).maps
+    close(whole[0], found.sum(0, keepdim=True))
+    close(whole, explain(HiResCam(s.layer, relu=False), s.objective).maps)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_grad_cam_with_signs_equals_captum(dims):
+    network, image = plain(dims)
+    theirs = captum.attr.LayerGradCam(network, network.act).attribute(image, target=1).detach()
+    assert bool((theirs < 0).any())
+    close(explain(LayerGradCam("act"), objective_of(network, image[0], [ClassScore(1)])).maps, theirs)
+
+
+@pytest.mark.parametrize(("name", "channel"), [("UNet_batch", 3), ("UNet_batch", None), ("ResNet18", 1)])
+def test_guided_backpropagation_of_a_layer_window_by_window(name, channel):
+    s = setting(name)
+    rows = slice(None) if channel is None else slice(channel, channel + 1)
+    total = torch.zeros_like(s.image)
+    for place, share in zip(s.objective.plan.slices, position_weights(s)):
+        kept: list[Tensor] = []
+
+        def activation(x: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            handle = s.network.get_submodule(s.layer).register_forward_hook(lambda m, i, o: kept.append(o) or o.clone())
+            s.network(x)
+            handle.remove()
+            return kept.pop()
+
+        window = s.image[(slice(None), *place)][None]
+        with torch.no_grad():
+            values = activation(window)
+        sign = torch.zeros_like(values)
+        sign[:, rows] = values[:, rows].sign() * share
+        with torch.no_grad():
+            total[(slice(None), *place)] += guided(activation, window, sign[None]).input[0, 0]
+    close(explain(LayerActivationGuidedBackprop(s.layer, channel), s.objective).maps[0], total)
+
+
+def test_guided_backpropagation_of_a_layer_in_captum_on_plain_relu():
+    network, image = plain(2)
+
+    class Norm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.first = network.act, network.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.first(x))[:, 2].flatten(1).sum(1, keepdim=True)  # ReLU: its own absolute value
+
+    theirs = captum.attr.GuidedBackprop(Norm()).attribute(image.clone(), target=0).detach()
+    objective = objective_of(network, image[0], [ClassScore(1)])
+    close(explain(LayerActivationGuidedBackprop("act", 2), objective).maps, theirs)
+
+
+def test_bad_input():
+    network, image = plain(2)
+    objective = objective_of(network, image[0], [ClassScore(1)])
+    for method in (LayerGradientXActivation, LayerGradCam, LinearApproximation, LayerActivationGuidedBackprop):
+        with pytest.raises(MethodError, match="no spatial map"):
+            explain(method("head"), objective)
+        with pytest.raises(UsageError, match="near matches"):
+            explain(method("acts"), objective)
+    with pytest.raises(UsageError, match="channel=9"):
+        explain(LayerActivationGuidedBackprop("act", 9), objective)

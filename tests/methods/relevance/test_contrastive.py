@@ -1,0 +1,133 @@
+"""Contrasts through windows: normalised and cut at zero only where all windows have been added."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from monai.inferers import SlidingWindowInferer
+from torch import nn
+
+from esegeta_monai import Explainer
+from esegeta_monai.engine.rules import composite_of, contrastive_excitation, contrastive_lrp
+from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.methods import ContrastiveExcitationBackprop, ContrastiveLRP
+from esegeta_monai.targets import ClassScore, MultiClassMask
+from tests.methods.whole import DOUBLE, close, explain, objective_of, setting
+
+METHODS = [ContrastiveExcitationBackprop, ContrastiveLRP]
+
+
+def _naive(method, objective, windows_at_once: bool):
+    """Both sides of all windows in one call (or one by one), scattered by hand, then compared."""
+    plan, model = objective.plan, objective.model
+    cotangents = torch.stack(objective.cotangents(objective.windows))
+    images = torch.stack([plan.cut(objective.image, w) for w in objective.windows])
+    composite = composite_of({"convolution": "ZPlus", "dense": "ZPlus"})
+    parts = [slice(0, len(images))] if windows_at_once else [slice(i, i + 1) for i in range(len(images))]
+    maps = torch.zeros(2, *objective.image.shape, dtype=DOUBLE)
+    kept = torch.zeros(2, dtype=DOUBLE)
+    for part in parts:
+        x, c = images[part], cotangents[:, part]
+
+        def forward(z):
+            return model(z)[:, objective.read]
+
+        if method is ContrastiveLRP:
+            sides = contrastive_lrp(forward, x, c, composite)
+        else:
+            sides = contrastive_excitation(forward, x, c)
+        kept += sides.kept[:, 0]
+        for j, w in enumerate(objective.windows[part]):
+            place = (slice(None), *plan.slices[w])
+            maps[0][place] += sides.target[0, j]
+            maps[1][place] += sides.opposite[0, j]
+    if method is ContrastiveLRP:
+        return maps[0] - maps[1]
+    return cotangents.sum() * (maps[0] / kept[0] - maps[1] / kept[1])
+
+
+NETWORKS = ["UNet_batch", "UNet_instance", "SegResNet", "UNETR"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("name", "dims"),
+    [(n, 2) for n in NETWORKS] + [pytest.param(n, 3, marks=pytest.mark.slow) for n in ("UNet_batch", "SegResNet")],
+)
+def test_windows_equal_one_computation(name, dims, method):
+    """Three overlapping gaussian windows in batches of two: as all in one batch, and as each alone."""
+    s = setting(name, dims, MultiClassMask(1))
+    found = explain(method(positive=False), s.objective)
+    for at_once in (True, False):
+        close(found.maps[0], _naive(method, s.objective, at_once))
+    close(explain(method(), s.objective).maps, found.maps.clamp(min=0))
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_windowed_equals_the_whole_volume(method, dims):
+    """A network that sees one voxel at a time: windows, overlaps and weights do not matter at all."""
+    torch.manual_seed(0)
+    conv, norm = {2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}[dims]
+    network = nn.Sequential(conv(2, 6, 1), norm(6), nn.ReLU(), conv(6, 5, 1), nn.ReLU(), conv(5, 3, 1)).double().eval()
+    network[1].running_mean.normal_()
+    image = torch.rand(2, *[12] * dims, dtype=DOUBLE)
+    whole = objective_of(network, image, [MultiClassMask(1)])
+    inferer = SlidingWindowInferer((8,) * dims, 2, 0.5, "gaussian")
+    windowed = objective_of(network, image, [MultiClassMask(1)], inferer)
+    assert len(windowed.windows) > 1
+    for positive in (True, False):
+        reference = explain(method(positive=positive), whole)
+        close(explain(method(positive=positive), windowed).maps, reference.maps)
+
+
+@pytest.mark.parametrize("name", ["UNet_batch", "UNet_instance", "SegResNet", "ViT", "DenseNet121", "UNETR"])
+def test_relevance_is_conserved(name):
+    s = setting(name)
+    found = explain(ContrastiveLRP(positive=False), s.objective)
+    assert found.notes["completeness_gap"][0] <= 1e-9
+    found = explain(ContrastiveExcitationBackprop(positive=False), s.objective)
+    assert 0 < found.notes["kept_target"][0] <= 1 + 1e-12
+    assert found.maps.min() < 0 < found.maps.max()
+
+
+def test_contrast_of_excitation_adds_up_to_nothing_without_biases():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1, bias=False)]
+    network = nn.Sequential(*layers).double().eval()
+    image = torch.rand(1, 12, 12, dtype=DOUBLE)
+    objective = objective_of(network, image, [MultiClassMask(1)], SlidingWindowInferer((8, 8), 2, 0.5, "gaussian"))
+    found = explain(ContrastiveExcitationBackprop(positive=False), objective)
+    assert found.maps.abs().sum() > 0.1 * float(objective.scores[0].voxels)
+    assert abs(float(found.maps.sum())) <= 1e-10 * float(found.maps.abs().sum())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_class_keeps_its_own_half(method):
+    """Two bright halves, a class that reads each: plain relevance shows both to either, the contrast only its own."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 16, 2, bias=False))
+    network = network.double().eval()
+    left = torch.zeros(4, 4)
+    left[:, :2] = 1
+    with torch.no_grad():
+        network[0].weight.fill_(1.0)
+        both = torch.stack([2 * left - (1 - left), 2 * (1 - left) - left])
+        network[3].weight.copy_((both[:, None].repeat(1, 2, 1, 1)).reshape(2, -1))
+    objective = objective_of(network, torch.ones(1, 4, 4, dtype=DOUBLE), [ClassScore(0), ClassScore(1)])
+    maps = explain(method(), objective).maps[:, 0]
+    assert (maps[0][:, :2] > 0).all()
+    assert (maps[0][:, 2:] == 0).all()
+    assert (maps[1][:, :2] == 0).all()
+    assert (maps[1][:, 2:] > 0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_linear_scores(method):
+    s = setting("UNet_batch")
+    with pytest.raises(MethodError, match="output='logit'"):
+        list(Explainer(s.network, s.inferer)(s.image[None], [method()], [MultiClassMask(1, output="probability")]))
+
+
+def test_an_unknown_composite_is_refused_at_once():
+    with pytest.raises(UsageError):
+        ContrastiveLRP(composite="EpsilonMinus")

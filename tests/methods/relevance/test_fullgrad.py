@@ -1,0 +1,80 @@
+"""Full gradients add up to the target; the absolute map is built of the parts of the whole volume."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from esegeta_monai.methods import FullGrad
+from esegeta_monai.targets import ClassScore, MultiClassMask
+from tests.methods.layer.test_path import plain
+from tests.methods.whole import close, explain, objective_of, setting
+
+
+@pytest.mark.parametrize(
+    ("name", "dims"),
+    [("UNet_batch", 2), ("UNet_batch", 3), ("UNet_instance", 2), ("SegResNet", 2), ("ResNet18", 3), ("MeshNet", 3)],
+)
+def test_complete(name, dims):
+    s = setting(name, dims)
+    score = s.objective.scores[0]
+    with torch.no_grad():
+        value = score.value(score.crop(s.inferer(s.image[None], s.model)[0]))
+    found = explain(FullGrad(abs=False), s.objective)
+    close(found.maps.sum() + found.note(0)["booked"], value, 1e-9)
+    assert found.note(0)["completeness_gap"] < 1e-9
+
+
+def test_what_is_no_module_is_missing_and_said():
+    s = setting("ViTAutoEnc")  # attention, position embeddings
+    assert explain(FullGrad(abs=False), s.objective).note(0)["completeness_gap"] > 1e-3
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_parts_by_hand(dims):
+    network, image = plain(dims)
+    x = image.clone().requires_grad_()
+    first = network.first(x)
+    second = network.second(network.act(first))
+    out = network.head(network.pool(network.then(second)).flatten(1))[0, 1]
+    gx, g1, g2 = torch.autograd.grad(out, [x, first, second])
+    shape = (1, -1, *[1] * dims)
+    parts = [gx * image, g1 * network.first.bias.view(shape), g2 * network.second.bias.view(shape)]
+    objective = objective_of(network, image[0], [ClassScore(1)])
+    found = explain(FullGrad(abs=False), objective)
+    close(found.maps, sum(p.sum(1, keepdim=True) for p in parts).detach())
+    assert found.note(0)["booked"] == pytest.approx(float(network.head.bias[1]), rel=1e-10)
+    found = explain(FullGrad(), objective)
+    close(found.maps, sum(p.abs().sum(1, keepdim=True) for p in parts).detach())
+    assert found.note(0)["completeness_gap"] < 1e-10
+
+
+def test_in_place_and_shared_modules():
+    torch.manual_seed(0)
+    act = nn.Softplus()
+    network = nn.Sequential(nn.Conv2d(1, 3, 3), act, nn.Conv2d(3, 3, 3), nn.ReLU(inplace=True), act, nn.Flatten())
+    network = network.append(nn.Linear(48, 3)).double().eval()
+    image = torch.randn(1, 8, 8).double()
+    found = explain(FullGrad(abs=False), objective_of(network, image, [ClassScore(1)]))
+    assert found.note(0)["completeness_gap"] < 1e-9
+
+
+class Reused(nn.Module):
+    """One upsampling for maps of 6 and of 4 channels, as U-Nets have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 6, 3, 4, 1), nn.Conv2d(6, 4, 3, 1, 1), nn.Conv2d(4, 3, 3, 1, 1)
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear")
+
+    def forward(self, x):
+        return self.c(self.up(self.b(self.up(self.a(x).relu())).relu()))
+
+
+def test_a_module_that_runs_twice_with_other_channels():
+    torch.manual_seed(0)
+    network = Reused().double().eval()
+    objective = objective_of(network, torch.rand(1, 16, 16, dtype=torch.float64), [MultiClassMask(1)])
+    assert explain(FullGrad(abs=False), objective).notes["completeness_gap"][0] <= 1e-9
+    assert explain(FullGrad(), objective).maps.min() >= 0

@@ -1,0 +1,150 @@
+"""Output folders that somebody has edited, cut or saved again: the page shows what there is and says what is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from esegeta_monai.output.report.collect import read_output
+from esegeta_monai.output.report.page import write_report
+from esegeta_monai.output.report.volumes import View
+from tests.output.report.finished import evaluated, explained, one_map
+from tests.output.report.test_page import words
+from tests.output.report.viewer import data_of
+
+MAP = "sub-01/sub-01_MultiClassMask-grey-matter_Saliency_attr"
+REGIONS = "sub-01/sub-01_regions.csv"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = explained(tmp_path_factory.mktemp("run"))
+    evaluated(out, "sub-01")
+    return out
+
+
+@pytest.fixture
+def out(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def said(out: Path) -> str:
+    return words(write_report(out).cases["sub-01"].read_text(encoding="utf-8"))
+
+
+def changed(path: Path, change: Callable[[dict], object]) -> None:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    change(record)
+    path.write_text(json.dumps(record), encoding="utf-8")
+
+
+def test_a_table_that_a_spreadsheet_saved_is_read(out: Path) -> None:
+    table = out / "metrics.csv"
+    before = read_output(out).cases[0].metrics
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())
+    (case,) = read_output(out).cases
+    assert case.metrics == before
+    assert before
+    assert not case.notes
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "text"),
+    [
+        ("metrics.csv", "case,target,method\nsub-01,Köln,Saliency\n".encode("latin-1"), "metrics.csv cannot be read"),
+        ("metrics.csv", b"case,target,value\nsub-01,x,1\n", "metrics.csv: 1 of 1 rows"),
+        ("metrics.csv", b"case;target;method;metric\nsub-01;x;y;z\n", "metrics.csv: 1 of 1 rows"),
+        (REGIONS, bytes(range(256)), "sub-01_regions.csv cannot be read"),
+        (REGIONS, b"target,region\nx,y\n", "sub-01_regions.csv: 1 of 1 rows"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_told(out: Path, file: str, content: bytes, text: str) -> None:
+    (out / file).write_bytes(content)
+    assert text in said(out)
+
+
+@pytest.mark.parametrize("content", ["{", "[1, 2]", '"a"', '{"regions": [1]}'])
+def test_regions_from_json_that_is_none(out: Path, content: str) -> None:
+    (out / REGIONS).unlink()
+    (out / REGIONS).with_suffix(".json").write_text(content)
+    assert "Before you read the maps" in said(out)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("display", [1]),
+        ("display", {"affine": [[1, 2]]}),
+        ("parameters", [1]),
+        ("network_affine", "x"),
+        ("target_voxels", "5"),
+        ("channel_names", 5),
+        ("sum", "many"),
+        ("value", float("nan")),
+        ("predicted_probability", "x"),
+        ("warnings", "abc"),
+        ("units", 3),
+    ],
+)
+def test_an_entry_of_another_kind_is_left_out_and_told(out: Path, key: str, value: object) -> None:
+    changed(out / f"{MAP}.json", lambda record: record.update({key: value}))
+    text = said(out)
+    assert (
+        f"sub-01_MultiClassMask-grey-matter_Saliency_attr.json is not as 'explain' wrote it, left out: {key}." in text
+    )
+    assert "nan" not in text.split()
+
+
+@pytest.mark.parametrize("change", [{"status": "nope"}, {"status": None}, {"target": None}, {"method": 5}])
+def test_results_of_run_json_that_say_nothing_are_left_out_and_told(out: Path, change: dict) -> None:
+    changed(out / "run.json", lambda run: run["results"][0].update(change))
+    assert "run.json: 1 results are not as 'explain' wrote them" in said(out)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_map_that_is_not_finite_leaves_the_others_to_be_seen(out: Path, value: float) -> None:
+    """In the page's data a NaN would be no JSON, and no map would be drawn at all."""
+    image = nib.load(out / f"{MAP}.nii.gz")
+    values = image.get_fdata().astype(np.float32)
+    values[3, 3, 3] = value
+    nib.save(nib.Nifti1Image(values, image.affine), out / f"{MAP}.nii.gz")
+    path = write_report(out).cases["sub-01"]
+    found = data_of(path)
+    json.dumps(found, allow_nan=False)
+    assert [m["method"] for m in found["maps"]] == ["InputXGradient", "GradCam"]
+    text = words(path.read_text(encoding="utf-8"))
+    assert f"Saliency_attr.nii.gz: 1 of {values.size} values are not finite" in text
+    assert "or cannot be shown" in text
+
+
+def test_an_affine_that_leads_nowhere_is_told(tmp_path: Path) -> None:
+    one_map(tmp_path, np.ones((5, 5, 5), np.float32), np.eye(4), display={"affine": np.zeros((4, 4)).tolist()})
+    text = words(write_report(tmp_path).cases["a"].read_text(encoding="utf-8"))
+    assert "affine of the scan is singular" in text
+    assert View.of((5, 5), np.eye(4), True).size == (5, 5, 1)
+
+
+def test_a_synthesised_image_that_is_cut_leaves_the_page(tmp_path: Path) -> None:
+    one_map(tmp_path, np.ones((5, 5, 5), np.float32), np.eye(4), produces="synthesised image")
+    (tmp_path / "a" / "a_t_Saliency_attr.nii.gz").write_bytes(b"cut")
+    text = words(write_report(tmp_path).cases["a"].read_text(encoding="utf-8"))
+    assert "a_t_Saliency_attr.nii.gz cannot be read" in text
+
+
+def test_curves_of_any_size_are_drawn(out: Path) -> None:
+    curves = [{"target": "t", "method": "m", "metric": f"c{n}", "x": [0, 1], "y": y} for n, y in enumerate(CURVES)]
+    (out / "sub-01" / "sub-01_metrics.json").write_text(json.dumps({"curves": curves}))
+    page = write_report(out).cases["sub-01"].read_text(encoding="utf-8")
+    assert page.count("<polyline") == len(CURVES)
+    assert ">0</text>" in page
+    assert ">1e-14</text>" in page
+
+
+CURVES = [[0, 3e-14], [0, 5e-324], [1, 1 + 2e-16], [-1e300, 1e300], [0, 0]]

@@ -1,0 +1,196 @@
+"""Names and parameters: read off classes, parsed and never evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from esegeta_monai.engine.baselines import baseline_for
+from esegeta_monai.engine.feature_masks import features_for
+from esegeta_monai.errors import UsageError
+from esegeta_monai.methods import (
+    METHODS,
+    FeatureAblation,
+    InputXGradient,
+    IntegratedGradients,
+    Occlusion,
+    Saliency,
+    SmoothGrad,
+)
+from esegeta_monai.targets import TARGETS, Box, MultiClassMask
+from esegeta_monai.utils.registry import Configurable, Registry, json_ready, split_calls
+
+
+class Fruit(Configurable):
+    """A base to register under."""
+
+
+@dataclass(eq=False, repr=False)
+class Apple(Fruit):
+    weight: float = 1.0
+    inside: Fruit | None = None
+    name: str | None = field(default=None, kw_only=True)
+
+
+class Pear(Fruit):
+    """Written without dataclass."""
+
+    def __init__(self, colour: str = "green") -> None:
+        self.colour = colour
+
+
+def registry() -> Registry[Fruit]:
+    fruits: Registry[Fruit] = Registry("fruit", Fruit, "esegeta_monai.fruits")
+    fruits.register(Apple, "Malus")
+    fruits.register(Pear)
+    return fruits
+
+
+@pytest.mark.parametrize("name", ["Apple", "apple", "a-p_ple", "MALUS", f"{__name__}.Apple"])
+def test_names_are_tolerant(name):
+    assert registry().get(name) is Apple
+
+
+def test_names_from_the_package_in_full():
+    assert METHODS.get("esegeta_monai.methods.Saliency") is Saliency
+    assert TARGETS.get("esegeta_monai.targets.MultiClassMask") is MultiClassMask
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("Aple", "did you mean Apple"),
+        ("xyzzy", "'esegeta-monai fruits' lists them"),
+        ("no.such.module", "cannot import"),
+        ("pathlib.Path", "must derive from"),
+        ("Apple(wieght=2)", "its parameters are: weight, inside, name"),
+        ("Apple(weight=2", "cannot read"),
+        ("Apple(weight=1+1)", "neither a value"),
+        ("__import__('os').system('true')", "cannot|there is no"),
+        ("Apple(weight=(lambda: 1)())", "neither a value|there is no|no fruit"),
+        ("3", "cannot read"),
+        (7, "cannot make a fruit"),
+        ({"weight": 2}, "_target_"),
+    ],
+)
+def test_errors_say_what_to_do(bad, message):
+    with pytest.raises(UsageError, match=message):
+        registry().create(bad)
+
+
+def test_create_from_everything():
+    fruits = registry()
+    apple = Apple(2)
+    assert fruits.create(apple) is apple
+    assert isinstance(fruits.create(Apple), Apple)
+    assert fruits.create("Apple(weight=2.5, name='red')").given_name == "red"
+    assert fruits.create({"_target_": "apple", "weight": 3}).weight == 3
+    nested = fruits.create({"_target_": "Apple", "inside": {"_target_": "Pear"}})
+    assert isinstance(nested.inside, Pear)
+    assert isinstance(fruits.create("Apple(inside=Pear(colour='red'))").inside, Pear)
+    assert fruits.create("Apple(inside=Pear(colour='red'))").inside.colour == "red"
+    assert fruits.create("Pear(colour=red)").colour == "red"
+    assert fruits.create("Pear").name == "Pear"
+    assert fruits.create("Apple(-2.5)").weight == -2.5
+
+
+@pytest.mark.parametrize("text", ["", " ", " , "])
+def test_text_that_names_nothing_is_refused(text):
+    with pytest.raises(UsageError, match="no fruit is named: 'esegeta-monai fruits' lists them"):
+        registry().create_all(text)
+
+
+def test_text_of_several():
+    text = "Saliency, Occlusion(window=(8, 8), stride=4),input-x-gradient, SmoothGrad('Saliency')"
+    methods = METHODS.create_all(text)
+    assert [type(m) for m in methods] == [Saliency, Occlusion, InputXGradient, SmoothGrad]
+    assert methods[1].window == (8, 8)
+    assert [type(m) for m in METHODS.create_all(["Saliency", Saliency()])] == [Saliency, Saliency]
+    assert [type(m) for m in METHODS.create_all(Saliency())] == [Saliency]
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a", ["a"]),
+        ("a,,b,", ["a", "b"]),
+        ("a(x='1,2'),b([1,(2,3)])", ["a(x='1,2')", "b([1,(2,3)])"]),
+        ('a(")"),b', ['a(")")', "b"]),
+        ("", []),
+    ],
+)
+def test_split_calls(text, parts):
+    assert split_calls(text) == parts
+
+
+def test_a_taken_name_is_refused():
+    class Other(Fruit):
+        pass
+
+    with pytest.raises(UsageError, match="is taken by"):
+        registry().register(Other, "apple")
+
+
+def test_the_registry_lists_each_class_once():
+    assert list(registry()) == [Apple, Pear]
+
+
+def test_entry_points_are_loaded(monkeypatch):
+    class Entry:
+        name = "cherry"
+
+        def load(self):
+            return type("Cherry", (Fruit,), {})
+
+    monkeypatch.setattr("esegeta_monai.utils.registry.entry_points", lambda group: [Entry()])
+    assert registry().get("cherry").__name__ == "Cherry"
+
+
+def test_parameters_are_those_of_init_and_survive_json():
+    import json
+
+    for method in (Occlusion(window=(4, 4)), IntegratedGradients(baseline="blur(sigma=2)"), SmoothGrad(Occlusion(3))):
+        again = json.loads(json.dumps(method.parameters))
+        assert list(again) == type(method).parameter_names()
+        assert "name" not in again
+    assert SmoothGrad(Occlusion(3)).parameters["method"]["window"] == 3
+    assert repr(Box(1, (0, 0), (2, 2))).startswith("Box(class_index=1, start=[0, 0]")
+
+
+def test_json_ready():
+    assert json_ready({1: torch.tensor(2.5), "f": Path("/secret/place/x.nii"), "t": torch.ones(2), "s": {3}}) == {
+        "1": 2.5,
+        "f": "x.nii",
+        "t": "tensor(2,)",
+        "s": [3],
+    }
+    assert json_ready(torch.float32) == "torch.float32"
+    assert json_ready(len) == "len"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("/scans/Jane Doe/atlas.nii.gz", "atlas.nii.gz"),
+        (r"C:\scans\Doe\atlas.nii.gz", "atlas.nii.gz"),
+        ("~/Doe/atlas.nii.gz", "atlas.nii.gz"),
+        ("/atlas.nii.gz", "atlas.nii.gz"),
+        ("LabelMap('/scans/Doe/atlas.nii.gz', names={1: 'a/b'})", "LabelMap('atlas.nii.gz', names={1: 'a/b'})"),
+        ("supervoxels(mask=/scans/Doe/body.nii.gz, n_segments=4)", "supervoxels(mask=body.nii.gz, n_segments=4)"),
+        ("models/atlas.nii.gz", "models/atlas.nii.gz"),
+        ("grid(size=8)", "grid(size=8)"),
+    ],
+)
+def test_whole_paths_are_shown_by_name(given, shown):
+    """Records, names of files and reports show parameters; folders can be called after a patient."""
+    assert FeatureAblation(given).parameters["feature_mask"] == shown
+    assert Occlusion(baseline=[given, given]).parameters["baseline"] == [shown, shown]
+
+
+@pytest.mark.parametrize(("make", "names"), [(baseline_for, "Blur, .*Zero"), (features_for, "Grid, .*Supervoxels")])
+def test_kinds_that_no_command_lists_are_named_in_the_error(make, names):
+    with pytest.raises(UsageError, match=f"'xyzzyq': there are .*{names}"):
+        make("xyzzyq")
