@@ -268,7 +268,18 @@ def choice_passes(spec: Any, objective: Objective) -> int:
 
 
 def baseline_for(spec: Any, *, local: bool = False) -> Baseline:
-    """A `Baseline` from text, a number (or one a channel), a file, a tensor, or a list of files.
+    """Make a `Baseline` of what a user gives as a ``baseline`` parameter.
+
+    ``baseline_for(spec).draw(objective, objective.generator())`` is the reference volume (C, *spatial) of a case, in
+    the units of the image. It may be a view: do not write into it.
+
+    Args:
+        spec: a `Baseline`, its name or call as text, ``"auto"``, a number or one per channel, a NIfTI file, a tensor
+            (C, *spatial), or a list of files or tensors of which one is drawn.
+        local: of ``"auto"``: the baseline replaces a part of the image, not all of it.
+
+    Raises:
+        UsageError: no such baseline.
 
     >>> baseline_for("blur(sigma=3)").parameters
     {'sigma': 3, 'std': 0.0}

@@ -103,7 +103,10 @@ def _sample(objective: Objective, perturbations: Perturbations, n: int) -> list[
 
 
 def known_score_changes(objective: Objective, perturbations: Perturbations) -> Tensor:
-    """As `score_changes`; perturbations that some method has scored on this objective before are looked up: (k, m)."""
+    """Score perturbed images as `score_changes` does; scores that this objective has are reused: (k, m), float64.
+
+    Perturbations are equal where their `Perturbations.identity` is; without one they are always scored.
+    """
     table = _TABLES.setdefault(objective, {})
     names, first = _unknown(objective, perturbations)
     found = score_changes(objective, perturbations.take(first))
