@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import baseline_for
-from esegeta_monai.engine.objective import Objective, Request
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.sweep import Request
 from esegeta_monai.utils.registry import Configurable, Registry
 from esegeta_monai.utils.types import check_stated
 
@@ -50,6 +51,22 @@ class Explained:
         """The notes of one target."""
         k = len(self.maps)
         return {n: _pick(v, target, k) for n, v in self.notes.items()}
+
+
+@dataclass
+class Outcome:
+    """What a method came to: its result, or the error that ended it.
+
+    Attributes:
+        result: maps and notes; None where the method failed.
+        error: the exception that ended the method; None where it succeeded.
+        scores: perturbation scores (k, n), where the run asked for a sample of them only
+            (`esegeta_monai.engine.run_context.RunContext.sample`); then there is neither result nor error.
+    """
+
+    result: Explained | None = None
+    error: Exception | None = None
+    scores: Tensor | None = None
 
 
 def _pick(value: Any, target: int, k: int) -> Any:

@@ -30,7 +30,7 @@ from esegeta_monai.files.privacy import traceback_text
 from esegeta_monai.files.runs import UNFINISHED
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
-from esegeta_monai.utils.distributed import Ranks
+from esegeta_monai.utils.distributed import Processes
 
 __all__ = [
     "ResultWriter",
@@ -71,10 +71,10 @@ class ResultWriter:
         extension: str = ".nii.gz",
         overwrite: bool = False,
         pictures: bool = True,
-        ranks: Ranks | None = None,
+        ranks: Processes | None = None,
         together: bool = False,
     ) -> None:
-        self.ranks, self.together = ranks or Ranks(), together
+        self.ranks, self.together = ranks or Processes(), together
         self.names = ResultNames(methods, targets)
         self.output_dir = storage.writable_folder(output_dir)
         self.provenance = dict(provenance or {})

@@ -261,7 +261,7 @@ def test_values_at_the_image_are_kept_by_one_objective_alone():
     torch.testing.assert_close(objective.image_values(), expected)
     assert objective.image_values() is objective.image_values()
     with frozen(network):
-        there = objective.at(2 * image).image_values()
+        there = objective.derive(image=2 * image).image_values()
     torch.testing.assert_close(there, torch.stack([elsewhere[0, 3, 4], elsewhere[1, 9, 2]]).double(), rtol=1e-5, atol=0)
     torch.testing.assert_close(objective.only(1).image_values(), expected[1:])
-    torch.testing.assert_close(objective.with_scores(scores[::-1]).image_values(), expected.flip(0))
+    torch.testing.assert_close(objective.derive(scores=scores[::-1]).image_values(), expected.flip(0))

@@ -24,7 +24,7 @@ from esegeta_monai.cli.main import main
 from esegeta_monai.errors import UsageError
 from esegeta_monai.handlers import EvaluationHandler, ExplanationHandler
 from esegeta_monai.metrics import Metric, MetricInput, MetricResult
-from esegeta_monai.utils.distributed import Ranks
+from esegeta_monai.utils.distributed import Processes
 from tests.bundle import oblique
 from tests.handlers.test_explanation import Small, evaluator, loader, preprocessing, trainer
 
@@ -235,7 +235,7 @@ def test_maps_that_another_process_lacks_are_computed_by_all(
     """Else those that compute would wait for those that do not."""
     alone = passes(scans, judges(tmp_path / "alone")) - passes(scans)
     explained = passes(scans, explains(tmp_path / "maps"))
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, False] if value is True else [value])
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, False] if value is True else [value])
     assert passes(scans, explains(tmp_path / "both"), judges(tmp_path / "both")) == explained + alone
 
 

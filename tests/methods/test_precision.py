@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from esegeta_monai import Explainer
 from esegeta_monai.engine.network.state import frozen, own_modes
-from esegeta_monai.engine.perturbation.checkpoint import ScoreTable
+from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.explain.record import DECIDES
 from esegeta_monai.methods import (
@@ -34,7 +34,7 @@ from esegeta_monai.methods import (
 )
 from esegeta_monai.methods.precision import AGREES, SURE, Agreement, agreement, full_precision
 from esegeta_monai.targets import Box
-from esegeta_monai.utils.distributed import Ranks
+from esegeta_monai.utils.distributed import Processes
 
 WINDOWS = SlidingWindowInferer((8, 8), 2, 0.5, "gaussian")
 TARGET = Box(0, (2, 2), (10, 10))
@@ -333,7 +333,7 @@ def test_methods_inside_others_are_not_measured_again(monkeypatch: pytest.Monkey
 
 
 def test_all_ranks_decide_as_the_first_one() -> None:
-    class Second(Ranks):
+    class Second(Processes):
         """What this rank would find is not what counts."""
 
         def gather(self, value: Any) -> list[Any]:
@@ -343,7 +343,7 @@ def test_all_ranks_decide_as_the_first_one() -> None:
     explainer = Explainer(tame(), WINDOWS, "cpu", amp=True)
     (objective,) = [j.objective for j in explainer.judge(image(), [TARGET])]
     assert objective is not None
-    objective.ranks = Second()
+    objective.context.processes = Second()
     found = run(GRADIENT, objective)
     assert found.notes["amp_fallback"] == "of the first rank"
     assert torch.equal(found.maps, run(GRADIENT, full_precision(objective)).maps)
@@ -371,7 +371,7 @@ def test_scores_kept_on_disk_are_of_one_precision(tmp_path: Any) -> None:
     half = Explainer(tame(), WINDOWS, "cpu", amp=True)
     (objective,) = [j.objective for j in half.judge(image(), [TARGET])]
     assert objective is not None
-    objective.table = ScoreTable(tmp_path, {"image": "a"})
+    objective.table = ScoreCheckpoint(tmp_path, {"image": "a"})
     precise = full_precision(objective).table
     assert precise is not None
     assert precise.path("boxes") != objective.table.path("boxes")

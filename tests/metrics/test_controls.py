@@ -32,12 +32,12 @@ def test_sobel_is_the_separable_kernel(shape):
 def test_controls_are_methods_that_ask_no_network_and_are_in_no_registry():
     case = Naive(small(), image_of(1, 8, 12), [MultiClassMask(1), Box(2, (1, 1), (3, 3))])
     for control in controls():
-        case.objective.monitor.start()
+        case.objective.context.progress.start()
         maps = run(control, case.objective).maps
         assert maps.shape == (2, 1, 8, 12)
         assert torch.equal(maps[0], maps[1])
         assert bool(maps.any())
-        assert case.objective.monitor.passes == control.passes(case.objective) == 0
+        assert case.objective.context.progress.passes == control.passes(case.objective) == 0
         assert type(control) not in set(METHODS)
 
 

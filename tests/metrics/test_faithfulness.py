@@ -51,7 +51,7 @@ def naive_curve(case: Naive, values: torch.Tensor, target: int, insert: bool, ba
     features = features_for(SIZE[dims]).of(case.objective)
     labels = features.labels[0]
     seen = torch.zeros_like(labels, dtype=torch.bool)
-    for w in case.objective.with_scores([case.scores[target]]).windows:
+    for w in case.objective.derive(scores=[case.scores[target]]).windows:
         seen[case.objective.plan.place(w)] = True
     players = sorted(set(labels[seen].tolist()))
     means = {j: float(values[:, labels == j].sum() / (labels == j).sum()) for j in players}
@@ -237,18 +237,18 @@ def test_perturbations_that_do_not_depend_on_the_map_are_computed_once():
     passes = []
     for seed in range(2):
         for target in (0, 1):
-            case.objective.monitor.start()
+            case.objective.context.progress.start()
             subject = MetricInput(image_of(2, 11, 15, seed=seed), case.objective, target, shared=shared)
             for metric in (FaithfulnessCorrelation(features="grid(4)"), Infidelity(), Infidelity("noise", 10)):
                 metric.update(subject)
-            passes.append(case.objective.monitor.passes)
+            passes.append(case.objective.context.progress.passes)
     assert passes[0] > 0
     assert passes[2:] == [0, 0]
 
 
 def test_only_windows_of_the_target_are_asked():
     case = windowed(2)
-    small_target = case.objective.with_scores([Box(2, (0, 0), (3, 3)).bind(case.predict(case.image), Case())[0]])
+    small_target = case.objective.derive(scores=[Box(2, (0, 0), (3, 3)).bind(case.predict(case.image), Case())[0]])
     subject = MetricInput(image_of(2, 11, 15), small_target)
     found = Deletion("grid(size=4)", steps=5).update(subject)
     assert found.notes["features_seen"] < found.notes["features"]

@@ -54,9 +54,9 @@ def test_the_unmasked_windows_are_computed_once_for_all_maps():
     subjects = [MetricInput(image_of(2, 9, 12, seed=s), case.objective, shared=shared) for s in range(3)]
     passes, values = [], []
     for subject in subjects:
-        before = case.objective.monitor.passes
+        before = case.objective.context.progress.passes
         values.append([m.update(subject).value for m in (AverageDrop(0.3), AverageGain(0.3), AverageIncrease(0.3))])
-        passes.append(case.objective.monitor.passes - before)
+        passes.append(case.objective.context.progress.passes - before)
     assert passes == [2 * windows, windows, windows]
     for subject, found in zip(subjects, values):
         alone = MetricInput(subject.map, case.objective)

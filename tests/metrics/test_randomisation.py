@@ -123,7 +123,7 @@ def test_stages_by_hand(metric, kind):
             for stage in (["b"], ["n"], ["a"]):
                 layers = ["b", "n", "a"][: ["b", "n", "a"].index(stage[0]) + 1]
                 with randomised(case.net, layers if metric is CascadingRandomisation else stage, 3 + 1 + sample):
-                    values = run(method, case.objective.at(case.image)).maps[0]
+                    values = run(method, case.objective.derive(image=case.image)).maps[0]
                 expected.append(similarity(base, values, kind))
     assert found.value == pytest.approx(np.mean(expected))
     assert found.curve["x"] == pytest.approx([*([0.0] if metric is CascadingRandomisation else []), 1 / 3, 2 / 3, 1])
@@ -141,7 +141,7 @@ def test_controls_reach_one_and_the_perfect_map_does_not(kind, dims):
     for control in controls():
         assert metric.update(subject_of(case, control)).value == 1
     assert metric.update(subject_of(case, InputXGradient())).value < 0.95
-    zero = case.objective.at(torch.zeros_like(case.image))
+    zero = case.objective.derive(image=torch.zeros_like(case.image))
     found = metric.update(MetricInput(torch.zeros_like(case.image), zero, 0, InputXGradient()))
     assert found.value is None
 

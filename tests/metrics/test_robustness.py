@@ -71,7 +71,7 @@ def test_formulas_with_windows_and_two_targets(dims):
         base = run(GRADIENT, case.objective).maps
         found = {k: [] for k in ("max", "lip", "rel", "ris", "ros", "ris_e")}
         for noise in noises(case, 0.05, 4):
-            maps = run(GRADIENT, case.objective.at(case.image + noise)).maps
+            maps = run(GRADIENT, case.objective.derive(image=case.image + noise)).maps
             d = (maps - base).flatten(1).norm(dim=1)
             n = base.flatten(1).norm(dim=1)
             values = case.value(case.image)
@@ -82,7 +82,7 @@ def test_formulas_with_windows_and_two_targets(dims):
             found["ros"].append(d / n / moved)
             found["ris_e"].append(((maps - base) / base).flatten(1).norm(dim=1) / (noise / case.image).norm())
     shared: dict = {}
-    case.objective.monitor.start()
+    case.objective.context.progress.start()
     for k in (0, 1):
         subject = MetricInput(base[k], case.objective, k, GRADIENT, shared=shared)
 
@@ -101,8 +101,8 @@ def test_formulas_with_windows_and_two_targets(dims):
         if bool((base[k] != 0).all()):
             assert value(RelativeInputStability(0.05, 4, ratio="elementwise")) == worst("ris_e")
         if k == 0:
-            passes = case.objective.monitor.passes
-    assert case.objective.monitor.passes == passes  # the second target was explained along with the first
+            passes = case.objective.context.progress.passes
+    assert case.objective.context.progress.passes == passes  # the second target was explained along with the first
 
 
 @pytest.mark.parametrize("kind", ["classification", "segmentation"])
@@ -111,7 +111,7 @@ def test_the_gradient_of_a_linear_network_is_perfectly_stable_and_zero_says_noth
     case = linear_case(kind, 2)
     assert metric(n_samples=3).update(subject_of(case, GRADIENT)).value == pytest.approx(0, abs=1e-10)
     image = case.objective.image
-    flat = case.objective.at(torch.zeros_like(image))
+    flat = case.objective.derive(image=torch.zeros_like(image))
     zero = metric(n_samples=3).update(MetricInput(torch.zeros_like(image), flat, 0, SobelControl()))
     assert zero.value is None
     assert not metric.compared

@@ -72,7 +72,7 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
         module.register_forward_pre_hook(lambda m, args, n=n: entered.update({n: args[0]}))
         for n, module in heads.items()
     ]
-    x = objective.plan.cut(objective.image, 0)[None].to(objective.model.device)
+    x = objective.window(0)
     try:
         with torch.inference_mode(), capture(network, list(dict.fromkeys([*names, *heads])), of_windows=False) as found:
             objective.run(x, [0])

@@ -89,7 +89,7 @@ class SmoothGrad(Method):
         generator = objective.generator()
         for _ in range(self.n_samples):
             noisy = objective.image + noise_like(objective.image, self.std, generator)
-            yield run(self.method, objective.at(noisy)).maps
+            yield run(self.method, objective.derive(image=noisy)).maps
 
 
 @dataclass(eq=False, repr=False)

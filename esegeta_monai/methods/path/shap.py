@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import baseline_for, choice_passes, describe_baseline, noise_like
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.network.hooks import capture
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained, Method, relative_gap
 from esegeta_monai.methods.layer.activation import LayerMethod
@@ -157,6 +158,6 @@ class LayerGradientShap(LayerMethod):
 
 
 def _activation(batch: Batch, volume: Tensor, layer: str) -> Tensor:
-    with torch.no_grad(), capture(batch.objective.model.network, [layer]) as captured:
+    with torch.no_grad(), capture(batch.network.model.network, [layer]) as captured:
         batch.forward(batch.cut(volume))
     return captured[layer]

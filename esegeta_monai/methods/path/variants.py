@@ -272,7 +272,7 @@ class _Bisected:
     def warn(self) -> None:
         """Says so where the cap was reached."""
         if self.missed:
-            self.objective.monitor.warn(
+            self.objective.context.progress.warn(
                 f"some segments miss more than their part of tolerance={self.tolerance:g} after {self.steps} steps "
                 f"(max_steps={self.max_steps})"
             )

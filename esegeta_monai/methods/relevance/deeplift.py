@@ -11,9 +11,10 @@ from torch import Tensor
 
 import esegeta_monai.engine.rules as rules
 from esegeta_monai.engine.baselines import Baseline, baseline_for, choice_passes, describe_baseline
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.network.hooks import find_layer
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained, Method, relative_gap
 from esegeta_monai.methods.layer.activation import LayerMethod

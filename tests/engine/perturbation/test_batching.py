@@ -80,7 +80,7 @@ def test_what_went_through_the_network_counts_where_it_stops(output):
     with frozen(net):
         reference = score_changes(o, boxes)
         passes = o.monitor.passes
-        fresh = o.apart()
+        fresh = o.derive()
         net.forward = stops
         with pytest.raises(Interrupted):
             score_changes(fresh, boxes)

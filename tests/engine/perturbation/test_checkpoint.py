@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from esegeta_monai import Explainer
 from esegeta_monai import methods as m
 from esegeta_monai.engine.perturbation import batching as engine
-from esegeta_monai.engine.perturbation.checkpoint import ScoreTable
+from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.targets import Box, MultiClassMask
 from tests.engine.test_objective import assert_equal
 from tests.methods.naive import image_of, small
@@ -65,7 +65,7 @@ def tables(folder: Path) -> list[Path]:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are written after every batch, and for non-linear targets after every few perturbations."""
-    monkeypatch.setattr(ScoreTable.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(ScoreCheckpoint.__init__, "__defaults__", (0.0,))
     monkeypatch.setattr(engine, "BLOCK", 3)
 
 
@@ -160,9 +160,9 @@ KILLED = """
 import sys, time, torch
 from pathlib import Path
 from esegeta_monai import methods as m
-from esegeta_monai.engine.perturbation.checkpoint import ScoreTable
+from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from tests.engine.perturbation.test_checkpoint import Stops, explain
-ScoreTable.__init__.__defaults__ = (0.0,)
+ScoreCheckpoint.__init__.__defaults__ = (0.0,)
 class Slow(Stops):
     def forward(self, x):
         time.sleep(0.05)

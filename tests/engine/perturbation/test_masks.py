@@ -100,7 +100,7 @@ def test_windows_in_which_coalitions_agree_are_computed_once(output):
     with frozen(case.net):
         mine = score_changes(case.objective, segments)
     windows = len(case.objective.windows)
-    assert case.objective.monitor.passes == passes_needed(case.objective, segments) <= windows * (1 + 3)
+    assert case.objective.context.progress.passes == passes_needed(case.objective, segments) <= windows * (1 + 3)
     assert_equal(mine, case.change(case.objective, segments))
 
 
@@ -111,11 +111,11 @@ def test_blocks_of_a_non_linear_target_count_and_score_the_same(monkeypatch):
     with frozen(case.net):
         whole = score_changes(case.objective, segments)
         monkeypatch.setattr("esegeta_monai.engine.perturbation.batching.BLOCK_BYTES", 8 * 3 * 8 * 24 * 2)
-        before = case.objective.monitor.passes
+        before = case.objective.context.progress.passes
         blocks = score_changes(case.objective, segments)
     assert_equal(blocks, whole)
-    assert case.objective.monitor.passes - before <= passes_needed(case.objective, segments)
-    assert case.objective.monitor.passes - before > before
+    assert case.objective.context.progress.passes - before <= passes_needed(case.objective, segments)
+    assert case.objective.context.progress.passes - before > before
 
 
 def test_known_perturbations_are_looked_up():
@@ -125,11 +125,11 @@ def test_known_perturbations_are_looked_up():
     zero = torch.zeros_like(case.image)
     with frozen(case.net):
         first = known_score_changes(case.objective, Segments(labels, rows, zero, case.image))
-        spent = case.objective.monitor.passes
+        spent = case.objective.context.progress.passes
         again = known_score_changes(case.objective, Segments(labels, rows[[1, 0]], zero, case.image))
-        assert case.objective.monitor.passes == spent
+        assert case.objective.context.progress.passes == spent
         known_score_changes(case.objective, Segments(labels, rows, zero + 1, case.image))
-        assert case.objective.monitor.passes > spent
+        assert case.objective.context.progress.passes > spent
     assert torch.equal(first[:, [1, 0]], again)
     assert torch.equal(first[:, 0], first[:, 2])
     assert bool((first[:, 3] == 0).all())

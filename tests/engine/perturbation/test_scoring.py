@@ -206,7 +206,7 @@ def test_what_perturbed_windows_are_compared_with_is_computed_once(output):
         for boxes, mine in zip(rounds, found):
             fresh, _ = objective(net, image, inferer, [target])
             assert_equal(mine, score_changes(fresh, boxes))
-        for other in (o.at(image + 1), o.apart(), o.only(0)):
+        for other in (o.derive(image=image + 1), o.derive(), o.only(0)):
             before = other.monitor.passes
             score_changes(other, rounds[0])
             assert other.monitor.passes - before == needed[0] + (
@@ -268,7 +268,7 @@ def test_a_score_that_is_no_sum_over_voxels():
     inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
     o, _ = objective(net, image, inferer, [MultiClassMask(1)])
     score = SoftDice(noise(20, 18, seed=3) > 0.2, (noise(20, 18, seed=4) > 0).double())
-    o = o.with_scores([score])
+    o = o.derive(scores=[score])
     boxes = boxes_for((20, 18), 4, 0.3)
     with frozen(net):
         found = score_changes(o, boxes)
@@ -294,7 +294,7 @@ def test_a_linear_score_of_a_users_own():
     inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
     o, _ = objective(net, image, inferer, [MultiClassMask(1)])
     score = Thirds(noise(20, 18, seed=3) > 0.2, noise(20, 18, seed=4) / 3)
-    o = o.with_scores([score])
+    o = o.derive(scores=[score])
     boxes = boxes_for((20, 18), 4, 0.3)
     with frozen(net):
         found = score_changes(o, boxes)
@@ -333,7 +333,7 @@ def test_channels_that_are_no_neighbours(others):
     inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
     o, _ = objective(net, image, inferer, others or [MultiClassMask(1)])
     score = Crossed(noise(20, 18, seed=3) > 1.5, noise(20, 18, seed=4))
-    o = o.with_scores([*(o.scores if others else []), score])
+    o = o.derive(scores=[*(o.scores if others else []), score])
     boxes = boxes_for((20, 18), 4, 0.3)
     with frozen(net):
         assert_equal(score_changes(o, boxes)[-1], naive_change(net, image, inferer, score, boxes))

@@ -223,9 +223,9 @@ def test_a_list_of_layers_gives_a_channel_each_in_the_same_passes():
     s = setting("UNet_batch")
     other = "model.1.submodule.0"
     one, two = (explain(GradCam(layer), s.objective).maps for layer in (s.layer, other))
-    before = s.objective.monitor.passes
+    before = s.objective.context.progress.passes
     both = explain(GradCam([s.layer, other]), s.objective)
-    assert s.objective.monitor.passes - before == len(s.objective.windows) + len(s.objective.plan)
+    assert s.objective.context.progress.passes - before == len(s.objective.windows) + len(s.objective.plan)
     close(both.maps, torch.cat([one, two], 1))
     assert both.note(0)["layer"] == (s.layer, other)
 
@@ -234,11 +234,11 @@ def test_methods_share_their_passes():
     s = setting("UNet_batch")
     methods = [GradCam(s.layer), HiResCam(s.layer), LayerCam(s.layer), XGradCam(s.layer), GradCamPlusPlus(s.layer)]
     alone = [explain(m, s.objective).maps for m in methods]
-    before = s.objective.monitor.passes
+    before = s.objective.context.progress.passes
     with frozen(s.network):
         together = run_together(methods, s.objective)
     windows = len(s.objective.plan)
-    assert s.objective.monitor.passes - before == 3 * windows
+    assert s.objective.context.progress.passes - before == 3 * windows
     for i, maps in enumerate(alone):
         close(together[i].maps, maps)
 
@@ -256,10 +256,10 @@ def test_gradients_wait_for_the_one_that_comes_later():
         return vjp(out, *args, **kwargs)
 
     s.objective.vjp = counted
-    before = s.objective.monitor.passes
+    before = s.objective.context.progress.passes
     with frozen(s.network):
         together = run_together(methods, s.objective)
-    assert s.objective.monitor.passes - before == 3 * len(s.objective.plan)
+    assert s.objective.context.progress.passes - before == 3 * len(s.objective.plan)
     assert sum(backward) == len(s.objective.windows) * s.objective.n_targets
     for i, maps in enumerate(alone):
         close(together[i].maps, maps)

@@ -71,7 +71,7 @@ def test_bisecting_reaches_its_tolerance_where_more_steps_do_not():
     assert blurred.note(0)["completeness_gap"] < 1e-3
     few = explain(GuidedIG(x0, n_steps=16, tolerance=1e-3, max_steps=40), s.objective)
     assert few.note(0)["steps"] <= 40
-    assert any("max_steps=40" in w for w in s.objective.monitor.warnings)
+    assert any("max_steps=40" in w for w in s.objective.context.progress.warnings)
 
 
 def test_the_guided_path_moves_calm_voxels_first_and_keeps_its_distance():

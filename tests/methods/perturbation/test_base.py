@@ -51,10 +51,10 @@ def test_equals_the_naive_computation(method, norm, output, monkeypatch):
     case = Naive(small(2, 2, norm), image_of(2, 6, 20), two_targets(output))
     with frozen(case.net):
         expected_passes = method.passes(case.objective)
-        assert case.objective.monitor.passes == 0
+        assert case.objective.context.progress.passes == 0
         mine = run(method, case.objective)
         if method.passes_exact:
-            assert case.objective.monitor.passes == expected_passes
+            assert case.objective.context.progress.passes == expected_passes
         score_naively(monkeypatch, case)
         naive = run(method, case.objective)
     for k in range(2):
@@ -122,12 +122,12 @@ def test_equal_coalitions_are_scored_once_for_all_methods():
     labels = LABELS.clamp(max=3)
     with frozen(case.net):
         exact = run(methods.KernelShap(n_samples=64, feature_mask=labels), case.objective)
-        spent = case.objective.monitor.passes
+        spent = case.objective.context.progress.passes
         run(methods.ShapleyValueSampling(n_samples=6, feature_mask=labels), case.objective)
         run(methods.FeatureAblation(labels), case.objective)
-        assert case.objective.monitor.passes == spent
+        assert case.objective.context.progress.passes == spent
         run(methods.FeatureAblation(labels, baseline=7.0), case.objective)
-        assert case.objective.monitor.passes > spent
-        again = case.objective.at(case.image + 1)
+        assert case.objective.context.progress.passes > spent
+        again = case.objective.derive(image=case.image + 1)
         other = run(methods.KernelShap(n_samples=64, feature_mask=labels), again)
     assert not torch.equal(other.maps, exact.maps)

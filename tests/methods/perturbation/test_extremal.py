@@ -64,7 +64,7 @@ def test_finds_the_blob_within_the_area(shape, roi, step, output):
     assert float(mask[inside].mean()) > 0.85
     assert notes["kept"] > 0.75
     assert notes["left_without"] < 0.15
-    assert case.objective.monitor.passes == method.passes(case.objective)
+    assert case.objective.context.progress.passes == method.passes(case.objective)
     perturbed = image * mask
     share = (case.value(perturbed) - case.value(image * 0)) / (case.value(image) - case.value(image * 0))
     assert notes["kept"] == pytest.approx(float(share[0]), rel=1e-9)
@@ -81,7 +81,7 @@ def test_deletion_finds_it_too():
     assert notes["left_without"] < 0.3
     without = case.value(image * (1 - found.maps[0]))
     assert notes["value_without"] == pytest.approx(float(without[0]), rel=1e-9)
-    assert case.objective.monitor.passes == method.passes(case.objective)
+    assert case.objective.context.progress.passes == method.passes(case.objective)
 
 
 class BlendFooled(nn.Module):
@@ -148,7 +148,7 @@ def test_only_the_box_of_windows_that_the_target_sees_is_searched():
         found = run(ExtremalPerturbation(0.2, "preserve", "zero", n_iter=20, lr=0.2), case.objective)
     assert bool((found.maps[..., 8:] == 0).all())
     assert bool(found.maps.any())
-    assert case.objective.monitor.passes == 20 + 3
+    assert case.objective.context.progress.passes == 20 + 3
 
 
 def test_the_smooth_maximum_by_hand():

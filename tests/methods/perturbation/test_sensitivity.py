@@ -147,8 +147,8 @@ def test_only_windows_that_hold_the_exchanged_cell_are_computed_again():
         run(method, case.objective)
     windows = len(case.objective.windows)
     masks = 4 * 9
-    assert case.objective.monitor.passes == expected
-    assert case.objective.monitor.passes < 0.6 * (masks * windows)
+    assert case.objective.context.progress.passes == expected
+    assert case.objective.context.progress.passes < 0.6 * (masks * windows)
 
 
 def test_both_find_the_place_that_a_voxel_looks_at():

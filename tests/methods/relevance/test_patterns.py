@@ -31,7 +31,7 @@ def test_windows_are_added(name, dims, method):
     cases = [s.image.flip(-1), 0.5 * s.image + 0.1]
     mine = method(cases=cases)
     found = explain(mine, s.objective)
-    patterns = FittedPatterns.fit(s.objective.at(case) for case in cases).patterns
+    patterns = FittedPatterns.fit(s.objective.derive(image=case) for case in cases).patterns
     total = torch.zeros_like(s.image)
     cotangents = torch.stack(s.objective.cotangents(s.objective.windows))
     for j, w in enumerate(s.objective.windows):

@@ -124,11 +124,11 @@ def test_octaves():
                 assert float(mask.double().mean()) == pytest.approx(float(whole.double().mean()), abs=0.04)
     found = explained(method, case)
     assert len(found.note(0)["curve"]) == 3
-    assert case.objective.monitor.passes <= method.passes(case.objective)
+    assert case.objective.context.progress.passes <= method.passes(case.objective)
     layered = DeepDream("a", octaves=2, n_iter=2)
     again = Naive(small(), image_of(1, 20, 40))
     explained(layered, again)
-    assert again.objective.monitor.passes == layered.passes(again.objective)
+    assert again.objective.context.progress.passes == layered.passes(again.objective)
 
 
 def test_a_network_that_sees_the_whole_image_sees_small_octaves_padded_to_its_own_size():
@@ -248,7 +248,7 @@ def test_a_warning_where_too_much_is_left():
     case = Naive(small(), image_of(1, 12, 12), inferer=SimpleInferer())
     found = explained(InvertedRepresentation("a", n_iter=1, max_share=1e-3), case)
     assert found.note(0)["distance_share"] > 1e-3
-    assert any("a share of 0.001 was asked for" in w for w in case.objective.monitor.warnings)
+    assert any("a share of 0.001 was asked for" in w for w in case.objective.context.progress.warnings)
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_a_silent_layer_cannot_be_inverted():
         explained(InvertedRepresentation("1"), case)
     found = explained(DeepDream("1"), case)
     assert torch.equal(found.maps[0], case.image)
-    assert any("gradient is zero" in w for w in case.objective.monitor.warnings)
+    assert any("gradient is zero" in w for w in case.objective.context.progress.warnings)
 
 
 def test_inversion_looks_for_a_layer_only_where_there_is_a_target():

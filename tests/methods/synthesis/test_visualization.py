@@ -202,7 +202,7 @@ def test_passes_and_values_of_several_targets(output, extent):
     case = Naive(small(2, 1), image_of(1, 6, 20), [MultiClassMask(1, output=output), MultiClassMask(0, output=output)])
     method = FeatureVisualization(n_iter=4, extent=extent)
     found = explained(method, case)
-    assert case.objective.monitor.passes == method.passes(case.objective)
+    assert case.objective.context.progress.passes == method.passes(case.objective)
     assert not torch.equal(found.maps[0], found.maps[1])
     assert found.note(0)["place"] != found.note(0)["curve"]
     if extent == "image":  # F is that of MONAI's own inferer
@@ -216,7 +216,7 @@ def test_for_a_layer_the_targets_share_one_image():
     method = FeatureVisualization("a", 2, n_iter=3)
     found = explained(method, case)
     assert torch.equal(found.maps[0], found.maps[1])
-    assert case.objective.monitor.passes == method.passes(case.objective) == 3 + 4
+    assert case.objective.context.progress.passes == method.passes(case.objective) == 3 + 4
     assert found.note(1)["layer"] == "a"
 
 
@@ -264,10 +264,10 @@ def test_a_warning_where_the_objective_does_not_rise():
     case = Naive(Flat(), image_of(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     found = explained(FeatureVisualization(n_iter=3), case)
     assert 0 < found.note(0)["objective_rise"] < 0.25
-    assert any("a rise of 0.25 was asked for" in w for w in case.objective.monitor.warnings)
+    assert any("a rise of 0.25 was asked for" in w for w in case.objective.context.progress.warnings)
     quiet = Naive(Flat(), image_of(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     explained(FeatureVisualization(n_iter=3, min_rise=1e-9), quiet)
-    assert quiet.objective.monitor.warnings == []
+    assert quiet.objective.context.progress.warnings == []
 
 
 def test_descend_finds_the_minimum_of_a_quadratic():
