@@ -134,7 +134,7 @@ def _pays(method: Method, objective: Objective) -> bool:
     perturbations."""
     predictions = method.predictions(objective)
     if predictions is None:
-        return len(objective.plan) > 1 or 2 * method.in_brief().passes(objective) < method.passes(objective)
+        return len(objective.plan) > 1 or 2 * method.cheap_copy().passes(objective) < method.passes(objective)
     first = {windows[0] for windows in objective.score_windows if windows}
     return 2 * len(first) * min(SAMPLED, predictions) < method.passes(objective)
 
@@ -142,20 +142,20 @@ def _pays(method: Method, objective: Objective) -> bool:
 def measure(methods: Sequence[Method], objective: Objective, run_methods: RunMethods) -> list[Agreement]:
     """How each method agrees with float32 on the first window that each target sees.
 
-    The methods run in brief (`Method.in_brief`) on an objective of these windows alone, once in float32 and once under
+    The methods run in cheap (`Method.cheap_copy`) on an objective of these windows alone, once in float32 and once under
     autocast; gradient and CAM methods share these passes as they share the others. What is compared is the map, or for
     methods that perturb the image the scores of `SAMPLED` perturbations: the map of a few would be a map of something
     else, and a raw score would hide its small differences.
     """
-    brief = [m.in_brief() for m in methods]
+    cheap = [m.cheap_copy() for m in methods]
     context = objective.context.for_sample(SAMPLED, objective.window_batch)
     half = objective.derive(first_windows=1, context=context)
     full = full_precision(half)
-    precise = run_methods(brief, full)
+    precise = run_methods(cheap, full)
     if full.knows("default layer"):  # a gradient of zero must not choose the layer
         for one in (half, objective):
             one.memo("default layer", lambda: default_layer(full))
-    rough = run_methods(brief, half)
+    rough = run_methods(cheap, half)
     dtype = str(objective.model.autocast_dtype).removeprefix("torch.")
     return [_compared(a, b, dtype) for a, b in zip(rough, precise)]
 
