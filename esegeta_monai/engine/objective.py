@@ -116,6 +116,8 @@ class Objective(WindowedNetwork):
         other = dataclasses.replace(self, differs_by=frozenset(differs), **changes)
         if "problem" not in differs and self.knows("default layer"):  # of network and target, not of the image
             other._memo["default layer"] = self._memo["default layer"]
+        if full_precision:  # windows are compared with one prediction, whatever the precision
+            other._memo["blend deviations"] = self.blend_deviations()
         return other
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -77,7 +77,11 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
         seconds, whole = _time(method, trial, calibration), True
         passes = sum(processes.gather(progress.passes))
     except MethodTimeout:
-        passes, whole = _passes(method, objective.derive(context=context)), False
+        passes, whole = method.passes(objective.derive(context=context)), False
+        if trial.knows("default layer"):
+            progress.start()
+            default_layer(objective.derive(context=context))
+            passes += progress.passes
         timed = _seconds_per_pass(method, objective)
         seconds = None if timed is None else timed[0] + passes / processes.size * timed[1]
     except EsegetaError as error:
@@ -95,16 +99,6 @@ def _time(method: Method, objective: Objective, limit: float | None) -> float:
     objective.context.progress.start(limit)
     run(method, objective)
     return _now(device) - began
-
-
-def _passes(method: Method, objective: Objective) -> int:
-    """Count the passes of a method on an objective of which nothing is known, with those that find a default layer."""
-    passes = method.passes(objective)
-    if getattr(method, "layer", "") is None:
-        objective.context.progress.start()
-        default_layer(objective)
-        passes += objective.context.progress.passes
-    return passes
 
 
 def _seconds_per_pass(method: Method, objective: Objective) -> tuple[float, float] | None:

@@ -142,10 +142,10 @@ def _pays(method: Method, objective: Objective) -> bool:
 def measure(methods: Sequence[Method], objective: Objective, run_methods: RunMethods) -> list[Agreement]:
     """How each method agrees with float32 on the first window that each target sees.
 
-    The methods run in cheap (`Method.cheap_copy`) on an objective of these windows alone, once in float32 and once under
-    autocast; gradient and CAM methods share these passes as they share the others. What is compared is the map, or for
-    methods that perturb the image the scores of `SAMPLED` perturbations: the map of a few would be a map of something
-    else, and a raw score would hide its small differences.
+    Cheap copies (`Method.cheap_copy`) run on an objective of these windows alone, once in float32 and once under
+    autocast; gradient and CAM methods share these passes as they share the others. Maps are compared, or for methods
+    that perturb the image the scores of `SAMPLED` perturbations: the map of a few would be a map of something else,
+    and a raw score would hide its small differences.
     """
     cheap = [m.cheap_copy() for m in methods]
     context = objective.context.for_sample(SAMPLED, objective.window_batch)

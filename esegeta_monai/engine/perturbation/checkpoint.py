@@ -36,7 +36,7 @@ class _Written:
         files: paths that were read or written.
     """
 
-    last: float = field(default_factory=time.monotonic)
+    last: float = field(default_factory=lambda: time.monotonic())
     files: set[Path] = field(default_factory=set)
 
 

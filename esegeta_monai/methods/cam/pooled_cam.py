@@ -37,8 +37,8 @@ class Cam(_Cam):
     name: str | None = field(default=None, kw_only=True)
 
     def passes(self, objective: Objective) -> int:
-        """One for the activations, one to find the head, and one to find the layer."""
-        return len(objective.plan) + (2 if self.layer is None else 1)
+        """Count one pass per window for the activations, one to find the head, and two to find the layer."""
+        return len(objective.plan) + (3 if self.layer is None else 1)
 
     def layers(self, objective: Objective) -> tuple[str, ...]:
         if self.layer is None:
