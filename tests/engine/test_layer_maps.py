@@ -10,15 +10,14 @@ from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer
 
 from esegeta_monai.engine.default_layer import check_layer, default_layer, layer_shapes
 from esegeta_monai.engine.layer_maps import spatial_map, spread, to_window
-from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen
-from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.errors import MethodError, UsageError
-from esegeta_monai.targets import Case, ClassScore, MultiClassMask
-from tests.engine.test_objective import assert_equal, network, objective
-from tests.methods.layer.test_activation import coarse, noise
+from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.networks import build
+from tests.support.networks import coarse, network
+from tests.support.objectives import objective, objective_of
+from tests.support.tensors import assert_equal, noise
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -214,11 +213,6 @@ def test_a_target_that_no_coarsest_layer_reaches_has_a_finer_one():
     net = TwoEnds().eval().double()
     for output, layer in ((0, "second"), (1, "fourth")):
         image = noise(1, 16, 16)
-        model, plan = (
-            Model(net, torch.device("cpu"), output=output),
-            plan_windows(SimpleInferer(), (16, 16), torch.float64),
-        )
-        prediction = net(image[None])[output][0].detach()
-        o = Objective(model, image, plan, MultiClassMask(1).bind(prediction, Case()), prediction)
+        o = objective_of(net, image, [MultiClassMask(1)], SimpleInferer(), output)
         with frozen(net):
             assert default_layer(o) == layer

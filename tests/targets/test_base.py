@@ -11,12 +11,9 @@ from esegeta_monai.errors import TargetError
 from esegeta_monai.targets import WeightedScore
 from esegeta_monai.targets.base import resolve_class
 from esegeta_monai.utils.tensors import bounding_box
+from tests.support.tensors import noise
 
 NAMES = {0: "background", 1: "White Matter", 2: "lesion"}
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def formula(p: torch.Tensor, mask: torch.Tensor, c: int, output: str, activation: str, reduction: str) -> float:

@@ -26,7 +26,7 @@ from esegeta_monai.explain.prediction import Predicted
 from esegeta_monai.methods import METHODS, IntegratedGradients, Method, Occlusion, Saliency, run
 from esegeta_monai.targets import Box, MultiClassMask
 from esegeta_monai.utils.distributed import Ranks, process_group
-from tests.methods.whole import setting
+from tests.support.layers import setting
 
 FEW = {"n_steps": 3, "n_samples": 4, "n_masks": 6, "grid": 2, "steps": 4, "n_iter": 5, "max_channels": 4}
 NEED_MORE = {"Cam", "FeaturePermutation", "PatternNet", "PatternAttribution"}  # a linear head, other cases

@@ -27,8 +27,8 @@ from esegeta_monai.methods import (
     run,
 )
 from esegeta_monai.targets import MultiClassMask, Voxel
-from tests.engine.test_objective import objective
 from tests.networks import build
+from tests.support.objectives import objective
 
 MAKE = {
     "Saliency": Saliency,

@@ -10,8 +10,10 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.perturbation import batching as pairs
 from esegeta_monai.engine.perturbation.scoring import passes_needed, score_changes
 from esegeta_monai.targets import MultiClassMask
-from tests.engine.perturbation.test_scoring import boxes_for, noise
-from tests.engine.test_objective import assert_equal, naive_change, network, objective
+from tests.engine.perturbation.test_scoring import boxes_for
+from tests.support.networks import network
+from tests.support.objectives import naive_change, objective
+from tests.support.tensors import assert_equal, noise
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])

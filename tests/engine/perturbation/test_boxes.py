@@ -9,10 +9,10 @@ import torch
 from esegeta_monai.engine.perturbation.base import UNCHANGED, Added, Perturbations, digest
 from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.masks import Segments, SmoothMasks
-from tests.methods.naive import image_of
+from tests.support.tensors import noise
 
 SHAPE = (2, 9, 8)
-IMAGE, OTHER = image_of(*SHAPE), image_of(*SHAPE) / 2
+IMAGE, OTHER = noise(*SHAPE), noise(*SHAPE) / 2
 IMAGE[:, :4, :4] = OTHER[:, :4, :4] = 0.25  # where nothing is changed
 STARTS, STOPS = [(0, 0), (2, 3), (5, 5), (8, 0)], [(3, 3), (6, 6), (9, 8), (9, 2)]
 LABELS = (torch.arange(9)[:, None] // 3 * 3 + torch.arange(8) // 3)[None] - 1

@@ -16,11 +16,9 @@ from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.scoring import passes_needed, score_changes
 from esegeta_monai.targets import Box, MultiClassMask, Score, Voxel
 from esegeta_monai.utils.tensors import bounding_box
-from tests.engine.test_objective import assert_equal, full_gradient, naive_change, network, objective
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from tests.support.networks import network
+from tests.support.objectives import full_gradient, naive_change, objective
+from tests.support.tensors import assert_equal, noise
 
 
 def targets(output: str, dims: int):

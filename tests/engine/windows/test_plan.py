@@ -25,12 +25,9 @@ from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.errors import NetworkError
 from esegeta_monai.methods import Saliency
 from esegeta_monai.targets import MultiClassMask
+from tests.support.tensors import noise
 
 PADDINGS = ["constant", "reflect", "replicate", "circular"]
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def inner(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -29,7 +29,9 @@ from esegeta_monai.methods import (
     run_together,
 )
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.methods.whole import DOUBLE, close, explain, objective_of, setting
+from tests.support.layers import setting
+from tests.support.objectives import explain, objective_of
+from tests.support.tensors import DOUBLE, close
 
 NAMES = ["UNet_batch", "UNet_instance", "SegResNet", "UNETR", "ViTAutoEnc", "ResNet18", "ViT"]
 

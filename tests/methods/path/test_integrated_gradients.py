@@ -11,19 +11,16 @@ from torch import nn
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
-from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import IntegratedGradients, run
 from esegeta_monai.methods.path.integrated_gradients import quadrature
 from esegeta_monai.targets import Box, Case, ClassScore, MultiClassMask, TargetWrapper, Voxel
-from tests.engine.test_objective import assert_equal, network, objective
 from tests.networks import build
+from tests.support.networks import network
+from tests.support.objectives import build_objective, objective
+from tests.support.tensors import assert_equal, noise
 
 RULES = ("gausslegendre", "riemann_trapezoid", "riemann_middle", "riemann_left", "riemann_right")
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def case_objective(case) -> Objective:
@@ -31,9 +28,8 @@ def case_objective(case) -> Objective:
     with torch.no_grad():
         prediction = case.logits(case.image)[0]
     target = ClassScore(1) if case.kind == "classification" else Box(1, [0] * len(case.roi), case.roi, reduction="mean")
-    plan = plan_windows(as_inferer(None), case.roi, case.image.dtype)
     model = Model(case.network, torch.device("cpu"), output=case.output)
-    o = Objective(model, case.image[0], plan, target.bind(prediction, Case()), prediction)
+    o = build_objective(model, case.image[0], target.bind(prediction, Case()), prediction)
     o.window_batch = 4
     return o
 

@@ -11,14 +11,12 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import Occlusion, run
 from esegeta_monai.targets import MultiClassMask, TargetWrapper, Voxel
-from tests.engine.test_objective import network, objective
 from tests.networks import build
+from tests.support.networks import network
+from tests.support.objectives import objective
+from tests.support.tensors import noise
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}  # of the absolute F
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def captums(net, image, inferer, targets, window, stride, baseline, per_channel):

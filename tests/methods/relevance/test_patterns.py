@@ -14,7 +14,9 @@ from esegeta_monai.errors import MethodError, RuleError, UsageError
 from esegeta_monai.methods import PatternAttribution, PatternNet
 from esegeta_monai.methods.relevance.patterns import FittedPatterns
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.methods.whole import DOUBLE, close, explain, objective_of, setting
+from tests.support.layers import setting
+from tests.support.objectives import explain, objective_of
+from tests.support.tensors import DOUBLE, close
 
 METHODS = [PatternNet, PatternAttribution]
 
