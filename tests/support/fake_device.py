@@ -1,9 +1,9 @@
 """A simulated device other than the CPU, available on any machine, to test the placement of tensors.
 
-Its tensors are torch's own meta tensors: ``.device``, autograd, modules and subclasses behave as on a real device. Their
-values are kept in CPU memory. Each operation below autograd runs on these values, and raises where a GPU would: operands
-on two devices, an index on the device for a CPU tensor, a CPU generator for a draw on the device. Torch itself refuses
-the conversion to NumPy. Results equal those of the CPU, bit for bit where torch decomposes an operation in the same way.
+Its tensors are torch's own meta tensors, so ``.device``, autograd, modules and subclasses behave as on a real device.
+Their values are kept in CPU memory. Each operation below autograd runs on these values, and raises where a GPU would:
+operands on two devices, an index on the device for a CPU tensor, a CPU generator for a draw on the device. Torch itself
+refuses the conversion to NumPy. Results equal the CPU's, bit for bit where torch decomposes an operation the same way.
 
 Only the placement is simulated: no kernels, autocast, memory, streams or second GPU.
 """
