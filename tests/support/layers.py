@@ -14,6 +14,7 @@ from esegeta_monai.engine.windows.inferers import as_inferer
 from esegeta_monai.targets import ClassScore, MultiClassMask, Target
 from tests.networks import CLASSIFICATION, build
 from tests.support.objectives import objective_of
+from tests.support.tensors import DOUBLE
 
 UP = {2: "bilinear", 3: "trilinear"}
 
@@ -97,3 +98,22 @@ def setting(name: str, dims: int = 2, target: Target | None = None, layer: str |
         target = target or MultiClassMask(1)
     objective = objective_of(case.network, image, [target], inferer, case.output)
     return Setting(case.network, image, inferer, objective, layer or case.cam_layer, case.output)
+
+
+def position_weights(s: Setting) -> Tensor:
+    """ĝ_w averaged over each position's cell, (W, *positions), from MONAI's importance map."""
+    plan, (activations, _) = s.objective.plan, s.pass_()
+    grid = activations.shape[2:]
+    if plan.whole:
+        return torch.ones(1, *grid, dtype=DOUBLE)
+    count = torch.zeros(plan.padded_shape, dtype=DOUBLE)
+    for place in plan.slices:
+        count[place] += plan.importance
+    cells = [n // g for n, g in zip(plan.roi, grid)]
+    pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[len(grid)]
+    return torch.stack([pool((plan.importance / count[p])[None], cells)[0] for p in plan.slices])
+
+
+def flat(values: Tensor) -> Tensor:
+    """Window maps (W, C, *positions) with one row per channel: (C, W · positions)."""
+    return values.movedim(1, 0).flatten(1)

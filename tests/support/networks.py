@@ -52,6 +52,12 @@ def small(dims: int = 2, channels: int = 1, norm: str = "instance") -> nn.Module
     return ConvNet(dims, channels, norm, width=5, random_norm=True).double().eval()
 
 
+def conv_norm_relu() -> nn.Sequential:
+    """Build a 2D convolution, batch norm, in-place ReLU and a 1 x 1 convolution, in train mode."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1))
+
+
 class Plain(nn.Module):
     """A ReLU classifier whose layers ``first`` to ``then`` keep the image's resolution: no map is upsampled."""
 
@@ -71,6 +77,25 @@ def plain(dims: int) -> tuple[Plain, Tensor]:
     """Build a `Plain` network and a random image (1, 2, 6, …) for it."""
     torch.manual_seed(dims)
     return Plain(dims).double().eval(), torch.randn(1, 2, *[6] * dims, dtype=DOUBLE)
+
+
+class Pooled(nn.Module):
+    """Convolutions, global average pooling, one linear layer."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        conv = CONV[dims]
+        self.features = nn.Sequential(conv(1, 5, 3, 2, 1), nn.ReLU(), conv(5, 6, 3, 2, 1), nn.ReLU(inplace=True))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x).flatten(2).mean(2))
+
+
+def pooled(dims: int) -> tuple[Pooled, Tensor]:
+    """Build a `Pooled` network and a random image (1, 1, 16, …) for it."""
+    torch.manual_seed(dims)
+    return Pooled(dims).double().eval(), torch.randn(1, 1, *[16] * dims, dtype=DOUBLE)
 
 
 class Coarse(nn.Module):

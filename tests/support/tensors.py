@@ -25,3 +25,8 @@ def close(mine: Tensor, reference: Tensor, tolerance: float = 1e-10) -> None:
     """Compare as `assert_equal` does; the shapes have to be equal too."""
     assert mine.shape == reference.shape
     assert_equal(mine, reference, tolerance)
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """Return the inner product of two tensors of one shape."""
+    return float((a * b).sum())

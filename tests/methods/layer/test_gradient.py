@@ -17,8 +17,7 @@ from esegeta_monai.methods import (
     LinearApproximation,
 )
 from esegeta_monai.targets import ClassScore
-from tests.methods.cam.test_gradient_cam import position_weights
-from tests.support.layers import setting
+from tests.support.layers import position_weights, setting
 from tests.support.networks import plain
 from tests.support.objectives import explain, objective_of
 from tests.support.tensors import close
