@@ -14,8 +14,10 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.methods import IntegratedGradients, LayerDeepLift, NeuronConductance
 from esegeta_monai.targets import MultiClassMask
-from tests.engine.test_objective import assert_equal, network, objective
 from tests.networks import NAMES, build
+from tests.support.networks import network
+from tests.support.objectives import objective
+from tests.support.tensors import assert_equal
 
 
 def image() -> torch.Tensor:

@@ -11,7 +11,7 @@ from esegeta_monai.engine.network.model import Model, out_of_memory
 from esegeta_monai.engine.window_loop import WindowedNetwork
 from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.errors import MethodError
-from tests.engine.test_objective import network
+from tests.support.networks import network
 
 
 def behind_windows() -> WindowedNetwork:

@@ -25,17 +25,12 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.handlers import EvaluationHandler, ExplanationHandler
 from esegeta_monai.metrics import Metric, MetricInput, MetricResult
 from esegeta_monai.utils.distributed import Processes
-from tests.bundle import oblique
 from tests.handlers.test_explanation import Small, evaluator, loader, preprocessing, trainer
+from tests.support import oblique
 
 OVERLAY = Path(esegeta_monai.bundle.__file__).parent / METRICS_OVERLAY
 METHODS, TARGET = ["Saliency", "InputXGradient"], "MultiClassMask(2)"
 METRICS = ["Deletion(steps=3)", "Infidelity(n_samples=10)", "MaxSensitivity(n_samples=2)", "Sparseness"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -224,7 +224,7 @@ class Loses(Method, registered=False):
 
     def attribute(self, objective: Any) -> Tensor:
         maps = objective.image[None] + torch.zeros(objective.n_targets, 1, 1, 1)
-        if objective.model.autocast_dtype is None or objective.sample is not None:
+        if objective.model.autocast_dtype is None or objective.context.sample is not None:
             return maps
         if isinstance(self.lost, Exception):
             raise self.lost
@@ -371,10 +371,10 @@ def test_scores_kept_on_disk_are_of_one_precision(tmp_path: Any) -> None:
     half = Explainer(tame(), WINDOWS, "cpu", amp=True)
     (objective,) = [j.objective for j in half.judge(image(), [TARGET])]
     assert objective is not None
-    objective.table = ScoreCheckpoint(tmp_path, {"image": "a"})
+    objective.context.checkpoint = ScoreCheckpoint(tmp_path, {"image": "a"})
     precise = full_precision(objective).table
     assert precise is not None
-    assert precise.path("boxes") != objective.table.path("boxes")
+    assert precise.path("boxes") != objective.context.checkpoint.path("boxes")
 
 
 def test_metrics_ask_without_autocast() -> None:

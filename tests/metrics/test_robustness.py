@@ -21,8 +21,10 @@ from esegeta_monai.metrics import (
 )
 from esegeta_monai.metrics.controls import SobelControl
 from esegeta_monai.targets import Box, ClassScore, MultiClassMask
-from tests.methods.naive import Naive, image_of, small
 from tests.metrics.cases import linear_case, subject_of
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import noise
 
 ALL = [MaxSensitivity, AverageSensitivity, LocalLipschitz, RelativeInputStability, RelativeOutputStability]
 GRADIENT = Saliency(abs=False)
@@ -48,7 +50,7 @@ def test_sensitivity_is_captums(dims):
         def forward(self, x):
             return self.inner(x).flatten(2).mean(-1)
 
-    case = Naive(Mean(), image_of(*shape), [ClassScore(1)], SimpleInferer())
+    case = Naive(Mean(), noise(*shape), [ClassScore(1)], SimpleInferer())
     draws = torch.stack(noises(case, 0.1, 12))
 
     def explain(inputs, **_):
@@ -66,21 +68,21 @@ def test_sensitivity_is_captums(dims):
 @pytest.mark.parametrize("dims", [2, 3])
 def test_formulas_with_windows_and_two_targets(dims):
     shape = (2, 9, 11) if dims == 2 else (1, 8, 8, 11)
-    case = Naive(small(dims, shape[0]), image_of(*shape), [MultiClassMask(1), Box(2, (1,) * dims, (5,) * dims)])
+    case = Naive(small(dims, shape[0]), noise(*shape), [MultiClassMask(1), Box(2, (1,) * dims, (5,) * dims)])
     with frozen(case.net):
         base = run(GRADIENT, case.objective).maps
         found = {k: [] for k in ("max", "lip", "rel", "ris", "ros", "ris_e")}
-        for noise in noises(case, 0.05, 4):
-            maps = run(GRADIENT, case.objective.derive(image=case.image + noise)).maps
+        for delta in noises(case, 0.05, 4):
+            maps = run(GRADIENT, case.objective.derive(image=case.image + delta)).maps
             d = (maps - base).flatten(1).norm(dim=1)
             n = base.flatten(1).norm(dim=1)
             values = case.value(case.image)
-            moved = (case.value(case.image + noise) - values).abs() / values.abs()
+            moved = (case.value(case.image + delta) - values).abs() / values.abs()
             found["max"].append(d / n)
-            found["lip"].append(d / n / noise.norm())
-            found["ris"].append(d / n / (noise.norm() / case.image.norm()))
+            found["lip"].append(d / n / delta.norm())
+            found["ris"].append(d / n / (delta.norm() / case.image.norm()))
             found["ros"].append(d / n / moved)
-            found["ris_e"].append(((maps - base) / base).flatten(1).norm(dim=1) / (noise / case.image).norm())
+            found["ris_e"].append(((maps - base) / base).flatten(1).norm(dim=1) / (delta / case.image).norm())
     shared: dict = {}
     case.objective.context.progress.start()
     for k in (0, 1):

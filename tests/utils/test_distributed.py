@@ -27,7 +27,7 @@ from esegeta_monai.explain.prediction import Predicted
 from esegeta_monai.methods import METHODS, IntegratedGradients, Method, Occlusion, Saliency, run
 from esegeta_monai.targets import Box, MultiClassMask
 from esegeta_monai.utils.distributed import Processes, process_group
-from tests.methods.whole import setting
+from tests.support.layers import setting
 
 FEW = {"n_steps": 3, "n_samples": 4, "n_masks": 6, "grid": 2, "steps": 4, "n_iter": 5, "max_channels": 4}
 NEED_MORE = {"Cam", "FeaturePermutation", "PatternNet", "PatternAttribution"}  # a linear head, other cases
@@ -59,7 +59,7 @@ def small(cls: type[Method]) -> Method:
 def by(objective: Objective, ranks: Processes) -> Objective:
     """The same objective, computed by these ranks; nothing is remembered."""
     other = objective.derive()
-    other.ranks, other.monitor = ranks, Progress()
+    other.ranks, other.context.progress = ranks, Progress()
     return other
 
 
@@ -79,9 +79,9 @@ def every_method(network: str, output: str) -> None:
         for key in ("completeness_gap", "sum_in_padding", "share_through_layer", "booked", "baseline_value"):
             if key in mine.notes:
                 assert [mine.note(0)[key]] == pytest.approx([theirs.note(0)[key]], rel=1e-6, abs=1e-9), (cls, key)
-        passes = ranks.gather(together.monitor.passes)
+        passes = ranks.gather(together.context.progress.passes)
         if ranks.rank == 0:
-            print(cls.__name__, alone.monitor.passes, passes, differences[cls.__name__])
+            print(cls.__name__, alone.context.progress.passes, passes, differences[cls.__name__])
     assert len(differences) > 30
     assert max(differences.values()) <= 1e-10, differences
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import BlurIG, GuidedIG, IntegratedGradients
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.methods.layer.test_path import plain
-from tests.methods.whole import close, explain, objective_of, setting
 from tests.networks import build
+from tests.support.layers import setting
+from tests.support.networks import plain
+from tests.support.objectives import explain, objective_of
+from tests.support.tensors import close
 
 
 def gradient(s, x: Tensor) -> Tensor:

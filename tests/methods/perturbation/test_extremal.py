@@ -13,8 +13,9 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import ExtremalPerturbation, run
 from esegeta_monai.methods.perturbation.extremal import SmoothMask, _area_error, _of_area
 from esegeta_monai.targets import ClassScore, MultiClassMask, Voxel
-from tests.engine.test_objective import assert_equal
-from tests.methods.naive import Naive, image_of, small
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import assert_equal, noise
 
 
 class BlobDetector(nn.Module):
@@ -194,11 +195,11 @@ def test_an_area_that_the_mask_cannot_have_is_refused(area, step):
     """The mask was the same shade of 0.001 everywhere, and its area was "met"."""
     method = ExtremalPerturbation(area, step=step, n_iter=2)
     with pytest.raises(UsageError, match="none or all of them"):
-        list(Explainer(small(2, 1))(image_of(1, 1, 12, 12), [method], [Voxel(1, index=(2, 2))]))
+        list(Explainer(small(2, 1))(noise(1, 1, 12, 12), [method], [Voxel(1, index=(2, 2))]))
 
 
 def test_each_target_has_its_own_warnings():
-    net, image = small(2, 1), image_of(1, 1, 12, 12)
+    net, image = small(2, 1), noise(1, 1, 12, 12)
     targets = [Voxel(c, index=(i, 5), name=f"v{c}{i}") for c in range(3) for i in (2, 6, 9)]
     found = list(Explainer(net)(image, [ExtremalPerturbation(n_iter=1)], targets))
     warned = [f for f in found if f.record["warnings"]]
