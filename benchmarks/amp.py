@@ -31,7 +31,7 @@ from esegeta_monai.engine.feature_masks import Supervoxels
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods import METHODS, Explained, Method, run
 from esegeta_monai.methods.precision import AGREES, full_precision
-from esegeta_monai.methods.run import _lock_step
+from esegeta_monai.methods.run import _run_side_by_side
 from esegeta_monai.metrics.base import asking
 from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.networks import SEGMENTATION, NetworkCase, build
@@ -148,9 +148,9 @@ def rows(name: str, device: str, dtype: torch.dtype, seed: int) -> Iterator[Row]
 
 def forced(method: Method, objective: Objective) -> Explained | None:
     """Run a method under autocast without checks; return None if it fails."""
-    objective.settled = True
-    outcome = _lock_step([method], objective)[0]
-    objective.settled = False
+    objective.context.precision_decided = True
+    outcome = _run_side_by_side([method], objective)[0]
+    objective.context.precision_decided = False
     if isinstance(outcome, Exception):
         print(f"  {method.name} under autocast: {outcome}", file=sys.stderr)
         return None

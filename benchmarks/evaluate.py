@@ -76,9 +76,9 @@ class Naive:
         def counted(objective: Objective, perturbations: Any) -> Any:
             self.predictions += len(perturbations) + (not self.predictions)
             self.windows = len(objective.windows)
-            before = objective.monitor.passes
+            before = objective.context.progress.passes
             found = change(objective, perturbations)
-            self.inside += objective.monitor.passes - before
+            self.inside += objective.context.progress.passes - before
             return found
 
         for module in places:

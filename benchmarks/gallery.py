@@ -79,7 +79,7 @@ def tissue(cache: Path) -> tuple[torch.nn.Module, Tensor, MultiClassMask, dict[i
 
 def head(cache: Path) -> tuple[torch.nn.Module, Tensor, MultiClassMask, dict[int, str]]:
     """Return the trained U-Net and the preprocessed head."""
-    from tests import real
+    from tests.support import real
     from tests.test_real_head import head as read_head
 
     return real.brain_unet(), read_head(), MultiClassMask("brain"), {1: "brain"}

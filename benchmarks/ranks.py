@@ -36,7 +36,7 @@ from benchmarks.accelerator import scan, trained
 from esegeta_monai import Explainer
 from esegeta_monai.methods import METHODS
 from esegeta_monai.targets import MultiClassMask, Target, ThresholdMask
-from esegeta_monai.utils.distributed import Ranks, process_group
+from esegeta_monai.utils.distributed import Processes, process_group
 
 GOAL = 1.8
 
@@ -150,7 +150,7 @@ HEADER = ["method", "windows", "passes", "one (s)", "together (s)", "ratio", "ce
 HEADER += ["processor ratio", "busy", "difference"]
 
 
-def measured(setting: Setting, method: str, ranks: Ranks) -> Row | None:
+def measured(setting: Setting, method: str, ranks: Processes) -> Row | None:
     """Measure a method; return the row on the first rank."""
     alone, together, beside = Took(), Took(), Took()
     for _ in range(setting.repeats):

@@ -35,7 +35,7 @@ from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.methods import LRP, GradCam, GuidedBackprop, GuidedGradCam, Method, Saliency
 from esegeta_monai.metrics.randomisation import randomised, similarity
 from esegeta_monai.targets import ClassScore
-from tests import real
+from tests.support import real
 
 ROOT = Path(__file__).parents[1]
 METHODS: list[Method] = [

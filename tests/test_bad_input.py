@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from esegeta_monai.cli.main import main
-from tests.support_cli import NETWORK, make_bundle, make_scan, run_json, statuses
+from tests.support.cli import NETWORK, make_bundle, make_scan, run_json, statuses
 
 DOC = Path(__file__).parents[1] / "docs" / "bad_input.md"
 TARGET = "MultiClassMask(1)"

@@ -1,5 +1,7 @@
-"""Every method with its network, windows and volumes on a device that is not the CPU, which `tests.elsewhere` pretends:
-no tensor is left behind, and the map is that of the CPU."""
+"""Every method with its network, windows and volumes on a simulated device (`tests.support.fake_device`).
+
+No tensor stays on the wrong device, and the map equals the CPU's.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ from esegeta_monai.targets import (
 )
 from esegeta_monai.transforms import Explaind, InvertAttributiond
 from esegeta_monai.utils.tensors import bounding_box
-from tests.elsewhere import THERE, elsewhere
+from tests.support.fake_device import FAKE, fake_device
 
 WINDOWS = SlidingWindowInferer((12, 12), 2, 0.5, "gaussian")
 CLASS = MultiClassMask(1)
@@ -120,7 +122,7 @@ SETTINGS = {
     "classifier": Setting(classifier, (1, 1, 12, 12), None, ClassScore(1), "4"),
 }
 PAIRS = [(s, m.__name__) for s in SETTINGS for m in METHODS if (s, m.__name__) != ("UNet", "Cam")]
-LAYOUTS = pytest.mark.parametrize("volumes", [THERE, "cpu"], ids=["all-there", "volumes-here"])
+LAYOUTS = pytest.mark.parametrize("volumes", [FAKE, "cpu"], ids=["all-there", "volumes-here"])
 
 
 # ---- the device itself -----------------------------------------------------------------------------------------------
@@ -147,12 +149,12 @@ REFUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_a_gpu_refuses_is_refused(what: str) -> None:
-    with elsewhere() as there, pytest.raises((RuntimeError, TypeError)):
+    with fake_device() as there, pytest.raises((RuntimeError, TypeError)):
         REFUSED[what](torch.tensor([1.0, 2.0, 3.0], device=there), torch.ones(3))
 
 
 def test_what_a_gpu_allows_is_done() -> None:
-    with elsewhere() as there:
+    with fake_device() as there:
         x = torch.arange(6.0, device=there).reshape(2, 3)
         assert (x + torch.tensor(1.0)).cpu().tolist() == [[1, 2, 3], [4, 5, 6]]  # a number of the CPU
         assert x[:, torch.tensor([0, 2])].cpu().tolist() == [[0, 2], [3, 5]]  # an index of the CPU
@@ -193,8 +195,8 @@ def assert_same(there: Attribution, here: Attribution, volumes: Any) -> None:
 @pytest.mark.parametrize(("setting", "name"), PAIRS)
 def test_maps_are_those_of_the_cpu(setting: str, name: str, volumes: Any) -> None:
     here, found = on_cpu(setting, name), SETTINGS[setting]
-    with elsewhere():
-        assert_same(found.explain(found.method(name), found.target, THERE, volumes), here, volumes)
+    with fake_device():
+        assert_same(found.explain(found.method(name), found.target, FAKE, volumes), here, volumes)
 
 
 # ---- what makes masks, grids or draws of its own beside what the small ones above do --------------------------------
@@ -236,8 +238,8 @@ VARIANTS: dict[str, Callable[[], tuple[Method, Target]]] = {
 def test_variants_are_those_of_the_cpu(name: str, volumes: Any) -> None:
     found, make = SETTINGS["UNet"], VARIANTS[name]
     here = found.explain(*make())
-    with elsewhere():
-        assert_same(found.explain(*make(), THERE, volumes), here, volumes)
+    with fake_device():
+        assert_same(found.explain(*make(), FAKE, volumes), here, volumes)
 
 
 @dataclass(eq=False, repr=False)
@@ -275,8 +277,8 @@ class OwnScore(Own):
 def test_what_users_make_on_the_cpu_is_brought_along(target: Target, method: Method, volumes: Any) -> None:
     found = SETTINGS["UNet"]
     here = found.explain(method, target)
-    with elsewhere():
-        assert_same(found.explain(method, target, THERE, volumes), here, volumes)
+    with fake_device():
+        assert_same(found.explain(method, target, FAKE, volumes), here, volumes)
 
 
 # ---- behind the maps -------------------------------------------------------------------------------------------------
@@ -293,7 +295,7 @@ def written(folder: Path, device: Any) -> dict[str, np.ndarray]:
 
 def test_maps_there_are_written_with_their_pictures(tmp_path: Path) -> None:
     here = written(tmp_path / "here", "cpu")
-    with elsewhere() as there:
+    with fake_device() as there:
         found = written(tmp_path / "there", there)
     assert found.keys() == here.keys()
     assert len(found) > 2
@@ -316,7 +318,7 @@ def test_a_map_there_goes_back_to_the_scan_there() -> None:
         torch.manual_seed(0)
         here = inverted("cpu")
         torch.manual_seed(0)
-        with elsewhere() as there:
+        with fake_device() as there:
             found = inverted(there)
     assert here.shape == (1, 18, 12)
     assert float((found - here).abs().max() / here.abs().max()) <= 1e-10

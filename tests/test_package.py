@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bundle import oblique
+from tests.support import oblique
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "esegeta_monai"

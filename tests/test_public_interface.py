@@ -34,8 +34,8 @@ from monai.transforms import Compose, EnsureChannelFirst, LoadImage
 
 from esegeta_monai import Explainer, methods, metrics, targets
 from esegeta_monai.errors import EsegetaError
-from tests.bundle import synthetic
-from tests.support_cli import NETWORK, make_bundle, make_scan
+from tests.support import synthetic
+from tests.support.cli import NETWORK, make_bundle, make_scan
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).with_name("public_interface.json")

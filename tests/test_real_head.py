@@ -11,7 +11,7 @@ from monai.transforms import Compose, LoadImage, Orientation, ResizeWithPadOrCro
 from esegeta_monai import Explainer
 from esegeta_monai.methods import GradCam, GuidedBackprop, InputXGradient, Saliency
 from esegeta_monai.targets import MultiClassMask
-from tests import real
+from tests.support import real
 
 pytestmark = [real.needs_real_data, pytest.mark.slow]
 

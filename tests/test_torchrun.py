@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import esegeta_monai.bundle
-from tests.bundle import oblique
-from tests.support_cli import make_bundle, make_scan, run_json, statuses
+from tests.support import oblique
+from tests.support.cli import make_bundle, make_scan, run_json, statuses
 
 pytestmark = pytest.mark.slow
 

@@ -38,7 +38,7 @@ from esegeta_monai.files.grids.resample import to_network_grid
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.evaluation_writer import EvaluationWriter
 from esegeta_monai.targets.base import TARGETS, Target
-from esegeta_monai.utils.distributed import Ranks, process_group
+from esegeta_monai.utils.distributed import Processes, process_group
 from esegeta_monai.utils.files import read_json
 from esegeta_monai.utils.registry import Registry
 
@@ -73,7 +73,7 @@ def run(args: Namespace, log: RunLog) -> int:
     return int(bool(writer.problems))
 
 
-def _evaluate(args: Namespace, log: RunLog, ranks: Ranks) -> EvaluationWriter:
+def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWriter:
     output = Path(args.output)
     reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
     channel_names = [name for _, name in sorted(reader.channel_names.items())]

@@ -28,7 +28,7 @@ from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
-from esegeta_monai.utils.distributed import Ranks, local_device, process_group
+from esegeta_monai.utils.distributed import Processes, local_device, process_group
 
 __all__ = ["DEFAULT_METHODS", "choose_device", "default_targets", "explain_cases", "explainer_for", "overrides", "run"]
 
@@ -75,7 +75,7 @@ def explain_cases(
     output: Path,
     options: Namespace,
     log: RunLog,
-    ranks: Ranks | None = None,
+    ranks: Processes | None = None,
 ) -> ResultWriter:
     """Explains cases one by one; one that fails is recorded, and the others go on.
 
@@ -91,7 +91,7 @@ def explain_cases(
     Raises:
         EsegetaError: before any case is touched.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or Processes()
     storage.writable_folder(output)
     chosen = default_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)

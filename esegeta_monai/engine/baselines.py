@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -239,7 +238,7 @@ class Auto(Baseline):
 
     def passes(self, objective: Objective) -> int:
         asks = not self.local and not has_scale_free_norm(objective.model.network)
-        return 2 if asks and objective.windows and objective not in _SCALE_INVARIANT else 0
+        return 2 if asks and objective.windows and not objective.knows("scale invariant") else 0
 
     def _choose(self, objective: Objective) -> tuple[Baseline, str]:
         if self.local:
@@ -258,17 +257,24 @@ class Auto(Baseline):
         return {**chosen.record(), "chosen_by": "auto", "reason": self.reason}
 
 
-_SCALE_INVARIANT: WeakKeyDictionary[Objective, bool] = WeakKeyDictionary()
-"""What `scale_invariant` has found, so that each of many draws is not another look."""
-
-
 def choice_passes(spec: Any, objective: Objective) -> int:
     """Window passes that a baseline, given as in `baseline_for`, needs on an objective, however often it is drawn."""
     return baseline_for(spec).passes(objective)
 
 
 def baseline_for(spec: Any, *, local: bool = False) -> Baseline:
-    """A `Baseline` from text, a number (or one a channel), a file, a tensor, or a list of files.
+    """Make a `Baseline` of what a user gives as a ``baseline`` parameter.
+
+    ``baseline_for(spec).draw(objective, objective.generator())`` is the reference volume (C, *spatial) of a case, in
+    the units of the image. It may be a view: do not write into it.
+
+    Args:
+        spec: a `Baseline`, its name or call as text, ``"auto"``, a number or one per channel, a NIfTI file, a tensor
+            (C, *spatial), or a list of files or tensors of which one is drawn.
+        local: of ``"auto"``: the baseline replaces a part of the image, not all of it.
+
+    Raises:
+        UsageError: no such baseline.
 
     >>> baseline_for("blur(sigma=3)").parameters
     {'sigma': 3, 'std': 0.0}
@@ -302,14 +308,16 @@ def scale_invariant(objective: Objective) -> bool:
     """
     if not objective.windows:
         return False
-    if objective not in _SCALE_INVARIANT:
-        window = objective.windows[len(objective.windows) // 2]
-        x = objective.plan.cut(objective.image, window)[None].to(objective.model.device)
-        with torch.inference_mode():
-            full, half = objective.run(torch.cat([x, x / 2]), [window] * 2).double()
-        spread = (full - full.mean()).abs().mean() + full.abs().mean()
-        _SCALE_INVARIANT[objective] = bool((full - half).abs().mean() < 0.01 * spread)
-    return _SCALE_INVARIANT[objective]
+    return objective.memo("scale invariant", lambda: _is_scale_invariant(objective))
+
+
+def _is_scale_invariant(objective: Objective) -> bool:
+    window = objective.windows[len(objective.windows) // 2]
+    x = objective.window(window)
+    with torch.inference_mode():
+        full, half = objective.run(torch.cat([x, x / 2]), [window] * 2).double()
+    spread = (full - full.mean()).abs().mean() + full.abs().mean()
+    return bool((full - half).abs().mean() < 0.01 * spread)
 
 
 def per_channel(values: Tensor, image: Tensor) -> Tensor:

@@ -5,26 +5,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.window_loop import WindowedNetwork
 from esegeta_monai.errors import MethodError
 
-if TYPE_CHECKING:
-    from esegeta_monai.engine.objective import Objective
-
-__all__ = [
-    "Batch",
-    "Gradient",
-]
+__all__ = ["NO_PATH", "Batch", "Gradient"]
 
 
 class Batch:
     """Some windows of one or several volumes, and what the targets see in them.
 
     Attributes:
+        network: the network behind windows, and the image.
         windows: indices into the plan.
         sources: for each window the volume it is cut from, where `cut` is given several.
         cotangents: a target each (n, R, *out_roi), ``ĝ_w · ∂s/∂P`` cut to the windows; None where the target sees none
@@ -34,14 +29,14 @@ class Batch:
 
     def __init__(
         self,
-        objective: Objective,
+        network: WindowedNetwork,
         windows: Sequence[int],
         sources: Sequence[int],
         cotangents: list[Tensor | None],
         *,
         first: bool = True,
     ) -> None:
-        self.objective, self.windows, self.sources, self.cotangents = objective, windows, sources, cotangents
+        self.network, self.windows, self.sources, self.cotangents = network, windows, sources, cotangents
         self.first = first
 
     def __len__(self) -> int:
@@ -50,23 +45,23 @@ class Batch:
     @property
     def image(self) -> Tensor:
         """The windows of the case's image: (n, C, *roi)."""
-        return self.cut(self.objective.image)
+        return self.cut(self.network.image)
 
     def cut(self, volume: Tensor) -> Tensor:
         """The windows of a volume (C, *spatial), or of several (m, C, *spatial): (n, C, *roi) on the window device."""
-        plan, several = self.objective.plan, volume.ndim == len(self.objective.plan.spatial_shape) + 2
+        plan, several = self.network.plan, volume.ndim == len(self.network.plan.spatial_shape) + 2
         parts = [plan.cut(volume[s] if several else volume, w) for w, s in zip(self.windows, self.sources)]
-        return torch.stack(parts).to(self.objective.model.device)
+        return torch.stack(parts).to(self.network.model.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """The network on windows (n, C, *roi): the channels that targets read, (n, R, *out_roi). Differentiable."""
-        return self.objective.run(x, self.windows)
+        return self.network.run(x, self.windows)
 
     @property
     def forwards(self) -> list[Callable[[Tensor], Tensor]]:
         """`forward` for each window alone, x (1, C, *roi): a network may be told where its window lies, or read a
         condition there."""
-        return [functools.partial(self.objective.run, windows=[w]) for w in self.windows]
+        return [functools.partial(self.network.run, windows=[w]) for w in self.windows]
 
     @property
     def compare(self) -> bool | Callable[[Tensor], Tensor]:
@@ -80,8 +75,7 @@ class Batch:
         return [self.compare, *(False for _ in self.windows[1:])]
 
     def _plain(self, x: Tensor) -> Tensor:
-        with self.objective.monitor.once():
-            return self.objective.run(x[:1], self.windows[:1])
+        return self.network.run(x[:1], self.windows[:1])
 
     def scores(self, out: Tensor) -> Tensor:
         """``F_w = <c_w, f(x_w)>`` (k, n) from network output; sums in float64."""
@@ -115,7 +109,7 @@ class Batch:
         for k in active:
             cotangent = self.cotangents[k]
             assert cotangent is not None
-            grads = self.objective.vjp(out, inputs, cotangent, retain=retain or k != active[-1])
+            grads = self.network.vjp(out, inputs, cotangent, retain=retain or k != active[-1])
             for i, (x, g) in enumerate(zip(inputs, grads)):
                 if g is None:
                     continue

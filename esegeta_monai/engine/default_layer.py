@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.layer_maps import network_roi, spatial_map
 from esegeta_monai.engine.network.hooks import capture, find_layer, handed_on, note_versions
 from esegeta_monai.engine.network.layout import grid_of
 from esegeta_monai.engine.network.model import select_output
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, UsageError
 
 __all__ = ["LayerShape", "check_layer", "default_layer", "layer_shapes"]
@@ -42,10 +43,9 @@ class LayerShape:
 
 def layer_shapes(objective: Objective) -> list[LayerShape]:
     """All layers that run, in the order in which they finish; the last one is the network itself, without a name."""
-    model, window = objective.model, (objective.windows or [0])[0]
-    x = objective.plan.cut(objective.image, window)[None].to(model.device)
+    window = (objective.windows or [0])[0]
     with torch.inference_mode(), _seen(objective) as found:
-        objective.run(x, [window])
+        objective.run(objective.window(window), [window])
     return list(found.values())
 
 
@@ -104,9 +104,7 @@ def default_layer(objective: Objective) -> str:
     Raises:
         MethodError: no layer gives a spatial map that the target depends on.
     """
-    if objective.default_layer is None:
-        objective.default_layer = _find_default_layer(objective)
-    return objective.default_layer
+    return objective.memo("default layer", lambda: _find_default_layer(objective))
 
 
 def _find_default_layer(objective: Objective) -> str:
@@ -131,9 +129,9 @@ def _find_default_layer(objective: Objective) -> str:
         for name in _by_preference(some, modules, is_map=math.prod(objective.grid.shape) > 1):
             value, written = kept.get(name, (None, 0))
             if value is None or value._version != written:  # not what the layer gave, or no longer
-                if _depends_alone(batch, name):
+                if _depends_alone(objective, batch, name):
                     return name
-            elif _depends(batch, out, value, name, retain=True):
+            elif _depends(objective, batch, out, value, name, retain=True):
                 return name
     raise MethodError(
         "the target depends on no layer with a spatial map by a differentiable path: name one with layer=…, or use an "
@@ -164,19 +162,21 @@ def _nesting(name: str, modules: Mapping[str, nn.Module]) -> int:
     return sum(type(modules[".".join(parts[:i])]) not in _CONTAINERS for i in range(1, len(parts)))
 
 
-def _depends(batch: Batch, out: Tensor, value: Tensor, layer: str, *, retain: bool = False) -> bool:
+def _depends(
+    objective: Objective, batch: Batch, out: Tensor, value: Tensor, layer: str, *, retain: bool = False
+) -> bool:
     """Whether some target has a gradient at the layer's positions, in a window that it sees."""
     if not value.requires_grad or not out.requires_grad:
         return False
     (gradient,) = batch.gradients(out, [value], retain=retain)
-    return gradient is not None and bool(spatial_map(gradient, batch.objective, layer, lead=2).any())
+    return gradient is not None and bool(spatial_map(gradient, objective, layer, lead=2).any())
 
 
-def _depends_alone(batch: Batch, layer: str) -> bool:
+def _depends_alone(objective: Objective, batch: Batch, layer: str) -> bool:
     """`_depends` by a forward pass of its own, which records the layer's output whatever is written into it later."""
-    with torch.enable_grad(), capture(batch.objective.model.network, [layer]) as captured:
+    with torch.enable_grad(), capture(batch.network.model.network, [layer]) as captured:
         out = batch.forward(batch.image.detach().requires_grad_(True))
-    return _depends(batch, out, captured[layer], layer)
+    return _depends(objective, batch, out, captured[layer], layer)
 
 
 def check_layer(objective: Objective, layer: str | None) -> str:

@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -216,10 +215,7 @@ class Supervoxels(FeatureSpec):
             )
 
     def of(self, objective: Objective) -> Features:
-        known = _SUPERVOXELS.setdefault(self, WeakKeyDictionary())
-        if objective not in known:
-            known[objective] = self._segmented(objective)
-        return known[objective]
+        return objective.memo(self, lambda: self._segmented(objective))
 
     def _segmented(self, objective: Objective) -> Features:
         from scipy.ndimage import distance_transform_edt
@@ -257,10 +253,6 @@ class Supervoxels(FeatureSpec):
         if not bool(inside.any()):
             raise InputError("supervoxels: the mask has no voxel above 0 on the network's grid: give another one")
         return inside
-
-
-_SUPERVOXELS: WeakKeyDictionary[Supervoxels, WeakKeyDictionary[Objective, Features]] = WeakKeyDictionary()
-"""Found once for an image: they are asked for to count what a method costs, and again when it runs."""
 
 
 def features_for(spec: Any) -> FeatureSpec:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from esegeta_monai.engine.network.hooks import capture, find_layer
 from esegeta_monai.engine.network.layout import channels_last, grid_of
-from esegeta_monai.engine.objective import Objective, Request, View
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.sweep import Request, View
 from esegeta_monai.engine.windows.grid import OutputGrid
 from esegeta_monai.engine.windows.plan import WindowPlan
 from esegeta_monai.engine.windows.resize import area_matrix, interpolate, line_matrix
@@ -110,7 +111,7 @@ class BlendedActivations(Request):
 
     @property
     def key(self) -> Hashable:
-        return id(self) if isinstance(self.weights, Tensor) else ("activations", self.layers, self.weights)
+        return self if isinstance(self.weights, Tensor) else ("activations", self.layers, self.weights)
 
     def begin(self, objective: Objective) -> None:
         self.objective = objective

@@ -1,26 +1,35 @@
-"""What methods request from one sweep over the windows."""
+"""A sweep: one pass over the windows that serves the requests of several methods.
+
+A method that looks at the whole image yields requests and gets their results back:
+
+    gradients = yield ChannelGradients(layer)
+
+Methods that run together share one sweep for everything that they ask for in the same round
+(`esegeta_monai.methods.run`), so several CAM methods cost one forward and one backward pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from esegeta_monai.engine.batch import Batch, Gradient
+from esegeta_monai.engine.batch import NO_PATH, Batch, Gradient
+from esegeta_monai.engine.network.hooks import capture
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.errors import MethodError
+from esegeta_monai.utils.distributed import Summed
+from esegeta_monai.utils.tensors import largest
 
-if TYPE_CHECKING:
-    from esegeta_monai.engine.objective import Objective
-
-
-__all__ = ["InputGradient", "Request", "View"]
+__all__ = ["InputGradient", "Request", "View", "sweep"]
 
 
 @dataclass
 class View:
-    """What a `Request` sees of one window batch in a sweep.
+    """What a `Request` sees of one batch of windows.
 
     Attributes:
         batch: the windows.
@@ -28,7 +37,7 @@ class View:
         activations: layer name to (n, …).
         gradients: layer name to (k, n, …); absent where no target sees the windows or depends on the layer.
         input_gradient: (k, n, C, *roi) where some request wants it.
-        seen: whether some target sees these windows (else this is a forward pass only).
+        seen: True if some target sees these windows (else this is a forward pass only).
     """
 
     batch: Batch
@@ -40,16 +49,17 @@ class View:
 
 
 class Request:
-    """Something that a method wants gathered in one sweep over the windows; equal keys are gathered once.
+    """Something that a method collects in one sweep over the windows; equal keys are collected once.
 
     Attributes:
-        layers: layers whose activations (and gradients) it looks at.
-        input_gradient: whether it looks at the gradient at the input.
-        everywhere: all windows, not just those that the targets see (these come without gradients).
-        before_gradient: it looks at activations, and a gradient is asked for next: what other methods want to know of
-            gradients can wait for that sweep.
-        summed: names of attributes that add up over windows, tensors that are zero (or None) after `begin`: what
-            several processes bring together. None: each process looks at all windows.
+        layers: layers whose activations (and gradients) it reads.
+        input_gradient: True: it reads the gradient at the input.
+        backward: True: it reads gradients; else activations only.
+        everywhere: True: it reads all windows, not only those that targets see (the others come without gradients).
+        before_gradient: True: it reads activations and a gradient is requested next, so requests for gradients by
+            other methods wait for that sweep.
+        summed: names of attributes that add up over windows, tensors that are zero (or None) after `begin`: several
+            processes sum them. None: each process looks at all windows.
     """
 
     layers: tuple[str, ...] = ()
@@ -62,23 +72,23 @@ class Request:
     @property
     def key(self) -> Hashable:
         """Requests of equal key share their result."""
-        return id(self)
+        return self
 
     @property
     def parts(self) -> list[Any] | None:
-        """What holds the sums, see `esegeta_monai.utils.distributed.Summed`; None: each process looks at all
+        """Holders of the sums, see `esegeta_monai.utils.distributed.Summed`; None: each process looks at all
         windows."""
         return None if self.summed is None else [self]
 
     def begin(self, objective: Objective) -> None:
-        """Called before the first window."""
+        """Prepare for the first window."""
 
     def see(self, view: View) -> None:
-        """Called for each window batch."""
+        """Collect from one batch of windows."""
         raise NotImplementedError
 
     def result(self) -> Any:
-        """Called after the last window."""
+        """Return the result, after the last window."""
         raise NotImplementedError
 
 
@@ -107,3 +117,112 @@ class InputGradient(Request):
         objective = self.objective
         values = self.values + objective.constants() if objective.linear else objective.image_values().cpu()
         return Gradient(self.maps[:, None], values[:, None], self.padding[:, None])
+
+
+class Comparison(Request):
+    """No request of its own: a sweep compares the blended windows with the given prediction by itself."""
+
+    backward = False
+    summed = ()
+
+    def see(self, view: View) -> None:
+        """Collect nothing."""
+
+    def result(self) -> None:
+        """Return nothing."""
+
+
+def sweep(objective: Objective, requests: Sequence[Request]) -> list[Any]:
+    """Serve all requests in one pass over the windows: shared forward passes, one backward pass per target.
+
+    The first sweep of an objective also compares the blended windows with the given prediction
+    (`Objective.blend_deviations`).
+
+    Args:
+        objective: the case.
+        requests: what methods asked for; those of equal key are collected once.
+
+    Returns:
+        The result of each request, in order.
+
+    Raises:
+        MethodError: a layer is not used, or there is no differentiable path to it.
+    """
+    unique = {r.key: r for r in requests}
+    todo = list(unique.values())
+    layers = sorted({name for r in todo for name in r.layers})
+    for r in todo:
+        r.begin(objective)
+    backward, seen_windows = any(r.backward for r in todo), set(objective.windows)
+    blended = None
+    compared = objective.prediction is not None and not objective.first_windows
+    if compared and any(d is None for d in objective.blend_deviations()):
+        blended = objective.new_predictions(1)
+
+    def run(batch: Batch) -> None:
+        seen = not seen_windows.isdisjoint(batch.windows)
+        wanting = [r for r in todo if seen or r.everywhere]
+        view = _view(objective, batch, layers, wanting, seen)
+        if blended is not None and seen:
+            objective.blend(blended, batch, view.out)
+        for r in wanting:
+            r.see(view)
+
+    everywhere = any(r.everywhere for r in todo)
+    jobs = [(0, w) for w in objective.all_windows] if everywhere else objective.jobs(1)
+    objective.each(jobs, run, with_cotangents=backward, split_seen=everywhere, sums=_sums(todo, blended or []))
+    if blended is not None:
+        _note_deviations(objective, blended)
+    return [unique[r.key].result() for r in requests]
+
+
+def _view(objective: Objective, batch: Batch, layers: Sequence[str], wanting: Sequence[Request], seen: bool) -> View:
+    """Run the network on a batch and gather what the requests read."""
+    backward = seen and any(r.backward for r in wanting)
+    x = batch.image
+    wants_input = backward and any(r.input_gradient for r in wanting)
+    if wants_input:
+        x = x.detach().requires_grad_(True)
+    model = objective.model
+    with torch.set_grad_enabled(backward), capture(model.network, layers, leaves=True) as captured:
+        out = batch.forward(x)
+    for name in layers:
+        if name not in captured:
+            raise MethodError(f"layer {name!r} is not used in the forward pass: choose another")
+        if model.inferer is not None and captured.calls[name] > 1:  # its windows are not known
+            raise MethodError(
+                f"layer {name!r} runs {captured.calls[name]} times under {type(model.inferer).__name__}, "
+                "whose windows are not known: use SlidingWindowInferer, or an input method"
+            )
+    gradients: dict[str, Tensor] = {}
+    at_input = None
+    if backward:
+        with_grad = [n for r in wanting if r.backward for n in r.layers]
+        names = [n for n in dict.fromkeys(with_grad) if captured[n].requires_grad]
+        products: list[Tensor | None] = []
+        if names or wants_input:
+            products = batch.gradients(out, [captured[n] for n in names] + ([x] if wants_input else []))
+        gradients = {n: g for n, g in zip(names, products) if g is not None}
+        at_input = products[-1] if wants_input else None
+        if wants_input and at_input is None:
+            raise MethodError(NO_PATH)
+    activations = {n: captured[n].detach() for n in layers}
+    return View(batch, out.detach(), activations, gradients, at_input, seen)
+
+
+def _note_deviations(objective: Objective, blended: Sequence[Tensor]) -> None:
+    """Compare the blended windows (1, channels, *box) of each score with the given prediction."""
+    assert objective.prediction is not None
+    deviations = objective.blend_deviations()
+    for k, (score, ours) in enumerate(zip(objective.scores, blended)):
+        if score.empty:
+            continue
+        given = score.crop(objective.prediction)
+        off = ours[0].sub_(given).mul_(score.mask.to(ours.device))  # in place: these are whole volumes
+        deviations[k] = largest(off) / max(largest(given), torch.finfo(ours.dtype).tiny)
+
+
+def _sums(requests: Sequence[Request], blended: Sequence[Tensor]) -> list[Tensor | Summed] | None:
+    """Everything that a sweep adds into; None where a request does not say."""
+    parts = [r.parts for r in requests]
+    return None if any(p is None for p in parts) else [*blended, *(one for p in parts if p is not None for one in p)]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from esegeta_monai.engine.dry_run import Pace
+from esegeta_monai.engine.default_layer import default_layer
 from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.progress import Progress
+from esegeta_monai.engine.run_context import RunContext, SampleComplete
 from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout
 from esegeta_monai.explain.record import peak_memory, reset_peak_memory
 from esegeta_monai.methods.base import Method
+from esegeta_monai.methods.precision import SAMPLED
 from esegeta_monai.methods.run import run
 
 __all__ = ["COSTLY", "Cost", "cost_of", "duration", "table", "too_costly"]
+
+logger = logging.getLogger("esegeta_monai")
 
 COSTLY = 100_000
 """More perturbations than that are not computed unless the user says so."""
@@ -32,11 +38,9 @@ class Cost:
         exact: whether ``passes`` is exact; else it depends on what the run finds (an adaptive path, say).
         naive_passes: windows of a computation that predicts the whole image for each perturbation, or that looks at all
             windows whatever the target sees.
-        seconds: an estimate, from running the method for a moment on this machine (`esegeta_monai.engine.dry_run`).
+        seconds: an estimate, right within a factor of 2; None where no pass could be timed.
         peak_memory_bytes: of that moment; memory does not grow with the number of passes.
         note: why there is nothing to compute, or why it would be refused; None where it would run.
-        at_least: whether ``seconds`` lacks what the method does after its last pass, since the moment did not come so
-            far; else every part of it has been timed.
     """
 
     case: int
@@ -48,47 +52,75 @@ class Cost:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     note: str | None = None
-    at_least: bool = False
 
 
 def cost_of(method: Method, objective: Objective, case: int, label: str, calibration: float) -> Cost:
-    """The cost of a method on an objective that nothing has run on yet.
+    """Estimate the cost of a method on an objective with one target: known passes times a measured time per pass.
+
+    The method is run for ``calibration`` seconds. If it ends in time, its cost is known. Otherwise a cheap copy of it
+    (`Method.cheap_copy`) is timed on the first windows that the target sees: it makes every kind of pass that the
+    method makes.
 
     Args:
-        calibration: seconds that its passes over windows are run for: at least one batch of each kind of loop, and what
-            it does before, between and after them. The rest of each loop is extrapolated from its own batches.
+        method: the method.
+        objective: the case; nothing is computed or stored on it.
+        case, label: index of the case and label of the target, for the result.
+        calibration: seconds.
     """
-    name = str(method.name)
-    monitor, device = objective.monitor, objective.model.device
+    name, device = str(method.name), objective.model.device
+    processes = objective.context.processes
+    context = RunContext(Progress(silent=True), processes, window_batch=objective.window_batch)
+    trial, progress = objective.derive(context=context), context.progress
     reset_peak_memory(device)
-    began = _now(device)
-    monitor.start()
-    pace = monitor.pace = Pace(calibration, lambda: _now(device), lambda: monitor.passes)
-    ended = True
+    seconds: float | None
     try:
-        run(method, objective)
-    except Exception as error:
-        if pace.whole and not isinstance(error, MethodTimeout):  # not of maps that mean nothing: it will fail
-            if not isinstance(error, EsegetaError):
-                raise
-            return Cost(case, name, label, note=str(error))
-        ended = False
-    finally:
-        monitor.pace = None
-    stopped = pace.seconds()
-    seconds, memory, found = stopped - began, peak_memory(device), round(pace.passes())
-    timed, alone = ended and (pace.whole or not method.steered), objective.ranks.size == 1
-    if timed and alone:
-        passes, exact = found, pace.whole or method.passes_exact
-    else:  # besides one or two by which a layer is found that is not named
-        passes = method.passes(objective.apart())
-        exact = method.passes_exact and getattr(method, "layer", "") is not None
-    if not timed and found and pace.first is not None:  # at the mean of what was seen
-        seconds += max(0, passes / objective.ranks.size - found) * (stopped - pace.first) / found
+        seconds, whole = _time(method, trial, calibration), True
+        passes = sum(processes.gather(progress.passes))
+    except MethodTimeout:
+        passes, whole = method.passes(objective.derive(context=context)), False
+        if trial.knows("default layer"):
+            progress.start()
+            default_layer(objective.derive(context=context))
+            passes += progress.passes
+        timed = _seconds_per_pass(method, objective)
+        seconds = None if timed is None else timed[0] + passes / processes.size * timed[1]
+    except EsegetaError as error:
+        return Cost(case, name, label, note=str(error))
     predictions, windows = method.predictions(objective), len(objective.windows)
     rounds = passes / windows if predictions is None else predictions + 1
     naive = round(rounds * len(objective.plan))
-    return Cost(case, name, label, passes, exact, naive, seconds, memory, at_least=not ended)
+    return Cost(case, name, label, passes, whole or method.passes_exact, naive, seconds, peak_memory(device))
+
+
+def _time(method: Method, objective: Objective, limit: float | None) -> float:
+    """Run a method and return the seconds it took."""
+    device = objective.model.device
+    began = _now(device)
+    objective.context.progress.start(limit)
+    run(method, objective)
+    return _now(device) - began
+
+
+def _seconds_per_pass(method: Method, objective: Objective) -> tuple[float, float] | None:
+    """Time a cheap copy of a method on the first batch of windows that the target sees.
+
+    Returns:
+        Seconds before the first pass, and seconds per window pass; None where the copy makes no pass.
+    """
+    context = objective.context.for_sample(SAMPLED, objective.window_batch)
+    first = objective.derive(first_windows=objective.window_batch, context=context)
+    device, progress = objective.model.device, context.progress
+    began = _now(device)
+    progress.start()
+    try:
+        run(method.cheap_copy(), first)
+    except SampleComplete:  # enough perturbations were scored
+        pass
+    except EsegetaError as error:  # the first windows alone may have nothing to explain
+        logger.debug("%s: the timed copy ended early: %s", method.name, error)
+    if not progress.passes or progress.first_check is None:
+        return None
+    return progress.first_check - began, (_now(device) - progress.first_check) / progress.passes
 
 
 def too_costly(method: Method, objective: Objective) -> MethodError | None:
@@ -116,7 +148,6 @@ def table(costs: Sequence[tuple[str, Cost]]) -> list[str]:
         if c.note is not None:
             rows.append([case, c.target, c.method, "-", "-", "-", "-", c.note])
             continue
-        assert c.seconds is not None
         assert c.peak_memory_bytes is not None
         memory = f"{c.peak_memory_bytes / 2**30:.1f} GiB"
         rows.append(
@@ -126,7 +157,7 @@ def table(costs: Sequence[tuple[str, Cost]]) -> list[str]:
                 c.method,
                 f"{'' if c.exact else 'about '}{c.passes:,}",
                 f"{c.naive_passes:,}",
-                f"{'at least ' if c.at_least else ''}{duration(c.seconds)}",
+                "unknown" if c.seconds is None else duration(c.seconds),
                 memory,
             ]
         )

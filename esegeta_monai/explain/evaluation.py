@@ -24,7 +24,7 @@ from esegeta_monai.engine.score import Score
 from esegeta_monai.errors import MetricError, RankLost, UsageError, named_reason
 from esegeta_monai.explain.explainer import Explainer, Judged
 from esegeta_monai.explain.names import ResultNames
-from esegeta_monai.methods.base import METHODS, Explained, Method
+from esegeta_monai.methods.base import METHODS, Explained, Method, Outcome
 from esegeta_monai.methods.precision import full_precision
 from esegeta_monai.methods.run import run_together
 from esegeta_monai.metrics.base import METRICS, Metric, MetricInput, asking, better
@@ -260,26 +260,27 @@ class _Case:
         for method in methods:
             objective = self.judged.objective
             assert objective is not None
-            outcome: Explained | Exception
             earlier = self._earlier(method, objective)
             if earlier is not None:
-                outcome = earlier
+                outcome = Outcome(earlier)
             elif method.needs_linear and not objective.linear:
-                outcome = MetricError(f"{names[id(method)]} needs targets that are linear: use output='logit'")
+                outcome = Outcome(
+                    error=MetricError(f"{names[id(method)]} needs targets that are linear: use output='logit'")
+                )
             else:
-                objective.monitor.start(self.judged.time_limit)
+                objective.context.progress.start(self.judged.time_limit)
                 with asking(objective):
-                    outcome = run_together([method], objective)[0]
-                objective.monitor.start()
-            if isinstance(outcome, RankLost):
-                raise outcome
+                    (outcome,) = run_together([method], objective)
+                objective.context.progress.start()
+            if isinstance(outcome.error, RankLost):
+                raise outcome.error
             for k, target in enumerate(self.targets):
-                if isinstance(outcome, Explained):
-                    maps[id(method), k] = outcome.maps[k]
-                else:
-                    found.failed[f"{target}, {names[id(method)]}"] = named_reason(outcome)
-            if isinstance(outcome, Explained) and objective is self.objective:
-                self.shared["explained", id(method)] = outcome.maps.double()
+                if outcome.result is not None:
+                    maps[id(method), k] = outcome.result.maps[k]
+                elif outcome.error is not None:
+                    found.failed[f"{target}, {names[id(method)]}"] = named_reason(outcome.error)
+            if outcome.result is not None and objective is self.objective:
+                self.shared["explained", id(method)] = outcome.result.maps.double()
         return maps
 
     def _earlier(self, method: Method, objective: Objective) -> Explained | None:
@@ -288,7 +289,7 @@ class _Case:
             return None
         found = [self.known(self.judged.record(method, k)) for k in range(len(objective.scores))]
         maps = [m.to(objective.image.device) for m in found if m is not None]
-        everywhere = all(objective.ranks.gather(len(maps) == len(found)))
+        everywhere = all(objective.context.processes.gather(len(maps) == len(found)))
         return Explained(torch.stack(maps)) if everywhere else None
 
     def subject(self, values: Tensor, k: int, method: Method) -> MetricInput | str:
@@ -367,7 +368,7 @@ def _plain(mask: Any, dims: int) -> Tensor | None:
 
 def _measured(metric: Metric, title: str, subject: MetricInput) -> dict[str, Any]:
     """A row: what the metric found, or why it found nothing."""
-    monitor = subject.need_objective().monitor
+    monitor = subject.need_objective().context.progress
     monitor.start()
     began = time.monotonic()
     row: dict[str, Any] = {

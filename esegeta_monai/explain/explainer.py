@@ -28,7 +28,7 @@ from esegeta_monai.explain.record import described
 from esegeta_monai.explain.run import CaseWork, Judged, Skip
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.targets.base import TARGETS
-from esegeta_monai.utils.distributed import Ranks
+from esegeta_monai.utils.distributed import Processes
 from esegeta_monai.utils.types import number
 
 __all__ = ["Attribution", "Explainer", "Judged"]
@@ -94,7 +94,7 @@ class Explainer:
         distributed: bool = False,
         on_error: OnError = "raise",
     ) -> None:
-        self.ranks = Ranks.current() if distributed else Ranks()
+        self.ranks = Processes.current() if distributed else Processes()
         self.network = unwrap(network)
         check_network(self.network)
         if any(p.is_inference() for p in self.network.parameters()):
@@ -161,7 +161,7 @@ class Explainer:
             skip: asked before anything is computed, with an attribution that has no map yet and whose record says what
                 would be computed; True leaves it out.
             scores_dir: where perturbation methods keep their scores while they run, so that a run that was stopped
-                goes on where it was (`esegeta_monai.engine.perturbation.checkpoint.ScoreTable`); None: nowhere.
+                goes on where it was (`esegeta_monai.engine.perturbation.checkpoint.ScoreCheckpoint`); None: nowhere.
 
         Yields:
             `Attribution`, case by case.
@@ -232,7 +232,13 @@ class Explainer:
                 for method in found.methods:
                     for k, bound in enumerate(found.bound):
                         with own_modes(self.device), frozen(self.network):
-                            cost = cost_of(method, found.objective.only(k), case.index, bound.label, calibration)
+                            cost = cost_of(
+                                method,
+                                found.objective.derive(scores=[found.objective.scores[k]]),
+                                case.index,
+                                bound.label,
+                                calibration,
+                            )
                         yield cost
 
     @staticmethod

@@ -18,7 +18,7 @@ from esegeta_monai.engine.layer_maps import LayerOutput
 from esegeta_monai.engine.network.model import select_output
 from esegeta_monai.engine.network.state import frozen, own_modes
 from esegeta_monai.engine.objective import Objective
-from esegeta_monai.engine.progress import Monitor
+from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.engine.score import Case, Score
 from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.errors import EsegetaError, InputError, NetworkError, UsageError
@@ -105,21 +105,19 @@ class Predicted:
     def objective(self, scores: Sequence[Score]) -> Objective:
         """F of this case, for each score."""
         settings, condition = self.settings, self.case.condition
+        window_batch = settings.window_batch or (4 if self.plan.whole else self.plan.batch_size)
         with own_modes(settings.device), frozen(settings.network):
-            objective = Objective(
+            return Objective(
                 self.model,
                 self.image,
                 self.plan,
                 scores,
                 self.prediction,
                 seed=settings.seed,
-                monitor=Monitor(),
                 condition=None if condition is None else condition.to(self.image),
                 case=self._context,
-                ranks=settings.ranks,
+                context=RunContext(processes=settings.ranks, window_batch=window_batch),
             )
-        objective.window_batch = settings.window_batch or (4 if self.plan.whole else self.plan.batch_size)
-        return objective
 
     @property
     def _context(self) -> Case:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esegeta_monai.engine.network.state import frozen, own_modes, weights_hash
-from esegeta_monai.engine.objective import Objective, Request, View
-from esegeta_monai.engine.perturbation.checkpoint import ScoreTable
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
+from esegeta_monai.engine.sweep import Comparison, sweep
 from esegeta_monai.errors import EsegetaError, MethodTimeout
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import CaseInput
@@ -22,7 +23,7 @@ from esegeta_monai.explain.costs import too_costly
 from esegeta_monai.explain.outcomes import NOTHING_THERE, Bound, not_linear
 from esegeta_monai.explain.prediction import Predicted
 from esegeta_monai.explain.record import peak_memory, predicted_class, reset_peak_memory
-from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.base import Method
 from esegeta_monai.methods.run import grouped, run_together, shares_passes
 from esegeta_monai.targets.base import Target
 
@@ -108,11 +109,12 @@ class CaseWork:
                 continue
             if not shares_passes(found.methods[0]):  # else its sweep compares
                 with own_modes(self.settings.device), frozen(self.settings.network):
-                    found.objective.sweep([_Blend()])
+                    sweep(found.objective, [Comparison()])
             for group in grouped(found.methods):
-                found.objective.table = None
+                checkpoint = None
                 if scores_dir is not None and not group[0].needs_gradient:
-                    found.objective.table = ScoreTable(Path(scores_dir), self._decides(group[0], found))
+                    checkpoint = ScoreCheckpoint(Path(scores_dir), self._decides(group[0], found))
+                found.objective.context.checkpoint = checkpoint
                 yield from self._group(group, found)
 
     def prepared(
@@ -194,47 +196,49 @@ class CaseWork:
     def _group(self, group: Sequence[Method], work: Work) -> Iterator[Attribution]:
         """Methods that share their passes, in one run of the network."""
         case, settings = self.case, self.settings
-        objective, monitor = work.objective, work.objective.monitor
-        monitor.start(None if settings.time_limit is None else settings.time_limit * len(group))
+        objective, progress = work.objective, work.objective.context.progress
+        progress.start(None if settings.time_limit is None else settings.time_limit * len(group))
         reset_peak_memory(settings.device)
         began = time.monotonic()
         names = ", ".join(m.name or type(m).__name__ for m in group)
         with self._bar(names, group, objective), own_modes(settings.device), frozen(settings.network):
-            results = run_together(group, objective)
+            outcomes = run_together(group, objective)
         seconds = time.monotonic() - began
         shared = {
             "seconds": round(seconds, 3),
             "peak_memory_bytes": peak_memory(settings.device),
             "windows_used": len(objective.windows),
             "windows_total": len(objective.plan),
-            "window_passes": sum(settings.ranks.gather(monitor.passes)),
+            "window_passes": sum(settings.ranks.gather(progress.passes)),
             "ranks": settings.ranks.size,
             "window_batch": objective.window_batch,
         }
         if len(group) > 1:
             shared["passes_shared_with"] = [m.name for m in group]
-        logger.info("case %d: %s took %.1f s, %d window passes", case.index, names, seconds, monitor.passes)
-        values = objective.image_values() if any(isinstance(r, Explained) for r in results.values()) else None
-        for i, method in enumerate(group):
-            outcome = results[i]
+        logger.info("case %d: %s took %.1f s, %d window passes", case.index, names, seconds, progress.passes)
+        values = objective.image_values() if any(o.result is not None for o in outcomes) else None
+        for method, outcome in zip(group, outcomes):
             for k, b in enumerate(work.bound):
                 record = settings.outcomes.record(method, b, objective.plan, case)
                 record.update(shared)
                 others = [other.label for other in work.bound if other.label != b.label]
-                record["warnings"] = [*work.predicted.notes, *monitor.warnings_without(others)]
-                record["blend_deviation"] = deviation = objective.blend_deviation[k]
+                record["warnings"] = [*work.predicted.notes, *progress.warnings_without(others)]
+                record["blend_deviation"] = deviation = objective.blend_deviations()[k]
                 if deviation is not None and not deviation <= DEVIATES:
                     record["warnings"].append(self._deviates(b.label, deviation))
-                if isinstance(outcome, Exception):
-                    yield settings.outcomes.failed(method, b, case, record, _goes_on(outcome, objective.table))
+                if outcome.error is not None:
+                    error = _goes_on(outcome.error, objective.context.checkpoint)
+                    yield settings.outcomes.failed(method, b, case, record, error)
                     continue
                 assert values is not None
+                assert outcome.result is not None
                 record["value"] = float(values[k])
                 if b.target.layer is None:
                     record.update(predicted_class(work.predicted.prediction, settings.class_names))
-                yield from settings.outcomes.finished(method, b, case, record, outcome, k, self.channels)
-        if objective.table is not None and all(isinstance(r, Explained) for r in results.values()):
-            objective.table.remove()  # only now: whoever asks on has written the maps
+                yield from settings.outcomes.finished(method, b, case, record, outcome.result, k, self.channels)
+        checkpoint = objective.context.checkpoint
+        if checkpoint is not None and all(o.result is not None for o in outcomes):
+            checkpoint.remove()  # only now: the caller has written the maps
 
     def _deviates(self, label: str, deviation: float) -> str:
         """The warning that another prediction is explained than the one that was given; logged once a target."""
@@ -271,11 +275,11 @@ class CaseWork:
         from tqdm import tqdm
 
         with tqdm(total=_total(group, objective), desc=names[:60], unit="window", file=sys.stderr) as bar:
-            objective.monitor.on_pass = bar.update
+            objective.context.progress.on_pass = bar.update
             try:
                 yield
             finally:
-                objective.monitor.on_pass = None
+                objective.context.progress.on_pass = None
 
 
 def _refusal(method: Method, objective: Objective) -> EsegetaError | None:
@@ -286,9 +290,9 @@ def _refusal(method: Method, objective: Objective) -> EsegetaError | None:
         return error
 
 
-def _goes_on(error: Exception, table: ScoreTable | None) -> Exception:
+def _goes_on(error: Exception, checkpoint: ScoreCheckpoint | None) -> Exception:
     """A time limit's error, with what can be done about it where scores have been kept."""
-    if table is None or not isinstance(error, MethodTimeout) or not table.kept:
+    if checkpoint is None or not isinstance(error, MethodTimeout) or not checkpoint.stored:
         return error
     return MethodTimeout(f"{error}; its scores are kept: the same run goes on from there")
 
@@ -300,16 +304,3 @@ def _total(group: Sequence[Method], objective: Objective) -> int | None:
     except Exception as error:  # of a file, say, that is not there: the method meets it too, and has it recorded
         logger.debug("%s: its passes cannot be counted: %s", group[0].name, error)
         return None
-
-
-class _Blend(Request):
-    """Asks for nothing: the sweep itself compares the blended windows with the prediction."""
-
-    backward = False
-    summed = ()
-
-    def see(self, view: View) -> None:
-        """Nothing to gather."""
-
-    def result(self) -> None:
-        """Nothing."""

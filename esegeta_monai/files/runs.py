@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from esegeta_monai.errors import UsageError
-from esegeta_monai.utils.distributed import Ranks
+from esegeta_monai.utils.distributed import Processes
 from esegeta_monai.utils.files import INTENDED_USE, read_json, versions, write_json
 
 __all__ = ["STATUSES", "RunRecord"]
@@ -99,7 +99,7 @@ class RunRecord:
         """0 if everything succeeded (including empty targets and zero maps), 1 if some case or method failed."""
         return int(any(entry["status"] in UNFINISHED for entry in self._results.values()))
 
-    def join(self, ranks: Ranks) -> None:
+    def join(self, ranks: Processes) -> None:
         """Merge the records of all processes, in memory for each and on disk for the first."""
         for results in ranks.gather(self._results):
             self._results = {**self._results, **results}

@@ -30,7 +30,7 @@ from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
-from esegeta_monai.utils.distributed import SHARES, Ranks, Share
+from esegeta_monai.utils.distributed import SHARES, Processes, Share
 from esegeta_monai.utils.types import number
 
 __all__ = ["CaseHandler", "flag", "numbered"]
@@ -90,7 +90,7 @@ class CaseHandler(ABC):
         self._last_due: int | None = None
         self._shut = False  # this epoch's folder cannot be written
         self.share = share
-        self._ranks, self._share = Ranks(), cast(Share, "cases")
+        self._ranks, self._share = Processes(), cast(Share, "cases")
         self.logger = logging.getLogger(name or "esegeta_monai")
         self.folder: Path | None = None
         self._explainer: Explainer | None = None
@@ -140,7 +140,7 @@ class CaseHandler(ABC):
             )
         if self.targets is None:
             self.targets = [PredictedClasses(activation="sigmoid" if self._sigmoid(engine) else "auto")]
-        self._ranks, self._share = Ranks.current(), self._shared(engine)
+        self._ranks, self._share = Processes.current(), self._shared(engine)
         self._explainer = Explainer(
             engine.network,
             plain_inferer(engine),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from esegeta_monai.engine.baselines import baseline_for
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.layer_maps import BlendedActivations
-from esegeta_monai.engine.objective import Batch, InputGradient, Objective, Request, View
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.base import Perturbations
 from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.scoring import known_score_changes, score_changes
+from esegeta_monai.engine.sweep import InputGradient, Request, View
 from esegeta_monai.methods.base import METHODS, Explained, Method, Passes
 from esegeta_monai.methods.cam.gradient_cam import (
     EigenCam,

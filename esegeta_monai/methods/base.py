@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import baseline_for
-from esegeta_monai.engine.objective import Objective, Request
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.sweep import Request
 from esegeta_monai.utils.registry import Configurable, Registry
 from esegeta_monai.utils.types import check_stated
 
@@ -32,6 +33,7 @@ __all__ = [
 __all__ += []
 
 Produces = Literal["input map", "layer map", "synthesised image", "activation"]
+Limits = tuple[tuple[str, int | None], ...]
 
 
 @dataclass
@@ -50,6 +52,22 @@ class Explained:
         """The notes of one target."""
         k = len(self.maps)
         return {n: _pick(v, target, k) for n, v in self.notes.items()}
+
+
+@dataclass
+class Outcome:
+    """What a method came to: its result, or the error that ended it.
+
+    Attributes:
+        result: maps and notes; None where the method failed.
+        error: the exception that ended the method; None where it succeeded.
+        scores: perturbation scores (k, n), where the run asked for a sample of them only
+            (`esegeta_monai.engine.run_context.RunContext.sample`); then there is neither result nor error.
+    """
+
+    result: Explained | None = None
+    error: Exception | None = None
+    scores: Tensor | None = None
 
 
 def _pick(value: Any, target: int, k: int) -> Any:
@@ -80,9 +98,9 @@ class Method(Configurable, ABC):
         needs_linear: only scores linear in the prediction (``output="logit"``) make sense.
         full_precision: never under autocast.
         gap_advice: what to do about a completeness gap, in words.
-        needs_value: also where the target is linear, F at the image is asked for: a forward pass where no prediction is
-            known, as at the noisy images of `SmoothGrad`.
-        brief: names and values of parameters with which the method is cheap, where it has them, see `in_brief`.
+        reads_image_value: the method reads F(image) even for linear targets: one more forward pass where no prediction
+            is given, as at the noisy images of `SmoothGrad`.
+        cheap_parameters: (name, value) pairs of the parameters that make the method cheap, see `cheap_copy`.
     """
 
     reference: ClassVar[str] = ""
@@ -92,9 +110,9 @@ class Method(Configurable, ABC):
     needs_gradient: ClassVar[bool] = True
     needs_linear: ClassVar[bool] = False
     full_precision: ClassVar[bool] = False
-    needs_value: ClassVar[bool] = False
+    reads_image_value: ClassVar[bool] = False
     gap_advice: ClassVar[str] = "read it as a ranking of places, not as shares"
-    brief: ClassVar[tuple[tuple[str, int | None], ...]] = (("n_steps", 4), ("n_samples", 4), ("tolerance", None))
+    cheap_parameters: ClassVar[Limits] = (("n_steps", 4), ("n_samples", 4), ("tolerance", None))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,14 +143,14 @@ class Method(Configurable, ABC):
         return None
 
     @property
-    def steered(self) -> bool:
-        """Whether values decide how many passes it needs (a tolerance, a line search): only a whole run tells."""
-        return any(m.steered for m in self.inside())
+    def passes_data_dependent(self) -> bool:
+        """True if the number of passes depends on values (a tolerance, a line search) and is known only after a run."""
+        return any(m.passes_data_dependent for m in self.inside())
 
     @property
     def passes_exact(self) -> bool:
         """Whether `passes` is known before, or only roughly since it depends on what the run finds."""
-        return not self.steered and all(m.passes_exact for m in self.inside())
+        return not self.passes_data_dependent and all(m.passes_exact for m in self.inside())
 
     def passes(self, objective: Objective) -> int:
         """Window passes that `attribute` needs, for progress and for cost estimates; exact unless a method says so."""
@@ -144,19 +162,20 @@ class Method(Configurable, ABC):
             return []
         return [m for m in (getattr(self, f.name) for f in dataclasses.fields(self)) if isinstance(m, Method)]
 
-    def in_brief(self) -> Method:
-        """The same method at a fraction of its cost, with few steps or samples: what half precision is measured on.
+    def cheap_copy(self) -> Method:
+        """Return the method with few steps or samples, on which the error of half precision is measured.
 
-        A number in ``brief`` is the most that a parameter keeps. Methods inside are in brief too. A black-box method
-        stays as it is: of its perturbations only some are scored (`Objective.first_windows`).
+        A number in ``cheap_parameters`` is an upper limit; None is set as it is. Inner methods become cheap copies too.
+        A black-box method stays as it is: of its perturbations only some are scored (`Objective.first_windows`).
         """
         if not dataclasses.is_dataclass(self):
             return self
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        changed: dict[str, Any] = {n: m.in_brief() for n, m in own.items() if isinstance(m, Method)}
-        for name, value in self.brief if self.needs_gradient or type(self).brief is not Method.brief else ():
-            if name in own:
-                changed[name] = value if value is None or own[name] is None else min(own[name], value)
+        changed: dict[str, Any] = {n: m.cheap_copy() for n, m in own.items() if isinstance(m, Method)}
+        if self.needs_gradient or self.cheap_parameters is not Method.cheap_parameters:
+            for name, limit in self.cheap_parameters:
+                if name in own:
+                    changed[name] = limit if limit is None or own[name] is None else min(own[name], limit)
         return dataclasses.replace(self, **changed) if changed else self
 
     def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:

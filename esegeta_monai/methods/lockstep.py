@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator, Hashable, Sequence
 from typing import Any
 
-from esegeta_monai.engine.objective import Objective, Request, View
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.sweep import Request, View
 
 __all__ = ["Several", "lockstep"]
 

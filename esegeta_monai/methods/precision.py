@@ -10,26 +10,25 @@ out of autocast as zeros or as values that are not finite is computed again in f
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.default_layer import default_layer
 from esegeta_monai.engine.objective import Objective
-from esegeta_monai.engine.perturbation.scoring import Sampled
+from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.errors import MethodTimeout, RankLost, named_reason
 from esegeta_monai.utils.tensors import all_finite
 
 logger = logging.getLogger("esegeta_monai")
 
 if TYPE_CHECKING:
-    from esegeta_monai.methods.base import Explained, Method
+    from esegeta_monai.methods.base import Method, Outcome
 
 __all__ = ["AGREES", "SURE", "Agreement", "agreement", "full_precision", "run_precisely"]
 
@@ -48,7 +47,7 @@ KEPT = 0.5
 NOT_WORTH_IT = "measuring would take as many passes as the map in float32"
 """Why a method is not measured, see `_pays`."""
 
-LockStep = Callable[["Sequence[Method]", Objective], "dict[int, Explained | Exception]"]
+RunMethods = Callable[["Sequence[Method]", Objective], "list[Outcome]"]
 
 
 @dataclass(frozen=True)
@@ -68,80 +67,66 @@ class Agreement:
         return {"amp_correlation": self.correlation or None, "amp_fallback": self.fallback}
 
 
-def run_precisely(
-    methods: Sequence[Method], objective: Objective, lock_step: LockStep
-) -> dict[int, Explained | Exception]:
-    """Runs methods together, each in the precision that is enough for it.
+def run_precisely(methods: Sequence[Method], objective: Objective, run_methods: RunMethods) -> list[Outcome]:
+    """Run methods together, each in the precision that is enough for it.
 
-    With `Model.amp` off there is one precision, and with it `Method.full_precision` methods run in float32 unasked. The
-    others are measured first; their results say ``amp_correlation`` and ``amp_fallback`` in their notes. A method that
-    runs inside another one is not measured again.
+    With `Model.amp` off there is one precision. With it, `Method.full_precision` methods run in float32 without being
+    measured; the others are measured first, and their results carry ``amp_correlation`` and ``amp_fallback`` in their
+    notes. A method that runs inside another one is not measured again.
 
     Args:
-        lock_step: runs methods on an objective in the precision that it has.
+        methods: the methods.
+        objective: the case.
+        run_methods: runs methods on an objective in the precision that it has.
 
     Returns:
-        Results by position in ``methods``.
+        The outcome of each method, in order.
     """
     if objective.model.autocast_dtype is None:
-        return lock_step(methods, objective)
-    results: dict[int, Explained | Exception] = {}
-    found: dict[int, Agreement] = {}
+        return run_methods(methods, objective)
+    outcomes: dict[int, Outcome] = {}
+    agreements: dict[int, Agreement] = {}
     half = [i for i, m in enumerate(methods) if not m.full_precision]
-    inside = objective.settled
+    inside = objective.context.precision_decided
     if half and not inside:
-        found = {i: Agreement(fallback=NOT_WORTH_IT) for i in half if not _pays(methods[i], objective)}
-        half = [i for i in half if i not in found]
+        agreements = {i: Agreement(fallback=NOT_WORTH_IT) for i in half if not _pays(methods[i], objective)}
+        half = [i for i in half if i not in agreements]
     if half and not inside:
-        measured = measure([methods[i] for i in half], objective, lock_step)
-        found |= dict(zip(half, objective.ranks.gather(measured)[0]))
-        half = [i for i in half if found[i].fallback is None]
+        measured = measure([methods[i] for i in half], objective, run_methods)
+        agreements |= dict(zip(half, objective.context.processes.gather(measured)[0]))
+        half = [i for i in half if agreements[i].fallback is None]
     if half:
-        with _settled(objective):
-            results = _by_position(half, methods, objective, lock_step)
+        with _precision_decided(objective.context):
+            outcomes = dict(zip(half, run_methods([methods[i] for i in half], objective)))
     if not inside:
-        for i, why in _lost(results, objective).items():
-            found[i] = replace(found[i], fallback=why)
-            del results[i]
-    again = [i for i in range(len(methods)) if i not in results]
+        for i, reason in _lost(outcomes, objective).items():
+            agreements[i] = replace(agreements[i], fallback=reason)
+            del outcomes[i]
+    again = [i for i in range(len(methods)) if i not in outcomes]
     if again:
         precise = full_precision(objective)
-        results |= _by_position(again, methods, precise, lock_step)
-        if precise.asked:  # what the maps add up to
-            for outcome in (results[i] for i in again):
-                if not isinstance(outcome, Exception):
-                    outcome.notes.setdefault("value", precise.image_values())
-        objective.window_batch = min(objective.window_batch, precise.window_batch)
-    for i, known in found.items():
-        outcome = results[i]
-        if known.fallback is not None:
-            logger.warning("%s runs in float32: %s", methods[i].name, known.fallback)
-        if not isinstance(outcome, Exception):
-            outcome.notes |= known.notes()
-    return results
+        outcomes |= zip(again, run_methods([methods[i] for i in again], precise))
+        if precise.knows("value"):  # what the maps add up to
+            for result in (outcomes[i].result for i in again):
+                if result is not None:
+                    result.notes.setdefault("value", precise.image_values())
+    for i, agreement in agreements.items():
+        if agreement.fallback is not None:
+            logger.warning("%s runs in float32: %s", methods[i].name, agreement.fallback)
+        if (result := outcomes[i].result) is not None:
+            result.notes |= agreement.notes()
+    return [outcomes[i] for i in range(len(methods))]
 
 
 def full_precision(objective: Objective) -> Objective:
-    """The same objective without autocast, always the same one; itself where there is none.
+    """Return the same objective without autocast, always the same one; the objective itself where there is none.
 
-    It shares nothing that was computed in half precision: unperturbed scores, tables of scores and the prediction at
-    the image are its own. Masks stay as they are.
+    It shares nothing that was computed in half precision: unperturbed scores, checkpoints and the prediction at the
+    image are its own. Masks stay as they are.
     """
     if objective.model.autocast_dtype is None:
         return objective
-    if objective not in _PRECISE:
-        other = objective.apart()
-        other.model = copy.copy(objective.model)
-        other.model.amp = False
-        other.own_prediction = objective.sample is None  # on first windows both precisions start from the one given
-        _PRECISE[objective] = other
-    found = _PRECISE[objective]
-    found.monitor, found.window_batch = objective.monitor, objective.window_batch
-    found.table = None if objective.table is None else objective.table.beside(precision="full")
-    return found
-
-
-_PRECISE: WeakKeyDictionary[Objective, Objective] = WeakKeyDictionary()
+    return objective.memo("full precision", lambda: objective.derive(full_precision=True))
 
 
 def _pays(method: Method, objective: Objective) -> bool:
@@ -149,30 +134,33 @@ def _pays(method: Method, objective: Objective) -> bool:
     perturbations."""
     predictions = method.predictions(objective)
     if predictions is None:
-        return len(objective.plan) > 1 or 2 * method.in_brief().passes(objective) < method.passes(objective)
-    first = {windows[0] for windows in objective.support if windows}
+        return len(objective.plan) > 1 or 2 * method.cheap_copy().passes(objective) < method.passes(objective)
+    first = {windows[0] for windows in objective.score_windows if windows}
     return 2 * len(first) * min(SAMPLED, predictions) < method.passes(objective)
 
 
-def measure(methods: Sequence[Method], objective: Objective, lock_step: LockStep) -> list[Agreement]:
+def measure(methods: Sequence[Method], objective: Objective, run_methods: RunMethods) -> list[Agreement]:
     """How each method agrees with float32 on the first window that each target sees.
 
-    The methods run in brief (`Method.in_brief`) on an objective of these windows alone, once in float32 and once under
-    autocast; gradient and CAM methods share these passes as they share the others. What is compared is the map, or for
-    methods that perturb the image the scores of `SAMPLED` perturbations: the map of a few would be a map of something
-    else, and a raw score would hide its small differences.
+    Cheap copies (`Method.cheap_copy`) run on an objective of these windows alone, once in float32 and once under
+    autocast; gradient and CAM methods share these passes as they share the others. Maps are compared, or for methods
+    that perturb the image the scores of `SAMPLED` perturbations: the map of a few would be a map of something else,
+    and a raw score would hide its small differences.
     """
-    brief = [m.in_brief() for m in methods]
-    half = objective.first_windows(SAMPLED)
+    cheap = [m.cheap_copy() for m in methods]
+    context = objective.context.for_sample(SAMPLED, objective.window_batch)
+    half = objective.derive(first_windows=1, context=context)
     full = full_precision(half)
-    precise = lock_step(brief, full)
-    half.default_layer = objective.default_layer = full.default_layer  # a gradient of zero must not choose the layer
-    rough = lock_step(brief, half)
+    precise = run_methods(cheap, full)
+    if full.knows("default layer"):  # a gradient of zero must not choose the layer
+        for one in (half, objective):
+            one.memo("default layer", lambda: default_layer(full))
+    rough = run_methods(cheap, half)
     dtype = str(objective.model.autocast_dtype).removeprefix("torch.")
-    return [_compared(rough[i], precise[i], dtype) for i in range(len(methods))]
+    return [_compared(a, b, dtype) for a, b in zip(rough, precise)]
 
 
-def _compared(rough: Explained | Exception, precise: Explained | Exception, dtype: str) -> Agreement:
+def _compared(rough: Outcome, precise: Outcome, dtype: str) -> Agreement:
     b = _values(precise)
     if isinstance(b, Exception):
         return Agreement(fallback=f"float32 gave nothing to compare on the first window: {named_reason(b)}")
@@ -218,44 +206,41 @@ def _for_sums(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device  # which has no float64
 
 
-def _values(outcome: Explained | Exception) -> Tensor | Exception:
-    """What is compared, (k, …): scores where the method perturbs the image, else maps."""
-    if isinstance(outcome, Sampled):
+def _values(outcome: Outcome) -> Tensor | Exception:
+    """Return what is compared, (k, …): scores where the method perturbs the image, else maps; or why there is none."""
+    if outcome.scores is not None:
         return outcome.scores
-    return outcome if isinstance(outcome, Exception) else outcome.maps
+    if outcome.result is not None:
+        return outcome.result.maps
+    assert outcome.error is not None
+    return outcome.error
 
 
-def _lost(results: dict[int, Explained | Exception], objective: Objective) -> dict[int, str]:
+def _lost(outcomes: dict[int, Outcome], objective: Objective) -> dict[int, str]:
     """Why results of autocast are computed again, by position; all ranks decide alike."""
     dtype = str(objective.model.autocast_dtype).removeprefix("torch.")
     lost: dict[int, str] = {}
-    for i, outcome in results.items():
-        if isinstance(outcome, (MethodTimeout, RankLost)):
+    for i, outcome in outcomes.items():
+        if isinstance(outcome.error, (MethodTimeout, RankLost)):
             continue
-        if isinstance(outcome, Exception):
-            lost[i] = f"it fails in {dtype}: {named_reason(outcome)}"
-        elif not all_finite(outcome.maps):
+        if outcome.result is None:
+            assert outcome.error is not None
+            lost[i] = f"it fails in {dtype}: {named_reason(outcome.error)}"
+        elif not all_finite(outcome.result.maps):
             lost[i] = f"overflow: the map has values that are not finite in {dtype}"
-        elif not bool(outcome.maps.flatten(1).any(1).all()):
+        elif not bool(outcome.result.maps.flatten(1).any(1).all()):
             lost[i] = f"underflow: the map is zero everywhere in {dtype}"
     everywhere: dict[int, str] = {}
-    for one in objective.ranks.gather(lost):
+    for one in objective.context.processes.gather(lost):
         everywhere = one | everywhere
     return everywhere
 
 
-def _by_position(
-    places: Sequence[int], methods: Sequence[Method], objective: Objective, lock_step: LockStep
-) -> dict[int, Explained | Exception]:
-    found = lock_step([methods[i] for i in places], objective)
-    return {i: found[j] for j, i in enumerate(places)}
-
-
 @contextmanager
-def _settled(objective: Objective) -> Iterator[None]:
+def _precision_decided(context: RunContext) -> Iterator[None]:
     """Inside, methods that other methods run are not measured."""
-    before, objective.settled = objective.settled, True
+    before, context.precision_decided = context.precision_decided, True
     try:
         yield
     finally:
-        objective.settled = before
+        context.precision_decided = before

@@ -1,4 +1,4 @@
-"""Runs methods, alone or together, so that they share passes over the windows."""
+"""Running methods, alone or together, so that they share passes over the windows."""
 
 from __future__ import annotations
 
@@ -8,110 +8,127 @@ from typing import Any
 
 from torch import Tensor
 
-from esegeta_monai.engine.objective import Objective, Request
-from esegeta_monai.methods.base import Explained, Method, Passes
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.run_context import SampleComplete
+from esegeta_monai.engine.sweep import Request, sweep
+from esegeta_monai.methods.base import Explained, Method, Outcome, Passes
 from esegeta_monai.methods.precision import run_precisely
 
 __all__ = ["grouped", "run", "run_together", "shares_passes"]
 
+GAP = 0.05
+"""Relative completeness gap above which a map comes with a warning."""
+
 
 def run(method: Method, objective: Objective) -> Explained:
-    """One method alone."""
-    outcome = run_together([method], objective)[0]
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+    """Run one method.
 
-
-def run_together(methods: Sequence[Method], objective: Objective) -> dict[int, Explained | Exception]:
-    """Several methods in lock-step, each in the precision that is enough for it (`esegeta_monai.methods.precision`).
-
-    Returns results by position in ``methods``; a method that fails leaves its exception as its result.
+    Raises:
+        Exception: whatever ended the method.
     """
-    return run_precisely(methods, objective, _lock_step)
+    (outcome,) = run_together([method], objective)
+    if outcome.error is not None:
+        if objective.context.sample is not None:
+            objective.context.sample.scores = outcome.scores  # for the method that runs this one
+        raise outcome.error
+    assert outcome.result is not None
+    return outcome.result
 
 
-def _lock_step(methods: Sequence[Method], objective: Objective) -> dict[int, Explained | Exception]:
-    """Several methods in one precision: what they ask of the windows in the same round is done in one sweep.
+def run_together(methods: Sequence[Method], objective: Objective) -> list[Outcome]:
+    """Run several methods side by side, each in the precision that is enough for it.
 
-    A method that fails leaves its exception as its result; a sweep that fails is done again for each method alone, so
-    that only the culprit fails.
+    See `esegeta_monai.methods.precision`. A method that fails does not end the others.
+
+    Returns:
+        The outcome of each method, in order.
     """
-    results: dict[int, Explained | Exception] = {}
+    return run_precisely(methods, objective, _run_side_by_side)
+
+
+def _run_side_by_side(methods: Sequence[Method], objective: Objective) -> list[Outcome]:
+    """Run several methods in one precision; one sweep serves what they request in the same round.
+
+    A sweep that fails is repeated for each method alone, so that only the cause of the failure fails.
+    """
+    outcomes = [Outcome() for _ in methods]
     running: dict[int, Passes] = {}
-    asked: dict[int, Request] = {}
+    requests: dict[int, Request] = {}
+
+    def failed(i: int, error: Exception) -> None:
+        sample = objective.context.sample
+        outcomes[i].error = error
+        outcomes[i].scores = sample.take() if sample is not None and isinstance(error, SampleComplete) else None
 
     def step(i: int, passes: Passes, answer: Any) -> None:
         try:
-            asked[i] = passes.send(answer)
+            requests[i] = passes.send(answer)
             running[i] = passes
         except StopIteration as stop:
-            results[i] = _explained(stop.value, methods[i], objective)
-        except Exception as error:  # kept as the method's result, which the caller raises or records
-            results[i] = error
+            outcomes[i].result = _explained(stop.value, methods[i], objective)
+        except Exception as error:  # the caller raises or records it
+            failed(i, error)
 
     for i, method in enumerate(methods):
         try:
-            outcome = method.attribute(objective)
+            value = method.attribute(objective)
         except Exception as error:  # as above
-            results[i] = error
+            failed(i, error)
             continue
-        if isinstance(outcome, Generator):
-            step(i, outcome, None)
+        if isinstance(value, Generator):
+            step(i, value, None)
         else:
-            results[i] = _explained(outcome, method, objective)
+            outcomes[i].result = _explained(value, method, objective)
     while running:
         current = running
-        now = _due({i: asked[i] for i in sorted(current)})
+        now = _due({i: requests[i] for i in sorted(current)})
         running = {i: passes for i, passes in current.items() if i not in now}
         for i, answer in _answers(objective, now).items():
             if isinstance(answer, Exception):
-                results[i] = answer
+                failed(i, answer)
             else:
                 step(i, current[i], answer)
-    return results
+    return outcomes
 
 
-def _due(asked: dict[int, Request]) -> dict[int, Request]:
-    """What is asked for in the next sweep: gradients wait while some method has yet to look at activations before it
-    asks for them too, since one backward pass serves all."""
-    if not any(r.before_gradient for r in asked.values()):
-        return asked
-    return {i: r for i, r in asked.items() if not r.backward}
+def _due(requests: dict[int, Request]) -> dict[int, Request]:
+    """Choose the requests of the next sweep: those for gradients wait while some method still reads activations before
+    it requests gradients too, since one backward pass serves all."""
+    if not any(r.before_gradient for r in requests.values()):
+        return requests
+    return {i: r for i, r in requests.items() if not r.backward}
 
 
-def _answers(objective: Objective, asked: dict[int, Request]) -> dict[int, Any]:
+def _answers(objective: Objective, requests: dict[int, Request]) -> dict[int, Any]:
+    """Serve requests in one sweep; where it fails, serve each alone and return errors in place of results."""
     try:
-        return dict(zip(asked, objective.sweep(list(asked.values()))))
-    except Exception as error:  # kept as the result of the one method that asked
-        if len(asked) == 1:
-            return dict.fromkeys(asked, error)
-    return {i: answer for i, request in asked.items() for answer in _answers(objective, {i: request}).values()}
+        return dict(zip(requests, sweep(objective, list(requests.values()))))
+    except Exception as error:  # becomes the outcome of the one method that asked
+        if len(requests) == 1:
+            return dict.fromkeys(requests, error)
+    return {i: answer for i, request in requests.items() for answer in _answers(objective, {i: request}).values()}
 
 
 def _explained(value: Explained | Tensor, method: Method, objective: Objective) -> Explained:
-    """What a method returned, with a warning where its completeness gap is above `GAP`."""
+    """Wrap what a method returned; warn if its completeness gap is above `GAP`."""
     explained = value if isinstance(value, Explained) else Explained(value)
     gaps = explained.notes.get("completeness_gap") or []
+    progress = objective.context.progress
     for score, gap in zip(objective.scores, gaps):
         start = f"{method.name}: the map's sum misses what it should add up to by"
-        told = any(w.startswith(f"{score.label}: {start}") for w in objective.monitor.warnings)  # at other noisy images
-        if gap is not None and gap > GAP and not told:
-            objective.monitor.warn(f"{start} {100 * gap:.0f} %: {method.gap_advice}", score.label)
+        warned = any(w.startswith(f"{score.label}: {start}") for w in progress.warnings)  # at other noisy images
+        if gap is not None and gap > GAP and not warned:
+            progress.warn(f"{start} {100 * gap:.0f} %: {method.gap_advice}", score.label)
     return explained
 
 
-GAP = 0.05
-"""The relative completeness gap above which a map comes with a warning."""
-
-
 def shares_passes(method: Method) -> bool:
-    """Whether a method asks for sweeps over the windows that others can share."""
+    """Return True if a method requests sweeps over the windows, which other methods can share."""
     return inspect.isgeneratorfunction(type(method).attribute)
 
 
 def grouped(methods: Sequence[Method]) -> list[list[Method]]:
-    """Methods in their order; those that can share passes come together, at the place of the first."""
+    """Group methods, in order; those that can share passes form one group, at the place of the first."""
     groups: list[list[Method]] = []
     sharing: list[Method] = []
     for method in methods:

@@ -133,8 +133,8 @@ class InputInvariance(Metric):
 @contextmanager
 def shifted(objective: Objective, constant: float) -> Iterator[Objective]:
     """The same objective at ``x + c``, its network taking c off every image input; the hook is removed afterwards."""
-    other = objective.at(objective.image + constant)
-    other.plan = dataclasses.replace(objective.plan, cval=objective.plan.cval + constant)
+    plan = dataclasses.replace(objective.plan, cval=objective.plan.cval + constant)
+    other = objective.derive(image=objective.image + constant, plan=plan, grid=objective.grid)
     names = list(objective.model.inputs)[1:]
 
     def take_off(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -116,7 +116,7 @@ class MetricInput:
         objective = self.need_objective()
         if objective.n_targets == 1:
             return objective
-        return self.once(("alone", self.target), lambda: objective.with_scores([objective.scores[self.target]]))
+        return self.once(("alone", self.target), lambda: objective.derive(scores=[objective.scores[self.target]]))
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` gives, made once for all subjects with the same `shared`."""

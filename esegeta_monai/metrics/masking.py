@@ -76,7 +76,7 @@ def _as_probability(subject: MetricInput) -> Objective:
     score = objective.scores[subject.target]
     if not isinstance(score, WeightedScore) or score.class_index is None:
         raise MetricError(f"{score.label} is no class, so it has no probability: use Deletion or Insertion")
-    return objective.with_scores([score.altered(objective.n_classes, output="probability", reduction="mean")])
+    return objective.derive(scores=[score.altered(objective.n_classes, output="probability", reduction="mean")])
 
 
 def unit_mask(values: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def execution_order(objective: Objective) -> list[str]:
     try:
         with torch.no_grad():
             window = objective.windows[len(objective.windows) // 2]
-            objective.run(objective.plan.cut(objective.image, window)[None].to(objective.model.device), [window])
+            objective.run(objective.window(window), [window])
     finally:
         for handle in handles:
             handle.remove()
@@ -195,7 +195,7 @@ class _Randomised(Metric):
 
         def measured() -> list[float]:
             with randomised(objective.model.network, layers, objective.seed + 1 + sample):
-                maps = explained(subject, objective.at(objective.image))
+                maps = explained(subject, objective.derive(image=objective.image))
             return [similarity(a, b, self.similarity) for a, b in zip(base, maps)]
 
         return subject.once(("likeness", id(subject.method), tuple(layers), sample, self.similarity), measured)
@@ -274,7 +274,7 @@ class RandomLogit(Metric):
         base = subject.once(("explained", id(subject.method)), lambda: explained(subject, objective))[subject.target]
         if not bool(base.any()):
             return MetricResult.undefined(ZERO)
-        maps = explained(subject, alone.with_scores([score.altered(n, class_index=c) for c in chosen]))
+        maps = explained(subject, alone.derive(scores=[score.altered(n, class_index=c) for c in chosen]))
         found = [similarity(base, m, self.similarity) for m in maps]
         low, high = mean_interval(found)
         return MetricResult(float(np.mean(found)), low, high, len(found), notes={"classes": chosen})
@@ -324,7 +324,7 @@ class DataRandomisation(Metric):
         if not bool(base[subject.target].any()):
             return MetricResult.undefined(ZERO)
         with exchanged(objective.model.network, self._second(objective.model.network)):
-            maps = explained(subject, objective.at(objective.image))
+            maps = explained(subject, objective.derive(image=objective.image))
         return MetricResult(similarity(base[subject.target], maps[subject.target], self.similarity))
 
     def _second(self, network: nn.Module) -> dict[str, Tensor]:

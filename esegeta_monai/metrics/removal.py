@@ -133,15 +133,10 @@ def removal_of(subject: MetricInput, features: Any, baseline: Any, draw: int = 0
     what = repr(json_ready(spec)) if not isinstance(spec, Tensor) else id(features)
     found = subject.once(("features", what), lambda: spec.of(objective))
     random = not is_feature_mean(baseline) and baseline_for(baseline, local=True).random
-    seed = objective.seed + draw
 
     def segments_of() -> Segments:
-        run_seed = objective.seed
-        objective.seed = seed if random else run_seed
-        try:
-            reference = reference_image(objective, found, baseline)[1]
-        finally:
-            objective.seed = run_seed
+        drawn = objective.derive(seed=objective.seed + draw) if random else objective
+        reference = reference_image(drawn, found, baseline)[1]
         return Segments(found.labels, np.ones((0, len(found)), dtype=bool), reference, objective.image)
 
     by = id(baseline) if isinstance(baseline, Tensor) else repr(json_ready(baseline))
@@ -160,7 +155,16 @@ def removal_of(subject: MetricInput, features: Any, baseline: Any, draw: int = 0
         )
     voxels = found.counts.double().cpu()
     return Removal(
-        objective, subject.alone, found, segments, subject.target, shares[1:].cpu(), voxels, seen, random, seed
+        objective,
+        subject.alone,
+        found,
+        segments,
+        subject.target,
+        shares[1:].cpu(),
+        voxels,
+        seen,
+        random,
+        objective.seed + draw,
     )
 
 

@@ -67,7 +67,7 @@ def values_near(subject: MetricInput, radius: float, n_samples: int) -> np.ndarr
 
     def find() -> np.ndarray:
         value = objective.image_values().double().cpu()
-        noisy = (objective.at(objective.image + noise) for noise in _noise(objective, radius, n_samples))
+        noisy = (objective.derive(image=objective.image + noise) for noise in _noise(objective, radius, n_samples))
         return np.stack([(there.image_values().double().cpu() - value).abs().numpy() for there in noisy], 1)
 
     return subject.once(("values near", radius, n_samples), find)
@@ -85,7 +85,7 @@ def _neighbours(subject: MetricInput, objective: Objective, base: Tensor, radius
     image = objective.image
     rows: dict[str, list[np.ndarray | float]] = {k: [] for k in ("maps", "relative", "inputs", "shares")}
     for noise in _noise(objective, radius, n_samples):
-        maps = explained(subject, objective.at(image + noise))
+        maps = explained(subject, objective.derive(image=image + noise))
         rows["maps"].append(_norm(maps - base))
         rows["relative"].append(_norm(torch.where(base == 0, (maps - base) / TINY, (maps - base) / base)))
         rows["inputs"].append(float(noise.double().norm()))

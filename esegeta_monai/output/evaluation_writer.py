@@ -18,7 +18,7 @@ from esegeta_monai.explain.evaluation import Evaluator, Found
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
-from esegeta_monai.utils.distributed import Ranks, Share
+from esegeta_monai.utils.distributed import Processes, Share
 from esegeta_monai.utils.files import write_json
 from esegeta_monai.utils.registry import json_ready
 
@@ -61,11 +61,11 @@ class EvaluationWriter:
         targets: Sequence[Target],
         provenance: Mapping[str, Any] | None = None,
         *,
-        ranks: Ranks | None = None,
+        ranks: Processes | None = None,
         share: Share = "cases",
     ) -> None:
         self.methods, self.targets, self.names = methods, targets, ResultNames(methods, targets)
-        self.ranks, self.share = ranks or Ranks(), share
+        self.ranks, self.share = ranks or Processes(), share
         self.output_dir = storage.writable_folder(output_dir)
         self.provenance = dict(provenance or {})
         self.path = self.output_dir / "metrics.csv"

@@ -82,7 +82,15 @@ def _some(values: Sequence[int], limit: int = 30) -> list[int]:
 
 
 def need_map(prediction: Tensor, target: Target) -> None:
-    """Raises where a target of voxels meets a network that classifies whole images."""
+    """Refuse a prediction without voxels.
+
+    Args:
+        prediction: (K, *spatial), or (K,) of a network that classifies whole images.
+        target: named in the error.
+
+    Raises:
+        TargetError: the prediction is (K,).
+    """
     if prediction.ndim < 3:
         raise TargetError(
             f"{type(target).__name__} needs a prediction with voxels, but the network gives {prediction.shape[0]} "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout, RankLost, UsageError, named_reason
 
-__all__ = ["SHARES", "Ranks", "Share", "Summed", "join", "leave", "local_device", "process_group", "tensors_of"]
+__all__ = ["SHARES", "Processes", "Share", "Summed", "join", "leave", "local_device", "process_group", "tensors_of"]
 
 Share = Literal["cases", "windows", "methods"]
 """What the ranks share: each explains cases of its own; all compute each case together, window by window; or each takes
@@ -37,14 +37,14 @@ class Summed(Protocol):
         """The names of these attributes."""
 
 
-class Ranks:
+class Processes:
     """This process among those that compute a case together.
 
     Args:
         rank, size: which of how many.
 
-    >>> alone = Ranks()
-    >>> alone.share([1, 2, 3]), Ranks(1, 2).share([1, 2, 3])
+    >>> alone = Processes()
+    >>> alone.share([1, 2, 3]), Processes(1, 2).share([1, 2, 3])
     ([1, 2, 3], [2, 3])
     """
 
@@ -52,7 +52,7 @@ class Ranks:
         self.rank, self.size = rank, size
 
     @classmethod
-    def current(cls) -> Ranks:
+    def current(cls) -> Processes:
         """All processes of ``torch.distributed``.
 
         Raises:
@@ -71,7 +71,7 @@ class Ranks:
 
         With ``turn`` = 0, 1, … the parts go round, so that over some sequences no rank has always the longer one.
 
-        >>> [Ranks(1, 2).share([1, 2, 3], turn) for turn in range(2)]
+        >>> [Processes(1, 2).share([1, 2, 3], turn) for turn in range(2)]
         [[2, 3], [1]]
         """
         n, place = len(items), (self.rank + turn) % self.size
@@ -80,7 +80,7 @@ class Ranks:
     def part(self, share: Share, methods: Sequence[M], targets: Sequence[T]) -> list[tuple[list[M], list[T]]]:
         """Which methods this rank runs for which targets: all of them, unless methods are what is shared.
 
-        >>> Ranks(1, 2).part("methods", ["Saliency", "GradCam"], ["liver", "spleen"])
+        >>> Processes(1, 2).part("methods", ["Saliency", "GradCam"], ["liver", "spleen"])
         [(['Saliency', 'GradCam'], ['spleen'])]
         """
         if share != "methods":
@@ -198,7 +198,7 @@ def _lost() -> Iterator[None]:
 
 
 @contextmanager
-def process_group(backend: str | None = None) -> Iterator[Ranks]:
+def process_group(backend: str | None = None) -> Iterator[Processes]:
     """Joins the processes that ``torchrun`` (or SLURM with its variables) started, for the time of the block.
 
     Without ``WORLD_SIZE`` in the environment there is one process and nothing is joined; a group that exists is used
@@ -210,7 +210,7 @@ def process_group(backend: str | None = None) -> Iterator[Ranks]:
     before = dist.is_initialized()
     join(backend)
     try:
-        yield Ranks.current()
+        yield Processes.current()
     finally:
         if not before:
             leave()

@@ -21,8 +21,8 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.metrics.base import METRICS, MetricInput
 from esegeta_monai.targets.base import TARGETS
-from tests.bundle import oblique
-from tests.support_cli import make_bundle, make_scan, run_json, statuses
+from tests.support import oblique
+from tests.support.cli import make_bundle, make_scan, run_json, statuses
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 METHOD = '''

@@ -20,15 +20,10 @@ from fire.parser import DefaultParseValue
 import esegeta_monai.bundle
 from esegeta_monai.errors import UsageError
 from esegeta_monai.utils.files import sha256_file
-from tests.bundle import oblique
+from tests.support import oblique
 
 OVERLAY = Path(esegeta_monai.bundle.__file__).parent / "explain.json"
 SMALL = {"explain_targets": "MultiClassMask(2)", "explain_methods": "Saliency", "explain_handler#pictures": False}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def run(folder: Path, *more: Path, overlay: bool = True, **override: Any) -> None:

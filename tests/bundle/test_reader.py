@@ -19,7 +19,7 @@ from monai.transforms import Compose
 
 from esegeta_monai.bundle import BundleReader
 from esegeta_monai.errors import NetworkError, UsageError
-from tests.bundle.synthetic import METADATA, NETWORK, network, wired, write, write_scan
+from tests.support.synthetic import METADATA, NETWORK, network, wired, write, write_scan
 
 BUNDLES = sorted((Path(__file__).parents[2] / "bundles").glob("*/configs/inference.json"))
 

@@ -22,16 +22,11 @@ from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.overlay import chosen_output, fitted_overlay, multi_gpu_overlay, shipped_overlay
 from esegeta_monai.cli.main import main
 from esegeta_monai.errors import UsageError
-from tests.bundle import oblique
+from tests.support import oblique
 
 TRACKING = Path(esegeta_monai.bundle.__file__).parent / "tracking.json"
 SMALL = {"explain_targets": "MultiClassMask(2)", "explain_methods": "Saliency"}
 Change = Callable[[dict[str, Any]], None]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def as_it_is(config: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-BUNDLES = Path(__file__).parents[2] / "bundles"
+from tests.support.bundles import BUNDLES
 
 
 def _forget_scripts() -> None:

@@ -11,8 +11,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLES
 from monai.bundle import ConfigParser, run, verify_net_in_out
+
+from tests.support.bundles import BUNDLES
 
 SEGMENTATION, CLASSIFICATION = "brain_tissue_segmentation", "brain_lesion_classification"
 both = pytest.mark.parametrize("name", [SEGMENTATION, CLASSIFICATION])

@@ -10,9 +10,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from meshnet import meshnet_tissue
 from monai.bundle import ConfigParser, run
 from nibabel.processing import resample_from_to
+
+from tests.bundles.meshnet import meshnet_tissue
 
 pytestmark = pytest.mark.slow
 EnterBundle = Callable[[str], Path]

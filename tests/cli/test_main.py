@@ -29,7 +29,7 @@ from esegeta_monai.methods.base import METHODS
 from esegeta_monai.output.report.page import report_path
 from esegeta_monai.targets import MultiClassMask
 from esegeta_monai.targets.base import TARGETS
-from tests.support_cli import CLASSES, SIZE, config, make_bundle, make_scan, run_json, statuses
+from tests.support.cli import CLASSES, SIZE, config, make_bundle, make_scan, run_json, statuses
 
 
 @pytest.fixture(scope="module")

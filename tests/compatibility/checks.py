@@ -30,8 +30,8 @@ from tests.compatibility.graph import modified_gradient
 from tests.compatibility.patterns import Patterned
 from tests.compatibility.sight import Sight, tail
 from tests.methods.path.test_xrai import naive as naive_ranking
-from tests.methods.whole import explain
 from tests.networks import CLASSIFICATION
+from tests.support.objectives import explain
 
 __all__ = ["EXCEPTIONS", "ROWS", "Answer", "Figure", "NotApplicable", "Row", "measure", "ours"]
 

@@ -19,8 +19,10 @@ from esegeta_monai.engine.windows.inferers import as_inferer
 from esegeta_monai.targets import ClassScore, LayerNeuron, MultiClassMask, Target
 from tests.compatibility.graph import count_paths, modified_gradient
 from tests.compatibility.patterns import Patterned
-from tests.methods.whole import DOUBLE, UP, Setting, objective_of, setting
 from tests.networks import CLASSIFICATION, NetworkCase, build
+from tests.support.layers import UP, Setting, setting
+from tests.support.objectives import objective_of
+from tests.support.tensors import DOUBLE
 
 __all__ = ["Sight", "tail", "target_of"]
 

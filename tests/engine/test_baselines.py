@@ -14,8 +14,10 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.methods import IntegratedGradients, LayerDeepLift, NeuronConductance
 from esegeta_monai.targets import MultiClassMask
-from tests.engine.test_objective import assert_equal, network, objective
 from tests.networks import NAMES, build
+from tests.support.networks import network
+from tests.support.objectives import objective
+from tests.support.tensors import assert_equal
 
 
 def image() -> torch.Tensor:
@@ -54,7 +56,7 @@ def test_background_is_the_median_of_the_faces():
     x = torch.rand(2, 12, 10, dtype=torch.float64)
     x[:, [0, -1]] = x[:, :, [0, -1]] = 0.125
     x[0, 0, 0] = 9
-    assert bool((draw("background", o.at(x)) == 0.125).all())
+    assert bool((draw("background", o.derive(image=x)) == 0.125).all())
 
 
 def test_blur_is_a_gaussian_in_voxels():
@@ -70,7 +72,7 @@ def test_blur_is_a_gaussian_in_voxels():
 
 def test_noise_is_seeded_and_in_units_of_each_channel():
     o = case()
-    big = o.at(image().repeat(1, 20, 20))
+    big = o.derive(image=image().repeat(1, 20, 20))
     found = draw("noise(std=0.5)", big)
     spread = big.image.flatten(1).std(1)
     assert_equal(found.flatten(1).std(1), 0.5 * spread, 0.02)

@@ -13,8 +13,9 @@ from esegeta_monai.engine.feature_masks import Channels, Features, Grid, LabelMa
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import EsegetaError, InputError, UsageError
 from esegeta_monai.targets import Case, ClassScore
-from tests.methods.games import Quadratic
-from tests.methods.naive import Naive, image_of
+from tests.support.objectives import Naive
+from tests.support.shapley import Quadratic
+from tests.support.tensors import noise
 
 
 def of(image: torch.Tensor) -> Objective:
@@ -31,7 +32,7 @@ def phantom(*shape: int) -> torch.Tensor:
 
 
 def test_grid_tiles_the_image_and_keeps_the_rest_of_the_last_boxes():
-    found = Grid((4, 3)).of(of(image_of(1, 6, 7)))
+    found = Grid((4, 3)).of(of(noise(1, 6, 7)))
     assert len(found) == 2 * 3
     assert found.names[4] == "box 4 3"
     expected = torch.arange(6)[:, None] // 4 * 3 + torch.arange(7) // 3
@@ -40,19 +41,19 @@ def test_grid_tiles_the_image_and_keeps_the_rest_of_the_last_boxes():
 
 
 def test_grid_per_channel():
-    found = Grid(4, per_channel=True).of(of(image_of(2, 4, 8)))
+    found = Grid(4, per_channel=True).of(of(noise(2, 4, 8)))
     assert len(found) == 4
     assert found.labels[1].unique().tolist() == [2, 3]
     assert found.names[3] == "channel 1, box 0 4"
 
 
 def test_channels():
-    found = Channels(["T1", "T2"]).of(of(image_of(2, 3, 4, 5)))
+    found = Channels(["T1", "T2"]).of(of(noise(2, 3, 4, 5)))
     assert found.names == ["T1", "T2"]
     assert found.labels.shape == (2, 3, 4, 5)
     assert bool((found.labels[1] == 1).all())
     with pytest.raises(UsageError, match="1 names for 2 channels"):
-        Channels(["T1"]).of(of(image_of(2, 3, 4)))
+        Channels(["T1"]).of(of(noise(2, 3, 4)))
 
 
 @pytest.mark.parametrize("shape", [(40, 44), (20, 22, 24)])
@@ -101,16 +102,16 @@ def test_multi_channel_supervoxels_see_an_edge_of_the_second_channel():
 
 def test_label_map_keeps_names_and_leaves_the_background_alone():
     labels = torch.tensor([[0, 0, 7, 7], [3, 3, 7, 0]])
-    found = LabelMap(labels, names={3: "liver", "7": "spleen"}).of(of(image_of(1, 2, 4)))
+    found = LabelMap(labels, names={3: "liver", "7": "spleen"}).of(of(noise(1, 2, 4)))
     assert found.names == ["liver", "spleen"]
     assert found.labels[0].tolist() == [[-1, -1, 1, 1], [0, 0, 1, -1]]
-    assert LabelMap(labels, background=None).of(of(image_of(1, 2, 4))).names == ["label 0", "label 3", "label 7"]
-    assert features_for(labels).of(of(image_of(1, 2, 4))).names == ["label 3", "label 7"]
+    assert LabelMap(labels, background=None).of(of(noise(1, 2, 4))).names == ["label 0", "label 3", "label 7"]
+    assert features_for(labels).of(of(noise(1, 2, 4))).names == ["label 3", "label 7"]
 
 
 def test_a_label_map_on_another_grid_is_moved():
     """Twice as fine, and shifted by one coarse voxel along the first axis."""
-    objective = of(image_of(1, 4, 4, 4))
+    objective = of(noise(1, 4, 4, 4))
     objective.case = Case(torch.eye(4, dtype=torch.float64))
     fine = np.diag([0.5, 0.5, 0.5, 1.0])
     fine[:3, 3] = [0.75, -0.25, -0.25]  # voxel corners of the grids agree; one voxel off along x
@@ -125,7 +126,7 @@ def test_a_label_map_on_another_grid_is_moved():
 def test_a_key_of_the_data_and_a_file(tmp_path):
     import nibabel
 
-    objective = of(image_of(1, 2, 3, 4))
+    objective = of(noise(1, 2, 3, 4))
     labels = torch.arange(24).reshape(2, 3, 4) // 6
     objective.case = Case(torch.eye(4, dtype=torch.float64), {"organs": labels})
     by_key = features_for("key:organs").of(objective)
@@ -138,7 +139,7 @@ def test_a_key_of_the_data_and_a_file(tmp_path):
 
 
 def test_what_is_refused():
-    objective = of(image_of(1, 4, 4))
+    objective = of(noise(1, 4, 4))
     with pytest.raises(InputError, match="no affine"):
         LabelMap(torch.ones(5, 5)).of(objective)
     with pytest.raises(InputError, match="no label"):
@@ -180,11 +181,11 @@ def test_labels_that_float32_does_not_tell_apart_keep_apart_on_another_grid():
 )
 def test_what_is_no_label_map_is_refused(labels, message):
     with pytest.raises(InputError, match=message):
-        LabelMap(labels).of(of(image_of(1, 1, 3)))
+        LabelMap(labels).of(of(noise(1, 1, 3)))
 
 
 def test_label_maps_may_hold_floats_negative_numbers_and_be_arrays():
-    objective = of(image_of(1, 1, 4))
+    objective = of(noise(1, 1, 4))
     found = LabelMap(torch.tensor([[0.0, -1.0, 2.0000001, 2.0]]), names={"2": "liver"}).of(objective)
     assert found.names == ["label -1", "liver"]
     assert found.labels.tolist() == [[[-1, 0, 1, 1]]]
@@ -199,9 +200,9 @@ def test_label_maps_may_hold_floats_negative_numbers_and_be_arrays():
         (lambda: Supervoxels(n_segments=0), "must be above 0"),
         (lambda: Supervoxels(compactness=0), "must be above 0"),
         (lambda: Supervoxels(max_voxels=0), "must be above 0"),
-        (lambda: Grid(0).of(of(image_of(1, 3, 4))), "does not fit an image of 2 axes"),
-        (lambda: Grid((2, 2, 2)).of(of(image_of(1, 3, 4))), "does not fit an image of 2 axes"),
-        (lambda: Supervoxels(mask=torch.zeros(3, 4)).of(of(image_of(1, 3, 4))), "no voxel above 0"),
+        (lambda: Grid(0).of(of(noise(1, 3, 4))), "does not fit an image of 2 axes"),
+        (lambda: Grid((2, 2, 2)).of(of(noise(1, 3, 4))), "does not fit an image of 2 axes"),
+        (lambda: Supervoxels(mask=torch.zeros(3, 4)).of(of(noise(1, 3, 4))), "no voxel above 0"),
     ],
 )
 def test_wrong_parameters(build, message):
@@ -220,7 +221,7 @@ def test_a_mask_of_supervoxels_counts_above_zero_and_one_segment_is_the_mask():
 
 
 def test_channels_are_called_as_the_case_calls_them():
-    objective = of(image_of(2, 4, 4))
+    objective = of(noise(2, 4, 4))
     objective.case = Case(channel_names=["T1", "FLAIR"])
     assert Channels().of(objective).names == ["T1", "FLAIR"]
     assert Grid(4, per_channel=True).of(objective).names == ["T1, box 0 0", "FLAIR, box 0 0"]
@@ -238,7 +239,7 @@ def test_label_files_of_a_2d_image(size, step, behind, tmp_path):
     affine = np.diag([2.0 * step, 2.0 * step, 1.0, 1.0])
     affine[:2, 3] = step - 1  # the middle of a coarse voxel lies between fine ones
     nib.save(nib.Nifti1Image(stored[..., None] if behind else stored, affine), tmp_path / "labels.nii.gz")
-    objective = of(image_of(1, 8, 12))
+    objective = of(noise(1, 8, 12))
     objective.case = Case(affine=torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0][:size])).double())
     found = LabelMap(tmp_path / "labels.nii.gz", background=None).of(objective)
     assert torch.equal(found.labels[0], torch.from_numpy(whole))
@@ -249,7 +250,7 @@ def test_label_files_of_a_2d_image(size, step, behind, tmp_path):
 
 def test_a_volume_of_labels_is_none_of_a_slice():
     with pytest.raises(InputError, match=r"give one with 2 axes|has 3 channels"):
-        LabelMap(torch.ones(1, 4, 5, 3)).of(of(image_of(1, 4, 5)))
+        LabelMap(torch.ones(1, 4, 5, 3)).of(of(noise(1, 4, 5)))
 
 
 def test_supervoxels_are_found_once_for_an_image(monkeypatch):

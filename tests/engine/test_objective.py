@@ -10,61 +10,15 @@ import torch
 from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer, sliding_window_inference
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen
-from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.scoring import score_changes
-from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.errors import MethodError
 from esegeta_monai.methods import GradCam, InputXGradient, IntegratedGradients, Saliency, run
-from esegeta_monai.targets import Case, MultiClassMask, Target, Voxel
-
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-class Small(nn.Module):
-    """Convolutions with instance norm: every output voxel depends on its whole window."""
-
-    def __init__(self, dims: int, channels: int, classes: int = 3, norm: bool = True) -> None:
-        super().__init__()
-        conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
-        norms = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}[dims]
-        self.a = conv(channels, 6, 3, padding=1)
-        self.n = norms(6, affine=True) if norm else nn.Identity()
-        self.b = conv(6, classes, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.nn.functional.silu(self.n(self.a(x))))
-
-
-def network(dims: int, channels: int, dtype: torch.dtype = torch.float64, norm: bool = True) -> nn.Module:
-    torch.manual_seed(dims * 10 + channels)
-    return Small(dims, channels, norm=norm).to(dtype).eval()
-
-
-def objective(net: nn.Module, image: Tensor, inferer, targets: list[Target]) -> tuple[Objective, Tensor]:
-    inferer = as_inferer(inferer)
-    with torch.no_grad():
-        prediction = inferer(image[None], net)[0]
-    scores = [s for t in targets for s in t.bind(prediction, Case())]
-    plan = plan_windows(inferer, image.shape[1:], image.dtype)
-    return Objective(Model(net, torch.device("cpu")), image, plan, scores, prediction), prediction
-
-
-def full_gradient(net: nn.Module, image: Tensor, inferer, score) -> Tensor:
-    """Autograd through the whole of MONAI's inferer."""
-    x = image[None].clone().requires_grad_(True)
-    prediction = as_inferer(inferer)(x, net)[0]
-    (gradient,) = torch.autograd.grad(score.value(score.crop(prediction)), x)
-    return gradient[0]
-
-
-def assert_equal(mine: Tensor, reference: Tensor, tolerance: float | None = None) -> None:
-    scale = reference.abs().max()
-    assert scale > 0
-    assert float((mine - reference).abs().max() / scale) <= (tolerance or TOLERANCE[reference.dtype])
-
+from esegeta_monai.targets import Case, MultiClassMask, Voxel
+from tests.support.networks import ConvNet, network
+from tests.support.objectives import build_objective, full_gradient, naive_change, objective
+from tests.support.tensors import assert_equal
 
 SHAPES = {
     2: [(12, 17), (8, 8), (5, 8), (6, 20)],
@@ -86,7 +40,7 @@ def test_gradient_equals_full_autograd(dims, shape, channels, overlap, mode, out
     with frozen(net):
         maps = run(Saliency(abs=False), o).maps
     assert_equal(maps[0], full_gradient(net, image, inferer, o.scores[0]))
-    assert o.blend_deviation[0] <= 1e-12
+    assert o.blend_deviations()[0] <= 1e-12
     whole = o.predict(image[None])[0][0]
     assert_equal(whole * o.scores[0].mask, o.scores[0].crop(prediction) * o.scores[0].mask)
 
@@ -117,7 +71,7 @@ def test_several_targets_share_windows_but_not_values():
         maps = run(Saliency(abs=False), o).maps
     for score, mine in zip(o.scores, maps):
         assert_equal(mine, full_gradient(net, image, inferer, score))
-    assert len(o.support[1]) < len(o.support[0])
+    assert len(o.score_windows[1]) < len(o.score_windows[0])
 
 
 def test_only_windows_in_the_support_are_computed():
@@ -126,7 +80,7 @@ def test_only_windows_in_the_support_are_computed():
     o, _ = objective(net, image, SlidingWindowInferer((8, 8), 4, 0.5), [Voxel(1, index=(1, 1))])
     with frozen(net):
         run(Saliency(), o)
-    assert o.monitor.passes == len(o.support[0]) == 1
+    assert o.context.progress.passes == len(o.score_windows[0]) == 1
     assert len(o.plan) == 81
 
 
@@ -165,19 +119,7 @@ def test_rescaled_output(shape):
     o, _ = objective(net, image, inferer, [MultiClassMask(1)])
     with frozen(net):
         assert_equal(run(Saliency(abs=False), o).maps[0], full_gradient(net, image, inferer, o.scores[0]))
-    assert o.blend_deviation[0] <= 1e-12
-
-
-def naive_change(net, image, inferer, score, boxes: Boxes) -> Tensor:
-    """Every perturbation on a copy of the whole volume through MONAI's inferer."""
-    values = []
-    with torch.no_grad():
-        base = score.value(score.crop(inferer(image[None], net)[0]))
-        for i in range(len(boxes)):
-            whole = tuple(slice(0, n) for n in image.shape[1:])
-            perturbed = boxes.apply(i, image, whole)
-            values.append(score.value(score.crop(inferer(perturbed[None], net)[0])) - base)
-    return torch.stack(values)
+    assert o.blend_deviations()[0] <= 1e-12
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -207,11 +149,11 @@ def test_a_box_that_changes_nothing_costs_nothing():
         found = score_changes(o, Boxes([(0, 0), (4, 4)], [(3, 8), (6, 6)], 0.5))
     assert found[0, 0] == 0
     assert found[0, 1] != 0
-    assert o.monitor.passes == 2  # the unperturbed window and one box
+    assert o.context.progress.passes == 2  # the unperturbed window and one box
 
 
 def test_memory_back_off_halves_the_batch_and_is_recorded():
-    class Hungry(Small):
+    class Hungry(ConvNet):
         def forward(self, x: Tensor) -> Tensor:
             if len(x) > 2:
                 raise torch.OutOfMemoryError("not enough memory")
@@ -221,12 +163,11 @@ def test_memory_back_off_halves_the_batch_and_is_recorded():
     net = Hungry(2, 1).double()
     image = torch.randn(1, 30, 30, dtype=torch.float64)
     reference, _ = objective(net, image, SlidingWindowInferer((8, 8), 2, 0.5), [MultiClassMask(1)])
-    plan = plan_windows(SlidingWindowInferer((8, 8), 8, 0.5), (30, 30), torch.float64)
-    o = Objective(Model(net, torch.device("cpu")), image, plan, reference.scores, reference.prediction)
+    o = build_objective(net, image, reference.scores, reference.prediction, SlidingWindowInferer((8, 8), 8, 0.5))
     with frozen(net):
         assert_equal(run(Saliency(), o).maps, run(Saliency(), reference).maps)
     assert o.window_batch == 2
-    assert any("out of memory" in w for w in o.monitor.warnings)
+    assert any("out of memory" in w for w in o.context.progress.warnings)
 
 
 def test_a_network_that_has_no_gradient_is_named():
@@ -237,7 +178,7 @@ def test_a_network_that_has_no_gradient_is_named():
 
     for function, said in ((overwritten, "inplace operation"), (lambda x: torch.heaviside(x, x), "heaviside")):
 
-        class Broken(Small):
+        class Broken(ConvNet):
             def forward(self, x: Tensor, function=function) -> Tensor:
                 return function(super().forward(x))
 
@@ -254,14 +195,12 @@ def test_values_at_the_image_are_kept_by_one_objective_alone():
         prediction, elsewhere = inferer(image[None], network)[0], inferer(2 * image[None], network)[0]
     targets = [Voxel(0, index=(3, 4)), Voxel(1, index=(9, 2))]
     scores = [s for t in targets for s in t.bind(prediction, Case())]
-    objective = Objective(
-        Model(network, torch.device("cpu")), image, plan_windows(inferer, image.shape[1:]), scores, prediction
-    )
+    objective = build_objective(network, image, scores, prediction, inferer)
     expected = torch.stack([prediction[0, 3, 4], prediction[1, 9, 2]]).double()
     torch.testing.assert_close(objective.image_values(), expected)
     assert objective.image_values() is objective.image_values()
     with frozen(network):
-        there = objective.at(2 * image).image_values()
+        there = objective.derive(image=2 * image).image_values()
     torch.testing.assert_close(there, torch.stack([elsewhere[0, 3, 4], elsewhere[1, 9, 2]]).double(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(objective.only(1).image_values(), expected[1:])
-    torch.testing.assert_close(objective.with_scores(scores[::-1]).image_values(), expected.flip(0))
+    torch.testing.assert_close(objective.derive(scores=[objective.scores[1]]).image_values(), expected[1:])
+    torch.testing.assert_close(objective.derive(scores=scores[::-1]).image_values(), expected.flip(0))

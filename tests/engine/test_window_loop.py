@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from esegeta_monai.engine.dry_run import Timed
 from monai.inferers import SlidingWindowInferer
 
-from esegeta_monai.engine.dry_run import Timed
 from esegeta_monai.engine.network.model import Model, out_of_memory
-from esegeta_monai.engine.window_loop import Windowed
+from esegeta_monai.engine.window_loop import WindowedNetwork
 from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.errors import MethodError
-from tests.engine.test_objective import network
+from tests.support.networks import network
 
 
-def behind_windows() -> Windowed:
+def behind_windows() -> WindowedNetwork:
     """Five windows of an image, four of them a batch."""
     image = torch.rand(1, 8, 40)
     plan = plan_windows(SlidingWindowInferer((8, 8), 4, 0.0), image.shape[1:])
-    return Windowed(Model(network(2, 1), torch.device("cpu")), image, plan)
+    return WindowedNetwork(Model(network(2, 1), torch.device("cpu")), image, plan)
 
 
 @pytest.mark.parametrize(("memory", "sizes"), [(4, [4, 1, 2]), (2, [2, 2, 1, 2]), (1, [1] * 7)])

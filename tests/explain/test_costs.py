@@ -18,7 +18,8 @@ from esegeta_monai.errors import MethodError
 from esegeta_monai.explain.record import peak_memory, reset_peak_memory
 from esegeta_monai.methods.run import shares_passes
 from esegeta_monai.targets import Box, MultiClassMask, Voxel
-from tests.methods.naive import image_of, small
+from tests.support.networks import small
+from tests.support.tensors import noise
 from tests.test_devices import PAIRS, SETTINGS, image
 
 METHODS = [
@@ -56,7 +57,7 @@ def explainer(**options) -> Explainer:
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_the_passes_are_those_of_the_run(output, calibration):
     """Whether the method has run to its end while its time was taken, or has only begun."""
-    image = image_of(1, 2, 6, 20)
+    image = noise(1, 2, 6, 20)
     image[..., :9] = 0.25  # background, so that perturbations there change nothing
     chosen = [x for x in METHODS if output == "logit" or not x.needs_linear]
     targets = [MultiClassMask(1, output=output), Voxel(0, index=(2, 15), output=output)]
@@ -95,7 +96,7 @@ def test_the_passes_are_those_of_the_run(output, calibration):
 def test_choosing_the_baseline_is_counted(method):
     """Without a norm layer "auto" looks at a window twice, to see whether the network is invariant to scale."""
     explain = Explainer(small(2, 2, "batch"), SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"))
-    image, targets = image_of(1, 2, 6, 20), [MultiClassMask(1)]
+    image, targets = noise(1, 2, 6, 20), [MultiClassMask(1)]
     (cost,) = explain.costs(image, [method], targets, calibration=0.0)
     (found,) = explain(image, [method], targets)
     assert cost.exact
@@ -106,8 +107,8 @@ def test_choosing_the_baseline_is_counted(method):
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_the_passes_of_several_rounds_are_those_of_the_run(output, calibration):
     """What perturbed windows are compared with is computed in the first round that touches them."""
-    image = image_of(1, 2, 6, 20)
-    others = [image_of(2, 6, 20, seed=s) for s in (1, 2, 3)]
+    image = noise(1, 2, 6, 20)
+    others = [noise(2, 6, 20, seed=s) for s in (1, 2, 3)]
     others[0][..., :10] = image[0, ..., :10]  # which changes nothing there
     method, target = m.FeaturePermutation(others, "grid(5)"), [MultiClassMask(1, output=output)]
     (cost,) = explainer().costs(image, [method], target, calibration=calibration)
@@ -129,7 +130,8 @@ def test_every_method_that_knows_its_passes_exactly_does(setting, name):
     assert not cost.at_least
     assert cost.exact or not method.passes_exact
     assert cost.passes == found or not cost.exact
-    assert method.steered or name == "ScoreCam" or cost.passes == found  # counted as it went, if not known before
+    counted = method.passes_data_dependent or name == "ScoreCam"  # counted as it went, not known before
+    assert counted or cost.passes == found
     assert told == found or not method.passes_exact or getattr(method, "layer", "") is None
 
 
@@ -146,7 +148,7 @@ def test_every_method_that_knows_its_passes_exactly_does(setting, name):
     ids=lambda method: type(method).__name__,
 )
 def test_passes_that_a_tolerance_decides_are_told_as_a_cap_unless_all_were_run(method, calibration):
-    image, target = image_of(1, 2, 12, 20), [MultiClassMask(1)]
+    image, target = noise(1, 2, 12, 20), [MultiClassMask(1)]
     (cost,) = explainer().costs(image, [method], target, calibration=calibration)
     (found,) = explainer()(image, [method], target)
     assert not method.passes_exact
@@ -156,7 +158,7 @@ def test_passes_that_a_tolerance_decides_are_told_as_a_cap_unless_all_were_run(m
 
 
 def test_the_naive_passes_are_those_of_whole_predictions():
-    (cost,) = explainer().costs(image_of(1, 2, 6, 20), [m.Occlusion(4)], [Voxel(0, index=(2, 3))])
+    (cost,) = explainer().costs(noise(1, 2, 6, 20), [m.Occlusion(4)], [Voxel(0, index=(2, 3))])
     occluders, windows = 2 * 5, 4
     assert cost.naive_passes == (occluders + 1) * windows
 
@@ -338,7 +340,7 @@ def test_a_method_that_fails_says_why(clock):
 
 def test_foretelling_leaves_nothing_behind(caplog):
     """Maps of a dry run mean nothing, and no later run sees any of it."""
-    image, target = image_of(1, 2, 6, 20), [MultiClassMask(1)]
+    image, target = noise(1, 2, 6, 20), [MultiClassMask(1)]
     methods = [m.IntegratedGradients("zero", n_steps=2), m.Occlusion(4), m.GradCam("a")]
     expected = [a.map for a in explainer()(image, methods, target)]
     explain = explainer()
@@ -350,7 +352,7 @@ def test_foretelling_leaves_nothing_behind(caplog):
 
 
 def test_an_empty_target_has_a_reason():
-    image = image_of(1, 2, 6, 20)
+    image = noise(1, 2, 6, 20)
     found = list(explainer().costs(image, ["Saliency"], [MultiClassMask(c) for c in range(3)]))
     told = {a.label: a.status for a in explainer()(image, ["Saliency"], [MultiClassMask(c) for c in range(3)])}
     assert {c.target for c in found if c.note is None} == {label for label, s in told.items() if s == "ok"}
@@ -358,7 +360,7 @@ def test_an_empty_target_has_a_reason():
 
 def test_what_costs_too_much_is_refused_with_number_and_remedy(monkeypatch):
     monkeypatch.setattr(costs, "COSTLY", 9)
-    image, target = image_of(1, 2, 6, 20), [Voxel(0, index=(2, 3))]
+    image, target = noise(1, 2, 6, 20), [Voxel(0, index=(2, 3))]
     with pytest.raises(MethodError, match=r"10 perturbations.*larger occluders.*--yes"):
         list(explainer()(image, [m.Occlusion(4)], target))
     refused, done = explainer(on_error="record")(image, [m.Occlusion(4), m.Occlusion(5, name="coarse")], target)

@@ -20,7 +20,7 @@ from esegeta_monai.explain.evaluation import Evaluator, Found
 from esegeta_monai.files.grids.resample import to_network_grid
 from esegeta_monai.output.evaluation_writer import COLUMNS, REGION_COLUMNS, EvaluationWriter
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.support_cli import make_bundle, make_scan
+from tests.support.cli import make_bundle, make_scan
 
 METRICS = [
     "RelevanceMass",

@@ -44,11 +44,6 @@ RECORDED = {  # docs/design.md, "Recorded"
 SLIDING = SlidingWindowInferer((8, 8, 8), 2, 0.5, "gaussian")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 class Spy(nn.Module):
     """A small segmenter that counts the images it has seen."""
 

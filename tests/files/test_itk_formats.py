@@ -23,9 +23,9 @@ from esegeta_monai.files.maps import save_map, sidecar_path
 from esegeta_monai.files.scans import Grid, read_scan
 from esegeta_monai.transforms import Explaind, InvertAttributiond
 from esegeta_monai.utils.names import map_path, map_suffix
-from tests.bundle import oblique
 from tests.files.series import write_series, write_volume
-from tests.support_cli import make_bundle, run_json
+from tests.support import oblique
+from tests.support.cli import make_bundle, run_json
 
 pytest.importorskip("itk")
 

@@ -24,18 +24,13 @@ from esegeta_monai.cli.main import main
 from esegeta_monai.errors import UsageError
 from esegeta_monai.handlers import EvaluationHandler, ExplanationHandler
 from esegeta_monai.metrics import Metric, MetricInput, MetricResult
-from esegeta_monai.utils.distributed import Ranks
-from tests.bundle import oblique
+from esegeta_monai.utils.distributed import Processes
 from tests.handlers.test_explanation import Small, evaluator, loader, preprocessing, trainer
+from tests.support import oblique
 
 OVERLAY = Path(esegeta_monai.bundle.__file__).parent / METRICS_OVERLAY
 METHODS, TARGET = ["Saliency", "InputXGradient"], "MultiClassMask(2)"
 METRICS = ["Deletion(steps=3)", "Infidelity(n_samples=10)", "MaxSensitivity(n_samples=2)", "Sparseness"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -235,7 +230,7 @@ def test_maps_that_another_process_lacks_are_computed_by_all(
     """Else those that compute would wait for those that do not."""
     alone = passes(scans, judges(tmp_path / "alone")) - passes(scans)
     explained = passes(scans, explains(tmp_path / "maps"))
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: [value, False] if value is True else [value])
+    monkeypatch.setattr(Processes, "gather", lambda self, value: [value, False] if value is True else [value])
     assert passes(scans, explains(tmp_path / "both"), judges(tmp_path / "both")) == explained + alone
 
 

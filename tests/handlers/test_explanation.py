@@ -36,14 +36,9 @@ from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.handlers import ExplanationHandler
 from esegeta_monai.handlers.cases import CaseNames, files_of
 from esegeta_monai.utils import files
-from tests.bundle import oblique
+from tests.support import oblique
 
 CORNER = "Box(class_index=1, start=(0, 0, 0), stop=(2, 2, 2))"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 class Small(nn.Module):

@@ -21,8 +21,8 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.handlers import ExplanationHandler, ExplanationSeries
 from esegeta_monai.methods import Saliency
 from esegeta_monai.targets import MultiClassMask
-from tests.bundle import oblique
 from tests.handlers.test_explanation import Small, evaluator, preprocessing, trainer
+from tests.support import oblique
 
 LABEL = "class1/Saliency"
 TAG = "MultiClassMask-class1/Saliency"

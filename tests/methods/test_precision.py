@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from esegeta_monai import Explainer
 from esegeta_monai.engine.network.state import frozen, own_modes
-from esegeta_monai.engine.perturbation.checkpoint import ScoreTable
+from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.explain.record import DECIDES
 from esegeta_monai.methods import (
@@ -34,7 +34,7 @@ from esegeta_monai.methods import (
 )
 from esegeta_monai.methods.precision import AGREES, SURE, Agreement, agreement, full_precision
 from esegeta_monai.targets import Box
-from esegeta_monai.utils.distributed import Ranks
+from esegeta_monai.utils.distributed import Processes
 
 WINDOWS = SlidingWindowInferer((8, 8), 2, 0.5, "gaussian")
 TARGET = Box(0, (2, 2), (10, 10))
@@ -172,7 +172,7 @@ def test_nothing_is_measured_where_that_costs_the_map_in_float32() -> None:
     """One window is seen whole, and there are fewer steps or perturbations of it than would be computed twice."""
     network = tame()
     few, many = Occlusion(window=6), Occlusion(window=1)
-    nine, ten, eleven = (IntegratedGradients(n_steps=n, baseline="zero") for n in (8, 9, 10))  # in brief it takes five
+    nine, ten, eleven = (IntegratedGradients(n_steps=n, baseline="zero") for n in (8, 9, 10))  # a cheap copy takes five
     methods = [GRADIENT, few, nine, ten, many, eleven]
     for inferer, spared in ((None, [True] * 4 + [False] * 2), (WINDOWS, [False] * 6)):
         explainer = Explainer(network, inferer, "cpu", True)
@@ -181,7 +181,7 @@ def test_nothing_is_measured_where_that_costs_the_map_in_float32() -> None:
         value = 1  # once, F at the image in float32, which the prediction under autocast does not tell
         for a in (a for a, alone in zip(found, spared) if alone):
             (full,) = Explainer(network, inferer, "cpu")(image(), [a.method], [TARGET])
-            own, value = (value, 0) if a.method.needs_value else (0, value)
+            own, value = (value, 0) if a.method.reads_image_value else (0, value)
             assert a.record["window_passes"] == full.record["window_passes"] + own
             assert torch.equal(a.map, full.map)
 
@@ -224,7 +224,7 @@ class Loses(Method, registered=False):
 
     def attribute(self, objective: Any) -> Tensor:
         maps = objective.image[None] + torch.zeros(objective.n_targets, 1, 1, 1)
-        if objective.model.autocast_dtype is None or objective.sample is not None:
+        if objective.model.autocast_dtype is None or objective.context.sample is not None:
             return maps
         if isinstance(self.lost, Exception):
             raise self.lost
@@ -333,7 +333,7 @@ def test_methods_inside_others_are_not_measured_again(monkeypatch: pytest.Monkey
 
 
 def test_all_ranks_decide_as_the_first_one() -> None:
-    class Second(Ranks):
+    class Second(Processes):
         """What this rank would find is not what counts."""
 
         def gather(self, value: Any) -> list[Any]:
@@ -343,18 +343,18 @@ def test_all_ranks_decide_as_the_first_one() -> None:
     explainer = Explainer(tame(), WINDOWS, "cpu", amp=True)
     (objective,) = [j.objective for j in explainer.judge(image(), [TARGET])]
     assert objective is not None
-    objective.ranks = Second()
+    objective.context.processes = Second()
     found = run(GRADIENT, objective)
     assert found.notes["amp_fallback"] == "of the first rank"
     assert torch.equal(found.maps, run(GRADIENT, full_precision(objective)).maps)
 
 
 def test_a_method_in_brief_is_the_same_method_cheaper() -> None:
-    assert XRAI(n_segments=(3,), n_steps=64).in_brief().parameters == XRAI(n_segments=(3,), n_steps=4).parameters
-    inner = SmoothGrad(IntegratedGradients(tolerance=1e-3), n_samples=9).in_brief()
+    assert XRAI(n_segments=(3,), n_steps=64).cheap_copy().parameters == XRAI(n_segments=(3,), n_steps=4).parameters
+    inner = SmoothGrad(IntegratedGradients(tolerance=1e-3), n_samples=9).cheap_copy()
     assert (inner.n_samples, inner.method.n_steps, inner.method.tolerance) == (4, 4, None)
-    assert IntegratedGradients(n_steps=2).in_brief().n_steps == 2
-    assert GRADIENT.in_brief() is GRADIENT
+    assert IntegratedGradients(n_steps=2).cheap_copy().n_steps == 2
+    assert GRADIENT.cheap_copy() is GRADIENT
 
 
 def test_what_decides_a_map_does_not_depend_on_what_was_measured() -> None:
@@ -371,10 +371,10 @@ def test_scores_kept_on_disk_are_of_one_precision(tmp_path: Any) -> None:
     half = Explainer(tame(), WINDOWS, "cpu", amp=True)
     (objective,) = [j.objective for j in half.judge(image(), [TARGET])]
     assert objective is not None
-    objective.table = ScoreTable(tmp_path, {"image": "a"})
+    objective.context.checkpoint = ScoreCheckpoint(tmp_path, {"image": "a"})
     precise = full_precision(objective).table
     assert precise is not None
-    assert precise.path("boxes") != objective.table.path("boxes")
+    assert precise.path("boxes") != objective.context.checkpoint.path("boxes")
 
 
 def test_metrics_ask_without_autocast() -> None:

@@ -10,7 +10,8 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.methods import InputXGradient, Method, run
 from esegeta_monai.metrics import Metric, MetricInput, controls
 from esegeta_monai.targets import Box, ClassScore
-from tests.methods.naive import Naive, image_of
+from tests.support.objectives import Naive
+from tests.support.tensors import noise
 
 SEGMENTATION = {2: (2, 16, 20), 3: (2, 8, 10, 12)}
 
@@ -33,7 +34,7 @@ class LinearClassifier(nn.Module):
 def classification(dims: int) -> Naive:
     """A linear classifier of the whole image."""
     shape = (2, 16, 20) if dims == 2 else (2, 8, 10, 12)
-    return Naive(LinearClassifier(shape), image_of(*shape), [ClassScore(1)], SimpleInferer())
+    return Naive(LinearClassifier(shape), noise(*shape), [ClassScore(1)], SimpleInferer())
 
 
 def segmentation(dims: int) -> Naive:
@@ -42,7 +43,7 @@ def segmentation(dims: int) -> Naive:
     conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
     net = conv(2, 3, 3, padding=1, bias=False).double().eval()
     shape = SEGMENTATION[dims]
-    return Naive(net, image_of(*shape), [Box(1, (1,) * dims, (4,) * dims)])
+    return Naive(net, noise(*shape), [Box(1, (1,) * dims, (4,) * dims)])
 
 
 def linear_case(kind: str, dims: int) -> Naive:

@@ -10,8 +10,10 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import GradTimesImage, InputXGradient, IntegratedGradients, Saliency
 from esegeta_monai.metrics import Completeness, Conservation, InputInvariance, MetricInput
 from esegeta_monai.targets import MultiClassMask
-from tests.methods.naive import Naive, image_of, small
 from tests.metrics.cases import linear_case, ranked, subject_of
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import noise
 
 KINDS = [(k, d) for k in ("classification", "segmentation") for d in (2, 3)]
 
@@ -27,7 +29,7 @@ def test_the_perfect_map_is_complete_and_others_are_not(kind, dims):
 
 
 def test_the_methods_own_baseline_is_taken():
-    case = Naive(small(2, 2, "batch"), image_of(2, 9, 14))
+    case = Naive(small(2, 2, "batch"), noise(2, 9, 14))
     method = IntegratedGradients(baseline=0.7, n_steps=64)
     found = Completeness().update(subject_of(case, method))
     assert found.value < 1e-3
@@ -45,7 +47,7 @@ def test_a_shift_that_the_network_takes_off_changes_no_gradient(shape):
     """Also where windows are padded with a constant."""
     dims = len(shape) - 1
     inferer = SlidingWindowInferer((8,) * dims, 3, 0.5, "gaussian")
-    case = Naive(small(dims, shape[0]), image_of(*shape), [MultiClassMask(1)], inferer)
+    case = Naive(small(dims, shape[0]), noise(*shape), [MultiClassMask(1)], inferer)
     hooks = len(case.net._forward_pre_hooks)
     found = InputInvariance().update(subject_of(case, Saliency(abs=False)))
     assert found.value == pytest.approx(0, abs=1e-9)
@@ -60,7 +62,7 @@ def test_a_shift_that_the_network_takes_off_changes_no_gradient(shape):
 
 def test_zero_maps_say_nothing_about_invariance():
     case = linear_case("segmentation", 2)
-    zero = case.objective.at(torch.zeros_like(case.image))
+    zero = case.objective.derive(image=torch.zeros_like(case.image))
     found = InputInvariance().update(MetricInput(torch.zeros_like(case.image), zero, 0, InputXGradient()))
     assert found.value is None
 

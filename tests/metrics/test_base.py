@@ -11,7 +11,9 @@ from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.metrics import METRICS, MetricInput, MetricResult, PointingGame, RelevanceMass, better
 from esegeta_monai.metrics.base import bootstrap, magnitude, mean_interval, wilson
 from esegeta_monai.utils.registry import json_ready
-from tests.methods.naive import Naive, image_of, small
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import noise
 
 BASELINED = [cls.__name__ for cls in METRICS if "baseline" in cls.parameter_names()]
 WRONG = [f"{cls.__name__}(features='blokcs')" for cls in METRICS if "features" in cls.parameter_names()]
@@ -44,7 +46,7 @@ def test_wrong_parameters_are_refused_before_anything_is_computed(text):
         ({"body": torch.zeros(3, 4)}, "body mask has shape"),
         ({"spacing": (1.0, 1.0, 1.0)}, "does not fit"),
         ({"spacing": (1.0, 0.0)}, "does not fit"),
-        ({"objective": Naive(small(), image_of(1, 8, 12)).objective}, "the image"),
+        ({"objective": Naive(small(), noise(1, 8, 12)).objective}, "the image"),
     ],
 )
 def test_subjects_that_do_not_fit_are_refused(more, text):
@@ -67,7 +69,7 @@ def test_several_maps_give_the_mean_and_students_interval():
     label[0] = 1
     values = []
     for seed in range(5):
-        values.append(metric.update(MetricInput(image_of(1, 4, 4, seed=seed), label=label)).value)
+        values.append(metric.update(MetricInput(noise(1, 4, 4, seed=seed), label=label)).value)
     found = metric.compute()
     low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
     assert found.value == pytest.approx(np.mean(values))

@@ -9,7 +9,7 @@ from scipy.stats import entropy
 
 from esegeta_monai.errors import UsageError
 from esegeta_monai.metrics import EffectiveComplexity, Entropy, MetricInput, Sparseness
-from tests.methods.naive import image_of
+from tests.support.tensors import noise
 
 ALL = [Sparseness, Entropy, EffectiveComplexity]
 
@@ -20,7 +20,7 @@ def value(metric, values):
 
 @pytest.mark.parametrize("shape", [(2, 9, 7), (2, 6, 7, 8)])
 def test_against_definitions(shape):
-    values = image_of(*shape)
+    values = noise(*shape)
     a = values.abs().sum(0).flatten().numpy()
     gini = np.abs(a[:, None] - a[None]).sum() / (2 * len(a) ** 2 * a.mean())
     assert value(Sparseness(), values) == pytest.approx(gini, rel=1e-12)
@@ -46,7 +46,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("metric", ALL)
 def test_the_size_of_the_volume_does_not_matter_and_zero_says_nothing(metric):
-    small, large = (value(metric(), image_of(1, n, n, n)) for n in (16, 48))
+    small, large = (value(metric(), noise(1, n, n, n)) for n in (16, 48))
     assert small == pytest.approx(large, abs=0.02)
     found = metric().update(MetricInput(torch.zeros(1, 4, 4)))
     assert found.value is None

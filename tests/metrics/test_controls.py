@@ -10,12 +10,14 @@ from esegeta_monai.methods import METHODS, run
 from esegeta_monai.metrics import controls
 from esegeta_monai.metrics.controls import random_map, sobel_map
 from esegeta_monai.targets import Box, MultiClassMask
-from tests.methods.naive import Naive, image_of, small
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import noise
 
 
 @pytest.mark.parametrize("shape", [(2, 9, 7), (2, 6, 7, 8)])
 def test_sobel_is_the_separable_kernel(shape):
-    image, dims = image_of(*shape), len(shape) - 1
+    image, dims = noise(*shape), len(shape) - 1
     smooth, slope = torch.tensor([1.0, 2.0, 1.0]).double(), torch.tensor([-1.0, 0.0, 1.0]).double()
     pad, conv = {2: (1,) * 4, 3: (1,) * 6}[dims], {2: F.conv2d, 3: F.conv3d}[dims]
     padded = F.pad(image[:, None], pad, mode="replicate")
@@ -30,14 +32,14 @@ def test_sobel_is_the_separable_kernel(shape):
 
 
 def test_controls_are_methods_that_ask_no_network_and_are_in_no_registry():
-    case = Naive(small(), image_of(1, 8, 12), [MultiClassMask(1), Box(2, (1, 1), (3, 3))])
+    case = Naive(small(), noise(1, 8, 12), [MultiClassMask(1), Box(2, (1, 1), (3, 3))])
     for control in controls():
-        case.objective.monitor.start()
+        case.objective.context.progress.start()
         maps = run(control, case.objective).maps
         assert maps.shape == (2, 1, 8, 12)
         assert torch.equal(maps[0], maps[1])
         assert bool(maps.any())
-        assert case.objective.monitor.passes == control.passes(case.objective) == 0
+        assert case.objective.context.progress.passes == control.passes(case.objective) == 0
         assert type(control) not in set(METHODS)
 
 

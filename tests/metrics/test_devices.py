@@ -1,4 +1,4 @@
-"""Every metric on a device that is not the CPU, which `tests.elsewhere` pretends: what it says of a map on the CPU."""
+"""Every metric on a simulated device returns what it returns on the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 from esegeta_monai import Explainer
 from esegeta_monai.explain.evaluation import Evaluator, Found
 from esegeta_monai.metrics import METRICS, Metric
-from tests.elsewhere import THERE, elsewhere
+from tests.support.fake_device import FAKE, fake_device
 from tests.test_devices import CLASS, LABEL, SETTINGS, image
 
 PARAMETERS = {"features": "grid(size=6)", "n_samples": 10, "steps": 3}
@@ -35,8 +35,8 @@ def test_figures_are_those_of_the_cpu(name: str) -> None:
     assert here.rows
     assert not here.failed
     for volumes in (None, "cpu"):
-        with elsewhere():
-            there = judged(name, THERE, volumes)
+        with fake_device():
+            there = judged(name, FAKE, volumes)
         assert not there.failed
         for mine, theirs in zip([*there.rows, *there.regions], [*here.rows, *here.regions], strict=True):
             same = {k: v for k, v in theirs.items() if k != "seconds"}

@@ -32,8 +32,10 @@ from esegeta_monai.metrics import (
 )
 from esegeta_monai.metrics.removal import ranking, removal_of
 from esegeta_monai.targets import Box, Case, ClassScore, MultiClassMask
-from tests.methods.naive import Naive, image_of, small
 from tests.metrics.cases import linear_case, ranked, subject_of
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import noise
 
 KINDS = [(k, d) for k in ("classification", "segmentation") for d in (2, 3)]
 SIZE = {2: "grid(size=4)", 3: "grid(size=3)"}
@@ -42,7 +44,7 @@ SIZE = {2: "grid(size=4)", 3: "grid(size=3)"}
 def windowed(dims: int, output: str = "logit") -> Naive:
     shape = (2, 11, 15) if dims == 2 else (2, 9, 8, 12)
     targets = [MultiClassMask(1, output=output), Box(2, (1,) * dims, (5,) * dims, output=output)]
-    return Naive(small(dims, 2), image_of(*shape), targets)
+    return Naive(small(dims, 2), noise(*shape), targets)
 
 
 def naive_curve(case: Naive, values: torch.Tensor, target: int, insert: bool, background: torch.Tensor, steps: int):
@@ -51,7 +53,7 @@ def naive_curve(case: Naive, values: torch.Tensor, target: int, insert: bool, ba
     features = features_for(SIZE[dims]).of(case.objective)
     labels = features.labels[0]
     seen = torch.zeros_like(labels, dtype=torch.bool)
-    for w in case.objective.with_scores([case.scores[target]]).windows:
+    for w in case.objective.derive(scores=[case.scores[target]]).windows:
         seen[case.objective.plan.place(w)] = True
     players = sorted(set(labels[seen].tolist()))
     means = {j: float(values[:, labels == j].sum() / (labels == j).sum()) for j in players}
@@ -72,7 +74,7 @@ def naive_curve(case: Naive, values: torch.Tensor, target: int, insert: bool, ba
 @pytest.mark.parametrize("metric", [Deletion, Insertion])
 def test_curves_equal_the_naive_computation(metric, output, dims):
     case = windowed(dims, output)
-    values = image_of(2, *case.image.shape[1:], seed=9)
+    values = noise(2, *case.image.shape[1:], seed=9)
     for target in (0, 1):
         found = metric(SIZE[dims], steps=6, baseline=0.25).update(MetricInput(values, case.objective, target))
         background = torch.full_like(case.image, 0.25)
@@ -138,7 +140,7 @@ def test_a_flat_map_says_the_same_of_features_of_any_size():
         flat = removal_of(MetricInput(torch.full((1, *shape), value), case.objective), "grid(size=3)", 0.0)
         assert flat.tied
         assert len(flat.means.unique()) == 1
-    assert not removal_of(MetricInput(image_of(1, *shape), case.objective), "grid(size=3)", 0.0).tied
+    assert not removal_of(MetricInput(noise(1, *shape), case.objective), "grid(size=3)", 0.0).tied
 
 
 def test_every_order_of_equal_values_is_drawn_equally_often():
@@ -187,7 +189,7 @@ def test_infidelity_is_captums(perturbation, dims, captum_in_float64):
         def forward(self, x):
             return net(x).mean(-1)
 
-    case = Naive(Mean(), image_of(*shape), [ClassScore(1)], SimpleInferer())
+    case = Naive(Mean(), noise(*shape), [ClassScore(1)], SimpleInferer())
     gradient = subject_of(case, Saliency(abs=False))
     metric = Infidelity(perturbation, 24, size=4, multiplied=False, baseline=0.5, keep_sign=False)
     seen: list[torch.Tensor] = []
@@ -237,22 +239,22 @@ def test_perturbations_that_do_not_depend_on_the_map_are_computed_once():
     passes = []
     for seed in range(2):
         for target in (0, 1):
-            case.objective.monitor.start()
-            subject = MetricInput(image_of(2, 11, 15, seed=seed), case.objective, target, shared=shared)
+            case.objective.context.progress.start()
+            subject = MetricInput(noise(2, 11, 15, seed=seed), case.objective, target, shared=shared)
             for metric in (FaithfulnessCorrelation(features="grid(4)"), Infidelity(), Infidelity("noise", 10)):
                 metric.update(subject)
-            passes.append(case.objective.monitor.passes)
+            passes.append(case.objective.context.progress.passes)
     assert passes[0] > 0
     assert passes[2:] == [0, 0]
 
 
 def test_only_windows_of_the_target_are_asked():
     case = windowed(2)
-    small_target = case.objective.with_scores([Box(2, (0, 0), (3, 3)).bind(case.predict(case.image), Case())[0]])
-    subject = MetricInput(image_of(2, 11, 15), small_target)
+    small_target = case.objective.derive(scores=[Box(2, (0, 0), (3, 3)).bind(case.predict(case.image), Case())[0]])
+    subject = MetricInput(noise(2, 11, 15), small_target)
     found = Deletion("grid(size=4)", steps=5).update(subject)
     assert found.notes["features_seen"] < found.notes["features"]
-    assert small_target.monitor.passes < 6 * len(case.objective.plan)
+    assert small_target.context.progress.passes < 6 * len(case.objective.plan)
 
 
 def test_what_cannot_be_judged_is_said():
@@ -281,7 +283,7 @@ def test_added_volumes_change_as_whole_volumes_do():
 
     for output in ("logit", "probability"):
         case = windowed(3, output)
-        deltas = image_of(3, *case.image.shape, seed=4)
+        deltas = noise(3, *case.image.shape, seed=4)
         naive = torch.stack([case.value(case.image + d) - case.value(case.image) for d in deltas], 1)
         found = score_changes(case.objective, Added(deltas))
         assert float((found - naive).abs().max()) <= 1e-10 * float(case.value(case.image).abs().max())
@@ -308,7 +310,7 @@ class Blind(nn.Module):
 @pytest.mark.parametrize("metric", [Deletion, Insertion, IROF, RegionPerturbation, ROAD])
 def test_rounding_is_no_loss_of_the_target(metric, shape):
     dims = len(shape) - 1
-    case = Naive(Blind().eval(), image_of(*shape).float() + 2, [Box(0, (1,) * dims, (6,) * dims)])
-    found = metric().update(MetricInput(image_of(*shape, seed=1), case.objective))
+    case = Naive(Blind().eval(), noise(*shape).float() + 2, [Box(0, (1,) * dims, (6,) * dims)])
+    found = metric().update(MetricInput(noise(*shape, seed=1), case.objective))
     assert found.value is None
     assert "does not change" in found.notes["undefined"]

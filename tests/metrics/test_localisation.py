@@ -21,7 +21,7 @@ from esegeta_monai.metrics import (
     better,
 )
 from esegeta_monai.metrics.controls import constant_map, random_map
-from tests.methods.naive import image_of
+from tests.support.tensors import noise
 
 SHAPES = [(2, 10, 12), (1, 8, 9, 10)]
 
@@ -53,14 +53,14 @@ def test_by_hand():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_auc_is_scikit_learns(shape):
-    values, label = image_of(*shape).round(decimals=1), label_in(shape)  # with ties
+    values, label = noise(*shape).round(decimals=1), label_in(shape)  # with ties
     reference = roc_auc_score(label.flatten(), values.abs().sum(0).flatten())
     assert measured(LocalisationAUC(), values, label).value == pytest.approx(reference, rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_distances_by_brute_force(shape):
-    values, label = image_of(*shape), label_in(shape)
+    values, label = noise(*shape), label_in(shape)
     spacing = np.array((1.0, 2.0, 0.5)[: label.ndim])
     everywhere = np.argwhere(np.ones(label.shape)) * spacing
     distance = cdist(everywhere, np.argwhere(label.numpy()) * spacing).min(1)

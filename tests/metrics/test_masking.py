@@ -13,14 +13,16 @@ from esegeta_monai.metrics import ROAD, AverageDrop, AverageGain, AverageIncreas
 from esegeta_monai.metrics.base import mean_interval
 from esegeta_monai.metrics.masking import imputed, unit_mask
 from esegeta_monai.targets import Box, ClassScore, MultiClassMask
-from tests.methods.naive import Naive, image_of, small
 from tests.metrics.cases import LinearClassifier, linear_case, ranked, subject_of
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import noise
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_drop_increase_and_gain_of_voxels_by_whole_volumes(dims):
     shape = (2, 9, 12) if dims == 2 else (2, 8, 9, 8)
-    image = image_of(*shape)
+    image = noise(*shape)
     target, other = MultiClassMask(1), Box(2, (1,) * dims, (5,) * dims)
     case = Naive(small(dims, 2), image, [target, other])
     probability = Naive(
@@ -31,7 +33,7 @@ def test_drop_increase_and_gain_of_voxels_by_whole_volumes(dims):
             Box(2, (1,) * dims, (5,) * dims, output="probability", reduction="mean"),
         ],
     )
-    values = image_of(2, *shape[1:], seed=3)
+    values = noise(2, *shape[1:], seed=3)
     mask = values.clamp(min=0).sum(0)
     mask = (mask - mask.min()) / (mask.max() - mask.min())
     seen = 0.3 + mask * (image - 0.3)
@@ -49,14 +51,14 @@ def test_drop_increase_and_gain_of_voxels_by_whole_volumes(dims):
 
 def test_the_unmasked_windows_are_computed_once_for_all_maps():
     """A pass a window for the first map to compare with, and a pass a window for each map; figures as of each alone."""
-    case = Naive(small(2, 2), image_of(2, 9, 12), [MultiClassMask(1)])
+    case = Naive(small(2, 2), noise(2, 9, 12), [MultiClassMask(1)])
     windows, shared = len(case.objective.windows), {}
-    subjects = [MetricInput(image_of(2, 9, 12, seed=s), case.objective, shared=shared) for s in range(3)]
+    subjects = [MetricInput(noise(2, 9, 12, seed=s), case.objective, shared=shared) for s in range(3)]
     passes, values = [], []
     for subject in subjects:
-        before = case.objective.monitor.passes
+        before = case.objective.context.progress.passes
         values.append([m.update(subject).value for m in (AverageDrop(0.3), AverageGain(0.3), AverageIncrease(0.3))])
-        passes.append(case.objective.monitor.passes - before)
+        passes.append(case.objective.context.progress.passes - before)
     assert passes == [2 * windows, windows, windows]
     for subject, found in zip(subjects, values):
         alone = MetricInput(subject.map, case.objective)
@@ -106,8 +108,8 @@ def test_a_probability_of_nought_has_nothing_to_lose():
 
 @pytest.mark.parametrize("shape", [(2, 7, 6), (2, 4, 5, 4)])
 def test_imputation_is_the_solution_of_the_linear_system(shape):
-    image, dims = image_of(*shape), len(shape) - 1
-    removed = image_of(*shape[1:], seed=7) > -0.5
+    image, dims = noise(*shape), len(shape) - 1
+    removed = noise(*shape[1:], seed=7) > -0.5
     assert removed.double().mean() > 0.5
     found = imputed(image, removed, 0.0, torch.Generator().manual_seed(0), tolerance=1e-13)
     places = [tuple(p) for p in np.argwhere(removed.numpy())]
@@ -137,7 +139,7 @@ def test_what_lies_between_zeros_is_zero_whatever_the_other_channel_needs(dims):
     """Nearly all round a bright middle is removed: of channel 0, dark there, and of channel 1, which is noise. The
     system of the first is solved from the start, and must stay so while the second is still being solved."""
     shape = (2, *(24,) * dims)
-    image = image_of(*shape)
+    image = noise(*shape)
     middle = tuple(slice(8, 16) for _ in range(dims))
     removed = torch.rand(shape[1:], generator=torch.Generator().manual_seed(1)) < 0.99
     removed[middle] = False

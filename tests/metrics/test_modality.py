@@ -10,9 +10,11 @@ from scipy.stats import kendalltau
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.metrics import MSFI, MetricInput, ModalityImportance, controls
 from esegeta_monai.targets import Box, MultiClassMask
-from tests.methods.games import enumerated
-from tests.methods.naive import Naive, image_of, small
 from tests.metrics.cases import ranked, segmentation
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.shapley import enumerated
+from tests.support.tensors import noise
 
 
 def label_of(shape):
@@ -24,10 +26,10 @@ def label_of(shape):
 @pytest.mark.parametrize("dims", [2, 3])
 def test_against_enumeration(dims):
     shape = (3, 9, 12) if dims == 2 else (3, 8, 8, 9)
-    case = Naive(small(dims, 3), image_of(*shape), [MultiClassMask(1), Box(2, (1,) * dims, (5,) * dims)])
+    case = Naive(small(dims, 3), noise(*shape), [MultiClassMask(1), Box(2, (1,) * dims, (5,) * dims)])
     labels = torch.arange(3).reshape(-1, *(1,) * dims).expand(shape)
     truth = enumerated(case, labels, 3, torch.full_like(case.image, 0.2)).numpy()
-    values, label = image_of(*shape, seed=8), label_of(shape[1:])
+    values, label = noise(*shape, seed=8), label_of(shape[1:])
     for k in (0, 1):
         subject = MetricInput(values, case.objective, k, label=label)
         found = ModalityImportance(baseline=0.2).update(subject)
@@ -67,7 +69,7 @@ def test_refusals():
     case = segmentation(2)
     with pytest.raises(MetricError, match="does not tell channels apart"):
         ModalityImportance().update(MetricInput(case.image[:1], case.objective))
-    one = Naive(small(2, 1), image_of(1, 8, 12))
+    one = Naive(small(2, 1), noise(1, 8, 12))
     with pytest.raises(MetricError, match="the image has one"):
         ModalityImportance().update(MetricInput(one.image, one.objective))
     with pytest.raises(UsageError, match="correlation"):

@@ -23,8 +23,10 @@ from esegeta_monai.metrics import (
 )
 from esegeta_monai.metrics.randomisation import execution_order, randomised, similarity
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.methods.naive import Naive, image_of, small
 from tests.metrics.cases import linear_case, subject_of
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import noise
 
 
 class OutOfOrder(nn.Module):
@@ -50,7 +52,7 @@ def state_of(net):
 
 def out_of_order() -> Naive:
     torch.manual_seed(0)
-    return Naive(OutOfOrder().double().eval(), image_of(1, 8, 12))
+    return Naive(OutOfOrder().double().eval(), noise(1, 8, 12))
 
 
 def test_layers_come_in_execution_order_each_at_its_last_call():
@@ -91,7 +93,7 @@ def test_a_layer_is_drawn_as_a_fresh_one_is():
 
 @pytest.mark.parametrize("shape", [(1, 12, 14), (1, 9, 10, 11)])
 def test_similarities_are_scipys_and_skimages(shape):
-    a, b = image_of(*shape), image_of(*shape, seed=1)
+    a, b = noise(*shape), noise(*shape, seed=1)
     x, y = a.abs().sum(0).numpy(), b.abs().sum(0).numpy()
     assert similarity(a, b) == pytest.approx(spearmanr(x.ravel(), y.ravel()).statistic)
     reference = structural_similarity(x / x.max(), y / y.max(), win_size=7, data_range=1)
@@ -113,7 +115,7 @@ def test_similarities_are_scipys_and_skimages(shape):
 @pytest.mark.parametrize("metric", [CascadingRandomisation, IndependentRandomisation])
 def test_stages_by_hand(metric, kind):
     """Each stage explained again with the layers put anew by hand."""
-    case = Naive(small(2, 1), image_of(1, 9, 14), [MultiClassMask(1)])
+    case = Naive(small(2, 1), noise(1, 9, 14), [MultiClassMask(1)])
     method = Saliency(abs=False)
     found = metric(stages=3, n_samples=2, similarity=kind).update(subject_of(case, method))
     with frozen(case.net):
@@ -123,7 +125,7 @@ def test_stages_by_hand(metric, kind):
             for stage in (["b"], ["n"], ["a"]):
                 layers = ["b", "n", "a"][: ["b", "n", "a"].index(stage[0]) + 1]
                 with randomised(case.net, layers if metric is CascadingRandomisation else stage, 3 + 1 + sample):
-                    values = run(method, case.objective.at(case.image)).maps[0]
+                    values = run(method, case.objective.derive(image=case.image)).maps[0]
                 expected.append(similarity(base, values, kind))
     assert found.value == pytest.approx(np.mean(expected))
     assert found.curve["x"] == pytest.approx([*([0.0] if metric is CascadingRandomisation else []), 1 / 3, 2 / 3, 1])
@@ -141,7 +143,7 @@ def test_controls_reach_one_and_the_perfect_map_does_not(kind, dims):
     for control in controls():
         assert metric.update(subject_of(case, control)).value == 1
     assert metric.update(subject_of(case, InputXGradient())).value < 0.95
-    zero = case.objective.at(torch.zeros_like(case.image))
+    zero = case.objective.derive(image=torch.zeros_like(case.image))
     found = metric.update(MetricInput(torch.zeros_like(case.image), zero, 0, InputXGradient()))
     assert found.value is None
 
@@ -155,7 +157,7 @@ def test_guided_backprop_keeps_its_similarity_and_the_gradient_loses_it():
     net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3)).double().eval()
     image = torch.zeros(1, 24, 24, dtype=torch.float64)
     image[0, 6:16, 8:18] = 1
-    image += 0.05 * image_of(1, 24, 24)
+    image += 0.05 * noise(1, 24, 24)
     case = Naive(net, image, [ClassScore(1)], SimpleInferer())
     last = {}
     for method in (Saliency(), GuidedBackprop()):
@@ -165,7 +167,7 @@ def test_guided_backprop_keeps_its_similarity_and_the_gradient_loses_it():
 
 
 def test_random_logit_compares_with_the_other_classes():
-    case = Naive(small(2, 1), image_of(1, 9, 14), [MultiClassMask(1), MultiClassMask(2)])
+    case = Naive(small(2, 1), noise(1, 9, 14), [MultiClassMask(1), MultiClassMask(2)])
     method = Saliency(abs=False)
     found = RandomLogit(n_samples=5).update(subject_of(case, method))
     assert sorted(found.notes["classes"]) == [0, 2]
@@ -181,7 +183,7 @@ def test_random_logit_compares_with_the_other_classes():
 
 
 def test_data_randomisation_takes_a_second_network(tmp_path):
-    case, other = Naive(small(2, 1), image_of(1, 9, 14)), small(2, 1)
+    case, other = Naive(small(2, 1), noise(1, 9, 14)), small(2, 1)
     torch.manual_seed(99)
     with torch.no_grad():
         for p in other.parameters():
@@ -217,6 +219,6 @@ def test_refusals():
     with pytest.raises(UsageError, match="stages"):
         CascadingRandomisation(stages=0)
     net = torch.jit.script(nn.Conv2d(1, 2, 1).double())
-    case = Naive(net, image_of(1, 8, 12), [MultiClassMask(1)])
+    case = Naive(net, noise(1, 8, 12), [MultiClassMask(1)])
     with pytest.raises(MetricError, match="TorchScript"):
         execution_order(case.objective)

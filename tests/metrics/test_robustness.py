@@ -21,8 +21,10 @@ from esegeta_monai.metrics import (
 )
 from esegeta_monai.metrics.controls import SobelControl
 from esegeta_monai.targets import Box, ClassScore, MultiClassMask
-from tests.methods.naive import Naive, image_of, small
 from tests.metrics.cases import linear_case, subject_of
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import noise
 
 ALL = [MaxSensitivity, AverageSensitivity, LocalLipschitz, RelativeInputStability, RelativeOutputStability]
 GRADIENT = Saliency(abs=False)
@@ -48,7 +50,7 @@ def test_sensitivity_is_captums(dims):
         def forward(self, x):
             return self.inner(x).flatten(2).mean(-1)
 
-    case = Naive(Mean(), image_of(*shape), [ClassScore(1)], SimpleInferer())
+    case = Naive(Mean(), noise(*shape), [ClassScore(1)], SimpleInferer())
     draws = torch.stack(noises(case, 0.1, 12))
 
     def explain(inputs, **_):
@@ -66,23 +68,23 @@ def test_sensitivity_is_captums(dims):
 @pytest.mark.parametrize("dims", [2, 3])
 def test_formulas_with_windows_and_two_targets(dims):
     shape = (2, 9, 11) if dims == 2 else (1, 8, 8, 11)
-    case = Naive(small(dims, shape[0]), image_of(*shape), [MultiClassMask(1), Box(2, (1,) * dims, (5,) * dims)])
+    case = Naive(small(dims, shape[0]), noise(*shape), [MultiClassMask(1), Box(2, (1,) * dims, (5,) * dims)])
     with frozen(case.net):
         base = run(GRADIENT, case.objective).maps
         found = {k: [] for k in ("max", "lip", "rel", "ris", "ros", "ris_e")}
-        for noise in noises(case, 0.05, 4):
-            maps = run(GRADIENT, case.objective.at(case.image + noise)).maps
+        for delta in noises(case, 0.05, 4):
+            maps = run(GRADIENT, case.objective.derive(image=case.image + delta)).maps
             d = (maps - base).flatten(1).norm(dim=1)
             n = base.flatten(1).norm(dim=1)
             values = case.value(case.image)
-            moved = (case.value(case.image + noise) - values).abs() / values.abs()
+            moved = (case.value(case.image + delta) - values).abs() / values.abs()
             found["max"].append(d / n)
-            found["lip"].append(d / n / noise.norm())
-            found["ris"].append(d / n / (noise.norm() / case.image.norm()))
+            found["lip"].append(d / n / delta.norm())
+            found["ris"].append(d / n / (delta.norm() / case.image.norm()))
             found["ros"].append(d / n / moved)
-            found["ris_e"].append(((maps - base) / base).flatten(1).norm(dim=1) / (noise / case.image).norm())
+            found["ris_e"].append(((maps - base) / base).flatten(1).norm(dim=1) / (delta / case.image).norm())
     shared: dict = {}
-    case.objective.monitor.start()
+    case.objective.context.progress.start()
     for k in (0, 1):
         subject = MetricInput(base[k], case.objective, k, GRADIENT, shared=shared)
 
@@ -101,8 +103,8 @@ def test_formulas_with_windows_and_two_targets(dims):
         if bool((base[k] != 0).all()):
             assert value(RelativeInputStability(0.05, 4, ratio="elementwise")) == worst("ris_e")
         if k == 0:
-            passes = case.objective.monitor.passes
-    assert case.objective.monitor.passes == passes  # the second target was explained along with the first
+            passes = case.objective.context.progress.passes
+    assert case.objective.context.progress.passes == passes  # the second target was explained along with the first
 
 
 @pytest.mark.parametrize("kind", ["classification", "segmentation"])
@@ -111,7 +113,7 @@ def test_the_gradient_of_a_linear_network_is_perfectly_stable_and_zero_says_noth
     case = linear_case(kind, 2)
     assert metric(n_samples=3).update(subject_of(case, GRADIENT)).value == pytest.approx(0, abs=1e-10)
     image = case.objective.image
-    flat = case.objective.at(torch.zeros_like(image))
+    flat = case.objective.derive(image=torch.zeros_like(image))
     zero = metric(n_samples=3).update(MetricInput(torch.zeros_like(image), flat, 0, SobelControl()))
     assert zero.value is None
     assert not metric.compared

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,14 +11,6 @@ from torch import nn
 from tests.networks import CLASSES, NAMES, SEGMENTATION, NetworkCase, build
 
 EVERY = [pytest.param(name, dims, id=f"{name}-{dims}d") for name in NAMES for dims in (2, 3)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _mean_over_predicted(case: NetworkCase, x: torch.Tensor) -> torch.Tensor:

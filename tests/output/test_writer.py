@@ -34,12 +34,7 @@ from esegeta_monai.methods import (
 from esegeta_monai.methods.base import Method
 from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets import Box, MultiClassMask, PredictedClasses, Target, ThresholdMask
-from tests.bundle import oblique
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+from tests.support import oblique
 
 
 @pytest.fixture(scope="module")

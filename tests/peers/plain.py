@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.targets import ClassScore
-from tests.methods.whole import explain, objective_of
+from tests.support.objectives import explain, objective_of
 
 __all__ = ["TARGET", "close", "explain", "network_and_image", "objective_for"]
 

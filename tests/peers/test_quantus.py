@@ -31,7 +31,7 @@ from esegeta_monai.metrics import (
     TopKIntersection,
 )
 from esegeta_monai.targets import ClassScore
-from tests.methods.whole import objective_of
+from tests.support.objectives import objective_of
 
 pytestmark = pytest.mark.peers
 quantus = pytest.importorskip("quantus")

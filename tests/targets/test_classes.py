@@ -9,12 +9,9 @@ from skimage.filters import threshold_otsu
 from esegeta_monai.errors import TargetError, UsageError
 from esegeta_monai.targets import Case, ClassScore, MultiClassMask, ThresholdMask
 from esegeta_monai.targets.classes import otsu
+from tests.support.tensors import noise
 
 CASE = Case(class_names={0: "background", 1: "lesion"})
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def full(score, shape) -> torch.Tensor:

@@ -12,8 +12,10 @@ from esegeta_monai import Explainer
 from esegeta_monai.errors import TargetError, UsageError
 from esegeta_monai.methods import DeepLift, GradCam, IntegratedGradients, NeuronConductance, Occlusion, Saliency
 from esegeta_monai.targets import ClassScore, LayerNeuron, MultiClassMask
-from tests.methods.layer.test_path import plain
-from tests.methods.whole import DOUBLE, close, explain, objective_of, setting
+from tests.support.layers import setting
+from tests.support.networks import plain
+from tests.support.objectives import explain, objective_of
+from tests.support.tensors import DOUBLE, close
 
 
 @pytest.mark.parametrize("name", ["UNet_batch", "UNet_instance", "SegResNet", "ViTAutoEnc", "DynUNet"])

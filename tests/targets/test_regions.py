@@ -10,13 +10,10 @@ from monai.data import MetaTensor
 
 from esegeta_monai.errors import TargetError, UsageError
 from esegeta_monai.targets import Box, Case, Component, Errors, LabelMask, OutputValue, Voxel
+from tests.support.tensors import noise
 
 AFFINE = torch.tensor([[-2.0, 0, 0, 10], [0, 0, 3, -5], [0, 1.5, 0, 2], [0, 0, 0, 1]], dtype=torch.float64)
 SHAPE = (8, 9, 7)
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def full(score, shape=SHAPE) -> torch.Tensor:

@@ -15,14 +15,12 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import TargetError
 from esegeta_monai.methods import InputXGradient, IntegratedGradients, Saliency, run
 from esegeta_monai.targets import Box, ClassScore, MultiClassMask, TargetWrapper, ThresholdMask, Voxel
-from tests.engine.test_objective import assert_equal, network, objective
 from tests.networks import build
+from tests.support.networks import network
+from tests.support.objectives import objective
+from tests.support.tensors import assert_equal, noise
 
 INFERER = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])

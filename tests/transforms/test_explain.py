@@ -33,14 +33,9 @@ from esegeta_monai.errors import MethodError, NetworkError, UsageError
 from esegeta_monai.methods import GradCam, InputXGradient, Saliency
 from esegeta_monai.targets import MultiClassMask
 from esegeta_monai.transforms import Explain, ExplainD, Explaind, ExplainDict, InvertAttributiond
-from tests.bundle import oblique
+from tests.support import oblique
 
 INFERER = SlidingWindowInferer((12, 12, 12), 2, 0.25, "gaussian")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -16,17 +16,18 @@ from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfe
 from torch import Tensor
 
 from esegeta_monai import Explainer
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.network.state import frozen
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.scoring import score_changes
-from esegeta_monai.engine.progress import Monitor
+from esegeta_monai.engine.progress import Progress
 from esegeta_monai.errors import MethodError, MethodTimeout, NetworkError, RankLost, UsageError
 from esegeta_monai.explain.prediction import Predicted
 from esegeta_monai.methods import METHODS, IntegratedGradients, Method, Occlusion, Saliency, run
 from esegeta_monai.targets import Box, MultiClassMask
-from esegeta_monai.utils.distributed import Ranks, process_group
-from tests.methods.whole import setting
+from esegeta_monai.utils.distributed import Processes, process_group
+from tests.support.layers import setting
 
 FEW = {"n_steps": 3, "n_samples": 4, "n_masks": 6, "grid": 2, "steps": 4, "n_iter": 5, "max_channels": 4}
 NEED_MORE = {"Cam", "FeaturePermutation", "PatternNet", "PatternAttribution"}  # a linear head, other cases
@@ -55,21 +56,21 @@ def small(cls: type[Method]) -> Method:
     return cls(**{p: v for p, v in FEW.items() if p in cls.parameter_names()})
 
 
-def by(objective: Objective, ranks: Ranks) -> Objective:
+def by(objective: Objective, ranks: Processes) -> Objective:
     """The same objective, computed by these ranks; nothing is remembered."""
-    other = objective.apart()
-    other.ranks, other.monitor = ranks, Monitor()
+    other = objective.derive()
+    other.ranks, other.context.progress = ranks, Progress()
     return other
 
 
 def every_method(network: str, output: str) -> None:
     found = setting(network, target=MultiClassMask(1, output=output))
-    ranks, differences = Ranks.current(), {}
+    ranks, differences = Processes.current(), {}
     for cls in METHODS:
         if cls.__name__ in NEED_MORE or (cls.needs_linear and output != "logit"):
             continue
         method = small(cls)
-        together, alone = by(found.objective, ranks), by(found.objective, Ranks())
+        together, alone = by(found.objective, ranks), by(found.objective, Processes())
         with frozen(found.network):
             mine, theirs = run(method, alone), run(method, together)
         scale = mine.maps.abs().max()
@@ -78,14 +79,14 @@ def every_method(network: str, output: str) -> None:
         for key in ("completeness_gap", "sum_in_padding", "share_through_layer", "booked", "baseline_value"):
             if key in mine.notes:
                 assert [mine.note(0)[key]] == pytest.approx([theirs.note(0)[key]], rel=1e-6, abs=1e-9), (cls, key)
-        passes = ranks.gather(together.monitor.passes)
+        passes = ranks.gather(together.context.progress.passes)
         if ranks.rank == 0:
-            print(cls.__name__, alone.monitor.passes, passes, differences[cls.__name__])
+            print(cls.__name__, alone.context.progress.passes, passes, differences[cls.__name__])
     assert len(differences) > 30
     assert max(differences.values()) <= 1e-10, differences
 
 
-class Apart(Ranks):
+class Apart(Processes):
     """One of several ranks that never meet: what each has is its own part."""
 
     @contextmanager
@@ -197,7 +198,7 @@ class Fails:
 
 def alike(what: str) -> None:
     """What may go wrong on one rank reaches all of them."""
-    ranks = Ranks.current()
+    ranks = Processes.current()
     objective = by(setting("UNet_instance").objective, ranks)
     with frozen(objective.model.network):
         if what == "error":
@@ -217,12 +218,12 @@ def alike(what: str) -> None:
                 run(IntegratedGradients(n_steps=5, baseline="zero"), objective)
             handle.remove()
         else:
-            objective.monitor.start(0.0 if ranks.rank == 2 else None)
+            objective.context.progress.start(0.0 if ranks.rank == 2 else None)
             time.sleep(0.01)
             with pytest.raises(MethodTimeout, match="time limit"):
                 objective.scatter(lambda batch: batch.gradient(batch.image)[0])
         maps, _ = by(objective, ranks).scatter(lambda batch: batch.gradient(batch.image)[0])  # and they go on
-        alone, _ = by(objective, Ranks()).scatter(lambda batch: batch.gradient(batch.image)[0])
+        alone, _ = by(objective, Processes()).scatter(lambda batch: batch.gradient(batch.image)[0])
         assert float((maps - alone).abs().max() / alone.abs().max()) <= 1e-10
 
 
@@ -233,7 +234,7 @@ def test_an_error_of_one_rank_is_an_error_of_all(what):
 
 
 def lost() -> None:
-    ranks = Ranks.current()
+    ranks = Processes.current()
     if ranks.rank == 1:
         os._exit(0)  # no good-bye
     began = time.monotonic()
@@ -263,7 +264,7 @@ def half_precision() -> None:
 
     together, full = maps(amp=True, distributed=True), maps()
     decided = [(a.record["amp_correlation"], a.record["amp_fallback"]) for a in together]
-    assert Ranks.current().gather(decided) == [decided] * 2
+    assert Processes.current().gather(decided) == [decided] * 2
     assert [why is None for _, why in decided] == [True, False]
     for a, b, (_, why) in zip(together, full, decided):
         gap = float((a.map - b.map).abs().max())
@@ -280,12 +281,12 @@ def test_ranks_decide_alike_how_precisely():
 
 def one_box(m: int) -> None:
     """More ranks than windows, and perturbations that share windows."""
-    ranks = Ranks.current()
+    ranks = Processes.current()
     found = setting("DenseNet121").objective
     assert len(found.windows) == 1
     boxes = Boxes([[i, i] for i in range(m)], [[i + 4, i + 4] for i in range(m)])
     with frozen(found.model.network):
-        mine, theirs = score_changes(by(found, Ranks()), boxes), score_changes(by(found, ranks), boxes)
+        mine, theirs = score_changes(by(found, Processes()), boxes), score_changes(by(found, ranks), boxes)
     assert bool(mine.any())
     assert float((mine - theirs).abs().max() / mine.abs().max()) <= 1e-10
 
@@ -297,12 +298,12 @@ def test_more_ranks_than_windows():
 
 def test_shares_are_whole_and_as_even_as_can_be():
     for n in range(12):
-        parts = [Ranks(r, 5).share(range(n)) for r in range(5)]
+        parts = [Processes(r, 5).share(range(n)) for r in range(5)]
         assert [i for part in parts for i in part] == list(range(n))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
         for turn in range(6):
-            assert sorted(i for r in range(5) for i in Ranks(r, 5).share(range(n), turn)) == list(range(n))
-        over_all = [sum(len(Ranks(r, 5).share(range(n), turn)) for turn in range(5)) for r in range(5)]
+            assert sorted(i for r in range(5) for i in Processes(r, 5).share(range(n), turn)) == list(range(n))
+        over_all = [sum(len(Processes(r, 5).share(range(n), turn)) for turn in range(5)) for r in range(5)]
         assert over_all == [n] * 5
 
 
@@ -320,4 +321,4 @@ def test_alone_nothing_is_joined(monkeypatch):
 def test_processes_that_were_not_joined_are_told(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="init_process_group"):
-        Ranks.current()
+        Processes.current()

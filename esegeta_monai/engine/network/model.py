@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -125,6 +126,12 @@ class Model:
         if not self.amp:
             return None
         return self.amp_kwargs.get("dtype", torch.float16 if self.device.type == "cuda" else torch.bfloat16)
+
+    def without_autocast(self) -> Model:
+        """Return the same network without autocast."""
+        other = copy.copy(self)
+        other.amp = False
+        return other
 
     def autocast(self) -> Any:
         """The context in which the forward pass runs.

@@ -9,13 +9,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from esegeta_monai.engine.dry_run import Loop
 from esegeta_monai.engine.network.model import out_of_memory
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.base import UNCHANGED, Perturbations
@@ -157,7 +155,7 @@ def pair_passes(objective: Objective, perturbations: Perturbations, known: set[i
 
     if objective.linear:
         pairs = touched(by_window(objective, perturbations))
-        compared = set(pairs if objective.ranks.size == 1 else objective.windows) - known
+        compared = set(pairs if objective.context.processes.size == 1 else objective.windows) - known
         known |= compared
         return len(pairs) + len(compared)
     sizes = sizes_of(objective, [Support(objective, k) for k in range(objective.n_targets)])
@@ -186,52 +184,25 @@ class Pairs:
     """
 
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
-        self.objective, self.perturbations = objective, perturbations
+        self.objective, self.perturbations, self.processes = objective, perturbations, objective.context.processes
         self.result = torch.zeros((objective.n_targets, len(perturbations)), dtype=torch.float64)
-        self.done = self.number = self.computed = self.known = 0
-        self.loop: Loop | None = None
-        self.began, self.ended, self.compared = 0, False, set[int]()
+        self.done = self.number = self.known = 0
         self.base: dict[int, Any] = {}
-        """What each window gives as it is; None: that it would have been computed, where a method is only timed."""
+        """Unperturbed outputs by window."""
         self._rows: Tensor | None = None
         self._pending: list[Pair] = []
-        table = objective.table if objective.ranks.size == 1 else None
-        self.name = None if table is None else perturbations.fingerprint()
-        self.table = None if self.name is None else table
-        if self.table is not None and self.name is not None:
-            known = self.table.read(self.name, tuple(self.result.shape))
+        checkpoint = objective.checkpoint if objective.context.processes.size == 1 else None
+        self.name = None if checkpoint is None else perturbations.fingerprint()
+        self.checkpoint = None if self.name is None else checkpoint
+        if self.checkpoint is not None and self.name is not None:
+            known = self.checkpoint.read(self.name, tuple(self.result.shape))
             if known is not None:
                 self.result, self.done = known
 
     def keep(self, *, force: bool = False) -> None:
         """Writes down the scores so far, which stand for ``done`` pairs or perturbations."""
-        if self.table is not None and self.name is not None:
-            self.table.write(self.name, self.result, self.done, force=force)
-
-    @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Where the method is only timed (`esegeta_monai.engine.dry_run`), not all pairs inside are computed."""
-        pace = self.objective.monitor.pace
-        if pace is None:
-            yield
-            return
-        self.began, self.loop = self.objective.monitor.passes, pace.loop("perturbations")
-        self.compared = set(self.base)
-        yield
-        self.loop.end(self._passes(), self._all_passes)
-
-    def _all_passes(self) -> int:
-        """Window passes of all pairs."""
-        if not self.ended:
-            return self._passes()
-        found = pair_passes(self.objective, self.perturbations, self.compared)
-        for window in self.compared:
-            self.base.setdefault(window)
-        return math.ceil(found / self.objective.ranks.size)
-
-    def _passes(self) -> int:
-        """Window passes of the pairs so far."""
-        return self.objective.monitor.passes - self.began
+        if self.checkpoint is not None and self.name is not None:
+            self.checkpoint.write(self.name, self.result, self.done, force=force)
 
     def mine(self) -> bool:
         """Whether this process computes the next pair."""
@@ -251,7 +222,7 @@ class Pairs:
                 self._rows = self._made(crop)
             todo = [Pair(g, w) for g in groups if self.mine()]
             at = 0
-            while at < len(todo) and (self.number < self.known or self.base.get(w) is None):
+            while at < len(todo) and (self.number < self.known or w not in self.base):
                 # those of an earlier run are left out (pairs come in the same order at every run)
                 changes = self.perturbations.changes(todo[at].indices[0], crop, place)
                 if self.number >= self.known and changes:
@@ -259,11 +230,9 @@ class Pairs:
                     break
                 self.number += changes
                 at += 1
-            while at < len(todo) and not self.ended:
+            while at < len(todo):
                 at += self._add(todo[at : at + self._room], crop, place)
-            if self.ended:
-                return
-        while self._pending and not self.ended:
+        while self._pending:
             self._flush()
 
     @property
@@ -279,7 +248,7 @@ class Pairs:
             Their number.
         """
         self._write(pairs, crop, place)
-        while self._pending and self._room <= 0 and not self.ended:
+        while self._pending and self._room <= 0:
             self._flush()
         return len(pairs)
 
@@ -303,7 +272,7 @@ class Pairs:
         """Rows for one batch (n, C, *roi), or for some where they are small."""
         objective = self.objective
         one = objective.plan.roi
-        size = (len(crop) * math.prod(one) + len(objective.read) * objective.grid.size) * crop.element_size()
+        size = (len(crop) * math.prod(one) + len(objective.channels) * objective.grid.size) * crop.element_size()
         batches = max(1, min(STAGED, STAGED_BYTES // (size * objective.window_batch)))
         while True:
             try:
@@ -323,10 +292,7 @@ class Pairs:
         try:
             with torch.inference_mode():
                 for start in range(0, len(waiting), n):
-                    if self.loop is not None and self.loop.enough(self._passes()):
-                        self.ended = True
-                        break
-                    self.objective.monitor.check()
+                    self.objective.context.progress.check()
                     batch = waiting[start : start + n]
                     x = self._rows[start : start + len(batch)]
                     passed.append((batch, self.objective.run(x, [p.window for p in batch])))
@@ -362,5 +328,4 @@ class Pairs:
                 self.objective.shrink(len(batch), error)
                 break
             count += len(batch)
-            self.computed += sum(bool(p.indices) for p in batch)
         return count

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -48,13 +47,10 @@ class Game:
     @classmethod
     def of(cls, objective: Objective, feature_mask: object, baseline: object) -> Game:
         """From a method's parameters, see `features_for` and `reference_image`."""
-        known = _FEATURES.setdefault(objective, {})
-        if not isinstance(feature_mask, str):
-            features = features_for(feature_mask).of(objective)
-        elif feature_mask in known:
-            features = known[feature_mask]
+        if isinstance(feature_mask, str):  # counted before the run and used in it, or by several methods: found once
+            features = objective.memo(("features", feature_mask), lambda: features_for(feature_mask).of(objective))
         else:
-            features = known[feature_mask] = features_for(feature_mask).of(objective)
+            features = features_for(feature_mask).of(objective)
         found, reference = reference_image(objective, features, baseline)
         return cls(objective, features, reference, found)
 
@@ -91,10 +87,6 @@ class Game:
                 f"{coalitions} evaluations of {n} features each are too many: take larger features, such as "
                 "feature_mask='supervoxels(n_segments=200)', or Occlusion"
             )
-
-
-_FEATURES: WeakKeyDictionary[Objective, dict[str, Features]] = WeakKeyDictionary()
-"""Features by objective and description: counted beforehand and used afterwards, or by several methods, found once."""
 
 
 def is_feature_mean(baseline: object) -> bool:

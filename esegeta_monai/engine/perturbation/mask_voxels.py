@@ -47,7 +47,7 @@ class Support:
 
     def __init__(self, objective: Objective, target: int) -> None:
         self.objective, self.score = objective, objective.scores[target]
-        self.windows = frozenset(objective.support[target])
+        self.windows = frozenset(objective.score_windows[target])
         self.rows = objective.rows[target]
         self.mask = self.score.mask.to(objective.image.device)
         self.n = self.score.voxels

@@ -12,18 +12,16 @@ the touched windows hold.
 
 from __future__ import annotations
 
-import copy
 import itertools
-import math
 from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.batch import Batch
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.base import Perturbations
 from esegeta_monai.engine.perturbation.batching import (
     Pair,
@@ -37,10 +35,11 @@ from esegeta_monai.engine.perturbation.batching import (
     sizes_of,
 )
 from esegeta_monai.engine.perturbation.mask_voxels import Held, Support
+from esegeta_monai.engine.run_context import SampleComplete
 from esegeta_monai.engine.windows.plan import Slices
 from esegeta_monai.utils.tensors import take, true_positions
 
-__all__ = ["Sampled", "known_passes", "known_score_changes", "passes_needed", "score_changes"]
+__all__ = ["known_passes", "known_score_changes", "passes_needed", "score_changes"]
 
 PICKED = 2
 """By how much to pick voxels of the mask one by one is dearer than to look at all of them."""
@@ -50,18 +49,6 @@ WEIGHTS_BYTES = 2**22
 
 LOOKED_AT = 8
 """Perturbations of a window that are looked at for one that changes it, before fewer are sampled."""
-
-
-class Sampled(Exception):  # noqa: N818 - reads as what happened
-    """Ends a method of which only some scores are wanted, see `Objective.first_windows`.
-
-    Args:
-        scores: (k, n).
-    """
-
-    def __init__(self, scores: Tensor) -> None:
-        super().__init__(f"{scores.shape[1]} perturbations were scored")
-        self.scores = scores
 
 
 def score_changes(objective: Objective, perturbations: Perturbations) -> Tensor:
@@ -78,12 +65,17 @@ def score_changes(objective: Objective, perturbations: Perturbations) -> Tensor:
         (k, m), float64, on the CPU, in the units of the target; any finite sign, and NaN where the network gives NaN.
 
     Raises:
-        Sampled: the objective is one of `Objective.first_windows`.
+        SampleComplete: the context asks for a sample only (`RunContext.sample`), which holds the scores.
     """
-    if objective.sample is not None:
-        whole = copy.copy(objective)
-        whole.sample = None
-        raise Sampled(score_changes(whole, perturbations.take(_sample(objective, perturbations, objective.sample))))
+    sample = objective.context.sample
+    if sample is not None:
+        drawn = _sample(objective, perturbations, sample.perturbations)
+        sample.scores = _scores(objective, perturbations.take(drawn))
+        raise SampleComplete(f"{len(drawn)} perturbations were scored")
+    return _scores(objective, perturbations)
+
+
+def _scores(objective: Objective, perturbations: Perturbations) -> Tensor:
     if objective.linear:
         return _LinearChange(objective, perturbations).run()
     return _BlendedChange(objective, perturbations).run()
@@ -103,8 +95,11 @@ def _sample(objective: Objective, perturbations: Perturbations, n: int) -> list[
 
 
 def known_score_changes(objective: Objective, perturbations: Perturbations) -> Tensor:
-    """As `score_changes`; perturbations that some method has scored on this objective before are looked up: (k, m)."""
-    table = _TABLES.setdefault(objective, {})
+    """Score perturbed images as `score_changes` does; scores that this objective has are reused: (k, m), float64.
+
+    Perturbations are equal where their `Perturbations.identity` is; without one they are always scored.
+    """
+    table = _known(objective)
     names, first = _unknown(objective, perturbations)
     found = score_changes(objective, perturbations.take(first))
     columns = {i: j for j, i in enumerate(first)}
@@ -122,7 +117,7 @@ def known_passes(objective: Objective, *rounds: Perturbations) -> int:
 
 def _unknown(objective: Objective, perturbations: Perturbations) -> tuple[list[Hashable | None], list[int]]:
     """The identities of perturbations, and the first of each that has not been scored yet."""
-    table = _TABLES.get(objective, {})
+    table = _known(objective)
     names = [perturbations.identity(i) for i in range(len(perturbations))]
     first: dict[Hashable, int] = {}
     for i, name in enumerate(names):
@@ -131,8 +126,10 @@ def _unknown(objective: Objective, perturbations: Perturbations) -> tuple[list[H
     return names, list(first.values())
 
 
-_TABLES: WeakKeyDictionary[Objective, dict[Hashable, Tensor]] = WeakKeyDictionary()
-"""Scores by objective and `Perturbations.identity`: shared by the methods that run on one objective."""
+def _known(objective: Objective) -> dict[Hashable, Tensor]:
+    """Return the scores by `Perturbations.identity`, shared by the methods that run on one objective: (k,) each."""
+    scores: dict[Hashable, Tensor] = objective.memo("perturbation scores", dict)
+    return scores
 
 
 def passes_needed(objective: Objective, *rounds: Perturbations) -> int:
@@ -140,7 +137,7 @@ def passes_needed(objective: Objective, *rounds: Perturbations) -> int:
     nothing has been computed yet; perturbed windows are looked at for that, but no network runs."""
     unperturbed = (
         0
-        if objective.linear or (objective.prediction is not None and not objective.own_prediction)
+        if objective.linear or (objective.prediction is not None and not objective.recompute_value)
         else len(objective.windows)
     )
     known: set[int] = set()
@@ -152,26 +149,26 @@ class _LinearChange(Pairs):
 
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         super().__init__(objective, perturbations)
-        self.base = objective.base_scores
+        self.base = objective.memo("window scores", dict)
         self.weights: dict[int, list[tuple[Slices, Tensor] | None]] = {}
         self.turn = 0
 
     def mine(self) -> bool:
         """Pairs go round the processes."""
         self.turn += 1
-        return self.turn % self.objective.ranks.size == self.objective.ranks.rank
+        return self.turn % self.processes.size == self.processes.rank
 
     def run(self) -> Tensor:
         self.known = self.done
-        if self.objective.ranks.size > 1:  # shared: each process may need each of them
+        if self.processes.size > 1:  # shared: each process may need each of them
             self._base()
-        with self.timed(), self.objective.ranks.summed([self.result]):
+        with self.processes.summed([self.result]):
             self.over(by_window(self.objective, self.perturbations))
         return self.result
 
     def _base(self) -> None:
         """Scores of all windows as they are."""
-        missing = [w for w in self.objective.windows if self.base.get(w) is None]
+        missing = [w for w in self.objective.windows if w not in self.base]
         found = torch.zeros((len(missing), self.objective.n_targets), dtype=torch.float64)
         rows = {w: row for row, w in enumerate(missing)}
 
@@ -216,7 +213,8 @@ class _LinearChange(Pairs):
             held = 0
             for w in self.objective.windows[bisect_left(self.objective.windows, window) :]:
                 self.weights[w] = [
-                    self._weight(k, w) if w in support else None for k, support in enumerate(self.objective.support)
+                    self._weight(k, w) if w in support else None
+                    for k, support in enumerate(self.objective.score_windows)
                 ]
                 held += sum(one[1].nbytes for one in self.weights[w] if one is not None)
                 if held >= WEIGHTS_BYTES:
@@ -244,26 +242,19 @@ class _BlendedChange(Pairs):
             self.terms = [s.score.terms(p) if s.score.additive else None for s, p in zip(self.supports, self.before)]
         self.delta = [torch.zeros_like(p, dtype=objective.image.dtype) for p in self.before]
         self.after = [torch.empty_like(p) for p in self.before]
-        self.base = objective.base_outputs if self.keeps else {}
+        self.base = objective.memo("window outputs", dict) if self.keeps else {}
         self.parts: dict[int, list[list[tuple[Held, Tensor]]]] = {}
         """For each perturbation and score what its windows change."""
 
     def run(self) -> Tensor:
-        ranks = self.objective.ranks
-        with self.timed(), ranks.summed([self.result]):
-            mine = ranks.share(range(len(self.perturbations)))[self.done :]
+        with self.processes.summed([self.result]):
+            mine = self.processes.share(range(len(self.perturbations)))[self.done :]
             for indices, block in blocks(self.objective, self.perturbations, mine, self.sizes):
                 self.base = self.base if self.keeps else {}
                 self.parts = {i: [[] for _ in self.supports] for i in indices}
-                before = self.computed
                 for w, _ in block:  # before the passes, which empty the processor's caches
                     self.held(w)
                 self.over(block)
-                if self.ended:  # scores take time too: as many as the pairs would be
-                    pairs = sum(len(groups) for _, groups in block)
-                    for i in indices[: math.ceil(len(indices) * (self.computed - before) / pairs)]:
-                        self._score(i)
-                    break
                 for i in indices:
                     self._score(i)
                 self.done += len(indices)

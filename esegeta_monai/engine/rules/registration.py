@@ -69,7 +69,7 @@ def register_operation(function: Callable[..., Any], kind: Kind, **rules: Rule) 
     Raises:
         UsageError: no torch function, one that is known, another kind, an unknown family, or no rule.
 
-    >>> register_operation(torch.sinc, Kind.UNIVARIATE)
+    >>> register_operation(torch.i0, Kind.UNIVARIATE)
     """
     name = canonical_name(function)[0] if callable(function) else ""
     if not callable(function) or function not in torch.overrides.get_testing_overrides():

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.layer_maps import BlendedActivations
-from esegeta_monai.engine.objective import Objective, Request
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.sweep import Request
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained, Method, Passes
 from esegeta_monai.methods.cam.requests import (

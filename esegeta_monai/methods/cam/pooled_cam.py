@@ -37,8 +37,8 @@ class Cam(_Cam):
     name: str | None = field(default=None, kw_only=True)
 
     def passes(self, objective: Objective) -> int:
-        """One for the activations, one to find the head, and one to find the layer."""
-        return len(objective.plan) + (2 if self.layer is None else 1)
+        """Count one pass per window for the activations, one to find the head, and two to find the layer."""
+        return len(objective.plan) + (3 if self.layer is None else 1)
 
     def layers(self, objective: Objective) -> tuple[str, ...]:
         if self.layer is None:
@@ -72,7 +72,7 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
         module.register_forward_pre_hook(lambda m, args, n=n: entered.update({n: args[0]}))
         for n, module in heads.items()
     ]
-    x = objective.plan.cut(objective.image, 0)[None].to(objective.model.device)
+    x = objective.window(0)
     try:
         with torch.inference_mode(), capture(network, list(dict.fromkeys([*names, *heads])), of_windows=False) as found:
             objective.run(x, [0])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.layer_maps import position_weights, spatial_map
-from esegeta_monai.engine.objective import Objective, Request, View
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.sweep import Request, View
 from esegeta_monai.errors import MethodError
 from esegeta_monai.methods.layer.scattered import gradients_of
 

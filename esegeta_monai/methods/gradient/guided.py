@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 import esegeta_monai.engine.rules as rules
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.batch import Batch
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods.base import Explained, Method
 
 __all__ = ["Deconvolution", "GuidedBackprop"]

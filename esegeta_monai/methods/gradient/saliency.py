@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from esegeta_monai.engine.objective import InputGradient, Objective
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.sweep import InputGradient
 from esegeta_monai.methods.base import Explained, Method, Passes
 
 __all__ = ["GradTimesImage", "InputXGradient", "Saliency", "VanillaBackprop"]

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 import esegeta_monai.engine.rules as rules
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.layer_maps import position_weights, spatial_map
 from esegeta_monai.engine.network.hooks import capture
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained, Method, Passes
 from esegeta_monai.methods.cam.gradient_cam import GradCam
@@ -100,7 +101,7 @@ class LayerActivationGuidedBackprop(Method):
             guided = rules.guided(activation, batch.image, cotangent[None], compare=lambda x: values)
             objective.add(maps, batch, guided.input)
 
-        objective.each([(0, w) for w in objective.every], run, with_cotangents=False, sums=[maps])
+        objective.each([(0, w) for w in objective.all_windows], run, with_cotangents=False, sums=[maps])
         return Explained(maps.expand(objective.n_targets, *maps.shape[1:]).clone(), {"layer": layer})
 
     def _sign(self, values: Tensor, objective: Objective, layer: str, batch: Batch) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import baseline_for, choice_passes, describe_baseline
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.layer_maps import spatial_map
 from esegeta_monai.engine.network.hooks import capture
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.layer.path import along_path

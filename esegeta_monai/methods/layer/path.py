@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import baseline_for, choice_passes, describe_baseline
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.network.hooks import capture, replaced
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.layer.activation import LayerMethod
@@ -215,7 +216,7 @@ class LayerIntegratedGradients(LayerMethod):
 def _both(batch: Batch, x0: Tensor) -> Tensor:
     """The output for the image's windows, the baseline's windows going through behind them."""
     x = torch.cat([batch.image, batch.cut(x0)])
-    return batch.objective.run(x, [*batch.windows, *batch.windows])[: len(batch)]
+    return batch.network.run(x, [*batch.windows, *batch.windows])[: len(batch)]
 
 
 @contextmanager
@@ -268,7 +269,7 @@ def layer_pass(batch: Batch, x: Tensor, layer: str) -> tuple[Tensor, Tensor]:
     Raises:
         MethodError: no target depends on the layer.
     """
-    with torch.enable_grad(), capture(batch.objective.model.network, [layer], leaves=True) as captured:
+    with torch.enable_grad(), capture(batch.network.model.network, [layer], leaves=True) as captured:
         out = batch.forward(x.detach())
     if layer not in captured or not captured[layer].requires_grad:
         raise MethodError(_unreached(layer))

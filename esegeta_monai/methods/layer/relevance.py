@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import esegeta_monai.engine.rules as rules
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.network.hooks import find_layer
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.layer.activation import LayerMethod
 from esegeta_monai.methods.layer.scattered import LayerSum

@@ -8,8 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.layer_maps import spatial_map, spread
-from esegeta_monai.engine.objective import Batch, Objective, Request, View
+from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.sweep import Request, View
 from esegeta_monai.errors import MethodError, UsageError
 
 __all__ = ["LayerSum", "Reduce", "ScatteredGradients", "check_reduce", "gradients_of", "reduce_channels"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import baseline_for, choice_passes, describe_baseline
-from esegeta_monai.engine.objective import Gradient, Objective
+from esegeta_monai.engine.batch import Gradient
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained, Method, relative_gap
 
@@ -50,7 +51,7 @@ class IntegratedGradients(Method):
     produces = "input map"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
     gap_advice = (
         "take more steps (tolerance=1e-3), or another baseline: under instance, group or layer norm a path from zero "
         "finds nothing"
@@ -86,7 +87,7 @@ class IntegratedGradients(Method):
         return Explained(maps, notes)
 
     @property
-    def steered(self) -> bool:
+    def passes_data_dependent(self) -> bool:
         return self.tolerance is not None
 
     def passes(self, objective: Objective) -> int:
@@ -99,7 +100,7 @@ class IntegratedGradients(Method):
         nodes, weights = quadrature(self.method, self.n_steps)
         maps = objective.new_maps()
         own = objective.linear  # else each step begins with a prediction, which needs all processes
-        with objective.ranks.summed([maps]) if own else nullcontext():
+        with objective.context.processes.summed([maps]) if own else nullcontext():
             for part, gradient in gradients_on_path(objective, x0, dx, nodes, own=own):
                 for j, alpha in enumerate(part):
                     maps.add_(gradient.maps[:, j], alpha=weights[alpha])
@@ -158,7 +159,7 @@ def _adaptive(
         middles = segment.middles()
         if steps + len(middles) > max_steps:
             if bool((errors.sum(0).abs() / scale > tolerance).any()):
-                objective.monitor.warn(
+                objective.context.progress.warn(
                     f"the completeness gap is above tolerance={tolerance:g} after {steps} steps (max_steps={max_steps})"
                 )
             break

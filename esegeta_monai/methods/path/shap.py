@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import baseline_for, choice_passes, describe_baseline, noise_like
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.network.hooks import capture
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained, Method, relative_gap
 from esegeta_monai.methods.layer.activation import LayerMethod
@@ -72,7 +73,7 @@ class GradientShap(Method):
     produces = "input map"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
     gap_advice = "take more draws (n_samples); completeness_error is its standard error"
 
     baseline: Any = "auto"
@@ -121,7 +122,7 @@ class LayerGradientShap(LayerMethod):
     reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
 
     baseline: Any = "auto"
     n_samples: int = 32
@@ -157,6 +158,6 @@ class LayerGradientShap(LayerMethod):
 
 
 def _activation(batch: Batch, volume: Tensor, layer: str) -> Tensor:
-    with torch.no_grad(), capture(batch.objective.model.network, [layer]) as captured:
+    with torch.no_grad(), capture(batch.network.model.network, [layer]) as captured:
         batch.forward(batch.cut(volume))
     return captured[layer]

@@ -19,7 +19,6 @@ from esegeta_monai.engine.windows.plan import Slices
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.synthesis.backends import flat_only, torchray_masks
-from esegeta_monai.methods.synthesis.canvas import derived
 from esegeta_monai.utils.registry import json_ready
 
 __all__ = ["ExtremalPerturbation", "SmoothMask"]
@@ -106,7 +105,7 @@ class ExtremalPerturbation(Method):
         maps = objective.new_maps(1)
         found: list[list[dict[str, float]]] = [[] for _ in maps]
         for k in range(objective.n_targets):
-            game = _Single(derived(objective, [objective.scores[k]], prediction=objective.prediction), x0)
+            game = _Single(objective.derive(scores=[objective.scores[k]]), x0)
             for area in self._areas():
                 mask, notes = self._mask(game, area)
                 maps[k][game.inside] += mask / len(self._areas())
@@ -118,7 +117,7 @@ class ExtremalPerturbation(Method):
         three values."""
         gradients = self.n_iter * len(self._areas()) + (self.backend == "native" and self.variant == "delete")
         passes = gradients * (1 if objective.linear else 2) + 2 * len(self._areas()) + 1
-        return sum(len(s) for s in objective.support) * passes
+        return sum(len(s) for s in objective.score_windows) * passes
 
     def _areas(self) -> list[float]:
         return [float(a) for a in (self.areas if isinstance(self.areas, Sequence) else [self.areas])]
@@ -212,7 +211,7 @@ class _Single:
         if self.rise == 0:
             raise MethodError("F is the same at the baseline and at the image: choose another baseline")
         if self.rise < 0:
-            objective.monitor.warn(
+            objective.context.progress.warn(
                 "the baseline scores higher than the image, so there is little to keep or to delete: choose another "
                 "baseline",
                 objective.scores[0].label,

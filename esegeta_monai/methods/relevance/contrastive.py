@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import esegeta_monai.engine.rules as rules
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.batch import Batch
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.relevance.lrp import input_range
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 import esegeta_monai.engine.rules as rules
 from esegeta_monai.engine.baselines import Baseline, baseline_for, choice_passes, describe_baseline
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.network.hooks import find_layer
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained, Method, relative_gap
 from esegeta_monai.methods.layer.activation import LayerMethod
@@ -44,7 +45,7 @@ class DeepLift(Method):
     produces = "input map"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
     full_precision = True
 
     baseline: Any = "auto"
@@ -80,7 +81,7 @@ class DeepLiftShap(Method):
     produces = "input map"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
     full_precision = True
 
     baseline: Any = "auto"
@@ -124,7 +125,7 @@ class LayerDeepLift(LayerMethod):
     reference = "Shrikumar et al., ICML 2017, arXiv:1704.02685"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
     full_precision = True
 
     baseline: Any = "auto"
@@ -171,7 +172,7 @@ class LayerDeepLiftShap(LayerDeepLift):
     """
 
     reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
-    needs_value = True
+    reads_image_value = True
 
     n_samples: int = 8
     name: str | None = field(default=None, kw_only=True)

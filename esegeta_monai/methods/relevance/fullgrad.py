@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.default_layer import layer_shapes
-from esegeta_monai.engine.network.hooks import find_layer
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.layer.scattered import LayerSum, Reduce
 from esegeta_monai.utils.distributed import Summed
@@ -53,7 +53,7 @@ class FullGrad(Method):
     units = "target per voxel"
     full_precision = True
     needs_linear = True
-    needs_value = True
+    reads_image_value = True
     gap_advice = "gates, attention and functions outside modules have parts that are the bias of no module"
 
     abs: bool = True
@@ -108,9 +108,8 @@ class FullGrad(Method):
                     else:
                         booked.add_(product.flatten(1).sum(1).double().cpu())
 
-            kind = ("full gradients", *(type(find_layer(objective.model.network, n)) for n in names))
             sums: list[Tensor | Summed] = [maps, padding, booked, *parts.values()]
-            objective.each([(0, w) for w in objective.windows], run, sums=sums, kind=kind)
+            objective.each([(0, w) for w in objective.windows], run, sums=sums)
             found = [p.result() for p in parts.values() if p.maps is not None]
             for values, lost in [(maps, torch.zeros_like(padding)), *found]:
                 signed = signed + values.flatten(1).sum(1).double().cpu()

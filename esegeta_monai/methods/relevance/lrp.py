@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 import esegeta_monai.engine.rules as rules
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.batch import Batch
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods.base import Explained, Method
 
 __all__ = ["LRP", "ExcitationBackprop", "input_range"]

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 import esegeta_monai.engine.rules as rules
 from esegeta_monai.engine.baselines import Image
+from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.layer_maps import LayerOutput
 from esegeta_monai.engine.network.state import weights_hash
-from esegeta_monai.engine.objective import Batch, Objective
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.precision import full_precision
@@ -185,7 +186,7 @@ class PatternAttribution(Method):
                 )
         else:
             volumes = [Image(case).draw(objective, objective.generator()) for case in self.cases]
-            fitted = FittedPatterns.fit(objective.at(volume) for volume in volumes)
+            fitted = FittedPatterns.fit(objective.derive(image=volume) for volume in volumes)
             if self.patterns is not None:
                 fitted.save(self.patterns)
         self._fitted[expected] = fitted

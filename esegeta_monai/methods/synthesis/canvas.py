@@ -20,11 +20,12 @@ from esegeta_monai.engine.layer_maps import LayerOutput
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.score import Score, WeightedScore
+from esegeta_monai.engine.window_loop import WindowedNetwork
 from esegeta_monai.engine.windows.grid import OutputGrid
 from esegeta_monai.engine.windows.plan import Slices, WindowPlan, last_axes
 from esegeta_monai.errors import MethodError, UsageError
 
-__all__ = ["Canvas", "Extent", "Neuron", "class_canvas", "derived", "intensity_range", "layer_canvas"]
+__all__ = ["Canvas", "Extent", "Neuron", "class_canvas", "intensity_range", "layer_canvas"]
 __all__ += ["layer_model", "layer_objective", "read_channel", "read_energy", "weighted", "window_of"]
 
 Extent = Literal["window", "image"]
@@ -64,30 +65,6 @@ class Canvas:
         return whole
 
 
-def derived(objective: Objective, scores: Sequence[Score], **changed: Any) -> Objective:
-    """An objective of other scores, and what else is changed, on the same network, image and windows.
-
-    Args:
-        changed: ``model``, ``image``, ``plan``, ``prediction``, ``condition``, ``out_shape`` of `Objective`. The
-            prediction at the image is kept only where it is given.
-    """
-    found = Objective(
-        changed.get("model", objective.model),
-        changed.get("image", objective.image),
-        changed.get("plan", objective.plan),
-        scores,
-        changed.get("prediction"),
-        out_shape=changed.get("out_shape", objective.grid.shape),
-        seed=objective.seed,
-        monitor=objective.monitor,
-        condition=changed.get("condition", objective.condition),
-        case=objective.case,
-        ranks=objective.ranks,
-    )
-    found.window_batch = objective.window_batch
-    return found
-
-
 def class_canvas(objective: Objective, k: int, extent: Extent) -> Canvas:
     """The mean of target k's output over the canvas; a target of one voxel (`Voxel`, `LayerNeuron`) stays there.
 
@@ -95,7 +72,7 @@ def class_canvas(objective: Objective, k: int, extent: Extent) -> Canvas:
         MethodError: the target has no class whose output could be averaged.
     """
     score = weighted(objective.scores[k])
-    window = None if extent == "image" else window_of(objective, objective.support[k])
+    window = None if extent == "image" else window_of(objective, objective.score_windows[k])
     plan, image, place, condition = _cut(objective, window)
     shape = _output_shape(objective.model, objective, plan, image, condition)
     mask = torch.ones(shape, dtype=torch.bool, device=image.device)
@@ -106,8 +83,8 @@ def class_canvas(objective: Objective, k: int, extent: Extent) -> Canvas:
         else:
             seen = objective.grid.cut(score.mask.to(mask.device), score.box, window)
             mask = seen if objective.plan.whole else seen[objective.grid.inside(window)]
-    more = {"plan": plan, "image": image, "condition": condition, "out_shape": shape}
-    return Canvas(derived(objective, [score.over(mask)], **more), place)
+    more: dict[str, Any] = {"plan": plan, "image": image, "condition": condition, "out_shape": shape}
+    return Canvas(objective.derive(scores=[score.over(mask)], prediction=None, **more), place)
 
 
 def layer_canvas(
@@ -149,8 +126,8 @@ def layer_objective(
         mask = torch.zeros_like(mask)
         mask[_position(neuron, shape)] = True
     score = WeightedScore(mask, 0, 1, reduction="mean", label=layer)
-    more = {"model": model, "plan": plan, "image": image, "condition": condition, "out_shape": shape}
-    return derived(objective, [score], **more)
+    more: dict[str, Any] = {"model": model, "plan": plan, "image": image, "condition": condition, "out_shape": shape}
+    return objective.derive(scores=[score], prediction=None, **more)
 
 
 def layer_model(model: Model, layer: str, read: Callable[[Tensor], Tensor]) -> Model:
@@ -253,11 +230,9 @@ def _output_shape(
     model: Model, objective: Objective, plan: WindowPlan, image: Tensor, condition: Tensor | None
 ) -> tuple[int, ...]:
     """Spatial shape of what the model gives for the canvas; one window is computed."""
-    probe = derived(
-        objective, [], model=model, plan=plan, image=image, condition=condition, out_shape=plan.spatial_shape
-    )
+    probe = WindowedNetwork(model, image, plan, condition=condition, context=objective.context)
     with torch.no_grad():
-        out = probe.run(plan.cut(image, 0)[None].to(model.device), [0])
+        out = probe.run(probe.window(0), [0])
     return OutputGrid(plan, tuple(out.shape[2:]), image.dtype).shape
 
 

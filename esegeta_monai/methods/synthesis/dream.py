@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,6 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.synthesis.canvas import (
     Canvas,
-    derived,
     intensity_range,
     layer_canvas,
     layer_model,
@@ -101,7 +99,7 @@ class DeepDream(_Synthesis):
         return self.layer is None
 
     @property
-    def steered(self) -> bool:
+    def passes_data_dependent(self) -> bool:
         return True
 
     def passes(self, objective: Objective) -> int:
@@ -152,10 +150,12 @@ class DeepDream(_Synthesis):
             return Canvas(layer_objective(objective, layer, read, plan, image, objective.condition), place)
         score = objective.scores[k]
         if self.octaves == 1 and not isinstance(score, WeightedScore):
-            return Canvas(derived(objective, [score]), place)
+            return Canvas(objective.derive(scores=[score], prediction=None), place)
         over = weighted(score).over(_mask(objective, k, plan, shape))
         out_shape = objective.grid.shape if plan.whole or plan is objective.plan else shape
-        return Canvas(derived(objective, [over], plan=plan, image=image, out_shape=out_shape), place)
+        return Canvas(
+            objective.derive(scores=[over], prediction=None, plan=plan, image=image, out_shape=out_shape), place
+        )
 
     def _dream(self, canvases: Sequence[Canvas], intensity: Tensor) -> tuple[Tensor, list[float]]:
         generator = canvases[-1].objective.generator()
@@ -174,7 +174,9 @@ class DeepDream(_Synthesis):
                 curve.append(value)
                 felt = gradient[gradient != 0]
                 if not len(felt):
-                    canvas.objective.monitor.warn("DeepDream: the gradient is zero everywhere, so nothing can be added")
+                    canvas.objective.context.progress.warn(
+                        "DeepDream: the gradient is zero everywhere, so nothing can be added"
+                    )
                     break
                 x = (x + self.step * (high - low) * gradient / felt.square().mean().sqrt()).clamp(low, high)
             detail = x - image
@@ -234,7 +236,7 @@ class InvertedRepresentation(_Synthesis):
         return self.layer is None  # one is looked for where the target is
 
     @property
-    def steered(self) -> bool:
+    def passes_data_dependent(self) -> bool:
         return True
 
     def passes(self, objective: Objective) -> int:
@@ -264,7 +266,7 @@ class InvertedRepresentation(_Synthesis):
             raise MethodError("the image has values that are not finite: switch amp off, or choose another layer")
         begin, end = canvas.value(middle + half * start), canvas.value(image)
         if end > self.max_share * begin:
-            objective.monitor.warn(
+            objective.context.progress.warn(
                 f"{layer}: the layer's distance to the case fell from {begin:.4g} to {end:.4g} only; a share of "
                 f"{self.max_share:g} was asked for: take more steps (n_iter), or smaller weights"
             )
@@ -309,10 +311,9 @@ class _Distance:
             kept.append(values)
             return values
 
-        probe = copy.copy(objective)
-        probe.model, probe.read = layer_model(objective.model, layer, keep), []
+        probe = objective.derive(model=layer_model(objective.model, layer, keep), grid=objective.grid)
         with torch.no_grad():
-            probe.run(objective.plan.cut(objective.image, window)[None].to(probe.model.device), [window])
+            probe.run_all_channels(probe.window(window), [window])
         self.reference = kept[0]
         self.energy = self.reference.square().sum(1).mean()
         if not bool(self.energy > 0):

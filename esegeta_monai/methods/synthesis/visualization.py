@@ -237,7 +237,7 @@ class ClassImage(_Synthesis):
         return False
 
     @property
-    def steered(self) -> bool:
+    def passes_data_dependent(self) -> bool:
         return True
 
     def passes(self, objective: Objective) -> int:
@@ -341,7 +341,7 @@ def described(
         share = "" if rise is None else f", by {rise:.3g} of its start"
         if curve and not any(curve):
             remedy = "it is silent at the start: take another seed, channel or neuron"
-        canvas.objective.monitor.warn(
+        canvas.objective.context.progress.warn(
             f"the objective went from {begin:.4g} to {reached:.4g}{share}; a rise of {min_rise:g} was asked for: "
             f"{remedy}",
             canvas.objective.scores[0].label,

@@ -21,7 +21,7 @@ from esegeta_monai.methods import LRP
 from esegeta_monai.targets import TargetWrapper
 from tests.compatibility.checks import Answer, Check, Figure, Row, _of, draws, equals
 from tests.compatibility.sight import Sight, target_of
-from tests.methods.whole import explain
+from tests.support.objectives import explain
 
 __all__ = ["Map", "Peer", "installed", "measure_peer", "our_relevance", "relu_first", "wrapped"]
 

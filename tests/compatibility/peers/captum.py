@@ -15,7 +15,7 @@ from esegeta_monai.targets import TargetWrapper
 from tests.compatibility.checks import equals, through_units
 from tests.compatibility.peers.base import MANY_STEPS, Map, Peer, our_relevance, relu_first, wrapped
 from tests.compatibility.sight import Sight
-from tests.methods.whole import UP
+from tests.support.layers import UP
 
 __all__ = ["CAPTUM"]
 

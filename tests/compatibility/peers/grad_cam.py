@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tests.compatibility.checks import equals, score_cam, x_grad_cam
 from tests.compatibility.peers.base import Map, Peer, installed, wrapped
 from tests.compatibility.sight import Sight
-from tests.methods.whole import UP
+from tests.support.layers import UP
 
 __all__ = ["GRAD_CAM"]
 

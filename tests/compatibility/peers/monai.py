@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.compatibility.checks import equals
 from tests.compatibility.peers.base import Map, Peer, relu_first, wrapped
 from tests.compatibility.sight import Sight
-from tests.methods.whole import UP
+from tests.support.layers import UP
 
 __all__ = ["MONAI"]
 

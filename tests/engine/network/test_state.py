@@ -11,6 +11,7 @@ from torch import nn
 
 from esegeta_monai import Explainer
 from esegeta_monai.engine.network.state import frozen
+from esegeta_monai.engine.rules import lrp
 from esegeta_monai.methods import (
     ClassImage,
     DeepDream,
@@ -27,8 +28,9 @@ from esegeta_monai.methods import (
     run,
 )
 from esegeta_monai.targets import MultiClassMask, Voxel
-from tests.engine.test_objective import objective
 from tests.networks import build
+from tests.support.networks import conv_norm_relu
+from tests.support.objectives import objective
 
 MAKE = {
     "Saliency": Saliency,
@@ -209,3 +211,81 @@ def test_a_plain_training_loop_goes_as_without_the_explainer():
                 assert all(a.map is not None for a in seen), step
         weights.append({k: v.clone() for k, v in network.state_dict().items()})
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+def state(network: nn.Module):
+    return (
+        [m.training for m in network.modules()],
+        [p.requires_grad for p in network.parameters()],
+        [None if p.grad is None else p.grad.clone() for p in network.parameters()],
+        {k: v.clone() for k, v in network.state_dict().items()},
+        [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in network.modules()],
+    )
+
+
+def same(a, b) -> bool:
+    return (
+        a[0] == b[0]
+        and a[1] == b[1]
+        and all((x is None and y is None) or torch.equal(x, y) for x, y in zip(a[2], b[2]))
+        and all(torch.equal(a[3][k], b[3][k]) for k in a[3])
+        and a[4] == b[4]
+    )
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_frozen_puts_everything_back(fail):
+    network = conv_norm_relu()
+    network[0].bias.requires_grad_(False)
+    network[1].eval()
+    network(torch.rand(2, 1, 6, 6)).sum().backward()
+    before = state(network)
+    try:
+        with frozen(network):
+            assert not any(m.training for m in network.modules())
+            assert not any(p.requires_grad for p in network.parameters())
+            network.train()
+            network[0].weight.requires_grad_(True)
+            network[0].weight.grad = None
+            if fail:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert fail
+    assert same(state(network), before)
+    assert network.training
+    assert not network[1].training
+
+
+def test_frozen_puts_back_buffers_that_the_network_writes_itself():
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("seen", torch.zeros(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            self.seen = self.seen + 1
+            return x * self.calls
+
+    network = Counts()
+    seen = network.seen
+    with frozen(network):
+        network(torch.rand(2))
+    assert float(network.calls) == 0
+    assert network.seen is seen
+    assert float(seen.sum()) == 0
+
+
+def test_frozen_sets_backward_hooks_aside():
+    """They may change gradients, which would not be those of F then, and rules cannot see through what they insert."""
+    network, x = conv_norm_relu().eval(), torch.rand(1, 1, 6, 6)
+    called = []
+    network[3].register_full_backward_hook(lambda module, above, below: called.append(module))
+    network.register_full_backward_pre_hook(lambda module, above: called.append(module))
+    with frozen(network):
+        torch.autograd.grad(network(x.requires_grad_()).sum(), x)
+        assert not called
+        lrp(network, x.detach(), torch.ones(1, 1, 2, 4, 4))
+    torch.autograd.grad(network(x).sum(), x)
+    assert len(called) == 2

@@ -10,8 +10,10 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.perturbation import batching as pairs
 from esegeta_monai.engine.perturbation.scoring import passes_needed, score_changes
 from esegeta_monai.targets import MultiClassMask
-from tests.engine.perturbation.test_scoring import boxes_for, noise
-from tests.engine.test_objective import assert_equal, naive_change, network, objective
+from tests.engine.perturbation.test_scoring import boxes_for
+from tests.support.networks import network
+from tests.support.objectives import naive_change, objective
+from tests.support.tensors import assert_equal, noise
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -33,7 +35,7 @@ def test_batches_are_full_and_written_in_place(shape, batch, staged, output, mon
     net.forward = seen
     with frozen(net):
         found = score_changes(o, boxes)
-    assert sum(sizes) == o.monitor.passes == passes_needed(o, boxes)
+    assert sum(sizes) == o.context.progress.passes == passes_needed(o, boxes)
     assert set(sizes[:-1]) == {batch}
     assert sizes[-1] <= batch
     ((_, held),) = memory
@@ -79,16 +81,16 @@ def test_what_went_through_the_network_counts_where_it_stops(output):
 
     with frozen(net):
         reference = score_changes(o, boxes)
-        passes = o.monitor.passes
-        fresh = o.apart()
+        passes = o.context.progress.passes
+        fresh = o.derive()
         net.forward = stops
         with pytest.raises(Interrupted):
             score_changes(fresh, boxes)
-        known = fresh.base_scores if o.linear else fresh.base_outputs
+        known = fresh.memo("window scores" if o.linear else "window outputs", dict)
         assert 0 < len(known) < len(o.windows)
-        left[0], before, again = 1000, o.monitor.passes, len(known)
+        left[0], before, again = 1000, o.context.progress.passes, len(known)
         assert_equal(score_changes(fresh, boxes), reference, 1e-12)
-    assert o.monitor.passes - before == passes - again
+    assert o.context.progress.passes - before == passes - again
 
 
 def test_a_batch_for_which_there_is_no_memory_is_made_smaller(monkeypatch):

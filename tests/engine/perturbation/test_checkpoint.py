@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from esegeta_monai import Explainer
 from esegeta_monai import methods as m
 from esegeta_monai.engine.perturbation import batching as engine
-from esegeta_monai.engine.perturbation.checkpoint import ScoreTable
+from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.targets import Box, MultiClassMask
-from tests.engine.test_objective import assert_equal
-from tests.methods.naive import image_of, small
+from tests.support.networks import small
+from tests.support.tensors import assert_equal, noise
 
 METHODS = [
     m.Occlusion(3, 2),
@@ -34,7 +34,7 @@ METHODS = [
     m.Sobol(4, grid=3),
     m.Hsic(16, grid=2),
 ]
-IMAGE = image_of(1, 2, 6, 20)
+IMAGE = noise(1, 2, 6, 20)
 
 
 class Stops(nn.Module):
@@ -65,7 +65,7 @@ def tables(folder: Path) -> list[Path]:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are written after every batch, and for non-linear targets after every few perturbations."""
-    monkeypatch.setattr(ScoreTable.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(ScoreCheckpoint.__init__, "__defaults__", (0.0,))
     monkeypatch.setattr(engine, "BLOCK", 3)
 
 
@@ -160,9 +160,9 @@ KILLED = """
 import sys, time, torch
 from pathlib import Path
 from esegeta_monai import methods as m
-from esegeta_monai.engine.perturbation.checkpoint import ScoreTable
+from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from tests.engine.perturbation.test_checkpoint import Stops, explain
-ScoreTable.__init__.__defaults__ = (0.0,)
+ScoreCheckpoint.__init__.__defaults__ = (0.0,)
 class Slow(Stops):
     def forward(self, x):
         time.sleep(0.05)
@@ -215,7 +215,7 @@ def test_another_condition_has_a_table_of_its_own(tmp_path, often):
         )
         return found
 
-    first, second = torch.zeros_like(IMAGE), image_of(*IMAGE.shape, seed=9)
+    first, second = torch.zeros_like(IMAGE), noise(*IMAGE.shape, seed=9)
     with pytest.raises(KeyboardInterrupt):
         run(Conditioned(60), first, tmp_path)
     assert len(tables(tmp_path)) == 1

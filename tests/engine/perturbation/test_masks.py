@@ -1,4 +1,4 @@
-"""Masks made for a crop against masks of the whole volume, keys that tell equal windows, and the reference image."""
+"""Masks made for a crop equal those of the whole volume, and equal keys mean equal windows."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from esegeta_monai.engine.feature_masks import Features
 from esegeta_monai.engine.network.state import frozen
-from esegeta_monai.engine.perturbation import masks as coalitions_module
 from esegeta_monai.engine.perturbation.base import UNCHANGED
-from esegeta_monai.engine.perturbation.game import Game, reference_image, split_half
 from esegeta_monai.engine.perturbation.masks import Segments, SmoothMasks
 from esegeta_monai.engine.perturbation.scoring import known_score_changes, passes_needed, score_changes
 from esegeta_monai.targets import MultiClassMask, Voxel
-from tests.engine.test_objective import assert_equal
-from tests.methods.naive import Naive, image_of, perturbed, small, whole_mask
+from tests.support.networks import small
+from tests.support.objectives import Naive, whole_mask
+from tests.support.tensors import assert_equal, noise
 
 PLACE = (slice(3, 9), slice(5, 8), slice(0, 6))
 
@@ -37,7 +35,7 @@ def test_masks_with_equal_keys_make_equal_crops_and_no_others():
     grids = (torch.rand(40, 4, 4, generator=torch.Generator().manual_seed(1)) > 0.3).double()
     masks = SmoothMasks(grids, (16, 16), torch.zeros(1, 16, 16, dtype=torch.float64))
     place = (slice(0, 5), slice(2, 9))
-    crop = image_of(1, 5, 7)
+    crop = noise(1, 5, 7)
     by_key: dict = {}
     for i in range(40):
         by_key.setdefault(masks.key(i, 0, place), []).append(masks.apply(i, crop, place))
@@ -54,7 +52,7 @@ def test_masks_with_equal_keys_make_equal_crops_and_no_others():
 def test_segments_with_equal_keys_make_equal_crops():
     labels = torch.arange(100).reshape(1, 10, 10) // 9 - 1
     coalitions = np.random.default_rng(0).random((60, 11)) > 0.4
-    image = image_of(1, 10, 10)
+    image = noise(1, 10, 10)
     segments = Segments(labels, coalitions, torch.zeros_like(image), image)
     place = (slice(0, 3), slice(2, 6))
     crop = image[:, 0:3, 2:6]
@@ -68,7 +66,7 @@ def test_segments_with_equal_keys_make_equal_crops():
 
 def test_features_that_equal_the_baseline_are_told_apart_from_nothing():
     labels = (torch.arange(16) // 4).expand(1, 8, 16).contiguous()
-    image = image_of(1, 8, 16)
+    image = noise(1, 8, 16)
     image[..., :4] = 0  # feature 0 is background
     segments = Segments(
         labels, np.array([[0, 1, 1, 1], [0, 0, 1, 1], [1, 0, 1, 1]], bool), torch.zeros(1, 8, 16), image
@@ -82,7 +80,7 @@ def test_features_that_equal_the_baseline_are_told_apart_from_nothing():
 
 
 def test_no_perturbation_changes_the_crop_it_gets():
-    crop, before = image_of(1, 6, 6), image_of(1, 6, 6)
+    crop, before = noise(1, 6, 6), noise(1, 6, 6)
     place = (slice(0, 6), slice(0, 6))
     labels = torch.zeros(1, 6, 6, dtype=torch.long)
     Segments(labels, np.array([[False]]), torch.zeros_like(crop), crop).apply(0, crop, place)
@@ -93,85 +91,47 @@ def test_no_perturbation_changes_the_crop_it_gets():
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_windows_in_which_coalitions_agree_are_computed_once(output):
     """40 coalitions of 8 stripes: no window sees more than two stripes at a time, so at most three changes of it."""
-    case = Naive(small(), image_of(1, 8, 32), [MultiClassMask(1, output=output)])
+    case = Naive(small(), noise(1, 8, 32), [MultiClassMask(1, output=output)])
     labels = (torch.arange(32) // 4).expand(1, 8, 32).contiguous()
     coalitions = np.random.default_rng(1).random((40, 8)) > 0.5
     segments = Segments(labels, coalitions, torch.zeros_like(case.image), case.image)
     with frozen(case.net):
         mine = score_changes(case.objective, segments)
     windows = len(case.objective.windows)
-    assert case.objective.monitor.passes == passes_needed(case.objective, segments) <= windows * (1 + 3)
+    assert case.objective.context.progress.passes == passes_needed(case.objective, segments) <= windows * (1 + 3)
     assert_equal(mine, case.change(case.objective, segments))
 
 
 def test_blocks_of_a_non_linear_target_count_and_score_the_same(monkeypatch):
-    case = Naive(small(), image_of(1, 8, 24), [MultiClassMask(1, output="probability")])
+    case = Naive(small(), noise(1, 8, 24), [MultiClassMask(1, output="probability")])
     labels = (torch.arange(24) // 4).expand(1, 8, 24).contiguous()
     segments = Segments(labels, np.random.default_rng(1).random((9, 6)) > 0.5, torch.zeros_like(case.image), case.image)
     with frozen(case.net):
         whole = score_changes(case.objective, segments)
         monkeypatch.setattr("esegeta_monai.engine.perturbation.batching.BLOCK_BYTES", 8 * 3 * 8 * 24 * 2)
-        before = case.objective.monitor.passes
+        before = case.objective.context.progress.passes
         blocks = score_changes(case.objective, segments)
     assert_equal(blocks, whole)
-    assert case.objective.monitor.passes - before <= passes_needed(case.objective, segments)
-    assert case.objective.monitor.passes - before > before
+    assert case.objective.context.progress.passes - before <= passes_needed(case.objective, segments)
+    assert case.objective.context.progress.passes - before > before
 
 
 def test_known_perturbations_are_looked_up():
-    case = Naive(small(), image_of(1, 8, 16), [MultiClassMask(1), Voxel(0, index=(1, 1))])
+    case = Naive(small(), noise(1, 8, 16), [MultiClassMask(1), Voxel(0, index=(1, 1))])
     labels = (torch.arange(16) // 4).expand(1, 8, 16).contiguous()
     rows = np.array([[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1], [1, 1, 1, 1]], dtype=bool)
     zero = torch.zeros_like(case.image)
     with frozen(case.net):
         first = known_score_changes(case.objective, Segments(labels, rows, zero, case.image))
-        spent = case.objective.monitor.passes
+        spent = case.objective.context.progress.passes
         again = known_score_changes(case.objective, Segments(labels, rows[[1, 0]], zero, case.image))
-        assert case.objective.monitor.passes == spent
+        assert case.objective.context.progress.passes == spent
         known_score_changes(case.objective, Segments(labels, rows, zero + 1, case.image))
-        assert case.objective.monitor.passes > spent
+        assert case.objective.context.progress.passes > spent
     assert torch.equal(first[:, [1, 0]], again)
     assert torch.equal(first[:, 0], first[:, 2])
     assert bool((first[:, 3] == 0).all())
     assert_equal(first, case.change(case.objective, Segments(labels, rows, zero, case.image)))
-
-
-def test_feature_means():
-    case = Naive(small(2, 2), image_of(2, 4, 6))
-    labels = torch.tensor([[0, 0, 0, 1, 1, -1]]).expand(1, 4, 6).contiguous()
-    baseline, reference = reference_image(case.objective, Features(labels, ["a", "b"]), "feature mean")
-    assert baseline is None
-    assert_equal(reference[1, :, :3], case.image[1, :, :3].mean().expand(4, 3))
-    assert torch.equal(reference[:, :, 5], case.image[:, :, 5])
-    game = Game.of(case.objective, labels[0] + 1, 0.5)
-    off = game.segments(np.array([[False, True]]))
-    assert torch.equal(off.apply(0, case.image, (slice(0, 4), slice(0, 6))), perturbed(off, 0, case.image))
-
-
-def test_split_half_correlation():
-    a = torch.tensor([[1.0, 2.0, 3.0], [1.0, 1.0, 1.0]])
-    assert split_half(a, -2 * a) == [pytest.approx(-1), None]
-
-
-def test_what_coalitions_share_is_looked_at_once(monkeypatch):
-    """Labels and reference are hashed once, and each window is looked at once, however many sets of coalitions come."""
-    case = Naive(small(), image_of(1, 8, 24), [MultiClassMask(1)])
-    game = Game.of(case.objective, "grid(size=4)", "constant(0.1)")
-    hashed, looked_at = [], []
-    digest, differing = coalitions_module.digest, coalitions_module._differing
-    monkeypatch.setattr(coalitions_module, "digest", lambda *t: hashed.append(t) or digest(*t))
-    monkeypatch.setattr(coalitions_module, "_differing", lambda *t: looked_at.append(t) or differing(*t))
-    drawn = np.random.default_rng(1).random((3, 5, len(game.features))) > 0.5
-    with frozen(case.net):
-        mine = [game.values(coalitions) for coalitions in drawn]
-        again = [game.values(coalitions) for coalitions in drawn]
-    assert len(hashed) == 1
-    assert len(looked_at) == len(case.objective.windows)
-    for coalitions, one, other in zip(drawn, mine, again):
-        segments = Segments(game.features.labels, coalitions, game.reference, case.image)
-        assert segments.identity(0) == game.segments(coalitions).identity(0)
-        assert_equal(one, case.change(case.objective, segments))
-        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

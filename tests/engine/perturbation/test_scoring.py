@@ -16,11 +16,9 @@ from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.scoring import passes_needed, score_changes
 from esegeta_monai.targets import Box, MultiClassMask, Score, Voxel
 from esegeta_monai.utils.tensors import bounding_box
-from tests.engine.test_objective import assert_equal, full_gradient, naive_change, network, objective
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from tests.support.networks import network
+from tests.support.objectives import full_gradient, naive_change, objective
+from tests.support.tensors import assert_equal, noise
 
 
 def targets(output: str, dims: int):
@@ -101,7 +99,7 @@ def test_keyed_coalitions_equal_naive_and_are_computed_once(output):
         o, _ = objective(net, image, inferer, targets(output, 2))
         with frozen(net):
             results.append(score_changes(o, perturbations))
-        counts.append(o.monitor.passes)
+        counts.append(o.context.progress.passes)
     for k, score in enumerate(o.scores):
         naive = naive_change(net, image, inferer, score, plain)
         assert_equal(results[0][k], naive)
@@ -117,7 +115,7 @@ def test_equal_coalitions_in_one_batch_are_booked_for_all():
     members = torch.tensor([[True, False]] * 5 + [[False, True]] * 2)
     with frozen(net):
         found = score_changes(o, Coalitions(members, 4, torch.zeros_like(image), keyed=True))
-    assert o.monitor.passes == 3
+    assert o.context.progress.passes == 3
     assert found[0, 0] != 0
     assert bool((found[0, :5] == found[0, 0]).all())
     assert found[0, 5] == found[0, 6] != found[0, 0]
@@ -132,11 +130,11 @@ def test_blocks_and_evicted_outputs_give_the_same(monkeypatch, block_bytes):
     o, _ = objective(net, image, inferer, targets("probability", 2))
     with frozen(net):
         whole = score_changes(o, boxes)
-        passes = o.monitor.passes
-        o.monitor.start()
+        passes = o.context.progress.passes
+        o.context.progress.start()
         monkeypatch.setattr(pairs, "BLOCK_BYTES", block_bytes)
         blocks = score_changes(o, boxes)
-    assert o.monitor.passes > passes
+    assert o.context.progress.passes > passes
     assert_equal(blocks, whole, 1e-12)
 
 
@@ -169,10 +167,10 @@ def test_memory_back_off(output):
             return forward(x)
 
         net.forward = hungry
-        o.base_scores.clear()
+        o.memo("window scores", dict).clear()
         found = score_changes(o, boxes)
     assert o.window_batch <= 3
-    assert any("out of memory" in w for w in o.monitor.warnings)
+    assert any("out of memory" in w for w in o.context.progress.warnings)
     assert_equal(found, reference, 1e-12)
 
 
@@ -183,12 +181,12 @@ def test_passes_needed_is_exact(output):
     boxes = boxes_for((20, 18), 3, 0.3)
     with frozen(net):
         score_changes(o, boxes)
-    assert o.monitor.passes == passes_needed(o, boxes)
+    assert o.context.progress.passes == passes_needed(o, boxes)
     image[:, :8] = 0.3
     o, _ = objective(net, image, SlidingWindowInferer((8, 8), 3, 0.5), [MultiClassMask(1, output=output)])
     with frozen(net):
         score_changes(o, boxes)
-    assert o.monitor.passes == passes_needed(o, boxes)
+    assert o.context.progress.passes == passes_needed(o, boxes)
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -202,14 +200,14 @@ def test_what_perturbed_windows_are_compared_with_is_computed_once(output):
     needed = [passes_needed(o, boxes) for boxes in rounds]
     with frozen(net):
         found = [score_changes(o, boxes) for boxes in rounds]
-        assert o.monitor.passes == passes_needed(o, *rounds) == sum(needed) - 2 * windows
+        assert o.context.progress.passes == passes_needed(o, *rounds) == sum(needed) - 2 * windows
         for boxes, mine in zip(rounds, found):
             fresh, _ = objective(net, image, inferer, [target])
             assert_equal(mine, score_changes(fresh, boxes))
-        for other in (o.at(image + 1), o.apart(), o.only(0)):
-            before = other.monitor.passes
+        for other in (o.derive(image=image + 1), o.derive(), o.derive(scores=o.scores[:1])):
+            before = other.context.progress.passes
             score_changes(other, rounds[0])
-            assert other.monitor.passes - before == needed[0] + (
+            assert other.context.progress.passes - before == needed[0] + (
                 0 if o.linear or other.prediction is not None else windows
             )
     fresh, _ = objective(net, image, inferer, [target])
@@ -227,7 +225,7 @@ def test_windows_that_no_perturbation_changes_are_not_computed(output):
     corner = Boxes([(0, 0), (1, 2)], [(2, 2), (3, 3)], 0.3)
     with frozen(net):
         found = score_changes(o, corner)
-    assert o.monitor.passes == passes_needed(o, corner) == 2 + 1 < len(o.windows)
+    assert o.context.progress.passes == passes_needed(o, corner) == 2 + 1 < len(o.windows)
     for k, score in enumerate(o.scores):
         assert_equal(found[k], naive_change(net, image, inferer, score, corner))
 
@@ -268,7 +266,7 @@ def test_a_score_that_is_no_sum_over_voxels():
     inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
     o, _ = objective(net, image, inferer, [MultiClassMask(1)])
     score = SoftDice(noise(20, 18, seed=3) > 0.2, (noise(20, 18, seed=4) > 0).double())
-    o = o.with_scores([score])
+    o = o.derive(scores=[score])
     boxes = boxes_for((20, 18), 4, 0.3)
     with frozen(net):
         found = score_changes(o, boxes)
@@ -294,7 +292,7 @@ def test_a_linear_score_of_a_users_own():
     inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
     o, _ = objective(net, image, inferer, [MultiClassMask(1)])
     score = Thirds(noise(20, 18, seed=3) > 0.2, noise(20, 18, seed=4) / 3)
-    o = o.with_scores([score])
+    o = o.derive(scores=[score])
     boxes = boxes_for((20, 18), 4, 0.3)
     with frozen(net):
         found = score_changes(o, boxes)
@@ -310,7 +308,7 @@ def test_where_indices_of_windows_do_not_fit_they_are_made_again(monkeypatch, ou
     with frozen(net):
         whole = score_changes(o, boxes)
         monkeypatch.setattr(pairs, "BLOCK_BYTES", 1)
-        o.base_scores.clear()
+        o.memo("window scores", dict).clear()
         assert_equal(score_changes(o, boxes), whole, 1e-12)
 
 
@@ -333,7 +331,7 @@ def test_channels_that_are_no_neighbours(others):
     inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
     o, _ = objective(net, image, inferer, others or [MultiClassMask(1)])
     score = Crossed(noise(20, 18, seed=3) > 1.5, noise(20, 18, seed=4))
-    o = o.with_scores([*(o.scores if others else []), score])
+    o = o.derive(scores=[*(o.scores if others else []), score])
     boxes = boxes_for((20, 18), 4, 0.3)
     with frozen(net):
         assert_equal(score_changes(o, boxes)[-1], naive_change(net, image, inferer, score, boxes))

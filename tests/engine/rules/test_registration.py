@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from esegeta_monai.engine.rules import (
+    PLAIN,
     RULES,
     Kind,
     Part,
+    Run,
     composite_of,
     deconvolution,
     deep_lift,
@@ -190,6 +192,24 @@ def test_a_family_s_own_rule_is_used_by_that_family_alone(case, family):
             assert (result - 2 * weight).abs().max() <= 1e-12
     assert set(asked) == {"sinc"}
     assert len(asked) == (len(x) if family == "lrp" else 1)  # LRP runs window by window
+
+
+def test_a_method_runs_the_network_under_rules_of_its_own():
+    """One that passes on twice the gradient at each rectifier, whatever its sign."""
+
+    class Rules:
+        family = "mine"
+
+        def treatment(self, operation):
+            return Twice() if operation.kind is Kind.ACTIVATION else PLAIN
+
+    network = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).double().eval()
+    x, cotangents = torch.randn(3, 6, dtype=torch.float64), torch.ones(1, 3, 2, dtype=torch.float64)
+    run = Run(network, x, Rules())
+    ((found, _, _),) = run.backward(cotangents)
+    expected = (2 * torch.ones(2, dtype=torch.float64) @ network[2].weight @ network[0].weight).expand(3, 6)
+    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+    assert torch.equal(run.output, network(x))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from esegeta_monai.engine.windows.resize import area_matrix, interpolate, line_matrix
-from tests.engine.test_objective import assert_equal
+from tests.support.tensors import assert_equal
 
 MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 

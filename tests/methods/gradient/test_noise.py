@@ -24,14 +24,11 @@ from esegeta_monai.methods import (
     run,
 )
 from esegeta_monai.targets import ClassScore, MultiClassMask, TargetWrapper, Voxel
-from tests.engine.test_objective import assert_equal, full_gradient, network, objective
-from tests.methods.whole import close, explain, objective_of
+from tests.support.networks import network
+from tests.support.objectives import explain, full_gradient, objective, objective_of
+from tests.support.tensors import assert_equal, close, noise
 
 INFERER = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def drawn(o: Objective, n: int, std: float) -> torch.Tensor:
@@ -129,7 +126,7 @@ def test_it_takes_after_the_method_inside():
     method = SmoothGrad(n_samples=3)
     with frozen(net):
         run(method, o)
-    assert o.monitor.passes == method.passes(o)
+    assert o.context.progress.passes == method.passes(o)
 
 
 @pytest.mark.parametrize("bad", [{"method": "GradCam"}, {"n_samples": 0}, {"std": -0.1}])

@@ -12,14 +12,12 @@ from torch import nn
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.methods import METHODS, GradTimesImage, InputXGradient, Saliency, VanillaBackprop, run, run_together
 from esegeta_monai.targets import ClassScore, MultiClassMask, TargetWrapper, Voxel, WeightedScore
-from tests.engine.test_objective import assert_equal, full_gradient, network, objective
 from tests.networks import build
+from tests.support.networks import network
+from tests.support.objectives import full_gradient, objective
+from tests.support.tensors import assert_equal, noise
 
 SHAPE = {2: (12, 10), 3: (8, 7, 9)}
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -94,7 +92,7 @@ def test_methods_share_one_sweep():
     o, _ = objective(net, image, SlidingWindowInferer((8, 8), 3, 0.5), [MultiClassMask(1), Voxel(0, index=(3, 3))])
     with frozen(net):
         together = run_together([Saliency(), InputXGradient(), VanillaBackprop()], o)
-        passes = o.monitor.passes
+        passes = o.context.progress.passes
         alone = [run(m, o).maps for m in (Saliency(), InputXGradient(), VanillaBackprop())]
     assert passes == len(o.windows) == Saliency().passes(o)
     for i, maps in enumerate(alone):

@@ -13,31 +13,10 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import LayerActivation, run
 from esegeta_monai.methods.layer.activation import reduce_channels
 from esegeta_monai.targets import ClassScore, MultiClassMask, Voxel
-from tests.engine.test_objective import assert_equal, network, objective
 from tests.networks import build
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-class Coarse(nn.Module):
-    """A layer at half the resolution."""
-
-    def __init__(self, dims: int) -> None:
-        super().__init__()
-        conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
-        up = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dims]
-        self.down = conv(1, 4, 3, stride=2, padding=1)
-        self.up = up(4, 3, 2, stride=2)
-
-    def forward(self, x):
-        return self.up(torch.relu(self.down(x)))
-
-
-def coarse(dims: int) -> nn.Module:
-    torch.manual_seed(dims)
-    return Coarse(dims).double().eval()
+from tests.support.networks import coarse, network
+from tests.support.objectives import objective
+from tests.support.tensors import assert_equal, noise
 
 
 class Layer(nn.Module):

@@ -17,9 +17,10 @@ from esegeta_monai.methods import (
     LinearApproximation,
 )
 from esegeta_monai.targets import ClassScore
-from tests.methods.cam.test_gradient_cam import position_weights
-from tests.methods.layer.test_path import plain
-from tests.methods.whole import close, explain, objective_of, setting
+from tests.support.layers import position_weights, setting
+from tests.support.networks import plain
+from tests.support.objectives import explain, objective_of
+from tests.support.tensors import close
 
 
 @pytest.mark.parametrize("name", ["UNet_batch", "UNet_instance", "SegResNet", "ViTAutoEnc", "ResNet18"])

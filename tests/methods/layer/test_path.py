@@ -18,27 +18,10 @@ from esegeta_monai.methods import (
     LayerIntegratedGradients,
 )
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.methods.whole import DOUBLE, Setting, close, explain, objective_of, setting
-
-
-class Plain(nn.Module):
-    """Convolutions and ReLU; the layer that is looked at has the image's resolution, so nothing is interpolated."""
-
-    def __init__(self, dims: int) -> None:
-        super().__init__()
-        conv, pool = ({2: nn.Conv2d, 3: nn.Conv3d}[dims], {2: nn.AvgPool2d, 3: nn.AvgPool3d}[dims])
-        self.first, self.act = conv(2, 4, 3, padding=1), nn.ReLU()
-        self.second, self.then, self.pool = conv(4, 4, 3, padding=1), nn.ReLU(), pool(2)
-        self.head = nn.Linear(4 * 3**dims, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.then(self.second(self.act(self.first(x))))
-        return self.head(self.pool(x).flatten(1))
-
-
-def plain(dims: int) -> tuple[Plain, Tensor]:
-    torch.manual_seed(dims)
-    return Plain(dims).double().eval(), torch.randn(1, 2, *[6] * dims, dtype=DOUBLE)
+from tests.support.layers import Setting, setting
+from tests.support.networks import plain
+from tests.support.objectives import explain, objective_of
+from tests.support.tensors import DOUBLE, close
 
 
 @pytest.mark.parametrize("dims", [2, 3])

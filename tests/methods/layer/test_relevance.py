@@ -11,7 +11,9 @@ from torch import nn
 from esegeta_monai.engine.rules import lrp
 from esegeta_monai.methods import LRP, LayerLRP
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.methods.whole import DOUBLE, close, explain, objective_of, setting
+from tests.support.layers import setting
+from tests.support.objectives import explain, objective_of
+from tests.support.tensors import DOUBLE, close
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -11,19 +11,16 @@ from torch import nn
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
-from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import IntegratedGradients, run
 from esegeta_monai.methods.path.integrated_gradients import quadrature
 from esegeta_monai.targets import Box, Case, ClassScore, MultiClassMask, TargetWrapper, Voxel
-from tests.engine.test_objective import assert_equal, network, objective
 from tests.networks import build
+from tests.support.networks import network
+from tests.support.objectives import build_objective, objective
+from tests.support.tensors import assert_equal, noise
 
 RULES = ("gausslegendre", "riemann_trapezoid", "riemann_middle", "riemann_left", "riemann_right")
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def case_objective(case) -> Objective:
@@ -31,9 +28,8 @@ def case_objective(case) -> Objective:
     with torch.no_grad():
         prediction = case.logits(case.image)[0]
     target = ClassScore(1) if case.kind == "classification" else Box(1, [0] * len(case.roi), case.roi, reduction="mean")
-    plan = plan_windows(as_inferer(None), case.roi, case.image.dtype)
     model = Model(case.network, torch.device("cpu"), output=case.output)
-    o = Objective(model, case.image[0], plan, target.bind(prediction, Case()), prediction)
+    o = build_objective(model, case.image[0], target.bind(prediction, Case()), prediction)
     o.window_batch = 4
     return o
 
@@ -111,7 +107,7 @@ def test_the_adaptive_rule_reaches_its_tolerance(name, most):
     )
     assert gap <= 1e-3
     assert steps <= most
-    assert not o.monitor.warnings
+    assert not o.context.progress.warnings
     # the gap is that of the map itself
     assert abs(float(adaptive.maps.sum()) - (f - f0)) <= 1.0001e-3 * abs(f - f0)
 
@@ -146,15 +142,15 @@ def test_the_zero_baseline_under_instance_norm_is_found_out():
     o, _ = objective(net, image, None, [MultiClassMask(1)])
     with frozen(net):
         failed = run(IntegratedGradients(baseline="zero", n_steps=128, method="riemann_middle"), o)
-        warned = list(o.monitor.warnings)
-        o.monitor.start()
+        warned = list(o.context.progress.warnings)
+        o.context.progress.start()
         good = run(IntegratedGradients(n_steps=128), o)
     assert failed.notes["completeness_gap"][0] > 0.5
     assert any("under instance, group or layer norm" in w for w in warned)
     assert good.notes["completeness_gap"][0] <= 1e-3
     assert good.notes["baseline"]["name"] == "blur"
     assert "InstanceNorm" in good.notes["baseline"]["reason"]
-    assert not o.monitor.warnings
+    assert not o.context.progress.warnings
 
 
 def test_max_steps_stops_and_says_so():
@@ -163,7 +159,7 @@ def test_max_steps_stops_and_says_so():
     with frozen(case.network):
         explained = run(IntegratedGradients(tolerance=1e-9, max_steps=20), o)
     assert explained.notes["steps"] <= 20
-    assert any("max_steps=20" in w for w in o.monitor.warnings)
+    assert any("max_steps=20" in w for w in o.context.progress.warnings)
 
 
 def test_steps_do_not_depend_on_the_batch():

@@ -12,8 +12,11 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import GradientShap, LayerGradientShap
 from esegeta_monai.methods.path import shap
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.methods.layer.test_path import along, plain
-from tests.methods.whole import close, explain, objective_of, setting
+from tests.methods.layer.test_path import along
+from tests.support.layers import setting
+from tests.support.networks import plain
+from tests.support.objectives import explain, objective_of
+from tests.support.tensors import close
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import BlurIG, GuidedIG, IntegratedGradients
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.methods.layer.test_path import plain
-from tests.methods.whole import close, explain, objective_of, setting
 from tests.networks import build
+from tests.support.layers import setting
+from tests.support.networks import plain
+from tests.support.objectives import explain, objective_of
+from tests.support.tensors import close
 
 
 def gradient(s, x: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ def test_bisecting_reaches_its_tolerance_where_more_steps_do_not():
     assert blurred.note(0)["completeness_gap"] < 1e-3
     few = explain(GuidedIG(x0, n_steps=16, tolerance=1e-3, max_steps=40), s.objective)
     assert few.note(0)["steps"] <= 40
-    assert any("max_steps=40" in w for w in s.objective.monitor.warnings)
+    assert any("max_steps=40" in w for w in s.objective.context.progress.warnings)
 
 
 def test_the_guided_path_moves_calm_voxels_first_and_keeps_its_distance():

@@ -11,7 +11,8 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import XRAI, IntegratedGradients
 from esegeta_monai.methods.path.xrai import rank_regions
 from esegeta_monai.targets import ClassScore
-from tests.methods.whole import DOUBLE, close, explain, objective_of
+from tests.support.objectives import explain, objective_of
+from tests.support.tensors import DOUBLE, close
 
 
 def naive(attribution: np.ndarray, labels: np.ndarray) -> np.ndarray:

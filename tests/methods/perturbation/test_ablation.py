@@ -11,15 +11,16 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.methods import FeatureAblation, FeaturePermutation, run
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.engine.test_objective import assert_equal
-from tests.methods.games import Quadratic, case_of
-from tests.methods.naive import Naive, image_of, small
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.shapley import Quadratic, case_of
+from tests.support.tensors import assert_equal, noise
 
 MASK = (torch.arange(6)[:, None] // 2 * 3 + torch.arange(9) // 3)[None]  # nine boxes of 2 x 3
 
 
 def test_ablation_equals_captum():
-    net, image = Quadratic(2 * 54), image_of(2, 6, 9)
+    net, image = Quadratic(2 * 54), noise(2, 6, 9)
     case = case_of(net, image)
     with frozen(net):
         mine = run(FeatureAblation(MASK[0], baseline=0.4), case.objective)
@@ -34,7 +35,7 @@ def test_ablation_equals_captum():
 
 
 def test_ablation_of_channels_equals_captum():
-    net, image = Quadratic(3 * 54), image_of(3, 6, 9)
+    net, image = Quadratic(3 * 54), noise(3, 6, 9)
     with frozen(net):
         mine = run(FeatureAblation("channels", baseline="zero"), case_of(net, image).objective)
     mask = torch.arange(3)[:, None, None].expand(3, 6, 9)
@@ -45,7 +46,7 @@ def test_ablation_of_channels_equals_captum():
 
 def test_permutation_equals_captum():
     """Captum gives a case the feature of the next one; the mean over all rotations is that over all cases."""
-    net, image, others = Quadratic(54), image_of(1, 6, 9), [image_of(1, 6, 9, seed=s) for s in (1, 2, 3)]
+    net, image, others = Quadratic(54), noise(1, 6, 9), [noise(1, 6, 9, seed=s) for s in (1, 2, 3)]
     mask = MASK + 1
     with frozen(net):
         mine = run(FeaturePermutation(others, mask[0]), case_of(net, image).objective)
@@ -68,9 +69,9 @@ def test_permutation_equals_captum():
 
 def test_permutation_needs_two_cases_and_says_so():
     with pytest.raises(UsageError, match=r"cases= has 1.*FeatureAblation"):
-        FeaturePermutation([image_of(1, 6, 9)])
-    net, image = Quadratic(54), image_of(1, 6, 9)
-    wrong = [image_of(1, 6, 9), image_of(1, 5, 9)]
+        FeaturePermutation([noise(1, 6, 9)])
+    net, image = Quadratic(54), noise(1, 6, 9)
+    wrong = [noise(1, 6, 9), noise(1, 5, 9)]
     with frozen(net), pytest.raises(InputError, match="shape"):
         run(FeaturePermutation(wrong, "grid(3)"), case_of(net, image).objective)
 
@@ -78,18 +79,18 @@ def test_permutation_needs_two_cases_and_says_so():
 def test_a_feature_outside_the_windows_of_the_target_costs_nothing():
     from esegeta_monai.targets import Voxel
 
-    case = Naive(small(), image_of(1, 8, 40), [Voxel(1, index=(1, 1))])
+    case = Naive(small(), noise(1, 8, 40), [Voxel(1, index=(1, 1))])
     with frozen(case.net):
         found = run(FeatureAblation("grid(size=4)"), case.objective)
-    assert case.objective.monitor.passes == 1 + 4  # one window of 8 x 8 in 20 boxes of 4 x 4
+    assert case.objective.context.progress.passes == 1 + 4  # one window of 8 x 8 in 20 boxes of 4 x 4
     assert bool((found.maps[..., 8:] == 0).all())
 
 
 def test_the_map_shows_each_value_at_all_voxels_and_a_single_window_is_enough():
-    case = Naive(small(2, 1), image_of(1, 6, 9), [MultiClassMask(1)], SimpleInferer())
+    case = Naive(small(2, 1), noise(1, 6, 9), [MultiClassMask(1)], SimpleInferer())
     with frozen(case.net):
         found = run(FeatureAblation("grid(size=3)"), case.objective)
     rows = found.note(0)["features"]
     assert [r["feature"] for r in rows][:4] == ["box 0 0", "box 0 3", "box 0 6", "box 3 0"]
     assert bool((found.maps[0, 0, :3, 3:6] == rows[1]["value"]).all())
-    assert case_of(Quadratic(54), image_of(1, 6, 9), ClassScore(0)).objective.plan.whole
+    assert case_of(Quadratic(54), noise(1, 6, 9), ClassScore(0)).objective.plan.whole

@@ -12,11 +12,12 @@ from esegeta_monai.methods import METHODS, run
 from esegeta_monai.methods.cam import perturbation_cam
 from esegeta_monai.methods.perturbation import occlusion, rise, sensitivity
 from esegeta_monai.targets import MultiClassMask
-from tests.engine.test_objective import assert_equal
-from tests.methods.naive import Naive, image_of, small, two_targets
+from tests.support.networks import small
+from tests.support.objectives import Naive, two_targets
+from tests.support.tensors import assert_equal, noise
 
 LABELS = torch.arange(6 * 20).reshape(6, 20) // 5 % 7  # scattered over the windows; 0 is background
-OTHERS = [image_of(2, 6, 20, seed=s) for s in (5, 6)]
+OTHERS = [noise(2, 6, 20, seed=s) for s in (5, 6)]
 BLACK_BOX = [
     methods.FeatureAblation("grid(4)"),
     methods.FeatureAblation("grid(size=5, per_channel=True)", baseline=0.3),
@@ -48,13 +49,13 @@ def score_naively(monkeypatch, case: Naive) -> None:
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("method", BLACK_BOX, ids=lambda m: f"{m.name}-{len(repr(m))}")
 def test_equals_the_naive_computation(method, norm, output, monkeypatch):
-    case = Naive(small(2, 2, norm), image_of(2, 6, 20), two_targets(output))
+    case = Naive(small(2, 2, norm), noise(2, 6, 20), two_targets(output))
     with frozen(case.net):
         expected_passes = method.passes(case.objective)
-        assert case.objective.monitor.passes == 0
+        assert case.objective.context.progress.passes == 0
         mine = run(method, case.objective)
         if method.passes_exact:
-            assert case.objective.monitor.passes == expected_passes
+            assert case.objective.context.progress.passes == expected_passes
         score_naively(monkeypatch, case)
         naive = run(method, case.objective)
     for k in range(2):
@@ -65,7 +66,7 @@ def test_equals_the_naive_computation(method, norm, output, monkeypatch):
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 def test_ablation_cam_equals_the_naive_computation(norm, output):
     """Channel by channel switched off by a hook of the test's own, through MONAI's inferer."""
-    case = Naive(small(2, 2, norm), image_of(2, 6, 20), two_targets(output))
+    case = Naive(small(2, 2, norm), noise(2, 6, 20), two_targets(output))
     weights, base = torch.zeros(2, 5, dtype=torch.float64), case.value(case.image)
     with frozen(case.net):
         found = run(methods.AblationCam("a", relu=False), case.objective)
@@ -87,7 +88,7 @@ def test_in_three_dimensions(method, monkeypatch):
         method = type(method)(grid=2, **({"n_masks": 8} if isinstance(method, methods.Rise) else {"n_samples": 4}))
     if isinstance(method, methods.Occlusion):
         method = methods.Occlusion(4, 3, per_channel=method.per_channel)
-    case = Naive(small(3, 2), image_of(2, 6, 10, 9), [MultiClassMask(1, output="probability")])
+    case = Naive(small(3, 2), noise(2, 6, 10, 9), [MultiClassMask(1, output="probability")])
     with frozen(case.net):
         mine = run(method, case.objective)
         score_naively(monkeypatch, case)
@@ -98,7 +99,7 @@ def test_in_three_dimensions(method, monkeypatch):
 
 @pytest.mark.parametrize("method", BLACK_BOX, ids=repr)
 def test_the_same_seed_gives_the_same_map_and_the_image_is_left_alone(method):
-    image = image_of(2, 6, 20)
+    image = noise(2, 6, 20)
     maps = []
     for _ in range(2):
         case = Naive(small(2, 2), image.clone())
@@ -118,16 +119,16 @@ def test_methods_are_found_by_name_and_described():
 
 
 def test_equal_coalitions_are_scored_once_for_all_methods():
-    case = Naive(small(2, 1), image_of(1, 6, 20), [MultiClassMask(1)])
+    case = Naive(small(2, 1), noise(1, 6, 20), [MultiClassMask(1)])
     labels = LABELS.clamp(max=3)
     with frozen(case.net):
         exact = run(methods.KernelShap(n_samples=64, feature_mask=labels), case.objective)
-        spent = case.objective.monitor.passes
+        spent = case.objective.context.progress.passes
         run(methods.ShapleyValueSampling(n_samples=6, feature_mask=labels), case.objective)
         run(methods.FeatureAblation(labels), case.objective)
-        assert case.objective.monitor.passes == spent
+        assert case.objective.context.progress.passes == spent
         run(methods.FeatureAblation(labels, baseline=7.0), case.objective)
-        assert case.objective.monitor.passes > spent
-        again = case.objective.at(case.image + 1)
+        assert case.objective.context.progress.passes > spent
+        again = case.objective.derive(image=case.image + 1)
         other = run(methods.KernelShap(n_samples=64, feature_mask=labels), again)
     assert not torch.equal(other.maps, exact.maps)

@@ -13,8 +13,9 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import ExtremalPerturbation, run
 from esegeta_monai.methods.perturbation.extremal import SmoothMask, _area_error, _of_area
 from esegeta_monai.targets import ClassScore, MultiClassMask, Voxel
-from tests.engine.test_objective import assert_equal
-from tests.methods.naive import Naive, image_of, small
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import assert_equal, noise
 
 
 class BlobDetector(nn.Module):
@@ -64,7 +65,7 @@ def test_finds_the_blob_within_the_area(shape, roi, step, output):
     assert float(mask[inside].mean()) > 0.85
     assert notes["kept"] > 0.75
     assert notes["left_without"] < 0.15
-    assert case.objective.monitor.passes == method.passes(case.objective)
+    assert case.objective.context.progress.passes == method.passes(case.objective)
     perturbed = image * mask
     share = (case.value(perturbed) - case.value(image * 0)) / (case.value(image) - case.value(image * 0))
     assert notes["kept"] == pytest.approx(float(share[0]), rel=1e-9)
@@ -81,7 +82,7 @@ def test_deletion_finds_it_too():
     assert notes["left_without"] < 0.3
     without = case.value(image * (1 - found.maps[0]))
     assert notes["value_without"] == pytest.approx(float(without[0]), rel=1e-9)
-    assert case.objective.monitor.passes == method.passes(case.objective)
+    assert case.objective.context.progress.passes == method.passes(case.objective)
 
 
 class BlendFooled(nn.Module):
@@ -148,7 +149,7 @@ def test_only_the_box_of_windows_that_the_target_sees_is_searched():
         found = run(ExtremalPerturbation(0.2, "preserve", "zero", n_iter=20, lr=0.2), case.objective)
     assert bool((found.maps[..., 8:] == 0).all())
     assert bool(found.maps.any())
-    assert case.objective.monitor.passes == 20 + 3
+    assert case.objective.context.progress.passes == 20 + 3
 
 
 def test_the_smooth_maximum_by_hand():
@@ -194,11 +195,11 @@ def test_an_area_that_the_mask_cannot_have_is_refused(area, step):
     """The mask was the same shade of 0.001 everywhere, and its area was "met"."""
     method = ExtremalPerturbation(area, step=step, n_iter=2)
     with pytest.raises(UsageError, match="none or all of them"):
-        list(Explainer(small(2, 1))(image_of(1, 1, 12, 12), [method], [Voxel(1, index=(2, 2))]))
+        list(Explainer(small(2, 1))(noise(1, 1, 12, 12), [method], [Voxel(1, index=(2, 2))]))
 
 
 def test_each_target_has_its_own_warnings():
-    net, image = small(2, 1), image_of(1, 1, 12, 12)
+    net, image = small(2, 1), noise(1, 1, 12, 12)
     targets = [Voxel(c, index=(i, 5), name=f"v{c}{i}") for c in range(3) for i in (2, 6, 9)]
     found = list(Explainer(net)(image, [ExtremalPerturbation(n_iter=1)], targets))
     warned = [f for f in found if f.record["warnings"]]

@@ -12,9 +12,9 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import Lime, run
 from esegeta_monai.targets import ClassScore
-from tests.engine.test_objective import assert_equal
-from tests.methods.games import Quadratic, case_of
-from tests.methods.naive import Naive, image_of
+from tests.support.objectives import Naive
+from tests.support.shapley import Quadratic, case_of
+from tests.support.tensors import assert_equal, noise
 
 SHAPE = (3, 20, 24)
 
@@ -71,13 +71,13 @@ def test_equals_lime_image_explainer(hide_color, selection):
 
 def test_a_linear_network_in_3d_gives_its_own_weights():
     """Without ridge penalty the regression of a linear function is the function: F(feature on) − F(feature off)."""
-    weights = image_of(2, 4, 6, 6, seed=4)
+    weights = noise(2, 4, 6, 6, seed=4)
 
     class Linear(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return (x * weights).flatten(1).sum(1, keepdim=True)
 
-    image = image_of(2, 4, 6, 6)
+    image = noise(2, 4, 6, 6)
     case = Naive(Linear(), image, [ClassScore(0)], SimpleInferer())
     found = run(Lime(200, "grid(size=2)", baseline=0.5, alpha=0.0), case.objective)
     share = (weights * (image - 0.5)).sum(0).reshape(2, 2, 3, 2, 3, 2).sum((1, 3, 5)).flatten()

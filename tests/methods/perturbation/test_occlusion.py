@@ -11,14 +11,12 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import Occlusion, run
 from esegeta_monai.targets import MultiClassMask, TargetWrapper, Voxel
-from tests.engine.test_objective import network, objective
 from tests.networks import build
+from tests.support.networks import network
+from tests.support.objectives import objective
+from tests.support.tensors import noise
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-6}  # of the absolute F
-
-
-def noise(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def captums(net, image, inferer, targets, window, stride, baseline, per_channel):
@@ -115,12 +113,12 @@ def test_only_touched_windows_are_computed():
         for place in map(o.plan.place, o.windows)
         for box in method.occluders(o, image).boxes
     )
-    assert o.monitor.passes == held + len(o.windows) == method.passes(o)
-    assert o.monitor.passes < 0.02 * len(o.plan) * explained.notes["occluders"]
-    o.monitor.start()
+    assert o.context.progress.passes == held + len(o.windows) == method.passes(o)
+    assert o.context.progress.passes < 0.02 * len(o.plan) * explained.notes["occluders"]
+    o.context.progress.start()
     with frozen(net):
         again = run(method, o)  # the unperturbed scores are cached
-    assert o.monitor.passes == held
+    assert o.context.progress.passes == held
     assert torch.equal(again.maps, explained.maps)
 
 
@@ -140,7 +138,7 @@ def test_a_baseline_equal_to_the_image_changes_nothing():
     with frozen(net):
         explained = run(Occlusion(4, baseline=image.clone()), o)
     assert not explained.maps.any()
-    assert o.monitor.passes == 0
+    assert o.context.progress.passes == 0
 
 
 @pytest.mark.parametrize("bad", [{"window": 0}, {"stride": -1}, {"window": (4, 4, 4)}, {"stride": (2,) * 3}])

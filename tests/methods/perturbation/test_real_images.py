@@ -15,8 +15,8 @@ from esegeta_monai import Explainer
 from esegeta_monai import methods as m
 from esegeta_monai.engine.baselines import gaussian_blur
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.methods.naive import small
-from tests.real import chest_images, image, needs_real_data, pneumonia_cnn
+from tests.support.networks import small
+from tests.support.real import chest_images, image, needs_real_data, pneumonia_cnn
 
 pytestmark = needs_real_data
 

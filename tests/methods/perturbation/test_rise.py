@@ -10,15 +10,16 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import Rise, run
 from esegeta_monai.targets import MultiClassMask
-from tests.engine.test_objective import assert_equal
-from tests.methods.naive import Naive, image_of, small, whole_mask
+from tests.support.networks import small
+from tests.support.objectives import Naive, whole_mask
+from tests.support.tensors import assert_equal, noise
 
 
 @pytest.mark.parametrize("shape", [(6, 20), (6, 10, 9)])
 def test_formula(shape):
     """Petsiuk et al., equation 6, mask by mask on the whole volume."""
     dims = len(shape)
-    case = Naive(small(dims, 2), image_of(2, *shape), [MultiClassMask(1, output="probability"), MultiClassMask(2)])
+    case = Naive(small(dims, 2), noise(2, *shape), [MultiClassMask(1, output="probability"), MultiClassMask(2)])
     method = Rise(n_masks=9, grid=3, p=0.4, baseline="zero")
     masks = method.masks(case.objective, Zero().draw(case.objective, case.objective.generator()))
     expected = torch.zeros(2, *shape, dtype=torch.float64)
@@ -32,7 +33,7 @@ def test_formula(shape):
 
 def test_masks_are_petsiuks():
     """Values in [0, 1], p of them kept on average, moved by up to a cell: sides ⌈n/g⌉, stretched over g + 1 of them."""
-    case = Naive(small(), image_of(1, 21, 30))
+    case = Naive(small(), noise(1, 21, 30))
     masks = Rise(n_masks=400, grid=4, p=0.3).masks(case.objective, case.image)
     assert masks.extent == (5 * 6, 5 * 8)
     assert masks.shifts.amin(0).tolist() == [0, 0]
@@ -54,7 +55,7 @@ class Blob(torch.nn.Module):
 def test_finds_a_known_cause():
     from monai.inferers import SimpleInferer
 
-    case = Naive(Blob(), image_of(1, 12, 20).abs() + 1, [MultiClassMask(1)], SimpleInferer())
+    case = Naive(Blob(), noise(1, 12, 20).abs() + 1, [MultiClassMask(1)], SimpleInferer())
     found = run(Rise(n_masks=600, grid=(4, 6), baseline="zero"), case.objective)
     peak = divmod(int(found.maps[0, 0].argmax()), 20)
     assert 3 <= peak[0] < 7
@@ -63,7 +64,7 @@ def test_finds_a_known_cause():
 
 
 def test_scores_as_changes_differ_by_the_mean_mask():
-    case = Naive(small(), image_of(1, 6, 20))
+    case = Naive(small(), noise(1, 6, 20))
     with frozen(case.net):
         value, change = (run(Rise(n_masks=8, grid=3, score=s), case.objective).maps[0, 0] for s in ("value", "change"))
     masks = Rise(n_masks=8, grid=3).masks(case.objective, case.image)

@@ -15,8 +15,9 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import Hsic, Lime, Sobol, run
 from esegeta_monai.methods.perturbation.sensitivity import _likeness, hsic, jansen, quasi_random
 from esegeta_monai.targets import ClassScore, MultiClassMask, Voxel
-from tests.engine.test_objective import assert_equal
-from tests.methods.naive import Naive, image_of, small
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import assert_equal, noise
 
 
 class OfCells(nn.Module):
@@ -140,19 +141,19 @@ def test_no_two_cells_are_alike_by_the_design(n, d):
 
 
 def test_only_windows_that_hold_the_exchanged_cell_are_computed_again():
-    case = Naive(small(), image_of(1, 8, 32), [MultiClassMask(1)])
+    case = Naive(small(), noise(1, 8, 32), [MultiClassMask(1)])
     method = Sobol(n_samples=4, grid=(1, 8), baseline="zero")
     expected = method.passes(case.objective)
     with frozen(case.net):
         run(method, case.objective)
     windows = len(case.objective.windows)
     masks = 4 * 9
-    assert case.objective.monitor.passes == expected
-    assert case.objective.monitor.passes < 0.6 * (masks * windows)
+    assert case.objective.context.progress.passes == expected
+    assert case.objective.context.progress.passes < 0.6 * (masks * windows)
 
 
 def test_both_find_the_place_that_a_voxel_looks_at():
-    case = Naive(small(), image_of(1, 24, 24), [Voxel(1, index=(5, 17))])
+    case = Naive(small(), noise(1, 24, 24), [Voxel(1, index=(5, 17))])
     for method in (Sobol(n_samples=32, grid=6), Hsic(n_samples=256, grid=6)):
         with frozen(case.net):
             found = run(method, case.objective).maps[0, 0]
@@ -165,7 +166,7 @@ def test_what_is_refused():
     for n in (0, 3, 100):
         with pytest.raises(UsageError, match="powers of two"):
             Sobol(n_samples=n)
-    case = Naive(small(), image_of(1, 128, 128))
+    case = Naive(small(), noise(1, 128, 128))
     with frozen(case.net), pytest.raises(MethodError, match="coarser grid"):
         run(Sobol(n_samples=32, grid=128), case.objective)
     with pytest.raises(UsageError, match="axes"):
@@ -184,6 +185,6 @@ def test_scores_that_are_not_finite_are_an_error(method):
         def forward(self, x: Tensor) -> Tensor:
             return x.flatten(1) @ self.weight.T + torch.log(x.flatten(1).amin(1, keepdim=True) - 0.9)
 
-    case = Naive(Breaks(), image_of(1, 4, 4).abs() + 1, [ClassScore(1)], SimpleInferer())
+    case = Naive(Breaks(), noise(1, 4, 4).abs() + 1, [ClassScore(1)], SimpleInferer())
     with frozen(case.net), pytest.raises(MethodError, match=r"not finite at .* perturbed images"):
         run(method, case.objective)

@@ -14,9 +14,10 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import ChannelShapley, KernelShap, ShapleyValueSampling, run
 from esegeta_monai.methods.perturbation.shapley import all_coalitions, shapley_values
 from esegeta_monai.targets import MultiClassMask
-from tests.engine.test_objective import assert_equal
-from tests.methods.games import Quadratic, case_of, enumerated
-from tests.methods.naive import Naive, image_of, small
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.shapley import Quadratic, case_of, enumerated
+from tests.support.tensors import assert_equal, noise
 
 
 def boxes(rows: int, columns: int) -> torch.Tensor:
@@ -32,7 +33,7 @@ def table(explained, column: str = "value") -> torch.Tensor:
 @pytest.mark.parametrize(("rows", "columns"), [(1, 2), (2, 2), (2, 3)])
 def test_kernel_shap_is_exact_where_all_coalitions_fit(rows, columns):
     labels, n = boxes(rows, columns), rows * columns
-    net, image = Quadratic(4 * n), image_of(1, 2 * rows, 2 * columns)
+    net, image = Quadratic(4 * n), noise(1, 2 * rows, 2 * columns)
     case = case_of(net, image)
     with frozen(net):
         found = run(KernelShap(n_samples=4096, feature_mask=labels, baseline=0.2), case.objective)
@@ -53,19 +54,19 @@ def test_kernel_shap_is_exact_for_twelve_features():
 
 def test_shapley_sampling_is_exact_with_all_orders():
     labels = boxes(2, 2)
-    net, image = Quadratic(16), image_of(1, 4, 4)
+    net, image = Quadratic(16), noise(1, 4, 4)
     case = case_of(net, image)
     with frozen(net):
         found = run(ShapleyValueSampling(n_samples=24, feature_mask=labels, baseline="zero"), case.objective)
     assert_equal(table(found), enumerated(case, labels[None] - 1, 4, torch.zeros_like(image)))
     assert found.notes["exact"] is True
-    assert case.objective.monitor.passes == 16  # the empty coalition to the full one: 15, and the image itself
+    assert case.objective.context.progress.passes == 16  # the empty coalition to the full one: 15, and the image itself
 
 
 @functools.cache
 def twelve() -> tuple[Quadratic, torch.Tensor, torch.Tensor]:
     """A network, an image and the exact values of its twelve features."""
-    net, image = Quadratic(48), image_of(1, 6, 8)
+    net, image = Quadratic(48), noise(1, 6, 8)
     return net, image, enumerated(case_of(net, image), boxes(3, 4)[None] - 1, 12, torch.zeros_like(image))
 
 
@@ -95,7 +96,7 @@ def test_sampled_values_are_within_their_stated_error(method):
 
 def test_sampling_equals_captum_with_the_same_orders():
     labels = boxes(2, 3)
-    net, image = Quadratic(24), image_of(1, 4, 6)
+    net, image = Quadratic(24), noise(1, 4, 6)
     case = case_of(net, image)
     method = ShapleyValueSampling(n_samples=7, feature_mask=labels, baseline="zero")
     orders = torch.from_numpy(method.orders(method.game(case.objective)))
@@ -110,7 +111,7 @@ def test_sampling_equals_captum_with_the_same_orders():
 def test_kernel_shap_against_captum():
     """Both sample; Captum's is the noisier one (no complements, no constraint)."""
     labels = boxes(2, 3)
-    net, image = Quadratic(24), image_of(1, 4, 6)
+    net, image = Quadratic(24), noise(1, 4, 6)
     case = case_of(net, image)
     torch.manual_seed(0)
     np.random.seed(0)
@@ -126,7 +127,7 @@ def test_kernel_shap_against_captum():
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_channel_shapley_is_exact_through_windows(output):
-    image = image_of(3, 6, 20)
+    image = noise(3, 6, 20)
     case = Naive(small(2, 3), image, [MultiClassMask(1, output=output), MultiClassMask(2, output=output)])
     with frozen(case.net):
         found = run(ChannelShapley(baseline=0.1, names=["T1", "T2", "DWI"]), case.objective)
@@ -160,12 +161,12 @@ def test_values_of_all_coalitions():
 def test_what_is_refused():
     with pytest.raises(UsageError, match="two orders"):
         ShapleyValueSampling(n_samples=1)
-    net, image = Quadratic(13 * 4), image_of(13, 2, 2)
+    net, image = Quadratic(13 * 4), noise(13, 2, 2)
     with frozen(net), pytest.raises(MethodError, match=r"2\^13.*ShapleyValueSampling"):
         run(ChannelShapley(), case_of(net, image).objective)
     labels = boxes(3, 4)
     with frozen(net), pytest.raises(MethodError, match="at least 64"):
-        run(KernelShap(n_samples=30, feature_mask=labels), case_of(Quadratic(48), image_of(1, 6, 8)).objective)
-    big = image_of(1, 300, 300)
+        run(KernelShap(n_samples=30, feature_mask=labels), case_of(Quadratic(48), noise(1, 6, 8)).objective)
+    big = noise(1, 300, 300)
     with pytest.raises(MethodError, match=r"90000 features.*Occlusion"):
         run(ShapleyValueSampling(feature_mask="grid(1)"), case_of(Quadratic(90000), big).objective)

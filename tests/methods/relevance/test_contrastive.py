@@ -12,7 +12,9 @@ from esegeta_monai.engine.rules import composite_of, contrastive_excitation, con
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import ContrastiveExcitationBackprop, ContrastiveLRP
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.methods.whole import DOUBLE, close, explain, objective_of, setting
+from tests.support.layers import setting
+from tests.support.objectives import explain, objective_of
+from tests.support.tensors import DOUBLE, close
 
 METHODS = [ContrastiveExcitationBackprop, ContrastiveLRP]
 
@@ -30,7 +32,7 @@ def _naive(method, objective, windows_at_once: bool):
         x, c = images[part], cotangents[:, part]
 
         def forward(z):
-            return model(z)[:, objective.read]
+            return model(z)[:, objective.channels]
 
         if method is ContrastiveLRP:
             sides = contrastive_lrp(forward, x, c, composite)

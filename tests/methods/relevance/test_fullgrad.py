@@ -8,8 +8,10 @@ from torch import nn
 
 from esegeta_monai.methods import FullGrad
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.methods.layer.test_path import plain
-from tests.methods.whole import close, explain, objective_of, setting
+from tests.support.layers import setting
+from tests.support.networks import plain
+from tests.support.objectives import explain, objective_of
+from tests.support.tensors import close
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from esegeta_monai.errors import MethodError, RuleError, UsageError
 from esegeta_monai.methods import PatternAttribution, PatternNet
 from esegeta_monai.methods.relevance.patterns import FittedPatterns
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.methods.whole import DOUBLE, close, explain, objective_of, setting
+from tests.support.layers import setting
+from tests.support.objectives import explain, objective_of
+from tests.support.tensors import DOUBLE, close
 
 METHODS = [PatternNet, PatternAttribution]
 
@@ -31,13 +33,13 @@ def test_windows_are_added(name, dims, method):
     cases = [s.image.flip(-1), 0.5 * s.image + 0.1]
     mine = method(cases=cases)
     found = explain(mine, s.objective)
-    patterns = FittedPatterns.fit(s.objective.at(case) for case in cases).patterns
+    patterns = FittedPatterns.fit(s.objective.derive(image=case) for case in cases).patterns
     total = torch.zeros_like(s.image)
     cotangents = torch.stack(s.objective.cotangents(s.objective.windows))
     for j, w in enumerate(s.objective.windows):
         window = s.objective.plan.cut(s.image, w)[None]
         part = back_project(
-            lambda z: s.model(z)[:, s.objective.read], window, cotangents[:, j : j + 1], patterns, mine.way
+            lambda z: s.model(z)[:, s.objective.channels], window, cotangents[:, j : j + 1], patterns, mine.way
         )
         total[(slice(None), *s.objective.plan.slices[w])] += part[0, 0]
     close(found.maps[0], total)

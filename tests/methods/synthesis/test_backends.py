@@ -14,9 +14,10 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import ExtremalPerturbation, FeatureVisualization
 from esegeta_monai.methods.synthesis.backends import _Scene
 from esegeta_monai.targets import ClassScore, MultiClassMask
-from tests.engine.test_objective import assert_equal
-from tests.methods.naive import Naive, image_of, small
 from tests.methods.synthesis.test_visualization import explained
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import assert_equal, noise
 
 
 def missing(package: str) -> bool:
@@ -37,13 +38,13 @@ class Classifier(nn.Module):
 
 
 def classified() -> Naive:
-    image = image_of(1, 32, 40).float().abs()
+    image = noise(1, 32, 40).float().abs()
     image[:, 4:12, 6:14] += 2
     return Naive(Classifier().eval(), image, [ClassScore("predicted")], SimpleInferer())
 
 
 def test_a_scene_is_differentiable_and_hides_the_network():
-    case = Naive(small(), image_of(1, 8, 12))
+    case = Naive(small(), noise(1, 8, 12))
     scene = _Scene(
         lambda image: (lambda g: (float(g.values[0, 0]), g.maps[0, 0]))(case.objective.gradient(image[None]))
     )
@@ -69,10 +70,10 @@ def test_a_scene_is_differentiable_and_hides_the_network():
 )
 def test_in_3d_or_without_the_package_the_error_says_what_to_do(method, package):
     with pytest.raises(MethodError, match="2D images only: leave it away"):
-        explained(method, Naive(small(3), image_of(1, 8, 8, 8)))
+        explained(method, Naive(small(3), noise(1, 8, 8, 8)))
     if missing(package):
         with pytest.raises(UsageError, match=rf"pip install esegeta-monai\[{package}\]"):
-            explained(method, Naive(small(2), image_of(1, 8, 8)))
+            explained(method, Naive(small(2), noise(1, 8, 8)))
 
 
 def test_what_torchray_has_no_baseline_for():

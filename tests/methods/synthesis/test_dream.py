@@ -14,10 +14,11 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import DeepDream, InvertedRepresentation
 from esegeta_monai.methods.synthesis.dream import _mask, correlation, resize
 from esegeta_monai.targets import Box, ClassScore, LabelMask, MultiClassMask, Voxel
-from tests.engine.test_objective import assert_equal
-from tests.methods.naive import Naive, image_of, small
 from tests.methods.synthesis.test_visualization import explained, layer_values
 from tests.networks import CLASSIFICATION, build
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import assert_equal, noise
 
 
 def energy_of(network: nn.Module, layer: str, channel: int | None, inferer, image: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def energy_of(network: nn.Module, layer: str, channel: int | None, inferer, imag
 @pytest.mark.parametrize("norm", ["instance", "batch"])
 @pytest.mark.parametrize("shape", [(1, 6, 20), (2, 12, 9), (1, 6, 9, 12)])
 def test_the_gradient_of_a_layer_equals_that_of_the_whole_volume(shape, norm, channel):
-    case = Naive(small(len(shape) - 1, shape[0], norm), image_of(*shape))
+    case = Naive(small(len(shape) - 1, shape[0], norm), noise(*shape))
     method = DeepDream("a", channel, octaves=1)
     with frozen(case.net):
         canvas = method._canvas(case.objective, 0, "a", case.image.shape[1:])
@@ -51,7 +52,7 @@ def test_the_gradient_of_a_layer_equals_that_of_the_whole_volume(shape, norm, ch
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_one_step_for_a_target_is_the_normed_gradient_of_the_whole_volume(output):
-    case = Naive(small(2, 2), image_of(2, 6, 20), [MultiClassMask(1, output=output)])
+    case = Naive(small(2, 2), noise(2, 6, 20), [MultiClassMask(1, output=output)])
     found = explained(DeepDream(octaves=1, n_iter=1, step=1e-3), case)
     x = case.image.clone().requires_grad_(True)
     score = case.scores[0]
@@ -70,7 +71,7 @@ def test_one_step_for_a_target_is_the_normed_gradient_of_the_whole_volume(output
 @pytest.mark.parametrize("shape", [(2, 12, 20), (1, 10, 9, 12)])
 @pytest.mark.parametrize("layer", ["a", None])
 def test_step_zero_is_the_image(shape, layer):
-    case = Naive(small(len(shape) - 1, shape[0]), image_of(*shape))
+    case = Naive(small(len(shape) - 1, shape[0]), noise(*shape))
     found = explained(DeepDream(layer, n_iter=0), case)
     assert torch.equal(found.maps[0], case.image)
     assert found.note(0)["correlation_with_image"] == pytest.approx(1, abs=1e-12)
@@ -107,7 +108,7 @@ def test_the_dream_rises_and_stays_like_the_image(name, dims):
 
 def test_octaves():
     """Their sizes, their windows, and a mask that shrinks with the image but never away."""
-    case = Naive(small(), image_of(1, 20, 40), [Box(1, (4, 10), (16, 31)), Voxel(0, index=(3, 3))])
+    case = Naive(small(), noise(1, 20, 40), [Box(1, (4, 10), (16, 31)), Voxel(0, index=(3, 3))])
     method = DeepDream(octaves=4, octave_scale=1.5, n_iter=1)
     shapes = method._shapes(case.objective)
     assert shapes == [[9, 18], [13, 27], [20, 40]]  # 6 voxels would be less than SMALLEST
@@ -124,11 +125,11 @@ def test_octaves():
                 assert float(mask.double().mean()) == pytest.approx(float(whole.double().mean()), abs=0.04)
     found = explained(method, case)
     assert len(found.note(0)["curve"]) == 3
-    assert case.objective.monitor.passes <= method.passes(case.objective)
+    assert case.objective.context.progress.passes <= method.passes(case.objective)
     layered = DeepDream("a", octaves=2, n_iter=2)
-    again = Naive(small(), image_of(1, 20, 40))
+    again = Naive(small(), noise(1, 20, 40))
     explained(layered, again)
-    assert again.objective.monitor.passes == layered.passes(again.objective)
+    assert again.objective.context.progress.passes == layered.passes(again.objective)
 
 
 def test_a_network_that_sees_the_whole_image_sees_small_octaves_padded_to_its_own_size():
@@ -145,7 +146,7 @@ def test_a_network_that_sees_the_whole_image_sees_small_octaves_padded_to_its_ow
             return self.linear(F.silu(self.conv(x)).flatten(1))
 
     torch.manual_seed(0)
-    case = Naive(Fixed(), image_of(1, 18, 15), [ClassScore(1)], SimpleInferer())
+    case = Naive(Fixed(), noise(1, 18, 15), [ClassScore(1)], SimpleInferer())
     for layer in (None, "conv", "linear"):
         found = explained(DeepDream(layer, None if layer != "linear" else 1, n_iter=3, jitter=0), case)
         assert found.note(0)["octave_shapes"] == [[9, 8], [13, 11], [18, 15]]
@@ -153,14 +154,14 @@ def test_a_network_that_sees_the_whole_image_sees_small_octaves_padded_to_its_ow
         assert [curve[i + 2] > curve[i] for i in (0, 3, 6)] == [True] * 3  # it climbs at each size
     assert set(sizes) == {(18, 15)}
     small_plan = case.objective.plan.resized((9, 8))
-    small_image = image_of(1, 9, 8)
+    small_image = noise(1, 9, 8)
     padded = small_plan.cut(small_image, 0)
     assert padded.shape == (1, 18, 15)
     assert_equal(padded, F.pad(small_image[None], (3, 4, 4, 5), mode="replicate")[0])
 
 
 def test_resize_keeps_means_and_corners():
-    image = image_of(2, 8, 6)
+    image = noise(2, 8, 6)
     assert resize(image, (8, 6)) is image
     assert_equal(resize(image, (4, 3)), image.reshape(2, 4, 2, 3, 2).mean((2, 4)))
     constant = torch.full((1, 4, 4, 4), 2.5, dtype=torch.float64)
@@ -186,7 +187,7 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize("shape", [(2, 12, 9), (3, 6, 7, 5)])
 def test_inversion_of_an_invertible_layer_is_the_image(shape):
     torch.manual_seed(0)
-    case = Naive(Mixed(len(shape) - 1, shape[0]), image_of(*shape), [MultiClassMask(1)], SimpleInferer())
+    case = Naive(Mixed(len(shape) - 1, shape[0]), noise(*shape), [MultiClassMask(1)], SimpleInferer())
     found = explained(InvertedRepresentation("layer", alpha_weight=0, tv_weight=0, n_iter=100), case)
     assert float((found.maps[0] - case.image).abs().max() / case.image.abs().max()) < 1e-6
     assert found.note(0)["distance_share"] < 1e-12
@@ -212,7 +213,7 @@ def test_the_layers_distance_falls_below_a_tenth(name, dims):
 
 
 def test_the_window_that_is_inverted_is_one_that_the_target_sees():
-    case = Naive(small(), image_of(1, 8, 40), [Voxel(1, index=(1, 37))])
+    case = Naive(small(), noise(1, 8, 40), [Voxel(1, index=(1, 37))])
     found = explained(InvertedRepresentation("a", n_iter=60, alpha_weight=0, tv_weight=0), case)
     assert found.note(0)["place"] == [[0, 8], [28, 36]] or found.note(0)["place"] == [[0, 8], [32, 40]]
     place = found.note(0)["place"][1]
@@ -233,7 +234,7 @@ def test_the_penalties_by_hand():
 
 def test_penalties_smooth_and_shrink():
     def roughness(method: InvertedRepresentation) -> tuple[float, float]:
-        case = Naive(small(), image_of(1, 12, 12), inferer=SimpleInferer())
+        case = Naive(small(), noise(1, 12, 12), inferer=SimpleInferer())
         image = explained(method, case).maps[0]
         return float(image.diff(dim=1).square().mean() + image.diff(dim=2).square().mean()), float(image.std())
 
@@ -245,10 +246,10 @@ def test_penalties_smooth_and_shrink():
 
 
 def test_a_warning_where_too_much_is_left():
-    case = Naive(small(), image_of(1, 12, 12), inferer=SimpleInferer())
+    case = Naive(small(), noise(1, 12, 12), inferer=SimpleInferer())
     found = explained(InvertedRepresentation("a", n_iter=1, max_share=1e-3), case)
     assert found.note(0)["distance_share"] > 1e-3
-    assert any("a share of 0.001 was asked for" in w for w in case.objective.monitor.warnings)
+    assert any("a share of 0.001 was asked for" in w for w in case.objective.context.progress.warnings)
 
 
 @pytest.mark.parametrize(
@@ -273,32 +274,32 @@ def test_a_silent_layer_cannot_be_inverted():
     network = nn.Sequential(nn.Conv2d(1, 2, 1, dtype=torch.float64), nn.ReLU())
     with torch.no_grad():
         network[0].bias.fill_(-99)
-    case = Naive(network, image_of(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
+    case = Naive(network, noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     with pytest.raises(MethodError, match="choose another"):
         explained(InvertedRepresentation("1"), case)
     found = explained(DeepDream("1"), case)
     assert torch.equal(found.maps[0], case.image)
-    assert any("gradient is zero" in w for w in case.objective.monitor.warnings)
+    assert any("gradient is zero" in w for w in case.objective.context.progress.warnings)
 
 
 def test_inversion_looks_for_a_layer_only_where_there_is_a_target():
     explainer = Explainer(small(2, 1), SlidingWindowInferer((8, 8), 2), on_error="record")
     nowhere = [LabelMask(torch.zeros(12, 12), 1, class_index=1)]
     methods = [InvertedRepresentation(n_iter=2), InvertedRepresentation("a", n_iter=2, max_share=2.0)]
-    found = list(explainer(image_of(1, 1, 12, 12), methods, nowhere))
+    found = list(explainer(noise(1, 1, 12, 12), methods, nowhere))
     assert {f.method.layer: f.status for f in found} == {None: "empty_target", "a": "ok"}
 
 
 def test_a_dream_of_no_steps_is_the_image_and_says_so():
-    (found,) = Explainer(small(2, 1))(image_of(1, 1, 12, 12), [DeepDream(n_iter=0)], [Box(1, (0, 0), (4, 4))])
-    assert torch.equal(torch.as_tensor(found.map), image_of(1, 12, 12))
+    (found,) = Explainer(small(2, 1))(noise(1, 1, 12, 12), [DeepDream(n_iter=0)], [Box(1, (0, 0), (4, 4))])
+    assert torch.equal(torch.as_tensor(found.map), noise(1, 12, 12))
     assert "take more steps" in found.record["warnings"][0]
 
 
 def test_the_distance_is_the_layers_own_where_its_grid_does_not_divide_the_windows():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 1)).double().eval()
-    image = image_of(1, 1, 9, 11)
+    image = noise(1, 1, 9, 11)
     methods = [InvertedRepresentation("0", n_iter=n, max_share=2.0) for n in (3, 6)]
     for found in Explainer(net)(image, methods, [Box(1, (0, 0), (2, 2))]):
         with torch.no_grad():

@@ -17,9 +17,10 @@ from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.synthesis.canvas import intensity_range
 from esegeta_monai.methods.synthesis.visualization import descend
 from esegeta_monai.targets import ClassScore, LayerNeuron, MultiClassMask, Voxel
-from tests.engine.test_objective import assert_equal
-from tests.methods.naive import Naive, image_of, small
 from tests.networks import CLASSIFICATION, build
+from tests.support.networks import small
+from tests.support.objectives import Naive
+from tests.support.tensors import assert_equal, noise
 
 STILL = {"jitter": 0, "scale": (1, 1), "rotate": 0}
 
@@ -29,7 +30,7 @@ class Linear(nn.Module):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.w = nn.Parameter(image_of(*shape, seed=1))
+        self.w = nn.Parameter(noise(*shape, seed=1))
 
     def forward(self, x: Tensor) -> Tensor:
         score = (x * self.w).flatten(1).sum(1) + 3
@@ -39,7 +40,7 @@ class Linear(nn.Module):
 def linear(*shape: int) -> tuple[Naive, Tensor, Tensor]:
     """The case, w, and half of each channel's range, as (C, 1, …)."""
     net = Linear(*shape)
-    image = image_of(*shape) * torch.arange(1.0, 1 + shape[0]).reshape(-1, *(1,) * (len(shape) - 1))
+    image = noise(*shape) * torch.arange(1.0, 1 + shape[0]).reshape(-1, *(1,) * (len(shape) - 1))
     case = Naive(net, image, [ClassScore(1)], SimpleInferer())
     low, high = (intensity_range(image, None)[:, i].reshape(-1, *(1,) * (len(shape) - 1)) for i in (0, 1))
     return case, net.w.detach(), (high - low) / 2
@@ -180,7 +181,7 @@ def test_a_target_of_one_voxel_stays_at_its_voxel():
 
 
 def test_what_is_made_up_lies_at_one_window_and_black_round_it():
-    case = Naive(small(2, 2), image_of(2, 6, 30))  # padded along the first axis, several windows along the last
+    case = Naive(small(2, 2), noise(2, 6, 30))  # padded along the first axis, several windows along the last
     found = explained(FeatureVisualization(n_iter=5), case)
     place, intensity = found.note(0)["place"], found.note(0)["intensity_range"]
     assert place == [[0, 6], [12, 20]]
@@ -199,10 +200,10 @@ def test_what_is_made_up_lies_at_one_window_and_black_round_it():
 @pytest.mark.parametrize("output", ["logit", "probability"])
 @pytest.mark.parametrize("extent", ["window", "image"])
 def test_passes_and_values_of_several_targets(output, extent):
-    case = Naive(small(2, 1), image_of(1, 6, 20), [MultiClassMask(1, output=output), MultiClassMask(0, output=output)])
+    case = Naive(small(2, 1), noise(1, 6, 20), [MultiClassMask(1, output=output), MultiClassMask(0, output=output)])
     method = FeatureVisualization(n_iter=4, extent=extent)
     found = explained(method, case)
-    assert case.objective.monitor.passes == method.passes(case.objective)
+    assert case.objective.context.progress.passes == method.passes(case.objective)
     assert not torch.equal(found.maps[0], found.maps[1])
     assert found.note(0)["place"] != found.note(0)["curve"]
     if extent == "image":  # F is that of MONAI's own inferer
@@ -212,17 +213,17 @@ def test_passes_and_values_of_several_targets(output, extent):
 
 
 def test_for_a_layer_the_targets_share_one_image():
-    case = Naive(small(), image_of(1, 8, 12), [MultiClassMask(1), MultiClassMask(0)])
+    case = Naive(small(), noise(1, 8, 12), [MultiClassMask(1), MultiClassMask(0)])
     method = FeatureVisualization("a", 2, n_iter=3)
     found = explained(method, case)
     assert torch.equal(found.maps[0], found.maps[1])
-    assert case.objective.monitor.passes == method.passes(case.objective) == 3 + 4
+    assert case.objective.context.progress.passes == method.passes(case.objective) == 3 + 4
     assert found.note(1)["layer"] == "a"
 
 
 def test_the_same_seed_gives_the_same_image_and_another_one_another():
     def once(seed: int) -> Tensor:
-        return explained(FeatureVisualization(n_iter=4), Naive(small(), image_of(1, 8, 8), seed=seed)).maps
+        return explained(FeatureVisualization(n_iter=4), Naive(small(), noise(1, 8, 8), seed=seed)).maps
 
     assert torch.equal(once(0), once(0))
     assert not torch.equal(once(0), once(1))
@@ -261,18 +262,18 @@ def test_a_warning_where_the_objective_does_not_rise():
         def forward(self, x: Tensor) -> Tensor:
             return torch.cat([5 + 1e-3 * x, 1e-3 * x], 1)
 
-    case = Naive(Flat(), image_of(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
+    case = Naive(Flat(), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     found = explained(FeatureVisualization(n_iter=3), case)
     assert 0 < found.note(0)["objective_rise"] < 0.25
-    assert any("a rise of 0.25 was asked for" in w for w in case.objective.monitor.warnings)
-    quiet = Naive(Flat(), image_of(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
+    assert any("a rise of 0.25 was asked for" in w for w in case.objective.context.progress.warnings)
+    quiet = Naive(Flat(), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     explained(FeatureVisualization(n_iter=3, min_rise=1e-9), quiet)
-    assert quiet.objective.monitor.warnings == []
+    assert quiet.objective.context.progress.warnings == []
 
 
 def test_descend_finds_the_minimum_of_a_quadratic():
-    a, b = torch.diag(torch.tensor([1.0, 10, 100], dtype=torch.float64)), image_of(3)
-    start = image_of(3, seed=1)
+    a, b = torch.diag(torch.tensor([1.0, 10, 100], dtype=torch.float64)), noise(3)
+    start = noise(3, seed=1)
     kept = start.clone()
     end, curve = descend(start, lambda x: (float(((x @ a @ x) / 2 - b @ x).detach()), (a @ x - b).detach()), 40)
     assert_equal(end, torch.linalg.solve(a, b))
@@ -310,7 +311,7 @@ def test_what_is_refused_at_once(make, text):
 
 
 def test_what_is_refused_at_the_network():
-    case = Naive(small(), image_of(1, 8, 20))
+    case = Naive(small(), noise(1, 8, 20))
     for method, text in [
         (FeatureVisualization("a", 5), "5 channels"),
         (FeatureVisualization("a", 1, (0, 99)), "outside the canvas"),

@@ -11,7 +11,7 @@ import numpy as np
 
 from esegeta_monai.cli.main import main
 from esegeta_monai.utils.names import safe_name
-from tests.support_cli import make_bundle, make_scan
+from tests.support.cli import make_bundle, make_scan
 
 HOSTILE = "<img src=x onerror>"
 METHODS = "Saliency,InputXGradient,GradCam,Cam"  # Cam fails: the network does not end in pooling and a linear layer

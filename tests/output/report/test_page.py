@@ -20,7 +20,7 @@ from esegeta_monai.output.report import embed, page
 from esegeta_monai.output.report.page import report_path, write_report
 from tests.output.report.finished import GREY, HOSTILE, evaluated, explained, one_map
 from tests.output.report.viewer import data_of, volume_of
-from tests.support_cli import make_bundle, make_scan
+from tests.support.cli import make_bundle, make_scan
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,45 +9,14 @@ import torch.nn.functional as F
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.model import Model
-from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
-from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
-from esegeta_monai.methods import Method, run
-from esegeta_monai.methods.base import Explained
-from esegeta_monai.targets import Case, ClassScore, MultiClassMask, Target
+from esegeta_monai.engine.windows.inferers import as_inferer
+from esegeta_monai.targets import ClassScore, MultiClassMask, Target
 from tests.networks import CLASSIFICATION, build
+from tests.support.objectives import objective_of
+from tests.support.tensors import DOUBLE
 
-DOUBLE = torch.float64
 UP = {2: "bilinear", 3: "trilinear"}
-
-
-def objective_of(
-    network: nn.Module,
-    image: Tensor,
-    targets: Sequence[Target],
-    inferer: object = None,
-    output: str | int | None = None,
-) -> Objective:
-    """An objective for an image (C, *spatial)."""
-    inferer = as_inferer(inferer)
-    model = Model(network.eval(), torch.device("cpu"), output=output)
-    with torch.no_grad():
-        prediction = inferer(image[None], model)[0]
-    scores = [s for t in targets for s in t.bind(prediction, Case())]
-    return Objective(model, image, plan_windows(inferer, image.shape[1:], image.dtype), scores, prediction)
-
-
-def explain(method: Method, objective: Objective) -> Explained:
-    with frozen(objective.model.network):
-        return run(method, objective)
-
-
-def close(mine: Tensor, reference: Tensor, tolerance: float = 1e-10) -> None:
-    scale = reference.abs().max()
-    assert scale > 0
-    assert mine.shape == reference.shape
-    assert float((mine - reference).abs().max() / scale) <= tolerance
 
 
 @dataclass
@@ -130,3 +98,22 @@ def setting(name: str, dims: int = 2, target: Target | None = None, layer: str |
         target = target or MultiClassMask(1)
     objective = objective_of(case.network, image, [target], inferer, case.output)
     return Setting(case.network, image, inferer, objective, layer or case.cam_layer, case.output)
+
+
+def position_weights(s: Setting) -> Tensor:
+    """ĝ_w averaged over each position's cell, (W, *positions), from MONAI's importance map."""
+    plan, (activations, _) = s.objective.plan, s.pass_()
+    grid = activations.shape[2:]
+    if plan.whole:
+        return torch.ones(1, *grid, dtype=DOUBLE)
+    count = torch.zeros(plan.padded_shape, dtype=DOUBLE)
+    for place in plan.slices:
+        count[place] += plan.importance
+    cells = [n // g for n, g in zip(plan.roi, grid)]
+    pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[len(grid)]
+    return torch.stack([pool((plan.importance / count[p])[None], cells)[0] for p in plan.slices])
+
+
+def flat(values: Tensor) -> Tensor:
+    """Window maps (W, C, *positions) with one row per channel: (C, W · positions)."""
+    return values.movedim(1, 0).flatten(1)

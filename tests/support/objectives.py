@@ -1,6 +1,9 @@
-"""The naive computation of every perturbation: a copy of the whole volume through MONAI's own inferer."""
+"""Objectives, and what perturbations and gradients should give: computed by MONAI's own inferer on whole volumes."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,46 +12,73 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
 from esegeta_monai.engine.network.model import Model
+from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.base import Perturbations
 from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.masks import Segments, SmoothMasks
 from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
+from esegeta_monai.methods import Method, run
+from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.cam.perturbation_cam import _Masks as Masks
-from esegeta_monai.targets import Case, MultiClassMask, Target, Voxel
+from esegeta_monai.targets import Case, MultiClassMask, Score, Target, Voxel
 
 
-class Small(nn.Module):
-    """Convolutions with an instance norm (each voxel depends on its whole window) or a batch norm in between."""
-
-    def __init__(self, dims: int, channels: int, norm: str) -> None:
-        super().__init__()
-        conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
-        norms = {
-            ("instance", 2): nn.InstanceNorm2d,
-            ("instance", 3): nn.InstanceNorm3d,
-            ("batch", 2): nn.BatchNorm2d,
-            ("batch", 3): nn.BatchNorm3d,
-        }
-        self.a = conv(channels, 5, 3, padding=1)
-        self.n = norms[norm, dims](5, affine=True)
-        self.b = conv(5, 3, 3, padding=1)
-        with torch.no_grad():
-            for name, value in [*self.n.named_parameters(), *self.n.named_buffers()]:
-                if value.is_floating_point():
-                    value.copy_(torch.rand_like(value) + (0.5 if "var" in name or name == "weight" else 0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(F.silu(self.n(self.a(x))))
+def build_objective(
+    model: nn.Module, image: Tensor, scores: Sequence[Score], prediction: Tensor, inferer: object = None, **more: Any
+) -> Objective:
+    """Build an objective for an image (C, *spatial) and its prediction; the tests make every objective here."""
+    model = model if isinstance(model, Model) else Model(model, torch.device("cpu"))
+    plan = plan_windows(as_inferer(inferer), image.shape[1:], image.dtype)
+    return Objective(model, image, plan, list(scores), prediction, **more)
 
 
-def small(dims: int = 2, channels: int = 1, norm: str = "instance") -> nn.Module:
-    torch.manual_seed(10 * dims + channels)
-    return Small(dims, channels, norm).double().eval()
+def objective_of(
+    network: nn.Module,
+    image: Tensor,
+    targets: Sequence[Target],
+    inferer: object = None,
+    output: str | int | None = None,
+    **more: Any,
+) -> Objective:
+    """Predict an image (C, *spatial) with MONAI's inferer, bind the targets to it and build the objective."""
+    model = Model(network.eval(), torch.device("cpu"), output=output)
+    with torch.no_grad():
+        prediction = as_inferer(inferer)(image[None], model)[0]
+    scores = [s for t in targets for s in t.bind(prediction, Case())]
+    return build_objective(model, image, scores, prediction, inferer, **more)
 
 
-def image_of(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def objective(net: nn.Module, image: Tensor, inferer: object, targets: Sequence[Target]) -> tuple[Objective, Tensor]:
+    """Build an objective as `objective_of` does; return it with the prediction (K, *spatial)."""
+    o = objective_of(net, image, targets, inferer)
+    return o, o.prediction
+
+
+def explain(method: Method, objective: Objective) -> Explained:
+    """Run a method while the network is frozen."""
+    with frozen(objective.model.network):
+        return run(method, objective)
+
+
+def full_gradient(net: nn.Module, image: Tensor, inferer: object, score: Score) -> Tensor:
+    """Differentiate the score through the whole of MONAI's inferer: (C, *spatial)."""
+    x = image[None].clone().requires_grad_(True)
+    prediction = as_inferer(inferer)(x, net)[0]
+    (gradient,) = torch.autograd.grad(score.value(score.crop(prediction)), x)
+    return gradient[0]
+
+
+def naive_change(net: nn.Module, image: Tensor, inferer: Any, score: Score, boxes: Boxes) -> Tensor:
+    """Score every perturbation on a copy of the whole volume through MONAI's inferer: (n,)."""
+    values = []
+    with torch.no_grad():
+        base = score.value(score.crop(inferer(image[None], net)[0]))
+        for i in range(len(boxes)):
+            whole = tuple(slice(0, n) for n in image.shape[1:])
+            perturbed = boxes.apply(i, image, whole)
+            values.append(score.value(score.crop(inferer(perturbed[None], net)[0])) - base)
+    return torch.stack(values)
 
 
 class Naive:
@@ -61,11 +91,8 @@ class Naive:
         self.net, self.image = net, image
         self.inferer = as_inferer(inferer or SlidingWindowInferer((8,) * dims, 3, 0.5, "gaussian"))
         prediction = self.predict(image)
-        targets = targets or [MultiClassMask(1)]
-        self.scores = [s for t in targets for s in t.bind(prediction, Case())]
-        plan = plan_windows(self.inferer, image.shape[1:], image.dtype)
-        model = Model(net, torch.device("cpu"))
-        self.objective = Objective(model, image, plan, self.scores, prediction, seed=seed)
+        self.scores = [s for t in targets or [MultiClassMask(1)] for s in t.bind(prediction, Case())]
+        self.objective = build_objective(net, image, self.scores, prediction, self.inferer, seed=seed)
 
     def predict(self, image: Tensor) -> Tensor:
         with torch.no_grad():

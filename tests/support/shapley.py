@@ -9,7 +9,7 @@ from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
 from esegeta_monai.targets import ClassScore, Target
-from tests.methods.naive import Naive
+from tests.support.objectives import Naive
 
 
 class Quadratic(nn.Module):

@@ -1,12 +1,11 @@
-"""A device that is not the CPU, on any machine: for tests of where tensors live.
+"""A simulated device other than the CPU, available on any machine, to test the placement of tensors.
 
-Tensors there are torch's own meta tensors, so that ``.device``, autograd, modules and subclasses are those of a real
-device; their values lie in CPU memory beside them. Each operation below autograd is done on these values, after what a
-GPU refuses has been refused: operands on two devices, an index there for a tensor here, a CPU generator that draws
-there. NumPy is refused by torch itself. So the numbers are those of the CPU, to the last bit where torch computes an
-operation there by the same ones.
+Its tensors are torch's own meta tensors, so ``.device``, autograd, modules and subclasses behave as on a real device.
+Their values are kept in CPU memory. Each operation below autograd runs on these values, and raises where a GPU would:
+operands on two devices, an index on the device for a CPU tensor, a CPU generator for a draw on the device. Torch itself
+refuses the conversion to NumPy. Results equal the CPU's, bit for bit where torch decomposes an operation the same way.
 
-It sees where tensors live and nothing else of a GPU: no kernels, no autocast, no memory, no streams, no second GPU.
+Only the placement is simulated: no kernels, autocast, memory, streams or second GPU.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["THERE", "elsewhere"]
+__all__ = ["FAKE", "fake_device"]
 
-THERE = torch.device("meta")
+FAKE = torch.device("meta")
 
 _aten = torch.ops.aten
 _CROSSING = {_aten.copy_, _aten._to_copy}
@@ -36,10 +35,10 @@ _FILLING = {_aten.fill_, _aten.fill, _aten.masked_fill, _aten.masked_fill_}
 
 
 @contextmanager
-def elsewhere() -> Iterator[torch.device]:
-    """Inside, `THERE` is a device like any other.
+def fake_device() -> Iterator[torch.device]:
+    """Make `FAKE` behave as a device with memory of its own.
 
-    >>> with elsewhere() as there:
+    >>> with fake_device() as there:
     ...     x = torch.tensor([1.0, 2.0], device=there)
     ...     x.device.type, float(x.sum()), x.cpu()
     ('meta', 3.0, tensor([1., 2.]))
@@ -47,13 +46,13 @@ def elsewhere() -> Iterator[torch.device]:
     autocast = torch.autocast
 
     def known(device_type: str, *args: Any, **kwargs: Any) -> Any:  # torch has no autocast for meta tensors
-        return autocast("cpu" if device_type == THERE.type else device_type, *args, **kwargs)
+        return autocast("cpu" if device_type == FAKE.type else device_type, *args, **kwargs)
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(torch, "autocast", known))
         stack.enter_context(_Numbers())
-        stack.enter_context(_Elsewhere())
-        yield THERE
+        stack.enter_context(_FakeDevice())
+        yield FAKE
 
 
 class _Numbers(TorchFunctionMode):
@@ -66,7 +65,7 @@ class _Numbers(TorchFunctionMode):
             found = func(_mapped(lambda v: v.item() if isinstance(v, Tensor) else v, args[0]), *args[1:], **kwargs)
             return (found if device is None else found.to(device)).requires_grad_(wanted)
         if func is Tensor.new_tensor and args[0].is_meta and "device" not in kwargs:
-            return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}).to(THERE)
+            return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}).to(FAKE)
         if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].is_meta:
             args = (args[0], _as_tensors(args[1]), *args[2:])
         return func(*args, **kwargs)
@@ -78,7 +77,7 @@ def _as_tensors(index: Any) -> Any:
     return torch.tensor(index) if isinstance(index, (list, np.ndarray)) else index
 
 
-class _Elsewhere(TorchDispatchMode):
+class _FakeDevice(TorchDispatchMode):
     """Does every operation on the values of its operands."""
 
     def __init__(self) -> None:
@@ -109,8 +108,8 @@ class _Elsewhere(TorchDispatchMode):
         else:
             to_there = args[0].is_meta if packet in _CROSSING | _INDEXED else True
         for one in operands:
-            if to_there and isinstance(one, torch.Generator) and one.device != THERE:
-                raise RuntimeError(f"Expected a '{THERE}' device type for generator but found '{one.device}'")
+            if to_there and isinstance(one, torch.Generator) and one.device != FAKE:
+                raise RuntimeError(f"Expected a '{FAKE}' device type for generator but found '{one.device}'")
         written: dict[int, Tensor] = {}
 
         def here(value: Any) -> Any:
@@ -137,7 +136,7 @@ class _Elsewhere(TorchDispatchMode):
     def _here(self, tensor: Tensor) -> Tensor:
         """The values of a tensor there, in their own memory."""
         known = self.values.get(tensor.untyped_storage()._cdata)
-        assert known is not None, f"a tensor on {THERE} that was made outside of elsewhere() has no values"
+        assert known is not None, f"a tensor on {FAKE} that was made outside of fake_device() has no values"
         found = torch.empty(0, dtype=tensor.dtype)
         found.set_(known[1], tensor.storage_offset(), tensor.shape, tensor.stride())
         found = found.conj() if tensor.is_conj() else found
@@ -147,7 +146,7 @@ class _Elsewhere(TorchDispatchMode):
         """A tensor there with these values."""
         if values.storage_offset() or values.is_conj() or values.is_neg():
             values = values.resolve_conj().resolve_neg().clone()
-        found = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=THERE)
+        found = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=FAKE)
         storage = found.untyped_storage()
         self.values[storage._cdata] = (StorageWeakRef(storage), values.untyped_storage())
         if len(self.values) > self.limit:
@@ -167,7 +166,7 @@ def _mapped(do: Callable[[Any], Any], values: Any) -> Any:
 
 
 def _is_there(device: Any) -> bool:
-    return device is not None and torch.device(device).type == THERE.type
+    return device is not None and torch.device(device).type == FAKE.type
 
 
 def _refuse(func: Any, args: Any, tensors: Sequence[Tensor]) -> None:
@@ -185,5 +184,5 @@ def _refuse(func: Any, args: Any, tensors: Sequence[Tensor]) -> None:
         tensors = [t for t in tensors if t.is_meta or t.ndim or t is written]
     if len({t.is_meta for t in tensors}) > 1:
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, {THERE} and cpu! ({func})"
+            f"Expected all tensors to be on the same device, but found at least two devices, {FAKE} and cpu! ({func})"
         )

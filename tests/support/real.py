@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-ROOT = Path(os.environ.get("ESEGETA_SHARED_DATA") or Path(__file__).parents[2] / "shared" / "data")
+ROOT = Path(os.environ.get("ESEGETA_SHARED_DATA") or Path(__file__).parents[3] / "shared" / "data")
 
 needs_real_data = pytest.mark.skipif(
     not ROOT.is_dir(), reason="real scans and networks are absent: set ESEGETA_SHARED_DATA to their folder"
