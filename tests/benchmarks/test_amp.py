@@ -26,7 +26,7 @@ def test_the_table_counts_fallbacks_and_misses() -> None:
         Row("A:2", "Rule", None, None, 1.0, None, alone=True),
     ]
     text = "\n".join(table(found, ["A:2"], "here"))
-    assert "3 pairs of method and network were measured; 1 fell back to float32, 1 of them though" in text
-    assert "Of the 2 maps saved from autocast 1 correlate below 0.99" in text
+    assert "3 pairs of method and network were measured; 1 fell back to float32, 1 of them although" in text
+    assert "Of the 2 maps computed under autocast 1 correlate below 0.99" in text
     assert "* Missed on A:2: first window 0.9990, whole map 0.9700" in text
     assert "| Rule | – | – | 1.0000 | always float32 |" in text
