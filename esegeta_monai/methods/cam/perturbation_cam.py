@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import baseline_for
+from esegeta_monai.engine.default_layer import default_layer
 from esegeta_monai.engine.layer_maps import BlendedActivations, channel_axis
 from esegeta_monai.engine.network.hooks import replaced
 from esegeta_monai.engine.objective import Objective
@@ -42,8 +43,16 @@ class _ChannelByChannel(_Cam):
         return False
 
     def passes(self, objective: Objective) -> int:
-        """Activations everywhere twice; each channel the windows that the target sees (64 channels are assumed)."""
-        return 2 * len(objective.plan) + (self.max_channels or 64) * len(objective.windows)
+        """Count activations everywhere twice, and per channel the windows that the target sees."""
+        return 2 * len(objective.plan) + self.channel_count(objective) * len(objective.windows)
+
+    def channel_count(self, objective: Objective) -> int:
+        """Return the number of channels that are looked at; 64 are assumed where the layer's shape is not known."""
+        shapes = objective.memo("layer shapes", dict) if objective.knows("layer shapes") else {}
+        layer = default_layer(objective) if self.layer is None and objective.knows("default layer") else self.layer
+        grid = shapes[layer].grid if layer in shapes else None
+        channels = 64 if grid is None else grid[0]
+        return channels if self.max_channels is None else min(channels, self.max_channels)
 
     def chosen(self, moments: ChannelMoments) -> list[int]:
         """The channels that are looked at, in order; constant ones are left out."""
@@ -121,6 +130,10 @@ class AblationCam(_ChannelByChannel):
     """
 
     reference = "Desai & Ramaswamy, WACV 2020, doi:10.1109/WACV45572.2020.9093360"
+
+    def passes(self, objective: Objective) -> int:
+        """Count the passes of all channels, and those of F with all of them."""
+        return super().passes(objective) + len(objective.windows)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
         moments: ChannelMoments = yield Moments(layer)
