@@ -77,7 +77,7 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
         monitor.pace = None
     stopped = pace.seconds()
     seconds, memory, found = stopped - began, peak_memory(device), round(pace.passes())
-    timed, alone = ended and (pace.whole or not method.steered), objective.ranks.size == 1
+    timed, alone = ended and (pace.whole or not method.passes_data_dependent), objective.ranks.size == 1
     if timed and alone:
         passes, exact = found, pace.whole or method.passes_exact
     else:  # besides one or two by which a layer is found that is not named

@@ -32,6 +32,7 @@ __all__ = [
 __all__ += []
 
 Produces = Literal["input map", "layer map", "synthesised image", "activation"]
+Limits = tuple[tuple[str, int | None], ...]
 
 
 @dataclass
@@ -80,9 +81,9 @@ class Method(Configurable, ABC):
         needs_linear: only scores linear in the prediction (``output="logit"``) make sense.
         full_precision: never under autocast.
         gap_advice: what to do about a completeness gap, in words.
-        needs_value: also where the target is linear, F at the image is asked for: a forward pass where no prediction is
-            known, as at the noisy images of `SmoothGrad`.
-        brief: names and values of parameters with which the method is cheap, where it has them, see `in_brief`.
+        reads_image_value: the method reads F(image) even for linear targets: one more forward pass where no prediction
+            is given, as at the noisy images of `SmoothGrad`.
+        cheap_parameters: (name, value) pairs of the parameters that make the method cheap, see `cheap_copy`.
     """
 
     reference: ClassVar[str] = ""
@@ -92,9 +93,9 @@ class Method(Configurable, ABC):
     needs_gradient: ClassVar[bool] = True
     needs_linear: ClassVar[bool] = False
     full_precision: ClassVar[bool] = False
-    needs_value: ClassVar[bool] = False
+    reads_image_value: ClassVar[bool] = False
     gap_advice: ClassVar[str] = "read it as a ranking of places, not as shares"
-    brief: ClassVar[tuple[tuple[str, int | None], ...]] = (("n_steps", 4), ("n_samples", 4), ("tolerance", None))
+    cheap_parameters: ClassVar[Limits] = (("n_steps", 4), ("n_samples", 4), ("tolerance", None))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -125,14 +126,14 @@ class Method(Configurable, ABC):
         return None
 
     @property
-    def steered(self) -> bool:
-        """Whether values decide how many passes it needs (a tolerance, a line search): only a whole run tells."""
-        return any(m.steered for m in self.inside())
+    def passes_data_dependent(self) -> bool:
+        """True if the number of passes depends on values (a tolerance, a line search) and is known only after a run."""
+        return any(m.passes_data_dependent for m in self.inside())
 
     @property
     def passes_exact(self) -> bool:
         """Whether `passes` is known before, or only roughly since it depends on what the run finds."""
-        return not self.steered and all(m.passes_exact for m in self.inside())
+        return not self.passes_data_dependent and all(m.passes_exact for m in self.inside())
 
     def passes(self, objective: Objective) -> int:
         """Window passes that `attribute` needs, for progress and for cost estimates; exact unless a method says so."""
@@ -144,19 +145,20 @@ class Method(Configurable, ABC):
             return []
         return [m for m in (getattr(self, f.name) for f in dataclasses.fields(self)) if isinstance(m, Method)]
 
-    def in_brief(self) -> Method:
-        """The same method at a fraction of its cost, with few steps or samples: what half precision is measured on.
+    def cheap_copy(self) -> Method:
+        """Return the method with few steps or samples, on which the error of half precision is measured.
 
-        A number in ``brief`` is the most that a parameter keeps. Methods inside are in brief too. A black-box method
-        stays as it is: of its perturbations only some are scored (`Objective.first_windows`).
+        A number in ``cheap_parameters`` is an upper limit; None is set as it is. Inner methods become cheap copies too.
+        A black-box method stays as it is: of its perturbations only some are scored (`Objective.first_windows`).
         """
         if not dataclasses.is_dataclass(self):
             return self
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        changed: dict[str, Any] = {n: m.in_brief() for n, m in own.items() if isinstance(m, Method)}
-        for name, value in self.brief if self.needs_gradient or type(self).brief is not Method.brief else ():
-            if name in own:
-                changed[name] = value if value is None or own[name] is None else min(own[name], value)
+        changed: dict[str, Any] = {n: m.cheap_copy() for n, m in own.items() if isinstance(m, Method)}
+        if self.needs_gradient or self.cheap_parameters is not Method.cheap_parameters:
+            for name, limit in self.cheap_parameters:
+                if name in own:
+                    changed[name] = limit if limit is None or own[name] is None else min(own[name], limit)
         return dataclasses.replace(self, **changed) if changed else self
 
     def __init_subclass__(cls, registered: bool = True, **kwargs: Any) -> None:

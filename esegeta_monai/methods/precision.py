@@ -149,7 +149,7 @@ def _pays(method: Method, objective: Objective) -> bool:
     perturbations."""
     predictions = method.predictions(objective)
     if predictions is None:
-        return len(objective.plan) > 1 or 2 * method.in_brief().passes(objective) < method.passes(objective)
+        return len(objective.plan) > 1 or 2 * method.cheap_copy().passes(objective) < method.passes(objective)
     first = {windows[0] for windows in objective.support if windows}
     return 2 * len(first) * min(SAMPLED, predictions) < method.passes(objective)
 
@@ -157,17 +157,17 @@ def _pays(method: Method, objective: Objective) -> bool:
 def measure(methods: Sequence[Method], objective: Objective, lock_step: LockStep) -> list[Agreement]:
     """How each method agrees with float32 on the first window that each target sees.
 
-    The methods run in brief (`Method.in_brief`) on an objective of these windows alone, once in float32 and once under
-    autocast; gradient and CAM methods share these passes as they share the others. What is compared is the map, or for
-    methods that perturb the image the scores of `SAMPLED` perturbations: the map of a few would be a map of something
-    else, and a raw score would hide its small differences.
+    Cheap copies of the methods (`Method.cheap_copy`) run on an objective of these windows alone, once in float32 and
+    once under autocast; gradient and CAM methods share these passes as they share the others. What is compared is the
+    map, or for methods that perturb the image the scores of `SAMPLED` perturbations: the map of a few would be a map of
+    something else, and a raw score would hide its small differences.
     """
-    brief = [m.in_brief() for m in methods]
+    cheap = [m.cheap_copy() for m in methods]
     half = objective.first_windows(SAMPLED)
     full = full_precision(half)
-    precise = lock_step(brief, full)
+    precise = lock_step(cheap, full)
     half.default_layer = objective.default_layer = full.default_layer  # a gradient of zero must not choose the layer
-    rough = lock_step(brief, half)
+    rough = lock_step(cheap, half)
     dtype = str(objective.model.autocast_dtype).removeprefix("torch.")
     return [_compared(rough[i], precise[i], dtype) for i in range(len(methods))]
 

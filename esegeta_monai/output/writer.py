@@ -258,9 +258,9 @@ class ResultWriter:
         grid = storage.Grid.of(scan)
         volume = self._scan(scan)
         on_cpu = cast(MetaTensor, attribution.map.cpu())
-        made_up = method.produces == "synthesised image"
+        synthesised = method.produces == "synthesised image"
         sums: dict[str, float] = {}
-        if made_up:
+        if synthesised:
             values = _image_on_scan(on_cpu, volume, attribution.record["intensity_range"])
         else:
             values, sums = to_scan_grid(on_cpu, volume, additive=method.additive)
@@ -271,7 +271,7 @@ class ResultWriter:
             more["sum_in_padding"] = sums.get("sum_in_padding", 0.0) + attribution.record["sum_in_padding"]
         path.parent.mkdir(parents=True, exist_ok=True)
         shown: dict[str, float] = {}
-        if made_up:  # black and white, in place of the window of a map
+        if synthesised:  # black and white, in place of the window of a map
             ends = torch.tensor(attribution.record["intensity_range"])
             shown = {"cal_min": float(ends.min()), "cal_max": float(ends.max())}
         storage.save_map(path, values, grid, method=method.name or type(method).__name__, **shown)
@@ -287,7 +287,7 @@ class ResultWriter:
                 "affine": affine.tolist(),
                 "oriented": oriented,
             }
-        if self.pictures and made_up:
+        if self.pictures and synthesised:
             more["picture"] = self._draw_made_up(path, values, attribution, case, volume)
         elif self.pictures:
             mask = self._copy_mask(attribution, case, volume, grid)

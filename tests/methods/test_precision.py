@@ -172,7 +172,7 @@ def test_nothing_is_measured_where_that_costs_the_map_in_float32() -> None:
     """One window is seen whole, and there are fewer steps or perturbations of it than would be computed twice."""
     network = tame()
     few, many = Occlusion(window=6), Occlusion(window=1)
-    nine, ten, eleven = (IntegratedGradients(n_steps=n, baseline="zero") for n in (8, 9, 10))  # in brief it takes five
+    nine, ten, eleven = (IntegratedGradients(n_steps=n, baseline="zero") for n in (8, 9, 10))  # a cheap copy takes five
     methods = [GRADIENT, few, nine, ten, many, eleven]
     for inferer, spared in ((None, [True] * 4 + [False] * 2), (WINDOWS, [False] * 6)):
         explainer = Explainer(network, inferer, "cpu", True)
@@ -181,7 +181,7 @@ def test_nothing_is_measured_where_that_costs_the_map_in_float32() -> None:
         value = 1  # once, F at the image in float32, which the prediction under autocast does not tell
         for a in (a for a, alone in zip(found, spared) if alone):
             (full,) = Explainer(network, inferer, "cpu")(image(), [a.method], [TARGET])
-            own, value = (value, 0) if a.method.needs_value else (0, value)
+            own, value = (value, 0) if a.method.reads_image_value else (0, value)
             assert a.record["window_passes"] == full.record["window_passes"] + own
             assert torch.equal(a.map, full.map)
 
@@ -350,11 +350,11 @@ def test_all_ranks_decide_as_the_first_one() -> None:
 
 
 def test_a_method_in_brief_is_the_same_method_cheaper() -> None:
-    assert XRAI(n_segments=(3,), n_steps=64).in_brief().parameters == XRAI(n_segments=(3,), n_steps=4).parameters
-    inner = SmoothGrad(IntegratedGradients(tolerance=1e-3), n_samples=9).in_brief()
+    assert XRAI(n_segments=(3,), n_steps=64).cheap_copy().parameters == XRAI(n_segments=(3,), n_steps=4).parameters
+    inner = SmoothGrad(IntegratedGradients(tolerance=1e-3), n_samples=9).cheap_copy()
     assert (inner.n_samples, inner.method.n_steps, inner.method.tolerance) == (4, 4, None)
-    assert IntegratedGradients(n_steps=2).in_brief().n_steps == 2
-    assert GRADIENT.in_brief() is GRADIENT
+    assert IntegratedGradients(n_steps=2).cheap_copy().n_steps == 2
+    assert GRADIENT.cheap_copy() is GRADIENT
 
 
 def test_what_decides_a_map_does_not_depend_on_what_was_measured() -> None:

@@ -30,7 +30,7 @@ class _ChannelByChannel(_Cam):
     name: str | None = field(default=None, kw_only=True)
 
     needs_gradient = False
-    brief = (("max_channels", 16),)
+    cheap_parameters = (("max_channels", 16),)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -75,7 +75,7 @@ class SmoothGrad(Method):
 
     def passes(self, objective: Objective) -> int:
         """Those of the method inside, once a sample, and the prediction there where that is asked for."""
-        asked = self.method.needs_value or not objective.linear
+        asked = self.method.reads_image_value or not objective.linear
         prediction = len(objective.windows) if asked else 0
         return self.n_samples * (prediction + self.method.passes(objective))
 
@@ -134,7 +134,7 @@ class VarGrad(SmoothGradSquared):
     """
 
     reference = "Adebayo et al., ICLR workshop 2018, arXiv:1810.03307"
-    brief = (("n_samples", 8),)  # the variance of few gradients is hardly more than one difference
+    cheap_parameters = (("n_samples", 8),)  # the variance of few gradients is hardly more than one difference
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial); updated sample by sample (Welford 1962), since E[A²] − E[A]² would cancel."""

@@ -50,7 +50,7 @@ class IntegratedGradients(Method):
     produces = "input map"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
     gap_advice = (
         "take more steps (tolerance=1e-3), or another baseline: under instance, group or layer norm a path from zero "
         "finds nothing"
@@ -86,7 +86,7 @@ class IntegratedGradients(Method):
         return Explained(maps, notes)
 
     @property
-    def steered(self) -> bool:
+    def passes_data_dependent(self) -> bool:
         return self.tolerance is not None
 
     def passes(self, objective: Objective) -> int:

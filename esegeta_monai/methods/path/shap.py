@@ -72,7 +72,7 @@ class GradientShap(Method):
     produces = "input map"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
     gap_advice = "take more draws (n_samples); completeness_error is its standard error"
 
     baseline: Any = "auto"
@@ -121,7 +121,7 @@ class LayerGradientShap(LayerMethod):
     reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
 
     baseline: Any = "auto"
     n_samples: int = 32

@@ -41,7 +41,7 @@ class BlurIG(Method):
     produces = "input map"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
     gap_advice = "take more steps, or give tolerance=1e-3"
 
     sigma: float | None = None
@@ -57,7 +57,7 @@ class BlurIG(Method):
         _check_tolerance(self.tolerance, self.max_steps, self.n_steps)
 
     @property
-    def steered(self) -> bool:
+    def passes_data_dependent(self) -> bool:
         return self.tolerance is not None
 
     def passes(self, objective: Objective) -> int:
@@ -112,7 +112,7 @@ class GuidedIG(Method):
     produces = "input map"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
     gap_advice = "take more steps, or give tolerance=1e-3"
 
     baseline: Any = "auto"
@@ -133,7 +133,7 @@ class GuidedIG(Method):
         _check_tolerance(self.tolerance, self.max_steps, self.n_steps)
 
     @property
-    def steered(self) -> bool:
+    def passes_data_dependent(self) -> bool:
         return self.tolerance is not None
 
     def passes(self, objective: Objective) -> int:

@@ -44,7 +44,7 @@ class DeepLift(Method):
     produces = "input map"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
     full_precision = True
 
     baseline: Any = "auto"
@@ -80,7 +80,7 @@ class DeepLiftShap(Method):
     produces = "input map"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
     full_precision = True
 
     baseline: Any = "auto"
@@ -124,7 +124,7 @@ class LayerDeepLift(LayerMethod):
     reference = "Shrikumar et al., ICML 2017, arXiv:1704.02685"
     additive = True
     units = "target per voxel"
-    needs_value = True
+    reads_image_value = True
     full_precision = True
 
     baseline: Any = "auto"
@@ -171,7 +171,7 @@ class LayerDeepLiftShap(LayerDeepLift):
     """
 
     reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
-    needs_value = True
+    reads_image_value = True
 
     n_samples: int = 8
     name: str | None = field(default=None, kw_only=True)

@@ -53,7 +53,7 @@ class FullGrad(Method):
     units = "target per voxel"
     full_precision = True
     needs_linear = True
-    needs_value = True
+    reads_image_value = True
     gap_advice = "gates, attention and functions outside modules have parts that are the bias of no module"
 
     abs: bool = True

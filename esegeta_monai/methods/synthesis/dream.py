@@ -101,7 +101,7 @@ class DeepDream(_Synthesis):
         return self.layer is None
 
     @property
-    def steered(self) -> bool:
+    def passes_data_dependent(self) -> bool:
         return True
 
     def passes(self, objective: Objective) -> int:
@@ -234,7 +234,7 @@ class InvertedRepresentation(_Synthesis):
         return self.layer is None  # one is looked for where the target is
 
     @property
-    def steered(self) -> bool:
+    def passes_data_dependent(self) -> bool:
         return True
 
     def passes(self, objective: Objective) -> int:

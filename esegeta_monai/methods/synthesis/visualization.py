@@ -237,7 +237,7 @@ class ClassImage(_Synthesis):
         return False
 
     @property
-    def steered(self) -> bool:
+    def passes_data_dependent(self) -> bool:
         return True
 
     def passes(self, objective: Objective) -> int:
