@@ -176,7 +176,7 @@ class MetricResult:
 
 
 class Metric(Configurable, ABC):
-    """How far an explanation can be trusted, in one respect. Subclasses are dataclasses, their fields the parameters.
+    """A measure of how far an explanation can be trusted. Subclasses become dataclasses; fields are parameters.
 
     Every class states ``group``, ``higher_is_better`` and ``meaning``, or inherits them from a family base; they are
     checked when the class is defined.

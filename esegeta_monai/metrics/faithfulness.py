@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -33,7 +32,6 @@ ZERO = "the map is zero everywhere"
 NEEDS: frozenset[Need] = frozenset({"objective"})
 
 
-@dataclass(eq=False, repr=False)
 class _Curve(Metric):
     """Features removed (or brought back) in the order of the map, and the area under the target's curve."""
 
@@ -46,7 +44,6 @@ class _Curve(Metric):
     steps: int = 20
     baseline: Any = "auto"
     n_samples: int = 3
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +66,6 @@ class _Curve(Metric):
         return _over_draws(areas, x, curves, notes)
 
 
-@dataclass(eq=False, repr=False)
 class Deletion(_Curve):
     """The area under ``y(t) = (F(x_t) − F(x₀)) / |F(x) − F(x₀)|``, the share t of features removed in the map's order
     (Petsiuk et al. 2018), strongest first.
@@ -88,7 +84,6 @@ class Deletion(_Curve):
     insert = False
 
 
-@dataclass(eq=False, repr=False)
 class Insertion(_Curve):
     """The area under ``y(t)`` of `Deletion`, features brought back into the baseline, strongest first.
 
@@ -126,7 +121,6 @@ def _over_draws(
     return MetricResult(float(np.mean(values)), low, high, len(values), curve=curve, notes=notes)
 
 
-@dataclass(eq=False, repr=False)
 class IROF(Metric):
     """Iterative removal of features: ``1/L Σ_l (F(x) − F(x_l)) / |F(x) − F(x₀)|``, supervoxels replaced by their mean
     in the order of the map's mean over them (Rieger & Hansen 2020).
@@ -150,7 +144,6 @@ class IROF(Metric):
     baseline: Any = "feature mean"
     steps: int = 60
     n_samples: int = 3
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -172,7 +165,6 @@ class IROF(Metric):
         return _over_draws(areas, x, curves, {"steps": len(x) - 1})
 
 
-@dataclass(eq=False, repr=False)
 class RegionPerturbation(Metric):
     """Area over the most-relevant-first perturbation curve, ``AOPC = 1/(L+1) Σ_{l=0..L} (F(x) − F(x_l))``, in units of
     ``|F(x) − F(x₀)|``: blocks replaced one by one by random values (Samek et al. 2017).
@@ -194,7 +186,6 @@ class RegionPerturbation(Metric):
     features: Any = "blocks"
     baseline: Any = "uniform"
     n_samples: int = 3
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -222,7 +213,6 @@ class RegionPerturbation(Metric):
         return _over_draws(areas, np.arange(len(curves[0])), curves, {})
 
 
-@dataclass(eq=False, repr=False)
 class FaithfulnessCorrelation(Metric):
     """Pearson's correlation, over random sets S of features, between ``Σ_S a`` and ``F(x) − F(x with S replaced)``
     (Bhatt et al. 2020).
@@ -243,7 +233,6 @@ class FaithfulnessCorrelation(Metric):
     subset: float = 0.25
     features: Any = "blocks"
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,7 +253,6 @@ class FaithfulnessCorrelation(Metric):
         return MetricResult(float(value), low, high, len(said), notes={"subset_size": size})
 
 
-@dataclass(eq=False, repr=False)
 class SensitivityN(Metric):
     """`FaithfulnessCorrelation` for sets of n features, n from one to most of them; mean over n (Ancona et al. 2018).
 
@@ -284,7 +272,6 @@ class SensitivityN(Metric):
     n_samples: int = 12
     features: Any = "blocks"
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -329,7 +316,6 @@ def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.where(flat, np.nan, (a * b).sum(1) / np.where(flat, 1, scale))
 
 
-@dataclass(eq=False, repr=False)
 class Infidelity(Metric):
     """``min_β E[(β Iᵀa − ΔF)²] / E[ΔF²]`` with ``ΔF = F(x) − F(x − I)`` (Yeh et al. 2019, normalised by the best scale
     β as there).
@@ -363,7 +349,6 @@ class Infidelity(Metric):
     baseline: Any = "auto"
     std: float = 0.1
     keep_sign: bool = True
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

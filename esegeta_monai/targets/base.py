@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 class Target(Configurable, ABC):
-    """What is explained. Subclasses are dataclasses; all of them share these parameters where they make sense.
+    """What is explained. Subclasses become dataclasses and share these parameters where they make sense.
 
     * ``output``: ``"logit"`` (the raw output of the network; linear, so that everything is exact and cheap),
       ``"probability"`` or ``"log_probability"`` (after blending).
@@ -34,7 +34,7 @@ class Target(Configurable, ABC):
     A target with a ``layer`` (a dotted name) is bound to that layer's output in place of the prediction.
     """
 
-    layer: str | None = None
+    layer: ClassVar[str | None] = None
 
     @abstractmethod
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:

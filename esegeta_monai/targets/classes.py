@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -15,7 +14,6 @@ from esegeta_monai.targets.base import Target, need_map, resolve_class
 __all__ = ["ClassScore", "MultiClassMask", "PredictedClasses", "ThresholdMask"]
 
 
-@dataclass(eq=False, repr=False)
 class ClassScore(Target):
     """The score of a class of a classification network: ``s(P) = φ(P)(c)``.
 
@@ -34,7 +32,6 @@ class ClassScore(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     top_k: int = 1
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score for each class asked for.
@@ -72,7 +69,6 @@ class ClassScore(Target):
         return scores
 
 
-@dataclass(eq=False, repr=False)
 class MultiClassMask(Target):
     """The voxels that were given to a class: ``s(P) = Σ_v m(v) φ(P)(c, v)``, ``m(v) = [argmax_k P(k, v) = c]``.
 
@@ -92,7 +88,6 @@ class MultiClassMask(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score.
@@ -117,7 +112,6 @@ class MultiClassMask(Target):
         ]
 
 
-@dataclass(eq=False, repr=False)
 class ThresholdMask(Target):
     """The voxels above (or below) a threshold: ``s(P) = Σ_v m(v) φ(P)(c, v)``, ``m(v) = [value(P)(c, v) > t]``.
 
@@ -143,7 +137,6 @@ class ThresholdMask(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score.
@@ -182,7 +175,6 @@ class ThresholdMask(Target):
         return prediction[index]
 
 
-@dataclass(eq=False, repr=False)
 class PredictedClasses(Target):
     """Every class that was predicted, background aside: a `MultiClassMask` each, or the `ClassScore` of a whole image.
 
@@ -200,7 +192,6 @@ class PredictedClasses(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """A score for each predicted class; one empty score where there is none.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,6 @@ from esegeta_monai.targets.classes import class_mask
 __all__ = ["Box", "Component", "Errors", "LabelMask", "OutputValue", "Voxel"]
 
 
-@dataclass(eq=False, repr=False)
 class LabelMask(Target):
     """The output of a class under a given mask: ``s(P) = Σ_v m(v) φ(P)(c, v)``.
 
@@ -42,7 +40,6 @@ class LabelMask(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score.
@@ -59,7 +56,6 @@ class LabelMask(Target):
         return [_masked(self, chosen, which, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class Component(Target):
     """One connected component of a class: ``s(P) = Σ_v m(v) φ(P)(c, v)``, m one component of the argmax map.
 
@@ -79,7 +75,6 @@ class Component(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score; empty where the class has no such component.
@@ -119,7 +114,6 @@ class Component(Target):
         return parts == parts[tuple(voxels[nearest])]
 
 
-@dataclass(eq=False, repr=False)
 class Voxel(Target):
     """One voxel: ``s(P) = φ(P)(c, v)``, at a world coordinate or an index of the network's grid.
 
@@ -135,7 +129,6 @@ class Voxel(Target):
     index: Sequence[int] | None = None
     output: Output = "logit"
     activation: Activation = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score.
@@ -163,7 +156,6 @@ class Voxel(Target):
         return [_masked(self, mask, which, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class Box(Target):
     """A box of voxels: ``s(P) = Σ_{v in box} φ(P)(c, v)``.
 
@@ -182,7 +174,6 @@ class Box(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score; empty where the box lies outside the prediction.
@@ -205,7 +196,6 @@ class Box(Target):
         return [_masked(self, mask, self.class_index, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class Errors(Target):
     """Where the prediction is wrong against a label: ``s(P) = Σ_{v wrong} φ(P)(c, v)``.
 
@@ -222,7 +212,6 @@ class Errors(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score; empty where the prediction makes no such error.
@@ -239,7 +228,6 @@ class Errors(Target):
         return [_masked(self, wrong, index, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class OutputValue(Target):
     """A regression output against a reference value: ``s(P) = P(c) − r``, averaged over voxels where there are any.
 
@@ -250,7 +238,6 @@ class OutputValue(Target):
 
     channel: int | str = 0
     reference: float = 0.0
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score.

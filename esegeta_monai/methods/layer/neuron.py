@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from esegeta_monai.methods.path.integrated_gradients import Rule, quadrature
 __all__ = ["NeuronConductance"]
 
 
-@dataclass(eq=False, repr=False)
 class NeuronConductance(Method):
     """``(x − x₀) · ∫₀¹ Σ_u ∂F/∂A_u · ∂A_u/∂x dα`` along ``x₀ + α (x − x₀)``: the part of integrated gradients that
     leads through the units u of a layer (Dhamdhere et al. 2019).
@@ -50,7 +48,6 @@ class NeuronConductance(Method):
     baseline: Any = "auto"
     n_steps: int = 32
     method: Rule = "gausslegendre"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

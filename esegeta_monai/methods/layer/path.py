@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -24,7 +23,6 @@ from esegeta_monai.utils.distributed import Summed
 __all__ = ["InternalInfluence", "LayerConductance", "LayerIntegratedGradients", "along_path", "layer_pass"]
 
 
-@dataclass(eq=False, repr=False)
 class LayerConductance(LayerMethod):
     """``∫₀¹ ∂F/∂A_c · dA_c/dα dα`` along ``x₀ + α (x − x₀)``: what of F's change flows through each unit (Dhamdhere
     et al. 2019).
@@ -48,7 +46,6 @@ class LayerConductance(LayerMethod):
     baseline: Any = "auto"
     n_steps: int = 32
     rule: Literal["trapezoid", "left"] = "trapezoid"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -88,7 +85,6 @@ class LayerConductance(LayerMethod):
         return Explained(maps, notes)
 
 
-@dataclass(eq=False, repr=False)
 class InternalInfluence(LayerMethod):
     """``∫₀¹ ∂F/∂A_c dα`` along ``x₀ + α (x − x₀)`` (Leino et al. 2018).
 
@@ -107,7 +103,6 @@ class InternalInfluence(LayerMethod):
     baseline: Any = "auto"
     n_steps: int = 32
     method: Rule = "gausslegendre"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,7 +131,6 @@ class InternalInfluence(LayerMethod):
         return Explained(maps, {"layer": layer, "sum_in_padding": padding, "baseline": baseline.record()})
 
 
-@dataclass(eq=False, repr=False)
 class LayerIntegratedGradients(LayerMethod):
     """``(A − A₀) · ∫₀¹ ∂F/∂A (A₀ + α (A − A₀)) dα``: integrated gradients with the layer's output as the input,
     A = A(x), A₀ = A(x₀), everything beside the layer computed from x.
@@ -159,7 +153,6 @@ class LayerIntegratedGradients(LayerMethod):
     baseline: Any = "auto"
     n_steps: int = 32
     method: Rule = "gausslegendre"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import esegeta_monai.engine.rules as rules
@@ -18,7 +17,6 @@ from esegeta_monai.methods.relevance.lrp import input_range
 __all__ = ["LayerLRP"]
 
 
-@dataclass(eq=False, repr=False)
 class LayerLRP(LayerMethod):
     """Layer-wise relevance that arrives at a layer's units (Bach et al. 2015), see `LRP`. Linear scores only.
 
@@ -37,7 +35,6 @@ class LayerLRP(LayerMethod):
     composite: str | Mapping[str, Any] = "EpsilonPlus"
     epsilon: float = 1e-6
     gamma: float = 0.25
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

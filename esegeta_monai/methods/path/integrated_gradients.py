@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +21,6 @@ __all__ = ["IntegratedGradients", "quadrature"]
 Rule = Literal["gausslegendre", "riemann_trapezoid", "riemann_middle", "riemann_left", "riemann_right"]
 
 
-@dataclass(eq=False, repr=False)
 class IntegratedGradients(Method):
     """``a = (x − x₀) · ∫₀¹ ∂F/∂x(x₀ + α (x − x₀)) dα`` (Sundararajan et al. 2017).
 
@@ -61,7 +60,6 @@ class IntegratedGradients(Method):
     method: Rule = "gausslegendre"
     tolerance: float | None = None
     max_steps: int = 1024
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

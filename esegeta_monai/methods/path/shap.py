@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,7 +50,6 @@ def _check(n_samples: int, std: float) -> None:
         raise UsageError(f"n_samples={n_samples} must be at least 2 (for the error bar), std={std} not negative")
 
 
-@dataclass(eq=False, repr=False)
 class GradientShap(Method):
     """``a = E[(x' − x₀) · ∂F/∂x(x₀ + α (x' − x₀))]`` over baselines x₀, α uniform on [0, 1] and noisy images x' (Erion
     et al. 2021; Lundberg & Lee 2017).
@@ -78,7 +77,6 @@ class GradientShap(Method):
     baseline: Any = "auto"
     n_samples: int = 32
     std: float = 0.0
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +106,6 @@ class GradientShap(Method):
         return Explained(maps, {**notes, "n_samples": self.n_samples, **describe_baseline(baseline, first)})
 
 
-@dataclass(eq=False, repr=False)
 class LayerGradientShap(LayerMethod):
     """``E[(A(x') − A(x₀)) · ∂F/∂A(x₀ + α (x' − x₀))]`` at a layer, in the words of `GradientShap`.
 
@@ -126,7 +123,6 @@ class LayerGradientShap(LayerMethod):
     baseline: Any = "auto"
     n_samples: int = 32
     std: float = 0.0
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from esegeta_monai.methods.relevance.lrp import input_range
 __all__ = ["ContrastiveExcitationBackprop", "ContrastiveLRP"]
 
 
-@dataclass(eq=False, repr=False)
 class _Contrastive(Method):
     """What contrastive methods share: both sides are summed over the windows, then compared."""
 
@@ -28,7 +27,6 @@ class _Contrastive(Method):
     needs_linear = True
 
     positive: bool = True
-    name: str | None = field(default=None, kw_only=True)
 
     @property
     def signed(self) -> bool:
@@ -62,7 +60,6 @@ class _Contrastive(Method):
         return contrast.clamp(min=0) if self.positive else contrast
 
 
-@dataclass(eq=False, repr=False)
 class ContrastiveExcitationBackprop(_Contrastive):
     """``Σ prior · (T / t − A / a)``: excitation backpropagation of the target less that of its opposite (Zhang 2018).
 
@@ -103,7 +100,6 @@ class ContrastiveExcitationBackprop(_Contrastive):
         )
 
 
-@dataclass(eq=False, repr=False)
 class ContrastiveLRP(_Contrastive):
     """``max(R − R_dual, 0)``: LRP of the target less LRP of its opposite (Gu, Yang & Tresp 2018, CLRP2).
 

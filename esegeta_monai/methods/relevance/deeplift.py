@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from esegeta_monai.utils.distributed import Summed
 __all__ = ["DeepLift", "DeepLiftShap", "LayerDeepLift", "LayerDeepLiftShap"]
 
 
-@dataclass(eq=False, repr=False)
 class DeepLift(Method):
     """``a = (x − x₀) · m`` with m the finite-difference multipliers, the rescale rule (Shrikumar et al. 2017).
 
@@ -48,7 +46,6 @@ class DeepLift(Method):
     full_precision = True
 
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def passes(self, objective: Objective) -> int:
         """Image and baseline once (twice where the target is not linear: F at the baseline comes first), and the first
@@ -65,7 +62,6 @@ class DeepLift(Method):
         return Explained(maps, {"completeness_gap": gap, **describe_baseline(baseline, start)})
 
 
-@dataclass(eq=False, repr=False)
 class DeepLiftShap(Method):
     """The mean of `DeepLift` over references drawn from a distribution (Lundberg & Lee 2017): an approximation of
     Shapley values, complete to rounding for the references that were drawn.
@@ -85,7 +81,6 @@ class DeepLiftShap(Method):
 
     baseline: Any = "auto"
     n_samples: int = 8
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +103,6 @@ class DeepLiftShap(Method):
         return Explained(maps, notes)
 
 
-@dataclass(eq=False, repr=False)
 class LayerDeepLift(LayerMethod):
     """`DeepLift` at a layer: ``(A − A₀) · m`` with A₀ the layer's output for the reference.
 
@@ -128,7 +122,6 @@ class LayerDeepLift(LayerMethod):
     full_precision = True
 
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     @property
     def references(self) -> int:
@@ -160,7 +153,6 @@ class LayerDeepLift(LayerMethod):
         return Explained(maps, notes)
 
 
-@dataclass(eq=False, repr=False)
 class LayerDeepLiftShap(LayerDeepLift):
     """The mean of `LayerDeepLift` over references drawn from a distribution.
 
@@ -174,7 +166,6 @@ class LayerDeepLiftShap(LayerDeepLift):
     reads_image_value = True
 
     n_samples: int = 8
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from esegeta_monai.methods.base import Explained, Method
 __all__ = ["LRP", "ExcitationBackprop", "input_range"]
 
 
-@dataclass(eq=False, repr=False)
 class _Relevance(Method):
     """What relevance methods share: windows added, what stays with biases booked, conservation in the record."""
 
@@ -55,7 +53,6 @@ class _Relevance(Method):
         return batch.scores(relevance.output).sum(1)
 
 
-@dataclass(eq=False, repr=False)
 class LRP(_Relevance):
     """Layer-wise relevance propagation (Bach et al. 2015): ``Σ a + booked = F(x)``.
 
@@ -78,7 +75,6 @@ class LRP(_Relevance):
     composite: str | Mapping[str, Any] = "EpsilonPlus"
     epsilon: float = 1e-6
     gamma: float = 0.25
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,7 +103,6 @@ def input_range(objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
     return low.to(objective.model.device), high.to(objective.model.device)
 
 
-@dataclass(eq=False, repr=False)
 class ExcitationBackprop(_Relevance):
     """Excitation backpropagation: the marginal winning probability of each voxel (Zhang et al. 2018).
 
@@ -117,8 +112,6 @@ class ExcitationBackprop(_Relevance):
 
     reference = "Zhang et al., IJCV 2018, doi:10.1007/s11263-017-1059-x"
     units = "share of the prior"
-
-    name: str | None = field(default=None, kw_only=True)
 
     @property
     def signed(self) -> bool:
