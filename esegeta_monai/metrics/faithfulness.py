@@ -9,7 +9,7 @@ loses when everything is replaced, so that logits, probabilities and sums over v
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -47,23 +47,17 @@ class _Curve(Metric):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_parts(self.features, self.baseline)
-        at_least(self, "steps", self.steps, 2)
-        at_least(self, "n_samples", self.n_samples, 1)
+        _check_curve(self, least_steps=2)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """About 0 to 1 (below or above where the target overshoots)."""
-        if not bool(subject.map.any()):
-            return MetricResult.undefined(ZERO)
-        areas, curves = [], []
-        for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
-            if blind(subject, removal.full):
-                return MetricResult.undefined(NOTHING)
+
+        def curve(removal: Removal) -> _Drawn:
             x, y = removal_curve(removal, self.steps, self.insert)
-            areas.append(float(np.trapezoid(y, x)))
-            curves.append(y)
-        notes = {"features": len(removal.features), "features_seen": len(removal.seen), "steps": len(x) - 1}
-        return _over_draws(areas, x, curves, notes)
+            notes = {"features": len(removal.features), "features_seen": len(removal.seen), "steps": len(x) - 1}
+            return float(np.trapezoid(y, x)), x, y, notes
+
+        return _over_draws(self, subject, curve)
 
 
 class Deletion(_Curve):
@@ -112,13 +106,30 @@ def removal_curve(removal: Removal, steps: int, insert: bool) -> tuple[np.ndarra
     return counts / len(order), y
 
 
-def _over_draws(
-    values: Sequence[float], x: np.ndarray, curves: Sequence[np.ndarray], notes: dict[str, Any]
-) -> MetricResult:
-    """The mean over draws, of values and of curves."""
-    low, high = mean_interval(values)
-    curve = {"x": x.tolist(), "y": np.mean(curves, 0).tolist()}
-    return MetricResult(float(np.mean(values)), low, high, len(values), curve=curve, notes=notes)
+def _check_curve(metric: Any, least_steps: int = 1) -> None:
+    """Check the parameters that all metrics of a removal curve have."""
+    check_parts(metric.features, metric.baseline)
+    at_least(metric, "steps", metric.steps, least_steps)
+    at_least(metric, "n_samples", metric.n_samples, 1)
+
+
+_Drawn = tuple[float, np.ndarray, np.ndarray, dict[str, Any]]
+"""Of one draw: the area, x and y of the curve, and notes."""
+
+
+def _over_draws(metric: Any, subject: MetricInput, curve: Callable[[Removal], _Drawn]) -> MetricResult:
+    """Average areas and curves over the draws of a metric's baseline; undefined where nothing can be removed."""
+    if not bool(subject.map.any()):
+        return MetricResult.undefined(ZERO)
+    areas, curves = [], []
+    for removal in drawn_removals(subject, metric.features, metric.baseline, metric.n_samples):
+        if blind(subject, removal.full):
+            return MetricResult.undefined(NOTHING)
+        area, x, y, notes = curve(removal)
+        areas.append(area)
+        curves.append(y)
+    mean = {"x": x.tolist(), "y": np.mean(curves, 0).tolist()}
+    return MetricResult(float(np.mean(areas)), *mean_interval(areas), len(areas), curve=mean, notes=notes)
 
 
 class IROF(Metric):
@@ -147,22 +158,16 @@ class IROF(Metric):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_parts(self.features, self.baseline)
-        at_least(self, "steps", self.steps, 1)
-        at_least(self, "n_samples", self.n_samples, 1)
+        _check_curve(self)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """About 0 to 1."""
-        if not bool(subject.map.any()):
-            return MetricResult.undefined(ZERO)
-        areas, curves = [], []
-        for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
-            if blind(subject, removal.full):
-                return MetricResult.undefined(NOTHING)
+
+        def curve(removal: Removal) -> _Drawn:
             x, y = removal_curve(removal, self.steps, insert=False)
-            areas.append(float((y[0] - y[1:]).mean()))
-            curves.append(y)
-        return _over_draws(areas, x, curves, {"steps": len(x) - 1})
+            return float((y[0] - y[1:]).mean()), x, y, {"steps": len(x) - 1}
+
+        return _over_draws(self, subject, curve)
 
 
 class RegionPerturbation(Metric):
@@ -189,28 +194,20 @@ class RegionPerturbation(Metric):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_parts(self.features, self.baseline)
-        at_least(self, "steps", self.steps, 1)
-        at_least(self, "n_samples", self.n_samples, 1)
+        _check_curve(self)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """About 0 to 1."""
-        if not bool(subject.map.any()):
-            return MetricResult.undefined(ZERO)
-        areas, curves = [], []
-        for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
-            full = removal.full
-            if blind(subject, full):
-                return MetricResult.undefined(NOTHING)
-            order = removal.order
-            count = min(self.steps, len(order))
+
+        def curve(removal: Removal) -> _Drawn:
+            count = min(self.steps, len(removal.order))
             coalitions = np.ones((count + 1, len(removal.features)), dtype=bool)
             for step in range(1, count + 1):
-                coalitions[step, order[:step]] = False
-            lost = -removal.own(coalitions) / abs(full)
-            areas.append(float(lost.mean()))
-            curves.append(lost)
-        return _over_draws(areas, np.arange(len(curves[0])), curves, {})
+                coalitions[step, removal.order[:step]] = False
+            lost = -removal.own(coalitions) / abs(removal.full)
+            return float(lost.mean()), np.arange(len(lost)), lost, {}
+
+        return _over_draws(self, subject, curve)
 
 
 class FaithfulnessCorrelation(Metric):

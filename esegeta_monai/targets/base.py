@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from esegeta_monai.engine.score import Case, Score
+from esegeta_monai.engine.score import Case, Score, WeightedScore
 from esegeta_monai.errors import TargetError
 from esegeta_monai.utils.registry import Configurable, Registry
 
@@ -79,6 +79,35 @@ def resolve_class(
 
 def _some(values: Sequence[int], limit: int = 30) -> list[int]:
     return list(values)[:limit]
+
+
+def masked_score(
+    target: Any,
+    mask: Tensor,
+    class_index: int | str,
+    prediction: Tensor,
+    case: Case,
+    where: str = "class_index",
+    **settings: Any,
+) -> WeightedScore:
+    """Return a target's score of one class over a mask, with the target's output, activation and reduction.
+
+    Args:
+        target: the target, which names the score.
+        mask: bool (*spatial), already frozen; a 0-d True for a prediction (K,).
+        class_index: number or name of the class.
+        prediction: (K, *spatial) or (K,).
+        case: has the names of classes.
+        where: the target's parameter that holds the class, for errors.
+        settings: further arguments of `WeightedScore`, or others than the target's.
+
+    Raises:
+        TargetError: the network has no such class.
+    """
+    index, class_name = resolve_class(class_index, prediction.shape[0], case.class_names, where)
+    own = {k: getattr(target, k) for k in ("output", "activation", "reduction") if hasattr(target, k)}
+    label = target.given_name or f"{type(target).__name__}-{class_name}"
+    return WeightedScore(mask, index, prediction.shape[0], label=label, class_name=class_name, **(own | settings))
 
 
 def need_map(prediction: Tensor, target: Target) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esegeta_monai.engine.score import Activation, Case, Output, Reduction, Score, WeightedScore
 from esegeta_monai.errors import TargetError
-from esegeta_monai.targets.base import Target, need_map, resolve_class
+from esegeta_monai.targets.base import Target, masked_score, need_map, resolve_class
 
 __all__ = ["ClassScore", "MultiClassMask", "PredictedClasses", "ThresholdMask"]
 
@@ -51,22 +51,8 @@ class ClassScore(Target):
             wanted: list[int | str] = prediction.flatten().topk(self.top_k).indices.tolist()
         else:
             wanted = [self.class_index]
-        scores: list[Score] = []
-        for which in wanted:
-            index, class_name = resolve_class(which, n_classes, case.class_names)
-            mask = torch.ones(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
-            scores.append(
-                WeightedScore(
-                    mask,
-                    index,
-                    n_classes,
-                    output=self.output,
-                    activation=self.activation,
-                    label=self.given_name or f"{type(self).__name__}-{class_name}",
-                    class_name=class_name,
-                )
-            )
-        return scores
+        mask = torch.ones(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
+        return [masked_score(self, mask, which, prediction, case) for which in wanted]
 
 
 class MultiClassMask(Target):
@@ -96,20 +82,8 @@ class MultiClassMask(Target):
             TargetError: the network has no such class, or classifies whole images.
         """
         need_map(prediction, self)
-        n_classes = prediction.shape[0]
-        index, class_name = resolve_class(self.class_index, n_classes, case.class_names)
-        return [
-            WeightedScore(
-                class_mask(prediction, index, self.activation),
-                index,
-                n_classes,
-                output=self.output,
-                activation=self.activation,
-                reduction=self.reduction,
-                label=self.given_name or f"{type(self).__name__}-{class_name}",
-                class_name=class_name,
-            )
-        ]
+        index, _ = resolve_class(self.class_index, prediction.shape[0], case.class_names)
+        return [masked_score(self, class_mask(prediction, index, self.activation), index, prediction, case)]
 
 
 class ThresholdMask(Target):
@@ -145,8 +119,7 @@ class ThresholdMask(Target):
             TargetError: no such channel, an unknown kind of value or threshold, or no voxels in the prediction.
         """
         need_map(prediction, self)
-        n_classes = prediction.shape[0]
-        index, class_name = resolve_class(self.channel, n_classes, case.class_names, "channel")
+        index, _ = resolve_class(self.channel, prediction.shape[0], case.class_names, "channel")
         compared = self._values(prediction, index)
         threshold = otsu(compared) if self.threshold == "otsu" else self.threshold
         if isinstance(threshold, str):
@@ -154,18 +127,8 @@ class ThresholdMask(Target):
         activation = self.activation
         if activation == "auto" and self.value != "raw":
             activation = self.value
-        return [
-            WeightedScore(
-                compared > threshold if self.above else compared <= threshold,
-                index,
-                n_classes,
-                output=self.output,
-                activation=activation,
-                reduction=self.reduction,
-                label=self.given_name or f"{type(self).__name__}-{class_name}",
-                class_name=class_name,
-            )
-        ]
+        mask = compared > threshold if self.above else compared <= threshold
+        return [masked_score(self, mask, index, prediction, case, activation=activation)]
 
     def _values(self, prediction: Tensor, index: int) -> Tensor:
         if self.value == "sigmoid":

@@ -16,7 +16,7 @@ from esegeta_monai.engine.objective import Batch, Objective
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.layer.path import along_path
-from esegeta_monai.methods.path.integrated_gradients import Rule, quadrature
+from esegeta_monai.methods.path.integrated_gradients import Rule, check_steps, quadrature
 
 __all__ = ["NeuronConductance"]
 
@@ -51,8 +51,7 @@ class NeuronConductance(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_steps < 1:
-            raise UsageError(f"n_steps={self.n_steps}: at least one step is needed")
+        check_steps(self.n_steps)
         quadrature(self.method, 2)
 
     def passes(self, objective: Objective) -> int:

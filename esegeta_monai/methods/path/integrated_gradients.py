@@ -63,8 +63,7 @@ class IntegratedGradients(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_steps < 1:
-            raise UsageError(f"n_steps={self.n_steps}: at least one step is needed")
+        check_steps(self.n_steps)
         if self.tolerance is not None and (self.tolerance <= 0 or self.max_steps <= SEGMENTS):
             raise UsageError(f"tolerance={self.tolerance} must be positive, and max_steps more than {SEGMENTS}")
         quadrature(self.method, 1)
@@ -103,6 +102,16 @@ class IntegratedGradients(Method):
                     maps.add_(gradient.maps[:, j], alpha=weights[alpha])
                 del gradient  # or it lives while the next is made
         return maps.mul_(dx)
+
+
+def check_steps(n_steps: int) -> None:
+    """Refuse fewer than one step.
+
+    Raises:
+        UsageError: ``n_steps`` is below 1.
+    """
+    if n_steps < 1:
+        raise UsageError(f"n_steps={n_steps}: at least one step is needed")
 
 
 SEGMENTS = 8

@@ -12,7 +12,7 @@ from torch import Tensor
 import esegeta_monai.engine.rules as rules
 from esegeta_monai.engine.objective import Batch, Objective
 from esegeta_monai.methods.base import Explained, Method
-from esegeta_monai.methods.relevance.lrp import input_range
+from esegeta_monai.methods.relevance.lrp import CompositeMethod
 
 __all__ = ["ContrastiveExcitationBackprop", "ContrastiveLRP"]
 
@@ -100,7 +100,7 @@ class ContrastiveExcitationBackprop(_Contrastive):
         )
 
 
-class ContrastiveLRP(_Contrastive):
+class ContrastiveLRP(CompositeMethod, _Contrastive):
     """``max(R − R_dual, 0)``: LRP of the target less LRP of its opposite (Gu, Yang & Tresp 2018, CLRP2).
 
     The opposite is the target with the signs of the last weights changed; it starts with the same relevance F(x). The
@@ -117,15 +117,8 @@ class ContrastiveLRP(_Contrastive):
     """
 
     reference = "Gu, Yang & Tresp, ACCV 2018, arXiv:1812.02100"
-    units = "target per voxel"
 
     composite: str | Mapping[str, Any] = field(default_factory=lambda: {"convolution": "ZPlus", "dense": "ZPlus"})
-    epsilon: float = 1e-6
-    gamma: float = 0.25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=0.0, high=1.0)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
@@ -141,8 +134,7 @@ class ContrastiveLRP(_Contrastive):
         return Explained(self._shown(contrast), notes)
 
     def _sides(self, objective: Objective, batch: Batch) -> rules.Sides:
-        low, high = input_range(objective)
-        composite = rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=low, high=high)
+        composite = rules.composite_of(self.composite, **self.limits(objective))
         return rules.contrastive_lrp(
             batch.forward, batch.image, batch.stacked_cotangents(), composite, compare=batch.compare
         )
