@@ -242,7 +242,6 @@ def test_variants_are_those_of_the_cpu(name: str, volumes: Any) -> None:
         assert_same(found.explain(*make(), FAKE, volumes), here, volumes)
 
 
-@dataclass(eq=False, repr=False)
 class Own(Target):
     """Of a user: its mask stays where it was made."""
 

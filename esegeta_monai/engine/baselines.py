@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ class Baseline(Configurable, ABC):
         random: whether two draws may differ: False where one of them says all.
     """
 
-    random: bool = True
+    random = True
 
     @abstractmethod
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
@@ -52,12 +51,10 @@ class Baseline(Configurable, ABC):
 BASELINES: Registry[Baseline] = Registry("baseline", Baseline, "esegeta_monai.engine.baselines", command=False)
 
 
-@dataclass(eq=False, repr=False)
 class Constant(Baseline):
     """The same value everywhere: a number, or one a channel."""
 
     value: float | Sequence[float] = 0.0
-    name: str | None = field(default=None, kw_only=True)
     random = False
 
     def __post_init__(self) -> None:
@@ -73,45 +70,37 @@ class Constant(Baseline):
         return per_channel(value.expand(image.shape[0]), image)
 
 
-@dataclass(eq=False, repr=False)
 class Zero(Baseline):
     """Zeros. Under instance, group or layer norm ``f(αx) = f(x)``: a path from zero finds nothing there."""
 
-    name: str | None = field(default=None, kw_only=True)
     random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         return per_channel(torch.zeros(len(objective.image)), objective.image)
 
 
-@dataclass(eq=False, repr=False)
 class Minimum(Baseline):
     """Each channel's smallest value."""
 
     aliases = ("min",)
-    name: str | None = field(default=None, kw_only=True)
     random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         return per_channel(objective.image.flatten(1).amin(1), objective.image)
 
 
-@dataclass(eq=False, repr=False)
 class Mean(Baseline):
     """Each channel's mean."""
 
-    name: str | None = field(default=None, kw_only=True)
     random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         return per_channel(objective.image.flatten(1).mean(1), objective.image)
 
 
-@dataclass(eq=False, repr=False)
 class Background(Baseline):
     """Each channel's background value: the median of the voxels on the faces of the volume."""
 
-    name: str | None = field(default=None, kw_only=True)
     random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
@@ -120,7 +109,6 @@ class Background(Baseline):
         return per_channel(torch.cat(faces, 1).median(1).values, image)
 
 
-@dataclass(eq=False, repr=False)
 class Blur(Baseline):
     """The image blurred by a Gaussian, plus noise.
 
@@ -131,7 +119,6 @@ class Blur(Baseline):
 
     sigma: float | None = None
     std: float = 0.0
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,12 +135,10 @@ class Blur(Baseline):
         return {**super().record(), "sigma_voxels": getattr(self, "used_sigma", self.sigma)}
 
 
-@dataclass(eq=False, repr=False)
 class Noise(Baseline):
     """Gaussian noise round each channel's mean, in units of its standard deviation."""
 
     std: float = 1.0
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,11 +150,8 @@ class Noise(Baseline):
         return per_channel(image.flatten(1).mean(1), image) + noise_like(image, self.std, generator)
 
 
-@dataclass(eq=False, repr=False)
 class Uniform(Baseline):
     """Uniform noise between each channel's smallest and largest value."""
-
-    name: str | None = field(default=None, kw_only=True)
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         image = objective.image
@@ -178,7 +160,6 @@ class Uniform(Baseline):
         return per_channel(low, image) + drawn * per_channel(high - low, image)
 
 
-@dataclass(eq=False, repr=False)
 class Cases(Baseline):
     """Other cases, drawn one after the other: images of the same shape, already preprocessed like the case.
 
@@ -187,7 +168,6 @@ class Cases(Baseline):
     """
 
     files: Sequence[Any]
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,19 +179,16 @@ class Cases(Baseline):
         return _as_volume(self.files[which], objective)
 
 
-@dataclass(eq=False, repr=False)
 class Image(Baseline):
     """A given image: a NIfTI file on the network's grid, or a tensor (C, *spatial)."""
 
     file: Any
-    name: str | None = field(default=None, kw_only=True)
     random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         return _as_volume(self.file, objective)
 
 
-@dataclass(eq=False, repr=False)
 class Auto(Baseline):
     """A baseline that works for the network at hand.
 
@@ -226,7 +203,6 @@ class Auto(Baseline):
 
     local: bool = False
     std: float = 0.2
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

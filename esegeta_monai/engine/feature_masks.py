@@ -13,7 +13,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,6 @@ FEATURES: Registry[FeatureSpec] = Registry(
 )
 
 
-@dataclass(eq=False, repr=False)
 class Grid(FeatureSpec):
     """Boxes that tile the image, named by their first voxel.
 
@@ -118,7 +117,6 @@ class Grid(FeatureSpec):
 
     size: int | Sequence[int] = 16
     per_channel: bool = False
-    name: str | None = field(default=None, kw_only=True)
 
     def of(self, objective: Objective) -> Features:
         shape = objective.plan.spatial_shape
@@ -134,7 +132,6 @@ class Grid(FeatureSpec):
         return _per_channel(features, _channel_names(objective)) if self.per_channel else features
 
 
-@dataclass(eq=False, repr=False)
 class Channels(FeatureSpec):
     """Each channel of the image is a feature, such as the contrasts of an MR examination.
 
@@ -143,7 +140,6 @@ class Channels(FeatureSpec):
     """
 
     names: Sequence[str] | None = None
-    name: str | None = field(default=None, kw_only=True)
 
     def of(self, objective: Objective) -> Features:
         image = objective.image
@@ -154,7 +150,6 @@ class Channels(FeatureSpec):
         return Features(labels.expand(image.shape).clone(), names)
 
 
-@dataclass(eq=False, repr=False)
 class LabelMap(FeatureSpec):
     """The regions of a label map, such as an atlas or an organ segmentation.
 
@@ -172,7 +167,6 @@ class LabelMap(FeatureSpec):
     labels: str | Path | Tensor
     names: Mapping[Any, str] | None = None
     background: int | None = 0
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,7 +179,6 @@ class LabelMap(FeatureSpec):
         return from_values(_labels(self.labels, objective), self._names, self.background)
 
 
-@dataclass(eq=False, repr=False)
 class Supervoxels(FeatureSpec):
     """SLIC supervoxels (Achanta et al. 2012, scikit-image), in 2D and 3D, over all channels together; deterministic.
 
@@ -204,7 +197,6 @@ class Supervoxels(FeatureSpec):
     compactness: float = 0.1
     mask: str | Path | Tensor = "foreground"
     max_voxels: int = 1_000_000
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

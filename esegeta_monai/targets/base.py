@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from esegeta_monai.engine.score import Case, Score
+from esegeta_monai.engine.score import Case, Score, WeightedScore
 from esegeta_monai.errors import TargetError
 from esegeta_monai.utils.registry import Configurable, Registry
 
@@ -23,7 +23,7 @@ __all__ = [
 
 
 class Target(Configurable, ABC):
-    """What is explained. Subclasses are dataclasses; all of them share these parameters where they make sense.
+    """What is explained. Subclasses become dataclasses and share these parameters where they make sense.
 
     * ``output``: ``"logit"`` (the raw output of the network; linear, so that everything is exact and cheap),
       ``"probability"`` or ``"log_probability"`` (after blending).
@@ -34,7 +34,7 @@ class Target(Configurable, ABC):
     A target with a ``layer`` (a dotted name) is bound to that layer's output in place of the prediction.
     """
 
-    layer: str | None = None
+    layer: ClassVar[str | None] = None
 
     @abstractmethod
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
@@ -79,6 +79,35 @@ def resolve_class(
 
 def _some(values: Sequence[int], limit: int = 30) -> list[int]:
     return list(values)[:limit]
+
+
+def masked_score(
+    target: Any,
+    mask: Tensor,
+    class_index: int | str,
+    prediction: Tensor,
+    case: Case,
+    where: str = "class_index",
+    **settings: Any,
+) -> WeightedScore:
+    """Return a target's score of one class over a mask, with the target's output, activation and reduction.
+
+    Args:
+        target: the target, which names the score.
+        mask: bool (*spatial), already frozen; a 0-d True for a prediction (K,).
+        class_index: number or name of the class.
+        prediction: (K, *spatial) or (K,).
+        case: has the names of classes.
+        where: the target's parameter that holds the class, for errors.
+        settings: further arguments of `WeightedScore`, or others than the target's.
+
+    Raises:
+        TargetError: the network has no such class.
+    """
+    index, class_name = resolve_class(class_index, prediction.shape[0], case.class_names, where)
+    own = {k: getattr(target, k) for k in ("output", "activation", "reduction") if hasattr(target, k)}
+    label = target.given_name or f"{type(target).__name__}-{class_name}"
+    return WeightedScore(mask, index, prediction.shape[0], label=label, class_name=class_name, **(own | settings))
 
 
 def need_map(prediction: Tensor, target: Target) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -10,12 +9,11 @@ from torch import Tensor
 
 from esegeta_monai.engine.score import Activation, Case, Output, Reduction, Score, WeightedScore
 from esegeta_monai.errors import TargetError
-from esegeta_monai.targets.base import Target, need_map, resolve_class
+from esegeta_monai.targets.base import Target, masked_score, need_map, resolve_class
 
 __all__ = ["ClassScore", "MultiClassMask", "PredictedClasses", "ThresholdMask"]
 
 
-@dataclass(eq=False, repr=False)
 class ClassScore(Target):
     """The score of a class of a classification network: ``s(P) = φ(P)(c)``.
 
@@ -34,7 +32,6 @@ class ClassScore(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     top_k: int = 1
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score for each class asked for.
@@ -54,25 +51,10 @@ class ClassScore(Target):
             wanted: list[int | str] = prediction.flatten().topk(self.top_k).indices.tolist()
         else:
             wanted = [self.class_index]
-        scores: list[Score] = []
-        for which in wanted:
-            index, class_name = resolve_class(which, n_classes, case.class_names)
-            mask = torch.ones(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
-            scores.append(
-                WeightedScore(
-                    mask,
-                    index,
-                    n_classes,
-                    output=self.output,
-                    activation=self.activation,
-                    label=self.given_name or f"{type(self).__name__}-{class_name}",
-                    class_name=class_name,
-                )
-            )
-        return scores
+        mask = torch.ones(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
+        return [masked_score(self, mask, which, prediction, case) for which in wanted]
 
 
-@dataclass(eq=False, repr=False)
 class MultiClassMask(Target):
     """The voxels that were given to a class: ``s(P) = Σ_v m(v) φ(P)(c, v)``, ``m(v) = [argmax_k P(k, v) = c]``.
 
@@ -92,7 +74,6 @@ class MultiClassMask(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score.
@@ -101,23 +82,10 @@ class MultiClassMask(Target):
             TargetError: the network has no such class, or classifies whole images.
         """
         need_map(prediction, self)
-        n_classes = prediction.shape[0]
-        index, class_name = resolve_class(self.class_index, n_classes, case.class_names)
-        return [
-            WeightedScore(
-                class_mask(prediction, index, self.activation),
-                index,
-                n_classes,
-                output=self.output,
-                activation=self.activation,
-                reduction=self.reduction,
-                label=self.given_name or f"{type(self).__name__}-{class_name}",
-                class_name=class_name,
-            )
-        ]
+        index, _ = resolve_class(self.class_index, prediction.shape[0], case.class_names)
+        return [masked_score(self, class_mask(prediction, index, self.activation), index, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class ThresholdMask(Target):
     """The voxels above (or below) a threshold: ``s(P) = Σ_v m(v) φ(P)(c, v)``, ``m(v) = [value(P)(c, v) > t]``.
 
@@ -143,7 +111,6 @@ class ThresholdMask(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score.
@@ -152,8 +119,7 @@ class ThresholdMask(Target):
             TargetError: no such channel, an unknown kind of value or threshold, or no voxels in the prediction.
         """
         need_map(prediction, self)
-        n_classes = prediction.shape[0]
-        index, class_name = resolve_class(self.channel, n_classes, case.class_names, "channel")
+        index, _ = resolve_class(self.channel, prediction.shape[0], case.class_names, "channel")
         compared = self._values(prediction, index)
         threshold = otsu(compared) if self.threshold == "otsu" else self.threshold
         if isinstance(threshold, str):
@@ -161,18 +127,8 @@ class ThresholdMask(Target):
         activation = self.activation
         if activation == "auto" and self.value != "raw":
             activation = self.value
-        return [
-            WeightedScore(
-                compared > threshold if self.above else compared <= threshold,
-                index,
-                n_classes,
-                output=self.output,
-                activation=activation,
-                reduction=self.reduction,
-                label=self.given_name or f"{type(self).__name__}-{class_name}",
-                class_name=class_name,
-            )
-        ]
+        mask = compared > threshold if self.above else compared <= threshold
+        return [masked_score(self, mask, index, prediction, case, activation=activation)]
 
     def _values(self, prediction: Tensor, index: int) -> Tensor:
         if self.value == "sigmoid":
@@ -182,7 +138,6 @@ class ThresholdMask(Target):
         return prediction[index]
 
 
-@dataclass(eq=False, repr=False)
 class PredictedClasses(Target):
     """Every class that was predicted, background aside: a `MultiClassMask` each, or the `ClassScore` of a whole image.
 
@@ -200,7 +155,6 @@ class PredictedClasses(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """A score for each predicted class; one empty score where there is none.

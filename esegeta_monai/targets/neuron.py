@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from esegeta_monai.targets.regions import Voxel
 __all__ = ["LayerNeuron"]
 
 
-@dataclass(eq=False, repr=False)
 class LayerNeuron(Target):
     """One unit of an inner layer: ``s = Σ_w ĝ_w(v) · A_w(c, p(v))`` over the windows w that hold the voxel v, p(v) the
     position of the layer whose cell holds v.
@@ -36,11 +35,10 @@ class LayerNeuron(Target):
         3
     """
 
-    layer: str = field()  # no default, although the base class has one
+    layer: str = field()  # type: ignore[misc]  # no default, although the base class has one
     channel: int
     world: Sequence[float] | None = None
     index: Sequence[int] | None = None
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score; ``prediction`` is the layer's output (C, *spatial), or (C,).

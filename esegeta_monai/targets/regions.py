@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +11,14 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.labels import _affine, label_on_grid
-from esegeta_monai.engine.score import Activation, Case, Output, Reduction, Score, WeightedScore
+from esegeta_monai.engine.score import Activation, Case, Output, Reduction, Score
 from esegeta_monai.errors import TargetError
-from esegeta_monai.targets.base import Target, need_map, resolve_class
+from esegeta_monai.targets.base import Target, masked_score, need_map, resolve_class
 from esegeta_monai.targets.classes import class_mask
 
 __all__ = ["Box", "Component", "Errors", "LabelMask", "OutputValue", "Voxel"]
 
 
-@dataclass(eq=False, repr=False)
 class LabelMask(Target):
     """The output of a class under a given mask: ``s(P) = Σ_v m(v) φ(P)(c, v)``.
 
@@ -42,7 +40,6 @@ class LabelMask(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score.
@@ -56,10 +53,9 @@ class LabelMask(Target):
         if which is None:
             raise TargetError("LabelMask needs class_index (the output that is summed) where no label is given")
         chosen = labels > 0 if self.label is None else labels == self.label
-        return [_masked(self, chosen, which, prediction, case)]
+        return [masked_score(self, chosen, which, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class Component(Target):
     """One connected component of a class: ``s(P) = Σ_v m(v) φ(P)(c, v)``, m one component of the argmax map.
 
@@ -79,7 +75,6 @@ class Component(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score; empty where the class has no such component.
@@ -94,7 +89,7 @@ class Component(Target):
         mask = class_mask(prediction, index, self.activation).cpu().numpy()
         parts, count = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
         chosen = self._choose(parts, count, case)
-        return [_masked(self, torch.from_numpy(chosen).to(prediction.device), index, prediction, case)]
+        return [masked_score(self, torch.from_numpy(chosen).to(prediction.device), index, prediction, case)]
 
     def _choose(self, parts: np.ndarray, count: int, case: Case) -> np.ndarray:
         if isinstance(self.which, (int, str)):
@@ -119,7 +114,6 @@ class Component(Target):
         return parts == parts[tuple(voxels[nearest])]
 
 
-@dataclass(eq=False, repr=False)
 class Voxel(Target):
     """One voxel: ``s(P) = φ(P)(c, v)``, at a world coordinate or an index of the network's grid.
 
@@ -135,7 +129,6 @@ class Voxel(Target):
     index: Sequence[int] | None = None
     output: Output = "logit"
     activation: Activation = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score.
@@ -160,10 +153,9 @@ class Voxel(Target):
         which = self.class_index
         if which == "predicted":
             which = int(prediction.flatten(1)[:, int(np.ravel_multi_index(place, shape))].argmax())
-        return [_masked(self, mask, which, prediction, case)]
+        return [masked_score(self, mask, which, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class Box(Target):
     """A box of voxels: ``s(P) = Σ_{v in box} φ(P)(c, v)``.
 
@@ -182,7 +174,6 @@ class Box(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score; empty where the box lies outside the prediction.
@@ -202,10 +193,9 @@ class Box(Target):
             low, high = np.floor(voxels.min(0) + 0.5), np.ceil(voxels.max(0) + 0.5)
         mask = torch.zeros(shape, dtype=torch.bool, device=prediction.device)
         mask[tuple(slice(max(int(a), 0), max(int(b), 0)) for a, b in zip(low, high))] = True
-        return [_masked(self, mask, self.class_index, prediction, case)]
+        return [masked_score(self, mask, self.class_index, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class Errors(Target):
     """Where the prediction is wrong against a label: ``s(P) = Σ_{v wrong} φ(P)(c, v)``.
 
@@ -222,7 +212,6 @@ class Errors(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score; empty where the prediction makes no such error.
@@ -236,10 +225,9 @@ class Errors(Target):
         truth = truth > 0 if prediction.shape[0] == 1 else truth == index
         predicted = class_mask(prediction, index, self.activation)
         wrong = predicted & ~truth if self.kind == "false_positive" else truth & ~predicted
-        return [_masked(self, wrong, index, prediction, case)]
+        return [masked_score(self, wrong, index, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class OutputValue(Target):
     """A regression output against a reference value: ``s(P) = P(c) − r``, averaged over voxels where there are any.
 
@@ -250,7 +238,6 @@ class OutputValue(Target):
 
     channel: int | str = 0
     reference: float = 0.0
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         """One score.
@@ -258,30 +245,6 @@ class OutputValue(Target):
         Raises:
             TargetError: the network has no such output.
         """
-        index, class_name = resolve_class(self.channel, prediction.shape[0], case.class_names, "channel")
         mask = torch.ones(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
-        return [
-            WeightedScore(
-                mask,
-                index,
-                prediction.shape[0],
-                reduction="mean",
-                reference=self.reference,
-                label=self.given_name or f"{type(self).__name__}-{class_name}",
-                class_name=class_name,
-            )
-        ]
-
-
-def _masked(target: Any, mask: Tensor, class_index: int | str, prediction: Tensor, case: Case) -> WeightedScore:
-    index, class_name = resolve_class(class_index, prediction.shape[0], case.class_names)
-    return WeightedScore(
-        mask,
-        index,
-        prediction.shape[0],
-        output=target.output,
-        activation=target.activation,
-        reduction=getattr(target, "reduction", "sum"),
-        label=target.given_name or f"{type(target).__name__}-{class_name}",
-        class_name=class_name,
-    )
+        more: dict[str, Any] = {"reduction": "mean", "reference": self.reference}
+        return [masked_score(self, mask, self.channel, prediction, case, "channel", **more)]

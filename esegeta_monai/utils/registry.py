@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
 import re
-from abc import ABCMeta
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 import torch
+from typing_extensions import dataclass_transform
 
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.utils.types import fit_parameters
@@ -58,31 +60,52 @@ def _without_folders(value: Any) -> Any:
     return {k: _without_folders(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-class _Checked(ABCMeta):
-    """Checks the parameters of every new instance, whether its class is a dataclass or has its own ``__init__``."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        instance = super().__call__(*args, **kwargs)
-        if "given_name" not in vars(instance):
-            Configurable.__post_init__(instance)
-        return instance
-
-    @property
-    def __signature__(cls) -> inspect.Signature:
-        """That of ``__init__``, not of ``__call__`` above."""
-        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
+def _make_dataclass(cls: type[Configurable]) -> None:
+    """Make a dataclass whose ``name`` is keyword-only, and which may be decorated with ``@dataclass`` once more."""
+    own = vars(cls).get("name")
+    if "name" in vars(cls).get("__annotations__", {}) and not isinstance(own, Field):
+        cls.name = field(default=own, kw_only=True)
+    fields = {n: v for n, v in vars(cls).items() if isinstance(v, Field)}
+    dataclass(eq=False, repr=False)(cls)
+    for n, v in fields.items():
+        if n not in vars(cls):  # a field without a plain default is gone from the class, where @dataclass looks for it
+            setattr(cls, n, v)
 
 
-class Configurable(metaclass=_Checked):
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    """Return ``init`` followed by the check of parameters, where no ``__post_init__`` has made it."""
+
+    @functools.wraps(init)
+    def __init__(self: Configurable, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        init(self, *args, **kwargs)
+        outermost = type(self).__init__ is __init__  # a base's __init__ runs before all parameters are set
+        if outermost and "given_name" not in vars(self):
+            Configurable.__post_init__(self)
+
+    return __init__
+
+
+@dataclass_transform(eq_default=False, field_specifiers=(field,))
+@dataclass(eq=False, repr=False)
+class Configurable:
     """A named object whose parameters are those of its ``__init__``, checked against their annotations.
 
-    ``name`` is what files and pictures call it: the class name unless the user gives one.
+    Every subclass becomes a dataclass, its annotated attributes the parameters, unless it has or inherits a handwritten
+    ``__init__``. Decorating it with ``@dataclass`` changes nothing.
+
+    Attributes:
+        name: the name in files and pictures; the class name unless the user gives one.
+        given_name: the name that the user gave, or None.
     """
 
-    name: str | None
-    given_name: str | None = None
-    """What the user called it; None where ``name`` is just the class name."""
+    name: str | None = field(default=None, kw_only=True)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__dataclass_fields__" in vars(next(c for c in cls.__mro__ if "__init__" in vars(c))):
+            _make_dataclass(cls)
+        if "__init__" in vars(cls):
+            cls.__init__ = _checked(cls.__init__)  # type: ignore[method-assign]
 
     @classmethod
     def parameter_names(cls) -> list[str]:
@@ -98,7 +121,7 @@ class Configurable(metaclass=_Checked):
         return {p: _without_folders(json_ready(getattr(self, p, None))) for p in self.parameter_names()}
 
     def __post_init__(self) -> None:
-        self.given_name = getattr(self, "name", None)
+        self.given_name: str | None = getattr(self, "name", None)
         self.name = self.given_name or type(self).__name__
         fit_parameters(self, self.parameter_names())
 

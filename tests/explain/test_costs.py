@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -217,7 +216,6 @@ class Slow(nn.Module):
         return self.head(self.conv(x).relu())
 
 
-@dataclass(eq=False, repr=False)
 class Slower(m.Occlusion):
     """It takes its time before and after the passes."""
 
@@ -232,7 +230,6 @@ class Slower(m.Occlusion):
         return found
 
 
-@dataclass(eq=False, repr=False)
 class Endless(m.Saliency):
     """As many gradients as it likes, each with much work of its own."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -307,7 +306,6 @@ def test_a_given_prediction_is_not_computed_again() -> None:
     assert found.record["windows_used"] == 1
 
 
-@dataclass(eq=False, repr=False)
 class Misses(Method):
     """A map with a completeness gap for each target."""
 
@@ -316,7 +314,6 @@ class Misses(Method):
     units = "target per voxel"
     gap_advice = "take more of them"
     gaps: Sequence[float | None] = ()
-    name: str | None = field(default=None, kw_only=True)
 
     def attribute(self, objective: Objective) -> Explained:
         return Explained(objective.new_maps() + 1, {"completeness_gap": list(self.gaps)})

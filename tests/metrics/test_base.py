@@ -9,11 +9,9 @@ from scipy import stats
 
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.metrics import METRICS, MetricInput, MetricResult, PointingGame, RelevanceMass, better
-from esegeta_monai.metrics.base import bootstrap, magnitude, mean_interval, wilson
+from esegeta_monai.metrics.base import bootstrap, magnitude, mean_interval, summarise, wilson
 from esegeta_monai.utils.registry import json_ready
-from tests.support.networks import small
-from tests.support.objectives import Naive
-from tests.support.tensors import noise
+from tests.methods.naive import Naive, image_of, small
 
 BASELINED = [cls.__name__ for cls in METRICS if "baseline" in cls.parameter_names()]
 WRONG = [f"{cls.__name__}(features='blokcs')" for cls in METRICS if "features" in cls.parameter_names()]
@@ -46,7 +44,7 @@ def test_wrong_parameters_are_refused_before_anything_is_computed(text):
         ({"body": torch.zeros(3, 4)}, "body mask has shape"),
         ({"spacing": (1.0, 1.0, 1.0)}, "does not fit"),
         ({"spacing": (1.0, 0.0)}, "does not fit"),
-        ({"objective": Naive(small(), noise(1, 8, 12)).objective}, "the image"),
+        ({"objective": Naive(small(), image_of(1, 8, 12)).objective}, "the image"),
     ],
 )
 def test_subjects_that_do_not_fit_are_refused(more, text):
@@ -59,24 +57,23 @@ def test_what_a_metric_needs_is_named():
         PointingGame().update(MetricInput(torch.ones(1, 4, 4)))
     with pytest.raises(MetricError, match="label is empty"):
         PointingGame().update(MetricInput(torch.ones(1, 4, 4), label=torch.zeros(4, 4)))
-    with pytest.raises(MetricError, match="not seen a map"):
-        PointingGame().compute()
 
 
 def test_several_maps_give_the_mean_and_students_interval():
     metric = RelevanceMass()
     label = torch.zeros(4, 4)
     label[0] = 1
-    values = []
-    for seed in range(5):
-        values.append(metric.update(MetricInput(noise(1, 4, 4, seed=seed), label=label)).value)
-    found = metric.compute()
+    results = [metric.update(MetricInput(noise(1, 4, 4, seed=seed), label=label)) for seed in range(5)]
+    values = [r.value for r in results]
+    found = summarise(metric, results)
     low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
     assert found.value == pytest.approx(np.mean(values))
     assert (found.low, found.high, found.n) == (pytest.approx(low), pytest.approx(high), 5)
-    metric.reset()
-    with pytest.raises(MetricError):
-        metric.compute()
+    assert summarise(metric, results[:1]) is results[0]
+    some = summarise(metric, [*results, MetricResult.undefined("no reason")])
+    assert (some.value, some.n, some.notes) == (found.value, 5, {"undefined": 1})
+    with pytest.raises(MetricError, match="no results"):
+        summarise(metric, [])
 
 
 def test_wilson_and_bootstrap_against_scipy():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -24,7 +23,6 @@ from esegeta_monai.utils.registry import json_ready
 __all__ = ["Rise"]
 
 
-@dataclass(eq=False, repr=False)
 class Rise(PerturbationMethod):
     """``a(v) = 1 / (p N) Σ_i F(x₀ + m_i (x − x₀)) m_i(v)`` over random smooth masks (Petsiuk et al. 2018).
 
@@ -53,7 +51,6 @@ class Rise(PerturbationMethod):
     p: float = 0.5
     baseline: Any = "auto"
     score: Literal["value", "change"] = "value"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import GradientShap, LayerGradientShap
-from esegeta_monai.methods.path import shap
 from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.methods.layer.test_path import along
 from tests.support.layers import setting
@@ -25,7 +24,7 @@ def test_equals_captum_with_the_same_draws(dims, monkeypatch):
     x0 = torch.randn_like(image) / 2
     objective = objective_of(network, image[0], [ClassScore(1)])
     method = GradientShap(x0[0], n_samples=5)
-    alphas = [d.alpha for d in shap._draws(method, objective)]
+    alphas = [d.alpha for d in method._draws(objective)]
     assert len(set(alphas)) == 5
     monkeypatch.setattr(np.random, "uniform", lambda low, high, n: np.array(alphas[:n]))
     given = {"baselines": x0, "n_samples": 5, "stdevs": 0.0, "target": 1}
@@ -44,7 +43,7 @@ def test_windowed_equals_autograd_through_the_inferer(name, output):
     method = GradientShap("noise(std=0.5)", n_samples=2, std=0.1)
     naive = torch.zeros_like(s.image)
     layer_map: Tensor | float = 0.0
-    for draw in shap._draws(method, s.objective):
+    for draw in method._draws(s.objective):
         x = draw.point.clone().requires_grad_()
         (g,) = torch.autograd.grad(score.value(score.crop(s.inferer(x[None], s.model)[0])), x)
         naive += g * (draw.x - draw.x0) / 2
