@@ -33,7 +33,7 @@ from esegeta_monai.metrics import (
 from esegeta_monai.metrics.removal import ranking, removal_of
 from esegeta_monai.targets import Box, Case, ClassScore, MultiClassMask
 from tests.metrics.cases import linear_case, ranked, subject_of
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive
 from tests.support.tensors import noise
 
@@ -185,11 +185,10 @@ def test_infidelity_is_captums(perturbation, dims, captum_in_float64):
     shape = (2, 8, 10) if dims == 2 else (2, 6, 7, 8)
     net = torch.nn.Sequential(small(dims, 2), torch.nn.Flatten(2)).double()
 
-    class Mean(torch.nn.Module):
-        def forward(self, x):
-            return net(x).mean(-1)
+    def mean(x):
+        return net(x).mean(-1)
 
-    case = Naive(Mean(), noise(*shape), [ClassScore(1)], SimpleInferer())
+    case = Naive(Computed(mean), noise(*shape), [ClassScore(1)], SimpleInferer())
     gradient = subject_of(case, Saliency(abs=False))
     metric = Infidelity(perturbation, 24, size=4, multiplied=False, baseline=0.5, keep_sign=False)
     seen: list[torch.Tensor] = []
@@ -214,11 +213,11 @@ def test_infidelity_is_captums(perturbation, dims, captum_in_float64):
         return draws, inputs - draws
 
     theirs = infidelity(
-        Mean(), perturb, case.image[None], gradient.map[None], target=1, n_perturb_samples=24, normalize=True
+        Computed(mean), perturb, case.image[None], gradient.map[None], target=1, n_perturb_samples=24, normalize=True
     )
     found = metric.update(gradient)
     assert found.notes["infidelity"] == pytest.approx(float(theirs), rel=1e-9)
-    plain = infidelity(Mean(), perturb, case.image[None], gradient.map[None], target=1, n_perturb_samples=24)
+    plain = infidelity(Computed(mean), perturb, case.image[None], gradient.map[None], target=1, n_perturb_samples=24)
     assert found.notes["without_scale"] == pytest.approx(float(plain), rel=1e-9)
     assert found.low <= found.value <= found.high
 

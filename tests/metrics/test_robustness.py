@@ -22,7 +22,7 @@ from esegeta_monai.metrics import (
 from esegeta_monai.metrics.controls import SobelControl
 from esegeta_monai.targets import Box, ClassScore, MultiClassMask
 from tests.metrics.cases import linear_case, subject_of
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive
 from tests.support.tensors import noise
 
@@ -40,17 +40,9 @@ def noises(case: Naive, radius: float, n: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dims", [2, 3])
 def test_sensitivity_is_captums(dims):
     shape = (2, 8, 10) if dims == 2 else (2, 6, 7, 8)
-    inner = small(dims, 2)
 
-    class Mean(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return self.inner(x).flatten(2).mean(-1)
-
-    case = Naive(Mean(), noise(*shape), [ClassScore(1)], SimpleInferer())
+    mean = Computed(lambda out: out.flatten(2).mean(-1), small(dims, 2))
+    case = Naive(mean, noise(*shape), [ClassScore(1)], SimpleInferer())
     draws = torch.stack(noises(case, 0.1, 12))
 
     def explain(inputs, **_):

@@ -16,7 +16,7 @@ from esegeta_monai.errors import TargetError
 from esegeta_monai.methods import InputXGradient, IntegratedGradients, Saliency, run
 from esegeta_monai.targets import Box, ClassScore, MultiClassMask, TargetWrapper, ThresholdMask, Voxel
 from tests.networks import build
-from tests.support.networks import network
+from tests.support.networks import Computed, network
 from tests.support.objectives import objective
 from tests.support.tensors import assert_equal, noise
 
@@ -106,15 +106,8 @@ def test_softmax_inside_and_several_outputs_under_monais_sliding_window(name):
     wrapper = TargetWrapper(case.network, target, inferer, output=case.output).freeze(image[None])
     theirs = CaptumSaliency(wrapper).attribute(image[None].clone(), target=0, abs=False)[0]
 
-    class Selected(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = case.network
-
-        def forward(self, x):
-            return case.logits(x).clone()
-
-    o, _ = objective(Selected(), image, inferer, [target])
+    selected = Computed(lambda out: (out if case.output is None else out[case.output]).clone(), case.network)
+    o, _ = objective(selected, image, inferer, [target])
     with frozen(o.model.network):
         assert_equal(run(Saliency(abs=False), o).maps[0], theirs)
 

@@ -16,7 +16,7 @@ from esegeta_monai.methods import IntegratedGradients, run
 from esegeta_monai.methods.path.integrated_gradients import quadrature
 from esegeta_monai.targets import Box, Case, ClassScore, MultiClassMask, TargetWrapper, Voxel
 from tests.networks import build
-from tests.support.networks import network
+from tests.support.networks import Computed, network
 from tests.support.objectives import build_objective, objective
 from tests.support.tensors import assert_equal, noise
 
@@ -63,16 +63,14 @@ def test_on_a_linear_network_one_step_is_exact():
     assert max(explained.notes["completeness_gap"]) <= 1e-12
 
 
-class Polynomial(nn.Module):
+def polynomial(x):
     """x⁴ summed: Gauss-Legendre with two nodes is exact for the cubic gradient."""
-
-    def forward(self, x):
-        return (x**4).flatten(1).sum(1, keepdim=True)
+    return (x**4).flatten(1).sum(1, keepdim=True)
 
 
 def test_gauss_legendre_integrates_a_polynomial_exactly():
     image = noise(1, 6, 5)
-    o, _ = objective(Polynomial(), image, None, [ClassScore(0)])
+    o, _ = objective(Computed(polynomial), image, None, [ClassScore(0)])
     explained = run(IntegratedGradients(baseline="zero", n_steps=2), o)
     assert_equal(explained.maps[0], image**4)
     assert explained.notes["completeness_gap"][0] <= 1e-12

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import XRAI, IntegratedGradients
 from esegeta_monai.methods.path.xrai import rank_regions
 from esegeta_monai.targets import ClassScore
+from tests.support.networks import Computed
 from tests.support.objectives import explain, objective_of
 from tests.support.tensors import DOUBLE, close
 
@@ -36,11 +37,9 @@ def test_ranking_equals_the_naive_one(shape):
     np.testing.assert_allclose(found, naive(attribution, labels), rtol=1e-10)
 
 
-class Bright(nn.Module):
+def brightness(x: Tensor) -> Tensor:
     """Class 1: how much lies above a half."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.stack([torch.zeros(len(x)).to(x), torch.relu(x - 0.5).flatten(1).sum(1)], 1)
+    return torch.stack([torch.zeros(len(x)).to(x), torch.relu(x - 0.5).flatten(1).sum(1)], 1)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -49,7 +48,7 @@ def test_a_planted_cause_is_found_as_a_region(dims):
     image = 0.2 + 0.05 * torch.rand(1, *[16] * dims, dtype=DOUBLE)
     lesion = (slice(None), *(slice(5, 10),) * dims)
     image[lesion] += 0.7
-    objective = objective_of(Bright(), image, [ClassScore(1)])
+    objective = objective_of(Computed(brightness), image, [ClassScore(1)])
     found = explain(XRAI(n_segments=(8, 60), n_steps=16), objective)
     inside = torch.zeros_like(image, dtype=torch.bool)
     inside[lesion] = True

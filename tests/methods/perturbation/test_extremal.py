@@ -13,7 +13,7 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import ExtremalPerturbation, run
 from esegeta_monai.methods.perturbation.extremal import SmoothMask, _area_error, _of_area
 from esegeta_monai.targets import ClassScore, MultiClassMask, Voxel
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive
 from tests.support.tensors import assert_equal, noise
 
@@ -85,20 +85,18 @@ def test_deletion_finds_it_too():
     assert case.objective.monitor.passes == method.passes(case.objective)
 
 
-class BlendFooled(nn.Module):
+def fooled_by_blends(x: Tensor) -> Tensor:
     """The brightness of a blob, and far more where the rest is half dimmed: as networks are fooled by blends."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        blob, rest = x[:, :, 8:14, 8:14], x[:, :, 24:, 24:]
-        fooled = 200 * torch.relu(0.3 - (rest.mean((1, 2, 3)) - 0.6).abs())
-        return (blob.mean((1, 2, 3)) + fooled)[:, None]
+    blob, rest = x[:, :, 8:14, 8:14], x[:, :, 24:, 24:]
+    fooled = 200 * torch.relu(0.3 - (rest.mean((1, 2, 3)) - 0.6).abs())
+    return (blob.mean((1, 2, 3)) + fooled)[:, None]
 
 
 def test_deletion_is_not_led_astray_by_blends():
     """A start from 0.5 everywhere would look at the rest: no image is like that blend, and its slope says nothing."""
     image = torch.ones(1, 40, 40, dtype=torch.float64)
     image[:, 8:14, 8:14] = 3
-    case = Naive(BlendFooled(), image, [ClassScore(0)], SimpleInferer())
+    case = Naive(Computed(fooled_by_blends), image, [ClassScore(0)], SimpleInferer())
     area = 36 / 1600 * 1.5
     found = run(ExtremalPerturbation(area, "delete", "zero", n_iter=60, step=2, lr=0.1), case.objective)
     mask = found.maps[0, 0]

@@ -12,6 +12,7 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import Lime, run
 from esegeta_monai.targets import ClassScore
+from tests.support.networks import Computed
 from tests.support.objectives import Naive
 from tests.support.shapley import Quadratic, case_of
 from tests.support.tensors import assert_equal, noise
@@ -73,12 +74,11 @@ def test_a_linear_network_in_3d_gives_its_own_weights():
     """Without ridge penalty the regression of a linear function is the function: F(feature on) − F(feature off)."""
     weights = noise(2, 4, 6, 6, seed=4)
 
-    class Linear(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (x * weights).flatten(1).sum(1, keepdim=True)
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        return (x * weights).flatten(1).sum(1, keepdim=True)
 
     image = noise(2, 4, 6, 6)
-    case = Naive(Linear(), image, [ClassScore(0)], SimpleInferer())
+    case = Naive(Computed(linear), image, [ClassScore(0)], SimpleInferer())
     found = run(Lime(200, "grid(size=2)", baseline=0.5, alpha=0.0), case.objective)
     share = (weights * (image - 0.5)).sum(0).reshape(2, 2, 3, 2, 3, 2).sum((1, 3, 5)).flatten()
     assert_equal(torch.tensor([r["value"] for r in found.note(0)["features"]], dtype=torch.float64), share, 1e-9)

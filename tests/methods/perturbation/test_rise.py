@@ -10,7 +10,7 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import Rise, run
 from esegeta_monai.targets import MultiClassMask
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive, whole_mask
 from tests.support.tensors import assert_equal, noise
 
@@ -44,18 +44,16 @@ def test_masks_are_petsiuks():
     assert float((whole.mean(0) - 0.3).abs().max()) < 0.1
 
 
-class Blob(torch.nn.Module):
+def blob(x: torch.Tensor) -> torch.Tensor:
     """One logit a voxel: how bright the image is round a fixed place."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        lit = x[:, :, 3:7, 10:14].mean((2, 3), keepdim=True)
-        return torch.cat([torch.zeros_like(x), lit.expand_as(x)], 1)
+    lit = x[:, :, 3:7, 10:14].mean((2, 3), keepdim=True)
+    return torch.cat([torch.zeros_like(x), lit.expand_as(x)], 1)
 
 
 def test_finds_a_known_cause():
     from monai.inferers import SimpleInferer
 
-    case = Naive(Blob(), noise(1, 12, 20).abs() + 1, [MultiClassMask(1)], SimpleInferer())
+    case = Naive(Computed(blob), noise(1, 12, 20).abs() + 1, [MultiClassMask(1)], SimpleInferer())
     found = run(Rise(n_masks=600, grid=(4, 6), baseline="zero"), case.objective)
     peak = divmod(int(found.maps[0, 0].argmax()), 20)
     assert 3 <= peak[0] < 7

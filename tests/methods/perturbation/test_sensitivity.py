@@ -15,26 +15,23 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import Hsic, Lime, Sobol, run
 from esegeta_monai.methods.perturbation.sensitivity import _likeness, hsic, jansen, quasi_random
 from esegeta_monai.targets import ClassScore, MultiClassMask, Voxel
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive
 from tests.support.tensors import assert_equal, noise
 
 
-class OfCells(nn.Module):
-    """A function of the mask: the image is 1, its baseline 0, so that the middle voxel of a cell is the mask there."""
-
-    def __init__(self, function, cells: int) -> None:
-        super().__init__()
-        self.function, self.cells = function, cells
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x.reshape(len(x), self.cells, -1)[:, :, 4])[:, None]
-
-
 def case_of(function, cells: int) -> Naive:
-    """Three rows of 3 voxels a cell: cell (i) is the 3 x 3 block i of a (3 cells, 3) image."""
+    """A function of the mask: the image is 1 and its baseline 0, so that a cell's middle voxel is the mask there.
+
+    Cell i is the 3 x 3 block i of an image of shape (1, 3 · cells, 3).
+    """
     ones = torch.ones(1, 3 * cells, 3, dtype=torch.float64)
-    case = Naive(OfCells(function, cells), ones, [ClassScore(0)], SimpleInferer())
+    case = Naive(
+        Computed(lambda x: function(x.reshape(len(x), cells, -1)[:, :, 4])[:, None]),
+        ones,
+        [ClassScore(0)],
+        SimpleInferer(),
+    )
     case.objective.window_batch = 256
     return case
 

@@ -14,7 +14,7 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import ChannelShapley, KernelShap, ShapleyValueSampling, run
 from esegeta_monai.methods.perturbation.shapley import all_coalitions, shapley_values
 from esegeta_monai.targets import MultiClassMask
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive
 from tests.support.shapley import Quadratic, case_of, enumerated
 from tests.support.tensors import assert_equal, noise
@@ -140,13 +140,12 @@ def test_channel_shapley_is_exact_through_windows(output):
 
 
 def test_dummy_and_symmetry():
-    class Symmetric(torch.nn.Module):
-        def forward(self, x):
-            a, b = x.flatten(1)[:, 0], x.flatten(1)[:, 1]
-            return torch.stack([a * b, a * b + a + b], 1)
+    def symmetric(x):
+        a, b = x.flatten(1)[:, 0], x.flatten(1)[:, 1]
+        return torch.stack([a * b, a * b + a + b], 1)
 
     image = torch.full((1, 2, 2), 3.0, dtype=torch.float64)
-    case = case_of(Symmetric(), image)
+    case = case_of(Computed(symmetric), image)
     found = run(KernelShap(feature_mask="grid(1)", baseline="zero"), case.objective)
     assert table(found)[0].tolist() == pytest.approx([7.5, 7.5, 0, 0], abs=1e-12)
 

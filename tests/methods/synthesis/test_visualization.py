@@ -18,7 +18,7 @@ from esegeta_monai.methods.synthesis.canvas import intensity_range
 from esegeta_monai.methods.synthesis.visualization import descend
 from esegeta_monai.targets import ClassScore, LayerNeuron, MultiClassMask, Voxel
 from tests.networks import CLASSIFICATION, build
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive
 from tests.support.tensors import assert_equal, noise
 
@@ -258,15 +258,14 @@ def test_without_a_case_the_grid_is_one_of_unit_voxels():
 
 
 def test_a_warning_where_the_objective_does_not_rise():
-    class Flat(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cat([5 + 1e-3 * x, 1e-3 * x], 1)
+    def flat(x: Tensor) -> Tensor:
+        return torch.cat([5 + 1e-3 * x, 1e-3 * x], 1)
 
-    case = Naive(Flat(), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
+    case = Naive(Computed(flat), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     found = explained(FeatureVisualization(n_iter=3), case)
     assert 0 < found.note(0)["objective_rise"] < 0.25
     assert any("a rise of 0.25 was asked for" in w for w in case.objective.monitor.warnings)
-    quiet = Naive(Flat(), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
+    quiet = Naive(Computed(flat), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     explained(FeatureVisualization(n_iter=3, min_rise=1e-9), quiet)
     assert quiet.objective.monitor.warnings == []
 
