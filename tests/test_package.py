@@ -25,25 +25,25 @@ def calls(tree: ast.AST, name: str) -> list[ast.Call]:
 
 def imported_from(tree: ast.AST, module: str) -> set[str]:
     """Names that ``from module import …`` brings."""
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == module]
-    return {alias.name for node in found for alias in node.names}
+    result = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == module]
+    return {alias.name for node in result for alias in node.names}
 
 
 def test_no_checkpoint_is_loaded_with_code_in_it() -> None:
     """Every torch.load of the package, the bundles and the benchmarks says weights_only=True."""
     files = [p for folder in ("esegeta_monai", "bundles", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
     assert len(files) > 50
-    found, unsafe = 0, []
+    result, unsafe = 0, []
     for file in files:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         assert "load" not in imported_from(tree, "torch"), file
         for call in calls(tree, "torch.load"):
-            found += 1
+            result += 1
             safe = [k for k in call.keywords if k.arg == "weights_only" and ast.unparse(k.value) == "True"]
             if not safe:
                 unsafe.append(f"{file.relative_to(ROOT)}:{call.lineno}")
     assert unsafe == []
-    assert found > 0  # else the check looks at nothing
+    assert result > 0  # else the check looks at nothing
 
 
 @pytest.mark.parametrize("name", ["pickle.load", "pickle.loads", "eval", "exec", "os.system"])

@@ -104,9 +104,9 @@ def test_what_a_page_includes_is_the_file(page: Path) -> None:
 
 
 def test_the_sizes_of_examples_are_as_said() -> None:
-    said = re.findall(r"\[(\d+) lines\]\((\S+)\)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
-    assert len(said) == len(EXAMPLE_PAGES)
-    for lines, path in said:
+    reported = re.findall(r"\[(\d+) lines\]\((\S+)\)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(reported) == len(EXAMPLE_PAGES)
+    for lines, path in reported:
         assert int(lines) == len((ROOT / path).read_text(encoding="utf-8").splitlines()), path
 
 

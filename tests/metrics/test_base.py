@@ -70,10 +70,10 @@ def test_several_maps_give_the_mean_and_students_interval():
     values = []
     for seed in range(5):
         values.append(metric.update(MetricInput(noise(1, 4, 4, seed=seed), label=label)).value)
-    found = metric.compute()
+    result = metric.compute()
     low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
-    assert found.value == pytest.approx(np.mean(values))
-    assert (found.low, found.high, found.n) == (pytest.approx(low), pytest.approx(high), 5)
+    assert result.value == pytest.approx(np.mean(values))
+    assert (result.low, result.high, result.n) == (pytest.approx(low), pytest.approx(high), 5)
     metric.reset()
     with pytest.raises(MetricError):
         metric.compute()

@@ -84,7 +84,7 @@ def test_tokens_come_on_their_grid():
     case = build("ViTAutoEnc", 2)
     o, _ = objective(Computed(lambda out: out[0], case.network), case.image[0], None, [MultiClassMask(1)])
     with frozen(case.network), torch.no_grad():
-        found = run(LayerActivation("network.blocks.0", reduce="channels"), o).maps[0]
+        result = run(LayerActivation("network.blocks.0", reduce="channels"), o).maps[0]
         kept = []
         handle = case.network.blocks[0].register_forward_hook(lambda m, i, o: kept.append(o.clone()))
         case.network(case.image)
@@ -92,7 +92,7 @@ def test_tokens_come_on_their_grid():
     tokens = kept[0][0]
     side = int(len(tokens) ** 0.5)
     grid = torch.stack([tokens[i * side : (i + 1) * side] for i in range(side)]).permute(2, 0, 1)
-    assert_equal(found, F.interpolate(grid[None], size=case.roi, mode="bilinear", align_corners=False)[0])
+    assert_equal(result, F.interpolate(grid[None], size=case.roi, mode="bilinear", align_corners=False)[0])
 
 
 def test_channels_that_come_last_are_turned_round():

@@ -49,8 +49,8 @@ def test_equals_captum_rule_by_rule(dims, shape, n_steps, rule, captum_in_float6
     # Captum's trapezoid weights are 1/n and 1/2n, so that they sum to (n − 1)/n and not to one
     factor = n_steps / (n_steps - 1) if rule == "riemann_trapezoid" else 1
     for column in range(2):
-        theirs = captum.attribute(image[None].clone(), baseline[None], target=column, n_steps=n_steps, method=rule)[0]
-        assert_equal(maps[column], factor * theirs.detach())
+        expected = captum.attribute(image[None].clone(), baseline[None], target=column, n_steps=n_steps, method=rule)[0]
+        assert_equal(maps[column], factor * expected.detach())
 
 
 def test_on_a_linear_network_one_step_is_exact():
@@ -117,8 +117,8 @@ def test_adaptive_maps_agree_with_many_fixed_steps():
         adaptive = run(IntegratedGradients(baseline=baseline, tolerance=1e-5), o)
         exact = run(IntegratedGradients(baseline=baseline, n_steps=200), o).maps
     assert max(adaptive.notes["completeness_gap"]) <= 1e-5
-    for mine, reference in zip(adaptive.maps, exact):
-        assert_equal(mine, reference, 1e-4)
+    for actual, reference in zip(adaptive.maps, exact):
+        assert_equal(actual, reference, 1e-4)
 
 
 def test_nonlinear_targets_are_complete_too():

@@ -18,14 +18,14 @@ from tests.support.tensors import DOUBLE, close
 
 def naive(attribution: np.ndarray, labels: np.ndarray) -> np.ndarray:
     regions = [row == n for row in labels for n in np.unique(row)]
-    joined, found = np.zeros(attribution.shape, bool), np.zeros(attribution.shape)
+    joined, result = np.zeros(attribution.shape, bool), np.zeros(attribution.shape)
     while not joined.all():
         new = [r & ~joined for r in regions]
         means = [attribution[r].mean() if r.any() else -np.inf for r in new]
         best = int(np.argmax(means))
-        found[new[best]] = means[best]
+        result[new[best]] = means[best]
         joined |= new[best]
-    return found
+    return result
 
 
 @pytest.mark.parametrize("shape", [(9, 8), (5, 6, 4)])
@@ -33,8 +33,8 @@ def test_ranking_equals_the_naive_one(shape):
     rng = np.random.default_rng(0)
     attribution = rng.normal(size=shape)
     labels = np.stack([rng.integers(0, n, shape) for n in (3, 7, 12)])
-    found = rank_regions(attribution, labels)
-    np.testing.assert_allclose(found, naive(attribution, labels), rtol=1e-10)
+    result = rank_regions(attribution, labels)
+    np.testing.assert_allclose(result, naive(attribution, labels), rtol=1e-10)
 
 
 def brightness(x: Tensor) -> Tensor:
@@ -49,12 +49,12 @@ def test_a_planted_cause_is_found_as_a_region(dims):
     lesion = (slice(None), *(slice(5, 10),) * dims)
     image[lesion] += 0.7
     objective = objective_of(Computed(brightness), image, [ClassScore(1)])
-    found = explain(XRAI(n_segments=(8, 60), n_steps=16), objective)
+    result = explain(XRAI(n_segments=(8, 60), n_steps=16), objective)
     inside = torch.zeros_like(image, dtype=torch.bool)
     inside[lesion] = True
-    top = found.maps[0].flatten().topk(int(inside.sum())).indices
+    top = result.maps[0].flatten().topk(int(inside.sum())).indices
     assert float(inside.flatten()[top].double().mean()) > 0.9
-    assert len(found.note(0)["supervoxels"]) == 2
+    assert len(result.note(0)["supervoxels"]) == 2
     given = explain(XRAI(n_segments=(8, 60), method=IntegratedGradients("zero", n_steps=4)), objective)
     values = explain(IntegratedGradients("zero", n_steps=4), objective).maps
     close(given.maps.sum(), values.sum())  # means of regions that tile the image

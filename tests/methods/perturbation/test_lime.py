@@ -48,11 +48,11 @@ def test_equals_lime_image_explainer(hide_color, selection):
     peer = LimeImageExplainer(feature_selection=selection, random_state=np.random.RandomState(5))
     options = {"top_labels": None, "num_samples": 80, "hide_color": hide_color, "random_seed": 1}
     kept = 1000 if selection == "none" else 5
-    theirs = peer.explain_instance(
+    expected = peer.explain_instance(
         image.movedim(0, -1).numpy(), predict, (1,), num_features=kept, segmentation_fn=lambda _: segments, **options
     )
     wanted = np.zeros(features)
-    for j, weight in theirs.local_exp[1]:
+    for j, weight in expected.local_exp[1]:
         wanted[j] = weight
 
     baseline = "feature mean" if hide_color is None else hide_color
@@ -62,12 +62,12 @@ def test_equals_lime_image_explainer(hide_color, selection):
     )
     method.given = samples
     with frozen(net):
-        found = run(method, case_of(net, image, ClassScore(1, output="probability")).objective)
-    mine = torch.tensor([row["value"] for row in found.note(0)["features"]], dtype=torch.float64)
-    assert_equal(mine, torch.from_numpy(wanted), 1e-10)
-    assert found.note(0)["r2"] == pytest.approx(theirs.score, rel=1e-10)
-    assert found.note(0)["intercept"] == pytest.approx(theirs.intercept[1], rel=1e-10)
-    assert int((mine != 0).sum()) == (features if selection == "none" else 5)
+        result = run(method, case_of(net, image, ClassScore(1, output="probability")).objective)
+    actual = torch.tensor([row["value"] for row in result.note(0)["features"]], dtype=torch.float64)
+    assert_equal(actual, torch.from_numpy(wanted), 1e-10)
+    assert result.note(0)["r2"] == pytest.approx(expected.score, rel=1e-10)
+    assert result.note(0)["intercept"] == pytest.approx(expected.intercept[1], rel=1e-10)
+    assert int((actual != 0).sum()) == (features if selection == "none" else 5)
 
 
 def test_a_linear_network_in_3d_gives_its_own_weights():
@@ -79,11 +79,11 @@ def test_a_linear_network_in_3d_gives_its_own_weights():
 
     image = noise(2, 4, 6, 6)
     case = Naive(Computed(linear), image, [ClassScore(0)], SimpleInferer())
-    found = run(Lime(200, "grid(size=2)", baseline=0.5, alpha=0.0), case.objective)
+    result = run(Lime(200, "grid(size=2)", baseline=0.5, alpha=0.0), case.objective)
     share = (weights * (image - 0.5)).sum(0).reshape(2, 2, 3, 2, 3, 2).sum((1, 3, 5)).flatten()
-    assert_equal(torch.tensor([r["value"] for r in found.note(0)["features"]], dtype=torch.float64), share, 1e-9)
-    assert found.note(0)["r2"] == pytest.approx(1, abs=1e-9)
-    assert found.maps.shape == (1, 1, 4, 6, 6)
+    assert_equal(torch.tensor([r["value"] for r in result.note(0)["features"]], dtype=torch.float64), share, 1e-9)
+    assert result.note(0)["r2"] == pytest.approx(1, abs=1e-9)
+    assert result.maps.shape == (1, 1, 4, 6, 6)
 
 
 def test_too_few_samples():

@@ -27,8 +27,8 @@ def test_formula(shape):
         mask = whole_mask(masks, i)
         expected += case.value(case.image * mask).reshape(-1, *(1,) * dims) * mask
     with frozen(case.net):
-        found = run(method, case.objective)
-    assert_equal(found.maps[:, 0], expected / (9 * 0.4))
+        result = run(method, case.objective)
+    assert_equal(result.maps[:, 0], expected / (9 * 0.4))
 
 
 def test_masks_are_petsiuks():
@@ -54,11 +54,11 @@ def test_finds_a_known_cause():
     from monai.inferers import SimpleInferer
 
     case = Naive(Computed(blob), noise(1, 12, 20).abs() + 1, [MultiClassMask(1)], SimpleInferer())
-    found = run(Rise(n_masks=600, grid=(4, 6), baseline="zero"), case.objective)
-    peak = divmod(int(found.maps[0, 0].argmax()), 20)
+    result = run(Rise(n_masks=600, grid=(4, 6), baseline="zero"), case.objective)
+    peak = divmod(int(result.maps[0, 0].argmax()), 20)
     assert 3 <= peak[0] < 7
     assert 10 <= peak[1] < 14
-    assert found.note(0)["convergence"] > 0.8
+    assert result.note(0)["convergence"] > 0.8
 
 
 def test_scores_as_changes_differ_by_the_mean_mask():
