@@ -244,7 +244,7 @@ def test_variants_are_those_of_the_cpu(name: str, volumes: Any) -> None:
 
 @dataclass(eq=False, repr=False)
 class Own(Target):
-    """Of a user: its mask stays where it was made."""
+    """A user's target whose mask stays where it was made."""
 
     name: str | None = None
 
@@ -253,7 +253,7 @@ class Own(Target):
 
 
 class Half(Score):
-    """Of a user: linear, and no `WeightedScore`."""
+    """A user's score: linear, and no `WeightedScore`."""
 
     linear, voxels, channels, label = True, 36, (1,), "half"
 
@@ -265,7 +265,7 @@ class Half(Score):
 
 
 class OwnScore(Own):
-    """Of a user: so does what it computes with."""
+    """A user's baseline, whose tensors stay where they were made."""
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         return [Half()]
@@ -281,7 +281,7 @@ def test_what_users_make_on_the_cpu_is_brought_along(target: Target, method: Met
         assert_same(result.explain(method, target, FAKE, volumes), here, volumes)
 
 
-# ---- behind the maps -------------------------------------------------------------------------------------------------
+# ---- after the maps --------------------------------------------------------------------------------------------------
 
 
 def written(folder: Path, device: Any) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""What is built and shipped: the wheel outside the checkout, and loading that cannot run code."""
+"""The package as built and shipped: the wheel outside the checkout, and loading that cannot run code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def imported_from(tree: ast.AST, module: str) -> set[str]:
 
 
 def test_no_checkpoint_is_loaded_with_code_in_it() -> None:
-    """Every torch.load of the package, the bundles and the benchmarks says weights_only=True."""
+    """Every torch.load of the package, the bundles and the benchmarks passes weights_only=True."""
     files = [p for folder in ("esegeta_monai", "bundles", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
     assert len(files) > 50
     result, unsafe = 0, []
@@ -116,7 +116,7 @@ class TestWheel:
         assert expected in done.stdout
 
     def test_explain_by_command_and_by_overlay(self, installed: Path, tmp_path: Path) -> None:
-        """Both doors on the same bundle, from outside the checkout."""
+        """Both interfaces on the same bundle, from outside the checkout."""
         scan = oblique.write_scan(tmp_path / "scans" / "alpha.nii.gz")
         bundle = oblique.write(tmp_path / "bundle", oblique.config([scan], tmp_path / "eval"))
         python = [sys.executable, "-m"]

@@ -46,7 +46,7 @@ def explain(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]
 
 
 def process_of(rank: int, run: str) -> int:
-    """The process id of a rank of a run, told by its command and environment."""
+    """Find the process id of a rank by its command and environment."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             reported, variables = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "environ").read_bytes()

@@ -54,7 +54,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def explained(bundle: Path) -> Path:
-    """What the overlay as it is shipped makes of it."""
+    """The output folder of a run with the overlay as shipped."""
     torch.set_num_threads(1)
     run(bundle)
     return bundle / "eval"

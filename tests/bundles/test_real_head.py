@@ -1,4 +1,4 @@
-"""What the bundles are worth on a real head (`stroke_t1` of the shared data): the figures of their docs."""
+"""The documented figures of the bundles on a real head (`stroke_t1` of the shared data)."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_defaults_explain_every_predicted_class(
 
 
 def test_the_map_is_the_explainer_s_on_the_scan_s_own_grid(bundle: Path, scans: Path, tmp_path: Path) -> None:
-    """Against the Python door on an image that is preprocessed by hand."""
+    """Against the Python interface on an image that is preprocessed by hand."""
     assert explained(bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", "Saliency(abs=False)",
                      "--target", "MultiClassMask('Grey Matter')") == 0  # fmt: skip
     scan = nib.load(scans / "007.nii.gz")
@@ -194,7 +194,7 @@ def test_ctrl_c_keeps_what_is_finished(
 
 
 def test_sigmoid_bundles_have_no_background(tmp_path: Path) -> None:
-    """What the postprocessing says decides: with a sigmoid each channel has a mask of its own, class 0 too."""
+    """The postprocessing decides: with a sigmoid each channel has a mask of its own, class 0 too."""
     steps = {"_target_": "Compose", "transforms": [{"_target_": "Activationsd", "keys": "pred", "sigmoid": True}]}
     bundle = make_bundle(tmp_path / "bundle", postprocessing=steps)
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text())

@@ -1,4 +1,4 @@
-"""The public face: cases, inputs, shared passes, isolation, records."""
+"""The public interface: cases, inputs, shared passes, isolation, records."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def autograd(network: nn.Module, x: Tensor, inferer: Any, class_index: int) -> T
     return gradient[0]
 
 
-# ---- the face as the project promises it --------------------------------------------------------------------------
+# ---- the documented interface -----------------------------------------------------------------------------------
 
 
 def test_the_public_face() -> None:
@@ -208,7 +208,7 @@ def test_several_image_inputs_get_a_map_each() -> None:
 
 
 class WithMore(Spy):
-    """Further inputs: one a case, one for all, and MONAI's condition volume."""
+    """Further inputs: one per case, one for all, and MONAI's condition volume."""
 
     def forward(self, x: Tensor, scale: Any = 1.0, *, shift: Any = 0.0, condition: Tensor | None = None) -> Tensor:
         out = super().forward(x) * scale + shift
@@ -483,7 +483,7 @@ def test_amp_is_recorded_and_close() -> None:
 
 
 def test_an_outer_autocast_does_not_leak_in() -> None:
-    """A trainer calls handlers under its own autocast; what the explainer was told counts."""
+    """A trainer calls handlers under its own autocast; the explainer's own setting counts."""
     plain = only(Explainer(Spy(), SLIDING)(image(), [Saliency()], [MultiClassMask(1)]))
     with torch.autocast("cpu", torch.bfloat16):
         inside = only(Explainer(Spy(), SLIDING)(image(), [Saliency()], [MultiClassMask(1)]))

@@ -1,4 +1,4 @@
-"""What decides a map: also files, tensors and data that a method's parameters only name, and further inputs."""
+"""All that determines a map is recorded: also files, tensors and data that a method's parameters only name, and further inputs."""
 
 from __future__ import annotations
 

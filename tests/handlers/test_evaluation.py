@@ -207,7 +207,7 @@ def test_maps_that_were_finished_before_are_computed(scans: list[Path], tmp_path
 
 
 def test_no_map_of_another_epoch_is_judged(scans: list[Path], tmp_path: Path) -> None:
-    """Weights move between the epochs, of which only the first is explained."""
+    """Weights change between the epochs; only the first epoch is explained."""
 
     def run(*handlers: Any) -> None:
         torch.manual_seed(0)

@@ -53,7 +53,7 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None = None, *, factor: Tensor | float = 1.0) -> Any:
         out = self.last(torch.relu(self.norm(self.first(x))))
-        if shift is not None:  # one a case: (B, 1, 1, 1, 1), with the batch length of x
+        if shift is not None:  # one per case: (B, 1, 1, 1, 1), with the batch length of x
             assert len(shift) == len(x)
             out = out + shift
         out = out * factor
@@ -405,7 +405,7 @@ def test_of_every_so_many_epochs_the_first_that_is_validated(
 def test_a_full_disk_ends_no_training(
     scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Full from the second scan of the first epoch on through the second: said, and what has room is written."""
+    """A disk that is full from the second scan on is reported, and maps that fit are still written."""
     training = trainer(scans, Small(), 3)
     handler(f"{tmp_path}/epoch{{epoch}}", targets=CORNER).attach(training)
     flush = files._flush

@@ -89,7 +89,7 @@ def test_distances_by_brute_force(shape):
 def test_ties_give_the_expectation_over_all_orders():
     label = torch.tensor([[True, False, False, True]])
     values = torch.tensor([[[2.0, 1.0, 1.0, 1.0]]])
-    # the second of two places goes to one of three equal voxels, of which one is in the label
+    # the second of two places goes to one of three equal voxels, one of them in the label
     assert measured(RelevanceRank(), values, label).value == pytest.approx((1 + 1 / 3) / 2)
     assert measured(PointingGame(), torch.ones(1, 1, 4), label).value == 1 / 2
 

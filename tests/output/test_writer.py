@@ -221,7 +221,7 @@ def test_what_is_not_whole_is_computed_again(image: MetaTensor, tmp_path: Path, 
 
 
 def test_a_target_that_became_empty_takes_its_old_map_away(image: MetaTensor, tmp_path: Path) -> None:
-    """The map of another prediction must not lie beside a sidecar that says there is none."""
+    """The map of another prediction must not stay beside a sidecar without a map."""
     high = ThresholdMask(-1e9, value="raw", name="above")
     explain(tmp_path, image, targets=[high], pictures=True)
     assert len(names(tmp_path)) == 5
@@ -314,7 +314,7 @@ def test_clashes_stop_before_any_work(tmp_path: Path) -> None:
 
 
 def test_a_map_never_overwrites_another_of_the_run(image: MetaTensor, tmp_path: Path) -> None:
-    """Labels are known only with the prediction: of two targets that say the same, the second is told so."""
+    """Labels are known only with the prediction: of two targets with one label, the second fails with an error."""
     targets: list[Target] = [MultiClassMask(1), PredictedClasses(output="probability", background=None)]
     writer = explain(tmp_path, image, targets=targets)
     clashing = [e for e in entries(writer) if e["status"] == "failed"]

@@ -79,7 +79,7 @@ def test_the_mask_stays_that_of_the_unperturbed_image():
 
 
 class CountedVoxels(nn.Module):
-    """What a naive wrapper does: the number of voxels above a threshold."""
+    """A naive wrapper: the number of voxels above a threshold."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()

@@ -114,7 +114,7 @@ class Told(torch.nn.Module):
 
 
 class Anew:
-    """What `SlidingWindowInfererAdapt` does where memory runs out under way: it begins again, and remembers."""
+    """Restart as `SlidingWindowInfererAdapt` does after running out of memory, and remember it."""
 
     def __init__(self, failures: int) -> None:
         self.failures = failures
@@ -196,7 +196,7 @@ class Fails:
 
 
 def alike(what: str) -> None:
-    """What may go wrong on one rank reaches all of them."""
+    """An error on one process reaches all of them."""
     ranks = Ranks.current()
     objective = by(setting("UNet_instance").objective, ranks)
     with frozen(objective.model.network):

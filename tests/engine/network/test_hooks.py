@@ -140,7 +140,7 @@ def test_find_layer_lists_near_matches():
 
 
 class Skipping(nn.Module):
-    """Two layers one behind the other and a way round both; a module that hands out a buffer."""
+    """Two consecutive layers with a skip connection around both; a module that returns a buffer."""
 
     class Constant(nn.Module):
         def __init__(self) -> None:

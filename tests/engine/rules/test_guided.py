@@ -215,9 +215,10 @@ def test_activations_inside_transformer_layers_are_found():
 
 
 def test_unknown_operation_names_itself_and_its_module():
-    def odd(x):
-        return torch.fft.fft(x).real
+    class Odd(nn.Module):
+        def forward(self, x):
+            return torch.fft.fft(x).real
 
-    network = nn.Sequential(nn.ReLU(), Computed(odd))
+    network = nn.Sequential(nn.ReLU(), Odd())
     with pytest.raises(RuleError, match=r"'fft_fft' in Odd \(1\): no rule"):
         guided(network, torch.randn(1, 4), torch.ones(1, 1, 4))

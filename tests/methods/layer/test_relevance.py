@@ -49,7 +49,7 @@ class _Flat(nn.Sequential):
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
 def test_equals_captum_on_plain_relu_without_biases(dims):
-    """Captum keeps what biases take, ours books it: without biases there is nothing to differ by."""
+    """Captum keeps the relevance of biases, ours records it: without biases there is nothing to differ by."""
     torch.manual_seed(0)
     conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
     first = conv(1, 3, 3, padding=1, bias=False)  # on the image's grid: nothing is spread

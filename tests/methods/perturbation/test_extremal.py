@@ -93,7 +93,7 @@ def fooled_by_blends(x: Tensor) -> Tensor:
 
 
 def test_deletion_is_not_led_astray_by_blends():
-    """A start from 0.5 everywhere would look at the rest: no image is like that blend, and its slope says nothing."""
+    """A start from 0.5 everywhere would look at the rest: no image is like that blend, and its slope is no guide."""
     image = torch.ones(1, 40, 40, dtype=torch.float64)
     image[:, 8:14, 8:14] = 3
     case = Naive(Computed(fooled_by_blends), image, [ClassScore(0)], SimpleInferer())

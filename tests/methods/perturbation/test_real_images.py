@@ -73,7 +73,7 @@ METHODS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: str(method.name))
 def test_what_a_map_marks_on_chest_x_rays_matters_to_the_network(method):
-    """No lungs are outlined in this set. Measured on twelve X-rays of which the network is sure: pneumonia's margin
+    """No lungs are outlined in this set. Measured on twelve X-rays with a confident prediction: pneumonia's margin
     falls further when the 15 % that a map marks most are blurred than when as large a square is, anywhere."""
     network = pneumonia_cnn()
     images, labels = chest_images()

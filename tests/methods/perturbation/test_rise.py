@@ -45,7 +45,7 @@ def test_masks_are_petsiuks():
 
 
 def blob(x: torch.Tensor) -> torch.Tensor:
-    """One logit a voxel: how bright the image is round a fixed place."""
+    """One logit per voxel: how bright the image is round a fixed place."""
     lit = x[:, :, 3:7, 10:14].mean((2, 3), keepdim=True)
     return torch.cat([torch.zeros_like(x), lit.expand_as(x)], 1)
 

@@ -1,4 +1,4 @@
-"""Images made up from nothing: known optima of linear networks, and objectives that rise on real architectures."""
+"""Images synthesised from noise: known optima of linear networks, and objectives that rise on real architectures."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_class_image_of_a_linear_network_at_a_norm_has_the_direction_of_the_weig
 @pytest.mark.parametrize("parametrisation", ["fourier", "voxel"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_feature_visualization_of_a_linear_network_comes_near_its_maximum(shape, parametrisation):
-    """Within [low, high] a linear score is greatest where every voxel is at the end that its weight's sign says."""
+    """Within [low, high] a linear score is greatest where every voxel is at the end given by its weight's sign."""
     case, w, _ = linear(*shape)
     result = explained(FeatureVisualization(parametrisation=parametrisation, n_iter=200, lr=0.2, **STILL), case)
     low, high = (case.image.new_tensor(result.note(0)["intensity_range"])[:, i] for i in (0, 1))
@@ -112,7 +112,7 @@ RISING += [pytest.param("ViT", 3, marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize(("name", "dims"), RISING)
 def test_the_objective_rises_for_class_layer_and_channel(name, dims):
-    """By at least a quarter of its start, and what the record says is what the plain network gives for the image."""
+    """By at least a quarter of its start, and the record has what the plain network gives for the image."""
     case = build(name, dims)
     target = ClassScore(1) if case.kind == CLASSIFICATION else MultiClassMask(1)
     explainer = Explainer(case.network, output=case.output)
@@ -145,7 +145,7 @@ UNITS += [(name, dims, None) for name in ("UNet_batch", "ResNet18") for dims in 
 
 @pytest.mark.parametrize(("name", "dims", "layer"), UNITS)
 def test_a_unit_of_a_layer_is_excited_at_its_place(name, dims, layer):
-    """Of the channel that is strongest on average: others may be silent at the start, behind a ReLU."""
+    """Use the channel that is strongest on average: after a ReLU, others may be zero at the start."""
     case = build(name, dims)
     layer = layer or case.cam_layer
     target = ClassScore(1) if case.kind == CLASSIFICATION else MultiClassMask(1)

@@ -1,4 +1,4 @@
-"""What stands in a report: read back from the file, without a browser."""
+"""The content of a report, read back from the file, without a browser."""
 
 from __future__ import annotations
 
@@ -300,7 +300,7 @@ def test_synthesised_images_are_shown_as_images_with_their_loss(tmp_path: Path) 
     assert content.count("<polyline") == 1
 
 
-# ---- doors -----------------------------------------------------------------------------------------------------------
+# ---- interfaces ------------------------------------------------------------------------------------------------------
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Output folders that somebody has edited, cut or saved again: the page shows what there is and says what is not."""
+"""Output folders that somebody has edited, cut or saved again: the page shows what is readable and names what is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a page carries, read back without its script."""
+"""The data of a page, read back without its script."""
 
 from __future__ import annotations
 
