@@ -265,7 +265,7 @@ class Half(Score):
 
 
 class OwnScore(Own):
-    """A user's baseline, whose tensors stay where they were made."""
+    """A user's target with a score of its own, whose tensors stay where they were made."""
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         return [Half()]

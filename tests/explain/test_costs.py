@@ -56,7 +56,7 @@ def explainer(**options) -> Explainer:
 @pytest.mark.parametrize("calibration", [30.0, 0.0])
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_the_passes_are_those_of_the_run(output, calibration):
-    """True if the method ran to its end while it was timed, not only its start."""
+    """Both if the method ran to its end while it was timed and if only its start was timed."""
     image = noise(1, 2, 6, 20)
     image[..., :9] = 0.25  # background, so that perturbations there change nothing
     chosen = [x for x in METHODS if output == "logit" or not x.needs_linear]

@@ -336,7 +336,7 @@ def test_methods_inside_others_are_not_measured_again(monkeypatch: pytest.Monkey
 
 def test_all_ranks_decide_as_the_first_one() -> None:
     class Second(Ranks):
-        """Raise an error: this process's own result must not be used."""
+        """The second process, whose own measurement must not be used."""
 
         def gather(self, value: Any) -> list[Any]:
             first = [Agreement([0.5], "of the first rank")] if value and isinstance(value, list) else value

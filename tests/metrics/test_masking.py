@@ -50,7 +50,7 @@ def test_drop_increase_and_gain_of_voxels_by_whole_volumes(dims):
 
 
 def test_the_unmasked_windows_are_computed_once_for_all_maps():
-    """One pass per window for the first map to compare with and for each map; each map gets the figures it gets alone."""
+    """One pass per window for the first map to compare with and for each map, as for each map alone."""
     case = Naive(small(2, 2), noise(2, 9, 12), [MultiClassMask(1)])
     windows, shared = len(case.objective.windows), {}
     subjects = [MetricInput(noise(2, 9, 12, seed=s), case.objective, shared=shared) for s in range(3)]

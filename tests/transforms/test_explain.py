@@ -339,7 +339,7 @@ class TestForkedWorkersWithCuda:
 
     @pytest.mark.slow
     def test_real_workers_are_told_apart(self, scan: Path) -> None:
-        """Return `_forked` inside true DataLoader workers of either kind."""
+        """The value of `_forked` inside real DataLoader workers of either kind."""
         for context, forked in (("fork", True), ("spawn", False)):
             loader = torch.utils.data.DataLoader(AskForked(), num_workers=1, multiprocessing_context=context)
             assert [bool(x) for x in loader] == [forked]

@@ -114,7 +114,7 @@ class Told(torch.nn.Module):
 
 
 class Anew:
-    """Restart as `SlidingWindowInfererAdapt` does after running out of memory, and remember it."""
+    """An inferer that restarts after running out of memory and remembers it, as `SlidingWindowInfererAdapt` does."""
 
     def __init__(self, failures: int) -> None:
         self.failures = failures

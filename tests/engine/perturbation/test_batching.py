@@ -63,7 +63,7 @@ def test_large_windows_are_not_held_several_batches_at_a_time(monkeypatch):
 
 
 class Interrupted(Exception):  # noqa: N818 - reads as what happened
-    """An error of the network itself."""
+    """An error that the network itself raises."""
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])

@@ -1,4 +1,4 @@
-"""Output folders that somebody has edited, cut or saved again: the page shows what is readable and names what is not."""
+"""Output folders that were edited, cut or saved again: the page shows what is readable and names the rest."""
 
 from __future__ import annotations
 
