@@ -273,9 +273,9 @@ def test_as_a_config_from_python(tmp_path):
     network = torch.nn.Conv3d(1, 2, 3, padding=1)
     method = {"_target_": "scripts.mine.SteepGradient", "factor": 5}
     target = {"_target_": "scripts.corner.Corner", "size": 2}
-    (found,) = Explainer(network)(torch.rand(1, 1, 6, 6, 6), [method], [target])
-    assert found.status == "ok"
-    assert found.record["target_voxels"] == 8
+    (result,) = Explainer(network)(torch.rand(1, 1, 6, 6, 6), [method], [target])
+    assert result.status == "ok"
+    assert result.record["target_voxels"] == 8
 
 
 def test_two_bundles_with_classes_of_one_name(tmp_path):

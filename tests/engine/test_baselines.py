@@ -149,7 +149,7 @@ def test_auto_says_what_and_why():
 
 
 class ScaleFree(nn.Module):
-    """Invariant to scale without a norm layer: only a look at its output tells."""
+    """A network that is invariant to scale without a norm layer, which only its output shows."""
 
     def __init__(self) -> None:
         super().__init__()

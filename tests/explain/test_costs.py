@@ -1,4 +1,4 @@
-"""What a method costs is known before: passes exactly, time roughly; what costs too much is refused."""
+"""Costs are known in advance: passes exactly, time roughly; methods over budget are refused."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def explainer(**options) -> Explainer:
 @pytest.mark.parametrize("calibration", [30.0, 0.0])
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_the_passes_are_those_of_the_run(output, calibration):
-    """Whether the method has run to its end while its time was taken, or has only begun."""
+    """Both if the method ran to its end while it was timed and if only its start was timed."""
     image = noise(1, 2, 6, 20)
     image[..., :9] = 0.25  # background, so that perturbations there change nothing
     chosen = [x for x in METHODS if output == "logit" or not x.needs_linear]
@@ -105,7 +105,7 @@ def test_choosing_the_baseline_is_counted(method):
 @pytest.mark.parametrize("calibration", [0.0, 30.0])
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_the_passes_of_several_rounds_are_those_of_the_run(output, calibration):
-    """What perturbed windows are compared with is computed in the first round that touches them."""
+    """Unperturbed outputs are computed in the first round that touches their windows."""
     image = noise(1, 2, 6, 20)
     others = [noise(2, 6, 20, seed=s) for s in (1, 2, 3)]
     others[0][..., :10] = image[0, ..., :10]  # which changes nothing there
@@ -179,7 +179,7 @@ def test_peak_memory_is_that_of_the_method(request):
 
 
 class Clock:
-    """Time that passes only where something says so."""
+    """A clock that advances only on demand."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -252,7 +252,7 @@ def slow(clock: Clock, **options) -> Explainer:
 
 
 def foretold_and_taken(clock, method, calibration, output="logit"):
-    """On twelve windows, of which the target sees eight."""
+    """On twelve windows, eight of them in the target."""
     image, target = torch.rand(1, 1, 8, 96), [Box(0, (0, 0), (8, 64), output=output)]
     explain = slow(clock)
     prediction = explain.inferer(image, explain.network)
@@ -295,7 +295,7 @@ def test_the_time_of_every_kind_of_pass_is_foretold(clock, method, calibration):
 @pytest.mark.parametrize("calibration", [0.0, 3.0, 1000.0])
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_what_a_method_does_before_and_after_its_passes_is_foretold(clock, calibration, output):
-    """However long it takes to come to the first pass, which supervoxels may."""
+    """However long it takes until the first pass, as with supervoxels."""
     method = Slower(4, before=100.0, after=50.0, clock=clock)
     cost, taken = foretold_and_taken(clock, method, calibration, output)
     assert taken / 2 <= cost.seconds <= 2 * taken

@@ -63,17 +63,16 @@ def test_several_maps_give_the_mean_and_students_interval():
     metric = RelevanceMass()
     label = torch.zeros(4, 4)
     label[0] = 1
-    results = [metric.update(MetricInput(noise(1, 4, 4, seed=seed), label=label)) for seed in range(5)]
-    values = [r.value for r in results]
-    found = summarise(metric, results)
+    values = []
+    for seed in range(5):
+        values.append(metric.update(MetricInput(noise(1, 4, 4, seed=seed), label=label)).value)
+    result = metric.compute()
     low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
-    assert found.value == pytest.approx(np.mean(values))
-    assert (found.low, found.high, found.n) == (pytest.approx(low), pytest.approx(high), 5)
-    assert summarise(metric, results[:1]) is results[0]
-    some = summarise(metric, [*results, MetricResult.undefined("no reason")])
-    assert (some.value, some.n, some.notes) == (found.value, 5, {"undefined": 1})
-    with pytest.raises(MetricError, match="no results"):
-        summarise(metric, [])
+    assert result.value == pytest.approx(np.mean(values))
+    assert (result.low, result.high, result.n) == (pytest.approx(low), pytest.approx(high), 5)
+    metric.reset()
+    with pytest.raises(MetricError):
+        metric.compute()
 
 
 def test_wilson_and_bootstrap_against_scipy():

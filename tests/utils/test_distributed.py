@@ -62,22 +62,22 @@ def by(objective: Objective, ranks: Processes) -> Objective:
 
 
 def every_method(network: str, output: str) -> None:
-    found = setting(network, target=MultiClassMask(1, output=output))
-    ranks, differences = Processes.current(), {}
+    result = setting(network, target=MultiClassMask(1, output=output))
+    ranks, differences = Ranks.current(), {}
     for cls in METHODS:
         if cls.__name__ in NEED_MORE or (cls.needs_linear and output != "logit"):
             continue
         method = small(cls)
-        together, alone = by(found.objective, ranks), by(found.objective, Processes())
-        with frozen(found.network):
-            mine, theirs = run(method, alone), run(method, together)
-        scale = mine.maps.abs().max()
+        together, alone = by(result.objective, ranks), by(result.objective, Ranks())
+        with frozen(result.network):
+            actual, expected = run(method, alone), run(method, together)
+        scale = actual.maps.abs().max()
         assert scale > 0, cls
-        differences[cls.__name__] = float((mine.maps - theirs.maps).abs().max() / scale)
+        differences[cls.__name__] = float((actual.maps - expected.maps).abs().max() / scale)
         for key in ("completeness_gap", "sum_in_padding", "share_through_layer", "booked", "baseline_value"):
-            if key in mine.notes:
-                assert [mine.note(0)[key]] == pytest.approx([theirs.note(0)[key]], rel=1e-6, abs=1e-9), (cls, key)
-        passes = ranks.gather(together.context.progress.passes)
+            if key in actual.notes:
+                assert [actual.note(0)[key]] == pytest.approx([expected.note(0)[key]], rel=1e-6, abs=1e-9), (cls, key)
+        passes = ranks.gather(together.monitor.passes)
         if ranks.rank == 0:
             print(cls.__name__, alone.context.progress.passes, passes, differences[cls.__name__])
     assert len(differences) > 30
@@ -113,7 +113,7 @@ class Told(torch.nn.Module):
 
 
 class Anew:
-    """What `SlidingWindowInfererAdapt` does where memory runs out under way: it begins again, and remembers."""
+    """An inferer that restarts after running out of memory and remembers it, as `SlidingWindowInfererAdapt` does."""
 
     def __init__(self, failures: int) -> None:
         self.failures = failures
@@ -195,8 +195,8 @@ class Fails:
 
 
 def alike(what: str) -> None:
-    """What may go wrong on one rank reaches all of them."""
-    ranks = Processes.current()
+    """An error on one process reaches all of them."""
+    ranks = Ranks.current()
     objective = by(setting("UNet_instance").objective, ranks)
     with frozen(objective.model.network):
         if what == "error":
@@ -279,14 +279,14 @@ def test_ranks_decide_alike_how_precisely():
 
 def one_box(m: int) -> None:
     """More ranks than windows, and perturbations that share windows."""
-    ranks = Processes.current()
-    found = setting("DenseNet121").objective
-    assert len(found.windows) == 1
+    ranks = Ranks.current()
+    result = setting("DenseNet121").objective
+    assert len(result.windows) == 1
     boxes = Boxes([[i, i] for i in range(m)], [[i + 4, i + 4] for i in range(m)])
-    with frozen(found.model.network):
-        mine, theirs = score_changes(by(found, Processes()), boxes), score_changes(by(found, ranks), boxes)
-    assert bool(mine.any())
-    assert float((mine - theirs).abs().max() / mine.abs().max()) <= 1e-10
+    with frozen(result.model.network):
+        actual, expected = score_changes(by(result, Ranks()), boxes), score_changes(by(result, ranks), boxes)
+    assert bool(actual.any())
+    assert float((actual - expected).abs().max() / actual.abs().max()) <= 1e-10
 
 
 @pytest.mark.slow

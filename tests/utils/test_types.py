@@ -1,4 +1,4 @@
-"""Parameters of another kind than declared: refused in one line that says what to give, before any work."""
+"""Parameters of another kind than declared: refused in one line that names what to give, before any work."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_what_means_the_same_is_taken():
 
 
 def test_json_s_words_from_a_shell():
-    """``monai.bundle run --explain_methods '[{..., "abs": false}]'`` hands over the text "false"."""
+    """``monai.bundle run --explain_methods '[{..., "abs": false}]'`` passes the text "false"."""
     assert m.Saliency(abs="false").abs is False
     assert METHODS.create("Saliency(abs=true)").abs is True
 

@@ -128,7 +128,7 @@ def test_what_has_no_kind_raises_with_its_name(function, text):
 
 
 def test_every_elementwise_and_linear_name_of_torch_is_decided():
-    """A name that stands in a table exists in torch, and no name stands in two tables."""
+    """Every name in a table exists in torch, and no name is in two tables."""
     homes = (torch, Tensor, F, torch.linalg, torch.nn.functional)
     special = {"getitem", "setitem", "iter", "reversed", "rmatmul", "rpow", "rdiv", "unfold_copy", "log_sigmoid"}
     for name in set(KINDS) - special:

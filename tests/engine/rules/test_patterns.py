@@ -200,7 +200,7 @@ def test_products_are_no_linear_neurons(name):
 
 
 class Between(nn.Module):
-    """Something between a layer and its rectifier, undone behind it."""
+    """An operation between a layer and its rectifier, and its inverse after it."""
 
     def __init__(self, layer, there, back):
         super().__init__()
