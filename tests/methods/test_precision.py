@@ -335,7 +335,7 @@ def test_methods_inside_others_are_not_measured_again(monkeypatch: pytest.Monkey
 
 
 def test_all_ranks_decide_as_the_first_one() -> None:
-    class Second(Ranks):
+    class Second(Processes):
         """The second process, whose own measurement must not be used."""
 
         def gather(self, value: Any) -> list[Any]:

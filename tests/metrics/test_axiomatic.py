@@ -62,7 +62,7 @@ def test_a_shift_that_the_network_takes_off_changes_no_gradient(shape):
 
 def test_zero_maps_say_nothing_about_invariance():
     case = linear_case("segmentation", 2)
-    zero = case.objective.at(torch.zeros_like(case.image))
+    zero = case.objective.derive(image=torch.zeros_like(case.image))
     result = InputInvariance().update(MetricInput(torch.zeros_like(case.image), zero, 0, InputXGradient()))
     assert result.value is None
 

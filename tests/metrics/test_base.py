@@ -9,9 +9,10 @@ from scipy import stats
 
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.metrics import METRICS, MetricInput, MetricResult, PointingGame, RelevanceMass, better
-from esegeta_monai.metrics.base import bootstrap, magnitude, mean_interval, summarise, wilson
+from esegeta_monai.metrics.base import bootstrap, magnitude, mean_interval, wilson
 from esegeta_monai.utils.registry import json_ready
-from tests.methods.naive import Naive, image_of, small
+from tests.support.objectives import Naive
+from tests.support.tensors import noise
 
 BASELINED = [cls.__name__ for cls in METRICS if "baseline" in cls.parameter_names()]
 WRONG = [f"{cls.__name__}(features='blokcs')" for cls in METRICS if "features" in cls.parameter_names()]
@@ -63,10 +64,9 @@ def test_several_maps_give_the_mean_and_students_interval():
     metric = RelevanceMass()
     label = torch.zeros(4, 4)
     label[0] = 1
-    values = []
-    for seed in range(5):
-        values.append(metric.update(MetricInput(noise(1, 4, 4, seed=seed), label=label)).value)
-    result = metric.compute()
+    results = [metric.update(MetricInput(noise(1, 4, 4, seed=seed), label=label)) for seed in range(5)]
+    values = [r.value for r in results]
+    result = summarise(metric, results)
     low, high = stats.t.interval(0.95, 4, np.mean(values), stats.sem(values))
     assert result.value == pytest.approx(np.mean(values))
     assert (result.low, result.high, result.n) == (pytest.approx(low), pytest.approx(high), 5)

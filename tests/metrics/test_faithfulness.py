@@ -253,7 +253,7 @@ def test_only_windows_of_the_target_are_asked():
     subject = MetricInput(noise(2, 11, 15), small_target)
     result = Deletion("grid(size=4)", steps=5).update(subject)
     assert result.notes["features_seen"] < result.notes["features"]
-    assert small_target.monitor.passes < 6 * len(case.objective.plan)
+    assert small_target.context.progress.passes < 6 * len(case.objective.plan)
 
 
 def test_what_cannot_be_judged_is_said():

@@ -143,7 +143,7 @@ def test_controls_reach_one_and_the_perfect_map_does_not(kind, dims):
     for control in controls():
         assert metric.update(subject_of(case, control)).value == 1
     assert metric.update(subject_of(case, InputXGradient())).value < 0.95
-    zero = case.objective.at(torch.zeros_like(case.image))
+    zero = case.objective.derive(image=torch.zeros_like(case.image))
     result = metric.update(MetricInput(torch.zeros_like(case.image), zero, 0, InputXGradient()))
     assert result.value is None
 

@@ -63,12 +63,12 @@ def by(objective: Objective, ranks: Processes) -> Objective:
 
 def every_method(network: str, output: str) -> None:
     result = setting(network, target=MultiClassMask(1, output=output))
-    ranks, differences = Ranks.current(), {}
+    ranks, differences = Processes.current(), {}
     for cls in METHODS:
         if cls.__name__ in NEED_MORE or (cls.needs_linear and output != "logit"):
             continue
         method = small(cls)
-        together, alone = by(result.objective, ranks), by(result.objective, Ranks())
+        together, alone = by(result.objective, ranks), by(result.objective, Processes())
         with frozen(result.network):
             actual, expected = run(method, alone), run(method, together)
         scale = actual.maps.abs().max()
@@ -77,7 +77,7 @@ def every_method(network: str, output: str) -> None:
         for key in ("completeness_gap", "sum_in_padding", "share_through_layer", "booked", "baseline_value"):
             if key in actual.notes:
                 assert [actual.note(0)[key]] == pytest.approx([expected.note(0)[key]], rel=1e-6, abs=1e-9), (cls, key)
-        passes = ranks.gather(together.monitor.passes)
+        passes = ranks.gather(together.context.progress.passes)
         if ranks.rank == 0:
             print(cls.__name__, alone.context.progress.passes, passes, differences[cls.__name__])
     assert len(differences) > 30
@@ -196,7 +196,7 @@ class Fails:
 
 def alike(what: str) -> None:
     """An error on one process reaches all of them."""
-    ranks = Ranks.current()
+    ranks = Processes.current()
     objective = by(setting("UNet_instance").objective, ranks)
     with frozen(objective.model.network):
         if what == "error":
@@ -279,12 +279,12 @@ def test_ranks_decide_alike_how_precisely():
 
 def one_box(m: int) -> None:
     """More ranks than windows, and perturbations that share windows."""
-    ranks = Ranks.current()
+    ranks = Processes.current()
     result = setting("DenseNet121").objective
     assert len(result.windows) == 1
     boxes = Boxes([[i, i] for i in range(m)], [[i + 4, i + 4] for i in range(m)])
     with frozen(result.model.network):
-        actual, expected = score_changes(by(result, Ranks()), boxes), score_changes(by(result, ranks), boxes)
+        actual, expected = score_changes(by(result, Processes()), boxes), score_changes(by(result, ranks), boxes)
     assert bool(actual.any())
     assert float((actual - expected).abs().max() / actual.abs().max()) <= 1e-10
 

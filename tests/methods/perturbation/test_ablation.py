@@ -82,7 +82,7 @@ def test_a_feature_outside_the_windows_of_the_target_costs_nothing():
     case = Naive(small(), noise(1, 8, 40), [Voxel(1, index=(1, 1))])
     with frozen(case.net):
         result = run(FeatureAblation("grid(size=4)"), case.objective)
-    assert case.objective.monitor.passes == 1 + 4  # one window of 8 x 8 in 20 boxes of 4 x 4
+    assert case.objective.context.progress.passes == 1 + 4  # one window of 8 x 8 in 20 boxes of 4 x 4
     assert bool((result.maps[..., 8:] == 0).all())
 
 

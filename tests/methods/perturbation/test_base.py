@@ -52,7 +52,7 @@ def test_equals_the_naive_computation(method, norm, output, monkeypatch):
     case = Naive(small(2, 2, norm), noise(2, 6, 20), two_targets(output))
     with frozen(case.net):
         expected_passes = method.passes(case.objective)
-        assert case.objective.monitor.passes == 0
+        assert case.objective.context.progress.passes == 0
         actual = run(method, case.objective)
         if method.passes_exact:
             assert case.objective.context.progress.passes == expected_passes

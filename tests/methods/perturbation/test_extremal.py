@@ -147,7 +147,7 @@ def test_only_the_box_of_windows_that_the_target_sees_is_searched():
         result = run(ExtremalPerturbation(0.2, "preserve", "zero", n_iter=20, lr=0.2), case.objective)
     assert bool((result.maps[..., 8:] == 0).all())
     assert bool(result.maps.any())
-    assert case.objective.monitor.passes == 20 + 3
+    assert case.objective.context.progress.passes == 20 + 3
 
 
 def test_the_smooth_maximum_by_hand():

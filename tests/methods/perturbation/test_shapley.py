@@ -60,7 +60,7 @@ def test_shapley_sampling_is_exact_with_all_orders():
         result = run(ShapleyValueSampling(n_samples=24, feature_mask=labels, baseline="zero"), case.objective)
     assert_equal(table(result), enumerated(case, labels[None] - 1, 4, torch.zeros_like(image)))
     assert result.notes["exact"] is True
-    assert case.objective.monitor.passes == 16  # the empty coalition to the full one: 15, and the image itself
+    assert case.objective.context.progress.passes == 16  # the empty coalition to the full one: 15, and the image itself
 
 
 @functools.cache

@@ -33,13 +33,13 @@ def test_windows_are_added(name, dims, method):
     cases = [s.image.flip(-1), 0.5 * s.image + 0.1]
     actual = method(cases=cases)
     result = explain(actual, s.objective)
-    patterns = FittedPatterns.fit(s.objective.at(case) for case in cases).patterns
+    patterns = FittedPatterns.fit(s.objective.derive(image=case) for case in cases).patterns
     total = torch.zeros_like(s.image)
     cotangents = torch.stack(s.objective.cotangents(s.objective.windows))
     for j, w in enumerate(s.objective.windows):
         window = s.objective.plan.cut(s.image, w)[None]
         part = back_project(
-            lambda z: s.model(z)[:, s.objective.read], window, cotangents[:, j : j + 1], patterns, actual.way
+            lambda z: s.model(z)[:, s.objective.channels], window, cotangents[:, j : j + 1], patterns, actual.way
         )
         total[(slice(None), *s.objective.plan.slices[w])] += part[0, 0]
     close(result.maps[0], total)

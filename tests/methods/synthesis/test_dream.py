@@ -125,7 +125,7 @@ def test_octaves():
                 assert float(mask.double().mean()) == pytest.approx(float(whole.double().mean()), abs=0.04)
     result = explained(method, case)
     assert len(result.note(0)["curve"]) == 3
-    assert case.objective.monitor.passes <= method.passes(case.objective)
+    assert case.objective.context.progress.passes <= method.passes(case.objective)
     layered = DeepDream("a", octaves=2, n_iter=2)
     again = Naive(small(), noise(1, 20, 40))
     explained(layered, again)
@@ -249,7 +249,7 @@ def test_a_warning_where_too_much_is_left():
     case = Naive(small(), noise(1, 12, 12), inferer=SimpleInferer())
     result = explained(InvertedRepresentation("a", n_iter=1, max_share=1e-3), case)
     assert result.note(0)["distance_share"] > 1e-3
-    assert any("a share of 0.001 was asked for" in w for w in case.objective.monitor.warnings)
+    assert any("a share of 0.001 was asked for" in w for w in case.objective.context.progress.warnings)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_a_silent_layer_cannot_be_inverted():
         explained(InvertedRepresentation("1"), case)
     result = explained(DeepDream("1"), case)
     assert torch.equal(result.maps[0], case.image)
-    assert any("gradient is zero" in w for w in case.objective.monitor.warnings)
+    assert any("gradient is zero" in w for w in case.objective.context.progress.warnings)
 
 
 def test_inversion_looks_for_a_layer_only_where_there_is_a_target():

@@ -203,7 +203,7 @@ def test_passes_and_values_of_several_targets(output, extent):
     case = Naive(small(2, 1), noise(1, 6, 20), [MultiClassMask(1, output=output), MultiClassMask(0, output=output)])
     method = FeatureVisualization(n_iter=4, extent=extent)
     result = explained(method, case)
-    assert case.objective.monitor.passes == method.passes(case.objective)
+    assert case.objective.context.progress.passes == method.passes(case.objective)
     assert not torch.equal(result.maps[0], result.maps[1])
     assert result.note(0)["place"] != result.note(0)["curve"]
     if extent == "image":  # F is that of MONAI's own inferer
@@ -217,7 +217,7 @@ def test_for_a_layer_the_targets_share_one_image():
     method = FeatureVisualization("a", 2, n_iter=3)
     result = explained(method, case)
     assert torch.equal(result.maps[0], result.maps[1])
-    assert case.objective.monitor.passes == method.passes(case.objective) == 3 + 4
+    assert case.objective.context.progress.passes == method.passes(case.objective) == 3 + 4
     assert result.note(1)["layer"] == "a"
 
 
@@ -264,7 +264,7 @@ def test_a_warning_where_the_objective_does_not_rise():
     case = Naive(Computed(flat), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     result = explained(FeatureVisualization(n_iter=3), case)
     assert 0 < result.note(0)["objective_rise"] < 0.25
-    assert any("a rise of 0.25 was asked for" in w for w in case.objective.monitor.warnings)
+    assert any("a rise of 0.25 was asked for" in w for w in case.objective.context.progress.warnings)
     quiet = Naive(Computed(flat), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     explained(FeatureVisualization(n_iter=3, min_rise=1e-9), quiet)
     assert quiet.objective.context.progress.warnings == []
