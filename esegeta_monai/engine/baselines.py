@@ -291,7 +291,7 @@ def baseline_for(spec: Any, *, local: bool = False) -> Baseline:
 
 def has_scale_free_norm(network: nn.Module) -> str:
     """Names of the norm layers that undo the scale of their input (instance, group and layer norm); empty if none."""
-    kinds = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+    kinds = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
     return ", ".join(sorted({type(m).__name__ for m in network.modules() if isinstance(m, kinds)}))
 
 

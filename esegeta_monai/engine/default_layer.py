@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esegeta_monai.engine.layer_maps import network_roi, spatial_map
-from esegeta_monai.engine.network.hooks import capture, find_layer, handed_on, note_versions
+from esegeta_monai.engine.network.hooks import LayerCall, capture, find_layer, on_output
 from esegeta_monai.engine.network.layout import grid_of
 from esegeta_monai.engine.network.model import select_output
 from esegeta_monai.engine.objective import Batch, Objective
 from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.utils.upstream import write_count
 
 __all__ = ["LayerShape", "check_layer", "default_layer", "layer_shapes"]
 
@@ -44,49 +44,40 @@ def layer_shapes(objective: Objective) -> list[LayerShape]:
     """All layers that run, in the order in which they finish; the last one is the network itself, without a name."""
     model, window = objective.model, (objective.windows or [0])[0]
     x = objective.plan.cut(objective.image, window)[None].to(model.device)
-    with torch.inference_mode(), _seen(objective) as found:
+    with torch.inference_mode(), _record_layers(objective) as shapes:
         objective.run(x, [window])
-    return list(found.values())
+    return list(shapes.values())
 
 
 @contextmanager
-def _seen(objective: Objective, kept: dict[str, tuple[Tensor, int]] | None = None) -> Iterator[dict[str, LayerShape]]:
-    """Hooks that write down each layer that runs on one window, removed afterwards.
+def _record_layers(
+    objective: Objective, outputs: dict[str, tuple[Tensor, int]] | None = None
+) -> Iterator[dict[str, LayerShape]]:
+    """Record the shape of each layer that runs on one window while the block runs.
 
     Args:
-        kept: where the outputs go that lie on a grid, with how often they had been written to; one that a layer handed
-            on as it came is none of its own and does not go there.
+        outputs: receives the outputs that lie on a grid, each with its `write_count`; a layer that returns its argument
+            unchanged has no output of its own.
     """
-    found: dict[str, LayerShape] = {}
-    before: dict[str, list[int]] = {}
-    handles = []
+    shapes: dict[str, LayerShape] = {}
     model, roi = objective.model, network_roi(objective.plan)
 
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if name == "":
-                output = select_output(output, model.output)
-            value = output[0] if isinstance(output, (tuple, list)) and output else output
-            calls = found.pop(name).calls + 1 if name in found else 1
-            if isinstance(value, Tensor):
-                shape = tuple(value.shape[1:])
-                grid = grid_of(model.network, name, shape, roi) if len(value) == 1 else None
-                found[name] = LayerShape(name, type(module).__name__, shape, grid, calls)
-                own = grid is not None and not value.is_inference()
-                if kept is not None and own and not handed_on(value, args, before[name]):
-                    kept[name] = (value, value._version)
+    def record(call: LayerCall) -> None:
+        name, output = call.name, call.output
+        if name == "":
+            output = select_output(output, model.output)
+        value = output[0] if isinstance(output, (tuple, list)) and output else output
+        calls = shapes.pop(name).calls + 1 if name in shapes else 1
+        if isinstance(value, Tensor):
+            shape = tuple(value.shape[1:])
+            grid = grid_of(model.network, name, shape, roi) if len(value) == 1 else None
+            shapes[name] = LayerShape(name, type(call.module).__name__, shape, grid, calls)
+            own = grid is not None and not value.is_inference() and not call.returns_argument(value)
+            if outputs is not None and own:
+                outputs[name] = (value, write_count(value))
 
-        return hook
-
-    try:
-        for name, module in model.network.named_modules():
-            if kept is not None:
-                handles.append(note_versions(module, name, before))
-            handles.append(module.register_forward_hook(hook_for(name)))
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with on_output(dict(model.network.named_modules()), record):
+        yield shapes
 
 
 def default_layer(objective: Objective) -> str:
@@ -113,10 +104,10 @@ def _find_default_layer(objective: Objective) -> str:
     modules = dict(objective.model.network.named_modules())
     windows = (objective.windows or [0])[:1]
     batch = Batch(objective, windows, [0], objective.cotangents(windows))
-    kept: dict[str, tuple[Tensor, int]] = {}
-    with torch.enable_grad(), _seen(objective, kept) as found:
+    outputs: dict[str, tuple[Tensor, int]] = {}
+    with torch.enable_grad(), _record_layers(objective, outputs) as shapes:
         out = batch.forward(batch.image.detach().requires_grad_(True))
-    *layers, network = found.values()
+    *layers, network = shapes.values()
     grids = {s.name: s.grid for s in layers if s.grid is not None and math.prod(s.grid[1:]) > 1}
     useful = {
         s.name: grids[s.name]
@@ -129,8 +120,8 @@ def _find_default_layer(objective: Objective) -> str:
     }
     for some in (useful, {name: grid for name, grid in grids.items() if name not in useful}):
         for name in _by_preference(some, modules, is_map=math.prod(objective.grid.shape) > 1):
-            value, written = kept.get(name, (None, 0))
-            if value is None or value._version != written:  # not what the layer gave, or no longer
+            value, written = outputs.get(name, (None, 0))
+            if value is None or write_count(value) != written:  # not what the layer gave, or no longer
                 if _depends_alone(batch, name):
                     return name
             elif _depends(batch, out, value, name, retain=True):
@@ -141,7 +132,10 @@ def _find_default_layer(objective: Objective) -> str:
     )
 
 
-_IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)
+_IDLE = (
+    nn.Identity,
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

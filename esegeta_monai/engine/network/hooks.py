@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from esegeta_monai.engine.network.model import is_scripted
 from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.utils.upstream import write_count
 
-__all__ = ["Captured", "capture", "find_layer", "replaced"]
+__all__ = ["Captured", "LayerCall", "capture", "find_layer", "on_output", "replaced"]
 
 
 def find_layer(network: nn.Module, name: str) -> nn.Module:
@@ -54,19 +56,52 @@ class Captured(dict[str, Tensor]):
         self.calls: dict[str, int] = {}
 
 
-def versions(args: Sequence[Any]) -> list[int]:
-    """How often each argument of a module has been written to: what `handed_on` compares with."""
-    return [a._version if isinstance(a, Tensor) and not a.is_inference() else 0 for a in args]
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer, as its output hook sees it.
+
+    Attributes:
+        name: dotted name of the layer.
+        module: the layer.
+        args: its positional arguments.
+        output: what it returned.
+        counts: the `write_count` of each argument before the call.
+    """
+
+    name: str
+    module: nn.Module
+    args: Sequence[Any]
+    output: Any
+    counts: Sequence[int]
+
+    def returns_argument(self, value: Tensor) -> bool:
+        """Return True if ``value`` is one of the arguments, neither computed anew nor written to in place."""
+        return any(value is a and now == then for a, now, then in zip(self.args, _counts(self.args), self.counts))
 
 
-def note_versions(module: nn.Module, name: str, before: dict[str, list[int]]) -> RemovableHandle:
-    """A hook that notes under a name, before each call of a module, the `versions` of its arguments."""
-    return module.register_forward_pre_hook(lambda m, args: before.update({name: versions(args)}))
+def _counts(args: Sequence[Any]) -> list[int]:
+    return [write_count(a) if isinstance(a, Tensor) and not a.is_inference() else 0 for a in args]
 
 
-def handed_on(value: Tensor, args: Sequence[Any], before: Sequence[int]) -> bool:
-    """Whether a module returned one of its arguments as it was, neither computed anew nor written to in place."""
-    return any(value is a and now == then for a, now, then in zip(args, versions(args), before))
+@contextmanager
+def on_output(layers: Mapping[str, nn.Module], hook: Callable[[LayerCall], Any]) -> Iterator[None]:
+    """Call ``hook`` after each call of the layers while the block runs; what it returns, unless None, is the output."""
+    counts: dict[str, list[int]] = {}
+
+    def register(name: str, module: nn.Module) -> list[RemovableHandle]:
+        return [
+            module.register_forward_pre_hook(lambda m, args: counts.update({name: _counts(args)})),
+            module.register_forward_hook(lambda m, args, output: hook(LayerCall(name, m, args, output, counts[name]))),
+        ]
+
+    handles: list[RemovableHandle] = []
+    try:
+        for name, module in layers.items():
+            handles += register(name, module)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def first_tensor(layer: str, output: Any) -> Tensor:
@@ -98,15 +133,19 @@ def check_rows(layer: str, value: Tensor, windows: int) -> None:
         )
 
 
-class _Windows:
-    """How many windows a network is called with, by a hook on it."""
+@contextmanager
+def _count_windows(network: nn.Module) -> Iterator[list[int]]:
+    """Keep the number of windows of the network's latest call, in a list of one."""
+    number = [0]
 
-    def __init__(self, network: nn.Module) -> None:
-        self.number = 0
-        self.handle = network.register_forward_pre_hook(self._see)
+    def note(module: nn.Module, args: Any) -> None:
+        number[0] = len(args[0])
 
-    def _see(self, module: nn.Module, args: Any) -> None:
-        self.number = len(args[0])
+    handle = network.register_forward_pre_hook(note)
+    try:
+        yield number
+    finally:
+        handle.remove()
 
 
 @contextmanager
@@ -130,37 +169,24 @@ def capture(
         NetworkError: while the network runs: a layer gives no tensor, or other rows than the windows.
     """
     captured = Captured()
-    if not layers:
+    if not layers:  # TorchScript takes no hooks
         yield captured
         return
-    seen = _Windows(network)
-    handles = []
-    before: dict[str, list[int]] = {}
 
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            value = first_tensor(name, output)
-            if of_windows:
-                check_rows(name, value, seen.number)
-            if handed_on(value, args, before[name]):
-                value = value.clone()
-            if leaves and torch.is_grad_enabled() and value.is_floating_point() and not value.requires_grad:
-                value = value.detach().requires_grad_(True)
-            captured[name] = value
-            captured.calls[name] = captured.calls.get(name, 0) + 1
-            return with_first(output, value.clone())
+    def record(call: LayerCall) -> Any:
+        value = first_tensor(call.name, call.output)
+        if of_windows:
+            check_rows(call.name, value, windows[0])
+        if call.returns_argument(value):
+            value = value.clone()
+        if leaves and torch.is_grad_enabled() and value.is_floating_point() and not value.requires_grad:
+            value = value.detach().requires_grad_(True)
+        captured[call.name] = value
+        captured.calls[call.name] = captured.calls.get(call.name, 0) + 1
+        return with_first(call.output, value.clone())
 
-        return hook
-
-    try:
-        for name in layers:
-            module = find_layer(network, name)
-            handles.append(note_versions(module, name, before))
-            handles.append(module.register_forward_hook(hook_for(name)))
+    with _count_windows(network) as windows, on_output({n: find_layer(network, n) for n in layers}, record):
         yield captured
-    finally:
-        for handle in [seen.handle, *handles]:
-            handle.remove()
 
 
 @contextmanager
@@ -171,17 +197,11 @@ def replaced(network: nn.Module, layer: str, edit: Callable[[Tensor], Tensor]) -
         UsageError: no such layer.
         NetworkError: its output is no tensor, or has other rows than the windows.
     """
-    replaced_layer = find_layer(network, layer)
-    seen = _Windows(network)
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        value = first_tensor(layer, output)
-        check_rows(layer, value, seen.number)
-        return with_first(output, edit(value))
+    def replace(call: LayerCall) -> Any:
+        value = first_tensor(layer, call.output)
+        check_rows(layer, value, windows[0])
+        return with_first(call.output, edit(value))
 
-    handle = replaced_layer.register_forward_hook(hook)
-    try:
+    with _count_windows(network) as windows, on_output({layer: find_layer(network, layer)}, replace):
         yield
-    finally:
-        handle.remove()
-        seen.handle.remove()

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from esegeta_monai.utils.upstream import backward_hooks, compiled_original, replace_backward_hooks
+
 __all__ = ["frozen", "own_modes", "unwrap", "weights_hash"]
 
 
@@ -23,8 +25,8 @@ def unwrap(network: nn.Module) -> nn.Module:
     while True:
         if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             network = network.module
-        elif isinstance(getattr(network, "_orig_mod", None), nn.Module):
-            network = network._orig_mod  # type: ignore[assignment]
+        elif (original := compiled_original(network)) is not None:
+            network = original
         else:
             return network
 
@@ -46,35 +48,36 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
     modes = [(m, m.training) for m in network.modules()]
     flags: list[tuple[Tensor, bool]] = [(p, p.requires_grad) for p in network.parameters()]
     gradients: list[tuple[Tensor, Tensor | None]] = [(p, p.grad) for p in network.parameters()]
-    buffers = [(m, n, b, b.requires_grad) for m in network.modules() for n, b in m._buffers.items() if b is not None]
+    buffers = [
+        (module, name, buffer, buffer.requires_grad)
+        for module in network.modules()
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+    ]
     values = {id(b): b.detach().clone() for _, _, b, _ in buffers}
-    hooks = [(m, name, getattr(m, name)) for m in network.modules() for name in _BACKWARD_HOOKS]
+    hooks = [(module, backward_hooks(module)) for module in network.modules()]
     try:
         network.eval()
         for p, _ in flags:
             p.requires_grad_(False)
-        for module, name, _ in hooks:
-            setattr(module, name, OrderedDict())
+        for module, own in hooks:
+            replace_backward_hooks(module, {name: OrderedDict() for name in own})
         yield network
     finally:
-        for module, name, found in hooks:
-            setattr(module, name, found)
+        for module, own in hooks:
+            replace_backward_hooks(module, own)
         for module, mode in modes:
             module.training = mode
         for p, flag in flags:
             p.requires_grad_(flag)
         for module, name, buffer, flag in buffers:
             if not isinstance(module, torch.jit.ScriptModule):  # its dictionary cannot be written to, nor be changed
-                module._buffers[name] = buffer
+                setattr(module, name, buffer)
             if not torch.equal(buffer, values[id(buffer)]):
                 with torch.no_grad():
                     buffer.copy_(values[id(buffer)])
             buffer.requires_grad_(flag)
         for p, gradient in gradients:
             p.grad = gradient
-
-
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from esegeta_monai.engine.rules.kinds import Kind
 from esegeta_monai.engine.rules.operations import Operation, Slot
+from esegeta_monai.utils.upstream import write_count
 
 __all__ = ["joined", "remember"]
 
@@ -32,7 +33,7 @@ class _Curve:
 
 def _curve_of(tensor: Tensor) -> _Curve | None:
     curve: _Curve | None = getattr(tensor, _CURVE, None)
-    return curve if curve is not None and (curve.start._version, tensor._version) == curve.versions else None
+    return curve if curve is not None and _write_counts(curve.start, tensor) == curve.versions else None
 
 
 def remember(operation: Operation, operands: tuple[Tensor, ...], result: Any) -> None:
@@ -51,7 +52,11 @@ def remember(operation: Operation, operands: tuple[Tensor, ...], result: Any) ->
     function: Callable[..., Any] = operation.function
     if before is not None:
         start, function = before.start, _after(before.function, operation.function)
-    setattr(result, _CURVE, _Curve(start, (start._version, result._version), function))
+    setattr(result, _CURVE, _Curve(start, _write_counts(start, result), function))
+
+
+def _write_counts(start: Tensor, result: Tensor) -> tuple[int, int]:
+    return write_count(start), write_count(result)
 
 
 def _after(first: Callable[[Tensor], Tensor], second: Callable[..., Any]) -> Callable[..., Any]:

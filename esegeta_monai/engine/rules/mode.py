@@ -33,6 +33,7 @@ from esegeta_monai.engine.rules.operations import (
     where_in_network,
 )
 from esegeta_monai.errors import NetworkError, RuleError
+from esegeta_monai.utils.upstream import is_view, view_base
 
 __all__ = ["OPERATION_RULES", "PARTS", "PLAIN", "Family", "Ledger", "Rule", "RuleMode", "Rules", "Treatment"]
 __all__ += ["local_gradient"]
@@ -125,7 +126,7 @@ class _Replaced(torch.autograd.Function):
         ctx.save_for_backward(*operands)
         result = operation.function(*operands)
         values = _first(result)
-        if values._is_view() or any(values is operand for operand in operands):
+        if is_view(values) or any(values is operand for operand in operands):
             values = values.clone()  # a result that shares memory with an operand could not be written into later
         if values is result or isinstance(result, Tensor):
             return values
@@ -272,8 +273,9 @@ class RuleMode(TorchFunctionMode):
             raise operation.error("a change of shape in place has no rule")
         target.copy_(result)
         self._mark(target)
-        if target._base is not None:  # a write into a view is a write into what it views
-            self._mark(target._base)
+        base = view_base(target)
+        if base is not None:  # a write into a view is a write into what it views
+            self._mark(base)
 
     def _apply(self, operation: Operation, operands: tuple[Tensor, ...]) -> Any:
         self.met[operation.kind] = self.met.get(operation.kind, 0) + 1

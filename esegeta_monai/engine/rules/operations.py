@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -341,7 +340,7 @@ def where_in_network() -> str:
     """`` in Conv3d (encoder.0.conv)``: the module that is running, found on the stack, with its dotted name."""
     inner: nn.Module | None = None
     outer: nn.Module | None = None
-    frame: Any = sys._getframe(1)
+    frame: Any = inspect.currentframe()
     while frame is not None:
         owner = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
         if isinstance(owner, nn.Module):

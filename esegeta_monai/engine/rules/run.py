@@ -12,9 +12,10 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.hooks import check_rows, first_tensor, handed_on, note_versions, with_first
+from esegeta_monai.engine.network.hooks import LayerCall, check_rows, first_tensor, on_output, with_first
 from esegeta_monai.engine.rules.mode import RuleMode, Rules
 from esegeta_monai.errors import InputError, MethodError, NetworkError
+from esegeta_monai.utils.upstream import compiled_original
 
 __all__ = ["Compare", "Forward", "LayerRelevance", "Relevance", "Run", "check_network"]
 
@@ -69,7 +70,7 @@ def check_network(network: nn.Module) -> None:
         what = None
         if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
             what = "a TorchScript module"
-        elif hasattr(module, "_orig_mod") and hasattr(module, "dynamo_ctx"):
+        elif compiled_original(module) is not None:
             what = "compiled by torch.compile"
         if what:
             raise NetworkError(
@@ -233,35 +234,23 @@ def _captured(layers: Mapping[str, nn.Module], windows: int) -> Iterator[dict[st
         NetworkError: one that gives no tensor, or other rows than the windows.
     """
     captured: dict[str, Tensor] = {}
-    before: dict[str, list[int]] = {}
 
-    def keep(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            value = first_tensor(name, output)
-            check_rows(name, value, windows)
-            if name in captured:
-                raise MethodError(f"layer {name} runs twice in one pass; choose the layer around it")
-            if handed_on(value, inputs, before[name]):  # else the input's other uses would count as the layer's
-                captured[name] = value.clone()
-                return with_first(output, captured[name].clone())
-            if any(value is tensor for tensor in inputs):  # written in place: the input object goes on
-                captured[name] = value.clone()
-                value.copy_(captured[name])
-                return output
-            captured[name] = value
-            return with_first(output, value.clone())
+    def record(call: LayerCall) -> Any:
+        value = first_tensor(call.name, call.output)
+        check_rows(call.name, value, windows)
+        if call.name in captured:
+            raise MethodError(f"layer {call.name} runs twice in one pass; choose the layer around it")
+        if call.returns_argument(value):  # else the input's other uses would count as the layer's
+            value = value.clone()
+        elif any(value is argument for argument in call.args):  # written in place: the input object goes on
+            captured[call.name] = value.clone()
+            value.copy_(captured[call.name])
+            return call.output
+        captured[call.name] = value
+        return with_first(call.output, value.clone())
 
-        return hook
-
-    handles = []
-    for name, module in layers.items():
-        handles.append(note_versions(module, name, before))
-        handles.append(module.register_forward_hook(keep(name)))
-    try:
+    with on_output(layers, record):
         yield captured
         missing = [name for name in layers if name not in captured]
         if missing:
             raise MethodError(f"layer {missing[0]} did not run in this forward pass; choose another layer")
-    finally:
-        for handle in handles:
-            handle.remove()

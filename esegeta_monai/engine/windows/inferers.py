@@ -19,11 +19,12 @@ from monai.inferers import (
     SlidingWindowInfererAdapt,
     SlidingWindowSplitter,
 )
-from monai.inferers.utils import _get_scan_interval, sliding_window_inference
+from monai.inferers.utils import sliding_window_inference
 from monai.utils import ensure_tuple_rep, fall_back_tuple
 
 from esegeta_monai.engine.windows.plan import WindowPlan
 from esegeta_monai.errors import NetworkError
+from esegeta_monai.utils.upstream import scan_interval, splitter_padding, splitter_parameters
 
 __all__ = ["as_inferer", "plan_windows"]
 
@@ -104,7 +105,7 @@ def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype 
     pads = tuple((d // 2, d - d // 2) for d in diff)
     padded = tuple(n + d for n, d in zip(shape, diff))
     overlap = ensure_tuple_rep(inferer.overlap, len(shape))
-    interval = _get_scan_interval(padded, roi, len(shape), overlap)
+    interval = scan_interval(padded, roi, overlap)
     slices = tuple(
         tuple(slice(int(s.start), int(s.stop)) for s in place) for place in dense_patch_slices(padded, roi, interval)
     )
@@ -139,10 +140,9 @@ def _patches(inferer: PatchInferer, shape: tuple[int, ...], dtype: torch.dtype) 
         return f"merges by {inferer.merger_cls.__name__} with settings of its own, no plain AvgMerger"
     if inferer.preprocessing or inferer.postprocessing or inferer.output_keys:
         return "transforms patches, or keeps several outputs"
-    roi, overlap, offset = splitter._get_valid_shape_parameters(shape)
+    roi, overlap, offset = splitter_parameters(splitter, shape)
     roi = tuple(r or n for r, n in zip(roi, shape))
-    sizes, _ = splitter._calculate_pad_size(shape, len(shape), roi, offset, overlap)
-    pads = tuple(zip(sizes[1::2], sizes[::2]))
+    pads = tuple(splitter_padding(splitter, shape, roi, offset, overlap))
     padded = tuple(n + lo + hi for n, (lo, hi) in zip(shape, pads))
     if any((lo or hi) and n != r for (lo, hi), n, r in zip(pads, padded, roi)):
         return "pads behind its last patches"
