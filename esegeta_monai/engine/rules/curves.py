@@ -1,8 +1,9 @@
-"""Elementwise functions written out by hand: ``x * torch.sigmoid(x)`` is SiLU, whichever way a network spells it.
+"""Recognition of activations written as several operations: ``x * torch.sigmoid(x)`` is SiLU.
 
-Every result of an elementwise operation remembers the tensor it started from and the function since. A product of two
-such results with one common start is again a function of one tensor, and gets the rule of an activation instead of
-the rule of a product; and so does the larger or smaller of the two (``torch.maximum(x, 0.1 * x)`` is LeakyReLU).
+Every result of elementwise operations stores its start, the tensor from which they began, and their composed function.
+A product of two such results with the same start is a function of one tensor, so it receives the rule of an activation
+instead of the rule of a product. The same holds for their maximum or minimum (``torch.maximum(x, 0.1 * x)`` is
+LeakyReLU).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _ELEMENTWISE = ("add", "sub", "rsub", "mul", "div", "neg")
 @dataclass(frozen=True)
 class _Curve:
     start: Tensor
-    versions: tuple[int, int]  # of the start and of the result: a later write in place to either ends the curve
+    versions: tuple[int, int]  # write counts of start and result: a later in-place write to either ends the curve
     function: Callable[[Tensor], Tensor]
 
 
@@ -37,7 +38,7 @@ def _curve_of(tensor: Tensor) -> _Curve | None:
 
 
 def remember(operation: Operation, operands: tuple[Tensor, ...], result: Any) -> None:
-    """Note on the result of an elementwise operation what it is a function of."""
+    """Store the start and the composed function on the result of an elementwise operation."""
     if not isinstance(result, Tensor):
         return
     if hasattr(result, _CURVE):
@@ -64,8 +65,10 @@ def _after(first: Callable[[Tensor], Tensor], second: Callable[..., Any]) -> Cal
 
 
 def joined(operation: Operation, operands: tuple[Tensor, ...]) -> tuple[Operation, tuple[Tensor, ...]]:
-    """The product, maximum or minimum of two functions of one tensor as one function of it; any other operation as it
-    is."""
+    """Join the product, maximum or minimum of two functions of one tensor into one function of it.
+
+    Any other operation is returned unchanged.
+    """
     product = operation.name == "mul" and operation.kind is Kind.PRODUCT
     if not (product or (operation.name in _EXTREMES and len(operands) == 2)) or operation.in_place:
         return operation, operands

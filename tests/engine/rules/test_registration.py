@@ -92,7 +92,7 @@ def test_a_registered_rule_is_a_word_of_composites():
 
 def test_a_rule_for_the_first_layer_only_is_refused_elsewhere():
     register_rule(Absolute, first_only=True)
-    with pytest.raises(UsageError, match="Absolute gives relevance that only the input can hold"):
+    with pytest.raises(UsageError, match="Absolute returns relevance, not multipliers"):
         composite_of({"convolution": "Absolute", "dense": "Epsilon"})
     assert composite_of({"convolution": "ZPlus", "dense": "Epsilon", "first": "Absolute"}).first == Absolute()
 
