@@ -1,4 +1,4 @@
-"""The layer that layer methods read when none is given."""
+"""The default layer of layer methods."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["LayerShape", "check_layer", "default_layer", "layer_shapes"]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A layer and what it gives for one window.
+    """A layer and the shape of its output for one window.
 
     Attributes:
         name: dotted name.
         kind: class of the module.
-        shape: of the output, without batch.
-        grid: (C, *positions) where the output lies on a grid in the window, tokens included; else None.
-        calls: how often the layer runs in one forward pass; the last output is what methods see.
+        shape: shape of the output, without batch.
+        grid: (C, *positions) if the output is a map of the window, tokens included; else None.
+        calls: number of calls in one forward pass; methods use the last output.
     """
 
     name: str
@@ -41,7 +41,7 @@ class LayerShape:
 
 
 def layer_shapes(objective: Objective) -> list[LayerShape]:
-    """All layers that run, in the order in which they finish; the last one is the network itself, without a name."""
+    """List all layers that run, in the order in which they finish; the last is the network, with an empty name."""
     model, window = objective.model, (objective.windows or [0])[0]
     x = objective.plan.cut(objective.image, window)[None].to(model.device)
     with torch.inference_mode(), _record_layers(objective) as shapes:
@@ -56,8 +56,8 @@ def _record_layers(
     """Record the shape of each layer that runs on one window while the block runs.
 
     Args:
-        outputs: receives the outputs that lie on a grid, each with its `write_count`; a layer that returns its argument
-            unchanged has no output of its own.
+        outputs: receives the outputs that are maps of the window, each with its `write_count`; omits a layer that
+            returns its argument unchanged.
     """
     shapes: dict[str, LayerShape] = {}
     model, roi = objective.model, network_roi(objective.plan)
@@ -81,19 +81,19 @@ def _record_layers(
 
 
 def default_layer(objective: Objective) -> str:
-    """A layer for class activation maps where the user names none.
+    """Choose the layer for class activation maps when the user names none.
 
-    The last block with spatial resolution for a classification network; for a segmentation network the last block at
-    the coarsest resolution, which has seen the widest context. Blocks are preferred to what is inside them; layers
-    that repeat the network's output, do nothing in evaluation mode, or run several times only serve where there is
-    nothing else; one whose positions the target does not depend on (behind the last attention of a transformer that
-    reads its class token) does not serve at all, and where none of a resolution does, the next one is looked through.
+    For a classification network, it is the last block with spatial resolution; for a segmentation network, the last
+    block at the coarsest resolution, which has the widest receptive field. Blocks are preferred to their inner layers.
+    Layers that repeat the network's output, are the identity in evaluation mode, or run several times are used only
+    if no other layer qualifies. Layers whose positions do not affect the target (after the last attention of a
+    transformer that reads its class token) are excluded; if this excludes a whole resolution, the next one is searched.
 
-    One forward pass of one window and the backward pass to the layer tell. It is looked for once an objective: methods
-    that run together share it.
+    The search costs one forward pass of one window and backward passes to the candidates. It runs once per objective,
+    so methods that run together share the result.
 
     Raises:
-        MethodError: no layer gives a spatial map that the target depends on.
+        MethodError: the target depends on no layer with a spatial map.
     """
     if objective.default_layer is None:
         objective.default_layer = _find_default_layer(objective)
@@ -121,7 +121,7 @@ def _find_default_layer(objective: Objective) -> str:
     for some in (useful, {name: grid for name, grid in grids.items() if name not in useful}):
         for name in _by_preference(some, modules, is_map=math.prod(objective.grid.shape) > 1):
             value, written = outputs.get(name, (None, 0))
-            if value is None or write_count(value) != written:  # not what the layer gave, or no longer
+            if value is None or write_count(value) != written:  # not recorded, or overwritten since
                 if _depends_alone(batch, name):
                     return name
             elif _depends(batch, out, value, name, retain=True):
@@ -144,8 +144,10 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 def _by_preference(
     grids: Mapping[str, tuple[int, ...]], modules: Mapping[str, nn.Module], *, is_map: bool
 ) -> Iterator[str]:
-    """Layers of the coarsest resolution first where the output is a map, else those of the last one; of each the
-    outermost first, and of these the last."""
+    """Yield layers by preference: by resolution, then the outermost, then the last.
+
+    If the output is a map, the coarsest resolution comes first; else the resolution of the last layer.
+    """
     sizes = {name: math.prod(grid[1:]) for name, grid in grids.items()}
     for size in sorted(set(sizes.values())) if is_map else dict.fromkeys(reversed(sizes.values())):
         alike = (name for name in reversed(sizes) if sizes[name] == size)
@@ -153,13 +155,13 @@ def _by_preference(
 
 
 def _nesting(name: str, modules: Mapping[str, nn.Module]) -> int:
-    """The number of blocks round a layer; plain containers do not count."""
+    """Count the blocks around a layer, without plain containers."""
     parts = name.split(".")
     return sum(type(modules[".".join(parts[:i])]) not in _CONTAINERS for i in range(1, len(parts)))
 
 
 def _depends(batch: Batch, out: Tensor, value: Tensor, layer: str, *, retain: bool = False) -> bool:
-    """Whether some target has a gradient at the layer's positions, in a window that it sees."""
+    """Return True if some target has a non-zero gradient at the layer's positions in one of its windows."""
     if not value.requires_grad or not out.requires_grad:
         return False
     (gradient,) = batch.gradients(out, [value], retain=retain)
@@ -167,14 +169,19 @@ def _depends(batch: Batch, out: Tensor, value: Tensor, layer: str, *, retain: bo
 
 
 def _depends_alone(batch: Batch, layer: str) -> bool:
-    """`_depends` by a forward pass of its own, which records the layer's output whatever is written into it later."""
+    """Compute `_depends` with a separate forward pass, which protects the layer's output from later writes."""
     with torch.enable_grad(), capture(batch.objective.model.network, [layer]) as captured:
         out = batch.forward(batch.image.detach().requires_grad_(True))
     return _depends(batch, out, captured[layer], layer)
 
 
 def check_layer(objective: Objective, layer: str | None) -> str:
-    """The layer to use: the one named, which must exist, or the default one."""
+    """Return the given layer, or the default one for None.
+
+    Raises:
+        UsageError: no such layer.
+        MethodError: no layer qualifies as the default.
+    """
     if layer is None:
         return default_layer(objective)
     if not isinstance(layer, str):

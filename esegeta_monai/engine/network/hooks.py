@@ -20,16 +20,16 @@ __all__ = ["Captured", "LayerCall", "capture", "find_layer", "on_output", "repla
 
 
 def find_layer(network: nn.Module, name: str) -> nn.Module:
-    """The module at a dotted name.
+    """Return the module at a dotted name.
 
     Raises:
-        UsageError: no such layer; near matches are listed. No name.
-        NetworkError: TorchScript.
+        UsageError: no such layer (the message lists near matches), or an empty name.
+        NetworkError: the network is TorchScript.
     """
     module, within = network, [network]
     try:
         for part in name.split("."):
-            if isinstance(module, torch.jit.ScriptModule):  # which raises another error than a module's
+            if isinstance(module, torch.jit.ScriptModule):  # raises another error than nn.Module
                 break
             module = module.get_submodule(part)
             within.append(module)
@@ -44,12 +44,16 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     if any(isinstance(m, torch.jit.ScriptModule) for m in within):
         raise NetworkError("a TorchScript network does not show its layers: load the plain PyTorch network")
     if not name:
-        raise UsageError("layer='': give a layer's dotted name ('esegeta-monai layers' lists them), or leave it away")
+        raise UsageError("layer='': give the dotted name of a layer ('esegeta-monai layers' lists them), or omit it")
     return module
 
 
 class Captured(dict[str, Tensor]):
-    """Outputs of layers by name, from the last forward pass; each the last call where a module is called again."""
+    """Outputs of layers by name from the latest forward pass; of the last call if a layer is called several times.
+
+    Attributes:
+        calls: number of calls of each layer.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +89,7 @@ def _counts(args: Sequence[Any]) -> list[int]:
 
 @contextmanager
 def on_output(layers: Mapping[str, nn.Module], hook: Callable[[LayerCall], Any]) -> Iterator[None]:
-    """Call ``hook`` after each call of the layers while the block runs; what it returns, unless None, is the output."""
+    """Call ``hook`` after each call of the layers while the block runs; a result except None replaces the output."""
     counts: dict[str, list[int]] = {}
 
     def register(name: str, module: nn.Module) -> list[RemovableHandle]:
@@ -105,7 +109,7 @@ def on_output(layers: Mapping[str, nn.Module], hook: Callable[[LayerCall], Any])
 
 
 def first_tensor(layer: str, output: Any) -> Tensor:
-    """A layer's output, or the first of several.
+    """Return a layer's output, or the first of several outputs.
 
     Raises:
         NetworkError: it is no tensor.
@@ -117,7 +121,7 @@ def first_tensor(layer: str, output: Any) -> Tensor:
 
 
 def with_first(output: Any, value: Tensor) -> Any:
-    """A layer's output with ``value`` in the place of `first_tensor`."""
+    """Return a layer's output with ``value`` in place of its `first_tensor`."""
     if not isinstance(output, (tuple, list)):
         return value
     items = [value, *output[1:]]
@@ -125,17 +129,21 @@ def with_first(output: Any, value: Tensor) -> Any:
 
 
 def check_rows(layer: str, value: Tensor, windows: int) -> None:
-    """Raises `NetworkError` where a layer's first axis is not the windows, so that no row of it is one window's map."""
+    """Check that the first axis of a layer's output has one row per window.
+
+    Raises:
+        NetworkError: it has another length.
+    """
     if value.ndim == 0 or len(value) != windows:
         raise NetworkError(
             f"layer {layer!r} gives {tuple(value.shape)} for {windows} window(s), so its first axis is not the windows "
-            "(attention inside parts of a window, tokens before the batch): choose the block round it"
+            "(attention inside parts of a window, tokens before the batch): choose the block around it"
         )
 
 
 @contextmanager
 def _count_windows(network: nn.Module) -> Iterator[list[int]]:
-    """Keep the number of windows of the network's latest call, in a list of one."""
+    """Record the number of windows of the network's latest call, in a list with one entry."""
     number = [0]
 
     def note(module: nn.Module, args: Any) -> None:
@@ -152,21 +160,22 @@ def _count_windows(network: nn.Module) -> Iterator[list[int]]:
 def capture(
     network: nn.Module, layers: Sequence[str], *, of_windows: bool = True, leaves: bool = False
 ) -> Iterator[Captured]:
-    """Hooks that record the output of layers, removed afterwards.
+    """Record the outputs of layers by hooks while the block runs.
 
-    What flows on is a copy, so that an in-place operation behind a layer cannot change what was recorded. A layer that
-    hands its input on untouched is recorded as a copy of its own: the gradient there is that of its output only.
+    The network continues with a copy, so that a later in-place operation cannot change the recorded output. If a layer
+    returns its input unchanged, a copy is recorded: its gradient is that of the layer's output only, not of other uses
+    of the input.
 
     Args:
-        network: called inside with the windows (n, …) as its first argument.
+        network: called in the block with the windows (n, …) as its first argument.
         layers: dotted names.
-        of_windows: a layer must give one row a window.
-        leaves: where the image asks for no gradient, the graph begins at the first of the layers: nothing in front of
-            it is kept, the memory of which costs more time than its gradient would.
+        of_windows: require one row per window from each layer.
+        leaves: if the image requires no gradient, start the graph at the first of the layers. The part before it is not
+            stored; allocating its memory takes longer than its gradient would.
 
     Raises:
         UsageError: no such layer.
-        NetworkError: while the network runs: a layer gives no tensor, or other rows than the windows.
+        NetworkError: while the network runs: a layer's output is no tensor, or its first axis is not the windows.
     """
     captured = Captured()
     if not layers:  # TorchScript takes no hooks
@@ -191,11 +200,11 @@ def capture(
 
 @contextmanager
 def replaced(network: nn.Module, layer: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """The output of a layer goes on as ``edit(output)`` inside; the hook is removed afterwards.
+    """Replace the output of a layer (n, …) by ``edit(output)`` while the block runs.
 
     Raises:
         UsageError: no such layer.
-        NetworkError: its output is no tensor, or has other rows than the windows.
+        NetworkError: its output is no tensor, or its first axis is not the windows.
     """
 
     def replace(call: LayerCall) -> Any:
