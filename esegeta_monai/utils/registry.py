@@ -1,7 +1,7 @@
-"""Things a user names in text: methods and targets, their parameters, and the registries that find them.
+"""Registries of objects that a user names in text, such as methods and targets, with their parameters.
 
-A method or target is an ordinary class. What its parameters are is read off its ``__init__``, so that JSON,
-command line, sidecar and documentation never disagree.
+A method or target is an ordinary class. Its parameters are those of its ``__init__``, so that JSON, command line,
+sidecar and documentation always agree.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Configurable", "Registry", "json_ready"]
 
 
 def json_ready(value: Any) -> Any:
-    """``value`` in terms that JSON has: objects by their parameters, tensors by their shape, files by their name.
+    """Convert a value to JSON types: objects to their parameters, tensors to their shape, files to their name.
 
     >>> json_ready((1, torch.zeros(2, 3)))
     [1, 'tensor(2, 3)']
@@ -39,7 +39,7 @@ def json_ready(value: Any) -> Any:
         return {str(k): json_ready(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [json_ready(v) for v in value]
-    if hasattr(value, "name") and hasattr(value, "parent"):  # a path: its folder is nobody's business in a record
+    if hasattr(value, "name") and hasattr(value, "parent"):  # a path: its folder may name a patient
         return value.name
     if hasattr(value, "__name__"):
         return value.__name__
@@ -47,7 +47,7 @@ def json_ready(value: Any) -> Any:
 
 
 FOLDERS = re.compile(r"""(?<![^'"(\[,=\s])(~|[A-Za-z]:)?[\\/]([^'"()\[\],=]*[\\/])?(?=[^\\/'"()\[\],=]+\.\w)""")
-"""Of a file that is given by its whole path, alone or in text such as ``LabelMap('/scans/Doe/atlas.nii.gz')``."""
+"""The folders of a file's path, alone or in text such as ``LabelMap('/scans/Doe/atlas.nii.gz')``."""
 
 
 def _without_folders(value: Any) -> Any:
@@ -59,7 +59,7 @@ def _without_folders(value: Any) -> Any:
 
 
 class _Checked(ABCMeta):
-    """Checks the parameters of every new instance, whether its class is a dataclass or has its own ``__init__``."""
+    """Metaclass that checks the parameters of every new instance, of dataclasses and classes with an ``__init__``."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         instance = super().__call__(*args, **kwargs)
@@ -69,7 +69,7 @@ class _Checked(ABCMeta):
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """That of ``__init__``, not of ``__call__`` above."""
+        """The signature of ``__init__`` instead of that of ``__call__`` above."""
         signature = inspect.signature(cls.__init__)  # type: ignore[misc]
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
@@ -77,24 +77,23 @@ class _Checked(ABCMeta):
 class Configurable(metaclass=_Checked):
     """A named object whose parameters are those of its ``__init__``, checked against their annotations.
 
-    ``name`` is what files and pictures call it: the class name unless the user gives one.
+    ``name`` is its name in files and pictures: the class name unless the user gives one.
     """
 
     name: str | None
     given_name: str | None = None
-    """What the user called it; None where ``name`` is just the class name."""
+    """The name that the user gave; None if ``name`` is the class name."""
 
     @classmethod
     def parameter_names(cls) -> list[str]:
-        """Names of the ``__init__`` parameters in order, ``name`` aside."""
+        """Return the names of the ``__init__`` parameters in order, without ``name``."""
         signature = inspect.signature(cls.__init__)
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         return [p.name for p in signature.parameters.values() if p.kind in kinds and p.name not in ("self", "name")]
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The parameters with their values, JSON-ready; files that are given by their whole path by their name alone,
-        since the folders may be called after a patient."""
+        """The parameters with their values, JSON-ready; paths without folders, which may name a patient."""
         return {p: _without_folders(json_ready(getattr(self, p, None))) for p in self.parameter_names()}
 
     def __post_init__(self) -> None:
@@ -111,13 +110,13 @@ T = TypeVar("T", bound=Configurable)
 
 
 class Registry(Generic[T]):
-    """Classes of one kind by name: our own, those of entry points, and any that a caller imports.
+    """Classes of one kind by name: those of this package, of entry points, and of modules that a caller imports.
 
     Args:
-        kind: the word for errors, such as ``"method"``.
-        base: the class that all entries derive from.
-        group: entry-point group in which other packages announce theirs.
-        command: whether the command line has one that lists them, called after the kind; else errors name them all.
+        kind: noun for error messages, such as ``"method"``.
+        base: the base class of all entries.
+        group: entry-point group in which other packages register theirs.
+        command: True: errors refer to the command that lists the classes, named after the kind; False: they list them.
     """
 
     def __init__(self, kind: str, base: Any, group: str, *, command: bool = True) -> None:
@@ -128,7 +127,7 @@ class Registry(Generic[T]):
         _REGISTRIES.append(self)
 
     def register(self, cls: type[T], *aliases: str) -> type[T]:
-        """Adds ``cls`` under its own name and ``aliases``, in place of an earlier definition of the same class.
+        """Add ``cls`` under its own name and ``aliases``; it replaces an earlier definition of the same class.
 
         Raises:
             UsageError: a name is taken by another class.
@@ -156,10 +155,10 @@ class Registry(Generic[T]):
         return iter(sorted(set(self._classes.values()), key=lambda c: c.__name__))
 
     def get(self, name: str) -> type[T]:
-        """The class called ``name`` (case, ``-`` and ``_`` do not matter); dotted names are imported.
+        """Return the class called ``name``, ignoring case, ``-`` and ``_``; dotted names are imported.
 
         Raises:
-            UsageError: no such class; near matches are listed.
+            UsageError: no such class; the message lists near matches.
         """
         self._load_others()
         found = self._classes.get(self._key(name.rsplit(".", 1)[-1] if name.startswith("esegeta_monai.") else name))
@@ -189,9 +188,14 @@ class Registry(Generic[T]):
         return cls
 
     def create(self, what: T | type[T] | str | Mapping[str, Any]) -> T:
-        """An instance from an instance, a class, ``{"_target_": name}`` or text such as ``"Occlusion(window=16)"``.
+        """Make an instance from a class, ``{"_target_": name}`` or text such as ``"Occlusion(window=16)"``.
 
-        Text is parsed, never evaluated: literals and nested calls of registered names only.
+        An instance is returned unchanged.
+
+        Text is parsed, not evaluated: it may contain literals and nested calls of registered names only.
+
+        Raises:
+            UsageError: the description is invalid, or the class rejects the parameters.
         """
         if isinstance(what, self.base):
             return what
@@ -211,10 +215,10 @@ class Registry(Generic[T]):
         raise UsageError(f"cannot make a {self.kind} of {what!r}: give an instance, a class, a name, or a config")
 
     def create_all(self, what: Any) -> list[T]:
-        """A list of instances from one description, a list of them, or comma-separated text.
+        """Make a list of instances from one description, a list of them, or comma-separated text.
 
         Raises:
-            UsageError: text that names none, or one that cannot be made.
+            UsageError: the text contains no name, or a description is invalid.
         """
         if isinstance(what, str):
             if not what.strip(", "):
@@ -268,8 +272,10 @@ class Registry(Generic[T]):
             raise UsageError(f"{ast.unparse(node)!r} in {text!r} is neither a value nor a {self.kind}") from error
 
     def _inner(self, name: str) -> Registry[Any]:
-        """The registry that knows the name of a parameter's value, such as a baseline inside a method: this one, or
-        else another; this one too where none knows it, which then says what it has."""
+        """Return the registry with the name of a parameter's value, such as a baseline inside a method.
+
+        This registry comes first. If none has the name, it is returned as well, so that its error lists its names.
+        """
         for registry in (self, *(r for r in _REGISTRIES if r is not self)):
             try:
                 registry.get(name)
@@ -280,11 +286,11 @@ class Registry(Generic[T]):
 
 
 _REGISTRIES: list[Registry[Any]] = []
-"""All there are, in the order in which they were made."""
+"""All registries in order of creation."""
 
 
 def _name(node: ast.AST) -> str | None:
-    """A word, a dotted name or a fused-name such as guided-backprop; None where it is something else."""
+    """Return a word, a dotted name or a hyphenated name such as guided-backprop; None for any other node."""
     if isinstance(node, (ast.Name, ast.Attribute)):
         return ast.unparse(node)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
@@ -294,7 +300,7 @@ def _name(node: ast.AST) -> str | None:
 
 
 def _called(node: ast.AST) -> tuple[str, ast.Call] | None:
-    """The name that is called, which may be a fused-name(...), and the call."""
+    """Return the called name, which may be hyphenated, and the call; None for any other node."""
     if isinstance(node, ast.Call):
         return ast.unparse(node.func), node
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
@@ -304,7 +310,7 @@ def _called(node: ast.AST) -> tuple[str, ast.Call] | None:
 
 
 def split_calls(text: str) -> list[str]:
-    """Splits at the commas outside brackets and quotes.
+    """Split text at the commas outside brackets and quotes.
 
     >>> split_calls("Saliency, Occlusion(window=(8, 8, 8)),GradCam")
     ['Saliency', 'Occlusion(window=(8, 8, 8))', 'GradCam']
