@@ -201,7 +201,7 @@ class Cases(Baseline):
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         which = int(torch.randint(len(self.files), (1,), generator=generator))
-        return _as_volume(self.files[which], objective)
+        return _load_volume(self.files[which], objective)
 
 
 @dataclass(eq=False, repr=False)
@@ -213,7 +213,7 @@ class Image(Baseline):
     random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
-        return _as_volume(self.file, objective)
+        return _load_volume(self.file, objective)
 
 
 @dataclass(eq=False, repr=False)
@@ -346,7 +346,7 @@ def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
     return torch.from_numpy(blurred).to(image.device, image.dtype)
 
 
-def _as_volume(what: Any, objective: Objective) -> Tensor:
+def _load_volume(what: Any, objective: Objective) -> Tensor:
     image = objective.image
     if not isinstance(what, Tensor):
         if not Path(what).is_file():

@@ -118,8 +118,8 @@ def _find_default_layer(objective: Objective) -> str:
         and s.calls == 1
         and not isinstance(modules[s.name], _IDLE)
     }
-    for some in (useful, {name: grid for name, grid in grids.items() if name not in useful}):
-        for name in _by_preference(some, modules, is_map=math.prod(objective.grid.shape) > 1):
+    for group in (useful, {name: grid for name, grid in grids.items() if name not in useful}):
+        for name in _by_preference(group, modules, is_map=math.prod(objective.grid.shape) > 1):
             value, written = outputs.get(name, (None, 0))
             if value is None or write_count(value) != written:  # not recorded, or overwritten since
                 if _depends_alone(batch, name):

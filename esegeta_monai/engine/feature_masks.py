@@ -132,7 +132,7 @@ class Grid(FeatureSpec):
 
     def of(self, objective: Objective) -> Features:
         shape = objective.plan.spatial_shape
-        size = one_an_axis(self.size, len(shape), "grid(size=…)")
+        size = per_axis(self.size, len(shape), "grid(size=…)")
         lines = [torch.arange(n) // s for n, s in zip(shape, size)]
         counts = [int(line[-1]) + 1 for line in lines]
         labels = torch.zeros((), dtype=torch.long)
@@ -236,23 +236,23 @@ class Supervoxels(FeatureSpec):
 
         image = objective.image
         inside = self._mask(objective)
-        step = _step(image, self.max_voxels)
-        mask = _thinned(inside[None], step)[0].cpu().numpy()
+        step = _subsampling_step(image, self.max_voxels)
+        mask = _subsample(inside[None], step)[0].cpu().numpy()
         if self.n_segments == 1:  # with a mask, scikit-image labels nothing
             return from_values(inside.long(), {}, 0, "supervoxel")
-        found = slic(
-            _thinned(_unit_range(image), step).cpu().numpy().astype(np.float32),
+        segments = slic(
+            _subsample(_unit_range(image), step).cpu().numpy().astype(np.float32),
             n_segments=self.n_segments,
             compactness=self.compactness,
             channel_axis=0,
             start_label=1,
             mask=None if mask.all() else mask,
         )
-        if not found.any():
+        if not segments.any():
             raise InputError("supervoxels: no voxel of the mask is left on the coarse grid: raise max_voxels")
         # mask voxels between those of the coarse grid belong to the nearest supervoxel
-        nearest = distance_transform_edt(found == 0, return_distances=False, return_indices=True)
-        labels = torch.from_numpy(found[tuple(nearest)].astype(np.int64))
+        nearest = distance_transform_edt(segments == 0, return_distances=False, return_indices=True)
+        labels = torch.from_numpy(segments[tuple(nearest)].astype(np.int64))
         for axis, n in enumerate(inside.shape):
             labels = labels.repeat_interleave(step, axis).narrow(axis, 0, n)
         return from_values(torch.where(inside, labels.to(image.device), 0), {}, 0, "supervoxel")
@@ -287,7 +287,7 @@ def features_for(spec: Any) -> FeatureSpec:
     return FEATURES.create(spec)
 
 
-def one_an_axis(value: int | Sequence[int], axes: int, what: str) -> tuple[int, ...]:
+def per_axis(value: int | Sequence[int], axes: int, what: str) -> tuple[int, ...]:
     """Return one whole number above 0 per axis, from one for all axes or one per axis.
 
     Raises:
@@ -328,14 +328,14 @@ def from_values(values: Tensor, names: Mapping[int, str], background: int | None
         InputError: there is no label besides the background.
     """
     present, numbers = torch.unique(values, return_inverse=True)
-    found = present.tolist()
-    if background in found:
-        at = found.index(background)
+    labels = present.tolist()
+    if background in labels:
+        at = labels.index(background)
         numbers = torch.where(numbers == at, -1, numbers - (numbers > at).long())
-        found.pop(at)
-    if not found:
+        labels.pop(at)
+    if not labels:
         raise InputError("the feature map has no label on the network's grid: nothing could be switched off")
-    return Features(numbers[None], [names.get(v, f"{word} {v}") for v in found])
+    return Features(numbers[None], [names.get(v, f"{word} {v}") for v in labels])
 
 
 def _per_channel(features: Features, channels: Sequence[str]) -> Features:
@@ -350,7 +350,7 @@ def _unit_range(image: Tensor) -> Tensor:
     return ((image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny)).clamp(0, 1)
 
 
-def _step(image: Tensor, voxels: int) -> int:
+def _subsampling_step(image: Tensor, voxels: int) -> int:
     """Return the smallest whole factor that subsamples an image to at most ``voxels`` voxels."""
     step = 1
     while image[0].numel() / step ** (image.ndim - 1) > voxels:
@@ -358,7 +358,7 @@ def _step(image: Tensor, voxels: int) -> int:
     return step
 
 
-def _thinned(image: Tensor, step: int) -> Tensor:
+def _subsample(image: Tensor, step: int) -> Tensor:
     """Subsample (C, *spatial) to every ``step``-th voxel."""
     for axis in range(1, image.ndim):
         image = image.index_select(axis, torch.arange(0, image.shape[axis], step, device=image.device))
@@ -367,7 +367,7 @@ def _thinned(image: Tensor, step: int) -> Tensor:
 
 def _percentiles(image: Tensor) -> tuple[Tensor, Tensor]:
     """Estimate the 1st and 99th percentile of each channel, (C, 1, …), from about a million voxels."""
-    ordered = _thinned(image, _step(image, 1_000_000)).flatten(1).sort(1).values
+    ordered = _subsample(image, _subsampling_step(image, 1_000_000)).flatten(1).sort(1).values
     last, axes = ordered.shape[1] - 1, (1,) * (image.ndim - 1)
     return ordered[:, round(0.01 * last)].reshape(-1, *axes), ordered[:, round(0.99 * last)].reshape(-1, *axes)
 

@@ -18,7 +18,7 @@ from esegeta_monai.errors import TargetError
 def _affine(case: Case, dimensions: int, what: str) -> np.ndarray:
     if case.affine is None:
         raise TargetError(f"{what} needs the positions of the voxels: give the image as a MetaTensor with an affine")
-    return _in_plane(case.affine, dimensions)
+    return _affine_of_axes(case.affine, dimensions)
 
 
 def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> Tensor:
@@ -51,9 +51,9 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
         except Exception as error:  # each reader has its own errors for unreadable files
             why = " ".join(str(error).replace(str(value), Path(value).name).split())[:200]
             raise TargetError(f"{Path(value).name} cannot be read as a label map: {why}") from error
-    spatial = _whole_numbers(_without_channel(torch.as_tensor(value), shape))
+    spatial = _to_integers(_without_channel(torch.as_tensor(value), shape))
     affines = [getattr(value, "affine", None), case.affine]
-    known = [_in_plane(a, len(shape)) for a in affines if a is not None]
+    known = [_affine_of_axes(a, len(shape)) for a in affines if a is not None]
     moved = len(known) == 2 and not np.allclose(known[0], known[1], atol=1e-3)
     if tuple(spatial.shape) == shape and not moved:
         return spatial.to(prediction.device)
@@ -92,12 +92,12 @@ def _without_channel(label: Tensor, shape: Sequence[int]) -> Tensor:
     return spatial
 
 
-def _in_plane(affine: Any, axes: int) -> np.ndarray:
+def _affine_of_axes(affine: Any, axes: int) -> np.ndarray:
     """Reduce an affine to the axes of the grid: that of a 2D image may be 4x4, from its file, or 3x3."""
     return np.asarray(to_affine_nd(axes, np.asarray(affine, dtype=np.float64)))
 
 
-def _whole_numbers(labels: Tensor) -> Tensor:
+def _to_integers(labels: Tensor) -> Tensor:
     """Convert label values to int64; files may store them as floats."""
     plain = labels.as_subclass(torch.Tensor)
     if not plain.is_floating_point():

@@ -132,8 +132,8 @@ class BlendedActivations(Request):
                 (up.shape[1], *plan.spatial_shape), dtype=up.dtype, device=self.objective.image.device
             )
         whole = tuple(slice(0, n) for n in plan.spatial_shape)
-        for window, one in zip(view.batch.windows, up):
-            self.grid.blend(self.maps, whole, window, one)
+        for window, window_map in zip(view.batch.windows, up):
+            self.grid.blend(self.maps, whole, window, window_map)
 
     def result(self) -> Tensor:
         assert self.maps is not None

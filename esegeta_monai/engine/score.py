@@ -217,21 +217,21 @@ class WeightedScore(Score):
         lead = prediction.ndim - self.mask.ndim - 1
         voxels = prediction.flatten(lead + 1) if self.mask.ndim else prediction.unsqueeze(-1)
         # convert only the mask's voxels to float64: a whole box would need the memory of many volumes
-        seen = take(voxels, true_positions(self.mask).to(voxels.device)).double()
-        return self.terms(self.contrast(seen)).sum(-1)
+        selected = take(voxels, true_positions(self.mask).to(voxels.device)).double()
+        return self.terms(self.contrast(selected)).sum(-1)
 
     def contrast(self, voxels: Tensor) -> Tensor:
         """Reduce the channels (..., 2, n) of a softmax of two classes to their difference (..., 1, n).
 
         The softmax is the sigmoid of this difference. Other scores read the channels unchanged.
         """
-        if not self._of_two:
+        if not self._is_two_class:
             return voxels
         own, other = self._position, 1 - self._position
         return voxels[..., own : own + 1, :] - voxels[..., other : other + 1, :]
 
     @property
-    def _of_two(self) -> bool:
+    def _is_two_class(self) -> bool:
         return self.activation == "softmax" and len(self.channels) == 2
 
     def terms(self, contrast: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ class WeightedScore(Score):
         """
         if self.output == "logit":
             return contrast[..., 0, :]
-        if self.activation == "softmax" and not self._of_two:
+        if self.activation == "softmax" and not self._is_two_class:
             c = self._position
             others = torch.cat([contrast[..., :c, :], contrast[..., c + 1 :, :]], -2)
             odds = contrast[..., c, :] - torch.logsumexp(others, -2)

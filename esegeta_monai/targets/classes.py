@@ -240,11 +240,11 @@ def class_mask(prediction: Tensor, index: int, activation: Activation) -> Tensor
     if prediction.shape[0] == 1 or activation == "sigmoid":
         return prediction[index] > 0
     # Ties go to the first class, as in argmax. torch's argmax over the first axis takes ten times as long.
-    mine, mask = prediction[index], torch.ones_like(prediction[index], dtype=torch.bool)
+    output, mask = prediction[index], torch.ones_like(prediction[index], dtype=torch.bool)
     for other in prediction[:index]:
-        mask &= other < mine
+        mask &= other < output
     for other in prediction[index + 1 :]:
-        mask &= other <= mine
+        mask &= other <= output
     return mask
 
 

@@ -96,10 +96,10 @@ class Ranks:
         """
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        with _lost():
-            dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        with _raise_rank_lost():
+            dist.all_gather_object(values, value)
+        return values
 
     @contextmanager
     def summed(self, sums: Sequence[Tensor | Summed]) -> Iterator[None]:
@@ -123,7 +123,9 @@ class Ranks:
             yield
         except Exception as error:  # raised after the other ranks have been informed
             failed = error
-        known = self.gather((None if failed is None else _described(failed), [_form(t) for t in tensors_of(sums)]))
+        known = self.gather(
+            (None if failed is None else _error_summary(failed), [_layout(t) for t in tensors_of(sums)])
+        )
         if failed is not None:
             raise failed
         for rank, (trouble, _) in enumerate(known):
@@ -143,7 +145,7 @@ class Ranks:
         carried = tensor.detach().contiguous()
         if dist.get_backend() == "nccl":
             carried = carried.to(local_device())
-        with _lost():
+        with _raise_rank_lost():
             dist.all_reduce(carried)
         if carried.data_ptr() != tensor.data_ptr():
             tensor.copy_(carried)
@@ -167,8 +169,8 @@ class _Place:
 def _places(sums: Sequence[Tensor | Summed]) -> list[_Place]:
     return [
         place
-        for one in sums
-        for place in ([_Place(one)] if isinstance(one, Tensor) else [_Place(one, n) for n in one.summed])
+        for item in sums
+        for place in ([_Place(item)] if isinstance(item, Tensor) else [_Place(item, n) for n in item.summed])
     ]
 
 
@@ -177,17 +179,17 @@ def tensors_of(sums: Sequence[Tensor | Summed]) -> list[Tensor | None]:
     return [place.tensor for place in _places(sums)]
 
 
-def _form(tensor: Tensor | None) -> tuple[tuple[int, ...], torch.dtype, str] | None:
+def _layout(tensor: Tensor | None) -> tuple[tuple[int, ...], torch.dtype, str] | None:
     return None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device.type)
 
 
-def _described(error: Exception) -> tuple[type[EsegetaError], str]:
+def _error_summary(error: Exception) -> tuple[type[EsegetaError], str]:
     kind: type[EsegetaError] = MethodTimeout if isinstance(error, MethodTimeout) else MethodError
     return kind, named_reason(error)
 
 
 @contextmanager
-def _lost() -> Iterator[None]:
+def _raise_rank_lost() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo and NCCL have different messages

@@ -213,13 +213,13 @@ def _versions() -> dict[str, str]:
     """Read the versions once: every record contains them, and reading the packages' metadata takes 80 ms."""
     import torch
 
-    found = {"esegeta_monai": VERSION}
+    installed = {"esegeta_monai": VERSION}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    found["torch"] = str(torch.__version__)  # with its build (+cpu, +cu130), which the package metadata may lack
-    found["python"] = platform.python_version()
-    found["platform"] = f"{platform.system()} {platform.machine()}"
-    return found
+            installed[package] = "not installed"
+    installed["torch"] = str(torch.__version__)  # with its build (+cpu, +cu130), which the package metadata may lack
+    installed["python"] = platform.python_version()
+    installed["platform"] = f"{platform.system()} {platform.machine()}"
+    return installed

@@ -29,11 +29,11 @@ def check_image(
             channels than required.
     """
     shape = "x".join(str(n) for n in image.shape[1:])
-    found = image.ndim - 1
-    if spatial_dims == 3 and (found < 3 or image.shape[-1] == 1):
+    dims = image.ndim - 1
+    if spatial_dims == 3 and (dims < 3 or image.shape[-1] == 1):
         raise InputError(f"{where}: a 2D image ({shape}) where the network takes 3D volumes; give the whole volume")
-    if spatial_dims is not None and found != spatial_dims:
-        raise InputError(f"{where}: a {found}D image ({shape}) where the network takes {spatial_dims}D images")
+    if spatial_dims is not None and dims != spatial_dims:
+        raise InputError(f"{where}: a {dims}D image ({shape}) where the network takes {spatial_dims}D images")
     if channels is not None and image.shape[0] != channels:
         raise InputError(
             f"{where}: {image.shape[0]} channel(s) where the network takes {channels}; "
@@ -44,7 +44,7 @@ def check_image(
     if bad:
         raise InputError(f"{where}: {bad} of {values.numel()} voxels are NaN or infinite; mend the image first")
     if isinstance(image, MetaTensor):
-        _check_affine(np.asarray(image.affine, dtype=np.float64), found, where)
+        _check_affine(np.asarray(image.affine, dtype=np.float64), dims, where)
 
 
 def _check_affine(affine: np.ndarray, spatial_dims: int, where: object) -> None:

@@ -130,15 +130,15 @@ def check_clashes(
     """
     cases, targets, methods = list(cases), list(targets), list(methods)
     for kind, names in (("case", cases), ("target", targets), ("method", methods)):
-        _refuse_twins([f"{kind} {n!r}" for n in names], [safe_name(n) for n in names])
+        _check_distinct([f"{kind} {n!r}" for n in names], [safe_name(n) for n in names])
     # Cases are distinct here: if each has its own folder, or none is known yet, checking one suffices.
     triples = list(product(cases if cases and not separate_folder else ["case"], targets, methods))
     of_case = "" if separate_folder else "case {!r} with "
     things = [f"{of_case.format(c)}target {t!r} and method {m!r}" for c, t, m in triples]
-    _refuse_twins(things, [map_path("", c, t, m, separate_folder=False).name for c, t, m in triples])
+    _check_distinct(things, [map_path("", c, t, m, separate_folder=False).name for c, t, m in triples])
 
 
-def _refuse_twins(things: Sequence[str], files: Sequence[str]) -> None:
+def _check_distinct(things: Sequence[str], files: Sequence[str]) -> None:
     seen: dict[str, str] = {}
     for thing, file in zip(things, files):
         if file.casefold() in seen:

@@ -123,7 +123,7 @@ class Registry(Generic[T]):
         self.kind, self.group, self.command = kind, group, command
         self.base: type[T] = base
         self._classes: dict[str, type[T]] = {}
-        self._others_loaded = False
+        self._entry_points_loaded = False
         _REGISTRIES.append(self)
 
     def register(self, cls: type[T], *aliases: str) -> type[T]:
@@ -144,14 +144,14 @@ class Registry(Generic[T]):
     def _key(name: str) -> str:
         return name.replace("-", "").replace("_", "").lower()
 
-    def _load_others(self) -> None:
-        if not self._others_loaded:
-            self._others_loaded = True
+    def _load_entry_points(self) -> None:
+        if not self._entry_points_loaded:
+            self._entry_points_loaded = True
             for entry in entry_points(group=self.group):
                 self.register(entry.load(), entry.name)
 
     def __iter__(self) -> Iterator[type[T]]:
-        self._load_others()
+        self._load_entry_points()
         return iter(sorted(set(self._classes.values()), key=lambda c: c.__name__))
 
     def get(self, name: str) -> type[T]:
@@ -160,19 +160,19 @@ class Registry(Generic[T]):
         Raises:
             UsageError: no such class; the message lists near matches.
         """
-        self._load_others()
-        found = self._classes.get(self._key(name.rsplit(".", 1)[-1] if name.startswith("esegeta_monai.") else name))
-        if found is not None:
-            return found
+        self._load_entry_points()
+        cls = self._classes.get(self._key(name.rsplit(".", 1)[-1] if name.startswith("esegeta_monai.") else name))
+        if cls is not None:
+            return cls
         if "." in name:
             known = [c for c in self._classes.values() if f"{c.__module__}.{c.__qualname__}" == name]
             return known[0] if known else self._import(name)
         near = difflib.get_close_matches(self._key(name), self._classes, n=4, cutoff=0.5)
         names = sorted({self._classes[k].__name__ for k in near})
-        hint = f"did you mean {', '.join(names)}?" if names else self._where_listed()
+        hint = f"did you mean {', '.join(names)}?" if names else self._listing_hint()
         raise UsageError(f"there is no {self.kind} {name!r}: {hint}")
 
-    def _where_listed(self) -> str:
+    def _listing_hint(self) -> str:
         if self.command:
             return f"'esegeta-monai {self.kind}s' lists them"
         return f"there are {', '.join(cls.__name__ for cls in self)}"
@@ -206,7 +206,7 @@ class Registry(Generic[T]):
             if "_target_" not in what:
                 raise UsageError(f"a {self.kind} in a config needs '_target_': got {dict(what)!r}")
             nested = {
-                k: self._inner(str(v["_target_"])).create(v) if isinstance(v, Mapping) and "_target_" in v else v
+                k: self._registry_of(str(v["_target_"])).create(v) if isinstance(v, Mapping) and "_target_" in v else v
                 for k, v in arguments.items()
             }
             return self._build(self.get(str(what["_target_"])), (), nested)
@@ -222,7 +222,7 @@ class Registry(Generic[T]):
         """
         if isinstance(what, str):
             if not what.strip(", "):
-                raise UsageError(f"no {self.kind} is named: {self._where_listed()}")
+                raise UsageError(f"no {self.kind} is named: {self._listing_hint()}")
             return [self.create(part) for part in split_calls(what)]
         if isinstance(what, (list, tuple)):
             return [self.create(part) for part in what]
@@ -254,10 +254,10 @@ class Registry(Generic[T]):
         name = _name(node)
         if top and name is not None:
             return self._build(self.get(name), (), {})
-        called = _called(node)
+        called = _call_of(node)
         if called is not None:
             name, call = called
-            registry = self if top else self._inner(name)
+            registry = self if top else self._registry_of(name)
             args = tuple(self._node(a, text, top=False) for a in call.args)
             kwargs = {k.arg: self._node(k.value, text, top=False) for k in call.keywords if k.arg}
             return registry._build(registry.get(name), args, kwargs)
@@ -271,7 +271,7 @@ class Registry(Generic[T]):
         except ValueError as error:
             raise UsageError(f"{ast.unparse(node)!r} in {text!r} is neither a value nor a {self.kind}") from error
 
-    def _inner(self, name: str) -> Registry[Any]:
+    def _registry_of(self, name: str) -> Registry[Any]:
         """Return the registry with the name of a parameter's value, such as a baseline inside a method.
 
         This registry comes first. If none has the name, it is returned as well, so that its error lists its names.
@@ -299,12 +299,12 @@ def _name(node: ast.AST) -> str | None:
     return None
 
 
-def _called(node: ast.AST) -> tuple[str, ast.Call] | None:
+def _call_of(node: ast.AST) -> tuple[str, ast.Call] | None:
     """Return the called name, which may be hyphenated, and the call; None for any other node."""
     if isinstance(node, ast.Call):
         return ast.unparse(node.func), node
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
-        left, right = _name(node.left), _called(node.right)
+        left, right = _name(node.left), _call_of(node.right)
         return None if left is None or right is None else (f"{left}-{right[0]}", right[1])
     return None
 

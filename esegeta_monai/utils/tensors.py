@@ -39,12 +39,12 @@ def digest(*tensors: Tensor) -> bytes:
     Values that a view repeats along an axis are hashed once, so that a volume of one value per channel
     (`esegeta_monai.engine.baselines.per_channel`) is not read completely.
     """
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for whole in tensors:
         t = whole[tuple(slice(0, 1) if step == 0 else slice(None) for step in whole.stride())]
-        found.update(f"{tuple(whole.shape)}{tuple(t.shape)}".encode())
-        found.update(np.ascontiguousarray(t.detach().cpu().numpy()).data)
-    return found.digest()
+        hasher.update(f"{tuple(whole.shape)}{tuple(t.shape)}".encode())
+        hasher.update(np.ascontiguousarray(t.detach().cpu().numpy()).data)
+    return hasher.digest()
 
 
 def true_positions(mask: Tensor) -> Tensor:

@@ -42,13 +42,13 @@ def fit_parameters(owner: Any, names: Sequence[str]) -> None:
         if not hasattr(owner, name):
             raise UsageError(f"{cls.__name__}: __init__ must keep its parameter as self.{name}, for records and copies")
         value = getattr(owner, name)
-        found = as_declared(value, hints.get(name, Any))
-        if found is UNFIT:
+        converted = as_declared(value, hints.get(name, Any))
+        if converted is UNFIT:
             text = " ".join(repr(value).split())
             shown = text if len(text) <= 60 else f"{text[:57]}..."
             raise UsageError(f"{cls.__name__}: {name}={shown}: give {_words(hints[name])}")
-        if found is not value:
-            setattr(owner, name, found)
+        if converted is not value:
+            setattr(owner, name, converted)
 
 
 def check_stated(cls: type, hints: Mapping[str, Any]) -> None:
@@ -90,10 +90,10 @@ def number(name: str, value: Any, hint: Any, above: float) -> Any:
     >>> number("window_batch", 4.0, int | None, 0)
     4
     """
-    found = as_declared(value, hint)
-    if found is UNFIT or (found is not None and not above < found < LARGEST):
+    converted = as_declared(value, hint)
+    if converted is UNFIT or (converted is not None and not above < converted < LARGEST):
         raise UsageError(f"{name}={value!r}: give {_words(hint)} above {above:g}")
-    return found
+    return converted
 
 
 LARGEST = 2**63
@@ -108,8 +108,8 @@ def as_declared(value: Any, hint: Any) -> Any:
     """
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        found = [f for h in inner if (f := as_declared(value, h)) is not UNFIT]
-        return next((f for f in found if f is value), found[0] if found else UNFIT)
+        options = [f for h in inner if (f := as_declared(value, h)) is not UNFIT]
+        return next((f for f in options if f is value), options[0] if options else UNFIT)
     if origin is Literal:
         return value if isinstance(value, (str, int, types.NoneType)) and value in inner else UNFIT
     if origin is Sequence:
@@ -131,12 +131,12 @@ def _sequence(value: Any, inner: Any) -> Any:
         return UNFIT
     if inner is Any:
         return value
-    found = [as_declared(v, inner) for v in value]
-    if any(f is UNFIT for f in found):
+    items = [as_declared(v, inner) for v in value]
+    if any(f is UNFIT for f in items):
         return UNFIT
-    if not array and all(f is v for f, v in zip(found, value)):
+    if not array and all(f is v for f, v in zip(items, value)):
         return value
-    return tuple(found) if isinstance(value, tuple) else found
+    return tuple(items) if isinstance(value, tuple) else items
 
 
 def _number(value: Any, kind: type) -> Any:

@@ -54,7 +54,7 @@ def channels_last(network: nn.Module, layer: str, shape: tuple[int, ...], roi: S
     module = path[-1]
     if isinstance(module, _LAST) or any(isinstance(m, _LAST_INSIDE) for m in path):
         return True
-    if len(path) == 1 or _has_weights(module) or not _behind_last(path[-2], parts[-1]):
+    if len(path) == 1 or _has_weights(module) or not _follows_channels_last(path[-2], parts[-1]):
         return False
     in_front, behind = _fit(shape[1:], roi), _fit(shape[:-1], roi)
     return None if in_front == behind > 0 else behind > in_front
@@ -64,7 +64,7 @@ def _has_weights(module: nn.Module) -> bool:
     return any(True for _ in module.children()) or any(p.ndim > 1 for p in module.parameters(recurse=False))
 
 
-def _behind_last(parent: nn.Module, name: str) -> bool:
+def _follows_channels_last(parent: nn.Module, name: str) -> bool:
     """Return True if the last sibling with parameters before a layer has its channels on the last axis."""
     behind = False
     for sibling, module in parent.named_children():

@@ -102,9 +102,9 @@ def contrastive_lrp(
     _mark_top(run.output.grad_fn)
     traced, kept = [], []
     for side.opposite in (False, True):
-        found = list(relevance_of(run, cotangents))
-        traced.append(torch.stack([relevance[""] for _, _, relevance in found]))
-        kept.append(torch.stack([booked for booked, _, _ in found]).double())
+        results = list(relevance_of(run, cotangents))
+        traced.append(torch.stack([relevance[""] for _, _, relevance in results]))
+        kept.append(torch.stack([absorbed for absorbed, _, _ in results]).double())
     total = (run.output.detach() * cotangents).flatten(1).sum(1, dtype=torch.float64)
     return Sides(traced[0], traced[1], torch.stack(kept), total)
 

@@ -18,7 +18,7 @@ from esegeta_monai.engine.rules.kinds import Kind
 from esegeta_monai.engine.rules.operations import Operation, Slot
 from esegeta_monai.utils.upstream import write_count
 
-__all__ = ["joined", "remember"]
+__all__ = ["join_functions", "store_function"]
 
 _CURVE = "_esegeta_curve"
 _EXTREMES = ("maximum", "minimum", "max", "min")
@@ -37,7 +37,7 @@ def _curve_of(tensor: Tensor) -> _Curve | None:
     return curve if curve is not None and _write_counts(curve.start, tensor) == curve.versions else None
 
 
-def remember(operation: Operation, operands: tuple[Tensor, ...], result: Any) -> None:
+def store_function(operation: Operation, operands: tuple[Tensor, ...], result: Any) -> None:
     """Store the start and the composed function on the result of an elementwise operation."""
     if not isinstance(result, Tensor):
         return
@@ -64,7 +64,7 @@ def _after(first: Callable[[Tensor], Tensor], second: Callable[..., Any]) -> Cal
     return lambda x: second(first(x))
 
 
-def joined(operation: Operation, operands: tuple[Tensor, ...]) -> tuple[Operation, tuple[Tensor, ...]]:
+def join_functions(operation: Operation, operands: tuple[Tensor, ...]) -> tuple[Operation, tuple[Tensor, ...]]:
     """Join the product, maximum or minimum of two functions of one tensor into one function of it.
 
     Any other operation is returned unchanged.

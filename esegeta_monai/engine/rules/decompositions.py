@@ -1,6 +1,6 @@
 """Decompositions of operations into simpler ones, in plain torch.
 
-The mode calls :func:`take_apart` while it is active, so that the rules apply to every part. Each function here computes
+The mode calls :func:`decompose` while it is active, so that the rules apply to every part. Each function here computes
 the same result as the operation; the parts are differences, sums, products, elementwise functions and softmax, for
 which every method has a rule.
 """
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from esegeta_monai.engine.rules.operations import Operation
 
-__all__ = ["standardised", "take_apart"]
+__all__ = ["decompose", "standardised"]
 
 
-def take_apart(operation: Operation, operands: tuple[Tensor, ...]) -> Any:
+def decompose(operation: Operation, operands: tuple[Tensor, ...]) -> Any:
     """Compute the result of an operation on its operands from its parts.
 
     Raises:

@@ -141,9 +141,9 @@ def _signed_constants(operation: Operation) -> list[Callable[..., Tensor]]:
 
     An operation without a constant is returned alone.
     """
-    found: list[Tensor] = []
-    map_tensors(found.append, (operation.args, operation.kwargs))
-    if not found:
+    constants: list[Tensor] = []
+    map_tensors(constants.append, (operation.args, operation.kwargs))
+    if not constants:
         return [operation.function]
 
     def with_constants(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -204,7 +204,7 @@ def excitation(
         compare: check of the output, see `esegeta_monai.engine.rules.run.Compare`.
 
     Returns:
-        ``input`` (k, n, C, *roi): share of the prior that is traced to each voxel; ``booked`` (k, n): share that no
+        ``input`` (k, n, C, *roi): share of the prior that is traced to each voxel; ``absorbed`` (k, n): share that no
         input receives (a winner that only its bias raises, a constant).
 
     Raises:
@@ -213,7 +213,7 @@ def excitation(
 
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     >>> result = excitation(net, torch.rand(1, 3), torch.tensor([[[0.0, 1.0]]]))
-    >>> bool((result.input.sum() + result.booked - 1).abs() < 1e-5)
+    >>> bool((result.input.sum() + result.absorbed - 1).abs() < 1e-5)
     True
     """
     if cotangents.shape[1] != len(x):
@@ -224,6 +224,6 @@ def excitation(
     values = [at_layers for _, at_layers in traced]
     probabilities = {name: torch.stack([value[name] for value in values]) for name in run.captured}
     sums = (each.reshape(*each.shape[:2], -1).sum(2) for each in (cotangents, result))
-    booked = next(sums) - next(sums)
+    absorbed = next(sums) - next(sums)
     at = layer_relevance(run.captured, values, probabilities)
-    return Relevance(result, booked.to(result.dtype), run.output.detach(), at)
+    return Relevance(result, absorbed.to(result.dtype), run.output.detach(), at)

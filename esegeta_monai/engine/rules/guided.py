@@ -111,7 +111,7 @@ def _run(
     compare: Compare,
 ) -> Relevance:
     run = Run(forward, x, _AtActivations(rule, family), layers=layers, compare=compare)
-    if not run.mode.met.get(Kind.ACTIVATION):
+    if not run.mode.operation_counts.get(Kind.ACTIVATION):
         raise MethodError(
             f"{name} acts on activations (ReLU and its relatives), but this network has none: the result would be the "
             "plain gradient; use Saliency or InputXGradient"

@@ -55,7 +55,7 @@ class AffineRule:
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
         constant = operation.function(*(torch.zeros_like(operand) for operand in operands))
-        operation.ledger.book(_product(gradient, constant))
+        operation.ledger.absorb(_product(gradient, constant))
         return local_gradient(operation.function, operands, gradient)
 
 
@@ -73,7 +73,7 @@ class RootRule:
         at_zero = operation.function(zero)
         if not at_zero.isfinite().all():
             return (gradient * operation.function(x) / x,)
-        operation.ledger.book(gradient * at_zero)
+        operation.ledger.absorb(gradient * at_zero)
         quotient = (operation.function(x) - at_zero) / x
         if bool((x == 0).any()):
             (slope,) = local_gradient(operation.function, (zero,), torch.ones_like(gradient))
@@ -103,7 +103,7 @@ class TaylorRule:
         (x,) = operands
         (arriving,) = local_gradient(operation.function, operands, gradient)
         assert arriving is not None
-        operation.ledger.book(_product(gradient, operation.function(x)).sum() - _product(arriving, x).sum())
+        operation.ledger.absorb(_product(gradient, operation.function(x)).sum() - _product(arriving, x).sum())
         return (arriving,)
 
 
@@ -119,7 +119,7 @@ class FrozenNormRule:
         bias = operation.argument("bias")
         if isinstance(bias, Tensor):
             per_channel = (1, -1) + (1,) * (gradient.ndim - 2)
-            operation.ledger.book(gradient * (bias if operation.name == "layer_norm" else bias.reshape(per_channel)))
+            operation.ledger.absorb(gradient * (bias if operation.name == "layer_norm" else bias.reshape(per_channel)))
         return local_gradient(
             lambda x: standardised(operation, operation.filled((x,)), frozen=True), operands, gradient
         )
@@ -170,7 +170,7 @@ def lrp(
     """Compute layer-wise relevance propagation.
 
     Bach et al. 2015; composites of Kohlbrenner et al. 2020; attention rule of Achtibat et al. 2024. For every target k
-    and window i, Σ input[k, i] + booked[k, i] = Σ cotangents[k, i] · f(x)[i].
+    and window i, Σ input[k, i] + absorbed[k, i] = Σ cotangents[k, i] · f(x)[i].
 
     Args:
         forward: maps windows (1, C, *roi) to outputs (1, K, …); or one such function per window. Windows run one by
@@ -187,7 +187,7 @@ def lrp(
         compare: check of the output, see `esegeta_monai.engine.rules.run.Compare`; or one per window.
 
     Returns:
-        ``input`` (k, n, C, *roi) in units of s, ``booked`` (k, n), and the relevance of the layers.
+        ``input`` (k, n, C, *roi) in units of s, ``absorbed`` (k, n), and the relevance of the layers.
 
     Raises:
         UsageError: unknown composite or rule, or cotangents for another number of windows.
@@ -197,7 +197,7 @@ def lrp(
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.InstanceNorm2d(2), nn.GELU()).double().eval()
     >>> x, c = torch.randn(1, 1, 6, 6, dtype=torch.float64), torch.ones(1, 1, 2, 4, 4, dtype=torch.float64)
     >>> result = lrp(net, x, c)
-    >>> bool((result.input.sum() + result.booked.sum() - net(x).sum()).abs() < 1e-9)
+    >>> bool((result.input.sum() + result.absorbed.sum() - net(x).sum()).abs() < 1e-9)
     True
     """
     low, high = (x.detach().min() if low is None else low), (x.detach().max() if high is None else high)
@@ -218,9 +218,9 @@ def lrp(
         )
         for name in (layers or {})
     }
-    inputs, booked = ([getattr(window, name) for window in windows] for name in ("input", "booked"))
+    inputs, absorbed = ([getattr(window, name) for window in windows] for name in ("input", "absorbed"))
     output = torch.cat([window.output for window in windows])
-    return Relevance(torch.cat(inputs, 1), torch.cat(booked, 1), output, at_layers)
+    return Relevance(torch.cat(inputs, 1), torch.cat(absorbed, 1), output, at_layers)
 
 
 def _one_window(
@@ -232,10 +232,10 @@ def _one_window(
     compare: Compare,
 ) -> Relevance:
     run = composite_run(forward, x, composite, layers, compare)
-    inputs, booked, multipliers, relevances = [], [], [], []
+    inputs, absorbed, multipliers, relevances = [], [], [], []
     for kept, at_layers, relevance in relevance_of(run, cotangents):
         inputs.append(relevance.pop(""))
-        booked.append(kept.reshape(1))
+        absorbed.append(kept.reshape(1))
         multipliers.append(at_layers)
         relevances.append(relevance)
     results = {
@@ -246,7 +246,7 @@ def _one_window(
         )
         for name, activation in run.captured.items()
     }
-    return Relevance(torch.stack(inputs), torch.stack(booked), run.output.detach(), results)
+    return Relevance(torch.stack(inputs), torch.stack(absorbed), run.output.detach(), results)
 
 
 def composite_run(
@@ -277,7 +277,7 @@ def relevance_of(run: Run, cotangents: Tensor) -> Iterator[tuple[Tensor, dict[st
     for multiplier, at_layers, ledger in run.backward(cotangents):
         values = {"": run.leaf, **run.captured}
         relevance = {name: m * values[name].detach() for name, m in {"": multiplier, **at_layers}.items()}
-        kept = ledger.booked
+        kept = ledger.absorbed
         for tensor, direct in list(ledger.direct):
             arriving = torch.autograd.grad(tensor, list(values.values()), direct, retain_graph=True, allow_unused=True)
             for name, share in zip(values, arriving):

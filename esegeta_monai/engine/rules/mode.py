@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from esegeta_monai.engine.rules.curves import joined, remember
-from esegeta_monai.engine.rules.decompositions import take_apart
+from esegeta_monai.engine.rules.curves import join_functions, store_function
+from esegeta_monai.engine.rules.decompositions import decompose
 from esegeta_monai.engine.rules.kinds import CUTS, Kind
 from esegeta_monai.engine.rules.operations import (
     Operation,
@@ -35,7 +35,7 @@ from esegeta_monai.engine.rules.operations import (
 from esegeta_monai.errors import NetworkError, RuleError
 from esegeta_monai.utils.upstream import is_view, view_base
 
-__all__ = ["OPERATION_RULES", "PARTS", "PLAIN", "Family", "Ledger", "Rule", "RuleMode", "Rules", "Treatment"]
+__all__ = ["OPERATION_RULES", "PARTS", "PLAIN", "Family", "RelevanceLedger", "Rule", "RuleMode", "Rules", "Treatment"]
 __all__ += ["local_gradient"]
 
 #: Treatment: use the plain gradient.
@@ -84,21 +84,21 @@ class Rules(Protocol):
 
 
 @dataclass
-class Ledger:
+class RelevanceLedger:
     """Quantities that the rules of one backward pass report beside the gradients that they return."""
 
     #: Relevance that biases and other constants absorb, so that it does not reach the input.
-    booked: Tensor | float = 0.0
+    absorbed: Tensor | float = 0.0
     #: Pairs (tensor, relevance instead of multipliers) of tensors that are moves of the input.
     direct: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def book(self, amount: Tensor) -> None:
+    def absorb(self, amount: Tensor) -> None:
         """Add the sum of ``amount`` to the absorbed relevance."""
-        self.booked = self.booked + amount.sum()
+        self.absorbed = self.absorbed + amount.sum()
 
     def clear(self) -> None:
         """Reset the ledger for the next backward pass."""
-        self.booked, self.direct = 0.0, []
+        self.absorbed, self.direct = 0.0, []
 
 
 def local_gradient(
@@ -170,12 +170,12 @@ class RuleMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.rules = rules
-        self.ledger = Ledger()
+        self.ledger = RelevanceLedger()
         self.record: list[tuple[str, tuple[Tensor, ...]]] | None = [] if record else None
         self.reference = reference
         self.replayed = 0
         #: Number of operations of each kind.
-        self.met: dict[Kind, int] = {}
+        self.operation_counts: dict[Kind, int] = {}
         self._token = object()
 
     # -- marks: which tensors depend on the input, and by which path ------------------------------------------------
@@ -200,7 +200,7 @@ class RuleMode(TorchFunctionMode):
         mark = getattr(tensor, _MARK, None)
         return mark if mark is not None and mark[0] is self._token else None
 
-    def seen(self, tensor: Tensor) -> bool:
+    def depends_on_input(self, tensor: Tensor) -> bool:
         """Return True if ``tensor`` depends on the input and the mode intercepted every operation on the path."""
         mark = self._mark_of(tensor)
         return mark is not None and mark[1] is not _CUT and (mark[1] is tensor.grad_fn)
@@ -258,7 +258,7 @@ class RuleMode(TorchFunctionMode):
         if not operands:
             return func(*map_tensors(_as_constant, tuple(args)), **map_tensors(_as_constant, dict(kwargs)))
         target = None
-        if in_place or _asks_in_place(func, name, args, kwargs):
+        if in_place or _is_in_place(func, name, args, kwargs):
             in_place, target = True, args[0] if args else kwargs["input"]
             operands = [operand.clone() if operand is target else operand for operand in operands]
         operation = Operation(name, func, slotted_args, slotted_kwargs, in_place, self.ledger)
@@ -266,8 +266,8 @@ class RuleMode(TorchFunctionMode):
         operation.reads_input = reads_input
         if (self.record is None and not torch.is_grad_enabled()) or torch.is_inference_mode_enabled():
             raise operation.error("it runs without gradients (no_grad, inference_mode, a custom autograd.Function)")
-        result = self._apply(*joined(operation, tuple(operands)))
-        remember(operation, tuple(operands), result)
+        result = self._apply(*join_functions(operation, tuple(operands)))
+        store_function(operation, tuple(operands), result)
         moved = reads_input and operation.kind is Kind.MOVE and not constants
         if target is not None:
             self._write_back(operation, target, _first(result))
@@ -286,14 +286,14 @@ class RuleMode(TorchFunctionMode):
             self._mark(base)
 
     def _apply(self, operation: Operation, operands: tuple[Tensor, ...]) -> Any:
-        self.met[operation.kind] = self.met.get(operation.kind, 0) + 1
+        self.operation_counts[operation.kind] = self.operation_counts.get(operation.kind, 0) + 1
         registered = OPERATION_RULES.get((self.rules.family, operation.name))
         treatment = self.rules.treatment(operation) if registered is None else registered
         if treatment == PLAIN:
             return operation.function(*operands)
         if treatment == PARTS:
             with self:  # the parts pass through the mode again, so that each receives its rule
-                return take_apart(operation, operands)
+                return decompose(operation, operands)
         assert not isinstance(treatment, str)
         if self.record is not None:
             self.record.append((operation.name, tuple(operand.detach() for operand in operands)))
@@ -326,12 +326,12 @@ def _as_constant(tensor: Tensor) -> Tensor:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(found.append, value)
-    return found
+    tensors: list[Tensor] = []
+    map_tensors(tensors.append, value)
+    return tensors
 
 
-def _asks_in_place(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _is_in_place(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Return True for calls such as ``F.relu(x, inplace=True)``, by keyword or by position."""
     if kwargs.get("inplace"):
         return True

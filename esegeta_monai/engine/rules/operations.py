@@ -218,7 +218,7 @@ class Operation:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     in_place: bool = False
-    #: The :class:`esegeta_monai.engine.rules.mode.Ledger` of the backward pass.
+    #: The :class:`esegeta_monai.engine.rules.mode.RelevanceLedger` of the backward pass.
     ledger: Any = None
     #: The operands of the same call in the pass over the reference input (finite differences only).
     reference: tuple[Tensor, ...] = ()

@@ -61,7 +61,7 @@ class PatternSums:
         y = apply_weights(operation, x, weight)
         everywhere = torch.ones_like(y)
         self.pivot = _by_neuron(operation, y) / _by_neuron(operation, everywhere).clamp(min=1)
-        y = _less(operation, y, self.pivot)
+        y = _subtract_pivot(operation, y, self.pivot)
         inside = None if regime is None else regime.reshape(y.shape)
         for mask in [everywhere] if inside is None else [inside.to(y), (~inside).to(y)]:
             self.xy.append(_weight_gradient(operation, x, weight, mask * y).double())
@@ -94,14 +94,14 @@ class PatternSums:
         mean_x = torch.stack(self.x).sum(0) / _spread_phases(self.operation, count).clamp(min=1)
         taps = _sum_of_neuron(self.operation, torch.ones_like(mean_x))
         rounding = self.eps * taps.sqrt() * _sum_of_neuron(self.operation, weight.abs() * mean_x.abs())
-        found = []
+        patterns = []
         for xy, x, y, n in zip(self.xy, self.x, self.y, self.count):
             by_x = xy - _spread_phases(self.operation, mean_y) * x
             numerator = by_x - mean_x * _spread_phases(self.operation, y - mean_y * n)
             power = _sum_of_neuron(self.operation, weight * numerator)
             constant = power <= _spread_phases(self.operation, n) * rounding.square()
-            found.append(torch.where(constant, 0.0, ratio(numerator, power)).to(weight.dtype))
-        return Pattern(self.operation.name, found[0], found[-1])
+            patterns.append(torch.where(constant, 0.0, ratio(numerator, power)).to(weight.dtype))
+        return Pattern(self.operation.name, patterns[0], patterns[-1])
 
     def _take_terms(self, operands: tuple[Tensor, ...]) -> None:
         if operands[0].shape != operands[1].shape:
@@ -132,9 +132,9 @@ def _channels_first(x: Tensor) -> Tensor:
 
 
 def _weight_gradient(operation: Operation, x: Tensor, weight: Tensor, cotangent: Tensor) -> Tensor:
-    (found,) = local_gradient(lambda w: apply_weights(operation, x, w), (weight,), cotangent)
-    assert found is not None
-    return found
+    (gradient,) = local_gradient(lambda w: apply_weights(operation, x, w), (weight,), cotangent)
+    assert gradient is not None
+    return gradient
 
 
 def _by_neuron(operation: Operation, y: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def _by_neuron(operation: Operation, y: Tensor) -> Tensor:
     return torch.stack([part.movedim(axis, 0).flatten(1).double().sum(1) for part in _phases(operation, y)])
 
 
-def _less(operation: Operation, y: Tensor, pivot: Tensor) -> Tensor:
+def _subtract_pivot(operation: Operation, y: Tensor, pivot: Tensor) -> Tensor:
     """Subtract from the outputs of each neuron its pivot (phases, channels)."""
     y = y.clone()
     for part, value in zip(_phases(operation, y), pivot):
@@ -183,14 +183,14 @@ def _taps(operation: Operation) -> list[Tensor]:
     if operation.name != "conv_transpose":
         return [torch.ones(kernel, dtype=torch.float64, device=weight.device)]
     stride, dilation = _steps(operation, "stride"), _steps(operation, "dilation")
-    found = []
+    masks = []
     for each in _grid(operation):
         mask = torch.ones(kernel, dtype=torch.float64, device=weight.device)
         for axis, (phase, step, apart) in enumerate(zip(each, stride, dilation)):
             hit = (torch.arange(kernel[axis], device=weight.device) * apart) % step == phase
             mask = mask * hit.reshape(-1, *(1,) * (len(kernel) - 1 - axis))
-        found.append(mask)
-    return found
+        masks.append(mask)
+    return masks
 
 
 def _spread_phases(operation: Operation, values: Tensor) -> Tensor:

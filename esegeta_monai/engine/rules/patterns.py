@@ -96,17 +96,17 @@ class PatternFit:
         """
         rules = _Patterns("signal", None)
         run = Run(forward, x, rules, compare=compare)
-        found: list[PatternSums | None] = []
+        batch_sums: list[PatternSums | None] = []
         for neuron in _linked(run, rules.neurons):
-            found.append(None if neuron is None else PatternSums(neuron.operation, neuron.operands, neuron.regime))
+            batch_sums.append(None if neuron is None else PatternSums(neuron.operation, neuron.operands, neuron.regime))
         if not self._sums:
-            self._sums = found
+            self._sums = batch_sums
             return
-        if [s and s.key for s in found] != [s and s.key for s in self._sums]:
+        if [s and s.key for s in batch_sums] != [s and s.key for s in self._sums]:
             raise MethodError("the network runs other operations on this window than on the first: no patterns for it")
-        for mine, new in zip(self._sums, found):
-            if mine is not None and new is not None:
-                mine.add(new)
+        for total, new in zip(self._sums, batch_sums):
+            if total is not None and new is not None:
+                total.add(new)
 
     def patterns(self) -> list[Pattern | None]:
         """Return the patterns of all operations in the order in which they run; None for those unused by the output.
@@ -163,7 +163,7 @@ class _SumRule(_NeuronRule):
         result = []
         for share, coefficient in zip(self.pattern.positive, coefficients):
             assert coefficient is not None
-            part = gradient * _along(share.to(gradient), gradient)
+            part = gradient * _align_channels(share.to(gradient), gradient)
             result.append(part / coefficient if self.way == "signal" else part)
         return tuple(result)
 
@@ -232,7 +232,7 @@ def _scale(operation: Operation, x: Tensor) -> Tensor:
     return scale.reshape(*scale.shape, *(1,) * (x.ndim - 2))
 
 
-def _along(per_channel: Tensor, like: Tensor) -> Tensor:
+def _align_channels(per_channel: Tensor, like: Tensor) -> Tensor:
     """Align values per channel (C,) with axis 1 of maps, or with the last axis of vectors and tokens."""
     return per_channel if like.ndim < 4 else per_channel.reshape(-1, *(1,) * (like.ndim - 2))
 

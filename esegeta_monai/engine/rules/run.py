@@ -53,14 +53,14 @@ class Relevance:
 
     Attributes:
         input: attribution of the input, (k, n, C, *roi).
-        booked: relevance absorbed by biases and other constants, (k, n); zero for methods without absorption.
+        absorbed: relevance absorbed by biases and other constants, (k, n); zero for methods without absorption.
         output: output of the network, (n, K, …).
         layers: attribution at the output of each requested module.
         at_baseline: output of the network for the baseline, (n, K, …); None for methods without one.
     """
 
     input: Tensor
-    booked: Tensor
+    absorbed: Tensor
     output: Tensor
     layers: Mapping[str, LayerRelevance] = field(default_factory=dict)
     at_baseline: Tensor | None = None
@@ -128,7 +128,7 @@ class Run:
                 start = self.leaf.clone()
                 with self.mode:
                     self.output = forward(self.mode.enter_input(start))
-        if not self.mode.seen(self.output):
+        if not self.mode.depends_on_input(self.output):
             raise NetworkError(
                 "the output was computed by code that the rule engine cannot see (TorchScript, a compiled "
                 "function, a custom autograd.Function); use the eager network, or a perturbation method"

@@ -82,7 +82,7 @@ def distribute_shares(operation: Operation, parts: list[Part], relevance: Tensor
     offset = 0.0 if bias is None else _along_channels(operation, bias, total)
     total = total + offset
     share = ratio(relevance, total)
-    operation.ledger.book(torch.where(share == 0, relevance, share * offset))
+    operation.ledger.absorb(torch.where(share == 0, relevance, share * offset))
     arriving = {i: torch.autograd.grad(contribution, leaf, share)[0] for i, (leaf, contribution) in pairs.items()}
     return [arriving.get(i, torch.zeros_like(part.value)) for i, part in enumerate(parts)]  # a zero part adds nothing
 
@@ -125,7 +125,7 @@ class Epsilon:
         total = z.detach() + offset
         stabiliser = self.epsilon * torch.where(total < 0, -1.0, 1.0).to(total.dtype)
         kept = gradient if self.epsilon == 0 else gradient * (total / (total + stabiliser))
-        operation.ledger.book(kept * offset + (gradient - kept) * total)
+        operation.ledger.absorb(kept * offset + (gradient - kept) * total)
         return torch.autograd.grad(z, leaf, kept)
 
 

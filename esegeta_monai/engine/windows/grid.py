@@ -132,12 +132,12 @@ class OutputGrid:
         """List the windows whose output contains a voxel of a box of the prediction's grid, or of ``mask`` (*box)."""
         if self.plan.whole:
             return [0]
-        found = []
+        windows = []
         for w in range(len(self.plan)):
             place = self.place(w)
             if overlap(place, box) and (mask is None or bool(torch.count_nonzero(mask[_relative(place, box)]))):
-                found.append(w)
-        return found
+                windows.append(w)
+        return windows
 
     def cut(self, values: Tensor, box: Slices, window: int) -> Tensor:
         """Cut values (…, *box) on the prediction's grid to the window's output (…, *out_roi); zero outside the box."""
@@ -149,8 +149,8 @@ class OutputGrid:
     def blend(self, values: Tensor, box: Slices, window: int, output: Tensor) -> None:
         """Add ``ĝ_w`` times the window's output (…, *out_roi) to values (…, *box) in place."""
         source, target = self.meet(box, window)
-        seen = output[last_axes(source)].to(values.device, values.dtype)
-        values[last_axes(target)].addcmul_(seen, self.weight(window, source).to(values.device, values.dtype))
+        part = output[last_axes(source)].to(values.device, values.dtype)
+        values[last_axes(target)].addcmul_(part, self.weight(window, source).to(values.device, values.dtype))
 
     def meet(self, box: Slices, window: int) -> tuple[Slices, Slices]:
         """Return the intersection of a box and the window's output, in coordinates of the window and of the box."""

@@ -152,10 +152,10 @@ class WindowPlan:
     @functools.cached_property
     def coverage(self) -> float:
         """Share of the volume's voxels in at least one window (always 1 for MONAI's dense windows)."""
-        seen = torch.zeros(self.spatial_shape, dtype=torch.bool)
+        covered = torch.zeros(self.spatial_shape, dtype=torch.bool)
         for w in range(len(self)):
-            seen[self.place(w)] = True
-        return int(torch.count_nonzero(seen)) / seen.numel()
+            covered[self.place(w)] = True
+        return int(torch.count_nonzero(covered)) / covered.numel()
 
 
 def last_axes(slices: Slices) -> tuple[Any, ...]:

@@ -137,9 +137,9 @@ def test_an_unknown_operation_raises_until_it_is_registered(case):
         cotangents,
         {"convolution": {"rule": "Epsilon", "epsilon": 0.0}, "dense": {"rule": "Epsilon", "epsilon": 0.0}},
     )
-    expected = weight * (torch.sinc(x) - 1)  # sinc(0) = 1 is booked, and so is the bias
+    expected = weight * (torch.sinc(x) - 1)  # sinc(0) = 1 is absorbed, and so is the bias
     assert (relevance.input[0] - expected).abs().max() <= 1e-10 * expected.abs().max()
-    assert (relevance.booked[0] - weight.sum() - bias).abs().max() <= 1e-10
+    assert (relevance.absorbed[0] - weight.sum() - bias).abs().max() <= 1e-10
 
 
 def test_every_spelling_of_the_operation_is_meant(case):
