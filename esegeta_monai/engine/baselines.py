@@ -242,8 +242,8 @@ class Auto(Baseline):
         return self.chosen.draw(objective, generator)
 
     def passes(self, objective: Objective) -> int:
-        asks = not self.local and not has_scale_free_norm(objective.model.network)
-        return 2 if asks and objective.windows and objective not in _SCALE_INVARIANT else 0
+        needs_test = not self.local and not has_scale_free_norm(objective.model.network)
+        return 2 if needs_test and objective.windows and objective not in _SCALE_INVARIANT else 0
 
     def _choose(self, objective: Objective) -> tuple[Baseline, str]:
         if self.local:

@@ -43,13 +43,13 @@ def test_gradient_equals_autograd_of_the_blended_unit(name):
     image = MetaTensor(s.image[None], affine=torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0])).double())
     world = [2.0 * i for i in place]
     targets = [LayerNeuron(s.layer, 2, index=place), LayerNeuron(s.layer, 2, world=world, name="mm"), MultiClassMask(1)]
-    found = list(Explainer(s.network, s.inferer, output=s.output)(image, [Saliency(abs=False)], targets))
-    close(found[0].map.as_tensor(), gradient[0])
-    assert found[0].record["value"] == pytest.approx(total.item(), rel=1e-10)
-    assert found[0].record["blend_deviation"] < 1e-10
-    assert found[1].label == "mm"
-    close(found[1].map.as_tensor(), gradient[0])
-    close(found[2].map.as_tensor(), explain(Saliency(abs=False), s.objective).maps[0])
+    attributions = list(Explainer(s.network, s.inferer, output=s.output)(image, [Saliency(abs=False)], targets))
+    close(attributions[0].map.as_tensor(), gradient[0])
+    assert attributions[0].record["value"] == pytest.approx(total.item(), rel=1e-10)
+    assert attributions[0].record["blend_deviation"] < 1e-10
+    assert attributions[1].label == "mm"
+    close(attributions[1].map.as_tensor(), gradient[0])
+    close(attributions[2].map.as_tensor(), explain(Saliency(abs=False), s.objective).maps[0])
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -62,27 +62,27 @@ def test_equals_captum_neuron_methods(dims):
     explainer = Explainer(network)
     target = LayerNeuron("then", 1, index=unit[1:])
 
-    def mine(method) -> Tensor:
-        (found,) = explainer(image, [method], [target])
-        return found.map.as_tensor()[None]
+    def map_of(method) -> Tensor:
+        (attribution,) = explainer(image, [method], [target])
+        return attribution.map.as_tensor()[None]
 
     layer = network.then
     gradient = captum.attr.NeuronGradient(network, layer).attribute(image.clone(), unit)
-    close(mine(Saliency(abs=False)), gradient.detach())
-    theirs = captum.attr.NeuronIntegratedGradients(network, layer).attribute(
+    close(map_of(Saliency(abs=False)), gradient.detach())
+    peer = captum.attr.NeuronIntegratedGradients(network, layer).attribute(
         image, unit, baselines=x0, n_steps=8, method="riemann_middle"
     )
-    close(mine(IntegratedGradients(x0[0], n_steps=8, method="riemann_middle")), theirs.detach())
-    theirs = captum.attr.NeuronDeepLift(network, layer).attribute(image, unit, baselines=x0)
-    close(mine(DeepLift(x0[0])), theirs.detach())
-    assert bool(mine(Occlusion(window=2, baseline=0.0)).any())
-    assert bool(mine(GradCam("act", relu=False)).any())
+    close(map_of(IntegratedGradients(x0[0], n_steps=8, method="riemann_middle")), peer.detach())
+    peer = captum.attr.NeuronDeepLift(network, layer).attribute(image, unit, baselines=x0)
+    close(map_of(DeepLift(x0[0])), peer.detach())
+    assert bool(map_of(Occlusion(window=2, baseline=0.0)).any())
+    assert bool(map_of(GradCam("act", relu=False)).any())
 
     given = {"baselines": x0, "n_steps": 8, "method": "riemann_middle"}
-    theirs = captum.attr.NeuronConductance(network, layer).attribute(image, unit, target=2, **given)
+    peer = captum.attr.NeuronConductance(network, layer).attribute(image, unit, target=2, **given)
     objective = objective_of(network, image[0], [ClassScore(2)])
     shared = {"baseline": x0[0], "n_steps": 8, "method": "riemann_middle"}
-    close(explain(NeuronConductance("then", 1, unit[1:], **shared), objective).maps, theirs.detach())
+    close(explain(NeuronConductance("then", 1, unit[1:], **shared), objective).maps, peer.detach())
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -99,8 +99,11 @@ def test_conductance_of_all_units_is_integrated_gradients(name, output):
 def test_a_vector_and_bad_input():
     network, image = plain(2)
     explainer = Explainer(network)
-    (found,) = explainer(image, [Saliency(abs=False)], [LayerNeuron("head", 1)])
-    close(found.map.as_tensor(), explain(Saliency(abs=False), objective_of(network, image[0], [ClassScore(1)])).maps[0])
+    (attribution,) = explainer(image, [Saliency(abs=False)], [LayerNeuron("head", 1)])
+    close(
+        attribution.map.as_tensor(),
+        explain(Saliency(abs=False), objective_of(network, image[0], [ClassScore(1)])).maps[0],
+    )
     for target, error, text in (
         (LayerNeuron("head", 1, index=(1, 1)), TargetError, "vector"),
         (LayerNeuron("act", 1), TargetError, r"LayerNeuron: layer 'act' has positions: give world"),

@@ -46,8 +46,8 @@ def test_captum_on_the_wrapper_equals_our_methods(inferer, output, captum_in_flo
         with frozen(net):
             maps = run(method, o).maps
         for column in range(2):
-            theirs = captum[name](image[None].clone(), target=column)[0]
-            assert_equal(maps[column], theirs.detach())
+            peer = captum[name](image[None].clone(), target=column)[0]
+            assert_equal(maps[column], peer.detach())
 
 
 def test_columns_are_the_scores():
@@ -106,7 +106,7 @@ def test_softmax_inside_and_several_outputs_under_monais_sliding_window(name):
     inferer = SlidingWindowInferer((16, 16), 2, 0.25, "gaussian")
     target = Box(1, (0, 0), (20, 18))
     wrapper = TargetWrapper(case.network, target, inferer, output=case.output).freeze(image[None])
-    theirs = CaptumSaliency(wrapper).attribute(image[None].clone(), target=0, abs=False)[0]
+    peer = CaptumSaliency(wrapper).attribute(image[None].clone(), target=0, abs=False)[0]
 
     class Selected(nn.Module):
         def __init__(self) -> None:
@@ -118,7 +118,7 @@ def test_softmax_inside_and_several_outputs_under_monais_sliding_window(name):
 
     o, _ = objective(Selected(), image, inferer, [target])
     with frozen(o.model.network):
-        assert_equal(run(Saliency(abs=False), o).maps[0], theirs)
+        assert_equal(run(Saliency(abs=False), o).maps[0], peer)
 
 
 def test_softmax_inside_without_a_copy_is_the_trap_that_the_wrapper_avoids():

@@ -63,21 +63,21 @@ def by(objective: Objective, ranks: Ranks) -> Objective:
 
 
 def every_method(network: str, output: str) -> None:
-    found = setting(network, target=MultiClassMask(1, output=output))
+    prepared = setting(network, target=MultiClassMask(1, output=output))
     ranks, differences = Ranks.current(), {}
     for cls in METHODS:
         if cls.__name__ in NEED_MORE or (cls.needs_linear and output != "logit"):
             continue
         method = small(cls)
-        together, alone = by(found.objective, ranks), by(found.objective, Ranks())
-        with frozen(found.network):
-            mine, theirs = run(method, alone), run(method, together)
-        scale = mine.maps.abs().max()
+        together, alone = by(prepared.objective, ranks), by(prepared.objective, Ranks())
+        with frozen(prepared.network):
+            single, shared = run(method, alone), run(method, together)
+        scale = single.maps.abs().max()
         assert scale > 0, cls
-        differences[cls.__name__] = float((mine.maps - theirs.maps).abs().max() / scale)
+        differences[cls.__name__] = float((single.maps - shared.maps).abs().max() / scale)
         for key in ("completeness_gap", "sum_in_padding", "share_through_layer", "booked", "baseline_value"):
-            if key in mine.notes:
-                assert [mine.note(0)[key]] == pytest.approx([theirs.note(0)[key]], rel=1e-6, abs=1e-9), (cls, key)
+            if key in single.notes:
+                assert [single.note(0)[key]] == pytest.approx([shared.note(0)[key]], rel=1e-6, abs=1e-9), (cls, key)
         passes = ranks.gather(together.monitor.passes)
         if ranks.rank == 0:
             print(cls.__name__, alone.monitor.passes, passes, differences[cls.__name__])
@@ -281,13 +281,13 @@ def test_ranks_decide_alike_how_precisely():
 def one_box(m: int) -> None:
     """More ranks than windows, and perturbations that share windows."""
     ranks = Ranks.current()
-    found = setting("DenseNet121").objective
-    assert len(found.windows) == 1
+    objective = setting("DenseNet121").objective
+    assert len(objective.windows) == 1
     boxes = Boxes([[i, i] for i in range(m)], [[i + 4, i + 4] for i in range(m)])
-    with frozen(found.model.network):
-        mine, theirs = score_changes(by(found, Ranks()), boxes), score_changes(by(found, ranks), boxes)
-    assert bool(mine.any())
-    assert float((mine - theirs).abs().max() / mine.abs().max()) <= 1e-10
+    with frozen(objective.model.network):
+        single, shared = score_changes(by(objective, Ranks()), boxes), score_changes(by(objective, ranks), boxes)
+    assert bool(single.any())
+    assert float((single - shared).abs().max() / single.abs().max()) <= 1e-10
 
 
 @pytest.mark.slow

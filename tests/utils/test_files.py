@@ -171,12 +171,12 @@ def test_sha256(tmp_path: Path) -> None:
 
 
 def test_versions_name_packages_but_neither_machine_nor_user() -> None:
-    found = versions()
-    assert found["torch"] == torch.__version__
-    assert found["numpy"] == np.__version__
-    assert found["python"] == platform.python_version()
-    assert {"esegeta_monai", "monai", "captum", "nibabel", "platform"} <= found.keys()
-    text = " ".join(found.values())
+    installed = versions()
+    assert installed["torch"] == torch.__version__
+    assert installed["numpy"] == np.__version__
+    assert installed["python"] == platform.python_version()
+    assert {"esegeta_monai", "monai", "captum", "nibabel", "platform"} <= installed.keys()
+    text = " ".join(installed.values())
     assert platform.node() not in text
     assert getpass.getuser() not in text.split()
 

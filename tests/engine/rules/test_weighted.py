@@ -148,7 +148,7 @@ def test_equals_captum_on_a_plain_relu_network(rule):
     x = torch.rand(1, 1, 14, 14, dtype=torch.float64)
     with torch.no_grad():  # a positive logit: for a negative one Captum's gamma still favours positive contributions
         network[-1].weight[1] *= network(x)[0, 1].sign()
-    theirs, ours = {
+    peer_rule, rule_under_test = {
         "epsilon": (lambda: lrp_rules.EpsilonRule(1e-3), Epsilon(1e-3)),
         "alpha1_beta0": (lambda: lrp_rules.Alpha1_Beta0_Rule(), ZPlus()),
         "gamma": (lambda: lrp_rules.GammaRule(0.25), Gamma(0.25)),
@@ -156,10 +156,10 @@ def test_equals_captum_on_a_plain_relu_network(rule):
     cotangents = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64).view(1, 1, 3, 1, 1)
     for layer in network:
         if isinstance(layer, nn.Conv2d):
-            layer.rule = theirs()
+            layer.rule = peer_rule()
         if isinstance(layer, nn.MaxPool2d):
             layer.rule = lrp_rules.EpsilonRule()
-    result = lrp(network, x, cotangents, Composite(ours, ours)).input[0]
+    result = lrp(network, x, cotangents, Composite(rule_under_test, rule_under_test)).input[0]
     expected = captum.attr.LRP(network).attribute(x, target=(1, 0, 0)).detach()
     assert relative(result, expected) < 1e-6  # Captum's own stabiliser of 1e-9 stands in every denominator
 

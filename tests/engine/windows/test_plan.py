@@ -211,11 +211,15 @@ def test_rescaled_output_off_the_voxels_is_refused():
 def test_resized_is_the_plan_of_the_same_inferer(shape, overlap):
     inferer = SlidingWindowInferer((8, 10), 2, overlap, "gaussian", padding_mode="replicate")
     whole, expected = plan_windows(inferer, (20, 30)), plan_windows(inferer, shape)
-    found = whole.resized(shape)
-    assert (found.slices, found.pads, found.spatial_shape) == (expected.slices, expected.pads, expected.spatial_shape)
+    smaller = whole.resized(shape)
+    assert (smaller.slices, smaller.pads, smaller.spatial_shape) == (
+        expected.slices,
+        expected.pads,
+        expected.spatial_shape,
+    )
     volume = torch.rand(2, *shape)
-    for window in range(len(found)):
-        assert torch.equal(found.cut(volume, window), expected.cut(volume, window))
+    for window in range(len(smaller)):
+        assert torch.equal(smaller.cut(volume, window), expected.cut(volume, window))
 
 
 def test_single_is_one_window_with_its_padding():
@@ -301,9 +305,11 @@ def test_the_gradient_through_a_patch_inferer_is_autograds(shape):
     (expected,) = torch.autograd.grad(prediction[0, 1][prediction[0].argmax(0) == 1].sum(), image)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        (found,) = Explainer(network, inferer)(image.detach(), [Saliency(abs=False)], [MultiClassMask(1)])
-    torch.testing.assert_close(found.map.as_tensor(), expected[0], rtol=0, atol=1e-10 * float(expected.abs().max()))
-    assert found.record["blend_deviation"] < 1e-10
+        (attribution,) = Explainer(network, inferer)(image.detach(), [Saliency(abs=False)], [MultiClassMask(1)])
+    torch.testing.assert_close(
+        attribution.map.as_tensor(), expected[0], rtol=0, atol=1e-10 * float(expected.abs().max())
+    )
+    assert attribution.record["blend_deviation"] < 1e-10
 
 
 def test_weights_that_are_kept_are_those_of_their_window_and_serve_in_a_graph():
