@@ -103,7 +103,7 @@ class Ranks:
 
     @contextmanager
     def summed(self, sums: Sequence[Tensor | Summed]) -> Iterator[None]:
-        """Sum the additions to tensors in the block over the ranks when it ends, in place.
+        """Sum the additions to tensors, of any shape, over the ranks when the block ends, in place.
 
         Their values before the block count once. An error of one rank is raised on all, so that none waits for it.
 

@@ -32,7 +32,7 @@ __all__ = [
 
 
 def write_count(tensor: Tensor) -> int:
-    """Return how often a tensor's memory has been written to in place; autograd counts it in ``_version``.
+    """Return how often the memory of a tensor, of any shape, has been written to in place (``_version``).
 
     Raises:
         RuntimeError: the tensor was made in inference mode, which does not count.

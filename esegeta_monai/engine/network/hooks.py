@@ -79,7 +79,7 @@ class LayerCall:
     counts: Sequence[int]
 
     def returns_argument(self, value: Tensor) -> bool:
-        """Return True if ``value`` is one of the arguments, neither computed anew nor written to in place."""
+        """Return True if ``value``, of any shape, is one of the arguments and has not been written to in place."""
         return any(value is a and now == then for a, now, then in zip(self.args, _counts(self.args), self.counts))
 
 
@@ -109,7 +109,7 @@ def on_output(layers: Mapping[str, nn.Module], hook: Callable[[LayerCall], Any])
 
 
 def first_tensor(layer: str, output: Any) -> Tensor:
-    """Return a layer's output, or the first of several outputs.
+    """Return a layer's output, of any shape, or the first of several outputs.
 
     Raises:
         NetworkError: it is no tensor.
@@ -121,7 +121,7 @@ def first_tensor(layer: str, output: Any) -> Tensor:
 
 
 def with_first(output: Any, value: Tensor) -> Any:
-    """Return a layer's output with ``value`` in place of its `first_tensor`."""
+    """Return a layer's output with ``value``, of any shape, in place of its `first_tensor`."""
     if not isinstance(output, (tuple, list)):
         return value
     items = [value, *output[1:]]
@@ -129,7 +129,7 @@ def with_first(output: Any, value: Tensor) -> Any:
 
 
 def check_rows(layer: str, value: Tensor, windows: int) -> None:
-    """Check that the first axis of a layer's output has one row per window.
+    """Check that a layer's output (n, …) has one row per window.
 
     Raises:
         NetworkError: it has another length.

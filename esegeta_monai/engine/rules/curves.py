@@ -38,7 +38,10 @@ def _curve_of(tensor: Tensor) -> _Curve | None:
 
 
 def store_function(operation: Operation, operands: tuple[Tensor, ...], result: Any) -> None:
-    """Store the start and the composed function on the result of an elementwise operation."""
+    """Store the start and the composed function on the result of an elementwise operation.
+
+    Results of other operations, or of another shape than the operand, are left without.
+    """
     if not isinstance(result, Tensor):
         return
     if hasattr(result, _CURVE):
@@ -67,7 +70,9 @@ def _after(first: Callable[[Tensor], Tensor], second: Callable[..., Any]) -> Cal
 def join_functions(operation: Operation, operands: tuple[Tensor, ...]) -> tuple[Operation, tuple[Tensor, ...]]:
     """Join the product, maximum or minimum of two functions of one tensor into one function of it.
 
-    Any other operation is returned unchanged.
+    Returns:
+        The joined operation and the tensor, of the shape of the operands; any other operation and its operands
+        unchanged.
     """
     product = operation.name == "mul" and operation.kind is Kind.PRODUCT
     if not (product or (operation.name in _EXTREMES and len(operands) == 2)) or operation.in_place:

@@ -21,7 +21,7 @@ __all__ = ["decompose", "standardised"]
 
 
 def decompose(operation: Operation, operands: tuple[Tensor, ...]) -> Any:
-    """Compute the result of an operation on its operands from its parts.
+    """Compute the result of an operation from its parts, on operands of the original shapes.
 
     Raises:
         RuleError: the operation has no decomposition.

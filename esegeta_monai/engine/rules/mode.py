@@ -93,7 +93,7 @@ class RelevanceLedger:
     direct: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def absorb(self, amount: Tensor) -> None:
-        """Add the sum of ``amount`` to the absorbed relevance."""
+        """Add the sum of ``amount``, of any shape, to the absorbed relevance."""
         self.absorbed = self.absorbed + amount.sum()
 
     def clear(self) -> None:
@@ -181,7 +181,7 @@ class RuleMode(TorchFunctionMode):
     # -- marks: which tensors depend on the input, and by which path ------------------------------------------------
 
     def enter_input(self, x: Tensor) -> Tensor:
-        """Mark ``x`` as the input and return it; the rules act on everything computed from it."""
+        """Mark ``x``, of any shape, as the input and return it; the rules act on everything computed from it."""
         self._mark(x, reads_input=True)
         return x
 
@@ -201,7 +201,7 @@ class RuleMode(TorchFunctionMode):
         return mark if mark is not None and mark[0] is self._token else None
 
     def depends_on_input(self, tensor: Tensor) -> bool:
-        """Return True if ``tensor`` depends on the input and the mode intercepted every operation on the path."""
+        """Return True if a tensor, of any shape, depends on the input by operations that the mode intercepted."""
         mark = self._mark_of(tensor)
         return mark is not None and mark[1] is not _CUT and (mark[1] is tensor.grad_fn)
 

@@ -229,7 +229,10 @@ class Operation:
     kind: Kind = field(init=False)
 
     def function(self, *operands: Tensor) -> Any:
-        """Compute the plain operation, never in place: the values that the network would have computed."""
+        """Compute the plain operation on operands of the original shapes, never in place.
+
+        The result has the values and the shape of the original call.
+        """
         args, kwargs = _fill(self.args, operands), _fill(self.kwargs, operands)
         if not self.in_place:
             return self.func(*args, **kwargs)
@@ -256,7 +259,7 @@ class Operation:
         return self.arguments.get(name, default)
 
     def filled(self, operands: tuple[Tensor, ...]) -> dict[str, Any]:
-        """Return :attr:`arguments` with the operands in place of their slots."""
+        """Return :attr:`arguments` with the operands, of the original shapes, in place of their slots."""
         filled: dict[str, Any] = _fill(self.arguments, operands)
         return filled
 

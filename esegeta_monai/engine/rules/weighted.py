@@ -50,7 +50,7 @@ class Part:
     weight: Tensor
 
     def contributions(self, operation: Operation) -> tuple[Tensor, Tensor]:
-        """Return the value as a leaf and its contribution to each output, connected by a graph."""
+        """Return the value as a leaf and its contributions, of the shape of the output, connected by a graph."""
         with torch.enable_grad():
             leaf = self.value.detach().requires_grad_()
             return leaf, apply_weights(operation, leaf, self.weight)
