@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import monai.inferers.utils
@@ -18,6 +18,7 @@ __all__ = [
     "backward_hooks",
     "compiled_original",
     "is_view",
+    "own_buffers",
     "postprocessing_of",
     "replace_backward_hooks",
     "scan_interval",
@@ -54,6 +55,14 @@ def compiled_original(module: nn.Module) -> nn.Module | None:
     """Return the module inside the result of ``torch.compile`` (``_orig_mod``), or None for any other module."""
     original = getattr(module, "_orig_mod", None)
     return original if isinstance(original, nn.Module) else None
+
+
+def own_buffers(module: nn.Module) -> MutableMapping[str, Tensor | None]:
+    """Return the mapping in which a module stores its own buffers, of any shape (``_buffers``).
+
+    Writing to it restores a buffer even where the module has deleted or overwritten the attribute.
+    """
+    return module._buffers
 
 
 def backward_hooks(module: nn.Module) -> dict[str, Any]:

@@ -59,6 +59,16 @@ def test_the_module_inside_a_compiled_one():
         assert upstream.compiled_original(module) is None
 
 
+def test_a_deleted_buffer_is_put_back():
+    with of("torch"):
+        module = nn.BatchNorm1d(2)
+        buffers = dict(upstream.own_buffers(module))
+        assert list(buffers) == ["running_mean", "running_var", "num_batches_tracked"]
+        del module.running_mean
+        upstream.own_buffers(module)["running_mean"] = buffers["running_mean"]
+        assert module.state_dict()["running_mean"].equal(torch.zeros(2))
+
+
 def test_backward_hooks_are_taken_off_and_put_back():
     with of("torch"):
         module, calls = nn.Linear(1, 1), []

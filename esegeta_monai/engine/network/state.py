@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.utils.upstream import backward_hooks, compiled_original, replace_backward_hooks
+from esegeta_monai.utils.upstream import backward_hooks, compiled_original, own_buffers, replace_backward_hooks
 
 __all__ = ["frozen", "own_modes", "unwrap", "weights_hash"]
 
@@ -57,7 +57,8 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
     buffers = [
         (module, name, buffer, buffer.requires_grad)
         for module in network.modules()
-        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, buffer in own_buffers(module).items()
+        if buffer is not None
     ]
     values = {id(b): b.detach().clone() for _, _, b, _ in buffers}
     hooks = [(module, backward_hooks(module)) for module in network.modules()]
@@ -77,7 +78,7 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
             p.requires_grad_(flag)
         for module, name, buffer, flag in buffers:
             if not isinstance(module, torch.jit.ScriptModule):  # its buffers cannot be replaced
-                setattr(module, name, buffer)
+                own_buffers(module)[name] = buffer
             if not torch.equal(buffer, values[id(buffer)]):
                 with torch.no_grad():
                     buffer.copy_(values[id(buffer)])
