@@ -1,4 +1,4 @@
-"""Targets that are a place: a reference region, a component, a voxel, a box, an error, a regression output."""
+"""Targets of a region: a reference region, a component, a voxel, a box, an error, a regression output."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class LabelMask(Target):
 
     Args:
         mask: a NIfTI file, a key of the data dictionary, or a tensor (*spatial) or (1, *spatial). A file or a
-            MetaTensor with another affine is moved to the network's grid by nearest neighbour.
-        label: the value of the mask that counts; None: every value above zero.
-        class_index: the class whose output is summed, by number or name; None: ``label``.
+            MetaTensor with another affine is resampled to the network's grid by nearest neighbour.
+        label: the value of the region in the mask; None: every value above zero.
+        class_index: number or name of the class whose output is summed; None: ``label``.
         output, activation, reduction: see `Target`.
 
     >>> target = LabelMask(torch.tensor([[0, 1, 1]]), class_index=0)
@@ -42,16 +42,16 @@ class LabelMask(Target):
     reduction: Reduction = "sum"
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score.
+        """Return one score; ``prediction`` is (K, *spatial).
 
         Raises:
-            TargetError: no such class, key or file; a mask on another grid whose place in the world is unknown.
+            TargetError: no such class, key or file, or a mask on another grid without an affine.
         """
         need_map(prediction, self)
         labels = label_on_grid(self.mask, prediction, case)
         which = self.label if self.class_index is None else self.class_index
         if which is None:
-            raise TargetError("LabelMask needs class_index (the output that is summed) where no label is given")
+            raise TargetError("LabelMask needs class_index (the output that is summed) if no label is given")
         chosen = labels > 0 if self.label is None else labels == self.label
         return [masked_score(self, chosen, which, prediction, case)]
 
@@ -62,10 +62,10 @@ class Component(Target):
     Voxels that touch at faces, edges or corners are connected.
 
     Args:
-        class_index: a number or name.
+        class_index: number or name of the class.
         which: ``"largest"``, k for the k-th largest (1 is the largest), or a world coordinate (RAS mm): the component
-            that holds it, else the one nearest to it within ``max_distance``.
-        max_distance: mm.
+            that contains it, else the nearest one within ``max_distance``.
+        max_distance: largest distance of the component from the coordinate, in mm.
         output, activation, reduction: see `Target`.
     """
 
@@ -77,10 +77,10 @@ class Component(Target):
     reduction: Reduction = "sum"
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score; empty where the class has no such component.
+        """Return one score, empty if the class has no such component; ``prediction`` is (K, *spatial).
 
         Raises:
-            TargetError: no such class, a malformed ``which``, or a coordinate where the grid has no affine.
+            TargetError: no such class, an invalid ``which``, or a coordinate although the grid has no affine.
         """
         from scipy import ndimage
 
@@ -118,8 +118,8 @@ class Voxel(Target):
     """One voxel: ``s(P) = φ(P)(c, v)``, at a world coordinate or an index of the network's grid.
 
     Args:
-        class_index: a number or name, or ``"predicted"``: the class given to that voxel.
-        world: RAS mm; the nearest voxel is taken.
+        class_index: number or name of the class, or ``"predicted"``: the class predicted at that voxel.
+        world: position in RAS mm, rounded to the nearest voxel.
         index: voxel index on the network's grid.
         output, activation: see `Target`.
     """
@@ -131,10 +131,10 @@ class Voxel(Target):
     activation: Activation = "auto"
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score.
+        """Return one score; ``prediction`` is (K, *spatial).
 
         Raises:
-            TargetError: neither or both of world and index, or a place outside the prediction.
+            TargetError: neither or both of world and index, or a voxel outside the prediction.
         """
         need_map(prediction, self)
         shape = prediction.shape[1:]
@@ -147,7 +147,7 @@ class Voxel(Target):
             affine = _affine(case, len(self.world), "Voxel(world=…)")
             place = np.rint(np.linalg.solve(affine, [*self.world, 1.0])[:-1]).astype(int).tolist()
         if len(place) != len(shape) or any(not 0 <= p < n for p, n in zip(place, shape)):
-            raise TargetError(f"the voxel {place} lies outside the prediction {tuple(shape)}")
+            raise TargetError(f"the voxel {place} is outside the prediction {tuple(shape)}")
         mask = torch.zeros(shape, dtype=torch.bool, device=prediction.device)
         mask[tuple(place)] = True
         which = self.class_index
@@ -160,10 +160,10 @@ class Box(Target):
     """A box of voxels: ``s(P) = Σ_{v in box} φ(P)(c, v)``.
 
     Args:
-        class_index: a number or name.
+        class_index: number or name of the class.
         start, stop: corners, ``stop`` excluded; voxel indices of the network's grid, or RAS mm with ``world=True``
-            (then the smallest voxel box round both corners).
-        world: whether the corners are world coordinates.
+            (then the smallest voxel box around both corners).
+        world: True: the corners are world coordinates.
         output, activation, reduction: see `Target`.
     """
 
@@ -176,10 +176,10 @@ class Box(Target):
     reduction: Reduction = "sum"
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score; empty where the box lies outside the prediction.
+        """Return one score, empty if the box is outside the prediction; ``prediction`` is (K, *spatial).
 
         Raises:
-            TargetError: corners of the wrong dimension, or world corners where the grid has no affine.
+            TargetError: corners of the wrong dimension, or world corners although the grid has no affine.
         """
         need_map(prediction, self)
         shape = prediction.shape[1:]
@@ -197,12 +197,12 @@ class Box(Target):
 
 
 class Errors(Target):
-    """Where the prediction is wrong against a label: ``s(P) = Σ_{v wrong} φ(P)(c, v)``.
+    """The voxels where the prediction differs from a label: ``s(P) = Σ_{v wrong} φ(P)(c, v)``.
 
     Args:
-        label: a file, a key of the data dictionary, or a tensor, with the class numbers of the network.
+        label: a file, a key of the data dictionary, or a tensor (*spatial), with the class numbers of the network.
         kind: ``"false_positive"`` (class predicted, label differs) or ``"false_negative"`` (label, not predicted).
-        class_index: a number or name.
+        class_index: number or name of the class.
         output, activation, reduction: see `Target`.
     """
 
@@ -214,10 +214,10 @@ class Errors(Target):
     reduction: Reduction = "sum"
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score; empty where the prediction makes no such error.
+        """Return one score, empty if the prediction has no such error; ``prediction`` is (K, *spatial).
 
         Raises:
-            TargetError: an unknown class or label.
+            TargetError: unknown class or label.
         """
         need_map(prediction, self)
         index, _ = resolve_class(self.class_index, prediction.shape[0], case.class_names)
@@ -229,18 +229,18 @@ class Errors(Target):
 
 
 class OutputValue(Target):
-    """A regression output against a reference value: ``s(P) = P(c) − r``, averaged over voxels where there are any.
+    """A regression output minus a reference value: ``s(P) = P(c) − r``, averaged over the voxels, if any.
 
     Args:
-        channel: the output, by number or name.
-        reference: the value r, in the units of the output; it moves F, never the map.
+        channel: number or name of the output.
+        reference: the value r, in the units of the output; it shifts F and has no effect on the map.
     """
 
     channel: int | str = 0
     reference: float = 0.0
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score.
+        """Return one score; ``prediction`` is (K, *spatial), or (K,).
 
         Raises:
             TargetError: the network has no such output.

@@ -315,7 +315,7 @@ def test_an_installed_package_announces_its_own(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.syspath_prepend(str(site))
     for registry in (METHODS, TARGETS, METRICS):  # as in a process that has not looked yet
-        monkeypatch.setattr(registry, "_others_loaded", False)
+        monkeypatch.setattr(registry, "_entry_points_loaded", False)
     assert run("methods", "--json") == 0
     assert "SteepGradient" in {entry["name"] for entry in json.loads(capsys.readouterr().out)}
     assert run("targets", "--json") == 0

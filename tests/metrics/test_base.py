@@ -9,8 +9,9 @@ from scipy import stats
 
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.metrics import METRICS, MetricInput, MetricResult, PointingGame, RelevanceMass, better
-from esegeta_monai.metrics.base import bootstrap, magnitude, mean_interval, wilson
+from esegeta_monai.metrics.base import bootstrap, magnitude, mean_interval, summarise, wilson
 from esegeta_monai.utils.registry import json_ready
+from tests.support.networks import small
 from tests.support.objectives import Naive
 from tests.support.tensors import noise
 
@@ -45,7 +46,7 @@ def test_wrong_parameters_are_refused_before_anything_is_computed(text):
         ({"body": torch.zeros(3, 4)}, "body mask has shape"),
         ({"spacing": (1.0, 1.0, 1.0)}, "does not fit"),
         ({"spacing": (1.0, 0.0)}, "does not fit"),
-        ({"objective": Naive(small(), image_of(1, 8, 12)).objective}, "the image"),
+        ({"objective": Naive(small(), noise(1, 8, 12)).objective}, "the image"),
     ],
 )
 def test_subjects_that_do_not_fit_are_refused(more, text):

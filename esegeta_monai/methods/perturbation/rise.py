@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import baseline_for
-from esegeta_monai.engine.feature_masks import one_an_axis
+from esegeta_monai.engine.feature_masks import per_axis
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.game import split_half
 from esegeta_monai.engine.perturbation.masks import SmoothMasks
@@ -81,7 +81,7 @@ class Rise(PerturbationMethod):
     def masks(self, objective: Objective, reference: Tensor) -> SmoothMasks:
         """The random masks of this case: a grid, stretched over the image and one cell more, so that it can move."""
         shape = objective.plan.spatial_shape
-        cells = one_an_axis(self.grid, len(shape), "Rise(grid=…)")
+        cells = per_axis(self.grid, len(shape), "Rise(grid=…)")
         sides = [math.ceil(n / g) for n, g in zip(shape, cells)]
         generator = objective.generator()
         grids = (torch.rand(self.n_masks, *cells, generator=generator) < self.p).to("cpu", objective.image.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import Baseline, baseline_for
-from esegeta_monai.engine.feature_masks import one_an_axis
+from esegeta_monai.engine.feature_masks import per_axis
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.game import TABLE_BYTES, split_half
 from esegeta_monai.engine.perturbation.masks import SmoothMasks
@@ -50,7 +50,7 @@ class _MaskSensitivity(PerturbationMethod):
     def cells(self, objective: Objective) -> tuple[int, ...]:
         """Cells an axis, at most one a voxel."""
         shape = objective.plan.spatial_shape
-        return tuple(min(g, n) for g, n in zip(one_an_axis(self.grid, len(shape), "grid=…"), shape))
+        return tuple(min(g, n) for g, n in zip(per_axis(self.grid, len(shape), "grid=…"), shape))
 
     def design(self, objective: Objective) -> Tensor:
         """The masks (m, cells) in [0, 1]."""

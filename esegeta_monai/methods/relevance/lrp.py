@@ -36,7 +36,7 @@ class _Relevance(Method):
         def of(batch: Batch) -> torch.Tensor:
             cotangents = batch.stacked_cotangents()
             relevance = self._relevance(objective, batch, cotangents)
-            booked.add_(relevance.booked.sum(1, dtype=torch.float64).cpu())
+            booked.add_(relevance.absorbed.sum(1, dtype=torch.float64).cpu())
             total.add_(self._expected(batch, cotangents, relevance).cpu())
             return relevance.input
 

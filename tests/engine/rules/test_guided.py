@@ -119,10 +119,10 @@ def test_each_activation_equals_its_jacobian(name, method):
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [(guided, captum.attr.GuidedBackprop), (deconvolution, captum.attr.Deconvolution)]
+    ("method", "peer"), [(guided, captum.attr.GuidedBackprop), (deconvolution, captum.attr.Deconvolution)]
 )
 @pytest.mark.filterwarnings("ignore:Setting backward hooks")
-def test_equals_captum_on_plain_relu_networks(dims, ours, theirs):
+def test_equals_captum_on_plain_relu_networks(dims, method, peer):
     torch.manual_seed(dims)
     conv, pool = (nn.Conv2d, nn.MaxPool2d) if dims == 2 else (nn.Conv3d, nn.MaxPool3d)
     network = nn.Sequential(
@@ -132,8 +132,8 @@ def test_equals_captum_on_plain_relu_networks(dims, ours, theirs):
     x = torch.randn(2, 2, *(10,) * dims, dtype=torch.float64)
     cotangents = torch.zeros(1, 2, 3, dtype=torch.float64)
     cotangents[..., 1] = 1
-    result = ours(network, x, cotangents).input[0]
-    assert relative(result, theirs(network).attribute(x, target=1)) < 1e-12
+    result = method(network, x, cotangents).input[0]
+    assert relative(result, peer(network).attribute(x, target=1)) < 1e-12
 
 
 @pytest.mark.parametrize("dims", [2, 3])
