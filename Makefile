@@ -1,8 +1,8 @@
-# Everything happens in a virtual environment inside the checkout; only Python >= 3.10, pip and make are needed.
-#   make demo        explain the segmentation bundle on the MNI152 template and say where the report lies
-#   make test        the fast tests        make test-slow    the slow ones
-#   make lint types  ruff and mypy         make wheel        the wheel, into dist/
-# Choose another interpreter with `make PYTHON=python3.12 test`, a mirror or a CUDA index with pip's own settings
+# All targets use a virtual environment inside the checkout; they need only Python >= 3.10, pip and make.
+#   make demo        explain the segmentation bundle on the MNI152 template and print the path of the report
+#   make test        run the fast tests    make test-slow    run the slow tests
+#   make lint types  run ruff and mypy     make wheel        build the wheel in dist/
+# Choose another interpreter with `make PYTHON=python3.12 test`, and a mirror or a CUDA index with pip's own settings
 # (PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS).
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY := $(VENV)/.ready
 PEERS := .venv-peers
-# Two test processes on two cores: more threads than cores make torch slower, not faster.
+# Two test processes with one thread each: more threads than cores make torch slower.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
 .PHONY: help setup demo test test-slow test-peers compatibility lint types wheel clean distclean
@@ -22,8 +22,8 @@ help:
 
 setup: $(READY)
 
-# The stamp is younger than what it was made from, so a repeated call costs nothing. torch goes first and alone:
-# whatever comes later finds the pinned version in place and cannot pull another one.
+# The stamp file is newer than its prerequisites, so repeated calls cost nothing. torch is installed first and alone, so
+# that later packages find the pinned version and cannot replace it.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "esegeta-monai needs Python 3.10 or later; choose one with: make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -43,19 +43,19 @@ test: $(READY)
 test-slow: $(READY)
 	$(PYTEST) -m "slow and not peers" $(TEST_ARGS)
 
-# Oracles that need torchvision, which has no CPU-only wheel on PyPI and must not enter the main environment (6 GB).
-# torch is named exactly: a local CPU build of that version does not fit torchvision.
+# Tests against libraries that need torchvision, which has no CPU-only wheel on PyPI and must not be in the main
+# environment (6 GB). torch is pinned exactly (===), because a local CPU build of that version does not fit torchvision.
 $(PEERS)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS)/bin/python -m pip install --quiet -c constraints.txt "torch===2.13.0" "torchvision==0.28.0"
 	@$(PEERS)/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,dev,torchray]" zennit grad-cam torch-lucent
-	@$(PEERS)/bin/python -m pip install --quiet -c constraints.txt --no-deps quantus cachetools  # else a second OpenCV
+	@$(PEERS)/bin/python -m pip install --quiet -c constraints.txt --no-deps quantus cachetools  # otherwise a second OpenCV is installed
 	@touch $@
 
 test-peers: $(PEERS)/.ready
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -n 2 -m peers $(TEST_ARGS)
 
-# Measures what is missing or out of date of the table methods x networks, and writes docs/compatibility.md.
+# Measure missing or outdated cells of the table methods x networks, and write docs/compatibility.md.
 compatibility: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m tests.compatibility
 
@@ -66,7 +66,7 @@ lint: $(READY)
 types: $(READY)
 	$(VENV)/bin/mypy
 
-# Without isolation: setuptools is already here (torch needs it), so that a wheel can be built offline.
+# Without isolation a wheel can be built offline: setuptools is already installed, because torch needs it.
 wheel: $(READY)
 	$(PY) -m build --wheel --no-isolation
 

@@ -1,14 +1,15 @@
-"""Time and memory on an accelerator beside the bare passes: the BraTS bundle's SegResNet on a 240x240x160 volume.
+"""Measure time and memory on an accelerator against bare passes: the BraTS bundle's SegResNet, 240x240x160 voxels.
 
     python benchmarks/accelerator.py [--size 240 240 160] [--steps 80] [--table benchmarks/results/accelerator.md]
 
-The network is that of the Model Zoo's ``brats_mri_segmentation``: four contrasts in, three overlapping regions out. It
-is trained for a moment on spheres in noise, so that its maps are of something. It is explained in the bundle's own one
-window of the whole volume, and in windows of 128³ with gaussian blending, in float32 and under bfloat16 autocast. The
-*bare pass* is the network's forward pass, or forward and backward to the input, on one batch of such windows, after a
-pass that warms it up; the ratio is the method's seconds over its passes times the bare pass. Memory is the peak that
-tensors held on the device, the volume's included. float32 is IEEE float32, as methods have it; torch's default,
-TF32, is measured for the bare passes, with how far its gradient is from float32's.
+The network is that of the Model Zoo's ``brats_mri_segmentation``: four input contrasts, three overlapping output
+regions. It is trained briefly on spheres in noise, so that its maps have content. It is explained in the bundle's own
+window of the whole volume, and in windows of 128³ with Gaussian blending, in float32 and under bfloat16 autocast.
+
+The *bare pass* is the network's forward pass, or forward and backward to the input, on one batch of such windows, after
+a warm-up pass. The ratio is the method's seconds divided by (its passes times the bare pass). Memory is the peak of
+tensors on the device, including the volume. float32 is IEEE float32, as in methods. Bare passes are also measured with
+torch's default TF32, together with the deviation of its gradient from float32.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ from esegeta_monai.targets import ThresholdMask
 
 REGIONS = {0: "tumor core", 1: "whole tumor", 2: "enhancing tumor"}
 RADII = (0.5, 1.0, 0.3)
-"""Of the regions, in radii of the whole."""
+"""Radii of the regions relative to the whole."""
 
 WITH_GRADIENT, FORWARD = "forward and backward", "forward"
 
 
 @dataclass
 class Row:
-    """One method, in one way of cutting windows and one precision.
+    """Result of one method for one window setting and one precision.
 
     Attributes:
-        seconds: of the method; ``whole`` with hashing, checks and the target.
-        ratio: to its passes, each as long as a bare one.
-        gigabytes: peak on the device.
+        seconds: time of the method; ``whole`` includes hashing, checks and the target.
+        ratio: time relative to its number of bare passes.
+        gigabytes: peak memory on the device.
         alike: correlation with the float32 map.
     """
 
@@ -75,7 +76,7 @@ class Row:
 
 
 def scan(size: list[int], seed: int, device: str) -> tuple[Tensor, Tensor]:
-    """Four contrasts of noise with a sphere of three shells, brighter in each, and its regions."""
+    """Return four contrasts of noise (4, *size) with a sphere of three shells of rising brightness, and its regions."""
     draw = torch.Generator().manual_seed(seed)
     centre = [n * (0.35 + 0.3 * float(torch.rand(1, generator=draw))) for n in size]
     axes = torch.meshgrid(*[torch.arange(n, device=device, dtype=torch.float32) for n in size], indexing="ij")
@@ -88,7 +89,7 @@ def scan(size: list[int], seed: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def trained(device: str, steps: int, edge: int) -> nn.Module:
-    """The bundle's network after some steps on spheres."""
+    """Return the bundle's network after some training steps on spheres."""
     torch.manual_seed(0)
     network = SegResNet(
         blocks_down=(1, 2, 2, 4), blocks_up=(1, 1, 1), init_filters=16, in_channels=4, out_channels=3, dropout_prob=0.2
@@ -105,14 +106,14 @@ def trained(device: str, steps: int, edge: int) -> nn.Module:
 
 
 def waited(device: str) -> float:
-    """The clock, once the device has done all that it was given."""
+    """Return the time after all work on the device has finished."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def bare(network: nn.Module, batch: Tensor, dtype: torch.dtype | None, gradient: bool) -> Callable[[], Tensor]:
-    """One pass of a batch and nothing else: the output, or the gradient of the sum of a channel."""
+    """Return a function for one bare pass of a batch: the output, or the gradient of the sum of a channel."""
 
     def call() -> Tensor:
         with torch.autocast(batch.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
@@ -125,7 +126,7 @@ def bare(network: nn.Module, batch: Tensor, dtype: torch.dtype | None, gradient:
 
 
 def least(call: Callable[[], Any], device: str, repeats: int) -> float:
-    """Seconds, after one call that does not count."""
+    """Return the least seconds of a call, after a warm-up call."""
     call()
     times = []
     for _ in range(repeats):
@@ -136,7 +137,7 @@ def least(call: Callable[[], Any], device: str, repeats: int) -> float:
 
 
 def methods(size: list[int]) -> list[tuple[Method, str]]:
-    """What is measured, and what one of its passes is."""
+    """Return the measured methods, each with the kind of its passes."""
     occluder = max(1, max(size) // 4)
     return [
         (Saliency(), WITH_GRADIENT),
@@ -147,7 +148,7 @@ def methods(size: list[int]) -> list[tuple[Method, str]]:
 
 
 def measured(network: nn.Module, image: Tensor, roi: list[int], device: str, repeats: int) -> Iterator[Row | str]:
-    """Rows of one way of cutting windows, and lines that say what the bare passes take."""
+    """Yield the rows of one window setting, and lines with the time of the bare passes."""
     whole = roi == list(image.shape[2:])
     inferer = SlidingWindowInferer(roi, 1, 0.5, "constant" if whole else "gaussian")
     windows = "one window" if whole else "x".join(map(str, roi))
@@ -167,7 +168,7 @@ def measured(network: nn.Module, image: Tensor, roi: list[int], device: str, rep
                 single.setdefault(kind, found := call())
             alike = figure(correlation(found, single[kind]))
             yield f"| {windows} | {precision} | bare: {kind} | 1 | {loop[kind]:.3f} | | | {held:.2f} | {alike} | |"
-        if precision == "TF32":  # methods do not have it
+        if precision == "TF32":  # methods do not use it
             continue
         amp = {} if dtype is None else {"amp": True, "amp_kwargs": {"dtype": dtype}}
         for method, kind in methods(list(image.shape[2:])):
@@ -193,7 +194,7 @@ def measured(network: nn.Module, image: Tensor, roi: list[int], device: str, rep
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, nargs=3, default=[240, 240, 160])
-    parser.add_argument("--window", type=int, default=128, help="edge of a window of the second setting")
+    parser.add_argument("--window", type=int, default=128, help="window edge in the second setting")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=80, help="of training")
     parser.add_argument("--repeats", type=int, default=3, help="of a bare pass")
@@ -209,7 +210,7 @@ def main() -> None:
         f"`python benchmarks/accelerator.py` on {where}, torch {torch.__version__}: the BraTS bundle's SegResNet, "
         f"{'x'.join(map(str, args.size))}, after {args.steps} steps of training on spheres; target "
         f"{REGIONS[1]}. *Ratio*: seconds over passes times the bare pass. *Whole call*: with hashes, checks and the "
-        "target, the prediction given. *Alike*: correlation with the float32 map.",
+        "target, without the prediction. *Alike*: correlation with the float32 map.",
         "",
         "| windows | precision | method | passes | seconds | ratio | whole call | GB | alike | fallback |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -1,11 +1,11 @@
-"""Autocast against float32, every method on six networks: what the first window says, and what the whole map says.
+"""Compare autocast with float32 for every method on six networks, on the first window and on the whole map.
 
     python benchmarks/amp.py [--dtype bfloat16] [--device cpu] [--networks UNet_batch:3 …] [--seed 1] [--table FILE]
 
-Each method is computed three times for the same target: in float32, under autocast whatever comes of it, and as a user
-gets it: measured on the first window, in float32 where that correlates below 0.997. Networks are the untrained,
-calibrated ones of ``tests/networks``, on an image of three gaussian windows; the target's voxels are those of the
-float32 prediction for all three.
+Each method is computed three times for the same target: in float32, always under autocast, and as a user gets it
+(measured on the first window, and in float32 if that correlates below 0.997). Networks are the untrained, calibrated
+ones of ``tests/networks``, on an image of three Gaussian windows. For all three, the target's voxels are those of the
+float32 prediction.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "ShapleyValueSampling": {"n_samples": 4},
     "Sobol": {"n_samples": 8},
 }
-"""Parameters that keep a method affordable here."""
+"""Parameters that make methods affordable here."""
 
 
 def methods(case: NetworkCase, image: Tensor) -> Iterator[Method]:
-    """Every method of the registry; those of a layer look at the network's deep one."""
+    """Yield every method of the registry; layer methods use the network's deep layer."""
     for kind in METHODS:
         offered = {**FOR_ALL, "layer": case.cam_layer, "cases": [image.flip(-1), image.roll(7, -2)]}
         if kind.produces != "synthesised image":
@@ -69,13 +69,13 @@ def methods(case: NetworkCase, image: Tensor) -> Iterator[Method]:
 
 @dataclass
 class Row:
-    """One method on one network.
+    """Result of one method on one network.
 
     Attributes:
         first: correlation on the first window; None: not measured.
-        autocast: of the whole map, whatever the first window says.
-        saved: of the map that a user gets.
-        fallback: why it is float32's.
+        autocast: correlation of the whole map, always under autocast.
+        saved: correlation of the map that a user gets.
+        fallback: reason for float32.
     """
 
     network: str
@@ -88,12 +88,12 @@ class Row:
 
     @property
     def missed(self) -> bool:
-        """Whether a map is saved that is not float32's, though nothing said so."""
+        """True if the saved map differs from float32 although no fallback was triggered."""
         return self.fallback is None and self.saved is not None and self.saved < AGREES
 
 
 def correlation(a: Tensor, b: Tensor) -> float | None:
-    """Pearson's over all voxels; None where a map is constant."""
+    """Return Pearson's correlation over all voxels, or None if a map is constant."""
     x, y = a.flatten().double().cpu(), b.flatten().double().cpu()
     if not bool(torch.isfinite(x).all()):
         return None
@@ -103,7 +103,7 @@ def correlation(a: Tensor, b: Tensor) -> float | None:
 
 
 def objective_of(case: NetworkCase, device: str, dtype: torch.dtype) -> Objective:
-    """The middle class on an image of three windows, or the class of a classification network."""
+    """Return the objective: the middle class on an image of three windows, or the class of a classification network."""
     maps = case.kind == SEGMENTATION
     image = torch.cat([case.image, case.reference[..., : case.roi[-1] // 2]], -1) if maps else case.image
     inferer = SlidingWindowInferer(case.roi, 2, 0.5, "gaussian") if maps else SimpleInferer()
@@ -119,7 +119,7 @@ def objective_of(case: NetworkCase, device: str, dtype: torch.dtype) -> Objectiv
 
 
 def rows(name: str, device: str, dtype: torch.dtype, seed: int) -> Iterator[Row]:
-    """Every method on one network."""
+    """Yield the rows of every method on one network."""
     kind, dims = name.split(":")
     case = build(kind, int(dims), torch.float32, seed)
     objective = objective_of(case, device, dtype)
@@ -128,7 +128,7 @@ def rows(name: str, device: str, dtype: torch.dtype, seed: int) -> Iterator[Row]
         with asking(objective):
             try:
                 precise = run(method, full_precision(objective))
-            except Exception as error:  # a method that this network does not have, in float32 either
+            except Exception as error:  # a method that does not apply to this network in float32 either
                 print(f"  {method.name}: {error}", file=sys.stderr)
                 continue
             found = run(method, objective)
@@ -147,7 +147,7 @@ def rows(name: str, device: str, dtype: torch.dtype, seed: int) -> Iterator[Row]
 
 
 def forced(method: Method, objective: Objective) -> Explained | None:
-    """Under autocast, whatever comes of it; None where nothing does."""
+    """Run a method under autocast without checks; return None if it fails."""
     objective.context.precision_decided = True
     outcome = _run_side_by_side([method], objective)[0]
     objective.context.precision_decided = False
@@ -162,7 +162,7 @@ def figure(value: float | None) -> str:
 
 
 def table(found: list[Row], networks: list[str], title: str) -> Iterator[str]:
-    """Markdown."""
+    """Yield the lines of a Markdown table."""
     measured = [r for r in found if not r.alone]
     fell = [r for r in measured if r.fallback is not None]
     missed = [r for r in measured if r.missed]
@@ -170,8 +170,8 @@ def table(found: list[Row], networks: list[str], title: str) -> Iterator[str]:
     yield f"# Autocast against float32\n\n{title}\n"
     yield (
         f"{len(measured)} pairs of method and network were measured; {len(fell)} fell back to float32, "
-        f"{len(spared)} of them though the whole map would have kept {AGREES}. Of the {len(measured) - len(fell)} maps "
-        f"saved from autocast {len(missed)} correlate below {AGREES} with float32's as a whole"
+        f"{len(spared)} of them although the whole map would have kept {AGREES}. Of the {len(measured) - len(fell)} "
+        f"maps computed under autocast {len(missed)} correlate below {AGREES} with float32 as a whole"
         f"{':' if missed else '.'}\n"
     )
     for r in missed:
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
-    parser.add_argument("--seed", type=int, default=1, help="of weights and images")
+    parser.add_argument("--seed", type=int, default=1, help="seed of weights and images")
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,13 +1,13 @@
-"""Minutes and GB of every method on a stated volume: the demo's bundle on the MNI152 template, one target.
+"""Measure minutes and GB of every method on a stated volume: the demo's bundle on the MNI152 template, one target.
 
     python benchmarks/cost.py [--methods "A;B"] [--limit 120] [--again] [--work DIR] [--output FILE.md]
 
-Each method has its default parameters and a process of its own with one thread. It is run for a moment first, as
-``--dry-run`` does; where the whole would take longer than `--limit` seconds, the estimate from that moment is the row,
-marked ≈. Else the estimate stands beside what it took, so that one sees what a dry run is worth. Long methods of other
-kinds follow with fewer steps or samples (`SMALL`), run to their end whatever the limit. Finished rows are kept in
-`--work`, so that a stopped run goes on. Time is CPU time of one thread, the dry run's own clock too, so that other work
-on the machine does not count; memory is the peak above that of the process that has read the network and the scan.
+Each method has its default parameters and runs in its own process with one thread. First it runs briefly, as in
+``--dry-run``. If the whole would take longer than `--limit` seconds, the row has this estimate, marked ≈. Otherwise the
+row has the estimate and the measured time, which shows the accuracy of a dry run. Long methods of other kinds follow
+with fewer steps or samples (`SMALL`) and always run to their end. Finished rows are kept in `--work`, so that an
+interrupted run continues. Time is CPU time of one thread (also in the dry run), so that other work on the machine does
+not count. Memory is the peak above that of the process after reading the network and the scan.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-CASES = ("FeaturePermutation", "PatternAttribution", "PatternNet")  # need others: the scan itself, mirrored
+CASES = ("FeaturePermutation", "PatternAttribution", "PatternNet")  # these need other cases: the scan itself, mirrored
 SMALL = (
     "IntegratedGradients(n_steps=6)",
     "Occlusion(window=40)",
@@ -40,7 +40,7 @@ SKIPPED = {
 
 
 def one(spec: str, limit: float) -> dict[str, Any]:
-    """One row, in a process of its own."""
+    """Measure one row, in its own process."""
     from unittest import mock
 
     import torch
@@ -69,7 +69,7 @@ def one(spec: str, limit: float) -> dict[str, Any]:
     with torch.no_grad():
         prediction = reader.inferer(image[None], reader.network)
     reset_peak_memory(explainer.device)
-    before = peak_memory(explainer.device)  # what is resident now
+    before = peak_memory(explainer.device)  # resident memory now
     start = time.process_time()
     with mock.patch("esegeta_monai.explain.costs._now", cpu_time):
         (cost,) = explainer.costs(image[None], [method], [target], prediction=prediction, calibration=4.0)
@@ -106,17 +106,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         "",
         f"`python benchmarks/cost.py`: {measured[0]['network']} of the demo's bundle on the MNI152 template, {shape},",
         f"in windows of {window}, one target (grey matter), float32, one thread of an x86-64 core. Minutes are CPU",
-        "time of the explanation, the prediction given; GB is the peak above the process with network, scan and",
-        "prediction. ≈: from a dry run. Several gradient and CAM methods asked for together share their passes and",
-        "cost little more than the dearest of them. For other volumes `esegeta-monai explain --dry-run` says what your",
-        "machine would need.",
+        "time of the explanation without the prediction; GB is the peak above the process with network, scan and",
+        "prediction. ≈: from a dry run. Several gradient and CAM methods in one run share their passes and",
+        "cost little more than the costliest one. For other volumes use `esegeta-monai explain --dry-run`",
+        "on your machine.",
         "",
-        "*Foretold* is what a dry run says, from four seconds of the method's passes, or at least one batch of each",
-        f"kind of loop. Of the {len(run)} methods that were run to their end, foretold over measured lies between",
+        "*Estimate* is the result of a dry run, from four seconds of the method's passes, or one batch or more of each",
+        f"kind of loop. Of the {len(run)} methods that ran to their end, estimated over measured time is between",
         f"{min(ratios):.2f} and {max(ratios):.2f}, within a factor of two for {sum(0.5 <= r <= 2 for r in ratios)}; of",
-        f"the {len(known)} whose passes are known before, {right} had as many as foretold. A dry run takes",
+        f"the {len(known)} whose passes are known in advance, {right} had the estimated number. A dry run takes",
         f"{min(r['dry_run'] for r in measured):.0f} to {max(r['dry_run'] for r in measured):.0f} s.",
-        '"At least" stands where it did not come to the method\'s end.',
+        '"At least": the dry run did not reach the end of the method.',
         "",
         *_lines([r for r in rows if r["method"] not in SMALL]),
         "",
@@ -128,7 +128,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _lines(rows: list[dict[str, Any]]) -> list[str]:
-    lines = ["| method | window passes | minutes | foretold | GB |", "|---|---|---|---|---|"]
+    lines = ["| method | window passes | minutes | estimate | GB |", "|---|---|---|---|---|"]
     for r in sorted((r for r in rows if "passes" in r), key=lambda r: r["seconds"]):
         passes = f"{r['passes']:,}" if r["exact"] or not r["estimated"] else f"≈ {r['passes']:,}"
         least = "at least " if r["at_least"] else ""
@@ -147,7 +147,7 @@ def minutes(seconds: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="")
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds; what takes longer is estimated")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds; longer methods are estimated")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "esegeta_cost")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "cost.md")

@@ -1,13 +1,14 @@
-"""What judging maps costs: window passes of every metric against a naive computation, and an evaluation in minutes.
+"""Measure the cost of evaluation: window passes of every metric against a naive computation, and minutes.
 
     python benchmarks/evaluate.py [--table benchmarks/results/evaluate.md] [--methods ...] [--full]
 
 *Passes* are windows that go through the network. The naive computation predicts the whole image for each perturbation,
-and explains all windows each time that a metric explains anew, for each map and metric by itself. Both are counted on a
-quarter of the demo's grid with a quarter of its windows (so that there are as many, in the same places) and a network
-of one voxel; ``--count`` leaves the rest out. Then five methods and the three control maps are judged on the MNI152
-template by the tissue bundle, with every metric that has no need of a second network or several channels, for a box in
-the cerebellum; times are of this machine, whose load is said. With ``--full`` the target is the whole white matter.
+and explains all windows whenever a metric recomputes a map, separately for each map and metric. Both are counted on a
+quarter of the demo's grid with windows of a quarter of the size (the same number, at the same places) and a network
+with a receptive field of one voxel; ``--count`` stops here. Then five methods and the three control maps are evaluated
+on the MNI152 template with the tissue bundle, with every metric that needs no second network and no further channels,
+for a box in the cerebellum. Times are of this machine, whose load is stated. With ``--full`` the target is the whole
+white matter.
 """
 
 from __future__ import annotations
@@ -49,19 +50,22 @@ FIVE = ["Saliency", "InputXGradient", "GuidedBackprop", "GradCam", "LRP"]
 GRID, WINDOW, WINDOWS = (18, 22, 19), 16, 8
 WHOLE, SMALL = Box(2, (0, 0, 0), GRID), Box(2, (8, 4, 1), (11, 6, 3))
 CEREBELLUM = Box(2, (30, 14, 3), (42, 24, 13))
-#: A network's second weights, several channels: what the demo has not.
+#: Metrics that need second weights or several channels, which the demo does not have.
 LEFT_OUT = ("DataRandomisation", "ModalityImportance", "MSFI")
 
 
 class Naive:
-    """Counts what a naive computation would put through the network: all windows of the image and of each perturbation,
-    and in place of other passes (new explanations, values) as many more as there are windows that ours did not see."""
+    """Counter of the window passes of a naive computation.
+
+    It computes all windows of the image and of each perturbation. Our other passes (recomputed maps, values) are scaled
+    by the ratio of all windows to the windows that we used.
+    """
 
     def __init__(self) -> None:
         self.predictions = self.inside = self.windows = 0
 
     def passes(self, ours: int) -> int:
-        """Of a naive computation, where we needed ``ours``."""
+        """Return the passes of a naive computation, given ``ours``."""
         return self.predictions * WINDOWS + (ours - self.inside) * WINDOWS // max(self.windows, 1)
 
     @contextmanager
@@ -104,10 +108,10 @@ def metrics() -> list[Any]:
 
 
 def counted(target: Box, seen: int, method: str) -> list[list[str]]:
-    """A row a metric: passes of one map judged by it alone, naive passes, and of five maps and three controls.
+    """Return one row per metric: passes for one map, naive passes, and passes for five maps and three controls.
 
     Args:
-        seen: how many windows see the target.
+        seen: number of windows that overlap the target.
     """
     label = torch.zeros(GRID)
     label[5:8, 10:13, 10:13] = 1
@@ -138,7 +142,7 @@ def counted(target: Box, seen: int, method: str) -> list[list[str]]:
 
 
 def whole(methods: list[str], target: Box | str) -> tuple[list[list[str]], str]:
-    """The evaluation on the template: a row a group of metrics, and a sentence."""
+    """Evaluate on the template; return one row per group of metrics, and a sentence."""
     reader = BundleReader(BUNDLE, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with tempfile.TemporaryDirectory() as folder, reader.importable():
         file = importlib.import_module("scripts.anatomy").template_case(Path(folder))["image"]
@@ -178,20 +182,20 @@ def main() -> None:
     parser.add_argument("--count", action="store_true", help="count passes only")
     parser.add_argument("--full", action="store_true", help="explain the whole white matter")
     args = parser.parse_args()
-    head = ["metric", "passes of one map", "naive", "ratio", "passes a map, eight maps together"]
+    head = ["metric", "passes of one map", "naive", "ratio", "passes per map, eight maps together"]
     small, large = counted(SMALL, 2, "InputXGradient"), counted(WHOLE, WINDOWS, "InputXGradient")
     text = [
-        "# What judging maps costs",
+        "# Cost of evaluation",
         "",
-        "`python benchmarks/evaluate.py`. The demo's 8 windows; the map is `InputXGradient`'s, one pass a window.",
-        "Metrics without passes (localisation, complexity) are left out. In the last column explanations and scores",
-        "are shared between metrics and maps, as `evaluate` does it: five methods and three controls.",
+        "`python benchmarks/evaluate.py`. The demo's 8 windows; map: `InputXGradient`, one pass per window.",
+        "Metrics without passes (localisation, complexity) are left out. In the last column metrics and maps share",
+        "explanations and scores, as in `evaluate`: five methods and three controls.",
         "",
-        "## A small target, which 2 of 8 windows see",
+        "## A small target in 2 of 8 windows",
         "",
         table(head, small),
         "",
-        "## A target that all windows see",
+        "## A target in all windows",
         "",
         table(head, large),
         "",

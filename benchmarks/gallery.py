@@ -1,4 +1,4 @@
-"""Pictures of every method, in slices, on two networks: the gallery of the documentation.
+"""Draw every method on two networks, in slices: the gallery of the documentation.
 
     python benchmarks/gallery.py [--cases tissue,head] [--methods GradCam,LRP] [--cache DIR] [--output docs/images]
                                  [--only-draw]
@@ -8,8 +8,8 @@
 * head: the 3D U-Net torchio_unet3d_brain_ixi4mm on a whole head, 4 mm; target: the brain. Needs ESEGETA_SHARED_DATA.
   The scan is not defaced: slices only.
 
-Each map is kept in the cache, so that a second call goes on where the first was stopped and computes only methods that
-are new. Samples and steps are few: the pictures show what a method looks like, not how well it converges.
+Maps are cached, so that a second call continues an interrupted one and computes only missing maps. Samples and steps
+are few: the pictures show what a method looks like, not how well it converges.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.targets import MultiClassMask
 
 GRID = "grid(size=24)"
-#: Parameters that keep two cores busy for minutes, not hours; the others are the methods' own.
+#: Parameters that take minutes, not hours, on two cores; other methods have their defaults.
 PARAMETERS: dict[str, dict[str, Any]] = {
     **{name: {"n_steps": 8} for name in ("IntegratedGradients", "BlurIG", "GuidedIG", "LayerConductance")},
     **{name: {"n_steps": 4} for name in ("InternalInfluence", "LayerIntegratedGradients", "XRAI")},
@@ -58,13 +58,13 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "DeepDream": {"n_iter": 4},
     "ExtremalPerturbation": {"areas": [0.1], "n_iter": 40},
 }
-#: Methods that need cases beside the one explained: its mirror image, and itself moved by four voxels.
+#: Methods that need further cases: here the mirrored image, and the image shifted by four voxels.
 NEED_CASES = ("FeaturePermutation", "PatternNet", "PatternAttribution")
 WIDTH = 6
 
 
 def tissue(cache: Path) -> tuple[torch.nn.Module, Tensor, MultiClassMask, dict[int, str]]:
-    """The bundle's network and the middle of the template as it sees it."""
+    """Return the bundle's network and the preprocessed middle of the template."""
     reader = BundleReader(Path(__file__).parents[1] / "bundles" / "brain_tissue_segmentation")
     with reader.importable():
         from scripts.anatomy import template_case
@@ -78,7 +78,7 @@ def tissue(cache: Path) -> tuple[torch.nn.Module, Tensor, MultiClassMask, dict[i
 
 
 def head(cache: Path) -> tuple[torch.nn.Module, Tensor, MultiClassMask, dict[int, str]]:
-    """The trained U-Net and the head as it sees it."""
+    """Return the trained U-Net and the preprocessed head."""
     from tests.support import real
     from tests.test_real_head import head as read_head
 
@@ -89,7 +89,7 @@ CASES = {"tissue": tissue, "head": head}
 
 
 def method_of(cls: type[Method], image: Tensor, layer: str) -> Method:
-    """A method with the gallery's parameters."""
+    """Return a method with the gallery's parameters."""
     parameters = dict(PARAMETERS.get(cls.__name__, {}))
     if cls.__name__ in NEED_CASES:
         plain = image.as_tensor() if hasattr(image, "as_tensor") else image
@@ -100,7 +100,7 @@ def method_of(cls: type[Method], image: Tensor, layer: str) -> Method:
 
 
 def compute(name: str, wanted: list[str] | None, cache: Path) -> None:
-    """The maps of a case, one file a method; what is there already is left alone."""
+    """Compute the missing maps of a case, one file per method."""
     network, image, target, classes = CASES[name](cache)
     explainer = Explainer(network, class_names=classes, on_error="record")
     folder = cache / name
@@ -118,7 +118,7 @@ def compute(name: str, wanted: list[str] | None, cache: Path) -> None:
         values = np.zeros(0, dtype=np.float32)
         try:
             method = method_of(cls, image, layer)
-        except UsageError as error:  # it needs something that the gallery does not give
+        except UsageError as error:  # it needs inputs that the gallery does not have
             record = {"status": "failed", "reason": str(error)}
         else:
             (found,) = explainer(image[None], [method], [target])
@@ -132,7 +132,7 @@ def compute(name: str, wanted: list[str] | None, cache: Path) -> None:
 
 
 def draw(name: str, cache: Path, output: Path) -> None:
-    """One picture: an axial and a coronal slice of every method, signed maps in red and blue, others in heat."""
+    """Draw an axial and a coronal slice of every method, signed maps in red and blue, others in a heat map."""
     folder = cache / name
     case = np.load(folder / "_case.npz")
     image, mask = case["image"], case["mask"]
@@ -184,7 +184,7 @@ def draw(name: str, cache: Path, output: Path) -> None:
 
 
 def _slices(volume: np.ndarray, middle: list[int], fill: float = 0.0) -> np.ndarray:
-    """Axial and coronal slice side by side, RAS in: patient's right at the viewer's left, front and top up."""
+    """Return axial and coronal slice of a RAS volume side by side: right on the viewer's left, front and top up."""
     axial = volume[::-1, ::-1, middle[2]].T
     coronal = volume[::-1, middle[1], ::-1].T
     tall = max(len(axial), len(coronal))

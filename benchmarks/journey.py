@@ -1,12 +1,11 @@
-"""Through how many files and functions of the package one explanation goes, from `Explainer` to a written NIfTI.
+"""Count the files and functions of the package that one explanation uses, from `Explainer` to a written NIfTI.
 
     PYTHONPATH=CHECKOUT python benchmarks/journey.py [--package esegeta_monai] [--list]
 
-One Saliency and one Occlusion of a fixed volume run under `sys.setprofile`. Counted are calls of Python functions that
-the package defines: *files* that are entered, *functions* (by file and name, comprehensions and lambdas included), and
-*changes of file*: calls from a function of one file of the package into one of another, and the returns. Calls in
-between of other packages, such as torch, do not count. A run of the same kind before the measurement takes imports and
-caches out of it.
+One Saliency and one Occlusion of a fixed volume run under `sys.setprofile`. The script counts calls of Python functions
+defined by the package: *files* entered, *functions* (by file and name, including comprehensions and lambdas), and
+*changes of file*: calls from a function in one file of the package to a function in another, and the returns. Calls of
+other packages in between, such as torch, do not count. A warm-up run excludes imports and caches.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 
-WRITERS = ("output.writer", "output", "writer")  # where the writer of a run lies: the new places, then the old one
+WRITERS = ("output.writer", "output", "writer")  # modules of the writer: the new ones, then the old one
 METHODS = {"Saliency": "Saliency", "Occlusion": "Occlusion(window=8)"}
 
 
 class Journey:
-    """Counts what a profiled call enters.
+    """Counter of the files and functions that a profiled call enters.
 
     Args:
-        folder: of the package.
+        folder: folder of the package.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,7 +45,7 @@ class Journey:
         self.changes = 0
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
-        """The hook of `sys.setprofile`; a generator that goes on is a call, one that yields is a return."""
+        """Hook of `sys.setprofile`; resuming a generator is a call, yielding is a return."""
         code = frame.f_code
         if event not in ("call", "return") or not code.co_filename.startswith(self.folder):
             return
@@ -67,7 +66,7 @@ class Journey:
 
 
 def writer_of(package: str) -> Any:
-    """The class that writes results, wherever it lies."""
+    """Find the class that writes results."""
     for module in WRITERS:
         with contextlib.suppress(ImportError, AttributeError):
             return importlib.import_module(f"{package}.{module}").ResultWriter
@@ -75,7 +74,7 @@ def writer_of(package: str) -> Any:
 
 
 def explain(package: str, text: str, folder: str) -> None:
-    """One method for one class of a fixed volume, through overlapping windows, to a NIfTI."""
+    """Run one method for one class of a fixed volume, through overlapping windows, and write a NIfTI."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv3d(4, 2, 3, padding=1)).eval()
     image = MetaTensor(torch.rand(1, 16, 16, 24, generator=torch.Generator().manual_seed(0)), affine=torch.eye(4))
@@ -90,7 +89,7 @@ def explain(package: str, text: str, folder: str) -> None:
 
 
 def measured(package: str, text: str) -> Journey:
-    """The journey of a method's second run."""
+    """Return the journey of a method's second run."""
     journey = Journey(Path(str(importlib.import_module(package).__file__)).resolve().parent)
     for profile in (None, journey):
         with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +106,7 @@ def measured(package: str, text: str) -> Journey:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", default="esegeta_monai")
-    parser.add_argument("--list", action="store_true", help="the files too, each with the number of calls into it")
+    parser.add_argument("--list", action="store_true", help="also list the files, each with its number of calls")
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger(args.package).setLevel(logging.ERROR)

@@ -1,10 +1,10 @@
-"""Peak memory of Saliency and IntegratedGradients from 64³ to 192³: the window term plus a few volumes.
+"""Measure the peak memory of Saliency and IntegratedGradients from 64³ to 192³: a window term plus a few volumes.
 
     python benchmarks/memory.py [--sizes 64,96,128,160,192] [--steps 4] [--window 48] [--threads 2]
 
-Every measurement runs in a process of its own, so that its peak is its own. Printed: peak resident memory above that of
-the process with torch, MONAI and the network loaded, in MB; the windows; and the least-squares line through the peaks,
-whose slope is the number of float32 volumes held (the constant) and whose intercept is the window term.
+Every measurement runs in its own process. The script prints the peak resident memory in MB above that of a process with
+torch, MONAI and the network loaded, the number of windows, and the least-squares line through the peaks. Its slope is
+the number of float32 volumes in memory, its intercept the window term.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 
 def measure(method: str, size: int, window: int, steps: int, threads: int) -> dict[str, float]:
-    """Peak above the loaded process, in bytes, of one method on one volume."""
+    """Measure the peak memory of one method on one volume, in bytes above the loaded process."""
     import resource
 
     import torch

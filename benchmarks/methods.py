@@ -1,17 +1,17 @@
-"""All gradient and CAM methods together against the dearest single one, and each against a bare loop of its passes.
+"""Compare all gradient and CAM methods together with the most expensive one, and each with a bare loop of its passes.
 
     python benchmarks/methods.py [--window 32] [--along 8] [--repeats 3] [--table benchmarks/results/methods.md]
 
-CPU seconds of the process with one thread (so that a busy machine does not matter), the minimum of several rounds in
-which all take turns. A *bare loop* makes the passes that the method needs, through windows of the same shape, and
-nothing else: forward passes without a graph, forward and backward down to the layer that is looked at, forward and
-backward down to the input. Passes over one or two windows, which a method makes once a run to choose its baseline or to
-compare its rules' output with the plain one, are none of them: they are counted as *looks*, and are what the method has
-to pay for. (There are as many windows as fill batches, so that no other pass has so few.) The layer is named; what
-finding it takes is a line of its own. Methods that cannot share (paths, noise, rules) are measured alone.
+Times are CPU seconds of the process with one thread (independent of other load), the minimum of several rounds in
+which all methods take turns. A *bare loop* makes only the passes that the method needs, through windows of the same
+shape: forward without a graph, forward and backward to the layer, forward and backward to the input. A method may also
+pass one or two windows once per run, to choose its baseline or to compare the output under its rules with the plain
+one. These *looks* are counted separately and are not part of the bare loop. (The windows fill whole batches, so that
+no other pass is as small.) The layer is given; finding it is a separate line. Methods that cannot share passes (paths,
+noise, rules) are measured alone.
 
-Freed memory is kept for what comes next (`mallopt`): else glibc gives it back to the kernel or not, by where the heap
-happens to end, and the faults that fetch it again are a fifth of a pass of 32³ windows, on either side.
+Freed memory is kept by the process (`mallopt`). Otherwise glibc may return it to the kernel, depending on where the
+heap ends, and the page faults cost a fifth of a pass of 32³ windows, in either measurement.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from esegeta_monai.targets import Case, MultiClassMask
 
 
 def sharing(layer: str) -> list[Method]:
-    """Methods whose passes serve one another."""
+    """Return the methods that share passes."""
     return [
         *(Saliency(), VanillaBackprop(), InputXGradient()),
         *(GradCam(layer), GradCamPlusPlus(layer), HiResCam(layer), LayerCam(layer), XGradCam(layer), EigenCam(layer)),
@@ -70,7 +70,7 @@ def sharing(layer: str) -> list[Method]:
 
 
 def alone(layer: str) -> list[Method]:
-    """Methods that are measured one by one only."""
+    """Return the methods that are measured one by one only."""
     return [
         *(LayerActivation(layer), LayerGradCam(layer), LayerGradientXActivation(layer)),
         IntegratedGradients(n_steps=2),
@@ -79,16 +79,16 @@ def alone(layer: str) -> list[Method]:
     ]
 
 
-#: What a pass is: how it was called, or how the bare loop calls it.
+#: Kinds of passes, in the method and in the bare loop.
 FORWARD, TO_LAYER, TO_INPUT, LOOK = "forward", "to the layer", "to the input", "look"
 BATCH = 4
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc not to give freed memory back to the kernel; elsewhere nothing."""
+    """Tell glibc not to return freed memory to the kernel; without glibc do nothing."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        mallopt(-4, 0)  # M_MMAP_MAX: no separate mapping for a large tensor
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
@@ -114,13 +114,13 @@ class Counted(nn.Module):
         return self.network(x)
 
     def _reached(self, gradient: Tensor) -> None:
-        """The backward pass has come down to the input."""
+        """Count a backward pass that has reached the input."""
         self.passes[TO_LAYER] -= len(gradient)
         self.passes[TO_INPUT] += len(gradient)
 
 
 class Bench:
-    """A volume behind overlapping windows, and the stopwatch."""
+    """A volume with overlapping windows, and the timing of calls on it."""
 
     def __init__(self, window: int, along: int) -> None:
         torch.manual_seed(0)
@@ -133,18 +133,18 @@ class Bench:
         self.scores = MultiClassMask(1).bind(self.prediction, Case())
         self.plan = plan_windows(self.inferer, self.image.shape[1:])
         self.layer = default_layer(self.objective())
-        assert len(self.plan) % BATCH == 0, "the last batch would be taken for looks"
+        assert len(self.plan) % BATCH == 0, "the last batch would be counted as looks"
         self.windows = torch.stack([self.plan.cut(self.image, w) for w in range(BATCH)])
         with torch.no_grad():
             self.cotangent = torch.randn_like(self.network(self.windows))
 
     def objective(self) -> Objective:
-        """A fresh one: nothing is remembered from an earlier run."""
+        """Return a new objective without results of an earlier run."""
         model = Model(self.network, torch.device("cpu"))
         return Objective(model, self.image, self.plan, self.scores, self.prediction)
 
     def ours(self, methods: list[Method]) -> Callable[[], None]:
-        """A call that runs methods together."""
+        """Return a function that runs methods together."""
 
         def call() -> None:
             with frozen(self.network):
@@ -155,12 +155,12 @@ class Bench:
         return call
 
     def search(self) -> None:
-        """What it takes to find the layer."""
+        """Find the default layer."""
         with frozen(self.network):
             default_layer(self.objective())
 
     def bare(self, passes: Counter[str]) -> Callable[[], None]:
-        """A call that makes the needed ones of these passes in batches, and nothing else."""
+        """Return a function that makes only the needed passes, in batches."""
         network, layer = self.network.network, self.network.get_submodule(self.layer)
 
         def one(kind: str) -> None:
@@ -193,14 +193,14 @@ class Bench:
         return call
 
     def passes(self, methods: list[Method]) -> Counter[str]:
-        """The passes that methods make together."""
+        """Count the passes that methods make together."""
         self.network.passes.clear()
         self.ours(methods)()
         return Counter(self.network.passes)
 
 
 def seconds(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """CPU seconds of each call, the minimum of rounds in which all take turns."""
+    """Return CPU seconds of each call, the minimum of rounds in which all take turns."""
     best = dict.fromkeys(calls, float("inf"))
     for _ in range(repeats):
         for name, call in calls.items():
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=32)
     parser.add_argument("--along", type=int, default=8, help="windows along the longest side, an even number")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--table", type=Path, help="write the table there too")
+    parser.add_argument("--table", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -250,15 +250,15 @@ def main() -> None:
         )
     lines += [
         "",
-        f"All {len(shares)} that share, together: {together / took[dearest]:.2f} times the dearest of them alone "
-        f"({dearest}), {together / sum(took[name] for name in shared):.2f} times the sum of all alone.",
+        f"All {len(shares)} methods that share passes, together: {together / took[dearest]:.2f} times the costliest "
+        f"({dearest}), {together / sum(took[name] for name in shared):.2f} times the sum of all.",
         "",
-        f"Finding the layer, where none is named: {took['search']:.3f} s, one pass of one window, once.",
+        f"Finding the default layer: {took['search']:.3f} s, one pass of one window, once.",
     ]
     print("\n".join(lines))
     if args.table:
         args.table.write_text(
-            "# Methods together, and against bare loops\n\n`python benchmarks/methods.py`\n\n" + "\n".join(lines) + "\n"
+            "# Methods together and against bare loops\n\n`python benchmarks/methods.py`\n\n" + "\n".join(lines) + "\n"
         )
 
 

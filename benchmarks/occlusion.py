@@ -1,12 +1,12 @@
-"""Occlusion: ours against Captum's around MONAI's own inferer, in one run.
+"""Compare Occlusion with Captum's around MONAI's own inferer, in one run.
 
     python benchmarks/occlusion.py [--size 128] [--window 48] [--occluder 32] [--stride 32] [--targets lesion,organ]
                                    [--no-captum] [--threads 2] [--repeats 3] [--device cpu]
 
-For each target it prints seconds, window passes, the largest difference of the maps, the ratio of passes and of times,
-and our time over that of a bare loop: the same number of window passes through the network, and nothing else. Both are
-the least of several repeats, taken in turns. With one thread on the CPU the time is that of the process, so that a busy
-machine does not matter, else that of the clock.
+For each target the script prints seconds, window passes, the largest difference of the maps, the ratio of passes and of
+times, and our time relative to a bare loop: the same number of window passes through the network and nothing else. Both
+are the least of several repeats, taken in turns. With one thread on the CPU, the time is that of the process
+(independent of other load), otherwise wall-clock time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Counted(torch.nn.Module):
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> tuple[float, object]:
-    """Time of a call, and what it returned."""
+    """Return the time of a call and its result."""
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -54,7 +54,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> tuple[float, ob
 
 
 def naive_passes(size: int, occluder: int, stride: int, windows: int) -> int:
-    """Window passes of an occlusion that predicts the whole volume for each occluder, and once unperturbed."""
+    """Return the window passes of an occlusion that predicts the whole volume once, and for each occluder."""
     steps = len(range(0, max(size - occluder, 0) + stride, stride))
     return (steps**3 + 1) * windows
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=32)
     parser.add_argument("--targets", default="lesion,organ")
     parser.add_argument("--output", default="logit", choices=["logit", "probability"])
-    parser.add_argument("--no-captum", action="store_true", help="predict its passes, do not run it")
+    parser.add_argument("--no-captum", action="store_true", help="compute its number of passes instead of running it")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")

@@ -1,11 +1,13 @@
-"""The paper's comparison on data that can be made anywhere: infidelity and sensitivity of methods on three networks
-that segment vessels, and maps while weights are drawn anew from the output on (Chatterjee et al., arXiv:2110.08429).
+"""Repeat the paper's comparison on synthetic data: infidelity, sensitivity and randomisation for vessel segmentation.
+
+The paper is Chatterjee et al., arXiv:2110.08429: three networks that segment vessels, and maps while the weights are
+randomised from the output on.
 
     python benchmarks/paper_tables.py [--steps 200] [--cases 2] [--table FILE] [--picture FILE]
 
-The networks are a U-Net, an attention U-Net and a U-Net with multi-scale supervision, small, trained here within a
-minute or two each on drawn volumes: bright tubes are vessels, balls as bright are not. docs/paper_tables.md says what
-differs from the paper.
+The networks are a small U-Net, attention U-Net and U-Net with multi-scale supervision. Each is trained in a minute or
+two on synthetic volumes: bright tubes are vessels, equally bright balls are not. docs/paper_tables.md lists the
+differences from the paper.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from esegeta_monai.targets import MultiClassMask
 ROOT = Path(__file__).parents[1]
 PATCH, VOLUME = 24, 36
 TARGET = MultiClassMask(1)
-#: Name, method, and whether its map says how much of F a voxel makes up, or is a gradient.
+#: Name, method, and True if the map has shares of F, False if it is a gradient.
 TABLE = [
     ("Saliency", "Saliency", False),
     ("VanillaBackprop", "VanillaBackprop", False),
@@ -58,7 +60,7 @@ PICTURED = ["VanillaBackprop", "GuidedBackprop", "InputXGradient", "DeepLift", "
 
 
 def networks() -> dict[str, nn.Module]:
-    """The three architectures, untrained."""
+    """Return the three architectures, untrained."""
     torch.manual_seed(0)
     return {
         "U-Net": UNet(3, 1, 2, (8, 16, 32), (2, 2), num_res_units=1, norm="batch", act="relu"),
@@ -71,7 +73,7 @@ def networks() -> dict[str, nn.Module]:
 
 
 def drawn(size: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A volume and where its vessels are: tubes along smooth curves, balls of the same brightness, noise."""
+    """Return a volume (size³) and its vessel mask: tubes along smooth curves, equally bright balls, noise."""
     line = np.ones((size,) * 3, dtype=bool)
     for _ in range(generator.integers(2, 4)):
         points = generator.uniform(0, size, (4, 3))
@@ -95,14 +97,14 @@ def batch(n: int, size: int, generator: np.random.Generator) -> tuple[Tensor, Te
 
 
 def trained(network: nn.Module, steps: int) -> float:
-    """Trains in place; the Dice coefficient of the vessels over eight unseen volumes."""
+    """Train in place; return the Dice coefficient of the vessels over eight unseen volumes."""
     loss, optimiser = DiceCELoss(to_onehot_y=True, softmax=True), torch.optim.Adam(network.parameters(), 5e-3)
     generator = np.random.default_rng(1)
     network.train()
     for _ in range(steps):
         image, label = batch(4, PATCH, generator)
         out = network(image)
-        outs = out.unbind(1) if out.ndim == 6 else [out]  # the deeper outputs of the multi-scale network, as large
+        outs = out.unbind(1) if out.ndim == 6 else [out]  # the deeper outputs of the multi-scale network have full size
         optimiser.zero_grad()
         sum(loss(o, label) / 2**i for i, o in enumerate(outs)).backward()  # type: ignore[union-attr]
         optimiser.step()
@@ -118,7 +120,7 @@ def inferer() -> SlidingWindowInferer:
 
 
 def judged(network: nn.Module, images: list[Tensor]) -> dict[tuple[str, str], list[float]]:
-    """Values by method and metric, one a case."""
+    """Return values by method and metric, one per case."""
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     for multiplied in (True, False):
         mine = [(name, METHODS.create(spec)) for name, spec, kind in TABLE if kind is multiplied]
@@ -139,7 +141,7 @@ def judged(network: nn.Module, images: list[Tensor]) -> dict[tuple[str, str], li
 
 
 def cascade_picture(network: nn.Module, image: Tensor, path: Path) -> None:
-    """Maps of some methods, trained and with more and more layers random: maximum projections of the magnitude."""
+    """Draw maximum projections of maps of the trained network and with increasingly many random layers."""
     methods = [METHODS.create(spec) for name, spec, _ in TABLE if name in PICTURED]
     explainer = Explainer(network, inferer())
     (judge,) = Explainer(network, inferer()).judge(MetaTensor(image)[None], [TARGET])
@@ -155,7 +157,7 @@ def cascade_picture(network: nn.Module, image: Tensor, path: Path) -> None:
     for j, layers in enumerate(columns):
         with randomised(network, layers, 1):
             found = list(explainer(MetaTensor(image)[None], methods, [frozen_target], data=[{"mask": mask[None]}]))
-        for attribution in found:  # in the order in which they are done: those that share passes first
+        for attribution in found:  # in order of completion: methods that share passes first
             i = next(i for i, method in enumerate(methods) if method is attribution.method)
             axis = axes[i, j + 1]
             assert attribution.map is not None, attribution.record
@@ -177,7 +179,7 @@ def cascade_picture(network: nn.Module, image: Tensor, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200, help="of training")
+    parser.add_argument("--steps", type=int, default=200, help="number of training steps")
     parser.add_argument("--cases", type=int, default=2)
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "results" / "paper_tables.md")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "paper_cascade.png")
@@ -191,19 +193,19 @@ def main() -> None:
         middle = time.monotonic()
         found[name] = judged(network, list(images))
         lines.append(f"{name}: {sum(p.numel() for p in network.parameters()):,} weights, Dice {dice:.2f}")
-        print(lines[-1], f"trained in {middle - began:.0f} s, judged in {time.monotonic() - middle:.0f} s", flush=True)
+        print(lines[-1], f"trained in {middle - began:.0f} s, tested in {time.monotonic() - middle:.0f} s", flush=True)
         if name == "U-Net":
             cascade_picture(network, images[0], args.picture)
     text = ["# Three networks, the methods of the paper", "", "`python benchmarks/paper_tables.py`", ""]
     text += [f"{'; '.join(lines)} (8 unseen volumes). Means over {args.cases} cases.", ""]
     for metric, title in (
-        ("infidelity", "Infidelity (0 best, 1: as good as no map)"),
-        ("sensitivity", "Max-sensitivity (0 best)"),
-        ("cascade", "Likeness to the trained network's map over four stages of random weights (1: it fails)"),
+        ("infidelity", "Infidelity (0: best, 1: as good as no map)"),
+        ("sensitivity", "Max-sensitivity (0: best)"),
+        ("cascade", "Similarity to the trained network's map over four stages of random weights (1: fails)"),
     ):
         text += [f"## {title}", "", "| method | " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
         names = [n for n, _, _ in TABLE]
-        if metric != "sensitivity":  # which a map that never looks at the network has none of
+        if metric != "sensitivity":  # undefined for maps that ignore the network
             names += ["control:random", "control:sobel", "control:constant"]
         for method in names:
             cells = [found[n].get((method, metric), []) for n in found]

@@ -1,14 +1,18 @@
-"""Every perturbation method against its peer on the same work, in one run.
+"""Compare every perturbation method with its counterpart in another library, in one run.
 
     python benchmarks/perturbation.py [--size middle] [--threads 1] [--methods Occlusion,Lime] [--table FILE.md]
 
-Peers: Captum (`Occlusion`, `FeatureAblation`, `ShapleyValueSampling`, `KernelShap`, `Lime`) round MONAI's own inferer,
-and MONAI's `OcclusionSensitivity` on a classification network. For each: window passes (exact), seconds of processor
-time (ours: the least of several runs), the ratio of both, our time over what the network's passes took of it (measured
-in the same run, so that other work on the machine falls on both), the largest difference of the maps over the largest
-value (where both draw their own samples: of either from exact Shapley values, or the correlation), and by how much the
-memory of the process grew. A window is tiny there; the second table has what the engine adds to windows of 64³ of a
-U-Net of common width. Then, counted and not run, the passes on a 240 x 240 x 155 scan with 96³ windows.
+Peers: Captum (`Occlusion`, `FeatureAblation`, `ShapleyValueSampling`, `KernelShap`, `Lime`) around MONAI's own inferer,
+and MONAI's `OcclusionSensitivity` on a classification network. For each, the script reports
+
+* window passes (exact) and seconds of processor time (ours: the least of several runs), and their ratios;
+* our time relative to the network's passes in the same run, so that other load affects both;
+* the largest difference of the maps relative to the largest value (if both draw their own samples: of either from exact
+  Shapley values, or the correlation);
+* the growth of the memory of the process.
+
+These windows are tiny. The second table has the overhead of the engine for windows of 64³ and a U-Net of common width.
+The last one counts (without running them) the passes on a 240 x 240 x 155 scan with 96³ windows.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ class Counted(nn.Module):
         return out
 
     def time(self, score: Score) -> None:
-        """Has the time told that a target's own formula takes: softmax and logarithm at its voxels."""
+        """Measure the time of a target's own formula: softmax and logarithm at its voxels."""
         terms = score.terms
 
         def timed(contrast: Tensor) -> Tensor:
@@ -128,7 +132,7 @@ class Work:
         return of
 
     def fastest(self, method: Method, target: Target, repeats: int) -> tuple[Measured, Objective, Tensor]:
-        """The run of least time, each on an objective of its own so that nothing is shared; and the map."""
+        """Return the fastest run and its map; each run has its own objective, so nothing is shared."""
         found = []
         for _ in range(repeats):
             objective = self.objective(target)
@@ -137,7 +141,7 @@ class Work:
                 maps = run(method, objective).maps
             found.append((measured, objective, maps))
         measured, objective, maps = min(found, key=lambda one: one[0].seconds)
-        measured.megabytes = found[0][0].megabytes  # later runs find the memory of the first one free
+        measured.megabytes = found[0][0].megabytes  # later runs reuse the freed memory of the first
         measured.over_passes = min(one[0].over_passes for one in found)
         measured.over_both = min(one[0].over_both for one in found)
         return measured, objective, maps[0].mean(0)
@@ -147,7 +151,7 @@ Peer = Callable[[Work, Objective], Tensor]
 
 
 def pairs(sizes: Sizes) -> list[tuple[Method, Peer, bool]]:
-    """Our method, its peer on the same work, and whether both compute the same numbers."""
+    """Return our method, its peer for the same work, and True if both compute the same numbers."""
     grid = Grid(sizes.feature)
 
     def mask_of(objective: Objective) -> Tensor:
@@ -169,7 +173,7 @@ def pairs(sizes: Sizes) -> list[tuple[Method, Peer, bool]]:
         orders = sampling.orders(sampling.game(objective)).tolist()
         peer.permutation_generator = lambda n, samples: iter(orders)
         options = {"feature_mask": mask_of(objective), "n_samples": sampling.n_samples}
-        return peer.attribute(work.image[None], **options) / sizes.feature**3  # ours is a share a voxel
+        return peer.attribute(work.image[None], **options) / sizes.feature**3  # ours is a share per voxel
 
     def kernel(work: Work, objective: Objective) -> Tensor:
         options = {"feature_mask": mask_of(objective), "n_samples": sizes.samples}
@@ -191,7 +195,7 @@ def pairs(sizes: Sizes) -> list[tuple[Method, Peer, bool]]:
 
 @dataclass
 class Sizes:
-    """How large the work is."""
+    """Sizes of volume, windows and perturbations."""
 
     volume: int
     window: int
@@ -209,7 +213,7 @@ SIZES = {
 
 
 def segmentation(sizes: Sizes) -> tuple[Work, dict[str, Target]]:
-    """A small UNet behind windows, and a lesion and an organ in its prediction."""
+    """Return a small UNet with windows, and a lesion and an organ in its prediction as targets."""
     torch.manual_seed(0)
     network = Counted(UNet(3, 1, 2, channels=(8, 16, 32), strides=(2, 2), num_res_units=1)).eval()
     inferer = SlidingWindowInferer((sizes.window,) * 3, sw_batch_size=4, overlap=0.25, mode="gaussian")
@@ -223,12 +227,12 @@ def segmentation(sizes: Sizes) -> tuple[Work, dict[str, Target]]:
 
 
 def off(found: Tensor, reference: Tensor) -> float:
-    """The largest difference over the largest value."""
+    """Return the largest difference relative to the largest value."""
     return float((found - reference).abs().max() / reference.abs().max())
 
 
 def row(work: Work, target: Target, method: Method, peer: Peer, same: bool, title: str) -> list[str]:
-    """One line of the table."""
+    """Measure one line of the table."""
     ours, objective, mine = work.fastest(method, target, REPEATS)
     with frozen(work.network), torch.no_grad(), Measured(work.network) as theirs:
         reference = peer(work, objective)[0].float().mean(0)
@@ -256,7 +260,7 @@ REPEATS = 3
 
 
 def common() -> list[list[str]]:
-    """What the engine adds to windows of a common size."""
+    """Measure the overhead of the engine for windows of a common size."""
     torch.manual_seed(0)
     network = UNet(3, 1, 2, channels=(16, 32, 64, 128), strides=(2, 2, 2), num_res_units=2, norm="batch")
     inferer = SlidingWindowInferer((64,) * 3, sw_batch_size=2, overlap=0.25, mode="gaussian")
@@ -269,7 +273,7 @@ def common() -> list[list[str]]:
             FeatureAblation(grid, baseline="zero"),
             ShapleyValueSampling(2, grid, "zero"),
         ]
-        if output == "probability":  # many passes: where booking is dearest
+        if output == "probability":  # many passes: the overhead is largest
             methods.append(KernelShap(64, grid, "zero"))
         for method in methods:
             measured, _, _ = work.fastest(method, MultiClassMask(1, output=output), 1)
@@ -287,13 +291,13 @@ HEADER = [
 
 
 def classification(sizes: Sizes) -> list[str]:
-    """MONAI's `OcclusionSensitivity` with constant occluders that tile the image, on the probability of class 1."""
+    """Compare with MONAI's `OcclusionSensitivity`: constant occluders that tile the image, probability of class 1."""
     torch.manual_seed(0)
     network = Counted(DenseNet(3, 1, 2, 8, 4, (2, 2), 2)).eval()
     work = Work(network, torch.randn(1, *(sizes.volume,) * 3), SimpleInferer())
     target = ClassScore(1, output="probability")
     monai = OcclusionSensitivity(network, sizes.occluder, n_batch=4, mode=0.0, overlap=0.0, verbose=False)
-    monai.activate = lambda out: out.softmax(1)  # its own choice goes by the channels of the image, not of the output
+    monai.activate = lambda out: out.softmax(1)  # its default depends on the channels of the image, not of the output
 
     def peer(work: Work, objective: Objective) -> Tensor:
         occluded = monai(work.image[None])[0][:, 1:2]
@@ -304,7 +308,7 @@ def classification(sizes: Sizes) -> list[str]:
 
 
 def counted() -> list[list[str]]:
-    """Window passes on a scan of 240 x 240 x 155 with windows of 96³, overlap 0.5: ours, and by whole predictions."""
+    """Count window passes on a 240 x 240 x 155 scan, windows of 96³, overlap 0.5: ours and with whole predictions."""
     image = torch.rand(1, 240, 240, 155)
     inferer = SlidingWindowInferer((96,) * 3, 4, 0.5, "gaussian")
     plan = plan_windows(inferer, image.shape[1:])
@@ -329,7 +333,7 @@ def counted() -> list[list[str]]:
 
 
 def flat_memory(work: Work, objective: Objective) -> str:
-    """Growth of memory against the number of perturbations."""
+    """Measure the growth of memory with the number of perturbations."""
     parts = []
     for stride in (24, 12, 6):
         method = Occlusion(window=12, stride=stride, baseline="zero")
@@ -340,13 +344,14 @@ def flat_memory(work: Work, objective: Objective) -> str:
 
 
 NOTES = """\
-Seconds are of the processor, ours the least of three runs. "time / passes" is the ratio of seconds over that of passes;
-"over its passes" is our time over that of the network's own passes in the same run, "and scores" over that of passes
-and of the target's own formula, the softmax at its voxels for each perturbation: what the engine adds. It weighs more
-behind small windows (a pass of 24³ takes 2 ms here, one of 48³ 11 ms), where features are removed one by one, since few
-passes share the first look at a window, and for the probability of an organ, all voxels of which are blended and scored
-anew for each perturbation. KernelShap and Lime draw their own samples: Captum's 64 are others than ours. Occlusion of a
-lesion in 128³ against Captum: [occlusion.md](occlusion.md)."""
+Seconds are processor seconds, ours the least of three runs. "time / passes" is the ratio of seconds divided by that of
+passes. "over its passes" is our time relative to that of the network's own passes in the same run. "and scores" is
+relative to passes and the target's own formula (the softmax at its voxels for each perturbation): the overhead of the
+engine. It is larger for small windows (a pass of 24³ takes 2 ms here, one of 48³ 11 ms), if features are removed one
+by one (few passes share the first computation of a window), and for the probability of an organ (all its voxels are
+blended and scored for each perturbation). KernelShap and Lime draw their own samples: Captum's 64 differ from ours.
+Occlusion of
+a lesion in 128³ compared with Captum: [occlusion.md](occlusion.md)."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -358,9 +363,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="tiny", help="48³, 96³ or (about an hour) 128³")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--methods", default="", help="comma-separated names; all where left out")
-    parser.add_argument("--no-counted", action="store_true", help="without the table of counted passes")
-    parser.add_argument("--table", type=Path, help="where the tables are written too")
+    parser.add_argument("--methods", default="", help="comma-separated names; default: all")
+    parser.add_argument("--no-counted", action="store_true", help="leave out the table of counted passes")
+    parser.add_argument("--table", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     sizes = SIZES[args.size]
@@ -381,23 +386,23 @@ def main() -> None:
     text = (
         f"{sizes.volume}³ voxels, windows of {sizes.window}³ ({windows}), UNet (8, 16, 32), torch {torch.__version__}, "
         f"{args.threads} threads of {os.cpu_count()} cores, load {load}.\n\n"
-        f"{table(HEADER, rows)}\n\n{NOTES}\n\nMemory against the number of perturbations (organ): {memory}.\n"
+        f"{table(HEADER, rows)}\n\n{NOTES}\n\nMemory by number of perturbations (organ): {memory}.\n"
     )
     if not wanted:
-        head = ["method", "target", "passes", "ms a pass", "over its passes", "MB"]
+        head = ["method", "target", "passes", "ms per pass", "over its passes", "MB"]
         text += (
             "\nWindows of a common size. 96³ voxels, windows of 64³ (8), UNet (16, 32, 64, 128), two residual units, "
         )
         text += "batch norm:\n\n"
         text += f"{table(head, common())}\n"
     if not args.no_counted:
-        head = ["method", "target", "windows seen", "passes", "by whole predictions", "ratio"]
+        head = ["method", "target", "windows", "passes", "with whole predictions", "ratio"]
         text += f"\n240 x 240 x 155, windows of 96³, overlap 0.5, counted and not run:\n\n{table(head, counted())}\n"
     print(text)
     if args.table:
         args.table.parent.mkdir(parents=True, exist_ok=True)
         args.table.write_text(
-            "# Perturbation methods against their peers\n\n"
+            "# Perturbation methods compared with other libraries\n\n"
             f"`python benchmarks/perturbation.py --size {args.size}`. {text}",
             encoding="utf-8",
         )

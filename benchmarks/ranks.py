@@ -1,14 +1,15 @@
-"""How much faster several processes explain one volume together, each with one thread.
+"""Measure the speed-up of several processes that explain one volume together, each with one thread.
 
     torchrun --nproc_per_node 2 benchmarks/ranks.py [--settings small,real] [--table FILE.md]
 
-*Small* is the worst case, a small U-Net whose windows take 20 ms each; *real* is the network of the Model Zoo's
-``brats_mri_segmentation``, a SegResNet with four contrasts in and three regions out, untrained. Each repeat is one
-process alone while the others wait, then all together on the one volume, then each process the whole volume for
-itself, all at the same time; the least seconds of the repeats count. The last of the three says what the machine gives,
-the *ceiling*: cores share memory and caches, and where each of two processes is slower beside the other, no division of
-the work can be twice as fast. The machine must have an idle core for each process, else seconds say nothing; processor
-seconds say a little even then.
+*Small* is the worst case, a small U-Net whose windows take 20 ms each. *Real* is the network of the Model Zoo's
+``brats_mri_segmentation``, an untrained SegResNet with four input contrasts and three output regions. Each repeat has
+three parts: one process alone while the others wait; all together on one volume; each process on the whole volume, all
+at the same time. The least seconds of the repeats count.
+
+The third part gives the *ceiling* of the machine: cores share memory and caches, and if two processes slow each other
+down, no division of the work can be twice as fast. The machine must have an idle core for each process, otherwise
+seconds are meaningless, and processor seconds are of limited use.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ GOAL = 1.8
 
 @dataclass
 class Setting:
-    """A network, a volume, and the methods that are measured on them."""
+    """A network, a volume, and the methods measured on them."""
 
     title: str
     network: nn.Module
@@ -58,7 +59,7 @@ def small(args: argparse.Namespace) -> Setting:
     network = UNet(3, 1, 3, channels=(16, 32, 64), strides=(2, 2), norm="batch").eval()
     image = torch.rand(1, 1, *[args.size] * 3, generator=torch.Generator().manual_seed(0))
     inferer = SlidingWindowInferer([args.window] * 3, 2, 0.25, "gaussian")
-    title = f"Small: U-Net (16, 32, 64), {args.size}³ voxels, windows of {args.window}³ with overlap 0.25, two a pass"
+    title = f"Small: U-Net (16, 32, 64), {args.size}³ voxels, windows of {args.window}³ with overlap 0.25, two per pass"
     tried = methods(args.size // 4, "model.1.submodule.1")
     return Setting(title, network, image, inferer, MultiClassMask(1), tried, args.repeats)
 
@@ -69,7 +70,7 @@ def real(args: argparse.Namespace) -> Setting:
     inferer = SlidingWindowInferer([window] * 3, 1, 0.25, "gaussian")
     title = (
         f"Real: SegResNet as in the BraTS bundle (16 filters, 4 channels in, 3 out), {size}³ voxels, windows of "
-        f"{window}³ with overlap 0.25, one a pass"
+        f"{window}³ with overlap 0.25, one per pass"
     )
     network = trained("cpu", 0, size)
     tried = methods(size // 2, "down_layers.3")
@@ -77,7 +78,7 @@ def real(args: argparse.Namespace) -> Setting:
 
 
 def methods(occluder: int, layer: str) -> tuple[str, ...]:
-    """Grad-CAM twice: where it looks for its layer, which every process does, and where the layer is named."""
+    """Return the methods; Grad-CAM twice: it finds its layer (in every process), or the layer is given."""
     return (
         "Saliency",
         "IntegratedGradients(n_steps=4, baseline='zero')",
@@ -89,7 +90,7 @@ def methods(occluder: int, layer: str) -> tuple[str, ...]:
 
 @dataclass
 class Took:
-    """The least of some runs: seconds on the clock and of the processor, the method's record, its map."""
+    """The fastest of several runs: wall-clock and processor seconds, the method's record, its map."""
 
     seconds: float = float("inf")
     processor: float = float("inf")
@@ -107,15 +108,15 @@ class Took:
 
 @dataclass
 class Row:
-    """One method.
+    """Result of one method.
 
     Attributes:
-        windows: that the target sees; passes: of all of them, the prediction's aside.
-        one, together, beside: seconds of one process alone, of all together, of the slowest where each explains the
-            whole volume.
-        busy: processor seconds over seconds of the process alone: less than one where others want its core.
-        processor: of one process alone, over the most of a rank.
-        difference: of the maps, over the largest value.
+        windows: number of windows that overlap the target; passes: all window passes except the prediction's.
+        one, together, beside: seconds of one process alone, of all together, and of the slowest if each explains
+            the whole volume.
+        busy: processor seconds over seconds of the process alone; below one if others use its core.
+        processor: processor seconds of one process alone over the largest of a rank.
+        difference: largest difference of the maps relative to the largest value.
     """
 
     method: str
@@ -150,7 +151,7 @@ HEADER += ["processor ratio", "busy", "difference"]
 
 
 def measured(setting: Setting, method: str, ranks: Processes) -> Row | None:
-    """A row, on the first rank."""
+    """Measure a method; return the row on the first rank."""
     alone, together, beside = Took(), Took(), Took()
     for _ in range(setting.repeats):
         if ranks.rank == 0:
@@ -182,26 +183,27 @@ def load() -> str:
 
 
 NOTES = """\
-Seconds are of the whole call: the prediction, the target, hashes and checks are in them, but not in *passes*.
-*Ceiling*: the number of processes times the time of one alone over that of the slowest when each explains the whole
-volume for itself at the same time. *Processor ratio*: processor seconds of one process alone over the most of a rank,
-in which nothing waits. *Busy*: processor seconds of the process alone over its seconds; below 0.95 it had no core of
-its own, and the ratio of seconds says nothing. *Difference*: of the maps, over the largest value."""
+Seconds are of the whole call, including the prediction, the target, hashes and checks, which *passes* leaves out.
+*Ceiling*: the number of processes times the time of one alone, divided by that of the slowest if each explains the
+whole volume at the same time. *Processor ratio*: processor seconds of one process alone divided by the largest of a
+rank, which excludes waiting. *Busy*: processor seconds of the process alone divided by its seconds; below 0.95 it had
+no core of its
+own, and the ratio of seconds is meaningless. *Difference*: of the maps, relative to the largest value."""
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """What the figures say, in words."""
+    """Summarise the rows in words."""
     reached = [f"`{r.method}`" for r in rows if r.ratio >= GOAL]
-    missed = [f"`{r.method}` ({r.ratio:.2f}, the machine {r.ceiling:.2f})" for r in rows if r.ratio < GOAL]
+    missed = [f"`{r.method}` ({r.ratio:.2f}, ceiling {r.ceiling:.2f})" for r in rows if r.ratio < GOAL]
     shares = [r.ratio / r.ceiling for r in rows]
     text = f"{len(reached)} of {len(rows)} methods are at least {GOAL} times as fast: {', '.join(reached) or 'none'}."
     if missed:
         text += f" Below it: {', '.join(missed)}."
-    text += f" They reach {100 * min(shares):.0f} to {100 * max(shares):.0f} % of what the machine gives."
+    text += f" They reach {100 * min(shares):.0f} to {100 * max(shares):.0f} % of the ceiling."
     n, ranks = rows[0].windows, rows[0].ranks
     if n % ranks:
         most = -(-n // ranks)
-        text += f" {n} windows do not part evenly: with {most} on one process no gradient is over {n / most:.2f}."
+        text += f" {n} windows cannot be divided evenly: with {most} on one process the limit is {n / most:.2f}."
     return text
 
 
@@ -209,12 +211,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", default="small,real")
     parser.add_argument("--size", type=int, default=96, help="edge of the small setting's volume in voxels")
-    parser.add_argument("--window", type=int, default=48, help="edge of its windows")
+    parser.add_argument("--window", type=int, default=48, help="edge of its windows in voxels")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--real-size", type=int, default=112)
     parser.add_argument("--real-window", type=int, default=64)
     parser.add_argument("--real-repeats", type=int, default=2)
-    parser.add_argument("--table", type=Path, help="where the tables are written too")
+    parser.add_argument("--table", type=Path, help="also write the tables to this file")
     args = parser.parse_args()
     if int(os.environ.get("WORLD_SIZE", 1)) < 2:
         parser.error("start it by torchrun --nproc_per_node 2")

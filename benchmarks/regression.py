@@ -1,15 +1,15 @@
-"""Compares what two checkouts of the package compute: maps, records, warnings, window passes and network calls.
+"""Compare the results of two checkouts of the package: maps, records, warnings, window passes and network calls.
 
     python benchmarks/regression.py OLD NEW [--only TEXT] [--jobs N] [--cache FOLDER] [--tolerance 1e-12]
 
-OLD and NEW are folders that hold a checkout. The same scenarios (`regression_table.py`, of this folder) run for each in
-processes of their own, both checkouts at the same time, in float64 on one thread. The results of a checkout without
-uncommitted changes are kept in a folder named by its commit, so that OLD is run only once.
+OLD and NEW are folders with a checkout. The same scenarios (`regression_table.py` of this folder) run for each in
+separate processes, both checkouts at the same time, in float64 on one thread. Results of a checkout without
+uncommitted changes are cached in a folder named after its commit, so that OLD runs only once.
 
-One line is printed for each scenario that differs, with what differs and by how much, then a summary. The exit status
-is 1 where something differs by more than the tolerance: a map relative to its largest value, a number of a record
-relative to itself or to 1, whichever is larger. Texts, passes, network calls and rows must be equal. Not compared:
-seconds, memory, versions and time stamps.
+The script prints one line per differing scenario, with the difference, and a summary. The exit status is 1 if
+something differs by more than the tolerance: a map relative to its largest value, a number of a record relative to
+itself or to 1, whichever is larger. Texts, passes, network calls and rows must be equal. Seconds, memory, versions and
+time stamps are not compared.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Results = dict[str, dict[str, Any]]
 
 
 def commit(checkout: Path) -> str | None:
-    """The commit of a checkout without uncommitted changes to the package, else None."""
+    """Return the commit of a checkout, or None if the package has uncommitted changes."""
 
     def git(*words: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(checkout), *words]
@@ -57,13 +57,13 @@ def commit(checkout: Path) -> str | None:
 
 
 class Run:
-    """The scenarios of one checkout: from the cache, or in ``jobs`` processes.
+    """The scenarios of one checkout, read from the cache or run in ``jobs`` processes.
 
     Args:
-        checkout: its folder.
-        only: text that the names of the scenarios have; empty: all of them.
-        jobs: processes.
-        cache: folder of the results.
+        checkout: folder of the checkout.
+        only: text in the names of the chosen scenarios; empty: all scenarios.
+        jobs: number of processes.
+        cache: folder of cached results.
     """
 
     def __init__(self, checkout: Path, only: str, jobs: int, cache: Path) -> None:
@@ -78,18 +78,18 @@ class Run:
         self.began = time.perf_counter()
 
     def kept(self) -> Results | None:
-        """The chosen results of an earlier run of all scenarios; None where there was none."""
+        """Return the chosen results of an earlier complete run, or None if there is none."""
         path = None if self.folder is None else self.folder / "all.pt"
         if path is None or not path.is_file():
             return None
         return {name: one for name, one in torch.load(path, weights_only=False).items() if self.asked(name)}
 
     def asked(self, name: str) -> bool:
-        """Whether a scenario is one of those that were chosen."""
+        """Return True if a scenario is chosen."""
         return self.only.lower() in name.lower()
 
     def start(self) -> None:
-        """Starts the processes, unless the results are kept."""
+        """Start the processes, unless the results are cached."""
         if self.kept() is not None:
             return
         env = {**os.environ, "PYTHONPATH": str(self.checkout), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
@@ -99,7 +99,7 @@ class Run:
             self.processes.append((subprocess.Popen(words, env=env, cwd=self.temporary.name), result))
 
     def stop(self) -> None:
-        """Ends what still runs, such as after an error of the other checkout."""
+        """Stop running processes, for instance after an error of the other checkout."""
         for process, _ in self.processes:
             if process.poll() is None:
                 process.terminate()
@@ -107,7 +107,7 @@ class Run:
         self.temporary.cleanup()
 
     def results(self) -> Results:
-        """Waits for the processes; keeps the results of all scenarios of a clean checkout."""
+        """Wait for the processes; cache the results if all scenarios of a clean checkout ran."""
         if not self.processes:
             print(f"{self.checkout.name}: the results of {self.folder} are used")
             return self.kept() or {}
@@ -134,12 +134,12 @@ class Run:
 
 @dataclass
 class Comparison:
-    """What has been compared, and what differs.
+    """Counts and differences of a comparison.
 
     Attributes:
-        counts: of scenarios, maps, records and so on, by kind and verdict.
-        lines: one a scenario that is not bit-equal.
-        failed: whether something differs by more than the tolerance.
+        counts: numbers of scenarios, maps, records and so on, by kind and verdict.
+        lines: one per scenario that is not bit-equal.
+        failed: True if something differs by more than the tolerance.
     """
 
     tolerance: float
@@ -148,7 +148,7 @@ class Comparison:
     failed: bool = False
 
     def scenario(self, name: str, old: Mapping[str, Any] | None, new: Mapping[str, Any] | None) -> None:
-        """Compares one scenario."""
+        """Compare one scenario."""
         self.counts["scenarios"] += 1
         if old is None or new is None:
             self._say(name, [f"only in {'NEW' if old is None else 'OLD'}"])
@@ -225,7 +225,7 @@ class Comparison:
 
 
 def differences(key: str, old: Any, new: Any, tolerance: float) -> Iterator[tuple[str, str, bool]]:
-    """Where two JSON-ready values differ: the place, how, and whether it is within the tolerance."""
+    """Yield the differences of two JSON-ready values: place, description, and True if within the tolerance."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in [*old, *(n for n in new if n not in old)]:
             if name not in old or name not in new:
@@ -246,14 +246,14 @@ def differences(key: str, old: Any, new: Any, tolerance: float) -> Iterator[tupl
 
 
 def has_passes(value: Any) -> bool:
-    """Whether a record counts passes or calls anywhere."""
+    """Return True if a record counts passes or calls anywhere."""
     if isinstance(value, Mapping):
         return any(k in PASSES or has_passes(v) for k, v in value.items())
     return False
 
 
 def shown(value: Any) -> str:
-    """A value in one line of at most 160 characters."""
+    """Format a value in one line of at most 160 characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 160 else f"{text[:157]}..."
 
@@ -262,10 +262,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path)
     parser.add_argument("new", type=Path)
-    parser.add_argument("--only", default="", help="scenarios whose name has this text, such as metric/ or LRP")
+    parser.add_argument("--only", default="", help="scenarios whose name contains this, such as metric/ or LRP")
     parser.add_argument("--jobs", type=int, default=1, help="processes a checkout")
     cache = Path(tempfile.gettempdir()) / "esegeta_monai_regression"
-    parser.add_argument("--cache", type=Path, default=cache, help="folder for the results of commits")
+    parser.add_argument("--cache", type=Path, default=cache, help="folder of cached results by commit")
     parser.add_argument("--tolerance", type=float, default=1e-12, help="0: bit-equal")
     args = parser.parse_args()
     runs = [Run(checkout, args.only, args.jobs, args.cache) for checkout in (args.old, args.new)]

@@ -1,8 +1,7 @@
-"""The kinds of scenarios of `regression.py`, and the small networks that they run on; the table is in
-`regression_table.py`.
+"""Kinds of scenarios of `regression.py`, and the small networks that they use; `regression_table.py` lists them.
 
-Every scenario builds its network and its image anew, in float64 on one thread, and is caught on its own: an exception
-is a result, by its type and message. Nothing but public names of the package is used, see `MOVED` for the others.
+Every scenario builds its own network and image, in float64 on one thread. An exception is a result, recorded by type
+and message. The scenarios use only public names of the package, and those of `MOVED`.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from esegeta_monai.methods import METHODS
 from esegeta_monai.targets import TARGETS
 from esegeta_monai.transforms import Explaind, InvertAttributiond
 
-MOVED = {  # what no package exports: the new place, then the old one
+MOVED = {  # names that no package exports: new module, then old module
     "Evaluator": ("esegeta_monai.explain.evaluation", "esegeta_monai.explain", "esegeta_monai.evaluation"),
     "ResultWriter": ("esegeta_monai.output.writer", "esegeta_monai.output", "esegeta_monai.writer"),
 }
@@ -49,7 +48,7 @@ Item = dict[str, Any]
 
 
 def moved(name: str) -> Any:
-    """The object of a name of `MOVED`, from the first module that has it."""
+    """Return the object of a name in `MOVED` from the first module that has it."""
     for module in MOVED[name]:
         with contextlib.suppress(ImportError, AttributeError):
             return getattr(importlib.import_module(module), name)
@@ -60,7 +59,7 @@ def moved(name: str) -> Any:
 
 
 class Count:
-    """Forward calls and rows of all networks of the running scenario; ``fuse``: calls after which a network raises."""
+    """Counter of forward calls and rows in the running scenario; ``fuse``: number of calls before a network raises."""
 
     calls = rows = 0
     fuse: float = float("inf")
@@ -77,12 +76,12 @@ class Count:
 
     @classmethod
     def clock(cls) -> float:
-        """A clock that a forward call moves by one second."""
+        """Return a time that increases by one second per forward call."""
         return float(cls.calls)
 
 
 class Segmenter(nn.Module):
-    """Two levels with a skip connection, batch norm, pooling and upsampling: (B, 2, *spatial) to (B, 3, *spatial)."""
+    """Network of two levels, skip connection, batch norm, pooling, upsampling: (B, 2, *spatial) to (B, 3, *spatial)."""
 
     def __init__(self, dims: int) -> None:
         super().__init__()
@@ -99,7 +98,7 @@ class Segmenter(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Convolutions, global average pooling and a linear head: (B, 2, *spatial) to (B, 3)."""
+    """Network of convolutions, global average pooling and a linear head: (B, 2, *spatial) to (B, 3)."""
 
     def __init__(self, dims: int) -> None:
         super().__init__()
@@ -128,7 +127,7 @@ SHAPES |= {"seg3": (8, 8, 12), "unet3": (8, 8, 12), "cls3": (8, 8, 6)}
 
 
 def network(kind: str, dtype: torch.dtype = torch.float64, seed: int = 9) -> nn.Module:
-    """A network in evaluation mode, with statistics of batch norm that are not the trivial ones."""
+    """Return a network in evaluation mode with non-trivial batch norm statistics."""
     torch.manual_seed(seed)
     dims = int(kind[-1])
     if kind.startswith("unet"):
@@ -143,7 +142,7 @@ def network(kind: str, dtype: torch.dtype = torch.float64, seed: int = 9) -> nn.
 
 
 def image_of(kind: str, batch: int = 1, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """(B, 2, *spatial): noise on a bright box in an empty surround."""
+    """Return an image (B, 2, *spatial): a noisy bright box on an empty background."""
     shape = SHAPES[kind]
     noise = torch.randn((batch, 2, *shape), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     box = torch.zeros(shape, dtype=torch.float64)
@@ -158,11 +157,11 @@ def explainer_of(kind: str, *, dtype: torch.dtype = torch.float64, **options: An
     return Explainer(network(kind, dtype), inferer, **settings)
 
 
-# ---- what is kept of a result ---
+# ---- recorded results -----------
 
 
 def plain(value: Any) -> Any:
-    """A result as JSON would have it, without what differs from run to run."""
+    """Convert a result to JSON types, without entries that differ between runs."""
     if hasattr(value, "to_json"):
         value = value.to_json()
         value = json.loads(value) if isinstance(value, str) else value
@@ -195,11 +194,11 @@ def costs_less(value: Any, default: Any) -> bool:
 
 
 def cheap(registry: Any, values: Mapping[str, Any], kind: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every class of a registry with its defaults, but for ``values``: what makes it cheap, and what it must have."""
+    """Yield every class of a registry with its defaults, except ``values`` that it needs or that make it cheap."""
     for cls in registry:
         known = inspect.signature(cls).parameters
         given = {k: v for k, v in values.items() if k in known and costs_less(v, known[k].default)}
-        if cls.__name__ == "KernelShap":  # two samples a feature at least
+        if cls.__name__ == "KernelShap":  # at least two samples per feature
             given["n_samples"] = 256
         if "cases" in known:
             given["cases"] = [image_of(kind, seed=s)[0] for s in (5, 6, 7)]
@@ -213,7 +212,7 @@ def cheap(registry: Any, values: Mapping[str, Any], kind: str) -> Iterator[tuple
 
 
 def explain(kind: str, methods: Any, targets: Any, batch: int = 1, call: Any = None, **options: Any) -> Iterator[Item]:
-    """Methods for targets; ``call``: gives further arguments of the explainer's call."""
+    """Explain targets by methods; ``call`` returns further arguments of the explainer's call."""
     made = methods() if callable(methods) else METHODS.create_all(methods)
     dtype = options.get("dtype", torch.float64)
     more = {} if call is None else call(kind)
@@ -225,7 +224,7 @@ def explain(kind: str, methods: Any, targets: Any, batch: int = 1, call: Any = N
 def evaluate(
     kind: str, metrics: Callable[[], Any], target: str, methods: str = "Saliency(abs=False)"
 ) -> Iterator[Item]:
-    """Metrics on maps of one case, with the control maps beside them."""
+    """Compute metrics of maps of one case, with the control maps."""
     shape = SHAPES[kind]
     label = torch.zeros(shape, dtype=torch.int64)
     label[tuple(slice(2, n // 2) for n in shape)] = 1
@@ -239,7 +238,7 @@ def evaluate(
 
 
 def resume(method: str, output: str, how: str, window_batch: int = 2) -> Iterator[Item]:
-    """A run that ends early, and the next ones that go on from its scores, by a clock of forward calls."""
+    """Interrupt a run, and continue it from its scores; the clock counts forward calls."""
     target = f"MultiClassMask(1, output='{output}')"
     with tempfile.TemporaryDirectory() as folder, mock.patch("time.monotonic", Count.clock):
         (whole,) = explain("seg2", method, target, window_batch=window_batch)
@@ -258,12 +257,12 @@ def resume(method: str, output: str, how: str, window_batch: int = 2) -> Iterato
 
 
 def costs(kind: str, methods: Callable[[], Any], target: str) -> Iterator[Item]:
-    """The passes that are promised; where the promise is an estimate, only that it is one."""
+    """Compute the predicted passes; for an estimate, record only that it is one."""
     with mock.patch("time.monotonic", Count.clock):
         for cost in explainer_of(kind).costs(image_of(kind), methods(), TARGETS.create_all(target)):
             passes = cost.passes if getattr(cost, "exact", True) else "about"
             yield {"name": f"{cost.method} {cost.target}", "record": {"passes": passes, "refused": cost.note}}
-    Count.reset()  # how a dry run finds its figures may change
+    Count.reset()  # the algorithm of the dry run may change
 
 
 def _rank(rank: int, folder: str, kind: str, methods: Sequence[str], targets: Sequence[str]) -> None:
@@ -280,7 +279,7 @@ def _rank(rank: int, folder: str, kind: str, methods: Sequence[str], targets: Se
 
 
 def ranks(kind: str, methods: Sequence[str], targets: Sequence[str]) -> Iterator[Item]:
-    """Two processes that compute one case together."""
+    """Compute one case in two processes together."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (folder, kind, methods, targets), nprocs=2)
         for rank in range(2):
@@ -288,7 +287,7 @@ def ranks(kind: str, methods: Sequence[str], targets: Sequence[str]) -> Iterator
 
 
 def write(methods: str, targets: str) -> Iterator[Item]:
-    """One scan through preprocessing to files, twice: the second run skips what is finished."""
+    """Write the files of one preprocessed scan twice; the second run skips finished maps."""
     chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
     with tempfile.TemporaryDirectory() as name:
         scan, out = Path(name) / "scan.nii.gz", Path(name) / "out"
@@ -316,7 +315,7 @@ def write(methods: str, targets: str) -> Iterator[Item]:
 
 
 def transforms() -> Iterator[Item]:
-    """A chain of dictionary transforms, with the way back of an additive map."""
+    """Run a chain of dictionary transforms, and invert an additive map."""
     image = MetaTensor(image_of("seg3")[0].float(), affine=torch.diag(torch.tensor([1.5, 1.5, 2.0, 1.0])))
     data = {"image": Spacing((1.6, 1.6, 1.6))(image)}
     inferer = SlidingWindowInferer((8, 8, 8), 3, 0.5, "gaussian")

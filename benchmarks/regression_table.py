@@ -1,4 +1,4 @@
-"""The table of all scenarios, and the program that runs them for one checkout; see `regression.py`.
+"""The table of all scenarios, and the script that runs them for one checkout; see `regression.py`.
 
 PYTHONPATH=CHECKOUT python benchmarks/regression_table.py RESULT.pt [--only TEXT] [--part I/N]
 """
@@ -46,7 +46,7 @@ CLS, CLS_P = "ClassScore(1)", "ClassScore(1, output='probability')"
 
 
 def several(text: str) -> list[str]:
-    """Texts between semicolons and line ends."""
+    """Split a text at semicolons and line ends."""
     return [part.strip() for part in re.split("[;\n]", text) if part.strip()]
 
 
@@ -142,7 +142,7 @@ WRITTEN = "InputXGradient, GradCam, Occlusion(window=4), FeatureAblation('channe
 
 
 def tensors(kind: str) -> list[Any]:
-    """Methods whose parameters are tensors."""
+    """Return methods whose parameters are tensors."""
     other, mask = image_of(kind, seed=4)[0], (image_of(kind)[0, :1] > 0.5).long()
     baselines = {"_target_": "Cases", "files": [other, other + 0.1]}
     return [
@@ -174,7 +174,7 @@ def bad_case(kind: str) -> dict[str, Any]:
 
 
 def table() -> Iterator[tuple[str, Scenario]]:
-    """Names and programs of all scenarios."""
+    """Yield name and function of all scenarios."""
     for kind in ("seg2", "unet2", "seg3", "unet3", "cls2", "cls3"):
         target = CLS if kind.startswith("cls") else SEG
         more = {} if kind == "seg2" else {"feature_mask": "grid(6)"}
@@ -238,7 +238,7 @@ def table() -> Iterator[tuple[str, Scenario]]:
 
 
 class Heard(logging.Handler):
-    """Warnings of the package's log."""
+    """Log handler that collects warnings of the package."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -249,7 +249,7 @@ class Heard(logging.Handler):
 
 
 def outcome(scenario: Scenario) -> dict[str, Any]:
-    """What a scenario gives, item by item, until it ends or fails."""
+    """Collect the items of a scenario until it ends or fails."""
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
@@ -263,7 +263,7 @@ def outcome(scenario: Scenario) -> dict[str, Any]:
         try:
             for item in scenario():
                 items.append(item)
-        except Exception as e:  # an outcome like any other
+        except Exception as e:  # an exception is a result
             error = {"error": f"{type(e).__name__}: {e}", "where": traceback.format_exc()}
     logger.removeHandler(heard)
     said = [f"{w.category.__name__}: {w.message}" for w in python_warnings if "esegeta_monai" in w.filename]
@@ -280,7 +280,7 @@ def outcome(scenario: Scenario) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("result", type=Path)
-    parser.add_argument("--only", default="", help="scenarios whose name has this text")
+    parser.add_argument("--only", default="", help="run scenarios whose name contains this text")
     parser.add_argument("--part", default="0/1", help="I/N: every Nth scenario from the Ith on")
     args = parser.parse_args()
     torch.set_num_threads(1)

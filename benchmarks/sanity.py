@@ -1,13 +1,13 @@
-"""Sanity checks of Adebayo et al. 2018: does a map lose its likeness when the network loses what it has learned?
+"""Run the sanity checks of Adebayo et al. 2018: does a map change if the network's weights are randomised?
 
     python benchmarks/sanity.py [--images 8] [--seeds 3] [--volumes 3] [--picture docs/images/sanity.png]
 
-Weights are drawn anew from the output to the input, one convolution or linear layer (with its norm) more a step, and
-after each step every method explains the same class of the same image again. Likeness to the map of the trained
-network: Spearman's rank correlation and SSIM of the absolute maps (`esegeta_monai.metrics`; 0 where nothing is left),
-and Spearman's among the voxels where Grad-CAM is positive for both networks: random weights turn the sign of Grad-CAM's
-weights as often as not, ReLU then leaves another part of the image, and whatever is multiplied by it says nothing
-outside of the part that both have.
+Weights are randomised from the output to the input, one more convolution or linear layer (with its norm) per step.
+After each step every method explains the same class of the same image again. Similarity to the map of the trained
+network is measured by Spearman's rank correlation and SSIM of the absolute maps (`esegeta_monai.metrics`; 0 for a zero
+map), and by Spearman's correlation over the voxels where Grad-CAM is positive for both networks. The reason for the
+latter: random weights reverse the sign of Grad-CAM's weights about half of the time. ReLU then keeps another part of
+the image, and products with Grad-CAM can only be compared in the common part.
 
 Networks with ReLU: pneumonia2d_cnn on chest X-rays (2D; needs ESEGETA_SHARED_DATA), and the bundle
 brain_lesion_classification on heads with a planted lesion (3D; needs the extra `demo`).
@@ -51,9 +51,9 @@ COLOURS = ["#1f77b4", "#2ca02c", "#d62728", "#ff7f0e", "#8c564b"]
 
 
 def stages(network: nn.Module) -> list[list[str]]:
-    """Names of the layers with weights from the output to the input, each with the norms behind it."""
+    """Return names of the layers with weights from output to input, each with the norms after it."""
     found: list[list[str]] = []
-    for name, module in network.named_modules():  # both networks define their layers in the order in which they run
+    for name, module in network.named_modules():  # both networks define their layers in order of execution
         if isinstance(module, (_ConvNd, nn.Linear)):
             found.append([name])
         elif isinstance(module, _BatchNorm):
@@ -62,7 +62,7 @@ def stages(network: nn.Module) -> list[list[str]]:
 
 
 def maps_of(network: nn.Module, images: Tensor) -> Tensor:
-    """Maps (methods, images, 1, *spatial); zero where a method finds nothing."""
+    """Return maps (methods, images, 1, *spatial) of images (images, 1, *spatial); zero if a method gives none."""
     explainer = Explainer(network)
     maps = torch.zeros(len(METHODS), *images.shape)
     for found in explainer(images, METHODS, [ClassScore(1)]):
@@ -73,8 +73,10 @@ def maps_of(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def cascade(network: nn.Module, images: Tensor, seeds: Sequence[int]) -> tuple[list[str], np.ndarray]:
-    """Names of the steps, and likeness (methods, steps, samples, `MEASURES`); step 0 is the trained network against
-    itself. NaN where too few voxels are left to compare."""
+    """Return names of the steps, and similarity (methods, steps, samples, `MEASURES`).
+
+    Step 0 compares the trained network with itself. NaN: too few voxels to compare.
+    """
     trained = maps_of(network, images)
     order = stages(network)
     result = np.ones((len(METHODS), 1 + len(order), len(seeds), len(images), len(MEASURES)))
@@ -92,7 +94,7 @@ def cascade(network: nn.Module, images: Tensor, seeds: Sequence[int]) -> tuple[l
 
 
 def chest(n: int) -> tuple[nn.Module, Tensor]:
-    """The 2D network, and X-rays with pneumonia that it recognises."""
+    """Return the 2D network, and X-rays with pneumonia that it classifies correctly."""
     network = real.pneumonia_cnn()
     images, labels = real.chest_images()
     with torch.no_grad():
@@ -101,7 +103,7 @@ def chest(n: int) -> tuple[nn.Module, Tensor]:
 
 
 def lesions(n: int, folder: Path) -> tuple[nn.Module, Tensor]:
-    """The 3D network, and heads with a lesion that it recognises."""
+    """Return the 3D network, and heads with a lesion that it classifies correctly."""
     reader = BundleReader(ROOT / "bundles" / "brain_lesion_classification")
     network = reader.network
     with reader.importable():
@@ -117,15 +119,15 @@ def lesions(n: int, folder: Path) -> tuple[nn.Module, Tensor]:
 
 
 def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Over the samples (axis 1), those that could be compared."""
+    """Return mean and standard error over the samples (axis 1), without NaN."""
     n = np.isfinite(values).sum(1)
     return np.nanmean(values, 1), np.nanstd(values, 1) / np.sqrt(n)
 
 
 def table(title: str, names: list[str], values: np.ndarray) -> None:
-    """Markdown: each measure after the first step, after half of them and after all, mean ± standard error."""
+    """Print a Markdown table: each measure after the first, half of the, and all steps, mean ± standard error."""
     steps = [1, (len(names) - 1) // 2 + 1, len(names) - 1]
-    print(f"\n{title}; {values.shape[2]} maps a cell (images x draws)\n")
+    print(f"\n{title}; {values.shape[2]} maps per cell (images x draws)\n")
     print("| method | " + " | ".join(f"{what}, {names[s]}" for what in MEASURES for s in steps) + " |")
     print("|---" * (1 + len(MEASURES) * len(steps)) + "|")
     for method, mine in zip(METHODS, values):
@@ -136,8 +138,8 @@ def table(title: str, names: list[str], values: np.ndarray) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=16, help="of the 2D network")
-    parser.add_argument("--volumes", type=int, default=3, help="of the 3D network; 0 leaves it out")
+    parser.add_argument("--images", type=int, default=16, help="images for the 2D network")
+    parser.add_argument("--volumes", type=int, default=3, help="volumes for the 3D network; 0 leaves it out")
     parser.add_argument("--seeds", type=int, default=3, help="draws of the random weights")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "sanity.png")
     args = parser.parse_args()
@@ -162,7 +164,7 @@ def main() -> None:
             axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=7)
             axis.set_title(f"{title}: {what}", fontsize=8)
             axis.grid(alpha=0.3)
-            axis.set_xlabel("weights drawn anew from the output down to …", fontsize=8)
+            axis.set_xlabel("random weights from the output down to …", fontsize=8)
     axes[0, 0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(args.picture, dpi=90)

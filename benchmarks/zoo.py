@@ -1,19 +1,19 @@
-"""Explain every bundle of a Model Zoo checkout as its user would, unedited, and write the table docs/zoo.md.
+"""Explain every bundle of a Model Zoo checkout, unedited, and write the page docs/zoo.md.
 
     python benchmarks/zoo.py CHECKOUT --work DIR [--only NAME ...] [--again] [--python PYTHON] [--table docs/zoo.md]
 
 CHECKOUT is a folder of bundles (the model zoo's `models/`). For each bundle, in DIR/NAME:
 
-1. the bundle is copied; where its checkpoint is absent, random weights (seed 0) are put in its place;
-2. a small synthetic input is made in the layout that it expects (`zoo_inputs.py`);
-3. `esegeta-monai overlay --bundle` writes the overlay, and on the input (or a crop of it) the gradient by `Explainer`
-   is compared with PyTorch's autograd through the bundle's own inferer (`zoo_check.py`, which also chooses a class that
+1. copy the bundle; if its checkpoint is missing, write random weights (seed 0) in its place;
+2. write a small synthetic input in the expected layout (`zoo_inputs.py`);
+3. write the overlay with `esegeta-monai overlay --bundle`; on the input (or a crop of it), compare the gradient of
+   `Explainer` with PyTorch's autograd through the bundle's own inferer (`zoo_check.py`, which also chooses a class that
    these weights predict);
-4. `python -m monai.bundle run` runs without and with the overlay, and their predictions are compared, byte by byte.
+4. run `python -m monai.bundle run` without and with the overlay, and compare the predictions byte by byte.
 
-A bundle is green where a map has status ok, its target has voxels, it is not zero, it lies on the input's grid, the
+A bundle passes ("green") if a map has status ok, its target has voxels, it is not zero, it is on the input's grid, the
 gradient is that of full autograd (<= 1e-5 of its largest value), and the predictions are equal. Finished bundles are
-skipped; `--again` does them anew. The checkout is only read.
+skipped; `--again` repeats them. The checkout is only read.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ HERE = Path(__file__).resolve().parent
 
 
 def modest() -> None:
-    """No more than 18 GB of address space for a command: it fails, and nothing else on the machine does."""
+    """Limit a command to 18 GB of address space, so that only this command fails."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
 
 
 def available() -> float:
-    """Free memory in GB."""
+    """Return the free memory in GB."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
 
 
 def call(python: str, *words: str, cwd: Path, log: Path, limit: float, gigabytes: float) -> tuple[int, float]:
-    """Exit code and CPU seconds of a command; what it says goes to `log`."""
+    """Run a command with its output in `log`; return exit code and CPU seconds."""
     while available() < gigabytes:
         time.sleep(10)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -83,15 +83,15 @@ def call(python: str, *words: str, cwd: Path, log: Path, limit: float, gigabytes
 
 
 def last_line(log: Path) -> str:
-    """The line that says what went wrong."""
+    """Return the line of a log that states the error."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line and "Warning" not in line and not line.startswith("File")]
-    said = (errors or lines or ["nothing was said"])[-1]
+    said = (errors or lines or ["no output"])[-1]
     return said.replace(str(log.parent.resolve()), "WORK")[:300]
 
 
 def as_options(values: dict[str, Any]) -> list[str]:
-    """Ids and values as MONAI's command line takes them."""
+    """Return ids and values in the form of MONAI's command line."""
     words = []
     for key, value in values.items():
         words += [f"--{key}", value if isinstance(value, str) else repr(value)]
@@ -99,7 +99,7 @@ def as_options(values: dict[str, Any]) -> list[str]:
 
 
 def explain_bundle(source: Path, work: Path, recipe: Recipe, python: str, limit: float) -> dict[str, Any]:
-    """One row of the table."""
+    """Run one bundle and return its row of the table."""
     row: dict[str, Any] = {"bundle": source.name, "needs": recipe.needs_why, "speed": recipe.speed_why}
     row["options"] = recipe.options
     if recipe.cause:
@@ -166,12 +166,12 @@ def explain_bundle(source: Path, work: Path, recipe: Recipe, python: str, limit:
     if row["predictions_equal"] is not True:
         causes.append(f"predictions differ: {row['predictions_equal']}")
     if row["deviation"] is None or row["deviation"] > TOLERANCE:
-        causes.append(f"the gradient is {row['deviation']} off full autograd")
+        causes.append(f"the gradient deviates from full autograd by {row['deviation']}")
     return {**row, "green": not causes, "cause": "; ".join(causes)}
 
 
 def look_at(sidecar: Path, data: Path) -> dict[str, Any]:
-    """What a written map is, and what is wrong with it."""
+    """Describe a written map and its errors."""
     record = json.loads(sidecar.read_text())
     wrong = [] if record["status"] == "ok" else [f"status {record['status']}: {record.get('reason')}"]
     if not record.get("target_voxels"):
@@ -201,7 +201,7 @@ def look_at(sidecar: Path, data: Path) -> dict[str, Any]:
 
 
 def grid_of(file: Path) -> tuple[tuple[int, ...], np.ndarray | None]:
-    """Shape of an input (without channels) and its affine; pictures as MONAI reads them, (width, height)."""
+    """Return shape (without channels) and affine of an input; for pictures (width, height), as MONAI reads them."""
     if ".nii" in file.name:
         image = nib.load(file)
         return image.shape[:3], image.affine
@@ -211,7 +211,10 @@ def grid_of(file: Path) -> tuple[tuple[int, ...], np.ndarray | None]:
 
 
 def equal_predictions(plain: Path, explained: Path) -> tuple[int, Any]:
-    """How many files the bundle wrote, and True or what differs. NIfTI: header, affine and voxels; else every byte."""
+    """Compare the files of two runs; return their number, and True or the difference.
+
+    NIfTI files are compared by header, affine and voxels, others by every byte.
+    """
     files = sorted(p.relative_to(plain) for p in plain.rglob("*") if p.is_file())
     others = sorted(p.relative_to(explained) for p in explained.rglob("*") if p.is_file())
     if files != others:
@@ -230,37 +233,37 @@ def equal_predictions(plain: Path, explained: Path) -> tuple[int, Any]:
 
 
 def table(rows: list[dict[str, Any]], commit: str) -> str:
-    """docs/zoo.md."""
+    """Return the text of docs/zoo.md."""
     green = [r for r in rows if r["green"]]
     nothing = [r for r in green if not r["needs"] and not r["speed"] and not r["options"]]
     lines = [
         "# The Model Zoo, bundle by bundle",
         "",
-        f"Every bundle of [Project-MONAI/model-zoo](https://github.com/Project-MONAI/model-zoo){commit}, unedited, by",
-        "`python -m monai.bundle run` with the overlay that `esegeta-monai overlay --bundle DIR` writes. Where a",
-        "checkpoint is absent the weights are random: a map then shows that the machinery is right, and nothing of",
+        f"Every bundle of [Project-MONAI/model-zoo](https://github.com/Project-MONAI/model-zoo){commit} was run,",
+        "unedited, by `python -m monai.bundle run` with the overlay that `esegeta-monai overlay --bundle DIR`",
+        "writes. If a checkpoint is missing, the weights are random: such a map shows that the software works, not",
         "what a model has learned.",
         "",
-        f"**{len(green)} of {len(rows)} green, {len(nothing)} of them with nothing done** but saying where data and",
-        "output lie and what is explained. Green: status ok, the target has voxels, the map is not zero, its grid is",
-        "the input's, the gradient equals full autograd through the bundle's own inferer",
+        f"**{len(green)} of {len(rows)} pass, {len(nothing)} of them without any change** except the settings for",
+        "data, output and target. A bundle passes if the status is ok, the target has voxels, the map is not zero",
+        "and has the input's grid, the gradient equals full autograd through the bundle's own inferer",
         f"(<= {TOLERANCE:g} of its largest value), and the files that the bundle writes are equal with and without the",
         "overlay (NIfTI: header and voxels; others: every byte).",
         "",
+        "This command writes the page. It skips finished bundles, and several instances can run at the same time:",
+        "",
         "    python benchmarks/zoo.py CHECKOUT/models --work DIR --table docs/zoo.md",
         "",
-        "makes this page. Finished bundles are skipped, and several of these may run side by side.",
-        "",
-        "| bundle | network | inferer | what was done | target | maps | off autograd | predictions | CPU s, with |",
+        "| bundle | network | inferer | changes | target | maps | off autograd | predictions | CPU s, with maps |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         done = [f"needs: {row['needs']}"] if row["needs"] else []
         done += [f"for speed: {row['speed']}"] if row["speed"] else []
         done += [f"option {k}" for k in row["options"]]
-        name = row["bundle"] if row["green"] else f"{row['bundle']} (not green)"
+        name = row["bundle"] if row["green"] else f"{row['bundle']} (fails)"
         if "deviation" not in row:
-            lines.append(f"| {name} | | | {'; '.join(done) or 'nothing'} | | | | | |")
+            lines.append(f"| {name} | | | {'; '.join(done) or 'none'} | | | | | |")
             continue
         predictions = "none written" if not row.get("predictions") else f"{row['predictions']} equal"
         if row.get("predictions_equal") is not True:
@@ -268,27 +271,27 @@ def table(rows: list[dict[str, Any]], commit: str) -> str:
         seconds = f"{row.get('plain_cpu_seconds', '-')}, {row.get('explained_cpu_seconds', '-')}"
         deviation = "-" if row["deviation"] is None else f"{row['deviation']:.1e}"
         lines.append(
-            f"| {name} | {row['network']} | {row['inferer']} | {'; '.join(done) or 'nothing'} | `{row['target']}` | "
+            f"| {name} | {row['network']} | {row['inferer']} | {'; '.join(done) or 'none'} | `{row['target']}` | "
             f"{len(row.get('maps', []))} | {deviation} | {predictions} | {seconds} |"
         )
-    lines += ["", "## Why the others are not green", ""]
+    lines += ["", "## Why the others fail", ""]
     lines += [f"* **{r['bundle']}**: {why(r)}" for r in rows if not r["green"]] or ["None."]
     return "\n".join(lines) + "\n" + FOOT
 
 
 def why(row: dict[str, Any]) -> str:
-    """What is known of a row that is not green, else the last line that it said."""
+    """Return the known reason of a failure, or the last line of the output."""
     recipe = RECIPES.get(row["bundle"])
     return recipe.why if recipe is not None and recipe.why else row["cause"]
 
 
 FOOT = """
-Read beside this: BraTS and VISTA3D ran with their own windows; BraTS by `Occlusion`, its gradient compared on a crop
-with windows of 64x64x48. `spleen_deepedit_annotation` was compared on a crop of 64x64x64.
+Notes: BraTS and VISTA3D ran with their own windows. BraTS was explained with `Occlusion`, and its gradient was compared
+on a crop with windows of 64x64x48. `spleen_deepedit_annotation` was compared on a crop of 64x64x64.
 
-The environment: torchvision 0.28, timm, einops and fire beside the pinned versions, and NumPy 1.26, since the script of
-`valve_landmarks` uses `numpy.product`, which NumPy 2 no longer has. `breast_density_classification` downloads
-pretrained weights: random ones lay in torch's cache. All inputs are synthetic.
+Environment: the pinned versions with torchvision 0.28, timm, einops and fire, and NumPy 1.26, because the script of
+`valve_landmarks` uses `numpy.product`, which NumPy 2 removed. `breast_density_classification` downloads pretrained
+weights; they were replaced by random ones in torch's cache. All inputs are synthetic.
 """
 
 
@@ -298,10 +301,10 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--again", action="store_true")
-    parser.add_argument("--python", default=sys.executable, help="of an environment that has what the bundles require")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds a command")
+    parser.add_argument("--python", default=sys.executable, help="interpreter with the requirements of the bundles")
+    parser.add_argument("--limit", type=float, default=1800, help="time limit per command, in seconds")
     parser.add_argument("--table", type=Path)
-    parser.add_argument("--commit", default="", help="of the checkout, for the table")
+    parser.add_argument("--commit", default="", help="commit of the checkout, for the table")
     options = parser.parse_args()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -313,7 +316,7 @@ def main() -> int:
         started = time.monotonic()
         claim = work / f"{name}.claim"
         try:
-            claim.touch(exist_ok=False)  # several of these may run side by side
+            claim.touch(exist_ok=False)  # several instances may run at the same time
         except FileExistsError:
             continue
         recipe = RECIPES.get(name, Recipe(cause="no recipe for its input"))
@@ -323,10 +326,10 @@ def main() -> int:
         (work / name).mkdir(parents=True, exist_ok=True)
         result.write_text(json.dumps(row, indent=1))
         claim.unlink()
-        said = "green" if row["green"] else f"NOT green: {row['cause'][:400]}"
+        said = "passes" if row["green"] else f"FAILS: {row['cause'][:400]}"
         print(f"{name}: {said} ({time.monotonic() - started:.0f} s)", flush=True)
     rows = [json.loads(f.read_text()) for f in sorted(work.glob("*/row.json"))]
-    print(f"{sum(r['green'] for r in rows)} of {len(rows)} green")
+    print(f"{sum(r['green'] for r in rows)} of {len(rows)} pass")
     if options.table:
         options.table.write_text(table(rows, f" at {options.commit}" if options.commit else ""))
     return 0 if all(r["green"] for r in rows) else 1

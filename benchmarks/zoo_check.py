@@ -1,5 +1,7 @@
-"""One bundle, in a process of its own: its overlay, random weights where there are none, a class that they predict, and
-the gradient against PyTorch's autograd through the bundle's inferer. `zoo.py` calls it; check.json lies beside the job.
+"""Check one bundle in its own process: compare the gradient with PyTorch's autograd through the bundle's inferer.
+
+It also writes the overlay, adds random weights if there are none, and chooses a class that they predict. `zoo.py` calls
+it; the result is check.json beside the job file.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from esegeta_monai.methods import Saliency
 
 
 def put_weights(reader: BundleReader) -> str:
-    """The checkpoint where the bundle looks for it; random ones (seed 0) where it is absent."""
+    """Write random weights (seed 0) if the bundle's checkpoint is missing; return which weights are used."""
     source = reader.weight_source
     if source.path.is_file():
         return "its own"
@@ -36,11 +38,11 @@ def put_weights(reader: BundleReader) -> str:
 
 
 def batch_of(reader: BundleReader) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Image and further inputs of the first batch, as the evaluator prepares them."""
+    """Return image (B, C, *spatial) and further inputs of the first batch, as the evaluator prepares them."""
     loader = reader.resolve("evaluator::val_data_loader")
     with reader.importable():
         batch = next(iter(loader))
-    if isinstance(batch, list):  # a detector's: images of different shapes
+    if isinstance(batch, list):  # of a detector: images of different shapes
         return batch[0][reader.image_key][None], (), {}
     prepare = default_prepare_batch
     if "evaluator::prepare_batch" in reader.parser:
@@ -51,7 +53,7 @@ def batch_of(reader: BundleReader) -> tuple[Tensor, tuple[Any, ...], dict[str, A
 
 
 def choose(prediction: Tensor, sigmoid: bool, regression: bool) -> tuple[str, int, Tensor]:
-    """A target that has voxels, its channel, and its mask."""
+    """Choose a target with voxels for a prediction (K, *spatial); return its text, channel and mask (*spatial)."""
     if prediction.ndim == 1 or prediction[0].numel() == 1:
         channel = int(prediction.flatten().argmax())
         return f"ClassScore({channel})", channel, torch.ones_like(prediction[channel], dtype=torch.bool)
@@ -68,7 +70,7 @@ def choose(prediction: Tensor, sigmoid: bool, regression: bool) -> tuple[str, in
             )
         return f"ThresholdMask(0.5, channel={channel})", channel, torch.sigmoid(prediction[channel]) > 0.5
     counts = torch.bincount(prediction.argmax(0).flatten(), minlength=prediction.shape[0])
-    counts[0] = min(int(counts[0]), 1)  # the background only where nothing else is predicted
+    counts[0] = min(int(counts[0]), 1)  # background only if nothing else is predicted
     channel = int(counts.argmax())
     return f"MultiClassMask({channel})", channel, prediction.argmax(0) == channel
 
@@ -105,7 +107,7 @@ def main(job_file: Path) -> None:
     prediction = select_output(raw, output)
     target, channel, mask = choose(prediction[0].detach(), sigmoid, regression)
     score = prediction[0][channel][mask]
-    (expected,) = torch.autograd.grad(score.mean() if regression else score.sum(), x)  # as `OutputValue` has it
+    (expected,) = torch.autograd.grad(score.mean() if regression else score.sum(), x)  # `OutputValue` is a mean
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         explainer = Explainer(network, inferer, output=output, class_names=reader.class_names)

@@ -1,6 +1,6 @@
-"""A small synthetic input for every bundle of MONAI's Model Zoo, in the layout that the bundle expects.
+"""Small synthetic inputs for every bundle of MONAI's Model Zoo, in the layout that the bundle expects.
 
-Each function writes files below a folder and returns the options that say where they lie. No bundle is edited.
+Each function writes files below a folder and returns the options with their paths. No bundle is edited.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ __all__ = ["RECIPES", "Recipe"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one bundle is given something to do.
+    """Input and settings for the run of one bundle.
 
     Attributes:
-        data: writes the input below a folder, returns options (id to value) that say where it lies.
-        needs: overrides without which the bundle itself does not run on this MONAI, and why.
-        speed: overrides that make it small enough for a laptop, and why.
-        options: of the overlay, beside methods and target.
-        methods: what explains it.
-        crop: what is different in the check on a crop.
-        gigabytes: of memory that it takes about; it waits until they are free.
-        cause: why no map can be made at all.
-        why: what lies behind a failure that the last line of a log does not tell.
+        data: writes the input below a folder and returns the options (id to value) with its path.
+        needs: overrides that the bundle itself needs to run on this MONAI; ``needs_why`` is the reason.
+        speed: overrides that make it small enough for a laptop; ``speed_why`` is the reason.
+        options: further options of the overlay, besides methods and target.
+        methods: methods that explain it.
+        crop: changes for the check on a crop.
+        gigabytes: approximate memory; the run waits until it is free.
+        cause: reason why no map can be computed at all.
+        why: reason of a failure that the last line of the log does not show.
     """
 
     data: Callable[[Path], dict[str, Any]] = lambda folder: {}
@@ -50,7 +50,7 @@ class Recipe:
 
 
 def body(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Smooth texture in an ellipsoid on air, about 0 to 1."""
+    """Return an array of ``shape``: smooth texture in an ellipsoid, surrounded by air; values 0 to 1."""
     rng = np.random.default_rng(seed)
     texture = gaussian_filter(rng.normal(size=shape), 2.0)
     texture = 0.5 + 0.2 * texture / texture.std()
@@ -66,7 +66,7 @@ def scan(
     hounsfield: bool = True,
     seed: int = 0,
 ) -> str:
-    """A NIfTI volume whose axes run left, posterior, superior, away from the origin."""
+    """Write a NIfTI volume with axes left, posterior, superior and a shifted origin; ``spacing`` in mm."""
     file.parent.mkdir(parents=True, exist_ok=True)
     affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
     affine[:3, 3] = (40.0, 30.0, -20.0)
@@ -81,7 +81,7 @@ def scan(
 
 
 def picture(file: Path, size: tuple[int, int], channels: int = 3, seed: int = 0) -> str:
-    """A PNG or JPEG, size as (width, height)."""
+    """Write a PNG or JPEG of ``size`` (width, height)."""
     file.parent.mkdir(parents=True, exist_ok=True)
     planes = [body((size[1], size[0]), seed + i) for i in range(channels)]
     values = (np.stack(planes, -1) if channels > 1 else planes[0]) * 255
@@ -90,7 +90,7 @@ def picture(file: Path, size: tuple[int, int], channels: int = 3, seed: int = 0)
 
 
 def scans_in(below: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], **options: Any) -> Callable:
-    """One scan in the folder that `dataset_dir` names."""
+    """Return a function that writes one scan into the folder `dataset_dir`."""
 
     def make(folder: Path) -> dict[str, Any]:
         scan(folder / below / "case_1.nii.gz", shape, spacing, **options)
@@ -100,7 +100,7 @@ def scans_in(below: str, shape: tuple[int, int, int], spacing: tuple[float, floa
 
 
 def datalist(key: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], **options: Any) -> Callable:
-    """One scan in a Decathlon list."""
+    """Return a function that writes one scan and a Decathlon list."""
 
     def make(folder: Path) -> dict[str, Any]:
         file = scan(folder / "case_1.nii.gz", shape, spacing, **options)
@@ -221,19 +221,17 @@ def slide(folder: Path) -> dict[str, Any]:
 
 
 def searched(folder: Path) -> dict[str, Any]:
-    """A Decathlon list, and an architecture as DiNTS' search writes it (the file is part of the missing weights)."""
+    """Write a Decathlon list, and an architecture file of DiNTS' search (which is part of the missing weights)."""
     options = datalist("testing", (64, 64, 64), (1.5, 1.5, 1.5))(folder)
-    edges = np.ones((12, 10), np.int64)  # every path is taken, each by the first convolution
+    edges = np.ones((12, 10), np.int64)  # all paths are used, each with the first convolution
     code = {"arch_code_a": edges, "arch_code_c": edges, "node_a": np.ones((13, 4), np.int64)}
     torch.save(code, folder / "architecture.pt")
     return {**options, "arch_ckpt_path": str(folder / "architecture.pt")}
 
 
-GENERATIVE = "makes images from noise: there is no image whose voxels could be explained"
+GENERATIVE = "generates images from noise: there is no input image to explain"
 
-SEARCHED = (
-    "the searched architecture is part of the absent weights; with a made-up one the network fails, or wants memory"
-)
+SEARCHED = "the searched architecture is part of the missing weights; a synthetic one fails or needs too much memory"
 
 RECIPES: dict[str, Recipe] = {
     "brats_mri_axial_slices_generative_diffusion": Recipe(cause=GENERATIVE),
@@ -242,7 +240,7 @@ RECIPES: dict[str, Recipe] = {
     "mednist_gan": Recipe(cause=GENERATIVE),
     "brats_mri_segmentation": Recipe(
         four_mr_sequences,
-        methods="Occlusion(window=(32, 64, 48))",  # forward passes alone: a backward pass of its window takes 15 GB
+        methods="Occlusion(window=(32, 64, 48))",  # forward passes only: a backward pass of its window needs 15 GB
         crop={"overrides": {"inferer#roi_size": [64, 64, 48]}},
         gigabytes=4,
     ),
@@ -253,7 +251,7 @@ RECIPES: dict[str, Recipe] = {
     "lung_nodule_ct_detection": Recipe(
         lungs,
         why="boxes after non-maximum suppression, which has no gradient: no voxel-wise prediction to explain; in the "
-        "bundle's run the handler records a named error and the run goes on",
+        "bundle's run the handler records a named error and the run continues",
     ),
     "mednist_reg": Recipe(mednist),
     "multi_organ_segmentation": Recipe(
@@ -262,9 +260,9 @@ RECIPES: dict[str, Recipe] = {
             "arch_ckpt": "$torch.load(@arch_ckpt_path, map_location=@device, weights_only=False)",
             "dints_space#device": "$@device",
         },
-        needs_why="it names cuda whatever the device, and its architecture file holds NumPy arrays",
+        needs_why="it uses cuda on every device, and its architecture file contains NumPy arrays",
         speed={"inferer#roi_size": [64, 64, 64]},
-        speed_why="windows of 64x64x64 in place of 96x96x96",
+        speed_why="windows of 64x64x64 instead of 96x96x96",
         gigabytes=6,
         why=SEARCHED,
     ),
@@ -274,9 +272,9 @@ RECIPES: dict[str, Recipe] = {
             "arch_ckpt": "$torch.load(@arch_ckpt_path, map_location=@device, weights_only=False)",
             "dints_space#device": "$@device",
         },
-        needs_why="it names cuda whatever the device, and its architecture file holds NumPy arrays",
+        needs_why="it uses cuda on every device, and its architecture file contains NumPy arrays",
         speed={"inferer#roi_size": [64, 64, 64]},
-        speed_why="windows of 64x64x64 in place of 96x96x96",
+        speed_why="windows of 64x64x64 instead of 96x96x96",
         gigabytes=6,
         why=SEARCHED,
     ),
@@ -290,8 +288,8 @@ RECIPES: dict[str, Recipe] = {
     "pathology_tumor_detection": Recipe(
         slide,
         needs={"wsi_reader": "TiffFile"},
-        needs_why="cuCIM is not there without an NVIDIA driver",
-        why="needs a whole-slide pyramid with level 6, and cuCIM; the synthetic picture has one level",
+        needs_why="cuCIM is not available without an NVIDIA driver",
+        why="needs cuCIM and a whole-slide pyramid with level 6; the synthetic picture has one level",
     ),
     "pediatric_abdominal_ct_segmentation": Recipe(pediatric, gigabytes=5),
     "prostate_mri_anatomy": Recipe(prostate),
@@ -310,7 +308,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "valve_landmarks": Recipe(valves),
     "ventricular_short_axis_3label": Recipe(scans_in(".", (256, 256, 4), (1.4, 1.4, 8.0), hounsfield=False)),
-    "vista2d": Recipe(vista2d, why="needs a second checkpoint (SAM, `sam_vit_b_01ec64.pth`), which is not there"),
+    "vista2d": Recipe(vista2d, why="needs a second checkpoint (SAM, `sam_vit_b_01ec64.pth`), which is missing"),
     "vista3d": Recipe(
         vista3d,
         gigabytes=11,

@@ -1,9 +1,9 @@
-"""Read every bundle below a folder and print, a row a bundle, what was found or which named error said why not.
+"""Read every bundle below a folder and print one row per bundle: its parts, or the named error of each missing part.
 
     python benchmarks/zoo_reader.py PATH [--config configs/inference.json] [--markdown]
 
-PATH is a checkout of bundles (a folder of folders with `configs/`). Checkpoints may be absent: networks then keep
-random weights. Ends with 1 if a bundle raised anything but a named error of the package.
+PATH is a checkout of bundles (a folder of folders with `configs/`). If checkpoints are missing, networks keep random
+weights. The exit status is 1 if a bundle raised anything but a named error of the package.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARTS = ("network", "inferer", "preprocessing", "postprocessing", "amp", "image_
 
 
 def read_part(reader: BundleReader, part: str) -> str:
-    """One part in a few letters; raises what the reader raises."""
+    """Describe one part of a bundle in a few letters; errors of the reader are raised."""
     if part in ("network", "inferer"):
         return type(getattr(reader, part)).__name__
     if part in ("preprocessing", "postprocessing"):
@@ -39,7 +39,7 @@ def read_part(reader: BundleReader, part: str) -> str:
 
 
 def read_bundle(folder: Path, config: str | None) -> tuple[list[str], list[str], bool]:
-    """The row of one bundle, its errors in full, and whether all of them were named."""
+    """Return the row of one bundle, its full error messages, and True if all errors were named."""
     try:
         reader = BundleReader(folder, config, weights="optional")
     except EsegetaError as error:
@@ -51,7 +51,7 @@ def read_bundle(folder: Path, config: str | None) -> tuple[list[str], list[str],
         except EsegetaError as error:
             cells.append(type(error).__name__)
             errors.append(f"{part}: {type(error).__name__}: {error}")
-        except Exception as error:  # the point of this script: nothing else may come out of the reader
+        except Exception as error:  # this script checks that the reader raises nothing else
             cells.append(f"!{type(error).__name__}")
             errors.append(f"{part}: UNNAMED {type(error).__name__}: {error}")
             named = False
@@ -80,7 +80,7 @@ def main() -> int:
         complaints += [f"- {folder.name}: {error}" for error in errors]
         all_named &= named
         whole += not errors
-    print(f"\n{whole} of {len(folders)} bundles read whole.", *complaints, sep="\n")
+    print(f"\n{whole} of {len(folders)} bundles read completely.", *complaints, sep="\n")
     return 0 if all_named else 1
 
 

@@ -379,14 +379,14 @@ def write_doc() -> None:
 
 HEAD = """# Bad input
 
-What `esegeta-monai explain` says and how it ends, as `tests/test_bad_input.py` sees it
-(`python -m tests.test_bad_input` writes this table anew).
+Messages and exit codes of `esegeta-monai explain`, as tested by `tests/test_bad_input.py`
+(`python -m tests.test_bad_input` writes this table).
 
-* Exit code 2: nothing was computed, and no file was written but, at most, the output folder.
-* Exit code 1: the case or method is in `run.json` with this reason; **the other cases and methods are done**.
+* Exit code 2: nothing was computed, and no file was written except possibly the output folder.
+* Exit code 1: the case or method is in `run.json` with this reason; **the other cases and methods are finished**.
 * Exit code 0: not an error; the reason is in `run.json` and in the record.
 
-Each is one line; `-v` adds the traceback. No file ever lies under a final name that is not whole.
+Each message is one line; `-v` adds the traceback. Files get their final names only when they are complete.
 
 | input | exit code | message |
 |---|---|---|"""

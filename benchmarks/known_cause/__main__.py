@@ -1,12 +1,11 @@
-"""Every method against three networks whose cause is known; the tables of docs/known_cause.md.
+"""Evaluate every method on three networks with a known cause; write the tables of docs/known_cause.md.
 
     python benchmarks/known_cause [--cases 24] [--dear-cases 12] [--experiments 100] [--networks lesion,shortcut]
 
-The networks of the bundle `brain_lesion_classification` answer to a planted lesion, to a mark in a corner (shortcut),
-and to a lesion beside a distractor. What each answers to is proved by experiment first: the object is taken away or
-added and nothing else. Then every method of the registry and three controls (noise, Sobel edges, constant) are measured
-on cases that no training saw. Maps and measurements are kept in `--work`: a run that was stopped goes on where it
-stopped, and a new metric needs no new maps.
+The networks of the bundle `brain_lesion_classification` use a planted lesion, a mark in a corner (shortcut), and a
+lesion in the presence of a distractor. Experiments prove this first: only the object is removed or added. Then every
+method of the registry and three controls (noise, Sobel edges, constant) are measured on cases unseen in training. Maps
+and measurements are kept in `--work`, so that an interrupted run continues and a new metric needs no new maps.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def main() -> None:
     parser.add_argument("--faithful-cases", type=int, default=8, help="examples for faithfulness")
     parser.add_argument("--experiments", type=int, default=100, help="cases for the experiments on the cause")
     parser.add_argument("--networks", default=",".join(cause.name for cause in CAUSES))
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "known_cause", help="folder for what is kept")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "known_cause", help="folder of maps and results")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "known_cause.md")
     parser.add_argument("--table", type=Path, default=ROOT / "benchmarks" / "results" / "known_cause.csv")
@@ -82,7 +81,7 @@ def main() -> None:
 
 
 def _experiments(cause: Cause, n: int) -> tuple[list[bool], list[Experiment]]:
-    """What the network answers to; read from disk where it was found out before."""
+    """Run the experiments on the cause, or read their results from disk."""
     file = cause.folder / "experiments" / f"{cause.name}_{n}.json"
     if not file.exists():
         right, found = experiments(cause, range(EXPERIMENT_SEEDS, EXPERIMENT_SEEDS + n))
@@ -93,7 +92,7 @@ def _experiments(cause: Cause, n: int) -> tuple[list[bool], list[Experiment]]:
 
 
 def _measured(cause: Cause, n: int, n_dear: int, n_faithful: int) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Rows of all examples, and the records of `ExtremalPerturbation`."""
+    """Return the rows of all examples, and the records of `ExtremalPerturbation`."""
     methods = chosen_methods(cause)
     rows: list[Row] = []
     records: list[dict[str, Any]] = []

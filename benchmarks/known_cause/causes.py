@@ -1,4 +1,4 @@
-"""The three networks whose cause is known, and cases that they never saw."""
+"""The three networks with a known cause, and cases unseen in training."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from scripts.lesions import LesionCases  # noqa: E402
 __all__ = ["BUNDLE", "CAUSES", "Cause", "Example"]
 
 FIRST_SEED, OTHER_SEEDS = 5_000_000, 6_000_000
-"""Of the examples, and of the cases that methods look at beside them; training and validation used seeds below
+"""First seeds of the examples and of further cases for methods; training and validation used seeds below
 2,000,000."""
 
 
 @dataclass
 class Example:
-    """A case with the network's answer.
+    """A case that the network classifies as lesion.
 
     Attributes:
-        seed: of the case.
+        seed: seed of the case.
         image: (1, *spatial).
-        truth: bool (1, *spatial): the voxels that the answer rests on.
-        other: bool (1, *spatial): the object that a map must not point at (see `Cause.other`); perhaps empty.
+        truth: bool (1, *spatial): the voxels of the cause.
+        other: bool (1, *spatial): the object that a map should not highlight (see `Cause.other`); may be empty.
     """
 
     seed: int
@@ -48,14 +48,14 @@ class Example:
 
 @dataclass
 class Cause:
-    """A trained network and what its answer "lesion" rests on, as `interventions` proves.
+    """A trained network and the cause of its answer "lesion", as proved by `interventions`.
 
     Attributes:
-        name: of the network.
+        name: name of the network.
         weights: file in the bundle's `models`.
-        options: of `LesionCases`: what is planted beside lesions.
-        truth: the object that the network answers to.
-        other: the object that it does not answer to.
+        options: options of `LesionCases`: objects planted besides lesions.
+        truth: the object that the network uses.
+        other: the object that it does not use.
     """
 
     name: str
@@ -77,13 +77,13 @@ class Cause:
         return LesionCases(template_case(self.folder / "mni152"), seeds, **self.options)
 
     def margin(self, image: Tensor) -> float:
-        """Logit of a lesion less that of none."""
+        """Return the logit of "lesion" minus that of "none" for an image (1, *spatial)."""
         with torch.no_grad():
             none, lesion = self.network(image[None].as_subclass(torch.Tensor))[0].tolist()
         return lesion - none
 
     def examples(self, n: int, first_seed: int = FIRST_SEED) -> Iterator[Example]:
-        """The first ``n`` cases from ``first_seed`` on that have all objects and that the network calls a lesion."""
+        """Yield the first ``n`` cases from ``first_seed`` on with all objects and the prediction "lesion"."""
         cases = self.cases(range(first_seed, first_seed + 20 * n))
         found = 0
         for index in range(len(cases)):
@@ -103,7 +103,7 @@ class Cause:
         raise RuntimeError(f"{self.name}: {found} of {n} cases found in {len(cases)} seeds from {first_seed}")
 
     def others(self, label: int, n: int = 4) -> list[Tensor]:
-        """The first ``n`` images of a label, for methods that look at other cases too."""
+        """Return the first ``n`` images of a label, for methods that need other cases."""
         cases = self.cases(range(OTHER_SEEDS, OTHER_SEEDS + 20 * n))
         found = (
             case["image"].as_tensor() for case in map(cases.__getitem__, range(len(cases))) if case["label"] == label

@@ -1,4 +1,4 @@
-"""What do the networks answer to? One object is taken away or added, all else of the case stays as it is."""
+"""Test what the networks use: remove or add one object and leave the rest of the case unchanged."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["Experiment", "experiments"]
 
 @dataclass
 class Experiment:
-    """Margins (logit of a lesion less that of none) before and after.
+    """Margins (logit of "lesion" minus that of "none") before and after a change.
 
     Attributes:
         what: the change in words.
-        before, after: margins, one a case.
+        before, after: margins, one per case.
     """
 
     what: str
@@ -25,18 +25,18 @@ class Experiment:
 
     @property
     def flipped(self) -> list[bool]:
-        """Whether the answer changed, one a case."""
+        """True per case if the answer changed."""
         return [(b > 0) != (a > 0) for b, a in zip(self.before, self.after)]
 
 
 def experiments(cause: Cause, seeds: range) -> tuple[list[bool], list[Experiment]]:
-    """Which answers are right, and what each change does to cases that are answered right and that it changes.
+    """Return the correctness of answers, and the effect of each change on correctly answered cases.
 
-    Objects are taken away where they are, and added where they are not.
+    Objects are removed from cases that have them, and added to cases that do not.
     """
     cases = cause.cases(seeds)
     found = {
-        (key, add): Experiment(f"{key} {'added' if add else 'taken away'}")
+        (key, add): Experiment(f"{key} {'added' if add else 'removed'}")
         for key in sorted(cases.objects, key=lambda key: key != cause.truth)
         for add in (False, True)
     }

@@ -1,10 +1,10 @@
-"""Which layer should a class activation map take where the user names none? Relevance mass over all candidate layers.
+"""Compare layers as the default of class activation maps, by relevance mass over all candidates.
 
     python benchmarks/known_cause/layers.py [--cases 6]
 
-On the lesion classifier the mass of the map in the lesion; on the U-shaped tissue network (bundle
-`brain_tissue_segmentation`) the mass in the grey matter of a box that is explained, and within 8 mm of it. Writes the
-tables of docs/known_cause.md.
+On the lesion classifier, the mass of the map in the lesion is measured. On the U-shaped tissue network (bundle
+`brain_tissue_segmentation`) it is the mass in the grey matter of a box, which is the target, and within 8 mm of it. The
+script writes the tables of docs/known_cause.md.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _tissue(n: int, work: Path) -> str:
 
 
 def _boxes(network: nn.Module, n: int, work: Path) -> Iterator[tuple[Tensor, Target, Tensor]]:
-    """Crops of individuals; the target is the grey matter that the network finds in the box in their middle."""
+    """Yield crops of individuals; the target is the predicted grey matter in a box at the centre."""
     from scripts.anatomy import RandIndividuald, template_case
 
     template = {key: _volume(file) for key, file in template_case(work / "mni152").items() if key != "label"}
@@ -134,7 +134,7 @@ def _objective(network: nn.Module, image: Tensor, target: Target) -> Objective:
 
 
 def _is_block(network: nn.Module, name: str) -> bool:
-    """Not a part of a convolution block: its norm, its activation, its bare convolution."""
+    """Return True unless the module is part of a convolution block (norm, activation or bare convolution)."""
     parent = network.get_submodule(name.rpartition(".")[0]) if "." in name else network
     return type(parent).__name__ not in ("Convolution", "ADN")
 

@@ -1,4 +1,4 @@
-"""Maps of every method on every example, kept on disk: a run that was stopped goes on where it stopped."""
+"""Compute maps of every method on every example and keep them on disk, so that a run can be continued."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from esegeta_monai.targets import ClassScore
 
 __all__ = ["compute_maps", "read_map"]
 
-#: What is explained: the logit of "lesion", which every method can explain.
+#: The logit of "lesion", which every method can explain.
 TARGET = ClassScore(1)
 
 
 def compute_maps(cause: Cause, example: Example, methods: Sequence[Method]) -> Iterator[tuple[str, Path]]:
-    """A file for each method, with the map (None where there is none) and its record."""
+    """Yield a file for each method, with the map (None if there is none) and its record."""
     folder = cause.folder / "maps" / cause.name / str(example.seed)
     folder.mkdir(parents=True, exist_ok=True)
     files = {method.name: folder / f"{method.name}.pt" for method in methods}
@@ -38,11 +38,11 @@ def compute_maps(cause: Cause, example: Example, methods: Sequence[Method]) -> I
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
-    """What the table reads: whether there is a map, and what it took."""
+    """Return the entries of a record that the table needs: status and cost."""
     keys = ("status", "reason", "seconds", "peak_memory_bytes", "completeness_gap", "layer", "areas_found", "warnings")
     return {key: record[key] for key in keys if key in record}
 
 
 def read_map(path: Path) -> dict[str, Any]:
-    """``map`` (C, *spatial) or None, and ``record``."""
+    """Read ``map`` (C, *spatial) or None, and ``record``."""
     return torch.load(path, weights_only=True)

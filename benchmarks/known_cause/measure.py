@@ -1,4 +1,4 @@
-"""Every map against the known cause: localisation and faithfulness, with the control maps beside the methods."""
+"""Evaluate every map and the control maps against the known cause: localisation and faithfulness."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def measure(cause: Cause, example: Example, files: Mapping[str, Path], faithful: bool) -> list[Row]:
-    """Rows of all methods and controls for one example; what is on disk already is read."""
+    """Return the rows of all methods and controls for one example; existing rows are read from disk."""
     table = cause.folder / "measured" / cause.name / f"{example.seed}.csv"
     done = _read(table)
     seen = {(row["method"], row["metric"]) for row in done}
@@ -64,7 +64,7 @@ def _about(
     seen: set[tuple[str, str]],
     shared: dict[Hashable, Any],
 ) -> list[Row]:
-    # a method that gave no map gave nothing: a zero map
+    # no map counts as a zero map
     found = torch.zeros_like(example.image) if values is None else values
     here = MetricInput(found, objective, label=example.truth[0], spacing=SPACING_MM, shared=shared)
     asked = [(metric, here) for metric in (*LOCALISATION, *(FAITHFULNESS if faithful else ()))]

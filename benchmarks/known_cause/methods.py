@@ -1,4 +1,4 @@
-"""Every method of the registry that yields a map, with the parameters that fit a grid of 40 x 48 x 40 voxels."""
+"""Every method of the registry that yields a map, with parameters for a grid of 40 x 48 x 40 voxels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from esegeta_monai.methods import METHODS, Method
 
 __all__ = ["chosen_methods", "is_dear"]
 
-#: Methods that need hundreds of passes and more a case: they run on fewer cases.
+#: Methods with hundreds of passes or more per case; they run on fewer cases.
 DEAR: dict[str, list[str]] = {
     "ExtremalPerturbation": ["ExtremalPerturbation(areas=0.005)"],
     "FeatureAblation": ["FeatureAblation"],
@@ -27,13 +27,16 @@ DEAR: dict[str, list[str]] = {
 
 
 def is_dear(method: Method) -> bool:
-    """Whether a method runs on fewer cases."""
+    """Return True if a method runs on fewer cases."""
     return type(method).__name__ in DEAR
 
 
 def chosen_methods(cause: Cause) -> list[Method]:
-    """All methods. `FeaturePermutation` exchanges features with cases without what the network answers to; patterns are
-    fitted on cases with and without it: a neuron's pattern is how the data vary with it."""
+    """Return all methods.
+
+    `FeaturePermutation` exchanges features with cases without the cause. Patterns are fitted on cases with and without
+    it, because a neuron's pattern describes how the data vary with it.
+    """
     healthy, ill = (cause.others(label) for label in (0, 1))
     cases = {
         "FeaturePermutation": healthy,
@@ -43,7 +46,7 @@ def chosen_methods(cause: Cause) -> list[Method]:
     methods: list[Method] = []
     for cls in METHODS:
         if cls.produces == "synthesised image" or cls.__name__ == "ChannelShapley":
-            continue  # no map of this case; one channel has no shares
+            continue  # no map of a case; a single channel has no shares
         if cls.__name__ in cases:
             methods.append(cls(cases=cases[cls.__name__]))  # type: ignore[call-arg]
         else:

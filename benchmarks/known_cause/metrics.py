@@ -1,4 +1,4 @@
-"""Every localisation and faithfulness metric of the registry, with the parameters that fit these cases."""
+"""Every localisation and faithfulness metric of the registry, with parameters for these cases."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from esegeta_monai.metrics import METRICS, Metric
 
 __all__ = ["FAITHFULNESS", "LOCALISATION", "OTHER", "metric_of"]
 
-#: Of the positive part of a map: what speaks for a lesion. Maps without a sign are positive everywhere.
+#: Computed on the positive part of a map, the evidence for a lesion. Maps without sign are positive everywhere.
 LOCALISATION = {
     "pointing game": "PointingGame(sign='positive')",
     "pointing game, 8 mm": "PointingGame(sign='positive', tolerance_mm=8)",
-    "top 20": "TopKIntersection(k=20, sign='positive')",  # the smallest truth has 64 voxels
+    "top 20": "TopKIntersection(k=20, sign='positive')",  # the smallest cause has 64 voxels
     "relevance mass": "RelevanceMass(sign='positive')",
     "relevance rank": "RelevanceRank(sign='positive')",
     "AUC": "LocalisationAUC(sign='positive')",
@@ -30,13 +30,13 @@ FAITHFULNESS = {
     "average gain": "AverageGain",
 }
 OTHER = "other: "
-"""Before the name of a localisation metric: in the object that the network does not answer to."""
+"""Prefix of a localisation metric: measured on the object that the network does not use."""
 
 
 def metric_of(name: str) -> Metric:
-    """The metric behind a column; the same for both objects.
+    """Return the metric of a column; it is the same for both objects.
 
     Raises:
-        KeyError: no such column.
+        KeyError: the column does not exist.
     """
     return METRICS.create((LOCALISATION | FAITHFULNESS)[name.removeprefix(OTHER)])

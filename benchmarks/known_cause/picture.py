@@ -1,4 +1,4 @@
-"""One example of each network with the maps of some methods, as maximum projections."""
+"""Draw one example of each network with maps of some methods, as maximum projections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHOWN = ("LRP", "ExcitationBackprop", "IntegratedGradients", "Saliency", "GradCa
 
 
 def draw(examples: Sequence[tuple[Cause, Example]], file: Path, methods: Sequence[str] = SHOWN) -> None:
-    """Rows: networks; columns: the scan, then methods. Red: the truth; blue: the object that decides nothing."""
+    """Draw rows of networks and columns of scan and methods; red: the cause; blue: the unused object."""
     import matplotlib
 
     matplotlib.use("Agg")

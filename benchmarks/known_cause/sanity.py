@@ -1,13 +1,12 @@
-"""Which methods still show the same when the network has forgotten? Adebayo's check, for every method of the table.
+"""Run the sanity check of Adebayo et al. for every method: does the map change with random weights?
 
     python benchmarks/known_cause/sanity.py [--cases 6] [--draws 2]
 
-The lesion network's weights are drawn anew, those of the last layer first and then all; each method explains the same
-class of the same case again, and its map is compared with the one of the trained network (Spearman's rank correlation
-and SSIM of the magnitudes, `esegeta_monai.metrics`). A method **fails** where the map of a network that knows nothing
-is still like the trained one's: a rank correlation of `FAILS` or more after all weights were drawn anew (maps that are
-mostly zero are alike by SSIM for that alone). The maps of the trained network are shared with
-`python benchmarks/known_cause` (`--work`). Writes a table of docs/known_cause.md.
+The weights of the lesion network are randomised, first those of the last layer, then all. Each method explains the same
+class of the same case again, and its map is compared with that of the trained network (Spearman's rank correlation and
+SSIM of the magnitudes, `esegeta_monai.metrics`). A method **fails** if the rank correlation is `FAILS` or more with all
+weights random. (Maps that are mostly zero have a high SSIM for that reason alone.) The maps of the trained network are
+shared with `python benchmarks/known_cause` (`--work`). The script writes a table of docs/known_cause.md.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ Likeness = dict[tuple[str, str], list[tuple[float, float]]]
 
 
 def redrawn(cause: Cause, example: Example, methods: list[Method], layers: list[str], draw: int) -> dict[str, Tensor]:
-    """Maps of the network whose ``layers`` were drawn anew."""
+    """Return maps by method of the network with random weights in ``layers``."""
     found: dict[str, Tensor] = {}
     with randomised(cause.network, layers, draw):
         explainer = Explainer(cause.network, on_error="record", window_batch=8)
@@ -45,7 +44,7 @@ def redrawn(cause: Cause, example: Example, methods: list[Method], layers: list[
 
 
 def likeness(cause: Cause, cases: int, draws: int) -> Likeness:
-    """(Spearman, SSIM) of each method after the last layer and after all, a pair a case and draw."""
+    """Return (Spearman, SSIM) of each method with random last layer and with all layers random, per case and draw."""
     methods = chosen_methods(cause)
     own = [n for n, m in cause.network.named_modules() if any(True for _ in m.parameters(recurse=False))]
     result: Likeness = defaultdict(list)
@@ -63,7 +62,7 @@ def likeness(cause: Cause, cases: int, draws: int) -> Likeness:
 
 
 def table(found: Likeness) -> str:
-    """Methods that fail first, then by their likeness; in brackets the least and greatest over cases and draws."""
+    """Return a table sorted by similarity, failing methods first; brackets: least and greatest over cases and draws."""
     rows = []
     for name in dict.fromkeys(name for name, _ in found):
         (last, last_ssim), (gone, gone_ssim) = (np.mean(found[name, what], 0) for what in ("last", "all"))
@@ -77,7 +76,7 @@ def table(found: Likeness) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=6)
-    parser.add_argument("--draws", type=int, default=2, help="of the weights; one for methods of many passes")
+    parser.add_argument("--draws", type=int, default=2, help="draws of the weights; one for methods of many passes")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "known_cause")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "known_cause.md")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Rows to means with intervals, and those to the tables of `docs/known_cause.md`."""
+"""Summarise rows as means with intervals, and write the tables of `docs/known_cause.md`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ += ["method_table", "write_block", "write_csv"]
 
 CONTROLS = ("control:random", "control:sobel", "control:constant")
 ORDER = "relevance mass"
-"""The metric by which tables rank methods, and with which others are compared."""
+"""The metric that sorts the tables, and with which others are compared."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is summed up: a network, a method and a metric."""
+    """Key of a summary: a network, a method and a metric."""
 
     network: str
     method: str
@@ -47,7 +47,7 @@ class Summary:
 
 
 def by_cell(rows: Sequence[Mapping[str, Any]]) -> dict[Cell, Summary]:
-    """The mean of each cell over its cases; there is no cell where the metric was undefined in any of them."""
+    """Return the mean of each cell over its cases; cells with an undefined value are left out."""
     values: dict[Cell, dict[int, float]] = defaultdict(dict)
     undefined = set()
     for row in rows:
@@ -60,7 +60,7 @@ def by_cell(rows: Sequence[Mapping[str, Any]]) -> dict[Cell, Summary]:
 
 
 def summary(values: Mapping[int, float], metric: str) -> Summary:
-    """Of one cell: Wilson's interval of a yes or no a case, of all else the bootstrap over cases."""
+    """Summarise one cell, with Wilson's interval for yes or no per case, otherwise the bootstrap over cases."""
     numbers = np.array(list(values.values()))
     low: float | None
     high: float | None
@@ -72,16 +72,16 @@ def summary(values: Mapping[int, float], metric: str) -> Summary:
 
 
 def direction(metric: str) -> int:
-    """1 where higher is better, -1 where lower is, 0 where neither: the number only describes the map."""
+    """Return 1 if higher is better, -1 if lower is, 0 if neither (the value only describes the map)."""
     higher = metric_of(metric).higher_is_better
     return 0 if higher is None else 1 if higher else -1
 
 
 def gains(cells: Mapping[Cell, Summary], network: str, method: str, metric: str) -> list[np.ndarray]:
-    """How much better a method is than each control on the cases that both have, one value a case.
+    """Return the advantage of a method over each control, one value per common case.
 
-    Empty where nothing can be said: an undefined value, or a metric that has no better and worse. Controls for which
-    the metric is undefined are left out.
+    The result is empty if a value is undefined or the metric has no direction. Controls for which the metric is
+    undefined are left out.
     """
     mine = cells.get(Cell(network, method, metric))
     if mine is None or not direction(metric):
@@ -96,9 +96,9 @@ def gains(cells: Mapping[Cell, Summary], network: str, method: str, metric: str)
 
 
 def beats_controls(cells: Mapping[Cell, Summary], network: str, method: str, metric: str) -> bool | None:
-    """Whether a method is better than each control: the interval of the paired difference over cases leaves out zero.
+    """Return True if a method beats each control: the interval of the paired difference over cases excludes zero.
 
-    None where nothing can be said (see `gains`; fewer than three cases).
+    None: undecidable (see `gains`; fewer than three cases).
     """
     lows = [bootstrap(lambda drawn: drawn.mean(1), gain)[0] for gain in gains(cells, network, method, metric)]
     if not lows or None in lows:
@@ -113,9 +113,9 @@ def method_table(
     judged: Sequence[str],
     intervals: bool = True,
 ) -> str:
-    """A Markdown table: a row a method, in the order of `ORDER`; ``*`` where it beats all controls in a judged metric.
+    """Return a Markdown table with one row per method, sorted by `ORDER`; ``*``: beats all controls in that metric.
 
-    "cases" are those of the judged metrics.
+    "cases" counts the cases of the metrics in ``judged``, which get stars.
     """
     methods = {cell.method for cell in cells if cell.network == network and cell.metric == ORDER}
     ranked = sorted(methods, key=lambda name: (-cells[Cell(network, name, ORDER)].mean, name))
@@ -132,7 +132,7 @@ def method_table(
 
 
 def shown(found: Summary, metric: str, interval: bool = True) -> str:
-    """``0.52 (0.41–0.63)``."""
+    """Format a summary like ``0.52 (0.41–0.63)``."""
     digits = 3 if metric.endswith(("relevance mass", "relevance rank")) else 1 if metric == "distance" else 2
     text = f"{found.mean:.{digits}f}"
     if found.low is None or not interval:
@@ -141,11 +141,11 @@ def shown(found: Summary, metric: str, interval: bool = True) -> str:
 
 
 def agreement_table(cells: Mapping[Cell, Summary], networks: Sequence[str]) -> str:
-    """A row a metric, for each network: how far it ranks methods as `ORDER` does, and tells them from controls.
+    """Return a table with one row per metric: its agreement with `ORDER`, and methods above the controls, by network.
 
-    The first is Spearman's correlation over methods of the metric's means, better end up, with those of `ORDER` on the
-    same cases; of methods with the same value in every localisation metric one counts. The second is the number of
-    methods whose mean is better than that of each control.
+    Agreement is Spearman's correlation over methods between the metric's means (signed so that higher is better) and
+    those of `ORDER` on the same cases; methods with equal values in every localisation metric count once. The second
+    column is the number of methods whose mean is better than that of each control.
     """
     columns = [f"{network}: {what}" for network in networks for what in ("correlation", "above controls")]
     lines = [f"| metric | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
@@ -161,7 +161,7 @@ def agreement_table(cells: Mapping[Cell, Summary], networks: Sequence[str]) -> s
 
 
 def correlation(cells: Mapping[Cell, Summary], network: str, methods: Sequence[str], metric: str) -> float | None:
-    """See `agreement_table`; None where the metric gives all methods the same, or has no better and worse."""
+    """Return the agreement (see `agreement_table`); None if all values are equal or the metric has no direction."""
     pairs = {}
     for method in methods:
         found = cells[Cell(network, method, metric)]
@@ -175,12 +175,12 @@ def correlation(cells: Mapping[Cell, Summary], network: str, methods: Sequence[s
 
 
 def experiment_table(found: Mapping[str, tuple[Sequence[bool], Sequence[Any]]]) -> str:
-    """Accuracy of each network, and how often each experiment flips a right answer."""
-    lines = ["| network | what was done | cases | answer flipped | margin before, after |", "|---|---|---|---|---|"]
+    """Return a table of the accuracy of each network, and how often each experiment flips a correct answer."""
+    lines = ["| network | intervention | cases | answer flipped | margin before, after |", "|---|---|---|---|---|"]
     for name, (right, experiments) in found.items():
         low, high = wilson([float(r) for r in right])
         share = f"{np.mean(right):.3f} ({low:.3f} to {high:.3f}) right"
-        lines.append(f"| {name} | nothing | {len(right)} | {share} | |")
+        lines.append(f"| {name} | none | {len(right)} | {share} | |")
         for experiment in experiments:
             flips = [float(f) for f in experiment.flipped]
             low, high = wilson(flips)
@@ -191,9 +191,9 @@ def experiment_table(found: Mapping[str, tuple[Sequence[bool], Sequence[Any]]]) 
 
 
 def extremal_table(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """What `ExtremalPerturbation` reached on each network: area, what its mask keeps, what is left without it, cost."""
+    """Return a table of `ExtremalPerturbation` by network: area, score kept with the mask, score without it, cost."""
     lines = [
-        "| network | cases | area asked, reached | kept by the mask | left without it | seconds | memory, MB |",
+        "| network | cases | area requested, reached | kept by the mask | left without it | seconds | memory, MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, found in records.items():
@@ -211,7 +211,7 @@ def extremal_table(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def write_csv(cells: Mapping[Cell, Summary], file: Path) -> None:
-    """All means, tidy: one row a network, method and metric."""
+    """Write all means, one row per network, method and metric."""
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["network", "method", "metric", "mean", "low", "high", "cases"])

@@ -1,4 +1,4 @@
-"""MONAI bundles: reading one for explanation, and running one with explanations."""
+"""MONAI bundles: read the parts needed for explanation, and run bundles with explanations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Methods, targets and metrics that a bundle defines in its ``scripts/``."""
+"""Register the methods, targets and metrics in a bundle's ``scripts/``."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["register_extensions"]
 
 
 def register_extensions(bundle_dir: str | Path) -> list[type[Configurable]]:
-    """Register the methods, targets and metrics of a bundle's ``scripts/`` by their names, like our own.
+    """Register the methods, targets and metrics of a bundle's ``scripts/`` by their names, like built-in ones.
 
-    Only files that mention this package are imported; a bundle without any is left alone.
+    Only files that mention this package are imported.
 
     Returns:
-        the classes found.
+        the registered classes.
 
     Raises:
-        UsageError: a file that cannot be imported, or a name that is taken.
+        UsageError: a file cannot be imported, or a name is taken.
     """
     root = Path(bundle_dir).resolve()
     files = [f for f in sorted((root / "scripts").glob("*.py")) if "esegeta_monai" in f.read_text(encoding="utf-8")]
@@ -39,7 +39,7 @@ def register_extensions(bundle_dir: str | Path) -> list[type[Configurable]]:
             name = "scripts" if file.stem == "__init__" else f"scripts.{file.stem}"
             try:
                 module = importlib.import_module(name)
-            except Exception as error:  # a bundle's own code: anything can come, and is named
+            except Exception as error:  # a bundle's own code can raise anything
                 raise UsageError(
                     f"scripts/{file.name} of the bundle cannot be imported: {named_reason(error)}"
                 ) from error

@@ -1,4 +1,4 @@
-"""Importing a bundle's own code: every bundle calls its package `scripts`, and two may be open in one process."""
+"""Import a bundle's own code: every bundle has a package `scripts`, and one process may use several bundles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["BundleImports"]
 
 
 class BundleImports:
-    """The Python packages in a bundle's root, importable for as long as they are asked for.
+    """Context in which the Python packages in a bundle's root can be imported.
 
     Args:
         root: the bundle directory.
@@ -24,9 +24,9 @@ class BundleImports:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """`root` first on `sys.path`; modules of the same name from elsewhere make way and come back afterwards.
+        """Put `root` first on `sys.path`; modules of the same name from elsewhere are removed and restored afterwards.
 
-        Where none had to make way, the bundle's modules stay in `sys.modules`: pickling its classes keeps working.
+        If none had to be removed, the bundle's modules stay in `sys.modules`, so that its classes can be pickled.
         """
         tops = {file.relative_to(self.root).parts[0] for file in self.root.glob("*/*.py")}
         tops |= {file.stem for file in self.root.glob("*.py")}

@@ -1,4 +1,4 @@
-"""What a bundle says of itself in metadata.json; any of it may be missing."""
+"""Read a bundle's metadata.json; every entry is optional."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BACKGROUND = ("background", "bg", "back ground")
 
 
 class BundleMetadata:
-    """The content of a metadata.json, by meaning.
+    """The entries of a metadata.json, by meaning.
 
     >>> spleen = {"0": "background", "1": "spleen"}
     >>> metadata = BundleMetadata({"network_data_format": {"outputs": {"pred": {"channel_def": spleen}}}})
@@ -31,14 +31,14 @@ class BundleMetadata:
 
     @classmethod
     def read(cls, bundle_root: str | Path, file: Path | None = None) -> BundleMetadata:
-        """The metadata.json of a bundle; empty, with a warning, where there is none.
+        """Read the metadata.json of a bundle; if there is none, warn and return empty metadata.
 
         Args:
-            bundle_root: the bundle.
-            file: where it lies, since MONAI reads the one beside the first config; None: ``configs/metadata.json``.
+            bundle_root: the bundle directory.
+            file: its path (MONAI reads the file beside the first config); None: ``configs/metadata.json``.
 
         Raises:
-            UsageError: the file is no JSON object.
+            UsageError: the file is not a JSON object.
         """
         root = Path(bundle_root)
         file = file or root / "configs" / "metadata.json"
@@ -66,22 +66,22 @@ class BundleMetadata:
 
     @property
     def task(self) -> str | None:
-        """Free text on what the bundle does, such as "Decathlon spleen segmentation"."""
+        """Free text on the purpose of the bundle, such as "Decathlon spleen segmentation"."""
         return self._text("task")
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The network's inputs: name to format; empty where nothing is said."""
+        """Formats of the network's inputs by name; may be empty."""
         return self._data_format("inputs")
 
     @property
     def outputs(self) -> dict[str, Any]:
-        """The network's outputs: name to format; several for networks with several heads."""
+        """Formats of the network's outputs by name; several for networks with several heads."""
         return self._data_format("outputs")
 
     @property
     def class_names(self) -> dict[int, str]:
-        """Output channel to name, of the output "pred" or else the first that names its channels; may be empty."""
+        """Class names by output channel, of the output "pred" or the first with channel names; may be empty."""
         for output in sorted(self.outputs, key=lambda name: name != "pred"):
             if names := _channel_names(self.outputs[output]):
                 return names
@@ -89,13 +89,13 @@ class BundleMetadata:
 
     @property
     def background(self) -> int | None:
-        """The class that is named background, or None: sigmoid outputs and classifications often have none."""
+        """The class named background, or None; sigmoid outputs and classifications often have none."""
         return next((index for index, name in self.class_names.items() if name.strip().lower() in _BACKGROUND), None)
 
     @property
     def channel_names(self) -> dict[int, str]:
-        """Input channel to name, such as {0: "T1c", 1: "T1"}, of "image" or else the first input; one name that
-        stands for several channels is numbered."""
+        """Names by input channel, such as {0: "T1c", 1: "T1"}, of "image" or the first input; a single name for
+        several channels is numbered."""
         data_format: Any = self.inputs.get("image") or next(iter(self.inputs.values()), {})
         names = _channel_names(data_format)
         count = data_format.get("num_channels") if isinstance(data_format, Mapping) else None

@@ -1,4 +1,4 @@
-"""The overlay that fits a bundle: the shipped ``explain.json``, wired to the ids that this bundle has."""
+"""The overlay that fits a bundle: the included ``explain.json``, adapted to the ids of the bundle."""
 
 from __future__ import annotations
 
@@ -30,26 +30,28 @@ _SEGMENTATION = ("segmentation", "labels")
 
 
 def shipped_overlay(name: str = OVERLAY) -> Path:
-    """An overlay that the package carries, for bundles that keep ``handlers`` and ``output_dir``: ``explain.json``
-    explains, ``explain_metrics.json`` judges the maps by metrics."""
+    """Return the path of an overlay in this package, for bundles with the ids ``handlers`` and ``output_dir``.
+
+    ``explain.json`` explains, ``explain_metrics.json`` evaluates the maps.
+    """
     return Path(str(files("esegeta_monai.bundle") / name))
 
 
 def fitted_overlay(parser: ConfigParser, metadata: BundleMetadata, name: str = OVERLAY) -> dict[str, Any]:
-    """The content of an overlay for a bundle's config, to be merged behind it.
+    """Return the content of an overlay for a bundle's config, to be merged after the config.
 
-    What differs from the shipped one: the list that the handler joins (``handlers``, ``val_handlers``, the evaluator's
-    own, or a new one), the output folder where the config has no ``output_dir``, the output that is explained where
-    metadata.json knows several, and the target of a regression.
+    It differs from the included one in the list of handlers (``handlers``, ``val_handlers``, the evaluator's own, or a
+    new one), the output folder if the config has no ``output_dir``, the explained output if metadata.json has several,
+    and the target of a regression.
 
     Args:
         parser: the bundle's config; nothing of it is evaluated.
-        metadata: its metadata.json.
-        name: of the shipped one. That of the metrics runs alone, or behind that of the maps unless the bundle's
-            handlers are an expression, which only one of them can extend.
+        metadata: the bundle's metadata.json.
+        name: file name of the included overlay. ``explain_metrics.json`` runs alone, or after ``explain.json`` unless
+            the bundle's handlers are an expression, which only one overlay can extend.
 
     Raises:
-        UsageError: no evaluator in the config.
+        UsageError: the config has no evaluator.
 
     >>> parser = ConfigParser({"evaluator": {"_target_": "SupervisedEvaluator"}, "bundle_root": "."})
     >>> overlay = fitted_overlay(parser, BundleMetadata({}))
@@ -70,11 +72,13 @@ def fitted_overlay(parser: ConfigParser, metadata: BundleMetadata, name: str = O
 
 
 def multi_gpu_overlay(parser: ConfigParser) -> dict[str, Any]:
-    """The content of ``multi_gpu_explain.json`` for a config: processes are joined, each gets its device, and a
-    ``DistributedSampler`` shares the evaluator's cases out.
+    """Return the content of ``multi_gpu_explain.json`` for a config.
+
+    It starts the process group, assigns a device to each process, and distributes the evaluator's cases by a
+    ``DistributedSampler``.
 
     Raises:
-        UsageError: the evaluator's data loader is no id of the config.
+        UsageError: the evaluator's data loader is not an id of the config.
 
     >>> loader = {"_target_": "DataLoader", "dataset": "@data"}
     >>> parser = ConfigParser({"evaluator": {"val_data_loader": "@test_loader"}, "test_loader": loader, "data": {}})
@@ -97,10 +101,10 @@ def multi_gpu_overlay(parser: ConfigParser) -> dict[str, Any]:
 
 
 def evaluator_of(parser: ConfigParser) -> str:
-    """The id of the evaluator that a config runs.
+    """Return the id of the evaluator that a config runs.
 
     Raises:
-        UsageError: it has none.
+        UsageError: the config has no evaluator.
     """
     for key in ("evaluator", "validate#evaluator"):
         if isinstance(parser.get(key), Mapping):
@@ -120,7 +124,7 @@ def evaluator_of(parser: ConfigParser) -> str:
 
 
 def chosen_output(metadata: BundleMetadata) -> str | None:
-    """Which of several outputs is explained: None for one, else the first that is called a segmentation."""
+    """Return the output to explain: None for a single output, else the first one called a segmentation."""
     outputs = metadata.outputs
     if len(outputs) < 2 or "pred" in outputs:
         return None
@@ -130,10 +134,10 @@ def chosen_output(metadata: BundleMetadata) -> str | None:
 
 
 def _joined(parser: ConfigParser, handler: str, behind: bool) -> dict[str, Any]:
-    """The entry that puts the handler behind the evaluator's own ones: a checkpoint loader must stay the first.
+    """Return the entry that adds the handler after the evaluator's own ones; a checkpoint loader must stay first.
 
     Args:
-        behind: another overlay may have made the list.
+        behind: True if another overlay may have created the list.
     """
     own = f"{evaluator_of(parser)}#val_handlers"
     handlers = parser.get(own)

@@ -1,4 +1,4 @@
-"""Where an explanation comes from: the bundle's name, version, and hashes of its configuration."""
+"""Provenance of an explanation: the bundle's name, version, and hashes of its configuration."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from esegeta_monai.utils.files import sha256_file
 __all__ = ["bundle_provenance"]
 
 OVERLAYS = (OVERLAY, METRICS_OVERLAY, MULTI_GPU_OVERLAY)
-"""Our own files beside a bundle's: they change no prediction."""
+"""Files of this package among a bundle's configs; they change no prediction."""
 
 
 def bundle_provenance(bundle_root: str | Path) -> dict[str, Any]:
-    """Name and version of a bundle, and the sha256 of each of its config files by file name, JSON-ready.
+    """Return name and version of a bundle and the SHA-256 of each config file by file name, JSON-ready.
 
-    The weights are hashed in memory (`esegeta_monai.engine.network.state.weights_hash`), since any file may have been
+    The weights are hashed in memory (`esegeta_monai.engine.network.state.weights_hash`), because any file may have been
     loaded.
     """
     root = Path(bundle_root)

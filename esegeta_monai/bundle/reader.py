@@ -1,4 +1,4 @@
-"""What an explanation needs of a MONAI bundle, whatever its ids are called; no Ignite engine is built."""
+"""Read the parts of a MONAI bundle that an explanation needs, for any ids, without building an Ignite engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["BundleReader", "bundle_network", "run_id_of"]
 
 logger = logging.getLogger(__name__)
 
-# Where bundles keep each part, most binding first: what the evaluator is wired to is what runs.
+# Ids of each part in order of priority: what the evaluator uses is what runs.
 _IDS = {
     "network": ("evaluator::network", "network", "network_def", "net", "model"),
     "inferer": ("evaluator::inferer", "inferer"),
@@ -40,25 +40,25 @@ _SAVER_DEFAULTS = {name: value.default for name, value in inspect.signature(Save
 
 
 class BundleReader:
-    """A MONAI bundle directory, read part by part; every part is built on first use and kept.
+    """A MONAI bundle directory; each part is built on first use and cached.
 
-    What is executed: reading runs nothing. A part (`network`, `inferer`, …) evaluates its own id and the ids that it
-    refers to, and with the first of them the config's import statements (MONAI's `ConfigParser` does so). The
-    bundle's `scripts/` are imported when a part names them, with the bundle root on `sys.path` for that long. `run`,
-    `initialize`, `finalize`, the evaluator, its handlers and the logging configuration are never evaluated; of the
-    expressions that load weights only the path is.
+    Code execution: reading runs nothing. A part (`network`, `inferer`, …) evaluates its own id and the ids that it
+    refers to; the first such evaluation also runs the config's import statements (as MONAI's `ConfigParser` does). The
+    bundle's `scripts/` are imported when a part names them, with the bundle root on `sys.path` meanwhile. `run`,
+    `initialize`, `finalize`, the evaluator, its handlers and the logging configuration are never evaluated. Of
+    expressions that load weights, only the path is evaluated.
 
     Args:
-        bundle_dir: the bundle root, the folder that has `configs/`.
-        config_files: merged left to right as `monai.bundle run --config_file` does; relative ones are looked for in
+        bundle_dir: the bundle root, the folder with `configs/`.
+        config_files: merged from left to right as by `monai.bundle run --config_file`; relative paths are relative to
             the bundle. Default: `configs/inference` with the suffix json, yaml or yml.
-        overrides: ids (nested by `::` or `#`) to values, as on MONAI's command line; they win over the files.
-        device: where the network goes; replaces the config's `device`.
-        weights: "required" raises where the checkpoint is missing, "optional" keeps the random weights and warns.
+        overrides: values by id (nested by `::` or `#`), as on MONAI's command line; they replace values of the files.
+        device: device of the network; replaces the config's `device`.
+        weights: "required" raises if the checkpoint is missing, "optional" keeps the random weights and warns.
 
     Raises:
-        UsageError: no such bundle or config file; later, on use, an id that the config lacks, or missing weights.
-        NetworkError: on use, a part that cannot be built, or weights that do not fit.
+        UsageError: the bundle or config file does not exist; on use: the config lacks an id, or weights are missing.
+        NetworkError: on use: a part cannot be built, or the weights do not fit.
 
     Example:
         reader = BundleReader("bundles/brain_tissue_segmentation", overrides={"network_def#out_channels": 4})
@@ -86,7 +86,7 @@ class BundleReader:
         self.parser = ConfigParser()
         try:
             self.parser.read_config([str(file) for file in self.config_files])
-        except Exception as error:  # whatever the JSON or YAML reader raises, it is the file that is at fault
+        except Exception as error:  # any error of the JSON or YAML reader means a faulty file
             raise UsageError(f"{self._files} cannot be read: {_cause(error)}") from error
         self.parser[ConfigParser.meta_key] = self.metadata.content
         overrides = dict(overrides or {})
@@ -98,15 +98,15 @@ class BundleReader:
     def __repr__(self) -> str:
         return f"BundleReader({self.name!r}, {self._files}, device={self.device})"
 
-    # ------------------------------------------------------------------ parts that run
+    # ------------------------------------------------------------------ executable parts
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network with its weights, on `device`, in eval mode.
+        """The network with its weights, on `device`, in evaluation mode.
 
         Raises:
-            UsageError: no id for it in the config, or its weights are missing and required.
-            NetworkError: it cannot be built, is no module, or the weights do not fit.
+            UsageError: the config has no id for it, or required weights are missing.
+            NetworkError: it cannot be built, is not a module, or the weights do not fit.
         """
         source = self.weight_source
         network = self._part("network")
@@ -120,7 +120,7 @@ class BundleReader:
 
     @cached_property
     def inferer(self) -> Inferer | Callable[..., Any]:
-        """How the bundle runs the network over a volume: called as `inferer(inputs, network)`."""
+        """The inferer of the bundle, called as `inferer(inputs, network)`."""
         return self._part("inferer")
 
     @cached_property
@@ -130,50 +130,50 @@ class BundleReader:
 
     @cached_property
     def postprocessing(self) -> Compose:
-        """The transforms from prediction to output file; empty where the bundle has none."""
+        """The transforms from prediction to output file; empty if the bundle has none."""
         return self._compose("postprocessing") if self.has("postprocessing") else Compose([])
 
     @cached_property
     def amp(self) -> bool:
-        """Whether the evaluator runs the network under autocast."""
+        """True if the evaluator runs the network under autocast."""
         return bool(self._part("amp")) if self.has("amp") else False
 
-    # ------------------------------------------------------------------ what it says of itself
+    # ------------------------------------------------------------------ metadata
 
     @property
     def name(self) -> str:
-        """Metadata's name, else the folder's."""
+        """The name in the metadata, else the name of the folder."""
         return self.metadata.name or self.bundle_dir.name
 
     @property
     def version(self) -> str | None:
-        """Metadata's version, or None."""
+        """The version in the metadata, or None."""
         return self.metadata.version
 
     @property
     def task(self) -> str | None:
-        """Metadata's free text on what the bundle does, or None."""
+        """Free text in the metadata on the purpose of the bundle, or None."""
         return self.metadata.task
 
     @property
     def class_names(self) -> dict[int, str]:
-        """Output channel to name; empty where metadata names none."""
+        """Class names by output channel; empty if the metadata has none."""
         return self.metadata.class_names
 
     @property
     def background(self) -> int | None:
-        """The class that is named background, or None."""
+        """The class named background, or None."""
         return self.metadata.background
 
     @property
     def channel_names(self) -> dict[int, str]:
-        """Input channel to name; empty where metadata says nothing."""
+        """Names by input channel; empty if the metadata has none."""
         return self.metadata.channel_names
 
     @cached_property
     def image_key(self) -> str:
-        """The dictionary key of what the network sees: the config's `image_key`, else MONAI's default "image" where
-        the preprocessing loads or makes it, else what it loads first."""
+        """The dictionary key of the network's input: the config's `image_key`, else MONAI's default "image" if
+        the preprocessing loads or creates it, else the first key it loads."""
         if "image_key" in self.parser:
             return str(self.resolve("image_key"))
         loaders = self._components("LoadImaged", "preprocessing")
@@ -186,48 +186,48 @@ class BundleReader:
 
     @cached_property
     def output_dir(self) -> Path:
-        """Where the bundle writes; relative ones are relative to the working directory, as in MONAI."""
+        """Output folder of the bundle; a relative path is relative to the working directory, as in MONAI."""
         if "output_dir" in self._overridden or self._saver is None or "output_dir" not in self._saver[1]:
             return Path(self.resolve("output_dir")) if "output_dir" in self.parser else self.bundle_dir / "eval"
         return Path(self._saved("output_dir"))
 
     @cached_property
     def output_postfix(self) -> str:
-        """The postfix that its SaveImaged appends to file names (MONAI's default: "trans")."""
+        """The postfix that the bundle's SaveImaged appends to file names (MONAI's default: "trans")."""
         return str(self._saved("output_postfix"))
 
     @cached_property
     def output_ext(self) -> str:
-        """The extension that its SaveImaged writes, with its dot (MONAI's default: ".nii.gz")."""
+        """The extension that the bundle's SaveImaged writes, with its dot (MONAI's default: ".nii.gz")."""
         return "." + str(self._saved("output_ext")).lstrip(".")
 
     @cached_property
     def separate_folder(self) -> bool:
-        """Whether its SaveImaged gives each case a folder (MONAI's default: yes)."""
+        """True if the bundle's SaveImaged gives each case a folder (MONAI's default)."""
         return bool(self._saved("separate_folder"))
 
     @cached_property
     def weight_source(self) -> WeightSource:
-        """The checkpoint that the bundle loads, and what in its config says so; the file may be missing."""
+        """The checkpoint that the bundle loads, and the entry of the config that names it; the file may be missing."""
         return find_weights(self.parser, self.id_of("network"), self.bundle_dir, self.resolve)
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of the weights (where present), the config files and metadata.json, by their path in the bundle."""
+        """Return the SHA-256 of weights (if present), config files and metadata.json by path in the bundle."""
         files = [self.weight_source.path, *self.config_files, self._metadata_file]
         return {self._relative(file): _sha256(file) for file in files if file.is_file()}
 
     # ------------------------------------------------------------------ ids
 
     def has(self, part: str) -> bool:
-        """Whether the config has an id for `part` (a name of this class such as "inferer", or "handlers")."""
+        """Return True if the config has an id for `part` (an attribute of this class like "inferer", or "handlers")."""
         return self._find(part) is not None
 
     def id_of(self, part: str) -> str:
-        """The id under which the config keeps `part`; references are followed, so `handlers` and not
+        """Return the id of `part` in the config; references are followed, so it is `handlers` and not
         `evaluator::val_handlers`.
 
         Raises:
-            UsageError: it has none; the message lists the ids that were looked for and the override that helps.
+            UsageError: there is none; the message lists the candidate ids and a suitable override.
         """
         found = self._find(part)
         if found is None:
@@ -242,22 +242,22 @@ class BundleReader:
 
     @property
     def run_id(self) -> str | None:
-        """The id that starts the bundle (`run`, `evaluating`, …): the one that runs the evaluator, or None."""
+        """The id that runs the evaluator (`run`, `evaluating`, …), or None."""
         return _running(self.parser)
 
     def resolve(self, key: str) -> Any:
-        """The value of any id, built with the bundle's own `scripts/` importable.
+        """Return the value of any id; the bundle's own `scripts/` can be imported meanwhile.
 
         Raises:
-            UsageError: there is no such id.
-            NetworkError: building it failed; the message has the cause and the override that helps.
+            UsageError: the id does not exist.
+            NetworkError: building it failed; the message has the cause and a suitable override.
         """
         if key not in self.parser:
             raise self._lacks(key, (key,), f"{key.replace('::', '#')}=VALUE")
         with self.importable():
             try:
                 value = self.parser.get_parsed_content(key)
-            except Exception as error:  # a bundle runs code of its own: anything can come, and is named
+            except Exception as error:  # a bundle's own code can raise anything
                 parts = [name for name in sorted(references(self.parser, key)) if self._is_built(name)] or [key]
                 raise NetworkError(
                     f"'{key}' of {self._files} cannot be built: {_cause(error)}; install what is missing, or override "
@@ -266,7 +266,7 @@ class BundleReader:
                 ) from error
         return getattr(value, "_raw", value)
 
-    # ------------------------------------------------------------------ inside
+    # ------------------------------------------------------------------ internals
 
     def _config_files(self, given: str | Path | Sequence[str | Path] | None) -> tuple[Path, ...]:
         if given is None:
@@ -318,13 +318,13 @@ class BundleReader:
         return isinstance(self.parser[key], Mapping) and "_target_" in self.parser[key]
 
     def _mentions_image(self, part: str) -> bool:
-        """Whether the text of `part`, with all that it refers to, has MONAI's default key of the image."""
+        """Return True if `part` or anything it refers to mentions MONAI's default key of the image."""
         roots = references(self.parser, self.id_of(part)) if self.has(part) else ()
         text = json.dumps([self.parser[root] for root in roots], default=str)
         return f'"{CommonKeys.IMAGE}"' in text or f"'{CommonKeys.IMAGE}'" in text or "CommonKeys.IMAGE" in text
 
     def _components(self, target: str, part: str) -> list[tuple[str, Mapping[str, Any]]]:
-        """All `target` components that `part` is made of, with their ids."""
+        """Return all `target` components of `part` with their ids."""
         if not self.has(part):
             return []
         within = references(self.parser, self.id_of(part))
@@ -338,14 +338,14 @@ class BundleReader:
 
     @cached_property
     def _saver(self) -> tuple[str, Mapping[str, Any]] | None:
-        """Its SaveImaged, the one of the prediction where there are several."""
+        """Return the bundle's SaveImaged, that of the prediction if there are several."""
         savers = self._components("SaveImaged", "postprocessing")
         return next((saver for saver in savers if "pred" in str(saver[1].get("keys"))), next(iter(savers), None))
 
     def _saved(self, option: str) -> Any:
         if self._saver is not None and option in self._saver[1]:
             return self.resolve(f"{self._saver[0]}::{option}")
-        if self._saver is None and option in self.parser:  # it saves with a class of its own, under MONAI's names
+        if self._saver is None and option in self.parser:  # it saves with its own class, with MONAI's parameter names
             return self.resolve(option)
         return _SAVER_DEFAULTS[option]
 
@@ -364,16 +364,18 @@ class BundleReader:
 
 
 def bundle_network(bundle_dir: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """A bundle's network with its weights, in eval mode: what a config names as ``_target_`` where no engine loads the
-    checkpoint (MONAI Label, MONAI Deploy)."""
+    """Return a bundle's network with its weights, in evaluation mode.
+
+    A config can use it as ``_target_`` if no engine loads the checkpoint (MONAI Label, MONAI Deploy).
+    """
     return BundleReader(bundle_dir, device=device).network
 
 
 def run_id_of(parser: ConfigParser) -> str:
-    """The id that runs a config's evaluator.
+    """Return the id that runs a config's evaluator.
 
     Raises:
-        UsageError: nothing runs it.
+        UsageError: no id runs it.
     """
     found = _running(parser)
     if found is None:
@@ -388,7 +390,7 @@ def _running(parser: ConfigParser) -> str | None:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost cause in one line: MONAI wraps what went wrong in where it went wrong."""
+    """Return the innermost cause in one line; MONAI wraps it in the place of the error."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

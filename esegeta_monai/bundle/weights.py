@@ -1,4 +1,4 @@
-"""Where a bundle keeps the weights of its network, how its config loads them, and loading them without Ignite."""
+"""Find the weights of a bundle's network as its config loads them, and load them without Ignite."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["WeightSource", "components", "find_weights", "load_weights", "refere
 
 logger = logging.getLogger(__name__)
 
-# Keys under which training code keeps the network inside a checkpoint, where the bundle itself names none.
+# Usual keys of the network in a checkpoint, if the bundle names none.
 _STATE_KEYS = ("model", "state_dict", "model_state_dict", "network", "net", "network_state_dict", "unet_state_dict")
 _LOADERS = ("load_state_dict", "load_old_state_dict")
 _REFERENCE = re.compile(r"@(\w+(?:(?:::|#)\w+)*)")
@@ -33,11 +33,11 @@ class WeightSource:
     """The checkpoint that a bundle's config loads into its network.
 
     Attributes:
-        path: the file; it need not exist.
-        found_in: what in the bundle says so, for messages: an id of the config, or the format's own place.
-        key: the entry of the checkpoint that holds the state dict, where the config names one.
-        strict: whether every key must match.
-        method: how the network takes it, `load_state_dict` or MONAI's `load_old_state_dict`.
+        path: the file; it may be missing.
+        found_in: for messages, what names the path: an id of the config, or the bundle format.
+        key: the entry of the checkpoint with the state dict, if the config names one.
+        strict: True if every key must match.
+        method: method of the network that loads it, `load_state_dict` or MONAI's `load_old_state_dict`.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class WeightSource:
 
 
 def components(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(id, content) of every dictionary in a config that has a `_target_`, outermost first.
+    """Yield (id, content) of every dictionary in a config with a `_target_`, outermost first.
 
     >>> [key for key, _ in components({"a": {"_target_": "x"}, "b": [{"_target_": "y"}]})]
     ['a', 'b::0']
@@ -66,7 +66,7 @@ def components(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str
 
 
 def references(parser: ConfigParser, key: str) -> set[str]:
-    """`key` and all ids that it mentions, directly or through others; nothing is evaluated.
+    """Return `key` and all ids that it mentions, directly or through others; nothing is evaluated.
 
     >>> sorted(references(ConfigParser({"a": "$@b.to(@c)", "b": {"_target_": "x"}, "c": 1}), "a"))
     ['a', 'b', 'c']
@@ -85,15 +85,15 @@ def references(parser: ConfigParser, key: str) -> set[str]:
 def find_weights(
     parser: ConfigParser, network_id: str, bundle_dir: Path, resolve: Callable[[str], Any]
 ) -> WeightSource:
-    """The checkpoint of the network: a `CheckpointLoader`'s, else a loading expression's, else `models/model.pt`.
+    """Find the checkpoint of the network: a `CheckpointLoader`'s, a loading expression's, or `models/model.pt`.
 
-    Evaluated is the expression of the path alone, never the handler, nor the expression that loads.
+    Only the expression of the path is evaluated, never the handler or the expression that loads.
 
     Args:
         parser: the bundle's config.
-        network_id: the id of the network in it.
-        bundle_dir: what relative paths and `models/model.pt` are relative to.
-        resolve: evaluates an id of the config.
+        network_id: the id of the network in the config.
+        bundle_dir: base of relative paths and of `models/model.pt`.
+        resolve: function that evaluates an id of the config.
     """
     names = references(parser, network_id)
     source = _from_handler(parser, names, resolve) or _from_expression(parser, names, resolve)
@@ -103,10 +103,10 @@ def find_weights(
 
 
 def load_weights(network: nn.Module, source: WeightSource, device: torch.device) -> None:
-    """Load `source` into `network`, with `weights_only=True` always.
+    """Load `source` into `network`, always with `weights_only=True`.
 
     Raises:
-        UsageError: the checkpoint is missing, holds more than tensors, or no state dict.
+        UsageError: the checkpoint is missing, contains more than tensors, or has no state dict.
         NetworkError: it is TorchScript, or does not fit the network.
     """
     if not source.path.is_file():
@@ -121,7 +121,7 @@ def load_weights(network: nn.Module, source: WeightSource, device: torch.device)
             f"{source.path} holds more than tensors, and unpickling it could run code; save its state dict alone "
             f"with torch.save(network.state_dict(), path) ({_first_line(error)})"
         ) from error
-    except (RuntimeError, OSError, EOFError) as error:  # as torch tells damaged files, by their kind
+    except (RuntimeError, OSError, EOFError) as error:  # torch raises these for damaged files
         if "TorchScript" not in str(error):
             raise UsageError(f"{source.path} is no readable checkpoint: {_first_line(error)}") from error
         raise NetworkError(
@@ -158,7 +158,7 @@ def _from_handler(parser: ConfigParser, names: set[str], resolve: Callable[[str]
 
 
 def _from_expression(parser: ConfigParser, names: set[str], resolve: Callable[[str], Any]) -> WeightSource | None:
-    """`$@network.load_state_dict(torch.load(PATH)[KEY])`, in one expression or through other ids."""
+    """Find `$@network.load_state_dict(torch.load(PATH)[KEY])`, in one expression or through other ids."""
     for key, text in _expressions(parser.config):
         for call in _calls(_inline(parser, text)):
             function = call.func
@@ -184,7 +184,7 @@ def _expressions(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _inline(parser: ConfigParser, text: str) -> ast.expr | None:
-    """The expression as a tree, ids as names; an id that is itself a `torch.load` expression is put in its place."""
+    """Parse an expression, with ids as names; an id that is a `torch.load` expression is replaced by it."""
 
     def put(match: re.Match[str]) -> str:
         content = parser.get(match[1])
@@ -194,7 +194,7 @@ def _inline(parser: ConfigParser, text: str) -> ast.expr | None:
 
     try:
         return ast.parse(_REFERENCE.sub(put, text), mode="eval").body
-    except SyntaxError:  # an import statement, or a lambda over several lines: it loads nothing
+    except SyntaxError:  # an import statement or a multi-line lambda; it loads nothing
         return None
 
 

@@ -1,4 +1,4 @@
-"""A bundle workflow that explains, for ``python -m monai.bundle run_workflow``, whatever the bundle's ids are."""
+"""A bundle workflow with explanations for ``python -m monai.bundle run_workflow``, for any ids."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ logger = logging.getLogger("esegeta_monai")
 
 
 class ExplainWorkflow(ConfigWorkflow):
-    """A bundle's own inference workflow, with an `ExplanationHandler` that joins the evaluator's handlers.
+    """A bundle's own inference workflow with an `ExplanationHandler` added to the evaluator's handlers.
 
-    What the overlay of ``esegeta-monai overlay`` does with a file is done here in memory, so that a bundle needs
-    neither a list called ``handlers``, nor ``output_dir``, nor a run id ``run``.
+    It applies the overlay of ``esegeta-monai overlay`` in memory, so a bundle needs no list called ``handlers``, no
+    ``output_dir`` and no run id ``run``.
 
     Args:
         config_file: one or more config files of the bundle; None: ``configs/inference.json``.
-        run_id: the id that runs it; None: the one that runs the evaluator.
-        override: ids to values, as for `ConfigWorkflow`; those that begin with ``explain_`` are settings of the overlay
+        run_id: the id to run; None: the id that runs the evaluator.
+        override: values by id, as for `ConfigWorkflow`; ids that begin with ``explain_`` are settings of the overlay
             (``explain_methods``, ``explain_targets``, ``explain_output_dir``, ``explain_handler#pictures``, …).
 
     Raises:
-        UsageError: no evaluator, or nothing that runs it.
+        UsageError: the config has no evaluator, or no id runs it.
 
     Example::
 

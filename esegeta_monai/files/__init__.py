@@ -1,13 +1,17 @@
-"""Maps on disk: their names, their voxel grid, their sidecars, the record of a run, and the scans they explain.
+"""Scans, maps, sidecars, pictures and run records on disk.
 
-Knows numpy, nibabel and MONAI only; it takes plain arguments, so every door can use it.
+This package depends on numpy, nibabel and MONAI only and takes plain arguments, so every interface can use it.
 
-    names.py    <output>/<case>/<case>_<target>_<Method>_attr.nii.gz, safe, readable, never twice
-    dicom.py    whether a folder holds one whole DICOM series
-    scans.py    reading a scan and refusing a bad one; the `Grid` its voxels lie on
-    maps.py     a map on that grid, as NIfTI or in the scan's format, its sidecar, and whether both are finished
-    runs.py     run.json: what became of every case, target and method
-    files.py    atomic writing, strict JSON, checksums
+    scans.py     read and check a scan; the voxel `Grid` of a file
+    dicom.py     check that a folder has one complete DICOM series
+    maps.py      write a map (NIfTI or the scan's format) and its sidecar; check that both are finished
+    runs.py      run.json: the status of every case, target and method
+    copies.py    grey copy of the scan and target masks, for the report
+    privacy.py   remove paths and names of scans from text
+    grids/       resample maps between the network's grid and the scan's
+    pictures/    PNG files of maps and synthesised images
+
+Safe file names are in `esegeta_monai.utils.names`, atomic writing and checksums in `esegeta_monai.utils.files`.
 """
 
 from __future__ import annotations

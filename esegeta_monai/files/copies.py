@@ -1,9 +1,9 @@
-"""What a report shows beside the maps: an eight-bit copy of the scan, and the voxels of each target, on its grid.
+"""Eight-bit copy of the scan and target masks on the scan's grid, for the report.
 
-They lie in the output folder, so that a report needs no path that leads out of it:
+They are stored in the output folder, so that a report needs no path outside it:
 
-    <output>/<case>/<case>_scan.nii.gz            grey values from black to white of the display window in 256 steps
-    <output>/<case>/<case>_<target>_mask.nii.gz   1 where the target is
+    <output>/<case>/<case>_scan.nii.gz            display window in 256 grey levels
+    <output>/<case>/<case>_<target>_mask.nii.gz   1 in the voxels of the target
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["mask_path", "save_grey_copy", "save_mask", "scan_copy_path"]
 
 
 def scan_copy_path(output_dir: str | os.PathLike[str], case: str, *, separate_folder: bool = True) -> Path:
-    """Where the copy of a case's scan lies.
+    """Return the path of the copy of a case's scan.
 
     >>> scan_copy_path("out", "sub-01").as_posix()
     'out/sub-01/sub-01_scan.nii.gz'
@@ -32,7 +32,7 @@ def scan_copy_path(output_dir: str | os.PathLike[str], case: str, *, separate_fo
 
 
 def mask_path(output_dir: str | os.PathLike[str], case: str, target: str, *, separate_folder: bool = True) -> Path:
-    """Where the voxels of a target lie.
+    """Return the path of a target's mask.
 
     >>> mask_path("out", "sub-01", "MultiClassMask-grey matter").as_posix()
     'out/sub-01/sub-01_MultiClassMask-grey-matter_mask.nii.gz'
@@ -47,9 +47,9 @@ def _folder(output_dir: str | os.PathLike[str], case: str, separate: bool) -> Pa
 def save_grey_copy(
     path: str | os.PathLike[str], values: np.ndarray, grid: Grid, percentiles: tuple[float, float] = (1, 99)
 ) -> Path:
-    """Writes a scan (C, *spatial) as unsigned bytes: each channel from its 1st to its 99th percentile, 0 to 255.
+    """Write a scan (C, *spatial) as unsigned bytes: each channel from its 1st to its 99th percentile, 0 to 255.
 
-    It is for looking at. Channels are brought to one scale each, so the file's values are grey steps, not intensities.
+    The copy is for display. Each channel has its own scale, so values are grey levels, not intensities.
 
     Raises:
         InputError: the scan is not on the grid.
@@ -65,7 +65,7 @@ def save_grey_copy(
 
 
 def save_mask(path: str | os.PathLike[str], mask: np.ndarray, grid: Grid) -> Path:
-    """Writes a mask (1, *spatial), above 0.5 or not, as bytes 1 and 0.
+    """Write a mask (1, *spatial), thresholded at 0.5, as bytes 1 and 0.
 
     Raises:
         InputError: the mask is not on the grid.
@@ -79,7 +79,7 @@ def _save(path: Path, values: np.ndarray, grid: Grid) -> Path:
     header = grid.header.copy()
     header.set_data_dtype(np.uint8)
     header.set_data_shape(data.shape)
-    header["pixdim"] = grid.header["pixdim"]  # nibabel resets it for axes that come or go
+    header["pixdim"] = grid.header["pixdim"]  # nibabel resets it when axes are added or removed
     header["cal_max"] = float(data.max())
     with atomic(path) as temporary:
         nib.save(nib.Nifti1Image(data, header.get_best_affine(), header), temporary)

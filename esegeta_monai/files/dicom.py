@@ -1,4 +1,4 @@
-"""Whether a folder holds one whole DICOM series: readers go over a hole in it with a warning, and move every slice."""
+"""Check DICOM series for completeness: readers skip a gap with only a warning and shift all slices after it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["DICOM_SUFFIXES", "check_series"]
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _POSITION, _ORIENTATION = "0020|0032", "0020|0037"
 _NUMBER, _IN_ACQUISITION, _IN_STACK = "0020|0013", "0020|1002", "0054|0081"
-_UNEVEN = 0.02  # of the distance between slices; scanners round positions to some 1e-3 mm
+_UNEVEN = 0.02  # relative to the slice distance; scanners round positions to about 1e-3 mm
 
 
 def check_series(folder: Path, itk: Any) -> list[str]:
-    """The files of the one series in a folder, in order, after every check that tells a truncated one.
+    """Return the files of the only series in a folder, in slice order, after checking that it is complete.
 
-    A series is whole where every file called ``.dcm`` (or ``.dicom``, ``.ima``) in the folder is one of its readable
-    slices, the slices lie at equal distances, their instance numbers have no hole, and there are as many as the files
-    themselves say (Images in Acquisition, Number of Slices), where they do.
+    A series is complete if every ``.dcm`` (``.dicom``, ``.ima``) file in the folder is one of its readable slices, the
+    slices are equally spaced, their instance numbers have no gap, and their number is the one that the files declare
+    (Images in Acquisition, Number of Slices), if they do.
 
     Raises:
-        InputError: none or several series, or one that is truncated, with what is missing.
+        InputError: the folder has no or several series, or a truncated one; the message names the missing part.
     """
     names = itk.GDCMSeriesFileNames.New()
     names.SetUseSeriesDetails(True)
@@ -47,7 +47,7 @@ def check_series(folder: Path, itk: Any) -> list[str]:
         _check_distances(folder, headers)
     numbers = sorted(h["number"] for h in headers if h["number"] is not None)
     steps = np.diff(numbers)
-    if len(set(steps)) > 1 and max(steps) > 1:  # one step throughout is a numbering of its own
+    if len(set(steps)) > 1 and max(steps) > 1:  # a constant step is a numbering scheme, not a gap
         raise _truncated(folder, f"instance number {numbers[int(np.argmax(steps))] + 1} is missing")
     said = {h["count"] for h in headers} - {None}
     if len(said) == 1 and (count := said.pop()) is not None and count > len(files):

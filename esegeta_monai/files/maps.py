@@ -1,4 +1,4 @@
-"""A map as a NIfTI file on its scan's grid, the sidecar beside it, and whether both are finished."""
+"""Write a map on its scan's grid and its sidecar, and check that both are finished."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from esegeta_monai.utils.names import MAP_SUFFIXES
 __all__ = ["is_complete", "on_disk", "picture_path", "save_map", "save_sidecar", "sidecar_path"]
 
 WITH_MAP = ("ok", "zero")
-"""Statuses under which a map lies on disk; an empty target has a sidecar only, and all others are tried again."""
+"""Statuses with a map on disk. An empty target has a sidecar only; all other statuses are computed again."""
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 _MISSING = object()
 
@@ -35,32 +35,34 @@ def save_map(
     cal_min: float | None = None,
     cal_max: float | None = None,
 ) -> Path:
-    """Writes a map (C, *spatial) as float32 on ``grid``: raw values, the scan's shape, affine, codes and units.
+    """Write a map (C, *spatial) as float32 on ``grid``: raw values with the scan's shape, affine, codes and units.
 
-    The suffix of ``path`` says how: NIfTI, or NRRD or MetaImage through ITK, which hold shape and affine, and neither
-    codes nor units nor a display window. Several channels are a vector image there; in 2D the third axis has size 1.
+    The suffix of ``path`` sets the format: NIfTI, or NRRD or MetaImage through ITK. The latter two store shape and
+    affine, but no codes, units or display window. They store several channels as a vector image; in 2D the third axis
+    has size 1.
 
     Args:
         path: from `map_path`.
-        values: tensor or array (C, *spatial), channels in the network's order. One channel takes the scan's shape on
-            disk; several make a 4D file unless the scan has as many (then its shape). In 2D the third axis has size 1.
-        grid: of the scan that the map explains.
-        method: goes into ``intent_name`` (the first 16 bytes, all that the format holds) with the intent "estimate".
-        cal_min, cal_max: the display window. Default: for a map with negative values minus and plus the 99.5th
-            percentile of |a|, else zero to it; the maximum where that percentile is zero.
+        values: tensor or array (C, *spatial), channels in the network's order. A map of one channel gets the scan's
+            shape on disk; several channels make a 4D file, or get the scan's shape if it has as many. In 2D the third
+            axis has size 1.
+        grid: grid of the scan that the map explains.
+        method: its first 16 bytes (the limit of the format) become ``intent_name``, with the intent "estimate".
+        cal_min, cal_max: display window. Default with p the 99.5th percentile of |a| (the maximum if p is zero): −p to
+            p for a map with negative values, otherwise 0 to p.
 
     Returns:
-        ``path``, once the file is whole.
+        ``path``, after the file is complete.
 
     Raises:
         InputError: the map is not on the grid.
-        MethodError: it has a value that is NaN, infinite, or beyond float32.
+        MethodError: a value is NaN, infinite, or outside the range of float32.
         UsageError: the file cannot be written.
     """
     path = Path(path)
     if hasattr(values, "detach"):
-        values = values.detach().cpu().float().numpy()  # NumPy knows no bfloat16
-    with np.errstate(over="ignore"):  # what overflows is refused below
+        values = values.detach().cpu().float().numpy()  # NumPy has no bfloat16
+    with np.errstate(over="ignore"):  # overflow is refused below
         array = np.asarray(values).astype(np.float32)
     bad = array.size - int(np.count_nonzero(np.isfinite(array)))
     if bad:
@@ -72,12 +74,12 @@ def save_map(
     header = grid.header.copy()
     header.set_data_dtype(np.float32)
     header.set_data_shape(data.shape)
-    header["pixdim"] = grid.header["pixdim"]  # nibabel resets it for axes that come or go
+    header["pixdim"] = grid.header["pixdim"]  # nibabel resets it when axes are added or removed
     header.set_intent("estimate", (), name=method.encode("ascii", "replace")[:16].decode())
     low, high = _window(array)
     header["cal_min"] = low if cal_min is None else cal_min
     header["cal_max"] = high if cal_max is None else cal_max
-    # the header's own affine: nibabel then leaves sform, qform and their codes as they are
+    # the header's own affine, so that nibabel keeps sform, qform and their codes
     image = nib.Nifti1Image(data, header.get_best_affine(), header)
     with atomic(path) as temporary:
         nib.save(image, temporary)
@@ -85,11 +87,11 @@ def save_map(
 
 
 def _save_with_itk(path: Path, data: np.ndarray, grid: Grid) -> Path:
-    """NRRD or MetaImage: (*spatial) or (*spatial, C) as a vector image, world coordinates as ITK has them (LPS mm)."""
+    """Write NRRD or MetaImage from (*spatial) or (*spatial, C) (a vector image), in ITK's coordinates (LPS mm)."""
     itk, has_itk = optional_import("itk")
     if not has_itk:
         what = f"{path.name}: writing {path.suffix} needs ITK"
-        raise UsageError(f'{what}: pip install "esegeta-monai[itk]", or let maps be NIfTI')
+        raise UsageError(f'{what}: pip install "esegeta-monai[itk]", or write maps as NIfTI')
     channels = -1 if data.ndim > 3 and data.shape[-1] > 1 else None
     values = data if channels else data.reshape(data.shape[:3])
     image = ITKWriter.create_backend_obj(
@@ -101,7 +103,7 @@ def _save_with_itk(path: Path, data: np.ndarray, grid: Grid) -> Path:
 
 
 def on_disk(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """(C, *spatial) with channels last, in the scan's own shape where it holds as many values."""
+    """Reshape (C, *spatial) to channels last, or to the scan's own ``shape`` if it has as many values."""
     last = np.moveaxis(array, 0, -1)
 
     def extent(sizes: tuple[int, ...]) -> list[int]:
@@ -122,7 +124,7 @@ def _window(array: np.ndarray) -> tuple[float, float]:
 
 
 def sidecar_path(map_path: str | os.PathLike[str]) -> Path:
-    """``…_attr.json`` beside ``…_attr.nii.gz``.
+    """Return the path of the sidecar ``…_attr.json`` beside ``…_attr.nii.gz``.
 
     >>> sidecar_path("out/a/a_b_Saliency_attr.nii.gz").as_posix()
     'out/a/a_b_Saliency_attr.json'
@@ -131,17 +133,17 @@ def sidecar_path(map_path: str | os.PathLike[str]) -> Path:
 
 
 def picture_path(map_path: str | os.PathLike[str]) -> Path:
-    """``…_attr.png`` beside ``…_attr.nii.gz``."""
+    """Return the path of the picture ``…_attr.png`` beside ``…_attr.nii.gz``."""
     return _beside(map_path, ".png")
 
 
 def table_path(map_path: str | os.PathLike[str]) -> Path:
-    """The feature table beside a map, of methods that explain features: ``.csv`` in place of the extension."""
+    """Return the path of the feature table beside a map (extension ``.csv``), for methods that explain features."""
     return _beside(map_path, ".csv")
 
 
 def curve_path(map_path: str | os.PathLike[str]) -> Path:
-    """``…_attr_curve.png`` beside ``…_attr.nii.gz``, of methods that optimise an image."""
+    """Return the path of ``…_attr_curve.png`` beside ``…_attr.nii.gz``, for methods that optimise an image."""
     return _beside(map_path, "_curve.png")
 
 
@@ -152,15 +154,15 @@ def _beside(map_path: str | os.PathLike[str], suffix: str) -> Path:
 
 
 def save_sidecar(map_path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
-    """Writes the record of a map beside it, atomically and last: the sidecar says that map and picture are finished.
+    """Write the record of a map beside it, atomically and last: its sidecar marks map and picture as finished.
 
-    Strict JSON with sorted keys (`strict_json`: a number that is not finite becomes null and is named in
-    ``non_finite``). Added to ``record``: ``intended_use``, and of a map that lies there its file name, size and
-    SHA-256, so that a map cut or exchanged later is noticed.
+    The file is strict JSON with sorted keys (`strict_json`: a non-finite number becomes null and is listed in
+    ``non_finite``). ``intended_use`` is added to ``record``, and, if the map exists, its file name, size and SHA-256,
+    so that a truncated or replaced map is detected.
 
     Raises:
         UsageError: the file cannot be written.
-        TypeError: a value that JSON has no form for, with its key.
+        TypeError: a value cannot be written as JSON; the message names its key.
     """
     path = Path(map_path)
     entries = {**record, "intended_use": INTENDED_USE}
@@ -170,19 +172,19 @@ def save_sidecar(map_path: str | os.PathLike[str], record: Mapping[str, Any]) ->
 
 
 def is_complete(map_path: str | os.PathLike[str], key: Mapping[str, Any]) -> bool:
-    """Whether the map of an earlier run is there, whole, and what this run would compute.
+    """Return True if the map of an earlier run exists, is intact, and is what this run would compute.
 
     Args:
-        key: the entries of the record that decide: method, parameters, target, hashes of weights, configs and scan,
-            seed, versions. Each must stand in the sidecar with an equal value.
+        key: the entries of the record that determine a map: method, parameters, target, hashes of weights, configs and
+            scan, seed, versions. Each must be in the sidecar with an equal value.
 
-    A sidecar that is missing or unreadable, a status other than ok, zero or empty_target, another parameter or hash,
-    a map that is missing or no longer has the recorded SHA-256: not complete, and computed again.
+    A map is not complete, and is computed again, if its sidecar is missing or unreadable, its status is not ok, zero
+    or empty_target, a parameter or hash differs, or the map is missing or no longer has the recorded SHA-256.
     """
     record = read_json(sidecar_path(map_path))
     if record is None or record.get("status") not in (*WITH_MAP, "empty_target"):
         return False
-    wanted = json.loads(strict_json(key))  # as it would come back from a sidecar
+    wanted = json.loads(strict_json(key))  # as read back from a sidecar
     wanted.pop("non_finite", None)
     if any(record.get(name, _MISSING) != value for name, value in wanted.items()):
         return False

@@ -1,4 +1,4 @@
-"""Text that leaves the machine: without folders, without names of scans, and tracebacks that say where in the code."""
+"""Remove folders and names of scans from texts and tracebacks that leave the machine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from esegeta_monai.utils.names import SCAN_SUFFIXES
 __all__ = ["private", "traceback_text", "without_paths"]
 
 _SUFFIX = "|".join(re.escape(suffix) for suffix in SCAN_SUFFIXES)
-# What is hidden may be more than a path, never less: names have spaces and commas, so a scan's name goes from the
-# beginning of a statement to its suffix, a folder's up to the last slash.
+# Rather hide too much than too little: names can contain spaces and commas, so a scan's name extends from the
+# beginning of a statement to its suffix, a folder's name to the last slash.
 _QUOTED = re.compile(r"(['\"])([^'\"\n]*[\\/][^'\"\n]*)\1")
 _SCAN = re.compile(rf"(?:^|(?<=[:;('\"=\[] )|(?<=[('\"=\[]))[^\n'\":;=\[\]]*?(?:{_SUFFIX})(?![\w.])", re.I | re.M)
 _FOLDERS = re.compile(
@@ -25,10 +25,10 @@ _PACKAGES = ("site-packages", "dist-packages")
 
 
 def without_paths(text: str, relative: bool = True) -> str:
-    """``text`` with names of scan files replaced by "(scan)" and other paths by their last part.
+    """Replace names of scan files in ``text`` by "(scan)", and other paths by their last part.
 
     Args:
-        relative: paths without a root too; not for tracebacks of `traceback_text`, which name files from their package.
+        relative: also replace relative paths; False for `traceback_text`, which names files relative to their package.
 
     >>> without_paths("/data/Doe Jane/t1.nii.gz: the file is empty")
     '(scan): the file is empty'
@@ -46,7 +46,7 @@ def _last(path: str) -> str:
 
 
 def private(value: Any) -> Any:
-    """A JSON-like value with every text in it passed through `without_paths`, keys included.
+    """Apply `without_paths` to every text of a JSON-like value, including keys.
 
     >>> private({"mask": "/data/doe/label.nii.gz", "window": [8, 8]})
     {'mask': '(scan)', 'window': [8, 8]}
@@ -61,10 +61,10 @@ def private(value: Any) -> Any:
 
 
 def traceback_text(error: BaseException, longest: int = 40) -> str:
-    """The traceback of an error and of its causes, with files named from their package on, never by their folders.
+    """Return the traceback of an error and its causes, with file names relative to their package.
 
     Args:
-        longest: how many frames of each error, the innermost ones.
+        longest: number of (innermost) frames per error.
 
     >>> def fails():
     ...     raise ValueError("no such axis in /home/doe/case.txt")
@@ -92,7 +92,7 @@ def traceback_text(error: BaseException, longest: int = 40) -> str:
 
 
 def _module(filename: str) -> str:
-    """A source file from its package on: what a maintainer needs, and nothing of whose machine it was.
+    """Return the path of a source file relative to the folder of its package, which names no user.
 
     >>> _module("/home/doe/venv/lib/python3.11/site-packages/torch/nn/module.py"), _module("/home/doe/net.py")
     ('torch/nn/module.py', 'net.py')

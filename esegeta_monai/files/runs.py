@@ -1,4 +1,4 @@
-"""``run.json``: what became of every case, target and method, true at any instant of a run."""
+"""``run.json``: the status of every case, target and method, up to date at any time of a run."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ __all__ = ["STATUSES", "RunRecord"]
 logger = logging.getLogger(__name__)
 
 STATUSES = ("ok", "zero", "empty_target", "failed", "timeout", "skipped")
-"""ok; a map of exact zeros; nothing was predicted there; an error; the time limit; done in an earlier run."""
+"""Computed; a map of exact zeros; no predicted voxel; an error; the time limit; finished in an earlier run."""
 UNFINISHED = ("failed", "timeout")
 
 Key = tuple[str, str | None, str | None]
 
 
 class RunRecord:
-    """The record of a run, written anew and atomically after every result.
+    """The record of a run, rewritten atomically after every result.
 
-    Results of earlier runs into the same folder stay, until this run says something about the same case, target and
-    method, so that a run can be stopped, resumed, or extended by another method; they do not count in `exit_code`.
+    Results of earlier runs in the same folder are kept until this run has a result for the same case, target and
+    method, so that a run can be interrupted, resumed, or extended by another method. They do not affect `exit_code`.
+    The same holds for another run that writes into the folder at the same time.
 
-    So do those of another run that writes into the same folder at the same time. Processes that share a run keep a
-    record each, ``run.json`` and ``run.rank1.json``, …, which `join` makes one; those of a run that was killed are read
-    by the next run.
+    Each process of a distributed run has its own record, ``run.json`` and ``run.rank1.json``, …, which `join` merges.
+    If such a run is killed, the next run reads them all.
 
     Args:
-        output_dir: where ``run.json`` lies.
-        info: what else to record (bundle, options, hashes), JSON-ready.
-        rank: of this process; the first one must be there before the others begin.
+        output_dir: the folder of ``run.json``.
+        info: further entries (bundle, options, hashes), JSON-ready.
+        rank: rank of this process; the first process must create its record before the others begin.
         writes: False keeps everything in memory, for a process whose results another one writes.
 
     >>> import tempfile
@@ -68,16 +68,16 @@ class RunRecord:
         self._results: dict[Key, dict[str, Any]] = {}
         self._refuted: set[Key] = set()
         self.write()
-        for path in others:  # of a run that was killed; they stand in run.json now
+        for path in others:  # from a run that was killed; now part of run.json
             path.unlink()
 
     def set(
         self, case: str, target: str | None, method: str | None, status: str, reason: str | None = None, **more: Any
     ) -> None:
-        """Records a result and writes ``run.json``. A case that failed as a whole has no target and no method.
+        """Record a result and write ``run.json``. A case that failed as a whole has no target and no method.
 
         Raises:
-            UsageError: an unknown status, or an unfinished one (failed, timeout, empty_target) without a reason.
+            UsageError: the status is unknown, or is failed, timeout or empty_target without a reason.
         """
         if status not in STATUSES:
             raise UsageError(f"status must be one of {', '.join(STATUSES)}, got {status!r}")
@@ -86,32 +86,32 @@ class RunRecord:
         entry = {"case": case, "target": target, "method": method, "status": status, **more}
         self._results[case, target, method] = entry if reason is None else {**entry, "reason": reason}
         if method is not None:
-            self._refuted.add((case, None, None))  # the case could be read this time
+            self._refuted.add((case, None, None))  # the case itself did not fail this time
         self.write()
 
     @property
     def summary(self) -> dict[str, int]:
-        """How many results of this run have which status."""
+        """Number of results of this run by status."""
         return dict(sorted(Counter(entry["status"] for entry in self._results.values()).items()))
 
     @property
     def exit_code(self) -> int:
-        """0: everything asked for is there (empty targets and zero maps included); 1: some case or method failed."""
+        """0 if everything succeeded (including empty targets and zero maps), 1 if some case or method failed."""
         return int(any(entry["status"] in UNFINISHED for entry in self._results.values()))
 
     def join(self, ranks: Processes) -> None:
-        """Makes the records of all processes one, in memory for each and on disk for the first."""
+        """Merge the records of all processes, in memory for each and on disk for the first."""
         for results in ranks.gather(self._results):
             self._results = {**self._results, **results}
         if self._rank == 0:
             self.write()
-        ranks.gather(None)  # the first one has it before the others take theirs away
+        ranks.gather(None)  # the first must have written before the others delete theirs
         if self._rank and self._writes:
             self.path.unlink(missing_ok=True)
             self._writes = False
 
     def write(self) -> None:
-        """Writes ``run.json``, whole or not at all, with what another run has written there meanwhile."""
+        """Write ``run.json`` atomically, and keep results that another run has written in the meantime."""
         if not self._writes:
             return
         self._earlier = {**self._earlier, **self._read_earlier(self.path)}
@@ -133,7 +133,7 @@ class RunRecord:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """``finished`` stays null in a run that an exception ended."""
+        """Set ``finished`` unless an exception ended the run."""
         if error is None:
             self._finished = _now()
             self.write()
@@ -147,7 +147,7 @@ class RunRecord:
         if not isinstance(entries, list) or not all(isinstance(e, dict) and "case" in e for e in entries):
             aside = path.with_suffix(".json.unreadable")
             os.replace(path, aside)
-            logger.warning("%s could not be read; it lies in %s now and a new one begins", path, aside.name)
+            logger.warning("%s cannot be read; it was moved to %s and a new one is started", path, aside.name)
             return {}
         return {(e["case"], e.get("target"), e.get("method")): e for e in entries}
 

@@ -1,4 +1,4 @@
-"""Reading scans, refusing bad ones in one line, and the voxel grid that a map takes over from its scan."""
+"""Read and check scans; the voxel grid that a map takes from its scan."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ GEOMETRY_FIELDS = (
     *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("srow_x", "srow_y", "srow_z"),
 )
-"""The fields of a NIfTI header that say where voxels lie. Nothing else of a scan's header enters a map: free text
-(``descrip``, ``db_name``, ``aux_file``) and extensions can name a patient."""
+"""The geometry fields of a NIfTI header. Nothing else of a scan's header is copied to a map: free text (``descrip``,
+``db_name``, ``aux_file``) and extensions can name a patient."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The voxel grid of a scan as its file states it: shape on disk, affine, sform and qform with codes, units.
+    """The voxel grid of a scan as stored in its file: shape, affine, sform and qform with codes, units.
 
     Attributes:
         shape: the array's shape on disk, trailing singletons included, channels last.
-        header: a NIfTI header that carries shape and geometry and nothing else of the scan.
+        header: a NIfTI header with the scan's shape and geometry only.
     """
 
     shape: tuple[int, ...]
@@ -53,20 +53,20 @@ class Grid:
 
     @property
     def affine(self) -> np.ndarray:
-        """4x4 voxel to world (RAS mm): the sform, else the qform, else the voxel size, as the NIfTI standard ranks."""
+        """4x4 voxel to world (RAS mm): sform, else qform, else voxel size, in the order of the NIfTI standard."""
         return self.header.get_best_affine()
 
     @classmethod
     def of(cls, scan: str | os.PathLike[str] | nib.spatialimages.SpatialImage | MetaTensor | Mapping[str, Any]) -> Grid:
-        """The grid of a file, a nibabel image, a MetaTensor (C, *spatial), or a MONAI meta dictionary.
+        """Return the grid of a file, a nibabel image, a MetaTensor (C, *spatial), or a MONAI meta dictionary.
 
-        Prefer the file: MONAI mends an affine that contradicts the voxel size, silently, and MetaTensors carry the
-        mended one. Header values in a meta dictionary are taken only where they agree with its affine; transforms
-        such as ``Spacingd`` leave stale ones behind. Where there are none, the affine becomes sform and qform with
-        code 1 ("scanner"); the qform is left out where it cannot express the affine (shears).
+        Prefer the file: MONAI silently corrects an affine that contradicts the voxel size, and MetaTensors have the
+        corrected one. Header values in a meta dictionary are used only if they agree with its affine, because
+        transforms such as ``Spacingd`` leave outdated ones. Without header values, the affine becomes sform and qform
+        with code 1 ("scanner"); the qform is omitted if it cannot represent the affine (shears).
 
         Raises:
-            InputError: a file that is missing or unreadable, or a meta dictionary without an affine.
+            InputError: the file is missing or unreadable, or the meta dictionary has no affine.
         """
         if isinstance(scan, (str, os.PathLike)):
             path = Path(scan)
@@ -96,9 +96,9 @@ class Grid:
 
 
 def _geometry_of(header: Any, shape: tuple[int, ...]) -> nib.Nifti1Header:
-    """A fresh header with the geometry fields of ``header``, bit for bit (float32 as NIfTI-1 holds them).
+    """Return a new header with the geometry fields of ``header``, bit for bit (float32 as in NIfTI-1).
 
-    The shape belongs to it: with sform and qform codes of 0 the origin is the middle of the volume.
+    It needs the shape, because with sform and qform codes of 0 the origin is the centre of the volume.
     """
     fresh = nib.Nifti1Header()
     fresh.set_data_shape(shape)
@@ -108,7 +108,7 @@ def _geometry_of(header: Any, shape: tuple[int, ...]) -> nib.Nifti1Header:
 
 
 def _geometry_from(affine: np.ndarray, shape: tuple[int, ...]) -> nib.Nifti1Header:
-    """A fresh header for an affine that came without one: millimetres, code 1 ("scanner")."""
+    """Return a new header for an affine without one: millimetres, code 1 ("scanner")."""
     fresh = nib.Nifti1Header()
     fresh.set_data_shape(shape)
     fresh.set_sform(affine, code=1)
@@ -120,7 +120,7 @@ def _geometry_from(affine: np.ndarray, shape: tuple[int, ...]) -> nib.Nifti1Head
 
 
 def _disk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """(C, *spatial) as a file holds it: space first, at least three axes of it, channels last where there are several.
+    """Return the shape on disk of (C, *spatial): at least three spatial axes, then channels if there are several.
 
     >>> _disk_shape((1, 4, 5)), _disk_shape((3, 4, 5)), _disk_shape((1, 4, 5, 6)), _disk_shape((2, 4, 5, 6))
     ((4, 5, 1), (4, 5, 1, 3), (4, 5, 6), (4, 5, 6, 2))
@@ -131,7 +131,7 @@ def _disk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _four_by_four(affine: np.ndarray) -> np.ndarray:
-    """A 3x3 affine (2D) with a third axis of its own; a 4x4 one as it is."""
+    """Return a 4x4 affine; a 3x3 one (2D) gets a third axis."""
     full = np.eye(4)
     n = affine.shape[-1] - 1
     full[:n, :n], full[:n, 3] = affine[:n, :n], affine[:n, n]
@@ -141,19 +141,19 @@ def _four_by_four(affine: np.ndarray) -> np.ndarray:
 def read_scan(
     path: str | os.PathLike[str], *, spatial_dims: int | None = None, channels: int | None = None
 ) -> MetaTensor:
-    """A scan as MetaTensor (C, *spatial), float32, after every check that a bad file fails in one line.
+    """Read a scan as MetaTensor (C, *spatial), float32, and check it.
 
-    NIfTI is read with nibabel, PNG and its kin with Pillow, NumPy files as they are, all else (NRRD, MHA, a folder
-    with one DICOM series) with ITK, where ``itk`` is installed.
+    NIfTI is read with nibabel, PNG and similar pictures with Pillow, NumPy files directly, everything else (NRRD, MHA,
+    a folder with one DICOM series) with ITK if ``itk`` is installed.
 
     Args:
-        spatial_dims: 2 or 3 where the network asks for it. A third axis of size 1 makes an image 2D, and is dropped.
-        channels: how many the network takes.
+        spatial_dims: required number of spatial dimensions, 2 or 3. For 2, a third axis of size 1 is removed.
+        channels: required number of channels.
 
     Raises:
-        InputError: the file is missing, empty, truncated or of another format (a DICOM series: it has a hole, see
-            `check_series`); it holds NaN, infinity, colour triples or complex numbers; its affine is singular;
-            dimensions or channels are not those asked for; it needs ITK, which is not installed.
+        InputError: the file is missing, empty, truncated or of another format (a DICOM series: it has a gap, see
+            `check_series`); it contains NaN, infinity, colour triples or complex numbers; its affine is singular;
+            dimensions or channels differ from the required ones; ITK is needed and not installed.
     """
     path = Path(path)
     if not path.exists():
@@ -161,7 +161,7 @@ def read_scan(
     if path.is_file() and path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty")
     reader: ImageReader
-    stated: np.ndarray | None = None  # the affine as the file states it, before MONAI mends it
+    stated: np.ndarray | None = None  # the affine in the file, before MONAI corrects it
     if path.name.lower().endswith(NIBABEL_SUFFIXES):
         image = _open_with_nibabel(path)
         stated = np.asarray(image.affine, dtype=np.float64)
@@ -179,7 +179,7 @@ def read_scan(
     meta["filename_or_obj"] = str(path)
     scan = MetaTensor.ensure_torch_and_prune_meta(np.ascontiguousarray(array, dtype=np.float32), meta)
     scan = cast(MetaTensor, EnsureChannelFirst()(scan))
-    while scan.ndim > 4 and scan.shape[-1] == 1:  # NIfTI keeps vectors in a fifth axis behind an empty fourth
+    while scan.ndim > 4 and scan.shape[-1] == 1:  # NIfTI stores vectors in the fifth axis; the fourth has size 1
         scan = scan[..., 0]
     if spatial_dims == 2 and scan.ndim == 4 and scan.shape[-1] == 1:
         scan = scan[..., 0]
@@ -190,7 +190,7 @@ def read_scan(
 
 
 def _open_with_nibabel(path: Path) -> Any:
-    """The image with its header read and its voxels still on disk."""
+    """Open an image: read its header, leave its voxels on disk."""
     try:
         return nib.load(path)
     except FileNotFoundError as error:
@@ -212,12 +212,12 @@ def _itk_reader(path: Path) -> ImageReader:
 def _load(reader: ImageReader, path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # readers warn of what is checked here by name
+            warnings.simplefilter("ignore", UserWarning)  # this module checks the causes of these warnings itself
             array, meta = reader.get_data(reader.read(str(path)))
             return np.asarray(array), meta
     except EOFError as error:
         raise InputError(f"{path}: the file is truncated ({_one_line(error)}); copy it again") from error
-    except Exception as error:  # each reader has its own errors; all of them mean that the file cannot be read
+    except Exception as error:  # each reader has its own errors; all mean an unreadable file
         if "Expected" in str(error) and "bytes, got" in str(error):
             raise InputError(f"{path}: the file is truncated ({_one_line(error)}); copy it again") from error
         raise InputError(f"{path}: cannot be read as an image ({_one_line(error)})") from error

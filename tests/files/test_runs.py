@@ -96,7 +96,7 @@ def test_a_damaged_record_is_put_aside_and_said(tmp_path: Path, caplog: pytest.L
         (tmp_path / "run.json").write_text(content)
         with caplog.at_level(logging.WARNING), RunRecord(tmp_path) as run:
             run.set("a", "t", "M", "ok")
-        assert "could not be read" in caplog.text
+        assert "cannot be read" in caplog.text
         assert (tmp_path / "run.json.unreadable").read_text() == content
         assert statuses(tmp_path) == {("a", "t", "M"): "ok"}
         caplog.clear()

@@ -1,11 +1,11 @@
-"""One anatomy, many heads: the MNI152 template of nilearn, and random individuals painted from its tissue maps.
+"""Random individuals painted from the tissue maps of the MNI152 template of nilearn.
 
-The MNI152 template is a population average (152 heads) of a skull-stripped brain. An average has blurred sulci, one
-contrast and no noise; a network that saw nothing else would fail on any real head. `RandIndividuald` therefore makes
-individuals of it: it sharpens and perturbs the tissue probabilities, cuts the label from *these*, and paints an image
-with random tissue intensities.
+The MNI152 template is a population average (152 heads) of skull-stripped brains. An average has blurred sulci, one
+contrast and no noise; a network trained on it alone would fail on any real head. Therefore `RandIndividuald` generates
+individuals: it sharpens and perturbs the tissue probabilities, derives the label from *these*, and paints an image with
+random tissue intensities.
 
-This file is the same in both brain bundles, since a MONAI bundle has to stand alone.
+This file is the same in both brain bundles, because a MONAI bundle must be self-contained.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SPACING_MM = 2
 
 
 def template_case(folder: str | Path) -> dict[str, str]:
-    """Write the MNI152 template at 2 mm below `folder` (once) and say where the files lie.
+    """Write the MNI152 template at 2 mm below `folder` (once) and return the paths of the files.
 
     Returns:
         ``image``: the T1 template (a population average of a skull-stripped brain), 0 to 1;
@@ -49,12 +49,12 @@ def template_case(folder: str | Path) -> dict[str, str]:
 
 
 def template_images(folder: str | Path) -> str:
-    """The folder below `folder` that holds the T1 template and nothing else: an input folder for inference."""
+    """Return a folder below `folder` with the T1 template only: an input folder for inference."""
     return str(Path(template_case(folder)["image"]).parent)
 
 
 def _write_template(case: Mapping[str, Path]) -> None:
-    from nilearn import datasets  # here, because inference on one's own scans does not need it
+    from nilearn import datasets  # imported here, because inference on other scans does not need it
 
     t1 = datasets.load_mni152_template(resolution=SPACING_MM)
     brain = datasets.load_mni152_brain_mask(resolution=SPACING_MM).get_fdata() > 0
@@ -71,7 +71,7 @@ def _write_template(case: Mapping[str, Path]) -> None:
 
 
 def smooth_noise(random: np.random.RandomState, shape: Sequence[int], cell: float, channels: int = 1) -> torch.Tensor:
-    """Noise of unit standard deviation that varies over about `cell` voxels, of shape (channels, *shape)."""
+    """Return noise (channels, *shape) of unit standard deviation that varies over about `cell` voxels."""
     coarse = [int(np.ceil(size / cell)) + 1 for size in shape]
     noise = torch.as_tensor(random.standard_normal((1, channels, *coarse)), dtype=torch.float32)
     noise = interpolate(noise, size=tuple(shape), mode="trilinear", align_corners=True)[0]
@@ -140,19 +140,19 @@ class RandIndividuald(RandomizableTransform, MapTransform):
 
 
 def like(image: torch.Tensor, values: torch.Tensor) -> MetaTensor:
-    """`values` in float32 on the grid of `image`."""
+    """Return `values` (C, *spatial) in float32 on the grid of `image`."""
     affine = image.affine if isinstance(image, MetaTensor) else None
     return MetaTensor(torch.as_tensor(values, dtype=torch.float32).as_subclass(torch.Tensor), affine=affine)
 
 
 class SeededDataset(Dataset):
-    """One prepared case, as many random versions of it as there are seeds: item i is the same in every run.
+    """Random versions of one prepared case, one per seed; item i is the same in every run.
 
     Args:
-        data: the case (a dictionary of file names) that `prepare` reads once.
+        data: the case (a dictionary of file names), read once by `prepare`.
         prepare: deterministic transforms, run once.
         transform: random transforms (their random state is set to the item's seed).
-        seeds: one item each. Training and validation share no seed.
+        seeds: one item per seed. Training and validation share no seed.
     """
 
     def __init__(self, data: Mapping[str, Any], prepare: Any, transform: Compose, seeds: Sequence[int]) -> None:

@@ -1,11 +1,11 @@
-"""Heads with planted causes of known place: the data of this bundle, and a ground truth for explanations.
+"""Heads with planted objects of known position: the data of this bundle, and a ground truth for explanations.
 
-Half of the cases get one *lesion*: a smooth irregular blob at a random place inside the brain, brighter or darker than
-what lies there. It is what the label means. Two options plant something else beside it: a *shortcut* (a mark in a
-corner outside the brain, as a scanner may leave one, that agrees with the label with a stated probability) and a
-*distractor* (a dark blob of the same law of sizes, where all lesions are bright then; it says nothing of the label).
-The mask of each is part of the case, and each can be taken away or added alone (`LesionCases.with_planted`), so that
-what a network answers to is a matter of experiment.
+Half of the cases get one *lesion*: a smooth irregular blob at a random position inside the brain, brighter or darker
+than its surroundings. The label states whether it is present. Two options plant further objects: a *shortcut* (a mark
+in a corner outside the brain, as a scanner may leave one, that agrees with the label with a given probability) and a
+*distractor* (a dark blob with the same size distribution, independent of the label; all lesions are bright in this
+case). The mask of each object is part of the case, and each can be removed or added alone
+(`LesionCases.with_planted`), so that experiments can determine what a network uses.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from .anatomy import Case, RandIndividuald, like, smooth_noise
 __all__ = ["SPATIAL_SIZE", "BrainMaskd", "LesionCases", "PlantBlobd", "PlantCornerMarkd", "prepare"]
 
 SPACING_MM = 4
-#: Of all blobs: excess of a bright one over the white end, and level of a dark one, both in units of the white end.
+#: Excess of a bright blob over the white level, and level of a dark blob, both in units of the white level.
 CONTRAST, VOID = (0.2, 0.9), (0.0, 0.1)
-#: 160 x 192 x 160 mm: holds a brain. The network sees all of it at once.
+#: 160 x 192 x 160 mm contains a brain. The network takes all of it at once.
 SPATIAL_SIZE = (40, 48, 40)
 
 
@@ -66,7 +66,7 @@ class BrainMaskd(MapTransform):
 
 
 def _planted(case: Mapping[Hashable, Any], key: str, default: bool) -> bool:
-    """Whether the object `key` is present: as an experiment on the case says, else as its law does."""
+    """Return True if the object `key` is present: as set by an experiment on the case, else `default`."""
     return bool(case.get("planted", {}).get(key, default))
 
 
@@ -85,14 +85,14 @@ class PlantBlobd(MapTransform, Randomizable):
 
     Args:
         keys: the image (1, *spatial), intensities about 0 to 1.
-        blob_key: written: the mask, empty where nothing is planted; ``{blob_key}_place`` is where it would be.
-        share: None plants where `label` is 1; a number plants in that share of the cases, whatever the label.
-        avoid_key: a mask that the blob keeps a voxel away from, and its centre by the greatest radius.
+        blob_key: written: the mask, empty if nothing is planted; ``{blob_key}_place`` is its potential position.
+        share: None plants if `label` is 1; a number plants in that share of the cases, independent of the label.
+        avoid_key: a mask; the blob stays one voxel away from it, and its centre the greatest radius.
         radius_mm: range of each radius.
         bright: share of bright blobs.
-        contrast: range of a bright blob's excess over the white end.
-        void: range of a dark blob's level, in units of the white end.
-        number: range of the number of blobs where there is one.
+        contrast: range of a bright blob's excess over the white level.
+        void: range of a dark blob's level, in units of the white level.
+        number: range of the number of blobs, if any.
         depth_mm: least distance of the centre from the edge of the brain.
     """
 
@@ -126,7 +126,7 @@ class PlantBlobd(MapTransform, Randomizable):
         images = {key: case[key].as_subclass(torch.Tensor) for key in self.key_iterator(case)}
         by_law = bool(case[self.label_key]) if self.share is None else self.R.rand() < self.share
         present = _planted(case, self.blob_key, by_law)
-        # Blobs are drawn even where none is planted: taking one away moves no other.
+        # Blobs are drawn even if none is planted, so that removing one moves no other.
         for _ in range(self.R.randint(self.number[0], self.number[1] + 1)):
             alpha = self._blob(brain, taken)
             mask = torch.maximum(mask, (alpha > 0.5).float())
@@ -145,7 +145,7 @@ class PlantBlobd(MapTransform, Randomizable):
         places = torch.nonzero(free)
         centre = places[self.R.randint(len(places))]
         radii = [self.R.uniform(*self.radius_mm) / self.spacing_mm for _ in centre]
-        # Twice the radius holds all that a noise of 3 standard deviations can reach.
+        # Twice the radius contains the blob up to noise of 3 standard deviations.
         box = [slice(max(int(c - 2 * r), 0), int(c + 2 * r) + 2) for c, r in zip(centre, radii)]
         alpha = torch.zeros_like(brain)
         inside = alpha[0][tuple(box)]  # a view
@@ -156,7 +156,7 @@ class PlantBlobd(MapTransform, Randomizable):
         distance = torch.stack(torch.meshgrid(*axes, indexing="ij")).norm(dim=0)
         noise = smooth_noise(self.R, inside.shape, cell=min(radii))[0]
         soft = torch.sigmoid((1 + 0.15 * noise - distance) / 0.12)
-        inside.copy_(torch.where(soft > 0.01, soft, 0.0))  # no tail: the image changes near the mask alone
+        inside.copy_(torch.where(soft > 0.01, soft, 0.0))  # no tail: the image changes only near the mask
         return alpha * brain
 
     def _plant(self, image: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
@@ -173,9 +173,9 @@ class PlantCornerMarkd(MapTransform, Randomizable):
 
     Args:
         keys: the image (1, *spatial).
-        mark_key: written: 1 inside the mark, all 0 where there is none.
-        agreement: probability that "mark present" equals "label is 1". 1.0 is a perfect shortcut, 0.5 tells nothing
-            of the label.
+        mark_key: written: 1 inside the mark, all 0 if there is none.
+        agreement: probability that "mark present" equals "label is 1". 1.0 is a perfect shortcut, 0.5 is
+            independent of the label.
         size: edge of the cube in voxels.
         gap: distance from the border in voxels.
     """
@@ -209,7 +209,7 @@ class PlantCornerMarkd(MapTransform, Randomizable):
 
 
 def prepare(keys: Sequence[str], spatial_size: Sequence[int] = SPATIAL_SIZE) -> Compose:
-    """What inference does to a scan (`preprocessing` in inference.json), for the image and maps on its grid."""
+    """Return the preprocessing of inference (`preprocessing` in inference.json) for the image and maps on its grid."""
     return Compose(
         [
             LoadImaged(keys),
@@ -225,23 +225,23 @@ def prepare(keys: Sequence[str], spatial_size: Sequence[int] = SPATIAL_SIZE) -> 
 
 
 class LesionCases(Dataset):
-    """Heads without (`label` 0) and with (`label` 1) a planted lesion: item i depends on ``seeds[i]`` alone.
+    """Heads without (`label` 0) and with (`label` 1) a planted lesion: item i depends only on ``seeds[i]``.
 
-    An item holds ``image`` (1, 40, 48, 40), ``label`` (0 or 1, by the seed, equally likely), ``lesion`` (mask of the
-    planted voxels), ``brain`` (mask), ``seed``, and the masks ``shortcut`` and ``distractor`` where asked for.
+    An item has ``image`` (1, 40, 48, 40), ``label`` (0 or 1, equally likely, set by the seed), ``lesion`` (mask of the
+    planted voxels), ``brain`` (mask), ``seed``, and the masks ``shortcut`` and ``distractor`` if requested.
 
     Args:
         anatomy: file names: ``image``, and ``tissue`` (see `anatomy.template_case`) to paint individuals from. Without
-            ``tissue`` the image's own intensities are kept, under the same deformations: that is for a real head.
-        seeds: one case each.
-        radius_mm, contrast, void, number: of the lesions, see `PlantBlobd`.
+            ``tissue`` the image's own intensities are kept, under the same deformations, as for a real head.
+        seeds: one case per seed.
+        radius_mm, contrast, void, number: parameters of the lesions, see `PlantBlobd`.
         shortcut: probability that the corner mark agrees with the label; None plants no mark.
-        distractor: plant a dark blob in half of the cases, whatever the label. Lesions are all bright then, so that the
-            two can be told apart; sizes are drawn alike.
-        augment: False keeps place, shape and intensities of the head as they are: all that differs is what is planted.
-        heads: number of different heads, which are kept in memory (0.6 MB each); None makes one for every seed.
-        pairs: seeds 2k and 2k + 1 are the same scan without and with a lesion; they differ in that and in the
-            scale of the image that follows from it.
+        distractor: plant a dark blob in half of the cases, independent of the label. All lesions are bright then, so
+            that the two can be distinguished; their sizes have the same distribution.
+        augment: False keeps position, shape and intensities of the head, so that cases differ in planted objects only.
+        heads: number of different heads, which are kept in memory (0.6 MB each); None generates one per seed.
+        pairs: seeds 2k and 2k + 1 are the same scan without and with a lesion; they differ in the lesion and in the
+            resulting scale of the image.
 
     Example:
         >>> cases = LesionCases(template_case("mni152"), seeds=range(4), shortcut=1.0)   # doctest: +SKIP
@@ -292,14 +292,14 @@ class LesionCases(Dataset):
         return self.with_planted(index)
 
     def with_planted(self, index: int, **planted: bool) -> Case:
-        """Item ``index`` with objects taken away or added and all else (label, head, noise, places) as it is.
+        """Return item ``index`` with objects removed or added; label, head, noise and positions are unchanged.
 
         Args:
-            index: of the item.
-            planted: ``lesion``, ``shortcut`` or ``distractor``: whether it is there.
+            index: index of the item.
+            planted: ``lesion``, ``shortcut`` or ``distractor``: True if present.
 
         Raises:
-            ValueError: an object that these cases never have.
+            ValueError: these cases never have the object.
 
         Example:
             >>> cases.with_planted(0, lesion=False)["lesion"].any()                               # doctest: +SKIP
@@ -307,7 +307,7 @@ class LesionCases(Dataset):
         if unknown := set(planted) - self.objects:
             raise ValueError(f"{', '.join(sorted(unknown))} is not planted here: choose of {sorted(self.objects)}")
         seed = int(self.seeds[index])
-        # The label hangs on the seed by its own generator: the same whatever options draw before it.
+        # The label has its own generator, so that it depends on the seed only, not on options that draw before it.
         label = seed % 2 if self.pairs else int(torch.randint(2, (1,), generator=torch.Generator().manual_seed(seed)))
         scan = seed // 2 if self.pairs else seed
         self.make_scan.set_random_state(seed=scan)

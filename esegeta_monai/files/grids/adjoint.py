@@ -1,4 +1,4 @@
-"""The adjoint of a resampling step: brings a map back and keeps its sum."""
+"""The adjoint of a resampling step: bring a map back to the scan's grid and conserve its sum."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ from esegeta_monai.files.grids.trace import Step, steps
 __all__ = ["invert_attribution"]
 
 Taps = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""For N positions: voxels read (N, T), their weights (N, T), and the share lost in padding (N,); rows sum to 1."""
+"""For N positions: voxels read (N, T), their weights (N, T), and the share lost in padding (N,). Weights and share
+sum to 1 per position."""
 
 
-CHUNK = 1 << 18  # network voxels handled at a time where axes do not separate: bounds the memory beside the maps
+CHUNK = 1 << 18  # network voxels per step if axes do not separate: bounds the memory
 
 
 def invert_attribution(
     attribution: torch.Tensor, image: MetaTensor | None = None, *, spread: bool = True
 ) -> MetaTensor:
-    """The map on the scan's grid; see `esegeta_monai.transforms.InvertAttribution` for arguments, result and errors."""
+    """Bring a map (C, *spatial) back to the scan's grid (C, *scan) and conserve its sum.
+
+    See `esegeta_monai.transforms.InvertAttribution` for arguments, result and errors.
+    """
     source = _checked(attribution, attribution if image is None else image)
     values = attribution.detach()
     values = values.as_tensor() if isinstance(values, MetaTensor) else values
@@ -97,7 +101,7 @@ def _sum(values: torch.Tensor) -> float:
 
 
 def _hand_back(values: torch.Tensor, step: Step, spread: bool) -> tuple[torch.Tensor, float]:
-    """Wᵀ D of one step on ``values`` (C, *size_out): the map (C, *size_in), and the sum lost in padding."""
+    """Apply Wᵀ D of one step to ``values`` (C, *size_out); return the map (C, *size_in) and the sum lost in padding."""
     if step.is_identity:
         return values, 0.0
     linear, offset = step.xform[:-1, :-1], step.xform[:-1, -1]
@@ -148,9 +152,9 @@ def _hand_back_oblique(values: torch.Tensor, step: Step, half: np.ndarray) -> tu
 
 
 def _separable_axes(linear: np.ndarray, size_out: tuple[int, ...]) -> list[int] | None:
-    """For each input axis the output axis that runs along it, or None where the grids are not parallel.
+    """Return for each input axis the parallel output axis, or None if the grids are not parallel.
 
-    A drift below 1e-4 voxels from end to end is noise of affines stored as float32.
+    A drift below 1e-4 voxels over the whole axis is rounding of affines stored as float32.
     """
     axes = [int(axis) for axis in np.abs(linear).argmax(axis=1)]
     drift = np.abs(linear) * np.maximum(np.array(size_out) - 1, 1)
@@ -166,18 +170,18 @@ def _axis_taps(positions: torch.Tensor, step: Step, axis: int, half: float) -> T
         voxels = first[:, None] + torch.arange(int((end - first).max()))
         inside = voxels < end[:, None]
         return voxels.clamp(max=n_in - 1), inside / inside.sum(1, keepdim=True).double(), torch.zeros(n_out)
-    if step.kernel in ("floor", "round"):  # in integers: at halves, rounded products decide otherwise than torch does
+    if step.kernel in ("floor", "round"):  # in integers: rounded products differ from torch at halves
         middle = 1 if step.kernel == "round" else 0
         positions = ((2 * index + middle) * n_in // (2 * n_out)).double()
     return _taps(positions, n_in, half, step.padding, step.kernel)
 
 
 def _taps(p: torch.Tensor, n: int, half: float, padding: str, kernel: str) -> Taps:
-    """Voxels of an axis of length ``n`` that positions ``p`` (N,) read, by a tent of half-width ``half``."""
+    """Return the voxels of an axis of length ``n`` that ``p`` (N,) read by a tent of half-width ``half``."""
     p = _fold(p, n, padding)
     if kernel == "nearest":
         p = p.round()
-    kept = _tent(p, n, 1.0, padding)[1].sum(1)  # what the forward sampling took from inside
+    kept = _tent(p, n, 1.0, padding)[1].sum(1)  # share of the forward sampling inside the image
     voxels, weights = _tent(p, n, half, padding)
     weights = weights * (kept / weights.sum(1).where(kept > 0, torch.ones_like(kept)))[:, None]
     used = weights.any(0)
@@ -193,7 +197,7 @@ def _tent(p: torch.Tensor, n: int, half: float, padding: str) -> tuple[torch.Ten
 
 
 def _fold(p: torch.Tensor, n: int, padding: str) -> torch.Tensor:
-    """Where a position outside of the voxel centres 0 … n − 1 is read instead; constant padding reads nowhere."""
+    """Map positions outside the voxel centres 0 … n − 1 to where padding reads them; constant padding reads nowhere."""
     if padding in ("zeros", "wrap"):
         return p
     if padding == "mirror" and n > 1:

@@ -1,4 +1,4 @@
-"""Maps between the grid of the network and the grid of the scan."""
+"""Resample maps between the network's grid and the scan's."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = ["scan_of", "to_network_grid", "to_scan_grid"]
 
 
 def scan_of(image: MetaTensor) -> Any:
-    """The file that an image was loaded from, where it still is there, else the image."""
+    """Return the path of the file that an image was loaded from if it still exists, else the image."""
     name = image.meta.get("filename_or_obj")
     name = name[0] if isinstance(name, (list, tuple)) and name else name
     return Path(name) if isinstance(name, (str, os.PathLike)) and Path(name).exists() else image
 
 
 def _background(values: Tensor, scan: MetaTensor, image: MetaTensor) -> MetaTensor:
-    """What a map is drawn on: the scan, with as many channels as the map where that has several.
+    """Return the image behind a map: the scan, with the number of channels of the map if it has several.
 
-    Channels that lie in files of their own are taken from the image that the network saw; a layer's channels have no
-    counterpart, and the scan stands behind each of them.
+    If channels are in separate files, they are taken from the network's input. The channels of a layer have no
+    counterpart; the first channel of the scan is repeated for them.
     """
     if len(values) in (1, len(scan)):
         return scan
@@ -43,14 +43,14 @@ def _background(values: Tensor, scan: MetaTensor, image: MetaTensor) -> MetaTens
 
 
 def _image_on_scan(values: MetaTensor, scan: MetaTensor, intensity: Sequence[Sequence[float]]) -> Tensor:
-    """A synthesised image on the scan's grid, black where the network saw nothing."""
+    """Resample a synthesised image to the scan's grid, black outside the network's input."""
     black = torch.tensor([low for low, _ in intensity], dtype=values.dtype).reshape(-1, *(1,) * (values.ndim - 1))
     lifted = MetaTensor(values.as_tensor() - black, affine=values.affine)
     return to_scan_grid(lifted, scan, additive=False)[0] + black
 
 
 def _cut_to_place(values: Tensor, record: Mapping[str, Any], scan: MetaTensor) -> MetaTensor:
-    """The part of a synthesised image on the scan's grid where it was made up, with its place in the world."""
+    """Crop a synthesised image on the scan's grid to its synthesised part, with the affine of the crop."""
     d = values.ndim - 1
     network, affine = (
         to_affine_nd(d, np.asarray(a, dtype=np.float64)) for a in (record["network_affine"], scan.affine)
@@ -70,16 +70,16 @@ def _cut_to_place(values: Tensor, record: Mapping[str, Any], scan: MetaTensor) -
 def to_scan_grid(
     values: MetaTensor, scan: MetaTensor, *, additive: bool, mode: str = "bilinear"
 ) -> tuple[Tensor, dict[str, float]]:
-    """A map on the network's grid brought to the scan's: (C, *scan), and its sums where it is additive.
+    """Bring a map from the network's grid to the scan's; return it (C, *scan), and its sums if it is additive.
 
     Args:
         values: (C, *spatial) with affine and the trace of the preprocessing.
-        scan: (C, *spatial) on its own grid.
-        additive: by the conserving adjoint of the preprocessing, else interpolated in world coordinates (zero outside
-            of what the network saw).
+        scan: (C, *scan) on its own grid.
+        additive: True: by the adjoint of the preprocessing, which conserves the sum; False: interpolated in world
+            coordinates (zero outside the network's input).
 
     Raises:
-        MethodError: the map is of a slice of the scan, or no trace leads back from an additive one.
+        MethodError: the map belongs to a slice of the scan, or an additive map has no trace back to the scan.
         InputError: see `esegeta_monai.transforms.InvertAttribution`.
     """
     shape = tuple(scan.shape[1:])
@@ -111,9 +111,9 @@ def to_scan_grid(
 
 
 def to_network_grid(values: MetaTensor, image: MetaTensor, *, additive: bool) -> Tensor:
-    """A map on the scan's grid brought to the network's, interpolated in world coordinates: (C, *spatial).
+    """Interpolate a map (C, *scan) from the scan's grid to the network's (C, *spatial), in world coordinates.
 
-    The values of an additive map are shares of a sum, so they are scaled by the ratio of the voxels' volumes.
+    The values of an additive map are shares of a sum, so they are scaled by the ratio of voxel volumes.
     """
     there, here = (np.asarray(a, dtype=np.float64) for a in (image.affine, values.affine))
     if tuple(values.shape[1:]) == tuple(image.shape[1:]) and np.allclose(there, here, atol=1e-4):

@@ -1,11 +1,11 @@
-"""From MONAI's trace of a preprocessing to plain resampling steps, each a grid that samples another.
+"""Convert MONAI's trace of a preprocessing to resampling steps.
 
-Every geometric transform of MONAI, a permutation, a crop and a pad included, is one sentence:
+Every geometric transform of MONAI, including permutations, crops and pads, has the form
 
     x_out(i) = Σ_j k(X i − j) x_in(j)
 
-``X`` takes a voxel index of the output grid to one of the input grid, ``k`` interpolates, and a rule says what lies
-outside of the input. :func:`steps` reads these sentences off ``MetaTensor.applied_operations``.
+``X`` maps a voxel index of the output grid to the input grid, ``k`` is the interpolation kernel, and a padding rule
+defines values outside the input. :func:`steps` reads these forms from ``MetaTensor.applied_operations``.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from esegeta_monai.errors import InputError
 
 __all__ = ["Step", "steps"]
 
-# What MONAI, torch, numpy and scipy call the same rule for voxels outside of the input.
+# Names of the same padding rule in MONAI, torch, numpy and scipy.
 PADDINGS = {
     **dict.fromkeys(("zeros", "constant", "grid-constant"), "zeros"),
     **dict.fromkeys(("border", "nearest", "edge", "replicate"), "border"),
     **dict.fromkeys(("mirror",), "mirror"),  # about the centre of the border voxel, which is not repeated
-    **dict.fromkeys(("reflection", "reflect", "grid-mirror", "symmetric"), "reflection"),  # about its outer face
+    **dict.fromkeys(("reflection", "reflect", "grid-mirror", "symmetric"), "reflection"),  # about its outer edge
     **dict.fromkeys(("wrap", "grid-wrap", "circular"), "wrap"),
 }
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward resampling ``x_out(i) = Σ_j k(X i − j) x_in(j)``.
+    """A forward resampling step ``x_out(i) = Σ_j k(X i − j) x_in(j)``.
 
     Attributes:
-        name: class of the transform that left the trace.
+        name: class of the traced transform.
         xform: X, (r + 1, r + 1) float64, voxel index of the output grid to that of the input grid.
         size_in, size_out: spatial shapes.
-        padding: what is read outside of the input: ``zeros``, ``border``, ``mirror``, ``reflection`` or ``wrap``.
+        padding: rule outside the input: ``zeros``, ``border``, ``mirror``, ``reflection`` or ``wrap``.
         kernel: ``linear``, ``nearest`` (the voxel nearest to X i), ``area`` (the mean over the voxels that the output
             voxel covers), ``floor`` and ``round`` (``nearest`` and ``nearest-exact`` of torch's ``interpolate``).
     """
@@ -58,7 +58,7 @@ class Step:
     padding: str = "zeros"
     kernel: str = "linear"
     tracked: np.ndarray | None = None
-    """What MONAI multiplied the image's affine by, where that is not X."""
+    """The matrix by which MONAI multiplied the image's affine, if it is not X."""
 
     @property
     def is_identity(self) -> bool:
@@ -68,7 +68,7 @@ class Step:
 def steps(
     operations: Sequence[Mapping[str, Any]], size: Sequence[int], affine: torch.Tensor
 ) -> tuple[list[Step], torch.Tensor]:
-    """The forward steps recorded in ``operations``, **last first**, and the affine of the grid before all of them.
+    """Return the forward steps of ``operations``, **last first**, and the affine of the grid before all of them.
 
     Args:
         operations: ``applied_operations`` of a MetaTensor.
@@ -76,7 +76,7 @@ def steps(
         affine: that grid's voxel-to-world matrix, float64.
 
     Raises:
-        InputError: a transform of unknown geometry, or one that leaves no way back.
+        InputError: a transform has an unknown geometry or is not invertible.
     """
     found: list[Step] = []
     size_out = _ints(size)
@@ -106,16 +106,16 @@ def steps(
 
 
 def _atoms(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The simple records inside ``record``, first applied first; random transforms that did nothing leave none."""
+    """Yield the simple records inside ``record`` in order of application; inactive random transforms have none."""
     extra = record.get(TraceKeys.EXTRA_INFO) or {}
     if record.get(TraceKeys.LAZY):
         yield record
     elif not (record.get(TraceKeys.DO_TRANSFORM, True) or extra.get("do_resampling")):
         return
-    elif TraceKeys.CLASS_NAME in extra:  # a random transform wraps what it drew
+    elif TraceKeys.CLASS_NAME in extra:  # a random transform wraps the applied one
         yield from _atoms(extra)
     else:
-        if "crop_info" not in extra:  # ResizeWithPadOrCrop is nothing beyond its two parts
+        if "crop_info" not in extra:  # ResizeWithPadOrCrop consists of its two parts
             yield record
         for part in ("crop_info", "pad_info", "padcrop"):
             if extra.get(part):
@@ -135,7 +135,7 @@ def _lazy(group: Sequence[Mapping[str, Any]], size_out: tuple[int, ...]) -> Step
             "was padded counts as repeated border voxels; without lazy=True padding is booked for certain",
             stacklevel=2,
         )
-    # apply_pending crops and pads with zeros where it need not interpolate, else samples with border padding.
+    # apply_pending crops and pads with zeros if no interpolation is needed, else it samples with border padding.
     # Overrides given to Compose(overrides=…) are not in the trace.
     return Step(
         name=name,
@@ -147,7 +147,7 @@ def _lazy(group: Sequence[Mapping[str, Any]], size_out: tuple[int, ...]) -> Step
 
 
 def _looks_at_data(record: Mapping[str, Any]) -> bool:
-    """Whether the dictionary transform has everything before it applied, being one that looks at voxel values."""
+    """Return True if the dictionary transform reads voxel values, so that pending transforms are applied first."""
     name = str(record[TraceKeys.CLASS_NAME])
     return name.startswith(("CropForeground", "RandCropByPosNegLabel", "RandCropByLabelClasses"))
 
@@ -261,7 +261,7 @@ def _sampled(name: str, extra: Mapping, xform: np.ndarray, size_in: tuple, size_
     return Step(name, xform.astype(np.float64), size_in, size_out, padding, kernel)
 
 
-# A record is recognised by what it carries, so that subclasses and random variants are read like their parents.
+# A record is recognised by its content, so that subclasses and random variants are read like their parents.
 _READERS: dict[str, Callable[..., Step]] = {
     "cropped": _crop,
     "padded": _pad,

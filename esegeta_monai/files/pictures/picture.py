@@ -1,4 +1,4 @@
-"""One picture a map: three planes through its strongest point, with all that is needed to read it written on it."""
+"""One picture per map: three planes through its strongest point, with all labels needed to read it."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ CONTOURS = {True: "#ffe000", False: "#00e0ff"}  # signed: away from blue and red
 INK, PAPER, MIDDLE_GREY = "#161616", "#ffffff", 0.35
 OPACITY, OPAQUE_AT = 0.8, 0.5  # full opacity from half of the limit on
 
-DPI, GAP, MARGIN, BAR, SWATCH = 120, 0.55, 0.35, 1.4, 0.5  # inches but for DPI
+DPI, GAP, MARGIN, BAR, SWATCH = 120, 0.55, 0.35, 1.4, 0.5  # in inches, except DPI
 PLANES_WIDTH, PLANES_HEIGHT, LEAST_WIDTH = 10.5, 4.6, 8.0
 
 
 class Reading(NamedTuple):
-    """What the picture shows of a map."""
+    """The strongest point of a map and its colour scale."""
 
     channel: int
     voxel: tuple[int, ...]
@@ -72,36 +72,36 @@ def save_picture(
     window: tuple[float, float] | None = None,
     convention: Literal["radiological", "neurological"] = "radiological",
 ) -> dict[str, Any]:
-    """Write a PNG: axial, coronal and sagittal plane through the strongest point of the map; in 2D one panel.
+    """Write a PNG: axial, coronal and sagittal plane through the strongest point of the map, or one panel in 2D.
 
-    The scan in grey, the outline of the prediction, and the map, the more opaque the stronger it is, so that anatomy
-    stays visible. A signed map goes from blue through white at zero to red, up to the 99.5th percentile of the
-    absolute value on either side; an unsigned one from 0 to its 99.5th percentile in one perceptually uniform map.
-    Where that percentile is zero it is taken over the voxels that are not, and the colour bar says so.
+    The picture shows the scan in grey, the outline of the prediction, and the map. The map's opacity grows with its
+    strength, so that anatomy stays visible. Signed maps go from blue through white (zero) to red, up to the 99.5th
+    percentile of |a| on either side; unsigned maps from 0 to their 99.5th percentile in a perceptually uniform colour
+    map. If the percentile is zero, it is taken over non-zero voxels, and the colour bar states this.
 
-    Planes follow the voxel axes and are lettered after the anatomical axes nearest to them; voxels have their true
-    proportions. A 2D image without a world (an identity affine, as PNG files have) gets no letters.
+    Planes follow the voxel axes and have the letters of the nearest anatomical axes; voxels have their true
+    proportions. A 2D image without world coordinates (an identity affine, as in PNG files) has no letters.
 
     Args:
-        path: the PNG, written under a temporary name first.
+        path: the PNG, written atomically.
         scan: (C, *spatial) in 2D or 3D. A MetaTensor's affine gives letters, proportions and world coordinates.
         attribution: map (C or 1, *spatial) on the grid of ``scan``.
-        prediction_contour: mask (*spatial) or (1, *spatial) on that grid; what is above 0.5 is outlined.
-        signed: whether the sign of the map means something.
-        case, method, target, class_name: the names to be read.
-        units: of the map, for the colour bar.
+        prediction_contour: mask (*spatial) or (1, *spatial) on that grid; voxels above 0.5 are outlined.
+        signed: True if the sign of the map is meaningful.
+        case, method, target, class_name: names to print.
+        units: units of the map, for the colour bar.
         channel_names: names of the scan's channels. The channel with the strongest point is shown and named.
         window: (level, width) of the grey scale in units of the scan; None: 1st to 99th percentile of the channel.
         convention: ``radiological`` (the viewer's right is the patient's left) or ``neurological``.
 
     Returns:
-        What was drawn, JSON-ready: ``channel``, ``voxel``, ``world`` (RAS mm or None), ``value``, ``limit`` of the
-        colours, ``window`` (level, width), ``convention``, ``sides`` (plane: letters) and ``message``: None, or that
-        the map is zero or has voxels that are not finite.
+        Description of the picture, JSON-ready: ``channel``, ``voxel``, ``world`` (RAS mm or None), ``value``, ``limit``
+        of the colours, ``window`` (level, width), ``convention``, ``sides`` (plane: letters) and ``message``: None, or
+        that the map is zero or has voxels that are not finite.
 
     Raises:
-        InputError: scan, map and contour do not share a grid, or the affine is singular.
-        UsageError: an unknown convention.
+        InputError: scan, map and contour are not on one grid, or the affine is singular.
+        UsageError: the convention is unknown.
 
     Example:
         >>> import tempfile
@@ -172,7 +172,7 @@ def save_picture(
     }
 
 
-# ---- what is shown ---------------------------------------------------------------------------------------------------
+# ---- content --------------------------------------------------------------------------------------------------------
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -196,9 +196,10 @@ def _anatomy(scan: torch.Tensor, image: np.ndarray) -> tuple[Anatomy, bool]:
 
 
 def display_affine(scan: torch.Tensor) -> tuple[np.ndarray, bool]:
-    """The 4x4 affine by which a scan (C, *spatial) is drawn, and whether its letters are to be believed.
+    """Return the 4x4 affine for drawing a scan (C, *spatial), and True if its orientation is known.
 
-    Voxel to RAS mm; of a 2D image without a world (an identity affine, as PNG files have) a turn that shows it upright.
+    The affine maps voxels to RAS mm. For a 2D image without world coordinates (an identity affine, as in PNG files) it
+    is a rotation that shows the image upright.
     """
     affine = np.eye(4)
     if isinstance(scan, MetaTensor):
@@ -217,7 +218,7 @@ def display_affine(scan: torch.Tensor) -> tuple[np.ndarray, bool]:
 
 
 def _read(values: np.ndarray, mask: np.ndarray | None, signed: bool) -> Reading:
-    """Channel and voxel of the strongest value, and the end of the colour scale."""
+    """Return channel and voxel of the strongest value of (C, *spatial), and the limit of the colour scale."""
     finite = np.isfinite(values)
     strength = np.where(finite, np.abs(values) if signed else np.maximum(values, 0), 0)
     channel, *voxel = (int(i) for i in np.unravel_index(strength.argmax(), strength.shape))
@@ -253,11 +254,11 @@ def _orientation_text(anatomy: Anatomy, convention: str) -> str:
     return text
 
 
-# ---- how it is drawn -------------------------------------------------------------------------------------------------
+# ---- drawing ---------------------------------------------------------------------------------------------------------
 
 
 def _colours(values: np.ndarray, limit: float, signed: bool) -> np.ndarray:
-    """RGBA of map values: opacity grows with strength, so that zero is transparent."""
+    """Return RGBA of map values; opacity grows with strength, so zero is transparent."""
     part = np.nan_to_num(values) / limit
     rgba = SIGNED((part.clip(-1, 1) + 1) / 2) if signed else UNSIGNED(part.clip(0, 1))
     strength = np.abs(part) if signed else part
@@ -280,7 +281,7 @@ def _draw_map(axes: Axes, cut: np.ndarray, limit: float, signed: bool) -> None:
 
 def _draw_contour(axes: Axes, cut: np.ndarray, colour: str) -> None:
     if cut.any():
-        padded = np.pad(cut, 1).astype(np.float32)  # closed where the prediction touches the border
+        padded = np.pad(cut, 1).astype(np.float32)  # closes the outline at the border
         _, width, _, height = axes.images[0].get_extent()
         x = (np.arange(padded.shape[0]) - 0.5) * width / cut.shape[0]
         y = (np.arange(padded.shape[1]) - 0.5) * height / cut.shape[1]
@@ -289,7 +290,7 @@ def _draw_contour(axes: Axes, cut: np.ndarray, colour: str) -> None:
 
 
 def _draw_cross(axes: Axes, across: float, up: float) -> None:
-    """A cross-hair that leaves the point itself free."""
+    """Draw a cross-hair around the point."""
     _, width, _, height = axes.images[0].get_extent()
     gap = 0.05 * max(width, height)
     style: dict[str, Any] = {"color": "white", "linewidth": 0.8, "alpha": 0.75}
@@ -315,7 +316,7 @@ def _frame(axes: Axes, plane: Plane, name: str, lettered: bool) -> None:
 
 
 class _Sketch:
-    """The sheet: panels at one scale in mm, text above and below, colour bar at the right. Nothing of pyplot."""
+    """The figure: panels at one scale in mm, text above and below, colour bar at the right; without pyplot."""
 
     def __init__(
         self,
@@ -326,7 +327,7 @@ class _Sketch:
         outline_colour: str,
     ) -> None:
         across, up = sum(extent[0] for extent in extents), max(extent[1] for extent in extents)
-        scale = min((PLANES_WIDTH - GAP * len(extents)) / across, PLANES_HEIGHT / up)  # inches a mm
+        scale = min((PLANES_WIDTH - GAP * len(extents)) / across, PLANES_HEIGHT / up)  # inches per mm
         drawn = across * scale + GAP * (len(extents) - 1)
         self.width = max(drawn + 2 * MARGIN + BAR, LEAST_WIDTH)
         top = self._lines(heading, (14, 10))
@@ -357,7 +358,7 @@ class _Sketch:
         self._centre, self._tall = centre, up * scale
 
     def bar(self, reading: Reading, signed: bool, units: str) -> None:
-        """The colour scale as it looks on grey anatomy, with its units."""
+        """Draw the colour scale on grey, as it appears on anatomy, with its units."""
         high = min(self._tall, 2.8)
         axes = self._axes(self.width - BAR + 0.1, self._centre - high / 2, 0.18, high)
         ramp = np.linspace(-reading.limit if signed else 0, reading.limit, 256)[:, None]
@@ -377,13 +378,13 @@ class _Sketch:
         axes.text(0, -0.03, note, transform=axes.transAxes, va="top", size=7.5, color=INK)
 
     def stamp(self, message: str) -> None:
-        """A message that nobody can overlook, across the planes."""
+        """Write a prominent message across the planes."""
         box = {"facecolor": PAPER, "edgecolor": INK, "boxstyle": "round,pad=0.5"}
         x = (self.width - BAR) / 2 / self.width
         self.figure.text(x, self._centre / self.height, message, size=13, ha="center", va="center", color=INK, bbox=box)
 
     def save(self, path: Path) -> None:
-        """Write whole or not at all."""
+        """Write the PNG atomically."""
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             self.figure.savefig(
@@ -394,7 +395,7 @@ class _Sketch:
             temporary.unlink(missing_ok=True)
 
     def _lines(self, texts: Sequence[str], sizes: Sequence[float]) -> list[tuple[str, float]]:
-        """Texts wrapped to the sheet, each line with its size; the last size goes on."""
+        """Wrap texts to the figure; return each line with its font size (the last size repeats)."""
         lines = []
         for number, text in enumerate(texts):
             size = sizes[min(number, len(sizes) - 1)]

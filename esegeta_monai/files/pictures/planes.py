@@ -1,4 +1,4 @@
-"""Where left is: anatomical planes of a volume, their letters and their proportions, all from the affine."""
+"""Anatomical planes of a volume with orientation letters and proportions, derived from the affine."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from esegeta_monai.errors import InputError
 
 __all__ = ["Anatomy", "Plane"]
 
-LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))  # where the axes of RAS space begin and where they end
+LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))  # low and high end of the axes of RAS space
 
 
 @dataclass(frozen=True)
 class Plane:
-    """A cut through a volume: which RAS axis (0 R, 1 A, 2 S) runs across, up and through, and what is mirrored."""
+    """A plane through a volume: the RAS axes (0 R, 1 A, 2 S) across, up and through, and the mirroring."""
 
     name: str
     across: int
     up: int
     through: int
     mirrored: bool
-    """The RAS axis that runs across points to the viewer's left."""
+    """True if the axis across points to the viewer's left."""
 
     @property
     def sides(self) -> dict[str, str]:
-        """The letters on the four sides."""
+        """Orientation letters of the four sides."""
         left, right = LETTERS[self.across][:: -1 if self.mirrored else 1]
         bottom, top = LETTERS[self.up]
         return {"left": left, "right": right, "bottom": bottom, "top": top}
@@ -42,7 +42,7 @@ class Anatomy:
         affine: (4, 4), voxel index to RAS mm.
 
     Raises:
-        InputError: an affine without a way from voxel to world and back.
+        InputError: the affine is singular or not finite.
 
     Example:
         >>> anatomy = Anatomy((20, 30, 10), np.diag([-1.0, 1.0, 5.0, 1.0]))
@@ -67,9 +67,9 @@ class Anatomy:
         return float(np.degrees(np.arccos(np.abs(np.diag(directions)).clip(max=1.0).min())))
 
     def planes(self, radiological: bool = True) -> list[Plane]:
-        """Axial, coronal and sagittal, those left out that are one voxel thick; anterior is left in the sagittal one.
+        """Return the non-degenerate axial, coronal and sagittal planes; anterior is left in the sagittal one.
 
-        Radiological: the patient is seen from the feet and from the front, so that right is on the viewer's left.
+        Radiological: the patient is seen from the feet and from the front, with right on the viewer's left.
         """
         every = [
             Plane("axial", 0, 1, 2, radiological),
@@ -79,26 +79,26 @@ class Anatomy:
         return [plane for plane in every if min(self._length(plane.across), self._length(plane.up)) > 1]
 
     def cut(self, volume: np.ndarray, voxel: Sequence[int], plane: Plane) -> np.ndarray:
-        """The slice of ``volume`` (i, j, k) through ``voxel``, as (across, up), both along rising RAS coordinates."""
+        """Return the slice of ``volume`` (i, j, k) through ``voxel`` as (across, up), both in increasing RAS order."""
         order = [self._voxel_axis[axis] for axis in (plane.across, plane.up, plane.through)]
         slab = volume.transpose(order)[..., voxel[order[2]]]
         steps = [-1 if self._reversed[axis] else 1 for axis in (plane.across, plane.up)]
         return slab[:: steps[0], :: steps[1]]
 
     def extent(self, plane: Plane) -> tuple[float, float]:
-        """Size of the plane in mm, (across, up)."""
+        """Return the size of the plane in mm, (across, up)."""
         across, up = (float(self._length(axis) * self._spacing[axis]) for axis in (plane.across, plane.up))
         return across, up
 
     def position(self, voxel: Sequence[int], plane: Plane) -> tuple[float, float]:
-        """Where the centre of ``voxel`` lies within the plane, in mm from its corner of lowest RAS coordinates."""
+        """Return the centre of ``voxel`` in the plane, (across, up) in mm from the corner of lowest RAS coordinates."""
         across, up = (
             float((self._index(voxel, axis) + 0.5) * self._spacing[axis]) for axis in (plane.across, plane.up)
         )
         return across, up
 
     def world(self, voxel: Sequence[int]) -> tuple[float, float, float]:
-        """RAS mm of a voxel's centre."""
+        """Return the RAS coordinates of a voxel's centre, in mm."""
         x, y, z = (float(v) for v in self.affine[:3, :3] @ np.asarray(voxel, dtype=np.float64) + self.affine[:3, 3])
         return x, y, z
 

@@ -1,4 +1,4 @@
-"""Pictures of images that were made up: the image itself, and how its objective went."""
+"""Pictures of synthesised images, and the curve of their objective."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def save_synthesised(
     channel_names: Sequence[str] | None = None,
     convention: Literal["radiological", "neurological"] = "radiological",
 ) -> dict[str, Any]:
-    """Write a PNG of an image that a method made up: in grey, three planes through its middle; in 2D one panel.
+    """Write a PNG of a synthesised image in grey: three planes through its centre, or one panel in 2D.
 
     Args:
-        path: the PNG, written under a temporary name first.
+        path: the PNG, written atomically.
         image: (C, *spatial) in 2D or 3D. A MetaTensor's affine gives letters and proportions.
-        intensity: (low, high) of each channel: black and white.
-        case, method: the names to be read.
-        subject: what it was made for: a class, a layer, a channel.
-        units: of the intensities, for the bar.
-        channel_names: names of the channels. The one that uses most of its range is shown and named.
+        intensity: (low, high) per channel, shown as black and white.
+        case, method: names to print.
+        subject: what it was synthesised for: a class, a layer, a channel.
+        units: units of the intensities, for the bar.
+        channel_names: names of the channels. The channel with the largest relative spread is shown and named.
         convention: as in `save_picture`.
 
     Returns:
-        What was drawn, JSON-ready: ``channel``, ``voxel``, ``window`` (level, width), ``convention``.
+        Description of the picture, JSON-ready: ``channel``, ``voxel``, ``window`` (level, width), ``convention``.
 
     Raises:
-        InputError: no image in 2D or 3D, or not a range for each channel.
-        UsageError: an unknown convention.
+        InputError: the image is not 2D or 3D, or not every channel has a range.
+        UsageError: the convention is unknown.
 
     Example:
         >>> import tempfile
@@ -74,7 +74,7 @@ def save_synthesised(
         raise UsageError(f"convention is radiological or neurological, not {convention!r}")
     values = _array(image)
     if values.ndim not in (3, 4) or len(intensity) != len(values):
-        raise InputError(f"an image to draw is (C, *spatial) with a range a channel, got {values.shape}")
+        raise InputError(f"an image to draw is (C, *spatial) with one range per channel, got {values.shape}")
     flat = values.ndim == 3
     anatomy, oriented = _anatomy(image, values)
     values = values[..., None] if flat else values
@@ -85,10 +85,10 @@ def save_synthesised(
     voxel = tuple(n // 2 for n in values.shape[1:])
     planes = anatomy.planes(radiological=convention == "radiological" and oriented)
 
-    heading = [f"{method}: {subject}", f"made up for the network, not a scan  ·  case {case}"]
+    heading = [f"{method}: {subject}", f"synthesised for the network, not a scan  ·  case {case}"]
     if len(values) > 1 or channel_names:
         heading[1] += f"  ·  channel {shown}" + (f" ({channel_names[shown]})" if channel_names else "")
-    through = "" if flat else f"planes through voxel ({', '.join(map(str, voxel))}), the middle of what was made up; "
+    through = "" if flat else f"planes through voxel ({', '.join(map(str, voxel))}), the centre of the image; "
     footing = [
         f"{through}black {low:.4g}, white {high:.4g} ({grey.origin})",
         _orientation_text(anatomy, convention) if oriented else "orientation unknown: the image has no world affine",
@@ -124,9 +124,9 @@ def save_curve(path: str | os.PathLike[str], curve: Sequence[float], *, title: s
     """Write a PNG of a curve over steps.
 
     Args:
-        path: the PNG, written under a temporary name first.
-        curve: a value a step.
-        title, label: of the picture and of the values.
+        path: the PNG, written atomically.
+        curve: one value per step.
+        title, label: title of the picture, label of the values.
     """
     figure = Figure(figsize=(6.5, 3.4), dpi=DPI, facecolor=PAPER, layout="constrained")
     FigureCanvasAgg(figure)

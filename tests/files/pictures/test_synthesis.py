@@ -61,7 +61,7 @@ def test_in_2d_there_is_one_panel(tmp_path, sheets):
 
 
 def test_what_is_refused(tmp_path):
-    with pytest.raises(InputError, match="range a channel"):
+    with pytest.raises(InputError, match="one range per channel"):
         save_synthesised(tmp_path / "a.png", torch.rand(2, 9, 12), [[0, 1]], **NAMES)
     with pytest.raises(UsageError, match="radiological or neurological"):
         save_synthesised(tmp_path / "a.png", torch.rand(1, 9, 12), [[0, 1]], convention="left", **NAMES)
