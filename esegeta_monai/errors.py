@@ -1,4 +1,4 @@
-"""The errors that a user of the package can meet. Each message says what, where, and what to do."""
+"""The errors of the package. Each message names the problem, its place, and the remedy."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = [
 
 
 class EsegetaError(Exception):
-    """Base of all named errors of the package; its text is one line that a user can act on."""
+    """Base of all errors of the package; its text is one line with the problem and the remedy."""
 
 
 class UsageError(EsegetaError, ValueError):
-    """A wrong option, name or parameter: nothing has been computed yet."""
+    """A wrong option, name or parameter, detected before any computation."""
 
 
 class InputError(EsegetaError, ValueError):
@@ -30,7 +30,7 @@ class InputError(EsegetaError, ValueError):
 
 
 class NetworkError(EsegetaError, RuntimeError):
-    """A network or inferer that cannot be explained as it is: unknown output, half precision, TorchScript."""
+    """A network or inferer that cannot be explained: unknown output, half precision, TorchScript."""
 
 
 class TargetError(EsegetaError, ValueError):
@@ -41,24 +41,24 @@ class MethodError(EsegetaError, RuntimeError):
     """A method that cannot run on this network or target; the message names the alternative."""
 
 
-class RankLost(EsegetaError, RuntimeError):  # noqa: N818 - reads as what happened
-    """Another process of a distributed run has ended: nothing can be computed together any more."""
+class RankLost(EsegetaError, RuntimeError):  # noqa: N818 - names the event
+    """The end of another process of a distributed run, after which no joint computation is possible."""
 
 
 class MetricError(EsegetaError, ValueError):
-    """A metric that cannot judge this map: it needs a label, an objective or the method, or the map says nothing."""
+    """A metric that cannot evaluate this map, for lack of a label, an objective, the method or values in the map."""
 
 
 class RuleError(MethodError):
-    """An operation on the path for which a modified backward pass has no rule."""
+    """An operation for which a modified backward pass has no rule."""
 
 
-class MethodTimeout(EsegetaError, TimeoutError):  # noqa: N818 - reads as what happened
-    """The time limit of one method has passed; what was finished before is kept."""
+class MethodTimeout(EsegetaError, TimeoutError):  # noqa: N818 - names the event
+    """The end of the time limit of one method; maps finished before are kept."""
 
 
 def named_reason(error: Exception) -> str:
-    """What records say of an error: our own text as it is, any other with its kind before it.
+    """Return the text of an error for records: the message alone for errors of the package, else with the class name.
 
     >>> named_reason(UsageError("no such layer")), named_reason(ValueError("odd"))
     ('no such layer', 'ValueError: odd')

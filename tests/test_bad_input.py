@@ -320,17 +320,17 @@ def test_named_and_nothing_lost(row: Row, tmp_path: Path, capsys: pytest.Capture
         assert not files
         assert not (situation.output / "run.json").exists()
         return
-    found = statuses(situation.output)
+    result = statuses(situation.output)
     if row.goes_on:
-        good = [status for (case, _, method), status in found.items() if case == "good" and method]
+        good = [status for (case, _, method), status in result.items() if case == "good" and method]
         assert good == ["ok"]
-        assert len(found) == 2
+        assert len(result) == 2
         failed = next(e for e in run_json(situation.output)["results"] if e["status"] == "failed")
         assert failed["case"] in ("bad", "p")
         assert str(tmp_path) not in failed["reason"], "folders can name people"
         assert [f.split("_")[0] for f in files] == ["good", "good"]
     else:
-        assert set(found.values()) == {"empty_target" if code == 0 else "failed"}
+        assert set(result.values()) == {"empty_target" if code == 0 else "failed"}
         assert not [f for f in files if f.endswith((".nii.gz", ".png"))]
     assert str(tmp_path) not in (situation.output / "esegeta.log").read_text(encoding="utf-8")
 

@@ -101,8 +101,8 @@ class Setting:
     def explain(self, method: Method, target: Target, device: Any = "cpu", volumes: Any = None) -> Attribution:
         """A map by a network that is built anew."""
         explainer = Explainer(self.network(device), self.inferer, device, volume_device=volumes)
-        (found,) = explainer(image(0, *self.shape), [method], [target])
-        return found
+        (result,) = explainer(image(0, *self.shape), [method], [target])
+        return result
 
 
 PARAMETERS: dict[str, Any] = {
@@ -174,8 +174,8 @@ def test_what_a_gpu_allows_is_done() -> None:
 
 @cache
 def on_cpu(setting: str, name: str) -> Attribution:
-    found = SETTINGS[setting]
-    return found.explain(found.method(name), found.target)
+    result = SETTINGS[setting]
+    return result.explain(result.method(name), result.target)
 
 
 def assert_same(there: Attribution, here: Attribution, volumes: Any) -> None:
@@ -183,8 +183,8 @@ def assert_same(there: Attribution, here: Attribution, volumes: Any) -> None:
     assert here.map is not None
     assert here.status == "ok"
     assert there.map.device == torch.device(volumes)
-    mine, theirs = there.map.cpu().as_subclass(Tensor), here.map.as_subclass(Tensor)
-    assert float((mine - theirs).abs().max() / theirs.abs().max()) <= 1e-10
+    actual, expected = there.map.cpu().as_subclass(Tensor), here.map.as_subclass(Tensor)
+    assert float((actual - expected).abs().max() / expected.abs().max()) <= 1e-10
     figures = {k: v for k, v in here.record.items() if isinstance(v, float) and k != "seconds"}
     assert {k: there.record[k] for k in figures} == pytest.approx(figures, rel=1e-9, abs=1e-12)
     assert there.record["window_passes"] == here.record["window_passes"]
@@ -194,9 +194,9 @@ def assert_same(there: Attribution, here: Attribution, volumes: Any) -> None:
 @LAYOUTS
 @pytest.mark.parametrize(("setting", "name"), PAIRS)
 def test_maps_are_those_of_the_cpu(setting: str, name: str, volumes: Any) -> None:
-    here, found = on_cpu(setting, name), SETTINGS[setting]
+    here, result = on_cpu(setting, name), SETTINGS[setting]
     with fake_device():
-        assert_same(found.explain(found.method(name), found.target, FAKE, volumes), here, volumes)
+        assert_same(result.explain(result.method(name), result.target, FAKE, volumes), here, volumes)
 
 
 # ---- what makes masks, grids or draws of its own beside what the small ones above do --------------------------------
@@ -236,15 +236,14 @@ VARIANTS: dict[str, Callable[[], tuple[Method, Target]]] = {
 @LAYOUTS
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variants_are_those_of_the_cpu(name: str, volumes: Any) -> None:
-    found, make = SETTINGS["UNet"], VARIANTS[name]
-    here = found.explain(*make())
+    result, make = SETTINGS["UNet"], VARIANTS[name]
+    here = result.explain(*make())
     with fake_device():
-        assert_same(found.explain(*make(), FAKE, volumes), here, volumes)
+        assert_same(result.explain(*make(), FAKE, volumes), here, volumes)
 
 
-@dataclass(eq=False, repr=False)
 class Own(Target):
-    """Of a user: its mask stays where it was made."""
+    """A user's target whose mask stays where it was made."""
 
     name: str | None = None
 
@@ -253,7 +252,7 @@ class Own(Target):
 
 
 class Half(Score):
-    """Of a user: linear, and no `WeightedScore`."""
+    """A user's score: linear, and no `WeightedScore`."""
 
     linear, voxels, channels, label = True, 36, (1,), "half"
 
@@ -265,7 +264,7 @@ class Half(Score):
 
 
 class OwnScore(Own):
-    """Of a user: so does what it computes with."""
+    """A user's target with a score of its own, whose tensors stay where they were made."""
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
         return [Half()]
@@ -275,32 +274,32 @@ class OwnScore(Own):
 @pytest.mark.parametrize("method", [InputXGradient(), Occlusion(6)], ids=lambda m: m.name)
 @pytest.mark.parametrize("target", [Own(), OwnScore()], ids=["mask", "score"])
 def test_what_users_make_on_the_cpu_is_brought_along(target: Target, method: Method, volumes: Any) -> None:
-    found = SETTINGS["UNet"]
-    here = found.explain(method, target)
+    result = SETTINGS["UNet"]
+    here = result.explain(method, target)
     with fake_device():
-        assert_same(found.explain(method, target, FAKE, volumes), here, volumes)
+        assert_same(result.explain(method, target, FAKE, volumes), here, volumes)
 
 
-# ---- behind the maps -------------------------------------------------------------------------------------------------
+# ---- after the maps --------------------------------------------------------------------------------------------------
 
 
 def written(folder: Path, device: Any) -> dict[str, np.ndarray]:
     """Files of a case whose scan and network are on a device, with pictures, and the voxels of each NIfTI file."""
-    found, methods = SETTINGS["UNet"], [InputXGradient(), DeepDream(octaves=1, n_iter=1)]
-    scan = MetaTensor(image(0, *found.shape)[0], affine=torch.diag(torch.tensor([-2.0, 2.0, 2.0, 1.0]))).to(device)
+    result, methods = SETTINGS["UNet"], [InputXGradient(), DeepDream(octaves=1, n_iter=1)]
+    scan = MetaTensor(image(0, *result.shape)[0], affine=torch.diag(torch.tensor([-2.0, 2.0, 2.0, 1.0]))).to(device)
     writer = ResultWriter(folder, methods, [CLASS], pictures=True)
-    writer.explain(Explainer(found.network(device), found.inferer), scan, "alpha", methods, [CLASS])
+    writer.explain(Explainer(result.network(device), result.inferer), scan, "alpha", methods, [CLASS])
     return {p.name: np.asarray(nib.load(p).dataobj) for p in sorted(folder.rglob("*.nii.gz"))}
 
 
 def test_maps_there_are_written_with_their_pictures(tmp_path: Path) -> None:
     here = written(tmp_path / "here", "cpu")
     with fake_device() as there:
-        found = written(tmp_path / "there", there)
-    assert found.keys() == here.keys()
-    assert len(found) > 2
+        result = written(tmp_path / "there", there)
+    assert result.keys() == here.keys()
+    assert len(result) > 2
     for name, values in here.items():
-        assert np.abs(found[name] - values).max() <= 1e-6 * np.abs(values).max(), name
+        assert np.abs(result[name] - values).max() <= 1e-6 * np.abs(values).max(), name
     pictures = [sorted(p.name for p in (tmp_path / side).rglob("*.png")) for side in ("here", "there")]
     assert pictures[0] == pictures[1] != []
 
@@ -319,6 +318,6 @@ def test_a_map_there_goes_back_to_the_scan_there() -> None:
         here = inverted("cpu")
         torch.manual_seed(0)
         with fake_device() as there:
-            found = inverted(there)
+            result = inverted(there)
     assert here.shape == (1, 18, 12)
-    assert float((found - here).abs().max() / here.abs().max()) <= 1e-10
+    assert float((result - here).abs().max() / here.abs().max()) <= 1e-10

@@ -90,10 +90,10 @@ def test_images_are_made_up_as_on_the_cpu(name, volumes):
         assert there.map.device.type == volumes
         assert bool(torch.isfinite(there.map).all())
         assert there.record["curve"][0] == pytest.approx(here.record["curve"][0], rel=1e-6)
-        for found in (here.record, there.record):
-            start, end, sign = found.get("objective_start"), found.get("objective_end"), 1
+        for result in (here.record, there.record):
+            start, end, sign = result.get("objective_start"), result.get("objective_end"), 1
             if start is None:  # an inversion comes nearer
-                start, end, sign = found["distance_start"], found["distance_end"], -1
+                start, end, sign = result["distance_start"], result["distance_end"], -1
             assert sign * (end - start) > 0, here.method.name
 
 

@@ -1,4 +1,4 @@
-"""What is built and shipped: the wheel outside the checkout, and loading that cannot run code."""
+"""The package as built and shipped: the wheel outside the checkout, and loading that cannot run code."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def calls(tree: ast.AST, name: str) -> list[ast.Call]:
 
 def imported_from(tree: ast.AST, module: str) -> set[str]:
     """Names that ``from module import …`` brings."""
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == module]
-    return {alias.name for node in found for alias in node.names}
+    result = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == module]
+    return {alias.name for node in result for alias in node.names}
 
 
 def test_no_checkpoint_is_loaded_with_code_in_it() -> None:
-    """Every torch.load of the package, the bundles and the benchmarks says weights_only=True."""
+    """Every torch.load of the package, the bundles and the benchmarks passes weights_only=True."""
     files = [p for folder in ("esegeta_monai", "bundles", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
     assert len(files) > 50
-    found, unsafe = 0, []
+    result, unsafe = 0, []
     for file in files:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         assert "load" not in imported_from(tree, "torch"), file
         for call in calls(tree, "torch.load"):
-            found += 1
+            result += 1
             safe = [k for k in call.keywords if k.arg == "weights_only" and ast.unparse(k.value) == "True"]
             if not safe:
                 unsafe.append(f"{file.relative_to(ROOT)}:{call.lineno}")
     assert unsafe == []
-    assert found > 0  # else the check looks at nothing
+    assert result > 0  # else the check looks at nothing
 
 
 @pytest.mark.parametrize("name", ["pickle.load", "pickle.loads", "eval", "exec", "os.system"])
@@ -116,7 +116,7 @@ class TestWheel:
         assert expected in done.stdout
 
     def test_explain_by_command_and_by_overlay(self, installed: Path, tmp_path: Path) -> None:
-        """Both doors on the same bundle, from outside the checkout."""
+        """Both interfaces on the same bundle, from outside the checkout."""
         scan = oblique.write_scan(tmp_path / "scans" / "alpha.nii.gz")
         bundle = oblique.write(tmp_path / "bundle", oblique.config([scan], tmp_path / "eval"))
         python = [sys.executable, "-m"]

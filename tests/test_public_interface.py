@@ -99,11 +99,11 @@ def parameters(function: Any) -> list[str]:
 
 def exports() -> dict[str, Any]:
     """Describe what each public package exports."""
-    found = {}
+    result = {}
     for package in ("esegeta_monai", *(f"esegeta_monai.{name}" for name in PUBLIC)):
         module = importlib.import_module(package)
-        found[package] = {name: _export(name, getattr(module, name)) for name in module.__all__ if name not in RENAMED}
-    return found
+        result[package] = {name: _export(name, getattr(module, name)) for name in module.__all__ if name not in RENAMED}
+    return result
 
 
 def _export(name: str, exported: Any) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _export(name: str, exported: Any) -> dict[str, Any]:
 
 def registries(pinned: dict[str, Any]) -> dict[str, Any]:
     """Describe all that is registered, as the command line lists it; what other packages register is left out."""
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     public = {"method": methods.METHODS, "target": targets.TARGETS, "metric": metrics.METRICS}
     for kind, registry in public.items():
         for entry in json.loads(printed(f"{kind}s", "--json")):
@@ -132,25 +132,25 @@ def registries(pinned: dict[str, Any]) -> dict[str, Any]:
             if kind == "method":
                 with contextlib.suppress(EsegetaError):  # where parameters are needed
                     kept["units"] = registry.create(cls).units
-            found.setdefault(kind, {})[cls] = kept
+            result.setdefault(kind, {})[cls] = kept
     for kind, registry in {"baseline": moved("BASELINES"), "feature mask": moved("FEATURES")}.items():
-        public[kind], found[kind] = registry, {cls: {"parameters": parameters(cls)} for cls in registry}
+        public[kind], result[kind] = registry, {cls: {"parameters": parameters(cls)} for cls in registry}
     for kind, registry in public.items():
-        own = {cls: entry for cls, entry in found[kind].items() if cls.__module__.startswith("esegeta_monai.")}
+        own = {cls: entry for cls, entry in result[kind].items() if cls.__module__.startswith("esegeta_monai.")}
         for cls, entry in own.items():
             known = pinned.get(kind, {}).get(cls.__name__, {}).get("aliases", ())
             entry["aliases"] = aliases(registry, cls, [*getattr(cls, "aliases", ()), *known])
-        found[kind] = {cls.__name__: entry for cls, entry in own.items()}
-    return found
+        result[kind] = {cls.__name__: entry for cls, entry in own.items()}
+    return result
 
 
 def aliases(registry: Any, cls: type, names: list[str]) -> list[str]:
     """Return those of the names by which the registry finds the class."""
-    found = set()
+    result = set()
     for name in names:
         with contextlib.suppress(EsegetaError):
-            found |= {name} if registry.get(name) is cls else set()
-    return sorted(found)
+            result |= {name} if registry.get(name) is cls else set()
+    return sorted(result)
 
 
 def printed(*words: object) -> str:
@@ -189,15 +189,15 @@ def _options(parser: argparse.ArgumentParser) -> dict[str, Any]:
 def overlays(folder: Path) -> dict[str, Any]:
     """Describe the packaged overlays, and those that ``esegeta-monai overlay`` writes for a bundle."""
     packaged = {f.name: f for f in resources("esegeta_monai.bundle").iterdir() if f.name.endswith(".json")}
-    found: dict[str, Any] = {"packaged": {name: flat(json.loads(f.read_text())) for name, f in packaged.items()}}
+    result: dict[str, Any] = {"packaged": {name: flat(json.loads(f.read_text())) for name, f in packaged.items()}}
     synthetic.write_scan(folder)
     bundle = synthetic.write(folder / "bundle", synthetic.wired(folder))
     before = set(bundle.rglob("*"))
     printed("overlay", "--bundle", bundle, "--multi-gpu")
     printed("overlay", "--bundle", bundle, "--metrics")
     written = sorted(set(bundle.rglob("*.json")) - before)
-    found["written"] = {f.relative_to(bundle).as_posix(): flat(json.loads(f.read_text())) for f in written}
-    return found
+    result["written"] = {f.relative_to(bundle).as_posix(): flat(json.loads(f.read_text())) for f in written}
+    return result
 
 
 def flat(config: Any, where: str = "") -> dict[str, Any]:
@@ -247,15 +247,15 @@ def _by_command(folder: Path, scan: Path) -> dict[str, Any]:
 def written_in(output: Path) -> dict[str, Any]:
     """Describe the files in a folder: their names, the keys of each kind of JSON, and the columns of tables."""
     names = sorted(p.relative_to(output).as_posix() for p in output.rglob("*") if p.is_file())
-    found: dict[str, Any] = {"files": names}
+    result: dict[str, Any] = {"files": names}
     for kind in ("run", "attr", "metrics", "regions"):
         jsons = [json.loads(p.read_text(encoding="utf-8")) for p in output.rglob("*.json") if p.stem.endswith(kind)]
         if jsons:
-            found[f"{kind}.json"] = {"keys": sorted({key for content in jsons for key in keys(content)})}
+            result[f"{kind}.json"] = {"keys": sorted({key for content in jsons for key in keys(content)})}
     for table in sorted(output.rglob("*.csv")):
         with open(table, newline="", encoding="utf-8") as file:
-            found[table.relative_to(output).as_posix()] = {"columns": next(csv.reader(file))}
-    return found
+            result[table.relative_to(output).as_posix()] = {"columns": next(csv.reader(file))}
+    return result
 
 
 def keys(content: dict[str, Any]) -> Iterator[str]:
@@ -284,29 +284,29 @@ SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def differences(pinned: Any, found: Any, where: str = "") -> list[str]:
+def differences(pinned: Any, result: Any, where: str = "") -> list[str]:
     """List what of the pinned interface is gone or has changed."""
     last = where.rpartition(" / ")[2]
-    if isinstance(pinned, dict) and isinstance(found, dict):
-        lines = [f"{where}: {key!r} is gone" for key in pinned if key not in found]
+    if isinstance(pinned, dict) and isinstance(result, dict):
+        lines = [f"{where}: {key!r} is gone" for key in pinned if key not in result]
         if last == "options":
-            needed = [key for key in found if key not in pinned and "required" in found[key]["value"]]
+            needed = [key for key in result if key not in pinned and "required" in result[key]["value"]]
             lines += [f"{where}: {key!r} is required" for key in needed]
-        shared = [key for key in pinned if key in found]
-        return lines + [line for key in shared for line in differences(pinned[key], found[key], f"{where} / {key}")]
+        shared = [key for key in pinned if key in result]
+        return lines + [line for key in shared for line in differences(pinned[key], result[key], f"{where} / {key}")]
     if last == "parameters":
-        return [f"{where}: {line}" for line in _changed(pinned, found)]
+        return [f"{where}: {line}" for line in _changed(pinned, result)]
     if last in (*SUBSETS, "files"):
-        new = [f"{where}: {item!r} is new" for item in found if item not in pinned and last not in SUBSETS]
-        return [f"{where}: {item!r} is gone" for item in pinned if item not in found] + new
-    return [] if pinned == found else [f"{where}: {pinned!r} became {found!r}"]
+        new = [f"{where}: {item!r} is new" for item in result if item not in pinned and last not in SUBSETS]
+        return [f"{where}: {item!r} is gone" for item in pinned if item not in result] + new
+    return [] if pinned == result else [f"{where}: {pinned!r} became {result!r}"]
 
 
-def _changed(pinned: list[str], found: list[str]) -> list[str]:
-    lines = [f"parameter {p!r} is gone, among {found}" for p in pinned if p not in found]
-    needed = [p for p in found if p not in pinned and not re.search("=|^[*][^,]", p)]
+def _changed(pinned: list[str], result: list[str]) -> list[str]:
+    lines = [f"parameter {p!r} is gone, among {result}" for p in pinned if p not in result]
+    needed = [p for p in result if p not in pinned and not re.search("=|^[*][^,]", p)]
     lines += [f"parameter {p!r} has no default" for p in needed]
-    before, after = ([p for p in side if not p.startswith("*")] for side in (pinned, found))
+    before, after = ([p for p in side if not p.startswith("*")] for side in (pinned, result))
     return lines or ([] if after[: len(before)] == before else [f"the order {before} became {after}"])
 
 
@@ -377,8 +377,8 @@ def write() -> None:
     """Write the data anew."""
     data = json.loads(DATA.read_text(encoding="utf-8")) if DATA.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        found = {section: collect(section, data.get(section, {}), Path(folder) / section) for section in SECTIONS}
-    DATA.write_text(pretty(found) + "\n", encoding="utf-8")
+        result = {section: collect(section, data.get(section, {}), Path(folder) / section) for section in SECTIONS}
+    DATA.write_text(pretty(result) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -35,11 +35,11 @@ def test_every_map_lies_where_the_brain_is():
     assert 1.1 < float(brain.sum()) * 4**3 / 1e6 < 1.7  # litres
     methods = [Saliency(), InputXGradient(), GradCam(), GuidedBackprop()]
     share = {}
-    for found in explainer(image[None], methods, [MultiClassMask("brain")]):
-        assert found.status == "ok"
-        assert found.record["blend_deviation"] < 1e-5
-        strength = found.map.as_tensor().abs().sum(0)
-        share[found.method.name] = float((strength * brain).sum() / strength.sum())
+    for result in explainer(image[None], methods, [MultiClassMask("brain")]):
+        assert result.status == "ok"
+        assert result.record["blend_deviation"] < 1e-5
+        strength = result.map.as_tensor().abs().sum(0)
+        share[result.method.name] = float((strength * brain).sum() / strength.sum())
     by_chance = float(brain.float().mean())
     assert share["GradCam"] > 0.9
     assert all(s > 1.3 * by_chance for s in share.values()), (share, by_chance)
@@ -48,8 +48,8 @@ def test_every_map_lies_where_the_brain_is():
 def test_gradient_equals_autograd_through_the_inferer():
     network, image = real.brain_unet(), head()
     inferer = SlidingWindowInferer((48, 48, 48), 2, 0.5, "gaussian")
-    (found,) = Explainer(network, inferer)(image[None], [Saliency(abs=False)], [MultiClassMask(1)])
+    (result,) = Explainer(network, inferer)(image[None], [Saliency(abs=False)], [MultiClassMask(1)])
     x = image[None].as_tensor().clone().requires_grad_(True)
     prediction = inferer(x, network)[0]
     (reference,) = torch.autograd.grad((prediction[1] * (prediction.argmax(0) == 1)).sum(), x)
-    assert float((found.map.as_tensor() - reference[0]).abs().max() / reference.abs().max()) <= 1e-5
+    assert float((result.map.as_tensor() - reference[0]).abs().max() / reference.abs().max()) <= 1e-5

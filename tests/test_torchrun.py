@@ -46,13 +46,13 @@ def explain(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]
 
 
 def process_of(rank: int, run: str) -> int:
-    """The process id of a rank of a run, told by its command and environment."""
+    """Find the process id of a rank by its command and environment."""
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            told, variables = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "environ").read_bytes()
+            reported, variables = (folder / "cmdline").read_bytes().split(b"\0"), (folder / "environ").read_bytes()
         except OSError:  # it has just ended, or is not ours
             continue
-        if run.encode() in told and f"RANK={rank}".encode() in variables.split(b"\0"):
+        if run.encode() in reported and f"RANK={rank}".encode() in variables.split(b"\0"):
             return int(folder.name)
     raise ProcessLookupError(f"no rank {rank}")
 
@@ -83,11 +83,11 @@ def test_two_processes_write_what_one_does(study, share):
     assert statuses(output) == statuses(study / "alone")
     assert set(statuses(output).values()) == {"ok"}
     assert not list(output.glob("run.rank*"))
-    mine, theirs = maps(output), maps(study / "alone")
-    assert mine.keys() == theirs.keys()
-    assert {name.split("/")[0] for name in mine} == {"s0", "s1", "s2"}
-    for name in theirs:
-        assert np.abs(mine[name] - theirs[name]).max() <= 1e-5 * np.abs(theirs[name]).max(), name
+    actual, expected = maps(output), maps(study / "alone")
+    assert actual.keys() == expected.keys()
+    assert {name.split("/")[0] for name in actual} == {"s0", "s1", "s2"}
+    for name in expected:
+        assert np.abs(actual[name] - expected[name]).max() <= 1e-5 * np.abs(expected[name]).max(), name
     assert done.stdout.count("run.json tells all") == 1
     again = explain(
         study / "bundle", study / "scans", output, 2, "--methods", METHODS, "--share", share, "--no-pictures"
@@ -107,9 +107,9 @@ JUDGED = [
 def figures(folder: Path) -> dict[tuple[str, ...], dict[str, str]]:
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    found = {(r["case"], r["target"], r["method"], r["metric"]): r for r in rows}
-    assert len(found) == len(rows)
-    return found
+    result = {(r["case"], r["target"], r["method"], r["metric"]): r for r in rows}
+    assert len(result) == len(rows)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +124,14 @@ def test_two_processes_judge_as_one_does(study, judged, share):
     output = study / f"judged-{share}"
     done = explain(study / "bundle", study / "scans", output, 2, *JUDGED, "--share", share, what="evaluate")
     assert done.returncode == 0, done.stderr
-    mine = figures(output)
-    assert list(mine) == list(judged)
-    assert len(mine) == (3 * 2 - 1) * 6 * 7  # one case has no voxel of one target
+    actual = figures(output)
+    assert list(actual) == list(judged)
+    assert len(actual) == (3 * 2 - 1) * 6 * 7  # one case has no voxel of one target
     for key, row in judged.items():
-        assert mine[key]["beats_controls"] == row["beats_controls"], key
-        assert bool(mine[key]["value"]) == bool(row["value"]), key
+        assert actual[key]["beats_controls"] == row["beats_controls"], key
+        assert bool(actual[key]["value"]) == bool(row["value"]), key
         if row["value"]:
-            assert float(mine[key]["value"]) == pytest.approx(float(row["value"]), rel=1e-4, abs=1e-5), key
+            assert float(actual[key]["value"]) == pytest.approx(float(row["value"]), rel=1e-4, abs=1e-5), key
     assert done.stdout.count("3 case(s) judged, 0 problem(s)") == 1
     for case in ("s0", "s1", "s2"):
         one, other = ((study / f / case / f"{case}_regions.csv").read_text().splitlines() for f in (output, "judged"))
@@ -155,12 +155,12 @@ def test_a_killed_process_ends_the_others_and_finished_cases_stay(study):
             time.sleep(0.1)
         os.kill(process_of(rank=1, run=str(output)), signal.SIGKILL)
         killed = time.monotonic()
-        _, said = running.communicate(timeout=60)
+        _, reported = running.communicate(timeout=60)
         assert time.monotonic() - killed < 60
     finally:
         running.kill()
     assert running.returncode != 0
-    assert "SIGKILL" in said or "another rank has ended" in said, said
+    assert "SIGKILL" in reported or "another rank has ended" in reported, reported
     finished = {k for k, s in statuses(output).items() if s == "ok"}
     assert finished
     assert run_json(output)["finished"] is None
@@ -186,10 +186,10 @@ def test_the_overlay_by_two_processes(shared, tmp_path):
 
     def run(output: Path, launch: list[str], files: list[str], *more: str) -> None:
         configs = [str(bundle / "configs" / "inference.json"), *(str(shipped / f) for f in files)]
-        told = [*launch, "-m", "monai.bundle", "run", "--bundle_root", str(bundle), "--config_file", str(configs)]
+        reported = [*launch, "-m", "monai.bundle", "run", "--bundle_root", str(bundle), "--config_file", str(configs)]
         extra = [*what, "--output_dir", str(output), "--explain_handler#pictures", "False", *more]
         done = subprocess.run(
-            [sys.executable, *told, *extra], env=environment(), capture_output=True, text=True, timeout=300
+            [sys.executable, *reported, *extra], env=environment(), capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
 
@@ -197,14 +197,14 @@ def test_the_overlay_by_two_processes(shared, tmp_path):
     run(tmp_path / "two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], overlays, *sampler)
     assert statuses(tmp_path / "two") == statuses(tmp_path / "one")
     assert set(statuses(tmp_path / "one").values()) == {"ok"}
-    mine, theirs = maps(tmp_path / "two"), maps(tmp_path / "one")
-    assert mine.keys() == theirs.keys()
-    assert len(mine) == 6
-    for name in theirs:
-        assert np.abs(mine[name] - theirs[name]).max() <= 1e-5 * np.abs(theirs[name]).max(), name
+    actual, reference = maps(tmp_path / "two"), maps(tmp_path / "one")
+    assert actual.keys() == reference.keys()
+    assert len(actual) == 6
+    for name in reference:
+        assert np.abs(actual[name] - reference[name]).max() <= 1e-5 * np.abs(reference[name]).max(), name
     assert len(list((tmp_path / "two").rglob("*_seg.nii.gz"))) == 3
-    found, expected = figures(tmp_path / "two"), figures(tmp_path / "one")
-    assert found.keys() == expected.keys()
-    assert len(found) == 3 * (2 + 3) * 2  # cases, methods and controls, metrics
+    result, expected = figures(tmp_path / "two"), figures(tmp_path / "one")
+    assert result.keys() == expected.keys()
+    assert len(result) == 3 * (2 + 3) * 2  # cases, methods and controls, metrics
     for key, row in expected.items():
-        assert float(found[key]["value"]) == pytest.approx(float(row["value"]), rel=1e-4, abs=1e-5), key
+        assert float(result[key]["value"]) == pytest.approx(float(row["value"]), rel=1e-4, abs=1e-5), key

@@ -1,14 +1,11 @@
 """Add a gradient method: the gradient times the image's deviation from each channel's mean."""
 
-from dataclasses import dataclass, field
-
 import torch
 
 from esegeta_monai import Explainer
 from esegeta_monai.methods import Explained, InputGradient, Method, Objective, Passes
 
 
-@dataclass(eq=False, repr=False)
 class DeviationXGradient(Method):
     """Deviation times gradient: ``a(v) = scale · (x(v) − mean_c) · ∂F/∂x(v)``.
 
@@ -24,7 +21,6 @@ class DeviationXGradient(Method):
     units = "target per voxel"
 
     scale: float = 1.0
-    name: str | None = field(default=None, kw_only=True)
 
     def attribute(self, objective: Objective) -> Passes:
         """(k, C, *spatial)."""

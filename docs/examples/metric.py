@@ -1,7 +1,5 @@
 """Add a metric: how far the centre of a map lies from the centre of the label."""
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,6 @@ from esegeta_monai import Explainer
 from esegeta_monai.metrics import Metric, MetricInput, MetricResult, magnitude
 
 
-@dataclass(eq=False, repr=False)
 class CentreDistance(Metric):
     """Distance between the map's centre of mass, of ``Σ_c |a_c|``, and the label's centre, in mm.
 
@@ -23,7 +20,6 @@ class CentreDistance(Metric):
     meaning = "Distance in mm between the map's centre of mass and the centre of the label; 0 is best."
 
     power: float = 1.0
-    name: str | None = field(default=None, kw_only=True)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """[0, image diagonal] in mm; undefined for a map of zeros."""

@@ -1,7 +1,5 @@
 """Add a perturbation method: slabs of the image replaced, one after the other."""
 
-from dataclasses import dataclass, field
-
 import torch
 from monai.inferers import SlidingWindowInferer
 
@@ -9,7 +7,6 @@ from esegeta_monai import Explainer
 from esegeta_monai.methods import Boxes, Explained, Objective, PerturbationMethod, baseline_for, score_changes
 
 
-@dataclass(eq=False, repr=False)
 class SlabOcclusion(PerturbationMethod):
     """``a(v) = F(x) − F(x with the slab of v replaced)``, for slabs across the first axis of the image.
 
@@ -21,7 +18,6 @@ class SlabOcclusion(PerturbationMethod):
     units = "change of the target when the voxel's slab is replaced"
     thickness: int = 4
     baseline: str | float = "mean"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,14 +1,11 @@
 """Yield requests: a class activation map that shares every pass over the windows with Grad-CAM."""
 
-from dataclasses import dataclass, field
-
 import torch
 
 from esegeta_monai import Explainer
 from esegeta_monai.methods import BlendedActivations, ChannelGradients, Explained, GradCam, Method, Objective, Passes
 
 
-@dataclass(eq=False, repr=False)
 class PositiveCam(Method):
     """``Σ_c max(α_c, 0) A_c`` with α_c the mean of ``∂F/∂A_c`` over the layer's positions.
 
@@ -21,7 +18,6 @@ class PositiveCam(Method):
     units = "weighted activation"
 
     layer: str
-    name: str | None = field(default=None, kw_only=True)
 
     def attribute(self, objective: Objective) -> Passes:
         """(k, 1, *spatial)."""

@@ -1,7 +1,5 @@
 """Add a target: the most confident share of a class's voxels."""
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
@@ -9,7 +7,6 @@ from esegeta_monai import Explainer
 from esegeta_monai.targets import Case, Score, Target, WeightedScore, need_map, resolve_class
 
 
-@dataclass(eq=False, repr=False)
 class MostConfident(Target):
     """``s(P) = Σ_v m(v) P(c, v)`` with m the voxels whose logit of class c is largest.
 
@@ -20,7 +17,6 @@ class MostConfident(Target):
 
     class_index: int | str
     share: float = 0.1
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

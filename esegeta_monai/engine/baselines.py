@@ -1,4 +1,4 @@
-"""Reference inputs: what "without this" means for a method that compares the image with something.
+"""Baselines: reference inputs that represent the absence of a feature.
 
 A baseline is given as text (``"blur(sigma=4)"``), a number, a NIfTI file, a tensor, or one of these classes.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +23,38 @@ __all__ += ["Noise", "Uniform", "Zero", "baseline_for", "choice_passes", "has_sc
 
 
 class Baseline(Configurable, ABC):
-    """A reference input, or a distribution of them.
+    """A reference input, or a distribution of reference inputs.
 
     Attributes:
-        random: whether two draws may differ: False where one of them says all.
+        random: True if two draws may differ; False: one draw suffices.
     """
 
-    random: bool = True
+    random = True
 
     @abstractmethod
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
-        """One reference volume (C, *spatial) for the case. It may be a view: it must not be written into."""
+        """Draw one reference volume (C, *spatial) for the case. It may be a view and must not be written into."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         BASELINES.register(cls, *cls.__dict__.get("aliases", ()))
 
     def passes(self, objective: Objective) -> int:
-        """Window passes that the first `draw` needs on an objective; the others need none."""
+        """Return the number of window passes of the first `draw` on an objective; later draws need none."""
         return 0
 
     def record(self) -> dict[str, Any]:
-        """For the sidecar: which baseline, its numbers, and why it was taken."""
+        """Return the sidecar entry: name and parameters of the baseline, and the reason of an automatic choice."""
         return {"name": type(self).__name__.lower(), **self.parameters}
 
 
 BASELINES: Registry[Baseline] = Registry("baseline", Baseline, "esegeta_monai.engine.baselines", command=False)
 
 
-@dataclass(eq=False, repr=False)
 class Constant(Baseline):
-    """The same value everywhere: a number, or one a channel."""
+    """The same value everywhere: one number, or one per channel."""
 
     value: float | Sequence[float] = 0.0
-    name: str | None = field(default=None, kw_only=True)
     random = False
 
     def __post_init__(self) -> None:
@@ -73,45 +70,37 @@ class Constant(Baseline):
         return per_channel(value.expand(image.shape[0]), image)
 
 
-@dataclass(eq=False, repr=False)
 class Zero(Baseline):
-    """Zeros. Under instance, group or layer norm ``f(αx) = f(x)``: a path from zero finds nothing there."""
+    """Zeros. Unsuitable for paths under instance, group or layer norm, where ``f(αx) = f(x)``."""
 
-    name: str | None = field(default=None, kw_only=True)
     random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         return per_channel(torch.zeros(len(objective.image)), objective.image)
 
 
-@dataclass(eq=False, repr=False)
 class Minimum(Baseline):
-    """Each channel's smallest value."""
+    """The smallest value of each channel."""
 
     aliases = ("min",)
-    name: str | None = field(default=None, kw_only=True)
     random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         return per_channel(objective.image.flatten(1).amin(1), objective.image)
 
 
-@dataclass(eq=False, repr=False)
 class Mean(Baseline):
-    """Each channel's mean."""
+    """The mean of each channel."""
 
-    name: str | None = field(default=None, kw_only=True)
     random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         return per_channel(objective.image.flatten(1).mean(1), objective.image)
 
 
-@dataclass(eq=False, repr=False)
 class Background(Baseline):
-    """Each channel's background value: the median of the voxels on the faces of the volume."""
+    """The background value of each channel: the median of the voxels on the faces of the volume."""
 
-    name: str | None = field(default=None, kw_only=True)
     random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
@@ -120,18 +109,16 @@ class Background(Baseline):
         return per_channel(torch.cat(faces, 1).median(1).values, image)
 
 
-@dataclass(eq=False, repr=False)
 class Blur(Baseline):
     """The image blurred by a Gaussian, plus noise.
 
     Args:
-        sigma: in voxels; None: an eighth of the shortest window side.
-        std: of the noise, in units of each channel's standard deviation.
+        sigma: standard deviation of the Gaussian in voxels; None: an eighth of the shortest window side.
+        std: standard deviation of the noise, in units of each channel's standard deviation.
     """
 
     sigma: float | None = None
     std: float = 0.0
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -148,12 +135,14 @@ class Blur(Baseline):
         return {**super().record(), "sigma_voxels": getattr(self, "used_sigma", self.sigma)}
 
 
-@dataclass(eq=False, repr=False)
 class Noise(Baseline):
-    """Gaussian noise round each channel's mean, in units of its standard deviation."""
+    """Gaussian noise around each channel's mean.
+
+    Args:
+        std: standard deviation of the noise, in units of each channel's standard deviation.
+    """
 
     std: float = 1.0
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -165,11 +154,8 @@ class Noise(Baseline):
         return per_channel(image.flatten(1).mean(1), image) + noise_like(image, self.std, generator)
 
 
-@dataclass(eq=False, repr=False)
 class Uniform(Baseline):
-    """Uniform noise between each channel's smallest and largest value."""
-
-    name: str | None = field(default=None, kw_only=True)
+    """Uniform noise between the smallest and largest value of each channel."""
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         image = objective.image
@@ -178,16 +164,14 @@ class Uniform(Baseline):
         return per_channel(low, image) + drawn * per_channel(high - low, image)
 
 
-@dataclass(eq=False, repr=False)
 class Cases(Baseline):
-    """Other cases, drawn one after the other: images of the same shape, already preprocessed like the case.
+    """Other cases, one drawn at random each time: images of the same shape, preprocessed like the case.
 
     Args:
         files: NIfTI files, or tensors (C, *spatial).
     """
 
     files: Sequence[Any]
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,37 +180,33 @@ class Cases(Baseline):
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
         which = int(torch.randint(len(self.files), (1,), generator=generator))
-        return _as_volume(self.files[which], objective)
+        return _load_volume(self.files[which], objective)
 
 
-@dataclass(eq=False, repr=False)
 class Image(Baseline):
     """A given image: a NIfTI file on the network's grid, or a tensor (C, *spatial)."""
 
     file: Any
-    name: str | None = field(default=None, kw_only=True)
     random = False
 
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
-        return _as_volume(self.file, objective)
+        return _load_volume(self.file, objective)
 
 
-@dataclass(eq=False, repr=False)
 class Auto(Baseline):
-    """A baseline that works for the network at hand.
+    """A baseline chosen for the network.
 
-    Path, DeepLIFT and Shapley methods: zero, unless the network has instance, group or layer norm, or is found to be
-    invariant to the scale of its input; then a Gaussian blur plus seeded noise. Perturbation methods (``local=True``):
-    the image's background value.
+    Path, DeepLIFT and Shapley methods: zero, unless the network has instance, group or layer norm, or a test shows that
+    it is invariant to the scale of its input; then a Gaussian blur plus seeded noise. Perturbation methods
+    (``local=True``): the background value of the image.
 
     Args:
-        local: whether single places are replaced rather than the whole image.
-        std: of the noise, in units of each channel's standard deviation.
+        local: True: the baseline replaces parts of the image; False: the whole image.
+        std: standard deviation of the noise, in units of each channel's standard deviation.
     """
 
     local: bool = False
     std: float = 0.2
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -258,7 +238,7 @@ class Auto(Baseline):
 
 
 def choice_passes(spec: Any, objective: Objective) -> int:
-    """Window passes that a baseline, given as in `baseline_for`, needs on an objective, however often it is drawn."""
+    """Return the window passes of a baseline, given as in `baseline_for`, on an objective, for any number of draws."""
     return baseline_for(spec).passes(objective)
 
 
@@ -296,15 +276,15 @@ def baseline_for(spec: Any, *, local: bool = False) -> Baseline:
 
 
 def has_scale_free_norm(network: nn.Module) -> str:
-    """Names of the norm layers that undo the scale of their input (instance, group and layer norm); empty if none."""
-    kinds = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+    """Name the norm layers that remove the scale of their input (instance, group and layer norm); empty if none."""
+    kinds = (nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
     return ", ".join(sorted({type(m).__name__ for m in network.modules() if isinstance(m, kinds)}))
 
 
 def scale_invariant(objective: Objective) -> bool:
-    """Whether halving the input of one window changes the output by less than 1 % of its spread.
+    """Return True if halving the input of one window changes the output by less than 1 % of its spread.
 
-    Looked at once for an objective: two window passes.
+    The test runs once per objective and costs two window passes.
     """
     if not objective.windows:
         return False
@@ -321,21 +301,21 @@ def _is_scale_invariant(objective: Objective) -> bool:
 
 
 def per_channel(values: Tensor, image: Tensor) -> Tensor:
-    """One value a channel (C,) seen as a volume like ``image`` (C, *spatial): a view, in no memory of its own."""
+    """Expand one value per channel (C,) to a volume like ``image`` (C, *spatial), as a view without extra memory."""
     return values.to(image.device, image.dtype).reshape(-1, *(1,) * (image.ndim - 1)).expand_as(image)
 
 
 def noise_like(image: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    """Gaussian noise (C, *spatial), ``std`` in units of each channel's standard deviation.
+    """Draw Gaussian noise (C, *spatial); ``std`` is in units of each channel's standard deviation.
 
-    Drawn on the CPU in float32, so that every device sees the same numbers.
+    The numbers are drawn on the CPU in float32, so that they are equal for every device.
     """
     drawn = torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image.device, image.dtype)
     return drawn * per_channel(image.flatten(1).std(1) * std, image)
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """Each channel blurred over its spatial axes (edges repeated)."""
+    """Blur each channel of (C, *spatial) over its spatial axes (edges repeated); ``sigma`` is in voxels."""
     from scipy.ndimage import gaussian_filter
 
     array = image.detach().cpu().numpy()
@@ -343,7 +323,7 @@ def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
     return torch.from_numpy(blurred).to(image.device, image.dtype)
 
 
-def _as_volume(what: Any, objective: Objective) -> Tensor:
+def _load_volume(what: Any, objective: Objective) -> Tensor:
     image = objective.image
     if not isinstance(what, Tensor):
         if not Path(what).is_file():
@@ -362,5 +342,5 @@ def _as_volume(what: Any, objective: Objective) -> Tensor:
 
 
 def describe_baseline(baseline: Baseline, values: Tensor) -> dict[str, Any]:
-    """The record's entries for a baseline and F there (k,)."""
+    """Return the record's entries for a baseline and the scores F there, (k,)."""
     return {"baseline": json_ready(baseline.record()), "baseline_value": [float(v) for v in values]}

@@ -1,37 +1,37 @@
-"""The layer that layer methods read when none is given."""
+"""The default layer of layer methods."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.layer_maps import network_roi, spatial_map
-from esegeta_monai.engine.network.hooks import capture, find_layer, handed_on, note_versions
+from esegeta_monai.engine.network.hooks import LayerCall, capture, find_layer, on_output
 from esegeta_monai.engine.network.layout import grid_of
 from esegeta_monai.engine.network.model import select_output
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.utils.upstream import write_count
 
 __all__ = ["LayerShape", "check_layer", "default_layer", "layer_shapes"]
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A layer and what it gives for one window.
+    """A layer and the shape of its output for one window.
 
     Attributes:
         name: dotted name.
         kind: class of the module.
-        shape: of the output, without batch.
-        grid: (C, *positions) where the output lies on a grid in the window, tokens included; else None.
-        calls: how often the layer runs in one forward pass; the last output is what methods see.
+        shape: shape of the output, without batch.
+        grid: (C, *positions) if the output is a map of the window, tokens included; else None.
+        calls: number of calls in one forward pass; methods use the last output.
     """
 
     name: str
@@ -42,67 +42,58 @@ class LayerShape:
 
 
 def layer_shapes(objective: Objective) -> list[LayerShape]:
-    """All layers that run, in the order in which they finish; the last one is the network itself, without a name."""
+    """List all layers that run, in the order in which they finish; the last is the network, with an empty name."""
     window = (objective.windows or [0])[0]
-    with torch.inference_mode(), _seen(objective) as found:
+    with torch.inference_mode(), _record_layers(objective) as shapes:
         objective.run(objective.window(window), [window])
-    return list(found.values())
+    return list(shapes.values())
 
 
 @contextmanager
-def _seen(objective: Objective, kept: dict[str, tuple[Tensor, int]] | None = None) -> Iterator[dict[str, LayerShape]]:
-    """Hooks that write down each layer that runs on one window, removed afterwards.
+def _record_layers(
+    objective: Objective, outputs: dict[str, tuple[Tensor, int]] | None = None
+) -> Iterator[dict[str, LayerShape]]:
+    """Record the shape of each layer that runs on one window while the block runs.
 
     Args:
-        kept: where the outputs go that lie on a grid, with how often they had been written to; one that a layer handed
-            on as it came is none of its own and does not go there.
+        outputs: receives the outputs that are maps of the window, each with its `write_count`; omits a layer that
+            returns its argument unchanged.
     """
-    found: dict[str, LayerShape] = {}
-    before: dict[str, list[int]] = {}
-    handles = []
+    shapes: dict[str, LayerShape] = {}
     model, roi = objective.model, network_roi(objective.plan)
 
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if name == "":
-                output = select_output(output, model.output)
-            value = output[0] if isinstance(output, (tuple, list)) and output else output
-            calls = found.pop(name).calls + 1 if name in found else 1
-            if isinstance(value, Tensor):
-                shape = tuple(value.shape[1:])
-                grid = grid_of(model.network, name, shape, roi) if len(value) == 1 else None
-                found[name] = LayerShape(name, type(module).__name__, shape, grid, calls)
-                own = grid is not None and not value.is_inference()
-                if kept is not None and own and not handed_on(value, args, before[name]):
-                    kept[name] = (value, value._version)
+    def record(call: LayerCall) -> None:
+        name, output = call.name, call.output
+        if name == "":
+            output = select_output(output, model.output)
+        value = output[0] if isinstance(output, (tuple, list)) and output else output
+        calls = shapes.pop(name).calls + 1 if name in shapes else 1
+        if isinstance(value, Tensor):
+            shape = tuple(value.shape[1:])
+            grid = grid_of(model.network, name, shape, roi) if len(value) == 1 else None
+            shapes[name] = LayerShape(name, type(call.module).__name__, shape, grid, calls)
+            own = grid is not None and not value.is_inference() and not call.returns_argument(value)
+            if outputs is not None and own:
+                outputs[name] = (value, write_count(value))
 
-        return hook
-
-    try:
-        for name, module in model.network.named_modules():
-            if kept is not None:
-                handles.append(note_versions(module, name, before))
-            handles.append(module.register_forward_hook(hook_for(name)))
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with on_output(dict(model.network.named_modules()), record):
+        yield shapes
 
 
 def default_layer(objective: Objective) -> str:
-    """A layer for class activation maps where the user names none.
+    """Choose the layer for class activation maps when the user names none.
 
-    The last block with spatial resolution for a classification network; for a segmentation network the last block at
-    the coarsest resolution, which has seen the widest context. Blocks are preferred to what is inside them; layers
-    that repeat the network's output, do nothing in evaluation mode, or run several times only serve where there is
-    nothing else; one whose positions the target does not depend on (behind the last attention of a transformer that
-    reads its class token) does not serve at all, and where none of a resolution does, the next one is looked through.
+    For a classification network, it is the last block with spatial resolution; for a segmentation network, the last
+    block at the coarsest resolution, which has the widest receptive field. Blocks are preferred to their inner layers.
+    Layers that repeat the network's output, are the identity in evaluation mode, or run several times are used only
+    if no other layer qualifies. Layers whose positions do not affect the target (after the last attention of a
+    transformer that reads its class token) are excluded; if this excludes a whole resolution, the next one is searched.
 
-    One forward pass of one window and the backward pass to the layer tell. It is looked for once an objective: methods
-    that run together share it.
+    The search costs one forward pass of one window and backward passes to the candidates. It runs once per objective,
+    so methods that run together share the result.
 
     Raises:
-        MethodError: no layer gives a spatial map that the target depends on.
+        MethodError: the target depends on no layer with a spatial map.
     """
     return objective.memo("default layer", lambda: _find_default_layer(objective))
 
@@ -111,10 +102,10 @@ def _find_default_layer(objective: Objective) -> str:
     modules = dict(objective.model.network.named_modules())
     windows = (objective.windows or [0])[:1]
     batch = Batch(objective, windows, [0], objective.cotangents(windows))
-    kept: dict[str, tuple[Tensor, int]] = {}
-    with torch.enable_grad(), _seen(objective, kept) as found:
+    outputs: dict[str, tuple[Tensor, int]] = {}
+    with torch.enable_grad(), _record_layers(objective, outputs) as shapes:
         out = batch.forward(batch.image.detach().requires_grad_(True))
-    *layers, network = found.values()
+    *layers, network = shapes.values()
     grids = {s.name: s.grid for s in layers if s.grid is not None and math.prod(s.grid[1:]) > 1}
     useful = {
         s.name: grids[s.name]
@@ -125,10 +116,10 @@ def _find_default_layer(objective: Objective) -> str:
         and s.calls == 1
         and not isinstance(modules[s.name], _IDLE)
     }
-    for some in (useful, {name: grid for name, grid in grids.items() if name not in useful}):
-        for name in _by_preference(some, modules, is_map=math.prod(objective.grid.shape) > 1):
-            value, written = kept.get(name, (None, 0))
-            if value is None or value._version != written:  # not what the layer gave, or no longer
+    for group in (useful, {name: grid for name, grid in grids.items() if name not in useful}):
+        for name in _by_preference(group, modules, is_map=math.prod(objective.grid.shape) > 1):
+            value, written = outputs.get(name, (None, 0))
+            if value is None or write_count(value) != written:  # not recorded, or overwritten since
                 if _depends_alone(objective, batch, name):
                     return name
             elif _depends(objective, batch, out, value, name, retain=True):
@@ -139,7 +130,10 @@ def _find_default_layer(objective: Objective) -> str:
     )
 
 
-_IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)
+_IDLE = (
+    nn.Identity,
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -148,8 +142,10 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 def _by_preference(
     grids: Mapping[str, tuple[int, ...]], modules: Mapping[str, nn.Module], *, is_map: bool
 ) -> Iterator[str]:
-    """Layers of the coarsest resolution first where the output is a map, else those of the last one; of each the
-    outermost first, and of these the last."""
+    """Yield layers by preference: by resolution, then the outermost, then the last.
+
+    If the output is a map, the coarsest resolution comes first; else the resolution of the last layer.
+    """
     sizes = {name: math.prod(grid[1:]) for name, grid in grids.items()}
     for size in sorted(set(sizes.values())) if is_map else dict.fromkeys(reversed(sizes.values())):
         alike = (name for name in reversed(sizes) if sizes[name] == size)
@@ -157,7 +153,7 @@ def _by_preference(
 
 
 def _nesting(name: str, modules: Mapping[str, nn.Module]) -> int:
-    """The number of blocks round a layer; plain containers do not count."""
+    """Count the blocks around a layer, without plain containers."""
     parts = name.split(".")
     return sum(type(modules[".".join(parts[:i])]) not in _CONTAINERS for i in range(1, len(parts)))
 
@@ -165,7 +161,7 @@ def _nesting(name: str, modules: Mapping[str, nn.Module]) -> int:
 def _depends(
     objective: Objective, batch: Batch, out: Tensor, value: Tensor, layer: str, *, retain: bool = False
 ) -> bool:
-    """Whether some target has a gradient at the layer's positions, in a window that it sees."""
+    """Return True if some target has a non-zero gradient at the layer's positions in one of its windows."""
     if not value.requires_grad or not out.requires_grad:
         return False
     (gradient,) = batch.gradients(out, [value], retain=retain)
@@ -173,14 +169,19 @@ def _depends(
 
 
 def _depends_alone(objective: Objective, batch: Batch, layer: str) -> bool:
-    """`_depends` by a forward pass of its own, which records the layer's output whatever is written into it later."""
+    """Compute `_depends` with a separate forward pass, which protects the layer's output from later writes."""
     with torch.enable_grad(), capture(batch.network.model.network, [layer]) as captured:
         out = batch.forward(batch.image.detach().requires_grad_(True))
     return _depends(objective, batch, out, captured[layer], layer)
 
 
 def check_layer(objective: Objective, layer: str | None) -> str:
-    """The layer to use: the one named, which must exist, or the default one."""
+    """Return the given layer, or the default one for None.
+
+    Raises:
+        UsageError: no such layer.
+        MethodError: no layer qualifies as the default.
+    """
     if layer is None:
         return default_layer(objective)
     if not isinstance(layer, str):

@@ -1,4 +1,4 @@
-"""Features: the parts of an image that are switched off and on together.
+"""Features: parts of an image that perturbations switch off and on as a whole.
 
 Given as text (``"grid(size=16)"``, ``"supervoxels(n_segments=80)"``, ``"channels"``), a label map (a NIfTI file, a key
 of the data dictionary or a tensor), or one of the classes here.
@@ -13,7 +13,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,9 @@ class Features:
     """n features of one image.
 
     Attributes:
-        labels: the number of each voxel's feature, 0 … n−1, or −1 where a voxel belongs to none and is never changed:
+        labels: number of each voxel's feature, 0 … n−1, or −1 for voxels that belong to none and are never changed:
             (1, *spatial) for all channels together, else (C, *spatial).
-        names: one a feature.
+        names: one name per feature.
     """
 
     labels: Tensor
@@ -48,11 +48,11 @@ class Features:
 
     @functools.cached_property
     def counts(self) -> Tensor:
-        """Entries of `labels` a feature (n,)."""
+        """Number of entries of `labels` per feature, (n,)."""
         return torch.bincount(self.labels.flatten() + 1, minlength=len(self) + 1)[1:]
 
     def paint(self, values: Tensor) -> Tensor:
-        """Feature values (k, n) at all their voxels: (k, 1 or C, *spatial), zero outside all features."""
+        """Assign feature values (k, n) to all their voxels: (k, 1 or C, *spatial), zero outside all features."""
         padded = torch.cat([values.new_zeros(len(values), 1), values], 1).to(self.labels.device)
         entries = (self.labels + 1).flatten()
         painted = padded.new_empty((len(padded), len(entries)))
@@ -61,11 +61,20 @@ class Features:
         return painted.view(-1, *self.labels.shape)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Feature values (k, n) shared equally between their voxels, so that the sum of the map is that of values."""
+        """Divide feature values (k, n) equally among their voxels, so that the sum of the map is that of the values.
+
+        Returns:
+            (k, 1 or C, *spatial), zero outside all features.
+        """
         return self.paint(values / self.counts.to(values).clamp(min=1))
 
     def table(self, values: Tensor, **more: Tensor) -> list[list[dict[str, Any]]]:
-        """For each target a row a feature: name, value, voxels, and further columns (k, n)."""
+        """Return a table per target with one row per feature: name, value, voxels, and further columns.
+
+        Args:
+            values: (k, n).
+            more: further columns (k, n) by title.
+        """
         counts = self.counts.tolist()
         return [
             [
@@ -78,7 +87,7 @@ class Features:
 
 
 def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    r"""A feature table (an entry of a record) as the text of a CSV file.
+    r"""Format a feature table (an entry of a record) as CSV text.
 
     >>> table_csv([{"feature": "liver", "value": 0.5}])
     'feature,value\nliver,0.5\n'
@@ -91,7 +100,7 @@ def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 class FeatureSpec(Configurable, ABC):
-    """How the features of a case are found."""
+    """A rule that divides the image of a case into features."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,7 +108,7 @@ class FeatureSpec(Configurable, ABC):
 
     @abstractmethod
     def of(self, objective: Objective) -> Features:
-        """The features of the objective's image; the same ones at every call."""
+        """Return the features of the objective's image; equal at every call."""
 
 
 FEATURES: Registry[FeatureSpec] = Registry(
@@ -107,22 +116,20 @@ FEATURES: Registry[FeatureSpec] = Registry(
 )
 
 
-@dataclass(eq=False, repr=False)
 class Grid(FeatureSpec):
     """Boxes that tile the image, named by their first voxel.
 
     Args:
-        size: of a box in voxels; one number for all axes.
-        per_channel: the boxes of each channel are features by themselves.
+        size: size of a box in voxels; one number for all axes, or one per axis.
+        per_channel: True: the boxes of each channel are separate features.
     """
 
     size: int | Sequence[int] = 16
     per_channel: bool = False
-    name: str | None = field(default=None, kw_only=True)
 
     def of(self, objective: Objective) -> Features:
         shape = objective.plan.spatial_shape
-        size = one_an_axis(self.size, len(shape), "grid(size=…)")
+        size = per_axis(self.size, len(shape), "grid(size=…)")
         lines = [torch.arange(n) // s for n, s in zip(shape, size)]
         counts = [int(line[-1]) + 1 for line in lines]
         labels = torch.zeros((), dtype=torch.long)
@@ -134,16 +141,14 @@ class Grid(FeatureSpec):
         return _per_channel(features, _channel_names(objective)) if self.per_channel else features
 
 
-@dataclass(eq=False, repr=False)
 class Channels(FeatureSpec):
     """Each channel of the image is a feature, such as the contrasts of an MR examination.
 
     Args:
-        names: of the channels; None: as the case has them (a bundle's metadata.json), else ``channel 0``, ….
+        names: names of the channels; None: those of the case (a bundle's metadata.json), else ``channel 0``, ….
     """
 
     names: Sequence[str] | None = None
-    name: str | None = field(default=None, kw_only=True)
 
     def of(self, objective: Objective) -> Features:
         image = objective.image
@@ -154,15 +159,14 @@ class Channels(FeatureSpec):
         return Features(labels.expand(image.shape).clone(), names)
 
 
-@dataclass(eq=False, repr=False)
 class LabelMap(FeatureSpec):
     """The regions of a label map, such as an atlas or an organ segmentation.
 
     Args:
         labels: a NIfTI file, a key of the data dictionary, or a tensor (*spatial) or (1, *spatial). A file or
-            MetaTensor with another affine is moved to the network's grid by nearest neighbour.
+            MetaTensor with another affine is resampled to the network's grid by nearest neighbour.
         names: label value to name; None: ``label 1``, ….
-        background: the value that is no feature; None: every value is one.
+        background: the value that is no feature; None: every value is a feature.
 
     Example:
         >>> LabelMap(torch.tensor([[0, 3]]), names={3: "liver"}).parameters["background"]
@@ -172,7 +176,6 @@ class LabelMap(FeatureSpec):
     labels: str | Path | Tensor
     names: Mapping[Any, str] | None = None
     background: int | None = 0
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,17 +188,16 @@ class LabelMap(FeatureSpec):
         return from_values(_labels(self.labels, objective), self._names, self.background)
 
 
-@dataclass(eq=False, repr=False)
 class Supervoxels(FeatureSpec):
     """SLIC supervoxels (Achanta et al. 2012, scikit-image), in 2D and 3D, over all channels together; deterministic.
 
     Args:
-        n_segments: about how many.
+        n_segments: approximate number of supervoxels.
         compactness: weight of distance against intensity, each channel scaled to [0, 1].
         mask: ``"foreground"`` (voxels that differ from the background by more than 5 % of the range, holes filled),
-            ``"everything"``, or a label map as in `LabelMap` whose voxels above zero count. Voxels outside belong to no
-            feature.
-        max_voxels: larger images are segmented on a copy made coarser by a whole factor.
+            ``"everything"``, or a label map as in `LabelMap`, whose voxels above zero are the mask. Voxels outside
+            belong to no feature.
+        max_voxels: larger images are segmented on a copy subsampled by a whole factor.
     """
 
     aliases = ("slic", "superpixels")
@@ -204,7 +206,6 @@ class Supervoxels(FeatureSpec):
     compactness: float = 0.1
     mask: str | Path | Tensor = "foreground"
     max_voxels: int = 1_000_000
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,23 +224,23 @@ class Supervoxels(FeatureSpec):
 
         image = objective.image
         inside = self._mask(objective)
-        step = _step(image, self.max_voxels)
-        mask = _thinned(inside[None], step)[0].cpu().numpy()
-        if self.n_segments == 1:  # of which scikit-image labels nothing where there is a mask
+        step = _subsampling_step(image, self.max_voxels)
+        mask = _subsample(inside[None], step)[0].cpu().numpy()
+        if self.n_segments == 1:  # with a mask, scikit-image labels nothing
             return from_values(inside.long(), {}, 0, "supervoxel")
-        found = slic(
-            _thinned(_unit_range(image), step).cpu().numpy().astype(np.float32),
+        segments = slic(
+            _subsample(_unit_range(image), step).cpu().numpy().astype(np.float32),
             n_segments=self.n_segments,
             compactness=self.compactness,
             channel_axis=0,
             start_label=1,
             mask=None if mask.all() else mask,
         )
-        if not found.any():
+        if not segments.any():
             raise InputError("supervoxels: no voxel of the mask is left on the coarse grid: raise max_voxels")
-        # voxels of the mask between those of the coarse grid belong to the nearest supervoxel
-        nearest = distance_transform_edt(found == 0, return_distances=False, return_indices=True)
-        labels = torch.from_numpy(found[tuple(nearest)].astype(np.int64))
+        # mask voxels between those of the coarse grid belong to the nearest supervoxel
+        nearest = distance_transform_edt(segments == 0, return_distances=False, return_indices=True)
+        labels = torch.from_numpy(segments[tuple(nearest)].astype(np.int64))
         for axis, n in enumerate(inside.shape):
             labels = labels.repeat_interleave(step, axis).narrow(axis, 0, n)
         return from_values(torch.where(inside, labels.to(image.device), 0), {}, 0, "supervoxel")
@@ -256,7 +257,7 @@ class Supervoxels(FeatureSpec):
 
 
 def features_for(spec: Any) -> FeatureSpec:
-    """A `FeatureSpec` from text, a label map (file, tensor or data key ``"key:NAME"``), or an instance.
+    """Make a `FeatureSpec` from text, a label map (file, data key ``"key:NAME"`` or tensor (*spatial)), or an instance.
 
     >>> features_for("grid(8)").parameters
     {'size': 8, 'per_channel': False}
@@ -270,11 +271,11 @@ def features_for(spec: Any) -> FeatureSpec:
     return FEATURES.create(spec)
 
 
-def one_an_axis(value: int | Sequence[int], axes: int, what: str) -> tuple[int, ...]:
-    """A whole number above 0 for each axis, from one for all or one for each.
+def per_axis(value: int | Sequence[int], axes: int, what: str) -> tuple[int, ...]:
+    """Return one whole number above 0 per axis, from one for all axes or one per axis.
 
     Raises:
-        UsageError: not as many as axes, or one is below 1.
+        UsageError: another number of values than axes, or a value below 1.
     """
     several = tuple(value) if isinstance(value, Sequence) else (value,) * axes
     if len(several) != axes or any(v < 1 for v in several):
@@ -285,7 +286,7 @@ def one_an_axis(value: int | Sequence[int], axes: int, what: str) -> tuple[int, 
 
 
 def _labels(what: Any, objective: Objective) -> Tensor:
-    """`label_on_grid` of the image."""
+    """Load a label map (*spatial) on the grid of the objective's image by `label_on_grid`."""
     try:
         return label_on_grid(what, objective.image, objective.case)
     except EsegetaError as error:
@@ -299,16 +300,26 @@ def _channel_names(objective: Objective) -> list[str]:
 
 
 def from_values(values: Tensor, names: Mapping[int, str], background: int | None, word: str = "label") -> Features:
-    """Features from a map of label values (*spatial): consecutive numbers in the order of the values."""
+    """Make features from a map of label values (*spatial), numbered consecutively in the order of the values.
+
+    Args:
+        values: label values, int64.
+        names: label value to name; missing values are named by ``word`` and value.
+        background: the value that is no feature, or None.
+        word: the prefix of generated names.
+
+    Raises:
+        InputError: there is no label besides the background.
+    """
     present, numbers = torch.unique(values, return_inverse=True)
-    found = present.tolist()
-    if background in found:
-        at = found.index(background)
+    labels = present.tolist()
+    if background in labels:
+        at = labels.index(background)
         numbers = torch.where(numbers == at, -1, numbers - (numbers > at).long())
-        found.pop(at)
-    if not found:
+        labels.pop(at)
+    if not labels:
         raise InputError("the feature map has no label on the network's grid: nothing could be switched off")
-    return Features(numbers[None], [names.get(v, f"{word} {v}") for v in found])
+    return Features(numbers[None], [names.get(v, f"{word} {v}") for v in labels])
 
 
 def _per_channel(features: Features, channels: Sequence[str]) -> Features:
@@ -318,35 +329,38 @@ def _per_channel(features: Features, channels: Sequence[str]) -> Features:
 
 
 def _unit_range(image: Tensor) -> Tensor:
-    """Each channel from its 1st to its 99th percentile, on [0, 1]."""
+    """Scale each channel from its 1st … 99th percentile to [0, 1]."""
     low, high = _percentiles(image)
     return ((image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny)).clamp(0, 1)
 
 
-def _step(image: Tensor, voxels: int) -> int:
-    """The whole factor by which an image is thinned out to at most ``voxels``."""
+def _subsampling_step(image: Tensor, voxels: int) -> int:
+    """Return the smallest whole factor that subsamples an image to at most ``voxels`` voxels."""
     step = 1
     while image[0].numel() / step ** (image.ndim - 1) > voxels:
         step += 1
     return step
 
 
-def _thinned(image: Tensor, step: int) -> Tensor:
-    """Every ``step``-th voxel of (C, *spatial)."""
+def _subsample(image: Tensor, step: int) -> Tensor:
+    """Subsample (C, *spatial) to every ``step``-th voxel."""
     for axis in range(1, image.ndim):
         image = image.index_select(axis, torch.arange(0, image.shape[axis], step, device=image.device))
     return image
 
 
 def _percentiles(image: Tensor) -> tuple[Tensor, Tensor]:
-    """The 1st and 99th percentile of each channel, of about a million voxels."""
-    ordered = _thinned(image, _step(image, 1_000_000)).flatten(1).sort(1).values
+    """Estimate the 1st and 99th percentile of each channel, (C, 1, …), from about a million voxels."""
+    ordered = _subsample(image, _subsampling_step(image, 1_000_000)).flatten(1).sort(1).values
     last, axes = ordered.shape[1] - 1, (1,) * (image.ndim - 1)
     return ordered[:, round(0.01 * last)].reshape(-1, *axes), ordered[:, round(0.99 * last)].reshape(-1, *axes)
 
 
 def foreground(image: Tensor) -> Tensor:
-    """Voxels that differ from the background in some channel; everything where that would be nothing."""
+    """Return the mask (*spatial) of voxels of (C, *spatial) that differ from the background in some channel.
+
+    Holes are filled; if no voxel differs, the mask is True everywhere.
+    """
     from scipy.ndimage import binary_fill_holes
 
     low, high = _percentiles(image)

@@ -17,18 +17,26 @@ from esegeta_monai.errors import TargetError
 
 def _affine(case: Case, dimensions: int, what: str) -> np.ndarray:
     if case.affine is None:
-        raise TargetError(f"{what} needs to know where the voxels lie: give the image as a MetaTensor with an affine")
-    return _in_plane(case.affine, dimensions)
+        raise TargetError(f"{what} needs the positions of the voxels: give the image as a MetaTensor with an affine")
+    return _affine_of_axes(case.affine, dimensions)
 
 
 def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> Tensor:
-    """A label map (*spatial) on the grid of the prediction, from a data key, a file or a tensor.
+    """Load a label map on the grid of the prediction from a data key, a file or a tensor.
 
-    A map that knows its place in the world and has another grid is resampled by nearest neighbour.
+    A map with an affine on another grid is resampled by nearest neighbour.
+
+    Args:
+        what: key of ``case.data``, file, or tensor (*spatial) or (1, *spatial).
+        prediction: (K, *spatial).
+        case: data and affine of the case.
+
+    Returns:
+        (*spatial), int64, on the device of the prediction.
 
     Raises:
-        TargetError: no such key or file, one that cannot be read, several channels, values that are no whole numbers,
-            or another grid and no affine to resample by.
+        TargetError: no such key or file, an unreadable file, several channels, values that are not whole numbers, or
+            another grid without an affine to resample by.
     """
     shape = tuple(prediction.shape[1:])
     value: Any = case.data.get(str(what), what) if isinstance(what, (str, Path)) else what
@@ -40,12 +48,12 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
 
         try:
             value = LoadImage(image_only=True, ensure_channel_first=True)(value)
-        except Exception as error:  # each reader has its own errors; all of them mean that the file cannot be read
+        except Exception as error:  # each reader has its own errors for unreadable files
             why = " ".join(str(error).replace(str(value), Path(value).name).split())[:200]
             raise TargetError(f"{Path(value).name} cannot be read as a label map: {why}") from error
-    spatial = _whole_numbers(_without_channel(torch.as_tensor(value), shape))
+    spatial = _to_integers(_without_channel(torch.as_tensor(value), shape))
     affines = [getattr(value, "affine", None), case.affine]
-    known = [_in_plane(a, len(shape)) for a in affines if a is not None]
+    known = [_affine_of_axes(a, len(shape)) for a in affines if a is not None]
     moved = len(known) == 2 and not np.allclose(known[0], known[1], atol=1e-3)
     if tuple(spatial.shape) == shape and not moved:
         return spatial.to(prediction.device)
@@ -57,7 +65,7 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
     from monai.data import MetaTensor
     from monai.transforms import SpatialResample
 
-    # labels of an atlas can be larger than what float32, in which MONAI resamples, tells apart: their numbers are moved
+    # MONAI resamples in float32, which cannot represent all labels of an atlas: resample consecutive numbers instead
     present, numbers = torch.unique(spatial, return_inverse=True)
     source = MetaTensor((numbers + 1)[None].float(), affine=torch.as_tensor(known[0]))
     resample = SpatialResample(mode="nearest", padding_mode="zeros")
@@ -67,7 +75,7 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
 
 
 def _without_channel(label: Tensor, shape: Sequence[int]) -> Tensor:
-    """A label map (*spatial), or (1, *spatial), as such; in 2D also of a file that keeps an axis of length 1 behind."""
+    """Remove the channel of a label map (1, *spatial), and a last axis of length 1 that files of 2D images may have."""
     if label.ndim > len(shape) and label.shape[-1] == 1 and tuple(label.shape[-len(shape) :]) != tuple(shape):
         label = label[..., 0]
     if label.ndim == len(shape) + 1 and len(label) > 1:
@@ -84,13 +92,13 @@ def _without_channel(label: Tensor, shape: Sequence[int]) -> Tensor:
     return spatial
 
 
-def _in_plane(affine: Any, axes: int) -> np.ndarray:
-    """Of the grid's own axes: 2D images have 4x4 ones, of their file, or 3x3 ones."""
+def _affine_of_axes(affine: Any, axes: int) -> np.ndarray:
+    """Reduce an affine to the axes of the grid: that of a 2D image may be 4x4, from its file, or 3x3."""
     return np.asarray(to_affine_nd(axes, np.asarray(affine, dtype=np.float64)))
 
 
-def _whole_numbers(labels: Tensor) -> Tensor:
-    """Label values as int64; files may hold them as floats."""
+def _to_integers(labels: Tensor) -> Tensor:
+    """Convert label values to int64; files may store them as floats."""
     plain = labels.as_subclass(torch.Tensor)
     if not plain.is_floating_point():
         return plain.long()

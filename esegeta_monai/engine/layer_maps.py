@@ -1,7 +1,7 @@
-"""Maps of a layer on the image's grid: which layer, how its positions lie in a window, scattered or blended.
+"""Maps of a layer on the image's grid, blended or scattered.
 
-*Blended* maps are activations: each window's map is interpolated to the window and averaged with ĝ_w.
-*Scattered* maps contain gradients, which carry ĝ_w already: each window's map is spread so that its sum is kept, and
+*Blended* maps are activations: the map of each window is interpolated to the window and averaged with weights ĝ_w.
+*Scattered* maps are gradients, which already contain ĝ_w: the map of each window is spread so that its sum is kept, and
 windows are added.
 """
 
@@ -29,28 +29,31 @@ __all__ += ["to_window"]
 
 
 def with_slice_axis(values: Tensor, plan: WindowPlan) -> Tensor:
-    """Puts back the axis that a 2D network does not see: (…, h, w) to (…, h, 1, w) or the like."""
+    """Restore the axis that a 2D network does not see: (…, h, w) to, for example, (…, h, 1, w)."""
     return values if plan.slice_axis is None else values.unsqueeze(values.ndim - len(plan.roi) + 1 + plan.slice_axis)
 
 
 def spatial_map(values: Tensor, objective: Objective, layer: str, *, lead: int = 1) -> Tensor:
-    """A layer's values (*lead axes, …) as a map (*lead axes, C, *positions) with all axes of the window.
+    """Convert a layer's values (*leading axes, …) to a map (*leading axes, C, *positions) with all axes of the window.
 
-    Tokens (…, T, C) of a transformer are put on their grid, a class token in front aside; maps whose channels come last
-    are turned round.
+    Tokens (…, T, C) of a transformer are placed on their grid, without a class token; channels on the last axis are
+    moved to the front.
 
     Args:
-        lead: number of axes in front: 1 for activations (n, …), 2 for gradients (k, n, …).
+        values: activations or gradients of the layer.
+        objective: network and window plan.
+        layer: dotted name.
+        lead: number of leading axes: 1 for activations (n, …), 2 for gradients (k, n, …).
 
     Raises:
-        MethodError: it is no spatial map; the way out is named.
+        MethodError: the layer has no spatial map; the message names the alternative.
     """
     on_grid = _on_grid(values, objective.model.network, layer, network_roi(objective.plan), lead)
     return with_slice_axis(on_grid, objective.plan)
 
 
 def network_roi(plan: WindowPlan) -> tuple[int, ...]:
-    """Shape of a window as the network sees it: without the axis that `SliceInferer` takes away."""
+    """Return the shape of a window as the network sees it: without the axis that `SliceInferer` removes."""
     return tuple(n for axis, n in enumerate(plan.roi) if axis != plan.slice_axis)
 
 
@@ -69,17 +72,17 @@ def _on_grid(values: Tensor, network: nn.Module, layer: str, roi: Sequence[int],
 
 
 def to_window(values: Tensor, plan: WindowPlan) -> Tensor:
-    """Interpolates (n, C, *positions) linearly to the window (n, C, *roi)."""
+    """Interpolate (n, C, *positions) linearly to the window (n, C, *roi)."""
     if tuple(values.shape[2:]) == plan.roi:
         return values
     return interpolate(values, [line_matrix(0, n, p, n, values.dtype) for p, n in zip(values.shape[2:], plan.roi)])
 
 
 def spread(values: Tensor, plan: WindowPlan) -> Tensor:
-    """Spreads (n, C, *positions) over the window (n, C, *roi), each position's value shared out so that sums stay.
+    """Spread (n, C, *positions) over the window (n, C, *roi) without changing the sum.
 
-    ``out = U v`` with U the linear interpolation, or the mean over a cell where the layer is finer than the window, its
-    columns divided by their sums.
+    ``out = U v``, where U is the linear interpolation, or the mean over a cell if the layer is finer than the window,
+    with columns divided by their sums.
     """
     positions, roi = tuple(values.shape[2:]), plan.roi
     if positions == roi:
@@ -96,7 +99,7 @@ class BlendedActivations(Request):
 
     Args:
         layer: dotted name.
-        weights: α (k, C); or None: every channel for itself; or ``"sum"`` or ``"mean"``: one map of all channels.
+        weights: α (k, C); None: each channel separately; ``"sum"`` or ``"mean"``: one map of all channels.
 
     The result is (k, 1, *spatial) with weights α, else (C or 1, *spatial).
     """
@@ -130,8 +133,8 @@ class BlendedActivations(Request):
                 (up.shape[1], *plan.spatial_shape), dtype=up.dtype, device=self.objective.image.device
             )
         whole = tuple(slice(0, n) for n in plan.spatial_shape)
-        for window, one in zip(view.batch.windows, up):
-            self.grid.blend(self.maps, whole, window, one)
+        for window, window_map in zip(view.batch.windows, up):
+            self.grid.blend(self.maps, whole, window, window_map)
 
     def result(self) -> Tensor:
         assert self.maps is not None
@@ -139,23 +142,23 @@ class BlendedActivations(Request):
 
 
 def input_grid(objective: Objective) -> OutputGrid:
-    """Blending weights on the image's own grid, whatever the network's output grid is."""
+    """Return the blending weights on the image's own grid, whatever the network's output grid is."""
     if objective.grid.out_roi == objective.plan.roi:
         return objective.grid
     return OutputGrid(objective.plan, objective.plan.roi, objective.image.dtype, objective.image.device)
 
 
 def position_weights(objective: Objective, window: int, positions: Sequence[int]) -> Tensor:
-    """ĝ_w on a layer's positions: the mean over each position's cell. It is one for a volume of one window."""
+    """Return ĝ_w on a layer's positions (*positions): the mean over each cell; 1 for a volume of one window."""
     weight = input_grid(objective).weight(window)[None]
     return F.interpolate(weight[None], size=tuple(positions), mode="area")[0, 0]
 
 
 def channel_axis(objective: Objective, layer: str, values: Tensor) -> int:
-    """Where a layer's raw output (n, …) has its channels: the last axis of tokens and Swin blocks, else the first.
+    """Return the channel axis of a layer's raw output (n, …): −1 for tokens and Swin blocks, else 1.
 
     Raises:
-        MethodError: it is no spatial map.
+        MethodError: the output is no spatial map.
     """
     spatial_map(values, objective, layer)
     roi, shape = network_roi(objective.plan), tuple(values.shape[1:])
@@ -164,16 +167,19 @@ def channel_axis(objective: Objective, layer: str, values: Tensor) -> int:
 
 
 class LayerOutput(nn.Module):
-    """A network whose output is one of its layers: each window's map at the window's own resolution, every voxel having
-    the unit whose cell holds it; or a vector, where the layer gives one.
+    """A network whose output is one of its layers, for targets of a layer.
 
-    What a target of a layer is bound to. Layers keep the names that they have in the network.
+    The output is the layer's map at the resolution of the window, where each voxel has the value of the cell that
+    contains it; or a vector, if the layer returns one. Layers keep their names in the network.
 
     Args:
         network: the network.
         layer: dotted name.
-        read: what becomes of the layer's map (n, C, *positions), or vector (n, C), before it is brought to the
-            window's resolution; None: nothing.
+        read: function applied to the layer's map (n, C, *positions), or vector (n, C), before it is resized to the
+            window; None: no function.
+
+    Raises:
+        UsageError: no such layer.
     """
 
     def __init__(self, network: nn.Module, layer: str, read: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -182,7 +188,11 @@ class LayerOutput(nn.Module):
         find_layer(network, layer)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(n, C, *roi), or (n, C)."""
+        """Map windows (n, channels, *roi) to the layer's output (n, C, *roi), or (n, C).
+
+        Raises:
+            MethodError: the layer does not run, or its output is no spatial map.
+        """
         with capture(self.network, [self.layer]) as captured:
             self.network(x, *args, **kwargs)
         if self.layer not in captured:
@@ -194,11 +204,11 @@ class LayerOutput(nn.Module):
         return values if values.ndim == 2 else F.interpolate(values, size=x.shape[2:], mode="nearest-exact")
 
     def get_submodule(self, target: str) -> nn.Module:
-        """A layer by its name in the network."""
+        """Return a layer by its name in the network."""
         return self.network.get_submodule(target)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """The network's modules by their names in it; the root is this module."""
+        """Yield the network's modules with their names in it; the root is this module."""
         yield "", self
         for name, module in self.network.named_modules(*args, **kwargs):
             if name:

@@ -23,8 +23,6 @@ class Progress:
     Attributes:
         passes: windows that went through the network since `start`.
         warnings: texts in the order in which they were given.
-        first_check: time of the first check since `start` (`time.monotonic`), just before the first pass; None: none
-            yet.
     """
 
     def __init__(self, on_pass: Callable[[int], None] | None = None, *, silent: bool = False) -> None:
@@ -32,14 +30,19 @@ class Progress:
         self.passes = 0
         self.warnings: list[str] = []
         self._labels: dict[str, str | None] = {}
-        self.first_check: float | None = None
         self._deadline: float | None = None
         self._limit = 0.0
+        self._pass_limit: int | None = None
 
-    def start(self, time_limit: float | None = None) -> None:
-        """Set all counters to zero and begin a time limit in seconds (None: no limit)."""
+    def start(self, time_limit: float | None = None, pass_limit: int | None = None) -> None:
+        """Set all counters to zero.
+
+        Args:
+            time_limit: seconds from now; None: no limit.
+            pass_limit: window passes after which the method is stopped; None: no limit.
+        """
+        self._pass_limit = pass_limit
         self.passes, self.warnings, self._labels, self._limit = 0, [], {}, time_limit or 0.0
-        self.first_check = None
         self._deadline = None if time_limit is None else time.monotonic() + time_limit
 
     def passed(self, windows: int) -> None:
@@ -49,13 +52,13 @@ class Progress:
             self.on_pass(windows)
 
     def check(self) -> None:
-        """Check the time limit; called before each batch of windows.
+        """Check the limits; called before each batch of windows.
 
         Raises:
-            MethodTimeout: the time limit has passed.
+            MethodTimeout: the time limit has passed, or the limit of passes is reached.
         """
-        if self.first_check is None:
-            self.first_check = time.monotonic()
+        if self._pass_limit is not None and self.passes >= self._pass_limit:
+            raise MethodTimeout(f"stopped at the limit of {self._pass_limit} window passes")
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise MethodTimeout(
                 f"stopped at the time limit of {self._limit:g} s after {self.passes} window passes: raise the limit, "

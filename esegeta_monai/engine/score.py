@@ -28,13 +28,13 @@ Reduction = Literal["sum", "mean"]
 
 @dataclass(frozen=True)
 class Case:
-    """What a target may know of a case besides the prediction.
+    """Information on a case that a target may use besides the prediction.
 
     Args:
-        affine: 4x4 (3x3 in 2D) voxel-to-world matrix of the prediction's grid, RAS mm; None where unknown.
-        data: the case's data dictionary (labels, masks), entries (1 or C, *spatial) on the image's grid or files.
+        affine: 4x4 (3x3 in 2D) voxel-to-world matrix of the prediction's grid, RAS mm; None if unknown.
+        data: data dictionary of the case (labels, masks): entries (1 or C, *spatial) on the image's grid, or files.
         class_names: class index to name, from the bundle's metadata.json.
-        channel_names: of the image, from there too; empty where unknown.
+        channel_names: names of the image channels, from metadata.json; empty if unknown.
     """
 
     affine: Tensor | None = None
@@ -47,14 +47,16 @@ class Score(ABC):
     """A frozen target ``s``: a differentiable function of the prediction on a box of voxels.
 
     Attributes:
-        label: what files and pictures call it.
+        label: name of the target in files and pictures.
         channels: the output channels that ``s`` reads, in order.
-        box: the bounding box of the support, one slice a spatial axis of the prediction (empty for class scores).
-        mask: (len(box) dims) bool, the support inside the box; windows that miss it are never computed.
-        linear: whether ``s`` is linear (affine) in the prediction; only then do per-window scores add up.
+        box: bounding box of the support, one slice per spatial axis of the prediction (empty for class scores).
+        mask: (*box) bool, the support inside the box; windows outside of it are never computed.
+        linear: True if ``s`` is linear (affine) in the prediction; only then do scores of windows add up.
         voxels: number of voxels in the support (1 for a class score).
-        additive: whether ``s`` is a sum over the mask's voxels, each of which counts by itself (see `terms`): then a
-            change of few voxels is scored by looking at these alone.
+        additive: True if ``s`` is a sum of independent terms over the mask's voxels (see `terms`); a change of few
+            voxels then requires only their terms.
+        class_index: the class that ``s`` reads, or None.
+        class_name: its name, or None.
     """
 
     label: str = "target"
@@ -69,32 +71,39 @@ class Score(ABC):
 
     @abstractmethod
     def value(self, prediction: Tensor) -> Tensor:
-        """``s(P)`` for P of shape (..., len(channels), *box): one scalar for each leading index, differentiable, summed
-        in float64."""
+        """Compute ``s(P)`` for P of shape (..., len(channels), *box), differentiable.
+
+        Returns:
+            One scalar per leading index (...), summed in float64.
+        """
 
     def contrast(self, voxels: Tensor) -> Tensor:
-        """What an additive ``s`` depends on, from P at the mask's voxels (..., channels, n): fewer channels, linear in
-        P, where that can be."""
+        """Reduce P at the mask's voxels, (..., channels, n), to the values that an additive ``s`` depends on.
+
+        The result is linear in P and may have fewer channels.
+        """
         return voxels
 
     def terms(self, contrast: Tensor) -> Tensor:
-        """What each voxel of the mask adds to an additive ``s``: (..., n) float64, from `contrast` there."""
+        """Compute the terms of an additive ``s``, (..., n) float64, from `contrast` (..., channels, n)."""
         raise NotImplementedError
 
     def cotangent(self, prediction: Tensor) -> Tensor:
-        """``∂s/∂P`` at P of shape (len(channels), *box), by automatic differentiation."""
+        """Compute ``∂s/∂P``, (len(channels), *box), at P of the same shape by automatic differentiation."""
         with torch.inference_mode(False), torch.enable_grad():
             p = (prediction.clone() if prediction.is_inference() else prediction.detach()).requires_grad_(True)
             (gradient,) = torch.autograd.grad(self.value(p), p)
         return gradient
 
     def window_cotangent(self, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        """``∂s/∂P`` of a linear score in one window: ``cut`` takes a window out of a (…, *box) tensor. A boolean one
-        stands for 0 and 1."""
+        """Compute ``∂s/∂P`` of a linear score in a window; ``cut`` takes the window out of a tensor (…, *box).
+
+        A boolean result represents 0 and 1.
+        """
         return cut(self.cotangent(self._zeros()))
 
     def constant(self) -> float:
-        """``s(0)``: what a linear score adds to the sum over windows."""
+        """Return ``s(0)``, the constant that a linear score adds to the sum over windows."""
         return float(self.value(self._zeros()))
 
     def _zeros(self) -> Tensor:
@@ -103,11 +112,11 @@ class Score(ABC):
 
     @property
     def empty(self) -> bool:
-        """No voxel of the prediction belongs to the target."""
+        """True if no voxel of the prediction belongs to the target."""
         return self.voxels == 0
 
     def crop(self, prediction: Tensor) -> Tensor:
-        """What ``s`` reads of a prediction (..., K, *spatial): (..., len(channels), *box), a view if it can be."""
+        """Crop a prediction (..., K, *spatial) to what ``s`` reads, (..., len(channels), *box); a view if possible."""
         lead, first, n = prediction.ndim - len(self.box) - 1, self.channels[0], len(self.channels)
         if self.channels == tuple(range(first, first + n)):
             read = prediction.narrow(lead, first, n)
@@ -123,11 +132,16 @@ class WeightedScore(Score):
     (``"probability"``), or its logarithm (``"log_probability"``).
 
     Args:
-        mask: bool (*spatial), already frozen; a 0-d True for a classification output.
+        mask: bool (*spatial), frozen; a 0-d True for a classification output.
         class_index: the class c.
         n_classes: number of channels K of the prediction.
         output, activation, reduction: see `Target`.
-        reference: the value r that a regression output is compared with.
+        reference: the value r that is subtracted from a regression output.
+        label: name of the target in files and pictures.
+        class_name: name of the class, or None.
+
+    Raises:
+        TargetError: unknown output, activation or reduction.
     """
 
     additive = True
@@ -167,7 +181,7 @@ class WeightedScore(Score):
         self.voxels = int(torch.count_nonzero(mask))
 
     def over(self, mask: Tensor) -> WeightedScore:
-        """The same score over another mask (*spatial), which may lie on another grid; its mean over the mask."""
+        """Return the mean of the same score over another mask (*spatial), which may be on another grid."""
         other = copy.copy(self)
         other.reduction = "mean"
         other._take(mask)
@@ -181,10 +195,12 @@ class WeightedScore(Score):
         output: Output | None = None,
         reduction: Reduction | None = None,
     ) -> WeightedScore:
-        """The same mask with another class, output or reduction.
+        """Return a score of the same mask with another class, output or reduction; None keeps the present one.
 
         Args:
             n_classes: number of channels K of the prediction.
+            class_index: the class.
+            output, reduction: see `Target`.
         """
         other = copy.copy(self)
         index = self.channels[self._position] if class_index is None else class_index
@@ -200,24 +216,27 @@ class WeightedScore(Score):
     def value(self, prediction: Tensor) -> Tensor:
         lead = prediction.ndim - self.mask.ndim - 1
         voxels = prediction.flatten(lead + 1) if self.mask.ndim else prediction.unsqueeze(-1)
-        # the mask's voxels only, and only those in float64: a whole box of them would cost many volumes
-        seen = take(voxels, true_positions(self.mask).to(voxels.device)).double()
-        return self.terms(self.contrast(seen)).sum(-1)
+        # convert only the mask's voxels to float64: a whole box would need the memory of many volumes
+        selected = take(voxels, true_positions(self.mask).to(voxels.device)).double()
+        return self.terms(self.contrast(selected)).sum(-1)
 
     def contrast(self, voxels: Tensor) -> Tensor:
-        """The softmax of two classes is the sigmoid of their difference."""
-        if not self._of_two:
+        """Reduce the channels (..., 2, n) of a softmax of two classes to their difference (..., 1, n).
+
+        The softmax is the sigmoid of this difference. Other scores read the channels unchanged.
+        """
+        if not self._is_two_class:
             return voxels
         own, other = self._position, 1 - self._position
         return voxels[..., own : own + 1, :] - voxels[..., other : other + 1, :]
 
     @property
-    def _of_two(self) -> bool:
+    def _is_two_class(self) -> bool:
         return self.activation == "softmax" and len(self.channels) == 2
 
     def terms(self, contrast: Tensor) -> Tensor:
         terms = self._transformed(contrast.double())
-        if self.reference or self.output == "logit":  # a logit may be a view of what was given
+        if self.reference or self.output == "logit":  # a logit may be a view of the argument
             terms = terms - self.reference
         return terms / self.voxels if self.reduction == "mean" and self.voxels else terms
 
@@ -225,21 +244,21 @@ class WeightedScore(Score):
         return -self.reference * (1 if self.reduction == "mean" else self.voxels) if self.linear else super().constant()
 
     def _transformed(self, contrast: Tensor) -> Tensor:
-        """``φ(P)(c, ·)`` from `contrast`: (..., n).
+        """Compute ``φ(P)(c, ·)`` (..., n) from `contrast` (..., channels, n).
 
-        By the log-odds of the class, ``P_c − log Σ_{others} exp P``: the derivative p (1 − p) of a probability that
-        rounds to 1 is exact to the last digit, where softmax and sigmoid lose it in 1 − p.
+        It uses the log-odds of the class, ``P_c − log Σ_{others} exp P``: the derivative p (1 − p) of a probability
+        that rounds to 1 is exact to the last digit, whereas softmax and sigmoid lose it in 1 − p.
         """
         if self.output == "logit":
             return contrast[..., 0, :]
-        if self.activation == "softmax" and not self._of_two:
+        if self.activation == "softmax" and not self._is_two_class:
             c = self._position
             others = torch.cat([contrast[..., :c, :], contrast[..., c + 1 :, :]], -2)
             odds = contrast[..., c, :] - torch.logsumexp(others, -2)
         else:
             odds = contrast[..., 0, :]
         if self.output == "probability" and torch.is_inference_mode_enabled():
-            return odds.sigmoid()  # which has no derivative to lose: as exact, in a quarter of the time
+            return odds.sigmoid()  # without a derivative equally exact, in a quarter of the time
         log_probability = torch.nn.functional.logsigmoid(odds)
         return log_probability.exp() if self.output == "probability" else log_probability
 
@@ -250,5 +269,5 @@ class WeightedScore(Score):
         return (weights / self.voxels if self.reduction == "mean" and self.voxels else weights).unsqueeze(0)
 
     def window_cotangent(self, cut: Callable[[Tensor], Tensor]) -> Tensor:
-        weights = cut(self.mask.unsqueeze(0))  # the window alone: no volume of weights is made
+        weights = cut(self.mask.unsqueeze(0))  # only the window, not a volume of weights
         return weights.double() / self.voxels if self.reduction == "mean" and self.voxels else weights

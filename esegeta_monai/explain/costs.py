@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from esegeta_monai.engine.default_layer import default_layer
+from esegeta_monai.engine.default_layer import default_layer, layer_shapes
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.progress import Progress
 from esegeta_monai.engine.run_context import RunContext, SampleComplete
@@ -22,6 +22,9 @@ from esegeta_monai.methods.run import run
 __all__ = ["COSTLY", "Cost", "cost_of", "duration", "table", "too_costly"]
 
 logger = logging.getLogger("esegeta_monai")
+
+MOST_PASSES = 64
+"""Passes of a timed copy per window, after which it is stopped."""
 
 COSTLY = 100_000
 """More perturbations than that are not computed unless the user says so."""
@@ -58,8 +61,7 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
     """Estimate the cost of a method on an objective with one target: known passes times a measured time per pass.
 
     The method is run for ``calibration`` seconds. If it ends in time, its cost is known. Otherwise a cheap copy of it
-    (`Method.cheap_copy`) is timed on the first windows that the target sees: it makes every kind of pass that the
-    method makes.
+    (`Method.cheap_copy`), which makes every kind of pass that the method makes, is timed on few windows.
 
     Args:
         method: the method.
@@ -67,23 +69,28 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
         case, label: index of the case and label of the target, for the result.
         calibration: seconds.
     """
-    name, device = str(method.name), objective.model.device
-    processes = objective.context.processes
+    name, device, processes = str(method.name), objective.model.device, objective.context.processes
     context = RunContext(Progress(silent=True), processes, window_batch=objective.window_batch)
     trial, progress = objective.derive(context=context), context.progress
     reset_peak_memory(device)
+    progress.start(calibration)
+    began = _now(device)
     seconds: float | None
     try:
-        seconds, whole = _time(method, trial, calibration), True
+        run(method, trial)
+        seconds, whole = _now(device) - began, True
         passes = sum(processes.gather(progress.passes))
     except MethodTimeout:
-        passes, whole = method.passes(objective.derive(context=context)), False
+        whole, fresh = False, objective.derive(context=context)
+        searched = 0
+        if hasattr(method, "layer"):
+            fresh.memo("layer shapes", lambda: {shape.name: shape for shape in layer_shapes(fresh)})
         if trial.knows("default layer"):
             progress.start()
-            default_layer(objective.derive(context=context))
-            passes += progress.passes
-        timed = _seconds_per_pass(method, objective)
-        seconds = None if timed is None else timed[0] + passes / processes.size * timed[1]
+            default_layer(fresh)
+            searched = progress.passes
+        passes = method.passes(fresh) + searched
+        seconds = _extrapolated(method, objective, passes / processes.size)
     except EsegetaError as error:
         return Cost(case, name, label, note=str(error))
     predictions, windows = method.predictions(objective), len(objective.windows)
@@ -92,35 +99,39 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
     return Cost(case, name, label, passes, whole or method.passes_exact, naive, seconds, peak_memory(device))
 
 
-def _time(method: Method, objective: Objective, limit: float | None) -> float:
-    """Run a method and return the seconds it took."""
-    device = objective.model.device
-    began = _now(device)
-    objective.context.progress.start(limit)
-    run(method, objective)
-    return _now(device) - began
+def _extrapolated(method: Method, objective: Objective, passes: float) -> float | None:
+    """Extrapolate the seconds of so many passes from a cheap copy, timed on one and on two batches of windows.
+
+    Two sizes tell the time per pass from the time that the method takes once. On a CPU a batch is one window, since a
+    window takes as long alone as in a batch.
+    """
+    batch = 1 if objective.model.device.type == "cpu" else objective.window_batch
+    small, large = (_timed(method, objective, n * batch) for n in (1, 2))
+    if not large[1]:
+        return None
+    rate = (large[0] - small[0]) / (large[1] - small[1]) if large[1] > small[1] else 0.0
+    if rate <= 0:  # too short to be told from noise, or one window is all that the target sees
+        return passes * large[0] / large[1]
+    return max(0.0, large[0] - rate * large[1]) + rate * passes
 
 
-def _seconds_per_pass(method: Method, objective: Objective) -> tuple[float, float] | None:
-    """Time a cheap copy of a method on the first batch of windows that the target sees.
+def _timed(method: Method, objective: Objective, windows: int) -> tuple[float, int]:
+    """Time a cheap copy of a method on the first windows that the target sees.
 
     Returns:
-        Seconds before the first pass, and seconds per window pass; None where the copy makes no pass.
+        Seconds, and window passes.
     """
     context = objective.context.for_sample(SAMPLED, objective.window_batch)
-    first = objective.derive(first_windows=objective.window_batch, context=context)
-    device, progress = objective.model.device, context.progress
+    first, device = objective.derive(first_windows=windows, context=context), objective.model.device
+    context.progress.start(pass_limit=MOST_PASSES * windows)
     began = _now(device)
-    progress.start()
     try:
         run(method.cheap_copy(), first)
-    except SampleComplete:  # enough perturbations were scored
-        pass
-    except EsegetaError as error:  # the first windows alone may have nothing to explain
+    except SampleComplete:
+        logger.debug("%s: a sample of its perturbations was scored", method.name)
+    except EsegetaError as error:  # the limit of passes; or the first windows alone have nothing to explain
         logger.debug("%s: the timed copy ended early: %s", method.name, error)
-    if not progress.passes or progress.first_check is None:
-        return None
-    return progress.first_check - began, (_now(device) - progress.first_check) / progress.passes
+    return _now(device) - began, context.progress.passes
 
 
 def too_costly(method: Method, objective: Objective) -> MethodError | None:

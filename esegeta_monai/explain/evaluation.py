@@ -387,7 +387,6 @@ def _measured(metric: Metric, title: str, subject: MetricInput) -> dict[str, Any
         "parameters": metric.parameters,
     }
     try:
-        metric.reset()
         found = metric.update(subject)
         row |= found.as_json()
         if found.value is None:

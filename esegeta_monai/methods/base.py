@@ -82,7 +82,7 @@ Passes = Generator[Request, Any, "Explained | Tensor"]
 
 
 class Method(Configurable, ABC):
-    """How it is explained. Subclasses are dataclasses, their fields the parameters.
+    """A way to explain. Subclasses become dataclasses; their fields are the parameters.
 
     Every class states ``produces``, ``additive`` and ``units``, or inherits them from a family base; they are checked
     when the class is defined.
@@ -158,8 +158,6 @@ class Method(Configurable, ABC):
 
     def inside(self) -> list[Method]:
         """The methods that are parameters of this one."""
-        if not dataclasses.is_dataclass(self):
-            return []
         return [m for m in (getattr(self, f.name) for f in dataclasses.fields(self)) if isinstance(m, Method)]
 
     def cheap_copy(self) -> Method:
@@ -168,8 +166,6 @@ class Method(Configurable, ABC):
         A number in ``cheap_parameters`` is an upper limit; None is set as it is. Inner methods become cheap copies too.
         A black-box method stays as it is: of its perturbations only some are scored (`Objective.first_windows`).
         """
-        if not dataclasses.is_dataclass(self):
-            return self
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changed: dict[str, Any] = {n: m.cheap_copy() for n, m in own.items() if isinstance(m, Method)}
         if self.needs_gradient or self.cheap_parameters is not Method.cheap_parameters:

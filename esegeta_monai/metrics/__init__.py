@@ -12,6 +12,7 @@ from esegeta_monai.metrics.base import (
     bootstrap,
     magnitude,
     mean_interval,
+    summarise,
     wilson,
 )
 from esegeta_monai.metrics.complexity import EffectiveComplexity, Entropy, Sparseness
@@ -97,5 +98,6 @@ __all__ = [
     "controls",
     "magnitude",
     "mean_interval",
+    "summarise",
     "wilson",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +21,6 @@ from esegeta_monai.utils.registry import json_ready
 __all__ = ["Completeness", "Conservation", "InputInvariance", "shifted"]
 
 
-@dataclass(eq=False, repr=False)
 class Completeness(Metric):
     """The gap ``|Σ a − (F(x) − F(x₀))| / |F(x) − F(x₀)|`` (Sundararajan et al. 2017).
 
@@ -37,7 +35,6 @@ class Completeness(Metric):
     needs = frozenset({"objective"})
 
     baseline: Any = None
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,7 +59,6 @@ class Completeness(Metric):
         return MetricResult(abs(total - (value - at_baseline)) / abs(value - at_baseline), notes=notes)
 
 
-@dataclass(eq=False, repr=False)
 class Conservation(Metric):
     """The gap ``|Σ a − F(x)| / |F(x)|`` (Bach et al. 2015): relevance neither comes from nowhere nor is lost.
 
@@ -75,8 +71,6 @@ class Conservation(Metric):
     higher_is_better = False
     needs = frozenset({"objective"})
 
-    name: str | None = field(default=None, kw_only=True)
-
     def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; a zero map has 1; undefined where the target is zero."""
         value, total = value_of(subject), float(subject.map.sum(dtype=torch.float64))
@@ -85,7 +79,6 @@ class Conservation(Metric):
         return MetricResult(abs(total - value) / abs(value), notes={"sum": total, "value": value})
 
 
-@dataclass(eq=False, repr=False)
 class InputInvariance(Metric):
     """``‖a'(x + c) − a(x)‖ / ‖a(x)‖``, a' of a network that takes c off its input first and so answers alike
     (Kindermans et al. 2019).
@@ -102,7 +95,6 @@ class InputInvariance(Metric):
     compared = False
 
     shift: float = 1.0
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,8 +1,7 @@
 """What a metric is: how far one map can be trusted, as a number with its meaning and its interval.
 
 A metric takes a `MetricInput` (a map, what it explains, whatever else is known of the case) and gives a `MetricResult`.
-Like those of torchmetrics it validates, updates and computes: `Metric.update` measures one map, `Metric.compute`
-summarises all maps since `Metric.reset`.
+`Metric.update` validates and measures one map; `summarise` combines the results of several maps.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ __all__ = [
     "bootstrap",
     "magnitude",
     "mean_interval",
+    "summarise",
     "wilson",
 ]
 
@@ -176,7 +176,7 @@ class MetricResult:
 
 
 class Metric(Configurable, ABC):
-    """How far an explanation can be trusted, in one respect. Subclasses are dataclasses, their fields the parameters.
+    """A measure of how far an explanation can be trusted. Subclasses become dataclasses; fields are parameters.
 
     Every class states ``group``, ``higher_is_better`` and ``meaning``, or inherits them from a family base; they are
     checked when the class is defined.
@@ -189,18 +189,16 @@ class Metric(Configurable, ABC):
         meaning: one sentence that explains the value to a reader of the report.
         compared: whether a map should beat the control maps. Not where controls are perfect by nature: a constant is
             perfectly stable, and an edge detector sparse.
-        proportion: a yes or no a map, so that `compute` gives Wilson's interval.
+        proportion: a yes or no a map, so that `summarise` gives Wilson's interval.
 
     Example:
         >>> from esegeta_monai.metrics import PointingGame
         >>> metric = PointingGame()
         >>> label = torch.tensor([[0, 1], [0, 0]])
-        >>> metric.update(MetricInput(torch.tensor([[[0.1, 3.0], [0.0, 0.0]]]), label=label)).value
-        1.0
-        >>> metric.update(MetricInput(torch.tensor([[[5.0, 3.0], [0.0, 0.0]]]), label=label)).value
-        0.0
-        >>> metric.compute().value, metric.compute().n
-        (0.5, 2)
+        >>> hit = metric.update(MetricInput(torch.tensor([[[0.1, 3.0], [0.0, 0.0]]]), label=label))
+        >>> miss = metric.update(MetricInput(torch.tensor([[[5.0, 3.0], [0.0, 0.0]]]), label=label))
+        >>> hit.value, miss.value, summarise(metric, [hit, miss]).value
+        (1.0, 0.0, 0.5)
     """
 
     group: ClassVar[Group]
@@ -238,44 +236,16 @@ class Metric(Configurable, ABC):
             raise MetricError(f"{self.name}: the label is empty, so nothing can be found in it")
 
     def update(self, subject: MetricInput) -> MetricResult:
-        """Validates and measures one map, and keeps the result for `compute`.
+        """Validate and measure one map.
 
         Raises:
             MetricError: see `validate`.
         """
         self.validate(subject)
         with asking(subject.objective):
-            found = self.measure(subject)
-        found.meaning = found.meaning or self.meaning
-        self._seen().append(found)
-        return found
-
-    def compute(self) -> MetricResult:
-        """All maps since `reset`: of one map what it gave; of several the mean with its interval over the maps.
-
-        Maps about which the metric says nothing are left out of the mean and counted in ``notes["undefined"]``.
-
-        Raises:
-            MetricError: no map yet.
-        """
-        seen = self._seen()
-        if not seen:
-            raise MetricError(f"{self.name} has not seen a map yet: call update first")
-        if len(seen) == 1:
-            return seen[0]
-        values = [m.value for m in seen if m.value is not None]
-        notes = {"undefined": len(seen) - len(values)} if len(values) < len(seen) else {}
-        if not values:
-            return MetricResult(None, n=0, meaning=self.meaning, notes=notes)
-        interval = wilson(values) if self.proportion else mean_interval(values)
-        return MetricResult(float(np.mean(values)), *interval, n=len(values), meaning=self.meaning, notes=notes)
-
-    def reset(self) -> None:
-        """Forgets all maps."""
-        self._seen().clear()
-
-    def _seen(self) -> list[MetricResult]:
-        return self.__dict__.setdefault("_measured", [])
+            result = self.measure(subject)
+        result.meaning = result.meaning or self.meaning
+        return result
 
 
 HOW_TO_GIVE = {
@@ -303,6 +273,26 @@ def better(metric: Metric | type[Metric], a: float | None, b: float | None) -> b
     if a is None or metric.higher_is_better is None:
         return False
     return b is None or (a > b if metric.higher_is_better else a < b)
+
+
+def summarise(metric: Metric | type[Metric], results: Sequence[MetricResult]) -> MetricResult:
+    """Average a metric's results over maps, with the 95 % confidence interval over the maps; a single one is returned.
+
+    Undefined results are left out of the mean and counted in ``notes["undefined"]``.
+
+    Raises:
+        MetricError: no results.
+    """
+    if not results:
+        raise MetricError("there are no results to summarise: measure a map with Metric.update first")
+    if len(results) == 1:
+        return results[0]
+    values = [r.value for r in results if r.value is not None]
+    notes = {"undefined": len(results) - len(values)} if len(values) < len(results) else {}
+    if not values:
+        return MetricResult(None, n=0, meaning=metric.meaning, notes=notes)
+    interval = wilson(values) if metric.proportion else mean_interval(values)
+    return MetricResult(float(np.mean(values)), *interval, n=len(values), meaning=metric.meaning, notes=notes)
 
 
 def magnitude(values: Tensor, sign: Sign = "absolute") -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,17 +15,13 @@ __all__ = ["EffectiveComplexity", "Entropy", "Sparseness"]
 ZERO = "the map is zero everywhere"
 
 
-@dataclass(eq=False, repr=False)
 class _Complexity(Metric):
     """What they share: the magnitude of the map, summed over channels; controls are sparse by nature."""
 
     group = "complexity"
     compared = False
 
-    name: str | None = field(default=None, kw_only=True)
 
-
-@dataclass(eq=False, repr=False)
 class Sparseness(_Complexity):
     """The Gini index of ``|a|``: ``Σ_i (2i − n − 1) a_(i) / (n Σ a)``, a_(i) ascending (Chalasani et al. 2020)."""
 
@@ -44,7 +39,6 @@ class Sparseness(_Complexity):
         return MetricResult(float(((2 * rank - n - 1) * values).sum()) / (n * total))
 
 
-@dataclass(eq=False, repr=False)
 class Entropy(_Complexity):
     """``−Σ_v p ln p / ln n`` with ``p = |a| / Σ |a|`` over n voxels (Bhatt et al. 2020, over its maximum)."""
 
@@ -62,7 +56,6 @@ class Entropy(_Complexity):
         return MetricResult(float(-torch.special.xlogy(values / total, values / total).sum()) / math.log(len(values)))
 
 
-@dataclass(eq=False, repr=False)
 class EffectiveComplexity(_Complexity):
     """The share of the voxels that is needed to hold ``mass`` of the map, strongest first (after Nguyen & Martínez).
 

@@ -6,8 +6,6 @@ explain again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,21 +39,19 @@ class Control(Method, registered=False):
         raise NotImplementedError
 
 
-@dataclass(eq=False, repr=False)
 class RandomControl(Control, registered=False):
     """Independent standard normal values, from the run's seed."""
 
-    name: str | None = field(default="control:random", kw_only=True)
+    name: str | None = "control:random"
 
     def map(self, image: Tensor, seed: int) -> Tensor:
         return random_map(image, seed)
 
 
-@dataclass(eq=False, repr=False)
 class SobelControl(Control, registered=False):
     """Edges of the image: what an untrained eye sees."""
 
-    name: str | None = field(default="control:sobel", kw_only=True)
+    name: str | None = "control:sobel"
 
     @property
     def signed(self) -> bool:
@@ -65,11 +61,10 @@ class SobelControl(Control, registered=False):
         return sobel_map(image)
 
 
-@dataclass(eq=False, repr=False)
 class ConstantControl(Control, registered=False):
     """One everywhere."""
 
-    name: str | None = field(default="control:constant", kw_only=True)
+    name: str | None = "control:constant"
 
     @property
     def signed(self) -> bool:

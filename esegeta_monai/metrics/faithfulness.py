@@ -9,8 +9,7 @@ loses when everything is replaced, so that logits, probabilities and sums over v
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -33,7 +32,6 @@ ZERO = "the map is zero everywhere"
 NEEDS: frozenset[Need] = frozenset({"objective"})
 
 
-@dataclass(eq=False, repr=False)
 class _Curve(Metric):
     """Features removed (or brought back) in the order of the map, and the area under the target's curve."""
 
@@ -46,30 +44,22 @@ class _Curve(Metric):
     steps: int = 20
     baseline: Any = "auto"
     n_samples: int = 3
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_parts(self.features, self.baseline)
-        at_least(self, "steps", self.steps, 2)
-        at_least(self, "n_samples", self.n_samples, 1)
+        _check_curve(self, least_steps=2)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """About 0 to 1 (below or above where the target overshoots)."""
-        if not bool(subject.map.any()):
-            return MetricResult.undefined(ZERO)
-        areas, curves = [], []
-        for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
-            if blind(subject, removal.full):
-                return MetricResult.undefined(NOTHING)
+
+        def curve(removal: Removal) -> _Drawn:
             x, y = removal_curve(removal, self.steps, self.insert)
-            areas.append(float(np.trapezoid(y, x)))
-            curves.append(y)
-        notes = {"features": len(removal.features), "features_seen": len(removal.seen), "steps": len(x) - 1}
-        return _over_draws(areas, x, curves, notes)
+            notes = {"features": len(removal.features), "features_seen": len(removal.seen), "steps": len(x) - 1}
+            return float(np.trapezoid(y, x)), x, y, notes
+
+        return _over_draws(self, subject, curve)
 
 
-@dataclass(eq=False, repr=False)
 class Deletion(_Curve):
     """The area under ``y(t) = (F(x_t) − F(x₀)) / |F(x) − F(x₀)|``, the share t of features removed in the map's order
     (Petsiuk et al. 2018), strongest first.
@@ -88,7 +78,6 @@ class Deletion(_Curve):
     insert = False
 
 
-@dataclass(eq=False, repr=False)
 class Insertion(_Curve):
     """The area under ``y(t)`` of `Deletion`, features brought back into the baseline, strongest first.
 
@@ -117,16 +106,32 @@ def removal_curve(removal: Removal, steps: int, insert: bool) -> tuple[np.ndarra
     return counts / len(order), y
 
 
-def _over_draws(
-    values: Sequence[float], x: np.ndarray, curves: Sequence[np.ndarray], notes: dict[str, Any]
-) -> MetricResult:
-    """The mean over draws, of values and of curves."""
-    low, high = mean_interval(values)
-    curve = {"x": x.tolist(), "y": np.mean(curves, 0).tolist()}
-    return MetricResult(float(np.mean(values)), low, high, len(values), curve=curve, notes=notes)
+def _check_curve(metric: Any, least_steps: int = 1) -> None:
+    """Check the parameters that all metrics of a removal curve have."""
+    check_parts(metric.features, metric.baseline)
+    at_least(metric, "steps", metric.steps, least_steps)
+    at_least(metric, "n_samples", metric.n_samples, 1)
 
 
-@dataclass(eq=False, repr=False)
+_Drawn = tuple[float, np.ndarray, np.ndarray, dict[str, Any]]
+"""Of one draw: the area, x and y of the curve, and notes."""
+
+
+def _over_draws(metric: Any, subject: MetricInput, curve: Callable[[Removal], _Drawn]) -> MetricResult:
+    """Average areas and curves over the draws of a metric's baseline; undefined where nothing can be removed."""
+    if not bool(subject.map.any()):
+        return MetricResult.undefined(ZERO)
+    areas, curves = [], []
+    for removal in drawn_removals(subject, metric.features, metric.baseline, metric.n_samples):
+        if blind(subject, removal.full):
+            return MetricResult.undefined(NOTHING)
+        area, x, y, notes = curve(removal)
+        areas.append(area)
+        curves.append(y)
+    mean = {"x": x.tolist(), "y": np.mean(curves, 0).tolist()}
+    return MetricResult(float(np.mean(areas)), *mean_interval(areas), len(areas), curve=mean, notes=notes)
+
+
 class IROF(Metric):
     """Iterative removal of features: ``1/L Σ_l (F(x) − F(x_l)) / |F(x) − F(x₀)|``, supervoxels replaced by their mean
     in the order of the map's mean over them (Rieger & Hansen 2020).
@@ -150,29 +155,21 @@ class IROF(Metric):
     baseline: Any = "feature mean"
     steps: int = 60
     n_samples: int = 3
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_parts(self.features, self.baseline)
-        at_least(self, "steps", self.steps, 1)
-        at_least(self, "n_samples", self.n_samples, 1)
+        _check_curve(self)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """About 0 to 1."""
-        if not bool(subject.map.any()):
-            return MetricResult.undefined(ZERO)
-        areas, curves = [], []
-        for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
-            if blind(subject, removal.full):
-                return MetricResult.undefined(NOTHING)
+
+        def curve(removal: Removal) -> _Drawn:
             x, y = removal_curve(removal, self.steps, insert=False)
-            areas.append(float((y[0] - y[1:]).mean()))
-            curves.append(y)
-        return _over_draws(areas, x, curves, {"steps": len(x) - 1})
+            return float((y[0] - y[1:]).mean()), x, y, {"steps": len(x) - 1}
+
+        return _over_draws(self, subject, curve)
 
 
-@dataclass(eq=False, repr=False)
 class RegionPerturbation(Metric):
     """Area over the most-relevant-first perturbation curve, ``AOPC = 1/(L+1) Σ_{l=0..L} (F(x) − F(x_l))``, in units of
     ``|F(x) − F(x₀)|``: blocks replaced one by one by random values (Samek et al. 2017).
@@ -194,35 +191,25 @@ class RegionPerturbation(Metric):
     features: Any = "blocks"
     baseline: Any = "uniform"
     n_samples: int = 3
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_parts(self.features, self.baseline)
-        at_least(self, "steps", self.steps, 1)
-        at_least(self, "n_samples", self.n_samples, 1)
+        _check_curve(self)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """About 0 to 1."""
-        if not bool(subject.map.any()):
-            return MetricResult.undefined(ZERO)
-        areas, curves = [], []
-        for removal in drawn_removals(subject, self.features, self.baseline, self.n_samples):
-            full = removal.full
-            if blind(subject, full):
-                return MetricResult.undefined(NOTHING)
-            order = removal.order
-            count = min(self.steps, len(order))
+
+        def curve(removal: Removal) -> _Drawn:
+            count = min(self.steps, len(removal.order))
             coalitions = np.ones((count + 1, len(removal.features)), dtype=bool)
             for step in range(1, count + 1):
-                coalitions[step, order[:step]] = False
-            lost = -removal.own(coalitions) / abs(full)
-            areas.append(float(lost.mean()))
-            curves.append(lost)
-        return _over_draws(areas, np.arange(len(curves[0])), curves, {})
+                coalitions[step, removal.order[:step]] = False
+            lost = -removal.own(coalitions) / abs(removal.full)
+            return float(lost.mean()), np.arange(len(lost)), lost, {}
+
+        return _over_draws(self, subject, curve)
 
 
-@dataclass(eq=False, repr=False)
 class FaithfulnessCorrelation(Metric):
     """Pearson's correlation, over random sets S of features, between ``Σ_S a`` and ``F(x) − F(x with S replaced)``
     (Bhatt et al. 2020).
@@ -243,7 +230,6 @@ class FaithfulnessCorrelation(Metric):
     subset: float = 0.25
     features: Any = "blocks"
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,7 +250,6 @@ class FaithfulnessCorrelation(Metric):
         return MetricResult(float(value), low, high, len(said), notes={"subset_size": size})
 
 
-@dataclass(eq=False, repr=False)
 class SensitivityN(Metric):
     """`FaithfulnessCorrelation` for sets of n features, n from one to most of them; mean over n (Ancona et al. 2018).
 
@@ -284,7 +269,6 @@ class SensitivityN(Metric):
     n_samples: int = 12
     features: Any = "blocks"
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -329,7 +313,6 @@ def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.where(flat, np.nan, (a * b).sum(1) / np.where(flat, 1, scale))
 
 
-@dataclass(eq=False, repr=False)
 class Infidelity(Metric):
     """``min_β E[(β Iᵀa − ΔF)²] / E[ΔF²]`` with ``ΔF = F(x) − F(x − I)`` (Yeh et al. 2019, normalised by the best scale
     β as there).
@@ -363,7 +346,6 @@ class Infidelity(Metric):
     baseline: Any = "auto"
     std: float = 0.1
     keep_sign: bool = True
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

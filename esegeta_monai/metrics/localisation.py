@@ -7,7 +7,6 @@ value is the expectation over all orders of them, so that a flat map gains nothi
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,7 +22,6 @@ SHELLS_MM = (0.0, 5.0, 10.0, 20.0)
 """Edges of the distance shells: inside, 0-5, 5-10, 10-20 mm, beyond."""
 
 
-@dataclass(eq=False, repr=False)
 class _Localisation(Metric):
     """What they share: a label, and the magnitude by a sign.
 
@@ -41,7 +39,6 @@ class _Localisation(Metric):
         return values, subject.label.to(values.device).flatten()
 
 
-@dataclass(eq=False, repr=False)
 class PointingGame(_Localisation):
     """Whether the strongest voxel lies in the label (Zhang et al. 2018): 1 or 0; over maps, the rate of hits.
 
@@ -56,7 +53,6 @@ class PointingGame(_Localisation):
 
     tolerance_mm: float = 0.0
     sign: Sign = "absolute"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,7 +74,6 @@ class PointingGame(_Localisation):
         )
 
 
-@dataclass(eq=False, repr=False)
 class RelevanceMass(_Localisation):
     """The share of the map's magnitude that lies in the label: ``Σ_label |a| / Σ |a|`` (Arras et al. 2022).
 
@@ -90,7 +85,6 @@ class RelevanceMass(_Localisation):
     meaning = "Share of the map that lies in the label; a flat map has the label's share of the volume."
 
     sign: Sign = "absolute"
-    name: str | None = field(default=None, kw_only=True)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]; a zero map has no mass anywhere: 0."""
@@ -100,7 +94,6 @@ class RelevanceMass(_Localisation):
         return MetricResult(mass, notes={"chance": float(label.double().mean())})
 
 
-@dataclass(eq=False, repr=False)
 class RelevanceRank(_Localisation):
     """Of the K strongest voxels, K the label's size, the share in the label (Arras et al. 2022).
 
@@ -112,7 +105,6 @@ class RelevanceRank(_Localisation):
     meaning = "Of as many strongest voxels as the label has, the share that lies in it; chance is the label's share."
 
     sign: Sign = "absolute"
-    name: str | None = field(default=None, kw_only=True)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]; zeros of the map belong to no top: a zero map gets 0."""
@@ -122,7 +114,6 @@ class RelevanceRank(_Localisation):
         )
 
 
-@dataclass(eq=False, repr=False)
 class TopKIntersection(_Localisation):
     """Of the k strongest voxels, the share in the label (Theiner et al. 2022).
 
@@ -136,7 +127,6 @@ class TopKIntersection(_Localisation):
 
     k: float = 0.01
     sign: Sign = "absolute"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -152,7 +142,6 @@ class TopKIntersection(_Localisation):
         return MetricResult(share_of_top(values, label, k), notes={"k": k, "best_possible": best})
 
 
-@dataclass(eq=False, repr=False)
 class LocalisationAUC(_Localisation):
     """Area under the ROC curve of the map as a detector of the label's voxels (ties count half).
 
@@ -165,7 +154,6 @@ class LocalisationAUC(_Localisation):
     meaning = "Chance that a voxel of the label has a stronger value than one outside; 0.5 is no better than nothing."
 
     sign: Sign = "absolute"
-    name: str | None = field(default=None, kw_only=True)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]; undefined for a zero map, and where the label fills the volume."""
@@ -182,7 +170,6 @@ class LocalisationAUC(_Localisation):
         return MetricResult(float((ranks - n * (n + 1) / 2) / (n * m)))
 
 
-@dataclass(eq=False, repr=False)
 class DistanceProfile(_Localisation):
     """How far from the label the map lies, in mm: ``Σ d(v) |a(v)| / Σ |a|`` with d = 0 in the label.
 
@@ -198,7 +185,6 @@ class DistanceProfile(_Localisation):
     needs = frozenset({"label", "spacing"})
 
     sign: Sign = "absolute"
-    name: str | None = field(default=None, kw_only=True)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """mm; undefined for a zero map."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +26,6 @@ from esegeta_monai.utils.registry import json_ready
 __all__ = ["ROAD", "AverageDrop", "AverageGain", "AverageIncrease", "imputed"]
 
 
-@dataclass(eq=False, repr=False)
 class _Masked(Metric):
     """The image seen through the map: ``x' = x₀ + m (x − x₀)``, m the positive part of the map, summed over channels,
     from its smallest to its greatest value on [0, 1].
@@ -39,7 +37,6 @@ class _Masked(Metric):
     needs = NEEDS
 
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +83,6 @@ def unit_mask(values: Tensor) -> Tensor:
     return (mask - mask.min()) / spread if float(spread) > 0 else torch.zeros_like(mask)
 
 
-@dataclass(eq=False, repr=False)
 class AverageDrop(_Masked):
     """``max(0, p(x) − p(x')) / p(x)``: how much of the class's probability is lost when only what the map shows is left
     (Chattopadhay et al. 2018).
@@ -106,7 +102,6 @@ class AverageDrop(_Masked):
         return MetricResult(max(0.0, before - after) / before, notes={"before": before, "after": after})
 
 
-@dataclass(eq=False, repr=False)
 class AverageIncrease(_Masked):
     """Whether the class's probability rises when only what the map shows is left: 1 or 0; over maps, the rate.
 
@@ -124,7 +119,6 @@ class AverageIncrease(_Masked):
         return MetricResult(float(after > before), notes={"before": before, "after": after})
 
 
-@dataclass(eq=False, repr=False)
 class AverageGain(_Masked):
     """``max(0, p(x') − p(x)) / (1 − p(x))``: the counterpart of `AverageDrop` (Zhang et al. 2024).
 
@@ -147,7 +141,6 @@ ITERATIONS = 2000
 """Of conjugate gradients at most; some tens are needed."""
 
 
-@dataclass(eq=False, repr=False)
 class ROAD(Metric):
     """Remove and debias: the target's loss when a share of the voxels is imputed from its neighbours, so that the mask
     itself tells nothing (Rong et al. 2022). In units of ``|F(x) − F(x₀)|``.
@@ -174,7 +167,6 @@ class ROAD(Metric):
     shares: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9)
     baseline: Any = "auto"
     noise: float = 0.01
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

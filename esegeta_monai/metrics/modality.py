@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +16,6 @@ from esegeta_monai.utils.registry import json_ready
 __all__ = ["MSFI", "ModalityImportance", "channel_importance"]
 
 
-@dataclass(eq=False, repr=False)
 class _Modality(Metric):
     """What they share: the exact Shapley value of each channel, from 2^C predictions."""
 
@@ -26,7 +24,6 @@ class _Modality(Metric):
     higher_is_better = True
 
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +53,6 @@ def channel_importance(subject: MetricInput, baseline: Any) -> np.ndarray:
     return subject.once(("channel importance", by), find)[subject.target]
 
 
-@dataclass(eq=False, repr=False)
 class ModalityImportance(_Modality):
     """Correlation over channels between the map's sum and the channel's exact Shapley value (Jin et al. 2022).
 
@@ -91,7 +87,6 @@ class ModalityImportance(_Modality):
         return MetricResult(float(found), notes=notes)
 
 
-@dataclass(eq=False, repr=False)
 class MSFI(_Modality):
     """Modality-specific feature importance: ``Σ_c φ_c · (Σ_label a_c⁺ / Σ a_c⁺) / Σ_c φ_c`` (Jin et al. 2022): the
     share of the map in the label, channel by channel, weighed by what the channel is worth.

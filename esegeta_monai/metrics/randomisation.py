@@ -10,7 +10,6 @@ import copy
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -139,7 +138,6 @@ def _reset(module: nn.Module) -> None:
         parameter.copy_(torch.randn_like(parameter) * spread + float(parameter.mean()))
 
 
-@dataclass(eq=False, repr=False)
 class _Randomised(Metric):
     """Layers in stages from the output to the input, the explanation of each stage compared with the true one."""
 
@@ -151,7 +149,6 @@ class _Randomised(Metric):
     stages: int = 6
     n_samples: int = 2
     similarity: Similarity = "spearman"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,7 +203,6 @@ def _check(kind: str) -> None:
         raise UsageError(f"similarity={kind!r}: give 'spearman' or 'ssim'")
 
 
-@dataclass(eq=False, repr=False)
 class CascadingRandomisation(_Randomised):
     """Layers re-initialised one after the other from the output to the input, each stage on top of the one before; the
     mean similarity of the maps to the true one over the stages (Adebayo et al. 2018).
@@ -224,7 +220,6 @@ class CascadingRandomisation(_Randomised):
         return self._stages(subject, cascading=True)
 
 
-@dataclass(eq=False, repr=False)
 class IndependentRandomisation(_Randomised):
     """Each stage of layers re-initialised alone, all others as learnt (Adebayo et al. 2018).
 
@@ -239,7 +234,6 @@ class IndependentRandomisation(_Randomised):
         return self._stages(subject, cascading=False)
 
 
-@dataclass(eq=False, repr=False)
 class RandomLogit(Metric):
     """Similarity of the map to that of other classes under the same mask (Sixt et al. 2020).
 
@@ -256,7 +250,6 @@ class RandomLogit(Metric):
 
     n_samples: int = 3
     similarity: Similarity = "spearman"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -280,7 +273,6 @@ class RandomLogit(Metric):
         return MetricResult(float(np.mean(found)), low, high, len(found), notes={"classes": chosen})
 
 
-@dataclass(eq=False, repr=False)
 class DataRandomisation(Metric):
     """Similarity of the map to that of the same network trained on random labels (Adebayo et al. 2018).
 
@@ -301,7 +293,6 @@ class DataRandomisation(Metric):
 
     network: Any = None
     similarity: Similarity = "spearman"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -104,7 +104,6 @@ def _norm(maps: Tensor) -> np.ndarray:
     return maps.flatten(1).norm(dim=1).cpu().numpy()
 
 
-@dataclass(eq=False, repr=False)
 class _Robustness(Metric):
     """What they share. Controls that ignore the image are perfectly stable, so there is nothing to beat.
 
@@ -118,7 +117,6 @@ class _Robustness(Metric):
 
     radius: float = 0.02
     n_samples: int = 10
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,13 +144,11 @@ class _Robustness(Metric):
         return MetricResult(float(ratio.max()), low, high, len(ratio), notes={"mean": float(ratio.mean())})
 
 
-@dataclass(eq=False, repr=False)
 class _Sensitivity(_Robustness):
     def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
         return found.maps[k] / found.norm[k]
 
 
-@dataclass(eq=False, repr=False)
 class MaxSensitivity(_Sensitivity):
     """``max ‖a(x + ε) − a(x)‖ / ‖a(x)‖`` over uniform noise ``|ε| ≤ radius`` (Yeh et al. 2019).
 
@@ -165,7 +161,6 @@ class MaxSensitivity(_Sensitivity):
     meaning = "Greatest relative change of the map under small noise on the image; small: stable."
 
 
-@dataclass(eq=False, repr=False)
 class AverageSensitivity(_Sensitivity):
     """The mean of ``‖a(x + ε) − a(x)‖ / ‖a(x)‖``, see `MaxSensitivity` (Yeh et al. 2019, Bhatt et al. 2020).
 
@@ -181,7 +176,6 @@ class AverageSensitivity(_Sensitivity):
         return MetricResult(float(ratio.mean()), *mean_interval(ratio), n=len(ratio))
 
 
-@dataclass(eq=False, repr=False)
 class LocalLipschitz(_Robustness):
     """``max ‖a(x + ε) − a(x)‖ / ‖ε‖`` (Alvarez-Melis & Jaakkola 2018), the map scaled to norm 1, so that maps compare.
 
@@ -200,7 +194,6 @@ class LocalLipschitz(_Robustness):
         return found.maps[k] / found.inputs / (found.norm[k] if self.scaled else 1.0)
 
 
-@dataclass(eq=False, repr=False)
 class RelativeInputStability(_Robustness):
     """``max [‖a' − a‖ / ‖a‖] / [‖x' − x‖ / ‖x‖]`` (Agarwal et al. 2022).
 
@@ -222,7 +215,6 @@ class RelativeInputStability(_Robustness):
         return found.maps[k] / found.norm[k] / (found.inputs / found.input_norm)
 
 
-@dataclass(eq=False, repr=False)
 class RelativeOutputStability(_Robustness):
     """``max [‖a' − a‖ / ‖a‖] / [|F(x') − F(x)| / |F(x)|]`` (Agarwal et al. 2022, of the target in place of all logits).
 

@@ -1,4 +1,4 @@
-"""Targets: which scalar of the prediction is explained, and the public names for writing one."""
+"""Targets: the scalar of the prediction that is explained, and the public names for custom targets."""
 
 from __future__ import annotations
 

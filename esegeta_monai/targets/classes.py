@@ -1,8 +1,7 @@
-"""Targets that are a class of the prediction: a class score, the voxels of a class, the voxels above a threshold."""
+"""Targets of a class: its score, its voxels, or the voxels above a threshold."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -10,20 +9,19 @@ from torch import Tensor
 
 from esegeta_monai.engine.score import Activation, Case, Output, Reduction, Score, WeightedScore
 from esegeta_monai.errors import TargetError
-from esegeta_monai.targets.base import Target, need_map, resolve_class
+from esegeta_monai.targets.base import Target, masked_score, need_map, resolve_class
 
 __all__ = ["ClassScore", "MultiClassMask", "PredictedClasses", "ThresholdMask"]
 
 
-@dataclass(eq=False, repr=False)
 class ClassScore(Target):
     """The score of a class of a classification network: ``s(P) = φ(P)(c)``.
 
     Args:
-        class_index: a number, a name of metadata.json, or ``"predicted"``: the class of the greatest output.
+        class_index: number of the class, its name in metadata.json, or ``"predicted"``: that of the largest output.
         output: ``"logit"``, ``"probability"`` or ``"log_probability"``.
         activation: see `Target`.
-        top_k: with ``"predicted"``, one score for each of the k greatest outputs.
+        top_k: with ``"predicted"``: one score for each of the k largest outputs.
 
     >>> score = ClassScore("predicted").bind(torch.tensor([0.5, 2.0]), Case())[0]
     >>> score.class_index, float(score.value(torch.tensor([2.0])))
@@ -34,17 +32,16 @@ class ClassScore(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     top_k: int = 1
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score for each class asked for.
+        """Return one score per requested class; ``prediction`` is (K,), or (K, 1, …).
 
         Raises:
-            TargetError: the prediction has voxels, or lacks the class.
+            TargetError: the prediction has voxels or no such class.
         """
         if prediction.ndim > 1 and prediction[0].numel() != 1:
             raise TargetError(
-                f"ClassScore is for networks that give one number a class, but the prediction has voxels "
+                f"ClassScore is for networks that give one number per class, but the prediction has voxels "
                 f"{tuple(prediction.shape[1:])}: use MultiClassMask, ThresholdMask or Voxel"
             )
         n_classes = prediction.shape[0]
@@ -54,33 +51,18 @@ class ClassScore(Target):
             wanted: list[int | str] = prediction.flatten().topk(self.top_k).indices.tolist()
         else:
             wanted = [self.class_index]
-        scores: list[Score] = []
-        for which in wanted:
-            index, class_name = resolve_class(which, n_classes, case.class_names)
-            mask = torch.ones(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
-            scores.append(
-                WeightedScore(
-                    mask,
-                    index,
-                    n_classes,
-                    output=self.output,
-                    activation=self.activation,
-                    label=self.given_name or f"{type(self).__name__}-{class_name}",
-                    class_name=class_name,
-                )
-            )
-        return scores
+        mask = torch.ones(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
+        return [masked_score(self, mask, which, prediction, case) for which in wanted]
 
 
-@dataclass(eq=False, repr=False)
 class MultiClassMask(Target):
-    """The voxels that were given to a class: ``s(P) = Σ_v m(v) φ(P)(c, v)``, ``m(v) = [argmax_k P(k, v) = c]``.
+    """The voxels of a predicted class: ``s(P) = Σ_v m(v) φ(P)(c, v)``, ``m(v) = [argmax_k P(k, v) = c]``.
 
-    The mask is frozen from the unperturbed prediction. A network of one channel is cut at probability 0.5 (logit 0)
-    instead of by argmax. TorchEsegeta calls this target ``multi_class``.
+    The mask is frozen from the unperturbed prediction. For a network of one channel, the mask is probability > 0.5
+    (logit > 0) instead of the argmax. TorchEsegeta calls this target ``multi_class``.
 
     Args:
-        class_index: a number or a name of metadata.json.
+        class_index: number of the class, or its name in metadata.json.
         output, activation, reduction: see `Target`.
 
     >>> prediction = torch.tensor([[[0.0, 3.0]], [[1.0, 2.0]]])  # 2 classes, a 1x2 image
@@ -92,43 +74,29 @@ class MultiClassMask(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score.
+        """Return one score; ``prediction`` is (K, *spatial).
 
         Raises:
             TargetError: the network has no such class, or classifies whole images.
         """
         need_map(prediction, self)
-        n_classes = prediction.shape[0]
-        index, class_name = resolve_class(self.class_index, n_classes, case.class_names)
-        return [
-            WeightedScore(
-                class_mask(prediction, index, self.activation),
-                index,
-                n_classes,
-                output=self.output,
-                activation=self.activation,
-                reduction=self.reduction,
-                label=self.given_name or f"{type(self).__name__}-{class_name}",
-                class_name=class_name,
-            )
-        ]
+        index, _ = resolve_class(self.class_index, prediction.shape[0], case.class_names)
+        return [masked_score(self, class_mask(prediction, index, self.activation), index, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class ThresholdMask(Target):
     """The voxels above (or below) a threshold: ``s(P) = Σ_v m(v) φ(P)(c, v)``, ``m(v) = [value(P)(c, v) > t]``.
 
-    What is summed is the output under the frozen mask, never a count of voxels, whose gradient would be zero.
+    The sum is over the output under the frozen mask, not over voxels counted, whose gradient would be zero.
     TorchEsegeta calls this target ``threshold_based``.
 
     Args:
-        threshold: a number in the units of ``value``, or ``"otsu"`` (Otsu 1979, on that channel's values).
-        channel: the output channel, by number or name.
-        above: the voxels above the threshold, else those at or below it.
-        value: what is compared: ``"sigmoid"``, ``"softmax"`` or ``"raw"`` network output.
+        threshold: a number in the units of ``value``, or ``"otsu"`` (Otsu 1979, on the values of that channel).
+        channel: number or name of the output channel.
+        above: True: the voxels above the threshold; False: those at or below it.
+        value: the compared value: ``"sigmoid"``, ``"softmax"`` or ``"raw"`` network output.
         output, activation, reduction: see `Target`; ``activation`` follows ``value`` unless given.
 
     >>> prediction = torch.tensor([[[-1.0, 3.0, 0.1]]])  # one channel, a 1x3 image
@@ -143,17 +111,15 @@ class ThresholdMask(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score.
+        """Return one score; ``prediction`` is (K, *spatial).
 
         Raises:
-            TargetError: no such channel, an unknown kind of value or threshold, or no voxels in the prediction.
+            TargetError: no such channel, an invalid threshold, or no voxels in the prediction.
         """
         need_map(prediction, self)
-        n_classes = prediction.shape[0]
-        index, class_name = resolve_class(self.channel, n_classes, case.class_names, "channel")
+        index, _ = resolve_class(self.channel, prediction.shape[0], case.class_names, "channel")
         compared = self._values(prediction, index)
         threshold = otsu(compared) if self.threshold == "otsu" else self.threshold
         if isinstance(threshold, str):
@@ -161,18 +127,8 @@ class ThresholdMask(Target):
         activation = self.activation
         if activation == "auto" and self.value != "raw":
             activation = self.value
-        return [
-            WeightedScore(
-                compared > threshold if self.above else compared <= threshold,
-                index,
-                n_classes,
-                output=self.output,
-                activation=activation,
-                reduction=self.reduction,
-                label=self.given_name or f"{type(self).__name__}-{class_name}",
-                class_name=class_name,
-            )
-        ]
+        mask = compared > threshold if self.above else compared <= threshold
+        return [masked_score(self, mask, index, prediction, case, activation=activation)]
 
     def _values(self, prediction: Tensor, index: int) -> Tensor:
         if self.value == "sigmoid":
@@ -182,13 +138,12 @@ class ThresholdMask(Target):
         return prediction[index]
 
 
-@dataclass(eq=False, repr=False)
 class PredictedClasses(Target):
-    """Every class that was predicted, background aside: a `MultiClassMask` each, or the `ClassScore` of a whole image.
+    """All predicted classes except the background: one `MultiClassMask` per class, or a `ClassScore` of whole images.
 
     Args:
-        background: the class that is left out, by number or name; ``"auto"``: the one called background, else class 0
-            of a softmax network; None: no class is.
+        background: number or name of the excluded class; ``"auto"``: the class called background, else class 0 of a
+            softmax network; None: no class is excluded.
         output, activation, reduction: see `Target`.
 
     >>> prediction = torch.tensor([[[2.0, 0.0]], [[1.0, 1.0]], [[0.0, 0.5]]])  # 3 classes, a 1x2 image
@@ -200,13 +155,12 @@ class PredictedClasses(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """A score for each predicted class; one empty score where there is none.
+        """Return one score per predicted class, or one empty score; ``prediction`` is (K, *spatial), or (K,).
 
         Raises:
-            TargetError: the network has no class that ``background`` names.
+            TargetError: the network has no class called ``background``.
         """
         if prediction.ndim == 1 or prediction[0].numel() == 1:
             return ClassScore("predicted", self.output, self.activation, name=self.given_name).bind(prediction, case)
@@ -233,20 +187,25 @@ class PredictedClasses(Target):
 
 
 def class_mask(prediction: Tensor, index: int, activation: Activation) -> Tensor:
-    """The voxels (*spatial) given to class ``index``: argmax over channels, or logit > 0 where channels are apart."""
+    """Return the mask (*spatial) of class ``index`` from a prediction (K, *spatial).
+
+    It is the argmax over channels, or logit > 0 for one channel or sigmoid channels.
+    """
     if prediction.shape[0] == 1 or activation == "sigmoid":
         return prediction[index] > 0
-    # The first of the largest wins. torch's argmax over the first axis takes ten times as long as these comparisons.
-    mine, mask = prediction[index], torch.ones_like(prediction[index], dtype=torch.bool)
+    # Ties go to the first class, as in argmax. torch's argmax over the first axis takes ten times as long.
+    output, mask = prediction[index], torch.ones_like(prediction[index], dtype=torch.bool)
     for other in prediction[:index]:
-        mask &= other < mine
+        mask &= other < output
     for other in prediction[index + 1 :]:
-        mask &= other <= mine
+        mask &= other <= output
     return mask
 
 
 def otsu(values: Tensor) -> float:
-    """Otsu's threshold: the cut that maximises the variance between the two groups (Otsu 1979), without bins.
+    """Compute Otsu's threshold of values of any shape, without bins.
+
+    It maximises the variance between the two groups (Otsu 1979).
 
     Raises:
         TargetError: all values are equal.
@@ -257,7 +216,7 @@ def otsu(values: Tensor) -> float:
     ordered = values.detach().double().flatten().sort().values
     cuts = torch.nonzero(ordered[1:] > ordered[:-1]).flatten()
     if not len(cuts):
-        raise TargetError("threshold='otsu': all values of the channel are equal, so no threshold parts them")
+        raise TargetError("threshold='otsu': all values of the channel are equal, so no threshold separates them")
     below, sums = (cuts + 1).double(), ordered.cumsum(0)
     above = len(ordered) - below
     between = below * above * (sums[cuts] / below - (sums[-1] - sums[cuts]) / above) ** 2

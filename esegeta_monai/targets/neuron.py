@@ -1,9 +1,9 @@
-"""A unit of an inner layer as the target."""
+"""The target of one unit of an inner layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from torch import Tensor
@@ -16,37 +16,34 @@ from esegeta_monai.targets.regions import Voxel
 __all__ = ["LayerNeuron"]
 
 
-@dataclass(eq=False, repr=False)
 class LayerNeuron(Target):
-    """One unit of an inner layer: ``s = Σ_w ĝ_w(v) · A_w(c, p(v))`` over the windows w that hold the voxel v, p(v) the
-    position of the layer whose cell holds v.
+    """One unit of an inner layer: ``s = Σ_w ĝ_w(v) · A_w(c, p(v))``.
 
-    The layer takes the place of the prediction (`esegeta_monai.engine.layer_maps.LayerOutput`), so that every input
-    method and
-    every layer before it can be asked what this unit looks at. Linear in the layer.
+    The sum is over the windows w that contain the voxel v; p(v) is the position of the layer whose cell contains v. The
+    layer replaces the prediction (`esegeta_monai.engine.layer_maps.LayerOutput`), so the unit can be explained by every
+    input method and in every earlier layer. The score is linear in the layer.
 
     Args:
         layer: dotted name.
         channel: c.
-        world: v in RAS mm; the nearest voxel is taken.
-        index: v as voxel index on the network's grid. A layer that gives a vector takes neither.
+        world: v in RAS mm, rounded to the nearest voxel.
+        index: v as voxel index on the network's grid. Omit both for a layer that gives a vector.
 
     Example:
         >>> LayerNeuron("model.0", 3, index=(8, 8, 4)).parameters["channel"]
         3
     """
 
-    layer: str = field()  # no default, although the base class has one
+    layer: str = field()  # type: ignore[misc]  # no default, although the base class has one
     channel: int
     world: Sequence[float] | None = None
     index: Sequence[int] | None = None
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score; ``prediction`` is the layer's output (C, *spatial), or (C,).
+        """Return one score; ``prediction`` is the layer's output (C, *spatial), or (C,).
 
         Raises:
-            TargetError: no such channel, or no such place.
+            TargetError: no such channel or voxel, or a voxel missing or given for a vector.
         """
         channels = prediction.shape[0]
         if isinstance(self.channel, bool) or not 0 <= self.channel < channels:
@@ -54,7 +51,7 @@ class LayerNeuron(Target):
         label = self.given_name or f"LayerNeuron-{self.layer}-{self.channel}"
         if prediction.ndim == 1:
             if self.world is not None or self.index is not None:
-                raise TargetError(f"LayerNeuron: layer {self.layer!r} gives a vector: leave world and index away")
+                raise TargetError(f"LayerNeuron: layer {self.layer!r} gives a vector: omit world and index")
             score = WeightedScore(torch.tensor(True, device=prediction.device), self.channel, channels, label=label)
         elif self.world is None and self.index is None:
             raise TargetError(

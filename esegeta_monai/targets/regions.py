@@ -1,9 +1,8 @@
-"""Targets that are a place: a reference region, a component, a voxel, a box, an error, a regression output."""
+"""Targets of a region: a reference region, a component, a voxel, a box, an error, a regression output."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,23 +11,22 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.labels import _affine, label_on_grid
-from esegeta_monai.engine.score import Activation, Case, Output, Reduction, Score, WeightedScore
+from esegeta_monai.engine.score import Activation, Case, Output, Reduction, Score
 from esegeta_monai.errors import TargetError
-from esegeta_monai.targets.base import Target, need_map, resolve_class
+from esegeta_monai.targets.base import Target, masked_score, need_map, resolve_class
 from esegeta_monai.targets.classes import class_mask
 
 __all__ = ["Box", "Component", "Errors", "LabelMask", "OutputValue", "Voxel"]
 
 
-@dataclass(eq=False, repr=False)
 class LabelMask(Target):
     """The output of a class under a given mask: ``s(P) = Σ_v m(v) φ(P)(c, v)``.
 
     Args:
         mask: a NIfTI file, a key of the data dictionary, or a tensor (*spatial) or (1, *spatial). A file or a
-            MetaTensor with another affine is moved to the network's grid by nearest neighbour.
-        label: the value of the mask that counts; None: every value above zero.
-        class_index: the class whose output is summed, by number or name; None: ``label``.
+            MetaTensor with another affine is resampled to the network's grid by nearest neighbour.
+        label: the value of the region in the mask; None: every value above zero.
+        class_index: number or name of the class whose output is summed; None: ``label``.
         output, activation, reduction: see `Target`.
 
     >>> target = LabelMask(torch.tensor([[0, 1, 1]]), class_index=0)
@@ -42,34 +40,32 @@ class LabelMask(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score.
+        """Return one score; ``prediction`` is (K, *spatial).
 
         Raises:
-            TargetError: no such class, key or file; a mask on another grid whose place in the world is unknown.
+            TargetError: no such class, key or file, or a mask on another grid without an affine.
         """
         need_map(prediction, self)
         labels = label_on_grid(self.mask, prediction, case)
         which = self.label if self.class_index is None else self.class_index
         if which is None:
-            raise TargetError("LabelMask needs class_index (the output that is summed) where no label is given")
+            raise TargetError("LabelMask needs class_index (the output that is summed) if no label is given")
         chosen = labels > 0 if self.label is None else labels == self.label
-        return [_masked(self, chosen, which, prediction, case)]
+        return [masked_score(self, chosen, which, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class Component(Target):
     """One connected component of a class: ``s(P) = Σ_v m(v) φ(P)(c, v)``, m one component of the argmax map.
 
     Voxels that touch at faces, edges or corners are connected.
 
     Args:
-        class_index: a number or name.
+        class_index: number or name of the class.
         which: ``"largest"``, k for the k-th largest (1 is the largest), or a world coordinate (RAS mm): the component
-            that holds it, else the one nearest to it within ``max_distance``.
-        max_distance: mm.
+            that contains it, else the nearest one within ``max_distance``.
+        max_distance: largest distance of the component from the coordinate, in mm.
         output, activation, reduction: see `Target`.
     """
 
@@ -79,13 +75,12 @@ class Component(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score; empty where the class has no such component.
+        """Return one score, empty if the class has no such component; ``prediction`` is (K, *spatial).
 
         Raises:
-            TargetError: no such class, a malformed ``which``, or a coordinate where the grid has no affine.
+            TargetError: no such class, an invalid ``which``, or a coordinate although the grid has no affine.
         """
         from scipy import ndimage
 
@@ -94,7 +89,7 @@ class Component(Target):
         mask = class_mask(prediction, index, self.activation).cpu().numpy()
         parts, count = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
         chosen = self._choose(parts, count, case)
-        return [_masked(self, torch.from_numpy(chosen).to(prediction.device), index, prediction, case)]
+        return [masked_score(self, torch.from_numpy(chosen).to(prediction.device), index, prediction, case)]
 
     def _choose(self, parts: np.ndarray, count: int, case: Case) -> np.ndarray:
         if isinstance(self.which, (int, str)):
@@ -119,13 +114,12 @@ class Component(Target):
         return parts == parts[tuple(voxels[nearest])]
 
 
-@dataclass(eq=False, repr=False)
 class Voxel(Target):
     """One voxel: ``s(P) = φ(P)(c, v)``, at a world coordinate or an index of the network's grid.
 
     Args:
-        class_index: a number or name, or ``"predicted"``: the class given to that voxel.
-        world: RAS mm; the nearest voxel is taken.
+        class_index: number or name of the class, or ``"predicted"``: the class predicted at that voxel.
+        world: position in RAS mm, rounded to the nearest voxel.
         index: voxel index on the network's grid.
         output, activation: see `Target`.
     """
@@ -135,13 +129,12 @@ class Voxel(Target):
     index: Sequence[int] | None = None
     output: Output = "logit"
     activation: Activation = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score.
+        """Return one score; ``prediction`` is (K, *spatial).
 
         Raises:
-            TargetError: neither or both of world and index, or a place outside the prediction.
+            TargetError: neither or both of world and index, or a voxel outside the prediction.
         """
         need_map(prediction, self)
         shape = prediction.shape[1:]
@@ -154,24 +147,23 @@ class Voxel(Target):
             affine = _affine(case, len(self.world), "Voxel(world=…)")
             place = np.rint(np.linalg.solve(affine, [*self.world, 1.0])[:-1]).astype(int).tolist()
         if len(place) != len(shape) or any(not 0 <= p < n for p, n in zip(place, shape)):
-            raise TargetError(f"the voxel {place} lies outside the prediction {tuple(shape)}")
+            raise TargetError(f"the voxel {place} is outside the prediction {tuple(shape)}")
         mask = torch.zeros(shape, dtype=torch.bool, device=prediction.device)
         mask[tuple(place)] = True
         which = self.class_index
         if which == "predicted":
             which = int(prediction.flatten(1)[:, int(np.ravel_multi_index(place, shape))].argmax())
-        return [_masked(self, mask, which, prediction, case)]
+        return [masked_score(self, mask, which, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class Box(Target):
     """A box of voxels: ``s(P) = Σ_{v in box} φ(P)(c, v)``.
 
     Args:
-        class_index: a number or name.
+        class_index: number or name of the class.
         start, stop: corners, ``stop`` excluded; voxel indices of the network's grid, or RAS mm with ``world=True``
-            (then the smallest voxel box round both corners).
-        world: whether the corners are world coordinates.
+            (then the smallest voxel box around both corners).
+        world: True: the corners are world coordinates.
         output, activation, reduction: see `Target`.
     """
 
@@ -182,13 +174,12 @@ class Box(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score; empty where the box lies outside the prediction.
+        """Return one score, empty if the box is outside the prediction; ``prediction`` is (K, *spatial).
 
         Raises:
-            TargetError: corners of the wrong dimension, or world corners where the grid has no affine.
+            TargetError: corners of the wrong dimension, or world corners although the grid has no affine.
         """
         need_map(prediction, self)
         shape = prediction.shape[1:]
@@ -202,17 +193,16 @@ class Box(Target):
             low, high = np.floor(voxels.min(0) + 0.5), np.ceil(voxels.max(0) + 0.5)
         mask = torch.zeros(shape, dtype=torch.bool, device=prediction.device)
         mask[tuple(slice(max(int(a), 0), max(int(b), 0)) for a, b in zip(low, high))] = True
-        return [_masked(self, mask, self.class_index, prediction, case)]
+        return [masked_score(self, mask, self.class_index, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class Errors(Target):
-    """Where the prediction is wrong against a label: ``s(P) = Σ_{v wrong} φ(P)(c, v)``.
+    """The voxels where the prediction differs from a label: ``s(P) = Σ_{v wrong} φ(P)(c, v)``.
 
     Args:
-        label: a file, a key of the data dictionary, or a tensor, with the class numbers of the network.
+        label: a file, a key of the data dictionary, or a tensor (*spatial), with the class numbers of the network.
         kind: ``"false_positive"`` (class predicted, label differs) or ``"false_negative"`` (label, not predicted).
-        class_index: a number or name.
+        class_index: number or name of the class.
         output, activation, reduction: see `Target`.
     """
 
@@ -222,13 +212,12 @@ class Errors(Target):
     output: Output = "logit"
     activation: Activation = "auto"
     reduction: Reduction = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score; empty where the prediction makes no such error.
+        """Return one score, empty if the prediction has no such error; ``prediction`` is (K, *spatial).
 
         Raises:
-            TargetError: an unknown class or label.
+            TargetError: unknown class or label.
         """
         need_map(prediction, self)
         index, _ = resolve_class(self.class_index, prediction.shape[0], case.class_names)
@@ -236,52 +225,26 @@ class Errors(Target):
         truth = truth > 0 if prediction.shape[0] == 1 else truth == index
         predicted = class_mask(prediction, index, self.activation)
         wrong = predicted & ~truth if self.kind == "false_positive" else truth & ~predicted
-        return [_masked(self, wrong, index, prediction, case)]
+        return [masked_score(self, wrong, index, prediction, case)]
 
 
-@dataclass(eq=False, repr=False)
 class OutputValue(Target):
-    """A regression output against a reference value: ``s(P) = P(c) − r``, averaged over voxels where there are any.
+    """A regression output minus a reference value: ``s(P) = P(c) − r``, averaged over the voxels, if any.
 
     Args:
-        channel: the output, by number or name.
-        reference: the value r, in the units of the output; it moves F, never the map.
+        channel: number or name of the output.
+        reference: the value r, in the units of the output; it shifts F and has no effect on the map.
     """
 
     channel: int | str = 0
     reference: float = 0.0
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score.
+        """Return one score; ``prediction`` is (K, *spatial), or (K,).
 
         Raises:
             TargetError: the network has no such output.
         """
-        index, class_name = resolve_class(self.channel, prediction.shape[0], case.class_names, "channel")
         mask = torch.ones(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
-        return [
-            WeightedScore(
-                mask,
-                index,
-                prediction.shape[0],
-                reduction="mean",
-                reference=self.reference,
-                label=self.given_name or f"{type(self).__name__}-{class_name}",
-                class_name=class_name,
-            )
-        ]
-
-
-def _masked(target: Any, mask: Tensor, class_index: int | str, prediction: Tensor, case: Case) -> WeightedScore:
-    index, class_name = resolve_class(class_index, prediction.shape[0], case.class_names)
-    return WeightedScore(
-        mask,
-        index,
-        prediction.shape[0],
-        output=target.output,
-        activation=target.activation,
-        reduction=getattr(target, "reduction", "sum"),
-        label=target.given_name or f"{type(target).__name__}-{class_name}",
-        class_name=class_name,
-    )
+        more: dict[str, Any] = {"reduction": "mean", "reference": self.reference}
+        return [masked_score(self, mask, self.channel, prediction, case, "channel", **more)]

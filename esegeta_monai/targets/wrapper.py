@@ -1,4 +1,4 @@
-"""A target as the last layer of a network, for methods that explain a plain function of the image."""
+"""A target as the last layer of a network, for libraries that explain a function of the image."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ __all__ = ["TargetWrapper"]
 
 
 class TargetWrapper(nn.Module):
-    """``x ↦ (s_1(P(x)), …, s_K(P(x)))``: images (B, C, *spatial) in, one column a score (B, K) out, differentiable.
+    """``x ↦ (s_1(P(x)), …, s_K(P(x)))``: maps images (B, C, *spatial) to scores (B, K); differentiable.
 
-    The wrapper of TorchEsegeta for segmentation networks, usable with Captum directly: ``target=k`` there chooses the
-    column. Masks are frozen from the prediction of an unperturbed image, given by `freeze` or ``prediction``, or else
-    that of the first call (which is not the image for methods that start elsewhere on a path: call `freeze` for them).
-    A frozen mask is no part of the graph, and what is summed under it are outputs, never voxels counted; so the
+    This is the wrapper of TorchEsegeta for segmentation networks. Captum can use it directly: ``target=k`` chooses the
+    column. Masks are frozen on the prediction of an unperturbed image, given by `freeze` or ``prediction``, or else by
+    the first call. Methods that start elsewhere on a path do not call with the image first: call `freeze` for them.
+    A frozen mask is no part of the graph, and the score sums outputs under it instead of counting voxels, so the
     gradient is that of the outputs and not zero.
 
-    The whole graph of all windows is kept for the backward pass: `esegeta_monai.Explainer` gives the same gradients in
-    the memory of one window batch.
+    The graph of all windows is kept for the backward pass; `esegeta_monai.Explainer` gives the same gradients with the
+    memory of one window batch.
 
     Args:
-        network: any network; its mode is left alone, so call ``network.eval()``.
+        network: any network; its mode is not changed, so call ``network.eval()``.
         target: a target, a name or config of one, or a list of them; their scores are the columns, in order.
         inferer: a callable ``(image, network, *args, **kwargs)`` such as MONAI's; None: the network itself.
-        prediction: raw network output (B, classes, …) on the unperturbed image, to freeze masks from.
-        output: which of several outputs, see `esegeta_monai.engine.network.model.select_output`.
-        case: what targets may know besides the prediction (class names, masks, affine).
+        prediction: raw network output (B, classes, …) for the unperturbed image, on which masks are frozen.
+        output: key of one of several outputs, see `esegeta_monai.engine.network.model.select_output`.
+        case: further information on the case for targets (class names, masks, affine).
 
     Raises:
         UsageError: no such target.
@@ -66,12 +66,12 @@ class TargetWrapper(nn.Module):
             self._bind(select_output(prediction, output).detach(), self.case)
 
     def freeze(self, image: Tensor, *args: Any, **kwargs: Any) -> TargetWrapper:
-        """Freezes all masks on the prediction of ``image`` (B, C, *spatial); each case of a batch has its own.
+        """Freeze all masks on the prediction of ``image`` (B, C, *spatial), separately for each case of a batch.
 
-        Where the image is a MetaTensor and ``case`` has no affine, its place in the world is taken from there.
+        If ``case`` has no affine, that of a MetaTensor is used.
 
         Raises:
-            TargetError: a target that this prediction does not allow.
+            TargetError: a target does not fit the prediction.
         """
         affine = getattr(image, "affine", None)
         case = self.case
@@ -82,9 +82,9 @@ class TargetWrapper(nn.Module):
         return self
 
     def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Scores (B, K); further arguments go to the inferer or the network.
+        """Compute scores (B, K) of images (B, C, *spatial); further arguments go to the inferer or the network.
 
-        A batch of another size than the frozen one is one case's copies, so it needs masks of a single case.
+        A batch of another size than the frozen one consists of copies of one case and requires masks of a single case.
 
         Raises:
             TargetError: several images before any mask was frozen, or a batch that does not match the frozen one.
@@ -93,13 +93,13 @@ class TargetWrapper(nn.Module):
             if len(image) > 1:
                 raise TargetError(
                     f"{len(image)} images in the first call, so it is not known which one is unperturbed: call "
-                    "freeze(image) before"
+                    "freeze(image) first"
                 )
             self.freeze(image, *args, **kwargs)
         if len(self.scores) not in (1, len(image)):
             raise TargetError(
-                f"masks are frozen for {len(self.scores)} cases, but {len(image)} images came: a method that repeats "
-                "its images needs one case at a time, frozen by freeze(image[i:i+1])"
+                f"masks are frozen for {len(self.scores)} cases, but {len(image)} images are given: a method that "
+                "repeats its images needs one case at a time, frozen by freeze(image[i:i+1])"
             )
         prediction = self._predict(image, *args, **kwargs)
         if len(self.scores) == 1:

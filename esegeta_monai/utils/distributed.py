@@ -1,8 +1,8 @@
-"""The processes that share the work on one case: each takes its part of the windows, and sums come together at the end.
+"""The processes that share the work on one case: each processes a part of the windows, and their sums are added up.
 
-A loop over windows adds into tensors. With several ranks each rank runs its part of the loop, and what it added is
-summed over all of them when the loop ends, so that every rank goes on with the same numbers. No method knows of it, and
-no network is wrapped: gradients are `torch.autograd.grad` of each rank's own copy.
+A loop over windows adds to tensors. With several ranks, each rank runs its part of the loop, and the additions of all
+ranks are summed when the loop ends, so that every rank continues with the same numbers. Methods are unaware of this,
+and no network is wrapped: gradients are `torch.autograd.grad` of each rank's own copy.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout, RankL
 __all__ = ["SHARES", "Processes", "Share", "Summed", "join", "leave", "local_device", "process_group", "tensors_of"]
 
 Share = Literal["cases", "windows", "methods"]
-"""What the ranks share: each explains cases of its own; all compute each case together, window by window; or each takes
-methods and targets of its own."""
+"""How ranks divide the work: by cases, by the windows of each case, or by methods and targets of each case."""
 SHARES: tuple[Share, ...] = get_args(Share)
 
 T = TypeVar("T")
@@ -30,7 +29,7 @@ M = TypeVar("M")
 
 
 class Summed(Protocol):
-    """Something that adds up over windows in attributes of its own: a tensor each, None before the first window."""
+    """An object that adds up over windows in its attributes: tensors, or None before the first window."""
 
     @property
     def summed(self) -> tuple[str, ...]:
@@ -41,7 +40,8 @@ class Processes:
     """This process among those that compute a case together.
 
     Args:
-        rank, size: which of how many.
+        rank: number of this process, from 0.
+        size: number of processes.
 
     >>> alone = Processes()
     >>> alone.share([1, 2, 3]), Processes(1, 2).share([1, 2, 3])
@@ -53,7 +53,7 @@ class Processes:
 
     @classmethod
     def current(cls) -> Processes:
-        """All processes of ``torch.distributed``.
+        """Return all processes of ``torch.distributed``.
 
         Raises:
             UsageError: the process was started as one of several, but they have not been joined.
@@ -63,13 +63,13 @@ class Processes:
                 "this is one of several processes, but torch.distributed is not initialised: call "
                 "torch.distributed.init_process_group() first"
             )
-        # ignite.distributed is not asked: it goes on answering for a process group that has been destroyed
+        # not ignite.distributed, which still reports a process group that has been destroyed
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else cls()
 
     def share(self, items: Sequence[T], turn: int = 0) -> list[T]:
-        """This rank's part of a sequence, as long as that of the others (or one less).
+        """Return this rank's part of a sequence; the lengths of parts differ by at most one.
 
-        With ``turn`` = 0, 1, … the parts go round, so that over some sequences no rank has always the longer one.
+        ``turn`` = 0, 1, … rotates the parts, so that over several sequences no rank always has the longer one.
 
         >>> [Processes(1, 2).share([1, 2, 3], turn) for turn in range(2)]
         [[2, 3], [1]]
@@ -78,7 +78,7 @@ class Processes:
         return list(items[n * place // self.size : n * (place + 1) // self.size])
 
     def part(self, share: Share, methods: Sequence[M], targets: Sequence[T]) -> list[tuple[list[M], list[T]]]:
-        """Which methods this rank runs for which targets: all of them, unless methods are what is shared.
+        """Return the (methods, targets) that this rank runs: all of them, unless ``share`` is "methods".
 
         >>> Processes(1, 2).part("methods", ["Saliency", "GradCam"], ["liver", "spleen"])
         [(['Saliency', 'GradCam'], ['spleen'])]
@@ -89,23 +89,23 @@ class Processes:
         return [([methods[i] for i, k in pairs if k == j], [targets[j]]) for j in sorted({j for _, j in pairs})]
 
     def gather(self, value: Any) -> list[Any]:
-        """A picklable value of every rank, in their order.
+        """Collect a picklable value from every rank, in their order.
 
         Raises:
             RankLost: another rank has ended.
         """
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        with _lost():
-            dist.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        with _raise_rank_lost():
+            dist.all_gather_object(values, value)
+        return values
 
     @contextmanager
     def summed(self, sums: Sequence[Tensor | Summed]) -> Iterator[None]:
-        """What is added to tensors inside is summed over the ranks at the end, in place.
+        """Sum the additions to tensors, of any shape, over the ranks when the block ends, in place.
 
-        Whatever they held before counts once. An error of one rank becomes an error of all, so that none waits for it.
+        Their values before the block count once. An error of one rank is raised on all, so that none waits for it.
 
         Raises:
             MethodError, MethodTimeout: another rank failed.
@@ -121,9 +121,11 @@ class Processes:
         failed: Exception | None = None
         try:
             yield
-        except Exception as error:  # told to the others, then raised
+        except Exception as error:  # raised after the other ranks have been informed
             failed = error
-        known = self.gather((None if failed is None else _described(failed), [_form(t) for t in tensors_of(sums)]))
+        known = self.gather(
+            (None if failed is None else _error_summary(failed), [_layout(t) for t in tensors_of(sums)])
+        )
         if failed is not None:
             raise failed
         for rank, (trouble, _) in enumerate(known):
@@ -137,20 +139,20 @@ class Processes:
 
     def _reduce(self, place: _Place, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
         tensor = place.tensor
-        if tensor is None:  # no window of this rank's was seen
+        if tensor is None:  # this rank has run no window
             tensor = torch.zeros(shape, dtype=dtype, device=local_device() if device != "cpu" else "cpu")
             place.put(tensor)
         carried = tensor.detach().contiguous()
         if dist.get_backend() == "nccl":
             carried = carried.to(local_device())
-        with _lost():
+        with _raise_rank_lost():
             dist.all_reduce(carried)
         if carried.data_ptr() != tensor.data_ptr():
             tensor.copy_(carried)
 
 
 class _Place:
-    """Where a sum lies: a tensor, or an attribute."""
+    """The place of a sum: a tensor, or an attribute of an object."""
 
     def __init__(self, holder: Any, name: str | None = None) -> None:
         self.holder, self.name = holder, name
@@ -167,42 +169,42 @@ class _Place:
 def _places(sums: Sequence[Tensor | Summed]) -> list[_Place]:
     return [
         place
-        for one in sums
-        for place in ([_Place(one)] if isinstance(one, Tensor) else [_Place(one, n) for n in one.summed])
+        for item in sums
+        for place in ([_Place(item)] if isinstance(item, Tensor) else [_Place(item, n) for n in item.summed])
     ]
 
 
 def tensors_of(sums: Sequence[Tensor | Summed]) -> list[Tensor | None]:
-    """The tensors that are added into, None where nothing has been added yet."""
+    """Return the tensors of any shape that receive sums; None where nothing has been added yet."""
     return [place.tensor for place in _places(sums)]
 
 
-def _form(tensor: Tensor | None) -> tuple[tuple[int, ...], torch.dtype, str] | None:
+def _layout(tensor: Tensor | None) -> tuple[tuple[int, ...], torch.dtype, str] | None:
     return None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.device.type)
 
 
-def _described(error: Exception) -> tuple[type[EsegetaError], str]:
+def _error_summary(error: Exception) -> tuple[type[EsegetaError], str]:
     kind: type[EsegetaError] = MethodTimeout if isinstance(error, MethodTimeout) else MethodError
     return kind, named_reason(error)
 
 
 @contextmanager
-def _lost() -> Iterator[None]:
+def _raise_rank_lost() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # gloo and NCCL say it in words of their own
+    except RuntimeError as error:  # gloo and NCCL have different messages
         raise RankLost(
-            "another rank has ended, so this one stops too: finished maps stay, and the same command goes on from "
-            f"there ({str(error).splitlines()[0][:200]})"
+            "another rank has ended, so this one stops too: finished maps are kept, and the same command resumes the "
+            f"run ({str(error).splitlines()[0][:200]})"
         ) from error
 
 
 @contextmanager
 def process_group(backend: str | None = None) -> Iterator[Processes]:
-    """Joins the processes that ``torchrun`` (or SLURM with its variables) started, for the time of the block.
+    """Join the processes that ``torchrun`` (or SLURM with its variables) started, for the duration of the block.
 
-    Without ``WORLD_SIZE`` in the environment there is one process and nothing is joined; a group that exists is used
-    as it is and left alone.
+    Without ``WORLD_SIZE`` in the environment, there is one process and no group is made. An existing group is used and
+    not ended.
 
     Args:
         backend: see `join`.
@@ -217,11 +219,10 @@ def process_group(backend: str | None = None) -> Iterator[Processes]:
 
 
 def join(backend: str | None = None) -> torch.device:
-    """Joins the processes that ``torchrun`` (or SLURM with its variables) started, where there are several and they
-    have not been joined yet.
+    """Join the processes that ``torchrun`` (or SLURM with its variables) started, unless they have been joined.
 
     Args:
-        backend: None: NCCL where each process of this machine has a GPU of its own, else gloo: NCCL refuses two
+        backend: None: NCCL if each process of this machine has its own GPU, else gloo, because NCCL rejects two
             processes on one GPU.
 
     Returns:
@@ -237,13 +238,13 @@ def join(backend: str | None = None) -> torch.device:
 
 
 def leave() -> None:
-    """Ends what `join` began."""
+    """End the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def local_device() -> torch.device:
-    """The device of this process: GPU ``LOCAL_RANK``, counted round where there are more processes than GPUs."""
+    """Return the device of this process: GPU ``LOCAL_RANK`` modulo the number of GPUs, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writing, strict JSON, checksums, and the versions that made them."""
+"""Atomic writing of files, strict JSON, checksums, and the versions of the packages in use."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ __all__ = [
 
 VERSION = "0.1.0"
 INTENDED_USE = "Research only, not a medical device; a map is no proof that a prediction is right."
-"""Stands in every sidecar, every run.json and every picture."""
+"""Text in every sidecar, every run.json and every picture."""
 
 PACKAGES = ("monai", "torch", "captum", "pytorch-ignite", "nibabel", "numpy", "scipy", "scikit-image", "lime")
 
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; it takes the final name only if the block ends well.
+    """Provide a temporary path beside ``path``; rename it to ``path`` if the block ends without an exception.
 
-    The temporary file keeps the suffix of ``path`` (nibabel chooses the format by it) and starts with ``.tmp-``. It is
-    flushed to disk before it is renamed, and its folder after, so that a crash at any instant leaves the old file or
-    the new one, never a part. After an exception it is removed. Missing folders are made.
+    The temporary name starts with ``.tmp-`` and keeps the suffix of ``path``, by which nibabel chooses the format. The
+    file is flushed to disk before it is renamed, and its folder afterwards, so that a crash at any time leaves either
+    the old or the new file, never a partial one. After an exception it is removed. Missing folders are created.
 
     Raises:
         UsageError: the file cannot be written there (no permission, no space, a file in place of a folder).
@@ -72,9 +72,9 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Hands what the system still holds of a file or folder to the disk."""
+    """Flush the buffers of a file or folder to the disk."""
     if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders; NTFS journals the rename itself
+        return  # Windows cannot open folders; NTFS journals the rename
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -87,12 +87,12 @@ def _cannot_write(path: Path, error: OSError) -> str:
 
 
 def writable_folder(path: str | os.PathLike[str]) -> Path:
-    """Makes the folder ``path`` where it is missing and proves, by writing, that files can be put there.
+    """Create the folder ``path`` if it is missing, and verify by writing that files can be saved there.
 
-    Called before any work, so that hours of computing do not end at a closed door.
+    It is called before any computation, so that hours of computing are not lost to a missing permission.
 
     Raises:
-        UsageError: naming the folder and the reason.
+        UsageError: the folder cannot be written; the message names folder and reason.
     """
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -108,14 +108,14 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def strict_json(record: Mapping[str, Any]) -> str:
-    """``record`` as JSON that every reader accepts: sorted keys, two spaces, a newline at the end.
+    """Format ``record`` as standard JSON: sorted keys, indentation of two spaces, a newline at the end.
 
-    JSON has no NaN and no infinity. Such a number becomes ``null``, so that readers meet a number or nothing, and the
-    field ``non_finite`` of the outermost object tells what it was, by dotted key. NumPy scalars and arrays and torch
-    tensors become numbers and lists, paths their last part (folders can name people), sets sorted lists.
+    JSON has no NaN and no infinity. Such a number becomes ``null``, and the field ``non_finite`` of the outermost
+    object records its value by dotted key. NumPy scalars and arrays and torch tensors become numbers and lists, paths
+    their last part (folders can contain names of patients), sets sorted lists.
 
     Raises:
-        TypeError: a value that has no form in JSON, with its dotted key.
+        TypeError: a value has no representation in JSON; the message names its dotted key.
 
     >>> print(strict_json({"gap": float("nan"), "sums": (1, 2.5)}))
     {
@@ -138,11 +138,11 @@ def strict_json(record: Mapping[str, Any]) -> str:
 
 
 def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
-    """Writes `strict_json` of ``record`` in UTF-8, atomically, and returns the path.
+    """Write `strict_json` of ``record`` in UTF-8, atomically, and return the path.
 
     Raises:
         UsageError: the file cannot be written.
-        TypeError: a value that has no form in JSON.
+        TypeError: a value has no representation in JSON.
     """
     # A file name that is no valid Unicode reaches Python as a lone surrogate; backslashreplace makes it JSON's \\uXXXX.
     content = strict_json(record).encode("utf-8", "backslashreplace")
@@ -171,11 +171,11 @@ def _plain(value: Any, key: str, non_finite: dict[str, str]) -> Any:
         return [_plain(v, f"{key}.{i}", non_finite) for i, v in enumerate(value)]
     if isinstance(value, PurePath):
         return value.name
-    raise TypeError(f"record entry {key!r} is a {type(value).__name__}, which JSON has no form for")
+    raise TypeError(f"record entry {key!r} is a {type(value).__name__}, which has no representation in JSON")
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The object in a JSON file, or None where the file is missing, cut, or holds no object."""
+    """Read the object in a JSON file; None if the file is missing, truncated, or contains no object."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -184,7 +184,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes, as 64 hexadecimal digits; read in pieces, so that size does not matter.
+    """Return the SHA-256 of a file as 64 hexadecimal digits, reading it in blocks of 1 MiB.
 
     Raises:
         InputError: the file cannot be read.
@@ -200,7 +200,7 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that shape a map, of Python, and the kind of machine; nothing that names it or its user.
+    """Return the versions of the packages that affect a map and of Python, and the kind of machine without its name.
 
     >>> sorted(versions())[:3]
     ['captum', 'esegeta_monai', 'lime']
@@ -210,16 +210,16 @@ def versions() -> dict[str, str]:
 
 @cache
 def _versions() -> dict[str, str]:
-    """Read once: every record has them, and to read the packages' metadata takes 80 ms."""
+    """Read the versions once: every record contains them, and reading the packages' metadata takes 80 ms."""
     import torch
 
-    found = {"esegeta_monai": VERSION}
+    installed = {"esegeta_monai": VERSION}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed"
-    found["torch"] = str(torch.__version__)  # with its build (+cpu, +cu130), which a package's metadata may leave out
-    found["python"] = platform.python_version()
-    found["platform"] = f"{platform.system()} {platform.machine()}"
-    return found
+            installed[package] = "not installed"
+    installed["torch"] = str(torch.__version__)  # with its build (+cpu, +cu130), which the package metadata may lack
+    installed["python"] = platform.python_version()
+    installed["platform"] = f"{platform.system()} {platform.machine()}"
+    return installed

@@ -16,34 +16,41 @@ __all__ = ["check_image"]
 def check_image(
     image: MetaTensor | Any, where: object = "image", *, spatial_dims: int | None = None, channels: int | None = None
 ) -> None:
-    """Refuses an image (C, *spatial) that no network should see; ``where`` opens the message.
+    """Check an image (C, *spatial) before a network processes it.
+
+    Args:
+        image: the image.
+        where: first words of the error message.
+        spatial_dims: required number of spatial axes, or None.
+        channels: required number of channels, or None.
 
     Raises:
-        InputError: NaN or infinity (with their count), a singular affine, other dimensions or channels than asked for.
+        InputError: values that are NaN or infinite (with their count), a singular affine, or other dimensions or
+            channels than required.
     """
     shape = "x".join(str(n) for n in image.shape[1:])
-    found = image.ndim - 1
-    if spatial_dims == 3 and (found < 3 or image.shape[-1] == 1):
+    dims = image.ndim - 1
+    if spatial_dims == 3 and (dims < 3 or image.shape[-1] == 1):
         raise InputError(f"{where}: a 2D image ({shape}) where the network takes 3D volumes; give the whole volume")
-    if spatial_dims is not None and found != spatial_dims:
-        raise InputError(f"{where}: a {found}D image ({shape}) where the network takes {spatial_dims}D images")
+    if spatial_dims is not None and dims != spatial_dims:
+        raise InputError(f"{where}: a {dims}D image ({shape}) where the network takes {spatial_dims}D images")
     if channels is not None and image.shape[0] != channels:
         raise InputError(
             f"{where}: {image.shape[0]} channel(s) where the network takes {channels}; "
             "put the image's channels together in the order of the bundle's metadata.json"
         )
-    values = torch.as_tensor(image)  # which knows bfloat16
+    values = torch.as_tensor(image)  # unlike NumPy, torch supports bfloat16
     bad = values.numel() - int(torch.isfinite(values).sum())
     if bad:
         raise InputError(f"{where}: {bad} of {values.numel()} voxels are NaN or infinite; mend the image first")
     if isinstance(image, MetaTensor):
-        _check_affine(np.asarray(image.affine, dtype=np.float64), found, where)
+        _check_affine(np.asarray(image.affine, dtype=np.float64), dims, where)
 
 
 def _check_affine(affine: np.ndarray, spatial_dims: int, where: object) -> None:
     n = affine.shape[-1] - 1
     axes = affine[:n, : min(n, spatial_dims)]
     edges = np.sqrt((axes**2).sum(axis=0))
-    # directions only, so that micrometres given in metres are not taken for flat
+    # normalise the axes, so that micrometres given in metres do not count as singular
     if not np.isfinite(affine).all() or not edges.all() or np.linalg.svd(axes / edges)[1][-1] < 1e-6:
         raise InputError(f"{where}: the affine is singular, {affine[:n].tolist()}; set it with nibabel or reconvert")

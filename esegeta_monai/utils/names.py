@@ -1,4 +1,4 @@
-"""Names of files: readable, safe on every file system, and never the same for two different things."""
+"""File names that are readable, valid on every file system, and distinct for distinct items."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SCAN_SUFFIXES = (
 )
 MAP_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 LONGEST_PART = 60  # bytes; case, target, method, postfix and suffix together stay under the 255 of common file systems
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # names that Windows keeps for itself
+RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # names that Windows reserves
 
 
 def safe_name(text: str, longest: int = LONGEST_PART) -> str:
-    """``text`` as a part of a file name: letters and digits of any script, ``_ - . + =``; all else becomes ``-``.
+    """Convert text to a part of a file name: letters and digits of any script and ``_ - . + =``; others become ``-``.
 
-    A name that would be longer than ``longest`` bytes is cut and closed with eight digits of its checksum, so that two
-    long names that differ only at the end stay apart. Nothing leads out of a folder, hides a file or starts an option.
+    A name longer than ``longest`` bytes is cut and ends in eight digits of its checksum, so that long names that differ
+    only at the end stay distinct. No name leads out of a folder, hides a file or starts an option.
 
     >>> [safe_name(t) for t in ("sub-01_T1w", "../x", "<img onerror=1>", "grey matter", "  ", "größe 3")]
     ['sub-01_T1w', 'x', 'img-onerror=1', 'grey-matter', 'unnamed', 'größe-3']
@@ -46,10 +46,10 @@ def safe_name(text: str, longest: int = LONGEST_PART) -> str:
 
 
 def case_name(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> str:
-    """The name of the case in a file or DICOM folder: the last part of the path without the suffix of its format.
+    """Return the case name of a file or DICOM folder: the last part of the path without the suffix of its format.
 
-    With ``root``, the folders between it and the file belong to the name, since ``patient1/T1.nii.gz`` and
-    ``patient2/T1.nii.gz`` are two cases. The name is text and stays text: ``2024_01_15`` is no number.
+    With ``root``, the folders between it and the file belong to the name, because ``patient1/T1.nii.gz`` and
+    ``patient2/T1.nii.gz`` are two cases. The name is always text: ``2024_01_15`` is not read as a number.
 
     >>> case_name("/scans/2024_01_15.nii.gz"), case_name("scan.v2.mha"), case_name("/scans/a/T1.nii", root="/scans")
     ('2024_01_15', 'scan.v2', 'a-T1')
@@ -76,11 +76,13 @@ def map_path(
     separate_folder: bool = True,
     extension: str = ".nii.gz",
 ) -> Path:
-    """Where the map of a case, target and method lies: ``<output>/<case>/<case>_<target>_<Method>_attr.nii.gz``.
+    """Return the path of a map: ``<output>/<case>/<case>_<target>_<Method>_attr.nii.gz``.
 
     Args:
-        postfix: the last word of the name (a bundle's ``output_postfix``); may be empty.
-        separate_folder: a folder for each case, as MONAI's ``SaveImage`` does by default.
+        output_dir: the output folder.
+        case, target, method: names, converted by `safe_name`.
+        postfix: last word of the name (a bundle's ``output_postfix``); may be empty.
+        separate_folder: True: one folder per case, the default of MONAI's ``SaveImage``.
         extension: one of `MAP_SUFFIXES`.
 
     Raises:
@@ -98,9 +100,9 @@ def map_path(
 
 
 def map_suffix(scan: Any) -> str:
-    """The suffix of a map in the format of its scan: that of a NIfTI, NRRD or MetaImage file, else ``.nii.gz``.
+    """Return the suffix of a map in the format of its scan: that of a NIfTI, NRRD or MetaImage file, else ``.nii.gz``.
 
-    DICOM has no form for a map of real numbers that viewers agree on, and pictures have no real numbers.
+    DICOM has no format for real-valued maps that all viewers support, and picture formats have no real values.
 
     >>> [map_suffix(name) for name in ("a.NRRD", "a.nhdr", "a.mhd", "a.nii", "series", "a.png")]
     ['.nrrd', '.nrrd', '.mha', '.nii', '.nii.gz', '.nii.gz']
@@ -113,29 +115,30 @@ def map_suffix(scan: Any) -> str:
 def check_clashes(
     cases: Iterable[str], targets: Iterable[str], methods: Iterable[str], *, separate_folder: bool = True
 ) -> None:
-    """Makes sure, before any work, that no two maps would lie under one name.
+    """Check before a run that no two maps have the same file name.
 
-    Names that differ in upper and lower case only count as the same, because on many file systems they are.
+    Names that differ only in case count as equal, as on many file systems.
 
     Args:
-        cases: may be empty where they come one by one; targets and methods are checked all the same.
-        separate_folder: as in `map_path`; without it the names of cases can run into those of targets.
+        cases: names of the cases; may be empty if they are not known in advance.
+        targets, methods: names of the targets and methods.
+        separate_folder: as in `map_path`; without it, names of cases and targets can form the same file name.
 
     Raises:
-        UsageError: two cases, targets or methods with one name, or two combinations that meet (target ``a_b`` with
-            method ``c`` and target ``a`` with method ``b_c``), naming both.
+        UsageError: two cases, targets or methods with one name, or two combinations with one file name (target ``a_b``
+            with method ``c`` and target ``a`` with method ``b_c``); the message names both.
     """
     cases, targets, methods = list(cases), list(targets), list(methods)
     for kind, names in (("case", cases), ("target", targets), ("method", methods)):
-        _refuse_twins([f"{kind} {n!r}" for n in names], [safe_name(n) for n in names])
-    # Cases differ by now: where each has a folder of its own, or none is known yet, one stands for all.
+        _check_distinct([f"{kind} {n!r}" for n in names], [safe_name(n) for n in names])
+    # Cases are distinct here: if each has its own folder, or none is known yet, checking one suffices.
     triples = list(product(cases if cases and not separate_folder else ["case"], targets, methods))
     of_case = "" if separate_folder else "case {!r} with "
     things = [f"{of_case.format(c)}target {t!r} and method {m!r}" for c, t, m in triples]
-    _refuse_twins(things, [map_path("", c, t, m, separate_folder=False).name for c, t, m in triples])
+    _check_distinct(things, [map_path("", c, t, m, separate_folder=False).name for c, t, m in triples])
 
 
-def _refuse_twins(things: Sequence[str], files: Sequence[str]) -> None:
+def _check_distinct(things: Sequence[str], files: Sequence[str]) -> None:
     seen: dict[str, str] = {}
     for thing, file in zip(things, files):
         if file.casefold() in seen:
@@ -147,19 +150,19 @@ def _refuse_twins(things: Sequence[str], files: Sequence[str]) -> None:
 
 
 def distinct_names(instances: Sequence[Any]) -> list[str]:
-    """A name for each method (or target): its own, and where several of one kind are given, what tells them apart.
+    """Return a distinct name per method (or target): its own name, and parameters if several have the same name.
+
+    Two ``Occlusion`` with ``window`` 8 and 16 become ``Occlusion-window8`` and ``Occlusion-window16``; a single one, or
+    one beside other methods, stays ``Occlusion``. Parameters are added in their order if they separate instances
+    further; nested parameters by the last part of their key.
 
     Args:
         instances: objects with ``name`` and ``parameters`` (dict, JSON-ready). A name that the user gave
-            (``given_name``, or ``name`` other than the class's) is taken as it is.
-
-    Parameters are added in their order, those only that separate instances further; nested ones by their last word.
+            (``given_name``, or ``name`` other than that of the class) is not changed.
 
     Raises:
-        UsageError: two instances are equal, differ in nothing that a name can say, or were given the same name.
-
-    Two ``Occlusion`` with ``window`` 8 and 16 become ``Occlusion-window8`` and ``Occlusion-window16``; one alone, or
-    beside other methods, stays ``Occlusion``.
+        UsageError: two instances are equal, differ in no parameter that a name can contain, or have the same given
+            name.
     """
     names = [_own_name(instance) for instance in instances]
     given = [_given_name(instance) is not None for instance in instances]
@@ -190,7 +193,7 @@ def _own_name(instance: Any) -> str:
 
 
 def _separate(name: str, parameters: Sequence[Mapping[str, Any]]) -> list[str]:
-    """``name`` followed by the parameters that tell the instances apart."""
+    """Append the parameters that distinguish the instances to ``name``."""
     flat = [dict(_flatten(p)) for p in parameters]
     names = [name] * len(flat)
     for key in dict.fromkeys(key for entry in flat for key in entry):
@@ -203,7 +206,7 @@ def _separate(name: str, parameters: Sequence[Mapping[str, Any]]) -> list[str]:
 def _flatten(parameters: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in parameters.items():
         if isinstance(value, Mapping):
-            # a nested object: its class under the outer key, then its parameters under their own
+            # a nested object: its class under the outer key, then its parameters under their keys
             yield f"{prefix}{key}", value.get("name", "")
             yield from _flatten({k: v for k, v in value.items() if k != "name"}, f"{prefix}{key}.")
         else:

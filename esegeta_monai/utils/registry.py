@@ -1,21 +1,23 @@
-"""Things a user names in text: methods and targets, their parameters, and the registries that find them.
+"""Registries of objects that a user names in text, such as methods and targets, with their parameters.
 
-A method or target is an ordinary class. What its parameters are is read off its ``__init__``, so that JSON,
-command line, sidecar and documentation never disagree.
+A method or target is an ordinary class. Its parameters are those of its ``__init__``, so that JSON, command line,
+sidecar and documentation always agree.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import inspect
 import re
-from abc import ABCMeta
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 import torch
+from typing_extensions import dataclass_transform
 
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.utils.types import fit_parameters
@@ -24,7 +26,7 @@ __all__ = ["Configurable", "Registry", "json_ready"]
 
 
 def json_ready(value: Any) -> Any:
-    """``value`` in terms that JSON has: objects by their parameters, tensors by their shape, files by their name.
+    """Convert a value to JSON types: objects to their parameters, tensors to their shape, files to their name.
 
     >>> json_ready((1, torch.zeros(2, 3)))
     [1, 'tensor(2, 3)']
@@ -39,7 +41,7 @@ def json_ready(value: Any) -> Any:
         return {str(k): json_ready(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [json_ready(v) for v in value]
-    if hasattr(value, "name") and hasattr(value, "parent"):  # a path: its folder is nobody's business in a record
+    if hasattr(value, "name") and hasattr(value, "parent"):  # a path: its folder may name a patient
         return value.name
     if hasattr(value, "__name__"):
         return value.__name__
@@ -47,7 +49,7 @@ def json_ready(value: Any) -> Any:
 
 
 FOLDERS = re.compile(r"""(?<![^'"(\[,=\s])(~|[A-Za-z]:)?[\\/]([^'"()\[\],=]*[\\/])?(?=[^\\/'"()\[\],=]+\.\w)""")
-"""Of a file that is given by its whole path, alone or in text such as ``LabelMap('/scans/Doe/atlas.nii.gz')``."""
+"""The folders of a file's path, alone or in text such as ``LabelMap('/scans/Doe/atlas.nii.gz')``."""
 
 
 def _without_folders(value: Any) -> Any:
@@ -58,47 +60,67 @@ def _without_folders(value: Any) -> Any:
     return {k: _without_folders(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-class _Checked(ABCMeta):
-    """Checks the parameters of every new instance, whether its class is a dataclass or has its own ``__init__``."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        instance = super().__call__(*args, **kwargs)
-        if "given_name" not in vars(instance):
-            Configurable.__post_init__(instance)
-        return instance
-
-    @property
-    def __signature__(cls) -> inspect.Signature:
-        """That of ``__init__``, not of ``__call__`` above."""
-        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
+def _make_dataclass(cls: type[Configurable]) -> None:
+    """Make a dataclass whose ``name`` is keyword-only, and which may be decorated with ``@dataclass`` once more."""
+    own = vars(cls).get("name")
+    if "name" in vars(cls).get("__annotations__", {}) and not isinstance(own, Field):
+        cls.name = field(default=own, kw_only=True)
+    fields = {n: v for n, v in vars(cls).items() if isinstance(v, Field)}
+    dataclass(eq=False, repr=False)(cls)
+    for n, v in fields.items():
+        if n not in vars(cls):  # a field without a plain default is gone from the class, where @dataclass looks for it
+            setattr(cls, n, v)
 
 
-class Configurable(metaclass=_Checked):
+def _checked(init: Callable[..., None]) -> Callable[..., None]:
+    """Return ``init`` followed by the check of parameters, where no ``__post_init__`` has made it."""
+
+    @functools.wraps(init)
+    def __init__(self: Configurable, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        init(self, *args, **kwargs)
+        outermost = type(self).__init__ is __init__  # a base's __init__ runs before all parameters are set
+        if outermost and "given_name" not in vars(self):
+            Configurable.__post_init__(self)
+
+    return __init__
+
+
+@dataclass_transform(eq_default=False, field_specifiers=(field,))
+@dataclass(eq=False, repr=False)
+class Configurable:
     """A named object whose parameters are those of its ``__init__``, checked against their annotations.
 
-    ``name`` is what files and pictures call it: the class name unless the user gives one.
+    Every subclass becomes a dataclass, its annotated attributes the parameters, unless it has or inherits a handwritten
+    ``__init__``. Decorating it with ``@dataclass`` changes nothing.
+
+    Attributes:
+        name: the name in files and pictures; the class name unless the user gives one.
+        given_name: the name that the user gave, or None.
     """
 
-    name: str | None
-    given_name: str | None = None
-    """What the user called it; None where ``name`` is just the class name."""
+    name: str | None = field(default=None, kw_only=True)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__dataclass_fields__" in vars(next(c for c in cls.__mro__ if "__init__" in vars(c))):
+            _make_dataclass(cls)
+        if "__init__" in vars(cls):
+            cls.__init__ = _checked(cls.__init__)  # type: ignore[method-assign]
 
     @classmethod
     def parameter_names(cls) -> list[str]:
-        """Names of the ``__init__`` parameters in order, ``name`` aside."""
+        """Return the names of the ``__init__`` parameters in order, without ``name``."""
         signature = inspect.signature(cls.__init__)
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         return [p.name for p in signature.parameters.values() if p.kind in kinds and p.name not in ("self", "name")]
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The parameters with their values, JSON-ready; files that are given by their whole path by their name alone,
-        since the folders may be called after a patient."""
+        """The parameters with their values, JSON-ready; paths without folders, which may name a patient."""
         return {p: _without_folders(json_ready(getattr(self, p, None))) for p in self.parameter_names()}
 
     def __post_init__(self) -> None:
-        self.given_name = getattr(self, "name", None)
+        self.given_name: str | None = getattr(self, "name", None)
         self.name = self.given_name or type(self).__name__
         fit_parameters(self, self.parameter_names())
 
@@ -111,24 +133,24 @@ T = TypeVar("T", bound=Configurable)
 
 
 class Registry(Generic[T]):
-    """Classes of one kind by name: our own, those of entry points, and any that a caller imports.
+    """Classes of one kind by name: those of this package, of entry points, and of modules that a caller imports.
 
     Args:
-        kind: the word for errors, such as ``"method"``.
-        base: the class that all entries derive from.
-        group: entry-point group in which other packages announce theirs.
-        command: whether the command line has one that lists them, called after the kind; else errors name them all.
+        kind: noun for error messages, such as ``"method"``.
+        base: the base class of all entries.
+        group: entry-point group in which other packages register theirs.
+        command: True: errors refer to the command that lists the classes, named after the kind; False: they list them.
     """
 
     def __init__(self, kind: str, base: Any, group: str, *, command: bool = True) -> None:
         self.kind, self.group, self.command = kind, group, command
         self.base: type[T] = base
         self._classes: dict[str, type[T]] = {}
-        self._others_loaded = False
+        self._entry_points_loaded = False
         _REGISTRIES.append(self)
 
     def register(self, cls: type[T], *aliases: str) -> type[T]:
-        """Adds ``cls`` under its own name and ``aliases``, in place of an earlier definition of the same class.
+        """Add ``cls`` under its own name and ``aliases``; it replaces an earlier definition of the same class.
 
         Raises:
             UsageError: a name is taken by another class.
@@ -145,35 +167,35 @@ class Registry(Generic[T]):
     def _key(name: str) -> str:
         return name.replace("-", "").replace("_", "").lower()
 
-    def _load_others(self) -> None:
-        if not self._others_loaded:
-            self._others_loaded = True
+    def _load_entry_points(self) -> None:
+        if not self._entry_points_loaded:
+            self._entry_points_loaded = True
             for entry in entry_points(group=self.group):
                 self.register(entry.load(), entry.name)
 
     def __iter__(self) -> Iterator[type[T]]:
-        self._load_others()
+        self._load_entry_points()
         return iter(sorted(set(self._classes.values()), key=lambda c: c.__name__))
 
     def get(self, name: str) -> type[T]:
-        """The class called ``name`` (case, ``-`` and ``_`` do not matter); dotted names are imported.
+        """Return the class called ``name``, ignoring case, ``-`` and ``_``; dotted names are imported.
 
         Raises:
-            UsageError: no such class; near matches are listed.
+            UsageError: no such class; the message lists near matches.
         """
-        self._load_others()
-        found = self._classes.get(self._key(name.rsplit(".", 1)[-1] if name.startswith("esegeta_monai.") else name))
-        if found is not None:
-            return found
+        self._load_entry_points()
+        cls = self._classes.get(self._key(name.rsplit(".", 1)[-1] if name.startswith("esegeta_monai.") else name))
+        if cls is not None:
+            return cls
         if "." in name:
             known = [c for c in self._classes.values() if f"{c.__module__}.{c.__qualname__}" == name]
             return known[0] if known else self._import(name)
         near = difflib.get_close_matches(self._key(name), self._classes, n=4, cutoff=0.5)
         names = sorted({self._classes[k].__name__ for k in near})
-        hint = f"did you mean {', '.join(names)}?" if names else self._where_listed()
+        hint = f"did you mean {', '.join(names)}?" if names else self._listing_hint()
         raise UsageError(f"there is no {self.kind} {name!r}: {hint}")
 
-    def _where_listed(self) -> str:
+    def _listing_hint(self) -> str:
         if self.command:
             return f"'esegeta-monai {self.kind}s' lists them"
         return f"there are {', '.join(cls.__name__ for cls in self)}"
@@ -189,9 +211,14 @@ class Registry(Generic[T]):
         return cls
 
     def create(self, what: T | type[T] | str | Mapping[str, Any]) -> T:
-        """An instance from an instance, a class, ``{"_target_": name}`` or text such as ``"Occlusion(window=16)"``.
+        """Make an instance from a class, ``{"_target_": name}`` or text such as ``"Occlusion(window=16)"``.
 
-        Text is parsed, never evaluated: literals and nested calls of registered names only.
+        An instance is returned unchanged.
+
+        Text is parsed, not evaluated: it may contain literals and nested calls of registered names only.
+
+        Raises:
+            UsageError: the description is invalid, or the class rejects the parameters.
         """
         if isinstance(what, self.base):
             return what
@@ -202,7 +229,7 @@ class Registry(Generic[T]):
             if "_target_" not in what:
                 raise UsageError(f"a {self.kind} in a config needs '_target_': got {dict(what)!r}")
             nested = {
-                k: self._inner(str(v["_target_"])).create(v) if isinstance(v, Mapping) and "_target_" in v else v
+                k: self._registry_of(str(v["_target_"])).create(v) if isinstance(v, Mapping) and "_target_" in v else v
                 for k, v in arguments.items()
             }
             return self._build(self.get(str(what["_target_"])), (), nested)
@@ -211,14 +238,14 @@ class Registry(Generic[T]):
         raise UsageError(f"cannot make a {self.kind} of {what!r}: give an instance, a class, a name, or a config")
 
     def create_all(self, what: Any) -> list[T]:
-        """A list of instances from one description, a list of them, or comma-separated text.
+        """Make a list of instances from one description, a list of them, or comma-separated text.
 
         Raises:
-            UsageError: text that names none, or one that cannot be made.
+            UsageError: the text contains no name, or a description is invalid.
         """
         if isinstance(what, str):
             if not what.strip(", "):
-                raise UsageError(f"no {self.kind} is named: {self._where_listed()}")
+                raise UsageError(f"no {self.kind} is named: {self._listing_hint()}")
             return [self.create(part) for part in split_calls(what)]
         if isinstance(what, (list, tuple)):
             return [self.create(part) for part in what]
@@ -250,10 +277,10 @@ class Registry(Generic[T]):
         name = _name(node)
         if top and name is not None:
             return self._build(self.get(name), (), {})
-        called = _called(node)
+        called = _call_of(node)
         if called is not None:
             name, call = called
-            registry = self if top else self._inner(name)
+            registry = self if top else self._registry_of(name)
             args = tuple(self._node(a, text, top=False) for a in call.args)
             kwargs = {k.arg: self._node(k.value, text, top=False) for k in call.keywords if k.arg}
             return registry._build(registry.get(name), args, kwargs)
@@ -267,9 +294,11 @@ class Registry(Generic[T]):
         except ValueError as error:
             raise UsageError(f"{ast.unparse(node)!r} in {text!r} is neither a value nor a {self.kind}") from error
 
-    def _inner(self, name: str) -> Registry[Any]:
-        """The registry that knows the name of a parameter's value, such as a baseline inside a method: this one, or
-        else another; this one too where none knows it, which then says what it has."""
+    def _registry_of(self, name: str) -> Registry[Any]:
+        """Return the registry with the name of a parameter's value, such as a baseline inside a method.
+
+        This registry comes first. If none has the name, it is returned as well, so that its error lists its names.
+        """
         for registry in (self, *(r for r in _REGISTRIES if r is not self)):
             try:
                 registry.get(name)
@@ -280,11 +309,11 @@ class Registry(Generic[T]):
 
 
 _REGISTRIES: list[Registry[Any]] = []
-"""All there are, in the order in which they were made."""
+"""All registries in order of creation."""
 
 
 def _name(node: ast.AST) -> str | None:
-    """A word, a dotted name or a fused-name such as guided-backprop; None where it is something else."""
+    """Return a word, a dotted name or a hyphenated name such as guided-backprop; None for any other node."""
     if isinstance(node, (ast.Name, ast.Attribute)):
         return ast.unparse(node)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
@@ -293,18 +322,18 @@ def _name(node: ast.AST) -> str | None:
     return None
 
 
-def _called(node: ast.AST) -> tuple[str, ast.Call] | None:
-    """The name that is called, which may be a fused-name(...), and the call."""
+def _call_of(node: ast.AST) -> tuple[str, ast.Call] | None:
+    """Return the called name, which may be hyphenated, and the call; None for any other node."""
     if isinstance(node, ast.Call):
         return ast.unparse(node.func), node
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
-        left, right = _name(node.left), _called(node.right)
+        left, right = _name(node.left), _call_of(node.right)
         return None if left is None or right is None else (f"{left}-{right[0]}", right[1])
     return None
 
 
 def split_calls(text: str) -> list[str]:
-    """Splits at the commas outside brackets and quotes.
+    """Split text at the commas outside brackets and quotes.
 
     >>> split_calls("Saliency, Occlusion(window=(8, 8, 8)),GradCam")
     ['Saliency', 'Occlusion(window=(8, 8, 8))', 'GradCam']

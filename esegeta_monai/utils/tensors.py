@@ -1,4 +1,4 @@
-"""Extremes and hashes of tensors."""
+"""Extremes, hashes and positions of tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["all_finite", "digest", "largest"]
 
 
 def largest(values: Tensor) -> float:
-    """max |v|; NaN where one is.
+    """Return max |v| of a tensor of any shape; NaN if it contains one.
 
     >>> import torch
     >>> largest(torch.tensor([1.0, -3.0]))
@@ -24,7 +24,7 @@ def largest(values: Tensor) -> float:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite.
+    """Return True if no value of a tensor of any shape is NaN or infinite.
 
     >>> import torch
     >>> all_finite(torch.tensor([1.0, float("nan")]))
@@ -34,35 +34,38 @@ def all_finite(values: Tensor) -> bool:
 
 
 def digest(*tensors: Tensor) -> bytes:
-    """SHA-256 over shapes and bytes; what a view repeats along an axis counts once, so that a volume of one value a
-    channel (`esegeta_monai.engine.baselines.per_channel`) is not gone through."""
-    found = hashlib.sha256()
+    """Return the SHA-256 of shapes and bytes of tensors of any shape.
+
+    Values that a view repeats along an axis are hashed once, so that a volume of one value per channel
+    (`esegeta_monai.engine.baselines.per_channel`) is not read completely.
+    """
+    hasher = hashlib.sha256()
     for whole in tensors:
         t = whole[tuple(slice(0, 1) if step == 0 else slice(None) for step in whole.stride())]
-        found.update(f"{tuple(whole.shape)}{tuple(t.shape)}".encode())
-        found.update(np.ascontiguousarray(t.detach().cpu().numpy()).data)
-    return found.digest()
+        hasher.update(f"{tuple(whole.shape)}{tuple(t.shape)}".encode())
+        hasher.update(np.ascontiguousarray(t.detach().cpu().numpy()).data)
+    return hasher.digest()
 
 
 def true_positions(mask: Tensor) -> Tensor:
-    """Where a mask is True, as positions in its flattened form (n,), int64."""
-    if mask.device.type == "cpu":  # in a sixth of the time of torch.nonzero
+    """Return the positions (n,), int64, at which a flattened mask of any shape is True."""
+    if mask.device.type == "cpu":  # a sixth of the time of torch.nonzero
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return torch.nonzero(mask.flatten()).flatten()
 
 
 def take(values: Tensor, positions: Tensor) -> Tensor:
-    """Values (..., m) at positions (n,) of their last axis: (..., n), much faster than by indexing; differentiable."""
+    """Gather values (..., m) at positions (n,) of the last axis: (..., n); differentiable, faster than indexing."""
     return values.gather(-1, positions.expand(*values.shape[:-1], -1))
 
 
 def bounding_box(mask: Tensor) -> tuple[slice, ...]:
-    """The smallest box that holds every True voxel of ``mask``; an empty mask gives an empty box at the origin.
+    """Return the smallest box with every True voxel of ``mask`` (*spatial), or an empty box at the origin if none is.
 
     >>> bounding_box(torch.tensor([[False, True, True]]))
     (slice(0, 1, None), slice(1, 3, None))
     """
-    box, rest = [], mask.view(torch.uint8)  # torch looks through bytes many times as fast as through booleans
+    box, rest = [], mask.view(torch.uint8)  # torch reduces bytes many times faster than booleans
     while rest.ndim:
         line = torch.nonzero(rest if rest.ndim == 1 else rest.flatten(1).amax(1)).flatten()
         box.append(slice(int(line[0]), int(line[-1]) + 1) if len(line) else slice(0, 0))

@@ -1,4 +1,4 @@
-"""Whether parameters are of the kind that their class declares: JSON, shells and notebooks hand over anything."""
+"""Checks of parameters against the annotations of their class: JSON, shells and notebooks pass values of any type."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from esegeta_monai.errors import UsageError
 __all__ = ["as_declared", "check_stated", "fit_parameters", "is_family", "number"]
 
 UNFIT: Final = object()
-"""What `as_declared` gives for a value of another kind."""
+"""The result of `as_declared` for a value of another type."""
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a file"}
 WORDS |= {Tensor: "a tensor", types.NoneType: "None"}
 BOOLS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False}
-"""What a shell hands over as a text is JSON's word, of which any but the empty one would count as true."""
+"""Shells pass booleans as text; ``bool("false")`` would be True."""
 SEVERAL = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def fit_parameters(owner: Any, names: Sequence[str]) -> None:
-    """Check parameters against their annotations, in the class or in ``__init__``; whole floats become whole numbers.
+    """Check parameters against their annotations, in the class or in ``__init__``; whole floats become integers.
 
-    Only numbers, texts, choices, files, tensors and sequences of them are checked; a parameter of any other type is
-    the class's own to check.
+    Only numbers, texts, choices, files, tensors and sequences of them are checked; the class checks parameters of other
+    types itself.
 
     Raises:
         UsageError: a value is of another type, a number is NaN, or ``__init__`` does not keep a parameter.
@@ -42,22 +42,22 @@ def fit_parameters(owner: Any, names: Sequence[str]) -> None:
         if not hasattr(owner, name):
             raise UsageError(f"{cls.__name__}: __init__ must keep its parameter as self.{name}, for records and copies")
         value = getattr(owner, name)
-        found = as_declared(value, hints.get(name, Any))
-        if found is UNFIT:
+        converted = as_declared(value, hints.get(name, Any))
+        if converted is UNFIT:
             text = " ".join(repr(value).split())
             shown = text if len(text) <= 60 else f"{text[:57]}..."
             raise UsageError(f"{cls.__name__}: {name}={shown}: give {_words(hints[name])}")
-        if found is not value:
-            setattr(owner, name, found)
+        if converted is not value:
+            setattr(owner, name, converted)
 
 
 def check_stated(cls: type, hints: Mapping[str, Any]) -> None:
     """Check class attributes that every class must state, when the class is defined.
 
-    A family base (see `is_family`) may leave them open; what it states is checked all the same. Text may be a property.
+    A base class (see `is_family`) may omit them; the attributes that it sets are checked. A text may be a property.
 
     Raises:
-        UsageError: one is missing or of another type; names class, attribute and permitted values.
+        UsageError: one is missing or of another type; the message names class, attribute and permitted values.
     """
     for name, hint in hints.items():
         value = getattr(cls, name, UNFIT)
@@ -71,9 +71,10 @@ def check_stated(cls: type, hints: Mapping[str, Any]) -> None:
 
 
 def is_family(cls: type, ignore: Collection[str] = ()) -> bool:
-    """Whether a class is a base of others only: an abstract one, or one whose name begins with ``_``.
+    """Return True if a class is a base class only: it is abstract, or its name begins with ``_``.
 
     Args:
+        cls: the class.
         ignore: abstract attributes that do not count.
     """
     abstract = (n for n in dir(cls) if getattr(getattr(cls, n, None), "__isabstractmethod__", False))
@@ -81,34 +82,34 @@ def is_family(cls: type, ignore: Collection[str] = ()) -> bool:
 
 
 def number(name: str, value: Any, hint: Any, above: float) -> Any:
-    """A number of a setting, None where the annotation allows it.
+    """Check a number of a setting and convert it to its annotation; None where the annotation allows it.
 
     Raises:
-        UsageError: it is none, or not above ``above``.
+        UsageError: it is no number, or not above ``above``.
 
     >>> number("window_batch", 4.0, int | None, 0)
     4
     """
-    found = as_declared(value, hint)
-    if found is UNFIT or (found is not None and not above < found < LARGEST):
+    converted = as_declared(value, hint)
+    if converted is UNFIT or (converted is not None and not above < converted < LARGEST):
         raise UsageError(f"{name}={value!r}: give {_words(hint)} above {above:g}")
-    return found
+    return converted
 
 
 LARGEST = 2**63
-"""What a seed may not reach."""
+"""Exclusive upper limit of numbers such as a seed."""
 
 
 def as_declared(value: Any, hint: Any) -> Any:
-    """The value as an annotation wants it, or `UNFIT`.
+    """Convert a value to the type of an annotation; return `UNFIT` if it has another type.
 
     >>> as_declared(8.0, int), as_declared("8", int) is UNFIT, as_declared([2, 3.0], int | Sequence[int])
     (8, True, [2, 3])
     """
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        found = [f for h in inner if (f := as_declared(value, h)) is not UNFIT]
-        return next((f for f in found if f is value), found[0] if found else UNFIT)
+        options = [f for h in inner if (f := as_declared(value, h)) is not UNFIT]
+        return next((f for f in options if f is value), options[0] if options else UNFIT)
     if origin is Literal:
         return value if isinstance(value, (str, int, types.NoneType)) and value in inner else UNFIT
     if origin is Sequence:
@@ -130,12 +131,12 @@ def _sequence(value: Any, inner: Any) -> Any:
         return UNFIT
     if inner is Any:
         return value
-    found = [as_declared(v, inner) for v in value]
-    if any(f is UNFIT for f in found):
+    items = [as_declared(v, inner) for v in value]
+    if any(f is UNFIT for f in items):
         return UNFIT
-    if not array and all(f is v for f, v in zip(found, value)):
+    if not array and all(f is v for f, v in zip(items, value)):
         return value
-    return tuple(found) if isinstance(value, tuple) else found
+    return tuple(items) if isinstance(value, tuple) else items
 
 
 def _number(value: Any, kind: type) -> Any:
@@ -166,7 +167,7 @@ def _words(hint: Any) -> str:
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    """The annotations of ``__init__`` and of the class; none where they name what is not there when it runs."""
+    """Return the annotations of ``__init__`` and of the class, except those with names undefined at run time."""
     hints: dict[str, Any] = {}
     for annotated in (cls.__init__, cls):
         try:

@@ -79,8 +79,8 @@ def test_directions_are_those_of_the_metrics(table: Any, metrics: Any, monkeypat
 
 
 def test_a_control_without_a_value_is_left_out(table: Any) -> None:
-    found = with_controls("sensitivity-n", 0.1)
-    undefined = [{**row, "value": ""} if row["method"] == "control:constant" else row for row in found]
+    result = with_controls("sensitivity-n", 0.1)
+    undefined = [{**row, "value": ""} if row["method"] == "control:constant" else row for row in result]
     cells = table.by_cell(rows("LRP", [0.5] * 6, "sensitivity-n") + undefined)
     assert table.beats_controls(cells, "lesion", "LRP", "sensitivity-n") is True
 
@@ -122,15 +122,15 @@ def test_the_table_has_the_best_first_and_controls_in_italics(table: Any) -> Non
 
 def test_agreement_with_mass_and_how_many_are_above_the_controls(table: Any, metrics: Any) -> None:
     """Deletion ranks three methods as mass does, insertion the other way round; Sobel has the best insertion."""
-    found = []
+    result = []
     for i, method in enumerate(("A", "B", "C", "C again")):
         at = min(i, 2)
-        found += [row for name in metrics.LOCALISATION for row in rows(method, [0.5 + 0.1 * at] * 3, name)]
-        found += rows(method, [0.9 - 0.3 * at] * 3, "deletion") + rows(method, [0.9 - 0.3 * at] * 3, "insertion")
+        result += [row for name in metrics.LOCALISATION for row in rows(method, [0.5 + 0.1 * at] * 3, name)]
+        result += rows(method, [0.9 - 0.3 * at] * 3, "deletion") + rows(method, [0.9 - 0.3 * at] * 3, "insertion")
     for metric in metrics.LOCALISATION:
-        found += with_controls(metric, 0.0)
-    found += with_controls("deletion", 0.5) + with_controls("insertion", 2.0)
-    lines = table.agreement_table(table.by_cell(found), ["lesion"]).splitlines()
+        result += with_controls(metric, 0.0)
+    result += with_controls("deletion", 0.5) + with_controls("insertion", 2.0)
+    lines = table.agreement_table(table.by_cell(result), ["lesion"]).splitlines()
     assert "| relevance mass | +1.00 | 4 of 4 |" in lines
     assert "| distance | -1.00 | 0 of 4 |" in lines
     assert "| deletion | +1.00 | 2 of 4 |" in lines
@@ -139,12 +139,12 @@ def test_agreement_with_mass_and_how_many_are_above_the_controls(table: Any, met
 
 def test_agreement_where_a_metric_is_undefined_for_a_method(table: Any, metrics: Any) -> None:
     """It is left out of that metric's row, and stays in the others."""
-    found = []
+    result = []
     for i, method in enumerate("ABC"):
-        found += [row for name in metrics.LOCALISATION for row in rows(method, [0.5 + 0.1 * i] * 3, name)]
-    undefined = [row for row in found if row["method"] == "B" and row["metric"] == "AUC"]
+        result += [row for name in metrics.LOCALISATION for row in rows(method, [0.5 + 0.1 * i] * 3, name)]
+    undefined = [row for row in result if row["method"] == "B" and row["metric"] == "AUC"]
     undefined[0]["value"] = ""
-    lines = table.agreement_table(table.by_cell(found), ["lesion"]).splitlines()
+    lines = table.agreement_table(table.by_cell(result), ["lesion"]).splitlines()
     assert [line for line in lines if line.startswith("| AUC")] == ["| AUC | +1.00 | 2 of 2 |"]
     assert [line for line in lines if line.startswith("| top 20")] == ["| top 20 | +1.00 | 3 of 3 |"]
 

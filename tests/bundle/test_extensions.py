@@ -26,11 +26,9 @@ from tests.support.cli import make_bundle, make_scan, run_json, statuses
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 METHOD = '''
-from dataclasses import dataclass, field
 from esegeta_monai.methods import Explained, InputGradient, Method
 
 
-@dataclass(eq=False, repr=False)
 class SteepGradient(Method):
     """The gradient, times a factor.
 
@@ -44,7 +42,6 @@ class SteepGradient(Method):
     additive = False
     units = "target per unit of image intensity"
     factor: float = 2.0
-    name: str | None = field(default=None, kw_only=True)
 
     def attribute(self, objective):
         gradient = yield InputGradient()
@@ -68,28 +65,23 @@ class OnlyGradient(Method):
         return self.sign * objective.gradient(objective.image[None]).maps[:, 0]
 '''
 TARGET = '''
-from dataclasses import dataclass, field
 from esegeta_monai.targets import Box, Target
 
 
-@dataclass(eq=False, repr=False)
 class Corner(Target):
     """The first voxels of a class."""
 
     class_index: int | str = 1
     size: int = 4
-    name: str | None = field(default=None, kw_only=True)
 
     def bind(self, prediction, case):
         return Box(self.class_index, (0,) * 3, (self.size,) * 3, name="Corner").bind(prediction, case)
 '''
 
 METRIC = '''
-from dataclasses import dataclass, field
 from esegeta_monai.metrics import Metric, MetricResult, magnitude
 
 
-@dataclass(eq=False, repr=False)
 class CentreDistance(Metric):
     """How far the map's centre of mass lies from the middle of the image.
 
@@ -102,7 +94,6 @@ class CentreDistance(Metric):
     higher_is_better = False
     meaning = "voxels from the middle of the image to the map's centre of mass"
     power: float = 1.0
-    name: str | None = field(default=None, kw_only=True)
 
     def measure(self, subject):
         values = magnitude(subject.map) ** self.power
@@ -282,9 +273,9 @@ def test_as_a_config_from_python(tmp_path):
     network = torch.nn.Conv3d(1, 2, 3, padding=1)
     method = {"_target_": "scripts.mine.SteepGradient", "factor": 5}
     target = {"_target_": "scripts.corner.Corner", "size": 2}
-    (found,) = Explainer(network)(torch.rand(1, 1, 6, 6, 6), [method], [target])
-    assert found.status == "ok"
-    assert found.record["target_voxels"] == 8
+    (result,) = Explainer(network)(torch.rand(1, 1, 6, 6, 6), [method], [target])
+    assert result.status == "ok"
+    assert result.record["target_voxels"] == 8
 
 
 def test_two_bundles_with_classes_of_one_name(tmp_path):
@@ -324,7 +315,7 @@ def test_an_installed_package_announces_its_own(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.syspath_prepend(str(site))
     for registry in (METHODS, TARGETS, METRICS):  # as in a process that has not looked yet
-        monkeypatch.setattr(registry, "_others_loaded", False)
+        monkeypatch.setattr(registry, "_entry_points_loaded", False)
     assert run("methods", "--json") == 0
     assert "SteepGradient" in {entry["name"] for entry in json.loads(capsys.readouterr().out)}
     assert run("targets", "--json") == 0

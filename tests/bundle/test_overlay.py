@@ -40,8 +40,8 @@ def statuses(output: Path) -> dict[tuple[str, str], str]:
 
 
 def sidecar(output: Path, pattern: str = "*_attr.json") -> dict[str, Any]:
-    (found,) = output.rglob(pattern)
-    return json.loads(found.read_text())
+    (result,) = output.rglob(pattern)
+    return json.loads(result.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def explained(bundle: Path) -> Path:
-    """What the overlay as it is shipped makes of it."""
+    """The output folder of a run with the overlay as shipped."""
     torch.set_num_threads(1)
     run(bundle)
     return bundle / "eval"
@@ -290,9 +290,9 @@ def test_another_scan_of_the_same_name_computes_again(bundle: Path, finished: Pa
 
 def test_a_failing_method_leaves_the_others(bundle: Path, tmp_path: Path) -> None:
     run(bundle, **{**SMALL, "output_dir": str(tmp_path), "explain_methods": ["GradCam(layer='nowhere')", "Saliency"]})
-    found = statuses(tmp_path)
-    assert found["alpha", "GradCam"] == found["beta", "GradCam"] == "failed"
-    assert found["alpha", "Saliency"] == found["beta", "Saliency"] == "ok"
+    result = statuses(tmp_path)
+    assert result["alpha", "GradCam"] == result["beta", "GradCam"] == "failed"
+    assert result["alpha", "Saliency"] == result["beta", "Saliency"] == "ok"
     reason = next(r["reason"] for r in results(tmp_path) if r["status"] == "failed")
     assert "no layer 'nowhere'" in reason
     assert not list(tmp_path.rglob("*GradCam_attr*"))
@@ -315,8 +315,8 @@ def test_a_batch_of_two_gives_the_same_maps(finished: Path, bundle: Path, tmp_pa
     """Shapes are the same here, as the two scans have the same outline."""
     run(bundle, output_dir=str(tmp_path), batch_size=2, **SMALL)
     for path in tmp_path.rglob("*_attr.nii.gz"):
-        mine, single = nib.load(path), nib.load(finished / path.relative_to(tmp_path))
-        a, b = np.asarray(mine.dataobj), np.asarray(single.dataobj)
+        actual, single = nib.load(path), nib.load(finished / path.relative_to(tmp_path))
+        a, b = np.asarray(actual.dataobj), np.asarray(single.dataobj)
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()
     assert len(list(tmp_path.rglob("*_attr.nii.gz"))) == 2
 

@@ -220,7 +220,7 @@ def test_state_dict_under_a_usual_key(tmp_path: Path, key: str) -> None:
 
 
 def test_parts_inside_the_evaluator_win(tmp_path: Path) -> None:
-    """What the evaluator is wired to runs; an id of the usual name that it does not use is not taken."""
+    """The evaluator's own components run; an id of the usual name that it does not use is not taken."""
     config = wired(tmp_path)
     config["evaluator"]["inferer"] = {"_target_": "SimpleInferer"}
     config["evaluator"]["postprocessing"] = {

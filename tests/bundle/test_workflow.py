@@ -74,25 +74,25 @@ def reference(tmp_path: Path, scan: Path) -> np.ndarray:
     folder = oblique.write(tmp_path / "usual", oblique.config([scan], tmp_path / "usual_eval"))
     files = [str(folder / "configs" / "inference.json"), str(shipped_overlay())]
     monai.bundle.run(config_file=files, bundle_root=str(folder), **SMALL)
-    (found,) = (tmp_path / "usual_eval").rglob("*_attr.nii.gz")
-    return np.asarray(nib.load(found).dataobj)
+    (result,) = (tmp_path / "usual_eval").rglob("*_attr.nii.gz")
+    return np.asarray(nib.load(result).dataobj)
 
 
 def the_map(folder: Path) -> np.ndarray:
-    (found,) = folder.rglob("*_attr.nii.gz")
-    return np.asarray(nib.load(found).dataobj)
+    (result,) = folder.rglob("*_attr.nii.gz")
+    return np.asarray(nib.load(result).dataobj)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_the_fitted_overlay_explains(tmp_path: Path, change: Change, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make(tmp_path, change)
     assert main(["overlay", "--bundle", str(folder)]) == 0
-    said = capsys.readouterr().out
-    assert "1 shell, 2 core" in said
-    assert "windows (12, 12, 12)" in said or "windows [12, 12, 12]" in said
+    reported = capsys.readouterr().out
+    assert "1 shell, 2 core" in reported
+    assert "windows (12, 12, 12)" in reported or "windows [12, 12, 12]" in reported
     run_id = "evaluating" if change is other_names else "run"
     if run_id != "run":
-        assert f"monai.bundle run {run_id}" in said
+        assert f"monai.bundle run {run_id}" in reported
     files = [str(folder / "configs" / name) for name in ("inference.json", "explain.json")]
     maps = tmp_path / "maps"
     monai.bundle.run(run_id=run_id, config_file=files, bundle_root=str(folder), explain_output_dir=str(maps), **SMALL)

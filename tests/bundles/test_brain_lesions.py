@@ -184,9 +184,9 @@ def test_prepare_is_the_preprocessing_of_inference(
 ) -> None:
     parser = ConfigParser(json.loads((enter_bundle(ROOT) / "configs" / "inference.json").read_text()))
     ours = lesions.prepare(["image"])({"image": mni152["image"]})["image"]
-    theirs = parser.get_parsed_content("preprocessing")({"image": mni152["image"]})["image"]
-    assert torch.equal(ours.as_tensor(), theirs.as_tensor())
-    assert torch.equal(ours.affine, theirs.affine)
+    expected = parser.get_parsed_content("preprocessing")({"image": mni152["image"]})["image"]
+    assert torch.equal(ours.as_tensor(), expected.as_tensor())
+    assert torch.equal(ours.affine, expected.affine)
 
 
 def trained(root: Path, weights: str = "model.pt") -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""What the bundles are worth on a real head (`stroke_t1` of the shared data): the figures of their docs."""
+"""The documented figures of the bundles on a real head (`stroke_t1` of the shared data)."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def test_tissue_agrees_with_meshnet(enter_bundle: EnterBundle, shared_data: Path
     ours = nib.load(tmp_path / "stroke_t1" / "stroke_t1_seg.nii.gz")
     assert ours.shape == nib.load(scan).shape
     np.testing.assert_allclose(ours.affine, nib.load(scan).affine, atol=1e-4)
-    theirs = meshnet_tissue(scan, shared_data / "models" / "meshnet_model5_gw_ae.safetensors")
-    here = np.asarray(resample_from_to(ours, theirs, order=0).dataobj)
-    there = np.asarray(theirs.dataobj)
+    expected = meshnet_tissue(scan, shared_data / "models" / "meshnet_model5_gw_ae.safetensors")
+    here = np.asarray(resample_from_to(ours, expected, order=0).dataobj)
+    there = np.asarray(expected.dataobj)
     agreement = {name: dice(here == value, there == value) for value, name in ((1, "grey"), (2, "white"))}
     agreement["brain"] = dice(here > 0, there > 0)
     print("Dice against MeshNet:", {key: round(value, 3) for key, value in agreement.items()})

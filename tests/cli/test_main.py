@@ -65,9 +65,9 @@ def test_defaults_explain_every_predicted_class(
     image = Preprocessor(reader)(ScanCase("x", (scans / "007.nii.gz",)))[1]
     predicted = set(reader.inferer(image[None], reader.network)[0].argmax(0).unique().tolist()) - {0}
     assert predicted, "the test bundle predicts something"
-    found = {(target, method): s for (case, target, method), s in statuses(out).items() if case == "007"}
+    result = {(target, method): s for (case, target, method), s in statuses(out).items() if case == "007"}
     names = [f"MultiClassMask-{CLASSES[str(c)]}" for c in predicted]
-    assert found == {(t, m): "ok" for t in names for m in ("Saliency", "GradCam")}
+    assert result == {(t, m): "ok" for t in names for m in ("Saliency", "GradCam")}
     text = capsys.readouterr()
     assert f"ok. Maps, pictures and the log are in {out}" in text.out
     assert "2024_01_15: case 2 of 2" in text.err
@@ -79,7 +79,7 @@ def test_defaults_explain_every_predicted_class(
 
 
 def test_the_map_is_the_explainer_s_on_the_scan_s_own_grid(bundle: Path, scans: Path, tmp_path: Path) -> None:
-    """Against the Python door on an image that is preprocessed by hand."""
+    """Against the Python interface on an image that is preprocessed by hand."""
     assert explained(bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", "Saliency(abs=False)",
                      "--target", "MultiClassMask('Grey Matter')") == 0  # fmt: skip
     scan = nib.load(scans / "007.nii.gz")
@@ -165,8 +165,8 @@ def test_a_time_limit_ends_one_method_only(
     code = explained(bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", methods,
                      "--target", "MultiClassMask(1)", "--time-limit", "0.5")  # fmt: skip
     assert code == 1
-    found = {method: status for (_, _, method), status in statuses(tmp_path / "out").items()}
-    assert found == {"IntegratedGradients": "timeout", "LayerActivation": "ok"}
+    result = {method: status for (_, _, method), status in statuses(tmp_path / "out").items()}
+    assert result == {"IntegratedGradients": "timeout", "LayerActivation": "ok"}
     assert "time limit of 0.5 s" in capsys.readouterr().err
 
 
@@ -188,13 +188,13 @@ def test_ctrl_c_keeps_what_is_finished(
     assert run_json(tmp_path / "out")["finished"] is None
     monkeypatch.undo()
     assert explained(bundle, scans, tmp_path / "out", *words) == 0
-    found = {case: status for (case, _, _), status in statuses(tmp_path / "out").items()}
-    assert found == {"007": "skipped", "2024_01_15": "ok"}
+    result = {case: status for (case, _, _), status in statuses(tmp_path / "out").items()}
+    assert result == {"007": "skipped", "2024_01_15": "ok"}
     assert run_json(tmp_path / "out")["finished"]
 
 
 def test_sigmoid_bundles_have_no_background(tmp_path: Path) -> None:
-    """What the postprocessing says decides: with a sigmoid each channel has a mask of its own, class 0 too."""
+    """The postprocessing decides: with a sigmoid each channel has a mask of its own, class 0 too."""
     steps = {"_target_": "Compose", "transforms": [{"_target_": "Activationsd", "keys": "pred", "sigmoid": True}]}
     bundle = make_bundle(tmp_path / "bundle", postprocessing=steps)
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
@@ -205,9 +205,9 @@ def test_sigmoid_bundles_have_no_background(tmp_path: Path) -> None:
     reader = BundleReader(bundle)
     image = Preprocessor(reader)(ScanCase("a", (tmp_path / "a.nii.gz",)))[1]
     above = (reader.inferer(image[None], reader.network)[0] > 0).flatten(1).any(1)
-    found = {target for _, target, _ in statuses(tmp_path / "out")}
-    assert found == {f"MultiClassMask-{n}" for n, some in zip(("core", "oedema", "edge"), above) if some}
-    assert "MultiClassMask-core" in found
+    result = {target for _, target, _ in statuses(tmp_path / "out")}
+    assert result == {f"MultiClassMask-{n}" for n, some in zip(("core", "oedema", "edge"), above) if some}
+    assert "MultiClassMask-core" in result
 
 
 # ---------------------------------------------------------------------- cases of several files
@@ -241,9 +241,9 @@ def test_folders_are_looked_into_sorted_and_named(tmp_path: Path) -> None:
         make_scan(tmp_path / name)
     (tmp_path / "series").mkdir()
     (tmp_path / "series" / "1.dcm").write_bytes(b"x")
-    found = find_cases([str(tmp_path)], leave_out=tmp_path / "out")
-    assert [case.name for case in found] == ["a", "b", "series", "sub-1-T1", "sub-2-T1"]
-    assert found[2].files == (tmp_path / "series",)
+    result = find_cases([str(tmp_path)], leave_out=tmp_path / "out")
+    assert [case.name for case in result] == ["a", "b", "series", "sub-1-T1", "sub-2-T1"]
+    assert result[2].files == (tmp_path / "series",)
 
 
 @pytest.mark.parametrize(
@@ -364,9 +364,9 @@ def test_layers_need_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_info(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("info", "--bundle", bundle, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["versions"]["torch"] == torch.__version__
-    about = found["bundle"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["versions"]["torch"] == torch.__version__
+    about = result["bundle"]
     assert (about["network"], about["inferer"], about["classes"]) == ("UNet", "SlidingWindowInferer", CLASSES)
     assert about["weight_count"] == sum(p.numel() for p in BundleReader(bundle).network.parameters())
     assert run("info") == 0
@@ -444,8 +444,8 @@ def test_wrong_values(
 
 
 def test_overrides_are_json_else_text() -> None:
-    found = explain.overrides(["a#b=[1, 2]", "c=true", "d=@e", "f=x=y"])
-    assert found == {"a#b": [1, 2], "c": True, "d": "@e", "f": "x=y"}
+    result = explain.overrides(["a#b=[1, 2]", "c=true", "d=@e", "f=x=y"])
+    assert result == {"a#b": [1, 2], "c": True, "d": "@e", "f": "x=y"}
 
 
 def test_the_unforeseen_is_one_line_too(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

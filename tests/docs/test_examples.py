@@ -1,4 +1,4 @@
-"""The examples of the documentation run, check themselves, and stand in their pages verbatim.
+"""The examples of the documentation run, check themselves, and are in their pages verbatim.
 
 A page includes a file between ``<!-- include: PATH -->``, the path relative to the page, and ``<!-- /include -->``;
 ``python -m tests.docs.test_examples`` writes these parts of all pages anew.
@@ -43,7 +43,7 @@ BROKEN = [
 
 
 def included(page: Path) -> Iterator[tuple[Path, str]]:
-    """The files that a page includes, and what stands there."""
+    """The files that a page includes, and their text in the page."""
     for path, text in INCLUDE.findall(page.read_text(encoding="utf-8")):
         yield (page.parent / path).resolve(), text
 
@@ -104,9 +104,9 @@ def test_what_a_page_includes_is_the_file(page: Path) -> None:
 
 
 def test_the_sizes_of_examples_are_as_said() -> None:
-    said = re.findall(r"\[(\d+) lines\]\((\S+)\)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
-    assert len(said) == len(EXAMPLE_PAGES)
-    for lines, path in said:
+    reported = re.findall(r"\[(\d+) lines\]\((\S+)\)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert len(reported) == len(EXAMPLE_PAGES)
+    for lines, path in reported:
         assert int(lines) == len((ROOT / path).read_text(encoding="utf-8").splitlines()), path
 
 

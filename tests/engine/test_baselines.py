@@ -60,9 +60,9 @@ def test_background_is_the_median_of_the_faces():
 
 
 def test_blur_is_a_gaussian_in_voxels():
-    found = draw("blur(sigma=1.5)")
-    for mine, channel in zip(found, image()):
-        assert_equal(mine, torch.from_numpy(gaussian_filter(channel.numpy(), 1.5, mode="nearest")), 1e-12)
+    drawn = draw("blur(sigma=1.5)")
+    for blurred, channel in zip(drawn, image()):
+        assert_equal(blurred, torch.from_numpy(gaussian_filter(channel.numpy(), 1.5, mode="nearest")), 1e-12)
     assert torch.equal(draw("blur(sigma=0)"), image())
     assert baseline_for("blur").record()["sigma_voxels"] is None
     blur = baseline_for("blur")
@@ -73,20 +73,19 @@ def test_blur_is_a_gaussian_in_voxels():
 def test_noise_is_seeded_and_in_units_of_each_channel():
     o = case()
     big = o.derive(image=image().repeat(1, 20, 20))
-    found = draw("noise(std=0.5)", big)
+    drawn = draw("noise(std=0.5)", big)
     spread = big.image.flatten(1).std(1)
-    assert_equal(found.flatten(1).std(1), 0.5 * spread, 0.02)
-    assert_equal(found.flatten(1).mean(1), big.image.flatten(1).mean(1), 0.02)
-    assert torch.equal(found, draw("noise(std=0.5)", big))
-    big.seed = 1
-    assert not torch.equal(found, draw("noise(std=0.5)", big))
+    assert_equal(drawn.flatten(1).std(1), 0.5 * spread, 0.02)
+    assert_equal(drawn.flatten(1).mean(1), big.image.flatten(1).mean(1), 0.02)
+    assert torch.equal(drawn, draw("noise(std=0.5)", big))
+    assert not torch.equal(drawn, draw("noise(std=0.5)", big.derive(seed=1)))
 
 
 def test_uniform_stays_between_smallest_and_largest():
-    found, x = draw("uniform"), image()
-    assert bool((found.flatten(1).amin(1) >= x.flatten(1).amin(1)).all())
-    assert bool((found.flatten(1).amax(1) <= x.flatten(1).amax(1)).all())
-    assert found.std() > 0
+    drawn, x = draw("uniform"), image()
+    assert bool((drawn.flatten(1).amin(1) >= x.flatten(1).amin(1)).all())
+    assert bool((drawn.flatten(1).amax(1) <= x.flatten(1).amax(1)).all())
+    assert drawn.std() > 0
 
 
 def test_files_and_tensors(tmp_path):
@@ -111,8 +110,8 @@ def test_a_nifti_on_the_networks_grid(tmp_path):
     nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "reference.nii.gz")
     net = network(3, 1)
     o, _ = objective(net, torch.rand(1, 6, 5, 4, dtype=torch.float64), None, [MultiClassMask(1)])
-    found = draw(tmp_path / "reference.nii.gz", o)
-    assert torch.equal(found, torch.from_numpy(volume)[None].double())
+    drawn = draw(tmp_path / "reference.nii.gz", o)
+    assert torch.equal(drawn, torch.from_numpy(volume)[None].double())
 
 
 @pytest.mark.parametrize("bad", [None, True, "nothing", "blur(sigmoid=1)", []])
@@ -149,7 +148,7 @@ def test_auto_says_what_and_why():
 
 
 class ScaleFree(nn.Module):
-    """Invariant to scale without a norm layer: only a look at its output tells."""
+    """A network that is invariant to scale without a norm layer, which only its output shows."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -11,7 +11,7 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.networks import build
-from tests.support.networks import coarse
+from tests.support.networks import Computed, coarse
 from tests.support.objectives import objective, objective_of
 from tests.support.tensors import noise
 
@@ -43,18 +43,10 @@ def test_a_class_token_is_looked_through():
     with torch.no_grad():
         logits = case.logits(case.image)[0]
 
-    class First(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.vit = case.network
-
-        def forward(self, x):
-            return self.vit(x)[0]
-
-    o, prediction = objective(First(), case.image[0], None, [ClassScore(1)])
+    o, prediction = objective(Computed(lambda out: out[0], case.network), case.image[0], None, [ClassScore(1)])
     assert torch.equal(prediction, logits)
     with frozen(case.network):
-        assert default_layer(o) == "vit.blocks.0"
+        assert default_layer(o) == "network.blocks.0"
 
 
 def test_a_network_without_gradients_inside_has_no_default_layer():

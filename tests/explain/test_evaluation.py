@@ -58,9 +58,9 @@ def judged(methods=("InputXGradient",), metrics=METRICS, targets=ONE, **more):
 
 
 def test_the_exact_map_beats_the_controls_and_a_zero_map_does_not():
-    found = judged()
-    rows = {(r["method"], r["metric"].split("-")[0]): r for r in found.rows}
-    assert not found.failed
+    result = judged()
+    rows = {(r["method"], r["metric"].split("-")[0]): r for r in result.rows}
+    assert not result.failed
     assert rows["InputXGradient", "RelevanceMass"]["value"] == pytest.approx(1.0)
     assert rows["InputXGradient", "Infidelity"]["value"] == pytest.approx(0.0, abs=1e-12)
     for metric in ("RelevanceMass", "Deletion", "Infidelity"):
@@ -74,25 +74,25 @@ def test_the_exact_map_beats_the_controls_and_a_zero_map_does_not():
         assert rows["control:random", metric]["beats_controls"] is None
     assert rows["InputXGradient", "Sparseness"]["beats_controls"] is None  # an edge detector is sparse by nature
     zeros = {("ClassScore-class1", "InputXGradient"): torch.zeros(1, 8, 8)}
-    found = judged(maps=zeros)
-    mine = [r for r in found.rows if r["method"] == "InputXGradient" and r["metric"] != "Sparseness"]
-    assert mine
-    assert all(r["beats_controls"] is False for r in mine)
+    result = judged(maps=zeros)
+    actual = [r for r in result.rows if r["method"] == "InputXGradient" and r["metric"] != "Sparseness"]
+    assert actual
+    assert all(r["beats_controls"] is False for r in actual)
 
 
 def test_a_class_that_two_targets_ask_for_is_judged_once():
     """As where a folder has maps of all predicted classes and, from a later run, of one of them."""
-    found = judged(targets=[ClassScore(1), ClassScore(top_k=2)])
-    keys = [(r["target"], r["method"], r["metric"]) for r in found.rows]
+    result = judged(targets=[ClassScore(1), ClassScore(top_k=2)])
+    keys = [(r["target"], r["method"], r["metric"]) for r in result.rows]
     assert {target for target, _, _ in keys} == {"ClassScore-class0", "ClassScore-class1"}
     assert len(keys) == len(set(keys)) == 2 * len(judged().rows)
 
 
 def test_passes_are_counted_and_maps_that_cannot_be_judged_are_named():
-    found = judged(["Saliency", "LRP"], METRICS[:2], [ClassScore(1, output="probability")], controls=False)
-    assert {r["method"] for r in found.rows} == {"Saliency"}
-    assert "linear" in found.failed["ClassScore-class1, LRP"]
-    passes = {r["metric"].split("-")[0]: r["passes"] for r in found.rows}
+    result = judged(["Saliency", "LRP"], METRICS[:2], [ClassScore(1, output="probability")], controls=False)
+    assert {r["method"] for r in result.rows} == {"Saliency"}
+    assert "linear" in result.failed["ClassScore-class1, LRP"]
+    passes = {r["metric"].split("-")[0]: r["passes"] for r in result.rows}
     assert passes["RelevanceMass"] == 0
     assert passes["Deletion"] > 0
 
@@ -103,15 +103,15 @@ def test_metrics_of_one_name_are_refused():
 
 
 def test_the_table_is_tidy_and_grows_by_cases(tmp_path):
-    found = judged()
+    result = judged()
     writer = EvaluationWriter(tmp_path, [], [], {"bundle": "none"})
     for case in ("a", "b", "a"):
-        writer.write(case, found)
+        writer.write(case, result)
     with open(tmp_path / "metrics.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert tuple(table[0]) == COLUMNS
-    assert [r["case"] for r in table] == ["b"] * len(found.rows) + ["a"] * len(found.rows)
-    assert float(table[0]["value"]) == found.rows[0]["value"]
+    assert [r["case"] for r in table] == ["b"] * len(result.rows) + ["a"] * len(result.rows)
+    assert float(table[0]["value"]) == result.rows[0]["value"]
     record = json.loads((tmp_path / "a" / "a_metrics.json").read_text(encoding="utf-8"))
     assert record["bundle"] == "none"
     (curve,) = [c for c in record["curves"] if c["method"] == "InputXGradient" and c["metric"].startswith("Deletion")]
@@ -123,10 +123,10 @@ def test_the_table_is_tidy_and_grows_by_cases(tmp_path):
 
 
 def test_rows_of_an_earlier_run_do_not_stay_where_a_case_has_none_now(tmp_path):
-    found = judged()
+    result = judged()
     writer = EvaluationWriter(tmp_path, [], [])
-    writer.write("a", found)
-    writer.write("b", found)
+    writer.write("a", result)
+    writer.write("b", result)
     writer.write("a", Found(failed={"ClassScore-class1, InputXGradient": "out of memory"}))
     with open(tmp_path / "metrics.csv", newline="") as file:
         assert {r["case"] for r in csv.DictReader(file)} == {"b"}
@@ -162,12 +162,12 @@ def test_masks_of_a_volume_that_is_one_voxel_thick():
     label = torch.zeros(1, 6, 6)
     label[:, :3] = 1
     for mask in (label, label[None]):
-        found = Evaluator(Explainer(Half()), ["RelevanceMass"], with_controls=False)(
+        result = Evaluator(Explainer(Half()), ["RelevanceMass"], with_controls=False)(
             image, ["InputXGradient"], list(ONE), label=mask, body=torch.ones(1, 6, 6)
         )
-        assert not found.failed
-        assert 0.1 < found.rows[0]["value"] < 0.9
-        assert {r["voxels"] for r in found.regions if r["region"] == "label 1"} == {18}
+        assert not result.failed
+        assert 0.1 < result.rows[0]["value"] < 0.9
+        assert {r["voxels"] for r in result.regions if r["region"] == "label 1"} == {18}
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), "0.1", True])
@@ -301,9 +301,9 @@ def test_an_empty_target_is_told_and_the_others_are_judged(study):
         def forward(self, x):
             return self.last(x) + x * torch.tensor([0.0, 0.1, 0.0], dtype=torch.float64)[None, :, None, None]
 
-    found = Evaluator(Explainer(Segments()), ["Sparseness"], with_controls=False)(
+    result = Evaluator(Explainer(Segments()), ["Sparseness"], with_controls=False)(
         image, ["InputXGradient"], [MultiClassMask(1), MultiClassMask(2)]
     )
-    assert {r["target"] for r in found.rows} == {"MultiClassMask-class1"}
-    assert "no voxel of the prediction" in found.empty["MultiClassMask-class2"]
-    assert not found.failed
+    assert {r["target"] for r in result.rows} == {"MultiClassMask-class1"}
+    assert "no voxel of the prediction" in result.empty["MultiClassMask-class2"]
+    assert not result.failed

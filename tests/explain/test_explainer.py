@@ -1,11 +1,10 @@
-"""The public face: cases, inputs, shared passes, isolation, records."""
+"""The public interface: cases, inputs, shared passes, isolation, records."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,8 +63,8 @@ def image(batch: int = 1, channels: int = 1, size: int = 12, dims: int = 3) -> T
     return torch.rand((batch, channels, *[size] * dims), generator=torch.Generator().manual_seed(7))
 
 
-def only(found: Any) -> Attribution:
-    (attribution,) = found
+def only(result: Any) -> Attribution:
+    (attribution,) = result
     return attribution
 
 
@@ -76,14 +75,14 @@ def autograd(network: nn.Module, x: Tensor, inferer: Any, class_index: int) -> T
     return gradient[0]
 
 
-# ---- the face as the project promises it --------------------------------------------------------------------------
+# ---- the documented interface -----------------------------------------------------------------------------------
 
 
 def test_the_public_face() -> None:
     network = Spy()
     x = image()
     explainer = Explainer(network, inferer=SlidingWindowInferer((8, 8, 8), 4, 0.5, "gaussian"), device="cpu", amp=False)
-    found = []
+    result = []
     for attribution in explainer(x, methods=[Saliency(), IntegratedGradients(n_steps=32)], targets=[MultiClassMask(1)]):
         assert isinstance(attribution.map, MetaTensor)
         assert attribution.map.shape == (1, 12, 12, 12)
@@ -91,26 +90,26 @@ def test_the_public_face() -> None:
         assert attribution.target.name == "MultiClassMask"
         assert attribution.case == 0
         assert attribution.record["status"] == attribution.status == "ok"
-        found.append(attribution.method.name)
-    assert found == ["Saliency", "IntegratedGradients"]
+        result.append(attribution.method.name)
+    assert result == ["Saliency", "IntegratedGradients"]
     expected = autograd(network, x, explainer.inferer, 1)
-    mine = only(explainer(x, [Saliency(abs=False)], [MultiClassMask(1)])).map
-    assert (mine.as_tensor() - expected).abs().max() < 1e-5 * expected.abs().max()
+    actual = only(explainer(x, [Saliency(abs=False)], [MultiClassMask(1)])).map
+    assert (actual.as_tensor() - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_every_record_is_json_ready_and_complete() -> None:
     explainer = Explainer(Spy(), SLIDING, on_error="record", time_limit=100)
     methods = [Saliency(), IntegratedGradients(n_steps=4), GradCam(), Occlusion(), GradCam(layer="nowhere")]
     targets = [MultiClassMask(1), ThresholdMask(1e9, value="raw"), MultiClassMask(9)]
-    found = list(explainer(image(), methods, targets))
-    assert len(found) == 15
-    assert {a.status for a in found} == {"ok", "empty_target", "failed"}
-    for a in found:
+    result = list(explainer(image(), methods, targets))
+    assert len(result) == 15
+    assert {a.status for a in result} == {"ok", "empty_target", "failed"}
+    for a in result:
         assert set(a.record) >= RECORDED
         assert json.loads(json.dumps(a.record, allow_nan=False)) == json.loads(strict_json(a.record))
         assert (a.map is None) == (a.status != "ok")
         assert a.status == "ok" or a.record["reason"]
-    finished = {a.method.name: a.record for a in found if a.status == "ok"}
+    finished = {a.method.name: a.record for a in result if a.status == "ok"}
     for record in finished.values():
         assert record["blend_deviation"] < 1e-6  # whether or not the method itself sweeps over the windows
         assert record["windows_used"] <= record["windows_total"] == 8
@@ -139,8 +138,8 @@ def test_a_classifier_says_what_it_predicted() -> None:
 
 def test_texts_and_configs_make_methods_and_targets() -> None:
     explainer = Explainer(Spy(), SLIDING)
-    found = list(explainer(image(), "Saliency,occlusion(window=6)", {"_target_": "MultiClassMask", "class_index": 1}))
-    assert [a.method.parameters.get("window") for a in found] == [None, 6]
+    result = list(explainer(image(), "Saliency,occlusion(window=6)", {"_target_": "MultiClassMask", "class_index": 1}))
+    assert [a.method.parameters.get("window") for a in result] == [None, 6]
     with pytest.raises(UsageError, match=r"did you mean .*Saliency"):
         list(explainer(image(), "Salience", "MultiClassMask(1)"))
 
@@ -162,23 +161,23 @@ def test_a_batch_of_metatensors_keeps_each_place() -> None:
     from monai.data import list_data_collate
 
     batch = list_data_collate([{"image": s} for s in singles])["image"]
-    found = list(Explainer(Spy(), SLIDING)(batch, [Saliency()], [MultiClassMask(1)]))
-    assert [float(a.map.affine[0, 0]) for a in found] == [1.0, 2.0]
+    result = list(Explainer(Spy(), SLIDING)(batch, [Saliency()], [MultiClassMask(1)]))
+    assert [float(a.map.affine[0, 0]) for a in result] == [1.0, 2.0]
 
 
 def test_a_bad_case_leaves_the_others() -> None:
     x = image(3)
     x[1, 0, 3, 3, 3] = torch.nan
     explainer = Explainer(Spy(), SLIDING, on_error="record")
-    found = list(explainer(x, [Saliency(), GradCam()], [MultiClassMask(1)]))
-    assert [(a.case, a.status) for a in found] == [
+    result = list(explainer(x, [Saliency(), GradCam()], [MultiClassMask(1)]))
+    assert [(a.case, a.status) for a in result] == [
         *[(0, "ok")] * 2,
         *[(1, "failed")] * 2,
         *[(2, "ok")] * 2,
     ]
-    assert "NaN" in found[2].record["reason"]
-    assert isinstance(found[2].error, InputError)
-    assert set(found[2].record) >= RECORDED
+    assert "NaN" in result[2].record["reason"]
+    assert isinstance(result[2].error, InputError)
+    assert set(result[2].record) >= RECORDED
     with pytest.raises(InputError, match="image 1: 1 of 1728 voxels are NaN"):
         list(Explainer(Spy(), SLIDING)(x, [Saliency()], [MultiClassMask(1)]))
 
@@ -195,12 +194,12 @@ class TwoInputs(nn.Module):
 def test_several_image_inputs_get_a_map_each() -> None:
     network, mr, pet = TwoInputs(), image(1, 2), image(1, 1) + 0.5
     explainer = Explainer(network, SLIDING)
-    found = list(explainer({"mr": mr, "pet": pet}, [Saliency(abs=False), GradCam()], [MultiClassMask(1)]))
-    assert [(a.method.name, a.input) for a in found] == [("Saliency", "mr"), ("Saliency", "pet"), ("GradCam", None)]
+    result = list(explainer({"mr": mr, "pet": pet}, [Saliency(abs=False), GradCam()], [MultiClassMask(1)]))
+    assert [(a.method.name, a.input) for a in result] == [("Saliency", "mr"), ("Saliency", "pet"), ("GradCam", None)]
     a, b = mr.clone().requires_grad_(True), pet.clone().requires_grad_(True)
     joined = SLIDING(torch.cat([a, b], 1), lambda x: network(x[:, :2], pet=x[:, 2:]))
     score = joined[0, 1][joined[0].argmax(0) == 1].sum()
-    for attribution, expected in zip(found, torch.autograd.grad(score, [a, b])):
+    for attribution, expected in zip(result, torch.autograd.grad(score, [a, b])):
         assert attribution.map.shape == expected[0].shape
         assert (attribution.map.as_tensor() - expected[0]).abs().max() < 1e-5 * expected.abs().max()
     with pytest.raises(InputError, match="'pet' has shape"):
@@ -208,7 +207,7 @@ def test_several_image_inputs_get_a_map_each() -> None:
 
 
 class WithMore(Spy):
-    """Further inputs: one a case, one for all, and MONAI's condition volume."""
+    """Further inputs: one per case, one for all, and MONAI's condition volume."""
 
     def forward(self, x: Tensor, scale: Any = 1.0, *, shift: Any = 0.0, condition: Tensor | None = None) -> Tensor:
         out = super().forward(x) * scale + shift
@@ -219,8 +218,8 @@ def test_network_args_and_kwargs_are_passed_through() -> None:
     x, scale, shift = image(2), torch.tensor([[2.0], [3.0]]).reshape(2, 1, 1, 1, 1), torch.tensor(0.25)
     explainer = Explainer(WithMore(), SimpleInferer())
     more = {"network_args": [scale], "network_kwargs": {"shift": shift}}
-    found = list(explainer(x, [Saliency(abs=False), IntegratedGradients(n_steps=3)], [MultiClassMask(1)], **more))
-    for a in found[::2]:
+    result = list(explainer(x, [Saliency(abs=False), IntegratedGradients(n_steps=3)], [MultiClassMask(1)], **more))
+    for a in result[::2]:
         i = a.case
         expected = autograd(WithMore(), x[i : i + 1], lambda z, net, i=i: net(z, scale[i], shift=shift), 1)
         assert (a.map.as_tensor() - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -230,11 +229,11 @@ def test_condition_is_cut_to_the_windows_as_monai_does() -> None:
     x, condition = image(), image(1, 1) + 0.5
     network = WithMore()
     explainer = Explainer(network, SLIDING)
-    found = only(explainer(x, [Saliency(abs=False)], [MultiClassMask(1)], network_kwargs={"condition": condition}))
+    result = only(explainer(x, [Saliency(abs=False)], [MultiClassMask(1)], network_kwargs={"condition": condition}))
     inferer = lambda z, net: SLIDING(z, net, condition=condition)  # noqa: E731
     expected = autograd(network, x, inferer, 1)
-    assert (found.map.as_tensor() - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert found.record["blend_deviation"] < 1e-6
+    assert (result.map.as_tensor() - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert result.record["blend_deviation"] < 1e-6
 
 
 @pytest.mark.parametrize("shape", [(12, 12, 12), (1, 1, 12), (2, 1, 4, 4, 4, 4)])
@@ -263,8 +262,8 @@ def test_a_volume_without_its_batch_axis_is_refused(given: bool) -> None:
     with pytest.raises(InputError, match=r"has shape \(6, 6, 6\).*convolutions are 3D.*EnsureChannelFirstd"):
         list(Explainer(network)(image, [Saliency()], [target], prediction=prediction))
     assert not network._forward_pre_hooks
-    (found,) = Explainer(network)(image[None], [Saliency()], [target])
-    assert tuple(found.map.shape) == (1, 6, 6, 6)
+    (result,) = Explainer(network)(image[None], [Saliency()], [target])
+    assert tuple(result.map.shape) == (1, 6, 6, 6)
     (flat,) = Explainer(inflated := Inflated())(torch.rand(1, 1, 6, 6), [Saliency()], [ThresholdMask(-100.0, 0)])
     assert tuple(flat.map.shape) == (1, 6, 6)
     assert not inflated.conv._forward_pre_hooks
@@ -286,12 +285,12 @@ def test_methods_that_look_at_the_same_windows_share_passes() -> None:
         network = Spy()
         prediction = SLIDING(image(), network).detach()
         network.seen = 0
-        found = list(Explainer(network, SLIDING)(image(), methods, [MultiClassMask(1)], prediction=prediction))
-        assert all(a.status == "ok" for a in found)
-        assert found[0].record["window_passes"] == network.seen
+        result = list(Explainer(network, SLIDING)(image(), methods, [MultiClassMask(1)], prediction=prediction))
+        assert all(a.status == "ok" for a in result)
+        assert result[0].record["window_passes"] == network.seen
         costs.append(network.seen)
     assert costs[1] == costs[0] > 0
-    assert found[0].record["passes_shared_with"] == ["Saliency", "InputXGradient", "GradCam", "LayerActivation"]
+    assert result[0].record["passes_shared_with"] == ["Saliency", "InputXGradient", "GradCam", "LayerActivation"]
 
 
 def test_a_given_prediction_is_not_computed_again() -> None:
@@ -301,13 +300,12 @@ def test_a_given_prediction_is_not_computed_again() -> None:
     counts = []
     for known in (prediction, None):
         network.seen = 0
-        found = only(Explainer(network, SLIDING)(image(), [Saliency()], [corner], prediction=known))
+        result = only(Explainer(network, SLIDING)(image(), [Saliency()], [corner], prediction=known))
         counts.append(network.seen)
     assert counts == [1, 9]  # one window sees the corner; the prediction takes eight
-    assert found.record["windows_used"] == 1
+    assert result.record["windows_used"] == 1
 
 
-@dataclass(eq=False, repr=False)
 class Misses(Method):
     """A map with a completeness gap for each target."""
 
@@ -316,7 +314,6 @@ class Misses(Method):
     units = "target per voxel"
     gap_advice = "take more of them"
     gaps: Sequence[float | None] = ()
-    name: str | None = field(default=None, kw_only=True)
 
     def attribute(self, objective: Objective) -> Explained:
         return Explained(objective.new_maps() + 1, {"completeness_gap": list(self.gaps)})
@@ -324,12 +321,12 @@ class Misses(Method):
 
 def test_a_completeness_gap_above_five_percent_is_warned_of_whatever_the_method() -> None:
     methods = [Misses([0.06, None]), Misses([0.04, 0.05], name="fine")]
-    found = list(Explainer(Spy(), SLIDING)(image(), methods, [MultiClassMask(1), MultiClassMask(0, name="air")]))
-    told = {w for a in found for w in a.record["warnings"]}
-    assert told == {
+    result = list(Explainer(Spy(), SLIDING)(image(), methods, [MultiClassMask(1), MultiClassMask(0, name="air")]))
+    reported = {w for a in result for w in a.record["warnings"]}
+    assert reported == {
         "MultiClassMask-class1: Misses: the map's sum misses what it should add up to by 6 %: take more of them"
     }
-    assert not any(a.record["warnings"] for a in found if a.method.name == "fine")
+    assert not any(a.record["warnings"] for a in result if a.method.name == "fine")
     short = [BlurIG(n_steps=1), IntegratedGradients(n_steps=1, method="riemann_left")]
     for a in Explainer(Spy(), SLIDING)(5 * image(), short, [Voxel(1, index=(6, 6, 6), output="log_probability")]):
         assert a.record["completeness_gap"] > 0.05
@@ -355,10 +352,10 @@ class Slow(Method):
 
 def test_time_limit_ends_a_method_and_the_next_goes_on() -> None:
     explainer = Explainer(Spy(), SLIDING, time_limit=0.3, on_error="record")
-    found = list(explainer(image(), [Slow(), Occlusion(window=8)], [MultiClassMask(1)]))
-    assert [a.status for a in found] == ["timeout", "ok"]
-    assert "time limit of 0.3 s" in found[0].record["reason"]
-    assert 0.3 <= found[0].record["seconds"] < 5
+    result = list(explainer(image(), [Slow(), Occlusion(window=8)], [MultiClassMask(1)]))
+    assert [a.status for a in result] == ["timeout", "ok"]
+    assert "time limit of 0.3 s" in result[0].record["reason"]
+    assert 0.3 <= result[0].record["seconds"] < 5
     with pytest.raises(MethodTimeout):
         list(Explainer(Spy(), SLIDING, time_limit=0.05)(image(), [Slow()], [MultiClassMask(1)]))
 
@@ -398,12 +395,12 @@ class Nothing(Saliency):
 
 
 def test_on_error_record_keeps_what_works() -> None:
-    found = list(
+    result = list(
         Explainer(Spy(), SLIDING, on_error="record")(
             image(), [Broken(), Saliency()], [MultiClassMask(1), MultiClassMask(7)]
         )
     )
-    by = {(a.method.name, a.target.parameters["class_index"]): a for a in found}
+    by = {(a.method.name, a.target.parameters["class_index"]): a for a in result}
     assert {k: a.status for k, a in by.items()} == {
         ("Broken", 1): "failed",
         ("Broken", 7): "failed",
@@ -425,18 +422,18 @@ def test_on_error_raise_is_the_default() -> None:
 
 
 def test_maps_that_are_not_finite_are_never_ok() -> None:
-    found = only(Explainer(Spy(), SLIDING, on_error="record")(image(), [NotFinite()], [MultiClassMask(1)]))
-    assert (found.status, found.map, found.record["sum"]) == ("failed", None, None)
-    assert "144 of 1728 values that are not finite" in found.record["reason"]
+    result = only(Explainer(Spy(), SLIDING, on_error="record")(image(), [NotFinite()], [MultiClassMask(1)]))
+    assert (result.status, result.map, result.record["sum"]) == ("failed", None, None)
+    assert "144 of 1728 values that are not finite" in result.record["reason"]
     with pytest.raises(MethodError, match="not finite"):
         list(Explainer(Spy(), SLIDING)(image(), [NotFinite()], [MultiClassMask(1)]))
 
 
 def test_a_map_of_zeros_is_called_zero() -> None:
-    found = only(Explainer(Spy(), SLIDING)(image(), [Nothing()], [MultiClassMask(1)]))
-    assert (found.status, found.record["sum"]) == ("zero", 0.0)
-    assert found.map is not None
-    assert any("zero everywhere" in w for w in found.record["warnings"])
+    result = only(Explainer(Spy(), SLIDING)(image(), [Nothing()], [MultiClassMask(1)]))
+    assert (result.status, result.record["sum"]) == ("zero", 0.0)
+    assert result.map is not None
+    assert any("zero everywhere" in w for w in result.record["warnings"])
 
 
 @pytest.mark.parametrize("methods", [[Saliency(), Occlusion()], [Broken()], [NotFinite()], [GradCam(layer="nowhere")]])
@@ -483,7 +480,7 @@ def test_amp_is_recorded_and_close() -> None:
 
 
 def test_an_outer_autocast_does_not_leak_in() -> None:
-    """A trainer calls handlers under its own autocast; what the explainer was told counts."""
+    """A trainer calls handlers under its own autocast; the explainer's own setting counts."""
     plain = only(Explainer(Spy(), SLIDING)(image(), [Saliency()], [MultiClassMask(1)]))
     with torch.autocast("cpu", torch.bfloat16):
         inside = only(Explainer(Spy(), SLIDING)(image(), [Saliency()], [MultiClassMask(1)]))
@@ -502,18 +499,18 @@ class Mirrored(Inferer):
 
 def test_unknown_inferers_are_one_window_with_a_warning() -> None:
     network = Spy()
-    found = only(Explainer(network, Mirrored())(image(), [Saliency(abs=False)], [MultiClassMask(1)]))
-    assert any("Mirrored" in w and "memory" in w for w in found.record["warnings"])
-    assert found.record["windows_total"] == 1
+    result = only(Explainer(network, Mirrored())(image(), [Saliency(abs=False)], [MultiClassMask(1)]))
+    assert any("Mirrored" in w and "memory" in w for w in result.record["warnings"])
+    assert result.record["windows_total"] == 1
     expected = autograd(network, image(), Mirrored(), 1)
-    assert (found.map.as_tensor() - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (result.map.as_tensor() - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_slice_inferer_explains_volumes_by_a_flat_network() -> None:
     network, inferer = Spy(dims=2), SliceInferer(spatial_dim=2, roi_size=(8, 8), sw_batch_size=3, overlap=0.25)
-    found = only(Explainer(network, inferer)(image(), [Saliency(abs=False)], [MultiClassMask(0)]))
+    result = only(Explainer(network, inferer)(image(), [Saliency(abs=False)], [MultiClassMask(0)]))
     expected = autograd(network, image(), inferer, 0)
-    assert (found.map.as_tensor() - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (result.map.as_tensor() - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_torchscript_runs_black_boxes_and_refuses_gradients() -> None:
@@ -540,8 +537,8 @@ def test_torchscript_runs_black_boxes_and_refuses_gradients() -> None:
 
 
 def test_double_precision_networks_give_double_precision_maps() -> None:
-    found = only(Explainer(Spy().double(), SLIDING)(image(), [Saliency()], [MultiClassMask(1)]))
-    assert found.map.dtype == torch.float64
+    result = only(Explainer(Spy().double(), SLIDING)(image(), [Saliency()], [MultiClassMask(1)]))
+    assert result.map.dtype == torch.float64
 
 
 def test_predictions_that_are_not_finite_are_refused() -> None:
@@ -567,12 +564,12 @@ def test_skip_is_asked_before_anything_is_computed() -> None:
         return attribution.method.name == "Saliency" or attribution.label.endswith("class0")
 
     options = {"prediction": prediction, "skip": skip}
-    found = list(
+    result = list(
         Explainer(network, SLIDING)(
             image(), [Saliency(), GradCam()], ["MultiClassMask(0)", "MultiClassMask(1)"], **options
         )
     )
-    assert [(a.method.name, a.label) for a in found] == [("GradCam", "MultiClassMask-class1")]
+    assert [(a.method.name, a.label) for a in result] == [("GradCam", "MultiClassMask-class1")]
     assert len(asked) == 4
     assert all(a.map is None and set(a.record) >= RECORDED for a in asked)
 
@@ -615,8 +612,8 @@ def test_how_windows_run_is_not_what_they_give() -> None:
 def test_warnings_are_recorded_not_lost() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = only(Explainer(Spy(), Mirrored())(image(), [Saliency()], [MultiClassMask(1)]))
-    assert found.record["warnings"]
+        result = only(Explainer(Spy(), Mirrored())(image(), [Saliency()], [MultiClassMask(1)]))
+    assert result.record["warnings"]
 
 
 @pytest.mark.parametrize("bad", [Occlusion(4, baseline="gone.nii.gz"), Rise(10, grid=(2, 2))])
@@ -624,9 +621,9 @@ def test_a_progress_bar_does_not_spread_a_failure(bad: Method, capsys: pytest.Ca
     """The passes are counted before the run: what fails there failed all methods of the case."""
     explainer = Explainer(Spy(), SLIDING, on_error="record", progress=True)
     methods = [bad, Saliency(), Occlusion(6, name="second")]
-    found = {a.method.name: a for a in explainer(image(), methods, [Voxel(1, index=(6, 6, 6))])}
-    assert {n: a.status for n, a in found.items()} == {bad.name: "failed", "Saliency": "ok", "second": "ok"}
-    passes = found["second"].record["window_passes"]
+    result = {a.method.name: a for a in explainer(image(), methods, [Voxel(1, index=(6, 6, 6))])}
+    assert {n: a.status for n, a in result.items()} == {bad.name: "failed", "Saliency": "ok", "second": "ok"}
+    passes = result["second"].record["window_passes"]
     assert f"{passes}/{passes} [" in capsys.readouterr().err
 
 

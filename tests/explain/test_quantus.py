@@ -27,19 +27,19 @@ def test_each_image_is_explained_for_its_own_class(dims: int) -> None:
     maps = quantus_explain_func(network, images.numpy().astype(np.float64), np.array(classes), method="InputXGradient")
     assert maps.shape == images.shape
     assert maps.dtype == np.float64
-    for image, k, found in zip(images, classes, maps):
+    for image, k, result in zip(images, classes, maps):
         x = image[None].requires_grad_()
         (gradient,) = torch.autograd.grad(network(x)[0, k], x)
-        assert np.abs(found - (x * gradient)[0].detach().numpy()).max() <= 1e-6 * np.abs(found).max()
+        assert np.abs(result - (x * gradient)[0].detach().numpy()).max() <= 1e-6 * np.abs(result).max()
 
 
 def test_a_segmentation_by_the_columns_of_a_wrapper() -> None:
     torch.manual_seed(0)
     network, image = nn.Conv2d(1, 3, 3, padding=1).eval(), torch.rand(1, 1, 8, 9)
     wrapper = TargetWrapper(network, [MultiClassMask(1), MultiClassMask(2)]).freeze(image).eval()
-    mine = quantus_explain_func(wrapper, image.numpy(), [1], method="Saliency(abs=False)")
-    (theirs,) = Explainer(network)(image, ["Saliency(abs=False)"], [MultiClassMask(2)])
-    assert np.abs(mine[0] - theirs.map.numpy()).max() <= 1e-6 * np.abs(mine).max()
+    actual = quantus_explain_func(wrapper, image.numpy(), [1], method="Saliency(abs=False)")
+    (expected,) = Explainer(network)(image, ["Saliency(abs=False)"], [MultiClassMask(2)])
+    assert np.abs(actual[0] - expected.map.numpy()).max() <= 1e-6 * np.abs(actual).max()
 
 
 def test_what_cannot_be_explained_is_said() -> None:

@@ -1,4 +1,4 @@
-"""What decides a map: also files, tensors and data that a method's parameters only name, and further inputs."""
+"""The record covers all that determines a map: also files, tensors, data named by parameters, further inputs."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_names_of_maps_in_the_scans_format(tmp_path: Path) -> None:
         map_path(tmp_path, "a", "t", "Saliency", extension=".dcm")
 
 
-# ---------------------------------------------------------------------- the doors
+# ---------------------------------------------------------------------- the interfaces
 
 
 def command(*words: object, output: Path) -> tuple[int, dict[str, Any]]:

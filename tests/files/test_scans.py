@@ -42,10 +42,10 @@ def test_a_good_scan_is_read_as_it_is(tmp_path: Path) -> None:
 
 def test_reading_equals_monai_s_loader(tmp_path: Path) -> None:
     path = nifti(tmp_path / "a.nii.gz", voxels(5, 6, 7, 3))
-    ours, theirs = read_scan(path), LoadImage(ensure_channel_first=True, image_only=True)(path)
-    assert torch.equal(ours.as_tensor(), theirs.as_tensor())
-    assert torch.equal(ours.affine, theirs.affine)
-    assert ours.meta.keys() == theirs.meta.keys()
+    ours, expected = read_scan(path), LoadImage(ensure_channel_first=True, image_only=True)(path)
+    assert torch.equal(ours.as_tensor(), expected.as_tensor())
+    assert torch.equal(ours.affine, expected.affine)
+    assert ours.meta.keys() == expected.meta.keys()
 
 
 def test_int16_with_slope(tmp_path: Path) -> None:

@@ -74,10 +74,10 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_overlay_finds_what_the_command_finds_to_the_last_digit(judged: Path) -> None:
-    mine, theirs = table(judged / "overlay"), table(judged / "command")
-    assert mine == theirs
-    assert len(mine) == 2 * 5 * len(METRICS)  # cases, methods and controls, metrics
-    assert sum(bool(row["value"]) for row in mine) > 30
+    actual, expected = table(judged / "overlay"), table(judged / "command")
+    assert actual == expected
+    assert len(actual) == 2 * 5 * len(METRICS)  # cases, methods and controls, metrics
+    assert sum(bool(row["value"]) for row in actual) > 30
     for case in ("alpha", "beta"):
         a, b = record(judged / "overlay", case), record(judged / "command", case)
         assert a["curves"] == b["curves"]
@@ -207,7 +207,7 @@ def test_maps_that_were_finished_before_are_computed(scans: list[Path], tmp_path
 
 
 def test_no_map_of_another_epoch_is_judged(scans: list[Path], tmp_path: Path) -> None:
-    """Weights move between the epochs, of which only the first is explained."""
+    """Weights change between the epochs; only the first epoch is explained."""
 
     def run(*handlers: Any) -> None:
         torch.manual_seed(0)
@@ -332,14 +332,14 @@ def test_what_fails_is_recorded_and_the_run_goes_on(
     with caplog.at_level(logging.INFO):
         engine.run()
     assert "stumbled" in record(tmp_path, "alpha")["failed"]["MultiClassMask-class1, Saliency"]
-    found = {(r["method"], r["metric"]): r for r in record(tmp_path, "beta")["metrics"]}
-    assert found["Saliency", "Breaks"]["status"] == "failed"
-    assert "ZeroDivisionError: injected" in found["Saliency", "Breaks"]["reason"]
-    assert found["Saliency", "Sparseness"]["status"] == "ok"
-    said = [r.getMessage() for r in caplog.records if r.name == "my.logger"]
-    assert [line for line in said if "stumbled" in line]
-    assert [line for line in said if "injected" in line]
-    assert "2 case(s) judged" in said[-1]
+    result = {(r["method"], r["metric"]): r for r in record(tmp_path, "beta")["metrics"]}
+    assert result["Saliency", "Breaks"]["status"] == "failed"
+    assert "ZeroDivisionError: injected" in result["Saliency", "Breaks"]["reason"]
+    assert result["Saliency", "Sparseness"]["status"] == "ok"
+    reported = [r.getMessage() for r in caplog.records if r.name == "my.logger"]
+    assert [line for line in reported if "stumbled" in line]
+    assert [line for line in reported if "injected" in line]
+    assert "2 case(s) judged" in reported[-1]
 
 
 def test_epochs_and_cases_as_the_explanation_handler(scans: list[Path], tmp_path: Path) -> None:

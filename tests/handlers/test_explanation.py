@@ -53,7 +53,7 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None = None, *, factor: Tensor | float = 1.0) -> Any:
         out = self.last(torch.relu(self.norm(self.first(x))))
-        if shift is not None:  # one a case: (B, 1, 1, 1, 1), with the batch length of x
+        if shift is not None:  # one per case: (B, 1, 1, 1, 1), with the batch length of x
             assert len(shift) == len(x)
             out = out + shift
         out = out * factor
@@ -96,8 +96,8 @@ def statuses(output: Path) -> dict[tuple[str, str], str]:
 
 
 def records(output: Path) -> dict[str, dict[str, Any]]:
-    found = [json.loads(p.read_text()) for p in sorted(output.rglob("*_attr.json"))]
-    return {f"{r['case']} {r['method']}": r for r in found}
+    result = [json.loads(p.read_text()) for p in sorted(output.rglob("*_attr.json"))]
+    return {f"{r['case']} {r['method']}": r for r in result}
 
 
 def maps(output: Path) -> dict[str, np.ndarray]:
@@ -134,9 +134,9 @@ def test_synthesis_runs_from_the_handler(scans: list[Path], tmp_path: Path) -> N
     handler(tmp_path, methods=methods).attach(engine)
     engine.run()
     assert set(statuses(tmp_path).values()) == {"ok"}
-    found = maps(tmp_path)
-    assert len(found) == 2
-    assert all(np.isfinite(values).all() and np.ptp(values) > 0 for values in found.values())
+    result = maps(tmp_path)
+    assert len(result) == 2
+    assert all(np.isfinite(values).all() and np.ptp(values) > 0 for values in result.values())
     assert state(network)[:2] == before[:2]
 
 
@@ -210,13 +210,13 @@ def test_half_precision_is_refused_before_any_work(scans: list[Path], tmp_path: 
 @pytest.mark.parametrize("returns", ["tuple", "dict"])
 def test_networks_with_several_outputs(scans: list[Path], tmp_path: Path, returns: str) -> None:
     """The same numbers as with a tensor, as the first output (or "pred") is the same."""
-    found = {}
+    result = {}
     for kind in ("tensor", returns):
         engine = evaluator(scans[:1], Small(returns=kind), inferer=SimpleInferer(), decollate=False)
         handler(tmp_path / kind).attach(engine)
         engine.run()
-        (found[kind],) = maps(tmp_path / kind).values()
-    np.testing.assert_array_equal(found[returns], found["tensor"])
+        (result[kind],) = maps(tmp_path / kind).values()
+    np.testing.assert_array_equal(result[returns], result["tensor"])
 
 
 def test_network_of_one_channel(scans: list[Path], tmp_path: Path) -> None:
@@ -246,18 +246,18 @@ def test_further_inputs_come_from_prepare_batch(
     engine = evaluator(scans, Small(), val_data_loader=data, prepare_batch=with_more, inferer=inferer)
     handler(tmp_path, methods=["Saliency", "IntegratedGradients(n_steps=4)"]).attach(engine)
     engine.run()
-    found = records(tmp_path)
-    assert {r["status"] for r in found.values()} == {"ok"}
-    assert len(found) == 4
+    result = records(tmp_path)
+    assert {r["status"] for r in result.values()} == {"ok"}
+    assert len(result) == 4
     network = Small().eval()
     for i, case in enumerate(("alpha", "beta")):
         image = data.dataset[i]["image"].as_tensor()[None].requires_grad_(True)
         shift = torch.full((1, 1, 1, 1, 1), (0.5, -0.5)[i])
         out = inferer(image, network, factor=2.0) if sliding else network(image, shift, factor=2.0)
         score = out[0, 1][out[0].argmax(0) == 1].sum()
-        assert found[f"{case} Saliency"]["value"] == pytest.approx(float(score), rel=1e-5)
+        assert result[f"{case} Saliency"]["value"] == pytest.approx(float(score), rel=1e-5)
         (gradient,) = torch.autograd.grad(score, image)
-        assert found[f"{case} Saliency"]["sum"] == pytest.approx(float(gradient.abs().sum()), rel=1e-4)
+        assert result[f"{case} Saliency"]["sum"] == pytest.approx(float(gradient.abs().sum()), rel=1e-4)
 
 
 def wrapped_in_ddp(network: nn.Module) -> nn.Module:
@@ -405,7 +405,7 @@ def test_of_every_so_many_epochs_the_first_that_is_validated(
 def test_a_full_disk_ends_no_training(
     scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Full from the second scan of the first epoch on through the second: said, and what has room is written."""
+    """A disk that is full from the second scan on is reported, and maps that fit are still written."""
     training = trainer(scans, Small(), 3)
     handler(f"{tmp_path}/epoch{{epoch}}", targets=CORNER).attach(training)
     flush = files._flush
@@ -453,10 +453,10 @@ def test_a_prediction_that_another_handler_has_changed_is_warned_of(
         handler(tmp_path / str(changed), methods=["Saliency", "GradCam"], targets=CORNER).attach(engine)
         caplog.clear()
         engine.run()
-        found = list(records(tmp_path / str(changed)).values())
-        assert len(found) == 2
-        said = [any("deviates from the prediction" in w for w in r["warnings"]) for r in found]
-        assert said == [changed, changed]
+        result = list(records(tmp_path / str(changed)).values())
+        assert len(result) == 2
+        reported = [any("deviates from the prediction" in w for w in r["warnings"]) for r in result]
+        assert reported == [changed, changed]
         assert caplog.text.count("deviates from the prediction") == changed
 
 
@@ -517,17 +517,17 @@ def test_names_do_not_depend_on_the_order() -> None:
     first, second = CaseNames(files), CaseNames(files[::-1])
     assert {f: first[f] for f in files[:1] + files[2:3]} == {files[0]: "a-T1", files[2]: "T2"}
     for names in (first, second):
-        found = [names[f] for f in files]
-        assert len({n.casefold() for n in found}) == len(files)
+        result = [names[f] for f in files]
+        assert len({n.casefold() for n in result}) == len(files)
     assert first[files[0]] == second[files[0]]
 
 
 def test_names_that_differ_in_case_or_punctuation_stay_apart() -> None:
     names = CaseNames()
-    found = [names[f"/x/{n}.nii"] for n in ("Scan 1", "scan-1", "scan_1")]
-    assert len({n.casefold() for n in found}) == 3
-    assert found[0] == "Scan 1"
-    assert found[1] != "scan-1"  # its file would be that of "Scan 1" where upper case does not count
+    result = [names[f"/x/{n}.nii"] for n in ("Scan 1", "scan-1", "scan_1")]
+    assert len({n.casefold() for n in result}) == 3
+    assert result[0] == "Scan 1"
+    assert result[1] != "scan-1"  # its file would be that of "Scan 1" where upper case does not count
 
 
 def test_names_below_a_root_have_their_folders() -> None:

@@ -51,8 +51,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def by_hand(network: Small, batch: dict[str, MetaTensor]) -> torch.Tensor:
     inferer = SlidingWindowInferer((8, 8, 8), 2, 0.25, "gaussian")
-    (found,) = Explainer(network, inferer)(batch["image"], [Saliency()], [MultiClassMask(1)])
-    return found.map.as_tensor().abs().sum(0)
+    (result,) = Explainer(network, inferer)(batch["image"], [Saliency()], [MultiClassMask(1)])
+    return result.map.as_tensor().abs().sum(0)
 
 
 def test_figures_by_hand_in_the_table_and_in_tensorboard(scans, tmp_path):
@@ -90,8 +90,8 @@ def test_figures_by_hand_in_the_table_and_in_tensorboard(scans, tmp_path):
         assert float(row["similarity"]) == pytest.approx(similar[-1], abs=1e-3)
     writer.close()
     board = EventAccumulator(str(tmp_path / "runs"), size_guidance={"images": 0}).Reload()
-    found = {e.step: e.value for e in board.Scalars(f"explanation/relevance_mass/{TAG}")}
-    assert found == pytest.approx({1: np.mean(masses[:2]), 2: np.mean(masses[2:])}, rel=1e-5)
+    result = {e.step: e.value for e in board.Scalars(f"explanation/relevance_mass/{TAG}")}
+    assert result == pytest.approx({1: np.mean(masses[:2]), 2: np.mean(masses[2:])}, rel=1e-5)
     assert {e.step: e.value for e in board.Scalars(f"explanation/similarity/{TAG}")} == pytest.approx(
         {2: np.mean(similar)}, abs=1e-3
     )

@@ -172,7 +172,9 @@ def test_nothing_is_measured_where_that_costs_the_map_in_float32() -> None:
     """One window is seen whole, and there are fewer steps or perturbations of it than would be computed twice."""
     network = tame()
     few, many = Occlusion(window=6), Occlusion(window=1)
-    nine, ten, eleven = (IntegratedGradients(n_steps=n, baseline="zero") for n in (8, 9, 10))  # a cheap copy takes five
+    nine, ten, eleven = (
+        IntegratedGradients(n_steps=n, baseline="zero") for n in (8, 9, 10)
+    )  # the cheap copy takes five
     methods = [GRADIENT, few, nine, ten, many, eleven]
     for inferer, spared in ((None, [True] * 4 + [False] * 2), (WINDOWS, [False] * 6)):
         explainer = Explainer(network, inferer, "cpu", True)
@@ -334,7 +336,7 @@ def test_methods_inside_others_are_not_measured_again(monkeypatch: pytest.Monkey
 
 def test_all_ranks_decide_as_the_first_one() -> None:
     class Second(Processes):
-        """What this rank would find is not what counts."""
+        """The second process, whose own measurement must not be used."""
 
         def gather(self, value: Any) -> list[Any]:
             first = [Agreement([0.5], "of the first rank")] if value and isinstance(value, list) else value
@@ -372,7 +374,7 @@ def test_scores_kept_on_disk_are_of_one_precision(tmp_path: Any) -> None:
     (objective,) = [j.objective for j in half.judge(image(), [TARGET])]
     assert objective is not None
     objective.context.checkpoint = ScoreCheckpoint(tmp_path, {"image": "a"})
-    precise = full_precision(objective).table
+    precise = full_precision(objective).checkpoint
     assert precise is not None
     assert precise.path("boxes") != objective.context.checkpoint.path("boxes")
 

@@ -63,9 +63,9 @@ def subject_of(case: Naive, method: Method | None = None, values: Tensor | None 
 def ranked(metric: Metric, case: Naive, **more) -> dict[str, float | None]:
     """The metric for the perfect map of a linear network (from baseline zero), the controls, and a zero map."""
     shared: dict = {}
-    found = {"perfect": metric.update(subject_of(case, shared=shared, **more)).value}
+    result = {"perfect": metric.update(subject_of(case, shared=shared, **more)).value}
     for control in controls():
-        found[str(control.name)] = metric.update(subject_of(case, control, shared=shared, **more)).value
+        result[str(control.name)] = metric.update(subject_of(case, control, shared=shared, **more)).value
     zero = torch.zeros_like(case.image)
-    found["zero"] = metric.update(subject_of(case, values=zero, shared=shared, **more)).value
-    return found
+    result["zero"] = metric.update(subject_of(case, values=zero, shared=shared, **more)).value
+    return result

@@ -31,13 +31,13 @@ def test_the_perfect_map_is_complete_and_others_are_not(kind, dims):
 def test_the_methods_own_baseline_is_taken():
     case = Naive(small(2, 2, "batch"), noise(2, 9, 14))
     method = IntegratedGradients(baseline=0.7, n_steps=64)
-    found = Completeness().update(subject_of(case, method))
-    assert found.value < 1e-3
-    assert found.notes["baseline"] == {"name": "constant", "value": 0.7}
+    result = Completeness().update(subject_of(case, method))
+    assert result.value < 1e-3
+    assert result.notes["baseline"] == {"name": "constant", "value": 0.7}
     naive = case.value(torch.full_like(case.image, 0.7))[0]
-    assert found.notes["baseline_value"] == pytest.approx(float(naive), rel=1e-10)
+    assert result.notes["baseline_value"] == pytest.approx(float(naive), rel=1e-10)
     gap = abs(float(subject_of(case, method).map.sum() - case.value(case.image)[0] + naive))
-    assert found.value == pytest.approx(gap / abs(float(case.value(case.image)[0] - naive)), rel=1e-6)
+    assert result.value == pytest.approx(gap / abs(float(case.value(case.image)[0] - naive)), rel=1e-6)
     same = Completeness(baseline=case.image).update(subject_of(case, method))
     assert same.value is None
 
@@ -49,9 +49,9 @@ def test_a_shift_that_the_network_takes_off_changes_no_gradient(shape):
     inferer = SlidingWindowInferer((8,) * dims, 3, 0.5, "gaussian")
     case = Naive(small(dims, shape[0]), noise(*shape), [MultiClassMask(1)], inferer)
     hooks = len(case.net._forward_pre_hooks)
-    found = InputInvariance().update(subject_of(case, Saliency(abs=False)))
-    assert found.value == pytest.approx(0, abs=1e-9)
-    assert found.notes["value"] == pytest.approx(found.notes["value_shifted"], rel=1e-9)
+    result = InputInvariance().update(subject_of(case, Saliency(abs=False)))
+    assert result.value == pytest.approx(0, abs=1e-9)
+    assert result.notes["value"] == pytest.approx(result.notes["value_shifted"], rel=1e-9)
     assert len(case.net._forward_pre_hooks) == hooks
     # the input itself is a factor: the map changes by c · gradient
     product = InputInvariance(0.5).update(subject_of(case, GradTimesImage()))
@@ -63,14 +63,14 @@ def test_a_shift_that_the_network_takes_off_changes_no_gradient(shape):
 def test_zero_maps_say_nothing_about_invariance():
     case = linear_case("segmentation", 2)
     zero = case.objective.derive(image=torch.zeros_like(case.image))
-    found = InputInvariance().update(MetricInput(torch.zeros_like(case.image), zero, 0, InputXGradient()))
-    assert found.value is None
+    result = InputInvariance().update(MetricInput(torch.zeros_like(case.image), zero, 0, InputXGradient()))
+    assert result.value is None
 
 
 def test_a_shift_of_nothing_says_nothing_about_invariance():
     case = Naive(small(2, 2, "batch"), torch.full((2, 9, 12), 0.7, dtype=torch.float64), [MultiClassMask(1)])
-    found = InputInvariance().update(subject_of(case, Saliency()))
-    assert found.value is None
-    assert "constant" in found.notes["undefined"]
+    result = InputInvariance().update(subject_of(case, Saliency()))
+    assert result.value is None
+    assert "constant" in result.notes["undefined"]
     with pytest.raises(UsageError, match="shift=0"):
         InputInvariance(0)

@@ -48,9 +48,9 @@ def test_by_hand():
 def test_the_size_of_the_volume_does_not_matter_and_zero_says_nothing(metric):
     small, large = (value(metric(), noise(1, n, n, n)) for n in (16, 48))
     assert small == pytest.approx(large, abs=0.02)
-    found = metric().update(MetricInput(torch.zeros(1, 4, 4)))
-    assert found.value is None
-    assert "zero" in found.notes["undefined"]
+    result = metric().update(MetricInput(torch.zeros(1, 4, 4)))
+    assert result.value is None
+    assert "zero" in result.notes["undefined"]
 
 
 def test_mass_is_a_share():

@@ -38,10 +38,10 @@ def test_figures_are_those_of_the_cpu(name: str) -> None:
         with fake_device():
             there = judged(name, FAKE, volumes)
         assert not there.failed
-        for mine, theirs in zip([*there.rows, *there.regions], [*here.rows, *here.regions], strict=True):
-            same = {k: v for k, v in theirs.items() if k != "seconds"}
-            assert {k: mine[k] for k in same if not isinstance(same[k], float)} == {
+        for actual, expected in zip([*there.rows, *there.regions], [*here.rows, *here.regions], strict=True):
+            same = {k: v for k, v in expected.items() if k != "seconds"}
+            assert {k: actual[k] for k in same if not isinstance(same[k], float)} == {
                 k: v for k, v in same.items() if not isinstance(v, float)
             }
             figures = {k: v for k, v in same.items() if isinstance(v, float)}
-            assert {k: mine[k] for k in figures} == pytest.approx(figures, rel=1e-9, abs=1e-9, nan_ok=True)
+            assert {k: actual[k] for k in figures} == pytest.approx(figures, rel=1e-9, abs=1e-9, nan_ok=True)

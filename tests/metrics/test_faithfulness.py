@@ -33,7 +33,7 @@ from esegeta_monai.metrics import (
 from esegeta_monai.metrics.removal import ranking, removal_of
 from esegeta_monai.targets import Box, Case, ClassScore, MultiClassMask
 from tests.metrics.cases import linear_case, ranked, subject_of
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive
 from tests.support.tensors import noise
 
@@ -76,12 +76,12 @@ def test_curves_equal_the_naive_computation(metric, output, dims):
     case = windowed(dims, output)
     values = noise(2, *case.image.shape[1:], seed=9)
     for target in (0, 1):
-        found = metric(SIZE[dims], steps=6, baseline=0.25).update(MetricInput(values, case.objective, target))
+        result = metric(SIZE[dims], steps=6, baseline=0.25).update(MetricInput(values, case.objective, target))
         background = torch.full_like(case.image, 0.25)
         x, y = naive_curve(case, values, target, metric is Insertion, background, 6)
-        assert found.curve["x"] == pytest.approx(x.tolist())
-        assert np.abs(np.array(found.curve["y"]) - y).max() <= 1e-10 * np.abs(y).max()
-        assert found.value == pytest.approx(float(np.trapezoid(y, x)), rel=1e-10)
+        assert result.curve["x"] == pytest.approx(x.tolist())
+        assert np.abs(np.array(result.curve["y"]) - y).max() <= 1e-10 * np.abs(y).max()
+        assert result.value == pytest.approx(float(np.trapezoid(y, x)), rel=1e-10)
 
 
 def test_deletion_by_hand():
@@ -123,8 +123,8 @@ def test_equal_features_are_removed_in_every_order():
         assert flat.low < mean < flat.high
         assert flat.high - flat.low < 0.08
     partly = torch.tensor([[[2.0, 1.0, 1.0, 3.0]]])  # the first is the second to go, whatever the order of the others
-    found = Deletion(**parts).update(subject_of(case, values=partly))
-    assert (found.n, found.value, found.low, found.high) == pytest.approx((400, 1.5 / 4, 1.5 / 4, 1.5 / 4))
+    result = Deletion(**parts).update(subject_of(case, values=partly))
+    assert (result.n, result.value, result.low, result.high) == pytest.approx((400, 1.5 / 4, 1.5 / 4, 1.5 / 4))
     clear = Deletion(**parts).update(subject_of(case, values=torch.tensor([[[2.0, 1.0, 0.0, 3.0]]])))
     assert (clear.n, clear.low) == (1, None)
     backgrounds = [torch.full((1, 1, 4), value) for value in (0.0, 0.5)]
@@ -185,11 +185,10 @@ def test_infidelity_is_captums(perturbation, dims, captum_in_float64):
     shape = (2, 8, 10) if dims == 2 else (2, 6, 7, 8)
     net = torch.nn.Sequential(small(dims, 2), torch.nn.Flatten(2)).double()
 
-    class Mean(torch.nn.Module):
-        def forward(self, x):
-            return net(x).mean(-1)
+    def mean(x):
+        return net(x).mean(-1)
 
-    case = Naive(Mean(), noise(*shape), [ClassScore(1)], SimpleInferer())
+    case = Naive(Computed(mean), noise(*shape), [ClassScore(1)], SimpleInferer())
     gradient = subject_of(case, Saliency(abs=False))
     metric = Infidelity(perturbation, 24, size=4, multiplied=False, baseline=0.5, keep_sign=False)
     seen: list[torch.Tensor] = []
@@ -213,14 +212,14 @@ def test_infidelity_is_captums(perturbation, dims, captum_in_float64):
     def perturb(inputs):
         return draws, inputs - draws
 
-    theirs = infidelity(
-        Mean(), perturb, case.image[None], gradient.map[None], target=1, n_perturb_samples=24, normalize=True
+    expected = infidelity(
+        Computed(mean), perturb, case.image[None], gradient.map[None], target=1, n_perturb_samples=24, normalize=True
     )
-    found = metric.update(gradient)
-    assert found.notes["infidelity"] == pytest.approx(float(theirs), rel=1e-9)
-    plain = infidelity(Mean(), perturb, case.image[None], gradient.map[None], target=1, n_perturb_samples=24)
-    assert found.notes["without_scale"] == pytest.approx(float(plain), rel=1e-9)
-    assert found.low <= found.value <= found.high
+    result = metric.update(gradient)
+    assert result.notes["infidelity"] == pytest.approx(float(expected), rel=1e-9)
+    plain = infidelity(Computed(mean), perturb, case.image[None], gradient.map[None], target=1, n_perturb_samples=24)
+    assert result.notes["without_scale"] == pytest.approx(float(plain), rel=1e-9)
+    assert result.low <= result.value <= result.high
 
 
 def test_a_map_of_the_wrong_sign_explains_nothing():
@@ -252,8 +251,8 @@ def test_only_windows_of_the_target_are_asked():
     case = windowed(2)
     small_target = case.objective.derive(scores=[Box(2, (0, 0), (3, 3)).bind(case.predict(case.image), Case())[0]])
     subject = MetricInput(noise(2, 11, 15), small_target)
-    found = Deletion("grid(size=4)", steps=5).update(subject)
-    assert found.notes["features_seen"] < found.notes["features"]
+    result = Deletion("grid(size=4)", steps=5).update(subject)
+    assert result.notes["features_seen"] < result.notes["features"]
     assert small_target.context.progress.passes < 6 * len(case.objective.plan)
 
 
@@ -285,8 +284,8 @@ def test_added_volumes_change_as_whole_volumes_do():
         case = windowed(3, output)
         deltas = noise(3, *case.image.shape, seed=4)
         naive = torch.stack([case.value(case.image + d) - case.value(case.image) for d in deltas], 1)
-        found = score_changes(case.objective, Added(deltas))
-        assert float((found - naive).abs().max()) <= 1e-10 * float(case.value(case.image).abs().max())
+        result = score_changes(case.objective, Added(deltas))
+        assert float((result - naive).abs().max()) <= 1e-10 * float(case.value(case.image).abs().max())
 
 
 def test_every_faithfulness_metric_is_listed():
@@ -311,6 +310,6 @@ class Blind(nn.Module):
 def test_rounding_is_no_loss_of_the_target(metric, shape):
     dims = len(shape) - 1
     case = Naive(Blind().eval(), noise(*shape).float() + 2, [Box(0, (1,) * dims, (6,) * dims)])
-    found = metric().update(MetricInput(noise(*shape, seed=1), case.objective))
-    assert found.value is None
-    assert "does not change" in found.notes["undefined"]
+    result = metric().update(MetricInput(noise(*shape, seed=1), case.objective))
+    assert result.value is None
+    assert "does not change" in result.notes["undefined"]

@@ -67,8 +67,8 @@ def test_distances_by_brute_force(shape):
     weight = values.abs().sum(0).flatten().numpy()
     body = torch.ones(label.shape, dtype=torch.bool)
     body[-1] = False
-    found = measured(DistanceProfile(), values, label, body=body)
-    assert found.value == pytest.approx((distance * weight).sum() / weight.sum(), rel=1e-12)
+    result = measured(DistanceProfile(), values, label, body=body)
+    assert result.value == pytest.approx((distance * weight).sum() / weight.sum(), rel=1e-12)
     outside = ~body.flatten().numpy()
     expected = {
         "inside": distance == 0,
@@ -78,7 +78,7 @@ def test_distances_by_brute_force(shape):
         "beyond 20 mm": (distance > 20) & ~outside,
         "outside the body": outside,
     }
-    profile = {p["shell"]: p for p in found.notes["profile"]}
+    profile = {p["shell"]: p for p in result.notes["profile"]}
     assert list(profile) == list(expected)
     for name, inside in expected.items():
         assert profile[name]["voxels"] == inside.sum()
@@ -89,7 +89,7 @@ def test_distances_by_brute_force(shape):
 def test_ties_give_the_expectation_over_all_orders():
     label = torch.tensor([[True, False, False, True]])
     values = torch.tensor([[[2.0, 1.0, 1.0, 1.0]]])
-    # the second of two places goes to one of three equal voxels, of which one is in the label
+    # the second of two places goes to one of three equal voxels, one of them in the label
     assert measured(RelevanceRank(), values, label).value == pytest.approx((1 + 1 / 3) / 2)
     assert measured(PointingGame(), torch.ones(1, 1, 4), label).value == 1 / 2
 

@@ -50,7 +50,7 @@ def test_drop_increase_and_gain_of_voxels_by_whole_volumes(dims):
 
 
 def test_the_unmasked_windows_are_computed_once_for_all_maps():
-    """A pass a window for the first map to compare with, and a pass a window for each map; figures as of each alone."""
+    """One pass per window for the first map to compare with and for each map, as for each map alone."""
     case = Naive(small(2, 2), noise(2, 9, 12), [MultiClassMask(1)])
     windows, shared = len(case.objective.windows), {}
     subjects = [MetricInput(noise(2, 9, 12, seed=s), case.objective, shared=shared) for s in range(3)]
@@ -60,10 +60,10 @@ def test_the_unmasked_windows_are_computed_once_for_all_maps():
         values.append([m.update(subject).value for m in (AverageDrop(0.3), AverageGain(0.3), AverageIncrease(0.3))])
         passes.append(case.objective.context.progress.passes - before)
     assert passes == [2 * windows, windows, windows]
-    for subject, found in zip(subjects, values):
+    for subject, result in zip(subjects, values):
         alone = MetricInput(subject.map, case.objective)
         expected = [m.update(alone).value for m in (AverageDrop(0.3), AverageGain(0.3), AverageIncrease(0.3))]
-        assert found == pytest.approx(expected, rel=1e-10)
+        assert result == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -89,9 +89,9 @@ def test_a_zero_map_gains_nothing_where_the_baseline_is_likelier_than_the_image(
     case = linear_case("classification", 2)
     against = min((0, 1), key=lambda c: float(case.predict(case.image)[c]))
     unlikely = Naive(case.net, case.image, [ClassScore(against)], case.inferer)
-    found = metric(baseline=0.0).update(subject_of(unlikely, values=torch.zeros_like(case.image)))
-    assert found.value is None
-    assert "zero everywhere" in found.notes["undefined"]
+    result = metric(baseline=0.0).update(subject_of(unlikely, values=torch.zeros_like(case.image)))
+    assert result.value is None
+    assert "zero everywhere" in result.notes["undefined"]
     shown = metric(baseline=0.0).update(subject_of(unlikely, values=torch.ones_like(case.image)))
     assert shown.notes["after"] > shown.notes["before"], "or there was nothing to gain"
 
@@ -101,9 +101,9 @@ def test_a_probability_of_nought_has_nothing_to_lose():
     against = min((0, 1), key=lambda c: float(case.predict(case.image)[c]))
     image = 1e4 * case.image
     impossible = Naive(case.net, image, [ClassScore(against)], case.inferer)
-    found = AverageDrop(baseline=0.0).update(subject_of(impossible))
-    assert found.value is None
-    assert "probability is 0" in found.notes["undefined"]
+    result = AverageDrop(baseline=0.0).update(subject_of(impossible))
+    assert result.value is None
+    assert "probability is 0" in result.notes["undefined"]
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 6), (2, 4, 5, 4)])
@@ -111,7 +111,7 @@ def test_imputation_is_the_solution_of_the_linear_system(shape):
     image, dims = noise(*shape), len(shape) - 1
     removed = noise(*shape[1:], seed=7) > -0.5
     assert removed.double().mean() > 0.5
-    found = imputed(image, removed, 0.0, torch.Generator().manual_seed(0), tolerance=1e-13)
+    result = imputed(image, removed, 0.0, torch.Generator().manual_seed(0), tolerance=1e-13)
     places = [tuple(p) for p in np.argwhere(removed.numpy())]
     number = {p: i for i, p in enumerate(places)}
     for channel in range(2):
@@ -129,9 +129,9 @@ def test_imputation_is_the_solution_of_the_linear_system(shape):
                 else:
                     right[i] += weight / total * float(image[(channel, *q)])
         solution = np.linalg.solve(matrix, right)
-        mine = np.array([float(found[(channel, *p)]) for p in places])
-        assert np.abs(mine - solution).max() <= 1e-10 * np.abs(solution).max()
-    assert torch.equal(found[:, ~removed], image[:, ~removed])
+        actual = np.array([float(result[(channel, *p)]) for p in places])
+        assert np.abs(actual - solution).max() <= 1e-10 * np.abs(solution).max()
+    assert torch.equal(result[:, ~removed], image[:, ~removed])
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -145,19 +145,19 @@ def test_what_lies_between_zeros_is_zero_whatever_the_other_channel_needs(dims):
     removed[middle] = False
     image[0] = 0
     image[(0, *(slice(10, 14) for _ in range(dims)))] = 5.0
-    found = imputed(image, removed, 0.0, torch.Generator(), tolerance=1e-12)
-    assert torch.equal(found[0], image[0])
+    result = imputed(image, removed, 0.0, torch.Generator(), tolerance=1e-12)
+    assert torch.equal(result[0], image[0])
     alone = imputed(image[1:], removed, 0.0, torch.Generator(), tolerance=1e-12)
-    assert (found[1] - alone[0]).abs().max() <= 1e-9
+    assert (result[1] - alone[0]).abs().max() <= 1e-9
 
 
 def test_in_2d_the_weights_are_those_of_the_paper():
     image = torch.arange(9, dtype=torch.float64).reshape(1, 3, 3) ** 2
     removed = torch.zeros(3, 3, dtype=torch.bool)
     removed[1, 1] = True
-    found = imputed(image, removed, 0.0, torch.Generator(), tolerance=1e-13)[0, 1, 1]
+    result = imputed(image, removed, 0.0, torch.Generator(), tolerance=1e-13)[0, 1, 1]
     direct, diagonal = [1, 9, 25, 49], [0, 4, 36, 64]
-    assert float(found) == pytest.approx(sum(direct) / 6 + sum(diagonal) / 12)
+    assert float(result) == pytest.approx(sum(direct) / 6 + sum(diagonal) / 12)
 
 
 @pytest.mark.parametrize("kind", ["classification", "segmentation"])
@@ -181,11 +181,11 @@ def test_road_gives_nothing_to_a_flat_map(dims):
     """What a linear network looks at lies in the first corner; removed by number, it would go first. In random orders
     the strongest and the weakest share cost the same on average."""
     case, road = linear_case("classification", dims), ROAD(baseline=0.0)
-    found = []
+    result = []
     for seed in range(30):
         case.objective.seed = seed
-        found.append(road.update(subject_of(case, values=torch.full_like(case.image, 0.1))).value)
-    low, high = mean_interval(found)
+        result.append(road.update(subject_of(case, values=torch.full_like(case.image, 0.1))).value)
+    low, high = mean_interval(result)
     assert low < 0 < high
     shown = road.update(subject_of(case)).value
     assert high - low < shown / 5

@@ -32,10 +32,10 @@ def test_against_enumeration(dims):
     values, label = noise(*shape, seed=8), label_of(shape[1:])
     for k in (0, 1):
         subject = MetricInput(values, case.objective, k, label=label)
-        found = ModalityImportance(baseline=0.2).update(subject)
+        result = ModalityImportance(baseline=0.2).update(subject)
         positive = values.clamp(min=0).flatten(1).sum(1).numpy()
-        assert found.value == pytest.approx(kendalltau(positive, truth[k]).statistic)
-        assert found.notes["shapley"] == pytest.approx(truth[k].tolist(), rel=1e-8)
+        assert result.value == pytest.approx(kendalltau(positive, truth[k]).statistic)
+        assert result.notes["shapley"] == pytest.approx(truth[k].tolist(), rel=1e-8)
         signed = ModalityImportance(baseline=0.2, correlation="pearson", part="signed").update(subject)
         assert signed.value == pytest.approx(np.corrcoef(values.flatten(1).sum(1), truth[k])[0, 1])
         weight = np.maximum(truth[k], 0)

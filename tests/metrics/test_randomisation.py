@@ -117,7 +117,7 @@ def test_stages_by_hand(metric, kind):
     """Each stage explained again with the layers put anew by hand."""
     case = Naive(small(2, 1), noise(1, 9, 14), [MultiClassMask(1)])
     method = Saliency(abs=False)
-    found = metric(stages=3, n_samples=2, similarity=kind).update(subject_of(case, method))
+    result = metric(stages=3, n_samples=2, similarity=kind).update(subject_of(case, method))
     with frozen(case.net):
         base = run(method, case.objective).maps[0]
         expected = []
@@ -127,10 +127,10 @@ def test_stages_by_hand(metric, kind):
                 with randomised(case.net, layers if metric is CascadingRandomisation else stage, 3 + 1 + sample):
                     values = run(method, case.objective.derive(image=case.image)).maps[0]
                 expected.append(similarity(base, values, kind))
-    assert found.value == pytest.approx(np.mean(expected))
-    assert found.curve["x"] == pytest.approx([*([0.0] if metric is CascadingRandomisation else []), 1 / 3, 2 / 3, 1])
-    assert [s["layers"] for s in found.notes["stages"]] == [["b"], ["n"], ["a"]]
-    assert found.n == 2
+    assert result.value == pytest.approx(np.mean(expected))
+    assert result.curve["x"] == pytest.approx([*([0.0] if metric is CascadingRandomisation else []), 1 / 3, 2 / 3, 1])
+    assert [s["layers"] for s in result.notes["stages"]] == [["b"], ["n"], ["a"]]
+    assert result.n == 2
 
 
 @pytest.mark.parametrize("kind", ["classification", "segmentation"])
@@ -144,8 +144,8 @@ def test_controls_reach_one_and_the_perfect_map_does_not(kind, dims):
         assert metric.update(subject_of(case, control)).value == 1
     assert metric.update(subject_of(case, InputXGradient())).value < 0.95
     zero = case.objective.derive(image=torch.zeros_like(case.image))
-    found = metric.update(MetricInput(torch.zeros_like(case.image), zero, 0, InputXGradient()))
-    assert found.value is None
+    result = metric.update(MetricInput(torch.zeros_like(case.image), zero, 0, InputXGradient()))
+    assert result.value is None
 
 
 def test_guided_backprop_keeps_its_similarity_and_the_gradient_loses_it():
@@ -161,16 +161,16 @@ def test_guided_backprop_keeps_its_similarity_and_the_gradient_loses_it():
     case = Naive(net, image, [ClassScore(1)], SimpleInferer())
     last = {}
     for method in (Saliency(), GuidedBackprop()):
-        found = CascadingRandomisation(stages=5, n_samples=2).update(subject_of(case, method))
-        last[method.name] = found.value
+        result = CascadingRandomisation(stages=5, n_samples=2).update(subject_of(case, method))
+        last[method.name] = result.value
     assert last["GuidedBackprop"] > last["Saliency"]
 
 
 def test_random_logit_compares_with_the_other_classes():
     case = Naive(small(2, 1), noise(1, 9, 14), [MultiClassMask(1), MultiClassMask(2)])
     method = Saliency(abs=False)
-    found = RandomLogit(n_samples=5).update(subject_of(case, method))
-    assert sorted(found.notes["classes"]) == [0, 2]
+    result = RandomLogit(n_samples=5).update(subject_of(case, method))
+    assert sorted(result.notes["classes"]) == [0, 2]
     mask = torch.zeros(case.image.shape[1:], dtype=torch.bool)
     mask[case.scores[0].box] = case.scores[0].mask
     maps = []
@@ -179,7 +179,7 @@ def test_random_logit_compares_with_the_other_classes():
         (gradient,) = torch.autograd.grad(case.inferer(x, case.net)[0, c][mask].sum(), x)
         maps.append(gradient[0])
     expected = np.mean([similarity(maps[1], maps[c]) for c in (0, 2)])
-    assert found.value == pytest.approx(float(expected), abs=1e-9)
+    assert result.value == pytest.approx(float(expected), abs=1e-9)
 
 
 def test_data_randomisation_takes_a_second_network(tmp_path):
@@ -189,9 +189,9 @@ def test_data_randomisation_takes_a_second_network(tmp_path):
         for p in other.parameters():
             p.copy_(torch.randn_like(p))
     method, before = Saliency(abs=False), state_of(case.net)
-    found = DataRandomisation(other).update(subject_of(case, method)).value
+    result = DataRandomisation(other).update(subject_of(case, method)).value
     torch.save(other.state_dict(), tmp_path / "random.pt")
-    assert DataRandomisation(tmp_path / "random.pt").update(subject_of(case, method)).value == found
+    assert DataRandomisation(tmp_path / "random.pt").update(subject_of(case, method)).value == result
     with frozen(other):
         second = Naive(other, case.image)
         second.objective.scores = case.scores
@@ -199,7 +199,7 @@ def test_data_randomisation_takes_a_second_network(tmp_path):
             second.objective.model, case.image, case.objective.plan, case.scores, second.predict(case.image)
         )
         reference = run(method, second.objective).maps[0]
-    assert found == pytest.approx(similarity(subject_of(case, method).map, reference), abs=1e-9)
+    assert result == pytest.approx(similarity(subject_of(case, method).map, reference), abs=1e-9)
     assert all(torch.equal(v, before[n]) for n, v in state_of(case.net).items())
     assert DataRandomisation(tmp_path / "random.pt").parameters["network"] == "random.pt"
     with pytest.raises(MetricError, match="second network"):

@@ -60,9 +60,9 @@ def test_the_alarm_is_raised_above_the_stated_share(alarm, raised):
     values, body, rows = table(alarm=alarm)
     share = float(values[:, ~body].abs().sum() / values.abs().sum())
     assert 0.1 < share < 0.9
-    found = rows["outside the body"]["alarm"]
-    assert (found is not None) == raised
-    assert not raised or f"{100 * share:.0f} %" in found
+    result = rows["outside the body"]["alarm"]
+    assert (result is not None) == raised
+    assert not raised or f"{100 * share:.0f} %" in result
 
 
 def test_a_zero_map_has_no_shares():

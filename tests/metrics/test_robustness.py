@@ -22,7 +22,7 @@ from esegeta_monai.metrics import (
 from esegeta_monai.metrics.controls import SobelControl
 from esegeta_monai.targets import Box, ClassScore, MultiClassMask
 from tests.metrics.cases import linear_case, subject_of
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive
 from tests.support.tensors import noise
 
@@ -40,17 +40,9 @@ def noises(case: Naive, radius: float, n: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dims", [2, 3])
 def test_sensitivity_is_captums(dims):
     shape = (2, 8, 10) if dims == 2 else (2, 6, 7, 8)
-    inner = small(dims, 2)
 
-    class Mean(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return self.inner(x).flatten(2).mean(-1)
-
-    case = Naive(Mean(), noise(*shape), [ClassScore(1)], SimpleInferer())
+    mean = Computed(lambda out: out.flatten(2).mean(-1), small(dims, 2))
+    case = Naive(mean, noise(*shape), [ClassScore(1)], SimpleInferer())
     draws = torch.stack(noises(case, 0.1, 12))
 
     def explain(inputs, **_):
@@ -59,10 +51,10 @@ def test_sensitivity_is_captums(dims):
             x = x.detach().requires_grad_(True)
             return torch.autograd.grad(case.net(x)[:, 1].sum(), x)
 
-    theirs = sensitivity_max(explain, case.image[None], perturb_func=lambda x: x + draws, n_perturb_samples=12)
-    found = MaxSensitivity(0.1, 12).update(subject_of(case, GRADIENT))
-    assert found.value == pytest.approx(float(theirs), rel=1e-9)
-    assert found.low <= found.high <= found.value
+    expected = sensitivity_max(explain, case.image[None], perturb_func=lambda x: x + draws, n_perturb_samples=12)
+    result = MaxSensitivity(0.1, 12).update(subject_of(case, GRADIENT))
+    assert result.value == pytest.approx(float(expected), rel=1e-9)
+    assert result.low <= result.high <= result.value
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -71,18 +63,18 @@ def test_formulas_with_windows_and_two_targets(dims):
     case = Naive(small(dims, shape[0]), noise(*shape), [MultiClassMask(1), Box(2, (1,) * dims, (5,) * dims)])
     with frozen(case.net):
         base = run(GRADIENT, case.objective).maps
-        found = {k: [] for k in ("max", "lip", "rel", "ris", "ros", "ris_e")}
+        result = {k: [] for k in ("max", "lip", "rel", "ris", "ros", "ris_e")}
         for delta in noises(case, 0.05, 4):
             maps = run(GRADIENT, case.objective.derive(image=case.image + delta)).maps
             d = (maps - base).flatten(1).norm(dim=1)
             n = base.flatten(1).norm(dim=1)
             values = case.value(case.image)
             moved = (case.value(case.image + delta) - values).abs() / values.abs()
-            found["max"].append(d / n)
-            found["lip"].append(d / n / delta.norm())
-            found["ris"].append(d / n / (delta.norm() / case.image.norm()))
-            found["ros"].append(d / n / moved)
-            found["ris_e"].append(((maps - base) / base).flatten(1).norm(dim=1) / (delta / case.image).norm())
+            result["max"].append(d / n)
+            result["lip"].append(d / n / delta.norm())
+            result["ris"].append(d / n / (delta.norm() / case.image.norm()))
+            result["ros"].append(d / n / moved)
+            result["ris_e"].append(((maps - base) / base).flatten(1).norm(dim=1) / (delta / case.image).norm())
     shared: dict = {}
     case.objective.context.progress.start()
     for k in (0, 1):
@@ -92,10 +84,10 @@ def test_formulas_with_windows_and_two_targets(dims):
             return metric.update(subject).value
 
         def worst(name, k=k):
-            return pytest.approx(max(float(v[k]) for v in found[name]), rel=1e-9)
+            return pytest.approx(max(float(v[k]) for v in result[name]), rel=1e-9)
 
         assert value(MaxSensitivity(0.05, 4)) == worst("max")
-        mean = np.mean([float(v[k]) for v in found["max"]])
+        mean = np.mean([float(v[k]) for v in result["max"]])
         assert value(AverageSensitivity(0.05, 4)) == pytest.approx(mean, rel=1e-9)
         assert value(LocalLipschitz(0.05, 4)) == worst("lip")
         assert value(RelativeInputStability(0.05, 4)) == worst("ris")
@@ -125,9 +117,9 @@ def test_near_a_constant_image_there_is_no_noise_by_which_a_map_could_be_stable(
     case = Naive(small(2, 2, "batch"), torch.full((2, 9, 12), 0.7, dtype=torch.float64), [MultiClassMask(1)])
     subject = subject_of(case, Saliency())
     assert bool(subject.map.any())
-    found = metric(n_samples=3).update(subject)
-    assert found.value is None
-    assert "constant" in found.notes["undefined"]
+    result = metric(n_samples=3).update(subject)
+    assert result.value is None
+    assert "constant" in result.notes["undefined"]
 
 
 def test_what_is_missing_or_wrong_is_said():

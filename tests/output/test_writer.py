@@ -99,13 +99,13 @@ def test_map_picture_and_sidecar_lie_together(image: MetaTensor, tmp_path: Path)
 def test_every_kind_of_map_lies_on_the_scan(scan: Path, image: MetaTensor, tmp_path: Path, method: Method) -> None:
     explain(tmp_path, image, [method])
     (path,) = tmp_path.rglob("*_attr.nii.gz")
-    found, reference = nib.load(path), nib.load(scan)
+    result, reference = nib.load(path), nib.load(scan)
     channels = (3,) if method.name == "LayerActivation" else ()
-    assert found.shape == (*reference.shape, *channels)
-    assert found.affine.tobytes() == reference.affine.tobytes()
-    assert int(found.header["sform_code"]) == 2
-    assert int(found.header["qform_code"]) == 1
-    assert np.asarray(found.dataobj).any()
+    assert result.shape == (*reference.shape, *channels)
+    assert result.affine.tobytes() == reference.affine.tobytes()
+    assert int(result.header["sform_code"]) == 2
+    assert int(result.header["qform_code"]) == 1
+    assert np.asarray(result.dataobj).any()
 
 
 def test_a_layers_channels_are_drawn_on_the_scan(image: MetaTensor, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_what_is_not_whole_is_computed_again(image: MetaTensor, tmp_path: Path, 
 
 
 def test_a_target_that_became_empty_takes_its_old_map_away(image: MetaTensor, tmp_path: Path) -> None:
-    """The map of another prediction must not lie beside a sidecar that says there is none."""
+    """The map of another prediction must not stay beside a sidecar without a map."""
     high = ThresholdMask(-1e9, value="raw", name="above")
     explain(tmp_path, image, targets=[high], pictures=True)
     assert len(names(tmp_path)) == 5
@@ -275,10 +275,10 @@ def test_a_case_that_cannot_be_explained_is_recorded(image: MetaTensor, tmp_path
 
 def test_two_of_one_kind_are_told_apart(image: MetaTensor, tmp_path: Path) -> None:
     explain(tmp_path, image, [Occlusion(window=8), Occlusion(window=12)], [MultiClassMask(0), MultiClassMask(1)])
-    found = {n.removesuffix(".nii.gz") for n in names(tmp_path) if n.endswith(".nii.gz")}
+    result = {n.removesuffix(".nii.gz") for n in names(tmp_path) if n.endswith(".nii.gz")}
     expected = {f"alpha_MultiClassMask-class{c}_Occlusion-window{w}_attr" for c in (0, 1) for w in (8, 12)}
-    assert found <= expected
-    assert found
+    assert result <= expected
+    assert result
 
 
 def test_every_target_of_one_kind_has_its_status(image: MetaTensor, tmp_path: Path) -> None:
@@ -314,7 +314,7 @@ def test_clashes_stop_before_any_work(tmp_path: Path) -> None:
 
 
 def test_a_map_never_overwrites_another_of_the_run(image: MetaTensor, tmp_path: Path) -> None:
-    """Labels are known only with the prediction: of two targets that say the same, the second is told so."""
+    """Labels are known only with the prediction: of two targets with one label, the second fails with an error."""
     targets: list[Target] = [MultiClassMask(1), PredictedClasses(output="probability", background=None)]
     writer = explain(tmp_path, image, targets=targets)
     clashing = [e for e in entries(writer) if e["status"] == "failed"]
@@ -372,12 +372,12 @@ def test_a_label_map_by_key_names_the_features_of_a_table_beside_the_map(tmp_pat
     atlas = Spacing((3.0, 2.0, 2.0), mode="nearest")(MetaTensor(labels, affine=image.affine))
     method = FeatureAblation(feature_mask="key:atlas", baseline=0.0)
     writer = ResultWriter(tmp_path, [method], [MultiClassMask(1)])
-    (found,) = Explainer(network())(image[None], [method], [MultiClassMask(1)], data={"atlas": atlas})
-    path = writer.write(found, "alpha", image)
+    (result,) = Explainer(network())(image[None], [method], [MultiClassMask(1)], data={"atlas": atlas})
+    path = writer.write(result, "alpha", image)
     rows = path.with_name(path.name.replace(".nii.gz", ".csv")).read_text().splitlines()
     assert len(rows) == 3
-    values = found.map.as_tensor().unique()
-    assert sorted(row["value"] for row in found.record["features"]) == pytest.approx(sorted(values.tolist()), rel=1e-5)
+    values = result.map.as_tensor().unique()
+    assert sorted(row["value"] for row in result.record["features"]) == pytest.approx(sorted(values.tolist()), rel=1e-5)
 
 
 def test_a_synthesised_image_is_written_as_an_image(tmp_path, image, scan):
@@ -391,11 +391,11 @@ def test_a_synthesised_image_is_written_as_an_image(tmp_path, image, scan):
     for method in methods:
         stem = tmp_path / "alpha" / f"alpha_MultiClassMask-class1_{method.name}_attr"
         record = json.loads(Path(f"{stem}.json").read_text())
-        found, source = nib.load(f"{stem}.nii.gz"), nib.load(scan)
-        assert found.shape == source.shape
-        assert np.allclose(found.affine, source.affine)
+        result, source = nib.load(f"{stem}.nii.gz"), nib.load(scan)
+        assert result.shape == source.shape
+        assert np.allclose(result.affine, source.affine)
         ((low, high),) = record["intensity_range"]
-        assert (found.header["cal_min"], found.header["cal_max"]) == pytest.approx((low, high), rel=1e-6)
+        assert (result.header["cal_min"], result.header["cal_max"]) == pytest.approx((low, high), rel=1e-6)
         assert "sum_scan_grid" not in record
         assert record["units"] == "intensity of the network's input"
         assert record["produces"] == "synthesised image"

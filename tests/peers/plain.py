@@ -42,9 +42,9 @@ def objective_for(network: nn.Module, image: Tensor) -> Objective:
     return objective_of(network, image[0], [ClassScore(TARGET)])
 
 
-def close(mine: Tensor, theirs: Tensor, tolerance: float) -> None:
+def close(mine: Tensor, expected: Tensor, tolerance: float) -> None:
     """Within the tolerance of the largest value, which is printed."""
-    theirs = theirs.detach().reshape(mine.shape)
-    found = float((mine - theirs).abs().max() / theirs.abs().max())
-    print(f"deviation {found:.1e}")
-    assert found <= tolerance
+    expected = expected.detach().reshape(mine.shape)
+    result = float((mine - expected).abs().max() / expected.abs().max())
+    print(f"deviation {result:.1e}")
+    assert result <= tolerance

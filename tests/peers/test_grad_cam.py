@@ -40,9 +40,9 @@ def weighted(name: str, network: nn.Module, image: Tensor, **options: Any) -> Te
         sum(t(o) for t, o in zip(targets, outputs)).backward()
     activations = cam.activations_and_grads.activations[0].numpy()
     gradients = cam.activations_and_grads.gradients[0].numpy() if cam.uses_gradients else None
-    found = cam.get_cam_image(x.detach(), network.get_submodule(LAYER), targets, activations, gradients, False)
+    result = cam.get_cam_image(x.detach(), network.get_submodule(LAYER), targets, activations, gradients, False)
     cam.activations_and_grads.release()
-    return torch.from_numpy(np.asarray(found))
+    return torch.from_numpy(np.asarray(result))
 
 
 def mine(method: Any, network: nn.Module, image: Tensor) -> Tensor:
@@ -83,9 +83,9 @@ def test_eigen_cam() -> None:
     activations of mean zero, which are made so by a linear layer. The sign is free."""
     network, image = network_and_image()
     network.relu1 = _Centred()
-    found, reference = mine(EigenCam(LAYER, relu=False), network, image), weighted("EigenCAM", network, image)
-    sign = torch.sign((found[0] * reference[0]).sum())
-    close(found * sign, reference, 1e-6)
+    result, reference = mine(EigenCam(LAYER, relu=False), network, image), weighted("EigenCAM", network, image)
+    sign = torch.sign((result[0] * reference[0]).sum())
+    close(result * sign, reference, 1e-6)
 
 
 class _Centred(nn.Module):

@@ -76,10 +76,10 @@ def setting(request: pytest.FixtureRequest) -> Setting:
     return Setting(*request.param)
 
 
-def close(what: str, mine: Any, theirs: Any, tolerance: float) -> None:
-    deviation = np.abs(np.asarray(mine) - np.asarray(theirs)).max() / np.abs(np.asarray(theirs)).max()
+def close(what: str, mine: Any, expected: Any, tolerance: float) -> None:
+    deviation = np.abs(np.asarray(mine) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max()
     print(f"{what}: {deviation:.1e}")
-    assert deviation <= tolerance, (what, mine, theirs)
+    assert deviation <= tolerance, (what, mine, expected)
 
 
 QUIET = {"disable_warnings": True}
@@ -99,11 +99,11 @@ def test_localisation(setting: Setting, around: str) -> None:
         (TopKIntersection(k=20), quantus.TopKIntersection(k=20, abs=True, **QUIET)),
         (LocalisationAUC(), quantus.AUC(abs=True, **QUIET)),
     ]
-    for mine, theirs in pairs:
-        a, b = mine.update(setting.subject).value, float(setting.theirs(theirs, **label))
-        print(mine.name, a, b)
-        assert a == pytest.approx(b, rel=1e-5, abs=1e-12), mine.name
-        if isinstance(mine, PointingGame):
+    for actual, expected in pairs:
+        a, b = actual.update(setting.subject).value, float(setting.theirs(expected, **label))
+        print(actual.name, a, b)
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-12), actual.name
+        if isinstance(actual, PointingGame):
             assert a == float(around == "the strongest voxel")
 
 
@@ -119,12 +119,12 @@ def test_deletion_is_pixel_flipping(setting: Setting) -> None:
     """Point by point: Quantus has F itself, without its value at the image; ours is in units of F(x) - F(x0)."""
     step = 7  # Quantus wants a divisor of the number of voxels
     count = -(-setting.map.size // step)
-    theirs = setting.theirs(quantus.PixelFlipping(features_in_step=step, perturb_baseline=0.0, **QUIET))
-    mine = Deletion(features="grid(size=1)", steps=setting.map.size, baseline="zero").update(setting.subject)
+    expected = setting.theirs(quantus.PixelFlipping(features_in_step=step, perturb_baseline=0.0, **QUIET))
+    actual = Deletion(features="grid(size=1)", steps=setting.map.size, baseline="zero").update(setting.subject)
     x, zero = (float(setting.network(i[None])[0, CLASS]) for i in (setting.image, torch.zeros_like(setting.image)))
-    values = np.array(mine.curve["y"]) * abs(x - zero) + zero
+    values = np.array(actual.curve["y"]) * abs(x - zero) + zero
     chosen = [min((k + 1) * step, setting.map.size) for k in range(count)]
-    close("pixel flipping", values[chosen], theirs, 1e-5)
+    close("pixel flipping", values[chosen], expected, 1e-5)
 
 
 @pytest.fixture
@@ -135,13 +135,13 @@ def our_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_faithfulness_correlation_of_the_same_sets(setting: Setting, our_sets: None) -> None:
-    mine = FaithfulnessCorrelation(n_samples=40, subset=0.25, features="grid(size=1)", baseline="zero")
-    found = mine.update(setting.subject)
-    size = found.notes["subset_size"]
-    theirs = quantus.FaithfulnessCorrelation(
+    actual = FaithfulnessCorrelation(n_samples=40, subset=0.25, features="grid(size=1)", baseline="zero")
+    result = actual.update(setting.subject)
+    size = result.notes["subset_size"]
+    expected = quantus.FaithfulnessCorrelation(
         nr_runs=40, subset_size=size, perturb_baseline=0.0, return_aggregate=False, **QUIET
     )
-    close("correlation", found.value, setting.theirs(theirs), 1e-5)
+    close("correlation", result.value, setting.theirs(expected), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["max", "average"])
@@ -157,9 +157,9 @@ def test_sensitivity_of_the_same_noise(setting: Setting, name: str) -> None:
 
     kinds = {"max": (MaxSensitivity, quantus.MaxSensitivity), "average": (AverageSensitivity, quantus.AvgSensitivity)}
     ours, metric = kinds[name]
-    mine = ours(radius=radius, n_samples=n).update(setting.subject).value
-    theirs = setting.theirs(metric(nr_samples=n, perturb_func=our_noise, **QUIET))
-    close(f"{name} sensitivity", mine, theirs, 1e-5)
+    actual = ours(radius=radius, n_samples=n).update(setting.subject).value
+    expected = setting.theirs(metric(nr_samples=n, perturb_func=our_noise, **QUIET))
+    close(f"{name} sensitivity", actual, expected, 1e-5)
 
 
 def test_sensitivity_n_of_quantus_is_another_quantity() -> None:
@@ -173,7 +173,7 @@ def test_sensitivity_n_of_quantus_is_another_quantity() -> None:
         features_in_step=7, perturb_baseline=0.0, normalise=False, return_aggregate=False, **QUIET
     )
     common = {"model": network, "y_batch": np.array([CLASS] * 6), "channel_first": True, "softmax": False}
-    theirs = np.asarray(metric(x_batch=images.numpy(), a_batch=maps, **common)).ravel()
+    expected = np.asarray(metric(x_batch=images.numpy(), a_batch=maps, **common)).ravel()
     by_hand, size = [], maps[0].size
     order = np.argsort(-maps.reshape(6, -1), axis=1)
     before = network(images)[:, CLASS].detach().numpy()
@@ -183,4 +183,4 @@ def test_sensitivity_n_of_quantus_is_another_quantity() -> None:
         changed[np.arange(6)[:, None], order[:, : (step + 1) * 7]] = 0
         lost = before - network(changed.reshape(images.shape))[:, CLASS].detach().numpy()
         by_hand.append(pearsonr(lost, maps.reshape(6, -1)[np.arange(6)[:, None], last].sum(1))[0])
-    assert np.abs(theirs - np.array(by_hand)).max() < 1e-3
+    assert np.abs(expected - np.array(by_hand)).max() < 1e-3

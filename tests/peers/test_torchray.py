@@ -35,49 +35,49 @@ from torchray.attribution.linear_approx import linear_approx  # noqa: E402
 def test_excitation_backprop(layer: str) -> None:
     """At the image and at inner layers; both drop biases, as the paper does."""
     network, image = network_and_image()
-    theirs = excitation_backprop(network, image.clone(), TARGET, saliency_layer=layer)
+    expected = excitation_backprop(network, image.clone(), TARGET, saliency_layer=layer)
     prior = torch.zeros(1, 1, 4, dtype=image.dtype)
     prior[..., TARGET] = 1
-    mine = excitation(network, image, prior, layers={layer: network.get_submodule(layer)})
-    close(mine.layers[layer].gradient[0].sum(1), theirs, 1e-10)
+    actual = excitation(network, image, prior, layers={layer: network.get_submodule(layer)})
+    close(actual.layers[layer].gradient[0].sum(1), expected, 1e-10)
     if layer == "start":
-        found = explain(ExcitationBackprop(), objective_for(network, image)).maps[0]
-        close(found.sum(0), theirs, 1e-10)
+        result = explain(ExcitationBackprop(), objective_for(network, image)).maps[0]
+        close(result.sum(0), expected, 1e-10)
 
 
 def test_contrastive_excitation_backprop() -> None:
     """torchray subtracts both sides unscaled below the last weights where we divide each by what it handed down
     (Zhang); with all probability handed down, as here, that is the same."""
     network, image = network_and_image()
-    theirs = contrastive_excitation_backprop(
+    expected = contrastive_excitation_backprop(
         network, image.clone(), TARGET, saliency_layer="start", contrast_layer="relu3", classifier_layer="head"
     )
     explained = explain(ContrastiveExcitationBackprop(), objective_for(network, image))
     signed = explain(ContrastiveExcitationBackprop(positive=False), objective_for(network, image)).maps[0].sum(0)
     assert explained.note(0)["kept_target"] == pytest.approx(1)
     assert explained.note(0)["kept_opposite"] == pytest.approx(1)
-    close(signed.clamp(min=0), theirs.clamp(min=0), 1e-10)
+    close(signed.clamp(min=0), expected.clamp(min=0), 1e-10)
 
 
 @pytest.mark.parametrize("layer", ["relu1", "relu2"])
 def test_linear_approximation_and_grad_cam(layer: str) -> None:
     network, image = network_and_image()
     objective = objective_for(network, image)
-    theirs = linear_approx(network, image.clone(), TARGET, saliency_layer=layer)
+    expected = linear_approx(network, image.clone(), TARGET, saliency_layer=layer)
     if layer == "relu1":  # the image's own grid: nothing is interpolated
-        close(explain(LinearApproximation(layer), objective).maps[0], theirs, 1e-10)
+        close(explain(LinearApproximation(layer), objective).maps[0], expected, 1e-10)
     total = explain(LinearApproximation(layer), objective).maps.sum()
-    close(total, theirs.sum(), 1e-10)
-    theirs = grad_cam(network, image.clone(), TARGET, saliency_layer=layer)
+    close(total, expected.sum(), 1e-10)
+    expected = grad_cam(network, image.clone(), TARGET, saliency_layer=layer)
     if layer == "relu1":
-        close(explain(GradCam(layer), objective).maps[0], theirs, 1e-10)
+        close(explain(GradCam(layer), objective).maps[0], expected, 1e-10)
 
 
 def test_gradient() -> None:
     """torchray shows the largest absolute value over the channels."""
     network, image = network_and_image()
-    theirs = gradient(network, image.clone(), TARGET)
-    close(explain(Saliency(), objective_for(network, image)).maps[0].amax(0), theirs, 1e-10)
+    expected = gradient(network, image.clone(), TARGET)
+    close(explain(Saliency(), objective_for(network, image)).maps[0].amax(0), expected, 1e-10)
 
 
 class Spot(torch.nn.Module):
@@ -95,7 +95,7 @@ def test_extremal_perturbation_finds_the_same_place() -> None:
     image = 0.1 * torch.rand(1, 1, 32, 32)
     image[..., 6:14, 6:14] += 1
     area = 64 / 1024
-    theirs, _ = extremal.extremal_perturbation(
+    expected, _ = extremal.extremal_perturbation(
         Spot(),
         image,
         1,
@@ -107,13 +107,13 @@ def test_extremal_perturbation_finds_the_same_place() -> None:
         resize=True,
     )
     network = torch.nn.Sequential(Spot(), torch.nn.Flatten())
-    mine = explain(
+    actual = explain(
         ExtremalPerturbation(areas=area, variant="preserve", baseline="zero"), objective_for(network, image)
     ).maps[0]
     inside = torch.zeros(32, 32, dtype=torch.bool)
     inside[6:14, 6:14] = True
-    shares = [float(m.reshape(32, 32)[inside].sum() / m.sum()) for m in (mine, theirs[0])]
-    areas = [float(m.mean()) for m in (mine, theirs[0])]
+    shares = [float(m.reshape(32, 32)[inside].sum() / m.sum()) for m in (actual, expected[0])]
+    areas = [float(m.mean()) for m in (actual, expected[0])]
     print("share in the patch", shares, "area", areas)
     assert min(shares) > 0.5
     assert areas[0] == pytest.approx(area, rel=1e-3)

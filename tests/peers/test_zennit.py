@@ -28,8 +28,8 @@ def theirs(network: torch.nn.Module, image: Tensor, composite: Any, by_output: b
         out = modified(x)
         start = torch.zeros_like(out)
         start[0, TARGET] = out[0, TARGET].detach() if by_output else 1.0
-        (found,) = torch.autograd.grad(out, x, start)
-    return found.detach()
+        (result,) = torch.autograd.grad(out, x, start)
+    return result.detach()
 
 
 RULES = {
@@ -47,11 +47,11 @@ RULES = {
 @pytest.mark.parametrize("name", list(RULES))
 def test_each_rule(name: str, bias: bool) -> None:
     network, image = network_and_image(bias)
-    mine, make = RULES[name]
+    actual, make = RULES[name]
     pooled = [(AvgPool, rules.Norm(stabilizer=TINY))]
     composite = composites.LayerMapComposite([(Convolution, make()), (Linear, make()), *pooled])
-    found = explain(LRP({"convolution": mine, "dense": mine}, epsilon=1e-6), objective_for(network, image)).maps[0]
-    close(found, theirs(network, image, composite), 1e-8)
+    result = explain(LRP({"convolution": actual, "dense": actual}, epsilon=1e-6), objective_for(network, image)).maps[0]
+    close(result, theirs(network, image, composite), 1e-8)
 
 
 FIRST = {
@@ -71,11 +71,11 @@ def test_each_first_rule(name: str) -> None:
         (AvgPool, rules.Norm(stabilizer=TINY)),
     ]
     composite = composites.SpecialFirstLayerMapComposite(layers, [(Convolution, FIRST[name](image))])
-    mine = LRP({"convolution": "ZPlus", "dense": "Epsilon", "first": name})
+    actual = LRP({"convolution": "ZPlus", "dense": "Epsilon", "first": name})
     network[1].padding = (0, 0)  # what flat shares give the padding differs: we book it
     network.hidden = torch.nn.Linear(8 * 4, 20).double()
-    found = explain(mine, objective_for(network, image)).maps[0]
-    close(found, theirs(network, image, composite), 1e-8)
+    result = explain(actual, objective_for(network, image)).maps[0]
+    close(result, theirs(network, image, composite), 1e-8)
 
 
 COMPOSITES = {
@@ -91,8 +91,8 @@ def test_each_composite(name: str) -> None:
     network, image = network_and_image()
     network[1].padding = (0, 0)
     network.hidden = torch.nn.Linear(8 * 4, 20).double()
-    found = explain(LRP(name), objective_for(network, image)).maps[0]
-    close(found, theirs(network, image, COMPOSITES[name](image)), 1e-8)
+    result = explain(LRP(name), objective_for(network, image)).maps[0]
+    close(result, theirs(network, image, COMPOSITES[name](image)), 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -101,12 +101,12 @@ def test_each_composite(name: str) -> None:
 )
 def test_modified_gradients(method: Any, composite: Any) -> None:
     network, image = network_and_image()
-    found = explain(method(), objective_for(network, image)).maps[0]
-    close(found, theirs(network, image, composite(), by_output=False), 1e-10)
+    result = explain(method(), objective_for(network, image)).maps[0]
+    close(result, theirs(network, image, composite(), by_output=False), 1e-10)
 
 
 def test_excitation() -> None:
     """Without biases: zennit lets them take part, the paper and torchray do not."""
     network, image = network_and_image(bias=False)
-    found = explain(ExcitationBackprop(), objective_for(network, image)).maps[0]
-    close(found, theirs(network, image, composites.ExcitationBackprop(stabilizer=TINY), by_output=False), 1e-8)
+    result = explain(ExcitationBackprop(), objective_for(network, image)).maps[0]
+    close(result, theirs(network, image, composites.ExcitationBackprop(stabilizer=TINY), by_output=False), 1e-8)

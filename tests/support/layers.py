@@ -1,4 +1,4 @@
-"""What a method of layers should give, computed the naive way: hooks on the layer while MONAI's own inferer runs."""
+"""Reference maps of layer methods: hooks on the layer while MONAI's own inferer runs."""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -117,12 +120,12 @@ def coarse(dims: int) -> nn.Module:
     return Coarse(dims).double().eval()
 
 
-class Pipeline(nn.Module):
-    """A network followed by a function of its output."""
+class Computed(nn.Module):
+    """A network whose output is a function of the image, or of another network's output, which may have weights."""
 
-    def __init__(self, network: nn.Module, after) -> None:
+    def __init__(self, function: Callable[[Any], Any], network: nn.Module | None = None) -> None:
         super().__init__()
-        self.network, self.after = network, after
+        self.function, self.network = function, network
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.after(self.network(x))
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x if self.network is None else self.network(x))

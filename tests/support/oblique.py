@@ -67,7 +67,7 @@ def network(seed: int = 0, out_channels: int = 3) -> nn.Module:
 
 
 def transforms(*, spacing: float = 1.6) -> list[dict[str, Any]]:
-    """The bundle's preprocessing as it stands in its config."""
+    """The bundle's preprocessing as in its config."""
     return [
         {"_target_": "LoadImaged", "keys": "image"},
         {"_target_": "EnsureChannelFirstd", "keys": "image"},

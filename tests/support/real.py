@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Two blocks, and max pooling behind an encoder's."""
+    """Two blocks, and max pooling after those of an encoder."""
 
     def __init__(self, a: int, b: int, c: int, norm: bool = True, pool: bool = False) -> None:
         super().__init__()

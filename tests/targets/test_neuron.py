@@ -45,13 +45,13 @@ def test_gradient_equals_autograd_of_the_blended_unit(name):
     image = MetaTensor(s.image[None], affine=torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0])).double())
     world = [2.0 * i for i in place]
     targets = [LayerNeuron(s.layer, 2, index=place), LayerNeuron(s.layer, 2, world=world, name="mm"), MultiClassMask(1)]
-    found = list(Explainer(s.network, s.inferer, output=s.output)(image, [Saliency(abs=False)], targets))
-    close(found[0].map.as_tensor(), gradient[0])
-    assert found[0].record["value"] == pytest.approx(total.item(), rel=1e-10)
-    assert found[0].record["blend_deviation"] < 1e-10
-    assert found[1].label == "mm"
-    close(found[1].map.as_tensor(), gradient[0])
-    close(found[2].map.as_tensor(), explain(Saliency(abs=False), s.objective).maps[0])
+    result = list(Explainer(s.network, s.inferer, output=s.output)(image, [Saliency(abs=False)], targets))
+    close(result[0].map.as_tensor(), gradient[0])
+    assert result[0].record["value"] == pytest.approx(total.item(), rel=1e-10)
+    assert result[0].record["blend_deviation"] < 1e-10
+    assert result[1].label == "mm"
+    close(result[1].map.as_tensor(), gradient[0])
+    close(result[2].map.as_tensor(), explain(Saliency(abs=False), s.objective).maps[0])
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -65,26 +65,26 @@ def test_equals_captum_neuron_methods(dims):
     target = LayerNeuron("then", 1, index=unit[1:])
 
     def mine(method) -> Tensor:
-        (found,) = explainer(image, [method], [target])
-        return found.map.as_tensor()[None]
+        (result,) = explainer(image, [method], [target])
+        return result.map.as_tensor()[None]
 
     layer = network.then
     gradient = captum.attr.NeuronGradient(network, layer).attribute(image.clone(), unit)
     close(mine(Saliency(abs=False)), gradient.detach())
-    theirs = captum.attr.NeuronIntegratedGradients(network, layer).attribute(
+    expected = captum.attr.NeuronIntegratedGradients(network, layer).attribute(
         image, unit, baselines=x0, n_steps=8, method="riemann_middle"
     )
-    close(mine(IntegratedGradients(x0[0], n_steps=8, method="riemann_middle")), theirs.detach())
-    theirs = captum.attr.NeuronDeepLift(network, layer).attribute(image, unit, baselines=x0)
-    close(mine(DeepLift(x0[0])), theirs.detach())
+    close(mine(IntegratedGradients(x0[0], n_steps=8, method="riemann_middle")), expected.detach())
+    expected = captum.attr.NeuronDeepLift(network, layer).attribute(image, unit, baselines=x0)
+    close(mine(DeepLift(x0[0])), expected.detach())
     assert bool(mine(Occlusion(window=2, baseline=0.0)).any())
     assert bool(mine(GradCam("act", relu=False)).any())
 
     given = {"baselines": x0, "n_steps": 8, "method": "riemann_middle"}
-    theirs = captum.attr.NeuronConductance(network, layer).attribute(image, unit, target=2, **given)
+    expected = captum.attr.NeuronConductance(network, layer).attribute(image, unit, target=2, **given)
     objective = objective_of(network, image[0], [ClassScore(2)])
     shared = {"baseline": x0[0], "n_steps": 8, "method": "riemann_middle"}
-    close(explain(NeuronConductance("then", 1, unit[1:], **shared), objective).maps, theirs.detach())
+    close(explain(NeuronConductance("then", 1, unit[1:], **shared), objective).maps, expected.detach())
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -101,8 +101,10 @@ def test_conductance_of_all_units_is_integrated_gradients(name, output):
 def test_a_vector_and_bad_input():
     network, image = plain(2)
     explainer = Explainer(network)
-    (found,) = explainer(image, [Saliency(abs=False)], [LayerNeuron("head", 1)])
-    close(found.map.as_tensor(), explain(Saliency(abs=False), objective_of(network, image[0], [ClassScore(1)])).maps[0])
+    (result,) = explainer(image, [Saliency(abs=False)], [LayerNeuron("head", 1)])
+    close(
+        result.map.as_tensor(), explain(Saliency(abs=False), objective_of(network, image[0], [ClassScore(1)])).maps[0]
+    )
     for target, error, text in (
         (LayerNeuron("head", 1, index=(1, 1)), TargetError, "vector"),
         (LayerNeuron("act", 1), TargetError, r"LayerNeuron: layer 'act' has positions: give world"),

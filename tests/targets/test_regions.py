@@ -85,9 +85,9 @@ def test_voxel_by_index_and_world_are_the_same():
     [
         ({}, "either world"),
         ({"index": (1, 1, 1), "world": (0, 0, 0)}, "either world"),
-        ({"index": (8, 0, 0)}, "lies outside"),
-        ({"index": (-1, 0, 0)}, "lies outside"),
-        ({"index": (1, 1)}, "lies outside"),
+        ({"index": (8, 0, 0)}, "is outside"),
+        ({"index": (-1, 0, 0)}, "is outside"),
+        ({"index": (1, 1)}, "is outside"),
     ],
 )
 def test_voxel_errors(options, message):

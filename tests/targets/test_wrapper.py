@@ -16,7 +16,7 @@ from esegeta_monai.errors import TargetError
 from esegeta_monai.methods import InputXGradient, IntegratedGradients, Saliency, run
 from esegeta_monai.targets import Box, ClassScore, MultiClassMask, TargetWrapper, ThresholdMask, Voxel
 from tests.networks import build
-from tests.support.networks import network
+from tests.support.networks import Computed, network
 from tests.support.objectives import objective
 from tests.support.tensors import assert_equal, noise
 
@@ -44,8 +44,8 @@ def test_captum_on_the_wrapper_equals_our_methods(inferer, output, captum_in_flo
         with frozen(net):
             maps = run(method, o).maps
         for column in range(2):
-            theirs = captum[name](image[None].clone(), target=column)[0]
-            assert_equal(maps[column], theirs.detach())
+            expected = captum[name](image[None].clone(), target=column)[0]
+            assert_equal(maps[column], expected.detach())
 
 
 def test_columns_are_the_scores():
@@ -79,7 +79,7 @@ def test_the_mask_stays_that_of_the_unperturbed_image():
 
 
 class CountedVoxels(nn.Module):
-    """What a naive wrapper does: the number of voxels above a threshold."""
+    """A naive wrapper: the number of voxels above a threshold."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -104,19 +104,12 @@ def test_softmax_inside_and_several_outputs_under_monais_sliding_window(name):
     inferer = SlidingWindowInferer((16, 16), 2, 0.25, "gaussian")
     target = Box(1, (0, 0), (20, 18))
     wrapper = TargetWrapper(case.network, target, inferer, output=case.output).freeze(image[None])
-    theirs = CaptumSaliency(wrapper).attribute(image[None].clone(), target=0, abs=False)[0]
+    expected = CaptumSaliency(wrapper).attribute(image[None].clone(), target=0, abs=False)[0]
 
-    class Selected(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = case.network
-
-        def forward(self, x):
-            return case.logits(x).clone()
-
-    o, _ = objective(Selected(), image, inferer, [target])
+    selected = Computed(lambda out: (out if case.output is None else out[case.output]).clone(), case.network)
+    o, _ = objective(selected, image, inferer, [target])
     with frozen(o.model.network):
-        assert_equal(run(Saliency(abs=False), o).maps[0], theirs)
+        assert_equal(run(Saliency(abs=False), o).maps[0], expected)
 
 
 def test_softmax_inside_without_a_copy_is_the_trap_that_the_wrapper_avoids():

@@ -97,15 +97,15 @@ def test_wrong_number_of_output_keys(keys: list[str]) -> None:
 
 
 def test_maps_are_the_explainers(data: dict[str, Any]) -> None:
-    found = explaind()(data)
+    result = explaind()(data)
     explainer = Explainer(oblique.network(), INFERER)
     for attribution in explainer(data["image"][None], [InputXGradient(), GradCam()], [MultiClassMask(1)]):
-        mine = found[f"image_MultiClassMask_{attribution.method.name}"]
-        assert torch.equal(mine.as_tensor(), attribution.map.as_tensor())
-        assert isinstance(mine, MetaTensor)
-        assert torch.equal(mine.affine, data["image"].affine)
-        assert len(mine.applied_operations) == len(data["image"].applied_operations)
-        record = json.loads(mine.meta["record"])
+        actual = result[f"image_MultiClassMask_{attribution.method.name}"]
+        assert torch.equal(actual.as_tensor(), attribution.map.as_tensor())
+        assert isinstance(actual, MetaTensor)
+        assert torch.equal(actual.affine, data["image"].affine)
+        assert len(actual.applied_operations) == len(data["image"].applied_operations)
+        record = json.loads(actual.meta["record"])
         assert record["status"] == "ok"
         assert record["sum"] == attribution.record["sum"]
 
@@ -125,42 +125,42 @@ def test_works_where_gradients_are_off(data: dict[str, Any], mode: Any) -> None:
     expected = transform(data)["image_MultiClassMask_InputXGradient"]
     with mode():
         inside = preprocessing()({"image": data["image"].meta["filename_or_obj"]})
-        found = transform(inside)["image_MultiClassMask_InputXGradient"]
-    assert torch.equal(found, expected)
-    assert (found * 1).requires_grad is False
+        result = transform(inside)["image_MultiClassMask_InputXGradient"]
+    assert torch.equal(result, expected)
+    assert (result * 1).requires_grad is False
 
 
 def test_missing_keys(data: dict[str, Any]) -> None:
     both = {"keys": ["image", "other"], "network": oblique.network(), "inferer": INFERER, "methods": "Saliency"}
     with pytest.raises(KeyError, match="other"):
         Explaind(**both, targets="MultiClassMask(1)")(data)
-    found = Explaind(**both, targets="MultiClassMask(1)", allow_missing_keys=True)(data)
-    assert set(found) - set(data) == {"image_MultiClassMask_Saliency"}
+    result = Explaind(**both, targets="MultiClassMask(1)", allow_missing_keys=True)(data)
+    assert set(result) - set(data) == {"image_MultiClassMask_Saliency"}
 
 
 def test_two_images_each_by_itself(data: dict[str, Any]) -> None:
     more = {**data, "second": data["image"].flip(1)}
-    found = Explaind(["image", "second"], oblique.network(), INFERER, "Saliency", "MultiClassMask(1)")(more)
+    result = Explaind(["image", "second"], oblique.network(), INFERER, "Saliency", "MultiClassMask(1)")(more)
     alone = Explaind("second", oblique.network(), INFERER, "Saliency", "MultiClassMask(1)")(more)
     key = "second_MultiClassMask_Saliency"
-    assert torch.equal(found[key], alone[key])
-    assert not torch.equal(found[key], found["image_MultiClassMask_Saliency"])
+    assert torch.equal(result[key], alone[key])
+    assert not torch.equal(result[key], result["image_MultiClassMask_Saliency"])
 
 
 def test_targets_of_several_classes_are_named_by_class(data: dict[str, Any]) -> None:
     options = {"methods": "Saliency", "targets": None, "class_names": {1: "outer shell", 2: "core"}}
     transform = explaind(**options)
     assert transform.output_keys == []
-    found = transform(data)
-    assert set(found) - set(data) == {
+    result = transform(data)
+    assert set(result) - set(data) == {
         "image_PredictedClasses-outer-shell_Saliency",
         "image_PredictedClasses-core_Saliency",
     }
 
 
 def test_empty_targets_leave_no_map_but_a_line(data: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    found = explaind(targets="ThresholdMask(1e9, value='raw')", methods="Saliency")(data)
-    assert set(found) == set(data)
+    result = explaind(targets="ThresholdMask(1e9, value='raw')", methods="Saliency")(data)
+    assert set(result) == set(data)
     assert "ThresholdMask_Saliency: no map, empty_target" in caplog.text
 
 
@@ -168,15 +168,15 @@ def test_failures_raise_or_are_left_out(data: dict[str, Any], caplog: pytest.Log
     methods = ["GradCam(layer='nowhere')", "Saliency"]
     with pytest.raises(UsageError, match="nowhere"):
         explaind(methods=methods)(data)
-    found = explaind(methods=methods, on_error="record")(data)
-    assert set(found) - set(data) == {"image_MultiClassMask_Saliency"}
+    result = explaind(methods=methods, on_error="record")(data)
+    assert set(result) - set(data) == {"image_MultiClassMask_Saliency"}
     assert "GradCam: no map, failed: the network has no layer 'nowhere'" in caplog.text
 
 
 def test_a_label_of_the_dictionary_can_be_the_target(data: dict[str, Any]) -> None:
     label = (data["image"] > 0.8).float()
-    found = explaind(targets="LabelMask('label', 1, class_index=1)", methods="Saliency")({**data, "label": label})
-    assert json.loads(found["image_LabelMask_Saliency"].meta["record"])["target_voxels"] == int(label.sum())
+    result = explaind(targets="LabelMask('label', 1, class_index=1)", methods="Saliency")({**data, "label": label})
+    assert json.loads(result["image_LabelMask_Saliency"].meta["record"])["target_voxels"] == int(label.sum())
 
 
 def test_a_known_prediction_saves_the_pass(data: dict[str, Any]) -> None:
@@ -261,8 +261,10 @@ def test_from_file_to_file(scan: Path, tmp_path: Path) -> None:
 
 def test_a_peak_comes_back_to_its_place(scan: Path, data: dict[str, Any], tmp_path: Path) -> None:
     """World coordinates of the strongest voxel on the network's grid and on the scan's differ by less than a voxel."""
-    found = explaind(methods="InputXGradient")(data)["image_MultiClassMask_InputXGradient"]
-    peak = MetaTensor(torch.zeros_like(found.as_tensor()), meta=found.meta, applied_operations=found.applied_operations)
+    result = explaind(methods="InputXGradient")(data)["image_MultiClassMask_InputXGradient"]
+    peak = MetaTensor(
+        torch.zeros_like(result.as_tensor()), meta=result.meta, applied_operations=result.applied_operations
+    )
     where = np.array([7, 8, 6])
     peak[(0, *where)] = 1.0
     back = InvertAttributiond("map")({"map": peak})["map"]
@@ -337,7 +339,7 @@ class TestForkedWorkersWithCuda:
 
     @pytest.mark.slow
     def test_real_workers_are_told_apart(self, scan: Path) -> None:
-        """What `_forked` says inside true DataLoader workers of either kind."""
+        """The value of `_forked` inside real DataLoader workers of either kind."""
         for context, forked in (("fork", True), ("spawn", False)):
             loader = torch.utils.data.DataLoader(AskForked(), num_workers=1, multiprocessing_context=context)
             assert [bool(x) for x in loader] == [forked]
@@ -356,16 +358,16 @@ class AskForked(torch.utils.data.Dataset):
 
 def test_array_class_gives_maps_by_name(data: dict[str, Any]) -> None:
     explain = Explain(oblique.network(), INFERER, ["Saliency"], ["MultiClassMask(1)", "MultiClassMask(2)"])
-    found = explain(data["image"])
-    assert list(found) == explain.names
-    assert list(found) == ["MultiClassMask-class_index1_Saliency", "MultiClassMask-class_index2_Saliency"]
+    result = explain(data["image"])
+    assert list(result) == explain.names
+    assert list(result) == ["MultiClassMask-class_index1_Saliency", "MultiClassMask-class_index2_Saliency"]
 
 
 def test_plain_tensors_in_two_dimensions() -> None:
     torch.manual_seed(0)
     network = nn.Conv2d(3, 2, 3, padding=1)
-    found = Explain(network, methods="InputXGradient", targets="MultiClassMask(1)")(torch.rand(3, 9, 7))
-    assert found["MultiClassMask_InputXGradient"].shape == (3, 9, 7)
+    result = Explain(network, methods="InputXGradient", targets="MultiClassMask(1)")(torch.rand(3, 9, 7))
+    assert result["MultiClassMask_InputXGradient"].shape == (3, 9, 7)
 
 
 def test_a_target_that_gives_several_maps_of_one_name_is_refused(data: dict[str, Any]) -> None:
@@ -378,8 +380,8 @@ def test_a_target_that_gives_several_maps_of_one_name_is_refused(data: dict[str,
 
 
 def test_half_precision_images_are_explained_in_the_networks_precision(data: dict[str, Any]) -> None:
-    found = explaind(methods="Saliency")({"image": data["image"].half()})
-    assert found["image_MultiClassMask_Saliency"].dtype == torch.float32
+    result = explaind(methods="Saliency")({"image": data["image"].half()})
+    assert result["image_MultiClassMask_Saliency"].dtype == torch.float32
 
 
 def test_non_finite_maps_never_get_in(data: dict[str, Any]) -> None:

@@ -272,13 +272,13 @@ def test_every_orientation_there_and_back(axes, oblique):
         peak = tuple(n // 2 for n in image.shape[1:])
         planted = torch.zeros_like(image.as_tensor())
         planted[(0, *peak)] = 1.0
-        found = InvertAttribution()(planted, image)[0].as_tensor().double()
-        strongest = np.unravel_index(int(found.argmax()), size)
-        centre = (torch.nonzero(found).double() * found[found != 0][:, None]).sum(0)
+        result = InvertAttribution()(planted, image)[0].as_tensor().double()
+        strongest = np.unravel_index(int(result.argmax()), size)
+        centre = (torch.nonzero(result).double() * result[result != 0][:, None]).sum(0)
         true_voxel = torch.linalg.solve(affine, torch.cat([world(image.affine, peak), torch.ones(1)]))[:3]
         assert (torch.tensor(strongest) - true_voxel).abs().max() <= 0.5 + 1e-5
         assert (centre - true_voxel).abs().max() <= 0.5
-        assert float(found.sum()) == pytest.approx(1.0, abs=1e-6)
+        assert float(result.sum()) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_invertd_serves_maps_that_do_not_add_up():

@@ -21,7 +21,7 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.scoring import score_changes
-from esegeta_monai.engine.progress import Progress
+from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.errors import MethodError, MethodTimeout, NetworkError, RankLost, UsageError
 from esegeta_monai.explain.prediction import Predicted
 from esegeta_monai.methods import METHODS, IntegratedGradients, Method, Occlusion, Saliency, run
@@ -58,27 +58,25 @@ def small(cls: type[Method]) -> Method:
 
 def by(objective: Objective, ranks: Processes) -> Objective:
     """The same objective, computed by these ranks; nothing is remembered."""
-    other = objective.derive()
-    other.ranks, other.context.progress = ranks, Progress()
-    return other
+    return objective.derive(context=RunContext(processes=ranks, window_batch=objective.window_batch))
 
 
 def every_method(network: str, output: str) -> None:
-    found = setting(network, target=MultiClassMask(1, output=output))
+    result = setting(network, target=MultiClassMask(1, output=output))
     ranks, differences = Processes.current(), {}
     for cls in METHODS:
         if cls.__name__ in NEED_MORE or (cls.needs_linear and output != "logit"):
             continue
         method = small(cls)
-        together, alone = by(found.objective, ranks), by(found.objective, Processes())
-        with frozen(found.network):
-            mine, theirs = run(method, alone), run(method, together)
-        scale = mine.maps.abs().max()
+        together, alone = by(result.objective, ranks), by(result.objective, Processes())
+        with frozen(result.network):
+            actual, expected = run(method, alone), run(method, together)
+        scale = actual.maps.abs().max()
         assert scale > 0, cls
-        differences[cls.__name__] = float((mine.maps - theirs.maps).abs().max() / scale)
+        differences[cls.__name__] = float((actual.maps - expected.maps).abs().max() / scale)
         for key in ("completeness_gap", "sum_in_padding", "share_through_layer", "booked", "baseline_value"):
-            if key in mine.notes:
-                assert [mine.note(0)[key]] == pytest.approx([theirs.note(0)[key]], rel=1e-6, abs=1e-9), (cls, key)
+            if key in actual.notes:
+                assert [actual.note(0)[key]] == pytest.approx([expected.note(0)[key]], rel=1e-6, abs=1e-9), (cls, key)
         passes = ranks.gather(together.context.progress.passes)
         if ranks.rank == 0:
             print(cls.__name__, alone.context.progress.passes, passes, differences[cls.__name__])
@@ -115,7 +113,7 @@ class Told(torch.nn.Module):
 
 
 class Anew:
-    """What `SlidingWindowInfererAdapt` does where memory runs out under way: it begins again, and remembers."""
+    """An inferer that restarts after running out of memory and remembers it, as `SlidingWindowInfererAdapt` does."""
 
     def __init__(self, failures: int) -> None:
         self.failures = failures
@@ -197,7 +195,7 @@ class Fails:
 
 
 def alike(what: str) -> None:
-    """What may go wrong on one rank reaches all of them."""
+    """An error on one process reaches all of them."""
     ranks = Processes.current()
     objective = by(setting("UNet_instance").objective, ranks)
     with frozen(objective.model.network):
@@ -282,13 +280,13 @@ def test_ranks_decide_alike_how_precisely():
 def one_box(m: int) -> None:
     """More ranks than windows, and perturbations that share windows."""
     ranks = Processes.current()
-    found = setting("DenseNet121").objective
-    assert len(found.windows) == 1
+    result = setting("DenseNet121").objective
+    assert len(result.windows) == 1
     boxes = Boxes([[i, i] for i in range(m)], [[i + 4, i + 4] for i in range(m)])
-    with frozen(found.model.network):
-        mine, theirs = score_changes(by(found, Processes()), boxes), score_changes(by(found, ranks), boxes)
-    assert bool(mine.any())
-    assert float((mine - theirs).abs().max() / mine.abs().max()) <= 1e-10
+    with frozen(result.model.network):
+        actual, expected = score_changes(by(result, Processes()), boxes), score_changes(by(result, ranks), boxes)
+    assert bool(actual.any())
+    assert float((actual - expected).abs().max() / actual.abs().max()) <= 1e-10
 
 
 @pytest.mark.slow

@@ -171,12 +171,12 @@ def test_sha256(tmp_path: Path) -> None:
 
 
 def test_versions_name_packages_but_neither_machine_nor_user() -> None:
-    found = versions()
-    assert found["torch"] == torch.__version__
-    assert found["numpy"] == np.__version__
-    assert found["python"] == platform.python_version()
-    assert {"esegeta_monai", "monai", "captum", "nibabel", "platform"} <= found.keys()
-    text = " ".join(found.values())
+    result = versions()
+    assert result["torch"] == torch.__version__
+    assert result["numpy"] == np.__version__
+    assert result["python"] == platform.python_version()
+    assert {"esegeta_monai", "monai", "captum", "nibabel", "platform"} <= result.keys()
+    text = " ".join(result.values())
     assert platform.node() not in text
     assert getpass.getuser() not in text.split()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -28,11 +28,9 @@ class Fruit(Configurable):
     """A base to register under."""
 
 
-@dataclass(eq=False, repr=False)
 class Apple(Fruit):
     weight: float = 1.0
     inside: Fruit | None = None
-    name: str | None = field(default=None, kw_only=True)
 
 
 class Pear(Fruit):
@@ -40,6 +38,33 @@ class Pear(Fruit):
 
     def __init__(self, colour: str = "green") -> None:
         self.colour = colour
+
+
+@pytest.mark.parametrize("decorator", [lambda cls: cls, dataclass(eq=False, repr=False)])
+def test_a_subclass_is_a_dataclass_decorated_or_not(decorator):
+    @decorator
+    class Basket(Apple):
+        """Its further fields have no plain default."""
+
+        fruits: list[str] = field(default_factory=list)
+        size: int = field(default=2, kw_only=True)
+
+    assert Basket.parameter_names() == ["weight", "inside", "fruits", "size"]
+    first, second = Basket(2.0, fruits=["fig"], name="mine"), Basket()
+    second.fruits.append("plum")
+    assert (first.weight, first.fruits, second.fruits, second.size) == (2.0, ["fig"], ["plum"], 2)
+    assert (first.name, second.name, replace(first, size=3).size) == ("mine", "Basket", 3)
+    assert first != Basket(2.0, fruits=["fig"])
+    with pytest.raises(TypeError, match="positional"):
+        Basket(2.0, None, [], "mine")
+
+
+def test_an_own_init_is_inherited():
+    class Quince(Pear):
+        """Inherits the __init__ of Pear."""
+
+    assert Quince.parameter_names() == ["colour"]
+    assert (Quince("red").colour, Quince().name) == ("red", "Quince")
 
 
 def registry() -> Registry[Fruit]:

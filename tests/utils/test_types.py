@@ -1,4 +1,4 @@
-"""Parameters of another kind than declared: refused in one line that says what to give, before any work."""
+"""Parameters of another kind than declared: refused in one line that names what to give, before any work."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def _registries(monkeypatch):
 
 
 @pytest.mark.usefixtures("_registries")
-@pytest.mark.parametrize("how", ["dataclass", "dataclass that checks nothing", "own __init__"])
+@pytest.mark.parametrize(
+    "how", ["plain", "decorated", "plain, checks nothing", "decorated, checks nothing", "own __init__"]
+)
 @pytest.mark.parametrize(("base", "body"), BY_HAND, ids=lambda b: getattr(b, "__name__", ""))
 def test_instances_made_by_hand_are_checked_whatever_the_base(base, body, how):
     def own(self, steps: int = 8, name: str | None = None) -> None:
@@ -81,8 +83,9 @@ def test_instances_made_by_hand_are_checked_whatever_the_base(base, body, how):
     else:
         silent = {"__post_init__": lambda self: None} if "nothing" in how else {}
         annotations = {"steps": int, "name": str | None}
-        made = type("Mine", (base,), {**body, **silent, "__annotations__": annotations, "steps": 8, "name": None})
-        cls = dataclasses.dataclass(eq=False, repr=False)(made)
+        cls = type("Mine", (base,), {**body, **silent, "__annotations__": annotations, "steps": 8, "name": None})
+        if how.startswith("decorated"):
+            cls = dataclasses.dataclass(eq=False, repr=False)(cls)
     assert list(inspect.signature(cls).parameters)[:2] == ["steps", "name"]
     assert type(cls(4.0).steps) is int
     assert (cls().name, cls().given_name, cls(name="n").given_name) == ("Mine", None, "n")
@@ -165,7 +168,7 @@ def test_what_means_the_same_is_taken():
 
 
 def test_json_s_words_from_a_shell():
-    """``monai.bundle run --explain_methods '[{..., "abs": false}]'`` hands over the text "false"."""
+    """``monai.bundle run --explain_methods '[{..., "abs": false}]'`` passes the text "false"."""
     assert m.Saliency(abs="false").abs is False
     assert METHODS.create("Saliency(abs=true)").abs is True
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,21 +14,22 @@ from torch.utils.hooks import RemovableHandle
 
 from esegeta_monai.engine.network.model import is_scripted
 from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.utils.upstream import write_count
 
-__all__ = ["Captured", "capture", "find_layer", "replaced"]
+__all__ = ["Captured", "LayerCall", "capture", "find_layer", "on_output", "replaced"]
 
 
 def find_layer(network: nn.Module, name: str) -> nn.Module:
-    """The module at a dotted name.
+    """Return the module at a dotted name.
 
     Raises:
-        UsageError: no such layer; near matches are listed. No name.
-        NetworkError: TorchScript.
+        UsageError: no such layer (the message lists near matches), or an empty name.
+        NetworkError: the network is TorchScript.
     """
     module, within = network, [network]
     try:
         for part in name.split("."):
-            if isinstance(module, torch.jit.ScriptModule):  # which raises another error than a module's
+            if isinstance(module, torch.jit.ScriptModule):  # raises another error than nn.Module
                 break
             module = module.get_submodule(part)
             within.append(module)
@@ -42,35 +44,72 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     if any(isinstance(m, torch.jit.ScriptModule) for m in within):
         raise NetworkError("a TorchScript network does not show its layers: load the plain PyTorch network")
     if not name:
-        raise UsageError("layer='': give a layer's dotted name ('esegeta-monai layers' lists them), or leave it away")
+        raise UsageError("layer='': give the dotted name of a layer ('esegeta-monai layers' lists them), or omit it")
     return module
 
 
 class Captured(dict[str, Tensor]):
-    """Outputs of layers by name, from the last forward pass; each the last call where a module is called again."""
+    """Outputs of layers by name from the latest forward pass; of the last call if a layer is called several times.
+
+    Attributes:
+        calls: number of calls of each layer.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: dict[str, int] = {}
 
 
-def versions(args: Sequence[Any]) -> list[int]:
-    """How often each argument of a module has been written to: what `handed_on` compares with."""
-    return [a._version if isinstance(a, Tensor) and not a.is_inference() else 0 for a in args]
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer, as its output hook sees it.
+
+    Attributes:
+        name: dotted name of the layer.
+        module: the layer.
+        args: its positional arguments.
+        output: what it returned.
+        counts: the `write_count` of each argument before the call.
+    """
+
+    name: str
+    module: nn.Module
+    args: Sequence[Any]
+    output: Any
+    counts: Sequence[int]
+
+    def returns_argument(self, value: Tensor) -> bool:
+        """Return True if ``value``, of any shape, is one of the arguments and has not been written to in place."""
+        return any(value is a and now == then for a, now, then in zip(self.args, _counts(self.args), self.counts))
 
 
-def note_versions(module: nn.Module, name: str, before: dict[str, list[int]]) -> RemovableHandle:
-    """A hook that notes under a name, before each call of a module, the `versions` of its arguments."""
-    return module.register_forward_pre_hook(lambda m, args: before.update({name: versions(args)}))
+def _counts(args: Sequence[Any]) -> list[int]:
+    return [write_count(a) if isinstance(a, Tensor) and not a.is_inference() else 0 for a in args]
 
 
-def handed_on(value: Tensor, args: Sequence[Any], before: Sequence[int]) -> bool:
-    """Whether a module returned one of its arguments as it was, neither computed anew nor written to in place."""
-    return any(value is a and now == then for a, now, then in zip(args, versions(args), before))
+@contextmanager
+def on_output(layers: Mapping[str, nn.Module], hook: Callable[[LayerCall], Any]) -> Iterator[None]:
+    """Call ``hook`` after each call of the layers while the block runs; a result except None replaces the output."""
+    counts: dict[str, list[int]] = {}
+
+    def register(name: str, module: nn.Module) -> list[RemovableHandle]:
+        return [
+            module.register_forward_pre_hook(lambda m, args: counts.update({name: _counts(args)})),
+            module.register_forward_hook(lambda m, args, output: hook(LayerCall(name, m, args, output, counts[name]))),
+        ]
+
+    handles: list[RemovableHandle] = []
+    try:
+        for name, module in layers.items():
+            handles += register(name, module)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def first_tensor(layer: str, output: Any) -> Tensor:
-    """A layer's output, or the first of several.
+    """Return a layer's output, of any shape, or the first of several outputs.
 
     Raises:
         NetworkError: it is no tensor.
@@ -82,7 +121,7 @@ def first_tensor(layer: str, output: Any) -> Tensor:
 
 
 def with_first(output: Any, value: Tensor) -> Any:
-    """A layer's output with ``value`` in the place of `first_tensor`."""
+    """Return a layer's output with ``value``, of any shape, in place of its `first_tensor`."""
     if not isinstance(output, (tuple, list)):
         return value
     items = [value, *output[1:]]
@@ -90,98 +129,88 @@ def with_first(output: Any, value: Tensor) -> Any:
 
 
 def check_rows(layer: str, value: Tensor, windows: int) -> None:
-    """Raises `NetworkError` where a layer's first axis is not the windows, so that no row of it is one window's map."""
+    """Check that a layer's output (n, …) has one row per window.
+
+    Raises:
+        NetworkError: it has another length.
+    """
     if value.ndim == 0 or len(value) != windows:
         raise NetworkError(
             f"layer {layer!r} gives {tuple(value.shape)} for {windows} window(s), so its first axis is not the windows "
-            "(attention inside parts of a window, tokens before the batch): choose the block round it"
+            "(attention inside parts of a window, tokens before the batch): choose the block around it"
         )
 
 
-class _Windows:
-    """How many windows a network is called with, by a hook on it."""
+@contextmanager
+def _count_windows(network: nn.Module) -> Iterator[list[int]]:
+    """Record the number of windows of the network's latest call, in a list with one entry."""
+    number = [0]
 
-    def __init__(self, network: nn.Module) -> None:
-        self.number = 0
-        self.handle = network.register_forward_pre_hook(self._see)
+    def note(module: nn.Module, args: Any) -> None:
+        number[0] = len(args[0])
 
-    def _see(self, module: nn.Module, args: Any) -> None:
-        self.number = len(args[0])
+    handle = network.register_forward_pre_hook(note)
+    try:
+        yield number
+    finally:
+        handle.remove()
 
 
 @contextmanager
 def capture(
     network: nn.Module, layers: Sequence[str], *, of_windows: bool = True, leaves: bool = False
 ) -> Iterator[Captured]:
-    """Hooks that record the output of layers, removed afterwards.
+    """Record the outputs of layers by hooks while the block runs.
 
-    What flows on is a copy, so that an in-place operation behind a layer cannot change what was recorded. A layer that
-    hands its input on untouched is recorded as a copy of its own: the gradient there is that of its output only.
+    The network continues with a copy, so that a later in-place operation cannot change the recorded output. If a layer
+    returns its input unchanged, a copy is recorded: its gradient is that of the layer's output only, not of other uses
+    of the input.
 
     Args:
-        network: called inside with the windows (n, …) as its first argument.
+        network: called in the block with the windows (n, …) as its first argument.
         layers: dotted names.
-        of_windows: a layer must give one row a window.
-        leaves: where the image asks for no gradient, the graph begins at the first of the layers: nothing in front of
-            it is kept, the memory of which costs more time than its gradient would.
+        of_windows: require one row per window from each layer.
+        leaves: if the image requires no gradient, start the graph at the first of the layers. The part before it is not
+            stored; allocating its memory takes longer than its gradient would.
 
     Raises:
         UsageError: no such layer.
-        NetworkError: while the network runs: a layer gives no tensor, or other rows than the windows.
+        NetworkError: while the network runs: a layer's output is no tensor, or its first axis is not the windows.
     """
     captured = Captured()
-    if not layers:
+    if not layers:  # TorchScript takes no hooks
         yield captured
         return
-    seen = _Windows(network)
-    handles = []
-    before: dict[str, list[int]] = {}
 
-    def hook_for(name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            value = first_tensor(name, output)
-            if of_windows:
-                check_rows(name, value, seen.number)
-            if handed_on(value, args, before[name]):
-                value = value.clone()
-            if leaves and torch.is_grad_enabled() and value.is_floating_point() and not value.requires_grad:
-                value = value.detach().requires_grad_(True)
-            captured[name] = value
-            captured.calls[name] = captured.calls.get(name, 0) + 1
-            return with_first(output, value.clone())
+    def record(call: LayerCall) -> Any:
+        value = first_tensor(call.name, call.output)
+        if of_windows:
+            check_rows(call.name, value, windows[0])
+        if call.returns_argument(value):
+            value = value.clone()
+        if leaves and torch.is_grad_enabled() and value.is_floating_point() and not value.requires_grad:
+            value = value.detach().requires_grad_(True)
+        captured[call.name] = value
+        captured.calls[call.name] = captured.calls.get(call.name, 0) + 1
+        return with_first(call.output, value.clone())
 
-        return hook
-
-    try:
-        for name in layers:
-            module = find_layer(network, name)
-            handles.append(note_versions(module, name, before))
-            handles.append(module.register_forward_hook(hook_for(name)))
+    with _count_windows(network) as windows, on_output({n: find_layer(network, n) for n in layers}, record):
         yield captured
-    finally:
-        for handle in [seen.handle, *handles]:
-            handle.remove()
 
 
 @contextmanager
 def replaced(network: nn.Module, layer: str, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """The output of a layer goes on as ``edit(output)`` inside; the hook is removed afterwards.
+    """Replace the output of a layer (n, …) by ``edit(output)`` while the block runs.
 
     Raises:
         UsageError: no such layer.
-        NetworkError: its output is no tensor, or has other rows than the windows.
+        NetworkError: its output is no tensor, or its first axis is not the windows.
     """
-    replaced_layer = find_layer(network, layer)
-    seen = _Windows(network)
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        value = first_tensor(layer, output)
-        check_rows(layer, value, seen.number)
-        return with_first(output, edit(value))
+    def replace(call: LayerCall) -> Any:
+        value = first_tensor(layer, call.output)
+        check_rows(layer, value, windows[0])
+        return with_first(call.output, edit(value))
 
-    handle = replaced_layer.register_forward_hook(hook)
-    try:
+    with _count_windows(network) as windows, on_output({layer: find_layer(network, layer)}, replace):
         yield
-    finally:
-        handle.remove()
-        seen.handle.remove()

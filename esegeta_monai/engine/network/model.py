@@ -1,4 +1,4 @@
-"""How a network is called, and how it is left exactly as it came."""
+"""The network as the engine calls it, and the choice of one of its outputs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ __all__ += [
 
 
 def check_network(network: nn.Module) -> None:
-    """Refuses what cannot be explained: half-precision weights.
+    """Check that a network can be explained.
 
     Raises:
-        NetworkError: naming the way out.
+        NetworkError: it has half-precision weights; the message names the alternative.
     """
     half = {p.dtype for p in network.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
     if half:
@@ -35,28 +35,28 @@ def check_network(network: nn.Module) -> None:
 
 
 def is_scripted(network: nn.Module) -> bool:
-    """Whether a network is TorchScript (or a runtime engine), so that only black-box methods can run on it."""
+    """Return True if a network contains TorchScript (or a runtime engine): only black-box methods can run on it."""
     return any(isinstance(m, torch.jit.ScriptModule) for m in network.modules())
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error of torch means that memory ran out, on an accelerator or on the CPU."""
+    """Return True if a torch error means that memory ran out, on an accelerator or on the CPU."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
 
 
 def select_output(output: Any, key: int | str | None = None) -> Tensor:
-    """The tensor to explain out of whatever a network returns.
+    """Select the tensor to explain from the output of a network, of any shape.
 
-    Without ``key``: a tensor as it is; of a tuple or list the first tensor; of a dict the only tensor, or ``"pred"``,
-    ``"logits"`` or ``"out"``.
+    Without ``key``: a tensor as it is; the first tensor of a tuple or list; the only tensor of a dict, or its
+    ``"pred"``, ``"logits"`` or ``"out"``.
 
     Raises:
-        NetworkError: there is no such tensor; what there is, is listed.
+        NetworkError: there is no such tensor; the message lists the tensors.
     """
     if isinstance(output, Tensor):
         if key not in (None, 0):
-            raise NetworkError(f"output={key!r}, but the network returns a single tensor: leave output away")
+            raise NetworkError(f"output={key!r}, but the network returns a single tensor: omit output")
         return _plain(output)
     if isinstance(output, Mapping):
         tensors = {k: v for k, v in output.items() if isinstance(v, Tensor)}
@@ -80,22 +80,22 @@ def select_output(output: Any, key: int | str | None = None) -> Tensor:
 
 
 def _plain(output: Tensor) -> Tensor:
-    """A tensor without subclass; one that has none stays the same object, since ``as_subclass`` hides it from modes."""
+    """Return a tensor without its subclass; a plain one is not copied, because ``as_subclass`` hides it from modes."""
     return output if type(output) is Tensor else output.as_subclass(Tensor)
 
 
 class Model:
-    """The network as the objective calls it: windows in, one output tensor in float32 (or float64) out.
+    """The network as the objective calls it: it maps windows to one output tensor in float32 (or float64).
 
     Args:
-        network: in evaluation mode; see `frozen`.
-        device: where windows are computed.
-        output: which of several outputs, see `select_output`.
-        amp: autocast with ``amp_kwargs`` (default float16 on CUDA, bfloat16 elsewhere).
-        inputs: names and channel counts of several image inputs: the channels of a window are split and passed, the
-            first positionally, the others by name.
-        args, kwargs: further inputs, passed through unchanged with every window batch.
-        inferer: an inferer whose windows are not known, called on the whole volume in place of the network.
+        network: network in evaluation mode; see `frozen`.
+        device: device of the window passes.
+        output: key of one of several outputs, see `select_output`.
+        amp: True: run under autocast with ``amp_kwargs`` (default float16 on CUDA, bfloat16 elsewhere).
+        inputs: names and channel counts of several image inputs. The channels of a window are split among them; the
+            first input is passed by position, the others by name.
+        args, kwargs: further inputs, passed unchanged with every window batch.
+        inferer: an inferer with unknown windows, called on the whole volume in place of the network.
     """
 
     def __init__(
@@ -134,10 +134,10 @@ class Model:
         return other
 
     def autocast(self) -> Any:
-        """The context in which the forward pass runs.
+        """Return the autocast context of the forward pass.
 
-        Without autocast's cache, which keeps a copy of every leaf that requires a gradient until the outermost autocast
-        ends: here not the weights, which are frozen, but the windows of all passes.
+        The cache of autocast is off: it keeps a copy of every leaf that requires a gradient until the outermost
+        autocast ends. Here these leaves are the windows of all passes, because the weights are frozen.
         """
         if self.autocast_dtype is None:
             return nullcontext()
@@ -147,7 +147,20 @@ class Model:
     def __call__(
         self, x: Tensor, *, slice_axis: int | None = None, coordinates: Any = None, condition: Tensor | None = None
     ) -> Tensor:
-        """(n, C, *roi) to (n, K, *out_roi)."""
+        """Run the network on windows (n, C, *roi).
+
+        Args:
+            x: windows, float32 or float64.
+            slice_axis: spatial axis of length 1 to remove for a 2D network and to restore in the output.
+            coordinates: second positional argument of the network, or None.
+            condition: keyword argument ``condition`` (n, …) of the network, or None.
+
+        Returns:
+            (n, K, *out_roi).
+
+        Raises:
+            NetworkError: the network raises an error on this input.
+        """
         axis = None if slice_axis is None else slice_axis + 2
         x = x if axis is None else x.squeeze(axis)
         parts = list(x.split(list(self.inputs.values()), dim=1)) if self.inputs else [x]

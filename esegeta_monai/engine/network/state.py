@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from esegeta_monai.utils.upstream import backward_hooks, compiled_original, own_buffers, replace_backward_hooks
+
 __all__ = ["frozen", "own_modes", "unwrap", "weights_hash"]
 
 
@@ -18,19 +20,22 @@ T = TypeVar("T")
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """The plain network inside (Distributed)DataParallel, whose hooks would dead-lock where ranks have unequal
-    windows, and inside ``torch.compile``, which would hide layers and operations."""
+    """Return the plain network inside (Distributed)DataParallel and ``torch.compile``.
+
+    The hooks of DistributedDataParallel deadlock when processes have unequal numbers of windows; a compiled network
+    hides its layers and operations.
+    """
     while True:
         if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             network = network.module
-        elif isinstance(getattr(network, "_orig_mod", None), nn.Module):
-            network = network._orig_mod  # type: ignore[assignment]
+        elif (original := compiled_original(network)) is not None:
+            network = original
         else:
             return network
 
 
 def weights_hash(network: nn.Module) -> str:
-    """sha256 over names, shapes and bytes of the state dict: the same weights, whatever file they came from."""
+    """Return the SHA-256 of names, shapes, dtypes and bytes of the state dict, whichever file it was loaded from."""
     digest = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
         if isinstance(value, Tensor):
@@ -41,31 +46,39 @@ def weights_hash(network: nn.Module) -> str:
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode without parameter gradients and without backward hooks, which see and may change gradients that
-    are the training's; flags, hooks, gradients and buffers are put back afterwards, also after an exception."""
+    """Put a network into evaluation mode, without parameter gradients and backward hooks, while the block runs.
+
+    Backward hooks belong to the training and may change gradients. Flags, hooks, gradients and buffers are restored
+    afterwards, also after an exception.
+    """
     modes = [(m, m.training) for m in network.modules()]
     flags: list[tuple[Tensor, bool]] = [(p, p.requires_grad) for p in network.parameters()]
     gradients: list[tuple[Tensor, Tensor | None]] = [(p, p.grad) for p in network.parameters()]
-    buffers = [(m, n, b, b.requires_grad) for m in network.modules() for n, b in m._buffers.items() if b is not None]
+    buffers = [
+        (module, name, buffer, buffer.requires_grad)
+        for module in network.modules()
+        for name, buffer in own_buffers(module).items()
+        if buffer is not None
+    ]
     values = {id(b): b.detach().clone() for _, _, b, _ in buffers}
-    hooks = [(m, name, getattr(m, name)) for m in network.modules() for name in _BACKWARD_HOOKS]
+    hooks = [(module, backward_hooks(module)) for module in network.modules()]
     try:
         network.eval()
         for p, _ in flags:
             p.requires_grad_(False)
-        for module, name, _ in hooks:
-            setattr(module, name, OrderedDict())
+        for module, own in hooks:
+            replace_backward_hooks(module, {name: OrderedDict() for name in own})
         yield network
     finally:
-        for module, name, found in hooks:
-            setattr(module, name, found)
+        for module, own in hooks:
+            replace_backward_hooks(module, own)
         for module, mode in modes:
             module.training = mode
         for p, flag in flags:
             p.requires_grad_(flag)
         for module, name, buffer, flag in buffers:
-            if not isinstance(module, torch.jit.ScriptModule):  # its dictionary cannot be written to, nor be changed
-                module._buffers[name] = buffer
+            if not isinstance(module, torch.jit.ScriptModule):  # its buffers cannot be replaced
+                own_buffers(module)[name] = buffer
             if not torch.equal(buffer, values[id(buffer)]):
                 with torch.no_grad():
                     buffer.copy_(values[id(buffer)])
@@ -74,13 +87,12 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
             p.grad = gradient
 
 
-_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
-
-
 @contextmanager
 def own_modes(device: torch.device | str) -> Iterator[None]:
-    """The state in which a network is asked, whatever an evaluator or a trainer has set: gradients on, autocast off
-    (`Model` decides), and a float32 that is float32."""
+    """Set torch's modes for a network pass, whatever the caller has set.
+
+    Gradients are on, autocast is off (`Model` switches it on), and float32 has full precision.
+    """
     no_autocast = torch.autocast(torch.device(device).type, enabled=False)
     with torch.inference_mode(False), torch.enable_grad(), no_autocast, _float32():
         yield
@@ -88,11 +100,11 @@ def own_modes(device: torch.device | str) -> Iterator[None]:
 
 @contextmanager
 def _float32() -> Iterator[None]:
-    """Convolutions and matrix products in IEEE float32, all settings as they were afterwards.
+    """Compute convolutions and matrix products in IEEE float32; restore the settings afterwards.
 
-    On GPUs torch lets convolutions round to TensorFloat-32, whose ten bits of mantissa are those of float16: enough for
-    a prediction, and what autocast offers, but not what half precision is measured against. torch 2.9 has settings by
-    operation beside the older ones, and an older one cannot be read where they disagree.
+    On GPUs torch lets convolutions round to TensorFloat-32, which has ten bits of mantissa like float16. This is enough
+    for a prediction, but not as the reference for half precision. torch 2.9 has settings per operation beside the older
+    ones, and reading an older one raises an error if they disagree.
     """
     backends: Any = torch.backends
     allowed = _readable(lambda: backends.cudnn.allow_tf32)
@@ -122,5 +134,5 @@ _BY_OPERATION = hasattr(torch.backends.cudnn, "conv")
 def _readable(read: Callable[[], T]) -> T | None:
     try:
         return read()
-    except RuntimeError:  # torch's word that it was set by operation
+    except RuntimeError:  # the setting was made per operation
         return None

@@ -1,9 +1,8 @@
 """Modified backward passes: guided backpropagation, DeepLIFT, layer-wise relevance and excitation, on any network.
 
-See :mod:`esegeta_monai.engine.rules.mode` for the engine. A rule from outside: `register_rule` adds one for operations
-with
-weights to the words of LRP composites, `register_operation` an operation that the engine does not know, and `Run` takes
-the rules of a method of your own.
+See :mod:`esegeta_monai.engine.rules.mode` for the engine. To extend it, `register_rule` adds a rule for operations with
+weights to the names that LRP composites accept, `register_operation` adds an operation that the engine does not know,
+and `Run` accepts the rules of a custom method.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Composites: which rule an operation with weights gets, by its kind and position, declared as data."""
+"""Composites: the rules of operations with weights by kind and position, declared as data."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ RULES: dict[str, Callable[..., Rule]] = {
     "WSquare": WSquare,
     "ZBox": ZBox,
 }
-#: Rules whose relevance only the input can hold.
+#: Rules that apply to the first layer only.
 FIRST_ONLY = {"Flat", "WSquare", "ZBox"}
 
-#: The composites by name, in the form in which a user writes one.
+#: The composites by name, written as a user would.
 COMPOSITES: Mapping[str, Mapping[str, object]] = {
     "EpsilonPlus": {"convolution": "ZPlus", "dense": "Epsilon"},
     "EpsilonPlusFlat": {"convolution": "ZPlus", "dense": "Epsilon", "first": "Flat"},
@@ -49,14 +49,14 @@ COMPOSITES: Mapping[str, Mapping[str, object]] = {
 
 @dataclass(frozen=True)
 class Composite:
-    """A rule for convolutions, one for linear layers, and possibly one for those of them that read the input."""
+    """A rule for convolutions, one for linear layers, and optionally one for those of them that read the input."""
 
     convolution: Rule
     dense: Rule
     first: Rule | None = None
 
     def rule(self, operation: Operation) -> Rule:
-        """The rule of one operation with weights."""
+        """Return the rule of an operation with weights."""
         if operation.reads_input and self.first is not None:
             return self.first
         return self.convolution if operation.kind is Kind.CONVOLUTION else self.dense
@@ -70,7 +70,10 @@ def composite_of(
     low: float | Tensor = 0.0,
     high: float | Tensor = 1.0,
 ) -> Composite:
-    """The composite of a name or a mapping; the parameters fill in what the mapping leaves out.
+    """Return the composite of a name or a mapping; the parameters are defaults for rules that do not set them.
+
+    Raises:
+        UsageError: unknown composite, rule or parameter, or a rule in a position where it cannot be used.
 
     >>> composite_of("EpsilonPlusFlat").first
     Flat()
@@ -85,7 +88,7 @@ def composite_of(
         spec = COMPOSITES[spec]
     unknown = set(spec) - {"convolution", "dense", "first"}
     if unknown or not {"convolution", "dense"} <= set(spec):
-        raise UsageError(f"a composite has 'convolution', 'dense' and possibly 'first'; given {sorted(spec)}")
+        raise UsageError(f"a composite has 'convolution', 'dense' and optionally 'first'; given {sorted(spec)}")
     defaults: dict[str, object] = {"epsilon": epsilon, "gamma": gamma, "low": low, "high": high}
     rules = {place: None if rule is None else _rule_of(rule, place, defaults) for place, rule in spec.items()}
     return Composite(**rules)  # type: ignore[arg-type]
@@ -97,7 +100,7 @@ def _rule_of(spec: object, place: str, defaults: Mapping[str, object]) -> Rule:
     if not isinstance(name, str) or name not in RULES:
         raise UsageError(f"unknown rule {name!r} for {place}; there are {', '.join(RULES)}")
     if name in FIRST_ONLY and place != "first":
-        raise UsageError(f"{name} gives relevance that only the input can hold; use it as the rule for 'first'")
+        raise UsageError(f"{name} returns relevance, not multipliers; use it as the rule for 'first' only")
     fields = {field.name for field in dataclasses.fields(RULES[name])}  # type: ignore[arg-type]
     if not set(given) <= fields:
         raise UsageError(f"rule {name} has the parameters {sorted(fields)}; given {sorted(given)}")

@@ -1,7 +1,7 @@
-"""Contrast: what speaks for a target, less what would speak for its opposite.
+"""Contrast: the evidence for a target minus the evidence for its opposite.
 
-The opposite has the target's network with the signs of the last weights changed. Both sides are traced through one
-graph. What is returned is not yet the contrast: maps of windows are added first.
+The opposite is the same network with the signs of the last weights changed. Both sides are traced through one graph.
+They are returned separately, because the maps of all windows have to be added before the contrast is formed.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Sides:
     """A target and its opposite.
 
     Attributes:
-        target, opposite: what is traced to the input, (k, n, C, *roi).
-        kept: of the two, (2, k), summed over windows, float64. Excitation: the probability that the last operations
-            with weights handed down. LRP: the relevance that biases and other constants keep.
-        total: what each side starts with, (k,), likewise: the prior, or Σ y · cotangent.
+        target, opposite: probability or relevance of the input, (k, n, C, *roi).
+        kept: (2, k) for target and opposite, summed over windows, float64. Excitation: the probability that the last
+            operations with weights pass on. LRP: the relevance that biases and other constants absorb.
+        total: (k,), summed over windows, float64: the start of each side, the prior or Σ y · cotangent.
     """
 
     target: Tensor
@@ -43,13 +43,14 @@ class Sides:
 
 
 def contrastive_excitation(forward: Forward, x: Tensor, cotangents: Tensor, *, compare: Compare = True) -> Sides:
-    """Both sides of contrastive excitation backpropagation (Zhang et al. 2018).
+    """Compute both sides of contrastive excitation backpropagation (Zhang et al. 2018).
 
-    With T, A the maps of the two sides, summed over all windows, and t, a what each handed down, the contrast is
-    Σ prior · (T / t − A / a): Zhang normalises the two at the layer below the last weights, and hands their difference
-    on by rules that are linear in it.
+    With T, A the maps of the two sides, summed over all windows, and t, a their ``kept``, the contrast is
+    Σ prior · (T / t − A / a): Zhang normalises the two at the layer below the last weights and propagates their
+    difference by rules that are linear in it.
 
-    Arguments as in :func:`esegeta_monai.engine.rules.excitation`.
+    The arguments are those of :func:`esegeta_monai.engine.rules.excitation`: windows (n, C, *roi), cotangents
+    (k, n, K, …).
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval()
     >>> contrastive_excitation(net, torch.rand(1, 3), torch.tensor([[[0.0, 1.0]]])).kept.shape
@@ -74,11 +75,13 @@ def contrastive_excitation(forward: Forward, x: Tensor, cotangents: Tensor, *, c
 def contrastive_lrp(
     forward: Forward, x: Tensor, cotangents: Tensor, composite: Composite, *, compare: Compare = True
 ) -> Sides:
-    """Both sides of contrastive LRP (Gu et al. 2018, CLRP2): relevance R, and R_dual of the opposite.
+    """Compute both sides of contrastive LRP (Gu et al. 2018, CLRP2): relevance R, and R_dual of the opposite.
 
-    Both start with the same relevance y · cotangent; the last operations with weights hand it down by z⁺, for the
-    opposite under −W and −b. Below, the composite's rules. Either side's relevance and what its biases keep add up to
-    Σ y · cotangent; the contrast is R − R_dual.
+    Both sides start with the same relevance y · cotangent. The last operations with weights distribute it by z⁺, for
+    the opposite under −W and −b; the composite's rules apply below. On each side, input relevance and absorbed
+    relevance add up to Σ y · cotangent. The contrast is R − R_dual.
+
+    The arguments are those of :func:`esegeta_monai.engine.rules.lrp`: windows (n, C, *roi), cotangents (k, n, K, …).
 
     >>> from esegeta_monai.engine.rules.composites import composite_of
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).double().eval()
@@ -99,16 +102,16 @@ def contrastive_lrp(
     _mark_top(run.output.grad_fn)
     traced, kept = [], []
     for side.opposite in (False, True):
-        found = list(relevance_of(run, cotangents))
-        traced.append(torch.stack([relevance[""] for _, _, relevance in found]))
-        kept.append(torch.stack([booked for booked, _, _ in found]).double())
+        results = list(relevance_of(run, cotangents))
+        traced.append(torch.stack([relevance[""] for _, _, relevance in results]))
+        kept.append(torch.stack([absorbed for absorbed, _, _ in results]).double())
     total = (run.output.detach() * cotangents).flatten(1).sum(1, dtype=torch.float64)
     return Sides(traced[0], traced[1], torch.stack(kept), total)
 
 
 @dataclass(frozen=True)
 class _TopRule:
-    """z⁺ at the last operations with weights, of W or of −W; another rule below them."""
+    """z⁺ of W or of −W at the last operations with weights, and another rule below them."""
 
     below: Rule
     side: Side
@@ -120,7 +123,7 @@ class _TopRule:
             return self.below.backward(operation, operands, gradient)
         if not self.side.opposite:
             return ZPlus().backward(operation, operands, gradient)
-        # y · m = (−y) · (−m): the relevance is the same, and the negated weights distribute it
+        # y · m = (−y) · (−m): the relevance stays the same, and the negated weights distribute it
         return ZPlus().backward(_negated(operation), operands, -gradient)
 
 
@@ -131,7 +134,7 @@ def _negated(operation: Operation) -> Operation:
 
 
 def _mark_top(output: Any) -> None:
-    """Find the operations behind which none with weights lies, by walking the graph down from the output."""
+    """Mark the operations after which no operation with weights follows, walking the graph from the output."""
     above, first = _reach([output], _has_weights)
     behind, _ = _reach([child for node in first for child, _ in node.next_functions], lambda _: False)
     for node in (above | first) - behind:
@@ -141,7 +144,7 @@ def _mark_top(output: Any) -> None:
 
 
 def _reach(start: Iterable[Any], stop: Callable[[Any], bool]) -> tuple[set[Any], set[Any]]:
-    """Nodes reached from ``start`` without passing one where ``stop`` holds, and those where it holds."""
+    """Return the nodes reached from ``start`` before one for which ``stop`` is True, and the nodes where it is."""
     passed: set[Any] = set()
     stopped: set[Any] = set()
     waiting = list(start)

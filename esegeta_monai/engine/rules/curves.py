@@ -1,8 +1,9 @@
-"""Elementwise functions written out by hand: ``x * torch.sigmoid(x)`` is SiLU, whichever way a network spells it.
+"""Recognition of activations written as several operations: ``x * torch.sigmoid(x)`` is SiLU.
 
-Every result of an elementwise operation remembers the tensor it started from and the function since. A product of two
-such results with one common start is again a function of one tensor, and gets the rule of an activation instead of
-the rule of a product; and so does the larger or smaller of the two (``torch.maximum(x, 0.1 * x)`` is LeakyReLU).
+Every result of elementwise operations stores its start, the tensor from which they began, and their composed function.
+A product of two such results with the same start is a function of one tensor, so it receives the rule of an activation
+instead of the rule of a product. The same holds for their maximum or minimum (``torch.maximum(x, 0.1 * x)`` is
+LeakyReLU).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from esegeta_monai.engine.rules.kinds import Kind
 from esegeta_monai.engine.rules.operations import Operation, Slot
+from esegeta_monai.utils.upstream import write_count
 
-__all__ = ["joined", "remember"]
+__all__ = ["join_functions", "store_function"]
 
 _CURVE = "_esegeta_curve"
 _EXTREMES = ("maximum", "minimum", "max", "min")
@@ -26,17 +28,20 @@ _ELEMENTWISE = ("add", "sub", "rsub", "mul", "div", "neg")
 @dataclass(frozen=True)
 class _Curve:
     start: Tensor
-    versions: tuple[int, int]  # of the start and of the result: a later write in place to either ends the curve
+    versions: tuple[int, int]  # write counts of start and result: a later in-place write to either ends the curve
     function: Callable[[Tensor], Tensor]
 
 
 def _curve_of(tensor: Tensor) -> _Curve | None:
     curve: _Curve | None = getattr(tensor, _CURVE, None)
-    return curve if curve is not None and (curve.start._version, tensor._version) == curve.versions else None
+    return curve if curve is not None and _write_counts(curve.start, tensor) == curve.versions else None
 
 
-def remember(operation: Operation, operands: tuple[Tensor, ...], result: Any) -> None:
-    """Note on the result of an elementwise operation what it is a function of."""
+def store_function(operation: Operation, operands: tuple[Tensor, ...], result: Any) -> None:
+    """Store the start and the composed function on the result of an elementwise operation.
+
+    Results of other operations, or of another shape than the operand, are left without.
+    """
     if not isinstance(result, Tensor):
         return
     if hasattr(result, _CURVE):
@@ -51,16 +56,24 @@ def remember(operation: Operation, operands: tuple[Tensor, ...], result: Any) ->
     function: Callable[..., Any] = operation.function
     if before is not None:
         start, function = before.start, _after(before.function, operation.function)
-    setattr(result, _CURVE, _Curve(start, (start._version, result._version), function))
+    setattr(result, _CURVE, _Curve(start, _write_counts(start, result), function))
+
+
+def _write_counts(start: Tensor, result: Tensor) -> tuple[int, int]:
+    return write_count(start), write_count(result)
 
 
 def _after(first: Callable[[Tensor], Tensor], second: Callable[..., Any]) -> Callable[..., Any]:
     return lambda x: second(first(x))
 
 
-def joined(operation: Operation, operands: tuple[Tensor, ...]) -> tuple[Operation, tuple[Tensor, ...]]:
-    """The product, maximum or minimum of two functions of one tensor as one function of it; any other operation as it
-    is."""
+def join_functions(operation: Operation, operands: tuple[Tensor, ...]) -> tuple[Operation, tuple[Tensor, ...]]:
+    """Join the product, maximum or minimum of two functions of one tensor into one function of it.
+
+    Returns:
+        The joined operation and the tensor, of the shape of the operands; any other operation and its operands
+        unchanged.
+    """
     product = operation.name == "mul" and operation.kind is Kind.PRODUCT
     if not (product or (operation.name in _EXTREMES and len(operands) == 2)) or operation.in_place:
         return operation, operands

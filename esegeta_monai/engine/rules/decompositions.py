@@ -1,8 +1,8 @@
-"""Operations taken apart into simpler ones, in plain torch.
+"""Decompositions of operations into simpler ones, in plain torch.
 
-The mode calls :func:`take_apart` with itself entered, so that every part passes through the rules in its turn. Each
-function here computes exactly what the operation computes; the parts are differences, sums, products, elementwise
-functions and softmax, for which every method has a rule.
+The mode calls :func:`decompose` while it is active, so that the rules apply to every part. Each function here computes
+the same result as the operation; the parts are differences, sums, products, elementwise functions and softmax, for
+which every method has a rule.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from torch import Tensor
 
 from esegeta_monai.engine.rules.operations import Operation
 
-__all__ = ["standardised", "take_apart"]
+__all__ = ["decompose", "standardised"]
 
 
-def take_apart(operation: Operation, operands: tuple[Tensor, ...]) -> Any:
-    """The operation's result, computed from its parts; raises where the operation cannot be taken apart."""
+def decompose(operation: Operation, operands: tuple[Tensor, ...]) -> Any:
+    """Compute the result of an operation from its parts, on operands of the original shapes.
+
+    Raises:
+        RuleError: the operation has no decomposition.
+    """
     parts = _PARTS.get(operation.name)
     if parts is None:
-        raise operation.error("it cannot be taken apart")
+        raise operation.error("it has no decomposition")
     return parts(operation, operation.filled(operands))
 
 
@@ -32,12 +36,15 @@ def take_apart(operation: Operation, operands: tuple[Tensor, ...]) -> Any:
 
 
 def standardised(operation: Operation, a: dict[str, Any], frozen: bool = False) -> Tensor:
-    """(x − mean) / σ · weight + bias of an instance, group, layer or root-mean-square norm.
+    """Compute (x − mean) / σ · weight + bias of an instance, group, layer or root-mean-square norm.
 
     Args:
         operation: the norm.
-        a: its arguments, by name.
-        frozen: take σ as a constant, which leaves the centring, a linear map.
+        a: its arguments by name; ``input`` (n, C, …), or (…, *normalized_shape) for layer norms.
+        frozen: True: treat σ as a constant, so that the map is linear.
+
+    Returns:
+        A tensor of the shape of ``input``.
     """
     x: Tensor = a["input"]
     weight, bias, eps = a.get("weight"), a.get("bias"), a.get("eps")
@@ -122,7 +129,7 @@ def _attention(operation: Operation, a: dict[str, Any]) -> Tensor:
 
 
 def _multi_head_attention(operation: Operation, a: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """``nn.MultiheadAttention``, sequence first, with the tensors (length, batch, embedding) that torch hands over."""
+    """Compute ``nn.MultiheadAttention`` of query, key and value (length, batch, embedding)."""
     query, key, value = a["query"], a["key"], a["value"]
     if a.get("dropout_p") and a.get("training", True):
         raise operation.error("attention dropout is random; put the network in eval mode")
@@ -188,7 +195,7 @@ def _cosine(operation: Operation, a: dict[str, Any]) -> Tensor:
 
 
 def _extreme(operation: Operation, a: dict[str, Any]) -> Any:
-    """Every spelling of maximum and minimum, as ``amax`` of a stack or along dimensions."""
+    """Compute every spelling of maximum and minimum as ``amax`` of a stack or along dimensions."""
     lowest = operation.name in ("amin", "min", "minimum")
     x = a["input"]
     dims: tuple[int, ...]

@@ -1,7 +1,7 @@
-"""Excitation backpropagation: a winner drawn at the output, and the probability that it is traced to each voxel.
+"""Excitation backpropagation: the probability that a winner drawn at the output is traced to each voxel.
 
-What travels back is a probability, not a gradient. An operation hands the probability of each output on to its inputs
-in proportion to their excitatory contributions; where an output has one parent, that parent receives all of it.
+The backward pass carries probabilities instead of gradients. An operation distributes the probability of each output
+over its inputs in proportion to their excitatory contributions; a single parent receives all of it.
 """
 
 from __future__ import annotations
@@ -28,26 +28,27 @@ _MATRIX = frozenset({"matmul", "rmatmul", "mm", "bmm", "mv", "dot", "inner", "ou
 
 @dataclass(eq=False)
 class Side:
-    """What is traced: the target, or its opposite, for which all values above the last weights change their sign.
+    """The side of a contrast: the target or its opposite, for which the last weights change their sign.
 
     Attributes:
-        opposite: the opposite.
-        lost: of the probability that reached the last operations with weights, what they could hand to no input.
+        opposite: True for the opposite.
+        lost: probability that reached the last operations with weights and that they could give to no input.
     """
 
     opposite: bool = False
     lost: Tensor | float = 0.0
 
     def sign(self, operation: Operation) -> int:
-        """−1 at the top of the opposite, else 1."""
+        """Return −1 for the last operations with weights on the side of the opposite, else 1."""
         return -1 if self.opposite and operation.is_top else 1
 
 
 @dataclass(frozen=True)
 class WinnerRule:
-    """P_i = Σ_j c_ij⁺ / Σ_i c_ij⁺ P_j with c_ij = x_i w_ij: what raises an output shares its probability (Zhang 2018).
+    """Rule P_i = Σ_j c_ij⁺ / Σ_i c_ij⁺ P_j with c_ij = x_i w_ij: inputs that raise an output share its probability.
 
-    For x ≥ 0 these are Zhang's excitatory weights w⁺; a negative input excites through a negative weight.
+    For x ≥ 0 these are the excitatory weights w⁺ of Zhang et al. 2018; a negative input excites through a negative
+    weight.
     """
 
     side: Side = field(default_factory=Side)
@@ -67,7 +68,7 @@ class WinnerRule:
 
 
 class ParentRule:
-    """An elementwise operation: each output has one parent in each operand, and they share equally."""
+    """Rule for elementwise operations: each output has one parent per operand, and the parents share equally."""
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
@@ -77,7 +78,11 @@ class ParentRule:
 
 @dataclass(frozen=True)
 class SumRule:
-    """A sum of operands (a skip connection): P in proportion to the positive terms, to all where none is."""
+    """Rule for a sum of operands (a skip connection).
+
+    The positive terms share P in proportion to their values; if none is positive, all terms share it in proportion to
+    their magnitudes.
+    """
 
     side: Side = field(default_factory=Side)
 
@@ -96,10 +101,10 @@ class SumRule:
 
 @dataclass(frozen=True)
 class ContributionsRule:
-    """A linear operation with known coefficients (pooling, interpolation, a product of matrices).
+    """Rule for a linear operation with known coefficients (pooling, interpolation, a product of matrices).
 
-    P_i = Σ_j c_ij⁺ / Σ_i c_ij⁺ P_j; where nothing contributes positively, in proportion to |c_ij|. A product of two
-    matrices that both see the input gives half to each.
+    P_i = Σ_j c_ij⁺ / Σ_i c_ij⁺ P_j; if no contribution is positive, in proportion to |c_ij|. If both factors of a
+    product of matrices depend on the input, each receives half.
     """
 
     side: Side = field(default_factory=Side)
@@ -132,10 +137,13 @@ class ContributionsRule:
 
 
 def _signed_constants(operation: Operation) -> list[Callable[..., Tensor]]:
-    """The operation with its constant matrix's positive, then its negative entries; itself where it has no constant."""
-    found: list[Tensor] = []
-    map_tensors(found.append, (operation.args, operation.kwargs))
-    if not found:
+    """Return the operation with only the positive, then only the negative entries of its constant matrix.
+
+    An operation without a constant is returned alone.
+    """
+    constants: list[Tensor] = []
+    map_tensors(constants.append, (operation.args, operation.kwargs))
+    if not constants:
         return [operation.function]
 
     def with_constants(change: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
@@ -158,7 +166,7 @@ class Probabilities:
         if kind in (Kind.CONVOLUTION, Kind.DENSE):
             return WinnerRule(self.side)
         if kind in (Kind.MOVE, Kind.MAXIMUM):
-            return PLAIN  # the adjoint of a move moves back; the winner of a maximum receives all
+            return PLAIN  # the adjoint of a move reverses it; the winner of a maximum receives all
         if kind is Kind.COMPOSITE:
             return PARTS
         if kind in (Kind.ACTIVATION, Kind.UNIVARIATE, Kind.NORM) or (kind is Kind.SOFTMAX and name != "logsumexp"):
@@ -182,26 +190,30 @@ def excitation(
     layers: Mapping[str, nn.Module] | None = None,
     compare: Compare = True,
 ) -> Relevance:
-    """Excitation backpropagation: marginal winning probabilities (Zhang et al. 2018).
+    """Compute excitation backpropagation: marginal winning probabilities (Zhang et al. 2018).
 
-    Activations, norms and gates hand on their probability unchanged; convolutions and linear layers share it among the
-    inputs that raise the output; a factor of a product receives half. Biases receive nothing.
+    Activations, norms and gates pass their probability on unchanged; convolutions and linear layers share it among the
+    inputs that raise the output; each factor of a product receives half. Biases receive nothing.
 
     Args:
-        forward: windows (n, C, *roi) to outputs (n, K, …).
-        x: the windows, float32 or float64.
-        cotangents: the prior over outputs, (k, n, K, …): ∂s/∂y of a linear s; one for a class gives probabilities.
-        layers: modules at whose outputs the probabilities are wanted as well.
-        compare: whether the output under the rules is compared with the plain one, which takes a forward pass more; or
-            what computes that.
+        forward: maps windows (n, C, *roi) to outputs (n, K, …).
+        x: windows (n, C, *roi), float32 or float64.
+        cotangents: prior over outputs, (k, n, K, …): ∂s/∂y of a linear s; a prior of 1 at one class gives
+            probabilities.
+        layers: modules whose outputs receive probabilities as well.
+        compare: check of the output, see `esegeta_monai.engine.rules.run.Compare`.
 
     Returns:
-        ``input`` (k, n, C, *roi): the share of the prior that is traced to each voxel; ``booked`` (k, n): the share
-        that ended where nothing excites (a winner that only its bias raised, a constant).
+        ``input`` (k, n, C, *roi): share of the prior that is traced to each voxel; ``absorbed`` (k, n): share that no
+        input receives (a winner that only its bias raises, a constant).
+
+    Raises:
+        UsageError: cotangents for another number of windows.
+        RuleError: an operation has no rule.
 
     >>> net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     >>> result = excitation(net, torch.rand(1, 3), torch.tensor([[[0.0, 1.0]]]))
-    >>> bool((result.input.sum() + result.booked - 1).abs() < 1e-5)
+    >>> bool((result.input.sum() + result.absorbed - 1).abs() < 1e-5)
     True
     """
     if cotangents.shape[1] != len(x):
@@ -212,6 +224,6 @@ def excitation(
     values = [at_layers for _, at_layers in traced]
     probabilities = {name: torch.stack([value[name] for value in values]) for name in run.captured}
     sums = (each.reshape(*each.shape[:2], -1).sum(2) for each in (cotangents, result))
-    booked = next(sums) - next(sums)
+    absorbed = next(sums) - next(sums)
     at = layer_relevance(run.captured, values, probabilities)
-    return Relevance(result, booked.to(result.dtype), run.output.detach(), at)
+    return Relevance(result, absorbed.to(result.dtype), run.output.detach(), at)

@@ -1,14 +1,14 @@
-"""DeepLIFT as calculus of finite differences: multipliers m with Σ m · (x − x₀) = s(f(x)) − s(f(x₀)), exactly.
+"""DeepLIFT as a calculus of finite differences: multipliers m with Σ m · (x − x₀) = s(f(x)) − s(f(x₀)), exactly.
 
-A network is made of three kinds of operation, and each has an exact difference formula:
+A network consists of three kinds of operation, and each has an exact difference formula:
 
 * linear:      Δ(Wx) = W Δx                          the multiplier is Wᵀ, the plain gradient
 * univariate:  Δg = (Δg / Δx) Δx                     DeepLIFT's rescale rule (Shrikumar et al. 2017)
 * bilinear:    Δf(a, b) = f(Δa, b̄) + f(ā, Δb)        bars are averages over input and reference
 
-A norm is centring, square, mean, reciprocal root and product; attention is two products round a softmax; so nothing is
-approximated, and completeness holds to rounding. The forward runs twice: once on the reference, keeping the operands of
-every non-linear operation, and once on the input, where each operation meets its own past operands.
+A norm consists of centring, square, mean, reciprocal root and product; attention of a softmax between two products. No
+step is approximate, so completeness holds up to rounding. The forward pass runs twice: on the reference, where it
+records the operands of every non-linear operation, and on the input, where each operation uses the recorded operands.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["BilinearRule", "MaximumRule", "QuotientRule", "SoftmaxRule", "deep_l
 
 
 def _exponential(x: Tensor, r: Tensor) -> Tensor:
-    """(eˣ − eʳ) / (x − r), the logarithmic mean of eˣ and eʳ, without overflow or cancellation."""
+    """Compute (eˣ − eʳ) / (x − r), the logarithmic mean of eˣ and eʳ, without overflow or cancellation."""
     distance = (x - r).abs().nan_to_num(nan=0.0, posinf=float("inf"))  # both −∞ where attention is masked
     ratio = torch.where(distance == 0, 1.0, -torch.expm1(-distance) / distance)
     return torch.maximum(x, r).exp() * ratio
@@ -36,14 +36,14 @@ def _exponential(x: Tensor, r: Tensor) -> Tensor:
 
 def _root(x: Tensor, r: Tensor) -> Tensor:
     total = x.sqrt() + r.sqrt()
-    return torch.where(total == 0, 0.0, 1 / total)  # at zero for both there is no change to distribute
+    return torch.where(total == 0, 0.0, 1 / total)  # if both are zero, there is no change to distribute
 
 
 def _reciprocal_root(x: Tensor, r: Tensor) -> Tensor:
     return -1 / (x.sqrt() * r.sqrt() * (x.sqrt() + r.sqrt()))
 
 
-# Where the division Δg / Δx cancels digits, the quotient is written out.
+# Closed forms of quotients Δg / Δx that would lose digits by cancellation.
 _CLOSED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "square": lambda x, r: x + r,
     "reciprocal": lambda x, r: -1 / (x * r),
@@ -56,7 +56,7 @@ _POWERS = {2: "square", -1: "reciprocal", 0.5: "sqrt", -0.5: "rsqrt"}
 
 
 class QuotientRule:
-    """m = (g(x) − g(x₀)) / (x − x₀) for an elementwise g; g′(x) where the two are equal, and only there."""
+    """m = (g(x) − g(x₀)) / (x − x₀) for an elementwise g; m = g′(x) exactly where x = x₀."""
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
@@ -87,9 +87,9 @@ class BilinearRule:
 
 
 class MaximumRule:
-    """The change of a maximum goes to the element that holds the larger of the two maxima (of x and of x₀).
+    """Rule that gives the change of a maximum to the element with the larger of the two maxima (of x and of x₀).
 
-    That element's own change is never smaller than the maximum's, so the multiplier lies in [0, 1].
+    The change of this element is never smaller than that of the maximum, so the multiplier is in [0, 1].
     """
 
     def backward(
@@ -114,10 +114,10 @@ class MaximumRule:
 
 
 class SoftmaxRule:
-    """Softmax as exp(u), u = x − log Σ exp(x): an elementwise function of a difference.
+    """Rule for softmax as exp(u) with u = x − log Σ exp(x), an elementwise function of a difference.
 
     Δ log Σ exp(x) = Σ w Δx with w = L(eˣ, eˣ⁰) / L(Σeˣ, Σeˣ⁰), L the logarithmic mean: w ≥ 0 and Σ w ≤ 1, so that the
-    multipliers stay bounded however far the reference's scores lie from the input's (the form e · (1 / Σe) with one
+    multipliers stay bounded for any distance between the scores of reference and input (the form e · (1 / Σe) with one
     shift for both loses a digit for each factor of ten between Σe and Σe₀).
     """
 
@@ -126,7 +126,7 @@ class SoftmaxRule:
     ) -> tuple[Tensor | None, ...]:
         (x,), (reference,) = operands, operation.reference
         dim = operation.argument("dim")
-        if dim is None:  # `nn.Softmax()`: torch's own choice
+        if dim is None:  # torch's default for `nn.Softmax()`
             dim = 0 if x.ndim in (0, 1, 3) else 1
         total, total_then = (torch.logsumexp(z, dim, keepdim=True) for z in (x, reference))
         shift = torch.maximum(total, total_then)
@@ -143,7 +143,7 @@ def _values(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 class _FiniteDifferences:
-    """The treatment of every kind: linear operations plainly, the rest by a rule, norms and composites in parts."""
+    """The treatment of every kind: linear operations plain, norms and composites decomposed, others by a rule."""
 
     family = "deep_lift"
     _TREATMENTS: Mapping[Kind, Treatment] = {
@@ -173,26 +173,25 @@ def deep_lift(
     layers: Mapping[str, nn.Module] | None = None,
     compare: Compare = True,
 ) -> Relevance:
-    """DeepLIFT with the rescale rule (Shrikumar et al. 2017), exact through norms, attention and products.
+    """Compute DeepLIFT with the rescale rule (Shrikumar et al. 2017), exact through norms, attention and products.
 
-    Σ input[k, i] = Σ cotangents[k, i] · (f(x) − f(baseline))[i] for every target k and window i, to rounding.
+    Σ input[k, i] = Σ cotangents[k, i] · (f(x) − f(baseline))[i] for every target k and window i, up to rounding.
 
     Args:
-        forward: windows (n, C, *roi) to outputs (n, K, …).
-        x: the windows, float32 or float64.
+        forward: maps windows (n, C, *roi) to outputs (n, K, …).
+        x: windows (n, C, *roi), float32 or float64.
         baseline: the reference windows, of the same shape.
         cotangents: ∂s/∂y of a linear s, or :func:`deep_lift_multiplier` of any other, (k, n, K, …).
         layers: modules whose outputs are attributed as well: gradient is the multiplier, relevance is
             multiplier x (activation − activation of the baseline).
-        compare: whether the output under the rules is compared with the plain one, which takes a forward pass more; or
-            what computes that.
+        compare: check of the output, see `esegeta_monai.engine.rules.run.Compare`.
 
     Returns:
         ``input`` = multiplier x (x − baseline), (k, n, C, *roi), in units of s.
 
     Raises:
-        InputError: a baseline of another shape.
-        RuleError: an operation without a rule, or a network that takes another path for the baseline.
+        InputError: the baseline has another shape.
+        RuleError: an operation has no rule, or the network takes another path for the baseline.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.InstanceNorm2d(2), nn.GELU()).double().eval()
     >>> x, x0 = torch.randn(2, 1, 1, 6, 6, dtype=torch.float64)
@@ -220,18 +219,21 @@ def deep_lift(
 
 
 def deep_lift_multiplier(function: Callable[[Tensor], Tensor], p: Tensor, p0: Tensor) -> Tensor:
-    """The finite-difference cotangent of a scalar function: m with Σ m · (p − p0) = s(p) − s(p0), exactly.
+    """Compute the finite-difference cotangent m of a scalar function: Σ m · (p − p0) = s(p) − s(p0), exactly.
 
-    What a non-linear target (softmax, sigmoid, log-probability, soft Dice) hands to :func:`deep_lift` in the place of
-    ∂s/∂p.
+    Non-linear targets (softmax, sigmoid, log-probability, soft Dice) use m in place of ∂s/∂p in :func:`deep_lift`.
 
     Args:
-        function: s, from a prediction to one number or to one number a target, (k,).
-        p: the prediction.
-        p0: the prediction for the baseline.
+        function: s, maps a prediction to one number, or to one number per target, (k,).
+        p: the prediction, of any shape.
+        p0: the prediction for the baseline, of the same shape.
 
     Returns:
         m, of the shape of p for a scalar s, (k, *p.shape) otherwise.
+
+    Raises:
+        InputError: the predictions have different shapes.
+        RuleError: an operation of s has no rule.
 
     >>> p, p0 = torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.5])
     >>> m = deep_lift_multiplier(lambda z: z.softmax(0)[1], p, p0)

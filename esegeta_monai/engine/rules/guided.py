@@ -1,4 +1,4 @@
-"""Guided backpropagation and deconvolution: gradients that activations let through only where they are positive."""
+"""Guided backpropagation and deconvolution: activations propagate positive gradients only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["DeconvolutionRule", "GuidedRule", "deconvolution", "guided"]
 
 
 class GuidedRule:
-    """g_in = max(max(g_out, 0) · a′(x), 0), whatever the activation a (Springenberg 2014, generalised)."""
+    """g_in = max(max(g_out, 0) · a′(x), 0) for every activation a (Springenberg 2014, generalised)."""
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
@@ -29,7 +29,7 @@ class GuidedRule:
 
 
 class DeconvolutionRule:
-    """g_in = max(g_out, 0): the activation is applied to the signal on its way back (Zeiler 2014)."""
+    """g_in = max(g_out, 0): the rectifier is applied to the backward signal (Zeiler 2014)."""
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
@@ -39,7 +39,7 @@ class DeconvolutionRule:
 
 @dataclass(frozen=True)
 class _AtActivations:
-    """One rule at every activation; the plain gradient elsewhere; composites opened, so that none hides in them."""
+    """One rule at every activation and the plain gradient elsewhere; composites are decomposed to reach activations."""
 
     rule: Rule
     family: str
@@ -58,26 +58,25 @@ def guided(
     layers: Mapping[str, nn.Module] | None = None,
     compare: Compare = True,
 ) -> Relevance:
-    """Guided backpropagation (Springenberg et al. 2014) through every kind of activation.
+    """Compute guided backpropagation (Springenberg et al. 2014) through every kind of activation.
 
     At each activation a: g_in = max(max(g_out, 0) · a′(x), 0); everywhere else the plain gradient. Activations are the
     rectifiers (ReLU, LeakyReLU, PReLU, ELU, CELU, SELU, GELU, SiLU, Mish, Softplus, hardtanh, ReLU6, hardswish, clamp),
     as modules or calls, in place or not; gates (sigmoid, tanh, softmax) keep their derivative.
 
     Args:
-        forward: windows (n, C, *roi) to outputs (n, K, …).
-        x: the windows, float32 or float64.
+        forward: maps windows (n, C, *roi) to outputs (n, K, …).
+        x: windows (n, C, *roi), float32 or float64.
         cotangents: ∂s/∂y, (k, n, K, …), for k targets.
-        layers: modules at whose outputs the modified gradient is wanted as well.
-        compare: whether the output under the rules is compared with the plain one, which takes a forward pass more; or
-            what computes that.
+        layers: modules whose outputs receive the modified gradient as well.
+        compare: check of the output, see `esegeta_monai.engine.rules.run.Compare`.
 
     Returns:
-        ``input`` (k, n, C, *roi) in units of s per unit of x; layers hold gradient and gradient x activation.
+        ``input`` (k, n, C, *roi) in units of s per unit of x; per layer, gradient and gradient x activation.
 
     Raises:
-        MethodError: the network has no activation to act on.
-        RuleError: an operation without a known kind.
+        MethodError: the network has no activation.
+        RuleError: an operation has no known kind.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.PReLU(), nn.Conv2d(2, 1, 3)).eval()
     >>> guided(net, torch.ones(1, 1, 8, 8), torch.ones(1, 1, 1, 4, 4)).input.shape
@@ -94,9 +93,9 @@ def deconvolution(
     layers: Mapping[str, nn.Module] | None = None,
     compare: Compare = True,
 ) -> Relevance:
-    """Deconvolution (Zeiler & Fergus 2014): at each activation g_in = max(g_out, 0), elsewhere the plain gradient.
+    """Compute deconvolution (Zeiler & Fergus 2014): g_in = max(g_out, 0) at activations, elsewhere the plain gradient.
 
-    Arguments, result and errors as in :func:`guided`.
+    Arguments, shapes, result and errors are those of :func:`guided`: windows (n, C, *roi) to ``input`` (k, n, C, *roi).
     """
     return _run(forward, x, cotangents, DeconvolutionRule(), "deconvolution", "deconvolution", layers, compare)
 
@@ -112,10 +111,10 @@ def _run(
     compare: Compare,
 ) -> Relevance:
     run = Run(forward, x, _AtActivations(rule, family), layers=layers, compare=compare)
-    if not run.mode.met.get(Kind.ACTIVATION):
+    if not run.mode.operation_counts.get(Kind.ACTIVATION):
         raise MethodError(
-            f"{name} acts on activations (ReLU and its relatives) and this network has none: it would be the plain "
-            "gradient; use Saliency or InputXGradient"
+            f"{name} acts on activations (ReLU and its relatives), but this network has none: the result would be the "
+            "plain gradient; use Saliency or InputXGradient"
         )
     inputs, at_layers = [], []
     for arriving, layer_gradients, _ in run.backward(cotangents, ends=True):
@@ -130,7 +129,13 @@ def layer_relevance(
     gradients: list[dict[str, Tensor]],
     relevance: Mapping[str, Tensor] | None = None,
 ) -> dict[str, LayerRelevance]:
-    """Per layer: the gradients of all targets stacked, and gradient x activation where no relevance is given."""
+    """Stack the gradients of all targets per layer; without ``relevance``, use gradient x activation.
+
+    Args:
+        activations: outputs (n, …) by layer.
+        gradients: gradients (n, …) by layer, one mapping per target.
+        relevance: relevance (k, n, …) by layer.
+    """
     results = {}
     for name, activation in activations.items():
         stacked = torch.stack([gradient[name] for gradient in gradients])

@@ -1,7 +1,7 @@
-"""What torch's operations do with the tensors that see the input: the kinds by which rules are chosen.
+"""The kinds of torch operations, by which rules are chosen.
 
-A name that stands in no table has no kind, and a call of it raises: an operation never passes a modified backward pass
-silently.
+An operation in none of the tables has no kind, and calling it raises an error: no operation takes part in a modified
+backward pass without a rule.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ __all__ = ["CUTS", "INERT", "KINDS", "Kind"]
 
 
 class Kind(enum.Enum):
-    """The kinds of operation that a rule tells apart (what an operation *does* with the tensors that see the input)."""
+    """The kind of an operation: its effect on the operands, the tensors that depend on the network's input."""
 
     MOVE = "moves, copies or drops elements"
     LINEAR = "adds elements with constant coefficients"
@@ -20,18 +20,18 @@ class Kind(enum.Enum):
     DENSE = "fully connected layer with constant weights"
     ACTIVATION = "elementwise rectifier: ReLU and its relatives"
     UNIVARIATE = "any other elementwise function of one tensor"
-    PRODUCT = "bilinear in two tensors that both see the input"
+    PRODUCT = "bilinear in two operands"
     MAXIMUM = "the largest of several elements"
     NORM = "divides by a statistic of the same tensor"
     SOFTMAX = "softmax or its logarithm"
-    COMPOSITE = "made of the others; taken apart"
+    COMPOSITE = "composed of the other kinds; decomposed"
 
 
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-#: Questions about a tensor, and new tensors that take only its shape: nothing of its values is in the answer.
+#: Queries about a tensor and new tensors of its shape: the result does not depend on its values.
 INERT = _words(
     """dim ndim shape size numel nelement stride storage_offset is_contiguous device dtype layout requires_grad
     is_leaf is_cuda is_cpu is_meta is_sparse is_quantized is_mkldnn is_nested is_floating_point is_complex is_signed
@@ -40,7 +40,7 @@ INERT = _words(
     randn_like new_zeros new_ones new_empty new_full requires_grad_ retain_grad retains_grad output_nr ndimension
     is_neg is_conj is_distributed"""
 )
-#: Answers that depend on the values without a derivative. They may be asked for, but not flow back into the result.
+#: Results that depend on the values but have no derivative. A network may compute them, but not its output from them.
 CUTS = _words(
     """detach data isnan isinf isfinite isreal any all gt ge lt le eq ne not_equal greater greater_equal less
     less_equal equal allclose isclose logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_not
@@ -78,7 +78,7 @@ _COMPOSITE = _words(
     """scaled_dot_product_attention multi_head_attention_forward std var std_mean var_mean norm vector_norm
     glu addcmul addcdiv addmm addbmm baddbmm addmv lerp cosine_similarity softmin rdiv amin max min maximum minimum"""
 )
-#: The kind of every operation that has one whatever its arguments are.
+#: The kind of every operation whose kind does not depend on its arguments.
 KINDS: dict[str, Kind] = {
     name: kind
     for kind, names in {

@@ -1,8 +1,8 @@
-"""Layer-wise relevance propagation: one small class a rule, in multiplier form.
+"""Layer-wise relevance propagation: one small class per rule, in multiplier form.
 
-What travels back is not relevance R but the multiplier m with R = x · m, so that nothing is divided where nothing has
-to be: a linear operation without a special rule passes m on by its plain gradient. What a bias or another constant
-receives is *booked*; input relevance and booked relevance add up to Σ y · cotangent.
+The backward pass carries the multiplier m with R = x · m instead of the relevance R. This avoids unnecessary divisions:
+a linear operation without a special rule propagates m by its plain gradient. Biases and other constants *absorb* the
+relevance that they receive. Input relevance and absorbed relevance add up to Σ y · cotangent.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
     "relevance_of",
 ]
 
-# Linear operations and moves that can bring in a constant: its relevance has to be booked.
+# Linear operations and moves that can add a constant, which absorbs relevance.
 _WITH_CONSTANT = frozenset(
     [
         *("add", "sub", "rsub", "batch_norm", "instance_norm", "addmm", "addbmm", "baddbmm", "addmv", "lerp"),
@@ -44,25 +44,25 @@ _WITH_CONSTANT = frozenset(
 
 
 def _product(relevance: Tensor, value: Tensor) -> Tensor:
-    """Element by element, a zero multiplier giving zero relevance even where the value is −∞ (a masked score)."""
+    """Multiply elementwise; a zero multiplier gives zero relevance even where the value is −∞ (a masked score)."""
     return torch.where(relevance == 0, 0.0, relevance * value)
 
 
 class AffineRule:
-    """y = A x + b: m_in = Aᵀ m_out (LRP-0), Σ b · m_out booked."""
+    """Rule for y = A x + b: m_in = Aᵀ m_out (LRP-0); the constant absorbs Σ b · m_out."""
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
         constant = operation.function(*(torch.zeros_like(operand) for operand in operands))
-        operation.ledger.book(_product(gradient, constant))
+        operation.ledger.absorb(_product(gradient, constant))
         return local_gradient(operation.function, operands, gradient)
 
 
 class RootRule:
-    """y = g(x), elementwise: m_in = m_out (g(x) − g(0)) / x, Σ g(0) · m_out booked.
+    """Rule for elementwise y = g(x): m_in = m_out (g(x) − g(0)) / x; the constant g(0) absorbs Σ g(0) · m_out.
 
-    Where g has no finite value at 0 (a reciprocal, a logarithm) all relevance goes to x: m_in = m_out g(x) / x.
+    If g has no finite value at 0 (a reciprocal, a logarithm), x receives all relevance: m_in = m_out g(x) / x.
     """
 
     def backward(
@@ -73,7 +73,7 @@ class RootRule:
         at_zero = operation.function(zero)
         if not at_zero.isfinite().all():
             return (gradient * operation.function(x) / x,)
-        operation.ledger.book(gradient * at_zero)
+        operation.ledger.absorb(gradient * at_zero)
         quotient = (operation.function(x) - at_zero) / x
         if bool((x == 0).any()):
             (slope,) = local_gradient(operation.function, (zero,), torch.ones_like(gradient))
@@ -83,7 +83,7 @@ class RootRule:
 
 
 class HalvesRule:
-    """y = f(a, b), bilinear: each factor receives half of the relevance (AttnLRP, Achtibat et al. 2024)."""
+    """Rule for bilinear y = f(a, b): each factor receives half of the relevance (AttnLRP, Achtibat et al. 2024)."""
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
@@ -92,7 +92,10 @@ class HalvesRule:
 
 
 class TaylorRule:
-    """Softmax and its logarithm: m_in = Jᵀ m_out, the residual Σ y · m_out − Σ x · m_in booked (AttnLRP)."""
+    """Rule for softmax and its logarithm: m_in = Jᵀ m_out; the residual Σ y · m_out − Σ x · m_in is absorbed (AttnLRP).
+
+    J is the Jacobian at x.
+    """
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
@@ -100,12 +103,15 @@ class TaylorRule:
         (x,) = operands
         (arriving,) = local_gradient(operation.function, operands, gradient)
         assert arriving is not None
-        operation.ledger.book(_product(gradient, operation.function(x)).sum() - _product(arriving, x).sum())
+        operation.ledger.absorb(_product(gradient, operation.function(x)).sum() - _product(arriving, x).sum())
         return (arriving,)
 
 
 class FrozenNormRule:
-    """y = (x − μ) / σ · w + b with σ a constant: a linear map (AttnLRP's LayerNorm rule, generalised), b booked."""
+    """Rule for y = (x − μ) / σ · w + b with constant σ, a linear map (AttnLRP's LayerNorm rule, generalised).
+
+    The bias b absorbs Σ b · m_out.
+    """
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
@@ -113,7 +119,7 @@ class FrozenNormRule:
         bias = operation.argument("bias")
         if isinstance(bias, Tensor):
             per_channel = (1, -1) + (1,) * (gradient.ndim - 2)
-            operation.ledger.book(gradient * (bias if operation.name == "layer_norm" else bias.reshape(per_channel)))
+            operation.ledger.absorb(gradient * (bias if operation.name == "layer_norm" else bias.reshape(per_channel)))
         return local_gradient(
             lambda x: standardised(operation, operation.filled((x,)), frozen=True), operands, gradient
         )
@@ -132,7 +138,7 @@ _TREATMENTS: Mapping[Kind, Treatment] = {
 
 @dataclass
 class _Relevance:
-    """A composite's rules for operations with weights, and the rules above for everything else."""
+    """The rules of a composite for operations with weights, and the rules above for all other operations."""
 
     composite: Composite
     affine: AffineRule
@@ -161,37 +167,37 @@ def lrp(
     layers: Mapping[str, nn.Module] | None = None,
     compare: Compare | Sequence[Compare] = True,
 ) -> Relevance:
-    """Layer-wise relevance propagation (Bach 2015; composites of Kohlbrenner 2020; attention rule of Achtibat 2024).
+    """Compute layer-wise relevance propagation.
 
-    For every target k and window i, Σ input[k, i] + booked[k, i] = Σ cotangents[k, i] · f(x)[i].
+    Bach et al. 2015; composites of Kohlbrenner et al. 2020; attention rule of Achtibat et al. 2024. For every target k
+    and window i, Σ input[k, i] + absorbed[k, i] = Σ cotangents[k, i] · f(x)[i].
 
     Args:
-        forward: windows (1, C, *roi) to outputs (1, K, …), or such a function for each window. They are run one by one,
-            for the books of each.
-        x: the windows, float32 or float64.
+        forward: maps windows (1, C, *roi) to outputs (1, K, …); or one such function per window. Windows run one by
+            one, because absorbed relevance is counted per window.
+        x: windows (n, C, *roi), float32 or float64.
         cotangents: ∂s/∂y of a **linear** s, (k, n, K, …).
-        composite: which rule an operation with weights gets: a name of :data:`COMPOSITES`, or a mapping such as
+        composite: rules for operations with weights: a name of :data:`COMPOSITES`, or a mapping such as
             ``{"convolution": {"rule": "Gamma", "gamma": 0.1}, "dense": "Epsilon", "first": "Flat"}``.
-        epsilon: of the Epsilon rules that do not give their own.
-        gamma: of the Gamma rules that do not give their own.
-        low: smallest value that an input can have, for ZBox; the smallest value of x where None.
-        high: largest value, likewise.
-        layers: modules at whose outputs relevance is wanted as well.
-        compare: whether the output under the rules is compared with the plain one, which takes a forward pass more; or
-            what computes that; or one or the other for each window.
+        epsilon: default ε of the Epsilon rules.
+        gamma: default γ of the Gamma rules.
+        low: smallest possible input value, for ZBox; None: the smallest value of x.
+        high: largest possible input value, for ZBox; None: the largest value of x.
+        layers: modules whose outputs receive relevance as well.
+        compare: check of the output, see `esegeta_monai.engine.rules.run.Compare`; or one per window.
 
     Returns:
-        ``input`` (k, n, C, *roi) in units of s, ``booked`` (k, n), and the layers' relevance.
+        ``input`` (k, n, C, *roi) in units of s, ``absorbed`` (k, n), and the relevance of the layers.
 
     Raises:
-        UsageError: an unknown composite or rule.
-        MethodError: the composite has a rule for the first layer and no such layer reads the input.
-        RuleError: an operation without a rule.
+        UsageError: unknown composite or rule, or cotangents for another number of windows.
+        MethodError: the composite has a rule for the first layer, but no layer with weights reads the input.
+        RuleError: an operation has no rule.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.InstanceNorm2d(2), nn.GELU()).double().eval()
     >>> x, c = torch.randn(1, 1, 6, 6, dtype=torch.float64), torch.ones(1, 1, 2, 4, 4, dtype=torch.float64)
     >>> result = lrp(net, x, c)
-    >>> bool((result.input.sum() + result.booked.sum() - net(x).sum()).abs() < 1e-9)
+    >>> bool((result.input.sum() + result.absorbed.sum() - net(x).sum()).abs() < 1e-9)
     True
     """
     low, high = (x.detach().min() if low is None else low), (x.detach().max() if high is None else high)
@@ -212,9 +218,9 @@ def lrp(
         )
         for name in (layers or {})
     }
-    inputs, booked = ([getattr(window, name) for window in windows] for name in ("input", "booked"))
+    inputs, absorbed = ([getattr(window, name) for window in windows] for name in ("input", "absorbed"))
     output = torch.cat([window.output for window in windows])
-    return Relevance(torch.cat(inputs, 1), torch.cat(booked, 1), output, at_layers)
+    return Relevance(torch.cat(inputs, 1), torch.cat(absorbed, 1), output, at_layers)
 
 
 def _one_window(
@@ -226,10 +232,10 @@ def _one_window(
     compare: Compare,
 ) -> Relevance:
     run = composite_run(forward, x, composite, layers, compare)
-    inputs, booked, multipliers, relevances = [], [], [], []
+    inputs, absorbed, multipliers, relevances = [], [], [], []
     for kept, at_layers, relevance in relevance_of(run, cotangents):
         inputs.append(relevance.pop(""))
-        booked.append(kept.reshape(1))
+        absorbed.append(kept.reshape(1))
         multipliers.append(at_layers)
         relevances.append(relevance)
     results = {
@@ -240,37 +246,42 @@ def _one_window(
         )
         for name, activation in run.captured.items()
     }
-    return Relevance(torch.stack(inputs), torch.stack(booked), run.output.detach(), results)
+    return Relevance(torch.stack(inputs), torch.stack(absorbed), run.output.detach(), results)
 
 
 def composite_run(
     forward: Forward, x: Tensor, composite: Composite, layers: Mapping[str, nn.Module], compare: Compare
 ) -> Run:
-    """The forward pass under a composite's rules.
+    """Run the forward pass on windows ``x`` (n, C, *roi) under the rules of a composite.
 
     Raises:
-        MethodError: the composite has a rule for the first layer and no such layer reads the input.
+        MethodError: the composite has a rule for the first layer, but no layer with weights reads the input.
     """
     rules = _Relevance(composite, AffineRule())
     run = Run(forward, x, rules, layers=layers, compare=compare)
     if composite.first is not None and not rules.first_used:
         raise MethodError(
-            "this composite has a rule for the first layer, and no convolution or linear layer reads the input here; "
+            "this composite has a rule for the first layer, but no convolution or linear layer reads the input here; "
             "use a composite without one, such as EpsilonPlus"
         )
     return run
 
 
 def relevance_of(run: Run, cotangents: Tensor) -> Iterator[tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]]:
-    """For each target: what was booked (of all windows), the layers' multipliers, relevance by layer ("": input)."""
+    """Yield per target: absorbed relevance of all windows, multipliers by layer, relevance by layer ("" is the input).
+
+    Args:
+        run: the forward pass under LRP rules.
+        cotangents: (k, n, K, …).
+    """
     for multiplier, at_layers, ledger in run.backward(cotangents):
         values = {"": run.leaf, **run.captured}
         relevance = {name: m * values[name].detach() for name, m in {"": multiplier, **at_layers}.items()}
-        kept = ledger.booked
+        kept = ledger.absorbed
         for tensor, direct in list(ledger.direct):
             arriving = torch.autograd.grad(tensor, list(values.values()), direct, retain_graph=True, allow_unused=True)
             for name, share in zip(values, arriving):
                 relevance[name] = relevance[name] if share is None else relevance[name] + share
             assert arriving[0] is not None
-            kept = kept + direct.sum() - arriving[0].sum()  # what a constant padding received
+            kept = kept + direct.sum() - arriving[0].sum()  # constant padding absorbs the difference
         yield torch.as_tensor(kept, dtype=run.leaf.dtype, device=run.leaf.device), at_layers, relevance

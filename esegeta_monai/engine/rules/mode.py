@@ -1,13 +1,13 @@
-"""The engine: a forward pass in which every operation's backward rule may be another one.
+"""The rule engine: a forward pass that can replace the backward rule of every operation.
 
-A :class:`RuleMode` is a ``torch.overrides.TorchFunctionMode``. While it is entered, every call of a torch function
-passes through it, whether the call comes from a module, from functional code, in place, or from a module that is used
-twice. It names the call, asks the method's rules what to do with that kind of operation, and computes the same values
-with the other backward. The network itself is not touched: no hook, no flag, no weight.
+A :class:`RuleMode` is a ``torch.overrides.TorchFunctionMode``. While it is active, it intercepts every call of a torch
+function: from a module, from functional code, in place, or from a module that is used twice. It determines the name of
+the operation, obtains the treatment of this operation from the method's rules, and computes the same values with the
+replaced backward. The network itself is not modified: no hook, no flag, no weight.
 
-Nothing passes unseen. Every tensor that depends on the input carries a mark that only the mode gives; a tensor that
-depends on the input and lacks it came out of TorchScript, a compiled function, a custom ``autograd.Function`` or a
-``no_grad`` block, and raises.
+No operation can go unnoticed. Every tensor that depends on the input carries a mark that only the mode sets. A tensor
+that depends on the input without a mark was computed by TorchScript, a compiled function, a custom
+``autograd.Function`` or a ``no_grad`` block, and raises an error.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from esegeta_monai.engine.rules.curves import joined, remember
-from esegeta_monai.engine.rules.decompositions import take_apart
+from esegeta_monai.engine.rules.curves import join_functions, store_function
+from esegeta_monai.engine.rules.decompositions import decompose
 from esegeta_monai.engine.rules.kinds import CUTS, Kind
 from esegeta_monai.engine.rules.operations import (
     Operation,
@@ -33,39 +33,40 @@ from esegeta_monai.engine.rules.operations import (
     where_in_network,
 )
 from esegeta_monai.errors import NetworkError, RuleError
+from esegeta_monai.utils.upstream import is_view, view_base
 
-__all__ = ["OPERATION_RULES", "PARTS", "PLAIN", "Family", "Ledger", "Rule", "RuleMode", "Rules", "Treatment"]
+__all__ = ["OPERATION_RULES", "PARTS", "PLAIN", "Family", "RelevanceLedger", "Rule", "RuleMode", "Rules", "Treatment"]
 __all__ += ["local_gradient"]
 
-#: The plain gradient is the rule.
+#: Treatment: use the plain gradient.
 PLAIN: Literal["plain"] = "plain"
-#: The operation is taken apart and each part gets its own rule.
+#: Treatment: decompose the operation and apply a rule to each part.
 PARTS: Literal["parts"] = "parts"
 
 
 class Rule(Protocol):
-    """A backward rule: what arrives at an operation's operands, given what arrives at its result."""
+    """A backward rule: it maps the backward signal at the result of an operation to signals at its operands."""
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """Give what arrives at each operand.
+        """Return the backward signal at each operand.
 
         Args:
             operation: the call; ``operation.argument(name)`` is one of its arguments, ``operation.function(*operands)``
                 its result, ``operation.reference`` the operands at the baseline (DeepLIFT).
             operands: the tensors that depend on the network's input.
-            gradient: what arrives at the result, of the result's shape: a gradient, a multiplier, or a probability.
+            gradient: backward signal at the result, of its shape: a gradient, a multiplier, or a probability.
 
         Returns:
-            A tensor of the operand's shape for each operand; None for zeros.
+            One tensor per operand, of its shape; None for zeros.
         """
 
 
 Treatment = Rule | Literal["plain", "parts"]
 
 Family = Literal["guided", "deconvolution", "lrp", "deep_lift", "excitation"]
-"""The rules for which `esegeta_monai.engine.rules.register_operation` takes a rule of its own."""
+"""The methods for which `esegeta_monai.engine.rules.register_operation` accepts a rule."""
 
 OPERATION_RULES: dict[tuple[str, str], Rule] = {}
 """Rules of registered operations, by family and operation name."""
@@ -76,34 +77,43 @@ class Rules(Protocol):
 
     @property
     def family(self) -> str:
-        """The `Family`, or any other name, for which no operation has a registered rule."""
+        """The `Family`; any other name excludes the rules of registered operations."""
 
     def treatment(self, operation: Operation) -> Treatment:
-        """The rule of this operation, or ``PLAIN``, or ``PARTS``."""
+        """Return the rule of this operation, ``PLAIN``, or ``PARTS``."""
 
 
 @dataclass
-class Ledger:
-    """What the rules of one backward pass account for beside the gradients that they return."""
+class RelevanceLedger:
+    """Quantities that the rules of one backward pass report beside the gradients that they return."""
 
-    #: Relevance that stays with biases and other constants instead of reaching the input.
-    booked: Tensor | float = 0.0
-    #: Relevance (not multipliers) of tensors that are mere moves of the input.
+    #: Relevance that biases and other constants absorb, so that it does not reach the input.
+    absorbed: Tensor | float = 0.0
+    #: Pairs (tensor, relevance instead of multipliers) of tensors that are moves of the input.
     direct: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def book(self, amount: Tensor) -> None:
-        """Account for ``amount`` (summed) as relevance of a constant."""
-        self.booked = self.booked + amount.sum()
+    def absorb(self, amount: Tensor) -> None:
+        """Add the sum of ``amount``, of any shape, to the absorbed relevance."""
+        self.absorbed = self.absorbed + amount.sum()
 
     def clear(self) -> None:
-        """Start the next backward pass."""
-        self.booked, self.direct = 0.0, []
+        """Reset the ledger for the next backward pass."""
+        self.absorbed, self.direct = 0.0, []
 
 
 def local_gradient(
     function: Callable[..., Any], operands: Iterable[Tensor], gradient: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The vector-Jacobian product of ``function`` at ``operands``, outside any other graph."""
+    """Compute the vector-Jacobian product of ``function`` at ``operands``, outside any other graph.
+
+    Args:
+        function: maps the operands to a tensor, or to (values, indices).
+        operands: tensors of any shape.
+        gradient: the vector, of the shape of the result.
+
+    Returns:
+        One tensor per operand, of its shape; None where the result does not depend on it.
+    """
     with torch.enable_grad():
         leaves = tuple(operand.detach().requires_grad_() for operand in operands)
         result = _first(function(*leaves))
@@ -111,13 +121,13 @@ def local_gradient(
 
 
 def _first(result: Any) -> Tensor:
-    """The values, where an operation returns (values, indices)."""
+    """Return a tensor as it is, or the values where an operation returns (values, indices)."""
     tensor: Tensor = result[0] if isinstance(result, (tuple, list)) else result
     return tensor
 
 
 class _Replaced(torch.autograd.Function):
-    """The operation's own forward, a rule's backward. Operands are saved so that torch notices a later overwrite."""
+    """The forward of an operation with the backward of a rule; saved operands let torch detect a later overwrite."""
 
     @staticmethod
     def forward(ctx: Any, rule: Rule, operation: Operation, *operands: Tensor) -> Any:
@@ -125,7 +135,7 @@ class _Replaced(torch.autograd.Function):
         ctx.save_for_backward(*operands)
         result = operation.function(*operands)
         values = _first(result)
-        if values._is_view() or any(values is operand for operand in operands):
+        if is_view(values) or any(values is operand for operand in operands):
             values = values.clone()  # a result that shares memory with an operand could not be written into later
         if values is result or isinstance(result, Tensor):
             return values
@@ -146,14 +156,13 @@ _CUT = object()
 
 
 class RuleMode(TorchFunctionMode):
-    """Swaps the backward rules of everything that is computed from :meth:`enter_input`'s tensor.
+    """Mode that replaces the backward rules of all operations on the tensor that :meth:`enter_input` marks.
 
     Args:
         rules: the method's rules.
         record: keep the operands of every operation that has a rule, in order, and build no graph (the pass over the
             reference input of finite differences).
-        reference: such a record, made with another input; its operands are handed to the rules as
-            ``operation.reference``.
+        reference: such a record of another input; rules read its operands in ``operation.reference``.
     """
 
     def __init__(
@@ -161,18 +170,18 @@ class RuleMode(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.rules = rules
-        self.ledger = Ledger()
+        self.ledger = RelevanceLedger()
         self.record: list[tuple[str, tuple[Tensor, ...]]] | None = [] if record else None
         self.reference = reference
         self.replayed = 0
-        #: How many operations of each kind were met.
-        self.met: dict[Kind, int] = {}
+        #: Number of operations of each kind.
+        self.operation_counts: dict[Kind, int] = {}
         self._token = object()
 
     # -- marks: which tensors depend on the input, and by which path ------------------------------------------------
 
     def enter_input(self, x: Tensor) -> Tensor:
-        """Mark ``x`` as the input; what is computed from the returned tensor is what the rules see."""
+        """Mark ``x``, of any shape, as the input and return it; the rules act on everything computed from it."""
         self._mark(x, reads_input=True)
         return x
 
@@ -191,8 +200,8 @@ class RuleMode(TorchFunctionMode):
         mark = getattr(tensor, _MARK, None)
         return mark if mark is not None and mark[0] is self._token else None
 
-    def seen(self, tensor: Tensor) -> bool:
-        """True where ``tensor`` depends on the input and every operation on the way was seen."""
+    def depends_on_input(self, tensor: Tensor) -> bool:
+        """Return True if a tensor, of any shape, depends on the input by operations that the mode intercepted."""
         mark = self._mark_of(tensor)
         return mark is not None and mark[1] is not _CUT and (mark[1] is tensor.grad_fn)
 
@@ -215,7 +224,7 @@ class RuleMode(TorchFunctionMode):
             if mark is None:
                 if tensor.requires_grad and not tensor.is_leaf:
                     raise RuleError(
-                        f"operation {name!r}{where_in_network()}: its argument was computed by something that the rule "
+                        f"operation {name!r}{where_in_network()}: its argument was computed by code that the rule "
                         "engine cannot see (TorchScript, a compiled function, a custom autograd.Function); use the "
                         "eager network and plain torch operations, or a gradient or perturbation method"
                     )
@@ -225,12 +234,12 @@ class RuleMode(TorchFunctionMode):
                 if name in CUTS:
                     return tensor
                 raise RuleError(
-                    f"operation {name!r}{where_in_network()}: it uses a value that was cut from the input's gradient "
+                    f"operation {name!r}{where_in_network()}: it uses a value without a gradient to the input "
                     "(detach, a comparison, an index), so relevance cannot flow; use a perturbation method"
                 )
             if mark[1] is not tensor.grad_fn:
                 raise RuleError(
-                    f"operation {name!r}{where_in_network()}: its argument was changed by something that the rule "
+                    f"operation {name!r}{where_in_network()}: its argument was changed by code that the rule "
                     "engine cannot see (a custom autograd.Function, a write into shared memory); use plain torch "
                     "operations, or a gradient or perturbation method"
                 )
@@ -249,7 +258,7 @@ class RuleMode(TorchFunctionMode):
         if not operands:
             return func(*map_tensors(_as_constant, tuple(args)), **map_tensors(_as_constant, dict(kwargs)))
         target = None
-        if in_place or _asks_in_place(func, name, args, kwargs):
+        if in_place or _is_in_place(func, name, args, kwargs):
             in_place, target = True, args[0] if args else kwargs["input"]
             operands = [operand.clone() if operand is target else operand for operand in operands]
         operation = Operation(name, func, slotted_args, slotted_kwargs, in_place, self.ledger)
@@ -257,8 +266,8 @@ class RuleMode(TorchFunctionMode):
         operation.reads_input = reads_input
         if (self.record is None and not torch.is_grad_enabled()) or torch.is_inference_mode_enabled():
             raise operation.error("it runs without gradients (no_grad, inference_mode, a custom autograd.Function)")
-        result = self._apply(*joined(operation, tuple(operands)))
-        remember(operation, tuple(operands), result)
+        result = self._apply(*join_functions(operation, tuple(operands)))
+        store_function(operation, tuple(operands), result)
         moved = reads_input and operation.kind is Kind.MOVE and not constants
         if target is not None:
             self._write_back(operation, target, _first(result))
@@ -267,23 +276,24 @@ class RuleMode(TorchFunctionMode):
         return self._mark(result, moved)
 
     def _write_back(self, operation: Operation, target: Tensor, result: Tensor) -> None:
-        """Give an in-place call its effect: a network may use the written tensor and drop the returned one."""
+        """Write the result of an in-place call: a network may use the written tensor and ignore the returned one."""
         if result.shape != target.shape:
-            raise operation.error("a change of shape in place has no rule")
+            raise operation.error("an in-place change of shape has no rule")
         target.copy_(result)
         self._mark(target)
-        if target._base is not None:  # a write into a view is a write into what it views
-            self._mark(target._base)
+        base = view_base(target)
+        if base is not None:  # a write into a view changes its base as well
+            self._mark(base)
 
     def _apply(self, operation: Operation, operands: tuple[Tensor, ...]) -> Any:
-        self.met[operation.kind] = self.met.get(operation.kind, 0) + 1
+        self.operation_counts[operation.kind] = self.operation_counts.get(operation.kind, 0) + 1
         registered = OPERATION_RULES.get((self.rules.family, operation.name))
         treatment = self.rules.treatment(operation) if registered is None else registered
         if treatment == PLAIN:
             return operation.function(*operands)
         if treatment == PARTS:
-            with self:  # the parts pass through the mode again, so that nothing hides in a composite
-                return take_apart(operation, operands)
+            with self:  # the parts pass through the mode again, so that each receives its rule
+                return decompose(operation, operands)
         assert not isinstance(treatment, str)
         if self.record is not None:
             self.record.append((operation.name, tuple(operand.detach() for operand in operands)))
@@ -316,13 +326,13 @@ def _as_constant(tensor: Tensor) -> Tensor:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(found.append, value)
-    return found
+    tensors: list[Tensor] = []
+    map_tensors(tensors.append, value)
+    return tensors
 
 
-def _asks_in_place(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """True for ``F.relu(x, inplace=True)``, given by keyword or by position."""
+def _is_in_place(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Return True for calls such as ``F.relu(x, inplace=True)``, by keyword or by position."""
     if kwargs.get("inplace"):
         return True
     code = getattr(func, "__code__", None)

@@ -1,4 +1,4 @@
-"""One call as the rules see it: one name for every way to write it, its arguments by name, its kind.
+"""One call as the rules see it: a canonical name for every spelling, its arguments by name, and its kind.
 
 ``x + y``, ``x.add_(y)`` and ``torch.add(x, y)`` are the operation ``add``; ``nn.ReLU(inplace=True)(x)``, ``F.relu(x)``
 and ``torch.relu_(x)`` are ``relu``.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +30,7 @@ __all__ = [
 ]
 
 
-# What Python writes with a symbol; __float__ and the like are not among them.
+# Special methods of Python operators; excludes __float__ and the like.
 _OPERATORS = frozenset(("add", "sub", "mul", "truediv", "div", "matmul", "pow"))
 _SYMBOLS = frozenset(("getitem", "iter", "reversed", "neg", "abs", "pos", "invert"))
 _ALIASES = {
@@ -60,7 +59,7 @@ _ALIASES = {
     "ger": "outer",
     "special_expit": "sigmoid",
 }
-# The parameters of operations written in C++, for which Python has no signature to read.
+# The parameters of operations written in C++, which have no Python signature.
 _SIGNATURES = {
     "conv": "input weight bias stride padding dilation groups",
     "conv_transpose": "input weight bias stride padding output_padding groups dilation",
@@ -132,7 +131,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def canonical_name(func: Callable[..., Any]) -> tuple[str, bool]:
-    """The one name of an operation, and whether this spelling of it writes into its first argument.
+    """Return the canonical name of an operation, and True if this spelling writes into its first argument.
 
     >>> canonical_name(Tensor.add_), canonical_name(nn.functional.conv3d)
     (('add', True), ('conv', False))
@@ -158,13 +157,13 @@ def canonical_name(func: Callable[..., Any]) -> tuple[str, bool]:
 
 
 def is_inert(name: str) -> bool:
-    """True for a question about a tensor (shape, device, …) whose answer holds none of its values."""
+    """Return True for a query about a tensor (shape, device, …) whose result does not depend on its values."""
     return name in INERT
 
 
 @functools.cache
 def operation_signature(func: Callable[..., Any], name: str) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Parameter names of ``func`` in their order, and the defaults that are known."""
+    """Return the parameter names of ``func`` in order, and the known defaults."""
     if inspect.isfunction(func) and name not in ("max_pool", "adaptive_max_pool", "norm"):
         parameters = inspect.signature(func, follow_wrapped=False).parameters.values()
         if all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters):
@@ -175,13 +174,13 @@ def operation_signature(func: Callable[..., Any], name: str) -> tuple[tuple[str,
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of an operand (a tensor that sees the input) in the arguments of a call."""
+    """A placeholder for an operand (a tensor that depends on the input) in the arguments of a call."""
 
     index: int
 
 
 def map_tensors(visit: Callable[[Tensor], Any], value: Any) -> Any:
-    """``value`` with every tensor in its tuples, lists and dictionaries replaced by ``visit(tensor)``."""
+    """Replace every tensor in the tuples, lists and dictionaries of ``value`` by ``visit(tensor)``."""
     if isinstance(value, Tensor):
         return visit(value)
     if isinstance(value, tuple):
@@ -208,10 +207,10 @@ def _fill(value: Any, operands: tuple[Tensor, ...]) -> Any:
 
 @dataclass
 class Operation:
-    """One call, as the rules see it: a function of its *operands*, the tensors that depend on the network's input.
+    """One call as a function of its *operands*, the tensors that depend on the network's input.
 
-    Everything else (weights, masks, sizes) is held in ``args`` and ``kwargs`` as it was given; a :class:`Slot` marks
-    each operand's place. Operands are not kept here, so that an operation does not keep a graph alive.
+    ``args`` and ``kwargs`` contain all other arguments (weights, masks, sizes) unchanged, with a :class:`Slot` in place
+    of each operand. The operands are not stored, so that an operation does not keep a graph alive.
     """
 
     name: str
@@ -219,18 +218,21 @@ class Operation:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     in_place: bool = False
-    #: What a pass shares with its rules: see :class:`esegeta_monai.engine.rules.mode.Ledger`.
+    #: The :class:`esegeta_monai.engine.rules.mode.RelevanceLedger` of the backward pass.
     ledger: Any = None
     #: The operands of the same call in the pass over the reference input (finite differences only).
     reference: tuple[Tensor, ...] = ()
-    #: True where nothing but moves lies between the network's input and the operands.
+    #: True if only moves come between the network's input and the operands.
     reads_input: bool = False
-    #: True where no other operation with weights lies between this one and the output (set after the forward).
+    #: True if no operation with weights follows this one (set after the forward pass).
     is_top: bool = False
     kind: Kind = field(init=False)
 
     def function(self, *operands: Tensor) -> Any:
-        """The plain operation, never in place: ``function(*operands)`` is what the network would have computed."""
+        """Compute the plain operation on operands of the original shapes, never in place.
+
+        The result has the values and the shape of the original call.
+        """
         args, kwargs = _fill(self.args, operands), _fill(self.kwargs, operands)
         if not self.in_place:
             return self.func(*args, **kwargs)
@@ -245,7 +247,7 @@ class Operation:
 
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
-        """The arguments by name, defaults filled in where they are known; operands appear as :class:`Slot`."""
+        """The arguments by name, with known defaults; operands appear as :class:`Slot`."""
         names, defaults = operation_signature(self.func, self.name)
         bound = {**defaults, **dict(zip(names, self.args)), **self.kwargs}
         if self.name in ("max_pool", "avg_pool") and not bound.get("stride"):
@@ -253,16 +255,16 @@ class Operation:
         return bound
 
     def argument(self, name: str, default: Any = None) -> Any:
-        """One argument by name, or ``default`` where the call leaves it out."""
+        """Return an argument by name, or ``default`` if the call does not contain it."""
         return self.arguments.get(name, default)
 
     def filled(self, operands: tuple[Tensor, ...]) -> dict[str, Any]:
-        """:attr:`arguments` with the operands in their places."""
+        """Return :attr:`arguments` with the operands, of the original shapes, in place of their slots."""
         filled: dict[str, Any] = _fill(self.arguments, operands)
         return filled
 
     def slots(self) -> Iterator[Slot]:
-        """The operands' places, in order of the call."""
+        """Yield the slots of the operands in the order of the call."""
 
         def walk(value: Any) -> Iterator[Slot]:
             if isinstance(value, Slot):
@@ -277,7 +279,7 @@ class Operation:
         yield from walk(self.kwargs)
 
     def error(self, reason: str) -> RuleError:
-        """The error that says which operation, where in the network, and what can be done."""
+        """Return an error that names the operation, its place in the network, and the alternative."""
         return RuleError(
             f"operation {self.name!r}{where_in_network()}: {reason}; use a gradient or perturbation method "
             "for this network"
@@ -285,10 +287,13 @@ class Operation:
 
 
 def kind_of(operation: Operation) -> Kind:
-    """The kind of an operation; raises :class:`RuleError` where it has none.
+    """Return the kind of an operation.
 
-    The kind depends on what sees the input: a product with a constant is linear, a convolution whose weights are
-    computed from the input is a product, a quotient is composite only where its denominator sees the input.
+    The kind depends on which arguments are operands: a product with a constant is linear, a convolution whose weights
+    are computed from the input is a product, a quotient is composite only if its denominator depends on the input.
+
+    Raises:
+        RuleError: the operation has no kind.
     """
     name = operation.name
     slots = list(operation.slots())
@@ -327,21 +332,21 @@ def kind_of(operation: Operation) -> Kind:
     if kind is Kind.PRODUCT and len(slots) == 1:
         return Kind.LINEAR
     if kind is Kind.PRODUCT and len(slots) > 2:
-        raise operation.error("a product of more than two tensors that see the input has no rule")
+        raise operation.error("a product of more than two tensors that depend on the input has no rule")
     if kind in (Kind.ACTIVATION, Kind.UNIVARIATE) and len(slots) != 1:
         raise operation.error("its parameters are computed from the input")
     if name in ("maximum", "minimum", "max", "min") and len(slots) == 1:
         pair = (operation.argument("input"), operation.argument("other", operation.argument("dim")))
         if any(isinstance(value, Tensor) for value in pair):
-            return Kind.ACTIVATION  # the larger of x and a constant: ReLU by another name
+            return Kind.ACTIVATION  # the larger of x and a constant, as in ReLU
     return kind
 
 
 def where_in_network() -> str:
-    """`` in Conv3d (encoder.0.conv)``: the module that is running, found on the stack, with its dotted name."""
+    """Return the running module and its dotted name from the call stack, such as `` in Conv3d (encoder.0.conv)``."""
     inner: nn.Module | None = None
     outer: nn.Module | None = None
-    frame: Any = sys._getframe(1)
+    frame: Any = inspect.currentframe()
     while frame is not None:
         owner = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
         if isinstance(owner, nn.Module):

@@ -1,4 +1,4 @@
-"""The estimate of patterns: running sums of one operation's inputs and outputs, and the formula."""
+"""Estimation of patterns from running sums of the inputs and outputs of one operation."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Pattern:
 
     Attributes:
         name: the operation (``"conv"``, ``"conv_transpose"``, ``"linear"``, or ``"add"`` and ``"sub"``).
-        positive, negative: of each regime of the rectifier behind it, shaped like the weights; the same where there is
-            none. Of a sum: each operand's share of the sum's variance, (2, channels).
+        positive, negative: patterns in the two regimes of the following rectifier, shaped like the weights; equal if no
+            rectifier follows. For a sum: the share of each operand in the variance of the sum, (2, channels).
     """
 
     name: str
@@ -35,13 +35,14 @@ class PatternSums:
     """Sums of x y, x, y and 1 over one batch, in each regime of the rectifier behind an operation, in float64.
 
     A sum of x y over positions is the derivative of Σ y q with respect to the weights, for convolutions of every kind.
-    y is counted from its mean in the batch: a y whose mean is large beside its spread would lose in float32 what its
-    covariance with x is made of.
+    y is measured from a pivot, its mean in the batch: if the mean is large relative to the spread, float32 would lose
+    the digits that determine the covariance with x.
 
     Args:
         operation: a convolution or linear layer, or a sum of two tensors.
-        operands: what it reads.
-        regime: where the rectifier's argument is positive, of as many elements as the output; None: no rectifier.
+        operands: its operands.
+        regime: True where the argument of the rectifier is positive, with as many elements as the output; None: no
+            rectifier.
     """
 
     def __init__(self, operation: Operation, operands: tuple[Tensor, ...], regime: Tensor | None) -> None:
@@ -60,7 +61,7 @@ class PatternSums:
         y = apply_weights(operation, x, weight)
         everywhere = torch.ones_like(y)
         self.pivot = _by_neuron(operation, y) / _by_neuron(operation, everywhere).clamp(min=1)
-        y = _less(operation, y, self.pivot)
+        y = _subtract_pivot(operation, y, self.pivot)
         inside = None if regime is None else regime.reshape(y.shape)
         for mask in [everywhere] if inside is None else [inside.to(y), (~inside).to(y)]:
             self.xy.append(_weight_gradient(operation, x, weight, mask * y).double())
@@ -69,7 +70,7 @@ class PatternSums:
             self.count.append(_by_neuron(operation, mask))
 
     def add(self, other: PatternSums) -> None:
-        """Takes in the sums of another batch, counted from this one's pivot."""
+        """Add the sums of another batch, shifted to the pivot of this one."""
         shift = other.pivot - self.pivot
         for r, (xy, x, y, count) in enumerate(zip(other.xy, other.x, other.y, other.count)):
             if self.operation.name in _WEIGHTED:
@@ -84,7 +85,7 @@ class PatternSums:
             self.count[r] += count
 
     def pattern(self) -> Pattern:
-        """The estimate from what was added."""
+        """Return the pattern estimated from all batches added so far."""
         if self.operation.name not in _WEIGHTED:
             shares = self._shares()
             return Pattern(self.operation.name, shares, shares)
@@ -93,18 +94,18 @@ class PatternSums:
         mean_x = torch.stack(self.x).sum(0) / _spread_phases(self.operation, count).clamp(min=1)
         taps = _sum_of_neuron(self.operation, torch.ones_like(mean_x))
         rounding = self.eps * taps.sqrt() * _sum_of_neuron(self.operation, weight.abs() * mean_x.abs())
-        found = []
+        patterns = []
         for xy, x, y, n in zip(self.xy, self.x, self.y, self.count):
             by_x = xy - _spread_phases(self.operation, mean_y) * x
             numerator = by_x - mean_x * _spread_phases(self.operation, y - mean_y * n)
             power = _sum_of_neuron(self.operation, weight * numerator)
             constant = power <= _spread_phases(self.operation, n) * rounding.square()
-            found.append(torch.where(constant, 0.0, ratio(numerator, power)).to(weight.dtype))
-        return Pattern(self.operation.name, found[0], found[-1])
+            patterns.append(torch.where(constant, 0.0, ratio(numerator, power)).to(weight.dtype))
+        return Pattern(self.operation.name, patterns[0], patterns[-1])
 
     def _take_terms(self, operands: tuple[Tensor, ...]) -> None:
         if operands[0].shape != operands[1].shape:
-            raise self.operation.error("a sum of operands of two shapes is no neuron with two inputs")
+            raise self.operation.error("a sum of operands of different shapes is no neuron with two inputs")
         zero = torch.zeros_like(operands[0])
         terms = [self.operation.function(operands[0], zero), self.operation.function(zero, operands[1])]
         flat = torch.stack([_channels_first(term).double() for term in terms])  # (2, channels, positions)
@@ -126,24 +127,24 @@ _WEIGHTED = ("conv", "conv_transpose", "linear")
 
 
 def _channels_first(x: Tensor) -> Tensor:
-    """(channels, positions) of maps (n, C, …) and of tokens (n, …, C)."""
+    """Flatten maps (n, C, …) or tokens (n, …, C) to (channels, positions)."""
     return (x.movedim(1, 0) if x.ndim > 3 else x.movedim(-1, 0)).flatten(1)
 
 
 def _weight_gradient(operation: Operation, x: Tensor, weight: Tensor, cotangent: Tensor) -> Tensor:
-    (found,) = local_gradient(lambda w: apply_weights(operation, x, w), (weight,), cotangent)
-    assert found is not None
-    return found
+    (gradient,) = local_gradient(lambda w: apply_weights(operation, x, w), (weight,), cotangent)
+    assert gradient is not None
+    return gradient
 
 
 def _by_neuron(operation: Operation, y: Tensor) -> Tensor:
-    """Sums over the outputs of each neuron, (phases, channels)."""
+    """Sum over the outputs of each neuron: (phases, channels)."""
     axis = -1 if operation.name == "linear" else 1
     return torch.stack([part.movedim(axis, 0).flatten(1).double().sum(1) for part in _phases(operation, y)])
 
 
-def _less(operation: Operation, y: Tensor, pivot: Tensor) -> Tensor:
-    """The outputs of each neuron minus its pivot, (phases, channels)."""
+def _subtract_pivot(operation: Operation, y: Tensor, pivot: Tensor) -> Tensor:
+    """Subtract from the outputs of each neuron its pivot (phases, channels)."""
     y = y.clone()
     for part, value in zip(_phases(operation, y), pivot):
         part -= value.to(y).reshape(-1, *(1,) * (0 if operation.name == "linear" else y.ndim - 2))
@@ -151,20 +152,20 @@ def _less(operation: Operation, y: Tensor, pivot: Tensor) -> Tensor:
 
 
 def _steps(operation: Operation, name: str) -> tuple[int, ...]:
-    """A parameter of a transposed convolution, one number an axis."""
+    """Return a parameter of a transposed convolution, one number per axis."""
     value, axes = operation.argument(name), operation.argument("weight").ndim - 2
     return (value,) * axes if isinstance(value, int) else tuple(value) * (axes // len(tuple(value)))
 
 
 def _grid(operation: Operation) -> list[tuple[int, ...]]:
-    """Phases: the outputs of a transposed convolution of stride s are sᵈ neurons that read different taps."""
+    """List the phases: the outputs of a transposed convolution of stride s are sᵈ neurons that read different taps."""
     if operation.name != "conv_transpose":
         return [()]
     return list(itertools.product(*(range(s) for s in _steps(operation, "stride"))))
 
 
 def _phases(operation: Operation, y: Tensor) -> list[Tensor]:
-    """The outputs of each phase."""
+    """Return a view of the outputs of each phase."""
     if operation.name != "conv_transpose":
         return [y]
     stride, padding = _steps(operation, "stride"), _steps(operation, "padding")
@@ -176,24 +177,24 @@ def _phases(operation: Operation, y: Tensor) -> list[Tensor]:
 
 
 def _taps(operation: Operation) -> list[Tensor]:
-    """For each phase, where in the kernel its taps are, (*kernel); all ones for what has one phase."""
+    """Return the mask of the taps of each phase in the kernel (*kernel); all ones if there is one phase."""
     weight = operation.argument("weight")
     kernel = weight.shape[2:]
     if operation.name != "conv_transpose":
         return [torch.ones(kernel, dtype=torch.float64, device=weight.device)]
     stride, dilation = _steps(operation, "stride"), _steps(operation, "dilation")
-    found = []
+    masks = []
     for each in _grid(operation):
         mask = torch.ones(kernel, dtype=torch.float64, device=weight.device)
         for axis, (phase, step, apart) in enumerate(zip(each, stride, dilation)):
             hit = (torch.arange(kernel[axis], device=weight.device) * apart) % step == phase
             mask = mask * hit.reshape(-1, *(1,) * (len(kernel) - 1 - axis))
-        found.append(mask)
-    return found
+        masks.append(mask)
+    return masks
 
 
 def _spread_phases(operation: Operation, values: Tensor) -> Tensor:
-    """Values (phases, output channels) at every weight that the neurons read."""
+    """Expand values (phases, output channels) to the weights of each neuron, shaped like the weight tensor."""
     weight = operation.argument("weight")
     total = torch.zeros(weight.shape, dtype=torch.float64, device=weight.device)
     for value, taps in zip(values, _taps(operation)):
@@ -207,7 +208,7 @@ def _spread_phases(operation: Operation, values: Tensor) -> Tensor:
 
 
 def _sum_of_neuron(operation: Operation, values: Tensor) -> Tensor:
-    """Sums over the weights of each neuron, at every weight of it."""
+    """Sum values over the weights of each neuron; the sum appears at each of its weights."""
     sums = []
     for taps in _taps(operation):
         own = (values * taps).flatten(2).sum(2) if taps.ndim else values

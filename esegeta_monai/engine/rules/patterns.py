@@ -1,14 +1,15 @@
-"""Patterns: in what direction of its input a linear neuron's signal lies, estimated from data (Kindermans et al. 2018).
+"""Patterns: the direction of the signal in the input of a linear neuron, estimated from data (Kindermans et al. 2018).
 
-A filter w tells how a neuron gets rid of distractors, not where its signal is. For y = wᵀx the signal in x is a·y with
-the pattern a = cov(x, y) / var(y), which points where the data vary with y; wᵀa = 1. Behind a rectifier the two regimes
-r of its argument have patterns of their own (the estimator S_{a+-}):
+A filter w shows how a neuron cancels distractors, not the direction of its signal. For y = wᵀx the signal in x is a·y
+with the pattern a = cov(x, y) / var(y), the direction in which the data vary with y; wᵀa = 1. If a rectifier follows,
+each regime r of its argument has its own pattern (the estimator S_{a+-}):
 
     a_r = E_r[(x − E[x]) (y − E[y])] / E_r[(y − E[y])²]
 
-For inputs of zero mean this is the paper's (E_r[x y] − E_r[x] E[y]) / wᵀ(…). For others, that denominator is
-E_r[y (y − E[y])], which is negative for many neurons of networks with biases and batch norms (the positive regime of 31
-of 176 filters in a small trained one). Over both regimes the numerators add up to cov(x, y) in either form.
+For inputs of zero mean this equals the paper's (E_r[x y] − E_r[x] E[y]) / wᵀ(…). For other inputs, the paper's
+denominator is E_r[y (y − E[y])], which is negative for many neurons of networks with biases and batch norms (in the
+positive regime for 31 of 176 filters of a small trained network). In both forms, the numerators of the two regimes add
+up to cov(x, y).
 """
 
 from __future__ import annotations
@@ -42,20 +43,19 @@ def back_project(
     *,
     compare: Compare = True,
 ) -> Tensor:
-    """What y · cotangent becomes at the input, (k, n, C, *roi), with patterns in place of weights.
+    """Propagate y · cotangent to the input, (k, n, C, *roi), with patterns in place of weights.
 
     Args:
-        forward: windows (n, C, *roi) to outputs (n, K, …).
-        x: the windows, float32 or float64.
+        forward: maps windows (n, C, *roi) to outputs (n, K, …).
+        x: windows (n, C, *roi), float32 or float64.
         cotangents: ∂s/∂y of a linear s, (k, n, K, …).
-        patterns: of the operations in the order in which they run, from `PatternFit.patterns`.
-        way: ``"signal"`` hands a · g down (PatternNet), ``"attribution"`` w ⊙ a · g (PatternAttribution).
-        compare: whether the output under the rules is compared with the plain one, which takes a forward pass more; or
-            what computes that.
+        patterns: patterns of the operations in the order in which they run, from `PatternFit.patterns`.
+        way: ``"signal"`` propagates a · g (PatternNet), ``"attribution"`` w ⊙ a · g (PatternAttribution).
+        compare: check of the output, see `esegeta_monai.engine.rules.run.Compare`.
 
     Raises:
-        MethodError: the patterns are another network's.
-        RuleError: an operation that is no linear neuron, such as a product of two tensors (attention).
+        MethodError: the patterns belong to another network or output.
+        RuleError: an operation is no linear neuron, such as a product of two tensors (attention).
     """
     rules = _Patterns(way, patterns)
     run = Run(forward, x, rules, compare=compare)
@@ -71,7 +71,7 @@ def back_project(
 
 
 class PatternFit:
-    """Estimates patterns from what a network sees, batch by batch.
+    """Estimator of patterns from batches of windows.
 
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU(), torch.nn.Conv2d(2, 1, 3)).eval()
     >>> fit = PatternFit()
@@ -84,35 +84,34 @@ class PatternFit:
         self._sums: list[PatternSums | None] = []
 
     def add(self, forward: Forward, x: Tensor, *, compare: Compare = True) -> None:
-        """Takes in one batch of windows (n, C, *roi), whole or (where memory runs out) not at all.
+        """Add one batch of windows; if memory runs out, the sums stay as they were.
 
         Args:
-            forward: windows to outputs.
-            x: the windows.
-            compare: whether the output under the rules is compared with the plain one, which takes a forward pass more;
-                or what computes that.
+            forward: maps windows (n, C, *roi) to outputs (n, K, …).
+            x: windows (n, C, *roi).
+            compare: check of the output, see `esegeta_monai.engine.rules.run.Compare`.
 
         Raises:
-            MethodError: the network takes another path than for the batches before.
+            MethodError: the network runs other operations than for earlier batches.
         """
         rules = _Patterns("signal", None)
         run = Run(forward, x, rules, compare=compare)
-        found: list[PatternSums | None] = []
+        batch_sums: list[PatternSums | None] = []
         for neuron in _linked(run, rules.neurons):
-            found.append(None if neuron is None else PatternSums(neuron.operation, neuron.operands, neuron.regime))
+            batch_sums.append(None if neuron is None else PatternSums(neuron.operation, neuron.operands, neuron.regime))
         if not self._sums:
-            self._sums = found
+            self._sums = batch_sums
             return
-        if [s and s.key for s in found] != [s and s.key for s in self._sums]:
+        if [s and s.key for s in batch_sums] != [s and s.key for s in self._sums]:
             raise MethodError("the network runs other operations on this window than on the first: no patterns for it")
-        for mine, new in zip(self._sums, found):
-            if mine is not None and new is not None:
-                mine.add(new)
+        for total, new in zip(self._sums, batch_sums):
+            if total is not None and new is not None:
+                total.add(new)
 
     def patterns(self) -> list[Pattern | None]:
-        """Of all operations in the order in which they run, None for those that do not lead to the output.
+        """Return the patterns of all operations in the order in which they run; None for those unused by the output.
 
-        A neuron that never varied by more than rounding has a pattern of zeros.
+        A neuron whose output varies by no more than rounding has a pattern of zeros.
         """
         return [None if sums is None else sums.pattern() for sums in self._sums]
 
@@ -122,7 +121,7 @@ class PatternFit:
 
 @dataclass(eq=False)
 class _NeuronRule:
-    """A linear neuron: g_in = Aᵀ g, or (W ⊙ A)ᵀ g, with the pattern of the regime that the output is in."""
+    """Rule for a linear neuron: g_in = Aᵀ g, or (W ⊙ A)ᵀ g, with the pattern A of the regime of each output."""
 
     way: Way
     pattern: Pattern | None
@@ -154,7 +153,7 @@ class _NeuronRule:
 
 @dataclass(eq=False)
 class _SumRule(_NeuronRule):
-    """u + v, a neuron with two inputs: each gets its share of the sum's variance."""
+    """Rule for u + v, a neuron with two inputs: each receives its share of the variance of the sum."""
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
@@ -164,14 +163,14 @@ class _SumRule(_NeuronRule):
         result = []
         for share, coefficient in zip(self.pattern.positive, coefficients):
             assert coefficient is not None
-            part = gradient * _along(share.to(gradient), gradient)
+            part = gradient * _align_channels(share.to(gradient), gradient)
             result.append(part / coefficient if self.way == "signal" else part)
         return tuple(result)
 
 
 @dataclass(frozen=True)
 class _ScaleRule:
-    """z = s · y + b, elementwise: the only pattern with s · a = 1 is 1 / s."""
+    """Rule for elementwise z = s · y + b: the only pattern with s · a = 1 is 1 / s."""
 
     way: Way
 
@@ -184,7 +183,7 @@ class _ScaleRule:
 
 
 class _DerivativeRule:
-    """The plain derivative, noted in the graph so that rectifiers are found there."""
+    """The plain derivative as a node of its own, so that `_linked` recognises rectifiers in the graph."""
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
@@ -220,7 +219,7 @@ class _Patterns:
 
 
 def _scale(operation: Operation, x: Tensor) -> Tensor:
-    """γ / σ of a batch, instance or group norm, one a window and channel."""
+    """Return γ / σ of a batch, instance or group norm per window and channel, (n or 1, C, 1, …)."""
     weight, eps = operation.argument("weight"), operation.argument("eps", 1e-5)
     variance = operation.argument("running_var")
     if operation.name == "batch_norm" or operation.argument("use_input_stats") is False:
@@ -233,14 +232,14 @@ def _scale(operation: Operation, x: Tensor) -> Tensor:
     return scale.reshape(*scale.shape, *(1,) * (x.ndim - 2))
 
 
-def _along(per_channel: Tensor, like: Tensor) -> Tensor:
-    """One value a channel: axis 1 of maps, the last one of vectors and tokens."""
+def _align_channels(per_channel: Tensor, like: Tensor) -> Tensor:
+    """Align values per channel (C,) with axis 1 of maps, or with the last axis of vectors and tokens."""
     return per_channel if like.ndim < 4 else per_channel.reshape(-1, *(1,) * (like.ndim - 2))
 
 
-# -- which rectifier stands behind a neuron --------------------------------------------------------------------------
+# -- the rectifier that follows a neuron -----------------------------------------------------------------------------
 
-#: Nodes of autograd's graph that put every element in another place, and those that scale or shift each of them.
+#: Nodes of autograd's graph that move elements, and nodes that scale or shift each element.
 _MOVES = ("View", "UnsafeView", "Squeeze", "Unsqueeze", "Permute", "Transpose", "T")
 _SCALINGS = ("Mul", "Div", "Add", "Sub", "Rsub", "Neg", "Clone", "Alias", "ToCopy")
 
@@ -254,11 +253,10 @@ class _Neuron:
 
 
 def _linked(run: Run, neurons: list[tuple[Operation, _NeuronRule]]) -> Iterator[_Neuron | None]:
-    """The neurons with their operands, and where the rectifier behind each has a positive argument, if there is one.
+    """Yield each neuron with its operands and regime, or None if the output does not depend on it.
 
-    None for one that does not lead to the output.
-
-    Norms, scalings with constants and moves of all elements may lie between the two, nothing else.
+    The regime is True where the argument of the following rectifier is positive. Only norms, scalings by constants and
+    moves of all elements may come between the neuron and the rectifier.
     """
     by_operation: dict[int, Any] = {}
     activations: list[Any] = []
@@ -287,7 +285,7 @@ def _linked(run: Run, neurons: list[tuple[Operation, _NeuronRule]]) -> Iterator[
             if operation is None:
                 kind = below.name().rstrip("0123456789").removesuffix("Backward")
                 if kind in _MOVES:
-                    regime = below(regime.to(run.output.dtype)) > 0  # back to where they were
+                    regime = below(regime.to(run.output.dtype)) > 0  # undo the move
                 elif kind not in _SCALINGS:
                     break
                 continue

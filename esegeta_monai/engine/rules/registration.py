@@ -1,4 +1,4 @@
-"""Rules and operations that come from outside the package."""
+"""Registration of rules and operations from outside the package."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ __all__ = ["register_operation", "register_rule"]
 
 R = TypeVar("R", bound=type[Rule])
 REGISTRABLE = (Kind.MOVE, Kind.LINEAR, Kind.ACTIVATION, Kind.UNIVARIATE, Kind.PRODUCT)
-"""Kinds whose rules need to know nothing of an operation but its function."""
+"""Kinds whose rules need only the function of an operation."""
 
 
 def register_rule(cls: R, *, first_only: bool = False) -> R:
     """Add a relevance rule for operations with weights, under its class name, for use in LRP composites.
 
-    It is then a word of `esegeta_monai.methods.LRP`: ``LRP(composite={"convolution": "Mine", "dense": "Epsilon"})``. A
+    `esegeta_monai.methods.LRP` then accepts the name: ``LRP(composite={"convolution": "Mine", "dense": "Epsilon"})``. A
     class of the same module and name is replaced, so that a script can be run again.
 
     Args:
         cls: a dataclass whose fields are the rule's parameters, with the method of `esegeta_monai.engine.rules.Rule`.
-        first_only: the rule can be used for the first layer only, since it gives relevance that no multiplier of the
-            input can express.
+        first_only: True: the rule applies to the first layer only, because it returns relevance that no multiplier of
+            the input can express.
 
     Returns:
-        ``cls``, so that this may be a decorator.
+        ``cls``, so that the function can be used as a decorator.
 
     Raises:
-        UsageError: not a dataclass, no such method, or a name that another rule has.
+        UsageError: ``cls`` is no dataclass or lacks the method, or another rule has its name.
     """
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise UsageError(f"{cls!r}: give the class of a rule, a dataclass whose fields are its parameters")
@@ -56,18 +56,18 @@ def register_rule(cls: R, *, first_only: bool = False) -> R:
 def register_operation(function: Callable[..., Any], kind: Kind, **rules: Rule) -> None:
     """Add an operation that the engine does not know, so that rule-based methods run on networks that call it.
 
-    The kind gives every method its rule: an elementwise function (`Kind.UNIVARIATE`) has the quotient Δg / Δx in
-    DeepLIFT, (g(x) − g(0)) / x in LRP, and its derivative in guided backpropagation. An operation that has a rule
-    already keeps it: the same method and parameters always give the same map.
+    The kind determines the rule of every method: an elementwise function (`Kind.UNIVARIATE`) has the quotient Δg / Δx
+    in DeepLIFT, (g(x) − g(0)) / x in LRP, and its derivative in guided backpropagation. Operations of the engine keep
+    their rules, so that equal methods and parameters give equal maps.
 
     Args:
-        function: a torch function or a method of `torch.Tensor`; known as a function, as a method and in place.
-        kind: what it does; one of MOVE, LINEAR, ACTIVATION, UNIVARIATE and PRODUCT. ACTIVATION: guided backpropagation
-            and deconvolution act on it. LINEAR: without a constant term.
-        rules: rules that differ from the kind's, by `esegeta_monai.engine.rules.Family`.
+        function: a torch function or a method of `torch.Tensor`; covers the function, the method and the in-place form.
+        kind: MOVE, LINEAR, ACTIVATION, UNIVARIATE or PRODUCT. ACTIVATION: guided backpropagation and deconvolution act
+            on it. LINEAR: without a constant term.
+        rules: rules that replace those of the kind, by `esegeta_monai.engine.rules.Family`.
 
     Raises:
-        UsageError: no torch function, one that is known, another kind, an unknown family, or no rule.
+        UsageError: no torch function, a known one, another kind, an unknown family, or no rule.
 
     >>> register_operation(torch.i0, Kind.UNIVARIATE)
     """
@@ -94,7 +94,7 @@ def register_operation(function: Callable[..., Any], kind: Kind, **rules: Rule) 
 
 
 REGISTERED: dict[str, tuple[Kind, dict[str, str]]] = {}
-"""The operations added, by name, with their kind and the classes of their rules."""
+"""Registered operations: kind and the classes of their rules, by name."""
 
 
 def _check_backward(owner: str, backward: Any, *, bound: bool) -> None:

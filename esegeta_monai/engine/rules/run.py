@@ -1,4 +1,4 @@
-"""One explained pass: the forward under the rules, checked against the plain one, and a backward for every target."""
+"""One pass of a rule-based method: a checked forward pass under the rules and one backward pass per target."""
 
 from __future__ import annotations
 
@@ -12,31 +12,34 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.hooks import check_rows, first_tensor, handed_on, note_versions, with_first
+from esegeta_monai.engine.network.hooks import LayerCall, check_rows, first_tensor, on_output, with_first
 from esegeta_monai.engine.rules.mode import RuleMode, Rules
 from esegeta_monai.errors import InputError, MethodError, NetworkError
+from esegeta_monai.utils.upstream import compiled_original
 
 __all__ = ["Compare", "Forward", "LayerRelevance", "Relevance", "Run", "check_network"]
 
 Forward = Callable[[Tensor], Tensor]
 
 Compare = bool | Forward
-"""Whether the output under the rules is compared with the plain one, which takes a forward pass more; or what computes
-the plain one, of all windows or of the first ones."""
+"""True compares the output under the rules with the plain output, which costs one more forward pass; False does not.
 
-#: How far the output under the rules may lie from the plain output, relative to its largest value. Some operations are
-#: computed from their parts, so rounding differs.
+A function computes the plain output in place of the network, for all windows or the first ones.
+"""
+
+#: Permitted difference between the output under the rules and the plain output, relative to the largest value of the
+#: latter. Decomposed operations round differently.
 _AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 @dataclass(frozen=True)
 class LayerRelevance:
-    """What a method says at the output of one module.
+    """The result of a method at the output of one module.
 
     Attributes:
-        activation: the module's output, (n, …).
-        gradient: what arrives there by the method's rules, (k, n, …): a modified gradient, a multiplier, or relevance.
-        relevance: the attribution of the module's output, (k, n, …).
+        activation: output of the module, (n, …).
+        gradient: backward signal under the rules, (k, n, …): a modified gradient, a multiplier, or relevance.
+        relevance: attribution of the output, (k, n, …).
     """
 
     activation: Tensor
@@ -50,26 +53,30 @@ class Relevance:
 
     Attributes:
         input: attribution of the input, (k, n, C, *roi).
-        booked: relevance that stayed with biases and other constants, (k, n); zero for methods that have none.
-        output: the network's output, (n, K, …).
-        layers: the attribution at each requested module's output.
-        at_baseline: the network's output at the baseline, where there is one.
+        absorbed: relevance absorbed by biases and other constants, (k, n); zero for methods without absorption.
+        output: output of the network, (n, K, …).
+        layers: attribution at the output of each requested module.
+        at_baseline: output of the network for the baseline, (n, K, …); None for methods without one.
     """
 
     input: Tensor
-    booked: Tensor
+    absorbed: Tensor
     output: Tensor
     layers: Mapping[str, LayerRelevance] = field(default_factory=dict)
     at_baseline: Tensor | None = None
 
 
 def check_network(network: nn.Module) -> None:
-    """Raise :class:`NetworkError` where the rules could not see inside ``network``: TorchScript, compiled, half."""
+    """Check that rules can be applied to a network.
+
+    Raises:
+        NetworkError: it is TorchScript, compiled, or has half-precision weights.
+    """
     for name, module in network.named_modules():
         what = None
         if isinstance(module, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
             what = "a TorchScript module"
-        elif hasattr(module, "_orig_mod") and hasattr(module, "dynamo_ctx"):
+        elif compiled_original(module) is not None:
             what = "compiled by torch.compile"
         if what:
             raise NetworkError(
@@ -84,18 +91,20 @@ def check_network(network: nn.Module) -> None:
 
 
 class Run:
-    """The network's forward under rules, kept with its graph, ready for one backward pass per target.
+    """A forward pass under rules, kept with its graph for one backward pass per target.
 
     Args:
-        forward: windows (n, C, *roi) to outputs (n, K, …).
-        x: the windows.
+        forward: maps windows (n, C, *roi) to outputs (n, K, …).
+        x: windows (n, C, *roi), float32 or float64.
         rules: the method's rules.
         reference: a recorded pass (see :class:`RuleMode`).
-        layers: modules whose outputs are asked for.
+        layers: modules whose outputs are recorded.
         compare: see `Compare`.
 
     Raises:
-        MethodError: the output under the rules is not the plain one.
+        NetworkError: the rules cannot be applied to the network or to the dtype of the windows.
+        MethodError: the output under the rules differs from the plain one.
+        RuleError: an operation has no rule.
     """
 
     def __init__(
@@ -119,9 +128,9 @@ class Run:
                 start = self.leaf.clone()
                 with self.mode:
                     self.output = forward(self.mode.enter_input(start))
-        if not self.mode.seen(self.output):
+        if not self.mode.depends_on_input(self.output):
             raise NetworkError(
-                "the output was computed by something that the rule engine cannot see (TorchScript, a compiled "
+                "the output was computed by code that the rule engine cannot see (TorchScript, a compiled "
                 "function, a custom autograd.Function); use the eager network, or a perturbation method"
             )
         if compare is not False:
@@ -129,11 +138,15 @@ class Run:
             _check_agreement(output if compare is True else output[: len(plain)], plain)
 
     def backward(self, cotangents: Tensor, *, ends: bool = False) -> Iterator[tuple[Tensor, dict[str, Tensor], Any]]:
-        """For each target: what arrives at the input, at each layer, and the ledger of this pass.
+        """Yield per target: the signal at the input (n, C, *roi), the signals at the layers, the ledger of this pass.
 
         Args:
             cotangents: (k, n, K, …).
-            ends: nothing is asked of the graph after the last target, whose pass may free it as it goes.
+            ends: True: the pass of the last target may free the graph.
+
+        Raises:
+            InputError: the cotangents do not fit the output.
+            MethodError: the network overwrites a tensor that a rule needs.
         """
         if cotangents.shape[1:] != self.output.shape:
             raise InputError(
@@ -162,7 +175,11 @@ class Run:
 def record(
     forward: Forward, x: Tensor, rules: Rules, layers: Mapping[str, nn.Module]
 ) -> tuple[Any, dict[str, Tensor], Tensor]:
-    """A pass that only keeps the operands of the operations with a rule; the layers' outputs, and the network's."""
+    """Run a pass on windows ``x`` (n, C, *roi) that records the operands of the operations with a rule.
+
+    Returns:
+        The record, the outputs of the layers by name, and the output of the network (n, K, …).
+    """
     _check_input(forward, x)
     mode = RuleMode(rules, record=True)
     with torch.inference_mode(False), _eager(x), torch.no_grad(), _captured(layers, len(x)) as captured:
@@ -173,7 +190,7 @@ def record(
 
 
 def _copy(x: Tensor) -> Tensor:
-    """A plain tensor (no MetaTensor) that the network may write into."""
+    """Copy to a plain tensor (no MetaTensor) that the network may write into."""
     return x.detach().clone().as_subclass(Tensor)
 
 
@@ -199,7 +216,7 @@ def _check_agreement(output: Tensor, plain: Tensor) -> None:
 
 @contextmanager
 def _eager(x: Tensor) -> Iterator[None]:
-    """Full precision, nothing compiled, and no activation checkpointing, which would recompute outside the mode."""
+    """Switch off autocast, compilation, and activation checkpointing, which would recompute outside the mode."""
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         options = ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
@@ -213,7 +230,7 @@ def _eager(x: Tensor) -> Iterator[None]:
 
 @contextmanager
 def _no_saved_tensor_hooks() -> Iterator[None]:
-    """Refuse what :func:`_eager` could not switch off: checkpointing through a name imported earlier."""
+    """Reject checkpointing through a name imported earlier, which :func:`_eager` cannot switch off."""
     message = "activation checkpointing hides operations from the rule engine; switch use_checkpoint off"
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks(message):
@@ -226,42 +243,30 @@ def _no_saved_tensor_hooks() -> Iterator[None]:
 
 @contextmanager
 def _captured(layers: Mapping[str, nn.Module], windows: int) -> Iterator[dict[str, Tensor]]:
-    """The outputs of ``layers`` as they leave the module, safe from a later write in place. Hooks are removed again.
+    """Record the outputs of ``layers`` by hooks while the block runs, protected from later in-place writes.
 
     Raises:
-        MethodError: a layer that runs twice or not at all.
-        NetworkError: one that gives no tensor, or other rows than the windows.
+        MethodError: a layer runs twice or not at all.
+        NetworkError: its output is no tensor, or its first axis is not the windows.
     """
     captured: dict[str, Tensor] = {}
-    before: dict[str, list[int]] = {}
 
-    def keep(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-            value = first_tensor(name, output)
-            check_rows(name, value, windows)
-            if name in captured:
-                raise MethodError(f"layer {name} runs twice in one pass; choose the layer around it")
-            if handed_on(value, inputs, before[name]):  # else the input's other uses would count as the layer's
-                captured[name] = value.clone()
-                return with_first(output, captured[name].clone())
-            if any(value is tensor for tensor in inputs):  # written in place: the input object goes on
-                captured[name] = value.clone()
-                value.copy_(captured[name])
-                return output
-            captured[name] = value
-            return with_first(output, value.clone())
+    def record(call: LayerCall) -> Any:
+        value = first_tensor(call.name, call.output)
+        check_rows(call.name, value, windows)
+        if call.name in captured:
+            raise MethodError(f"layer {call.name} runs twice in one pass; choose the layer around it")
+        if call.returns_argument(value):  # otherwise other uses of the input would count as uses of the layer
+            value = value.clone()
+        elif any(value is argument for argument in call.args):  # in place: the network goes on with the input object
+            captured[call.name] = value.clone()
+            value.copy_(captured[call.name])
+            return call.output
+        captured[call.name] = value
+        return with_first(call.output, value.clone())
 
-        return hook
-
-    handles = []
-    for name, module in layers.items():
-        handles.append(note_versions(module, name, before))
-        handles.append(module.register_forward_hook(keep(name)))
-    try:
+    with on_output(layers, record):
         yield captured
         missing = [name for name in layers if name not in captured]
         if missing:
             raise MethodError(f"layer {missing[0]} did not run in this forward pass; choose another layer")
-    finally:
-        for handle in handles:
-            handle.remove()

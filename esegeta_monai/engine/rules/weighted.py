@@ -1,8 +1,8 @@
-"""The relevance rules of operations with weights (convolutions and linear layers): one small class a rule.
+"""The relevance rules of operations with weights (convolutions and linear layers): one small class per rule.
 
-With z = Wx + b, the relevance R = z · m of an output goes to its inputs in proportion to their contributions under
-modified weights; where there is nothing to divide by, R is booked. Each rule names, in its docstring, the share of
-input i in the relevance of output j.
+With z = Wx + b, the relevance R = z · m of an output is distributed over its inputs in proportion to their
+contributions under modified weights; if the denominator is zero, R is absorbed. The docstring of each rule states the
+share of input i in the relevance of output j.
 """
 
 from __future__ import annotations
@@ -31,40 +31,58 @@ __all__ = [
 
 
 def apply_weights(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The operation with other weights: W ∗ x + b in the geometry of the original call."""
+    """Apply the operation with other weights: W ∗ x + b with the stride, padding, … of the original call.
+
+    Args:
+        operation: a convolution or linear layer.
+        x: input of the shape that the operation reads.
+        weight, bias: shaped like those of the operation.
+    """
     result: Tensor = operation.func(**{**operation.arguments, "input": x, "weight": weight, "bias": bias})
     return result
 
 
 @dataclass(frozen=True)
 class Part:
-    """Contributions of a part of the input (given by its values) through a part of the weights."""
+    """A part of the input values and a part of the weights that it passes through."""
 
     value: Tensor
     weight: Tensor
 
     def contributions(self, operation: Operation) -> tuple[Tensor, Tensor]:
-        """The value as a leaf, and what it contributes to each output, with a graph between the two."""
+        """Return the value as a leaf and its contributions, of the shape of the output, connected by a graph."""
         with torch.enable_grad():
             leaf = self.value.detach().requires_grad_()
             return leaf, apply_weights(operation, leaf, self.weight)
 
 
 def ratio(relevance: Tensor, total: Tensor) -> Tensor:
-    """relevance / total, and 0 where the total is too small to divide by."""
+    """Return relevance / total, elementwise and of their shape; 0 where the total is too small to divide by."""
     info = torch.finfo(total.dtype)
     small = total.abs() <= info.tiny / info.eps
     return torch.where(small, 0.0, relevance / torch.where(small, 1.0, total))
 
 
 def distribute_shares(operation: Operation, parts: list[Part], relevance: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """For each part, Wᵀ(R / Z) with Z the sum of all contributions and the bias; what the bias receives is booked."""
+    """Return Wᵀ(R / Z) for each part, with Z the sum of all contributions and the bias.
+
+    The ledger of the operation receives the share that the bias absorbs.
+
+    Args:
+        operation: a convolution or linear layer.
+        parts: the parts of input and weights.
+        relevance: R, of the shape of the output.
+        bias: (output channels,), or None.
+
+    Returns:
+        One tensor per part, of the shape of the input; the relevance is its product with ``part.value``.
+    """
     pairs = {i: part.contributions(operation) for i, part in enumerate(parts) if i == 0 or bool(part.value.any())}
     total = torch.stack([contribution.detach() for _, contribution in pairs.values()]).sum(0)
     offset = 0.0 if bias is None else _along_channels(operation, bias, total)
     total = total + offset
     share = ratio(relevance, total)
-    operation.ledger.book(torch.where(share == 0, relevance, share * offset))
+    operation.ledger.absorb(torch.where(share == 0, relevance, share * offset))
     arriving = {i: torch.autograd.grad(contribution, leaf, share)[0] for i, (leaf, contribution) in pairs.items()}
     return [arriving.get(i, torch.zeros_like(part.value)) for i, part in enumerate(parts)]  # a zero part adds nothing
 
@@ -90,7 +108,7 @@ def _negative(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Epsilon:
-    """R_i = Σ_j x_i w_ij / (z_j + ε sign z_j) R_j (Bach 2015); ε = 0 is LRP-0. What ε and b absorb is booked."""
+    """R_i = Σ_j x_i w_ij / (z_j + ε sign z_j) R_j (Bach 2015); ε = 0 is LRP-0. ε and b absorb the rest."""
 
     epsilon: float = 1e-6
 
@@ -107,16 +125,16 @@ class Epsilon:
         total = z.detach() + offset
         stabiliser = self.epsilon * torch.where(total < 0, -1.0, 1.0).to(total.dtype)
         kept = gradient if self.epsilon == 0 else gradient * (total / (total + stabiliser))
-        operation.ledger.book(kept * offset + (gradient - kept) * total)
+        operation.ledger.absorb(kept * offset + (gradient - kept) * total)
         return torch.autograd.grad(z, leaf, kept)
 
 
 @dataclass(frozen=True)
 class Gamma:
-    """R_i = Σ_j (c_ij + γ c_ij⁺) / Σ_i (…) R_j with c_ij = x_i w_ij, the favoured sign being that of z_j.
+    """R_i = Σ_j (c_ij + γ c_ij⁺) / Σ_i (…) R_j with c_ij = x_i w_ij; the favoured sign is that of z_j.
 
-    Montavon 2019 for x ≥ 0; for inputs of both signs the positive contributions of a positive output are favoured, and
-    the negative contributions of a negative output.
+    This is the rule of Montavon 2019 for x ≥ 0. For inputs of both signs, a positive output favours its positive
+    contributions and a negative output its negative ones.
     """
 
     gamma: float = 0.25
@@ -173,14 +191,14 @@ class AlphaBeta:
 
 @dataclass(frozen=True)
 class ZPlus(AlphaBeta):
-    """R_i = Σ_j c_ij⁺ / Σ_i c_ij⁺ R_j: only what raises an output shares its relevance (α = 1, β = 0)."""
+    """R_i = Σ_j c_ij⁺ / Σ_i c_ij⁺ R_j: only inputs that raise an output share its relevance (α = 1, β = 0)."""
 
     alpha: float = 1.0
     beta: float = 0.0
 
 
 class _Direct:
-    """A rule that gives relevance, not a multiplier: x · m could not express relevance where x = 0."""
+    """Base of rules that return relevance instead of a multiplier: x · m cannot express relevance where x = 0."""
 
     def backward(
         self, operation: Operation, operands: tuple[Tensor, ...], gradient: Tensor
@@ -192,7 +210,7 @@ class _Direct:
         return (None,)
 
     def distribute(self, operation: Operation, x: Tensor, weight: Tensor, relevance: Tensor) -> Tensor:
-        """The relevance of every input."""
+        """Return the relevance of each input, of the shape of x."""
         raise NotImplementedError
 
 
@@ -225,8 +243,8 @@ class ZBox(_Direct):
         low, high = (torch.ones_like(x) * bound for bound in (self.low, self.high))
         if bool((x < low).any() | (x > high).any()):
             raise MethodError(
-                f"ZBox: the input has values from {float(x.min()):.4g} to {float(x.max()):.4g}, outside of its box: "
-                "give low and high that hold them, or neither, for the image's own range"
+                f"ZBox: the input values from {float(x.min()):.4g} to {float(x.max()):.4g} are outside of its box: "
+                "give low and high that include them, or neither, which takes the range of the image"
             )
         parts = [Part(x, weight), Part(low, -weight.clamp(min=0)), Part(high, -weight.clamp(max=0))]
         return sum(

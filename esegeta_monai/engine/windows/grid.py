@@ -18,20 +18,25 @@ __all__ = ["OutputGrid"]
 
 
 WEIGHTS_BYTES, KEPT = 4 * 2**20, 16
-"""Memory for blending weights of windows that are small enough for so many of them: they are asked for again and
-again, and a small window's network takes little longer."""
+"""Size of the cache of blending weights in bytes, used if at least KEPT windows fit.
+
+Weights are read repeatedly, and computing them for a small window takes about as long as its network pass.
+"""
 
 
 class OutputGrid:
     """The grid of the prediction and the blending weights on it.
 
-    For most networks it is the volume's own grid. A network whose output is smaller or larger than its window by a
-    factor gets MONAI's scaled coordinates.
+    For most networks it is the grid of the volume. If the output of a network is smaller or larger than its window by a
+    factor, the grid has MONAI's scaled coordinates.
 
     Args:
         plan: the window plan.
         out_roi: spatial shape of the network's output for one window; empty for a classification network.
-        dtype, device: of the blending weights.
+        dtype, device: dtype and device of the blending weights.
+
+    Raises:
+        NetworkError: the output has another number of axes than the window, or windows fall on fractions of voxels.
     """
 
     def __init__(
@@ -47,7 +52,7 @@ class OutputGrid:
         if len(self.out_roi) != len(plan.roi):
             raise NetworkError(
                 f"the network gives an output of spatial shape {self.out_roi} for windows {plan.roi}: a sliding "
-                "window needs one value a voxel; explain a classification network with SimpleInferer"
+                "window needs one value per voxel; explain a classification network with SimpleInferer"
             )
         assert plan.importance is not None
         importance = plan.importance.to(device, dtype)
@@ -78,11 +83,11 @@ class OutputGrid:
 
     @property
     def size(self) -> int:
-        """Voxels of a window's output."""
+        """Number of voxels of a window's output."""
         return math.prod(self.out_roi)
 
     def place(self, window: int) -> Slices:
-        """The window's output on the prediction's grid, padding aside."""
+        """Return the place of a window's output on the prediction's grid, without padding."""
         return self._slices[0] if self.plan.whole else self._places[window]
 
     @functools.cached_property
@@ -91,7 +96,7 @@ class OutputGrid:
         return [unpadded(window, lows, self.shape) for window in self._slices]
 
     def inside(self, window: int) -> Slices:
-        """The part of the window's output (*out_roi) that is no padding: what `place` receives."""
+        """Return the part of a window's output (*out_roi) that is no padding; its place is `place`."""
         if self.plan.whole:
             return self._slices[0]
         return tuple(
@@ -100,13 +105,13 @@ class OutputGrid:
         )
 
     def weight(self, window: int, part: Slices | None = None) -> Tensor:
-        """``ĝ_w`` (*out_roi), or a part of it: the importance map over the sum of all windows' maps."""
+        """Return ``ĝ_w`` (*out_roi), or a part of it: the importance map divided by the sum over all windows."""
         if self._count is None or KEPT * self._weight.nbytes > WEIGHTS_BYTES:
             return self._weight_of(window, part)
         if window not in self._weights:
             if (len(self._weights) + 1) * self._weight.nbytes > WEIGHTS_BYTES:
                 self._weights.clear()
-            with torch.inference_mode(False):  # whoever asks first, another one may need it in a graph
+            with torch.inference_mode(False):  # a later caller may need it in a graph
                 self._weights[window] = self._weight_of(window, None)
         return self._weights[window] if part is None else self._weights[window][part]
 
@@ -118,37 +123,37 @@ class OutputGrid:
         return importance / (count if part is None else count[part])
 
     def unblended(self) -> OutputGrid:
-        """The same grid with weights of one: what a single window gives is the prediction."""
+        """Return the same grid with weights of one: the output of a single window is the prediction."""
         other = copy.copy(self)
         other._weight, other._count = torch.ones_like(self._weight), None
         return other
 
     def windows_of(self, box: Slices, mask: Tensor | None = None) -> list[int]:
-        """The windows whose output holds a voxel of ``mask``, which lies in ``box`` of the prediction's grid."""
+        """List the windows whose output contains a voxel of a box of the prediction's grid, or of ``mask`` (*box)."""
         if self.plan.whole:
             return [0]
-        found = []
+        windows = []
         for w in range(len(self.plan)):
             place = self.place(w)
             if overlap(place, box) and (mask is None or bool(torch.count_nonzero(mask[_relative(place, box)]))):
-                found.append(w)
-        return found
+                windows.append(w)
+        return windows
 
     def cut(self, values: Tensor, box: Slices, window: int) -> Tensor:
-        """Values (…, *box) on the prediction's grid cut to the window's output (…, *out_roi), zero elsewhere."""
+        """Cut values (…, *box) on the prediction's grid to the window's output (…, *out_roi); zero outside the box."""
         cut = values.new_zeros((*values.shape[: values.ndim - len(box)], *self.out_roi))
         target, source = self.meet(box, window)
         cut[last_axes(target)] = values[last_axes(source)]
         return cut
 
     def blend(self, values: Tensor, box: Slices, window: int, output: Tensor) -> None:
-        """Adds ``ĝ_w`` times the window's output (…, *out_roi) into values (…, *box) in place."""
+        """Add ``ĝ_w`` times the window's output (…, *out_roi) to values (…, *box) in place."""
         source, target = self.meet(box, window)
-        seen = output[last_axes(source)].to(values.device, values.dtype)
-        values[last_axes(target)].addcmul_(seen, self.weight(window, source).to(values.device, values.dtype))
+        part = output[last_axes(source)].to(values.device, values.dtype)
+        values[last_axes(target)].addcmul_(part, self.weight(window, source).to(values.device, values.dtype))
 
     def meet(self, box: Slices, window: int) -> tuple[Slices, Slices]:
-        """The part that a box and the window's output have in common: in the window, and in the box."""
+        """Return the intersection of a box and the window's output, in coordinates of the window and of the box."""
         place, inside = self.place(window), self.inside(window)
         common = [slice(max(p.start, b.start), max(min(p.stop, b.stop), p.start, b.start)) for p, b in zip(place, box)]
         in_window = tuple(

@@ -19,17 +19,24 @@ from monai.inferers import (
     SlidingWindowInfererAdapt,
     SlidingWindowSplitter,
 )
-from monai.inferers.utils import _get_scan_interval, sliding_window_inference
+from monai.inferers.utils import sliding_window_inference
 from monai.utils import ensure_tuple_rep, fall_back_tuple
 
 from esegeta_monai.engine.windows.plan import WindowPlan
 from esegeta_monai.errors import NetworkError
+from esegeta_monai.utils.upstream import scan_interval, splitter_padding, splitter_parameters
 
 __all__ = ["as_inferer", "plan_windows"]
 
 
 def as_inferer(inferer: Any) -> Any:
-    """An inferer object from None (`SimpleInferer`) or ``functools.partial(sliding_window_inference, …)``."""
+    """Return an inferer object for None (`SimpleInferer`) or ``functools.partial(sliding_window_inference, …)``.
+
+    Any other inferer is returned unchanged.
+
+    Raises:
+        NetworkError: the partial function binds ``process_fn`` or a predictor.
+    """
     if inferer is None:
         return SimpleInferer()
     if isinstance(inferer, functools.partial) and inferer.func is sliding_window_inference and not inferer.args:
@@ -39,7 +46,7 @@ def as_inferer(inferer: Any) -> Any:
         if process_fn is not None or predictor is not None:
             raise NetworkError(
                 "sliding_window_inference with process_fn or a bound predictor is not supported: give a "
-                "SlidingWindowInferer, or wrap what process_fn does into the network"
+                "SlidingWindowInferer, or include the work of process_fn in the network"
             )
         built = SlidingWindowInferer(**options)
         built.roi_weight_map = roi_weight_map
@@ -55,17 +62,17 @@ _SLIDING: tuple[Callable[..., Any], ...] = (
 
 
 def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype = torch.float32) -> WindowPlan:
-    """The window plan of an inferer for a volume.
+    """Return the window plan of an inferer for a volume.
 
-    `SimpleInferer` is one window of the whole volume; `SlidingWindowInferer`, `SlidingWindowInfererAdapt` and
-    `SliceInferer` give their windows, and so does a `PatchInferer` that averages what a `SlidingWindowSplitter` cuts
-    (then ĝ_w is one over the patches at a voxel). Any other callable is one window too, with a warning that names the
-    reason and the cost.
+    `SimpleInferer` has one window, the whole volume. `SlidingWindowInferer`, `SlidingWindowInfererAdapt` and
+    `SliceInferer` have their windows, and so has a `PatchInferer` that averages the patches of a
+    `SlidingWindowSplitter` (ĝ_w is then 1 / number of patches at a voxel). Any other callable is treated as one window;
+    a warning names the reason and the cost.
 
     Args:
-        inferer: as `as_inferer` returns it.
-        spatial_shape: of the volume.
-        dtype: in which MONAI would compute (that of the image): the importance map is made in it.
+        inferer: result of `as_inferer`.
+        spatial_shape: spatial shape of the volume.
+        dtype: dtype of the image, in which MONAI computes the importance map.
 
     Raises:
         NetworkError: the inferer's windows do not fit the dimensions of the volume, or leave part of it out.
@@ -81,8 +88,8 @@ def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype 
             if isinstance(plan, WindowPlan):
                 return plan
             warnings.warn(
-                f"{type(inferer).__name__} {plan}: it is explained as one window of {shape}, so the memory of a "
-                "backward pass through the whole volume is needed; SlidingWindowInferer needs that of one window batch",
+                f"{type(inferer).__name__} {plan}: it is explained as one window of {shape}, which needs the memory of "
+                "a backward pass through the whole volume; SlidingWindowInferer needs that of one window batch",
                 stacklevel=2,
             )
         return WindowPlan(shape, shape, (tuple(slice(0, n) for n in shape),), ((0, 0),) * len(shape), whole=True)
@@ -104,7 +111,7 @@ def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype 
     pads = tuple((d // 2, d - d // 2) for d in diff)
     padded = tuple(n + d for n, d in zip(shape, diff))
     overlap = ensure_tuple_rep(inferer.overlap, len(shape))
-    interval = _get_scan_interval(padded, roi, len(shape), overlap)
+    interval = scan_interval(padded, roi, overlap)
     slices = tuple(
         tuple(slice(int(s.start), int(s.stop)) for s in place) for place in dense_patch_slices(padded, roi, interval)
     )
@@ -127,27 +134,28 @@ def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype 
 
 
 def _patches(inferer: PatchInferer, shape: tuple[int, ...], dtype: torch.dtype) -> WindowPlan | str:
-    """The windows of a `PatchInferer` whose merging is linear and whose padding is a plan's; else why they are not.
+    """Return the window plan of a `PatchInferer`, or the reason why a plan cannot represent it.
+
+    A plan requires a linear merger and padding like that of a sliding window.
 
     Raises:
-        NetworkError: the patches leave voxels out, where `AvgMerger` divides by zero.
+        NetworkError: the patches do not cover some voxels, where `AvgMerger` divides by zero.
     """
     splitter = inferer.splitter
     if type(splitter) is not SlidingWindowSplitter or splitter.filter_fn is not None:
         return "does not split by a plain SlidingWindowSplitter"
     if inferer.merger_cls is not AvgMerger or {"merged_shape", "cropped_shape"} & set(inferer.merger_kwargs):
-        return f"merges by {inferer.merger_cls.__name__} with settings of its own, no plain AvgMerger"
+        return f"merges by {inferer.merger_cls.__name__} with settings of its own, not by a plain AvgMerger"
     if inferer.preprocessing or inferer.postprocessing or inferer.output_keys:
         return "transforms patches, or keeps several outputs"
-    roi, overlap, offset = splitter._get_valid_shape_parameters(shape)
+    roi, overlap, offset = splitter_parameters(splitter, shape)
     roi = tuple(r or n for r, n in zip(roi, shape))
-    sizes, _ = splitter._calculate_pad_size(shape, len(shape), roi, offset, overlap)
-    pads = tuple(zip(sizes[1::2], sizes[::2]))
+    pads = tuple(splitter_padding(splitter, shape, roi, offset, overlap))
     padded = tuple(n + lo + hi for n, (lo, hi) in zip(shape, pads))
     if any((lo or hi) and n != r for (lo, hi), n, r in zip(pads, padded, roi)):
         return "pads behind its last patches"
     if any(pads) and not inferer.match_spatial_shape:
-        return "gives the padding out as part of the prediction"
+        return "returns the padding as part of the prediction"
     starts = itertools.product(*_starts(padded, roi, [o + lo for o, (lo, _) in zip(offset, pads)], overlap))
     slices = tuple(tuple(slice(a, a + r) for a, r in zip(start, roi)) for start in starts)
     plan = WindowPlan(
@@ -169,6 +177,6 @@ def _patches(inferer: PatchInferer, shape: tuple[int, ...], dtype: torch.dtype) 
 
 
 def _starts(padded: Sequence[int], roi: Sequence[int], offset: Sequence[int], overlap: Sequence[float]) -> list[range]:
-    """Where patches begin along each axis, as `monai.data.utils.iter_patch_position` has it."""
+    """Return the first voxels of patches along each axis, like `monai.data.utils.iter_patch_position`."""
     steps = [round(r * (1.0 - o)) if isinstance(o, float) else r - o for r, o in zip(roi, overlap)]
     return [range(first, n - r + 1, step) for first, n, r, step in zip(offset, padded, roi, steps)]

@@ -1,12 +1,12 @@
-"""The window plan: where the windows lie, how they are padded, and how their outputs are blended.
+"""The window plan: the places of the windows, their padding, and the blending of their outputs.
 
 It reproduces MONAI's ``sliding_window_inference`` exactly,
 
     P(v) = Σ_w ĝ_w(v) · f(x_w)(v),        ĝ_w = g_w / Σ_w g_w,
 
-but keeps cutting, blending and their adjoints apart, so that a method can do one window batch after the other.
-Nothing here ever holds a padded volume: along an axis that MONAI pads, every window spans the whole axis, so that
-padding each cut-out window is the same as cutting the padded volume.
+but separates cutting, blending and their adjoints, so that a method can process one window batch after the other.
+No padded volume is ever stored: along an axis that MONAI pads, every window spans the whole axis, so padding each
+cut-out window gives the same values as cutting the padded volume.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class WindowPlan:
     """The windows of one volume.
 
     Attributes:
-        spatial_shape: of the volume, without padding.
+        spatial_shape: spatial shape of the volume, without padding.
         roi: shape of a window.
-        slices: each window's place in padded coordinates, in MONAI's order.
-        pads: (before, after) a spatial axis.
-        padding_mode, cval: as in `torch.nn.functional.pad`.
+        slices: place of each window in padded coordinates, in MONAI's order.
+        pads: padding (before, after) in voxels, per spatial axis.
+        padding_mode, cval: mode and value of `torch.nn.functional.pad`.
         importance: g (*roi), or None for a single window that covers the volume.
-        batch_size: windows a forward pass, ``sw_batch_size``.
+        batch_size: windows per forward pass, ``sw_batch_size``.
         slice_axis: the axis that a 2D network does not see (`SliceInferer`), or None.
-        with_coord: whether the network is given the window's coordinates.
-        whole: the network (or an inferer we do not know) sees the volume at once; nothing is blended.
+        with_coord: True: the network receives the coordinates of the window.
+        whole: True: the network (or an unknown inferer) sees the volume at once, without blending.
     """
 
     spatial_shape: tuple[int, ...]
@@ -64,7 +64,7 @@ class WindowPlan:
 
     @property
     def padded(self) -> bool:
-        """Whether the volume is smaller than the window along some axis."""
+        """True if the volume is padded along some axis."""
         return any(lo or hi for lo, hi in self.pads)
 
     @property
@@ -73,7 +73,7 @@ class WindowPlan:
         return tuple(n + lo + hi for n, (lo, hi) in zip(self.spatial_shape, self.pads))
 
     def place(self, window: int) -> Slices:
-        """The window's part of the unpadded volume."""
+        """Return the part of the unpadded volume in a window."""
         return self._places[window]
 
     @functools.cached_property
@@ -82,7 +82,7 @@ class WindowPlan:
         return [unpadded(window, lows, self.spatial_shape) for window in self.slices]
 
     def pad(self, values: Tensor, *, cval: float | None = None) -> Tensor:
-        """Pads a cut-out (…, *place) to (…, *roi) as MONAI pads the volume; differentiable."""
+        """Pad a cut-out (…, *place) to (…, *roi) like MONAI; differentiable. ``cval`` replaces the constant."""
         if not self.padded:
             return values
         amounts = [p for lo_hi in reversed(self.pads) for p in lo_hi]
@@ -92,11 +92,15 @@ class WindowPlan:
         return padded.reshape(*values.shape[: -len(self.roi)], *padded.shape[-len(self.roi) :])
 
     def cut(self, volume: Tensor, window: int) -> Tensor:
-        """The window of a volume (…, *spatial), padded: (…, *roi)."""
+        """Cut a window out of a volume (…, *spatial) and pad it: (…, *roi)."""
         return self.pad(volume[last_axes(self.place(window))])
 
     def add(self, volume: Tensor, window: int, values: Tensor) -> Tensor:
-        """The adjoint of `cut`: adds (…, *roi) into a volume in place; returns what fell on constant padding (…)."""
+        """Add values (…, *roi) to a volume (…, *spatial) in place, the adjoint of `cut`.
+
+        Returns:
+            The sum of the values on constant padding, (…).
+        """
         lost = values.new_zeros(values.shape[: -len(self.roi)])
         if self.padded:
             before = values.flatten(-len(self.roi)).sum(-1)
@@ -115,25 +119,25 @@ class WindowPlan:
         return folded
 
     def touched(self, box: Slices) -> list[int]:
-        """The windows that hold a voxel of a box of the unpadded volume."""
+        """List the windows that contain a voxel of a box of the unpadded volume."""
         return [w for w in range(len(self)) if overlap(self.place(w), box)]
 
     def coordinates(self, window: int) -> list[slice]:
-        """What MONAI passes to a network under ``with_coord=True``, in padded coordinates."""
+        """Return the argument that MONAI passes to a network under ``with_coord=True``, in padded coordinates."""
         return [slice(0, 1), slice(None), *self.slices[window]]
 
     def single(self) -> WindowPlan:
-        """One window alone, padded as it is in this plan: what the network sees at once."""
+        """Return the plan of one window alone, with the padding of this plan."""
         if len(self) == 1:
             return self
         shape = tuple(min(n, r) for n, r in zip(self.spatial_shape, self.roi))
         return replace(self, spatial_shape=shape, slices=(tuple(slice(0, r) for r in self.roi),))
 
     def resized(self, shape: Sequence[int]) -> WindowPlan:
-        """The same windows at the same distances over a volume that is not larger along any axis.
+        """Return the plan of the same windows at the same distances for a volume that is not larger along any axis.
 
-        One that is smaller than the window (for a network that sees the whole volume: than that volume) is padded with
-        its own edge.
+        A volume smaller than the window (or, if the network sees the whole volume, than that volume) is padded by
+        replicating its edge.
         """
         pads = tuple(((r - n) // 2, r - n - (r - n) // 2) if r > n else (0, 0) for r, n in zip(self.roi, shape))
         if self.whole:
@@ -147,29 +151,30 @@ class WindowPlan:
 
     @functools.cached_property
     def coverage(self) -> float:
-        """Share of the volume's voxels that some window holds (always 1 for MONAI's dense windows)."""
-        seen = torch.zeros(self.spatial_shape, dtype=torch.bool)
+        """Share of the volume's voxels in at least one window (always 1 for MONAI's dense windows)."""
+        covered = torch.zeros(self.spatial_shape, dtype=torch.bool)
         for w in range(len(self)):
-            seen[self.place(w)] = True
-        return int(torch.count_nonzero(seen)) / seen.numel()
+            covered[self.place(w)] = True
+        return int(torch.count_nonzero(covered)) / covered.numel()
 
 
 def last_axes(slices: Slices) -> tuple[Any, ...]:
-    """An index of the last axes."""
+    """Return an index of the last axes."""
     return (..., *slices)
 
 
 def picked(positions: list[int]) -> list[int] | slice:
-    """Positions along an axis as an index, which copies nothing where they are neighbours in order."""
+    """Return positions along an axis as an index; a slice, which avoids a copy, if they are consecutive."""
     first = positions[0]
     last = first + len(positions)
     return slice(first, last) if positions == list(range(first, last)) else positions
 
 
 def unpadded(window: Slices, lows: Sequence[int], shape: Sequence[int]) -> Slices:
-    """The part of a window of the padded volume that is none of the padding, in the unpadded one."""
+    """Convert a window of the padded volume to unpadded coordinates, without its padding."""
     return tuple(slice(max(s.start - lo, 0), min(s.stop - lo, n)) for s, n, lo in zip(window, shape, lows))
 
 
 def overlap(a: Slices, b: Slices) -> bool:
+    """Return True if two boxes have a voxel in common."""
     return all(p.start < q.stop and q.start < p.stop for p, q in zip(a, b))

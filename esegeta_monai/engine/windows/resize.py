@@ -1,4 +1,4 @@
-"""Interpolation by one small matrix an axis: many times faster than `torch.nn.functional.interpolate` in 3D."""
+"""Interpolation by one small matrix per axis: many times faster than `torch.nn.functional.interpolate` in 3D."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ __all__ = ["area_matrix", "interpolate", "line_matrix"]
 
 @functools.lru_cache(maxsize=1024)
 def line_matrix(start: int, stop: int, cells: int, extent: int, dtype: torch.dtype) -> Tensor:
-    """Linear interpolation from ``cells`` values, stretched over ``extent`` voxels, to the voxels ``start`` … ``stop``.
+    """Return the matrix (voxels, cells) of linear interpolation from cells to the voxels ``start`` … ``stop`` − 1.
 
-    The convention is that of `torch.nn.functional.interpolate` with ``align_corners=False``. (voxels, cells).
+    The ``cells`` values are stretched over ``extent`` voxels by the convention of `torch.nn.functional.interpolate`
+    with ``align_corners=False``.
     """
     voxels = torch.arange(start, stop, dtype=torch.float64)
     at = ((voxels + 0.5) * cells / extent - 0.5).clamp(0, cells - 1)
@@ -24,9 +25,9 @@ def line_matrix(start: int, stop: int, cells: int, extent: int, dtype: torch.dty
 
 @functools.lru_cache(maxsize=1024)
 def area_matrix(voxels: int, cells: int, dtype: torch.dtype) -> Tensor:
-    """The mean of the cells that each voxel meets: ``mode="area"`` of `torch.nn.functional.interpolate`.
+    """Return the matrix (voxels, cells) that averages the cells in each voxel.
 
-    (voxels, cells).
+    It equals ``mode="area"`` of `torch.nn.functional.interpolate`.
     """
     matrix = torch.zeros(voxels, cells, dtype=torch.float64)
     for voxel in range(voxels):
@@ -36,7 +37,7 @@ def area_matrix(voxels: int, cells: int, dtype: torch.dtype) -> Tensor:
 
 
 def interpolate(values: Tensor, matrices: Sequence[Tensor]) -> Tensor:
-    """Values (..., *cells) by one matrix (voxels, cells) for each of the last axes: (..., *voxels)."""
+    """Multiply values (..., *cells) by one matrix (voxels, cells) per last axis: (..., *voxels)."""
     for axis, matrix in zip(range(-1, -len(matrices) - 1, -1), reversed(matrices)):
         matrix = matrix.to(values)
         if axis == -1:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,7 +38,6 @@ Layers = str | Sequence[str] | None
 LayerPasses = Generator[Request, Any, Tensor]
 
 
-@dataclass(eq=False, repr=False)
 class _Cam(Method):
     """What all class activation maps share.
 
@@ -55,7 +53,6 @@ class _Cam(Method):
 
     layer: Layers = None
     relu: bool = True
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +91,6 @@ def check_layers(objective: Objective, layer: Layers) -> tuple[str, ...]:
     return tuple(dict.fromkeys(check_layer(objective, name) for name in layer))
 
 
-@dataclass(eq=False, repr=False)
 class GradCam(_Cam):
     """``ReLU(Σ_c α_c A_c)`` with ``α_c`` the mean of ``∂F/∂A_c`` over the layer's positions (Selvaraju et al. 2017).
 
@@ -120,7 +116,6 @@ class GradCam(_Cam):
         return (yield BlendedActivations(layer, weights))
 
 
-@dataclass(eq=False, repr=False)
 class GradCamPlusPlus(_Cam):
     """``ReLU(Σ_c w_c A_c)`` with ``w_c = Σ_p α_cp ReLU(g_cp)``, ``α = g² / (2 g² + g³ Σ_q A_cq)``, g = ∂F/∂A
     (Chattopadhay et al. 2018, equation 19; their common factor exp(F) is left out, as it overflows for sums over many
@@ -146,7 +141,6 @@ class GradCamPlusPlus(_Cam):
         return (yield BlendedActivations(layer, weights))
 
 
-@dataclass(eq=False, repr=False)
 class XGradCam(_Cam):
     """``ReLU(Σ_c w_c A_c)`` with ``w_c = Σ_p A_cp ∂F/∂A_cp / Σ_p A_cp`` (Fu et al. 2020).
 
@@ -173,7 +167,6 @@ def _ask(request: Request) -> Generator[Request, Any, Any]:
     return (yield request)
 
 
-@dataclass(eq=False, repr=False)
 class EigenCam(_Cam):
     """``ReLU(Σ_c v_c A_c)`` with v the first principal direction of the activations (Muhammad & Yeasin 2020).
 
@@ -200,7 +193,6 @@ class EigenCam(_Cam):
         return (yield BlendedActivations(layer, direction.expand(objective.n_targets, -1)))
 
 
-@dataclass(eq=False, repr=False)
 class HiResCam(_Cam):
     """``ReLU(Σ_c A_c ∂F/∂A_c)``, position by position (Draelos & Carin 2020).
 
@@ -222,7 +214,6 @@ class HiResCam(_Cam):
         return maps
 
 
-@dataclass(eq=False, repr=False)
 class LayerCam(HiResCam):
     """``ReLU(Σ_c A_c ReLU(∂F/∂A_c))``, position by position (Jiang et al. 2021).
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.cam.gradient_cam import GradCam
@@ -13,7 +11,6 @@ from esegeta_monai.methods.run import run
 __all__ = ["GuidedGradCam"]
 
 
-@dataclass(eq=False, repr=False)
 class GuidedGradCam(Method):
     """Guided backpropagation times Grad-CAM, voxel by voxel, both of the whole volume (Selvaraju et al. 2017).
 
@@ -30,7 +27,6 @@ class GuidedGradCam(Method):
     full_precision = True
 
     layer: str | None = None
-    name: str | None = field(default=None, kw_only=True)
 
     def passes(self, objective: Objective) -> int:
         """Those of the two methods."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import baseline_for
+from esegeta_monai.engine.default_layer import LayerShape, default_layer
 from esegeta_monai.engine.layer_maps import BlendedActivations, channel_axis
 from esegeta_monai.engine.network.hooks import replaced
 from esegeta_monai.engine.objective import Objective
@@ -22,12 +22,10 @@ from esegeta_monai.methods.cam.requests import ChannelMoments, Moments
 __all__ = ["AblationCam", "ScoreCam"]
 
 
-@dataclass(eq=False, repr=False)
 class _ChannelByChannel(_Cam):
     """Cost grows with the number of channels; ``max_channels`` limits it to those of greatest variance."""
 
     max_channels: int | None = None
-    name: str | None = field(default=None, kw_only=True)
 
     needs_gradient = False
     cheap_parameters = (("max_channels", 16),)
@@ -42,8 +40,16 @@ class _ChannelByChannel(_Cam):
         return False
 
     def passes(self, objective: Objective) -> int:
-        """Activations everywhere twice; each channel the windows that the target sees (64 channels are assumed)."""
-        return 2 * len(objective.plan) + (self.max_channels or 64) * len(objective.windows)
+        """Count activations everywhere twice, and per channel the windows that the target sees."""
+        return 2 * len(objective.plan) + self.channel_count(objective) * len(objective.windows)
+
+    def channel_count(self, objective: Objective) -> int:
+        """Return the number of channels that are looked at; 64 are assumed where the layer's shape is not known."""
+        shapes: dict[str, LayerShape] = objective.memo("layer shapes", dict) if objective.knows("layer shapes") else {}
+        layer = default_layer(objective) if self.layer is None and objective.knows("default layer") else self.layer
+        grid = shapes[layer].grid if layer in shapes else None
+        channels = 64 if grid is None else grid[0]
+        return channels if self.max_channels is None else min(channels, self.max_channels)
 
     def chosen(self, moments: ChannelMoments) -> list[int]:
         """The channels that are looked at, in order; constant ones are left out."""
@@ -53,7 +59,6 @@ class _ChannelByChannel(_Cam):
         return sorted(c for c in order if variance[c] > 0)
 
 
-@dataclass(eq=False, repr=False)
 class ScoreCam(_ChannelByChannel):
     """``ReLU(Σ_c α_c A_c)``, α the softmax over channels of F with all but the channel's place taken away (Wang et al.
     2020): ``α = softmax_c F(x₀ + H_c (x − x₀))``, H_c the activation on the image's grid, scaled to [0, 1].
@@ -71,7 +76,6 @@ class ScoreCam(_ChannelByChannel):
     reference = "Wang et al., CVPR workshop 2020, arXiv:1910.01279"
 
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
         if self.max_channels is None:
@@ -110,7 +114,6 @@ def _voxels(objective: Objective) -> Tensor:
     return torch.tensor([s.voxels if getattr(s, "reduction", "mean") == "sum" else 1 for s in objective.scores])
 
 
-@dataclass(eq=False, repr=False)
 class AblationCam(_ChannelByChannel):
     """``ReLU(Σ_c w_c A_c)`` with ``w_c = (F − F_c) / |F|``, F_c the target with channel c of the layer set to zero
     (Desai & Ramaswamy 2020; the absolute value, since a logit may be negative).
@@ -121,6 +124,10 @@ class AblationCam(_ChannelByChannel):
     """
 
     reference = "Desai & Ramaswamy, WACV 2020, doi:10.1109/WACV45572.2020.9093360"
+
+    def passes(self, objective: Objective) -> int:
+        """Count the passes of all channels, and those of F with all of them."""
+        return super().passes(objective) + len(objective.windows)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
         moments: ChannelMoments = yield Moments(layer)

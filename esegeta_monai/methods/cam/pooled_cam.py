@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +17,6 @@ __all__ = ["Cam"]
 Head = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
-@dataclass(eq=False, repr=False)
 class Cam(_Cam):
     """``Σ_c w_c A_c`` where the network ends as ``Σ_c w_c mean(A_c) + b``: global average pooling and one linear layer
     (Zhou et al. 2016). The mean of the layer's map plus the bias is the logit.
@@ -34,7 +31,6 @@ class Cam(_Cam):
     needs_gradient = False
 
     relu: bool = False
-    name: str | None = field(default=None, kw_only=True)
 
     def passes(self, objective: Objective) -> int:
         """Count one pass per window for the activations, one to find the head, and two to find the layer."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from torch import Tensor
 
 import esegeta_monai.engine.rules as rules
@@ -14,7 +12,6 @@ from esegeta_monai.methods.base import Explained, Method
 __all__ = ["Deconvolution", "GuidedBackprop"]
 
 
-@dataclass(eq=False, repr=False)
 class GuidedBackprop(Method):
     """The gradient with ``g_in = max(max(g_out, 0) · a′(x), 0)`` at every activation a (Springenberg et al. 2015).
 
@@ -29,8 +26,6 @@ class GuidedBackprop(Method):
     additive = False
     units = "modified gradient"
     full_precision = True
-
-    name: str | None = field(default=None, kw_only=True)
 
     def passes(self, objective: Objective) -> int:
         """Once, and the first window twice: its output under the rules is compared with the plain one."""
@@ -47,7 +42,6 @@ class GuidedBackprop(Method):
     _rule = staticmethod(rules.guided)
 
 
-@dataclass(eq=False, repr=False)
 class Deconvolution(GuidedBackprop):
     """The gradient with ``g_in = max(g_out, 0)`` at every activation, whatever it is (Zeiler & Fergus 2014)."""
 

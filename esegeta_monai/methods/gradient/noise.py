@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from esegeta_monai.methods.run import run
 __all__ = ["SmoothGrad", "SmoothGradSquared", "VarGrad"]
 
 
-@dataclass(eq=False, repr=False)
 class SmoothGrad(Method):
     """The mean of a method's maps over noisy images: ``a = 1/n Σ_i A(x + ε_i)`` (Smilkov et al. 2017).
 
@@ -41,7 +39,6 @@ class SmoothGrad(Method):
     method: Any = "Saliency(abs=False)"
     n_samples: int = 10
     std: float = 0.15
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +89,6 @@ class SmoothGrad(Method):
             yield run(self.method, objective.derive(image=noisy)).maps
 
 
-@dataclass(eq=False, repr=False)
 class SmoothGradSquared(SmoothGrad):
     """The mean of the squares of a method's maps over noisy images: ``a = 1/n Σ_i A(x + ε_i)²`` (Hooker et al. 2019).
 
@@ -125,7 +121,6 @@ class SmoothGradSquared(SmoothGrad):
         return Explained(total / self.n_samples)
 
 
-@dataclass(eq=False, repr=False)
 class VarGrad(SmoothGradSquared):
     """The variance of a method's maps over noisy images: ``a = 1/n Σ_i (A(x + ε_i) − Ā)²`` (Adebayo et al. 2018).
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.sweep import InputGradient
 from esegeta_monai.methods.base import Explained, Method, Passes
@@ -11,7 +9,6 @@ from esegeta_monai.methods.base import Explained, Method, Passes
 __all__ = ["GradTimesImage", "InputXGradient", "Saliency", "VanillaBackprop"]
 
 
-@dataclass(eq=False, repr=False)
 class Saliency(Method):
     """The gradient of the target at the image: ``a(v) = |∂F/∂x(v)|`` (Simonyan et al. 2014).
 
@@ -31,7 +28,6 @@ class Saliency(Method):
     units = "target per unit of image intensity"
 
     abs: bool = True
-    name: str | None = field(default=None, kw_only=True)
 
     @property
     def signed(self) -> bool:
@@ -44,14 +40,12 @@ class Saliency(Method):
         return Explained(maps.abs() if self.abs else maps)
 
 
-@dataclass(eq=False, repr=False)
 class VanillaBackprop(Saliency):
     """The signed gradient: `Saliency` with ``abs=False``."""
 
     abs: bool = False
 
 
-@dataclass(eq=False, repr=False)
 class InputXGradient(Method):
     """Image times gradient: ``a(v) = x(v) · ∂F/∂x(v)`` (Shrikumar et al. 2016).
 
@@ -63,8 +57,6 @@ class InputXGradient(Method):
     additive = True
     units = "target per voxel"
     aliases = ("GradTimesImage",)
-
-    name: str | None = field(default=None, kw_only=True)
 
     def attribute(self, objective: Objective) -> Passes:
         """(k, C, *spatial)."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import ClassVar
 
 from esegeta_monai.engine.default_layer import check_layer
@@ -14,7 +13,6 @@ from esegeta_monai.methods.layer.scattered import Reduce, check_reduce, reduce_c
 __all__ = ["LayerActivation", "LayerMethod"]
 
 
-@dataclass(eq=False, repr=False)
 class LayerMethod(Method, registered=False):
     """What methods share whose map is that of a layer.
 
@@ -28,7 +26,6 @@ class LayerMethod(Method, registered=False):
 
     layer: str | None = None
     reduce: Reduce = "sum"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,7 +36,6 @@ class LayerMethod(Method, registered=False):
         return self.reduce not in ("abs", "positive")
 
 
-@dataclass(eq=False, repr=False)
 class LayerActivation(LayerMethod):
     """The output of a layer on the image's grid: ``Σ_w ĝ_w · up(A_w)``, windows blended like the prediction.
 
@@ -54,7 +50,6 @@ class LayerActivation(LayerMethod):
     units = "activation"
 
     reduce: Reduce = "mean"
-    name: str | None = field(default=None, kw_only=True)
 
     def passes(self, objective: Objective) -> int:
         """One forward pass everywhere (besides one where a layer is looked for)."""

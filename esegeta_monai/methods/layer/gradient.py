@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,6 @@ from esegeta_monai.methods.layer.scattered import ScatteredGradients
 __all__ = ["LayerActivationGuidedBackprop", "LayerGradCam", "LayerGradientXActivation"]
 
 
-@dataclass(eq=False, repr=False)
 class LayerGradientXActivation(LayerMethod):
     """``A_c(p) · ∂F/∂A_c(p)``: activation times gradient at a layer, position by position.
 
@@ -46,7 +43,6 @@ class LayerGradientXActivation(LayerMethod):
         return Explained(maps, {"layer": layer, "sum_in_padding": padding})
 
 
-@dataclass(eq=False, repr=False)
 class LayerGradCam(GradCam):
     """`GradCam` before ReLU: ``Σ_c α_c A_c`` with signs, under the name that Captum gives it.
 
@@ -55,10 +51,8 @@ class LayerGradCam(GradCam):
     """
 
     relu: bool = False
-    name: str | None = field(default=None, kw_only=True)
 
 
-@dataclass(eq=False, repr=False)
 class LayerActivationGuidedBackprop(Method):
     """Where in the image a layer, or one of its channels, finds what it is active for: guided backpropagation of
     ``Σ_p |A_c(p)|``, each window with its blending weight (the layer visualisation of TorchEsegeta).
@@ -78,7 +72,6 @@ class LayerActivationGuidedBackprop(Method):
 
     layer: str | None = None
     channel: int | None = None
-    name: str | None = field(default=None, kw_only=True)
 
     def passes(self, objective: Objective) -> int:
         """All windows twice: for the activation's signs, and under the rules."""

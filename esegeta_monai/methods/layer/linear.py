@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from esegeta_monai.methods.layer.gradient import LayerGradientXActivation
 
 __all__ = ["LinearApproximation"]
 
 
-@dataclass(eq=False, repr=False)
 class LinearApproximation(LayerGradientXActivation):
     """``Σ_c A_c(p) · ∂F/∂A_c(p)``: what each position of a layer adds to the first-order approximation of F behind it
     (``linear_approx`` of TorchRay).

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +17,11 @@ from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.layer.path import along_path
-from esegeta_monai.methods.path.integrated_gradients import Rule, quadrature
+from esegeta_monai.methods.path.integrated_gradients import Rule, check_steps, quadrature
 
 __all__ = ["NeuronConductance"]
 
 
-@dataclass(eq=False, repr=False)
 class NeuronConductance(Method):
     """``(x − x₀) · ∫₀¹ Σ_u ∂F/∂A_u · ∂A_u/∂x dα`` along ``x₀ + α (x − x₀)``: the part of integrated gradients that
     leads through the units u of a layer (Dhamdhere et al. 2019).
@@ -51,12 +49,10 @@ class NeuronConductance(Method):
     baseline: Any = "auto"
     n_steps: int = 32
     method: Rule = "gausslegendre"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_steps < 1:
-            raise UsageError(f"n_steps={self.n_steps}: at least one step is needed")
+        check_steps(self.n_steps)
         quadrature(self.method, 2)
 
     def passes(self, objective: Objective) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -19,14 +18,34 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.layer.activation import LayerMethod
 from esegeta_monai.methods.layer.scattered import LayerSum
-from esegeta_monai.methods.path.integrated_gradients import Rule, quadrature
+from esegeta_monai.methods.path.integrated_gradients import Rule, check_steps, quadrature
 from esegeta_monai.utils.distributed import Summed
 
 __all__ = ["InternalInfluence", "LayerConductance", "LayerIntegratedGradients", "along_path", "layer_pass"]
 
 
-@dataclass(eq=False, repr=False)
-class LayerConductance(LayerMethod):
+class _PathMethod(LayerMethod):
+    """A layer method that follows a path of ``n_steps`` from a baseline."""
+
+    baseline: Any = "auto"
+    n_steps: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_steps(self.n_steps)
+
+
+class _Quadrature(_PathMethod):
+    """A path method that integrates by a quadrature rule."""
+
+    method: Rule = "gausslegendre"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        quadrature(self.method, 2)
+
+
+class LayerConductance(_PathMethod):
     """``∫₀¹ ∂F/∂A_c · dA_c/dα dα`` along ``x₀ + α (x − x₀)``: what of F's change flows through each unit (Dhamdhere
     et al. 2019).
 
@@ -46,14 +65,10 @@ class LayerConductance(LayerMethod):
     additive = True
     units = "target per voxel"
 
-    baseline: Any = "auto"
-    n_steps: int = 32
     rule: Literal["trapezoid", "left"] = "trapezoid"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_steps(self.n_steps)
         if self.rule not in ("trapezoid", "left"):
             raise UsageError(f"rule={self.rule!r}: give trapezoid or left")
 
@@ -89,8 +104,7 @@ class LayerConductance(LayerMethod):
         return Explained(maps, notes)
 
 
-@dataclass(eq=False, repr=False)
-class InternalInfluence(LayerMethod):
+class InternalInfluence(_Quadrature):
     """``∫₀¹ ∂F/∂A_c dα`` along ``x₀ + α (x − x₀)`` (Leino et al. 2018).
 
     Args:
@@ -104,16 +118,6 @@ class InternalInfluence(LayerMethod):
     reference = "Leino et al. 2018, arXiv:1802.03788"
     additive = False
     units = "target per unit of activation"
-
-    baseline: Any = "auto"
-    n_steps: int = 32
-    method: Rule = "gausslegendre"
-    name: str | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_steps(self.n_steps)
-        quadrature(self.method, 2)
 
     def passes(self, objective: Objective) -> int:
         """One a step; a forward pass each more for non-linear targets."""
@@ -137,8 +141,7 @@ class InternalInfluence(LayerMethod):
         return Explained(maps, {"layer": layer, "sum_in_padding": padding, "baseline": baseline.record()})
 
 
-@dataclass(eq=False, repr=False)
-class LayerIntegratedGradients(LayerMethod):
+class LayerIntegratedGradients(_Quadrature):
     """``(A − A₀) · ∫₀¹ ∂F/∂A (A₀ + α (A − A₀)) dα``: integrated gradients with the layer's output as the input,
     A = A(x), A₀ = A(x₀), everything beside the layer computed from x.
 
@@ -156,16 +159,6 @@ class LayerIntegratedGradients(LayerMethod):
     additive = True
     units = "target per voxel"
     gap_advice = "take more steps (n_steps)"
-
-    baseline: Any = "auto"
-    n_steps: int = 32
-    method: Rule = "gausslegendre"
-    name: str | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_steps(self.n_steps)
-        quadrature(self.method, 2)
 
     def passes(self, objective: Objective) -> int:
         """Image and baseline go through together, once a step, twice for non-linear targets; once at the start."""
@@ -281,8 +274,3 @@ def layer_pass(batch: Batch, x: Tensor, layer: str) -> tuple[Tensor, Tensor]:
 
 def _unreached(layer: str) -> str:
     return f"the target does not depend on layer {layer!r} by a differentiable path: choose another"
-
-
-def _check_steps(n_steps: int) -> None:
-    if n_steps < 1:
-        raise UsageError(f"n_steps={n_steps}: at least one step is needed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -22,7 +22,6 @@ __all__ = ["IntegratedGradients", "quadrature"]
 Rule = Literal["gausslegendre", "riemann_trapezoid", "riemann_middle", "riemann_left", "riemann_right"]
 
 
-@dataclass(eq=False, repr=False)
 class IntegratedGradients(Method):
     """``a = (x − x₀) · ∫₀¹ ∂F/∂x(x₀ + α (x − x₀)) dα`` (Sundararajan et al. 2017).
 
@@ -62,12 +61,10 @@ class IntegratedGradients(Method):
     method: Rule = "gausslegendre"
     tolerance: float | None = None
     max_steps: int = 1024
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.n_steps < 1:
-            raise UsageError(f"n_steps={self.n_steps}: at least one step is needed")
+        check_steps(self.n_steps)
         if self.tolerance is not None and (self.tolerance <= 0 or self.max_steps <= SEGMENTS):
             raise UsageError(f"tolerance={self.tolerance} must be positive, and max_steps more than {SEGMENTS}")
         quadrature(self.method, 1)
@@ -106,6 +103,16 @@ class IntegratedGradients(Method):
                     maps.add_(gradient.maps[:, j], alpha=weights[alpha])
                 del gradient  # or it lives while the next is made
         return maps.mul_(dx)
+
+
+def check_steps(n_steps: int) -> None:
+    """Refuse fewer than one step.
+
+    Raises:
+        UsageError: ``n_steps`` is below 1.
+    """
+    if n_steps < 1:
+        raise UsageError(f"n_steps={n_steps}: at least one step is needed")
 
 
 SEGMENTS = 8

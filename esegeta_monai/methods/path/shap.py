@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,22 +37,34 @@ class _Draw:
         return torch.lerp(self.x0, self.x, self.alpha)
 
 
-def _draws(method: GradientShap | LayerGradientShap, objective: Objective) -> Iterator[_Draw]:
-    generator, baseline = objective.generator(), baseline_for(method.baseline)
-    for _ in range(method.n_samples):
-        x = objective.image
-        if method.std:
-            x = x + noise_like(x, method.std, generator)
-        yield _Draw(x, baseline.draw(objective, generator), float(torch.rand((), generator=generator)))
+class _ExpectedGradients(Method):
+    """A method that averages over random baselines, noisy images, and places between them."""
+
+    reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
+    additive = True
+    units = "target per voxel"
+    reads_image_value = True
+
+    baseline: Any = "auto"
+    n_samples: int = 32
+    std: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_samples < 2 or self.std < 0:
+            needed = f"n_samples={self.n_samples} must be at least 2 (for the error bar)"
+            raise UsageError(f"{needed}, std={self.std} not negative")
+
+    def _draws(self, objective: Objective) -> Iterator[_Draw]:
+        generator, baseline = objective.generator(), baseline_for(self.baseline)
+        for _ in range(self.n_samples):
+            x = objective.image
+            if self.std:
+                x = x + noise_like(x, self.std, generator)
+            yield _Draw(x, baseline.draw(objective, generator), float(torch.rand((), generator=generator)))
 
 
-def _check(n_samples: int, std: float) -> None:
-    if n_samples < 2 or std < 0:
-        raise UsageError(f"n_samples={n_samples} must be at least 2 (for the error bar), std={std} not negative")
-
-
-@dataclass(eq=False, repr=False)
-class GradientShap(Method):
+class GradientShap(_ExpectedGradients):
     """``a = E[(x' − x₀) · ∂F/∂x(x₀ + α (x' − x₀))]`` over baselines x₀, α uniform on [0, 1] and noisy images x' (Erion
     et al. 2021; Lundberg & Lee 2017).
 
@@ -69,21 +81,8 @@ class GradientShap(Method):
         0.0
     """
 
-    reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
     produces = "input map"
-    additive = True
-    units = "target per voxel"
-    reads_image_value = True
     gap_advice = "take more draws (n_samples); completeness_error is its standard error"
-
-    baseline: Any = "auto"
-    n_samples: int = 32
-    std: float = 0.0
-    name: str | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self.n_samples, self.std)
 
     def passes(self, objective: Objective) -> int:
         """A gradient and F at the baseline a draw, F at the noisy image, and one more for non-linear targets."""
@@ -94,7 +93,7 @@ class GradientShap(Method):
         """(k, C, *spatial)."""
         baseline = baseline_for(self.baseline)
         maps, misses, ends, starts = objective.new_maps(), [], [], []
-        for draw in _draws(self, objective):
+        for draw in self._draws(objective):
             one = objective.gradient(draw.point[None]).maps[:, 0] * (draw.x - draw.x0)
             start = objective.value(draw.x0[None])[:, 0]
             end = objective.value(draw.x[None])[:, 0] if self.std else objective.image_values()
@@ -109,8 +108,7 @@ class GradientShap(Method):
         return Explained(maps, {**notes, "n_samples": self.n_samples, **describe_baseline(baseline, first)})
 
 
-@dataclass(eq=False, repr=False)
-class LayerGradientShap(LayerMethod):
+class LayerGradientShap(_ExpectedGradients, LayerMethod):
     """``E[(A(x') − A(x₀)) · ∂F/∂A(x₀ + α (x' − x₀))]`` at a layer, in the words of `GradientShap`.
 
     Args:
@@ -118,20 +116,6 @@ class LayerGradientShap(LayerMethod):
         reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
         baseline, n_samples, std: see `GradientShap`.
     """
-
-    reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
-    additive = True
-    units = "target per voxel"
-    reads_image_value = True
-
-    baseline: Any = "auto"
-    n_samples: int = 32
-    std: float = 0.0
-    name: str | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self.n_samples, self.std)
 
     def passes(self, objective: Objective) -> int:
         """A gradient, and the layer at image and baseline, a draw; one more for non-linear targets."""
@@ -143,7 +127,7 @@ class LayerGradientShap(LayerMethod):
         layer = check_layer(objective, self.layer)
         baseline = baseline_for(self.baseline)
         total = LayerSum(objective, layer, self.reduce)
-        for draw in _draws(self, objective):
+        for draw in self._draws(objective):
 
             def run(batch: Batch, draw: _Draw = draw) -> None:
                 _, g = layer_pass(batch, batch.cut(draw.point), layer)

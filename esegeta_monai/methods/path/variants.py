@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from esegeta_monai.methods.base import Explained, Method, relative_gap
 __all__ = ["BlurIG", "GuidedIG"]
 
 
-@dataclass(eq=False, repr=False)
 class BlurIG(Method):
     """``a = ∫ ∂F/∂x(L(x, σ)) · dL/dσ dσ`` from σ to 0, L(x, σ) the image blurred by a Gaussian (Xu et al. 2020).
 
@@ -48,7 +47,6 @@ class BlurIG(Method):
     n_steps: int = 32
     tolerance: float | None = None
     max_steps: int = 1024
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,7 +84,6 @@ class BlurIG(Method):
         return Explained(maps, {"completeness_gap": relative_gap(maps, here.values, start.values), **notes})
 
 
-@dataclass(eq=False, repr=False)
 class GuidedIG(Method):
     """Integrated gradients along a path that moves first the voxels whose gradient is smallest, within a band round the
     straight path (Kapishnikov et al. 2021), so that noise of steep regions beside the image's own is not collected.
@@ -121,7 +118,6 @@ class GuidedIG(Method):
     max_dist: float = 0.02
     tolerance: float | None = None
     max_steps: int = 1024
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from esegeta_monai.methods.run import run
 __all__ = ["XRAI", "rank_regions"]
 
 
-@dataclass(eq=False, repr=False)
 class XRAI(Method):
     """Each voxel gets the mean attribution of the region with which it joins the explanation (Kapishnikov et al. 2019).
 
@@ -50,7 +48,6 @@ class XRAI(Method):
     compactness: float = 0.1
     method: Any = None
     n_steps: int = 32
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,6 @@ from esegeta_monai.methods.perturbation.base import PerturbationMethod
 __all__ = ["FeatureAblation", "FeaturePermutation"]
 
 
-@dataclass(eq=False, repr=False)
 class FeatureAblation(PerturbationMethod):
     """``a_j = F(x) − F(x with feature j replaced)``, shown at every voxel of the feature.
 
@@ -42,7 +40,6 @@ class FeatureAblation(PerturbationMethod):
     units = "change of the target when the voxel's feature is replaced"
     feature_mask: Any = "supervoxels"
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial), or (k, C, *spatial) where features are channels."""
@@ -57,7 +54,6 @@ class FeatureAblation(PerturbationMethod):
         return game.segments(one_off(game))
 
 
-@dataclass(eq=False, repr=False)
 class FeaturePermutation(PerturbationMethod):
     """``a_j = F(x) − mean over other cases i of F(x with feature j of case i)`` (Breiman 2001, Fisher et al. 2019).
 
@@ -79,7 +75,6 @@ class FeaturePermutation(PerturbationMethod):
     units = "mean change of the target when the voxel's feature comes from another case"
     cases: Sequence[Any] = ()
     feature_mask: Any = "supervoxels"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -6,7 +6,6 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -24,7 +23,6 @@ from esegeta_monai.utils.registry import json_ready
 __all__ = ["ExtremalPerturbation", "SmoothMask"]
 
 
-@dataclass(eq=False, repr=False)
 class ExtremalPerturbation(Method):
     """The smooth mask m of area a that maximises ``F(x₀ + m (x − x₀))`` (Fong et al. 2019), in 2D and 3D.
 
@@ -72,7 +70,6 @@ class ExtremalPerturbation(Method):
     sigma: float | None = None
     lr: float = 0.05
     backend: Literal["native", "torchray"] = "native"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +22,6 @@ Distance = Literal["cosine", "euclidean", "sqeuclidean", "manhattan", "chebyshev
 """Of scikit-learn's, those that make sense between a coalition and that of all features."""
 
 
-@dataclass(eq=False, repr=False)
 class Lime(PerturbationMethod):
     """The weights of a ridge regression of ``F(x with the features outside z off)`` on ``z ∈ {0, 1}ⁿ`` (Ribeiro 2016).
 
@@ -57,7 +55,6 @@ class Lime(PerturbationMethod):
     num_features: int | None = None
     feature_selection: Literal["auto", "none", "forward_selection", "highest_weights", "lasso_path"] = "none"
     alpha: float = 1.0
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

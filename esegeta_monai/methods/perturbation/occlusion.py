@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from esegeta_monai.utils.registry import json_ready
 __all__ = ["Occlusion"]
 
 
-@dataclass(eq=False, repr=False)
 class Occlusion(PerturbationMethod):
     """``a(v) = mean over occluders b that hold v of F(x) − F(x with b replaced)`` (Zeiler & Fergus 2014).
 
@@ -47,7 +45,6 @@ class Occlusion(PerturbationMethod):
     stride: int | Sequence[int] | None = None
     baseline: Any = "auto"
     per_channel: bool = False
-    name: str | None = field(default=None, kw_only=True)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""

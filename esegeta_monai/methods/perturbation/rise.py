@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import baseline_for
-from esegeta_monai.engine.feature_masks import one_an_axis
+from esegeta_monai.engine.feature_masks import per_axis
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.game import split_half
 from esegeta_monai.engine.perturbation.masks import SmoothMasks
@@ -24,7 +23,6 @@ from esegeta_monai.utils.registry import json_ready
 __all__ = ["Rise"]
 
 
-@dataclass(eq=False, repr=False)
 class Rise(PerturbationMethod):
     """``a(v) = 1 / (p N) Σ_i F(x₀ + m_i (x − x₀)) m_i(v)`` over random smooth masks (Petsiuk et al. 2018).
 
@@ -53,7 +51,6 @@ class Rise(PerturbationMethod):
     p: float = 0.5
     baseline: Any = "auto"
     score: Literal["value", "change"] = "value"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +81,7 @@ class Rise(PerturbationMethod):
     def masks(self, objective: Objective, reference: Tensor) -> SmoothMasks:
         """The random masks of this case: a grid, stretched over the image and one cell more, so that it can move."""
         shape = objective.plan.spatial_shape
-        cells = one_an_axis(self.grid, len(shape), "Rise(grid=…)")
+        cells = per_axis(self.grid, len(shape), "Rise(grid=…)")
         sides = [math.ceil(n / g) for n, g in zip(shape, cells)]
         generator = objective.generator()
         grids = (torch.rand(self.n_masks, *cells, generator=generator) < self.p).to("cpu", objective.image.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import Baseline, baseline_for
-from esegeta_monai.engine.feature_masks import one_an_axis
+from esegeta_monai.engine.feature_masks import per_axis
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.game import TABLE_BYTES, split_half
 from esegeta_monai.engine.perturbation.masks import SmoothMasks
@@ -25,7 +24,6 @@ from esegeta_monai.utils.registry import json_ready
 __all__ = ["Hsic", "Sobol", "hsic", "jansen", "quasi_random"]
 
 
-@dataclass(eq=False, repr=False)
 class _MaskSensitivity(PerturbationMethod):
     """What both share: masks over the cells of a coarse grid, an index a cell, interpolated to a map.
 
@@ -38,7 +36,6 @@ class _MaskSensitivity(PerturbationMethod):
     n_samples: int = 32
     grid: int | Sequence[int] = 8
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,7 +50,7 @@ class _MaskSensitivity(PerturbationMethod):
     def cells(self, objective: Objective) -> tuple[int, ...]:
         """Cells an axis, at most one a voxel."""
         shape = objective.plan.spatial_shape
-        return tuple(min(g, n) for g, n in zip(one_an_axis(self.grid, len(shape), "grid=…"), shape))
+        return tuple(min(g, n) for g, n in zip(per_axis(self.grid, len(shape), "grid=…"), shape))
 
     def design(self, objective: Objective) -> Tensor:
         """The masks (m, cells) in [0, 1]."""
@@ -88,7 +85,6 @@ class _MaskSensitivity(PerturbationMethod):
         return Explained(maps, {"cells": list(cells), "convergence": split_half(*halves), **notes})
 
 
-@dataclass(eq=False, repr=False)
 class Sobol(_MaskSensitivity):
     """Total-order Sobol indices of the cells of a mask, by Jansen's estimator (Fel et al. 2021).
 
@@ -135,7 +131,6 @@ class Sobol(_MaskSensitivity):
         return self.explained(masks, index, halves, notes)
 
 
-@dataclass(eq=False, repr=False)
 class Hsic(_MaskSensitivity):
     """Dependence between each cell of a random mask and the target (Novello et al. 2022).
 

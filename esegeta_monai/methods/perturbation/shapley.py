@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from esegeta_monai.methods.perturbation.base import PerturbationMethod
 __all__ = ["ChannelShapley", "KernelShap", "ShapleyValueSampling", "all_coalitions", "shapley_values"]
 
 
-@dataclass(eq=False, repr=False)
 class _ShapleyMethod(PerturbationMethod):
     """What all share: ``φ_j`` of each feature, spread over its voxels, so that the map sums up to F(x) − F(x₀)."""
 
@@ -52,7 +50,6 @@ class _ShapleyMethod(PerturbationMethod):
         return Explained(maps, {**game.notes(), **notes, **found, "features": table})
 
 
-@dataclass(eq=False, repr=False)
 class ShapleyValueSampling(_ShapleyMethod):
     """``φ_j = mean over orders of F(with j and all before it) − F(with all before it)`` (Castro et al. 2009).
 
@@ -74,7 +71,6 @@ class ShapleyValueSampling(_ShapleyMethod):
     n_samples: int = 25
     feature_mask: Any = "supervoxels"
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,7 +112,6 @@ class ShapleyValueSampling(_ShapleyMethod):
         return self.explained(game, shares.mean(1), error, values[:, 0, 0], notes)
 
 
-@dataclass(eq=False, repr=False)
 class KernelShap(_ShapleyMethod):
     """Shapley values by weighted regression on coalitions (Lundberg & Lee 2017).
 
@@ -135,7 +130,6 @@ class KernelShap(_ShapleyMethod):
     n_samples: int = 512
     feature_mask: Any = "supervoxels"
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def game(self, objective: Objective) -> Game:
         return Game.of(objective, self.feature_mask, self.baseline)
@@ -206,7 +200,6 @@ def _constrained(sets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> n
     return np.concatenate([first, (total - first.sum(1))[:, None]], axis=1)
 
 
-@dataclass(eq=False, repr=False)
 class ChannelShapley(_ShapleyMethod):
     """The exact Shapley value of each input channel, such as the contrasts of an MR examination: 2^C predictions.
 
@@ -222,7 +215,6 @@ class ChannelShapley(_ShapleyMethod):
 
     baseline: Any = "auto"
     names: Sequence[str] | None = None
-    name: str | None = field(default=None, kw_only=True)
 
     def game(self, objective: Objective) -> Game:
         from esegeta_monai.engine.feature_masks import Channels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import torch
@@ -13,12 +13,11 @@ import esegeta_monai.engine.rules as rules
 from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods.base import Explained, Method
-from esegeta_monai.methods.relevance.lrp import input_range
+from esegeta_monai.methods.relevance.lrp import CompositeMethod
 
 __all__ = ["ContrastiveExcitationBackprop", "ContrastiveLRP"]
 
 
-@dataclass(eq=False, repr=False)
 class _Contrastive(Method):
     """What contrastive methods share: both sides are summed over the windows, then compared."""
 
@@ -29,7 +28,6 @@ class _Contrastive(Method):
     needs_linear = True
 
     positive: bool = True
-    name: str | None = field(default=None, kw_only=True)
 
     @property
     def signed(self) -> bool:
@@ -63,7 +61,6 @@ class _Contrastive(Method):
         return contrast.clamp(min=0) if self.positive else contrast
 
 
-@dataclass(eq=False, repr=False)
 class ContrastiveExcitationBackprop(_Contrastive):
     """``Σ prior · (T / t − A / a)``: excitation backpropagation of the target less that of its opposite (Zhang 2018).
 
@@ -104,8 +101,7 @@ class ContrastiveExcitationBackprop(_Contrastive):
         )
 
 
-@dataclass(eq=False, repr=False)
-class ContrastiveLRP(_Contrastive):
+class ContrastiveLRP(CompositeMethod, _Contrastive):
     """``max(R − R_dual, 0)``: LRP of the target less LRP of its opposite (Gu, Yang & Tresp 2018, CLRP2).
 
     The opposite is the target with the signs of the last weights changed; it starts with the same relevance F(x). The
@@ -122,15 +118,8 @@ class ContrastiveLRP(_Contrastive):
     """
 
     reference = "Gu, Yang & Tresp, ACCV 2018, arXiv:1812.02100"
-    units = "target per voxel"
 
     composite: str | Mapping[str, Any] = field(default_factory=lambda: {"convolution": "ZPlus", "dense": "ZPlus"})
-    epsilon: float = 1e-6
-    gamma: float = 0.25
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=0.0, high=1.0)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
@@ -146,8 +135,7 @@ class ContrastiveLRP(_Contrastive):
         return Explained(self._shown(contrast), notes)
 
     def _sides(self, objective: Objective, batch: Batch) -> rules.Sides:
-        low, high = input_range(objective)
-        composite = rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=low, high=high)
+        composite = rules.composite_of(self.composite, **self.limits(objective))
         return rules.contrastive_lrp(
             batch.forward, batch.image, batch.stacked_cotangents(), composite, compare=batch.compare
         )

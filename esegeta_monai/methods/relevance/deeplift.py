@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from esegeta_monai.utils.distributed import Summed
 __all__ = ["DeepLift", "DeepLiftShap", "LayerDeepLift", "LayerDeepLiftShap"]
 
 
-@dataclass(eq=False, repr=False)
 class DeepLift(Method):
     """``a = (x − x₀) · m`` with m the finite-difference multipliers, the rescale rule (Shrikumar et al. 2017).
 
@@ -49,7 +47,6 @@ class DeepLift(Method):
     full_precision = True
 
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     def passes(self, objective: Objective) -> int:
         """Image and baseline once (twice where the target is not linear: F at the baseline comes first), and the first
@@ -66,7 +63,6 @@ class DeepLift(Method):
         return Explained(maps, {"completeness_gap": gap, **describe_baseline(baseline, start)})
 
 
-@dataclass(eq=False, repr=False)
 class DeepLiftShap(Method):
     """The mean of `DeepLift` over references drawn from a distribution (Lundberg & Lee 2017): an approximation of
     Shapley values, complete to rounding for the references that were drawn.
@@ -86,7 +82,6 @@ class DeepLiftShap(Method):
 
     baseline: Any = "auto"
     n_samples: int = 8
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,7 +104,6 @@ class DeepLiftShap(Method):
         return Explained(maps, notes)
 
 
-@dataclass(eq=False, repr=False)
 class LayerDeepLift(LayerMethod):
     """`DeepLift` at a layer: ``(A − A₀) · m`` with A₀ the layer's output for the reference.
 
@@ -129,7 +123,6 @@ class LayerDeepLift(LayerMethod):
     full_precision = True
 
     baseline: Any = "auto"
-    name: str | None = field(default=None, kw_only=True)
 
     @property
     def references(self) -> int:
@@ -161,7 +154,6 @@ class LayerDeepLift(LayerMethod):
         return Explained(maps, notes)
 
 
-@dataclass(eq=False, repr=False)
 class LayerDeepLiftShap(LayerDeepLift):
     """The mean of `LayerDeepLift` over references drawn from a distribution.
 
@@ -175,7 +167,6 @@ class LayerDeepLiftShap(LayerDeepLift):
     reads_image_value = True
 
     n_samples: int = 8
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,6 @@ class _Call:
     output: Tensor
 
 
-@dataclass(eq=False, repr=False)
 class FullGrad(Method):
     """``F(x) = Σ x · ∂F/∂x + Σ_l Σ b_l · ∂F/∂y_l``: the gradient at the image and at the bias b of every module l
     (Srinivas & Fleuret 2019).
@@ -57,7 +56,6 @@ class FullGrad(Method):
     gap_advice = "gates, attention and functions outside modules have parts that are the bias of no module"
 
     abs: bool = True
-    name: str | None = field(default=None, kw_only=True)
 
     @property
     def signed(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from esegeta_monai.methods.base import Explained, Method
 __all__ = ["LRP", "ExcitationBackprop", "input_range"]
 
 
-@dataclass(eq=False, repr=False)
 class _Relevance(Method):
     """What relevance methods share: windows added, what stays with biases booked, conservation in the record."""
 
@@ -38,7 +36,7 @@ class _Relevance(Method):
         def of(batch: Batch) -> torch.Tensor:
             cotangents = batch.stacked_cotangents()
             relevance = self._relevance(objective, batch, cotangents)
-            booked.add_(relevance.booked.sum(1, dtype=torch.float64).cpu())
+            booked.add_(relevance.absorbed.sum(1, dtype=torch.float64).cpu())
             total.add_(self._expected(batch, cotangents, relevance).cpu())
             return relevance.input
 
@@ -56,8 +54,33 @@ class _Relevance(Method):
         return batch.scores(relevance.output).sum(1)
 
 
-@dataclass(eq=False, repr=False)
-class LRP(_Relevance):
+class CompositeMethod(Method, registered=False):
+    """A method whose relevance follows the rules of a composite."""
+
+    units = "target per voxel"
+    additive = True
+    full_precision = True
+    needs_linear = True
+
+    composite: str | Mapping[str, Any] = "EpsilonPlus"
+    epsilon: float = 1e-6
+    gamma: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=0.0, high=1.0)
+
+    def passes(self, objective: Objective) -> int:
+        """Once, and the first window twice: its output under the rules is compared with the plain one."""
+        return len(objective.windows) + 1
+
+    def limits(self, objective: Objective) -> dict[str, Any]:
+        """Return the numbers that the rules take: epsilon, gamma, and the least and greatest value of the windows."""
+        low, high = input_range(objective)
+        return {"epsilon": self.epsilon, "gamma": self.gamma, "low": low, "high": high}
+
+
+class LRP(CompositeMethod, _Relevance):
     """Layer-wise relevance propagation (Bach et al. 2015): ``Σ a + booked = F(x)``.
 
     Convolutions and linear layers by the rules of a composite (Kohlbrenner et al. 2020); norms with σ held constant;
@@ -74,30 +97,10 @@ class LRP(_Relevance):
     """
 
     reference = "Bach et al., PLoS ONE 2015, doi:10.1371/journal.pone.0130140; Kohlbrenner et al., IJCNN 2020"
-    units = "target per voxel"
-
-    composite: str | Mapping[str, Any] = "EpsilonPlus"
-    epsilon: float = 1e-6
-    gamma: float = 0.25
-    name: str | None = field(default=None, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=0.0, high=1.0)
 
     def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
-        low, high = input_range(objective)
-        return rules.lrp(
-            batch.forwards,
-            batch.image,
-            cotangents,
-            self.composite,
-            epsilon=self.epsilon,
-            gamma=self.gamma,
-            low=low,
-            high=high,
-            compare=batch.compares,
-        )
+        limits = self.limits(objective)
+        return rules.lrp(batch.forwards, batch.image, cotangents, self.composite, compare=batch.compares, **limits)
 
 
 def input_range(objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +111,6 @@ def input_range(objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
     return low.to(objective.model.device), high.to(objective.model.device)
 
 
-@dataclass(eq=False, repr=False)
 class ExcitationBackprop(_Relevance):
     """Excitation backpropagation: the marginal winning probability of each voxel (Zhang et al. 2018).
 
@@ -118,8 +120,6 @@ class ExcitationBackprop(_Relevance):
 
     reference = "Zhang et al., IJCV 2018, doi:10.1007/s11263-017-1059-x"
     units = "share of the prior"
-
-    name: str | None = field(default=None, kw_only=True)
 
     @property
     def signed(self) -> bool:

@@ -6,7 +6,7 @@ import os
 import pickle
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -104,7 +104,6 @@ def _whole(network: nn.Module) -> nn.Module:
     return network.network if isinstance(network, LayerOutput) else network
 
 
-@dataclass(eq=False, repr=False)
 class PatternAttribution(Method):
     """``r_in = (w ⊙ a)ᵀ r``, from ``r = y · ∂s/∂y`` at the output: how much the signal in each voxel adds to the score.
 
@@ -141,7 +140,6 @@ class PatternAttribution(Method):
 
     patterns: str | Path | None = None
     cases: Sequence[Any] = ()
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,7 +191,6 @@ class PatternAttribution(Method):
         return fitted
 
 
-@dataclass(eq=False, repr=False)
 class PatternNet(PatternAttribution):
     """``s_in = aᵀ s``, from ``s = y · ∂s/∂y`` at the output: the network's estimate of the signal itself.
 

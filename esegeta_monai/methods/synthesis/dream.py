@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,7 +40,6 @@ from esegeta_monai.utils.tensors import all_finite
 __all__ = ["DeepDream", "InvertedRepresentation"]
 
 
-@dataclass(eq=False, repr=False)
 class DeepDream(_Synthesis):
     """The case's image with what the network sees in it made stronger (Mordvintsev et al. 2015), in 2D and 3D, window
     by window over the whole image.
@@ -82,7 +80,6 @@ class DeepDream(_Synthesis):
     jitter: int = 4
     intensity: Any = None
     min_rise: float = 0.1
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,7 +184,6 @@ SMALLEST = 8
 """Voxels along an axis of the smallest octave."""
 
 
-@dataclass(eq=False, repr=False)
 class InvertedRepresentation(_Synthesis):
     """The image that a layer takes for the case's: ``min over x of |Φ(x) − Φ₀|²/|Φ₀|² + λ_α mean |r|^α + λ_TV mean
     |∇r|^β``, Φ₀ = Φ(case), ``r = (x − middle)/h`` in half ranges of intensity (Mahendran & Vedaldi 2015), in 2D and 3D.
@@ -223,7 +219,6 @@ class InvertedRepresentation(_Synthesis):
     n_iter: int = 128
     intensity: Any = None
     max_share: float = 0.1
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

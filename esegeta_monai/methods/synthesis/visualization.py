@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -61,7 +60,6 @@ class _Synthesis(Method):
         return False
 
 
-@dataclass(eq=False, repr=False)
 class FeatureVisualization(_Synthesis):
     """The image that excites a class, a layer, a channel or a unit most: ``max over z of E_T[F(T(x(z)))]`` (Olah et
     al. 2017), in 2D and 3D, for any number of channels.
@@ -113,7 +111,6 @@ class FeatureVisualization(_Synthesis):
     extent: Extent = "window"
     min_rise: float = 0.25
     backend: Literal["native", "lucent"] = "native"
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,7 +189,6 @@ START_STD = 0.05
 """Of z at the start: nearly flat, in the middle of the intensities."""
 
 
-@dataclass(eq=False, repr=False)
 class ClassImage(_Synthesis):
     """The image with the greatest class score for its norm: ``max over I of S(I) − λ mean ((I − I₀)/h)²`` (Simonyan
     et al. 2014), h half of each channel's range of intensities; in 2D and 3D, for any number of channels.
@@ -226,7 +222,6 @@ class ClassImage(_Synthesis):
     intensity: Any = None
     extent: Extent = "window"
     min_rise: float = 0.25
-    name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,7 @@ from esegeta_monai.engine.network.hooks import capture, find_layer, replaced
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.rules import lrp
 from esegeta_monai.errors import NetworkError, UsageError
-from tests.support.networks import conv_norm_relu
+from tests.support.networks import Computed, conv_norm_relu
 
 
 def test_capture_records_what_the_layer_gave_before_an_inplace_change():
@@ -71,11 +71,10 @@ def test_capture_counts_calls_and_keeps_the_last():
 
 
 def test_capture_of_a_layer_without_a_tensor_is_refused():
-    class Dict(nn.Module):
-        def forward(self, x):
-            return {"x": x}
+    def as_dict(x):
+        return {"x": x}
 
-    network = nn.Sequential(Dict())
+    network = nn.Sequential(Computed(as_dict))
     with pytest.raises(NetworkError, match="not a tensor"), capture(network, ["0"]):
         network(torch.rand(1))
 
@@ -87,14 +86,13 @@ class Pair(NamedTuple):
 
 @pytest.mark.parametrize("kind", [Pair, lambda *items: list(items), lambda *items: items])
 def test_of_several_outputs_the_first_is_recorded_and_all_go_on(kind):
-    class Two(nn.Module):
-        def forward(self, x: torch.Tensor) -> Any:
-            return kind(x * 2, x * 3)
+    def two(x: torch.Tensor) -> Any:
+        return kind(x * 2, x * 3)
 
     class Sum(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.two = Two()
+            self.two = Computed(two)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             pair = self.two(x)
@@ -142,7 +140,7 @@ def test_find_layer_lists_near_matches():
 
 
 class Skipping(nn.Module):
-    """Two layers one behind the other and a way round both; a module that hands out a buffer."""
+    """Two consecutive layers with a skip connection around both; a module that returns a buffer."""
 
     class Constant(nn.Module):
         def __init__(self) -> None:

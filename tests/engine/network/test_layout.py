@@ -1,4 +1,4 @@
-"""Where a layer's channels are: told by its kind, by what runs before it, and by its shape; or not at all."""
+"""The channel axis of a layer follows from its kind, the layers before it and its shape, or is unknown."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_layers_without_weights_lie_as_what_runs_before_them():
 
 
 def test_what_shape_and_place_do_not_tell_is_no_map():
-    """Sixteen channels on 16 x 16 positions, behind a linear layer: put back in front or not, nothing says."""
+    """Sixteen channels on 16 x 16 positions after a linear layer: the channel axis is ambiguous."""
     network = Network(16).eval()
     assert channels_last(network, "block.drop_path", (16, 16, 16), (32, 32)) is None
     assert grid_of(network, "block.drop_path", (16, 16, 16), (32, 32)) is None

@@ -14,7 +14,7 @@ from torch import nn
 from esegeta_monai.engine.network.model import Model, check_network, is_scripted, select_output
 from esegeta_monai.engine.network.state import frozen, own_modes, unwrap
 from esegeta_monai.errors import NetworkError
-from tests.support.networks import conv_norm_relu
+from tests.support.networks import Computed, conv_norm_relu
 
 
 def test_a_network_that_cannot_take_its_input_is_named():
@@ -22,12 +22,11 @@ def test_a_network_that_cannot_take_its_input_is_named():
     with pytest.raises(NetworkError, match=r"fails on input of shape \(1, 2, 6, 6\): Given groups=1.*; give it the ch"):
         model(torch.rand(1, 2, 6, 6))
 
-    class Full(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise torch.OutOfMemoryError("as it is")
+    def full(x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("as it is")
 
     with pytest.raises(torch.OutOfMemoryError, match="as it is"):
-        Model(Full(), torch.device("cpu"))(torch.rand(1, 2, 6, 6))
+        Model(Computed(full), torch.device("cpu"))(torch.rand(1, 2, 6, 6))
 
 
 A, B = torch.zeros(1, 2), torch.ones(1, 3)

@@ -123,9 +123,9 @@ def assert_unchanged(network: nn.Module, before) -> None:
         assert after[name] == before[name], name
     for key, value in before["weights"].items():
         assert torch.equal(after["weights"][key], value), key
-    for mine, theirs in zip(after["gradients"], before["gradients"]):
-        assert (mine is None) == (theirs is None)
-        assert mine is None or torch.equal(mine, theirs)
+    for now, then in zip(after["gradients"], before["gradients"]):
+        assert (now is None) == (then is None)
+        assert now is None or torch.equal(now, then)
 
 
 @pytest.mark.parametrize("b", MAKE)
@@ -147,8 +147,8 @@ def test_the_network_leaves_as_it_came(name):
     network, scan = trained(), image()[None]
     before, pixels = snapshot(network), scan.clone()
     explainer = Explainer(network, inferer=INFERER)
-    found = list(explainer(scan, methods=[MAKE[name]()], targets=[MultiClassMask(1)]))
-    assert found[0].map is not None
+    attributions = list(explainer(scan, methods=[MAKE[name]()], targets=[MultiClassMask(1)]))
+    assert attributions[0].map is not None
     assert_unchanged(network, before)
     assert torch.equal(scan, pixels)
 
@@ -171,12 +171,12 @@ def test_an_abandoned_run_leaves_the_network_as_it_came():
     """The caller takes one map of several and goes away."""
     network = trained()
     before = snapshot(network)
-    found = Explainer(network, inferer=INFERER)(
+    attributions = Explainer(network, inferer=INFERER)(
         image()[None], methods=["Occlusion(8)", "Saliency"], targets=["MultiClassMask(1)"]
     )
-    next(found)
+    next(attributions)
     assert_unchanged(network, before)
-    found.close()
+    attributions.close()
     assert_unchanged(network, before)
 
 

@@ -63,12 +63,12 @@ def test_large_windows_are_not_held_several_batches_at_a_time(monkeypatch):
 
 
 class Interrupted(Exception):  # noqa: N818 - reads as what happened
-    """Of the network's own."""
+    """An error that the network itself raises."""
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_what_went_through_the_network_counts_where_it_stops(output):
-    """A batch that fails takes none with it that passed before, though they are booked together."""
+    """A batch that fails loses no earlier batch, although their results are added together."""
     net, image = network(2, 1), noise(1, 13, 10)
     o, _ = objective(net, image, SlidingWindowInferer((8, 8), 2, 0.5), [MultiClassMask(1, output=output)])
     boxes, forward, left = boxes_for((13, 10), 3, 0.3), net.forward, [3]

@@ -38,7 +38,7 @@ IMAGE = noise(1, 2, 6, 20)
 
 
 class Stops(nn.Module):
-    """A network that is interrupted after so many passes."""
+    """A network that is interrupted after a number of passes."""
 
     def __init__(self, after: float) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ def test_another_condition_has_a_table_of_its_own(tmp_path, often):
 
 
 def test_the_scores_are_there_until_the_map_is_taken(tmp_path, often):
-    """What kills the run while a map is written must not cost its scores."""
+    """Scores survive a run that is killed while a map is written."""
     explainer = Explainer(small(2, 2), SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), window_batch=2)
     for found in explainer(IMAGE, [m.Occlusion(3, 2)], [MultiClassMask(1)], scores_dir=tmp_path):
         assert found.status == "ok"
@@ -242,7 +242,7 @@ CONSTANTS = [0.0, "zero", "constant(value=0.5)"]
 @pytest.mark.parametrize("inner", METHODS, ids=lambda x: f"{x.name}{len(repr(x))}")
 @pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda x: x.__name__)
 def test_a_method_inside_a_method_never_reads_the_scores_of_another_image(wrapper, inner, baseline, tmp_path, often):
-    """With a constant baseline, nothing but the image tells the perturbations of one noisy copy from another's."""
+    """With a constant baseline, the perturbations of two noisy copies differ in nothing but the image."""
     parameters = {n: v for n, v in inner.parameters.items() if n != "name"}
     method = wrapper(type(inner)(**{**parameters, "baseline": baseline}), n_samples=3, std=1.0)
     whole = explain(Stops(np.inf), method, None)

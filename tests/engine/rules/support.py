@@ -1,4 +1,4 @@
-"""What the rule tests share: a network's complete state, and outputs that do not vanish when compared."""
+"""Shared by the rule tests: a network's complete state, and outputs that do not vanish when compared."""
 
 from __future__ import annotations
 

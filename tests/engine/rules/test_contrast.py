@@ -32,23 +32,23 @@ PRIOR = torch.tensor([0.0, 1.0, 0.0], dtype=DOUBLE)
 
 def test_excitation_by_hand():
     network, x = _mlp()
-    found = contrastive_excitation(network, x, PRIOR.expand(1, 2, 3))
-    for side, sign in ((found.target, 1), (found.opposite, -1)):
+    result = contrastive_excitation(network, x, PRIOR.expand(1, 2, 3))
+    for side, sign in ((result.target, 1), (result.opposite, -1)):
         for i in range(2):
             hidden = [x[i], network[:2](x[i]), network[:4](x[i])]
             traced = PRIOR
             for layer, below in zip((4, 2, 0), reversed(hidden)):
                 traced = traced @ _shares((sign if layer == 4 else 1) * network[layer].weight, below)
             assert relative(side[0, i], traced) < 1e-12
-    assert torch.allclose(found.kept, torch.full((2, 1), 2.0, dtype=DOUBLE), rtol=1e-12)
-    assert float(found.total) == 2
+    assert torch.allclose(result.kept, torch.full((2, 1), 2.0, dtype=DOUBLE), rtol=1e-12)
+    assert float(result.total) == 2
 
 
 def test_lrp_by_hand():
     """R_i = Σ_j c_ij⁺ / (Σ_i c_ij⁺ + b_j⁺) R_j, under −W and −b in the last layer for the opposite."""
     network, x = _mlp()
-    found = contrastive_lrp(network, x, PRIOR.expand(1, 2, 3), ZPLUS)
-    for side, sign in ((found.target, 1), (found.opposite, -1)):
+    result = contrastive_lrp(network, x, PRIOR.expand(1, 2, 3), ZPLUS)
+    for side, sign in ((result.target, 1), (result.opposite, -1)):
         for i in range(2):
             hidden = [x[i], network[:2](x[i]), network[:4](x[i])]
             relevance = PRIOR * network(x[i])
@@ -90,7 +90,7 @@ def test_every_network(name, dims):
     for side, kept in ((relevance.target, relevance.kept[0]), (relevance.opposite, relevance.kept[1])):
         assert abs(float(side.sum() + kept) - score) <= 1e-9 * abs(score)
     # Both sides differ by more than a factor and rounding (1e-13). Not by much: a deep random network mixes channels
-    # so well that what was told apart at the top arrives nearly alike (1e-5 in EfficientNet).
+    # so well that what differs at the top arrives nearly alike (1e-5 in EfficientNet).
     for a, b in ((excited.target, excited.opposite), (relevance.target, relevance.opposite)):
         assert relative(a / a.sum(), b / b.sum()) > 1e-8
 
@@ -100,12 +100,12 @@ def test_a_single_layer_is_its_own_top():
     with torch.no_grad():
         network.weight.copy_(torch.tensor([[1.0, 2.0, -3.0, -1.0]]))
     x, one = torch.ones(1, 4, dtype=DOUBLE), torch.ones(1, 1, 1, dtype=DOUBLE)
-    found = contrastive_excitation(network, x, one)
-    assert torch.allclose(found.target.flatten(), torch.tensor([1 / 3, 2 / 3, 0, 0], dtype=DOUBLE))
-    assert torch.allclose(found.opposite.flatten(), torch.tensor([0, 0, 3 / 4, 1 / 4], dtype=DOUBLE))
-    found = contrastive_lrp(network, x, one, ZPLUS)  # the score is −1: both sides share out −1
-    assert torch.allclose(found.target.flatten(), -torch.tensor([1 / 3, 2 / 3, 0, 0], dtype=DOUBLE))
-    assert torch.allclose(found.opposite.flatten(), -torch.tensor([0, 0, 3 / 4, 1 / 4], dtype=DOUBLE))
+    result = contrastive_excitation(network, x, one)
+    assert torch.allclose(result.target.flatten(), torch.tensor([1 / 3, 2 / 3, 0, 0], dtype=DOUBLE))
+    assert torch.allclose(result.opposite.flatten(), torch.tensor([0, 0, 3 / 4, 1 / 4], dtype=DOUBLE))
+    result = contrastive_lrp(network, x, one, ZPLUS)  # the score is −1: both sides share out −1
+    assert torch.allclose(result.target.flatten(), -torch.tensor([1 / 3, 2 / 3, 0, 0], dtype=DOUBLE))
+    assert torch.allclose(result.opposite.flatten(), -torch.tensor([0, 0, 3 / 4, 1 / 4], dtype=DOUBLE))
 
 
 def test_what_lies_above_the_last_weights_changes_its_sign_too():
@@ -120,19 +120,19 @@ def test_what_lies_above_the_last_weights_changes_its_sign_too():
     assert relative(opposite.flatten(), low @ _shares(-dense.weight, x[0])) < 1e-12
     square = nn.Linear(5, 5, bias=False).double().requires_grad_(False)
     prior = torch.full((1, 1, 5), 0.2, dtype=DOUBLE)
-    found = contrastive_excitation(lambda z: square(z) + z, x, prior).opposite.flatten()
+    traced = contrastive_excitation(lambda z: square(z) + z, x, prior).opposite.flatten()
     terms = torch.stack([-square(x)[0], -x[0]])
     raised = terms.clamp(min=0)
     raised = torch.where(raised.sum(0) == 0, terms.abs(), raised)
     by_weights, by_skip = 0.2 * raised / raised.sum(0)
-    assert relative(found, by_weights @ _shares(-square.weight, x[0]) + by_skip) < 1e-12
+    assert relative(traced, by_weights @ _shares(-square.weight, x[0]) + by_skip) < 1e-12
 
 
 def test_epsilon_below_the_top_is_the_composites_own():
     network, x = _mlp()
-    found = contrastive_lrp(network, x, PRIOR.expand(1, 2, 3), composite_of("LRP0"))
+    result = contrastive_lrp(network, x, PRIOR.expand(1, 2, 3), composite_of("LRP0"))
     top = {"convolution": "ZPlus", "dense": "ZPlus"}
     hidden = network[:4](x).detach()
     first = lrp(network[4], hidden, PRIOR.expand(1, 2, 3), top)
     below = lrp(network[:4], x, (first.input / torch.where(hidden == 0, 1.0, hidden)), "LRP0")
-    assert relative(found.target, below.input) < 1e-10
+    assert relative(result.target, below.input) < 1e-10

@@ -1,4 +1,4 @@
-"""What is taken apart computes what the operation computes: each is run both ways on the same numbers."""
+"""Decomposed operations compute what the operation computes: each is run both ways on the same numbers."""
 
 from __future__ import annotations
 

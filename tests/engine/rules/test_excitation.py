@@ -41,7 +41,7 @@ def test_weights_share_by_excitatory_contribution(name):
     result = excitation(module, x, prior[None])
     expected = _trace(W, x.flatten(), prior.flatten())
     assert relative(result.input.flatten(), expected) < 1e-12
-    assert torch.allclose(result.booked, prior.sum() - expected.sum(), rtol=1e-10, atol=1e-12)
+    assert torch.allclose(result.absorbed, prior.sum() - expected.sum(), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_moves_move_back_and_constants_keep_what_they_win():
 
     result = excitation(function, X, PRIOR)
     assert torch.equal(result.input[:, :, :3], PRIOR[:, :, 1:].flip(2))
-    assert torch.allclose(result.booked, PRIOR[:, :, 0].sum(2))
+    assert torch.allclose(result.absorbed, PRIOR[:, :, 0].sum(2))
 
 
 def test_a_maximum_gives_all_to_its_winner():
@@ -164,7 +164,7 @@ def test_probability_is_conserved_where_every_winner_was_excited():
     assert (logits.amax(1) > 0).all()
     result = excitation(network, x, prior[None])
     assert torch.allclose(result.input.sum(2), torch.ones(1, 5, dtype=torch.float64), rtol=1e-12)
-    assert result.booked.abs().max() < 1e-12
+    assert result.absorbed.abs().max() < 1e-12
 
 
 CELLS = [

@@ -275,8 +275,8 @@ def test_equals_captum_on_plain_relu_networks(dims):
     x, r = _pair(2, 2, *(7,) * dims)
     cotangents = torch.zeros(1, 2, 3, dtype=torch.float64)
     cotangents[..., 1] = 1
-    theirs = captum.attr.DeepLift(network).attribute(x, r, target=1)
-    assert relative(deep_lift(network, x, r, cotangents).input[0], theirs) < 1e-10
+    peer = captum.attr.DeepLift(network).attribute(x, r, target=1)
+    assert relative(deep_lift(network, x, r, cotangents).input[0], peer) < 1e-10
 
 
 def test_each_layer_is_complete():

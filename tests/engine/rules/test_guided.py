@@ -13,6 +13,7 @@ from esegeta_monai.engine.rules import deconvolution, guided
 from esegeta_monai.errors import MethodError, RuleError
 from tests.engine.rules.support import assert_same_state, gradient, relative, state
 from tests.networks import NAMES, build
+from tests.support.networks import Computed
 
 
 def _sigmoid(x):
@@ -42,23 +43,10 @@ def _between(x, low, high):
     return ((x > low) & (x < high)).to(x)
 
 
-class _Hand(nn.Module):
-    """An activation written as a call."""
-
-    def __init__(self, call):
-        super().__init__()
-        self.call = call
-
-    def forward(self, x):
-        return self.call(x)
-
-
-class _Dropped(nn.Module):
+def _dropped(x):
     """Writes in place and drops what the call returns."""
-
-    def forward(self, x):
-        F.leaky_relu_(x, 0.2)
-        return x
+    F.leaky_relu_(x, 0.2)
+    return x
 
 
 _PRELU = torch.tensor([0.1, -0.3, 0.5], dtype=torch.float64)
@@ -74,12 +62,12 @@ def _prelu():
 ACTIVATIONS = {
     "ReLU": (nn.ReLU(), lambda x: (x > 0).to(x)),
     "ReLU in place": (nn.ReLU(inplace=True), lambda x: (x > 0).to(x)),
-    "torch.relu_": (_Hand(torch.relu_), lambda x: (x > 0).to(x)),
-    "clamp": (_Hand(lambda x: x.clamp(min=0)), lambda x: (x > 0).to(x)),
-    "maximum": (_Hand(lambda x: torch.maximum(x, torch.zeros_like(x))), lambda x: (x > 0).to(x)),
+    "torch.relu_": (Computed(torch.relu_), lambda x: (x > 0).to(x)),
+    "clamp": (Computed(lambda x: x.clamp(min=0)), lambda x: (x > 0).to(x)),
+    "maximum": (Computed(lambda x: torch.maximum(x, torch.zeros_like(x))), lambda x: (x > 0).to(x)),
     "LeakyReLU": (nn.LeakyReLU(0.2, inplace=True), lambda x: _above(x, 0.2)),
-    "positional inplace": (_Hand(lambda x: F.leaky_relu(x, 0.2, True)), lambda x: _above(x, 0.2)),
-    "dropped": (_Dropped(), lambda x: _above(x, 0.2)),
+    "positional inplace": (Computed(lambda x: F.leaky_relu(x, 0.2, True)), lambda x: _above(x, 0.2)),
+    "dropped": (Computed(_dropped), lambda x: _above(x, 0.2)),
     "PReLU": (_prelu(), lambda x: _above(x, _PRELU[:, None, None])),
     "ELU": (nn.ELU(0.7, inplace=True), lambda x: _above(x, 0.7 * torch.exp(x))),
     "CELU": (nn.CELU(0.5), lambda x: _above(x, torch.exp(x / 0.5))),  # torch rounds 1/alpha to float32
@@ -88,12 +76,12 @@ ACTIVATIONS = {
         lambda x: 1.0507009873554805 * _above(x, 1.6732632423543772 * torch.exp(x)),
     ),
     "GELU": (nn.GELU(), _gelu_slope),
-    "GELU by hand": (_Hand(lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))), _gelu_slope),
+    "GELU by hand": (Computed(lambda x: 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))), _gelu_slope),
     "SiLU": (nn.SiLU(inplace=True), _silu_slope),
     "Swish": (Swish(alpha=1.5), lambda x: _silu_slope(x, 1.5)),
     "MemoryEfficientSwish": (MemoryEfficientSwish(), _silu_slope),
     "Mish": (Mish(), _mish_slope),
-    "Mish by hand": (_Hand(lambda x: x * torch.tanh(F.softplus(x))), _mish_slope),
+    "Mish by hand": (Computed(lambda x: x * torch.tanh(F.softplus(x))), _mish_slope),
     "Softplus": (nn.Softplus(beta=2), lambda x: _sigmoid(2 * x)),
     "Hardtanh": (nn.Hardtanh(-0.5, 0.8), lambda x: _between(x, -0.5, 0.8)),
     "ReLU6": (nn.ReLU6(inplace=True), lambda x: _between(x, 0, 6)),
@@ -131,10 +119,10 @@ def test_each_activation_equals_its_jacobian(name, method):
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize(
-    ("ours", "theirs"), [(guided, captum.attr.GuidedBackprop), (deconvolution, captum.attr.Deconvolution)]
+    ("method", "peer"), [(guided, captum.attr.GuidedBackprop), (deconvolution, captum.attr.Deconvolution)]
 )
 @pytest.mark.filterwarnings("ignore:Setting backward hooks")
-def test_equals_captum_on_plain_relu_networks(dims, ours, theirs):
+def test_equals_captum_on_plain_relu_networks(dims, method, peer):
     torch.manual_seed(dims)
     conv, pool = (nn.Conv2d, nn.MaxPool2d) if dims == 2 else (nn.Conv3d, nn.MaxPool3d)
     network = nn.Sequential(
@@ -144,8 +132,8 @@ def test_equals_captum_on_plain_relu_networks(dims, ours, theirs):
     x = torch.randn(2, 2, *(10,) * dims, dtype=torch.float64)
     cotangents = torch.zeros(1, 2, 3, dtype=torch.float64)
     cotangents[..., 1] = 1
-    result = ours(network, x, cotangents).input[0]
-    assert relative(result, theirs(network).attribute(x, target=1)) < 1e-12
+    result = method(network, x, cotangents).input[0]
+    assert relative(result, peer(network).attribute(x, target=1)) < 1e-12
 
 
 @pytest.mark.parametrize("dims", [2, 3])

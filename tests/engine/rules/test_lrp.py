@@ -18,7 +18,7 @@ def _explain(function, x, seed=1):
     y = function(x)
     cotangent = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(seed))
     result = lrp(function, x, cotangent[None], "LRP0")
-    return result.input[0], result.booked[0, 0], cotangent, y
+    return result.input[0], result.absorbed[0, 0], cotangent, y
 
 
 X = torch.randn(1, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -41,16 +41,16 @@ X = torch.randn(1, 4, 6, dtype=torch.float64, generator=torch.Generator().manual
     ],
 )
 def test_univariate_gives_all_but_its_value_at_zero(function, at_zero):
-    relevance, booked, c, y = _explain(function, X)
+    relevance, absorbed, c, y = _explain(function, X)
     assert relative(relevance, c * (y - at_zero)) < 1e-12
-    assert relative(booked, (c * at_zero).sum()) < 1e-12 if at_zero else booked == 0
+    assert relative(absorbed, (c * at_zero).sum()) < 1e-12 if at_zero else absorbed == 0
 
 
 @pytest.mark.parametrize("function", [torch.reciprocal, torch.log, torch.rsqrt, lambda x: x**-2])
 def test_univariate_without_a_value_at_zero_gives_everything(function):
-    relevance, booked, c, y = _explain(function, X.abs() + 0.5)
+    relevance, absorbed, c, y = _explain(function, X.abs() + 0.5)
     assert relative(relevance, c * y) < 1e-12
-    assert booked == 0
+    assert absorbed == 0
 
 
 def test_univariate_at_zero_has_a_finite_multiplier():
@@ -61,7 +61,7 @@ def test_univariate_at_zero_has_a_finite_multiplier():
     layers = {"linear": first}
     result = lrp(lambda z: torch.sigmoid(first(z)), x, torch.ones(1, 1, 3, dtype=x.dtype), "LRP0", layers=layers)
     assert torch.allclose(result.layers["linear"].gradient, torch.full((1, 1, 3), 0.25, dtype=x.dtype))
-    assert result.booked.item() == 1.5
+    assert result.absorbed.item() == 1.5
 
 
 @pytest.mark.parametrize(
@@ -73,27 +73,27 @@ def test_univariate_at_zero_has_a_finite_multiplier():
     ],
 )
 def test_product_gives_half_to_each_factor(function):
-    relevance, booked, c, y = _explain(function, X)
+    relevance, absorbed, c, y = _explain(function, X)
     total = (c * y).sum()
-    assert booked == 0
+    assert absorbed == 0
     assert relative(relevance[:, :2].sum(), total / 2) < 1e-12
     assert relative(relevance[:, 2:].sum(), total / 2) < 1e-12
 
 
-def test_softmax_is_its_jacobian_and_the_residual_is_booked():
-    relevance, booked, c, y = _explain(lambda x: x.softmax(-1), X)
+def test_softmax_is_its_jacobian_and_the_residual_is_absorbed():
+    relevance, absorbed, c, y = _explain(lambda x: x.softmax(-1), X)
     jacobian = torch.diag_embed(y) - y[..., :, None] * y[..., None, :]
     expected = X * (jacobian @ c[..., None])[..., 0]
     assert relative(relevance, expected) < 1e-12
-    assert relative(booked, (c * y).sum() - expected.sum()) < 1e-12
+    assert relative(absorbed, (c * y).sum() - expected.sum()) < 1e-12
 
 
 def test_masked_scores_receive_nothing():
     mask = torch.tensor([True, True, False, True, True, True])
-    relevance, booked, c, y = _explain(lambda x: (x.masked_fill(~mask, -torch.inf)).softmax(-1), X)
+    relevance, absorbed, c, y = _explain(lambda x: (x.masked_fill(~mask, -torch.inf)).softmax(-1), X)
     assert torch.isfinite(relevance).all()
     assert not relevance[..., 2].any()
-    assert relative(relevance.sum() + booked, (c * y).sum()) < 1e-12
+    assert relative(relevance.sum() + absorbed, (c * y).sum()) < 1e-12
 
 
 NORMS = {
@@ -107,21 +107,21 @@ NORMS = {
 def test_norm_is_linear_with_a_constant_scale(name):
     function, dims = NORMS[name]
     w, b = torch.arange(1.0, 5, dtype=X.dtype), torch.tensor([0.3, -0.2, 0.5, 1.0], dtype=X.dtype)
-    relevance, booked, c, y = _explain(lambda x: function(x, w, b), X)
+    relevance, absorbed, c, y = _explain(lambda x: function(x, w, b), X)
     scale = (X.var(dims, unbiased=False, keepdim=True) + 1e-5).sqrt()
     arriving = c * w[:, None] / scale
     assert relative(relevance, X * (arriving - arriving.mean(dims, keepdim=True))) < 1e-10
-    assert relative(booked, (c * b[:, None]).sum()) < 1e-12
-    assert relative(relevance.sum() + booked, (c * y).sum()) < 1e-12
+    assert relative(absorbed, (c * b[:, None]).sum()) < 1e-12
+    assert relative(relevance.sum() + absorbed, (c * y).sum()) < 1e-12
 
 
 def test_batch_norm_in_eval_mode_books_its_shift():
     w, b = torch.arange(1.0, 5, dtype=X.dtype), torch.tensor([0.3, -0.2, 0.5, 1.0], dtype=X.dtype)
     mean, variance = b.flip(0), w.flip(0)
-    relevance, booked, c, _ = _explain(lambda x: F.batch_norm(x, mean, variance, w, b, eps=0), X)
+    relevance, absorbed, c, _ = _explain(lambda x: F.batch_norm(x, mean, variance, w, b, eps=0), X)
     slope = w / variance.sqrt()
     assert relative(relevance, c * X * slope[:, None]) < 1e-12
-    assert relative(booked, (c * (b - slope * mean)[:, None]).sum()) < 1e-12
+    assert relative(absorbed, (c * (b - slope * mean)[:, None]).sum()) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -152,8 +152,8 @@ def test_batch_norm_in_eval_mode_books_its_shift():
     ],
 )
 def test_every_kind_of_operation_conserves(function):
-    relevance, booked, c, y = _explain(function, X)
-    assert relative(relevance.sum() + booked, (c * y).sum()) < 1e-12
+    relevance, absorbed, c, y = _explain(function, X)
+    assert relative(relevance.sum() + absorbed, (c * y).sum()) < 1e-12
 
 
 def test_first_rule_needs_a_first_layer():
@@ -188,7 +188,7 @@ def test_conserves_on_every_network(name, dims):
     for composite in names if everything else [names[(NAMES.index(name) + dims) % len(names)]]:
         result = lrp(case.logits, case.image, cotangents, composite)
         assert torch.isfinite(result.input).all()
-        gap = result.input.sum() + result.booked.sum() - expected
+        gap = result.input.sum() + result.absorbed.sum() - expected
         scale = result.input.abs().sum() if composite == "EpsilonAlpha2Beta1" else abs(expected)
         assert abs(gap) <= 1e-9 * scale, composite
     assert_same_state(before, state(case.network))
@@ -203,7 +203,7 @@ def test_conserves_in_float32(name):
     expected = (cotangents * y).sum()
     for composite in ("EpsilonPlus", "EpsilonPlusFlat"):
         result = lrp(case.logits, case.image, cotangents, composite)
-        assert abs(result.input.sum() + result.booked.sum() - expected) <= 1e-3 * abs(expected)
+        assert abs(result.input.sum() + result.absorbed.sum() - expected) <= 1e-3 * abs(expected)
 
 
 def test_windows_keep_their_own_books():
@@ -213,8 +213,8 @@ def test_windows_keep_their_own_books():
     cotangents = torch.randn(2, *y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0))
     result = lrp(case.logits, x, cotangents)
     expected = (cotangents * y).flatten(2).sum(2)
-    assert result.booked.shape == (2, 2)
-    assert relative(result.input.flatten(2).sum(2) + result.booked, expected) < 1e-9
+    assert result.absorbed.shape == (2, 2)
+    assert relative(result.input.flatten(2).sum(2) + result.absorbed, expected) < 1e-9
 
 
 def test_relevance_at_a_layer_is_conserved():

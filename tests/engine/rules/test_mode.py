@@ -75,7 +75,7 @@ REFUSED = {
     "random": (lambda x: F.relu(x) + torch.randn_like(x), MethodError, "random"),
     "checkpoint": (lambda x: imported_checkpoint(F.gelu, x, use_reentrant=False), NetworkError, "use_checkpoint"),
     "reentrant": (lambda x: imported_checkpoint(F.gelu, x, use_reentrant=True), RuleError, "no_grad|cannot see"),
-    "shape in place": (lambda x: F.relu(x).clone().unsqueeze_(0)[0], RuleError, "shape in place"),
+    "shape in place": (lambda x: F.relu(x).clone().unsqueeze_(0)[0], RuleError, "in-place change of shape"),
 }
 
 

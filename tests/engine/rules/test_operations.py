@@ -22,12 +22,12 @@ class _Watch:
     """Rules that only note what passes."""
 
     def __init__(self):
-        self.seen = []
+        self.operations = []
 
     family = "none"
 
     def treatment(self, operation):
-        self.seen.append((operation.name, operation.kind, operation.in_place))
+        self.operations.append((operation.name, operation.kind, operation.in_place))
         return PLAIN
 
 
@@ -37,8 +37,8 @@ def _watch(function, x):
     start = mode.enter_input(x.clone().requires_grad_().clone())
     with mode:
         result = function(start)
-    assert mode.seen(result)
-    return result.detach(), rules.seen
+    assert mode.depends_on_input(result)
+    return result.detach(), rules.operations
 
 
 X = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -128,7 +128,7 @@ def test_what_has_no_kind_raises_with_its_name(function, text):
 
 
 def test_every_elementwise_and_linear_name_of_torch_is_decided():
-    """A name that stands in a table exists in torch, and no name stands in two tables."""
+    """Every name in a table exists in torch, and no name is in two tables."""
     homes = (torch, Tensor, F, torch.linalg, torch.nn.functional)
     special = {"getitem", "setitem", "iter", "reversed", "rmatmul", "rpow", "rdiv", "unfold_copy", "log_sigmoid"}
     for name in set(KINDS) - special:

@@ -33,8 +33,8 @@ def test_the_signal_is_found_where_the_filter_is_turned_away():
     patterns = fitted(network, x[:60_000], x[60_000:])
     assert torch.allclose(patterns[0].positive[0], signal, atol=0.01)  # five standard errors of 1e5 samples
     one = torch.ones(1, 1, 1, dtype=DOUBLE)
-    found = back_project(network, x[:1], one, patterns, "signal")[0, 0]
-    assert torch.allclose(found, y[0] * signal, atol=0.05)
+    projected = back_project(network, x[:1], one, patterns, "signal")[0, 0]
+    assert torch.allclose(projected, y[0] * signal, atol=0.05)
     share = back_project(network, x[:1], one, patterns, "attribution")[0, 0]
     assert relative(share.sum(), y[0, 0]) < 1e-12
 
@@ -91,13 +91,13 @@ def test_every_neuron_by_its_formula(name, rectified):
             regime.append(z[:, j] > 0)
         inputs, y, positive = torch.cat(seen), torch.cat(y), torch.cat(regime)
         inputs, y = inputs - inputs.mean(0), y - y.mean()
-        for mine, inside in ((pattern.positive, positive), (pattern.negative, ~positive)):
+        for estimate, inside in ((pattern.positive, positive), (pattern.negative, ~positive)):
             inside = inside if rectified else torch.ones_like(inside)
             if not inside.any():
-                assert (mine.flatten()[list(taps)] == 0).all()
+                assert (estimate.flatten()[list(taps)] == 0).all()
                 continue
             expected = (inputs[inside] * y[inside, None]).mean(0) / y[inside].square().mean()
-            assert relative(mine.flatten()[list(taps)], expected) < 1e-10
+            assert relative(estimate.flatten()[list(taps)], expected) < 1e-10
             assert relative((expected * weights[list(taps)]).sum(), torch.ones(())) < 1e-10
 
 
@@ -186,9 +186,9 @@ def test_networks_without_products(name, dims):
     cotangents = torch.zeros_like(case.logits(case.image))[None].detach()
     cotangents[:, :, 1] = 1
     for way in ("signal", "attribution"):
-        found = back_project(case.logits, case.image, cotangents, patterns, way)
-        assert found.isfinite().all()
-        assert found.abs().max() > 0
+        projected = back_project(case.logits, case.image, cotangents, patterns, way)
+        assert projected.isfinite().all()
+        assert projected.abs().max() > 0
     assert_same_state(before, state(case.network))
 
 
@@ -200,7 +200,7 @@ def test_products_are_no_linear_neurons(name):
 
 
 class Between(nn.Module):
-    """Something between a layer and its rectifier, undone behind it."""
+    """An operation between a layer and its rectifier, and its inverse after it."""
 
     def __init__(self, layer, there, back):
         super().__init__()
@@ -233,8 +233,8 @@ def test_the_rectifier_is_found_behind_moves(name):
     (expected,) = fitted(plain, x)
     assert relative(patterns[0].positive, expected.positive) < 1e-12
     assert relative(patterns[0].negative, expected.negative) < 1e-12
-    found = back_project(moved, x, one, patterns, "signal")
-    assert relative(found, back_project(plain, x, one, patterns, "signal")) < 1e-12
+    projected = back_project(moved, x, one, patterns, "signal")
+    assert relative(projected, back_project(plain, x, one, patterns, "signal")) < 1e-12
 
 
 def test_a_rectifier_behind_a_pooling_is_not_the_neurons_own():
@@ -256,11 +256,11 @@ def test_intensities_far_from_zero(empty, kind, rectified):
     layer.bias -= layer(x)[..., 2, 2].mean(0)  # what the rectifier sees has both signs
     network = nn.Sequential(layer, nn.ReLU()) if rectified else layer
     x[:empty] = 0
-    (found,) = fitted(network, x[:2], x[2:])
+    (estimate,) = fitted(network, x[:2], x[2:])
     network.double()
     (expected,) = fitted(network, x[:2].double(), x[2:].double())
     for regime in ("positive", "negative"):
-        assert relative(getattr(found, regime), getattr(expected, regime)) < 1e-3  # a float32 is 1000 ± 6e-5
+        assert relative(getattr(estimate, regime), getattr(expected, regime)) < 1e-3  # a float32 is 1000 ± 6e-5
     (alone,) = fitted(network, x.double())
     assert relative(alone.positive, expected.positive) < 1e-10
 

@@ -86,15 +86,17 @@ def test_a_registered_rule_is_a_word_of_composites():
         LRP(composite={"convolution": "Absolute", "dense": "Absolute"}).parameters["composite"]["dense"] == "Absolute"
     )
     layer, x = nn.Linear(6, 1, bias=False).double(), torch.randn(4, 6, dtype=torch.float64)
-    found = lrp(layer, x, torch.ones(1, 4, 1, dtype=torch.float64), {"convolution": "Absolute", "dense": "Absolute"})
+    relevance = lrp(
+        layer, x, torch.ones(1, 4, 1, dtype=torch.float64), {"convolution": "Absolute", "dense": "Absolute"}
+    )
     shares = (x * layer.weight).abs()
     expected = (shares / shares.sum(1, keepdim=True) * layer(x)).detach()
-    assert (found.input[0] - expected).abs().max() <= 1e-12 * expected.abs().max()
+    assert (relevance.input[0] - expected).abs().max() <= 1e-12 * expected.abs().max()
 
 
 def test_a_rule_for_the_first_layer_only_is_refused_elsewhere():
     register_rule(Absolute, first_only=True)
-    with pytest.raises(UsageError, match="Absolute gives relevance that only the input can hold"):
+    with pytest.raises(UsageError, match="Absolute returns relevance, not multipliers"):
         composite_of({"convolution": "Absolute", "dense": "Epsilon"})
     assert composite_of({"convolution": "ZPlus", "dense": "Epsilon", "first": "Absolute"}).first == Absolute()
 
@@ -130,18 +132,18 @@ def test_an_unknown_operation_raises_until_it_is_registered(case):
     register_operation(torch.sinc, Kind.UNIVARIATE)
     weight, bias = network.linear.weight[1].detach(), network.linear.bias[1].detach()
     reference = torch.ones_like(x) / 3
-    found = deep_lift(network, x, reference, cotangents).input[0]
+    attribution = deep_lift(network, x, reference, cotangents).input[0]
     expected = weight * (torch.sinc(x) - torch.sinc(reference)) / (x - reference) * (x - reference)
-    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert (attribution - expected).abs().max() <= 1e-10 * expected.abs().max()
     relevance = lrp(
         network,
         x,
         cotangents,
         {"convolution": {"rule": "Epsilon", "epsilon": 0.0}, "dense": {"rule": "Epsilon", "epsilon": 0.0}},
     )
-    expected = weight * (torch.sinc(x) - 1)  # sinc(0) = 1 is booked, and so is the bias
+    expected = weight * (torch.sinc(x) - 1)  # sinc(0) = 1 is absorbed, and so is the bias
     assert (relevance.input[0] - expected).abs().max() <= 1e-10 * expected.abs().max()
-    assert (relevance.booked[0] - weight.sum() - bias).abs().max() <= 1e-10
+    assert (relevance.absorbed[0] - weight.sum() - bias).abs().max() <= 1e-10
 
 
 def test_every_spelling_of_the_operation_is_meant(case):

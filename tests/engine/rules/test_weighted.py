@@ -28,11 +28,11 @@ RULES = {
 
 
 def _by_hand(name: str, W: torch.Tensor, b: torch.Tensor, reads: torch.Tensor, x: torch.Tensor, R: torch.Tensor):
-    """Input relevance and booked relevance from the matrix: W (out, in), b (out), x (in), R (out)."""
+    """Input relevance and absorbed relevance from the matrix: W (out, in), b (out), x (in), R (out)."""
     c = W * x  # contributions c_ji
     z = c.sum(1) + b
     result = torch.zeros_like(x)
-    booked = torch.zeros((), dtype=x.dtype)
+    absorbed = torch.zeros((), dtype=x.dtype)
     for j in range(len(R)):
         if name in ("LRP-0", "Epsilon"):
             stabiliser = 0.0 if name == "LRP-0" else (0.3 if z[j] >= 0 else -0.3)
@@ -53,11 +53,11 @@ def _by_hand(name: str, W: torch.Tensor, b: torch.Tensor, reads: torch.Tensor, x
         for factor, share, rest in shares:
             total = share.sum() + rest
             if total == 0:
-                booked = booked + factor * R[j]
+                absorbed = absorbed + factor * R[j]
             else:
                 result += factor * R[j] * share / total
-                booked = booked + factor * R[j] * rest / total
-    return result, booked
+                absorbed = absorbed + factor * R[j] * rest / total
+    return result, absorbed
 
 
 def _operation(kind: str):
@@ -97,24 +97,24 @@ def test_each_rule_equals_its_formula(name, kind):
     first = rule if name in ("Flat", "WSquare", "ZBox") else None
     inner = Epsilon() if first else rule
     result = lrp(module, x, cotangent[None], Composite(inner, inner, first))
-    expected, booked = _by_hand(name, W, b, (reads != 0).to(x), x.flatten(), (y * cotangent).flatten())
+    expected, absorbed = _by_hand(name, W, b, (reads != 0).to(x), x.flatten(), (y * cotangent).flatten())
     assert relative(result.input.flatten(), expected) < 1e-10
-    assert abs(result.booked.item() - booked.item()) < 1e-10 * expected.abs().sum()
+    assert abs(result.absorbed.item() - absorbed.item()) < 1e-10 * expected.abs().sum()
     total = (y * cotangent).sum()
-    assert abs(result.input.sum() + result.booked.sum() - total) < 1e-10 * expected.abs().sum()
+    assert abs(result.input.sum() + result.absorbed.sum() - total) < 1e-10 * expected.abs().sum()
 
 
-def test_zero_denominators_are_booked():
+def test_zero_denominators_are_absorbed():
     """All weights negative: nothing raises the output, so z+ has nobody to give its relevance to."""
     module = nn.Linear(3, 1, bias=False).double()
     module.weight.data.copy_(torch.tensor([[-1.0, -2.0, -3.0]]))
     x = torch.ones(1, 3, dtype=torch.float64)
     result = lrp(module, x, torch.ones(1, 1, 1, dtype=torch.float64), Composite(ZPlus(), ZPlus()))
     assert not result.input.any()
-    assert result.booked.item() == -6.0
+    assert result.absorbed.item() == -6.0
     half = lrp(module, x, torch.ones(1, 1, 1, dtype=torch.float64), Composite(AlphaBeta(), AlphaBeta()))
     assert torch.allclose(half.input, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
-    assert half.booked.item() == -12.0
+    assert half.absorbed.item() == -12.0
 
 
 def test_flat_reaches_voxels_that_are_zero_and_books_what_falls_on_padding():
@@ -125,7 +125,7 @@ def test_flat_reaches_voxels_that_are_zero_and_books_what_falls_on_padding():
     result = lrp(lambda z: module(F.pad(z, (1, 1))), x, torch.ones(1, 1, 1, 4, dtype=x.dtype), composite)
     # windows (pad 0 3), (0 3 0), (3 0 0), (0 0 pad) have the relevances 3, 3, 3, 0, a third to each place
     assert torch.allclose(result.input[0, 0, 0], torch.tensor([2.0, 3.0, 2.0, 1.0], dtype=x.dtype))
-    assert torch.allclose(result.booked, torch.ones(1, 1, dtype=x.dtype))
+    assert torch.allclose(result.absorbed, torch.ones(1, 1, dtype=x.dtype))
 
 
 @pytest.mark.parametrize("rule", ["epsilon", "alpha1_beta0", "gamma"])
@@ -148,7 +148,7 @@ def test_equals_captum_on_a_plain_relu_network(rule):
     x = torch.rand(1, 1, 14, 14, dtype=torch.float64)
     with torch.no_grad():  # a positive logit: for a negative one Captum's gamma still favours positive contributions
         network[-1].weight[1] *= network(x)[0, 1].sign()
-    theirs, ours = {
+    peer_rule, rule_under_test = {
         "epsilon": (lambda: lrp_rules.EpsilonRule(1e-3), Epsilon(1e-3)),
         "alpha1_beta0": (lambda: lrp_rules.Alpha1_Beta0_Rule(), ZPlus()),
         "gamma": (lambda: lrp_rules.GammaRule(0.25), Gamma(0.25)),
@@ -156,10 +156,10 @@ def test_equals_captum_on_a_plain_relu_network(rule):
     cotangents = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64).view(1, 1, 3, 1, 1)
     for layer in network:
         if isinstance(layer, nn.Conv2d):
-            layer.rule = theirs()
+            layer.rule = peer_rule()
         if isinstance(layer, nn.MaxPool2d):
             layer.rule = lrp_rules.EpsilonRule()
-    result = lrp(network, x, cotangents, Composite(ours, ours)).input[0]
+    result = lrp(network, x, cotangents, Composite(rule_under_test, rule_under_test)).input[0]
     expected = captum.attr.LRP(network).attribute(x, target=(1, 0, 0)).detach()
     assert relative(result, expected) < 1e-6  # Captum's own stabiliser of 1e-9 stands in every denominator
 

@@ -84,11 +84,15 @@ def test_roi_of_minus_one_takes_the_whole_axis():
 def test_resized_is_the_plan_of_the_same_inferer(shape, overlap):
     inferer = SlidingWindowInferer((8, 10), 2, overlap, "gaussian", padding_mode="replicate")
     whole, expected = plan_windows(inferer, (20, 30)), plan_windows(inferer, shape)
-    found = whole.resized(shape)
-    assert (found.slices, found.pads, found.spatial_shape) == (expected.slices, expected.pads, expected.spatial_shape)
+    smaller = whole.resized(shape)
+    assert (smaller.slices, smaller.pads, smaller.spatial_shape) == (
+        expected.slices,
+        expected.pads,
+        expected.spatial_shape,
+    )
     volume = torch.rand(2, *shape)
-    for window in range(len(found)):
-        assert torch.equal(found.cut(volume, window), expected.cut(volume, window))
+    for window in range(len(smaller)):
+        assert torch.equal(smaller.cut(volume, window), expected.cut(volume, window))
 
 
 def test_single_is_one_window_with_its_padding():

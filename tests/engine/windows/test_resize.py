@@ -18,8 +18,8 @@ MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 def test_the_interpolation_is_that_of_torch(cells, voxels):
     values = torch.randn(2, 3, *cells, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     lines = [line_matrix(0, n, p, n, torch.float64) for p, n in zip(cells, voxels)]
-    theirs = F.interpolate(values, voxels, mode=MODES[len(cells)], align_corners=False)
-    assert_equal(interpolate(values, lines), theirs)
+    reference = F.interpolate(values, voxels, mode=MODES[len(cells)], align_corners=False)
+    assert_equal(interpolate(values, lines), reference)
     areas = [area_matrix(n, p, torch.float64) for p, n in zip(cells, voxels)]
     assert_equal(interpolate(values, areas), F.interpolate(values, voxels, mode="area"))
 

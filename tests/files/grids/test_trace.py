@@ -1,4 +1,4 @@
-"""What is read off MONAI's trace: one sentence for each transform, x_out(i) = Σ_j k(X i − j) x_in(j)."""
+"""MONAI's trace is read as linear operations: one sentence for each transform, x_out(i) = Σ_j k(X i − j) x_in(j)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in the picture: sides, colours, proportions, words; read back from the PNG or from the figure."""
+"""The content of a picture: sides, colours, proportions, words; read back from the PNG or from the figure."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_left_sided_peak_is_drawn_and_lettered_left(tmp_path, sheets, conventi
     viewers_right = convention == "radiological"
     assert drawn["sides"]["axial"]["right" if viewers_right else "left"] == "L"
 
-    # the letter where it says, by position within the axes
+    # the letter at its place, by position within the axes
     axial = sheets[0].panels[0]
     (letter,) = (text for text in axial.texts if text.get_text() == "L")
     assert (letter.get_position()[0] > 1) == viewers_right

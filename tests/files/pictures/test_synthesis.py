@@ -1,4 +1,4 @@
-"""The picture of an image that was made up, and of its curve, read back from the figure and from the PNG."""
+"""The picture of a synthesised image and of its curve, read back from the figure and from the PNG."""
 
 from __future__ import annotations
 

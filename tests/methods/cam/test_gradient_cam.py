@@ -46,10 +46,10 @@ def test_weighted_maps_equal_naive_whole_volume(name, dims):
     close(explain(XGradCam(s.layer, relu=False), s.objective).maps[0], s.blend(weights.nan_to_num()), 1e-8)
 
     direction = torch.linalg.svd(a * share.sqrt(), full_matrices=False).U[:, 0]
-    found = explain(EigenCam(s.layer, relu=False), s.objective).maps[0]
+    result = explain(EigenCam(s.layer, relu=False), s.objective).maps[0]
     naive = s.blend(direction)
-    close(found, naive if (naive * found).sum() > 0 else -naive, 1e-8)
-    assert float(direction @ (a * share).sum(1)) * float((naive * found).sum()) > 0
+    close(result, naive if (naive * result).sum() > 0 else -naive, 1e-8)
+    assert float(direction @ (a * share).sum(1)) * float((naive * result).sum()) > 0
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -57,9 +57,9 @@ def test_weighted_maps_equal_naive_whole_volume(name, dims):
 def test_scattered_maps_equal_naive_whole_volume(name, dims):
     s = setting(name, dims)
     a, g = s.pass_()
-    found = explain(HiResCam(s.layer, relu=False), s.objective).maps[0]
-    close(found, s.scatter((a * g).sum(1, keepdim=True)))
-    close(found.sum(), (a * g).sum())
+    result = explain(HiResCam(s.layer, relu=False), s.objective).maps[0]
+    close(result, s.scatter((a * g).sum(1, keepdim=True)))
+    close(result.sum(), (a * g).sum())
     close(explain(HiResCam(s.layer), s.objective).maps[0], s.scatter((a * g).sum(1, keepdim=True)).relu())
     close(explain(LayerCam(s.layer, relu=False), s.objective).maps[0], s.scatter((a * g.relu()).sum(1, keepdim=True)))
 
@@ -84,5 +84,5 @@ def test_wrong_layers_are_named(method):
 def test_zero_gradients_are_recorded_as_zero():
     network, image = pooled(2)
     network.head.weight.data.zero_()
-    (found,) = Explainer(network)(image, [GradCam("features.2")], [ClassScore(1)])
-    assert found.status == "zero"
+    (result,) = Explainer(network)(image, [GradCam("features.2")], [ClassScore(1)])
+    assert result.status == "zero"

@@ -29,8 +29,8 @@ def for_others(dims: int) -> tuple[Pooled, Tensor]:
 def test_guided_grad_cam_is_the_product_and_equals_captum(dims):
     network, image = for_others(dims)
     objective = objective_of(network, image[0], [ClassScore(1)])
-    found = explain(GuidedGradCam("features.3"), objective).maps
-    close(found, explain(GradCam("features.3"), objective).maps * explain(GuidedBackprop(), objective).maps)
-    theirs = captum.attr.GuidedGradCam(network, network.features[3])
+    result = explain(GuidedGradCam("features.3"), objective).maps
+    close(result, explain(GradCam("features.3"), objective).maps * explain(GuidedBackprop(), objective).maps)
+    expected = captum.attr.GuidedGradCam(network, network.features[3])
     up = {2: "bilinear", 3: "trilinear"}[dims]
-    close(found, theirs.attribute(image.clone(), target=1, interpolate_mode=up).detach())
+    close(result, expected.attribute(image.clone(), target=1, interpolate_mode=up).detach())

@@ -39,9 +39,9 @@ def test_ablation_equals_switching_channels_off_in_the_inferer(name):
         weights.append((whole - value()) / whole.abs())
         handle.remove()
     weights = torch.stack(weights)
-    found = explain(AblationCam(s.layer, relu=False), s.objective).maps[0]
-    close(found, s.blend(weights))
-    close(explain(AblationCam(s.layer, max_channels=1000, relu=False), s.objective).maps[0], found)
+    result = explain(AblationCam(s.layer, relu=False), s.objective).maps[0]
+    close(result, s.blend(weights))
+    close(explain(AblationCam(s.layer, max_channels=1000, relu=False), s.objective).maps[0], result)
 
 
 @pytest.mark.parametrize(("name", "output"), [("UNet_batch", "logit"), ("UNet_instance", "probability"),
@@ -57,16 +57,16 @@ def test_score_cam_equals_masking_the_volume(name, output):
             mask = (m - m.min()) / (m.max() - m.min())
             values.append(score.value(score.crop(s.inferer((s.image * mask)[None], s.model)[0])) / score.voxels)
     weights = torch.stack(values).softmax(0)
-    found = explain(ScoreCam(s.layer, relu=False, baseline="zero"), s.objective).maps[0]
-    close(found[0], torch.einsum("c,c...->...", weights, maps))
+    result = explain(ScoreCam(s.layer, relu=False, baseline="zero"), s.objective).maps[0]
+    close(result[0], torch.einsum("c,c...->...", weights, maps))
 
     share = position_weights(s).flatten()
     mean = (flat(a) * share).sum(1) / share.sum()
     variance = (flat(a) ** 2 * share).sum(1) / share.sum() - mean**2
     few = variance.topk(3).indices
     weights = torch.stack(values)[few].softmax(0)
-    found = explain(ScoreCam(s.layer, relu=False, baseline="zero", max_channels=3), s.objective).maps[0]
-    close(found[0], torch.einsum("c,c...->...", weights, maps[few]))
+    result = explain(ScoreCam(s.layer, relu=False, baseline="zero", max_channels=3), s.objective).maps[0]
+    close(result[0], torch.einsum("c,c...->...", weights, maps[few]))
 
 
 def test_max_channels_must_be_positive():

@@ -33,8 +33,8 @@ def test_cam_mean_plus_bias_is_the_logit(name, dims):
         network, image = s.network, s.image[None]
         image = F.interpolate(image, scale_factor=2 if image.shape[-1] > 16 else 3)  # else one position is pooled
     objective = objective_of(network, image[0], [ClassScore(1), ClassScore(2)])
-    found = explain(Cam(), objective)
-    layer = found.notes["layer"]
+    result = explain(Cam(), objective)
+    layer = result.notes["layer"]
     kept: list[Tensor] = []
     handle = network.get_submodule(layer).register_forward_hook(lambda m, i, o: kept.append(o.clone()))
     logits = network(image)[0].detach()
@@ -43,7 +43,7 @@ def test_cam_mean_plus_bias_is_the_logit(name, dims):
     small = torch.einsum("kc,nc...->nk...", head.weight[1:].detach(), kept[-1].detach())
     close(small.flatten(2).mean(2)[0] + head.bias[1:].detach(), logits[1:])
     up = {2: "bilinear", 3: "trilinear"}[dims]
-    close(found.maps[:, 0], F.interpolate(small, image.shape[2:], mode=up)[0])
+    close(result.maps[:, 0], F.interpolate(small, image.shape[2:], mode=up)[0])
 
 
 def test_cam_refuses_a_network_without_pooling():

@@ -48,7 +48,7 @@ def test_methods_share_their_passes():
 
 
 def test_gradients_wait_for_the_one_that_comes_later():
-    """Grad-CAM++ looks at activations before it asks for gradients: one backward pass a window serves all."""
+    """Grad-CAM++ looks at activations before it asks for gradients: one backward pass per window serves all."""
     s = setting("UNet_batch")
     methods = [Saliency(), GradCam(s.layer), EigenCam(s.layer), GradCamPlusPlus(s.layer)]
     alone = [explain(m, s.objective).maps for m in methods]

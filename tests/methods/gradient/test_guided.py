@@ -28,9 +28,9 @@ NAMES = [
 
 
 def explain(network, image, method, target, inferer=None, output=None) -> Tensor:
-    (found,) = Explainer(network, inferer, output=output)(image, [method], [target])
-    assert found.map is not None
-    return found.map.as_tensor()
+    (result,) = Explainer(network, inferer, output=output)(image, [method], [target])
+    assert result.map is not None
+    return result.map.as_tensor()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,13 +70,13 @@ def test_equals_captum_on_plain_relu(dims):
     image = torch.randn(1, 2, *[12] * dims, dtype=torch.float64)
     network = Plain(dims).double()
     network(image)
-    for mine, theirs in (
+    for actual, expected in (
         (GuidedBackprop(), captum.attr.GuidedBackprop(network)),
         (Deconvolution(), captum.attr.Deconvolution(network)),
     ):
-        reference = theirs.attribute(image.clone().requires_grad_(True), target=1)[0].detach()
-        found = explain(network, image, mine, ClassScore(1))
-        assert float((found - reference).abs().max() / reference.abs().max()) <= 1e-10
+        reference = expected.attribute(image.clone().requires_grad_(True), target=1)[0].detach()
+        result = explain(network, image, actual, ClassScore(1))
+        assert float((result - reference).abs().max() / reference.abs().max()) <= 1e-10
 
 
 @pytest.mark.parametrize("name", ["UNet_batch", "SegResNet"])
@@ -86,7 +86,7 @@ def test_windows_add_up(name):
     image = torch.cat([case.image, case.reference], -1)
     roi = case.image.shape[2:]
     inferer = SlidingWindowInferer(roi, 1, 0.5, "constant")
-    found = explain(case.network, image, GuidedBackprop(), MultiClassMask(1), inferer, case.output)
+    result = explain(case.network, image, GuidedBackprop(), MultiClassMask(1), inferer, case.output)
     n = roi[-1]
     starts = [0, n // 2, n]
     count = torch.zeros(image.shape[-1], dtype=image.dtype)
@@ -104,7 +104,7 @@ def test_windows_add_up(name):
         weights = torch.zeros_like(blended[..., s : s + n])[None]
         weights[0, 0, 1] = mask[..., s : s + n] / count[s : s + n]
         total[..., s : s + n] += guided(case.logits, image[..., s : s + n], weights).input[0, 0]
-    assert float((found - total).abs().max() / total.abs().max()) <= 1e-10
+    assert float((result - total).abs().max() / total.abs().max()) <= 1e-10
 
 
 def test_a_network_without_activations_is_refused():
@@ -133,9 +133,9 @@ def test_a_loops_first_window_is_compared_with_the_plain_output(method):
     """A network that is not the same twice is refused, whatever rule explains it, and nothing is looked at twice but
     that window."""
     image, inferer = torch.rand(1, 1, 16, 24), SlidingWindowInferer((8, 8), 2, 0.5)
-    (found,) = Explainer(Shaken(10**9).eval(), inferer)(image, [method], [MultiClassMask(1)])
-    assert found.status == "ok"
+    (result,) = Explainer(Shaken(10**9).eval(), inferer)(image, [method], [MultiClassMask(1)])
+    assert result.status == "ok"
     windows = 15
-    assert found.record["window_passes"] == windows * (1 + isinstance(method, DeepLift)) + 1
+    assert result.record["window_passes"] == windows * (1 + isinstance(method, DeepLift)) + 1
     with pytest.raises(MethodError, match="the network is random or keeps state"):
         list(Explainer(Shaken(windows).eval(), inferer)(image, [method], [MultiClassMask(1)]))

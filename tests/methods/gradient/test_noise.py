@@ -57,8 +57,8 @@ def test_equals_captums_noise_tunnel_on_the_same_noise(monkeypatch):
         maps = run(SmoothGrad("Saliency", n_samples=4, std=0.2), o).maps
     wrapper = TargetWrapper(net, MultiClassMask(1), INFERER).freeze(image[None])
     monkeypatch.setattr(torch, "normal", lambda mean, std: drawn(o, 4, 0.2))
-    theirs = NoiseTunnel(CaptumSaliency(wrapper)).attribute(image[None], nt_type="smoothgrad", nt_samples=4, target=0)
-    assert_equal(maps[0], theirs[0])
+    expected = NoiseTunnel(CaptumSaliency(wrapper)).attribute(image[None], nt_type="smoothgrad", nt_samples=4, target=0)
+    assert_equal(maps[0], expected[0])
 
 
 def test_overlapping_windows_see_the_same_noise():

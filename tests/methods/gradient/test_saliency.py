@@ -76,7 +76,7 @@ def test_padding_with_a_value_is_booked():
     inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian", cval=0.7)
     o, _ = objective(net, image, inferer, [MultiClassMask(1)])
     with frozen(net):
-        booked = run(InputXGradient(), o).note(0)["sum_in_padding"]
+        absorbed = run(InputXGradient(), o).note(0)["sum_in_padding"]
     padded = torch.nn.functional.pad(image, (0, 0, 1, 1), value=0.7)
     rows, columns = o.scores[0].box
     mask = torch.zeros(8, 20, dtype=torch.bool)
@@ -84,7 +84,7 @@ def test_padding_with_a_value_is_booked():
     product = full_gradient(net, padded, inferer, WeightedScore(mask, 1, 3)) * padded
     outside = product[:, [0, 7]]
     assert float(outside.abs().sum()) > 0
-    assert_equal(torch.tensor([booked], dtype=torch.float64), outside.sum().reshape(1))
+    assert_equal(torch.tensor([absorbed], dtype=torch.float64), outside.sum().reshape(1))
 
 
 def test_methods_share_one_sweep():

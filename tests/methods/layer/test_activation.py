@@ -14,7 +14,7 @@ from esegeta_monai.methods import LayerActivation, run
 from esegeta_monai.methods.layer.activation import reduce_channels
 from esegeta_monai.targets import ClassScore, MultiClassMask, Voxel
 from tests.networks import build
-from tests.support.networks import coarse, network
+from tests.support.networks import Computed, coarse, network
 from tests.support.objectives import objective
 from tests.support.tensors import assert_equal, noise
 
@@ -82,9 +82,9 @@ def test_slice_inferer():
 
 def test_tokens_come_on_their_grid():
     case = build("ViTAutoEnc", 2)
-    o, _ = objective(_First(case.network), case.image[0], None, [MultiClassMask(1)])
+    o, _ = objective(Computed(lambda out: out[0], case.network), case.image[0], None, [MultiClassMask(1)])
     with frozen(case.network), torch.no_grad():
-        found = run(LayerActivation("network.blocks.0", reduce="channels"), o).maps[0]
+        result = run(LayerActivation("network.blocks.0", reduce="channels"), o).maps[0]
         kept = []
         handle = case.network.blocks[0].register_forward_hook(lambda m, i, o: kept.append(o.clone()))
         case.network(case.image)
@@ -92,16 +92,7 @@ def test_tokens_come_on_their_grid():
     tokens = kept[0][0]
     side = int(len(tokens) ** 0.5)
     grid = torch.stack([tokens[i * side : (i + 1) * side] for i in range(side)]).permute(2, 0, 1)
-    assert_equal(found, F.interpolate(grid[None], size=case.roi, mode="bilinear", align_corners=False)[0])
-
-
-class _First(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x):
-        return self.network(x)[0]
+    assert_equal(result, F.interpolate(grid[None], size=case.roi, mode="bilinear", align_corners=False)[0])
 
 
 def test_channels_that_come_last_are_turned_round():

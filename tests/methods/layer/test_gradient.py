@@ -27,19 +27,19 @@ from tests.support.tensors import close
 def test_gradient_times_activation_equals_hooks_through_the_inferer(name):
     s = setting(name)
     a, g = s.pass_()
-    found = explain(LayerGradientXActivation(s.layer, "channels"), s.objective).maps[0]
-    close(found, s.scatter(a * g))
+    result = explain(LayerGradientXActivation(s.layer, "channels"), s.objective).maps[0]
+    close(result, s.scatter(a * g))
     whole = explain(LinearApproximation(s.layer), s.objective).maps
-    close(whole[0], found.sum(0, keepdim=True))
+    close(whole[0], result.sum(0, keepdim=True))
     close(whole, explain(HiResCam(s.layer, relu=False), s.objective).maps)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_grad_cam_with_signs_equals_captum(dims):
     network, image = plain(dims)
-    theirs = captum.attr.LayerGradCam(network, network.act).attribute(image, target=1).detach()
-    assert bool((theirs < 0).any())
-    close(explain(LayerGradCam("act"), objective_of(network, image[0], [ClassScore(1)])).maps, theirs)
+    expected = captum.attr.LayerGradCam(network, network.act).attribute(image, target=1).detach()
+    assert bool((expected < 0).any())
+    close(explain(LayerGradCam("act"), objective_of(network, image[0], [ClassScore(1)])).maps, expected)
 
 
 @pytest.mark.parametrize(("name", "channel"), [("UNet_batch", 3), ("UNet_batch", None), ("ResNet18", 1)])
@@ -77,9 +77,9 @@ def test_guided_backpropagation_of_a_layer_in_captum_on_plain_relu():
         def forward(self, x: Tensor) -> Tensor:
             return self.act(self.first(x))[:, 2].flatten(1).sum(1, keepdim=True)  # ReLU: its own absolute value
 
-    theirs = captum.attr.GuidedBackprop(Norm()).attribute(image.clone(), target=0).detach()
+    expected = captum.attr.GuidedBackprop(Norm()).attribute(image.clone(), target=0).detach()
     objective = objective_of(network, image[0], [ClassScore(1)])
-    close(explain(LayerActivationGuidedBackprop("act", 2), objective).maps, theirs)
+    close(explain(LayerActivationGuidedBackprop("act", 2), objective).maps, expected)
 
 
 def test_bad_input():

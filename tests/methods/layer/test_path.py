@@ -33,15 +33,15 @@ def test_equals_captum(dims):
     given = {"inputs": image, "baselines": x0, "target": 1}
     layer = network.act
 
-    theirs = captum.attr.LayerConductance(network, layer).attribute(**given, n_steps=8, method="riemann_trapezoid")
-    close(explain(LayerConductance(**shared, rule="left"), objective).maps, theirs.detach())
+    expected = captum.attr.LayerConductance(network, layer).attribute(**given, n_steps=8, method="riemann_trapezoid")
+    close(explain(LayerConductance(**shared, rule="left"), objective).maps, expected.detach())
     for rule in ("riemann_middle", "riemann_right"):
-        theirs = captum.attr.InternalInfluence(network, layer).attribute(**given, n_steps=8, method=rule)
-        close(explain(InternalInfluence(**shared, method=rule), objective).maps, theirs.detach())
-        theirs = captum.attr.LayerIntegratedGradients(network, layer).attribute(**given, n_steps=8, method=rule)
-        close(explain(LayerIntegratedGradients(**shared, method=rule), objective).maps, theirs.detach())
-    theirs = captum.attr.LayerGradientXActivation(network, layer).attribute(image, target=1)
-    close(explain(LayerGradientXActivation("act", "channels"), objective).maps, theirs.detach())
+        expected = captum.attr.InternalInfluence(network, layer).attribute(**given, n_steps=8, method=rule)
+        close(explain(InternalInfluence(**shared, method=rule), objective).maps, expected.detach())
+        expected = captum.attr.LayerIntegratedGradients(network, layer).attribute(**given, n_steps=8, method=rule)
+        close(explain(LayerIntegratedGradients(**shared, method=rule), objective).maps, expected.detach())
+    expected = captum.attr.LayerGradientXActivation(network, layer).attribute(image, target=1)
+    close(explain(LayerGradientXActivation("act", "channels"), objective).maps, expected.detach())
 
 
 NAMES = ["UNet_batch", "UNet_instance", "SegResNet", "ViTAutoEnc", "ResNet18"]
@@ -109,10 +109,10 @@ def test_integrated_gradients_of_a_layer_equals_replacing_it_in_the_inferer(name
     method = LayerIntegratedGradients(s.layer, "channels", baseline=x0, n_steps=2, method="riemann_middle")
     close(explain(method, s.objective).maps[0], s.scatter(total * change))
 
-    found = explain(LayerIntegratedGradients(s.layer, baseline=x0, n_steps=2, method="riemann_middle"), s.objective)
+    result = explain(LayerIntegratedGradients(s.layer, baseline=x0, n_steps=2, method="riemann_middle"), s.objective)
     difference = float(value(end) - value(start))
     gap = abs(float((total * change).sum()) - difference) / abs(difference)
-    assert found.note(0)["completeness_gap"] == pytest.approx(gap, rel=1e-6, abs=1e-9)
+    assert result.note(0)["completeness_gap"] == pytest.approx(gap, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize("dims", [2, 3])

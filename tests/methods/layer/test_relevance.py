@@ -28,8 +28,8 @@ def test_equals_the_relevance_of_the_tail_at_its_input(dims, composite):
     cotangent = torch.zeros(1, 1, 3, dtype=DOUBLE)
     cotangent[..., 1] = 1
     reference = lrp(tail, head(image[None]).detach(), cotangent, composite).input[0]
-    found = explain(LayerLRP("0", "channels", composite=composite), objective_of(network, image, [ClassScore(1)]))
-    close(found.maps, reference)
+    result = explain(LayerLRP("0", "channels", composite=composite), objective_of(network, image, [ClassScore(1)]))
+    close(result.maps, reference)
 
 
 @pytest.mark.parametrize("name", ["UNet_batch", "MeshNet"])
@@ -49,7 +49,7 @@ class _Flat(nn.Sequential):
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.filterwarnings("ignore:Setting forward, backward hooks")
 def test_equals_captum_on_plain_relu_without_biases(dims):
-    """Captum keeps what biases take, ours books it: without biases there is nothing to differ by."""
+    """Captum keeps the relevance of biases, ours records it: without biases there is nothing to differ by."""
     torch.manual_seed(0)
     conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
     first = conv(1, 3, 3, padding=1, bias=False)  # on the image's grid: nothing is spread
@@ -57,9 +57,9 @@ def test_equals_captum_on_plain_relu_without_biases(dims):
     network = network.double().eval()
     image = torch.rand(1, *[6] * dims, dtype=DOUBLE)
     objective = objective_of(network, image, [ClassScore(1)])
-    mine = [explain(m, objective).maps for m in (LRP("EpsilonPlus"), LayerLRP("0", "channels"))]
-    for found, theirs in zip(mine, (captum.attr.LRP(network), captum.attr.LayerLRP(network, first))):
+    actual = [explain(m, objective).maps for m in (LRP("EpsilonPlus"), LayerLRP("0", "channels"))]
+    for result, expected in zip(actual, (captum.attr.LRP(network), captum.attr.LayerLRP(network, first))):
         for module in network:
             if isinstance(module, conv):
                 module.rule = Alpha1_Beta0_Rule()  # it takes them away afterwards
-        close(found, theirs.attribute(image[None], target=1).detach(), 1e-6)  # its stabiliser of 1e-9 is everywhere
+        close(result, expected.attribute(image[None], target=1).detach(), 1e-6)  # its stabiliser of 1e-9 is everywhere

@@ -16,7 +16,7 @@ from esegeta_monai.methods import IntegratedGradients, run
 from esegeta_monai.methods.path.integrated_gradients import quadrature
 from esegeta_monai.targets import Box, Case, ClassScore, MultiClassMask, TargetWrapper, Voxel
 from tests.networks import build
-from tests.support.networks import network
+from tests.support.networks import Computed, network
 from tests.support.objectives import build_objective, objective
 from tests.support.tensors import assert_equal, noise
 
@@ -49,8 +49,8 @@ def test_equals_captum_rule_by_rule(dims, shape, n_steps, rule, captum_in_float6
     # Captum's trapezoid weights are 1/n and 1/2n, so that they sum to (n − 1)/n and not to one
     factor = n_steps / (n_steps - 1) if rule == "riemann_trapezoid" else 1
     for column in range(2):
-        theirs = captum.attribute(image[None].clone(), baseline[None], target=column, n_steps=n_steps, method=rule)[0]
-        assert_equal(maps[column], factor * theirs.detach())
+        expected = captum.attribute(image[None].clone(), baseline[None], target=column, n_steps=n_steps, method=rule)[0]
+        assert_equal(maps[column], factor * expected.detach())
 
 
 def test_on_a_linear_network_one_step_is_exact():
@@ -63,16 +63,14 @@ def test_on_a_linear_network_one_step_is_exact():
     assert max(explained.notes["completeness_gap"]) <= 1e-12
 
 
-class Polynomial(nn.Module):
+def polynomial(x):
     """x⁴ summed: Gauss-Legendre with two nodes is exact for the cubic gradient."""
-
-    def forward(self, x):
-        return (x**4).flatten(1).sum(1, keepdim=True)
+    return (x**4).flatten(1).sum(1, keepdim=True)
 
 
 def test_gauss_legendre_integrates_a_polynomial_exactly():
     image = noise(1, 6, 5)
-    o, _ = objective(Polynomial(), image, None, [ClassScore(0)])
+    o, _ = objective(Computed(polynomial), image, None, [ClassScore(0)])
     explained = run(IntegratedGradients(baseline="zero", n_steps=2), o)
     assert_equal(explained.maps[0], image**4)
     assert explained.notes["completeness_gap"][0] <= 1e-12
@@ -119,8 +117,8 @@ def test_adaptive_maps_agree_with_many_fixed_steps():
         adaptive = run(IntegratedGradients(baseline=baseline, tolerance=1e-5), o)
         exact = run(IntegratedGradients(baseline=baseline, n_steps=200), o).maps
     assert max(adaptive.notes["completeness_gap"]) <= 1e-5
-    for mine, reference in zip(adaptive.maps, exact):
-        assert_equal(mine, reference, 1e-4)
+    for actual, reference in zip(adaptive.maps, exact):
+        assert_equal(actual, reference, 1e-4)
 
 
 def test_nonlinear_targets_are_complete_too():

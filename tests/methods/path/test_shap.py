@@ -10,7 +10,6 @@ from torch import Tensor
 
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import GradientShap, LayerGradientShap
-from esegeta_monai.methods.path import shap
 from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.methods.layer.test_path import along
 from tests.support.layers import setting
@@ -25,14 +24,14 @@ def test_equals_captum_with_the_same_draws(dims, monkeypatch):
     x0 = torch.randn_like(image) / 2
     objective = objective_of(network, image[0], [ClassScore(1)])
     method = GradientShap(x0[0], n_samples=5)
-    alphas = [d.alpha for d in shap._draws(method, objective)]
+    alphas = [d.alpha for d in method._draws(objective)]
     assert len(set(alphas)) == 5
     monkeypatch.setattr(np.random, "uniform", lambda low, high, n: np.array(alphas[:n]))
     given = {"baselines": x0, "n_samples": 5, "stdevs": 0.0, "target": 1}
-    theirs = captum.attr.GradientShap(network).attribute(image, **given).detach()
-    close(explain(method, objective).maps, theirs)
-    theirs = captum.attr.LayerGradientShap(network, network.act).attribute(image, **given).detach()
-    close(explain(LayerGradientShap("act", "channels", baseline=x0[0], n_samples=5), objective).maps, theirs)
+    expected = captum.attr.GradientShap(network).attribute(image, **given).detach()
+    close(explain(method, objective).maps, expected)
+    expected = captum.attr.LayerGradientShap(network, network.act).attribute(image, **given).detach()
+    close(explain(LayerGradientShap("act", "channels", baseline=x0[0], n_samples=5), objective).maps, expected)
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -44,15 +43,15 @@ def test_windowed_equals_autograd_through_the_inferer(name, output):
     method = GradientShap("noise(std=0.5)", n_samples=2, std=0.1)
     naive = torch.zeros_like(s.image)
     layer_map: Tensor | float = 0.0
-    for draw in shap._draws(method, s.objective):
+    for draw in method._draws(s.objective):
         x = draw.point.clone().requires_grad_()
         (g,) = torch.autograd.grad(score.value(score.crop(s.inferer(x[None], s.model)[0])), x)
         naive += g * (draw.x - draw.x0) / 2
         ends = [along(s, v, 0.0)[0] for v in (draw.x, draw.x0)]
         layer_map = layer_map + along(s, draw.point, 0.0)[1] * (ends[0] - ends[1]) / 2
     close(explain(method, s.objective).maps[0], naive)
-    mine = LayerGradientShap(s.layer, "channels", baseline="noise(std=0.5)", n_samples=2, std=0.1)
-    close(explain(mine, s.objective).maps[0], s.scatter(layer_map))
+    actual = LayerGradientShap(s.layer, "channels", baseline="noise(std=0.5)", n_samples=2, std=0.1)
+    close(explain(actual, s.objective).maps[0], s.scatter(layer_map))
 
 
 @pytest.mark.parametrize("std", [0.0, 0.2])
@@ -64,9 +63,9 @@ def test_complete_within_the_stated_error(std):
     misses, errors = [], []
     for seed in range(24):
         objective.seed = seed
-        found = explain(GradientShap(torch.zeros_like(image[0]), n_samples=12, std=std), objective)
-        misses.append([found.note(k)["completeness_gap"] for k in range(2)])
-        errors.append([found.note(k)["completeness_error"] for k in range(2)])
+        result = explain(GradientShap(torch.zeros_like(image[0]), n_samples=12, std=std), objective)
+        misses.append([result.note(k)["completeness_gap"] for k in range(2)])
+        errors.append([result.note(k)["completeness_error"] for k in range(2)])
         scale = 1 if std == 0 else None  # with noise every seed has another denominator
     misses, errors = np.array(misses), np.array(errors)
     assert (misses <= 5 * errors).all()

@@ -53,13 +53,13 @@ def test_equals_the_naive_computation(method, norm, output, monkeypatch):
     with frozen(case.net):
         expected_passes = method.passes(case.objective)
         assert case.objective.context.progress.passes == 0
-        mine = run(method, case.objective)
+        actual = run(method, case.objective)
         if method.passes_exact:
             assert case.objective.context.progress.passes == expected_passes
         score_naively(monkeypatch, case)
         naive = run(method, case.objective)
     for k in range(2):
-        assert_equal(mine.maps[k], naive.maps[k])
+        assert_equal(actual.maps[k], naive.maps[k])
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -69,14 +69,14 @@ def test_ablation_cam_equals_the_naive_computation(norm, output):
     case = Naive(small(2, 2, norm), noise(2, 6, 20), two_targets(output))
     weights, base = torch.zeros(2, 5, dtype=torch.float64), case.value(case.image)
     with frozen(case.net):
-        found = run(methods.AblationCam("a", relu=False), case.objective)
+        result = run(methods.AblationCam("a", relu=False), case.objective)
         activations = case.inferer(case.image[None], case.net.a)[0]
         for c in range(5):
             hook = case.net.a.register_forward_hook(lambda m, a, out, c=c: out.index_fill(1, torch.tensor([c]), 0.0))
             weights[:, c] = (base - case.value(case.image)) / base.abs()
             hook.remove()
     for k in range(2):
-        assert_equal(found.maps[k, 0], torch.einsum("c,c...->...", weights[k], activations))
+        assert_equal(result.maps[k, 0], torch.einsum("c,c...->...", weights[k], activations))
 
 
 @pytest.mark.parametrize("method", BLACK_BOX[4:], ids=lambda m: m.name)
@@ -90,11 +90,11 @@ def test_in_three_dimensions(method, monkeypatch):
         method = methods.Occlusion(4, 3, per_channel=method.per_channel)
     case = Naive(small(3, 2), noise(2, 6, 10, 9), [MultiClassMask(1, output="probability")])
     with frozen(case.net):
-        mine = run(method, case.objective)
+        actual = run(method, case.objective)
         score_naively(monkeypatch, case)
         naive = run(method, case.objective)
-    assert mine.maps.shape[2:] == (6, 10, 9)
-    assert_equal(mine.maps, naive.maps)
+    assert actual.maps.shape[2:] == (6, 10, 9)
+    assert_equal(actual.maps, naive.maps)
 
 
 @pytest.mark.parametrize("method", BLACK_BOX, ids=repr)

@@ -13,7 +13,7 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import ExtremalPerturbation, run
 from esegeta_monai.methods.perturbation.extremal import SmoothMask, _area_error, _of_area
 from esegeta_monai.targets import ClassScore, MultiClassMask, Voxel
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive
 from tests.support.tensors import assert_equal, noise
 
@@ -55,8 +55,8 @@ def test_finds_the_blob_within_the_area(shape, roi, step, output):
     case = Naive(BlobDetector(len(shape)), image, [MultiClassMask(1, output=output)], inferer)
     assert case.objective.scores[0].voxels > 0
     method = ExtremalPerturbation(areas=area, variant="preserve", baseline="zero", n_iter=60, step=step, lr=0.1)
-    found = run(method, case.objective)
-    mask, notes = found.maps[0, 0], found.note(0)["areas_found"][0]
+    result = run(method, case.objective)
+    mask, notes = result.maps[0, 0], result.note(0)["areas_found"][0]
     assert 0 <= float(mask.min()) <= float(mask.max()) <= 1
     assert notes["area_reached"] == pytest.approx(area, rel=1e-3)
     assert notes["area_reached"] == pytest.approx(float(mask.mean()), abs=1e-9)
@@ -76,34 +76,32 @@ def test_deletion_finds_it_too():
     case = Naive(BlobDetector(2), image, [MultiClassMask(1)], SimpleInferer())
     area = float(inside.double().mean()) * 1.3
     method = ExtremalPerturbation(area, "delete", "zero", n_iter=60, step=2, lr=0.1)
-    found = run(method, case.objective)
-    assert float(found.maps[0, 0][inside].mean()) > 0.85
-    notes = found.note(0)["areas_found"][0]
+    result = run(method, case.objective)
+    assert float(result.maps[0, 0][inside].mean()) > 0.85
+    notes = result.note(0)["areas_found"][0]
     assert notes["left_without"] < 0.3
-    without = case.value(image * (1 - found.maps[0]))
+    without = case.value(image * (1 - result.maps[0]))
     assert notes["value_without"] == pytest.approx(float(without[0]), rel=1e-9)
     assert case.objective.context.progress.passes == method.passes(case.objective)
 
 
-class BlendFooled(nn.Module):
+def fooled_by_blends(x: Tensor) -> Tensor:
     """The brightness of a blob, and far more where the rest is half dimmed: as networks are fooled by blends."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        blob, rest = x[:, :, 8:14, 8:14], x[:, :, 24:, 24:]
-        fooled = 200 * torch.relu(0.3 - (rest.mean((1, 2, 3)) - 0.6).abs())
-        return (blob.mean((1, 2, 3)) + fooled)[:, None]
+    blob, rest = x[:, :, 8:14, 8:14], x[:, :, 24:, 24:]
+    fooled = 200 * torch.relu(0.3 - (rest.mean((1, 2, 3)) - 0.6).abs())
+    return (blob.mean((1, 2, 3)) + fooled)[:, None]
 
 
 def test_deletion_is_not_led_astray_by_blends():
-    """A start from 0.5 everywhere would look at the rest: no image is like that blend, and its slope says nothing."""
+    """A start from 0.5 everywhere would look at the rest: no image is like that blend, and its slope is no guide."""
     image = torch.ones(1, 40, 40, dtype=torch.float64)
     image[:, 8:14, 8:14] = 3
-    case = Naive(BlendFooled(), image, [ClassScore(0)], SimpleInferer())
+    case = Naive(Computed(fooled_by_blends), image, [ClassScore(0)], SimpleInferer())
     area = 36 / 1600 * 1.5
-    found = run(ExtremalPerturbation(area, "delete", "zero", n_iter=60, step=2, lr=0.1), case.objective)
-    mask = found.maps[0, 0]
+    result = run(ExtremalPerturbation(area, "delete", "zero", n_iter=60, step=2, lr=0.1), case.objective)
+    mask = result.maps[0, 0]
     assert float(mask[6:16, 6:16].sum() / mask.sum()) > 0.9
-    assert found.note(0)["areas_found"][0]["value_without"] < 0.3 * float(case.value(image)[0])
+    assert result.note(0)["areas_found"][0]["value_without"] < 0.3 * float(case.value(image)[0])
 
 
 def test_a_series_is_the_mean_of_its_masks_and_each_area_is_met():
@@ -138,17 +136,17 @@ def test_the_slope_is_that_of_the_naive_computation(shape, norm, output):
     (slope,) = torch.autograd.grad(value, mask)
     with frozen(case.net):
         game = _Single(case.objective, x0)
-        mine = game.slope(mask.detach()[game.box]) * abs(game.rise)
-    assert_equal(mine, slope[game.box])
+        actual = game.slope(mask.detach()[game.box]) * abs(game.rise)
+    assert_equal(actual, slope[game.box])
     assert_equal(slope.sum(), slope[game.box].sum())  # outside its windows the target sees nothing
 
 
 def test_only_the_box_of_windows_that_the_target_sees_is_searched():
     case = Naive(small(), torch.rand(1, 8, 40, dtype=torch.float64), [Voxel(1, index=(1, 1))])
     with frozen(case.net):
-        found = run(ExtremalPerturbation(0.2, "preserve", "zero", n_iter=20, lr=0.2), case.objective)
-    assert bool((found.maps[..., 8:] == 0).all())
-    assert bool(found.maps.any())
+        result = run(ExtremalPerturbation(0.2, "preserve", "zero", n_iter=20, lr=0.2), case.objective)
+    assert bool((result.maps[..., 8:] == 0).all())
+    assert bool(result.maps.any())
     assert case.objective.context.progress.passes == 20 + 3
 
 
@@ -201,7 +199,7 @@ def test_an_area_that_the_mask_cannot_have_is_refused(area, step):
 def test_each_target_has_its_own_warnings():
     net, image = small(2, 1), noise(1, 1, 12, 12)
     targets = [Voxel(c, index=(i, 5), name=f"v{c}{i}") for c in range(3) for i in (2, 6, 9)]
-    found = list(Explainer(net)(image, [ExtremalPerturbation(n_iter=1)], targets))
-    warned = [f for f in found if f.record["warnings"]]
-    assert 0 < len(warned) < len(found)
+    result = list(Explainer(net)(image, [ExtremalPerturbation(n_iter=1)], targets))
+    warned = [f for f in result if f.record["warnings"]]
+    assert 0 < len(warned) < len(result)
     assert all(w.startswith(f"{f.label}: ") for f in warned for w in f.record["warnings"])

@@ -12,6 +12,7 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import Lime, run
 from esegeta_monai.targets import ClassScore
+from tests.support.networks import Computed
 from tests.support.objectives import Naive
 from tests.support.shapley import Quadratic, case_of
 from tests.support.tensors import assert_equal, noise
@@ -47,11 +48,11 @@ def test_equals_lime_image_explainer(hide_color, selection):
     peer = LimeImageExplainer(feature_selection=selection, random_state=np.random.RandomState(5))
     options = {"top_labels": None, "num_samples": 80, "hide_color": hide_color, "random_seed": 1}
     kept = 1000 if selection == "none" else 5
-    theirs = peer.explain_instance(
+    expected = peer.explain_instance(
         image.movedim(0, -1).numpy(), predict, (1,), num_features=kept, segmentation_fn=lambda _: segments, **options
     )
     wanted = np.zeros(features)
-    for j, weight in theirs.local_exp[1]:
+    for j, weight in expected.local_exp[1]:
         wanted[j] = weight
 
     baseline = "feature mean" if hide_color is None else hide_color
@@ -61,29 +62,28 @@ def test_equals_lime_image_explainer(hide_color, selection):
     )
     method.given = samples
     with frozen(net):
-        found = run(method, case_of(net, image, ClassScore(1, output="probability")).objective)
-    mine = torch.tensor([row["value"] for row in found.note(0)["features"]], dtype=torch.float64)
-    assert_equal(mine, torch.from_numpy(wanted), 1e-10)
-    assert found.note(0)["r2"] == pytest.approx(theirs.score, rel=1e-10)
-    assert found.note(0)["intercept"] == pytest.approx(theirs.intercept[1], rel=1e-10)
-    assert int((mine != 0).sum()) == (features if selection == "none" else 5)
+        result = run(method, case_of(net, image, ClassScore(1, output="probability")).objective)
+    actual = torch.tensor([row["value"] for row in result.note(0)["features"]], dtype=torch.float64)
+    assert_equal(actual, torch.from_numpy(wanted), 1e-10)
+    assert result.note(0)["r2"] == pytest.approx(expected.score, rel=1e-10)
+    assert result.note(0)["intercept"] == pytest.approx(expected.intercept[1], rel=1e-10)
+    assert int((actual != 0).sum()) == (features if selection == "none" else 5)
 
 
 def test_a_linear_network_in_3d_gives_its_own_weights():
     """Without ridge penalty the regression of a linear function is the function: F(feature on) − F(feature off)."""
     weights = noise(2, 4, 6, 6, seed=4)
 
-    class Linear(torch.nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return (x * weights).flatten(1).sum(1, keepdim=True)
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        return (x * weights).flatten(1).sum(1, keepdim=True)
 
     image = noise(2, 4, 6, 6)
-    case = Naive(Linear(), image, [ClassScore(0)], SimpleInferer())
-    found = run(Lime(200, "grid(size=2)", baseline=0.5, alpha=0.0), case.objective)
+    case = Naive(Computed(linear), image, [ClassScore(0)], SimpleInferer())
+    result = run(Lime(200, "grid(size=2)", baseline=0.5, alpha=0.0), case.objective)
     share = (weights * (image - 0.5)).sum(0).reshape(2, 2, 3, 2, 3, 2).sum((1, 3, 5)).flatten()
-    assert_equal(torch.tensor([r["value"] for r in found.note(0)["features"]], dtype=torch.float64), share, 1e-9)
-    assert found.note(0)["r2"] == pytest.approx(1, abs=1e-9)
-    assert found.maps.shape == (1, 1, 4, 6, 6)
+    assert_equal(torch.tensor([r["value"] for r in result.note(0)["features"]], dtype=torch.float64), share, 1e-9)
+    assert result.note(0)["r2"] == pytest.approx(1, abs=1e-9)
+    assert result.maps.shape == (1, 1, 4, 6, 6)
 
 
 def test_too_few_samples():

@@ -59,11 +59,11 @@ def test_equals_captum_around_monais_inferer(shape, window, stride, per_channel,
     o, _ = objective(net, image, inferer, targets)
     with frozen(net):
         maps = run(Occlusion(window, stride, baseline=0.3, per_channel=per_channel), o).maps
-    theirs = captums(net, image, inferer, targets, window, stride, 0.3, per_channel)
-    for mine, reference, value in zip(maps, theirs, o.image_values()):
+    expected = captums(net, image, inferer, targets, window, stride, 0.3, per_channel)
+    for actual, reference, value in zip(maps, expected, o.image_values()):
         assert float(reference.abs().max()) > 0
         scale = max(float(value.abs()), float(reference.abs().max()))
-        assert float((mine - reference).abs().max()) <= TOLERANCE[dtype] * scale
+        assert float((actual - reference).abs().max()) <= TOLERANCE[dtype] * scale
 
 
 @pytest.mark.parametrize("name", ["UNet_batch", "SegResNet"])
@@ -74,8 +74,8 @@ def test_equals_captum_on_monais_networks(name, captum_in_float64):
     o, _ = objective(case.network, image, inferer, [MultiClassMask(1)])
     with frozen(case.network):
         maps = run(Occlusion(8, baseline="zero"), o).maps
-    (theirs,) = captums(case.network, image, inferer, [MultiClassMask(1)], (8, 8), (8, 8), 0, False)
-    assert float((maps[0] - theirs).abs().max()) <= 1e-10 * float(o.image_values()[0].abs())
+    (expected,) = captums(case.network, image, inferer, [MultiClassMask(1)], (8, 8), (8, 8), 0, False)
+    assert float((maps[0] - expected).abs().max()) <= 1e-10 * float(o.image_values()[0].abs())
 
 
 def test_every_voxel_is_held_by_an_occluder_and_averaged():

@@ -37,7 +37,7 @@ def test_channel_shapley_of_mr_contrasts_is_the_enumeration():
     inferer = SlidingWindowInferer((20, 20, 20), 2, 0.25, "gaussian")
     explain = Explainer(network, inferer)
     method = m.ChannelShapley(names=["t1", "t2", "flair"])
-    (found,) = explain(case[None], [method], [MultiClassMask(1, output="probability")])
+    (result,) = explain(case[None], [method], [MultiClassMask(1, output="probability")])
     with torch.no_grad():
         mask = inferer(case[None], network)[0].argmax(0) == 1
     background = torch.cat([case.select(a, e).flatten(1) for a in (1, 2, 3) for e in (0, -1)], 1).median(1).values
@@ -55,11 +55,11 @@ def test_channel_shapley_of_mr_contrasts_is_the_enumeration():
         for place, channel in enumerate(order):
             before = frozenset(order[:place])
             phi[channel] += (values[before | {channel}] - values[before]) / math.factorial(3)
-    rows = found.record["features"]
+    rows = result.record["features"]
     assert [row["feature"] for row in rows] == ["t1", "t2", "flair"]
     assert np.abs(np.array([row["value"] for row in rows]) - phi).max() <= 1e-10 * np.abs(phi).max()
     whole = values[frozenset((0, 1, 2))] - values[frozenset()]
-    assert found.record["sum"] == pytest.approx(whole, rel=1e-9)
+    assert result.record["sum"] == pytest.approx(whole, rel=1e-9)
 
 
 METHODS = [
@@ -73,7 +73,7 @@ METHODS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: str(method.name))
 def test_what_a_map_marks_on_chest_x_rays_matters_to_the_network(method):
-    """No lungs are outlined in this set. Measured on twelve X-rays of which the network is sure: pneumonia's margin
+    """No lungs are outlined in this set. Measured on twelve X-rays with a confident prediction: pneumonia's margin
     falls further when the 15 % that a map marks most are blurred than when as large a square is, anywhere."""
     network = pneumonia_cnn()
     images, labels = chest_images()
@@ -83,7 +83,7 @@ def test_what_a_map_marks_on_chest_x_rays_matters_to_the_network(method):
     sure = torch.nonzero((labels == 1) & (margins > 1)).flatten()[:: max(1, int((margins > 1).sum()) // 12)][:12]
     explain, gains = Explainer(network), []
     for i in sure.tolist():
-        (found,) = explain(images[i : i + 1], [method], [ClassScore(1)])
+        (result,) = explain(images[i : i + 1], [method], [ClassScore(1)])
         blurred = gaussian_blur(images[i], 28 / 8)
 
         def fall(mask: Tensor, i: int = i, blurred: Tensor = blurred) -> float:
@@ -91,7 +91,7 @@ def test_what_a_map_marks_on_chest_x_rays_matters_to_the_network(method):
                 none, pneumonia = network(torch.where(mask, blurred, images[i])[None])[0].tolist()
             return float(margins[i]) - (pneumonia - none)
 
-        ranked = found.map[0].flatten().argsort(descending=True)[: round(0.15 * 28 * 28)]
+        ranked = result.map[0].flatten().argsort(descending=True)[: round(0.15 * 28 * 28)]
         marked = torch.zeros(28 * 28, dtype=torch.bool)
         marked[ranked] = True
         squares = []

@@ -10,7 +10,7 @@ from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import Rise, run
 from esegeta_monai.targets import MultiClassMask
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive, whole_mask
 from tests.support.tensors import assert_equal, noise
 
@@ -27,8 +27,8 @@ def test_formula(shape):
         mask = whole_mask(masks, i)
         expected += case.value(case.image * mask).reshape(-1, *(1,) * dims) * mask
     with frozen(case.net):
-        found = run(method, case.objective)
-    assert_equal(found.maps[:, 0], expected / (9 * 0.4))
+        result = run(method, case.objective)
+    assert_equal(result.maps[:, 0], expected / (9 * 0.4))
 
 
 def test_masks_are_petsiuks():
@@ -44,23 +44,21 @@ def test_masks_are_petsiuks():
     assert float((whole.mean(0) - 0.3).abs().max()) < 0.1
 
 
-class Blob(torch.nn.Module):
-    """One logit a voxel: how bright the image is round a fixed place."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        lit = x[:, :, 3:7, 10:14].mean((2, 3), keepdim=True)
-        return torch.cat([torch.zeros_like(x), lit.expand_as(x)], 1)
+def blob(x: torch.Tensor) -> torch.Tensor:
+    """One logit per voxel: how bright the image is round a fixed place."""
+    lit = x[:, :, 3:7, 10:14].mean((2, 3), keepdim=True)
+    return torch.cat([torch.zeros_like(x), lit.expand_as(x)], 1)
 
 
 def test_finds_a_known_cause():
     from monai.inferers import SimpleInferer
 
-    case = Naive(Blob(), noise(1, 12, 20).abs() + 1, [MultiClassMask(1)], SimpleInferer())
-    found = run(Rise(n_masks=600, grid=(4, 6), baseline="zero"), case.objective)
-    peak = divmod(int(found.maps[0, 0].argmax()), 20)
+    case = Naive(Computed(blob), noise(1, 12, 20).abs() + 1, [MultiClassMask(1)], SimpleInferer())
+    result = run(Rise(n_masks=600, grid=(4, 6), baseline="zero"), case.objective)
+    peak = divmod(int(result.maps[0, 0].argmax()), 20)
     assert 3 <= peak[0] < 7
     assert 10 <= peak[1] < 14
-    assert found.note(0)["convergence"] > 0.8
+    assert result.note(0)["convergence"] > 0.8
 
 
 def test_scores_as_changes_differ_by_the_mean_mask():

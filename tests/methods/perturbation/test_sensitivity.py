@@ -15,26 +15,23 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import Hsic, Lime, Sobol, run
 from esegeta_monai.methods.perturbation.sensitivity import _likeness, hsic, jansen, quasi_random
 from esegeta_monai.targets import ClassScore, MultiClassMask, Voxel
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive
 from tests.support.tensors import assert_equal, noise
 
 
-class OfCells(nn.Module):
-    """A function of the mask: the image is 1, its baseline 0, so that the middle voxel of a cell is the mask there."""
-
-    def __init__(self, function, cells: int) -> None:
-        super().__init__()
-        self.function, self.cells = function, cells
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x.reshape(len(x), self.cells, -1)[:, :, 4])[:, None]
-
-
 def case_of(function, cells: int) -> Naive:
-    """Three rows of 3 voxels a cell: cell (i) is the 3 x 3 block i of a (3 cells, 3) image."""
+    """A function of the mask: the image is 1 and its baseline 0, so that a cell's middle voxel is the mask there.
+
+    Cell i is the 3 x 3 block i of an image of shape (1, 3 · cells, 3).
+    """
     ones = torch.ones(1, 3 * cells, 3, dtype=torch.float64)
-    case = Naive(OfCells(function, cells), ones, [ClassScore(0)], SimpleInferer())
+    case = Naive(
+        Computed(lambda x: function(x.reshape(len(x), cells, -1)[:, :, 4])[:, None]),
+        ones,
+        [ClassScore(0)],
+        SimpleInferer(),
+    )
     case.objective.window_batch = 256
     return case
 
@@ -70,11 +67,11 @@ def test_sobol_on_functions_of_known_indices(function, known):
         index, error = jansen(scores[None, :n], scores[n:].reshape(1, cells, n))
         assert float((index[0] - known).abs().max()) < tolerance
         assert bool(((index[0] - known).abs() < 4 * error[0]).all())
-    found = run(method, case.objective)  # the same through masks, images and the network
-    assert_equal(found.maps[0, 0].reshape(cells, 3, 3)[:, 1, 1], index[0])
-    assert found.note(0)["standard_error"] == pytest.approx(float(error.max()), rel=1e-9)
-    assert found.note(0)["convergence"] > 0.9
-    assert found.note(0)["cells"] == [cells, 1]
+    result = run(method, case.objective)  # the same through masks, images and the network
+    assert_equal(result.maps[0, 0].reshape(cells, 3, 3)[:, 1, 1], index[0])
+    assert result.note(0)["standard_error"] == pytest.approx(float(error.max()), rel=1e-9)
+    assert result.note(0)["convergence"] > 0.9
+    assert result.note(0)["cells"] == [cells, 1]
 
 
 def test_jansen_by_hand():
@@ -92,11 +89,11 @@ def population_hsic(function, d: int) -> Tensor:
     y = function(points)
     squares = (y[:, None] - y) ** 2
     l = torch.exp(-squares / (2 * squares[squares > 0].median()))  # noqa: E741 - the paper's name
-    found = []
+    result = []
     for i in range(d):
         k = (points[:, i, None] == points[:, i]).double()
-        found.append((k * l).mean() + k.mean() * l.mean() - 2 * (k.mean(1) * l.mean(1)).mean())
-    return torch.stack(found)
+        result.append((k * l).mean() + k.mean() * l.mean() - 2 * (k.mean(1) * l.mean(1)).mean())
+    return torch.stack(result)
 
 
 def product_and_sum(u: Tensor) -> Tensor:
@@ -110,19 +107,19 @@ def test_hsic_is_the_trace():
     squares = (y[0][:, None] - y[0]) ** 2
     l = torch.exp(-squares / (2 * squares[squares > 0].median()))  # noqa: E741
     h = torch.eye(n, dtype=torch.float64) - 1 / n
-    for i, mine in enumerate(hsic(cells, y)[0]):
+    for i, actual in enumerate(hsic(cells, y)[0]):
         k = (cells[:, i, None] == cells[:, i]).double()
-        assert float(mine) == pytest.approx(float(torch.trace(k @ h @ l @ h)) / (n - 1) ** 2, rel=1e-10)
+        assert float(actual) == pytest.approx(float(torch.trace(k @ h @ l @ h)) / (n - 1) ** 2, rel=1e-10)
 
 
 def test_hsic_on_a_function_of_known_dependence():
     case = case_of(product_and_sum, 4)
-    found = run(Hsic(n_samples=1024, grid=(4, 1), baseline="zero"), case.objective)
-    mine = found.maps[0, 0].reshape(4, 3, 3)[:, 1, 1]
+    result = run(Hsic(n_samples=1024, grid=(4, 1), baseline="zero"), case.objective)
+    actual = result.maps[0, 0].reshape(4, 3, 3)[:, 1, 1]
     known = population_hsic(product_and_sum, 4)
-    assert float((mine - known).abs().max() / known.max()) < 0.02
-    assert float(mine[3]) < 0.01 * float(mine[0])  # the cell that the function ignores
-    assert found.note(0)["convergence"] > 0.99
+    assert float((actual - known).abs().max() / known.max()) < 0.02
+    assert float(actual[3]) < 0.01 * float(actual[0])  # the cell that the function ignores
+    assert result.note(0)["convergence"] > 0.99
 
 
 def test_hsic_of_a_constant_is_zero():
@@ -156,8 +153,8 @@ def test_both_find_the_place_that_a_voxel_looks_at():
     case = Naive(small(), noise(1, 24, 24), [Voxel(1, index=(5, 17))])
     for method in (Sobol(n_samples=32, grid=6), Hsic(n_samples=256, grid=6)):
         with frozen(case.net):
-            found = run(method, case.objective).maps[0, 0]
-        row, column = divmod(int(found.argmax()), 24)
+            result = run(method, case.objective).maps[0, 0]
+        row, column = divmod(int(result.argmax()), 24)
         assert abs(row - 5) <= 3
         assert abs(column - 17) <= 3
 

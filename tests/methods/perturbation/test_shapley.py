@@ -14,7 +14,7 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import ChannelShapley, KernelShap, ShapleyValueSampling, run
 from esegeta_monai.methods.perturbation.shapley import all_coalitions, shapley_values
 from esegeta_monai.targets import MultiClassMask
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive
 from tests.support.shapley import Quadratic, case_of, enumerated
 from tests.support.tensors import assert_equal, noise
@@ -36,20 +36,20 @@ def test_kernel_shap_is_exact_where_all_coalitions_fit(rows, columns):
     net, image = Quadratic(4 * n), noise(1, 2 * rows, 2 * columns)
     case = case_of(net, image)
     with frozen(net):
-        found = run(KernelShap(n_samples=4096, feature_mask=labels, baseline=0.2), case.objective)
+        result = run(KernelShap(n_samples=4096, feature_mask=labels, baseline=0.2), case.objective)
     exact = enumerated(case, labels[None] - 1, n, torch.full_like(image, 0.2))
-    assert_equal(table(found), exact)
-    assert found.notes["exact"] is True
-    assert found.note(0)["completeness_gap"] < 1e-10
+    assert_equal(table(result), exact)
+    assert result.notes["exact"] is True
+    assert result.note(0)["completeness_gap"] < 1e-10
     rise = case.value(image) - case.value(torch.full_like(image, 0.2))
-    assert_equal(found.maps.flatten(1).sum(1), rise)
+    assert_equal(result.maps.flatten(1).sum(1), rise)
 
 
 def test_kernel_shap_is_exact_for_twelve_features():
     net, image, exact = twelve()
     with frozen(net):
-        found = run(KernelShap(4096, boxes(3, 4), "zero"), case_of(net, image).objective)
-    assert_equal(table(found), exact)
+        result = run(KernelShap(4096, boxes(3, 4), "zero"), case_of(net, image).objective)
+    assert_equal(table(result), exact)
 
 
 def test_shapley_sampling_is_exact_with_all_orders():
@@ -57,9 +57,9 @@ def test_shapley_sampling_is_exact_with_all_orders():
     net, image = Quadratic(16), noise(1, 4, 4)
     case = case_of(net, image)
     with frozen(net):
-        found = run(ShapleyValueSampling(n_samples=24, feature_mask=labels, baseline="zero"), case.objective)
-    assert_equal(table(found), enumerated(case, labels[None] - 1, 4, torch.zeros_like(image)))
-    assert found.notes["exact"] is True
+        result = run(ShapleyValueSampling(n_samples=24, feature_mask=labels, baseline="zero"), case.objective)
+    assert_equal(table(result), enumerated(case, labels[None] - 1, 4, torch.zeros_like(image)))
+    assert result.notes["exact"] is True
     assert case.objective.context.progress.passes == 16  # the empty coalition to the full one: 15, and the image itself
 
 
@@ -83,12 +83,12 @@ def test_sampled_values_are_within_their_stated_error(method):
         case = case_of(net, image)
         case.objective.seed = seed
         with frozen(net):
-            found = run(method, case.objective)
-        error = table(found, "standard_error")
+            result = run(method, case.objective)
+        error = table(result, "standard_error")
         assert float(error.min()) > 0
-        assert float((table(found) - exact).abs().max() / exact.abs().max()) < 0.1
-        assert found.note(0)["completeness_gap"] < 1e-10
-        scores.append((table(found) - exact) / error)
+        assert float((table(result) - exact).abs().max() / exact.abs().max()) < 0.1
+        assert result.note(0)["completeness_gap"] < 1e-10
+        scores.append((table(result) - exact) / error)
     z = torch.cat(scores)
     assert 0.6 < float(z.square().mean().sqrt()) < 1.5  # the error bar is the error's size
     assert float(z.abs().max()) < 4.5
@@ -102,10 +102,10 @@ def test_sampling_equals_captum_with_the_same_orders():
     orders = torch.from_numpy(method.orders(method.game(case.objective)))
     peer = captum.attr.ShapleyValueSampling(net)
     peer.permutation_generator = lambda n_features, n_samples: iter(orders.tolist())
-    theirs = peer.attribute(image[None], 0, target=1, feature_mask=labels[None, None] - 1, n_samples=7)[0]
+    expected = peer.attribute(image[None], 0, target=1, feature_mask=labels[None, None] - 1, n_samples=7)[0]
     with frozen(net):
-        found = run(method, case.objective)
-    assert_equal(found.maps[0].float() * 4, theirs)  # ours is a share a voxel; Captum adds up in float32
+        result = run(method, case.objective)
+    assert_equal(result.maps[0].float() * 4, expected)  # ours is a share a voxel; Captum adds up in float32
 
 
 def test_kernel_shap_against_captum():
@@ -116,13 +116,13 @@ def test_kernel_shap_against_captum():
     torch.manual_seed(0)
     np.random.seed(0)
     peer = captum.attr.KernelShap(net)
-    theirs = peer.attribute(image[None], 0, target=1, feature_mask=labels[None, None] - 1, n_samples=3000)[0]
+    expected = peer.attribute(image[None], 0, target=1, feature_mask=labels[None, None] - 1, n_samples=3000)[0]
     with frozen(net):
-        found = run(KernelShap(n_samples=100, feature_mask=labels, baseline="zero"), case.objective)
-    assert float((found.maps[0] * 4 - theirs).abs().max() / theirs.abs().max()) < 0.03
+        result = run(KernelShap(n_samples=100, feature_mask=labels, baseline="zero"), case.objective)
+    assert float((result.maps[0] * 4 - expected).abs().max() / expected.abs().max()) < 0.03
     exact = enumerated(case, labels[None] - 1, 6, torch.zeros_like(image))
-    theirs_off = float((theirs.flatten()[[0, 2, 4, 12, 14, 16]] - exact[0]).abs().max())
-    assert float((table(found) - exact).abs().max()) < theirs_off
+    theirs_off = float((expected.flatten()[[0, 2, 4, 12, 14, 16]] - exact[0]).abs().max())
+    assert float((table(result) - exact).abs().max()) < theirs_off
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -130,25 +130,26 @@ def test_channel_shapley_is_exact_through_windows(output):
     image = noise(3, 6, 20)
     case = Naive(small(2, 3), image, [MultiClassMask(1, output=output), MultiClassMask(2, output=output)])
     with frozen(case.net):
-        found = run(ChannelShapley(baseline=0.1, names=["T1", "T2", "DWI"]), case.objective)
+        result = run(ChannelShapley(baseline=0.1, names=["T1", "T2", "DWI"]), case.objective)
     labels = torch.arange(3)[:, None, None].expand_as(image)
     exact = enumerated(case, labels, 3, torch.full_like(image, 0.1))
-    assert_equal(table(found), exact)
-    assert_equal(found.maps.sum((2, 3)), exact)
-    assert [r["feature"] for r in found.note(1)["features"]] == ["T1", "T2", "DWI"]
-    assert found.note(0)["baseline_value"] == pytest.approx(float(case.value(torch.full_like(image, 0.1))[0]), rel=1e-9)
+    assert_equal(table(result), exact)
+    assert_equal(result.maps.sum((2, 3)), exact)
+    assert [r["feature"] for r in result.note(1)["features"]] == ["T1", "T2", "DWI"]
+    assert result.note(0)["baseline_value"] == pytest.approx(
+        float(case.value(torch.full_like(image, 0.1))[0]), rel=1e-9
+    )
 
 
 def test_dummy_and_symmetry():
-    class Symmetric(torch.nn.Module):
-        def forward(self, x):
-            a, b = x.flatten(1)[:, 0], x.flatten(1)[:, 1]
-            return torch.stack([a * b, a * b + a + b], 1)
+    def symmetric(x):
+        a, b = x.flatten(1)[:, 0], x.flatten(1)[:, 1]
+        return torch.stack([a * b, a * b + a + b], 1)
 
     image = torch.full((1, 2, 2), 3.0, dtype=torch.float64)
-    case = case_of(Symmetric(), image)
-    found = run(KernelShap(feature_mask="grid(1)", baseline="zero"), case.objective)
-    assert table(found)[0].tolist() == pytest.approx([7.5, 7.5, 0, 0], abs=1e-12)
+    case = case_of(Computed(symmetric), image)
+    result = run(KernelShap(feature_mask="grid(1)", baseline="zero"), case.objective)
+    assert table(result)[0].tolist() == pytest.approx([7.5, 7.5, 0, 0], abs=1e-12)
 
 
 def test_values_of_all_coalitions():

@@ -59,10 +59,10 @@ NETWORKS = ["UNet_batch", "UNet_instance", "SegResNet", "UNETR"]
 def test_windows_equal_one_computation(name, dims, method):
     """Three overlapping gaussian windows in batches of two: as all in one batch, and as each alone."""
     s = setting(name, dims, MultiClassMask(1))
-    found = explain(method(positive=False), s.objective)
+    result = explain(method(positive=False), s.objective)
     for at_once in (True, False):
-        close(found.maps[0], _naive(method, s.objective, at_once))
-    close(explain(method(), s.objective).maps, found.maps.clamp(min=0))
+        close(result.maps[0], _naive(method, s.objective, at_once))
+    close(explain(method(), s.objective).maps, result.maps.clamp(min=0))
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -86,11 +86,11 @@ def test_windowed_equals_the_whole_volume(method, dims):
 @pytest.mark.parametrize("name", ["UNet_batch", "UNet_instance", "SegResNet", "ViT", "DenseNet121", "UNETR"])
 def test_relevance_is_conserved(name):
     s = setting(name)
-    found = explain(ContrastiveLRP(positive=False), s.objective)
-    assert found.notes["completeness_gap"][0] <= 1e-9
-    found = explain(ContrastiveExcitationBackprop(positive=False), s.objective)
-    assert 0 < found.notes["kept_target"][0] <= 1 + 1e-12
-    assert found.maps.min() < 0 < found.maps.max()
+    result = explain(ContrastiveLRP(positive=False), s.objective)
+    assert result.notes["completeness_gap"][0] <= 1e-9
+    result = explain(ContrastiveExcitationBackprop(positive=False), s.objective)
+    assert 0 < result.notes["kept_target"][0] <= 1 + 1e-12
+    assert result.maps.min() < 0 < result.maps.max()
 
 
 def test_contrast_of_excitation_adds_up_to_nothing_without_biases():
@@ -99,9 +99,9 @@ def test_contrast_of_excitation_adds_up_to_nothing_without_biases():
     network = nn.Sequential(*layers).double().eval()
     image = torch.rand(1, 12, 12, dtype=DOUBLE)
     objective = objective_of(network, image, [MultiClassMask(1)], SlidingWindowInferer((8, 8), 2, 0.5, "gaussian"))
-    found = explain(ContrastiveExcitationBackprop(positive=False), objective)
-    assert found.maps.abs().sum() > 0.1 * float(objective.scores[0].voxels)
-    assert abs(float(found.maps.sum())) <= 1e-10 * float(found.maps.abs().sum())
+    result = explain(ContrastiveExcitationBackprop(positive=False), objective)
+    assert result.maps.abs().sum() > 0.1 * float(objective.scores[0].voxels)
+    assert abs(float(result.maps.sum())) <= 1e-10 * float(result.maps.abs().sum())
 
 
 @pytest.mark.parametrize("method", METHODS)

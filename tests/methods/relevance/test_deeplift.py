@@ -21,17 +21,17 @@ def test_equals_captum_on_plain_relu(dims):
     network, image = plain(dims)
     references = torch.randn(3, *image.shape[1:], dtype=DOUBLE) / 2
     objective = objective_of(network, image[0], [ClassScore(1)])
-    mine = explain(DeepLift(references[0]), objective).maps
-    close(mine, captum.attr.DeepLift(network).attribute(image, references[:1], target=1).detach())
+    actual = explain(DeepLift(references[0]), objective).maps
+    close(actual, captum.attr.DeepLift(network).attribute(image, references[:1], target=1).detach())
     several = [r.clone() for r in references]
-    mine = explain(DeepLiftShap(several), objective).maps
-    close(mine, captum.attr.DeepLiftShap(network).attribute(image, references, target=1).detach())
-    mine = explain(LayerDeepLift("first", "channels", baseline=references[0]), objective).maps
-    theirs = captum.attr.LayerDeepLift(network, network.first).attribute(image, references[:1], target=1)
-    close(mine, theirs.detach())
-    mine = explain(LayerDeepLiftShap("first", "channels", baseline=several), objective).maps
-    theirs = captum.attr.LayerDeepLiftShap(network, network.first).attribute(image, references, target=1)
-    close(mine, theirs.detach())
+    actual = explain(DeepLiftShap(several), objective).maps
+    close(actual, captum.attr.DeepLiftShap(network).attribute(image, references, target=1).detach())
+    actual = explain(LayerDeepLift("first", "channels", baseline=references[0]), objective).maps
+    expected = captum.attr.LayerDeepLift(network, network.first).attribute(image, references[:1], target=1)
+    close(actual, expected.detach())
+    actual = explain(LayerDeepLiftShap("first", "channels", baseline=several), objective).maps
+    expected = captum.attr.LayerDeepLiftShap(network, network.first).attribute(image, references, target=1)
+    close(actual, expected.detach())
 
 
 @pytest.mark.parametrize("output", ["logit", "probability", "log_probability"])
@@ -44,25 +44,25 @@ def test_windowed_maps_are_complete(name, output):
     score = s.objective.scores[0]
     with torch.no_grad():
         values = [score.value(score.crop(s.inferer(v[None], s.model)[0])) for v in (s.image, x0)]
-    found = explain(DeepLift(x0), s.objective)
-    close(found.maps.sum(), values[0] - values[1], 1e-9)
-    assert found.note(0)["completeness_gap"] < 1e-9
-    assert found.note(0)["baseline_value"] == pytest.approx(float(values[1]), rel=1e-9)
+    result = explain(DeepLift(x0), s.objective)
+    close(result.maps.sum(), values[0] - values[1], 1e-9)
+    assert result.note(0)["completeness_gap"] < 1e-9
+    assert result.note(0)["baseline_value"] == pytest.approx(float(values[1]), rel=1e-9)
 
 
 def test_linear_network():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(32, 3)).double()
     image, x0 = torch.randn(2, 2, 4, 4, dtype=DOUBLE)
-    found = explain(DeepLift(x0), objective_of(network, image, [ClassScore(1)])).maps[0]
-    close(found, network[1].weight[1].detach().reshape(image.shape) * (image - x0))
+    result = explain(DeepLift(x0), objective_of(network, image, [ClassScore(1)])).maps[0]
+    close(result, network[1].weight[1].detach().reshape(image.shape) * (image - x0))
 
 
 def test_a_mean_over_a_distribution_is_complete():
     s = setting("UNet_instance")
-    found = explain(DeepLiftShap("noise(std=0.5)", n_samples=3), s.objective)
-    assert found.note(0)["completeness_gap"] < 1e-9
-    assert found.note(0)["n_baselines"] == 3
+    result = explain(DeepLiftShap("noise(std=0.5)", n_samples=3), s.objective)
+    assert result.note(0)["completeness_gap"] < 1e-9
+    assert result.note(0)["n_baselines"] == 3
     with pytest.raises(UsageError, match="n_samples=0"):
         DeepLiftShap(n_samples=0)
 

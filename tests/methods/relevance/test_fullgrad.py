@@ -23,9 +23,9 @@ def test_complete(name, dims):
     score = s.objective.scores[0]
     with torch.no_grad():
         value = score.value(score.crop(s.inferer(s.image[None], s.model)[0]))
-    found = explain(FullGrad(abs=False), s.objective)
-    close(found.maps.sum() + found.note(0)["booked"], value, 1e-9)
-    assert found.note(0)["completeness_gap"] < 1e-9
+    result = explain(FullGrad(abs=False), s.objective)
+    close(result.maps.sum() + result.note(0)["booked"], value, 1e-9)
+    assert result.note(0)["completeness_gap"] < 1e-9
 
 
 def test_what_is_no_module_is_missing_and_said():
@@ -44,12 +44,12 @@ def test_parts_by_hand(dims):
     shape = (1, -1, *[1] * dims)
     parts = [gx * image, g1 * network.first.bias.view(shape), g2 * network.second.bias.view(shape)]
     objective = objective_of(network, image[0], [ClassScore(1)])
-    found = explain(FullGrad(abs=False), objective)
-    close(found.maps, sum(p.sum(1, keepdim=True) for p in parts).detach())
-    assert found.note(0)["booked"] == pytest.approx(float(network.head.bias[1]), rel=1e-10)
-    found = explain(FullGrad(), objective)
-    close(found.maps, sum(p.abs().sum(1, keepdim=True) for p in parts).detach())
-    assert found.note(0)["completeness_gap"] < 1e-10
+    result = explain(FullGrad(abs=False), objective)
+    close(result.maps, sum(p.sum(1, keepdim=True) for p in parts).detach())
+    assert result.note(0)["booked"] == pytest.approx(float(network.head.bias[1]), rel=1e-10)
+    result = explain(FullGrad(), objective)
+    close(result.maps, sum(p.abs().sum(1, keepdim=True) for p in parts).detach())
+    assert result.note(0)["completeness_gap"] < 1e-10
 
 
 def test_in_place_and_shared_modules():
@@ -58,8 +58,8 @@ def test_in_place_and_shared_modules():
     network = nn.Sequential(nn.Conv2d(1, 3, 3), act, nn.Conv2d(3, 3, 3), nn.ReLU(inplace=True), act, nn.Flatten())
     network = network.append(nn.Linear(48, 3)).double().eval()
     image = torch.randn(1, 8, 8).double()
-    found = explain(FullGrad(abs=False), objective_of(network, image, [ClassScore(1)]))
-    assert found.note(0)["completeness_gap"] < 1e-9
+    result = explain(FullGrad(abs=False), objective_of(network, image, [ClassScore(1)]))
+    assert result.note(0)["completeness_gap"] < 1e-9
 
 
 class Reused(nn.Module):

@@ -18,8 +18,8 @@ COMPOSITES = ["EpsilonPlus", "EpsilonPlusFlat", "EpsilonGammaBox", "DeepTaylor"]
 
 
 def explain(network, image, method, target, inferer=None, output=None):
-    (found,) = Explainer(network, inferer, output=output)(image, [method], [target])
-    return found
+    (result,) = Explainer(network, inferer, output=output)(image, [method], [target])
+    return result
 
 
 @pytest.mark.parametrize("name", ["UNet_batch", "UNet_instance", "SegResNet", "DenseNet121", "ViT"])
@@ -30,9 +30,9 @@ def test_conserves_through_windows(name, method):
     if case.kind == "segmentation":
         image = torch.cat([case.image, case.reference], -1)
         inferer, target = SlidingWindowInferer(case.roi, 2, 0.5, "gaussian"), MultiClassMask(1)
-    found = explain(case.network, image, method, target, inferer, case.output)
-    assert found.record["completeness_gap"] <= 1e-9
-    assert found.status == "ok"
+    result = explain(case.network, image, method, target, inferer, case.output)
+    assert result.record["completeness_gap"] <= 1e-9
+    assert result.status == "ok"
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -40,10 +40,10 @@ def test_linear_network_gives_weight_times_input(dims):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(6**dims, 2)).double()
     image = torch.rand(1, 1, *[6] * dims, dtype=torch.float64)
-    found = explain(network, image, LRP("LRP0"), ClassScore(1))
+    result = explain(network, image, LRP("LRP0"), ClassScore(1))
     expected = network[1].weight[1].reshape(1, *[6] * dims) * image[0]
-    assert float((found.map.as_tensor() - expected).abs().max() / expected.abs().max()) <= 1e-10
-    assert found.record["booked"] == pytest.approx(float(network[1].bias[1]), abs=1e-12)
+    assert float((result.map.as_tensor() - expected).abs().max() / expected.abs().max()) <= 1e-10
+    assert result.record["booked"] == pytest.approx(float(network[1].bias[1]), abs=1e-12)
 
 
 class Told(nn.Module):
@@ -64,7 +64,7 @@ class Told(nn.Module):
 def test_each_window_of_a_batch_is_told_its_own_place_and_condition(method):
     image, condition = (torch.rand(1, 1, 20, 12, dtype=torch.float64) for _ in range(2))
     inferer = SlidingWindowInferer((8, 8), 1, 0.5, "gaussian", with_coord=True)
-    found = [
+    result = [
         next(
             Explainer(Told().double().eval(), inferer, window_batch=n)(
                 image, [method], [MultiClassMask(1)], network_kwargs={"condition": condition}
@@ -72,11 +72,11 @@ def test_each_window_of_a_batch_is_told_its_own_place_and_condition(method):
         )
         for n in (1, 4)
     ]
-    single, together = (a.map.as_tensor() for a in found)
+    single, together = (a.map.as_tensor() for a in result)
     assert float((single - together).abs().max() / single.abs().max()) <= 1e-12
-    assert found[0].record["window_passes"] == found[1].record["window_passes"]
+    assert result[0].record["window_passes"] == result[1].record["window_passes"]
     if isinstance(method, LRP):
-        assert found[1].record["completeness_gap"] <= 1e-9
+        assert result[1].record["completeness_gap"] <= 1e-9
 
 
 def test_windows_are_the_sum_of_single_windows():
@@ -87,14 +87,14 @@ def test_windows_are_the_sum_of_single_windows():
     with torch.no_grad():
         mask = torch.cat([case.logits(p) for p in (image[..., :n], image[..., n:])], -1)[0].argmax(0) == 1
     for method, rule in ((LRP(), lrp), (ExcitationBackprop(), excitation)):
-        found = explain(case.network, image, method, MultiClassMask(1), inferer, case.output)
+        result = explain(case.network, image, method, MultiClassMask(1), inferer, case.output)
         parts = []
         for part, seen in ((image[..., :n], mask[..., :n]), (image[..., n:], mask[..., n:])):
             cotangents = torch.zeros(1, 1, 3, *case.roi, dtype=image.dtype)
             cotangents[0, 0, 1] = seen
             parts.append(rule(case.logits, part, cotangents).input[0, 0])
         expected = torch.cat(parts, -1)
-        assert float((found.map.as_tensor() - expected).abs().max() / expected.abs().max()) <= 1e-10
+        assert float((result.map.as_tensor() - expected).abs().max() / expected.abs().max()) <= 1e-10
 
 
 @pytest.mark.parametrize("method", [LRP("EpsilonGammaBox"), LayerLRP("0", composite="EpsilonGammaBox")], ids=repr)
@@ -102,13 +102,13 @@ def test_the_box_of_an_image_holds_its_constant_padding(method):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).double()
     image = 2 + torch.rand(1, 1, 6, 6, dtype=torch.float64)
-    found = explain(network, image, method, MultiClassMask(1), SlidingWindowInferer((8, 8), 1))
+    result = explain(network, image, method, MultiClassMask(1), SlidingWindowInferer((8, 8), 1))
     padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
     cotangents = torch.zeros(1, 1, 2, 8, 8, dtype=torch.float64)
     cotangents[0, 0, 1, 1:7, 1:7] = network(padded)[0, :, 1:7, 1:7].argmax(0) == 1
     whole = lrp(network, padded, cotangents, "EpsilonGammaBox", low=0.0, layers={"0": network[0]})
     expected = whole.layers["0"].relevance.sum(2) if isinstance(method, LayerLRP) else whole.input[0]
-    gap = (found.map.as_tensor() - expected[0, :, 1:7, 1:7]).abs().max() / expected.abs().max()
+    gap = (result.map.as_tensor() - expected[0, :, 1:7, 1:7]).abs().max() / expected.abs().max()
     assert float(gap) <= 1e-10
 
 

@@ -31,19 +31,19 @@ def test_windows_are_added(name, dims, method):
     """Three overlapping gaussian windows: as each alone, added by hand."""
     s = setting(name, dims, MultiClassMask(1))
     cases = [s.image.flip(-1), 0.5 * s.image + 0.1]
-    mine = method(cases=cases)
-    found = explain(mine, s.objective)
+    actual = method(cases=cases)
+    result = explain(actual, s.objective)
     patterns = FittedPatterns.fit(s.objective.derive(image=case) for case in cases).patterns
     total = torch.zeros_like(s.image)
     cotangents = torch.stack(s.objective.cotangents(s.objective.windows))
     for j, w in enumerate(s.objective.windows):
         window = s.objective.plan.cut(s.image, w)[None]
         part = back_project(
-            lambda z: s.model(z)[:, s.objective.channels], window, cotangents[:, j : j + 1], patterns, mine.way
+            lambda z: s.model(z)[:, s.objective.channels], window, cotangents[:, j : j + 1], patterns, actual.way
         )
         total[(slice(None), *s.objective.plan.slices[w])] += part[0, 0]
-    close(found.maps[0], total)
-    assert found.notes["pattern_cases"] == 2
+    close(result.maps[0], total)
+    assert result.notes["pattern_cases"] == 2
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -58,8 +58,8 @@ def test_windowed_equals_the_whole_volume(method, dims, tmp_path):
     whole = objective_of(network, image, [MultiClassMask(1)])
     windowed = objective_of(network, image, [MultiClassMask(1)], SlidingWindowInferer((8,) * dims, 2, 0.5, "gaussian"))
     FittedPatterns.fit([whole.at(image.flip(-1)), whole.at(image**2)]).save(tmp_path / "p.pt")
-    mine = method(patterns=tmp_path / "p.pt")
-    close(explain(mine, windowed).maps, explain(mine, whole).maps)
+    actual = method(patterns=tmp_path / "p.pt")
+    close(explain(actual, windowed).maps, explain(actual, whole).maps)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -78,12 +78,12 @@ def test_the_signal_of_an_image_is_found(dims):
     with torch.no_grad():
         network[1].weight.copy_(filter_[None])
     objective = objective_of(network, images[0], [ClassScore(0)])
-    found = explain(PatternNet(cases=list(images)), objective).maps[0, 0]
+    result = explain(PatternNet(cases=list(images)), objective).maps[0, 0]
 
     def likeness(a, b):
         return float((a * b).sum() / (a.norm() * b.norm()))
 
-    assert likeness(found * y[0].sign(), signal) > 0.97
+    assert likeness(result * y[0].sign(), signal) > 0.97
     assert likeness(filter_.reshape(shape), signal) < 0.95
     share = explain(PatternAttribution(cases=list(images)), objective).maps
     close(share.sum()[None], objective.image_values())

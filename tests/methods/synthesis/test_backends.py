@@ -93,7 +93,7 @@ def test_torchray_masks_are_torchrays_own(variant, baseline):
     peer = pytest.importorskip("torchray.attribution.extremal_perturbation")
     case = classified()
     options = {"n_iter": 60, "step": 5, "sigma": 6}
-    found = explained(ExtremalPerturbation(0.2, variant, baseline, backend="torchray", **options), case)
+    result = explained(ExtremalPerturbation(0.2, variant, baseline, backend="torchray", **options), case)
     with torch.enable_grad():
         masks, _ = peer.extremal_perturbation(
             case.net,
@@ -108,8 +108,8 @@ def test_torchray_masks_are_torchrays_own(variant, baseline):
             variant=variant,
             resize=True,
         )
-    assert_equal(found.maps[0, 0], masks[0, 0], 1e-4)  # 60 steps of float32
-    (notes,) = found.note(0)["areas_found"]
+    assert_equal(result.maps[0, 0], masks[0, 0], 1e-4)  # 60 steps of float32
+    (notes,) = result.note(0)["areas_found"]
     assert notes["area_reached"] == pytest.approx(float(masks.mean()), rel=1e-4)
 
 
@@ -121,12 +121,12 @@ def test_torchray_finds_what_the_native_one_finds():
     image, inside = blob(48, 60)
     case = Naive(BlobDetector(2), image, [MultiClassMask(1)], SlidingWindowInferer((32, 32), 4, 0.5, "gaussian"))
     options = {"areas": 0.17, "variant": "preserve", "baseline": "zero", "step": 3}
-    mine = explained(ExtremalPerturbation(**options, n_iter=60, lr=0.1), case).maps[0, 0]
-    theirs = explained(ExtremalPerturbation(**options, n_iter=200, sigma=6, backend="torchray"), case)
-    mask = theirs.maps[0, 0]
-    assert theirs.note(0)["areas_found"][0]["kept"] > 0.9
+    actual = explained(ExtremalPerturbation(**options, n_iter=60, lr=0.1), case).maps[0, 0]
+    expected = explained(ExtremalPerturbation(**options, n_iter=200, sigma=6, backend="torchray"), case)
+    mask = expected.maps[0, 0]
+    assert expected.note(0)["areas_found"][0]["kept"] > 0.9
     assert float(mask[inside].mean()) > 2 * float(mask.mean())
-    assert float(torch.corrcoef(torch.stack([mine.flatten(), mask.flatten()]))[0, 1]) > 0.5
+    assert float(torch.corrcoef(torch.stack([actual.flatten(), mask.flatten()]))[0, 1]) > 0.5
 
 
 @pytest.mark.peers
@@ -141,7 +141,7 @@ def test_lucent_images_are_lucents_own(parametrisation):
         "conv", 2, parametrisation=parametrisation, n_iter=12, intensity=(0, 1), backend="lucent"
     )
     state = torch.random.get_rng_state()
-    found = explained(method, case)
+    result = explained(method, case)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert not any(m._forward_hooks for m in case.net.modules())
     make = param.spatial.fft_image if parametrisation == "fourier" else param.spatial.pixel_image
@@ -165,9 +165,9 @@ def test_lucent_images_are_lucents_own(parametrisation):
             show_image=False,
             fixed_image_size=(32, 40),
         )
-    assert_equal(found.maps[0], torch.from_numpy(image[0]).movedim(-1, 0), 1e-4)  # 12 steps of float32
-    assert found.note(0)["objective_end"] > found.note(0)["objective_start"]
-    assert len(found.note(0)["curve"]) == 12
+    assert_equal(result.maps[0], torch.from_numpy(image[0]).movedim(-1, 0), 1e-4)  # 12 steps of float32
+    assert result.note(0)["objective_end"] > result.note(0)["objective_start"]
+    assert len(result.note(0)["curve"]) == 12
 
 
 @pytest.mark.peers

@@ -53,7 +53,7 @@ def test_the_gradient_of_a_layer_equals_that_of_the_whole_volume(shape, norm, ch
 @pytest.mark.parametrize("output", ["logit", "probability"])
 def test_one_step_for_a_target_is_the_normed_gradient_of_the_whole_volume(output):
     case = Naive(small(2, 2), noise(2, 6, 20), [MultiClassMask(1, output=output)])
-    found = explained(DeepDream(octaves=1, n_iter=1, step=1e-3), case)
+    result = explained(DeepDream(octaves=1, n_iter=1, step=1e-3), case)
     x = case.image.clone().requires_grad_(True)
     score = case.scores[0]
     prediction = case.inferer(x[None], case.net)[0]
@@ -61,21 +61,21 @@ def test_one_step_for_a_target_is_the_normed_gradient_of_the_whole_volume(output
     (g,) = torch.autograd.grad(value, x)
     low, high = (getattr(case.image.flatten(1), end)(1)[:, None, None] for end in ("amin", "amax"))
     expected = case.image + 1e-3 * (high - low) * g / g[g != 0].square().mean().sqrt()
-    assert_equal(found.maps[0], expected.clamp(low, high))
-    assert found.note(0)["curve"] == [pytest.approx(float(value), rel=1e-10)]
+    assert_equal(result.maps[0], expected.clamp(low, high))
+    assert result.note(0)["curve"] == [pytest.approx(float(value), rel=1e-10)]
     # the image's own prediction comes from MONAI's blending, that of a step from the canvas': sums in another order
-    assert found.note(0)["objective_start"] == found.note(0)["objective_image"]
-    assert found.note(0)["objective_start"] == pytest.approx(found.note(0)["curve"][0], rel=1e-14)
+    assert result.note(0)["objective_start"] == result.note(0)["objective_image"]
+    assert result.note(0)["objective_start"] == pytest.approx(result.note(0)["curve"][0], rel=1e-14)
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 20), (1, 10, 9, 12)])
 @pytest.mark.parametrize("layer", ["a", None])
 def test_step_zero_is_the_image(shape, layer):
     case = Naive(small(len(shape) - 1, shape[0]), noise(*shape))
-    found = explained(DeepDream(layer, n_iter=0), case)
-    assert torch.equal(found.maps[0], case.image)
-    assert found.note(0)["correlation_with_image"] == pytest.approx(1, abs=1e-12)
-    assert found.note(0)["curve"] == []
+    result = explained(DeepDream(layer, n_iter=0), case)
+    assert torch.equal(result.maps[0], case.image)
+    assert result.note(0)["correlation_with_image"] == pytest.approx(1, abs=1e-12)
+    assert result.note(0)["curve"] == []
     one = explained(DeepDream(layer, n_iter=1, octaves=1, jitter=0), case)
     assert one.note(0)["curve"] == [pytest.approx(one.note(0)["objective_image"], rel=1e-12)]
 
@@ -95,8 +95,8 @@ def test_the_dream_rises_and_stays_like_the_image(name, dims):
         image = torch.cat([case.image, case.reference[..., :half]], -1)
         inferer = SlidingWindowInferer(case.roi, 2, 0.5, "gaussian")
     methods = [DeepDream(case.cam_layer, octaves=1, jitter=0), DeepDream(octaves=2, n_iter=5)]
-    for found in Explainer(case.network, inferer, output=case.output)(image, methods, [target]):
-        record, dream = found.record, found.map.as_tensor()
+    for result in Explainer(case.network, inferer, output=case.output)(image, methods, [target]):
+        record, dream = result.record, result.map.as_tensor()
         assert record["objective_rise"] >= 0.1, record["objective_rise"]
         assert record["warnings"] == []
         assert 0.7 < record["correlation_with_image"] < 1
@@ -123,8 +123,8 @@ def test_octaves():
             assert int(mask.sum()) >= 1
             if k == 0:
                 assert float(mask.double().mean()) == pytest.approx(float(whole.double().mean()), abs=0.04)
-    found = explained(method, case)
-    assert len(found.note(0)["curve"]) == 3
+    result = explained(method, case)
+    assert len(result.note(0)["curve"]) == 3
     assert case.objective.context.progress.passes <= method.passes(case.objective)
     layered = DeepDream("a", octaves=2, n_iter=2)
     again = Naive(small(), noise(1, 20, 40))
@@ -148,9 +148,9 @@ def test_a_network_that_sees_the_whole_image_sees_small_octaves_padded_to_its_ow
     torch.manual_seed(0)
     case = Naive(Fixed(), noise(1, 18, 15), [ClassScore(1)], SimpleInferer())
     for layer in (None, "conv", "linear"):
-        found = explained(DeepDream(layer, None if layer != "linear" else 1, n_iter=3, jitter=0), case)
-        assert found.note(0)["octave_shapes"] == [[9, 8], [13, 11], [18, 15]]
-        curve = found.note(0)["curve"]
+        result = explained(DeepDream(layer, None if layer != "linear" else 1, n_iter=3, jitter=0), case)
+        assert result.note(0)["octave_shapes"] == [[9, 8], [13, 11], [18, 15]]
+        curve = result.note(0)["curve"]
         assert [curve[i + 2] > curve[i] for i in (0, 3, 6)] == [True] * 3  # it climbs at each size
     assert set(sizes) == {(18, 15)}
     small_plan = case.objective.plan.resized((9, 8))
@@ -188,10 +188,10 @@ class Mixed(nn.Module):
 def test_inversion_of_an_invertible_layer_is_the_image(shape):
     torch.manual_seed(0)
     case = Naive(Mixed(len(shape) - 1, shape[0]), noise(*shape), [MultiClassMask(1)], SimpleInferer())
-    found = explained(InvertedRepresentation("layer", alpha_weight=0, tv_weight=0, n_iter=100), case)
-    assert float((found.maps[0] - case.image).abs().max() / case.image.abs().max()) < 1e-6
-    assert found.note(0)["distance_share"] < 1e-12
-    assert found.note(0)["correlation_with_image"] == pytest.approx(1, abs=1e-9)
+    result = explained(InvertedRepresentation("layer", alpha_weight=0, tv_weight=0, n_iter=100), case)
+    assert float((result.maps[0] - case.image).abs().max() / case.image.abs().max()) < 1e-6
+    assert result.note(0)["distance_share"] < 1e-12
+    assert result.note(0)["correlation_with_image"] == pytest.approx(1, abs=1e-9)
 
 
 INVERTED = [("UNet_instance", 2), ("UNet_batch", 2), ("ViT", 2), ("UNet_batch", 3), ("UNet_instance", 3)]
@@ -203,23 +203,23 @@ def test_the_layers_distance_falls_below_a_tenth(name, dims):
     case = build(name, dims)
     target = ClassScore(1) if case.kind == CLASSIFICATION else MultiClassMask(1)
     method = InvertedRepresentation(case.cam_layer, n_iter=60)
-    (found,) = Explainer(case.network, output=case.output)(case.image, [method], [target])
-    mine, theirs = (layer_values(case.network, case.cam_layer, x) for x in (found.map.as_tensor(), case.image[0]))
-    distance = float((mine - theirs).square().sum() / theirs.square().sum())
-    assert found.record["distance_end"] == pytest.approx(distance, rel=1e-9)
-    assert found.record["distance_share"] < 0.1
-    assert found.record["layer"] == case.cam_layer
-    assert found.record["warnings"] == []
+    (result,) = Explainer(case.network, output=case.output)(case.image, [method], [target])
+    actual, expected = (layer_values(case.network, case.cam_layer, x) for x in (result.map.as_tensor(), case.image[0]))
+    distance = float((actual - expected).square().sum() / expected.square().sum())
+    assert result.record["distance_end"] == pytest.approx(distance, rel=1e-9)
+    assert result.record["distance_share"] < 0.1
+    assert result.record["layer"] == case.cam_layer
+    assert result.record["warnings"] == []
 
 
 def test_the_window_that_is_inverted_is_one_that_the_target_sees():
     case = Naive(small(), noise(1, 8, 40), [Voxel(1, index=(1, 37))])
-    found = explained(InvertedRepresentation("a", n_iter=60, alpha_weight=0, tv_weight=0), case)
-    assert found.note(0)["place"] == [[0, 8], [28, 36]] or found.note(0)["place"] == [[0, 8], [32, 40]]
-    place = found.note(0)["place"][1]
-    assert bool((found.maps[0, 0, :, : place[0]] == found.note(0)["intensity_range"][0][0]).all())
+    result = explained(InvertedRepresentation("a", n_iter=60, alpha_weight=0, tv_weight=0), case)
+    assert result.note(0)["place"] == [[0, 8], [28, 36]] or result.note(0)["place"] == [[0, 8], [32, 40]]
+    place = result.note(0)["place"][1]
+    assert bool((result.maps[0, 0, :, : place[0]] == result.note(0)["intensity_range"][0][0]).all())
     inside = slice(*place)
-    assert correlation(found.maps[0, ..., inside], case.image[..., inside]) > 0.95  # 5 channels of one
+    assert correlation(result.maps[0, ..., inside], case.image[..., inside]) > 0.95  # 5 channels of one
 
 
 def test_the_penalties_by_hand():
@@ -247,8 +247,8 @@ def test_penalties_smooth_and_shrink():
 
 def test_a_warning_where_too_much_is_left():
     case = Naive(small(), noise(1, 12, 12), inferer=SimpleInferer())
-    found = explained(InvertedRepresentation("a", n_iter=1, max_share=1e-3), case)
-    assert found.note(0)["distance_share"] > 1e-3
+    result = explained(InvertedRepresentation("a", n_iter=1, max_share=1e-3), case)
+    assert result.note(0)["distance_share"] > 1e-3
     assert any("a share of 0.001 was asked for" in w for w in case.objective.context.progress.warnings)
 
 
@@ -277,8 +277,8 @@ def test_a_silent_layer_cannot_be_inverted():
     case = Naive(network, noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     with pytest.raises(MethodError, match="choose another"):
         explained(InvertedRepresentation("1"), case)
-    found = explained(DeepDream("1"), case)
-    assert torch.equal(found.maps[0], case.image)
+    result = explained(DeepDream("1"), case)
+    assert torch.equal(result.maps[0], case.image)
     assert any("gradient is zero" in w for w in case.objective.context.progress.warnings)
 
 
@@ -286,14 +286,14 @@ def test_inversion_looks_for_a_layer_only_where_there_is_a_target():
     explainer = Explainer(small(2, 1), SlidingWindowInferer((8, 8), 2), on_error="record")
     nowhere = [LabelMask(torch.zeros(12, 12), 1, class_index=1)]
     methods = [InvertedRepresentation(n_iter=2), InvertedRepresentation("a", n_iter=2, max_share=2.0)]
-    found = list(explainer(noise(1, 1, 12, 12), methods, nowhere))
-    assert {f.method.layer: f.status for f in found} == {None: "empty_target", "a": "ok"}
+    result = list(explainer(noise(1, 1, 12, 12), methods, nowhere))
+    assert {f.method.layer: f.status for f in result} == {None: "empty_target", "a": "ok"}
 
 
 def test_a_dream_of_no_steps_is_the_image_and_says_so():
-    (found,) = Explainer(small(2, 1))(noise(1, 1, 12, 12), [DeepDream(n_iter=0)], [Box(1, (0, 0), (4, 4))])
-    assert torch.equal(torch.as_tensor(found.map), noise(1, 12, 12))
-    assert "take more steps" in found.record["warnings"][0]
+    (result,) = Explainer(small(2, 1))(noise(1, 1, 12, 12), [DeepDream(n_iter=0)], [Box(1, (0, 0), (4, 4))])
+    assert torch.equal(torch.as_tensor(result.map), noise(1, 12, 12))
+    assert "take more steps" in result.record["warnings"][0]
 
 
 def test_the_distance_is_the_layers_own_where_its_grid_does_not_divide_the_windows():
@@ -301,8 +301,8 @@ def test_the_distance_is_the_layers_own_where_its_grid_does_not_divide_the_windo
     net = nn.Sequential(nn.Conv2d(1, 3, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 1)).double().eval()
     image = noise(1, 1, 9, 11)
     methods = [InvertedRepresentation("0", n_iter=n, max_share=2.0) for n in (3, 6)]
-    for found in Explainer(net)(image, methods, [Box(1, (0, 0), (2, 2))]):
+    for result in Explainer(net)(image, methods, [Box(1, (0, 0), (2, 2))]):
         with torch.no_grad():
-            mine, case = net[0](torch.as_tensor(found.map)[None].double()), net[0](image)
-        expected = float((mine - case).square().sum() / case.square().sum())
-        assert found.record["distance_end"] == pytest.approx(expected, rel=1e-5)
+            actual, case = net[0](torch.as_tensor(result.map)[None].double()), net[0](image)
+        expected = float((actual - case).square().sum() / case.square().sum())
+        assert result.record["distance_end"] == pytest.approx(expected, rel=1e-5)

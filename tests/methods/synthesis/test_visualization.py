@@ -1,4 +1,4 @@
-"""Images made up from nothing: known optima of linear networks, and objectives that rise on real architectures."""
+"""Images synthesised from noise: known optima of linear networks, and objectives that rise on real architectures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from esegeta_monai.methods.synthesis.canvas import intensity_range
 from esegeta_monai.methods.synthesis.visualization import descend
 from esegeta_monai.targets import ClassScore, LayerNeuron, MultiClassMask, Voxel
 from tests.networks import CLASSIFICATION, build
-from tests.support.networks import small
+from tests.support.networks import Computed, small
 from tests.support.objectives import Naive
 from tests.support.tensors import assert_equal, noise
 
@@ -57,38 +57,38 @@ SHAPES = [(2, 9, 7), (3, 5, 4, 6)]
 @pytest.mark.parametrize("shape", SHAPES)
 def test_class_image_of_a_linear_network_with_a_penalty_is_its_closed_form(shape):
     case, w, half = linear(*shape)
-    found = explained(ClassImage(regularization=4.0, baseline="zero", n_iter=40), case)
-    assert_equal(found.maps[0], half.square() * w * w.numel() / (2 * 4.0))
+    result = explained(ClassImage(regularization=4.0, baseline="zero", n_iter=40), case)
+    assert_equal(result.maps[0], half.square() * w * w.numel() / (2 * 4.0))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_class_image_of_a_linear_network_at_a_norm_has_the_direction_of_the_weights(shape):
     case, w, half = linear(*shape)
-    found = explained(ClassImage(rms=0.3, baseline="mean", n_iter=60), case)
+    result = explained(ClassImage(rms=0.3, baseline="mean", n_iter=60), case)
     origin = case.image.flatten(1).mean(1).reshape(-1, *(1,) * (len(shape) - 1))
     direction = half * w
     expected = 0.3 * direction / direction.square().mean().sqrt()
-    mine = (found.maps[0] - origin) / half
-    assert float(mine.square().mean().sqrt()) == pytest.approx(0.3, rel=1e-12)
-    assert float((mine - expected).abs().max() / expected.abs().max()) < 1e-6  # where the line search stops
-    assert found.note(0)["objective_rise"] > 1
+    actual = (result.maps[0] - origin) / half
+    assert float(actual.square().mean().sqrt()) == pytest.approx(0.3, rel=1e-12)
+    assert float((actual - expected).abs().max() / expected.abs().max()) < 1e-6  # where the line search stops
+    assert result.note(0)["objective_rise"] > 1
 
 
 @pytest.mark.parametrize("parametrisation", ["fourier", "voxel"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_feature_visualization_of_a_linear_network_comes_near_its_maximum(shape, parametrisation):
-    """Within [low, high] a linear score is greatest where every voxel is at the end that its weight's sign says."""
+    """Within [low, high] a linear score is greatest where every voxel is at the end given by its weight's sign."""
     case, w, _ = linear(*shape)
-    found = explained(FeatureVisualization(parametrisation=parametrisation, n_iter=200, lr=0.2, **STILL), case)
-    low, high = (case.image.new_tensor(found.note(0)["intensity_range"])[:, i] for i in (0, 1))
+    result = explained(FeatureVisualization(parametrisation=parametrisation, n_iter=200, lr=0.2, **STILL), case)
+    low, high = (case.image.new_tensor(result.note(0)["intensity_range"])[:, i] for i in (0, 1))
     low, high = (v.reshape(-1, *(1,) * (len(shape) - 1)) for v in (low, high))
     best = 3 + float(torch.maximum(w * low, w * high).sum())
-    reached = found.note(0)["objective_end"]
+    reached = result.note(0)["objective_end"]
     assert 0.95 * best < reached <= best
-    assert bool((found.maps[0] >= low).all() & (found.maps[0] <= high).all())
-    assert reached == pytest.approx(3 + float((w * found.maps[0]).sum()), rel=1e-12)
+    assert bool((result.maps[0] >= low).all() & (result.maps[0] <= high).all())
+    assert reached == pytest.approx(3 + float((w * result.maps[0]).sum()), rel=1e-12)
     clear = w.abs() > 0.5
-    assert float(((found.maps[0] > (low + high) / 2) == (w > 0))[clear].double().mean()) > 0.97
+    assert float(((result.maps[0] > (low + high) / 2) == (w > 0))[clear].double().mean()) > 0.97
 
 
 def layer_values(network: nn.Module, layer: str, image: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ RISING += [pytest.param("ViT", 3, marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize(("name", "dims"), RISING)
 def test_the_objective_rises_for_class_layer_and_channel(name, dims):
-    """By at least a quarter of its start, and what the record says is what the plain network gives for the image."""
+    """By at least a quarter of its start, and the record has what the plain network gives for the image."""
     case = build(name, dims)
     target = ClassScore(1) if case.kind == CLASSIFICATION else MultiClassMask(1)
     explainer = Explainer(case.network, output=case.output)
@@ -125,14 +125,14 @@ def test_the_objective_rises_for_class_layer_and_channel(name, dims):
         FeatureVisualization(layer, channel, **still, name="channel"),
         ClassImage(n_iter=24, name="image"),
     ]
-    for found in explainer(case.image, methods, [target]):
-        record, image = found.record, found.map.as_tensor()
+    for result in explainer(case.image, methods, [target]):
+        record, image = result.record, result.map.as_tensor()
         values = layer_values(case.network, layer, image)
         with torch.no_grad():
             score = float(case.score(image[None]))
         expected = {"layer": float(values.square().mean()), "channel": float(values[:, channel].mean())}
-        assert record["objective_end"] == pytest.approx(expected.get(found.method.name, score), rel=1e-9)
-        assert record["objective_rise"] >= 0.25, found.method.name
+        assert record["objective_end"] == pytest.approx(expected.get(result.method.name, score), rel=1e-9)
+        assert record["objective_rise"] >= 0.25, result.method.name
         assert record["status"] == "ok"
         assert record["warnings"] == []
         assert record["produces"] == "synthesised image"
@@ -145,17 +145,17 @@ UNITS += [(name, dims, None) for name in ("UNet_batch", "ResNet18") for dims in 
 
 @pytest.mark.parametrize(("name", "dims", "layer"), UNITS)
 def test_a_unit_of_a_layer_is_excited_at_its_place(name, dims, layer):
-    """Of the channel that is strongest on average: others may be silent at the start, behind a ReLU."""
+    """Use the channel that is strongest on average: after a ReLU, others may be zero at the start."""
     case = build(name, dims)
     layer = layer or case.cam_layer
     target = ClassScore(1) if case.kind == CLASSIFICATION else MultiClassMask(1)
     channel = int(layer_values(case.network, layer, case.image[0]).flatten(2).mean((0, 2)).argmax())
     method = FeatureVisualization(layer, channel, "centre", n_iter=40, lr=0.1, jitter=1)
-    (found,) = Explainer(case.network, output=case.output)(case.image, [method], [target])
-    values = layer_values(case.network, layer, found.map.as_tensor())
+    (result,) = Explainer(case.network, output=case.output)(case.image, [method], [target])
+    values = layer_values(case.network, layer, result.map.as_tensor())
     at = tuple(n // 2 * v // n for n, v in zip(case.image.shape[2:], values.shape[2:]))
-    assert found.record["objective_end"] == pytest.approx(float(values[(0, channel, *at)]), rel=1e-9)
-    assert found.record["objective_rise"] > 1
+    assert result.record["objective_end"] == pytest.approx(float(values[(0, channel, *at)]), rel=1e-9)
+    assert result.record["objective_rise"] > 1
     assert float(values[0, channel].mean()) < float(values[(0, channel, *at)])
 
 
@@ -171,23 +171,23 @@ def test_a_target_of_one_voxel_stays_at_its_voxel():
     wide = torch.cat([case.image, case.reference], -1)
     inferer = SlidingWindowInferer(case.roi, 2, 0.5)
     index = (at[0], case.roi[1] + 3)
-    (found,) = Explainer(case.network, inferer)(wide, [FeatureVisualization(**options)], [Voxel(1, index=index)])
-    place = tuple(slice(*p) for p in found.record["place"])
+    (result,) = Explainer(case.network, inferer)(wide, [FeatureVisualization(**options)], [Voxel(1, index=index)])
+    place = tuple(slice(*p) for p in result.record["place"])
     assert all(p.start <= i < p.stop for p, i in zip(place, index))
     with torch.no_grad():
-        logits = case.logits(found.map.as_tensor()[(slice(None), *place)][None])
+        logits = case.logits(result.map.as_tensor()[(slice(None), *place)][None])
     there = tuple(i - p.start for i, p in zip(index, place))
-    assert found.record["objective_end"] == pytest.approx(float(logits[(0, 1, *there)]), rel=1e-9)
+    assert result.record["objective_end"] == pytest.approx(float(logits[(0, 1, *there)]), rel=1e-9)
 
 
 def test_what_is_made_up_lies_at_one_window_and_black_round_it():
     case = Naive(small(2, 2), noise(2, 6, 30))  # padded along the first axis, several windows along the last
-    found = explained(FeatureVisualization(n_iter=5), case)
-    place, intensity = found.note(0)["place"], found.note(0)["intensity_range"]
+    result = explained(FeatureVisualization(n_iter=5), case)
+    place, intensity = result.note(0)["place"], result.note(0)["intensity_range"]
     assert place == [[0, 6], [12, 20]]
     outside = torch.ones(6, 30, dtype=torch.bool)
     outside[:, 12:20] = False
-    for channel, (low, high) in zip(found.maps[0], intensity):
+    for channel, (low, high) in zip(result.maps[0], intensity):
         assert channel[outside].unique().tolist() == [low]
         assert low < float(channel[:, 12:20].min()) < float(channel.max()) < high
         assert (low, high) == pytest.approx(
@@ -202,23 +202,23 @@ def test_what_is_made_up_lies_at_one_window_and_black_round_it():
 def test_passes_and_values_of_several_targets(output, extent):
     case = Naive(small(2, 1), noise(1, 6, 20), [MultiClassMask(1, output=output), MultiClassMask(0, output=output)])
     method = FeatureVisualization(n_iter=4, extent=extent)
-    found = explained(method, case)
+    result = explained(method, case)
     assert case.objective.context.progress.passes == method.passes(case.objective)
-    assert not torch.equal(found.maps[0], found.maps[1])
-    assert found.note(0)["place"] != found.note(0)["curve"]
+    assert not torch.equal(result.maps[0], result.maps[1])
+    assert result.note(0)["place"] != result.note(0)["curve"]
     if extent == "image":  # F is that of MONAI's own inferer
-        prediction = case.predict(found.maps[1])
+        prediction = case.predict(result.maps[1])
         raw = prediction.softmax(0) if output == "probability" else prediction
-        assert found.note(1)["objective_end"] == pytest.approx(float(raw[0].mean()), rel=1e-10)
+        assert result.note(1)["objective_end"] == pytest.approx(float(raw[0].mean()), rel=1e-10)
 
 
 def test_for_a_layer_the_targets_share_one_image():
     case = Naive(small(), noise(1, 8, 12), [MultiClassMask(1), MultiClassMask(0)])
     method = FeatureVisualization("a", 2, n_iter=3)
-    found = explained(method, case)
-    assert torch.equal(found.maps[0], found.maps[1])
+    result = explained(method, case)
+    assert torch.equal(result.maps[0], result.maps[1])
     assert case.objective.context.progress.passes == method.passes(case.objective) == 3 + 4
-    assert found.note(1)["layer"] == "a"
+    assert result.note(1)["layer"] == "a"
 
 
 def test_the_same_seed_gives_the_same_image_and_another_one_another():
@@ -236,8 +236,8 @@ def test_a_class_that_the_case_does_not_have_can_be_made_up():
         network[0].bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
     methods = [FeatureVisualization(n_iter=3), ClassImage(n_iter=3), InvertedRepresentation("0", n_iter=3)]
     methods += [DeepDream("0", n_iter=1, octaves=1), DeepDream(n_iter=1, octaves=1, name="of target")]
-    found = Explainer(network)(image, methods, [MultiClassMask(2)])
-    assert sorted((a.method.name, a.status) for a in found) == [
+    result = Explainer(network)(image, methods, [MultiClassMask(2)])
+    assert sorted((a.method.name, a.status) for a in result) == [
         ("ClassImage", "ok"),
         ("DeepDream", "ok"),
         ("FeatureVisualization", "ok"),
@@ -249,24 +249,23 @@ def test_a_class_that_the_case_does_not_have_can_be_made_up():
 def test_without_a_case_the_grid_is_one_of_unit_voxels():
     network = small().float()
     method = FeatureVisualization(n_iter=3, intensity=(0, 2))
-    (found,) = Explainer(network)(torch.zeros(1, 1, 8, 8), [method], [MultiClassMask(1)])
-    assert found.record["intensity_range"] == [[0, 2]]
-    assert isinstance(found.map, MetaTensor)
-    assert np.array_equal(found.record["network_affine"], np.eye(len(found.record["network_affine"])))
+    (result,) = Explainer(network)(torch.zeros(1, 1, 8, 8), [method], [MultiClassMask(1)])
+    assert result.record["intensity_range"] == [[0, 2]]
+    assert isinstance(result.map, MetaTensor)
+    assert np.array_equal(result.record["network_affine"], np.eye(len(result.record["network_affine"])))
     with pytest.raises(MethodError, match="constant"):
         list(Explainer(network)(torch.zeros(1, 1, 8, 8), [FeatureVisualization()], [MultiClassMask(1)]))
 
 
 def test_a_warning_where_the_objective_does_not_rise():
-    class Flat(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cat([5 + 1e-3 * x, 1e-3 * x], 1)
+    def flat(x: Tensor) -> Tensor:
+        return torch.cat([5 + 1e-3 * x, 1e-3 * x], 1)
 
-    case = Naive(Flat(), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
-    found = explained(FeatureVisualization(n_iter=3), case)
-    assert 0 < found.note(0)["objective_rise"] < 0.25
+    case = Naive(Computed(flat), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
+    result = explained(FeatureVisualization(n_iter=3), case)
+    assert 0 < result.note(0)["objective_rise"] < 0.25
     assert any("a rise of 0.25 was asked for" in w for w in case.objective.context.progress.warnings)
-    quiet = Naive(Flat(), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
+    quiet = Naive(Computed(flat), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     explained(FeatureVisualization(n_iter=3, min_rise=1e-9), quiet)
     assert quiet.objective.context.progress.warnings == []
 

@@ -139,7 +139,7 @@ def test_all_pictures_of_the_table_follow(reader: Reader) -> None:
 
 
 def test_threshold_signs_and_views(reader: Reader, folder: Path) -> None:
-    """What is shown is what the NIfTI file has: voxels above the threshold, of the sign asked for."""
+    """The viewer shows the values of the NIfTI file: voxels above the threshold, of the sign asked for."""
     page = reader.page
     data = data_of(report_path(folder, "sub-01"))
     entry = data["maps"][1]

@@ -1,4 +1,4 @@
-"""What stands in a report: read back from the file, without a browser."""
+"""The content of a report, read back from the file, without a browser."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_pages_lie_where_they_should_and_are_complete_in_themselves(folder: Path
 
 
 def test_the_summary_says_what_was_explained_and_what_to_be_careful_with(text: str) -> None:
-    said = words(text)
-    assert "What does “Tiny brain” (version 0.1.0) look at in this scan? 4 methods asked about 3 targets" in said
+    reported = words(text)
+    assert "What does “Tiny brain” (version 0.1.0) look at in this scan? 4 methods asked about 3 targets" in reported
     for expected in (
         "Problem Cam for MultiClassMask-grey matter failed: Cam needs a network that ends in global average pooling",
         "Region alarm, Saliency for MultiClassMask-grey matter: outside of the body (65.0 % of the attribution)",
@@ -67,14 +67,14 @@ def test_the_summary_says_what_was_explained_and_what_to_be_careful_with(text: s
         "Careful GradCam does not beat the control maps on deletion",
         "Radiological convention: the patient's left is on the viewer's right.",
     ):
-        assert expected in said
+        assert expected in reported
 
 
 def test_metrics_regions_and_curves_are_there(text: str) -> None:
-    said = words(text)
-    assert "deletion ↓" in said
-    assert "gini ↑" in said
-    assert re.search(r"GradCam 0.7 0.6 … 0.8 not better than controls", said)
+    reported = words(text)
+    assert "deletion ↓" in reported
+    assert "gini ↑" in reported
+    assert re.search(r"GradCam 0.7 0.6 … 0.8 not better than controls", reported)
     assert text.count('<tr class="control">') == 4
     assert "cortex &lt;left&gt;" in text
     assert text.count("<svg") == 2
@@ -88,8 +88,8 @@ def test_a_failure_is_told_with_its_traceback(text: str) -> None:
 
 
 def test_methods_paragraph_cites_every_method_that_has_a_paper(text: str) -> None:
-    said = words(text)
-    assert "Saliency [1] (abs=True), InputXGradient [2], GradCam [3] (relu=True) and Cam [4] (relu=False)" in said
+    reported = words(text)
+    assert "Saliency [1] (abs=True), InputXGradient [2], GradCam [3] (relu=True) and Cam [4] (relu=False)" in reported
     for paper in ("Simonyan et al., ICLR workshop 2014, arXiv:1312.6034", "Zhou et al., CVPR 2016, arXiv:1512.04150"):
         assert f"<li>{paper}</li>" in text
 
@@ -109,10 +109,10 @@ def test_a_case_that_failed_as_a_whole_has_a_page(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main(["explain", "--bundle", str(bundle), "--input", f"p7={broken}", "--output", str(out), "-q"]) == 1
     content = write_report(out).cases["p7"].read_text(encoding="utf-8")
-    said = words(content)
-    assert "This case could not be explained" in said
-    assert "the file is empty" in said
-    assert "esegeta_monai/files/scans.py, line" in said
+    reported = words(content)
+    assert "This case could not be explained" in reported
+    assert "the file is empty" in reported
+    assert "esegeta_monai/files/scans.py, line" in reported
     assert "Doe" not in content
     assert data_of(report_path(out, "p7"))["maps"] == []
 
@@ -271,11 +271,11 @@ def test_two_dimensions_without_a_world_have_no_letters(tmp_path: Path) -> None:
 
 def test_a_zero_map_and_a_map_that_is_gone(tmp_path: Path) -> None:
     one_map(tmp_path, np.zeros((5, 5, 5), np.float32), np.eye(4), status="zero")
-    said = words(write_report(tmp_path).cases["a"].read_text(encoding="utf-8"))
-    assert "the map is zero everywhere" in said
+    reported = words(write_report(tmp_path).cases["a"].read_text(encoding="utf-8"))
+    assert "the map is zero everywhere" in reported
     (tmp_path / "a" / "a_t_Saliency_attr.nii.gz").unlink()
-    said = words(write_report(tmp_path).cases["a"].read_text(encoding="utf-8"))
-    assert "the map's file is not there" in said
+    reported = words(write_report(tmp_path).cases["a"].read_text(encoding="utf-8"))
+    assert "the map's file is not there" in reported
 
 
 def test_an_unreadable_map_leaves_the_others(folder: Path, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_synthesised_images_are_shown_as_images_with_their_loss(tmp_path: Path) 
     assert content.count("<polyline") == 1
 
 
-# ---- doors -----------------------------------------------------------------------------------------------------------
+# ---- interfaces ------------------------------------------------------------------------------------------------------
 
 
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

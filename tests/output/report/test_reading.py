@@ -1,4 +1,4 @@
-"""Output folders that somebody has edited, cut or saved again: the page shows what there is and says what is not."""
+"""Output folders that were edited, cut or saved again: the page shows what is readable and names the rest."""
 
 from __future__ import annotations
 
@@ -116,9 +116,9 @@ def test_a_map_that_is_not_finite_leaves_the_others_to_be_seen(out: Path, value:
     values[3, 3, 3] = value
     nib.save(nib.Nifti1Image(values, image.affine), out / f"{MAP}.nii.gz")
     path = write_report(out).cases["sub-01"]
-    found = data_of(path)
-    json.dumps(found, allow_nan=False)
-    assert [m["method"] for m in found["maps"]] == ["InputXGradient", "GradCam"]
+    result = data_of(path)
+    json.dumps(result, allow_nan=False)
+    assert [m["method"] for m in result["maps"]] == ["InputXGradient", "GradCam"]
     text = words(path.read_text(encoding="utf-8"))
     assert f"Saliency_attr.nii.gz: 1 of {values.size} values are not finite" in text
     assert "or cannot be shown" in text

@@ -1,4 +1,4 @@
-"""What a page carries, read back without its script."""
+"""The data of a page, read back without its script."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def data_of(page: Path) -> dict[str, Any]:
 
 def volume_of(page: Path, name: str, kind: type = np.int8) -> np.ndarray:
     """A volume (x, y, z) by its id."""
-    found = re.search(rf'id="{name}"( data-delta="1")?>(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
-    assert found is not None, name
-    raw = np.frombuffer(zlib.decompress(base64.b64decode(found[2])), dtype=np.uint8)
-    if found[1]:
+    result = re.search(rf'id="{name}"( data-delta="1")?>(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
+    assert result is not None, name
+    raw = np.frombuffer(zlib.decompress(base64.b64decode(result[2])), dtype=np.uint8)
+    if result[1]:
         raw = np.cumsum(raw, dtype=np.uint8)
     return raw.view(kind).reshape(data_of(page)["size"], order="F")

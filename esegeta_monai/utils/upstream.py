@@ -1,0 +1,131 @@
+"""Access to names that MONAI, ignite and torch keep private, gathered here because any release may rename them.
+
+`tests/utils/test_upstream.py` calls each function and names the installed version when one of these names is gone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import monai.inferers.utils
+from monai.inferers import SlidingWindowSplitter
+from torch import Tensor, nn
+
+__all__ = [
+    "attached_handlers",
+    "backward_hooks",
+    "compiled_original",
+    "is_view",
+    "own_buffers",
+    "postprocessing_of",
+    "replace_backward_hooks",
+    "scan_interval",
+    "splitter_padding",
+    "splitter_parameters",
+    "view_base",
+    "write_count",
+]
+
+
+# -- torch ----------------------------------------------------------------------------------------------------------
+
+
+def write_count(tensor: Tensor) -> int:
+    """Return how often the memory of a tensor, of any shape, has been written to in place (``_version``).
+
+    Raises:
+        RuntimeError: the tensor was made in inference mode, which does not count.
+    """
+    return tensor._version
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Return True if autograd knows the tensor as a view of another one (``_is_view``)."""
+    return tensor._is_view()
+
+
+def view_base(tensor: Tensor) -> Tensor | None:
+    """Return the tensor that a view shares its memory with (``_base``), or None for a tensor that is no view."""
+    return tensor._base
+
+
+def compiled_original(module: nn.Module) -> nn.Module | None:
+    """Return the module inside the result of ``torch.compile`` (``_orig_mod``), or None for any other module."""
+    original = getattr(module, "_orig_mod", None)
+    return original if isinstance(original, nn.Module) else None
+
+
+def own_buffers(module: nn.Module) -> MutableMapping[str, Tensor | None]:
+    """Return the mapping in which a module stores its own buffers, of any shape (``_buffers``).
+
+    Writing to it restores a buffer even where the module has deleted or overwritten the attribute.
+    """
+    return module._buffers
+
+
+def backward_hooks(module: nn.Module) -> dict[str, Any]:
+    """Return the backward hooks of a module itself, by the names of the attributes that hold them."""
+    return {name: getattr(module, name) for name in ("_backward_hooks", "_backward_pre_hooks")}
+
+
+def replace_backward_hooks(module: nn.Module, hooks: Mapping[str, Any]) -> None:
+    """Set the backward hooks of a module to what `backward_hooks` returned, or to empty ordered dictionaries."""
+    for name, value in hooks.items():
+        setattr(module, name, value)
+
+
+# -- MONAI ----------------------------------------------------------------------------------------------------------
+
+
+def scan_interval(shape: Sequence[int], roi: Sequence[int], overlap: Sequence[float]) -> tuple[int, ...]:
+    """Return the distance in voxels between neighbouring windows of ``sliding_window_inference``, per axis.
+
+    Args:
+        shape: spatial shape of the padded volume.
+        roi: shape of a window.
+        overlap: share of a window that its neighbour covers, per axis.
+    """
+    return monai.inferers.utils._get_scan_interval(shape, roi, len(shape), overlap)
+
+
+def splitter_parameters(splitter: SlidingWindowSplitter, shape: Sequence[int]) -> tuple[Any, Any, Any]:
+    """Return (patch size, overlap, offset) of a splitter for a volume, one entry per spatial axis of ``shape``."""
+    return splitter._get_valid_shape_parameters(shape)
+
+
+def splitter_padding(
+    splitter: SlidingWindowSplitter,
+    shape: Sequence[int],
+    patch: Sequence[int],
+    offset: Sequence[int],
+    overlap: Sequence[float],
+) -> list[tuple[int, int]]:
+    """Return the voxels that a splitter adds to a volume: (before, after) per spatial axis.
+
+    Args:
+        splitter: the splitter.
+        shape: spatial shape of the volume.
+        patch: shape of a patch, without zeros.
+        offset, overlap: from `splitter_parameters`.
+    """
+    sizes, _ = splitter._calculate_pad_size(shape, len(shape), patch, offset, overlap)
+    return list(zip(sizes[1::2], sizes[::2]))
+
+
+# -- ignite and MONAI's engines -------------------------------------------------------------------------------------
+
+
+def attached_handlers(engine: Any, event: Any) -> list[Callable[..., Any]]:
+    """Return the functions attached to an event of an ignite engine, in the order in which they run."""
+    return [function for function, _, _ in engine._event_handlers.get(event, [])]
+
+
+def postprocessing_of(handler: Callable[..., Any]) -> Any:
+    """Return the postprocessing transform of a MONAI engine from the function that applies it, or None for others.
+
+    MONAI keeps the transform nowhere but in the closure variable ``posttrans`` of the handler that it attaches to
+    ``IterationEvents.MODEL_COMPLETED``.
+    """
+    return inspect.getclosurevars(handler).nonlocals.get("posttrans") if inspect.isfunction(handler) else None
