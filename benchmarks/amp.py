@@ -149,12 +149,11 @@ def rows(name: str, device: str, dtype: torch.dtype, seed: int) -> Iterator[Row]
 def forced(method: Method, objective: Objective) -> Explained | None:
     """Run a method under autocast without checks; return None if it fails."""
     objective.context.precision_decided = True
-    outcome = _run_side_by_side([method], objective)[0]
+    (outcome,) = _run_side_by_side([method], objective)
     objective.context.precision_decided = False
-    if isinstance(outcome, Exception):
-        print(f"  {method.name} under autocast: {outcome}", file=sys.stderr)
-        return None
-    return outcome
+    if outcome.error is not None:
+        print(f"  {method.name} under autocast: {outcome.error}", file=sys.stderr)
+    return outcome.result
 
 
 def figure(value: float | None) -> str:

@@ -77,7 +77,7 @@ def one(spec: str, limit: float) -> dict[str, Any]:
         return {**row, "note": cost.note}
     estimate = cost.seconds
     assert estimate is not None
-    row |= {"dry_run": time.process_time() - start, "at_least": cost.at_least}
+    row["dry_run"] = time.process_time() - start
     row |= {"passes": cost.passes, "exact": cost.exact, "estimate": estimate, "estimated": True}
     row |= {"seconds": estimate, "peak": (cost.peak_memory_bytes or 0) - before}
     if estimate <= limit or spec in SMALL:
@@ -111,12 +111,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         "cost little more than the costliest one. For other volumes use `esegeta-monai explain --dry-run`",
         "on your machine.",
         "",
-        "*Estimate* is the result of a dry run, from four seconds of the method's passes, or one batch or more of each",
-        f"kind of loop. Of the {len(run)} methods that ran to their end, estimated over measured time is between",
+        "*Estimate* is the result of a dry run: known passes times a measured time per pass (four seconds of the",
+        f"method, then a cheap copy of it on few windows). Of the {len(run)} methods that ran to their end, estimated",
+        "over measured time is between",
         f"{min(ratios):.2f} and {max(ratios):.2f}, within a factor of two for {sum(0.5 <= r <= 2 for r in ratios)}; of",
         f"the {len(known)} whose passes are known in advance, {right} had the estimated number. A dry run takes",
         f"{min(r['dry_run'] for r in measured):.0f} to {max(r['dry_run'] for r in measured):.0f} s.",
-        '"At least": the dry run did not reach the end of the method.',
         "",
         *_lines([r for r in rows if r["method"] not in SMALL]),
         "",
@@ -131,9 +131,8 @@ def _lines(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["| method | window passes | minutes | estimate | GB |", "|---|---|---|---|---|"]
     for r in sorted((r for r in rows if "passes" in r), key=lambda r: r["seconds"]):
         passes = f"{r['passes']:,}" if r["exact"] or not r["estimated"] else f"≈ {r['passes']:,}"
-        least = "at least " if r["at_least"] else ""
-        took = f"≈ {least}{minutes(r['seconds'])}" if r["estimated"] else minutes(r["seconds"])
-        foretold = "" if r["estimated"] else f"{least}{minutes(r['estimate'])}"
+        took = f"≈ {minutes(r['seconds'])}" if r["estimated"] else minutes(r["seconds"])
+        foretold = "" if r["estimated"] else minutes(r["estimate"])
         state = "" if r["estimated"] or r["status"] == "ok" else f" ({r['status']}: {r['reason']})"
         lines.append(f"| `{r['method']}`{state} | {passes} | {took} | {foretold} | {r['peak'] / 1e9:.2f} |")
     return lines + [f"| `{r['method']}` | {r['note']} | | | |" for r in rows if "note" in r]

@@ -148,9 +148,9 @@ class Bench:
 
         def call() -> None:
             with frozen(self.network):
-                for outcome in run_together(methods, self.objective()).values():
-                    if isinstance(outcome, Exception):
-                        raise outcome
+                for outcome in run_together(methods, self.objective()):
+                    if outcome.error is not None:
+                        raise outcome.error
 
         return call
 

@@ -38,6 +38,7 @@ from esegeta_monai.engine.feature_masks import Grid
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.methods import FeatureAblation, KernelShap, Lime, Method, Occlusion, ShapleyValueSampling, run
 from esegeta_monai.targets import Box, Case, ClassScore, MultiClassMask, Score, Target
@@ -115,12 +116,9 @@ class Work:
         with torch.no_grad():
             prediction = self.inferer(self.image[None], self.network)[0]
         plan = plan_windows(self.inferer, self.image.shape[1:])
-        objective = Objective(
-            Model(self.network, torch.device("cpu")), self.image, plan, target.bind(prediction, Case()), prediction
-        )
-        if plan.whole:
-            objective.window_batch = 4
-        return objective
+        model, scores = Model(self.network, torch.device("cpu")), target.bind(prediction, Case())
+        context = RunContext(window_batch=4 if plan.whole else None)
+        return Objective(model, self.image, plan, scores, prediction, context=context)
 
     def score(self, objective: Objective) -> Callable[[Tensor], Tensor]:
         """F of a batch of images by MONAI's inferer, for Captum."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
+from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.metrics import MetricInput, controls
 from esegeta_monai.targets import Case
@@ -86,11 +87,8 @@ def _objective(cause: Cause, example: Example) -> Objective:
         prediction = cause.network(example.image[None])[0]
     plan = plan_windows(as_inferer(None), tuple(example.image.shape[1:]))
     scores = TARGET.bind(prediction, Case())
-    objective = Objective(
-        Model(cause.network, torch.device("cpu")), example.image, plan, scores, prediction, seed=example.seed
-    )
-    objective.window_batch = 8
-    return objective
+    model, context = Model(cause.network, torch.device("cpu")), RunContext(window_batch=8)
+    return Objective(model, example.image, plan, scores, prediction, seed=example.seed, context=context)
 
 
 def _read(table: Path) -> list[Row]:
