@@ -82,7 +82,7 @@ class Run:
         path = None if self.folder is None else self.folder / "all.pt"
         if path is None or not path.is_file():
             return None
-        return {name: one for name, one in torch.load(path, weights_only=False).items() if self.asked(name)}
+        return {name: one for name, one in torch.load(path, weights_only=True).items() if self.asked(name)}
 
     def asked(self, name: str) -> bool:
         """Return True if a scenario is chosen."""
@@ -115,7 +115,7 @@ class Run:
         for process, path in self.processes:
             if process.wait():
                 raise SystemExit(f"the scenarios of {self.checkout} ended with exit status {process.returncode}")
-            part = torch.load(path, weights_only=False)
+            part = torch.load(path, weights_only=True)
             if not Path(part["package"]).is_relative_to(self.checkout):
                 raise SystemExit(f"the package came from {part['package']}, not from {self.checkout}")
             found |= part["scenarios"]

@@ -283,7 +283,7 @@ def ranks(kind: str, methods: Sequence[str], targets: Sequence[str]) -> Iterator
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (folder, kind, methods, targets), nprocs=2)
         for rank in range(2):
-            yield from torch.load(f"{folder}/{rank}.pt", weights_only=False)
+            yield from torch.load(f"{folder}/{rank}.pt", weights_only=True)
 
 
 def write(methods: str, targets: str) -> Iterator[Item]:
