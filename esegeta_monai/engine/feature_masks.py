@@ -223,7 +223,7 @@ class Supervoxels(FeatureSpec):
         mask = _thinned(inside[None], step)[0].cpu().numpy()
         if self.n_segments == 1:  # of which scikit-image labels nothing where there is a mask
             return from_values(inside.long(), {}, 0, "supervoxel")
-        found = slic(
+        labels_from_one = slic(
             _thinned(_unit_range(image), step).cpu().numpy().astype(np.float32),
             n_segments=self.n_segments,
             compactness=self.compactness,
@@ -231,11 +231,11 @@ class Supervoxels(FeatureSpec):
             start_label=1,
             mask=None if mask.all() else mask,
         )
-        if not found.any():
+        if not labels_from_one.any():
             raise InputError("supervoxels: no voxel of the mask is left on the coarse grid: raise max_voxels")
         # voxels of the mask between those of the coarse grid belong to the nearest supervoxel
-        nearest = distance_transform_edt(found == 0, return_distances=False, return_indices=True)
-        labels = torch.from_numpy(found[tuple(nearest)].astype(np.int64))
+        nearest = distance_transform_edt(labels_from_one == 0, return_distances=False, return_indices=True)
+        labels = torch.from_numpy(labels_from_one[tuple(nearest)].astype(np.int64))
         for axis, n in enumerate(inside.shape):
             labels = labels.repeat_interleave(step, axis).narrow(axis, 0, n)
         return from_values(torch.where(inside, labels.to(image.device), 0), {}, 0, "supervoxel")
@@ -301,14 +301,14 @@ def _channel_names(objective: Objective) -> list[str]:
 def from_values(values: Tensor, names: Mapping[int, str], background: int | None, word: str = "label") -> Features:
     """Features from a map of label values (*spatial): consecutive numbers in the order of the values."""
     present, numbers = torch.unique(values, return_inverse=True)
-    found = present.tolist()
-    if background in found:
-        at = found.index(background)
+    kept = present.tolist()
+    if background in kept:
+        at = kept.index(background)
         numbers = torch.where(numbers == at, -1, numbers - (numbers > at).long())
-        found.pop(at)
-    if not found:
+        kept.pop(at)
+    if not kept:
         raise InputError("the feature map has no label on the network's grid: nothing could be switched off")
-    return Features(numbers[None], [names.get(v, f"{word} {v}") for v in found])
+    return Features(numbers[None], [names.get(v, f"{word} {v}") for v in kept])
 
 
 def _per_channel(features: Features, channels: Sequence[str]) -> Features:

@@ -116,9 +116,9 @@ class InputInvariance(Metric):
                 return explained(subject, other), other.image_values().cpu()
 
         maps, values = subject.once(("shifted", id(subject.method), self.shift), there)
-        found = float((maps[k] - base[k]).norm() / base[k].norm())
+        change = float((maps[k] - base[k]).norm() / base[k].norm())
         return MetricResult(
-            found, notes={"shift": constant, "value": value_of(subject), "value_shifted": float(values[k])}
+            change, notes={"shift": constant, "value": value_of(subject), "value_shifted": float(values[k])}
         )
 
 

@@ -168,11 +168,11 @@ class MetricResult:
 
     def as_json(self) -> dict[str, Any]:
         """In terms that JSON has."""
-        found: dict[str, Any] = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
-        found["meaning"] = self.meaning
+        fields: dict[str, Any] = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+        fields["meaning"] = self.meaning
         if self.curve is not None:
-            found["curve"] = self.curve
-        return {**found, **({"notes": json_ready(self.notes)} if self.notes else {})}
+            fields["curve"] = self.curve
+        return {**fields, **({"notes": json_ready(self.notes)} if self.notes else {})}
 
 
 class Metric(Configurable, ABC):
@@ -355,9 +355,9 @@ def bootstrap(statistic: Any, *samples: np.ndarray, seed: int = 0, draws: int = 
     if n < 3:
         return None, None
     chosen = np.random.default_rng(seed).integers(0, n, (draws, n))
-    found = statistic(*[np.asarray(s, dtype=np.float64)[chosen] for s in samples])
-    found = found[np.isfinite(found)]
-    if len(found) < draws // 2:
+    drawn = statistic(*[np.asarray(s, dtype=np.float64)[chosen] for s in samples])
+    drawn = drawn[np.isfinite(drawn)]
+    if len(drawn) < draws // 2:
         return None, None
-    low, high = np.quantile(found, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+    low, high = np.quantile(drawn, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
     return float(low), float(high)

@@ -242,12 +242,12 @@ class FaithfulnessCorrelation(Metric):
         """[-1, 1]; undefined where the map gives the same to all sets (a zero map)."""
         removal = removal_of(subject, self.features, self.baseline)
         size = max(1, round(self.subset * len(removal.seen)))
-        said, lost = said_and_lost(removal, size, self.n_samples, subject.need_objective().seed)
-        value = correlation(said[None], lost[None])[0]
+        foreseen, lost = foreseen_and_lost(removal, size, self.n_samples, subject.need_objective().seed)
+        value = correlation(foreseen[None], lost[None])[0]
         if not math.isfinite(value):
             return MetricResult.undefined("the map gives the same to all sets, or the target reacts to none")
-        low, high = bootstrap(correlation, said, lost)
-        return MetricResult(float(value), low, high, len(said), notes={"subset_size": size})
+        low, high = bootstrap(correlation, foreseen, lost)
+        return MetricResult(float(value), low, high, len(foreseen), notes={"subset_size": size})
 
 
 class SensitivityN(Metric):
@@ -280,12 +280,12 @@ class SensitivityN(Metric):
         """[-1, 1]; undefined for a zero map. The interval is over n."""
         removal = removal_of(subject, self.features, self.baseline)
         sizes = np.unique(np.round(np.geomspace(1, max(1, 0.8 * len(removal.seen)), self.sizes)).astype(int))
-        found = []
+        correlations = []
         for size in sizes.tolist():
             seed = subject.need_objective().seed + size
-            said, lost = said_and_lost(removal, size, self.n_samples, seed)
-            found.append(float(correlation(said[None], lost[None])[0]))
-        known = [(s, c) for s, c in zip(sizes.tolist(), found) if math.isfinite(c)]
+            foreseen, lost = foreseen_and_lost(removal, size, self.n_samples, seed)
+            correlations.append(float(correlation(foreseen[None], lost[None])[0]))
+        known = [(s, c) for s, c in zip(sizes.tolist(), correlations) if math.isfinite(c)]
         if not known:
             return MetricResult.undefined("the map gives the same to all sets, or the target reacts to none")
         values = [c for _, c in known]
@@ -294,7 +294,7 @@ class SensitivityN(Metric):
         return MetricResult(float(np.mean(values)), low, high, len(values), curve=curve)
 
 
-def said_and_lost(removal: Removal, size: int, n_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def foreseen_and_lost(removal: Removal, size: int, n_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """For random sets S of ``size`` features: ``Σ_S a`` and ``F(x) − F(x without S)``, (n,) each; the same sets for all
     maps of a target."""
     generator = np.random.default_rng(seed)
@@ -359,24 +359,24 @@ class Infidelity(Metric):
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]."""
-        said, lost = self._noise(subject) if self.perturbation == "noise" else self._boxes(subject)
+        foreseen, lost = self._noise(subject) if self.perturbation == "noise" else self._boxes(subject)
         if not np.any(lost):
             return MetricResult.undefined(
                 "the target reacts to none of the perturbations: take larger boxes, or more noise"
             )
-        value, beta = (float(v[0]) for v in self._relative(said[None], lost[None]))
-        low, high = bootstrap(lambda s, d: self._relative(s, d)[0], said, lost)
-        notes = {"infidelity": float(np.mean((beta * said - lost) ** 2)), "scale": beta}
-        notes["without_scale"] = float(np.mean((said - lost) ** 2))
-        return MetricResult(value, low, high, len(said), notes=notes)
+        value, beta = (float(v[0]) for v in self._relative(foreseen[None], lost[None]))
+        low, high = bootstrap(lambda s, d: self._relative(s, d)[0], foreseen, lost)
+        notes = {"infidelity": float(np.mean((beta * foreseen - lost) ** 2)), "scale": beta}
+        notes["without_scale"] = float(np.mean((foreseen - lost) ** 2))
+        return MetricResult(value, low, high, len(foreseen), notes=notes)
 
-    def _relative(self, said: np.ndarray, lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _relative(self, foreseen: np.ndarray, lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(r, n) to value and β (r,)."""
-        square, energy = (said * said).sum(1), (lost * lost).sum(1)
-        beta = np.divide((said * lost).sum(1), square, out=np.zeros_like(square), where=square > 0)
+        square, energy = (foreseen * foreseen).sum(1), (lost * lost).sum(1)
+        beta = np.divide((foreseen * lost).sum(1), square, out=np.zeros_like(square), where=square > 0)
         if self.keep_sign:
             beta = np.maximum(beta, 0)
-        missed = ((beta[:, None] * said - lost) ** 2).sum(1)
+        missed = ((beta[:, None] * foreseen - lost) ** 2).sum(1)
         return np.divide(missed, energy, out=np.full_like(energy, np.nan), where=energy > 0), beta
 
     def _boxes(self, subject: MetricInput) -> tuple[np.ndarray, np.ndarray]:
@@ -400,18 +400,18 @@ class Infidelity(Metric):
         values = subject.per_channel
         if not self.multiplied:
             values = values * (objective.image - reference).to(values)
-        said = [float(values[last_axes(box)].sum()) for box in boxes.boxes]
-        return np.array(said), _lost(subject, boxes)
+        foreseen = [float(values[last_axes(box)].sum()) for box in boxes.boxes]
+        return np.array(foreseen), _lost(subject, boxes)
 
     def _noise(self, subject: MetricInput) -> tuple[np.ndarray, np.ndarray]:
         objective = subject.need_objective()
         generator = objective.generator()
-        said, lost = [], []
+        foreseen, lost = [], []
         for _ in range(self.n_samples):  # one volume of noise at a time; the same ones for every map
             noise = noise_like(objective.image, self.std, generator)
-            said.append(float((subject.per_channel * noise.to(subject.map.device)).sum()))
+            foreseen.append(float((subject.per_channel * noise.to(subject.map.device)).sum()))
             lost.append(_lost(subject, Added(-noise[None])))
-        return np.array(said), np.concatenate(lost)
+        return np.array(foreseen), np.concatenate(lost)
 
 
 def _lost(subject: MetricInput, perturbations: Perturbations) -> np.ndarray:

@@ -213,19 +213,19 @@ def shells(distance: Tensor, body: Tensor | None = None) -> list[tuple[str, Tens
     within = torch.ones_like(distance, dtype=torch.bool) if body is None else body.to(distance.device)
     within = within | (distance == 0)  # the label is part of the body
     edges = [*SHELLS_MM, float("inf")]
-    found = [("inside", distance == 0)]
+    masks = [("inside", distance == 0)]
     for low, high in itertools.pairwise(edges):
         name = f"{low:g}-{high:g} mm" if np.isfinite(high) else f"beyond {low:g} mm"
-        found.append((name, (distance > low) & (distance <= high) & within))
-    return found if body is None else [*found, ("outside the body", ~within)]
+        masks.append((name, (distance > low) & (distance <= high) & within))
+    return masks if body is None else [*masks, ("outside the body", ~within)]
 
 
 def distance_mm(label: Tensor, spacing: object) -> Tensor:
     """Euclidean distance of each voxel's centre from the nearest voxel of the label, in mm; 0 inside. (*spatial)."""
     from scipy.ndimage import distance_transform_edt
 
-    found = distance_transform_edt(~label.cpu().numpy(), sampling=spacing)
-    return torch.from_numpy(np.asarray(found, dtype=np.float64))
+    distance = distance_transform_edt(~label.cpu().numpy(), sampling=spacing)
+    return torch.from_numpy(np.asarray(distance, dtype=np.float64))
 
 
 def share_of_top(values: Tensor, label: Tensor, k: int) -> float:

@@ -190,15 +190,15 @@ class ROAD(Metric):
             return MetricResult.undefined(NOTHING)
         strength = subject.per_channel.sum(0).flatten()
         strongest = ranking(strength, objective.seed)
-        found: dict[str, list[float]] = {}
+        curves: dict[str, list[float]] = {}
         for name in ("morf", "lerf") if self.order == "combined" else (self.order,):
             ranked = strongest if name == "morf" else strongest.flip(0)
-            found[name] = [self._loss(objective, ranked, share) / abs(full) for share in self.shares]
-        losses = np.array(list(found.values()))
+            curves[name] = [self._loss(objective, ranked, share) / abs(full) for share in self.shares]
+        losses = np.array(list(curves.values()))
         values = (losses[0] - losses[1]) / 2 if self.order == "combined" else losses[0]
         low, high = mean_interval(values)
         return MetricResult(
-            float(values.mean()), low, high, len(values), curve={"x": list(self.shares), **_renamed(found)}
+            float(values.mean()), low, high, len(values), curve={"x": list(self.shares), **_renamed(curves)}
         )
 
     def _loss(self, objective: Objective, ranked: Tensor, share: float) -> float:
@@ -272,17 +272,17 @@ def _neighbours(values: Tensor) -> Tensor:
         moved = [_both_sides(v, axis) for v in by_distance]
         by_distance = [values, *(a + b for a, b in zip(by_distance[1:], moved)), moved[-1]]
     total = sum(math.comb(dims, square) * 2**square / square for square in range(1, dims + 1))
-    found = by_distance[1] / total
+    mean = by_distance[1] / total
     for square in range(2, dims + 1):
-        found = found.add_(by_distance[square], alpha=1 / (square * total))
-    return found
+        mean = mean.add_(by_distance[square], alpha=1 / (square * total))
+    return mean
 
 
 def _both_sides(values: Tensor, axis: int) -> Tensor:
-    found, n = torch.zeros_like(values), values.shape[axis] - 1
-    found.narrow(axis, 0, n).add_(values.narrow(axis, 1, n))
-    found.narrow(axis, 1, n).add_(values.narrow(axis, 0, n))
-    return found
+    total, n = torch.zeros_like(values), values.shape[axis] - 1
+    total.narrow(axis, 0, n).add_(values.narrow(axis, 1, n))
+    total.narrow(axis, 1, n).add_(values.narrow(axis, 0, n))
+    return total
 
 
 def _first_guess(known: Tensor, weight: Tensor) -> Tensor:

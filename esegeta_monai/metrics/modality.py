@@ -79,12 +79,16 @@ class ModalityImportance(_Modality):
 
         truth = channel_importance(subject, self.baseline)
         values = subject.map.double() if self.part == "signed" else subject.map.double().clamp(min=0)
-        said = values.flatten(1).sum(1).cpu().numpy()
-        notes = {"map": said.tolist(), "shapley": truth.tolist()}
-        if np.ptp(said) <= 1e-12 * np.abs(said).max(initial=0) or np.ptp(truth) == 0:
+        attributed = values.flatten(1).sum(1).cpu().numpy()
+        notes = {"map": attributed.tolist(), "shapley": truth.tolist()}
+        if np.ptp(attributed) <= 1e-12 * np.abs(attributed).max(initial=0) or np.ptp(truth) == 0:
             return MetricResult.undefined("the map, or the target, does not tell the channels apart")
-        found = kendalltau(said, truth).statistic if self.correlation == "kendall" else np.corrcoef(said, truth)[0, 1]
-        return MetricResult(float(found), notes=notes)
+        agreement = (
+            kendalltau(attributed, truth).statistic
+            if self.correlation == "kendall"
+            else np.corrcoef(attributed, truth)[0, 1]
+        )
+        return MetricResult(float(agreement), notes=notes)
 
 
 class MSFI(_Modality):

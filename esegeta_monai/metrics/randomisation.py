@@ -159,10 +159,10 @@ class _Randomised(Metric):
     def _stages(self, subject: MetricInput, cascading: bool) -> MetricResult:
         objective = subject.need_objective()
         key = ("randomised", cascading, id(subject.method), self.stages, self.n_samples, self.similarity)
-        layers, found, zero = subject.once(key, lambda: self._compare(subject, objective, cascading))
+        layers, similarities, zero = subject.once(key, lambda: self._compare(subject, objective, cascading))
         if zero[subject.target]:
             return MetricResult.undefined(ZERO)
-        values = found[subject.target]  # (n_samples, stages)
+        values = similarities[subject.target]  # (n_samples, stages)
         low, high = mean_interval(values.mean(1))
         share = [i / len(layers) for i in range(1, len(layers) + 1)]
         first = [0.0] if cascading else []
@@ -179,12 +179,12 @@ class _Randomised(Metric):
         if not order:
             raise MetricError("the network has no layer with parameters, so nothing can be randomised")
         parts = [p.tolist() for p in np.array_split(np.array(order), min(self.stages, len(order)))]
-        found = np.zeros((objective.n_targets, self.n_samples, len(parts)))
+        similarities = np.zeros((objective.n_targets, self.n_samples, len(parts)))
         for sample in range(self.n_samples):
             for stage, part in enumerate(parts):
                 layers = [name for p in parts[: stage + 1] for name in p] if cascading else part
-                found[:, sample, stage] = self._likeness(subject, base, layers, sample)
-        return parts, found, [not bool(b.any()) for b in base]
+                similarities[:, sample, stage] = self._likeness(subject, base, layers, sample)
+        return parts, similarities, [not bool(b.any()) for b in base]
 
     def _likeness(self, subject: MetricInput, base: Tensor, layers: Sequence[str], sample: int) -> list[float]:
         """Of each target's map to that with these layers random; the first stage is the same in both orders."""
@@ -268,9 +268,9 @@ class RandomLogit(Metric):
         if not bool(base.any()):
             return MetricResult.undefined(ZERO)
         maps = explained(subject, alone.with_scores([score.altered(n, class_index=c) for c in chosen]))
-        found = [similarity(base, m, self.similarity) for m in maps]
-        low, high = mean_interval(found)
-        return MetricResult(float(np.mean(found)), low, high, len(found), notes={"classes": chosen})
+        similarities = [similarity(base, m, self.similarity) for m in maps]
+        low, high = mean_interval(similarities)
+        return MetricResult(float(np.mean(similarities)), low, high, len(similarities), notes={"classes": chosen})
 
 
 class DataRandomisation(Metric):

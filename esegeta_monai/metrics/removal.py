@@ -131,7 +131,7 @@ def removal_of(subject: MetricInput, features: Any, baseline: Any, draw: int = 0
     objective = subject.need_objective()
     spec = _blocks(objective) if isinstance(features, str) and features == "blocks" else features_for(features)
     what = repr(json_ready(spec)) if not isinstance(spec, Tensor) else id(features)
-    found = subject.once(("features", what), lambda: spec.of(objective))
+    parts = subject.once(("features", what), lambda: spec.of(objective))
     random = not is_feature_mean(baseline) and baseline_for(baseline, local=True).random
     seed = objective.seed + draw
 
@@ -139,28 +139,28 @@ def removal_of(subject: MetricInput, features: Any, baseline: Any, draw: int = 0
         run_seed = objective.seed
         objective.seed = seed if random else run_seed
         try:
-            reference = reference_image(objective, found, baseline)[1]
+            reference = reference_image(objective, parts, baseline)[1]
         finally:
             objective.seed = run_seed
-        return Segments(found.labels, np.ones((0, len(found)), dtype=bool), reference, objective.image)
+        return Segments(parts.labels, np.ones((0, len(parts)), dtype=bool), reference, objective.image)
 
     by = id(baseline) if isinstance(baseline, Tensor) else repr(json_ready(baseline))
     segments = subject.once(("segments", what, by, draw if random else 0), segments_of)
-    values = subject.per_channel.to(found.labels.device)
-    if len(found.labels) == 1:
+    values = subject.per_channel.to(parts.labels.device)
+    if len(parts.labels) == 1:
         values = values.sum(0, keepdim=True)
-    flat = found.labels.flatten() + 1
-    shares = torch.zeros(len(found) + 1, dtype=torch.float64, device=values.device)
+    flat = parts.labels.flatten() + 1
+    shares = torch.zeros(len(parts) + 1, dtype=torch.float64, device=values.device)
     shares.index_add_(0, flat, values.flatten())
-    seen = subject.once(("seen", what, subject.target), lambda: _seen(subject.alone, found))
+    seen = subject.once(("seen", what, subject.target), lambda: _seen(subject.alone, parts))
     if len(seen) < 2:
         raise MetricError(
-            f"the target sees {len(seen)} of the {len(found)} features: nothing could be compared; take smaller ones, "
+            f"the target sees {len(seen)} of the {len(parts)} features: nothing could be compared; take smaller ones, "
             "such as features='grid(size=4)'"
         )
-    voxels = found.counts.double().cpu()
+    voxels = parts.counts.double().cpu()
     return Removal(
-        objective, subject.alone, found, segments, subject.target, shares[1:].cpu(), voxels, seen, random, seed
+        objective, subject.alone, parts, segments, subject.target, shares[1:].cpu(), voxels, seen, random, seed
     )
 
 
@@ -174,8 +174,8 @@ def _seen(objective: Objective, features: Features) -> np.ndarray:
     for w in objective.windows:
         inside[objective.plan.place(w)] = True
     labels = features.labels.cpu()
-    found = torch.unique(labels[inside.expand(labels.shape)]).numpy()
-    return found[found >= 0]
+    numbers = torch.unique(labels[inside.expand(labels.shape)]).numpy()
+    return numbers[numbers >= 0]
 
 
 def value_of(subject: MetricInput) -> float:

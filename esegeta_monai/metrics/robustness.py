@@ -125,18 +125,18 @@ class _Robustness(Metric):
             raise UsageError(f"{type(self).__name__}: radius={self.radius} must be above 0")
 
     @abstractmethod
-    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
+    def _ratio(self, near: Neighbours, k: int) -> np.ndarray:
         """The ratio of each noisy image (n,) for target k."""
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; undefined for a zero map, and for a constant image, near which there is no noise."""
-        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
-        return self._says_nothing(found, k) or self._sum_up(self._ratio(found, k))
+        near, k = neighbours(subject, self.radius, self.n_samples), subject.target
+        return self._says_nothing(near, k) or self._sum_up(self._ratio(near, k))
 
-    def _says_nothing(self, found: Neighbours, k: int) -> MetricResult | None:
-        if found.norm[k] == 0:
+    def _says_nothing(self, near: Neighbours, k: int) -> MetricResult | None:
+        if near.norm[k] == 0:
             return MetricResult.undefined(ZERO)
-        return None if found.inputs.all() else MetricResult.undefined(CONSTANT)
+        return None if near.inputs.all() else MetricResult.undefined(CONSTANT)
 
     def _sum_up(self, ratio: np.ndarray) -> MetricResult:
         """The greatest of the samples; its interval by bootstrap never reaches above it, which is stated."""
@@ -145,8 +145,8 @@ class _Robustness(Metric):
 
 
 class _Sensitivity(_Robustness):
-    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
-        return found.maps[k] / found.norm[k]
+    def _ratio(self, near: Neighbours, k: int) -> np.ndarray:
+        return near.maps[k] / near.norm[k]
 
 
 class MaxSensitivity(_Sensitivity):
@@ -190,8 +190,8 @@ class LocalLipschitz(_Robustness):
 
     scaled: bool = True
 
-    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
-        return found.maps[k] / found.inputs / (found.norm[k] if self.scaled else 1.0)
+    def _ratio(self, near: Neighbours, k: int) -> np.ndarray:
+        return near.maps[k] / near.inputs / (near.norm[k] if self.scaled else 1.0)
 
 
 class RelativeInputStability(_Robustness):
@@ -209,10 +209,10 @@ class RelativeInputStability(_Robustness):
 
     ratio: Literal["norms", "elementwise"] = "norms"
 
-    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
+    def _ratio(self, near: Neighbours, k: int) -> np.ndarray:
         if _elementwise(self.ratio):
-            return found.relative_maps[k] / found.relative_inputs
-        return found.maps[k] / found.norm[k] / (found.inputs / found.input_norm)
+            return near.relative_maps[k] / near.relative_inputs
+        return near.maps[k] / near.norm[k] / (near.inputs / near.input_norm)
 
 
 class RelativeOutputStability(_Robustness):
@@ -238,18 +238,18 @@ class RelativeOutputStability(_Robustness):
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; undefined for a zero map or a constant image, or where the target is zero."""
-        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
-        nothing = self._says_nothing(found, k)
+        near, k = neighbours(subject, self.radius, self.n_samples), subject.target
+        nothing = self._says_nothing(near, k)
         if nothing is not None:
             return nothing
         value = abs(float(subject.need_objective().image_values()[k]))
         if value == 0:
             return MetricResult.undefined("the target is zero at the image")
         changed = np.maximum(values_near(subject, self.radius, self.n_samples)[k] / value, self.least)
-        return self._sum_up(self._ratio(found, k) / changed)
+        return self._sum_up(self._ratio(near, k) / changed)
 
-    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
-        return found.relative_maps[k] if _elementwise(self.ratio) else found.maps[k] / found.norm[k]
+    def _ratio(self, near: Neighbours, k: int) -> np.ndarray:
+        return near.relative_maps[k] if _elementwise(self.ratio) else near.maps[k] / near.norm[k]
 
 
 def _elementwise(ratio: str) -> bool:

@@ -66,12 +66,12 @@ def resolve_class(
 
     listed = ", ".join(f"{i} ({names[i]})" if i in names else str(i) for i in _some(range(n_classes)))
     if isinstance(class_index, str):
-        found = [i for i, n in names.items() if plain(n) == plain(class_index) and 0 <= i < n_classes]
-        if not found and class_index.strip().lstrip("-").isdigit():
+        matches = [i for i, n in names.items() if plain(n) == plain(class_index) and 0 <= i < n_classes]
+        if not matches and class_index.strip().lstrip("-").isdigit():
             return resolve_class(int(class_index), n_classes, names, where)
-        if not found:
+        if not matches:
             raise TargetError(f"{where}={class_index!r}: the network has no class of that name; it has: {listed}")
-        class_index = found[0]
+        class_index = matches[0]
     if isinstance(class_index, bool) or not 0 <= class_index < n_classes:
         raise TargetError(f"{where}={class_index}: the network has {n_classes} output channel(s): {listed}")
     return int(class_index), names.get(int(class_index), f"class{class_index}")

@@ -191,11 +191,11 @@ def class_mask(prediction: Tensor, index: int, activation: Activation) -> Tensor
     if prediction.shape[0] == 1 or activation == "sigmoid":
         return prediction[index] > 0
     # The first of the largest wins. torch's argmax over the first axis takes ten times as long as these comparisons.
-    mine, mask = prediction[index], torch.ones_like(prediction[index], dtype=torch.bool)
+    own, mask = prediction[index], torch.ones_like(prediction[index], dtype=torch.bool)
     for other in prediction[:index]:
-        mask &= other < mine
+        mask &= other < own
     for other in prediction[index + 1 :]:
-        mask &= other <= mine
+        mask &= other <= own
     return mask
 
 

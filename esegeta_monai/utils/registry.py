@@ -185,12 +185,12 @@ class Registry(Generic[T]):
             UsageError: no such class; near matches are listed.
         """
         self._load_others()
-        found = self._classes.get(self._key(name.rsplit(".", 1)[-1] if name.startswith("esegeta_monai.") else name))
-        if found is not None:
-            return found
+        known = self._classes.get(self._key(name.rsplit(".", 1)[-1] if name.startswith("esegeta_monai.") else name))
+        if known is not None:
+            return known
         if "." in name:
-            known = [c for c in self._classes.values() if f"{c.__module__}.{c.__qualname__}" == name]
-            return known[0] if known else self._import(name)
+            full = {f"{c.__module__}.{c.__qualname__}": c for c in self._classes.values()}
+            return full[name] if name in full else self._import(name)
         near = difflib.get_close_matches(self._key(name), self._classes, n=4, cutoff=0.5)
         names = sorted({self._classes[k].__name__ for k in near})
         hint = f"did you mean {', '.join(names)}?" if names else self._where_listed()

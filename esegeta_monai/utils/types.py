@@ -42,13 +42,13 @@ def fit_parameters(owner: Any, names: Sequence[str]) -> None:
         if not hasattr(owner, name):
             raise UsageError(f"{cls.__name__}: __init__ must keep its parameter as self.{name}, for records and copies")
         value = getattr(owner, name)
-        found = as_declared(value, hints.get(name, Any))
-        if found is UNFIT:
+        fitted = as_declared(value, hints.get(name, Any))
+        if fitted is UNFIT:
             text = " ".join(repr(value).split())
             shown = text if len(text) <= 60 else f"{text[:57]}..."
             raise UsageError(f"{cls.__name__}: {name}={shown}: give {_words(hints[name])}")
-        if found is not value:
-            setattr(owner, name, found)
+        if fitted is not value:
+            setattr(owner, name, fitted)
 
 
 def check_stated(cls: type, hints: Mapping[str, Any]) -> None:
@@ -89,10 +89,10 @@ def number(name: str, value: Any, hint: Any, above: float) -> Any:
     >>> number("window_batch", 4.0, int | None, 0)
     4
     """
-    found = as_declared(value, hint)
-    if found is UNFIT or (found is not None and not above < found < LARGEST):
+    fitted = as_declared(value, hint)
+    if fitted is UNFIT or (fitted is not None and not above < fitted < LARGEST):
         raise UsageError(f"{name}={value!r}: give {_words(hint)} above {above:g}")
-    return found
+    return fitted
 
 
 LARGEST = 2**63
@@ -107,8 +107,8 @@ def as_declared(value: Any, hint: Any) -> Any:
     """
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        found = [f for h in inner if (f := as_declared(value, h)) is not UNFIT]
-        return next((f for f in found if f is value), found[0] if found else UNFIT)
+        fitted = [f for h in inner if (f := as_declared(value, h)) is not UNFIT]
+        return next((f for f in fitted if f is value), fitted[0] if fitted else UNFIT)
     if origin is Literal:
         return value if isinstance(value, (str, int, types.NoneType)) and value in inner else UNFIT
     if origin is Sequence:
@@ -130,12 +130,12 @@ def _sequence(value: Any, inner: Any) -> Any:
         return UNFIT
     if inner is Any:
         return value
-    found = [as_declared(v, inner) for v in value]
-    if any(f is UNFIT for f in found):
+    fitted = [as_declared(v, inner) for v in value]
+    if any(f is UNFIT for f in fitted):
         return UNFIT
-    if not array and all(f is v for f, v in zip(found, value)):
+    if not array and all(f is v for f, v in zip(fitted, value)):
         return value
-    return tuple(found) if isinstance(value, tuple) else found
+    return tuple(fitted) if isinstance(value, tuple) else fitted
 
 
 def _number(value: Any, kind: type) -> Any:

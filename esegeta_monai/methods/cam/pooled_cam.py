@@ -70,18 +70,21 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
     ]
     x = objective.plan.cut(objective.image, 0)[None].to(objective.model.device)
     try:
-        with torch.inference_mode(), capture(network, list(dict.fromkeys([*names, *heads])), of_windows=False) as found:
+        with (
+            torch.inference_mode(),
+            capture(network, list(dict.fromkeys([*names, *heads])), of_windows=False) as captured,
+        ):
             objective.run(x, [0])
             out = objective.model(x)
     finally:
         for handle in handles:
             handle.remove()
     for head in reversed(list(entered)):
-        if found[head].numel() != out.numel() or not torch.equal(found[head].flatten(), out.flatten()):
+        if captured[head].numel() != out.numel() or not torch.equal(captured[head].flatten(), out.flatten()):
             continue
         pooled = entered[head].flatten()
         for name in reversed(names):
-            values = spatial_map(found[name], objective, name).flatten(2)[0]
+            values = spatial_map(captured[name], objective, name).flatten(2)[0]
             same = values.shape[0] == len(pooled) and values.shape[1] > 1
             if same and float((values.mean(1) - pooled).abs().max()) <= 1e-5 * float(values.abs().max()):
                 return name, heads[head]

@@ -33,7 +33,7 @@ class LayerLRP(CompositeMethod, LayerMethod):
         limits = self.limits(objective)
 
         def run(batch: Batch) -> None:
-            found = rules.lrp(
+            relevance = rules.lrp(
                 batch.forwards,
                 batch.image,
                 batch.stacked_cotangents(),
@@ -42,7 +42,7 @@ class LayerLRP(CompositeMethod, LayerMethod):
                 compare=batch.compares,
                 **limits,
             )
-            total.add(batch, found.layers[layer].relevance)
+            total.add(batch, relevance.layers[layer].relevance)
 
         objective.each([(0, w) for w in objective.windows], run, sums=[total])
         maps, padding = total.result()

@@ -209,9 +209,9 @@ class _Point:
 
 
 def _point(objective: Objective, x: Tensor, target: int | None = None) -> _Point:
-    found = objective.gradient(x[None])
+    gradient = objective.gradient(x[None])
     rows = slice(None) if target is None else slice(target, target + 1)
-    return _Point(x, found.maps[rows, 0], found.values[rows, 0])
+    return _Point(x, gradient.maps[rows, 0], gradient.values[rows, 0])
 
 
 def _line(start: Tensor, end: Tensor) -> Callable[[float], Tensor]:

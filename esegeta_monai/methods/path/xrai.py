@@ -75,8 +75,8 @@ class XRAI(Method):
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial)."""
-        found = [run(m, objective) for m in self._methods(objective)]
-        attribution = sum(f.maps.sum(1, dtype=torch.float64) for f in found) / len(found)
+        inner = [run(m, objective) for m in self._methods(objective)]
+        attribution = sum(f.maps.sum(1, dtype=torch.float64) for f in inner) / len(inner)
         assert isinstance(attribution, Tensor)
         sizes = [Supervoxels(n, self.compactness, mask="everything").of(objective) for n in self.n_segments]
         labels = np.stack([s.labels[0].cpu().numpy() for s in sizes])
@@ -105,13 +105,13 @@ def rank_regions(attribution: np.ndarray, labels: np.ndarray) -> np.ndarray:
     sums = np.sum([np.bincount(row, values, total) for row in flat], 0)
     counts = np.sum([np.bincount(row, minlength=total) for row in flat], 0)
     size_of = np.searchsorted(offsets, np.arange(total), side="right") - 1
-    joined, found = np.zeros(values.shape, bool), np.zeros(values.shape)
+    joined, gains = np.zeros(values.shape, bool), np.zeros(values.shape)
     while counts.any():
         means = np.divide(sums, counts, out=np.full(total, -np.inf), where=counts > 0)
         best = int(means.argmax())
         new = np.flatnonzero((flat[size_of[best]] == best) & ~joined)
-        found[new], joined[new] = means[best], True
+        gains[new], joined[new] = means[best], True
         for row in flat:  # what joins is taken out of the regions of every size
             sums -= np.bincount(row[new], values[new], total)
             counts -= np.bincount(row[new], minlength=total)
-    return found.reshape(attribution.shape)
+    return gains.reshape(attribution.shape)

@@ -101,14 +101,14 @@ class ExtremalPerturbation(Method):
         baseline = baseline_for(self.baseline)
         x0 = baseline.draw(objective, objective.generator())
         maps = objective.new_maps(1)
-        found: list[list[dict[str, float]]] = [[] for _ in maps]
+        areas: list[list[dict[str, float]]] = [[] for _ in maps]
         for k in range(objective.n_targets):
             game = _Single(derived(objective, [objective.scores[k]], prediction=objective.prediction), x0)
             for area in self._areas():
                 mask, notes = self._mask(game, area)
                 maps[k][game.inside] += mask / len(self._areas())
-                found[k].append(notes)
-        return Explained(maps, {"areas_found": found, "baseline": json_ready(baseline.record())})
+                areas[k].append(notes)
+        return Explained(maps, {"areas_found": areas, "baseline": json_ready(baseline.record())})
 
     def passes(self, objective: Objective) -> int:
         """A gradient an iteration, and one where deletion starts (each a forward pass more for non-linear targets), and

@@ -72,9 +72,9 @@ class Lime(PerturbationMethod):
         changes = finite_scores(self, game.values(samples))
         scores = (objective.image_values().cpu()[:, None] + changes).numpy()
         weights, r2, intercept = self.fit(samples, scores)
-        found = torch.from_numpy(weights)
-        notes = {"r2": r2, "intercept": intercept, "features": game.features.table(found)}
-        maps = game.features.paint(found).to(objective.image.dtype)
+        coefficients = torch.from_numpy(weights)
+        notes = {"r2": r2, "intercept": intercept, "features": game.features.table(coefficients)}
+        maps = game.features.paint(coefficients).to(objective.image.dtype)
         return Explained(maps, {**game.notes(), **notes})
 
     def predictions(self, objective: Objective) -> int:
@@ -104,7 +104,7 @@ class Lime(PerturbationMethod):
         base = LimeBase(lambda d: np.sqrt(np.exp(-(d**2) / self.kernel_width**2)), random_state=0)
         weights, r2, intercepts = np.zeros((len(scores), data.shape[1])), [], []
         for k in range(len(scores)):
-            intercept, found, fit, _ = base.explain_instance_with_data(
+            intercept, weighted, fit, _ = base.explain_instance_with_data(
                 data,
                 scores.T,
                 distances,
@@ -113,7 +113,7 @@ class Lime(PerturbationMethod):
                 feature_selection=self.feature_selection,
                 model_regressor=Ridge(alpha=self.alpha, fit_intercept=True, random_state=0),
             )
-            for j, weight in found:
+            for j, weight in weighted:
                 weights[k, j] = weight
             r2.append(float(fit))
             intercepts.append(float(intercept))

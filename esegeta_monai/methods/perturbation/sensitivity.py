@@ -179,14 +179,14 @@ def hsic(cells: Tensor, values: Tensor) -> Tensor:
     With ``s = ±1``, the Dirac kernel is ``(1 + s sᵀ)/2``, whose constant part H removes.
     """
     n, signs = len(cells), 2 * cells.double() - 1
-    found = []
+    effects = []
     for y in values.double():
         squares = (y[:, None] - y) ** 2
         width = torch.nanmedian(torch.where(squares > 0, squares, torch.nan))  # of distinct values
         kernel = torch.exp(-squares / (2 * width)) if bool(torch.isfinite(width)) else torch.ones_like(squares)
         centred = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
-        found.append((signs * (centred @ signs)).sum(0) / 2 / (n - 1) ** 2)
-    return torch.stack(found)
+        effects.append((signs * (centred @ signs)).sum(0) / 2 / (n - 1) ** 2)
+    return torch.stack(effects)
 
 
 def quasi_random(n: int, d: int, seed: int, *, binary: bool = False) -> Tensor:
@@ -216,8 +216,8 @@ def _halves(n: int) -> tuple[slice, slice]:
 
 def _likeness(points: Tensor) -> float:
     """The greatest absolute correlation between two dimensions, of the points and of their first bits."""
-    found = 0.0
+    largest = 0.0
     for values in (points, (points >= 0.5).double()) if points.shape[1] > 1 else ():
         correlation = torch.corrcoef(values.T).fill_diagonal_(0)
-        found = max(found, float(correlation.abs().max()))
-    return found
+        largest = max(largest, float(correlation.abs().max()))
+    return largest

@@ -45,9 +45,12 @@ class _ShapleyMethod(PerturbationMethod):
         """From values and standard errors (k, n), and ``F(x₀) − F(x)`` (k,)."""
         gap = [abs(float((s + e) / e)) if e != 0 else None for s, e in zip(phi.sum(1), empty)]
         table = game.features.table(phi, standard_error=error)
-        found = {"completeness_gap": gap, "baseline_value": (game.objective.image_values().cpu() + empty).tolist()}
+        completeness = {
+            "completeness_gap": gap,
+            "baseline_value": (game.objective.image_values().cpu() + empty).tolist(),
+        }
         maps = game.features.spread(phi).to(game.objective.image.dtype)
-        return Explained(maps, {**game.notes(), **notes, **found, "features": table})
+        return Explained(maps, {**game.notes(), **notes, **completeness, "features": table})
 
 
 class ShapleyValueSampling(_ShapleyMethod):
@@ -257,8 +260,8 @@ def shapley_values(values: Tensor) -> Tensor:
     sets = torch.from_numpy(all_coalitions(n))
     sizes = sets.sum(1)
     weight = torch.tensor([1 / (n * math.comb(n - 1, s)) for s in range(n)], dtype=values.dtype)
-    found = []
+    values_of_features = []
     for j in range(n):
         without = torch.nonzero(~sets[:, j]).flatten()
-        found.append(((values[:, without + 2**j] - values[:, without]) * weight[sizes[without]]).sum(1))
-    return torch.stack(found, 1)
+        values_of_features.append(((values[:, without + 2**j] - values[:, without]) * weight[sizes[without]]).sum(1))
+    return torch.stack(values_of_features, 1)

@@ -139,8 +139,8 @@ class LayerDeepLift(LayerMethod):
         baseline = baseline_for(self.baseline)
         total, starts = LayerSum(objective, layer, self.reduce), []
 
-        def see(batch: Batch, found: rules.Relevance) -> None:
-            total.add(batch, found.layers[layer].relevance)
+        def see(batch: Batch, relevance: rules.Relevance) -> None:
+            total.add(batch, relevance.layers[layer].relevance)
 
         for x0 in draws(baseline, objective, self.references):
             starts.append(against(objective, x0, see, [total], {layer: module}))
@@ -198,7 +198,7 @@ def against(
         F at the reference (k,), float64. Of linear scores the pass over the reference that DeepLIFT makes tells it.
     """
     start, cotangents = (None, None) if objective.linear else differences(objective, x0)
-    found = torch.zeros(objective.n_targets, dtype=torch.float64)
+    at_reference = torch.zeros(objective.n_targets, dtype=torch.float64)
 
     def run(batch: Batch) -> None:
         image, reference = batch.image, batch.cut(x0)
@@ -207,11 +207,11 @@ def against(
         )
         if start is None:
             assert relevance.at_baseline is not None
-            found.add_(batch.scores(relevance.at_baseline).sum(1).cpu())
+            at_reference.add_(batch.scores(relevance.at_baseline).sum(1).cpu())
         see(batch, relevance)
 
-    objective.each([(0, w) for w in objective.windows], run, cotangents=cotangents, sums=[*sums, found])
-    return (found + objective.constants()).to(objective.image.device) if start is None else start
+    objective.each([(0, w) for w in objective.windows], run, cotangents=cotangents, sums=[*sums, at_reference])
+    return (at_reference + objective.constants()).to(objective.image.device) if start is None else start
 
 
 def passes_against(objective: Objective) -> int:

@@ -91,11 +91,11 @@ class FullGrad(Method):
                 x = batch.image.detach().requires_grad_(True)
                 with torch.enable_grad(), _recorded(objective.model.network, names) as calls:
                     out = batch.forward(x)
-                found = batch.gradients(out, [x, *(c.output for c in calls)])
-                if found[0] is not None and (not self.abs or not names):
-                    padding.add_(objective.add(maps, batch, found[0] * x.detach()).sum(1).double().cpu())
+                gradients = batch.gradients(out, [x, *(c.output for c in calls)])
+                if gradients[0] is not None and (not self.abs or not names):
+                    padding.add_(objective.add(maps, batch, gradients[0] * x.detach()).sum(1).double().cpu())
                 seen: Counter[str] = Counter()
-                for call, gradient in zip(calls, found[1:]):
+                for call, gradient in zip(calls, gradients[1:]):
                     key = (call.name, seen[call.name])
                     seen[call.name] += 1
                     if gradient is None:
@@ -109,8 +109,8 @@ class FullGrad(Method):
             kind = ("full gradients", *(type(find_layer(objective.model.network, n)) for n in names))
             sums: list[Tensor | Summed] = [maps, padding, booked, *parts.values()]
             objective.each([(0, w) for w in objective.windows], run, sums=sums, kind=kind)
-            found = [p.result() for p in parts.values() if p.maps is not None]
-            for values, lost in [(maps, torch.zeros_like(padding)), *found]:
+            biases = [p.result() for p in parts.values() if p.maps is not None]
+            for values, lost in [(maps, torch.zeros_like(padding)), *biases]:
                 signed = signed + values.flatten(1).sum(1).double().cpu()
                 padding += lost.cpu()
                 total += (values.abs() if self.abs else values).sum(1, keepdim=True)

@@ -27,9 +27,9 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, climb: Climb) -> Tensor:
-        found = [climb(image) for image in images]
-        ctx.save_for_backward(torch.stack([gradient.to(images) for _, gradient in found]))
-        return images.new_tensor([value for value, _ in found])[:, None]
+        climbed = [climb(image) for image in images]
+        ctx.save_for_backward(torch.stack([gradient.to(images) for _, gradient in climbed]))
+        return images.new_tensor([value for value, _ in climbed])[:, None]
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
@@ -89,9 +89,9 @@ def lucent_visualization(
             numbers, image = param.spatial.fft_image(size, decay_power=1 if decay is None else decay)
 
         def unit() -> Tensor:
-            found = torch.sigmoid(image())
-            images[1:] = [found.detach()[0]]
-            return found
+            drawn = torch.sigmoid(image())
+            images[1:] = [drawn.detach()[0]]
+            return drawn
 
         images.append(torch.sigmoid(image()).detach()[0])
         return numbers, unit

@@ -54,8 +54,8 @@ class Canvas:
 
     def climb(self, image: Tensor) -> tuple[float, Tensor]:
         """F and its gradient (C, *canvas) at an image."""
-        found = self.objective.gradient(image.detach()[None])
-        return float(found.values[0, 0]), found.maps[0, 0]
+        gradient = self.objective.gradient(image.detach()[None])
+        return float(gradient.values[0, 0]), gradient.maps[0, 0]
 
     def on_image(self, image: Tensor, outside: Tensor, shape: Sequence[int]) -> Tensor:
         """The made-up image where it lies in the case's, ``outside`` (C,) round it: (C, *shape)."""
@@ -71,7 +71,7 @@ def derived(objective: Objective, scores: Sequence[Score], **changed: Any) -> Ob
         changed: ``model``, ``image``, ``plan``, ``prediction``, ``condition``, ``out_shape`` of `Objective`. The
             prediction at the image is kept only where it is given.
     """
-    found = Objective(
+    derived = Objective(
         changed.get("model", objective.model),
         changed.get("image", objective.image),
         changed.get("plan", objective.plan),
@@ -84,8 +84,8 @@ def derived(objective: Objective, scores: Sequence[Score], **changed: Any) -> Ob
         case=objective.case,
         ranks=objective.ranks,
     )
-    found.window_batch = objective.window_batch
-    return found
+    derived.window_batch = objective.window_batch
+    return derived
 
 
 def class_canvas(objective: Objective, k: int, extent: Extent) -> Canvas:
@@ -155,9 +155,9 @@ def layer_objective(
 
 def layer_model(model: Model, layer: str, read: Callable[[Tensor], Tensor]) -> Model:
     """The network as its layer gives it, read by ``read``."""
-    found = copy.copy(model)
-    found.network, found.output = LayerOutput(model.network, layer, read), None
-    return found
+    layer_model = copy.copy(model)
+    layer_model.network, layer_model.output = LayerOutput(model.network, layer, read), None
+    return layer_model
 
 
 def read_energy(values: Tensor) -> Tensor:

@@ -118,9 +118,9 @@ class DeepDream(_Synthesis):
             canvases = [self._canvas(objective, k, layer, shape) for shape in shapes]
             image, curve = self._dream(canvases, intensity)
             images.append(image)
-            found = described(canvases[-1], objective.image, image, curve, intensity, self.min_rise)
-            found |= {"correlation_with_image": correlation(image, objective.image), "octave_shapes": shapes}
-            notes.append(found)
+            note = described(canvases[-1], objective.image, image, curve, intensity, self.min_rise)
+            note |= {"correlation_with_image": correlation(image, objective.image), "octave_shapes": shapes}
+            notes.append(note)
         return for_targets(objective, images, notes, layer=layer, channel=self.channel)
 
     def _shapes(self, objective: Objective) -> list[list[int]]:
