@@ -223,7 +223,7 @@ class Supervoxels(FeatureSpec):
         mask = _thinned(inside[None], step)[0].cpu().numpy()
         if self.n_segments == 1:  # of which scikit-image labels nothing where there is a mask
             return from_values(inside.long(), {}, 0, "supervoxel")
-        labels_from_one = slic(
+        segments = slic(
             _thinned(_unit_range(image), step).cpu().numpy().astype(np.float32),
             n_segments=self.n_segments,
             compactness=self.compactness,
@@ -231,11 +231,11 @@ class Supervoxels(FeatureSpec):
             start_label=1,
             mask=None if mask.all() else mask,
         )
-        if not labels_from_one.any():
+        if not segments.any():
             raise InputError("supervoxels: no voxel of the mask is left on the coarse grid: raise max_voxels")
         # voxels of the mask between those of the coarse grid belong to the nearest supervoxel
-        nearest = distance_transform_edt(labels_from_one == 0, return_distances=False, return_indices=True)
-        labels = torch.from_numpy(labels_from_one[tuple(nearest)].astype(np.int64))
+        nearest = distance_transform_edt(segments == 0, return_distances=False, return_indices=True)
+        labels = torch.from_numpy(segments[tuple(nearest)].astype(np.int64))
         for axis, n in enumerate(inside.shape):
             labels = labels.repeat_interleave(step, axis).narrow(axis, 0, n)
         return from_values(torch.where(inside, labels.to(image.device), 0), {}, 0, "supervoxel")

@@ -70,10 +70,8 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
     ]
     x = objective.plan.cut(objective.image, 0)[None].to(objective.model.device)
     try:
-        with (
-            torch.inference_mode(),
-            capture(network, list(dict.fromkeys([*names, *heads])), of_windows=False) as captured,
-        ):
+        layers = list(dict.fromkeys([*names, *heads]))
+        with torch.inference_mode(), capture(network, layers, of_windows=False) as captured:
             objective.run(x, [0])
             out = objective.model(x)
     finally:

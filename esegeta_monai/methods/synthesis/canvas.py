@@ -71,7 +71,7 @@ def derived(objective: Objective, scores: Sequence[Score], **changed: Any) -> Ob
         changed: ``model``, ``image``, ``plan``, ``prediction``, ``condition``, ``out_shape`` of `Objective`. The
             prediction at the image is kept only where it is given.
     """
-    derived = Objective(
+    other = Objective(
         changed.get("model", objective.model),
         changed.get("image", objective.image),
         changed.get("plan", objective.plan),
@@ -84,8 +84,8 @@ def derived(objective: Objective, scores: Sequence[Score], **changed: Any) -> Ob
         case=objective.case,
         ranks=objective.ranks,
     )
-    derived.window_batch = objective.window_batch
-    return derived
+    other.window_batch = objective.window_batch
+    return other
 
 
 def class_canvas(objective: Objective, k: int, extent: Extent) -> Canvas:
@@ -155,9 +155,9 @@ def layer_objective(
 
 def layer_model(model: Model, layer: str, read: Callable[[Tensor], Tensor]) -> Model:
     """The network as its layer gives it, read by ``read``."""
-    layer_model = copy.copy(model)
-    layer_model.network, layer_model.output = LayerOutput(model.network, layer, read), None
-    return layer_model
+    other = copy.copy(model)
+    other.network, other.output = LayerOutput(model.network, layer, read), None
+    return other
 
 
 def read_energy(values: Tensor) -> Tensor:
