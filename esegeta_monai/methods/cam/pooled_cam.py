@@ -22,8 +22,8 @@ class Cam(_Cam):
     (Zhou et al. 2016). The mean of the layer's map plus the bias is the logit.
 
     Args:
-        layer: the layer that is pooled; None: it is found.
-        relu: keep only what speaks for the target.
+        layer: the layer that is pooled; None: it is detected.
+        relu: keep positive values only.
     """
 
     reference = "Zhou et al., CVPR 2016, arXiv:1512.04150"
@@ -33,7 +33,7 @@ class Cam(_Cam):
     relu: bool = False
 
     def passes(self, objective: Objective) -> int:
-        """One for the activations, one to find the head, and one to find the layer."""
+        """Activations of all windows, one pass to find the head, and one to find the layer."""
         return len(objective.plan) + (2 if self.layer is None else 1)
 
     def layers(self, objective: Objective) -> tuple[str, ...]:
@@ -49,10 +49,10 @@ class Cam(_Cam):
 
 
 def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
-    """The layer whose mean over positions enters the linear layer that gives the output, and that linear layer.
+    """Return the layer whose mean over positions enters the last linear layer, and that linear layer.
 
     Raises:
-        MethodError: the network does not end so.
+        MethodError: the network does not end with global average pooling and one linear layer.
     """
     network = objective.model.network
     wrong = (

@@ -15,10 +15,10 @@ __all__ = ["LayerLRP"]
 
 
 class LayerLRP(CompositeMethod, LayerMethod):
-    """Layer-wise relevance that arrives at a layer's units (Bach et al. 2015), see `LRP`. Linear scores only.
+    """Layer-wise relevance of a layer's units (Bach et al. 2015), see `LRP`. Linear scores only.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
+        layer: dotted name; None: the default layer, named in the record.
         reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
         composite, epsilon, gamma: see `LRP`.
     """

@@ -190,7 +190,7 @@ class InvertedRepresentation(_Synthesis):
     sees is inverted, by L-BFGS from seeded noise.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
+        layer: dotted name; None: the default layer, named in the record.
         alpha: α; large ones punish single extreme voxels.
         alpha_weight: λ_α.
         tv_weight: λ_TV, of the total variation; 0: none.
