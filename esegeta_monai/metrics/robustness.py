@@ -1,6 +1,6 @@
-"""Does the map stay the same when the image hardly changes? The method explains noisy copies of the image.
+"""Robustness: stability of the map under small changes of the image. The method explains noisy copies of the image.
 
-One set of explanations serves all these metrics, and all targets of a case: only their distances are kept.
+All these metrics, and all targets of a case, share one set of explanations, of which only distances are stored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TINY = 1e-12
 
 @dataclass
 class Neighbours:
-    """What n noisy images changed in a method's maps: (k, n) each, ‖x' − x‖ and friends (n,)."""
+    """Changes of a method's maps for n noisy images: (k, n) per field of maps, (n,) per field of inputs."""
 
     maps: np.ndarray
     """``‖a' − a‖``."""
@@ -45,14 +45,15 @@ class Neighbours:
 
 
 def explained(subject: MetricInput, objective: Objective) -> Tensor:
-    """The method's maps (k, C, *spatial) at an objective's image, float64."""
+    """Return the method's maps (k, C, *spatial), float64, at an objective's image."""
     method = subject.method
     assert method is not None
     return run(method, objective).maps.double()
 
 
 def neighbours(subject: MetricInput, radius: float, n_samples: int) -> Neighbours:
-    """Explanations at x + ε, ε uniform on ``±radius`` times each channel's standard deviation, against that at x."""
+    """Compare explanations at x + ε with that at x, ε uniform on ``±radius`` times each channel's standard
+    deviation."""
     objective, method = subject.need_objective(), subject.method
     assert method is not None
     base = subject.once(("explained", id(method)), lambda: explained(subject, objective))
@@ -62,7 +63,7 @@ def neighbours(subject: MetricInput, radius: float, n_samples: int) -> Neighbour
 
 
 def values_near(subject: MetricInput, radius: float, n_samples: int) -> np.ndarray:
-    """``|F(x') − F(x)|`` of the images of `neighbours` (k, n): no method has a part in it, so once for all maps."""
+    """Return ``|F(x') − F(x)|`` (k, n) of the images of `neighbours`, computed once for all maps."""
     objective = subject.need_objective()
 
     def find() -> np.ndarray:
@@ -74,7 +75,7 @@ def values_near(subject: MetricInput, radius: float, n_samples: int) -> np.ndarr
 
 
 def _noise(objective: Objective, radius: float, n_samples: int) -> Iterator[Tensor]:
-    """The same for every method."""
+    """Yield noise (C, *spatial); the same for every method."""
     image, generator = objective.image, objective.generator()
     scale = per_channel(image.flatten(1).std(1) * radius, image)
     for _ in range(n_samples):
@@ -105,9 +106,11 @@ def _norm(maps: Tensor) -> np.ndarray:
 
 
 class _Robustness(Metric):
-    """What they share. Controls that ignore the image are perfectly stable, so there is nothing to beat.
+    """Base class. Controls that ignore the image are perfectly stable, so maps are not compared with them.
 
-    ``radius``: of the noise, in units of each channel's standard deviation; ``n_samples``: noisy images.
+    Args:
+        radius: greatest noise, in units of each channel's standard deviation.
+        n_samples: number of noisy images.
     """
 
     group = "robustness"
@@ -126,7 +129,7 @@ class _Robustness(Metric):
 
     @abstractmethod
     def _ratio(self, near: Neighbours, k: int) -> np.ndarray:
-        """The ratio of each noisy image (n,) for target k."""
+        """Return the ratio of each noisy image (n,) for target k."""
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; undefined for a zero map, and for a constant image, near which there is no noise."""
@@ -139,7 +142,7 @@ class _Robustness(Metric):
         return None if near.inputs.all() else MetricResult.undefined(CONSTANT)
 
     def _sum_up(self, ratio: np.ndarray) -> MetricResult:
-        """The greatest of the samples; its interval by bootstrap never reaches above it, which is stated."""
+        """Return the greatest ratio; its bootstrap interval never reaches above it."""
         low, high = bootstrap(lambda s: s.max(1), ratio)
         return MetricResult(float(ratio.max()), low, high, len(ratio), notes={"mean": float(ratio.mean())})
 
@@ -153,8 +156,8 @@ class MaxSensitivity(_Sensitivity):
     """``max ‖a(x + ε) − a(x)‖ / ‖a(x)‖`` over uniform noise ``|ε| ≤ radius`` (Yeh et al. 2019).
 
     Args:
-        radius: of the noise, in units of each channel's standard deviation.
-        n_samples: noisy images.
+        radius: greatest noise, in units of each channel's standard deviation.
+        n_samples: number of noisy images.
     """
 
     reference = "Yeh et al., NeurIPS 2019, arXiv:1901.09392"
@@ -165,8 +168,8 @@ class AverageSensitivity(_Sensitivity):
     """The mean of ``‖a(x + ε) − a(x)‖ / ‖a(x)‖``, see `MaxSensitivity` (Yeh et al. 2019, Bhatt et al. 2020).
 
     Args:
-        radius: of the noise, in units of each channel's standard deviation.
-        n_samples: noisy images.
+        radius: greatest noise, in units of each channel's standard deviation.
+        n_samples: number of noisy images.
     """
 
     reference = "Yeh et al., NeurIPS 2019, arXiv:1901.09392; Bhatt et al., IJCAI 2020, arXiv:2005.00631"
@@ -180,8 +183,8 @@ class LocalLipschitz(_Robustness):
     """``max ‖a(x + ε) − a(x)‖ / ‖ε‖`` (Alvarez-Melis & Jaakkola 2018), the map scaled to norm 1, so that maps compare.
 
     Args:
-        radius: of the noise, in units of each channel's standard deviation.
-        n_samples: noisy images.
+        radius: greatest noise, in units of each channel's standard deviation.
+        n_samples: number of noisy images.
         scaled: divide by ``‖a(x)‖``; False: the paper's constant, in the map's units.
     """
 
@@ -198,10 +201,10 @@ class RelativeInputStability(_Robustness):
     """``max [‖a' − a‖ / ‖a‖] / [‖x' − x‖ / ‖x‖]`` (Agarwal et al. 2022).
 
     Args:
-        radius: of the noise, in units of each channel's standard deviation.
-        n_samples: noisy images.
-        ratio: ``"norms"``, or ``"elementwise"`` as in the paper, ``‖(a' − a) / a‖ / ‖(x' − x) / x‖``, which the voxels
-            of value near zero decide: most of them in a volume with background.
+        radius: greatest noise, in units of each channel's standard deviation.
+        n_samples: number of noisy images.
+        ratio: ``"norms"``, or ``"elementwise"`` as in the paper, ``‖(a' − a) / a‖ / ‖(x' − x) / x‖``, which is
+            dominated by voxels of value near zero, the majority in a volume with background.
     """
 
     reference = "Agarwal et al. 2022, arXiv:2203.06877"
@@ -219,10 +222,10 @@ class RelativeOutputStability(_Robustness):
     """``max [‖a' − a‖ / ‖a‖] / [|F(x') − F(x)| / |F(x)|]`` (Agarwal et al. 2022, of the target in place of all logits).
 
     Args:
-        radius: of the noise, in units of each channel's standard deviation.
-        n_samples: noisy images.
+        radius: greatest noise, in units of each channel's standard deviation.
+        n_samples: number of noisy images.
         ratio: ``"norms"``, or ``"elementwise"`` as in the paper, ``‖(a' − a) / a‖``.
-        least: the smallest relative change of the target that is divided by.
+        least: lower limit of the relative change of the target in the denominator.
     """
 
     reference = "Agarwal et al. 2022, arXiv:2203.06877"
