@@ -1,7 +1,7 @@
-"""What a target is: a prediction becomes a scalar score with a frozen mask.
+"""Base class of targets, which turn a prediction into scalar scores with a frozen mask.
 
-A `Target` is what the user chooses. Bound to one unperturbed prediction it becomes one or more `Score` objects:
-``s(P)``, with everything frozen that depends on that prediction (argmax maps, components, thresholds).
+The user chooses a `Target`. Bound to one unperturbed prediction it becomes one or more `Score` objects ``s(P)``, in
+which everything that depends on that prediction is frozen (argmax maps, components, thresholds).
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ class Target(Configurable, ABC):
 
     * ``output``: ``"logit"`` (the raw output of the network; linear, so that everything is exact and cheap),
       ``"probability"`` or ``"log_probability"`` (after blending).
-    * ``activation``: what turns raw output into probabilities: ``"softmax"`` over channels, ``"sigmoid"`` a channel,
-      ``"auto"``: sigmoid where there is one channel, else softmax.
+    * ``activation``: turns raw output into probabilities: ``"softmax"`` over channels, ``"sigmoid"`` per channel,
+      ``"auto"``: sigmoid for a single channel, else softmax.
     * ``reduction``: ``"sum"`` or ``"mean"`` over the mask.
 
-    A target with a ``layer`` (a dotted name) is bound to that layer's output in place of the prediction.
+    A target with a ``layer`` (a dotted name) is bound to that layer's output instead of the prediction.
     """
 
     layer: ClassVar[str | None] = None
 
     @abstractmethod
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """Freezes the target on an unperturbed prediction (K, *spatial), (K,) for classification.
+        """Freeze the target on an unperturbed prediction (K, *spatial), or (K,) for classification.
 
-        Returns one score, or several where the target asks for several (``ClassScore(top_k=3)``).
+        Returns:
+            One score, or several (``ClassScore(top_k=3)``).
         """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -55,10 +56,10 @@ TARGETS: Registry[Target] = Registry("target", Target, "esegeta_monai.targets")
 def resolve_class(
     class_index: int | str, n_classes: int, names: Mapping[int, str], where: str = "class_index"
 ) -> tuple[int, str]:
-    """The number and the name of a class given by either; names compare without case, spaces, ``-`` and ``_``.
+    """Return number and name of a class given by either; names compare without case, spaces, ``-`` and ``_``.
 
     Raises:
-        TargetError: the network has no such class; the classes it has are listed.
+        TargetError: the network has no such class; its classes are listed.
     """
 
     def plain(text: str) -> str:

@@ -34,7 +34,7 @@ class ClassScore(Target):
     top_k: int = 1
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score for each class asked for.
+        """One score per requested class.
 
         Raises:
             TargetError: the prediction has voxels, or lacks the class.
@@ -56,7 +56,7 @@ class ClassScore(Target):
 
 
 class MultiClassMask(Target):
-    """The voxels that were given to a class: ``s(P) = Σ_v m(v) φ(P)(c, v)``, ``m(v) = [argmax_k P(k, v) = c]``.
+    """The voxels of a predicted class: ``s(P) = Σ_v m(v) φ(P)(c, v)``, ``m(v) = [argmax_k P(k, v) = c]``.
 
     The mask is frozen from the unperturbed prediction. A network of one channel is cut at probability 0.5 (logit 0)
     instead of by argmax. TorchEsegeta calls this target ``multi_class``.
@@ -89,14 +89,14 @@ class MultiClassMask(Target):
 class ThresholdMask(Target):
     """The voxels above (or below) a threshold: ``s(P) = Σ_v m(v) φ(P)(c, v)``, ``m(v) = [value(P)(c, v) > t]``.
 
-    What is summed is the output under the frozen mask, never a count of voxels, whose gradient would be zero.
+    The sum is over outputs under the frozen mask, not a count of voxels, whose gradient would be zero.
     TorchEsegeta calls this target ``threshold_based``.
 
     Args:
         threshold: a number in the units of ``value``, or ``"otsu"`` (Otsu 1979, on that channel's values).
         channel: the output channel, by number or name.
-        above: the voxels above the threshold, else those at or below it.
-        value: what is compared: ``"sigmoid"``, ``"softmax"`` or ``"raw"`` network output.
+        above: True for the voxels above the threshold, False for those at or below it.
+        value: the compared quantity: ``"sigmoid"``, ``"softmax"`` or ``"raw"`` network output.
         output, activation, reduction: see `Target`; ``activation`` follows ``value`` unless given.
 
     >>> prediction = torch.tensor([[[-1.0, 3.0, 0.1]]])  # one channel, a 1x3 image
@@ -139,11 +139,11 @@ class ThresholdMask(Target):
 
 
 class PredictedClasses(Target):
-    """Every class that was predicted, background aside: a `MultiClassMask` each, or the `ClassScore` of a whole image.
+    """Every predicted class except background: one `MultiClassMask` each, or the `ClassScore` of a whole image.
 
     Args:
-        background: the class that is left out, by number or name; ``"auto"``: the one called background, else class 0
-            of a softmax network; None: no class is.
+        background: the class that is left out, by number or name; ``"auto"``: the class called background, else class 0
+            of a softmax network; None: none is left out.
         output, activation, reduction: see `Target`.
 
     >>> prediction = torch.tensor([[[2.0, 0.0]], [[1.0, 1.0]], [[0.0, 0.5]]])  # 3 classes, a 1x2 image
@@ -157,7 +157,7 @@ class PredictedClasses(Target):
     reduction: Reduction = "sum"
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """A score for each predicted class; one empty score where there is none.
+        """One score per predicted class; one empty score if there is none.
 
         Raises:
             TargetError: the network has no class that ``background`` names.
@@ -187,7 +187,8 @@ class PredictedClasses(Target):
 
 
 def class_mask(prediction: Tensor, index: int, activation: Activation) -> Tensor:
-    """The voxels (*spatial) given to class ``index``: argmax over channels, or logit > 0 where channels are apart."""
+    """Return the voxels of class ``index`` (*spatial), bool, of a prediction (K, *spatial): argmax, or logit > 0 for
+    sigmoid."""
     if prediction.shape[0] == 1 or activation == "sigmoid":
         return prediction[index] > 0
     # The first of the largest wins. torch's argmax over the first axis takes ten times as long as these comparisons.
@@ -200,7 +201,8 @@ def class_mask(prediction: Tensor, index: int, activation: Activation) -> Tensor
 
 
 def otsu(values: Tensor) -> float:
-    """Otsu's threshold: the cut that maximises the variance between the two groups (Otsu 1979), without bins.
+    """Compute Otsu's threshold of values of any shape: the cut that maximises the variance between the two groups (Otsu
+    1979), without bins.
 
     Raises:
         TargetError: all values are equal.

@@ -20,15 +20,14 @@ class LayerNeuron(Target):
     """One unit of an inner layer: ``s = Σ_w ĝ_w(v) · A_w(c, p(v))`` over the windows w that hold the voxel v, p(v) the
     position of the layer whose cell holds v.
 
-    The layer takes the place of the prediction (`esegeta_monai.engine.layer_maps.LayerOutput`), so that every input
-    method and
-    every layer before it can be asked what this unit looks at. Linear in the layer.
+    The layer takes the place of the prediction (`esegeta_monai.engine.layer_maps.LayerOutput`), so that every
+    input method, and methods at every earlier layer, can explain this unit. Linear in the layer.
 
     Args:
         layer: dotted name.
         channel: c.
         world: v in RAS mm; the nearest voxel is taken.
-        index: v as voxel index on the network's grid. A layer that gives a vector takes neither.
+        index: v as voxel index on the network's grid. For a layer whose output is a vector give neither.
 
     Example:
         >>> LayerNeuron("model.0", 3, index=(8, 8, 4)).parameters["channel"]

@@ -1,4 +1,4 @@
-"""Targets that are a place: a reference region, a component, a voxel, a box, an error, a regression output."""
+"""Targets given by a place: a reference region, a component, a voxel, a box, an error, a regression output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LabelMask(Target):
     Args:
         mask: a NIfTI file, a key of the data dictionary, or a tensor (*spatial) or (1, *spatial). A file or a
             MetaTensor with another affine is moved to the network's grid by nearest neighbour.
-        label: the value of the mask that counts; None: every value above zero.
+        label: the value of the mask that is used; None: every value above zero.
         class_index: the class whose output is summed, by number or name; None: ``label``.
         output, activation, reduction: see `Target`.
 
@@ -77,7 +77,7 @@ class Component(Target):
     reduction: Reduction = "sum"
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score; empty where the class has no such component.
+        """One score; empty if the class has no such component.
 
         Raises:
             TargetError: no such class, a malformed ``which``, or a coordinate where the grid has no affine.
@@ -162,8 +162,8 @@ class Box(Target):
     Args:
         class_index: a number or name.
         start, stop: corners, ``stop`` excluded; voxel indices of the network's grid, or RAS mm with ``world=True``
-            (then the smallest voxel box round both corners).
-        world: whether the corners are world coordinates.
+            (then the smallest voxel box around both corners).
+        world: True if the corners are world coordinates.
         output, activation, reduction: see `Target`.
     """
 
@@ -176,7 +176,7 @@ class Box(Target):
     reduction: Reduction = "sum"
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score; empty where the box lies outside the prediction.
+        """One score; empty if the box is outside the prediction.
 
         Raises:
             TargetError: corners of the wrong dimension, or world corners where the grid has no affine.
@@ -197,7 +197,7 @@ class Box(Target):
 
 
 class Errors(Target):
-    """Where the prediction is wrong against a label: ``s(P) = Σ_{v wrong} φ(P)(c, v)``.
+    """Voxels where the prediction differs from a label: ``s(P) = Σ_{v wrong} φ(P)(c, v)``.
 
     Args:
         label: a file, a key of the data dictionary, or a tensor, with the class numbers of the network.
@@ -214,7 +214,7 @@ class Errors(Target):
     reduction: Reduction = "sum"
 
     def bind(self, prediction: Tensor, case: Case) -> list[Score]:
-        """One score; empty where the prediction makes no such error.
+        """One score; empty if the prediction has no such error.
 
         Raises:
             TargetError: an unknown class or label.
@@ -229,11 +229,11 @@ class Errors(Target):
 
 
 class OutputValue(Target):
-    """A regression output against a reference value: ``s(P) = P(c) − r``, averaged over voxels where there are any.
+    """A regression output against a reference value: ``s(P) = P(c) − r``, averaged over voxels if there are any.
 
     Args:
         channel: the output, by number or name.
-        reference: the value r, in the units of the output; it moves F, never the map.
+        reference: the value r, in the units of the output; it shifts F and does not change the map.
     """
 
     channel: int | str = 0

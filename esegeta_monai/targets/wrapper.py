@@ -18,24 +18,25 @@ __all__ = ["TargetWrapper"]
 
 
 class TargetWrapper(nn.Module):
-    """``x ↦ (s_1(P(x)), …, s_K(P(x)))``: images (B, C, *spatial) in, one column a score (B, K) out, differentiable.
+    """``x ↦ (s_1(P(x)), …, s_K(P(x)))``: maps images (B, C, *spatial) to scores (B, K), one column per score;
+    differentiable.
 
     The wrapper of TorchEsegeta for segmentation networks, usable with Captum directly: ``target=k`` there chooses the
     column. Masks are frozen from the prediction of an unperturbed image, given by `freeze` or ``prediction``, or else
     that of the first call (which is not the image for methods that start elsewhere on a path: call `freeze` for them).
-    A frozen mask is no part of the graph, and what is summed under it are outputs, never voxels counted; so the
-    gradient is that of the outputs and not zero.
+    A frozen mask is not part of the graph, and outputs, not voxels, are summed under it, so that the gradient is that
+    of the outputs and not zero.
 
     The whole graph of all windows is kept for the backward pass: `esegeta_monai.Explainer` gives the same gradients in
     the memory of one window batch.
 
     Args:
-        network: any network; its mode is left alone, so call ``network.eval()``.
+        network: any network; its mode is not changed, so call ``network.eval()``.
         target: a target, a name or config of one, or a list of them; their scores are the columns, in order.
         inferer: a callable ``(image, network, *args, **kwargs)`` such as MONAI's; None: the network itself.
         prediction: raw network output (B, classes, …) on the unperturbed image, to freeze masks from.
         output: which of several outputs, see `esegeta_monai.engine.network.model.select_output`.
-        case: what targets may know besides the prediction (class names, masks, affine).
+        case: data for targets besides the prediction (class names, masks, affine).
 
     Raises:
         UsageError: no such target.
@@ -66,9 +67,9 @@ class TargetWrapper(nn.Module):
             self._bind(select_output(prediction, output).detach(), self.case)
 
     def freeze(self, image: Tensor, *args: Any, **kwargs: Any) -> TargetWrapper:
-        """Freezes all masks on the prediction of ``image`` (B, C, *spatial); each case of a batch has its own.
+        """Freeze all masks on the prediction of ``image`` (B, C, *spatial); each case of a batch has its own.
 
-        Where the image is a MetaTensor and ``case`` has no affine, its place in the world is taken from there.
+        If the image is a MetaTensor and ``case`` has no affine, that of the image is used.
 
         Raises:
             TargetError: a target that this prediction does not allow.
