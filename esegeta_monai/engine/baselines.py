@@ -1,4 +1,4 @@
-"""Reference inputs: what "without this" means for a method that compares the image with something.
+"""Baselines: reference inputs of methods that compare the image with an input without information.
 
 A baseline is given as text (``"blur(sigma=4)"``), a number, a NIfTI file, a tensor, or one of these classes.
 """
@@ -27,25 +27,25 @@ class Baseline(Configurable, ABC):
     """A reference input, or a distribution of them.
 
     Attributes:
-        random: whether two draws may differ: False where one of them says all.
+        random: True if two draws may differ.
     """
 
     random = True
 
     @abstractmethod
     def draw(self, objective: Objective, generator: torch.Generator) -> Tensor:
-        """One reference volume (C, *spatial) for the case. It may be a view: it must not be written into."""
+        """Return one reference volume (C, *spatial) in the image's units. It may be a view: do not write into it."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         BASELINES.register(cls, *cls.__dict__.get("aliases", ()))
 
     def passes(self, objective: Objective) -> int:
-        """Window passes that the first `draw` needs on an objective; the others need none."""
+        """Return the number of window passes of the first `draw` on an objective; later draws need none."""
         return 0
 
     def record(self) -> dict[str, Any]:
-        """For the sidecar: which baseline, its numbers, and why it was taken."""
+        """Return the record for the sidecar: the baseline, its parameters, and the reason for its choice."""
         return {"name": type(self).__name__.lower(), **self.parameters}
 
 
@@ -53,7 +53,7 @@ BASELINES: Registry[Baseline] = Registry("baseline", Baseline, "esegeta_monai.en
 
 
 class Constant(Baseline):
-    """The same value everywhere: a number, or one a channel."""
+    """A constant: one number, or one per channel."""
 
     value: float | Sequence[float] = 0.0
     random = False
@@ -72,7 +72,7 @@ class Constant(Baseline):
 
 
 class Zero(Baseline):
-    """Zeros. Under instance, group or layer norm ``f(αx) = f(x)``: a path from zero finds nothing there."""
+    """Zeros. Under instance, group or layer norm ``f(αx) = f(x)``: the derivative along a path from zero is zero."""
 
     random = False
 
@@ -100,7 +100,7 @@ class Mean(Baseline):
 
 
 class Background(Baseline):
-    """Each channel's background value: the median of the voxels on the faces of the volume."""
+    """Each channel's background value: the median of the voxels on the border of the volume."""
 
     random = False
 
@@ -115,7 +115,7 @@ class Blur(Baseline):
 
     Args:
         sigma: in voxels; None: an eighth of the shortest window side.
-        std: of the noise, in units of each channel's standard deviation.
+        std: standard deviation of the noise, in units of each channel's standard deviation.
     """
 
     sigma: float | None = None
@@ -137,7 +137,7 @@ class Blur(Baseline):
 
 
 class Noise(Baseline):
-    """Gaussian noise round each channel's mean, in units of its standard deviation."""
+    """Gaussian noise around each channel's mean, in units of its standard deviation."""
 
     std: float = 1.0
 
@@ -162,7 +162,7 @@ class Uniform(Baseline):
 
 
 class Cases(Baseline):
-    """Other cases, drawn one after the other: images of the same shape, already preprocessed like the case.
+    """Other cases, drawn at random: images of the same shape, preprocessed like the case.
 
     Args:
         files: NIfTI files, or tensors (C, *spatial).
@@ -191,15 +191,15 @@ class Image(Baseline):
 
 
 class Auto(Baseline):
-    """A baseline that works for the network at hand.
+    """A baseline chosen for the network.
 
-    Path, DeepLIFT and Shapley methods: zero, unless the network has instance, group or layer norm, or is found to be
+    Path, DeepLIFT and Shapley methods: zero, unless the network has instance, group or layer norm, or is
     invariant to the scale of its input; then a Gaussian blur plus seeded noise. Perturbation methods (``local=True``):
     the image's background value.
 
     Args:
-        local: whether single places are replaced rather than the whole image.
-        std: of the noise, in units of each channel's standard deviation.
+        local: True if parts of the image are replaced instead of the whole image.
+        std: standard deviation of the noise, in units of each channel's standard deviation.
     """
 
     local: bool = False
@@ -235,11 +235,11 @@ class Auto(Baseline):
 
 
 _SCALE_INVARIANT: WeakKeyDictionary[Objective, bool] = WeakKeyDictionary()
-"""What `scale_invariant` has found, so that each of many draws is not another look."""
+"""Results of `scale_invariant`, so that many draws need one check."""
 
 
 def choice_passes(spec: Any, objective: Objective) -> int:
-    """Window passes that a baseline, given as in `baseline_for`, needs on an objective, however often it is drawn."""
+    """Return the window passes of a baseline, given as in `baseline_for`, on an objective, for any number of draws."""
     return baseline_for(spec).passes(objective)
 
 
@@ -252,7 +252,7 @@ def baseline_for(spec: Any, *, local: bool = False) -> Baseline:
     Args:
         spec: a `Baseline`, its name or call as text, ``"auto"``, a number or one per channel, a NIfTI file, a tensor
             (C, *spatial), or a list of files or tensors of which one is drawn.
-        local: of ``"auto"``: the baseline replaces a part of the image, not all of it.
+        local: for ``"auto"``: the baseline replaces parts of the image, not the whole image.
 
     Raises:
         UsageError: no such baseline.
@@ -277,15 +277,15 @@ def baseline_for(spec: Any, *, local: bool = False) -> Baseline:
 
 
 def has_scale_free_norm(network: nn.Module) -> str:
-    """Names of the norm layers that undo the scale of their input (instance, group and layer norm); empty if none."""
+    """Return the names of norm layers that remove the scale of their input (instance, group, layer norm), or ""."""
     kinds = (nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
     return ", ".join(sorted({type(m).__name__ for m in network.modules() if isinstance(m, kinds)}))
 
 
 def scale_invariant(objective: Objective) -> bool:
-    """Whether halving the input of one window changes the output by less than 1 % of its spread.
+    """True if halving the input of one window changes the output by less than 1 % of its spread.
 
-    Looked at once for an objective: two window passes.
+    Computed once per objective: two window passes.
     """
     if not objective.windows:
         return False
@@ -300,21 +300,21 @@ def scale_invariant(objective: Objective) -> bool:
 
 
 def per_channel(values: Tensor, image: Tensor) -> Tensor:
-    """One value a channel (C,) seen as a volume like ``image`` (C, *spatial): a view, in no memory of its own."""
+    """Expand one value per channel (C,) to a volume like ``image`` (C, *spatial): a view, without memory of its own."""
     return values.to(image.device, image.dtype).reshape(-1, *(1,) * (image.ndim - 1)).expand_as(image)
 
 
 def noise_like(image: Tensor, std: float, generator: torch.Generator) -> Tensor:
-    """Gaussian noise (C, *spatial), ``std`` in units of each channel's standard deviation.
+    """Draw Gaussian noise like an image (C, *spatial), ``std`` in units of each channel's standard deviation.
 
-    Drawn on the CPU in float32, so that every device sees the same numbers.
+    It is drawn on the CPU in float32, the same on every device.
     """
     drawn = torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image.device, image.dtype)
     return drawn * per_channel(image.flatten(1).std(1) * std, image)
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """Each channel blurred over its spatial axes (edges repeated)."""
+    """Blur each channel of (C, *spatial) over its spatial axes, ``sigma`` in voxels (edges repeated)."""
     from scipy.ndimage import gaussian_filter
 
     array = image.detach().cpu().numpy()
@@ -341,5 +341,5 @@ def _as_volume(what: Any, objective: Objective) -> Tensor:
 
 
 def describe_baseline(baseline: Baseline, values: Tensor) -> dict[str, Any]:
-    """The record's entries for a baseline and F there (k,)."""
+    """Return the record's entries for a baseline and the values of F at it (k,)."""
     return {"baseline": json_ready(baseline.record()), "baseline_value": [float(v) for v in values]}

@@ -1,7 +1,7 @@
-"""Features: the parts of an image that are switched off and on together.
+"""Features: parts of an image that are switched on and off together.
 
-Given as text (``"grid(size=16)"``, ``"supervoxels(n_segments=80)"``, ``"channels"``), a label map (a NIfTI file, a key
-of the data dictionary or a tensor), or one of the classes here.
+They are given as text (``"grid(size=16)"``, ``"supervoxels(n_segments=80)"``, ``"channels"``), a label map (a NIfTI
+file, a key of the data dictionary or a tensor), or one of the classes here.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Features:
     """n features of one image.
 
     Attributes:
-        labels: the number of each voxel's feature, 0 … n−1, or −1 where a voxel belongs to none and is never changed:
+        labels: index of each voxel's feature, 0 … n−1, or −1 for voxels of no feature, which are never changed:
             (1, *spatial) for all channels together, else (C, *spatial).
-        names: one a feature.
+        names: one per feature.
     """
 
     labels: Tensor
@@ -49,11 +49,11 @@ class Features:
 
     @functools.cached_property
     def counts(self) -> Tensor:
-        """Entries of `labels` a feature (n,)."""
+        """Number of entries of `labels` per feature (n,)."""
         return torch.bincount(self.labels.flatten() + 1, minlength=len(self) + 1)[1:]
 
     def paint(self, values: Tensor) -> Tensor:
-        """Feature values (k, n) at all their voxels: (k, 1 or C, *spatial), zero outside all features."""
+        """Assign feature values (k, n) to all their voxels: (k, 1 or C, *spatial), zero outside all features."""
         padded = torch.cat([values.new_zeros(len(values), 1), values], 1).to(self.labels.device)
         entries = (self.labels + 1).flatten()
         painted = padded.new_empty((len(padded), len(entries)))
@@ -62,11 +62,11 @@ class Features:
         return painted.view(-1, *self.labels.shape)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Feature values (k, n) shared equally between their voxels, so that the sum of the map is that of values."""
+        """Divide feature values (k, n) equally between their voxels, so that the map's sum is that of the values."""
         return self.paint(values / self.counts.to(values).clamp(min=1))
 
     def table(self, values: Tensor, **more: Tensor) -> list[list[dict[str, Any]]]:
-        """For each target a row a feature: name, value, voxels, and further columns (k, n)."""
+        """Return per target one row per feature: name, value, voxels, and further columns (k, n)."""
         counts = self.counts.tolist()
         return [
             [
@@ -79,7 +79,7 @@ class Features:
 
 
 def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    r"""A feature table (an entry of a record) as the text of a CSV file.
+    r"""Format a feature table (an entry of a record) as the text of a CSV file.
 
     >>> table_csv([{"feature": "liver", "value": 0.5}])
     'feature,value\nliver,0.5\n'
@@ -92,7 +92,7 @@ def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 class FeatureSpec(Configurable, ABC):
-    """How the features of a case are found."""
+    """A rule that divides the image of a case into features."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -100,7 +100,7 @@ class FeatureSpec(Configurable, ABC):
 
     @abstractmethod
     def of(self, objective: Objective) -> Features:
-        """The features of the objective's image; the same ones at every call."""
+        """Return the features of the objective's image; the same at every call."""
 
 
 FEATURES: Registry[FeatureSpec] = Registry(
@@ -112,8 +112,8 @@ class Grid(FeatureSpec):
     """Boxes that tile the image, named by their first voxel.
 
     Args:
-        size: of a box in voxels; one number for all axes.
-        per_channel: the boxes of each channel are features by themselves.
+        size: size of a box in voxels; one number for all axes.
+        per_channel: True makes separate features of the boxes of each channel.
     """
 
     size: int | Sequence[int] = 16
@@ -125,7 +125,7 @@ class Grid(FeatureSpec):
         lines = [torch.arange(n) // s for n, s in zip(shape, size)]
         counts = [int(line[-1]) + 1 for line in lines]
         labels = torch.zeros((), dtype=torch.long)
-        for line, n in zip(lines, counts):  # the last axis alone takes all voxels
+        for line, n in zip(lines, counts):  # only the last axis needs memory for all voxels
             labels = (labels * n).unsqueeze(-1) + line
         corners = itertools.product(*(range(0, c * s, s) for c, s in zip(counts, size)))
         names = ["box " + " ".join(map(str, corner)) for corner in corners]
@@ -137,7 +137,7 @@ class Channels(FeatureSpec):
     """Each channel of the image is a feature, such as the contrasts of an MR examination.
 
     Args:
-        names: of the channels; None: as the case has them (a bundle's metadata.json), else ``channel 0``, ….
+        names: channel names; None: those of the case (a bundle's metadata.json), else ``channel 0``, ….
     """
 
     names: Sequence[str] | None = None
@@ -184,12 +184,12 @@ class Supervoxels(FeatureSpec):
     """SLIC supervoxels (Achanta et al. 2012, scikit-image), in 2D and 3D, over all channels together; deterministic.
 
     Args:
-        n_segments: about how many.
+        n_segments: approximate number.
         compactness: weight of distance against intensity, each channel scaled to [0, 1].
         mask: ``"foreground"`` (voxels that differ from the background by more than 5 % of the range, holes filled),
-            ``"everything"``, or a label map as in `LabelMap` whose voxels above zero count. Voxels outside belong to no
-            feature.
-        max_voxels: larger images are segmented on a copy made coarser by a whole factor.
+            ``"everything"``, or a label map as in `LabelMap` whose voxels above zero are used. Voxels outside belong to
+            no feature.
+        max_voxels: larger images are segmented on a copy, subsampled by a whole factor.
     """
 
     aliases = ("slic", "superpixels")
@@ -221,7 +221,7 @@ class Supervoxels(FeatureSpec):
         inside = self._mask(objective)
         step = _step(image, self.max_voxels)
         mask = _thinned(inside[None], step)[0].cpu().numpy()
-        if self.n_segments == 1:  # of which scikit-image labels nothing where there is a mask
+        if self.n_segments == 1:  # scikit-image labels nothing for one segment with a mask
             return from_values(inside.long(), {}, 0, "supervoxel")
         segments = slic(
             _thinned(_unit_range(image), step).cpu().numpy().astype(np.float32),
@@ -252,11 +252,11 @@ class Supervoxels(FeatureSpec):
 
 
 _SUPERVOXELS: WeakKeyDictionary[Supervoxels, WeakKeyDictionary[Objective, Features]] = WeakKeyDictionary()
-"""Found once for an image: they are asked for to count what a method costs, and again when it runs."""
+"""Supervoxels by image: they are needed for the cost of a method, and again when it runs."""
 
 
 def features_for(spec: Any) -> FeatureSpec:
-    """A `FeatureSpec` from text, a label map (file, tensor or data key ``"key:NAME"``), or an instance.
+    """Make a `FeatureSpec` of text, a label map (file, tensor or data key ``"key:NAME"``), or an instance.
 
     >>> features_for("grid(8)").parameters
     {'size': 8, 'per_channel': False}
@@ -271,10 +271,10 @@ def features_for(spec: Any) -> FeatureSpec:
 
 
 def one_an_axis(value: int | Sequence[int], axes: int, what: str) -> tuple[int, ...]:
-    """A whole number above 0 for each axis, from one for all or one for each.
+    """Return a whole number above 0 per axis, from one number for all axes or one per axis.
 
     Raises:
-        UsageError: not as many as axes, or one is below 1.
+        UsageError: not as many numbers as axes, or one is below 1.
     """
     several = tuple(value) if isinstance(value, Sequence) else (value,) * axes
     if len(several) != axes or any(v < 1 for v in several):
@@ -285,7 +285,7 @@ def one_an_axis(value: int | Sequence[int], axes: int, what: str) -> tuple[int, 
 
 
 def _labels(what: Any, objective: Objective) -> Tensor:
-    """`label_on_grid` of the image."""
+    """Return a label map (*spatial) on the image's grid."""
     try:
         return label_on_grid(what, objective.image, objective.case)
     except EsegetaError as error:
@@ -299,7 +299,7 @@ def _channel_names(objective: Objective) -> list[str]:
 
 
 def from_values(values: Tensor, names: Mapping[int, str], background: int | None, word: str = "label") -> Features:
-    """Features from a map of label values (*spatial): consecutive numbers in the order of the values."""
+    """Make features of a map of label values (*spatial): consecutive indices in the order of the values."""
     present, numbers = torch.unique(values, return_inverse=True)
     kept = present.tolist()
     if background in kept:
@@ -318,13 +318,13 @@ def _per_channel(features: Features, channels: Sequence[str]) -> Features:
 
 
 def _unit_range(image: Tensor) -> Tensor:
-    """Each channel from its 1st to its 99th percentile, on [0, 1]."""
+    """Scale each channel of (C, *spatial) from its 1st to its 99th percentile to [0, 1]."""
     low, high = _percentiles(image)
     return ((image - low) / (high - low).clamp(min=torch.finfo(image.dtype).tiny)).clamp(0, 1)
 
 
 def _step(image: Tensor, voxels: int) -> int:
-    """The whole factor by which an image is thinned out to at most ``voxels``."""
+    """Return the whole subsampling factor for at most ``voxels`` voxels."""
     step = 1
     while image[0].numel() / step ** (image.ndim - 1) > voxels:
         step += 1
@@ -332,21 +332,22 @@ def _step(image: Tensor, voxels: int) -> int:
 
 
 def _thinned(image: Tensor, step: int) -> Tensor:
-    """Every ``step``-th voxel of (C, *spatial)."""
+    """Return every ``step``-th voxel of (C, *spatial)."""
     for axis in range(1, image.ndim):
         image = image.index_select(axis, torch.arange(0, image.shape[axis], step, device=image.device))
     return image
 
 
 def _percentiles(image: Tensor) -> tuple[Tensor, Tensor]:
-    """The 1st and 99th percentile of each channel, of about a million voxels."""
+    """Return the 1st and 99th percentile of each channel (C, 1, …), over about a million voxels."""
     ordered = _thinned(image, _step(image, 1_000_000)).flatten(1).sort(1).values
     last, axes = ordered.shape[1] - 1, (1,) * (image.ndim - 1)
     return ordered[:, round(0.01 * last)].reshape(-1, *axes), ordered[:, round(0.99 * last)].reshape(-1, *axes)
 
 
 def foreground(image: Tensor) -> Tensor:
-    """Voxels that differ from the background in some channel; everything where that would be nothing."""
+    """Return the voxels of (C, *spatial) that differ from the background in a channel: (*spatial), bool; all if none
+    does."""
     from scipy.ndimage import binary_fill_holes
 
     low, high = _percentiles(image)

@@ -1,7 +1,7 @@
-"""Things a user names in text: methods and targets, their parameters, and the registries that find them.
+"""Classes that users name in text (methods, targets, …), their parameters, and the registries of these classes.
 
-A method or target is an ordinary class. What its parameters are is read off its ``__init__``, so that JSON,
-command line, sidecar and documentation never disagree.
+A method or target is an ordinary class. Its parameters are those of its ``__init__``, so that JSON, command line,
+sidecar and documentation always agree.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["Configurable", "Registry", "json_ready"]
 
 
 def json_ready(value: Any) -> Any:
-    """``value`` in terms that JSON has: objects by their parameters, tensors by their shape, files by their name.
+    """Convert ``value`` to JSON types: objects to their parameters, tensors to their shape, files to their name.
 
     >>> json_ready((1, torch.zeros(2, 3)))
     [1, 'tensor(2, 3)']
@@ -41,7 +41,7 @@ def json_ready(value: Any) -> Any:
         return {str(k): json_ready(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
         return [json_ready(v) for v in value]
-    if hasattr(value, "name") and hasattr(value, "parent"):  # a path: its folder is nobody's business in a record
+    if hasattr(value, "name") and hasattr(value, "parent"):  # a path: its folder must not enter a record
         return value.name
     if hasattr(value, "__name__"):
         return value.__name__
@@ -49,7 +49,7 @@ def json_ready(value: Any) -> Any:
 
 
 FOLDERS = re.compile(r"""(?<![^'"(\[,=\s])(~|[A-Za-z]:)?[\\/]([^'"()\[\],=]*[\\/])?(?=[^\\/'"()\[\],=]+\.\w)""")
-"""Of a file that is given by its whole path, alone or in text such as ``LabelMap('/scans/Doe/atlas.nii.gz')``."""
+"""The folders of a file path, alone or in text such as ``LabelMap('/scans/Doe/atlas.nii.gz')``."""
 
 
 def _without_folders(value: Any) -> Any:
@@ -109,15 +109,15 @@ class Configurable:
 
     @classmethod
     def parameter_names(cls) -> list[str]:
-        """Names of the ``__init__`` parameters in order, ``name`` aside."""
+        """Return the names of the ``__init__`` parameters in order, without ``name``."""
         signature = inspect.signature(cls.__init__)
         kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         return [p.name for p in signature.parameters.values() if p.kind in kinds and p.name not in ("self", "name")]
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The parameters with their values, JSON-ready; files that are given by their whole path by their name alone,
-        since the folders may be called after a patient."""
+        """The parameters with their values, JSON-ready; file paths without folders, which may contain a patient's
+        name."""
         return {p: _without_folders(json_ready(getattr(self, p, None))) for p in self.parameter_names()}
 
     def __post_init__(self) -> None:
@@ -134,13 +134,13 @@ T = TypeVar("T", bound=Configurable)
 
 
 class Registry(Generic[T]):
-    """Classes of one kind by name: our own, those of entry points, and any that a caller imports.
+    """Classes of one kind by name: those of this package, of entry points, and imported ones.
 
     Args:
-        kind: the word for errors, such as ``"method"``.
-        base: the class that all entries derive from.
-        group: entry-point group in which other packages announce theirs.
-        command: whether the command line has one that lists them, called after the kind; else errors name them all.
+        kind: the kind in errors, such as ``"method"``.
+        base: base class of all entries.
+        group: entry-point group of other packages' classes.
+        command: True if a command of the kind's name lists the classes; otherwise errors list them.
     """
 
     def __init__(self, kind: str, base: Any, group: str, *, command: bool = True) -> None:
@@ -151,7 +151,7 @@ class Registry(Generic[T]):
         _REGISTRIES.append(self)
 
     def register(self, cls: type[T], *aliases: str) -> type[T]:
-        """Adds ``cls`` under its own name and ``aliases``, in place of an earlier definition of the same class.
+        """Add ``cls`` under its own name and ``aliases``, replacing an earlier definition of the same class.
 
         Raises:
             UsageError: a name is taken by another class.
@@ -179,10 +179,10 @@ class Registry(Generic[T]):
         return iter(sorted(set(self._classes.values()), key=lambda c: c.__name__))
 
     def get(self, name: str) -> type[T]:
-        """The class called ``name`` (case, ``-`` and ``_`` do not matter); dotted names are imported.
+        """Return the class called ``name`` (case, ``-`` and ``_`` do not matter); dotted names are imported.
 
         Raises:
-            UsageError: no such class; near matches are listed.
+            UsageError: no such class; similar names are listed.
         """
         self._load_others()
         known = self._classes.get(self._key(name.rsplit(".", 1)[-1] if name.startswith("esegeta_monai.") else name))
@@ -212,7 +212,7 @@ class Registry(Generic[T]):
         return cls
 
     def create(self, what: T | type[T] | str | Mapping[str, Any]) -> T:
-        """An instance from an instance, a class, ``{"_target_": name}`` or text such as ``"Occlusion(window=16)"``.
+        """Make an instance of an instance, a class, ``{"_target_": name}`` or text such as ``"Occlusion(window=16)"``.
 
         Text is parsed, never evaluated: literals and nested calls of registered names only.
         """
@@ -234,10 +234,10 @@ class Registry(Generic[T]):
         raise UsageError(f"cannot make a {self.kind} of {what!r}: give an instance, a class, a name, or a config")
 
     def create_all(self, what: Any) -> list[T]:
-        """A list of instances from one description, a list of them, or comma-separated text.
+        """Make a list of instances of one description, a list of them, or comma-separated text.
 
         Raises:
-            UsageError: text that names none, or one that cannot be made.
+            UsageError: the text names none, or one cannot be made.
         """
         if isinstance(what, str):
             if not what.strip(", "):
@@ -283,7 +283,7 @@ class Registry(Generic[T]):
         if isinstance(node, (ast.List, ast.Tuple)):
             items = [self._node(n, text, top=False) for n in node.elts]
             return items if isinstance(node, ast.List) else tuple(items)
-        if name is not None:  # an unquoted word or layer, as shells tend to leave it
+        if name is not None:  # an unquoted word or layer, as shells remove quotes
             return name
         try:
             return ast.literal_eval(node)
@@ -291,8 +291,10 @@ class Registry(Generic[T]):
             raise UsageError(f"{ast.unparse(node)!r} in {text!r} is neither a value nor a {self.kind}") from error
 
     def _inner(self, name: str) -> Registry[Any]:
-        """The registry that knows the name of a parameter's value, such as a baseline inside a method: this one, or
-        else another; this one too where none knows it, which then says what it has."""
+        """Return the registry that has the class of a parameter's value, such as a method's baseline.
+
+        This registry comes first, and is returned if none has the name; it then lists its classes.
+        """
         for registry in (self, *(r for r in _REGISTRIES if r is not self)):
             try:
                 registry.get(name)
@@ -303,11 +305,11 @@ class Registry(Generic[T]):
 
 
 _REGISTRIES: list[Registry[Any]] = []
-"""All there are, in the order in which they were made."""
+"""All registries in order of creation."""
 
 
 def _name(node: ast.AST) -> str | None:
-    """A word, a dotted name or a fused-name such as guided-backprop; None where it is something else."""
+    """Return a word, a dotted name or a hyphenated name such as guided-backprop; None for anything else."""
     if isinstance(node, (ast.Name, ast.Attribute)):
         return ast.unparse(node)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
@@ -317,7 +319,7 @@ def _name(node: ast.AST) -> str | None:
 
 
 def _called(node: ast.AST) -> tuple[str, ast.Call] | None:
-    """The name that is called, which may be a fused-name(...), and the call."""
+    """Return the name that is called, which may be hyphenated, and the call; None for anything else."""
     if isinstance(node, ast.Call):
         return ast.unparse(node.func), node
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Sub):
@@ -327,7 +329,7 @@ def _called(node: ast.AST) -> tuple[str, ast.Call] | None:
 
 
 def split_calls(text: str) -> list[str]:
-    """Splits at the commas outside brackets and quotes.
+    """Split text at commas outside brackets and quotes.
 
     >>> split_calls("Saliency, Occlusion(window=(8, 8, 8)),GradCam")
     ['Saliency', 'Occlusion(window=(8, 8, 8))', 'GradCam']

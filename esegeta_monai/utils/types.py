@@ -1,4 +1,4 @@
-"""Whether parameters are of the kind that their class declares: JSON, shells and notebooks hand over anything."""
+"""Checks of parameters against their annotations; values from JSON, shells and notebooks may have any type."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from esegeta_monai.errors import UsageError
 __all__ = ["as_declared", "check_stated", "fit_parameters", "is_family", "number"]
 
 UNFIT: Final = object()
-"""What `as_declared` gives for a value of another kind."""
+"""Result of `as_declared` for a value of another type."""
 
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a file"}
 WORDS |= {Tensor: "a tensor", types.NoneType: "None"}
 BOOLS: dict[Any, bool] = {True: True, False: False, "true": True, "false": False}
-"""What a shell hands over as a text is JSON's word, of which any but the empty one would count as true."""
+"""Shells pass booleans as text; ``bool("false")`` would be True."""
 SEVERAL = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def fit_parameters(owner: Any, names: Sequence[str]) -> None:
     """Check parameters against their annotations, in the class or in ``__init__``; whole floats become whole numbers.
 
-    Only numbers, texts, choices, files, tensors and sequences of them are checked; a parameter of any other type is
-    the class's own to check.
+    Only numbers, texts, choices, files, tensors and sequences of them are checked; the class checks parameters
+    of other types itself.
 
     Raises:
-        UsageError: a value is of another type, a number is NaN, or ``__init__`` does not keep a parameter.
+        UsageError: a value is of another type, a number is NaN, or ``__init__`` does not store a parameter.
     """
     cls: Any = type(owner)
     hints: dict[str, Any] = _hints(cls)
@@ -71,20 +71,20 @@ def check_stated(cls: type, hints: Mapping[str, Any]) -> None:
 
 
 def is_family(cls: type, ignore: Collection[str] = ()) -> bool:
-    """Whether a class is a base of others only: an abstract one, or one whose name begins with ``_``.
+    """True if a class is only a base of others: abstract, or with a name that begins with ``_``.
 
     Args:
-        ignore: abstract attributes that do not count.
+        ignore: abstract attributes to ignore.
     """
     abstract = (n for n in dir(cls) if getattr(getattr(cls, n, None), "__isabstractmethod__", False))
     return cls.__name__.startswith("_") or any(n not in ignore for n in abstract)
 
 
 def number(name: str, value: Any, hint: Any, above: float) -> Any:
-    """A number of a setting, None where the annotation allows it.
+    """Check a number of a setting; None is permitted if the annotation allows it.
 
     Raises:
-        UsageError: it is none, or not above ``above``.
+        UsageError: it is not a number, or not above ``above``.
 
     >>> number("window_batch", 4.0, int | None, 0)
     4
@@ -96,11 +96,11 @@ def number(name: str, value: Any, hint: Any, above: float) -> Any:
 
 
 LARGEST = 2**63
-"""What a seed may not reach."""
+"""Exclusive upper limit of numbers, such as seeds."""
 
 
 def as_declared(value: Any, hint: Any) -> Any:
-    """The value as an annotation wants it, or `UNFIT`.
+    """Convert a value to the type of an annotation, or return `UNFIT`.
 
     >>> as_declared(8.0, int), as_declared("8", int) is UNFIT, as_declared([2, 3.0], int | Sequence[int])
     (8, True, [2, 3])
@@ -166,7 +166,7 @@ def _words(hint: Any) -> str:
 
 @functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    """The annotations of ``__init__`` and of the class; none where they name what is not there when it runs."""
+    """Return the annotations of ``__init__`` and of the class; none of either if a name in them is undefined."""
     hints: dict[str, Any] = {}
     for annotated in (cls.__init__, cls):
         try:

@@ -28,7 +28,7 @@ class IntegratedGradients(Method):
 
     Args:
         baseline: x₀, see `esegeta_monai.engine.baselines`; ``"auto"`` avoids zero where a norm layer would
-            make all gradients zero.
+            make the integral over the path zero.
         n_steps: gradients evaluated with a fixed rule.
         method: the quadrature rule, in Captum's names.
         tolerance: if given, the path is divided into segments, and the segment of greatest error (known, since the
