@@ -22,8 +22,9 @@ from esegeta_monai.engine.feature_masks import foreground
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.score import Score
 from esegeta_monai.errors import MetricError, RankLost, UsageError, named_reason
-from esegeta_monai.explain.explainer import Explainer, Judged
+from esegeta_monai.explain.explainer import Explainer
 from esegeta_monai.explain.names import ResultNames
+from esegeta_monai.explain.run import JudgedCase
 from esegeta_monai.methods.base import METHODS, Explained, Method
 from esegeta_monai.methods.precision import full_precision
 from esegeta_monai.methods.run import run_together
@@ -203,7 +204,7 @@ class Evaluator:
                         regions=regions,
                         names=region_names,
                         origin=case.origin(k),
-                        channel_names=self.explainer.channel_names,
+                        channel_names=list(self.explainer.settings.channel_names),
                         alarm=self.outside_alarm,
                     )
                     found.regions += [{"target": target, "method": name, **row} for row in table]
@@ -233,7 +234,7 @@ class _Case:
     again without it; the maps that they judge are computed in the precision that is enough for them.
     """
 
-    judged: Judged
+    judged: JudgedCase
     objective: Objective
     image: MetaTensor
     label: Tensor | None

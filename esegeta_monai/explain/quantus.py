@@ -65,7 +65,7 @@ def quantus_explain_func(
     images = torch.as_tensor(inputs)
     dtype = next((p.dtype for p in unwrap(model).parameters()), images.dtype)
     maps: list[np.ndarray] = []
-    for image, number in zip(images.to(explainer.device, dtype), np.asarray(targets).reshape(-1).tolist()):
+    for image, number in zip(images.to(explainer.settings.device, dtype), np.asarray(targets).reshape(-1).tolist()):
         config = {"_target_": target, "class_index": int(number), **(target_parameters or {})}
         (found,) = explainer(image[None], [method], [TARGETS.create(config)])
         if found.map is None:

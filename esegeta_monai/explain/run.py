@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from esegeta_monai.engine.network.state import frozen, own_modes, weights_hash
 from esegeta_monai.engine.objective import Objective, Request, View
@@ -19,17 +19,15 @@ from esegeta_monai.errors import EsegetaError, MethodTimeout
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.explain.costs import too_costly
-from esegeta_monai.explain.outcomes import NOTHING_THERE, Bound, not_linear
-from esegeta_monai.explain.prediction import Predicted
+from esegeta_monai.explain.outcomes import NOTHING_THERE, BoundTarget, Outcomes, not_linear
+from esegeta_monai.explain.prediction import Prediction
 from esegeta_monai.explain.record import peak_memory, predicted_class, reset_peak_memory
+from esegeta_monai.explain.settings import Settings
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.run import grouped, run_together, shares_passes
 from esegeta_monai.targets.base import Target
 
-if TYPE_CHECKING:
-    from esegeta_monai.explain.explainer import Explainer
-
-__all__ = ["CaseWork", "Judged", "Skip", "Work"]
+__all__ = ["CaseRun", "CaseTask", "JudgedCase", "Skip"]
 
 logger = logging.getLogger("esegeta_monai")
 
@@ -42,7 +40,7 @@ DEVIATES = 0.1
 
 
 @dataclass
-class Work:
+class CaseTask:
     """Methods that explain the same targets of a case.
 
     Attributes:
@@ -52,12 +50,12 @@ class Work:
 
     methods: list[Method]
     objective: Objective
-    bound: list[Bound]
-    predicted: Predicted
+    bound: list[BoundTarget]
+    predicted: Prediction
 
 
 @dataclass
-class Judged:
+class JudgedCase:
     """What metrics ask of one case.
 
     Attributes:
@@ -80,18 +78,18 @@ class Judged:
     record: Callable[[Method, int], dict[str, Any]]
 
 
-class CaseWork:
+class CaseRun:
     """A case that methods explain, or that metrics ask about.
 
     Args:
-        settings: the explainer, whose network, inferer, devices and names are used.
+        settings: of the explainer.
         case: one image, what is known of it, and further inputs of the network.
-        channels: of each named image input, where the network has several.
     """
 
-    def __init__(self, settings: Explainer, case: CaseInput, channels: Mapping[str, int]) -> None:
-        self.settings, self.case, self.channels = settings, case, dict(channels)
-        self._told: set[str] = set()
+    def __init__(self, settings: Settings, case: CaseInput) -> None:
+        self.settings, self.case = settings, case
+        self.outcomes = Outcomes(settings, case)
+        self._reported: set[str] = set()
 
     def explained(
         self,
@@ -102,18 +100,18 @@ class CaseWork:
         scores_dir: str | os.PathLike[str] | None,
     ) -> Iterator[Attribution]:
         """What `esegeta_monai.Explainer` yields of this case; arguments as there and in `prepared`."""
-        for found in self.prepared(methods, targets, refused, skip):
-            if isinstance(found, Attribution):
-                yield found
+        for task in self.prepared(methods, targets, refused, skip):
+            if isinstance(task, Attribution):
+                yield task
                 continue
-            if not shares_passes(found.methods[0]):  # else its sweep compares
+            if not shares_passes(task.methods[0]):  # else its sweep compares
                 with own_modes(self.settings.device), frozen(self.settings.network):
-                    found.objective.sweep([_Blend()])
-            for group in grouped(found.methods):
-                found.objective.table = None
+                    task.objective.sweep([_Blend()])
+            for group in grouped(task.methods):
+                task.objective.table = None
                 if scores_dir is not None and not group[0].needs_gradient:
-                    found.objective.table = ScoreTable(Path(scores_dir), self._decides(group[0], found))
-                yield from self._group(group, found)
+                    task.objective.table = ScoreTable(Path(scores_dir), self._decides(group[0], task))
+                yield from self._group(group, task)
 
     def prepared(
         self,
@@ -121,7 +119,7 @@ class CaseWork:
         targets: Sequence[Target],
         refused: Mapping[int, Exception],
         skip: Skip | None = None,
-    ) -> Iterator[Attribution | Work]:
+    ) -> Iterator[Attribution | CaseTask]:
         """What there is to do, after the prediction; and what there is not, and why.
 
         Args:
@@ -131,26 +129,25 @@ class CaseWork:
         layers = list(dict.fromkeys(t.layer for t in targets))
         if len(layers) > 1:  # a layer takes the place of the prediction
             for layer in layers:
-                mine = [t for t in targets if t.layer == layer]
-                yield from self.prepared(methods, mine, refused, skip)
+                yield from self.prepared(methods, [t for t in targets if t.layer == layer], refused, skip)
             return
-        case = self.case
-        predicted = Predicted(self.settings, case, self.channels, layers[0] if layers else None)
+        case, outcomes = self.case, self.outcomes
+        predicted = Prediction(self.settings, case, layers[0] if layers else None)
         todo: dict[tuple[int, ...], list[Method]] = {}
         bound = list(predicted.bind(targets))
         for method in methods:
             left = []
             for j, b in enumerate(bound):
-                record = self.settings.outcomes.record(method, b, predicted.plan, case)
+                record = outcomes.record(method, b, predicted.plan)
                 if skip and skip(Attribution(None, method, b.target, case.index, record, b.label)):
                     continue
                 error = refused.get(id(method), b.error)
                 if error is not None:
-                    yield self.settings.outcomes.failed(method, b, case, record, error)
+                    yield outcomes.failed(method, b, record, error)
                 elif b.score is None or (b.score.empty and method.needs_voxels):
-                    yield self.settings.outcomes.empty(method, b, case, record)
+                    yield outcomes.empty(method, b, record)
                 elif method.needs_linear and not b.score.linear:
-                    yield self.settings.outcomes.failed(method, b, case, record, not_linear(method, b))
+                    yield outcomes.failed(method, b, record, not_linear(method, b))
                 else:
                     left.append(j)
             if left:
@@ -166,16 +163,14 @@ class CaseWork:
                     affordable.append(method)
                     continue
                 for b in part:
-                    yield self.settings.outcomes.failed(
-                        method, b, case, self.settings.outcomes.record(method, b, predicted.plan, case), refusal
-                    )
+                    yield outcomes.failed(method, b, outcomes.record(method, b, predicted.plan), refusal)
             if affordable:
-                yield Work(affordable, objective, part, predicted)
+                yield CaseTask(affordable, objective, part, predicted)
 
-    def judged(self, targets: Sequence[Target]) -> Iterator[Judged]:
+    def judged(self, targets: Sequence[Target]) -> Iterator[JudgedCase]:
         """What metrics ask of this case: of the prediction, and of each layer that takes its place."""
         for layer in dict.fromkeys(t.layer for t in targets):
-            predicted = Predicted(self.settings, self.case, self.channels, layer)
+            predicted = Prediction(self.settings, self.case, layer)
             bound = list(predicted.bind([t for t in targets if t.layer == layer]))
             seen = [b for b in bound if b.score is not None and not b.score.empty]
             left = [(b.label, str(b.error)) for b in bound if b.score is None]
@@ -184,17 +179,17 @@ class CaseWork:
             objective = predicted.objective(scores) if seen else None
 
             def record(
-                method: Method, k: int, seen: list[Bound] = seen, predicted: Predicted = predicted
+                method: Method, k: int, seen: list[BoundTarget] = seen, predicted: Prediction = predicted
             ) -> dict[str, Any]:
-                return self.settings.outcomes.record(method, seen[k], predicted.plan, self.case)
+                return self.outcomes.record(method, seen[k], predicted.plan)
 
             at, names = [b.target for b in seen], [b.label for b in seen]
-            yield Judged(self.case.index, objective, at, names, left, empty, self.settings.time_limit, record)
+            yield JudgedCase(self.case.index, objective, at, names, left, empty, self.settings.time_limit, record)
 
-    def _group(self, group: Sequence[Method], work: Work) -> Iterator[Attribution]:
+    def _group(self, group: Sequence[Method], task: CaseTask) -> Iterator[Attribution]:
         """Methods that share their passes, in one run of the network."""
         case, settings = self.case, self.settings
-        objective, monitor = work.objective, work.objective.monitor
+        objective, monitor = task.objective, task.objective.monitor
         monitor.start(None if settings.time_limit is None else settings.time_limit * len(group))
         reset_peak_memory(settings.device)
         began = time.monotonic()
@@ -207,8 +202,8 @@ class CaseWork:
             "peak_memory_bytes": peak_memory(settings.device),
             "windows_used": len(objective.windows),
             "windows_total": len(objective.plan),
-            "window_passes": sum(settings.ranks.gather(monitor.passes)),
-            "ranks": settings.ranks.size,
+            "window_passes": sum(settings.processes.gather(monitor.passes)),
+            "ranks": settings.processes.size,
             "window_batch": objective.window_batch,
         }
         if len(group) > 1:
@@ -217,22 +212,22 @@ class CaseWork:
         values = objective.image_values() if any(isinstance(r, Explained) for r in results.values()) else None
         for i, method in enumerate(group):
             outcome = results[i]
-            for k, b in enumerate(work.bound):
-                record = settings.outcomes.record(method, b, objective.plan, case)
+            for k, b in enumerate(task.bound):
+                record = self.outcomes.record(method, b, objective.plan)
                 record.update(shared)
-                others = [other.label for other in work.bound if other.label != b.label]
-                record["warnings"] = [*work.predicted.notes, *monitor.warnings_without(others)]
+                others = [other.label for other in task.bound if other.label != b.label]
+                record["warnings"] = [*task.predicted.notes, *monitor.warnings_without(others)]
                 record["blend_deviation"] = deviation = objective.blend_deviation[k]
                 if deviation is not None and not deviation <= DEVIATES:
                     record["warnings"].append(self._deviates(b.label, deviation))
                 if isinstance(outcome, Exception):
-                    yield settings.outcomes.failed(method, b, case, record, _goes_on(outcome, objective.table))
+                    yield self.outcomes.failed(method, b, record, _goes_on(outcome, objective.table))
                     continue
                 assert values is not None
                 record["value"] = float(values[k])
                 if b.target.layer is None:
-                    record.update(predicted_class(work.predicted.prediction, settings.class_names))
-                yield from settings.outcomes.finished(method, b, case, record, outcome, k, self.channels)
+                    record.update(predicted_class(task.predicted.prediction, settings.class_names))
+                yield from self.outcomes.finished(method, b, record, outcome, k)
         if objective.table is not None and all(isinstance(r, Explained) for r in results.values()):
             objective.table.remove()  # only now: whoever asks on has written the maps
 
@@ -245,14 +240,14 @@ class CaseWork:
             f"{label}: what the network gives deviates from the prediction by {100 * deviation:.2g} %, so another one "
             f"is explained than the one that is shown: {remedy}"
         )
-        if label not in self._told:
-            self._told.add(label)
+        if label not in self._reported:
+            self._reported.add(label)
             logger.warning(text)
         return text
 
-    def _decides(self, method: Method, work: Work) -> dict[str, Any]:
+    def _decides(self, method: Method, task: CaseTask) -> dict[str, Any]:
         """What decides the scores of perturbations."""
-        records = [self.settings.outcomes.record(method, b, work.objective.plan, self.case) for b in work.bound]
+        records = [self.outcomes.record(method, b, task.objective.plan) for b in task.bound]
         names = ["parameters", "amp", "seed", "inferer", "output", "network", "network_affine"]
         names += ["image_sha256", "inputs_sha256"]
         return {

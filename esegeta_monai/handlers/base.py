@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -237,7 +238,9 @@ class CaseHandler(ABC):
         data = decollate_batch(batch) if isinstance(batch, Mapping) else [{}] * len(images)
         predictions = None if training else engine.state.output.get(self.pred_key)
         args, kwargs = self._further_inputs(engine)
-        self._explainer.class_names = self._names_of_prompts(kwargs) or self.class_names
+        class_names = self._names_of_prompts(kwargs) or self.class_names
+        if class_names != self._explainer.settings.class_names:
+            self._explainer.settings = replace(self._explainer.settings, class_names=class_names)
         for i, (image, case) in enumerate(zip(images, names)):
             if wanted[i]:
                 more = {"prediction": predictions, "network_args": args, "network_kwargs": kwargs}

@@ -120,7 +120,8 @@ class Explain(Transform):
         return f"{target}_{method}"
 
     def _refuse_forked_cuda(self) -> None:
-        devices = {self.explainer.device.type, self.explainer.volume_device.type}
+        settings = self.explainer.settings
+        devices = {settings.device.type, settings.volume_device.type}
         if "cuda" in devices and get_worker_info() is not None and _forked():
             raise UsageError(
                 "Explain on a CUDA device cannot run in a forked DataLoader worker, since CUDA does not survive a "

@@ -98,7 +98,7 @@ def test_the_public_face() -> None:
         assert attribution.record["status"] == attribution.status == "ok"
         found.append(attribution.method.name)
     assert found == ["Saliency", "IntegratedGradients"]
-    expected = autograd(network, x, explainer.inferer, 1)
+    expected = autograd(network, x, explainer.settings.inferer, 1)
     mine = only(explainer(x, [Saliency(abs=False)], [MultiClassMask(1)])).map
     assert (mine.as_tensor() - expected).abs().max() < 1e-5 * expected.abs().max()
 
