@@ -101,10 +101,10 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Ranks) -> EvaluationWriter:
     log.hide(output, output.name)
     log.hide(reader.bundle_dir, reader.bundle_dir.name)
     log.write_to(output)
-    mine = ranks.share(cases) if args.share == "cases" else cases
-    for number, case in enumerate(mine, 1):
+    own_cases = ranks.share(cases) if args.share == "cases" else cases
+    for number, case in enumerate(own_cases, 1):
         with log.of(case.name):
-            logger.info("%s: case %d of %d", case.name, number, len(mine))
+            logger.info("%s: case %d of %d", case.name, number, len(own_cases))
             try:
                 _, image, data = preprocess(case)
                 maps, problems = earlier.maps(case, methods, targets, writer.names, image) if earlier else (None, {})
@@ -142,13 +142,13 @@ def _summary(writer: EvaluationWriter) -> None:
 def _beside(args: Namespace, case: ScanCase, image: MetaTensor, data: Mapping[str, Any]) -> dict[str, Any]:
     """Label, regions and body mask of a case on the network's grid."""
     context = Case(torch.as_tensor(image.affine).double().cpu(), data, {})
-    found: dict[str, Any] = {}
+    masks: dict[str, Any] = {}
     for what, text in (("label", args.label), ("regions", args.regions), ("body", args.body)):
         if text is None:
-            found[what] = None
+            masks[what] = None
         else:
-            found[what] = label_on_grid(_file_of(what, text, case, data), image.as_tensor(), context)
-    return found
+            masks[what] = label_on_grid(_file_of(what, text, case, data), image.as_tensor(), context)
+    return masks
 
 
 def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> str:
@@ -230,7 +230,7 @@ class _Earlier:
         image: MetaTensor,
     ) -> tuple[dict[tuple[str, str], Tensor], dict[str, str]]:
         """By the names of target and method, on the network's grid; and why others cannot be read, by both names."""
-        found: dict[tuple[str, str], Tensor] = {}
+        maps: dict[tuple[str, str], Tensor] = {}
         problems: dict[str, str] = {}
         for path, record in self.sidecars.get(case.name, []):
             method = _same(methods, record["method"], record["parameters"])
@@ -243,10 +243,10 @@ class _Earlier:
             except InputError as error:
                 problems[", ".join(key)] = str(error).replace(str(path), path.name)
                 continue
-            found[key] = to_network_grid(values, image, additive=bool(record.get("additive")))
-        if not found and not problems:
+            maps[key] = to_network_grid(values, image, additive=bool(record.get("additive")))
+        if not maps and not problems:
             raise UsageError(f"{case.name}: none of its maps on disk is of these methods and targets")
-        return found, problems
+        return maps, problems
 
 
 def _whole(record: Mapping[str, Any]) -> bool:
@@ -259,19 +259,19 @@ def _whole(record: Mapping[str, Any]) -> bool:
 
 def _revived(records: Sequence[Mapping[str, Any]], registry: Registry[Any], kind: str, parameters: str) -> list[Any]:
     """One instance for each kind and parameters that the records have."""
-    found: dict[str, Any] = {}
+    instances: dict[str, Any] = {}
     for record in records:
         key = json.dumps([record[kind], record[parameters]], sort_keys=True)
-        if key in found:
+        if key in instances:
             continue
         try:
-            found[key] = registry.create({"_target_": record[kind], **_nested(record[parameters])})
+            instances[key] = registry.create({"_target_": record[kind], **_nested(record[parameters])})
         except EsegetaError as error:
             raise UsageError(
                 f"the {kind} {record[kind]} of an earlier map cannot be made again from its record ({error}): name it "
                 f"with --{kind}{'s' if kind == 'method' else ''}"
             ) from error
-    return list(found.values())
+    return list(instances.values())
 
 
 def _nested(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,6 +285,6 @@ def _nested(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _same(things: Sequence[Any], kind: str, parameters: Mapping[str, Any]) -> Any:
-    said = json.dumps(parameters, sort_keys=True)
-    fitting = (t for t in things if type(t).__name__ == kind and json.dumps(t.parameters, sort_keys=True) == said)
+    text = json.dumps(parameters, sort_keys=True)
+    fitting = (t for t in things if type(t).__name__ == kind and json.dumps(t.parameters, sort_keys=True) == text)
     return next(fitting, None)

@@ -115,10 +115,10 @@ def explain_cases(
     log.hide(reader.bundle_dir, reader.bundle_dir.name)
     log.write_to(output)
     logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))
-    mine = ranks.share(cases) if options.share == "cases" else cases
-    for number, case in enumerate(mine, 1):
+    own_cases = ranks.share(cases) if options.share == "cases" else cases
+    for number, case in enumerate(own_cases, 1):
         with log.of(case.name):
-            logger.info("%s: case %d of %d", case.name, number, len(mine))
+            logger.info("%s: case %d of %d", case.name, number, len(own_cases))
             try:
                 scan, image, data = preprocess(case)
                 for some, of in ranks.part(options.share, methods, chosen):
@@ -170,16 +170,16 @@ def _tell_costs(
     chosen = default_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)
     check_layers(reader.network, [*methods, *chosen])
-    explainer, found, failed = explainer_for(reader, options), [], False
+    explainer, costs, failed = explainer_for(reader, options), [], False
     for case in cases:
         try:
             _, image, data = preprocess(case)
-            found += [(case.name, cost) for cost in explainer.costs(image[None], methods, chosen, data=data)]
+            costs += [(case.name, cost) for cost in explainer.costs(image[None], methods, chosen, data=data)]
         except Exception as error:  # told, and the other cases go on
             failed = True
             logger.error("%s: %s", case.name, named(error, log))
-    print("\n".join(table(found)))
-    seconds = sum(cost.seconds or 0.0 for _, cost in found)
+    print("\n".join(table(costs)))
+    seconds = sum(cost.seconds or 0.0 for _, cost in costs)
     print(
         f"About {duration(seconds)} in all; methods that share passes (gradients, CAM) need less. Nothing was written."
     )
@@ -223,12 +223,12 @@ def _sigmoid(reader: BundleReader) -> bool:
 
 
 def provenance_of(reader: BundleReader, options: Namespace) -> dict[str, Any]:
-    found = {**bundle_provenance(reader.bundle_dir), "weights_sha256": weights_hash(unwrap(reader.network))}
+    provenance = {**bundle_provenance(reader.bundle_dir), "weights_sha256": weights_hash(unwrap(reader.network))}
     if options.config:
-        found["configs_used_sha256"] = {file.name: storage.sha256_file(file) for file in reader.config_files}
+        provenance["configs_used_sha256"] = {file.name: storage.sha256_file(file) for file in reader.config_files}
     if options.override:
-        found["overrides"] = overrides(options.override)
-    return found
+        provenance["overrides"] = overrides(options.override)
+    return provenance
 
 
 def overrides(texts: Sequence[str] | None) -> dict[str, Any]:
@@ -240,16 +240,16 @@ def overrides(texts: Sequence[str] | None) -> dict[str, Any]:
     >>> overrides(["inferer#roi_size=[32, 32, 32]", "network=@net"])
     {'inferer#roi_size': [32, 32, 32], 'network': '@net'}
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for text in texts or ():
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise UsageError(f"--override {text}: write id=value, such as inferer#overlap=0.25")
         try:
-            found[key] = json.loads(value)
+            values[key] = json.loads(value)
         except ValueError:  # not JSON, so it is text: a reference or an expression of the config
-            found[key] = value
-    return found
+            values[key] = value
+    return values
 
 
 def choose_device(text: str | None) -> torch.device:

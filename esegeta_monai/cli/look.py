@@ -27,14 +27,14 @@ __all__ = ["run_info", "run_layers"]
 
 def run_info(args: Namespace, *_: object) -> int:
     """Versions, devices, and what a bundle says of itself."""
-    found: dict[str, Any] = {"versions": storage.versions(), "devices": _devices()}
+    sections: dict[str, Any] = {"versions": storage.versions(), "devices": _devices()}
     if args.bundle:
         reader = BundleReader(args.bundle, args.config, overrides(args.override), weights="optional")
-        found["bundle"] = _bundle(reader)
+        sections["bundle"] = _bundle(reader)
     if args.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json.dumps(sections, indent=2, ensure_ascii=False))
         return 0
-    for title, content in found.items():
+    for title, content in sections.items():
         print(f"{title}:")
         for key, value in content.items():
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
@@ -43,11 +43,11 @@ def run_info(args: Namespace, *_: object) -> int:
 
 
 def _devices() -> dict[str, Any]:
-    found: dict[str, Any] = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"}
+    devices: dict[str, Any] = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"}
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
-        found[f"cuda:{i}"] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
-    return found
+        devices[f"cuda:{i}"] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
+    return devices
 
 
 def _bundle(reader: BundleReader) -> dict[str, Any]:

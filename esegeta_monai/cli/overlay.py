@@ -56,7 +56,7 @@ def run(args: Namespace, *_: object) -> int:
     _write(target, text)
     if second is not None:
         _write(second, more_text)
-    print("\n".join(f"  {title:<9} {text}" for title, text in found(reader, config, overlay).items()))
+    print("\n".join(f"  {title:<9} {text}" for title, text in description(reader, config, overlay).items()))
     written = [_shown(file, reader) for file in (target, second) if file is not None]
     files = [*[f.relative_to(reader.bundle_dir).as_posix() for f in reader.config_files], *written]
     run_id = "" if reader.run_id in (None, "run") else f" {reader.run_id}"
@@ -82,7 +82,7 @@ def run_merge(args: Namespace, *_: object) -> int:
     return 0
 
 
-def found(reader: BundleReader, config: ConfigParser, overlay: dict[str, Any]) -> dict[str, str]:
+def description(reader: BundleReader, config: ConfigParser, overlay: dict[str, Any]) -> dict[str, str]:
     """What was found in a bundle, a line each; what cannot be built here says why."""
     classes = ", ".join(f"{i} {name}" for i, name in sorted(reader.class_names.items())[:12])
     more = len(reader.class_names) - 12

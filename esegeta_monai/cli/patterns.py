@@ -41,7 +41,7 @@ def run(args: Namespace, *_: object) -> int:
         fitted = FittedPatterns.fit(objectives())
     fitted.save(target)
     if not args.quiet:
-        found = sum(pattern is not None for pattern in fitted.patterns)
-        print(f"{found} operations of {type(network).__name__}, {fitted.cases} case(s): {target}")
+        count = sum(pattern is not None for pattern in fitted.patterns)
+        print(f"{count} operations of {type(network).__name__}, {fitted.cases} case(s): {target}")
         print(f"Use them with --methods \"PatternAttribution(patterns='{target}')\"")
     return 0

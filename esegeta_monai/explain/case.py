@@ -137,10 +137,10 @@ def joined_inputs(inputs: Mapping[str, Tensor]) -> Tensor:
 
 def _batch_like(values: Tensor, batch: MetaTensor) -> MetaTensor:
     """A batch with another's metadata, marked as one: engines with ``compile=True`` lose the mark."""
-    found = MetaTensor(values)
-    found.meta, found.applied_operations = batch.meta, batch.applied_operations
-    found.is_batch = batch.is_batch or batch.affine.ndim == 3
-    return found
+    batched = MetaTensor(values)
+    batched.meta, batched.applied_operations = batch.meta, batch.applied_operations
+    batched.is_batch = batch.is_batch or batch.affine.ndim == 3
+    return batched
 
 
 def of_case(value: Any, index: int, n: int) -> Any:

@@ -76,15 +76,15 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
     finally:
         monitor.pace = None
     stopped = pace.seconds()
-    seconds, memory, found = stopped - began, peak_memory(device), round(pace.passes())
+    seconds, memory, measured = stopped - began, peak_memory(device), round(pace.passes())
     timed, alone = ended and (pace.whole or not method.steered), objective.ranks.size == 1
     if timed and alone:
-        passes, exact = found, pace.whole or method.passes_exact
+        passes, exact = measured, pace.whole or method.passes_exact
     else:  # besides one or two by which a layer is found that is not named
         passes = method.passes(objective.apart())
         exact = method.passes_exact and getattr(method, "layer", "") is not None
-    if not timed and found and pace.first is not None:  # at the mean of what was seen
-        seconds += max(0, passes / objective.ranks.size - found) * (stopped - pace.first) / found
+    if not timed and measured and pace.first is not None:  # at the mean of what was seen
+        seconds += max(0, passes / objective.ranks.size - measured) * (stopped - pace.first) / measured
     predictions, windows = method.predictions(objective), len(objective.windows)
     rounds = passes / windows if predictions is None else predictions + 1
     naive = round(rounds * len(objective.plan))

@@ -95,31 +95,31 @@ def inputs_sha256(method: Configurable, case: CaseInput) -> str | None:
     method's parameters hold or name (also inside others and in text), and the network's further inputs; None: nothing.
     """
     if id(method) not in case.hashes:
-        found: list[str] = []
-        _look(method, case.data, found)
-        _look([case.condition, *case.args, *case.kwargs.items()], {}, found)
-        case.hashes[id(method)] = hashlib.sha256(" ".join(found).encode()).hexdigest() if found else None
+        hashes: list[str] = []
+        _look(method, case.data, hashes)
+        _look([case.condition, *case.args, *case.kwargs.items()], {}, hashes)
+        case.hashes[id(method)] = hashlib.sha256(" ".join(hashes).encode()).hexdigest() if hashes else None
     return case.hashes[id(method)]
 
 
-def _look(value: Any, data: Mapping[str, Any], found: list[str]) -> None:
+def _look(value: Any, data: Mapping[str, Any], hashes: list[str]) -> None:
     if isinstance(value, (Tensor, np.ndarray)):
-        found.append(tensor_hash(torch.as_tensor(value)))
+        hashes.append(tensor_hash(torch.as_tensor(value)))
     elif isinstance(value, Configurable):
-        _look([getattr(value, p, None) for p in value.parameter_names()], data, found)
+        _look([getattr(value, p, None) for p in value.parameter_names()], data, hashes)
     elif isinstance(value, Mapping):
-        _look(list(value.values()), data, found)
+        _look(list(value.values()), data, hashes)
     elif isinstance(value, (list, tuple)):
         for one in value:
-            _look(one, data, found)
+            _look(one, data, hashes)
     elif isinstance(value, (str, Path)):
         for name in dict.fromkeys([str(value), *WORDS.findall(str(value))]):
             key = name.removeprefix("key:")
             if key in data:
-                _look(data[key], {}, found)
+                _look(data[key], {}, hashes)
             elif "." in name and Path(name).is_file():
                 stat = Path(name).stat()
-                found.append(_file_hash(name, stat.st_size, stat.st_mtime_ns))
+                hashes.append(_file_hash(name, stat.st_size, stat.st_mtime_ns))
 
 
 WORDS = re.compile(r"[^\s'\"()\[\]{},=]+|(?<=')[^']+(?=')|(?<=\")[^\"]+(?=\")")

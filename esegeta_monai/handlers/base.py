@@ -305,11 +305,13 @@ class CaseHandler(ABC):
     def _transforms(engine: Any) -> list[Any]:
         """The engine's postprocessing, which MONAI keeps nowhere but in the function that it registers."""
         for function, _, _ in engine._event_handlers.get(IterationEvents.MODEL_COMPLETED, []):
-            found = (
+            postprocessing = (
                 inspect.getclosurevars(function).nonlocals.get("posttrans") if inspect.isfunction(function) else None
             )
-            if found is not None:
-                return list(found.flatten().transforms) if isinstance(found, Compose) else [found]
+            if isinstance(postprocessing, Compose):
+                return list(postprocessing.flatten().transforms)
+            if postprocessing is not None:
+                return [postprocessing]
         return []
 
     def _shared(self, engine: Any) -> Share:
@@ -340,8 +342,8 @@ class CaseHandler(ABC):
         return None
 
     def _sigmoid(self, engine: Any) -> bool:
-        found = [t for t in self._transforms(engine) if isinstance(t, Activationsd)]
-        return any(on for t in found for key, on in zip(t.keys, t.sigmoid) if key == self.pred_key)
+        activations = [t for t in self._transforms(engine) if isinstance(t, Activationsd)]
+        return any(on for t in activations for key, on in zip(t.keys, t.sigmoid) if key == self.pred_key)
 
 
 def flag(name: str, value: Any) -> bool:

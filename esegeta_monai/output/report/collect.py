@@ -101,8 +101,8 @@ class CaseResults:
 
     def counts(self) -> dict[str, int]:
         """How many results have which status, in the order of `STATUSES`."""
-        found = Counter(result.status for result in self.results)
-        return {status: found[status] for status in STATUSES if status in found}
+        counter = Counter(result.status for result in self.results)
+        return {status: counter[status] for status in STATUSES if status in counter}
 
 
 @dataclass
@@ -165,15 +165,17 @@ def read_output(folder: Path) -> Run:
 def _entries(results: Any, notes: list[str]) -> list[dict[str, Any]]:
     """Those of run.json that say of which case, target and method they are, and how it went."""
     several = results if isinstance(results, list) else []
-    found = [fitted(e, "run.json", notes) for e in several if isinstance(e, dict)]
-    found = [
+    entries = [fitted(e, "run.json", notes) for e in several if isinstance(e, dict)]
+    entries = [
         e
-        for e in found
+        for e in entries
         if "case" in e and e.get("status") in STATUSES and (e.get("target") is None) == (e.get("method") is None)
     ]
-    if len(found) < len(several):
-        notes.append(f"run.json: {len(several) - len(found)} results are not as 'explain' wrote them and are left out.")
-    return found
+    if len(entries) < len(several):
+        notes.append(
+            f"run.json: {len(several) - len(entries)} results are not as 'explain' wrote them and are left out."
+        )
+    return entries
 
 
 def _sidecars(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -234,10 +236,10 @@ def _beside(folder: Path, case: str, what: str) -> Path:
 
 
 def _metrics(folder: Path, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_case: dict[str, list[dict[str, Any]]] = {}
     for row in table(folder / "metrics.csv", ("case", *OF_A_METRIC), notes):
-        found.setdefault(row["case"], []).append(_typed(row))
-    return found
+        by_case.setdefault(row["case"], []).append(_typed(row))
+    return by_case
 
 
 def _case_metrics(folder: Path, case: str) -> list[dict[str, Any]]:
@@ -271,10 +273,10 @@ def number(value: Any) -> float | None:
     (0.5, None, None, None)
     """
     try:
-        found = float(value)
+        converted = float(value)
     except (TypeError, ValueError):
         return None
-    return found if abs(found) != float("inf") and found == found else None
+    return converted if abs(converted) != float("inf") and converted == converted else None
 
 
 def _truth(value: Any) -> bool | None:
@@ -320,7 +322,7 @@ def _regions(folder: Path, case: CaseResults) -> list[dict[str, Any]]:
         content = (read_json(path.with_suffix(".json")) or {}).get("regions")
         several = content if isinstance(content, list) else []
         rows = [row for row in several if isinstance(row, dict) and all(row.get(k) for k in needed)]
-    found = []
+    regions = []
     for row in rows:
         typed: dict[str, Any] = {k: private(row.get(k)) for k in needed}
         numbers = ("voxels", "volume_mm3", "sum", "abs_sum", "share_of_abs", "mean")
@@ -328,5 +330,5 @@ def _regions(folder: Path, case: CaseResults) -> list[dict[str, Any]]:
         alarm = row.get("alarm")
         truth = _truth(alarm)
         typed["alarm"] = private(str(alarm)) if alarm and truth is None else "alarm" if truth else None
-        found.append(typed)
-    return found
+        regions.append(typed)
+    return regions

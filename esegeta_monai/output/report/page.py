@@ -232,13 +232,13 @@ def _metric_tables(case: CaseResults) -> list[dict[str, Any]]:
     """One table a target: methods and controls by metrics, in the order of the file; groups keep together."""
     tables = []
     for target in dict.fromkeys(row["target"] for row in case.metrics):
-        mine = [row for row in case.metrics if row["target"] == target]
+        of_target = [row for row in case.metrics if row["target"] == target]
         groups: dict[str, dict[str, bool | None]] = {}
-        for row in mine:
+        for row in of_target:
             groups.setdefault(row["group"] or "", {}).setdefault(row["metric"], row["higher_is_better"])
         names = [(name, higher) for group in groups.values() for name, higher in group.items()]
-        cells = {(row["method"], row["metric"]): row for row in mine}
-        methods = sorted(dict.fromkeys(row["method"] for row in mine), key=lambda m: m.startswith("control:"))
+        cells = {(row["method"], row["metric"]): row for row in of_target}
+        methods = sorted(dict.fromkeys(row["method"] for row in of_target), key=lambda m: m.startswith("control:"))
         tables.append(
             {
                 "target": target,
@@ -272,7 +272,7 @@ def _region_tables(case: CaseResults) -> list[dict[str, Any]]:
 
 def _synthesis_curves(case: CaseResults) -> list[Curve]:
     """What a synthesised image was made to raise (or to lower), step by step."""
-    found = []
+    curves = []
     for result in case.explained:
         values = result.record.get("curve")
         if result.synthesised and isinstance(values, list):
@@ -280,17 +280,17 @@ def _synthesis_curves(case: CaseResults) -> list[Curve]:
             name = "synthesis, loss" if "distance_end" in result.record else "synthesis, objective"
             if kept:
                 x, y = zip(*kept)
-                found.append(Curve(name, str(result.target), str(result.method), [*x], [*y]))
-    return found
+                curves.append(Curve(name, str(result.target), str(result.method), [*x], [*y]))
+    return curves
 
 
 def _warnings(results: Iterable[Result]) -> list[tuple[str, str]]:
     """Each warning once, with the methods that gave it."""
-    found: dict[str, list[str]] = {}
+    methods: dict[str, list[str]] = {}
     for result in results:
         for text in result.warnings:
-            found.setdefault(text, []).append(str(result.method or "the case"))
-    return [(text, ", ".join(dict.fromkeys(who))) for text, who in found.items()]
+            methods.setdefault(text, []).append(str(result.method or "the case"))
+    return [(text, ", ".join(dict.fromkeys(who))) for text, who in methods.items()]
 
 
 def _facts(run: Run, case: CaseResults) -> list[tuple[str, str]]:
@@ -350,9 +350,9 @@ def _row(case: CaseResults, embedded: Embedded, page: Path, root: Path) -> dict[
 
 def _index_page(run: Run, rows: list[dict[str, Any]]) -> str:
     total = {status: sum(row["counts"].get(status, 0) for row in rows) for status in words.STATUS_WORDS}
-    said = words.listed(words.STATUS_WORDS[status](n) for status, n in total.items() if n)
+    counts = words.listed(words.STATUS_WORDS[status](n) for status, n in total.items() if n)
     bundle = private(run.info.get("bundle"))
-    return _render("index.html", [_text("theme.js")], cases=rows, bundle=bundle, summary=f"{said}.")
+    return _render("index.html", [_text("theme.js")], cases=rows, bundle=bundle, summary=f"{counts}.")
 
 
 # ---- rendering -------------------------------------------------------------------------------------------------------
@@ -403,8 +403,8 @@ def _render(template: str, scripts: Sequence[str], *, three: bool = False, **con
         intended_use=INTENDED_USE,
         version=esegeta_monai.__version__,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        words={status: said(1).removeprefix("1 ") for status, said in words.STATUS_WORDS.items()},
-        said=words.STATUS_WORDS,
+        words={status: counted(1).removeprefix("1 ") for status, counted in words.STATUS_WORDS.items()},
+        counted=words.STATUS_WORDS,
         marks=MARKS,
         **context,
     )

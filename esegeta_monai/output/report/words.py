@@ -116,21 +116,21 @@ def plain(target: str) -> str:
 
 def targets(case: CaseResults) -> list[Target]:
     """The targets in order, with what is known of them."""
-    found = []
+    described = []
     for name in case.targets:
-        mine = [r for r in case.explained if r.target == name]
-        record = next((r.record for r in mine if r.record), {})
+        results = [r for r in case.explained if r.target == name]
+        record = next((r.record for r in results if r.record), {})
         voxels = record.get("target_voxels")
         grid = record.get("network_affine")
         volume = None
-        if voxels and grid and record.get("network_grid") and len(record["network_grid"]) == 3 and _is_mask(mine):
+        if voxels and grid and record.get("network_grid") and len(record["network_grid"]) == 3 and _is_mask(results):
             volume = voxels * _determinant(grid) / 1000
-        reason = next((r.reason for r in mine if r.status == "empty_target"), None)
+        reason = next((r.reason for r in results if r.status == "empty_target"), None)
         kind = name.split("-")[0] if record.get("target") == "PredictedClasses" else record.get("target") or name
         if kind == "ClassScore":  # one number, no voxels
             voxels = None
-        found.append(Target(name, _meaning(kind), record.get("class"), voxels, volume, record.get("value"), reason))
-    return found
+        described.append(Target(name, _meaning(kind), record.get("class"), voxels, volume, record.get("value"), reason))
+    return described
 
 
 def _is_mask(results: Sequence[Result]) -> bool:
@@ -153,44 +153,44 @@ def _meaning(kind: str) -> str:
 
 def findings(case: CaseResults, embedded_notes: Sequence[str] = ()) -> list[Finding]:
     """What to be careful with, worst first."""
-    found: list[Finding] = []
+    notable: list[Finding] = []
     for result in case.results:
         if result.status in ("failed", "timeout"):
             what = "The case" if result.method is None else f"{result.method} for {result.target}"
             how = "failed" if result.status == "failed" else "was ended by the time limit"
-            found.append(Finding("bad", f"{what} {how}: {result.reason}"))
+            notable.append(Finding("bad", f"{what} {how}: {result.reason}"))
     for target in dict.fromkeys(r.target for r in case.results if r.status == "empty_target"):
         reason = next(r.reason for r in case.results if r.target == target and r.status == "empty_target")
-        found.append(Finding("warn", f"Empty target {target}: {reason or 'nothing was predicted there'}."))
+        notable.append(Finding("warn", f"Empty target {target}: {reason or 'nothing was predicted there'}."))
     for row in case.regions:
         if row["alarm"]:
             share = "" if row["share_of_abs"] is None else f" ({100 * row['share_of_abs']:.1f} % of the attribution)"
             text = "" if row["alarm"] == "alarm" else f": {row['alarm']}"
-            found.append(
+            notable.append(
                 Finding("bad", f"Region alarm, {row['method']} for {row['target']}: {row['region']}{share}{text}")
             )
     for method in dict.fromkeys(row["method"] for row in case.metrics if row["beats_controls"] is False):
         metrics = [r["metric"] for r in case.metrics if r["method"] == method and r["beats_controls"] is False]
-        found.append(Finding("warn", f"{method} does not beat the control maps on {listed(dict.fromkeys(metrics))}."))
+        notable.append(Finding("warn", f"{method} does not beat the control maps on {listed(dict.fromkeys(metrics))}."))
     for result in case.explained:
-        found += [Finding("warn", f"{result.method} for {result.target}: {text}") for text in _careful(result)]
+        notable += [Finding("warn", f"{result.method} for {result.target}: {text}") for text in _careful(result)]
     if not case.metrics and case.explained:
-        found.append(
+        notable.append(
             Finding(
                 "note",
                 "No evaluation: how far these maps can be trusted was not measured ('esegeta-monai evaluate' does it).",
             )
         )
-    found += [Finding("note", text) for text in embedded_notes]
+    notable += [Finding("note", text) for text in embedded_notes]
     there = sum(r.status == "ok" for r in case.explained)
     if case.explained and there == len(case.explained):
-        found.append(
+        notable.append(
             Finding(
                 "good", f"All {count(there, 'map')} could be computed." if there > 1 else "The map could be computed."
             )
         )
     order = ("bad", "warn", "note", "good")
-    joined = [Finding(f.level, f.text.replace(" %", "\u00a0%")) for f in found]
+    joined = [Finding(f.level, f.text.replace(" %", "\u00a0%")) for f in notable]
     return sorted(joined, key=lambda f: order.index(f.level))
 
 
