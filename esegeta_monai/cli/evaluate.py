@@ -34,6 +34,7 @@ from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, RankLost, UsageError
 from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.explain.names import ResultNames
+from esegeta_monai.explain.record import KINDS, Record
 from esegeta_monai.files.grids.resample import to_network_grid
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.evaluation_writer import EvaluationWriter
@@ -189,7 +190,7 @@ class _Earlier:
     """The maps in the output folder of ``explain``, by their sidecars."""
 
     folder: Path
-    sidecars: dict[str, list[tuple[Path, dict[str, Any]]]]
+    sidecars: dict[str, list[tuple[Path, Record]]]
     methods: list[Method]
     targets: list[Target]
 
@@ -199,26 +200,27 @@ class _Earlier:
         if not folder.is_dir():
             raise UsageError(f"--maps {folder}: there is no such folder; give the output folder of 'explain'")
         wanted = {case.name for case in cases}
-        sidecars: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+        sidecars: dict[str, list[tuple[Path, Record]]] = {}
         for file in sorted(folder.rglob("*.json")):
-            record = read_json(file)
-            if record and record.get("map") and record.get("case") in wanted and record.get("status") in ("ok", "zero"):
-                if not _whole(record):
+            content = read_json(file) or {}
+            record = Record.from_json(content)
+            if record.map and record.case in wanted and record.status in ("ok", "zero"):
+                if not all(isinstance(content.get(key), KINDS[key]) for key in NEEDED):
                     logger.warning("%s does not say of which method and target its map is: left out", file.name)
                     continue
-                if record.get("input"):
+                if record.input:
                     raise UsageError(
                         f"{file.name}: maps of several inputs cannot be judged from disk: leave --maps out"
                     )
-                sidecars.setdefault(record["case"], []).append((file.with_name(record["map"]), record))
+                sidecars.setdefault(str(record.case), []).append((file.with_name(record.map), record))
         if not sidecars:
             raise UsageError(f"--maps {folder}: no map of {', '.join(sorted(wanted)[:3])} in it; run 'explain' first")
         records = [record for several in sidecars.values() for _, record in several]
         return cls(
             folder,
             sidecars,
-            _revived(records, METHODS, "method", "parameters"),
-            _revived(records, TARGETS, "target", "target_parameters"),
+            _revived([(str(r.method), r.parameters or {}) for r in records], METHODS),
+            _revived([(str(r.target), r.target_parameters or {}) for r in records], TARGETS),
         )
 
     def maps(
@@ -233,43 +235,39 @@ class _Earlier:
         maps: dict[tuple[str, str], Tensor] = {}
         problems: dict[str, str] = {}
         for path, record in self.sidecars.get(case.name, []):
-            method = _same(methods, record["method"], record["parameters"])
-            target = _same(targets, record["target"], record["target_parameters"])
+            method = _same(methods, record.method, record.parameters)
+            target = _same(targets, record.target, record.target_parameters)
             if method is None or target is None:
                 continue
-            key = (names.target(target, record["target_name"]), names.method(method))
+            key = (names.target(target, str(record.target_name)), names.method(method))
             try:
                 values = storage.read_scan(path, spatial_dims=2 if image.ndim == 3 else None)
             except InputError as error:
                 problems[", ".join(key)] = str(error).replace(str(path), path.name)
                 continue
-            maps[key] = to_network_grid(values, image, additive=bool(record.get("additive")))
+            maps[key] = to_network_grid(values, image, additive=bool(record.additive))
         if not maps and not problems:
             raise UsageError(f"{case.name}: none of its maps on disk is of these methods and targets")
         return maps, problems
 
 
-def _whole(record: Mapping[str, Any]) -> bool:
-    """Whether a sidecar says what is asked of it."""
-    texts, parameters = ("method", "target", "target_name", "map"), ("parameters", "target_parameters")
-    return all(isinstance(record.get(k), str) for k in texts) and all(
-        isinstance(record.get(k), dict) for k in parameters
-    )
+NEEDED = ("method", "parameters", "target", "target_parameters", "target_name", "map")
+"""Entries of a sidecar without which its map cannot be evaluated."""
 
 
-def _revived(records: Sequence[Mapping[str, Any]], registry: Registry[Any], kind: str, parameters: str) -> list[Any]:
-    """One instance for each kind and parameters that the records have."""
+def _revived(recorded: Sequence[tuple[str, Mapping[str, Any]]], registry: Registry[Any]) -> list[Any]:
+    """Create one instance for each recorded class and its parameters."""
     instances: dict[str, Any] = {}
-    for record in records:
-        key = json.dumps([record[kind], record[parameters]], sort_keys=True)
+    for name, parameters in recorded:
+        key = json.dumps([name, parameters], sort_keys=True)
         if key in instances:
             continue
         try:
-            instances[key] = registry.create({"_target_": record[kind], **_nested(record[parameters])})
+            instances[key] = registry.create({"_target_": name, **_nested(parameters)})
         except EsegetaError as error:
             raise UsageError(
-                f"the {kind} {record[kind]} of an earlier map cannot be made again from its record ({error}): name it "
-                f"with --{kind}{'s' if kind == 'method' else ''}"
+                f"the {registry.kind} {name} of an earlier map cannot be made again from its record ({error}): name it "
+                f"with --{registry.kind}{'s' if registry.kind == 'method' else ''}"
             ) from error
     return list(instances.values())
 
@@ -284,7 +282,7 @@ def _nested(parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _same(things: Sequence[Any], kind: str, parameters: Mapping[str, Any]) -> Any:
+def _same(things: Sequence[Any], kind: str | None, parameters: Mapping[str, Any] | None) -> Any:
     text = json.dumps(parameters, sort_keys=True)
     fitting = (t for t in things if type(t).__name__ == kind and json.dumps(t.parameters, sort_keys=True) == text)
     return next(fitting, None)

@@ -24,6 +24,7 @@ from esegeta_monai.engine.score import Score
 from esegeta_monai.errors import MetricError, RankLost, UsageError, named_reason
 from esegeta_monai.explain.explainer import Explainer
 from esegeta_monai.explain.names import ResultNames
+from esegeta_monai.explain.record import Record
 from esegeta_monai.explain.run import JudgedCase
 from esegeta_monai.methods.base import METHODS, Explained, Method
 from esegeta_monai.methods.precision import full_precision
@@ -52,9 +53,9 @@ WITH_LABEL = ("PointingGame", "RelevanceMass", "RelevanceRank", "LocalisationAUC
 """Added by default where there is a label."""
 
 
-Known = Callable[[Mapping[str, Any]], "Tensor | None"]
+Known = Callable[[Record], "Tensor | None"]
 """Gives a map (C, *spatial) that has been computed already, None where there is none, by the record of what is known of
-it beforehand (`esegeta_monai.explain.record.decisive` is what decides)."""
+it beforehand (`Record.decisive` is what decides)."""
 
 
 @dataclass

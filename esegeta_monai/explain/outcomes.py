@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,7 +13,7 @@ from esegeta_monai.engine.windows.plan import WindowPlan
 from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, named_reason
 from esegeta_monai.explain.attribution import Attribution, like_image, mask_on_image
 from esegeta_monai.explain.case import CaseInput
-from esegeta_monai.explain.record import MEASURED, inputs_sha256, tensor_hash
+from esegeta_monai.explain.record import Record, inputs_sha256, tensor_hash
 from esegeta_monai.explain.settings import Settings
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.targets.base import Target
@@ -56,56 +55,54 @@ class Outcomes:
     def __init__(self, settings: Settings, case: CaseInput) -> None:
         self.settings, self.case = settings, case
 
-    def record(self, method: Method, bound: BoundTarget, plan: WindowPlan | None) -> dict[str, Any]:
+    def record(self, method: Method, bound: BoundTarget, plan: WindowPlan | None) -> Record:
         """All that is known before the method runs; what only the run can tell stands as None."""
         score, case, names = bound.score, self.case, list(self.settings.channel_names)
-        return {
-            **dict.fromkeys(MEASURED),
-            "method": type(method).__name__,
-            "method_name": method.name,
-            "parameters": method.parameters,
-            "produces": method.produces,
-            "additive": method.additive,
-            "signed": method.signed,
-            "units": method.units,
-            "reference": method.reference,
-            "target": type(bound.target).__name__,
-            "target_name": bound.label,
-            "target_parameters": bound.target.parameters,
-            "target_voxels": 0 if score is None else score.voxels,
-            "target_sha256": bound.hash,
-            "inputs_sha256": inputs_sha256(method, case),
-            "class_index": None if score is None else score.class_index,
-            "class_name": None if score is None else score.class_name,
-            "channel_names": names if len(names) == case.image.shape[0] else [],
-            "coverage": None if plan is None else plan.coverage,
-            "windows_total": None if plan is None else len(plan),
-            "amp": None if method.full_precision else self.settings.autocast,
+        return Record(
+            method=type(method).__name__,
+            method_name=method.name,
+            parameters=method.parameters,
+            produces=method.produces,
+            additive=method.additive,
+            signed=method.signed,
+            units=method.units,
+            reference=method.reference,
+            target=type(bound.target).__name__,
+            target_name=bound.label,
+            target_parameters=bound.target.parameters,
+            target_voxels=0 if score is None else score.voxels,
+            target_sha256=bound.hash,
+            inputs_sha256=inputs_sha256(method, case),
+            class_index=None if score is None else score.class_index,
+            class_name=None if score is None else score.class_name,
+            channel_names=names if len(names) == case.image.shape[0] else [],
+            coverage=None if plan is None else plan.coverage,
+            windows_total=None if plan is None else len(plan),
+            amp=None if method.full_precision else self.settings.autocast,
             **self.settings.record,
             **case.record,
-            "warnings": [],
-            "versions": versions(),
-        }
+            versions=versions(),
+        )
 
     def finished(
-        self, method: Method, bound: BoundTarget, record: dict[str, Any], outcome: Explained, k: int
+        self, method: Method, bound: BoundTarget, record: Record, outcome: Explained, k: int
     ) -> Iterator[Attribution]:
         """The map of target k, one for each image input where a network has several."""
         record.update(json_ready(outcome.note(k)))
-        if record["amp_fallback"] is not None:
-            record["warnings"] = [*record["warnings"], f"computed in float32: {record['amp_fallback']}"]
+        if record.amp_fallback is not None:
+            record.warnings = [*record.warnings, f"computed in float32: {record.amp_fallback}"]
         case, channels = self.case, self.case.channels
         values = outcome.maps[k]
         per_input = bool(channels) and values.shape[0] == sum(channels.values())
         parts = dict(zip(channels, values.split(list(channels.values())))) if per_input else {None: values}
         mask = mask_on_image(bound.score, case.image)
         for name, part in parts.items():
-            own = dict(record)
+            own = replace(record, more=dict(record.more))
             finite = all_finite(part)
-            own["sum"] = float(part.sum(dtype=torch.float64)) if finite else None
-            own["status"] = "ok" if finite and largest(part) > 0 else ("zero" if finite else "failed")
+            own.sum = float(part.sum(dtype=torch.float64)) if finite else None
+            own.status = "ok" if finite and largest(part) > 0 else ("zero" if finite else "failed")
             if name is not None:
-                own["input"] = name
+                own.input = name
             if not finite:
                 bad = int((~torch.isfinite(part)).sum())
                 error = MethodError(
@@ -114,15 +111,15 @@ class Outcomes:
                 )
                 yield self.failed(method, bound, own, error)
                 continue
-            if own["status"] == "zero":
-                own["warnings"] = [
-                    *own["warnings"],
+            if own.status == "zero":
+                own.warnings = [
+                    *own.warnings,
                     "the map is zero everywhere: the target does not react here, or the method lets nothing through",
                 ]
             attribution = like_image(part, case.image)
-            yield Attribution(attribution, method, bound.target, case.index, own, bound.label, mask, name)
+            yield Attribution(attribution, method, bound.target, case.index, own.to_json(), bound.label, mask, name)
 
-    def failed(self, method: Method, bound: BoundTarget, record: dict[str, Any], error: Exception) -> Attribution:
+    def failed(self, method: Method, bound: BoundTarget, record: Record, error: Exception) -> Attribution:
         """The attribution of what went wrong.
 
         Raises:
@@ -130,16 +127,16 @@ class Outcomes:
         """
         if self.settings.on_error == "raise" or isinstance(error, RankLost):
             raise error
-        record["status"] = "timeout" if isinstance(error, MethodTimeout) else "failed"
-        record["reason"] = named_reason(error)
+        record.status = "timeout" if isinstance(error, MethodTimeout) else "failed"
+        record.reason = named_reason(error)
         logger.debug("case %d: %s, %s failed", self.case.index, method.name, bound.label, exc_info=error)
-        return Attribution(None, method, bound.target, self.case.index, record, bound.label, error=error)
+        return Attribution(None, method, bound.target, self.case.index, record.to_json(), bound.label, error=error)
 
-    def empty(self, method: Method, bound: BoundTarget, record: dict[str, Any]) -> Attribution:
+    def empty(self, method: Method, bound: BoundTarget, record: Record) -> Attribution:
         """The attribution of a target without voxels."""
-        record["status"] = "empty_target"
-        record["reason"] = NOTHING_THERE.format(bound.label)
-        return Attribution(None, method, bound.target, self.case.index, record, bound.label)
+        record.status = "empty_target"
+        record.reason = NOTHING_THERE.format(bound.label)
+        return Attribution(None, method, bound.target, self.case.index, record.to_json(), bound.label)
 
 
 def not_linear(method: Method, bound: BoundTarget) -> MethodError:

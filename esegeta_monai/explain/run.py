@@ -21,7 +21,7 @@ from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.explain.costs import too_costly
 from esegeta_monai.explain.outcomes import NOTHING_THERE, BoundTarget, Outcomes, not_linear
 from esegeta_monai.explain.prediction import Prediction
-from esegeta_monai.explain.record import peak_memory, predicted_class, reset_peak_memory
+from esegeta_monai.explain.record import Record, peak_memory, predicted_class, reset_peak_memory
 from esegeta_monai.explain.settings import Settings
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.run import grouped, run_together, shares_passes
@@ -75,7 +75,7 @@ class JudgedCase:
     left_out: list[tuple[str, str]]
     empty: list[tuple[str, str]]
     time_limit: float | None
-    record: Callable[[Method, int], dict[str, Any]]
+    record: Callable[[Method, int], Record]
 
 
 class CaseRun:
@@ -139,7 +139,7 @@ class CaseRun:
             left = []
             for j, b in enumerate(bound):
                 record = outcomes.record(method, b, predicted.plan)
-                if skip and skip(Attribution(None, method, b.target, case.index, record, b.label)):
+                if skip and skip(Attribution(None, method, b.target, case.index, record.to_json(), b.label)):
                     continue
                 error = refused.get(id(method), b.error)
                 if error is not None:
@@ -180,7 +180,7 @@ class CaseRun:
 
             def record(
                 method: Method, k: int, seen: list[BoundTarget] = seen, predicted: Prediction = predicted
-            ) -> dict[str, Any]:
+            ) -> Record:
                 return self.outcomes.record(method, seen[k], predicted.plan)
 
             at, names = [b.target for b in seen], [b.label for b in seen]
@@ -216,15 +216,15 @@ class CaseRun:
                 record = self.outcomes.record(method, b, objective.plan)
                 record.update(shared)
                 others = [other.label for other in task.bound if other.label != b.label]
-                record["warnings"] = [*task.predicted.notes, *monitor.warnings_without(others)]
-                record["blend_deviation"] = deviation = objective.blend_deviation[k]
+                record.warnings = [*task.predicted.notes, *monitor.warnings_without(others)]
+                record.blend_deviation = deviation = objective.blend_deviation[k]
                 if deviation is not None and not deviation <= DEVIATES:
-                    record["warnings"].append(self._deviates(b.label, deviation))
+                    record.warnings.append(self._deviates(b.label, deviation))
                 if isinstance(outcome, Exception):
                     yield self.outcomes.failed(method, b, record, _goes_on(outcome, objective.table))
                     continue
                 assert values is not None
-                record["value"] = float(values[k])
+                record.value = float(values[k])
                 if b.target.layer is None:
                     record.update(predicted_class(task.predicted.prediction, settings.class_names))
                 yield from self.outcomes.finished(method, b, record, outcome, k)
@@ -252,10 +252,10 @@ class CaseRun:
         names += ["image_sha256", "inputs_sha256"]
         return {
             "method": type(method).__name__,
-            "version": records[0]["versions"]["esegeta_monai"],  # another one may go through the pairs in another order
+            "version": (records[0].versions or {})["esegeta_monai"],  # versions may order the pairs differently
             "weights_sha256": weights_hash(self.settings.network),
-            "targets": [[r["target"], r["target_parameters"], r["target_sha256"]] for r in records],
-            **{name: records[0][name] for name in names},
+            "targets": [[r.target, r.target_parameters, r.target_sha256] for r in records],
+            **{name: getattr(records[0], name) for name in names},
         }
 
     @contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from esegeta_monai.errors import UsageError
+from esegeta_monai.explain.record import Record
 from esegeta_monai.files.copies import scan_copy_path
 from esegeta_monai.files.maps import sidecar_path
 from esegeta_monai.files.privacy import private, without_paths
@@ -36,7 +37,7 @@ class Result:
     Attributes:
         target, method: as ``run.json`` calls them; None both where the case failed as a whole.
         status: as in ``run.json``; of a skipped one that of its sidecar.
-        record: the sidecar; empty where there is none.
+        record: the sidecar; without entries where there is none.
         map, mask: files, where they are.
     """
 
@@ -45,7 +46,7 @@ class Result:
     status: str
     reason: str | None = None
     traceback: str | None = None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Record = field(default_factory=Record)
     map: Path | None = None
     mask: Path | None = None
     seconds: float | None = None
@@ -58,7 +59,7 @@ class Result:
     @property
     def synthesised(self) -> bool:
         """The map is an image that the method made, not an attribution of the scan."""
-        return self.record.get("produces") == "synthesised image"
+        return self.record.produces == "synthesised image"
 
 
 @dataclass
@@ -202,17 +203,18 @@ def _sidecar_of(entry: Mapping[str, Any], folder: Path, sidecars: Mapping[Path, 
 
 
 def _result(entry: Mapping[str, Any], path: Path | None, sidecars: Mapping[Path, dict[str, Any]]) -> Result:
-    record = private(sidecars[path]) if path is not None else {}
-    status = str(record.get("status") if entry["status"] == "skipped" and record else entry["status"])
+    record = Record() if path is None else Record.from_json(private(sidecars[path]))
+    skipped = entry["status"] == "skipped"
+    status = str(record.status if skipped and path is not None else entry["status"])
     result = Result(
         entry.get("target"),
         entry.get("method"),
         status,
-        private(record.get("reason") if entry["status"] == "skipped" else entry.get("reason")),
+        private(record.reason if skipped else entry.get("reason")),
         without_paths(str(entry["traceback"]), relative=False) if entry.get("traceback") else None,
         record,
-        seconds=entry.get("seconds") if entry.get("seconds") is not None else record.get("seconds"),
-        warnings=list(dict.fromkeys([*private(entry.get("warnings") or []), *(record.get("warnings") or [])])),
+        seconds=entry.get("seconds") if entry.get("seconds") is not None else record.seconds,
+        warnings=list(dict.fromkeys([*private(entry.get("warnings") or []), *record.warnings])),
     )
     if path is not None and status in WITH_MAP:
         map_file = path.parent / str(sidecars[path].get("map", ""))

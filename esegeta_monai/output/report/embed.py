@@ -96,7 +96,7 @@ def embed(case: CaseResults, *, radiological: bool = True, budget: int = BUDGET)
 def _view(path: Path, result: Result | None) -> tuple[np.ndarray, View]:
     """The affine by which the case is drawn, and the view that follows."""
     image = open_volume(path)
-    display = (result.record.get("display") if result is not None else None) or {}
+    display = (result.record.display if result is not None else None) or {}
     flat = len(image.shape) < 3 or image.shape[2] == 1
     affine = np.asarray(display.get("affine", image.affine), dtype=np.float64)
     oriented = bool(display.get("oriented", not (flat and np.array_equal(affine[:3, :3], np.eye(3)))))
@@ -134,7 +134,7 @@ def _embed(
         values = read(result.map)
         if not values:
             continue
-        names = result.record.get("channel_names") or []
+        names = result.record.channel_names or []
         names = names if len(names) == len(values) else [f"channel {c}" for c in range(len(values))]
         if len(values) in kept:
             chosen = kept[len(values)]
@@ -201,7 +201,7 @@ def _strongest(paths: list[Path], affine: np.ndarray, view: View) -> dict[int, l
 
 def _entry(result: Result, values: list[np.ndarray], levels: int, add: Callable[[np.ndarray], str]) -> dict[str, Any]:
     """A map for the viewer: its bytes, the end of its scale, its strongest point."""
-    signed = bool(result.record.get("signed", True))
+    signed = result.record.signed is not False
     together = np.stack(values)
     limit = limit_of(together, signed)
     strength = np.abs(together) if signed else np.maximum(together, 0)
@@ -213,7 +213,7 @@ def _entry(result: Result, values: list[np.ndarray], levels: int, add: Callable[
         "method": result.method,
         "signed": signed,
         "limit": limit,
-        "units": result.record.get("units") or "attribution",
+        "units": result.record.units or "attribution",
         "peak": peak,
         "channel": channel,
         "value": float(together[channel][tuple(peak)]),
