@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from argparse import Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +17,23 @@ from torch import Tensor
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.arguments import add_bundle, add_computing_options, add_network, add_share
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import (
     DEFAULT_METHODS,
     check_layers,
     choose_device,
     default_targets,
+    each_case,
     explainer_for,
-    named,
+    open_log,
     overrides,
     provenance_of,
 )
 from esegeta_monai.cli.log import RunLog
 from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
-from esegeta_monai.errors import EsegetaError, InputError, RankLost, UsageError
+from esegeta_monai.errors import EsegetaError, InputError, UsageError
 from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import KINDS, Record
@@ -44,10 +46,100 @@ from esegeta_monai.utils.files import read_json
 from esegeta_monai.utils.registry import Registry
 
 __all__ = [
+    "add_arguments",
     "run",
 ]
 
 logger = logging.getLogger("esegeta_monai")
+
+
+DESCRIPTION = """\
+Measures how far maps can be trusted: does the target change as they say, do they stay the same when they
+should, do they change when the network does, do they lie where the cause is known to lie. Beside the methods stand
+three control maps that do not look at the network (random, edges of the image, constant); a method that is no better is
+named. It writes OUTPUT/metrics.csv (one row a case, target, method and metric), OUTPUT/CASE/CASE_metrics.json (with
+curves and parameters) and OUTPUT/CASE/CASE_regions.csv (sums of the map per region, channel and distance)."""
+
+EPILOG = """labels:
+  A label says where the cause lies. It is needed by the metrics of localisation (pointing game, relevance mass, ...)
+  and may lie on any grid. A folder must hold one file for each case: CASE.nii.gz, or one whose name begins with CASE_.
+
+exit codes: 0 all done (metrics that say nothing about a map, or do not apply to it, included), 1 something failed,
+2 usage error
+"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``evaluate``."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    add_bundle(parser, required=True)
+    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the tables go; made if missing")
+    parser.add_argument(
+        "--maps", metavar="DIR", help="judge the maps in this output folder of 'explain' in place of computing them"
+    )
+    parser.add_argument(
+        "--methods",
+        action="append",
+        metavar="LIST",
+        help="how it is explained (default: those of --maps, else Saliency,GradCam)",
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="TARGET",
+        help="what is explained (default: those of --maps, else every predicted class but background)",
+    )
+    parser.add_argument(
+        "--metrics",
+        action="append",
+        metavar="LIST",
+        help="names with commas between them, with parameters in brackets, or 'all' (default: a quick selection; "
+        "'esegeta-monai metrics' lists all)",
+    )
+    parser.add_argument("--label", metavar="FILE", help="label map, or folder of them named like the cases: see below")
+    parser.add_argument(
+        "--label-value",
+        type=_label_value,
+        metavar="N",
+        help="which value of the label is the cause: a number, or 'class' for the target's own (default: all above 0)",
+    )
+    parser.add_argument(
+        "--regions", metavar="FILE", help="label map, or folder, for the region tables (default: --label)"
+    )
+    parser.add_argument("--region-names", metavar="N=NAME,...", help="names of its values, such as 1=liver,2=spleen")
+    parser.add_argument(
+        "--body", metavar="FILE", help="mask of the patient, or folder (default: the image's foreground)"
+    )
+    parser.add_argument(
+        "--outside-alarm", type=_fraction, default=0.1, metavar="SHARE",
+        help="a region table raises its alarm where more than this share lies outside the body (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-controls",
+        dest="controls",
+        action="store_false",
+        help="without the control maps (random, Sobel, constant)",
+    )
+    add_network(parser)
+    add_computing_options(parser)
+    add_share(parser)
+
+
+def _label_value(text: str) -> int | str:
+    if text != "class" and (not text.isdigit() or int(text) < 1):
+        raise ArgumentTypeError(f"{text!r} is no whole number above 0, and not 'class'")
+    return text if text == "class" else int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"{text!r} is no share from 0 to 1")
+    return value
 
 
 def run(args: Namespace, log: RunLog) -> int:
@@ -96,35 +188,28 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Ranks) -> EvaluationWriter:
     )
     writer = EvaluationWriter(output, methods, targets, provenance_of(reader, args), ranks=ranks, share=args.share)
     preprocess = Preprocessor(reader)
-    for case in cases:
-        for file in case.files:
-            log.hide(file, file.name)
-    log.hide(output, output.name)
-    log.hide(reader.bundle_dir, reader.bundle_dir.name)
-    log.write_to(output)
-    own_cases = ranks.share(cases) if args.share == "cases" else cases
-    for number, case in enumerate(own_cases, 1):
-        with log.of(case.name):
-            logger.info("%s: case %d of %d", case.name, number, len(own_cases))
-            try:
-                _, image, data = preprocess(case)
-                maps, problems = earlier.maps(case, methods, targets, writer.names, image) if earlier else (None, {})
-                writer.evaluate(
-                    evaluator,
-                    image,
-                    case.name,
-                    problems=problems,
-                    data=data,
-                    maps=maps,
-                    region_names=region_names,
-                    label_value=args.label_value,
-                    **_beside(args, case, image, data),
-                )
-            except RankLost:
-                raise
-            except Exception as error:  # told with its reason, and the other cases go on
-                writer.failed(case.name, str(named(error, log)))
-                logger.debug("traceback", exc_info=error)
+    open_log(log, reader, cases, output)
+
+    def evaluate(case: ScanCase) -> None:
+        _, image, data = preprocess(case)
+        maps, problems = earlier.maps(case, methods, targets, writer.names, image) if earlier else (None, {})
+        writer.evaluate(
+            evaluator,
+            image,
+            case.name,
+            problems=problems,
+            data=data,
+            maps=maps,
+            region_names=region_names,
+            label_value=args.label_value,
+            **_beside(args, case, image, data),
+        )
+
+    def failed(case: str, error: Exception) -> None:
+        writer.failed(case, str(error))
+        logger.debug("traceback", exc_info=error.__cause__)
+
+    each_case(ranks.share(cases) if args.share == "cases" else cases, evaluate, failed, log)
     writer.join()
     return writer
 

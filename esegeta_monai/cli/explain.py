@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import esegeta_monai.files as storage
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.arguments import add_bundle, add_network, add_run_options, add_share
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.engine.network.hooks import find_layer
@@ -30,11 +31,70 @@ from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.utils.distributed import Ranks, local_device, process_group
 
-__all__ = ["DEFAULT_METHODS", "choose_device", "default_targets", "explain_cases", "explainer_for", "overrides", "run"]
+__all__ = [
+    "DEFAULT_METHODS",
+    "add_arguments",
+    "choose_device",
+    "default_targets",
+    "each_case",
+    "explain_cases",
+    "explainer_for",
+    "open_log",
+    "overrides",
+    "run",
+]
 
 DEFAULT_METHODS = ("Saliency", "GradCam")
 
 logger = logging.getLogger("esegeta_monai")
+
+
+DESCRIPTION = """Explains what a bundle predicts on your scans. For each case, target and method it writes
+OUTPUT/CASE/CASE_TARGET_METHOD_attr.nii.gz (the map, on the scan's own voxels), .png (a picture) and .json (the record),
+and OUTPUT/run.json with the status of everything. What is finished already is skipped, so the same command goes on
+where an earlier run was stopped. The bundle itself is not changed."""
+
+EPILOG = """inputs:
+  scan.nii.gz                a scan; the case is called "scan"
+  scans/                     every scan in the folder and below it, sorted
+  t1.nii.gz,t2.nii.gz        one case whose channels are in several files, in the network's order
+  patients/                  a folder with one file for each channel of the network, named after the channels in
+                             metadata.json (p1/p1_T1c.nii.gz, p1/p1_FLAIR.nii.gz, ...) is one case
+  p7=scan.nii.gz             the case is called "p7"
+
+exit codes: 0 all done, 1 some case or method failed (run.json says why; the others are there), 2 usage error
+"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``explain``."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    add_bundle(parser, required=True)
+    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans: see below")
+    parser.add_argument("--output", required=True, metavar="DIR", help="where the results go; made if missing")
+    parser.add_argument(
+        "--methods",
+        action="append",
+        metavar="LIST",
+        help="how: names with commas between them, with parameters in brackets (default: Saliency,GradCam; "
+        "'esegeta-monai methods' lists all)",
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="TARGET",
+        help='what: such as "MultiClassMask(class_index=1)" or "MultiClassMask(\'spleen\')"; may be repeated '
+        "(default: every predicted class but background; 'esegeta-monai targets' lists all)",
+    )
+    parser.add_argument("--report", action="store_true", help="write the HTML report when all is done")
+    add_network(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing; print window passes, time and memory of every method for every target of every case",
+    )
+    add_run_options(parser)
+    add_share(parser)
 
 
 def run(args: Namespace, log: RunLog) -> int:
@@ -108,28 +168,43 @@ def explain_cases(
         ranks=ranks,
         together=options.share == "windows",
     )
-    for case in cases:
-        for file in case.files:
-            log.hide(file, file.name)
-    log.hide(output, output.name)
-    log.hide(reader.bundle_dir, reader.bundle_dir.name)
-    log.write_to(output)
+    open_log(log, reader, cases, output)
     logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))
-    own_cases = ranks.share(cases) if options.share == "cases" else cases
-    for number, case in enumerate(own_cases, 1):
-        with log.of(case.name):
-            logger.info("%s: case %d of %d", case.name, number, len(own_cases))
-            try:
-                scan, image, data = preprocess(case)
-                for some, of in ranks.part(options.share, methods, chosen):
-                    writer.explain(explainer, image, case.name, some, of, scan=scan, data=data)
-            except RankLost:
-                raise
-            except Exception as error:  # recorded with its reason, and the other cases go on
-                writer.failed(case.name, named(error, log))
+
+    def explain(case: ScanCase) -> None:
+        scan, image, data = preprocess(case)
+        for some, of in ranks.part(options.share, methods, chosen):
+            writer.explain(explainer, image, case.name, some, of, scan=scan, data=data)
+
+    each_case(ranks.share(cases) if options.share == "cases" else cases, explain, writer.failed, log)
     with writer.run:
         writer.run.join(ranks)
         return writer
+
+
+def open_log(log: RunLog, reader: BundleReader, cases: Sequence[ScanCase], output: Path) -> None:
+    """Begin the log file of a run in ``output``; folders of scans, bundle and output are left out of its lines."""
+    for path in (*(file for case in cases for file in case.files), output, reader.bundle_dir):
+        log.hide(path, path.name)
+    log.write_to(output)
+
+
+def each_case(
+    cases: Sequence[ScanCase],
+    work: Callable[[ScanCase], None],
+    failed: Callable[[str, Exception], None],
+    log: RunLog,
+) -> None:
+    """Work on cases one by one; one that fails is passed to ``failed`` with its error, and the others go on."""
+    for number, case in enumerate(cases, 1):
+        with log.of(case.name):
+            logger.info("%s: case %d of %d", case.name, number, len(cases))
+            try:
+                work(case)
+            except RankLost:
+                raise
+            except Exception as error:  # a bundle's code and networks may raise anything
+                failed(case.name, named(error, log))
 
 
 def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:

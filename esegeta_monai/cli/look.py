@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.arguments import add_bundle, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.explain import choose_device, overrides
 from esegeta_monai.engine.default_layer import default_layer, layer_shapes
@@ -22,7 +23,21 @@ from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.errors import MethodError, UsageError
 
-__all__ = ["run_info", "run_layers"]
+__all__ = ["add_info_arguments", "add_layers_arguments", "run_info", "run_layers"]
+
+
+def add_layers_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``layers``."""
+    add_bundle(parser, required=True)
+    parser.add_argument("--input", metavar="FILE", help="a scan to try the network on (default: noise of one window)")
+    add_network(parser)
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+
+
+def add_info_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``info``."""
+    add_bundle(parser, required=False)
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
 
 
 def run_info(args: Namespace, *_: object) -> int:

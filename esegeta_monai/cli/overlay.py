@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,39 @@ from esegeta_monai.bundle.overlay import (
     shipped_overlay,
 )
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.arguments import add_bundle
 from esegeta_monai.cli.explain import overrides
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.utils.files import atomic
 
-__all__ = ["run", "run_merge"]
+__all__ = ["add_arguments", "run", "run_merge"]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``overlay``."""
+    add_bundle(parser, required=False)
+    parser.add_argument("--output", metavar="FILE", help="where to write it (default: explain.json in DIR/configs)")
+    parser.add_argument(
+        "--multi-gpu", action="store_true", help="write multi_gpu_explain.json beside it, for several processes"
+    )
+    parser.add_argument(
+        "--metrics",
+        action="store_true",
+        help="write explain_metrics.json, which judges the maps as 'evaluate' does; alone or behind explain.json",
+    )
+    parser.add_argument("--path", action="store_true", help="write nothing, print where the shipped file lies")
+
+
+def add_merge_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``merge``."""
+    add_bundle(parser, required=True)
+    parser.add_argument(
+        "--add",
+        action="append",
+        metavar="FILE",
+        help="what is merged behind the config (default: the overlay that fits); may be repeated",
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="where to write it; never over another file")
 
 
 def run(args: Namespace, *_: object) -> int:

@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import textwrap
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from esegeta_monai.bundle.extensions import register_extensions
@@ -16,9 +16,16 @@ from esegeta_monai.metrics import METRICS, Metric
 from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.registry import Configurable, Registry, json_ready
 
-__all__ = ["describe", "run_methods", "run_metrics", "run_targets"]
+__all__ = ["add_arguments", "describe", "run_methods", "run_metrics", "run_targets"]
 
 WIDTH = 100
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``methods``, ``targets`` and ``metrics``."""
+    parser.add_argument("name", nargs="?", metavar="NAME", help="tell all about this one")
+    parser.add_argument("--bundle", metavar="DIR", help="also those in this bundle's scripts/")
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
 
 
 def run_methods(args: Namespace, *_: object) -> int:
