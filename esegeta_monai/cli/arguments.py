@@ -10,18 +10,18 @@ __all__ = ["add_bundle", "add_computing_options", "add_network", "add_run_option
 
 def add_bundle(parser: argparse.ArgumentParser, required: bool) -> None:
     """Add the options that name a bundle and its config."""
-    parser.add_argument("--bundle", required=required, metavar="DIR", help="the MONAI bundle: the folder with configs/")
+    parser.add_argument("--bundle", required=required, metavar="DIR", help="MONAI bundle: the folder with configs/")
     parser.add_argument(
         "--config",
         action="append",
         metavar="FILE",
-        help="the bundle's config (default: configs/inference.json); several are merged in order",
+        help="config of the bundle (default: configs/inference.json); several are merged in order",
     )
     parser.add_argument(
         "--override",
         action="append",
         metavar="ID=VALUE",
-        help="another value for an id of the config, such as inferer#overlap=0.25; may be repeated",
+        help="replace the value of a config id, such as inferer#overlap=0.25; may be repeated",
     )
 
 
@@ -32,7 +32,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         "--network-output",
         type=lambda text: int(text) if text.lstrip("-").isdigit() else text,
         metavar="KEY",
-        help="which output to explain, where the network has several (number or key)",
+        help="output to explain, if the network has several (number or key)",
     )
 
 
@@ -43,17 +43,17 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--map-format",
         choices=["nifti", "input"],
         default="nifti",
-        help="how maps are written: NIfTI, or NRRD and MHA where the scan is (needs ITK; others stay NIfTI)",
+        help="format of maps: NIfTI, or that of the scan if it is NRRD or MHA (needs ITK; all others NIfTI)",
     )
     parser.add_argument(
-        "--yes", action="store_true", help="compute also what is refused for its cost, such as an occluder of one voxel"
+        "--yes", action="store_true", help="also run methods refused for their cost, such as an occluder of one voxel"
     )
-    parser.add_argument("--overwrite", action="store_true", help="compute again what is finished")
+    parser.add_argument("--overwrite", action="store_true", help="recompute finished maps")
     parser.add_argument(
         "--no-pictures",
         dest="pictures",
         action="store_false",
-        help="write no PNG files, and no copy of the scan for the report",
+        help="write no PNG files and no copy of the scan for the report",
     )
 
 
@@ -65,21 +65,27 @@ def add_computing_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="mixed precision (default: on CUDA as the bundle says, off on the CPU)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of all random numbers (default: 0)")
     parser.add_argument(
-        "--time-limit", type=_positive, metavar="SECONDS", help="for one method on one case; then the next one begins"
+        "--time-limit",
+        type=_positive,
+        metavar="SECONDS",
+        help="limit per method and case; then the next method starts",
     )
     parser.add_argument(
-        "--window-batch", type=_count, metavar="N", help="windows computed at once (default: as the bundle's inferer)"
+        "--window-batch",
+        type=_count,
+        metavar="N",
+        help="windows per forward pass (default: the inferer's)",
     )
     parser.add_argument(
-        "--no-progress", dest="progress", action="store_false", default=sys.stderr.isatty(), help="show no progress bar"
+        "--no-progress", dest="progress", action="store_false", default=sys.stderr.isatty(), help="hide progress bars"
     )
     parser.add_argument(
         "--log-level",
         choices=["DEBUG", "INFO", "WARNING", "ERROR"],
         type=str.upper,
-        help="what the log says, on the console and in OUTPUT/esegeta.log",
+        help="level of the log, on the console and in OUTPUT/esegeta.log",
     )
 
 
@@ -89,8 +95,8 @@ def add_share(parser: argparse.ArgumentParser) -> None:
         "--share",
         choices=["cases", "windows", "methods"],
         default="cases",
-        help="what the processes share, where torchrun started several: each takes cases of its own (default), all "
-        "compute each case together window by window (one large scan), or each takes methods and targets of its own",
+        help="how several processes (torchrun) divide the work: each its own cases (default), all one case together by "
+        "windows (for large scans), or each its own methods and targets",
     )
 
 

@@ -42,12 +42,10 @@ DEMO_METHODS = (
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``demo``."""
+    parser.add_argument("--output", default="demo_output", metavar="DIR", help="output folder (default: %(default)s)")
+    parser.add_argument("--bundle", metavar="DIR", help="the bundle brain_tissue_segmentation, if it is not found")
     parser.add_argument(
-        "--output", default="demo_output", metavar="DIR", help="where the results go (default: %(default)s)"
-    )
-    parser.add_argument("--bundle", metavar="DIR", help="the bundle brain_tissue_segmentation, where it is not found")
-    parser.add_argument(
-        "--methods", action="append", metavar="LIST", help="other methods than those chosen for the demo"
+        "--methods", action="append", metavar="LIST", help="methods, instead of those chosen for the demo"
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
     add_run_options(parser)

@@ -1,4 +1,4 @@
-"""``esegeta-monai evaluate``: how far the maps of a bundle's predictions can be trusted, in numbers."""
+"""``esegeta-monai evaluate``: evaluate the maps of a bundle's predictions by metrics."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ logger = logging.getLogger("esegeta_monai")
 
 
 DESCRIPTION = """\
-Measures how far maps can be trusted: does the target change as they say, do they stay the same when they
-should, do they change when the network does, do they lie where the cause is known to lie. Beside the methods stand
-three control maps that do not look at the network (random, edges of the image, constant); a method that is no better is
-named. It writes OUTPUT/metrics.csv (one row a case, target, method and metric), OUTPUT/CASE/CASE_metrics.json (with
-curves and parameters) and OUTPUT/CASE/CASE_regions.csv (sums of the map per region, channel and distance)."""
+Evaluates maps by metrics: faithfulness to the network, robustness, sensitivity to the network's weights, and
+localisation of a known cause. Three control maps that do not depend on the network (random, edges of the image,
+constant) are evaluated too; methods that are no better are listed. It writes OUTPUT/metrics.csv (one row per case,
+target, method and metric), OUTPUT/CASE/CASE_metrics.json (with curves and parameters) and OUTPUT/CASE/CASE_regions.csv
+(sums of the map per region, channel and distance)."""
 
 EPILOG = """labels:
-  A label says where the cause lies. It is needed by the metrics of localisation (pointing game, relevance mass, ...)
-  and may lie on any grid. A folder must hold one file for each case: CASE.nii.gz, or one whose name begins with CASE_.
+  A label map marks the known cause. Localisation metrics (pointing game, relevance mass, ...) need it; it may be on any
+  grid. A folder must contain one file per case: CASE.nii.gz, or one whose name begins with CASE_.
 
-exit codes: 0 all done (metrics that say nothing about a map, or do not apply to it, included), 1 something failed,
+exit codes: 0 all done (including undefined and inapplicable metrics), 1 something failed,
 2 usage error
 """
 
@@ -74,52 +74,54 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     add_bundle(parser, required=True)
     parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the tables go; made if missing")
+    parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
     parser.add_argument(
-        "--maps", metavar="DIR", help="judge the maps in this output folder of 'explain' in place of computing them"
+        "--maps", metavar="DIR", help="evaluate the maps in this output folder of 'explain' instead of computing them"
     )
     parser.add_argument(
         "--methods",
         action="append",
         metavar="LIST",
-        help="how it is explained (default: those of --maps, else Saliency,GradCam)",
+        help="methods (default: those of --maps, else Saliency,GradCam)",
     )
     parser.add_argument(
         "--target",
         action="append",
         metavar="TARGET",
-        help="what is explained (default: those of --maps, else every predicted class but background)",
+        help="targets (default: those of --maps, else every predicted class except background)",
     )
     parser.add_argument(
         "--metrics",
         action="append",
         metavar="LIST",
-        help="names with commas between them, with parameters in brackets, or 'all' (default: a quick selection; "
+        help="metric names, separated by commas, with parameters in parentheses, or 'all' (default: a quick selection; "
         "'esegeta-monai metrics' lists all)",
     )
-    parser.add_argument("--label", metavar="FILE", help="label map, or folder of them named like the cases: see below")
+    parser.add_argument(
+        "--label", metavar="FILE", help="label map, or a folder of them named like the cases: see below"
+    )
     parser.add_argument(
         "--label-value",
         type=_label_value,
         metavar="N",
-        help="which value of the label is the cause: a number, or 'class' for the target's own (default: all above 0)",
+        help="label value of the cause: a number, or 'class' for the target's class (default: all above 0)",
     )
     parser.add_argument(
         "--regions", metavar="FILE", help="label map, or folder, for the region tables (default: --label)"
     )
-    parser.add_argument("--region-names", metavar="N=NAME,...", help="names of its values, such as 1=liver,2=spleen")
+    parser.add_argument("--region-names", metavar="N=NAME,...", help="names of region values, such as 1=liver,2=spleen")
     parser.add_argument(
-        "--body", metavar="FILE", help="mask of the patient, or folder (default: the image's foreground)"
+        "--body", metavar="FILE", help="body mask, or a folder of masks (default: the image's foreground)"
     )
     parser.add_argument(
         "--outside-alarm", type=_fraction, default=0.1, metavar="SHARE",
-        help="a region table raises its alarm where more than this share lies outside the body (default: %(default)s)",
+        help="raise the region alarm if more than this share of a map is outside the body (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--no-controls",
         dest="controls",
         action="store_false",
-        help="without the control maps (random, Sobel, constant)",
+        help="leave out the control maps (random, Sobel, constant)",
     )
     add_network(parser)
     add_computing_options(parser)
@@ -143,7 +145,7 @@ def _fraction(text: str) -> float:
 
 
 def run(args: Namespace, log: RunLog) -> int:
-    """The command.
+    """Run the command.
 
     Returns:
         0: every metric was measured, said nothing, or does not apply; 1: a case, method or metric failed.
@@ -222,11 +224,11 @@ def _summary(writer: EvaluationWriter) -> None:
     print(f"{writer.done} case(s) judged, {len(writer.problems)} problem(s). The table is {writer.path}.")
 
 
-# -- what lies beside a scan ---------------------------------------------------------------------------------------
+# -- masks of a case -----------------------------------------------------------------------------------------------
 
 
 def _beside(args: Namespace, case: ScanCase, image: MetaTensor, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Label, regions and body mask of a case on the network's grid."""
+    """Return label, regions and body mask of a case on the network's grid."""
     context = Case(torch.as_tensor(image.affine).double().cpu(), data, {})
     masks: dict[str, Any] = {}
     for what, text in (("label", args.label), ("regions", args.regions), ("body", args.body)):
@@ -238,7 +240,7 @@ def _beside(args: Namespace, case: ScanCase, image: MetaTensor, data: Mapping[st
 
 
 def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> str:
-    """The file of a case: the one that is given, or that of a folder whose name begins with the case's."""
+    """Return the given file, or the file of a folder whose name begins with the case's name."""
     path = Path(text)
     if not path.is_dir():
         if not path.exists() and text not in data:
@@ -258,7 +260,7 @@ def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> s
 
 
 def _region_names(text: str | None) -> dict[int, str] | None:
-    """``1=liver,2=spleen``."""
+    """Parse ``1=liver,2=spleen``."""
     if text is None:
         return None
     parts = [[word.strip() for word in part.split("=", 1)] for part in text.split(",")]
@@ -281,7 +283,11 @@ class _Earlier:
 
     @classmethod
     def read(cls, folder: Path, cases: Sequence[ScanCase]) -> _Earlier:
-        """Raises UsageError where there is no map of these cases, or one whose parameters no text can say."""
+        """Read the sidecars of these cases.
+
+        Raises:
+            UsageError: there is no map of them, or one whose parameters cannot be created again.
+        """
         if not folder.is_dir():
             raise UsageError(f"--maps {folder}: there is no such folder; give the output folder of 'explain'")
         wanted = {case.name for case in cases}
@@ -316,7 +322,7 @@ class _Earlier:
         names: ResultNames,
         image: MetaTensor,
     ) -> tuple[dict[tuple[str, str], Tensor], dict[str, str]]:
-        """By the names of target and method, on the network's grid; and why others cannot be read, by both names."""
+        """Return maps on the network's grid, and the reasons of unreadable ones, by the names of target and method."""
         maps: dict[tuple[str, str], Tensor] = {}
         problems: dict[str, str] = {}
         for path, record in self.sidecars.get(case.name, []):
@@ -358,7 +364,7 @@ def _revived(recorded: Sequence[tuple[str, Mapping[str, Any]]], registry: Regist
 
 
 def _nested(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters as a config has them: objects by ``_target_``."""
+    """Return parameters as in a config: objects by ``_target_``."""
     return {
         k: {"_target_": v["name"], **_nested({a: b for a, b in v.items() if a != "name"})}
         if isinstance(v, Mapping) and "name" in v

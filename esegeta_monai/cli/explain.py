@@ -1,4 +1,4 @@
-"""``esegeta-monai explain``: the cases of a folder, by the methods and for the targets asked for, through a bundle."""
+"""``esegeta-monai explain``: explain the predictions of a bundle on the cases of a folder."""
 
 from __future__ import annotations
 
@@ -49,20 +49,20 @@ DEFAULT_METHODS = ("Saliency", "GradCam")
 logger = logging.getLogger("esegeta_monai")
 
 
-DESCRIPTION = """Explains what a bundle predicts on your scans. For each case, target and method it writes
-OUTPUT/CASE/CASE_TARGET_METHOD_attr.nii.gz (the map, on the scan's own voxels), .png (a picture) and .json (the record),
-and OUTPUT/run.json with the status of everything. What is finished already is skipped, so the same command goes on
-where an earlier run was stopped. The bundle itself is not changed."""
+DESCRIPTION = """Explains a bundle's predictions on your scans. For each case, target and method it writes
+OUTPUT/CASE/CASE_TARGET_METHOD_attr.nii.gz (the map, on the voxel grid of the scan), .png (a picture) and .json (the
+record), and OUTPUT/run.json with the status of every result. Finished maps are skipped, so that the same command
+resumes an interrupted run. The bundle itself is not changed."""
 
 EPILOG = """inputs:
-  scan.nii.gz                a scan; the case is called "scan"
-  scans/                     every scan in the folder and below it, sorted
+  scan.nii.gz                a scan; the case is named "scan"
+  scans/                     every scan in the folder and its subfolders, sorted
   t1.nii.gz,t2.nii.gz        one case whose channels are in several files, in the network's order
   patients/                  a folder with one file for each channel of the network, named after the channels in
                              metadata.json (p1/p1_T1c.nii.gz, p1/p1_FLAIR.nii.gz, ...) is one case
-  p7=scan.nii.gz             the case is called "p7"
+  p7=scan.nii.gz             the case is named "p7"
 
-exit codes: 0 all done, 1 some case or method failed (run.json says why; the others are there), 2 usage error
+exit codes: 0 all done, 1 a case or method failed (run.json has the reasons; the others are complete), 2 usage error
 """
 
 
@@ -71,34 +71,34 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     add_bundle(parser, required=True)
     parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans: see below")
-    parser.add_argument("--output", required=True, metavar="DIR", help="where the results go; made if missing")
+    parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
     parser.add_argument(
         "--methods",
         action="append",
         metavar="LIST",
-        help="how: names with commas between them, with parameters in brackets (default: Saliency,GradCam; "
+        help="method names, separated by commas, with parameters in parentheses (default: Saliency,GradCam; "
         "'esegeta-monai methods' lists all)",
     )
     parser.add_argument(
         "--target",
         action="append",
         metavar="TARGET",
-        help='what: such as "MultiClassMask(class_index=1)" or "MultiClassMask(\'spleen\')"; may be repeated '
-        "(default: every predicted class but background; 'esegeta-monai targets' lists all)",
+        help='target, such as "MultiClassMask(class_index=1)" or "MultiClassMask(\'spleen\')"; may be repeated '
+        "(default: every predicted class except background; 'esegeta-monai targets' lists all)",
     )
-    parser.add_argument("--report", action="store_true", help="write the HTML report when all is done")
+    parser.add_argument("--report", action="store_true", help="write the HTML report at the end")
     add_network(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="write nothing; print window passes, time and memory of every method for every target of every case",
+        help="write nothing; print window passes, time and memory per case, target and method",
     )
     add_run_options(parser)
     add_share(parser)
 
 
 def run(args: Namespace, log: RunLog) -> int:
-    """The command; what can be wrong without having computed anything is found first.
+    """Run the command; all options are checked before anything is computed.
 
     Returns:
         0: all is there, empty targets included; 1: some case or method failed.
@@ -137,7 +137,7 @@ def explain_cases(
     log: RunLog,
     ranks: Ranks | None = None,
 ) -> ResultWriter:
-    """Explains cases one by one; one that fails is recorded, and the others go on.
+    """Explain cases one by one; a case that fails is recorded, and the others continue.
 
     Args:
         targets: None: every predicted class, background aside.
@@ -208,7 +208,7 @@ def each_case(
 
 
 def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
-    """The explainer of a bundle, by the options of the command line."""
+    """Create the explainer of a bundle from the options of the command line."""
     amp = reader.amp and reader.device.type == "cuda" if options.amp is None else options.amp  # on CPUs as MONAI does
     return Explainer(
         reader.network,
@@ -229,7 +229,7 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
 
 
 def default_targets(reader: BundleReader) -> list[Target]:
-    """Every predicted class, background aside."""
+    """Return the default: every predicted class except background."""
     return [PredictedClasses(activation="sigmoid" if _sigmoid(reader) else "auto")]
 
 
@@ -241,7 +241,7 @@ def _tell_costs(
     options: Namespace,
     log: RunLog,
 ) -> int:
-    """Prints what explaining would cost; writes nothing."""
+    """Print the cost of each method; write nothing."""
     chosen = default_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)
     check_layers(reader.network, [*methods, *chosen])
@@ -262,7 +262,7 @@ def _tell_costs(
 
 
 def named(error: Exception, log: RunLog) -> Exception:
-    """The error as ``run.json`` may have it: named, in one line, without folders."""
+    """Return the error for ``run.json``: named, in one line, without folders."""
     if isinstance(error, EsegetaError):
         named: Exception = type(error)(log.clean(str(error)))
     elif isinstance(error, torch.cuda.OutOfMemoryError):
@@ -274,7 +274,7 @@ def named(error: Exception, log: RunLog) -> Exception:
 
 
 def check_layers(network: torch.nn.Module, things: Sequence[Any]) -> None:
-    """Finds out before any work whether the layers exist that methods (also those inside others) and targets name.
+    """Check that the layers named by methods (also nested ones) and targets exist.
 
     Raises:
         UsageError: no such layer; near matches are listed.
@@ -289,7 +289,7 @@ def check_layers(network: torch.nn.Module, things: Sequence[Any]) -> None:
 
 
 def _sigmoid(reader: BundleReader) -> bool:
-    """Whether the bundle's classes are not exclusive: its postprocessing takes a sigmoid of every channel."""
+    """Return True if the classes are not exclusive: the postprocessing applies a sigmoid to every channel."""
     try:
         transforms = reader.postprocessing.flatten().transforms
     except NetworkError as error:
@@ -307,7 +307,7 @@ def provenance_of(reader: BundleReader, options: Namespace) -> dict[str, Any]:
 
 
 def overrides(texts: Sequence[str] | None) -> dict[str, Any]:
-    """``id=value`` texts as a dictionary; values are JSON where they can be read as JSON, else text.
+    """Parse ``id=value`` texts; values are JSON where they parse as JSON, else text.
 
     Raises:
         UsageError: a text without ``=``.
@@ -328,7 +328,7 @@ def overrides(texts: Sequence[str] | None) -> dict[str, Any]:
 
 
 def choose_device(text: str | None) -> torch.device:
-    """The device that is named, else the first CUDA device, else the CPU.
+    """Return the named device, else the first CUDA device, else the CPU.
 
     Raises:
         UsageError: no such device here.

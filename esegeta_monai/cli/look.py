@@ -29,19 +29,19 @@ __all__ = ["add_info_arguments", "add_layers_arguments", "run_info", "run_layers
 def add_layers_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``layers``."""
     add_bundle(parser, required=True)
-    parser.add_argument("--input", metavar="FILE", help="a scan to try the network on (default: noise of one window)")
+    parser.add_argument("--input", metavar="FILE", help="scan to run the network on (default: noise of one window)")
     add_network(parser)
-    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def add_info_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``info``."""
     add_bundle(parser, required=False)
-    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_info(args: Namespace, *_: object) -> int:
-    """Versions, devices, and what a bundle says of itself."""
+    """Print versions, devices and the description of a bundle."""
     sections: dict[str, Any] = {"versions": storage.versions(), "devices": _devices()}
     if args.bundle:
         reader = BundleReader(args.bundle, args.config, overrides(args.override), weights="optional")

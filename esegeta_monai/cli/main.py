@@ -36,24 +36,24 @@ EXAMPLES = """examples:
 
 COMMANDS: tuple[tuple[str, str, Callable[..., None], Callable[..., int]], ...] = (
     ("explain", "explain a bundle's predictions on your scans", explain.add_arguments, explain.run),
-    ("report", "write an HTML report of what was explained", report.add_arguments, report.run),
-    ("evaluate", "measure how far the maps of a bundle can be trusted", evaluate.add_arguments, evaluate.run),
-    ("demo", "explain a brain segmentation, to see what comes out", demo.add_arguments, demo.run),
+    ("report", "write an HTML report of the maps", report.add_arguments, report.run),
+    ("evaluate", "evaluate the maps of a bundle by metrics", evaluate.add_arguments, evaluate.run),
+    ("demo", "explain a brain segmentation as a demonstration", demo.add_arguments, demo.run),
     (
         "methods",
-        "list how it can be explained, with parameters and defaults",
+        "list the explanation methods, with parameters and defaults",
         tables.add_arguments,
         tables.run_methods,
     ),
-    ("targets", "list what can be explained, with parameters and defaults", tables.add_arguments, tables.run_targets),
-    ("metrics", "list how maps are judged, with parameters and defaults", tables.add_arguments, tables.run_metrics),
+    ("targets", "list the targets, with parameters and defaults", tables.add_arguments, tables.run_targets),
+    ("metrics", "list the metrics for maps, with parameters and defaults", tables.add_arguments, tables.run_metrics),
     (
         "layers",
         "list a bundle's layers, for --methods 'GradCam(layer=NAME)'",
         look.add_layers_arguments,
         look.run_layers,
     ),
-    ("info", "show versions, devices, and what a bundle holds", look.add_info_arguments, look.run_info),
+    ("info", "show versions, devices and the contents of a bundle", look.add_info_arguments, look.run_info),
     (
         "patterns",
         "fit the patterns of PatternNet and PatternAttribution on scans",
@@ -62,17 +62,17 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], Callable[..., int]], ...] =
     ),
     (
         "overlay",
-        "write the config file that lets 'monai.bundle run' explain a bundle, and say what was found in it",
+        "write the config overlay that makes 'monai.bundle run' explain a bundle, and summarise the bundle",
         overlay.add_arguments,
         overlay.run,
     ),
-    ("merge", "write a bundle's config and its overlay as one file", overlay.add_merge_arguments, overlay.run_merge),
+    ("merge", "merge a bundle's config and its overlay into one file", overlay.add_merge_arguments, overlay.run_merge),
 )
-"""Name, summary, arguments and function of each command. Their modules need nothing beyond what the package imports."""
+"""Name, summary, arguments and function of each command. Their modules add little to the start-up time."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line, like all others."""
+    """A parser whose errors are one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
         _say(f"{message} ('{self.prog} --help' explains)")
@@ -80,10 +80,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Run a command.
 
     Args:
-        argv: the words behind ``esegeta-monai``; None: those of the process.
+        argv: the arguments after ``esegeta-monai``; None: those of the process.
 
     Returns:
         The exit code: 0, 1, 2 or 130.
@@ -104,10 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _say("stopped; finished maps stay, and the same command goes on from there")
         return STOPPED
-    except BrokenPipeError:  # the reader of our output (head, less) has gone
+    except BrokenPipeError:  # the reader of our output (head, less) has closed the pipe
         sys.stderr.close()
         return DONE
-    except Exception as error:  # not foreseen: still one line, and the traceback for whoever asks
+    except Exception as error:  # unexpected: still one line; -v adds the traceback
         _say(f"{reason(error)}; run it with -v for the traceback, which helps to report this", _if(args, error))
         return FAILED
 
@@ -129,7 +129,7 @@ def _level(args: argparse.Namespace) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Build the parser of all commands."""
     parser = _Parser(
         prog="esegeta-monai",
         description="See what a medical image network looks at: exact whole-volume explanation of MONAI bundles.",
@@ -152,8 +152,8 @@ def _add(commands: Any, name: str, summary: str, add_arguments: Callable[..., No
     )
     parser.set_defaults(run=run)
     loud = parser.add_mutually_exclusive_group()
-    loud.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors")
-    loud.add_argument("-v", "--verbose", action="store_true", help="say more, with tracebacks of errors")
+    loud.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    loud.add_argument("-v", "--verbose", action="store_true", help="print more, with tracebacks of errors")
     add_arguments(parser)
 
 

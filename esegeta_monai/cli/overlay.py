@@ -32,16 +32,16 @@ __all__ = ["add_arguments", "run", "run_merge"]
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``overlay``."""
     add_bundle(parser, required=False)
-    parser.add_argument("--output", metavar="FILE", help="where to write it (default: explain.json in DIR/configs)")
+    parser.add_argument("--output", metavar="FILE", help="output file (default: explain.json in DIR/configs)")
     parser.add_argument(
-        "--multi-gpu", action="store_true", help="write multi_gpu_explain.json beside it, for several processes"
+        "--multi-gpu", action="store_true", help="also write multi_gpu_explain.json, for several processes"
     )
     parser.add_argument(
         "--metrics",
         action="store_true",
-        help="write explain_metrics.json, which judges the maps as 'evaluate' does; alone or behind explain.json",
+        help="write explain_metrics.json, which evaluates the maps as 'evaluate' does; alone or after explain.json",
     )
-    parser.add_argument("--path", action="store_true", help="write nothing, print where the shipped file lies")
+    parser.add_argument("--path", action="store_true", help="write nothing; print the path of the packaged file")
 
 
 def add_merge_arguments(parser: ArgumentParser) -> None:
@@ -51,9 +51,9 @@ def add_merge_arguments(parser: ArgumentParser) -> None:
         "--add",
         action="append",
         metavar="FILE",
-        help="what is merged behind the config (default: the overlay that fits); may be repeated",
+        help="file merged after the config (default: the overlay for this bundle); may be repeated",
     )
-    parser.add_argument("--output", required=True, metavar="FILE", help="where to write it; never over another file")
+    parser.add_argument("--output", required=True, metavar="FILE", help="output file; existing files are not replaced")
 
 
 def run(args: Namespace, *_: object) -> int:

@@ -24,8 +24,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``patterns``."""
     add_bundle(parser, required=True)
     parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
-    parser.add_argument("--output", metavar="FILE", help="where they go (default: models/patterns.pt in the bundle)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--output", metavar="FILE", help="output file (default: models/patterns.pt in the bundle)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     add_network(parser)
 
 

@@ -1,4 +1,4 @@
-"""``esegeta-monai report``: one HTML page a case, and an index, from what lies in an output folder."""
+"""``esegeta-monai report``: write an HTML page per case, and an index, for an output folder."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["add_arguments", "run"]
 
 
 DESCRIPTION = """\
-Writes OUTPUT/CASE/CASE_report.html for each case and OUTPUT/index.html, from what 'explain' and, where it
-was run, 'evaluate' left in OUTPUT; also after a run that failed or was stopped. Each page is complete in itself and
-opens in a browser without a network. It names the cases as you called them, and no folder and no scan file."""
+Writes OUTPUT/CASE/CASE_report.html for each case and OUTPUT/index.html from the results of 'explain' and, if
+it was run, 'evaluate' in OUTPUT; also after a run that failed or was stopped. Each page is a single file and opens in a
+browser without a network connection. It shows the names of cases, but no names of folders or scan files."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -26,12 +26,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--view-3d",
         action="store_true",
-        help="add a 3D view (needs NiiVue, which nilearn carries; 2.3 MB a page); a head can be recognised by its face",
+        help="add a 3D view (needs NiiVue, included in nilearn; 2.3 MB per page); a face can identify a patient",
     )
 
 
 def run(args: Namespace, *_: object) -> int:
-    """Writes the pages and says where the index lies; with one case, where its page lies too."""
+    """Write the pages; print the path of the index, and with a single case that of its page."""
     written = write_report(
         Path(args.output),
         convention="neurological" if args.neurological else "radiological",
@@ -40,5 +40,5 @@ def run(args: Namespace, *_: object) -> int:
     if not args.quiet:
         if len(written.cases) == 1:
             print(f"{next(iter(written.cases.values()))} is the report of the only case.")
-        print(f"Open {written.index} in a browser: it needs no network.")
+        print(f"Open {written.index} in a browser; no network connection is needed.")
     return 0
