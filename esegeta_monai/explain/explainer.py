@@ -1,4 +1,4 @@
-"""Runs methods on the cases of a batch: the one entrance that all doors share.
+"""Runs methods on the cases of a batch; all interfaces use it.
 
 explainer = Explainer(network, inferer=SlidingWindowInferer((96, 96, 96), 4, 0.5, "gaussian"))
 for attribution in explainer(image, methods=[Saliency()], targets=[MultiClassMask(1)]):
@@ -125,7 +125,7 @@ class Explainer:
         skip: Skip | None = None,
         scores_dir: str | os.PathLike[str] | None = None,
     ) -> Iterator[Attribution]:
-        """Explains every case of a batch by every method for every target.
+        """Explain every case of a batch by every method for every target.
 
         Args:
             image: tensor or MetaTensor (B, C, *spatial). A mapping of names to such tensors explains several image
@@ -139,7 +139,7 @@ class Explainer:
             skip: asked before anything is computed, with an attribution that has no map yet and whose record says what
                 would be computed; True leaves it out.
             scores_dir: where perturbation methods keep their scores while they run, so that a run that was stopped
-                goes on where it was (`esegeta_monai.engine.perturbation.checkpoint.ScoreTable`); None: nowhere.
+                resumes (`esegeta_monai.engine.perturbation.checkpoint.ScoreTable`); None: nowhere.
 
         Yields:
             `Attribution`, case by case.
@@ -177,7 +177,7 @@ class Explainer:
         calibration: float = 3.0,
         **inputs: Any,
     ) -> Iterator[Cost]:
-        """What explaining would cost: for each case, method and target, the method run alone.
+        """Estimate the cost per case, method and target, each method run alone.
 
         The prediction is computed, since the targets' windows depend on it, and each method is run for a moment, to
         see how long a pass takes. Methods that share their passes (gradient and CAM methods) need less together.
@@ -212,8 +212,8 @@ class Explainer:
                         yield cost
 
     def judge(self, image: Tensor, targets: Any, **inputs: Any) -> Iterator[JudgedCase]:
-        """The objectives of a batch, for metrics that ask the network themselves: one a case, and one for each layer
-        that takes the prediction's place.
+        """Yield the objectives of a batch, for metrics that run the network: one per case, and one per layer that
+        replaces the prediction.
 
         Args:
             image, targets: see `__call__`.

@@ -1,4 +1,4 @@
-"""One case of an explainer: what there is to do for it, and doing it."""
+"""The run of one case: its tasks, and their execution."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["CaseRun", "CaseTask", "JudgedCase", "Skip"]
 logger = logging.getLogger("esegeta_monai")
 
 Skip = Callable[[Attribution], bool]
-"""Whether an attribution that has no map yet, but a record of what would be computed, is left out."""
+"""True if an attribution, without its map but with the record of what would be computed, is left out."""
 
 
 DEVIATES = 0.1
@@ -56,7 +56,7 @@ class CaseTask:
 
 @dataclass
 class JudgedCase:
-    """What metrics ask of one case.
+    """A case as metrics need it.
 
     Attributes:
         case: its index in the batch.
@@ -99,7 +99,7 @@ class CaseRun:
         skip: Skip | None,
         scores_dir: str | os.PathLike[str] | None,
     ) -> Iterator[Attribution]:
-        """What `esegeta_monai.Explainer` yields of this case; arguments as there and in `prepared`."""
+        """Yield the attributions of this case; arguments as in `esegeta_monai.Explainer` and `prepared`."""
         for task in self.prepared(methods, targets, refused, skip):
             if isinstance(task, Attribution):
                 yield task
@@ -120,7 +120,7 @@ class CaseRun:
         refused: Mapping[int, Exception],
         skip: Skip | None = None,
     ) -> Iterator[Attribution | CaseTask]:
-        """What there is to do, after the prediction; and what there is not, and why.
+        """Predict the case and yield its tasks, and attributions without a map where there is nothing to run.
 
         Args:
             refused: methods (by id) that the network cannot serve, each with its error.
@@ -168,7 +168,7 @@ class CaseRun:
                 yield CaseTask(affordable, objective, part, predicted)
 
     def judged(self, targets: Sequence[Target]) -> Iterator[JudgedCase]:
-        """What metrics ask of this case: of the prediction, and of each layer that takes its place."""
+        """Yield what metrics need of this case: for the prediction, and for each layer that replaces it."""
         for layer in dict.fromkeys(t.layer for t in targets):
             predicted = Prediction(self.settings, self.case, layer)
             bound = list(predicted.bind([t for t in targets if t.layer == layer]))
@@ -187,7 +187,7 @@ class CaseRun:
             yield JudgedCase(self.case.index, objective, at, names, left, empty, self.settings.time_limit, record)
 
     def _group(self, group: Sequence[Method], task: CaseTask) -> Iterator[Attribution]:
-        """Methods that share their passes, in one run of the network."""
+        """Run methods that share their passes, in one run of the network."""
         case, settings = self.case, self.settings
         objective, monitor = task.objective, task.objective.monitor
         monitor.start(None if settings.time_limit is None else settings.time_limit * len(group))
@@ -246,7 +246,7 @@ class CaseRun:
         return text
 
     def _decides(self, method: Method, task: CaseTask) -> dict[str, Any]:
-        """What decides the scores of perturbations."""
+        """Return the key of a checkpoint: everything that changes a perturbation's score."""
         records = [self.outcomes.record(method, b, task.objective.plan) for b in task.bound]
         names = ["parameters", "amp", "seed", "inferer", "output", "network", "network_affine"]
         names += ["image_sha256", "inputs_sha256"]

@@ -25,7 +25,7 @@ OnError = Literal["raise", "record"]
 
 @dataclass(frozen=True, eq=False)
 class Settings:
-    """What all cases of an explainer share; `dataclasses.replace` varies it.
+    """Settings that all cases of an explainer share; `dataclasses.replace` varies them.
 
     Attributes:
         network: the module itself, without wrappers.

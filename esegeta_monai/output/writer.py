@@ -94,11 +94,11 @@ class ResultWriter:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes the maps that it computes."""
+        """True if this process writes the maps that it computes."""
         return not (self.together and self.ranks.rank)
 
     def path(self, attribution: Attribution, case: str, scan: Any = None) -> Path:
-        """Where a map lies."""
+        """Return the path of a map."""
         target_name = self._target_name(attribution)
         layout = {**self.layout, "extension": storage.map_suffix(scan)} if self.as_input else self.layout
         return storage.map_path(self.output_dir, case, target_name, self._method_name(attribution), **layout)
@@ -111,7 +111,7 @@ class ResultWriter:
         return f"{name}-{attribution.input}" if attribution.input else name
 
     def key(self, attribution: Attribution, case: str, scan: Any) -> dict[str, Any]:
-        """What must be equal in a sidecar for its map to count as finished."""
+        """Return the entries that must be equal in a sidecar for its map to count as finished."""
         known = Record.from_json(attribution.record).decisive()
         return {**self.provenance, "case": case, **known, "scan_sha256": self._scan_hash(scan)}
 
@@ -149,7 +149,7 @@ class ResultWriter:
         on_written: Callable[[Attribution, Path | None], None] | None = None,
         **more: Any,
     ) -> None:
-        """Explains one case and writes what comes out; what is finished is skipped, what fails is recorded.
+        """Explain one case and write the results; finished maps are skipped, failures recorded.
 
         Args:
             explainer: best with ``on_error="record"``, else the first failure ends the case.
@@ -186,7 +186,7 @@ class ResultWriter:
             self.failed(case, error)
 
     def write(self, attribution: Attribution, case: str, image: MetaTensor, scan: Any = None) -> Path | None:
-        """Brings the map to the scan's grid and writes map, picture and sidecar, in this order.
+        """Resample the map to the scan's grid and write map, picture and sidecar, in this order.
 
         Args:
             attribution: from an `Explainer`.
@@ -243,7 +243,7 @@ class ResultWriter:
         return path if written else None
 
     def failed(self, case: str, error: Exception) -> None:
-        """Records a case that could not be explained at all."""
+        """Record a case that could not be explained at all."""
         if not self.writes:
             return
         text = named_reason(error)
@@ -348,13 +348,13 @@ class ResultWriter:
         return mask_path(self.output_dir, case, self._target_name(attribution), **self._folders)
 
     def _copies(self, case: str) -> dict[Path, Tensor]:
-        """What this run has copied of a case, one case at a time."""
+        """Return what this run has copied of the case; one case is kept at a time."""
         if self._copied[0] != case:
             self._copied = (case, {})
         return self._copied[1]
 
     def _copy_mask(self, attribution: Attribution, case: str, volume: MetaTensor, grid: storage.Grid) -> Tensor | None:
-        """The target's voxels on the scan's grid, written beside the maps once; None for a class score."""
+        """Return the target's voxels on the scan's grid, written once beside the maps; None for a class score."""
         if attribution.mask is None:
             return None
         path, copies = self._mask_path(attribution, case), self._copies(case)
@@ -365,7 +365,7 @@ class ResultWriter:
         return copies[path]
 
     def _copy_scan(self, case: str, image: MetaTensor, scan: Any) -> None:
-        """The eight-bit copy of the scan, once a case."""
+        """Write the eight-bit copy of the scan, once per case."""
         path, copies = scan_copy_path(self.output_dir, case, **self._folders), self._copies(case)
         if path not in copies:
             grey = _background(image, self._scan(scan), image).as_tensor()
@@ -373,7 +373,7 @@ class ResultWriter:
             copies[path] = torch.empty(0)
 
     def _clash(self, path: Path, attribution: Attribution, case: str) -> str | None:
-        """Takes a path for a map; says so where another map of this run has it."""
+        """Reserve the path; return an error text if another map of this run has it."""
         what = f"{case!r}, {attribution.target!r}, {attribution.method!r}, {attribution.input}"
         before = self._written.setdefault(str(path).casefold(), what)
         if before == what:

@@ -1,4 +1,4 @@
-"""Files of an output folder that somebody may have edited, cut or saved again: what fits is taken, the rest is told."""
+"""Lenient readers for files that may have been edited, cut or saved again: valid entries are used, others noted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CHECKED = {**KINDS, "traceback": str}
 
 
 def fitted(record: Mapping[str, Any], name: str, notes: list[str]) -> dict[str, Any]:
-    """A record without the entries that are of another kind than ``explain`` writes; ``notes`` gets their names.
+    """Return a record without entries of a wrong type; their names are added to ``notes``.
 
     >>> notes = []
     >>> fitted({"sum": "many", "value": 2.5, "seconds": None}, "a.json", notes), notes
@@ -49,7 +49,7 @@ def _numbers(values: list[Any]) -> bool:
 
 
 def table(path: Path, columns: Collection[str], notes: list[str]) -> list[dict[str, Any]]:
-    """The rows of a table, also where a spreadsheet has written it again; none, and a note, where it is no such table.
+    """Read the rows of a table, also one saved by a spreadsheet; no rows and a note if it is no such table.
 
     Args:
         path: a CSV file.

@@ -1,4 +1,4 @@
-"""What a report says: what was explained, what to be careful with, and a paragraph for a paper."""
+"""Texts of a report: summary, findings, and a paragraph for a paper."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Finding", "Target", "count", "findings", "lead", "listed", "methods_
 Level = Literal["good", "note", "warn", "bad"]
 
 GAP, DEVIATION, PADDING = 0.05, 1e-3, 0.01
-"""From where on a completeness gap, a deviation of the blended windows, and a share in padding are pointed out."""
+"""Thresholds of findings: completeness gap, deviation of the blended windows, share of the sum in padding."""
 
 OURS = (
     "esegeta_monai, after TorchEsegeta: Chatterjee et al., Applied Sciences 12(4), 1834, 2022, doi:10.3390/app12041834"
@@ -39,7 +39,7 @@ STATUS_WORDS: dict[str, Callable[[int], str]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know before the maps are read."""
+    """A finding to know before reading the maps."""
 
     level: Level
     text: str
@@ -47,7 +47,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Target:
-    """A target as the summary's table has it."""
+    """A row of the table of targets."""
 
     name: str
     meaning: str
@@ -59,7 +59,7 @@ class Target:
 
 
 def count(n: int, singular: str, plural: str | None = None) -> str:
-    """A number with its noun.
+    """Return a number with its noun.
 
     >>> count(1, "map"), count(2, "map"), count(2, "loss", "losses")
     ('1 map', '2 maps', '2 losses')
@@ -68,7 +68,7 @@ def count(n: int, singular: str, plural: str | None = None) -> str:
 
 
 def listed(words: Iterable[str]) -> str:
-    """Words with commas and an "and".
+    """Join words with commas and "and".
 
     >>> listed(["a"]), listed(["a", "b", "c"])
     ('a', 'a, b and c')
@@ -88,7 +88,7 @@ def _network(record: Record) -> Any:
 
 
 def lead(case: CaseResults, info: dict[str, Any]) -> str:
-    """What was explained, in two sentences."""
+    """Summarise what was explained, in two sentences."""
     if not case.explained:
         return "This case could not be explained: it failed before any method ran."
     bundle = info.get("bundle") or first(case, lambda r: r.bundle)
@@ -110,12 +110,12 @@ def lead(case: CaseResults, info: dict[str, Any]) -> str:
 
 
 def plain(target: str) -> str:
-    """A target's label as words: "MultiClassMask-grey matter" is "grey matter" where a class stands in it."""
+    """Return a target's label as words: "MultiClassMask-grey matter" is "grey matter"."""
     return target.split("-", 1)[1] if "-" in target else target
 
 
 def targets(case: CaseResults) -> list[Target]:
-    """The targets in order, with what is known of them."""
+    """Describe the targets, in order."""
     described = []
     for name in case.targets:
         results = [r for r in case.explained if r.target == name]
@@ -143,7 +143,7 @@ def _determinant(affine: Sequence[Sequence[float]]) -> float:
 
 
 def _meaning(kind: str) -> str:
-    """The first sentence of a target's documentation."""
+    """Return the first sentence of a target's documentation."""
     try:
         doc = inspect.getdoc(TARGETS.get(kind)) or ""
     except UsageError:  # of a plug-in that is not installed here
@@ -152,7 +152,7 @@ def _meaning(kind: str) -> str:
 
 
 def findings(case: CaseResults, embedded_notes: Sequence[str] = ()) -> list[Finding]:
-    """What to be careful with, worst first."""
+    """List findings, the most severe first."""
     notable: list[Finding] = []
     for result in case.results:
         if result.status in ("failed", "timeout"):
@@ -178,16 +178,14 @@ def findings(case: CaseResults, embedded_notes: Sequence[str] = ()) -> list[Find
         notable.append(
             Finding(
                 "note",
-                "No evaluation: how far these maps can be trusted was not measured ('esegeta-monai evaluate' does it).",
+                "No evaluation: these maps have not been evaluated by metrics (run 'esegeta-monai evaluate').",
             )
         )
     notable += [Finding("note", text) for text in embedded_notes]
     there = sum(r.status == "ok" for r in case.explained)
     if case.explained and there == len(case.explained):
         notable.append(
-            Finding(
-                "good", f"All {count(there, 'map')} could be computed." if there > 1 else "The map could be computed."
-            )
+            Finding("good", f"All {count(there, 'map')} were computed." if there > 1 else "The map was computed.")
         )
     order = ("bad", "warn", "note", "good")
     joined = [Finding(f.level, f.text.replace(" %", "\u00a0%")) for f in notable]
@@ -216,7 +214,7 @@ def _careful(result: Result) -> list[str]:
 
 
 def references(case: CaseResults) -> list[str]:
-    """The papers of the methods, each once, with those of the software."""
+    """List the papers of the methods, each once, and those of the software."""
     papers: list[str] = []
     for result in case.explained:
         text = result.record.reference or _registered(result)
@@ -225,7 +223,7 @@ def references(case: CaseResults) -> list[str]:
 
 
 def _registered(result: Result) -> str:
-    """The reference of a method that left no sidecar, by its class."""
+    """Return the reference of a method without a sidecar, from its class."""
     try:
         return METHODS.get(str(result.record.method or str(result.method).split("-")[0])).reference
     except UsageError:
@@ -233,7 +231,7 @@ def _registered(result: Result) -> str:
 
 
 def methods_text(case: CaseResults, info: dict[str, Any]) -> str:
-    """A paragraph for a paper's methods section; numbers in brackets are those of `references`."""
+    """Write a paragraph for a methods section; numbers in brackets refer to `references`."""
     if not case.explained:
         return ""
     papers = references(case)
@@ -274,7 +272,7 @@ def methods_text(case: CaseResults, info: dict[str, Any]) -> str:
 
 
 def parameters_text(parameters: dict[str, Any]) -> str:
-    """Parameters as ``name=value``, those that are None left out; files without folders, which may name a patient.
+    """Write parameters as ``name=value`` without those that are None; files without folders, which may name a patient.
 
     >>> parameters_text({"n_steps": 12, "baseline": {"name": "Zero"}, "layer": None})
     'n_steps=12, baseline=Zero()'
