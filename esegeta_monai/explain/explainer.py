@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.state import frozen, own_modes, unwrap
+from esegeta_monai.engine.network.state import evaluating, unwrap
 from esegeta_monai.engine.windows.inferers import as_inferer
 from esegeta_monai.errors import RankLost
 from esegeta_monai.explain.attribution import Attribution
@@ -208,7 +208,7 @@ class Explainer:
                 for method in task.methods:
                     for k, bound in enumerate(task.bound):
                         alone = task.objective.derive(scores=[task.objective.scores[k]])
-                        with own_modes(settings.device), frozen(settings.network):
+                        with evaluating(settings.network, settings.device):
                             cost = cost_of(method, alone, case.index, bound.label, calibration)
                         yield cost
 

@@ -54,9 +54,17 @@ class Outcomes:
 
     def __init__(self, settings: Settings, case: CaseInput) -> None:
         self.settings, self.case = settings, case
+        self._records: dict[tuple[int, int], tuple[Method, BoundTarget, Record]] = {}
 
     def record(self, method: Method, bound: BoundTarget, plan: WindowPlan | None) -> Record:
-        """All that is known before the method runs; what only the run can tell stands as None."""
+        """Return the record of what is known before the method runs, with None for the rest; a new one at each call."""
+        key = (id(method), id(bound))
+        if key not in self._records:
+            self._records[key] = (method, bound, self._record(method, bound, plan))
+        known = self._records[key][2]
+        return replace(known, warnings=list(known.warnings), more=dict(known.more))
+
+    def _record(self, method: Method, bound: BoundTarget, plan: WindowPlan | None) -> Record:
         score, case, names = bound.score, self.case, list(self.settings.channel_names)
         return Record(
             method=type(method).__name__,

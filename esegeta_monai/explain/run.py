@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esegeta_monai.engine.network.state import frozen, own_modes, weights_hash
+from esegeta_monai.engine.network.state import evaluating, weights_hash
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.engine.sweep import Comparison, sweep
@@ -106,7 +106,7 @@ class CaseRun:
                 yield task
                 continue
             if not shares_passes(task.methods[0]):  # else its sweep compares
-                with own_modes(self.settings.device), frozen(self.settings.network):
+                with evaluating(self.settings.network, self.settings.device):
                     sweep(task.objective, [Comparison()])
             for group in grouped(task.methods):
                 checkpoint = None
@@ -196,7 +196,7 @@ class CaseRun:
         reset_peak_memory(settings.device)
         began = time.monotonic()
         names = ", ".join(m.name or type(m).__name__ for m in group)
-        with self._bar(names, group, objective), own_modes(settings.device), frozen(settings.network):
+        with self._bar(names, group, objective), evaluating(settings.network, settings.device):
             outcomes = run_together(group, objective)
         seconds = time.monotonic() - began
         shared = {

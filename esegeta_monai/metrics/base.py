@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esegeta_monai.engine.network.state import frozen, own_modes
+from esegeta_monai.engine.network.state import evaluating
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.methods.base import Method
@@ -265,7 +265,7 @@ def asking(objective: Objective | None) -> Iterator[None]:
     if objective is None:
         yield
         return
-    with own_modes(objective.model.device), frozen(objective.model.network):
+    with evaluating(objective.model.network, objective.model.device):
         yield
 
 
