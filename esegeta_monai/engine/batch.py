@@ -89,8 +89,8 @@ class Batch:
 
     def stacked_cotangents(self) -> Tensor:
         """The cotangents of all targets as one tensor (k, n, R, *out_roi), zero where a target sees nothing."""
-        some = next(c for c in self.cotangents if c is not None)
-        return torch.stack([torch.zeros_like(some) if c is None else c for c in self.cotangents])
+        present = next(c for c in self.cotangents if c is not None)
+        return torch.stack([torch.zeros_like(present) if c is None else c for c in self.cotangents])
 
     def gradients(self, out: Tensor, inputs: Sequence[Tensor], *, retain: bool = False) -> list[Tensor | None]:
         """Vector-Jacobian products of every target with respect to each input: a list of (k, *input.shape).
@@ -116,10 +116,10 @@ class Batch:
                 if len(self.cotangents) == 1:
                     results[i] = g[None]
                     continue
-                found = results[i]
-                if found is None:
-                    found = results[i] = x.new_zeros((len(self.cotangents), *x.shape))
-                found[k] = g
+                product = results[i]
+                if product is None:
+                    product = results[i] = x.new_zeros((len(self.cotangents), *x.shape))
+                product[k] = g
         return results
 
     def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -225,4 +225,6 @@ def _note_deviations(objective: Objective, blended: Sequence[Tensor]) -> None:
 def _sums(requests: Sequence[Request], blended: Sequence[Tensor]) -> list[Tensor | Summed] | None:
     """Everything that a sweep adds into; None where a request does not say."""
     parts = [r.parts for r in requests]
-    return None if any(p is None for p in parts) else [*blended, *(one for p in parts if p is not None for one in p)]
+    return (
+        None if any(p is None for p in parts) else [*blended, *(holder for p in parts if p is not None for holder in p)]
+    )

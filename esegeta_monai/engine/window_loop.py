@@ -158,7 +158,7 @@ class WindowedNetwork:
                 f"out of memory with one window of {self.plan.roi}: use amp=True, a smaller window, or device='cpu'"
             ) from error
         self.context.window_batch = tried // 2
-        self.context.progress.warn(f"out of memory with {tried} windows a batch: continued with {tried // 2}")
+        self.context.progress.warn(f"out of memory with {tried} windows per batch: continued with {tried // 2}")
 
 
 def _gradients(out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, retain: bool) -> list[Tensor | None]:

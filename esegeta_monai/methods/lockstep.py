@@ -28,8 +28,8 @@ class Several(Request):
 
     @property
     def parts(self) -> list[Any] | None:
-        found = [r.parts for r in self.requests]
-        return None if any(p is None for p in found) else [one for p in found if p is not None for one in p]
+        parts = [r.parts for r in self.requests]
+        return None if any(p is None for p in parts) else [holder for p in parts if p is not None for holder in p]
 
     def begin(self, objective: Objective) -> None:
         for request in self.requests:

@@ -153,8 +153,8 @@ def measure(methods: Sequence[Method], objective: Objective, run_methods: RunMet
     full = full_precision(half)
     precise = run_methods(cheap, full)
     if full.knows("default layer"):  # a gradient of zero must not choose the layer
-        for one in (half, objective):
-            one.memo("default layer", lambda: default_layer(full))
+        for other in (half, objective):
+            other.memo("default layer", lambda: default_layer(full))
     rough = run_methods(cheap, half)
     dtype = str(objective.model.autocast_dtype).removeprefix("torch.")
     return [_compared(a, b, dtype) for a, b in zip(rough, precise)]
@@ -167,10 +167,10 @@ def _compared(rough: Outcome, precise: Outcome, dtype: str) -> Agreement:
     a = _values(rough)
     if isinstance(a, Exception):
         return Agreement(fallback=f"it fails in {dtype}: {named_reason(a)}")
-    found = [agreement(mine, theirs, dtype) for mine, theirs in zip(a, b)]
-    correlations = [r for r, _ in found]
+    agreements = [agreement(half, full, dtype) for half, full in zip(a, b)]
+    correlations = [r for r, _ in agreements]
     worst = min((r for r in correlations if r is not None), default=None)
-    lost = [why for r, why in found if r is None or r == worst]
+    lost = [why for r, why in agreements if r is None or r == worst]
     return Agreement(correlations, next((why for why in lost if why is not None), None))
 
 
@@ -187,12 +187,12 @@ def agreement(rough: Tensor, precise: Tensor, dtype: str = "half precision") -> 
     a, b = (v.detach().flatten().to(_for_sums(v.device), torch.float64) for v in (rough, precise))
     if not bool(torch.isfinite(a).all()):
         return None, f"overflow: {int((~torch.isfinite(a)).sum())} values are not finite in {dtype}"
-    some = int((b != 0).sum())
-    if not some:
+    nonzero = int((b != 0).sum())
+    if not nonzero:
         return None, "the first window is zero in float32, so there is nothing to compare"
     kept = int(((a != 0) & (b != 0)).sum())
-    if kept < KEPT * some:
-        return None, f"underflow: of {some} values that are not zero in float32, {dtype} keeps {kept}"
+    if kept < KEPT * nonzero:
+        return None, f"underflow: of {nonzero} values that are not zero in float32, {dtype} keeps {kept}"
     seen = (a != 0) | (b != 0)
     a, b = a[seen] - a[seen].mean(), b[seen] - b[seen].mean()
     norm = float(a.norm() * b.norm())
@@ -231,8 +231,8 @@ def _lost(outcomes: dict[int, Outcome], objective: Objective) -> dict[int, str]:
         elif not bool(outcome.result.maps.flatten(1).any(1).all()):
             lost[i] = f"underflow: the map is zero everywhere in {dtype}"
     everywhere: dict[int, str] = {}
-    for one in objective.context.processes.gather(lost):
-        everywhere = one | everywhere
+    for lost_there in objective.context.processes.gather(lost):
+        everywhere = lost_there | everywhere
     return everywhere
 
 

@@ -27,12 +27,12 @@ TABLE_BYTES = 2**30
 
 def split_half(a: Tensor, b: Tensor) -> list[float | None]:
     """Pearson correlation between two estimates (k, …) of the same maps, a target each; None where one is constant."""
-    found: list[float | None] = []
+    correlations: list[float | None] = []
     for x, y in zip(a.flatten(1).double(), b.flatten(1).double()):
         x, y = x - x.mean(), y - y.mean()
         scale = float(x.norm() * y.norm())
-        found.append(float(x @ y) / scale if scale > 0 else None)
-    return found
+        correlations.append(float(x @ y) / scale if scale > 0 else None)
+    return correlations
 
 
 @dataclass
@@ -51,8 +51,8 @@ class Game:
             features = objective.memo(("features", feature_mask), lambda: features_for(feature_mask).of(objective))
         else:
             features = features_for(feature_mask).of(objective)
-        found, reference = reference_image(objective, features, baseline)
-        return cls(objective, features, reference, found)
+        drawn_from, reference = reference_image(objective, features, baseline)
+        return cls(objective, features, reference, drawn_from)
 
     def segments(self, coalitions: np.ndarray, reference: Tensor | None = None) -> Segments:
         """The perturbations that leave these coalitions (m, n)."""
@@ -110,5 +110,5 @@ def reference_image(objective: Objective, features: Features, baseline: object) 
             mean = total / torch.bincount(flat, minlength=len(total)).clamp(min=1)
             reference[c] = torch.where(labels[c] < 0, image[c], mean[labels[c] + 1])
         return None, reference
-    found = baseline_for(baseline, local=True)
-    return found, found.draw(objective, objective.generator())
+    parsed = baseline_for(baseline, local=True)
+    return parsed, parsed.draw(objective, objective.generator())

@@ -15,7 +15,7 @@ from torch import Tensor
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.utils.tensors import take, true_positions
 
-__all__ = ["Held", "Support"]
+__all__ = ["MaskVoxels", "WindowVoxels"]
 
 
 DENSE = 8
@@ -23,7 +23,7 @@ DENSE = 8
 
 
 @dataclass(frozen=True)
-class Held:
+class WindowVoxels:
     """The m voxels of the mask that one window holds.
 
     Attributes:
@@ -37,7 +37,7 @@ class Held:
     weight: Tensor
 
 
-class Support:
+class MaskVoxels:
     """The n voxels of one score's mask, numbered in the order of memory.
 
     Args:
@@ -60,7 +60,7 @@ class Support:
         _, in_box = self.objective.grid.meet(self.score.box, window)
         return int(torch.count_nonzero(self.mask[in_box]))
 
-    def held(self, window: int) -> Held:
+    def window_voxels(self, window: int) -> WindowVoxels:
         """Which of the voxels a window holds, and where."""
         grid = self.objective.grid
         in_window, in_box = grid.meet(self.score.box, window)
@@ -69,28 +69,28 @@ class Support:
         weight = grid.weight(window, in_window).reshape(-1).index_select(0, at)
         voxels = self._number[in_box].reshape(-1).index_select(0, at).long()
         if len(at) == grid.size:
-            return Held(None, voxels, weight)
+            return WindowVoxels(None, voxels, weight)
         if part.numel() == grid.size:
-            return Held(at, voxels, weight)
-        whole = part.new_zeros(grid.out_roi)
-        whole[in_window] = part
-        return Held(true_positions(whole), voxels, weight)
+            return WindowVoxels(at, voxels, weight)
+        inside = part.new_zeros(grid.out_roi)
+        inside[in_window] = part
+        return WindowVoxels(true_positions(inside), voxels, weight)
 
-    def read(self, out: Tensor, held: Sequence[tuple[slice, Held]]) -> list[Tensor]:
+    def read(self, out: Tensor, parts: Sequence[tuple[slice, WindowVoxels]]) -> list[Tensor]:
         """`Score.contrast` at the voxels that windows hold, from the network's output (n, R, *out_roi).
 
         Args:
-            held: some rows of the output that are of one window, and what it holds.
+            parts: some rows of the output that are of one window, and what it holds.
 
         Returns:
             For each of them (rows, channels, m).
         """
         seen = out[:, self.rows].reshape(len(out), len(self.score.channels), -1)
-        dense = any(h.cells is None or DENSE * len(h.cells) > seen.shape[-1] for _, h in held)
+        dense = any(h.cells is None or DENSE * len(h.cells) > seen.shape[-1] for _, h in parts)
         if dense:  # fewer channels are picked from
             seen = self.score.contrast(seen)
-        picked = [seen[rows] if h.cells is None else take(seen[rows], h.cells.to(seen.device)) for rows, h in held]
-        return picked if dense else [self.score.contrast(one) for one in picked]
+        picked = [seen[rows] if h.cells is None else take(seen[rows], h.cells.to(seen.device)) for rows, h in parts]
+        return picked if dense else [self.score.contrast(values) for values in picked]
 
     def of(self, prediction: Tensor) -> Tensor:
         """`Score.contrast` at the mask's voxels of what the score reads of a prediction (channels, *box), in float64:

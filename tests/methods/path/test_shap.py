@@ -59,7 +59,7 @@ def test_complete_within_the_stated_error(std):
     """The error stated is the standard deviation of the mean: found again as the spread of gaps over seeds."""
     network, image = plain(2)
     objective = objective_of(network, image[0], [ClassScore(1), ClassScore(2, output="probability")])
-    objective.window_batch = 8
+    objective.context.window_batch = 8
     misses, errors = [], []
     for seed in range(24):
         objective.seed = seed
