@@ -13,7 +13,6 @@ the touched windows hold.
 from __future__ import annotations
 
 import itertools
-from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -43,9 +42,6 @@ __all__ = ["known_passes", "known_score_changes", "passes_needed", "score_change
 
 PICKED = 2
 """By how much to pick voxels of the mask one by one is dearer than to look at all of them."""
-
-WEIGHTS_BYTES = 2**22
-"""Memory for the weights of windows that come next (linear s): to make several at once takes half the time."""
 
 LOOKED_AT = 8
 """Perturbations of a window that are looked at for one that changes it, before fewer are sampled."""
@@ -208,17 +204,12 @@ class _LinearScorer(BatchedScorer):
     def _weights_of(self, window: int) -> list[tuple[Slices, Tensor] | None]:
         """For each score the box of its mask in a window's output, and ``ĝ_w ∂s/∂P`` there as a vector in float64; None
         where it sees none of the window."""
-        if window not in self.weights:  # windows come in order: made for this one and, at once, for some of the next
+        if window not in self.weights:  # windows come in order: only the last one can come again
             self.weights.clear()
-            size = 0
-            for w in self.objective.windows[bisect_left(self.objective.windows, window) :]:
-                self.weights[w] = [
-                    self._weight(k, w) if w in windows else None
-                    for k, windows in enumerate(self.objective.score_windows)
-                ]
-                size += sum(weighted[1].nbytes for weighted in self.weights[w] if weighted is not None)
-                if size >= WEIGHTS_BYTES:
-                    break
+            self.weights[window] = [
+                self._weight(k, window) if window in windows else None
+                for k, windows in enumerate(self.objective.score_windows)
+            ]
         return self.weights[window]
 
     def _weight(self, k: int, window: int) -> tuple[Slices, Tensor]:
