@@ -68,8 +68,8 @@ def one(spec: str, limit: float) -> dict[str, Any]:
     row["window"] = list(getattr(reader.inferer, "roi_size", []))
     with torch.no_grad():
         prediction = reader.inferer(image[None], reader.network)
-    reset_peak_memory(explainer.device)
-    before = peak_memory(explainer.device)  # resident memory now
+    reset_peak_memory(explainer.settings.device)
+    before = peak_memory(explainer.settings.device)  # resident memory now
     start = time.process_time()
     with mock.patch("esegeta_monai.explain.costs._now", cpu_time):
         (cost,) = explainer.costs(image[None], [method], [target], prediction=prediction, calibration=4.0)

@@ -15,6 +15,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -176,6 +177,8 @@ def plain(value: Any) -> Any:
         return {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.name not in VOLATILE}
     if isinstance(value, np.generic):
         return value.item()
+    if isinstance(value, Enum):  # `torch.load` refuses it
+        return value.value
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 

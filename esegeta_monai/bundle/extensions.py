@@ -31,9 +31,9 @@ def register_extensions(bundle_dir: str | Path) -> list[type[Configurable]]:
     root = Path(bundle_dir).resolve()
     files = [f for f in sorted((root / "scripts").glob("*.py")) if "esegeta_monai" in f.read_text(encoding="utf-8")]
     registries: tuple[Registry[Any], ...] = (METHODS, TARGETS, METRICS)
-    found: list[type[Configurable]] = []
+    registered: list[type[Configurable]] = []
     if not files:
-        return found
+        return registered
     with BundleImports(root)():
         for file in files:
             name = "scripts" if file.stem == "__init__" else f"scripts.{file.stem}"
@@ -47,5 +47,5 @@ def register_extensions(bundle_dir: str | Path) -> list[type[Configurable]]:
                 if isinstance(cls, type) and cls.__module__ == name and not inspect.isabstract(cls):
                     for registry in registries:
                         if issubclass(cls, registry.base):
-                            found.append(registry.register(cls, *cls.__dict__.get("aliases", ())))
-    return found
+                            registered.append(registry.register(cls, *cls.__dict__.get("aliases", ())))
+    return registered

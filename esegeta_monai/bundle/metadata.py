@@ -110,8 +110,8 @@ class BundleMetadata:
 
     def _data_format(self, side: str) -> dict[str, Any]:
         formats = self.content.get("network_data_format")
-        found = formats.get(side) if isinstance(formats, Mapping) else None
-        return dict(found) if isinstance(found, Mapping) else {}
+        declared = formats.get(side) if isinstance(formats, Mapping) else None
+        return dict(declared) if isinstance(declared, Mapping) else {}
 
 
 def _channel_names(data_format: Any) -> dict[int, str]:

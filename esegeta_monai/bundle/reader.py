@@ -229,16 +229,16 @@ class BundleReader:
         Raises:
             UsageError: there is none; the message lists the candidate ids and a suitable override.
         """
-        found = self._find(part)
-        if found is None:
+        key = self._find(part)
+        if key is None:
             raise self._lacks(part, _IDS[part], f"{part}=@id_of_yours")
-        seen = {found}
-        while isinstance(value := self.parser[found], str) and value.startswith("@") and value[1:] in self.parser:
-            found = value[1:]
-            if found in seen:
-                raise UsageError(f"'{found}' of {self._files} refers to itself")
-            seen.add(found)
-        return found
+        seen = {key}
+        while isinstance(value := self.parser[key], str) and value.startswith("@") and value[1:] in self.parser:
+            key = value[1:]
+            if key in seen:
+                raise UsageError(f"'{key}' of {self._files} refers to itself")
+            seen.add(key)
+        return key
 
     @property
     def run_id(self) -> str | None:
@@ -271,14 +271,14 @@ class BundleReader:
     def _config_files(self, given: str | Path | Sequence[str | Path] | None) -> tuple[Path, ...]:
         if given is None:
             candidates = [self.bundle_dir / "configs" / f"inference.{suffix}" for suffix in ConfigParser.suffixes]
-            found = next((file for file in candidates if file.is_file()), None)
-            if found is None:
+            config = next((file for file in candidates if file.is_file()), None)
+            if config is None:
                 names = ", ".join(sorted(file.name for file in (self.bundle_dir / "configs").glob("*.*"))) or "none"
                 raise UsageError(
                     f"{self.bundle_dir} has no configs/inference.json, .yaml or .yml; name the config to use with "
                     f"config_files (--config FILE), there are: {names}"
                 )
-            return (found,)
+            return (config,)
         listed = [given] if isinstance(given, (str, Path)) else list(given)
         files = []
         for file in map(Path, listed):
@@ -328,10 +328,10 @@ class BundleReader:
         if not self.has(part):
             return []
         within = references(self.parser, self.id_of(part))
-        found = components(self.parser.config)
+        everything = components(self.parser.config)
         return [
             (key, content)
-            for key, content in found
+            for key, content in everything
             if str(content["_target_"]).rpartition(".")[2] == target
             and any(key == root or key.startswith(f"{root.replace('#', '::')}::") for root in within)
         ]
@@ -377,10 +377,10 @@ def run_id_of(parser: ConfigParser) -> str:
     Raises:
         UsageError: no id runs it.
     """
-    found = _running(parser)
-    if found is None:
+    run_id = _running(parser)
+    if run_id is None:
         raise UsageError("no id of this config runs its evaluator: name the one to run with run_id")
-    return found
+    return run_id
 
 
 def _running(parser: ConfigParser) -> str | None:

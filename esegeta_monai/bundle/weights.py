@@ -71,15 +71,15 @@ def references(parser: ConfigParser, key: str) -> set[str]:
     >>> sorted(references(ConfigParser({"a": "$@b.to(@c)", "b": {"_target_": "x"}, "c": 1}), "a"))
     ['a', 'b', 'c']
     """
-    found: set[str] = set()
+    ids: set[str] = set()
     waiting = [key]
     while waiting:
         current = waiting.pop()
-        if current in found or current not in parser:
+        if current in ids or current not in parser:
             continue
-        found.add(current)
+        ids.add(current)
         waiting.extend(_mentioned(parser[current]))
-    return found
+    return ids
 
 
 def find_weights(

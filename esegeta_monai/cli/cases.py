@@ -62,10 +62,10 @@ def find_cases(
                 raise UsageError(
                     f"--input {given[1]}=...: the name of a case becomes that of a folder: leave slashes out"
                 )
-        found = list(_cases(path, channel_names, leave_out))
-        if name is not None and len(found) > 1:
-            raise UsageError(f"--input {text}: one name for the {len(found)} cases of a folder; name them one by one")
-        cases += [ScanCase(name or case.name, case.files) for case in found]
+        named = list(_cases(path, channel_names, leave_out))
+        if name is not None and len(named) > 1:
+            raise UsageError(f"--input {text}: one name for the {len(named)} cases of a folder; name them one by one")
+        cases += [ScanCase(name or case.name, case.files) for case in named]
     try:
         storage.check_clashes([case.name for case in cases], [], [])
     except UsageError as error:
@@ -81,11 +81,11 @@ def _cases(text: str, channel_names: Sequence[str], leave_out: Path | None) -> I
     elif not path.is_dir() or _is_series(path):
         yield ScanCase(storage.case_name(path), (path,))
     else:
-        found = list(_in_folder(path, channel_names, leave_out))
-        if not found:
+        cases = list(_in_folder(path, channel_names, leave_out))
+        if not cases:
             kinds = ", ".join(s for s in SCAN_SUFFIXES if s in (".nii.gz", ".nii", ".mha", ".nrrd", ".dcm", ".png"))
             raise UsageError(f"{path}: no scan in this folder, nor below it (looked for {kinds} and the like)")
-        yield from found
+        yield from cases
 
 
 def _in_folder(root: Path, channel_names: Sequence[str], leave_out: Path | None) -> Iterator[ScanCase]:
@@ -118,10 +118,10 @@ def by_channel(files: Sequence[Path], channel_names: Sequence[str]) -> tuple[Pat
     ['a_t1c.nii.gz', 'a_t1.nii.gz', 'a_flair.nii.gz']
     """
     words = {file: _words(file) for file in files}
-    found = [[f for f in files if "".join(_split(name)) in words[f]] for name in channel_names]
-    if len(found) < 2 or any(len(matches) != 1 for matches in found):
+    matching = [[f for f in files if "".join(_split(name)) in words[f]] for name in channel_names]
+    if len(matching) < 2 or any(len(matches) != 1 for matches in matching):
         return None
-    chosen = tuple(matches[0] for matches in found)
+    chosen = tuple(matches[0] for matches in matching)
     return chosen if len(set(chosen)) == len(chosen) else None
 
 
@@ -162,9 +162,9 @@ class Preprocessor:
     def _expected(self) -> tuple[int | None, int | None]:
         """Axes and channels of the preprocessed image, as far as metadata.json tells."""
         inputs = self.reader.metadata.inputs
-        said: Any = inputs.get(self.reader.image_key) or inputs.get("image") or next(iter(inputs.values()), {})
-        said = said if isinstance(said, Mapping) else {}
-        shape, channels = said.get("spatial_shape"), said.get("num_channels")
+        declared: Any = inputs.get(self.reader.image_key) or inputs.get("image") or next(iter(inputs.values()), {})
+        declared = declared if isinstance(declared, Mapping) else {}
+        shape, channels = declared.get("spatial_shape"), declared.get("num_channels")
         dims = len(shape) if isinstance(shape, (list, tuple)) and len(shape) in (2, 3) else None
         if dims == 2 and isinstance(self.reader.inferer, SliceInferer):
             dims = 3

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
 import esegeta_monai
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.arguments import add_run_options
 from esegeta_monai.cli.cases import ScanCase
 from esegeta_monai.cli.explain import choose_device, explain_cases
 from esegeta_monai.cli.log import RunLog
@@ -20,7 +21,7 @@ from esegeta_monai.methods.base import METHODS
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.utils.files import INTENDED_USE
 
-__all__ = ["DEMO_METHODS", "find_bundle", "run", "template"]
+__all__ = ["DEMO_METHODS", "add_arguments", "find_bundle", "run", "template"]
 
 BUNDLE = Path("bundles") / "brain_tissue_segmentation"
 CASE = "mni152_t1_2mm"
@@ -37,6 +38,18 @@ DEMO_METHODS = (
     "LayerActivation",
     "Occlusion(window=32)",
 )
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``demo``."""
+    parser.add_argument("--output", default="demo_output", metavar="DIR", help="output folder (default: %(default)s)")
+    parser.add_argument("--bundle", metavar="DIR", help="the bundle brain_tissue_segmentation, if it is not found")
+    parser.add_argument(
+        "--methods", action="append", metavar="LIST", help="methods, instead of those chosen for the demo"
+    )
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
+    add_run_options(parser)
+    parser.set_defaults(config=None, override=None, network_output=None, share="cases")
 
 
 def run(args: Namespace, log: RunLog) -> int:

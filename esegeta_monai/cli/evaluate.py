@@ -1,10 +1,10 @@
-"""``esegeta-monai evaluate``: how far the maps of a bundle's predictions can be trusted, in numbers."""
+"""``esegeta-monai evaluate``: evaluate the maps of a bundle's predictions by metrics."""
 
 from __future__ import annotations
 
 import json
 import logging
-from argparse import Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +17,26 @@ from torch import Tensor
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.arguments import add_bundle, add_computing_options, add_network, add_share
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import (
     DEFAULT_METHODS,
     check_layers,
     choose_device,
     default_targets,
+    each_case,
     explainer_for,
-    named,
+    open_log,
     overrides,
     provenance_of,
 )
 from esegeta_monai.cli.log import RunLog
 from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
-from esegeta_monai.errors import EsegetaError, InputError, RankLost, UsageError
+from esegeta_monai.errors import EsegetaError, InputError, UsageError
 from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.explain.names import ResultNames
+from esegeta_monai.explain.record import KINDS, Record
 from esegeta_monai.files.grids.resample import to_network_grid
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.evaluation_writer import EvaluationWriter
@@ -43,14 +46,106 @@ from esegeta_monai.utils.files import read_json
 from esegeta_monai.utils.registry import Registry
 
 __all__ = [
+    "add_arguments",
     "run",
 ]
 
 logger = logging.getLogger("esegeta_monai")
 
 
+DESCRIPTION = """\
+Evaluates maps by metrics: faithfulness to the network, robustness, sensitivity to the network's weights, and
+localisation of a known cause. Three control maps that do not depend on the network (random, edges of the image,
+constant) are evaluated too; methods that are no better are listed. It writes OUTPUT/metrics.csv (one row per case,
+target, method and metric), OUTPUT/CASE/CASE_metrics.json (with curves and parameters) and OUTPUT/CASE/CASE_regions.csv
+(sums of the map per region, channel and distance)."""
+
+EPILOG = """labels:
+  A label map marks the known cause. Localisation metrics (pointing game, relevance mass, ...) need it; it may be on any
+  grid. A folder must contain one file per case: CASE.nii.gz, or one whose name begins with CASE_.
+
+exit codes: 0 all done (including undefined and inapplicable metrics), 1 something failed,
+2 usage error
+"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``evaluate``."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    add_bundle(parser, required=True)
+    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
+    parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
+    parser.add_argument(
+        "--maps", metavar="DIR", help="evaluate the maps in this output folder of 'explain' instead of computing them"
+    )
+    parser.add_argument(
+        "--methods",
+        action="append",
+        metavar="LIST",
+        help="methods (default: those of --maps, else Saliency,GradCam)",
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="TARGET",
+        help="targets (default: those of --maps, else every predicted class except background)",
+    )
+    parser.add_argument(
+        "--metrics",
+        action="append",
+        metavar="LIST",
+        help="metric names, separated by commas, with parameters in parentheses, or 'all' (default: a quick selection; "
+        "'esegeta-monai metrics' lists all)",
+    )
+    parser.add_argument(
+        "--label", metavar="FILE", help="label map, or a folder of them named like the cases: see below"
+    )
+    parser.add_argument(
+        "--label-value",
+        type=_label_value,
+        metavar="N",
+        help="label value of the cause: a number, or 'class' for the target's class (default: all above 0)",
+    )
+    parser.add_argument(
+        "--regions", metavar="FILE", help="label map, or folder, for the region tables (default: --label)"
+    )
+    parser.add_argument("--region-names", metavar="N=NAME,...", help="names of region values, such as 1=liver,2=spleen")
+    parser.add_argument(
+        "--body", metavar="FILE", help="body mask, or a folder of masks (default: the image's foreground)"
+    )
+    parser.add_argument(
+        "--outside-alarm", type=_fraction, default=0.1, metavar="SHARE",
+        help="raise the region alarm if more than this share of a map is outside the body (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no-controls",
+        dest="controls",
+        action="store_false",
+        help="leave out the control maps (random, Sobel, constant)",
+    )
+    add_network(parser)
+    add_computing_options(parser)
+    add_share(parser)
+
+
+def _label_value(text: str) -> int | str:
+    if text != "class" and (not text.isdigit() or int(text) < 1):
+        raise ArgumentTypeError(f"{text!r} is no whole number above 0, and not 'class'")
+    return text if text == "class" else int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise ArgumentTypeError(f"{text!r} is no share from 0 to 1")
+    return value
+
+
 def run(args: Namespace, log: RunLog) -> int:
-    """The command.
+    """Run the command.
 
     Returns:
         0: every metric was measured, said nothing, or does not apply; 1: a case, method or metric failed.
@@ -95,35 +190,28 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWrite
     )
     writer = EvaluationWriter(output, methods, targets, provenance_of(reader, args), ranks=ranks, share=args.share)
     preprocess = Preprocessor(reader)
-    for case in cases:
-        for file in case.files:
-            log.hide(file, file.name)
-    log.hide(output, output.name)
-    log.hide(reader.bundle_dir, reader.bundle_dir.name)
-    log.write_to(output)
-    mine = ranks.share(cases) if args.share == "cases" else cases
-    for number, case in enumerate(mine, 1):
-        with log.of(case.name):
-            logger.info("%s: case %d of %d", case.name, number, len(mine))
-            try:
-                _, image, data = preprocess(case)
-                maps, problems = earlier.maps(case, methods, targets, writer.names, image) if earlier else (None, {})
-                writer.evaluate(
-                    evaluator,
-                    image,
-                    case.name,
-                    problems=problems,
-                    data=data,
-                    maps=maps,
-                    region_names=region_names,
-                    label_value=args.label_value,
-                    **_beside(args, case, image, data),
-                )
-            except RankLost:
-                raise
-            except Exception as error:  # told with its reason, and the other cases go on
-                writer.failed(case.name, str(named(error, log)))
-                logger.debug("traceback", exc_info=error)
+    open_log(log, reader, cases, output)
+
+    def evaluate(case: ScanCase) -> None:
+        _, image, data = preprocess(case)
+        maps, problems = earlier.maps(case, methods, targets, writer.names, image) if earlier else (None, {})
+        writer.evaluate(
+            evaluator,
+            image,
+            case.name,
+            problems=problems,
+            data=data,
+            maps=maps,
+            region_names=region_names,
+            label_value=args.label_value,
+            **_beside(args, case, image, data),
+        )
+
+    def failed(case: str, error: Exception) -> None:
+        writer.failed(case, str(error))
+        logger.debug("traceback", exc_info=error.__cause__)
+
+    each_case(ranks.share(cases) if args.share == "cases" else cases, evaluate, failed, log)
     writer.join()
     return writer
 
@@ -136,23 +224,23 @@ def _summary(writer: EvaluationWriter) -> None:
     print(f"{writer.done} case(s) judged, {len(writer.problems)} problem(s). The table is {writer.path}.")
 
 
-# -- what lies beside a scan ---------------------------------------------------------------------------------------
+# -- masks of a case -----------------------------------------------------------------------------------------------
 
 
 def _beside(args: Namespace, case: ScanCase, image: MetaTensor, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Label, regions and body mask of a case on the network's grid."""
+    """Return label, regions and body mask of a case on the network's grid."""
     context = Case(torch.as_tensor(image.affine).double().cpu(), data, {})
-    found: dict[str, Any] = {}
+    masks: dict[str, Any] = {}
     for what, text in (("label", args.label), ("regions", args.regions), ("body", args.body)):
         if text is None:
-            found[what] = None
+            masks[what] = None
         else:
-            found[what] = label_on_grid(_file_of(what, text, case, data), image.as_tensor(), context)
-    return found
+            masks[what] = label_on_grid(_file_of(what, text, case, data), image.as_tensor(), context)
+    return masks
 
 
 def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> str:
-    """The file of a case: the one that is given, or that of a folder whose name begins with the case's."""
+    """Return the given file, or the file of a folder whose name begins with the case's name."""
     path = Path(text)
     if not path.is_dir():
         if not path.exists() and text not in data:
@@ -172,7 +260,7 @@ def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> s
 
 
 def _region_names(text: str | None) -> dict[int, str] | None:
-    """``1=liver,2=spleen``."""
+    """Parse ``1=liver,2=spleen``."""
     if text is None:
         return None
     parts = [[word.strip() for word in part.split("=", 1)] for part in text.split(",")]
@@ -189,36 +277,41 @@ class _Earlier:
     """The maps in the output folder of ``explain``, by their sidecars."""
 
     folder: Path
-    sidecars: dict[str, list[tuple[Path, dict[str, Any]]]]
+    sidecars: dict[str, list[tuple[Path, Record]]]
     methods: list[Method]
     targets: list[Target]
 
     @classmethod
     def read(cls, folder: Path, cases: Sequence[ScanCase]) -> _Earlier:
-        """Raises UsageError where there is no map of these cases, or one whose parameters no text can say."""
+        """Read the sidecars of these cases.
+
+        Raises:
+            UsageError: there is no map of them, or one whose parameters cannot be created again.
+        """
         if not folder.is_dir():
             raise UsageError(f"--maps {folder}: there is no such folder; give the output folder of 'explain'")
         wanted = {case.name for case in cases}
-        sidecars: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+        sidecars: dict[str, list[tuple[Path, Record]]] = {}
         for file in sorted(folder.rglob("*.json")):
-            record = read_json(file)
-            if record and record.get("map") and record.get("case") in wanted and record.get("status") in ("ok", "zero"):
-                if not _whole(record):
+            content = read_json(file) or {}
+            record = Record.from_json(content)
+            if record.map and record.case in wanted and record.status in ("ok", "zero"):
+                if not all(isinstance(content.get(key), KINDS[key]) for key in NEEDED):
                     logger.warning("%s does not say of which method and target its map is: left out", file.name)
                     continue
-                if record.get("input"):
+                if record.input:
                     raise UsageError(
                         f"{file.name}: maps of several inputs cannot be judged from disk: leave --maps out"
                     )
-                sidecars.setdefault(record["case"], []).append((file.with_name(record["map"]), record))
+                sidecars.setdefault(str(record.case), []).append((file.with_name(record.map), record))
         if not sidecars:
             raise UsageError(f"--maps {folder}: no map of {', '.join(sorted(wanted)[:3])} in it; run 'explain' first")
         records = [record for several in sidecars.values() for _, record in several]
         return cls(
             folder,
             sidecars,
-            _revived(records, METHODS, "method", "parameters"),
-            _revived(records, TARGETS, "target", "target_parameters"),
+            _revived([(str(r.method), r.parameters or {}) for r in records], METHODS),
+            _revived([(str(r.target), r.target_parameters or {}) for r in records], TARGETS),
         )
 
     def maps(
@@ -229,53 +322,49 @@ class _Earlier:
         names: ResultNames,
         image: MetaTensor,
     ) -> tuple[dict[tuple[str, str], Tensor], dict[str, str]]:
-        """By the names of target and method, on the network's grid; and why others cannot be read, by both names."""
-        found: dict[tuple[str, str], Tensor] = {}
+        """Return maps on the network's grid, and the reasons of unreadable ones, by the names of target and method."""
+        maps: dict[tuple[str, str], Tensor] = {}
         problems: dict[str, str] = {}
         for path, record in self.sidecars.get(case.name, []):
-            method = _same(methods, record["method"], record["parameters"])
-            target = _same(targets, record["target"], record["target_parameters"])
+            method = _same(methods, record.method, record.parameters)
+            target = _same(targets, record.target, record.target_parameters)
             if method is None or target is None:
                 continue
-            key = (names.target(target, record["target_name"]), names.method(method))
+            key = (names.target(target, str(record.target_name)), names.method(method))
             try:
                 values = storage.read_scan(path, spatial_dims=2 if image.ndim == 3 else None)
             except InputError as error:
                 problems[", ".join(key)] = str(error).replace(str(path), path.name)
                 continue
-            found[key] = to_network_grid(values, image, additive=bool(record.get("additive")))
-        if not found and not problems:
+            maps[key] = to_network_grid(values, image, additive=bool(record.additive))
+        if not maps and not problems:
             raise UsageError(f"{case.name}: none of its maps on disk is of these methods and targets")
-        return found, problems
+        return maps, problems
 
 
-def _whole(record: Mapping[str, Any]) -> bool:
-    """Whether a sidecar says what is asked of it."""
-    texts, parameters = ("method", "target", "target_name", "map"), ("parameters", "target_parameters")
-    return all(isinstance(record.get(k), str) for k in texts) and all(
-        isinstance(record.get(k), dict) for k in parameters
-    )
+NEEDED = ("method", "parameters", "target", "target_parameters", "target_name", "map")
+"""Entries of a sidecar without which its map cannot be evaluated."""
 
 
-def _revived(records: Sequence[Mapping[str, Any]], registry: Registry[Any], kind: str, parameters: str) -> list[Any]:
-    """One instance for each kind and parameters that the records have."""
-    found: dict[str, Any] = {}
-    for record in records:
-        key = json.dumps([record[kind], record[parameters]], sort_keys=True)
-        if key in found:
+def _revived(recorded: Sequence[tuple[str, Mapping[str, Any]]], registry: Registry[Any]) -> list[Any]:
+    """Create one instance for each recorded class and its parameters."""
+    instances: dict[str, Any] = {}
+    for name, parameters in recorded:
+        key = json.dumps([name, parameters], sort_keys=True)
+        if key in instances:
             continue
         try:
-            found[key] = registry.create({"_target_": record[kind], **_nested(record[parameters])})
+            instances[key] = registry.create({"_target_": name, **_nested(parameters)})
         except EsegetaError as error:
             raise UsageError(
-                f"the {kind} {record[kind]} of an earlier map cannot be made again from its record ({error}): name it "
-                f"with --{kind}{'s' if kind == 'method' else ''}"
+                f"the {registry.kind} {name} of an earlier map cannot be made again from its record ({error}): name it "
+                f"with --{registry.kind}{'s' if registry.kind == 'method' else ''}"
             ) from error
-    return list(found.values())
+    return list(instances.values())
 
 
 def _nested(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters as a config has them: objects by ``_target_``."""
+    """Return parameters as in a config: objects by ``_target_``."""
     return {
         k: {"_target_": v["name"], **_nested({a: b for a, b in v.items() if a != "name"})}
         if isinstance(v, Mapping) and "name" in v
@@ -284,7 +373,7 @@ def _nested(parameters: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _same(things: Sequence[Any], kind: str, parameters: Mapping[str, Any]) -> Any:
-    said = json.dumps(parameters, sort_keys=True)
-    fitting = (t for t in things if type(t).__name__ == kind and json.dumps(t.parameters, sort_keys=True) == said)
+def _same(things: Sequence[Any], kind: str | None, parameters: Mapping[str, Any] | None) -> Any:
+    text = json.dumps(parameters, sort_keys=True)
+    fitting = (t for t in things if type(t).__name__ == kind and json.dumps(t.parameters, sort_keys=True) == text)
     return next(fitting, None)

@@ -1,11 +1,11 @@
-"""``esegeta-monai explain``: the cases of a folder, by the methods and for the targets asked for, through a bundle."""
+"""``esegeta-monai explain``: explain the predictions of a bundle on the cases of a folder."""
 
 from __future__ import annotations
 
 import json
 import logging
-from argparse import Namespace
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import esegeta_monai.files as storage
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.arguments import add_bundle, add_network, add_run_options, add_share
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.engine.network.hooks import find_layer
@@ -30,15 +31,74 @@ from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.utils.distributed import Processes, local_device, process_group
 
-__all__ = ["DEFAULT_METHODS", "choose_device", "default_targets", "explain_cases", "explainer_for", "overrides", "run"]
+__all__ = [
+    "DEFAULT_METHODS",
+    "add_arguments",
+    "choose_device",
+    "default_targets",
+    "each_case",
+    "explain_cases",
+    "explainer_for",
+    "open_log",
+    "overrides",
+    "run",
+]
 
 DEFAULT_METHODS = ("Saliency", "GradCam")
 
 logger = logging.getLogger("esegeta_monai")
 
 
+DESCRIPTION = """Explains a bundle's predictions on your scans. For each case, target and method it writes
+OUTPUT/CASE/CASE_TARGET_METHOD_attr.nii.gz (the map, on the voxel grid of the scan), .png (a picture) and .json (the
+record), and OUTPUT/run.json with the status of every result. Finished maps are skipped, so that the same command
+resumes an interrupted run. The bundle itself is not changed."""
+
+EPILOG = """inputs:
+  scan.nii.gz                a scan; the case is named "scan"
+  scans/                     every scan in the folder and its subfolders, sorted
+  t1.nii.gz,t2.nii.gz        one case whose channels are in several files, in the network's order
+  patients/                  a folder with one file for each channel of the network, named after the channels in
+                             metadata.json (p1/p1_T1c.nii.gz, p1/p1_FLAIR.nii.gz, ...) is one case
+  p7=scan.nii.gz             the case is named "p7"
+
+exit codes: 0 all done, 1 a case or method failed (run.json has the reasons; the others are complete), 2 usage error
+"""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``explain``."""
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    add_bundle(parser, required=True)
+    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans: see below")
+    parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
+    parser.add_argument(
+        "--methods",
+        action="append",
+        metavar="LIST",
+        help="method names, separated by commas, with parameters in parentheses (default: Saliency,GradCam; "
+        "'esegeta-monai methods' lists all)",
+    )
+    parser.add_argument(
+        "--target",
+        action="append",
+        metavar="TARGET",
+        help='target, such as "MultiClassMask(class_index=1)" or "MultiClassMask(\'spleen\')"; may be repeated '
+        "(default: every predicted class except background; 'esegeta-monai targets' lists all)",
+    )
+    parser.add_argument("--report", action="store_true", help="write the HTML report at the end")
+    add_network(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write nothing; print window passes, time and memory per case, target and method",
+    )
+    add_run_options(parser)
+    add_share(parser)
+
+
 def run(args: Namespace, log: RunLog) -> int:
-    """The command; what can be wrong without having computed anything is found first.
+    """Run the command; all options are checked before anything is computed.
 
     Returns:
         0: all is there, empty targets included; 1: some case or method failed.
@@ -77,7 +137,7 @@ def explain_cases(
     log: RunLog,
     ranks: Processes | None = None,
 ) -> ResultWriter:
-    """Explains cases one by one; one that fails is recorded, and the others go on.
+    """Explain cases one by one; a case that fails is recorded, and the others continue.
 
     Args:
         targets: None: every predicted class, background aside.
@@ -108,32 +168,47 @@ def explain_cases(
         ranks=ranks,
         together=options.share == "windows",
     )
-    for case in cases:
-        for file in case.files:
-            log.hide(file, file.name)
-    log.hide(output, output.name)
-    log.hide(reader.bundle_dir, reader.bundle_dir.name)
-    log.write_to(output)
+    open_log(log, reader, cases, output)
     logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))
-    mine = ranks.share(cases) if options.share == "cases" else cases
-    for number, case in enumerate(mine, 1):
-        with log.of(case.name):
-            logger.info("%s: case %d of %d", case.name, number, len(mine))
-            try:
-                scan, image, data = preprocess(case)
-                for some, of in ranks.part(options.share, methods, chosen):
-                    writer.explain(explainer, image, case.name, some, of, scan=scan, data=data)
-            except RankLost:
-                raise
-            except Exception as error:  # recorded with its reason, and the other cases go on
-                writer.failed(case.name, named(error, log))
+
+    def explain(case: ScanCase) -> None:
+        scan, image, data = preprocess(case)
+        for some, of in ranks.part(options.share, methods, chosen):
+            writer.explain(explainer, image, case.name, some, of, scan=scan, data=data)
+
+    each_case(ranks.share(cases) if options.share == "cases" else cases, explain, writer.failed, log)
     with writer.run:
         writer.run.join(ranks)
         return writer
 
 
+def open_log(log: RunLog, reader: BundleReader, cases: Sequence[ScanCase], output: Path) -> None:
+    """Begin the log file of a run in ``output``; folders of scans, bundle and output are left out of its lines."""
+    for path in (*(file for case in cases for file in case.files), output, reader.bundle_dir):
+        log.hide(path, path.name)
+    log.write_to(output)
+
+
+def each_case(
+    cases: Sequence[ScanCase],
+    work: Callable[[ScanCase], None],
+    failed: Callable[[str, Exception], None],
+    log: RunLog,
+) -> None:
+    """Work on cases one by one; one that fails is passed to ``failed`` with its error, and the others go on."""
+    for number, case in enumerate(cases, 1):
+        with log.of(case.name):
+            logger.info("%s: case %d of %d", case.name, number, len(cases))
+            try:
+                work(case)
+            except RankLost:
+                raise
+            except Exception as error:  # a bundle's code and networks may raise anything
+                failed(case.name, named(error, log))
+
+
 def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
-    """The explainer of a bundle, by the options of the command line."""
+    """Create the explainer of a bundle from the options of the command line."""
     amp = reader.amp and reader.device.type == "cuda" if options.amp is None else options.amp  # on CPUs as MONAI does
     return Explainer(
         reader.network,
@@ -154,7 +229,7 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
 
 
 def default_targets(reader: BundleReader) -> list[Target]:
-    """Every predicted class, background aside."""
+    """Return the default: every predicted class except background."""
     return [PredictedClasses(activation="sigmoid" if _sigmoid(reader) else "auto")]
 
 
@@ -166,20 +241,20 @@ def _tell_costs(
     options: Namespace,
     log: RunLog,
 ) -> int:
-    """Prints what explaining would cost; writes nothing."""
+    """Print the cost of each method; write nothing."""
     chosen = default_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)
     check_layers(reader.network, [*methods, *chosen])
-    explainer, found, failed = explainer_for(reader, options), [], False
+    explainer, costs, failed = explainer_for(reader, options), [], False
     for case in cases:
         try:
             _, image, data = preprocess(case)
-            found += [(case.name, cost) for cost in explainer.costs(image[None], methods, chosen, data=data)]
+            costs += [(case.name, cost) for cost in explainer.costs(image[None], methods, chosen, data=data)]
         except Exception as error:  # told, and the other cases go on
             failed = True
             logger.error("%s: %s", case.name, named(error, log))
-    print("\n".join(table(found)))
-    seconds = sum(cost.seconds or 0.0 for _, cost in found)
+    print("\n".join(table(costs)))
+    seconds = sum(cost.seconds or 0.0 for _, cost in costs)
     print(
         f"About {duration(seconds)} in all; methods that share passes (gradients, CAM) need less. Nothing was written."
     )
@@ -187,7 +262,7 @@ def _tell_costs(
 
 
 def named(error: Exception, log: RunLog) -> Exception:
-    """The error as ``run.json`` may have it: named, in one line, without folders."""
+    """Return the error for ``run.json``: named, in one line, without folders."""
     if isinstance(error, EsegetaError):
         named: Exception = type(error)(log.clean(str(error)))
     elif isinstance(error, torch.cuda.OutOfMemoryError):
@@ -199,7 +274,7 @@ def named(error: Exception, log: RunLog) -> Exception:
 
 
 def check_layers(network: torch.nn.Module, things: Sequence[Any]) -> None:
-    """Finds out before any work whether the layers exist that methods (also those inside others) and targets name.
+    """Check that the layers named by methods (also nested ones) and targets exist.
 
     Raises:
         UsageError: no such layer; near matches are listed.
@@ -214,7 +289,7 @@ def check_layers(network: torch.nn.Module, things: Sequence[Any]) -> None:
 
 
 def _sigmoid(reader: BundleReader) -> bool:
-    """Whether the bundle's classes are not exclusive: its postprocessing takes a sigmoid of every channel."""
+    """Return True if the classes are not exclusive: the postprocessing applies a sigmoid to every channel."""
     try:
         transforms = reader.postprocessing.flatten().transforms
     except NetworkError as error:
@@ -223,16 +298,16 @@ def _sigmoid(reader: BundleReader) -> bool:
 
 
 def provenance_of(reader: BundleReader, options: Namespace) -> dict[str, Any]:
-    found = {**bundle_provenance(reader.bundle_dir), "weights_sha256": weights_hash(unwrap(reader.network))}
+    provenance = {**bundle_provenance(reader.bundle_dir), "weights_sha256": weights_hash(unwrap(reader.network))}
     if options.config:
-        found["configs_used_sha256"] = {file.name: storage.sha256_file(file) for file in reader.config_files}
+        provenance["configs_used_sha256"] = {file.name: storage.sha256_file(file) for file in reader.config_files}
     if options.override:
-        found["overrides"] = overrides(options.override)
-    return found
+        provenance["overrides"] = overrides(options.override)
+    return provenance
 
 
 def overrides(texts: Sequence[str] | None) -> dict[str, Any]:
-    """``id=value`` texts as a dictionary; values are JSON where they can be read as JSON, else text.
+    """Parse ``id=value`` texts; values are JSON where they parse as JSON, else text.
 
     Raises:
         UsageError: a text without ``=``.
@@ -240,20 +315,20 @@ def overrides(texts: Sequence[str] | None) -> dict[str, Any]:
     >>> overrides(["inferer#roi_size=[32, 32, 32]", "network=@net"])
     {'inferer#roi_size': [32, 32, 32], 'network': '@net'}
     """
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for text in texts or ():
         key, equals, value = text.partition("=")
         if not key or not equals:
             raise UsageError(f"--override {text}: write id=value, such as inferer#overlap=0.25")
         try:
-            found[key] = json.loads(value)
+            values[key] = json.loads(value)
         except ValueError:  # not JSON, so it is text: a reference or an expression of the config
-            found[key] = value
-    return found
+            values[key] = value
+    return values
 
 
 def choose_device(text: str | None) -> torch.device:
-    """The device that is named, else the first CUDA device, else the CPU.
+    """Return the named device, else the first CUDA device, else the CPU.
 
     Raises:
         UsageError: no such device here.

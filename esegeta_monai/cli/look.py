@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.arguments import add_bundle, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.explain import choose_device, overrides
 from esegeta_monai.engine.default_layer import default_layer, layer_shapes
@@ -22,19 +23,33 @@ from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.errors import MethodError, UsageError
 
-__all__ = ["run_info", "run_layers"]
+__all__ = ["add_info_arguments", "add_layers_arguments", "run_info", "run_layers"]
+
+
+def add_layers_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``layers``."""
+    add_bundle(parser, required=True)
+    parser.add_argument("--input", metavar="FILE", help="scan to run the network on (default: noise of one window)")
+    add_network(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_info_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``info``."""
+    add_bundle(parser, required=False)
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_info(args: Namespace, *_: object) -> int:
-    """Versions, devices, and what a bundle says of itself."""
-    found: dict[str, Any] = {"versions": storage.versions(), "devices": _devices()}
+    """Print versions, devices and the description of a bundle."""
+    sections: dict[str, Any] = {"versions": storage.versions(), "devices": _devices()}
     if args.bundle:
         reader = BundleReader(args.bundle, args.config, overrides(args.override), weights="optional")
-        found["bundle"] = _bundle(reader)
+        sections["bundle"] = _bundle(reader)
     if args.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json.dumps(sections, indent=2, ensure_ascii=False))
         return 0
-    for title, content in found.items():
+    for title, content in sections.items():
         print(f"{title}:")
         for key, value in content.items():
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
@@ -43,11 +58,11 @@ def run_info(args: Namespace, *_: object) -> int:
 
 
 def _devices() -> dict[str, Any]:
-    found: dict[str, Any] = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"}
+    devices: dict[str, Any] = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"}
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
-        found[f"cuda:{i}"] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
-    return found
+        devices[f"cuda:{i}"] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
+    return devices
 
 
 def _bundle(reader: BundleReader) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,39 @@ from esegeta_monai.bundle.overlay import (
     shipped_overlay,
 )
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.arguments import add_bundle
 from esegeta_monai.cli.explain import overrides
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.utils.files import atomic
 
-__all__ = ["run", "run_merge"]
+__all__ = ["add_arguments", "run", "run_merge"]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``overlay``."""
+    add_bundle(parser, required=False)
+    parser.add_argument("--output", metavar="FILE", help="output file (default: explain.json in DIR/configs)")
+    parser.add_argument(
+        "--multi-gpu", action="store_true", help="also write multi_gpu_explain.json, for several processes"
+    )
+    parser.add_argument(
+        "--metrics",
+        action="store_true",
+        help="write explain_metrics.json, which evaluates the maps as 'evaluate' does; alone or after explain.json",
+    )
+    parser.add_argument("--path", action="store_true", help="write nothing; print the path of the packaged file")
+
+
+def add_merge_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``merge``."""
+    add_bundle(parser, required=True)
+    parser.add_argument(
+        "--add",
+        action="append",
+        metavar="FILE",
+        help="file merged after the config (default: the overlay for this bundle); may be repeated",
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="output file; existing files are not replaced")
 
 
 def run(args: Namespace, *_: object) -> int:
@@ -56,7 +84,7 @@ def run(args: Namespace, *_: object) -> int:
     _write(target, text)
     if second is not None:
         _write(second, more_text)
-    print("\n".join(f"  {title:<9} {text}" for title, text in found(reader, config, overlay).items()))
+    print("\n".join(f"  {title:<9} {text}" for title, text in description(reader, config, overlay).items()))
     written = [_shown(file, reader) for file in (target, second) if file is not None]
     files = [*[f.relative_to(reader.bundle_dir).as_posix() for f in reader.config_files], *written]
     run_id = "" if reader.run_id in (None, "run") else f" {reader.run_id}"
@@ -82,7 +110,7 @@ def run_merge(args: Namespace, *_: object) -> int:
     return 0
 
 
-def found(reader: BundleReader, config: ConfigParser, overlay: dict[str, Any]) -> dict[str, str]:
+def description(reader: BundleReader, config: ConfigParser, overlay: dict[str, Any]) -> dict[str, str]:
     """What was found in a bundle, a line each; what cannot be built here says why."""
     classes = ", ".join(f"{i} {name}" for i, name in sorted(reader.class_names.items())[:12])
     more = len(reader.class_names) - 12

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.arguments import add_bundle, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.explain import choose_device, overrides
 from esegeta_monai.engine.network.model import Model
@@ -16,7 +17,16 @@ from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.relevance.patterns import FittedPatterns
 
-__all__ = ["run"]
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``patterns``."""
+    add_bundle(parser, required=True)
+    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
+    parser.add_argument("--output", metavar="FILE", help="output file (default: models/patterns.pt in the bundle)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    add_network(parser)
 
 
 def run(args: Namespace, *_: object) -> int:
@@ -41,7 +51,7 @@ def run(args: Namespace, *_: object) -> int:
         fitted = FittedPatterns.fit(objectives())
     fitted.save(target)
     if not args.quiet:
-        found = sum(pattern is not None for pattern in fitted.patterns)
-        print(f"{found} operations of {type(network).__name__}, {fitted.cases} case(s): {target}")
+        count = sum(pattern is not None for pattern in fitted.patterns)
+        print(f"{count} operations of {type(network).__name__}, {fitted.cases} case(s): {target}")
         print(f"Use them with --methods \"PatternAttribution(patterns='{target}')\"")
     return 0

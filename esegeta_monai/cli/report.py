@@ -1,17 +1,37 @@
-"""``esegeta-monai report``: one HTML page a case, and an index, from what lies in an output folder."""
+"""``esegeta-monai report``: write an HTML page per case, and an index, for an output folder."""
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from esegeta_monai.output.report.page import write_report
 
-__all__ = ["run"]
+__all__ = ["add_arguments", "run"]
+
+
+DESCRIPTION = """\
+Writes OUTPUT/CASE/CASE_report.html for each case and OUTPUT/index.html from the results of 'explain' and, if
+it was run, 'evaluate' in OUTPUT; also after a run that failed or was stopped. Each page is a single file and opens in a
+browser without a network connection. It shows the names of cases, but no names of folders or scan files."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``report``."""
+    parser.description = DESCRIPTION
+    parser.add_argument("output", metavar="OUTPUT", help="the output folder of 'explain'")
+    parser.add_argument(
+        "--neurological", action="store_true", help="patient's left on the viewer's left (default: radiological)"
+    )
+    parser.add_argument(
+        "--view-3d",
+        action="store_true",
+        help="add a 3D view (needs NiiVue, included in nilearn; 2.3 MB per page); a face can identify a patient",
+    )
 
 
 def run(args: Namespace, *_: object) -> int:
-    """Writes the pages and says where the index lies; with one case, where its page lies too."""
+    """Write the pages; print the path of the index, and with a single case that of its page."""
     written = write_report(
         Path(args.output),
         convention="neurological" if args.neurological else "radiological",
@@ -20,5 +40,5 @@ def run(args: Namespace, *_: object) -> int:
     if not args.quiet:
         if len(written.cases) == 1:
             print(f"{next(iter(written.cases.values()))} is the report of the only case.")
-        print(f"Open {written.index} in a browser: it needs no network.")
+        print(f"Open {written.index} in a browser; no network connection is needed.")
     return 0

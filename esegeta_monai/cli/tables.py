@@ -1,4 +1,4 @@
-"""``esegeta-monai methods``, ``targets`` and ``metrics``: what there is, read off the classes themselves."""
+"""``esegeta-monai methods``, ``targets`` and ``metrics``: list what is registered, read from the classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import textwrap
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from esegeta_monai.bundle.extensions import register_extensions
@@ -16,23 +16,30 @@ from esegeta_monai.metrics import METRICS, Metric
 from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.registry import Configurable, Registry, json_ready
 
-__all__ = ["describe", "run_methods", "run_metrics", "run_targets"]
+__all__ = ["add_arguments", "describe", "run_methods", "run_metrics", "run_targets"]
 
 WIDTH = 100
 
 
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``methods``, ``targets`` and ``metrics``."""
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print the full description of this one")
+    parser.add_argument("--bundle", metavar="DIR", help="include those of this bundle's scripts/")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def run_methods(args: Namespace, *_: object) -> int:
-    """The table of methods, or one method in full."""
+    """Print the table of methods, or one method in full."""
     return _run(METHODS, args, "Use them with --methods NAME,NAME or --methods 'NAME(parameter=value)'.")
 
 
 def run_targets(args: Namespace, *_: object) -> int:
-    """The table of targets, or one target in full."""
+    """Print the table of targets, or one target in full."""
     return _run(TARGETS, args, "Use them with --target 'NAME(parameter=value)'; classes by number or by name.")
 
 
 def run_metrics(args: Namespace, *_: object) -> int:
-    """The table of metrics, or one metric in full."""
+    """Print the table of metrics, or one metric in full."""
     return _run(METRICS, args, "Use them with evaluate --metrics NAME,NAME or --metrics 'NAME(parameter=value)'.")
 
 
@@ -49,7 +56,7 @@ def _run(registry: Registry[Any], args: Namespace, usage: str) -> int:
     else:
         for entry in entries:
             print(_block(entry), end="\n\n")
-        print(usage, f"'esegeta-monai {registry.kind}s NAME' tells all about one.", sep="\n")
+        print(usage, f"'esegeta-monai {registry.kind}s NAME' prints the full description of one.", sep="\n")
     return 0
 
 

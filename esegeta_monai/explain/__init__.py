@@ -1,0 +1,9 @@
+"""One case from its image to attributions, and how far these can be trusted."""
+
+from __future__ import annotations
+
+from esegeta_monai.explain.attribution import Attribution
+from esegeta_monai.explain.evaluation import Evaluator
+from esegeta_monai.explain.explainer import Explainer
+
+__all__ = ["Attribution", "Evaluator", "Explainer"]

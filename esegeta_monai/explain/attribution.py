@@ -50,11 +50,11 @@ class Attribution:
 
 def like_image(values: Tensor, image: MetaTensor) -> MetaTensor:
     """A map with the image's place in the world and the trace of its preprocessing, but none of its other metadata."""
-    found = MetaTensor(values.detach(), affine=image.affine.clone())
+    like = MetaTensor(values.detach(), affine=image.affine.clone())
     keep = ("original_affine", "spatial_shape", "space", "filename_or_obj")
-    found.meta.update({k: image.meta[k] for k in keep if k in image.meta})
-    found.applied_operations = list(image.applied_operations)
-    return found
+    like.meta.update({k: image.meta[k] for k in keep if k in image.meta})
+    like.applied_operations = list(image.applied_operations)
+    return like
 
 
 def mask_on_image(score: Score | None, image: MetaTensor) -> MetaTensor | None:

@@ -1,8 +1,8 @@
-"""The cases of a batch: each image with its own metadata, prediction and further inputs."""
+"""The inputs of one call, and its cases: each image with its own metadata, prediction and further inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +10,67 @@ import torch
 from monai.data import MetaTensor, decollate_batch
 from torch import Tensor
 
-from esegeta_monai.engine.network.model import Model
-from esegeta_monai.errors import InputError
+from esegeta_monai.engine.network.model import Model, select_output
+from esegeta_monai.errors import InputError, UsageError
 
-__all__ = ["CaseInput", "CaseModel", "cases_of", "joined_inputs", "of_case", "to_device"]
+__all__ = ["BatchInputs", "CaseInput", "CaseModel", "cases_of", "joined_inputs", "of_case", "to_device"]
+
+
+@dataclass
+class BatchInputs:
+    """The inputs of one call of an explainer: a batch of images, and what is known of them.
+
+    Args:
+        image, data, prediction, network_args, network_kwargs: see `esegeta_monai.Explainer.__call__`.
+
+    Raises:
+        InputError: no tensor (B, C, *spatial) in 2D or 3D, or image inputs of several grids.
+    """
+
+    image: Tensor | Mapping[str, Tensor]
+    data: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None
+    prediction: Any = None
+    network_args: Sequence[Any] = ()
+    network_kwargs: Mapping[str, Any] | None = None
+    joined: Tensor = field(init=False)
+    """All image inputs (B, C, *spatial), channel behind channel."""
+    channels: dict[str, int] = field(init=False)
+    """Number of channels of each named image input; empty where the network has one."""
+
+    def __post_init__(self) -> None:
+        inputs = dict(self.image) if isinstance(self.image, Mapping) else {}
+        joined = joined_inputs(inputs) if inputs else self.image
+        if not isinstance(joined, Tensor) or joined.ndim not in (4, 5) or 0 in joined.shape[1:]:
+            given = f"shape {tuple(joined.shape)}" if isinstance(joined, Tensor) else type(joined).__name__
+            raise InputError(f"image must be (B, C, *spatial) in 2D or 3D, a tensor, got {given}")
+        self.joined, self.channels = joined, {name: value.shape[1] for name, value in inputs.items()}
+
+    def cases(self, output: int | str | None) -> Iterator[CaseInput]:
+        """Yield the cases of the batch.
+
+        Args:
+            output: which output of the network the prediction is.
+
+        Raises:
+            UsageError: ``data`` has another length than the batch.
+        """
+        n, kwargs = len(self.joined), self.network_kwargs or {}
+        prediction = None if self.prediction is None else select_output(self.prediction, output)
+        data = list(self.data) if isinstance(self.data, Sequence) else [self.data or {}] * n
+        condition = kwargs.get("condition")
+        if len(data) != n:
+            raise UsageError(f"data has {len(data)} entries for {n} images")
+        for i, image in enumerate(cases_of(self.joined)):
+            yield CaseInput(
+                i,
+                image,
+                None if prediction is None else prediction[i],
+                data[i],
+                None if condition is None else torch.as_tensor(condition[i]).as_subclass(Tensor),
+                [of_case(a, i, n) for a in self.network_args],
+                {k: of_case(v, i, n) for k, v in kwargs.items() if k != "condition"},
+                self.channels,
+            )
 
 
 @dataclass
@@ -27,6 +84,8 @@ class CaseInput:
     condition: Tensor | None = None
     args: Sequence[Any] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    channels: dict[str, int] = field(default_factory=dict)
+    """Number of channels of each named image input, see `BatchInputs`."""
     record: dict[str, Any] = field(default_factory=dict)
     """What the records of all its maps share."""
     hashes: dict[int, str | None] = field(default_factory=dict)
@@ -78,10 +137,10 @@ def joined_inputs(inputs: Mapping[str, Tensor]) -> Tensor:
 
 def _batch_like(values: Tensor, batch: MetaTensor) -> MetaTensor:
     """A batch with another's metadata, marked as one: engines with ``compile=True`` lose the mark."""
-    found = MetaTensor(values)
-    found.meta, found.applied_operations = batch.meta, batch.applied_operations
-    found.is_batch = batch.is_batch or batch.affine.ndim == 3
-    return found
+    batched = MetaTensor(values)
+    batched.meta, batched.applied_operations = batch.meta, batch.applied_operations
+    batched.is_batch = batch.is_batch or batch.affine.ndim == 3
+    return batched
 
 
 def of_case(value: Any, index: int, n: int) -> Any:

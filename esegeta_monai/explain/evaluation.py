@@ -1,8 +1,8 @@
 """Judges maps by metrics, the control maps beside them: what the `evaluate` command and the Ignite handler share.
 
 evaluator = Evaluator(explainer, ["Deletion", "PointingGame"])
-found = evaluator(image, methods=["Saliency"], targets=["MultiClassMask(1)"], label=label)
-found.rows[0]["value"], found.rows[0]["beats_controls"]
+result = evaluator(image, methods=["Saliency"], targets=["MultiClassMask(1)"], label=label)
+result.rows[0]["value"], result.rows[0]["beats_controls"]
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from esegeta_monai.engine.feature_masks import foreground
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.score import Score
 from esegeta_monai.errors import MetricError, RankLost, UsageError, named_reason
-from esegeta_monai.explain.explainer import Explainer, Judged
+from esegeta_monai.explain.explainer import Explainer
 from esegeta_monai.explain.names import ResultNames
+from esegeta_monai.explain.record import Record
+from esegeta_monai.explain.run import JudgedCase
 from esegeta_monai.methods.base import METHODS, Explained, Method, Outcome
 from esegeta_monai.methods.precision import full_precision
 from esegeta_monai.methods.run import run_together
@@ -32,7 +34,15 @@ from esegeta_monai.metrics.controls import Control, controls
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM, region_table
 from esegeta_monai.targets.base import TARGETS
 
-__all__ = ["DEFAULT_METRICS", "Evaluator", "Found", "Known", "alarm_share", "chosen_metrics", "value_of_label"]
+__all__ = [
+    "DEFAULT_METRICS",
+    "EvaluationResult",
+    "Evaluator",
+    "Known",
+    "alarm_share",
+    "chosen_metrics",
+    "value_of_label",
+]
 
 logger = logging.getLogger("esegeta_monai")
 
@@ -43,13 +53,13 @@ WITH_LABEL = ("PointingGame", "RelevanceMass", "RelevanceRank", "LocalisationAUC
 """Added by default where there is a label."""
 
 
-Known = Callable[[Mapping[str, Any]], "Tensor | None"]
+Known = Callable[[Record], "Tensor | None"]
 """Gives a map (C, *spatial) that has been computed already, None where there is none, by the record of what is known of
-it beforehand (`esegeta_monai.explain.record.decisive` is what decides)."""
+it beforehand (`Record.decisive` is what decides)."""
 
 
 @dataclass
-class Found:
+class EvaluationResult:
     """What was found of one case.
 
     Attributes:
@@ -66,16 +76,16 @@ class Found:
     empty: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def joined(cls, parts: Iterable[Found]) -> Found:
+    def joined(cls, parts: Iterable[EvaluationResult]) -> EvaluationResult:
         """What several processes found of one case, each with methods and targets of its own and the same controls:
         as one process would have it, target by target, the controls behind the methods."""
         whole, seen = cls(), set()
         for part in parts:
             whole.failed |= part.failed
             whole.empty |= part.empty
-            for mine, theirs in ((whole.rows, part.rows), (whole.regions, part.regions)):
-                keys = [(row["target"], row["method"], row.get("metric"), row.get("region")) for row in theirs]
-                mine += [row for key, row in zip(keys, theirs) if key not in seen]
+            for kept, further in ((whole.rows, part.rows), (whole.regions, part.regions)):
+                keys = [(row["target"], row["method"], row.get("metric"), row.get("region")) for row in further]
+                kept += [row for key, row in zip(keys, further) if key not in seen]
                 seen |= set(keys)
         for rows in (whole.rows, whole.regions):
             order = {target: i for i, target in enumerate(dict.fromkeys(row["target"] for row in rows))}
@@ -123,7 +133,7 @@ class Evaluator:
         known: Known | None = None,
         names: ResultNames | None = None,
         **more: Any,
-    ) -> Found:
+    ) -> EvaluationResult:
         """Judges every method for every target of one case.
 
         Args:
@@ -147,26 +157,26 @@ class Evaluator:
         """
         chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
         names = names or ResultNames(chosen, wanted)
-        found, dims = Found(), image.ndim - 1
+        result, dims = EvaluationResult(), image.ndim - 1
         label, regions, label_value = _plain(label, dims), _plain(regions, dims), value_of_label(label_value)
         if body is None:
             body = foreground(image.as_tensor().detach().cpu())
         for judged in self.explainer.judge(image[None], wanted, **more):
-            found.failed |= dict(judged.left_out)
-            found.empty |= dict(judged.empty)
+            result.failed |= dict(judged.left_out)
+            result.empty |= dict(judged.empty)
             if judged.objective is None:
                 continue
             case = _Case(judged, full_precision(judged.objective), image, label, label_value, _plain(body, dims), names)
             case.known = known
-            self._case(case, chosen, maps, found, regions if regions is not None else label, region_names)
-        return found
+            self._case(case, chosen, maps, result, regions if regions is not None else label, region_names)
+        return result
 
     def _case(
         self,
         case: _Case,
         methods: Sequence[Method],
         maps: Mapping[tuple[str, str], Tensor] | None,
-        found: Found,
+        result: EvaluationResult,
         regions: Tensor | None,
         region_names: Mapping[int, str] | None,
     ) -> None:
@@ -174,7 +184,7 @@ class Evaluator:
         all_names = [*map(case.names.method, methods), *(str(c.name) for c in beside)]
         everything = [*methods, *beside]
         computed = case.explain(
-            everything if maps is None else beside, found, dict(zip(map(id, everything), all_names))
+            everything if maps is None else beside, result, dict(zip(map(id, everything), all_names))
         )
         metrics = self.metrics
         if metrics is None:
@@ -193,7 +203,7 @@ class Evaluator:
                     continue
                 subject = case.subject(values, k, method)
                 if isinstance(subject, str):
-                    found.failed[f"{target}, {name}"] = subject
+                    result.failed[f"{target}, {name}"] = subject
                     continue
                 for metric, title in zip(metrics, titles):
                     rows.append({"target": target, "method": name, **_measured(metric, title, subject)})
@@ -203,12 +213,12 @@ class Evaluator:
                         regions=regions,
                         names=region_names,
                         origin=case.origin(k),
-                        channel_names=self.explainer.channel_names,
+                        channel_names=list(self.explainer.settings.channel_names),
                         alarm=self.outside_alarm,
                     )
-                    found.regions += [{"target": target, "method": name, **row} for row in table]
+                    result.regions += [{"target": target, "method": name, **row} for row in table]
             _compare(rows, dict(zip(titles, metrics)))
-            found.rows += rows
+            result.rows += rows
 
 
 def chosen_metrics(metrics: Any) -> list[Metric] | None:
@@ -233,7 +243,7 @@ class _Case:
     again without it; the maps that they judge are computed in the precision that is enough for them.
     """
 
-    judged: Judged
+    judged: JudgedCase
     objective: Objective
     image: MetaTensor
     label: Tensor | None
@@ -253,7 +263,7 @@ class _Case:
         self.spacing = affine[:-1, :dims].norm(dim=0).tolist()
 
     def explain(
-        self, methods: Sequence[Method], found: Found, names: Mapping[int, str]
+        self, methods: Sequence[Method], result: EvaluationResult, names: Mapping[int, str]
     ) -> dict[tuple[int, int], Tensor]:
         """Maps (C, *spatial) by the method's id and target; what fails is noted."""
         maps: dict[tuple[int, int], Tensor] = {}
@@ -278,7 +288,7 @@ class _Case:
                 if outcome.result is not None:
                     maps[id(method), k] = outcome.result.maps[k]
                 elif outcome.error is not None:
-                    found.failed[f"{target}, {names[id(method)]}"] = named_reason(outcome.error)
+                    result.failed[f"{target}, {names[id(method)]}"] = named_reason(outcome.error)
             if outcome.result is not None and objective is self.objective:
                 self.shared["explained", id(method)] = outcome.result.maps.double()
         return maps
@@ -287,9 +297,9 @@ class _Case:
         """The maps of all targets, where they are known: to every process of those that compute this case together."""
         if self.known is None:
             return None
-        found = [self.known(self.judged.record(method, k)) for k in range(len(objective.scores))]
-        maps = [m.to(objective.image.device) for m in found if m is not None]
-        everywhere = all(objective.context.processes.gather(len(maps) == len(found)))
+        known = [self.known(self.judged.record(method, k)) for k in range(len(objective.scores))]
+        maps = [m.to(objective.image.device) for m in known if m is not None]
+        everywhere = all(objective.context.processes.gather(len(maps) == len(known)))
         return Explained(torch.stack(maps)) if everywhere else None
 
     def subject(self, values: Tensor, k: int, method: Method) -> MetricInput | str:
@@ -387,10 +397,10 @@ def _measured(metric: Metric, title: str, subject: MetricInput) -> dict[str, Any
         "parameters": metric.parameters,
     }
     try:
-        found = metric.update(subject)
-        row |= found.as_json()
-        if found.value is None:
-            row |= {"status": "undefined", "reason": found.notes.get("undefined")}
+        result = metric.update(subject)
+        row |= result.as_json()
+        if result.value is None:
+            row |= {"status": "undefined", "reason": result.notes.get("undefined")}
     except MetricError as error:
         row |= {"status": "not applicable", "reason": str(error)}
     except RankLost:
@@ -404,10 +414,10 @@ def _measured(metric: Metric, title: str, subject: MetricInput) -> dict[str, Any
 def _compare(rows: Sequence[dict[str, Any]], metrics: Mapping[str, Metric]) -> None:
     """Marks the methods of one target that do better than every control."""
     for title, metric in metrics.items():
-        mine = [r for r in rows if r["metric"] == title]
-        against = [r for r in mine if r["method"].startswith(CONTROL) and r["status"] in ("ok", "undefined")]
+        results = [r for r in rows if r["metric"] == title]
+        against = [r for r in results if r["method"].startswith(CONTROL) and r["status"] in ("ok", "undefined")]
         if not metric.compared or metric.higher_is_better is None or not against:
             continue
-        for row in mine:
+        for row in results:
             if not row["method"].startswith(CONTROL) and row["status"] in ("ok", "undefined"):
                 row["beats_controls"] = all(better(metric, row["value"], other["value"]) for other in against)

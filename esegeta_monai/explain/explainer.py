@@ -1,4 +1,4 @@
-"""Runs methods on the cases of a batch: the one entrance that all doors share.
+"""Runs methods on the cases of a batch; all interfaces use it.
 
 explainer = Explainer(network, inferer=SlidingWindowInferer((96, 96, 96), 4, 0.5, "gaussian"))
 for attribution in explainer(image, methods=[Saliency()], targets=[MultiClassMask(1)]):
@@ -7,31 +7,28 @@ for attribution in explainer(image, methods=[Saliency()], targets=[MultiClassMas
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.model import check_network, is_scripted, select_output
 from esegeta_monai.engine.network.state import frozen, own_modes, unwrap
 from esegeta_monai.engine.windows.inferers import as_inferer
-from esegeta_monai.errors import InputError, NetworkError, RankLost, UsageError
+from esegeta_monai.errors import RankLost
 from esegeta_monai.explain.attribution import Attribution
-from esegeta_monai.explain.case import CaseInput, cases_of, joined_inputs, of_case
+from esegeta_monai.explain.case import BatchInputs
 from esegeta_monai.explain.costs import Cost, cost_of
-from esegeta_monai.explain.outcomes import Bound, OnError, Outcomes
-from esegeta_monai.explain.record import described
-from esegeta_monai.explain.run import CaseWork, Judged, Skip
-from esegeta_monai.methods.base import METHODS, Method
+from esegeta_monai.explain.outcomes import BoundTarget, Outcomes
+from esegeta_monai.explain.run import CaseRun, JudgedCase, Skip
+from esegeta_monai.explain.settings import OnError, Settings, device_of
+from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.distributed import Processes
 from esegeta_monai.utils.types import number
 
-__all__ = ["Attribution", "Explainer", "Judged"]
+__all__ = ["Attribution", "Explainer"]
 
 
 class Explainer:
@@ -94,45 +91,26 @@ class Explainer:
         distributed: bool = False,
         on_error: OnError = "raise",
     ) -> None:
-        self.ranks = Processes.current() if distributed else Processes()
-        self.network = unwrap(network)
-        check_network(self.network)
-        if any(p.is_inference() for p in self.network.parameters()):
-            raise NetworkError(
-                "the network was built inside torch.inference_mode(), so its flags cannot be set and put back: build "
-                "it outside, or under torch.no_grad()"
-            )
-        self.inferer = as_inferer(inferer)
-        at = {p.device for p in self.network.parameters()}
-        self.device = torch.device(device) if device is not None else next(iter(at), torch.device("cpu"))
-        if any(p.type != self.device.type for p in at):
-            raise NetworkError(
-                f"the network is on {', '.join(sorted(map(str, at)))}, but device={str(self.device)!r}: move it first, "
-                f"network.to({str(self.device)!r})"
-            )
-        where = volume_device or getattr(self.inferer, "device", None) or self.device
-        self.volume_device = torch.device(where)
-        self.amp, self.amp_kwargs, self.output = bool(amp), dict(amp_kwargs or {}), output
-        self.class_names = {int(k): v for k, v in (class_names or {}).items()}
-        self.channel_names = list(channel_names or [])
-        self.window_batch, self.seed = (
-            number("window_batch", window_batch, int | None, 0),
-            number("seed", seed, int, -1),
+        network, inferer = unwrap(network), as_inferer(inferer)
+        device = device_of(network, device)
+        self.settings = Settings(
+            network=network,
+            inferer=inferer,
+            device=device,
+            volume_device=torch.device(volume_device or getattr(inferer, "device", None) or device),
+            amp=bool(amp),
+            amp_kwargs=dict(amp_kwargs or {}),
+            output=output,
+            class_names={int(k): v for k, v in (class_names or {}).items()},
+            channel_names=list(channel_names or []),
+            window_batch=number("window_batch", window_batch, int | None, 0),
+            seed=number("seed", seed, int, -1),
+            progress=progress,
+            time_limit=number("time_limit", time_limit, float | None, 0),
+            allow_costly=bool(allow_costly),
+            processes=Processes.current() if distributed else Processes(),
+            on_error=on_error,
         )
-        # what the weights do not tell, such as the slope of a LeakyReLU; object addresses aside
-        self.structure_sha256: str = hashlib.sha256(re.sub(r" at 0x\w+", "", repr(self.network)).encode()).hexdigest()
-        self.progress, self.allow_costly = progress, bool(allow_costly)
-        self.time_limit = number("time_limit", time_limit, float | None, 0)
-        if on_error not in ("raise", "record"):
-            raise UsageError(f"on_error={on_error!r}: give 'raise' or 'record'")
-        self.on_error = on_error
-        settings = {
-            "seed": self.seed,
-            "inferer": described(self.inferer),
-            "output": self.output,
-            "network": {"name": type(self.network).__name__, "structure_sha256": self.structure_sha256},
-        }
-        self.outcomes = Outcomes(settings, self._autocast, self.channel_names, on_error)
 
     def __call__(
         self,
@@ -147,7 +125,7 @@ class Explainer:
         skip: Skip | None = None,
         scores_dir: str | os.PathLike[str] | None = None,
     ) -> Iterator[Attribution]:
-        """Explains every case of a batch by every method for every target.
+        """Explain every case of a batch by every method for every target.
 
         Args:
             image: tensor or MetaTensor (B, C, *spatial). A mapping of names to such tensors explains several image
@@ -170,24 +148,25 @@ class Explainer:
             EsegetaError: a wrong name or parameter; with ``on_error="raise"`` anything that goes wrong.
         """
         chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
-        refused = self._refused(chosen)
-        if refused and self.on_error == "raise":
+        settings = self.settings
+        refused = settings.refused(chosen)
+        if refused and settings.on_error == "raise":
             raise next(iter(refused.values()))
-        image, channels = self._inputs(image)
-        for case in self._cases(image, prediction, data, network_args, network_kwargs or {}):
-            told: set[tuple[int, int]] = set()
+        inputs = BatchInputs(image, data, prediction, network_args, network_kwargs)
+        for case in inputs.cases(settings.output):
+            done: set[tuple[int, int]] = set()
             try:
-                for attribution in CaseWork(self, case, channels).explained(chosen, wanted, refused, skip, scores_dir):
-                    told.add((id(attribution.method), id(attribution.target)))
+                for attribution in CaseRun(settings, case).explained(chosen, wanted, refused, skip, scores_dir):
+                    done.add((id(attribution.method), id(attribution.target)))
                     yield attribution
             except Exception as error:
-                if self.on_error == "raise" or isinstance(error, RankLost):
+                if settings.on_error == "raise" or isinstance(error, RankLost):
                     raise
+                outcomes = Outcomes(settings, case)
                 for method in chosen:
-                    for target in (t for t in wanted if (id(method), id(t)) not in told):
-                        bound = Bound(target, None, error)
-                        record = self.outcomes.record(method, bound, None, case)
-                        yield self.outcomes.failed(method, bound, case, record, error)
+                    for target in (t for t in wanted if (id(method), id(t)) not in done):
+                        bound = BoundTarget(target, None, error)
+                        yield outcomes.failed(method, bound, outcomes.record(method, bound, None), error)
 
     def costs(
         self,
@@ -195,20 +174,18 @@ class Explainer:
         methods: Any,
         targets: Any,
         *,
-        data: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-        prediction: Any = None,
-        network_args: Sequence[Any] = (),
-        network_kwargs: Mapping[str, Any] | None = None,
         calibration: float = 3.0,
+        **inputs: Any,
     ) -> Iterator[Cost]:
-        """What explaining would cost: for each case, method and target, the method run alone.
+        """Estimate the cost per case, method and target, each method run alone.
 
         The prediction is computed, since the targets' windows depend on it, and each method is run for a moment, to
         see how long a pass takes. Methods that share their passes (gradient and CAM methods) need less together.
 
         Args:
-            image, methods, targets, data, prediction, network_args, network_kwargs: as in `__call__`.
+            image, methods, targets: as in `__call__`.
             calibration: seconds that each method is run for at most.
+            inputs: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` as in `__call__`.
 
         Raises:
             EsegetaError: a wrong name or parameter, or a case that cannot be predicted.
@@ -221,92 +198,31 @@ class Explainer:
             [1]
         """
         chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
-        refused = self._refused(chosen)
-        image, channels = self._inputs(image)
-        for case in self._cases(image, prediction, data, network_args, network_kwargs or {}):
-            for found in CaseWork(self, case, channels).prepared(chosen, wanted, refused):
-                if isinstance(found, Attribution):
-                    reason = found.record["reason"]
-                    yield Cost(case.index, str(found.method.name), found.label, note=reason)
+        settings = self.settings
+        refused = settings.refused(chosen)
+        for case in BatchInputs(image, **inputs).cases(settings.output):
+            for task in CaseRun(settings, case).prepared(chosen, wanted, refused):
+                if isinstance(task, Attribution):
+                    yield Cost(case.index, str(task.method.name), task.label, note=task.record["reason"])
                     continue
-                for method in found.methods:
-                    for k, bound in enumerate(found.bound):
-                        with own_modes(self.device), frozen(self.network):
-                            cost = cost_of(
-                                method,
-                                found.objective.derive(scores=[found.objective.scores[k]]),
-                                case.index,
-                                bound.label,
-                                calibration,
-                            )
+                for method in task.methods:
+                    for k, bound in enumerate(task.bound):
+                        alone = task.objective.derive(scores=[task.objective.scores[k]])
+                        with own_modes(settings.device), frozen(settings.network):
+                            cost = cost_of(method, alone, case.index, bound.label, calibration)
                         yield cost
 
-    @staticmethod
-    def _inputs(image: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, dict[str, int]]:
-        """The images as one tensor, and how many channels each named one has."""
-        inputs = dict(image) if isinstance(image, Mapping) else {}
-        joined = joined_inputs(inputs) if inputs else image
-        if not isinstance(joined, Tensor) or joined.ndim not in (4, 5) or 0 in joined.shape[1:]:
-            found = f"shape {tuple(joined.shape)}" if isinstance(joined, Tensor) else type(joined).__name__
-            raise InputError(f"image must be (B, C, *spatial) in 2D or 3D, a tensor, got {found}")
-        return joined, {n: v.shape[1] for n, v in inputs.items()}
-
-    def judge(
-        self,
-        image: Tensor,
-        targets: Any,
-        *,
-        data: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-        prediction: Any = None,
-        network_args: Sequence[Any] = (),
-        network_kwargs: Mapping[str, Any] | None = None,
-    ) -> Iterator[Judged]:
-        """The objectives of a batch, for metrics that ask the network themselves: one a case, and one for each layer
-        that takes the prediction's place.
+    def judge(self, image: Tensor, targets: Any, **inputs: Any) -> Iterator[JudgedCase]:
+        """Yield the objectives of a batch, for metrics that run the network: one per case, and one per layer that
+        replaces the prediction.
 
         Args:
-            image, targets, data, prediction, network_args, network_kwargs: see `__call__`.
+            image, targets: see `__call__`.
+            inputs: ``data``, ``prediction``, ``network_args``, ``network_kwargs``, see `__call__`.
 
         Raises:
             EsegetaError: a case that cannot be explained at all.
         """
         wanted = TARGETS.create_all(targets)
-        for case in self._cases(image, prediction, data, network_args, network_kwargs or {}):
-            yield from CaseWork(self, case, {}).judged(wanted)
-
-    def _cases(
-        self, image: Tensor, prediction: Any, data: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Iterator[CaseInput]:
-        output = None if prediction is None else select_output(prediction, self.output)
-        n = len(image)
-        several = list(data) if isinstance(data, Sequence) else [data or {}] * n
-        condition = kwargs.get("condition")
-        if len(several) != n:
-            raise UsageError(f"data has {len(several)} entries for {n} images")
-        for i, one in enumerate(cases_of(image)):
-            yield CaseInput(
-                i,
-                one,
-                None if output is None else output[i],
-                several[i],
-                None if condition is None else torch.as_tensor(condition[i]).as_subclass(Tensor),
-                [of_case(a, i, n) for a in args],
-                {k: of_case(v, i, n) for k, v in kwargs.items() if k != "condition"},
-            )
-
-    @property
-    def _autocast(self) -> str | None:
-        if not self.amp:
-            return None
-        return str(self.amp_kwargs.get("dtype", torch.float16 if self.device.type == "cuda" else torch.bfloat16))
-
-    def _refused(self, methods: Sequence[Method]) -> dict[int, Exception]:
-        """Methods (by id) that this network cannot serve, each with its error."""
-        if not is_scripted(self.network):
-            return {}
-        need = [m for m in methods if m.needs_gradient or m.produces in ("layer map", "activation")]
-        error = NetworkError(
-            f"{', '.join(str(m.name) for m in need)}: gradients or layers are needed, which a TorchScript or TensorRT "
-            "network does not give; load the plain PyTorch network, or use a perturbation method such as Occlusion"
-        )
-        return {id(m): error for m in need}
+        for case in BatchInputs(image, **inputs).cases(self.settings.output):
+            yield from CaseRun(self.settings, case).judged(wanted)

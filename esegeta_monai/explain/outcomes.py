@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -14,24 +13,23 @@ from esegeta_monai.engine.windows.plan import WindowPlan
 from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, named_reason
 from esegeta_monai.explain.attribution import Attribution, like_image, mask_on_image
 from esegeta_monai.explain.case import CaseInput
-from esegeta_monai.explain.record import MEASURED, inputs_sha256, tensor_hash
+from esegeta_monai.explain.record import Record, inputs_sha256, tensor_hash
+from esegeta_monai.explain.settings import Settings
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.files import versions
 from esegeta_monai.utils.registry import json_ready
 from esegeta_monai.utils.tensors import all_finite, largest
 
-__all__ = ["NOTHING_THERE", "Bound", "OnError", "Outcomes", "not_linear"]
+__all__ = ["NOTHING_THERE", "BoundTarget", "Outcomes", "not_linear"]
 
 logger = logging.getLogger("esegeta_monai")
 
 NOTHING_THERE = "no voxel of the prediction belongs to {}, so there is nothing to explain"
 
-OnError = Literal["raise", "record"]
-
 
 @dataclass
-class Bound:
+class BoundTarget:
     """A target and one of its scores, or the error that binding it gave."""
 
     target: Target
@@ -47,117 +45,101 @@ class Bound:
 
 
 class Outcomes:
-    """Makes attributions, with and without a map.
+    """Makes the attributions of a case, with and without a map.
 
     Args:
-        settings: of the explainer, as every record has them.
-        amp: the dtype of autocast in words, for methods that run under it; None: full precision.
-        channel_names: of the image.
-        on_error: see `esegeta_monai.Explainer`.
+        settings: of the explainer.
+        case: whose attributions.
     """
 
-    def __init__(
-        self, settings: Mapping[str, Any], amp: str | None, channel_names: Sequence[str], on_error: OnError
-    ) -> None:
-        self.settings, self.amp = dict(settings), amp
-        self.channel_names, self.on_error = list(channel_names), on_error
+    def __init__(self, settings: Settings, case: CaseInput) -> None:
+        self.settings, self.case = settings, case
 
-    def record(self, method: Method, bound: Bound, plan: WindowPlan | None, case: CaseInput) -> dict[str, Any]:
+    def record(self, method: Method, bound: BoundTarget, plan: WindowPlan | None) -> Record:
         """All that is known before the method runs; what only the run can tell stands as None."""
-        score, names = bound.score, self.channel_names
-        return {
-            **dict.fromkeys(MEASURED),
-            "method": type(method).__name__,
-            "method_name": method.name,
-            "parameters": method.parameters,
-            "produces": method.produces,
-            "additive": method.additive,
-            "signed": method.signed,
-            "units": method.units,
-            "reference": method.reference,
-            "target": type(bound.target).__name__,
-            "target_name": bound.label,
-            "target_parameters": bound.target.parameters,
-            "target_voxels": 0 if score is None else score.voxels,
-            "target_sha256": bound.hash,
-            "inputs_sha256": inputs_sha256(method, case),
-            "class_index": None if score is None else score.class_index,
-            "class_name": None if score is None else score.class_name,
-            "channel_names": names if len(names) == case.image.shape[0] else [],
-            "coverage": None if plan is None else plan.coverage,
-            "windows_total": None if plan is None else len(plan),
-            "amp": None if method.full_precision else self.amp,
-            **self.settings,
+        score, case, names = bound.score, self.case, list(self.settings.channel_names)
+        return Record(
+            method=type(method).__name__,
+            method_name=method.name,
+            parameters=method.parameters,
+            produces=method.produces,
+            additive=method.additive,
+            signed=method.signed,
+            units=method.units,
+            reference=method.reference,
+            target=type(bound.target).__name__,
+            target_name=bound.label,
+            target_parameters=bound.target.parameters,
+            target_voxels=0 if score is None else score.voxels,
+            target_sha256=bound.hash,
+            inputs_sha256=inputs_sha256(method, case),
+            class_index=None if score is None else score.class_index,
+            class_name=None if score is None else score.class_name,
+            channel_names=names if len(names) == case.image.shape[0] else [],
+            coverage=None if plan is None else plan.coverage,
+            windows_total=None if plan is None else len(plan),
+            amp=None if method.full_precision else self.settings.autocast,
+            **self.settings.record,
             **case.record,
-            "warnings": [],
-            "versions": versions(),
-        }
+            versions=versions(),
+        )
 
     def finished(
-        self,
-        method: Method,
-        bound: Bound,
-        case: CaseInput,
-        record: dict[str, Any],
-        outcome: Explained,
-        k: int,
-        channels: dict[str, int],
+        self, method: Method, bound: BoundTarget, record: Record, outcome: Explained, k: int
     ) -> Iterator[Attribution]:
         """The map of target k, one for each image input where a network has several."""
         record.update(json_ready(outcome.note(k)))
-        if record["amp_fallback"] is not None:
-            record["warnings"] = [*record["warnings"], f"computed in float32: {record['amp_fallback']}"]
+        if record.amp_fallback is not None:
+            record.warnings = [*record.warnings, f"computed in float32: {record.amp_fallback}"]
+        case, channels = self.case, self.case.channels
         values = outcome.maps[k]
         per_input = bool(channels) and values.shape[0] == sum(channels.values())
         parts = dict(zip(channels, values.split(list(channels.values())))) if per_input else {None: values}
         mask = mask_on_image(bound.score, case.image)
         for name, part in parts.items():
-            mine = dict(record)
+            own = replace(record, more=dict(record.more))
             finite = all_finite(part)
-            mine["sum"] = float(part.sum(dtype=torch.float64)) if finite else None
-            mine["status"] = "ok" if finite and largest(part) > 0 else ("zero" if finite else "failed")
+            own.sum = float(part.sum(dtype=torch.float64)) if finite else None
+            own.status = "ok" if finite and largest(part) > 0 else ("zero" if finite else "failed")
             if name is not None:
-                mine["input"] = name
+                own.input = name
             if not finite:
                 bad = int((~torch.isfinite(part)).sum())
                 error = MethodError(
                     f"{method.name} gave {bad} of {part.numel()} values that are not finite: switch amp off, or choose "
                     "another method for this network"
                 )
-                yield self.failed(method, bound, case, mine, error)
+                yield self.failed(method, bound, own, error)
                 continue
-            if mine["status"] == "zero":
-                mine["warnings"] = [
-                    *mine["warnings"],
+            if own.status == "zero":
+                own.warnings = [
+                    *own.warnings,
                     "the map is zero everywhere: the target does not react here, or the method lets nothing through",
                 ]
-            found = like_image(part, case.image)
-            yield Attribution(found, method, bound.target, case.index, mine, bound.label, mask, name)
+            attribution = like_image(part, case.image)
+            yield Attribution(attribution, method, bound.target, case.index, own.to_json(), bound.label, mask, name)
 
-    def failed(
-        self, method: Method, bound: Bound, case: CaseInput, record: dict[str, Any], error: Exception
-    ) -> Attribution:
+    def failed(self, method: Method, bound: BoundTarget, record: Record, error: Exception) -> Attribution:
         """The attribution of what went wrong.
 
         Raises:
             Exception: the error itself, with ``on_error="raise"``.
         """
-        if self.on_error == "raise" or isinstance(error, RankLost):
+        if self.settings.on_error == "raise" or isinstance(error, RankLost):
             raise error
-        record["status"] = "timeout" if isinstance(error, MethodTimeout) else "failed"
-        record["reason"] = named_reason(error)
-        logger.debug("case %d: %s, %s failed", case.index, method.name, bound.label, exc_info=error)
-        return Attribution(None, method, bound.target, case.index, record, bound.label, error=error)
+        record.status = "timeout" if isinstance(error, MethodTimeout) else "failed"
+        record.reason = named_reason(error)
+        logger.debug("case %d: %s, %s failed", self.case.index, method.name, bound.label, exc_info=error)
+        return Attribution(None, method, bound.target, self.case.index, record.to_json(), bound.label, error=error)
 
-    @staticmethod
-    def empty(method: Method, bound: Bound, case: CaseInput, record: dict[str, Any]) -> Attribution:
+    def empty(self, method: Method, bound: BoundTarget, record: Record) -> Attribution:
         """The attribution of a target without voxels."""
-        record["status"] = "empty_target"
-        record["reason"] = NOTHING_THERE.format(bound.label)
-        return Attribution(None, method, bound.target, case.index, record, bound.label)
+        record.status = "empty_target"
+        record.reason = NOTHING_THERE.format(bound.label)
+        return Attribution(None, method, bound.target, self.case.index, record.to_json(), bound.label)
 
 
-def not_linear(method: Method, bound: Bound) -> MethodError:
+def not_linear(method: Method, bound: BoundTarget) -> MethodError:
     """The error of a method that needs a linear score and does not have one."""
     return MethodError(
         f"{method.name} hands relevance down from a linear score, and {bound.label} is not linear in the prediction: "

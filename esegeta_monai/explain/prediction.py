@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
@@ -23,27 +23,24 @@ from esegeta_monai.engine.score import Case, Score
 from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.errors import EsegetaError, InputError, NetworkError, UsageError
 from esegeta_monai.explain.case import CaseInput, CaseModel, to_device
-from esegeta_monai.explain.outcomes import Bound
+from esegeta_monai.explain.outcomes import BoundTarget
 from esegeta_monai.explain.record import tensor_hash
+from esegeta_monai.explain.settings import Settings
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.images import check_image
 from esegeta_monai.utils.tensors import all_finite
 
-if TYPE_CHECKING:
-    from esegeta_monai.explain.explainer import Explainer
-
-__all__ = ["Predicted"]
+__all__ = ["Prediction"]
 
 logger = logging.getLogger("esegeta_monai")
 
 
-class Predicted:
+class Prediction:
     """A case and its unperturbed prediction, from which targets and objectives follow.
 
     Args:
-        settings: the explainer, whose network, inferer, devices and names are used.
+        settings: of the explainer.
         case: one image; its ``record`` is filled with what all its maps share.
-        channels: of each named image input, where the network has several.
         layer: dotted name of a layer whose output takes the prediction's place; None: the prediction.
 
     Attributes:
@@ -55,9 +52,7 @@ class Predicted:
         EsegetaError: an image or a prediction that cannot be explained.
     """
 
-    def __init__(
-        self, settings: Explainer, case: CaseInput, channels: Mapping[str, int], layer: str | None = None
-    ) -> None:
+    def __init__(self, settings: Settings, case: CaseInput, layer: str | None = None) -> None:
         self.settings, self.case = settings, case
         check_image(case.image.detach().cpu(), f"image {case.index}")
         device = settings.device
@@ -66,8 +61,8 @@ class Predicted:
             device,
             output=settings.output if layer is None else None,
             amp=settings.amp,
-            amp_kwargs=settings.amp_kwargs,
-            inputs=dict(channels),
+            amp_kwargs=dict(settings.amp_kwargs),
+            inputs=dict(case.channels),
             args=[to_device(a, device) for a in case.args],
             kwargs={k: to_device(v, device) for k, v in case.kwargs.items()},
         )
@@ -90,7 +85,7 @@ class Predicted:
             self.model.inferer = settings.inferer
         self.prediction = self._predict()
 
-    def bind(self, targets: Sequence[Target]) -> Iterator[Bound]:
+    def bind(self, targets: Sequence[Target]) -> Iterator[BoundTarget]:
         """Each target's scores, or the error that it met."""
         context = self._context
         if tuple(self.prediction.shape[1:]) != tuple(self.image.shape[1:]):
@@ -98,9 +93,9 @@ class Predicted:
         for target in targets:
             try:
                 for score in target.bind(self.prediction, context):
-                    yield Bound(target, score)
+                    yield BoundTarget(target, score)
             except EsegetaError as error:
-                yield Bound(target, None, error)
+                yield BoundTarget(target, None, error)
 
     def objective(self, scores: Sequence[Score]) -> Objective:
         """F of this case, for each score."""
@@ -116,7 +111,7 @@ class Predicted:
                 seed=settings.seed,
                 condition=None if condition is None else condition.to(self.image),
                 case=self._context,
-                context=RunContext(processes=settings.ranks, window_batch=window_batch),
+                context=RunContext(processes=settings.processes, window_batch=window_batch),
             )
 
     @property
@@ -125,7 +120,7 @@ class Predicted:
         return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names)
 
     def _same_everywhere(self) -> None:
-        known = self.settings.ranks.gather((self.case.record["image_sha256"], self.settings.structure_sha256))
+        known = self.settings.processes.gather((self.case.record["image_sha256"], self.settings.structure_sha256))
         if len(set(known)) > 1:
             raise UsageError(
                 f"case {self.case.index}: the ranks hold different images or networks, but distributed=True computes "
@@ -165,16 +160,16 @@ class Predicted:
         settings, case, model = self.settings, self.case, self.model
         if case.prediction is not None and not isinstance(model.network, LayerOutput):
             return case.prediction.detach().to(self.image)
-        user, ranks, windows = settings.inferer, settings.ranks, len(self.plan)
+        user, ranks, windows = settings.inferer, settings.processes, len(self.plan)
         inferer = user if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
         shared = ranks.size > 1 and type(user) in (SlidingWindowInferer, SlidingWindowInfererAdapt, SliceInferer)
-        mine = set(ranks.share(range(windows)))
+        own = set(ranks.share(range(windows)))
         seen = 0
 
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[()]:
             """Blending is linear in the windows: each rank blends its own, and the ranks' predictions add up."""
             nonlocal seen
-            here = [j for j in range(len(x)) if not shared or seen + j in mine]
+            here = [j for j in range(len(x)) if not shared or seen + j in own]
             seen += len(x)
             if not here:
                 return ()  # no output: nothing is blended
@@ -196,7 +191,7 @@ class Predicted:
         def infer() -> Tensor | None:
             """What this rank blends, None where it has no window."""
             nonlocal seen
-            if shared and not mine:
+            if shared and not own:
                 return None
             for _ in range(2):
                 seen = 0
@@ -210,12 +205,12 @@ class Predicted:
                 "device='cpu', where there is more memory for the prediction"
             )
 
-        found = _Blended()
-        together = ranks.summed([found]) if shared else nullcontext()
+        blended = _Blended()
+        together = ranks.summed([blended]) if shared else nullcontext()
         with own_modes(settings.device), torch.no_grad(), frozen(settings.network), together, _changed(user, changes):
-            found.prediction = infer()
-        assert found.prediction is not None
-        prediction = found.prediction.to(self.image)
+            blended.prediction = infer()
+        assert blended.prediction is not None
+        prediction = blended.prediction.to(self.image)
         if not all_finite(prediction):
             raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
         return prediction

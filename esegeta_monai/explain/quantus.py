@@ -65,10 +65,10 @@ def quantus_explain_func(
     images = torch.as_tensor(inputs)
     dtype = next((p.dtype for p in unwrap(model).parameters()), images.dtype)
     maps: list[np.ndarray] = []
-    for image, number in zip(images.to(explainer.device, dtype), np.asarray(targets).reshape(-1).tolist()):
+    for image, number in zip(images.to(explainer.settings.device, dtype), np.asarray(targets).reshape(-1).tolist()):
         config = {"_target_": target, "class_index": int(number), **(target_parameters or {})}
-        (found,) = explainer(image[None], [method], [TARGETS.create(config)])
-        if found.map is None:
-            raise MethodError(f"image {len(maps)} has no map for Quantus: {found.record.get('reason')}")
-        maps.append(found.map.as_tensor().cpu().to(images.dtype).numpy())
+        (attribution,) = explainer(image[None], [method], [TARGETS.create(config)])
+        if attribution.map is None:
+            raise MethodError(f"image {len(maps)} has no map for Quantus: {attribution.record.get('reason')}")
+        maps.append(attribution.map.as_tensor().cpu().to(images.dtype).numpy())
     return np.stack(maps)

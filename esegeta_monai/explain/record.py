@@ -1,4 +1,4 @@
-"""What a record says beside the results of a method: hashes, the inferer, the predicted class, peak memory."""
+"""The record of a map, and what it is made of: hashes, the inferer, the predicted class, peak memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import logging
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -21,8 +22,9 @@ from esegeta_monai.utils.registry import Configurable, json_ready
 __all__ = [
     "DECIDES",
     "HOW_NOT_WHAT",
-    "MEASURED",
-    "decisive",
+    "KINDS",
+    "NUMBER",
+    "Record",
     "described",
     "inputs_sha256",
     "peak_memory",
@@ -33,28 +35,177 @@ __all__ = [
 
 logger = logging.getLogger("esegeta_monai")
 
-MEASURED = (
-    *("status", "sum", "completeness_gap", "blend_deviation", "value", "baseline_value"),
-    *("predicted_class", "predicted_class_name", "predicted_probability"),
-    *("amp_correlation", "amp_fallback"),
-    *("windows_used", "window_passes", "window_batch", "seconds", "peak_memory_bytes"),
-)
-"""What a record has besides what is known beforehand; None where the method, or the network, has no such thing."""
 
-DECIDES = (
-    *("method", "parameters", "target", "target_parameters", "target_sha256", "seed", "amp", "output"),
-    *("inferer", "network", "network_grid", "network_affine", "image_sha256", "inputs_sha256"),
-)
-"""What of an attribution's record, beside provenance and scan, decides what its map is. The hash of the image that the
-network saw stands for the whole preprocessing, that of further inputs for what parameters only name: files and data."""
+ALWAYS: Final = {"always": True}
+"""An entry that is written even where it is None."""
+DECISIVE: Final = {"always": True, "decides": True}
+"""Such an entry that determines the map."""
+PLACE: Final = {"decides": True}
+"""An entry that determines the map and is written once the case has been read."""
+
+
+@dataclass
+class Record:
+    """The record of one map: `Attribution.record` in memory, the sidecar ``…_attr.json`` on disk.
+
+    Attributes:
+        status: ok, zero, empty_target, failed or timeout; ``reason``: why there is no map.
+        sum: of the map on the network's grid, in its ``units``. completeness_gap: its relative difference from the
+            change of the score. value, baseline_value: F at the image and at the baseline.
+        blend_deviation: largest difference of the blended windows from the prediction, relative to its largest value.
+        predicted_class, predicted_class_name, predicted_probability: of a classification network.
+        amp: dtype of autocast; amp_correlation: of the map with one in float32; amp_fallback: why float32 was used.
+        windows_used, windows_total: windows that the targets see, and all. window_passes: windows that went through the
+            network. window_batch: windows per forward pass. coverage: share of the voxels in a window, 0 to 1.
+        seconds: wall time. peak_memory_bytes: see `peak_memory`. ranks: number of processes.
+        passes_shared_with: methods that were computed in the same passes; seconds and passes are of all of them.
+        method: class; method_name: as the user calls it; parameters: as given. produces, additive, signed, units,
+            reference: see `esegeta_monai.methods.Method`.
+        target, target_name, target_parameters: the same of the target. target_voxels: how many it has. class_index,
+            class_name: its class.
+        target_sha256, inputs_sha256, image_sha256, scan_sha256: of mask and box, of `inputs_sha256`, of the
+            preprocessed image, of the scan's file.
+        channel_names: of the image. input: name of the image input, where a network has several.
+        seed, output: of the explainer; inferer, network: names and parameters.
+        network_grid, network_affine: shape (*spatial) and affine (mm) of the preprocessed image.
+        versions: of the packages. warnings: texts.
+        layer, channel, features, curve, intensity_range, place, distance_end: of methods that have them: layer name,
+            channel number, feature table, optimisation curve, intensities of black and white, place of a synthesised
+            image, final layer distance.
+        sum_in_padding, sum_network_grid, sum_scan_grid: sums of additive maps in padding and on both grids.
+        case: its name. result: target and method as ``run.json`` calls them. map, map_bytes, map_sha256: the file.
+            display, picture: what the report and the PNG show.
+        bundle, bundle_version, weights_sha256, configs_sha256, configs_used_sha256, overrides: provenance.
+        intended_use, non_finite: see `esegeta_monai.utils.files.strict_json`.
+        more: any other entry by name: notes of methods, entries of other versions.
+    """
+
+    status: str | None = field(default=None, metadata=ALWAYS)
+    sum: float | None = field(default=None, metadata=ALWAYS)
+    completeness_gap: float | None = field(default=None, metadata=ALWAYS)
+    blend_deviation: float | None = field(default=None, metadata=ALWAYS)
+    value: float | None = field(default=None, metadata=ALWAYS)
+    baseline_value: float | None = field(default=None, metadata=ALWAYS)
+    predicted_class: int | None = field(default=None, metadata=ALWAYS)
+    predicted_class_name: str | None = field(default=None, metadata=ALWAYS)
+    predicted_probability: float | None = field(default=None, metadata=ALWAYS)
+    amp_correlation: float | None = field(default=None, metadata=ALWAYS)
+    amp_fallback: str | None = field(default=None, metadata=ALWAYS)
+    windows_used: int | None = field(default=None, metadata=ALWAYS)
+    window_passes: int | None = field(default=None, metadata=ALWAYS)
+    window_batch: int | None = field(default=None, metadata=ALWAYS)
+    seconds: float | None = field(default=None, metadata=ALWAYS)
+    peak_memory_bytes: int | None = field(default=None, metadata=ALWAYS)
+    method: str | None = field(default=None, metadata=DECISIVE)
+    method_name: str | None = field(default=None, metadata=ALWAYS)
+    parameters: dict[str, Any] | None = field(default=None, metadata=DECISIVE)
+    produces: str | None = field(default=None, metadata=ALWAYS)
+    additive: bool | None = field(default=None, metadata=ALWAYS)
+    signed: bool | None = field(default=None, metadata=ALWAYS)
+    units: str | None = field(default=None, metadata=ALWAYS)
+    reference: str | None = field(default=None, metadata=ALWAYS)
+    target: str | None = field(default=None, metadata=DECISIVE)
+    target_name: str | None = field(default=None, metadata=ALWAYS)
+    target_parameters: dict[str, Any] | None = field(default=None, metadata=DECISIVE)
+    target_voxels: int | None = field(default=None, metadata=ALWAYS)
+    target_sha256: str | None = field(default=None, metadata=DECISIVE)
+    inputs_sha256: str | None = field(default=None, metadata=DECISIVE)
+    class_index: int | None = field(default=None, metadata=ALWAYS)
+    class_name: str | None = field(default=None, metadata=ALWAYS)
+    channel_names: list[str] | None = field(default=None, metadata=ALWAYS)
+    coverage: float | None = field(default=None, metadata=ALWAYS)
+    windows_total: int | None = field(default=None, metadata=ALWAYS)
+    amp: str | None = field(default=None, metadata=DECISIVE)
+    seed: int | None = field(default=None, metadata=DECISIVE)
+    inferer: dict[str, Any] | None = field(default=None, metadata=DECISIVE)
+    output: int | str | None = field(default=None, metadata=DECISIVE)
+    network: dict[str, Any] | None = field(default=None, metadata=DECISIVE)
+    network_grid: list[int] | None = field(default=None, metadata=PLACE)
+    network_affine: list[list[float]] | None = field(default=None, metadata=PLACE)
+    image_sha256: str | None = field(default=None, metadata=PLACE)
+    warnings: list[str] = field(default_factory=list, metadata=ALWAYS)
+    versions: dict[str, str] | None = field(default=None, metadata=ALWAYS)
+    reason: str | None = None
+    input: str | None = None
+    ranks: int | None = None
+    passes_shared_with: list[str] | None = None
+    layer: Any = None
+    channel: Any = None
+    features: Any = None
+    curve: list[float] | None = None
+    intensity_range: Any = None
+    place: Any = None
+    distance_end: Any = None
+    sum_in_padding: float | None = None
+    sum_network_grid: float | None = None
+    sum_scan_grid: float | None = None
+    case: str | None = None
+    scan_sha256: str | None = None
+    result: dict[str, str] | None = None
+    map: str | None = None
+    map_bytes: int | None = None
+    map_sha256: str | None = None
+    display: dict[str, Any] | None = None
+    picture: dict[str, Any] | None = None
+    bundle: str | None = None
+    bundle_version: str | None = None
+    weights_sha256: str | None = None
+    configs_sha256: dict[str, str] | None = None
+    configs_used_sha256: dict[str, str] | None = None
+    overrides: dict[str, Any] | None = None
+    intended_use: str | None = None
+    non_finite: dict[str, str] | None = None
+    more: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Record:
+        """Read a record of any version: unknown entries are kept in ``more``, missing ones have their defaults.
+
+        Types are not checked, see `KINDS`.
+        """
+        record = cls()
+        record.update({"class_name" if name == "class" else name: value for name, value in content.items()})
+        return record
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Set entries by name; those without an attribute, and optional ones that are None, go to ``more``."""
+        for name, value in values.items():
+            if name in _ATTRIBUTES and (value is not None or name in _ALWAYS):
+                setattr(self, name, [] if name == "warnings" and value is None else value)
+            else:
+                self.more[name] = value
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entries by name: those that are always written, and the optional ones that are set."""
+        entries = {name: getattr(self, name) for name in _ATTRIBUTES}
+        return {k: v for k, v in entries.items() if v is not None or k in _ALWAYS} | self.more
+
+    def decisive(self) -> dict[str, Any]:
+        """Return the entries that determine the map; all are known before the method runs."""
+        return {name: getattr(self, name) for name in DECIDES}
+
+
+_ATTRIBUTES = tuple(f.name for f in fields(Record) if f.name != "more")
+_ALWAYS = frozenset(f.name for f in fields(Record) if f.metadata.get("always"))
+
+DECIDES = tuple(f.name for f in fields(Record) if f.metadata.get("decides"))
+"""Entries that, with provenance and scan, determine a map. The hash of the preprocessed image covers the whole
+preprocessing; that of further inputs covers files and data that parameters only name."""
+
+NUMBER: Final = (int, float)
+_IN_FILES = {"class_name": "class"}
+_TYPES: dict[str, Any] = {"str": str, "bool": bool, "int": NUMBER, "float": NUMBER, "dict": dict, "list": list}
+_UNCHECKED = ("case", "status", "more")
+KINDS: dict[str, Any] = {
+    _IN_FILES.get(f.name, f.name): _TYPES[kind]
+    for f in fields(Record)
+    if (kind := str(f.type).removesuffix(" | None").partition("[")[0]) in _TYPES and f.name not in _UNCHECKED
+}
+"""The type of each entry of a sidecar, for readers of files that somebody may have edited. ``case`` and ``status`` are
+what tells a sidecar from other files."""
 
 HOW_NOT_WHAT = ("progress", "sw_batch_size", "sw_device", "device", "cpu_thresh", "buffer_steps", "buffer_dim")
 """Parameters of MONAI's inferers that change where and how fast a prediction is computed, not what it is."""
-
-
-def decisive(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a record that decides what the map is, see `DECIDES`; known before the method runs."""
-    return {name: record.get(name) for name in DECIDES}
 
 
 def predicted_class(prediction: Tensor, names: Mapping[int, str]) -> dict[str, Any]:
@@ -95,31 +246,31 @@ def inputs_sha256(method: Configurable, case: CaseInput) -> str | None:
     method's parameters hold or name (also inside others and in text), and the network's further inputs; None: nothing.
     """
     if id(method) not in case.hashes:
-        found: list[str] = []
-        _look(method, case.data, found)
-        _look([case.condition, *case.args, *case.kwargs.items()], {}, found)
-        case.hashes[id(method)] = hashlib.sha256(" ".join(found).encode()).hexdigest() if found else None
+        hashes: list[str] = []
+        _look(method, case.data, hashes)
+        _look([case.condition, *case.args, *case.kwargs.items()], {}, hashes)
+        case.hashes[id(method)] = hashlib.sha256(" ".join(hashes).encode()).hexdigest() if hashes else None
     return case.hashes[id(method)]
 
 
-def _look(value: Any, data: Mapping[str, Any], found: list[str]) -> None:
+def _look(value: Any, data: Mapping[str, Any], hashes: list[str]) -> None:
     if isinstance(value, (Tensor, np.ndarray)):
-        found.append(tensor_hash(torch.as_tensor(value)))
+        hashes.append(tensor_hash(torch.as_tensor(value)))
     elif isinstance(value, Configurable):
-        _look([getattr(value, p, None) for p in value.parameter_names()], data, found)
+        _look([getattr(value, p, None) for p in value.parameter_names()], data, hashes)
     elif isinstance(value, Mapping):
-        _look(list(value.values()), data, found)
+        _look(list(value.values()), data, hashes)
     elif isinstance(value, (list, tuple)):
         for one in value:
-            _look(one, data, found)
+            _look(one, data, hashes)
     elif isinstance(value, (str, Path)):
         for name in dict.fromkeys([str(value), *WORDS.findall(str(value))]):
             key = name.removeprefix("key:")
             if key in data:
-                _look(data[key], {}, found)
+                _look(data[key], {}, hashes)
             elif "." in name and Path(name).is_file():
                 stat = Path(name).stat()
-                found.append(_file_hash(name, stat.st_size, stat.st_mtime_ns))
+                hashes.append(_file_hash(name, stat.st_size, stat.st_mtime_ns))
 
 
 WORDS = re.compile(r"[^\s'\"()\[\]{},=]+|(?<=')[^']+(?=')|(?<=\")[^\"]+(?=\")")

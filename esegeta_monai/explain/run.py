@@ -1,4 +1,4 @@
-"""One case of an explainer: what there is to do for it, and doing it."""
+"""The run of one case: its tasks, and their execution."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from esegeta_monai.engine.network.state import frozen, own_modes, weights_hash
 from esegeta_monai.engine.objective import Objective
@@ -20,22 +20,20 @@ from esegeta_monai.errors import EsegetaError, MethodTimeout
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.explain.costs import too_costly
-from esegeta_monai.explain.outcomes import NOTHING_THERE, Bound, not_linear
-from esegeta_monai.explain.prediction import Predicted
-from esegeta_monai.explain.record import peak_memory, predicted_class, reset_peak_memory
+from esegeta_monai.explain.outcomes import NOTHING_THERE, BoundTarget, Outcomes, not_linear
+from esegeta_monai.explain.prediction import Prediction
+from esegeta_monai.explain.record import Record, peak_memory, predicted_class, reset_peak_memory
+from esegeta_monai.explain.settings import Settings
 from esegeta_monai.methods.base import Method
 from esegeta_monai.methods.run import grouped, run_together, shares_passes
 from esegeta_monai.targets.base import Target
 
-if TYPE_CHECKING:
-    from esegeta_monai.explain.explainer import Explainer
-
-__all__ = ["CaseWork", "Judged", "Skip", "Work"]
+__all__ = ["CaseRun", "CaseTask", "JudgedCase", "Skip"]
 
 logger = logging.getLogger("esegeta_monai")
 
 Skip = Callable[[Attribution], bool]
-"""Whether an attribution that has no map yet, but a record of what would be computed, is left out."""
+"""True if an attribution, without its map but with the record of what would be computed, is left out."""
 
 
 DEVIATES = 0.1
@@ -43,7 +41,7 @@ DEVIATES = 0.1
 
 
 @dataclass
-class Work:
+class CaseTask:
     """Methods that explain the same targets of a case.
 
     Attributes:
@@ -53,13 +51,13 @@ class Work:
 
     methods: list[Method]
     objective: Objective
-    bound: list[Bound]
-    predicted: Predicted
+    bound: list[BoundTarget]
+    predicted: Prediction
 
 
 @dataclass
-class Judged:
-    """What metrics ask of one case.
+class JudgedCase:
+    """A case as metrics need it.
 
     Attributes:
         case: its index in the batch.
@@ -78,21 +76,21 @@ class Judged:
     left_out: list[tuple[str, str]]
     empty: list[tuple[str, str]]
     time_limit: float | None
-    record: Callable[[Method, int], dict[str, Any]]
+    record: Callable[[Method, int], Record]
 
 
-class CaseWork:
+class CaseRun:
     """A case that methods explain, or that metrics ask about.
 
     Args:
-        settings: the explainer, whose network, inferer, devices and names are used.
+        settings: of the explainer.
         case: one image, what is known of it, and further inputs of the network.
-        channels: of each named image input, where the network has several.
     """
 
-    def __init__(self, settings: Explainer, case: CaseInput, channels: Mapping[str, int]) -> None:
-        self.settings, self.case, self.channels = settings, case, dict(channels)
-        self._told: set[str] = set()
+    def __init__(self, settings: Settings, case: CaseInput) -> None:
+        self.settings, self.case = settings, case
+        self.outcomes = Outcomes(settings, case)
+        self._reported: set[str] = set()
 
     def explained(
         self,
@@ -102,20 +100,20 @@ class CaseWork:
         skip: Skip | None,
         scores_dir: str | os.PathLike[str] | None,
     ) -> Iterator[Attribution]:
-        """What `esegeta_monai.Explainer` yields of this case; arguments as there and in `prepared`."""
-        for found in self.prepared(methods, targets, refused, skip):
-            if isinstance(found, Attribution):
-                yield found
+        """Yield the attributions of this case; arguments as in `esegeta_monai.Explainer` and `prepared`."""
+        for task in self.prepared(methods, targets, refused, skip):
+            if isinstance(task, Attribution):
+                yield task
                 continue
-            if not shares_passes(found.methods[0]):  # else its sweep compares
+            if not shares_passes(task.methods[0]):  # else its sweep compares
                 with own_modes(self.settings.device), frozen(self.settings.network):
-                    sweep(found.objective, [Comparison()])
-            for group in grouped(found.methods):
+                    sweep(task.objective, [Comparison()])
+            for group in grouped(task.methods):
                 checkpoint = None
                 if scores_dir is not None and not group[0].needs_gradient:
-                    checkpoint = ScoreCheckpoint(Path(scores_dir), self._decides(group[0], found))
-                found.objective.context.checkpoint = checkpoint
-                yield from self._group(group, found)
+                    checkpoint = ScoreCheckpoint(Path(scores_dir), self._decides(group[0], task))
+                task.objective.context.checkpoint = checkpoint
+                yield from self._group(group, task)
 
     def prepared(
         self,
@@ -123,8 +121,8 @@ class CaseWork:
         targets: Sequence[Target],
         refused: Mapping[int, Exception],
         skip: Skip | None = None,
-    ) -> Iterator[Attribution | Work]:
-        """What there is to do, after the prediction; and what there is not, and why.
+    ) -> Iterator[Attribution | CaseTask]:
+        """Predict the case and yield its tasks, and attributions without a map where there is nothing to run.
 
         Args:
             refused: methods (by id) that the network cannot serve, each with its error.
@@ -133,26 +131,25 @@ class CaseWork:
         layers = list(dict.fromkeys(t.layer for t in targets))
         if len(layers) > 1:  # a layer takes the place of the prediction
             for layer in layers:
-                mine = [t for t in targets if t.layer == layer]
-                yield from self.prepared(methods, mine, refused, skip)
+                yield from self.prepared(methods, [t for t in targets if t.layer == layer], refused, skip)
             return
-        case = self.case
-        predicted = Predicted(self.settings, case, self.channels, layers[0] if layers else None)
+        case, outcomes = self.case, self.outcomes
+        predicted = Prediction(self.settings, case, layers[0] if layers else None)
         todo: dict[tuple[int, ...], list[Method]] = {}
         bound = list(predicted.bind(targets))
         for method in methods:
             left = []
             for j, b in enumerate(bound):
-                record = self.settings.outcomes.record(method, b, predicted.plan, case)
-                if skip and skip(Attribution(None, method, b.target, case.index, record, b.label)):
+                record = outcomes.record(method, b, predicted.plan)
+                if skip and skip(Attribution(None, method, b.target, case.index, record.to_json(), b.label)):
                     continue
                 error = refused.get(id(method), b.error)
                 if error is not None:
-                    yield self.settings.outcomes.failed(method, b, case, record, error)
+                    yield outcomes.failed(method, b, record, error)
                 elif b.score is None or (b.score.empty and method.needs_voxels):
-                    yield self.settings.outcomes.empty(method, b, case, record)
+                    yield outcomes.empty(method, b, record)
                 elif method.needs_linear and not b.score.linear:
-                    yield self.settings.outcomes.failed(method, b, case, record, not_linear(method, b))
+                    yield outcomes.failed(method, b, record, not_linear(method, b))
                 else:
                     left.append(j)
             if left:
@@ -168,16 +165,14 @@ class CaseWork:
                     affordable.append(method)
                     continue
                 for b in part:
-                    yield self.settings.outcomes.failed(
-                        method, b, case, self.settings.outcomes.record(method, b, predicted.plan, case), refusal
-                    )
+                    yield outcomes.failed(method, b, outcomes.record(method, b, predicted.plan), refusal)
             if affordable:
-                yield Work(affordable, objective, part, predicted)
+                yield CaseTask(affordable, objective, part, predicted)
 
-    def judged(self, targets: Sequence[Target]) -> Iterator[Judged]:
-        """What metrics ask of this case: of the prediction, and of each layer that takes its place."""
+    def judged(self, targets: Sequence[Target]) -> Iterator[JudgedCase]:
+        """Yield what metrics need of this case: for the prediction, and for each layer that replaces it."""
         for layer in dict.fromkeys(t.layer for t in targets):
-            predicted = Predicted(self.settings, self.case, self.channels, layer)
+            predicted = Prediction(self.settings, self.case, layer)
             bound = list(predicted.bind([t for t in targets if t.layer == layer]))
             seen = [b for b in bound if b.score is not None and not b.score.empty]
             left = [(b.label, str(b.error)) for b in bound if b.score is None]
@@ -186,17 +181,17 @@ class CaseWork:
             objective = predicted.objective(scores) if seen else None
 
             def record(
-                method: Method, k: int, seen: list[Bound] = seen, predicted: Predicted = predicted
-            ) -> dict[str, Any]:
-                return self.settings.outcomes.record(method, seen[k], predicted.plan, self.case)
+                method: Method, k: int, seen: list[BoundTarget] = seen, predicted: Prediction = predicted
+            ) -> Record:
+                return self.outcomes.record(method, seen[k], predicted.plan)
 
             at, names = [b.target for b in seen], [b.label for b in seen]
-            yield Judged(self.case.index, objective, at, names, left, empty, self.settings.time_limit, record)
+            yield JudgedCase(self.case.index, objective, at, names, left, empty, self.settings.time_limit, record)
 
-    def _group(self, group: Sequence[Method], work: Work) -> Iterator[Attribution]:
-        """Methods that share their passes, in one run of the network."""
+    def _group(self, group: Sequence[Method], task: CaseTask) -> Iterator[Attribution]:
+        """Run methods that share their passes, in one run of the network."""
         case, settings = self.case, self.settings
-        objective, progress = work.objective, work.objective.context.progress
+        objective, progress = task.objective, task.objective.context.progress
         progress.start(None if settings.time_limit is None else settings.time_limit * len(group))
         reset_peak_memory(settings.device)
         began = time.monotonic()
@@ -209,8 +204,8 @@ class CaseWork:
             "peak_memory_bytes": peak_memory(settings.device),
             "windows_used": len(objective.windows),
             "windows_total": len(objective.plan),
-            "window_passes": sum(settings.ranks.gather(progress.passes)),
-            "ranks": settings.ranks.size,
+            "window_passes": sum(settings.processes.gather(progress.passes)),
+            "ranks": settings.processes.size,
             "window_batch": objective.window_batch,
         }
         if len(group) > 1:
@@ -218,24 +213,24 @@ class CaseWork:
         logger.info("case %d: %s took %.1f s, %d window passes", case.index, names, seconds, progress.passes)
         values = objective.image_values() if any(o.result is not None for o in outcomes) else None
         for method, outcome in zip(group, outcomes):
-            for k, b in enumerate(work.bound):
-                record = settings.outcomes.record(method, b, objective.plan, case)
+            for k, b in enumerate(task.bound):
+                record = self.outcomes.record(method, b, objective.plan)
                 record.update(shared)
-                others = [other.label for other in work.bound if other.label != b.label]
-                record["warnings"] = [*work.predicted.notes, *progress.warnings_without(others)]
-                record["blend_deviation"] = deviation = objective.blend_deviations()[k]
+                others = [other.label for other in task.bound if other.label != b.label]
+                record.warnings = [*task.predicted.notes, *progress.warnings_without(others)]
+                record.blend_deviation = deviation = objective.blend_deviations()[k]
                 if deviation is not None and not deviation <= DEVIATES:
-                    record["warnings"].append(self._deviates(b.label, deviation))
+                    record.warnings.append(self._deviates(b.label, deviation))
                 if outcome.error is not None:
                     error = _goes_on(outcome.error, objective.context.checkpoint)
-                    yield settings.outcomes.failed(method, b, case, record, error)
+                    yield self.outcomes.failed(method, b, record, error)
                     continue
                 assert values is not None
                 assert outcome.result is not None
-                record["value"] = float(values[k])
+                record.value = float(values[k])
                 if b.target.layer is None:
-                    record.update(predicted_class(work.predicted.prediction, settings.class_names))
-                yield from settings.outcomes.finished(method, b, case, record, outcome.result, k, self.channels)
+                    record.update(predicted_class(task.predicted.prediction, settings.class_names))
+                yield from self.outcomes.finished(method, b, record, outcome.result, k)
         checkpoint = objective.context.checkpoint
         if checkpoint is not None and all(o.result is not None for o in outcomes):
             checkpoint.remove()  # only now: the caller has written the maps
@@ -249,22 +244,22 @@ class CaseWork:
             f"{label}: what the network gives deviates from the prediction by {100 * deviation:.2g} %, so another one "
             f"is explained than the one that is shown: {remedy}"
         )
-        if label not in self._told:
-            self._told.add(label)
+        if label not in self._reported:
+            self._reported.add(label)
             logger.warning(text)
         return text
 
-    def _decides(self, method: Method, work: Work) -> dict[str, Any]:
-        """What decides the scores of perturbations."""
-        records = [self.settings.outcomes.record(method, b, work.objective.plan, self.case) for b in work.bound]
+    def _decides(self, method: Method, task: CaseTask) -> dict[str, Any]:
+        """Return the key of a checkpoint: everything that changes a perturbation's score."""
+        records = [self.outcomes.record(method, b, task.objective.plan) for b in task.bound]
         names = ["parameters", "amp", "seed", "inferer", "output", "network", "network_affine"]
         names += ["image_sha256", "inputs_sha256"]
         return {
             "method": type(method).__name__,
-            "version": records[0]["versions"]["esegeta_monai"],  # another one may go through the pairs in another order
+            "version": (records[0].versions or {})["esegeta_monai"],  # versions may order the pairs differently
             "weights_sha256": weights_hash(self.settings.network),
-            "targets": [[r["target"], r["target_parameters"], r["target_sha256"]] for r in records],
-            **{name: records[0][name] for name in names},
+            "targets": [[r.target, r.target_parameters, r.target_sha256] for r in records],
+            **{name: getattr(records[0], name) for name in names},
         }
 
     @contextmanager

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -237,7 +238,9 @@ class CaseHandler(ABC):
         data = decollate_batch(batch) if isinstance(batch, Mapping) else [{}] * len(images)
         predictions = None if training else engine.state.output.get(self.pred_key)
         args, kwargs = self._further_inputs(engine)
-        self._explainer.class_names = self._names_of_prompts(kwargs) or self.class_names
+        class_names = self._names_of_prompts(kwargs) or self.class_names
+        if class_names != self._explainer.settings.class_names:
+            self._explainer.settings = replace(self._explainer.settings, class_names=class_names)
         for i, (image, case) in enumerate(zip(images, names)):
             if wanted[i]:
                 more = {"prediction": predictions, "network_args": args, "network_kwargs": kwargs}
@@ -302,11 +305,13 @@ class CaseHandler(ABC):
     def _transforms(engine: Any) -> list[Any]:
         """The engine's postprocessing, which MONAI keeps nowhere but in the function that it registers."""
         for function, _, _ in engine._event_handlers.get(IterationEvents.MODEL_COMPLETED, []):
-            found = (
+            postprocessing = (
                 inspect.getclosurevars(function).nonlocals.get("posttrans") if inspect.isfunction(function) else None
             )
-            if found is not None:
-                return list(found.flatten().transforms) if isinstance(found, Compose) else [found]
+            if isinstance(postprocessing, Compose):
+                return list(postprocessing.flatten().transforms)
+            if postprocessing is not None:
+                return [postprocessing]
         return []
 
     def _shared(self, engine: Any) -> Share:
@@ -337,8 +342,8 @@ class CaseHandler(ABC):
         return None
 
     def _sigmoid(self, engine: Any) -> bool:
-        found = [t for t in self._transforms(engine) if isinstance(t, Activationsd)]
-        return any(on for t in found for key, on in zip(t.keys, t.sigmoid) if key == self.pred_key)
+        activations = [t for t in self._transforms(engine) if isinstance(t, Activationsd)]
+        return any(on for t in activations for key, on in zip(t.keys, t.sigmoid) if key == self.pred_key)
 
 
 def flag(name: str, value: Any) -> bool:

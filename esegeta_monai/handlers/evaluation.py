@@ -19,7 +19,7 @@ from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, RankLost, named_reason
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.evaluation import Evaluator, Known, alarm_share, chosen_metrics, value_of_label
-from esegeta_monai.explain.record import decisive
+from esegeta_monai.explain.record import Record
 from esegeta_monai.handlers.base import CaseHandler, flag, numbered
 from esegeta_monai.handlers.explanation import ExplanationHandler
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM
@@ -35,8 +35,8 @@ class EvaluationHandler(CaseHandler):
     It writes what ``esegeta-monai evaluate`` writes: ``metrics.csv``, and for each case ``<case>_metrics.json`` and
     ``<case>_regions.csv``. Beside an `ExplanationHandler` with the same folder the report shows them. Maps that an
     `ExplanationHandler` on the same engine, attached before, has just computed are judged as they are: those of which
-    all that decides them is the same (`esegeta_monai.explain.record.decisive`, weights, batch). They are kept until
-    judged.
+    all that decides them is the same (`esegeta_monai.explain.record.Record.decisive`, weights, batch). They are kept
+    until judged.
 
     Args:
         methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share, name,
@@ -139,7 +139,7 @@ class EvaluationHandler(CaseHandler):
         if batch != self._batch:
             self._batch, self._explained = batch, {}
         if attribution.map is not None and attribution.input is None:
-            self._explained[_fingerprint(attribution.record, weights)] = attribution.map.as_tensor()
+            self._explained[_fingerprint(Record.from_json(attribution.record), weights)] = attribution.map.as_tensor()
 
     def _known(self, engine: Any) -> Known | None:
         """What has been heard of this batch."""
@@ -222,6 +222,6 @@ class EvaluationHandler(CaseHandler):
             self.logger.info(f"{self.writer.done} case(s) judged: {self.writer.path}")
 
 
-def _fingerprint(record: Mapping[str, Any], weights: str | None) -> str:
+def _fingerprint(record: Record, weights: str | None) -> str:
     """What decides a map, in one text."""
-    return json.dumps({**decisive(record), "weights_sha256": weights}, sort_keys=True)
+    return json.dumps({**record.decisive(), "weights_sha256": weights}, sort_keys=True)

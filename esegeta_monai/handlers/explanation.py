@@ -170,8 +170,8 @@ class ExplanationHandler(CaseHandler):
         assert self._explainer is not None
         assert self.targets is not None
         if self.dry_run:
-            found = self._explainer.costs(image[None], self.methods, self.targets, data=data, **more)
-            self._costs += [(case, cost) for cost in found]
+            costs = self._explainer.costs(image[None], self.methods, self.targets, data=data, **more)
+            self._costs += [(case, cost) for cost in costs]
             return
         assert self.writer is not None
         self.writer.provenance["weights_sha256"] = self._weights

@@ -1,4 +1,4 @@
-"""How far an explanation can be trusted: one small class a metric, one file a group, and the control maps."""
+"""Metrics of how far an explanation can be trusted, one class each, one file per group; and the control maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the map keep the laws that its method promises?"""
+"""Axioms: agreement of the map with the properties that its method guarantees."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Completeness(Metric):
     """The gap ``|Σ a − (F(x) − F(x₀))| / |F(x) − F(x₀)|`` (Sundararajan et al. 2017).
 
     Args:
-        baseline: x₀; None: the one of the method, ``"auto"`` where it has none.
+        baseline: x₀; None: that of the method, or ``"auto"`` if it has none.
     """
 
     group = "axiomatic"
@@ -60,9 +60,9 @@ class Completeness(Metric):
 
 
 class Conservation(Metric):
-    """The gap ``|Σ a − F(x)| / |F(x)|`` (Bach et al. 2015): relevance neither comes from nowhere nor is lost.
+    """The gap ``|Σ a − F(x)| / |F(x)|`` (Bach et al. 2015): relevance is neither created nor lost.
 
-    What a method books to biases or padding is not in its map, so that it shows here.
+    Relevance absorbed by biases or padding is not in the map, so it counts as a gap here.
     """
 
     group = "axiomatic"
@@ -116,9 +116,9 @@ class InputInvariance(Metric):
                 return explained(subject, other), other.image_values().cpu()
 
         maps, values = subject.once(("shifted", id(subject.method), self.shift), there)
-        found = float((maps[k] - base[k]).norm() / base[k].norm())
+        change = float((maps[k] - base[k]).norm() / base[k].norm())
         return MetricResult(
-            found, notes={"shift": constant, "value": value_of(subject), "value_shifted": float(values[k])}
+            change, notes={"shift": constant, "value": value_of(subject), "value_shifted": float(values[k])}
         )
 
 

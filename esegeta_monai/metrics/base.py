@@ -1,7 +1,8 @@
-"""What a metric is: how far one map can be trusted, as a number with its meaning and its interval.
+"""Base class, input and result of metrics.
 
-A metric takes a `MetricInput` (a map, what it explains, whatever else is known of the case) and gives a `MetricResult`.
-`Metric.update` validates and measures one map; `summarise` combines the results of several maps.
+A metric takes a `MetricInput` (a map, its objective, and further data of the case) and returns a `MetricResult` (a
+number with its meaning and its confidence interval). `Metric.update` validates and measures one map; `summarise`
+combines the results of several maps.
 """
 
 from __future__ import annotations
@@ -48,26 +49,26 @@ Sign = Literal["absolute", "positive", "negative"]
 T = TypeVar("T")
 
 CONFIDENCE = 0.95
-"""Of every interval."""
+"""Confidence level of all intervals."""
 
 
 @dataclass
 class MetricInput:
-    """One map, and what is known of what it explains.
+    """One map, and the data that metrics may need to judge it.
 
     Attributes:
         map: (C, *spatial) on the network's grid, raw values with their sign. C is the image's number of channels, or 1.
-        objective: what was explained; for metrics that ask the network.
-        target: which of the objective's scores the map explains.
-        method: how it was explained; for metrics that explain again.
-        label: bool (*spatial), where the cause lies.
-        body: bool (*spatial), the voxels of the patient; None: not known.
-        spacing: mm a voxel along each spatial axis; None: not known.
-        shared: intermediate results that several metrics need (explanations of perturbed images), by key. Give subjects
-            of one objective the same dictionary.
+        objective: the explained objective; for metrics that run the network.
+        target: index of the explained score in the objective.
+        method: the method of the map; for metrics that explain again.
+        label: bool (*spatial), the place of the cause.
+        body: bool (*spatial), the voxels of the patient; None: unknown.
+        spacing: voxel size in mm along each spatial axis; None: unknown.
+        shared: intermediate results that several metrics need (explanations of perturbed images), by key. Use one
+            dictionary for all subjects of an objective.
 
     Raises:
-        MetricError: shapes that do not fit, or a map with values that are not finite.
+        MetricError: shapes do not fit, or the map has values that are not finite.
     """
 
     map: Tensor
@@ -106,27 +107,27 @@ class MetricInput:
             raise MetricError(f"the map has shape {shape}, the image {tuple(self.objective.plan.spatial_shape)}")
 
     def need_objective(self) -> Objective:
-        """The objective of a subject that was validated to have one."""
+        """Return the objective of a subject that was validated to have one."""
         assert self.objective is not None
         return self.objective
 
     @property
     def alone(self) -> Objective:
-        """The objective with this subject's target only: what depends on the map is asked of its windows alone."""
+        """The objective with this subject's target only, so that only windows that it sees are run."""
         objective = self.need_objective()
         if objective.n_targets == 1:
             return objective
         return self.once(("alone", self.target), lambda: objective.derive(scores=[objective.scores[self.target]]))
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` gives, made once for all subjects with the same `shared`."""
+        """Return the result of ``make``, computed once for all subjects with the same `shared`."""
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]
 
     @property
     def per_channel(self) -> Tensor:
-        """The map with one channel for each of the image's, float64: one channel counts for all, in equal shares."""
+        """The map with the image's number of channels (C, *spatial), float64; a single channel is divided equally."""
         values = self.map.double()
         n = self.need_objective().image.shape[0]
         if len(values) == n:
@@ -141,16 +142,16 @@ class MetricInput:
 
 @dataclass
 class MetricResult:
-    """What a metric found.
+    """The result of a metric.
 
     Attributes:
-        value: None where the metric says nothing about this map (``notes["undefined"]`` tells why): such a map never
+        value: None where the metric is undefined for this map (``notes["undefined"]`` is the reason): such a map never
             beats another.
-        low, high: the 95 % confidence interval over the samples; None where there is only one.
+        low, high: the 95 % confidence interval over the samples; None for a single sample.
         n: number of samples.
         meaning: one sentence.
-        curve: lists of equal length by name, the first one the abscissa, where the value sums up a curve.
-        notes: what else is worth knowing, JSON-ready.
+        curve: lists of equal length by name, the first one the abscissa, if the value summarises a curve.
+        notes: further results, JSON-ready.
     """
 
     value: float | None
@@ -163,16 +164,16 @@ class MetricResult:
 
     @classmethod
     def undefined(cls, why: str, **more: Any) -> MetricResult:
-        """A metric that says nothing about a map."""
+        """Return a result without a value, with the reason ``why``."""
         return cls(None, n=0, notes={"undefined": why}, **more)
 
     def as_json(self) -> dict[str, Any]:
-        """In terms that JSON has."""
-        found: dict[str, Any] = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
-        found["meaning"] = self.meaning
+        """Return the result as JSON types."""
+        fields: dict[str, Any] = {"value": self.value, "low": self.low, "high": self.high, "n": self.n}
+        fields["meaning"] = self.meaning
         if self.curve is not None:
-            found["curve"] = self.curve
-        return {**found, **({"notes": json_ready(self.notes)} if self.notes else {})}
+            fields["curve"] = self.curve
+        return {**fields, **({"notes": json_ready(self.notes)} if self.notes else {})}
 
 
 class Metric(Configurable, ABC):
@@ -182,14 +183,14 @@ class Metric(Configurable, ABC):
     checked when the class is defined.
 
     Class attributes:
-        group: what it is about.
+        group: the property that it measures.
         reference: the paper.
-        higher_is_better: which way is better; None: neither, the number only describes the map.
-        needs: what it needs of a subject beside the map.
+        higher_is_better: True or False; None: the number only describes the map.
+        needs: fields of the `MetricInput` that it needs besides the map.
         meaning: one sentence that explains the value to a reader of the report.
-        compared: whether a map should beat the control maps. Not where controls are perfect by nature: a constant is
-            perfectly stable, and an edge detector sparse.
-        proportion: a yes or no a map, so that `summarise` gives Wilson's interval.
+        compared: True if a map should beat the control maps. False where controls are perfect by construction: a
+            constant is perfectly stable, an edge detector is sparse.
+        proportion: True if the value is 0 or 1 per map, so that `summarise` uses Wilson's interval.
 
     Example:
         >>> from esegeta_monai.metrics import PointingGame
@@ -221,13 +222,13 @@ class Metric(Configurable, ABC):
 
     @abstractmethod
     def measure(self, subject: MetricInput) -> MetricResult:
-        """Judges one map that `validate` has let pass."""
+        """Measure one map that `validate` has accepted; state the range of the value here."""
 
     def validate(self, subject: MetricInput) -> None:
-        """Refuses a subject that lacks what the metric needs.
+        """Refuse a subject that lacks a field that the metric needs.
 
         Raises:
-            MetricError: naming what is missing.
+            MetricError: a field is missing; it is named.
         """
         for what in sorted(self.needs):
             if getattr(subject, what) is None:
@@ -260,7 +261,7 @@ METRICS: Registry[Metric] = Registry("metric", Metric, "esegeta_monai.metrics")
 
 @contextmanager
 def asking(objective: Objective | None) -> Iterator[None]:
-    """The state in which a network is asked, whatever the caller has set; the network leaves as it came."""
+    """Set the state in which the network is run, and restore the caller's state afterwards."""
     if objective is None:
         yield
         return
@@ -269,7 +270,7 @@ def asking(objective: Objective | None) -> Iterator[None]:
 
 
 def better(metric: Metric | type[Metric], a: float | None, b: float | None) -> bool:
-    """Whether the value ``a`` is better than ``b``; an undefined value is never better, and worse than any other."""
+    """True if the value ``a`` is better than ``b``; an undefined value (None) is worse than any other."""
     if a is None or metric.higher_is_better is None:
         return False
     return b is None or (a > b if metric.higher_is_better else a < b)
@@ -300,7 +301,7 @@ def magnitude(values: Tensor, sign: Sign = "absolute") -> Tensor:
 
     Args:
         values: the map (C, *spatial), in any units.
-        sign: which part counts.
+        sign: part of the map that is used.
 
     Returns:
         (*spatial), float64, in the map's units, >= 0.
@@ -317,7 +318,7 @@ def magnitude(values: Tensor, sign: Sign = "absolute") -> Tensor:
 
 
 def mean_interval(samples: Any) -> tuple[float | None, float | None]:
-    """Student's interval of the mean of samples; (None, None) for fewer than two.
+    """Compute Student's interval of the mean of samples (n,); (None, None) for fewer than two.
 
     >>> low, high = mean_interval([1.0, 2.0, 3.0])
     >>> round(low, 3), round(high, 3)
@@ -333,7 +334,7 @@ def mean_interval(samples: Any) -> tuple[float | None, float | None]:
 
 
 def wilson(outcomes: Sequence[float]) -> tuple[float, float]:
-    """Wilson's interval of a proportion, from outcomes on [0, 1].
+    """Compute Wilson's interval of a proportion, from outcomes (n,) in [0, 1].
 
     >>> [round(v, 3) for v in wilson([1.0] * 8 + [0.0] * 2)]
     [0.49, 0.943]
@@ -346,18 +347,18 @@ def wilson(outcomes: Sequence[float]) -> tuple[float, float]:
 
 
 def bootstrap(statistic: Any, *samples: np.ndarray, seed: int = 0, draws: int = 1000) -> tuple[Any, Any]:
-    """Percentile interval of ``statistic(*samples)`` over paired samples drawn with replacement; (None, None) for < 3.
+    """Compute the bootstrap percentile interval of ``statistic(*samples)`` for paired samples; (None, None) for n < 3.
 
     Args:
-        statistic: takes arrays (draws, n), one for each of ``samples`` (n,), and gives (draws,).
+        statistic: maps arrays (draws, n), one for each of ``samples`` (n,), to (draws,).
     """
     n = len(samples[0])
     if n < 3:
         return None, None
     chosen = np.random.default_rng(seed).integers(0, n, (draws, n))
-    found = statistic(*[np.asarray(s, dtype=np.float64)[chosen] for s in samples])
-    found = found[np.isfinite(found)]
-    if len(found) < draws // 2:
+    drawn = statistic(*[np.asarray(s, dtype=np.float64)[chosen] for s in samples])
+    drawn = drawn[np.isfinite(drawn)]
+    if len(drawn) < draws // 2:
         return None, None
-    low, high = np.quantile(found, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
+    low, high = np.quantile(drawn, [0.5 - CONFIDENCE / 2, 0.5 + CONFIDENCE / 2])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Is the map simple enough to be read? All are normalised, so that volumes of any size can be compared."""
+"""Complexity: simplicity of the map. All metrics are normalised, so that volumes of any size are comparable."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ZERO = "the map is zero everywhere"
 
 
 class _Complexity(Metric):
-    """What they share: the magnitude of the map, summed over channels; controls are sparse by nature."""
+    """Base class: uses the magnitude of the map, summed over channels; controls are sparse by construction."""
 
     group = "complexity"
     compared = False
@@ -57,13 +57,13 @@ class Entropy(_Complexity):
 
 
 class EffectiveComplexity(_Complexity):
-    """The share of the voxels that is needed to hold ``mass`` of the map, strongest first (after Nguyen & Martínez).
+    """The share of voxels, strongest first, that holds ``mass`` of the map (after Nguyen & Martínez).
 
     The paper counts features above an absolute threshold, which depends on the map's units; a share of its mass does
     not.
 
     Args:
-        mass: the share of ``Σ |a|`` that has to be held.
+        mass: the share of ``Σ |a|`` that they hold.
     """
 
     reference = "Nguyen & Martínez 2020, arXiv:2007.07584"

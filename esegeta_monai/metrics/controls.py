@@ -1,7 +1,7 @@
-"""Control maps: what is found without looking at the network. A method has to do better than all of them.
+"""Control maps that do not depend on the network. A method must be better than all of them.
 
-They are methods like any other (but not in the registry), so that every metric treats them alike, also those that
-explain again.
+They are methods (not in the registry), so that every metric treats them like other maps, including metrics that explain
+again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Control(Method, registered=False):
     needs_gradient = False
 
     def passes(self, objective: Objective) -> int:
-        """None: the network is not asked."""
+        """Zero: the network is not run."""
         return 0
 
     def attribute(self, objective: Objective) -> Tensor:
@@ -35,7 +35,7 @@ class Control(Method, registered=False):
         return self.map(objective.image, objective.seed).expand(objective.n_targets, *objective.image.shape).clone()
 
     def map(self, image: Tensor, seed: int) -> Tensor:
-        """(C, *spatial)."""
+        """Return the map (C, *spatial) of an image (C, *spatial)."""
         raise NotImplementedError
 
 
@@ -49,7 +49,7 @@ class RandomControl(Control, registered=False):
 
 
 class SobelControl(Control, registered=False):
-    """Edges of the image: what an untrained eye sees."""
+    """Edges of the image."""
 
     name: str | None = "control:sobel"
 
@@ -62,7 +62,7 @@ class SobelControl(Control, registered=False):
 
 
 class ConstantControl(Control, registered=False):
-    """One everywhere."""
+    """Ones everywhere."""
 
     name: str | None = "control:constant"
 
@@ -75,7 +75,7 @@ class ConstantControl(Control, registered=False):
 
 
 def controls() -> list[Control]:
-    """One of each.
+    """Return one of each control.
 
     >>> [c.name for c in controls()]
     ['control:random', 'control:sobel', 'control:constant']
@@ -84,13 +84,13 @@ def controls() -> list[Control]:
 
 
 def random_map(image: Tensor, seed: int = 0) -> Tensor:
-    """Standard normal values like ``image`` (C, *spatial); the same for the same seed on every device."""
-    generator = torch.Generator().manual_seed(seed + 1_000_003)  # not the numbers that methods draw
+    """Draw standard normal values like ``image`` (C, *spatial); the same for a seed on every device."""
+    generator = torch.Generator().manual_seed(seed + 1_000_003)  # differs from the numbers that methods draw
     return torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image.device, image.dtype)
 
 
 def sobel_map(image: Tensor) -> Tensor:
-    """``√Σ_axes (Sobel_axis ∗ x)²`` of each channel (C, *spatial), in 2D and 3D; edges repeated."""
+    """Compute ``√Σ_axes (Sobel_axis ∗ x)²`` of each channel (C, *spatial), in 2D and 3D; edges repeated."""
     from scipy.ndimage import sobel
 
     array = image.detach().cpu().double().numpy()
@@ -100,5 +100,5 @@ def sobel_map(image: Tensor) -> Tensor:
 
 
 def constant_map(image: Tensor) -> Tensor:
-    """Ones like ``image``."""
+    """Return ones like ``image`` (C, *spatial)."""
     return torch.ones_like(image)

@@ -1,9 +1,9 @@
-"""Does the target change as the map says when parts of the image are removed?
+"""Faithfulness: agreement of the map with the target's change when parts of the image are removed.
 
-Scores are ``F(x')`` of perturbed images through `esegeta_monai.engine.perturbation.scoring.score_changes`, so that
-only touched windows are computed, for classification and segmentation alike. Differences are in units of ``|F(x) −
-F(x₀)|``, what the target
-loses when everything is replaced, so that logits, probabilities and sums over voxels can be compared.
+Scores ``F(x')`` of perturbed images come from `esegeta_monai.engine.perturbation.scoring.score_changes`, so that only
+changed windows are computed, for classification and segmentation. Differences are in units of ``|F(x) − F(x₀)|``, the
+change of the target when the whole image is replaced, so that logits, probabilities and sums over voxels are
+comparable.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NEEDS: frozenset[Need] = frozenset({"objective"})
 
 
 class _Curve(Metric):
-    """Features removed (or brought back) in the order of the map, and the area under the target's curve."""
+    """Area under the target's curve while features are removed (or inserted) in the order of the map."""
 
     group = "faithfulness"
     reference = "Petsiuk et al., BMVC 2018, arXiv:1806.07421"
@@ -65,12 +65,13 @@ class Deletion(_Curve):
     (Petsiuk et al. 2018), strongest first.
 
     Args:
-        features: what is removed together: ``"blocks"`` (16 an axis in 2D, 8 in 3D), ``"grid(size=8)"``,
+        features: the parts that are removed together: ``"blocks"`` (16 per axis in 2D, 8 in 3D), ``"grid(size=8)"``,
             ``"supervoxels(n_segments=100)"``, a label map.
-        steps: points of the curve.
+        steps: number of steps of the curve.
         baseline: x₀, see `esegeta_monai.engine.baselines`.
-        n_samples: draws, where the baseline is random or the map says the same of several features: these are removed
-            in a random order, the value is the mean, the interval is over draws. Else one curve says all.
+        n_samples: number of draws if the baseline is random, or if the map has equal means over several features, which
+            are then removed in a random order. The value is the mean and the interval is over draws; otherwise one
+            curve is enough.
     """
 
     meaning = "Area under the target's curve while the strongest parts are removed; low: they carry the target."
@@ -79,7 +80,7 @@ class Deletion(_Curve):
 
 
 class Insertion(_Curve):
-    """The area under ``y(t)`` of `Deletion`, features brought back into the baseline, strongest first.
+    """The area under ``y(t)`` of `Deletion`, features inserted into the baseline, strongest first.
 
     Args:
         features, steps, baseline, n_samples: see `Deletion`. The paper inserts into a blurred image
@@ -92,9 +93,12 @@ class Insertion(_Curve):
 
 
 def removal_curve(removal: Removal, steps: int, insert: bool) -> tuple[np.ndarray, np.ndarray]:
-    """x: the share of seen features that was removed (inserted); y: ``(F(x_t) − F(x₀)) / |F(x) − F(x₀)|``.
+    """Compute a removal (insertion) curve.
 
-    Features that no window of the target holds are left out: they change nothing.
+    Features outside all windows of the target are left out: they change nothing.
+
+    Returns:
+        x (n,), the share of features removed (inserted), in [0, 1]; y (n,), ``(F(x_t) − F(x₀)) / |F(x) − F(x₀)|``.
     """
     order = removal.order
     counts = np.unique(np.round(np.linspace(0, len(order), min(steps, len(order)) + 1)).astype(int))
@@ -136,12 +140,12 @@ class IROF(Metric):
     """Iterative removal of features: ``1/L Σ_l (F(x) − F(x_l)) / |F(x) − F(x₀)|``, supervoxels replaced by their mean
     in the order of the map's mean over them (Rieger & Hansen 2020).
 
-    The paper divides by F(x), a probability; logits and sums over voxels need the whole range.
+    The paper divides by F(x), a probability; for logits and sums over voxels the range is needed instead.
 
     Args:
         features: the parts, see `Deletion`.
-        baseline: what replaces them.
-        steps: L at most.
+        baseline: replaces them.
+        steps: greatest L.
         n_samples: see `Deletion`.
     """
 
@@ -175,10 +179,10 @@ class RegionPerturbation(Metric):
     ``|F(x) − F(x₀)|``: blocks replaced one by one by random values (Samek et al. 2017).
 
     Args:
-        steps: L, how many blocks are replaced.
+        steps: L, the number of blocks replaced.
         features: the blocks, see `Deletion`.
-        baseline: what they are replaced by; the paper draws uniform noise.
-        n_samples: draws of the noise, and of the order of blocks that the map says the same of.
+        baseline: replaces them; the paper draws uniform noise.
+        n_samples: draws of the noise, and of the order of blocks with equal means of the map.
     """
 
     group = "faithfulness"
@@ -216,7 +220,7 @@ class FaithfulnessCorrelation(Metric):
 
     Args:
         n_samples: number of sets.
-        subset: the share of the features that the target sees in each set.
+        subset: size of each set, as a share of the features that the target sees.
         features, baseline: see `Deletion`.
     """
 
@@ -239,23 +243,23 @@ class FaithfulnessCorrelation(Metric):
             raise UsageError(f"FaithfulnessCorrelation: subset={self.subset} is a share between 0 and 1")
 
     def measure(self, subject: MetricInput) -> MetricResult:
-        """[-1, 1]; undefined where the map gives the same to all sets (a zero map)."""
+        """[-1, 1]; undefined where the map's sum is the same for all sets (a zero map)."""
         removal = removal_of(subject, self.features, self.baseline)
         size = max(1, round(self.subset * len(removal.seen)))
-        said, lost = said_and_lost(removal, size, self.n_samples, subject.need_objective().seed)
-        value = correlation(said[None], lost[None])[0]
+        foreseen, lost = foreseen_and_lost(removal, size, self.n_samples, subject.need_objective().seed)
+        value = correlation(foreseen[None], lost[None])[0]
         if not math.isfinite(value):
             return MetricResult.undefined("the map gives the same to all sets, or the target reacts to none")
-        low, high = bootstrap(correlation, said, lost)
-        return MetricResult(float(value), low, high, len(said), notes={"subset_size": size})
+        low, high = bootstrap(correlation, foreseen, lost)
+        return MetricResult(float(value), low, high, len(foreseen), notes={"subset_size": size})
 
 
 class SensitivityN(Metric):
     """`FaithfulnessCorrelation` for sets of n features, n from one to most of them; mean over n (Ancona et al. 2018).
 
     Args:
-        sizes: how many values of n, spaced evenly on a logarithmic scale.
-        n_samples: sets for each.
+        sizes: number of values of n, spaced evenly on a logarithmic scale.
+        n_samples: sets per n.
         features, baseline: see `Deletion`.
     """
 
@@ -280,12 +284,12 @@ class SensitivityN(Metric):
         """[-1, 1]; undefined for a zero map. The interval is over n."""
         removal = removal_of(subject, self.features, self.baseline)
         sizes = np.unique(np.round(np.geomspace(1, max(1, 0.8 * len(removal.seen)), self.sizes)).astype(int))
-        found = []
+        correlations = []
         for size in sizes.tolist():
             seed = subject.need_objective().seed + size
-            said, lost = said_and_lost(removal, size, self.n_samples, seed)
-            found.append(float(correlation(said[None], lost[None])[0]))
-        known = [(s, c) for s, c in zip(sizes.tolist(), found) if math.isfinite(c)]
+            foreseen, lost = foreseen_and_lost(removal, size, self.n_samples, seed)
+            correlations.append(float(correlation(foreseen[None], lost[None])[0]))
+        known = [(s, c) for s, c in zip(sizes.tolist(), correlations) if math.isfinite(c)]
         if not known:
             return MetricResult.undefined("the map gives the same to all sets, or the target reacts to none")
         values = [c for _, c in known]
@@ -294,9 +298,11 @@ class SensitivityN(Metric):
         return MetricResult(float(np.mean(values)), low, high, len(values), curve=curve)
 
 
-def said_and_lost(removal: Removal, size: int, n_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """For random sets S of ``size`` features: ``Σ_S a`` and ``F(x) − F(x without S)``, (n,) each; the same sets for all
-    maps of a target."""
+def foreseen_and_lost(removal: Removal, size: int, n_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``Σ_S a`` and ``F(x) − F(x without S)``, (n_samples,) each, for random sets S of ``size`` features.
+
+    The sets are the same for all maps of a target.
+    """
     generator = np.random.default_rng(seed)
     coalitions = np.ones((n_samples, len(removal.features)), dtype=bool)
     for row in coalitions:
@@ -305,7 +311,7 @@ def said_and_lost(removal: Removal, size: int, n_samples: int, seed: int) -> tup
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of rows (r, n): (r,), NaN where a row is constant."""
+    """Compute Pearson's correlation of rows (r, n): (r,), NaN where a row is constant."""
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))
     flat = scale <= 1e-12 * max(float(np.abs(a).max() * np.abs(b).max() * a.shape[1]), np.finfo(float).tiny)
@@ -321,16 +327,16 @@ class Infidelity(Metric):
 
     Args:
         perturbation: ``"boxes"``: a random box within the target's windows is replaced by the baseline;
-            ``"noise"``: Gaussian noise on the whole volume, I = ε, of which the map says ``Σ a · ε``: for gradients.
+            ``"noise"``: Gaussian noise on the whole volume, I = ε, with the prediction ``Σ a · ε``: for gradients.
         n_samples: at least 10.
         size: side of the box in voxels; None: half a window.
-        multiplied: of boxes: the map is a share of F, already multiplied by the input (integrated gradients, LRP,
-            occlusion, SHAP): it says ``Σ_box a`` of a box. False, for gradients: ``Σ_box a · (x − x₀)``, as in the
+        multiplied: for boxes. True if the map is a share of F, already multiplied by the input (integrated gradients,
+            LRP, occlusion, SHAP), which predicts ``Σ_box a``. False, for gradients: ``Σ_box a · (x − x₀)``, as in the
             paper.
         baseline: x₀ in the box.
-        std: of the noise, in units of each channel's standard deviation.
-        keep_sign: a map of the wrong sign explains nothing (β at least 0). The paper lets β be negative, by which a map
-            is as good as its negative.
+        std: standard deviation of the noise, in units of each channel's standard deviation.
+        keep_sign: True requires β ≥ 0, so that a map of the wrong sign explains nothing. The paper permits negative β:
+            a map is then as good as its negative.
     """
 
     group = "faithfulness"
@@ -359,24 +365,24 @@ class Infidelity(Metric):
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]."""
-        said, lost = self._noise(subject) if self.perturbation == "noise" else self._boxes(subject)
+        foreseen, lost = self._noise(subject) if self.perturbation == "noise" else self._boxes(subject)
         if not np.any(lost):
             return MetricResult.undefined(
                 "the target reacts to none of the perturbations: take larger boxes, or more noise"
             )
-        value, beta = (float(v[0]) for v in self._relative(said[None], lost[None]))
-        low, high = bootstrap(lambda s, d: self._relative(s, d)[0], said, lost)
-        notes = {"infidelity": float(np.mean((beta * said - lost) ** 2)), "scale": beta}
-        notes["without_scale"] = float(np.mean((said - lost) ** 2))
-        return MetricResult(value, low, high, len(said), notes=notes)
+        value, beta = (float(v[0]) for v in self._relative(foreseen[None], lost[None]))
+        low, high = bootstrap(lambda s, d: self._relative(s, d)[0], foreseen, lost)
+        notes = {"infidelity": float(np.mean((beta * foreseen - lost) ** 2)), "scale": beta}
+        notes["without_scale"] = float(np.mean((foreseen - lost) ** 2))
+        return MetricResult(value, low, high, len(foreseen), notes=notes)
 
-    def _relative(self, said: np.ndarray, lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(r, n) to value and β (r,)."""
-        square, energy = (said * said).sum(1), (lost * lost).sum(1)
-        beta = np.divide((said * lost).sum(1), square, out=np.zeros_like(square), where=square > 0)
+    def _relative(self, foreseen: np.ndarray, lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the value and β, (r,) each, of rows (r, n)."""
+        square, energy = (foreseen * foreseen).sum(1), (lost * lost).sum(1)
+        beta = np.divide((foreseen * lost).sum(1), square, out=np.zeros_like(square), where=square > 0)
         if self.keep_sign:
             beta = np.maximum(beta, 0)
-        missed = ((beta[:, None] * said - lost) ** 2).sum(1)
+        missed = ((beta[:, None] * foreseen - lost) ** 2).sum(1)
         return np.divide(missed, energy, out=np.full_like(energy, np.nan), where=energy > 0), beta
 
     def _boxes(self, subject: MetricInput) -> tuple[np.ndarray, np.ndarray]:
@@ -400,20 +406,20 @@ class Infidelity(Metric):
         values = subject.per_channel
         if not self.multiplied:
             values = values * (objective.image - reference).to(values)
-        said = [float(values[last_axes(box)].sum()) for box in boxes.boxes]
-        return np.array(said), _lost(subject, boxes)
+        foreseen = [float(values[last_axes(box)].sum()) for box in boxes.boxes]
+        return np.array(foreseen), _lost(subject, boxes)
 
     def _noise(self, subject: MetricInput) -> tuple[np.ndarray, np.ndarray]:
         objective = subject.need_objective()
         generator = objective.generator()
-        said, lost = [], []
+        foreseen, lost = [], []
         for _ in range(self.n_samples):  # one volume of noise at a time; the same ones for every map
             noise = noise_like(objective.image, self.std, generator)
-            said.append(float((subject.per_channel * noise.to(subject.map.device)).sum()))
+            foreseen.append(float((subject.per_channel * noise.to(subject.map.device)).sum()))
             lost.append(_lost(subject, Added(-noise[None])))
-        return np.array(said), np.concatenate(lost)
+        return np.array(foreseen), np.concatenate(lost)
 
 
 def _lost(subject: MetricInput, perturbations: Perturbations) -> np.ndarray:
-    """``F(x) − F(x')`` of the subject's target, looked up where another map has been judged by the same."""
+    """Return ``F(x) − F(x')`` of the subject's target (n,), reusing scores computed for other maps."""
     return -known_score_changes(subject.need_objective(), perturbations)[subject.target].numpy()

@@ -1,7 +1,7 @@
-"""Does the map lie where the cause is known to lie?
+"""Localisation: agreement of the map with the known place of the cause.
 
-All take the magnitude of the map, summed over channels (`esegeta_monai.metrics.base.magnitude`). Where voxels tie, the
-value is the expectation over all orders of them, so that a flat map gains nothing by the order of its voxels.
+All use the magnitude of the map, summed over channels (`esegeta_monai.metrics.base.magnitude`). For tied voxels the
+value is the expectation over all their orders, so that a flat map gains nothing from the order of its voxels.
 """
 
 from __future__ import annotations
@@ -23,28 +23,25 @@ SHELLS_MM = (0.0, 5.0, 10.0, 20.0)
 
 
 class _Localisation(Metric):
-    """What they share: a label, and the magnitude by a sign.
-
-    ``sign``: ``"absolute"``, ``"positive"`` or ``"negative"``, which part of the map counts.
-    """
+    """Base class of localisation metrics. Subclasses have the parameter ``sign``, the part of the map that is used."""
 
     group = "localisation"
     higher_is_better = True
     needs = frozenset({"label"})
 
     def _parts(self, subject: MetricInput) -> tuple[Tensor, Tensor]:
-        """Magnitude and label, flat."""
+        """Return magnitude (n,), float64, and label (n,), bool, over all voxels."""
         assert subject.label is not None
         values = magnitude(subject.map, getattr(self, "sign")).flatten()  # noqa: B009 - a field of the subclasses
         return values, subject.label.to(values.device).flatten()
 
 
 class PointingGame(_Localisation):
-    """Whether the strongest voxel lies in the label (Zhang et al. 2018): 1 or 0; over maps, the rate of hits.
+    """1 if the strongest voxel is in the label, else 0 (Zhang et al. 2018); over maps, the hit rate.
 
     Args:
-        tolerance_mm: a hit also at this distance from the label.
-        sign: which part of the map counts: absolute, positive or negative.
+        tolerance_mm: voxels up to this distance from the label count as hits.
+        sign: part of the map that is used: ``"absolute"``, ``"positive"`` or ``"negative"`` values.
     """
 
     reference = "Zhang et al., IJCV 2018, arXiv:1608.00507"
@@ -75,10 +72,10 @@ class PointingGame(_Localisation):
 
 
 class RelevanceMass(_Localisation):
-    """The share of the map's magnitude that lies in the label: ``Σ_label |a| / Σ |a|`` (Arras et al. 2022).
+    """The share of the map's magnitude in the label: ``Σ_label |a| / Σ |a|`` (Arras et al. 2022).
 
     Args:
-        sign: which part of the map counts: absolute, positive or negative.
+        sign: part of the map that is used: ``"absolute"``, ``"positive"`` or ``"negative"`` values.
     """
 
     reference = "Arras et al., Information Fusion 2022, arXiv:2003.07258"
@@ -95,10 +92,10 @@ class RelevanceMass(_Localisation):
 
 
 class RelevanceRank(_Localisation):
-    """Of the K strongest voxels, K the label's size, the share in the label (Arras et al. 2022).
+    """The share of the K strongest voxels that is in the label, K being the label's size (Arras et al. 2022).
 
     Args:
-        sign: which part of the map counts: absolute, positive or negative.
+        sign: part of the map that is used: ``"absolute"``, ``"positive"`` or ``"negative"`` values.
     """
 
     reference = "Arras et al., Information Fusion 2022, arXiv:2003.07258"
@@ -107,7 +104,7 @@ class RelevanceRank(_Localisation):
     sign: Sign = "absolute"
 
     def measure(self, subject: MetricInput) -> MetricResult:
-        """[0, 1]; zeros of the map belong to no top: a zero map gets 0."""
+        """[0, 1]; zeros are never among the strongest voxels: a zero map gets 0."""
         values, label = self._parts(subject)
         return MetricResult(
             share_of_top(values, label, int(label.sum())), notes={"chance": float(label.double().mean())}
@@ -115,11 +112,11 @@ class RelevanceRank(_Localisation):
 
 
 class TopKIntersection(_Localisation):
-    """Of the k strongest voxels, the share in the label (Theiner et al. 2022).
+    """The share of the k strongest voxels that is in the label (Theiner et al. 2022).
 
     Args:
-        k: a number of voxels, or below 1 a share of the volume; it should not exceed the label.
-        sign: which part of the map counts: absolute, positive or negative.
+        k: number of voxels, or, below 1, a share of the volume; it should not exceed the label's size.
+        sign: part of the map that is used: ``"absolute"``, ``"positive"`` or ``"negative"`` values.
     """
 
     reference = "Theiner et al., WACV 2022, arXiv:2104.14995"
@@ -146,7 +143,7 @@ class LocalisationAUC(_Localisation):
     """Area under the ROC curve of the map as a detector of the label's voxels (ties count half).
 
     Args:
-        sign: which part of the map counts: absolute, positive or negative.
+        sign: part of the map that is used: ``"absolute"``, ``"positive"`` or ``"negative"`` values.
     """
 
     aliases = ("AUC",)
@@ -171,13 +168,13 @@ class LocalisationAUC(_Localisation):
 
 
 class DistanceProfile(_Localisation):
-    """How far from the label the map lies, in mm: ``Σ d(v) |a(v)| / Σ |a|`` with d = 0 in the label.
+    """Mean distance of the map from the label, in mm: ``Σ d(v) |a(v)| / Σ |a|`` with d = 0 in the label.
 
     The notes have the share of the map (``share``) and its mean density against the whole volume's (``density``) in
     each shell: inside, 0-5, 5-10, 10-20 mm, beyond; and, where a body mask is given, the share outside of it.
 
     Args:
-        sign: which part of the map counts: absolute, positive or negative.
+        sign: part of the map that is used: ``"absolute"``, ``"positive"`` or ``"negative"`` values.
     """
 
     meaning = "Mean distance of the map from the label in mm, weighted by its magnitude; 0 is inside."
@@ -204,32 +201,33 @@ class DistanceProfile(_Localisation):
 
 
 def shells(distance: Tensor, body: Tensor | None = None) -> list[tuple[str, Tensor]]:
-    """Masks of the distance shells, and of what lies outside the body where that is known; they do not overlap.
+    """Return names and masks (*spatial), bool, of the distance shells, and of the outside of the body; no overlaps.
 
     Args:
-        distance: from `distance_mm` (*spatial).
-        body: bool (*spatial).
+        distance: from `distance_mm` (*spatial), mm.
+        body: bool (*spatial); None: unknown.
     """
     within = torch.ones_like(distance, dtype=torch.bool) if body is None else body.to(distance.device)
     within = within | (distance == 0)  # the label is part of the body
     edges = [*SHELLS_MM, float("inf")]
-    found = [("inside", distance == 0)]
+    masks = [("inside", distance == 0)]
     for low, high in itertools.pairwise(edges):
         name = f"{low:g}-{high:g} mm" if np.isfinite(high) else f"beyond {low:g} mm"
-        found.append((name, (distance > low) & (distance <= high) & within))
-    return found if body is None else [*found, ("outside the body", ~within)]
+        masks.append((name, (distance > low) & (distance <= high) & within))
+    return masks if body is None else [*masks, ("outside the body", ~within)]
 
 
 def distance_mm(label: Tensor, spacing: object) -> Tensor:
-    """Euclidean distance of each voxel's centre from the nearest voxel of the label, in mm; 0 inside. (*spatial)."""
+    """Compute each voxel's distance from the nearest voxel of the label (*spatial): (*spatial), mm, float64; 0
+    inside."""
     from scipy.ndimage import distance_transform_edt
 
-    found = distance_transform_edt(~label.cpu().numpy(), sampling=spacing)
-    return torch.from_numpy(np.asarray(found, dtype=np.float64))
+    distance = distance_transform_edt(~label.cpu().numpy(), sampling=spacing)
+    return torch.from_numpy(np.asarray(distance, dtype=np.float64))
 
 
 def share_of_top(values: Tensor, label: Tensor, k: int) -> float:
-    """Of the k greatest values (n,) above zero the share that lies in the label, the expectation over ties."""
+    """Return the share of the k greatest values (n,) above zero that is in the label, the expectation over ties."""
     edge = values.topk(k).values[-1]
     above, tied = values > edge, values == edge
     hits = float(label[above].sum())

@@ -1,4 +1,4 @@
-"""The map as a mask on the image, and removal by imputation: what is left of the target."""
+"""The map as a mask on the image, and removal by imputation."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = ["ROAD", "AverageDrop", "AverageGain", "AverageIncrease", "imputed"]
 
 
 class _Masked(Metric):
-    """The image seen through the map: ``x' = x₀ + m (x − x₀)``, m the positive part of the map, summed over channels,
-    from its smallest to its greatest value on [0, 1].
+    """Base class: masks the image by the map, ``x' = x₀ + m (x − x₀)``, m the positive part of the map, summed over
+    channels, from its smallest to its greatest value on [0, 1].
 
-    The target's probability is asked, its mean over the mask for a target of voxels, whatever output the target has.
+    The target's probability is used (its mean over the mask for a target of voxels), for any output of the target.
     """
 
     group = "faithfulness"
@@ -43,17 +43,17 @@ class _Masked(Metric):
         baseline_for(self.baseline, local=True)
 
     def measure(self, subject: MetricInput) -> MetricResult:
-        """Undefined for a zero map: it shows nothing of the image, and the baseline may be likelier than the image."""
+        """Undefined for a zero map, which shows only the baseline; its probability may exceed the image's."""
         if not bool(subject.map.any()):
             return MetricResult.undefined(ZERO)
         return self._judge(*self._probabilities(subject))
 
     @abstractmethod
     def _judge(self, before: float, after: float) -> MetricResult:
-        """By the target's probability at the image, and at the masked image."""
+        """Compute the result from the target's probability at the image, and at the masked image."""
 
     def _probabilities(self, subject: MetricInput) -> tuple[float, float]:
-        """The target's probability at the image, and at the masked image."""
+        """Return the target's probability at the image, and at the masked image."""
         objective = subject.once(("probability", subject.target), lambda: _as_probability(subject))
         reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
 
@@ -64,7 +64,7 @@ class _Masked(Metric):
             return before, before + float(score_changes(objective, Added(delta[None]))[0, 0])
 
         key = ("masked", subject.target, id(subject.map), repr(json_ready(self.baseline)))
-        # the map is kept beside, so that its id is not given to another one
+        # the map is stored too, so that its id is not reused
         return subject.once(key, lambda: (ask(), subject.map))[0]
 
 
@@ -77,18 +77,18 @@ def _as_probability(subject: MetricInput) -> Objective:
 
 
 def unit_mask(values: Tensor) -> Tensor:
-    """The positive part summed over channels, from smallest to greatest on [0, 1]; zeros where all are equal."""
+    """Sum the positive part of (C, *spatial) over channels and scale it to [0, 1]: (1, *spatial); zeros if constant."""
     mask = values.double().clamp(min=0).sum(0, keepdim=True)
     spread = mask.max() - mask.min()
     return (mask - mask.min()) / spread if float(spread) > 0 else torch.zeros_like(mask)
 
 
 class AverageDrop(_Masked):
-    """``max(0, p(x) − p(x')) / p(x)``: how much of the class's probability is lost when only what the map shows is left
-    (Chattopadhay et al. 2018).
+    """``max(0, p(x) − p(x')) / p(x)``: the share of the class's probability that is lost when only the masked image is
+    left (Chattopadhay et al. 2018).
 
     Args:
-        baseline: x₀, what stands where the map is zero; see `esegeta_monai.engine.baselines`.
+        baseline: x₀, shown where the map is zero; see `esegeta_monai.engine.baselines`.
     """
 
     reference = "Chattopadhay et al., WACV 2018, arXiv:1710.11063"
@@ -96,14 +96,14 @@ class AverageDrop(_Masked):
     higher_is_better = False
 
     def _judge(self, before: float, after: float) -> MetricResult:
-        """[0, 1]; undefined where the probability is 0, of which nothing can be lost."""
+        """[0, 1]; undefined if the probability is 0."""
         if before <= 0:
             return MetricResult.undefined("the probability is 0 already")
         return MetricResult(max(0.0, before - after) / before, notes={"before": before, "after": after})
 
 
 class AverageIncrease(_Masked):
-    """Whether the class's probability rises when only what the map shows is left: 1 or 0; over maps, the rate.
+    """1 if the class's probability rises when only the masked image is left, else 0; over maps, the rate.
 
     Args:
         baseline: see `AverageDrop`.
@@ -131,19 +131,19 @@ class AverageGain(_Masked):
     higher_is_better = True
 
     def _judge(self, before: float, after: float) -> MetricResult:
-        """[0, 1]; undefined where the probability is 1 already."""
+        """[0, 1]; undefined if the probability is 1."""
         if before >= 1:
             return MetricResult.undefined("the probability is 1 already")
         return MetricResult(max(0.0, after - before) / (1 - before), notes={"before": before, "after": after})
 
 
 ITERATIONS = 2000
-"""Of conjugate gradients at most; some tens are needed."""
+"""Limit for conjugate gradients; some tens are needed."""
 
 
 class ROAD(Metric):
     """Remove and debias: the target's loss when a share of the voxels is imputed from its neighbours, so that the mask
-    itself tells nothing (Rong et al. 2022). In units of ``|F(x) − F(x₀)|``.
+    itself carries no information (Rong et al. 2022). In units of ``|F(x) − F(x₀)|``.
 
     A removed voxel is the mean of its neighbours with weights 1/d² (in 2D the paper's 1/6 and 1/12), all together as
     the solution of a linear system, plus noise of 0.01 of the channel's standard deviation. Voxels of equal
@@ -152,7 +152,7 @@ class ROAD(Metric):
     Args:
         order: ``"combined"``: (loss with the strongest removed − loss with the weakest removed) / 2; ``"morf"`` or
             ``"lerf"``: one of them, strongest or weakest first.
-        shares: of the voxels that are removed.
+        shares: shares of the voxels that are removed, in (0, 1).
         baseline: x₀, for the unit only.
         noise: standard deviation, in units of each channel's.
     """
@@ -190,15 +190,15 @@ class ROAD(Metric):
             return MetricResult.undefined(NOTHING)
         strength = subject.per_channel.sum(0).flatten()
         strongest = ranking(strength, objective.seed)
-        found: dict[str, list[float]] = {}
+        curves: dict[str, list[float]] = {}
         for name in ("morf", "lerf") if self.order == "combined" else (self.order,):
             ranked = strongest if name == "morf" else strongest.flip(0)
-            found[name] = [self._loss(objective, ranked, share) / abs(full) for share in self.shares]
-        losses = np.array(list(found.values()))
+            curves[name] = [self._loss(objective, ranked, share) / abs(full) for share in self.shares]
+        losses = np.array(list(curves.values()))
         values = (losses[0] - losses[1]) / 2 if self.order == "combined" else losses[0]
         low, high = mean_interval(values)
         return MetricResult(
-            float(values.mean()), low, high, len(values), curve={"x": list(self.shares), **_renamed(found)}
+            float(values.mean()), low, high, len(values), curve={"x": list(self.shares), **_renamed(curves)}
         )
 
     def _loss(self, objective: Objective, ranked: Tensor, share: float) -> float:
@@ -216,11 +216,11 @@ def _renamed(curves: dict[str, list[float]]) -> dict[str, list[float]]:
 def imputed(
     image: Tensor, removed: Tensor, noise: float, generator: torch.Generator, tolerance: float = 1e-4
 ) -> Tensor:
-    """``image`` with the removed voxels solved for: each the weighted mean of its neighbours, weights 1/d², plus noise.
+    """Impute the removed voxels of ``image``: each the weighted mean of its neighbours, weights 1/d², plus noise.
 
     Args:
         image: (C, *spatial).
-        removed: bool (*spatial), not all of it.
+        removed: bool (*spatial), not all True.
         noise: standard deviation in units of each channel's.
         tolerance: of the conjugate gradients' residual, relative.
 
@@ -262,7 +262,7 @@ def imputed(
 
 
 def _neighbours(values: Tensor) -> Tensor:
-    """Weighted means over the 8 or 26 neighbours, weights 1/d²; nothing beyond the edges. (C, *spatial).
+    """Compute weighted means over the 8 or 26 neighbours (C, *spatial), weights 1/d²; zero beyond the edges.
 
     Neighbours at the same distance are summed axis by axis: torch's convolution in float64 takes five times as long.
     """
@@ -272,21 +272,21 @@ def _neighbours(values: Tensor) -> Tensor:
         moved = [_both_sides(v, axis) for v in by_distance]
         by_distance = [values, *(a + b for a, b in zip(by_distance[1:], moved)), moved[-1]]
     total = sum(math.comb(dims, square) * 2**square / square for square in range(1, dims + 1))
-    found = by_distance[1] / total
+    mean = by_distance[1] / total
     for square in range(2, dims + 1):
-        found = found.add_(by_distance[square], alpha=1 / (square * total))
-    return found
+        mean = mean.add_(by_distance[square], alpha=1 / (square * total))
+    return mean
 
 
 def _both_sides(values: Tensor, axis: int) -> Tensor:
-    found, n = torch.zeros_like(values), values.shape[axis] - 1
-    found.narrow(axis, 0, n).add_(values.narrow(axis, 1, n))
-    found.narrow(axis, 1, n).add_(values.narrow(axis, 0, n))
-    return found
+    total, n = torch.zeros_like(values), values.shape[axis] - 1
+    total.narrow(axis, 0, n).add_(values.narrow(axis, 1, n))
+    total.narrow(axis, 1, n).add_(values.narrow(axis, 0, n))
+    return total
 
 
 def _first_guess(known: Tensor, weight: Tensor) -> Tensor:
-    """Known voxels averaged at every scale, the finest that has any: where conjugate gradients start."""
+    """Average known voxels at the finest scale that has any: the start of conjugate gradients."""
     dims = weight.ndim
     pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[dims]
     if bool((weight > 0).all()) or max(weight.shape) == 1:

@@ -1,4 +1,4 @@
-"""Images of several contrasts: does the map weigh them as the network does?"""
+"""Images of several contrasts: agreement of the map with the network's use of each channel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["MSFI", "ModalityImportance", "channel_importance"]
 
 
 class _Modality(Metric):
-    """What they share: the exact Shapley value of each channel, from 2^C predictions."""
+    """Base class: computes the exact Shapley value of each channel, from 2^C predictions."""
 
     group = "modality"
     reference = "Jin et al., AAAI 2022, arXiv:2203.06487"
@@ -59,7 +59,7 @@ class ModalityImportance(_Modality):
     Args:
         correlation: ``"kendall"`` (the paper's: the order of the channels) or ``"pearson"``.
         part: ``"positive"`` (the paper's) sums of the map's positive values, or ``"signed"`` sums.
-        baseline: what stands in a channel that is off, see `esegeta_monai.engine.baselines`.
+        baseline: replaces a channel that is off, see `esegeta_monai.engine.baselines`.
     """
 
     meaning = "Agreement between the map's weight of each channel and what the channel is worth; 1: the same order."
@@ -74,27 +74,31 @@ class ModalityImportance(_Modality):
             raise UsageError(f"{self!r}: correlation is 'kendall' or 'pearson', part 'positive' or 'signed'")
 
     def measure(self, subject: MetricInput) -> MetricResult:
-        """[-1, 1]; undefined where the map gives all channels the same."""
+        """[-1, 1]; undefined where the map's sum is equal for all channels."""
         from scipy.stats import kendalltau
 
         truth = channel_importance(subject, self.baseline)
         values = subject.map.double() if self.part == "signed" else subject.map.double().clamp(min=0)
-        said = values.flatten(1).sum(1).cpu().numpy()
-        notes = {"map": said.tolist(), "shapley": truth.tolist()}
-        if np.ptp(said) <= 1e-12 * np.abs(said).max(initial=0) or np.ptp(truth) == 0:
+        attributed = values.flatten(1).sum(1).cpu().numpy()
+        notes = {"map": attributed.tolist(), "shapley": truth.tolist()}
+        if np.ptp(attributed) <= 1e-12 * np.abs(attributed).max(initial=0) or np.ptp(truth) == 0:
             return MetricResult.undefined("the map, or the target, does not tell the channels apart")
-        found = kendalltau(said, truth).statistic if self.correlation == "kendall" else np.corrcoef(said, truth)[0, 1]
-        return MetricResult(float(found), notes=notes)
+        agreement = (
+            kendalltau(attributed, truth).statistic
+            if self.correlation == "kendall"
+            else np.corrcoef(attributed, truth)[0, 1]
+        )
+        return MetricResult(float(agreement), notes=notes)
 
 
 class MSFI(_Modality):
     """Modality-specific feature importance: ``Σ_c φ_c · (Σ_label a_c⁺ / Σ a_c⁺) / Σ_c φ_c`` (Jin et al. 2022): the
-    share of the map in the label, channel by channel, weighed by what the channel is worth.
+    share of the map in the label, channel by channel, weighted by the channel's importance.
 
-    φ_c is the positive part of the channel's exact Shapley value over the greatest of them.
+    φ_c is the positive part of the channel's exact Shapley value, divided by the greatest of them.
 
     Args:
-        baseline: what stands in a channel that is off, see `esegeta_monai.engine.baselines`.
+        baseline: replaces a channel that is off, see `esegeta_monai.engine.baselines`.
     """
 
     meaning = "Share of the map that lies in the label, in the channels that matter to the network."

@@ -1,7 +1,7 @@
-"""Does the map depend on what the network has learnt? Explained with other weights, class, labels.
+"""Randomisation: dependence of the map on the learnt weights, the class and the training labels.
 
-The same map from a network that knows nothing is no explanation of the one that does (Adebayo et al. 2018). Control
-maps do not ask the network: their similarity is 1, and what reaches it has failed.
+A map that stays the same for a randomised network does not explain the trained one (Adebayo et al. 2018). Control maps
+do not depend on the network: their similarity is 1, and a map that reaches it fails.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ ROUNDING = 1e-5
 
 
 def similarity(a: Tensor, b: Tensor, kind: Similarity = "spearman") -> float:
-    """How alike the magnitudes of two maps (C, *spatial) are: 1 for equal maps; 0 where one of them is flat.
+    """Compute the similarity of the magnitudes of two maps (C, *spatial): 1 for equal maps; 0 if one is flat.
 
-    ``"spearman"``: rank correlation over the voxels where one of them is not zero: those outside the target's windows,
-    zero in every map, would make all maps of a small target alike. ``"ssim"``: structural similarity (Wang et al. 2004)
-    in 2D and 3D in the box of these voxels, windows of 7 voxels (fewer in a smaller box), maps divided by their maxima.
+    ``"spearman"``: rank correlation over the voxels where one of them is not zero: voxels outside the target's windows
+    are zero in every map and would make all maps of a small target similar. ``"ssim"``: structural similarity (Wang et
+    al. 2004) in 2D and 3D in the box of these voxels, windows of 7 voxels (fewer in a smaller box), maps divided by
+    their maxima.
 
-    Zero is what is below 1e-5 of a map's maximum, to which maps in float32 are exact: ranks of what rounding left there
-    would be drawn by lot.
+    Values below 1e-5 of a map's maximum count as zero, since maps in float32 are exact to that: ranks of rounding
+    errors would be random.
     """
     if torch.equal(a, b):
         return 1.0
@@ -69,16 +70,16 @@ def _above_rounding(strength: Tensor) -> Tensor:
 
 
 def _at_least(part: slice, side: int, length: int) -> slice:
-    """A slice grown to ``side`` places where there are as many."""
+    """Extend a slice to ``side`` places if there are as many."""
     start = max(0, min(part.start, length - side))
     return slice(start, max(part.stop, min(start + side, length)))
 
 
 def execution_order(objective: Objective) -> list[str]:
-    """Names of the modules that own parameters, in the order in which they are last called on a window.
+    """Return names of modules that own parameters, in the order in which they are last called on a window.
 
     Raises:
-        MetricError: a TorchScript network, whose calls are not seen.
+        MetricError: a TorchScript network, whose calls cannot be observed.
     """
     network = objective.model.network
     if is_scripted(network):
@@ -103,11 +104,10 @@ def execution_order(objective: Objective) -> list[str]:
 
 @contextmanager
 def randomised(network: nn.Module, layers: Sequence[str], seed: int) -> Iterator[None]:
-    """Layers re-initialised inside; afterwards every parameter and buffer is bit for bit what it was, also after an
-    exception.
+    """Re-initialise layers; afterwards restore every parameter and buffer bit for bit, also after an exception.
 
     A layer's own ``reset_parameters`` draws its new values; parameters without one (tokens, position embeddings) are
-    drawn from a normal distribution with the mean and standard deviation of what was learnt.
+    drawn from a normal distribution with the mean and standard deviation of the learnt values.
     """
     tensors = {id(t): t for t in [*network.parameters(), *network.buffers()]}
     before = [(t, t.detach().clone()) for t in tensors.values()]
@@ -139,7 +139,7 @@ def _reset(module: nn.Module) -> None:
 
 
 class _Randomised(Metric):
-    """Layers in stages from the output to the input, the explanation of each stage compared with the true one."""
+    """Base class: randomises layers in stages from the output to the input and compares the maps of each stage."""
 
     group = "randomisation"
     reference = "Adebayo et al., NeurIPS 2018, arXiv:1810.03292"
@@ -159,10 +159,10 @@ class _Randomised(Metric):
     def _stages(self, subject: MetricInput, cascading: bool) -> MetricResult:
         objective = subject.need_objective()
         key = ("randomised", cascading, id(subject.method), self.stages, self.n_samples, self.similarity)
-        layers, found, zero = subject.once(key, lambda: self._compare(subject, objective, cascading))
+        layers, similarities, zero = subject.once(key, lambda: self._compare(subject, objective, cascading))
         if zero[subject.target]:
             return MetricResult.undefined(ZERO)
-        values = found[subject.target]  # (n_samples, stages)
+        values = similarities[subject.target]  # (n_samples, stages)
         low, high = mean_interval(values.mean(1))
         share = [i / len(layers) for i in range(1, len(layers) + 1)]
         first = [0.0] if cascading else []
@@ -173,21 +173,21 @@ class _Randomised(Metric):
     def _compare(
         self, subject: MetricInput, objective: Objective, cascading: bool
     ) -> tuple[list[list[str]], np.ndarray, list[bool]]:
-        """Layers of each stage, similarities (k, n_samples, stages), and which maps are zero."""
+        """Return layers of each stage, similarities (k, n_samples, stages), and per target if its map is zero."""
         base = subject.once(("explained", id(subject.method)), lambda: explained(subject, objective))
         order = execution_order(objective)[::-1]
         if not order:
             raise MetricError("the network has no layer with parameters, so nothing can be randomised")
         parts = [p.tolist() for p in np.array_split(np.array(order), min(self.stages, len(order)))]
-        found = np.zeros((objective.n_targets, self.n_samples, len(parts)))
+        similarities = np.zeros((objective.n_targets, self.n_samples, len(parts)))
         for sample in range(self.n_samples):
             for stage, part in enumerate(parts):
                 layers = [name for p in parts[: stage + 1] for name in p] if cascading else part
-                found[:, sample, stage] = self._likeness(subject, base, layers, sample)
-        return parts, found, [not bool(b.any()) for b in base]
+                similarities[:, sample, stage] = self._likeness(subject, base, layers, sample)
+        return parts, similarities, [not bool(b.any()) for b in base]
 
     def _likeness(self, subject: MetricInput, base: Tensor, layers: Sequence[str], sample: int) -> list[float]:
-        """Of each target's map to that with these layers random; the first stage is the same in both orders."""
+        """Return per target the similarity of its map to that with these layers random; cached, for both orders."""
         objective = subject.need_objective()
 
         def measured() -> list[float]:
@@ -208,8 +208,8 @@ class CascadingRandomisation(_Randomised):
     mean similarity of the maps to the true one over the stages (Adebayo et al. 2018).
 
     Args:
-        stages: at most; layers are put together evenly, in execution order.
-        n_samples: re-initialisations with other seeds, for the interval.
+        stages: greatest number of stages; layers are grouped evenly, in execution order.
+        n_samples: number of re-initialisations with different seeds, for the interval.
         similarity: ``"spearman"`` or ``"ssim"`` of the magnitudes.
     """
 
@@ -238,7 +238,7 @@ class RandomLogit(Metric):
     """Similarity of the map to that of other classes under the same mask (Sixt et al. 2020).
 
     Args:
-        n_samples: other classes, drawn; all where there are no more.
+        n_samples: number of other classes, drawn at random; all if there are no more.
         similarity: ``"spearman"`` or ``"ssim"`` of the magnitudes.
     """
 
@@ -268,9 +268,9 @@ class RandomLogit(Metric):
         if not bool(base.any()):
             return MetricResult.undefined(ZERO)
         maps = explained(subject, alone.derive(scores=[score.altered(n, class_index=c) for c in chosen]))
-        found = [similarity(base, m, self.similarity) for m in maps]
-        low, high = mean_interval(found)
-        return MetricResult(float(np.mean(found)), low, high, len(found), notes={"classes": chosen})
+        similarities = [similarity(base, m, self.similarity) for m in maps]
+        low, high = mean_interval(similarities)
+        return MetricResult(float(np.mean(similarities)), low, high, len(similarities), notes={"classes": chosen})
 
 
 class DataRandomisation(Metric):
@@ -334,7 +334,7 @@ class DataRandomisation(Metric):
 
 @contextmanager
 def exchanged(network: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
-    """Other weights inside; afterwards every parameter and buffer is what it was, also after an exception."""
+    """Load other weights; afterwards restore every parameter and buffer, also after an exception."""
     with randomised(network, [], 0):
         try:
             network.load_state_dict(copy.copy(state))

@@ -1,5 +1,4 @@
-"""Where a map lies, in numbers: its sums per label of a label map, per channel, per distance shell, and outside the
-body."""
+"""A map's sums per label of a label map, per channel, per distance shell, and outside the body."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from esegeta_monai.metrics.localisation import distance_mm, shells
 __all__ = ["OUTSIDE_ALARM", "region_table"]
 
 OUTSIDE_ALARM = 0.1
-"""The share of a map outside the body above which a table raises its alarm."""
+"""Share of a map outside the body above which a table raises an alarm."""
 
 
 def region_table(
@@ -29,21 +28,21 @@ def region_table(
     channel_names: list[str] | None = None,
     alarm: float = OUTSIDE_ALARM,
 ) -> list[dict[str, Any]]:
-    """One row a region: region, voxels, volume_mm3, sum, abs_sum, share_of_abs, mean, alarm.
+    """Return one row per region: region, voxels, volume_mm3, sum, abs_sum, share_of_abs, mean, alarm.
 
     ``sum`` is ``Σ a`` over all channels, ``abs_sum`` ``Σ |a|``, ``share_of_abs`` its share of the whole map's, ``mean``
     the mean of a over the region's voxels and channels. Kinds of rows: ``all``, ``body`` and ``outside the body``
-    (where a body mask is known), ``channel …`` (where there are several), the label map's regions, distance shells
-    from ``origin`` (``distance inside``, ``distance 0-5 mm``, …). ``alarm`` is a sentence where more than the stated
-    share lies outside the body, else None.
+    (if a body mask is given), ``channel …`` (if there are several), the label map's regions, distance shells
+    from ``origin`` (``distance inside``, ``distance 0-5 mm``, …). ``alarm`` is a sentence if more than the given
+    share is outside the body, else None.
 
     Args:
         subject: map, body mask and spacing.
         regions: label map (*spatial) of whole numbers, zero for none.
-        names: of its labels.
-        origin: bool (*spatial), what distances are measured from; None: the subject's label.
-        channel_names: of the image's channels.
-        alarm: the share outside the body above which there is one.
+        names: names of its labels.
+        origin: bool (*spatial), from which distances are measured; None: the subject's label.
+        channel_names: names of the image's channels.
+        alarm: share outside the body above which the alarm is raised.
     """
     values = subject.map.double().cpu()
     weight = magnitude(values)
@@ -85,6 +84,6 @@ def region_table(
     if origin is not None and subject.spacing is not None and bool(origin.any()):
         distance = distance_mm(origin.cpu(), subject.spacing)
         for name, inside in shells(distance, None if subject.body is None else subject.body.cpu()):
-            if name != "outside the body":  # stands above; the label counts as body here
+            if name != "outside the body":  # has its own row above; the label counts as body here
                 rows.append(row(f"distance {name}", inside))
     return rows

@@ -1,7 +1,7 @@
-"""The parts of an image that metrics remove, and what a map says about each of them.
+"""The parts of an image that metrics remove, and the map's share of each part.
 
-Metrics that remove parts share their features, reference images and scores: a perturbation that another method's map
-has been judged by is looked up (`esegeta_monai.engine.perturbation.scoring.known_score_changes`).
+Metrics that remove parts share their features, reference images and scores: scores of perturbations that were computed
+for another map are reused (`esegeta_monai.engine.perturbation.scoring.known_score_changes`).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from esegeta_monai.utils.registry import json_ready
 __all__ = ["Removal", "blind", "check_parts", "drawn_removals", "ranking", "removal_of", "value_of"]
 
 CELLS = {2: 16, 3: 8}
-"""Voxel blocks an axis, by default."""
+"""Default number of blocks per axis, by dimension."""
 
 SAME = 9
-"""Digits, of the greatest, in which means over features must agree to be called equal: sums of one number over
-features of different sizes differ in the last."""
+"""Decimals, relative to the greatest mean, to which means over features must agree to be equal: rounding depends on the
+size of a feature."""
 
 
 @dataclass
@@ -41,11 +41,12 @@ class Removal:
     """Features of an image, each replaced by a reference where it is removed.
 
     Attributes:
-        objective: with all targets, whose scores are shared; ``alone``: with the subject's target only.
+        objective: has all targets, whose scores are shared.
+        alone: has the subject's target only.
         features: see `esegeta_monai.engine.feature_masks`.
-        row: of the subject's target in ``objective``.
-        random: whether another draw has another reference.
-        seed: of the order of features that the map says the same of.
+        row: index of the subject's target in ``objective``.
+        random: True if each draw has another reference.
+        seed: seed of the order of features with equal means of the map.
     """
 
     objective: Objective
@@ -55,11 +56,11 @@ class Removal:
     """The features and their reference, shared by all coalitions and by all maps of the image."""
     row: int
     shares: Tensor
-    """What the map says of each feature: the sum of the map over it (n,), float64."""
+    """Sum of the map over each feature (n,), float64."""
     voxels: Tensor
-    """Entries of each feature (n,)."""
+    """Number of entries of each feature (n,), float64."""
     seen: np.ndarray
-    """Numbers of the features that lie in some window that the target sees; all others change nothing."""
+    """Indices of the features inside windows that the target sees; all others change nothing."""
 
     random: bool
     seed: int
@@ -70,11 +71,11 @@ class Removal:
         return float(self.own(np.zeros((1, len(self.features)), dtype=bool))[0])
 
     def own(self, coalitions: np.ndarray) -> np.ndarray:
-        """``F(x_S) − F(x)`` for coalitions (m, n) that depend on the map: of this target alone."""
+        """Compute ``F(x_S) − F(x)`` (m,) for coalitions (m, n) that depend on the map: for this target alone."""
         return self._change(self.alone, coalitions)[0].numpy()
 
     def common(self, coalitions: np.ndarray) -> np.ndarray:
-        """The same for coalitions that other maps are judged by too: of all targets, computed once."""
+        """Compute the same for coalitions that other maps share: for all targets, once."""
         return self._change(self.objective, coalitions)[self.row].numpy()
 
     def _change(self, objective: Objective, coalitions: np.ndarray) -> Tensor:
@@ -82,25 +83,25 @@ class Removal:
 
     @cached_property
     def means(self) -> Tensor:
-        """Of the map over the features that are seen, in units of the greatest, and rounded (m,)."""
+        """Means of the map over the features that are seen (m,), relative to the greatest, rounded."""
         means = (self.shares / self.voxels.clamp(min=1))[torch.from_numpy(self.seen)]
         return (means / means.abs().max().clamp(min=torch.finfo(means.dtype).tiny)).round(decimals=SAME)
 
     @cached_property
     def order(self) -> np.ndarray:
-        """Numbers of the features that are seen by the mean of the map over them, greatest first; see `ranking`."""
+        """Indices of the features that are seen, by descending mean of the map; see `ranking`."""
         return self.seen[ranking(self.means, self.seed).numpy()]
 
     @property
     def tied(self) -> bool:
-        """Whether the map says the same of some features, so that the order rests on chance."""
+        """True if some features have equal means of the map, so that their order is random."""
         return len(self.means.unique()) < len(self.means)
 
 
 def ranking(values: Tensor, seed: int) -> Tensor:
-    """Positions of values (n,) from the greatest to the least; equal ones in a random order.
+    """Return indices of values (n,) in descending order; equal values in a random order.
 
-    An order by number would favour maps that are flat where the cause happens to come first.
+    An order by index would favour maps that are flat where the cause happens to come first.
 
     >>> ranking(torch.tensor([1.0, 3.0, 2.0]), seed=0).tolist()
     [1, 2, 0]
@@ -110,8 +111,8 @@ def ranking(values: Tensor, seed: int) -> Tensor:
 
 
 def drawn_removals(subject: MetricInput, features: Any, baseline: Any, n_samples: int) -> Iterator[Removal]:
-    """`removal_of` for several draws of a random baseline and of the order of features that the map says the same of;
-    one where neither is left to chance."""
+    """Yield `removal_of` for several draws of a random baseline and of the order of equal features; one draw if neither
+    is random."""
     for draw in range(n_samples):
         removal = removal_of(subject, features, baseline, draw)
         yield removal
@@ -120,51 +121,43 @@ def drawn_removals(subject: MetricInput, features: Any, baseline: Any, n_samples
 
 
 def removal_of(subject: MetricInput, features: Any, baseline: Any, draw: int = 0) -> Removal:
-    """The features of a subject's image and what its map says of them.
+    """Return the features of a subject's image, with the map's sum over each.
 
     Args:
-        features: see `esegeta_monai.engine.feature_masks.features_for`; ``"blocks"``: about 16 blocks an axis in 2D, 8
-        in 3D.
+        features: see `esegeta_monai.engine.feature_masks.features_for`; ``"blocks"``: about 16 blocks per axis in 2D,
+            8 in 3D.
         baseline: see `reference_image`.
-        draw: which one, of a random baseline and of the order of equal features; 0: by the run's seed.
+        draw: index of the draw of a random baseline and of the order of equal features; 0 uses the run's seed.
     """
     objective = subject.need_objective()
     spec = _blocks(objective) if isinstance(features, str) and features == "blocks" else features_for(features)
     what = repr(json_ready(spec)) if not isinstance(spec, Tensor) else id(features)
-    found = subject.once(("features", what), lambda: spec.of(objective))
+    parts = subject.once(("features", what), lambda: spec.of(objective))
     random = not is_feature_mean(baseline) and baseline_for(baseline, local=True).random
+    seed = objective.seed + draw
 
     def segments_of() -> Segments:
-        drawn = objective.derive(seed=objective.seed + draw) if random else objective
-        reference = reference_image(drawn, found, baseline)[1]
-        return Segments(found.labels, np.ones((0, len(found)), dtype=bool), reference, objective.image)
+        drawn = objective.derive(seed=seed) if random else objective
+        reference = reference_image(drawn, parts, baseline)[1]
+        return Segments(parts.labels, np.ones((0, len(parts)), dtype=bool), reference, objective.image)
 
     by = id(baseline) if isinstance(baseline, Tensor) else repr(json_ready(baseline))
     segments = subject.once(("segments", what, by, draw if random else 0), segments_of)
-    values = subject.per_channel.to(found.labels.device)
-    if len(found.labels) == 1:
+    values = subject.per_channel.to(parts.labels.device)
+    if len(parts.labels) == 1:
         values = values.sum(0, keepdim=True)
-    flat = found.labels.flatten() + 1
-    shares = torch.zeros(len(found) + 1, dtype=torch.float64, device=values.device)
+    flat = parts.labels.flatten() + 1
+    shares = torch.zeros(len(parts) + 1, dtype=torch.float64, device=values.device)
     shares.index_add_(0, flat, values.flatten())
-    seen = subject.once(("seen", what, subject.target), lambda: _seen(subject.alone, found))
+    seen = subject.once(("seen", what, subject.target), lambda: _seen(subject.alone, parts))
     if len(seen) < 2:
         raise MetricError(
-            f"the target sees {len(seen)} of the {len(found)} features: nothing could be compared; take smaller ones, "
+            f"the target sees {len(seen)} of the {len(parts)} features: nothing could be compared; take smaller ones, "
             "such as features='grid(size=4)'"
         )
-    voxels = found.counts.double().cpu()
+    voxels = parts.counts.double().cpu()
     return Removal(
-        objective,
-        subject.alone,
-        found,
-        segments,
-        subject.target,
-        shares[1:].cpu(),
-        voxels,
-        seen,
-        random,
-        objective.seed + draw,
+        objective, subject.alone, parts, segments, subject.target, shares[1:].cpu(), voxels, seen, random, seed
     )
 
 
@@ -178,25 +171,29 @@ def _seen(objective: Objective, features: Features) -> np.ndarray:
     for w in objective.windows:
         inside[objective.plan.place(w)] = True
     labels = features.labels.cpu()
-    found = torch.unique(labels[inside.expand(labels.shape)]).numpy()
-    return found[found >= 0]
+    numbers = torch.unique(labels[inside.expand(labels.shape)]).numpy()
+    return numbers[numbers >= 0]
 
 
 def value_of(subject: MetricInput) -> float:
-    """``F(x)`` of the subject's target, asked once for all maps."""
+    """Return ``F(x)`` of the subject's target, computed once for all maps."""
     objective = subject.need_objective()
     return float(subject.once("values", lambda: objective.image_values().cpu())[subject.target])
 
 
 def blind(subject: MetricInput, full: float) -> bool:
-    """Whether ``F(x₀) − F(x)`` is no more than the image's precision lets be seen, a hundred of its last digit of F: in
-    units of it every loss would be rounding."""
+    """True if ``F(x₀) − F(x)`` is at most 100 units of rounding of F in the image's precision: differences in units of
+    it would be rounding errors."""
     value = value_of(subject)
     return abs(full) <= 100 * torch.finfo(subject.need_objective().image.dtype).eps * max(abs(value), abs(value + full))
 
 
 def check_parts(features: Any, baseline: Any) -> None:
-    """Raises a UsageError where `removal_of` would not know features or baseline, before anything is computed."""
+    """Check features and baseline of `removal_of` before anything is computed.
+
+    Raises:
+        UsageError: no such features or baseline.
+    """
     if not (isinstance(features, str) and features == "blocks"):
         features_for(features)
     if not is_feature_mean(baseline):
@@ -204,6 +201,10 @@ def check_parts(features: Any, baseline: Any) -> None:
 
 
 def at_least(metric: object, what: str, value: float, least: float) -> None:
-    """Raises where a parameter is too small."""
+    """Check a parameter's lower limit.
+
+    Raises:
+        UsageError: it is below ``least``.
+    """
     if isinstance(value, bool) or value < least:
         raise UsageError(f"{type(metric).__name__}: {what}={value} must be at least {least:g}")

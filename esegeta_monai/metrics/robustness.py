@@ -1,6 +1,6 @@
-"""Does the map stay the same when the image hardly changes? The method explains noisy copies of the image.
+"""Robustness: stability of the map under small changes of the image. The method explains noisy copies of the image.
 
-One set of explanations serves all these metrics, and all targets of a case: only their distances are kept.
+All these metrics, and all targets of a case, share one set of explanations, of which only distances are stored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TINY = 1e-12
 
 @dataclass
 class Neighbours:
-    """What n noisy images changed in a method's maps: (k, n) each, ‖x' − x‖ and friends (n,)."""
+    """Changes of a method's maps for n noisy images: (k, n) per field of maps, (n,) per field of inputs."""
 
     maps: np.ndarray
     """``‖a' − a‖``."""
@@ -45,14 +45,15 @@ class Neighbours:
 
 
 def explained(subject: MetricInput, objective: Objective) -> Tensor:
-    """The method's maps (k, C, *spatial) at an objective's image, float64."""
+    """Return the method's maps (k, C, *spatial), float64, at an objective's image."""
     method = subject.method
     assert method is not None
     return run(method, objective).maps.double()
 
 
 def neighbours(subject: MetricInput, radius: float, n_samples: int) -> Neighbours:
-    """Explanations at x + ε, ε uniform on ``±radius`` times each channel's standard deviation, against that at x."""
+    """Compare explanations at x + ε with that at x, ε uniform on ``±radius`` times each channel's standard
+    deviation."""
     objective, method = subject.need_objective(), subject.method
     assert method is not None
     base = subject.once(("explained", id(method)), lambda: explained(subject, objective))
@@ -62,7 +63,7 @@ def neighbours(subject: MetricInput, radius: float, n_samples: int) -> Neighbour
 
 
 def values_near(subject: MetricInput, radius: float, n_samples: int) -> np.ndarray:
-    """``|F(x') − F(x)|`` of the images of `neighbours` (k, n): no method has a part in it, so once for all maps."""
+    """Return ``|F(x') − F(x)|`` (k, n) of the images of `neighbours`, computed once for all maps."""
     objective = subject.need_objective()
 
     def find() -> np.ndarray:
@@ -74,7 +75,7 @@ def values_near(subject: MetricInput, radius: float, n_samples: int) -> np.ndarr
 
 
 def _noise(objective: Objective, radius: float, n_samples: int) -> Iterator[Tensor]:
-    """The same for every method."""
+    """Yield noise (C, *spatial); the same for every method."""
     image, generator = objective.image, objective.generator()
     scale = per_channel(image.flatten(1).std(1) * radius, image)
     for _ in range(n_samples):
@@ -105,9 +106,11 @@ def _norm(maps: Tensor) -> np.ndarray:
 
 
 class _Robustness(Metric):
-    """What they share. Controls that ignore the image are perfectly stable, so there is nothing to beat.
+    """Base class. Controls that ignore the image are perfectly stable, so maps are not compared with them.
 
-    ``radius``: of the noise, in units of each channel's standard deviation; ``n_samples``: noisy images.
+    Args:
+        radius: greatest noise, in units of each channel's standard deviation.
+        n_samples: number of noisy images.
     """
 
     group = "robustness"
@@ -125,36 +128,36 @@ class _Robustness(Metric):
             raise UsageError(f"{type(self).__name__}: radius={self.radius} must be above 0")
 
     @abstractmethod
-    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
-        """The ratio of each noisy image (n,) for target k."""
+    def _ratio(self, near: Neighbours, k: int) -> np.ndarray:
+        """Return the ratio of each noisy image (n,) for target k."""
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; undefined for a zero map, and for a constant image, near which there is no noise."""
-        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
-        return self._says_nothing(found, k) or self._sum_up(self._ratio(found, k))
+        near, k = neighbours(subject, self.radius, self.n_samples), subject.target
+        return self._says_nothing(near, k) or self._sum_up(self._ratio(near, k))
 
-    def _says_nothing(self, found: Neighbours, k: int) -> MetricResult | None:
-        if found.norm[k] == 0:
+    def _says_nothing(self, near: Neighbours, k: int) -> MetricResult | None:
+        if near.norm[k] == 0:
             return MetricResult.undefined(ZERO)
-        return None if found.inputs.all() else MetricResult.undefined(CONSTANT)
+        return None if near.inputs.all() else MetricResult.undefined(CONSTANT)
 
     def _sum_up(self, ratio: np.ndarray) -> MetricResult:
-        """The greatest of the samples; its interval by bootstrap never reaches above it, which is stated."""
+        """Return the greatest ratio; its bootstrap interval never reaches above it."""
         low, high = bootstrap(lambda s: s.max(1), ratio)
         return MetricResult(float(ratio.max()), low, high, len(ratio), notes={"mean": float(ratio.mean())})
 
 
 class _Sensitivity(_Robustness):
-    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
-        return found.maps[k] / found.norm[k]
+    def _ratio(self, near: Neighbours, k: int) -> np.ndarray:
+        return near.maps[k] / near.norm[k]
 
 
 class MaxSensitivity(_Sensitivity):
     """``max ‖a(x + ε) − a(x)‖ / ‖a(x)‖`` over uniform noise ``|ε| ≤ radius`` (Yeh et al. 2019).
 
     Args:
-        radius: of the noise, in units of each channel's standard deviation.
-        n_samples: noisy images.
+        radius: greatest noise, in units of each channel's standard deviation.
+        n_samples: number of noisy images.
     """
 
     reference = "Yeh et al., NeurIPS 2019, arXiv:1901.09392"
@@ -165,8 +168,8 @@ class AverageSensitivity(_Sensitivity):
     """The mean of ``‖a(x + ε) − a(x)‖ / ‖a(x)‖``, see `MaxSensitivity` (Yeh et al. 2019, Bhatt et al. 2020).
 
     Args:
-        radius: of the noise, in units of each channel's standard deviation.
-        n_samples: noisy images.
+        radius: greatest noise, in units of each channel's standard deviation.
+        n_samples: number of noisy images.
     """
 
     reference = "Yeh et al., NeurIPS 2019, arXiv:1901.09392; Bhatt et al., IJCAI 2020, arXiv:2005.00631"
@@ -180,8 +183,8 @@ class LocalLipschitz(_Robustness):
     """``max ‖a(x + ε) − a(x)‖ / ‖ε‖`` (Alvarez-Melis & Jaakkola 2018), the map scaled to norm 1, so that maps compare.
 
     Args:
-        radius: of the noise, in units of each channel's standard deviation.
-        n_samples: noisy images.
+        radius: greatest noise, in units of each channel's standard deviation.
+        n_samples: number of noisy images.
         scaled: divide by ``‖a(x)‖``; False: the paper's constant, in the map's units.
     """
 
@@ -190,18 +193,18 @@ class LocalLipschitz(_Robustness):
 
     scaled: bool = True
 
-    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
-        return found.maps[k] / found.inputs / (found.norm[k] if self.scaled else 1.0)
+    def _ratio(self, near: Neighbours, k: int) -> np.ndarray:
+        return near.maps[k] / near.inputs / (near.norm[k] if self.scaled else 1.0)
 
 
 class RelativeInputStability(_Robustness):
     """``max [‖a' − a‖ / ‖a‖] / [‖x' − x‖ / ‖x‖]`` (Agarwal et al. 2022).
 
     Args:
-        radius: of the noise, in units of each channel's standard deviation.
-        n_samples: noisy images.
-        ratio: ``"norms"``, or ``"elementwise"`` as in the paper, ``‖(a' − a) / a‖ / ‖(x' − x) / x‖``, which the voxels
-            of value near zero decide: most of them in a volume with background.
+        radius: greatest noise, in units of each channel's standard deviation.
+        n_samples: number of noisy images.
+        ratio: ``"norms"``, or ``"elementwise"`` as in the paper, ``‖(a' − a) / a‖ / ‖(x' − x) / x‖``, which is
+            dominated by voxels of value near zero, the majority in a volume with background.
     """
 
     reference = "Agarwal et al. 2022, arXiv:2203.06877"
@@ -209,20 +212,20 @@ class RelativeInputStability(_Robustness):
 
     ratio: Literal["norms", "elementwise"] = "norms"
 
-    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
+    def _ratio(self, near: Neighbours, k: int) -> np.ndarray:
         if _elementwise(self.ratio):
-            return found.relative_maps[k] / found.relative_inputs
-        return found.maps[k] / found.norm[k] / (found.inputs / found.input_norm)
+            return near.relative_maps[k] / near.relative_inputs
+        return near.maps[k] / near.norm[k] / (near.inputs / near.input_norm)
 
 
 class RelativeOutputStability(_Robustness):
     """``max [‖a' − a‖ / ‖a‖] / [|F(x') − F(x)| / |F(x)|]`` (Agarwal et al. 2022, of the target in place of all logits).
 
     Args:
-        radius: of the noise, in units of each channel's standard deviation.
-        n_samples: noisy images.
+        radius: greatest noise, in units of each channel's standard deviation.
+        n_samples: number of noisy images.
         ratio: ``"norms"``, or ``"elementwise"`` as in the paper, ``‖(a' − a) / a‖``.
-        least: the smallest relative change of the target that is divided by.
+        least: lower limit of the relative change of the target in the denominator.
     """
 
     reference = "Agarwal et al. 2022, arXiv:2203.06877"
@@ -238,18 +241,18 @@ class RelativeOutputStability(_Robustness):
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; undefined for a zero map or a constant image, or where the target is zero."""
-        found, k = neighbours(subject, self.radius, self.n_samples), subject.target
-        nothing = self._says_nothing(found, k)
+        near, k = neighbours(subject, self.radius, self.n_samples), subject.target
+        nothing = self._says_nothing(near, k)
         if nothing is not None:
             return nothing
         value = abs(float(subject.need_objective().image_values()[k]))
         if value == 0:
             return MetricResult.undefined("the target is zero at the image")
         changed = np.maximum(values_near(subject, self.radius, self.n_samples)[k] / value, self.least)
-        return self._sum_up(self._ratio(found, k) / changed)
+        return self._sum_up(self._ratio(near, k) / changed)
 
-    def _ratio(self, found: Neighbours, k: int) -> np.ndarray:
-        return found.relative_maps[k] if _elementwise(self.ratio) else found.maps[k] / found.norm[k]
+    def _ratio(self, near: Neighbours, k: int) -> np.ndarray:
+        return near.relative_maps[k] if _elementwise(self.ratio) else near.maps[k] / near.norm[k]
 
 
 def _elementwise(ratio: str) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.errors import UsageError
-from esegeta_monai.explain.evaluation import Evaluator, Found
+from esegeta_monai.explain.evaluation import EvaluationResult, Evaluator
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
@@ -105,54 +105,56 @@ class EvaluationWriter:
         """
         parts = self.ranks.part(self.share, self.methods, self.targets)
 
-        def judge() -> Found:
-            return Found.joined([evaluator(image, some, of, maps=maps, names=self.names, **more) for some, of in parts])
+        def judge() -> EvaluationResult:
+            return EvaluationResult.joined(
+                [evaluator(image, some, of, maps=maps, names=self.names, **more) for some, of in parts]
+            )
 
         if self.share == "methods":
             with self.ranks.summed([]):  # what fails here fails on all ranks
-                found = judge()
-            found = Found.joined(self.ranks.gather(found))
+                result = judge()
+            result = EvaluationResult.joined(self.ranks.gather(result))
         else:
-            found = judge()
-        found.failed |= problems or {}
+            result = judge()
+        result.failed |= problems or {}
         if self.writes:
-            self.write(case, found)
+            self.write(case, result)
 
     def failed(self, case: str, reason: str) -> None:
         """Notes a case that could not be judged at all."""
         if self.writes:
             self.problems.append(f"{case}: {reason}")
 
-    def write(self, case: str, found: Found) -> Path:
+    def write(self, case: str, result: EvaluationResult) -> Path:
         """Writes one case; returns the path of its JSON."""
         self.done += 1
-        self.problems += [f"{case}: {what}: {why}" for what, why in found.failed.items()]
-        for row in found.rows:
+        self.problems += [f"{case}: {what}: {why}" for what, why in result.failed.items()]
+        for row in result.rows:
             if row["status"] == "failed":
                 self.problems.append(f"{case}: {row['target']}, {row['method']}, {row['metric']}: {row['reason']}")
             if row["beats_controls"] is False:
                 self.not_beating.append(f"{case}: {row['target']}, {row['method']}, {row['metric']}")
         base = self.output_dir / storage.safe_name(case) / storage.safe_name(case)
-        region_rows = [{c: row.get(c) for c in REGION_COLUMNS} for row in found.regions]
+        region_rows = [{c: row.get(c) for c in REGION_COLUMNS} for row in result.regions]
         _write_text(base.with_name(f"{base.name}_regions.csv"), _csv(REGION_COLUMNS, region_rows))
         write_json(base.with_name(f"{base.name}_regions.json"), {"case": case, "regions": region_rows})
-        rows = [{"case": case, **{c: row.get(c) for c in COLUMNS if c != "case"}} for row in found.rows]
+        rows = [{"case": case, **{c: row.get(c) for c in COLUMNS if c != "case"}} for row in result.rows]
         if self.ranks.rank:
             self._rows.append((case, rows))
         else:
             self._table({case: rows})
         curves = [
             {"target": r["target"], "method": r["method"], "metric": r["metric"], **r["curve"]}
-            for r in found.rows
+            for r in result.rows
             if r.get("curve")
         ]
         record = {
             **self.provenance,
             "case": case,
-            "metrics": [{k: v for k, v in row.items() if k != "curve"} for row in found.rows],
+            "metrics": [{k: v for k, v in row.items() if k != "curve"} for row in result.rows],
             "curves": curves,
-            "failed": found.failed,
-            "empty_targets": found.empty,
+            "failed": result.failed,
+            "empty_targets": result.empty,
             "intended_use": storage.INTENDED_USE,
             "versions": storage.versions(),
         }

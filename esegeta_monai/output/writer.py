@@ -21,7 +21,7 @@ from esegeta_monai.engine.feature_masks import table_csv
 from esegeta_monai.errors import EsegetaError, MethodError, RankLost, named_reason
 from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.names import ResultNames
-from esegeta_monai.explain.record import decisive
+from esegeta_monai.explain.record import Record
 from esegeta_monai.files.copies import mask_path, save_grey_copy, save_mask, scan_copy_path
 from esegeta_monai.files.grids.resample import _background, _cut_to_place, _image_on_scan, scan_of, to_scan_grid
 from esegeta_monai.files.pictures.picture import display_affine, save_picture
@@ -94,11 +94,11 @@ class ResultWriter:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes the maps that it computes."""
+        """True if this process writes the maps that it computes."""
         return not (self.together and self.ranks.rank)
 
     def path(self, attribution: Attribution, case: str, scan: Any = None) -> Path:
-        """Where a map lies."""
+        """Return the path of a map."""
         target_name = self._target_name(attribution)
         layout = {**self.layout, "extension": storage.map_suffix(scan)} if self.as_input else self.layout
         return storage.map_path(self.output_dir, case, target_name, self._method_name(attribution), **layout)
@@ -111,8 +111,8 @@ class ResultWriter:
         return f"{name}-{attribution.input}" if attribution.input else name
 
     def key(self, attribution: Attribution, case: str, scan: Any) -> dict[str, Any]:
-        """What must be equal in a sidecar for its map to count as finished."""
-        known = decisive(attribution.record)
+        """Return the entries that must be equal in a sidecar for its map to count as finished."""
+        known = Record.from_json(attribution.record).decisive()
         return {**self.provenance, "case": case, **known, "scan_sha256": self._scan_hash(scan)}
 
     def is_done(self, attribution: Attribution, case: str, scan: Any) -> bool:
@@ -149,7 +149,7 @@ class ResultWriter:
         on_written: Callable[[Attribution, Path | None], None] | None = None,
         **more: Any,
     ) -> None:
-        """Explains one case and writes what comes out; what is finished is skipped, what fails is recorded.
+        """Explain one case and write the results; finished maps are skipped, failures recorded.
 
         Args:
             explainer: best with ``on_error="record"``, else the first failure ends the case.
@@ -186,7 +186,7 @@ class ResultWriter:
             self.failed(case, error)
 
     def write(self, attribution: Attribution, case: str, image: MetaTensor, scan: Any = None) -> Path | None:
-        """Brings the map to the scan's grid and writes map, picture and sidecar, in this order.
+        """Resample the map to the scan's grid and write map, picture and sidecar, in this order.
 
         Args:
             attribution: from an `Explainer`.
@@ -203,46 +203,47 @@ class ResultWriter:
         scan = scan if scan is not None else scan_of(image)
         path = self.path(attribution, case, scan)
         label, method_name = self._target_name(attribution), self._method_name(attribution)
-        record = {**attribution.record, **self.key(attribution, case, scan)}
-        record["result"] = {"target": label, "method": method_name}  # as run.json calls it
-        record["class"] = record.pop("class_name", None)
+        record = Record.from_json(attribution.record)
+        record.result = {"target": label, "method": method_name}  # as run.json calls it
         failure: Exception | None = attribution.error
         clash = self._clash(path, attribution, case)
         if clash:
-            record.update(status="failed", reason=clash)
+            record.status, record.reason = "failed", clash
             label = f"{label} of {attribution.target!r}"
         try:
             if attribution.map is not None and not clash:
-                record.update(self._write_map(path, attribution, case, image, scan))
-            elif record["status"] == "empty_target":
+                record.update(self._write_map(path, attribution, record, case, image, scan))
+            elif record.status == "empty_target":
                 # of an earlier run: another prediction's
                 for stale in (path, storage.picture_path(path), self._mask_path(attribution, case)):
                     stale.unlink(missing_ok=True)
             if self.pictures:
                 self._copy_scan(case, image, scan)
-            if record["status"] in ("ok", "zero", "empty_target"):
-                storage.save_sidecar(path, record)
+            if record.status in ("ok", "zero", "empty_target"):
+                sidecar = {**record.to_json(), **self.key(attribution, case, scan)}
+                sidecar["class"] = sidecar.pop("class_name")
+                storage.save_sidecar(path, sidecar)
         except Exception as error:  # one map that cannot be written leaves the others
-            record.update(status="failed", reason=named_reason(error))
+            record.status, record.reason = "failed", named_reason(error)
             failure = error
-        if record["status"] in UNFINISHED:
-            logger.error("%s: %s: %s", case, path.name, record["reason"])
-        written = attribution.map is not None and record["status"] not in UNFINISHED
+        if record.status in UNFINISHED:
+            logger.error("%s: %s: %s", case, path.name, record.reason)
+        written = attribution.map is not None and record.status not in UNFINISHED
         self.run.set(
             case,
             label,
             method_name,
-            record["status"],
-            record.get("reason"),
+            str(record.status),
+            record.reason,
             map=path.relative_to(self.output_dir).as_posix() if written else None,
-            seconds=record.get("seconds"),
-            warnings=record.get("warnings", []),
+            seconds=record.seconds,
+            warnings=record.warnings,
             **({} if failure is None else {"traceback": traceback_text(failure)}),
         )
         return path if written else None
 
     def failed(self, case: str, error: Exception) -> None:
-        """Records a case that could not be explained at all."""
+        """Record a case that could not be explained at all."""
         if not self.writes:
             return
         text = named_reason(error)
@@ -251,7 +252,7 @@ class ResultWriter:
         logger.debug("traceback", exc_info=error)
 
     def _write_map(
-        self, path: Path, attribution: Attribution, case: str, image: MetaTensor, scan: Any
+        self, path: Path, attribution: Attribution, record: Record, case: str, image: MetaTensor, scan: Any
     ) -> dict[str, Any]:
         assert attribution.map is not None
         method = attribution.method
@@ -261,24 +262,24 @@ class ResultWriter:
         synthesised = method.produces == "synthesised image"
         sums: dict[str, float] = {}
         if synthesised:
-            values = _image_on_scan(on_cpu, volume, attribution.record["intensity_range"])
+            values = _image_on_scan(on_cpu, volume, record.intensity_range)
         else:
             values, sums = to_scan_grid(on_cpu, volume, additive=method.additive)
         if not bool(torch.isfinite(values).all()):
             raise MethodError(f"{path.name}: the map has values that are not finite after resampling")
         more: dict[str, Any] = dict(sums)
-        if "sum_in_padding" in attribution.record:
-            more["sum_in_padding"] = sums.get("sum_in_padding", 0.0) + attribution.record["sum_in_padding"]
+        if record.sum_in_padding is not None:
+            more["sum_in_padding"] = sums.get("sum_in_padding", 0.0) + record.sum_in_padding
         path.parent.mkdir(parents=True, exist_ok=True)
         shown: dict[str, float] = {}
         if synthesised:  # black and white, in place of the window of a map
-            ends = torch.tensor(attribution.record["intensity_range"])
+            ends = torch.tensor(record.intensity_range)
             shown = {"cal_min": float(ends.min()), "cal_max": float(ends.max())}
         storage.save_map(path, values, grid, method=method.name or type(method).__name__, **shown)
         storage.picture_path(path).unlink(missing_ok=True)  # of an earlier map
-        if attribution.record.get("features"):
+        if record.features:
             with storage.atomic(storage.table_path(path)) as temporary:
-                temporary.write_text(table_csv(attribution.record["features"]), encoding="utf-8")
+                temporary.write_text(table_csv(record.features), encoding="utf-8")
         if self.pictures:
             affine, oriented = display_affine(volume)
             more["display"] = {
@@ -288,11 +289,11 @@ class ResultWriter:
                 "oriented": oriented,
             }
         if self.pictures and synthesised:
-            more["picture"] = self._draw_made_up(path, values, attribution, case, volume)
+            more["picture"] = self._draw_synthesised(path, values, attribution, record, case, volume)
         elif self.pictures:
             mask = self._copy_mask(attribution, case, volume, grid)
             more["display"]["mask"] = None if mask is None else self._mask_path(attribution, case).name
-            names = attribution.record.get("channel_names") or []
+            names = record.channel_names or []
             more["picture"] = save_picture(
                 storage.picture_path(path),
                 _background(values, volume, image),
@@ -302,36 +303,36 @@ class ResultWriter:
                 case=case,
                 method=method.name or type(method).__name__,
                 target=attribution.label,
-                class_name=attribution.record.get("class_name"),
+                class_name=record.class_name,
                 units=method.units,
                 channel_names=names if len(names) == len(values) else None,
             )
         return more
 
-    def _draw_made_up(
-        self, path: Path, values: Tensor, attribution: Attribution, case: str, scan: MetaTensor
+    def _draw_synthesised(
+        self, path: Path, values: Tensor, attribution: Attribution, record: Record, case: str, scan: MetaTensor
     ) -> dict[str, Any]:
-        """The picture of a synthesised image, cut to where it was made up, and of its curve."""
-        record, method = attribution.record, attribution.method
+        """The picture of a synthesised image, cut to where it was synthesised, and of its curve."""
+        method = attribution.method
         name, subject = method.name or type(method).__name__, attribution.label
-        if record.get("layer") is not None:
-            channel, neuron = record.get("channel"), method.parameters.get("neuron")
-            subject = f"layer {record['layer']}"
+        if record.layer is not None:
+            channel, neuron = record.channel, method.parameters.get("neuron")
+            subject = f"layer {record.layer}"
             subject += "" if channel is None else f", channel {channel}"
             subject += "" if neuron is None else f", neuron {neuron}"
-        elif record.get("class_name"):
-            subject = f"{record['class_name']} ({attribution.label})"
-        names = record.get("channel_names") or []
+        elif record.class_name:
+            subject = f"{record.class_name} ({attribution.label})"
+        names = record.channel_names or []
         save_curve(
             storage.curve_path(path),
-            record["curve"],
+            record.curve or [],
             title=f"{name}: {subject}, case {case}",
-            label="layer distance and penalties" if "distance_end" in record else "objective",
+            label="layer distance and penalties" if record.distance_end is not None else "objective",
         )
         return save_synthesised(
             storage.picture_path(path),
-            _cut_to_place(values, record, scan),
-            record["intensity_range"],
+            _cut_to_place(values, record.to_json(), scan),
+            record.intensity_range,
             case=case,
             method=name,
             subject=subject,
@@ -347,13 +348,13 @@ class ResultWriter:
         return mask_path(self.output_dir, case, self._target_name(attribution), **self._folders)
 
     def _copies(self, case: str) -> dict[Path, Tensor]:
-        """What this run has copied of a case, one case at a time."""
+        """Return what this run has copied of the case; one case is kept at a time."""
         if self._copied[0] != case:
             self._copied = (case, {})
         return self._copied[1]
 
     def _copy_mask(self, attribution: Attribution, case: str, volume: MetaTensor, grid: storage.Grid) -> Tensor | None:
-        """The target's voxels on the scan's grid, written beside the maps once; None for a class score."""
+        """Return the target's voxels on the scan's grid, written once beside the maps; None for a class score."""
         if attribution.mask is None:
             return None
         path, copies = self._mask_path(attribution, case), self._copies(case)
@@ -364,7 +365,7 @@ class ResultWriter:
         return copies[path]
 
     def _copy_scan(self, case: str, image: MetaTensor, scan: Any) -> None:
-        """The eight-bit copy of the scan, once a case."""
+        """Write the eight-bit copy of the scan, once per case."""
         path, copies = scan_copy_path(self.output_dir, case, **self._folders), self._copies(case)
         if path not in copies:
             grey = _background(image, self._scan(scan), image).as_tensor()
@@ -372,7 +373,7 @@ class ResultWriter:
             copies[path] = torch.empty(0)
 
     def _clash(self, path: Path, attribution: Attribution, case: str) -> str | None:
-        """Takes a path for a map; says so where another map of this run has it."""
+        """Reserve the path; return an error text if another map of this run has it."""
         what = f"{case!r}, {attribution.target!r}, {attribution.method!r}, {attribution.input}"
         before = self._written.setdefault(str(path).casefold(), what)
         if before == what:

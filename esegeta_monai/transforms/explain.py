@@ -97,7 +97,7 @@ class Explain(Transform):
             prediction: the network's raw output (K, …) for the image, where it is known already.
         """
         self._refuse_forked_cuda()
-        found: dict[str, MetaTensor] = {}
+        maps: dict[str, MetaTensor] = {}
         batch = None if prediction is None else torch.as_tensor(prediction)[None]
         known = {str(k): v for k, v in (case or {}).items()}
         for attribution in self.explainer(image[None], self.methods, self.targets, data=known, prediction=batch):
@@ -105,11 +105,11 @@ class Explain(Transform):
             if attribution.map is None:
                 logger.warning("%s: no map, %s: %s", name, attribution.status, attribution.record.get("reason"))
                 continue
-            if name in found:
+            if name in maps:
                 raise UsageError(f"{attribution.target!r} gives several maps called {name!r}: give one target a map")
             attribution.map.meta["record"] = strict_json(attribution.record)
-            found[name] = attribution.map
-        return found
+            maps[name] = attribution.map
+        return maps
 
     def _name(self, attribution: Attribution) -> str:
         # by identity, and by position rather than by id(): the transform may have been pickled for a worker
@@ -120,7 +120,8 @@ class Explain(Transform):
         return f"{target}_{method}"
 
     def _refuse_forked_cuda(self) -> None:
-        devices = {self.explainer.device.type, self.explainer.volume_device.type}
+        settings = self.explainer.settings
+        devices = {settings.device.type, settings.volume_device.type}
         if "cuda" in devices and get_worker_info() is not None and _forked():
             raise UsageError(
                 "Explain on a CUDA device cannot run in a forked DataLoader worker, since CUDA does not survive a "

@@ -453,7 +453,7 @@ def test_the_unforeseen_is_one_line_too(capsys: pytest.CaptureFixture[str], monk
     def breaks(*_: object) -> int:
         raise ZeroDivisionError("a bug\nof ours")
 
-    monkeypatch.setattr("esegeta_monai.cli.tables.run_methods", breaks)
+    monkeypatch.setattr("esegeta_monai.cli.tables._run", breaks)
     assert run("methods") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("esegeta-monai: error: ZeroDivisionError: a bug; run it with -v")

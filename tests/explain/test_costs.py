@@ -255,7 +255,7 @@ def foretold_and_taken(clock, method, calibration, output="logit"):
     """On twelve windows, eight of them in the target."""
     image, target = torch.rand(1, 1, 8, 96), [Box(0, (0, 0), (8, 64), output=output)]
     explain = slow(clock)
-    prediction = explain.inferer(image, explain.network)
+    prediction = explain.settings.inferer(image, explain.settings.network)
     (cost,) = explain.costs(image, [method], target, calibration=calibration, prediction=prediction)
     began = clock.seconds
     (found,) = explain(image, [method], target, prediction=prediction)

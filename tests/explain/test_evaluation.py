@@ -16,7 +16,7 @@ from torch import nn
 from esegeta_monai import Explainer
 from esegeta_monai.cli.main import main
 from esegeta_monai.errors import UsageError
-from esegeta_monai.explain.evaluation import Evaluator, Found
+from esegeta_monai.explain.evaluation import EvaluationResult, Evaluator
 from esegeta_monai.files.grids.resample import to_network_grid
 from esegeta_monai.output.evaluation_writer import COLUMNS, REGION_COLUMNS, EvaluationWriter
 from esegeta_monai.targets import ClassScore, MultiClassMask
@@ -127,7 +127,7 @@ def test_rows_of_an_earlier_run_do_not_stay_where_a_case_has_none_now(tmp_path):
     writer = EvaluationWriter(tmp_path, [], [])
     writer.write("a", result)
     writer.write("b", result)
-    writer.write("a", Found(failed={"ClassScore-class1, InputXGradient": "out of memory"}))
+    writer.write("a", EvaluationResult(failed={"ClassScore-class1, InputXGradient": "out of memory"}))
     with open(tmp_path / "metrics.csv", newline="") as file:
         assert {r["case"] for r in csv.DictReader(file)} == {"b"}
 

@@ -92,7 +92,7 @@ def test_the_public_face() -> None:
         assert attribution.record["status"] == attribution.status == "ok"
         result.append(attribution.method.name)
     assert result == ["Saliency", "IntegratedGradients"]
-    expected = autograd(network, x, explainer.inferer, 1)
+    expected = autograd(network, x, explainer.settings.inferer, 1)
     actual = only(explainer(x, [Saliency(abs=False)], [MultiClassMask(1)])).map
     assert (actual.as_tensor() - expected).abs().max() < 1e-5 * expected.abs().max()
 

@@ -282,7 +282,7 @@ def test_no_pass_of_a_method_in_full_precision_is_under_autocast(name: str) -> N
     assert objective is not None
     for one in [method] if method.produces != "input map" else [method, SmoothGrad(method, n_samples=2)]:
         objective.model.network.seen.clear()
-        with torch.autocast("cpu", torch.bfloat16), own_modes("cpu"), frozen(explainer.network):
+        with torch.autocast("cpu", torch.bfloat16), own_modes("cpu"), frozen(explainer.settings.network):
             run(one, objective)
         assert objective.model.network.seen == {False}
         run(GRADIENT, objective)

@@ -8,7 +8,7 @@ import pytest
 from monai.data import MetaTensor
 
 from esegeta_monai import Explainer
-from esegeta_monai.explain.evaluation import Evaluator, Found
+from esegeta_monai.explain.evaluation import EvaluationResult, Evaluator
 from esegeta_monai.metrics import METRICS, Metric
 from tests.support.fake_device import FAKE, fake_device
 from tests.test_devices import CLASS, LABEL, SETTINGS, image
@@ -21,7 +21,7 @@ def metric(name: str) -> Metric:
     return kind(**{n: v for n, v in PARAMETERS.items() if n in kind.parameter_names()})
 
 
-def judged(name: str, device: Any = "cpu", volumes: Any = None) -> Found:
+def judged(name: str, device: Any = "cpu", volumes: Any = None) -> EvaluationResult:
     setting = SETTINGS["UNet"]
     explainer = Explainer(setting.network(device), setting.inferer, device, volume_device=volumes)
     scan = MetaTensor(image(0, *setting.shape)[0]).to(device if volumes is None else volumes)

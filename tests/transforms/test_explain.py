@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -303,7 +304,8 @@ class TestForkedWorkersWithCuda:
     @pytest.fixture
     def on_cuda(self) -> Explaind:
         transform = explaind(methods="Saliency")
-        transform.explain.explainer.device = torch.device("cuda", 0)
+        explainer = transform.explain.explainer
+        explainer.settings = replace(explainer.settings, device=torch.device("cuda", 0))
         return transform
 
     def process(self, monkeypatch: pytest.MonkeyPatch, kind: str, worker: bool = True, default: str = "fork") -> None:
@@ -321,7 +323,8 @@ class TestForkedWorkersWithCuda:
 
     def test_volumes_on_cuda_count_too(self, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
         transform = explaind(methods="Saliency")
-        transform.explain.explainer.volume_device = torch.device("cuda", 0)
+        explainer = transform.explain.explainer
+        explainer.settings = replace(explainer.settings, volume_device=torch.device("cuda", 0))
         self.process(monkeypatch, "ForkProcess")
         with pytest.raises(UsageError, match="num_workers=0"):
             transform(data)

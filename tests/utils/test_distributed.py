@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,8 @@ from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.scoring import score_changes
 from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.errors import MethodError, MethodTimeout, NetworkError, RankLost, UsageError
-from esegeta_monai.explain.prediction import Predicted
+from esegeta_monai.explain.case import BatchInputs
+from esegeta_monai.explain.prediction import Prediction
 from esegeta_monai.methods import METHODS, IntegratedGradients, Method, Occlusion, Saliency, run
 from esegeta_monai.targets import Box, MultiClassMask
 from esegeta_monai.utils.distributed import Processes, process_group
@@ -147,31 +149,30 @@ def test_ranks_share_the_windows_of_the_prediction(name, size, monkeypatch):
     image = torch.randn(1, 1, 13, 14, 11, dtype=torch.float64)
     more = {"condition": torch.randn(image.shape, dtype=torch.float64)} if name == "condition" else {}
     (expected,) = Explainer(network, inferer).judge(image, [Box(1, (1, 1, 1), (4, 5, 6))], network_kwargs=more)
-    windows, network.seen, settings = network.seen, 0, vars(inferer).copy()
+    windows, network.seen, attributes = network.seen, 0, vars(inferer).copy()
     if name == "begun anew":
         monkeypatch.setattr("monai.inferers.inferer.sliding_window_inference", Anew(failures=1))
     seen, total = [], torch.zeros_like(expected.objective.prediction)
     for rank in range(size):
-        explainer = Explainer(network, inferer)
-        explainer.ranks = Apart(rank, size)
-        (case,) = explainer._cases(image, None, None, (), more)
-        total += Predicted(explainer, case, {}).prediction
+        settings = replace(Explainer(network, inferer).settings, processes=Apart(rank, size))
+        (case,) = BatchInputs(image, network_kwargs=more).cases(None)
+        total += Prediction(settings, case).prediction
         seen.append(network.seen)
         network.seen = 0
     torch.testing.assert_close(total, expected.objective.prediction, rtol=1e-10, atol=1e-12)
     if name != "begun anew":
         assert sum(seen) == windows == len(expected.objective.plan)
         assert max(seen) - min(seen) <= 1
-    assert vars(inferer) == settings
+    assert vars(inferer) == attributes
 
 
 def test_a_prediction_whose_windows_cannot_be_counted_is_refused(monkeypatch):
     monkeypatch.setattr("monai.inferers.inferer.sliding_window_inference", Anew(failures=2))
     explainer = Explainer(Told(3), SlidingWindowInferer((8, 8, 8), 1, 0.25))
-    explainer.ranks = Apart(0, 2)
-    (case,) = explainer._cases(torch.randn(1, 1, 13, 14, 11), None, None, (), {})
+    settings = replace(explainer.settings, processes=Apart(0, 2))
+    (case,) = BatchInputs(torch.randn(1, 1, 13, 14, 11)).cases(None)
     with pytest.raises(NetworkError, match=r"showed 9 windows instead of 8.*device='cpu'"):
-        Predicted(explainer, case, {})
+        Prediction(settings, case)
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
-"""Class activation maps: activations of a layer, weighted by how much the target depends on each channel.
+"""Class activation maps: activations of a layer, weighted by the target's dependence on each channel.
 
-Two kinds. *Weighted* maps (Grad-CAM and most others) have one weight a channel for the whole volume, gathered over the
-windows that the target sees; activations of **all** windows are blended under these weights. *Scattered* maps
-(HiResCAM, LayerCAM) multiply activation and gradient position by position; they carry the blending weights already, so
-windows are added, and only those that the target sees matter. ReLU comes last, of the whole map.
+There are two kinds. *Weighted* maps (Grad-CAM and most others) have one weight per channel for the whole volume, summed
+over the windows that the target sees; activations of **all** windows are blended with these weights. *Scattered* maps
+(HiResCAM, LayerCAM) multiply activation and gradient position by position; they already contain the
+blending weights, so windows are added, and only those that the target sees matter. ReLU is applied last, to the whole
+map.
 """
 
 from __future__ import annotations
@@ -39,12 +40,12 @@ LayerPasses = Generator[Request, Any, Tensor]
 
 
 class _Cam(Method):
-    """What all class activation maps share.
+    """Base class of class activation maps.
 
     Args:
-        layer: dotted name, or a list of them, which gives one channel a layer; None: a sensible one is found and named
-            in the record. Layers of tokens (transformers) are put on their grid.
-        relu: keep only what speaks for the target.
+        layer: dotted name, or a list of them, which gives one channel per layer; None: the default layer, named in the
+            record. Tokens (transformers) are arranged on their grid.
+        relu: keep positive values only.
     """
 
     produces = "layer map"
@@ -64,7 +65,7 @@ class _Cam(Method):
         return not self.relu
 
     def passes(self, objective: Objective) -> int:
-        """Gradients where the target sees, activations everywhere (besides one where a layer is looked for)."""
+        """Gradients of windows that the target sees, activations of all (and one pass to choose a default layer)."""
         return len(objective.windows) + len(objective.plan)
 
     def attribute(self, objective: Objective) -> Passes:
@@ -74,16 +75,20 @@ class _Cam(Method):
         return Explained(maps.relu() if self.relu else maps, {"layer": layers[0] if len(layers) == 1 else layers})
 
     def layers(self, objective: Objective) -> tuple[str, ...]:
-        """The layers that are looked at, all of which exist."""
+        """Return the dotted names of the layers, all of which exist."""
         return check_layers(objective, self.layer)
 
     @abstractmethod
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
-        """The map of one layer (k, 1, *spatial), before ReLU."""
+        """Request what the map of one layer needs, and return it (k, 1, *spatial), before ReLU."""
 
 
 def check_layers(objective: Objective, layer: Layers) -> tuple[str, ...]:
-    """The layers named, which must exist, or the default one."""
+    """Return the named layers, or the default one.
+
+    Raises:
+        UsageError: a layer does not exist, or the list is empty.
+    """
     if layer is None or isinstance(layer, str):
         return (check_layer(objective, layer),)
     if not isinstance(layer, Sequence) or not layer:
@@ -94,14 +99,14 @@ def check_layers(objective: Objective, layer: Layers) -> tuple[str, ...]:
 class GradCam(_Cam):
     """``ReLU(Σ_c α_c A_c)`` with ``α_c`` the mean of ``∂F/∂A_c`` over the layer's positions (Selvaraju et al. 2017).
 
-    The channel weights are those of the whole volume: gradients of all windows that the target sees are summed first;
-    then the weighted activations of **all** windows are blended, and ReLU is taken of the blend. With a segmentation
+    The channel weights belong to the whole volume: gradients of all windows that the target sees are summed first;
+    then the weighted activations of **all** windows are blended, and ReLU is applied to the blend. With a segmentation
     target this is Seg-Grad-CAM (Vinogradova et al. 2020).
 
     Args:
-        layer: dotted name, or a list of them, which gives one channel a layer; None: a sensible one is found and named
-            in the record. Layers of tokens (transformers) are put on their grid.
-        relu: keep only what speaks for the target.
+        layer: dotted name, or a list of them, which gives one channel per layer; None: the default layer, named in the
+            record. Tokens (transformers) are arranged on their grid.
+        relu: keep positive values only.
 
     Example:
         >>> GradCam(layer="model.0").signed
@@ -121,8 +126,8 @@ class GradCamPlusPlus(_Cam):
     (Chattopadhay et al. 2018, equation 19; their common factor exp(F) is left out, as it overflows for sums over many
     voxels).
 
-    Positions p run over all windows that the target sees; ``Σ_q A_cq`` is the sum over the volume, each window counting
-    with its blending weight. (MONAI's GradCAMpp has ``Σ_q A_cq g_cq³`` instead, which is not the paper's.)
+    Positions p run over all windows that the target sees; ``Σ_q A_cq`` is the sum over the volume, each window with its
+    blending weight. (MONAI's GradCAMpp has ``Σ_q A_cq g_cq³`` instead, which is not the paper's.)
 
     Args:
         layer, relu: see `GradCam`.
@@ -132,7 +137,7 @@ class GradCamPlusPlus(_Cam):
     full_precision = True  # α has a pole where g Σ A = −2: rounding moves it
 
     def passes(self, objective: Objective) -> int:
-        """Activations everywhere, since α needs their sum first; gradients where the target sees; then activations."""
+        """Activations of all windows twice (α needs their sum first), gradients of those that the target sees."""
         return 2 * len(objective.plan) + len(objective.windows)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
@@ -182,7 +187,7 @@ class EigenCam(_Cam):
     units = "projected activation"
 
     def passes(self, objective: Objective) -> int:
-        """Activations everywhere, twice."""
+        """Activations of all windows, twice."""
         return 2 * len(objective.plan)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
@@ -206,7 +211,7 @@ class HiResCam(_Cam):
     units = "target per voxel"
 
     def passes(self, objective: Objective) -> int:
-        """Gradients where the target sees (besides one where a layer is looked for)."""
+        """Gradients of the windows that the target sees (and one pass to choose a default layer)."""
         return len(objective.windows)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:

@@ -1,4 +1,4 @@
-"""Guided backpropagation where Grad-CAM looks."""
+"""Guided backpropagation, weighted by Grad-CAM."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["GuidedGradCam"]
 class GuidedGradCam(Method):
     """Guided backpropagation times Grad-CAM, voxel by voxel, both of the whole volume (Selvaraju et al. 2017).
 
-    As insensitive to the upper layers as guided backpropagation is (Adebayo et al. 2018): do not use it alone.
+    It is as insensitive to the upper layers as guided backpropagation (Adebayo et al. 2018): do not use it alone.
 
     Args:
         layer: of Grad-CAM, see `GradCam`.

@@ -1,4 +1,4 @@
-"""Class activation maps whose channel weights need no gradient: channels masked or switched off."""
+"""Class activation maps without gradients: channels are used as masks or switched off."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["AblationCam", "ScoreCam"]
 
 
 class _ChannelByChannel(_Cam):
-    """Cost grows with the number of channels; ``max_channels`` limits it to those of greatest variance."""
+    """Base class; ``max_channels`` limits the cost to the channels of greatest variance."""
 
     max_channels: int | None = None
 
@@ -52,7 +52,7 @@ class _ChannelByChannel(_Cam):
         return channels if self.max_channels is None else min(channels, self.max_channels)
 
     def chosen(self, moments: ChannelMoments) -> list[int]:
-        """The channels that are looked at, in order; constant ones are left out."""
+        """Return the channels that are used, in order; constant ones are left out."""
         mean = moments.first / moments.count
         variance = moments.second.diagonal() / moments.count - mean**2
         order = variance.argsort(descending=True, stable=True)[: self.max_channels].tolist()
@@ -60,17 +60,17 @@ class _ChannelByChannel(_Cam):
 
 
 class ScoreCam(_ChannelByChannel):
-    """``ReLU(Σ_c α_c A_c)``, α the softmax over channels of F with all but the channel's place taken away (Wang et al.
+    """``ReLU(Σ_c α_c A_c)``, α the softmax over channels of F with the image masked by the channel (Wang et al.
     2020): ``α = softmax_c F(x₀ + H_c (x − x₀))``, H_c the activation on the image's grid, scaled to [0, 1].
 
-    A target that is a sum over voxels counts by its mean in the softmax, which is not invariant to scale.
+    The softmax is not invariant to scale, so a target that is a sum over voxels enters it as its mean.
 
     Args:
         layer, relu: see `GradCam`.
-        max_channels: only as many, those of greatest variance: Faster-Score-CAM (Li et al. 2020).
+        max_channels: use only this many channels, those of greatest variance: Faster-Score-CAM (Li et al. 2020).
         baseline: x₀, see `esegeta_monai.engine.baselines`; the paper has ``"zero"``.
 
-    Memory: one volume a channel that is looked at.
+    Memory: one volume per channel that is used.
     """
 
     reference = "Wang et al., CVPR workshop 2020, arXiv:1910.01279"
@@ -110,7 +110,7 @@ class _Masks(Perturbations):
 
 
 def _voxels(objective: Objective) -> Tensor:
-    """(k,): over how many voxels each target sums."""
+    """Return the number of voxels that each target sums over, (k,)."""
     return torch.tensor([s.voxels if getattr(s, "reduction", "mean") == "sum" else 1 for s in objective.scores])
 
 
@@ -120,7 +120,7 @@ class AblationCam(_ChannelByChannel):
 
     Args:
         layer, relu: see `GradCam`.
-        max_channels: only as many, those of greatest variance.
+        max_channels: use only this many channels, those of greatest variance.
     """
 
     reference = "Desai & Ramaswamy, WACV 2020, doi:10.1109/WACV45572.2020.9093360"

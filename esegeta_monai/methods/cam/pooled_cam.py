@@ -22,8 +22,8 @@ class Cam(_Cam):
     (Zhou et al. 2016). The mean of the layer's map plus the bias is the logit.
 
     Args:
-        layer: the layer that is pooled; None: it is found.
-        relu: keep only what speaks for the target.
+        layer: the layer that is pooled; None: it is detected.
+        relu: keep positive values only.
     """
 
     reference = "Zhou et al., CVPR 2016, arXiv:1512.04150"
@@ -49,10 +49,10 @@ class Cam(_Cam):
 
 
 def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
-    """The layer whose mean over positions enters the linear layer that gives the output, and that linear layer.
+    """Return the layer whose mean over positions enters the last linear layer, and that linear layer.
 
     Raises:
-        MethodError: the network does not end so.
+        MethodError: the network does not end with global average pooling and one linear layer.
     """
     network = objective.model.network
     wrong = (
@@ -70,18 +70,19 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
     ]
     x = objective.window(0)
     try:
-        with torch.inference_mode(), capture(network, list(dict.fromkeys([*names, *heads])), of_windows=False) as found:
+        layers = list(dict.fromkeys([*names, *heads]))
+        with torch.inference_mode(), capture(network, layers, of_windows=False) as captured:
             objective.run(x, [0])
             out = objective.model(x)
     finally:
         for handle in handles:
             handle.remove()
     for head in reversed(list(entered)):
-        if found[head].numel() != out.numel() or not torch.equal(found[head].flatten(), out.flatten()):
+        if captured[head].numel() != out.numel() or not torch.equal(captured[head].flatten(), out.flatten()):
             continue
         pooled = entered[head].flatten()
         for name in reversed(names):
-            values = spatial_map(found[name], objective, name).flatten(2)[0]
+            values = spatial_map(captured[name], objective, name).flatten(2)[0]
             same = values.shape[0] == len(pooled) and values.shape[1] > 1
             if same and float((values.mean(1) - pooled).abs().max()) <= 1e-5 * float(values.abs().max()):
                 return name, heads[head]

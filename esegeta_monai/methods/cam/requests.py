@@ -1,4 +1,4 @@
-"""What class activation maps request from a sweep over the windows."""
+"""Requests of class activation maps to a sweep over the windows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from esegeta_monai.methods.layer.scattered import gradients_of
 
 
 class _ChannelRequest(Request):
-    """A sum over windows and positions for each channel: the result is a tensor (k, C), float64."""
+    """A sum over windows and positions per channel; the result is (k, C), float64."""
 
     summed = ("total",)
     total: Tensor | None = None
@@ -40,7 +40,7 @@ class _ChannelRequest(Request):
         self.total = part if self.total is None else self.total + part
 
     def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        """What one batch adds: (k, C) in float64 from activations (n, C, p) and gradients (k, n, C, p)."""
+        """Return the sum of one batch (k, C), float64, from activations (n, C, p) and gradients (k, n, C, p)."""
         raise NotImplementedError
 
     def result(self) -> Tensor:

@@ -16,7 +16,7 @@ class GuidedBackprop(Method):
     """The gradient with ``g_in = max(max(g_out, 0) · a′(x), 0)`` at every activation a (Springenberg et al. 2015).
 
     It acts on all rectifiers (ReLU, LeakyReLU, PReLU, ELU, GELU, SiLU, Mish, …), as modules or calls. The importance
-    map of the windows is never negative, so that the sum of the windows' maps is that of the whole volume.
+    map of the windows is never negative, so the sum of the windows' maps is the map of the whole volume.
 
     Sharp pictures, but insensitive to the upper layers' weights (Adebayo et al. 2018): do not use it alone.
     """
@@ -28,7 +28,7 @@ class GuidedBackprop(Method):
     full_precision = True
 
     def passes(self, objective: Objective) -> int:
-        """Once, and the first window twice: its output under the rules is compared with the plain one."""
+        """One pass, and a second one of the first window, to compare its output under the rules with the plain one."""
         return len(objective.windows) + 1
 
     def attribute(self, objective: Objective) -> Explained:
@@ -43,7 +43,7 @@ class GuidedBackprop(Method):
 
 
 class Deconvolution(GuidedBackprop):
-    """The gradient with ``g_in = max(g_out, 0)`` at every activation, whatever it is (Zeiler & Fergus 2014)."""
+    """The gradient with ``g_in = max(g_out, 0)`` at every activation of any kind (Zeiler & Fergus 2014)."""
 
     reference = "Zeiler & Fergus, ECCV 2014, arXiv:1311.2901"
 

@@ -20,10 +20,10 @@ __all__ = ["SmoothGrad", "SmoothGradSquared", "VarGrad"]
 class SmoothGrad(Method):
     """The mean of a method's maps over noisy images: ``a = 1/n Σ_i A(x + ε_i)`` (Smilkov et al. 2017).
 
-    Noise is drawn once for the volume, so that overlapping windows see the same noise, and with the run's seed.
+    Noise is drawn once for the volume, with the run's seed, so that overlapping windows see the same noise.
 
     Args:
-        method: the method inside, an instance, a config or text; any method that gives an input map.
+        method: the inner method (an instance, a config or text); any method that gives an input map.
         n_samples: n.
         std: standard deviation of the noise, in units of each channel's standard deviation.
 
@@ -71,18 +71,18 @@ class SmoothGrad(Method):
         return Explained(total / self.n_samples)
 
     def passes(self, objective: Objective) -> int:
-        """Those of the method inside, once a sample, and the prediction there where that is asked for."""
+        """Those of the inner method per sample, and a prediction where F of the noisy image is needed."""
         asked = self.method.reads_image_value or not objective.linear
         prediction = len(objective.windows) if asked else 0
         return self.n_samples * (prediction + self.method.passes(objective))
 
     @property
     def passes_exact(self) -> bool:
-        """What a perturbation changes differs from one noisy image to the next."""
+        """False for black-box methods: which windows a perturbation changes differs between noisy images."""
         return super().passes_exact and self.method.needs_gradient
 
     def _samples(self, objective: Objective) -> Iterator[Tensor]:
-        """The method's maps at each noisy image."""
+        """Yield the method's maps (k, C, *spatial) at each noisy image."""
         generator = objective.generator()
         for _ in range(self.n_samples):
             noisy = objective.image + noise_like(objective.image, self.std, generator)
@@ -92,7 +92,7 @@ class SmoothGrad(Method):
 class SmoothGradSquared(SmoothGrad):
     """The mean of the squares of a method's maps over noisy images: ``a = 1/n Σ_i A(x + ε_i)²`` (Hooker et al. 2019).
 
-    Squares are of the whole volume's maps.
+    Maps are squared after the windows have been added.
 
     Args:
         method, n_samples, std: see `SmoothGrad`.

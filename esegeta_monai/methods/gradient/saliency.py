@@ -12,10 +12,10 @@ __all__ = ["GradTimesImage", "InputXGradient", "Saliency", "VanillaBackprop"]
 class Saliency(Method):
     """The gradient of the target at the image: ``a(v) = |∂F/∂x(v)|`` (Simonyan et al. 2014).
 
-    Exact for the whole volume: the sum of the windows' vector-Jacobian products; ``abs`` is taken of the sum.
+    Exact for the whole volume: the sum of the windows' vector-Jacobian products; ``abs`` is applied to the sum.
 
     Args:
-        abs: the absolute value, else the signed gradient.
+        abs: True for the absolute value, False for the signed gradient.
 
     Example:
         >>> Saliency(abs=False).signed

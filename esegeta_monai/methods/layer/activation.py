@@ -1,4 +1,4 @@
-"""What a layer gives: activations, and what the target makes of them."""
+"""Activations of a layer, and the base class of layer methods."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["LayerActivation", "LayerMethod"]
 
 
 class LayerMethod(Method, registered=False):
-    """What methods share whose map is that of a layer.
+    """Base class of methods whose map belongs to a layer.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
+        layer: dotted name; None: the default layer, named in the record.
         reduce: ``"channels"`` keeps every channel (a 4D NIfTI); ``"sum"``, ``"mean"``, ``"abs"`` (sum of absolute
             values) or ``"positive"`` (sum of positive values) give one map.
     """
@@ -40,7 +40,7 @@ class LayerActivation(LayerMethod):
     """The output of a layer on the image's grid: ``Σ_w ĝ_w · up(A_w)``, windows blended like the prediction.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
+        layer: dotted name; None: the default layer, named in the record.
         reduce: ``"channels"`` keeps every channel (a 4D NIfTI); ``"sum"``, ``"mean"``, ``"abs"`` (sum of absolute
             values) or ``"positive"`` (sum of positive values) give one map.
     """
@@ -52,13 +52,13 @@ class LayerActivation(LayerMethod):
     reduce: Reduce = "mean"
 
     def passes(self, objective: Objective) -> int:
-        """One forward pass everywhere (besides one where a layer is looked for)."""
+        """One forward pass of all windows (and one to choose a default layer)."""
         return len(objective.plan)
 
     def attribute(self, objective: Objective) -> Passes:
         """(k, C, *spatial), the same for every target; C is 1 unless ``reduce="channels"``."""
         layer = check_layer(objective, self.layer)
-        linear = self.reduce if self.reduce in ("sum", "mean") else None  # then it may come before the blending
+        linear = self.reduce if self.reduce in ("sum", "mean") else None  # linear, so that it may precede the blending
         activations = yield BlendedActivations(layer, linear)
         maps = activations if linear else reduce_channels(activations, self.reduce)
         return Explained(maps[None].expand(objective.n_targets, *maps.shape).clone(), {"layer": layer})

@@ -1,4 +1,4 @@
-"""What the target makes of a layer at the image: gradients times activations, and a layer seen in the image."""
+"""Gradient times activation at a layer, and guided backpropagation from a layer to the image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LayerGradientXActivation(LayerMethod):
     """``A_c(p) · ∂F/∂A_c(p)``: activation times gradient at a layer, position by position.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
+        layer: dotted name; None: the default layer, named in the record.
         reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
 
     Example:
@@ -44,7 +44,7 @@ class LayerGradientXActivation(LayerMethod):
 
 
 class LayerGradCam(GradCam):
-    """`GradCam` before ReLU: ``Σ_c α_c A_c`` with signs, under the name that Captum gives it.
+    """`GradCam` before ReLU: ``Σ_c α_c A_c`` with signs, under Captum's name.
 
     Args:
         layer, relu: see `GradCam`.
@@ -54,13 +54,13 @@ class LayerGradCam(GradCam):
 
 
 class LayerActivationGuidedBackprop(Method):
-    """Where in the image a layer, or one of its channels, finds what it is active for: guided backpropagation of
-    ``Σ_p |A_c(p)|``, each window with its blending weight (the layer visualisation of TorchEsegeta).
+    """Guided backpropagation of ``Σ_p |A_c(p)|`` from a layer, or one of its channels, to the image, each window with
+    its blending weight (the layer visualisation of TorchEsegeta).
 
-    It does not depend on the target; every target gets the same map.
+    It does not depend on the target: all targets get the same map.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
+        layer: dotted name; None: the default layer, named in the record.
         channel: c; None: the sum over all channels.
     """
 
@@ -74,7 +74,7 @@ class LayerActivationGuidedBackprop(Method):
     channel: int | None = None
 
     def passes(self, objective: Objective) -> int:
-        """All windows twice: for the activation's signs, and under the rules."""
+        """Two passes of all windows: for the activation's signs, and under the rules."""
         return 2 * len(objective.plan)
 
     def attribute(self, objective: Objective) -> Explained:
@@ -98,7 +98,7 @@ class LayerActivationGuidedBackprop(Method):
         return Explained(maps.expand(objective.n_targets, *maps.shape[1:]).clone(), {"layer": layer})
 
     def _sign(self, values: Tensor, objective: Objective, layer: str, batch: Batch) -> Tensor:
-        """``∂ Σ_p ĝ_w |A_c| / ∂A``, in the layer's own shape."""
+        """Return ``∂ Σ_p ĝ_w |A_c| / ∂A``, in the layer's own shape."""
         values = values.detach().requires_grad_(True)
         with torch.enable_grad():
             on_grid = spatial_map(values, objective, layer)

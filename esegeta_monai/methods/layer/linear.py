@@ -1,4 +1,4 @@
-"""The linear approximation of the network behind a layer."""
+"""The linear approximation of the network above a layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["LinearApproximation"]
 
 
 class LinearApproximation(LayerGradientXActivation):
-    """``Σ_c A_c(p) · ∂F/∂A_c(p)``: what each position of a layer adds to the first-order approximation of F behind it
+    """``Σ_c A_c(p) · ∂F/∂A_c(p)``: each position's part of the first-order approximation of F above the layer
     (``linear_approx`` of TorchRay).
 
     It is `LayerGradientXActivation` summed over channels, and `HiResCam` before ReLU.

@@ -1,4 +1,4 @@
-"""What the target owes to the image through one unit, or one channel, of a layer."""
+"""Attributions to the image that flow through one unit, or one channel, of a layer."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class NeuronConductance(Method):
     """``(x − x₀) · ∫₀¹ Σ_u ∂F/∂A_u · ∂A_u/∂x dα`` along ``x₀ + α (x − x₀)``: the part of integrated gradients that
     leads through the units u of a layer (Dhamdhere et al. 2019).
 
-    Summed over all units of a layer that no path leads round it is `IntegratedGradients`. What a unit itself looks at,
-    whatever the target, is any input method with the target `LayerNeuron`.
+    Summed over all units of a layer that no path bypasses, it equals `IntegratedGradients`. To explain the unit itself
+    instead of a target, use any input method with the target `LayerNeuron`.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
-        channel: of the units; None: all channels.
+        layer: dotted name; None: the default layer, named in the record.
+        channel: channel of the units; None: all channels.
         index: voxel on the network's grid; in each window that holds it, the unit whose cell holds it. None: all.
         baseline: x₀, see `esegeta_monai.engine.baselines`.
-        n_steps: gradients evaluated.
+        n_steps: number of gradients.
         method: the quadrature rule, in Captum's names.
     """
 
@@ -56,7 +56,7 @@ class NeuronConductance(Method):
         quadrature(self.method, 2)
 
     def passes(self, objective: Objective) -> int:
-        """One a step, and F at the baseline; a forward pass each more for non-linear targets."""
+        """One per step, and F at the baseline; plus a forward pass each for non-linear targets."""
         points = self.n_steps * (1 if objective.linear else 2) + 1
         return points * len(objective.windows) + choice_passes(self.baseline, objective)
 
@@ -94,7 +94,7 @@ class NeuronConductance(Method):
         return Explained(maps, {"layer": layer, **describe_baseline(baseline, start)})
 
     def _units(self, values: Tensor, objective: Objective, layer: str, batch: Batch) -> Tensor:
-        """One at the chosen units, zero elsewhere, in the layer's own shape."""
+        """Return a mask in the layer's own shape: 1 at the chosen units, 0 elsewhere."""
         leaf = values.detach().requires_grad_(True)
         with torch.enable_grad():
             on_grid = spatial_map(leaf, objective, layer)

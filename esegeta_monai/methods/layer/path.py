@@ -1,4 +1,4 @@
-"""What flows through a layer while the image comes into being along a straight path from a baseline."""
+"""Layer attributions along a straight path from a baseline to the image."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ class _Quadrature(_PathMethod):
 
 
 class LayerConductance(_PathMethod):
-    """``∫₀¹ ∂F/∂A_c · dA_c/dα dα`` along ``x₀ + α (x − x₀)``: what of F's change flows through each unit (Dhamdhere
-    et al. 2019).
+    """``∫₀¹ ∂F/∂A_c · dA_c/dα dα`` along ``x₀ + α (x − x₀)``: the part of F's change that flows through each unit
+    (Dhamdhere et al. 2019).
 
     Complete where all paths lead through the layer: the sum is then ``F(x) − F(x₀)``. ``share_through_layer`` in the
-    record is the sum over that difference; skip connections round the layer take the rest.
+    record is the sum divided by that difference; skip connections around the layer carry the rest.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
+        layer: dotted name; None: the default layer, named in the record.
         reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
         baseline: x₀, see `esegeta_monai.engine.baselines`.
         n_steps: segments of the path.
         rule: ``"trapezoid"``: the change of A over a segment times the mean of the gradients at its ends;
-            ``"left"``: times the gradient at its beginning, as Captum does.
+            ``"left"``: times the gradient at its start, as Captum does.
     """
 
     reference = "Dhamdhere et al., ICLR 2019, arXiv:1805.12233"
@@ -73,7 +73,7 @@ class LayerConductance(_PathMethod):
             raise UsageError(f"rule={self.rule!r}: give trapezoid or left")
 
     def passes(self, objective: Objective) -> int:
-        """The ends of all segments; a forward pass each more for non-linear targets."""
+        """The ends of all segments and F at the baseline; plus a forward pass each for non-linear targets."""
         points = (self.n_steps + 1) * (1 if objective.linear else 2) + 1
         return points * len(objective.windows) + choice_passes(self.baseline, objective)
 
@@ -108,10 +108,10 @@ class InternalInfluence(_Quadrature):
     """``∫₀¹ ∂F/∂A_c dα`` along ``x₀ + α (x − x₀)`` (Leino et al. 2018).
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
+        layer: dotted name; None: the default layer, named in the record.
         reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
         baseline: x₀, see `esegeta_monai.engine.baselines`.
-        n_steps: gradients evaluated.
+        n_steps: number of gradients.
         method: the quadrature rule, in Captum's names.
     """
 
@@ -120,7 +120,7 @@ class InternalInfluence(_Quadrature):
     units = "target per unit of activation"
 
     def passes(self, objective: Objective) -> int:
-        """One a step; a forward pass each more for non-linear targets."""
+        """One per step; plus a forward pass each for non-linear targets."""
         points = self.n_steps * (1 if objective.linear else 2)
         return points * len(objective.windows) + choice_passes(self.baseline, objective)
 
@@ -148,10 +148,10 @@ class LayerIntegratedGradients(_Quadrature):
     Complete: the sum is ``F(x) − F(x with A₀ in the layer)``, up to the error of the quadrature.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
+        layer: dotted name; None: the default layer, named in the record.
         reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
         baseline: x₀, see `esegeta_monai.engine.baselines`.
-        n_steps: gradients evaluated.
+        n_steps: number of gradients.
         method: the quadrature rule, in Captum's names.
     """
 
@@ -161,7 +161,7 @@ class LayerIntegratedGradients(_Quadrature):
     gap_advice = "take more steps (n_steps)"
 
     def passes(self, objective: Objective) -> int:
-        """Image and baseline go through together, once a step, twice for non-linear targets; once at the start."""
+        """Image and baseline together, once per step (twice for non-linear targets), and once at the start."""
         points = 2 * self.n_steps * (1 if objective.linear else 2) + 2
         return points * len(objective.windows) + choice_passes(self.baseline, objective)
 
@@ -195,7 +195,7 @@ class LayerIntegratedGradients(_Quadrature):
         return Explained(maps, {**notes, **describe_baseline(baseline, start)})
 
     def _predict(self, objective: Objective, layer: str, alpha: float, x0: Tensor) -> list[Tensor]:
-        """What each score reads with ``A₀ + α (A − A₀)`` in the layer, (1, channels, *box)."""
+        """Return what each score reads with ``A₀ + α (A − A₀)`` in the layer, (1, channels, *box)."""
         blended = objective.new_predictions(1)
 
         def run(batch: Batch) -> None:
@@ -207,14 +207,14 @@ class LayerIntegratedGradients(_Quadrature):
 
 
 def _both(batch: Batch, x0: Tensor) -> Tensor:
-    """The output for the image's windows, the baseline's windows going through behind them."""
+    """Run the image's windows and the baseline's in one batch, and return the output of the image's."""
     x = torch.cat([batch.image, batch.cut(x0)])
     return batch.network.run(x, [*batch.windows, *batch.windows])[: len(batch)]
 
 
 @contextmanager
 def _mixed(objective: Objective, layer: str, alpha: float) -> Iterator[dict[str, Tensor]]:
-    """``A₀ + α (A − A₀)`` goes on from the layer for the image's half of the batch, as a leaf of the graph."""
+    """Replace the layer's output for the image's half of the batch by ``A₀ + α (A − A₀)``, a leaf of the graph."""
     kept: dict[str, Tensor] = {}
 
     def edit(values: Tensor) -> Tensor:
@@ -236,11 +236,11 @@ def along_path(
     see: Callable[[Batch, Tensor], None],
     sums: Sequence[Tensor | Summed],
 ) -> None:
-    """Calls ``see(batch, x)`` with the windows x of ``x₀ + α (image − x₀)`` for all windows that the targets see and
-    all α in ``nodes`` (``batch.sources`` says which); the nodes of a window come one after the other. ``see`` adds into
+    """Call ``see(batch, x)`` with the windows x of ``x₀ + α (image − x₀)`` for all windows that the targets see and
+    all α in ``nodes`` (``batch.sources`` has their indices); the nodes of a window follow each other. ``see`` adds to
     ``sums``.
 
-    The batch's cotangents are those of the prediction at that α. Memory: what the scores read of it, a node each.
+    The batch's cotangents are those of the prediction at that α. Memory: per node the voxels that the scores read.
     """
     predictions: list[Tensor] | None = None
     if not objective.linear:
@@ -257,7 +257,7 @@ def along_path(
 
 
 def layer_pass(batch: Batch, x: Tensor, layer: str) -> tuple[Tensor, Tensor]:
-    """Activations (n, …) and gradients (k, n, …) of a layer at windows x.
+    """Return activations (n, …) and gradients (k, n, …) of a layer at windows x (n, C, *roi).
 
     Raises:
         MethodError: no target depends on the layer.

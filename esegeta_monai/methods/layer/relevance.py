@@ -16,10 +16,10 @@ __all__ = ["LayerLRP"]
 
 
 class LayerLRP(CompositeMethod, LayerMethod):
-    """Layer-wise relevance that arrives at a layer's units (Bach et al. 2015), see `LRP`. Linear scores only.
+    """Layer-wise relevance of a layer's units (Bach et al. 2015), see `LRP`. Linear scores only.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
+        layer: dotted name; None: the default layer, named in the record.
         reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
         composite, epsilon, gamma: see `LRP`.
     """
@@ -34,7 +34,7 @@ class LayerLRP(CompositeMethod, LayerMethod):
         limits = self.limits(objective)
 
         def run(batch: Batch) -> None:
-            found = rules.lrp(
+            relevance = rules.lrp(
                 batch.forwards,
                 batch.image,
                 batch.stacked_cotangents(),
@@ -43,7 +43,7 @@ class LayerLRP(CompositeMethod, LayerMethod):
                 compare=batch.compares,
                 **limits,
             )
-            total.add(batch, found.layers[layer].relevance)
+            total.add(batch, relevance.layers[layer].relevance)
 
         objective.each([(0, w) for w in objective.windows], run, sums=[total])
         maps, padding = total.result()

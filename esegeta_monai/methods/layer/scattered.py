@@ -1,4 +1,4 @@
-"""Layer maps that contain gradients: spread over the window so that sums stay, and windows added."""
+"""Layer maps that contain gradients: spread over the window with their sum preserved, then added over windows."""
 
 from __future__ import annotations
 
@@ -20,13 +20,17 @@ Reduce = Literal["channels", "sum", "mean", "abs", "positive"]
 
 
 def check_reduce(how: str) -> None:
-    """Raises `UsageError` where ``reduce`` is none of the words it may be."""
+    """Check the parameter ``reduce``.
+
+    Raises:
+        UsageError: it is none of the permitted words.
+    """
     if how not in ("channels", "sum", "mean", "abs", "positive"):
         raise UsageError(f"reduce={how!r}: give channels, sum, mean, abs or positive")
 
 
 def reduce_channels(values: Tensor, how: Reduce, axis: int = 0) -> Tensor:
-    """One map of a layer's channels along ``axis``, which stays with length 1, or all of them."""
+    """Reduce the channels of ``values`` along ``axis``, which keeps length 1; ``"channels"`` returns them all."""
     if how == "channels":
         return values
     if how == "abs":
@@ -37,7 +41,7 @@ def reduce_channels(values: Tensor, how: Reduce, axis: int = 0) -> Tensor:
 
 
 def gradients_of(view: View, objective: Objective, layer: str) -> Tensor:
-    """The gradients at a layer in a view, (k, n, C, *positions).
+    """Return the gradients at a layer in a view, (k, n, C, *positions).
 
     Raises:
         MethodError: the target does not depend on the layer.
@@ -48,12 +52,12 @@ def gradients_of(view: View, objective: Objective, layer: str) -> Tensor:
 
 
 class LayerSum:
-    """The sum over windows of a layer's attributions, on the image's grid; sums of values are kept.
+    """The sum over windows of a layer's attributions, on the image's grid; sums of values are preserved.
 
     Args:
-        layer: dotted name; tokens are put on their grid.
-        reduce: as in `reduce_channels`. ``"sum"`` and ``"mean"`` are taken before anything is held in memory, ``"abs"``
-            and ``"positive"`` after windows have been added.
+        layer: dotted name; tokens are arranged on their grid.
+        reduce: as in `reduce_channels`. ``"sum"`` and ``"mean"`` are applied per window, which saves memory, ``"abs"``
+            and ``"positive"`` after the windows have been added.
     """
 
     def __init__(self, objective: Objective, layer: str, reduce: Reduce) -> None:
@@ -64,11 +68,11 @@ class LayerSum:
     summed = ("maps", "padding")
 
     def add(self, batch: Batch, values: Tensor) -> None:
-        """Adds attributions in the layer's own shape, (k, n, …)."""
+        """Add attributions in the layer's own shape, (k, n, …)."""
         self.add_map(batch, spatial_map(values, self.objective, self.layer, lead=2))
 
     def add_map(self, batch: Batch, values: Tensor) -> None:
-        """Adds attributions (k, n, C, *positions)."""
+        """Add attributions (k, n, C, *positions)."""
         if self.reduce in ("sum", "mean"):
             values = reduce_channels(values, self.reduce, axis=2)
         wide = spread(values.flatten(0, 1), self.objective.plan).unflatten(0, values.shape[:2])
@@ -79,19 +83,19 @@ class LayerSum:
         self.padding += self.objective.add(self.maps, batch, wide.to(self.maps.dtype))
 
     def scale(self, factor: float) -> None:
-        """Multiplies what has been added so far."""
+        """Multiply the sum so far by ``factor``."""
         if self.maps is not None and self.padding is not None:
             self.maps *= factor
             self.padding *= factor
 
     def share(self, change: Tensor) -> list[float | None]:
-        """The sum, padding included, over a change of F (k,): what flows through the layer; None where F stays."""
+        """Return per target the sum, padding included, divided by a change of F (k,); None where F does not change."""
         maps, padding = self.result()
         sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu() + padding.cpu()
         return [float(s / c) if c != 0 else None for s, c in zip(sums, change.cpu())]
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """Maps (k, C or 1, *spatial), and what fell on constant padding (k,), float64."""
+        """Return maps (k, C or 1, *spatial), and the sum on constant padding (k,), float64."""
         if self.maps is None or self.padding is None:
             raise MethodError("the target sees no window, so there are no gradients")
         maps = self.maps if self.reduce in ("sum", "mean") else reduce_channels(self.maps, self.reduce, axis=1)
@@ -99,12 +103,12 @@ class LayerSum:
 
 
 class ScatteredGradients(Request):
-    """``Σ_w spread(combine(A_w, ∂F/∂A_w))``: what `LayerSum` gives, from the pass at the image.
+    """``Σ_w spread(combine(A_w, ∂F/∂A_w))`` from the pass at the image, as a `LayerSum`.
 
     Args:
         layer: dotted name.
-        combine: of activations (n, C, *positions) and gradients (k, n, C, *positions), attributions like the latter.
-            It must be homogeneous in the gradients, which carry ĝ_w. Equal functions share their result.
+        combine: maps activations (n, C, *positions) and gradients (k, n, C, *positions) to attributions shaped like
+            the gradients. It must be homogeneous in the gradients, which contain ĝ_w. Equal functions share a result.
         reduce: see `LayerSum`.
     """
 

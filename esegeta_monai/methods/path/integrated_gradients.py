@@ -25,21 +25,20 @@ Rule = Literal["gausslegendre", "riemann_trapezoid", "riemann_middle", "riemann_
 class IntegratedGradients(Method):
     """``a = (x − x₀) · ∫₀¹ ∂F/∂x(x₀ + α (x − x₀)) dα`` (Sundararajan et al. 2017).
 
-    Complete: the sum of the map is ``F(x) − F(x₀)``, up to the error of the quadrature, which the record states.
+    Complete: the sum of the map is ``F(x) − F(x₀)`` up to the quadrature error, which is recorded.
 
     Args:
-        baseline: x₀, see `esegeta_monai.engine.baselines`; ``"auto"`` avoids zero where a norm layer would hide
-        everything.
+        baseline: x₀, see `esegeta_monai.engine.baselines`; ``"auto"`` avoids zero where a norm layer would
+            make the integral over the path zero.
         n_steps: gradients evaluated with a fixed rule.
         method: the quadrature rule, in Captum's names.
-        tolerance: if given, the path is cut into segments, and the segment with the greatest error (which is known:
-            the integral over a segment is the difference of F at its ends) is bisected, all samples reused, until the
-            relative completeness gap is at most ``tolerance`` or ``max_steps`` gradients are spent. A gap that is
-            small only because errors of segments cancel does not count: the root of the sum of their squares has to
-            be as small.
-        max_steps: the cap for ``tolerance``.
+        tolerance: if given, the path is divided into segments, and the segment of greatest error (known, since the
+            integral over a segment is the difference of F at its ends) is bisected, reusing all samples, until the
+            relative completeness gap is at most ``tolerance`` or ``max_steps`` gradients are used. Errors that cancel
+            do not count: the root of the sum of their squares must be as small.
+        max_steps: the greatest number of gradients with ``tolerance``.
 
-    Memory: two maps a target for fixed steps, ``SEGMENTS + 2`` with ``tolerance``, whatever the number of steps.
+    Memory: two maps per target for fixed steps, ``SEGMENTS + 2`` with ``tolerance``, for any number of steps.
 
     Example:
         >>> IntegratedGradients(tolerance=1e-3, baseline="blur(sigma=4)").parameters["n_steps"]
@@ -88,7 +87,7 @@ class IntegratedGradients(Method):
         return self.tolerance is not None
 
     def passes(self, objective: Objective) -> int:
-        """With ``tolerance`` at most ``max_steps`` gradients; a forward pass each more for non-linear targets."""
+        """With ``tolerance`` at most ``max_steps`` gradients; plus a forward pass each for non-linear targets."""
         each = 1 if objective.linear else 2
         points = 1 + self.n_steps * each if self.tolerance is None else self.max_steps * each
         return points * len(objective.windows) + choice_passes(self.baseline, objective)
@@ -96,7 +95,7 @@ class IntegratedGradients(Method):
     def _fixed(self, objective: Objective, x0: Tensor, dx: Tensor) -> Tensor:
         nodes, weights = quadrature(self.method, self.n_steps)
         maps = objective.new_maps()
-        own = objective.linear  # else each step begins with a prediction, which needs all processes
+        own = objective.linear  # otherwise each step begins with a prediction, which needs all processes
         with objective.context.processes.summed([maps]) if own else nullcontext():
             for part, gradient in gradients_on_path(objective, x0, dx, nodes, own=own):
                 for j, alpha in enumerate(part):
@@ -129,19 +128,23 @@ class _Segment:
     integral: Tensor
 
     def middles(self) -> list[float]:
-        """The nodes that halve the intervals."""
+        """Return the nodes that halve the intervals."""
         h = (self.b - self.a) / self.intervals
         return [self.a + (j + 0.5) * h for j in range(self.intervals)]
 
     def error(self, dx: Tensor) -> Tensor:
-        """How far the map's sum is from the known integral (k,)."""
+        """Return the difference between the map's sum and the known integral (k,), float64."""
         return (self.map * dx).flatten(1).sum(1, dtype=torch.float64).cpu() - self.integral
 
 
 def _adaptive(
     objective: Objective, x0: Tensor, dx: Tensor, tolerance: float, max_steps: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Nested trapezoid rule with local bisection: maps (k, C, *spatial), F at both ends (k, 2), steps."""
+    """Integrate by a nested trapezoid rule with local bisection.
+
+    Returns:
+        Maps (k, C, *spatial), F at both ends (k, 2), and the number of gradients.
+    """
     edges = [j / SEGMENTS for j in range(SEGMENTS + 1)]
     segments: list[_Segment] = []
     before: tuple[Tensor, Tensor] | None = None
@@ -184,17 +187,18 @@ def _adaptive(
 
 
 def _within(errors: Tensor, tolerance: float) -> bool:
-    """Whether the segments' relative errors (segments, k) are small, in sum and without cancelling each other."""
+    """True if the segments' relative errors (segments, k) are small, in sum and without cancelling."""
     return float(torch.maximum(errors.sum(0).abs(), errors.square().sum(0).sqrt()).max()) <= tolerance
 
 
 def gradients_on_path(
     objective: Objective, x0: Tensor, dx: Tensor, nodes: list[float], *, own: bool = False
 ) -> Iterator[tuple[list[float], Gradient]]:
-    """Gradients at ``x₀ + α dx`` for each α in ``nodes``, as many at a time as fill a window batch.
+    """Yield gradients at ``x₀ + α dx`` for the α in ``nodes``, as many at a time as fill a window batch.
 
     Args:
-        own: only what this process adds to each, see `Objective.gradient`.
+        x0, dx: (C, *spatial).
+        own: this process's part of each only, see `Objective.gradient`.
     """
     size = max(1, objective.window_batch // max(1, len(objective.windows)))
     points = x0.new_empty((min(size, len(nodes)), *x0.shape))
@@ -206,7 +210,7 @@ def gradients_on_path(
 
 
 def quadrature(rule: str, n: int) -> tuple[list[float], dict[float, float]]:
-    """Nodes on [0, 1], and the weight of each.
+    """Return nodes on [0, 1] and the weight of each node.
 
     >>> nodes, weights = quadrature("riemann_middle", 2)
     >>> nodes, sum(weights.values())

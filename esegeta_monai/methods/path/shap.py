@@ -68,12 +68,12 @@ class GradientShap(_ExpectedGradients):
     """``a = E[(x' − x₀) · ∂F/∂x(x₀ + α (x' − x₀))]`` over baselines x₀, α uniform on [0, 1] and noisy images x' (Erion
     et al. 2021; Lundberg & Lee 2017).
 
-    Complete in expectation. The record has the gap, and ``completeness_error``: the standard error of the gap from
-    the spread of the samples, in the same units, so that a gap of more than some three of it is no accident.
+    Complete in expectation. The record has the gap and ``completeness_error``, the gap's standard error over the
+    samples, in the same units: a gap above about three standard errors is significant.
 
     Args:
         baseline: the distribution of x₀, see `esegeta_monai.engine.baselines`.
-        n_samples: draws.
+        n_samples: number of draws.
         std: of noise added to the image, in units of each channel's standard deviation.
 
     Example:
@@ -85,7 +85,7 @@ class GradientShap(_ExpectedGradients):
     gap_advice = "take more draws (n_samples); completeness_error is its standard error"
 
     def passes(self, objective: Objective) -> int:
-        """A gradient and F at the baseline a draw, F at the noisy image, and one more for non-linear targets."""
+        """Per draw a gradient and F at the baseline, F at the noisy image, and one more for non-linear targets."""
         each = (2 + bool(self.std) + (not objective.linear)) * len(objective.windows)
         return self.n_samples * each + choice_passes(self.baseline, objective)
 
@@ -109,16 +109,16 @@ class GradientShap(_ExpectedGradients):
 
 
 class LayerGradientShap(_ExpectedGradients, LayerMethod):
-    """``E[(A(x') − A(x₀)) · ∂F/∂A(x₀ + α (x' − x₀))]`` at a layer, in the words of `GradientShap`.
+    """``E[(A(x') − A(x₀)) · ∂F/∂A(x₀ + α (x' − x₀))]`` at a layer, with the symbols of `GradientShap`.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
+        layer: dotted name; None: the default layer, named in the record.
         reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
         baseline, n_samples, std: see `GradientShap`.
     """
 
     def passes(self, objective: Objective) -> int:
-        """A gradient, and the layer at image and baseline, a draw; one more for non-linear targets."""
+        """Per draw a gradient, and the layer at image and baseline; one more for non-linear targets."""
         each = (3 + (not objective.linear)) * len(objective.windows)
         return self.n_samples * each + choice_passes(self.baseline, objective)
 

@@ -1,4 +1,4 @@
-"""Integrated gradients along paths that are not straight: through scale space, and where the network is calm."""
+"""Integrated gradients along curved paths: through scale space, and along voxels of small gradient."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["BlurIG", "GuidedIG"]
 class BlurIG(Method):
     """``a = ∫ ∂F/∂x(L(x, σ)) · dL/dσ dσ`` from σ to 0, L(x, σ) the image blurred by a Gaussian (Xu et al. 2020).
 
-    The path needs no baseline: it ends where nothing is left of the details. Complete: the sum of the map is
+    The path needs no baseline: it begins at an image without details. Complete: the sum of the map is
     ``F(x) − F(L(x, σ))``, up to the error of the trapezoid rule, which the record states.
 
     Args:
         sigma: where the path begins, in voxels; None: a quarter of the shortest window side.
         n_steps: segments of the path, equal in σ.
-        tolerance: if given, segments whose error (which is known, F being known at their ends) is more than
-            ``tolerance / n_steps`` of ``F(x) − F(L(x, σ))`` are bisected, again and again.
-        max_steps: the cap of gradients for ``tolerance``.
+        tolerance: if given, segments are bisected repeatedly while their error (known, since F at their ends is known)
+            exceeds ``tolerance / n_steps`` of ``F(x) − F(L(x, σ))``.
+        max_steps: the greatest number of gradients with ``tolerance``.
 
     Example:
         >>> BlurIG(sigma=4, n_steps=20).parameters
@@ -59,7 +59,7 @@ class BlurIG(Method):
         return self.tolerance is not None
 
     def passes(self, objective: Objective) -> int:
-        """The ends of all segments, with ``tolerance`` at most ``max_steps``; a forward pass each more for non-linear
+        """The ends of all segments, with ``tolerance`` at most ``max_steps``; plus a forward pass each for non-linear
         targets."""
         points = self.n_steps + 1 if self.tolerance is None else self.max_steps
         return points * len(objective.windows) * (1 if objective.linear else 2)
@@ -86,23 +86,23 @@ class BlurIG(Method):
 
 class GuidedIG(Method):
     """Integrated gradients along a path that moves first the voxels whose gradient is smallest, within a band round the
-    straight path (Kapishnikov et al. 2021), so that noise of steep regions beside the image's own is not collected.
+    straight path (Kapishnikov et al. 2021), so that the map collects less noise from regions of large gradient.
 
-    At step α the L1 distance to the image is ``(1 − α) |x − x₀|₁``; each voxel's own share of its way stays within
-    ``α ± max_dist``. The path depends on the target, and each has its own. Gradients at the ends of each step are
-    averaged. Complete up to the error of that rule, which the record states.
+    At step α the L1 distance to the image is ``(1 − α) |x − x₀|₁``; the share of its way that each voxel has moved
+    stays within ``α ± max_dist``. Each target has its own path. Gradients at the ends of each step are averaged.
+    Complete up to the error of that rule, which is recorded.
 
-    Moving calm voxels first leads along the kinks of ReLU, from one side to the other and back: the error of that rule
-    does not vanish with more steps (1.4 % after 1024 on a small ReLU network), but it does with ``tolerance``.
+    Moving voxels of small gradient first leads along the kinks of ReLU, so the error of that rule does not vanish with
+    more steps (1.4 % after 1024 on a small ReLU network), but it does with ``tolerance``.
 
     Args:
         baseline: x₀, see `esegeta_monai.engine.baselines`.
         n_steps: steps.
-        fraction: of the voxels that are moved at a time.
+        fraction: share of the voxels that are moved at a time.
         max_dist: half the width of the band; 0 is the straight path.
-        tolerance: if given, the path stays as it is, and steps whose error (which is known, F being known at their
-            ends) is more than ``tolerance / n_steps`` of ``F(x) − F(x₀)`` are bisected, again and again.
-        max_steps: the cap of gradients for ``tolerance``.
+        tolerance: if given, the path stays the same, and steps are bisected repeatedly while their error (known, since
+            F at their ends is known) exceeds ``tolerance / n_steps`` of ``F(x) − F(x₀)``.
+        max_steps: the greatest number of gradients with ``tolerance``.
     """
 
     reference = "Kapishnikov et al., CVPR 2021, arXiv:2106.09788"
@@ -133,8 +133,8 @@ class GuidedIG(Method):
         return self.tolerance is not None
 
     def passes(self, objective: Objective) -> int:
-        """The ends of all steps on each target's own path, with ``tolerance`` at most ``max_steps``; a forward pass
-        each more for non-linear targets."""
+        """The ends of all steps on each target's own path, with ``tolerance`` at most ``max_steps``; plus a forward
+        pass each for non-linear targets."""
         points = self.n_steps + 1 if self.tolerance is None else self.max_steps
         each = len(objective.windows) * (1 if objective.linear else 2)
         return objective.n_targets * points * each + choice_passes(self.baseline, objective)
@@ -174,7 +174,7 @@ class GuidedIG(Method):
         return Explained(maps, {"completeness_gap": gap, "steps": steps, **describe_baseline(baseline, start)})
 
     def _move(self, point: Tensor, x0: Tensor, x1: Tensor, gradient: Tensor, alpha: float) -> Tensor:
-        """The next point of the path, at a share ``1 − alpha`` of the whole L1 distance from the image."""
+        """Return the next point (C, *spatial) of the path, at a share ``1 − alpha`` of the L1 distance to the image."""
         if alpha == 1:
             return x1.clone()
         low = torch.lerp(x0, x1, max(alpha - self.max_dist, 0.0))
@@ -209,9 +209,9 @@ class _Point:
 
 
 def _point(objective: Objective, x: Tensor, target: int | None = None) -> _Point:
-    found = objective.gradient(x[None])
+    gradient = objective.gradient(x[None])
     rows = slice(None) if target is None else slice(target, target + 1)
-    return _Point(x, found.maps[rows, 0], found.values[rows, 0])
+    return _Point(x, gradient.maps[rows, 0], gradient.values[rows, 0])
 
 
 def _line(start: Tensor, end: Tensor) -> Callable[[float], Tensor]:
@@ -226,12 +226,12 @@ def _check_tolerance(tolerance: float | None, max_steps: int, n_steps: int) -> N
 
 
 class _Bisected:
-    """The trapezoid rule segment by segment, each bisected where it misses what F changes by.
+    """The trapezoid rule per segment, each bisected where its sum differs from the change of F.
 
-    Every segment may use its share of the gradients that are left, so that early ones do not take all.
+    Each segment may use an equal share of the remaining gradients, so that early segments do not use all.
 
     Args:
-        target: the one that the path belongs to; None: all.
+        target: index of the target of this path; None: all.
     """
 
     def __init__(
@@ -245,7 +245,7 @@ class _Bisected:
         self.missed = False
 
     def segment(self, at: Callable[[float], Tensor], a: float, start: _Point, b: float, end: _Point) -> Tensor:
-        """The integral (k, C, *spatial) from ``at(a)`` to ``at(b)``, the worst part bisected first."""
+        """Return the integral (k, C, *spatial) from ``at(a)`` to ``at(b)``, bisecting the worst part first."""
         parts = [(self._error(start, end), a, start, b, end)]
         share, self.segments = self.left // self.segments, self.segments - 1
         while share > 0 and (worst := max(parts, key=lambda p: p[0]))[0] > self.allowed:
@@ -259,14 +259,14 @@ class _Bisected:
         return torch.stack([_trapezoid(first, last) for _, _, first, _, last in parts]).sum(0)
 
     def _error(self, start: _Point, end: _Point) -> float:
-        """How far the trapezoid rule misses the known integral, relative to F's change over the whole path."""
+        """Return the error of the trapezoid rule relative to F's change over the whole path."""
         if self.tolerance is None:
             return 0.0
         missed = _trapezoid(start, end).flatten(1).sum(1, dtype=torch.float64).cpu() - (end.values - start.values)
         return float((missed / self.change).abs().nan_to_num(0.0, math.inf).max())
 
     def warn(self) -> None:
-        """Says so where the cap was reached."""
+        """Warn if ``max_steps`` was reached before ``tolerance``."""
         if self.missed:
             self.objective.context.progress.warn(
                 f"some segments miss more than their part of tolerance={self.tolerance:g} after {self.steps} steps "

@@ -1,4 +1,4 @@
-"""Regions instead of voxels: supervoxels of several sizes, joined in the order of how much attribution they hold."""
+"""XRAI: supervoxels of several sizes, ranked by their mean attribution."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["XRAI", "rank_regions"]
 
 
 class XRAI(Method):
-    """Each voxel gets the mean attribution of the region with which it joins the explanation (Kapishnikov et al. 2019).
+    """The mean attribution of the region with which each voxel joins the explanation (Kapishnikov et al. 2019).
 
-    The image is cut into supervoxels of several sizes. From all of them, again and again, the one joins whose voxels
-    that have not joined yet hold the greatest mean attribution. Attributions are those of ``method``, by default
+    The image is divided into supervoxels of several sizes. Repeatedly, the supervoxel joins whose voxels that have not
+    joined yet have the greatest mean attribution. Attributions are those of ``method``, by default
     integrated gradients from each channel's smallest and from its largest value, averaged (black and white in the
     paper), summed over channels. The paper grows its (2D) segments by some pixels; supervoxels here stay as they are.
 
     Args:
-        n_segments: about how many supervoxels, for each size.
+        n_segments: approximate number of supervoxels of each size.
         compactness: see `esegeta_monai.engine.feature_masks.Supervoxels`.
         method: any method that gives an input map, in place of integrated gradients.
-        n_steps: of integrated gradients.
+        n_steps: steps of integrated gradients.
 
     Example:
         >>> XRAI(n_segments=[20, 100]).additive
@@ -62,11 +62,11 @@ class XRAI(Method):
             self.needs_linear = self.method.needs_linear  # type: ignore[misc]
 
     def passes(self, objective: Objective) -> int:
-        """Those of the methods inside."""
+        """Those of the inner methods."""
         return sum(m.passes(objective) for m in self._methods(objective))
 
     def _methods(self, objective: Objective) -> list[Method]:
-        """The methods whose attributions are averaged."""
+        """Return the methods whose attributions are averaged."""
         if self.method is not None:
             return [self.method]
         flat = objective.image.flatten(1)
@@ -75,8 +75,8 @@ class XRAI(Method):
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial)."""
-        found = [run(m, objective) for m in self._methods(objective)]
-        attribution = sum(f.maps.sum(1, dtype=torch.float64) for f in found) / len(found)
+        inner = [run(m, objective) for m in self._methods(objective)]
+        attribution = sum(f.maps.sum(1, dtype=torch.float64) for f in inner) / len(inner)
         assert isinstance(attribution, Tensor)
         sizes = [Supervoxels(n, self.compactness, mask="everything").of(objective) for n in self.n_segments]
         labels = np.stack([s.labels[0].cpu().numpy() for s in sizes])
@@ -86,14 +86,14 @@ class XRAI(Method):
 
 
 def rank_regions(attribution: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The map of XRAI.
+    """Compute the map of XRAI.
 
     Args:
-        attribution: (*spatial).
+        attribution: (*spatial), summed over channels.
         labels: (sizes, *spatial) region numbers from 0, for each size of regions.
 
     Returns:
-        (*spatial): for each voxel the mean attribution of what joined with it.
+        (*spatial): for each voxel the mean attribution of the voxels that joined with it.
 
     >>> rank_regions(np.array([3.0, 1.0, 0.0, 0.0]), np.array([[0, 0, 1, 1], [0, 1, 1, 1]]))
     array([3., 1., 0., 0.])
@@ -105,13 +105,13 @@ def rank_regions(attribution: np.ndarray, labels: np.ndarray) -> np.ndarray:
     sums = np.sum([np.bincount(row, values, total) for row in flat], 0)
     counts = np.sum([np.bincount(row, minlength=total) for row in flat], 0)
     size_of = np.searchsorted(offsets, np.arange(total), side="right") - 1
-    joined, found = np.zeros(values.shape, bool), np.zeros(values.shape)
+    joined, gains = np.zeros(values.shape, bool), np.zeros(values.shape)
     while counts.any():
         means = np.divide(sums, counts, out=np.full(total, -np.inf), where=counts > 0)
         best = int(means.argmax())
         new = np.flatnonzero((flat[size_of[best]] == best) & ~joined)
-        found[new], joined[new] = means[best], True
-        for row in flat:  # what joins is taken out of the regions of every size
+        gains[new], joined[new] = means[best], True
+        for row in flat:  # voxels that joined are removed from the regions of every size
             sums -= np.bincount(row[new], values[new], total)
             counts -= np.bincount(row[new], minlength=total)
-    return found.reshape(attribution.shape)
+    return gains.reshape(attribution.shape)

@@ -1,4 +1,4 @@
-"""Features switched off one by one: by a baseline, or by what other cases have there."""
+"""Features switched off one by one: by a baseline, or by the same feature of other cases."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class FeatureAblation(PerturbationMethod):
     Args:
         feature_mask: the features, see `esegeta_monai.engine.feature_masks`: ``"supervoxels"``, ``"grid(size=16)"``,
             ``"channels"``, or a label map.
-        baseline: what stands where a feature is off, see `esegeta_monai.engine.baselines`; ``"feature mean"``: its
-        mean.
+        baseline: replaces a feature that is off, see `esegeta_monai.engine.baselines`; ``"feature mean"``: the
+            feature's mean.
 
     The record has a table of the features under ``features``. Windows that a feature does not touch are not computed.
 
@@ -49,7 +49,7 @@ class FeatureAblation(PerturbationMethod):
         return Explained(maps, {**game.notes(), "features": game.features.table(drops)})
 
     def perturbations(self, objective: Objective) -> Segments:
-        """One coalition a feature."""
+        """Return one coalition per feature."""
         game = Game.of(objective, self.feature_mask, self.baseline)
         return game.segments(one_off(game))
 
@@ -57,8 +57,8 @@ class FeatureAblation(PerturbationMethod):
 class FeaturePermutation(PerturbationMethod):
     """``a_j = F(x) − mean over other cases i of F(x with feature j of case i)`` (Breiman 2001, Fisher et al. 2019).
 
-    Permuting a feature within a set of cases gives each case the feature of a random other one; here the mean over all
-    others is taken, so that nothing is left to chance.
+    Permuting a feature within a set of cases gives each case the feature of a random other case; here the mean over all
+    other cases is computed, which is deterministic.
 
     Args:
         cases: at least two other cases: NIfTI files on the network's grid or tensors (C, *spatial), preprocessed like
@@ -95,7 +95,7 @@ class FeaturePermutation(PerturbationMethod):
         return Explained(maps, {"n_features": len(game.features), "n_cases": len(others), "features": table})
 
     def perturbations(self, objective: Objective) -> Segments:
-        """One round, by the first of the other cases."""
+        """Return one round, with the first of the other cases."""
         game = Game.of(objective, self.feature_mask, 0.0)
         return game.segments(one_off(game), self._others(objective)[0])
 
@@ -103,7 +103,7 @@ class FeaturePermutation(PerturbationMethod):
         return len(self.cases) * super().predictions(objective)
 
     def passes(self, objective: Objective) -> int:
-        """One round of all features a case; what they are compared with is computed once."""
+        """One round of all features per case; the image itself is computed once."""
         game = Game.of(objective, self.feature_mask, 0.0)
         return game.passes(one_off(game), self._others(objective))
 
@@ -112,6 +112,6 @@ class FeaturePermutation(PerturbationMethod):
 
 
 def one_off(game: Game) -> np.ndarray:
-    """The coalitions that lack one feature (n, n)."""
+    """Return the coalitions that lack one feature (n, n), bool."""
     game.check_size(len(game.features))
     return ~np.eye(len(game.features), dtype=bool)

@@ -1,4 +1,4 @@
-"""What perturbation methods share: how many perturbations, and how many window passes, they need."""
+"""Base class of perturbation methods: their perturbations, and the number of window passes."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class PerturbationMethod(Method, registered=False):
 
     @abstractmethod
     def perturbations(self, objective: Objective) -> Perturbations:
-        """All that will be scored."""
+        """Return all perturbations that will be scored."""
 
     def predictions(self, objective: Objective) -> int:
         return len(self.perturbations(objective))
 
     def passes(self, objective: Objective) -> int:
-        """Exact: windows that a perturbation does not change, or that have been scored, are left out."""
+        """Exact: without windows that a perturbation does not change, or whose scores are known."""
         return known_passes(objective, self.perturbations(objective))
 
 
 def finite_scores(method: Method, scores: Tensor) -> Tensor:
-    """The scores (k, m), for methods whose statistics would make a number of NaN.
+    """Check that the scores (k, m) are finite, for methods whose statistics would hide NaN.
 
     Raises:
         MethodError: some are not finite.

@@ -1,4 +1,4 @@
-"""Extremal perturbations: the mask of a given area that keeps, or destroys, the target most."""
+"""Extremal perturbations: the mask of a given area that preserves, or deletes, the target most."""
 
 from __future__ import annotations
 
@@ -27,30 +27,29 @@ class ExtremalPerturbation(Method):
     """The smooth mask m of area a that maximises ``F(x₀ + m (x − x₀))`` (Fong et al. 2019), in 2D and 3D.
 
     ``max over m of ±F(x')/|F(x) − F(x₀)| − λ mean (sort(m) − r_a)²``, r_a being 1 for the greatest share a of the cells
-    and 0 for the others; λ grows from 1 to 1000 while Adam climbs. m comes from a coarse grid by a smooth maximum of
-    Gaussians and linear interpolation; at the end it is raised to the power that makes its mean a. The area is a share
-    of the box of windows that the target sees, and so is the mask: what lies outside cannot matter. Memory is that of
-    one window batch, a map and the volume.
+    and 0 for the others; λ grows from 1 to 1000 during optimisation by Adam. m comes from a coarse grid by a smooth
+    maximum of Gaussians and linear interpolation; at the end it is raised to the power that makes its mean a. The area
+    is a share of the box of windows that the target sees, and so is the mask: voxels outside cannot matter. Memory is
+    that of one window batch, a map and the volume.
 
-    ``"delete"`` climbs from the share a of cells where F rises most with m at the image itself; ``"preserve"``, as the
-    paper's code, from 0.5 everywhere. Such a blend of image and x₀ is nothing that a network was trained on, nor is an
-    image of which a share a is left: on ``brain_lesion_classification`` they score higher than the image, and the mask
-    is found anywhere. ``"delete"`` leaves all but a share a as it is, and is the variant to trust unless x₀ is a
-    plausible image.
+    ``"delete"`` starts from the share a of cells where F rises most with m at the image itself; ``"preserve"``, as the
+    paper's code, from 0.5 everywhere. Networks are not trained on such blends of image and x₀, nor on images of which
+    only a share a is left: on ``brain_lesion_classification`` these score higher than the image, and the mask may end
+    anywhere. ``"delete"`` changes only a share a, and is the variant to trust unless x₀ is a plausible image.
 
     Args:
-        areas: one or several; with several, the map is the mean of the masks.
+        areas: one or several shares in (0, 1); with several, the map is the mean of the masks.
         variant: ``"preserve"``: the region that suffices; ``"delete"``: the region without which F drops most.
         baseline: x₀, see `esegeta_monai.engine.baselines`.
-        n_iter: gradients an area.
-        step: voxels a cell of the coarse grid; None: a twelfth of the shortest side of the box, at least 1.
-        sigma: of the Gaussians in voxels; None: ``step``.
-        lr: of Adam.
+        n_iter: gradients per area.
+        step: voxels per cell of the coarse grid; None: a twelfth of the shortest side of the box, at least 1.
+        sigma: width of the Gaussians in voxels; None: ``step``.
+        lr: learning rate of Adam.
         backend: ``"native"``, or ``"torchray"`` (2D, where TorchRay is installed): its masks and optimisation, with
             ``baseline`` ``"blur"`` or ``"zero"``, for the same F.
 
-    The record has for each area the area reached, F where the mask is kept and where it is deleted, and what of
-    ``F(x) − F(x₀)`` these are.
+    The record has per area the area reached, F with the mask preserved and with it deleted, and these as shares of
+    ``F(x) − F(x₀)``.
 
     Example:
         >>> ExtremalPerturbation(areas=(0.05, 0.1)).parameters["variant"]
@@ -60,7 +59,7 @@ class ExtremalPerturbation(Method):
     reference = "Fong, Patrick & Vedaldi, ICCV 2019, arXiv:1910.08485"
     produces = "input map"
     additive = False
-    full_precision = True  # iterations feed their own rounding back
+    full_precision = True  # rounding errors accumulate over iterations
 
     areas: float | Sequence[float] = 0.1
     variant: Literal["preserve", "delete"] = "delete"
@@ -100,17 +99,17 @@ class ExtremalPerturbation(Method):
         baseline = baseline_for(self.baseline)
         x0 = baseline.draw(objective, objective.generator())
         maps = objective.new_maps(1)
-        found: list[list[dict[str, float]]] = [[] for _ in maps]
+        areas: list[list[dict[str, float]]] = [[] for _ in maps]
         for k in range(objective.n_targets):
             game = _Single(objective.derive(scores=[objective.scores[k]]), x0)
             for area in self._areas():
                 mask, notes = self._mask(game, area)
                 maps[k][game.inside] += mask / len(self._areas())
-                found[k].append(notes)
-        return Explained(maps, {"areas_found": found, "baseline": json_ready(baseline.record())})
+                areas[k].append(notes)
+        return Explained(maps, {"areas_found": areas, "baseline": json_ready(baseline.record())})
 
     def passes(self, objective: Objective) -> int:
-        """A gradient an iteration, and one where deletion starts (each a forward pass more for non-linear targets), and
+        """A gradient per iteration, one at the start of deletion (plus a forward pass each for non-linear targets), and
         three values."""
         gradients = self.n_iter * len(self._areas()) + (self.backend == "native" and self.variant == "delete")
         passes = gradients * (1 if objective.linear else 2) + 2 * len(self._areas()) + 1
@@ -120,7 +119,7 @@ class ExtremalPerturbation(Method):
         return [float(a) for a in (self.areas if isinstance(self.areas, Sequence) else [self.areas])]
 
     def _mask(self, game: _Single, area: float) -> tuple[Tensor, dict[str, float]]:
-        """The mask (*box) of one area, and what it does."""
+        """Return the mask (*box) of one area, and its notes."""
         if self.backend == "torchray":
             return self._described(game, area, self._peer_mask(game, area))
         smooth = SmoothMask(game.shape, self.step, self.sigma)
@@ -151,7 +150,8 @@ class ExtremalPerturbation(Method):
         return self._described(game, area, mask)
 
     def _start(self, game: _Single, smooth: SmoothMask, area: float) -> Tensor:
-        """0.5 everywhere; for deletion only in the share ``area`` of cells where F rises most with m at the image."""
+        """Return the start: 0.5 everywhere; for deletion only in the share ``area`` of cells where F rises most with
+        m."""
         even = torch.full(smooth.grid, 0.5, dtype=game.dx.dtype, device=game.dx.device, requires_grad=True)
         if self.variant == "preserve":
             return even.detach()
@@ -193,7 +193,7 @@ grows until the end, so that the area is met."""
 
 
 class _Single:
-    """One target between x₀ and x, by a mask on the box of the windows that it sees."""
+    """One target at blends of x₀ and x, by a mask on the box of the windows that it sees."""
 
     def __init__(self, objective: Objective, x0: Tensor) -> None:
         self.objective, self.x0, self.dx = objective, x0, objective.image - x0
@@ -245,9 +245,9 @@ class SmoothMask:
     ``m(u) = smax_v k(u − v) p(v)``, ``k(d) = exp(−|d|²/2σ²)`` up to 2σ, ``smax a = Σ a e^{Ta} / Σ e^{Ta}``, T = 20.
 
     Args:
-        shape: of the mask.
-        step: voxels a cell; None: a twelfth of the shortest side.
-        sigma: of a bump in voxels; None: ``step``.
+        shape: spatial shape of the mask.
+        step: voxels per cell; None: a twelfth of the shortest side.
+        sigma: width of a bump in voxels; None: ``step``.
     """
 
     temperature = 20.0
@@ -279,7 +279,7 @@ class SmoothMask:
 
 
 def _area_error(mask: Tensor, area: float) -> Tensor:
-    """``mean (sort(m) − r_a)²``: zero where exactly a share ``area`` of the mask is 1 and the rest 0."""
+    """Return ``mean (sort(m) − r_a)²``: zero where exactly a share ``area`` of the mask is 1 and the rest 0."""
     ordered = mask.flatten().sort().values
     wanted = torch.zeros_like(ordered)
     wanted[len(ordered) - round(area * len(ordered)) :] = 1
@@ -287,7 +287,7 @@ def _area_error(mask: Tensor, area: float) -> Tensor:
 
 
 def _of_area(mask: Tensor, area: float) -> Tensor:
-    """The power of a mask, between its 16th root and its 16th power, whose mean is nearest to ``area``."""
+    """Return the power of a mask, between its 16th root and 16th power, whose mean is nearest to ``area``."""
     low, high = -4.0, 4.0
     for _ in range(40):
         middle = (low + high) / 2

@@ -1,4 +1,4 @@
-"""LIME: a linear model of the network round one image, over features."""
+"""LIME: a local linear model of the network around one image, over features."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class Lime(PerturbationMethod):
     """The weights of a ridge regression of ``F(x with the features outside z off)`` on ``z ∈ {0, 1}ⁿ`` (Ribeiro 2016).
 
     z is uniform; a sample weighs ``√exp(−d²/kernel_width²)``, d its distance from the image itself (all ones). Sampling
-    and scoring are ours, so that windows in which samples agree are computed once, in 2D and 3D and with any number of
+    and scoring are our own, so that windows in which samples agree are computed once, in 2D and 3D, with any number of
     channels; the regression is that of the `lime` package.
 
     Args:
-        n_samples: samples; the first is the image itself.
+        n_samples: number of samples; the first is the image itself.
         feature_mask, baseline: see `FeatureAblation`; ``baseline="feature mean"`` is what `LimeImageExplainer` does.
         kernel_width, distance_metric: as in `lime.lime_image.LimeImageExplainer`.
-        num_features: only the so many weightiest features enter the model; None: all.
-        feature_selection: how these are found, see `lime.lime_base.LimeBase.feature_selection`.
-        alpha: of the ridge penalty.
+        num_features: number of features of greatest weight in the model; None: all.
+        feature_selection: how these are selected, see `lime.lime_base.LimeBase.feature_selection`.
+        alpha: weight of the ridge penalty.
 
-    The record has the table of weights under ``features``, and for each target ``r2``, the weighted R² of the linear
-    model, and its ``intercept``. A low R² means that the weights say little.
+    The record has the table of weights under ``features``, and per target ``r2``, the weighted R² of the linear model,
+    and its ``intercept``. With a low R² the weights are not reliable.
 
     Example:
         >>> Lime(n_samples=100, feature_mask="grid(8)").parameters["kernel_width"]
@@ -72,21 +72,21 @@ class Lime(PerturbationMethod):
         changes = finite_scores(self, game.values(samples))
         scores = (objective.image_values().cpu()[:, None] + changes).numpy()
         weights, r2, intercept = self.fit(samples, scores)
-        found = torch.from_numpy(weights)
-        notes = {"r2": r2, "intercept": intercept, "features": game.features.table(found)}
-        maps = game.features.paint(found).to(objective.image.dtype)
+        coefficients = torch.from_numpy(weights)
+        notes = {"r2": r2, "intercept": intercept, "features": game.features.table(coefficients)}
+        maps = game.features.paint(coefficients).to(objective.image.dtype)
         return Explained(maps, {**game.notes(), **notes})
 
     def predictions(self, objective: Objective) -> int:
         return self.n_samples
 
     def perturbations(self, objective: Objective) -> Segments:
-        """The samples."""
+        """Return the samples."""
         game = Game.of(objective, self.feature_mask, self.baseline)
         return game.segments(self.coalitions(game))
 
     def coalitions(self, game: Game) -> np.ndarray:
-        """The samples (n_samples, n)."""
+        """Return the samples (n_samples, n), bool."""
         game.check_size(self.n_samples)
         generator = game.objective.generator()
         samples = torch.randint(0, 2, (self.n_samples, len(game.features)), generator=generator).bool().numpy()
@@ -94,7 +94,7 @@ class Lime(PerturbationMethod):
         return samples
 
     def fit(self, samples: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, list[float], list[float]]:
-        """Weights (k, n), R² and intercept a target, from scores (k, m)."""
+        """Fit weights (k, n), R² (k,) and intercepts (k,) to scores (k, m)."""
         from lime.lime_base import LimeBase
         from sklearn.linear_model import Ridge
         from sklearn.metrics import pairwise_distances
@@ -104,7 +104,7 @@ class Lime(PerturbationMethod):
         base = LimeBase(lambda d: np.sqrt(np.exp(-(d**2) / self.kernel_width**2)), random_state=0)
         weights, r2, intercepts = np.zeros((len(scores), data.shape[1])), [], []
         for k in range(len(scores)):
-            intercept, found, fit, _ = base.explain_instance_with_data(
+            intercept, weighted, fit, _ = base.explain_instance_with_data(
                 data,
                 scores.T,
                 distances,
@@ -113,7 +113,7 @@ class Lime(PerturbationMethod):
                 feature_selection=self.feature_selection,
                 model_regressor=Ridge(alpha=self.alpha, fit_intercept=True, random_state=0),
             )
-            for j, weight in found:
+            for j, weight in weighted:
                 weights[k, j] = weight
             r2.append(float(fit))
             intercepts.append(float(intercept))

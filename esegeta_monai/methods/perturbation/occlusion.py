@@ -1,4 +1,4 @@
-"""Parts of the image replaced, and how much the target changes."""
+"""Occlusion: the change of the target when boxes of the image are replaced."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Occlusion(PerturbationMethod):
     Args:
         window: shape of the occluder in voxels, spatial; one number for all axes.
         stride: steps between occluders; None: ``window``, so that occluders tile the image.
-        baseline: what stands in the occluder, see `esegeta_monai.engine.baselines`.
-        per_channel: each channel is occluded by itself, else all together.
+        baseline: replaces the voxels of the occluder, see `esegeta_monai.engine.baselines`.
+        per_channel: True occludes each channel by itself, False all together.
 
     Example:
         >>> Occlusion(window=8, stride=4).parameters
@@ -69,7 +69,7 @@ class Occlusion(PerturbationMethod):
         return Explained(maps, {"occluders": len(boxes), "baseline": json_ready(baseline.record())})
 
     def perturbations(self, objective: Objective) -> Boxes:
-        """All occluders."""
+        """Return all occluders."""
         return self.occluders(objective, baseline_for(self.baseline, local=True).draw(objective, objective.generator()))
 
     def predictions(self, objective: Objective) -> int:
@@ -77,7 +77,7 @@ class Occlusion(PerturbationMethod):
         return occluders * (objective.image.shape[0] if self.per_channel else 1)
 
     def occluders(self, objective: Objective, reference: Tensor) -> Boxes:
-        """The boxes of this case."""
+        """Return the boxes of this case."""
         lines = self._lines(objective.plan.spatial_shape)
         starts = [[s for s, _ in corner] for corner in itertools.product(*lines)]
         stops = [[t for _, t in corner] for corner in itertools.product(*lines)]
@@ -89,14 +89,14 @@ class Occlusion(PerturbationMethod):
         return Boxes(starts, stops, reference, channels)
 
     def _lines(self, shape: Sequence[int]) -> list[list[tuple[int, int]]]:
-        """First and last voxel (excluded) of the occluders along each axis."""
+        """Return start and stop (excluded) of the occluders along each axis."""
         window = self._spatial(self.window, len(shape), "window")
         stride = window if self.stride is None else self._spatial(self.stride, len(shape), "stride")
         starts = [range(0, max(n - w, 0) + s, s) for n, w, s in zip(shape, window, stride)]
         return [[(a, min(a + w, n)) for a in line if a < n] for line, w, n in zip(starts, window, shape)]
 
     def _counts(self, shape: Sequence[int]) -> list[Tensor]:
-        """For each axis how many occluders hold each voxel, at least 1."""
+        """Return per axis the number of occluders that hold each voxel, at least 1."""
         counts = []
         for line, n in zip(self._lines(shape), shape):
             count = torch.zeros(n)

@@ -1,4 +1,4 @@
-"""RISE: the mean of random masks, weighted by the score that the masked image gets."""
+"""RISE: the mean of random masks, weighted by the score of the masked image."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["Rise"]
 class Rise(PerturbationMethod):
     """``a(v) = 1 / (p N) Σ_i F(x₀ + m_i (x − x₀)) m_i(v)`` over random smooth masks (Petsiuk et al. 2018).
 
-    A mask is a coarse grid of ones (with probability p) and zeros, interpolated linearly and moved by a random part of
-    a cell. Masks are made for the window at hand; the sum over masks is made mask by mask. In 2D and 3D.
+    A mask is a coarse grid of ones (with probability p) and zeros, interpolated linearly and shifted by a random part
+    of a cell. Masks are computed per window and summed one by one. In 2D and 3D.
 
     Args:
         n_masks: N.
-        grid: cells an axis of the coarse grid; one number for all axes.
-        p: share of cells that are kept.
+        grid: cells per axis of the coarse grid; one number for all axes.
+        p: probability that a cell is kept.
         baseline: x₀; the paper's is ``"zero"``.
         score: ``"value"`` weighs masks by F as the paper does; ``"change"`` by F(x') − F(x), which has less noise where
             F is far from zero.
@@ -74,12 +74,12 @@ class Rise(PerturbationMethod):
         return self.n_masks
 
     def perturbations(self, objective: Objective) -> SmoothMasks:
-        """All masks."""
+        """Return all masks."""
         reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
         return self.masks(objective, reference)
 
     def masks(self, objective: Objective, reference: Tensor) -> SmoothMasks:
-        """The random masks of this case: a grid, stretched over the image and one cell more, so that it can move."""
+        """Return the random masks of this case: a grid over the image and one more cell, so that it can be shifted."""
         shape = objective.plan.spatial_shape
         cells = per_axis(self.grid, len(shape), "Rise(grid=…)")
         sides = [math.ceil(n / g) for n, g in zip(shape, cells)]

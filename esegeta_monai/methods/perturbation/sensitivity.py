@@ -1,4 +1,4 @@
-"""Global sensitivity analysis of masks: how much of the target's variation each part of the image accounts for."""
+"""Global sensitivity analysis of masks: the part of the target's variation that each part of the image explains."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ __all__ = ["Hsic", "Sobol", "hsic", "jansen", "quasi_random"]
 
 
 class _MaskSensitivity(PerturbationMethod):
-    """What both share: masks over the cells of a coarse grid, an index a cell, interpolated to a map.
+    """Base class: masks over the cells of a coarse grid, one index per cell, interpolated to a map.
 
     Args:
         n_samples: N, a power of two.
-        grid: cells an axis; one number for all axes.
+        grid: cells per axis; one number for all axes.
         baseline: x₀, see `esegeta_monai.engine.baselines`.
     """
 
@@ -48,16 +48,16 @@ class _MaskSensitivity(PerturbationMethod):
         return False
 
     def cells(self, objective: Objective) -> tuple[int, ...]:
-        """Cells an axis, at most one a voxel."""
+        """Return the cells per axis, at most one per voxel."""
         shape = objective.plan.spatial_shape
         return tuple(min(g, n) for g, n in zip(per_axis(self.grid, len(shape), "grid=…"), shape))
 
     def design(self, objective: Objective) -> Tensor:
-        """The masks (m, cells) in [0, 1]."""
+        """Return the masks (m, cells), in [0, 1]."""
         raise NotImplementedError
 
     def masks(self, objective: Objective, reference: Tensor) -> SmoothMasks:
-        """The masks of this case."""
+        """Return the masks of this case."""
         values = self.design(objective).to(objective.image.dtype)
         return SmoothMasks(values.reshape(-1, *self.cells(objective)), objective.plan.spatial_shape, reference)
 
@@ -65,12 +65,12 @@ class _MaskSensitivity(PerturbationMethod):
         return self.n_samples
 
     def perturbations(self, objective: Objective) -> SmoothMasks:
-        """All masks."""
+        """Return all masks."""
         reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
         return self.masks(objective, reference)
 
     def scored(self, objective: Objective) -> tuple[SmoothMasks, Tensor, Baseline]:
-        """The masks, their scores (k, m), and the baseline."""
+        """Return the masks, their scores (k, m), and the baseline."""
         baseline = baseline_for(self.baseline, local=True)
         masks = self.masks(objective, baseline.draw(objective, objective.generator()))
         return masks, finite_scores(self, known_score_changes(objective, masks)), baseline
@@ -78,7 +78,7 @@ class _MaskSensitivity(PerturbationMethod):
     def explained(
         self, masks: SmoothMasks, index: Tensor, halves: Sequence[Tensor], notes: dict[str, Any]
     ) -> Explained:
-        """From the indices (k, cells), whole and from either half of the samples."""
+        """Build the maps from indices (k, cells) of all samples and of either half."""
         cells = masks.grids.shape[1:]
         grid = SmoothMasks(index.reshape(-1, *cells), masks.shape, masks.baseline)
         maps = grid.weighted_sum(torch.eye(len(index), dtype=index.dtype))[:, None].to(masks.baseline)
@@ -89,12 +89,12 @@ class Sobol(_MaskSensitivity):
     """Total-order Sobol indices of the cells of a mask, by Jansen's estimator (Fel et al. 2021).
 
     ``S_Ti = E[(F(A) − F(A with cell i of B))²] / (2 Var F(A))``, A and B masks with cells uniform on [0, 1] from one
-    quasi-random design; ``x' = x₀ + m (x − x₀)``. The share of the target's variance that cell i takes part in. A
-    window that a cell does not reach is not computed again when the cell is exchanged.
+    quasi-random design; ``x' = x₀ + m (x − x₀)``. It is the share of the target's variance in which cell i takes
+    part. A window is not computed again when a cell outside it is exchanged.
 
     Args:
         n_samples: N, a power of two; ``N (cells + 1)`` predictions at most.
-        grid: cells an axis.
+        grid: cells per axis.
         baseline: x₀, see `esegeta_monai.engine.baselines`.
 
     The record has the greatest standard error of an index and ``convergence``, the correlation of the indices from
@@ -140,7 +140,7 @@ class Hsic(_MaskSensitivity):
 
     Args:
         n_samples: N, a power of two.
-        grid: cells an axis.
+        grid: cells per axis.
         baseline: x₀, see `esegeta_monai.engine.baselines`.
 
     The record has ``convergence``, the correlation of the indices from either half of the samples.
@@ -166,7 +166,7 @@ class Hsic(_MaskSensitivity):
 
 
 def jansen(at_a: Tensor, exchanged: Tensor) -> tuple[Tensor, Tensor]:
-    """Total-order indices and their standard errors (k, d), from F(A) (k, N) and F(A with input i of B) (k, d, N)."""
+    """Return total-order indices and standard errors (k, d), from F(A) (k, N) and F(A with input i of B) (k, d, N)."""
     squares = (at_a[:, None] - exchanged) ** 2 / 2
     variance = at_a.var(1, keepdim=True)
     scale = torch.where(variance > 0, variance, 1)
@@ -174,26 +174,26 @@ def jansen(at_a: Tensor, exchanged: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def hsic(cells: Tensor, values: Tensor) -> Tensor:
-    """``1/(N−1)² tr(K_i H L H)`` for binary inputs (N, d) and values (k, N): (k, d).
+    """Compute ``1/(N−1)² tr(K_i H L H)`` (k, d) for binary inputs (N, d) and values (k, N).
 
     With ``s = ±1``, the Dirac kernel is ``(1 + s sᵀ)/2``, whose constant part H removes.
     """
     n, signs = len(cells), 2 * cells.double() - 1
-    found = []
+    effects = []
     for y in values.double():
         squares = (y[:, None] - y) ** 2
         width = torch.nanmedian(torch.where(squares > 0, squares, torch.nan))  # of distinct values
         kernel = torch.exp(-squares / (2 * width)) if bool(torch.isfinite(width)) else torch.ones_like(squares)
         centred = kernel - kernel.mean(0) - kernel.mean(1, keepdim=True) + kernel.mean()
-        found.append((signs * (centred @ signs)).sum(0) / 2 / (n - 1) ** 2)
-    return torch.stack(found)
+        effects.append((signs * (centred @ signs)).sum(0) / 2 / (n - 1) ** 2)
+    return torch.stack(effects)
 
 
 def quasi_random(n: int, d: int, seed: int, *, binary: bool = False) -> Tensor:
-    """n well-spread points in [0, 1)ᵈ, float64; ``binary``: rounded to 0 and 1.
+    """Return n well-spread points (n, d) in [0, 1), float64; ``binary``: rounded to 0 and 1.
 
-    A scrambled Sobol sequence, unless some two of its dimensions are more alike than any two of a Latin hypercube,
-    which then is taken: of 128 dimensions of 32 Sobol points some agree in the first bit at every point, and masks of
+    A scrambled Sobol sequence, unless two of its dimensions correlate more than any two of a Latin hypercube, which
+    is used then: of 128 dimensions of 32 Sobol points some agree in the first bit at every point, and masks of
     such a design would not tell two cells apart.
     """
     from scipy.stats import qmc
@@ -210,14 +210,14 @@ def quasi_random(n: int, d: int, seed: int, *, binary: bool = False) -> Tensor:
 
 
 def _halves(n: int) -> tuple[slice, slice]:
-    """The first and the second half of n points: each as well spread as the whole, unlike every other Sobol point."""
+    """Return the first and second half of n points; each is well spread, which every other Sobol point is not."""
     return slice(0, n // 2), slice(n // 2, n)
 
 
 def _likeness(points: Tensor) -> float:
-    """The greatest absolute correlation between two dimensions, of the points and of their first bits."""
-    found = 0.0
+    """Return the greatest absolute correlation between two dimensions, of the points and of their first bits."""
+    largest = 0.0
     for values in (points, (points >= 0.5).double()) if points.shape[1] > 1 else ():
         correlation = torch.corrcoef(values.T).fill_diagonal_(0)
-        found = max(found, float(correlation.abs().max()))
-    return found
+        largest = max(largest, float(correlation.abs().max()))
+    return largest

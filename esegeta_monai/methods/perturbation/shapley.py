@@ -1,4 +1,4 @@
-"""Shapley values of features: how ``F(x) − F(x₀)`` is shared among them."""
+"""Shapley values of features: their shares of ``F(x) − F(x₀)``."""
 
 from __future__ import annotations
 
@@ -22,32 +22,35 @@ __all__ = ["ChannelShapley", "KernelShap", "ShapleyValueSampling", "all_coalitio
 
 
 class _ShapleyMethod(PerturbationMethod):
-    """What all share: ``φ_j`` of each feature, spread over its voxels, so that the map sums up to F(x) − F(x₀)."""
+    """Base class: spreads ``φ_j`` of each feature over its voxels, so that the map sums to F(x) − F(x₀)."""
 
     additive = True
     units = "target per voxel"
 
     def game(self, objective: Objective) -> Game:
-        """The features as players."""
+        """Return the game whose players are the features."""
         raise NotImplementedError
 
     def coalitions(self, game: Game) -> np.ndarray:
-        """All coalitions that are needed (m, n)."""
+        """Return all coalitions that are needed (m, n), bool."""
         raise NotImplementedError
 
     def perturbations(self, objective: Objective) -> Segments:
-        """All coalitions."""
+        """Return all coalitions."""
         game = self.game(objective)
         return game.segments(self.coalitions(game))
 
     @staticmethod
     def explained(game: Game, phi: Tensor, error: Tensor, empty: Tensor, notes: dict[str, Any]) -> Explained:
-        """From values and standard errors (k, n), and ``F(x₀) − F(x)`` (k,)."""
+        """Build the result from values and standard errors (k, n), and ``F(x₀) − F(x)`` (k,)."""
         gap = [abs(float((s + e) / e)) if e != 0 else None for s, e in zip(phi.sum(1), empty)]
         table = game.features.table(phi, standard_error=error)
-        found = {"completeness_gap": gap, "baseline_value": (game.objective.image_values().cpu() + empty).tolist()}
+        completeness = {
+            "completeness_gap": gap,
+            "baseline_value": (game.objective.image_values().cpu() + empty).tolist(),
+        }
         maps = game.features.spread(phi).to(game.objective.image.dtype)
-        return Explained(maps, {**game.notes(), **notes, **found, "features": table})
+        return Explained(maps, {**game.notes(), **notes, **completeness, "features": table})
 
 
 class ShapleyValueSampling(_ShapleyMethod):
@@ -56,10 +59,10 @@ class ShapleyValueSampling(_ShapleyMethod):
     Complete: each order's shares add up to ``F(x) − F(x₀)``, x₀ being the image with all features off.
 
     Args:
-        n_samples: random orders; where there are no more than that (n! ≤ n_samples) each is taken once: exact.
+        n_samples: random orders; if there are no more (n! ≤ n_samples), each is used once, which is exact.
         feature_mask, baseline: see `FeatureAblation`.
 
-    The map holds φ_j over the number of j's voxels; the record's table has φ_j and its standard error.
+    The map's values are φ_j divided by the number of j's voxels; the record's table has φ_j and its standard error.
 
     Example:
         >>> ShapleyValueSampling(n_samples=10, feature_mask="channels").additive
@@ -89,7 +92,7 @@ class ShapleyValueSampling(_ShapleyMethod):
         return (rank[:, None, :] < np.arange(n + 1)[None, :, None]).reshape(-1, n)
 
     def orders(self, game: Game) -> np.ndarray:
-        """Which feature comes when, (orders, n)."""
+        """Return the orders of features (orders, n)."""
         n = len(game.features)
         if self._exact(n):
             return np.array(list(itertools.permutations(range(n))))
@@ -119,7 +122,7 @@ class KernelShap(_ShapleyMethod):
     ``π(S) = (n−1) / (C(n,|S|) |S| (n−|S|))``. Coalitions are drawn by π, each with its complement (Covert & Lee 2021).
 
     Args:
-        n_samples: coalitions; where all 2ⁿ − 2 fit, each is taken once with its weight: exact.
+        n_samples: coalitions; if all 2ⁿ − 2 fit, each is used once with its weight, which is exact.
         feature_mask, baseline: see `FeatureAblation`.
 
     The record's table has φ_j and its standard error (delete-a-group jackknife).
@@ -179,14 +182,15 @@ GROUPS = 32
 
 
 def _without_a_group(samples: int) -> Iterator[np.ndarray]:
-    """Weights that leave out one group of pairs after the other."""
+    """Yield weights that leave out one group of pairs after the other."""
     group = np.arange(samples) // 2 % GROUPS
     for g in range(GROUPS):
         yield (group != g).astype(float)
 
 
 def _constrained(sets: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The weighted regression under ``Σ φ = v(all) − v(∅)``: (k, n). ``values``: (k, 2 + m), empty and full first.
+    """Solve the weighted regression under ``Σ φ = v(all) − v(∅)``: (k, n). ``values``: (k, 2 + m), empty and full
+    first.
 
     The last feature is eliminated by the constraint.
     """
@@ -204,8 +208,8 @@ class ChannelShapley(_ShapleyMethod):
     """The exact Shapley value of each input channel, such as the contrasts of an MR examination: 2^C predictions.
 
     Args:
-        baseline: what stands in a channel that is off, see `esegeta_monai.engine.baselines`.
-        names: of the channels, for the table; None: as the case has them (a bundle's metadata.json).
+        baseline: replaces a channel that is off, see `esegeta_monai.engine.baselines`.
+        names: channel names for the table; None: those of the case (a bundle's metadata.json).
 
     Raises:
         MethodError: more than 12 channels.
@@ -241,12 +245,12 @@ class ChannelShapley(_ShapleyMethod):
 
 
 def all_coalitions(n: int) -> np.ndarray:
-    """All coalitions of n features (2ⁿ, n), feature j in row r where bit j of r is set."""
+    """Return all coalitions of n features (2ⁿ, n), bool: feature j is in row r where bit j of r is set."""
     return (np.arange(2**n)[:, None] >> np.arange(n)) & 1 == 1
 
 
 def shapley_values(values: Tensor) -> Tensor:
-    """Exact Shapley values (k, n) from the value of every coalition (k, 2ⁿ), in the order of `all_coalitions`.
+    """Compute exact Shapley values (k, n) from the values of all coalitions (k, 2ⁿ), in the order of `all_coalitions`.
 
     ``φ_j = Σ_{S ∌ j} |S|! (n−|S|−1)! / n! (v(S ∪ j) − v(S))``
 
@@ -257,8 +261,8 @@ def shapley_values(values: Tensor) -> Tensor:
     sets = torch.from_numpy(all_coalitions(n))
     sizes = sets.sum(1)
     weight = torch.tensor([1 / (n * math.comb(n - 1, s)) for s in range(n)], dtype=values.dtype)
-    found = []
+    values_of_features = []
     for j in range(n):
         without = torch.nonzero(~sets[:, j]).flatten()
-        found.append(((values[:, without + 2**j] - values[:, without]) * weight[sizes[without]]).sum(1))
-    return torch.stack(found, 1)
+        values_of_features.append(((values[:, without + 2**j] - values[:, without]) * weight[sizes[without]]).sum(1))
+    return torch.stack(values_of_features, 1)

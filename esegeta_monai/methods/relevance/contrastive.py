@@ -1,4 +1,4 @@
-"""Relevance for the target less relevance for its opposite: what is special to the target."""
+"""Relevance for the target minus relevance for its opposite: specific to the target."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ContrastiveExcitationBackprop", "ContrastiveLRP"]
 
 
 class _Contrastive(Method):
-    """What contrastive methods share: both sides are summed over the windows, then compared."""
+    """Base class: sums target and opposite over the windows, then compares them."""
 
     produces = "input map"
     additive = True
@@ -34,11 +34,12 @@ class _Contrastive(Method):
         return not self.positive
 
     def passes(self, objective: Objective) -> int:
-        """Once, and the first window twice: its output under the rules is compared with the plain one."""
+        """One pass, and a second one of the first window, to compare its output under the rules with the plain one."""
         return len(objective.windows) + 1
 
     def _both(self, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of target and opposite: maps (2, k, C, *spatial), what fell on padding and `Sides.kept` (2, k), the total."""
+        """Return maps (2, k, C, *spatial) of target and opposite, sums on padding and `Sides.kept` (2, k), the total
+        (k,)."""
         maps = torch.stack([objective.new_maps(), objective.new_maps()])
         padding = torch.zeros(2, objective.n_targets, dtype=torch.float64)
         kept = torch.zeros_like(padding)
@@ -62,14 +63,14 @@ class _Contrastive(Method):
 
 
 class ContrastiveExcitationBackprop(_Contrastive):
-    """``Σ prior · (T / t − A / a)``: excitation backpropagation of the target less that of its opposite (Zhang 2018).
+    """``Σ prior · (T / t − A / a)``: excitation backpropagation of the target minus that of its opposite (Zhang 2018).
 
-    The opposite is the target with the signs of the last weights changed. t and a are what the last weights of the
-    whole volume hand down (each side is one below them), so that the contrast adds up to nothing there. Linear scores
+    The opposite is the target with the signs of the last weights changed. t and a are the sums that the last weights of
+    the whole volume pass down (each side is divided by its own), so that the contrast sums to zero there. Linear scores
     only (``output="logit"``).
 
     Args:
-        positive: keep what is above zero, as Zhang does; else the signed contrast.
+        positive: True keeps positive values only, as Zhang does; False gives the signed contrast.
 
     The record has ``kept_target`` and ``kept_opposite``, t and a as shares of the prior.
 
@@ -102,15 +103,15 @@ class ContrastiveExcitationBackprop(_Contrastive):
 
 
 class ContrastiveLRP(CompositeMethod, _Contrastive):
-    """``max(R − R_dual, 0)``: LRP of the target less LRP of its opposite (Gu, Yang & Tresp 2018, CLRP2).
+    """``max(R − R_dual, 0)``: LRP of the target minus LRP of its opposite (Gu, Yang & Tresp 2018, CLRP2).
 
     The opposite is the target with the signs of the last weights changed; it starts with the same relevance F(x). The
-    last weights hand relevance down by z⁺ (under epsilon both sides would be equal), those below by the composite.
+    last weights use the z⁺ rule (under epsilon both sides would be equal), the operations below use the composite.
     ``Σ (R − R_dual) + booked = 0``. Linear scores only (``output="logit"``).
 
     Args:
-        composite, epsilon, gamma: see `LRP`; of the operations below the last weights. Gu et al.: z⁺ everywhere.
-        positive: keep what is above zero, as Gu et al. do; else the signed contrast.
+        composite, epsilon, gamma: see `LRP`; for the operations below the last weights. Gu et al. use z⁺ everywhere.
+        positive: True keeps positive values only, as Gu et al. do; False gives the signed contrast.
 
     Example:
         >>> ContrastiveLRP().parameters["composite"]

@@ -27,9 +27,8 @@ class DeepLift(Method):
     """``a = (x − x₀) · m`` with m the finite-difference multipliers, the rescale rule (Shrikumar et al. 2017).
 
     Complete to rounding on every network: the sum of the map is ``F(x) − F(x₀)``. Activations, norms, attention and
-    pooling have exact difference formulas, see `esegeta_monai.engine.rules.deep_lift`; a non-linear target enters by
-    its own
-    multiplier over the two predictions.
+    pooling have exact difference formulas, see `esegeta_monai.engine.rules.deep_lift`; a non-linear target contributes
+    its own multiplier over the two predictions.
 
     Args:
         baseline: x₀, see `esegeta_monai.engine.baselines`.
@@ -49,8 +48,8 @@ class DeepLift(Method):
     baseline: Any = "auto"
 
     def passes(self, objective: Objective) -> int:
-        """Image and baseline once (twice where the target is not linear: F at the baseline comes first), and the first
-        window of the image once more: its output under the rules is compared with the plain one."""
+        """Image and baseline once (twice for non-linear targets: F at the baseline comes first), and the first window
+        once more, to compare its output under the rules with the plain one."""
         return passes_against(objective) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
@@ -68,9 +67,9 @@ class DeepLiftShap(Method):
     Shapley values, complete to rounding for the references that were drawn.
 
     Args:
-        baseline: the distribution, see `esegeta_monai.engine.baselines`; a list of files or tensors is taken one by
-        one.
-        n_samples: number of draws; a list is used whole where it is not longer.
+        baseline: the distribution, see `esegeta_monai.engine.baselines`; a list of files or tensors is used one
+            by one.
+        n_samples: number of draws; a list that is not longer is used completely.
     """
 
     reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
@@ -88,7 +87,7 @@ class DeepLiftShap(Method):
         _check_samples(self.n_samples)
 
     def passes(self, objective: Objective) -> int:
-        """Those of `DeepLift`, once a draw."""
+        """Those of `DeepLift` per draw."""
         return self.n_samples * passes_against(objective) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
@@ -107,11 +106,11 @@ class DeepLiftShap(Method):
 class LayerDeepLift(LayerMethod):
     """`DeepLift` at a layer: ``(A − A₀) · m`` with A₀ the layer's output for the reference.
 
-    The sum is the part of ``F(x) − F(x₀)`` that flows through the layer, all of it where no path leads round it:
-    ``share_through_layer`` in the record.
+    The sum is the part of ``F(x) − F(x₀)`` that flows through the layer (``share_through_layer`` in the record); all of
+    it if no path bypasses the layer.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
+        layer: dotted name; None: the default layer, named in the record.
         reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
         baseline: x₀, see `esegeta_monai.engine.baselines`.
     """
@@ -126,11 +125,11 @@ class LayerDeepLift(LayerMethod):
 
     @property
     def references(self) -> int:
-        """How many references are drawn."""
+        """Number of references that are drawn."""
         return 1
 
     def passes(self, objective: Objective) -> int:
-        """Those of `DeepLift`, once a draw."""
+        """Those of `DeepLift` per draw."""
         return self.references * passes_against(objective) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
@@ -140,8 +139,8 @@ class LayerDeepLift(LayerMethod):
         baseline = baseline_for(self.baseline)
         total, starts = LayerSum(objective, layer, self.reduce), []
 
-        def see(batch: Batch, found: rules.Relevance) -> None:
-            total.add(batch, found.layers[layer].relevance)
+        def see(batch: Batch, relevance: rules.Relevance) -> None:
+            total.add(batch, relevance.layers[layer].relevance)
 
         for x0 in draws(baseline, objective, self.references):
             starts.append(against(objective, x0, see, [total], {layer: module}))
@@ -159,8 +158,8 @@ class LayerDeepLiftShap(LayerDeepLift):
 
     Args:
         layer, reduce: see `LayerDeepLift`.
-        baseline: the distribution; a list of files or tensors is taken one by one.
-        n_samples: number of draws; a list is used whole where it is not longer.
+        baseline: the distribution; a list of files or tensors is used one by one.
+        n_samples: number of draws; a list that is not longer is used completely.
     """
 
     reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
@@ -187,19 +186,19 @@ def against(
     sums: Sequence[Tensor | Summed],
     layers: Mapping[str, torch.nn.Module] | None = None,
 ) -> Tensor:
-    """DeepLIFT against one reference, window by window.
+    """Run DeepLIFT against one reference, window by window.
 
     Args:
         x0: the reference (C, *spatial).
-        see: called with what DeepLIFT makes of each batch.
-        sums: what ``see`` adds into, see `Objective.each`.
+        see: called with the relevance of each batch.
+        sums: tensors that ``see`` adds to, see `Objective.each`.
         layers: modules whose outputs are attributed as well.
 
     Returns:
-        F at the reference (k,), float64. Of linear scores the pass over the reference that DeepLIFT makes tells it.
+        F at the reference (k,), float64; for linear scores from DeepLIFT's own pass over the reference.
     """
     start, cotangents = (None, None) if objective.linear else differences(objective, x0)
-    found = torch.zeros(objective.n_targets, dtype=torch.float64)
+    at_reference = torch.zeros(objective.n_targets, dtype=torch.float64)
 
     def run(batch: Batch) -> None:
         image, reference = batch.image, batch.cut(x0)
@@ -208,15 +207,15 @@ def against(
         )
         if start is None:
             assert relevance.at_baseline is not None
-            found.add_(batch.scores(relevance.at_baseline).sum(1).cpu())
+            at_reference.add_(batch.scores(relevance.at_baseline).sum(1).cpu())
         see(batch, relevance)
 
-    objective.each([(0, w) for w in objective.windows], run, cotangents=cotangents, sums=[*sums, found])
-    return (found + objective.constants()).to(objective.image.device) if start is None else start
+    objective.each([(0, w) for w in objective.windows], run, cotangents=cotangents, sums=[*sums, at_reference])
+    return (at_reference + objective.constants()).to(objective.image.device) if start is None else start
 
 
 def passes_against(objective: Objective) -> int:
-    """Window passes of `against`."""
+    """Return the number of window passes of `against`."""
     return (2 if objective.linear else 3) * len(objective.windows) + 1
 
 
@@ -228,8 +227,8 @@ def _adding(objective: Objective, maps: Tensor) -> See:
 
 
 def differences(objective: Objective, x0: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """F at a reference (k,), and what each score does to differences of its prediction, (channels, *box) a score:
-    ``∂s/∂P`` for a linear one, else the multiplier that makes ``Σ m · (P − P₀) = s(P) − s(P₀)``."""
+    """Return F at a reference (k,), and per score its multiplier m (channels, *box) of differences of the prediction:
+    ``∂s/∂P`` for a linear score, else such that ``Σ m · (P − P₀) = s(P) − s(P₀)``."""
     at_reference = [p[0] for p in objective.predict(x0[None])]
     start = torch.stack([s.value(p.double()) for s, p in zip(objective.scores, at_reference)])
     cotangents = []
@@ -242,7 +241,7 @@ def differences(objective: Objective, x0: Tensor) -> tuple[Tensor, list[Tensor]]
 
 
 def draws(baseline: Baseline, objective: Objective, n: int) -> Iterator[Tensor]:
-    """References: n draws, or every one of a list that is not longer."""
+    """Yield n references (C, *spatial), or all of a list that is not longer."""
     files = getattr(baseline, "files", None)
     if files is not None and 0 < len(files) <= n:
         for file in files:

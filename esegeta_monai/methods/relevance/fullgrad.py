@@ -1,4 +1,4 @@
-"""Full gradients: the image's part and every bias's part of the target."""
+"""Full gradients: the parts of the image and of every bias in the target."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["FullGrad"]
 
 @dataclass
 class _Call:
-    """One run of a module: what went in, what came out (a part of the graph)."""
+    """One call of a module: its input and its output (a part of the graph)."""
 
     name: str
     module: nn.Module
@@ -36,14 +36,14 @@ class FullGrad(Method):
     (Srinivas & Fleuret 2019).
 
     The bias of a module is ``b = y − J z``, J its Jacobian at its input z: the parameter ``bias`` of a convolution, the
-    shift of a norm, and the implicit bias of a bent activation; zero for ReLU, pooling and other homogeneous
-    modules. Biases of layers without positions (a linear head) are booked in the record. Complete where all constants
-    and bent functions are modules; attention and functional activations are not, and ``completeness_gap`` says how much
-    is missing. Linear targets only.
+    shift of a norm, and the implicit bias of a smooth activation; zero for ReLU, pooling and other homogeneous
+    modules. Biases of layers without positions (a linear head) are in the record's ``booked``. Complete where all
+    constants and non-linear functions are modules; attention and functional activations are not, and
+    ``completeness_gap`` is the missing part. Linear targets only.
 
     Args:
-        abs: the saliency map of the paper, the sum of the absolute values of all parts, each taken of the whole volume
-            (a pass for each module); else all parts with their signs, which add up to F.
+        abs: True for the saliency map of the paper, the sum of the absolute values of all parts, each of the whole
+            volume (a pass per module); False for the signed parts, which add up to F.
     """
 
     reference = "Srinivas & Fleuret, NeurIPS 2019, arXiv:1905.00780"
@@ -62,7 +62,7 @@ class FullGrad(Method):
         return not self.abs
 
     def passes(self, objective: Objective) -> int:
-        """One, or one a module and one for the image; and one window in which all modules are looked at."""
+        """One, or one per module and one for the image; and one window to find the modules."""
         rounds = len(_leaves(objective.model.network)) + 1 if self.abs else 1
         return len(objective.windows) * rounds + 1
 
@@ -91,11 +91,11 @@ class FullGrad(Method):
                 x = batch.image.detach().requires_grad_(True)
                 with torch.enable_grad(), _recorded(objective.model.network, names) as calls:
                     out = batch.forward(x)
-                found = batch.gradients(out, [x, *(c.output for c in calls)])
-                if found[0] is not None and (not self.abs or not names):
-                    padding.add_(objective.add(maps, batch, found[0] * x.detach()).sum(1).double().cpu())
+                gradients = batch.gradients(out, [x, *(c.output for c in calls)])
+                if gradients[0] is not None and (not self.abs or not names):
+                    padding.add_(objective.add(maps, batch, gradients[0] * x.detach()).sum(1).double().cpu())
                 seen: Counter[str] = Counter()
-                for call, gradient in zip(calls, found[1:]):
+                for call, gradient in zip(calls, gradients[1:]):
                     key = (call.name, seen[call.name])
                     seen[call.name] += 1
                     if gradient is None:
@@ -108,8 +108,8 @@ class FullGrad(Method):
 
             sums: list[Tensor | Summed] = [maps, padding, booked, *parts.values()]
             objective.each([(0, w) for w in objective.windows], run, sums=sums)
-            found = [p.result() for p in parts.values() if p.maps is not None]
-            for values, lost in [(maps, torch.zeros_like(padding)), *found]:
+            biases = [p.result() for p in parts.values() if p.maps is not None]
+            for values, lost in [(maps, torch.zeros_like(padding)), *biases]:
                 signed = signed + values.flatten(1).sum(1).double().cpu()
                 padding += lost.cpu()
                 total += (values.abs() if self.abs else values).sum(1, keepdim=True)
@@ -119,13 +119,13 @@ class FullGrad(Method):
 
 
 def _leaves(network: nn.Module) -> list[str]:
-    """The modules that have none inside."""
+    """Return the modules without submodules."""
     return [n for n, m in network.named_modules() if n and not any(m.children())]
 
 
 @contextmanager
 def _recorded(network: nn.Module, names: list[str]) -> Iterator[list[_Call]]:
-    """The runs of modules with one tensor in and one out. What goes in and out are copies, safe from in-place calls."""
+    """Record calls of modules with one input and one output tensor, as copies, which in-place calls cannot change."""
     calls: list[_Call] = []
     inputs: dict[int, Tensor] = {}
     handles = []
@@ -157,7 +157,7 @@ def _recorded(network: nn.Module, names: list[str]) -> Iterator[list[_Call]]:
 
 
 def _bias(call: _Call) -> Tensor:
-    """``y − J z`` of one run, by two backward passes: Jᵀu is linear in u, and its derivative along z is J z."""
+    """Return ``y − J z`` of one call, by two backward passes: Jᵀu is linear in u, and its derivative along z is J z."""
     with torch.enable_grad():
         z = call.input.requires_grad_(True)
         y = call.module(z.clone())

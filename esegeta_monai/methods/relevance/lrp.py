@@ -1,4 +1,4 @@
-"""Relevance that is handed down from the output to the image, operation by operation."""
+"""Relevance propagated from the output to the image, operation by operation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["LRP", "ExcitationBackprop", "input_range"]
 
 
 class _Relevance(Method):
-    """What relevance methods share: windows added, what stays with biases booked, conservation in the record."""
+    """Base class: adds windows, records relevance absorbed by biases (``booked``) and the conservation gap."""
 
     produces = "input map"
     additive = True
@@ -25,7 +25,7 @@ class _Relevance(Method):
     needs_linear = True
 
     def passes(self, objective: Objective) -> int:
-        """Once, and the first window twice: its output under the rules is compared with the plain one."""
+        """One pass, and a second one of the first window, to compare its output under the rules with the plain one."""
         return len(objective.windows) + 1
 
     def attribute(self, objective: Objective) -> Explained:
@@ -50,7 +50,7 @@ class _Relevance(Method):
         raise NotImplementedError
 
     def _expected(self, batch: Batch, cotangents: torch.Tensor, relevance: rules.Relevance) -> torch.Tensor:
-        """What map and books must sum up to, for each target."""
+        """Return what the map and the absorbed relevance must sum to, (k,), float64."""
         return batch.scores(relevance.output).sum(1)
 
 
@@ -71,7 +71,7 @@ class CompositeMethod(Method, registered=False):
         rules.composite_of(self.composite, epsilon=self.epsilon, gamma=self.gamma, low=0.0, high=1.0)
 
     def passes(self, objective: Objective) -> int:
-        """Once, and the first window twice: its output under the rules is compared with the plain one."""
+        """One pass, and a second one of the first window, to compare its output under the rules with the plain one."""
         return len(objective.windows) + 1
 
     def limits(self, objective: Objective) -> dict[str, Any]:
@@ -84,12 +84,13 @@ class LRP(CompositeMethod, _Relevance):
     """Layer-wise relevance propagation (Bach et al. 2015): ``Σ a + booked = F(x)``.
 
     Convolutions and linear layers by the rules of a composite (Kohlbrenner et al. 2020); norms with σ held constant;
-    attention by AttnLRP (Achtibat et al. 2024); biases booked. Linear scores only (``output="logit"``).
+    attention by AttnLRP (Achtibat et al. 2024). The record's ``booked`` is the relevance absorbed by biases. Linear
+    scores only (``output="logit"``).
 
     Args:
         composite: ``"EpsilonPlus"``, ``"EpsilonPlusFlat"``, ``"EpsilonGammaBox"``, ``"EpsilonAlpha2Beta1"``,
             ``"DeepTaylor"``, or a mapping of operation to rule, see `esegeta_monai.engine.rules.lrp`.
-        epsilon, gamma: of the rules of those names.
+        epsilon, gamma: parameters of the rules of these names.
 
     Example:
         >>> LRP(composite="EpsilonPlusFlat").name
@@ -104,7 +105,7 @@ class LRP(CompositeMethod, _Relevance):
 
 
 def input_range(objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
-    """The smallest and the largest value that windows of the image can have, constant padding among them."""
+    """Return the least and the greatest value that windows of the image can have, constant padding included."""
     low, high = objective.image.min(), objective.image.max()
     if objective.plan.padded and objective.plan.padding_mode == "constant":
         low, high = low.clamp(max=objective.plan.cval), high.clamp(min=objective.plan.cval)
@@ -114,8 +115,8 @@ def input_range(objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
 class ExcitationBackprop(_Relevance):
     """Excitation backpropagation: the marginal winning probability of each voxel (Zhang et al. 2018).
 
-    The prior is the target's weights (sum 1 for a class); what falls on each voxel is never negative, and adds up to
-    the prior but for what only biases excite, which is booked. Linear scores only.
+    The prior is the target's weights (sum 1 for a class); the values of the map are never negative and add up to
+    the prior, except for the share that only biases excite (``booked`` in the record). Linear scores only.
     """
 
     reference = "Zhang et al., IJCV 2018, doi:10.1007/s11263-017-1059-x"

@@ -1,4 +1,4 @@
-"""Where in the image a network's signal lies, by patterns that were fitted on data."""
+"""The network's signal in the image, by patterns fitted on data."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ _FORMAT = "esegeta_monai patterns 1"
 
 @dataclass(frozen=True)
 class FittedPatterns:
-    """Patterns and what they belong to; kept in a file beside the weights.
+    """Fitted patterns and the hash of their weights, stored in a file beside the weights.
 
     Attributes:
-        patterns: of the network's operations in the order in which they run.
-        weights_sha256: of the weights that they were fitted for, see `esegeta_monai.engine.network.state.weights_hash`.
-        cases: how many cases they were fitted on.
+        patterns: one per operation of the network, in execution order; None where an operation has none.
+        weights_sha256: hash of the weights that they were fitted for, see
+            `esegeta_monai.engine.network.state.weights_hash`.
+        cases: number of cases that they were fitted on.
     """
 
     patterns: list[rules.Pattern | None]
@@ -44,7 +45,7 @@ class FittedPatterns:
 
     @classmethod
     def fit(cls, objectives: Iterable[Objective]) -> FittedPatterns:
-        """From all windows of some cases of one network.
+        """Fit patterns on all windows of some cases of one network.
 
         Raises:
             UsageError: no case at all.
@@ -61,7 +62,7 @@ class FittedPatterns:
         return cls(fit.patterns(), weights_hash(_whole(network)), cases)
 
     def save(self, path: str | Path) -> None:
-        """Writes a file that `torch.load` reads with ``weights_only=True``; whole or not at all."""
+        """Write a file atomically that `torch.load` reads with ``weights_only=True``."""
         content = {
             "format": _FORMAT,
             "weights_sha256": self.weights_sha256,
@@ -78,7 +79,7 @@ class FittedPatterns:
 
     @classmethod
     def load(cls, path: str | Path) -> FittedPatterns:
-        """Reads what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
             UsageError: no such file, or no patterns in it.
@@ -105,18 +106,19 @@ def _whole(network: nn.Module) -> nn.Module:
 
 
 class PatternAttribution(Method):
-    """``r_in = (w ⊙ a)ᵀ r``, from ``r = y · ∂s/∂y`` at the output: how much the signal in each voxel adds to the score.
+    """``r_in = (w ⊙ a)ᵀ r``, from ``r = y · ∂s/∂y`` at the output: the part of the score that the signal in each voxel
+    adds.
 
     a is the pattern of each linear neuron, ``cov(x, y) / var(y)`` in the regime of the rectifier behind it, fitted on
-    cases (Kindermans et al. 2018). It points where the data vary with the neuron; the filter w also has to cancel what
-    distracts. Batch, instance and group norms (σ constant) hand relevance on; the terms of a sum get their shares of
-    its variance; rectifiers, pooling and interpolation keep their derivative. Linear scores only. A network with
-    products of two tensors (attention, gates), softmax or layer norm has operations that are no linear neurons, and is
-    refused.
+    cases (Kindermans et al. 2018). It points in the direction in which the data vary with the neuron, while the filter
+    w also cancels distractors. Batch, instance and group norms (σ constant) pass relevance on; the terms of a sum get
+    their shares of its variance; rectifiers, pooling and interpolation keep their derivative. Linear scores only. A
+    network with products of two tensors (attention, gates), softmax or layer norm has operations that are no linear
+    neurons, and is refused.
 
     Args:
-        patterns: a file of patterns beside the weights (``esegeta-monai patterns`` writes one). Where it does not
-            exist, it is written, if there are cases.
+        patterns: a file of patterns (``esegeta-monai patterns`` writes one). If it does not exist and cases are given,
+            it is written.
         cases: NIfTI files on the network's grid or tensors (C, *spatial), preprocessed like the image, on which the
             patterns are fitted where there is no file.
 
@@ -152,8 +154,10 @@ class PatternAttribution(Method):
             )
 
     def passes(self, objective: Objective) -> int:
-        """Once, and the first window twice: its output under the rules is compared with the plain one. Likewise for
-        cases that are fitted on."""
+        """One pass, and a second one of the first window, to compare its output under the rules with the plain one.
+
+        The same for each case that patterns are fitted on.
+        """
         known = self._fitted or (self.patterns is not None and Path(self.patterns).is_file())
         fitting = 0 if known else len(self.cases) * (len(objective.plan) + 1)
         return fitting + len(objective.windows) + 1
@@ -194,8 +198,8 @@ class PatternAttribution(Method):
 class PatternNet(PatternAttribution):
     """``s_in = aᵀ s``, from ``s = y · ∂s/∂y`` at the output: the network's estimate of the signal itself.
 
-    Parameters and errors of `PatternAttribution`; patterns stand where a gradient has filters. Norms, which scale by s,
-    hand on ``1 / s``.
+    Parameters and errors of `PatternAttribution`; patterns replace the filters of a gradient. Norms, which scale by s,
+    pass on ``1 / s``.
     """
 
     additive = False

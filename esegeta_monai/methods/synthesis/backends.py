@@ -1,6 +1,6 @@
-"""Other packages in place of our own optimisation, in 2D: torch-lucent and TorchRay, where they are installed.
+"""Other packages for the optimisation in 2D: torch-lucent and TorchRay, where they are installed.
 
-Both see an ordinary module whose output is F, so that windows, targets and layers stay ours.
+Both get an ordinary module whose output is F; windows, targets and layers remain those of this package.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, climb: Climb) -> Tensor:
-        found = [climb(image) for image in images]
-        ctx.save_for_backward(torch.stack([gradient.to(images) for _, gradient in found]))
-        return images.new_tensor([value for value, _ in found])[:, None]
+        climbed = [climb(image) for image in images]
+        ctx.save_for_backward(torch.stack([gradient.to(images) for _, gradient in climbed]))
+        return images.new_tensor([value for value, _ in climbed])[:, None]
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
@@ -38,7 +38,7 @@ class _Score(torch.autograd.Function):
 
 
 class _Scene(nn.Module):
-    """F as a module: the network inside stays hidden, since such packages leave their hooks on what they find."""
+    """F as a module without submodules of the network, since such packages leave their hooks on modules."""
 
     def __init__(self, climb: Climb, prepare: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
@@ -89,9 +89,9 @@ def lucent_visualization(
             numbers, image = param.spatial.fft_image(size, decay_power=1 if decay is None else decay)
 
         def unit() -> Tensor:
-            found = torch.sigmoid(image())
-            images[1:] = [found.detach()[0]]
-            return found
+            drawn = torch.sigmoid(image())
+            images[1:] = [drawn.detach()[0]]
+            return drawn
 
         images.append(torch.sigmoid(image()).detach()[0])
         return numbers, unit
@@ -122,13 +122,13 @@ def torchray_masks(
     seed: int,
     **options: Any,
 ) -> Tensor:
-    """The masks (areas, h, w) of ``torchray.attribution.extremal_perturbation`` for F.
+    """Return the masks (areas, h, w) of ``torchray.attribution.extremal_perturbation`` for F.
 
     Args:
         image: (C, h, w).
-        climb: an image to F, in units of its rise over the baseline, and its gradient.
-        blurred: its blur, else its fade to zero.
-        options: ``step`` and ``sigma`` of its masks.
+        climb: maps an image to F, in units of its rise over the baseline, and its gradient.
+        blurred: True for TorchRay's blur, False for its fade to zero.
+        options: ``step`` and ``sigma`` of the masks.
 
     Raises:
         UsageError: TorchRay is not installed.
@@ -162,7 +162,11 @@ def torchray_masks(
 
 
 def flat_only(backend: str, shape: Sequence[int]) -> None:
-    """Raises MethodError where the image (C, *spatial) is not 2D."""
+    """Refuse an image (C, *spatial) that is not 2D.
+
+    Raises:
+        MethodError: the image is not 2D.
+    """
     if len(shape) != 3:
         raise MethodError(f"backend={backend!r} is for 2D images only: leave it away, the native one is 2D and 3D")
 
@@ -176,7 +180,7 @@ def _missing(backend: str, package: str, error: ImportError) -> str:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """The global random numbers of torch and NumPy, which such packages draw from: seeded inside, as before after."""
+    """Seed the global random generators of torch and NumPy, and restore them afterwards."""
     state = np.random.get_state()
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,6 +1,6 @@
-"""Where an image is made up, and the score that it is made up for.
+"""The canvas of a synthesised image, and the objective that is maximised.
 
-Synthesis climbs an ordinary `Objective`: a layer, a channel or a unit is the "prediction" of `LayerOutput`, with a
+Synthesis maximises an ordinary `Objective`: a layer, a channel or a unit is the "prediction" of `LayerOutput`, with a
 score that is linear in it, so that windows, blending and gradients are those of every other method.
 """
 
@@ -34,11 +34,11 @@ Neuron = Sequence[int] | Literal["centre"]
 
 @dataclass
 class Canvas:
-    """An image that is made up.
+    """The grid of a synthesised image, and its objective.
 
     Attributes:
-        objective: of one score, on the canvas's own grid; its image is the case's part there.
-        place: where the canvas lies in the case's image.
+        objective: has one score, on the canvas's grid; its image is the case's part there.
+        place: slices of the canvas in the case's image.
     """
 
     objective: Objective
@@ -54,19 +54,21 @@ class Canvas:
         return float(self.objective.value(image.detach()[None])[0, 0])
 
     def climb(self, image: Tensor) -> tuple[float, Tensor]:
-        """F and its gradient (C, *canvas) at an image."""
-        found = self.objective.gradient(image.detach()[None])
-        return float(found.values[0, 0]), found.maps[0, 0]
+        """Return F and its gradient (C, *canvas) at an image (C, *canvas)."""
+        gradient = self.objective.gradient(image.detach()[None])
+        return float(gradient.values[0, 0]), gradient.maps[0, 0]
 
     def on_image(self, image: Tensor, outside: Tensor, shape: Sequence[int]) -> Tensor:
-        """The made-up image where it lies in the case's, ``outside`` (C,) round it: (C, *shape)."""
+        """Return the synthesised image (C, *canvas) at its place on the case's grid, ``outside`` (C,) around it: (C,
+        *shape)."""
         whole = outside.reshape(-1, *(1,) * len(shape)).expand(-1, *shape).clone()
         whole[last_axes(self.place)] = image
         return whole
 
 
 def class_canvas(objective: Objective, k: int, extent: Extent) -> Canvas:
-    """The mean of target k's output over the canvas; a target of one voxel (`Voxel`, `LayerNeuron`) stays there.
+    """Return a canvas for the mean of target k's output; a target of one voxel (`Voxel`, `LayerNeuron`) keeps its
+    place.
 
     Raises:
         MethodError: the target has no class whose output could be averaged.
@@ -95,13 +97,13 @@ def layer_canvas(
     neuron: Neuron | None = None,
     window: int | None = None,
 ) -> Canvas:
-    """The mean over positions of what is read from a layer; or its value at one of them.
+    """Return a canvas for the mean over positions of ``read`` of a layer, or for its value at one position.
 
     Args:
         layer: dotted name.
-        read: the layer's map (n, C, *positions), or vector (n, C), to one channel.
-        neuron: voxel of the canvas whose unit is meant, ``"centre"`` for the one in the middle; None: all.
-        window: which window of the case the canvas stands for; None: the one nearest to the middle.
+        read: maps the layer's output (n, C, *positions) or (n, C) to one channel.
+        neuron: voxel of the canvas that selects the unit, ``"centre"`` for the middle; None: all units.
+        window: index of the window of the case; None: the window nearest to the middle.
     """
     if extent == "window" and window is None:
         window = window_of(objective)
@@ -118,7 +120,7 @@ def layer_objective(
     condition: Tensor | None = None,
     neuron: Neuron | None = None,
 ) -> Objective:
-    """`layer_canvas` on any grid: ``plan`` and ``image`` say which."""
+    """Return the objective of `layer_canvas` on the grid of ``plan`` and ``image``."""
     model = layer_model(objective.model, layer, read)
     shape = _output_shape(model, objective, plan, image, condition)
     mask = torch.ones(shape, dtype=torch.bool, device=image.device)
@@ -131,14 +133,15 @@ def layer_objective(
 
 
 def layer_model(model: Model, layer: str, read: Callable[[Tensor], Tensor]) -> Model:
-    """The network as its layer gives it, read by ``read``."""
-    found = copy.copy(model)
-    found.network, found.output = LayerOutput(model.network, layer, read), None
-    return found
+    """Return a model whose output is ``read`` of the layer's output."""
+    other = copy.copy(model)
+    other.network, other.output = LayerOutput(model.network, layer, read), None
+    return other
 
 
 def read_energy(values: Tensor) -> Tensor:
-    """``mean_c A_c²``: the whole layer's objective (Olah et al. 2017, Mordvintsev et al. 2015)."""
+    """Return ``mean_c A_c²`` (n, 1, *positions), the objective of a whole layer (Olah et al. 2017, Mordvintsev et al.
+    2015)."""
     return values.square().mean(1, keepdim=True)
 
 
@@ -154,7 +157,11 @@ def read_channel(layer: str, channel: int) -> Callable[[Tensor], Tensor]:
 
 
 def weighted(score: Score) -> WeightedScore:
-    """The score, which must be one class's output under a mask."""
+    """Check that a score is one class's output under a mask, and return it.
+
+    Raises:
+        MethodError: it is not.
+    """
     if isinstance(score, WeightedScore):
         return score
     raise MethodError(
@@ -166,12 +173,12 @@ def weighted(score: Score) -> WeightedScore:
 def intensity_range(
     image: Tensor, given: Sequence[Any] | None, percentiles: tuple[float, float] = (0.5, 99.5)
 ) -> Tensor:
-    """The intensities of the network's input: (C, 2), smallest and largest of each channel.
+    """Return the intensity range of the network's input, (C, 2): least and greatest value per channel.
 
     Args:
-        image: the preprocessed case (C, *spatial), where nothing is given.
+        image: the preprocessed case (C, *spatial), used if ``given`` is None.
         given: ``(low, high)``, or such a pair for each channel.
-        percentiles: of the case; where they coincide, as in a sparse image, its extremes.
+        percentiles: percentiles of the case; where they coincide, as in a sparse image, its extremes.
 
     Raises:
         UsageError: not as many pairs as channels, or low is not below high.
@@ -204,7 +211,7 @@ def intensity_range(
 
 
 def window_of(objective: Objective, seen: Sequence[int] = ()) -> int:
-    """The window nearest to the image's middle, of those in ``seen`` (of all, where that is empty)."""
+    """Return the window nearest to the image's middle among ``seen``, or among all if that is empty."""
     middle = [n / 2 for n in objective.plan.spatial_shape]
 
     def distance(window: int) -> float:
@@ -215,7 +222,7 @@ def window_of(objective: Objective, seen: Sequence[int] = ()) -> int:
 
 
 def _cut(objective: Objective, window: int | None) -> tuple[WindowPlan, Tensor, Slices, Tensor | None]:
-    """Plan, image, place in the case and condition of the canvas; ``window`` None: the whole image."""
+    """Return plan, image, place in the case and condition of the canvas; ``window`` None: the whole image."""
     plan = objective.plan
     if window is None:
         return plan, objective.image, tuple(slice(0, n) for n in plan.spatial_shape), objective.condition
@@ -229,7 +236,7 @@ def _cut(objective: Objective, window: int | None) -> tuple[WindowPlan, Tensor, 
 def _output_shape(
     model: Model, objective: Objective, plan: WindowPlan, image: Tensor, condition: Tensor | None
 ) -> tuple[int, ...]:
-    """Spatial shape of what the model gives for the canvas; one window is computed."""
+    """Return the spatial shape of the model's output for the canvas; runs one window."""
     probe = WindowedNetwork(model, image, plan, condition=condition, context=objective.context)
     with torch.no_grad():
         out = probe.run(probe.window(0), [0])

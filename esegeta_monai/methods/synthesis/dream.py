@@ -1,4 +1,4 @@
-"""Images that are made up with the case's image in mind: what a layer adds to it, and what a layer knows of it."""
+"""Images synthesised from the case: enhanced by a layer (DeepDream), or inverted from its activations."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ __all__ = ["DeepDream", "InvertedRepresentation"]
 
 
 class DeepDream(_Synthesis):
-    """The case's image with what the network sees in it made stronger (Mordvintsev et al. 2015), in 2D and 3D, window
-    by window over the whole image.
+    """The case's image with the network's response to it amplified (Mordvintsev et al. 2015), in 2D and 3D, window by
+    window over the whole image.
 
     From the image, ``x ← x + step · (high − low) · g / rms(g)``, g = ∂F/∂x, kept within the image's intensities; first
-    on a smaller copy of the image, then, with what was added so far enlarged, on larger ones (octaves), so that
-    patterns of several sizes appear. With ``layer`` F is ``mean A²``, with ``channel`` too ``mean A_c``, blended over
-    windows and averaged over the image; without, the target under its frozen mask, which shrinks with the image.
+    on a smaller copy of the image, then, with the changes so far enlarged, on larger ones (octaves), so that patterns
+    of several sizes appear. With ``layer`` F is ``mean A²``, with ``channel`` too ``mean A_c``, blended over windows
+    and averaged over the image; without, the target under its frozen mask, which shrinks with the image.
 
     Args:
         layer: dotted name; None: the target.
-        channel: of the layer; None: the whole layer.
-        octaves: sizes of the image.
-        octave_scale: factor from one to the next; sizes below 8 voxels are left out.
-        n_iter: steps an octave; 0 leaves the image as it is.
-        step: share of the range of intensities by which voxels change a step (root mean square).
-        jitter: voxels by which the image is rolled round at random before each step, against patterns of the
-            windows' and strides' own; with ``layer`` only, since a mask stays where it is.
+        channel: channel of the layer; None: the whole layer.
+        octaves: number of sizes of the image.
+        octave_scale: factor between consecutive sizes; sizes below 8 voxels are left out.
+        n_iter: steps per octave; 0 leaves the image unchanged.
+        step: root mean square change of voxels per step, as a share of the intensity range.
+        jitter: greatest random cyclic shift of the image in voxels before each step, against patterns of windows and
+            strides; with ``layer`` only, since masks are not shifted.
         intensity: (low, high), or a pair for each channel; None: the image's extremes.
-        min_rise: by which share of its start the objective should rise; below, the record warns.
+        min_rise: share of its start value by which the objective should rise; the record warns if it rises less.
 
     A copy smaller than the network's window is padded with its own edge. The record also has
     ``correlation_with_image`` and ``octave_shapes``.
@@ -100,7 +100,7 @@ class DeepDream(_Synthesis):
         return True
 
     def passes(self, objective: Objective) -> int:
-        """At most: windows that the target's mask does not touch are left out."""
+        """An upper bound: windows that the target's mask does not touch are left out."""
         windows = [len(self._plan(objective, shape)) for shape in self._shapes(objective)]
         each = self.n_iter * (1 if self.layer is not None or objective.linear else 2)
         return (each * sum(windows) + 3 * windows[-1] + self.octaves) * (
@@ -116,13 +116,13 @@ class DeepDream(_Synthesis):
             canvases = [self._canvas(objective, k, layer, shape) for shape in shapes]
             image, curve = self._dream(canvases, intensity)
             images.append(image)
-            found = described(canvases[-1], objective.image, image, curve, intensity, self.min_rise)
-            found |= {"correlation_with_image": correlation(image, objective.image), "octave_shapes": shapes}
-            notes.append(found)
+            note = described(canvases[-1], objective.image, image, curve, intensity, self.min_rise)
+            note |= {"correlation_with_image": correlation(image, objective.image), "octave_shapes": shapes}
+            notes.append(note)
         return for_targets(objective, images, notes, layer=layer, channel=self.channel)
 
     def _shapes(self, objective: Objective) -> list[list[int]]:
-        """The octaves' shapes, smallest first. Axes that the network does not see keep their length."""
+        """Return the octaves' shapes, smallest first. Axes that the network does not see keep their length."""
         plan, shapes = objective.plan, []
         for octave in reversed(range(self.octaves)):
             factor = self.octave_scale**octave
@@ -137,7 +137,7 @@ class DeepDream(_Synthesis):
         return plan if tuple(shape) == plan.spatial_shape else plan.resized(shape)
 
     def _canvas(self, objective: Objective, k: int, layer: str | None, shape: Sequence[int]) -> Canvas:
-        """One octave's objective, its image being the case's at that size."""
+        """Return one octave's objective, whose image is the case's at that size."""
         plan, image = self._plan(objective, shape), resize(objective.image, shape)
         place = tuple(slice(0, n) for n in plan.spatial_shape)
         if plan is not objective.plan and objective.condition is not None:
@@ -185,23 +185,23 @@ SMALLEST = 8
 
 
 class InvertedRepresentation(_Synthesis):
-    """The image that a layer takes for the case's: ``min over x of |Φ(x) − Φ₀|²/|Φ₀|² + λ_α mean |r|^α + λ_TV mean
+    """The image whose activations match the case's: ``min over x of |Φ(x) − Φ₀|²/|Φ₀|² + λ_α mean |r|^α + λ_TV mean
     |∇r|^β``, Φ₀ = Φ(case), ``r = (x − middle)/h`` in half ranges of intensity (Mahendran & Vedaldi 2015), in 2D and 3D.
 
-    What comes back is what the layer still knows of the case. The window nearest to the image's middle that the target
-    sees is inverted, by L-BFGS from seeded noise.
+    It shows which information about the case the layer retains. The window nearest to the image's middle among those
+    that the target sees is inverted, by L-BFGS from seeded noise.
 
     Args:
-        layer: dotted name; None: a sensible one is found and named in the record.
-        alpha: α; large ones punish single extreme voxels.
+        layer: dotted name; None: the default layer, named in the record.
+        alpha: α; large values penalise single extreme voxels.
         alpha_weight: λ_α.
         tv_weight: λ_TV, of the total variation; 0: none.
         beta: β of the total variation: 2 for smooth images, 1 for piecewise constant ones.
-        n_iter: gradients, about.
+        n_iter: approximate number of gradients.
         intensity: (low, high), or a pair for each channel; None: 0.5th to 99.5th percentile of the case.
-        max_share: of the layer's distance at the start; what is left above it is warned of.
+        max_share: share of the start distance above which the record warns about the final distance.
 
-    The record has ``curve`` (what is minimised at each evaluation), ``distance_start``, ``distance_end`` (the first
+    The record has ``curve`` (the loss at each evaluation), ``distance_start``, ``distance_end`` (the first
     term), ``distance_share`` = end / start, ``correlation_with_image``, ``intensity_range`` and ``place``.
 
     Example:
@@ -235,7 +235,7 @@ class InvertedRepresentation(_Synthesis):
         return True
 
     def passes(self, objective: Objective) -> int:
-        """About: the line search of the last step may take some gradients more."""
+        """Approximate: the line search of the last step may take some more gradients."""
         return self.n_iter + 4
 
     def attribute(self, objective: Objective) -> Explained:
@@ -320,14 +320,14 @@ class _Distance:
 
 
 def correlation(a: Tensor, b: Tensor) -> float | None:
-    """Pearson's, over all voxels and channels; None where one is constant."""
+    """Compute Pearson's correlation of two images (C, *spatial) over all entries; None if one is constant."""
     a, b = (v.flatten().double() - v.double().mean() for v in (a, b))
     norm = float(a.norm() * b.norm())
     return float(a @ b) / norm if norm else None
 
 
 def resize(image: Tensor, shape: Sequence[int]) -> Tensor:
-    """(C, *spatial) on another grid: means of cells where it shrinks, linear where it grows."""
+    """Resize (C, *spatial) to another grid: cell means where it shrinks, linear interpolation where it grows."""
     if tuple(image.shape[1:]) == tuple(shape):
         return image
     if all(n <= m for n, m in zip(shape, image.shape[1:])):
@@ -337,7 +337,7 @@ def resize(image: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _mask(objective: Objective, k: int, plan: WindowPlan, shape: Sequence[int]) -> Tensor:
-    """Target k's mask on an octave's prediction: the voxels of which it holds more than half, or most."""
+    """Return target k's mask on an octave's prediction: voxels that it covers by more than half, or the most."""
     score, grid = objective.scores[k], objective.grid
     whole = torch.zeros(grid.shape, dtype=torch.bool, device=objective.image.device)
     whole[score.box] = score.mask

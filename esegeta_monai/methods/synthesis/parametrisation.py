@@ -1,4 +1,4 @@
-"""From the numbers that are optimised to an image: which basis, which intensities, from where it is looked at."""
+"""From optimised parameters to an image: bases, intensity range and random views."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Fourier", "RandomView", "Voxels", "hartley", "squash"]
 
 
 class Voxels:
-    """Every voxel is a number of its own."""
+    """The identity basis: one parameter per voxel."""
 
     def image(self, numbers: Tensor) -> Tensor:
         """(C, *shape)."""
@@ -29,18 +29,18 @@ class Voxels:
 
 
 class Fourier:
-    """Frequencies are the numbers: ``z = H(s · θ)``, H the Hartley transform and ``s(f) ∝ |f|^−decay``.
+    """The frequency basis: ``z = H(s · θ)``, H the Hartley transform and ``s(f) ∝ |f|^−decay``.
 
-    The Hartley transform is the Fourier transform of real numbers by real numbers (`hartley`), so that no number is
-    idle. Slow frequencies move more for the same step, which keeps the optimisation from high-frequency patterns (Olah
+    The Hartley transform is the Fourier transform of real numbers by real numbers (`hartley`), so that every parameter
+    has an effect. Low frequencies change more for the same step, which suppresses high-frequency patterns (Olah
     et al. 2017). s has a mean square of 1: θ of variance 1 gives an image of variance 1, and ``|z|² = Σ (s θ)²``
     (Parseval).
 
     Args:
-        shape: of the image's spatial axes.
+        shape: spatial shape of the image.
         decay: exponent; None: half the number of axes longer than one voxel, which gives each octave the same share of
             the variance (1 in 2D, as in natural images; 1.5 in 3D).
-        dtype, device: of the image.
+        dtype, device: those of the image.
     """
 
     def __init__(
@@ -85,19 +85,19 @@ def squash(values: Tensor, intensity: Tensor) -> Tensor:
 
 
 def per_channel(values: Tensor, image: Tensor) -> Tensor:
-    """(C,) as (C, 1, …), to be broadcast over an image (C, *spatial)."""
+    """Reshape (C,) to (C, 1, …), to be broadcast over an image (C, *spatial)."""
     return values.reshape(-1, *(1,) * (image.ndim - 1))
 
 
 @dataclass(frozen=True)
 class RandomView:
-    """A look at an image from somewhere near: turned, scaled, moved; linear interpolation, reflected at the borders.
+    """A random view of an image: rotated, scaled, shifted; linear interpolation, reflected at the borders.
 
     Args:
-        jitter: voxels along each axis, up to which it is moved.
-        scale: factors between which it is scaled.
-        rotate: degrees, up to which it is turned in each plane (three planes in 3D), in millimetres.
-        spacing: of the voxels; None: 1.
+        jitter: greatest shift in voxels along each axis.
+        scale: least and greatest scale factor.
+        rotate: greatest rotation in degrees in each plane (three planes in 3D), in millimetre space.
+        spacing: voxel size in mm; None: 1.
     """
 
     jitter: int
@@ -114,11 +114,11 @@ class RandomView:
 
     @property
     def idle(self) -> bool:
-        """Whether it always shows the image as it is."""
+        """True if every view is the image itself."""
         return self.jitter == 0 and self.rotate == 0 and self.scale == (1, 1)
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        """A random map from output to input voxels, both from the middle of the image: (d, d + 1), float64."""
+        """Draw a random affine map from output to input voxels, relative to the image's middle: (d, d + 1), float64."""
 
         def uniform(low: float, high: float) -> float:
             return low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
@@ -142,7 +142,7 @@ class RandomView:
         return torch.cat([matrix, shift[:, None]], 1)
 
     def show(self, image: Tensor, way: Tensor) -> Tensor:
-        """The image (C, *spatial) through a map of `draw`; differentiable, linear in the image."""
+        """Apply a map of `draw` to the image (C, *spatial); differentiable, linear in the image."""
         half = torch.tensor(image.shape[1:], dtype=torch.float64) / 2
         theta = torch.cat([way[:, :-1] * half / half[:, None], (way[:, -1] / half)[:, None]], 1)
         # grid_sample counts axes from the last one

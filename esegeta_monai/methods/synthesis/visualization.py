@@ -64,28 +64,28 @@ class FeatureVisualization(_Synthesis):
     """The image that excites a class, a layer, a channel or a unit most: ``max over z of E_T[F(T(x(z)))]`` (Olah et
     al. 2017), in 2D and 3D, for any number of channels.
 
-    T are random views (moved, scaled, turned), so that patterns must survive them; ``x(z) = low + (high − low) σ(z)``
-    stays within the intensities that the network knows; z comes from frequencies or voxels and is moved by Adam.
+    T are random views (shifted, scaled, rotated), so that patterns must be robust to them; ``x(z) = low + (high − low)
+    σ(z)`` stays within the network's input range; z is parametrised by frequencies or voxels and optimised by Adam.
 
     Without ``layer`` F is the mean over the canvas of the target's output (its logit or probability, of one class; a
-    target of one voxel, such as `Voxel` or `LayerNeuron`, stays there); what the case shows does not matter, so a
-    target that is empty in it will do. With ``layer`` F is ``mean A²``, with ``channel`` too ``mean A_c``, and with
-    ``neuron`` ``A_c`` at one place, whatever the target.
+    target of one voxel, such as `Voxel` or `LayerNeuron`, keeps its place); the case's content does not matter, so a
+    target that is empty in it is permitted. With ``layer`` F is ``mean A²``, with ``channel`` too ``mean A_c``, and
+    with ``neuron`` ``A_c`` at one place, whatever the target.
 
     Args:
         layer: dotted name; None: the target's class.
-        channel: of the layer; None: the whole layer.
-        neuron: a voxel of the canvas, whose unit is meant, or ``"centre"``; None: all units of the channel.
+        channel: channel of the layer; None: the whole layer.
+        neuron: a voxel of the canvas that selects the unit, or ``"centre"``; None: all units of the channel.
         parametrisation: ``"fourier"`` or ``"voxel"``, see `esegeta_monai.methods.synthesis.parametrisation`.
-        n_iter: steps, a gradient each.
-        lr: of Adam; about the change of z (root mean square) a step.
-        jitter: voxels by which the views are moved at most.
-        scale: smallest and largest factor of the views.
-        rotate: degrees by which they are turned at most, in each plane.
-        decay: of the Fourier spectrum; None: half the number of dimensions.
+        n_iter: steps, one gradient per step.
+        lr: learning rate of Adam; about the root mean square change of z per step.
+        jitter: greatest shift of the views in voxels.
+        scale: least and greatest scale factor of the views.
+        rotate: greatest rotation of the views in degrees, in each plane.
+        decay: exponent of the Fourier spectrum; None: half the number of dimensions.
         intensity: (low, high), or a pair for each channel; None: 0.5th to 99.5th percentile of the case.
-        extent: ``"window"``: what the network sees at once; ``"image"``: the whole image, window by window.
-        min_rise: by which share of its start the objective should rise; below, the record warns.
+        extent: ``"window"``: one window; ``"image"``: the whole image, window by window.
+        min_rise: share of its start value by which the objective should rise; the record warns if it rises less.
         backend: ``"native"``, or ``"lucent"`` (2D, where torch-lucent is installed), whose own parametrisation
             and transforms are used.
 
@@ -126,7 +126,7 @@ class FeatureVisualization(_Synthesis):
         return False
 
     def passes(self, objective: Objective) -> int:
-        """A gradient a step (a forward pass more for non-linear targets), one for the shape, three values."""
+        """A gradient per step (plus a forward pass for non-linear targets), one for the shape, three values."""
         windows = len(objective.plan) if self.extent == "image" else 1
         each = self.n_iter * (1 if self.layer is not None or objective.linear else 2) + 3
         return (each * windows + 1) * (1 if self.layer is not None else objective.n_targets)
@@ -193,16 +193,16 @@ class ClassImage(_Synthesis):
     """The image with the greatest class score for its norm: ``max over I of S(I) − λ mean ((I − I₀)/h)²`` (Simonyan
     et al. 2014), h half of each channel's range of intensities; in 2D and 3D, for any number of channels.
 
-    S is the mean over the canvas of the target's output, as in `FeatureVisualization`; no views, no prior but the
-    norm. It is climbed by L-BFGS from seeded noise. Without ``regularization`` the image stays on the sphere whose
-    norm is ``rms``: that is the λ for which the norm comes out as wanted, and the only way under instance, group or
-    layer norm, where ``f(αx) = f(x)`` and any λ shrinks the image to nothing.
+    S is the mean over the canvas of the target's output, as in `FeatureVisualization`; without views, and with
+    the norm as the only prior. It is maximised by L-BFGS from seeded noise. Without ``regularization`` the image stays
+    on the sphere of norm ``rms``, which corresponds to the λ that yields this norm; under instance, group or layer
+    norm, where ``f(αx) = f(x)`` and any λ shrinks the image to zero, it is the only way.
 
     Args:
         regularization: λ; None: chosen through ``rms``.
         rms: root mean square of (I − I₀)/h, without ``regularization``.
         baseline: I₀, see `esegeta_monai.engine.baselines`.
-        n_iter: gradients, about.
+        n_iter: approximate number of gradients.
         intensity, extent, min_rise: see `FeatureVisualization`.
 
     For a linear network ``S(I) = ⟨w, I⟩``, (I − I₀)/h is proportional to h·w; with λ it is N·h·w / 2λ, N values.
@@ -236,7 +236,7 @@ class ClassImage(_Synthesis):
         return True
 
     def passes(self, objective: Objective) -> int:
-        """About: the line search of the last step may take some gradients more."""
+        """Approximate: the line search of the last step may take some more gradients."""
         windows = len(objective.plan) if self.extent == "image" else 1
         each = (self.n_iter * (1 if objective.linear else 2) + 3) * windows + 1
         return each * objective.n_targets + choice_passes(self.baseline, objective)
@@ -277,12 +277,12 @@ class ClassImage(_Synthesis):
 
 
 def descend(start: Tensor, loss: Callable[[Tensor], tuple[float, Tensor]], n_iter: int) -> tuple[Tensor, list[float]]:
-    """Minimises by L-BFGS with a strong Wolfe line search: where it ends, and the loss at each evaluation.
+    """Minimise by L-BFGS with a strong Wolfe line search; return the end point and the loss at each evaluation.
 
     Args:
-        start: where it begins; it is not changed.
-        loss: numbers with a gradient to the loss and its gradient.
-        n_iter: evaluations, about: a line search is finished.
+        start: start point; it is not changed.
+        loss: maps parameters to the loss and its gradient.
+        n_iter: approximate number of evaluations: a line search is completed.
     """
     numbers = start.clone().requires_grad_(True)
     curve: list[float] = []
@@ -318,10 +318,10 @@ def described(
     min_rise: float,
     remedy: str = "take more steps (n_iter)",
 ) -> dict[str, Any]:
-    """The record of an image that was made up, and the warning where its objective did not rise.
+    """Return the record of a synthesised image (C, *canvas), and warn if its objective did not rise.
 
     Args:
-        remedy: what the warning names as the way out.
+        remedy: the advice of the warning.
 
     Raises:
         MethodError: the image, or F there, is not finite.
@@ -355,7 +355,7 @@ def described(
 def for_targets(
     objective: Objective, images: Sequence[Tensor], notes: Sequence[dict[str, Any]], **more: Any
 ) -> Explained:
-    """One image a target; where there is one for all, it is every target's."""
+    """Return one image per target; a single image is repeated for all targets."""
     repeat = objective.n_targets // len(images)
     maps = torch.stack(list(images) * repeat)
     every = [{**n, **{k: v for k, v in more.items() if v is not None}} for n in notes] * repeat
@@ -363,12 +363,16 @@ def for_targets(
 
 
 def noise(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Gaussian noise like an image, drawn on the CPU in float32, so that every device sees the same numbers."""
+    """Draw standard normal noise like an image (C, *spatial), on the CPU in float32: the same on every device."""
     return torch.randn(image.shape, generator=generator, dtype=torch.float32).to(image.device, image.dtype)
 
 
 def check_steps(n_iter: int, **positive: float) -> None:
-    """Raises UsageError where there is no step, or a parameter is not positive."""
+    """Check the number of steps and parameters that must be positive.
+
+    Raises:
+        UsageError: there is no step, or a parameter is not positive.
+    """
     if n_iter < 1:
         raise UsageError(f"n_iter={n_iter}: at least one step is needed")
     for name, value in positive.items():
@@ -377,7 +381,7 @@ def check_steps(n_iter: int, **positive: float) -> None:
 
 
 def _spacing(objective: Objective) -> tuple[float, ...] | None:
-    """Of the voxels in mm, where the case has a place in the world."""
+    """Return the voxel size in mm, or None if the case has no affine of the grid's dimension."""
     affine, d = objective.case.affine, len(objective.plan.spatial_shape)
     if affine is None or len(affine) != d + 1:
         return None

@@ -43,7 +43,7 @@ def charts(curves: Sequence[Curve]) -> list[Chart]:
     groups: dict[tuple[str, str], list[Curve]] = {}
     for curve in curves:
         groups.setdefault((curve.target, curve.name), []).append(curve)
-    found = []
+    drawn = []
     for (target, name), lines in groups.items():
         x, y = next((axes for key, axes in AXES.items() if key in name.lower()), ("", ""))
         controls = [line for line in lines if line.method.startswith(CONTROL)]
@@ -51,8 +51,8 @@ def charts(curves: Sequence[Curve]) -> list[Chart]:
         legend = [(f"s{i % COLOURS + 1}", line.method) for i, line in enumerate(own)]
         legend += [(f"c{i % 3 + 1}", line.method) for i, line in enumerate(controls)]
         svg = line_chart([*own, *controls], [css for css, _ in legend], x, y, f"{name}, {target}")
-        found.append(Chart(name.replace("_", " "), target, svg, legend))
-    return found
+        drawn.append(Chart(name.replace("_", " "), target, svg, legend))
+    return drawn
 
 
 def line_chart(lines: Sequence[Curve], styles: Sequence[str], x_label: str, y_label: str, title: str) -> Markup:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from esegeta_monai.errors import UsageError
+from esegeta_monai.explain.record import Record
 from esegeta_monai.files.copies import scan_copy_path
 from esegeta_monai.files.maps import sidecar_path
 from esegeta_monai.files.privacy import private, without_paths
@@ -36,7 +37,7 @@ class Result:
     Attributes:
         target, method: as ``run.json`` calls them; None both where the case failed as a whole.
         status: as in ``run.json``; of a skipped one that of its sidecar.
-        record: the sidecar; empty where there is none.
+        record: the sidecar; without entries where there is none.
         map, mask: files, where they are.
     """
 
@@ -45,7 +46,7 @@ class Result:
     status: str
     reason: str | None = None
     traceback: str | None = None
-    record: dict[str, Any] = field(default_factory=dict)
+    record: Record = field(default_factory=Record)
     map: Path | None = None
     mask: Path | None = None
     seconds: float | None = None
@@ -58,7 +59,7 @@ class Result:
     @property
     def synthesised(self) -> bool:
         """The map is an image that the method made, not an attribution of the scan."""
-        return self.record.get("produces") == "synthesised image"
+        return self.record.produces == "synthesised image"
 
 
 @dataclass
@@ -101,8 +102,8 @@ class CaseResults:
 
     def counts(self) -> dict[str, int]:
         """How many results have which status, in the order of `STATUSES`."""
-        found = Counter(result.status for result in self.results)
-        return {status: found[status] for status in STATUSES if status in found}
+        counter = Counter(result.status for result in self.results)
+        return {status: counter[status] for status in STATUSES if status in counter}
 
 
 @dataclass
@@ -165,15 +166,17 @@ def read_output(folder: Path) -> Run:
 def _entries(results: Any, notes: list[str]) -> list[dict[str, Any]]:
     """Those of run.json that say of which case, target and method they are, and how it went."""
     several = results if isinstance(results, list) else []
-    found = [fitted(e, "run.json", notes) for e in several if isinstance(e, dict)]
-    found = [
+    entries = [fitted(e, "run.json", notes) for e in several if isinstance(e, dict)]
+    entries = [
         e
-        for e in found
+        for e in entries
         if "case" in e and e.get("status") in STATUSES and (e.get("target") is None) == (e.get("method") is None)
     ]
-    if len(found) < len(several):
-        notes.append(f"run.json: {len(several) - len(found)} results are not as 'explain' wrote them and are left out.")
-    return found
+    if len(entries) < len(several):
+        notes.append(
+            f"run.json: {len(several) - len(entries)} results are not as 'explain' wrote them and are left out."
+        )
+    return entries
 
 
 def _sidecars(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -200,17 +203,18 @@ def _sidecar_of(entry: Mapping[str, Any], folder: Path, sidecars: Mapping[Path, 
 
 
 def _result(entry: Mapping[str, Any], path: Path | None, sidecars: Mapping[Path, dict[str, Any]]) -> Result:
-    record = private(sidecars[path]) if path is not None else {}
-    status = str(record.get("status") if entry["status"] == "skipped" and record else entry["status"])
+    record = Record() if path is None else Record.from_json(private(sidecars[path]))
+    skipped = entry["status"] == "skipped"
+    status = str(record.status if skipped and path is not None else entry["status"])
     result = Result(
         entry.get("target"),
         entry.get("method"),
         status,
-        private(record.get("reason") if entry["status"] == "skipped" else entry.get("reason")),
+        private(record.reason if skipped else entry.get("reason")),
         without_paths(str(entry["traceback"]), relative=False) if entry.get("traceback") else None,
         record,
-        seconds=entry.get("seconds") if entry.get("seconds") is not None else record.get("seconds"),
-        warnings=list(dict.fromkeys([*private(entry.get("warnings") or []), *(record.get("warnings") or [])])),
+        seconds=entry.get("seconds") if entry.get("seconds") is not None else record.seconds,
+        warnings=list(dict.fromkeys([*private(entry.get("warnings") or []), *record.warnings])),
     )
     if path is not None and status in WITH_MAP:
         map_file = path.parent / str(sidecars[path].get("map", ""))
@@ -234,10 +238,10 @@ def _beside(folder: Path, case: str, what: str) -> Path:
 
 
 def _metrics(folder: Path, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+    by_case: dict[str, list[dict[str, Any]]] = {}
     for row in table(folder / "metrics.csv", ("case", *OF_A_METRIC), notes):
-        found.setdefault(row["case"], []).append(_typed(row))
-    return found
+        by_case.setdefault(row["case"], []).append(_typed(row))
+    return by_case
 
 
 def _case_metrics(folder: Path, case: str) -> list[dict[str, Any]]:
@@ -271,10 +275,10 @@ def number(value: Any) -> float | None:
     (0.5, None, None, None)
     """
     try:
-        found = float(value)
+        converted = float(value)
     except (TypeError, ValueError):
         return None
-    return found if abs(found) != float("inf") and found == found else None
+    return converted if abs(converted) != float("inf") and converted == converted else None
 
 
 def _truth(value: Any) -> bool | None:
@@ -320,7 +324,7 @@ def _regions(folder: Path, case: CaseResults) -> list[dict[str, Any]]:
         content = (read_json(path.with_suffix(".json")) or {}).get("regions")
         several = content if isinstance(content, list) else []
         rows = [row for row in several if isinstance(row, dict) and all(row.get(k) for k in needed)]
-    found = []
+    regions = []
     for row in rows:
         typed: dict[str, Any] = {k: private(row.get(k)) for k in needed}
         numbers = ("voxels", "volume_mm3", "sum", "abs_sum", "share_of_abs", "mean")
@@ -328,5 +332,5 @@ def _regions(folder: Path, case: CaseResults) -> list[dict[str, Any]]:
         alarm = row.get("alarm")
         truth = _truth(alarm)
         typed["alarm"] = private(str(alarm)) if alarm and truth is None else "alarm" if truth else None
-        found.append(typed)
-    return found
+        regions.append(typed)
+    return regions

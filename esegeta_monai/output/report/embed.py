@@ -63,40 +63,40 @@ def embed(case: CaseResults, *, radiological: bool = True, budget: int = BUDGET)
 
     A file that cannot be read leaves a note.
     """
-    found = Embedded({"maps": [], "scan": [], "palettes": []})
+    embedded = Embedded({"maps": [], "scan": [], "palettes": []})
     shown = [(i, r) for i, r in enumerate(case.explained) if r.map is not None and not r.synthesised]
     views = []
     for path, result in [*((r.map, r) for _, r in shown), (case.scan, None)]:
         try:
             views += [] if path is None else [_view(path, result)]
         except InputError as error:
-            found.notes.append(str(error))
+            embedded.notes.append(str(error))
     if not views:
-        return found
+        return embedded
     affine, view = views[0]
     count = len(shown) + len({r.target for _, r in shown}) + 1
     view = view.coarser(np.prod(view.shown) * count / MOST_VOXELS)
     for levels in LEVELS:  # fewer steps of the colour scale cost less than fewer voxels
-        found = _embed(case, shown, affine, view, levels, radiological)
-        if found.bytes <= budget:
+        embedded = _embed(case, shown, affine, view, levels, radiological)
+        if embedded.bytes <= budget:
             break
-    while found.bytes > budget and max(view.shown) > 1:
-        view = view.coarser(max(1.05, found.bytes / budget))
-        found = _embed(case, shown, affine, view, levels, radiological)
+    while embedded.bytes > budget and max(view.shown) > 1:
+        view = view.coarser(max(1.05, embedded.bytes / budget))
+        embedded = _embed(case, shown, affine, view, levels, radiological)
     if max(view.blocks) > 1:
         blocks, mm = " x ".join(map(str, view.blocks)), " x ".join(f"{s:.3g}" for s in view.spacing)
-        found.notes.insert(
+        embedded.notes.insert(
             0,
             f"Shown are means over blocks of {blocks} voxels ({mm} mm), so that this page stays small; "
             "the NIfTI files have every voxel.",
         )
-    return found
+    return embedded
 
 
 def _view(path: Path, result: Result | None) -> tuple[np.ndarray, View]:
     """The affine by which the case is drawn, and the view that follows."""
     image = open_volume(path)
-    display = (result.record.get("display") if result is not None else None) or {}
+    display = (result.record.display if result is not None else None) or {}
     flat = len(image.shape) < 3 or image.shape[2] == 1
     affine = np.asarray(display.get("affine", image.affine), dtype=np.float64)
     oriented = bool(display.get("oriented", not (flat and np.array_equal(affine[:3, :3], np.eye(3)))))
@@ -108,7 +108,7 @@ def _view(path: Path, result: Result | None) -> tuple[np.ndarray, View]:
 def _embed(
     case: CaseResults, shown: list[tuple[int, Result]], affine: np.ndarray, view: View, levels: int, radiological: bool
 ) -> Embedded:
-    found = Embedded({}, view=view)
+    embedded = Embedded({}, view=view)
     arrays: dict[str, np.ndarray] = {}
 
     def add(values: np.ndarray) -> str:
@@ -120,7 +120,7 @@ def _embed(
         try:
             return read_volume(path, affine, view, slice(most))
         except InputError as error:
-            found.notes.append(str(error))
+            embedded.notes.append(str(error))
             return []
 
     kept = _strongest([result.map for _, result in shown if result.map is not None], affine, view)
@@ -134,7 +134,7 @@ def _embed(
         values = read(result.map)
         if not values:
             continue
-        names = result.record.get("channel_names") or []
+        names = result.record.channel_names or []
         names = names if len(names) == len(values) else [f"channel {c}" for c in range(len(values))]
         if len(values) in kept:
             chosen = kept[len(values)]
@@ -142,7 +142,7 @@ def _embed(
                 f"Of maps with {len(values)} channels the {MOST_CHANNELS} strongest of all together are shown: numbers "
                 f"{', '.join(map(str, chosen))}."
             )
-            found.notes += [note] if note not in found.notes else []
+            embedded.notes += [note] if note not in embedded.notes else []
             values, names = [values[c] for c in chosen], [names[c] for c in chosen]
         if len(values) > len(channels):
             channels = names
@@ -155,13 +155,13 @@ def _embed(
     start = _start(first, maps, view)
     box = _box(list(arrays.values()), view)
     corner = [b.start for b in box]
-    found.volumes = {name: pack(values[box]) for name, values in arrays.items()}
-    found.scan = arrays[scan[0]][box] if scan else None
+    embedded.volumes = {name: pack(values[box]) for name, values in arrays.items()}
+    embedded.scan = arrays[scan[0]][box] if scan else None
     offset = np.eye(4)
     offset[:3, 3] = corner
     for entry in maps:
         entry["peak"] = [p - c for p, c in zip(entry["peak"], corner)]
-    found.data = {
+    embedded.data = {
         "size": [b.stop - b.start for b in box],
         "spacing": list(view.spacing),
         "affine": (view.shown_affine @ offset).tolist(),
@@ -180,7 +180,7 @@ def _embed(
             for name, signed, unsigned in PALETTES
         ],
     }
-    return found
+    return embedded
 
 
 def _strongest(paths: list[Path], affine: np.ndarray, view: View) -> dict[int, list[int]]:
@@ -201,7 +201,7 @@ def _strongest(paths: list[Path], affine: np.ndarray, view: View) -> dict[int, l
 
 def _entry(result: Result, values: list[np.ndarray], levels: int, add: Callable[[np.ndarray], str]) -> dict[str, Any]:
     """A map for the viewer: its bytes, the end of its scale, its strongest point."""
-    signed = bool(result.record.get("signed", True))
+    signed = result.record.signed is not False
     together = np.stack(values)
     limit = limit_of(together, signed)
     strength = np.abs(together) if signed else np.maximum(together, 0)
@@ -213,7 +213,7 @@ def _entry(result: Result, values: list[np.ndarray], levels: int, add: Callable[
         "method": result.method,
         "signed": signed,
         "limit": limit,
-        "units": result.record.get("units") or "attribution",
+        "units": result.record.units or "attribution",
         "peak": peak,
         "channel": channel,
         "value": float(together[channel][tuple(peak)]),
@@ -280,12 +280,12 @@ def picture_of(path: Path) -> str:
     return _png(np.hstack(sheet))
 
 
-def thumbnail(found: Embedded) -> str | None:
+def thumbnail(embedded: Embedded) -> str | None:
     """The first plane of the scan through the start, for the index; None without a scan."""
-    if found.scan is None or found.view is None or not found.data.get("planes"):
+    if embedded.scan is None or embedded.view is None or not embedded.data.get("planes"):
         return None
-    plane = found.data["planes"][0]
-    cut = np.moveaxis(found.scan, plane["through"], 0)[found.data["start"][plane["through"]]]
+    plane = embedded.data["planes"][0]
+    cut = np.moveaxis(embedded.scan, plane["through"], 0)[embedded.data["start"][plane["through"]]]
     cut = cut if plane["across"] < plane["up"] else cut.T
     return _png((cut[::-1] if plane["mirrored"] else cut).T[::-1] / 255)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.resources import files
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -145,14 +146,14 @@ def _case_page(
         grid=_grid(case, data, made),
         metrics=_metric_tables(case),
         charts=charts([*case.curves, *_synthesis_curves(case)]),
-        checks=[r for r in case.explained if r.record.get("blend_deviation") is not None],
+        checks=[r for r in case.explained if r.record.blend_deviation is not None],
         regions=_region_tables(case),
         problems=[r for r in case.results if r.status in ("failed", "timeout")],
         warnings=_warnings(case.results),
         methods_text=words.methods_text(case, private(run.info)),
         references=words.references(case),
         run_facts=_facts(run, case),
-        versions=list((run.info.get("versions") or words.first(case, "versions") or {}).items()),
+        versions=list((run.info.get("versions") or words.first(case, lambda r: r.versions) or {}).items()),
         parameters=_parameters(case),
         view_3d=library is not None,
         how_3d=HOW_TO_INSTALL,
@@ -160,15 +161,10 @@ def _case_page(
 
 
 def _annotate(result: Result, page: Path) -> None:
-    """What the template says of a result beside its record; absent entries of a record read as None there."""
-    record = result.record
-    for key in ("sum", "value", "completeness_gap", "reference", "blend_deviation", "coverage"):
-        record.setdefault(key, None)
-    for key in ("sum_network_grid", "sum_scan_grid", "sum_in_padding"):
-        record.setdefault(key, None)
-    result.parameters_text = words.parameters_text(record.get("parameters") or {})
-    gap = record["completeness_gap"]
-    result.gap_high = isinstance(gap, (int, float)) and gap > words.GAP
+    """Add what the template shows of a result beside its record."""
+    result.parameters_text = words.parameters_text(result.record.parameters or {})
+    gap = result.record.completeness_gap
+    result.gap_high = gap is not None and gap > words.GAP
     if result.map is not None:
         result.file = result.map.name
         result.href = quote(os.path.relpath(result.map, page.parent).replace(os.sep, "/"))
@@ -203,7 +199,7 @@ def _grid(case: CaseResults, data: Mapping[str, Any], made: Mapping[int, str | N
     def head(method: str) -> dict[str, Any]:
         beaten = [r["metric"] for r in case.metrics if r["method"] == method and r["beats_controls"] is False]
         text = f"does not beat the control maps on {words.listed(dict.fromkeys(beaten))}" if beaten else ""
-        unsigned = any(r.method == method and r.record.get("signed") is False for r in case.explained)
+        unsigned = any(r.method == method and r.record.signed is False for r in case.explained)
         return {"name": method, "beaten": text, "unsigned": unsigned}
 
     methods = [head(method) for method in case.methods]
@@ -232,13 +228,13 @@ def _metric_tables(case: CaseResults) -> list[dict[str, Any]]:
     """One table a target: methods and controls by metrics, in the order of the file; groups keep together."""
     tables = []
     for target in dict.fromkeys(row["target"] for row in case.metrics):
-        mine = [row for row in case.metrics if row["target"] == target]
+        of_target = [row for row in case.metrics if row["target"] == target]
         groups: dict[str, dict[str, bool | None]] = {}
-        for row in mine:
+        for row in of_target:
             groups.setdefault(row["group"] or "", {}).setdefault(row["metric"], row["higher_is_better"])
         names = [(name, higher) for group in groups.values() for name, higher in group.items()]
-        cells = {(row["method"], row["metric"]): row for row in mine}
-        methods = sorted(dict.fromkeys(row["method"] for row in mine), key=lambda m: m.startswith("control:"))
+        cells = {(row["method"], row["metric"]): row for row in of_target}
+        methods = sorted(dict.fromkeys(row["method"] for row in of_target), key=lambda m: m.startswith("control:"))
         tables.append(
             {
                 "target": target,
@@ -272,25 +268,25 @@ def _region_tables(case: CaseResults) -> list[dict[str, Any]]:
 
 def _synthesis_curves(case: CaseResults) -> list[Curve]:
     """What a synthesised image was made to raise (or to lower), step by step."""
-    found = []
+    curves = []
     for result in case.explained:
-        values = result.record.get("curve")
-        if result.synthesised and isinstance(values, list):
+        values = result.record.curve
+        if result.synthesised and values is not None:
             kept = [(float(i), float(v)) for i, v in enumerate(values) if isinstance(v, (int, float))]
-            name = "synthesis, loss" if "distance_end" in result.record else "synthesis, objective"
+            name = "synthesis, loss" if result.record.distance_end is not None else "synthesis, objective"
             if kept:
                 x, y = zip(*kept)
-                found.append(Curve(name, str(result.target), str(result.method), [*x], [*y]))
-    return found
+                curves.append(Curve(name, str(result.target), str(result.method), [*x], [*y]))
+    return curves
 
 
 def _warnings(results: Iterable[Result]) -> list[tuple[str, str]]:
     """Each warning once, with the methods that gave it."""
-    found: dict[str, list[str]] = {}
+    methods: dict[str, list[str]] = {}
     for result in results:
         for text in result.warnings:
-            found.setdefault(text, []).append(str(result.method or "the case"))
-    return [(text, ", ".join(dict.fromkeys(who))) for text, who in found.items()]
+            methods.setdefault(text, []).append(str(result.method or "the case"))
+    return [(text, ", ".join(dict.fromkeys(who))) for text, who in methods.items()]
 
 
 def _facts(run: Run, case: CaseResults) -> list[tuple[str, str]]:
@@ -302,16 +298,16 @@ def _facts(run: Run, case: CaseResults) -> list[tuple[str, str]]:
         ("bundle_version", "bundle version"),
         ("weights_sha256", "weights, SHA-256"),
     ):
-        facts[text] = info.get(key) or words.first(case, key)
-    facts["network"] = words.first(case, "network", "name")
-    facts["scan, SHA-256"] = words.first(case, "scan_sha256")
-    facts["network's input, SHA-256"] = words.first(case, "image_sha256")
-    configs = info.get("configs_sha256") or words.first(case, "configs_sha256") or {}
+        facts[text] = info.get(key) or words.first(case, attrgetter(key))
+    facts["network"] = words.first(case, lambda r: (r.network or {}).get("name"))
+    facts["scan, SHA-256"] = words.first(case, lambda r: r.scan_sha256)
+    facts["network's input, SHA-256"] = words.first(case, lambda r: r.image_sha256)
+    configs = info.get("configs_sha256") or words.first(case, lambda r: r.configs_sha256) or {}
     facts |= {f"{name}, SHA-256": value for name, value in configs.items()}
-    inferer = words.first(case, "inferer")
+    inferer = words.first(case, lambda r: r.inferer)
     facts["inferer"] = words.parameters_text({"": inferer}).lstrip("=") if inferer else None
-    facts["mixed precision"] = words.first(case, "amp")
-    facts["seed"] = words.first(case, "seed")
+    facts["mixed precision"] = words.first(case, lambda r: r.amp)
+    facts["seed"] = words.first(case, lambda r: r.seed)
     if info.get("overrides"):
         facts["overrides"] = words.parameters_text(info["overrides"])
     facts["started"], facts["finished"] = info.get("started"), info.get("finished") or "no: the run was stopped"
@@ -321,14 +317,14 @@ def _facts(run: Run, case: CaseResults) -> list[tuple[str, str]]:
 def _parameters(case: CaseResults) -> list[dict[str, Any]]:
     rows = []
     for method in case.methods:
-        result = next((r for r in case.explained if r.method == method and r.record.get("method")), None)
+        result = next((r for r in case.explained if r.method == method and r.record.method), None)
         if result is not None:
             rows.append(
                 {
                     "method": method,
-                    "text": words.parameters_text(result.record.get("parameters") or {}),
-                    "produces": result.record.get("produces", ""),
-                    "reference": result.record.get("reference"),
+                    "text": words.parameters_text(result.record.parameters or {}),
+                    "produces": result.record.produces or "",
+                    "reference": result.record.reference,
                 }
             )
     return rows
@@ -350,9 +346,9 @@ def _row(case: CaseResults, embedded: Embedded, page: Path, root: Path) -> dict[
 
 def _index_page(run: Run, rows: list[dict[str, Any]]) -> str:
     total = {status: sum(row["counts"].get(status, 0) for row in rows) for status in words.STATUS_WORDS}
-    said = words.listed(words.STATUS_WORDS[status](n) for status, n in total.items() if n)
+    counts = words.listed(words.STATUS_WORDS[status](n) for status, n in total.items() if n)
     bundle = private(run.info.get("bundle"))
-    return _render("index.html", [_text("theme.js")], cases=rows, bundle=bundle, summary=f"{said}.")
+    return _render("index.html", [_text("theme.js")], cases=rows, bundle=bundle, summary=f"{counts}.")
 
 
 # ---- rendering -------------------------------------------------------------------------------------------------------
@@ -403,8 +399,8 @@ def _render(template: str, scripts: Sequence[str], *, three: bool = False, **con
         intended_use=INTENDED_USE,
         version=esegeta_monai.__version__,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        words={status: said(1).removeprefix("1 ") for status, said in words.STATUS_WORDS.items()},
-        said=words.STATUS_WORDS,
+        words={status: counted(1).removeprefix("1 ") for status, counted in words.STATUS_WORDS.items()},
+        counted=words.STATUS_WORDS,
         marks=MARKS,
         **context,
     )

@@ -1,4 +1,4 @@
-"""Files of an output folder that somebody may have edited, cut or saved again: what fits is taken, the rest is told."""
+"""Lenient readers for files that may have been edited, cut or saved again: valid entries are used, others noted."""
 
 from __future__ import annotations
 
@@ -8,28 +8,22 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from esegeta_monai.explain.record import KINDS, NUMBER
+
 __all__ = ["fitted", "table"]
 
-NUMBER, TEXT = (int, float), str
-KINDS: dict[str, Any] = dict.fromkeys(("display", "parameters", "network", "inferer", "versions"), dict)
-KINDS |= dict.fromkeys(("configs_sha256", "overrides", "result"), dict)
-KINDS |= dict.fromkeys(("network_affine", "network_grid", "channel_names", "warnings", "curve"), list)
-KINDS |= dict.fromkeys(("target_voxels", "sum", "value", "completeness_gap", "blend_deviation", "coverage"), NUMBER)
-KINDS |= dict.fromkeys(("sum_network_grid", "sum_scan_grid", "sum_in_padding", "seconds"), NUMBER)
-KINDS |= dict.fromkeys(("predicted_probability",), NUMBER)
-KINDS |= dict.fromkeys(("target", "method", "target_name", "method_name", "map", "reason", "traceback"), TEXT)
-KINDS |= dict.fromkeys(("reference", "units", "produces", "bundle", "class", "predicted_class_name"), TEXT)
-"""What a page does something with, beside showing it."""
+CHECKED = {**KINDS, "traceback": str}
+"""The types of entries in sidecars and in ``run.json``."""
 
 
 def fitted(record: Mapping[str, Any], name: str, notes: list[str]) -> dict[str, Any]:
-    """A record without the entries that are of another kind than ``explain`` writes; ``notes`` gets their names.
+    """Return a record without entries of a wrong type; their names are added to ``notes``.
 
     >>> notes = []
     >>> fitted({"sum": "many", "value": 2.5, "seconds": None}, "a.json", notes), notes
     ({'value': 2.5, 'seconds': None}, ["a.json is not as 'explain' wrote it, left out: sum."])
     """
-    wrong = [key for key, kind in KINDS.items() if record.get(key) is not None and not _fits(key, record[key], kind)]
+    wrong = [key for key, kind in CHECKED.items() if record.get(key) is not None and not _fits(key, record[key], kind)]
     if wrong:
         notes.append(f"{name} is not as 'explain' wrote it, left out: {', '.join(sorted(wrong))}.")
     return {key: value for key, value in record.items() if key not in wrong}
@@ -55,7 +49,7 @@ def _numbers(values: list[Any]) -> bool:
 
 
 def table(path: Path, columns: Collection[str], notes: list[str]) -> list[dict[str, Any]]:
-    """The rows of a table, also where a spreadsheet has written it again; none, and a note, where it is no such table.
+    """Read the rows of a table, also one saved by a spreadsheet; no rows and a note if it is no such table.
 
     Args:
         path: a CSV file.

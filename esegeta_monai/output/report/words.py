@@ -1,4 +1,4 @@
-"""What a report says: what was explained, what to be careful with, and a paragraph for a paper."""
+"""Texts of a report: summary, findings, and a paragraph for a paper."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from esegeta_monai.errors import UsageError
+from esegeta_monai.explain.record import Record
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.output.report.collect import CaseResults, Result
 from esegeta_monai.targets.base import TARGETS
@@ -18,7 +19,7 @@ __all__ = ["Finding", "Target", "count", "findings", "lead", "listed", "methods_
 Level = Literal["good", "note", "warn", "bad"]
 
 GAP, DEVIATION, PADDING = 0.05, 1e-3, 0.01
-"""From where on a completeness gap, a deviation of the blended windows, and a share in padding are pointed out."""
+"""Thresholds of findings: completeness gap, deviation of the blended windows, share of the sum in padding."""
 
 OURS = (
     "esegeta_monai, after TorchEsegeta: Chatterjee et al., Applied Sciences 12(4), 1834, 2022, doi:10.3390/app12041834"
@@ -38,7 +39,7 @@ STATUS_WORDS: dict[str, Callable[[int], str]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know before the maps are read."""
+    """A finding to know before reading the maps."""
 
     level: Level
     text: str
@@ -46,7 +47,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Target:
-    """A target as the summary's table has it."""
+    """A row of the table of targets."""
 
     name: str
     meaning: str
@@ -58,7 +59,7 @@ class Target:
 
 
 def count(n: int, singular: str, plural: str | None = None) -> str:
-    """A number with its noun.
+    """Return a number with its noun.
 
     >>> count(1, "map"), count(2, "map"), count(2, "loss", "losses")
     ('1 map', '2 maps', '2 losses')
@@ -67,7 +68,7 @@ def count(n: int, singular: str, plural: str | None = None) -> str:
 
 
 def listed(words: Iterable[str]) -> str:
-    """Words with commas and an "and".
+    """Join words with commas and "and".
 
     >>> listed(["a"]), listed(["a", "b", "c"])
     ('a', 'a, b and c')
@@ -76,24 +77,23 @@ def listed(words: Iterable[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "nothing"
 
 
-def first(case: CaseResults, *keys: str) -> Any:
-    """The first value that a sidecar of the case has under a key (and keys below it)."""
-    for result in case.results:
-        value: Any = result.record
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is not None:
-            return value
-    return None
+def first(case: CaseResults, entry: Callable[[Record], Any]) -> Any:
+    """Return an entry of the first record of the case that has it."""
+    values = (entry(result.record) for result in case.results)
+    return next((value for value in values if value is not None), None)
+
+
+def _network(record: Record) -> Any:
+    return (record.network or {}).get("name")
 
 
 def lead(case: CaseResults, info: dict[str, Any]) -> str:
-    """What was explained, in two sentences."""
+    """Summarise what was explained, in two sentences."""
     if not case.explained:
         return "This case could not be explained: it failed before any method ran."
-    bundle = info.get("bundle") or first(case, "bundle")
-    version = info.get("bundle_version") or first(case, "bundle_version")
-    network = first(case, "network", "name")
+    bundle = info.get("bundle") or first(case, lambda r: r.bundle)
+    version = info.get("bundle_version") or first(case, lambda r: r.bundle_version)
+    network = first(case, _network)
     who = (
         f"“{bundle}”{f' (version {version})' if version else ''}" if bundle else f"the network {network or ''}".strip()
     )
@@ -101,36 +101,36 @@ def lead(case: CaseResults, info: dict[str, Any]) -> str:
     short = [plain(target) for target in case.targets]
     names = listed(short if len(set(short)) == len(short) else case.targets)
     text = f"What does {who} look at in this scan? {kinds[0]} asked about {kinds[1]}: {names}."
-    predicted = first(case, "predicted_class_name") or first(case, "predicted_class")
+    predicted = first(case, lambda r: r.predicted_class_name) or first(case, lambda r: r.predicted_class)
     if predicted is not None:
-        probability = first(case, "predicted_probability")
+        probability = first(case, lambda r: r.predicted_probability)
         text += f" The predicted class is {predicted}"
         text += f", with probability {probability:.3g}." if probability is not None else "."
     return text
 
 
 def plain(target: str) -> str:
-    """A target's label as words: "MultiClassMask-grey matter" is "grey matter" where a class stands in it."""
+    """Return a target's label as words: "MultiClassMask-grey matter" is "grey matter"."""
     return target.split("-", 1)[1] if "-" in target else target
 
 
 def targets(case: CaseResults) -> list[Target]:
-    """The targets in order, with what is known of them."""
-    found = []
+    """Describe the targets, in order."""
+    described = []
     for name in case.targets:
-        mine = [r for r in case.explained if r.target == name]
-        record = next((r.record for r in mine if r.record), {})
-        voxels = record.get("target_voxels")
-        grid = record.get("network_affine")
+        results = [r for r in case.explained if r.target == name]
+        record = next((r.record for r in results if r.record.target_name is not None), Record())
+        voxels = record.target_voxels
+        grid = record.network_affine
         volume = None
-        if voxels and grid and record.get("network_grid") and len(record["network_grid"]) == 3 and _is_mask(mine):
+        if voxels and grid and len(record.network_grid or ()) == 3 and _is_mask(results):
             volume = voxels * _determinant(grid) / 1000
-        reason = next((r.reason for r in mine if r.status == "empty_target"), None)
-        kind = name.split("-")[0] if record.get("target") == "PredictedClasses" else record.get("target") or name
+        reason = next((r.reason for r in results if r.status == "empty_target"), None)
+        kind = name.split("-")[0] if record.target == "PredictedClasses" else record.target or name
         if kind == "ClassScore":  # one number, no voxels
             voxels = None
-        found.append(Target(name, _meaning(kind), record.get("class"), voxels, volume, record.get("value"), reason))
-    return found
+        described.append(Target(name, _meaning(kind), record.class_name, voxels, volume, record.value, reason))
+    return described
 
 
 def _is_mask(results: Sequence[Result]) -> bool:
@@ -143,7 +143,7 @@ def _determinant(affine: Sequence[Sequence[float]]) -> float:
 
 
 def _meaning(kind: str) -> str:
-    """The first sentence of a target's documentation."""
+    """Return the first sentence of a target's documentation."""
     try:
         doc = inspect.getdoc(TARGETS.get(kind)) or ""
     except UsageError:  # of a plug-in that is not installed here
@@ -152,45 +152,43 @@ def _meaning(kind: str) -> str:
 
 
 def findings(case: CaseResults, embedded_notes: Sequence[str] = ()) -> list[Finding]:
-    """What to be careful with, worst first."""
-    found: list[Finding] = []
+    """List findings, the most severe first."""
+    notable: list[Finding] = []
     for result in case.results:
         if result.status in ("failed", "timeout"):
             what = "The case" if result.method is None else f"{result.method} for {result.target}"
             how = "failed" if result.status == "failed" else "was ended by the time limit"
-            found.append(Finding("bad", f"{what} {how}: {result.reason}"))
+            notable.append(Finding("bad", f"{what} {how}: {result.reason}"))
     for target in dict.fromkeys(r.target for r in case.results if r.status == "empty_target"):
         reason = next(r.reason for r in case.results if r.target == target and r.status == "empty_target")
-        found.append(Finding("warn", f"Empty target {target}: {reason or 'nothing was predicted there'}."))
+        notable.append(Finding("warn", f"Empty target {target}: {reason or 'nothing was predicted there'}."))
     for row in case.regions:
         if row["alarm"]:
             share = "" if row["share_of_abs"] is None else f" ({100 * row['share_of_abs']:.1f} % of the attribution)"
             text = "" if row["alarm"] == "alarm" else f": {row['alarm']}"
-            found.append(
+            notable.append(
                 Finding("bad", f"Region alarm, {row['method']} for {row['target']}: {row['region']}{share}{text}")
             )
     for method in dict.fromkeys(row["method"] for row in case.metrics if row["beats_controls"] is False):
         metrics = [r["metric"] for r in case.metrics if r["method"] == method and r["beats_controls"] is False]
-        found.append(Finding("warn", f"{method} does not beat the control maps on {listed(dict.fromkeys(metrics))}."))
+        notable.append(Finding("warn", f"{method} does not beat the control maps on {listed(dict.fromkeys(metrics))}."))
     for result in case.explained:
-        found += [Finding("warn", f"{result.method} for {result.target}: {text}") for text in _careful(result)]
+        notable += [Finding("warn", f"{result.method} for {result.target}: {text}") for text in _careful(result)]
     if not case.metrics and case.explained:
-        found.append(
+        notable.append(
             Finding(
                 "note",
-                "No evaluation: how far these maps can be trusted was not measured ('esegeta-monai evaluate' does it).",
+                "No evaluation: these maps have not been evaluated by metrics (run 'esegeta-monai evaluate').",
             )
         )
-    found += [Finding("note", text) for text in embedded_notes]
+    notable += [Finding("note", text) for text in embedded_notes]
     there = sum(r.status == "ok" for r in case.explained)
     if case.explained and there == len(case.explained):
-        found.append(
-            Finding(
-                "good", f"All {count(there, 'map')} could be computed." if there > 1 else "The map could be computed."
-            )
+        notable.append(
+            Finding("good", f"All {count(there, 'map')} were computed." if there > 1 else "The map was computed.")
         )
     order = ("bad", "warn", "note", "good")
-    joined = [Finding(f.level, f.text.replace(" %", "\u00a0%")) for f in found]
+    joined = [Finding(f.level, f.text.replace(" %", "\u00a0%")) for f in notable]
     return sorted(joined, key=lambda f: order.index(f.level))
 
 
@@ -200,51 +198,51 @@ def _careful(result: Result) -> list[str]:
         texts.append(
             "the map is zero everywhere: the target does not react to the scan, or the method lets nothing through."
         )
-    gap = record.get("completeness_gap")
-    if isinstance(gap, (int, float)) and gap > GAP:
+    gap = record.completeness_gap
+    if gap is not None and gap > GAP:
         texts.append(f"completeness gap {100 * gap:.2g} %: the map's sum misses the change of the score by that much.")
-    deviation = record.get("blend_deviation")
-    if isinstance(deviation, (int, float)) and deviation > DEVIATION:
+    deviation = record.blend_deviation
+    if deviation is not None and deviation > DEVIATION:
         texts.append(f"the blended windows deviate from the bundle's own prediction by {100 * deviation:.2g} %.")
-    coverage = record.get("coverage")
-    if isinstance(coverage, (int, float)) and coverage < 1:
+    coverage = record.coverage
+    if coverage is not None and coverage < 1:
         texts.append(f"the windows saw {100 * coverage:.3g} % of the scan.")
-    padding, total = record.get("sum_in_padding"), record.get("sum")
+    padding, total = record.sum_in_padding, record.sum
     if padding and total and abs(padding) > PADDING * abs(total):
         texts.append(f"{100 * abs(padding / total):.2g} % of the sum fell on padding outside of the scan.")
     return texts
 
 
 def references(case: CaseResults) -> list[str]:
-    """The papers of the methods, each once, with those of the software."""
+    """List the papers of the methods, each once, and those of the software."""
     papers: list[str] = []
     for result in case.explained:
-        text = result.record.get("reference") or _registered(result)
+        text = result.record.reference or _registered(result)
         papers += [p.strip() for p in str(text).split(";") if p.strip()] if text else []
     return [*dict.fromkeys(papers), MONAI, OURS]
 
 
 def _registered(result: Result) -> str:
-    """The reference of a method that left no sidecar, by its class."""
+    """Return the reference of a method without a sidecar, from its class."""
     try:
-        return METHODS.get(str(result.record.get("method") or str(result.method).split("-")[0])).reference
+        return METHODS.get(str(result.record.method or str(result.method).split("-")[0])).reference
     except UsageError:
         return ""
 
 
 def methods_text(case: CaseResults, info: dict[str, Any]) -> str:
-    """A paragraph for a paper's methods section; numbers in brackets are those of `references`."""
+    """Write a paragraph for a methods section; numbers in brackets refer to `references`."""
     if not case.explained:
         return ""
     papers = references(case)
-    versions = info.get("versions") or first(case, "versions") or {}
-    bundle, network = info.get("bundle") or first(case, "bundle"), first(case, "network", "name")
+    versions = info.get("versions") or first(case, lambda r: r.versions) or {}
+    bundle, network = info.get("bundle") or first(case, lambda r: r.bundle), first(case, _network)
     named = []
     for method in case.methods:
         result = next(r for r in case.explained if r.method == method)
-        own = [p.strip() for p in str(result.record.get("reference") or _registered(result)).split(";") if p.strip()]
+        own = [p.strip() for p in str(result.record.reference or _registered(result)).split(";") if p.strip()]
         marks = ", ".join(str(papers.index(p) + 1) for p in own)
-        parameters = parameters_text(result.record.get("parameters") or {})
+        parameters = parameters_text(result.record.parameters or {})
         named.append(f"{method}{f' [{marks}]' if marks else ''}{f' ({parameters})' if parameters else ''}")
     text = (
         f"Attribution maps were computed with esegeta_monai {versions.get('esegeta_monai', '')} [{len(papers)}] on "
@@ -252,7 +250,7 @@ def methods_text(case: CaseResults, info: dict[str, Any]) -> str:
         f"{f'the network {network}' if network else 'the network'}{f' of the bundle “{bundle}”' if bundle else ''}. "
         f"Explained {'was' if len(case.targets) == 1 else 'were'} {listed(case.targets)} by {listed(named)}. "
     )
-    inferer = first(case, "inferer") or {}
+    inferer = first(case, lambda r: r.inferer) or {}
     if inferer.get("roi_size"):
         size = "×".join(map(str, inferer["roi_size"])) if isinstance(inferer["roi_size"], list) else inferer["roi_size"]
         overlap = inferer.get("overlap")
@@ -261,7 +259,7 @@ def methods_text(case: CaseResults, info: dict[str, Any]) -> str:
             f"{f' with overlap {overlap}' if overlap is not None else ''} ({inferer.get('mode', 'constant')} weights), "
             "and each map explains the blended whole-volume prediction. "
         )
-    if any(r.record.get("additive") for r in case.explained):
+    if any(r.record.additive for r in case.explained):
         text += (
             "Additive maps were brought to the scan's grid by the sum-conserving adjoint of the preprocessing, others "
             "by interpolation. "
@@ -269,12 +267,12 @@ def methods_text(case: CaseResults, info: dict[str, Any]) -> str:
     names = list(dict.fromkeys(r["metric"] for r in case.metrics))
     if names:
         text += f"Maps were evaluated by {listed(names)} beside control maps (random, 3D Sobel edges, constant). "
-    seed = first(case, "seed")
+    seed = first(case, lambda r: r.seed)
     return text + (f"Random numbers had the seed {seed}." if seed is not None else "")
 
 
 def parameters_text(parameters: dict[str, Any]) -> str:
-    """Parameters as ``name=value``, those that are None left out; files without folders, which may name a patient.
+    """Write parameters as ``name=value`` without those that are None; files without folders, which may name a patient.
 
     >>> parameters_text({"n_steps": 12, "baseline": {"name": "Zero"}, "layer": None})
     'n_steps=12, baseline=Zero()'

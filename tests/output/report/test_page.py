@@ -117,7 +117,7 @@ def test_a_case_that_failed_as_a_whole_has_a_page(tmp_path: Path) -> None:
     assert data_of(report_path(out, "p7"))["maps"] == []
 
 
-def test_a_hostile_name_stays_text(folder: Path) -> None:
+def test_a_hostile_name_stays_text(folder: Path, text: str) -> None:
     content = report_path(folder, "<img src onerror>").read_text(encoding="utf-8")
     assert "<img src onerror>" not in content
     assert "&lt;img src onerror&gt;" in content

@@ -1,0 +1,129 @@
+"""The settings of an explainer: network, inferer, devices, precision, names and limits."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from esegeta_monai.engine.network.model import check_network, is_scripted
+from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.explain.record import described
+from esegeta_monai.methods.base import Method
+from esegeta_monai.utils.distributed import Processes
+
+__all__ = ["OnError", "Settings", "device_of"]
+
+OnError = Literal["raise", "record"]
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """Settings that all cases of an explainer share; `dataclasses.replace` varies them.
+
+    Attributes:
+        network: the module itself, without wrappers.
+        inferer: predicts a volume, as the user's own prediction does.
+        device: where windows are computed; that of the network.
+        volume_device: where volumes are stored.
+        amp: autocast for methods that allow it, with the keywords ``amp_kwargs``.
+        output: key or index of the output that is explained; None: the only one.
+        class_names: class number to name.
+        channel_names: names of the image's channels.
+        window_batch: windows per forward pass; None: as the inferer has it.
+        seed: of every random draw.
+        progress: show progress bars.
+        time_limit: seconds per method; None: no limit.
+        allow_costly: run methods that score more than `esegeta_monai.explain.costs.COSTLY` perturbations.
+        processes: those that compute each case together.
+        on_error: ``"raise"``, or ``"record"`` failures in attributions without a map.
+
+    Raises:
+        NetworkError: half-precision weights, or a network built under ``inference_mode``.
+        UsageError: another value of ``on_error``.
+    """
+
+    network: nn.Module
+    inferer: Any
+    device: torch.device
+    volume_device: torch.device
+    amp: bool = False
+    amp_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    output: int | str | None = None
+    class_names: Mapping[int, str] = field(default_factory=dict)
+    channel_names: Sequence[str] = ()
+    window_batch: int | None = None
+    seed: int = 0
+    progress: bool = False
+    time_limit: float | None = None
+    allow_costly: bool = False
+    processes: Processes = field(default_factory=Processes)
+    on_error: OnError = "raise"
+
+    def __post_init__(self) -> None:
+        check_network(self.network)
+        if any(p.is_inference() for p in self.network.parameters()):
+            raise NetworkError(
+                "the network was built inside torch.inference_mode(), so its flags cannot be set and put back: build "
+                "it outside, or under torch.no_grad()"
+            )
+        if self.on_error not in ("raise", "record"):
+            raise UsageError(f"on_error={self.on_error!r}: give 'raise' or 'record'")
+
+    @functools.cached_property
+    def structure_sha256(self) -> str:
+        """SHA-256 of the network's printed structure without object addresses.
+
+        It covers what the weights do not show, such as the slope of a LeakyReLU.
+        """
+        return hashlib.sha256(re.sub(r" at 0x\w+", "", repr(self.network)).encode()).hexdigest()
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """The entries that the records of all maps share."""
+        return {
+            "seed": self.seed,
+            "inferer": described(self.inferer),
+            "output": self.output,
+            "network": {"name": type(self.network).__name__, "structure_sha256": self.structure_sha256},
+        }
+
+    @property
+    def autocast(self) -> str | None:
+        """The dtype of autocast in words; None in full precision."""
+        if not self.amp:
+            return None
+        return str(self.amp_kwargs.get("dtype", torch.float16 if self.device.type == "cuda" else torch.bfloat16))
+
+    def refused(self, methods: Sequence[Method]) -> dict[int, Exception]:
+        """Return the error of each method (by id) that this network cannot serve."""
+        if not is_scripted(self.network):
+            return {}
+        need = [m for m in methods if m.needs_gradient or m.produces in ("layer map", "activation")]
+        error = NetworkError(
+            f"{', '.join(str(m.name) for m in need)}: gradients or layers are needed, which a TorchScript or TensorRT "
+            "network does not give; load the plain PyTorch network, or use a perturbation method such as Occlusion"
+        )
+        return {id(m): error for m in need}
+
+
+def device_of(network: nn.Module, device: torch.device | str | None) -> torch.device:
+    """Return ``device``, or where it is None the device of the network's parameters.
+
+    Raises:
+        NetworkError: the network is on another kind of device.
+    """
+    places = {p.device for p in network.parameters()}
+    chosen = torch.device(device) if device is not None else next(iter(places), torch.device("cpu"))
+    if any(p.type != chosen.type for p in places):
+        raise NetworkError(
+            f"the network is on {', '.join(sorted(map(str, places)))}, but device={str(chosen)!r}: move it first, "
+            f"network.to({str(chosen)!r})"
+        )
+    return chosen
