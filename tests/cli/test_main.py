@@ -551,8 +551,8 @@ def test_what_costs_too_much_is_refused_unless_told(
 INSIDE = [
     f"{wrapper}({inner[:-1]}, baseline={baseline}), n_samples=2, std=1.0)"
     for wrapper in ("SmoothGrad", "SmoothGradSquared", "VarGrad")
-    for inner in ("Occlusion(8)", "FeatureAblation('grid(8)')", "KernelShap(12, 'grid(8)')", "Lime(12, 'grid(8)')",
-                  "Rise(6, grid=2)", "Sobol(2, grid=2)", "Hsic(6, grid=2)")
+    for inner in ("Occlusion(8)", "FeatureAblation('grid(8)')", "KernelShap(64, 'grid(8)')", "Lime(12, 'grid(8)')",
+                  "Rise(6, grid=2)", "Sobol(4, grid=2)", "Hsic(8, grid=2)")
     for baseline in ("0.0", "'zero'", "'constant(value=0.5)'")
 ]  # fmt: skip
 

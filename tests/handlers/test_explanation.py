@@ -573,8 +573,8 @@ def test_methods_inside_methods_never_read_the_scores_of_another_image(
     wrapper: str, scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With scores stored after every batch, maps and passes are those of a run that stores none."""
-    inner = ("Occlusion(8)", "FeatureAblation('grid(8)')", "KernelShap(12, 'grid(8)')", "Lime(12, 'grid(8)')",
-             "Rise(6, grid=2)", "Sobol(2, grid=2)", "Hsic(6, grid=2)")  # fmt: skip
+    inner = ("Occlusion(8)", "FeatureAblation('grid(8)')", "KernelShap(64, 'grid(8)')", "Lime(12, 'grid(8)')",
+             "Rise(6, grid=2)", "Sobol(4, grid=2)", "Hsic(8, grid=2)")  # fmt: skip
     baselines = ("0.0", "'zero'", "'constant(value=0.5)'")
     specs = [f"{i[:-1]}, baseline={b})" for i in inner for b in baselines]
     methods = [f"{wrapper}({spec}, n_samples=2, std=1.0, name='m{i}')" for i, spec in enumerate(specs)]
