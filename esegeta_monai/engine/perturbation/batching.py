@@ -1,7 +1,7 @@
-"""(perturbation, window) pairs: which there are, how many window passes they take, and how they go through the network.
+"""Perturbed windows: list them, count their passes, run them through the network in full batches.
 
-Pairs of different windows share batches. A pair that changes no voxel is never computed, and perturbations that are
-equal inside a window are one pair of it.
+Perturbed windows of different places share batches. A window that a perturbation leaves unchanged is never computed.
+Perturbations that are equal inside a window share one perturbed window.
 """
 
 from __future__ import annotations
@@ -35,40 +35,40 @@ __all__ = [
 ]
 
 CHUNK_BYTES = 256 * 2**20
-"""Memory for the changed outputs of the perturbations in flight and, beside it, for unperturbed outputs, which the
-objective keeps where all all_fit (non-linear s)."""
+"""Memory in bytes for the changed outputs of a chunk (non-linear s), and the same again for unperturbed outputs, which
+the objective keeps if all of them fit."""
 
 CHUNK = 512
-"""Perturbations in flight at most (non-linear s): after each chunk their scores are known, and can be kept."""
+"""Largest number of perturbations in a chunk (non-linear s). After each chunk its scores are complete and are
+saved."""
 
 
 STAGED, STAGED_BYTES = 16, 8 * 2**20
-"""So many batches of small windows are written together, pass the network one after the other, and are booked
-together, as long as they and their outputs take no more memory: between two passes the first call of everything is
-slow, since a pass empties the processor's caches."""
+"""Prepare and add up to STAGED batches at a time (at most STAGED_BYTES): each forward pass evicts the CPU caches, so
+alternating is slow."""
 
 
 class PerturbedWindow(NamedTuple):
-    """One perturbed window, and all perturbations that are equal there; none: the window as it is."""
+    """One window and the perturbations that are equal in it; no perturbation: the unperturbed window."""
 
     indices: tuple[int, ...]
     window: int
 
 
 Chunk = Iterable[tuple[int, list[tuple[int, ...]]]]
-"""Pairs, window by window: for each window the perturbations that are equal there together."""
+"""Perturbed windows, window by window: (window, groups of perturbations that are equal in it)."""
 
 
 def cut(objective: Objective, window: int) -> tuple[Slices, Tensor]:
-    """A window's place in the volume, and the image there (C, *place), where the network is."""
+    """Return a window's place in the volume, and the image there (C, *place) on the network's device."""
     place = objective.plan.place(window)
     return place, objective.image[last_axes(place)].to(objective.model.device)
 
 
 def by_window(objective: Objective, perturbations: Perturbations) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-    """All perturbations as one chunk, found as it is asked for.
+    """Yield the perturbed windows of all perturbations as one chunk.
 
-    Windows are looked at some together, until `CHUNK` perturbations have been met, see `STAGED`.
+    Keys are computed for several windows ahead, until `CHUNK` perturbations have been counted, see `STAGED`.
     """
     gathered: list[tuple[int, list[tuple[int, ...]]]] = []
     count = 0
@@ -89,7 +89,7 @@ def by_window(objective: Objective, perturbations: Perturbations) -> Iterator[tu
 def _keys(
     perturbations: Perturbations, indices: Sequence[int], window: int, place: Slices
 ) -> Iterator[tuple[int, Hashable]]:
-    """Perturbations that may change a window, and their `Perturbations.keys`: one of its own where there is none."""
+    """Yield the perturbations that may change a window, each with its key; one without a key gets a unique one."""
     for i, key in zip(indices, perturbations.keys(indices, window, place)):
         if key != UNCHANGED:
             yield i, ("alone", i) if key is None else ("key", key)
@@ -98,10 +98,16 @@ def _keys(
 def chunks(
     objective: Objective, perturbations: Perturbations, indices: Sequence[int], sizes: Mapping[int, int]
 ) -> Iterator[tuple[list[int], Chunk]]:
-    """As many perturbations at a time as `CHUNK` and `CHUNK_BYTES` of changed outputs allow, and their pairs.
+    """Split perturbations into chunks, limited by `CHUNK` and by `CHUNK_BYTES` of changed outputs.
 
     Args:
+        objective: the case.
+        perturbations: all perturbations.
+        indices: those to split, in order.
         sizes: see `output_bytes`.
+
+    Yields:
+        The perturbations of a chunk, and their perturbed windows.
     """
     members: list[int] = []
     groups: dict[int, dict[Hashable, list[int]]] = {w: {} for w in objective.windows}
@@ -127,7 +133,8 @@ def chunks(
 def _keyed(
     objective: Objective, perturbations: Perturbations, indices: Sequence[int]
 ) -> Iterator[tuple[int, dict[int, Hashable]]]:
-    """Each perturbation with its keys in the windows that it may change, `CHUNK` perturbations looked at together."""
+    """Yield each perturbation with its keys in the windows that it may change; computed for `CHUNK` perturbations at
+    once."""
     places = {w: objective.plan.place(w) for w in objective.windows}
     reaching = {w: perturbations.reaching(place) for w, place in places.items()}
     near = {w: reached if isinstance(reached, range) else set(reached) for w, reached in reaching.items()}
@@ -140,7 +147,7 @@ def _keyed(
 
 
 def output_bytes(objective: Objective, mask_voxels: Sequence[MaskVoxels]) -> dict[int, int]:
-    """Bytes of each window's output at the masks' voxels."""
+    """Return the bytes of each window's output at the voxels of all masks, by window."""
     item = objective.image.element_size()
     return {
         w: sum(s.count(w) * len(s.score.channels) * item for s in mask_voxels if w in s.windows)
@@ -149,16 +156,23 @@ def output_bytes(objective: Objective, mask_voxels: Sequence[MaskVoxels]) -> dic
 
 
 def all_fit(sizes: Mapping[int, int]) -> bool:
-    """Whether the unperturbed outputs of all windows fit in `CHUNK_BYTES`."""
+    """Return True if the unperturbed outputs of all windows fit in `CHUNK_BYTES`."""
     return sum(sizes.values()) <= CHUNK_BYTES
 
 
 def count_passes(objective: Objective, perturbations: Perturbations, known: set[int]) -> int:
-    """Window passes of all pairs, and of what they are compared with where that is not ``known``; it is afterwards. No
-    network runs."""
+    """Count the window passes of all perturbed windows and of the unperturbed windows they are compared with.
+
+    No network runs.
+
+    Args:
+        objective: the case.
+        perturbations: the perturbations.
+        known: unperturbed windows that have been computed; updated.
+    """
 
     def touched(chunk: Chunk) -> list[int]:
-        """The windows of all pairs that change a voxel."""
+        """Return the window of each perturbed window that differs from the image."""
         windows: list[int] = []
         for w, groups in chunk:
             place, crop = cut(objective, w)
@@ -180,7 +194,7 @@ def count_passes(objective: Objective, perturbations: Perturbations, known: set[
 
 
 def runs(windows: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Each window of a batch and its place there; equal ones are neighbours."""
+    """Yield each window of a batch with its rows; rows of one window are adjacent."""
     start = 0
     for w, same in itertools.groupby(windows):
         stop = start + len(list(same))
@@ -189,10 +203,18 @@ def runs(windows: Sequence[int]) -> Iterator[tuple[int, slice]]:
 
 
 class BatchedScorer:
-    """Scores of perturbations whose pairs go through the network in full batches.
+    """Scores of perturbations, computed in full batches of perturbed windows.
 
-    Windows are written where the network reads them, so that one batch of them is held (of small ones some, see
-    `STAGED`) and nothing is copied twice.
+    Subclasses implement `add`, which receives the network's output.
+
+    Perturbed windows are written directly into the network's input, so that no more than one batch is in memory
+    (several for small windows, see `STAGED`), and each is copied once.
+
+    Attributes:
+        result: scores so far (k, m), float64.
+        done: perturbed windows (linear s) or perturbations (non-linear s) that ``result`` includes.
+        position: number of the next perturbed window, in the order that is the same in every run.
+        restored: perturbed windows that a checkpoint covers; they are skipped.
     """
 
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
@@ -200,7 +222,7 @@ class BatchedScorer:
         self.result = torch.zeros((objective.n_targets, len(perturbations)), dtype=torch.float64)
         self.done = self.position = self.restored = 0
         self.unperturbed: dict[int, Any] = {}
-        """Unperturbed outputs by window."""
+        """Scores or outputs of the unperturbed windows, by window."""
         self._rows: Tensor | None = None
         self._pending: list[PerturbedWindow] = []
         checkpoint = objective.checkpoint if objective.context.processes.size == 1 else None
@@ -212,21 +234,21 @@ class BatchedScorer:
                 self.result, self.done = stored
 
     def save(self, *, force: bool = False) -> None:
-        """Writes down the scores so far, which stand for ``done`` pairs or perturbations."""
+        """Write the scores so far to the checkpoint, if there is one."""
         if self.checkpoint is not None and self.name is not None:
             self.checkpoint.write(self.name, self.result, self.done, force=force)
 
     def is_own(self) -> bool:
-        """Whether this process computes the next pair."""
+        """Return True if this process computes the next perturbed window."""
         return True
 
     def add(self, windows: Sequence[PerturbedWindow], out: Tensor) -> None:
-        """What the network gave for a batch of pairs (n, R, *out_roi): all of it, or none where memory runs out."""
+        """Add the output of a batch (n, R, *out_roi) to the result: all of it, or nothing if memory runs out."""
         raise NotImplementedError
 
     def compute(self, chunk: Chunk) -> None:
-        """All pairs of a chunk, in full batches; before those of a window the window as it is, where it is not
-        known."""
+        """Run all perturbed windows of a chunk in full batches; each window's unperturbed version comes first, unless
+        it is known."""
         self._pending = []
         for w, groups in chunk:
             place, crop = cut(self.objective, w)
@@ -235,7 +257,7 @@ class BatchedScorer:
             todo = [PerturbedWindow(g, w) for g in groups if self.is_own()]
             at = 0
             while at < len(todo) and (self.position < self.restored or w not in self.unperturbed):
-                # those of an earlier run are left out (pairs come in the same order at every run)
+                # skip those of an earlier run: the order is the same in every run
                 changes = self.perturbations.changes(todo[at].indices[0], crop, place)
                 if self.position >= self.restored and changes:
                     self._enqueue([PerturbedWindow((), w)], crop, place)
@@ -249,15 +271,15 @@ class BatchedScorer:
 
     @property
     def _free_rows(self) -> int:
-        """How many pairs the batches have room for."""
+        """Rows of the batches that are not in use."""
         assert self._rows is not None
         return len(self._rows) - len(self._pending)
 
     def _enqueue(self, windows: Sequence[PerturbedWindow], crop: Tensor, place: Slices) -> int:
-        """Pairs of one window for which there is room; full batches are computed.
+        """Write perturbed windows of one place into free rows; run the batches once they are full.
 
         Returns:
-            Their number.
+            The number of perturbed windows.
         """
         self._write(windows, crop, place)
         while self._pending and self._free_rows <= 0:
@@ -265,7 +287,7 @@ class BatchedScorer:
         return len(windows)
 
     def _write(self, windows: Sequence[PerturbedWindow], crop: Tensor, place: Slices) -> None:
-        """The windows of pairs that change a voxel, behind those that wait."""
+        """Append the perturbed windows that differ from the image to the pending ones."""
         plan, n = self.objective.plan, len(self._pending)
         assert self._rows is not None
         rows = self._rows[n : n + len(windows)]
@@ -281,7 +303,7 @@ class BatchedScorer:
         self._pending += windows
 
     def _new_rows(self, crop: Tensor) -> Tensor:
-        """Rows for one batch (n, C, *roi), or for some where they are small."""
+        """Allocate rows for one batch (n, C, *roi), or for several small ones."""
         objective = self.objective
         roi = objective.plan.roi
         size = (len(crop) * math.prod(roi) + len(objective.channels) * objective.grid.size) * crop.element_size()
@@ -297,7 +319,7 @@ class BatchedScorer:
                 batches = 1
 
     def _flush(self) -> None:
-        """The batches that wait go through the network and are booked; where memory runs out, some wait longer."""
+        """Run the pending batches and add their outputs; those that did not fit into memory stay pending."""
         assert self._rows is not None
         waiting, n, timed_out = self._pending, self.objective.window_batch, False
         passed: list[tuple[list[PerturbedWindow], Tensor]] = []
@@ -315,20 +337,20 @@ class BatchedScorer:
             if not out_of_memory(error):
                 raise
             self.objective.shrink(len(batch), error)
-        finally:  # what has gone through the network counts, whatever stopped the rest
+        finally:  # completed passes are added, whatever stopped the others
             rest = waiting[self._add_all(passed) :]
             self.save(force=timed_out)
         self._pending, position = [], self.position
-        for window in rest:  # there are some where memory ran out: what a pass left of their rows is not known
+        for window in rest:  # left over after memory ran out; the failed pass may have overwritten their rows
             place, crop = cut(self.objective, window.window)
             self._write([window], crop, place)
         self.position = position
 
     def _add_all(self, passed: Sequence[tuple[list[PerturbedWindow], Tensor]]) -> int:
-        """Books batches one after the other, until memory runs out.
+        """Add the outputs of batches, one after the other, until memory runs out.
 
         Returns:
-            The number of their pairs.
+            The number of perturbed windows that were added.
         """
         count = 0
         for batch, out in passed:

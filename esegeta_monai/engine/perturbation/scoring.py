@@ -3,11 +3,9 @@
     linear s:      F(x') − F(x) = Σ_touched (F_w(x'_w) − F_w(x_w))
     non-linear s:  ΔP = Σ_touched ĝ_w (f(x'_w) − f(x_w)) on the mask of s,   F(x') − F(x) = s(P + ΔP) − s(P)
 
-What goes through the network is `esegeta_monai.engine.perturbation.batching`. Of a window's output a linear s looks at
-the box of its mask,
-another one at the mask's voxels (`esegeta_monai.engine.perturbation.mask_voxels`), and where that one is a sum over
-voxels only at those that
-the touched windows hold.
+`esegeta_monai.engine.perturbation.batching` runs the perturbed windows. A linear s reads the box of its mask in a
+window's output. A non-linear s reads the mask's voxels (`esegeta_monai.engine.perturbation.mask_voxels`); if it is a
+sum over voxels, only those inside the touched windows.
 """
 
 from __future__ import annotations
@@ -41,27 +39,29 @@ from esegeta_monai.utils.tensors import take, true_positions
 __all__ = ["known_passes", "known_score_changes", "passes_needed", "score_changes"]
 
 PICKED = 2
-"""By how much to pick voxels of the mask one by one is dearer than to look at all of them."""
+"""Cost of gathering a voxel relative to reading it in order."""
 
 LOOKED_AT = 8
-"""Perturbations of a window that are looked at for one that changes it, before fewer are sampled."""
+"""Perturbations that are tried for each one that is sampled: it has to change the window."""
 
 
 def score_changes(objective: Objective, perturbations: Perturbations) -> Tensor:
     """Score perturbed images: ``F(x') − F(x)`` for every target and perturbation.
 
-    Only the windows that a perturbation changes, and that a target sees, are computed again. Batches hold
-    ``objective.window_batch`` pairs of perturbation and window; where memory runs out they are halved.
+    Only windows that a perturbation changes and that a target sees are computed again. Batches have
+    ``objective.window_batch`` perturbed windows, and are halved when memory runs out.
 
     Args:
         objective: the case, its network and its k targets.
         perturbations: m perturbations of ``objective.image``.
 
     Returns:
-        (k, m), float64, on the CPU, in the units of the target; any finite sign, and NaN where the network gives NaN.
+        (k, m), float64, on the CPU, in the units of the target, of either sign; NaN where the network returns NaN.
 
     Raises:
-        SampleComplete: the context asks for a sample only (`RunContext.sample`), which holds the scores.
+        SampleComplete: the context asks for a sample only; its scores are in `RunContext.sample`.
+        MethodTimeout: a limit of the run was reached.
+        MethodError: one window does not fit into memory.
     """
     sample = objective.context.sample
     if sample is not None:
@@ -78,7 +78,7 @@ def _scores(objective: Objective, perturbations: Perturbations) -> Tensor:
 
 
 def _sample(objective: Objective, perturbations: Perturbations, n: int) -> list[int]:
-    """At most n perturbations for each window, drawn from those that change a voxel of it."""
+    """Draw at most n perturbations for each window from those that change it."""
     chosen: set[int] = set()
     generator = objective.generator()
     for w in objective.windows:
@@ -91,9 +91,9 @@ def _sample(objective: Objective, perturbations: Perturbations, n: int) -> list[
 
 
 def known_score_changes(objective: Objective, perturbations: Perturbations) -> Tensor:
-    """Score perturbed images as `score_changes` does; scores that this objective has are reused: (k, m), float64.
+    """Score perturbed images as `score_changes` does, but reuse scores that this objective has: (k, m), float64.
 
-    Perturbations are equal where their `Perturbations.identity` is; without one they are always scored.
+    Perturbations of equal `Perturbations.identity` are equal. Those without an identity are always scored.
     """
     table = _known(objective)
     names, first = _unknown(objective, perturbations)
@@ -107,12 +107,12 @@ def known_score_changes(objective: Objective, perturbations: Perturbations) -> T
 
 
 def known_passes(objective: Objective, *rounds: Perturbations) -> int:
-    """Window passes that `known_score_changes` needs for one set of perturbations after the other; no network runs."""
+    """Count the window passes of `known_score_changes` for sets of perturbations, in order; no network runs."""
     return passes_needed(objective, *(p.take(_unknown(objective, p)[1]) for p in rounds))
 
 
 def _unknown(objective: Objective, perturbations: Perturbations) -> tuple[list[Hashable | None], list[int]]:
-    """The identities of perturbations, and the first of each that has not been scored yet."""
+    """Return the identities of perturbations, and the first perturbation of each identity without a score."""
     table = _known(objective)
     names = [perturbations.identity(i) for i in range(len(perturbations))]
     first: dict[Hashable, int] = {}
@@ -129,8 +129,11 @@ def _known(objective: Objective) -> dict[Hashable, Tensor]:
 
 
 def passes_needed(objective: Objective, *rounds: Perturbations) -> int:
-    """Window passes that `score_changes` needs for one set of perturbations after the other, on an objective of which
-    nothing has been computed yet; perturbed windows are looked at for that, but no network runs."""
+    """Count the window passes of `score_changes` for sets of perturbations, in order, on an objective on which nothing
+    has been computed.
+
+    The perturbed windows are compared with the image; no network runs.
+    """
     unperturbed = (
         0
         if objective.linear or (objective.prediction is not None and not objective.recompute_value)
@@ -141,7 +144,7 @@ def passes_needed(objective: Objective, *rounds: Perturbations) -> int:
 
 
 class _LinearScorer(BatchedScorer):
-    """Scores of windows add up: cached unperturbed scores, and sums in float64."""
+    """Linear scores: differences of window scores, summed in float64; unperturbed scores are computed once."""
 
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         super().__init__(objective, perturbations)
@@ -150,20 +153,20 @@ class _LinearScorer(BatchedScorer):
         self.turn = 0
 
     def is_own(self) -> bool:
-        """Pairs go round the processes."""
+        """Distribute perturbed windows over the processes in turn."""
         self.turn += 1
         return self.turn % self.processes.size == self.processes.rank
 
     def run(self) -> Tensor:
         self.restored = self.done
-        if self.processes.size > 1:  # shared: each process may need each of them
+        if self.processes.size > 1:  # each process may need any of them
             self._score_unperturbed()
         with self.processes.summed([self.result]):
             self.compute(by_window(self.objective, self.perturbations))
         return self.result
 
     def _score_unperturbed(self) -> None:
-        """Scores of all windows as they are."""
+        """Score all unperturbed windows; the processes share them."""
         missing = [w for w in self.objective.windows if w not in self.unperturbed]
         scores = torch.zeros((len(missing), self.objective.n_targets), dtype=torch.float64)
         rows = {w: row for row, w in enumerate(missing)}
@@ -177,7 +180,7 @@ class _LinearScorer(BatchedScorer):
         self.unperturbed.update(zip(missing, scores.tolist()))
 
     def add(self, windows: Sequence[PerturbedWindow], out: Tensor) -> None:
-        result = self.result.numpy()  # its own memory: to add to few places is dear in torch
+        result = self.result.numpy()  # shares the memory: adding to a few places is slow in torch
         for (perturbed, w), scores in zip(windows, self.scores([p.window for p in windows], out)):
             if not perturbed:
                 self.unperturbed[w] = scores
@@ -188,7 +191,7 @@ class _LinearScorer(BatchedScorer):
             self.done += 1
 
     def scores(self, windows: Sequence[int], out: Tensor) -> list[list[float]]:
-        """``F_w`` from network output (n, R, *out_roi): k for each of the windows."""
+        """Return ``F_w`` from network output (n, R, *out_roi): k numbers for each of the n windows."""
         parts: list[list[Tensor]] = [[] for _ in range(self.objective.n_targets)]
         for w, rows in runs(windows):
             for weighted, channels, values in zip(self._weights_of(w), self.objective.rows, parts):
@@ -202,8 +205,8 @@ class _LinearScorer(BatchedScorer):
         return [scores[j :: len(out)] for j in range(len(out))]
 
     def _weights_of(self, window: int) -> list[tuple[Slices, Tensor] | None]:
-        """For each score the box of its mask in a window's output, and ``ĝ_w ∂s/∂P`` there as a vector in float64; None
-        where it sees none of the window."""
+        """Return for each score the box of its mask in a window's output, and ``ĝ_w ∂s/∂P`` there as a float64 vector;
+        None if the score does not see the window."""
         if window not in self.weights:  # windows come in order: only the last one can come again
             self.weights.clear()
             self.weights[window] = [
@@ -219,8 +222,8 @@ class _LinearScorer(BatchedScorer):
 
 
 class _BlendedScorer(BatchedScorer):
-    """Non-linear scores: what each window changes at the masks' voxels is kept until all windows of a perturbation are
-    known; then ΔP is blended and scored."""
+    """Non-linear scores: the changes of window outputs at the masks' voxels are kept until a perturbation is complete;
+    then ΔP is blended and scored."""
 
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         super().__init__(objective, perturbations)
@@ -229,13 +232,13 @@ class _BlendedScorer(BatchedScorer):
         self.keep_outputs = all_fit(self.sizes)
         self._window_voxels: dict[int, list[WindowVoxels | None]] = {}
         self.before = [s.of(p) for s, p in zip(self.mask_voxels, objective.image_predictions())]
-        with torch.inference_mode():  # as changed voxels are scored: what does not change cancels
+        with torch.inference_mode():  # computed as for changed voxels, so that unchanged ones cancel exactly
             self.terms = [s.score.terms(p) if s.score.additive else None for s, p in zip(self.mask_voxels, self.before)]
         self.delta = [torch.zeros_like(p, dtype=objective.image.dtype) for p in self.before]
         self.after = [torch.empty_like(p) for p in self.before]
         self.unperturbed = objective.memo("window outputs", dict) if self.keep_outputs else {}
         self.parts: dict[int, list[list[tuple[WindowVoxels, Tensor]]]] = {}
-        """For each perturbation and score what its windows change."""
+        """For each perturbation and score, the changes of its windows."""
 
     def run(self) -> Tensor:
         with self.processes.summed([self.result]):
@@ -243,7 +246,7 @@ class _BlendedScorer(BatchedScorer):
             for indices, chunk in chunks(self.objective, self.perturbations, own, self.sizes):
                 self.unperturbed = self.unperturbed if self.keep_outputs else {}
                 self.parts = {i: [[] for _ in self.mask_voxels] for i in indices}
-                for w, _ in chunk:  # before the passes, which empty the processor's caches
+                for w, _ in chunk:  # before the forward passes, which evict the CPU caches
                     self.window_voxels(w)
                 self.compute(chunk)
                 for i in indices:
@@ -253,9 +256,9 @@ class _BlendedScorer(BatchedScorer):
         return self.result
 
     def window_voxels(self, window: int) -> list[WindowVoxels | None]:
-        """For each score which of its voxels a window holds, None where it sees none of the window."""
+        """Return for each score its voxels inside a window; None if it does not see the window."""
         if window not in self._window_voxels:
-            if not self.keep_outputs:  # windows come in order, so that only the last one can come again
+            if not self.keep_outputs:  # windows come in order: only the last one can come again
                 self._window_voxels.clear()
             self._window_voxels[window] = [
                 s.window_voxels(window) if window in s.windows else None for s in self.mask_voxels
@@ -272,7 +275,7 @@ class _BlendedScorer(BatchedScorer):
             seen = [(w, rows, v) for w, rows in by_window if (v := self.window_voxels(w)[k]) is not None]
             for (w, rows, voxels), values in zip(seen, mask_voxels.read(out, [(rows, v) for _, rows, v in seen])):
                 after, perturbed = values.to(self.objective.image.device), windows[rows]
-                if w in unperturbed:  # the window as it is comes first
+                if w in unperturbed:  # the unperturbed window is the first
                     unperturbed[w][k], after, perturbed = after[0].clone(), after[1:], perturbed[1:]
                 if perturbed:
                     before: Tensor = (unperturbed if w in unperturbed else self.unperturbed)[w][k]
@@ -287,7 +290,7 @@ class _BlendedScorer(BatchedScorer):
 
     @torch.inference_mode()
     def _score(self, index: int) -> None:
-        """``s(P + ΔP) − s(P)`` of one perturbation, from what its windows changed."""
+        """Compute ``s(P + ΔP) − s(P)`` of one perturbation from the changes of its windows."""
         result = self.result.numpy()
         for k, touched in enumerate(self.parts.pop(index)):
             if touched:
@@ -296,7 +299,7 @@ class _BlendedScorer(BatchedScorer):
                 result[k, index] = self._difference(k, [voxels for voxels, _ in touched])
 
     def _difference(self, k: int, touched: Sequence[WindowVoxels]) -> float:
-        """Of score k, from ``delta``, which is zero afterwards."""
+        """Return the difference of score k for ``delta`` = ΔP, and set ``delta`` to zero."""
         mask_voxels, before, delta, terms = self.mask_voxels[k], self.before[k], self.delta[k], self.terms[k]
         score = mask_voxels.score
         if terms is None:
