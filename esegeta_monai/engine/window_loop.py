@@ -1,4 +1,4 @@
-"""A network behind the windows of a volume: passes through it, and loops over windows that fit into memory."""
+"""A network that sees a volume through windows: forward passes, and loops in batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class WindowedNetwork:
 
 
 def _gradients(out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, retain: bool) -> list[Tensor | None]:
-    """Call autograd; turn its error for a network without derivative into one that names the way out."""
+    """Call autograd; replace its error for a network without derivative by one that names a remedy."""
     try:
         return list(torch.autograd.grad(out, inputs, cotangent, retain_graph=retain, allow_unused=True))
     except RuntimeError as error:
@@ -170,6 +170,6 @@ def _gradients(out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, retain:
             raise
         text = " ".join(str(error).split())
         raise MethodError(
-            f"the network cannot be differentiated ({text[:200]}): mend that operation (in place: set inplace=False), "
+            f"the network cannot be differentiated ({text[:200]}): correct that operation (in place: set inplace=False), "
             "or use a perturbation method such as Occlusion"
         ) from error

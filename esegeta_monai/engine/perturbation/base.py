@@ -61,7 +61,7 @@ class Perturbations(ABC):
         return written
 
     def _write(self, index: int, crop: Tensor, place: Slices, row: Tensor) -> bool:
-        """Write a perturbed copy into ``row`` (C, *place); return True if it differs. Otherwise ``row`` is undefined."""
+        """Write a perturbed copy into ``row`` (C, *place); return True if it differs, else ``row`` is undefined."""
         perturbed = self.apply(index, crop, place)
         row.copy_(perturbed)
         return not torch.equal(perturbed, crop)
