@@ -170,6 +170,6 @@ def _gradients(out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, retain:
             raise
         text = " ".join(str(error).split())
         raise MethodError(
-            f"the network cannot be differentiated ({text[:200]}): correct that operation (in place: set inplace=False), "
-            "or use a perturbation method such as Occlusion"
+            f"the network cannot be differentiated ({text[:200]}): correct that operation (in place: set "
+            "inplace=False), or use a perturbation method such as Occlusion"
         ) from error

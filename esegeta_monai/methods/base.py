@@ -1,8 +1,8 @@
 """The base class of attribution methods, and their results.
 
-A method turns an `Objective` into maps. The simplest one overrides `attribute` and returns a tensor. A method that needs
-passes over the windows may instead *yield* requests and get their results back
-(`esegeta_monai.engine.sweep`); methods that run together then share those passes.
+A method turns an `Objective` into maps. The simplest one overrides `attribute` and returns a tensor. A method that
+needs passes over the windows may instead *yield* requests and get their results back (`esegeta_monai.engine.sweep`);
+methods that run together then share those passes.
 """
 
 from __future__ import annotations
