@@ -18,10 +18,6 @@ from esegeta_monai.utils.tensors import take, true_positions
 __all__ = ["MaskVoxels", "WindowVoxels"]
 
 
-DENSE = 8
-"""Cost of gathering a voxel of a window's output, relative to reading it in order."""
-
-
 @dataclass(frozen=True)
 class WindowVoxels:
     """The m voxels of the mask inside one window.
@@ -87,11 +83,8 @@ class MaskVoxels:
             For each part (rows, channels, m).
         """
         seen = out[:, self.rows].reshape(len(out), len(self.score.channels), -1)
-        dense = any(h.cells is None or DENSE * len(h.cells) > seen.shape[-1] for _, h in parts)
-        if dense:  # gathers from the channels that the contrast leaves
-            seen = self.score.contrast(seen)
-        picked = [seen[rows] if h.cells is None else take(seen[rows], h.cells.to(seen.device)) for rows, h in parts]
-        return picked if dense else [self.score.contrast(values) for values in picked]
+        gathered = [seen[rows] if h.cells is None else take(seen[rows], h.cells.to(seen.device)) for rows, h in parts]
+        return [self.score.contrast(values) for values in gathered]
 
     def of(self, prediction: Tensor) -> Tensor:
         """Return `Score.contrast` at the mask's voxels (channels, n) in float64.
