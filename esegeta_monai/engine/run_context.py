@@ -62,6 +62,6 @@ class ScoreSample:
     scores: Tensor | None = None
 
     def take(self) -> Tensor | None:
-        """Return the scores and forget them."""
+        """Return the scores (k, n) and forget them."""
         scores, self.scores = self.scores, None
         return scores

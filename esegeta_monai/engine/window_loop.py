@@ -110,7 +110,8 @@ class WindowedNetwork:
         Args:
             groups: jobs that may share a batch.
             run: called with the windows of each batch, the volume of each, and True for the first batch of the loop.
-            sums, whole_windows, turn: see `esegeta_monai.engine.objective.Objective.each`.
+            sums: tensors of any shape that ``run`` adds into, see `esegeta_monai.engine.objective.Objective.each`.
+            whole_windows, turn: see there.
         """
         if sums is None:
             self._run(groups, run)
