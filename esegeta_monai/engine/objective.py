@@ -95,7 +95,8 @@ class Objective(WindowedNetwork):
         >>> import torch
         >>> from esegeta_monai.engine.network.model import Model
         >>> from esegeta_monai.engine.windows.inferers import plan_windows
-        >>> objective = Objective(Model(torch.nn.Identity()), torch.zeros(1, 4, 4), plan_windows(None, (4, 4)))
+        >>> model = Model(torch.nn.Identity(), torch.device("cpu"))
+        >>> objective = Objective(model, torch.zeros(1, 4, 4), plan_windows(None, (4, 4)))
         >>> objective.derive(image=torch.ones(1, 4, 4)).image.mean()
         tensor(1.)
         """

@@ -186,7 +186,8 @@ def agreement(rough: Tensor, precise: Tensor, dtype: str = "half precision") -> 
     Returns:
         Pearson's r, or None if it is not defined; and the reason why it is not enough, or None.
 
-    >>> agreement(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
+    >>> correlation, reason = agreement(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
+    >>> round(correlation, 6), reason
     (1.0, None)
     >>> agreement(torch.tensor([0.0, 0.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))[1]
     'underflow: of 3 values that are not zero in float32, half precision keeps 1'
