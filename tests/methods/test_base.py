@@ -1,4 +1,4 @@
-"""What a method is: notes, gaps, cheap copies, statements that are checked when the class is defined."""
+"""Methods: notes, gaps, cheap copies, statements that are checked when the class is defined."""
 
 from __future__ import annotations
 
