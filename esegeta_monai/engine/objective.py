@@ -1,4 +1,4 @@
-"""``F(x) = s(P(x))``: everything a method may ask about a case, independent of windows, targets and devices.
+"""``F(x) = s(P(x))``: all that methods compute on a case, the same for all window plans, targets and devices.
 
 For linear scores, whole-volume quantities are sums over windows. For other scores, the cotangent ``∂s/∂P`` comes from a
 forward pass over all windows first.
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Objective(WindowedNetwork):
-    """One case, its targets and the network behind windows. Nothing is assigned to it after construction.
+    """One case, its targets and its network. Nothing is assigned to it after construction.
 
     Attributes:
         model: the network, frozen (see `esegeta_monai.engine.network.state.frozen`).
@@ -83,11 +83,11 @@ class Objective(WindowedNetwork):
     # -- variants and computed values ---------------------------------------------------------------------------
 
     def derive(self, *, first_windows: int | None = None, full_precision: bool = False, **changes: Any) -> Objective:
-        """Return a variant of this objective, of which nothing has been computed yet.
+        """Return a variant of this objective, without computed values.
 
         Args:
-            first_windows: keep only so many windows that each target sees, as if the prediction were the output of
-                these windows. Give a context made by `RunContext.for_sample` with it.
+            first_windows: number of windows that each target keeps, as if the prediction were the output of these
+                windows alone. Give a context made by `RunContext.for_sample` with it.
             full_precision: run the network without autocast.
             changes: fields of the dataclass and their new values. ``image``: F at another image; its prediction is not
                 known unless given, and its perturbation scores are stored under a key of their own.
@@ -95,7 +95,8 @@ class Objective(WindowedNetwork):
         >>> import torch
         >>> from esegeta_monai.engine.network.model import Model
         >>> from esegeta_monai.engine.windows.inferers import plan_windows
-        >>> objective = Objective(Model(torch.nn.Identity()), torch.zeros(1, 4, 4), plan_windows(None, (4, 4)))
+        >>> model = Model(torch.nn.Identity(), torch.device("cpu"))
+        >>> objective = Objective(model, torch.zeros(1, 4, 4), plan_windows(None, (4, 4)))
         >>> objective.derive(image=torch.ones(1, 4, 4)).image.mean()
         tensor(1.)
         """
@@ -213,7 +214,10 @@ class Objective(WindowedNetwork):
         return torch.tensor([s.constant() if s.linear else 0.0 for s in self.scores], dtype=torch.float64)
 
     def value(self, points: Tensor) -> Tensor:
-        """Return F at volumes (m, C, *spatial): (k, m), float64; forward passes over the windows that targets see."""
+        """Return F at volumes (m, C, *spatial): (k, m), float64, in units of the targets.
+
+        Runs the network on the windows that targets see.
+        """
         predictions = self.predict(points)
         return torch.stack([s.value(p) for s, p in zip(self.scores, predictions)])
 
@@ -259,6 +263,9 @@ class Objective(WindowedNetwork):
         Args:
             points: the volumes.
             turn: for linear scores only: return the part of this process alone, see `each`.
+
+        Raises:
+            MethodError: there is no differentiable path from the input to the output.
         """
         m = len(points)
         predictions = None if self.linear else self.predict(points)

@@ -1,11 +1,19 @@
 """A sweep: one pass over the windows that serves the requests of several methods.
 
-A method that looks at the whole image yields requests and gets their results back:
+Methods need the same few things of the whole image: activations, gradients of layers, the gradient at the input. So a
+method does not loop over windows. Its `attribute` is a generator that yields a `Request` and gets the result back:
 
-    gradients = yield ChannelGradients(layer)
+    weights = yield ChannelGradients(layer)               # (k, C), complete: all windows have been visited
+    maps = yield BlendedActivations(layer, weights)       # (k, 1, *spatial)
+    return Explained(maps)
 
-Methods that run together share one sweep for everything that they ask for in the same round
-(`esegeta_monai.methods.run`), so several CAM methods cost one forward and one backward pass.
+The runner (`esegeta_monai.methods.run`) starts all methods, collects the request that each one has yielded, serves them
+in one call of `sweep`, sends each method its result, and repeats until all have returned. A sweep computes the union of
+what its requests need, with one forward pass per window and one backward pass per target. So several CAM methods
+together cost as many passes as one. docs/requests.md has a complete example.
+
+A request is an object with three steps: `begin` before the first window, `see` for each batch, and `result`, whose
+return value becomes the value of the ``yield`` expression. It states in class attributes what it reads (`Request`).
 """
 
 from __future__ import annotations
@@ -29,14 +37,15 @@ __all__ = ["InputGradient", "Request", "View", "sweep"]
 
 @dataclass
 class View:
-    """What a `Request` sees of one batch of windows.
+    """The data of one batch of windows that a `Request` can read.
 
     Attributes:
         batch: the windows.
         out: network output (n, R, *out_roi).
-        activations: layer name to (n, …).
-        gradients: layer name to (k, n, …); absent where no target sees the windows or depends on the layer.
-        input_gradient: (k, n, C, *roi) where some request wants it.
+        activations: output of each layer (n, …), by name.
+        gradients: ∂F/∂(output of the layer) (k, n, …), by name; absent if no target sees the windows or depends on the
+            layer.
+        input_gradient: ∂F/∂x (k, n, C, *roi) if some request reads it.
         seen: True if some target sees these windows (else this is a forward pass only).
     """
 
@@ -49,7 +58,7 @@ class View:
 
 
 class Request:
-    """Something that a method collects in one sweep over the windows; equal keys are collected once.
+    """A quantity that a method collects in one sweep over the windows; requests of equal key are collected once.
 
     Attributes:
         layers: layers whose activations (and gradients) it reads.
@@ -120,7 +129,7 @@ class InputGradient(Request):
 
 
 class Comparison(Request):
-    """No request of its own: a sweep compares the blended windows with the given prediction by itself."""
+    """An empty request: a sweep compares the blended windows with the given prediction in any case."""
 
     backward = False
     summed = ()
@@ -140,7 +149,7 @@ def sweep(objective: Objective, requests: Sequence[Request]) -> list[Any]:
 
     Args:
         objective: the case.
-        requests: what methods asked for; those of equal key are collected once.
+        requests: requests of methods; those of equal key are collected once.
 
     Returns:
         The result of each request, in order.
@@ -223,6 +232,8 @@ def _note_deviations(objective: Objective, blended: Sequence[Tensor]) -> None:
 
 
 def _sums(requests: Sequence[Request], blended: Sequence[Tensor]) -> list[Tensor | Summed] | None:
-    """Everything that a sweep adds into; None where a request does not say."""
+    """Return all tensors that a sweep adds into; None if a request does not state its own."""
     parts = [r.parts for r in requests]
-    return None if any(p is None for p in parts) else [*blended, *(one for p in parts if p is not None for one in p)]
+    return (
+        None if any(p is None for p in parts) else [*blended, *(holder for p in parts if p is not None for holder in p)]
+    )

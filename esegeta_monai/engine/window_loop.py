@@ -1,4 +1,4 @@
-"""A network behind the windows of a volume: passes through it, and loops over windows that fit into memory."""
+"""A network that sees a volume through windows: forward passes, and loops in batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ class WindowedNetwork:
         Args:
             groups: jobs that may share a batch.
             run: called with the windows of each batch, the volume of each, and True for the first batch of the loop.
-            sums, whole_windows, turn: see `esegeta_monai.engine.objective.Objective.each`.
+            sums: tensors of any shape that ``run`` adds into, see `esegeta_monai.engine.objective.Objective.each`.
+            whole_windows, turn: see there.
         """
         if sums is None:
             self._run(groups, run)
@@ -158,11 +159,11 @@ class WindowedNetwork:
                 f"out of memory with one window of {self.plan.roi}: use amp=True, a smaller window, or device='cpu'"
             ) from error
         self.context.window_batch = tried // 2
-        self.context.progress.warn(f"out of memory with {tried} windows a batch: continued with {tried // 2}")
+        self.context.progress.warn(f"out of memory with {tried} windows per batch: continued with {tried // 2}")
 
 
 def _gradients(out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, retain: bool) -> list[Tensor | None]:
-    """Call autograd; turn its error for a network without derivative into one that names the way out."""
+    """Call autograd; replace its error for a network without derivative by one that names a remedy."""
     try:
         return list(torch.autograd.grad(out, inputs, cotangent, retain_graph=retain, allow_unused=True))
     except RuntimeError as error:
@@ -170,6 +171,6 @@ def _gradients(out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, retain:
             raise
         text = " ".join(str(error).split())
         raise MethodError(
-            f"the network cannot be differentiated ({text[:200]}): mend that operation (in place: set inplace=False), "
-            "or use a perturbation method such as Occlusion"
+            f"the network cannot be differentiated ({text[:200]}): correct that operation (in place: set "
+            "inplace=False), or use a perturbation method such as Occlusion"
         ) from error

@@ -23,6 +23,7 @@ from esegeta_monai.cli.cases import Preprocessor, ScanCase, by_channel, find_cas
 from esegeta_monai.cli.log import RunLog
 from esegeta_monai.cli.main import build_parser, main
 from esegeta_monai.cli.overlay import shipped_overlay
+from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import Saliency
 from esegeta_monai.methods.base import METHODS
@@ -544,3 +545,31 @@ def test_what_costs_too_much_is_refused_unless_told(
     assert explained(*words) == 1
     assert "perturbations" in capsys.readouterr().err
     assert explained(*words, "--yes") == 0
+
+
+# A constant baseline: the perturbations of two noisy copies differ in nothing but the image.
+INSIDE = [
+    f"{wrapper}({inner[:-1]}, baseline={baseline}), n_samples=2, std=1.0)"
+    for wrapper in ("SmoothGrad", "SmoothGradSquared", "VarGrad")
+    for inner in ("Occlusion(8)", "FeatureAblation('grid(8)')", "KernelShap(64, 'grid(8)')", "Lime(12, 'grid(8)')",
+                  "Rise(6, grid=2)", "Sobol(4, grid=2)", "Hsic(8, grid=2)")
+    for baseline in ("0.0", "'zero'", "'constant(value=0.5)'")
+]  # fmt: skip
+
+
+def test_methods_inside_methods_never_read_the_scores_of_another_image(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With scores stored after every batch, maps and passes are those of a run that stores none."""
+    scan, maps, passes = make_scan(tmp_path / "scan.nii.gz", (SIZE,) * 3), [], []
+    for every in (float("inf"), 0.0):
+        monkeypatch.setattr(ScoreCheckpoint.__init__, "__defaults__", (every,))
+        output = tmp_path / str(every)
+        methods = [f"{method[:-1]}, name='m{i}')" for i, method in enumerate(INSIDE)]
+        assert explained(bundle, scan, output, "--methods", ",".join(methods), "--target", "MultiClassMask(1)") == 0
+        files = sorted(output.rglob("*_attr.nii.gz"))
+        maps.append({p.name: np.asarray(nib.load(p).dataobj) for p in files})
+        passes.append({p.name: json.loads(p.read_text())["window_passes"] for p in sorted(output.rglob("*_attr.json"))})
+    assert len(maps[0]) == len(INSIDE)
+    assert passes[0] == passes[1]
+    assert all(np.array_equal(maps[0][name], maps[1][name]) for name in maps[0])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from esegeta_monai import Explainer
 from esegeta_monai import methods as m
-from esegeta_monai.engine.perturbation import batching as engine
+from esegeta_monai.engine.perturbation import batching
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.targets import Box, MultiClassMask
 from tests.support.networks import small
@@ -66,7 +66,7 @@ def tables(folder: Path) -> list[Path]:
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are written after every batch, and for non-linear targets after every few perturbations."""
     monkeypatch.setattr(ScoreCheckpoint.__init__, "__defaults__", (0.0,))
-    monkeypatch.setattr(engine, "BLOCK", 3)
+    monkeypatch.setattr(batching, "CHUNK", 3)
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])

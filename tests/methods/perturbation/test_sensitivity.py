@@ -32,7 +32,7 @@ def case_of(function, cells: int) -> Naive:
         [ClassScore(0)],
         SimpleInferer(),
     )
-    case.objective.window_batch = 256
+    case.objective.context.window_batch = 256
     return case
 
 
