@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.batch import Batch, Gradient
+from esegeta_monai.engine.network.state import evaluating
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.engine.score import Case, Score
 from esegeta_monai.engine.window_loop import Jobs, WindowedNetwork
@@ -65,10 +66,8 @@ class Objective(WindowedNetwork):
     _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.grid is None:
-            object.__setattr__(self, "grid", self._make_grid())
-
-    def _make_grid(self) -> OutputGrid:
+        if self.grid is not None:
+            return
         known = self.plan.spatial_shape if self.out_shape is None else self.out_shape  # () for a classification network
         shape = tuple(known if self.prediction is None else self.prediction.shape[1:])
         if self.plan.whole:
@@ -76,9 +75,9 @@ class Objective(WindowedNetwork):
         elif shape == self.plan.spatial_shape:
             out_roi = self.plan.roi
         else:  # the output is scaled: one window shows by how much
-            with torch.inference_mode():
+            with evaluating(self.model.network, self.model.device), torch.inference_mode():
                 out_roi = tuple(self.run(self.window(0), [0]).shape[2:])
-        return OutputGrid(self.plan, out_roi, self.image.dtype, self.image.device)
+        object.__setattr__(self, "grid", OutputGrid(self.plan, out_roi, self.image.dtype, self.image.device))
 
     # -- variants and computed values ---------------------------------------------------------------------------
 
@@ -188,7 +187,7 @@ class Objective(WindowedNetwork):
         if self.prediction is not None:
             return len(self.prediction)
         with torch.inference_mode():
-            return self.run_all_channels(self.window(0), [0]).shape[1]
+            return self.run(self.window(0), [0], all_channels=True).shape[1]
 
     def generator(self) -> torch.Generator:
         """Return a new generator with the run's seed: every method draws the same numbers on every device."""

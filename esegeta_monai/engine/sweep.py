@@ -29,7 +29,6 @@ from esegeta_monai.engine.batch import NO_PATH, Batch, Gradient
 from esegeta_monai.engine.network.hooks import capture
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError
-from esegeta_monai.utils.distributed import Summed
 from esegeta_monai.utils.tensors import largest
 
 __all__ = ["InputGradient", "Request", "View", "sweep"]
@@ -128,19 +127,6 @@ class InputGradient(Request):
         return Gradient(self.maps[:, None], values[:, None], self.padding[:, None])
 
 
-class Comparison(Request):
-    """An empty request: a sweep compares the blended windows with the given prediction in any case."""
-
-    backward = False
-    summed = ()
-
-    def see(self, view: View) -> None:
-        """Collect nothing."""
-
-    def result(self) -> None:
-        """Return nothing."""
-
-
 def sweep(objective: Objective, requests: Sequence[Request]) -> list[Any]:
     """Serve all requests in one pass over the windows: shared forward passes, one backward pass per target.
 
@@ -179,7 +165,10 @@ def sweep(objective: Objective, requests: Sequence[Request]) -> list[Any]:
 
     everywhere = any(r.everywhere for r in todo)
     jobs = [(0, w) for w in objective.all_windows] if everywhere else objective.jobs(1)
-    objective.each(jobs, run, with_cotangents=backward, split_seen=everywhere, sums=_sums(todo, blended or []))
+    parts = [r.parts for r in todo]
+    sums = [*(blended or []), *(holder for p in parts for holder in p or [])]
+    shared = None if None in parts else sums  # None: a request does not state what it adds into
+    objective.each(jobs, run, with_cotangents=backward, split_seen=everywhere, sums=shared)
     if blended is not None:
         _note_deviations(objective, blended)
     return [unique[r.key].result() for r in requests]
@@ -229,11 +218,3 @@ def _note_deviations(objective: Objective, blended: Sequence[Tensor]) -> None:
         given = score.crop(objective.prediction)
         off = ours[0].sub_(given).mul_(score.mask.to(ours.device))  # in place: these are whole volumes
         deviations[k] = largest(off) / max(largest(given), torch.finfo(ours.dtype).tiny)
-
-
-def _sums(requests: Sequence[Request], blended: Sequence[Tensor]) -> list[Tensor | Summed] | None:
-    """Return all tensors that a sweep adds into; None if a request does not state its own."""
-    parts = [r.parts for r in requests]
-    return (
-        None if any(p is None for p in parts) else [*blended, *(holder for p in parts if p is not None for holder in p)]
-    )

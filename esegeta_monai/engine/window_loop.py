@@ -51,20 +51,26 @@ class WindowedNetwork:
         """Windows per forward pass."""
         return self.context.window_batch or self.plan.batch_size
 
-    def run(self, x: Tensor, windows: Sequence[int]) -> Tensor:
-        """Run the network on windows x (n, C, *roi); return the channels that are read, (n, R, *out_roi)."""
-        out = self.run_all_channels(x, windows)
-        return out if len(self.channels) in (0, out.shape[1]) else out[:, picked(self.channels)]
+    def run(self, x: Tensor, windows: Sequence[int], *, all_channels: bool = False) -> Tensor:
+        """Run the network on windows.
 
-    def run_all_channels(self, x: Tensor, windows: Sequence[int]) -> Tensor:
-        """Run the network on windows x (n, C, *roi); return all output channels, (n, K, *out_roi)."""
+        Args:
+            x: (n, C, *roi).
+            windows: their numbers in the plan.
+            all_channels: return all output channels, not only those that are read.
+
+        Returns:
+            (n, R, *out_roi), or (n, K, *out_roi) with ``all_channels``.
+        """
         coordinates = [self.plan.coordinates(w) for w in windows] if self.plan.with_coord else None
         condition = None
         if self.condition is not None:
             condition = torch.stack([self.plan.cut(self.condition, w) for w in windows]).to(self.model.device)
         out = self.model(x, slice_axis=self.plan.slice_axis, coordinates=coordinates, condition=condition)
         self.context.progress.passed(len(windows))
-        return out
+        if all_channels or len(self.channels) in (0, out.shape[1]):
+            return out
+        return out[:, picked(self.channels)]
 
     def window(self, window: int) -> Tensor:
         """Return one window of the image as a batch (1, C, *roi) on the network's device."""

@@ -58,15 +58,12 @@ class Outcomes:
 
     def record(self, method: Method, bound: BoundTarget, plan: WindowPlan | None) -> Record:
         """Return the record of what is known before the method runs, with None for the rest; a new one at each call."""
-        key = (id(method), id(bound))
-        if key not in self._records:
-            self._records[key] = (method, bound, self._record(method, bound, plan))
-        known = self._records[key][2]
-        return replace(known, warnings=list(known.warnings), more=dict(known.more))
-
-    def _record(self, method: Method, bound: BoundTarget, plan: WindowPlan | None) -> Record:
+        key = (id(method), id(bound))  # both are kept, so that no other object gets the same id
+        if key in self._records:
+            known = self._records[key][2]
+            return replace(known, warnings=list(known.warnings), more=dict(known.more))
         score, case, names = bound.score, self.case, list(self.settings.channel_names)
-        return Record(
+        record = Record(
             method=type(method).__name__,
             method_name=method.name,
             parameters=method.parameters,
@@ -91,6 +88,8 @@ class Outcomes:
             **case.record,
             versions=versions(),
         )
+        self._records[key] = method, bound, record
+        return replace(record, warnings=[], more=dict(record.more))
 
     def finished(
         self, method: Method, bound: BoundTarget, record: Record, outcome: Explained, k: int

@@ -101,18 +101,17 @@ class Prediction:
         """F of this case, for each score."""
         settings, condition = self.settings, self.case.condition
         window_batch = settings.window_batch or (4 if self.plan.whole else self.plan.batch_size)
-        with evaluating(settings.network, settings.device):
-            return Objective(
-                self.model,
-                self.image,
-                self.plan,
-                scores,
-                self.prediction,
-                seed=settings.seed,
-                condition=None if condition is None else condition.to(self.image),
-                case=self._context,
-                context=RunContext(processes=settings.processes, window_batch=window_batch),
-            )
+        return Objective(
+            self.model,
+            self.image,
+            self.plan,
+            scores,
+            self.prediction,
+            seed=settings.seed,
+            condition=None if condition is None else condition.to(self.image),
+            case=self._context,
+            context=RunContext(processes=settings.processes, window_batch=window_batch),
+        )
 
     @property
     def _context(self) -> Case:

@@ -15,7 +15,7 @@ from typing import Any
 from esegeta_monai.engine.network.state import evaluating, weights_hash
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
-from esegeta_monai.engine.sweep import Comparison, sweep
+from esegeta_monai.engine.sweep import sweep
 from esegeta_monai.errors import EsegetaError, MethodTimeout
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import CaseInput
@@ -107,7 +107,7 @@ class CaseRun:
                 continue
             if not shares_passes(task.methods[0]):  # else its sweep compares
                 with evaluating(self.settings.network, self.settings.device):
-                    sweep(task.objective, [Comparison()])
+                    sweep(task.objective, [])
             for group in grouped(task.methods):
                 checkpoint = None
                 if scores_dir is not None and not group[0].needs_gradient:

@@ -193,13 +193,14 @@ def count_passes(objective: Objective, perturbations: Perturbations, known: set[
     return sum(map(len, parts)) + sum(map(len, unperturbed))
 
 
-def runs(windows: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Yield each window of a batch with its rows; rows of one window are adjacent."""
-    start = 0
+def runs(windows: Sequence[int]) -> list[tuple[int, slice]]:
+    """List each window of a batch with its rows; rows of one window are adjacent."""
+    rows, start = [], 0
     for w, same in itertools.groupby(windows):
         stop = start + len(list(same))
-        yield w, slice(start, stop)
+        rows.append((w, slice(start, stop)))
         start = stop
+    return rows
 
 
 class BatchedScorer:
@@ -238,9 +239,9 @@ class BatchedScorer:
         if self.checkpoint is not None and self.name is not None:
             self.checkpoint.write(self.name, self.result, self.done, force=force)
 
-    def is_own(self) -> bool:
-        """Return True if this process computes the next perturbed window."""
-        return True
+    def own(self, groups: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return the perturbed windows that this process computes: all of them."""
+        return groups
 
     def add(self, windows: Sequence[PerturbedWindow], out: Tensor) -> None:
         """Add the output of a batch (n, R, *out_roi) to the result: all of it, or nothing if memory runs out."""
@@ -254,7 +255,7 @@ class BatchedScorer:
             place, crop = cut(self.objective, w)
             if self._rows is None:
                 self._rows = self._new_rows(crop)
-            todo = [PerturbedWindow(g, w) for g in groups if self.is_own()]
+            todo = [PerturbedWindow(g, w) for g in self.own(groups)]
             at = 0
             while at < len(todo) and (self.position < self.restored or w not in self.unperturbed):
                 # skip those of an earlier run: the order is the same in every run
@@ -289,16 +290,17 @@ class BatchedScorer:
     def _write(self, windows: Sequence[PerturbedWindow], crop: Tensor, place: Slices) -> None:
         """Append the perturbed windows that differ from the image to the pending ones."""
         plan, n = self.objective.plan, len(self._pending)
+        padded = plan.padded
         assert self._rows is not None
         rows = self._rows[n : n + len(windows)]
-        out = crop.new_empty((len(windows), *crop.shape)) if plan.padded else rows
+        out = crop.new_empty((len(windows), *crop.shape)) if padded else rows
         if windows[0].indices:
             written = self.perturbations.write([p.indices[0] for p in windows], crop, place, out)
             self.position += len(written)
             windows = [windows[j] for j in written]
         else:
             out.copy_(crop)
-        if plan.padded:
+        if padded:
             rows[: len(windows)] = plan.pad(out[: len(windows)])
         self._pending += windows
 

@@ -152,10 +152,11 @@ class _LinearScorer(BatchedScorer):
         self.weights: dict[int, list[tuple[Slices, Tensor] | None]] = {}
         self.turn = 0
 
-    def is_own(self) -> bool:
-        """Distribute perturbed windows over the processes in turn."""
-        self.turn += 1
-        return self.turn % self.processes.size == self.processes.rank
+    def own(self, groups: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return the perturbed windows of this process; they are distributed in turn."""
+        size, first = self.processes.size, self.turn + 1
+        self.turn += len(groups)
+        return [g for turn, g in enumerate(groups, first) if turn % size == self.processes.rank]
 
     def run(self) -> Tensor:
         self.restored = self.done
@@ -192,7 +193,7 @@ class _LinearScorer(BatchedScorer):
 
     def scores(self, windows: Sequence[int], out: Tensor) -> list[list[float]]:
         """Return ``F_w`` from network output (n, R, *out_roi): k numbers for each of the n windows."""
-        parts: list[list[Tensor]] = [[] for _ in range(self.objective.n_targets)]
+        parts: list[list[Tensor]] = [[] for _ in self.objective.rows]
         for w, rows in runs(windows):
             for weighted, channels, values in zip(self._weights_of(w), self.objective.rows, parts):
                 if weighted is None:
@@ -266,7 +267,7 @@ class _BlendedScorer(BatchedScorer):
         return self._window_voxels[window]
 
     def add(self, windows: Sequence[PerturbedWindow], out: Tensor) -> None:
-        by_window = list(runs([p.window for p in windows]))
+        by_window = runs([p.window for p in windows])
         changes: list[tuple[tuple[int, ...], int, WindowVoxels, Tensor]] = []
         unperturbed: dict[int, list[Any]] = {
             w: [None] * len(self.mask_voxels) for w, rows in by_window if not windows[rows.start].indices

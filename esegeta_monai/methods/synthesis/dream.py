@@ -308,7 +308,7 @@ class _Distance:
 
         probe = objective.derive(model=layer_model(objective.model, layer, keep), grid=objective.grid)
         with torch.no_grad():
-            probe.run_all_channels(probe.window(window), [window])
+            probe.run(probe.window(window), [window], all_channels=True)
         self.reference = kept[0]
         self.energy = self.reference.square().sum(1).mean()
         if not bool(self.energy > 0):
