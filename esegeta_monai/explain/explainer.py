@@ -1,4 +1,4 @@
-"""Runs methods on the cases of a batch; all interfaces use it.
+"""Run methods on the cases of a batch; all interfaces use it.
 
 explainer = Explainer(network, inferer=SlidingWindowInferer((96, 96, 96), 4, 0.5, "gaussian"))
 for attribution in explainer(image, methods=[Saliency()], targets=[MultiClassMask(1)]):
@@ -129,23 +129,24 @@ class Explainer:
 
         Args:
             image: tensor or MetaTensor (B, C, *spatial). A mapping of names to such tensors explains several image
-                inputs together, a map each: the first is passed to the network positionally, the others by name.
+                inputs together, with one map per input: the first is passed to the network positionally, the others by
+                name.
             methods: methods, names or configs.
             targets: targets, names or configs.
-            data: the case's data dictionary (a list of them for a batch), where targets find masks and labels.
-            prediction: the network's raw output for the batch (B, K, …), where it is known already.
+            data: the case's data dictionary (a list of them for a batch), in which targets look up masks and labels.
+            prediction: the network's raw output for the batch (B, K, …), if it is already known.
             network_args, network_kwargs: further inputs of the network, passed through. A tensor whose first axis is
-                as long as the batch is cut to the case; ``condition`` is cut to the windows too, as MONAI does.
-            skip: asked before anything is computed, with an attribution that has no map yet and whose record says what
-                would be computed; True leaves it out.
-            scores_dir: where perturbation methods keep their scores while they run, so that a run that was stopped
-                goes on where it was (`esegeta_monai.engine.perturbation.checkpoint.ScoreCheckpoint`); None: nowhere.
+                as long as the batch is sliced to the case; ``condition`` is also cut to the windows, as MONAI does.
+            skip: called before anything is computed, with an attribution that has no map yet and the record of what
+                would be computed; if it returns True, the attribution is left out.
+            scores_dir: folder in which perturbation methods save their scores while they run, so that an interrupted
+                run can be resumed (`esegeta_monai.engine.perturbation.checkpoint.ScoreCheckpoint`); None: not saved.
 
         Yields:
             `Attribution`, case by case.
 
         Raises:
-            EsegetaError: a wrong name or parameter; with ``on_error="raise"`` anything that goes wrong.
+            EsegetaError: a wrong name or parameter; with ``on_error="raise"``, any failure.
         """
         chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
         settings = self.settings
@@ -177,14 +178,14 @@ class Explainer:
         calibration: float = 3.0,
         **inputs: Any,
     ) -> Iterator[Cost]:
-        """Estimate the cost per case, method and target, each method run alone.
+        """Estimate the cost per case, method and target, for each method run alone.
 
-        The prediction is computed, since the targets' windows depend on it, and each method is run for a moment, to
-        see how long a pass takes. Methods that share their passes (gradient and CAM methods) need less together.
+        The prediction is computed, since the targets' windows depend on it, and each method runs briefly to time its
+        passes. Methods that share their passes (gradient and CAM methods) cost less together.
 
         Args:
             image, methods, targets: as in `__call__`.
-            calibration: seconds that each method is run for at most.
+            calibration: largest number of seconds for which each method is run.
             inputs: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` as in `__call__`.
 
         Raises:
@@ -217,7 +218,8 @@ class Explainer:
         replaces the prediction.
 
         Args:
-            image, targets: see `__call__`.
+            image: (B, C, *spatial).
+            targets: see `__call__`.
             inputs: ``data``, ``prediction``, ``network_args``, ``network_kwargs``, see `__call__`.
 
         Raises:
