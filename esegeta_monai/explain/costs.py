@@ -1,4 +1,4 @@
-"""Estimate the cost of a method on a case before it runs (window passes, time, memory), and refuse what costs too much."""
+"""Estimate the window passes, time and memory of a method on a case before it runs, and refuse costly methods."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
 
 
 def _extrapolated(method: Method, objective: Objective, passes: float) -> float | None:
-    """Extrapolate the seconds of ``passes`` window passes from a cheap copy, timed on one and on two batches of windows.
+    """Extrapolate the seconds of ``passes`` window passes from a cheap copy, timed on one and two batches of windows.
 
     Two sizes separate the time per pass from the time that the method takes once. On a CPU a batch is one window,
     since a window takes as long alone as in a batch.

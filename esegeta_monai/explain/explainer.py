@@ -32,31 +32,31 @@ __all__ = ["Attribution", "Explainer"]
 
 
 class Explainer:
-    """Explains the predictions of a network.
+    """An explainer of a network's predictions.
 
-    The image is never modified, and the network leaves as it came: weights, training flags, hooks, ``requires_grad``.
+    The image is never modified. The network is restored after each call: weights, training flags, hooks,
+    ``requires_grad``.
 
     Args:
-        network: any `torch.nn.Module`; under (Distributed)DataParallel the module inside is used.
-        inferer: as the prediction uses it; None: the network sees the whole image.
-        device: where windows are computed; must be the network's. None: where the network is.
+        network: any `torch.nn.Module`; of (Distributed)DataParallel, the wrapped module is used.
+        inferer: the inferer of the prediction; None: the network sees the whole image.
+        device: device on which windows are computed, which must be the network's; None: the network's.
         amp: autocast (float16 on CUDA, bfloat16 elsewhere, or ``amp_kwargs["dtype"]``) for methods that allow it.
-        volume_device: where volumes live; None: as the inferer's ``device`` says, else ``device``.
-        output: which output is explained, where the network returns several (key or index).
+        volume_device: device that stores volumes; None: the inferer's ``device``, else ``device``.
+        output: key or index of the explained output, if the network returns several.
         class_names: class number to name, for targets by name and for records.
         channel_names: names of the image's channels, for records.
-        window_batch: windows a pass; None: the inferer's ``sw_batch_size``, 4 for other inferers.
-        seed: of every random draw.
-        progress: a progress bar with the remaining time for each group of methods.
-        time_limit: seconds a method; then it ends as ``timeout`` and the next one begins.
-        allow_costly: methods may score more perturbations than `esegeta_monai.explain.costs.COSTLY`, such as an
-        occluder of one
-            voxel on a volume; else they are refused with the number.
-        distributed: the processes of ``torch.distributed`` compute each case together, called alike with the same
-            cases: windows and perturbations are shared between them, and every process gets the whole maps. Each has
-            the network on a device of its own; it is not wrapped.
-        on_error: ``"raise"``, or ``"record"``: what fails (a method, a target, a case) gives an attribution without map
-            and the rest goes on.
+        window_batch: windows per forward pass; None: the inferer's ``sw_batch_size``, 4 for other inferers.
+        seed: seed of every random draw.
+        progress: show a progress bar with the remaining time for each group of methods.
+        time_limit: seconds per method; a method that takes longer ends as ``timeout`` and the next one begins.
+        allow_costly: run methods that score more perturbations than `esegeta_monai.explain.costs.COSTLY`, such as
+            an occluder of one voxel on a volume; otherwise they are refused with the number.
+        distributed: the processes of ``torch.distributed`` compute each case together and must be called with the same
+            cases: they share windows and perturbations, and every process gets the whole maps. Each process has the
+            network on its own device, without a wrapper.
+        on_error: ``"raise"``, or ``"record"``: a failed method, target or case gives an attribution without a map, and
+            the others are still computed.
 
     Raises:
         NetworkError: half-precision weights, a network on another device, or one built under ``inference_mode``.
