@@ -34,7 +34,7 @@ class ExplanationSeries:
 
     For every epoch, case, target and method:
 
-    * ``value``: F(x), what the network gives the target;
+    * ``value``: F(x), the score of the target;
     * ``relevance_mass``: ``Σ_{v in label} |a_v| / Σ_v |a_v|``, the share of the map's magnitude inside the reference
       region, 0 to 1; where the data has one (label above 0);
     * ``similarity``: Spearman's rank correlation of |a| with the last epoch's map of the same case, over the voxels
