@@ -255,7 +255,7 @@ ROWS = [
         by("FeatureAblation('atlas.nii.gz')"), goes_on=False),
     Row("feature map of probabilities", 1, r"values that are no whole numbers, such as 0\.5: threshold it",
         probabilities, goes_on=False),
-    Row("method that costs too much", 1, r"Rise would score 200,000 perturbations, .* or insist with --yes",
+    Row("method that costs too much", 1, r"Rise would score 200,000 perturbations, .* or allow it by --yes",
         by("Rise(200000)"), goes_on=False),
     Row("bundle without a network", 2, r"has no network: configs/inference.json has none of the ids .*network_def",
         lambda s: one_good(s, **NO_NETWORK), goes_on=False),

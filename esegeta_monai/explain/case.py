@@ -42,7 +42,7 @@ class BatchInputs:
         joined = joined_inputs(inputs) if inputs else self.image
         if not isinstance(joined, Tensor) or joined.ndim not in (4, 5) or 0 in joined.shape[1:]:
             given = f"shape {tuple(joined.shape)}" if isinstance(joined, Tensor) else type(joined).__name__
-            raise InputError(f"image must be (B, C, *spatial) in 2D or 3D, a tensor, got {given}")
+            raise InputError(f"image must be a tensor (B, C, *spatial) in 2D or 3D, got {given}")
         self.joined, self.channels = joined, {name: value.shape[1] for name, value in inputs.items()}
 
     def cases(self, output: int | str | None) -> Iterator[CaseInput]:

@@ -141,8 +141,9 @@ def too_costly(method: Method, objective: Objective) -> MethodError | None:
         return None
     return MethodError(
         f"{method.name} would score {predictions:,} perturbations, each in up to {len(objective.windows)} windows, and "
-        f"more than {COSTLY:,} are not computed unasked: take larger occluders, strides or features, or fewer samples, "
-        "or insist with --yes (allow_costly=True in Python, --explain_handler#allow_costly true with the overlay)"
+        f"more than {COSTLY:,} are computed only on request: use larger occluders, strides or features, or fewer "
+        "samples, or allow it by --yes (allow_costly=True in Python, --explain_handler#allow_costly true with the "
+        "overlay)"
     )
 
 

@@ -42,8 +42,8 @@ class ResultNames:
         """
         if id(method) not in self._methods:
             raise UsageError(
-                f"{method!r} is not one of the methods that this run was begun with: make methods and targets once, "
-                "as instances, and give the same ones to the writer and to its explain"
+                f"{method!r} is not one of the methods of this run: create methods and targets once, as instances, and "
+                "pass the same ones to the writer and to its explain"
             )
         return self._methods[id(method)]
 

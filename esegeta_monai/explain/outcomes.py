@@ -106,7 +106,7 @@ class Outcomes:
             if not finite:
                 bad = int((~torch.isfinite(part)).sum())
                 error = MethodError(
-                    f"{method.name} gave {bad} of {part.numel()} values that are not finite: switch amp off, or choose "
+                    f"{method.name}: {bad} of {part.numel()} values of the map are not finite: switch amp off, or choose "
                     "another method for this network"
                 )
                 yield self.failed(method, bound, own, error)
@@ -114,7 +114,7 @@ class Outcomes:
             if own.status == "zero":
                 own.warnings = [
                     *own.warnings,
-                    "the map is zero everywhere: the target does not react here, or the method lets nothing through",
+                    "the map is zero everywhere: the target does not depend on the image, or the method stops all signals",
                 ]
             attribution = like_image(part, case.image)
             yield Attribution(attribution, method, bound.target, case.index, own.to_json(), bound.label, mask, name)

@@ -243,8 +243,8 @@ class CaseRun:
         if self.settings.amp:
             remedy = "switch amp off, since this network's predictions differ in half precision; otherwise " + remedy
         text = (
-            f"{label}: the network's output deviates from the prediction by {100 * deviation:.2g} %, so the map does not "
-            f"explain the prediction that is shown: {remedy}"
+            f"{label}: the network's output deviates from the prediction by {100 * deviation:.2g} %, so the map does "
+            f"not explain the prediction that is shown: {remedy}"
         )
         if label not in self._reported:
             self._reported.add(label)

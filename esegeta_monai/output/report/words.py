@@ -196,7 +196,7 @@ def _careful(result: Result) -> list[str]:
     record, texts = result.record, []
     if result.status == "zero":
         texts.append(
-            "the map is zero everywhere: the target does not react to the scan, or the method lets nothing through."
+            "the map is zero everywhere: the target does not depend on the scan, or the method stops all signals."
         )
     gap = record.completeness_gap
     if gap is not None and gap > GAP:
