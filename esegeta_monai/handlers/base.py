@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -33,6 +32,7 @@ from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.utils.distributed import SHARES, Processes, Share
 from esegeta_monai.utils.types import number
+from esegeta_monai.utils.upstream import attached_handlers, postprocessing_of
 
 __all__ = ["CaseHandler", "flag", "numbered"]
 
@@ -303,11 +303,9 @@ class CaseHandler(ABC):
 
     @staticmethod
     def _transforms(engine: Any) -> list[Any]:
-        """The engine's postprocessing, which MONAI keeps nowhere but in the function that it registers."""
-        for function, _, _ in engine._event_handlers.get(IterationEvents.MODEL_COMPLETED, []):
-            postprocessing = (
-                inspect.getclosurevars(function).nonlocals.get("posttrans") if inspect.isfunction(function) else None
-            )
+        """Return the transforms of the engine's postprocessing."""
+        for function in attached_handlers(engine, IterationEvents.MODEL_COMPLETED):
+            postprocessing = postprocessing_of(function)
             if isinstance(postprocessing, Compose):
                 return list(postprocessing.flatten().transforms)
             if postprocessing is not None:

@@ -25,6 +25,7 @@ from esegeta_monai.handlers.explanation import ExplanationHandler
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM
 from esegeta_monai.output.evaluation_writer import EvaluationWriter
 from esegeta_monai.utils.distributed import Share
+from esegeta_monai.utils.upstream import attached_handlers
 
 __all__ = ["EvaluationHandler"]
 
@@ -123,7 +124,7 @@ class EvaluationHandler(CaseHandler):
 
     def _begin(self, engine: Any) -> None:
         super()._begin(engine)
-        attached = [function for function, _, _ in engine._event_handlers[IterationEvents.FORWARD_COMPLETED]]
+        attached = attached_handlers(engine, IterationEvents.FORWARD_COMPLETED)
         for other in attached[: attached.index(self)]:
             if isinstance(other, ExplanationHandler) and self._hear not in other.listeners:
                 other.listeners.append(self._hear)
