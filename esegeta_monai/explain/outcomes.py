@@ -106,15 +106,15 @@ class Outcomes:
             if not finite:
                 bad = int((~torch.isfinite(part)).sum())
                 error = MethodError(
-                    f"{method.name}: {bad} of {part.numel()} values of the map are not finite: switch amp off, or choose "
-                    "another method for this network"
+                    f"{method.name}: {bad} of {part.numel()} values of the map are not finite: switch amp off, or "
+                    "choose another method for this network"
                 )
                 yield self.failed(method, bound, own, error)
                 continue
             if own.status == "zero":
                 own.warnings = [
                     *own.warnings,
-                    "the map is zero everywhere: the target does not depend on the image, or the method stops all signals",
+                    "the map is zero everywhere: the target does not depend on the image, or nothing propagates to it",
                 ]
             attribution = like_image(part, case.image)
             yield Attribution(attribution, method, bound.target, case.index, own.to_json(), bound.label, mask, name)

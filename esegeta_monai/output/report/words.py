@@ -195,9 +195,7 @@ def findings(case: CaseResults, embedded_notes: Sequence[str] = ()) -> list[Find
 def _careful(result: Result) -> list[str]:
     record, texts = result.record, []
     if result.status == "zero":
-        texts.append(
-            "the map is zero everywhere: the target does not depend on the scan, or the method stops all signals."
-        )
+        texts.append("the map is zero everywhere: the target does not depend on the scan, or nothing propagates to it.")
     gap = record.completeness_gap
     if gap is not None and gap > GAP:
         texts.append(f"completeness gap {100 * gap:.2g} %: the map's sum misses the change of the score by that much.")
