@@ -270,7 +270,7 @@ def methods_text(case: CaseResults, info: dict[str, Any]) -> str:
 
 
 def parameters_text(parameters: dict[str, Any]) -> str:
-    """Write parameters as ``name=value`` without those that are None; files without folders, which may name a patient.
+    """Write parameters other than None as ``name=value``; files are named without folders, which may name a patient.
 
     >>> parameters_text({"n_steps": 12, "baseline": {"name": "Zero"}, "layer": None})
     'n_steps=12, baseline=Zero()'
