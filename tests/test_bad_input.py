@@ -268,7 +268,7 @@ ROWS = [
     Row("network that cannot be built", 2, r"cannot be built: .*override",
         lambda s: one_good(s, network_def={**NETWORK, "strides": [2, 2, 2, 2], "num_res_units": "x"}), goes_on=False),
     Row("missing weights", 2, r"no weights at .*model.pt", lambda s: one_good(s, weights=False), goes_on=False),
-    Row("truncated weights", 2, r"model.pt is no readable checkpoint", cut_weights, goes_on=False),
+    Row("truncated weights", 2, r"model.pt is not a readable checkpoint", cut_weights, goes_on=False),
     Row("weights of another network", 2, r"model.pt does not fit UNet", foreign_weights, goes_on=False),
     Row("preprocessing that needs a label", 1, r"preprocessing failed: KeyError: .*label", preprocessing_wants_more,
         goes_on=False),

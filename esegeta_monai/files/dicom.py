@@ -51,7 +51,7 @@ def check_series(folder: Path, itk: Any) -> list[str]:
         raise _truncated(folder, f"instance number {numbers[int(np.argmax(steps))] + 1} is missing")
     said = {h["count"] for h in headers} - {None}
     if len(said) == 1 and (count := said.pop()) is not None and count > len(files):
-        raise _truncated(folder, f"{len(files)} slices of the {count} that they say there are")
+        raise _truncated(folder, f"{len(files)} slices of the {count} that the files declare")
     return files
 
 
@@ -69,7 +69,7 @@ def _check_distances(folder: Path, headers: list[dict[str, Any]]) -> None:
 
 
 def _truncated(folder: Path, what: str) -> InputError:
-    return InputError(f"{folder}: the DICOM series is truncated ({what}); export or copy it again, whole")
+    return InputError(f"{folder}: the DICOM series is truncated ({what}); export or copy the complete series again")
 
 
 def _header(itk: Any, file: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ __all__ = ["CaseHandler", "flag", "numbered"]
 class CaseHandler(ABC):
     """A handler that processes each case after its prediction, with the engine's network, inferer, AMP and inputs.
 
-    Subclasses open a folder (`open`), process a case (`look`) and close the folder (`close`).
+    Subclasses open a folder (`open`), explain or evaluate its cases (`look`) and close the folder (`close`).
 
     Args:
         methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share, name:
@@ -105,7 +105,7 @@ class CaseHandler(ABC):
 
     @abstractmethod
     def look(self, engine: Any, image: MetaTensor, case: str, data: Mapping[str, Any], **more: Any) -> None:
-        """Process a case.
+        """Explain or evaluate one case.
 
         Args:
             engine: the engine whose batch contains the case.

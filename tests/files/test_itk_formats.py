@@ -103,7 +103,7 @@ def end(folder: Path) -> None:
         (gap, "slices are missing, one gap of 4 mm among gaps of 2 mm"),
         (cut, "1 of 7 files cannot be read, first 003.dcm"),
         (emptied, "1 of 7 files cannot be read, first 006.dcm"),
-        (end, "6 slices of the 7 that they say there are"),
+        (end, "6 slices of the 7 that the files declare"),
     ],
     ids=["gap", "cut", "emptied", "end"],
 )
