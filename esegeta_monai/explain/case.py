@@ -116,9 +116,9 @@ class CaseModel(Model):
 def cases_of(image: Tensor) -> list[MetaTensor]:
     """Split a batch (B, C, *spatial) into images (C, *spatial), each with its own metadata and trace."""
     if not isinstance(image, MetaTensor):
-        return [MetaTensor(one) for one in image]
+        return [MetaTensor(case) for case in image]
     if not image.is_batch and image.affine.ndim == 2:
-        return [MetaTensor(one, meta=image.meta, applied_operations=image.applied_operations) for one in image]
+        return [MetaTensor(case, meta=image.meta, applied_operations=image.applied_operations) for case in image]
     return list(decollate_batch(_batch_like(image.as_tensor(), image)))
 
 

@@ -66,8 +66,8 @@ class Explainer:
         >>> from esegeta_monai.targets import ClassScore
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
         >>> explainer = Explainer(network)
-        >>> found, = explainer(torch.rand(1, 1, 4, 4), methods=[Saliency()], targets=[ClassScore(1)])
-        >>> tuple(found.map.shape), found.status
+        >>> attribution, = explainer(torch.rand(1, 1, 4, 4), methods=[Saliency()], targets=[ClassScore(1)])
+        >>> tuple(attribution.map.shape), attribution.status
         ((1, 4, 4), 'ok')
     """
 

@@ -249,27 +249,27 @@ def inputs_sha256(method: Configurable, case: CaseInput) -> str | None:
     """
     if id(method) not in case.hashes:
         hashes: list[str] = []
-        _look(method, case.data, hashes)
-        _look([case.condition, *case.args, *case.kwargs.items()], {}, hashes)
+        _collect_hashes(method, case.data, hashes)
+        _collect_hashes([case.condition, *case.args, *case.kwargs.items()], {}, hashes)
         case.hashes[id(method)] = hashlib.sha256(" ".join(hashes).encode()).hexdigest() if hashes else None
     return case.hashes[id(method)]
 
 
-def _look(value: Any, data: Mapping[str, Any], hashes: list[str]) -> None:
+def _collect_hashes(value: Any, data: Mapping[str, Any], hashes: list[str]) -> None:
     if isinstance(value, (Tensor, np.ndarray)):
         hashes.append(tensor_hash(torch.as_tensor(value)))
     elif isinstance(value, Configurable):
-        _look([getattr(value, p, None) for p in value.parameter_names()], data, hashes)
+        _collect_hashes([getattr(value, p, None) for p in value.parameter_names()], data, hashes)
     elif isinstance(value, Mapping):
-        _look(list(value.values()), data, hashes)
+        _collect_hashes(list(value.values()), data, hashes)
     elif isinstance(value, (list, tuple)):
-        for one in value:
-            _look(one, data, hashes)
+        for item in value:
+            _collect_hashes(item, data, hashes)
     elif isinstance(value, (str, Path)):
         for name in dict.fromkeys([str(value), *WORDS.findall(str(value))]):
             key = name.removeprefix("key:")
             if key in data:
-                _look(data[key], {}, hashes)
+                _collect_hashes(data[key], {}, hashes)
             elif "." in name and Path(name).is_file():
                 stat = Path(name).stat()
                 hashes.append(_file_hash(name, stat.st_size, stat.st_mtime_ns))

@@ -113,7 +113,7 @@ class CaseRun:
             for group in grouped(task.methods):
                 checkpoint = None
                 if scores_dir is not None and not group[0].needs_gradient:
-                    checkpoint = ScoreCheckpoint(Path(scores_dir), self._decides(group[0], task))
+                    checkpoint = ScoreCheckpoint(Path(scores_dir), self._checkpoint_key(group[0], task))
                 task.objective.context.checkpoint = checkpoint
                 yield from self._group(group, task)
 
@@ -224,7 +224,7 @@ class CaseRun:
                 if deviation is not None and not deviation <= DEVIATES:
                     record.warnings.append(self._deviates(b.label, deviation))
                 if outcome.error is not None:
-                    error = _goes_on(outcome.error, objective.context.checkpoint)
+                    error = _with_resume_hint(outcome.error, objective.context.checkpoint)
                     yield self.outcomes.failed(method, b, record, error)
                     continue
                 assert values is not None
@@ -251,7 +251,7 @@ class CaseRun:
             logger.warning(text)
         return text
 
-    def _decides(self, method: Method, task: CaseTask) -> dict[str, Any]:
+    def _checkpoint_key(self, method: Method, task: CaseTask) -> dict[str, Any]:
         """Return the key of a checkpoint: everything that changes a perturbation's score."""
         records = [self.outcomes.record(method, b, task.objective.plan) for b in task.bound]
         names = ["parameters", "amp", "seed", "inferer", "output", "network", "network_affine"]
@@ -287,7 +287,7 @@ def _refusal(method: Method, objective: Objective) -> EsegetaError | None:
         return error
 
 
-def _goes_on(error: Exception, checkpoint: ScoreCheckpoint | None) -> Exception:
+def _with_resume_hint(error: Exception, checkpoint: ScoreCheckpoint | None) -> Exception:
     """Return an error; if the time limit ended a method with saved scores, it states that a new run resumes."""
     if checkpoint is None or not isinstance(error, MethodTimeout) or not checkpoint.stored:
         return error

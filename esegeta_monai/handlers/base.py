@@ -89,7 +89,7 @@ class CaseHandler(ABC):
             raise UsageError(f"share={share!r}: give auto, {', '.join(SHARES)}")
         self.epochs, self.name = epochs, name
         self._last_due: int | None = None
-        self._shut = False  # this epoch's folder cannot be written
+        self._folder_failed = False  # this epoch's folder cannot be written
         self.share = share
         self._ranks, self._share = Processes(), cast(Share, "cases")
         self.logger = logging.getLogger(name or "esegeta_monai")
@@ -167,13 +167,13 @@ class CaseHandler(ABC):
         if self._last_due is None:
             self._enter(engine, epoch)
             return
-        self._shut = True
-        with self._going_on(f"epoch {epoch} is left out"):
+        self._folder_failed = True
+        with self._logged(f"epoch {epoch} is left out"):
             self._enter(engine, epoch)
-            self._shut = False
+            self._folder_failed = False
 
     @contextmanager
-    def _going_on(self, what: str) -> Iterator[None]:
+    def _logged(self, what: str) -> Iterator[None]:
         """Log an error and continue the engine's run, or raise it if other processes wait for this one."""
         try:
             yield
@@ -206,7 +206,7 @@ class CaseHandler(ABC):
     def _leave(self) -> None:
         if self.folder is not None:
             folder, self.folder = self.folder, None
-            with self._going_on(f"the record in {folder} could not be finished"):
+            with self._logged(f"the record in {folder} could not be finished"):
                 self.close()
 
     def _begin_epoch(self, engine: Any) -> None:
@@ -223,7 +223,7 @@ class CaseHandler(ABC):
 
     def __call__(self, engine: Any) -> None:
         """Process the batch whose raw predictions are in ``engine.state.output``."""
-        if self._shut or not self._due(engine.state.epoch):
+        if self._folder_failed or not self._due(engine.state.epoch):
             return
         assert self._explainer is not None
         training = getattr(engine, "mode", None) is not eval_mode
@@ -244,7 +244,7 @@ class CaseHandler(ABC):
         for i, (image, case) in enumerate(zip(images, names)):
             if wanted[i]:
                 more = {"prediction": predictions, "network_args": args, "network_kwargs": kwargs}
-                with self._going_on(case):
+                with self._logged(case):
                     self.look(engine, image, case, data[i], **{k: _entry(v, i, len(images)) for k, v in more.items()})
 
     def _wanted(self, case: str) -> bool:
@@ -270,7 +270,7 @@ class CaseHandler(ABC):
         image = engine.state.output[self.image_key]
         if isinstance(image, torch.Tensor):
             return cases_of(image)
-        return [one for item in image for one in cases_of(item[None])]
+        return [case for item in image for case in cases_of(item[None])]
 
     def _names_of_prompts(self, kwargs: Mapping[str, Any]) -> dict[int, str]:
         """Return the channel names of a promptable network: those of the prompted classes (VISTA3D)."""
@@ -373,8 +373,8 @@ def numbered(name: str, names: Mapping[Any, str]) -> dict[int, str]:
 def _entry(values: Any, index: int, n: int) -> Any:
     """Slice nested inputs of a batch of n to one case; a tensor that is not batched belongs to every case."""
     if isinstance(values, torch.Tensor):
-        one = values.as_subclass(torch.Tensor)
-        return one[index : index + 1] if one.ndim and len(one) == n else one
+        tensor = values.as_subclass(torch.Tensor)
+        return tensor[index : index + 1] if tensor.ndim and len(tensor) == n else tensor
     if isinstance(values, Mapping):
         return {k: _entry(v, index, n) for k, v in values.items()}
     if isinstance(values, (list, tuple)):

@@ -126,15 +126,15 @@ class EvaluationHandler(CaseHandler):
         super()._begin(engine)
         attached = attached_handlers(engine, IterationEvents.FORWARD_COMPLETED)
         for other in attached[: attached.index(self)]:
-            if isinstance(other, ExplanationHandler) and self._hear not in other.listeners:
-                other.listeners.append(self._hear)
+            if isinstance(other, ExplanationHandler) and self._keep_map not in other.listeners:
+                other.listeners.append(self._keep_map)
 
     def __call__(self, engine: Any) -> None:
         """Evaluate the batch whose raw predictions are in ``engine.state.output``."""
         super().__call__(engine)
         self._explained.clear()
 
-    def _hear(self, engine: Any, attribution: Attribution, weights: str | None) -> None:
+    def _keep_map(self, engine: Any, attribution: Attribution, weights: str | None) -> None:
         """Keep a map of the `ExplanationHandler` until this batch is evaluated."""
         batch = (engine.state.epoch, engine.state.iteration)
         if batch != self._batch:

@@ -176,7 +176,7 @@ class ExplanationHandler(CaseHandler):
         assert self.writer is not None
         self.writer.provenance["weights_sha256"] = self._weights
 
-        def tell(attribution: Attribution) -> None:
+        def notify(attribution: Attribution) -> None:
             for listener in self.listeners:
                 listener(engine, attribution, self._weights)
 
@@ -189,7 +189,7 @@ class ExplanationHandler(CaseHandler):
                 methods,
                 targets,
                 data=data,
-                on_explained=tell,
+                on_explained=notify,
                 on_written=noted,
                 **more,
             )
@@ -212,7 +212,7 @@ class ExplanationHandler(CaseHandler):
         folder = self.writer.output_dir
         if "{epoch" in str(self.output_dir or ""):
             folder = Path(str(self.output_dir).split("{epoch")[0] + "x").parent
-        with self._going_on("the series is not written"):
+        with self._logged("the series is not written"):
             self.series.close_epoch(engine.state.epoch, folder)
 
     def _end(self, engine: Any) -> None:

@@ -56,9 +56,9 @@ def _cut_to_place(values: Tensor, record: Mapping[str, Any], scan: MetaTensor) -
         to_affine_nd(d, np.asarray(a, dtype=np.float64)) for a in (record["network_affine"], scan.affine)
     )
     corners = np.array([[*corner, 1.0] for corner in product(*[(a - 0.5, b - 0.5) for a, b in record["place"]])])
-    found = (np.linalg.inv(affine) @ network @ corners.T)[:d]
-    low = np.clip(np.ceil(found.min(1) - 1e-3), 0, None).astype(int)
-    high = np.minimum(np.floor(found.max(1) + 1e-3).astype(int) + 1, values.shape[1:])
+    scan_corners = (np.linalg.inv(affine) @ network @ corners.T)[:d]
+    low = np.clip(np.ceil(scan_corners.min(1) - 1e-3), 0, None).astype(int)
+    high = np.minimum(np.floor(scan_corners.max(1) + 1e-3).astype(int) + 1, values.shape[1:])
     cut: tuple[slice, ...] = (slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high)))
     moved = affine.copy()
     moved[:d, d] += affine[:d, :d] @ low

@@ -78,7 +78,7 @@ def steps(
     Raises:
         InputError: a transform has an unknown geometry or is not invertible.
     """
-    found: list[Step] = []
+    result: list[Step] = []
     size_out = _ints(size)
     atoms = [atom for operation in operations for atom in _atoms(operation)]
     while atoms:
@@ -101,8 +101,8 @@ def steps(
         back = torch.as_tensor(np.linalg.inv(step.xform if step.tracked is None else step.tracked))
         affine = affine @ to_affine_nd(len(affine) - 1, back, dtype=torch.float64)
         size_out = step.size_in
-        found.append(step)
-    return found, affine
+        result.append(step)
+    return result, affine
 
 
 def _atoms(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

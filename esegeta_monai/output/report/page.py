@@ -91,11 +91,11 @@ def write_report(
     pages: dict[str, Path] = {}
     rows: list[dict[str, Any]] = []
     for case in run.cases:
-        made = {id(result): _synthesised(result, case.notes) for result in case.explained}
-        room = BUDGET - sum(len(image or "") for image in made.values())
-        embedded = embed(case, radiological=convention == "radiological", budget=room)
+        images = {id(result): _synthesised(result, case.notes) for result in case.explained}
+        budget = BUDGET - sum(len(image or "") for image in images.values())
+        embedded = embed(case, radiological=convention == "radiological", budget=budget)
         path = report_path(output_dir, case.name)
-        content = _case_page(run, case, embedded, made, convention, library, path)
+        content = _case_page(run, case, embedded, images, convention, library, path)
         _write(path, content)
         pages[case.name] = path
         rows.append(_row(case, embedded, path, Path(output_dir)))
@@ -116,7 +116,7 @@ def _case_page(
     run: Run,
     case: CaseResults,
     embedded: Embedded,
-    made: Mapping[int, str | None],
+    images: Mapping[int, str | None],
     convention: str,
     library: str | None,
     path: Path,
@@ -144,7 +144,7 @@ def _case_page(
         data=data,
         extents=" ".join(f"minmax(0, {extent:.0f}fr)" for extent in extents),
         volumes=embedded.volumes,
-        grid=_grid(case, data, made),
+        grid=_grid(case, data, images),
         metrics=_metric_tables(case),
         charts=charts([*case.curves, *_synthesis_curves(case)]),
         checks=[r for r in case.explained if r.record.blend_deviation is not None],
@@ -181,7 +181,7 @@ def _orientation(embedded: Embedded, convention: str) -> str:
     return text
 
 
-def _grid(case: CaseResults, data: Mapping[str, Any], made: Mapping[int, str | None]) -> dict[str, Any]:
+def _grid(case: CaseResults, data: Mapping[str, Any], images: Mapping[int, str | None]) -> dict[str, Any]:
     """Return the table of targets by methods; the more numerous of the two are the columns, to fit on the screen."""
     places = {(r.method, r.target): i for i, r in enumerate(case.explained)}
     index = {m["place"]: i for i, m in enumerate(data["maps"])}
@@ -195,7 +195,7 @@ def _grid(case: CaseResults, data: Mapping[str, Any], made: Mapping[int, str | N
         limit = None if number is None else data["maps"][number]["limit"]
         units = "" if number is None else data["maps"][number]["units"]
         names = {"method": method, "target": target, "status": result.status, "reason": result.reason}
-        return {**names, "index": number, "image": made[id(result)], "limit": limit, "units": units}
+        return {**names, "index": number, "image": images[id(result)], "limit": limit, "units": units}
 
     def head(method: str) -> dict[str, Any]:
         beaten = [r["metric"] for r in case.metrics if r["method"] == method and r["beats_controls"] is False]

@@ -173,7 +173,7 @@ def findings(case: CaseResults, embedded_notes: Sequence[str] = ()) -> list[Find
         metrics = [r["metric"] for r in case.metrics if r["method"] == method and r["beats_controls"] is False]
         notable.append(Finding("warn", f"{method} does not beat the control maps on {listed(dict.fromkeys(metrics))}."))
     for result in case.explained:
-        notable += [Finding("warn", f"{result.method} for {result.target}: {text}") for text in _careful(result)]
+        notable += [Finding("warn", f"{result.method} for {result.target}: {text}") for text in _cautions(result)]
     if not case.metrics and case.explained:
         notable.append(
             Finding(
@@ -192,7 +192,7 @@ def findings(case: CaseResults, embedded_notes: Sequence[str] = ()) -> list[Find
     return sorted(joined, key=lambda f: order.index(f.level))
 
 
-def _careful(result: Result) -> list[str]:
+def _cautions(result: Result) -> list[str]:
     record, texts = result.record, []
     if result.status == "zero":
         texts.append("the map is zero everywhere: the target does not depend on the scan, or nothing propagates to it.")
@@ -278,10 +278,10 @@ def parameters_text(parameters: dict[str, Any]) -> str:
     "feature_mask=supervoxels(mask='body.nii.gz')"
     """
 
-    def one(value: Any) -> str:
+    def formatted(value: Any) -> str:
         if isinstance(value, dict):
             return f"{value.get('name', '')}({parameters_text({k: v for k, v in value.items() if k != 'name'})})"
         text = "×".join(map(str, value)) if isinstance(value, list) else str(value)
         return re.sub(r"""[^'"()\[\],=×]*[\\/](?=[^\\/'"()\[\],=×]+\.\w)""", "", text)
 
-    return ", ".join(f"{name}={one(value)}" for name, value in parameters.items() if value is not None)
+    return ", ".join(f"{name}={formatted(value)}" for name, value in parameters.items() if value is not None)
