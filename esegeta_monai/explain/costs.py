@@ -1,4 +1,4 @@
-"""Cost of a method on a case before it runs: window passes, time, memory, and a limit."""
+"""Estimate the window passes, time and memory of a method on a case before it runs, and refuse costly methods."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MOST_PASSES = 64
 """Passes per window after which a timed copy is stopped."""
 
 COSTLY = 100_000
-"""Number of perturbations above which a method runs only if the user insists."""
+"""Largest number of perturbations that a method computes unless ``allow_costly`` is set."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class Cost:
     Attributes:
         case: index of the image in the batch.
         method, target: their names.
-        passes: windows that go through the network, ``window_passes`` of the record.
-        exact: True if ``passes`` is exact; False if it depends on computed values, as for an adaptive path.
-        naive_passes: windows of a computation that predicts the whole image for each perturbation, or that visits all
-            windows regardless of the target.
-        seconds: an estimate, within a factor of 2; None if no pass could be timed.
-        peak_memory_bytes: peak memory of the trial; memory does not grow with the number of passes.
-        note: reason why the method does not run; None if it runs.
+        passes: windows that pass through the network, as ``window_passes`` of the record.
+        exact: True if ``passes`` is exact; otherwise it depends on intermediate results (an adaptive path, say).
+        naive_passes: window passes of an implementation that predicts the whole image for each perturbation, including
+            windows that the target does not see.
+        seconds: estimate, correct within a factor of 2; None if no pass could be timed.
+        peak_memory_bytes: peak of the timed passes; memory does not grow with the number of passes.
+        note: why there is nothing to compute or why the method would be refused; None if it would run.
     """
 
     case: int
@@ -60,14 +60,14 @@ class Cost:
 def cost_of(method: Method, objective: Objective, case: int, label: str, calibration: float) -> Cost:
     """Estimate the cost of a method on an objective with one target: known passes times a measured time per pass.
 
-    The method runs for ``calibration`` seconds. If it ends in time, its cost is known. Otherwise a cheap copy
+    The method runs for at most ``calibration`` seconds. If it ends in time, its cost is known. Otherwise a cheap copy
     (`Method.cheap_copy`), which makes every kind of pass that the method makes, is timed on a few windows.
 
     Args:
         method: the method.
-        objective: the case; nothing is computed or stored on it.
+        objective: the objective; nothing is computed or stored on it.
         case, label: index of the case and label of the target, for the result.
-        calibration: time limit of the trial, in seconds.
+        calibration: time limit of the trial in seconds.
     """
     name, device, processes = str(method.name), objective.model.device, objective.context.processes
     context = RunContext(Progress(silent=True), processes, window_batch=objective.window_batch)
@@ -100,17 +100,17 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
 
 
 def _extrapolated(method: Method, objective: Objective, passes: float) -> float | None:
-    """Extrapolate the seconds of ``passes`` from a cheap copy, timed on one and on two batches of windows.
+    """Extrapolate the seconds of ``passes`` window passes from a cheap copy, timed on one and two batches of windows.
 
-    Two sizes separate the time per pass from the constant time. On a CPU a batch is one window, since a window takes as
-    long alone as in a batch.
+    Two sizes separate the time per pass from the time that the method takes once. On a CPU a batch is one window,
+    since a window takes as long alone as in a batch.
     """
     batch = 1 if objective.model.device.type == "cpu" else objective.window_batch
     small, large = (_timed(method, objective, n * batch) for n in (1, 2))
     if not large[1]:
         return None
     rate = (large[0] - small[0]) / (large[1] - small[1]) if large[1] > small[1] else 0.0
-    if rate <= 0:  # noise is larger, or the target sees one window only
+    if rate <= 0:  # shorter than the noise of the timing, or the target sees a single window
         return passes * large[0] / large[1]
     return max(0.0, large[0] - rate * large[1]) + rate * passes
 
@@ -129,20 +129,21 @@ def _timed(method: Method, objective: Objective, windows: int) -> tuple[float, i
         run(method.cheap_copy(), first)
     except SampleComplete:
         logger.debug("%s: a sample of its perturbations was scored", method.name)
-    except EsegetaError as error:  # the limit of passes; or the first windows alone have nothing to explain
+    except EsegetaError as error:  # the pass limit was reached, or the first windows alone have nothing to explain
         logger.debug("%s: the timed copy ended early: %s", method.name, error)
     return _now(device) - began, context.progress.passes
 
 
 def too_costly(method: Method, objective: Objective) -> MethodError | None:
-    """Return the error of a method that would score more than `COSTLY` perturbations; None for other methods."""
+    """Return the error of a method that would score more than `COSTLY` perturbations, or None."""
     predictions = method.predictions(objective)
     if predictions is None or predictions <= COSTLY:
         return None
     return MethodError(
         f"{method.name} would score {predictions:,} perturbations, each in up to {len(objective.windows)} windows, and "
-        f"more than {COSTLY:,} are not computed unasked: take larger occluders, strides or features, or fewer samples, "
-        "or insist with --yes (allow_costly=True in Python, --explain_handler#allow_costly true with the overlay)"
+        f"more than {COSTLY:,} are computed only on request: use larger occluders, strides or features, or fewer "
+        "samples, or allow it by --yes (allow_costly=True in Python, --explain_handler#allow_costly true with the "
+        "overlay)"
     )
 
 
@@ -153,7 +154,7 @@ def _now(device: torch.device) -> float:
 
 
 def table(costs: Sequence[tuple[str, Cost]]) -> list[str]:
-    """Format costs as a table: one line per cost, with the name of its case."""
+    """Format costs as lines of text: a header, then one line per cost with the name of its case."""
     rows: list[list[str]] = [["case", "target", "method", "passes", "naive passes", "time", "peak memory"]]
     for case, c in costs:
         if c.note is not None:
@@ -177,7 +178,7 @@ def table(costs: Sequence[tuple[str, Cost]]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Format seconds for people.
+    """Format seconds for reading.
 
     >>> duration(2.34), duration(75), duration(9000)
     ('2.3 s', '1 min 15 s', '2 h 30 min')

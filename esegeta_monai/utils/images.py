@@ -42,7 +42,7 @@ def check_image(
     values = torch.as_tensor(image)  # unlike NumPy, torch supports bfloat16
     bad = values.numel() - int(torch.isfinite(values).sum())
     if bad:
-        raise InputError(f"{where}: {bad} of {values.numel()} voxels are NaN or infinite; mend the image first")
+        raise InputError(f"{where}: {bad} of {values.numel()} voxels are NaN or infinite; correct the image first")
     if isinstance(image, MetaTensor):
         _check_affine(np.asarray(image.affine, dtype=np.float64), dims, where)
 

@@ -352,7 +352,7 @@ def test_sys_path_and_modules_are_restored(tmp_path: Path) -> None:
         ("network", {"inferer": 1}, r"no network: configs/inference\.json has none of .*--override network="),
         ("inferer", {"network_def": 1}, r"no inferer: .*evaluator::inferer, inferer.* --override inferer=@id_of_yours"),
         ("preprocessing", {"evaluator": "$None"}, r"no preprocessing: .*--override preprocessing="),
-        ("preprocessing", {"preprocessing": 5}, r"is a int, no transform"),
+        ("preprocessing", {"preprocessing": 5}, r"is a int, not a transform"),
     ],
 )
 def test_missing_id(tmp_path: Path, part: str, config: dict[str, Any], message: str) -> None:
@@ -380,7 +380,7 @@ def test_network_that_cannot_be_built(tmp_path: Path) -> None:
 
 
 def test_network_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(NetworkError, match="is a str, no network"):
+    with pytest.raises(NetworkError, match="is a str, no module"):
         _ = BundleReader(write(tmp_path / "bundle", {"network": "UNet"})).network
 
 
@@ -407,7 +407,7 @@ class Harmful:
 def test_checkpoint_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = write(tmp_path / "bundle", minimal(), weights={"model": network().state_dict(), "extra": Harmful()})
-    with pytest.raises(UsageError, match="holds more than tensors"):
+    with pytest.raises(UsageError, match="contains more than tensors"):
         _ = BundleReader(folder).network
     assert not (tmp_path / "harm").exists()
 
@@ -431,7 +431,7 @@ def test_damaged_checkpoint(tmp_path: Path) -> None:
     folder = write(tmp_path / "bundle", minimal())
     whole = (folder / "models/model.pt").read_bytes()
     (folder / "models/model.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UsageError, match=r"model\.pt is no readable checkpoint"):
+    with pytest.raises(UsageError, match=r"model\.pt is not a readable checkpoint"):
         _ = BundleReader(folder).network
 
 

@@ -438,7 +438,7 @@ def test_a_folder_that_cannot_be_made_later_ends_no_training(
 def test_a_folder_with_other_fields_is_refused_before_any_work(scans: list[Path], tmp_path: Path) -> None:
     engine = evaluator(scans[:1], Small())
     handler(f"{tmp_path}/{{name}}/{{epoch}}").attach(engine)
-    with pytest.raises(UsageError, match=r"only \{epoch\}.*is put in"):
+    with pytest.raises(UsageError, match=r"only \{epoch\} is replaced"):
         engine.run()
     assert engine.state.iteration == 0
 

@@ -103,7 +103,7 @@ def test_the_time_limit_keeps_the_scores(tmp_path, monkeypatch):
         assert len(runs) < 10
     assert len(runs) > 2
     assert all("time limit" in r.record["reason"] for r in runs[:-1])
-    assert all(r.record["reason"].endswith("the same run goes on from there") for r in runs[:-1])
+    assert all(r.record["reason"].endswith("the same run continues from them") for r in runs[:-1])
     assert_equal(torch.as_tensor(runs[-1].map), torch.as_tensor(whole.map), 1e-12)
     again = sum(r.record["window_passes"] for r in runs) - whole.record["window_passes"]
     assert 0 <= again < len(runs)  # the window that each goes on in, as it is

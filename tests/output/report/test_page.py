@@ -239,7 +239,8 @@ def test_of_many_channels_the_same_are_shown_of_every_map_and_of_the_scan_under_
     text = words(path.read_text(encoding="utf-8"))
     assert (
         text.count(
-            "Of maps with 12 channels the 8 strongest of all together are shown: numbers 0, 2, 3, 4, 5, 6, 7, 11."
+            "Maps with 12 channels are shown with the 8 channels that are strongest over all maps: numbers "
+            "0, 2, 3, 4, 5, 6, 7, 11."
         )
         == 1
     )
