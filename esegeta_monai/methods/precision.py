@@ -179,7 +179,7 @@ def agreement(rough: Tensor, precise: Tensor, dtype: str = "half precision") -> 
 
     Places where both are zero, such as all that lies outside the window, would make any two maps alike.
 
-    >>> agreement(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
+    >>> agreement(torch.tensor([1.0, 1.0, 3.0, 3.0]), torch.tensor([1.0, 1.0, 3.0, 3.0]))
     (1.0, None)
     >>> agreement(torch.tensor([0.0, 0.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))[1]
     'underflow: of 3 values that are not zero in float32, half precision keeps 1'

@@ -1,4 +1,4 @@
-"""Full gradients: the parts of the image and of every bias in the target."""
+"""Full gradients: the contributions of the image and of every bias to the target."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class FullGrad(Method):
     full_precision = True
     needs_linear = True
     reads_image_value = True
-    gap_advice = "gates, attention and functions outside modules have parts that are the bias of no module"
+    gap_advice = "gates, attention and functions outside modules contribute constants that belong to no module's bias"
 
     abs: bool = True
 
@@ -62,7 +62,7 @@ class FullGrad(Method):
         return not self.abs
 
     def passes(self, objective: Objective) -> int:
-        """One, or one per module and one for the image; and one window to find the modules."""
+        """Count one pass, or one per module and one for the image; and one window to list the modules."""
         rounds = len(_leaves(objective.model.network)) + 1 if self.abs else 1
         return len(objective.windows) * rounds + 1
 
@@ -78,7 +78,7 @@ class FullGrad(Method):
         for names in [[], *groups] if self.abs else groups:
             maps = objective.new_maps()
             how: Reduce = "channels" if self.abs else "sum"
-            # a part for each run: a module used twice may give other channels the second time
+            # one part per call: a module that runs twice may have other channels the second time
             parts = {(n, i): LayerSum(objective, n, how) for n in names for i in range(runs.get(n, 0))}
 
             def run(
