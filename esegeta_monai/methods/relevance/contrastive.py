@@ -127,10 +127,10 @@ class ContrastiveLRP(CompositeMethod, _Contrastive):
         """(k, C, *spatial)."""
         maps, padding, kept, total = self._both(objective)
         contrast = maps[0] - maps[1]
-        booked, lost = kept[0] - kept[1], padding[0] - padding[1]
-        gap = contrast.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + booked
+        absorbed, lost = kept[0] - kept[1], padding[0] - padding[1]
+        gap = contrast.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + absorbed
         notes = {
-            "booked": booked,
+            "booked": absorbed,
             "sum_in_padding": lost,
             "completeness_gap": [abs(float(g / v)) if v else None for g, v in zip(gap, total)],
         }

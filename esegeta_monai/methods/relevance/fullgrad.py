@@ -72,9 +72,9 @@ class FullGrad(Method):
         leaves = _leaves(objective.model.network)
         groups = [[n] for n in leaves] if self.abs else [leaves]
         total = objective.new_maps(1)
-        booked = objective.constants()
-        padding = torch.zeros_like(booked)
-        signed = torch.zeros_like(booked)
+        absorbed = objective.constants()
+        padding = torch.zeros_like(absorbed)
+        signed = torch.zeros_like(absorbed)
         for names in [[], *groups] if self.abs else groups:
             maps = objective.new_maps()
             how: Reduce = "channels" if self.abs else "sum"
@@ -104,9 +104,9 @@ class FullGrad(Method):
                     if key in parts and len(call.output) == len(batch):
                         parts[key].add(batch, product)
                     else:
-                        booked.add_(product.flatten(1).sum(1).double().cpu())
+                        absorbed.add_(product.flatten(1).sum(1).double().cpu())
 
-            sums: list[Tensor | Summed] = [maps, padding, booked, *parts.values()]
+            sums: list[Tensor | Summed] = [maps, padding, absorbed, *parts.values()]
             objective.each([(0, w) for w in objective.windows], run, sums=sums)
             biases = [p.result() for p in parts.values() if p.maps is not None]
             for values, lost in [(maps, torch.zeros_like(padding)), *biases]:
@@ -114,8 +114,8 @@ class FullGrad(Method):
                 padding += lost.cpu()
                 total += (values.abs() if self.abs else values).sum(1, keepdim=True)
         value = objective.image_values().cpu()
-        gap = [abs(float((s - v) / v)) if v else None for s, v in zip(signed + booked + padding, value)]
-        return Explained(total, {"completeness_gap": gap, "booked": booked, "sum_in_padding": padding})
+        gap = [abs(float((s - v) / v)) if v else None for s, v in zip(signed + absorbed + padding, value)]
+        return Explained(total, {"completeness_gap": gap, "booked": absorbed, "sum_in_padding": padding})
 
 
 def _leaves(network: nn.Module) -> list[str]:

@@ -30,21 +30,21 @@ class _Relevance(Method):
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
-        booked = torch.zeros(objective.n_targets, dtype=torch.float64)
-        total = torch.zeros_like(booked)
+        absorbed = torch.zeros(objective.n_targets, dtype=torch.float64)
+        total = torch.zeros_like(absorbed)
 
         def of(batch: Batch) -> torch.Tensor:
             cotangents = batch.stacked_cotangents()
             relevance = self._relevance(objective, batch, cotangents)
-            booked.add_(relevance.absorbed.sum(1, dtype=torch.float64).cpu())
+            absorbed.add_(relevance.absorbed.sum(1, dtype=torch.float64).cpu())
             total.add_(self._expected(batch, cotangents, relevance).cpu())
             return relevance.input
 
-        maps, padding = objective.scatter(of, sums=[booked, total])
+        maps, padding = objective.scatter(of, sums=[absorbed, total])
         lost = padding.sum(1, dtype=torch.float64).cpu()
-        sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + booked
+        sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + absorbed
         gap = [abs(float((s - f) / f)) if f else None for s, f in zip(sums, total)]
-        return Explained(maps, {"booked": booked, "sum_in_padding": lost, "completeness_gap": gap})
+        return Explained(maps, {"booked": absorbed, "sum_in_padding": lost, "completeness_gap": gap})
 
     def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
         raise NotImplementedError
