@@ -252,7 +252,7 @@ def baseline_for(spec: Any, *, local: bool = False) -> Baseline:
 
     Args:
         spec: a `Baseline`, its name or call as text, ``"auto"``, a number or one per channel, a NIfTI file, a tensor
-            (C, *spatial), or a list of files or tensors, one of which is drawn each time.
+            (C, *spatial), or a list of files or tensors to draw from.
         local: for ``"auto"``. True: the baseline replaces a part of the image, not all of it.
 
     Raises:

@@ -297,7 +297,7 @@ def summarise(metric: Metric | type[Metric], results: Sequence[MetricResult]) ->
 
 
 def magnitude(values: Tensor, sign: Sign = "absolute") -> Tensor:
-    """Sum a map's absolute values over its channels: ``Σ_c |a_c|``, or of the positive (negative) part only.
+    """Sum absolute values over the channels of a map: ``Σ_c |a_c|``, or of the positive (negative) part only.
 
     Args:
         values: the map (C, *spatial), in any units.

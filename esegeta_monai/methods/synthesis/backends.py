@@ -126,7 +126,7 @@ def torchray_masks(
 
     Args:
         image: (C, h, w).
-        climb: maps an image to F, in units of ``F(x) − F(x₀)``, and its gradient.
+        climb: function from an image to F, in units of ``F(x) − F(x₀)``, and its gradient.
         blurred: True for TorchRay's blur, False for its fade to zero.
         options: ``step`` and ``sigma`` of the masks.
 
