@@ -41,12 +41,12 @@ def write_count(tensor: Tensor) -> int:
 
 
 def is_view(tensor: Tensor) -> bool:
-    """Return True if autograd knows the tensor as a view of another one (``_is_view``)."""
+    """Return True if autograd knows the tensor, of any shape, as a view of another one (``_is_view``)."""
     return tensor._is_view()
 
 
 def view_base(tensor: Tensor) -> Tensor | None:
-    """Return the tensor that a view shares its memory with (``_base``), or None for a tensor that is no view."""
+    """Return the tensor, of any shape, whose memory a view shares (``_base``), or None for a tensor that is no view."""
     return tensor._base
 
 

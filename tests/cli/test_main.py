@@ -185,7 +185,7 @@ def test_ctrl_c_keeps_what_is_finished(
     words = ("--methods", "Saliency", "--target", "MultiClassMask(1)")
     assert explained(bundle, scans, tmp_path / "out", *words) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "esegeta-monai: error: stopped; finished maps stay, and the same command goes on from there"
+    assert last == "esegeta-monai: error: stopped; finished maps are kept, and the same command resumes the run"
     assert run_json(tmp_path / "out")["finished"] is None
     monkeypatch.undo()
     assert explained(bundle, scans, tmp_path / "out", *words) == 0
@@ -263,7 +263,7 @@ def test_the_name_of_a_case_has_no_slash(tmp_path: Path) -> None:
     scan.touch()
     odd.mkdir()
     (odd / "scan.nii.gz").touch()
-    with pytest.raises(UsageError, match="leave slashes out"):
+    with pytest.raises(UsageError, match="must not contain slashes"):
         find_cases([f"ward/7={scan}"])
     assert [case.name for case in find_cases([f"ward-7={scan}", str(odd / "scan.nii.gz")])] == ["ward-7", "scan"]
 
@@ -330,7 +330,7 @@ def test_one_method_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("methods", "occlusion") == 0
     text = capsys.readouterr().out
     assert text.startswith("Occlusion(window=16")
-    assert "stride: steps between occluders" in text
+    assert "stride: distance between occluders" in text
     assert "Zeiler & Fergus, ECCV 2014" in text
     assert run("methods", "Saliency", "--json") == 0
     entry = json.loads(capsys.readouterr().out)
@@ -405,7 +405,7 @@ def test_overlay_is_written_and_never_over_another(tmp_path: Path, capsys: pytes
     copy.write_text("mine")
     assert run("overlay", "--bundle", bundle) == 2
     assert copy.read_text() == "mine"
-    assert "stays as it is" in capsys.readouterr().err
+    assert "explain.json already exists" in capsys.readouterr().err
     assert run("overlay", "--bundle", bundle, "--output", tmp_path / "x.json") == 0
     assert (tmp_path / "x.json").is_file()
     capsys.readouterr()
@@ -429,8 +429,8 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--window-batch", "0"], "'0' is no whole number above 0"),
-        (["--time-limit", "-1"], "'-1' is no number of seconds above 0"),
+        (["--window-batch", "0"], "'0' is not a positive integer"),
+        (["--time-limit", "-1"], "'-1' is not a positive number of seconds"),
         (["--override", "inferer"], "write id=value"),
         (["--device", "gpu"], "--device gpu: no such device"),
     ],
@@ -456,7 +456,7 @@ def test_the_unforeseen_is_one_line_too(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr("esegeta_monai.cli.tables._run", breaks)
     assert run("methods") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("esegeta-monai: error: ZeroDivisionError: a bug; run it with -v")
+    assert line.startswith("esegeta-monai: error: ZeroDivisionError: a bug; unexpected error: please report it")
 
 
 @pytest.mark.slow  # importing torch and MONAI in a new process takes longer than the run
@@ -479,7 +479,7 @@ def test_the_demo_finds_its_bundle_or_says_what_to_do(tmp_path: Path, monkeypatc
     assert (demo.find_bundle() / "configs" / "inference.json").is_file()
     monkeypatch.setattr(esegeta_monai, "__file__", str(tmp_path / "site-packages" / "esegeta_monai" / "__init__.py"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"does not carry bundles/brain_tissue_segmentation.*--bundle DIR"):
+    with pytest.raises(UsageError, match=r"does not include bundles/brain_tissue_segmentation.*--bundle DIR"):
         demo.find_bundle()
 
 

@@ -114,7 +114,7 @@ def test_what_cannot_work_is_named(tmp_path):
     with pytest.raises(UsageError, match="esegeta-monai patterns"):
         PatternNet()
     s = setting("UNet_batch")
-    with pytest.raises(UsageError, match=r"no patterns in none\.pt"):
+    with pytest.raises(UsageError, match=r"no file none\.pt"):
         explain(PatternNet(tmp_path / "none.pt"), s.objective)
     for content in (b"nonsense", b""):
         (tmp_path / "bad.pt").write_bytes(content)

@@ -84,7 +84,7 @@ def test_metrics_regions_and_curves_are_there(text: str) -> None:
 def test_a_failure_is_told_with_its_traceback(text: str) -> None:
     (traceback,) = re.findall(r"<pre[^>]*>(.*?)</pre>", text, re.S)[:1]
     assert "esegeta_monai/methods/cam/pooled_cam.py, line " in traceback
-    assert traceback.rstrip().endswith("(this one gives a map of voxels)")
+    assert traceback.rstrip().endswith("(the output of this network is a map of voxels)")
 
 
 def test_methods_paragraph_cites_every_method_that_has_a_paper(text: str) -> None:
