@@ -198,12 +198,12 @@ def test_what_the_command_line_makes_of_a_date_and_of_false(bundle: Path) -> Non
     assert "output_dir=20240115 is no folder name: on the command line write ./NAME" in str(raised.value.__cause__)
 
 
-@pytest.mark.parametrize("told", [True, DefaultParseValue("true")])
+@pytest.mark.parametrize("dry_run", [True, DefaultParseValue("true")])
 def test_a_dry_run_logs_what_it_would_cost(
-    bundle: Path, tmp_path: Path, told: Any, caplog: pytest.LogCaptureFixture
+    bundle: Path, tmp_path: Path, dry_run: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        run(bundle, output_dir=str(tmp_path), explain_dry_run=told, explain_output_dir=str(tmp_path / "maps"))
+        run(bundle, output_dir=str(tmp_path), explain_dry_run=dry_run, explain_output_dir=str(tmp_path / "maps"))
     assert not (tmp_path / "maps").exists()
     lines = [r.getMessage() for r in caplog.records]
     (start,) = (i for i, line in enumerate(lines) if line.startswith("case ") and "naive passes" in line)

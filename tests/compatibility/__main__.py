@@ -45,7 +45,9 @@ def measured(whose: str, row: Row, network: str, dims: int, measure: Callable[[]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.compatibility", description=__doc__)
-    parser.add_argument("--whose", nargs="+", default=["ours", *(name for name, peer in PEERS.items() if peer.found)])
+    parser.add_argument(
+        "--whose", nargs="+", default=["ours", *(name for name, peer in PEERS.items() if peer.installed)]
+    )
     parser.add_argument("--networks", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--rows", nargs="+", default=[row.name for row in ROWS])
     parser.add_argument("--dims", nargs="+", type=int, default=[2, 3], choices=[2, 3])

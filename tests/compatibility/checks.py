@@ -82,13 +82,13 @@ class NotApplicable(Exception):  # noqa: N818 - it is an answer, not an error
 # -- the checks -----------------------------------------------------------------------------------------------------
 
 
-def deviation(found: Tensor, truth: Tensor) -> float:
+def deviation(values: Tensor, truth: Tensor) -> float:
     """Largest difference relative to the largest value of the truth."""
-    if found.shape != truth.shape:
-        found = found.expand_as(truth)
+    if values.shape != truth.shape:
+        values = values.expand_as(truth)
     if not bool(truth.any()):  # a map of zeros, recorded as such: no voxel may differ
-        return float(found.abs().max())
-    return float((found.double() - truth).abs().max() / truth.abs().max())
+        return float(values.abs().max())
+    return float((values.double() - truth).abs().max() / truth.abs().max())
 
 
 def equals(truth: Callable[[Sight], Tensor], tolerance: float = EXACT, **parameters: Any) -> Check:
@@ -325,7 +325,7 @@ def sides(sight: Sight, rule: Callable[..., Relevance], sign: int, **options: An
         handle.remove()
         return kept[0]
 
-    found = [torch.zeros_like(sight.image), torch.zeros_like(sight.image)]
+    totals = [torch.zeros_like(sight.image), torch.zeros_like(sight.image)]
     windows, cotangents = sight.window_cotangents()
     for x, c, place in zip(windows, cotangents, sight.s.objective.plan.slices):
         arriving = rule(sight.case_output, x[None], c[None, None], layers={name: head}, **options)
@@ -334,11 +334,11 @@ def sides(sight: Sight, rule: Callable[..., Relevance], sign: int, **options: An
             with torch.no_grad():
                 for p in head.parameters() if side else ():
                     p.neg_()
-            found[side][(slice(None), *place)] += rule(to_head, x[None], factor * start, **options).input[0, 0]
+            totals[side][(slice(None), *place)] += rule(to_head, x[None], factor * start, **options).input[0, 0]
             with torch.no_grad():
                 for p in head.parameters() if side else ():
                     p.neg_()
-    return found[0], found[1]
+    return totals[0], totals[1]
 
 
 def _last_weights(sight: Sight) -> tuple[str, torch.nn.Module]:
@@ -590,10 +590,10 @@ def _sources(part: Any, seen: set[int]) -> list[str]:
     code = part.__code__
     if code.co_name == "<lambda>":  # its source would be the whole table
         constants = [c for c in code.co_consts if not inspect.iscode(c)]
-        said = repr((code.co_names, code.co_freevars, constants))
+        source = repr((code.co_names, code.co_freevars, constants))
     else:
-        said = inspect.getsource(part)
-    return [said, *_sources([c.cell_contents for c in part.__closure__ or ()], seen)]
+        source = inspect.getsource(part)
+    return [source, *_sources([c.cell_contents for c in part.__closure__ or ()], seen)]
 
 
 GRADIENT, CAMS, LAYERS, NEURONS = "Gradient and relevance", "Class activation maps", "Layers", "Neurons"
@@ -723,10 +723,10 @@ def ours(row: Row) -> Ask:
         method: Method = getattr(methods, row.method)(**_of({**row.parameters, **parameters}, sight))
         if row.neuron:
             explainer = Explainer(sight.network, sight.s.inferer, output=sight.s.output)
-            (found,) = explainer(sight.image[None], [method], [sight.target])
-            if found.map is None:
-                raise MethodError(str(found.record.get("error", found.status)))
-            return Answer(found.map.as_tensor(), found.record)
+            (attribution,) = explainer(sight.image[None], [method], [sight.target])
+            if attribution.map is None:
+                raise MethodError(str(attribution.record.get("error", attribution.status)))
+            return Answer(attribution.map.as_tensor(), attribution.record)
         explained = explain(method, sight.s.objective)
         return Answer(explained.maps[0], explained.note(0))
 

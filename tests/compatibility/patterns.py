@@ -80,7 +80,7 @@ class _Call:
 
     def regimes(self) -> dict[Any, Tensor]:
         """Where the argument of the rectifier is positive that stands behind a neuron, with norms at most between."""
-        found: dict[Any, Tensor] = {}
+        positive: dict[Any, Tensor] = {}
         for node in self.nodes:
             if kind_of(node) not in RECTIFIERS:
                 continue
@@ -89,9 +89,9 @@ class _Call:
             while kind_of(below) in (*_NORMS, "View") and len(_inner(below)) == 1:
                 below = _inner(below)[0]
             if kind_of(below) in _WEIGHTED:
-                assert below not in found, "two rectifiers behind one neuron"
-                found[below] = argument > 0
-        return found
+                assert below not in positive, "two rectifiers behind one neuron"
+                positive[below] = argument > 0
+        return positive
 
 
 def _inner(node: Any) -> list[Any]:
@@ -178,11 +178,11 @@ def _estimate(node: Any, x: Tensor, positive: Tensor | None) -> tuple[Tensor, ..
     if positive is not None:
         inside = _grouped(positive.reshape(_run(node, x, weight).shape), groups).to(y)
         masks = [inside, 1 - inside]
-    found = [torch.zeros_like(weight) for _ in masks]
+    patterns = [torch.zeros_like(weight) for _ in masks]
     for places in _neurons_along(node, y.ndim - 3):
         own = y[places]
         around = own - _mean(own)
-        for pattern, mask in zip(found, masks):
+        for pattern, mask in zip(patterns, masks):
             chosen = around * mask[places]
             power = (chosen * around).movedim((1, 2), (0, 1)).flatten(2).sum(2)  # (groups, outputs)
             for tap, values in _taps(node, x):
@@ -191,7 +191,7 @@ def _estimate(node: Any, x: Tensor, positive: Tensor | None) -> tuple[Tensor, ..
                 each = torch.where(power[..., None] > 0, cross / power[..., None], 0.0)
                 transposed = kind_of(node) == "Convolution" and node._saved_transposed
                 pattern[(..., *tap)] += (each.mT if transposed else each).flatten(0, 1)
-    return tuple(found)
+    return tuple(patterns)
 
 
 def _weight(node: Any) -> Tensor:

@@ -130,17 +130,17 @@ class Sight:
     @cached_property
     def patterned(self) -> Patterned:
         """The network with patterns that were fitted on the windows which MONAI's inferer cuts from the cases."""
-        found = Patterned(self.network, self.case_output)
+        fitted = Patterned(self.network, self.case_output)
         for case in self.cases:
-            self.s.inferer(case[None], found.see)
-        return found.fit()
+            self.s.inferer(case[None], fitted.see)
+        return fitted.fit()
 
     def signal(self, way: str) -> Tensor:
         """What arrives at the image when patterns stand in the place of weights, through the whole inferer."""
         x = self.image.clone().requires_grad_(True)
         prediction = self.s.inferer(x[None], lambda window: self.patterned.signal(window, way))[0]
-        (found,) = torch.autograd.grad(self.score(prediction), x)
-        return found
+        (arriving,) = torch.autograd.grad(self.score(prediction), x)
+        return arriving
 
     # -- a layer ------------------------------------------------------------------------------------------------
 
@@ -206,8 +206,8 @@ class Sight:
             handle.remove()
         paths = count_paths(output, x)
         total = paths[output.grad_fn][1]
-        found = [n for n in names if ends[n] in paths and paths[ends[n]][0] * paths[ends[n]][1] == total]
-        return [n for n in found if ends[n] is not output.grad_fn] or found
+        cutting = [n for n in names if ends[n] in paths and paths[ends[n]][0] * paths[ends[n]][1] == total]
+        return [n for n in cutting if ends[n] is not output.grad_fn] or cutting
 
     def window_cotangents(self) -> tuple[Tensor, Tensor]:
         """Windows (W, C, *roi) and ∂F/∂(network output) of each, by autograd through the inferer."""
@@ -218,8 +218,8 @@ class Sight:
             outputs.append(self.s.model(x).detach().requires_grad_(True))
             return outputs[-1].clone()
 
-        found = torch.autograd.grad(self.score(self.s.inferer(self.image[None], model)[0]), outputs)
-        return torch.cat(windows), torch.cat(found)
+        cotangents = torch.autograd.grad(self.score(self.s.inferer(self.image[None], model)[0]), outputs)
+        return torch.cat(windows), torch.cat(cotangents)
 
     def case_output(self, window: Tensor) -> Tensor:
         """The network's output for windows, the entry that is explained."""
@@ -291,8 +291,8 @@ def _class_that_speaks(name: str, dims: int) -> int:
     case = build(name, dims)
     case.network.requires_grad_(False)
     for index in (1, 2, 0):
-        found = modified_gradient(case.network, lambda x, i=index: case.score(x, i).sum(), case.image, "guided")
-        if bool(found.any()):
+        gradient = modified_gradient(case.network, lambda x, i=index: case.score(x, i).sum(), case.image, "guided")
+        if bool(gradient.any()):
             return index
     raise ValueError(f"{name} in {dims}D: guided backpropagation is zero for every class")
 

@@ -63,10 +63,10 @@ def test_the_passes_are_those_of_the_run(output, calibration):
     for cost in explainer().costs(image, chosen, targets, calibration=calibration):
         method = next(x for x in chosen if x.name == cost.method)
         target = targets[0] if cost.target.startswith("MultiClassMask") else targets[1]
-        (found,) = explainer()(image, [method], [target])
+        (attribution,) = explainer()(image, [method], [target])
         assert cost.note is None
         assert cost.exact
-        assert cost.passes == found.record["window_passes"], cost
+        assert cost.passes == attribution.record["window_passes"], cost
         assert cost.naive_passes >= cost.passes or not isinstance(method, m.Occlusion)
         assert cost.seconds > 0
         assert cost.peak_memory_bytes > 0
@@ -97,9 +97,9 @@ def test_choosing_the_baseline_is_counted(method):
     explain = Explainer(small(2, 2, "batch"), SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"))
     image, targets = noise(1, 2, 6, 20), [MultiClassMask(1)]
     (cost,) = explain.costs(image, [method], targets, calibration=0.0)
-    (found,) = explain(image, [method], targets)
+    (attribution,) = explain(image, [method], targets)
     assert cost.exact
-    assert cost.passes == found.record["window_passes"]
+    assert cost.passes == attribution.record["window_passes"]
 
 
 @pytest.mark.parametrize("calibration", [0.0, 30.0])
@@ -111,9 +111,9 @@ def test_the_passes_of_several_rounds_are_those_of_the_run(output, calibration):
     others[0][..., :10] = image[0, ..., :10]  # which changes nothing there
     method, target = m.FeaturePermutation(others, "grid(5)"), [MultiClassMask(1, output=output)]
     (cost,) = explainer().costs(image, [method], target, calibration=calibration)
-    (found,) = explainer()(image, [method], target)
+    (attribution,) = explainer()(image, [method], target)
     (judged,) = explainer().judge(image, target)
-    assert cost.passes == found.record["window_passes"] == method.passes(judged.objective)
+    assert cost.passes == attribution.record["window_passes"] == method.passes(judged.objective)
 
 
 @pytest.mark.parametrize(("setting", "name"), PAIRS)
@@ -122,15 +122,15 @@ def test_every_method_that_knows_its_passes_exactly_does(setting, name):
     scan, method = image(0, *case.shape), case.method(name)
     explain = Explainer(case.network(), case.inferer)
     (judged,) = explain.judge(scan, [case.target])
-    told = method.passes(judged.objective)
+    predicted = method.passes(judged.objective)
     (cost,) = explain.costs(scan, [method], [case.target], calibration=0.0)
-    found = case.explain(case.method(name), case.target).record["window_passes"]
+    measured = case.explain(case.method(name), case.target).record["window_passes"]
     assert cost.note is None
     assert cost.exact or not method.passes_exact
-    assert cost.passes == found or not cost.exact
+    assert cost.passes == measured or not cost.exact
     counted = method.passes_data_dependent or name == "ScoreCam"  # counted as it went, not known before
-    assert counted or cost.passes == found
-    assert told == found or not method.passes_exact or getattr(method, "layer", "") is None
+    assert counted or cost.passes == measured
+    assert predicted == measured or not method.passes_exact or getattr(method, "layer", "") is None
 
 
 @pytest.mark.parametrize("calibration", [0.0, 60.0])
@@ -148,11 +148,11 @@ def test_every_method_that_knows_its_passes_exactly_does(setting, name):
 def test_passes_that_a_tolerance_decides_are_told_as_a_cap_unless_all_were_run(method, calibration):
     image, target = noise(1, 2, 12, 20), [MultiClassMask(1)]
     (cost,) = explainer().costs(image, [method], target, calibration=calibration)
-    (found,) = explainer()(image, [method], target)
+    (attribution,) = explainer()(image, [method], target)
     assert not method.passes_exact
     assert cost.exact == (calibration > 0)
-    assert cost.passes >= found.record["window_passes"]
-    assert cost.passes == found.record["window_passes"] or not cost.exact
+    assert cost.passes >= attribution.record["window_passes"]
+    assert cost.passes == attribution.record["window_passes"] or not cost.exact
 
 
 def test_the_naive_passes_are_those_of_whole_predictions():
@@ -225,9 +225,9 @@ class Slower(m.Occlusion):
 
     def attribute(self, objective):
         self.clock.seconds += self.before
-        found = super().attribute(objective)
+        outcome = super().attribute(objective)
         self.clock.seconds += self.after
-        return found
+        return outcome
 
 
 class Endless(m.Saliency):
@@ -241,9 +241,9 @@ class Endless(m.Saliency):
 
     def attribute(self, objective):
         for _ in range(self.rounds):
-            found = objective.gradient(objective.image[None])
+            gradient = objective.gradient(objective.image[None])
             self.clock.seconds += 0.5
-        return found.maps[:, 0]
+        return gradient.maps[:, 0]
 
 
 def slow(clock: Clock, **options) -> Explainer:
@@ -258,11 +258,11 @@ def foretold_and_taken(clock, method, calibration, output="logit"):
     prediction = explain.settings.inferer(image, explain.settings.network)
     (cost,) = explain.costs(image, [method], target, calibration=calibration, prediction=prediction)
     began = clock.seconds
-    (found,) = explain(image, [method], target, prediction=prediction)
+    (attribution,) = explain(image, [method], target, prediction=prediction)
     taken = clock.seconds - began
     if not shares_passes(method):  # the run compares the windows with the prediction first, which is no method's
         taken -= 8
-    assert cost.passes == found.record["window_passes"]
+    assert cost.passes == attribution.record["window_passes"]
     return cost, taken
 
 
@@ -326,15 +326,15 @@ def test_foretelling_leaves_nothing_behind(caplog):
     caplog.clear()
     assert all(c.note is None for c in explain.costs(image, methods, target, calibration=0.0))
     assert not caplog.records
-    for mine, theirs in zip(explain(image, methods, target), expected):
-        assert torch.equal(mine.map, theirs)
+    for attribution, expected_map in zip(explain(image, methods, target), expected):
+        assert torch.equal(attribution.map, expected_map)
 
 
 def test_an_empty_target_has_a_reason():
     image = noise(1, 2, 6, 20)
-    found = list(explainer().costs(image, ["Saliency"], [MultiClassMask(c) for c in range(3)]))
-    told = {a.label: a.status for a in explainer()(image, ["Saliency"], [MultiClassMask(c) for c in range(3)])}
-    assert {c.target for c in found if c.note is None} == {label for label, s in told.items() if s == "ok"}
+    estimates = list(explainer().costs(image, ["Saliency"], [MultiClassMask(c) for c in range(3)]))
+    statuses = {a.label: a.status for a in explainer()(image, ["Saliency"], [MultiClassMask(c) for c in range(3)])}
+    assert {c.target for c in estimates if c.note is None} == {label for label, s in statuses.items() if s == "ok"}
 
 
 def test_what_costs_too_much_is_refused_with_number_and_remedy(monkeypatch):
@@ -353,16 +353,16 @@ def test_a_voxel_by_voxel_occlusion_of_a_volume_is_refused_at_once():
     network = torch.nn.Conv3d(1, 1, 1)
     torch.nn.init.ones_(network.bias)
     explain = Explainer(network, SlidingWindowInferer((32,) * 3, 4, 0.25), on_error="record")
-    (found,) = explain(torch.rand(1, 1, 64, 64, 64), [m.Occlusion(1)], [MultiClassMask(0)])
-    assert "262,144 perturbations" in found.record["reason"]
+    (attribution,) = explain(torch.rand(1, 1, 64, 64, 64), [m.Occlusion(1)], [MultiClassMask(0)])
+    assert "262,144 perturbations" in attribution.record["reason"]
 
 
 def test_the_lines_of_the_table():
-    found = [
+    estimates = [
         ("sub-01", costs.Cost(0, "Occlusion", "Voxel-1", 1200, True, 40000, 75.0, 2**31)),
         ("sub-01", costs.Cost(0, "Saliency", "Voxel-1", note="no voxel")),
     ]
-    header, first, second = costs.table(found)
+    header, first, second = costs.table(estimates)
     assert header.split() == ["case", "target", "method", "passes", "naive", "passes", "time", "peak", "memory"]
     assert first.split() == ["sub-01", "Voxel-1", "Occlusion", "1,200", "40,000", "1", "min", "15", "s", "2.0", "GiB"]
     assert first.index("40,000") == header.index("naive")

@@ -236,7 +236,7 @@ def test_a_map_on_disk_that_cannot_be_read_leaves_the_others(study, capsys):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "expected"),
     [
         (["--maps", "nowhere"], "no such folder"),
         (["--label", "nowhere.nii.gz"], "no such file"),
@@ -253,14 +253,14 @@ def test_a_map_on_disk_that_cannot_be_read_leaves_the_others(study, capsys):
         (["--label", "{study}/bundle/configs/inference.json"], "inference.json cannot be read as a label map"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(study, more, said, capsys):
+def test_wrong_options_raise_a_one_line_error(study, more, expected, capsys):
     try:
         code = run(study, "evaluate", "wrong", *[m.format(study=study) for m in more])
     except SystemExit as stopped:  # by argparse
         code = stopped.code
     assert code in (1, 2)
     error = capsys.readouterr().err.strip()
-    assert said in error
+    assert expected in error
     assert "Traceback" not in error
 
 

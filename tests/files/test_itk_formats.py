@@ -108,7 +108,7 @@ def end(folder: Path) -> None:
     ids=["gap", "cut", "emptied", "end"],
 )
 def test_a_truncated_series_is_refused(tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
-    folder = write_series(tmp_path / "series", volume(), AFFINE, said=7)
+    folder = write_series(tmp_path / "series", volume(), AFFINE, n_acquired=7)
     read_scan(folder)
     damage(folder)
     with pytest.raises(InputError, match=f"the DICOM series is truncated .{says}"):

@@ -37,14 +37,14 @@ class Peer:
         title: in the table.
         maps: row -> function of the sight and the check's parameters that gives the map (C, *spatial).
         checks: rows where it follows another convention that is as good: what must hold there.
-        found: whether it is installed.
+        installed: True if it is installed.
         dims: that it can do.
     """
 
     title: str
     maps: Mapping[str, Map]
     checks: Mapping[str, Check] = field(default_factory=dict)
-    found: bool = True
+    installed: bool = True
     dims: tuple[int, ...] = (2, 3)
 
 
@@ -59,8 +59,8 @@ def measure_peer(peer: Peer, row: Row, sight: Sight) -> Figure:
 
     def ask(sight: Sight, **parameters: Any) -> Answer:
         with fair(sight):
-            found = peer.maps[row.name](sight, **_of({**row.parameters, **parameters}, sight))
-        return Answer(found.detach(), {"steps": MANY_STEPS})
+            values = peer.maps[row.name](sight, **_of({**row.parameters, **parameters}, sight))
+        return Answer(values.detach(), {"steps": MANY_STEPS})
 
     return peer.checks.get(row.name, row.check)(sight, ask)
 

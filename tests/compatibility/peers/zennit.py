@@ -63,8 +63,8 @@ def _relevance(sight: Sight, composite: Any, by_output: bool) -> Tensor:
         x = sight.image[None].clone().requires_grad_(True)
         out = select_output(network(x), sight.s.output)
         start = cotangents * out.detach() if by_output else cotangents
-        (found,) = torch.autograd.grad(out, x, start)
-    return found[0]
+        (relevance,) = torch.autograd.grad(out, x, start)
+    return relevance[0]
 
 
 def _zennit_epsilon(epsilon: float) -> Map:
