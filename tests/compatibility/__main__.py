@@ -1,10 +1,10 @@
-"""``python -m tests.compatibility``: measures the cells that are missing or out of date, and writes the table.
+"""``python -m tests.compatibility``: measure the cells that are missing or out of date, and write the table.
 
     --whose ours captum monai     columns (default: ours and the libraries that are installed)
     --networks, --rows, --dims    only these
-    --again                       also cells that are there
+    --again                       also cells that are valid
     --table                       measure nothing, only write docs/compatibility.md
-    --store FILE                  where the cells are kept (default: tests/compatibility/cells.csv)
+    --store FILE                  file of the cells (default: tests/compatibility/cells.csv)
 
 It can be stopped and started again at any time. One thread is enough: networks are small.
 """
@@ -30,7 +30,7 @@ from tests.networks import NAMES
 
 
 def measured(whose: str, row: Row, network: str, dims: int, measure: Callable[[], Figure]) -> Cell:
-    """One cell, whatever happens."""
+    """Measure one cell; an exception is a result."""
     verdict, text, note = "error", "", ""
     try:
         figure = measure()

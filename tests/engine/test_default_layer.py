@@ -38,7 +38,7 @@ def test_calls_of_a_shared_layer_are_counted():
 
 
 def test_a_class_token_is_looked_through():
-    """Behind the last attention only the class token counts, so the default is the block before it."""
+    """After the last attention only the class token counts, so the default is the block before it."""
     case = build("ViT", 2)
     with torch.no_grad():
         logits = case.logits(case.image)[0]

@@ -99,7 +99,7 @@ def test_the_derivative_of_a_probability_that_rounds_to_one_is_exact(odds, class
     cotangent = score.cotangent(logits[list(score.channels)])[:, 0]
     exact = math.exp(-abs(odds)) / (1 + math.exp(-abs(odds))) ** 2  # p (1 − p)
     expected = torch.full((len(score.channels),), exact, dtype=torch.float64)
-    if activation == "softmax":  # shared by the others as their own softmax says
+    if activation == "softmax":  # shared by the others in proportion to their own softmax
         share = torch.softmax(others[:, 0], 0)
         expected = exact * torch.cat([-share[:1], torch.ones(1, dtype=torch.float64), -share[1:]])
     assert cotangent.tolist() == pytest.approx(expected.tolist(), rel=1e-12)

@@ -150,7 +150,7 @@ def test_noisy_gradients_fall_back_and_say_so(caplog: pytest.LogCaptureFixture) 
         (a,) = explained(Wild(), [GRADIENT])
     (b,) = explained(Wild(), [GRADIENT], None)
     assert torch.equal(a.map, b.map)
-    assert a.record["amp"] == "torch.bfloat16"  # as asked; what came of it stands beside
+    assert a.record["amp"] == "torch.bfloat16"  # as requested; the next two keys have the outcome
     assert a.record["amp_correlation"] < SURE
     assert a.record["amp_fallback"].startswith("correlation ")
     deviates, fallback = a.record["warnings"]

@@ -178,8 +178,8 @@ def test_road_ranks_the_perfect_map_first(kind, dims):
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_road_gives_nothing_to_a_flat_map(dims):
-    """What a linear network looks at lies in the first corner; removed by number, it would go first. In random orders
-    the strongest and the weakest share cost the same on average."""
+    """A linear network looks at the first corner; removed by index, it would go first. In random order the strongest
+    and the weakest share cost the same on average."""
     case, road = linear_case("classification", dims), ROAD(baseline=0.0)
     result = []
     for seed in range(30):

@@ -63,7 +63,7 @@ class Setting:
         self.subject = MetricInput(torch.from_numpy(self.map), self.objective, 0, self.method, label=self.label)
 
     def by_quantus(self, metric: Any, **more: Any) -> Any:
-        """What Quantus' metric gives this image; it asks for the map itself."""
+        """Compute Quantus' metric for this image; it asks for the map itself."""
         return metric(
             model=self.network, x_batch=self.image[None].numpy(), y_batch=np.array([CLASS]), a_batch=None,
             explain_func=quantus_explain_func, explain_func_kwargs=self.explain, channel_first=True, softmax=False,

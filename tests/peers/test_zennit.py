@@ -56,7 +56,7 @@ def test_each_rule(name: str, bias: bool) -> None:
 
 FIRST = {
     "Flat": lambda image: rules.Flat(stabilizer=TINY),
-    # the paper has no bias in w²; zennit squares it too unless told
+    # the paper has no bias in w²; zennit squares it too by default
     "WSquare": lambda image: rules.WSquare(stabilizer=TINY, zero_params=["bias"]),
     "ZBox": lambda image: rules.ZBox(image.min(), image.max(), stabilizer=TINY),
 }
@@ -72,7 +72,7 @@ def test_each_first_rule(name: str) -> None:
     ]
     composite = composites.SpecialFirstLayerMapComposite(layers, [(Convolution, FIRST[name](image))])
     actual = LRP({"convolution": "ZPlus", "dense": "Epsilon", "first": name})
-    network[1].padding = (0, 0)  # what flat shares give the padding differs: we book it
+    network[1].padding = (0, 0)  # flat shares of the padding differ: we record them
     network.hidden = torch.nn.Linear(8 * 4, 20).double()
     result = explain(actual, objective_for(network, image)).maps[0]
     close(result, by_zennit(network, image, composite), 1e-8)

@@ -41,7 +41,7 @@ def _batch(baseline: Tensor | list[Tensor]) -> Tensor:
 
 
 def _steps(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Captum's words for the parameters of a path; where ours would refine it, many steps, a few at a time."""
+    """Translate the parameters of a path; where ours would refine it, many steps in small batches."""
     names = ("n_steps", "method", "n_samples")
     options: dict[str, Any] = {name: parameters[name] for name in names if name in parameters}
     if "tolerance" in parameters:
@@ -130,7 +130,7 @@ def _neuron(name: str) -> Map:
 
 
 def _unit(sight: Sight) -> tuple[int, ...]:
-    """The neuron in the layer's own indices."""
+    """Return the neuron in the layer's own indices."""
     (output,) = sight.record(sight.image, sight.layer)
     positions = sight.at_image[0].shape[2:]
     at = [i * p // n for i, p, n in zip(sight.unit, positions, sight.case.roi)]

@@ -175,7 +175,7 @@ CELLS = [
 def test_conserves_on_every_network(name, dims):
     """All composites in 2D; in 3D, and on the heavy ones, each network meets one, in turn.
 
-    αβ grows with depth (2 and −1 a layer), so its gap is measured against what it adds up, not against the sum.
+    αβ grows with depth (2 and −1 per layer), so its gap is relative to the sum of absolute values.
     """
     case = build(name, spatial_dims=dims)
     y = case.logits(case.image)

@@ -128,7 +128,7 @@ def test_hsic_of_a_constant_is_zero():
 
 @pytest.mark.parametrize(("n", "d"), [(32, 128), (1024, 686), (64, 4)])
 def test_no_two_cells_are_alike_by_the_design(n, d):
-    """Sobol points agree in the first bit of two of many dimensions: cells could not be told apart."""
+    """Sobol points agree in the first bit of two of many dimensions: cells could not be distinguished."""
     for binary in (False, True):
         points = quasi_random(n, d, 0, binary=binary)
         assert points.shape == (n, d)

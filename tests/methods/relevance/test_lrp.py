@@ -47,7 +47,7 @@ def test_linear_network_gives_weight_times_input(dims):
 
 
 class Told(nn.Module):
-    """Told where each window lies, and given a condition there."""
+    """Network that gets the position of each window, and a condition there."""
 
     def __init__(self):
         super().__init__()
