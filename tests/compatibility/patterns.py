@@ -152,7 +152,7 @@ class Patterned:
         return self
 
     def signal(self, x: Tensor, way: str) -> Tensor:
-        """Return the output for windows; its backward pass distributes y · gradient by patterns; called by an inferer."""
+        """Return the output for windows; its backward pass spreads y · gradient by patterns. An inferer calls it."""
         call = self.call(x)
         regimes, neurons = call.regimes(), call.neurons()
         for node in call.nodes:
