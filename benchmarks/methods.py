@@ -243,10 +243,10 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in groups:
-        count, mine, loop = passes[name], took[name], took[f"bare {name}"]
+        count, ours, loop = passes[name], took[name], took[f"bare {name}"]
         lines.append(
             f"| {name} | {count[FORWARD]} | {count[TO_LAYER]} | {count[TO_INPUT]} | {count[LOOK]} | "
-            f"{mine:.3f} | {loop:.3f} | {mine / loop:.2f} |"
+            f"{ours:.3f} | {loop:.3f} | {ours / loop:.2f} |"
         )
     lines += [
         "",

@@ -62,8 +62,8 @@ def main() -> None:
     for cause in causes:
         cause.folder = args.work
         tried[cause.name] = _experiments(cause, args.experiments)
-        found, extremal[cause.name] = _measured(cause, args.cases, args.dear_cases, args.faithful_cases)
-        rows += found
+        measured, extremal[cause.name] = _measured(cause, args.cases, args.dear_cases, args.faithful_cases)
+        rows += measured
     cells = by_cell(rows)
     write_csv(cells, args.table)
     write_block(args.page, "experiments", experiment_table(tried))
@@ -84,9 +84,9 @@ def _experiments(cause: Cause, n: int) -> tuple[list[bool], list[Experiment]]:
     """Run the experiments on the cause, or read their results from disk."""
     file = cause.folder / "experiments" / f"{cause.name}_{n}.json"
     if not file.exists():
-        right, found = experiments(cause, range(EXPERIMENT_SEEDS, EXPERIMENT_SEEDS + n))
+        right, results = experiments(cause, range(EXPERIMENT_SEEDS, EXPERIMENT_SEEDS + n))
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"right": right, "experiments": [vars(e) for e in found]}))
+        file.write_text(json.dumps({"right": right, "experiments": [vars(e) for e in results]}))
     kept = json.loads(file.read_text())
     return kept["right"], [Experiment(**e) for e in kept["experiments"]]
 

@@ -33,14 +33,14 @@ Likeness = dict[tuple[str, str], list[tuple[float, float]]]
 
 def redrawn(cause: Cause, example: Example, methods: list[Method], layers: list[str], draw: int) -> dict[str, Tensor]:
     """Return maps by method of the network with random weights in ``layers``."""
-    found: dict[str, Tensor] = {}
+    maps: dict[str, Tensor] = {}
     with randomised(cause.network, layers, draw):
         explainer = Explainer(cause.network, on_error="record", window_batch=8)
         for attribution in explainer(example.image[None], methods=methods, targets=[TARGET]):
             zero = torch.zeros_like(example.image)
             plain = zero if attribution.map is None else attribution.map.as_subclass(Tensor).float()
-            found[str(attribution.method.name)] = plain
-    return found
+            maps[str(attribution.method.name)] = plain
+    return maps
 
 
 def likeness(cause: Cause, cases: int, draws: int) -> Likeness:
@@ -61,12 +61,12 @@ def likeness(cause: Cause, cases: int, draws: int) -> Likeness:
     return result
 
 
-def table(found: Likeness) -> str:
+def table(likeness: Likeness) -> str:
     """Return a table sorted by similarity, failing methods first; brackets: least and greatest over cases and draws."""
     rows = []
-    for name in dict.fromkeys(name for name, _ in found):
-        (last, last_ssim), (gone, gone_ssim) = (np.mean(found[name, what], 0) for what in ("last", "all"))
-        each = [spearman for spearman, _ in found[name, "all"]]
+    for name in dict.fromkeys(name for name, _ in likeness):
+        (last, last_ssim), (gone, gone_ssim) = (np.mean(likeness[name, what], 0) for what in ("last", "all"))
+        each = [spearman for spearman, _ in likeness[name, "all"]]
         cells = f"{last:.2f} | {last_ssim:.2f} | {gone:.2f} ({min(each):.2f} to {max(each):.2f}) | {gone_ssim:.2f}"
         rows.append((-gone, f"| {name} | {cells} | {'**fails**' if gone >= FAILS else 'passes'} |"))
     head = "| method | last layer: Spearman | SSIM | all layers: Spearman | SSIM | |\n|---|---|---|---|---|---|\n"

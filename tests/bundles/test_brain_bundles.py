@@ -19,7 +19,7 @@ SEGMENTATION, CLASSIFICATION = "brain_tissue_segmentation", "brain_lesion_classi
 both = pytest.mark.parametrize("name", [SEGMENTATION, CLASSIFICATION])
 EnterBundle = Callable[[str], Path]
 
-# What MONAI's metadata schema requires (the specification of the bundle format); `verify_metadata` would download it.
+# Required by MONAI's metadata schema (the specification of the bundle format); `verify_metadata` would download it.
 METADATA_KEYS = {
     "schema": str,
     "version": str,

@@ -77,8 +77,8 @@ def test_several_targets_share_windows_but_not_values():
     o, _ = objective(net, image, inferer, targets)
     with frozen(net):
         maps = run(Saliency(abs=False), o).maps
-    for score, mine in zip(o.scores, maps):
-        assert_equal(mine, full_gradient(net, image, inferer, score))
+    for score, map_ in zip(o.scores, maps):
+        assert_equal(map_, full_gradient(net, image, inferer, score))
     assert len(o.score_windows[1]) < len(o.score_windows[0])
 
 
@@ -143,9 +143,9 @@ def test_change_equals_naive(shape, padding_mode, norm, output):
     stops = [(min(a + 4, shape[0]), min(b + 4, shape[1])) for a, b in starts]
     boxes = Boxes(starts, stops, torch.full_like(image, 0.3))
     with frozen(net):
-        mine = score_changes(o, boxes)
+        changes = score_changes(o, boxes)
     for k, score in enumerate(o.scores):
-        assert_equal(mine[k], naive_change(net, image, inferer, score, boxes))
+        assert_equal(changes[k], naive_change(net, image, inferer, score, boxes))
 
 
 def test_a_box_that_changes_nothing_costs_nothing():
@@ -154,9 +154,9 @@ def test_a_box_that_changes_nothing_costs_nothing():
     image[:, :3] = 0.5
     o, _ = objective(net, image, SimpleInferer(), [MultiClassMask(1)])
     with frozen(net):
-        found = score_changes(o, Boxes([(0, 0), (4, 4)], [(3, 8), (6, 6)], 0.5))
-    assert found[0, 0] == 0
-    assert found[0, 1] != 0
+        changes = score_changes(o, Boxes([(0, 0), (4, 4)], [(3, 8), (6, 6)], 0.5))
+    assert changes[0, 0] == 0
+    assert changes[0, 1] != 0
     assert o.context.progress.passes == 2  # the unperturbed window and one box
 
 
@@ -184,7 +184,7 @@ def test_a_network_that_has_no_gradient_is_named():
         y[:] = 2 * y  # exp needs its result for its gradient
         return y
 
-    for function, said in ((overwritten, "inplace operation"), (lambda x: torch.heaviside(x, x), "heaviside")):
+    for function, reason in ((overwritten, "inplace operation"), (lambda x: torch.heaviside(x, x), "heaviside")):
 
         class Broken(ConvNet):
             def forward(self, x: Tensor, function=function) -> Tensor:
@@ -192,7 +192,7 @@ def test_a_network_that_has_no_gradient_is_named():
 
         o, _ = objective(Broken(2, 1).double(), torch.rand(1, 8, 8, dtype=torch.float64), None, [MultiClassMask(1)])
         for method in (Saliency(), GradCam(), IntegratedGradients(n_steps=2, baseline="zero")):
-            with frozen(o.model.network), pytest.raises(MethodError, match=rf"cannot be differentiated \(.*{said}"):
+            with frozen(o.model.network), pytest.raises(MethodError, match=rf"cannot be differentiated \(.*{reason}"):
                 run(method, o)
 
 

@@ -57,7 +57,7 @@ def test_what_shape_and_place_do_not_tell_is_no_map():
     network = Network(16).eval()
     assert channels_last(network, "block.drop_path", (16, 16, 16), (32, 32)) is None
     assert grid_of(network, "block.drop_path", (16, 16, 16), (32, 32)) is None
-    assert grid_of(network, "act", (16, 16, 16), (32, 32)) == (16, 16, 16)  # behind a batch norm
+    assert grid_of(network, "act", (16, 16, 16), (32, 32)) == (16, 16, 16)  # after a batch norm
 
 
 def test_strides_that_differ_between_axes_turn_nothing_round():

@@ -34,14 +34,14 @@ def test_batches_are_full_and_written_in_place(shape, batch, staged, output, mon
 
     net.forward = seen
     with frozen(net):
-        found = score_changes(o, boxes)
+        changes = score_changes(o, boxes)
     assert sum(sizes) == o.context.progress.passes == passes_needed(o, boxes)
     assert set(sizes[:-1]) == {batch}
     assert sizes[-1] <= batch
     ((_, held),) = memory
     assert held == staged * batch * 2 * 8 * 8 * 8
     net.forward = forward
-    assert_equal(found[0], naive_change(net, image, inferer, o.scores[0], boxes))
+    assert_equal(changes[0], naive_change(net, image, inferer, o.scores[0], boxes))
 
 
 def test_large_windows_are_not_held_several_batches_at_a_time(monkeypatch):
@@ -106,6 +106,6 @@ def test_a_batch_for_which_there_is_no_memory_is_made_smaller(monkeypatch):
     with frozen(net):
         reference = score_changes(o, boxes)
         monkeypatch.setattr(torch.Tensor, "new_empty", hungry)
-        found = score_changes(o, boxes)
+        changes = score_changes(o, boxes)
     assert o.window_batch == 2
-    assert_equal(found, reference, 1e-12)
+    assert_equal(changes, reference, 1e-12)
