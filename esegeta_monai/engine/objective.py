@@ -195,10 +195,7 @@ class Objective(WindowedNetwork):
 
     def new_maps(self, channels: int | None = None) -> Tensor:
         """Return zeros (k, C, *spatial); ``channels`` replaces C."""
-        return self._zeros(self.n_targets, channels or self.image.shape[0], *self.plan.spatial_shape)
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.image.dtype, device=self.image.device)
+        return self.image.new_zeros((self.n_targets, channels or self.image.shape[0], *self.plan.spatial_shape))
 
     # -- values -------------------------------------------------------------------------------------------------
 
@@ -241,7 +238,7 @@ class Objective(WindowedNetwork):
 
     def new_predictions(self, m: int) -> list[Tensor]:
         """Return zeros for what each score reads of m predictions, (m, channels, *box): what `blend` adds into."""
-        return [self._zeros(m, len(s.channels), *(b.stop - b.start for b in s.box)) for s in self.scores]
+        return [self.image.new_zeros((m, len(s.channels), *(b.stop - b.start for b in s.box))) for s in self.scores]
 
     def image_predictions(self) -> list[Tensor]:
         """Return what each score reads of the prediction at the image, (channels, *box)."""
@@ -268,7 +265,7 @@ class Objective(WindowedNetwork):
         """
         m = len(points)
         predictions = None if self.linear else self.predict(points)
-        maps = self._zeros(self.n_targets, m, *self.image.shape)
+        maps = self.image.new_zeros((self.n_targets, m, *self.image.shape))
         padding = maps.new_zeros(maps.shape[:3])
         values = self.constants()[:, None].repeat(1, m)
 
@@ -353,7 +350,7 @@ class Objective(WindowedNetwork):
             seen = set(self.windows)
             groups = [[j for j in jobs if j[1] in seen], [j for j in jobs if j[1] not in seen]]
         whole: list[Tensor | None] | None = None if cotangents is None else list(cotangents)
-        if with_cotangents and predictions is None and whole is None:
+        if with_cotangents and predictions is None and whole is None and not self.linear:
             whole = self._whole_cotangents()
 
         def run_batch(windows: list[int], sources: list[int], first: bool) -> None:
@@ -388,8 +385,6 @@ class Objective(WindowedNetwork):
 
     def _whole_cotangents(self) -> list[Tensor | None]:
         """Return ``∂s/∂P`` at the image of each score that is not linear; a linear one is cut from its mask."""
-        if self.linear:
-            return [None] * self.n_targets
         return [None if s.linear else s.cotangent(p) for s, p in zip(self.scores, self.image_predictions())]
 
     def _batch_cotangents(

@@ -151,7 +151,8 @@ def sweep(objective: Objective, requests: Sequence[Request]) -> list[Any]:
     backward, seen_windows = any(r.backward for r in todo), set(objective.windows)
     blended = None
     compared = objective.prediction is not None and not objective.first_windows
-    if compared and any(d is None for d in objective.blend_deviations()):
+    deviations = objective.blend_deviations() if compared else []
+    if None in deviations:
         blended = objective.new_predictions(1)
 
     def run(batch: Batch) -> None:
@@ -170,7 +171,7 @@ def sweep(objective: Objective, requests: Sequence[Request]) -> list[Any]:
     shared = None if None in parts else sums  # None: a request does not state what it adds into
     objective.each(jobs, run, with_cotangents=backward, split_seen=everywhere, sums=shared)
     if blended is not None:
-        _note_deviations(objective, blended)
+        _note_deviations(objective, blended, deviations)
     return [unique[r.key].result() for r in requests]
 
 
@@ -208,10 +209,9 @@ def _view(objective: Objective, batch: Batch, layers: Sequence[str], wanting: Se
     return View(batch, out.detach(), activations, gradients, at_input, seen)
 
 
-def _note_deviations(objective: Objective, blended: Sequence[Tensor]) -> None:
+def _note_deviations(objective: Objective, blended: Sequence[Tensor], deviations: list[float | None]) -> None:
     """Compare the blended windows (1, channels, *box) of each score with the given prediction."""
     assert objective.prediction is not None
-    deviations = objective.blend_deviations()
     for k, (score, ours) in enumerate(zip(objective.scores, blended)):
         if score.empty:
             continue

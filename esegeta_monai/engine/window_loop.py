@@ -122,16 +122,10 @@ class WindowedNetwork:
         if sums is None:
             self._run(groups, run)
             return
-        with self.context.processes.summed(sums) if turn is None else nullcontext():
-            self._run([self._share(g, whole_windows, turn or 0) for g in groups], run)
-
-    def _share(self, jobs: Jobs, whole_windows: bool, turn: int) -> Jobs:
-        """Return the jobs of this process."""
         processes = self.context.processes
-        if not whole_windows:
-            return processes.share(jobs, turn)
-        own = set(processes.share(sorted({w for _, w in jobs})))
-        return [j for j in jobs if j[1] in own]
+        with processes.summed(sums) if turn is None else nullcontext():
+            shares = [processes.share_windows(g) if whole_windows else processes.share(g, turn or 0) for g in groups]
+            self._run(shares, run)
 
     def _run(self, groups: Sequence[Jobs], run: Callable[[list[int], list[int], bool], None]) -> None:
         for number, group in enumerate(groups):

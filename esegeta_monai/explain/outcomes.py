@@ -83,8 +83,7 @@ class Outcomes:
             channel_names=names if len(names) == case.image.shape[0] else [],
             coverage=None if plan is None else plan.coverage,
             windows_total=None if plan is None else len(plan),
-            amp=None if method.full_precision else self.settings.autocast,
-            **self.settings.record,
+            **(self.settings.record | ({"amp": None} if method.full_precision else {})),
             **case.record,
             versions=versions(),
         )

@@ -121,7 +121,7 @@ class Prediction:
         return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names)
 
     def _same_everywhere(self) -> None:
-        known = self.settings.processes.gather((self.case.record["image_sha256"], self.settings.structure_sha256))
+        known = self.settings.processes.gather((self.case.record["image_sha256"], str(self.settings.record["network"])))
         if len(set(known)) > 1:
             raise UsageError(
                 f"case {self.case.index}: the ranks hold different images or networks, but distributed=True computes "
