@@ -16,7 +16,6 @@ from PIL import Image
 
 from esegeta_monai.errors import InputError
 from esegeta_monai.files.scans import Grid, read_scan
-from esegeta_monai.utils.images import check_image
 
 AFFINE = np.array([[0.0, -1.5, 0.2, 10], [2.0, 0, 0, -20], [0, 0.3, 3.0, 5], [0, 0, 0, 1]])
 
@@ -233,16 +232,6 @@ def test_without_itk_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     for name, what in (("a.mha", r"a \.mha file"), ("dicom", "a DICOM folder")):
         with pytest.raises(InputError, match=rf'{what} needs ITK: pip install "esegeta-monai\[itk\]"'):
             read_scan(tmp_path / name)
-
-
-def test_check_image_takes_tensors_from_anywhere() -> None:
-    check_image(torch.zeros(1, 4, 4), "batch 0", spatial_dims=2, channels=1)
-    with pytest.raises(InputError, match="batch 0: 16 of 16 voxels"):
-        check_image(torch.full((1, 4, 4), torch.nan), "batch 0")
-    with pytest.raises(InputError, match="1 of 16 voxels"):
-        check_image(torch.tensor([[torch.inf] + [0.0] * 15], dtype=torch.bfloat16).reshape(1, 4, 4))
-    with pytest.raises(InputError, match="affine is singular"):
-        check_image(MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.zeros(4, 4)))
 
 
 def test_the_grid_of_a_tensor_ignores_header_values_that_transforms_left_behind(tmp_path: Path) -> None:
