@@ -107,7 +107,7 @@ def test_damaged_checkpoint(tmp_path: Path) -> None:
         _ = BundleReader(folder).network
 
 
-def test_not_strict_loads_what_fits_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_not_strict_loads_matching_weights_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = wired(tmp_path)
     config["handlers"][0]["strict"] = False
     state = network().state_dict()

@@ -194,7 +194,7 @@ def test_the_table_of_metrics(capsys):
     assert len(json.loads(capsys.readouterr().out)) > 25
 
 
-def test_an_empty_target_is_told_and_the_others_are_judged(study):
+def test_an_empty_target_is_reported_and_the_others_are_evaluated(study):
     image = MetaTensor(torch.rand(1, 8, 8, dtype=torch.float64))
 
     class Segments(nn.Module):

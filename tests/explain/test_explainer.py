@@ -31,7 +31,7 @@ from tests.explain.support import RECORDED, SLIDING, Broken, NotFinite, Spy, aut
 # ---- the documented interface -----------------------------------------------------------------------------------
 
 
-def test_the_public_face() -> None:
+def test_the_public_interface() -> None:
     network = Spy()
     x = image()
     explainer = Explainer(network, inferer=SlidingWindowInferer((8, 8, 8), 4, 0.5, "gaussian"), device="cpu", amp=False)
@@ -74,7 +74,7 @@ def test_every_record_is_json_ready_and_complete() -> None:
     assert ig["sum"] == pytest.approx(ig["value"] - ig["baseline_value"], rel=2 * ig["completeness_gap"])
 
 
-def test_a_classifier_says_what_it_predicted() -> None:
+def test_a_classifier_records_its_prediction() -> None:
     network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Flatten(), nn.LazyLinear(3))
     x = image(dims=2)
     with torch.no_grad():
@@ -231,7 +231,7 @@ def test_double_precision_networks_give_double_precision_maps() -> None:
         ("network_affine", {"x": MetaTensor(image(), affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))}),
     ],
 )
-def test_the_record_tells_what_a_map_depends_on(field: str, change: dict[str, Any]) -> None:
+def test_the_record_has_all_that_a_map_depends_on(field: str, change: dict[str, Any]) -> None:
     def record(
         x: Tensor | None = None,
         network: nn.Module | None = None,

@@ -135,7 +135,7 @@ def test_monai_alone_lets_these_through(tmp_path: Path) -> None:
     assert abs(np.linalg.det(mended)) > 0.5
 
 
-def test_an_affine_that_monai_mends_is_warned_of_and_kept_for_maps(
+def test_an_affine_that_monai_corrects_gives_a_warning_and_is_kept_for_maps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     image = nib.Nifti1Image(voxels(4, 5, 6), np.diag([2.0, 2, 2, 1]))
@@ -234,7 +234,7 @@ def test_without_itk_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
             read_scan(tmp_path / name)
 
 
-def test_the_grid_of_a_tensor_ignores_header_values_that_transforms_left_behind(tmp_path: Path) -> None:
+def test_the_grid_of_a_tensor_ignores_stale_header_values(tmp_path: Path) -> None:
     path = nifti(tmp_path / "a.nii.gz", voxels(8, 8, 8), np.diag([1.0, 1, 1, 1]))
     scan = read_scan(path)
     exact = Grid.of(scan)

@@ -226,7 +226,7 @@ def test_only_windows_of_the_target_are_asked():
     assert small_target.context.progress.passes < 6 * len(case.objective.plan)
 
 
-def test_what_cannot_be_judged_is_said():
+def test_what_cannot_be_evaluated_is_refused():
     case = windowed(2)
     flat = MetricInput(torch.zeros(2, 11, 15), case.objective)
     assert Deletion().update(flat).value is None

@@ -16,7 +16,7 @@ from tests.metrics.cases import windowed
 from tests.support.tensors import noise
 
 
-def test_a_flat_map_says_the_same_of_features_of_any_size():
+def test_a_flat_map_is_tied_for_features_of_any_size():
     """0.1 summed 3, 9 and 27 times and divided again: not the same number, but the same word."""
     case = windowed(3)
     shape = case.image.shape[1:]

@@ -135,7 +135,7 @@ def test_a_lazy_crop_that_looks_at_the_data_is_a_step_of_its_own():
     assert result.meta["sum_in_padding"] == pytest.approx(expected.meta["sum_in_padding"])
 
 
-def test_lazy_padding_after_lazy_sampling_is_ambiguous_and_says_so():
+def test_lazy_padding_after_lazy_sampling_gives_an_ambiguity_warning():
     image = mt.Compose([mt.Spacing((0.7, 1.5, 2.0)), mt.SpatialPad((24, 24, 24))], lazy=True)(scan())
     with pytest.warns(UserWarning, match=r"SpatialResample \+ SpatialPad were lazy"):
         result = InvertAttribution()(random_map(image))
