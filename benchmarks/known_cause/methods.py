@@ -6,7 +6,7 @@ from causes import Cause
 
 from esegeta_monai.methods import METHODS, Method
 
-__all__ = ["chosen_methods", "is_dear"]
+__all__ = ["chosen_methods", "is_expensive"]
 
 #: Methods with hundreds of passes or more per case; they run on fewer cases.
 DEAR: dict[str, list[str]] = {
@@ -26,7 +26,7 @@ DEAR: dict[str, list[str]] = {
 }
 
 
-def is_dear(method: Method) -> bool:
+def is_expensive(method: Method) -> bool:
     """Return True if a method runs on fewer cases."""
     return type(method).__name__ in DEAR
 
