@@ -49,9 +49,9 @@ class BundleMetadata:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UsageError(f"{shown} is no valid JSON: {error}") from error
+            raise UsageError(f"{shown} is not valid JSON: {error}") from error
         if not isinstance(content, dict):
-            raise UsageError(f"{shown} must hold a JSON object")
+            raise UsageError(f"{shown} must contain a JSON object")
         return cls(content)
 
     @property

@@ -91,8 +91,8 @@ def multi_gpu_overlay(parser: ConfigParser) -> dict[str, Any]:
     loader = named.removeprefix("@").replace("::", "#") if named.startswith("@") else f"{evaluator}#val_data_loader"
     if not isinstance(parser.get(loader), Mapping):
         raise UsageError(
-            f"the data loader of {evaluator} is {named}, which is no part of the config that a sampler could be given "
-            "to: share one case's windows instead, 'torchrun -m esegeta_monai explain --share windows'"
+            f"the data loader of {evaluator} is {named}, which is not a part of the config to which a sampler could be "
+            "added: share each case's windows instead, 'torchrun -m esegeta_monai explain --share windows'"
         )
     del overlay["dataloader#sampler"]
     overlay["explain_sampler"]["dataset"] = f"@{loader}#dataset"
@@ -118,8 +118,8 @@ def evaluator_of(parser: ConfigParser) -> str:
     if built:
         return str(built[0])
     raise UsageError(
-        "this config builds no evaluator, so no handler can watch it; explain with 'esegeta-monai explain --bundle "
-        "DIR', or from Python with esegeta_monai.Explainer"
+        "this config builds no evaluator to which a handler could be added; explain with 'esegeta-monai explain "
+        "--bundle DIR', or from Python with esegeta_monai.Explainer"
     )
 
 

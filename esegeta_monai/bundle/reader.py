@@ -45,7 +45,7 @@ class BundleReader:
     Code execution: reading runs nothing. A part (`network`, `inferer`, …) evaluates its own id and the ids that it
     refers to; the first such evaluation also runs the config's import statements (as MONAI's `ConfigParser` does). The
     bundle's `scripts/` are imported when a part names them, with the bundle root on `sys.path` meanwhile. `run`,
-    `initialize`, `finalize`, the evaluator, its handlers and the logging configuration are never evaluated. Of
+    `initialize`, `finalize`, the evaluator, its handlers and the logging configuration are never evaluated. In
     expressions that load weights, only the path is evaluated.
 
     Args:
@@ -111,9 +111,9 @@ class BundleReader:
         source = self.weight_source
         network = self._part("network")
         if not isinstance(network, nn.Module):
-            raise NetworkError(f"'{self.id_of('network')}' of {self._files} is a {type(network).__name__}, no network")
+            raise NetworkError(f"'{self.id_of('network')}' of {self._files} is a {type(network).__name__}, no module")
         if self.weights == "optional" and not source.path.is_file():
-            logger.warning("%s: no weights at %s, the network stays at its random ones", self.name, source.path)
+            logger.warning("%s: no weights at %s, the network keeps its random weights", self.name, source.path)
         else:
             load_weights(network, source, self.device)
         return network.to(self.device).eval()
@@ -312,7 +312,7 @@ class BundleReader:
             return transforms
         if isinstance(transforms, (list, tuple)) or callable(transforms):
             return Compose(transforms)
-        raise UsageError(f"'{self.id_of(part)}' of {self._files} is a {type(transforms).__name__}, no transform")
+        raise UsageError(f"'{self.id_of(part)}' of {self._files} is a {type(transforms).__name__}, not a transform")
 
     def _is_built(self, key: str) -> bool:
         return isinstance(self.parser[key], Mapping) and "_target_" in self.parser[key]
@@ -358,8 +358,8 @@ class BundleReader:
 
     def _lacks(self, part: str, ids: Sequence[str], override: str) -> UsageError:
         return UsageError(
-            f"bundle {self.name!r} has no {part}: {self._files} has none of the ids {', '.join(ids)}; say which one to "
-            f"use with overrides, on the command line --override {override}"
+            f"bundle {self.name!r} has no {part}: {self._files} has none of the ids {', '.join(ids)}; set the id with "
+            f"overrides, on the command line --override {override}"
         )
 
 

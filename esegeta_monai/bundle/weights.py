@@ -111,21 +111,22 @@ def load_weights(network: nn.Module, source: WeightSource, device: torch.device)
     """
     if not source.path.is_file():
         raise UsageError(
-            f"no weights at {source.path} (the place named by {source.found_in}); put the bundle's checkpoint there, "
-            "or point the config at it"
+            f"no weights at {source.path} (the path of {source.found_in}); put the bundle's checkpoint there, or set "
+            "its path in the config"
         )
     try:
         checkpoint = torch.load(source.path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
-            f"{source.path} holds more than tensors, and unpickling it could run code; save its state dict alone "
+            f"{source.path} contains more than tensors, and unpickling it could run code; save only its state dict "
             f"with torch.save(network.state_dict(), path) ({_first_line(error)})"
         ) from error
     except (RuntimeError, OSError, EOFError) as error:  # torch raises these for damaged files
         if "TorchScript" not in str(error):
-            raise UsageError(f"{source.path} is no readable checkpoint: {_first_line(error)}") from error
+            raise UsageError(f"{source.path} is not a readable checkpoint: {_first_line(error)}") from error
         raise NetworkError(
-            f"{source.path} is a TorchScript archive, whose operations cannot be seen; give the state dict (model.pt)"
+            f"{source.path} is a TorchScript archive, whose operations are not accessible; give the state dict "
+            "(model.pt)"
         ) from error
     state = _state_dict(checkpoint, source)
     if not any(key.startswith("module.") for key in network.state_dict()):
@@ -238,7 +239,9 @@ def _state_dict(checkpoint: Any, source: WeightSource) -> dict[str, torch.Tensor
         holds = f"a dictionary with the keys {', '.join(map(str, list(checkpoint)[:8]))}"
     else:
         holds = f"a {type(checkpoint).__name__}"
-    raise UsageError(f"{source.path} holds {holds}, no state dict; write one with torch.save(network.state_dict(), …)")
+    raise UsageError(
+        f"{source.path} contains {holds}, no state dict; write one with torch.save(network.state_dict(), …)"
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What an explanation is: a map, what it explains, and its record."""
+"""The result of an explanation: a map, the target it explains, and its record."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["Attribution", "like_image", "mask_on_image"]
 
 @dataclass
 class Attribution:
-    """One map: what a method says about a target of a case.
+    """The map of one method for one target of a case.
 
     Attributes:
-        map: MetaTensor (C, *spatial) on the grid of the image, raw values in the network's dtype; None where there is
-            none (``record["status"]`` says why).
-        method, target: the objects; a target that asks for several scores gives several attributions.
+        map: MetaTensor (C, *spatial) on the grid of the image, raw values in the network's dtype; None if there is
+            none (see ``record["status"]``).
+        method, target: the objects; a target with several scores gives several attributions.
         case: index of the image in the batch.
         record: JSON-ready: status, parameters, sums, completeness gap, windows, seconds, memory, versions, warnings.
         label: the target's name with its class, for files and pictures.
         mask: bool MetaTensor (1, *spatial) of the target's voxels on the prediction's grid; None for class scores.
-        input: name of the image input, where a network has several.
+        input: name of the image input, if the network has several.
         error: the exception of a failed method.
     """
 
@@ -49,7 +49,7 @@ class Attribution:
 
 
 def like_image(values: Tensor, image: MetaTensor) -> MetaTensor:
-    """A map with the image's place in the world and the trace of its preprocessing, but none of its other metadata."""
+    """Return a map (C, *spatial) with the image's affine and preprocessing trace, without its other metadata."""
     like = MetaTensor(values.detach(), affine=image.affine.clone())
     keep = ("original_affine", "spatial_shape", "space", "filename_or_obj")
     like.meta.update({k: image.meta[k] for k in keep if k in image.meta})
@@ -58,6 +58,7 @@ def like_image(values: Tensor, image: MetaTensor) -> MetaTensor:
 
 
 def mask_on_image(score: Score | None, image: MetaTensor) -> MetaTensor | None:
+    """Return the target's voxels as a bool mask (1, *spatial) on the image's grid; None if they have no place there."""
     if score is None or not score.box:
         return None
     if any(b.stop > n for b, n in zip(score.box, image.shape[1:])) or len(score.box) != image.ndim - 1:

@@ -10,21 +10,21 @@ import torch
 from monai.data import MetaTensor, decollate_batch
 from torch import Tensor
 
-from esegeta_monai.engine.network.model import Model, select_output
+from esegeta_monai.engine.network.model import select_output
 from esegeta_monai.errors import InputError, UsageError
 
-__all__ = ["BatchInputs", "CaseInput", "CaseModel", "cases_of", "joined_inputs", "of_case", "to_device"]
+__all__ = ["BatchInputs", "CaseInput", "cases_of", "joined_inputs", "of_case", "to_device"]
 
 
 @dataclass
 class BatchInputs:
-    """The inputs of one call of an explainer: a batch of images, and what is known of them.
+    """The inputs of one call of an explainer: a batch of images and the data that belong to them.
 
     Args:
         image, data, prediction, network_args, network_kwargs: see `esegeta_monai.Explainer.__call__`.
 
     Raises:
-        InputError: no tensor (B, C, *spatial) in 2D or 3D, or image inputs of several grids.
+        InputError: the image is not a tensor (B, C, *spatial) in 2D or 3D, or image inputs have different grids.
     """
 
     image: Tensor | Mapping[str, Tensor]
@@ -33,23 +33,23 @@ class BatchInputs:
     network_args: Sequence[Any] = ()
     network_kwargs: Mapping[str, Any] | None = None
     joined: Tensor = field(init=False)
-    """All image inputs (B, C, *spatial), channel behind channel."""
+    """All image inputs (B, C, *spatial), concatenated along the channels."""
     channels: dict[str, int] = field(init=False)
-    """Number of channels of each named image input; empty where the network has one."""
+    """Number of channels of each named image input; empty for a network with a single one."""
 
     def __post_init__(self) -> None:
         inputs = dict(self.image) if isinstance(self.image, Mapping) else {}
         joined = joined_inputs(inputs) if inputs else self.image
         if not isinstance(joined, Tensor) or joined.ndim not in (4, 5) or 0 in joined.shape[1:]:
             given = f"shape {tuple(joined.shape)}" if isinstance(joined, Tensor) else type(joined).__name__
-            raise InputError(f"image must be (B, C, *spatial) in 2D or 3D, a tensor, got {given}")
+            raise InputError(f"image must be a tensor (B, C, *spatial) in 2D or 3D, got {given}")
         self.joined, self.channels = joined, {name: value.shape[1] for name, value in inputs.items()}
 
     def cases(self, output: int | str | None) -> Iterator[CaseInput]:
         """Yield the cases of the batch.
 
         Args:
-            output: which output of the network the prediction is.
+            output: key or index of the explained output of the network; None: the only one.
 
         Raises:
             UsageError: ``data`` has another length than the batch.
@@ -87,43 +87,26 @@ class CaseInput:
     channels: dict[str, int] = field(default_factory=dict)
     """Number of channels of each named image input, see `BatchInputs`."""
     record: dict[str, Any] = field(default_factory=dict)
-    """What the records of all its maps share."""
+    """The entries that the records of all its maps share."""
     hashes: dict[int, str | None] = field(default_factory=dict)
-    """Of further inputs by method (id), see `esegeta_monai.explain.record.inputs_sha256`."""
-
-
-class CaseModel(Model):
-    """The network with one case's further inputs.
-
-    Where it sees whole images, a further input of batch length 1 is repeated for each image of a batch, as the network
-    expects; under a sliding window it is passed as it is, as MONAI does.
-    """
-
-    repeats = False
-
-    def __call__(self, x: Tensor, **more: Any) -> Tensor:
-        if not self.repeats:
-            return super().__call__(x, **more)
-        args, kwargs = self.args, self.kwargs
-        self.args = tuple(_repeated(v, len(x)) for v in args)
-        self.kwargs = {k: _repeated(v, len(x)) for k, v in kwargs.items()}
-        try:
-            return super().__call__(x, **more)
-        finally:
-            self.args, self.kwargs = args, kwargs
+    """Cached hashes of further inputs by method (id), see `esegeta_monai.explain.record.inputs_sha256`."""
 
 
 def cases_of(image: Tensor) -> list[MetaTensor]:
-    """The images (C, *spatial) of a batch (B, C, *spatial), each with its own metadata and trace."""
+    """Split a batch (B, C, *spatial) into images (C, *spatial), each with its own metadata and trace."""
     if not isinstance(image, MetaTensor):
-        return [MetaTensor(one) for one in image]
+        return [MetaTensor(case) for case in image]
     if not image.is_batch and image.affine.ndim == 2:
-        return [MetaTensor(one, meta=image.meta, applied_operations=image.applied_operations) for one in image]
+        return [MetaTensor(case, meta=image.meta, applied_operations=image.applied_operations) for case in image]
     return list(decollate_batch(_batch_like(image.as_tensor(), image)))
 
 
 def joined_inputs(inputs: Mapping[str, Tensor]) -> Tensor:
-    """Several image inputs as one tensor, channel behind channel."""
+    """Concatenate image inputs (B, C_i, *spatial) along the channels to one tensor (B, C, *spatial).
+
+    Raises:
+        InputError: the inputs differ in batch or grid.
+    """
     first = next(iter(inputs.values()))
     for name, value in inputs.items():
         if value.shape[2:] != first.shape[2:] or len(value) != len(first):
@@ -136,7 +119,7 @@ def joined_inputs(inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def _batch_like(values: Tensor, batch: MetaTensor) -> MetaTensor:
-    """A batch with another's metadata, marked as one: engines with ``compile=True`` lose the mark."""
+    """Return a batch with another's metadata and ``is_batch`` set, which engines with ``compile=True`` lose."""
     batched = MetaTensor(values)
     batched.meta, batched.applied_operations = batch.meta, batch.applied_operations
     batched.is_batch = batch.is_batch or batch.affine.ndim == 3
@@ -144,14 +127,10 @@ def _batch_like(values: Tensor, batch: MetaTensor) -> MetaTensor:
 
 
 def of_case(value: Any, index: int, n: int) -> Any:
-    """What of a further input belongs to one case of n."""
+    """Slice a batched further input (n, …) to case ``index``; return anything else unchanged."""
     return value[index : index + 1] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
 
 
-def _repeated(value: Any, n: int) -> Any:
-    repeats = isinstance(value, Tensor) and value.ndim and len(value) == 1
-    return value.expand(n, *value.shape[1:]) if repeats else value
-
-
 def to_device(value: Any, device: torch.device) -> Any:
+    """Move a tensor of any shape to a device; return anything else unchanged."""
     return value.to(device) if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""What a method will cost on a case, before it is run: window passes, time, memory; and when that is too much."""
+"""Estimate the window passes, time and memory of a method on a case before it runs, and refuse costly methods."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ __all__ = ["COSTLY", "Cost", "cost_of", "duration", "table", "too_costly"]
 logger = logging.getLogger("esegeta_monai")
 
 MOST_PASSES = 64
-"""Passes of a timed copy per window, after which it is stopped."""
+"""Passes per window after which a timed copy is stopped."""
 
 COSTLY = 100_000
-"""More perturbations than that are not computed unless the user says so."""
+"""Largest number of perturbations that a method computes unless ``allow_costly`` is set."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one method needs for one target of a case, run alone.
+    """The cost of one method for one target of a case, run alone.
 
     Attributes:
         case: index of the image in the batch.
         method, target: their names.
-        passes: windows that go through the network: what the record will have as ``window_passes``.
-        exact: whether ``passes`` is exact; else it depends on what the run finds (an adaptive path, say).
-        naive_passes: windows of a computation that predicts the whole image for each perturbation, or that looks at all
-            windows whatever the target sees.
-        seconds: an estimate, right within a factor of 2; None where no pass could be timed.
-        peak_memory_bytes: of that moment; memory does not grow with the number of passes.
-        note: why there is nothing to compute, or why it would be refused; None where it would run.
+        passes: windows that pass through the network, as ``window_passes`` of the record.
+        exact: True if ``passes`` is exact; otherwise it depends on intermediate results (an adaptive path, say).
+        naive_passes: window passes of an implementation that predicts the whole image for each perturbation, including
+            windows that the target does not see.
+        seconds: estimate, correct within a factor of 2; None if no pass could be timed.
+        peak_memory_bytes: peak of the timed passes; memory does not grow with the number of passes.
+        note: why there is nothing to compute or why the method would be refused; None if it would run.
     """
 
     case: int
@@ -60,14 +60,14 @@ class Cost:
 def cost_of(method: Method, objective: Objective, case: int, label: str, calibration: float) -> Cost:
     """Estimate the cost of a method on an objective with one target: known passes times a measured time per pass.
 
-    The method is run for ``calibration`` seconds. If it ends in time, its cost is known. Otherwise a cheap copy of it
-    (`Method.cheap_copy`), which makes every kind of pass that the method makes, is timed on few windows.
+    The method runs for at most ``calibration`` seconds. If it ends in time, its cost is known. Otherwise a cheap copy
+    (`Method.cheap_copy`), which makes every kind of pass that the method makes, is timed on a few windows.
 
     Args:
         method: the method.
-        objective: the case; nothing is computed or stored on it.
+        objective: the objective; nothing is computed or stored on it.
         case, label: index of the case and label of the target, for the result.
-        calibration: seconds.
+        calibration: time limit of the trial in seconds.
     """
     name, device, processes = str(method.name), objective.model.device, objective.context.processes
     context = RunContext(Progress(silent=True), processes, window_batch=objective.window_batch)
@@ -100,17 +100,17 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
 
 
 def _extrapolated(method: Method, objective: Objective, passes: float) -> float | None:
-    """Extrapolate the seconds of so many passes from a cheap copy, timed on one and on two batches of windows.
+    """Extrapolate the seconds of ``passes`` window passes from a cheap copy, timed on one and two batches of windows.
 
-    Two sizes tell the time per pass from the time that the method takes once. On a CPU a batch is one window, since a
-    window takes as long alone as in a batch.
+    Two sizes separate the time per pass from the time that the method takes once. On a CPU a batch is one window,
+    since a window takes as long alone as in a batch.
     """
     batch = 1 if objective.model.device.type == "cpu" else objective.window_batch
     small, large = (_timed(method, objective, n * batch) for n in (1, 2))
     if not large[1]:
         return None
     rate = (large[0] - small[0]) / (large[1] - small[1]) if large[1] > small[1] else 0.0
-    if rate <= 0:  # too short to be told from noise, or one window is all that the target sees
+    if rate <= 0:  # shorter than the noise of the timing, or the target sees a single window
         return passes * large[0] / large[1]
     return max(0.0, large[0] - rate * large[1]) + rate * passes
 
@@ -129,20 +129,21 @@ def _timed(method: Method, objective: Objective, windows: int) -> tuple[float, i
         run(method.cheap_copy(), first)
     except SampleComplete:
         logger.debug("%s: a sample of its perturbations was scored", method.name)
-    except EsegetaError as error:  # the limit of passes; or the first windows alone have nothing to explain
+    except EsegetaError as error:  # the pass limit was reached, or the first windows alone have nothing to explain
         logger.debug("%s: the timed copy ended early: %s", method.name, error)
     return _now(device) - began, context.progress.passes
 
 
 def too_costly(method: Method, objective: Objective) -> MethodError | None:
-    """The error of a method that would score more than `COSTLY` perturbations."""
+    """Return the error of a method that would score more than `COSTLY` perturbations, or None."""
     predictions = method.predictions(objective)
     if predictions is None or predictions <= COSTLY:
         return None
     return MethodError(
         f"{method.name} would score {predictions:,} perturbations, each in up to {len(objective.windows)} windows, and "
-        f"more than {COSTLY:,} are not computed unasked: take larger occluders, strides or features, or fewer samples, "
-        "or insist with --yes (allow_costly=True in Python, --explain_handler#allow_costly true with the overlay)"
+        f"more than {COSTLY:,} are computed only on request: use larger occluders, strides or features, or fewer "
+        "samples, or allow it by --yes (allow_costly=True in Python, --explain_handler#allow_costly true with the "
+        "overlay)"
     )
 
 
@@ -153,7 +154,7 @@ def _now(device: torch.device) -> float:
 
 
 def table(costs: Sequence[tuple[str, Cost]]) -> list[str]:
-    """Lines of text, a line a cost, each with the name of its case."""
+    """Format costs as lines of text: a header, then one line per cost with the name of its case."""
     rows: list[list[str]] = [["case", "target", "method", "passes", "naive passes", "time", "peak memory"]]
     for case, c in costs:
         if c.note is not None:
@@ -177,7 +178,7 @@ def table(costs: Sequence[tuple[str, Cost]]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words.
+    """Format seconds for reading.
 
     >>> duration(2.34), duration(75), duration(9000)
     ('2.3 s', '1 min 15 s', '2 h 30 min')

@@ -1,4 +1,4 @@
-"""Judges maps by metrics, the control maps beside them: what the `evaluate` command and the Ignite handler share.
+"""Evaluate maps by metrics, next to control maps, for the `evaluate` command and the Ignite handler.
 
 evaluator = Evaluator(explainer, ["Deletion", "PointingGame"])
 result = evaluator(image, methods=["Saliency"], targets=["MultiClassMask(1)"], label=label)
@@ -48,26 +48,26 @@ logger = logging.getLogger("esegeta_monai")
 
 DEFAULT_METRICS = ("Deletion", "Insertion", "Infidelity", "FaithfulnessCorrelation", "Sparseness", "Entropy")
 CONTROL = "control:"
-"""What the names of control maps begin with."""
+"""Prefix of the names of control maps."""
 WITH_LABEL = ("PointingGame", "RelevanceMass", "RelevanceRank", "LocalisationAUC", "DistanceProfile")
-"""Added by default where there is a label."""
+"""Metrics added by default if there is a label."""
 
 
 Known = Callable[[Record], "Tensor | None"]
-"""Gives a map (C, *spatial) that has been computed already, None where there is none, by the record of what is known of
-it beforehand (`Record.decisive` is what decides)."""
+"""Return a map (C, *spatial) that has already been computed, or None. The argument is its record before the method
+runs, whose entries `Record.decisive` determine the map."""
 
 
 @dataclass
 class EvaluationResult:
-    """What was found of one case.
+    """The metrics of one case.
 
     Attributes:
-        rows: one a target, method and metric: the columns of ``metrics.csv`` but ``case``, and ``status`` (ok,
+        rows: one per target, method and metric: the columns of ``metrics.csv`` except ``case``, and ``status`` (ok,
             undefined, not applicable, failed), ``reason``, ``meaning``, ``parameters``, ``notes``, ``curve``.
-        regions: one a target, method and region.
-        failed: reasons of methods and targets of which there was no map to judge, by ``target, method``.
-        empty: the targets without a voxel, which is no failure, with that said.
+        regions: one per target, method and region.
+        failed: reasons why a method has no map for a target, by ``target, method``.
+        empty: reasons of the targets without a voxel, by target; these are not failures.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -77,8 +77,11 @@ class EvaluationResult:
 
     @classmethod
     def joined(cls, parts: Iterable[EvaluationResult]) -> EvaluationResult:
-        """What several processes found of one case, each with methods and targets of its own and the same controls:
-        as one process would have it, target by target, the controls behind the methods."""
+        """Merge the results of several processes for one case.
+
+        Each process has its own methods and targets, and all have the same controls. The order is that of a single
+        process: target by target, controls after the methods.
+        """
         whole, seen = cls(), set()
         for part in parts:
             whole.failed |= part.failed
@@ -94,17 +97,17 @@ class EvaluationResult:
 
 
 class Evaluator:
-    """Measures maps of an explainer's cases.
+    """An evaluator of the maps of an explainer's cases.
 
     Args:
-        explainer: knows network, inferer and devices.
-        metrics: instances, names or configs; None: `DEFAULT_METRICS`, with a label `WITH_LABEL` too. ``"all"``: every
-            metric of the registry.
-        with_controls: the control maps beside the methods; without them nothing can be said to beat them.
-        outside_alarm: the share of a map outside the body above which a region table raises its alarm.
+        explainer: holds network, inferer and devices.
+        metrics: instances, names or configs; None: `DEFAULT_METRICS`, and with a label also `WITH_LABEL`; ``"all"``:
+            every registered metric.
+        with_controls: evaluate control maps as well; without them, ``beats_controls`` is None.
+        outside_alarm: share of a map outside the body, 0 to 1, above which a region table raises an alarm.
 
     Raises:
-        UsageError: a wrong metric or parameter, two metrics of one name, or no share.
+        UsageError: a wrong metric or parameter, two metrics with the same name, or ``outside_alarm`` is not a share.
     """
 
     def __init__(
@@ -134,26 +137,26 @@ class Evaluator:
         names: ResultNames | None = None,
         **more: Any,
     ) -> EvaluationResult:
-        """Judges every method for every target of one case.
+        """Evaluate every method for every target of one case.
 
         Args:
             image: the preprocessed image (C, *spatial).
             methods, targets: instances, names or configs.
-            label: label map (*spatial) or (1, *spatial) on the image's grid, where the cause is known to lie.
-            label_value: which of its values is the cause: a number, ``"class"`` for the number of the target's class;
-                None: every value above zero.
-            regions: label map for the region tables; None: ``label``.
-            region_names: of its values.
-            body: mask of the patient; None: the image's foreground.
-            maps: maps (C, *spatial) on the image's grid by target's and method's name, in place of computing them;
-                methods without one are left out.
-            known: asked for maps that have been computed already, see `Known`; the others are computed.
-            names: of methods and targets, where these are some of a run's; None: what tells them apart.
+            label: label map (*spatial) or (1, *spatial) on the image's grid that marks the known cause.
+            label_value: value of ``label`` that marks the cause: a number, or ``"class"`` for the number of the
+                target's class; None: every value above zero.
+            regions: label map (*spatial) or (1, *spatial) for the region tables; None: ``label``.
+            region_names: names of its values.
+            body: mask (*spatial) or (1, *spatial) of the patient; None: the image's foreground.
+            maps: maps (C, *spatial) on the image's grid by (target name, method name), used instead of computing
+                them; methods without a map are left out.
+            known: function that returns maps that have already been computed, see `Known`; the others are computed.
+            names: names of methods and targets, if these are a part of a run; None: names that distinguish them.
             more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
 
         Raises:
             UsageError: a wrong ``label_value``.
-            EsegetaError: the case cannot be explained at all. What fails of a method or metric is in the result.
+            EsegetaError: the case cannot be explained at all. Failures of a method or metric are in the result.
         """
         chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
         names = names or ResultNames(chosen, wanted)
@@ -192,7 +195,7 @@ class Evaluator:
         titles = storage.distinct_names(metrics)
         for k in range(len(case.objective.scores)):
             target = case.targets[k]
-            if target in case.targets[:k]:  # PredictedClasses beside one of these classes: the same voxels and maps
+            if target in case.targets[:k]:  # PredictedClasses and one of its classes have the same voxels and maps
                 continue
             rows: list[dict[str, Any]] = []
             for method, name in zip(everything, all_names):
@@ -222,10 +225,10 @@ class Evaluator:
 
 
 def chosen_metrics(metrics: Any) -> list[Metric] | None:
-    """The metrics that are asked for: instances, names or configs, ``"all"``; None: those of `Evaluator`'s choice.
+    """Return the requested metrics: from instances, names or configs, or ``"all"``; None: `Evaluator` chooses.
 
     Raises:
-        UsageError: a wrong metric or parameter, or two metrics of one name.
+        UsageError: a wrong metric or parameter, or two metrics with the same name.
     """
     if metrics is None:
         return None
@@ -237,10 +240,10 @@ def chosen_metrics(metrics: Any) -> list[Metric] | None:
 
 @dataclass
 class _Case:
-    """One case of one objective, and what is known of it.
+    """One case of one objective, with its label, body mask and names.
 
-    Metrics ask the network without autocast, whose noise is as large as the differences that they measure, and explain
-    again without it; the maps that they judge are computed in the precision that is enough for them.
+    Metrics run the network and repeat explanations without autocast, whose noise is as large as the differences that
+    they measure. The evaluated maps themselves are computed in the precision of the run (``judged.objective``).
     """
 
     judged: JudgedCase
@@ -265,7 +268,7 @@ class _Case:
     def explain(
         self, methods: Sequence[Method], result: EvaluationResult, names: Mapping[int, str]
     ) -> dict[tuple[int, int], Tensor]:
-        """Maps (C, *spatial) by the method's id and target; what fails is noted."""
+        """Return maps (C, *spatial) by method (id) and index of the target; record failures in ``result``."""
         maps: dict[tuple[int, int], Tensor] = {}
         for method in methods:
             objective = self.judged.objective
@@ -294,7 +297,7 @@ class _Case:
         return maps
 
     def _earlier(self, method: Method, objective: Objective) -> Explained | None:
-        """The maps of all targets, where they are known: to every process of those that compute this case together."""
+        """Return the maps of all targets if every process that computes this case knows them, else None."""
         if self.known is None:
             return None
         known = [self.known(self.judged.record(method, k)) for k in range(len(objective.scores))]
@@ -303,7 +306,7 @@ class _Case:
         return Explained(torch.stack(maps)) if everywhere else None
 
     def subject(self, values: Tensor, k: int, method: Method) -> MetricInput | str:
-        """What metrics look at, or why there is nothing to look at."""
+        """Return the input of the metrics, or the reason why the map cannot be evaluated."""
         try:
             return MetricInput(
                 values.to(self.objective.image.device),
@@ -319,7 +322,7 @@ class _Case:
             return str(error)
 
     def cause(self, k: int) -> Tensor | None:
-        """Where the cause lies, of target k."""
+        """Return the mask (*spatial) of the cause for target k, or None without a label."""
         if self.label is None:
             return None
         if self.label_value is None:
@@ -329,7 +332,7 @@ class _Case:
         return torch.zeros_like(self.label, dtype=torch.bool) if value is None else self.label == value
 
     def origin(self, k: int) -> Tensor | None:
-        """What distances are measured from: the label, else the target's own voxels."""
+        """Return the mask (*spatial) from which distances are measured: the label, else the target's own voxels."""
         cause, score = self.cause(k), self._score(k)
         if cause is not None:
             return cause
@@ -345,10 +348,10 @@ class _Case:
 
 
 def alarm_share(share: float) -> float:
-    """The share outside the body above which there is an alarm.
+    """Return the share outside the body above which there is an alarm, as float.
 
     Raises:
-        UsageError: it is no number from 0 to 1: with any other there would always be an alarm, or never.
+        UsageError: it is not a number from 0 to 1; any other value would raise an alarm always or never.
     """
     if not isinstance(share, (int, float)) or isinstance(share, bool) or not 0 <= share <= 1:
         raise UsageError(f"outside_alarm={share!r}: give a share from 0 to 1")
@@ -356,7 +359,7 @@ def alarm_share(share: float) -> float:
 
 
 def value_of_label(value: int | str | None) -> int | str | None:
-    """Which value of a label is the cause, see `Evaluator`; a shell may have made a text of the number.
+    """Return the label value of the cause, see `Evaluator`; a number may be text, as shells pass it.
 
     Raises:
         UsageError: it is neither a whole number nor ``"class"``.
@@ -369,7 +372,7 @@ def value_of_label(value: int | str | None) -> int | str | None:
 
 
 def _plain(mask: Any, dims: int) -> Tensor | None:
-    """A mask (*spatial), or (1, *spatial), of an image of so many axes."""
+    """Return a mask (*spatial) or (1, *spatial) of an image with ``dims`` spatial axes as (*spatial) on the CPU."""
     if mask is None:
         return None
     plain = torch.as_tensor(mask).as_subclass(Tensor).cpu()
@@ -377,7 +380,7 @@ def _plain(mask: Any, dims: int) -> Tensor | None:
 
 
 def _measured(metric: Metric, title: str, subject: MetricInput) -> dict[str, Any]:
-    """A row: what the metric found, or why it found nothing."""
+    """Return a row: the value of the metric, or the reason why there is none."""
     monitor = subject.need_objective().context.progress
     monitor.start()
     began = time.monotonic()
@@ -412,7 +415,7 @@ def _measured(metric: Metric, title: str, subject: MetricInput) -> dict[str, Any
 
 
 def _compare(rows: Sequence[dict[str, Any]], metrics: Mapping[str, Metric]) -> None:
-    """Marks the methods of one target that do better than every control."""
+    """Set ``beats_controls`` of the methods of one target: True if the value is better than that of every control."""
     for title, metric in metrics.items():
         results = [r for r in rows if r["metric"] == title]
         against = [r for r in results if r["method"].startswith(CONTROL) and r["status"] in ("ok", "undefined")]

@@ -1,4 +1,4 @@
-"""Runs methods on the cases of a batch; all interfaces use it.
+"""Run methods on the cases of a batch; all interfaces use it.
 
 explainer = Explainer(network, inferer=SlidingWindowInferer((96, 96, 96), 4, 0.5, "gaussian"))
 for attribution in explainer(image, methods=[Saliency()], targets=[MultiClassMask(1)]):
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.state import frozen, own_modes, unwrap
+from esegeta_monai.engine.network.state import evaluating, unwrap
 from esegeta_monai.engine.windows.inferers import as_inferer
 from esegeta_monai.errors import RankLost
 from esegeta_monai.explain.attribution import Attribution
@@ -32,31 +32,31 @@ __all__ = ["Attribution", "Explainer"]
 
 
 class Explainer:
-    """Explains the predictions of a network.
+    """An explainer of a network's predictions.
 
-    The image is never modified, and the network leaves as it came: weights, training flags, hooks, ``requires_grad``.
+    The image is never modified. The network is restored after each call: weights, training flags, hooks,
+    ``requires_grad``.
 
     Args:
-        network: any `torch.nn.Module`; under (Distributed)DataParallel the module inside is used.
-        inferer: as the prediction uses it; None: the network sees the whole image.
-        device: where windows are computed; must be the network's. None: where the network is.
+        network: any `torch.nn.Module`; of (Distributed)DataParallel, the wrapped module is used.
+        inferer: the inferer of the prediction; None: the network sees the whole image.
+        device: device on which windows are computed, which must be the network's; None: the network's.
         amp: autocast (float16 on CUDA, bfloat16 elsewhere, or ``amp_kwargs["dtype"]``) for methods that allow it.
-        volume_device: where volumes live; None: as the inferer's ``device`` says, else ``device``.
-        output: which output is explained, where the network returns several (key or index).
+        volume_device: device that stores volumes; None: the inferer's ``device``, else ``device``.
+        output: key or index of the explained output, if the network returns several.
         class_names: class number to name, for targets by name and for records.
         channel_names: names of the image's channels, for records.
-        window_batch: windows a pass; None: the inferer's ``sw_batch_size``, 4 for other inferers.
-        seed: of every random draw.
-        progress: a progress bar with the remaining time for each group of methods.
-        time_limit: seconds a method; then it ends as ``timeout`` and the next one begins.
-        allow_costly: methods may score more perturbations than `esegeta_monai.explain.costs.COSTLY`, such as an
-        occluder of one
-            voxel on a volume; else they are refused with the number.
-        distributed: the processes of ``torch.distributed`` compute each case together, called alike with the same
-            cases: windows and perturbations are shared between them, and every process gets the whole maps. Each has
-            the network on a device of its own; it is not wrapped.
-        on_error: ``"raise"``, or ``"record"``: what fails (a method, a target, a case) gives an attribution without map
-            and the rest goes on.
+        window_batch: windows per forward pass; None: the inferer's ``sw_batch_size``, 4 for other inferers.
+        seed: seed of every random draw.
+        progress: show a progress bar with the remaining time for each group of methods.
+        time_limit: seconds per method; a method that takes longer ends as ``timeout`` and the next one begins.
+        allow_costly: run methods that score more perturbations than `esegeta_monai.explain.costs.COSTLY`, such as
+            an occluder of one voxel on a volume; otherwise they are refused with the number.
+        distributed: the processes of ``torch.distributed`` compute each case together and must be called with the same
+            cases: they share windows and perturbations, and every process gets the whole maps. Each process has the
+            network on its own device, without a wrapper.
+        on_error: ``"raise"``, or ``"record"``: a failed method, target or case gives an attribution without a map, and
+            the others are still computed.
 
     Raises:
         NetworkError: half-precision weights, a network on another device, or one built under ``inference_mode``.
@@ -66,8 +66,8 @@ class Explainer:
         >>> from esegeta_monai.targets import ClassScore
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
         >>> explainer = Explainer(network)
-        >>> found, = explainer(torch.rand(1, 1, 4, 4), methods=[Saliency()], targets=[ClassScore(1)])
-        >>> tuple(found.map.shape), found.status
+        >>> attribution, = explainer(torch.rand(1, 1, 4, 4), methods=[Saliency()], targets=[ClassScore(1)])
+        >>> tuple(attribution.map.shape), attribution.status
         ((1, 4, 4), 'ok')
     """
 
@@ -129,23 +129,24 @@ class Explainer:
 
         Args:
             image: tensor or MetaTensor (B, C, *spatial). A mapping of names to such tensors explains several image
-                inputs together, a map each: the first is passed to the network positionally, the others by name.
+                inputs together, with one map per input: the first is passed to the network positionally, the others by
+                name.
             methods: methods, names or configs.
             targets: targets, names or configs.
-            data: the case's data dictionary (a list of them for a batch), where targets find masks and labels.
-            prediction: the network's raw output for the batch (B, K, …), where it is known already.
+            data: the case's data dictionary (a list of them for a batch), in which targets look up masks and labels.
+            prediction: the network's raw output for the batch (B, K, …), if it is already known.
             network_args, network_kwargs: further inputs of the network, passed through. A tensor whose first axis is
-                as long as the batch is cut to the case; ``condition`` is cut to the windows too, as MONAI does.
-            skip: asked before anything is computed, with an attribution that has no map yet and whose record says what
-                would be computed; True leaves it out.
-            scores_dir: where perturbation methods keep their scores while they run, so that a run that was stopped
-                goes on where it was (`esegeta_monai.engine.perturbation.checkpoint.ScoreCheckpoint`); None: nowhere.
+                as long as the batch is sliced to the case; ``condition`` is also cut to the windows, as MONAI does.
+            skip: called before anything is computed, with an attribution that has no map yet and the record of what
+                would be computed; if it returns True, the attribution is left out.
+            scores_dir: folder in which perturbation methods save their scores while they run, so that an interrupted
+                run can be resumed (`esegeta_monai.engine.perturbation.checkpoint.ScoreCheckpoint`); None: not saved.
 
         Yields:
             `Attribution`, case by case.
 
         Raises:
-            EsegetaError: a wrong name or parameter; with ``on_error="raise"`` anything that goes wrong.
+            EsegetaError: a wrong name or parameter; with ``on_error="raise"``, any failure.
         """
         chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
         settings = self.settings
@@ -177,14 +178,14 @@ class Explainer:
         calibration: float = 3.0,
         **inputs: Any,
     ) -> Iterator[Cost]:
-        """Estimate the cost per case, method and target, each method run alone.
+        """Estimate the cost per case, method and target, for each method run alone.
 
-        The prediction is computed, since the targets' windows depend on it, and each method is run for a moment, to
-        see how long a pass takes. Methods that share their passes (gradient and CAM methods) need less together.
+        The prediction is computed, since the targets' windows depend on it, and each method runs briefly to time its
+        passes. Methods that share their passes (gradient and CAM methods) cost less together.
 
         Args:
             image, methods, targets: as in `__call__`.
-            calibration: seconds that each method is run for at most.
+            calibration: largest number of seconds for which each method is run.
             inputs: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` as in `__call__`.
 
         Raises:
@@ -208,7 +209,7 @@ class Explainer:
                 for method in task.methods:
                     for k, bound in enumerate(task.bound):
                         alone = task.objective.derive(scores=[task.objective.scores[k]])
-                        with own_modes(settings.device), frozen(settings.network):
+                        with evaluating(settings.network, settings.device):
                             cost = cost_of(method, alone, case.index, bound.label, calibration)
                         yield cost
 
@@ -217,7 +218,8 @@ class Explainer:
         replaces the prediction.
 
         Args:
-            image, targets: see `__call__`.
+            image: (B, C, *spatial).
+            targets: see `__call__`.
             inputs: ``data``, ``prediction``, ``network_args``, ``network_kwargs``, see `__call__`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What the results of a run are called, in files and in tables."""
+"""Names of the results of a run, in files and in tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import esegeta_monai.files as storage
 from esegeta_monai.errors import UsageError
+from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
 
@@ -13,13 +14,13 @@ __all__ = ["ResultNames"]
 
 
 class ResultNames:
-    """A name for each method and target of a run; two of one kind get their distinguishing parameters into theirs.
+    """A name for each method and target of a run; names of the same kind include the parameters that differ.
 
     Args:
-        methods, targets: of the run.
+        methods, targets: those of the run.
 
     Raises:
-        UsageError: names that clash.
+        UsageError: two names are equal.
 
     >>> from esegeta_monai.methods import Saliency
     >>> from esegeta_monai.targets import MultiClassMask
@@ -34,21 +35,27 @@ class ResultNames:
         self._targets = dict(zip(map(id, targets), storage.distinct_names(targets)))
         storage.check_clashes([], self._targets.values(), self._methods.values())
 
+    def of(self, attribution: Attribution) -> tuple[str, str]:
+        """Return the names of an attribution's target and method, the latter with its image input, if it is of one."""
+        method = self.method(attribution.method)
+        method = f"{method}-{attribution.input}" if attribution.input else method
+        return self.target(attribution.target, attribution.label), method
+
     def method(self, method: Method) -> str:
-        """The name of a method of the run.
+        """Return the name of a method of the run.
 
         Raises:
-            UsageError: it is not one of those that the names were made for.
+            UsageError: the method is not one of the run.
         """
         if id(method) not in self._methods:
             raise UsageError(
-                f"{method!r} is not one of the methods that this run was begun with: make methods and targets once, "
-                "as instances, and give the same ones to the writer and to its explain"
+                f"{method!r} is not one of the methods of this run: create methods and targets once, as instances, and "
+                "pass the same ones to the writer and to its explain"
             )
         return self._methods[id(method)]
 
     def target(self, target: Target, label: str) -> str:
-        """The target's name: its label (with the class), and what else tells it apart."""
+        """Return the target's name: its label (with the class), and the other parameters that distinguish it."""
         given = target.given_name
         if given:
             return label if label != type(target).__name__ else given

@@ -1,4 +1,4 @@
-"""What an explainer hands out: what a method gave, or why it gave nothing, with its record."""
+"""Build the attributions of a case: the map of a method, or the reason why there is none, with its record."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NOTHING_THERE = "no voxel of the prediction belongs to {}, so there is nothing t
 
 @dataclass
 class BoundTarget:
-    """A target and one of its scores, or the error that binding it gave."""
+    """A target and one of its scores, or the error that was raised when it was bound."""
 
     target: Target
     score: Score | None
@@ -45,20 +45,25 @@ class BoundTarget:
 
 
 class Outcomes:
-    """Makes the attributions of a case, with and without a map.
+    """Builder of the attributions of a case, with and without a map.
 
     Args:
-        settings: of the explainer.
-        case: whose attributions.
+        settings: settings of the explainer.
+        case: the explained case.
     """
 
     def __init__(self, settings: Settings, case: CaseInput) -> None:
         self.settings, self.case = settings, case
+        self._records: dict[tuple[int, int], tuple[Method, BoundTarget, Record]] = {}
 
     def record(self, method: Method, bound: BoundTarget, plan: WindowPlan | None) -> Record:
-        """All that is known before the method runs; what only the run can tell stands as None."""
+        """Return the record of what is known before the method runs, with None for the rest; a new one at each call."""
+        key = (id(method), id(bound))  # both are kept, so that no other object gets the same id
+        if key in self._records:
+            known = self._records[key][2]
+            return replace(known, warnings=list(known.warnings), more=dict(known.more))
         score, case, names = bound.score, self.case, list(self.settings.channel_names)
-        return Record(
+        record = Record(
             method=type(method).__name__,
             method_name=method.name,
             parameters=method.parameters,
@@ -83,11 +88,13 @@ class Outcomes:
             **case.record,
             versions=versions(),
         )
+        self._records[key] = method, bound, record
+        return replace(record, warnings=[], more=dict(record.more))
 
     def finished(
         self, method: Method, bound: BoundTarget, record: Record, outcome: Explained, k: int
     ) -> Iterator[Attribution]:
-        """The map of target k, one for each image input where a network has several."""
+        """Yield the attribution of target k, or one per image input if the network has several."""
         record.update(json_ready(outcome.note(k)))
         if record.amp_fallback is not None:
             record.warnings = [*record.warnings, f"computed in float32: {record.amp_fallback}"]
@@ -106,21 +113,21 @@ class Outcomes:
             if not finite:
                 bad = int((~torch.isfinite(part)).sum())
                 error = MethodError(
-                    f"{method.name} gave {bad} of {part.numel()} values that are not finite: switch amp off, or choose "
-                    "another method for this network"
+                    f"{method.name}: {bad} of {part.numel()} values of the map are not finite: switch amp off, or "
+                    "choose another method for this network"
                 )
                 yield self.failed(method, bound, own, error)
                 continue
             if own.status == "zero":
                 own.warnings = [
                     *own.warnings,
-                    "the map is zero everywhere: the target does not react here, or the method lets nothing through",
+                    "the map is zero everywhere: the target does not depend on the image, or nothing propagates to it",
                 ]
             attribution = like_image(part, case.image)
             yield Attribution(attribution, method, bound.target, case.index, own.to_json(), bound.label, mask, name)
 
     def failed(self, method: Method, bound: BoundTarget, record: Record, error: Exception) -> Attribution:
-        """The attribution of what went wrong.
+        """Return the attribution of a failure: without a map, with the reason in the record.
 
         Raises:
             Exception: the error itself, with ``on_error="raise"``.
@@ -133,15 +140,15 @@ class Outcomes:
         return Attribution(None, method, bound.target, self.case.index, record.to_json(), bound.label, error=error)
 
     def empty(self, method: Method, bound: BoundTarget, record: Record) -> Attribution:
-        """The attribution of a target without voxels."""
+        """Return the attribution of a target without voxels."""
         record.status = "empty_target"
         record.reason = NOTHING_THERE.format(bound.label)
         return Attribution(None, method, bound.target, self.case.index, record.to_json(), bound.label)
 
 
 def not_linear(method: Method, bound: BoundTarget) -> MethodError:
-    """The error of a method that needs a linear score and does not have one."""
+    """Return the error of a method that needs a linear score for a target whose score is not linear."""
     return MethodError(
-        f"{method.name} hands relevance down from a linear score, and {bound.label} is not linear in the prediction: "
+        f"{method.name} propagates relevance from a linear score, and {bound.label} is not linear in the prediction: "
         "use output='logit' for it, or a method such as IntegratedGradients or DeepLift"
     )

@@ -1,4 +1,4 @@
-"""A case after its prediction: the network, the image, its windows and what was predicted."""
+"""A case after its prediction: the network, the image, its windows and the prediction."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfe
 from torch import Tensor, nn
 
 from esegeta_monai.engine.layer_maps import LayerOutput
-from esegeta_monai.engine.network.model import select_output
-from esegeta_monai.engine.network.state import frozen, own_modes
+from esegeta_monai.engine.network.model import Model, select_output
+from esegeta_monai.engine.network.state import evaluating, frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.engine.score import Case, Score
 from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.errors import EsegetaError, InputError, NetworkError, UsageError
-from esegeta_monai.explain.case import CaseInput, CaseModel, to_device
+from esegeta_monai.explain.case import CaseInput, to_device
 from esegeta_monai.explain.outcomes import BoundTarget
 from esegeta_monai.explain.record import tensor_hash
 from esegeta_monai.explain.settings import Settings
@@ -36,27 +36,29 @@ logger = logging.getLogger("esegeta_monai")
 
 
 class Prediction:
-    """A case and its unperturbed prediction, from which targets and objectives follow.
+    """A case and its unperturbed prediction, from which targets and objectives are built.
 
     Args:
-        settings: of the explainer.
-        case: one image; its ``record`` is filled with what all its maps share.
-        layer: dotted name of a layer whose output takes the prediction's place; None: the prediction.
+        settings: settings of the explainer.
+        case: one image; the entries that all its maps share are written to its ``record``.
+        layer: dotted name of a layer whose output replaces the prediction; None: the prediction.
 
     Attributes:
-        model, image, plan: the network behind windows, (C, *spatial) on the volume device, the windows.
+        model: the network, called with batches of windows.
+        image: (C, *spatial) on the volume device.
+        plan: the windows.
         prediction: (K, *out), by the user's own inferer.
-        notes: what is to be warned of.
+        notes: warnings.
 
     Raises:
-        EsegetaError: an image or a prediction that cannot be explained.
+        EsegetaError: the image or the prediction cannot be explained.
     """
 
     def __init__(self, settings: Settings, case: CaseInput, layer: str | None = None) -> None:
         self.settings, self.case = settings, case
         check_image(case.image.detach().cpu(), f"image {case.index}")
         device = settings.device
-        self.model = CaseModel(
+        self.model = Model(
             settings.network if layer is None else LayerOutput(settings.network, layer),
             device,
             output=settings.output if layer is None else None,
@@ -86,7 +88,7 @@ class Prediction:
         self.prediction = self._predict()
 
     def bind(self, targets: Sequence[Target]) -> Iterator[BoundTarget]:
-        """Each target's scores, or the error that it met."""
+        """Yield each target's scores, or the error that binding it raised."""
         context = self._context
         if tuple(self.prediction.shape[1:]) != tuple(self.image.shape[1:]):
             context = dataclasses.replace(context, affine=None)
@@ -98,21 +100,20 @@ class Prediction:
                 yield BoundTarget(target, None, error)
 
     def objective(self, scores: Sequence[Score]) -> Objective:
-        """F of this case, for each score."""
+        """Return the objective F of this case, with one value per score."""
         settings, condition = self.settings, self.case.condition
         window_batch = settings.window_batch or (4 if self.plan.whole else self.plan.batch_size)
-        with own_modes(settings.device), frozen(settings.network):
-            return Objective(
-                self.model,
-                self.image,
-                self.plan,
-                scores,
-                self.prediction,
-                seed=settings.seed,
-                condition=None if condition is None else condition.to(self.image),
-                case=self._context,
-                context=RunContext(processes=settings.processes, window_batch=window_batch),
-            )
+        return Objective(
+            self.model,
+            self.image,
+            self.plan,
+            scores,
+            self.prediction,
+            seed=settings.seed,
+            condition=None if condition is None else condition.to(self.image),
+            case=self._context,
+            context=RunContext(processes=settings.processes, window_batch=window_batch),
+        )
 
     @property
     def _context(self) -> Case:
@@ -129,9 +130,15 @@ class Prediction:
             )
 
     def _refuse_missing_axis(self) -> None:
-        """A volume without its batch or channel axis looks like a 2D image, and torch's 3D convolutions take it for one
-        image without a batch: maps would be wrong, or fail with what says nothing of the cause. Looked at only where 3D
-        convolutions meet a 2D image, which is right for a network that adds the axis itself."""
+        """Refuse a volume that lacks its batch or channel axis.
+
+        It looks like a 2D image, and torch's 3D convolutions accept it as one image without a batch: maps would be
+        wrong, or fail with an error that does not name the cause. Networks that add the axis themselves may get a 2D
+        image, so the check looks at the input of the first 3D convolution.
+
+        Raises:
+            InputError: a 3D convolution gets an input with four axes.
+        """
         solid = [m for m in self.model.network.modules() if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d))]
         if self.image.ndim != 3 or not solid or getattr(self.settings.inferer, "with_coord", False):
             return
@@ -156,7 +163,7 @@ class Prediction:
                 hook.remove()
 
     def _predict(self) -> Tensor:
-        """The unperturbed prediction (K, *out) by the user's own inferer."""
+        """Return the unperturbed prediction (K, *out) by the user's own inferer."""
         settings, case, model = self.settings, self.case, self.model
         if case.prediction is not None and not isinstance(model.network, LayerOutput):
             return case.prediction.detach().to(self.image)
@@ -167,7 +174,7 @@ class Prediction:
         seen = 0
 
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[()]:
-            """Blending is linear in the windows: each rank blends its own, and the ranks' predictions add up."""
+            """Predict windows; blending is linear in them, so each rank blends its own and the results are summed."""
             nonlocal seen
             here = [j for j in range(len(x)) if not shared or seen + j in own]
             seen += len(x)
@@ -186,10 +193,10 @@ class Prediction:
         kwargs = {} if case.condition is None else {"condition": case.condition[None].to(self.image)}
         changes = {"sw_device": user.sw_device or model.device} if hasattr(user, "sw_device") else {}
         if shared:
-            changes["buffer_steps"] = 0  # a buffer wants an output of every batch
+            changes["buffer_steps"] = 0  # a buffer needs an output of every batch
 
         def infer() -> Tensor | None:
-            """What this rank blends, None where it has no window."""
+            """Return this rank's part of the prediction, None if it has no window."""
             nonlocal seen
             if shared and not own:
                 return None
@@ -198,16 +205,16 @@ class Prediction:
                 prediction = select_output(inferer(self.image[None], call, **kwargs))[0].detach()
                 if not shared or seen == windows:
                     return prediction
-                # memory ran out and SlidingWindowInfererAdapt began anew, so that windows were miscounted; not again,
-                # since it remembers
+                # SlidingWindowInfererAdapt ran out of memory and started again, so windows were counted twice; the
+                # second attempt counts correctly, because the inferer remembers the device that works
             raise NetworkError(
-                f"the inferer showed {seen} windows instead of {windows}, so ranks cannot share them: give it "
-                "device='cpu', where there is more memory for the prediction"
+                f"the inferer requested {seen} windows instead of {windows}, so ranks cannot share them: give it "
+                "device='cpu', which has more memory for the prediction"
             )
 
         blended = _Blended()
         together = ranks.summed([blended]) if shared else nullcontext()
-        with own_modes(settings.device), torch.no_grad(), frozen(settings.network), together, _changed(user, changes):
+        with evaluating(settings.network, settings.device), torch.no_grad(), together, _changed(user, changes):
             blended.prediction = infer()
         assert blended.prediction is not None
         prediction = blended.prediction.to(self.image)
@@ -217,17 +224,17 @@ class Prediction:
 
 
 class _Reached(Exception):  # noqa: N818 - no error: it ends a pass at the first 3D convolution
-    """With the number of axes of its input."""
+    """Raised with the number of axes of the convolution's input."""
 
 
 def _some(values: Any, which: Sequence[int]) -> Any:
-    """Some windows' part of what a batch of them is given beside the image."""
+    """Return the entries of a further input of a batch of windows that belong to the windows ``which``."""
     return values[which] if isinstance(values, Tensor) else None if values is None else [values[j] for j in which]
 
 
 @contextmanager
 def _changed(inferer: Any, values: Mapping[str, Any]) -> Iterator[None]:
-    """Attributes of an inferer for the time of the block."""
+    """Set attributes of an inferer inside the block and restore them afterwards."""
     before = {name: getattr(inferer, name) for name in values}
     try:
         vars(inferer).update(values)

@@ -1,6 +1,6 @@
-"""Our methods where Quantus (Hedström et al., JMLR 2023, arXiv:2202.06861) asks for an explanation.
+"""Explanation function for Quantus (Hedström et al., JMLR 2023, arXiv:2202.06861).
 
-Only NumPy arrays come in and go out, so Quantus is no dependency.
+It takes and returns NumPy arrays, so Quantus is not a dependency.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ def quantus_explain_func(
     target_parameters: dict[str, Any] | None = None,
     **options: Any,
 ) -> np.ndarray:
-    """The ``explain_func`` of Quantus: maps of a batch by one of our methods.
+    """Compute the maps of a batch by one of our methods, as ``explain_func`` of Quantus.
 
-    Quantus judges functions of class scores. A segmentation becomes one by
-    `esegeta_monai.targets.TargetWrapper`, whose columns are then what ``targets`` counts.
+    Quantus evaluates functions of class scores. `esegeta_monai.targets.TargetWrapper` turns a segmentation network
+    into one; ``targets`` are then column numbers of the wrapper.
 
     Args:
         model: the network, or a wrapper of it.
         inputs: images (B, C, *spatial) in 2D or 3D, an array or tensor.
-        targets: number of the class of each image (B,).
+        targets: class number of each image (B,).
         method: instance, name with parameters, or config.
-        target: name of the kind of target that gets the number as its ``class_index``.
-        target_parameters: of the target beside it, such as ``{"output": "probability"}``.
-        options: of `esegeta_monai.Explainer`, such as ``inferer``, ``device``, ``seed``.
+        target: name of the target class that gets the number as its ``class_index``.
+        target_parameters: further parameters of the target, such as ``{"output": "probability"}``.
+        options: options of `esegeta_monai.Explainer`, such as ``inferer``, ``device``, ``seed``.
 
     Returns:
         Raw maps with their sign (B, C or 1, *spatial), in the dtype of the inputs.
 
     Raises:
-        MethodError: an image of which there is no map: its target is empty.
+        MethodError: an image has no map because its target is empty.
         EsegetaError: what the method raises.
 
     Example:

@@ -1,4 +1,4 @@
-"""The record of a map, and what it is made of: hashes, the inferer, the predicted class, peak memory."""
+"""The record of a map, and its entries: hashes, the inferer, the predicted class, peak memory."""
 
 from __future__ import annotations
 
@@ -201,15 +201,15 @@ KINDS: dict[str, Any] = {
     for f in fields(Record)
     if (kind := str(f.type).removesuffix(" | None").partition("[")[0]) in _TYPES and f.name not in _UNCHECKED
 }
-"""The type of each entry of a sidecar, for readers of files that somebody may have edited. ``case`` and ``status`` are
-what tells a sidecar from other files."""
+"""The type of each entry of a sidecar, for readers of files that may have been edited. ``case`` and ``status`` are not
+checked, because they distinguish a sidecar from other files."""
 
 HOW_NOT_WHAT = ("progress", "sw_batch_size", "sw_device", "device", "cpu_thresh", "buffer_steps", "buffer_dim")
 """Parameters of MONAI's inferers that change where and how fast a prediction is computed, not what it is."""
 
 
 def predicted_class(prediction: Tensor, names: Mapping[int, str]) -> dict[str, Any]:
-    """Predicted class and its probability, for a classification network."""
+    """Return predicted class and probability of a classification output (K,) or (K, 1, …); {} for any other shape."""
     if prediction.ndim > 1 and prediction[0].numel() > 1:
         return {}
     flat = prediction.flatten().double()
@@ -223,18 +223,18 @@ def predicted_class(prediction: Tensor, names: Mapping[int, str]) -> dict[str, A
 
 
 def described(inferer: Any) -> dict[str, Any]:
-    """An inferer by its class and the parameters that shape the prediction, JSON-ready."""
+    """Describe an inferer by its class and the parameters that affect the prediction, JSON-ready."""
     values = {k: v for k, v in vars(inferer).items() if not k.startswith("_")} if hasattr(inferer, "__dict__") else {}
-    described: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in HOW_NOT_WHAT or callable(value):
-            continue
-        described[name] = tensor_hash(value) if isinstance(value, Tensor) and value.ndim else json_ready(value)
-    return {"name": getattr(inferer, "__name__", type(inferer).__name__), **described}
+    shaping = {
+        name: tensor_hash(value) if isinstance(value, Tensor) and value.ndim else value
+        for name, value in values.items()
+        if name not in HOW_NOT_WHAT and not callable(value)
+    }
+    return {"name": getattr(inferer, "__name__", type(inferer).__name__), **json_ready(shaping)}
 
 
 def tensor_hash(values: Tensor, *more: Any) -> str:
-    """Of a tensor's shape, type and bytes, and of what else belongs to it."""
+    """Return the SHA-256 of the shape, dtype and bytes of a tensor of any shape, and of ``more``."""
     plain = torch.as_tensor(values).as_subclass(Tensor).detach().cpu().contiguous()
     digest = hashlib.sha256(f"{tuple(plain.shape)}{plain.dtype}{more}".encode())
     digest.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -242,74 +242,79 @@ def tensor_hash(values: Tensor, *more: Any) -> str:
 
 
 def inputs_sha256(method: Configurable, case: CaseInput) -> str | None:
-    """Of what decides a map but stands in no record as it is: tensors, files and entries of the case's data that the
-    method's parameters hold or name (also inside others and in text), and the network's further inputs; None: nothing.
+    """Return the SHA-256 of data that determine a map but are not in its record; None if there are none.
+
+    These are tensors, files and entries of the case's data that the method's parameters contain or name (also nested
+    and in text), and the network's further inputs.
     """
     if id(method) not in case.hashes:
         hashes: list[str] = []
-        _look(method, case.data, hashes)
-        _look([case.condition, *case.args, *case.kwargs.items()], {}, hashes)
+        _collect_hashes(method, case.data, hashes)
+        _collect_hashes([case.condition, *case.args, *case.kwargs.items()], {}, hashes)
         case.hashes[id(method)] = hashlib.sha256(" ".join(hashes).encode()).hexdigest() if hashes else None
     return case.hashes[id(method)]
 
 
-def _look(value: Any, data: Mapping[str, Any], hashes: list[str]) -> None:
+def _collect_hashes(value: Any, data: Mapping[str, Any], hashes: list[str]) -> None:
     if isinstance(value, (Tensor, np.ndarray)):
         hashes.append(tensor_hash(torch.as_tensor(value)))
     elif isinstance(value, Configurable):
-        _look([getattr(value, p, None) for p in value.parameter_names()], data, hashes)
+        _collect_hashes([getattr(value, p, None) for p in value.parameter_names()], data, hashes)
     elif isinstance(value, Mapping):
-        _look(list(value.values()), data, hashes)
+        _collect_hashes(list(value.values()), data, hashes)
     elif isinstance(value, (list, tuple)):
-        for one in value:
-            _look(one, data, hashes)
+        for item in value:
+            _collect_hashes(item, data, hashes)
     elif isinstance(value, (str, Path)):
         for name in dict.fromkeys([str(value), *WORDS.findall(str(value))]):
             key = name.removeprefix("key:")
             if key in data:
-                _look(data[key], {}, hashes)
+                _collect_hashes(data[key], {}, hashes)
             elif "." in name and Path(name).is_file():
                 stat = Path(name).stat()
                 hashes.append(_file_hash(name, stat.st_size, stat.st_mtime_ns))
 
 
 WORDS = re.compile(r"[^\s'\"()\[\]{},=]+|(?<=')[^']+(?=')|(?<=\")[^\"]+(?=\")")
-"""What may be a file or a key in the text of a parameter, such as ``supervoxels(mask='body.nii.gz')``."""
+"""Candidates for file names and keys in the text of a parameter, such as ``supervoxels(mask='body.nii.gz')``."""
 
 
 @functools.lru_cache(maxsize=64)
 def _file_hash(name: str, size: int, changed: int) -> str:
-    """Of a file's bytes; looked at once while its size and time stay."""
+    """Return the SHA-256 of a file, cached by its size and modification time."""
     return hashlib.sha256(Path(name).read_bytes()).hexdigest()
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begins the count of `peak_memory` anew, where the device or the operating system can (CUDA, Linux).
+    """Reset the counter of `peak_memory`, if the device or the operating system can (CUDA, Linux).
 
-    The count is the process' own: whoever else reads it sees it begin anew too.
+    The counter belongs to the process, so the reset affects all its readers.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the process' own count of its peak, VmHWM
-    except OSError as error:  # no Linux, or /proc is read-only: the count goes on from the start of the process
-        logger.debug("the count of peak memory stays: %s", error.strerror)
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak memory of this process
+    except OSError as error:  # not Linux, or /proc is read-only: the counter covers the whole process
+        logger.debug("the counter of peak memory is not reset: %s", error.strerror)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak memory in bytes: on an accelerator what tensors held since `reset_peak_memory`; on the CPU the resident
-    memory of the process, all that it held before included, since then on Linux, else since it was started."""
+    """Return the peak memory in bytes.
+
+    On an accelerator, it is the memory of tensors since `reset_peak_memory`. On the CPU, it is the resident memory of
+    the whole process: since `reset_peak_memory` on Linux, since the start of the process elsewhere.
+    """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration) as error:
-        logger.debug("no VmHWM (%s): the peak since the process was started is taken", type(error).__name__)
+        logger.debug("no VmHWM (%s): using the peak since the start of the process", type(error).__name__)
     try:
         import resource
-    except ImportError:  # Windows has no such count
+    except ImportError:  # Windows has no such counter
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)

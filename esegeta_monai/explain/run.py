@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esegeta_monai.engine.network.state import frozen, own_modes, weights_hash
+from esegeta_monai.engine.network.state import evaluating, weights_hash
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
-from esegeta_monai.engine.sweep import Comparison, sweep
+from esegeta_monai.engine.sweep import sweep
 from esegeta_monai.errors import EsegetaError, MethodTimeout
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import CaseInput
@@ -33,11 +33,11 @@ __all__ = ["CaseRun", "CaseTask", "JudgedCase", "Skip"]
 logger = logging.getLogger("esegeta_monai")
 
 Skip = Callable[[Attribution], bool]
-"""True if an attribution, without its map but with the record of what would be computed, is left out."""
+"""Return True to leave out an attribution, which has no map yet but the record of what would be computed."""
 
 
 DEVIATES = 0.1
-"""Of a prediction's largest value; that of half precision windows beside a float32 prediction was below 0.05."""
+"""Threshold of ``blend_deviation`` for a warning; half-precision windows of a float32 prediction stay below 0.05."""
 
 
 @dataclass
@@ -45,7 +45,9 @@ class CaseTask:
     """Methods that explain the same targets of a case.
 
     Attributes:
-        objective: of the targets' scores; ``bound`` has these targets in its order.
+        methods: the methods.
+        objective: objective of the targets' scores.
+        bound: the targets, in the order of the objective's scores.
         predicted: the case after its prediction.
     """
 
@@ -57,16 +59,16 @@ class CaseTask:
 
 @dataclass
 class JudgedCase:
-    """A case as metrics need it.
+    """A case prepared for metrics.
 
     Attributes:
-        case: its index in the batch.
-        objective: of all targets that have a voxel; None where none has.
-        targets, labels: of its scores.
-        left_out: label and reason of targets that could not be bound.
-        empty: label and reason of those without a voxel.
-        time_limit: seconds a method.
-        record: of a method and the place of a target, what is known of its map before it is computed.
+        case: index of the image in the batch.
+        objective: objective of all targets that have a voxel; None if none has.
+        targets, labels: target and label of each score of the objective.
+        left_out: label and reason of each target that could not be bound.
+        empty: label and reason of each target without a voxel.
+        time_limit: seconds per method; None: no limit.
+        record: function of a method and the index of a score that returns the record of its map before the run.
     """
 
     case: int
@@ -80,11 +82,11 @@ class JudgedCase:
 
 
 class CaseRun:
-    """A case that methods explain, or that metrics ask about.
+    """The run of methods or metrics on one case.
 
     Args:
-        settings: of the explainer.
-        case: one image, what is known of it, and further inputs of the network.
+        settings: settings of the explainer.
+        case: one image with its metadata, prediction and further inputs of the network.
     """
 
     def __init__(self, settings: Settings, case: CaseInput) -> None:
@@ -105,13 +107,13 @@ class CaseRun:
             if isinstance(task, Attribution):
                 yield task
                 continue
-            if not shares_passes(task.methods[0]):  # else its sweep compares
-                with own_modes(self.settings.device), frozen(self.settings.network):
-                    sweep(task.objective, [Comparison()])
+            if not shares_passes(task.methods[0]):  # otherwise the sweep of the methods compares
+                with evaluating(self.settings.network, self.settings.device):
+                    sweep(task.objective, [])
             for group in grouped(task.methods):
                 checkpoint = None
                 if scores_dir is not None and not group[0].needs_gradient:
-                    checkpoint = ScoreCheckpoint(Path(scores_dir), self._decides(group[0], task))
+                    checkpoint = ScoreCheckpoint(Path(scores_dir), self._checkpoint_key(group[0], task))
                 task.objective.context.checkpoint = checkpoint
                 yield from self._group(group, task)
 
@@ -122,14 +124,14 @@ class CaseRun:
         refused: Mapping[int, Exception],
         skip: Skip | None = None,
     ) -> Iterator[Attribution | CaseTask]:
-        """Predict the case and yield its tasks, and attributions without a map where there is nothing to run.
+        """Predict the case and yield its tasks, and attributions without a map for methods that do not run.
 
         Args:
-            refused: methods (by id) that the network cannot serve, each with its error.
+            refused: errors of the methods (by id) that do not support the network.
             skip: see `esegeta_monai.Explainer`.
         """
         layers = list(dict.fromkeys(t.layer for t in targets))
-        if len(layers) > 1:  # a layer takes the place of the prediction
+        if len(layers) > 1:  # each layer replaces the prediction
             for layer in layers:
                 yield from self.prepared(methods, [t for t in targets if t.layer == layer], refused, skip)
             return
@@ -170,7 +172,7 @@ class CaseRun:
                 yield CaseTask(affordable, objective, part, predicted)
 
     def judged(self, targets: Sequence[Target]) -> Iterator[JudgedCase]:
-        """Yield what metrics need of this case: for the prediction, and for each layer that replaces it."""
+        """Yield this case prepared for metrics: for the prediction, and for each layer that replaces it."""
         for layer in dict.fromkeys(t.layer for t in targets):
             predicted = Prediction(self.settings, self.case, layer)
             bound = list(predicted.bind([t for t in targets if t.layer == layer]))
@@ -189,14 +191,14 @@ class CaseRun:
             yield JudgedCase(self.case.index, objective, at, names, left, empty, self.settings.time_limit, record)
 
     def _group(self, group: Sequence[Method], task: CaseTask) -> Iterator[Attribution]:
-        """Run methods that share their passes, in one run of the network."""
+        """Run methods that share their forward and backward passes, and yield their attributions."""
         case, settings = self.case, self.settings
         objective, progress = task.objective, task.objective.context.progress
         progress.start(None if settings.time_limit is None else settings.time_limit * len(group))
         reset_peak_memory(settings.device)
         began = time.monotonic()
         names = ", ".join(m.name or type(m).__name__ for m in group)
-        with self._bar(names, group, objective), own_modes(settings.device), frozen(settings.network):
+        with self._bar(names, group, objective), evaluating(settings.network, settings.device):
             outcomes = run_together(group, objective)
         seconds = time.monotonic() - began
         shared = {
@@ -222,7 +224,7 @@ class CaseRun:
                 if deviation is not None and not deviation <= DEVIATES:
                     record.warnings.append(self._deviates(b.label, deviation))
                 if outcome.error is not None:
-                    error = _goes_on(outcome.error, objective.context.checkpoint)
+                    error = _with_resume_hint(outcome.error, objective.context.checkpoint)
                     yield self.outcomes.failed(method, b, record, error)
                     continue
                 assert values is not None
@@ -233,23 +235,23 @@ class CaseRun:
                 yield from self.outcomes.finished(method, b, record, outcome.result, k)
         checkpoint = objective.context.checkpoint
         if checkpoint is not None and all(o.result is not None for o in outcomes):
-            checkpoint.remove()  # only now: the caller has written the maps
+            checkpoint.remove()  # not earlier, because the caller has now written the maps
 
     def _deviates(self, label: str, deviation: float) -> str:
-        """The warning that another prediction is explained than the one that was given; logged once a target."""
+        """Return the warning that the explained prediction differs from the given one; log it once per target."""
         remedy = "give raw outputs (before softmax and the like), and the inferer and the weights that predicted"
         if self.settings.amp:
-            remedy = "switch amp off, since this network predicts something else in half precision; else " + remedy
+            remedy = "switch amp off, since this network's predictions differ in half precision; otherwise " + remedy
         text = (
-            f"{label}: what the network gives deviates from the prediction by {100 * deviation:.2g} %, so another one "
-            f"is explained than the one that is shown: {remedy}"
+            f"{label}: the network's output deviates from the prediction by {100 * deviation:.2g} %, so the map does "
+            f"not explain the prediction that is shown: {remedy}"
         )
         if label not in self._reported:
             self._reported.add(label)
             logger.warning(text)
         return text
 
-    def _decides(self, method: Method, task: CaseTask) -> dict[str, Any]:
+    def _checkpoint_key(self, method: Method, task: CaseTask) -> dict[str, Any]:
         """Return the key of a checkpoint: everything that changes a perturbation's score."""
         records = [self.outcomes.record(method, b, task.objective.plan) for b in task.bound]
         names = ["parameters", "amp", "seed", "inferer", "output", "network", "network_affine"]
@@ -278,24 +280,24 @@ class CaseRun:
 
 
 def _refusal(method: Method, objective: Objective) -> EsegetaError | None:
-    """Why a method is not even begun: it costs too much, or its parameters do not fit the image."""
+    """Return why a method is not started: it costs too much, or its parameters do not fit the image; else None."""
     try:
         return too_costly(method, objective)
     except EsegetaError as error:
         return error
 
 
-def _goes_on(error: Exception, checkpoint: ScoreCheckpoint | None) -> Exception:
-    """A time limit's error, with what can be done about it where scores have been kept."""
+def _with_resume_hint(error: Exception, checkpoint: ScoreCheckpoint | None) -> Exception:
+    """Return an error; if the time limit ended a method with saved scores, it states that a new run resumes."""
     if checkpoint is None or not isinstance(error, MethodTimeout) or not checkpoint.stored:
         return error
-    return MethodTimeout(f"{error}; its scores are kept: the same run goes on from there")
+    return MethodTimeout(f"{error}; its scores are saved: the same run continues from them")
 
 
 def _total(group: Sequence[Method], objective: Objective) -> int | None:
-    """The passes that a progress bar counts to; None where a method cannot say so, which then fails by itself."""
+    """Return the total of a progress bar in window passes; None if a method cannot count them."""
     try:
         return sum(m.passes(objective) for m in group)
-    except Exception as error:  # of a file, say, that is not there: the method meets it too, and has it recorded
+    except Exception as error:  # a missing file, say; the run of the method raises it too, and it is recorded there
         logger.debug("%s: its passes cannot be counted: %s", group[0].name, error)
         return None

@@ -30,18 +30,18 @@ class Settings:
     Attributes:
         network: the module itself, without wrappers.
         inferer: predicts a volume, as the user's own prediction does.
-        device: where windows are computed; that of the network.
-        volume_device: where volumes are stored.
+        device: device on which windows are computed; that of the network.
+        volume_device: device that stores volumes.
         amp: autocast for methods that allow it, with the keywords ``amp_kwargs``.
         output: key or index of the output that is explained; None: the only one.
         class_names: class number to name.
         channel_names: names of the image's channels.
-        window_batch: windows per forward pass; None: as the inferer has it.
-        seed: of every random draw.
+        window_batch: windows per forward pass; None: the inferer's ``sw_batch_size``.
+        seed: seed of every random draw.
         progress: show progress bars.
         time_limit: seconds per method; None: no limit.
         allow_costly: run methods that score more than `esegeta_monai.explain.costs.COSTLY` perturbations.
-        processes: those that compute each case together.
+        processes: the processes that compute each case together.
         on_error: ``"raise"``, or ``"record"`` failures in attributions without a map.
 
     Raises:
@@ -70,7 +70,7 @@ class Settings:
         check_network(self.network)
         if any(p.is_inference() for p in self.network.parameters()):
             raise NetworkError(
-                "the network was built inside torch.inference_mode(), so its flags cannot be set and put back: build "
+                "the network was built inside torch.inference_mode(), so its flags cannot be set and restored: build "
                 "it outside, or under torch.no_grad()"
             )
         if self.on_error not in ("raise", "record"):
@@ -96,13 +96,13 @@ class Settings:
 
     @property
     def autocast(self) -> str | None:
-        """The dtype of autocast in words; None in full precision."""
+        """The dtype of autocast as text; None in full precision."""
         if not self.amp:
             return None
         return str(self.amp_kwargs.get("dtype", torch.float16 if self.device.type == "cuda" else torch.bfloat16))
 
     def refused(self, methods: Sequence[Method]) -> dict[int, Exception]:
-        """Return the error of each method (by id) that this network cannot serve."""
+        """Return the error of each method (by id) that does not support this network."""
         if not is_scripted(self.network):
             return {}
         need = [m for m in methods if m.needs_gradient or m.produces in ("layer map", "activation")]
@@ -114,7 +114,7 @@ class Settings:
 
 
 def device_of(network: nn.Module, device: torch.device | str | None) -> torch.device:
-    """Return ``device``, or where it is None the device of the network's parameters.
+    """Return ``device``, or the device of the network's parameters if it is None.
 
     Raises:
         NetworkError: the network is on another kind of device.

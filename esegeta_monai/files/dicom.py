@@ -35,10 +35,10 @@ def check_series(folder: Path, itk: Any) -> list[str]:
     if len(series) != 1:
         raise InputError(f"{folder}: the folder holds {len(series)} DICOM series; give a folder that holds one")
     files = [str(file) for file in names.GetFileNames(series[0])]
-    called = {p.resolve() for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(DICOM_SUFFIXES)}
-    lost = sorted(p.name for p in called - {Path(file).resolve() for file in files})
-    if lost:
-        raise _truncated(folder, f"{len(lost)} of {len(called)} files cannot be read, first {lost[0]}")
+    expected = {p.resolve() for p in folder.iterdir() if p.is_file() and p.name.lower().endswith(DICOM_SUFFIXES)}
+    unreadable = sorted(p.name for p in expected - {Path(file).resolve() for file in files})
+    if unreadable:
+        raise _truncated(folder, f"{len(unreadable)} of {len(expected)} files cannot be read, first {unreadable[0]}")
     headers = [_header(itk, file) for file in files]
     for file, header in zip(files, headers):
         if header["bytes"] > Path(file).stat().st_size and not header["compressed"]:
@@ -49,9 +49,9 @@ def check_series(folder: Path, itk: Any) -> list[str]:
     steps = np.diff(numbers)
     if len(set(steps)) > 1 and max(steps) > 1:  # a constant step is a numbering scheme, not a gap
         raise _truncated(folder, f"instance number {numbers[int(np.argmax(steps))] + 1} is missing")
-    said = {h["count"] for h in headers} - {None}
-    if len(said) == 1 and (count := said.pop()) is not None and count > len(files):
-        raise _truncated(folder, f"{len(files)} slices of the {count} that they say there are")
+    declared = {h["count"] for h in headers} - {None}
+    if len(declared) == 1 and (count := declared.pop()) is not None and count > len(files):
+        raise _truncated(folder, f"{len(files)} slices of the {count} that the files declare")
     return files
 
 
@@ -69,7 +69,7 @@ def _check_distances(folder: Path, headers: list[dict[str, Any]]) -> None:
 
 
 def _truncated(folder: Path, what: str) -> InputError:
-    return InputError(f"{folder}: the DICOM series is truncated ({what}); export or copy it again, whole")
+    return InputError(f"{folder}: the DICOM series is truncated ({what}); export or copy the complete series again")
 
 
 def _header(itk: Any, file: str) -> dict[str, Any]:
@@ -86,8 +86,8 @@ def _header(itk: Any, file: str) -> dict[str, Any]:
         return np.array(values) if len(values) == n else None
 
     def whole(tag: str) -> int | None:
-        found = text(tag)
-        return int(found) if found and re.fullmatch(r"[+-]?\d+", found) else None
+        value = text(tag)
+        return int(value) if value and re.fullmatch(r"[+-]?\d+", value) else None
 
     syntax = text("0002|0010") or "1.2.840.10008.1.2.1"
     return {

@@ -114,7 +114,7 @@ def on_disk(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     spatial = (*shape[:3], *(1,) * (3 - len(shape)))
     if extent(last.shape[:-1]) == extent(spatial):
         return last.reshape(spatial if array.shape[0] == 1 else (*spatial, array.shape[0]))
-    raise InputError(f"a map of shape {array.shape} (channels first) does not lie on the scan's grid {shape}")
+    raise InputError(f"a map of shape {array.shape} (channels first) does not fit the scan's grid {shape}")
 
 
 def _window(array: np.ndarray) -> tuple[float, float]:

@@ -35,9 +35,9 @@ def without_paths(text: str, relative: bool = True) -> str:
     >>> without_paths("cannot open /home/doe/weights.pt: see patients/doe/notes.txt; logit/voxel stays")
     'cannot open weights.pt: see notes.txt; logit/voxel stays'
     """
-    text = _QUOTED.sub(lambda found: f"{found[1]}{_last(found[2])}{found[1]}", text)
+    text = _QUOTED.sub(lambda match: f"{match[1]}{_last(match[2])}{match[1]}", text)
     text = _SCAN.sub("(scan)", text)
-    text = _FOLDERS.sub(lambda found: _last(found[0]), text)
+    text = _FOLDERS.sub(lambda match: _last(match[0]), text)
     return _RELATIVE.sub("", text) if relative else text
 
 
@@ -80,14 +80,14 @@ def traceback_text(error: BaseException, longest: int = 40) -> str:
     while link is not None and len(chain) < 10:
         chain.append(link)
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    for number, one in enumerate(reversed(chain)):
+    for number, cause in enumerate(reversed(chain)):
         if number:
             lines += ["", "which led to:", ""]
-        for frame in one.stack[-longest:]:
+        for frame in cause.stack[-longest:]:
             lines.append(f"  {_module(frame.filename)}, line {frame.lineno}, in {frame.name}")
             if frame.line:
                 lines.append(f"    {without_paths(frame.line)}")
-        lines += [without_paths(line) for line in "".join(one.format_exception_only()).splitlines()]
+        lines += [without_paths(line) for line in "".join(cause.format_exception_only()).splitlines()]
     return "\n".join(lines)
 
 

@@ -175,7 +175,7 @@ def read_scan(
         reader = _itk_reader(path)
     array, meta = _load(reader, path)
     if array.dtype.fields is not None or np.iscomplexobj(array):
-        raise InputError(f"{path}: voxels of type {array.dtype} are no grey values; convert the image to numbers")
+        raise InputError(f"{path}: voxels of type {array.dtype} are not grey values; convert the image to numbers")
     meta["filename_or_obj"] = str(path)
     scan = MetaTensor.ensure_torch_and_prune_meta(np.ascontiguousarray(array, dtype=np.float32), meta)
     scan = cast(MetaTensor, EnsureChannelFirst()(scan))
@@ -185,7 +185,7 @@ def read_scan(
         scan = scan[..., 0]
     check_image(scan, path, spatial_dims=spatial_dims, channels=channels)
     if stated is not None and not np.allclose(stated, scan.affine, rtol=1e-4, atol=1e-4):
-        logger.warning("%s: the affine contradicts the voxel size, and MONAI uses another; maps keep the file's", path)
+        logger.warning("%s: the affine contradicts the voxel size and MONAI corrects it; maps keep the file's", path)
     return scan
 
 

@@ -1,8 +1,7 @@
-"""What handlers share that look at an engine's cases one by one: what the engine knows of them, and which they want."""
+"""Base class of handlers that process an engine's cases one by one: selects the cases and collects their inputs."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -33,19 +32,20 @@ from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.utils.distributed import SHARES, Processes, Share
 from esegeta_monai.utils.types import number
+from esegeta_monai.utils.upstream import attached_handlers, postprocessing_of
 
 __all__ = ["CaseHandler", "flag", "numbered"]
 
 
 class CaseHandler(ABC):
-    """Looks at each case when its prediction is there, with the engine's network, inferer, AMP settings and inputs.
+    """A handler that processes each case after its prediction, with the engine's network, inferer, AMP and inputs.
 
-    Subclasses open a folder (`open`), look at a case (`look`) and close the folder (`close`).
+    Subclasses open a folder (`open`), explain or evaluate its cases (`look`) and close the folder (`close`).
 
     Args:
         methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share, name:
             see `esegeta_monai.handlers.ExplanationHandler`.
-        options: further ones of `Explainer`.
+        options: further options of `Explainer`.
 
     Raises:
         UsageError: see `esegeta_monai.handlers.ExplanationHandler`.
@@ -74,7 +74,7 @@ class CaseHandler(ABC):
         self.targets: list[Target] | None = None if targets is None else TARGETS.create_all(targets)
         if output_dir is not None and not isinstance(output_dir, (str, Path)):
             raise UsageError(
-                f"output_dir={output_dir!r} is no folder name: on the command line write ./NAME, since 1_0 is 10"
+                f"output_dir={output_dir!r} is not a folder name: on the command line write ./NAME, since 1_0 is 10"
             )
         self.output_dir, self.bundle_root = output_dir, None if bundle_root is None else Path(bundle_root)
         self.image_key, self.pred_key, self.output = image_key, pred_key, output
@@ -83,13 +83,13 @@ class CaseHandler(ABC):
         self.options = options
         epochs = number("epochs", epochs, int, 0)
         if isinstance(cases, (str, bool)) or (isinstance(cases, int) and cases < 1):
-            raise UsageError(f"cases={cases!r}: give a list of names, or how many of an epoch (at least 1)")
+            raise UsageError(f"cases={cases!r}: give a list of names, or the number per epoch (at least 1)")
         self.cases, self._seen = cases, 0
         if share not in ("auto", *SHARES):
             raise UsageError(f"share={share!r}: give auto, {', '.join(SHARES)}")
         self.epochs, self.name = epochs, name
         self._last_due: int | None = None
-        self._shut = False  # this epoch's folder cannot be written
+        self._folder_failed = False  # this epoch's folder cannot be written
         self.share = share
         self._ranks, self._share = Processes(), cast(Share, "cases")
         self.logger = logging.getLogger(name or "esegeta_monai")
@@ -101,28 +101,28 @@ class CaseHandler(ABC):
 
     @abstractmethod
     def open(self, engine: Any, folder: Path) -> None:
-        """Makes ready to write into a folder; the one before has been closed."""
+        """Prepare to write into a folder; the previous one has been closed."""
 
     @abstractmethod
     def look(self, engine: Any, image: MetaTensor, case: str, data: Mapping[str, Any], **more: Any) -> None:
-        """Looks at a case.
+        """Explain or evaluate one case.
 
         Args:
-            engine: whose batch it is of.
+            engine: the engine whose batch contains the case.
             image: the preprocessed image (C, *spatial).
-            case: its name.
-            data: its dictionary.
+            case: name of the case.
+            data: data dictionary of the case.
             more: ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """All cases of the folder have been looked at."""
+        """Finish the folder after all its cases have been processed."""
 
     # -- the engine's events ------------------------------------------------------------------------------------
 
     def attach(self, engine: Any) -> None:
-        """Registers with a MONAI evaluator or trainer."""
+        """Register with a MONAI evaluator or trainer."""
         from ignite.engine import Events
 
         if self.name is None:
@@ -133,7 +133,7 @@ class CaseHandler(ABC):
         engine.add_event_handler(Events.COMPLETED, self._end)
 
     def _begin(self, engine: Any) -> None:
-        """Names, folders and the network are looked at before any work, so that a mistake costs nothing."""
+        """Check names, folders and the network before any work, so that errors appear at once."""
         if not isinstance(getattr(engine, "network", None), torch.nn.Module):
             raise UsageError(
                 f"{type(self).__name__}: {type(engine).__name__} has no single network to explain; attach the handler "
@@ -163,18 +163,18 @@ class CaseHandler(ABC):
             self._enter_due(engine, engine.state.epoch + 1)
 
     def _enter_due(self, engine: Any, epoch: int) -> None:
-        """Goes to the folder of an epoch; from the second one on a folder that cannot be written costs no training."""
+        """Open the folder of an epoch; after the first one, a folder that cannot be written does not end the run."""
         if self._last_due is None:
             self._enter(engine, epoch)
             return
-        self._shut = True
-        with self._going_on(f"epoch {epoch} is left out"):
+        self._folder_failed = True
+        with self._logged(f"epoch {epoch} is left out"):
             self._enter(engine, epoch)
-            self._shut = False
+            self._folder_failed = False
 
     @contextmanager
-    def _going_on(self, what: str) -> Iterator[None]:
-        """What cannot be written is said, and the engine's run goes on; not so where other processes wait for it."""
+    def _logged(self, what: str) -> Iterator[None]:
+        """Log an error and continue the engine's run, or raise it if other processes wait for this one."""
         try:
             yield
         except EsegetaError as error:
@@ -184,18 +184,18 @@ class CaseHandler(ABC):
             self.logger.debug("traceback", exc_info=error)
 
     def _enter(self, engine: Any, epoch: int) -> None:
-        """Goes to the folder of an epoch."""
+        """Open the folder of an epoch, and close the previous one."""
         folder = self.output_dir or self._saved(engine, "output_dir")
         if folder is None:
             raise UsageError(
-                f"{type(self).__name__}: the engine has no SaveImaged that says where predictions go: give output_dir "
+                f"{type(self).__name__}: the engine has no SaveImaged whose folder could be used: give output_dir "
                 "(with the overlay: --explain_output_dir DIR)"
             )
         try:
             folder = Path(str(folder).format(epoch=epoch) if "{epoch" in str(folder) else folder)
         except (LookupError, ValueError) as error:
             raise UsageError(
-                f"output_dir={str(folder)!r}: only {{epoch}}, with a width as in {{epoch:03d}}, is put in ({error})"
+                f"output_dir={str(folder)!r}: only {{epoch}} is replaced, with a width as in {{epoch:03d}} ({error})"
             ) from error
         if folder == self.folder:
             return
@@ -206,7 +206,7 @@ class CaseHandler(ABC):
     def _leave(self) -> None:
         if self.folder is not None:
             folder, self.folder = self.folder, None
-            with self._going_on(f"the record in {folder} is not finished"):
+            with self._logged(f"the record in {folder} could not be finished"):
                 self.close()
 
     def _begin_epoch(self, engine: Any) -> None:
@@ -217,13 +217,13 @@ class CaseHandler(ABC):
             self._last_due = epoch
 
     def _due(self, epoch: int) -> bool:
-        """Of every so many epochs the first that comes here: a validation may see the fifth, tenth, … only."""
+        """True for the first epoch seen in each block of ``epochs``; validation may run only on some."""
         last = self._last_due
         return last is None or epoch == last or (epoch - 1) // self.epochs != (last - 1) // self.epochs
 
     def __call__(self, engine: Any) -> None:
-        """Looks at the batch whose raw predictions are in ``engine.state.output``."""
-        if self._shut or not self._due(engine.state.epoch):
+        """Process the batch whose raw predictions are in ``engine.state.output``."""
+        if self._folder_failed or not self._due(engine.state.epoch):
             return
         assert self._explainer is not None
         training = getattr(engine, "mode", None) is not eval_mode
@@ -244,7 +244,7 @@ class CaseHandler(ABC):
         for i, (image, case) in enumerate(zip(images, names)):
             if wanted[i]:
                 more = {"prediction": predictions, "network_args": args, "network_kwargs": kwargs}
-                with self._going_on(case):
+                with self._logged(case):
                     self.look(engine, image, case, data[i], **{k: _entry(v, i, len(images)) for k, v in more.items()})
 
     def _wanted(self, case: str) -> bool:
@@ -257,23 +257,23 @@ class CaseHandler(ABC):
         engine.inferer = plain_inferer(engine)
         self._leave()
 
-    # -- what the engine knows ----------------------------------------------------------------------------------
+    # -- data of the engine -------------------------------------------------------------------------------------
 
     def _images(self, engine: Any) -> list[MetaTensor]:
-        """The images of the batch; a list of them, as detection has it, are images of a batch each."""
+        """Return the images (C, *spatial) of the batch; detection has a list of images of different sizes."""
         if self.image_key not in engine.state.output:
             raise UsageError(
                 f"image_key={self.image_key!r} is not in the engine's output, which has "
-                f"{', '.join(map(str, engine.state.output))}: MONAI's engines call the network's input 'image' there, "
-                "whatever it is called in the batch"
+                f"{', '.join(map(str, engine.state.output))}: MONAI's engines always call the network's input 'image' "
+                "there, also if it has another key in the batch"
             )
         image = engine.state.output[self.image_key]
         if isinstance(image, torch.Tensor):
             return cases_of(image)
-        return [one for item in image for one in cases_of(item[None])]
+        return [case for item in image for case in cases_of(item[None])]
 
     def _names_of_prompts(self, kwargs: Mapping[str, Any]) -> dict[int, str]:
-        """The names of a promptable network's channels, which are those of the classes it was asked for (VISTA3D)."""
+        """Return the channel names of a promptable network: those of the prompted classes (VISTA3D)."""
         asked = kwargs.get("class_vector")
         if not isinstance(asked, torch.Tensor):
             return {}
@@ -288,7 +288,7 @@ class CaseHandler(ABC):
         return (tuple(batch[2]), dict(batch[3])) if len(batch) == 4 else ((), {})
 
     def _cases(self, images: list[MetaTensor], engine: Any) -> list[str]:
-        """A name each. Crops of one scan in a batch, as trainers draw them, are numbered."""
+        """Return the name of each image. Crops of one scan in a batch, as trainers draw them, are numbered."""
         names = []
         for i, image in enumerate(images):
             file = file_of(image)
@@ -303,11 +303,9 @@ class CaseHandler(ABC):
 
     @staticmethod
     def _transforms(engine: Any) -> list[Any]:
-        """The engine's postprocessing, which MONAI keeps nowhere but in the function that it registers."""
-        for function, _, _ in engine._event_handlers.get(IterationEvents.MODEL_COMPLETED, []):
-            postprocessing = (
-                inspect.getclosurevars(function).nonlocals.get("posttrans") if inspect.isfunction(function) else None
-            )
+        """Return the transforms of the engine's postprocessing."""
+        for function in attached_handlers(engine, IterationEvents.MODEL_COMPLETED):
+            postprocessing = postprocessing_of(function)
             if isinstance(postprocessing, Compose):
                 return list(postprocessing.flatten().transforms)
             if postprocessing is not None:
@@ -315,10 +313,10 @@ class CaseHandler(ABC):
         return []
 
     def _shared(self, engine: Any) -> Share:
-        """What the processes share in this engine's run.
+        """Return how the processes share the work in this engine's run.
 
         Raises:
-            UsageError: the data loader gives each process other cases, and they should compute each case together.
+            UsageError: ``share`` does not fit the data loader, which gives all processes the same or different cases.
         """
         sampled = isinstance(getattr(engine.data_loader, "sampler", None), DistributedSampler)
         if self._ranks.size == 1:
@@ -326,12 +324,12 @@ class CaseHandler(ABC):
         if sampled and self.share in ("windows", "methods"):
             raise UsageError(
                 f"share={self.share!r}, but the data loader has a DistributedSampler, which gives every process other "
-                "cases: take it away, or share='cases'"
+                "cases: remove it, or set share='cases'"
             )
         if not sampled and self.share == "cases":
             raise UsageError(
                 "share='cases', but the data loader has no DistributedSampler, so every process gets the same cases: "
-                "give it one (multi_gpu_explain.json does), or share='windows'"
+                "add one (multi_gpu_explain.json does), or set share='windows'"
             )
         return ("cases" if sampled else "windows") if self.share == "auto" else self.share
 
@@ -347,7 +345,11 @@ class CaseHandler(ABC):
 
 
 def flag(name: str, value: Any) -> bool:
-    """A switch, also as the command line hands it over: ``false`` there is text."""
+    """Return a boolean option; shells pass booleans as text, and ``bool('false')`` would be True.
+
+    Raises:
+        UsageError: it is neither true nor false.
+    """
     known = {"true": True, "false": False}
     if isinstance(value, bool):
         return value
@@ -357,7 +359,11 @@ def flag(name: str, value: Any) -> bool:
 
 
 def numbered(name: str, names: Mapping[Any, str]) -> dict[int, str]:
-    """Names by number, also where JSON has made the numbers text."""
+    """Return names by number; the numbers may be text, as in JSON.
+
+    Raises:
+        UsageError: it is not a mapping of numbers to names.
+    """
     try:
         return {int(k): v for k, v in names.items()}
     except (ValueError, AttributeError) as error:
@@ -365,10 +371,10 @@ def numbered(name: str, names: Mapping[Any, str]) -> dict[int, str]:
 
 
 def _entry(values: Any, index: int, n: int) -> Any:
-    """One case of a batch of n, whatever the structure; a tensor that is no batch belongs to every case."""
+    """Slice nested inputs of a batch of n to one case; a tensor that is not batched belongs to every case."""
     if isinstance(values, torch.Tensor):
-        one = values.as_subclass(torch.Tensor)
-        return one[index : index + 1] if one.ndim and len(one) == n else one
+        tensor = values.as_subclass(torch.Tensor)
+        return tensor[index : index + 1] if tensor.ndim and len(tensor) == n else tensor
     if isinstance(values, Mapping):
         return {k: _entry(v, index, n) for k, v in values.items()}
     if isinstance(values, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What an evaluator with an iteration of its own passes to its inferer beside the image."""
+"""Record the arguments that an evaluator with a custom iteration passes to its inferer besides the image."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ __all__ = ["InfererCalls", "plain_inferer", "watched"]
 
 
 class InfererCalls:
-    """An engine's inferer, called as ever, that keeps the further arguments of its last call.
+    """A wrapper of an engine's inferer that stores the further arguments of the last call.
 
-    Evaluators such as that of VISTA3D hand prompts to the inferer which ``prepare_batch`` does not know.
+    Evaluators such as that of VISTA3D pass prompts to the inferer that ``prepare_batch`` does not return.
 
     >>> calls = InfererCalls(lambda inputs, network, **more: network(inputs))
     >>> calls(1, network=abs, prompt=3), calls.args, calls.kwargs
@@ -34,14 +34,16 @@ class InfererCalls:
 
 
 def plain_inferer(engine: Any) -> Any:
-    """The engine's own inferer, whether it is watched or not."""
+    """Return the engine's own inferer, without `InfererCalls`."""
     inferer = engine.inferer
     return inferer.inferer if isinstance(inferer, InfererCalls) else inferer
 
 
 def watched(engine: Any) -> InfererCalls | None:
-    """From now on the calls of an engine whose iteration is not MONAI's own; None for MONAI's, which pass on what
-    ``prepare_batch`` returns."""
+    """Wrap the inferer of an engine with a custom iteration in `InfererCalls` and return the wrapper.
+
+    Return None for MONAI's own iterations, which pass what ``prepare_batch`` returns.
+    """
     iteration = getattr(type(engine), "_iteration", None)
     if iteration in (SupervisedEvaluator._iteration, SupervisedTrainer._iteration):
         return None

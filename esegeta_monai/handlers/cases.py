@@ -1,4 +1,4 @@
-"""What an engine's cases are called, so that two scans never share a name, whatever the order they come in."""
+"""Names of an engine's cases, which are unique and do not depend on the order of the scans."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["CaseNames", "files_of"]
 
 
 class CaseNames:
-    """The name of each scan: its file's; where several files have it, with the folders that tell them apart.
+    """The name of each scan: that of its file, with the folders that distinguish it if several files share a name.
 
     Args:
-        files: all scans to come, where they are known beforehand: then a name does not depend on the order, nor on
-            which process meets which scan.
-        root: folders below it always belong to the name (a bundle's ``data_root_dir``).
+        files: all scans, if they are known in advance; names then depend neither on the order nor on the process that
+            reads a scan.
+        root: folders below it are always part of the name (a bundle's ``data_root_dir``).
 
     >>> names = CaseNames(["/study/a/T1.nii", "/study/b/T1.nii", "/study/b/T2.nii"])
     >>> names["/study/b/T1.nii"], names["/study/b/T2.nii"], names["/elsewhere/c/T2.nii"]
@@ -48,7 +48,7 @@ class CaseNames:
         return self._names[path]
 
     def _free(self, path: str, candidates: list[str]) -> str:
-        """The first candidate that no other scan has; the last one with a checksum of the path where all are taken."""
+        """Return the first candidate that no other scan has; if all are taken, the last one with a hash of the path."""
         taken = {_plain(name) for name in self._names.values()}
         digest = hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:8]
         return next(name for name in [*candidates, f"{candidates[-1]}-{digest}"] if _plain(name) not in taken)
@@ -59,7 +59,7 @@ def _plain(name: str) -> str:
 
 
 def files_of(loader: Any, key: str) -> list[str]:
-    """The scans of a data loader whose dataset is a list of dictionaries of file names, as MONAI's are; else none."""
+    """Return the scan files of a data loader whose dataset is a list of dictionaries, as MONAI's are; else []."""
     items = getattr(getattr(loader, "dataset", None), "data", None)
     if not isinstance(items, (list, tuple)):
         return []
@@ -69,7 +69,7 @@ def files_of(loader: Any, key: str) -> list[str]:
 
 
 def file_of(image: MetaTensor) -> str | None:
-    """The file that an image was loaded from."""
+    """Return the file that an image was loaded from, or None."""
     file = image.meta.get("filename_or_obj")
     file = file[0] if isinstance(file, (list, tuple)) and file else file
     return os.fspath(file) if isinstance(file, (str, os.PathLike)) and str(file) else None

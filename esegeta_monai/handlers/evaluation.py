@@ -1,4 +1,4 @@
-"""An Ignite handler that measures how far the explanations of an evaluator's predictions can be trusted."""
+"""An Ignite handler that evaluates the explanations of an evaluator's predictions by metrics."""
 
 from __future__ import annotations
 
@@ -25,39 +25,40 @@ from esegeta_monai.handlers.explanation import ExplanationHandler
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM
 from esegeta_monai.output.evaluation_writer import EvaluationWriter
 from esegeta_monai.utils.distributed import Share
+from esegeta_monai.utils.upstream import attached_handlers
 
 __all__ = ["EvaluationHandler"]
 
 
 class EvaluationHandler(CaseHandler):
-    """Judges the maps of each case by metrics, control maps beside them, when its prediction is there.
+    """A handler that evaluates the maps of each case by metrics, next to control maps, after its prediction.
 
-    It writes what ``esegeta-monai evaluate`` writes: ``metrics.csv``, and for each case ``<case>_metrics.json`` and
-    ``<case>_regions.csv``. Beside an `ExplanationHandler` with the same folder the report shows them. Maps that an
-    `ExplanationHandler` on the same engine, attached before, has just computed are judged as they are: those of which
-    all that decides them is the same (`esegeta_monai.explain.record.Record.decisive`, weights, batch). They are kept
-    until judged.
+    It writes the files of ``esegeta-monai evaluate``: ``metrics.csv``, and for each case ``<case>_metrics.json`` and
+    ``<case>_regions.csv``. The report shows them if an `ExplanationHandler` writes to the same folder. Maps that an
+    `ExplanationHandler` attached to the same engine before has computed for the batch are reused if everything that
+    determines them is equal (`esegeta_monai.explain.record.Record.decisive`, weights); they are kept until evaluated.
 
     Args:
         methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share, name,
             seed, time_limit, window_batch, volume_device, progress: see `ExplanationHandler`.
-        metrics: names, configs or instances; ``"all"``; None: a quick selection, with a label those of localisation
-            too.
-        label_key: of the case's data, a label map that says where the cause lies; a case without it, or with a label
-            that is no map (the class of an image), is judged without. None: never one.
-        label_value: which of its values is the cause: a number, or ``"class"`` for the target's own; None: all above 0.
-        regions_key: of a label map for the region tables; None: the label.
+        metrics: names, configs or instances; ``"all"``; None: a quick selection, with localisation metrics for cases
+            with a label.
+        label_key: key of a label map in the case's data that marks the known cause. A case without it, or with a label
+            that is not a map (the class of an image), is evaluated without a label. None: no label.
+        label_value: value of the label that marks the cause: a number, or ``"class"`` for the target's class; None: all
+            above 0.
+        regions_key: key of a label map for the region tables; None: the label.
         region_names: number to name.
-        body_key: of a mask of the patient; None: the image's foreground.
-        controls: judge the control maps (random, Sobel, constant) too.
-        outside_alarm: the share of a map outside the body above which a region table raises its alarm.
+        body_key: key of a mask of the patient; None: the image's foreground.
+        controls: evaluate the control maps (random, Sobel, constant) as well.
+        outside_alarm: share of a map outside the body, 0 to 1, above which a region table raises an alarm.
 
-    A case, method or metric that fails is in the records and the log; the evaluation goes on.
+    A failed case, method or metric is recorded and logged, and the evaluation continues.
 
     Raises:
-        UsageError, NetworkError: see `ExplanationHandler`; an unknown metric too.
+        UsageError, NetworkError: see `ExplanationHandler`; also for an unknown metric.
 
-    Example (in a bundle's config, as ``explain_metrics.json`` does it)::
+    Example (in a bundle's config, as in ``explain_metrics.json``)::
 
         "+handlers": [{"_target_": "esegeta_monai.handlers.EvaluationHandler",
                        "methods": ["Saliency"], "metrics": ["Deletion", "RelevanceMass"], "output_dir": "@output_dir"}]
@@ -123,18 +124,18 @@ class EvaluationHandler(CaseHandler):
 
     def _begin(self, engine: Any) -> None:
         super()._begin(engine)
-        attached = [function for function, _, _ in engine._event_handlers[IterationEvents.FORWARD_COMPLETED]]
+        attached = attached_handlers(engine, IterationEvents.FORWARD_COMPLETED)
         for other in attached[: attached.index(self)]:
-            if isinstance(other, ExplanationHandler) and self._hear not in other.listeners:
-                other.listeners.append(self._hear)
+            if isinstance(other, ExplanationHandler) and self._keep_map not in other.listeners:
+                other.listeners.append(self._keep_map)
 
     def __call__(self, engine: Any) -> None:
-        """Judges the batch whose raw predictions are in ``engine.state.output``."""
+        """Evaluate the batch whose raw predictions are in ``engine.state.output``."""
         super().__call__(engine)
         self._explained.clear()
 
-    def _hear(self, engine: Any, attribution: Attribution, weights: str | None) -> None:
-        """Keeps a map until this batch is judged."""
+    def _keep_map(self, engine: Any, attribution: Attribution, weights: str | None) -> None:
+        """Keep a map of the `ExplanationHandler` until this batch is evaluated."""
         batch = (engine.state.epoch, engine.state.iteration)
         if batch != self._batch:
             self._batch, self._explained = batch, {}
@@ -142,13 +143,13 @@ class EvaluationHandler(CaseHandler):
             self._explained[_fingerprint(Record.from_json(attribution.record), weights)] = attribution.map.as_tensor()
 
     def _known(self, engine: Any) -> Known | None:
-        """What has been heard of this batch."""
+        """Return the lookup of the maps that were kept for this batch, or None."""
         if self._batch != (engine.state.epoch, engine.state.iteration):
             return None
         return lambda record: self._explained.get(_fingerprint(record, self._weights))
 
     def open(self, engine: Any, folder: Path) -> None:
-        """The writer of a folder."""
+        """Create the writer of a folder."""
         assert self.targets is not None
         self.writer = EvaluationWriter(
             folder,
@@ -160,7 +161,7 @@ class EvaluationHandler(CaseHandler):
         )
 
     def look(self, engine: Any, image: MetaTensor, case: str, data: Mapping[str, Any], **more: Any) -> None:
-        """Judges a case and writes what comes out."""
+        """Evaluate a case and write the results."""
         assert self.writer is not None
         assert self._explainer is not None
         evaluator = Evaluator(
@@ -183,12 +184,12 @@ class EvaluationHandler(CaseHandler):
             )
         except RankLost:
             raise
-        except Exception as error:  # recorded with its reason; the engine's run is not ours to end
+        except Exception as error:  # recorded with its reason; a failed case must not end the engine's run
             self.writer.failed(case, named_reason(error))
             self.logger.debug("traceback", exc_info=error)
 
     def _masks(self, image: MetaTensor, data: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        """Label, regions and body of the data on the image's grid, and why one of them cannot be used."""
+        """Return label, regions and body on the image's grid, and the reasons why one cannot be used."""
         context = Case(torch.as_tensor(image.affine).double().cpu(), data, {})
         masks: dict[str, Any] = {}
         problems: dict[str, str] = {}
@@ -202,8 +203,8 @@ class EvaluationHandler(CaseHandler):
                     raise InputError(f"the data has no label map {key!r}")
                 if isinstance(value, Tensor) and value.ndim == image.ndim and len(value) > 1:
                     raise InputError(
-                        f"{key!r} has {len(value)} channels: make it one label map in the preprocessing (AsDiscreted "
-                        f"with argmax=True where it is one-hot), or {what}_key=None"
+                        f"{key!r} has {len(value)} channels: convert it to one label map in the preprocessing "
+                        f"(AsDiscreted with argmax=True if it is one-hot), or set {what}_key=None"
                     )
                 masks[what] = label_on_grid(key, image.as_tensor(), context)
             except EsegetaError as error:
@@ -211,7 +212,7 @@ class EvaluationHandler(CaseHandler):
         return masks, problems
 
     def close(self) -> None:
-        """The table of all processes, and what failed."""
+        """Write the table of all processes, and log failures."""
         assert self.writer is not None
         self.writer.join()
         if not self._ranks.rank:
@@ -219,9 +220,9 @@ class EvaluationHandler(CaseHandler):
                 self.logger.error(problem)
             for text in self.writer.not_beating:
                 self.logger.warning(f"no better than a control: {text}")
-            self.logger.info(f"{self.writer.done} case(s) judged: {self.writer.path}")
+            self.logger.info(f"{self.writer.done} case(s) evaluated: {self.writer.path}")
 
 
 def _fingerprint(record: Record, weights: str | None) -> str:
-    """What decides a map, in one text."""
+    """Return all entries that determine a map, as canonical JSON."""
     return json.dumps({**record.decisive(), "weights_sha256": weights}, sort_keys=True)

@@ -1,4 +1,4 @@
-"""An Ignite handler that explains what an evaluator predicts, and saves maps beside the predictions."""
+"""An Ignite handler that explains an evaluator's predictions and saves the maps next to them."""
 
 from __future__ import annotations
 
@@ -26,50 +26,50 @@ __all__ = ["ExplanationHandler"]
 
 
 class ExplanationHandler(CaseHandler):
-    """Explains each case when its prediction is there, and writes maps on the scan's own grid.
+    """A handler that explains each case after its prediction and writes maps on the scan's own grid.
 
-    Network, inferer, AMP settings and further inputs are the engine's; the prediction is the engine's raw output. What
-    the bundle does with the prediction afterwards stays as it is. On a trainer, whose predictions come from the network
-    in training mode, the network is run once more in evaluation mode, as every method does.
+    It uses the engine's network, inferer, AMP settings and further inputs; the prediction is the engine's raw output.
+    The bundle's postprocessing of the prediction is not affected. A trainer predicts in training mode, so there the
+    network is run once more in evaluation mode, in which every method runs.
 
     Args:
         methods: names, configs or instances; default Saliency and GradCam.
-        targets: names, configs or instances; None: every predicted class, background aside.
-        output_dir: None: that of the engine's ``SaveImaged``. ``{epoch}`` in it stands for the epoch
-            (``"explained/epoch{epoch:03d}"``); without it a later epoch's maps replace the earlier ones.
-        bundle_root: of the bundle, for class and channel names, version and hashes; None: none are known.
-        image_key, pred_key: of ``engine.state.output``.
-        output: which of several outputs of the network is explained.
+        targets: names, configs or instances; None: every predicted class except the background.
+        output_dir: output folder; None: that of the engine's ``SaveImaged``. ``{epoch}`` in it is replaced by the epoch
+            (``"explained/epoch{epoch:03d}"``); without it, maps of a later epoch replace the earlier ones.
+        bundle_root: bundle directory, for class and channel names, version and hashes; None: no bundle.
+        image_key, pred_key: keys of ``engine.state.output``.
+        output: the explained output, if the network has several.
         class_names: class number to name; None: from the bundle's metadata.json.
         seed, time_limit, window_batch, volume_device: see `esegeta_monai.Explainer`.
-        dry_run: nothing is explained or written; the log says what each method and target would cost, see
-            `esegeta_monai.explain.costs.Cost`.
+        dry_run: log the cost of each method and target (see `esegeta_monai.explain.costs.Cost`) without explaining or
+            writing anything.
         allow_costly: see `esegeta_monai.Explainer`.
-        overwrite: explain again what is finished.
+        overwrite: compute finished maps again.
         map_format: ``"nifti"``, or ``"input"``: NRRD and MHA scans get maps in their own format, all others NIfTI.
-        pictures: a PNG beside every map, and what the report shows of the scan.
-        report: write the HTML report (`esegeta_monai.output.report.page.write_report`) when the run or an epoch's
-        folder is done.
+        pictures: write a PNG next to every map, and the copy of the scan for the report.
+        report: write the HTML report (`esegeta_monai.output.report.page.write_report`) after the run or after the
+            last case of an epoch's folder.
         progress: show a progress bar.
-        epochs: on a trainer or a validating evaluator, of every so many epochs only the first that the engine runs:
-            with 5 the first, sixth, … epoch, and where there is a validation every fifth epoch, each of them.
-        cases: only these, by name; or the first so many of an epoch (of each process); None: all.
-        series: an `ExplanationSeries`, which shows how explanations change from epoch to epoch.
-        share: what the processes share, where ``torch.distributed`` has several. ``"cases"``: each explains those that
-            its data loader gives it. ``"windows"``: all get the same cases and compute each of them together, for large
-            volumes. ``"methods"``: all get the same cases, each takes methods and targets of its own. ``"auto"``: cases
-            where the loader has a ``DistributedSampler``, else windows.
-        name: of the logger; None: ``engine.logger``.
+        epochs: on a trainer or a validating evaluator, explain only the first epoch that the engine runs in each block
+            of ``epochs``: with 5, epochs 1, 6, …; with a validation every fifth epoch, each validation.
+        cases: names of the cases to explain, or the number of cases per epoch (and process); None: all.
+        series: an `ExplanationSeries`, which records how explanations change over epochs.
+        share: how several processes of ``torch.distributed`` share the work. ``"cases"``: each explains the cases of
+            its data loader. ``"windows"``: all get the same cases and compute each of them together, for large
+            volumes. ``"methods"``: all get the same cases, and each computes its own methods and targets. ``"auto"``:
+            cases if the loader has a ``DistributedSampler``, else windows.
+        name: name of the logger; None: ``engine.logger``.
 
-    A method or case that fails is recorded in ``run.json`` and logged; what can no longer be written is logged (a full
-    disk, say). The evaluation goes on in either case.
+    A failed method or case is recorded in ``run.json`` and logged; files that can no longer be written (a full disk,
+    say) are logged. The evaluation continues in both cases.
 
     Raises:
         UsageError: on construction or at the engine's start, before any work: an unknown method, target or parameter,
-            names that clash, a folder that cannot be written, an engine without a network.
+            equal names, a folder that cannot be written, an engine without a network.
         NetworkError: at the engine's start: a network that cannot be explained (half-precision weights).
 
-    Example (in a bundle's config, as ``explain.json`` does it)::
+    Example (in a bundle's config, as in ``explain.json``)::
 
         "+handlers": [{"_target_": "esegeta_monai.handlers.ExplanationHandler",
                        "methods": ["Saliency"], "output_dir": "@output_dir"}]
@@ -125,7 +125,7 @@ class ExplanationHandler(CaseHandler):
         )
         for what, given in (("methods", self.methods), ("targets", self.targets)):
             if given == []:
-                raise UsageError(f"{what}=[]: there is nothing to explain; leave {what} away for the usual ones")
+                raise UsageError(f"{what}=[]: there is nothing to explain; omit {what} for the defaults")
         self.dry_run = flag("dry_run", dry_run)
         self._costs: list[tuple[str, Cost]] = []
         self.overwrite, self.pictures = flag("overwrite", overwrite), flag("pictures", pictures)
@@ -135,21 +135,21 @@ class ExplanationHandler(CaseHandler):
         self.report, self.series = flag("report", report), series
         self.writer: ResultWriter | None = None
         self.listeners: list[Callable[[Any, Attribution, str | None], None]] = []
-        """Told of each attribution, with the engine and the hash of its network's weights."""
+        """Functions called with the engine, each attribution and the hash of the network's weights."""
 
     def attach(self, engine: Any) -> None:
-        """Registers with a MONAI evaluator or trainer."""
+        """Register with a MONAI evaluator or trainer."""
         from ignite.engine import Events
 
         super().attach(engine)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
 
     def _enter(self, engine: Any, epoch: int) -> None:
-        if not self.dry_run:  # which writes nothing
+        if not self.dry_run:  # a dry run writes nothing
             super()._enter(engine, epoch)
 
     def open(self, engine: Any, folder: Path) -> None:
-        """The writer of a folder."""
+        """Create the writer of a folder."""
         assert self.targets is not None
         separate, extension = self._saved(engine, "parent"), str(self._saved(engine, "ext") or "").lstrip(".")
         self.writer = ResultWriter(
@@ -166,7 +166,7 @@ class ExplanationHandler(CaseHandler):
         )
 
     def look(self, engine: Any, image: MetaTensor, case: str, data: Mapping[str, Any], **more: Any) -> None:
-        """Explains a case and writes what comes out."""
+        """Explain a case and write the results, or estimate its cost in a dry run."""
         assert self._explainer is not None
         assert self.targets is not None
         if self.dry_run:
@@ -176,7 +176,7 @@ class ExplanationHandler(CaseHandler):
         assert self.writer is not None
         self.writer.provenance["weights_sha256"] = self._weights
 
-        def tell(attribution: Attribution) -> None:
+        def notify(attribution: Attribution) -> None:
             for listener in self.listeners:
                 listener(engine, attribution, self._weights)
 
@@ -189,7 +189,7 @@ class ExplanationHandler(CaseHandler):
                 methods,
                 targets,
                 data=data,
-                on_explained=tell,
+                on_explained=notify,
                 on_written=noted,
                 **more,
             )
@@ -212,7 +212,7 @@ class ExplanationHandler(CaseHandler):
         folder = self.writer.output_dir
         if "{epoch" in str(self.output_dir or ""):
             folder = Path(str(self.output_dir).split("{epoch")[0] + "x").parent
-        with self._going_on("the series is not written"):
+        with self._logged("the series is not written"):
             self.series.close_epoch(engine.state.epoch, folder)
 
     def _end(self, engine: Any) -> None:
@@ -223,7 +223,7 @@ class ExplanationHandler(CaseHandler):
             self._costs = []
 
     def close(self) -> None:
-        """The run record and the report of the folder that is done."""
+        """Finish the run record of the folder, and write its report."""
         assert self.writer is not None
         self.writer.run.join(self._ranks)
         summary = ", ".join(f"{n} {status}" for status, n in self.writer.run.summary.items()) or "nothing to do"
@@ -233,7 +233,7 @@ class ExplanationHandler(CaseHandler):
         self._write_report()
 
     def _write_report(self) -> None:
-        """Of the folder that is done; a report that cannot be written does not end the engine's run."""
+        """Write the report of a finished folder; failure to write it does not end the engine's run."""
         if not self.report or self._ranks.rank or self.writer is None or not self.writer.run.summary:
             return
         try:

@@ -1,4 +1,4 @@
-"""How explanations change while a network learns: scalars and pictures in TensorBoard, and the figures as a table."""
+"""Record how explanations change during training: scalars and pictures in TensorBoard, and a table."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ Key = tuple[str, str, str]
 
 
 class ExplanationSeries:
-    """What an `ExplanationHandler` sees from epoch to epoch.
+    """Time series of the explanations of an `ExplanationHandler` over epochs.
 
-    For every epoch, case, target and method:
+    It has for every epoch, case, target and method:
 
-    * ``value``: F(x), what the network gives the target;
+    * ``value``: F(x), the score of the target;
     * ``relevance_mass``: ``Σ_{v in label} |a_v| / Σ_v |a_v|``, the share of the map's magnitude inside the reference
-      region, 0 to 1; where the data has one (label above 0);
+      region (label above 0), 0 to 1; empty if the data have none;
     * ``similarity``: Spearman's rank correlation of |a| with the last epoch's map of the same case, over the voxels
-      where one of them is not zero, -1 to 1; where that lies on the same grid.
+      where one of them is not zero, -1 to 1; empty if that map has another grid.
 
-    They go to ``explanations.csv`` in the handler's output folder (the part of it before ``{epoch}``), and to
-    TensorBoard as ``explanation/<figure>/<target>/<method>``, the mean over the epoch's cases, with each case's picture
-    as ``explanation/<case>/<target>/<method>``.
+    They are written to ``explanations.csv`` in the handler's output folder (the part of its path before ``{epoch}``).
+    TensorBoard gets the mean over the epoch's cases as ``explanation/<figure>/<target>/<method>``, and each case's
+    picture as ``explanation/<case>/<target>/<method>``.
 
     Args:
-        summary_writer: of TensorBoard; None: one for ``log_dir`` is made, as MONAI's handlers do.
-        log_dir: MONAI's default is ``./runs``.
-        label_key: of the reference region in the case's data.
+        summary_writer: writer of TensorBoard; None: a writer for ``log_dir`` is created, as in MONAI's handlers.
+        log_dir: folder of TensorBoard; MONAI's default is ``./runs``.
+        label_key: key of the reference region in the case's data.
         tensorboard: False writes the table only.
 
     Raises:
-        UsageError: TensorBoard is wanted and not installed.
+        UsageError: TensorBoard is requested but not installed.
 
     Example::
 
@@ -72,7 +72,8 @@ class ExplanationSeries:
         self._writer, self._tensorboard = summary_writer, tensorboard
         if tensorboard and summary_writer is None and not optional_import("torch.utils.tensorboard")[1]:
             raise UsageError(
-                "the series goes to TensorBoard, which is not installed: pip install tensorboard, or tensorboard=False"
+                "the series is written to TensorBoard, which is not installed: pip install tensorboard, or set "
+                "tensorboard=False"
             )
         self._last: dict[Key, Tensor] = {}
         self._rows: list[dict[str, Any]] = []
@@ -86,15 +87,15 @@ class ExplanationSeries:
         picture: Path | None = None,
         names: ResultNames | None = None,
     ) -> None:
-        """Takes an attribution of an epoch.
+        """Add an attribution of an epoch.
 
         Args:
-            attribution: on the network's grid.
-            case: its name.
-            epoch: from 1.
-            data: the case's data, where the reference region may be.
-            picture: PNG of it.
-            names: of the run, which tell two methods or targets of one kind apart.
+            attribution: attribution on the network's grid.
+            case: name of the case.
+            epoch: number of the epoch, from 1.
+            data: the case's data, which may contain the reference region.
+            picture: PNG of the map.
+            names: names of the run, which distinguish methods and targets of the same kind.
         """
         name, target = attribution.method.name or type(attribution.method).__name__, attribution.label
         if names is not None:
@@ -116,8 +117,7 @@ class ExplanationSeries:
             self._board.add_image(tag, pixels, epoch, dataformats="HWC")
 
     def close_epoch(self, epoch: int, folder: Path) -> None:
-        """Writes what the epoch gave: rows behind those of earlier epochs in ``folder/explanations.csv``, and means to
-        TensorBoard."""
+        """Append the rows of the epoch to ``folder/explanations.csv``, and write means to TensorBoard."""
         rows, self._rows = self._rows, []
         if not rows:
             return
@@ -148,7 +148,7 @@ class ExplanationSeries:
         inside = torch.as_tensor(label).as_subclass(Tensor).cpu() > 0
         while inside.ndim > magnitude.ndim:
             inside = inside.any(0)
-        if inside.shape != magnitude.shape or not bool(inside.any()):  # a class, another grid, no region
+        if inside.shape != magnitude.shape or not bool(inside.any()):  # a class label, another grid, or no region
             return None
         return RelevanceMass().update(MetricInput(magnitude[None], label=inside)).value
 
@@ -159,8 +159,7 @@ class ExplanationSeries:
         return similarity(before[None], magnitude[None])
 
     def _append(self, path: Path, rows: list[dict[str, Any]]) -> None:
-        """The whole table, rewritten, so that it is whole at any instant. What an earlier run left is kept, save for
-        epochs that come again."""
+        """Add rows to the table by rewriting it atomically; rows of earlier runs are kept unless they are repeated."""
         kept: list[dict[str, Any]] = []
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:

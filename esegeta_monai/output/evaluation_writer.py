@@ -1,4 +1,4 @@
-"""Writes what an `Evaluator` found of each case: one table of all cases, and each case's record, curves and regions."""
+"""Write the results of an `Evaluator`: one table of all cases, and the record, curves and regions of each case."""
 
 from __future__ import annotations
 
@@ -26,32 +26,33 @@ __all__ = ["COLUMNS", "REGION_COLUMNS", "EvaluationWriter"]
 
 _FIRST = ("case", "target", "method", "metric", "group", "value", "low", "high", "n", "higher_is_better")
 COLUMNS: tuple[str, ...] = (*_FIRST, "beats_controls", "seconds", "passes")
-"""Of ``metrics.csv``: one row a case, target, method and metric."""
+"""Columns of ``metrics.csv``, which has one row per case, target, method and metric."""
 
 _SUMS = ("voxels", "volume_mm3", "sum", "abs_sum", "share_of_abs", "mean")
 REGION_COLUMNS: tuple[str, ...] = ("target", "method", "region", *_SUMS, "alarm")
-"""Of ``<case>_regions.csv``."""
+"""Columns of ``<case>_regions.csv``."""
 
 
 class EvaluationWriter:
-    """Writes ``<output>/metrics.csv`` (tidy, all cases) and for each case ``<case>_metrics.json``,
-    ``<case>_regions.csv`` and ``<case>_regions.json``. Cases of earlier runs into the same folder stay.
+    """A writer of ``<output>/metrics.csv`` (tidy, all cases) and, for each case, of ``<case>_metrics.json``,
+    ``<case>_regions.csv`` and ``<case>_regions.json``. Cases of earlier runs in the same folder are kept.
 
     Args:
-        output_dir: made if it does not exist.
-        methods, targets: of the run.
-        provenance: what every JSON records beside versions.
+        output_dir: output folder; it is created if it does not exist.
+        methods, targets: those of the run.
+        provenance: further entries of every JSON file.
         ranks: the processes that write into this folder; None: this one.
-        share: what they share, see `esegeta_monai.utils.distributed.Share`; ``"windows"`` needs an `Explainer` with
-            ``distributed=True``. The table is written by the first process; the cases of others are in it after `join`.
+        share: how they share the work, see `esegeta_monai.utils.distributed.Share`; ``"windows"`` needs an `Explainer`
+            with ``distributed=True``. The first process writes the table, which includes the cases of the others after
+            `join`.
 
     Attributes:
-        done: how many cases were judged.
-        problems: what failed, a line each.
-        not_beating: the case, target, method and metric of each value that is no better than a control's.
+        done: number of evaluated cases.
+        problems: failures, one line per failure.
+        not_beating: case, target, method and metric of each value that is no better than a control's.
 
     Raises:
-        UsageError: an unwritable folder, names that clash, or a ``metrics.csv`` there that is another table.
+        UsageError: an unwritable folder, equal names, or an existing ``metrics.csv`` that is another table.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class EvaluationWriter:
         self.provenance = dict(provenance or {})
         self.path = self.output_dir / "metrics.csv"
         if not self.ranks.rank:
-            self._earlier()  # before anything is computed
+            self._earlier()  # raises before anything is computed
         self.done = 0
         self.problems: list[str] = []
         self.not_beating: list[str] = []
@@ -78,7 +79,7 @@ class EvaluationWriter:
 
     @property
     def writes(self) -> bool:
-        """Whether this process writes the cases that it judges."""
+        """True if this process writes the cases that it evaluates."""
         return self.share == "cases" or not self.ranks.rank
 
     def evaluate(
@@ -91,14 +92,15 @@ class EvaluationWriter:
         maps: Mapping[tuple[str, str], Tensor] | None = None,
         **more: Any,
     ) -> None:
-        """Judges one case and writes it.
+        """Evaluate one case and write the results.
 
         Args:
-            evaluator: of the run's metrics.
+            evaluator: evaluator with the run's metrics.
             image: the preprocessed image (C, *spatial).
-            case: its name, as the user calls it.
-            problems: what of the case cannot be used (its label), and why; recorded.
-            maps, more: see `Evaluator`.
+            case: name of the case, as given by the user.
+            problems: parts of the case that cannot be used (its label), with reasons, to be recorded.
+            maps: maps (C, *spatial) by target and method, see `Evaluator`.
+            more: see `Evaluator`.
 
         Raises:
             EsegetaError: the case cannot be explained at all.
@@ -111,7 +113,7 @@ class EvaluationWriter:
             )
 
         if self.share == "methods":
-            with self.ranks.summed([]):  # what fails here fails on all ranks
+            with self.ranks.summed([]):  # a failure here is raised on all ranks
                 result = judge()
             result = EvaluationResult.joined(self.ranks.gather(result))
         else:
@@ -121,12 +123,12 @@ class EvaluationWriter:
             self.write(case, result)
 
     def failed(self, case: str, reason: str) -> None:
-        """Notes a case that could not be judged at all."""
+        """Record a case that could not be evaluated at all."""
         if self.writes:
             self.problems.append(f"{case}: {reason}")
 
     def write(self, case: str, result: EvaluationResult) -> Path:
-        """Writes one case; returns the path of its JSON."""
+        """Write one case and return the path of its JSON file."""
         self.done += 1
         self.problems += [f"{case}: {what}: {why}" for what, why in result.failed.items()]
         for row in result.rows:
@@ -161,7 +163,7 @@ class EvaluationWriter:
         return write_json(base.with_name(f"{base.name}_metrics.json"), json_ready(record))
 
     def join(self) -> None:
-        """Brings together what all processes judged: the table is whole, and `problems` and the like are everyone's."""
+        """Merge the results of all processes: complete the table, and gather `done`, `problems` and `not_beating`."""
         if self.ranks.size == 1:
             return
         known = self.ranks.gather((self.done, self.problems, self.not_beating, self._rows))
@@ -174,15 +176,15 @@ class EvaluationWriter:
         self._rows = []
 
     def _table(self, judged: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Rows by case, in place of the earlier ones of these cases, also where there is none to put there."""
+        """Replace the rows of these cases in the table; a case may have no rows any more."""
         earlier = [row for row in self._earlier() if row["case"] not in judged]
         _write_text(self.path, _csv(COLUMNS, [*earlier, *(row for rows in judged.values() for row in rows)]))
 
     def _earlier(self) -> list[dict[str, Any]]:
-        """The rows of the table as it lies there, also where a spreadsheet has written it again.
+        """Return the rows of the existing table, also if a spreadsheet has saved it.
 
         Raises:
-            UsageError: it is no such table, and writing would lose what it has.
+            UsageError: the file is another table, which would be overwritten.
         """
         if not self.path.is_file():
             return []

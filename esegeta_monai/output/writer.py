@@ -1,7 +1,7 @@
-"""From an attribution on the network's grid to files beside the prediction: map, picture, sidecar, run record.
+"""Write attributions as files next to the prediction: map, picture, sidecar, run record.
 
-Additive maps come back to the scan's grid by the conserving adjoint of the preprocessing (`InvertAttribution`), others
-by interpolation in world coordinates.
+Additive maps are brought back to the scan's grid by the sum-conserving adjoint of the preprocessing
+(`InvertAttribution`), others by interpolation in world coordinates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from esegeta_monai.engine.feature_masks import table_csv
 from esegeta_monai.errors import EsegetaError, MethodError, RankLost, named_reason
 from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.names import ResultNames
-from esegeta_monai.explain.record import Record
+from esegeta_monai.explain.record import DECIDES, Record
 from esegeta_monai.files.copies import mask_path, save_grey_copy, save_mask, scan_copy_path
 from esegeta_monai.files.grids.resample import _background, _cut_to_place, _image_on_scan, scan_of, to_scan_grid
 from esegeta_monai.files.pictures.picture import display_affine, save_picture
@@ -40,23 +40,23 @@ logger = logging.getLogger("esegeta_monai")
 
 
 class ResultWriter:
-    """Writes the results of a run: ``<output>/<case>/<case>_<target>_<Method>_attr.nii.gz``, ``.json``, ``.png``.
+    """A writer of the results of a run: ``<output>/<case>/<case>_<target>_<Method>_attr.nii.gz``, ``.json``, ``.png``.
 
     Args:
-        output_dir: made if it does not exist.
-        methods, targets: of the run; two of one kind get their distinguishing parameters into their names.
-        provenance: what else every sidecar and ``run.json`` records, JSON-ready (bundle, version, hashes); a finished
-            map counts as finished only where all of it is the same.
+        output_dir: output folder; it is created if it does not exist.
+        methods, targets: those of the run; names of the same kind include the parameters that differ.
+        provenance: further entries of every sidecar and of ``run.json``, JSON-ready (bundle, version, hashes); a map
+            counts as finished only if all of them are equal.
         postfix, separate_folder, extension: file layout, see `esegeta_monai.utils.names.map_path`; the extension
             ``"input"`` stands for that of each scan (`esegeta_monai.utils.names.map_suffix`).
-        overwrite: compute and write again what is finished.
-        pictures: what is for looking at: a PNG beside every map, and for the report an eight-bit copy of the scan and
-            the voxels of each target (`esegeta_monai.files.copies`).
+        overwrite: compute and write finished maps again.
+        pictures: write a PNG next to every map, and for the report an eight-bit copy of the scan and a mask of each
+            target (`esegeta_monai.files.copies`).
         ranks: the processes that write into this folder; None: this one.
-        together: they compute each case together (`Explainer` with ``distributed=True``), and the first one writes.
+        together: True if they compute each case together (`Explainer` with ``distributed=True``); the first one writes.
 
     Raises:
-        UsageError: an unwritable folder, or names that clash.
+        UsageError: an unwritable folder, or equal names.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ResultWriter:
         self.overwrite, self.pictures = overwrite, pictures
         rank = self.ranks.rank
         if rank:
-            self.ranks.gather(None)  # the first one's record is there
+            self.ranks.gather(None)  # wait for the record of the first process
         self.run = storage.RunRecord(self.output_dir, self.provenance, rank=rank, writes=self.writes)
         if not rank:
             self.ranks.gather(None)
@@ -99,40 +99,30 @@ class ResultWriter:
 
     def path(self, attribution: Attribution, case: str, scan: Any = None) -> Path:
         """Return the path of a map."""
-        target_name = self._target_name(attribution)
         layout = {**self.layout, "extension": storage.map_suffix(scan)} if self.as_input else self.layout
-        return storage.map_path(self.output_dir, case, target_name, self._method_name(attribution), **layout)
-
-    def _target_name(self, attribution: Attribution) -> str:
-        return self.names.target(attribution.target, attribution.label)
-
-    def _method_name(self, attribution: Attribution) -> str:
-        name = self.names.method(attribution.method)
-        return f"{name}-{attribution.input}" if attribution.input else name
+        return storage.map_path(self.output_dir, case, *self.names.of(attribution), **layout)
 
     def key(self, attribution: Attribution, case: str, scan: Any) -> dict[str, Any]:
         """Return the entries that must be equal in a sidecar for its map to count as finished."""
-        known = Record.from_json(attribution.record).decisive()
+        known = {name: attribution.record.get(name) for name in DECIDES}
         return {**self.provenance, "case": case, **known, "scan_sha256": self._scan_hash(scan)}
 
     def is_done(self, attribution: Attribution, case: str, scan: Any) -> bool:
-        """Whether the map of an earlier run is there and what this run would compute; then it is recorded so.
+        """Return True if an earlier run has computed the same map, and record it as skipped.
 
         Args:
-            attribution: without map, as an `Explainer` shows it to ``skip``.
-            case: name of the case, as the user calls it.
-            scan: file of the scan, or the scan.
+            attribution: attribution without a map, as an `Explainer` passes it to ``skip``.
+            case: name of the case, as given by the user.
+            scan: file of the scan, or the scan as MetaTensor (C, *spatial).
         """
         path = self.path(attribution, case, scan)
         if self.overwrite or not storage.is_complete(path, self.key(attribution, case, scan)):
             return False
         if self._clash(path, attribution, case):
-            return False  # `write` says so
+            return False  # `write` reports it
         reason = "finished in an earlier run"
         written = path.relative_to(self.output_dir).as_posix() if path.is_file() else None
-        self.run.set(
-            case, self._target_name(attribution), self._method_name(attribution), "skipped", reason, map=written
-        )
+        self.run.set(case, *self.names.of(attribution), "skipped", reason, map=written)
         logger.info("%s: %s is finished, skipped", case, path.name)
         return True
 
@@ -152,17 +142,17 @@ class ResultWriter:
         """Explain one case and write the results; finished maps are skipped, failures recorded.
 
         Args:
-            explainer: best with ``on_error="record"``, else the first failure ends the case.
+            explainer: explainer, usually with ``on_error="record"``; otherwise the first failure ends the case.
             image: the preprocessed image (C, *spatial), with its trace.
-            case: name of the case, as the user calls it.
-            methods, targets: those that this writer was made for.
+            case: name of the case, as given by the user.
+            methods, targets: methods and targets of this writer, or a part of them.
             scan: see `write`.
             on_explained: called with each attribution, in every process that computes it.
-            on_written: called with each attribution and its map's path, None where there is none.
+            on_written: called with each attribution and its map's path, None if there is no map.
             more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
 
         Raises:
-            UsageError: a method that this writer was not made for.
+            UsageError: a method is not one of this writer's.
         """
         for method in methods:
             self.names.method(method)
@@ -189,20 +179,21 @@ class ResultWriter:
         """Resample the map to the scan's grid and write map, picture and sidecar, in this order.
 
         Args:
-            attribution: from an `Explainer`.
-            case: name of the case, as the user calls it.
+            attribution: attribution of an `Explainer`.
+            case: name of the case, as given by the user.
             image: the preprocessed image (C, *spatial) that was explained, with its trace.
-            scan: file of the scan, or the scan as MetaTensor; None: the file that ``image`` was loaded from, else
-                ``image`` itself.
+            scan: file of the scan, or the scan as MetaTensor (C, *spatial); None: the file that ``image`` was loaded
+                from, else ``image`` itself.
 
         Returns:
-            The map's path, None where there is no map, or another process writes it. The run record has it in any case.
+            The map's path; None if there is no map, or if another process writes it. The run record has an entry in
+            any case.
         """
         if not self.writes:
             return None
         scan = scan if scan is not None else scan_of(image)
         path = self.path(attribution, case, scan)
-        label, method_name = self._target_name(attribution), self._method_name(attribution)
+        label, method_name = self.names.of(attribution)
         record = Record.from_json(attribution.record)
         record.result = {"target": label, "method": method_name}  # as run.json calls it
         failure: Exception | None = attribution.error
@@ -214,7 +205,7 @@ class ResultWriter:
             if attribution.map is not None and not clash:
                 record.update(self._write_map(path, attribution, record, case, image, scan))
             elif record.status == "empty_target":
-                # of an earlier run: another prediction's
+                # files of an earlier run explain another prediction
                 for stale in (path, storage.picture_path(path), self._mask_path(attribution, case)):
                     stale.unlink(missing_ok=True)
             if self.pictures:
@@ -223,7 +214,7 @@ class ResultWriter:
                 sidecar = {**record.to_json(), **self.key(attribution, case, scan)}
                 sidecar["class"] = sidecar.pop("class_name")
                 storage.save_sidecar(path, sidecar)
-        except Exception as error:  # one map that cannot be written leaves the others
+        except Exception as error:  # a map that cannot be written must not affect the others
             record.status, record.reason = "failed", named_reason(error)
             failure = error
         if record.status in UNFINISHED:
@@ -272,11 +263,11 @@ class ResultWriter:
             more["sum_in_padding"] = sums.get("sum_in_padding", 0.0) + record.sum_in_padding
         path.parent.mkdir(parents=True, exist_ok=True)
         shown: dict[str, float] = {}
-        if synthesised:  # black and white, in place of the window of a map
+        if synthesised:  # the display window of an image is its intensity range
             ends = torch.tensor(record.intensity_range)
             shown = {"cal_min": float(ends.min()), "cal_max": float(ends.max())}
         storage.save_map(path, values, grid, method=method.name or type(method).__name__, **shown)
-        storage.picture_path(path).unlink(missing_ok=True)  # of an earlier map
+        storage.picture_path(path).unlink(missing_ok=True)  # picture of an earlier map
         if record.features:
             with storage.atomic(storage.table_path(path)) as temporary:
                 temporary.write_text(table_csv(record.features), encoding="utf-8")
@@ -312,7 +303,7 @@ class ResultWriter:
     def _draw_synthesised(
         self, path: Path, values: Tensor, attribution: Attribution, record: Record, case: str, scan: MetaTensor
     ) -> dict[str, Any]:
-        """The picture of a synthesised image, cut to where it was synthesised, and of its curve."""
+        """Draw a synthesised image, cropped to its synthesised part, and its curve."""
         method = attribution.method
         name, subject = method.name or type(method).__name__, attribution.label
         if record.layer is not None:
@@ -345,16 +336,16 @@ class ResultWriter:
         return {"separate_folder": self.layout["separate_folder"]}
 
     def _mask_path(self, attribution: Attribution, case: str) -> Path:
-        return mask_path(self.output_dir, case, self._target_name(attribution), **self._folders)
+        return mask_path(self.output_dir, case, self.names.of(attribution)[0], **self._folders)
 
     def _copies(self, case: str) -> dict[Path, Tensor]:
-        """Return what this run has copied of the case; one case is kept at a time."""
+        """Return the copies that this run has written for the case; one case is kept at a time."""
         if self._copied[0] != case:
             self._copied = (case, {})
         return self._copied[1]
 
     def _copy_mask(self, attribution: Attribution, case: str, volume: MetaTensor, grid: storage.Grid) -> Tensor | None:
-        """Return the target's voxels on the scan's grid, written once beside the maps; None for a class score."""
+        """Return the target's voxels (1, *scan), written once next to the maps; None for a class score."""
         if attribution.mask is None:
             return None
         path, copies = self._mask_path(attribution, case), self._copies(case)
@@ -385,7 +376,7 @@ class ResultWriter:
             return cast(MetaTensor, scan.cpu())
         name = str(scan)
         if name not in self._scans:
-            self._scans = {name: storage.read_scan(scan)}  # one case at a time
+            self._scans = {name: storage.read_scan(scan)}  # one scan is kept at a time
         return self._scans[name]
 
     def _scan_hash(self, scan: Any) -> str | None:

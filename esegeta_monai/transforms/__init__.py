@@ -1,4 +1,4 @@
-"""MONAI transforms: thin doors to the explainer, and the way back to the scan's grid."""
+"""MONAI transforms that explain an image, and that bring maps back to the scan's grid."""
 
 from __future__ import annotations
 

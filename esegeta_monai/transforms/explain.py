@@ -1,4 +1,4 @@
-"""Attribution maps in the data dictionary: a thin door to the `Explainer` for everything that composes transforms."""
+"""Transforms that add attribution maps to the data dictionary: the interface of the `Explainer` for pipelines."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ logger = logging.getLogger("esegeta_monai")
 
 
 class Explain(Transform):
-    """The attribution maps of an image, by name: ``"{target}_{Method}"``.
+    """Transform that returns the attribution maps of an image by name: ``"{target}_{Method}"``.
 
-    The names are those of the targets and methods; of two of one kind, with the parameters that tell them apart
-    (`names` lists them). A target that asks for several classes (`PredictedClasses`, ``ClassScore(top_k=3)``) gives a
-    map for each, ``"{target}-{class}_{Method}"``, known only once the prediction is.
+    The names are those of the targets and methods. If several have the same kind, their names include the parameters
+    that differ (`names` lists them). A target with several classes (`PredictedClasses`, ``ClassScore(top_k=3)``) gives
+    one map per class, ``"{target}-{class}_{Method}"``; these names are known only after the prediction.
 
     Each map is a MetaTensor (C, *spatial) with the image's affine and trace, so that `InvertAttributiond` brings
-    additive ones back to the scan's grid, and MONAI's ``Invertd`` the others. Its record is in ``meta["record"]`` as
-    JSON text (text, since data loaders cannot collate what a dictionary may hold).
+    additive maps back to the scan's grid, and MONAI's ``Invertd`` the others. Its record is JSON text in
+    ``meta["record"]``, because data loaders cannot collate arbitrary dictionaries.
 
     Args:
         network: the network; its weights may be loaded later.
         inferer, device, amp: see `Explainer`.
         methods: names, configs or instances; default Saliency and GradCam.
-        targets: names, configs or instances; None: every predicted class, background aside.
+        targets: names, configs or instances; None: every predicted class except the background.
         explainer: further options of `Explainer` (``class_names``, ``seed``, ``output``, ``on_error``, …).
 
     Raises:
-        UsageError: an unknown name or parameter, names that clash, or a CUDA device in a forked DataLoader worker.
-        EsegetaError: what the explanation meets, see `Explainer`; with ``on_error="record"`` the map is left out.
+        UsageError: an unknown name or parameter, equal names, or a CUDA device in a forked DataLoader worker.
+        EsegetaError: any failure, see `Explainer`; with ``on_error="record"``, the map is left out instead.
 
     Example:
         >>> network = nn.Conv2d(1, 2, 3, padding=1)
@@ -57,7 +57,7 @@ class Explain(Transform):
         ['MultiClassMask-class_index0_Saliency', 'MultiClassMask-class_index1_Saliency']
     """
 
-    backend = [TransformBackends.TORCH]  # noqa: RUF012 - as in all of MONAI's transforms
+    backend = [TransformBackends.TORCH]  # noqa: RUF012 - as in all transforms of MONAI
 
     def __init__(
         self,
@@ -82,19 +82,19 @@ class Explain(Transform):
 
     @property
     def names(self) -> list[str]:
-        """The names of the maps, targets outermost; without those that only a prediction tells."""
+        """The names of the maps, targets outermost; without names that depend on the prediction."""
         fixed = [name for name, target in zip(self._target_names, self.targets) if not _several(target)]
         return [f"{target}_{method}" for target in fixed for method in self._method_names]
 
     def __call__(
         self, image: torch.Tensor, case: Mapping[Hashable, Any] | None = None, prediction: torch.Tensor | None = None
     ) -> dict[str, MetaTensor]:
-        """The maps by name; those of empty targets are left out, with a line in the log.
+        """Return the maps (C, *spatial) by name; those of empty targets are left out, with a warning in the log.
 
         Args:
-            image: (C, *spatial), preprocessed. It is not modified.
-            case: its data dictionary, where targets find masks and labels.
-            prediction: the network's raw output (K, …) for the image, where it is known already.
+            image: preprocessed image (C, *spatial). It is not modified.
+            case: data dictionary of the image, in which targets look up masks and labels.
+            prediction: the network's raw output (K, …) for the image, if it is already known.
         """
         self._refuse_forked_cuda()
         maps: dict[str, MetaTensor] = {}
@@ -106,13 +106,13 @@ class Explain(Transform):
                 logger.warning("%s: no map, %s: %s", name, attribution.status, attribution.record.get("reason"))
                 continue
             if name in maps:
-                raise UsageError(f"{attribution.target!r} gives several maps called {name!r}: give one target a map")
+                raise UsageError(f"{attribution.target!r} gives several maps called {name!r}: use one target per map")
             attribution.map.meta["record"] = strict_json(attribution.record)
             maps[name] = attribution.map
         return maps
 
     def _name(self, attribution: Attribution) -> str:
-        # by identity, and by position rather than by id(): the transform may have been pickled for a worker
+        # by identity and position, not by id(): the transform may have been pickled for a worker
         target = next(n for n, t in zip(self._target_names, self.targets) if t is attribution.target)
         method = next(n for n, m in zip(self._method_names, self.methods) if m is attribution.method)
         if _several(attribution.target) and attribution.record["class_name"] is not None:
@@ -124,8 +124,8 @@ class Explain(Transform):
         devices = {settings.device.type, settings.volume_device.type}
         if "cuda" in devices and get_worker_info() is not None and _forked():
             raise UsageError(
-                "Explain on a CUDA device cannot run in a forked DataLoader worker, since CUDA does not survive a "
-                'fork: set num_workers=0, or multiprocessing_context="spawn", or explain in the postprocessing'
+                "Explain on a CUDA device cannot run in a forked DataLoader worker, because CUDA cannot be used after "
+                'a fork: set num_workers=0, or multiprocessing_context="spawn", or explain in the postprocessing'
             )
 
 
@@ -133,15 +133,15 @@ class Explaind(MapTransform):
     """Dictionary version of :class:`Explain`: adds maps under ``"{key}_{target}_{Method}"``.
 
     Args:
-        keys: preprocessed images (C, *spatial); each is explained by itself.
+        keys: keys of preprocessed images (C, *spatial); each is explained separately.
         network, inferer, methods, targets, device, amp, explainer: see :class:`Explain`.
-        output_keys: where the maps go, in place of the names above: for each key, for each target, for each method.
-        pred_key: the network's raw output for the image, where the dictionary has it (an evaluator's postprocessing):
-            saves a forward pass.
-        allow_missing_keys: skip keys that are not there.
+        output_keys: keys of the maps that replace the names above, ordered by key, target and method.
+        pred_key: key of the network's raw output (K, …) for the image, if the dictionary has it (as in an evaluator's
+            postprocessing); it saves a forward pass.
+        allow_missing_keys: skip missing keys.
 
     Raises:
-        UsageError: as :class:`Explain`; ``output_keys`` of another number than maps.
+        UsageError: see :class:`Explain`; also if ``output_keys`` has another length than there are maps.
 
     Example:
         >>> explain = Explaind("image", nn.Conv2d(1, 2, 3, padding=1), methods="Saliency", targets="MultiClassMask(1)")
@@ -182,7 +182,7 @@ class Explaind(MapTransform):
 
     @property
     def output_keys(self) -> list[str]:
-        """Where the maps go, for the ``keys`` of the transforms that follow; see `Explain.names`."""
+        """Keys of the maps, for the ``keys`` of the next transforms; see `Explain.names`."""
         return list(self._keys_of.values())
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -198,12 +198,12 @@ ExplainD = ExplainDict = Explaind
 
 
 def _several(target: Target) -> bool:
-    """Whether a target has a map for each of several classes."""
+    """Return True if a target may have several maps, one per class."""
     return isinstance(target, PredictedClasses) or getattr(target, "top_k", 1) != 1
 
 
 def _forked() -> bool:
-    """Whether this process was forked from the one that holds the network."""
+    """Return True if this process was forked."""
     kind = type(multiprocessing.current_process()).__name__
     if kind in ("SpawnProcess", "ForkServerProcess"):
         return False

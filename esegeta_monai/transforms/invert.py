@@ -1,14 +1,14 @@
-"""Additive attribution maps back on the scan's own grid, with nothing lost on the way.
+"""Bring additive attribution maps back to the scan's own grid, with conserved sums.
 
-A preprocessing samples the scan: x_net = W x_scan. What an additive map a_net says about network voxels is handed
-back to the scan voxels that they were made of,
+A preprocessing samples the scan: x_net = W x_scan. The relevance of each network voxel in an additive map a_net is
+distributed to the scan voxels from which it was sampled,
 
     a_scan = Wᵀ D a_net,
 
-where D makes every network voxel give away exactly its own relevance. The sum is conserved voxel by voxel, so that
-maps whose positive and negative parts nearly cancel are right too; rescaling an interpolated map by a quotient of
-sums is not (its denominator may be zero). Voxels that were sampled from outside of the scan (constant padding) hand
-the share concerned to nobody; it is booked as ``sum_in_padding``:
+where D normalises the weights, so that every network voxel distributes exactly its own relevance. The sum is conserved
+for each voxel, also in maps whose positive and negative parts nearly cancel; rescaling an interpolated map by a ratio
+of sums would fail there (the denominator may be zero). The share of network voxels that was sampled outside the scan
+(constant padding) belongs to no scan voxel and is recorded as ``sum_in_padding``:
 
     sum_network_grid = sum_scan_grid + sum_in_padding
 """
@@ -31,42 +31,43 @@ __all__ = ["InvertAttribution", "InvertAttributionD", "InvertAttributionDict", "
 
 
 class InvertAttribution(Transform):
-    """Bring an additive map from the network's grid to the scan's: a_scan = Wᵀ D a_net, sums conserved.
+    """Transform of an additive map from the network's grid to the scan's: a_scan = Wᵀ D a_net, sums conserved.
 
-    For a map of activations times weights (GradCam, LayerActivation, …), which does not add up, use MONAI's
-    ``Invertd(nearest_interp=False)``: it interpolates, so a constant stays that constant. Give it MetaTensors, since
-    it leaves a plain tensor where it is, with no more than a warning.
+    Maps that are not additive (GradCam, LayerActivation, …: activations times weights) need MONAI's
+    ``Invertd(nearest_interp=False)``: it interpolates, so a constant map stays constant. Pass it MetaTensors; it
+    returns a plain tensor unchanged, with only a warning.
 
-    Every geometric transform that MONAI traces is undone, last first:
+    Every geometric transform that MONAI traces is inverted, last first:
 
     * permutations (Orientation, Flip, Rotate90) move voxels back, bit by bit;
-    * crops come back with zeros around; constant padding is cut off and booked, padding that copies voxels (reflect,
-      edge, wrap, symmetric) is folded back onto the voxels copied;
+    * crops are padded with zeros; constant padding is cut off and its sum recorded; padding that copies voxels
+      (reflect, edge, wrap, symmetric) is added to the copied voxels;
     * Spacing, SpatialResample, ResampleToMatch, Affine, Rotate, Resize, Zoom: the adjoint of the sampling, see below.
 
-    Random variants are read as what they drew. Lazy transforms are merged as MONAI merges them. Intensity transforms
-    leave no trace and need none. What MONAI does not trace (Transpose, elastic deformation) cannot be undone; where
-    the scan's ``original_affine`` and ``spatial_shape`` are known, ending elsewhere gives a warning.
+    Random transforms are inverted with the parameters that they drew. Lazy transforms are merged as MONAI merges them.
+    Intensity transforms leave no trace and need none. Transforms that MONAI does not trace (Transpose, elastic
+    deformation) cannot be inverted; if the scan's ``original_affine`` and ``spatial_shape`` are known and the result
+    has others, a warning is given.
 
-    **Weights.** Network voxel i was sampled at the scan position p_i = X i. It hands its relevance to scan voxels j by
-    tents along the scan's axes, D makes them sum to 1 less the share in padding:
+    **Weights.** Network voxel i was sampled at the scan position p_i = X i. Its relevance is distributed to scan voxels
+    j by tent functions along the scan's axes, which D normalises to a sum of 1 minus the share in padding:
 
         w_ij ∝ Π_k max(0, 1 − |p_ik − j_k| / h_k)           h_k = max(1, |row k of X|)
 
-    Where the network's grid is as fine as the scan's or finer (h = 1) this is the exact adjoint of linear
-    interpolation. Where it is coarser, the exact adjoint would put all relevance on the few scan voxels next to the
-    sampling points, one voxel of 27 at a spacing of 3, and zero between: true to the letter, as the network has read
-    nothing else, but it shows the sampling pattern rather than the anatomy, and moving the scan by one voxel would
-    show another one. The tent is therefore as wide as the coarser of the two grids: the adjoint of the sampling
-    with the anti-aliasing that it lacked. ``spread=False`` gives the exact adjoint. The mean over covered voxels
-    (``mode="area"``, the default of Resize and Zoom) reads all voxels and is undone exactly. Nearest-neighbour
-    sampling puts the centre of the tent on the voxel read. Splines of higher order are treated as linear: their
-    negative lobes would give neighbours relevance of the opposite sign.
+    If the network's grid is as fine as the scan's or finer (h = 1), this is the exact adjoint of linear interpolation.
+    If it is coarser, the exact adjoint would put all relevance on the few scan voxels next to the sampling points (one
+    voxel of 27 at a spacing of 3), and zero between them. That is correct, because the network has read no other
+    voxels, but it shows the sampling pattern rather than the anatomy, and the pattern changes if the scan is moved by
+    one voxel. The tent is therefore as wide as the coarser of the two grids, which gives the adjoint of the sampling
+    with anti-aliasing. ``spread=False`` gives the exact adjoint. The mean over covered voxels (``mode="area"``, the
+    default of Resize and Zoom) reads all voxels and is inverted exactly. For nearest-neighbour sampling, the tent is
+    centred on the voxel that was read. Splines of higher order are treated as linear: their negative lobes would give
+    neighbours relevance of the opposite sign.
 
     Args:
-        spread: whether a tent is widened to the coarser of the two grids (above).
+        spread: True: widen the tent to the coarser of the two grids (see above); False: exact adjoint.
 
-    Memory: the map on the grids before and after one step, and a bounded chunk of weights. No dense matrix.
+    Memory: the map on the grids before and after one step, and a bounded chunk of weights; no dense matrix.
 
     Example:
         >>> from monai.transforms import Spacing
@@ -86,8 +87,8 @@ class InvertAttribution(Transform):
 
         Args:
             attribution: additive map (C, *spatial), 2D or 3D, on the network's grid. It is not modified.
-            image: preprocessed image (any channels, *spatial) whose ``applied_operations`` and affine describe how
-                that grid came about; None where ``attribution`` is a MetaTensor that carries them itself.
+            image: preprocessed image (any channels, *spatial) whose ``applied_operations`` and affine describe the
+                origin of that grid; None if ``attribution`` is a MetaTensor that has them itself.
 
         Returns:
             MetaTensor (C, *scan), in the dtype of the map (float32 for half precision), with the scan's affine and
@@ -95,24 +96,24 @@ class InvertAttribution(Transform):
             ``sum_scan_grid`` and ``sum_in_padding`` (over all channels, accumulated in float64).
 
         Raises:
-            InputError: no trace, pending lazy operations, shapes that differ, or a transform of unknown adjoint.
+            InputError: no trace, pending lazy operations, different shapes, or a transform without a known adjoint.
         """
         return invert_attribution(attribution, image, spread=self.spread)
 
 
 class InvertAttributiond(MapTransform):
-    """Dictionary version of :class:`InvertAttribution`; the place of ``Invertd`` for maps that add up.
+    """Dictionary version of :class:`InvertAttribution`; it replaces ``Invertd`` for additive maps.
 
-    Unlike ``Invertd`` it needs no ``transform``: the trace says all.
+    Unlike ``Invertd`` it needs no ``transform``, because the trace is sufficient.
 
     Args:
-        keys: additive maps (C, *spatial) on the network's grid.
-        orig_keys: for each key, the preprocessed image whose trace and affine count; None: the map's own.
+        keys: keys of additive maps (C, *spatial) on the network's grid.
+        orig_keys: for each key, the key of the preprocessed image whose trace and affine are used; None: the map's own.
         spread: see :class:`InvertAttribution`.
-        allow_missing_keys: skip keys that are not there.
+        allow_missing_keys: skip missing keys.
 
     Raises:
-        InputError: as :class:`InvertAttribution`, and where an ``orig_keys`` entry is missing.
+        InputError: see :class:`InvertAttribution`; also if an entry of ``orig_keys`` is missing.
 
     Example:
         >>> from monai.transforms import Flipd

@@ -195,7 +195,7 @@ def test_what_the_command_line_makes_of_a_date_and_of_false(bundle: Path) -> Non
     with pytest.raises(RuntimeError) as raised:
         parser.get_parsed_content("explain_handler", reset=True)
     assert isinstance(raised.value.__cause__, UsageError)
-    assert "output_dir=20240115 is no folder name: on the command line write ./NAME" in str(raised.value.__cause__)
+    assert "output_dir=20240115 is not a folder name: on the command line write ./NAME" in str(raised.value.__cause__)
 
 
 @pytest.mark.parametrize("dry_run", [True, DefaultParseValue("true")])

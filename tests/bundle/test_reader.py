@@ -257,7 +257,7 @@ def test_sys_path_and_modules_are_restored(tmp_path: Path) -> None:
         ("network", {"inferer": 1}, r"no network: configs/inference\.json has none of .*--override network="),
         ("inferer", {"network_def": 1}, r"no inferer: .*evaluator::inferer, inferer.* --override inferer=@id_of_yours"),
         ("preprocessing", {"evaluator": "$None"}, r"no preprocessing: .*--override preprocessing="),
-        ("preprocessing", {"preprocessing": 5}, r"is a int, no transform"),
+        ("preprocessing", {"preprocessing": 5}, r"is a int, not a transform"),
     ],
 )
 def test_missing_id(tmp_path: Path, part: str, config: dict[str, Any], message: str) -> None:
@@ -285,7 +285,7 @@ def test_network_that_cannot_be_built(tmp_path: Path) -> None:
 
 
 def test_network_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(NetworkError, match="is a str, no network"):
+    with pytest.raises(NetworkError, match="is a str, no module"):
         _ = BundleReader(write(tmp_path / "bundle", {"network": "UNet"})).network
 
 

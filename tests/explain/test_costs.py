@@ -124,13 +124,13 @@ def test_every_method_that_knows_its_passes_exactly_does(setting, name):
     (judged,) = explain.judge(scan, [case.target])
     predicted = method.passes(judged.objective)
     (cost,) = explain.costs(scan, [method], [case.target], calibration=0.0)
-    measured = case.explain(case.method(name), case.target).record["window_passes"]
+    window_passes = case.explain(case.method(name), case.target).record["window_passes"]
     assert cost.note is None
     assert cost.exact or not method.passes_exact
-    assert cost.passes == measured or not cost.exact
+    assert cost.passes == window_passes or not cost.exact
     counted = method.passes_data_dependent or name == "ScoreCam"  # counted as it went, not known before
-    assert counted or cost.passes == measured
-    assert predicted == measured or not method.passes_exact or getattr(method, "layer", "") is None
+    assert counted or cost.passes == window_passes
+    assert predicted == window_passes or not method.passes_exact or getattr(method, "layer", "") is None
 
 
 @pytest.mark.parametrize("calibration", [0.0, 60.0])
@@ -225,9 +225,9 @@ class Slower(m.Occlusion):
 
     def attribute(self, objective):
         self.clock.seconds += self.before
-        outcome = super().attribute(objective)
+        result = super().attribute(objective)
         self.clock.seconds += self.after
-        return outcome
+        return result
 
 
 class Endless(m.Saliency):
@@ -241,9 +241,9 @@ class Endless(m.Saliency):
 
     def attribute(self, objective):
         for _ in range(self.rounds):
-            gradient = objective.gradient(objective.image[None])
+            result = objective.gradient(objective.image[None])
             self.clock.seconds += 0.5
-        return gradient.maps[:, 0]
+        return result.maps[:, 0]
 
 
 def slow(clock: Clock, **options) -> Explainer:
@@ -326,8 +326,8 @@ def test_a_dry_run_has_no_side_effects(caplog):
     caplog.clear()
     assert all(c.note is None for c in explain.costs(image, methods, target, calibration=0.0))
     assert not caplog.records
-    for attribution, expected_map in zip(explain(image, methods, target), expected):
-        assert torch.equal(attribution.map, expected_map)
+    for attribution, values in zip(explain(image, methods, target), expected):
+        assert torch.equal(attribution.map, values)
 
 
 def test_an_empty_target_has_a_reason():
@@ -358,11 +358,11 @@ def test_a_voxel_by_voxel_occlusion_of_a_volume_is_refused_at_once():
 
 
 def test_the_lines_of_the_table():
-    estimates = [
+    rows = [
         ("sub-01", costs.Cost(0, "Occlusion", "Voxel-1", 1200, True, 40000, 75.0, 2**31)),
         ("sub-01", costs.Cost(0, "Saliency", "Voxel-1", note="no voxel")),
     ]
-    header, first, second = costs.table(estimates)
+    header, first, second = costs.table(rows)
     assert header.split() == ["case", "target", "method", "passes", "naive", "passes", "time", "peak", "memory"]
     assert first.split() == ["sub-01", "Voxel-1", "Occlusion", "1,200", "40,000", "1", "min", "15", "s", "2.0", "GiB"]
     assert first.index("40,000") == header.index("naive")

@@ -157,7 +157,7 @@ def test_a_map_on_disk_that_cannot_be_read_leaves_the_others(study, capsys):
 
 
 @pytest.mark.parametrize(
-    ("more", "expected"),
+    ("more", "message"),
     [
         (["--maps", "nowhere"], "no such folder"),
         (["--label", "nowhere.nii.gz"], "no such file"),
@@ -165,23 +165,23 @@ def test_a_map_on_disk_that_cannot_be_read_leaves_the_others(study, capsys):
         (["--regions", "{study}/scans", "--region-names", "liver"], "NUMBER=NAME"),
         (["--regions", "{study}/scans", "--region-names", "1"], "NUMBER=NAME"),
         (["--region-names", "1=liver"], "--regions or --label"),
-        (["--label-value", "1"], "give the label with --label"),
+        (["--label-value", "1"], "also give the label map by --label"),
         (
             ["--label", "{study}/labels", "--label-value", "klass"],
-            "'klass' is no whole number above 0, and not 'class'",
+            "'klass' is neither a positive integer nor 'class'",
         ),
-        (["--outside-alarm", "2"], "'2' is no share from 0 to 1"),
+        (["--outside-alarm", "2"], "'2' is not a number from 0 to 1"),
         (["--label", "{study}/bundle/configs/inference.json"], "inference.json cannot be read as a label map"),
     ],
 )
-def test_wrong_options_raise_a_one_line_error(study, more, expected, capsys):
+def test_errors_are_one_line(study, more, message, capsys):
     try:
         code = run(study, "evaluate", "wrong", *[m.format(study=study) for m in more])
     except SystemExit as stopped:  # by argparse
         code = stopped.code
     assert code in (1, 2)
     error = capsys.readouterr().err.strip()
-    assert expected in error
+    assert message in error
     assert "Traceback" not in error
 
 

@@ -31,8 +31,15 @@ def write_volume(path: Path, values: np.ndarray, affine: np.ndarray) -> Path:
     return path
 
 
-def write_series(folder: Path, values: np.ndarray, affine: np.ndarray, *, n_acquired: int | None = None) -> Path:
-    """Write a DICOM file per slice along the last axis of ``values`` (int16); ``n_acquired``: Images in Acquisition."""
+def write_series(folder: Path, values: np.ndarray, affine: np.ndarray, *, declared: int | None = None) -> Path:
+    """Write one DICOM file per slice along the last axis of ``values`` (int16).
+
+    Args:
+        folder: new folder.
+        values: (x, y, z).
+        affine: (4, 4).
+        declared: number of slices in the tag Images in Acquisition; None: no tag.
+    """
     import itk
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,8 +60,8 @@ def write_series(folder: Path, values: np.ndarray, affine: np.ndarray, *, n_acqu
             "0020|0032": "\\".join(f"{x:.9g}" for x in to_lps(shifted)[:3, 3]),
             "0020|0037": "\\".join(f"{x:.9g}" for x in [*axes[:, 0], *axes[:, 1]]),
         }
-        if n_acquired is not None:
-            entries["0020|1002"] = str(n_acquired)
+        if declared is not None:
+            entries["0020|1002"] = str(declared)
         for key, value in entries.items():
             tags[key] = value
         image_io = itk.GDCMImageIO.New()

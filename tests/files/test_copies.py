@@ -57,5 +57,5 @@ def test_a_mask(scan: Path, tmp_path: Path) -> None:
     path = save_mask(mask_path(tmp_path, "a", "MultiClassMask-grey matter"), mask, Grid.of(scan))
     assert path.name == "a_MultiClassMask-grey-matter_mask.nii.gz"
     assert np.array_equal(np.asarray(nib.load(path).dataobj), mask[0])
-    with pytest.raises(InputError, match="does not lie on the scan's grid"):
+    with pytest.raises(InputError, match="does not fit the scan's grid"):
         save_mask(path, mask[:, 1:], Grid.of(scan))

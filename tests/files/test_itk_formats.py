@@ -103,12 +103,12 @@ def end(folder: Path) -> None:
         (gap, "slices are missing, one gap of 4 mm among gaps of 2 mm"),
         (cut, "1 of 7 files cannot be read, first 003.dcm"),
         (emptied, "1 of 7 files cannot be read, first 006.dcm"),
-        (end, "6 slices of the 7 that they say there are"),
+        (end, "6 slices of the 7 that the files declare"),
     ],
     ids=["gap", "cut", "emptied", "end"],
 )
 def test_a_truncated_series_is_refused(tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
-    folder = write_series(tmp_path / "series", volume(), AFFINE, n_acquired=7)
+    folder = write_series(tmp_path / "series", volume(), AFFINE, declared=7)
     read_scan(folder)
     damage(folder)
     with pytest.raises(InputError, match=f"the DICOM series is truncated .{says}"):

@@ -131,7 +131,7 @@ def test_voxel_sizes_beyond_the_third_axis_stay(tmp_path: Path) -> None:
 def test_a_map_on_another_grid_is_refused(tmp_path: Path) -> None:
     grid = Grid.of(scan_file(tmp_path / "scan.nii", (4, 5, 6)))
     for shape in ((1, 4, 6, 5), (1, 4, 5), (1, 120, 1, 1), (1, 5, 4, 6)):
-        with pytest.raises(InputError, match="does not lie on the scan's grid"):
+        with pytest.raises(InputError, match="does not fit the scan's grid"):
             save_map(tmp_path / "map.nii", values(*shape), grid, method="Saliency")
     assert not (tmp_path / "map.nii").exists()
 

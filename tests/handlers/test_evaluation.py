@@ -339,7 +339,7 @@ def test_what_fails_is_recorded_and_the_run_goes_on(
     reported = [r.getMessage() for r in caplog.records if r.name == "my.logger"]
     assert [line for line in reported if "stumbled" in line]
     assert [line for line in reported if "injected" in line]
-    assert "2 case(s) judged" in reported[-1]
+    assert "2 case(s) evaluated" in reported[-1]
 
 
 def test_epochs_and_cases_as_the_explanation_handler(scans: list[Path], tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ def test_every_target_of_one_kind_has_its_status(image: MetaTensor, tmp_path: Pa
 def test_methods_that_the_writer_does_not_know_are_refused_by_name(image: MetaTensor, tmp_path: Path) -> None:
     targets: list[Target] = [Box(1, (0, 0, 0), (6, 6, 6))]
     writer = ResultWriter(tmp_path, [Saliency()], targets)
-    with pytest.raises(UsageError, match="one of the methods that this run was begun with"):
+    with pytest.raises(UsageError, match="one of the methods of this run"):
         writer.explain(Explainer(network()), image, "alpha", [Saliency()], targets)
 
 

@@ -208,6 +208,6 @@ def test_what_cannot_be_brought_back_is_named():
 
 def test_lambda_is_taken_for_an_intensity_transform_aloud():
     image = mt.Lambda(lambda x: x * 2)(mt.Flip(0)(scan()))
-    with pytest.warns(UserWarning, match="Lambda is taken to change intensities only"):
+    with pytest.warns(UserWarning, match="Lambda is assumed to change intensities only"):
         result = InvertAttribution()(random_map(image))
     assert torch.equal(result.as_tensor(), random_map(image).as_tensor().flip(1))

@@ -53,7 +53,7 @@ def _joined(rank: int, work: Callable[..., None], port: int, ranks: int, args: t
 
 
 def small(cls: type[Method]) -> Method:
-    if cls.__name__ == "KernelShap":  # needs two per feature
+    if cls.__name__ == "KernelShap":  # needs two samples per feature
         return cls(n_samples=256)
     return cls(**{p: v for p, v in FEW.items() if p in cls.parameter_names()})
 

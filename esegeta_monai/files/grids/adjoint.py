@@ -60,20 +60,20 @@ def invert_attribution(
 def _checked(attribution: torch.Tensor, source: torch.Tensor) -> MetaTensor:
     if not isinstance(source, MetaTensor):
         raise InputError(
-            "a plain tensor does not say how it was preprocessed: give a MetaTensor, or the image beside it "
+            "a plain tensor has no trace of its preprocessing: give a MetaTensor, or also the image "
             "(orig_keys of InvertAttributiond)"
         )
     for tensor in (attribution, source):
         if isinstance(tensor, MetaTensor) and tensor.pending_operations:
             names = ", ".join(str(operation["class"]) for operation in tensor.pending_operations)
-            raise InputError(f"lazy transforms wait to be applied ({names}): put ApplyPendingd before the network")
+            raise InputError(f"lazy transforms are pending ({names}): put ApplyPendingd before the network")
     if source.is_batch:
-        raise InputError("a batch has a trace for each of its images: decollate it and bring the maps back singly")
+        raise InputError("a batch has a trace for each of its images: decollate it and invert the maps one by one")
     if attribution.ndim not in (3, 4) or attribution.is_complex():
         raise InputError(f"a map is real and (C, *spatial) in 2D or 3D, got {tuple(attribution.shape)}")
     if attribution.shape[1:] != source.shape[1:]:
         raise InputError(
-            f"the map lies on a grid of {tuple(attribution.shape[1:])}, its image on {tuple(source.shape[1:])}: "
+            f"the map has a grid of {tuple(attribution.shape[1:])}, its image one of {tuple(source.shape[1:])}: "
             "upsample layer maps to the image first, and give the image that the network has seen"
         )
     return source
@@ -86,7 +86,7 @@ def _warn_if_elsewhere(meta: Mapping[str, Any], size: torch.Size, affine: torch.
     same_affine = np.allclose(to_affine_nd(len(affine) - 1, np.asarray(loaded)), affine.numpy(), rtol=1e-4, atol=1e-3)
     if not same_affine or tuple(int(n) for n in shape[: len(size)]) != tuple(size):
         warnings.warn(
-            f"undoing the traced transforms gives a grid of {tuple(size)} that is not the one loaded "
+            f"inverting the traced transforms gives a grid of {tuple(size)} that is not the one loaded "
             f"({tuple(int(n) for n in shape)}): some transform moved voxels and left no trace, "
             "or the image was resampled to another one",
             stacklevel=3,

@@ -29,7 +29,7 @@ def scan_of(image: MetaTensor) -> Any:
 
 
 def _background(values: Tensor, scan: MetaTensor, image: MetaTensor) -> MetaTensor:
-    """Return the image behind a map: the scan, with the number of channels of the map if it has several.
+    """Return the background image of a map: the scan, with the number of channels of the map if it has several.
 
     If channels are in separate files, they are taken from the network's input. The channels of a layer have no
     counterpart; the first channel of the scan is repeated for them.
@@ -56,9 +56,9 @@ def _cut_to_place(values: Tensor, record: Mapping[str, Any], scan: MetaTensor) -
         to_affine_nd(d, np.asarray(a, dtype=np.float64)) for a in (record["network_affine"], scan.affine)
     )
     corners = np.array([[*corner, 1.0] for corner in product(*[(a - 0.5, b - 0.5) for a, b in record["place"]])])
-    found = (np.linalg.inv(affine) @ network @ corners.T)[:d]
-    low = np.clip(np.ceil(found.min(1) - 1e-3), 0, None).astype(int)
-    high = np.minimum(np.floor(found.max(1) + 1e-3).astype(int) + 1, values.shape[1:])
+    scan_corners = (np.linalg.inv(affine) @ network @ corners.T)[:d]
+    low = np.clip(np.ceil(scan_corners.min(1) - 1e-3), 0, None).astype(int)
+    high = np.minimum(np.floor(scan_corners.max(1) + 1e-3).astype(int) + 1, values.shape[1:])
     cut: tuple[slice, ...] = (slice(None), *(slice(int(a), int(b)) for a, b in zip(low, high)))
     moved = affine.copy()
     moved[:d, d] += affine[:d, :d] @ low
@@ -86,7 +86,7 @@ def to_scan_grid(
     if values.ndim - 1 < sum(n > 1 for n in shape):
         raise MethodError(
             f"the network saw a slice of {tuple(values.shape[1:])}, the scan is a volume of {shape}, and maps are "
-            "written on the scan's own grid: predict volumes by SliceInferer, or take maps of slices from Explainer"
+            "written on the scan's own grid: predict volumes with SliceInferer, or get maps of slices from Explainer"
         )
     if additive and values.applied_operations:
         back = invert_attribution(values)
@@ -101,7 +101,7 @@ def to_scan_grid(
         return values.as_tensor(), {"sum_network_grid": total, "sum_scan_grid": total} if additive else {}
     if additive:
         raise MethodError(
-            f"the preprocessing left no trace that leads from {tuple(values.shape[1:])} back to the scan's "
+            f"the preprocessing left no trace from {tuple(values.shape[1:])} back to the scan's "
             f"{shape}: use MONAI's transforms on MetaTensors (no track_meta=False, no plain arrays in between)"
         )
     plain = MetaTensor(values.as_tensor().double(), affine=values.affine)

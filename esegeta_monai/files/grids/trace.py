@@ -4,8 +4,8 @@ Every geometric transform of MONAI, including permutations, crops and pads, has 
 
     x_out(i) = Σ_j k(X i − j) x_in(j)
 
-``X`` maps a voxel index of the output grid to the input grid, ``k`` is the interpolation kernel, and a padding rule
-defines values outside the input. :func:`steps` reads these forms from ``MetaTensor.applied_operations``.
+``X`` transforms voxel indices of the output grid to the input grid, ``k`` is the interpolation kernel, and a padding
+rule defines values outside the input. :func:`steps` reads these forms from ``MetaTensor.applied_operations``.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def steps(
     Raises:
         InputError: a transform has an unknown geometry or is not invertible.
     """
-    found: list[Step] = []
+    result: list[Step] = []
     size_out = _ints(size)
     atoms = [atom for operation in operations for atom in _atoms(operation)]
     while atoms:
@@ -96,13 +96,13 @@ def steps(
         if np.linalg.matrix_rank(step.xform) < len(step.xform):
             raise InputError(
                 f"{step.name} maps the scan's grid {step.size_in} to {size_out} by a singular matrix, "
-                "which leaves no way back: change that transform"
+                "which has no inverse: change that transform"
             )
         back = torch.as_tensor(np.linalg.inv(step.xform if step.tracked is None else step.tracked))
         affine = affine @ to_affine_nd(len(affine) - 1, back, dtype=torch.float64)
         size_out = step.size_in
-        found.append(step)
-    return found, affine
+        result.append(step)
+    return result, affine
 
 
 def _atoms(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -131,8 +131,8 @@ def _lazy(group: Sequence[Mapping[str, Any]], size_out: tuple[int, ...]) -> Step
     name = " + ".join(str(record[TraceKeys.CLASS_NAME]) for record in group)
     if not moves_only and any(_pads(record) for record in group[1:]):
         warnings.warn(
-            f"{name} were lazy and the trace does not say whether MONAI applied them at once: it is assumed, so what "
-            "was padded counts as repeated border voxels; without lazy=True padding is booked for certain",
+            f"{name} were lazy, and the trace does not state whether MONAI applied them in one step. One step is "
+            "assumed, so padded voxels count as repeated border voxels; without lazy=True the padding is recorded",
             stacklevel=2,
         )
     # apply_pending crops and pads with zeros if no interpolation is needed, else it samples with border padding.
@@ -166,11 +166,11 @@ def _eager(record: Mapping[str, Any], size_out: tuple[int, ...], affine: torch.T
             if key in extra:
                 return read(name, extra, size_in, size_out, affine)
     if name in ("Lambda", "RandLambda") and size_in == size_out:
-        warnings.warn(f"{name} is taken to change intensities only: the trace does not say what it does", stacklevel=2)
+        warnings.warn(f"{name} is assumed to change intensities only: the trace has no geometry of it", stacklevel=2)
         return None
     raise InputError(
-        f"the adjoint of {name} is not known: for a map that does not add up use Invertd, "
-        "for an additive one take the transform out of the preprocessing"
+        f"the adjoint of {name} is not known: for a map that is not additive use Invertd, "
+        "for an additive one remove the transform from the preprocessing"
     )
 
 
@@ -183,14 +183,14 @@ def _crop(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: to
 def _pad(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:
     channels, *borders = [tuple(int(b) for b in border) for border in extra["padded"]]
     if any(channels):
-        raise InputError(f"{name} padded channels: bring the map back without it")
+        raise InputError(f"{name} padded channels, which cannot be inverted: remove it from the preprocessing")
     mode = str(extra["mode"])
     # numpy's and torch's "reflect" is scipy's "mirror", while scipy's "reflect" repeats the border voxel
     padding = "mirror" if mode == "reflect" else PADDINGS.get(mode)
     if padding is None:
         raise InputError(
             f"{name} with mode={mode!r} has no known adjoint: use constant, edge, reflect, symmetric or wrap, "
-            "or Invertd for a map that does not add up"
+            "or Invertd for a map that is not additive"
         )
     shift = np.asarray(create_translate(len(size_in), [-float(border[0]) for border in borders]))
     return Step(name, shift, size_in, size_out, padding)

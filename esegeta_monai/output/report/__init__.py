@@ -1,9 +1,9 @@
-"""Pictures and reports of attribution maps.
+"""HTML reports of attribution maps.
 
-picture.py   a PNG beside each map                planes.py    where left is
-page.py      `write_report`: the HTML pages       collect.py   what lies in an output folder
-embed.py     the volumes that a page carries      volumes.py   turned, coarsened, packed
-words.py     what a page says                     charts.py    its curves
+page.py      `write_report`: the HTML pages       collect.py   read an output folder
+embed.py     data and volumes of a page           volumes.py   reorient, downsample and pack volumes
+words.py     texts of a page                      charts.py    curves as SVG
+reading.py   read files leniently                 viewer3d.py  optional 3D view
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Line charts as SVG that a page's style sheet colours, so that they are right in light and dark."""
+"""Line charts as SVG, coloured by the style sheet of the page so that they suit the light and the dark theme."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLOURS = 8
 
 @dataclass
 class Chart:
-    """A drawing with its heading and legend (CSS class, text)."""
+    """A chart with its heading and legend (CSS class, text)."""
 
     title: str
     target: str
@@ -27,19 +27,19 @@ class Chart:
 
 
 AXES = {
-    "deletion": ("share of voxels taken away, strongest first", "score"),
-    "insertion": ("share of voxels put back, strongest first", "score"),
+    "deletion": ("share of voxels deleted, strongest first", "score"),
+    "insertion": ("share of voxels inserted, strongest first", "score"),
     "irof": ("supervoxels replaced, strongest first", "score"),
     "regionperturbation": ("regions replaced, strongest first", "loss"),
     "road": ("share of voxels imputed", "loss"),
     "sensitivityn": ("parts in a set", "correlation"),
-    "randomisation": ("stages made random, from the output on", "similarity to the map"),
+    "randomisation": ("randomised stages, from the output on", "similarity to the map"),
     "synthesis": ("step", ""),
 }
 
 
 def charts(curves: Sequence[Curve]) -> list[Chart]:
-    """One chart for each target and kind of curve, with a line for each method."""
+    """Draw one chart per target and kind of curve, with one line per method."""
     groups: dict[tuple[str, str], list[Curve]] = {}
     for curve in curves:
         groups.setdefault((curve.target, curve.name), []).append(curve)
@@ -56,7 +56,7 @@ def charts(curves: Sequence[Curve]) -> list[Chart]:
 
 
 def line_chart(lines: Sequence[Curve], styles: Sequence[str], x_label: str, y_label: str, title: str) -> Markup:
-    """Lines over shared axes; ``styles`` are CSS classes, one a line.
+    """Draw lines over shared axes; ``styles`` has one CSS class per line.
 
     >>> svg = line_chart([Curve("loss", "", "m<1>", [0, 1, 2], [3.0, 2.0, 1.0])], ["s1"], "step", "loss", "loss")
     >>> "<title>loss</title>" in svg, svg.count("<polyline")
@@ -95,13 +95,13 @@ def line_chart(lines: Sequence[Curve], styles: Sequence[str], x_label: str, y_la
 
 
 def _ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers that reach from below ``low`` to above ``high``.
+    """Return round numbers that cover the range from ``low`` to ``high``.
 
     >>> _ticks(0.0, 1.0), _ticks(2.0, 2.0), _ticks(0.0, 3e-14)
     ([0.0, 0.5, 1.0], [2.0], [0.0, 1e-14, 2e-14, 3e-14])
     """
     rough = high / about - low / about
-    if not rough > 1e-300 or max(abs(low), abs(high)) > 1e12 * rough:  # no round numbers lie between
+    if not rough > 1e-300 or max(abs(low), abs(high)) > 1e12 * rough:  # there are no round numbers in between
         return sorted({low, high})
     exponent = int(f"{rough:e}".split("e")[1])
     power = 10.0**exponent

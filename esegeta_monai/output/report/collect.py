@@ -1,7 +1,7 @@
-"""What lies in an output folder: the results of each case, with maps, copies, metrics and region tables.
+"""Read an output folder: the results of each case, with maps, copies, metrics and region tables.
 
 Only the folder itself is read. Every text is passed through `esegeta_monai.files.privacy`, so that neither folders
-nor names of scan files reach a page; a case is called what the user called it.
+nor names of scan files reach a page; cases have the names given by the user.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ __all__ = ["CaseResults", "Curve", "Result", "Run", "read_output"]
 
 CONTROL = "control:"
 OF_A_METRIC = ("target", "method", "metric")
-"""What a row of a metric needs to have."""
+"""Entries that every row of a metric must have."""
 WITH_MAP = ("ok", "zero")
 
 
 @dataclass
 class Result:
-    """One target by one method.
+    """The result of one method for one target.
 
     Attributes:
-        target, method: as ``run.json`` calls them; None both where the case failed as a whole.
-        status: as in ``run.json``; of a skipped one that of its sidecar.
-        record: the sidecar; without entries where there is none.
-        map, mask: files, where they are.
+        target, method: names as in ``run.json``; both None if the case failed as a whole.
+        status: as in ``run.json``; for a skipped result, the status of its sidecar.
+        reason, traceback: cause of a failure.
+        record: the sidecar; without entries if there is none.
+        map, mask: files, if they exist.
+        seconds, warnings: as in ``run.json``.
+        parameters_text, gap_high, file, href: texts and flags for the page, set by `write_report`.
     """
 
     target: str | None
@@ -58,13 +61,13 @@ class Result:
 
     @property
     def synthesised(self) -> bool:
-        """The map is an image that the method made, not an attribution of the scan."""
+        """True if the map is a synthesised image, not an attribution of the scan."""
         return self.record.produces == "synthesised image"
 
 
 @dataclass
 class Curve:
-    """A curve of the evaluation: what it shows, of which target and method, and its points."""
+    """A curve of the evaluation: name, target, method and points."""
 
     name: str
     target: str
@@ -75,7 +78,15 @@ class Curve:
 
 @dataclass
 class CaseResults:
-    """All that is known of one case. ``notes``: what of its files could not be used."""
+    """The results of one case.
+
+    Attributes:
+        name: name of the case.
+        results: one per target and method, and one if the case failed as a whole.
+        scan: grey copy of the scan, if it exists.
+        metrics, curves, regions: results of the evaluation.
+        notes: files and entries that could not be used.
+    """
 
     name: str
     results: list[Result] = field(default_factory=list)
@@ -101,7 +112,7 @@ class CaseResults:
         return list(dict.fromkeys(str(r.method) for r in self.explained))
 
     def counts(self) -> dict[str, int]:
-        """How many results have which status, in the order of `STATUSES`."""
+        """Return the number of results by status, in the order of `STATUSES`."""
         counter = Counter(result.status for result in self.results)
         return {status: counter[status] for status in STATUSES if status in counter}
 
@@ -116,10 +127,10 @@ class Run:
 
 
 def read_output(folder: Path) -> Run:
-    """Reads what ``explain`` and ``evaluate`` left in ``folder``.
+    """Read the results of ``explain`` and ``evaluate`` in ``folder``.
 
     Raises:
-        UsageError: there is no such folder, or nothing of ours in it.
+        UsageError: there is no such folder, or it has no results.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: there is no such folder; give the output folder of 'esegeta-monai explain'")
@@ -143,7 +154,7 @@ def read_output(folder: Path) -> Run:
         if path is not None:
             used.add(path)
         case.results.append(_result(entry, path, sidecars))
-    for path in sorted(set(sidecars) - used):  # of runs whose run.json is gone
+    for path in sorted(set(sidecars) - used):  # results of runs whose run.json was deleted
         record = sidecars[path]
         case = cases.setdefault(str(record["case"]), CaseResults(str(record["case"])))
         names = record.get("result") or {}
@@ -164,7 +175,7 @@ def read_output(folder: Path) -> Run:
 
 
 def _entries(results: Any, notes: list[str]) -> list[dict[str, Any]]:
-    """Those of run.json that say of which case, target and method they are, and how it went."""
+    """Return the entries of run.json that state case, target, method and status; note the others."""
     several = results if isinstance(results, list) else []
     entries = [fitted(e, "run.json", notes) for e in several if isinstance(e, dict)]
     entries = [
@@ -187,12 +198,12 @@ def _sidecars(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def _sidecar_of(entry: Mapping[str, Any], folder: Path, sidecars: Mapping[Path, dict[str, Any]]) -> Path | None:
-    """The sidecar of an entry of run.json: beside its map, else the one that was recorded under its names."""
+    """Return the sidecar of an entry of run.json: next to its map, else the one with its target and method."""
     if entry.get("map"):
         path = sidecar_path(folder / str(entry["map"]))
         return path if path in sidecars else None
     if entry.get("status") in ("failed", "timeout") or entry.get("method") is None:
-        return None  # a sidecar that lies there is of an earlier run
+        return None  # a sidecar of these names belongs to an earlier run
     wanted = {"target": entry.get("target"), "method": entry.get("method")}
     for path, record in sidecars.items():
         if record["case"] == entry["case"]:
@@ -230,7 +241,7 @@ def _scan(folder: Path, case: CaseResults) -> Path | None:
 
 
 def _beside(folder: Path, case: str, what: str) -> Path:
-    """Where a table of a case lies: in its folder."""
+    """Return the path of a table in the folder of a case."""
     return folder / safe_name(case) / f"{safe_name(case)}_{what}"
 
 
@@ -251,7 +262,7 @@ def _case_metrics(folder: Path, case: str) -> list[dict[str, Any]]:
 
 
 def _as_in_run(rows: list[dict[str, Any]], case: CaseResults) -> list[dict[str, Any]]:
-    """Rows whose targets and methods are called as ``run.json`` does, also where they were taken from file names."""
+    """Return rows with targets and methods named as in ``run.json``, also if they were taken from file names."""
     known = {safe_name(name).casefold(): name for name in (*case.targets, *case.methods)}
     for row in rows:
         for key in ("target", "method"):
@@ -260,7 +271,7 @@ def _as_in_run(rows: list[dict[str, Any]], case: CaseResults) -> list[dict[str, 
 
 
 def _typed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers as numbers, truth as truth; what is empty or no number is None."""
+    """Convert a row of text to numbers and booleans; empty and invalid entries become None."""
     typed: dict[str, Any] = {k: private(row.get(k)) for k in ("target", "method", "metric", "group")}
     typed |= {k: number(row.get(k)) for k in ("value", "low", "high", "n", "seconds", "passes")}
     typed |= {k: _truth(row.get(k)) for k in ("higher_is_better", "beats_controls")}
@@ -269,7 +280,7 @@ def _typed(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None.
+    """Convert to a finite number, or None.
 
     >>> number("0.5"), number(""), number("nan"), number(None)
     (0.5, None, None, None)
@@ -286,7 +297,7 @@ def _truth(value: Any) -> bool | None:
 
 
 def _curves(path: Path) -> Iterator[Curve]:
-    """Every pair of x and y under ``curves``, named by its own entries, else by the keys that lead to it."""
+    """Yield every pair of x and y under ``curves``, named by its own entries, else by the keys of its parents."""
     yield from _walk((read_json(path) or {}).get("curves"), ())
 
 
@@ -316,7 +327,7 @@ def _walk(value: Any, keys: tuple[str, ...]) -> Iterator[Curve]:
 
 
 def _regions(folder: Path, case: CaseResults) -> list[dict[str, Any]]:
-    """From the table, else from the JSON of the same name."""
+    """Read region rows from the table, else from the JSON file of the same name."""
     path = _beside(folder, case.name, "regions.csv")
     needed = ("target", "method", "region")
     rows = table(path, needed, case.notes)

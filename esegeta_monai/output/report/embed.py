@@ -1,4 +1,4 @@
-"""What the viewer of a page is given: the volumes of a case within a budget of bytes, and all that it says of them."""
+"""Data for the viewer of a page: the volumes of a case within a budget of bytes, and their metadata."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from esegeta_monai.output.report.volumes import Packed, View, limit_of, open_vol
 __all__ = ["BUDGET", "Embedded", "embed", "picture_of", "thumbnail"]
 
 BUDGET = 4_300_000
-"""Characters that the volumes of a case may take; with everything else a page stays under 5 MB."""
+"""Largest number of characters of all volumes of a case; the whole page is then smaller than 5 MB."""
 LEVELS = (127, 63, 31)
-"""Steps of a map's colour scale on either side of zero; the first with which the volumes fit."""
+"""Steps of a map's colour scale on either side of zero; the first number that fits the budget is used."""
 MOST_VOXELS = 30_000_000
-"""Of all volumes together, at the start: what a browser holds with ease."""
+"""Largest number of voxels of all volumes before compression, which a browser can hold in memory."""
 MOST_CHANNELS = 8
 RIM = 2
-"""Voxels round what is shown."""
+"""Width in voxels of the margin around the shown part."""
 
 PALETTES = (
     ("blue – white – red, inferno", SIGNED, "inferno"),
@@ -36,12 +36,12 @@ PALETTES = (
     ("brown – teal, cividis", "BrBG", "cividis"),
     ("cool – warm, hot", "coolwarm", "hot"),
 )
-"""For signed maps and for maps without a sign; all but the first and last are readable without red and green."""
+"""Colour maps (name, signed maps, unsigned maps); all but the first and last do not rely on red against green."""
 
 
 @dataclass
 class Embedded:
-    """Volumes of a page, and the data that its script reads."""
+    """The volumes of a page, and the data that its script reads."""
 
     data: dict[str, Any]
     volumes: dict[str, Packed] = field(default_factory=dict)
@@ -51,17 +51,16 @@ class Embedded:
 
     @property
     def bytes(self) -> int:
-        """Characters of all volumes."""
+        """Number of characters of all volumes."""
         return sum(len(volume.text) for volume in self.volumes.values())
 
 
 def embed(case: CaseResults, *, radiological: bool = True, budget: int = BUDGET) -> Embedded:
-    """The volumes of a case, as fine as the budget allows.
+    """Embed the volumes of a case at the highest resolution that fits the budget.
 
-    Maps that are coarsened are means over blocks of voxels, and ``notes`` says of how many. Results get their limit and
-    strongest point by their place in ``case.explained``.
-
-    A file that cannot be read leaves a note.
+    Downsampled volumes are means over blocks of voxels; ``notes`` states the size of the blocks. Each map of the data
+    has its scale limit, its strongest voxel, and as ``place`` its index in ``case.explained``. A file that cannot be
+    read is listed in ``notes``.
     """
     embedded = Embedded({"maps": [], "scan": [], "palettes": []})
     shown = [(i, r) for i, r in enumerate(case.explained) if r.map is not None and not r.synthesised]
@@ -94,7 +93,7 @@ def embed(case: CaseResults, *, radiological: bool = True, budget: int = BUDGET)
 
 
 def _view(path: Path, result: Result | None) -> tuple[np.ndarray, View]:
-    """The affine by which the case is drawn, and the view that follows."""
+    """Return the affine with which the case is drawn, and the view that follows from it."""
     image = open_volume(path)
     display = (result.record.display if result is not None else None) or {}
     flat = len(image.shape) < 3 or image.shape[2] == 1
@@ -139,8 +138,8 @@ def _embed(
         if len(values) in kept:
             chosen = kept[len(values)]
             note = (
-                f"Of maps with {len(values)} channels the {MOST_CHANNELS} strongest of all together are shown: numbers "
-                f"{', '.join(map(str, chosen))}."
+                f"Maps with {len(values)} channels are shown with the {MOST_CHANNELS} channels that are strongest over "
+                f"all maps: numbers {', '.join(map(str, chosen))}."
             )
             embedded.notes += [note] if note not in embedded.notes else []
             values, names = [values[c] for c in chosen], [names[c] for c in chosen]
@@ -184,8 +183,11 @@ def _embed(
 
 
 def _strongest(paths: list[Path], affine: np.ndarray, view: View) -> dict[int, list[int]]:
-    """By the number of channels, where that is too many: which ones are shown, the same of all maps of as many, so that
-    a channel's name is one channel. The strongest of the maps together, each map counting for one."""
+    """Choose the shown channels of maps with more than `MOST_CHANNELS`, by number of channels.
+
+    All maps with the same number of channels show the same ones, so that a channel's name stands for one channel. They
+    are the strongest in the mean over the maps, with equal weight per map.
+    """
     shares: dict[int, np.ndarray] = {}
     for path in paths:
         try:
@@ -193,14 +195,14 @@ def _strongest(paths: list[Path], affine: np.ndarray, view: View) -> dict[int, l
             if len(image.shape) < 4 or image.shape[3] <= MOST_CHANNELS:
                 continue
             strength = np.array([float(np.abs(v).sum()) for v in read_volume(path, affine, view)])
-        except InputError:  # told where it is to be shown
+        except InputError:  # noted when the map is embedded
             continue
         shares[len(strength)] = shares.get(len(strength), 0) + strength / (strength.sum() or 1)
     return {n: sorted(np.argsort(-s, kind="stable")[:MOST_CHANNELS].tolist()) for n, s in shares.items()}
 
 
 def _entry(result: Result, values: list[np.ndarray], levels: int, add: Callable[[np.ndarray], str]) -> dict[str, Any]:
-    """A map for the viewer: its bytes, the end of its scale, its strongest point."""
+    """Return a map for the viewer: its volumes, the end of its scale, its strongest voxel."""
     signed = result.record.signed is not False
     together = np.stack(values)
     limit = limit_of(together, signed)
@@ -221,7 +223,7 @@ def _entry(result: Result, values: list[np.ndarray], levels: int, add: Callable[
 
 
 def _box(arrays: list[np.ndarray], view: View) -> tuple[slice, slice, slice]:
-    """What of the grid is not black in every volume, with a rim; black all round is left out."""
+    """Return the bounding box of the voxels that are not black in every volume, with a margin of `RIM`."""
     seen = np.zeros(view.shown, dtype=bool)
     for values in arrays:
         seen |= values != 0
@@ -234,7 +236,7 @@ def _box(arrays: list[np.ndarray], view: View) -> tuple[slice, slice, slice]:
 
 
 def _mask(read: list[np.ndarray]) -> np.ndarray | None:
-    """Voxels of which at least half belong to the target; where none does, those that touch it."""
+    """Return the voxels that belong to the target by at least half; if there are none, all that overlap it."""
     if not read:
         return None
     most = read[0] >= 0.5
@@ -242,7 +244,7 @@ def _mask(read: list[np.ndarray]) -> np.ndarray | None:
 
 
 def _start(inside: np.ndarray | None, maps: list[dict[str, Any]], view: View) -> list[int]:
-    """Where the planes stand at first: where they cut most of the target, else the first map's strongest point."""
+    """Return the initial position of the planes: the slices with most target voxels, else the first map's peak."""
     if inside is None or not inside.any():
         return maps[0]["peak"] if maps and maps[0]["limit"] else [n // 2 for n in view.shown]
     counts = [inside.sum(axis=axes, dtype=np.int64) for axes in ((1, 2), (0, 2), (0, 1))]
@@ -250,7 +252,7 @@ def _start(inside: np.ndarray | None, maps: list[dict[str, Any]], view: View) ->
 
 
 def _colours(name: Any) -> str:
-    """256 colours as base64 of RGB bytes."""
+    """Return the 256 colours of a colour map as base64 of RGB bytes."""
     table = (colormaps[name] if isinstance(name, str) else name)(np.arange(256) / 255)[:, :3]
     return base64.b64encode(np.rint(table * 255).astype(np.uint8).tobytes()).decode("ascii")
 
@@ -259,7 +261,7 @@ def _colours(name: Any) -> str:
 
 
 def picture_of(path: Path) -> str:
-    """The middle planes of an image in grey, side by side, as a data URI; of what a method synthesised.
+    """Draw the middle planes of a synthesised image in grey, side by side, as a data URI.
 
     Raises:
         InputError: the file cannot be read.
@@ -281,7 +283,7 @@ def picture_of(path: Path) -> str:
 
 
 def thumbnail(embedded: Embedded) -> str | None:
-    """The first plane of the scan through the start, for the index; None without a scan."""
+    """Draw the first plane of the scan at the initial position, as a data URI for the index; None without a scan."""
     if embedded.scan is None or embedded.view is None or not embedded.data.get("planes"):
         return None
     plane = embedded.data["planes"][0]

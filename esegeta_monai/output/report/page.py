@@ -1,4 +1,4 @@
-"""The report of an output folder: one HTML page a case that needs nothing but itself, and an index."""
+"""The report of an output folder: one self-contained HTML page per case, and an index."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ __all__ = ["Written", "report_path", "write_report"]
 Convention = Literal["radiological", "neurological"]
 
 LARGEST_PICTURE = 400_000
-"""Bytes of a PNG that a page takes over as it is."""
+"""Largest number of bytes of a PNG that is embedded unchanged."""
 MARKS = {"good": "Good", "note": "Note", "warn": "Careful", "bad": "Problem"}
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the index, and a page for each case by its name."""
+    """Paths of a written report: the index, and one page per case, by name of the case."""
 
     index: Path
     cases: dict[str, Path]
 
 
 def report_path(output_dir: str | os.PathLike[str], case: str) -> Path:
-    """Where a case's page lies.
+    """Return the path of the page of a case.
 
     >>> report_path("out", "sub-01").as_posix()
     'out/sub-01/sub-01_report.html'
@@ -59,20 +59,21 @@ def report_path(output_dir: str | os.PathLike[str], case: str) -> Path:
 def write_report(
     output_dir: str | os.PathLike[str], *, convention: Convention = "radiological", view_3d: bool = False
 ) -> Written:
-    """Writes ``<output>/<case>/<case>_report.html`` for each case, and ``<output>/index.html``.
+    """Write ``<output>/<case>/<case>_report.html`` for each case, and ``<output>/index.html``.
 
-    Everything is read from ``output_dir``: what ``explain`` left there and, where it was run, ``evaluate``. The pages
-    work from disk without a network; each is at most 5 MB (without the 3D view, which adds 2.3 MB), for which large
-    volumes are shown as means over blocks of voxels. They name no folder, no scan file and nothing of a scan's header.
+    Everything is read from ``output_dir``: the results of ``explain`` and, if it was run, of ``evaluate``. The pages
+    work from disk without an internet connection. Each is at most 5 MB (without the 3D view, which adds 2.3 MB), so
+    large volumes are shown as means over blocks of voxels. The pages contain no folder names, no names of scan files
+    and nothing from a scan's header.
 
     Args:
-        output_dir: the output folder of a run, also of one that failed or was stopped.
+        output_dir: the output folder of a run, which may have failed or been stopped.
         convention: ``radiological`` (the viewer's right is the patient's left) or ``neurological``.
-        view_3d: put NiiVue and a 3D view into each page; a head can be recognised by its face.
+        view_3d: add NiiVue and a 3D view to each page; a 3D view can make the patient recognisable.
 
     Raises:
-        UsageError: nothing of ours in the folder, a folder that cannot be written, an unknown convention, or no NiiVue
-            where ``view_3d`` asks for it.
+        UsageError: the folder has no results or cannot be written, the convention is unknown, or ``view_3d`` is set and
+            NiiVue is not installed.
 
     Example:
         >>> import json, tempfile
@@ -90,11 +91,11 @@ def write_report(
     pages: dict[str, Path] = {}
     rows: list[dict[str, Any]] = []
     for case in run.cases:
-        made = {id(result): _synthesised(result, case.notes) for result in case.explained}
-        room = BUDGET - sum(len(image or "") for image in made.values())
-        embedded = embed(case, radiological=convention == "radiological", budget=room)
+        images = {id(result): _synthesised(result, case.notes) for result in case.explained}
+        budget = BUDGET - sum(len(image or "") for image in images.values())
+        embedded = embed(case, radiological=convention == "radiological", budget=budget)
         path = report_path(output_dir, case.name)
-        content = _case_page(run, case, embedded, made, convention, library, path)
+        content = _case_page(run, case, embedded, images, convention, library, path)
         _write(path, content)
         pages[case.name] = path
         rows.append(_row(case, embedded, path, Path(output_dir)))
@@ -115,7 +116,7 @@ def _case_page(
     run: Run,
     case: CaseResults,
     embedded: Embedded,
-    made: Mapping[int, str | None],
+    images: Mapping[int, str | None],
     convention: str,
     library: str | None,
     path: Path,
@@ -143,7 +144,7 @@ def _case_page(
         data=data,
         extents=" ".join(f"minmax(0, {extent:.0f}fr)" for extent in extents),
         volumes=embedded.volumes,
-        grid=_grid(case, data, made),
+        grid=_grid(case, data, images),
         metrics=_metric_tables(case),
         charts=charts([*case.curves, *_synthesis_curves(case)]),
         checks=[r for r in case.explained if r.record.blend_deviation is not None],
@@ -161,7 +162,7 @@ def _case_page(
 
 
 def _annotate(result: Result, page: Path) -> None:
-    """Add what the template shows of a result beside its record."""
+    """Set the texts and flags of a result that the template shows besides its record."""
     result.parameters_text = words.parameters_text(result.record.parameters or {})
     gap = result.record.completeness_gap
     result.gap_high = gap is not None and gap > words.GAP
@@ -180,8 +181,8 @@ def _orientation(embedded: Embedded, convention: str) -> str:
     return text
 
 
-def _grid(case: CaseResults, data: Mapping[str, Any], made: Mapping[int, str | None]) -> dict[str, Any]:
-    """The table of targets by methods; what there is more of runs across, so that all can be seen at once."""
+def _grid(case: CaseResults, data: Mapping[str, Any], images: Mapping[int, str | None]) -> dict[str, Any]:
+    """Return the table of targets by methods; the more numerous of the two are the columns, to fit on the screen."""
     places = {(r.method, r.target): i for i, r in enumerate(case.explained)}
     index = {m["place"]: i for i, m in enumerate(data["maps"])}
 
@@ -194,7 +195,7 @@ def _grid(case: CaseResults, data: Mapping[str, Any], made: Mapping[int, str | N
         limit = None if number is None else data["maps"][number]["limit"]
         units = "" if number is None else data["maps"][number]["units"]
         names = {"method": method, "target": target, "status": result.status, "reason": result.reason}
-        return {**names, "index": number, "image": made[id(result)], "limit": limit, "units": units}
+        return {**names, "index": number, "image": images[id(result)], "limit": limit, "units": units}
 
     def head(method: str) -> dict[str, Any]:
         beaten = [r["metric"] for r in case.metrics if r["method"] == method and r["beats_controls"] is False]
@@ -211,7 +212,7 @@ def _grid(case: CaseResults, data: Mapping[str, Any], made: Mapping[int, str | N
 
 
 def _synthesised(result: Result, notes: list[str]) -> str | None:
-    """A synthesised image as a data URI: the picture that lies beside it, else its middle planes."""
+    """Return a synthesised image as a data URI: the picture next to it, else its middle planes; None for a map."""
     if not result.synthesised or result.map is None:
         return None
     picture = picture_path(result.map)
@@ -225,7 +226,7 @@ def _synthesised(result: Result, notes: list[str]) -> str | None:
 
 
 def _metric_tables(case: CaseResults) -> list[dict[str, Any]]:
-    """One table a target: methods and controls by metrics, in the order of the file; groups keep together."""
+    """Return one table per target: methods and controls by metrics, in the order of the file, group by group."""
     tables = []
     for target in dict.fromkeys(row["target"] for row in case.metrics):
         of_target = [row for row in case.metrics if row["target"] == target]
@@ -267,7 +268,7 @@ def _region_tables(case: CaseResults) -> list[dict[str, Any]]:
 
 
 def _synthesis_curves(case: CaseResults) -> list[Curve]:
-    """What a synthesised image was made to raise (or to lower), step by step."""
+    """Return the optimisation curves of synthesised images: the objective (or loss) by step."""
     curves = []
     for result in case.explained:
         values = result.record.curve
@@ -281,7 +282,7 @@ def _synthesis_curves(case: CaseResults) -> list[Curve]:
 
 
 def _warnings(results: Iterable[Result]) -> list[tuple[str, str]]:
-    """Each warning once, with the methods that gave it."""
+    """Return each warning once, with the methods that gave it."""
     methods: dict[str, list[str]] = {}
     for result in results:
         for text in result.warnings:
@@ -290,7 +291,7 @@ def _warnings(results: Iterable[Result]) -> list[tuple[str, str]]:
 
 
 def _facts(run: Run, case: CaseResults) -> list[tuple[str, str]]:
-    """What was run, for the provenance table; hashes in full."""
+    """Return the rows of the provenance table; hashes are not abbreviated."""
     info = private(run.info)
     facts: dict[str, Any] = {"case": case.name}
     for key, text in (
@@ -359,14 +360,14 @@ def _text(name: str) -> str:
 
 
 def _short(value: Any, digits: int = 4) -> str:
-    """A number for reading: few digits, exponents only where they help.
+    """Format a number with few digits, and with an exponent only if it is shorter.
 
     >>> _short(0.000012345), _short(484714.17), _short(12.0), _short(None), _short(-0.0)
     ('1.234e-05', '484,700', '12', '–', '0')
     """
     if not isinstance(value, (int, float)):
         return "–"
-    value += 0.0  # of the two zeros, the one without a sign
+    value += 0.0  # -0.0 becomes 0.0
     if abs(value) >= 1000 and abs(value) < 1e9:
         rounded = float(f"{value:.{digits}g}")
         return f"{rounded:,.0f}"
@@ -378,7 +379,7 @@ def _whole(value: Any) -> str:
 
 
 def _soft(name: str) -> Markup:
-    """A name that may break where its words begin.
+    """Return a name as HTML that may break between its words.
 
     >>> str(_soft("MultiClassMask-<b>"))
     'Multi<wbr>Class<wbr>Mask-<wbr>&lt;b&gt;'
@@ -393,7 +394,7 @@ def _render(template: str, scripts: Sequence[str], *, three: bool = False, **con
     )
     environment.filters |= {"short": _short, "whole": _whole, "soft": _soft}
     return environment.get_template(template).render(
-        css=Markup(_text("report.css")),  # our own files and NiiVue, whose hashes stand in the page's policy
+        css=Markup(_text("report.css")),  # safe: our own files, and NiiVue, whose hash is in the page's policy
         scripts=[Markup(script) for script in scripts],
         csp=_policy(scripts, three),
         intended_use=INTENDED_USE,
@@ -407,7 +408,7 @@ def _render(template: str, scripts: Sequence[str], *, three: bool = False, **con
 
 
 def _policy(scripts: Sequence[str], three: bool) -> str:
-    """A content security policy under which only these scripts run and nothing is loaded from anywhere."""
+    """Return a content security policy that allows only these scripts and loads nothing."""
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
     )

@@ -1,4 +1,4 @@
-"""Lenient readers for files that may have been edited, cut or saved again: valid entries are used, others noted."""
+"""Lenient readers for files that may have been edited or truncated: valid entries are used, others noted."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def _numbers(values: list[Any]) -> bool:
 
 
 def table(path: Path, columns: Collection[str], notes: list[str]) -> list[dict[str, Any]]:
-    """Read the rows of a table, also one saved by a spreadsheet; no rows and a note if it is no such table.
+    """Read the rows of a table, also one saved by a spreadsheet; no rows and a note if it cannot be read.
 
     Args:
         path: a CSV file.
-        columns: what every row needs to have; rows without are left out, with a note.
-        notes: what could not be read.
+        columns: columns that every row must have; other rows are left out, with a note.
+        notes: list to which notes are added.
     """
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-// Draws the maps of a page from the volumes that lie in it. Loads nothing, keeps nothing.
+// Draws the maps of a page from its embedded volumes. Loads nothing, stores nothing.
 (() => {
   "use strict";
   const data = JSON.parse(document.getElementById("viewer-data").textContent);
@@ -24,7 +24,7 @@
     const stream = new Blob([bytesOf(tag.textContent)]).stream().pipeThrough(new DecompressionStream("deflate"));
     const raw = new Uint8Array(await new Response(stream).arrayBuffer());
     if (tag.dataset.delta) for (let i = 1; i < raw.length; i++) raw[i] += raw[i - 1];
-    tag.remove(); // the text is not needed twice
+    tag.remove(); // the text is needed only once
     return raw;
   }
 
@@ -185,7 +185,7 @@
       });
       context.drawImage(image, ...box);
     }
-    const fine = box[2] / w > 1.5 * Math.min(2, window.devicePixelRatio || 1); // else the outline hides what it outlines
+    const fine = box[2] / w > 1.5 * Math.min(2, window.devicePixelRatio || 1); // otherwise the outline hides the target
     if (state.outline && fine && map.mask && volumes.has(map.mask)) {
       const mask = mip ? projected(map.mask, plane, "plain") : cut(volumes.get(map.mask), plane, index);
       edges(context, mask, w, h, box, map.signed && state.sign !== "absolute" ? "#ffe000" : "#00e0ff");
@@ -268,7 +268,7 @@
       const map = selected.signed === signed ? selected : data.maps.find((m) => m.signed === signed);
       const context = box.querySelector("canvas").getContext("2d");
       context.clearRect(0, 0, 256, 12);
-      context.fillStyle = "#595959"; // anatomy of middle grey
+      context.fillStyle = "#595959"; // stands for mid-grey anatomy
       context.fillRect(0, 0, 256, 12);
       for (let x = 0; x < 256; x++) {
         const [r, g, b, a] = colour(unsigned ? x / 255 : x / 127.5 - 1, map);
@@ -407,7 +407,7 @@
     canvas.parentElement.classList.add("drawn"); // NiiVue makes the canvas as large as this
     const viewer = new window.niivue.Niivue({
       isColorbar: false, show3Dcrosshair: false, isResizeCanvas: true, backColor: [0, 0, 0, 1],
-      clipPlaneColor: [0, 0, 0, 0], // the cut itself, not a plate in its place
+      clipPlaneColor: [0, 0, 0, 0], // transparent, so that the cut surface is visible
     });
     await viewer.attachToCanvas(canvas);
     const map = data.maps[state.selected];

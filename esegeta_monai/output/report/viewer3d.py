@@ -1,4 +1,4 @@
-"""The optional 3D view: NiiVue (BSD-2), taken from an installed package when a report is written, never shipped."""
+"""The optional 3D view: NiiVue (BSD-2), read from an installed package when a report is written; it is not included."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from esegeta_monai.errors import UsageError
 __all__ = ["HOW_TO_INSTALL", "find_niivue"]
 
 HOW_TO_INSTALL = (
-    'pip install "nilearn>=0.11", which carries NiiVue, or npm install @niivue/niivue in the working folder'
+    'pip install "nilearn>=0.11", which includes NiiVue, or npm install @niivue/niivue in the working folder'
 )
 _PLACES = ("_assets/js/niivue.umd.js", "plotting/data/js/niivue.umd.js")
 _NPM = Path("node_modules") / "@niivue" / "niivue" / "dist" / "niivue.umd.js"
 
 
 def find_niivue() -> Path:
-    """The one-file build of NiiVue: of nilearn, else of ``node_modules`` in the working folder or above it.
+    """Return the one-file build of NiiVue, from nilearn or from ``node_modules`` in the working folder or above it.
 
     Raises:
-        UsageError: there is none; the message says what to install.
+        UsageError: NiiVue is not installed; the message names the packages that include it.
     """
     spec = find_spec("nilearn")
     roots = [Path(place) for place in (spec.submodule_search_locations or [])] if spec is not None else []
@@ -31,5 +31,5 @@ def find_niivue() -> Path:
         if path.is_file():
             return path
     raise UsageError(
-        f"the 3D view needs NiiVue: {HOW_TO_INSTALL}; or leave --view-3d out, the report is whole without it"
+        f"the 3D view needs NiiVue: {HOW_TO_INSTALL}; or omit --view-3d, the report is complete without it"
     )

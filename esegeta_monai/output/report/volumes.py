@@ -1,7 +1,8 @@
-"""Volumes as a page carries them: turned to RAS order, coarsened to a budget, in bytes, compressed, as text.
+"""Prepare volumes for a page: reorient to RAS, downsample to a budget, quantise to bytes, compress, encode as text.
 
-Every volume of a case is brought to one grid, whose axes run to the right, to anterior and upwards (the nearest voxel
-axes, no resampling). Maps become signed bytes, the greatest for the stated limit; scans and masks unsigned ones.
+Every volume of a case is brought to one grid, whose axes point right, anterior and superior (the nearest voxel axes,
+without resampling). Maps become signed bytes, whose largest value stands for the scale limit; scans and masks become
+unsigned bytes.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ class View:
     """The grid that a page shows.
 
     Attributes:
-        size: voxels along right, anterior, up of the stored grid, before blocks are taken.
-        affine: (4, 4) stored voxel to RAS mm, after the turn.
-        oriented: whether letters and millimetres are to be believed.
-        blocks: how many stored voxels along each axis become one shown voxel.
+        size: number of voxels of the stored grid along right, anterior, superior, before downsampling.
+        affine: (4, 4) stored voxel to RAS mm, after reorientation.
+        oriented: True if the affine is known, so that orientation letters and millimetres are valid.
+        blocks: number of stored voxels per shown voxel, along each axis.
     """
 
     size: tuple[int, int, int]
@@ -46,16 +47,16 @@ class View:
 
     @classmethod
     def of(cls, shape: Sequence[int], affine: np.ndarray, oriented: bool) -> View:
-        """The view of a file of this shape, with the affine by which it is drawn.
+        """Return the view of a file with this shape, drawn with this affine.
 
         >>> view = View.of((4, 5, 6), np.diag([-2.0, 1.0, 3.0, 1.0]), True)
         >>> view.size, view.spacing, view.shown_affine[:3, 3].tolist()
         ((4, 5, 6), (2.0, 1.0, 3.0), [-6.0, 0.0, 0.0])
 
         Raises:
-            InputError: an affine without a way from voxel to world and back.
+            InputError: the affine is singular.
         """
-        Anatomy(shape, affine)  # which looks at the affine
+        Anatomy(shape, affine)  # checks the affine
         spatial = [*shape[:3], *[1] * (3 - len(shape[:3]))]
         turn = io_orientation(affine)
         size = [0, 0, 0]
@@ -65,25 +66,25 @@ class View:
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        """Of shown voxels, mm."""
+        """Size of a shown voxel in mm."""
         x, y, z = (float(s) * b for s, b in zip(np.linalg.norm(self.affine[:3, :3], axis=0), self.blocks))
         return x, y, z
 
     @property
     def shown(self) -> tuple[int, int, int]:
-        """Shown voxels along the three axes."""
+        """Number of shown voxels along the three axes."""
         x, y, z = (math.ceil(n / b) for n, b in zip(self.size, self.blocks))
         return x, y, z
 
     @property
     def shown_affine(self) -> np.ndarray:
-        """(4, 4) shown voxel to RAS mm: a shown voxel lies in the middle of its block."""
+        """(4, 4) shown voxel to RAS mm; the centre of a shown voxel is the centre of its block."""
         scale, middle = np.diag([*map(float, self.blocks), 1.0]), np.eye(4)
         middle[:3, 3] = [(b - 1) / 2 for b in self.blocks]
         return self.affine @ middle @ scale
 
     def coarser(self, factor: float) -> View:
-        """The same view with at least ``factor`` times fewer shown voxels: the finest axis is coarsened first.
+        """Return this view with at least ``factor`` times fewer shown voxels; the finest axis is downsampled first.
 
         >>> view = View.of((64, 64, 8), np.diag([1.0, 1.0, 4.0, 1.0]), True)
         >>> view.coarser(1.5).blocks, view.coarser(4).blocks
@@ -97,20 +98,20 @@ class View:
         return view
 
     def planes(self, radiological: bool) -> list[Plane]:
-        """Axial, coronal, sagittal; without letters nothing is mirrored."""
+        """Return the axial, coronal and sagittal planes; without a known orientation, none is mirrored."""
         return Anatomy(self.shown, self.shown_affine).planes(radiological and self.oriented)
 
     @property
     def tilt(self) -> float:
-        """Degrees between a voxel axis and the RAS axis that names it, at most."""
+        """Largest angle in degrees between a voxel axis and the RAS axis that names it."""
         return Anatomy(self.shown, self.shown_affine).tilt
 
 
 def open_volume(path: Path) -> Any:
-    """A map as a NIfTI image, its voxels still on disk; NRRD and MetaImage are read whole, with channels last.
+    """Open a map as a NIfTI image without reading its voxels; NRRD and MetaImage are read as a whole, channels last.
 
     Raises:
-        InputError: it is none, or needs ITK, which is not installed.
+        InputError: the file is not readable, or needs ITK, which is not installed.
     """
     try:
         if path.name.endswith((".nii", ".nii.gz")):
@@ -121,7 +122,7 @@ def open_volume(path: Path) -> Any:
         return nib.Nifti1Image(values, np.asarray(to_affine_nd(3, np.asarray(scan.affine, dtype=np.float64))))
     except InputError:
         raise
-    except Exception as error:  # nibabel has many errors; all mean that the file is not whole
+    except Exception as error:  # nibabel has many errors; all mean that the file is damaged
         raise _unreadable(path, error) from error
 
 
@@ -130,19 +131,21 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def read_volume(path: Path, affine: np.ndarray, view: View, channels: slice = slice(None)) -> list[np.ndarray]:
-    """The channels of a NIfTI file, float32 (x, y, z) in RAS order, as means of the view's blocks.
+    """Read the channels of a NIfTI file, each float32 (x, y, z) in RAS order, as means over the view's blocks.
 
     Args:
-        affine: by which the file is drawn, see `View.of`.
-        channels: which of a 4D file.
+        path: the file.
+        affine: affine with which the file is drawn, see `View.of`.
+        view: the grid of the page.
+        channels: the channels to read from a 4D file.
 
     Raises:
-        InputError: the file is unreadable, lies on another grid, or has voxels that are no numbers.
+        InputError: the file is unreadable, has another grid, or has values that are not finite.
     """
     image = open_volume(path)
     try:
         values = np.asanyarray(image.dataobj)
-    except Exception as error:  # cut in the middle
+    except Exception as error:  # the file is truncated
         raise _unreadable(path, error) from error
     if not np.isfinite(values).all():
         bad = int((~np.isfinite(values)).sum())
@@ -152,12 +155,12 @@ def read_volume(path: Path, affine: np.ndarray, view: View, channels: slice = sl
     values = values.reshape([*values.shape[:3], *[1] * (3 - values.ndim), -1])
     turned = apply_orientation(values, io_orientation(affine))
     if turned.shape[:3] != view.size:
-        raise InputError(f"{path.name}: a grid of {turned.shape[:3]} where the case has {view.size}")
+        raise InputError(f"{path.name}: its grid is {turned.shape[:3]}, that of the case is {view.size}")
     return [_means(turned[..., c].astype(np.float32), view.blocks) for c in range(turned.shape[3])[channels]]
 
 
 def _means(values: np.ndarray, blocks: Sequence[int]) -> np.ndarray:
-    """Means over blocks; a block that reaches over the border has the mean of what is inside."""
+    """Return means over blocks (x, y, z); a block that extends over the border is the mean of its inner voxels."""
     for axis, block in enumerate(blocks):
         if block > 1:
             starts = np.arange(0, values.shape[axis], block)
@@ -169,9 +172,9 @@ def _means(values: np.ndarray, blocks: Sequence[int]) -> np.ndarray:
 
 
 def limit_of(values: np.ndarray, signed: bool) -> float:
-    """The end of the colour scale: the 99.5th percentile of |a|, or of max(a, 0) where the map has no sign.
+    """Return the end of the colour scale: the 99.5th percentile of |a|, or of max(a, 0) for an unsigned map.
 
-    Where it is zero, that of the voxels that are not zero; 0 for a map without any.
+    If it is zero, it is the percentile over the voxels that are not zero; 0 for a map of zeros.
 
     >>> round(limit_of(np.array([0.0, 0.0, -4.0]), True), 3), limit_of(np.zeros(3), True)
     (3.96, 0.0)
@@ -185,14 +188,14 @@ def limit_of(values: np.ndarray, signed: bool) -> float:
 
 @dataclass(frozen=True)
 class Packed:
-    """A volume as text: base64 of zlib of bytes, x fastest; with ``delta`` each byte is the step from the last."""
+    """A volume as text: base64 of zlib of bytes, x fastest; with ``delta``, each byte is the difference to the last."""
 
     text: str
     delta: bool
 
 
 def pack(values: np.ndarray) -> Packed:
-    """Bytes (int8 or uint8, any shape) as text, by whichever of two ways is shorter.
+    """Encode bytes (int8 or uint8, any shape) as text, as values or as differences, whichever is shorter.
 
     >>> packed = pack(np.arange(8, dtype=np.uint8).reshape(2, 2, 2))
     >>> raw = np.frombuffer(zlib.decompress(base64.b64decode(packed.text)), np.uint8)
@@ -201,7 +204,7 @@ def pack(values: np.ndarray) -> Packed:
     """
     flat = values.astype(values.dtype).view(np.uint8).ravel(order="F")
     steps = np.diff(flat, prepend=np.uint8(0))
-    # which way is shorter shows on a fast try
+    # fast compression is sufficient to choose the shorter encoding
     delta = len(zlib.compress(steps.tobytes(), 1)) < len(zlib.compress(flat.tobytes(), 1))
     packed = zlib.compress((steps if delta else flat).tobytes(), 6)
     return Packed(base64.b64encode(packed).decode("ascii"), delta)

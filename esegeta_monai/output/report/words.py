@@ -173,7 +173,7 @@ def findings(case: CaseResults, embedded_notes: Sequence[str] = ()) -> list[Find
         metrics = [r["metric"] for r in case.metrics if r["method"] == method and r["beats_controls"] is False]
         notable.append(Finding("warn", f"{method} does not beat the control maps on {listed(dict.fromkeys(metrics))}."))
     for result in case.explained:
-        notable += [Finding("warn", f"{result.method} for {result.target}: {text}") for text in _careful(result)]
+        notable += [Finding("warn", f"{result.method} for {result.target}: {text}") for text in _cautions(result)]
     if not case.metrics and case.explained:
         notable.append(
             Finding(
@@ -192,12 +192,10 @@ def findings(case: CaseResults, embedded_notes: Sequence[str] = ()) -> list[Find
     return sorted(joined, key=lambda f: order.index(f.level))
 
 
-def _careful(result: Result) -> list[str]:
+def _cautions(result: Result) -> list[str]:
     record, texts = result.record, []
     if result.status == "zero":
-        texts.append(
-            "the map is zero everywhere: the target does not react to the scan, or the method lets nothing through."
-        )
+        texts.append("the map is zero everywhere: the target does not depend on the scan, or nothing propagates to it.")
     gap = record.completeness_gap
     if gap is not None and gap > GAP:
         texts.append(f"completeness gap {100 * gap:.2g} %: the map's sum misses the change of the score by that much.")
@@ -272,7 +270,7 @@ def methods_text(case: CaseResults, info: dict[str, Any]) -> str:
 
 
 def parameters_text(parameters: dict[str, Any]) -> str:
-    """Write parameters as ``name=value`` without those that are None; files without folders, which may name a patient.
+    """Write parameters other than None as ``name=value``; files are named without folders, which may name a patient.
 
     >>> parameters_text({"n_steps": 12, "baseline": {"name": "Zero"}, "layer": None})
     'n_steps=12, baseline=Zero()'
@@ -280,10 +278,10 @@ def parameters_text(parameters: dict[str, Any]) -> str:
     "feature_mask=supervoxels(mask='body.nii.gz')"
     """
 
-    def one(value: Any) -> str:
+    def formatted(value: Any) -> str:
         if isinstance(value, dict):
             return f"{value.get('name', '')}({parameters_text({k: v for k, v in value.items() if k != 'name'})})"
         text = "×".join(map(str, value)) if isinstance(value, list) else str(value)
         return re.sub(r"""[^'"()\[\],=×]*[\\/](?=[^\\/'"()\[\],=×]+\.\w)""", "", text)
 
-    return ", ".join(f"{name}={one(value)}" for name, value in parameters.items() if value is not None)
+    return ", ".join(f"{name}={formatted(value)}" for name, value in parameters.items() if value is not None)

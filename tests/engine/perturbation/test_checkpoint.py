@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from esegeta_monai import Explainer
 from esegeta_monai import methods as m
-from esegeta_monai.engine.perturbation import batching as engine
+from esegeta_monai.engine.perturbation import batching
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.targets import Box, MultiClassMask
 from tests.support.networks import small
@@ -66,7 +66,7 @@ def tables(folder: Path) -> list[Path]:
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are written after every batch, and for non-linear targets after every few perturbations."""
     monkeypatch.setattr(ScoreCheckpoint.__init__, "__defaults__", (0.0,))
-    monkeypatch.setattr(engine, "BLOCK", 3)
+    monkeypatch.setattr(batching, "CHUNK", 3)
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -103,7 +103,7 @@ def test_the_time_limit_keeps_the_scores(tmp_path, monkeypatch):
         assert len(runs) < 10
     assert len(runs) > 2
     assert all("time limit" in r.record["reason"] for r in runs[:-1])
-    assert all(r.record["reason"].endswith("the same run goes on from there") for r in runs[:-1])
+    assert all(r.record["reason"].endswith("the same run continues from them") for r in runs[:-1])
     assert_equal(torch.as_tensor(runs[-1].map), torch.as_tensor(whole.map), 1e-12)
     again = sum(r.record["window_passes"] for r in runs) - whole.record["window_passes"]
     assert 0 <= again < len(runs)  # the window that each goes on in, as it is

@@ -108,7 +108,7 @@ def test_blocks_of_a_non_linear_target_count_and_score_the_same(monkeypatch):
     segments = Segments(labels, np.random.default_rng(1).random((9, 6)) > 0.5, torch.zeros_like(case.image), case.image)
     with frozen(case.net):
         whole = score_changes(case.objective, segments)
-        monkeypatch.setattr("esegeta_monai.engine.perturbation.batching.BLOCK_BYTES", 8 * 3 * 8 * 24 * 2)
+        monkeypatch.setattr("esegeta_monai.engine.perturbation.batching.CHUNK_BYTES", 8 * 3 * 8 * 24 * 2)
         before = case.objective.context.progress.passes
         blocks = score_changes(case.objective, segments)
     assert_equal(blocks, whole)

@@ -10,7 +10,7 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor
 
 from esegeta_monai.engine.network.state import frozen
-from esegeta_monai.engine.perturbation import batching as pairs
+from esegeta_monai.engine.perturbation import batching
 from esegeta_monai.engine.perturbation.base import Perturbations
 from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.scoring import passes_needed, score_changes
@@ -111,7 +111,7 @@ def test_keyed_coalitions_equal_naive_and_are_computed_once(output):
 def test_equal_coalitions_in_one_batch_share_their_score():
     net, image = network(2, 1), noise(1, 8, 8)
     o, _ = objective(net, image, None, [MultiClassMask(1)])
-    o.window_batch = 16
+    o.context.window_batch = 16
     members = torch.tensor([[True, False]] * 5 + [[False, True]] * 2)
     with frozen(net):
         changes = score_changes(o, Coalitions(members, 4, torch.zeros_like(image), keyed=True))
@@ -121,9 +121,9 @@ def test_equal_coalitions_in_one_batch_share_their_score():
     assert changes[0, 5] == changes[0, 6] != changes[0, 0]
 
 
-@pytest.mark.parametrize("block_bytes", [1, 2_000])
-def test_blocks_and_evicted_outputs_give_the_same(monkeypatch, block_bytes):
-    """BLOCK_BYTES so small that perturbations go one by one and unperturbed outputs are computed again."""
+@pytest.mark.parametrize("chunk_bytes", [1, 2_000])
+def test_blocks_and_evicted_outputs_give_the_same(monkeypatch, chunk_bytes):
+    """CHUNK_BYTES so small that perturbations go one by one and unperturbed outputs are computed again."""
     net, image = network(2, 1), noise(1, 20, 18)
     inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
     boxes = boxes_for((20, 18), 5, 0.3)
@@ -132,7 +132,7 @@ def test_blocks_and_evicted_outputs_give_the_same(monkeypatch, block_bytes):
         whole = score_changes(o, boxes)
         passes = o.context.progress.passes
         o.context.progress.start()
-        monkeypatch.setattr(pairs, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(batching, "CHUNK_BYTES", chunk_bytes)
         blocks = score_changes(o, boxes)
     assert o.context.progress.passes > passes
     assert_equal(blocks, whole, 1e-12)
@@ -147,7 +147,7 @@ def test_the_batch_does_not_matter(batch, output):
     o, _ = objective(net, image, inferer, targets(output, 2))
     with frozen(net):
         reference = score_changes(o, boxes)
-        o.window_batch = batch
+        o.context.window_batch = batch
         assert_equal(score_changes(o, boxes), reference, 1e-12)
 
 
@@ -212,9 +212,9 @@ def test_what_perturbed_windows_are_compared_with_is_computed_once(output):
             )
     fresh, _ = objective(net, image, inferer, [target])
     with pytest.MonkeyPatch.context() as patch, frozen(net):
-        patch.setattr(pairs, "BLOCK_BYTES", 1)  # what does not fit is not kept
+        patch.setattr(batching, "CHUNK_BYTES", 1)  # what does not fit is not kept
         score_changes(fresh, rounds[0])
-        assert not fresh.base_outputs
+        assert not fresh.memo("window outputs", dict)
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -307,7 +307,7 @@ def test_where_indices_of_windows_do_not_fit_they_are_made_again(monkeypatch, ou
     boxes = boxes_for((20, 18), 5, 0.3)
     with frozen(net):
         whole = score_changes(o, boxes)
-        monkeypatch.setattr(pairs, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(batching, "CHUNK_BYTES", 1)
         o.memo("window scores", dict).clear()
         assert_equal(score_changes(o, boxes), whole, 1e-12)
 

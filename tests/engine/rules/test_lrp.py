@@ -175,7 +175,7 @@ CELLS = [
 def test_conserves_on_every_network(name, dims):
     """All composites in 2D; in 3D, and on the heavy ones, each network meets one, in turn.
 
-    αβ grows with depth (2 and −1 per layer), so its gap is relative to the sum of absolute values.
+    αβ grows with depth (2 and −1 per layer), so its gap is measured against the sum of magnitudes, not the sum.
     """
     case = build(name, spatial_dims=dims)
     y = case.logits(case.image)

@@ -161,7 +161,7 @@ def test_equals_captum_on_a_plain_relu_network(rule):
             layer.rule = lrp_rules.EpsilonRule()
     result = lrp(network, x, cotangents, Composite(rule_under_test, rule_under_test)).input[0]
     expected = captum.attr.LRP(network).attribute(x, target=(1, 0, 0)).detach()
-    assert relative(result, expected) < 1e-6  # Captum adds its stabiliser of 1e-9 to every denominator
+    assert relative(result, expected) < 1e-6  # Captum's own stabiliser of 1e-9 is in every denominator
 
 
 def test_a_box_that_does_not_hold_the_input_is_refused():

@@ -86,7 +86,7 @@ TRANSFORMS = {
 MOVES = ("orientation", "flip", "flip all", "rotate90", "rotate90 three times", "crop", "centre crop")
 
 
-AMBIGUOUS = pytest.mark.filterwarnings("ignore:.*were lazy and the trace does not say")
+AMBIGUOUS = pytest.mark.filterwarnings("ignore:.*were lazy, and the trace does not state")
 
 
 @AMBIGUOUS

@@ -96,7 +96,7 @@ def test_methods_share_one_sweep():
         alone = [run(m, o).maps for m in (Saliency(), InputXGradient(), VanillaBackprop())]
     assert passes == len(o.windows) == Saliency().passes(o)
     for i, maps in enumerate(alone):
-        assert torch.equal(together[i].maps, maps)
+        assert torch.equal(together[i].result.maps, maps)
 
 
 def test_aliases_and_signs():

@@ -30,7 +30,7 @@ def case_objective(case) -> Objective:
     target = ClassScore(1) if case.kind == "classification" else Box(1, [0] * len(case.roi), case.roi, reduction="mean")
     model = Model(case.network, torch.device("cpu"), output=case.output)
     o = build_objective(model, case.image[0], target.bind(prediction, Case()), prediction)
-    o.window_batch = 4
+    o.context.window_batch = 4
     return o
 
 
@@ -165,7 +165,7 @@ def test_steps_do_not_depend_on_the_batch():
     maps = []
     for size in (1, 3, 50):
         o, _ = objective(net, image, SlidingWindowInferer((8, 8), 3, 0.5), [MultiClassMask(1)])
-        o.window_batch = size
+        o.context.window_batch = size
         with frozen(net):
             maps.append(run(IntegratedGradients(baseline=baseline, n_steps=6), o).maps)
     assert_equal(maps[1], maps[0], 1e-12)

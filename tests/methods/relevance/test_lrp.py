@@ -46,8 +46,8 @@ def test_linear_network_gives_weight_times_input(dims):
     assert result.record["booked"] == pytest.approx(float(network[1].bias[1]), abs=1e-12)
 
 
-class Told(nn.Module):
-    """Network that gets the position of each window, and a condition there."""
+class ReadsPosition(nn.Module):
+    """A network that reads the position of each window and a condition there."""
 
     def __init__(self):
         super().__init__()
@@ -66,7 +66,7 @@ def test_each_window_of_a_batch_gets_its_own_position_and_condition(method):
     inferer = SlidingWindowInferer((8, 8), 1, 0.5, "gaussian", with_coord=True)
     result = [
         next(
-            Explainer(Told().double().eval(), inferer, window_batch=n)(
+            Explainer(ReadsPosition().double().eval(), inferer, window_batch=n)(
                 image, [method], [MultiClassMask(1)], network_kwargs={"condition": condition}
             )
         )

@@ -249,7 +249,7 @@ def test_a_warning_where_too_much_is_left():
     case = Naive(small(), noise(1, 12, 12), inferer=SimpleInferer())
     result = explained(InvertedRepresentation("a", n_iter=1, max_share=1e-3), case)
     assert result.note(0)["distance_share"] > 1e-3
-    assert any("a share of 0.001 was asked for" in w for w in case.objective.context.progress.warnings)
+    assert any("a share of 0.001 is required" in w for w in case.objective.context.progress.warnings)
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ def test_a_warning_where_the_objective_does_not_rise():
     case = Naive(Computed(flat), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     result = explained(FeatureVisualization(n_iter=3), case)
     assert 0 < result.note(0)["objective_rise"] < 0.25
-    assert any("a rise of 0.25 was asked for" in w for w in case.objective.context.progress.warnings)
+    assert any("a rise of 0.25 is required" in w for w in case.objective.context.progress.warnings)
     quiet = Naive(Computed(flat), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     explained(FeatureVisualization(n_iter=3, min_rise=1e-9), quiet)
     assert quiet.objective.context.progress.warnings == []

@@ -66,16 +66,16 @@ class Reader:
 
     def ready(self) -> Any:
         self.page.wait_for_selector("html[data-ready]", timeout=30_000)
-        self.wait_until_drawn()
+        self.wait_for_drawing()
         return self.page
 
-    def wait_until_drawn(self) -> None:
-        """Wait two frames, until the requested state is drawn."""
+    def wait_for_drawing(self) -> None:
+        """Wait two frames, after which pending drawing is done."""
         self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def pixels(self, selector: str) -> np.ndarray:
         """RGBA of a canvas."""
-        self.wait_until_drawn()
+        self.wait_for_drawing()
         uri = self.page.eval_on_selector(selector, "(canvas) => canvas.toDataURL()")
         return np.rint(255 * imread(io.BytesIO(base64.b64decode(uri.split(",")[1])))).astype(np.uint8)
 
@@ -110,13 +110,13 @@ def test_slices_by_slider_keys_and_wheel(reader: Reader) -> None:
     start, last = int(slider.input_value()), int(slider.get_attribute("max"))
     slider.focus()
     page.keyboard.press("ArrowRight")
-    reader.wait_until_drawn()
+    reader.wait_for_drawing()
     assert page.get_attribute(AXIAL, "data-slice") == str(start + 1)
     before = reader.pixels(AXIAL)
     page.focus(AXIAL)
     for key, expected in (("Home", 0), ("PageUp", 5), ("ArrowUp", 6), ("ArrowDown", 5), ("End", last)):
         page.keyboard.press(key)
-        reader.wait_until_drawn()
+        reader.wait_for_drawing()
         assert page.get_attribute(AXIAL, "data-slice") == str(expected), key
     assert slider.input_value() == str(last)
     assert page.locator("#slice-text").inner_text().startswith(f"{last + 1} of {last + 1}, z = ")
@@ -130,11 +130,11 @@ def test_all_pictures_of_the_table_follow(reader: Reader) -> None:
     page = reader.page
     page.locator("button.cell").nth(1).click()
     page.keyboard.press("Home")
-    reader.wait_until_drawn()
+    reader.wait_for_drawing()
     assert page.eval_on_selector_all("canvas.small-map", "(all) => all.map((c) => c.dataset.slice)") == ["0"] * 3
     assert page.locator("#focus-title").inner_text() == "InputXGradient · MultiClassMask-grey matter"
     page.get_by_text("sagittal", exact=True).first.click()
-    reader.wait_until_drawn()
+    reader.wait_for_drawing()
     assert page.locator("button.cell .lettered .l").first.inner_text() == "A"
 
 
@@ -213,7 +213,7 @@ def test_a_point_is_clicked_and_read(reader: Reader, folder: Path) -> None:
     reader.page.locator(AXIAL).scroll_into_view_if_needed()
     box = reader.page.locator(AXIAL).bounding_box()
     reader.page.mouse.click(box["x"] + box["width"] * 0.22, box["y"] + box["height"] * 0.33)
-    reader.wait_until_drawn()
+    reader.wait_for_drawing()
     text = reader.page.locator("#readout").inner_text()
     right, anterior = (float(v) for v in re.match(r"RAS (-?[\d.]+), (-?[\d.]+)", text).groups())
     data = data_of(report_path(folder, "sub-01"))

@@ -84,7 +84,7 @@ def test_metrics_regions_and_curves_are_there(text: str) -> None:
 def test_a_failure_is_shown_with_its_traceback(text: str) -> None:
     (traceback,) = re.findall(r"<pre[^>]*>(.*?)</pre>", text, re.S)[:1]
     assert "esegeta_monai/methods/cam/pooled_cam.py, line " in traceback
-    assert traceback.rstrip().endswith("(this one gives a map of voxels)")
+    assert traceback.rstrip().endswith("(the output of this network is a map of voxels)")
 
 
 def test_methods_paragraph_cites_every_method_that_has_a_paper(text: str) -> None:
@@ -239,7 +239,8 @@ def test_of_many_channels_the_same_are_shown_of_every_map_and_of_the_scan_under_
     text = words(path.read_text(encoding="utf-8"))
     assert (
         text.count(
-            "Of maps with 12 channels the 8 strongest of all together are shown: numbers 0, 2, 3, 4, 5, 6, 7, 11."
+            "Maps with 12 channels are shown with the 8 channels that are strongest over all maps: numbers "
+            "0, 2, 3, 4, 5, 6, 7, 11."
         )
         == 1
     )

@@ -35,7 +35,7 @@ def out(finished: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def text_of(out: Path) -> str:
+def report_text(out: Path) -> str:
     return words(write_report(out).cases["sub-01"].read_text(encoding="utf-8"))
 
 
@@ -67,14 +67,14 @@ def test_a_table_that_a_spreadsheet_saved_is_read(out: Path) -> None:
 )
 def test_an_unreadable_table_is_reported(out: Path, file: str, content: bytes, text: str) -> None:
     (out / file).write_bytes(content)
-    assert text in text_of(out)
+    assert text in report_text(out)
 
 
 @pytest.mark.parametrize("content", ["{", "[1, 2]", '"a"', '{"regions": [1]}'])
 def test_regions_from_json_that_is_none(out: Path, content: str) -> None:
     (out / REGIONS).unlink()
     (out / REGIONS).with_suffix(".json").write_text(content)
-    assert "Before you read the maps" in text_of(out)
+    assert "Before you read the maps" in report_text(out)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_regions_from_json_that_is_none(out: Path, content: str) -> None:
 )
 def test_an_entry_of_another_kind_is_omitted_and_reported(out: Path, key: str, value: object) -> None:
     changed(out / f"{MAP}.json", lambda record: record.update({key: value}))
-    text = text_of(out)
+    text = report_text(out)
     assert (
         f"sub-01_MultiClassMask-grey-matter_Saliency_attr.json is not as 'explain' wrote it, left out: {key}." in text
     )
@@ -105,7 +105,7 @@ def test_an_entry_of_another_kind_is_omitted_and_reported(out: Path, key: str, v
 @pytest.mark.parametrize("change", [{"status": "nope"}, {"status": None}, {"target": None}, {"method": 5}])
 def test_empty_results_of_run_json_are_omitted_and_reported(out: Path, change: dict) -> None:
     changed(out / "run.json", lambda run: run["results"][0].update(change))
-    assert "run.json: 1 results are not as 'explain' wrote them" in text_of(out)
+    assert "run.json: 1 results are not as 'explain' wrote them" in report_text(out)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
