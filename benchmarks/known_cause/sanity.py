@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from causes import CAUSES, ROOT, Cause, Example
 from maps import TARGET, compute_maps, read_map
-from methods import chosen_methods, is_dear
+from methods import chosen_methods, is_expensive
 from table import write_block
 from torch import Tensor
 
@@ -51,7 +51,7 @@ def likeness(cause: Cause, cases: int, draws: int) -> Likeness:
     for example in cause.examples(cases):
         trained = {name: read_map(path)["map"] for name, path in compute_maps(cause, example, methods)}
         for draw in range(draws):
-            now = [method for method in methods if not (draw and is_dear(method))]
+            now = [method for method in methods if not (draw and is_expensive(method))]
             for what, layers in (("last", own[-1:]), ("all", own)):
                 for name, values in redrawn(cause, example, now, layers, draw).items():
                     if trained[name] is not None:

@@ -105,7 +105,7 @@ def test_names_of_cases_stay_text_and_results_of_classes_by_name(bundle: Path, s
     assert set(record["configs_sha256"]) == {"inference.json", "metadata.json"}
 
 
-def test_finished_maps_are_skipped_until_told_otherwise(bundle: Path, scans: Path, tmp_path: Path) -> None:
+def test_finished_maps_are_skipped_unless_overwrite(bundle: Path, scans: Path, tmp_path: Path) -> None:
     words = (bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", "Saliency", "--target", "MultiClassMask(1)")
     assert explained(*words) == 0
     (path,) = (tmp_path / "out").rglob("*.nii.gz")
@@ -132,7 +132,7 @@ def test_a_config_and_overrides_are_used(bundle: Path, scans: Path, tmp_path: Pa
     assert set(b["configs_used_sha256"]) == {"inference.json", "other.json"}
 
 
-def test_two_of_one_kind_are_told_apart(bundle: Path, scans: Path, tmp_path: Path) -> None:
+def test_two_of_one_kind_get_distinct_names(bundle: Path, scans: Path, tmp_path: Path) -> None:
     methods = "Occlusion(window=8),Occlusion(window=16),Saliency(name='mine')"
     assert explained(bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", methods,
                      "--target", "MultiClassMask(1)") == 0  # fmt: skip
@@ -475,7 +475,7 @@ def test_the_module_in_a_process_of_its_own(bundle: Path, scans: Path, tmp_path:
 # ---------------------------------------------------------------------- demo
 
 
-def test_the_demo_finds_its_bundle_or_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_finds_its_bundle_or_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (demo.find_bundle() / "configs" / "inference.json").is_file()
     monkeypatch.setattr(esegeta_monai, "__file__", str(tmp_path / "site-packages" / "esegeta_monai" / "__init__.py"))
     monkeypatch.chdir(tmp_path)
@@ -523,7 +523,7 @@ def test_the_documentation_has_every_command_and_option() -> None:
                 assert any(option in text for option in action.option_strings if option.startswith("--")), action
 
 
-def test_a_dry_run_tells_the_passes_and_writes_nothing(
+def test_a_dry_run_reports_the_passes_and_writes_nothing(
     bundle: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", "Occlusion(window=8)")
@@ -536,7 +536,7 @@ def test_a_dry_run_tells_the_passes_and_writes_nothing(
     assert line[header.index("passes") :].split()[0] == str(record["window_passes"])
 
 
-def test_what_costs_too_much_is_refused_unless_told(
+def test_costly_methods_are_refused_without_yes(
     bundle: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("esegeta_monai.explain.costs.COSTLY", 5)

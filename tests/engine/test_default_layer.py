@@ -105,7 +105,7 @@ def test_a_layer_that_is_written_into_is_looked_at_alone():
         assert default_layer(o) == "first"
 
 
-def test_a_layer_that_hands_its_input_on_is_looked_at_alone():
+def test_a_layer_that_returns_its_input_is_read_alone():
     class Handed(torch.nn.Module):
         def forward(self, x):
             return x

@@ -183,7 +183,7 @@ def test_sigmoid_of_another_key_does_not_count(scans: list[Path], tmp_path: Path
     assert explain.targets[0].parameters["activation"] == "auto"
 
 
-def test_nowhere_to_write_is_said_before_any_work(scans: list[Path]) -> None:
+def test_a_missing_output_folder_raises_before_any_work(scans: list[Path]) -> None:
     engine = evaluator(scans, Small())
     ExplanationHandler(methods="Saliency").attach(engine)
     with pytest.raises(UsageError, match="give output_dir"):
@@ -390,7 +390,7 @@ def test_a_validating_evaluator_explains_the_weights_of_its_epoch(scans: list[Pa
 
 
 @pytest.mark.parametrize(("interval", "every", "explained"), [(1, 2, [1, 3, 5]), (2, 2, [2, 4, 6]), (3, 2, [3, 6])])
-def test_of_every_so_many_epochs_the_first_that_is_validated(
+def test_the_first_validated_epoch_of_each_block_is_explained(
     scans: list[Path], tmp_path: Path, interval: int, every: int, explained: list[int]
 ) -> None:
     """Counted from the first epoch, a validation every second epoch would never be explained; no folder stays empty."""
@@ -563,7 +563,7 @@ def test_crops_of_one_scan_do_not_overwrite_each_other(scans: list[Path], tmp_pa
     [{"epochs": 0}, {"epochs": 2.5}, {"epochs": "two"}, {"overwrite": "perhaps"}, {"methods": "Salience"},
      {"methods": []}, {"targets": []}, {"class_names": {"liver": 1}}],
 )  # fmt: skip
-def test_wrong_options_are_said_at_construction(tmp_path: Path, option: dict[str, Any]) -> None:
+def test_wrong_options_are_refused_at_construction(tmp_path: Path, option: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         handler(tmp_path, **option)
 

@@ -135,7 +135,7 @@ def test_each_disagreement_has_its_reason(rough: list[float], precise: list[floa
     assert why in str(agreement(torch.tensor(rough), torch.tensor(precise))[1])
 
 
-def test_what_agrees_runs_under_autocast_and_says_how_well() -> None:
+def test_methods_that_agree_run_under_autocast_and_record_the_correlation() -> None:
     half, full = explained(tame(), [GRADIENT, OCCLUSION]), explained(tame(), [GRADIENT, OCCLUSION], None)
     for a, b in zip(half, full):
         assert (a.record["amp"], a.record["amp_fallback"], a.record["warnings"]) == ("torch.bfloat16", None, [])
@@ -249,7 +249,7 @@ def test_what_is_lost_after_the_first_window_is_computed_again(lost: Any, why: s
     assert torch.equal(attribution.map.as_subclass(Tensor), image()[0])
 
 
-def test_a_zero_map_is_said_after_float32_has_found_it_too() -> None:
+def test_a_zero_map_is_reported_after_float32_confirms_it() -> None:
     network = draw(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1)))
     with torch.no_grad():
         network[0].bias.fill_(-1e3)
@@ -351,7 +351,7 @@ def test_all_ranks_decide_as_the_first_one() -> None:
     assert torch.equal(outcome.maps, run(GRADIENT, full_precision(objective)).maps)
 
 
-def test_a_method_in_brief_is_the_same_method_cheaper() -> None:
+def test_the_cheap_copy_is_the_same_method_with_fewer_passes() -> None:
     assert XRAI(n_segments=(3,), n_steps=64).cheap_copy().parameters == XRAI(n_segments=(3,), n_steps=4).parameters
     inner = SmoothGrad(IntegratedGradients(tolerance=1e-3), n_samples=9).cheap_copy()
     assert (inner.n_samples, inner.method.n_steps, inner.method.tolerance) == (4, 4, None)

@@ -135,7 +135,7 @@ def test_imputation_is_the_solution_of_the_linear_system(shape):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_what_lies_between_zeros_is_zero_whatever_the_other_channel_needs(dims):
+def test_voxels_between_zeros_are_zero_whatever_the_other_channel_needs(dims):
     """Nearly all round a bright middle is removed: of channel 0, dark there, and of channel 1, which is noise. The
     system of the first is solved from the start, and must stay so while the second is still being solved."""
     shape = (2, *(24,) * dims)

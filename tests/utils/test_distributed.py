@@ -317,7 +317,7 @@ def test_alone_nothing_is_joined(monkeypatch):
     assert ranks.gather("x") == ["x"]
 
 
-def test_processes_that_were_not_joined_are_told(monkeypatch):
+def test_processes_that_were_not_joined_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="init_process_group"):
         Processes.current()

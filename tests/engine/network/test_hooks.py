@@ -27,7 +27,7 @@ def test_capture_records_what_the_layer_gave_before_an_inplace_change():
     assert not any(m._forward_hooks for m in network.modules())
 
 
-def test_a_layer_that_hands_its_input_on_has_a_gradient_of_its_own():
+def test_a_layer_that_returns_its_input_has_its_own_gradient():
     """Not that of the input's other uses: a skip connection through an identity beside a branch."""
 
     class Skip(nn.Module):

@@ -64,7 +64,7 @@ def test_segments_with_equal_keys_make_equal_crops():
     assert len(by_key) == 2**2  # features 0 and 1; the first row belongs to none
 
 
-def test_features_that_equal_the_baseline_are_told_apart_from_nothing():
+def test_features_that_equal_the_baseline_are_distinguished_from_nothing():
     labels = (torch.arange(16) // 4).expand(1, 8, 16).contiguous()
     image = noise(1, 8, 16)
     image[..., :4] = 0  # feature 0 is background

@@ -108,7 +108,7 @@ def test_keyed_coalitions_equal_naive_and_are_computed_once(output):
         assert counts[0] <= len(o.windows) * 8 < 0.5 * counts[1]
 
 
-def test_equal_coalitions_in_one_batch_are_booked_for_all():
+def test_equal_coalitions_in_one_batch_share_their_score():
     net, image = network(2, 1), noise(1, 8, 8)
     o, _ = objective(net, image, None, [MultiClassMask(1)])
     o.context.window_batch = 16

@@ -117,7 +117,7 @@ def test_zero_denominators_are_absorbed():
     assert half.absorbed.item() == -12.0
 
 
-def test_flat_reaches_voxels_that_are_zero_and_books_what_falls_on_padding():
+def test_flat_reaches_voxels_that_are_zero_and_records_the_share_of_padding():
     module = nn.Conv1d(1, 1, 3, bias=False).double()
     module.weight.data.fill_(1.0)
     x = torch.tensor([[[0.0, 3.0, 0.0, 0.0]]], dtype=torch.float64)

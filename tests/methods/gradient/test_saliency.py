@@ -71,7 +71,7 @@ def test_abs_is_taken_of_the_sum_over_windows():
     assert bool((signed < 0).any())
 
 
-def test_padding_with_a_value_is_booked():
+def test_the_share_of_padding_with_a_value_is_recorded():
     net, image = network(2, 2), noise(2, 6, 20)
     inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian", cval=0.7)
     o, _ = objective(net, image, inferer, [MultiClassMask(1)])

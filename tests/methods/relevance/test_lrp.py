@@ -61,7 +61,7 @@ class ReadsPosition(nn.Module):
 
 
 @pytest.mark.parametrize("method", [LRP(), LayerLRP("first"), ExcitationBackprop()], ids=lambda m: m.name)
-def test_each_window_of_a_batch_is_told_its_own_place_and_condition(method):
+def test_each_window_of_a_batch_gets_its_own_position_and_condition(method):
     image, condition = (torch.rand(1, 1, 20, 12, dtype=torch.float64) for _ in range(2))
     inferer = SlidingWindowInferer((8, 8), 1, 0.5, "gaussian", with_coord=True)
     result = [

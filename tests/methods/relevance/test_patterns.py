@@ -89,7 +89,7 @@ def test_the_signal_of_an_image_is_found(dims):
     close(share.sum()[None], objective.image_values())
 
 
-def test_patterns_lie_beside_the_weights(tmp_path):
+def test_patterns_are_written_beside_the_weights(tmp_path):
     s = setting("UNet_batch")
     file, cases = tmp_path / "patterns.pt", [s.image.flip(-1), s.image * 2]
     first = explain(PatternAttribution(file, cases), s.objective)
