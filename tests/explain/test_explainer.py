@@ -102,7 +102,7 @@ def test_texts_and_configs_make_methods_and_targets() -> None:
 
 @pytest.mark.parametrize("shape", [(12, 12, 12), (1, 1, 12), (2, 1, 4, 4, 4, 4)])
 def test_images_of_other_dimensions_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match=r"image must be \(B, C, \*spatial\)"):
+    with pytest.raises(InputError, match=r"image must be a tensor \(B, C, \*spatial\)"):
         list(Explainer(Spy())(torch.zeros(shape), [Saliency()], [MultiClassMask(1)]))
 
 

@@ -58,7 +58,7 @@ class Nothing(Saliency):
 def test_maps_that_are_not_finite_are_never_ok() -> None:
     result = only(Explainer(Spy(), SLIDING, on_error="record")(image(), [NotFinite()], [MultiClassMask(1)]))
     assert (result.status, result.map, result.record["sum"]) == ("failed", None, None)
-    assert "144 of 1728 values that are not finite" in result.record["reason"]
+    assert "144 of 1728 values of the map are not finite" in result.record["reason"]
     with pytest.raises(MethodError, match="not finite"):
         list(Explainer(Spy(), SLIDING)(image(), [NotFinite()], [MultiClassMask(1)]))
 
