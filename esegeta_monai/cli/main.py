@@ -62,7 +62,7 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], Callable[..., int]], ...] =
     ),
     (
         "overlay",
-        "write the config file with which 'monai.bundle run' explains a bundle",
+        "write the config with which 'monai.bundle run' explains a bundle, and summarise the bundle",
         overlay.add_arguments,
         overlay.run,
     ),
