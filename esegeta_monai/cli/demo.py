@@ -46,7 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--bundle",
         metavar="DIR",
-        help="folder of the bundle brain_tissue_segmentation (default: bundles/ of a checkout)",
+        help="folder of the bundle brain_tissue_segmentation, needed outside of a checkout",
     )
     parser.add_argument(
         "--methods", action="append", metavar="LIST", help="methods to run instead of those of the demo"
