@@ -68,7 +68,7 @@ def test_permutation_equals_captum():
 
 
 def test_permutation_needs_two_cases_and_says_so():
-    with pytest.raises(UsageError, match=r"cases= has 1.*FeatureAblation"):
+    with pytest.raises(UsageError, match=r"cases has 1.*FeatureAblation"):
         FeaturePermutation([noise(1, 6, 9)])
     net, image = Quadratic(54), noise(1, 6, 9)
     wrong = [noise(1, 6, 9), noise(1, 5, 9)]
