@@ -43,7 +43,11 @@ DEMO_METHODS = (
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``demo``."""
     parser.add_argument("--output", default="demo_output", metavar="DIR", help="output folder (default: %(default)s)")
-    parser.add_argument("--bundle", metavar="DIR", help="folder of the bundle brain_tissue_segmentation, if not found")
+    parser.add_argument(
+        "--bundle",
+        metavar="DIR",
+        help="folder of the bundle brain_tissue_segmentation, needed outside of a checkout",
+    )
     parser.add_argument(
         "--methods", action="append", metavar="LIST", help="methods to run instead of those of the demo"
     )

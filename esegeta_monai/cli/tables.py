@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import re
@@ -65,10 +66,15 @@ def describe(cls: type[Configurable], kind: str = "method") -> dict[str, Any]:
 
     >>> describe(METHODS.get("saliency"))["parameters"]
     {'abs': True}
+    >>> describe(METHODS.get("ContrastiveLRP"))["parameters"]["composite"]
+    {'convolution': 'ZPlus', 'dense': 'ZPlus'}
     """
     doc = inspect.getdoc(cls) or ""
     signature = inspect.signature(cls.__init__)
     defaults = {p: signature.parameters[p].default for p in cls.parameter_names()}
+    if dataclasses.is_dataclass(cls):  # the signature has a placeholder for a default that a factory makes
+        factories = {f.name: f.default_factory for f in dataclasses.fields(cls) if callable(f.default_factory)}
+        defaults |= {p: make() for p, make in factories.items() if p in defaults}
     required = [p for p, value in defaults.items() if value is inspect.Parameter.empty]
     entry: dict[str, Any] = {
         "name": cls.__name__,

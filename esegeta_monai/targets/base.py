@@ -80,7 +80,9 @@ def resolve_class(
             raise TargetError(f"{where}={class_index!r}: the network has no class of that name; it has: {listed}")
         class_index = matches[0]
     if isinstance(class_index, bool) or not 0 <= class_index < n_classes:
-        raise TargetError(f"{where}={class_index}: the network has {n_classes} output channel(s): {listed}")
+        raise TargetError(
+            f"{where}={class_index}: no such class; the network has {n_classes} output channel(s): {listed}"
+        )
     return int(class_index), names.get(int(class_index), f"class{class_index}")
 
 

@@ -258,7 +258,8 @@ class Registry(Generic[T]):
             raise
         except (TypeError, ValueError) as error:
             names = ", ".join([*cls.parameter_names(), "name"])
-            raise UsageError(f"{cls.__name__}: {error}; its parameters are: {names}") from error
+            text = str(error).replace(f"{cls.__name__}.__init__() ", "")
+            raise UsageError(f"{cls.__name__}: {text}; its parameters are: {names}") from error
 
     def _parse(self, text: str) -> T:
         try:
