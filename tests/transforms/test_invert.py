@@ -430,7 +430,7 @@ def test_what_cannot_be_brought_back_is_named():
     refused("adjoint of Shear is not known.*Invertd", random_map(Shear()(scan())))
     refused(re.escape("BorderPad with mode='mean'"), random_map(mt.BorderPad(1, mode="mean")(image)))
     refused("plain tensor", torch.zeros(1, *SIZE))
-    refused("lazy transforms wait.*Flip.*ApplyPendingd", mt.Flip(0, lazy=True)(scan()))
+    refused("lazy transforms are pending.*Flip.*ApplyPendingd", mt.Flip(0, lazy=True)(scan()))
     refused(re.escape("(7, 6, 4), its image on (7, 6, 5)"), torch.zeros(1, 7, 6, 4), image)
     refused("2D or 3D", torch.zeros(1, 1, *SIZE), MetaTensor(torch.zeros(1, 1, *SIZE)))
     with pytest.raises(InputError, match="orig_keys names 'scan'"):
