@@ -238,7 +238,7 @@ def test_condition_is_cut_to_the_windows_as_monai_does() -> None:
 
 @pytest.mark.parametrize("shape", [(12, 12, 12), (1, 1, 12), (2, 1, 4, 4, 4, 4)])
 def test_images_of_other_dimensions_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InputError, match=r"image must be \(B, C, \*spatial\)"):
+    with pytest.raises(InputError, match=r"image must be a tensor \(B, C, \*spatial\)"):
         list(Explainer(Spy())(torch.zeros(shape), [Saliency()], [MultiClassMask(1)]))
 
 
@@ -424,7 +424,7 @@ def test_on_error_raise_is_the_default() -> None:
 def test_maps_that_are_not_finite_are_never_ok() -> None:
     result = only(Explainer(Spy(), SLIDING, on_error="record")(image(), [NotFinite()], [MultiClassMask(1)]))
     assert (result.status, result.map, result.record["sum"]) == ("failed", None, None)
-    assert "144 of 1728 values that are not finite" in result.record["reason"]
+    assert "144 of 1728 values of the map are not finite" in result.record["reason"]
     with pytest.raises(MethodError, match="not finite"):
         list(Explainer(Spy(), SLIDING)(image(), [NotFinite()], [MultiClassMask(1)]))
 
