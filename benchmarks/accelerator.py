@@ -165,8 +165,8 @@ def measured(network: nn.Module, image: Tensor, roi: list[int], device: str, rep
             with nullcontext() if precision == "TF32" else own_modes(device):
                 loop[kind] = least(call, device, repeats)
                 held = peak_memory(image.device) / 1e9
-                single.setdefault(kind, found := call())
-            alike = figure(correlation(found, single[kind]))
+                single.setdefault(kind, output := call())
+            alike = figure(correlation(output, single[kind]))
             yield f"| {windows} | {precision} | bare: {kind} | 1 | {loop[kind]:.3f} | | | {held:.2f} | {alike} | |"
         if precision == "TF32":  # methods do not use it
             continue
@@ -176,17 +176,17 @@ def measured(network: nn.Module, image: Tensor, roi: list[int], device: str, rep
             took, whole_call = float("inf"), float("inf")
             for _ in range(1 if isinstance(method, Occlusion | IntegratedGradients) else 2):
                 began = waited(device)
-                (found,) = explainer(image, [method], [target], prediction=prediction)
+                (attribution,) = explainer(image, [method], [target], prediction=prediction)
                 whole_call = min(whole_call, waited(device) - began)
-                took = min(took, found.record["seconds"])
-            assert found.map is not None, found.record["reason"]
-            name, record = str(method.name), found.record
-            single.setdefault(name, found.map)
+                took = min(took, attribution.record["seconds"])
+            assert attribution.map is not None, attribution.record["reason"]
+            name, record = str(method.name), attribution.record
+            single.setdefault(name, attribution.map)
             yield Row(
                 *(windows, precision, name, record["window_passes"], took, whole_call),
                 took / (record["window_passes"] * loop[kind]),
                 record["peak_memory_bytes"] / 1e9,
-                correlation(found.map, single[name]),
+                correlation(attribution.map, single[name]),
                 record.get("amp_fallback"),
             )
 

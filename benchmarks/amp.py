@@ -131,15 +131,15 @@ def rows(name: str, device: str, dtype: torch.dtype, seed: int) -> Iterator[Row]
             except Exception as error:  # a method that does not apply to this network in float32 either
                 print(f"  {method.name}: {error}", file=sys.stderr)
                 continue
-            found = run(method, objective)
+            outcome = run(method, objective)
             rough = forced(method, objective)
-        notes = found.notes
+        notes = outcome.notes
         yield Row(
             name,
             str(method.name),
             (notes.get("amp_correlation") or [None])[0],
             None if rough is None else correlation(rough.maps, precise.maps),
-            correlation(found.maps, precise.maps),
+            correlation(outcome.maps, precise.maps),
             notes.get("amp_fallback"),
             method.full_precision,
         )
@@ -160,9 +160,9 @@ def figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
 
 
-def table(found: list[Row], networks: list[str], title: str) -> Iterator[str]:
+def table(results: list[Row], networks: list[str], title: str) -> Iterator[str]:
     """Yield the lines of a Markdown table."""
-    measured = [r for r in found if not r.alone]
+    measured = [r for r in results if not r.alone]
     fell = [r for r in measured if r.fallback is not None]
     missed = [r for r in measured if r.missed]
     spared = [r for r in fell if r.autocast is not None and r.autocast >= AGREES]
@@ -178,7 +178,7 @@ def table(found: list[Row], networks: list[str], title: str) -> Iterator[str]:
     for network in networks:
         yield f"\n## {network}\n"
         yield "| method | first window | whole map, autocast | whole map, saved | fallback |\n|---|---|---|---|---|"
-        for r in (r for r in found if r.network == network):
+        for r in (r for r in results if r.network == network):
             why = "always float32" if r.alone else (r.fallback or "")
             yield f"| {r.method} | {figure(r.first)} | {figure(r.autocast)} | {figure(r.saved)} | {why} |"
 
@@ -193,13 +193,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("esegeta_monai").setLevel(logging.ERROR)
-    found: list[Row] = []
+    results: list[Row] = []
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.device}, {platform.machine()}"
     title = f"`{args.dtype}` on {device}, torch {torch.__version__}, one thread; seed {args.seed}."
     for n, name in enumerate(args.networks, 1):
         print(name, file=sys.stderr)
-        found += rows(name, args.device, getattr(torch, args.dtype), args.seed)
-        text = "\n".join(table(found, args.networks[:n], title))
+        results += rows(name, args.device, getattr(torch, args.dtype), args.seed)
+        text = "\n".join(table(results, args.networks[:n], title))
         if args.table is not None:
             args.table.write_text(text + "\n")
     print(text)

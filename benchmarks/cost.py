@@ -82,11 +82,11 @@ def one(spec: str, limit: float) -> dict[str, Any]:
     row |= {"seconds": estimate, "peak": (cost.peak_memory_bytes or 0) - before}
     if estimate <= limit or spec in SMALL:
         start = time.process_time()
-        (found,) = explainer(image[None], [method], [target], prediction=prediction)
+        (attribution,) = explainer(image[None], [method], [target], prediction=prediction)
         seconds = time.process_time() - start
-        row |= {"seconds": seconds, "estimated": False, "status": found.status}
-        row |= {"passes": found.record["window_passes"], "reason": found.record.get("reason")}
-        row |= {"foretold": cost.passes, "peak": found.record["peak_memory_bytes"] - before}
+        row |= {"seconds": seconds, "estimated": False, "status": attribution.status}
+        row |= {"passes": attribution.record["window_passes"], "reason": attribution.record.get("reason")}
+        row |= {"foretold": cost.passes, "peak": attribution.record["peak_memory_bytes"] - before}
     return row
 
 

@@ -77,9 +77,9 @@ class Naive:
             self.predictions += len(perturbations) + (not self.predictions)
             self.windows = len(objective.windows)
             before = objective.context.progress.passes
-            found = change(objective, perturbations)
+            changes = change(objective, perturbations)
             self.inside += objective.context.progress.passes - before
-            return found
+            return changes
 
         for module in places:
             module.score_changes = counted  # type: ignore[attr-defined]
@@ -120,10 +120,10 @@ def counted(target: Box, seen: int, method: str) -> list[list[str]]:
         naive = Naive()
         naive.windows = seen
         with naive.counting():
-            found = Evaluator(explainer_of(voxel_network()), [metric], with_controls=False)(
+            result = Evaluator(explainer_of(voxel_network()), [metric], with_controls=False)(
                 image(), [method], [target], label=label
             )
-        (row,) = found.rows
+        (row,) = result.rows
         assert row["status"] in ("ok", "undefined", "not applicable"), row
         alone[row["metric"]] = (row["passes"], naive.passes(row["passes"]))
     together: dict[str, int] = defaultdict(int)
@@ -149,23 +149,23 @@ def whole(methods: list[str], target: Box | str) -> tuple[list[list[str]], str]:
         _, scan, data = Preprocessor(reader)(find_cases([str(file)])[0])
     explainer = Explainer(reader.network, reader.inferer, reader.device, class_names=reader.class_names)
     began, processor = time.monotonic(), time.process_time()
-    found = Evaluator(explainer, metrics())(scan, methods, [target], data=data)
+    result = Evaluator(explainer, metrics())(scan, methods, [target], data=data)
     minutes, busy = (time.monotonic() - began) / 60, (time.process_time() - processor) / 60
-    for what, why in found.failed.items():
+    for what, why in result.failed.items():
         print("failed:", what, why)
     passes: dict[str, int] = defaultdict(int)
     seconds: dict[str, float] = defaultdict(float)
     count: dict[str, set[str]] = defaultdict(set)
-    for row in found.rows:
+    for row in result.rows:
         passes[row["group"]] += row["passes"]
         seconds[row["group"]] += row["seconds"]
         count[row["group"]].add(row["metric"])
     rows = [[g, str(len(count[g])), str(passes[g]), f"{seconds[g] / 60:.1f}"] for g in passes]
-    failures = [r for r in found.rows if r["status"] == "failed"]
+    failures = [r for r in result.rows if r["status"] == "failed"]
     sentence = (
         f"{', '.join(METHODS.create(m).name for m in methods)} and three control maps, {sum(map(len, count.values()))} "
         f"metrics: **{minutes:.1f} minutes** ({busy:.1f} of processor time), {sum(passes.values())} window passes of "
-        f"metrics, {len(found.rows)} values, {len(failures)} failures."
+        f"metrics, {len(result.rows)} values, {len(failures)} failures."
     )
     return rows, sentence
 

@@ -121,11 +121,11 @@ def compute(name: str, wanted: list[str] | None, cache: Path) -> None:
         except UsageError as error:  # it needs inputs that the gallery does not have
             record = {"status": "failed", "reason": str(error)}
         else:
-            (found,) = explainer(image[None], [method], [target])
+            (attribution,) = explainer(image[None], [method], [target])
             keys = ("status", "reason", "signed", "parameters", "units", "completeness_gap", "layer")
-            record = {key: found.record.get(key) for key in keys}
-            if found.map is not None:
-                values = found.map.as_tensor().sum(0).numpy()
+            record = {key: attribution.record.get(key) for key in keys}
+            if attribution.map is not None:
+                values = attribution.map.as_tensor().sum(0).numpy()
         record["cpu_seconds"] = round(time.process_time() - began, 1)
         np.savez_compressed(file, values=values.astype(np.float32), record=json.dumps(record))
         print(name, cls.__name__, record["status"], record["cpu_seconds"], record.get("reason") or "", flush=True)

@@ -27,6 +27,9 @@ from monai.inferers import SlidingWindowInferer
 from torch import nn
 
 WRITERS = ("output.writer", "output", "writer")  # modules of the writer: the new ones, then the old one
+COMPREHENSIONS = {"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>", "<lambda>"}
+"""Frames that belong to the function in which they are written."""
+
 METHODS = {"Saliency": "Saliency", "Occlusion": "Occlusion(window=8)"}
 
 
@@ -47,6 +50,8 @@ class Journey:
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
         """Hook of `sys.setprofile`; resuming a generator is a call, yielding is a return."""
         code = frame.f_code
+        if code.co_name in COMPREHENSIONS:
+            return
         if event not in ("call", "return") or not code.co_filename.startswith(self.folder):
             return
         if event == "call":

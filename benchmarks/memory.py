@@ -45,12 +45,12 @@ def measure(method: str, size: int, window: int, steps: int, threads: int) -> di
     if chosen is None:
         return {"peak": 0.0, "passes": 0}
     image = torch.randn(1, 1, size, size, size)
-    (found,) = explainer(image, [chosen], [MultiClassMask(1)])
+    (attribution,) = explainer(image, [chosen], [MultiClassMask(1)])
     return {
         "peak": peak() - before,
-        "windows": found.record["windows_total"],
-        "passes": found.record["window_passes"],
-        "seconds": found.record["seconds"],
+        "windows": attribution.record["windows_total"],
+        "passes": attribution.record["window_passes"],
+        "seconds": attribution.record["seconds"],
     }
 
 
@@ -75,13 +75,13 @@ def main() -> None:
         for size in sizes:
             command = [sys.executable, __file__, "--window", str(args.window), "--threads", str(args.threads)]
             command += ["--one", method, str(size), str(max(steps, 1))]
-            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            peaks.append(found["peak"])
+            result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            peaks.append(result["peak"])
             name = method + (f" n_steps={steps}" if steps else "")
             volume = size**3 * 4
             print(
-                f"{name:24} {size:5d} {found['windows']:8d} {found['passes']:7d} {found['seconds']:8.1f} "
-                f"{found['peak'] / 1e6:9.1f} {volume / 1e6:10.1f}",
+                f"{name:24} {size:5d} {result['windows']:8d} {result['passes']:7d} {result['seconds']:8.1f} "
+                f"{result['peak'] / 1e6:9.1f} {volume / 1e6:10.1f}",
                 flush=True,
             )
         slope, intercept = np.polyfit([s**3 * 4 for s in sizes], peaks, 1)

@@ -231,7 +231,7 @@ def main() -> None:
     calls["search"] = bench.search
     took = seconds(calls, args.repeats)
     shared = [str(m.name) for m in shares]
-    dearest = max(shared, key=lambda name: took[name])
+    costliest = max(shared, key=lambda name: took[name])
     together = took["all that share, together"]
     shape = " x ".join(map(str, bench.image.shape[1:]))
     lines = [
@@ -243,15 +243,15 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in groups:
-        count, mine, loop = passes[name], took[name], took[f"bare {name}"]
+        count, ours, loop = passes[name], took[name], took[f"bare {name}"]
         lines.append(
             f"| {name} | {count[FORWARD]} | {count[TO_LAYER]} | {count[TO_INPUT]} | {count[LOOK]} | "
-            f"{mine:.3f} | {loop:.3f} | {mine / loop:.2f} |"
+            f"{ours:.3f} | {loop:.3f} | {ours / loop:.2f} |"
         )
     lines += [
         "",
-        f"All {len(shares)} methods that share passes, together: {together / took[dearest]:.2f} times the costliest "
-        f"({dearest}), {together / sum(took[name] for name in shared):.2f} times the sum of all.",
+        f"All {len(shares)} methods that share passes, together: {together / took[costliest]:.2f} times the costliest "
+        f"({costliest}), {together / sum(took[name] for name in shared):.2f} times the sum of all.",
         "",
         f"Finding the default layer: {took['search']:.3f} s, one pass of one window, once.",
     ]

@@ -125,7 +125,7 @@ def main() -> None:
         network.windows = 0
         captum = CaptumOcclusion(score)
         with torch.no_grad(), frozen(network):
-            theirs, reference = seconds(
+            peer_s, reference = seconds(
                 lambda c=captum: c.attribute(
                     image[None], sliding_window_shapes=(1, *(args.occluder,) * 3), strides=(1, *(args.stride,) * 3)
                 ),
@@ -134,8 +134,8 @@ def main() -> None:
         difference = float((explained.maps[0] - reference[0]).abs().max() / reference.abs().max())
         ratio = network.windows / passes
         print(
-            f"{name:8} {'captum':8} {theirs:9.2f} {network.windows:8d}  time ratio {theirs / ours:.1f}, passes ratio "
-            f"{ratio:.1f} (time / passes {theirs / ours / ratio:.2f}), map difference {difference:.1e}"
+            f"{name:8} {'captum':8} {peer_s:9.2f} {network.windows:8d}  time ratio {peer_s / ours:.1f}, passes ratio "
+            f"{ratio:.1f} (time / passes {peer_s / ours / ratio:.2f}), map difference {difference:.1e}"
         )
 
 

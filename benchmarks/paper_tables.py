@@ -111,8 +111,8 @@ def trained(network: nn.Module, steps: int) -> float:
     network.eval()
     image, label = batch(8, VOLUME, np.random.default_rng(2))
     with torch.no_grad():
-        found = inferer()(image, network).argmax(1, keepdim=True) == 1
-    return float(2 * (found & (label > 0)).sum() / (found.sum() + (label > 0).sum()))
+        predicted = inferer()(image, network).argmax(1, keepdim=True) == 1
+    return float(2 * (predicted & (label > 0)).sum() / (predicted.sum() + (label > 0).sum()))
 
 
 def inferer() -> SlidingWindowInferer:
@@ -123,7 +123,7 @@ def judged(network: nn.Module, images: list[Tensor]) -> dict[tuple[str, str], li
     """Return values by method and metric, one per case."""
     values: dict[tuple[str, str], list[float]] = defaultdict(list)
     for multiplied in (True, False):
-        mine = [(name, METHODS.create(spec)) for name, spec, kind in TABLE if kind is multiplied]
+        chosen = [(name, METHODS.create(spec)) for name, spec, kind in TABLE if kind is multiplied]
         metrics = [
             f"Infidelity(n_samples=40, size=6, multiplied={multiplied}, name='infidelity')",
             "MaxSensitivity(n_samples=4, name='sensitivity')",
@@ -131,10 +131,10 @@ def judged(network: nn.Module, images: list[Tensor]) -> dict[tuple[str, str], li
         ]
         evaluator = Evaluator(Explainer(network, inferer(), on_error="record"), metrics, with_controls=multiplied)
         for image in images:
-            found = evaluator(MetaTensor(image), [m for _, m in mine], [TARGET])
-            for what, why in found.failed.items():
+            result = evaluator(MetaTensor(image), [m for _, m in chosen], [TARGET])
+            for what, why in result.failed.items():
                 print("failed:", what, why, flush=True)
-            for row in found.rows:
+            for row in result.rows:
                 if row["value"] is not None:
                     values[row["method"], row["metric"]].append(row["value"])
     return values
@@ -156,8 +156,10 @@ def cascade_picture(network: nn.Module, image: Tensor, path: Path) -> None:
     truth: dict[int, Tensor] = {}
     for j, layers in enumerate(columns):
         with randomised(network, layers, 1):
-            found = list(explainer(MetaTensor(image)[None], methods, [frozen_target], data=[{"mask": mask[None]}]))
-        for attribution in found:  # in order of completion: methods that share passes first
+            attributions = list(
+                explainer(MetaTensor(image)[None], methods, [frozen_target], data=[{"mask": mask[None]}])
+            )
+        for attribution in attributions:  # in order of completion: methods that share passes first
             i = next(i for i, method in enumerate(methods) if method is attribution.method)
             axis = axes[i, j + 1]
             assert attribution.map is not None, attribution.record
@@ -186,12 +188,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     images, _ = batch(args.cases, VOLUME, np.random.default_rng(3))
-    found, lines = {}, []
+    values, lines = {}, []
     for name, network in networks().items():
         began = time.monotonic()
         dice = trained(network, args.steps)
         middle = time.monotonic()
-        found[name] = judged(network, list(images))
+        values[name] = judged(network, list(images))
         lines.append(f"{name}: {sum(p.numel() for p in network.parameters()):,} weights, Dice {dice:.2f}")
         print(lines[-1], f"trained in {middle - began:.0f} s, tested in {time.monotonic() - middle:.0f} s", flush=True)
         if name == "U-Net":
@@ -203,12 +205,12 @@ def main() -> None:
         ("sensitivity", "Max-sensitivity (0: best)"),
         ("cascade", "Similarity to the trained network's map over four stages of random weights (1: fails)"),
     ):
-        text += [f"## {title}", "", "| method | " + " | ".join(found) + " |", "|---" * (1 + len(found)) + "|"]
+        text += [f"## {title}", "", "| method | " + " | ".join(values) + " |", "|---" * (1 + len(values)) + "|"]
         names = [n for n, _, _ in TABLE]
         if metric != "sensitivity":  # undefined for maps that ignore the network
             names += ["control:random", "control:sobel", "control:constant"]
         for method in names:
-            cells = [found[n].get((method, metric), []) for n in found]
+            cells = [values[n].get((method, metric), []) for n in values]
             text.append(f"| {method} | " + " | ".join(f"{np.mean(c):.3f}" if c else "–" for c in cells) + " |")
         text.append("")
     args.table.write_text("\n".join(text), encoding="utf-8")

@@ -64,9 +64,9 @@ class Counted(nn.Module):
 
         def timed(contrast: Tensor) -> Tensor:
             start = time.process_time()
-            found = terms(contrast)
+            result = terms(contrast)
             self.scoring += time.process_time() - start
-            return found
+            return result
 
         score.terms = timed  # type: ignore[method-assign]
 
@@ -131,17 +131,17 @@ class Work:
 
     def fastest(self, method: Method, target: Target, repeats: int) -> tuple[Measured, Objective, Tensor]:
         """Return the fastest run and its map; each run has its own objective, so nothing is shared."""
-        found = []
+        runs = []
         for _ in range(repeats):
             objective = self.objective(target)
             self.network.time(objective.scores[0])
             with frozen(self.network), Measured(self.network) as measured:
                 maps = run(method, objective).maps
-            found.append((measured, objective, maps))
-        measured, objective, maps = min(found, key=lambda one: one[0].seconds)
-        measured.megabytes = found[0][0].megabytes  # later runs reuse the freed memory of the first
-        measured.over_passes = min(one[0].over_passes for one in found)
-        measured.over_both = min(one[0].over_both for one in found)
+            runs.append((measured, objective, maps))
+        measured, objective, maps = min(runs, key=lambda one: one[0].seconds)
+        measured.megabytes = runs[0][0].megabytes  # later runs reuse the freed memory of the first
+        measured.over_passes = min(one[0].over_passes for one in runs)
+        measured.over_both = min(one[0].over_both for one in runs)
         return measured, objective, maps[0].mean(0)
 
 
@@ -224,33 +224,33 @@ def segmentation(sizes: Sizes) -> tuple[Work, dict[str, Target]]:
     return Work(network, torch.randn(1, *(sizes.volume,) * 3), inferer), targets
 
 
-def off(found: Tensor, reference: Tensor) -> float:
+def off(values: Tensor, reference: Tensor) -> float:
     """Return the largest difference relative to the largest value."""
-    return float((found - reference).abs().max() / reference.abs().max())
+    return float((values - reference).abs().max() / reference.abs().max())
 
 
 def row(work: Work, target: Target, method: Method, peer: Peer, same: bool, title: str) -> list[str]:
     """Measure one line of the table."""
-    ours, objective, mine = work.fastest(method, target, REPEATS)
-    with frozen(work.network), torch.no_grad(), Measured(work.network) as theirs:
+    ours, objective, maps = work.fastest(method, target, REPEATS)
+    with frozen(work.network), torch.no_grad(), Measured(work.network) as of_peer:
         reference = peer(work, objective)[0].float().mean(0)
     if same:
-        agreement = f"{off(mine, reference):.1e}"
+        agreement = f"{off(maps, reference):.1e}"
     elif isinstance(method, KernelShap):
         with frozen(work.network):
             exact = run(KernelShap(2**13, method.feature_mask, method.baseline), objective).maps[0].mean(0)
-        agreement = f"{off(mine, exact):.1e} and {off(reference, exact):.1e} off"
+        agreement = f"{off(maps, exact):.1e} and {off(reference, exact):.1e} off"
     else:
-        agreement = f"r = {float(torch.corrcoef(torch.stack([mine.flatten(), reference.flatten()]))[0, 1]):.3f}"
-    passes, seconds = theirs.passes / ours.passes, theirs.seconds / ours.seconds
+        agreement = f"r = {float(torch.corrcoef(torch.stack([maps.flatten(), reference.flatten()]))[0, 1]):.3f}"
+    passes, seconds = of_peer.passes / ours.passes, of_peer.seconds / ours.seconds
     return [
         str(method.name),
         title,
-        *(str(ours.passes), str(theirs.passes), f"{passes:.1f}"),
-        *(f"{ours.seconds:.2f}", f"{theirs.seconds:.2f}", f"{seconds:.1f}", f"{seconds / passes:.2f}"),
+        *(str(ours.passes), str(of_peer.passes), f"{passes:.1f}"),
+        *(f"{ours.seconds:.2f}", f"{of_peer.seconds:.2f}", f"{seconds:.1f}", f"{seconds / passes:.2f}"),
         *(f"{ours.over_passes:.2f}", f"{ours.over_both:.2f}"),
         agreement,
-        *(f"{ours.megabytes:.0f}", f"{theirs.megabytes:.0f}"),
+        *(f"{ours.megabytes:.0f}", f"{of_peer.megabytes:.0f}"),
     ]
 
 

@@ -99,11 +99,11 @@ class Took:
 
     def run(self, explainer: Explainer, setting: Setting, method: str) -> None:
         clock, processor = time.perf_counter(), time.process_time()
-        (found,) = explainer(setting.image, METHODS.create_all(method), [setting.target])
+        (attribution,) = explainer(setting.image, METHODS.create_all(method), [setting.target])
         self.seconds = min(self.seconds, time.perf_counter() - clock)
         self.processor = min(self.processor, time.process_time() - processor)
-        assert found.map is not None, found.record["reason"]
-        self.record, self.map = found.record, found.map.as_tensor()
+        assert attribution.map is not None, attribution.record["reason"]
+        self.record, self.map = attribution.record, attribution.map.as_tensor()
 
 
 @dataclass

@@ -111,22 +111,22 @@ class Run:
         if not self.processes:
             print(f"{self.checkout.name}: the results of {self.folder} are used")
             return self.kept() or {}
-        found: Results = {}
+        scenarios: Results = {}
         for process, path in self.processes:
             if process.wait():
                 raise SystemExit(f"the scenarios of {self.checkout} ended with exit status {process.returncode}")
             part = torch.load(path, weights_only=True)
             if not Path(part["package"]).is_relative_to(self.checkout):
                 raise SystemExit(f"the package came from {part['package']}, not from {self.checkout}")
-            found |= part["scenarios"]
-        took = sum(one["seconds"] for one in found.values())
-        print(f"{self.checkout.name}: {len(found)} scenarios took {took:.0f} s", end="")
+            scenarios |= part["scenarios"]
+        took = sum(one["seconds"] for one in scenarios.values())
+        print(f"{self.checkout.name}: {len(scenarios)} scenarios took {took:.0f} s", end="")
         print(f", {time.perf_counter() - self.began:.0f} s on the clock")
         if self.folder is not None and not self.only:
             self.folder.mkdir(parents=True, exist_ok=True)
-            torch.save(found, self.folder / "all.tmp")
+            torch.save(scenarios, self.folder / "all.tmp")
             os.replace(self.folder / "all.tmp", self.folder / "all.pt")
-        return found
+        return scenarios
 
 
 # ---- comparing ---
@@ -153,17 +153,17 @@ class Comparison:
         if old is None or new is None:
             self._say(name, [f"only in {'NEW' if old is None else 'OLD'}"])
             return
-        said = [*self._errors(old, new), *self._items(old["items"], new["items"])]
-        said += self._one("warnings", [("warnings", old["said"], new["said"])])
+        texts = [*self._errors(old, new), *self._items(old["items"], new["items"])]
+        texts += self._one("warnings", [("warnings", old["said"], new["said"])])
         counted = [(key, old[key], new[key]) for key in ("calls", "rows")]
-        said += self._one("network calls", counted)
-        self._say(name, said)
+        texts += self._one("network calls", counted)
+        self._say(name, texts)
 
-    def _say(self, name: str, said: Sequence[str]) -> None:
-        if said:
-            self.failed |= any(not line.startswith("(") for line in said)
-            more = f"; and {len(said) - 6} more" if len(said) > 6 else ""
-            self.lines.append(f"{name}: {'; '.join(said[:6])}{more}")
+    def _say(self, name: str, texts: Sequence[str]) -> None:
+        if texts:
+            self.failed |= any(not line.startswith("(") for line in texts)
+            more = f"; and {len(texts) - 6} more" if len(texts) > 6 else ""
+            self.lines.append(f"{name}: {'; '.join(texts[:6])}{more}")
 
     def _errors(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
         before, after = ((one["error"] or {}).get("error") for one in (old, new))
@@ -181,9 +181,11 @@ class Comparison:
             if other is not None:
                 yield from self._map(one["name"], one.get("map"), other.get("map"))
                 parts = [{k: v for k, v in item.items() if k in ("record", "about")} for item in (one, other)]
-                found = list(differences("", *parts, self.tolerance))
-                passes = [line for line in found if line[0].rsplit(".", 1)[-1] in PASSES]
-                yield from self._verdict("records", one["name"], [line for line in found if line not in passes])
+                all_differences = list(differences("", *parts, self.tolerance))
+                passes = [line for line in all_differences if line[0].rsplit(".", 1)[-1] in PASSES]
+                yield from self._verdict(
+                    "records", one["name"], [line for line in all_differences if line not in passes]
+                )
                 if has_passes(parts[0]):
                     yield from self._verdict("passes", one["name"], passes)
 
@@ -205,13 +207,13 @@ class Comparison:
             yield f"({text})" if close else text
 
     def _one(self, kind: str, values: Sequence[tuple[str, Any, Any]]) -> Iterator[str]:
-        found = [d for key, old, new in values for d in differences(key, old, new, 0.0)]
-        yield from self._verdict(kind, "", found)
+        all_differences = [d for key, old, new in values for d in differences(key, old, new, 0.0)]
+        yield from self._verdict(kind, "", all_differences)
 
-    def _verdict(self, kind: str, name: str, found: Sequence[tuple[str, str, bool]]) -> Iterator[str]:
+    def _verdict(self, kind: str, name: str, found_differences: Sequence[tuple[str, str, bool]]) -> Iterator[str]:
         self.counts[kind] += 1
-        self.counts[f"{kind} equal"] += all(close for _, _, close in found)
-        for key, text, close in found:
+        self.counts[f"{kind} equal"] += all(close for _, _, close in found_differences)
+        for key, text, close in found_differences:
             line = f"{name} {key.removeprefix('.')}: {text}".strip()
             yield f"({line})" if close else line
 

@@ -233,11 +233,11 @@ def evaluate(
     label[tuple(slice(2, n // 2) for n in shape)] = 1
     label[tuple(slice(n // 2, n - 2) for n in shape)] = 2
     image = MetaTensor(image_of(kind)[0], affine=torch.diag(torch.tensor([1.5] * (len(shape)) + [1.0])))
-    found = moved("Evaluator")(explainer_of(kind), metrics())(image, methods, target, label=label)
-    for row in [*found.rows, *found.regions]:
+    result = moved("Evaluator")(explainer_of(kind), metrics())(image, methods, target, label=label)
+    for row in [*result.rows, *result.regions]:
         row = plain(row)
         yield {"name": " ".join(str(row.get(k)) for k in ("target", "method", "metric", "region")), "record": row}
-    yield {"name": "not judged", "record": {"failed": plain(found.failed), "empty": plain(found.empty)}}
+    yield {"name": "not judged", "record": {"failed": plain(result.failed), "empty": plain(result.empty)}}
 
 
 def resume(method: str, output: str, how: str, window_batch: int = 2) -> Iterator[Item]:
@@ -272,12 +272,12 @@ def _rank(rank: int, folder: str, kind: str, methods: Sequence[str], targets: Se
     torch.set_num_threads(1)
     logging.getLogger("esegeta_monai").setLevel(logging.ERROR)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    found = []
+    items = []
     for target, method in product(targets, methods):
         for item in explain(kind, method, target, distributed=True):
-            found.append({**item, "name": f"rank {rank} {target} {method} {item['name']}"})
+            items.append({**item, "name": f"rank {rank} {target} {method} {item['name']}"})
     counts = {"name": f"rank {rank} counts", "record": {"calls": Count.calls, "rows": Count.rows}}
-    torch.save([*found, counts], f"{folder}/{rank}.pt")
+    torch.save([*items, counts], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -266,11 +266,11 @@ def outcome(scenario: Scenario) -> dict[str, Any]:
         except Exception as e:  # an exception is a result
             error = {"error": f"{type(e).__name__}: {e}", "where": traceback.format_exc()}
     logger.removeHandler(heard)
-    said = [f"{w.category.__name__}: {w.message}" for w in python_warnings if "esegeta_monai" in w.filename]
+    warned = [f"{w.category.__name__}: {w.message}" for w in python_warnings if "esegeta_monai" in w.filename]
     return {
         "items": items,
         "error": error,
-        "said": [*heard.lines, *said],
+        "said": [*heard.lines, *warned],
         "calls": Count.calls,
         "rows": Count.rows,
         "seconds": time.perf_counter() - began,
@@ -287,8 +287,8 @@ def main() -> None:
     torch.set_warn_always(True)
     part, parts = map(int, args.part.split("/"))
     chosen = [(name, scenario) for name, scenario in table() if args.only.lower() in name.lower()][part::parts]
-    found = {name: outcome(scenario) for name, scenario in chosen}
-    torch.save({"package": str(Path(esegeta_monai.__file__).resolve().parent), "scenarios": found}, args.result)
+    outcomes = {name: outcome(scenario) for name, scenario in chosen}
+    torch.save({"package": str(Path(esegeta_monai.__file__).resolve().parent), "scenarios": outcomes}, args.result)
 
 
 if __name__ == "__main__":

@@ -52,23 +52,23 @@ COLOURS = ["#1f77b4", "#2ca02c", "#d62728", "#ff7f0e", "#8c564b"]
 
 def stages(network: nn.Module) -> list[list[str]]:
     """Return names of the layers with weights from output to input, each with the norms after it."""
-    found: list[list[str]] = []
+    groups: list[list[str]] = []
     for name, module in network.named_modules():  # both networks define their layers in order of execution
         if isinstance(module, (_ConvNd, nn.Linear)):
-            found.append([name])
+            groups.append([name])
         elif isinstance(module, _BatchNorm):
-            found[-1].append(name)
-    return found[::-1]
+            groups[-1].append(name)
+    return groups[::-1]
 
 
 def maps_of(network: nn.Module, images: Tensor) -> Tensor:
     """Return maps (methods, images, 1, *spatial) of images (images, 1, *spatial); zero if a method gives none."""
     explainer = Explainer(network)
     maps = torch.zeros(len(METHODS), *images.shape)
-    for found in explainer(images, METHODS, [ClassScore(1)]):
-        i = next(i for i, method in enumerate(METHODS) if method is found.method)
-        if found.map is not None:
-            maps[i, found.case] = found.map.as_tensor()
+    for attribution in explainer(images, METHODS, [ClassScore(1)]):
+        i = next(i for i, method in enumerate(METHODS) if method is attribution.method)
+        if attribution.map is not None:
+            maps[i, attribution.case] = attribution.map.as_tensor()
     return maps
 
 
@@ -130,8 +130,8 @@ def table(title: str, names: list[str], values: np.ndarray) -> None:
     print(f"\n{title}; {values.shape[2]} maps per cell (images x draws)\n")
     print("| method | " + " | ".join(f"{what}, {names[s]}" for what in MEASURES for s in steps) + " |")
     print("|---" * (1 + len(MEASURES) * len(steps)) + "|")
-    for method, mine in zip(METHODS, values):
-        mean, error = mean_and_error(mine)
+    for method, of_method in zip(METHODS, values):
+        mean, error = mean_and_error(of_method)
         cells = [f"{mean[s, k]:.2f} ± {error[s, k]:.2f}" for k in range(len(MEASURES)) for s in steps]
         print(f"| `{method.name}` | " + " | ".join(cells) + " |", flush=True)
 
@@ -156,8 +156,8 @@ def main() -> None:
     figure, axes = plt.subplots(len(runs), len(MEASURES), figsize=(13, 3.3 * len(runs)), squeeze=False, sharey=True)
     for row, (title, names, values) in zip(axes, runs):
         for which, (axis, what) in enumerate(zip(row, MEASURES)):
-            for method, mine, colour in zip(METHODS, values, COLOURS):
-                mean, error = mean_and_error(mine[..., which])
+            for method, of_method, colour in zip(METHODS, values, COLOURS):
+                mean, error = mean_and_error(of_method[..., which])
                 error = 1.96 * error
                 axis.plot(mean, "o-", color=colour, label=method.name, markersize=3)
                 axis.fill_between(range(len(mean)), mean - error, mean + error, color=colour, alpha=0.15, linewidth=0)

@@ -86,8 +86,8 @@ def last_line(log: Path) -> str:
     """Return the line of a log that states the error."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line and "Warning" not in line and not line.startswith("File")]
-    said = (errors or lines or ["no output"])[-1]
-    return said.replace(str(log.parent.resolve()), "WORK")[:300]
+    text = (errors or lines or ["no output"])[-1]
+    return text.replace(str(log.parent.resolve()), "WORK")[:300]
 
 
 def as_options(values: dict[str, Any]) -> list[str]:
@@ -176,16 +176,16 @@ def look_at(sidecar: Path, data: Path) -> dict[str, Any]:
     wrong = [] if record["status"] == "ok" else [f"status {record['status']}: {record.get('reason')}"]
     if not record.get("target_voxels"):
         wrong.append("the target has no voxels")
-    found: dict[str, Any] = {"name": sidecar.stem, "status": record["status"], "wrong": wrong}
-    found.update({k: record.get(k) for k in ("target", "target_voxels", "blend_deviation", "windows_used")})
+    row: dict[str, Any] = {"name": sidecar.stem, "status": record["status"], "wrong": wrong}
+    row.update({k: record.get(k) for k in ("target", "target_voxels", "blend_deviation", "windows_used")})
     file = sidecar.with_name(sidecar.name.replace("_attr.json", "_attr.nii.gz"))
     file = file if file.is_file() else file.with_name(file.name.removesuffix(".gz"))
     if not file.is_file():
         wrong.append("no map")
-        return found
+        return row
     image = nib.load(file)
     values = np.asarray(image.dataobj)
-    found.update(shape=list(values.shape), largest=float(np.abs(values).max()))
+    row.update(shape=list(values.shape), largest=float(np.abs(values).max()))
     if not np.any(values):
         wrong.append("the map is zero")
     scans = [p for p in data.rglob("*") if p.name.startswith(record["case"].split("-")[-1] + ".")]
@@ -196,8 +196,8 @@ def look_at(sidecar: Path, data: Path) -> dict[str, Any]:
         for shape, affine in grids
     ):
         wrong.append(f"its grid {values.shape} is not the input's {grids[0][0]}")
-    found["grid_compared"] = bool(grids)
-    return found
+    row["grid_compared"] = bool(grids)
+    return row
 
 
 def grid_of(file: Path) -> tuple[tuple[int, ...], np.ndarray | None]:
@@ -326,8 +326,8 @@ def main() -> int:
         (work / name).mkdir(parents=True, exist_ok=True)
         result.write_text(json.dumps(row, indent=1))
         claim.unlink()
-        said = "passes" if row["green"] else f"FAILS: {row['cause'][:400]}"
-        print(f"{name}: {said} ({time.monotonic() - started:.0f} s)", flush=True)
+        verdict = "passes" if row["green"] else f"FAILS: {row['cause'][:400]}"
+        print(f"{name}: {verdict} ({time.monotonic() - started:.0f} s)", flush=True)
     rows = [json.loads(f.read_text()) for f in sorted(work.glob("*/row.json"))]
     print(f"{sum(r['green'] for r in rows)} of {len(rows)} pass")
     if options.table:

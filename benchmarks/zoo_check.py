@@ -111,11 +111,11 @@ def main(job_file: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         explainer = Explainer(network, inferer, output=output, class_names=reader.class_names)
-        (found,) = explainer(
+        (attribution,) = explainer(
             image.detach().float(), [Saliency(abs=False)], [target], network_args=args, network_kwargs=kwargs
         )
     largest = float(expected.abs().max())
-    difference = float((found.map.as_tensor() - expected[0]).abs().max())
+    difference = float((attribution.map.as_tensor() - expected[0]).abs().max())
     check = {
         "run_id": reader.run_id,
         "weights": weights,
@@ -125,7 +125,7 @@ def main(job_file: Path) -> None:
         "target": target,
         "voxels": int(mask.sum()),
         "deviation": difference / largest if largest else None,
-        "windows": found.record["windows_total"],
+        "windows": attribution.record["windows_total"],
     }
     (job_file.parent / "check.json").write_text(json.dumps(check))
     print(json.dumps(check, indent=1))

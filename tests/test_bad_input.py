@@ -235,7 +235,7 @@ ROWS = [
     Row("wrong number of channels", 1, r"bad.nii.gz: 2 channel\(s\) where the network", of_shape(16, 20, 16, 2)),
     Row("wrong number of channels, no metadata", 1, r"expected input.*to have 1 channels", one_channel_network),
     Row("singular affine", 1, r"bad.nii.gz: the affine is singular", singular),
-    Row("channels on different grids", 1, r"p_T2.nii.gz does not lie on the grid of p_T1.nii.gz", other_grid),
+    Row("channels on different grids", 1, r"p_T2.nii.gz is not on the grid of p_T1.nii.gz", other_grid),
     Row("class number that the network lacks", 1, r"class_index=7: the network has 3 output channel\(s\).*grey matter",
         with_options("--target", "MultiClassMask(7)"), goes_on=False),
     Row("class name that the network lacks", 1, r"class_index='spleen': the network has no class of that name",

@@ -79,7 +79,7 @@ def test_maps_are_those_of_the_cpu(name, volumes):
 
 @pytest.mark.parametrize("volumes", ["cuda", "cpu"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_images_are_made_up_as_on_the_cpu(name, volumes):
+def test_images_are_synthesised_as_on_the_cpu(name, volumes):
     """They begin where the CPU begins and get as far in the same direction; further on, L-BFGS and Adam amplify
     rounding, so that voxels need not agree."""
     case, network, image, inferer = study(name)

@@ -63,7 +63,18 @@ NAMES = re.compile(
 EXCEPTIONS = [
     r"\bouter face\b",  # of a volume
     r"\bcomes? to an end\b",
+    r"``booked``",  # a key of records
 ]
+
+_HASHED = "its source is hashed into cells.csv: after a change, measured cells of other libraries would be out of date"
+#: Hits that stay, by file, with the reason.
+JUSTIFIED = {
+    ("tests/compatibility/checks.py", "name: found"): _HASHED,
+    (
+        "tests/compatibility/checks.py",
+        "True if …, a noun or a verb: …What a class's mean shares out: wei…",
+    ): _HASHED,
+}
 
 
 def _normal(text: str) -> str:
@@ -157,7 +168,13 @@ def hits() -> dict[str, list[tuple[int, str]]]:
         for path in sorted(ROOT.glob(pattern)):
             text = path.read_text(encoding="utf-8")
             result[path.relative_to(ROOT).as_posix()] = list(hits_of_page(text))
-    return {name: values for name, values in result.items() if values}
+    left = {name: [v for v in values if (name, v[1]) not in JUSTIFIED] for name, values in result.items()}
+    return {name: values for name, values in left.items() if values}
+
+
+def test_justified_hits_still_exist() -> None:
+    for name, hit in JUSTIFIED:
+        assert hit in {h for _, h in hits_of_python((ROOT / name).read_text(encoding="utf-8"), docstrings_only=True)}
 
 
 def test_prose_and_names_use_standard_terms() -> None:

@@ -1,7 +1,7 @@
-"""Pins the public interface in `public_interface.json`, so that no change of the internals alters it unnoticed.
+"""Pin the public interface in `public_interface.json`, so that no change of the internals alters it unnoticed.
 
 Pinned are exports and their parameters, the registries, the command line, the JSON overlays, and the names of files and
-keys on disk. What is pinned must stay; further exports, options, keys and parameters with defaults may be added. After
+keys on disk. Pinned entries must stay; further exports, options, keys and parameters with defaults may be added. After
 an intended change, write the data anew with ``python -m tests.test_public_interface --write``.
 """
 
@@ -311,7 +311,7 @@ def _changed(pinned: list[str], result: list[str]) -> list[str]:
 
 
 def pretty(value: Any, indent: str = "\n") -> str:
-    """Write JSON with sorted keys, what is short in one line."""
+    """Write JSON with sorted keys, short values in one line."""
     line, deeper = json.dumps(value, sort_keys=True, ensure_ascii=False), f"{indent}  "
     if len(line) < 100 or not isinstance(value, (dict, list)):
         return line

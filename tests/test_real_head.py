@@ -26,7 +26,7 @@ def head() -> MetaTensor:
     return (image - inside.mean()) / inside.std()
 
 
-def test_every_map_lies_where_the_brain_is():
+def test_every_map_is_in_the_brain():
     network, image = real.brain_unet(), head()
     inferer = SlidingWindowInferer((48, 48, 48), 2, 0.5, "gaussian")
     explainer = Explainer(network, inferer, class_names={1: "brain"})

@@ -88,7 +88,7 @@ def test_two_processes_write_what_one_does(study, share):
     assert {name.split("/")[0] for name in actual} == {"s0", "s1", "s2"}
     for name in expected:
         assert np.abs(actual[name] - expected[name]).max() <= 1e-5 * np.abs(expected[name]).max(), name
-    assert done.stdout.count("run.json tells all") == 1
+    assert done.stdout.count("run.json lists all results") == 1
     again = explain(
         study / "bundle", study / "scans", output, 2, "--methods", METHODS, "--share", share, "--no-pictures"
     )
@@ -132,7 +132,7 @@ def test_two_processes_judge_as_one_does(study, judged, share):
         assert bool(actual[key]["value"]) == bool(row["value"]), key
         if row["value"]:
             assert float(actual[key]["value"]) == pytest.approx(float(row["value"]), rel=1e-4, abs=1e-5), key
-    assert done.stdout.count("3 case(s) judged, 0 problem(s)") == 1
+    assert done.stdout.count("3 case(s) evaluated, 0 problem(s)") == 1
     for case in ("s0", "s1", "s2"):
         one, other = ((study / f / case / f"{case}_regions.csv").read_text().splitlines() for f in (output, "judged"))
         assert [r.split(",")[:3] for r in one] == [r.split(",")[:3] for r in other]

@@ -1,6 +1,6 @@
 """Evaluate every method on three networks with a known cause; write the tables of docs/known_cause.md.
 
-    python benchmarks/known_cause [--cases 24] [--dear-cases 12] [--experiments 100] [--networks lesion,shortcut]
+    python benchmarks/known_cause [--cases 24] [--expensive-cases 12] [--experiments 100] [--networks lesion,shortcut]
 
 The networks of the bundle `brain_lesion_classification` use a planted lesion, a mark in a corner (shortcut), and a
 lesion in the presence of a distractor. Experiments prove this first: only the object is removed or added. Then every
@@ -21,7 +21,7 @@ from causes import CAUSES, ROOT, Cause
 from interventions import Experiment, experiments
 from maps import compute_maps, read_map
 from measure import Row, measure
-from methods import chosen_methods, is_dear
+from methods import chosen_methods, is_expensive
 from metrics import FAITHFULNESS, LOCALISATION, OTHER
 from picture import draw
 from table import (
@@ -41,7 +41,7 @@ EXPERIMENT_SEEDS = 7_000_000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=24, help="examples a network")
-    parser.add_argument("--dear-cases", type=int, default=12, help="examples for methods of many passes")
+    parser.add_argument("--expensive-cases", type=int, default=12, help="examples for methods of many passes")
     parser.add_argument("--faithful-cases", type=int, default=8, help="examples for faithfulness")
     parser.add_argument("--experiments", type=int, default=100, help="cases for the experiments on the cause")
     parser.add_argument("--networks", default=",".join(cause.name for cause in CAUSES))
@@ -62,8 +62,8 @@ def main() -> None:
     for cause in causes:
         cause.folder = args.work
         tried[cause.name] = _experiments(cause, args.experiments)
-        found, extremal[cause.name] = _measured(cause, args.cases, args.dear_cases, args.faithful_cases)
-        rows += found
+        measured, extremal[cause.name] = _measured(cause, args.cases, args.expensive_cases, args.faithful_cases)
+        rows += measured
     cells = by_cell(rows)
     write_csv(cells, args.table)
     write_block(args.page, "experiments", experiment_table(tried))
@@ -84,21 +84,21 @@ def _experiments(cause: Cause, n: int) -> tuple[list[bool], list[Experiment]]:
     """Run the experiments on the cause, or read their results from disk."""
     file = cause.folder / "experiments" / f"{cause.name}_{n}.json"
     if not file.exists():
-        right, found = experiments(cause, range(EXPERIMENT_SEEDS, EXPERIMENT_SEEDS + n))
+        right, results = experiments(cause, range(EXPERIMENT_SEEDS, EXPERIMENT_SEEDS + n))
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"right": right, "experiments": [vars(e) for e in found]}))
+        file.write_text(json.dumps({"right": right, "experiments": [vars(e) for e in results]}))
     kept = json.loads(file.read_text())
     return kept["right"], [Experiment(**e) for e in kept["experiments"]]
 
 
-def _measured(cause: Cause, n: int, n_dear: int, n_faithful: int) -> tuple[list[Row], list[dict[str, Any]]]:
+def _measured(cause: Cause, n: int, n_expensive: int, n_faithful: int) -> tuple[list[Row], list[dict[str, Any]]]:
     """Return the rows of all examples, and the records of `ExtremalPerturbation`."""
     methods = chosen_methods(cause)
     rows: list[Row] = []
     records: list[dict[str, Any]] = []
     for i, example in enumerate(cause.examples(n)):
         start = time.perf_counter()
-        now = [method for method in methods if i < n_dear or not is_dear(method)]
+        now = [method for method in methods if i < n_expensive or not is_expensive(method)]
         files = dict(compute_maps(cause, example, now))
         rows += measure(cause, example, files, faithful=i < n_faithful)
         if "ExtremalPerturbation" in files:

@@ -85,7 +85,7 @@ class Cause:
     def examples(self, n: int, first_seed: int = FIRST_SEED) -> Iterator[Example]:
         """Yield the first ``n`` cases from ``first_seed`` on with all objects and the prediction "lesion"."""
         cases = self.cases(range(first_seed, first_seed + 20 * n))
-        found = 0
+        count = 0
         for index in range(len(cases)):
             case = cases[index]
             shown = [self.truth, *([self.other] if self.other else [])]
@@ -97,18 +97,18 @@ class Cause:
             truth = case[self.truth].as_tensor() > 0
             other = case[self.other].as_tensor() > 0 if self.other else torch.zeros_like(truth)
             yield Example(case["seed"], image, truth, other)
-            found += 1
-            if found == n:
+            count += 1
+            if count == n:
                 return
-        raise RuntimeError(f"{self.name}: {found} of {n} cases found in {len(cases)} seeds from {first_seed}")
+        raise RuntimeError(f"{self.name}: {count} of {n} cases found in {len(cases)} seeds from {first_seed}")
 
     def others(self, label: int, n: int = 4) -> list[Tensor]:
         """Return the first ``n`` images of a label, for methods that need other cases."""
         cases = self.cases(range(OTHER_SEEDS, OTHER_SEEDS + 20 * n))
-        found = (
+        images = (
             case["image"].as_tensor() for case in map(cases.__getitem__, range(len(cases))) if case["label"] == label
         )
-        return list(itertools.islice(found, n))
+        return list(itertools.islice(images, n))
 
 
 CAUSES = [

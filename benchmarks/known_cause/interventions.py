@@ -35,7 +35,7 @@ def experiments(cause: Cause, seeds: range) -> tuple[list[bool], list[Experiment
     Objects are removed from cases that have them, and added to cases that do not.
     """
     cases = cause.cases(seeds)
-    found = {
+    by_key = {
         (key, add): Experiment(f"{key} {'added' if add else 'removed'}")
         for key in sorted(cases.objects, key=lambda key: key != cause.truth)
         for add in (False, True)
@@ -50,7 +50,7 @@ def experiments(cause: Cause, seeds: range) -> tuple[list[bool], list[Experiment
         for key in cases.objects:
             add = not case[key].any()
             change: Mapping[str, bool] = {key: add}
-            experiment = found[key, add]
+            experiment = by_key[key, add]
             experiment.before.append(before)
             experiment.after.append(cause.margin(cases.with_planted(index, **change)["image"]))
-    return right, [experiment for experiment in found.values() if experiment.before]
+    return right, [experiment for experiment in by_key.values() if experiment.before]

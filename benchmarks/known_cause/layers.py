@@ -79,9 +79,9 @@ def _boxes(network: nn.Module, n: int, work: Path) -> Iterator[tuple[Tensor, Tar
             place = (slice(None), *[slice(c, c + CROP) for c in corner])
             image = head["image"][place].as_tensor()
             with torch.no_grad():
-                found = network(image[None])[0].argmax(0) == 1
-            mask = torch.zeros_like(found)
-            mask[tuple(middle)] = found[tuple(middle)]
+                predicted = network(image[None])[0].argmax(0) == 1
+            mask = torch.zeros_like(predicted)
+            mask[tuple(middle)] = predicted[tuple(middle)]
             if int(mask.sum()) > BOX**3 // 4:
                 break
         yield image, LabelMask(mask[None].float(), class_index=1), mask
@@ -106,12 +106,12 @@ def _table(network: nn.Module, cases: Sequence[tuple[Tensor, Target, Tensor]], s
     explainer = Explainer(network, SimpleInferer())
     for image, target, truth in cases:
         methods = METHODS.create_all([{"_target_": f"esegeta_monai.methods.{cam}", "layer": layers} for cam in CAMS])
-        for found in explainer(image[None], methods=methods, targets=[target]):
-            if found.map is None:
-                raise RuntimeError(f"{found.method.name}: {found.record['reason']}")
-            for layer, one in zip(layers, found.map.as_subclass(Tensor)):
+        for attribution in explainer(image[None], methods=methods, targets=[target]):
+            if attribution.map is None:
+                raise RuntimeError(f"{attribution.method.name}: {attribution.record['reason']}")
+            for layer, one in zip(layers, attribution.map.as_subclass(Tensor)):
                 subject = MetricInput(one[None], label=truth, spacing=(spacing,) * 3)
-                key = layer, found.method.name
+                key = layer, attribution.method.name
                 mass.setdefault(key, []).append(RelevanceMass(sign="positive").update(subject).value or 0.0)
                 hit = PointingGame(sign="positive", tolerance_mm=CELL_MM).update(subject).value or 0.0
                 near.setdefault(key, []).append(hit)

@@ -28,11 +28,11 @@ def compute_maps(cause: Cause, example: Example, methods: Sequence[Method]) -> I
     missing = [method for method in methods if not files[method.name].exists()]
     if missing:
         explainer = Explainer(cause.network, on_error="record", window_batch=8)
-        for found in explainer(example.image[None], methods=missing, targets=[TARGET]):
-            path = files[found.method.name]
-            plain = None if found.map is None else found.map.as_subclass(torch.Tensor).float()
+        for attribution in explainer(example.image[None], methods=missing, targets=[TARGET]):
+            path = files[attribution.method.name]
+            plain = None if attribution.map is None else attribution.map.as_subclass(torch.Tensor).float()
             part = path.with_suffix(".part")
-            torch.save({"map": plain, "record": _plain(found.record)}, part)
+            torch.save({"map": plain, "record": _plain(attribution.record)}, part)
             os.replace(part, path)
     yield from files.items()
 

@@ -37,8 +37,8 @@ def measure(cause: Cause, example: Example, files: Mapping[str, Path], faithful:
         objective = _objective(cause, example)
         maps: list[tuple[str, Tensor | None, dict[str, Any]]] = []
         for name, path in files.items():
-            found = read_map(path)
-            maps.append((name, found["map"], found["record"]))
+            saved = read_map(path)
+            maps.append((name, saved["map"], saved["record"]))
         maps += [(control.name, control.map(example.image, example.seed), {}) for control in controls()]
         new: list[Row] = []
         shared: dict[Hashable, Any] = {}
@@ -66,8 +66,8 @@ def _about(
     shared: dict[Hashable, Any],
 ) -> list[Row]:
     # no map counts as a zero map
-    found = torch.zeros_like(example.image) if values is None else values
-    here = MetricInput(found, objective, label=example.truth[0], spacing=SPACING_MM, shared=shared)
+    map_ = torch.zeros_like(example.image) if values is None else values
+    here = MetricInput(map_, objective, label=example.truth[0], spacing=SPACING_MM, shared=shared)
     asked = [(metric, here) for metric in (*LOCALISATION, *(FAITHFULNESS if faithful else ()))]
     if example.other.any():
         there = replace(here, label=example.other[0])

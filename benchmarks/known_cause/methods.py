@@ -6,10 +6,10 @@ from causes import Cause
 
 from esegeta_monai.methods import METHODS, Method
 
-__all__ = ["chosen_methods", "is_dear"]
+__all__ = ["chosen_methods", "is_expensive"]
 
 #: Methods with hundreds of passes or more per case; they run on fewer cases.
-DEAR: dict[str, list[str]] = {
+EXPENSIVE: dict[str, list[str]] = {
     "ExtremalPerturbation": ["ExtremalPerturbation(areas=0.005)"],
     "FeatureAblation": ["FeatureAblation"],
     "FeaturePermutation": [],
@@ -26,9 +26,9 @@ DEAR: dict[str, list[str]] = {
 }
 
 
-def is_dear(method: Method) -> bool:
+def is_expensive(method: Method) -> bool:
     """Return True if a method runs on fewer cases."""
-    return type(method).__name__ in DEAR
+    return type(method).__name__ in EXPENSIVE
 
 
 def chosen_methods(cause: Cause) -> list[Method]:
@@ -50,5 +50,5 @@ def chosen_methods(cause: Cause) -> list[Method]:
         if cls.__name__ in cases:
             methods.append(cls(cases=cases[cls.__name__]))  # type: ignore[call-arg]
         else:
-            methods += METHODS.create_all(DEAR.get(cls.__name__, [cls.__name__]))
+            methods += METHODS.create_all(EXPENSIVE.get(cls.__name__, [cls.__name__]))
     return methods

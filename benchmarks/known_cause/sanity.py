@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from causes import CAUSES, ROOT, Cause, Example
 from maps import TARGET, compute_maps, read_map
-from methods import chosen_methods, is_dear
+from methods import chosen_methods, is_expensive
 from table import write_block
 from torch import Tensor
 
@@ -33,14 +33,14 @@ Likeness = dict[tuple[str, str], list[tuple[float, float]]]
 
 def redrawn(cause: Cause, example: Example, methods: list[Method], layers: list[str], draw: int) -> dict[str, Tensor]:
     """Return maps by method of the network with random weights in ``layers``."""
-    found: dict[str, Tensor] = {}
+    maps: dict[str, Tensor] = {}
     with randomised(cause.network, layers, draw):
         explainer = Explainer(cause.network, on_error="record", window_batch=8)
         for attribution in explainer(example.image[None], methods=methods, targets=[TARGET]):
             zero = torch.zeros_like(example.image)
             plain = zero if attribution.map is None else attribution.map.as_subclass(Tensor).float()
-            found[str(attribution.method.name)] = plain
-    return found
+            maps[str(attribution.method.name)] = plain
+    return maps
 
 
 def likeness(cause: Cause, cases: int, draws: int) -> Likeness:
@@ -51,7 +51,7 @@ def likeness(cause: Cause, cases: int, draws: int) -> Likeness:
     for example in cause.examples(cases):
         trained = {name: read_map(path)["map"] for name, path in compute_maps(cause, example, methods)}
         for draw in range(draws):
-            now = [method for method in methods if not (draw and is_dear(method))]
+            now = [method for method in methods if not (draw and is_expensive(method))]
             for what, layers in (("last", own[-1:]), ("all", own)):
                 for name, values in redrawn(cause, example, now, layers, draw).items():
                     if trained[name] is not None:
@@ -61,12 +61,12 @@ def likeness(cause: Cause, cases: int, draws: int) -> Likeness:
     return result
 
 
-def table(found: Likeness) -> str:
+def table(likeness: Likeness) -> str:
     """Return a table sorted by similarity, failing methods first; brackets: least and greatest over cases and draws."""
     rows = []
-    for name in dict.fromkeys(name for name, _ in found):
-        (last, last_ssim), (gone, gone_ssim) = (np.mean(found[name, what], 0) for what in ("last", "all"))
-        each = [spearman for spearman, _ in found[name, "all"]]
+    for name in dict.fromkeys(name for name, _ in likeness):
+        (last, last_ssim), (gone, gone_ssim) = (np.mean(likeness[name, what], 0) for what in ("last", "all"))
+        each = [spearman for spearman, _ in likeness[name, "all"]]
         cells = f"{last:.2f} | {last_ssim:.2f} | {gone:.2f} ({min(each):.2f} to {max(each):.2f}) | {gone_ssim:.2f}"
         rows.append((-gone, f"| {name} | {cells} | {'**fails**' if gone >= FAILS else 'passes'} |"))
     head = "| method | last layer: Spearman | SSIM | all layers: Spearman | SSIM | |\n|---|---|---|---|---|---|\n"

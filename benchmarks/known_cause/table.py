@@ -56,7 +56,7 @@ def by_cell(rows: Sequence[Mapping[str, Any]]) -> dict[Cell, Summary]:
             undefined.add(cell)
         else:
             values[cell][int(row["seed"])] = float(row["value"])
-    return {cell: summary(found, cell.metric) for cell, found in values.items() if cell not in undefined}
+    return {cell: summary(by_seed, cell.metric) for cell, by_seed in values.items() if cell not in undefined}
 
 
 def summary(values: Mapping[int, float], metric: str) -> Summary:
@@ -83,16 +83,18 @@ def gains(cells: Mapping[Cell, Summary], network: str, method: str, metric: str)
     The result is empty if a value is undefined or the metric has no direction. Controls for which the metric is
     undefined are left out.
     """
-    mine = cells.get(Cell(network, method, metric))
-    if mine is None or not direction(metric):
+    own = cells.get(Cell(network, method, metric))
+    if own is None or not direction(metric):
         return []
-    found = []
+    differences = []
     for control in CONTROLS:
-        theirs = cells.get(Cell(network, control, metric))
-        if theirs is not None:
-            common = sorted(set(mine.values) & set(theirs.values))
-            found.append(np.array([direction(metric) * (mine.values[seed] - theirs.values[seed]) for seed in common]))
-    return found
+        of_control = cells.get(Cell(network, control, metric))
+        if of_control is not None:
+            common = sorted(set(own.values) & set(of_control.values))
+            differences.append(
+                np.array([direction(metric) * (own.values[seed] - of_control.values[seed]) for seed in common])
+            )
+    return differences
 
 
 def beats_controls(cells: Mapping[Cell, Summary], network: str, method: str, metric: str) -> bool | None:
@@ -123,21 +125,21 @@ def method_table(
     for method in ranked:
         texts, n = [], 0
         for metric in metrics:
-            found = cells.get(Cell(network, method, metric))
+            summary = cells.get(Cell(network, method, metric))
             mark = metric in judged and method not in CONTROLS and beats_controls(cells, network, method, metric)
-            texts.append("–" if found is None else shown(found, metric, intervals) + ("\\*" if mark else ""))
-            n = max(n, found.n) if found is not None and metric in judged else n
+            texts.append("–" if summary is None else shown(summary, metric, intervals) + ("\\*" if mark else ""))
+            n = max(n, summary.n) if summary is not None and metric in judged else n
         lines.append(f"| {f'*{method}*' if method in CONTROLS else method} | {n} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
-def shown(found: Summary, metric: str, interval: bool = True) -> str:
+def shown(summary: Summary, metric: str, interval: bool = True) -> str:
     """Format a summary like ``0.52 (0.41–0.63)``."""
     digits = 3 if metric.endswith(("relevance mass", "relevance rank")) else 1 if metric == "distance" else 2
-    text = f"{found.mean:.{digits}f}"
-    if found.low is None or not interval:
+    text = f"{summary.mean:.{digits}f}"
+    if summary.low is None or not interval:
         return text
-    return f"{text} ({found.low:.{digits}f}–{found.high:.{digits}f})"
+    return f"{text} ({summary.low:.{digits}f}–{summary.high:.{digits}f})"
 
 
 def agreement_table(cells: Mapping[Cell, Summary], networks: Sequence[str]) -> str:
@@ -164,20 +166,20 @@ def correlation(cells: Mapping[Cell, Summary], network: str, methods: Sequence[s
     """Return the agreement (see `agreement_table`); None if all values are equal or the metric has no direction."""
     pairs = {}
     for method in methods:
-        found = cells[Cell(network, method, metric)]
+        summary = cells[Cell(network, method, metric)]
         mass = cells[Cell(network, method, ORDER)].values
         about = (cells.get(Cell(network, method, name)) for name in LOCALISATION)  # None: undefined in some case
         same = tuple(None if cell is None else round(cell.mean, 6) for cell in about)
-        pairs[same] = (direction(metric) * found.mean, np.mean([mass[seed] for seed in found.values]))
-    if len({mine for mine, _ in pairs.values()}) < 2:
+        pairs[same] = (direction(metric) * summary.mean, np.mean([mass[seed] for seed in summary.values]))
+    if len({value for value, _ in pairs.values()}) < 2:
         return None
     return float(spearmanr(*zip(*pairs.values())).statistic)
 
 
-def experiment_table(found: Mapping[str, tuple[Sequence[bool], Sequence[Any]]]) -> str:
+def experiment_table(results: Mapping[str, tuple[Sequence[bool], Sequence[Any]]]) -> str:
     """Return a table of the accuracy of each network, and how often each experiment flips a correct answer."""
     lines = ["| network | intervention | cases | answer flipped | margin before, after |", "|---|---|---|---|---|"]
-    for name, (right, experiments) in found.items():
+    for name, (right, experiments) in results.items():
         low, high = wilson([float(r) for r in right])
         share = f"{np.mean(right):.3f} ({low:.3f} to {high:.3f}) right"
         lines.append(f"| {name} | none | {len(right)} | {share} | |")
@@ -196,14 +198,14 @@ def extremal_table(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         "| network | cases | area requested, reached | kept by the mask | left without it | seconds | memory, MB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, found in records.items():
-        areas = [area for record in found for area in record["areas_found"]]
+    for name, group in records.items():
+        areas = [area for record in group for area in record["areas_found"]]
         asked, reached = areas[0]["area"], [area["area_reached"] for area in areas]
         kept, left = ([area[key] for area in areas] for key in ("kept", "left_without"))
-        seconds = np.mean([record["seconds"] for record in found])
-        memory = max(record["peak_memory_bytes"] for record in found) / 2**20
+        seconds = np.mean([record["seconds"] for record in group])
+        memory = max(record["peak_memory_bytes"] for record in group) / 2**20
         lines.append(
-            f"| {name} | {len(found)} | {asked:g}, {min(reached):.5f} to {max(reached):.5f} | {np.mean(kept):.2f} "
+            f"| {name} | {len(group)} | {asked:g}, {min(reached):.5f} to {max(reached):.5f} | {np.mean(kept):.2f} "
             f"({min(kept):.2f} to {max(kept):.2f}) | {np.mean(left):.2f} ({min(left):.2f} to {max(left):.2f}) "
             f"| {seconds:.0f} | {memory:.0f} |"
         )
@@ -216,9 +218,9 @@ def write_csv(cells: Mapping[Cell, Summary], file: Path) -> None:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["network", "method", "metric", "mean", "low", "high", "cases"])
         for cell in sorted(cells, key=lambda c: (c.network, c.metric, c.method)):
-            found = cells[cell]
-            bounds = ["" if bound is None else f"{bound:.6g}" for bound in (found.low, found.high)]
-            writer.writerow([cell.network, cell.method, cell.metric, f"{found.mean:.6g}", *bounds, found.n])
+            summary = cells[cell]
+            bounds = ["" if bound is None else f"{bound:.6g}" for bound in (summary.low, summary.high)]
+            writer.writerow([cell.network, cell.method, cell.metric, f"{summary.mean:.6g}", *bounds, summary.n])
 
 
 def write_block(page: Path, name: str, text: str) -> None:

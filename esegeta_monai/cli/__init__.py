@@ -1,1 +1,1 @@
-"""What the commands of ``esegeta-monai`` do; `esegeta_monai.cli.main` reads their options and calls their ``run``."""
+"""The commands of ``esegeta-monai``; `esegeta_monai.cli.main` parses their options and calls their ``run``."""

@@ -1,4 +1,4 @@
-"""From what a user names on the command line to cases: which files, which name, and the image the network sees."""
+"""Cases from the arguments of the command line: their files, their names and the image that the network reads."""
 
 from __future__ import annotations
 
@@ -37,19 +37,20 @@ class ScanCase:
 def find_cases(
     inputs: Sequence[str], channel_names: Sequence[str] = (), leave_out: Path | None = None
 ) -> list[ScanCase]:
-    """The cases that ``--input`` names, in order, each with a name of its own.
+    """Return the cases of ``--input``, in order, with unique names.
 
-    An input is a file; files with commas between them (the channels of one case); a folder, from which every scan in
-    it and below it is taken, sorted; or any of these after ``NAME=``. A folder of DICOM files is one scan. Where the
-    network takes several channels, a folder with one file for each channel, named after it (``sub1_T1c.nii.gz``),
-    is one case.
+    An input is a file; several files separated by commas (the channels of one case); a folder, which stands for all
+    scans in it and in its subfolders, sorted; or any of these after ``NAME=``. A folder of DICOM files is one scan. If
+    the network reads several channels, a folder with one file per channel, named after it (``sub1_T1c.nii.gz``), is
+    one case.
 
     Args:
-        channel_names: of the network's input; what files of several channels are put in order by.
-        leave_out: a folder that is not looked into (the output's).
+        inputs: the values of ``--input``.
+        channel_names: the names of the network's input channels, which give the order of the files of a case.
+        leave_out: a folder to skip (the output folder).
 
     Raises:
-        UsageError: a folder without scans, a name with slashes, or two cases with one name.
+        UsageError: a folder contains no scan, a name contains slashes, or two cases have the same name.
     """
     cases: list[ScanCase] = []
     for text in inputs:
@@ -58,13 +59,15 @@ def find_cases(
         if given and not Path(text).exists():
             if not re.search(r"[/\\]", given[1]):
                 name, path = given[1], given[2]
-            elif Path(given[2]).exists():  # else the case would have the name of the file, which may be a person's
+            elif Path(given[2]).exists():  # the case would take the file's name, which may be that of a person
                 raise UsageError(
-                    f"--input {given[1]}=...: the name of a case becomes that of a folder: leave slashes out"
+                    f"--input {given[1]}=...: a case name becomes a folder name and must not contain slashes"
                 )
         named = list(_cases(path, channel_names, leave_out))
         if name is not None and len(named) > 1:
-            raise UsageError(f"--input {text}: one name for the {len(named)} cases of a folder; name them one by one")
+            raise UsageError(
+                f"--input {text}: one name for the {len(named)} cases of a folder; give each its own NAME="
+            )
         cases += [ScanCase(name or case.name, case.files) for case in named]
     try:
         storage.check_clashes([case.name for case in cases], [], [])
@@ -84,7 +87,7 @@ def _cases(text: str, channel_names: Sequence[str], leave_out: Path | None) -> I
         cases = list(_in_folder(path, channel_names, leave_out))
         if not cases:
             kinds = ", ".join(s for s in SCAN_SUFFIXES if s in (".nii.gz", ".nii", ".mha", ".nrrd", ".dcm", ".png"))
-            raise UsageError(f"{path}: no scan in this folder, nor below it (looked for {kinds} and the like)")
+            raise UsageError(f"{path}: no scan in this folder or its subfolders (searched for {kinds} and others)")
         yield from cases
 
 
@@ -111,7 +114,7 @@ def _is_series(folder: Path) -> bool:
 
 
 def by_channel(files: Sequence[Path], channel_names: Sequence[str]) -> tuple[Path, ...] | None:
-    """The file of each channel, in the network's order, where a word of each file's name is a channel's; else None.
+    """Return the file of each channel, in the network's order, matched by words of the file names; else None.
 
     >>> files = [Path("a_flair.nii.gz"), Path("a_t1.nii.gz"), Path("a_t1c.nii.gz")]
     >>> [str(f) for f in by_channel(files, ["T1c", "T1", "FLAIR"])]
@@ -134,7 +137,7 @@ def _words(file: Path) -> list[str]:
 
 
 def _common_name(files: Sequence[Path]) -> str:
-    """What the names of a case's files begin with; where they share nothing, the name of their folder."""
+    """Return the common beginning of the names of a case's files; if there is none, the name of their folder."""
     parts = [re.split(r"([_\-. ])", storage.case_name(file)) for file in files]
     same = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*parts))
     name = "".join(words[0] for words in same).rstrip("_-. ")
@@ -142,10 +145,10 @@ def _common_name(files: Sequence[Path]) -> str:
 
 
 class Preprocessor:
-    """The bundle's own preprocessing, with checks before and after that say in one line what a scan lacks.
+    """The bundle's own preprocessing, with checks of the scan before and after that give one-line errors.
 
     Args:
-        reader: of the bundle.
+        reader: the reader of the bundle.
     """
 
     def __init__(self, reader: BundleReader) -> None:
@@ -160,7 +163,7 @@ class Preprocessor:
         return (self.reader.image_key,) if self.reader.image_key in loaded or not loaded else tuple(loaded)
 
     def _expected(self) -> tuple[int | None, int | None]:
-        """Axes and channels of the preprocessed image, as far as metadata.json tells."""
+        """Return the number of spatial axes and channels of the preprocessed image; None if metadata.json has none."""
         inputs = self.reader.metadata.inputs
         declared: Any = inputs.get(self.reader.image_key) or inputs.get("image") or next(iter(inputs.values()), {})
         declared = declared if isinstance(declared, Mapping) else {}
@@ -171,11 +174,11 @@ class Preprocessor:
         return dims, channels if isinstance(channels, int) else None
 
     def read(self, case: ScanCase) -> MetaTensor:
-        """The scan (C, *spatial) as its files have it, several as channels.
+        """Read the scan (C, *spatial), unprocessed, with several files as its channels.
 
         Raises:
-            InputError: a file is missing, empty, truncated, no image, has NaN or a singular affine; the files of one
-                case do not share a grid.
+            InputError: a file is missing, empty, truncated or no image, or has NaN or a singular affine; the files of
+                one case do not share a grid.
         """
         scans = [storage.read_scan(file) for file in case.files]
         first = scans[0]
@@ -183,20 +186,20 @@ class Preprocessor:
             near = np.allclose(np.asarray(scan.affine), np.asarray(first.affine), rtol=1e-3, atol=1e-3)
             if scan.shape[1:] != first.shape[1:] or not near:
                 raise InputError(
-                    f"{file} does not lie on the grid of {case.files[0].name}: register and resample the channels of "
-                    "a case to one grid first"
+                    f"{file} is not on the grid of {case.files[0].name}: register and resample the channels of a case "
+                    "to one grid first"
                 )
         return first if len(scans) == 1 else MetaTensor(torch.cat([s.as_tensor() for s in scans]), meta=first.meta)
 
     def __call__(self, case: ScanCase) -> tuple[Path | MetaTensor, MetaTensor, dict[str, Any]]:
-        """What a case is made of.
+        """Preprocess a case.
 
         Returns:
-            The scan (its file, or several files as one MetaTensor), the image (C, *spatial) that the network sees,
-            with its trace, and the data dictionary it is from.
+            The scan (its file, or several files as one MetaTensor), the image (C, *spatial) that the network reads,
+            with its trace, and the data dictionary that holds it.
 
         Raises:
-            InputError: naming what is wrong with the scan, or which transform failed.
+            InputError: the scan is not usable, or a transform failed; the message names the cause.
         """
         scan = self.read(case)
         where = case.files[0].name
@@ -204,12 +207,14 @@ class Preprocessor:
             with self.reader.importable():
                 data: Any = self.transforms(self._entry(case))
             image = data[self.reader.image_key]
-        except Exception as error:  # a bundle's transforms are its own code: anything can come, and is named
+        except Exception as error:  # a bundle's transforms may raise anything
             if len(self.keys) == 1 and len(case.files) == 1:  # the likely reason first
                 storage.check_image(scan, where, spatial_dims=self.spatial_dims)
             hint = ""
             if isinstance(error.__cause__ or error, KeyError):
-                hint = f" (the keys given are {', '.join(self.keys)}; another config with --config may need no more)"
+                hint = (
+                    f" (available keys: {', '.join(self.keys)}; another config, given by --config, may need only these)"
+                )
             raise InputError(f"{where}: the bundle's preprocessing failed: {reason(error)}{hint}") from error
         if not isinstance(image, torch.Tensor):
             raise InputError(f"{where}: the bundle's preprocessing gives a {type(image).__name__}, not a tensor")
@@ -223,7 +228,7 @@ class Preprocessor:
             return {self.keys[0]: files[0] if len(files) == 1 else files}
         if len(files) != len(self.keys):
             raise InputError(
-                f"{len(files)} file(s) where the bundle loads {len(self.keys)} ({', '.join(self.keys)}): give them in "
-                "this order with commas between them, --input FILE,FILE"
+                f"{len(files)} file(s), but the bundle loads {len(self.keys)} ({', '.join(self.keys)}): give them in "
+                "this order, separated by commas: --input FILE,FILE"
             )
         return dict(zip(self.keys, files))

@@ -1,4 +1,4 @@
-"""``esegeta-monai demo``: the brain tissue bundle on the MNI152 template, by a method of every mechanism."""
+"""``esegeta-monai demo``: explain the brain tissue bundle on the MNI152 template by one method per mechanism."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ __all__ = ["DEMO_METHODS", "add_arguments", "find_bundle", "run", "template"]
 BUNDLE = Path("bundles") / "brain_tissue_segmentation"
 CASE = "mni152_t1_2mm"
 
-# Small enough for two cores: few samples, occluders that tile the head, and as many steps as keep the completeness gap
-# under the 5 % that are warned of (measured: 8 steps leave 9 % of grey matter, 12 leave 2.5 %).
+# Fast enough for two cores: few samples, occluders that tile the head, and just enough steps for a completeness gap
+# below the 5 % of the warning (measured on grey matter: 9 % with 8 steps, 2.5 % with 12).
 DEMO_METHODS = (
     "Saliency",
     "InputXGradient",
@@ -43,52 +43,52 @@ DEMO_METHODS = (
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``demo``."""
     parser.add_argument("--output", default="demo_output", metavar="DIR", help="output folder (default: %(default)s)")
-    parser.add_argument("--bundle", metavar="DIR", help="the bundle brain_tissue_segmentation, if it is not found")
+    parser.add_argument("--bundle", metavar="DIR", help="folder of the bundle brain_tissue_segmentation, if not found")
     parser.add_argument(
-        "--methods", action="append", metavar="LIST", help="methods, instead of those chosen for the demo"
+        "--methods", action="append", metavar="LIST", help="methods to run instead of those of the demo"
     )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda where there is one)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda if available)")
     add_run_options(parser)
     parser.set_defaults(config=None, override=None, network_output=None, share="cases")
 
 
 def run(args: Namespace, log: RunLog) -> int:
-    """Explains, then prints a table, where the pictures lie, and last the report."""
+    """Explain the template; print a table of the results and the paths of the pictures and the report."""
     began = time.monotonic()
     output = Path(args.output)
     reader = BundleReader(args.bundle or find_bundle(), device=choose_device(args.device))
     methods = METHODS.create_all(",".join(args.methods or DEMO_METHODS))
-    _ = reader.network  # missing weights are told before the template is made
+    _ = reader.network  # report missing weights before creating the template
     print(f"{reader.name}, on the MNI152 template: a population average of skull-stripped brains, not a patient.")
     scan = template(reader, output)
     writer = explain_cases(reader, [ScanCase(CASE, (scan,))], methods, None, output, args, log)
     entries = json.loads(writer.run.path.read_text(encoding="utf-8"))["results"]
     _print_table([entry for entry in entries if entry["case"] == CASE], output)
     pictures = sorted(output.glob(f"{CASE}/*.png"))
-    print(f"\n{len(pictures)} pictures, maps (.nii.gz) and records (.json) lie in {output / CASE}")
+    print(f"\n{len(pictures)} pictures, maps (.nii.gz) and records (.json) are in {output / CASE}")
     written = write_report(output)
     print(f"{time.monotonic() - began:.0f} s. {INTENDED_USE}")
-    print(f"Open the report in a browser, it needs no network: {written.cases[CASE].resolve()}")
+    print(f"Open the report in a browser (no network connection needed): {written.cases[CASE].resolve()}")
     return writer.run.exit_code
 
 
 def find_bundle() -> Path:
-    """The demonstration bundle: of the checkout that this package is in, else below the working directory.
+    """Return the demonstration bundle of this package's checkout, else of the working directory.
 
     Raises:
-        UsageError: it is in neither; a wheel does not carry it.
+        UsageError: it is in neither; a wheel does not include it.
     """
     for root in (Path(esegeta_monai.__file__).resolve().parents[1], Path.cwd()):
         if (root / BUNDLE / "configs").is_dir():
             return root / BUNDLE
     raise UsageError(
-        f"the installed package does not carry {BUNDLE.as_posix()}: give its place in a checkout of the project with "
+        f"the installed package does not include {BUNDLE.as_posix()}: give the folder in a checkout of the project by "
         "--bundle DIR"
     )
 
 
 def template(reader: BundleReader, output: Path) -> Path:
-    """The template as a file, made once by the bundle's own script."""
+    """Return the file of the template; the bundle's own script creates it once."""
     try:
         with reader.importable():
             anatomy: Any = importlib.import_module("scripts.anatomy")
@@ -96,7 +96,7 @@ def template(reader: BundleReader, output: Path) -> Path:
     except ImportError as error:
         if error.name == "nilearn":
             raise UsageError('the template comes with nilearn: pip install "esegeta-monai[demo]"') from error
-        raise UsageError(f"{reader.bundle_dir} has no scripts/anatomy.py to make the template: {error}") from error
+        raise UsageError(f"{reader.bundle_dir} has no scripts/anatomy.py that creates the template: {error}") from error
 
 
 def _print_table(entries: list[dict[str, Any]], output: Path) -> None:

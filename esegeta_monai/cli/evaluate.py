@@ -61,8 +61,8 @@ target, method and metric), OUTPUT/CASE/CASE_metrics.json (with curves and param
 (sums of the map per region, channel and distance)."""
 
 EPILOG = """labels:
-  A label map marks the known cause. Localisation metrics (pointing game, relevance mass, ...) need it; it may be on any
-  grid. A folder must contain one file per case: CASE.nii.gz, or one whose name begins with CASE_.
+  A label map marks the known cause. Localisation metrics (pointing game, relevance mass, ...) need one; it may be on
+  any grid. A folder must contain one file per case: CASE.nii.gz, or one whose name begins with CASE_.
 
 exit codes: 0 all done (including undefined and inapplicable metrics), 1 something failed,
 2 usage error
@@ -98,7 +98,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "'esegeta-monai metrics' lists all)",
     )
     parser.add_argument(
-        "--label", metavar="FILE", help="label map, or a folder of them named like the cases: see below"
+        "--label", metavar="FILE", help="label map, or folder of label maps named like the cases (see below)"
     )
     parser.add_argument(
         "--label-value",
@@ -107,7 +107,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="label value of the cause: a number, or 'class' for the target's class (default: all above 0)",
     )
     parser.add_argument(
-        "--regions", metavar="FILE", help="label map, or folder, for the region tables (default: --label)"
+        "--regions", metavar="FILE", help="label map, or folder of label maps, for the region tables (default: --label)"
     )
     parser.add_argument("--region-names", metavar="N=NAME,...", help="names of region values, such as 1=liver,2=spleen")
     parser.add_argument(
@@ -121,7 +121,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--no-controls",
         dest="controls",
         action="store_false",
-        help="leave out the control maps (random, Sobel, constant)",
+        help="do not evaluate the control maps (random, Sobel, constant)",
     )
     add_network(parser)
     add_computing_options(parser)
@@ -130,7 +130,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def _label_value(text: str) -> int | str:
     if text != "class" and (not text.isdigit() or int(text) < 1):
-        raise ArgumentTypeError(f"{text!r} is no whole number above 0, and not 'class'")
+        raise ArgumentTypeError(f"{text!r} is neither a positive integer nor 'class'")
     return text if text == "class" else int(text)
 
 
@@ -140,7 +140,7 @@ def _fraction(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise ArgumentTypeError(f"{text!r} is no share from 0 to 1")
+        raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
     return value
 
 
@@ -148,15 +148,15 @@ def run(args: Namespace, log: RunLog) -> int:
     """Run the command.
 
     Returns:
-        0: every metric was measured, said nothing, or does not apply; 1: a case, method or metric failed.
+        0: every metric was measured, is undefined or does not apply; 1: a case, method or metric failed.
 
     Raises:
-        EsegetaError: a wrong option, bundle or output folder: nothing has been computed.
+        EsegetaError: an option, the bundle or the output folder is wrong; nothing has been computed.
     """
     if args.label_value is not None and args.label is None:
-        raise UsageError("--label-value says which value of a label counts: give the label with --label")
+        raise UsageError("--label-value selects a value of a label map: also give the label map by --label")
     if args.region_names is not None and args.regions is None and args.label is None:
-        raise UsageError("--region-names names the values of a label map: give one with --regions or --label")
+        raise UsageError("--region-names names the values of a label map: also give one by --regions or --label")
     register_extensions(args.bundle)
     with process_group() as ranks:
         writer = _evaluate(args, log, ranks)
@@ -221,7 +221,7 @@ def _summary(writer: EvaluationWriter) -> None:
         print(f"no better than a control: {text}")
     if len(writer.not_beating) > 20:
         print(f"... and {len(writer.not_beating) - 20} more, marked false in the column beats_controls")
-    print(f"{writer.done} case(s) judged, {len(writer.problems)} problem(s). The table is {writer.path}.")
+    print(f"{writer.done} case(s) evaluated, {len(writer.problems)} problem(s). The table is {writer.path}.")
 
 
 # -- masks of a case -----------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> s
     path = Path(text)
     if not path.is_dir():
         if not path.exists() and text not in data:
-            raise UsageError(f"--{what} {text}: there is no such file or folder")
+            raise UsageError(f"--{what} {text}: no such file or folder")
         return text
     names = {file: storage.case_name(file) for file in sorted(path.rglob("*")) if file.is_file()}
     exact = [file for file, name in names.items() if name == case.name]
@@ -253,8 +253,7 @@ def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> s
     if len(fitting) != 1:
         listed = ", ".join(f.name for f in fitting[:5]) or "none"
         raise UsageError(
-            f"--{what} {path.name}: one file called {case.name}.nii.gz (or {case.name}_….nii.gz) is needed, found: "
-            f"{listed}"
+            f"--{what} {path.name}: expected one file named {case.name}.nii.gz or {case.name}_….nii.gz, found: {listed}"
         )
     return str(fitting[0])
 
@@ -286,10 +285,10 @@ class _Earlier:
         """Read the sidecars of these cases.
 
         Raises:
-            UsageError: there is no map of them, or one whose parameters cannot be created again.
+            UsageError: the folder has no map of them, or a method or target cannot be recreated from its record.
         """
         if not folder.is_dir():
-            raise UsageError(f"--maps {folder}: there is no such folder; give the output folder of 'explain'")
+            raise UsageError(f"--maps {folder}: no such folder; give the output folder of 'explain'")
         wanted = {case.name for case in cases}
         sidecars: dict[str, list[tuple[Path, Record]]] = {}
         for file in sorted(folder.rglob("*.json")):
@@ -297,15 +296,15 @@ class _Earlier:
             record = Record.from_json(content)
             if record.map and record.case in wanted and record.status in ("ok", "zero"):
                 if not all(isinstance(content.get(key), KINDS[key]) for key in NEEDED):
-                    logger.warning("%s does not say of which method and target its map is: left out", file.name)
+                    logger.warning("%s does not name the method and target of its map: skipped", file.name)
                     continue
                 if record.input:
                     raise UsageError(
-                        f"{file.name}: maps of several inputs cannot be judged from disk: leave --maps out"
+                        f"{file.name}: maps of several inputs cannot be read from disk: omit --maps to compute them"
                     )
                 sidecars.setdefault(str(record.case), []).append((file.with_name(record.map), record))
         if not sidecars:
-            raise UsageError(f"--maps {folder}: no map of {', '.join(sorted(wanted)[:3])} in it; run 'explain' first")
+            raise UsageError(f"--maps {folder} has no map of {', '.join(sorted(wanted)[:3])}; run 'explain' first")
         records = [record for several in sidecars.values() for _, record in several]
         return cls(
             folder,
@@ -322,7 +321,7 @@ class _Earlier:
         names: ResultNames,
         image: MetaTensor,
     ) -> tuple[dict[tuple[str, str], Tensor], dict[str, str]]:
-        """Return maps on the network's grid, and the reasons of unreadable ones, by the names of target and method."""
+        """Return maps on the network's grid, and the errors of unreadable ones, by the names of target and method."""
         maps: dict[tuple[str, str], Tensor] = {}
         problems: dict[str, str] = {}
         for path, record in self.sidecars.get(case.name, []):
@@ -338,12 +337,12 @@ class _Earlier:
                 continue
             maps[key] = to_network_grid(values, image, additive=bool(record.additive))
         if not maps and not problems:
-            raise UsageError(f"{case.name}: none of its maps on disk is of these methods and targets")
+            raise UsageError(f"{case.name}: no map on disk is of these methods and targets")
         return maps, problems
 
 
 NEEDED = ("method", "parameters", "target", "target_parameters", "target_name", "map")
-"""Entries of a sidecar without which its map cannot be evaluated."""
+"""Entries of a sidecar that the evaluation of its map requires."""
 
 
 def _revived(recorded: Sequence[tuple[str, Mapping[str, Any]]], registry: Registry[Any]) -> list[Any]:
@@ -357,8 +356,8 @@ def _revived(recorded: Sequence[tuple[str, Mapping[str, Any]]], registry: Regist
             instances[key] = registry.create({"_target_": name, **_nested(parameters)})
         except EsegetaError as error:
             raise UsageError(
-                f"the {registry.kind} {name} of an earlier map cannot be made again from its record ({error}): name it "
-                f"with --{registry.kind}{'s' if registry.kind == 'method' else ''}"
+                f"the {registry.kind} {name} of an earlier map cannot be recreated from its record ({error}): give it "
+                f"by --{registry.kind}{'s' if registry.kind == 'method' else ''}"
             ) from error
     return list(instances.values())
 

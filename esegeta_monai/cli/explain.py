@@ -62,7 +62,7 @@ EPILOG = """inputs:
                              metadata.json (p1/p1_T1c.nii.gz, p1/p1_FLAIR.nii.gz, ...) is one case
   p7=scan.nii.gz             the case is named "p7"
 
-exit codes: 0 all done, 1 a case or method failed (run.json has the reasons; the others are complete), 2 usage error
+exit codes: 0 all done; 1 one case or method failed (the others are complete, run.json has the reasons); 2 usage error
 """
 
 
@@ -70,7 +70,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``explain``."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
     add_bundle(parser, required=True)
-    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans: see below")
+    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans (see below)")
     parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
     parser.add_argument(
         "--methods",
@@ -91,7 +91,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="write nothing; print window passes, time and memory per case, target and method",
+        help="compute and write no maps; print the estimated passes, time and memory per case, target and method",
     )
     add_run_options(parser)
     add_share(parser)
@@ -101,10 +101,10 @@ def run(args: Namespace, log: RunLog) -> int:
     """Run the command; all options are checked before anything is computed.
 
     Returns:
-        0: all is there, empty targets included; 1: some case or method failed.
+        0: all done, including empty targets; 1: a case or method failed.
 
     Raises:
-        EsegetaError: a wrong option, bundle or output folder: nothing has been computed.
+        EsegetaError: an option, the bundle or the output folder is wrong; nothing has been computed.
     """
     register_extensions(args.bundle)
     methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
@@ -119,11 +119,11 @@ def run(args: Namespace, log: RunLog) -> int:
         writer = explain_cases(reader, cases, methods, targets, output, args, log, ranks)
     summary = ", ".join(f"{n} {status}" for status, n in writer.run.summary.items()) or "nothing to do"
     if not args.quiet and not ranks.rank:
-        print(f"{summary.replace('_', ' ')}. Maps, pictures and the log are in {output}; run.json tells all.")
+        print(f"{summary.replace('_', ' ')}. Maps, pictures and the log are in {output}; run.json lists all results.")
     if args.report and not ranks.rank:
         written = write_report(output)
         if not args.quiet:
-            print(f"The report: {written.index}")
+            print(f"The report is {written.index}.")
     return writer.run.exit_code
 
 
@@ -140,16 +140,16 @@ def explain_cases(
     """Explain cases one by one; a case that fails is recorded, and the others continue.
 
     Args:
-        targets: None: every predicted class, background aside.
-        options: of the command line: device, amp, seed, time_limit, window_batch, network_output, progress,
+        targets: the targets; None: every predicted class except background.
+        options: options of the command line: device, amp, seed, time_limit, window_batch, network_output, progress,
             overwrite, pictures, map_format, override, config, share, yes.
-        ranks: the processes that share the work; None: this one.
+        ranks: the processes that share the work; None: this process alone.
 
     Returns:
         The writer, whose ``run`` has the status of every result.
 
     Raises:
-        EsegetaError: before any case is touched.
+        EsegetaError: an option is wrong; no case has been read.
     """
     ranks = ranks or Processes()
     storage.writable_folder(output)
@@ -183,7 +183,7 @@ def explain_cases(
 
 
 def open_log(log: RunLog, reader: BundleReader, cases: Sequence[ScanCase], output: Path) -> None:
-    """Begin the log file of a run in ``output``; folders of scans, bundle and output are left out of its lines."""
+    """Open the log file in ``output``; its lines do not show the folders of scans, bundle and output."""
     for path in (*(file for case in cases for file in case.files), output, reader.bundle_dir):
         log.hide(path, path.name)
     log.write_to(output)
@@ -195,7 +195,7 @@ def each_case(
     failed: Callable[[str, Exception], None],
     log: RunLog,
 ) -> None:
-    """Work on cases one by one; one that fails is passed to ``failed`` with its error, and the others go on."""
+    """Process cases one by one; a case that fails is passed to ``failed`` with its error, and the others continue."""
     for number, case in enumerate(cases, 1):
         with log.of(case.name):
             logger.info("%s: case %d of %d", case.name, number, len(cases))
@@ -250,23 +250,23 @@ def _tell_costs(
         try:
             _, image, data = preprocess(case)
             costs += [(case.name, cost) for cost in explainer.costs(image[None], methods, chosen, data=data)]
-        except Exception as error:  # told, and the other cases go on
+        except Exception as error:  # logged; the other cases continue
             failed = True
             logger.error("%s: %s", case.name, named(error, log))
     print("\n".join(table(costs)))
     seconds = sum(cost.seconds or 0.0 for _, cost in costs)
     print(
-        f"About {duration(seconds)} in all; methods that share passes (gradients, CAM) need less. Nothing was written."
+        f"About {duration(seconds)} in total; less for methods that share passes (gradients, CAM). Nothing was written."
     )
     return int(failed)
 
 
 def named(error: Exception, log: RunLog) -> Exception:
-    """Return the error for ``run.json``: named, in one line, without folders."""
+    """Return the error as ``run.json`` records it: its cause in one line, without folders."""
     if isinstance(error, EsegetaError):
         named: Exception = type(error)(log.clean(str(error)))
     elif isinstance(error, torch.cuda.OutOfMemoryError):
-        named = NetworkError("out of memory on the accelerator: take a smaller --window-batch, or --device cpu")
+        named = NetworkError("out of memory on the accelerator: use a smaller --window-batch, or --device cpu")
     else:
         named = NetworkError(log.clean(f"the network or its inferer failed on this case: {reason(error)}"))
     named.__cause__ = error
@@ -277,7 +277,7 @@ def check_layers(network: torch.nn.Module, things: Sequence[Any]) -> None:
     """Check that the layers named by methods (also nested ones) and targets exist.
 
     Raises:
-        UsageError: no such layer; near matches are listed.
+        UsageError: a layer does not exist; the message lists similar names.
     """
     for thing in things:
         layer = getattr(thing, "layer", None)
@@ -293,7 +293,7 @@ def _sigmoid(reader: BundleReader) -> bool:
     try:
         transforms = reader.postprocessing.flatten().transforms
     except NetworkError as error:
-        raise UsageError(f"{error}; or say with --target what to explain, then postprocessing is not needed") from error
+        raise UsageError(f"{error}; or choose targets by --target, which needs no postprocessing") from error
     return any(isinstance(t, Activationsd) and any(t.sigmoid) for t in transforms)
 
 
@@ -331,7 +331,7 @@ def choose_device(text: str | None) -> torch.device:
     """Return the named device, else the first CUDA device, else the CPU.
 
     Raises:
-        UsageError: no such device here.
+        UsageError: this machine has no such device.
     """
     if text is None:
         return local_device()

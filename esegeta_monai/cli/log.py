@@ -1,7 +1,7 @@
-"""What a run says: on the console and in a file, one line a message, the rank in it, and nothing of a patient.
+"""The log of a run, on the console and in a file: one line per message, with the rank and without patient data.
 
-File and folder names can name people. Whatever is registered with `RunLog.hide` is replaced before a line is
-written, in tracebacks as well; what remains is the name of the case.
+The names of files and folders may be those of people. Every path registered by `RunLog.hide` is replaced before a
+line is written, also in tracebacks; only the name of the case remains.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ LOG_FILE = "esegeta.log"
 
 
 class RunLog:
-    """The handlers of one run on the package's logger; a context manager that takes them away again.
+    """The handlers of one run on the package's logger; a context manager that removes them at the end.
 
     Args:
-        level: of the console, a name of the `logging` module; the file has at least INFO.
+        level: level of the console, a name of the `logging` module; the level of the file is INFO or lower.
 
     >>> log = RunLog("INFO")
     >>> log.hide("/scans/Doe_Jane/t1.nii.gz", "t1.nii.gz")
@@ -53,7 +53,7 @@ class RunLog:
         self.logger.setLevel(self._before)
 
     def write_to(self, folder: Path) -> None:
-        """Writes to ``folder/esegeta.log`` too, behind what earlier runs wrote there."""
+        """Also append to ``folder/esegeta.log``."""
         handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
         self._add(handler, min(self.level, logging.INFO))
 
@@ -65,19 +65,19 @@ class RunLog:
         self.logger.setLevel(min(h.level for h in self._handlers))
 
     def hide(self, path: str | os.PathLike[str], name: str) -> None:
-        """From now on ``name`` stands where a message has ``path``, as given or in full."""
+        """Replace ``path``, as given or absolute, by ``name`` in all following messages."""
         for text in {str(path), os.path.abspath(path), str(Path(path).resolve())} - {".", "/"}:
             self._hidden[text] = name
 
     def clean(self, text: str) -> str:
-        """``text`` with everything replaced that is to be hidden; longest paths first."""
+        """Replace all hidden paths in ``text``, the longest first."""
         for path in sorted(self._hidden, key=len, reverse=True):
             text = text.replace(path, self._hidden[path])
         return text
 
     @contextmanager
     def of(self, case: str) -> Iterator[None]:
-        """Messages in this block are about a case: its number in a batch becomes its name."""
+        """Replace the number of a case in a batch by its name in the messages of this block."""
         self.case = case
         try:
             yield
@@ -87,7 +87,7 @@ class RunLog:
 
 class _Formatter(logging.Formatter):
     def __init__(self, log: RunLog) -> None:
-        who = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # one process alone has none
+        who = f" rank {os.environ['RANK']}" if "RANK" in os.environ else ""  # unset for a single process
         super().__init__(f"%(asctime)s %(levelname)s{who}: %(message)s", "%Y-%m-%d %H:%M:%S")
         self.log = log
 
@@ -103,14 +103,14 @@ class _Formatter(logging.Formatter):
 
 
 class _Console(logging.Handler):
-    """Standard error, above a progress bar that may be there."""
+    """A handler that writes to standard error, above a progress bar if one is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 def reason(error: BaseException) -> str:
-    """The innermost cause in one line: MONAI wraps what went wrong in where it went wrong.
+    """Return the innermost cause in one line; MONAI wraps the original error in others that name the transform.
 
     >>> reason(ValueError("no such axis\\n  details"))
     'ValueError: no such axis'

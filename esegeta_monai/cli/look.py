@@ -1,4 +1,4 @@
-"""``esegeta-monai info`` and ``esegeta-monai layers``: what is installed here, and what is in a bundle."""
+"""``esegeta-monai info`` and ``esegeta-monai layers``: show installed versions and the contents of a bundle."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _bundle(reader: BundleReader) -> dict[str, Any]:
 
 
 def run_layers(args: Namespace, *_: object) -> int:
-    """The layers of a bundle's network in the order in which they run, with what they give for one window."""
+    """Print the layers of a bundle's network in the order of execution, with their output shapes for one window."""
     reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device), "optional")
     network, inferer = unwrap(reader.network), as_inferer(reader.inferer)
     image = _image(reader, args.input)
@@ -105,7 +105,7 @@ def run_layers(args: Namespace, *_: object) -> int:
         shapes = layer_shapes(objective)
         try:
             default: str | None = default_layer(objective)
-        except MethodError:  # no layer gives a map; then none is marked
+        except MethodError:  # no layer has a map, so none is marked
             default = None
     rows = [
         {"name": s.name, "kind": s.kind, "shape": list(s.shape), "calls": s.calls, "default": s.name == default}
@@ -129,7 +129,7 @@ def _x(shape: Any) -> str:
 
 
 def _image(reader: BundleReader, text: str | None) -> Tensor:
-    """The preprocessed scan that was named, else noise of one window's shape."""
+    """Return the preprocessed scan (C, *spatial) of the given file, else noise of the shape of one window."""
     if text is not None:
         cases = find_cases([text], [name for _, name in sorted(reader.channel_names.items())])
         return Preprocessor(reader)(cases[0])[1].as_tensor().float()
@@ -142,5 +142,5 @@ def _image(reader: BundleReader, text: str | None) -> Tensor:
         size = next((i["spatial_shape"] for i in inputs if isinstance(i, dict) and "spatial_shape" in i), None)
     size = [size] * dims if isinstance(size, int) else size
     if size is None or not all(isinstance(n, int) and n > 0 for n in size):
-        raise UsageError("the bundle does not say how large a window is: give a scan with --input FILE")
+        raise UsageError("the bundle does not declare a window size: give a scan by --input FILE")
     return torch.rand((channels, *size), generator=torch.Generator().manual_seed(0))

@@ -1,8 +1,8 @@
 """The command line: ``esegeta-monai COMMAND`` or ``python -m esegeta_monai COMMAND``.
 
-Exit codes: 0 all done (empty targets included), 1 some case or method failed, 2 a usage error: nothing was computed,
-130 stopped by Ctrl-C. An error is one line, ``esegeta-monai: error: what, where, what to do``; ``-v`` adds the
-traceback.
+Exit codes: 0 all done (including empty targets), 1 some case or method failed, 2 usage error (nothing was computed),
+130 stopped by Ctrl-C. An error is printed in one line, ``esegeta-monai: error: file or option: cause: remedy``;
+``-v`` adds the traceback.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXAMPLES = """examples:
   esegeta-monai explain --bundle my_bundle --input a.nii.gz --output explained/ \\
       --methods "Saliency,IntegratedGradients(tolerance=1e-3)" --target "MultiClassMask(class_index=1)"
   esegeta-monai report explained/
-  esegeta-monai evaluate --bundle my_bundle --input scans/ --maps explained/ --output judged/ --label labels/
+  esegeta-monai evaluate --bundle my_bundle --input scans/ --maps explained/ --output evaluated/ --label labels/
   esegeta-monai methods
   esegeta-monai layers --bundle my_bundle
 """
@@ -62,7 +62,7 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], Callable[..., int]], ...] =
     ),
     (
         "overlay",
-        "write the config overlay that makes 'monai.bundle run' explain a bundle, and summarise the bundle",
+        "write the config file with which 'monai.bundle run' explains a bundle",
         overlay.add_arguments,
         overlay.run,
     ),
@@ -75,7 +75,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
-        _say(f"{message} ('{self.prog} --help' explains)")
+        _say(f"{message} (see '{self.prog} --help')")
         raise SystemExit(USAGE)
 
 
@@ -102,13 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(error), _if(args, error))
         return USAGE
     except KeyboardInterrupt:
-        _say("stopped; finished maps stay, and the same command goes on from there")
+        _say("stopped; finished maps are kept, and the same command resumes the run")
         return STOPPED
     except BrokenPipeError:  # the reader of our output (head, less) has closed the pipe
         sys.stderr.close()
         return DONE
     except Exception as error:  # unexpected: still one line; -v adds the traceback
-        _say(f"{reason(error)}; run it with -v for the traceback, which helps to report this", _if(args, error))
+        _say(
+            f"{reason(error)}; unexpected error: please report it with the traceback, which -v prints", _if(args, error)
+        )
         return FAILED
 
 
@@ -132,11 +134,11 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
     parser = _Parser(
         prog="esegeta-monai",
-        description="See what a medical image network looks at: exact whole-volume explanation of MONAI bundles.",
+        description="Explain the predictions of medical image networks: exact whole-volume maps for MONAI bundles.",
         epilog=f"{EXAMPLES}\n{INTENDED_USE}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action=_Version, help="print the version and stop")
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, summary, add_arguments, run in COMMANDS:
         _add(commands, name, summary, add_arguments, run)
@@ -153,7 +155,7 @@ def _add(commands: Any, name: str, summary: str, add_arguments: Callable[..., No
     parser.set_defaults(run=run)
     loud = parser.add_mutually_exclusive_group()
     loud.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    loud.add_argument("-v", "--verbose", action="store_true", help="print more, with tracebacks of errors")
+    loud.add_argument("-v", "--verbose", action="store_true", help="print debug messages and the tracebacks of errors")
     add_arguments(parser)
 
 

@@ -1,4 +1,4 @@
-"""``esegeta-monai overlay`` and ``merge``: the config file that adds explanation to a bundle, beside or in its own."""
+"""``esegeta-monai overlay`` and ``merge``: write the config file that adds explanations to a bundle."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         action="store_true",
         help="write explain_metrics.json, which evaluates the maps as 'evaluate' does; alone or after explain.json",
     )
-    parser.add_argument("--path", action="store_true", help="write nothing; print the path of the packaged file")
+    parser.add_argument(
+        "--path", action="store_true", help="write nothing; print the path of the overlay in the package"
+    )
 
 
 def add_merge_arguments(parser: ArgumentParser) -> None:
@@ -57,21 +59,27 @@ def add_merge_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, *_: object) -> int:
-    """Writes the overlay that fits a bundle, never over another file, and says what it found; or prints where the
-    shipped one lies."""
+    """Write the overlay for a bundle, without replacing other files, and print a summary of the bundle.
+
+    With ``--path``, only print the path of the overlay in the package.
+    """
     name = METRICS_OVERLAY if args.metrics else OVERLAY
     if args.path:
         print(shipped_overlay(name))
         return 0
     if not args.bundle and not args.output:
-        raise UsageError("overlay needs --bundle DIR (or --output FILE, or --path to print where the shipped one lies)")
+        raise UsageError(
+            "overlay needs --bundle DIR (or --output FILE, or --path to print the path of the packaged overlay)"
+        )
     if args.multi_gpu and not args.bundle:
-        raise UsageError("overlay --multi-gpu needs --bundle DIR, whose data loader gets the sampler")
+        raise UsageError(
+            "overlay --multi-gpu needs --bundle DIR: the overlay adds a sampler to the bundle's data loader"
+        )
     if not args.bundle:
         text = shipped_overlay(name).read_text(encoding="utf-8")
         target = _free(Path(args.output), name, text)
         _write(target, text)
-        print(f"{target} is written; it joins a list called handlers. With --bundle DIR it fits any bundle.")
+        print(f"Wrote {target} for bundles with a list named handlers. --bundle DIR adapts the overlay to any bundle.")
         return 0
     reader, config = _reader(args), _config(args)
     overlay = fitted_overlay(config, reader.metadata, name)
@@ -90,15 +98,15 @@ def run(args: Namespace, *_: object) -> int:
     run_id = "" if reader.run_id in (None, "run") else f" {reader.run_id}"
     root = "" if config.get("bundle_root", ".") in (".", "./") else " --bundle_root ."
     launch = "torchrun --nproc_per_node NUMBER_OF_GPUS" if args.multi_gpu else "python"
-    print(f"{' and '.join(str(f) for f in (target, second) if f)} written. In the bundle's folder:")
+    print(f"Wrote {' and '.join(str(f) for f in (target, second) if f)}. Run in the bundle's folder:")
     print(f'  {launch} -m monai.bundle run{run_id}{root} --config_file "{files}"')
     more = " --explain_metrics \"['Deletion']\"" if args.metrics else ""
-    print(f"Settings follow as options: --explain_methods \"['Saliency']\"{more} --explain_output_dir explained")
+    print(f"Append settings as options: --explain_methods \"['Saliency']\"{more} --explain_output_dir explained")
     return 0
 
 
 def run_merge(args: Namespace, *_: object) -> int:
-    """Writes one config: the bundle's own files, and the overlay (or the files named by ``--add``) behind them."""
+    """Write one config file: the bundle's own files, followed by the overlay or the files of ``--add``."""
     reader, merged = _reader(args), _config(args)
     added = [ConfigParser.load_config_file(_existing(reader, file)) for file in args.add or ()]
     for content in added or [fitted_overlay(merged, reader.metadata)]:
@@ -106,12 +114,12 @@ def run_merge(args: Namespace, *_: object) -> int:
             merge_kv(merged, key, value)
     target = _free(Path(args.output))
     _write(target, json.dumps(merged.config, indent=4, ensure_ascii=False) + "\n")
-    print(f"{target} is written: {', '.join(f.name for f in reader.config_files)} and the explanation in one config.")
+    print(f"Wrote {target}: {', '.join(f.name for f in reader.config_files)} and the explanation in one config.")
     return 0
 
 
 def description(reader: BundleReader, config: ConfigParser, overlay: dict[str, Any]) -> dict[str, str]:
-    """What was found in a bundle, a line each; what cannot be built here says why."""
+    """Describe a bundle by title; the text of a part that cannot be built is its error."""
     classes = ", ".join(f"{i} {name}" for i, name in sorted(reader.class_names.items())[:12])
     more = len(reader.class_names) - 12
     handlers = next(key for key in overlay if key.startswith("+") or "#val_handlers" in key)
@@ -124,17 +132,17 @@ def description(reader: BundleReader, config: ConfigParser, overlay: dict[str, A
         "classes": (classes + (f", and {more} more" if more > 0 else "")) or "not named in metadata.json",
         "output": overlay.get("explain_output") or "the only one",
         "targets": _targets(reader, overlay),
-        "layers": "GradCam finds one; 'esegeta-monai layers --bundle DIR' lists all",
+        "layers": "GradCam chooses one; 'esegeta-monai layers --bundle DIR' lists all",
         "handlers": f"{handlers.lstrip('+')} of {evaluator_of(config)}, run by {reader.run_id or 'no id'}",
     }
 
 
 def _targets(reader: BundleReader, overlay: dict[str, Any]) -> str:
     if overlay.get("explain_targets"):
-        return f"{overlay['explain_targets'][0]}: its output is a regression"
+        return f"{overlay['explain_targets'][0]} (the output is a regression)"
     names = [name for i, name in sorted(reader.class_names.items()) if i != reader.background]
-    example = f"; one of them: --explain_targets \"MultiClassMask('{names[0]}')\"" if names else ""
-    return f"every predicted class, background aside{example}"
+    example = f"; a single one: --explain_targets \"MultiClassMask('{names[0]}')\"" if names else ""
+    return f"every predicted class except background{example}"
 
 
 def _network(reader: BundleReader) -> str:
@@ -168,7 +176,7 @@ def _reader(args: Namespace) -> BundleReader:
 
 
 def _config(args: Namespace) -> ConfigParser:
-    """The bundle's config as its files have it, with the overrides; nothing evaluated, nothing of ours added."""
+    """Return the unevaluated config of the bundle's files, with the overrides only."""
     parser = ConfigParser()
     parser.read_config([str(file) for file in _reader(args).config_files])
     content: Any = parser.config
@@ -180,22 +188,22 @@ def _config(args: Namespace) -> ConfigParser:
 def _existing(reader: BundleReader, file: str) -> Path:
     chosen = next((p for p in (reader.bundle_dir / file, Path(file)) if p.is_file()), None)
     if chosen is None:
-        raise UsageError(f"no config file {file}, neither in {reader.bundle_dir} nor from here")
+        raise UsageError(f"no config file {file}, neither in {reader.bundle_dir} nor in the working directory")
     return chosen
 
 
 def _shown(file: Path, reader: BundleReader) -> str:
-    """A file as it is named from the bundle's folder."""
+    """Return the path of a file relative to the bundle if it is inside, else its absolute path."""
     place = file.resolve()
     inside = place.is_relative_to(reader.bundle_dir)
     return place.relative_to(reader.bundle_dir).as_posix() if inside else str(place)
 
 
 def _free(target: Path, name: str = OVERLAY, text: str | None = None) -> Path:
-    """Where to write, no other file being there; one that already says ``text`` is no other."""
+    """Return the path to write to; raise an error if it exists with other content than ``text``."""
     target = target / name if target.is_dir() else target
     if target.exists() and not (text is not None and target.is_file() and target.read_bytes() == text.encode()):
-        raise UsageError(f"{target} exists and stays as it is: move it away, or write elsewhere with --output FILE")
+        raise UsageError(f"{target} already exists: move it, or choose another file by --output FILE")
     return target
 
 

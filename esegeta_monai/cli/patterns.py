@@ -1,4 +1,4 @@
-"""``esegeta-monai patterns``: what PatternNet and PatternAttribution need, fitted on scans, beside the weights."""
+"""``esegeta-monai patterns``: fit the patterns of PatternNet and PatternAttribution on scans."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, *_: object) -> int:
-    """Fits patterns on all windows of the scans and writes them; never over another file unless told so."""
+    """Fit patterns on all windows of the scans and write them; replace an existing file only with ``--overwrite``."""
     reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
     target = Path(args.output) if args.output else reader.bundle_dir / "models" / "patterns.pt"
     if target.exists() and not args.overwrite:
-        raise UsageError(f"{target} exists: use it with patterns='{target.name}', or give --overwrite")
+        raise UsageError(f"{target} already exists: use it by patterns='{target.name}', or replace it by --overwrite")
     if not target.parent.is_dir():
-        raise UsageError(f"{target.parent} is no folder: make it first")
+        raise UsageError(f"{target.parent} is not a folder: create it first")
     cases = find_cases(args.input, [name for _, name in sorted(reader.channel_names.items())])
     network, preprocess = unwrap(reader.network), Preprocessor(reader)
     model = Model(network, reader.device, output=args.network_output)
@@ -52,6 +52,6 @@ def run(args: Namespace, *_: object) -> int:
     fitted.save(target)
     if not args.quiet:
         count = sum(pattern is not None for pattern in fitted.patterns)
-        print(f"{count} operations of {type(network).__name__}, {fitted.cases} case(s): {target}")
+        print(f"Wrote {target}: {count} operations of {type(network).__name__}, {fitted.cases} case(s)")
         print(f"Use them with --methods \"PatternAttribution(patterns='{target}')\"")
     return 0

@@ -26,7 +26,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--view-3d",
         action="store_true",
-        help="add a 3D view (needs NiiVue, included in nilearn; 2.3 MB per page); a face can identify a patient",
+        help="add a 3D view (needs NiiVue, included in nilearn; 2.3 MB per page); a head can be recognised",
     )
 
 

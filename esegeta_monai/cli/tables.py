@@ -1,4 +1,4 @@
-"""``esegeta-monai methods``, ``targets`` and ``metrics``: list what is registered, read from the classes."""
+"""``esegeta-monai methods``, ``targets`` and ``metrics``: list the registered classes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ WIDTH = 100
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``methods``, ``targets`` and ``metrics``."""
-    parser.add_argument("name", nargs="?", metavar="NAME", help="print the full description of this one")
-    parser.add_argument("--bundle", metavar="DIR", help="include those of this bundle's scripts/")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="print the full description of one of them")
+    parser.add_argument("--bundle", metavar="DIR", help="also list those of this bundle's scripts/")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -61,7 +61,7 @@ def _run(registry: Registry[Any], args: Namespace, usage: str) -> int:
 
 
 def describe(cls: type[Configurable], kind: str = "method") -> dict[str, Any]:
-    """A method or target as the table, the JSON and the documentation have it.
+    """Describe a method, target or metric for the table, the JSON output and the documentation.
 
     >>> describe(METHODS.get("saliency"))["parameters"]
     {'abs': True}
@@ -98,17 +98,17 @@ def describe(cls: type[Configurable], kind: str = "method") -> dict[str, Any]:
 
 
 def _signed(cls: type[Method]) -> bool | None:
-    """Whether the map has a sign with default parameters; None where there are no defaults."""
+    """Return True if the map is signed with default parameters; None if a parameter has no default."""
     try:
         return METHODS.create(cls).signed
-    except EsegetaError:  # a parameter without default: it depends
+    except EsegetaError:  # a parameter has no default
         return None
 
 
 def _heading(entry: dict[str, Any]) -> str:
     parameters = [*entry["required"], *(f"{name}={value!r}" for name, value in entry["parameters"].items())]
     call = textwrap.wrap(f"{entry['name']}({', '.join(parameters)})", WIDTH, subsequent_indent="    ")
-    aliases = f"    also called {', '.join(entry['aliases'])}" if entry.get("aliases") else ""
+    aliases = f"    aliases: {', '.join(entry['aliases'])}" if entry.get("aliases") else ""
     return "\n".join([*call, *([aliases] if aliases else [])])
 
 
@@ -118,7 +118,7 @@ def _block(entry: dict[str, Any]) -> str:
         sign = {True: "signed", False: "not signed", None: "signed or not"}[entry["signed"]]
         lines.append(f"{entry['produces']}, {sign}" + (f"; {entry['reference']}" if entry["reference"] else ""))
     if "group" in entry:
-        way = {True: "higher is better", False: "lower is better", None: "neither way is better"}
+        way = {True: "higher is better", False: "lower is better", None: "neither direction is better"}
         needs = f"; needs {', '.join(entry['needs'])}" if entry["needs"] else ""
         lines.append(f"{entry['group']}, {way[entry['higher_is_better']]}{needs}")
         lines += textwrap.wrap(entry["meaning"], WIDTH - 4)

@@ -225,10 +225,12 @@ class Auto(Baseline):
             return Background(), "the image's background value"
         norms = has_scale_free_norm(objective.model.network)
         if norms:
-            return Blur(std=self.std), f"the network has {norms}: f(αx) = f(x), nothing is found on a path from zero"
+            return Blur(
+                std=self.std
+            ), f"the network has {norms}: f(αx) = f(x), so the gradient along a path from zero is zero"
         if scale_invariant(objective):
             return Blur(std=self.std), "the network was found to be invariant to the scale of its input"
-        return Zero(), "no norm layer on the path makes the network invariant to scale"
+        return Zero(), "the network is not invariant to the scale of its input"
 
     def record(self) -> dict[str, Any]:
         chosen: Baseline | None = getattr(self, "chosen", None)
@@ -243,15 +245,15 @@ def choice_passes(spec: Any, objective: Objective) -> int:
 
 
 def baseline_for(spec: Any, *, local: bool = False) -> Baseline:
-    """Make a `Baseline` of what a user gives as a ``baseline`` parameter.
+    """Make a `Baseline` from the value of a ``baseline`` parameter.
 
     ``baseline_for(spec).draw(objective, objective.generator())`` is the reference volume (C, *spatial) of a case, in
     the units of the image. It may be a view: do not write into it.
 
     Args:
         spec: a `Baseline`, its name or call as text, ``"auto"``, a number or one per channel, a NIfTI file, a tensor
-            (C, *spatial), or a list of files or tensors of which one is drawn.
-        local: of ``"auto"``: the baseline replaces a part of the image, not all of it.
+            (C, *spatial), or a list of files or tensors to draw from.
+        local: for ``"auto"``. True: the baseline replaces a part of the image, not all of it.
 
     Raises:
         UsageError: no such baseline.

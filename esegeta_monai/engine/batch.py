@@ -1,4 +1,4 @@
-"""Window batches, and what methods ask to be gathered from them in a sweep."""
+"""Batches of windows: cut them, run them, score and differentiate them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["NO_PATH", "Batch", "Gradient"]
 
 
 class Batch:
-    """Some windows of one or several volumes, and what the targets see in them.
+    """n windows of one or several volumes, with the cotangents of the targets.
 
     Attributes:
-        network: the network behind windows, and the image.
-        windows: indices into the plan.
-        sources: for each window the volume it is cut from, where `cut` is given several.
-        cotangents: a target each (n, R, *out_roi), ``ĝ_w · ∂s/∂P`` cut to the windows; None where the target sees none
-            of them. R are the output channels that some target reads.
-        first: whether it is the first of its loop.
+        network: the network, which sees the image through windows.
+        windows: numbers of the windows in the plan.
+        sources: for each window, the number of the volume that `cut` cuts it from, if it is given several.
+        cotangents: per target ``ĝ_w · ∂s/∂P`` on the windows (n, R, *out_roi); None if the target sees none of them.
+            R is the number of output channels that some target reads.
+        first: True for the first batch of a loop.
     """
 
     def __init__(
@@ -44,41 +44,48 @@ class Batch:
 
     @property
     def image(self) -> Tensor:
-        """The windows of the case's image: (n, C, *roi)."""
+        """The windows of the case's image (n, C, *roi)."""
         return self.cut(self.network.image)
 
     def cut(self, volume: Tensor) -> Tensor:
-        """The windows of a volume (C, *spatial), or of several (m, C, *spatial): (n, C, *roi) on the window device."""
+        """Cut the windows (n, C, *roi) from one volume (C, *spatial) or several (m, C, *spatial).
+
+        Returns:
+            The windows on the network's device.
+        """
         plan, several = self.network.plan, volume.ndim == len(self.network.plan.spatial_shape) + 2
         parts = [plan.cut(volume[s] if several else volume, w) for w, s in zip(self.windows, self.sources)]
         return torch.stack(parts).to(self.network.model.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The network on windows (n, C, *roi): the channels that targets read, (n, R, *out_roi). Differentiable."""
+        """Run the network on windows (n, C, *roi); return the channels that targets read, (n, R, *out_roi).
+
+        Differentiable.
+        """
         return self.network.run(x, self.windows)
 
     @property
     def forwards(self) -> list[Callable[[Tensor], Tensor]]:
-        """`forward` for each window alone, x (1, C, *roi): a network may be told where its window lies, or read a
-        condition there."""
+        """`forward` of each single window, x (1, C, *roi): a network may receive its window's coordinates or a
+        condition."""
         return [functools.partial(self.network.run, windows=[w]) for w in self.windows]
 
     @property
     def compare(self) -> bool | Callable[[Tensor], Tensor]:
-        """What rules compare their output with: the plain output of a loop's first window, and nothing in later
-        batches, in which the network does the same."""
+        """For rules that check their output: a function from windows (n, C, *roi) to the plain output of the first one
+        (1, R, *out_roi), in a loop's first batch only, since the network does the same in all; else False."""
         return self._plain if self.first else False
 
     @property
     def compares(self) -> list[bool | Callable[[Tensor], Tensor]]:
-        """`compare` for windows that are run one by one."""
+        """`compare` for windows (1, C, *roi) that run one by one."""
         return [self.compare, *(False for _ in self.windows[1:])]
 
     def _plain(self, x: Tensor) -> Tensor:
         return self.network.run(x[:1], self.windows[:1])
 
     def scores(self, out: Tensor) -> Tensor:
-        """``F_w = <c_w, f(x_w)>`` (k, n) from network output; sums in float64."""
+        """Compute ``F_w = <c_w, f(x_w)>`` (k, n) from network output (n, R, *out_roi), summed in float64."""
         rows = []
         for cotangent in self.cotangents:
             if cotangent is None:
@@ -88,19 +95,23 @@ class Batch:
         return torch.stack(rows)
 
     def stacked_cotangents(self) -> Tensor:
-        """The cotangents of all targets as one tensor (k, n, R, *out_roi), zero where a target sees nothing."""
-        some = next(c for c in self.cotangents if c is not None)
-        return torch.stack([torch.zeros_like(some) if c is None else c for c in self.cotangents])
+        """Return the cotangents of all targets as one tensor (k, n, R, *out_roi), zero where a target sees nothing."""
+        present = next(c for c in self.cotangents if c is not None)
+        return torch.stack([torch.zeros_like(present) if c is None else c for c in self.cotangents])
 
     def gradients(self, out: Tensor, inputs: Sequence[Tensor], *, retain: bool = False) -> list[Tensor | None]:
-        """Vector-Jacobian products of every target with respect to each input: a list of (k, *input.shape).
-
-        None stands for an input that no target depends on by a differentiable path.
+        """Compute the vector-Jacobian product of every target with each input.
 
         Args:
-            out: the network's output.
-            inputs: what it was computed from.
+            out: the network's output (n, R, *out_roi).
+            inputs: tensors that it was computed from.
             retain: keep the graph for another call.
+
+        Returns:
+            Per input a tensor (k, *input.shape); None if no target depends on it by a differentiable path.
+
+        Raises:
+            MethodError: the output has no differentiable path to anything, or an operation has no derivative.
         """
         active = [k for k, c in enumerate(self.cotangents) if c is not None]
         results: list[Tensor | None] = [None] * len(inputs)
@@ -116,14 +127,21 @@ class Batch:
                 if len(self.cotangents) == 1:
                     results[i] = g[None]
                     continue
-                found = results[i]
-                if found is None:
-                    found = results[i] = x.new_zeros((len(self.cotangents), *x.shape))
-                found[k] = g
+                product = results[i]
+                if product is None:
+                    product = results[i] = x.new_zeros((len(self.cotangents), *x.shape))
+                product[k] = g
         return results
 
     def gradient(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``∂F/∂x_w`` (k, n, C, *roi) at windows x, and the network's output."""
+        """Compute ``∂F/∂x_w`` (k, n, C, *roi) at windows x (n, C, *roi).
+
+        Returns:
+            The gradient, and the network's output (n, R, *out_roi).
+
+        Raises:
+            MethodError: there is no differentiable path from the input to the output.
+        """
         x = x.detach().requires_grad_(True)
         with torch.enable_grad():
             out = self.forward(x)
@@ -144,9 +162,9 @@ class Gradient:
     """Gradients at m points.
 
     Attributes:
-        maps: (k, m, C, *spatial).
+        maps: ``∂F/∂x`` (k, m, C, *spatial).
         values: F at the points (k, m), float64.
-        padding: what fell on constant padding (k, m, C).
+        padding: sum of the gradient on constant padding (k, m, C).
     """
 
     maps: Tensor

@@ -1,4 +1,4 @@
-"""``F(x) = s(P(x))``: everything a method may ask about a case, independent of windows, targets and devices.
+"""``F(x) = s(P(x))``: all that methods compute on a case, the same for all window plans, targets and devices.
 
 For linear scores, whole-volume quantities are sums over windows. For other scores, the cotangent ``∂s/∂P`` comes from a
 forward pass over all windows first.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.batch import Batch, Gradient
+from esegeta_monai.engine.network.state import evaluating
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.engine.score import Case, Score
 from esegeta_monai.engine.window_loop import Jobs, WindowedNetwork
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Objective(WindowedNetwork):
-    """One case, its targets and the network behind windows. Nothing is assigned to it after construction.
+    """One case, its targets and its network. Nothing is assigned to it after construction.
 
     Attributes:
         model: the network, frozen (see `esegeta_monai.engine.network.state.frozen`).
@@ -65,10 +66,8 @@ class Objective(WindowedNetwork):
     _memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.grid is None:
-            object.__setattr__(self, "grid", self._make_grid())
-
-    def _make_grid(self) -> OutputGrid:
+        if self.grid is not None:
+            return
         known = self.plan.spatial_shape if self.out_shape is None else self.out_shape  # () for a classification network
         shape = tuple(known if self.prediction is None else self.prediction.shape[1:])
         if self.plan.whole:
@@ -76,18 +75,18 @@ class Objective(WindowedNetwork):
         elif shape == self.plan.spatial_shape:
             out_roi = self.plan.roi
         else:  # the output is scaled: one window shows by how much
-            with torch.inference_mode():
+            with evaluating(self.model.network, self.model.device), torch.inference_mode():
                 out_roi = tuple(self.run(self.window(0), [0]).shape[2:])
-        return OutputGrid(self.plan, out_roi, self.image.dtype, self.image.device)
+        object.__setattr__(self, "grid", OutputGrid(self.plan, out_roi, self.image.dtype, self.image.device))
 
     # -- variants and computed values ---------------------------------------------------------------------------
 
     def derive(self, *, first_windows: int | None = None, full_precision: bool = False, **changes: Any) -> Objective:
-        """Return a variant of this objective, of which nothing has been computed yet.
+        """Return a variant of this objective, without computed values.
 
         Args:
-            first_windows: keep only so many windows that each target sees, as if the prediction were the output of
-                these windows. Give a context made by `RunContext.for_sample` with it.
+            first_windows: number of windows that each target keeps, as if the prediction were the output of these
+                windows alone. Give a context made by `RunContext.for_sample` with it.
             full_precision: run the network without autocast.
             changes: fields of the dataclass and their new values. ``image``: F at another image; its prediction is not
                 known unless given, and its perturbation scores are stored under a key of their own.
@@ -95,7 +94,8 @@ class Objective(WindowedNetwork):
         >>> import torch
         >>> from esegeta_monai.engine.network.model import Model
         >>> from esegeta_monai.engine.windows.inferers import plan_windows
-        >>> objective = Objective(Model(torch.nn.Identity()), torch.zeros(1, 4, 4), plan_windows(None, (4, 4)))
+        >>> model = Model(torch.nn.Identity(), torch.device("cpu"))
+        >>> objective = Objective(model, torch.zeros(1, 4, 4), plan_windows(None, (4, 4)))
         >>> objective.derive(image=torch.ones(1, 4, 4)).image.mean()
         tensor(1.)
         """
@@ -187,7 +187,7 @@ class Objective(WindowedNetwork):
         if self.prediction is not None:
             return len(self.prediction)
         with torch.inference_mode():
-            return self.run_all_channels(self.window(0), [0]).shape[1]
+            return self.run(self.window(0), [0], all_channels=True).shape[1]
 
     def generator(self) -> torch.Generator:
         """Return a new generator with the run's seed: every method draws the same numbers on every device."""
@@ -195,10 +195,7 @@ class Objective(WindowedNetwork):
 
     def new_maps(self, channels: int | None = None) -> Tensor:
         """Return zeros (k, C, *spatial); ``channels`` replaces C."""
-        return self._zeros(self.n_targets, channels or self.image.shape[0], *self.plan.spatial_shape)
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.image.dtype, device=self.image.device)
+        return self.image.new_zeros((self.n_targets, channels or self.image.shape[0], *self.plan.spatial_shape))
 
     # -- values -------------------------------------------------------------------------------------------------
 
@@ -213,7 +210,10 @@ class Objective(WindowedNetwork):
         return torch.tensor([s.constant() if s.linear else 0.0 for s in self.scores], dtype=torch.float64)
 
     def value(self, points: Tensor) -> Tensor:
-        """Return F at volumes (m, C, *spatial): (k, m), float64; forward passes over the windows that targets see."""
+        """Return F at volumes (m, C, *spatial): (k, m), float64, in units of the targets.
+
+        Runs the network on the windows that targets see.
+        """
         predictions = self.predict(points)
         return torch.stack([s.value(p) for s, p in zip(self.scores, predictions)])
 
@@ -238,7 +238,7 @@ class Objective(WindowedNetwork):
 
     def new_predictions(self, m: int) -> list[Tensor]:
         """Return zeros for what each score reads of m predictions, (m, channels, *box): what `blend` adds into."""
-        return [self._zeros(m, len(s.channels), *(b.stop - b.start for b in s.box)) for s in self.scores]
+        return [self.image.new_zeros((m, len(s.channels), *(b.stop - b.start for b in s.box))) for s in self.scores]
 
     def image_predictions(self) -> list[Tensor]:
         """Return what each score reads of the prediction at the image, (channels, *box)."""
@@ -259,10 +259,13 @@ class Objective(WindowedNetwork):
         Args:
             points: the volumes.
             turn: for linear scores only: return the part of this process alone, see `each`.
+
+        Raises:
+            MethodError: there is no differentiable path from the input to the output.
         """
         m = len(points)
         predictions = None if self.linear else self.predict(points)
-        maps = self._zeros(self.n_targets, m, *self.image.shape)
+        maps = self.image.new_zeros((self.n_targets, m, *self.image.shape))
         padding = maps.new_zeros(maps.shape[:3])
         values = self.constants()[:, None].repeat(1, m)
 
@@ -347,7 +350,7 @@ class Objective(WindowedNetwork):
             seen = set(self.windows)
             groups = [[j for j in jobs if j[1] in seen], [j for j in jobs if j[1] not in seen]]
         whole: list[Tensor | None] | None = None if cotangents is None else list(cotangents)
-        if with_cotangents and predictions is None and whole is None:
+        if with_cotangents and predictions is None and whole is None and not self.linear:
             whole = self._whole_cotangents()
 
         def run_batch(windows: list[int], sources: list[int], first: bool) -> None:
@@ -382,8 +385,6 @@ class Objective(WindowedNetwork):
 
     def _whole_cotangents(self) -> list[Tensor | None]:
         """Return ``∂s/∂P`` at the image of each score that is not linear; a linear one is cut from its mask."""
-        if self.linear:
-            return [None] * self.n_targets
         return [None if s.linear else s.cotangent(p) for s, p in zip(self.scores, self.image_predictions())]
 
     def _batch_cotangents(

@@ -21,7 +21,7 @@ class RunContext:
         progress: passes, time limit, warnings.
         processes: the processes that compute this case together, each with the same arguments.
         checkpoint: where perturbation scores are stored while the run goes on; None: nowhere.
-        window_batch: windows per forward pass, halved when memory runs out; None: as the window plan says.
+        window_batch: windows per forward pass, halved when memory runs out; None: that of the window plan.
         precision_decided: True: methods run in the precision of the objective and are not measured first, see
             `esegeta_monai.methods.precision`.
         sample: set where only a sample of a method's perturbation scores is wanted; None: all are.
@@ -62,6 +62,6 @@ class ScoreSample:
     scores: Tensor | None = None
 
     def take(self) -> Tensor | None:
-        """Return the scores and forget them."""
+        """Return the scores (k, n) and forget them."""
         scores, self.scores = self.scores, None
         return scores

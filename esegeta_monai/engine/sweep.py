@@ -1,11 +1,19 @@
 """A sweep: one pass over the windows that serves the requests of several methods.
 
-A method that looks at the whole image yields requests and gets their results back:
+Methods need the same few things of the whole image: activations, gradients of layers, the gradient at the input. So a
+method does not loop over windows. Its `attribute` is a generator that yields a `Request` and gets the result back:
 
-    gradients = yield ChannelGradients(layer)
+    weights = yield ChannelGradients(layer)               # (k, C), complete: all windows have been visited
+    maps = yield BlendedActivations(layer, weights)       # (k, 1, *spatial)
+    return Explained(maps)
 
-Methods that run together share one sweep for everything that they ask for in the same round
-(`esegeta_monai.methods.run`), so several CAM methods cost one forward and one backward pass.
+The runner (`esegeta_monai.methods.run`) starts all methods, collects the request that each one has yielded, serves them
+in one call of `sweep`, sends each method its result, and repeats until all have returned. A sweep computes the union of
+what its requests need, with one forward pass per window and one backward pass per target. So several CAM methods
+together cost as many passes as one. docs/requests.md has a complete example.
+
+A request is an object with three steps: `begin` before the first window, `see` for each batch, and `result`, whose
+return value becomes the value of the ``yield`` expression. It states in class attributes what it reads (`Request`).
 """
 
 from __future__ import annotations
@@ -21,7 +29,6 @@ from esegeta_monai.engine.batch import NO_PATH, Batch, Gradient
 from esegeta_monai.engine.network.hooks import capture
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError
-from esegeta_monai.utils.distributed import Summed
 from esegeta_monai.utils.tensors import largest
 
 __all__ = ["InputGradient", "Request", "View", "sweep"]
@@ -29,14 +36,15 @@ __all__ = ["InputGradient", "Request", "View", "sweep"]
 
 @dataclass
 class View:
-    """What a `Request` sees of one batch of windows.
+    """The data of one batch of windows that a `Request` can read.
 
     Attributes:
         batch: the windows.
         out: network output (n, R, *out_roi).
-        activations: layer name to (n, …).
-        gradients: layer name to (k, n, …); absent where no target sees the windows or depends on the layer.
-        input_gradient: (k, n, C, *roi) where some request wants it.
+        activations: output of each layer (n, …), by name.
+        gradients: ∂F/∂(output of the layer) (k, n, …), by name; absent if no target sees the windows or depends on the
+            layer.
+        input_gradient: ∂F/∂x (k, n, C, *roi) if some request reads it.
         seen: True if some target sees these windows (else this is a forward pass only).
     """
 
@@ -49,7 +57,7 @@ class View:
 
 
 class Request:
-    """Something that a method collects in one sweep over the windows; equal keys are collected once.
+    """A quantity that a method collects in one sweep over the windows; requests of equal key are collected once.
 
     Attributes:
         layers: layers whose activations (and gradients) it reads.
@@ -119,19 +127,6 @@ class InputGradient(Request):
         return Gradient(self.maps[:, None], values[:, None], self.padding[:, None])
 
 
-class Comparison(Request):
-    """No request of its own: a sweep compares the blended windows with the given prediction by itself."""
-
-    backward = False
-    summed = ()
-
-    def see(self, view: View) -> None:
-        """Collect nothing."""
-
-    def result(self) -> None:
-        """Return nothing."""
-
-
 def sweep(objective: Objective, requests: Sequence[Request]) -> list[Any]:
     """Serve all requests in one pass over the windows: shared forward passes, one backward pass per target.
 
@@ -140,7 +135,7 @@ def sweep(objective: Objective, requests: Sequence[Request]) -> list[Any]:
 
     Args:
         objective: the case.
-        requests: what methods asked for; those of equal key are collected once.
+        requests: requests of methods; those of equal key are collected once.
 
     Returns:
         The result of each request, in order.
@@ -156,7 +151,8 @@ def sweep(objective: Objective, requests: Sequence[Request]) -> list[Any]:
     backward, seen_windows = any(r.backward for r in todo), set(objective.windows)
     blended = None
     compared = objective.prediction is not None and not objective.first_windows
-    if compared and any(d is None for d in objective.blend_deviations()):
+    deviations = objective.blend_deviations() if compared else []
+    if None in deviations:
         blended = objective.new_predictions(1)
 
     def run(batch: Batch) -> None:
@@ -170,9 +166,12 @@ def sweep(objective: Objective, requests: Sequence[Request]) -> list[Any]:
 
     everywhere = any(r.everywhere for r in todo)
     jobs = [(0, w) for w in objective.all_windows] if everywhere else objective.jobs(1)
-    objective.each(jobs, run, with_cotangents=backward, split_seen=everywhere, sums=_sums(todo, blended or []))
+    parts = [r.parts for r in todo]
+    sums = [*(blended or []), *(holder for p in parts for holder in p or [])]
+    shared = None if None in parts else sums  # None: a request does not state what it adds into
+    objective.each(jobs, run, with_cotangents=backward, split_seen=everywhere, sums=shared)
     if blended is not None:
-        _note_deviations(objective, blended)
+        _note_deviations(objective, blended, deviations)
     return [unique[r.key].result() for r in requests]
 
 
@@ -210,19 +209,12 @@ def _view(objective: Objective, batch: Batch, layers: Sequence[str], wanting: Se
     return View(batch, out.detach(), activations, gradients, at_input, seen)
 
 
-def _note_deviations(objective: Objective, blended: Sequence[Tensor]) -> None:
+def _note_deviations(objective: Objective, blended: Sequence[Tensor], deviations: list[float | None]) -> None:
     """Compare the blended windows (1, channels, *box) of each score with the given prediction."""
     assert objective.prediction is not None
-    deviations = objective.blend_deviations()
     for k, (score, ours) in enumerate(zip(objective.scores, blended)):
         if score.empty:
             continue
         given = score.crop(objective.prediction)
         off = ours[0].sub_(given).mul_(score.mask.to(ours.device))  # in place: these are whole volumes
         deviations[k] = largest(off) / max(largest(given), torch.finfo(ours.dtype).tiny)
-
-
-def _sums(requests: Sequence[Request], blended: Sequence[Tensor]) -> list[Tensor | Summed] | None:
-    """Everything that a sweep adds into; None where a request does not say."""
-    parts = [r.parts for r in requests]
-    return None if any(p is None for p in parts) else [*blended, *(one for p in parts if p is not None for one in p)]

@@ -1,4 +1,4 @@
-"""A network behind the windows of a volume: passes through it, and loops over windows that fit into memory."""
+"""A network that sees a volume through windows: forward passes, and loops in batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -51,20 +51,26 @@ class WindowedNetwork:
         """Windows per forward pass."""
         return self.context.window_batch or self.plan.batch_size
 
-    def run(self, x: Tensor, windows: Sequence[int]) -> Tensor:
-        """Run the network on windows x (n, C, *roi); return the channels that are read, (n, R, *out_roi)."""
-        out = self.run_all_channels(x, windows)
-        return out if len(self.channels) in (0, out.shape[1]) else out[:, picked(self.channels)]
+    def run(self, x: Tensor, windows: Sequence[int], *, all_channels: bool = False) -> Tensor:
+        """Run the network on windows.
 
-    def run_all_channels(self, x: Tensor, windows: Sequence[int]) -> Tensor:
-        """Run the network on windows x (n, C, *roi); return all output channels, (n, K, *out_roi)."""
+        Args:
+            x: (n, C, *roi).
+            windows: their numbers in the plan.
+            all_channels: return all output channels, not only those that are read.
+
+        Returns:
+            (n, R, *out_roi), or (n, K, *out_roi) with ``all_channels``.
+        """
         coordinates = [self.plan.coordinates(w) for w in windows] if self.plan.with_coord else None
         condition = None
         if self.condition is not None:
             condition = torch.stack([self.plan.cut(self.condition, w) for w in windows]).to(self.model.device)
         out = self.model(x, slice_axis=self.plan.slice_axis, coordinates=coordinates, condition=condition)
         self.context.progress.passed(len(windows))
-        return out
+        if all_channels or len(self.channels) in (0, out.shape[1]):
+            return out
+        return out[:, picked(self.channels)]
 
     def window(self, window: int) -> Tensor:
         """Return one window of the image as a batch (1, C, *roi) on the network's device."""
@@ -110,21 +116,16 @@ class WindowedNetwork:
         Args:
             groups: jobs that may share a batch.
             run: called with the windows of each batch, the volume of each, and True for the first batch of the loop.
-            sums, whole_windows, turn: see `esegeta_monai.engine.objective.Objective.each`.
+            sums: tensors of any shape that ``run`` adds into, see `esegeta_monai.engine.objective.Objective.each`.
+            whole_windows, turn: see there.
         """
         if sums is None:
             self._run(groups, run)
             return
-        with self.context.processes.summed(sums) if turn is None else nullcontext():
-            self._run([self._share(g, whole_windows, turn or 0) for g in groups], run)
-
-    def _share(self, jobs: Jobs, whole_windows: bool, turn: int) -> Jobs:
-        """Return the jobs of this process."""
         processes = self.context.processes
-        if not whole_windows:
-            return processes.share(jobs, turn)
-        own = set(processes.share(sorted({w for _, w in jobs})))
-        return [j for j in jobs if j[1] in own]
+        with processes.summed(sums) if turn is None else nullcontext():
+            shares = [processes.share_windows(g) if whole_windows else processes.share(g, turn or 0) for g in groups]
+            self._run(shares, run)
 
     def _run(self, groups: Sequence[Jobs], run: Callable[[list[int], list[int], bool], None]) -> None:
         for number, group in enumerate(groups):
@@ -158,11 +159,11 @@ class WindowedNetwork:
                 f"out of memory with one window of {self.plan.roi}: use amp=True, a smaller window, or device='cpu'"
             ) from error
         self.context.window_batch = tried // 2
-        self.context.progress.warn(f"out of memory with {tried} windows a batch: continued with {tried // 2}")
+        self.context.progress.warn(f"out of memory with {tried} windows per batch: continued with {tried // 2}")
 
 
 def _gradients(out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, retain: bool) -> list[Tensor | None]:
-    """Call autograd; turn its error for a network without derivative into one that names the way out."""
+    """Call autograd; replace its error for a network without derivative by one that names a remedy."""
     try:
         return list(torch.autograd.grad(out, inputs, cotangent, retain_graph=retain, allow_unused=True))
     except RuntimeError as error:
@@ -170,6 +171,6 @@ def _gradients(out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, retain:
             raise
         text = " ".join(str(error).split())
         raise MethodError(
-            f"the network cannot be differentiated ({text[:200]}): mend that operation (in place: set inplace=False), "
-            "or use a perturbation method such as Occlusion"
+            f"the network cannot be differentiated ({text[:200]}): correct that operation (in place: set "
+            "inplace=False), or use a perturbation method such as Occlusion"
         ) from error

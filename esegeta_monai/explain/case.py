@@ -10,10 +10,10 @@ import torch
 from monai.data import MetaTensor, decollate_batch
 from torch import Tensor
 
-from esegeta_monai.engine.network.model import Model, select_output
+from esegeta_monai.engine.network.model import select_output
 from esegeta_monai.errors import InputError, UsageError
 
-__all__ = ["BatchInputs", "CaseInput", "CaseModel", "cases_of", "joined_inputs", "of_case", "to_device"]
+__all__ = ["BatchInputs", "CaseInput", "cases_of", "joined_inputs", "of_case", "to_device"]
 
 
 @dataclass
@@ -92,27 +92,6 @@ class CaseInput:
     """Cached hashes of further inputs by method (id), see `esegeta_monai.explain.record.inputs_sha256`."""
 
 
-class CaseModel(Model):
-    """The network with one case's further inputs.
-
-    For whole images, a further input of batch length 1 is repeated for each image of a batch, as the network expects;
-    under a sliding window it is passed unchanged, as MONAI does.
-    """
-
-    repeats = False
-
-    def __call__(self, x: Tensor, **more: Any) -> Tensor:
-        if not self.repeats:
-            return super().__call__(x, **more)
-        args, kwargs = self.args, self.kwargs
-        self.args = tuple(_repeated(v, len(x)) for v in args)
-        self.kwargs = {k: _repeated(v, len(x)) for k, v in kwargs.items()}
-        try:
-            return super().__call__(x, **more)
-        finally:
-            self.args, self.kwargs = args, kwargs
-
-
 def cases_of(image: Tensor) -> list[MetaTensor]:
     """Split a batch (B, C, *spatial) into images (C, *spatial), each with its own metadata and trace."""
     if not isinstance(image, MetaTensor):
@@ -150,11 +129,6 @@ def _batch_like(values: Tensor, batch: MetaTensor) -> MetaTensor:
 def of_case(value: Any, index: int, n: int) -> Any:
     """Slice a batched further input (n, …) to case ``index``; return anything else unchanged."""
     return value[index : index + 1] if isinstance(value, Tensor) and value.ndim and len(value) == n else value
-
-
-def _repeated(value: Any, n: int) -> Any:
-    repeats = isinstance(value, Tensor) and value.ndim and len(value) == 1
-    return value.expand(n, *value.shape[1:]) if repeats else value
 
 
 def to_device(value: Any, device: torch.device) -> Any:

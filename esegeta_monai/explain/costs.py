@@ -19,7 +19,7 @@ from esegeta_monai.methods.base import Method
 from esegeta_monai.methods.precision import SAMPLED
 from esegeta_monai.methods.run import run
 
-__all__ = ["COSTLY", "Cost", "cost_of", "duration", "table", "too_costly"]
+__all__ = ["COSTLY", "Cost", "check_cost", "cost_of", "duration", "table"]
 
 logger = logging.getLogger("esegeta_monai")
 
@@ -134,12 +134,16 @@ def _timed(method: Method, objective: Objective, windows: int) -> tuple[float, i
     return _now(device) - began, context.progress.passes
 
 
-def too_costly(method: Method, objective: Objective) -> MethodError | None:
-    """Return the error of a method that would score more than `COSTLY` perturbations, or None."""
+def check_cost(method: Method, objective: Objective) -> None:
+    """Check that a method scores at most `COSTLY` perturbations.
+
+    Raises:
+        MethodError: it would score more.
+    """
     predictions = method.predictions(objective)
     if predictions is None or predictions <= COSTLY:
-        return None
-    return MethodError(
+        return
+    raise MethodError(
         f"{method.name} would score {predictions:,} perturbations, each in up to {len(objective.windows)} windows, and "
         f"more than {COSTLY:,} are computed only on request: use larger occluders, strides or features, or fewer "
         "samples, or allow it by --yes (allow_costly=True in Python, --explain_handler#allow_costly true with the "

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.state import frozen, own_modes, unwrap
+from esegeta_monai.engine.network.state import evaluating, unwrap
 from esegeta_monai.engine.windows.inferers import as_inferer
 from esegeta_monai.errors import RankLost
 from esegeta_monai.explain.attribution import Attribution
@@ -22,7 +22,7 @@ from esegeta_monai.explain.case import BatchInputs
 from esegeta_monai.explain.costs import Cost, cost_of
 from esegeta_monai.explain.outcomes import BoundTarget, Outcomes
 from esegeta_monai.explain.run import CaseRun, JudgedCase, Skip
-from esegeta_monai.explain.settings import OnError, Settings, device_of
+from esegeta_monai.explain.settings import OnError, Settings
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.distributed import Processes
@@ -92,7 +92,8 @@ class Explainer:
         on_error: OnError = "raise",
     ) -> None:
         network, inferer = unwrap(network), as_inferer(inferer)
-        device = device_of(network, device)
+        own = next((p.device for p in network.parameters()), torch.device("cpu"))
+        device = own if device is None else torch.device(device)
         self.settings = Settings(
             network=network,
             inferer=inferer,
@@ -209,7 +210,7 @@ class Explainer:
                 for method in task.methods:
                     for k, bound in enumerate(task.bound):
                         alone = task.objective.derive(scores=[task.objective.scores[k]])
-                        with own_modes(settings.device), frozen(settings.network):
+                        with evaluating(settings.network, settings.device):
                             cost = cost_of(method, alone, case.index, bound.label, calibration)
                         yield cost
 

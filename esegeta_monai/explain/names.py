@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import esegeta_monai.files as storage
 from esegeta_monai.errors import UsageError
+from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
 
@@ -33,6 +34,12 @@ class ResultNames:
         self._methods = dict(zip(map(id, methods), storage.distinct_names(methods)))
         self._targets = dict(zip(map(id, targets), storage.distinct_names(targets)))
         storage.check_clashes([], self._targets.values(), self._methods.values())
+
+    def of(self, attribution: Attribution) -> tuple[str, str]:
+        """Return the names of an attribution's target and method, the latter with its image input, if it is of one."""
+        method = self.method(attribution.method)
+        method = f"{method}-{attribution.input}" if attribution.input else method
+        return self.target(attribution.target, attribution.label), method
 
     def method(self, method: Method) -> str:
         """Return the name of a method of the run.

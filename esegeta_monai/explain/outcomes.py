@@ -54,11 +54,16 @@ class Outcomes:
 
     def __init__(self, settings: Settings, case: CaseInput) -> None:
         self.settings, self.case = settings, case
+        self._records: dict[tuple[int, int], tuple[Method, BoundTarget, Record]] = {}
 
     def record(self, method: Method, bound: BoundTarget, plan: WindowPlan | None) -> Record:
-        """Return the record before the method runs; entries that only the run can give are None."""
+        """Return the record of what is known before the method runs, with None for the rest; a new one at each call."""
+        key = (id(method), id(bound))  # both are kept, so that no other object gets the same id
+        if key in self._records:
+            known = self._records[key][2]
+            return replace(known, warnings=list(known.warnings), more=dict(known.more))
         score, case, names = bound.score, self.case, list(self.settings.channel_names)
-        return Record(
+        record = Record(
             method=type(method).__name__,
             method_name=method.name,
             parameters=method.parameters,
@@ -78,11 +83,12 @@ class Outcomes:
             channel_names=names if len(names) == case.image.shape[0] else [],
             coverage=None if plan is None else plan.coverage,
             windows_total=None if plan is None else len(plan),
-            amp=None if method.full_precision else self.settings.autocast,
-            **self.settings.record,
+            **(self.settings.record | ({"amp": None} if method.full_precision else {})),
             **case.record,
             versions=versions(),
         )
+        self._records[key] = method, bound, record
+        return replace(record, warnings=[], more=dict(record.more))
 
     def finished(
         self, method: Method, bound: BoundTarget, record: Record, outcome: Explained, k: int

@@ -15,14 +15,14 @@ from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfe
 from torch import Tensor, nn
 
 from esegeta_monai.engine.layer_maps import LayerOutput
-from esegeta_monai.engine.network.model import select_output
-from esegeta_monai.engine.network.state import frozen, own_modes
+from esegeta_monai.engine.network.model import Model, select_output
+from esegeta_monai.engine.network.state import evaluating, frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.engine.score import Case, Score
 from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.errors import EsegetaError, InputError, NetworkError, UsageError
-from esegeta_monai.explain.case import CaseInput, CaseModel, to_device
+from esegeta_monai.explain.case import CaseInput, to_device
 from esegeta_monai.explain.outcomes import BoundTarget
 from esegeta_monai.explain.record import tensor_hash
 from esegeta_monai.explain.settings import Settings
@@ -58,7 +58,7 @@ class Prediction:
         self.settings, self.case = settings, case
         check_image(case.image.detach().cpu(), f"image {case.index}")
         device = settings.device
-        self.model = CaseModel(
+        self.model = Model(
             settings.network if layer is None else LayerOutput(settings.network, layer),
             device,
             output=settings.output if layer is None else None,
@@ -103,18 +103,17 @@ class Prediction:
         """Return the objective F of this case, with one value per score."""
         settings, condition = self.settings, self.case.condition
         window_batch = settings.window_batch or (4 if self.plan.whole else self.plan.batch_size)
-        with own_modes(settings.device), frozen(settings.network):
-            return Objective(
-                self.model,
-                self.image,
-                self.plan,
-                scores,
-                self.prediction,
-                seed=settings.seed,
-                condition=None if condition is None else condition.to(self.image),
-                case=self._context,
-                context=RunContext(processes=settings.processes, window_batch=window_batch),
-            )
+        return Objective(
+            self.model,
+            self.image,
+            self.plan,
+            scores,
+            self.prediction,
+            seed=settings.seed,
+            condition=None if condition is None else condition.to(self.image),
+            case=self._context,
+            context=RunContext(processes=settings.processes, window_batch=window_batch),
+        )
 
     @property
     def _context(self) -> Case:
@@ -122,7 +121,7 @@ class Prediction:
         return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names)
 
     def _same_everywhere(self) -> None:
-        known = self.settings.processes.gather((self.case.record["image_sha256"], self.settings.structure_sha256))
+        known = self.settings.processes.gather((self.case.record["image_sha256"], str(self.settings.record["network"])))
         if len(set(known)) > 1:
             raise UsageError(
                 f"case {self.case.index}: the ranks hold different images or networks, but distributed=True computes "
@@ -215,7 +214,7 @@ class Prediction:
 
         blended = _Blended()
         together = ranks.summed([blended]) if shared else nullcontext()
-        with own_modes(settings.device), torch.no_grad(), frozen(settings.network), together, _changed(user, changes):
+        with evaluating(settings.network, settings.device), torch.no_grad(), together, _changed(user, changes):
             blended.prediction = infer()
         assert blended.prediction is not None
         prediction = blended.prediction.to(self.image)

@@ -225,12 +225,12 @@ def predicted_class(prediction: Tensor, names: Mapping[int, str]) -> dict[str, A
 def described(inferer: Any) -> dict[str, Any]:
     """Describe an inferer by its class and the parameters that affect the prediction, JSON-ready."""
     values = {k: v for k, v in vars(inferer).items() if not k.startswith("_")} if hasattr(inferer, "__dict__") else {}
-    described: dict[str, Any] = {}
-    for name, value in values.items():
-        if name in HOW_NOT_WHAT or callable(value):
-            continue
-        described[name] = tensor_hash(value) if isinstance(value, Tensor) and value.ndim else json_ready(value)
-    return {"name": getattr(inferer, "__name__", type(inferer).__name__), **described}
+    shaping = {
+        name: tensor_hash(value) if isinstance(value, Tensor) and value.ndim else value
+        for name, value in values.items()
+        if name not in HOW_NOT_WHAT and not callable(value)
+    }
+    return {"name": getattr(inferer, "__name__", type(inferer).__name__), **json_ready(shaping)}
 
 
 def tensor_hash(values: Tensor, *more: Any) -> str:

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from esegeta_monai.engine.network.state import frozen, own_modes, weights_hash
+from esegeta_monai.engine.network.state import evaluating, weights_hash
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
-from esegeta_monai.engine.sweep import Comparison, sweep
+from esegeta_monai.engine.sweep import sweep
 from esegeta_monai.errors import EsegetaError, MethodTimeout
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import CaseInput
-from esegeta_monai.explain.costs import too_costly
+from esegeta_monai.explain.costs import check_cost
 from esegeta_monai.explain.outcomes import NOTHING_THERE, BoundTarget, Outcomes, not_linear
 from esegeta_monai.explain.prediction import Prediction
 from esegeta_monai.explain.record import Record, peak_memory, predicted_class, reset_peak_memory
@@ -108,8 +108,8 @@ class CaseRun:
                 yield task
                 continue
             if not shares_passes(task.methods[0]):  # otherwise the sweep of the methods compares
-                with own_modes(self.settings.device), frozen(self.settings.network):
-                    sweep(task.objective, [Comparison()])
+                with evaluating(self.settings.network, self.settings.device):
+                    sweep(task.objective, [])
             for group in grouped(task.methods):
                 checkpoint = None
                 if scores_dir is not None and not group[0].needs_gradient:
@@ -162,12 +162,13 @@ class CaseRun:
             objective = predicted.objective(scores)
             affordable = []
             for method in together:
-                refusal = None if self.settings.allow_costly else _refusal(method, objective)
-                if refusal is None:
+                try:
+                    if not self.settings.allow_costly:
+                        check_cost(method, objective)
                     affordable.append(method)
-                    continue
-                for b in part:
-                    yield outcomes.failed(method, b, outcomes.record(method, b, predicted.plan), refusal)
+                except EsegetaError as error:  # too costly, or the parameters do not fit the image
+                    for b in part:
+                        yield outcomes.failed(method, b, outcomes.record(method, b, predicted.plan), error)
             if affordable:
                 yield CaseTask(affordable, objective, part, predicted)
 
@@ -198,7 +199,7 @@ class CaseRun:
         reset_peak_memory(settings.device)
         began = time.monotonic()
         names = ", ".join(m.name or type(m).__name__ for m in group)
-        with self._bar(names, group, objective), own_modes(settings.device), frozen(settings.network):
+        with self._bar(names, group, objective), evaluating(settings.network, settings.device):
             outcomes = run_together(group, objective)
         seconds = time.monotonic() - began
         shared = {
@@ -277,14 +278,6 @@ class CaseRun:
                 yield
             finally:
                 objective.context.progress.on_pass = None
-
-
-def _refusal(method: Method, objective: Objective) -> EsegetaError | None:
-    """Return why a method is not started: it costs too much, or its parameters do not fit the image; else None."""
-    try:
-        return too_costly(method, objective)
-    except EsegetaError as error:
-        return error
 
 
 def _with_resume_hint(error: Exception, checkpoint: ScoreCheckpoint | None) -> Exception:

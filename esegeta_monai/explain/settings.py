@@ -18,7 +18,7 @@ from esegeta_monai.explain.record import described
 from esegeta_monai.methods.base import Method
 from esegeta_monai.utils.distributed import Processes
 
-__all__ = ["OnError", "Settings", "device_of"]
+__all__ = ["OnError", "Settings"]
 
 OnError = Literal["raise", "record"]
 
@@ -73,33 +73,34 @@ class Settings:
                 "the network was built inside torch.inference_mode(), so its flags cannot be set and restored: build "
                 "it outside, or under torch.no_grad()"
             )
+        places = {p.device for p in self.network.parameters()}
+        if any(p.type != self.device.type for p in places):
+            raise NetworkError(
+                f"the network is on {', '.join(sorted(map(str, places)))}, but device={str(self.device)!r}: move it "
+                f"first, network.to({str(self.device)!r})"
+            )
         if self.on_error not in ("raise", "record"):
             raise UsageError(f"on_error={self.on_error!r}: give 'raise' or 'record'")
 
     @functools.cached_property
-    def structure_sha256(self) -> str:
-        """SHA-256 of the network's printed structure without object addresses.
-
-        It covers what the weights do not show, such as the slope of a LeakyReLU.
-        """
-        return hashlib.sha256(re.sub(r" at 0x\w+", "", repr(self.network)).encode()).hexdigest()
-
-    @functools.cached_property
     def record(self) -> dict[str, Any]:
-        """The entries that the records of all maps share."""
+        """The entries that the records of all maps share; of the autocast dtype, those of methods that allow it.
+
+        The hash of the network's printed structure, without object addresses, covers what the weights do not show, such
+        as the slope of a LeakyReLU.
+        """
+        structure = re.sub(r" at 0x\w+", "", repr(self.network)).encode()
+        default = torch.float16 if self.device.type == "cuda" else torch.bfloat16
         return {
             "seed": self.seed,
             "inferer": described(self.inferer),
             "output": self.output,
-            "network": {"name": type(self.network).__name__, "structure_sha256": self.structure_sha256},
+            "network": {
+                "name": type(self.network).__name__,
+                "structure_sha256": hashlib.sha256(structure).hexdigest(),
+            },
+            "amp": str(self.amp_kwargs.get("dtype", default)) if self.amp else None,
         }
-
-    @property
-    def autocast(self) -> str | None:
-        """The dtype of autocast as text; None in full precision."""
-        if not self.amp:
-            return None
-        return str(self.amp_kwargs.get("dtype", torch.float16 if self.device.type == "cuda" else torch.bfloat16))
 
     def refused(self, methods: Sequence[Method]) -> dict[int, Exception]:
         """Return the error of each method (by id) that does not support this network."""
@@ -111,19 +112,3 @@ class Settings:
             "network does not give; load the plain PyTorch network, or use a perturbation method such as Occlusion"
         )
         return {id(m): error for m in need}
-
-
-def device_of(network: nn.Module, device: torch.device | str | None) -> torch.device:
-    """Return ``device``, or the device of the network's parameters if it is None.
-
-    Raises:
-        NetworkError: the network is on another kind of device.
-    """
-    places = {p.device for p in network.parameters()}
-    chosen = torch.device(device) if device is not None else next(iter(places), torch.device("cpu"))
-    if any(p.type != chosen.type for p in places):
-        raise NetworkError(
-            f"the network is on {', '.join(sorted(map(str, places)))}, but device={str(chosen)!r}: move it first, "
-            f"network.to({str(chosen)!r})"
-        )
-    return chosen

@@ -1,8 +1,8 @@
-"""What a method is, and how it runs.
+"""The base class of attribution methods, and their results.
 
-A method turns an `Objective` into maps. The simplest one overrides `attribute` and returns a tensor. One that looks at
-the whole image in passes over its windows may instead *yield* requests and get their results back; then methods that
-run together share those passes (`run_together`).
+A method turns an `Objective` into maps. The simplest one overrides `attribute` and returns a tensor. A method that
+needs passes over the windows may instead *yield* requests and get their results back (`esegeta_monai.engine.sweep`);
+methods that run together then share those passes.
 """
 
 from __future__ import annotations
@@ -38,31 +38,32 @@ Limits = tuple[tuple[str, int | None], ...]
 
 @dataclass
 class Explained:
-    """What a method returns.
+    """The result of a method.
 
     Attributes:
-        maps: (k, C, *spatial), a map for each target.
-        notes: for the record; a list (or 1-d tensor) of length k is one value a target, anything else is for all.
+        maps: one map per target (k, C, *spatial), in the method's units.
+        notes: entries of the record; a list, or a tensor with at least one axis, of length k has one value per target,
+            anything else concerns all targets.
     """
 
     maps: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
 
     def note(self, target: int) -> dict[str, Any]:
-        """The notes of one target."""
+        """Return the notes of one target."""
         k = len(self.maps)
         return {n: _pick(v, target, k) for n, v in self.notes.items()}
 
 
 @dataclass
 class Outcome:
-    """What a method came to: its result, or the error that ended it.
+    """The result of a method, or the error that ended it.
 
     Attributes:
         result: maps and notes; None where the method failed.
         error: the exception that ended the method; None where it succeeded.
-        scores: perturbation scores (k, n), where the run asked for a sample of them only
-            (`esegeta_monai.engine.run_context.RunContext.sample`); then there is neither result nor error.
+        scores: perturbation scores (k, n), float64, if the run asked for a sample only
+            (`esegeta_monai.engine.run_context.RunContext.sample`); then ``error`` is a `SampleComplete`.
     """
 
     result: Explained | None = None
@@ -82,24 +83,24 @@ Passes = Generator[Request, Any, "Explained | Tensor"]
 
 
 class Method(Configurable, ABC):
-    """A way to explain. Subclasses become dataclasses; their fields are the parameters.
+    """An attribution method. Subclasses become dataclasses whose fields are the parameters.
 
-    Every class states ``produces``, ``additive`` and ``units``, or inherits them from a family base; they are checked
+    Every class states ``produces``, ``additive`` and ``units``, or inherits them from a base class; they are checked
     when the class is defined.
 
     Class attributes:
         reference: the paper.
         produces: the kind of map: ``"input map"``, ``"layer map"``, ``"synthesised image"`` or ``"activation"``.
-        additive: True where the map's voxels are shares of a sum: the map is brought to the scan's grid with its sum
-            conserved. Other maps are interpolated.
-        units: units of the map's values, in words; a property where they depend on a parameter.
-        aliases: further names of the same method.
-        needs_gradient: False for black-box methods, which run on TorchScript networks too.
-        needs_linear: only scores linear in the prediction (``output="logit"``) make sense.
-        full_precision: never under autocast.
-        gap_advice: what to do about a completeness gap, in words.
+        additive: True if the map's voxels are shares of a sum: resampling to the scan's grid then conserves the sum.
+            Other maps are interpolated.
+        units: units of the map's values, in words; a property if they depend on a parameter.
+        aliases: further names of the method.
+        needs_gradient: False for black-box methods, which also run on TorchScript networks.
+        needs_linear: True if the method is defined for scores linear in the prediction only (``output="logit"``).
+        full_precision: True: never run the method under autocast.
+        gap_advice: advice for a map with a completeness gap.
         reads_image_value: the method reads F(image) even for linear targets: one more forward pass where no prediction
-            is given, as at the noisy images of `SmoothGrad`.
+            was given, as at the noisy images of `SmoothGrad`.
         cheap_parameters: (name, value) pairs of the parameters that make the method cheap, see `cheap_copy`.
     """
 
@@ -116,17 +117,17 @@ class Method(Configurable, ABC):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.needs_gradient and hasattr(self, "baseline"):  # black-box methods know more words, and read their own
+        if self.needs_gradient and hasattr(self, "baseline"):  # black-box methods accept more baselines and parse them
             baseline_for(self.baseline)
 
     @property
     def signed(self) -> bool:
-        """Whether the map has positive and negative values."""
+        """True if the map has positive and negative values."""
         return True
 
     @property
     def needs_voxels(self) -> bool:
-        """Whether there is nothing to explain where no voxel of the prediction belongs to the target."""
+        """True if there is nothing to explain when no voxel of the prediction belongs to the target."""
         return True
 
     @property
@@ -136,10 +137,17 @@ class Method(Configurable, ABC):
 
     @abstractmethod
     def attribute(self, objective: Objective) -> Explained | Tensor | Passes:
-        """The maps (k, C, *spatial) of all targets, or a generator of requests that ends in them."""
+        """Compute the maps of all targets (k, C, *spatial).
+
+        Returns:
+            The maps, or an `Explained` with notes; or a generator of requests that returns either.
+
+        Raises:
+            MethodError: the method cannot be computed on this case.
+        """
 
     def predictions(self, objective: Objective) -> int | None:
-        """How often a naive computation predicts the whole image; None: as often as this one looks at the windows."""
+        """Return how often a naive computation predicts the whole image; None: once per pass of this one."""
         return None
 
     @property
@@ -149,22 +157,23 @@ class Method(Configurable, ABC):
 
     @property
     def passes_exact(self) -> bool:
-        """Whether `passes` is known before, or only roughly since it depends on what the run finds."""
+        """True if `passes` is exact before the run; False if it depends on values that the run computes."""
         return not self.passes_data_dependent and all(m.passes_exact for m in self.inside())
 
     def passes(self, objective: Objective) -> int:
-        """Window passes that `attribute` needs, for progress and for cost estimates; exact unless a method says so."""
+        """Return the window passes of `attribute`, for progress and cost estimates; exact if `passes_exact`."""
         return len(objective.windows)
 
     def inside(self) -> list[Method]:
-        """The methods that are parameters of this one."""
+        """Return the methods that are parameters of this one."""
         return [m for m in (getattr(self, f.name) for f in dataclasses.fields(self)) if isinstance(m, Method)]
 
     def cheap_copy(self) -> Method:
         """Return the method with few steps or samples, on which the error of half precision is measured.
 
-        A number in ``cheap_parameters`` is an upper limit; None is set as it is. Inner methods become cheap copies too.
-        A black-box method stays as it is: of its perturbations only some are scored (`Objective.first_windows`).
+        A number in ``cheap_parameters`` is an upper limit; None is set as a value. Inner methods become cheap copies
+        too. A black-box method does not change: only a sample of its perturbations is scored
+        (`esegeta_monai.engine.run_context.ScoreSample`).
         """
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changed: dict[str, Any] = {n: m.cheap_copy() for n, m in own.items() if isinstance(m, Method)}
@@ -185,11 +194,11 @@ METHODS: Registry[Method] = Registry("method", Method, "esegeta_monai.methods")
 
 
 def relative_gap(maps: Tensor, values: Tensor, baseline_values: Tensor) -> list[float | None]:
-    """Completeness gap ``|Σ map − (F(x) − F(x₀))| / |F(x) − F(x₀)|`` a target; None where F does not change.
+    """Compute the completeness gap ``|Σ map − (F(x) − F(x₀))| / |F(x) − F(x₀)|`` per target; None if F is unchanged.
 
     Args:
-        maps: (k, …).
-        values, baseline_values: F at the image and the baseline (k,).
+        maps: attributions (k, …).
+        values, baseline_values: F at the image and at the baseline (k,).
     """
     sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu()
     expected = (values - baseline_values).double().cpu()

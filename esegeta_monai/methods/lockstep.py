@@ -1,4 +1,4 @@
-"""Several generators of requests in lock-step, as one: a method that looks at several layers reads them together."""
+"""Several generators of requests run in lock-step, so that a method reads several layers in the same sweeps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Several", "lockstep"]
 
 
 class Several(Request):
-    """Requests that are gathered in the same sweep. The result is the list of their results."""
+    """Several requests as one. Its result is the list of their results."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.requests = list(requests)
@@ -28,8 +28,8 @@ class Several(Request):
 
     @property
     def parts(self) -> list[Any] | None:
-        found = [r.parts for r in self.requests]
-        return None if any(p is None for p in found) else [one for p in found if p is not None for one in p]
+        parts = [r.parts for r in self.requests]
+        return None if any(p is None for p in parts) else [holder for p in parts if p is not None for holder in p]
 
     def begin(self, objective: Objective) -> None:
         for request in self.requests:
@@ -45,12 +45,12 @@ class Several(Request):
 
 
 def lockstep(generators: Sequence[Generator[Request, Any, Any]]) -> Generator[Request, Any, list[Any]]:
-    """Runs generators side by side: what they ask in the same round is one request.
+    """Run generators side by side; requests of the same round become one request.
 
-    A single generator's requests are passed on as they are, so that other methods can share them.
+    The requests of a single generator are passed on unchanged, so that other methods can share them.
 
     Returns:
-        what each generator returned.
+        The return value of each generator.
     """
     if len(generators) == 1:
         return [(yield from generators[0])]

@@ -1,11 +1,11 @@
 """Mixed precision: autocast where it gives what float32 gives, float32 where it does not.
 
-Half precision rounds what is small beside what is large: a prediction stays right to three digits while its gradient,
-or the small difference that a perturbation makes, is noise. So each method is measured before it runs. It is computed
-on the first window that each target sees, at a fraction of its cost, both under autocast and in float32; a correlation
-below `SURE` for any target, or values that autocast loses, send the whole method to float32, so that whole maps keep
-`AGREES`: likely, not surely, since another window may differ (docs/evidence.md). What comes
-out of autocast as zeros or as values that are not finite is computed again in float32 too.
+Half precision rounds relative to the largest terms: a prediction stays correct to three digits while its gradient, or
+the small effect of a perturbation, is noise. So each method is measured before it runs. A cheap copy is computed on the
+first window that each target sees, under autocast and in float32. If the correlation is below `SURE` for any target, or
+autocast loses values, the whole method runs in float32. Whole maps then correlate with float32 by at least `AGREES`:
+likely, not certainly, since another window may differ (docs/evidence.md). Maps that autocast makes zero or not finite
+are computed again in float32.
 """
 
 from __future__ import annotations
@@ -33,51 +33,51 @@ if TYPE_CHECKING:
 __all__ = ["AGREES", "SURE", "Agreement", "agreement", "full_precision", "run_precisely"]
 
 AGREES = 0.99
-"""The correlation with float32 that a map keeps."""
+"""Correlation with float32 that a whole map should have."""
 
 SURE = 0.997
-"""What one window must show for it. It is a sample: whole maps have up to three times its noise."""
+"""Correlation that one window must have. It is a sample: whole maps have up to three times its noise."""
 
 SAMPLED = 16
-"""How many perturbations of a window are scored to measure a method that perturbs the image."""
+"""Perturbations scored per window to measure a method that perturbs the image."""
 
 KEPT = 0.5
-"""The share of float32's non-zero values that autocast must keep: less is underflow, whatever the correlation."""
+"""Share of float32's non-zero values that autocast must keep: less is underflow, even if the correlation is high."""
 
 NOT_WORTH_IT = "measuring would take as many passes as the map in float32"
-"""Why a method is not measured, see `_pays`."""
+"""Reason for not measuring a method, see `_pays`."""
 
 RunMethods = Callable[["Sequence[Method]", Objective], "list[Outcome]"]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How autocast and float32 agree on one method.
+    """The agreement of autocast and float32 on one method.
 
     Attributes:
-        correlation: Pearson's, on the first window of each target; None where there is none.
-        fallback: why the method runs in float32; None: it runs under autocast.
+        correlation: Pearson's r on the first window of each target; None if it is not defined.
+        fallback: reason for running the method in float32; None: it runs under autocast.
     """
 
     correlation: list[float | None] = field(default_factory=list)
     fallback: str | None = None
 
     def notes(self) -> dict[str, Any]:
-        """For the record."""
+        """Return the entries of the record."""
         return {"amp_correlation": self.correlation or None, "amp_fallback": self.fallback}
 
 
 def run_precisely(methods: Sequence[Method], objective: Objective, run_methods: RunMethods) -> list[Outcome]:
     """Run methods together, each in the precision that is enough for it.
 
-    With `Model.amp` off there is one precision. With it, `Method.full_precision` methods run in float32 without being
-    measured; the others are measured first, and their results carry ``amp_correlation`` and ``amp_fallback`` in their
-    notes. A method that runs inside another one is not measured again.
+    Without `Model.amp` there is one precision. With it, methods with `Method.full_precision` run in float32 and are not
+    measured. The others are measured first; their notes have ``amp_correlation`` and ``amp_fallback``. A method inside
+    another one is not measured again.
 
     Args:
         methods: the methods.
         objective: the case.
-        run_methods: runs methods on an objective in the precision that it has.
+        run_methods: runs methods in the precision of the objective.
 
     Returns:
         The outcome of each method, in order.
@@ -106,7 +106,7 @@ def run_precisely(methods: Sequence[Method], objective: Objective, run_methods: 
     if again:
         precise = full_precision(objective)
         outcomes |= zip(again, run_methods([methods[i] for i in again], precise))
-        if precise.knows("value"):  # what the maps add up to
+        if precise.knows("value"):  # the value that these maps explain
             for result in (outcomes[i].result for i in again):
                 if result is not None:
                     result.notes.setdefault("value", precise.image_values())
@@ -119,10 +119,10 @@ def run_precisely(methods: Sequence[Method], objective: Objective, run_methods: 
 
 
 def full_precision(objective: Objective) -> Objective:
-    """Return the same objective without autocast, always the same one; the objective itself where there is none.
+    """Return the objective without autocast, the same one at each call; the objective itself if it has no autocast.
 
-    It shares nothing that was computed in half precision: unperturbed scores, checkpoints and the prediction at the
-    image are its own. Masks stay as they are.
+    It shares no value that was computed in half precision: unperturbed scores, checkpoints and the prediction at the
+    image are its own. Masks do not change.
     """
     if objective.model.autocast_dtype is None:
         return objective
@@ -130,8 +130,8 @@ def full_precision(objective: Objective) -> Objective:
 
 
 def _pays(method: Method, objective: Objective) -> bool:
-    """Whether measuring is cheaper than what it may save: not so for few steps on a volume of one window, nor for few
-    perturbations."""
+    """Return True if measuring is cheaper than the method in float32: not so for few steps on a volume of one window,
+    nor for few perturbations."""
     predictions = method.predictions(objective)
     if predictions is None:
         return len(objective.plan) > 1 or 2 * method.cheap_copy().passes(objective) < method.passes(objective)
@@ -140,21 +140,20 @@ def _pays(method: Method, objective: Objective) -> bool:
 
 
 def measure(methods: Sequence[Method], objective: Objective, run_methods: RunMethods) -> list[Agreement]:
-    """How each method agrees with float32 on the first window that each target sees.
+    """Measure how each method agrees with float32 on the first window that each target sees.
 
-    Cheap copies (`Method.cheap_copy`) run on an objective of these windows alone, once in float32 and once under
-    autocast; gradient and CAM methods share these passes as they share the others. Maps are compared, or for methods
-    that perturb the image the scores of `SAMPLED` perturbations: the map of a few would be a map of something else,
-    and a raw score would hide its small differences.
+    Cheap copies (`Method.cheap_copy`) run on these windows alone, once in float32 and once under autocast; gradient and
+    CAM methods share passes as usual. Maps are compared. For methods that perturb the image, the score changes of
+    `SAMPLED` perturbations are compared: a map of a few would not be the method's map.
     """
     cheap = [m.cheap_copy() for m in methods]
     context = objective.context.for_sample(SAMPLED, objective.window_batch)
     half = objective.derive(first_windows=1, context=context)
     full = full_precision(half)
     precise = run_methods(cheap, full)
-    if full.knows("default layer"):  # a gradient of zero must not choose the layer
-        for one in (half, objective):
-            one.memo("default layer", lambda: default_layer(full))
+    if full.knows("default layer"):  # gradients that underflow must not choose the layer
+        for other in (half, objective):
+            other.memo("default layer", lambda: default_layer(full))
     rough = run_methods(cheap, half)
     dtype = str(objective.model.autocast_dtype).removeprefix("torch.")
     return [_compared(a, b, dtype) for a, b in zip(rough, precise)]
@@ -167,19 +166,28 @@ def _compared(rough: Outcome, precise: Outcome, dtype: str) -> Agreement:
     a = _values(rough)
     if isinstance(a, Exception):
         return Agreement(fallback=f"it fails in {dtype}: {named_reason(a)}")
-    found = [agreement(mine, theirs, dtype) for mine, theirs in zip(a, b)]
-    correlations = [r for r, _ in found]
+    agreements = [agreement(half, full, dtype) for half, full in zip(a, b)]
+    correlations = [r for r, _ in agreements]
     worst = min((r for r in correlations if r is not None), default=None)
-    lost = [why for r, why in found if r is None or r == worst]
+    lost = [why for r, why in agreements if r is None or r == worst]
     return Agreement(correlations, next((why for why in lost if why is not None), None))
 
 
 def agreement(rough: Tensor, precise: Tensor, dtype: str = "half precision") -> tuple[float | None, str | None]:
-    """Pearson's correlation of two sets of values where either is not zero, and why it is not enough, or None.
+    """Correlate two tensors of equal shape where either is not zero.
 
-    Places where both are zero, such as all that lies outside the window, would make any two maps alike.
+    Positions where both are zero, such as those outside the window, would make any two maps alike.
 
-    >>> agreement(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
+    Args:
+        rough: values under autocast, of any shape.
+        precise: values in float32, of the same shape.
+        dtype: name of the autocast dtype, for the reason.
+
+    Returns:
+        Pearson's r, or None if it is not defined; and the reason why it is not enough, or None.
+
+    >>> correlation, reason = agreement(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))
+    >>> round(correlation, 6), reason
     (1.0, None)
     >>> agreement(torch.tensor([0.0, 0.0, 3.0]), torch.tensor([1.0, 2.0, 3.0]))[1]
     'underflow: of 3 values that are not zero in float32, half precision keeps 1'
@@ -187,12 +195,12 @@ def agreement(rough: Tensor, precise: Tensor, dtype: str = "half precision") -> 
     a, b = (v.detach().flatten().to(_for_sums(v.device), torch.float64) for v in (rough, precise))
     if not bool(torch.isfinite(a).all()):
         return None, f"overflow: {int((~torch.isfinite(a)).sum())} values are not finite in {dtype}"
-    some = int((b != 0).sum())
-    if not some:
+    nonzero = int((b != 0).sum())
+    if not nonzero:
         return None, "the first window is zero in float32, so there is nothing to compare"
     kept = int(((a != 0) & (b != 0)).sum())
-    if kept < KEPT * some:
-        return None, f"underflow: of {some} values that are not zero in float32, {dtype} keeps {kept}"
+    if kept < KEPT * nonzero:
+        return None, f"underflow: of {nonzero} values that are not zero in float32, {dtype} keeps {kept}"
     seen = (a != 0) | (b != 0)
     a, b = a[seen] - a[seen].mean(), b[seen] - b[seen].mean()
     norm = float(a.norm() * b.norm())
@@ -207,7 +215,7 @@ def _for_sums(device: torch.device) -> torch.device:
 
 
 def _values(outcome: Outcome) -> Tensor | Exception:
-    """Return what is compared, (k, …): scores where the method perturbs the image, else maps; or why there is none."""
+    """Return the values to compare (k, …): scores if the method perturbs the image, else maps; or its error."""
     if outcome.scores is not None:
         return outcome.scores
     if outcome.result is not None:
@@ -217,7 +225,7 @@ def _values(outcome: Outcome) -> Tensor | Exception:
 
 
 def _lost(outcomes: dict[int, Outcome], objective: Objective) -> dict[int, str]:
-    """Why results of autocast are computed again, by position; all ranks decide alike."""
+    """Return reasons to compute results of autocast again, by position; the same in all processes."""
     dtype = str(objective.model.autocast_dtype).removeprefix("torch.")
     lost: dict[int, str] = {}
     for i, outcome in outcomes.items():
@@ -231,14 +239,14 @@ def _lost(outcomes: dict[int, Outcome], objective: Objective) -> dict[int, str]:
         elif not bool(outcome.result.maps.flatten(1).any(1).all()):
             lost[i] = f"underflow: the map is zero everywhere in {dtype}"
     everywhere: dict[int, str] = {}
-    for one in objective.context.processes.gather(lost):
-        everywhere = one | everywhere
+    for lost_there in objective.context.processes.gather(lost):
+        everywhere = lost_there | everywhere
     return everywhere
 
 
 @contextmanager
 def _precision_decided(context: RunContext) -> Iterator[None]:
-    """Inside, methods that other methods run are not measured."""
+    """Do not measure methods that other methods run, inside the context."""
     before, context.precision_decided = context.precision_decided, True
     try:
         yield

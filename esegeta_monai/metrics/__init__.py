@@ -1,4 +1,4 @@
-"""Metrics of how far an explanation can be trusted, one class each, one file per group; and the control maps."""
+"""Metrics of the quality of explanations, with one class per metric and one file per group; and the control maps."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ class Conservation(Metric):
 
 
 class InputInvariance(Metric):
-    """``‖a'(x + c) − a(x)‖ / ‖a(x)‖``, a' of a network that takes c off its input first and so answers alike
-    (Kindermans et al. 2019).
+    """``‖a'(x + c) − a(x)‖ / ‖a(x)‖``, a' being the map of a network that first subtracts c from its input, so that
+    its predictions are the same (Kindermans et al. 2019).
 
     Args:
         shift: c, in units of the image's standard deviation; not 0.
@@ -99,7 +99,7 @@ class InputInvariance(Metric):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shift == 0:
-            raise UsageError("InputInvariance: shift=0 moves nothing: give another number")
+            raise UsageError("InputInvariance: shift=0 changes nothing: give another number")
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; undefined for a zero map, and for a constant image, whose standard deviation is 0."""
@@ -124,7 +124,7 @@ class InputInvariance(Metric):
 
 @contextmanager
 def shifted(objective: Objective, constant: float) -> Iterator[Objective]:
-    """The same objective at ``x + c``, its network taking c off every image input; the hook is removed afterwards."""
+    """Provide the objective at ``x + c``, whose network subtracts c from every image; remove the hook afterwards."""
     plan = dataclasses.replace(objective.plan, cval=objective.plan.cval + constant)
     other = objective.derive(image=objective.image + constant, plan=plan, grid=objective.grid)
     names = list(objective.model.inputs)[1:]

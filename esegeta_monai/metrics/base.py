@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esegeta_monai.engine.network.state import frozen, own_modes
+from esegeta_monai.engine.network.state import evaluating
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.methods.base import Method
@@ -61,7 +61,7 @@ class MetricInput:
         objective: the explained objective; for metrics that run the network.
         target: index of the explained score in the objective.
         method: the method of the map; for metrics that explain again.
-        label: bool (*spatial), the place of the cause.
+        label: bool (*spatial), the region of the cause.
         body: bool (*spatial), the voxels of the patient; None: unknown.
         spacing: voxel size in mm along each spatial axis; None: unknown.
         shared: intermediate results that several metrics need (explanations of perturbed images), by key. Use one
@@ -113,7 +113,7 @@ class MetricInput:
 
     @property
     def alone(self) -> Objective:
-        """The objective with this subject's target only, so that only windows that it sees are run."""
+        """Return the objective with this subject's target only, so that only windows that it sees are run."""
         objective = self.need_objective()
         if objective.n_targets == 1:
             return objective
@@ -127,7 +127,7 @@ class MetricInput:
 
     @property
     def per_channel(self) -> Tensor:
-        """The map with the image's number of channels (C, *spatial), float64; a single channel is divided equally."""
+        """Return the map with the image's channels (C, *spatial), float64; a single channel is divided equally."""
         values = self.map.double()
         n = self.need_objective().image.shape[0]
         if len(values) == n:
@@ -177,7 +177,7 @@ class MetricResult:
 
 
 class Metric(Configurable, ABC):
-    """A measure of how far an explanation can be trusted. Subclasses become dataclasses; fields are parameters.
+    """A measure of the quality of an explanation. Subclasses become dataclasses; fields are parameters.
 
     Every class states ``group``, ``higher_is_better`` and ``meaning``, or inherits them from a family base; they are
     checked when the class is defined.
@@ -234,7 +234,7 @@ class Metric(Configurable, ABC):
             if getattr(subject, what) is None:
                 raise MetricError(f"{self.name} needs {HOW_TO_GIVE[what]}")
         if subject.label is not None and "label" in self.needs and not bool(subject.label.any()):
-            raise MetricError(f"{self.name}: the label is empty, so nothing can be found in it")
+            raise MetricError(f"{self.name}: the label is empty, so the map cannot be compared with it")
 
     def update(self, subject: MetricInput) -> MetricResult:
         """Validate and measure one map.
@@ -251,8 +251,8 @@ class Metric(Configurable, ABC):
 
 HOW_TO_GIVE = {
     "objective": "the network and the image (an objective), not the map alone",
-    "method": "the method that made the map, to explain again",
-    "label": "a label that says where the cause lies",
+    "method": "the method of the map, to explain again",
+    "label": "a label of the cause",
     "spacing": "the voxel size in mm (a map with an affine)",
 }
 
@@ -265,7 +265,7 @@ def asking(objective: Objective | None) -> Iterator[None]:
     if objective is None:
         yield
         return
-    with own_modes(objective.model.device), frozen(objective.model.network):
+    with evaluating(objective.model.network, objective.model.device):
         yield
 
 
@@ -297,7 +297,7 @@ def summarise(metric: Metric | type[Metric], results: Sequence[MetricResult]) ->
 
 
 def magnitude(values: Tensor, sign: Sign = "absolute") -> Tensor:
-    """Sum a map's absolute values over its channels: ``Σ_c |a_c|``, or of the positive (negative) part only.
+    """Sum absolute values over the channels of a map: ``Σ_c |a_c|``, or of the positive (negative) part only.
 
     Args:
         values: the map (C, *spatial), in any units.

@@ -67,7 +67,7 @@ class EffectiveComplexity(_Complexity):
     """
 
     reference = "Nguyen & Martínez 2020, arXiv:2007.07584"
-    meaning = "Share of the voxels that holds 90 % of the map (or the mass that was asked for); small: easily read."
+    meaning = "Share of the voxels that holds 90 % of the map (or the given mass); small: easy to read."
     higher_is_better = False
 
     mass: float = 0.9

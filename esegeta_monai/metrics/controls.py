@@ -31,7 +31,7 @@ class Control(Method, registered=False):
         return 0
 
     def attribute(self, objective: Objective) -> Tensor:
-        """The same map for every target (k, C, *spatial)."""
+        """Return the same map for every target (k, C, *spatial)."""
         return self.map(objective.image, objective.seed).expand(objective.n_targets, *objective.image.shape).clone()
 
     def map(self, image: Tensor, seed: int) -> Tensor:

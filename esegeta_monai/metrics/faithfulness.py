@@ -87,7 +87,7 @@ class Insertion(_Curve):
             (``baseline="blur(sigma=4)"``).
     """
 
-    meaning = "Area under the target's curve while the strongest parts are brought back; high: they are enough."
+    meaning = "Area under the target's curve while the strongest parts are inserted; high: they suffice."
     higher_is_better = True
     insert = True
 
@@ -118,7 +118,7 @@ def _check_curve(metric: Any, least_steps: int = 1) -> None:
 
 
 _Drawn = tuple[float, np.ndarray, np.ndarray, dict[str, Any]]
-"""Of one draw: the area, x and y of the curve, and notes."""
+"""The result of one draw: the area, x and y of the curve, and notes."""
 
 
 def _over_draws(metric: Any, subject: MetricInput, curve: Callable[[Removal], _Drawn]) -> MetricResult:
@@ -226,7 +226,7 @@ class FaithfulnessCorrelation(Metric):
 
     group = "faithfulness"
     reference = "Bhatt et al., IJCAI 2020, arXiv:2005.00631"
-    meaning = "Correlation between what the map gives to random parts and what the target loses without them."
+    meaning = "Correlation between the map's sums over random parts and the target's loss without these parts."
     higher_is_better = True
     needs = NEEDS
 
@@ -341,7 +341,7 @@ class Infidelity(Metric):
 
     group = "faithfulness"
     reference = "Yeh et al., NeurIPS 2019, arXiv:1901.09392"
-    meaning = "Share of the target's response to random changes that the map does not foresee; 1: as good as no map."
+    meaning = "Share of the target's response to random changes that the map does not predict; 1: as good as no map."
     higher_is_better = False
     needs = NEEDS
 
@@ -368,7 +368,7 @@ class Infidelity(Metric):
         foreseen, lost = self._noise(subject) if self.perturbation == "noise" else self._boxes(subject)
         if not np.any(lost):
             return MetricResult.undefined(
-                "the target reacts to none of the perturbations: take larger boxes, or more noise"
+                "the target reacts to none of the perturbations: use larger boxes, or more noise"
             )
         value, beta = (float(v[0]) for v in self._relative(foreseen[None], lost[None]))
         low, high = bootstrap(lambda s, d: self._relative(s, d)[0], foreseen, lost)

@@ -99,7 +99,7 @@ class RelevanceRank(_Localisation):
     """
 
     reference = "Arras et al., Information Fusion 2022, arXiv:2003.07258"
-    meaning = "Of as many strongest voxels as the label has, the share that lies in it; chance is the label's share."
+    meaning = "Share of the K strongest voxels that lies in the label of K voxels; chance is the label's share."
 
     sign: Sign = "absolute"
 
@@ -148,7 +148,7 @@ class LocalisationAUC(_Localisation):
 
     aliases = ("AUC",)
     reference = "Fawcett 2006; as in Hedström et al., JMLR 2023, arXiv:2202.06861"
-    meaning = "Chance that a voxel of the label has a stronger value than one outside; 0.5 is no better than nothing."
+    meaning = "Chance that a voxel of the label has a stronger value than one outside; 0.5 is chance level."
 
     sign: Sign = "absolute"
 

@@ -92,7 +92,7 @@ class AverageDrop(_Masked):
     """
 
     reference = "Chattopadhay et al., WACV 2018, arXiv:1710.11063"
-    meaning = "Share of the class's probability that is lost when only what the map shows is left of the image."
+    meaning = "Share of the class's probability that is lost when only the regions of the map are left of the image."
     higher_is_better = False
 
     def _judge(self, before: float, after: float) -> MetricResult:
@@ -127,7 +127,7 @@ class AverageGain(_Masked):
     """
 
     reference = "Zhang et al. (Opti-CAM), CVIU 2024, arXiv:2301.07002"
-    meaning = "Share of what the class's probability lacked that is won when only what the map shows is left."
+    meaning = "Share of 1 − probability that is gained when only the regions of the map are left of the image."
     higher_is_better = True
 
     def _judge(self, before: float, after: float) -> MetricResult:
@@ -238,7 +238,9 @@ def imputed(
     wanted = gone * _neighbours(known)
     enough = tolerance * wanted.flatten(1).norm(dim=1)
     solution = _first_guess(known, 1 - gone) * gone
-    solution[enough == 0] = 0  # all neighbours are 0: so is what lies between them, and no residual is small beside it
+    solution[enough == 0] = (
+        0  # all neighbours are 0, hence the solution too; a relative residual would never be small enough
+    )
     residual = wanted - system(solution)
     precondition = gone / diagonal
     z = precondition * residual
@@ -267,7 +269,7 @@ def _neighbours(values: Tensor) -> Tensor:
     Neighbours at the same distance are summed axis by axis: torch's convolution in float64 takes five times as long.
     """
     dims = values.ndim - 1
-    by_distance = [values]  # of the axes so far: neighbours that differ in 0, 1, … of them, which is their d²
+    by_distance = [values]  # sums over neighbours that differ in 0, 1, … of the axes so far; this number is their d²
     for axis in range(1, dims + 1):
         moved = [_both_sides(v, axis) for v in by_distance]
         by_distance = [values, *(a + b for a, b in zip(by_distance[1:], moved)), moved[-1]]

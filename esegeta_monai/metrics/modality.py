@@ -37,12 +37,12 @@ class _Modality(Metric):
         if len(subject.map) != channels:
             raise MetricError(
                 f"{self.name} needs a map with the image's {channels} channels, this one has {len(subject.map)}: a "
-                "method such as GradCam does not tell channels apart"
+                "method such as GradCam has one map for all channels"
             )
 
 
 def channel_importance(subject: MetricInput, baseline: Any) -> np.ndarray:
-    """Exact Shapley values of the channels (C,), computed once for all targets and maps."""
+    """Return exact Shapley values of the channels (C,), computed once for all targets and maps."""
     objective = subject.need_objective()
 
     def find() -> Any:
@@ -62,7 +62,7 @@ class ModalityImportance(_Modality):
         baseline: replaces a channel that is off, see `esegeta_monai.engine.baselines`.
     """
 
-    meaning = "Agreement between the map's weight of each channel and what the channel is worth; 1: the same order."
+    meaning = "Agreement between the map's sum of each channel and its Shapley value; 1: the same order."
     needs = frozenset({"objective"})
 
     correlation: Literal["kendall", "pearson"] = "kendall"
@@ -82,7 +82,7 @@ class ModalityImportance(_Modality):
         attributed = values.flatten(1).sum(1).cpu().numpy()
         notes = {"map": attributed.tolist(), "shapley": truth.tolist()}
         if np.ptp(attributed) <= 1e-12 * np.abs(attributed).max(initial=0) or np.ptp(truth) == 0:
-            return MetricResult.undefined("the map, or the target, does not tell the channels apart")
+            return MetricResult.undefined("the map's sums, or the Shapley values, are equal for all channels")
         agreement = (
             kendalltau(attributed, truth).statistic
             if self.correlation == "kendall"

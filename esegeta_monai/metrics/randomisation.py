@@ -58,7 +58,7 @@ def similarity(a: Tensor, b: Tensor, kind: Similarity = "spearman") -> float:
         return 0.0 if x.max() == x.min() or y.max() == y.min() else float(spearmanr(x, y).statistic)
     from skimage.metrics import structural_similarity
 
-    # windows at the edge of the box may reach over it, as far as there are voxels
+    # windows at the edge of the box may extend beyond it, up to the edge of the volume
     place = tuple(_at_least(b, 7, n) for b, n in zip(bounding_box(support), x.shape))
     x, y = x[place], y[place]
     side = min(7, *x.shape)
@@ -70,7 +70,7 @@ def _above_rounding(strength: Tensor) -> Tensor:
 
 
 def _at_least(part: slice, side: int, length: int) -> slice:
-    """Extend a slice to ``side`` places if there are as many."""
+    """Extend a slice to a length of ``side`` if the axis is long enough."""
     start = max(0, min(part.start, length - side))
     return slice(start, max(part.stop, min(start + side, length)))
 
@@ -244,7 +244,7 @@ class RandomLogit(Metric):
 
     group = "randomisation"
     reference = "Sixt et al., ICML 2020, arXiv:1912.09818"
-    meaning = "Mean similarity of the map to those of other classes; 1: it does not tell classes apart."
+    meaning = "Mean similarity of the map to those of other classes; 1: it does not depend on the class."
     higher_is_better = False
     needs = frozenset({"objective", "method"})
 
@@ -287,7 +287,7 @@ class DataRandomisation(Metric):
 
     group = "randomisation"
     reference = "Adebayo et al., NeurIPS 2018, arXiv:1810.03292"
-    meaning = "Similarity of the map to that of a network trained on random labels; 1: what was learnt does not matter."
+    meaning = "Similarity of the map to that of a network trained on random labels; 1: it ignores the learnt labels."
     higher_is_better = False
     needs = frozenset({"objective", "method"})
 
@@ -334,7 +334,7 @@ class DataRandomisation(Metric):
 
 @contextmanager
 def exchanged(network: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
-    """Load other weights; afterwards restore every parameter and buffer, also after an exception."""
+    """Load other weights, tensors of the same shapes; afterwards restore all, also after an exception."""
     with randomised(network, [], 0):
         try:
             network.load_state_dict(copy.copy(state))

@@ -152,7 +152,7 @@ def removal_of(subject: MetricInput, features: Any, baseline: Any, draw: int = 0
     seen = subject.once(("seen", what, subject.target), lambda: _seen(subject.alone, parts))
     if len(seen) < 2:
         raise MetricError(
-            f"the target sees {len(seen)} of the {len(parts)} features: nothing could be compared; take smaller ones, "
+            f"the target sees {len(seen)} of the {len(parts)} features: too few to compare; use smaller ones, "
             "such as features='grid(size=4)'"
         )
     voxels = parts.counts.double().cpu()

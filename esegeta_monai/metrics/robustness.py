@@ -1,6 +1,6 @@
 """Robustness: stability of the map under small changes of the image. The method explains noisy copies of the image.
 
-All these metrics, and all targets of a case, share one set of explanations, of which only distances are stored.
+All these metrics, and all targets of a case, share one set of explanations; only distances between maps are stored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from esegeta_monai.metrics.removal import at_least
 __all__ = ["AverageSensitivity", "LocalLipschitz", "MaxSensitivity", "RelativeInputStability"]
 __all__ += ["RelativeOutputStability", "explained"]
 
-ZERO = "the map is zero everywhere, which is stable and says nothing"
+ZERO = "the map is zero everywhere, so its stability is meaningless"
 CONSTANT = "the image is constant, so that a change in units of its standard deviation changes nothing"
 TINY = 1e-12
 
@@ -229,7 +229,7 @@ class RelativeOutputStability(_Robustness):
     """
 
     reference = "Agarwal et al. 2022, arXiv:2203.06877"
-    meaning = "Greatest relative change of the map over that of the target; 1: as stable as what it explains."
+    meaning = "Greatest relative change of the map over that of the target; 1: as stable as the target."
 
     ratio: Literal["norms", "elementwise"] = "norms"
     least: float = 1e-6

@@ -21,7 +21,7 @@ from esegeta_monai.engine.feature_masks import table_csv
 from esegeta_monai.errors import EsegetaError, MethodError, RankLost, named_reason
 from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.names import ResultNames
-from esegeta_monai.explain.record import Record
+from esegeta_monai.explain.record import DECIDES, Record
 from esegeta_monai.files.copies import mask_path, save_grey_copy, save_mask, scan_copy_path
 from esegeta_monai.files.grids.resample import _background, _cut_to_place, _image_on_scan, scan_of, to_scan_grid
 from esegeta_monai.files.pictures.picture import display_affine, save_picture
@@ -99,20 +99,12 @@ class ResultWriter:
 
     def path(self, attribution: Attribution, case: str, scan: Any = None) -> Path:
         """Return the path of a map."""
-        target_name = self._target_name(attribution)
         layout = {**self.layout, "extension": storage.map_suffix(scan)} if self.as_input else self.layout
-        return storage.map_path(self.output_dir, case, target_name, self._method_name(attribution), **layout)
-
-    def _target_name(self, attribution: Attribution) -> str:
-        return self.names.target(attribution.target, attribution.label)
-
-    def _method_name(self, attribution: Attribution) -> str:
-        name = self.names.method(attribution.method)
-        return f"{name}-{attribution.input}" if attribution.input else name
+        return storage.map_path(self.output_dir, case, *self.names.of(attribution), **layout)
 
     def key(self, attribution: Attribution, case: str, scan: Any) -> dict[str, Any]:
         """Return the entries that must be equal in a sidecar for its map to count as finished."""
-        known = Record.from_json(attribution.record).decisive()
+        known = {name: attribution.record.get(name) for name in DECIDES}
         return {**self.provenance, "case": case, **known, "scan_sha256": self._scan_hash(scan)}
 
     def is_done(self, attribution: Attribution, case: str, scan: Any) -> bool:
@@ -130,9 +122,7 @@ class ResultWriter:
             return False  # `write` reports it
         reason = "finished in an earlier run"
         written = path.relative_to(self.output_dir).as_posix() if path.is_file() else None
-        self.run.set(
-            case, self._target_name(attribution), self._method_name(attribution), "skipped", reason, map=written
-        )
+        self.run.set(case, *self.names.of(attribution), "skipped", reason, map=written)
         logger.info("%s: %s is finished, skipped", case, path.name)
         return True
 
@@ -203,7 +193,7 @@ class ResultWriter:
             return None
         scan = scan if scan is not None else scan_of(image)
         path = self.path(attribution, case, scan)
-        label, method_name = self._target_name(attribution), self._method_name(attribution)
+        label, method_name = self.names.of(attribution)
         record = Record.from_json(attribution.record)
         record.result = {"target": label, "method": method_name}  # as run.json calls it
         failure: Exception | None = attribution.error
@@ -346,7 +336,7 @@ class ResultWriter:
         return {"separate_folder": self.layout["separate_folder"]}
 
     def _mask_path(self, attribution: Attribution, case: str) -> Path:
-        return mask_path(self.output_dir, case, self._target_name(attribution), **self._folders)
+        return mask_path(self.output_dir, case, self.names.of(attribution)[0], **self._folders)
 
     def _copies(self, case: str) -> dict[Path, Tensor]:
         """Return the copies that this run has written for the case; one case is kept at a time."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
@@ -36,6 +37,7 @@ class Summed(Protocol):
         """The names of these attributes."""
 
 
+@dataclass(frozen=True)
 class Processes:
     """This process among those that compute a case together.
 
@@ -48,8 +50,8 @@ class Processes:
     ([1, 2, 3], [2, 3])
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    rank: int = 0
+    size: int = 1
 
     @classmethod
     def current(cls) -> Processes:
@@ -76,6 +78,11 @@ class Processes:
         """
         n, place = len(items), (self.rank + turn) % self.size
         return list(items[n * place // self.size : n * (place + 1) // self.size])
+
+    def share_windows(self, jobs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return this rank's part of (volume, window) jobs; all jobs of a window go to the same rank."""
+        own = set(self.share(sorted({w for _, w in jobs})))
+        return [job for job in jobs if job[1] in own]
 
     def part(self, share: Share, methods: Sequence[M], targets: Sequence[T]) -> list[tuple[list[M], list[T]]]:
         """Return the (methods, targets) that this rank runs: all of them, unless ``share`` is "methods".

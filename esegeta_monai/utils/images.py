@@ -31,13 +31,13 @@ def check_image(
     shape = "x".join(str(n) for n in image.shape[1:])
     dims = image.ndim - 1
     if spatial_dims == 3 and (dims < 3 or image.shape[-1] == 1):
-        raise InputError(f"{where}: a 2D image ({shape}) where the network takes 3D volumes; give the whole volume")
+        raise InputError(f"{where}: a 2D image ({shape}), but the network takes 3D volumes; give the whole volume")
     if spatial_dims is not None and dims != spatial_dims:
-        raise InputError(f"{where}: a {dims}D image ({shape}) where the network takes {spatial_dims}D images")
+        raise InputError(f"{where}: a {dims}D image ({shape}), but the network takes {spatial_dims}D images")
     if channels is not None and image.shape[0] != channels:
         raise InputError(
-            f"{where}: {image.shape[0]} channel(s) where the network takes {channels}; "
-            "put the image's channels together in the order of the bundle's metadata.json"
+            f"{where}: {image.shape[0]} channel(s), but the network takes {channels}; "
+            "combine the channels in the order of the bundle's metadata.json"
         )
     values = torch.as_tensor(image)  # unlike NumPy, torch supports bfloat16
     bad = values.numel() - int(torch.isfinite(values).sum())
@@ -53,4 +53,6 @@ def _check_affine(affine: np.ndarray, spatial_dims: int, where: object) -> None:
     edges = np.sqrt((axes**2).sum(axis=0))
     # normalise the axes, so that micrometres given in metres do not count as singular
     if not np.isfinite(affine).all() or not edges.all() or np.linalg.svd(axes / edges)[1][-1] < 1e-6:
-        raise InputError(f"{where}: the affine is singular, {affine[:n].tolist()}; set it with nibabel or reconvert")
+        raise InputError(
+            f"{where}: the affine is singular, {affine[:n].tolist()}; set it with nibabel, or convert the image again"
+        )

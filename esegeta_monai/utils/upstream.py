@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import monai.inferers.utils
@@ -20,7 +20,6 @@ __all__ = [
     "is_view",
     "own_buffers",
     "postprocessing_of",
-    "replace_backward_hooks",
     "scan_interval",
     "splitter_padding",
     "splitter_parameters",
@@ -42,12 +41,12 @@ def write_count(tensor: Tensor) -> int:
 
 
 def is_view(tensor: Tensor) -> bool:
-    """Return True if autograd knows the tensor as a view of another one (``_is_view``)."""
+    """Return True if autograd knows the tensor, of any shape, as a view of another one (``_is_view``)."""
     return tensor._is_view()
 
 
 def view_base(tensor: Tensor) -> Tensor | None:
-    """Return the tensor that a view shares its memory with (``_base``), or None for a tensor that is no view."""
+    """Return the tensor, of any shape, whose memory a view shares (``_base``), or None for a tensor that is no view."""
     return tensor._base
 
 
@@ -65,15 +64,14 @@ def own_buffers(module: nn.Module) -> MutableMapping[str, Tensor | None]:
     return module._buffers
 
 
-def backward_hooks(module: nn.Module) -> dict[str, Any]:
-    """Return the backward hooks of a module itself, by the names of the attributes that hold them."""
-    return {name: getattr(module, name) for name in ("_backward_hooks", "_backward_pre_hooks")}
-
-
-def replace_backward_hooks(module: nn.Module, hooks: Mapping[str, Any]) -> None:
-    """Set the backward hooks of a module to what `backward_hooks` returned, or to empty ordered dictionaries."""
-    for name, value in hooks.items():
-        setattr(module, name, value)
+def backward_hooks(network: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """List the backward hooks of a network's modules: module, name of the attribute, and the hooks it holds."""
+    return [
+        (module, name, hooks)
+        for module in network.modules()
+        for name in ("_backward_hooks", "_backward_pre_hooks")
+        if (hooks := getattr(module, name))
+    ]
 
 
 # -- MONAI ----------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def test_default_is_saliency_and_gradcam_for_every_predicted_class(explained: Pa
     assert {r["status"] for r in results(explained)} == {"ok"}
 
 
-def test_maps_lie_on_the_scans_own_grid(bundle: Path, explained: Path) -> None:
+def test_maps_have_the_scans_own_grid(bundle: Path, explained: Path) -> None:
     for path in explained.rglob("*_attr.nii.gz"):
         attribution, scan = nib.load(path), nib.load(bundle / "scans" / f"{path.parent.name}.nii.gz")
         assert attribution.shape == scan.shape
@@ -126,7 +126,7 @@ def test_additive_maps_keep_their_sum(bundle: Path, tmp_path: Path) -> None:
         assert abs(record["sum_network_grid"] - record["sum_scan_grid"] - record["sum_in_padding"]) < 1e-4 * scale
 
 
-def test_images_that_are_made_up_lie_beside_the_predictions(bundle: Path, tmp_path: Path) -> None:
+def test_synthesised_images_are_written_beside_the_predictions(bundle: Path, tmp_path: Path) -> None:
     """On each scan's grid, with the curve in the sidecar and as a picture."""
     methods = ["FeatureVisualization(n_iter=3)", "ClassImage(n_iter=3)", "DeepDream(n_iter=1, octaves=1)"]
     methods += ["InvertedRepresentation(layer='model.0', n_iter=3)"]
@@ -177,7 +177,7 @@ def test_the_real_command(bundle: Path, tmp_path: Path) -> None:
         ('[{"_target_": "esegeta_monai.methods.Saliency", "abs": true}, "GradCam"]', ["Saliency", "GradCam"]),
     ],
 )
-def test_methods_as_the_command_line_hands_them_over(bundle: Path, typed: str, names: list[str]) -> None:
+def test_methods_as_the_command_line_passes_them(bundle: Path, typed: str, names: list[str]) -> None:
     parser = monai.bundle.ConfigParser()
     parser.read_config([str(bundle / "configs" / "inference.json"), str(OVERLAY)])
     parser.update({"explain_methods": DefaultParseValue(typed), "bundle_root": str(bundle)})

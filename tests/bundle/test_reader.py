@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import logging
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +16,13 @@ from monai.transforms import Compose
 
 from esegeta_monai.bundle import BundleReader
 from esegeta_monai.errors import NetworkError, UsageError
-from tests.support.synthetic import METADATA, NETWORK, network, wired, write, write_scan
+from tests.bundle.support import minimal, same_weights
+from tests.support.synthetic import METADATA, network, wired, write, write_scan
 
 BUNDLES = sorted((Path(__file__).parents[2] / "bundles").glob("*/configs/inference.json"))
 
 
-@pytest.fixture(autouse=True)
-def _no_scripts_from_elsewhere() -> Iterator[None]:
-    """The first bundle's `scripts` stay imported in a process; here each test is the first."""
-    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "scripts"}
-    for name in before:
-        del sys.modules[name]
-    yield
-    for name in [name for name in sys.modules if name.partition(".")[0] == "scripts"]:
-        del sys.modules[name]
-    sys.modules.update(before)
-
-
-def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    left, right = a.state_dict(), b.state_dict()
-    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
-
-
-def minimal(**more: Any) -> dict[str, Any]:
-    """A bundle without an evaluator, as tools that do not use Ignite write it."""
-    return {"network_def": dict(NETWORK), "inferer": {"_target_": "SimpleInferer"}, **more}
+pytestmark = pytest.mark.usefixtures("no_scripts_from_elsewhere")
 
 
 # ---------------------------------------------------------------------- the usual bundle
@@ -118,15 +97,6 @@ def test_reading_alone_builds_nothing(tmp_path: Path) -> None:
     assert BundleReader(folder).class_names[1] == "spleen"
 
 
-def test_hashes(tmp_path: Path) -> None:
-    folder = write(tmp_path / "bundle", wired(tmp_path))
-    expected = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in ("models/model.pt", "configs/inference.json", "configs/metadata.json")
-    }
-    assert BundleReader(folder).hashes() == expected
-
-
 # ---------------------------------------------------------------------- other styles
 
 
@@ -181,44 +151,6 @@ def test_yaml_with_other_ids_and_code_of_its_own(tmp_path: Path) -> None:
     assert list(reader.hashes()) == ["models/model.pt", "configs/inference.yaml"]
 
 
-@pytest.mark.parametrize(
-    "expressions",
-    [
-        {"initialize": ["$@network_def.load_state_dict(torch.load(@path, map_location='cpu')['inner'])"]},
-        {
-            "initialize": ["$print(1)", "$@network_def.load_state_dict(@loaded['inner'], strict=True)"],
-            "loaded": "$torch.load(@path, weights_only=False)",
-        },
-        {"go": {"load": "$@network_def.load_state_dict(torch.load(os.path.join(@bundle_root, 'other.pt'))['inner'])"}},
-    ],
-)
-def test_weights_loaded_by_an_expression(tmp_path: Path, expressions: dict[str, Any]) -> None:
-    config = minimal(path="$@bundle_root + '/other.pt'", imports=["$import os"], **expressions)
-    folder = write(tmp_path / "bundle", config, weights=None)
-    torch.save({"inner": network(3).state_dict(), "state_dict": network(4).state_dict()}, folder / "other.pt")
-    reader = BundleReader(folder)
-    assert same_weights(reader.network, network(3))
-    assert reader.weight_source.key == "inner"
-    assert next(iter(reader.hashes())) == "other.pt"
-
-
-def test_weights_of_another_network_are_not_taken(tmp_path: Path) -> None:
-    config = minimal(
-        second={"_target_": "torch.nn.Identity"},
-        handlers=[{"_target_": "CheckpointLoader", "load_path": "second.pt", "load_dict": {"model": "@second"}}],
-        load="$@second.load_state_dict(torch.load('second.pt'))",
-    )
-    reader = BundleReader(write(tmp_path / "bundle", config))
-    assert reader.weight_source.path == reader.bundle_dir / "models/model.pt"
-    assert same_weights(reader.network, network())
-
-
-@pytest.mark.parametrize("key", ["model", "state_dict", "net"])
-def test_state_dict_under_a_usual_key(tmp_path: Path, key: str) -> None:
-    folder = write(tmp_path / "bundle", minimal(), weights={key: network().state_dict(), "epoch": 3})
-    assert same_weights(BundleReader(folder).network, network())
-
-
 def test_parts_inside_the_evaluator_win(tmp_path: Path) -> None:
     """The evaluator's own components run; an id of the usual name that it does not use is not taken."""
     config = wired(tmp_path)
@@ -252,33 +184,6 @@ def test_parts_inside_the_evaluator_win(tmp_path: Path) -> None:
 def test_image_key(tmp_path: Path, transforms: list[dict], more: dict[str, Any], key: str) -> None:
     config = minimal(preprocessing={"_target_": "Compose", "transforms": transforms}, **more)
     assert BundleReader(write(tmp_path / "bundle", config)).image_key == key
-
-
-@pytest.mark.parametrize(
-    ("inputs", "names"),
-    [
-        (
-            {"image": {"num_channels": 4, "channel_def": {"0": "T1c", "1": "T1", "2": "T2", "3": "FLAIR"}}},
-            {0: "T1c", 1: "T1", 2: "T2", 3: "FLAIR"},
-        ),
-        ({"image": {"num_channels": 3, "channel_def": {"0": "image"}}}, {0: "image 0", 1: "image 1", 2: "image 2"}),
-        ({"image": {"num_channels": 2}}, {0: "channel 0", 1: "channel 1"}),
-        ({"scan": {"channel_def": ["R", "G"]}}, {0: "R", 1: "G"}),
-        ({}, {}),
-        (None, {}),
-    ],
-)
-def test_channel_names(tmp_path: Path, inputs: Any, names: dict[int, str]) -> None:
-    metadata = {"network_data_format": {"inputs": inputs}}
-    assert BundleReader(write(tmp_path / "bundle", minimal(), metadata=metadata)).channel_names == names
-
-
-def test_class_names_of_several_heads(tmp_path: Path) -> None:
-    outputs = {"distance": {}, "nuclei": {"channel_def": {"0": "other", "1": "Back Ground", "x": "?"}}}
-    metadata = {"network_data_format": {"outputs": outputs}}
-    reader = BundleReader(write(tmp_path / "bundle", minimal(), metadata=metadata))
-    assert reader.class_names == {0: "other", 1: "Back Ground"}
-    assert reader.background == 1
 
 
 def test_several_config_files_and_overrides(tmp_path: Path) -> None:
@@ -384,69 +289,6 @@ def test_network_that_is_none(tmp_path: Path) -> None:
         _ = BundleReader(write(tmp_path / "bundle", {"network": "UNet"})).network
 
 
-def test_missing_weights(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = wired(tmp_path)
-    config["handlers"][0]["load_path"] = "$@bundle_root + '/models/absent.pt'"
-    folder = write(tmp_path / "bundle", config)
-    with pytest.raises(UsageError, match=r"no weights at .*models/absent\.pt .*CheckpointLoader in 'handlers::0'"):
-        _ = BundleReader(folder).network
-    reader = BundleReader(folder, weights="optional")
-    with caplog.at_level(logging.WARNING):
-        assert isinstance(reader.network, BasicUNet)
-    assert "absent.pt" in caplog.text
-    assert "models/absent.pt" not in reader.hashes()
-
-
-class Harmful:
-    """Unpickling this would leave a file behind."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return open, ("harm", "w")
-
-
-def test_checkpoint_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    folder = write(tmp_path / "bundle", minimal(), weights={"model": network().state_dict(), "extra": Harmful()})
-    with pytest.raises(UsageError, match="contains more than tensors"):
-        _ = BundleReader(folder).network
-    assert not (tmp_path / "harm").exists()
-
-
-def test_torchscript_is_refused(tmp_path: Path) -> None:
-    folder = write(tmp_path / "bundle", minimal(), weights=None)
-    torch.jit.script(torch.nn.Conv2d(1, 1, 1)).save(str(folder / "models/model.pt"))
-    with pytest.raises(NetworkError, match="TorchScript"):
-        _ = BundleReader(folder).network
-
-
-@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {}])
-def test_checkpoint_without_a_state_dict(tmp_path: Path, content: Any) -> None:
-    folder = write(tmp_path / "bundle", minimal(), weights=None)
-    torch.save(content, folder / "models/model.pt")
-    with pytest.raises(UsageError, match="no state dict"):
-        _ = BundleReader(folder).network
-
-
-def test_damaged_checkpoint(tmp_path: Path) -> None:
-    folder = write(tmp_path / "bundle", minimal())
-    whole = (folder / "models/model.pt").read_bytes()
-    (folder / "models/model.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UsageError, match=r"model\.pt is not a readable checkpoint"):
-        _ = BundleReader(folder).network
-
-
-def test_not_strict_loads_what_fits_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = wired(tmp_path)
-    config["handlers"][0]["strict"] = False
-    state = network().state_dict()
-    state.pop("final_conv.bias")
-    folder = write(tmp_path / "bundle", config, weights=state)
-    with caplog.at_level(logging.WARNING):
-        loaded = BundleReader(folder).network
-    assert "1 missing keys, first final_conv.bias" in caplog.text
-    assert torch.equal(loaded.state_dict()["final_conv.weight"], state["final_conv.weight"])
-
-
 def test_no_such_folder_or_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         BundleReader(tmp_path / "absent")
@@ -470,11 +312,6 @@ def test_circular_reference(tmp_path: Path) -> None:
     reader = BundleReader(write(tmp_path / "bundle", {"inferer": "@a", "a": "@inferer"}))
     with pytest.raises(UsageError, match="refers to itself"):
         _ = reader.inferer
-
-
-def test_wrong_weights_option(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="required"):
-        BundleReader(write(tmp_path / "bundle", minimal()), weights="maybe")  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- the bundles of this project

@@ -10,12 +10,12 @@ import torch
 from nibabel.processing import conform
 
 DILATIONS = (1, 2, 4, 8, 16, 8, 4, 2, 1)
-#: MeshNet says 1 white, 2 grey; the bundle says 1 grey, 2 white.
+#: MeshNet: 1 white, 2 grey; the bundle: 1 grey, 2 white.
 TO_BUNDLE_CLASSES = np.array([0, 2, 1], dtype=np.uint8)
 
 
 def load_meshnet(weights: Path) -> torch.nn.Sequential:
-    """Nine dilated 3x3x3 convolutions with ReLU and a 1x1x1 convolution to three classes."""
+    """Build nine dilated 3x3x3 convolutions with ReLU and a 1x1x1 convolution to three classes."""
     from safetensors.torch import load_file
 
     state = {key.removeprefix("model."): value for key, value in load_file(weights).items()}

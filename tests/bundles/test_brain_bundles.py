@@ -19,7 +19,7 @@ SEGMENTATION, CLASSIFICATION = "brain_tissue_segmentation", "brain_lesion_classi
 both = pytest.mark.parametrize("name", [SEGMENTATION, CLASSIFICATION])
 EnterBundle = Callable[[str], Path]
 
-# What MONAI's metadata schema requires (the specification of the bundle format); `verify_metadata` would download it.
+# Required by MONAI's metadata schema (the specification of the bundle format); `verify_metadata` would download it.
 METADATA_KEYS = {
     "schema": str,
     "version": str,
@@ -109,7 +109,7 @@ def test_configs_have_the_ids_of_the_zoo(name: str) -> None:
 
 
 @both
-def test_network_takes_and_gives_what_metadata_says(name: str) -> None:
+def test_shapes_of_the_network_are_those_of_the_metadata(name: str) -> None:
     configs = BUNDLES / name / "configs"
     verify_net_in_out("network_def", str(configs / "metadata.json"), str(configs / "inference.json"), device="cpu")
 

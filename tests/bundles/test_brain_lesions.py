@@ -1,4 +1,4 @@
-"""The planted lesion lies where its mask says, and nothing but label, seed and options decides a case."""
+"""The planted lesion is inside its mask, and a case depends only on label, seed and options."""
 
 from __future__ import annotations
 

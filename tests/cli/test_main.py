@@ -23,6 +23,7 @@ from esegeta_monai.cli.cases import Preprocessor, ScanCase, by_channel, find_cas
 from esegeta_monai.cli.log import RunLog
 from esegeta_monai.cli.main import build_parser, main
 from esegeta_monai.cli.overlay import shipped_overlay
+from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import Saliency
 from esegeta_monai.methods.base import METHODS
@@ -104,7 +105,7 @@ def test_names_of_cases_stay_text_and_results_of_classes_by_name(bundle: Path, s
     assert set(record["configs_sha256"]) == {"inference.json", "metadata.json"}
 
 
-def test_finished_maps_are_skipped_until_told_otherwise(bundle: Path, scans: Path, tmp_path: Path) -> None:
+def test_finished_maps_are_skipped_unless_overwrite(bundle: Path, scans: Path, tmp_path: Path) -> None:
     words = (bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", "Saliency", "--target", "MultiClassMask(1)")
     assert explained(*words) == 0
     (path,) = (tmp_path / "out").rglob("*.nii.gz")
@@ -131,7 +132,7 @@ def test_a_config_and_overrides_are_used(bundle: Path, scans: Path, tmp_path: Pa
     assert set(b["configs_used_sha256"]) == {"inference.json", "other.json"}
 
 
-def test_two_of_one_kind_are_told_apart(bundle: Path, scans: Path, tmp_path: Path) -> None:
+def test_two_of_one_kind_get_distinct_names(bundle: Path, scans: Path, tmp_path: Path) -> None:
     methods = "Occlusion(window=8),Occlusion(window=16),Saliency(name='mine')"
     assert explained(bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", methods,
                      "--target", "MultiClassMask(1)") == 0  # fmt: skip
@@ -184,7 +185,7 @@ def test_ctrl_c_keeps_what_is_finished(
     words = ("--methods", "Saliency", "--target", "MultiClassMask(1)")
     assert explained(bundle, scans, tmp_path / "out", *words) == 130
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last == "esegeta-monai: error: stopped; finished maps stay, and the same command goes on from there"
+    assert last == "esegeta-monai: error: stopped; finished maps are kept, and the same command resumes the run"
     assert run_json(tmp_path / "out")["finished"] is None
     monkeypatch.undo()
     assert explained(bundle, scans, tmp_path / "out", *words) == 0
@@ -262,7 +263,7 @@ def test_the_name_of_a_case_has_no_slash(tmp_path: Path) -> None:
     scan.touch()
     odd.mkdir()
     (odd / "scan.nii.gz").touch()
-    with pytest.raises(UsageError, match="leave slashes out"):
+    with pytest.raises(UsageError, match="must not contain slashes"):
         find_cases([f"ward/7={scan}"])
     assert [case.name for case in find_cases([f"ward-7={scan}", str(odd / "scan.nii.gz")])] == ["ward-7", "scan"]
 
@@ -329,7 +330,7 @@ def test_one_method_in_full(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("methods", "occlusion") == 0
     text = capsys.readouterr().out
     assert text.startswith("Occlusion(window=16")
-    assert "stride: steps between occluders" in text
+    assert "stride: distance between occluders" in text
     assert "Zeiler & Fergus, ECCV 2014" in text
     assert run("methods", "Saliency", "--json") == 0
     entry = json.loads(capsys.readouterr().out)
@@ -404,7 +405,7 @@ def test_overlay_is_written_and_never_over_another(tmp_path: Path, capsys: pytes
     copy.write_text("mine")
     assert run("overlay", "--bundle", bundle) == 2
     assert copy.read_text() == "mine"
-    assert "stays as it is" in capsys.readouterr().err
+    assert "explain.json already exists" in capsys.readouterr().err
     assert run("overlay", "--bundle", bundle, "--output", tmp_path / "x.json") == 0
     assert (tmp_path / "x.json").is_file()
     capsys.readouterr()
@@ -428,8 +429,8 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--window-batch", "0"], "'0' is no whole number above 0"),
-        (["--time-limit", "-1"], "'-1' is no number of seconds above 0"),
+        (["--window-batch", "0"], "'0' is not a positive integer"),
+        (["--time-limit", "-1"], "'-1' is not a positive number of seconds"),
         (["--override", "inferer"], "write id=value"),
         (["--device", "gpu"], "--device gpu: no such device"),
     ],
@@ -455,7 +456,7 @@ def test_the_unforeseen_is_one_line_too(capsys: pytest.CaptureFixture[str], monk
     monkeypatch.setattr("esegeta_monai.cli.tables._run", breaks)
     assert run("methods") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("esegeta-monai: error: ZeroDivisionError: a bug; run it with -v")
+    assert line.startswith("esegeta-monai: error: ZeroDivisionError: a bug; unexpected error: please report it")
 
 
 @pytest.mark.slow  # importing torch and MONAI in a new process takes longer than the run
@@ -474,11 +475,11 @@ def test_the_module_in_a_process_of_its_own(bundle: Path, scans: Path, tmp_path:
 # ---------------------------------------------------------------------- demo
 
 
-def test_the_demo_finds_its_bundle_or_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_finds_its_bundle_or_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (demo.find_bundle() / "configs" / "inference.json").is_file()
     monkeypatch.setattr(esegeta_monai, "__file__", str(tmp_path / "site-packages" / "esegeta_monai" / "__init__.py"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"does not carry bundles/brain_tissue_segmentation.*--bundle DIR"):
+    with pytest.raises(UsageError, match=r"does not include bundles/brain_tissue_segmentation.*--bundle DIR"):
         demo.find_bundle()
 
 
@@ -522,7 +523,7 @@ def test_the_documentation_has_every_command_and_option() -> None:
                 assert any(option in text for option in action.option_strings if option.startswith("--")), action
 
 
-def test_a_dry_run_tells_the_passes_and_writes_nothing(
+def test_a_dry_run_reports_the_passes_and_writes_nothing(
     bundle: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", "Occlusion(window=8)")
@@ -535,7 +536,7 @@ def test_a_dry_run_tells_the_passes_and_writes_nothing(
     assert line[header.index("passes") :].split()[0] == str(record["window_passes"])
 
 
-def test_what_costs_too_much_is_refused_unless_told(
+def test_costly_methods_are_refused_without_yes(
     bundle: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("esegeta_monai.explain.costs.COSTLY", 5)
@@ -544,3 +545,31 @@ def test_what_costs_too_much_is_refused_unless_told(
     assert explained(*words) == 1
     assert "perturbations" in capsys.readouterr().err
     assert explained(*words, "--yes") == 0
+
+
+# A constant baseline: the perturbations of two noisy copies differ in nothing but the image.
+INSIDE = [
+    f"{wrapper}({inner[:-1]}, baseline={baseline}), n_samples=2, std=1.0)"
+    for wrapper in ("SmoothGrad", "SmoothGradSquared", "VarGrad")
+    for inner in ("Occlusion(8)", "FeatureAblation('grid(8)')", "KernelShap(64, 'grid(8)')", "Lime(12, 'grid(8)')",
+                  "Rise(6, grid=2)", "Sobol(4, grid=2)", "Hsic(8, grid=2)")
+    for baseline in ("0.0", "'zero'", "'constant(value=0.5)'")
+]  # fmt: skip
+
+
+def test_methods_inside_methods_never_read_the_scores_of_another_image(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With scores stored after every batch, maps and passes are those of a run that stores none."""
+    scan, maps, passes = make_scan(tmp_path / "scan.nii.gz", (SIZE,) * 3), [], []
+    for every in (float("inf"), 0.0):
+        monkeypatch.setattr(ScoreCheckpoint.__init__, "__defaults__", (every,))
+        output = tmp_path / str(every)
+        methods = [f"{method[:-1]}, name='m{i}')" for i, method in enumerate(INSIDE)]
+        assert explained(bundle, scan, output, "--methods", ",".join(methods), "--target", "MultiClassMask(1)") == 0
+        files = sorted(output.rglob("*_attr.nii.gz"))
+        maps.append({p.name: np.asarray(nib.load(p).dataobj) for p in files})
+        passes.append({p.name: json.loads(p.read_text())["window_passes"] for p in sorted(output.rglob("*_attr.json"))})
+    assert len(maps[0]) == len(INSIDE)
+    assert passes[0] == passes[1]
+    assert all(np.array_equal(maps[0][name], maps[1][name]) for name in maps[0])

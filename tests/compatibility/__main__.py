@@ -1,10 +1,10 @@
-"""``python -m tests.compatibility``: measures the cells that are missing or out of date, and writes the table.
+"""``python -m tests.compatibility``: measure the cells that are missing or out of date, and write the table.
 
     --whose ours captum monai     columns (default: ours and the libraries that are installed)
     --networks, --rows, --dims    only these
-    --again                       also cells that are there
+    --again                       also cells that are valid
     --table                       measure nothing, only write docs/compatibility.md
-    --store FILE                  where the cells are kept (default: tests/compatibility/cells.csv)
+    --store FILE                  file of the cells (default: tests/compatibility/cells.csv)
 
 It can be stopped and started again at any time. One thread is enough: networks are small.
 """
@@ -30,7 +30,7 @@ from tests.networks import NAMES
 
 
 def measured(whose: str, row: Row, network: str, dims: int, measure: Callable[[], Figure]) -> Cell:
-    """One cell, whatever happens."""
+    """Measure one cell; an exception is a result."""
     verdict, text, note = "error", "", ""
     try:
         figure = measure()
@@ -45,7 +45,9 @@ def measured(whose: str, row: Row, network: str, dims: int, measure: Callable[[]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.compatibility", description=__doc__)
-    parser.add_argument("--whose", nargs="+", default=["ours", *(name for name, peer in PEERS.items() if peer.found)])
+    parser.add_argument(
+        "--whose", nargs="+", default=["ours", *(name for name, peer in PEERS.items() if peer.installed)]
+    )
     parser.add_argument("--networks", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--rows", nargs="+", default=[row.name for row in ROWS])
     parser.add_argument("--dims", nargs="+", type=int, default=[2, 3], choices=[2, 3])

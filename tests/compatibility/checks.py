@@ -1,9 +1,9 @@
 """The numeric checks, one small function each, and the table of rows: method, parameters, check.
 
-A check gets a `Sight` (what is true, computed naively) and a function that asks for the map under given parameters, and
-returns a `Figure`. Nothing is right because it ran or because a shape fits. The letters: **G** equals autograd through
-the whole inferer, **C** complete, **R** conserved with biases booked, **N** equals the naive whole-volume computation,
-**J** equals the rule applied to autograd's own graph.
+A check gets a `Sight` (the reference values, computed naively) and a function that asks for the map under given
+parameters, and returns a `Figure`. A check never passes merely because the method ran or a shape fits. The letters:
+**G** equals autograd through the whole inferer, **C** complete, **R** conserved, with the relevance that biases absorb,
+**N** equals the naive whole-volume computation, **J** equals the rule applied to autograd's own graph.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ INTEGRATED = 1e-3  # completeness of integrated and sampled methods
 
 @dataclass(frozen=True)
 class Figure:
-    """What a check measured, and the tolerance that it must keep.
+    """The value that a check measured, and its tolerance.
 
     Attributes:
         capped: the tolerance was not reached within the cap of steps, which the note states.
@@ -60,14 +60,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Answer:
-    """A map (C, *spatial) and what the method says of it."""
+    """A map (C, *spatial) and the notes of its method."""
 
     map: Tensor
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Ask(Protocol):
-    """The map under these parameters; functions among them are of the case."""
+    """Return the map under these parameters; parameters that are functions are called with the sight."""
 
     def __call__(self, sight: Sight, **parameters: Any) -> Answer: ...
 
@@ -76,23 +76,23 @@ Check = Callable[[Sight, Ask], Figure]
 
 
 class NotApplicable(Exception):  # noqa: N818 - it is an answer, not an error
-    """The mathematics of the method has no place on this network; the message is the sentence that says why."""
+    """The method does not apply to this network; the message gives the reason in one sentence."""
 
 
 # -- the checks -----------------------------------------------------------------------------------------------------
 
 
-def deviation(found: Tensor, truth: Tensor) -> float:
-    """Largest difference relative to the largest value of the truth."""
-    if found.shape != truth.shape:
-        found = found.expand_as(truth)
+def deviation(values: Tensor, truth: Tensor) -> float:
+    """Return the largest difference relative to the largest value of the truth."""
+    if values.shape != truth.shape:
+        values = values.expand_as(truth)
     if not bool(truth.any()):  # a map of zeros, recorded as such: no voxel may differ
-        return float(found.abs().max())
-    return float((found.double() - truth).abs().max() / truth.abs().max())
+        return float(values.abs().max())
+    return float((values.double() - truth).abs().max() / truth.abs().max())
 
 
 def equals(truth: Callable[[Sight], Tensor], tolerance: float = EXACT, **parameters: Any) -> Check:
-    """The map is the one that the naive computation gives."""
+    """Check that the map equals the naive computation."""
 
     def check(sight: Sight, ask: Ask) -> Figure:
         return Figure(deviation(ask(sight, **parameters).map, truth(sight)), tolerance)
@@ -101,7 +101,7 @@ def equals(truth: Callable[[Sight], Tensor], tolerance: float = EXACT, **paramet
 
 
 def modified_at_activations(rule: str) -> Check:
-    """Equals the rule on autograd's graph; the note says how far the map is from the plain gradient (cosine)."""
+    """Check against the rule on autograd's graph; the note has the cosine between map and plain gradient."""
 
     def check(sight: Sight, ask: Ask) -> Figure:
         found = ask(sight).map
@@ -112,7 +112,7 @@ def modified_at_activations(rule: str) -> Check:
 
 
 def by_patterns(way: str) -> Check:
-    """Equals patterns, fitted and applied on autograd's graph; refused where that holds a product of two tensors."""
+    """Check against patterns fitted and applied on autograd's graph; a product of two tensors must be refused."""
 
     def check(sight: Sight, ask: Ask) -> Figure:
         window = sight.window_cotangents()[0][:1]
@@ -134,7 +134,7 @@ def complete(
     single: bool = False,
     **parameters: Any,
 ) -> Check:
-    """Σ map = F(x) − F(x₀), F by the naive computation; on one window where ``single``."""
+    """Check Σ map = F(x) − F(x₀), F by the naive computation; on one window if ``single``."""
 
     def check(sight: Sight, ask: Ask) -> Figure:
         sight = sight.single if single else sight
@@ -154,7 +154,7 @@ def integrates(
     enough: Mapping[str, Any],
     change: Callable[[Sight], float],
 ) -> Check:
-    """With few steps the quadrature through the whole inferer, and with enough of them complete (on one window)."""
+    """Check the quadrature through the whole inferer with few steps, and completeness with enough (on one window)."""
 
     def check(sight: Sight, ask: Ask) -> Figure:
         equal = Figure(deviation(ask(sight, **few).map, truth(sight)), EXACT, "quadrature")
@@ -170,7 +170,7 @@ def integrates(
 
 
 def conserves(expected: Callable[[Sight], float], *, positive: bool = False, absolute: bool = False) -> Check:
-    """Σ map + booked + padding = what was there to be shared; the note says which part of it lies in the map."""
+    """Check Σ map + absorbed relevance + padding = the total to be shared; the note has the share in the map."""
 
     def check(sight: Sight, ask: Ask) -> Figure:
         answer = ask(sight)
@@ -188,7 +188,7 @@ def conserves(expected: Callable[[Sight], float], *, positive: bool = False, abs
 
 
 def in_expectation(truth: Callable[[Sight], Tensor], few: Mapping[str, Any]) -> Check:
-    """With the same draws the naive sum; and complete within four of the standard errors that the record states."""
+    """Check the naive sum with the same draws, and completeness within four standard errors of the record."""
 
     def check(sight: Sight, ask: Ask) -> Figure:
         equal = Figure(deviation(ask(sight, **few).map, truth(sight)), EXACT)
@@ -207,7 +207,7 @@ def in_expectation(truth: Callable[[Sight], Tensor], few: Mapping[str, Any]) -> 
 
 
 def both(*checks: Check) -> Check:
-    """All must hold; the figure is that of the one that comes closest to its tolerance."""
+    """Combine checks that must all pass; the figure is that of the one closest to its tolerance."""
 
     def check(sight: Sight, ask: Ask) -> Figure:
         figures = [c(sight, ask) for c in checks]
@@ -218,7 +218,7 @@ def both(*checks: Check) -> Check:
 
 
 def _of(parameters: Mapping[str, Any], sight: Sight) -> dict[str, Any]:
-    """Parameters that depend on the case are functions of it."""
+    """Replace parameters that are functions by their value for the case."""
     return {k: v(sight) if inspect.isfunction(v) else v for k, v in parameters.items()}
 
 
@@ -310,11 +310,11 @@ _SIZES = (4, 12)
 
 
 def sides(sight: Sight, rule: Callable[..., Relevance], sign: int, **options: Any) -> tuple[Tensor, Tensor]:
-    """A rule for the target and for its opposite, summed over windows: the network up to its last weights, explained
-    for what the rule hands them, and the same with the signs of these weights changed.
+    """Apply a rule to the target and to its opposite, summed over windows: the network up to its last weights,
+    explained for the relevance that arrives there, and the same with the signs of these weights changed.
 
     Args:
-        sign: of what the opposite starts with.
+        sign: sign of the relevance that the opposite starts with.
     """
     name, head = _last_weights(sight)
 
@@ -325,7 +325,7 @@ def sides(sight: Sight, rule: Callable[..., Relevance], sign: int, **options: An
         handle.remove()
         return kept[0]
 
-    found = [torch.zeros_like(sight.image), torch.zeros_like(sight.image)]
+    totals = [torch.zeros_like(sight.image), torch.zeros_like(sight.image)]
     windows, cotangents = sight.window_cotangents()
     for x, c, place in zip(windows, cotangents, sight.s.objective.plan.slices):
         arriving = rule(sight.case_output, x[None], c[None, None], layers={name: head}, **options)
@@ -334,15 +334,15 @@ def sides(sight: Sight, rule: Callable[..., Relevance], sign: int, **options: An
             with torch.no_grad():
                 for p in head.parameters() if side else ():
                     p.neg_()
-            found[side][(slice(None), *place)] += rule(to_head, x[None], factor * start, **options).input[0, 0]
+            totals[side][(slice(None), *place)] += rule(to_head, x[None], factor * start, **options).input[0, 0]
             with torch.no_grad():
                 for p in head.parameters() if side else ():
                     p.neg_()
-    return found[0], found[1]
+    return totals[0], totals[1]
 
 
 def _last_weights(sight: Sight) -> tuple[str, torch.nn.Module]:
-    """The convolution or linear layer that runs last."""
+    """Return name and module of the convolution or linear layer that runs last."""
     kinds = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
     ran: list[tuple[str, torch.nn.Module]] = []
     heads = [(n, m) for n, m in sight.network.named_modules() if isinstance(m, kinds)]
@@ -551,8 +551,8 @@ class Row:
         section: heading in the table.
         method: name in `esegeta_monai.methods`.
         check: what must hold.
-        parameters: of the method, besides those of the check; functions are of the case.
-        label: how the row is called, where that is not the method's name.
+        parameters: of the method, besides those of the check; functions are called with the sight.
+        label: name of the row, if it is not that of the method.
         neuron: the target is a unit of an inner layer.
         letter: the kind of check.
     """
@@ -570,14 +570,14 @@ class Row:
         return self.label or self.method
 
     def version(self, whose: str) -> str:
-        """Changes with the check (by its source and what it closes over), and for our cells with the method's file."""
+        """Hash the check (its source and its closure), and for our cells the method's file."""
         parts = [inspect.getsource(inspect.getmodule(getattr(methods, self.method)))] if whose == "ours" else []
         parts += _sources([self.check, *itertools.chain(*sorted(self.parameters.items()))], set())
         return sha256("".join(parts).encode()).hexdigest()[:8]
 
 
 def _sources(part: Any, seen: set[int]) -> list[str]:
-    """What a value says of itself: a function by its source, and by what it closes over."""
+    """List the texts that identify a value: a function by its source and the values in its closure."""
     if isinstance(part, Mapping):
         return _sources([*itertools.chain(*part.items())], seen)
     if isinstance(part, (list, tuple)):
@@ -590,10 +590,10 @@ def _sources(part: Any, seen: set[int]) -> list[str]:
     code = part.__code__
     if code.co_name == "<lambda>":  # its source would be the whole table
         constants = [c for c in code.co_consts if not inspect.iscode(c)]
-        said = repr((code.co_names, code.co_freevars, constants))
+        source = repr((code.co_names, code.co_freevars, constants))
     else:
-        said = inspect.getsource(part)
-    return [said, *_sources([c.cell_contents for c in part.__closure__ or ()], seen)]
+        source = inspect.getsource(part)
+    return [source, *_sources([c.cell_contents for c in part.__closure__ or ()], seen)]
 
 
 GRADIENT, CAMS, LAYERS, NEURONS = "Gradient and relevance", "Class activation maps", "Layers", "Neurons"
@@ -699,11 +699,11 @@ ROWS: list[Row] = [
 
 _GATED = ("AttentionUnet", "UNETR", "SwinUNETR", "ViT", "ViTAutoEnc", "SEResNet50", "SENet154", "EfficientNet")
 
-#: Cells that cannot be green, and the mathematics why.
+#: Cells that cannot be green, with the mathematical reason.
 EXCEPTIONS: dict[tuple[str, str], str] = {
     **{
         ("FullGrad", network): "a gate or attention multiplies two functions of the input, y = u(x) v(x), whose part "
-        "y − J x belongs to the product and to the bias of no module, so Σ x·∇ + Σ b·∇ ≠ F (the record says how much)"
+        "y − J x belongs to the product and to the bias of no module, so Σ x·∇ + Σ b·∇ ≠ F (the record states the gap)"
         for network in _GATED
     },
     (
@@ -717,16 +717,16 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
 
 
 def ours(row: Row) -> Ask:
-    """Our method's answers."""
+    """Return the function that computes the maps of our method."""
 
     def ask(sight: Sight, **parameters: Any) -> Answer:
         method: Method = getattr(methods, row.method)(**_of({**row.parameters, **parameters}, sight))
         if row.neuron:
             explainer = Explainer(sight.network, sight.s.inferer, output=sight.s.output)
-            (found,) = explainer(sight.image[None], [method], [sight.target])
-            if found.map is None:
-                raise MethodError(str(found.record.get("error", found.status)))
-            return Answer(found.map.as_tensor(), found.record)
+            (attribution,) = explainer(sight.image[None], [method], [sight.target])
+            if attribution.map is None:
+                raise MethodError(str(attribution.record.get("error", attribution.status)))
+            return Answer(attribution.map.as_tensor(), attribution.record)
         explained = explain(method, sight.s.objective)
         return Answer(explained.maps[0], explained.note(0))
 
@@ -734,5 +734,5 @@ def ours(row: Row) -> Ask:
 
 
 def measure(row: Row, sight: Sight) -> Figure:
-    """One cell of ours."""
+    """Measure one of our cells."""
     return row.check(sight, ours(row))

@@ -1,7 +1,7 @@
 """Guided backpropagation and deconvolution by hooks on autograd's graph: no module, no function mode, no rule engine.
 
-After a plain forward pass (here through MONAI's whole inferer) every activation has left a node in the graph, whatever
-called it. A hook before the node sees the gradient that arrives, one behind it the gradient that leaves.
+After a plain forward pass (here through MONAI's whole inferer) the graph has a node for every activation, however it
+was called. A prehook of the node gets the gradient at its output, a hook the gradient at its input as well.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
 def kind_of(node: Any) -> str:
-    """The name of what left the node: ``"Relu"`` for a ReluBackward0."""
+    """Return the name of the operation that created a node: ``"Relu"`` for a ReluBackward0."""
     name: str = node.name()
     return name.rstrip("0123456789").removesuffix("Backward")
 
 
 def nodes_of(output: Tensor) -> list[Any]:
-    """All nodes behind a tensor, each before those that it leads to."""
+    """List all nodes of a tensor's graph, from the output to the leaves."""
     assert output.grad_fn is not None
     order: list[Any] = []
     seen: set[Any] = set()
@@ -46,7 +46,7 @@ def nodes_of(output: Tensor) -> list[Any]:
 
 
 def count_paths(output: Tensor, leaf: Tensor) -> dict[Any, tuple[int, int]]:
-    """For each node the number of paths from the output to it, and from it to the leaf: exact, whatever their size."""
+    """Count for each node the paths from the output to it, and from it to the leaf, in exact integers."""
     order = nodes_of(output)
     down = dict.fromkeys(order, 0)
     down[output.grad_fn] = 1
@@ -64,7 +64,7 @@ def count_paths(output: Tensor, leaf: Tensor) -> dict[Any, tuple[int, int]]:
 
 
 def modified_gradient(network: nn.Module, value: Callable[[Tensor], Tensor], x: Tensor, rule: str) -> Tensor:
-    """The gradient of ``value`` at x with guided backpropagation's or deconvolution's rule at every rectifier."""
+    """Compute the gradient of ``value`` at x under the rule "guided" or "deconvolution" at every rectifier."""
     x = x.detach().clone().requires_grad_(True)
     with written_out(network, _swish(rule)), torch.enable_grad():
         output = value(x)
@@ -85,7 +85,7 @@ def _deconvolution(inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> tuple[A
 
 
 def _swish(rule: str) -> Hook:
-    """MONAI's Swish is several nodes (a product with a sigmoid): hooks on the tensors before and behind it."""
+    """Return a forward hook for MONAI's Swish, which is several nodes (a product with a sigmoid)."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         start = args[0].clone()
@@ -105,8 +105,8 @@ def _swish(rule: str) -> Hook:
 
 @contextmanager
 def written_out(network: nn.Module, swish: Hook) -> Iterator[None]:
-    """MONAI's Swish under a forward hook; in-place activations out of place: in place on a view, autograd hides their
-    node in another."""
+    """Put MONAI's Swish under a forward hook and run in-place activations out of place: in place on a view, autograd
+    merges their node with another."""
     handles = []
     in_place = [m for m in network.modules() if getattr(m, "inplace", False)]
     try:

@@ -1,11 +1,11 @@
 """PatternNet and PatternAttribution (Kindermans et al. 2018) by hooks on autograd's graph, through MONAI's inferer.
 
-Nothing of `esegeta_monai.engine.rules` is used: what runs is read off the graph, patterns are estimated tap by tap from
-centred inputs and outputs,
+Nothing of `esegeta_monai.engine.rules` is used: the operations are read off the graph, patterns are estimated tap by
+tap from centred inputs and outputs,
 
-    a_r = Σ_r (x − E x)(y − E y) / Σ_r (y − E y)²,   r: the sign of the argument of the rectifier behind y = wᵀx,
+    a_r = Σ_r (x − E x)(y − E y) / Σ_r (y − E y)²,   r: the sign of the argument of the rectifier after y = wᵀx,
 
-and are put in the weights' place in the backward pass of the whole inferer, which starts with y · ∂s/∂y.
+and replace the weights in the backward pass of the whole inferer, which starts with y · ∂s/∂y.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PLAIN = (
 
 
 class _Values(TorchFunctionMode):
-    """Keeps what every node gave out, by the node and the number of its output."""
+    """Mode that keeps the outputs of every node, by node and number of the output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class _Values(TorchFunctionMode):
 
 @dataclass
 class _Call:
-    """One call of the network: its graph, and what its nodes gave out."""
+    """One call of the network: its graph, and the outputs of its nodes."""
 
     output: Tensor
     values: dict[tuple[Any, int], Tensor]
@@ -66,21 +66,21 @@ class _Call:
 
     @property
     def products(self) -> list[str]:
-        """The nodes that are products of two tensors which depend on the image; softmax is one with its own sum."""
+        """Kinds of the nodes that multiply two tensors which depend on the image; softmax is a product with its sum."""
         kinds = ((kind_of(node), len(_inner(node))) for node in self.nodes)
         return [kind for kind, inner in kinds if kind in _PRODUCTS and (inner == 2 or kind == "Softmax")]
 
     def arguments(self, node: Any) -> list[Tensor]:
-        """What a node was given that depends on the image."""
+        """List the inputs of a node that depend on the image."""
         return [self.values[child] for child in node.next_functions if child[0] is not None]
 
     def neurons(self) -> list[Any]:
-        """Nodes that have patterns, in the same order in every call."""
+        """List the nodes that have patterns, in the same order in every call."""
         return [n for n in self.nodes if kind_of(n) in _WEIGHTED or (kind_of(n) in _SUMS and len(_inner(n)) == 2)]
 
     def regimes(self) -> dict[Any, Tensor]:
-        """Where the argument of the rectifier is positive that stands behind a neuron, with norms at most between."""
-        found: dict[Any, Tensor] = {}
+        """Mark for each neuron where the argument of its rectifier is positive; only norms may be between the two."""
+        positive: dict[Any, Tensor] = {}
         for node in self.nodes:
             if kind_of(node) not in RECTIFIERS:
                 continue
@@ -89,18 +89,18 @@ class _Call:
             while kind_of(below) in (*_NORMS, "View") and len(_inner(below)) == 1:
                 below = _inner(below)[0]
             if kind_of(below) in _WEIGHTED:
-                assert below not in found, "two rectifiers behind one neuron"
-                found[below] = argument > 0
-        return found
+                assert below not in positive, "two rectifiers after one neuron"
+                positive[below] = argument > 0
+        return positive
 
 
 def _inner(node: Any) -> list[Any]:
-    """The nodes that a node leads to."""
+    """List the nodes that a node leads to."""
     return [child for child, _ in node.next_functions if child is not None]
 
 
 def _check(nodes: list[Any]) -> None:
-    """Whatever is not known here must not pass unseen."""
+    """Refuse nodes that have no rule here."""
     for node in nodes:
         kind, inner = kind_of(node), len(_inner(node))
         known = kind in (*_WEIGHTED, *_SUMS, *_NORMS, *_PLAIN, *RECTIFIERS)
@@ -112,11 +112,11 @@ def _silu(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor
 
 
 class Patterned:
-    """A network with patterns in place of weights.
+    """Network with patterns in place of weights.
 
     Args:
         network: of windows (n, C, *roi).
-        forward: the entry of its output that is explained.
+        forward: returns the entry of its output that is explained.
     """
 
     def __init__(self, network: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
@@ -125,18 +125,18 @@ class Patterned:
         self._patterns: list[tuple[Tensor, ...]] = []
 
     def call(self, x: Tensor) -> _Call:
-        """One call with its graph."""
+        """Run one call and keep its graph."""
         with torch.enable_grad(), written_out(self.network, _silu), _Values() as values:
             start = x.clone() if x.requires_grad else x.clone().requires_grad_(True).clone()
             return _Call(self.forward(start), values.of)
 
     def see(self, x: Tensor) -> Tensor:
-        """Windows that the patterns are fitted on; returns the network's output, to be called by an inferer."""
+        """Keep windows for the fit of the patterns; returns the network's output, to be called by an inferer."""
         self._calls.append(self.call(x))
         return self._calls[-1].output.detach().clone()
 
     def fit(self) -> Patterned:
-        """Patterns of all neurons from what was seen."""
+        """Fit the patterns of all neurons on the windows seen."""
         _check(self._calls[0].nodes)
         regimes = {node: regime for call in self._calls for node, regime in call.regimes().items()}
         for alike in zip(*(call.neurons() for call in self._calls), strict=True):
@@ -152,7 +152,7 @@ class Patterned:
         return self
 
     def signal(self, x: Tensor, way: str) -> Tensor:
-        """The output for windows, whose backward pass hands down y · gradient by patterns; called by an inferer."""
+        """Return the output for windows; its backward pass spreads y · gradient by patterns. An inferer calls it."""
         call = self.call(x)
         regimes, neurons = call.regimes(), call.neurons()
         for node in call.nodes:
@@ -171,18 +171,18 @@ class Patterned:
 
 
 def _estimate(node: Any, x: Tensor, positive: Tensor | None) -> tuple[Tensor, ...]:
-    """The pattern of each regime, shaped like the weights."""
+    """Estimate the pattern of each regime, shaped like the weights."""
     weight = _weight(node)
     groups, y = _groups(node), _grouped(_run(node, x, weight), _groups(node))
     masks = [torch.ones_like(y)]
     if positive is not None:
         inside = _grouped(positive.reshape(_run(node, x, weight).shape), groups).to(y)
         masks = [inside, 1 - inside]
-    found = [torch.zeros_like(weight) for _ in masks]
+    patterns = [torch.zeros_like(weight) for _ in masks]
     for places in _neurons_along(node, y.ndim - 3):
         own = y[places]
         around = own - _mean(own)
-        for pattern, mask in zip(found, masks):
+        for pattern, mask in zip(patterns, masks):
             chosen = around * mask[places]
             power = (chosen * around).movedim((1, 2), (0, 1)).flatten(2).sum(2)  # (groups, outputs)
             for tap, values in _taps(node, x):
@@ -191,16 +191,16 @@ def _estimate(node: Any, x: Tensor, positive: Tensor | None) -> tuple[Tensor, ..
                 each = torch.where(power[..., None] > 0, cross / power[..., None], 0.0)
                 transposed = kind_of(node) == "Convolution" and node._saved_transposed
                 pattern[(..., *tap)] += (each.mT if transposed else each).flatten(0, 1)
-    return tuple(found)
+    return tuple(patterns)
 
 
 def _weight(node: Any) -> Tensor:
-    """As a module has it: (outputs, inputs, *kernel), or (inputs, outputs, *kernel) of a transposed convolution."""
+    """Return the weights as in a module: (outputs, inputs, *kernel), transposed (inputs, outputs, *kernel)."""
     return node._saved_weight if kind_of(node) == "Convolution" else node._saved_mat2.t()
 
 
 def _run(node: Any, x: Tensor, weight: Tensor) -> Tensor:
-    """Without the bias."""
+    """Run the layer without its bias."""
     if kind_of(node) != "Convolution":
         return x @ weight.t()
     return torch.convolution(
@@ -225,20 +225,20 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 
 
 def _mean(x: Tensor) -> Tensor:
-    """Over samples and places, one a channel."""
+    """Average over samples and positions, per channel."""
     return x.mean((0, *range(3, x.ndim)), keepdim=True)
 
 
 def _neurons_along(node: Any, axes: int) -> Iterator[tuple[Any, ...]]:
-    """The places of outputs that share their weights; a transposed convolution of stride s has s of them an axis."""
+    """Yield the slices of outputs that share their weights: s per axis for a transposed convolution of stride s."""
     steps = node._saved_stride if kind_of(node) == "Convolution" and node._saved_transposed else [1] * axes
     for start in itertools.product(*(range(s) for s in steps)):
         yield (..., *(slice(i, None, s) for i, s in zip(start, steps)))
 
 
 def _taps(node: Any, x: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """For each place in the kernel, what every output reads there; a transposed convolution reads its input with zeros
-    put between, flipped."""
+    """Yield for each tap of the kernel the input that every output reads there; a transposed convolution reads its
+    input with zeros in between, flipped."""
     if kind_of(node) != "Convolution":
         yield (), x
         return
@@ -260,7 +260,7 @@ def _taps(node: Any, x: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
 
 
 def _shares(node: Any, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """cov(term, sum) / var(sum) of both terms, (2, channels)."""
+    """Return cov(term, sum) / var(sum) of both terms, (2, channels)."""
     sign = -1 if kind_of(node) == "Sub" else 1
     terms = torch.stack([u, sign * node._saved_alpha * v]).movedim(2, 1).flatten(2)
     around = terms - terms.mean(2, keepdim=True)
@@ -275,7 +275,7 @@ Gradients = tuple[Any, ...]
 
 
 def _weighted(node: Any, patterns: tuple[Tensor, ...], positive: Tensor | None, way: str) -> Callable[..., Gradients]:
-    """aᵀ g, or (w ⊙ a)ᵀ g, of the regime that each output is in."""
+    """Return the hook that gives aᵀ g, or (w ⊙ a)ᵀ g, with the pattern of each output's regime."""
     factors = [a * _weight(node) if way == "attribution" else a for a in patterns]
     place = 1 if kind_of(node) == "Addmm" else 0
 
@@ -297,7 +297,7 @@ def _weighted(node: Any, patterns: tuple[Tensor, ...], positive: Tensor | None, 
 
 
 def _summed(node: Any, shares: Tensor, way: str) -> Callable[..., Gradients]:
-    """Each term by its share of the sum's variance."""
+    """Return the hook that gives each term its share of the sum's variance."""
     coefficients = (1, node._saved_alpha * (-1 if kind_of(node) == "Sub" else 1))
 
     def hook(inputs: Gradients, outputs: Gradients) -> Gradients:
@@ -308,7 +308,7 @@ def _summed(node: Any, shares: Tensor, way: str) -> Callable[..., Gradients]:
 
 
 def _scaled(node: Any, way: str) -> Callable[..., Gradients]:
-    """A norm: z = s · y + b with s = γ / σ."""
+    """Return the hook of a norm, z = s · y + b with s = γ / σ."""
     if kind_of(node) == "NativeGroupNorm":  # 1 / σ of each sample and group
         scale = node._saved_result2.repeat_interleave(node._saved_C // node._saved_group, 1)
     elif node._saved_training:  # instance norm: every channel of every sample is a channel

@@ -1,5 +1,5 @@
-"""What is true of one network, one volume and one score, computed the naive way: the whole volume through MONAI's own
-inferer, with autograd; nothing of `esegeta_monai.methods` is used.
+"""Reference values of one network, one volume and one score, computed naively: the whole volume through MONAI's own
+inferer, with autograd. Nothing of `esegeta_monai.methods` is used.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Sight:
 
     Args:
         name, dims: of the network.
-        windows: False: a volume of one window, for libraries that know no windows.
+        windows: False: a volume of one window, for libraries that do not support windows.
         neuron: the target is a unit of the inner layer instead.
 
     Attributes:
@@ -55,7 +55,7 @@ class Sight:
 
     @property
     def target(self) -> Target:
-        """What is explained, in our words."""
+        """The target that is explained."""
         if self.neuron:
             return LayerNeuron(self.layer, self.channel, index=self.unit)
         return target_of(self.case, self.class_index)
@@ -74,7 +74,7 @@ class Sight:
         return Sight(self.name, self.dims, windows=False, neuron=self.neuron) if self.windows else self
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What several rows compare with is computed once."""
+        """Compute a value that several rows compare with once."""
         if key not in self.kept:
             self.kept[key] = make()
         return self.kept[key]
@@ -82,23 +82,23 @@ class Sight:
     # -- F and its gradients ------------------------------------------------------------------------------------
 
     def score(self, prediction: Tensor) -> Tensor:
-        """The target of a prediction (K, *spatial)."""
+        """Return the score of a prediction (K, *spatial)."""
         score = self.s.objective.scores[0]
         return score.value(score.crop(prediction))
 
     def F(self, x: Tensor) -> Tensor:  # noqa: N802 - its name in all formulas
-        """F at a volume (C, *spatial), differentiable, through MONAI's inferer."""
+        """Return F at a volume (C, *spatial), differentiable, through MONAI's inferer."""
         if self.neuron:
             return self._unit_value(x)
         return self.score(self.s.inferer(x[None], self.s.model)[0])
 
     def value(self, x: Tensor) -> float:
-        """F at a volume."""
+        """Return F at a volume."""
         with torch.no_grad():
             return float(self.F(x))
 
     def gradient(self, x: Tensor) -> Tensor:
-        """∂F/∂x by autograd through the whole inferer."""
+        """Return ∂F/∂x by autograd through the whole inferer."""
         x = x.detach().clone().requires_grad_(True)
         (gradient,) = torch.autograd.grad(self.F(x), x)
         return gradient
@@ -114,38 +114,38 @@ class Sight:
         return self.value(self.image) - self.value(self.x0)
 
     def noisy(self, n: int, std: float) -> list[Tensor]:
-        """The image under the run's noise."""
+        """Return the image under the run's noise."""
         generator = self.s.objective.generator()
         return [self.image + noise_like(self.image, std, generator) for _ in range(n)]
 
     def modified(self, rule: str) -> Tensor:
-        """Guided backpropagation or deconvolution, by hooks on autograd's graph."""
+        """Return the guided backpropagation or deconvolution map, by hooks on autograd's graph."""
         return self.once(rule, lambda: modified_gradient(self.network, self.F, self.image, rule))
 
     @property
     def cases(self) -> list[Tensor]:
-        """What patterns are fitted on."""
+        """The volumes that patterns are fitted on."""
         return [self.image, self.x0]
 
     @cached_property
     def patterned(self) -> Patterned:
-        """The network with patterns that were fitted on the windows which MONAI's inferer cuts from the cases."""
-        found = Patterned(self.network, self.case_output)
+        """The network with patterns fitted on the windows that MONAI's inferer cuts from the cases."""
+        fitted = Patterned(self.network, self.case_output)
         for case in self.cases:
-            self.s.inferer(case[None], found.see)
-        return found.fit()
+            self.s.inferer(case[None], fitted.see)
+        return fitted.fit()
 
     def signal(self, way: str) -> Tensor:
-        """What arrives at the image when patterns stand in the place of weights, through the whole inferer."""
+        """Return the signal at the image with patterns in place of weights, through the whole inferer."""
         x = self.image.clone().requires_grad_(True)
         prediction = self.s.inferer(x[None], lambda window: self.patterned.signal(window, way))[0]
-        (found,) = torch.autograd.grad(self.score(prediction), x)
-        return found
+        (arriving,) = torch.autograd.grad(self.score(prediction), x)
+        return arriving
 
     # -- a layer ------------------------------------------------------------------------------------------------
 
     def at(self, x: Tensor, layer: str | None = None) -> tuple[Tensor, Tensor]:
-        """Activations and gradients of all windows at a layer, (W, C, *positions), for any volume."""
+        """Return activations and gradients of all windows at a layer, (W, C, *positions), for any volume."""
         image, own, self.s.image, self.s.layer = self.s.image, self.s.layer, x, layer or self.layer
         try:
             return self.s.pass_()
@@ -179,9 +179,9 @@ class Sight:
 
     @cached_property
     def cut_layer(self) -> str:
-        """An inner layer that no path leads round: all paths of autograd's graph pass its node.
+        """An inner layer that no path bypasses: all paths of autograd's graph pass its node.
 
-        Not one with a class token beside its grid: what flows through that has no place in a map.
+        Not one with a class token beside its grid: the flow through the token has no position in a map.
         """
         shapes = {s.name: s for s in layer_shapes(self.s.objective) if s.name and s.grid and s.calls == 1}
         useful = [
@@ -193,7 +193,7 @@ class Sight:
         return inner[len(inner) // 2]
 
     def cuts(self, names: list[str]) -> list[str]:
-        """Those of some layers, in their order, that no path from image to output leads round."""
+        """Return those of some layers, in their order, that no path from image to output bypasses."""
         ends: dict[str, Any] = {}
         handles = []
         for name in names:
@@ -206,11 +206,11 @@ class Sight:
             handle.remove()
         paths = count_paths(output, x)
         total = paths[output.grad_fn][1]
-        found = [n for n in names if ends[n] in paths and paths[ends[n]][0] * paths[ends[n]][1] == total]
-        return [n for n in found if ends[n] is not output.grad_fn] or found
+        cutting = [n for n in names if ends[n] in paths and paths[ends[n]][0] * paths[ends[n]][1] == total]
+        return [n for n in cutting if ends[n] is not output.grad_fn] or cutting
 
     def window_cotangents(self) -> tuple[Tensor, Tensor]:
-        """Windows (W, C, *roi) and ∂F/∂(network output) of each, by autograd through the inferer."""
+        """Return windows (W, C, *roi) and ∂F/∂(network output) of each, by autograd through the inferer."""
         windows, outputs = [], []
 
         def model(x: Tensor) -> Tensor:
@@ -218,15 +218,15 @@ class Sight:
             outputs.append(self.s.model(x).detach().requires_grad_(True))
             return outputs[-1].clone()
 
-        found = torch.autograd.grad(self.score(self.s.inferer(self.image[None], model)[0]), outputs)
-        return torch.cat(windows), torch.cat(found)
+        cotangents = torch.autograd.grad(self.score(self.s.inferer(self.image[None], model)[0]), outputs)
+        return torch.cat(windows), torch.cat(cotangents)
 
     def case_output(self, window: Tensor) -> Tensor:
-        """The network's output for windows, the entry that is explained."""
+        """Return the network's output for windows, the entry that is explained."""
         return select_output(self.network(window), self.s.output)
 
     def record(self, x: Tensor, layer: str) -> list[Tensor]:
-        """The layer's own outputs, one a call of the network."""
+        """Return the layer's own outputs, one per call of the network."""
         kept: list[Tensor] = []
         handle = self.network.get_submodule(layer).register_forward_hook(lambda m, i, o: kept.append(o.clone()))
         with torch.no_grad():
@@ -235,7 +235,7 @@ class Sight:
         return kept
 
     def replaced(self, layer: str, values: list[Tensor]) -> Tensor:
-        """F at the image with other outputs of a layer, one a call of the network; differentiable."""
+        """Return F at the image with other outputs of a layer, one per call of the network; differentiable."""
         given = iter(values)
         handle = self.network.get_submodule(layer).register_forward_hook(lambda m, i, o: next(given).clone())
         try:
@@ -253,7 +253,7 @@ class Sight:
 
     @cached_property
     def channel(self) -> int:
-        """The layer's channel that is most active at the unit: behind a ReLU others may be silent."""
+        """The layer's channel that is most active at the unit: after a ReLU others may be zero."""
         with torch.enable_grad():
             channels = range(self.at_image[0].shape[1])
         with torch.no_grad():
@@ -261,7 +261,7 @@ class Sight:
         return int(torch.stack(values).argmax())
 
     def _unit_value(self, x: Tensor, channel: int | None = None) -> Tensor:
-        """``Σ_w ĝ_w(v) A_w(c, p(v))``: the layer on a window's voxels, each voxel with its cell's value, blended."""
+        """Return ``Σ_w ĝ_w(v) A_w(c, p(v))``: the layer on a window's voxels (nearest neighbour), blended."""
         module = self.network.get_submodule(self.layer)
 
         def layer(window: Tensor) -> Tensor:
@@ -274,12 +274,12 @@ class Sight:
         return self.s.inferer(x[None], layer)[0][(self.channel if channel is None else channel, *self.unit)]
 
     def upsampled(self, small: Tensor) -> Tensor:
-        """A layer's map (C, *positions) on the grid of a volume of one window."""
+        """Interpolate a layer's map (C, *positions) to the grid of a volume of one window."""
         return F.interpolate(small[None], self.image.shape[1:], mode=UP[self.dims])[0]
 
 
 def target_of(case: NetworkCase, class_index: int) -> Target:
-    """A logit, or its mean under the frozen mask of its class."""
+    """Return a logit, or its mean under the frozen mask of its class."""
     if case.kind == CLASSIFICATION:
         return ClassScore(class_index)
     return MultiClassMask(class_index, reduction="mean")
@@ -287,12 +287,12 @@ def target_of(case: NetworkCase, class_index: int) -> Target:
 
 @cache
 def _class_that_speaks(name: str, dims: int) -> int:
-    """Class 1, unless the guided rules leave nothing of its signal (its head having negative weights only)."""
+    """Return class 1, unless the guided rules remove its whole signal (its head has negative weights only)."""
     case = build(name, dims)
     case.network.requires_grad_(False)
     for index in (1, 2, 0):
-        found = modified_gradient(case.network, lambda x, i=index: case.score(x, i).sum(), case.image, "guided")
-        if bool(found.any()):
+        gradient = modified_gradient(case.network, lambda x, i=index: case.score(x, i).sum(), case.image, "guided")
+        if bool(gradient.any()):
             return index
     raise ValueError(f"{name} in {dims}D: guided backpropagation is zero for every class")
 
@@ -304,15 +304,15 @@ def _one_window(case: NetworkCase, target: Target, scale: int = 1) -> Setting:
 
 
 def _node(inputs: tuple[Any, ...], output: Any) -> Any:
-    """The node of a layer's output; none where it hands on its input, whose node is not its own."""
+    """Return the node of a layer's output; None if it returns its input, whose node is not its own."""
     return None if any(output is i for i in inputs) else getattr(output, "grad_fn", None)
 
 
 def tail(
     network: nn.Module, layer: str, x: Tensor, z: Tensor, output: str | int | None
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The network as a function of a window x and of a layer's output z, which replaces what x gives there; and that
-    pair as one vector, (1, x and z). The layer is then an input of its own, and all beside it still sees x."""
+    """Return the network as a function of a window x and a layer's output z, which replaces the layer's own output, and
+    that pair as one vector, (1, x and z). The layer is then a second input, and all parallel paths still see x."""
 
     def forward(pair: Tensor) -> Tensor:
         image, inside = pair.split([x.numel(), z.numel()], 1)

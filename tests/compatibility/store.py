@@ -1,6 +1,6 @@
-"""The measured cells, one line each: whose, row, network, dimensions, version of the check, verdict, figure, note.
+"""The measured cells, one per line: library, row, network, dimensions, version of the check, verdict, figure, note.
 
-A cell holds as long as its version does: when a method's file or its check changes, only its row is measured again.
+A cell is valid as long as its version: when a method's file or its check changes, only its row is measured again.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ STORE = Path(__file__).parent / "cells.csv"
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure.
+    """One measured cell.
 
     Attributes:
-        whose: "ours", "captum", "monai", …
-        verdict: "green"; "capped": right, but the cap of steps came before the tolerance; "red": measured and wrong;
-            "error": raised; "none": the method has no place on this network.
+        whose: library: "ours", "captum", "monai", …
+        verdict: "green"; "capped": right, but the maximum number of steps was reached before the tolerance; "red":
+            measured and wrong; "error": raised; "none": the method does not apply to this network.
     """
 
     whose: str
@@ -51,18 +51,18 @@ class Store:
                     self.cells[cell.key] = cell
 
     def has(self, whose: str, row: str, network: str, dims: int, version: str) -> bool:
-        """Whether the cell is there and still valid."""
+        """Return True if the cell is stored and still valid."""
         cell = self.cells.get((whose, row, network, dims))
         return cell is not None and cell.version == version
 
     def add(self, cell: Cell) -> None:
-        """Keeps a cell."""
+        """Add a cell."""
         self.cells[cell.key] = cell
         with self.path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(astuple(cell))
 
     def tidy(self, rows: Iterable[str]) -> None:
-        """Writes the file anew: sorted, each cell once, only rows that exist."""
+        """Write the file anew: sorted, each cell once, only rows that exist."""
         known = set(rows)
         self.cells = {key: cell for key, cell in sorted(self.cells.items()) if cell.row in known}
         with self.path.open("w", newline="") as file:

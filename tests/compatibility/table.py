@@ -76,12 +76,12 @@ def write(store: Store) -> str:
 def _counts(cells: list[Cell], present: list[str]) -> str:
     lines = ["", "## Count", "", "| | cells | " + " | ".join(MARKS.values()) + " | missing |", "|---" * 8 + "|"]
     for whose in present:
-        found = Counter(c.verdict for c in cells if c.whose == whose)
+        verdicts = Counter(c.verdict for c in cells if c.whose == whose)
         rows = len(ROWS) if whose == "ours" else len(PEERS[whose].maps)
         dims = 2 if whose == "ours" else len(PEERS[whose].dims)
         expected = rows * len(NAMES) * dims
-        total = sum(found.values())
-        counts = " | ".join(str(found[v]) for v in MARKS)
+        total = sum(verdicts.values())
+        counts = " | ".join(str(verdicts[v]) for v in MARKS)
         lines.append(f"| {TITLES[whose]} | {expected} | {counts} | {expected - total} |")
     lines += ["", f"{len(ROWS)} rows, {len(NAMES)} networks, 2D and 3D. Other libraries: the rows they implement."]
     return "\n".join(lines) + "\n"
@@ -94,21 +94,21 @@ def _rows_by_library(cells: list[Cell], present: list[str]) -> str:
     for row in ROWS:
         counts = []
         for whose in present:
-            found = Counter(c.verdict for c in cells if c.whose == whose and c.row == row.name)
-            total = sum(found.values()) - found["none"]
-            capped = f" + {found['capped']} ◐" if found["capped"] else ""
-            counts.append(f"{found['green']}{capped} of {total}" if total else "–")
+            verdicts = Counter(c.verdict for c in cells if c.whose == whose and c.row == row.name)
+            total = sum(verdicts.values()) - verdicts["none"]
+            capped = f" + {verdicts['capped']} ◐" if verdicts["capped"] else ""
+            counts.append(f"{verdicts['green']}{capped} of {total}" if total else "–")
         lines.append(f"| {row.name} | {row.letter} | " + " | ".join(counts) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _reasons(cells: list[Cell]) -> str:
     """List every cell of esegeta_monai that is not green, with the reason."""
-    mine = [c for c in cells if c.whose == "ours" and c.verdict != "green"]
+    ours = [c for c in cells if c.whose == "ours" and c.verdict != "green"]
     lines = ["## Cells of esegeta_monai that are not green", ""]
     for verdict, mark in MARKS.items():
-        for (row, note), found in _grouped([c for c in mine if c.verdict == verdict]):
-            where = ", ".join(f"{c.network} {c.dims}D" + (f" ({c.figure})" if c.figure else "") for c in found)
+        for (row, note), group in _grouped([c for c in ours if c.verdict == verdict]):
+            where = ", ".join(f"{c.network} {c.dims}D" + (f" ({c.figure})" if c.figure else "") for c in group)
             why = note or ("the maximum number of steps" if verdict == "capped" else "not explained")
             lines.append(f"* {mark} **{row}**: {why}: {where}")
     return "\n".join([*lines, ""])

@@ -14,10 +14,10 @@ from tests.compatibility.checks import EXCEPTIONS, ROWS, Figure, NotApplicable, 
 from tests.compatibility.sight import Sight
 from tests.networks import NAMES
 
-# What integrates or masks channel by channel takes hundreds of passes: on these it is done in a second.
+# Methods that integrate or mask channel by channel take hundreds of passes: about a second on these.
 SMALL = ["MeshNet", "TwoHeads", "TupleNet", "SoftmaxInside", "ViTAutoEnc", "ViT"]
 LONG = {"IntegratedGradients", "BlurIG", "GuidedIG", "LayerConductance"}
-# Rows that have a place on few networks: one for 2D, one for 3D.
+# Rows that apply to few networks: one for 2D, one for 3D.
 PLACES = {
     "Cam": ("SEResNet50", "EfficientNet"),
     "PatternNet": ("SegResNet", "ResNet50"),
@@ -26,7 +26,7 @@ PLACES = {
 
 
 def covering() -> list[tuple[Row, str, int]]:
-    """Rows in order, each with the next network that it has a place on."""
+    """Return the rows in order, each with the next network that it applies to."""
     cells = []
     for dims in (2, 3):
         turn = 7 * dims

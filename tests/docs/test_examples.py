@@ -63,7 +63,7 @@ def _nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("name", EXAMPLE_PAGES)
-def test_an_example_runs_and_says_what_it_found(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_example_runs_and_prints_its_result(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     assert re.search(r"\d\.\d", capsys.readouterr().out)
 
@@ -103,7 +103,7 @@ def test_what_a_page_includes_is_the_file(page: Path) -> None:
     assert text.count("<!-- include:") == text.count("<!-- /include -->") == len(INCLUDE.findall(text))
 
 
-def test_the_sizes_of_examples_are_as_said() -> None:
+def test_the_sizes_of_examples_are_as_stated() -> None:
     reported = re.findall(r"\[(\d+) lines\]\((\S+)\)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     assert len(reported) == len(EXAMPLE_PAGES)
     for lines, path in reported:

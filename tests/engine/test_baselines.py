@@ -130,7 +130,7 @@ def test_auto_takes_zero_only_where_nothing_undoes_the_scale(name):
     assert bool(norms) == (made.norm in ("instance", "group", "layer"))
 
 
-def test_auto_says_what_and_why():
+def test_auto_records_its_choice_and_the_reason():
     with_norm, without = case(norm=True), case(norm=False)
     auto = Auto()
     with frozen(with_norm.model.network):

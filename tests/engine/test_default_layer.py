@@ -38,7 +38,7 @@ def test_calls_of_a_shared_layer_are_counted():
 
 
 def test_a_class_token_is_looked_through():
-    """Behind the last attention only the class token counts, so the default is the block before it."""
+    """After the last attention only the class token counts, so the default is the block before it."""
     case = build("ViT", 2)
     with torch.no_grad():
         logits = case.logits(case.image)[0]
@@ -105,7 +105,7 @@ def test_a_layer_that_is_written_into_is_looked_at_alone():
         assert default_layer(o) == "first"
 
 
-def test_a_layer_that_hands_its_input_on_is_looked_at_alone():
+def test_a_layer_that_returns_its_input_is_read_alone():
     class Handed(torch.nn.Module):
         def forward(self, x):
             return x

@@ -41,17 +41,17 @@ def test_grid_tiles_the_image_and_keeps_the_rest_of_the_last_boxes():
 
 
 def test_grid_per_channel():
-    found = Grid(4, per_channel=True).of(of(noise(2, 4, 8)))
-    assert len(found) == 4
-    assert found.labels[1].unique().tolist() == [2, 3]
-    assert found.names[3] == "channel 1, box 0 4"
+    features = Grid(4, per_channel=True).of(of(noise(2, 4, 8)))
+    assert len(features) == 4
+    assert features.labels[1].unique().tolist() == [2, 3]
+    assert features.names[3] == "channel 1, box 0 4"
 
 
 def test_channels():
-    found = Channels(["T1", "T2"]).of(of(noise(2, 3, 4, 5)))
-    assert found.names == ["T1", "T2"]
-    assert found.labels.shape == (2, 3, 4, 5)
-    assert bool((found.labels[1] == 1).all())
+    features = Channels(["T1", "T2"]).of(of(noise(2, 3, 4, 5)))
+    assert features.names == ["T1", "T2"]
+    assert features.labels.shape == (2, 3, 4, 5)
+    assert bool((features.labels[1] == 1).all())
     with pytest.raises(UsageError, match="1 names for 2 channels"):
         Channels(["T1"]).of(of(noise(2, 3, 4)))
 
@@ -102,9 +102,9 @@ def test_multi_channel_supervoxels_see_an_edge_of_the_second_channel():
 
 def test_label_map_keeps_names_and_leaves_the_background_alone():
     labels = torch.tensor([[0, 0, 7, 7], [3, 3, 7, 0]])
-    found = LabelMap(labels, names={3: "liver", "7": "spleen"}).of(of(noise(1, 2, 4)))
-    assert found.names == ["liver", "spleen"]
-    assert found.labels[0].tolist() == [[-1, -1, 1, 1], [0, 0, 1, -1]]
+    features = LabelMap(labels, names={3: "liver", "7": "spleen"}).of(of(noise(1, 2, 4)))
+    assert features.names == ["liver", "spleen"]
+    assert features.labels[0].tolist() == [[-1, -1, 1, 1], [0, 0, 1, -1]]
     assert LabelMap(labels, background=None).of(of(noise(1, 2, 4))).names == ["label 0", "label 3", "label 7"]
     assert features_for(labels).of(of(noise(1, 2, 4))).names == ["label 3", "label 7"]
 
@@ -186,9 +186,9 @@ def test_what_is_no_label_map_is_refused(labels, message):
 
 def test_label_maps_may_hold_floats_negative_numbers_and_be_arrays():
     objective = of(noise(1, 1, 4))
-    found = LabelMap(torch.tensor([[0.0, -1.0, 2.0000001, 2.0]]), names={"2": "liver"}).of(objective)
-    assert found.names == ["label -1", "liver"]
-    assert found.labels.tolist() == [[[-1, 0, 1, 1]]]
+    features = LabelMap(torch.tensor([[0.0, -1.0, 2.0000001, 2.0]]), names={"2": "liver"}).of(objective)
+    assert features.names == ["label -1", "liver"]
+    assert features.labels.tolist() == [[[-1, 0, 1, 1]]]
     assert features_for(np.array([[1, 1, 2, 2]])).of(objective).counts.tolist() == [2, 2]
 
 

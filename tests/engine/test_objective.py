@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer, sliding_window_inference
 from torch import Tensor, nn
 
+from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.boxes import Boxes
+from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.engine.perturbation.scoring import score_changes
+from esegeta_monai.engine.run_context import RunContext
+from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.errors import MethodError
 from esegeta_monai.methods import GradCam, InputXGradient, IntegratedGradients, Saliency, run
-from esegeta_monai.targets import Case, MultiClassMask, Voxel
+from esegeta_monai.targets import Case, MultiClassMask, Target, Voxel
 from tests.support.networks import ConvNet, network
 from tests.support.objectives import build_objective, full_gradient, naive_change, objective
-from tests.support.tensors import assert_equal
+from tests.support.tensors import assert_equal, noise
 
 SHAPES = {
     2: [(12, 17), (8, 8), (5, 8), (6, 20)],
@@ -69,8 +77,8 @@ def test_several_targets_share_windows_but_not_values():
     o, _ = objective(net, image, inferer, targets)
     with frozen(net):
         maps = run(Saliency(abs=False), o).maps
-    for score, mine in zip(o.scores, maps):
-        assert_equal(mine, full_gradient(net, image, inferer, score))
+    for score, map_ in zip(o.scores, maps):
+        assert_equal(map_, full_gradient(net, image, inferer, score))
     assert len(o.score_windows[1]) < len(o.score_windows[0])
 
 
@@ -135,9 +143,9 @@ def test_change_equals_naive(shape, padding_mode, norm, output):
     stops = [(min(a + 4, shape[0]), min(b + 4, shape[1])) for a, b in starts]
     boxes = Boxes(starts, stops, torch.full_like(image, 0.3))
     with frozen(net):
-        mine = score_changes(o, boxes)
+        changes = score_changes(o, boxes)
     for k, score in enumerate(o.scores):
-        assert_equal(mine[k], naive_change(net, image, inferer, score, boxes))
+        assert_equal(changes[k], naive_change(net, image, inferer, score, boxes))
 
 
 def test_a_box_that_changes_nothing_costs_nothing():
@@ -146,9 +154,9 @@ def test_a_box_that_changes_nothing_costs_nothing():
     image[:, :3] = 0.5
     o, _ = objective(net, image, SimpleInferer(), [MultiClassMask(1)])
     with frozen(net):
-        found = score_changes(o, Boxes([(0, 0), (4, 4)], [(3, 8), (6, 6)], 0.5))
-    assert found[0, 0] == 0
-    assert found[0, 1] != 0
+        changes = score_changes(o, Boxes([(0, 0), (4, 4)], [(3, 8), (6, 6)], 0.5))
+    assert changes[0, 0] == 0
+    assert changes[0, 1] != 0
     assert o.context.progress.passes == 2  # the unperturbed window and one box
 
 
@@ -176,7 +184,7 @@ def test_a_network_that_has_no_gradient_is_named():
         y[:] = 2 * y  # exp needs its result for its gradient
         return y
 
-    for function, said in ((overwritten, "inplace operation"), (lambda x: torch.heaviside(x, x), "heaviside")):
+    for function, reason in ((overwritten, "inplace operation"), (lambda x: torch.heaviside(x, x), "heaviside")):
 
         class Broken(ConvNet):
             def forward(self, x: Tensor, function=function) -> Tensor:
@@ -184,7 +192,7 @@ def test_a_network_that_has_no_gradient_is_named():
 
         o, _ = objective(Broken(2, 1).double(), torch.rand(1, 8, 8, dtype=torch.float64), None, [MultiClassMask(1)])
         for method in (Saliency(), GradCam(), IntegratedGradients(n_steps=2, baseline="zero")):
-            with frozen(o.model.network), pytest.raises(MethodError, match=rf"cannot be differentiated \(.*{said}"):
+            with frozen(o.model.network), pytest.raises(MethodError, match=rf"cannot be differentiated \(.*{reason}"):
                 run(method, o)
 
 
@@ -204,3 +212,105 @@ def test_values_at_the_image_are_kept_by_one_objective_alone():
     torch.testing.assert_close(there, torch.stack([elsewhere[0, 3, 4], elsewhere[1, 9, 2]]).double(), rtol=1e-5, atol=0)
     torch.testing.assert_close(objective.derive(scores=[objective.scores[1]]).image_values(), expected[1:])
     torch.testing.assert_close(objective.derive(scores=scores[::-1]).image_values(), expected.flip(0))
+
+
+def windowed(targets: tuple[Target, ...] = (MultiClassMask(1), MultiClassMask(2))) -> Objective:
+    """Several windows, a prediction, and everything that an objective computes lazily already computed."""
+    o, _ = objective(network(2, 1), noise(1, 14, 9), SlidingWindowInferer((8, 8), 2, 0.5), list(targets))
+    o.memo("default layer", lambda: "b")
+    for key in ("value", "prediction", "window scores", "window outputs", "perturbation scores", "anything"):
+        o.memo(key, lambda key=key: key)
+    return o
+
+
+CHANGES: dict[str, Callable[[Objective], dict[str, Any]]] = {
+    "nothing": lambda o: {},
+    "image": lambda o: {"image": o.image + 1},
+    "image and prediction": lambda o: {"image": o.image + 1, "prediction": o.prediction},
+    "scores": lambda o: {"scores": o.scores[:1]},
+    "plan": lambda o: {"plan": plan_windows(SimpleInferer(), o.image.shape[1:])},
+    "model": lambda o: {"model": Model(network(2, 1, norm=False), torch.device("cpu"))},
+    "seed": lambda o: {"seed": 5},
+    "context": lambda o: {"context": RunContext()},
+    "first windows": lambda o: {"first_windows": 1, "context": o.context.for_sample(4, 2)},
+    "full precision": lambda o: {"full_precision": True},
+    "full precision of first windows": lambda o: {"full_precision": True, "first_windows": 1},
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_derived_objective_has_what_was_asked_for_and_no_computed_value(kind):
+    parent = windowed()
+    changes = CHANGES[kind](parent)
+    child = parent.derive(**changes)
+    for name, value in changes.items():
+        if name != "full_precision":
+            assert getattr(child, name) is value
+    kept = {"image", "scores", "plan", "model", "seed", "context", "first_windows"} - set(changes)
+    if "full_precision" in changes:
+        kept.remove("model")
+        assert child.model.network is parent.model.network
+        assert child.model.autocast_dtype is None
+    assert all(getattr(child, name) is getattr(parent, name) for name in kept)
+    same_problem = not {"scores", "plan", "model"} & set(changes)
+    expected = {"default layer"} if same_problem else set()
+    if "full_precision" in changes:
+        expected.add("blend deviations")
+    computed = {"default layer", "blend deviations", "value", "prediction", "window scores", "window outputs"}
+    computed |= {"perturbation scores", "anything"}
+    assert {key for key in computed if child.knows(key)} == expected
+    child.memo("of the child", lambda: 1)
+    assert not parent.knows("of the child")
+
+
+def test_another_image_has_no_prediction_unless_it_is_given():
+    o = windowed()
+    assert o.derive(image=o.image + 1).prediction is None
+    assert o.derive(image=o.image + 1, prediction=o.prediction).prediction is o.prediction
+    assert o.derive(seed=3).prediction is o.prediction
+
+
+def test_the_first_windows_are_those_that_each_target_sees_first():
+    o = windowed((Voxel(1, index=(0, 0)), Voxel(1, index=(13, 8)), MultiClassMask(2)))
+    first = o.derive(first_windows=1, context=o.context.for_sample(4, 2))
+    assert first.score_windows == [windows[:1] for windows in o.score_windows]
+    assert list(first.all_windows) == first.windows == sorted({w[0] for w in o.score_windows})
+    assert len(o.windows) > len(first.windows) > 1
+
+
+def test_nothing_is_assigned_to_an_objective():
+    o = windowed()
+    for name in ("image", "scores", "prediction", "seed", "window_batch", "context", "anything"):
+        with pytest.raises((dataclasses.FrozenInstanceError, AttributeError)):
+            setattr(o, name, 1)
+
+
+def test_memo_computes_once_even_where_the_value_is_none():
+    o, calls = windowed(), []
+    for _ in range(2):
+        assert o.memo("new", lambda: calls.append(1)) is None
+    assert calls == [1]
+    assert o.knows("new")
+
+
+def test_stored_scores_have_a_key_for_each_image_and_precision_and_none_for_another_problem(tmp_path):
+    o = windowed()
+    assert o.checkpoint is None
+    o = o.derive(context=RunContext(checkpoint=ScoreCheckpoint(tmp_path, {"case": "a"})))
+    variants = {
+        "itself": o,
+        "seed": o.derive(seed=3),
+        "image": o.derive(image=o.image + 1),
+        "image again": o.derive(image=o.image + 1).derive(seed=3),
+        "other image": o.derive(image=o.image + 2),
+        "precision": o.derive(full_precision=True),
+        "image and precision": o.derive(image=o.image + 1).derive(full_precision=True),
+    }
+    keys = {name: variant.checkpoint.key for name, variant in variants.items()}
+    assert keys["itself"] == keys["seed"]
+    assert keys["image"] == keys["image again"]
+    assert len(set(keys.values())) == 5
+    for name in ("scores", "plan", "model"):
+        other = o.derive(**CHANGES[name](o))
+        assert other.checkpoint is None
+        assert other.derive(image=o.image + 1).checkpoint is None

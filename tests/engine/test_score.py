@@ -51,16 +51,16 @@ def test_cotangent_is_the_jacobian(output, activation, reduction):
     p, mask = noise(3, 4, 5), noise(4, 5) > 0.2
     score = WeightedScore(mask, 2, 3, output=output, activation=activation, reduction=reduction)
     cropped = score.crop(p)
-    found = score.cotangent(cropped)
-    assert found.shape == cropped.shape
+    cotangent = score.cotangent(cropped)
+    assert cotangent.shape == cropped.shape
     step = 1e-6
     for index in range(cropped.numel()):
         change = torch.zeros_like(cropped).flatten()
         change[index] = step
         change = change.reshape(cropped.shape)
         slope = float(score.value(cropped + change) - score.value(cropped - change)) / (2 * step)
-        assert float(found.flatten()[index]) == pytest.approx(slope, rel=1e-6, abs=1e-8)
-    assert bool((found[:, ~score.mask] == 0).all())
+        assert float(cotangent.flatten()[index]) == pytest.approx(slope, rel=1e-6, abs=1e-8)
+    assert bool((cotangent[:, ~score.mask] == 0).all())
 
 
 def test_only_the_logit_is_linear_and_softmax_reads_all_channels():
@@ -96,13 +96,13 @@ def test_the_derivative_of_a_probability_that_rounds_to_one_is_exact(odds, class
     others = torch.cat([logits[:1], logits[2:]])
     logits[1] = odds + (torch.logsumexp(others[:, 0], 0) if activation == "softmax" else 0)
     score = WeightedScore(torch.ones(1, dtype=torch.bool), 1, classes, output="probability", activation=activation)
-    found = score.cotangent(logits[list(score.channels)])[:, 0]
+    cotangent = score.cotangent(logits[list(score.channels)])[:, 0]
     exact = math.exp(-abs(odds)) / (1 + math.exp(-abs(odds))) ** 2  # p (1 − p)
     expected = torch.full((len(score.channels),), exact, dtype=torch.float64)
-    if activation == "softmax":  # shared by the others as their own softmax says
+    if activation == "softmax":  # shared by the others in proportion to their own softmax
         share = torch.softmax(others[:, 0], 0)
         expected = exact * torch.cat([-share[:1], torch.ones(1, dtype=torch.float64), -share[1:]])
-    assert found.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
+    assert cotangent.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
 
 
 def test_a_reference_moves_the_value_and_not_the_cotangent():

@@ -145,7 +145,7 @@ def test_every_method_that_knows_its_passes_exactly_does(setting, name):
     ],
     ids=lambda method: type(method).__name__,
 )
-def test_passes_that_a_tolerance_decides_are_told_as_a_cap_unless_all_were_run(method, calibration):
+def test_passes_that_depend_on_a_tolerance_are_an_upper_bound_unless_all_were_run(method, calibration):
     image, target = noise(1, 2, 12, 20), [MultiClassMask(1)]
     (cost,) = explainer().costs(image, [method], target, calibration=calibration)
     (attribution,) = explainer()(image, [method], target)
@@ -286,7 +286,7 @@ def foretold_and_taken(clock, method, calibration, output="logit"):
     ],
     ids=repr,
 )
-def test_the_time_of_every_kind_of_pass_is_foretold(clock, method, calibration):
+def test_the_time_of_every_kind_of_pass_is_estimated(clock, method, calibration):
     """After one batch of each kind, after some, and after all, by a clock that only passes move."""
     cost, taken = foretold_and_taken(clock, method, calibration)
     assert taken / 2 <= cost.seconds <= 2 * taken
@@ -294,7 +294,7 @@ def test_the_time_of_every_kind_of_pass_is_foretold(clock, method, calibration):
 
 @pytest.mark.parametrize("calibration", [0.0, 3.0, 1000.0])
 @pytest.mark.parametrize("output", ["logit", "probability"])
-def test_what_a_method_does_before_and_after_its_passes_is_foretold(clock, calibration, output):
+def test_time_before_and_after_the_passes_is_estimated(clock, calibration, output):
     """However long it takes until the first pass, as with supervoxels."""
     method = Slower(4, before=100.0, after=50.0, clock=clock)
     cost, taken = foretold_and_taken(clock, method, calibration, output)
@@ -308,7 +308,7 @@ def test_a_method_without_a_cheap_copy_is_stopped(clock):
     assert clock.seconds < 1.1 * taken
 
 
-def test_a_method_that_fails_says_why(clock):
+def test_the_cost_of_a_failing_method_has_the_reason(clock):
     class Failing(m.Saliency, registered=False):
         def attribute(self, objective):
             raise MethodError("never on Sundays")
@@ -317,7 +317,7 @@ def test_a_method_that_fails_says_why(clock):
     assert cost.note == "never on Sundays"
 
 
-def test_foretelling_leaves_nothing_behind(caplog):
+def test_a_dry_run_has_no_side_effects(caplog):
     """Maps of a dry run mean nothing, and no later run sees any of it."""
     image, target = noise(1, 2, 6, 20), [MultiClassMask(1)]
     methods = [m.IntegratedGradients("zero", n_steps=2), m.Occlusion(4), m.GradCam("a")]

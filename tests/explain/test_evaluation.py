@@ -16,45 +16,10 @@ from torch import nn
 from esegeta_monai import Explainer
 from esegeta_monai.cli.main import main
 from esegeta_monai.errors import UsageError
-from esegeta_monai.explain.evaluation import EvaluationResult, Evaluator
-from esegeta_monai.files.grids.resample import to_network_grid
-from esegeta_monai.output.evaluation_writer import COLUMNS, REGION_COLUMNS, EvaluationWriter
+from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.targets import ClassScore, MultiClassMask
+from tests.explain.judged import METRICS, ONE, Linear, judged
 from tests.support.cli import make_bundle, make_scan
-
-METRICS = [
-    "RelevanceMass",
-    "Deletion(features='grid(size=2)', baseline='zero')",
-    "Infidelity(n_samples=20, baseline='zero')",
-    "Sparseness",
-]
-
-
-class Linear(nn.Module):
-    """Class 1 is ``w · x`` with w in one corner, so that the cause is known."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = torch.zeros(8, 8, dtype=torch.float64)
-        self.w[:4, :4] = torch.linspace(1, 2, 16, dtype=torch.float64).reshape(4, 4)
-        self.unused = nn.Parameter(torch.zeros(1, dtype=torch.float64))
-
-    def forward(self, x):
-        score = (x[:, 0] * self.w).sum((1, 2))
-        return torch.stack([-score, score], 1)
-
-
-ONE = (ClassScore(1),)
-
-
-def judged(methods=("InputXGradient",), metrics=METRICS, targets=ONE, **more):
-    image = MetaTensor(torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5)
-    label = torch.zeros(8, 8)
-    label[:4, :4] = 1
-    evaluator = Evaluator(
-        Explainer(Linear(), on_error="record"), list(metrics), with_controls=more.pop("controls", True)
-    )
-    return evaluator(image, list(methods), list(targets), label=label, **more)
 
 
 def test_the_exact_map_beats_the_controls_and_a_zero_map_does_not():
@@ -100,50 +65,6 @@ def test_passes_are_counted_and_maps_that_cannot_be_judged_are_named():
 def test_metrics_of_one_name_are_refused():
     with pytest.raises(UsageError):
         Evaluator(Explainer(Linear()), ["Deletion", "Deletion"])
-
-
-def test_the_table_is_tidy_and_grows_by_cases(tmp_path):
-    result = judged()
-    writer = EvaluationWriter(tmp_path, [], [], {"bundle": "none"})
-    for case in ("a", "b", "a"):
-        writer.write(case, result)
-    with open(tmp_path / "metrics.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    assert tuple(table[0]) == COLUMNS
-    assert [r["case"] for r in table] == ["b"] * len(result.rows) + ["a"] * len(result.rows)
-    assert float(table[0]["value"]) == result.rows[0]["value"]
-    record = json.loads((tmp_path / "a" / "a_metrics.json").read_text(encoding="utf-8"))
-    assert record["bundle"] == "none"
-    (curve,) = [c for c in record["curves"] if c["method"] == "InputXGradient" and c["metric"].startswith("Deletion")]
-    assert len({len(v) for v in curve.values() if isinstance(v, list)}) == 1
-    with open(tmp_path / "a" / "a_regions.csv", newline="") as file:
-        regions = list(csv.DictReader(file))
-    assert tuple(regions[0]) == REGION_COLUMNS
-    assert {"all", "label 1", "body"} <= {r["region"] for r in regions}
-
-
-def test_rows_of_an_earlier_run_do_not_stay_where_a_case_has_none_now(tmp_path):
-    result = judged()
-    writer = EvaluationWriter(tmp_path, [], [])
-    writer.write("a", result)
-    writer.write("b", result)
-    writer.write("a", EvaluationResult(failed={"ClassScore-class1, InputXGradient": "out of memory"}))
-    with open(tmp_path / "metrics.csv", newline="") as file:
-        assert {r["case"] for r in csv.DictReader(file)} == {"b"}
-
-
-def test_a_table_that_a_spreadsheet_wrote_again_is_kept_and_another_one_refused(tmp_path):
-    EvaluationWriter(tmp_path, [], []).write("a", judged())
-    table = tmp_path / "metrics.csv"
-    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())
-    EvaluationWriter(tmp_path, [], []).write("b", judged())
-    with open(table, newline="", encoding="utf-8") as file:
-        assert {r["case"] for r in csv.DictReader(file)} == {"a", "b"}
-    for content in (b"case;target\na;b\n", "case,target\nKöln,b\n".encode("latin-1")):
-        table.write_bytes(content)
-        with pytest.raises(UsageError, match=r"metrics\.csv .*move it away"):
-            EvaluationWriter(tmp_path, [], [])
-        assert table.read_bytes() == content
 
 
 def test_masks_of_a_volume_that_is_one_voxel_thick():
@@ -244,12 +165,12 @@ def test_a_map_on_disk_that_cannot_be_read_leaves_the_others(study, capsys):
         (["--regions", "{study}/scans", "--region-names", "liver"], "NUMBER=NAME"),
         (["--regions", "{study}/scans", "--region-names", "1"], "NUMBER=NAME"),
         (["--region-names", "1=liver"], "--regions or --label"),
-        (["--label-value", "1"], "give the label with --label"),
+        (["--label-value", "1"], "also give the label map by --label"),
         (
             ["--label", "{study}/labels", "--label-value", "klass"],
-            "'klass' is no whole number above 0, and not 'class'",
+            "'klass' is neither a positive integer nor 'class'",
         ),
-        (["--outside-alarm", "2"], "'2' is no share from 0 to 1"),
+        (["--outside-alarm", "2"], "'2' is not a number from 0 to 1"),
         (["--label", "{study}/bundle/configs/inference.json"], "inference.json cannot be read as a label map"),
     ],
 )
@@ -273,22 +194,7 @@ def test_the_table_of_metrics(capsys):
     assert len(json.loads(capsys.readouterr().out)) > 25
 
 
-def test_a_map_on_the_scans_grid_keeps_its_sum_on_the_networks():
-    """A smooth additive map at 1 mm, brought to 2 mm."""
-    axes = [torch.linspace(-2, 2, n, dtype=torch.float64) for n in (32, 24, 28)]
-    smooth = torch.exp(-4 * sum(a**2 for a in torch.meshgrid(*axes, indexing="ij")))[None]
-    values = MetaTensor(smooth, affine=torch.eye(4, dtype=torch.float64))
-    there = torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0], dtype=torch.float64))
-    there[:3, 3] = 0.5
-    image = MetaTensor(torch.zeros(1, 16, 12, 14), affine=there)
-    moved = to_network_grid(values, image, additive=True)
-    assert moved.shape == image.shape
-    assert float(moved.sum()) == pytest.approx(float(smooth.sum()), rel=1e-2)
-    same = to_network_grid(values, MetaTensor(torch.zeros(1, 32, 24, 28)), additive=True)
-    assert torch.equal(same, smooth)
-
-
-def test_an_empty_target_is_told_and_the_others_are_judged(study):
+def test_an_empty_target_is_reported_and_the_others_are_evaluated(study):
     image = MetaTensor(torch.rand(1, 8, 8, dtype=torch.float64))
 
     class Segments(nn.Module):

@@ -42,7 +42,7 @@ def test_a_segmentation_by_the_columns_of_a_wrapper() -> None:
     assert np.abs(actual[0] - expected.map.numpy()).max() <= 1e-6 * np.abs(actual).max()
 
 
-def test_what_cannot_be_explained_is_said() -> None:
+def test_what_cannot_be_explained_is_refused() -> None:
     network, image = classifier(2), np.ones((1, 2, 6, 6), np.float32)
     with pytest.raises(UsageError, match="Salienc"):
         quantus_explain_func(network, image, [0], method="Salience")

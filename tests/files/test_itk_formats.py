@@ -68,7 +68,7 @@ def test_several_channels_are_one_vector_image(tmp_path: Path, suffix: str) -> N
 
 
 @pytest.mark.parametrize("affine", [AFFINE, RIGHT_HANDED], ids=["left-handed", "right-handed"])
-def test_a_dicom_series_lies_where_its_slices_lie(tmp_path: Path, affine: np.ndarray) -> None:
+def test_a_dicom_series_has_the_position_of_its_slices(tmp_path: Path, affine: np.ndarray) -> None:
     folder = write_series(tmp_path / "series", volume(), affine)
     scan = read_scan(folder)
     assert in_the_world(np.asarray(scan[0]), np.asarray(scan.affine)) == in_the_world(volume(), affine)

@@ -234,7 +234,7 @@ def finished(tmp_path: Path) -> Path:
     return path
 
 
-def test_sidecar_lies_beside_and_says_what_it_must(finished: Path) -> None:
+def test_sidecar_is_beside_the_map_and_has_the_required_fields(finished: Path) -> None:
     assert sidecar_path(finished).name == "a_t_Saliency_attr.json"
     assert picture_path(finished).name == "a_t_Saliency_attr.png"
     assert sorted(p.name for p in finished.parent.iterdir()) == ["a_t_Saliency_attr.json", "a_t_Saliency_attr.nii.gz"]

@@ -30,7 +30,7 @@ def test_nested_values() -> None:
     assert private(value) == {"mask": "(scan)", "list": [1, None, "a.txt"], "deep": {"k": 2.5}}
 
 
-def test_a_traceback_tells_code_and_causes_and_no_folder() -> None:
+def test_a_traceback_has_code_and_causes_but_no_folder() -> None:
     def opens() -> None:
         raise OSError("no /home/doe/Jane.nii.gz")
 

@@ -91,7 +91,7 @@ def test_earlier_failures_do_not_count_and_unreadable_cases_recover(tmp_path: Pa
     assert read(tmp_path)["summary"] == {"ok": 1}
 
 
-def test_a_damaged_record_is_put_aside_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_record_is_moved_away_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for content in ('{"results": [', '{"results": 3}', '{"results": [{"status": "ok"}]}'):
         (tmp_path / "run.json").write_text(content)
         with caplog.at_level(logging.WARNING), RunRecord(tmp_path) as run:

@@ -16,7 +16,6 @@ from PIL import Image
 
 from esegeta_monai.errors import InputError
 from esegeta_monai.files.scans import Grid, read_scan
-from esegeta_monai.utils.images import check_image
 
 AFFINE = np.array([[0.0, -1.5, 0.2, 10], [2.0, 0, 0, -20], [0, 0.3, 3.0, 5], [0, 0, 0, 1]])
 
@@ -136,7 +135,7 @@ def test_monai_alone_lets_these_through(tmp_path: Path) -> None:
     assert abs(np.linalg.det(mended)) > 0.5
 
 
-def test_an_affine_that_monai_mends_is_warned_of_and_kept_for_maps(
+def test_an_affine_that_monai_corrects_gives_a_warning_and_is_kept_for_maps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     image = nib.Nifti1Image(voxels(4, 5, 6), np.diag([2.0, 2, 2, 1]))
@@ -235,17 +234,7 @@ def test_without_itk_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
             read_scan(tmp_path / name)
 
 
-def test_check_image_takes_tensors_from_anywhere() -> None:
-    check_image(torch.zeros(1, 4, 4), "batch 0", spatial_dims=2, channels=1)
-    with pytest.raises(InputError, match="batch 0: 16 of 16 voxels"):
-        check_image(torch.full((1, 4, 4), torch.nan), "batch 0")
-    with pytest.raises(InputError, match="1 of 16 voxels"):
-        check_image(torch.tensor([[torch.inf] + [0.0] * 15], dtype=torch.bfloat16).reshape(1, 4, 4))
-    with pytest.raises(InputError, match="affine is singular"):
-        check_image(MetaTensor(torch.zeros(1, 4, 4, 4), affine=torch.zeros(4, 4)))
-
-
-def test_the_grid_of_a_tensor_ignores_header_values_that_transforms_left_behind(tmp_path: Path) -> None:
+def test_the_grid_of_a_tensor_ignores_stale_header_values(tmp_path: Path) -> None:
     path = nifti(tmp_path / "a.nii.gz", voxels(8, 8, 8), np.diag([1.0, 1, 1, 1]))
     scan = read_scan(path)
     exact = Grid.of(scan)

@@ -260,7 +260,7 @@ def bright(image: Tensor) -> Tensor:
     return (image > 1.2).float()
 
 
-def test_the_label_of_the_data_says_where_the_cause_lies(scans: list[Path], tmp_path: Path) -> None:
+def test_the_label_of_the_data_marks_the_cause(scans: list[Path], tmp_path: Path) -> None:
     data = labelled(scans, bright)
     engine = evaluator(scans, Small(), val_data_loader=data)
     handler(tmp_path, metrics=["RelevanceMass", "PointingGame"]).attach(engine)
@@ -279,7 +279,7 @@ def test_the_label_of_the_data_says_where_the_cause_lies(scans: list[Path], tmp_
     ("label", "problem"),
     [(lambda image: torch.tensor(1), None), (lambda image: torch.cat([image > 1, image <= 1]).float(), "one-hot")],
 )
-def test_a_label_that_is_no_map_is_left_and_one_that_cannot_be_read_is_told(
+def test_a_label_without_a_map_is_ignored_and_an_unreadable_one_reported(
     scans: list[Path], tmp_path: Path, label: Any, problem: str | None
 ) -> None:
     engine = evaluator(scans[:1], Small(), val_data_loader=labelled(scans[:1], label))
@@ -358,7 +358,7 @@ def test_epochs_and_cases_as_the_explanation_handler(scans: list[Path], tmp_path
 
 
 @pytest.mark.parametrize("option", [{"metrics": "Deletio"}, {"metrics": ["Deletion", "Deletion"]}, {"controls": "?"}])
-def test_wrong_options_are_said_at_construction(tmp_path: Path, option: dict[str, Any]) -> None:
+def test_wrong_options_are_refused_at_construction(tmp_path: Path, option: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         handler(tmp_path, **option)
 

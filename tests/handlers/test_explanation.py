@@ -32,6 +32,7 @@ from monai.utils import ForwardMode
 from torch import Tensor, nn
 
 from esegeta_monai.engine.network.state import weights_hash
+from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.handlers import ExplanationHandler
 from esegeta_monai.handlers.cases import CaseNames, files_of
@@ -182,7 +183,7 @@ def test_sigmoid_of_another_key_does_not_count(scans: list[Path], tmp_path: Path
     assert explain.targets[0].parameters["activation"] == "auto"
 
 
-def test_nowhere_to_write_is_said_before_any_work(scans: list[Path]) -> None:
+def test_a_missing_output_folder_raises_before_any_work(scans: list[Path]) -> None:
     engine = evaluator(scans, Small())
     ExplanationHandler(methods="Saliency").attach(engine)
     with pytest.raises(UsageError, match="give output_dir"):
@@ -389,7 +390,7 @@ def test_a_validating_evaluator_explains_the_weights_of_its_epoch(scans: list[Pa
 
 
 @pytest.mark.parametrize(("interval", "every", "explained"), [(1, 2, [1, 3, 5]), (2, 2, [2, 4, 6]), (3, 2, [3, 6])])
-def test_of_every_so_many_epochs_the_first_that_is_validated(
+def test_the_first_validated_epoch_of_each_block_is_explained(
     scans: list[Path], tmp_path: Path, interval: int, every: int, explained: list[int]
 ) -> None:
     """Counted from the first epoch, a validation every second epoch would never be explained; no folder stays empty."""
@@ -562,6 +563,30 @@ def test_crops_of_one_scan_do_not_overwrite_each_other(scans: list[Path], tmp_pa
     [{"epochs": 0}, {"epochs": 2.5}, {"epochs": "two"}, {"overwrite": "perhaps"}, {"methods": "Salience"},
      {"methods": []}, {"targets": []}, {"class_names": {"liver": 1}}],
 )  # fmt: skip
-def test_wrong_options_are_said_at_construction(tmp_path: Path, option: dict[str, Any]) -> None:
+def test_wrong_options_are_refused_at_construction(tmp_path: Path, option: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         handler(tmp_path, **option)
+
+
+@pytest.mark.parametrize("wrapper", ["SmoothGrad", "SmoothGradSquared", "VarGrad"])
+def test_methods_inside_methods_never_read_the_scores_of_another_image(
+    wrapper: str, scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With scores stored after every batch, maps and passes are those of a run that stores none."""
+    inner = ("Occlusion(8)", "FeatureAblation('grid(8)')", "KernelShap(64, 'grid(8)')", "Lime(12, 'grid(8)')",
+             "Rise(6, grid=2)", "Sobol(4, grid=2)", "Hsic(8, grid=2)")  # fmt: skip
+    baselines = ("0.0", "'zero'", "'constant(value=0.5)'")
+    specs = [f"{i[:-1]}, baseline={b})" for i in inner for b in baselines]
+    methods = [f"{wrapper}({spec}, n_samples=2, std=1.0, name='m{i}')" for i, spec in enumerate(specs)]
+    outputs = [tmp_path / "never", tmp_path / "always"]
+    for output, every in zip(outputs, (float("inf"), 0.0)):
+        monkeypatch.setattr(ScoreCheckpoint.__init__, "__defaults__", (every,))
+        engine = evaluator(scans[:1], Small())
+        handler(output, methods=methods, targets=CORNER).attach(engine)
+        engine.run()
+    never, always = (maps(output) for output in outputs)
+    assert len(never) == len(methods)
+    assert all(np.array_equal(never[name], always[name]) for name in never)
+    passes = [{name: record["window_passes"] for name, record in records(output).items()} for output in outputs]
+    assert passes[0] == passes[1]
+    assert set(statuses(outputs[1]).values()) == {"ok"}

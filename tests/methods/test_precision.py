@@ -135,7 +135,7 @@ def test_each_disagreement_has_its_reason(rough: list[float], precise: list[floa
     assert why in str(agreement(torch.tensor(rough), torch.tensor(precise))[1])
 
 
-def test_what_agrees_runs_under_autocast_and_says_how_well() -> None:
+def test_methods_that_agree_run_under_autocast_and_record_the_correlation() -> None:
     half, full = explained(tame(), [GRADIENT, OCCLUSION]), explained(tame(), [GRADIENT, OCCLUSION], None)
     for a, b in zip(half, full):
         assert (a.record["amp"], a.record["amp_fallback"], a.record["warnings"]) == ("torch.bfloat16", None, [])
@@ -150,7 +150,7 @@ def test_noisy_gradients_fall_back_and_say_so(caplog: pytest.LogCaptureFixture) 
         (a,) = explained(Wild(), [GRADIENT])
     (b,) = explained(Wild(), [GRADIENT], None)
     assert torch.equal(a.map, b.map)
-    assert a.record["amp"] == "torch.bfloat16"  # as asked; what came of it stands beside
+    assert a.record["amp"] == "torch.bfloat16"  # as requested; the next two keys have the outcome
     assert a.record["amp_correlation"] < SURE
     assert a.record["amp_fallback"].startswith("correlation ")
     deviates, fallback = a.record["warnings"]
@@ -178,10 +178,10 @@ def test_nothing_is_measured_where_that_costs_the_map_in_float32() -> None:
     methods = [GRADIENT, few, nine, ten, many, eleven]
     for inferer, spared in ((None, [True] * 4 + [False] * 2), (WINDOWS, [False] * 6)):
         explainer = Explainer(network, inferer, "cpu", True)
-        found = list(explainer(image(), methods, [TARGET]))
-        assert [a.record["amp_fallback"] == precision.NOT_WORTH_IT for a in found] == spared
+        attributions = list(explainer(image(), methods, [TARGET]))
+        assert [a.record["amp_fallback"] == precision.NOT_WORTH_IT for a in attributions] == spared
         value = 1  # once, F at the image in float32, which the prediction under autocast does not tell
-        for a in (a for a, alone in zip(found, spared) if alone):
+        for a in (a for a, alone in zip(attributions, spared) if alone):
             (full,) = Explainer(network, inferer, "cpu")(image(), [a.method], [TARGET])
             own, value = (value, 0) if a.method.reads_image_value else (0, value)
             assert a.record["window_passes"] == full.record["window_passes"] + own
@@ -242,20 +242,20 @@ class Loses(Method, registered=False):
     ],
 )
 def test_what_is_lost_after_the_first_window_is_computed_again(lost: Any, why: str) -> None:
-    (found,) = explained(tame(), [Loses(lost)])
-    assert found.record["amp_correlation"] == 1
-    assert found.record["amp_fallback"].startswith(why)
-    assert found.record["status"] == "ok"
-    assert torch.equal(found.map.as_subclass(Tensor), image()[0])
+    (attribution,) = explained(tame(), [Loses(lost)])
+    assert attribution.record["amp_correlation"] == 1
+    assert attribution.record["amp_fallback"].startswith(why)
+    assert attribution.record["status"] == "ok"
+    assert torch.equal(attribution.map.as_subclass(Tensor), image()[0])
 
 
-def test_a_zero_map_is_said_after_float32_has_found_it_too() -> None:
+def test_a_zero_map_is_reported_after_float32_confirms_it() -> None:
     network = draw(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Conv2d(2, 1, 1)))
     with torch.no_grad():
         network[0].bias.fill_(-1e3)
-    (found,) = explained(network, [GRADIENT])
-    assert found.record["status"] == "zero"
-    assert "is zero in float32, so there is nothing to compare" in found.record["amp_fallback"]
+    (attribution,) = explained(network, [GRADIENT])
+    assert attribution.record["status"] == "zero"
+    assert "is zero in float32, so there is nothing to compare" in attribution.record["amp_fallback"]
 
 
 class Watched(nn.Module):
@@ -329,9 +329,9 @@ def test_methods_inside_others_are_not_measured_again(monkeypatch: pytest.Monkey
     asked: list[int] = []
     measure = precision.measure
     monkeypatch.setattr(precision, "measure", lambda *args: asked.append(1) or measure(*args))
-    (found,) = explained(tame(), [SmoothGrad(GRADIENT, n_samples=3)])
+    (attribution,) = explained(tame(), [SmoothGrad(GRADIENT, n_samples=3)])
     assert len(asked) == 1
-    assert found.record["amp_correlation"] >= SURE
+    assert attribution.record["amp_correlation"] >= SURE
 
 
 def test_all_ranks_decide_as_the_first_one() -> None:
@@ -346,12 +346,12 @@ def test_all_ranks_decide_as_the_first_one() -> None:
     (objective,) = [j.objective for j in explainer.judge(image(), [TARGET])]
     assert objective is not None
     objective.context.processes = Second()
-    found = run(GRADIENT, objective)
-    assert found.notes["amp_fallback"] == "of the first rank"
-    assert torch.equal(found.maps, run(GRADIENT, full_precision(objective)).maps)
+    outcome = run(GRADIENT, objective)
+    assert outcome.notes["amp_fallback"] == "of the first rank"
+    assert torch.equal(outcome.maps, run(GRADIENT, full_precision(objective)).maps)
 
 
-def test_a_method_in_brief_is_the_same_method_cheaper() -> None:
+def test_the_cheap_copy_is_the_same_method_with_fewer_passes() -> None:
     assert XRAI(n_segments=(3,), n_steps=64).cheap_copy().parameters == XRAI(n_segments=(3,), n_steps=4).parameters
     inner = SmoothGrad(IntegratedGradients(tolerance=1e-3), n_samples=9).cheap_copy()
     assert (inner.n_samples, inner.method.n_steps, inner.method.tolerance) == (4, 4, None)
@@ -363,9 +363,9 @@ def test_what_decides_a_map_does_not_depend_on_what_was_measured() -> None:
     """So that a finished map with a fallback is skipped like any other."""
     asked: list[dict[str, Any]] = []
     explainer = Explainer(Wild(), WINDOWS, "cpu", amp=True)
-    (found,) = explainer(image(), [GRADIENT], [TARGET], skip=lambda a: bool(asked.append(dict(a.record))))
-    assert found.record["amp_fallback"] is not None
-    assert {k: asked[0][k] for k in DECIDES} == {k: found.record[k] for k in DECIDES}
+    (attribution,) = explainer(image(), [GRADIENT], [TARGET], skip=lambda a: bool(asked.append(dict(a.record))))
+    assert attribution.record["amp_fallback"] is not None
+    assert {k: asked[0][k] for k in DECIDES} == {k: attribution.record[k] for k in DECIDES}
 
 
 def test_scores_kept_on_disk_are_of_one_precision(tmp_path: Any) -> None:
@@ -383,12 +383,14 @@ def test_metrics_ask_without_autocast() -> None:
     values = []
     for amp in (False, True):
         evaluator = Evaluator(Explainer(Offset(), WINDOWS, "cpu", amp), ["Infidelity", "Deletion"], with_controls=False)
-        found = evaluator(MetaTensor(image()[0]), [OCCLUSION], [TARGET])  # its map is float32's, see above
-        values.append([row["value"] for row in found.rows])
+        result = evaluator(MetaTensor(image()[0]), [OCCLUSION], [TARGET])  # its map is float32's, see above
+        values.append([row["value"] for row in result.rows])
     assert values[0] == values[1]
 
 
 def test_a_cam_is_measured_on_its_first_window_alone() -> None:
-    (found,) = explained(tame(), [GradCam(layer="0", relu=False)])
-    assert found.record["amp_correlation"] >= SURE
-    assert found.record["window_passes"] == 8  # four windows each for weights and map: what is measured comes beside
+    (attribution,) = explained(tame(), [GradCam(layer="0", relu=False)])
+    assert attribution.record["amp_correlation"] >= SURE
+    assert (
+        attribution.record["window_passes"] == 8
+    )  # four windows each for weights and map: what is measured comes beside

@@ -8,8 +8,13 @@ from torch import Tensor, nn
 
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.methods import InputXGradient, Method, run
-from esegeta_monai.metrics import Metric, MetricInput, controls
-from esegeta_monai.targets import Box, ClassScore
+from esegeta_monai.metrics import (
+    Metric,
+    MetricInput,
+    controls,
+)
+from esegeta_monai.targets import Box, ClassScore, MultiClassMask
+from tests.support.networks import small
 from tests.support.objectives import Naive
 from tests.support.tensors import noise
 
@@ -69,3 +74,9 @@ def ranked(metric: Metric, case: Naive, **more) -> dict[str, float | None]:
     zero = torch.zeros_like(case.image)
     result["zero"] = metric.update(subject_of(case, values=zero, shared=shared, **more)).value
     return result
+
+
+def windowed(dims: int, output: str = "logit") -> Naive:
+    shape = (2, 11, 15) if dims == 2 else (2, 9, 8, 12)
+    targets = [MultiClassMask(1, output=output), Box(2, (1,) * dims, (5,) * dims, output=output)]
+    return Naive(small(dims, 2), noise(*shape), targets)

@@ -67,7 +67,7 @@ def test_zero_maps_say_nothing_about_invariance():
     assert result.value is None
 
 
-def test_a_shift_of_nothing_says_nothing_about_invariance():
+def test_a_shift_of_nothing_leaves_invariance_undefined():
     case = Naive(small(2, 2, "batch"), torch.full((2, 9, 12), 0.7, dtype=torch.float64), [MultiClassMask(1)])
     result = InputInvariance().update(subject_of(case, Saliency()))
     assert result.value is None

@@ -20,7 +20,7 @@ WRONG = [f"{cls.__name__}(features='blokcs')" for cls in METRICS if "features" i
 WRONG += ["PointingGame(tolerance_mm=-1)", "Infidelity(size=0)", "Infidelity(std=0)", "ROAD(noise=-1)"]
 
 
-def test_every_metric_says_what_it_is_and_builds_by_name():
+def test_every_metric_states_its_properties_and_builds_by_name():
     for cls in METRICS:
         metric = METRICS.create(cls.__name__)
         assert cls.group

@@ -45,7 +45,7 @@ def test_by_hand():
 
 
 @pytest.mark.parametrize("metric", ALL)
-def test_the_size_of_the_volume_does_not_matter_and_zero_says_nothing(metric):
+def test_the_size_of_the_volume_does_not_matter_and_zero_is_undefined(metric):
     small, large = (value(metric(), noise(1, n, n, n)) for n in (16, 48))
     assert small == pytest.approx(large, abs=0.02)
     result = metric().update(MetricInput(torch.zeros(1, 4, 4)))

@@ -135,7 +135,7 @@ def test_imputation_is_the_solution_of_the_linear_system(shape):
 
 
 @pytest.mark.parametrize("dims", [2, 3])
-def test_what_lies_between_zeros_is_zero_whatever_the_other_channel_needs(dims):
+def test_voxels_between_zeros_are_zero_whatever_the_other_channel_needs(dims):
     """Nearly all round a bright middle is removed: of channel 0, dark there, and of channel 1, which is noise. The
     system of the first is solved from the start, and must stay so while the second is still being solved."""
     shape = (2, *(24,) * dims)
@@ -178,12 +178,12 @@ def test_road_ranks_the_perfect_map_first(kind, dims):
 
 @pytest.mark.parametrize("dims", [2, 3])
 def test_road_gives_nothing_to_a_flat_map(dims):
-    """What a linear network looks at lies in the first corner; removed by number, it would go first. In random orders
-    the strongest and the weakest share cost the same on average."""
+    """The voxels that a linear network reads are in the first corner; an order by index would remove them first. In
+    random orders the strongest and the weakest share cost the same on average."""
     case, road = linear_case("classification", dims), ROAD(baseline=0.0)
     result = []
     for seed in range(30):
-        case.objective.seed = seed
+        case.objective = case.objective.derive(seed=seed)
         result.append(road.update(subject_of(case, values=torch.full_like(case.image, 0.1))).value)
     low, high = mean_interval(result)
     assert low < 0 < high

@@ -67,7 +67,7 @@ def test_perfect_first_and_zero_never(dims):
 
 def test_refusals():
     case = segmentation(2)
-    with pytest.raises(MetricError, match="does not tell channels apart"):
+    with pytest.raises(MetricError, match="one map for all channels"):
         ModalityImportance().update(MetricInput(case.image[:1], case.objective))
     one = Naive(small(2, 1), noise(1, 8, 12))
     with pytest.raises(MetricError, match="the image has one"):

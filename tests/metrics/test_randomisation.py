@@ -193,12 +193,7 @@ def test_data_randomisation_takes_a_second_network(tmp_path):
     torch.save(other.state_dict(), tmp_path / "random.pt")
     assert DataRandomisation(tmp_path / "random.pt").update(subject_of(case, method)).value == result
     with frozen(other):
-        second = Naive(other, case.image)
-        second.objective.scores = case.scores
-        second.objective.__init__(
-            second.objective.model, case.image, case.objective.plan, case.scores, second.predict(case.image)
-        )
-        reference = run(method, second.objective).maps[0]
+        reference = run(method, Naive(other, case.image).objective.derive(scores=case.scores)).maps[0]
     assert result == pytest.approx(similarity(subject_of(case, method).map, reference), abs=1e-9)
     assert all(torch.equal(v, before[n]) for n, v in state_of(case.net).items())
     assert DataRandomisation(tmp_path / "random.pt").parameters["network"] == "random.pt"

@@ -101,7 +101,7 @@ def test_formulas_with_windows_and_two_targets(dims):
 
 @pytest.mark.parametrize("kind", ["classification", "segmentation"])
 @pytest.mark.parametrize("metric", ALL)
-def test_the_gradient_of_a_linear_network_is_perfectly_stable_and_zero_says_nothing(metric, kind):
+def test_the_gradient_of_a_linear_network_is_perfectly_stable_and_zero_is_undefined(metric, kind):
     case = linear_case(kind, 2)
     assert metric(n_samples=3).update(subject_of(case, GRADIENT)).value == pytest.approx(0, abs=1e-10)
     image = case.objective.image
@@ -122,7 +122,7 @@ def test_near_a_constant_image_there_is_no_noise_by_which_a_map_could_be_stable(
     assert "constant" in result.notes["undefined"]
 
 
-def test_what_is_missing_or_wrong_is_said():
+def test_missing_or_wrong_input_is_refused():
     case = linear_case("segmentation", 2)
     with pytest.raises(MetricError, match="the method"):
         MaxSensitivity().update(MetricInput(case.image, case.objective))

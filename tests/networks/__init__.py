@@ -1,14 +1,14 @@
 """Small calibrated networks for every test: the architectures of MONAI with nothing left at its initial value.
 
 Fresh networks hide bugs: running means of 0, slopes that all channels share, outputs of 1e-15. Here every bias, affine
-parameter, PReLU slope (one a channel) and batch-norm statistic is random, and the last layer is scaled so that the mean
-logit of each class differs by about 1 between `image` and `reference`.
+parameter, PReLU slope (one per channel) and batch-norm statistic is random, and the last layer is scaled so that the
+mean logit of each class differs by about 1 between `image` and `reference`.
 
     case = build("UNet_instance", spatial_dims=3)
     logits = case.logits(case.image)                         # (1, classes, *roi), whatever the network returns
     delta = case.score(case.image) - case.score(case.reference)   # mean logit of class 1: about 1
 
-`build` is cached by its arguments and hands out copies: a test may change the network it got.
+`build` is cached by its arguments and returns copies: a test may change the network it got.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _draw(name: str, spatial_dims: int, in_channels: int) -> NetworkCase:
 
 
 def _speaks(case: NetworkCase) -> bool:
-    """Whether F differs between image and reference for all classes and for the frozen prediction, every class is
+    """Return True if F differs between image and reference for all classes and the frozen prediction, every class is
     predicted somewhere, logits stay within hundreds, and the gradient reaches the voxels."""
     image = case.image.clone().requires_grad_()
     logits = torch.cat([case.logits(image), case.logits(case.reference)])

@@ -43,7 +43,7 @@ SEGMENTATION, CLASSIFICATION = "segmentation", "classification"
 
 @dataclass(frozen=True)
 class Spec:
-    """What the factory must know of a network that cannot be read off the network itself."""
+    """Properties of a network that the factory needs and cannot read off the network itself."""
 
     make: Callable[[int, int, int], nn.Module]  # (spatial_dims, in_channels, size) -> network
     kind: str

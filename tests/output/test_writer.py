@@ -80,7 +80,7 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.rglob("*") if p.is_file() and p.name != "run.json")
 
 
-def test_map_picture_and_sidecar_lie_together(image: MetaTensor, tmp_path: Path) -> None:
+def test_map_picture_and_sidecar_are_in_one_folder(image: MetaTensor, tmp_path: Path) -> None:
     writer = explain(tmp_path, image, [InputXGradient()], pictures=True)
     stem = "alpha_Box-class1_InputXGradient_attr"
     copies = ["alpha_Box-class1_mask.nii.gz", "alpha_scan.nii.gz"]
@@ -96,7 +96,9 @@ def test_map_picture_and_sidecar_lie_together(image: MetaTensor, tmp_path: Path)
 @pytest.mark.parametrize(
     "method", [InputXGradient(), GradCam(layer="0"), LayerActivation(layer="0", reduce="channels")]
 )
-def test_every_kind_of_map_lies_on_the_scan(scan: Path, image: MetaTensor, tmp_path: Path, method: Method) -> None:
+def test_every_kind_of_map_has_the_grid_of_the_scan(
+    scan: Path, image: MetaTensor, tmp_path: Path, method: Method
+) -> None:
     explain(tmp_path, image, [method])
     (path,) = tmp_path.rglob("*_attr.nii.gz")
     result, reference = nib.load(path), nib.load(scan)
@@ -273,7 +275,7 @@ def test_a_case_that_cannot_be_explained_is_recorded(image: MetaTensor, tmp_path
 # ---- names --------------------------------------------------------------------------------------------------------
 
 
-def test_two_of_one_kind_are_told_apart(image: MetaTensor, tmp_path: Path) -> None:
+def test_two_of_one_kind_get_distinct_names(image: MetaTensor, tmp_path: Path) -> None:
     explain(tmp_path, image, [Occlusion(window=8), Occlusion(window=12)], [MultiClassMask(0), MultiClassMask(1)])
     result = {n.removesuffix(".nii.gz") for n in names(tmp_path) if n.endswith(".nii.gz")}
     expected = {f"alpha_MultiClassMask-class{c}_Occlusion-window{w}_attr" for c in (0, 1) for w in (8, 12)}
@@ -345,7 +347,7 @@ def test_flat_layout_and_plain_nifti(image: MetaTensor, tmp_path: Path) -> None:
     ]
 
 
-def test_unwritable_folders_are_said_at_once(tmp_path: Path) -> None:
+def test_unwritable_folders_are_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UsageError, match="cannot write"):
         ResultWriter(tmp_path / "file" / "out", [Saliency()], [])

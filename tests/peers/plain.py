@@ -42,9 +42,9 @@ def objective_for(network: nn.Module, image: Tensor) -> Objective:
     return objective_of(network, image[0], [ClassScore(TARGET)])
 
 
-def close(mine: Tensor, expected: Tensor, tolerance: float) -> None:
+def close(values: Tensor, expected: Tensor, tolerance: float) -> None:
     """Within the tolerance of the largest value, which is printed."""
-    expected = expected.detach().reshape(mine.shape)
-    result = float((mine - expected).abs().max() / expected.abs().max())
+    expected = expected.detach().reshape(values.shape)
+    result = float((values - expected).abs().max() / expected.abs().max())
     print(f"deviation {result:.1e}")
     assert result <= tolerance

@@ -22,7 +22,7 @@ from esegeta_monai.methods import (
 from tests.peers.plain import TARGET, close, explain, network_and_image, objective_for
 
 pytestmark = pytest.mark.peers
-theirs = pytest.importorskip("pytorch_grad_cam")
+pytorch_grad_cam = pytest.importorskip("pytorch_grad_cam")
 
 from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget  # noqa: E402
 
@@ -31,7 +31,7 @@ LAYER = "relu1"  # the image's own grid: nothing is interpolated
 
 def weighted(name: str, network: nn.Module, image: Tensor, **options: Any) -> Tensor:
     """The map of the layer before ReLU and scaling."""
-    cam = getattr(theirs, name)(network, [network.get_submodule(LAYER)], **options)
+    cam = getattr(pytorch_grad_cam, name)(network, [network.get_submodule(LAYER)], **options)
     targets = [ClassifierOutputTarget(TARGET)]
     x = image.clone().requires_grad_()
     outputs = cam.activations_and_grads(x)
@@ -45,7 +45,7 @@ def weighted(name: str, network: nn.Module, image: Tensor, **options: Any) -> Te
     return torch.from_numpy(np.asarray(result))
 
 
-def mine(method: Any, network: nn.Module, image: Tensor) -> Tensor:
+def our_map(method: Any, network: nn.Module, image: Tensor) -> Tensor:
     return explain(method, objective_for(network, image)).maps[0]
 
 
@@ -55,35 +55,37 @@ def mine(method: Any, network: nn.Module, image: Tensor) -> Tensor:
 )
 def test_gradient_weighted(name: str, method: Any) -> None:
     network, image = network_and_image()
-    close(mine(method(LAYER, relu=False), network, image), weighted(name, network, image), 1e-6)
+    close(our_map(method(LAYER, relu=False), network, image), weighted(name, network, image), 1e-6)
 
 
 def test_layer_cam() -> None:
-    """theirs takes ReLU of the products summed over channels, ours of the gradients only: equal, as A ≥ 0 here."""
+    """pytorch-grad-cam applies ReLU to the products summed over channels, we to the gradients: equal, as A ≥ 0 here."""
     network, image = network_and_image()
-    close(mine(LayerCam(LAYER, relu=False), network, image), weighted("LayerCAM", network, image), 1e-6)
+    close(our_map(LayerCam(LAYER, relu=False), network, image), weighted("LayerCAM", network, image), 1e-6)
 
 
 def test_x_grad_cam() -> None:
-    """theirs adds 1e-7 to the sum of activations."""
+    """pytorch-grad-cam adds 1e-7 to the sum of activations."""
     network, image = network_and_image()
-    close(mine(XGradCam(LAYER, relu=False), network, image), weighted("XGradCAM", network, image), 1e-6)
+    close(our_map(XGradCam(LAYER, relu=False), network, image), weighted("XGradCAM", network, image), 1e-6)
 
 
 def test_grad_cam_plus_plus() -> None:
-    """theirs adds 1e-6 to the denominator 2 g² + Σ A g³: gradients are made large, so that it does not count."""
+    """pytorch-grad-cam adds 1e-6 to the denominator 2 g² + Σ A g³: large gradients make it negligible."""
     network, image = network_and_image()
     with torch.no_grad():
         network.head.weight.mul_(1e4)
-    close(mine(GradCamPlusPlus(LAYER, relu=False), network, image), weighted("GradCAMPlusPlus", network, image), 1e-6)
+    close(
+        our_map(GradCamPlusPlus(LAYER, relu=False), network, image), weighted("GradCAMPlusPlus", network, image), 1e-6
+    )
 
 
 def test_eigen_cam() -> None:
-    """theirs centres the activations before the singular value decomposition, which the paper does not: equal on
-    activations of mean zero, which are made so by a linear layer. The sign is free."""
+    """pytorch-grad-cam centres the activations before the singular value decomposition, unlike the paper: equal on
+    activations of mean zero, which a linear layer provides. The sign is free."""
     network, image = network_and_image()
     network.relu1 = _Centred()
-    result, reference = mine(EigenCam(LAYER, relu=False), network, image), weighted("EigenCAM", network, image)
+    result, reference = our_map(EigenCam(LAYER, relu=False), network, image), weighted("EigenCAM", network, image)
     sign = torch.sign((result[0] * reference[0]).sum())
     close(result * sign, reference, 1e-6)
 
@@ -97,14 +99,16 @@ class _Centred(nn.Module):
 
 def test_ablation_cam(monkeypatch: pytest.MonkeyPatch) -> None:
     network, image = network_and_image()
-    monkeypatch.setattr(np, "float32", np.float64)  # theirs rounds the scores before it takes their differences
+    monkeypatch.setattr(
+        np, "float32", np.float64
+    )  # pytorch-grad-cam rounds the scores before it takes their differences
     with torch.no_grad():
-        network.head.bias[TARGET] = 5  # theirs divides by F, we by |F|
+        network.head.bias[TARGET] = 5  # pytorch-grad-cam divides by F, we by |F|
     reference = weighted("AblationCAM", network, image, ratio_channels_to_ablate=1.0)
-    close(mine(AblationCam(LAYER, relu=False), network, image), reference, 1e-10)
+    close(our_map(AblationCam(LAYER, relu=False), network, image), reference, 1e-10)
 
 
 def test_score_cam() -> None:
     network, image = network_and_image()
     reference = weighted("ScoreCAM", network, image)
-    close(mine(ScoreCam(LAYER, relu=False, baseline="zero"), network, image), reference, 1e-5)
+    close(our_map(ScoreCam(LAYER, relu=False, baseline="zero"), network, image), reference, 1e-5)

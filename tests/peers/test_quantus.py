@@ -62,8 +62,8 @@ class Setting:
         self.map = quantus_explain_func(self.network, self.image[None].numpy(), [CLASS], **self.explain)[0]
         self.subject = MetricInput(torch.from_numpy(self.map), self.objective, 0, self.method, label=self.label)
 
-    def theirs(self, metric: Any, **more: Any) -> Any:
-        """What Quantus' metric gives this image; it asks for the map itself."""
+    def by_quantus(self, metric: Any, **more: Any) -> Any:
+        """Compute Quantus' metric for this image; it asks for the map itself."""
         return metric(
             model=self.network, x_batch=self.image[None].numpy(), y_batch=np.array([CLASS]), a_batch=None,
             explain_func=quantus_explain_func, explain_func_kwargs=self.explain, channel_first=True, softmax=False,
@@ -76,10 +76,10 @@ def setting(request: pytest.FixtureRequest) -> Setting:
     return Setting(*request.param)
 
 
-def close(what: str, mine: Any, expected: Any, tolerance: float) -> None:
-    deviation = np.abs(np.asarray(mine) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max()
+def close(what: str, values: Any, expected: Any, tolerance: float) -> None:
+    deviation = np.abs(np.asarray(values) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max()
     print(f"{what}: {deviation:.1e}")
-    assert deviation <= tolerance, (what, mine, expected)
+    assert deviation <= tolerance, (what, values, expected)
 
 
 QUIET = {"disable_warnings": True}
@@ -100,7 +100,7 @@ def test_localisation(setting: Setting, around: str) -> None:
         (LocalisationAUC(), quantus.AUC(abs=True, **QUIET)),
     ]
     for actual, expected in pairs:
-        a, b = actual.update(setting.subject).value, float(setting.theirs(expected, **label))
+        a, b = actual.update(setting.subject).value, float(setting.by_quantus(expected, **label))
         print(actual.name, a, b)
         assert a == pytest.approx(b, rel=1e-5, abs=1e-12), actual.name
         if isinstance(actual, PointingGame):
@@ -110,16 +110,16 @@ def test_localisation(setting: Setting, around: str) -> None:
 def test_complexity(setting: Setting) -> None:
     """Quantus' entropy is in nats, ours over that of a flat map; and Quantus adds 1e-7 to the map over its maximum."""
     entropy = Entropy().update(setting.subject).value * np.log(setting.map.size)
-    close("entropy", entropy, setting.theirs(quantus.Complexity(**QUIET)), 1e-5)
+    close("entropy", entropy, setting.by_quantus(quantus.Complexity(**QUIET)), 1e-5)
     raised = torch.from_numpy(np.abs(setting.map) / np.abs(setting.map).max() + 1e-7)
-    close("Gini", Sparseness().update(MetricInput(raised)).value, setting.theirs(quantus.Sparseness(**QUIET)), 1e-5)
+    close("Gini", Sparseness().update(MetricInput(raised)).value, setting.by_quantus(quantus.Sparseness(**QUIET)), 1e-5)
 
 
 def test_deletion_is_pixel_flipping(setting: Setting) -> None:
     """Point by point: Quantus has F itself, without its value at the image; ours is in units of F(x) - F(x0)."""
     step = 7  # Quantus wants a divisor of the number of voxels
     count = -(-setting.map.size // step)
-    expected = setting.theirs(quantus.PixelFlipping(features_in_step=step, perturb_baseline=0.0, **QUIET))
+    expected = setting.by_quantus(quantus.PixelFlipping(features_in_step=step, perturb_baseline=0.0, **QUIET))
     actual = Deletion(features="grid(size=1)", steps=setting.map.size, baseline="zero").update(setting.subject)
     x, zero = (float(setting.network(i[None])[0, CLASS]) for i in (setting.image, torch.zeros_like(setting.image)))
     values = np.array(actual.curve["y"]) * abs(x - zero) + zero
@@ -141,7 +141,7 @@ def test_faithfulness_correlation_of_the_same_sets(setting: Setting, our_sets: N
     expected = quantus.FaithfulnessCorrelation(
         nr_runs=40, subset_size=size, perturb_baseline=0.0, return_aggregate=False, **QUIET
     )
-    close("correlation", result.value, setting.theirs(expected), 1e-5)
+    close("correlation", result.value, setting.by_quantus(expected), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["max", "average"])
@@ -158,7 +158,7 @@ def test_sensitivity_of_the_same_noise(setting: Setting, name: str) -> None:
     kinds = {"max": (MaxSensitivity, quantus.MaxSensitivity), "average": (AverageSensitivity, quantus.AvgSensitivity)}
     ours, metric = kinds[name]
     actual = ours(radius=radius, n_samples=n).update(setting.subject).value
-    expected = setting.theirs(metric(nr_samples=n, perturb_func=our_noise, **QUIET))
+    expected = setting.by_quantus(metric(nr_samples=n, perturb_func=our_noise, **QUIET))
     close(f"{name} sensitivity", actual, expected, 1e-5)
 
 

@@ -21,7 +21,7 @@ from zennit.types import AvgPool, Convolution, Linear  # noqa: E402
 TINY = 1e-13
 
 
-def theirs(network: torch.nn.Module, image: Tensor, composite: Any, by_output: bool = True) -> Tensor:
+def by_zennit(network: torch.nn.Module, image: Tensor, composite: Any, by_output: bool = True) -> Tensor:
     """Relevance of the image; what enters at the top is the logit, or one."""
     with composite.context(network) as modified:
         x = image.clone().requires_grad_()
@@ -51,12 +51,12 @@ def test_each_rule(name: str, bias: bool) -> None:
     pooled = [(AvgPool, rules.Norm(stabilizer=TINY))]
     composite = composites.LayerMapComposite([(Convolution, make()), (Linear, make()), *pooled])
     result = explain(LRP({"convolution": actual, "dense": actual}, epsilon=1e-6), objective_for(network, image)).maps[0]
-    close(result, theirs(network, image, composite), 1e-8)
+    close(result, by_zennit(network, image, composite), 1e-8)
 
 
 FIRST = {
     "Flat": lambda image: rules.Flat(stabilizer=TINY),
-    # the paper has no bias in w²; zennit squares it too unless told
+    # the paper has no bias in w²; zennit squares it too by default
     "WSquare": lambda image: rules.WSquare(stabilizer=TINY, zero_params=["bias"]),
     "ZBox": lambda image: rules.ZBox(image.min(), image.max(), stabilizer=TINY),
 }
@@ -72,10 +72,10 @@ def test_each_first_rule(name: str) -> None:
     ]
     composite = composites.SpecialFirstLayerMapComposite(layers, [(Convolution, FIRST[name](image))])
     actual = LRP({"convolution": "ZPlus", "dense": "Epsilon", "first": name})
-    network[1].padding = (0, 0)  # what flat shares give the padding differs: we book it
+    network[1].padding = (0, 0)  # flat shares of the padding differ: we record them
     network.hidden = torch.nn.Linear(8 * 4, 20).double()
     result = explain(actual, objective_for(network, image)).maps[0]
-    close(result, theirs(network, image, composite), 1e-8)
+    close(result, by_zennit(network, image, composite), 1e-8)
 
 
 COMPOSITES = {
@@ -92,7 +92,7 @@ def test_each_composite(name: str) -> None:
     network[1].padding = (0, 0)
     network.hidden = torch.nn.Linear(8 * 4, 20).double()
     result = explain(LRP(name), objective_for(network, image)).maps[0]
-    close(result, theirs(network, image, COMPOSITES[name](image)), 1e-8)
+    close(result, by_zennit(network, image, COMPOSITES[name](image)), 1e-8)
 
 
 @pytest.mark.parametrize(
@@ -102,11 +102,11 @@ def test_each_composite(name: str) -> None:
 def test_modified_gradients(method: Any, composite: Any) -> None:
     network, image = network_and_image()
     result = explain(method(), objective_for(network, image)).maps[0]
-    close(result, theirs(network, image, composite(), by_output=False), 1e-10)
+    close(result, by_zennit(network, image, composite(), by_output=False), 1e-10)
 
 
 def test_excitation() -> None:
     """Without biases: zennit lets them take part, the paper and torchray do not."""
     network, image = network_and_image(bias=False)
     result = explain(ExcitationBackprop(), objective_for(network, image)).maps[0]
-    close(result, theirs(network, image, composites.ExcitationBackprop(stabilizer=TINY), by_output=False), 1e-8)
+    close(result, by_zennit(network, image, composites.ExcitationBackprop(stabilizer=TINY), by_output=False), 1e-8)

@@ -62,8 +62,8 @@ class _Numbers(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and not isinstance(args[0], Tensor):
             device, wanted = kwargs.pop("device", None), kwargs.pop("requires_grad", False)
-            found = func(_mapped(lambda v: v.item() if isinstance(v, Tensor) else v, args[0]), *args[1:], **kwargs)
-            return (found if device is None else found.to(device)).requires_grad_(wanted)
+            result = func(_mapped(lambda v: v.item() if isinstance(v, Tensor) else v, args[0]), *args[1:], **kwargs)
+            return (result if device is None else result.to(device)).requires_grad_(wanted)
         if func is Tensor.new_tensor and args[0].is_meta and "device" not in kwargs:
             return torch.tensor(*args[1:], **{"dtype": args[0].dtype, **kwargs}).to(FAKE)
         if func in (Tensor.__getitem__, Tensor.__setitem__) and args[0].is_meta:
@@ -115,9 +115,9 @@ class _FakeDevice(TorchDispatchMode):
         def here(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            found = self._here(value) if value.is_meta else value
-            written[id(found)] = value
-            return found
+            local = self._here(value) if value.is_meta else value
+            written[id(local)] = value
+            return local
 
         def back(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -137,22 +137,22 @@ class _FakeDevice(TorchDispatchMode):
         """The values of a tensor there, in their own memory."""
         known = self.values.get(tensor.untyped_storage()._cdata)
         assert known is not None, f"a tensor on {FAKE} that was made outside of fake_device() has no values"
-        found = torch.empty(0, dtype=tensor.dtype)
-        found.set_(known[1], tensor.storage_offset(), tensor.shape, tensor.stride())
-        found = found.conj() if tensor.is_conj() else found
-        return torch._neg_view(found) if tensor.is_neg() else found
+        local = torch.empty(0, dtype=tensor.dtype)
+        local.set_(known[1], tensor.storage_offset(), tensor.shape, tensor.stride())
+        local = local.conj() if tensor.is_conj() else local
+        return torch._neg_view(local) if tensor.is_neg() else local
 
     def _there(self, values: Tensor) -> Tensor:
         """A tensor there with these values."""
         if values.storage_offset() or values.is_conj() or values.is_neg():
             values = values.resolve_conj().resolve_neg().clone()
-        found = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=FAKE)
-        storage = found.untyped_storage()
+        remote = torch.empty_strided(values.shape, values.stride(), dtype=values.dtype, device=FAKE)
+        storage = remote.untyped_storage()
         self.values[storage._cdata] = (StorageWeakRef(storage), values.untyped_storage())
         if len(self.values) > self.limit:
             self.values = {k: v for k, v in self.values.items() if not v[0].expired()}
             self.limit = 2 * len(self.values) + 1000
-        return found
+        return remote
 
 
 @cache

@@ -31,7 +31,7 @@ class Quadratic(nn.Module):
 
 def case_of(net: nn.Module, image: Tensor, target: Target | None = None) -> Naive:
     case = Naive(net, image, [target or ClassScore(1)], SimpleInferer())
-    case.objective.window_batch = 64
+    case.objective.context.window_batch = 64
     return case
 
 

@@ -14,17 +14,17 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_equal(mine: Tensor, reference: Tensor, tolerance: float | None = None) -> None:
+def assert_equal(values: Tensor, reference: Tensor, tolerance: float | None = None) -> None:
     """Compare relative to the largest reference value; shapes broadcast."""
     scale = reference.abs().max()
     assert scale > 0
-    assert float((mine - reference).abs().max() / scale) <= (tolerance or TOLERANCE[reference.dtype])
+    assert float((values - reference).abs().max() / scale) <= (tolerance or TOLERANCE[reference.dtype])
 
 
-def close(mine: Tensor, reference: Tensor, tolerance: float = 1e-10) -> None:
+def close(values: Tensor, reference: Tensor, tolerance: float = 1e-10) -> None:
     """Compare as `assert_equal` does; the shapes have to be equal too."""
-    assert mine.shape == reference.shape
-    assert_equal(mine, reference, tolerance)
+    assert values.shape == reference.shape
+    assert_equal(values, reference, tolerance)
 
 
 def inner(a: Tensor, b: Tensor) -> float:

@@ -64,21 +64,21 @@ def test_equals_captum_neuron_methods(dims):
     explainer = Explainer(network)
     target = LayerNeuron("then", 1, index=unit[1:])
 
-    def mine(method) -> Tensor:
+    def ours(method) -> Tensor:
         (result,) = explainer(image, [method], [target])
         return result.map.as_tensor()[None]
 
     layer = network.then
     gradient = captum.attr.NeuronGradient(network, layer).attribute(image.clone(), unit)
-    close(mine(Saliency(abs=False)), gradient.detach())
+    close(ours(Saliency(abs=False)), gradient.detach())
     expected = captum.attr.NeuronIntegratedGradients(network, layer).attribute(
         image, unit, baselines=x0, n_steps=8, method="riemann_middle"
     )
-    close(mine(IntegratedGradients(x0[0], n_steps=8, method="riemann_middle")), expected.detach())
+    close(ours(IntegratedGradients(x0[0], n_steps=8, method="riemann_middle")), expected.detach())
     expected = captum.attr.NeuronDeepLift(network, layer).attribute(image, unit, baselines=x0)
-    close(mine(DeepLift(x0[0])), expected.detach())
-    assert bool(mine(Occlusion(window=2, baseline=0.0)).any())
-    assert bool(mine(GradCam("act", relu=False)).any())
+    close(ours(DeepLift(x0[0])), expected.detach())
+    assert bool(ours(Occlusion(window=2, baseline=0.0)).any())
+    assert bool(ours(GradCam("act", relu=False)).any())
 
     given = {"baselines": x0, "n_steps": 8, "method": "riemann_middle"}
     expected = captum.attr.NeuronConductance(network, layer).attribute(image, unit, target=2, **given)

@@ -72,7 +72,7 @@ def test_aliases() -> None:
     assert ExplainD is ExplainDict is Explaind
 
 
-def test_names_are_known_beforehand_and_come_true(data: dict[str, Any]) -> None:
+def test_names_are_known_before_the_run(data: dict[str, Any]) -> None:
     methods = ["Saliency", "Saliency(abs=False)", "GradCam"]
     transform = explaind(methods=methods, targets=["MultiClassMask(1)", "MultiClassMask(2, name='core')"])
     expected = [
@@ -341,7 +341,7 @@ class TestForkedWorkersWithCuda:
         on_cuda.explain._refuse_forked_cuda()
 
     @pytest.mark.slow
-    def test_real_workers_are_told_apart(self, scan: Path) -> None:
+    def test_real_workers_are_distinguished(self, scan: Path) -> None:
         """The value of `_forked` inside real DataLoader workers of either kind."""
         for context, forked in (("fork", True), ("spawn", False)):
             loader = torch.utils.data.DataLoader(AskForked(), num_workers=1, multiprocessing_context=context)

@@ -53,7 +53,7 @@ def _joined(rank: int, work: Callable[..., None], port: int, ranks: int, args: t
 
 
 def small(cls: type[Method]) -> Method:
-    if cls.__name__ == "KernelShap":  # needs two a feature
+    if cls.__name__ == "KernelShap":  # needs two samples per feature
         return cls(n_samples=256)
     return cls(**{p: v for p, v in FEW.items() if p in cls.parameter_names()})
 
@@ -317,7 +317,7 @@ def test_alone_nothing_is_joined(monkeypatch):
     assert ranks.gather("x") == ["x"]
 
 
-def test_processes_that_were_not_joined_are_told(monkeypatch):
+def test_processes_that_were_not_joined_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="init_process_group"):
         Processes.current()

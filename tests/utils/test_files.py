@@ -181,5 +181,5 @@ def test_versions_name_packages_but_neither_machine_nor_user() -> None:
     assert getpass.getuser() not in text.split()
 
 
-def test_intended_use_says_what_it_must() -> None:
+def test_intended_use_has_the_required_statements() -> None:
     assert INTENDED_USE == "Research only, not a medical device; a map is no proof that a prediction is right."

@@ -127,7 +127,7 @@ def test_one_of_a_kind_keeps_its_name() -> None:
     assert distinct_names([]) == []
 
 
-def test_two_of_a_kind_get_what_tells_them_apart_and_no_more() -> None:
+def test_two_of_a_kind_get_only_what_distinguishes_them() -> None:
     pair = [occlusion(stride=4, window=8, value=0.0), occlusion(stride=4, window=16, value=1.0)]
     assert distinct_names(pair) == ["Occlusion-window8", "Occlusion-window16"]
     three = [occlusion(window=(8, 8), value=v) for v in (0.0, 0.1)] + [occlusion(window=(4, 8), value=0.0)]
@@ -138,7 +138,7 @@ def test_two_of_a_kind_get_what_tells_them_apart_and_no_more() -> None:
     ]
 
 
-def test_wrappers_are_told_apart_by_what_they_wrap() -> None:
+def test_wrappers_are_distinguished_by_what_they_wrap() -> None:
     def wrapper(inner: dict[str, Any]) -> SmoothGrad:
         return SmoothGrad("SmoothGrad", {"method": inner, "n_samples": 4})
 

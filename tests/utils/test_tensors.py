@@ -8,7 +8,7 @@ import torch
 from esegeta_monai.utils.tensors import bounding_box, digest
 
 
-def test_a_digest_tells_tensors_apart_and_goes_through_repeated_values_once():
+def test_a_digest_distinguishes_tensors_and_reads_repeated_values_once():
     column, row = torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 2.0]])
     different = [
         column.expand(2, 2),

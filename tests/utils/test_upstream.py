@@ -75,10 +75,13 @@ def test_backward_hooks_are_taken_off_and_put_back():
         module.register_full_backward_hook(lambda *_: calls.append("hook"))
         module.register_full_backward_pre_hook(lambda *_: calls.append("pre-hook"))
         hooks = upstream.backward_hooks(module)
-        upstream.replace_backward_hooks(module, {name: OrderedDict() for name in hooks})
+        assert [attribute for _, attribute, _ in hooks] == ["_backward_hooks", "_backward_pre_hooks"]
+        for owner, attribute, _ in hooks:
+            setattr(owner, attribute, OrderedDict())
         module(torch.ones(1, 1, requires_grad=True)).backward()
         assert calls == []
-        upstream.replace_backward_hooks(module, hooks)
+        for owner, attribute, own in hooks:
+            setattr(owner, attribute, own)
         module(torch.ones(1, 1, requires_grad=True)).backward()
         assert calls == ["pre-hook", "hook"]
 

@@ -96,6 +96,8 @@ class Model:
             first input is passed by position, the others by name.
         args, kwargs: further inputs, passed unchanged with every window batch.
         inferer: an inferer with unknown windows, called on the whole volume in place of the network.
+        repeats: True: repeat a further input of batch length 1 for each image of a batch, as a network that sees whole
+            images expects. Under a sliding window it is passed unchanged, as in MONAI.
     """
 
     def __init__(
@@ -110,8 +112,9 @@ class Model:
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
         inferer: Callable[..., Any] | None = None,
+        repeats: bool = False,
     ) -> None:
-        self.inferer = inferer
+        self.inferer, self.repeats = inferer, repeats
         self.network, self.device, self.output = network, device, output
         self.amp, self.amp_kwargs = amp, dict(amp_kwargs or {})
         self.inputs = dict(inputs or {})
@@ -164,10 +167,14 @@ class Model:
         axis = None if slice_axis is None else slice_axis + 2
         x = x if axis is None else x.squeeze(axis)
         parts = list(x.split(list(self.inputs.values()), dim=1)) if self.inputs else [x]
-        kwargs = {**self.kwargs, **dict(zip(list(self.inputs)[1:], parts[1:]))}
+        more, named = self.args, self.kwargs
+        if self.repeats:
+            more = tuple(_repeated(v, len(x)) for v in more)
+            named = {k: _repeated(v, len(x)) for k, v in named.items()}
+        kwargs = {**named, **dict(zip(list(self.inputs)[1:], parts[1:]))}
         if condition is not None:
             kwargs["condition"] = condition if axis is None else condition.squeeze(axis)
-        args = self.args if coordinates is None else (coordinates, *self.args)
+        args = more if coordinates is None else (coordinates, *more)
         try:
             with self.autocast():
                 if self.inferer is None:
@@ -185,3 +192,9 @@ class Model:
         if out.dtype in (torch.float16, torch.bfloat16):
             out = out.float()
         return out if axis is None else out.unsqueeze(axis)
+
+
+def _repeated(value: Any, n: int) -> Any:
+    """Expand a tensor of batch length 1 to batch length n; return any other value unchanged."""
+    repeats = isinstance(value, Tensor) and value.ndim and len(value) == 1
+    return value.expand(n, *value.shape[1:]) if repeats else value

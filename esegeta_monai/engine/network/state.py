@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.utils.upstream import backward_hooks, compiled_original, own_buffers, replace_backward_hooks
+from esegeta_monai.utils.upstream import backward_hooks, compiled_original, own_buffers
 
 __all__ = ["frozen", "own_modes", "unwrap", "weights_hash"]
 
@@ -57,27 +57,26 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
     buffers = [
         (module, name, buffer, buffer.requires_grad)
         for module in network.modules()
-        for name, buffer in own_buffers(module).items()
-        if buffer is not None
+        for name, buffer in module.named_buffers(recurse=False)
     ]
     values = {id(b): b.detach().clone() for _, _, b, _ in buffers}
-    hooks = [(module, backward_hooks(module)) for module in network.modules()]
+    hooks = backward_hooks(network)
     try:
         network.eval()
         for p, _ in flags:
             p.requires_grad_(False)
-        for module, own in hooks:
-            replace_backward_hooks(module, {name: OrderedDict() for name in own})
+        for module, attribute, _ in hooks:
+            setattr(module, attribute, OrderedDict())
         yield network
     finally:
-        for module, own in hooks:
-            replace_backward_hooks(module, own)
+        for module, attribute, own in hooks:
+            setattr(module, attribute, own)
         for module, mode in modes:
             module.training = mode
         for p, flag in flags:
             p.requires_grad_(flag)
         for module, name, buffer, flag in buffers:
-            if not isinstance(module, torch.jit.ScriptModule):  # its buffers cannot be replaced
+            if getattr(module, name, None) is not buffer and not isinstance(module, torch.jit.ScriptModule):
                 own_buffers(module)[name] = buffer
             if not torch.equal(buffer, values[id(buffer)]):
                 with torch.no_grad():
@@ -85,6 +84,13 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
             buffer.requires_grad_(flag)
         for p, gradient in gradients:
             p.grad = gradient
+
+
+@contextmanager
+def evaluating(network: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Freeze a network (`frozen`) and set torch's modes (`own_modes`) while the block runs."""
+    with own_modes(device), frozen(network):
+        yield
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""What is changed: many perturbations of one volume, each described by what it does to a part of it.
+"""Perturbations of one volume, each described by its effect on a part of it.
 
-A perturbation never holds a copy of the volume. `esegeta_monai.engine.perturbation.scoring` scores them.
+A perturbation never stores a copy of the volume. `esegeta_monai.engine.perturbation.scoring` scores them.
 """
 
 from __future__ import annotations
@@ -23,28 +23,36 @@ UNCHANGED: Final = "unchanged"
 
 
 class Perturbations(ABC):
-    """m perturbations of one volume (C, *spatial), described by what each changes."""
+    """m perturbations of one volume (C, *spatial)."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """m."""
+        """Return m."""
 
     @abstractmethod
     def apply(self, index: int, crop: Tensor, place: Slices) -> Tensor:
-        """The perturbed copy of ``crop`` (C, *place), which lies at ``place`` of the volume. Never changes ``crop``."""
+        """Return a perturbed copy of ``crop`` (C, *place), the part of the volume at ``place``.
+
+        Never changes ``crop``.
+        """
 
     def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
-        """Whether perturbation ``index`` changes a voxel of ``crop`` (C, *place): what does not is never computed."""
+        """Return True if a perturbation changes a voxel of ``crop`` (C, *place); else the window is not computed."""
         return not torch.equal(self.apply(index, crop, place), crop)
 
     def write(self, indices: Sequence[int], crop: Tensor, place: Slices, out: Tensor) -> Sequence[int]:
-        """`apply` of several perturbations into the first rows of ``out`` (n, C, *place), those left out that change no
-        voxel of ``crop``.
+        """Write perturbed copies of ``crop`` (C, *place) into the first rows of ``out`` (n, C, *place).
 
-        `key` says of none that it is `UNCHANGED`.
+        Perturbations that change no voxel of ``crop`` are left out.
+
+        Args:
+            indices: perturbations, none with the key `UNCHANGED`.
+            crop: the part of the volume at ``place``.
+            place: where the crop is.
+            out: rows for the copies.
 
         Returns:
-            Positions in ``indices`` of those written.
+            The positions in ``indices`` of those written.
         """
         written: list[int] = []
         for position, i in enumerate(indices):
@@ -53,45 +61,46 @@ class Perturbations(ABC):
         return written
 
     def _write(self, index: int, crop: Tensor, place: Slices, row: Tensor) -> bool:
-        """`apply` into ``row`` (C, *place), and whether it changes a voxel; else ``row`` may hold anything."""
+        """Write a perturbed copy into ``row`` (C, *place); return True if it differs, else ``row`` is undefined."""
         perturbed = self.apply(index, crop, place)
         row.copy_(perturbed)
         return not torch.equal(perturbed, crop)
 
     def reaching(self, place: Slices) -> Sequence[int]:
-        """The perturbations that may change a voxel at ``place``, in order."""
+        """Return the perturbations that may change a voxel at ``place``, in order."""
         return range(len(self))
 
     def key(self, index: int, window: int, place: Slices) -> Hashable | None:
-        """What determines the perturbed window, so that equal ones are computed once; None: always computed.
+        """Return a key of the perturbed window: windows of equal key are computed once; None: always compute it.
 
-        `UNCHANGED` says that nothing of the window is changed: then it is not even looked at.
+        `UNCHANGED`: the perturbation changes nothing in the window, which is skipped.
         """
         return None
 
     def keys(self, indices: Sequence[int], window: int, place: Slices) -> Sequence[Hashable | None]:
-        """`key` of several perturbations in one window."""
+        """Return the `key` of several perturbations in one window."""
         return [self.key(i, window, place) for i in indices]
 
     def identity(self, index: int) -> Hashable | None:
-        """What determines the whole perturbation; None: no other is ever equal to it.
+        """Return a key of the whole perturbation; None: no other one is equal to it.
 
-        Equal perturbations are scored once (`esegeta_monai.engine.perturbation.scoring.known_score_changes`).
+        Perturbations of equal identity are scored once (`known_score_changes` of
+        `esegeta_monai.engine.perturbation.scoring`).
         """
         return None
 
     def fingerprint(self) -> str | None:
-        """A hash of all of them, under which their scores are kept on disk; None: they are not kept."""
+        """Return a hash of all perturbations, the name of their scores on disk; None: they are not stored."""
         names = [self.identity(i) for i in range(len(self))]
         return None if None in names else hashlib.sha256(repr(names).encode()).hexdigest()
 
     def take(self, indices: Sequence[int]) -> Perturbations:
-        """Some of these perturbations, in this order."""
+        """Return the perturbations with these indices, in this order."""
         return self if list(indices) == list(range(len(self))) else _Part(self, list(indices))
 
 
 class _Part(Perturbations):
-    """Some of other perturbations."""
+    """A selection of other perturbations."""
 
     def __init__(self, whole: Perturbations, indices: Sequence[int]) -> None:
         self.whole, self.indices = whole, indices
@@ -130,7 +139,7 @@ class Added(Perturbations):
     """Whole volumes added: ``x' = x + δ``.
 
     Args:
-        deltas: (m, C, *spatial).
+        deltas: the m volumes δ (m, C, *spatial).
     """
 
     def __init__(self, deltas: Tensor) -> None:

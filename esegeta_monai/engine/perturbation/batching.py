@@ -1,7 +1,7 @@
-"""(perturbation, window) pairs: which there are, how many window passes they take, and how they go through the network.
+"""Perturbed windows: list them, count their passes, run them through the network in full batches.
 
-Pairs of different windows share batches. A pair that changes no voxel is never computed, and perturbations that are
-equal inside a window are one pair of it.
+Perturbed windows of different places share batches. A window that a perturbation leaves unchanged is never computed.
+Perturbations that are equal inside a window share one perturbed window.
 """
 
 from __future__ import annotations
@@ -17,92 +17,109 @@ from torch import Tensor
 from esegeta_monai.engine.network.model import out_of_memory
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.base import UNCHANGED, Perturbations
-from esegeta_monai.engine.perturbation.mask_voxels import Support
+from esegeta_monai.engine.perturbation.mask_voxels import MaskVoxels
 from esegeta_monai.engine.windows.plan import Slices, last_axes
 from esegeta_monai.errors import MethodTimeout
 
-__all__ = ["Block", "Pair", "Pairs", "blocks", "by_window", "cut", "fit", "pair_passes", "runs", "sizes_of"]
+__all__ = [
+    "BatchedScorer",
+    "Chunk",
+    "PerturbedWindow",
+    "all_fit",
+    "by_window",
+    "chunks",
+    "count_passes",
+    "cut",
+    "output_bytes",
+    "runs",
+]
 
-BLOCK_BYTES = 256 * 2**20
-"""Memory for the changed outputs of the perturbations in flight and, beside it, for unperturbed outputs, which the
-objective keeps where all fit (non-linear s)."""
+CHUNK_BYTES = 256 * 2**20
+"""Memory in bytes for the changed outputs of a chunk (non-linear s), and the same again for unperturbed outputs, which
+the objective keeps if all of them fit."""
 
-BLOCK = 512
-"""Perturbations in flight at most (non-linear s): after each block their scores are known, and can be kept."""
+CHUNK = 512
+"""Largest number of perturbations in a chunk (non-linear s). After each chunk its scores are complete and are
+saved."""
 
 
 STAGED, STAGED_BYTES = 16, 8 * 2**20
-"""So many batches of small windows are written together, pass the network one after the other, and are booked
-together, as long as they and their outputs take no more memory: between two passes the first call of everything is
-slow, since a pass empties the processor's caches."""
+"""Prepare and add up to STAGED batches at a time (at most STAGED_BYTES): each forward pass evicts the CPU caches, so
+alternating is slow."""
 
 
-class Pair(NamedTuple):
-    """One perturbed window, and all perturbations that are equal there; none: the window as it is."""
+class PerturbedWindow(NamedTuple):
+    """One window and the perturbations that are equal in it; no perturbation: the unperturbed window."""
 
     indices: tuple[int, ...]
     window: int
 
 
-Block = Iterable[tuple[int, list[tuple[int, ...]]]]
-"""Pairs, window by window: for each window the perturbations that are equal there together."""
+Chunk = Iterable[tuple[int, list[tuple[int, ...]]]]
+"""Perturbed windows, window by window: (window, groups of perturbations that are equal in it)."""
 
 
 def cut(objective: Objective, window: int) -> tuple[Slices, Tensor]:
-    """A window's place in the volume, and the image there (C, *place), where the network is."""
+    """Return a window's place in the volume, and the image there (C, *place) on the network's device."""
     place = objective.plan.place(window)
     return place, objective.image[last_axes(place)].to(objective.model.device)
 
 
 def by_window(objective: Objective, perturbations: Perturbations) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-    """All perturbations as one block, found as it is asked for.
+    """Yield the perturbed windows of all perturbations as one chunk.
 
-    Windows are looked at some together, until `BLOCK` perturbations have been met, see `STAGED`.
+    Keys are computed for several windows ahead, until `CHUNK` perturbations have been counted, see `STAGED`.
     """
-    found: list[tuple[int, list[tuple[int, ...]]]] = []
-    met = 0
+    gathered: list[tuple[int, list[tuple[int, ...]]]] = []
+    count = 0
     for w in objective.windows:
         place = objective.plan.place(w)
         groups: dict[Hashable, list[int]] = {}
         for i, key in _keys(perturbations, perturbations.reaching(place), w, place):
             groups.setdefault(key, []).append(i)
         if groups:
-            found.append((w, [tuple(g) for g in groups.values()]))
-            met += sum(map(len, groups.values()))
-        if met >= BLOCK:
-            yield from found
-            found, met = [], 0
-    yield from found
+            gathered.append((w, [tuple(g) for g in groups.values()]))
+            count += sum(map(len, groups.values()))
+        if count >= CHUNK:
+            yield from gathered
+            gathered, count = [], 0
+    yield from gathered
 
 
 def _keys(
     perturbations: Perturbations, indices: Sequence[int], window: int, place: Slices
 ) -> Iterator[tuple[int, Hashable]]:
-    """Perturbations that may change a window, and their `Perturbations.keys`: one of its own where there is none."""
+    """Yield the perturbations that may change a window, each with its key; one without a key gets a unique one."""
     for i, key in zip(indices, perturbations.keys(indices, window, place)):
         if key != UNCHANGED:
             yield i, ("alone", i) if key is None else ("key", key)
 
 
-def blocks(
+def chunks(
     objective: Objective, perturbations: Perturbations, indices: Sequence[int], sizes: Mapping[int, int]
-) -> Iterator[tuple[list[int], Block]]:
-    """As many perturbations at a time as `BLOCK` and `BLOCK_BYTES` of changed outputs allow, and their pairs.
+) -> Iterator[tuple[list[int], Chunk]]:
+    """Split perturbations into chunks, limited by `CHUNK` and by `CHUNK_BYTES` of changed outputs.
 
     Args:
-        sizes: see `sizes_of`.
+        objective: the case.
+        perturbations: all perturbations.
+        indices: those to split, in order.
+        sizes: see `output_bytes`.
+
+    Yields:
+        The perturbations of a chunk, and their perturbed windows.
     """
     members: list[int] = []
     groups: dict[int, dict[Hashable, list[int]]] = {w: {} for w in objective.windows}
     total = 0
 
-    def block() -> tuple[list[int], Block]:
-        return members, [(w, [tuple(g) for g in found.values()]) for w, found in groups.items() if found]
+    def chunk() -> tuple[list[int], Chunk]:
+        return members, [(w, [tuple(g) for g in by_key.values()]) for w, by_key in groups.items() if by_key]
 
     for i, keys in _keyed(objective, perturbations, indices):
         new = sum(sizes[w] for w, key in keys.items() if key not in groups[w])
-        if members and (len(members) == BLOCK or total + new > BLOCK_BYTES):
-            yield block()
+        if members and (len(members) == CHUNK or total + new > CHUNK_BYTES):
+            yield chunk()
             members, groups, total = [], {w: {} for w in objective.windows}, 0
             new = sum(sizes[w] for w in keys)
         members.append(i)
@@ -110,173 +127,192 @@ def blocks(
         for w, key in keys.items():
             groups[w].setdefault(key, []).append(i)
     if members:
-        yield block()
+        yield chunk()
 
 
 def _keyed(
     objective: Objective, perturbations: Perturbations, indices: Sequence[int]
 ) -> Iterator[tuple[int, dict[int, Hashable]]]:
-    """Each perturbation with its keys in the windows that it may change, `BLOCK` perturbations looked at together."""
+    """Yield each perturbation with its keys in the windows that it may change; computed for `CHUNK` perturbations at
+    once."""
     places = {w: objective.plan.place(w) for w in objective.windows}
     reaching = {w: perturbations.reaching(place) for w, place in places.items()}
-    near = {w: found if isinstance(found, range) else set(found) for w, found in reaching.items()}
-    for start in range(0, len(indices), BLOCK):
-        some: dict[int, dict[int, Hashable]] = {i: {} for i in indices[start : start + BLOCK]}
+    near = {w: reached if isinstance(reached, range) else set(reached) for w, reached in reaching.items()}
+    for start in range(0, len(indices), CHUNK):
+        part: dict[int, dict[int, Hashable]] = {i: {} for i in indices[start : start + CHUNK]}
         for w, place in places.items():
-            for i, key in _keys(perturbations, [i for i in some if i in near[w]], w, place):
-                some[i][w] = key
-        yield from some.items()
+            for i, key in _keys(perturbations, [i for i in part if i in near[w]], w, place):
+                part[i][w] = key
+        yield from part.items()
 
 
-def sizes_of(objective: Objective, supports: Sequence[Support]) -> dict[int, int]:
-    """Bytes of each window's output at the masks' voxels."""
+def output_bytes(objective: Objective, mask_voxels: Sequence[MaskVoxels]) -> dict[int, int]:
+    """Return the bytes of each window's output at the voxels of all masks, by window."""
     item = objective.image.element_size()
     return {
-        w: sum(s.count(w) * len(s.score.channels) * item for s in supports if w in s.windows) for w in objective.windows
+        w: sum(s.count(w) * len(s.score.channels) * item for s in mask_voxels if w in s.windows)
+        for w in objective.windows
     }
 
 
-def fit(sizes: Mapping[int, int]) -> bool:
-    """Whether the unperturbed outputs of all windows fit in `BLOCK_BYTES`."""
-    return sum(sizes.values()) <= BLOCK_BYTES
+def all_fit(sizes: Mapping[int, int]) -> bool:
+    """Return True if the unperturbed outputs of all windows fit in `CHUNK_BYTES`."""
+    return sum(sizes.values()) <= CHUNK_BYTES
 
 
-def pair_passes(objective: Objective, perturbations: Perturbations, known: set[int]) -> int:
-    """Window passes of all pairs, and of what they are compared with where that is not ``known``; it is afterwards. No
-    network runs."""
+def count_passes(objective: Objective, perturbations: Perturbations, known: set[int]) -> int:
+    """Count the window passes of all perturbed windows and of the unperturbed windows they are compared with.
 
-    def touched(block: Block) -> list[int]:
-        """The windows of all pairs that change a voxel."""
-        found = []
-        for w, groups in block:
+    No network runs.
+
+    Args:
+        objective: the case.
+        perturbations: the perturbations.
+        known: unperturbed windows that have been computed; updated.
+    """
+
+    def touched(chunk: Chunk) -> list[int]:
+        """Return the window of each perturbed window that differs from the image."""
+        windows: list[int] = []
+        for w, groups in chunk:
             place, crop = cut(objective, w)
-            found += [w for group in groups if perturbations.changes(group[0], crop, place)]
-        return found
+            windows += [w for group in groups if perturbations.changes(group[0], crop, place)]
+        return windows
 
     if objective.linear:
-        pairs = touched(by_window(objective, perturbations))
-        compared = set(pairs if objective.context.processes.size == 1 else objective.windows) - known
+        changed = touched(by_window(objective, perturbations))
+        compared = set(changed if objective.context.processes.size == 1 else objective.windows) - known
         known |= compared
-        return len(pairs) + len(compared)
-    sizes = sizes_of(objective, [Support(objective, k) for k in range(objective.n_targets)])
-    parts = [touched(b) for _, b in blocks(objective, perturbations, range(len(perturbations)), sizes)]
+        return len(changed) + len(compared)
+    sizes = output_bytes(objective, [MaskVoxels(objective, k) for k in range(objective.n_targets)])
+    parts = [touched(b) for _, b in chunks(objective, perturbations, range(len(perturbations)), sizes)]
     unperturbed = [set(part) for part in parts]
-    if fit(sizes):
+    if all_fit(sizes):
         unperturbed = [set().union(*unperturbed) - known]
         known |= unperturbed[0]
     return sum(map(len, parts)) + sum(map(len, unperturbed))
 
 
-def runs(windows: Sequence[int]) -> Iterator[tuple[int, slice]]:
-    """Each window of a batch and its place there; equal ones are neighbours."""
-    start = 0
+def runs(windows: Sequence[int]) -> list[tuple[int, slice]]:
+    """List each window of a batch with its rows; rows of one window are adjacent."""
+    rows, start = [], 0
     for w, same in itertools.groupby(windows):
         stop = start + len(list(same))
-        yield w, slice(start, stop)
+        rows.append((w, slice(start, stop)))
         start = stop
+    return rows
 
 
-class Pairs:
-    """Scores of perturbations whose pairs go through the network in full batches.
+class BatchedScorer:
+    """Scores of perturbations, computed in full batches of perturbed windows.
 
-    Windows are written where the network reads them, so that one batch of them is held (of small ones some, see
-    `STAGED`) and nothing is copied twice.
+    Subclasses implement `add`, which receives the network's output.
+
+    Perturbed windows are written directly into the network's input, so that no more than one batch is in memory
+    (several for small windows, see `STAGED`), and each is copied once.
+
+    Attributes:
+        result: scores so far (k, m), float64.
+        done: perturbed windows (linear s) or perturbations (non-linear s) that ``result`` includes.
+        position: number of the next perturbed window, in the order that is the same in every run.
+        restored: perturbed windows that a checkpoint covers; they are skipped.
     """
 
     def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
         self.objective, self.perturbations, self.processes = objective, perturbations, objective.context.processes
         self.result = torch.zeros((objective.n_targets, len(perturbations)), dtype=torch.float64)
-        self.done = self.number = self.known = 0
-        self.base: dict[int, Any] = {}
-        """Unperturbed outputs by window."""
+        self.done = self.position = self.restored = 0
+        self.unperturbed: dict[int, Any] = {}
+        """Scores or outputs of the unperturbed windows, by window."""
         self._rows: Tensor | None = None
-        self._pending: list[Pair] = []
+        self._pending: list[PerturbedWindow] = []
         checkpoint = objective.checkpoint if objective.context.processes.size == 1 else None
         self.name = None if checkpoint is None else perturbations.fingerprint()
         self.checkpoint = None if self.name is None else checkpoint
         if self.checkpoint is not None and self.name is not None:
-            known = self.checkpoint.read(self.name, tuple(self.result.shape))
-            if known is not None:
-                self.result, self.done = known
+            stored = self.checkpoint.read(self.name, tuple(self.result.shape))
+            if stored is not None:
+                self.result, self.done = stored
 
-    def keep(self, *, force: bool = False) -> None:
-        """Writes down the scores so far, which stand for ``done`` pairs or perturbations."""
+    def save(self, *, force: bool = False) -> None:
+        """Write the scores so far to the checkpoint, if there is one."""
         if self.checkpoint is not None and self.name is not None:
             self.checkpoint.write(self.name, self.result, self.done, force=force)
 
-    def mine(self) -> bool:
-        """Whether this process computes the next pair."""
-        return True
+    def own(self, groups: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Return the perturbed windows that this process computes: all of them."""
+        return groups
 
-    def book(self, pairs: Sequence[Pair], out: Tensor) -> None:
-        """What the network gave for a batch of pairs (n, R, *out_roi): all of it, or none where memory runs out."""
+    def add(self, windows: Sequence[PerturbedWindow], out: Tensor) -> None:
+        """Add the output of a batch (n, R, *out_roi) to the result: all of it, or nothing if memory runs out."""
         raise NotImplementedError
 
-    def over(self, block: Block) -> None:
-        """All pairs of a block, in full batches; before those of a window the window as it is, where it is not
-        known."""
+    def compute(self, chunk: Chunk) -> None:
+        """Run all perturbed windows of a chunk in full batches; each window's unperturbed version comes first, unless
+        it is known."""
         self._pending = []
-        for w, groups in block:
+        for w, groups in chunk:
             place, crop = cut(self.objective, w)
             if self._rows is None:
-                self._rows = self._made(crop)
-            todo = [Pair(g, w) for g in groups if self.mine()]
+                self._rows = self._new_rows(crop)
+            todo = [PerturbedWindow(g, w) for g in self.own(groups)]
             at = 0
-            while at < len(todo) and (self.number < self.known or w not in self.base):
-                # those of an earlier run are left out (pairs come in the same order at every run)
+            while at < len(todo) and (self.position < self.restored or w not in self.unperturbed):
+                # skip those of an earlier run: the order is the same in every run
                 changes = self.perturbations.changes(todo[at].indices[0], crop, place)
-                if self.number >= self.known and changes:
-                    self._add([Pair((), w)], crop, place)
+                if self.position >= self.restored and changes:
+                    self._enqueue([PerturbedWindow((), w)], crop, place)
                     break
-                self.number += changes
+                self.position += changes
                 at += 1
             while at < len(todo):
-                at += self._add(todo[at : at + self._room], crop, place)
+                at += self._enqueue(todo[at : at + self._free_rows], crop, place)
         while self._pending:
             self._flush()
 
     @property
-    def _room(self) -> int:
-        """How many pairs the batches have room for."""
+    def _free_rows(self) -> int:
+        """Rows of the batches that are not in use."""
         assert self._rows is not None
         return len(self._rows) - len(self._pending)
 
-    def _add(self, pairs: Sequence[Pair], crop: Tensor, place: Slices) -> int:
-        """Pairs of one window for which there is room; full batches are computed.
+    def _enqueue(self, windows: Sequence[PerturbedWindow], crop: Tensor, place: Slices) -> int:
+        """Write perturbed windows of one place into free rows; run the batches once they are full.
 
         Returns:
-            Their number.
+            The number of perturbed windows.
         """
-        self._write(pairs, crop, place)
-        while self._pending and self._room <= 0:
+        self._write(windows, crop, place)
+        while self._pending and self._free_rows <= 0:
             self._flush()
-        return len(pairs)
+        return len(windows)
 
-    def _write(self, pairs: Sequence[Pair], crop: Tensor, place: Slices) -> None:
-        """The windows of pairs that change a voxel, behind those that wait."""
+    def _write(self, windows: Sequence[PerturbedWindow], crop: Tensor, place: Slices) -> None:
+        """Append the perturbed windows that differ from the image to the pending ones."""
         plan, n = self.objective.plan, len(self._pending)
+        padded = plan.padded
         assert self._rows is not None
-        rows = self._rows[n : n + len(pairs)]
-        out = crop.new_empty((len(pairs), *crop.shape)) if plan.padded else rows
-        if pairs[0].indices:
-            written = self.perturbations.write([p.indices[0] for p in pairs], crop, place, out)
-            self.number += len(written)
-            pairs = [pairs[j] for j in written]
+        rows = self._rows[n : n + len(windows)]
+        out = crop.new_empty((len(windows), *crop.shape)) if padded else rows
+        if windows[0].indices:
+            written = self.perturbations.write([p.indices[0] for p in windows], crop, place, out)
+            self.position += len(written)
+            windows = [windows[j] for j in written]
         else:
             out.copy_(crop)
-        if plan.padded:
-            rows[: len(pairs)] = plan.pad(out[: len(pairs)])
-        self._pending += pairs
+        if padded:
+            rows[: len(windows)] = plan.pad(out[: len(windows)])
+        self._pending += windows
 
-    def _made(self, crop: Tensor) -> Tensor:
-        """Rows for one batch (n, C, *roi), or for some where they are small."""
+    def _new_rows(self, crop: Tensor) -> Tensor:
+        """Allocate rows for one batch (n, C, *roi), or for several small ones."""
         objective = self.objective
-        one = objective.plan.roi
-        size = (len(crop) * math.prod(one) + len(objective.channels) * objective.grid.size) * crop.element_size()
+        roi = objective.plan.roi
+        size = (len(crop) * math.prod(roi) + len(objective.channels) * objective.grid.size) * crop.element_size()
         batches = max(1, min(STAGED, STAGED_BYTES // (size * objective.window_batch)))
         while True:
             try:
-                return crop.new_empty((batches * objective.window_batch, len(crop), *one))
+                return crop.new_empty((batches * objective.window_batch, len(crop), *roi))
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -285,10 +321,10 @@ class Pairs:
                 batches = 1
 
     def _flush(self) -> None:
-        """The batches that wait go through the network and are booked; where memory runs out, some wait longer."""
+        """Run the pending batches and add their outputs; those that did not fit into memory stay pending."""
         assert self._rows is not None
-        waiting, n, late = self._pending, self.objective.window_batch, False
-        passed: list[tuple[list[Pair], Tensor]] = []
+        waiting, n, timed_out = self._pending, self.objective.window_batch, False
+        passed: list[tuple[list[PerturbedWindow], Tensor]] = []
         try:
             with torch.inference_mode():
                 for start in range(0, len(waiting), n):
@@ -297,31 +333,31 @@ class Pairs:
                     x = self._rows[start : start + len(batch)]
                     passed.append((batch, self.objective.run(x, [p.window for p in batch])))
         except MethodTimeout:
-            late = True
+            timed_out = True
             raise
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             self.objective.shrink(len(batch), error)
-        finally:  # what has gone through the network counts, whatever stopped the rest
-            rest = waiting[self._booked(passed) :]
-            self.keep(force=late)
-        self._pending, number = [], self.number
-        for pair in rest:  # there are some where memory ran out: what a pass left of their rows is not known
-            place, crop = cut(self.objective, pair.window)
-            self._write([pair], crop, place)
-        self.number = number
+        finally:  # completed passes are added, whatever stopped the others
+            rest = waiting[self._add_all(passed) :]
+            self.save(force=timed_out)
+        self._pending, position = [], self.position
+        for window in rest:  # left over after memory ran out; the failed pass may have overwritten their rows
+            place, crop = cut(self.objective, window.window)
+            self._write([window], crop, place)
+        self.position = position
 
-    def _booked(self, passed: Sequence[tuple[list[Pair], Tensor]]) -> int:
-        """Books batches one after the other, until memory runs out.
+    def _add_all(self, passed: Sequence[tuple[list[PerturbedWindow], Tensor]]) -> int:
+        """Add the outputs of batches, one after the other, until memory runs out.
 
         Returns:
-            The number of their pairs.
+            The number of perturbed windows that were added.
         """
         count = 0
         for batch, out in passed:
             try:
-                self.book(batch, out)
+                self.add(batch, out)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise

@@ -1,4 +1,4 @@
-"""Boxes of the image that are replaced by a baseline."""
+"""Boxes of the image, replaced by a baseline."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Boxes(Perturbations):
     """Boxes replaced by a baseline.
 
     Args:
-        starts, stops: (m, d) corners, ``stops`` excluded.
-        baseline: (C, *spatial) volume or a number.
-        channels: for each box the channels that are replaced; None: all.
+        starts, stops: corners (m, d) in voxels; ``stops`` are excluded.
+        baseline: volume (C, *spatial) or a number.
+        channels: channels that are replaced, per box; None: all channels.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Boxes(Perturbations):
         return hashlib.sha256(f"{parts}{self.channels}".encode()).hexdigest()
 
     def _replaced(self, index: int, crop: Tensor, place: Slices) -> tuple[tuple[Any, ...], Tensor | float]:
-        """The part of the crop that lies in the box, and what stands there afterwards."""
+        """Return the part of the crop inside the box, and its new values."""
         common = [slice(max(b.start, p.start), min(b.stop, p.stop)) for b, p in zip(self.boxes[index], place)]
         inside = tuple(slice(c.start - p.start, c.stop - p.start) for c, p in zip(common, place))
         rows = slice(None) if self.channels is None else picked(list(self.channels[index]))

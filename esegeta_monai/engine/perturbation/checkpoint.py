@@ -1,4 +1,4 @@
-"""Checkpoints: perturbation scores of a long run on disk, so that a stopped run continues where it was."""
+"""Checkpoints: perturbation scores of a long run on disk, so that a stopped run continues."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class ScoreCheckpoint:
         return other
 
     def path(self, perturbations: str) -> Path:
-        """Return the path of the scores of a set of perturbations, given by its hash."""
+        """Return the path of the scores of a set of perturbations (its hash)."""
         return self.folder / f"{hashlib.sha256((self.key + perturbations).encode()).hexdigest()[:24]}.npz"
 
     def read(self, perturbations: str, shape: tuple[int, ...]) -> tuple[Tensor, int] | None:

@@ -1,4 +1,4 @@
-"""Features of a case as the players of a cooperative game."""
+"""The features of a case as players of a cooperative game."""
 
 from __future__ import annotations
 
@@ -22,22 +22,29 @@ __all__ = ["Game", "reference_image", "split_half"]
 
 
 TABLE_BYTES = 2**30
-"""The largest table of coalitions that is made."""
+"""Size of the largest table of coalitions, in bytes."""
 
 
 def split_half(a: Tensor, b: Tensor) -> list[float | None]:
-    """Pearson correlation between two estimates (k, …) of the same maps, a target each; None where one is constant."""
-    found: list[float | None] = []
+    """Correlate two estimates (k, …) of the same maps: Pearson's r per target; None if an estimate is constant."""
+    correlations: list[float | None] = []
     for x, y in zip(a.flatten(1).double(), b.flatten(1).double()):
         x, y = x - x.mean(), y - y.mean()
         scale = float(x.norm() * y.norm())
-        found.append(float(x @ y) / scale if scale > 0 else None)
-    return found
+        correlations.append(float(x @ y) / scale if scale > 0 else None)
+    return correlations
 
 
 @dataclass
 class Game:
-    """The features of a case as players: ``v(S) = F(x with the features outside S replaced) − F(x)``."""
+    """A game whose players are features: ``v(S) = F(x with the features outside S replaced) − F(x)``.
+
+    Attributes:
+        objective: the case.
+        features: the players.
+        reference: (C, *spatial), the values of replaced features.
+        baseline: how the reference was made; None: each feature's own mean.
+    """
 
     objective: Objective
     features: Features
@@ -46,41 +53,50 @@ class Game:
 
     @classmethod
     def of(cls, objective: Objective, feature_mask: object, baseline: object) -> Game:
-        """From a method's parameters, see `features_for` and `reference_image`."""
-        if isinstance(feature_mask, str):  # counted before the run and used in it, or by several methods: found once
+        """Build the game from a method's parameters, see `features_for` and `reference_image`."""
+        if isinstance(feature_mask, str):  # the cost estimate, the run and other methods share them
             features = objective.memo(("features", feature_mask), lambda: features_for(feature_mask).of(objective))
         else:
             features = features_for(feature_mask).of(objective)
-        found, reference = reference_image(objective, features, baseline)
-        return cls(objective, features, reference, found)
+        drawn_from, reference = reference_image(objective, features, baseline)
+        return cls(objective, features, reference, drawn_from)
 
     def segments(self, coalitions: np.ndarray, reference: Tensor | None = None) -> Segments:
-        """The perturbations that leave these coalitions (m, n)."""
+        """Return the perturbations that keep these coalitions (m, n) and replace all other features.
+
+        Args:
+            coalitions: bool (m, n), True where a feature is kept.
+            reference: values of replaced features (C, *spatial); None: those of the game.
+        """
         if reference is None or reference is self.reference:
             return self._segments.with_coalitions(coalitions)
         return Segments(self.features.labels, coalitions, reference, self.objective.image)
 
     @functools.cached_property
     def _segments(self) -> Segments:
-        """What all coalitions share."""
+        """A set of no coalitions, which holds everything that all sets share."""
         none = np.ones((0, len(self.features)), dtype=bool)
         return Segments(self.features.labels, none, self.reference, self.objective.image)
 
     def values(self, coalitions: np.ndarray, reference: Tensor | None = None) -> Tensor:
-        """``v(S)`` for coalitions (m, n): (k, m), each distinct one computed once on an objective."""
+        """Compute ``v(S)`` for coalitions (m, n): (k, m); each distinct coalition is computed once per objective."""
         return known_score_changes(self.objective, self.segments(coalitions, reference))
 
     def passes(self, coalitions: np.ndarray, references: Sequence[Tensor]) -> int:
-        """Window passes that `values` needs for one reference after the other."""
+        """Count the window passes of `values` for references (C, *spatial), in order."""
         return known_passes(self.objective, *(self.segments(coalitions, r) for r in references))
 
     def notes(self) -> dict[str, object]:
-        """For the record."""
+        """Return the number of features and the baseline, for the record."""
         how = "mean of each feature" if self.baseline is None else json_ready(self.baseline.record())
         return {"n_features": len(self.features), "baseline": how}
 
     def check_size(self, coalitions: int) -> None:
-        """Raises where the table of coalitions would not fit in memory."""
+        """Check that the table of coalitions fits into memory.
+
+        Raises:
+            MethodError: the table would be larger than `TABLE_BYTES`.
+        """
         n = len(self.features)
         if coalitions * n > TABLE_BYTES:
             raise MethodError(
@@ -90,14 +106,14 @@ class Game:
 
 
 def is_feature_mean(baseline: object) -> bool:
-    """Whether a baseline is, in words, each feature's own mean."""
+    """Return True for the text ``"feature mean"``: each feature's own mean."""
     return isinstance(baseline, str) and baseline.replace("_", " ") == "feature mean"
 
 
 def reference_image(objective: Objective, features: Features, baseline: object) -> tuple[Baseline | None, Tensor]:
-    """What stands where a feature is off, and where it came from.
+    """Return the baseline and the values of replaced features (C, *spatial).
 
-    ``baseline="feature mean"``: each feature's own mean in each channel, as LIME has it. Anything else: see
+    ``baseline="feature mean"``: each feature's own mean per channel, as in LIME, and no baseline. Anything else: see
     `esegeta_monai.engine.baselines`.
     """
     if is_feature_mean(baseline):
@@ -110,5 +126,5 @@ def reference_image(objective: Objective, features: Features, baseline: object) 
             mean = total / torch.bincount(flat, minlength=len(total)).clamp(min=1)
             reference[c] = torch.where(labels[c] < 0, image[c], mean[labels[c] + 1])
         return None, reference
-    found = baseline_for(baseline, local=True)
-    return found, found.draw(objective, objective.generator())
+    parsed = baseline_for(baseline, local=True)
+    return parsed, parsed.draw(objective, objective.generator())

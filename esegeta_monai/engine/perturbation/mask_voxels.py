@@ -1,7 +1,7 @@
-"""What a score sees: the voxels of its mask as a list, and which of them each window holds.
+"""The voxels of a score's mask as a list, and which of them are inside each window.
 
-Nothing outside the mask is ever copied, blended or added: what a perturbed window costs beside the network goes by the
-voxels of the mask that lie in it.
+Nothing outside the mask is copied, blended or added: beside the forward pass, the cost of a perturbed window is
+proportional to the number of mask voxels inside it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,17 @@ from torch import Tensor
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.utils.tensors import take, true_positions
 
-__all__ = ["Held", "Support"]
-
-
-DENSE = 8
-"""By how much to pick a voxel is dearer than to look at one in order."""
+__all__ = ["MaskVoxels", "WindowVoxels"]
 
 
 @dataclass(frozen=True)
-class Held:
-    """The m voxels of the mask that one window holds.
+class WindowVoxels:
+    """The m voxels of the mask inside one window.
 
     Attributes:
-        cells: where they lie in the window's flattened output (m,); None: they are all of it, in order.
+        cells: their positions in the window's flattened output (m,); None: they are the whole output, in order.
         voxels: their numbers in the list of the mask's voxels (m,).
-        weight: ``ĝ_w`` there (m,).
+        weight: blending weights ``ĝ_w`` (m,).
     """
 
     cells: Tensor | None
@@ -37,12 +33,12 @@ class Held:
     weight: Tensor
 
 
-class Support:
+class MaskVoxels:
     """The n voxels of one score's mask, numbered in the order of memory.
 
     Args:
         objective: the case.
-        target: which of its scores.
+        target: number of the score.
     """
 
     def __init__(self, objective: Objective, target: int) -> None:
@@ -56,12 +52,12 @@ class Support:
         self._number.view(-1)[self._where] = torch.arange(self.n, dtype=torch.int32, device=self.mask.device)
 
     def count(self, window: int) -> int:
-        """m, how many of the voxels a window holds."""
+        """Return m, the number of mask voxels inside a window."""
         _, in_box = self.objective.grid.meet(self.score.box, window)
         return int(torch.count_nonzero(self.mask[in_box]))
 
-    def held(self, window: int) -> Held:
-        """Which of the voxels a window holds, and where."""
+    def window_voxels(self, window: int) -> WindowVoxels:
+        """Return the mask voxels inside a window."""
         grid = self.objective.grid
         in_window, in_box = grid.meet(self.score.box, window)
         part = self.mask[in_box]
@@ -69,36 +65,37 @@ class Support:
         weight = grid.weight(window, in_window).reshape(-1).index_select(0, at)
         voxels = self._number[in_box].reshape(-1).index_select(0, at).long()
         if len(at) == grid.size:
-            return Held(None, voxels, weight)
+            return WindowVoxels(None, voxels, weight)
         if part.numel() == grid.size:
-            return Held(at, voxels, weight)
-        whole = part.new_zeros(grid.out_roi)
-        whole[in_window] = part
-        return Held(true_positions(whole), voxels, weight)
+            return WindowVoxels(at, voxels, weight)
+        inside = part.new_zeros(grid.out_roi)
+        inside[in_window] = part
+        return WindowVoxels(true_positions(inside), voxels, weight)
 
-    def read(self, out: Tensor, held: Sequence[tuple[slice, Held]]) -> list[Tensor]:
-        """`Score.contrast` at the voxels that windows hold, from the network's output (n, R, *out_roi).
+    def read(self, out: Tensor, parts: Sequence[tuple[slice, WindowVoxels]]) -> list[Tensor]:
+        """Return `Score.contrast` at the mask voxels of windows.
 
         Args:
-            held: some rows of the output that are of one window, and what it holds.
+            out: the network's output (n, R, *out_roi).
+            parts: rows of the output that show one window, and the mask voxels inside it.
 
         Returns:
-            For each of them (rows, channels, m).
+            For each part (rows, channels, m).
         """
         seen = out[:, self.rows].reshape(len(out), len(self.score.channels), -1)
-        dense = any(h.cells is None or DENSE * len(h.cells) > seen.shape[-1] for _, h in held)
-        if dense:  # fewer channels are picked from
-            seen = self.score.contrast(seen)
-        picked = [seen[rows] if h.cells is None else take(seen[rows], h.cells.to(seen.device)) for rows, h in held]
-        return picked if dense else [self.score.contrast(one) for one in picked]
+        gathered = [seen[rows] if h.cells is None else take(seen[rows], h.cells.to(seen.device)) for rows, h in parts]
+        return [self.score.contrast(values) for values in gathered]
 
     def of(self, prediction: Tensor) -> Tensor:
-        """`Score.contrast` at the mask's voxels of what the score reads of a prediction (channels, *box), in float64:
-        (channels, n)."""
+        """Return `Score.contrast` at the mask's voxels (channels, n) in float64.
+
+        Args:
+            prediction: what the score reads of a prediction (channels, *box).
+        """
         return self.score.contrast(take(prediction.reshape(len(prediction), -1), self._where).double())
 
     def box(self, values: Tensor) -> Tensor:
-        """Values of the mask's voxels (channels, n) in their box, zero outside the mask: (channels, *box)."""
+        """Scatter values of the mask's voxels (channels, n) into their box (channels, *box), zero outside the mask."""
         box = values.new_zeros((len(values), self.mask.numel()))
         box[:, self._where] = values
         return box.view(len(values), *self.mask.shape)

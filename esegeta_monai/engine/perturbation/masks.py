@@ -1,4 +1,4 @@
-"""Perturbations by coalitions of features and by smooth masks, each made for one window at a time.
+"""Perturbations by coalitions of features and by smooth masks, computed for one window at a time.
 
 x' = x where a voxel's feature is in the coalition, else x₀                   (`Segments`)
 x' = x₀ + m · (x − x₀), m interpolated from a coarse grid                     (`SmoothMasks`)
@@ -26,16 +26,16 @@ __all__ = [
 
 
 CLEAR = 1e-3
-"""A change of so much of the largest value is none of rounding."""
+"""A change larger than this fraction of the largest value is not due to rounding."""
 
 ENTRIES_BYTES = 4 * 2**20
-"""Memory for what `Segments` knows of windows between a first look at them and their perturbation."""
+"""Memory in bytes for the labels of windows that `Segments` keeps between `keys` and `write`."""
 
 
 class Segments(Perturbations):
-    """Features that are not in the coalition are replaced by a baseline.
+    """Coalitions of features: those outside the coalition are replaced by a baseline.
 
-    Windows in which coalitions agree are computed once for all of them.
+    A window in which several coalitions agree is computed once for all of them.
 
     Args:
         labels: see `esegeta_monai.engine.feature_masks.Features`.
@@ -54,7 +54,7 @@ class Segments(Perturbations):
         self.coalitions, self._entries = entries[:, 1:], entries.view(np.int8)
 
     def with_coalitions(self, coalitions: np.ndarray) -> Segments:
-        """The same features, image and baseline, which are looked at once for all sets of coalitions (m, n)."""
+        """Return other coalitions (m, n) of the same features, image and baseline, whose preparation they share."""
         other = copy.copy(self)
         other._set(coalitions)
         return other
@@ -69,7 +69,7 @@ class Segments(Perturbations):
 
     def write(self, indices: Sequence[int], crop: Tensor, place: Slices, out: Tensor) -> Sequence[int]:
         self._parts.at(crop, place).keep(self._entries[list(indices)], out)
-        return range(len(indices))  # that they change something, their keys have said
+        return range(len(indices))  # their keys exclude those that change nothing
 
     def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
         return not self.coalitions[index, self._parts.features(place)].all()
@@ -87,7 +87,7 @@ class Segments(Perturbations):
 
 
 class _Parts:
-    """The features of an image and what replaces them, whichever are in a coalition: looked at once a window."""
+    """The features of an image and their replacement, prepared once per window for all coalitions."""
 
     def __init__(self, labels: Tensor, baseline: Tensor, image: Tensor) -> None:
         self.labels, self.baseline, self.image = labels, baseline, image
@@ -97,11 +97,11 @@ class _Parts:
 
     @functools.cached_property
     def digest(self) -> bytes:
-        """Of what they are and what replaces them."""
+        """SHA-256 of labels and baseline."""
         return digest(self.labels.int(), self.baseline)
 
     def features(self, place: Slices) -> np.ndarray:
-        """The features that have a voxel at ``place`` which differs from the baseline, in order."""
+        """Return the features with a voxel at ``place`` that differs from the baseline, in order."""
         where = tuple((p.start, p.stop) for p in place)
         if where not in self._features:
             inside = last_axes(place)
@@ -109,14 +109,14 @@ class _Parts:
         return self._features[where]
 
     def at(self, crop: Tensor, place: Slices) -> _Crop:
-        """The crop (C, *place) at ``place`` for one coalition after the other."""
+        """Return the crop (C, *place), prepared for many coalitions."""
         if self._crop is None or self._crop.place != place or self._crop.crop is not crop:
             entries, baseline = self.entries(place).to(crop.device), self.baseline[last_axes(place)].to(crop)
             self._crop = _Crop(place, crop, entries, baseline)
         return self._crop
 
     def entries(self, place: Slices) -> Tensor:
-        """(1 or C, *place), the number of each voxel's feature from 1 on, 0 where there is none."""
+        """Return the number of each voxel's feature (1 or C, *place), from 1; 0 for no feature."""
         where = tuple((p.start, p.stop) for p in place)
         if where not in self._entries:
             made = self.labels[last_axes(place)] + 1
@@ -127,8 +127,8 @@ class _Parts:
 
 
 def _differing(entries: Tensor, image: Tensor, baseline: Tensor) -> np.ndarray:
-    """The features, one less than their numbers in ``entries`` (1 or C, *place), that hold a voxel in which two images
-    (C, *place) differ."""
+    """Return the features, one less than their numbers in ``entries`` (1 or C, *place), with a voxel in which two
+    images (C, *place) differ."""
     baseline = baseline.to(image)
     if entries.device.type == "cpu" and image.device.type == "cpu":  # in half the time of torch
         unlike, numbers = image.detach().numpy() != baseline.detach().numpy(), entries.numpy()
@@ -142,13 +142,13 @@ def _differing(entries: Tensor, image: Tensor, baseline: Tensor) -> np.ndarray:
 
 
 class _Crop:
-    """A crop of which features are replaced, one coalition after the other.
+    """A crop whose features are replaced, for many coalitions.
 
-    What `torch.where` gives is computed bit by bit, in a third of its time: ``x₀ ^ (m & (x ^ x₀))``, all bits of m set
+    Computes `torch.where` with bit operations, in a third of its time: ``x₀ ^ (m & (x ^ x₀))``, with all bits of m set
     where a voxel is kept.
 
     Args:
-        place, crop: where it lies, and the image there (C, *place).
+        place, crop: place in the volume, and the image there (C, *place).
         entries: see `_Parts.entries`.
         baseline: (C, *place).
     """
@@ -161,11 +161,11 @@ class _Crop:
         self.differing = crop.view(self.bits) ^ self.baseline
 
     def keep(self, entries: np.ndarray, out: Tensor) -> None:
-        """Copies of the crop with features replaced.
+        """Write copies of the crop with features replaced.
 
         Args:
             entries: (m, 1 + n) int8, 1 where an entry is kept, else 0.
-            out: (m, C, *place), where they are written.
+            out: receives the copies (m, C, *place).
         """
         m, (channels, cells) = len(entries), self.entries.shape[1:]
         table = torch.from_numpy(-entries.astype(self.table)).to(self.crop.device)  # all bits set where it is kept
@@ -178,14 +178,14 @@ class _Crop:
 class SmoothMasks(Perturbations):
     """Masks in [0, 1] on coarse grids, interpolated linearly: ``x' = x₀ + m (x − x₀)``, 1 keeps the image.
 
-    A mask is made for the crop at hand only, by one small matrix an axis.
+    A mask is computed for one crop only, with one small matrix per axis.
 
     Args:
-        grids: (m, *g).
-        shape: of the volume.
-        baseline: (C, *spatial).
-        shifts: (m, d), by how many voxels each mask is moved towards the origin; None: not at all.
-        extent: voxels that the grid is stretched over; None: ``shape``.
+        grids: coarse masks (m, *g), on the CPU.
+        shape: spatial shape of the volume.
+        baseline: x₀ (C, *spatial).
+        shifts: voxels by which each mask moves towards the origin (m, d); None: 0.
+        extent: voxels that a grid covers, per axis; None: ``shape``.
     """
 
     def __init__(
@@ -205,11 +205,14 @@ class SmoothMasks(Perturbations):
         return len(self.grids)
 
     def mask(self, index: int, place: Slices) -> Tensor:
-        """The mask on a box of the volume (*place), in the dtype of the grids."""
+        """Return the mask on a box of the volume (*place), in the dtype of the grids."""
         return interpolate(self.grids[index], self._matrices(index, place))
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """``Σ_i weights[:, i] · mask_i`` on the whole volume: (k, *spatial); masks of equal shift are made as one."""
+        """Compute ``Σ_i weights[:, i] · mask_i`` on the whole volume: (k, *spatial), from weights (k, m).
+
+        Masks of equal shift are summed before interpolation.
+        """
         everywhere = tuple(slice(0, n) for n in self.shape)
         total = torch.zeros((len(weights), *self.shape), dtype=weights.dtype)
         shifts, which = torch.unique(self.shifts, dim=0, return_inverse=True)
@@ -227,7 +230,8 @@ class SmoothMasks(Perturbations):
         return baseline + mask * (crop - baseline)
 
     def changes(self, index: int, crop: Tensor, place: Slices) -> bool:
-        """One slice tells of most masks, by more than rounding; of the others all voxels do."""
+        """Return True if the mask changes a voxel of ``crop`` (C, *place): test the middle slice, and all voxels only
+        if its change may be due to rounding."""
         middle = (place[0].stop - place[0].start) // 2
         at = slice(place[0].start + middle, place[0].start + middle + 1)
         part = crop[:, middle : middle + 1]
@@ -257,7 +261,7 @@ class SmoothMasks(Perturbations):
 
 
 def _cells(place: slice, shift: int, cells: int, extent: int) -> slice:
-    """The cells that voxels of ``place`` are interpolated from."""
+    """Return the grid cells that voxels of ``place`` are interpolated from."""
     ends = [(v + shift + 0.5) * cells / extent - 0.5 for v in (place.start, place.stop - 1)]
     low, high = (min(max(e, 0.0), cells - 1.0) for e in ends)
     return slice(math.floor(low), math.ceil(high) + 1)

@@ -40,7 +40,7 @@ def _curve_of(tensor: Tensor) -> _Curve | None:
 def store_function(operation: Operation, operands: tuple[Tensor, ...], result: Any) -> None:
     """Store the start and the composed function on the result of an elementwise operation.
 
-    Results of other operations, or of another shape than the operand, are left without.
+    Only a result of the same shape as its single operand is marked; all others are left unmarked.
     """
     if not isinstance(result, Tensor):
         return

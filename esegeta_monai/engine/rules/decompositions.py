@@ -21,7 +21,11 @@ __all__ = ["decompose", "standardised"]
 
 
 def decompose(operation: Operation, operands: tuple[Tensor, ...]) -> Any:
-    """Compute the result of an operation from its parts, on operands of the original shapes.
+    """Compute the result of an operation from its parts.
+
+    Args:
+        operation: the operation.
+        operands: one tensor per slot, of the same shape as the original operand.
 
     Raises:
         RuleError: the operation has no decomposition.

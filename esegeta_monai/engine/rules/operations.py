@@ -180,7 +180,7 @@ class Slot:
 
 
 def map_tensors(visit: Callable[[Tensor], Any], value: Any) -> Any:
-    """Replace every tensor in the tuples, lists and dictionaries of ``value`` by ``visit(tensor)``."""
+    """Replace every tensor, of any shape, in the tuples, lists and dictionaries of ``value`` by ``visit(tensor)``."""
     if isinstance(value, Tensor):
         return visit(value)
     if isinstance(value, tuple):
@@ -259,7 +259,7 @@ class Operation:
         return self.arguments.get(name, default)
 
     def filled(self, operands: tuple[Tensor, ...]) -> dict[str, Any]:
-        """Return :attr:`arguments` with the operands, of the original shapes, in place of their slots."""
+        """Return :attr:`arguments` with the slots replaced by ``operands``, each of the same shape as the original."""
         filled: dict[str, Any] = _fill(self.arguments, operands)
         return filled
 

@@ -32,7 +32,7 @@ class Pattern:
 
 
 class PatternSums:
-    """Sums of x y, x, y and 1 over one batch, in each regime of the rectifier behind an operation, in float64.
+    """Sums of x y, x, y and 1 over one batch, in each regime of the rectifier after an operation, in float64.
 
     A sum of x y over positions is the derivative of Σ y q with respect to the weights, for convolutions of every kind.
     y is measured from a pivot, its mean in the batch: if the mean is large relative to the spread, float32 would lose

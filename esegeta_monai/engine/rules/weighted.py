@@ -35,8 +35,8 @@ def apply_weights(operation: Operation, x: Tensor, weight: Tensor, bias: Tensor 
 
     Args:
         operation: a convolution or linear layer.
-        x: input of the shape that the operation reads.
-        weight, bias: shaped like those of the operation.
+        x: input, of the same shape as that of the operation.
+        weight, bias: of the same shape as those of the operation.
     """
     result: Tensor = operation.func(**{**operation.arguments, "input": x, "weight": weight, "bias": bias})
     return result
@@ -57,7 +57,7 @@ class Part:
 
 
 def ratio(relevance: Tensor, total: Tensor) -> Tensor:
-    """Return relevance / total, elementwise and of their shape; 0 where the total is too small to divide by."""
+    """Divide ``relevance`` by ``total``, of the same shape, elementwise; 0 where the total is (almost) zero."""
     info = torch.finfo(total.dtype)
     small = total.abs() <= info.tiny / info.eps
     return torch.where(small, 0.0, relevance / torch.where(small, 1.0, total))

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,8 +150,10 @@ class OutputGrid:
     def blend(self, values: Tensor, box: Slices, window: int, output: Tensor) -> None:
         """Add ``ĝ_w`` times the window's output (…, *out_roi) to values (…, *box) in place."""
         source, target = self.meet(box, window)
-        part = output[last_axes(source)].to(values.device, values.dtype)
-        values[last_axes(target)].addcmul_(part, self.weight(window, source).to(values.device, values.dtype))
+        read: tuple[Any, ...] = (..., *source)
+        written: tuple[Any, ...] = (..., *target)
+        part = output[read].to(values.device, values.dtype)
+        values[written].addcmul_(part, self.weight(window, source).to(values.device, values.dtype))
 
     def meet(self, box: Slices, window: int) -> tuple[Slices, Slices]:
         """Return the intersection of a box and the window's output, in coordinates of the window and of the box."""

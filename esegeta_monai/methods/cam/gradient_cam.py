@@ -1,10 +1,9 @@
 """Class activation maps: activations of a layer, weighted by the target's dependence on each channel.
 
 There are two kinds. *Weighted* maps (Grad-CAM and most others) have one weight per channel for the whole volume, summed
-over the windows that the target sees; activations of **all** windows are blended with these weights. *Scattered* maps
-(HiResCAM, LayerCAM) multiply activation and gradient position by position; they already contain the
-blending weights, so windows are added, and only those that the target sees matter. ReLU is applied last, to the whole
-map.
+over the windows that the target sees; the activations of **all** windows are blended with these weights. *Scattered*
+maps (HiResCAM, LayerCAM) multiply activation and gradient position by position; they already contain the blending
+weights, so windows are added, and only those that the target sees matter. ReLU is applied last, to the whole map.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class _Cam(Method):
         return not self.relu
 
     def passes(self, objective: Objective) -> int:
-        """Gradients of windows that the target sees, activations of all (and one pass to choose a default layer)."""
+        """Count gradients of windows that the target sees, activations of all, and the choice of a default layer."""
         return len(objective.windows) + len(objective.plan)
 
     def attribute(self, objective: Objective) -> Passes:
@@ -80,7 +79,7 @@ class _Cam(Method):
 
     @abstractmethod
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
-        """Request what the map of one layer needs, and return it (k, 1, *spatial), before ReLU."""
+        """Request the sweeps of one layer's map, and return the map (k, 1, *spatial) before ReLU."""
 
 
 def check_layers(objective: Objective, layer: Layers) -> tuple[str, ...]:
@@ -137,7 +136,7 @@ class GradCamPlusPlus(_Cam):
     full_precision = True  # α has a pole where g Σ A = −2: rounding moves it
 
     def passes(self, objective: Objective) -> int:
-        """Activations of all windows twice (α needs their sum first), gradients of those that the target sees."""
+        """Count activations of all windows twice (α needs their sum), and gradients of those that the target sees."""
         return 2 * len(objective.plan) + len(objective.windows)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
@@ -157,10 +156,10 @@ class XGradCam(_Cam):
     """
 
     reference = "Fu et al., BMVC 2020, arXiv:2008.02312"
-    full_precision = True  # Σ A may cancel: rounding then decides the weight
+    full_precision = True  # Σ A may cancel: rounding then determines the weight
 
     def passes(self, objective: Objective) -> int:
-        """Gradients where the target sees, activations everywhere twice."""
+        """Count the gradients of windows that the target sees, and the activations of all windows twice."""
         return 2 * len(objective.plan)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
@@ -187,7 +186,7 @@ class EigenCam(_Cam):
     units = "projected activation"
 
     def passes(self, objective: Objective) -> int:
-        """Activations of all windows, twice."""
+        """Count the activations of all windows, twice."""
         return 2 * len(objective.plan)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
@@ -211,7 +210,7 @@ class HiResCam(_Cam):
     units = "target per voxel"
 
     def passes(self, objective: Objective) -> int:
-        """Gradients of the windows that the target sees (and one pass to choose a default layer)."""
+        """Count the gradients of windows that the target sees, and the choice of a default layer."""
         return len(objective.windows)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:

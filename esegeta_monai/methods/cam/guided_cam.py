@@ -17,7 +17,7 @@ class GuidedGradCam(Method):
     It is as insensitive to the upper layers as guided backpropagation (Adebayo et al. 2018): do not use it alone.
 
     Args:
-        layer: of Grad-CAM, see `GradCam`.
+        layer: layer of Grad-CAM, see `GradCam`.
     """
 
     reference = "Selvaraju et al., ICCV 2017, arXiv:1610.02391"
@@ -29,7 +29,7 @@ class GuidedGradCam(Method):
     layer: str | None = None
 
     def passes(self, objective: Objective) -> int:
-        """Those of the two methods."""
+        """Count the passes of both methods."""
         return GradCam(self.layer).passes(objective) + GuidedBackprop().passes(objective)
 
     def attribute(self, objective: Objective) -> Explained:

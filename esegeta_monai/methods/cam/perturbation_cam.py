@@ -40,11 +40,11 @@ class _ChannelByChannel(_Cam):
         return False
 
     def passes(self, objective: Objective) -> int:
-        """Count activations everywhere twice, and per channel the windows that the target sees."""
+        """Count the activations of all windows twice, and per channel the windows that the target sees."""
         return 2 * len(objective.plan) + self.channel_count(objective) * len(objective.windows)
 
     def channel_count(self, objective: Objective) -> int:
-        """Return the number of channels that are looked at; 64 are assumed where the layer's shape is not known."""
+        """Return the number of channels that are tested; 64 if the layer's shape is not known."""
         shapes: dict[str, LayerShape] = objective.memo("layer shapes", dict) if objective.knows("layer shapes") else {}
         layer = default_layer(objective) if self.layer is None and objective.knows("default layer") else self.layer
         grid = shapes[layer].grid if layer in shapes else None
@@ -126,12 +126,12 @@ class AblationCam(_ChannelByChannel):
     reference = "Desai & Ramaswamy, WACV 2020, doi:10.1109/WACV45572.2020.9093360"
 
     def passes(self, objective: Objective) -> int:
-        """Count the passes of all channels, and those of F with all of them."""
+        """Count the passes of all channels, and those of F with all channels."""
         return super().passes(objective) + len(objective.windows)
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
         moments: ChannelMoments = yield Moments(layer)
-        value = objective.value(objective.image[None])[:, 0]  # in the precision of what is compared with it
+        value = objective.value(objective.image[None])[:, 0]  # in the precision of the values compared with it
         weights = torch.zeros((objective.n_targets, len(moments.first)), dtype=torch.float64)
         for c in self.chosen(moments):
             with replaced(objective.model.network, layer, _without(objective, layer, c)):

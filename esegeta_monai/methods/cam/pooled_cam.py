@@ -60,7 +60,7 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
         "use GradCam or HiResCam"
     )
     if objective.grid.shape:
-        raise MethodError(f"{wrong} (this one gives a map of voxels)")
+        raise MethodError(f"{wrong} (the output of this network is a map of voxels)")
     heads = {n: m for n, m in network.named_modules() if isinstance(m, Head)}
     names = [layer] if layer else [s.name for s in layer_shapes(objective) if s.name and s.grid is not None]
     entered: dict[str, Tensor] = {}
@@ -86,4 +86,4 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
             same = values.shape[0] == len(pooled) and values.shape[1] > 1
             if same and float((values.mean(1) - pooled).abs().max()) <= 1e-5 * float(values.abs().max()):
                 return name, heads[head]
-    raise MethodError(wrong if layer is None else f"{wrong}; layer {layer!r} is not what is pooled")
+    raise MethodError(wrong if layer is None else f"{wrong}; layer {layer!r} is not the pooled layer")

@@ -114,7 +114,7 @@ class _Weighted(Request):
         self.objective = objective
 
     def values(self, view: View) -> tuple[Tensor, Tensor]:
-        """Activations (n, C, p) and weights (n, p), float64."""
+        """Return activations (n, C, p) and weights (n, p), float64."""
         values = spatial_map(view.activations[self.layers[0]], self.objective, self.layers[0])
         weights = [position_weights(self.objective, w, values.shape[2:]) for w in view.batch.windows]
         return values.flatten(2).double(), torch.stack(weights).to(values.device).flatten(1).double()

@@ -18,7 +18,7 @@ class GuidedBackprop(Method):
     It acts on all rectifiers (ReLU, LeakyReLU, PReLU, ELU, GELU, SiLU, Mish, …), as modules or calls. The importance
     map of the windows is never negative, so the sum of the windows' maps is the map of the whole volume.
 
-    Sharp pictures, but insensitive to the upper layers' weights (Adebayo et al. 2018): do not use it alone.
+    The maps are sharp, but insensitive to the upper layers' weights (Adebayo et al. 2018): do not use it alone.
     """
 
     reference = "Springenberg et al., ICLR workshop 2015, arXiv:1412.6806"
@@ -28,7 +28,7 @@ class GuidedBackprop(Method):
     full_precision = True
 
     def passes(self, objective: Objective) -> int:
-        """One pass, and a second one of the first window, to compare its output under the rules with the plain one."""
+        """Count one pass, and a plain one of the first window, whose output is compared with that under the rules."""
         return len(objective.windows) + 1
 
     def attribute(self, objective: Objective) -> Explained:

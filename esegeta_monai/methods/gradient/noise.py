@@ -44,7 +44,7 @@ class SmoothGrad(Method):
         super().__post_init__()
         self.method: Method = METHODS.create(self.method)
         if self.method.produces != "input map":
-            raise UsageError(f"SmoothGrad needs a method that gives an input map, not {self.method.name}")
+            raise UsageError(f"SmoothGrad needs a method with an input map, not {self.method.name}")
         if self.n_samples < 1:
             raise UsageError(f"n_samples={self.n_samples}: at least one sample is needed")
         if self.std < 0:
@@ -71,14 +71,14 @@ class SmoothGrad(Method):
         return Explained(total / self.n_samples)
 
     def passes(self, objective: Objective) -> int:
-        """Those of the inner method per sample, and a prediction where F of the noisy image is needed."""
+        """Count the inner method's passes per sample, and a prediction where F at the noisy image is needed."""
         asked = self.method.reads_image_value or not objective.linear
         prediction = len(objective.windows) if asked else 0
         return self.n_samples * (prediction + self.method.passes(objective))
 
     @property
     def passes_exact(self) -> bool:
-        """False for black-box methods: which windows a perturbation changes differs between noisy images."""
+        """False for black-box methods: the windows that a perturbation changes differ between noisy images."""
         return super().passes_exact and self.method.needs_gradient
 
     def _samples(self, objective: Objective) -> Iterator[Tensor]:

@@ -52,7 +52,7 @@ class LayerActivation(LayerMethod):
     reduce: Reduce = "mean"
 
     def passes(self, objective: Objective) -> int:
-        """One forward pass of all windows (and one to choose a default layer)."""
+        """Count one forward pass of all windows, and the choice of a default layer."""
         return len(objective.plan)
 
     def attribute(self, objective: Objective) -> Passes:

@@ -74,7 +74,7 @@ class LayerActivationGuidedBackprop(Method):
     channel: int | None = None
 
     def passes(self, objective: Objective) -> int:
-        """Two passes of all windows: for the activation's signs, and under the rules."""
+        """Count two passes of all windows: for the activation's signs, and under the rules."""
         return 2 * len(objective.plan)
 
     def attribute(self, objective: Objective) -> Explained:

@@ -32,7 +32,7 @@ class NeuronConductance(Method):
     Args:
         layer: dotted name; None: the default layer, named in the record.
         channel: channel of the units; None: all channels.
-        index: voxel on the network's grid; in each window that holds it, the unit whose cell holds it. None: all.
+        index: voxel on the network's grid; selects the unit whose cell contains it, in each window; None: all units.
         baseline: x₀, see `esegeta_monai.engine.baselines`.
         n_steps: number of gradients.
         method: the quadrature rule, in Captum's names.
@@ -56,7 +56,7 @@ class NeuronConductance(Method):
         quadrature(self.method, 2)
 
     def passes(self, objective: Objective) -> int:
-        """One per step, and F at the baseline; plus a forward pass each for non-linear targets."""
+        """Count one pass per step, F at the baseline, and a forward pass for each if a target is non-linear."""
         points = self.n_steps * (1 if objective.linear else 2) + 1
         return points * len(objective.windows) + choice_passes(self.baseline, objective)
 
@@ -67,7 +67,7 @@ class NeuronConductance(Method):
         if self.index is not None and (
             len(self.index) != len(shape) or any(not 0 <= i < n for i, n in zip(self.index, shape))
         ):
-            raise UsageError(f"index={tuple(self.index)} lies outside the image {shape}")
+            raise UsageError(f"index={tuple(self.index)} is outside the image {shape}")
         baseline = baseline_for(self.baseline)
         x0 = baseline.draw(objective, objective.generator())
         nodes, weights = quadrature(self.method, self.n_steps)

@@ -73,7 +73,7 @@ class LayerConductance(_PathMethod):
             raise UsageError(f"rule={self.rule!r}: give trapezoid or left")
 
     def passes(self, objective: Objective) -> int:
-        """The ends of all segments and F at the baseline; plus a forward pass each for non-linear targets."""
+        """Count the ends of all segments, F at the baseline, and a forward pass for each if a target is non-linear."""
         points = (self.n_steps + 1) * (1 if objective.linear else 2) + 1
         return points * len(objective.windows) + choice_passes(self.baseline, objective)
 
@@ -120,7 +120,7 @@ class InternalInfluence(_Quadrature):
     units = "target per unit of activation"
 
     def passes(self, objective: Objective) -> int:
-        """One per step; plus a forward pass each for non-linear targets."""
+        """Count one pass per step, and a forward pass for each if a target is non-linear."""
         points = self.n_steps * (1 if objective.linear else 2)
         return points * len(objective.windows) + choice_passes(self.baseline, objective)
 
@@ -161,7 +161,7 @@ class LayerIntegratedGradients(_Quadrature):
     gap_advice = "take more steps (n_steps)"
 
     def passes(self, objective: Objective) -> int:
-        """Image and baseline together, once per step (twice for non-linear targets), and once at the start."""
+        """Count image and baseline once per step (twice for non-linear targets), and once at the start."""
         points = 2 * self.n_steps * (1 if objective.linear else 2) + 2
         return points * len(objective.windows) + choice_passes(self.baseline, objective)
 
@@ -195,7 +195,7 @@ class LayerIntegratedGradients(_Quadrature):
         return Explained(maps, {**notes, **describe_baseline(baseline, start)})
 
     def _predict(self, objective: Objective, layer: str, alpha: float, x0: Tensor) -> list[Tensor]:
-        """Return what each score reads with ``A₀ + α (A − A₀)`` in the layer, (1, channels, *box)."""
+        """Return the cropped prediction of each score, (1, channels, *box), with ``A₀ + α (A − A₀)`` in the layer."""
         blended = objective.new_predictions(1)
 
         def run(batch: Batch) -> None:
@@ -237,7 +237,7 @@ def along_path(
     sums: Sequence[Tensor | Summed],
 ) -> None:
     """Call ``see(batch, x)`` with the windows x of ``x₀ + α (image − x₀)`` for all windows that the targets see and
-    all α in ``nodes`` (``batch.sources`` has their indices); the nodes of a window follow each other. ``see`` adds to
+    all α in ``nodes`` (``batch.sources`` has their indices); the nodes of a window are consecutive. ``see`` adds to
     ``sums``.
 
     The batch's cotangents are those of the prediction at that α. Memory: per node the voxels that the scores read.

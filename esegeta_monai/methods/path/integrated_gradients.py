@@ -51,8 +51,8 @@ class IntegratedGradients(Method):
     units = "target per voxel"
     reads_image_value = True
     gap_advice = (
-        "take more steps (tolerance=1e-3), or another baseline: under instance, group or layer norm a path from zero "
-        "finds nothing"
+        "take more steps (tolerance=1e-3), or another baseline: under instance, group or layer norm the "
+        "gradient on a path from zero is zero"
     )
 
     baseline: Any = "auto"
@@ -87,7 +87,8 @@ class IntegratedGradients(Method):
         return self.tolerance is not None
 
     def passes(self, objective: Objective) -> int:
-        """With ``tolerance`` at most ``max_steps`` gradients; plus a forward pass each for non-linear targets."""
+        """Count the gradients, ``max_steps`` with ``tolerance``, and a forward pass for each if the target is
+        non-linear."""
         each = 1 if objective.linear else 2
         points = 1 + self.n_steps * each if self.tolerance is None else self.max_steps * each
         return points * len(objective.windows) + choice_passes(self.baseline, objective)
@@ -100,12 +101,12 @@ class IntegratedGradients(Method):
             for part, gradient in gradients_on_path(objective, x0, dx, nodes, own=own):
                 for j, alpha in enumerate(part):
                     maps.add_(gradient.maps[:, j], alpha=weights[alpha])
-                del gradient  # or it lives while the next is made
+                del gradient  # frees its memory before the next one is computed
         return maps.mul_(dx)
 
 
 def check_steps(n_steps: int) -> None:
-    """Refuse fewer than one step.
+    """Check that there is at least one step.
 
     Raises:
         UsageError: ``n_steps`` is below 1.
@@ -198,7 +199,7 @@ def gradients_on_path(
 
     Args:
         x0, dx: (C, *spatial).
-        own: this process's part of each only, see `Objective.gradient`.
+        own: True: yield only this process's part of each, see `Objective.gradient`.
     """
     size = max(1, objective.window_batch // max(1, len(objective.windows)))
     points = x0.new_empty((min(size, len(nodes)), *x0.shape))

@@ -26,7 +26,7 @@ __all__ = ["GradientShap", "LayerGradientShap"]
 
 @dataclass
 class _Draw:
-    """One sample: the (noisy) image, the baseline, and the place between them."""
+    """One sample: the (noisy) image, the baseline, and the position between them."""
 
     x: Tensor
     x0: Tensor
@@ -38,7 +38,7 @@ class _Draw:
 
 
 class _ExpectedGradients(Method):
-    """A method that averages over random baselines, noisy images, and places between them."""
+    """A method that averages over random baselines, noisy images, and positions between them."""
 
     reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
     additive = True
@@ -52,7 +52,7 @@ class _ExpectedGradients(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.n_samples < 2 or self.std < 0:
-            needed = f"n_samples={self.n_samples} must be at least 2 (for the error bar)"
+            needed = f"n_samples={self.n_samples} must be at least 2 (for the standard error)"
             raise UsageError(f"{needed}, std={self.std} not negative")
 
     def _draws(self, objective: Objective) -> Iterator[_Draw]:
@@ -74,7 +74,7 @@ class GradientShap(_ExpectedGradients):
     Args:
         baseline: the distribution of x₀, see `esegeta_monai.engine.baselines`.
         n_samples: number of draws.
-        std: of noise added to the image, in units of each channel's standard deviation.
+        std: standard deviation of the noise added to the image, in units of each channel's standard deviation.
 
     Example:
         >>> GradientShap(baseline="noise", n_samples=16).parameters["std"]
@@ -85,7 +85,7 @@ class GradientShap(_ExpectedGradients):
     gap_advice = "take more draws (n_samples); completeness_error is its standard error"
 
     def passes(self, objective: Objective) -> int:
-        """Per draw a gradient and F at the baseline, F at the noisy image, and one more for non-linear targets."""
+        """Count per draw a gradient, F at the baseline and at the noisy image, and one more for non-linear targets."""
         each = (2 + bool(self.std) + (not objective.linear)) * len(objective.windows)
         return self.n_samples * each + choice_passes(self.baseline, objective)
 
@@ -118,7 +118,7 @@ class LayerGradientShap(_ExpectedGradients, LayerMethod):
     """
 
     def passes(self, objective: Objective) -> int:
-        """Per draw a gradient, and the layer at image and baseline; one more for non-linear targets."""
+        """Count per draw a gradient, the layer at image and baseline, and one more for non-linear targets."""
         each = (3 + (not objective.linear)) * len(objective.windows)
         return self.n_samples * each + choice_passes(self.baseline, objective)
 

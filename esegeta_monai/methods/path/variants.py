@@ -59,8 +59,8 @@ class BlurIG(Method):
         return self.tolerance is not None
 
     def passes(self, objective: Objective) -> int:
-        """The ends of all segments, with ``tolerance`` at most ``max_steps``; plus a forward pass each for non-linear
-        targets."""
+        """Count the ends of all segments, ``max_steps`` with ``tolerance``, and a forward pass for each if a target is
+        non-linear."""
         points = self.n_steps + 1 if self.tolerance is None else self.max_steps
         return points * len(objective.windows) * (1 if objective.linear else 2)
 
@@ -85,7 +85,7 @@ class BlurIG(Method):
 
 
 class GuidedIG(Method):
-    """Integrated gradients along a path that moves first the voxels whose gradient is smallest, within a band round the
+    """Integrated gradients along a path that first moves the voxels of smallest gradient, within a band around the
     straight path (Kapishnikov et al. 2021), so that the map collects less noise from regions of large gradient.
 
     At step α the L1 distance to the image is ``(1 − α) |x − x₀|₁``; the share of its way that each voxel has moved
@@ -133,8 +133,8 @@ class GuidedIG(Method):
         return self.tolerance is not None
 
     def passes(self, objective: Objective) -> int:
-        """The ends of all steps on each target's own path, with ``tolerance`` at most ``max_steps``; plus a forward
-        pass each for non-linear targets."""
+        """Count the ends of all steps on each target's own path, ``max_steps`` with ``tolerance``, and a forward pass
+        for each if the target is non-linear."""
         points = self.n_steps + 1 if self.tolerance is None else self.max_steps
         each = len(objective.windows) * (1 if objective.linear else 2)
         return objective.n_targets * points * each + choice_passes(self.baseline, objective)

@@ -56,13 +56,13 @@ class XRAI(Method):
         if self.method is not None:
             self.method = METHODS.create(self.method)
             if self.method.produces != "input map":
-                raise UsageError(f"XRAI: {type(self.method).__name__} gives no input map")
+                raise UsageError(f"XRAI: {type(self.method).__name__} has no input map")
             self.full_precision = self.method.full_precision  # type: ignore[misc]
             self.needs_gradient = self.method.needs_gradient  # type: ignore[misc]
             self.needs_linear = self.method.needs_linear  # type: ignore[misc]
 
     def passes(self, objective: Objective) -> int:
-        """Those of the inner methods."""
+        """Count the passes of the inner methods."""
         return sum(m.passes(objective) for m in self._methods(objective))
 
     def _methods(self, objective: Objective) -> list[Method]:

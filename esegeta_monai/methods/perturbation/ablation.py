@@ -80,8 +80,8 @@ class FeaturePermutation(PerturbationMethod):
         super().__post_init__()
         if len(self.cases) < 2:
             raise UsageError(
-                f"FeaturePermutation exchanges features between cases, but cases= has {len(self.cases)}: give at least "
-                "two files or tensors, or use FeatureAblation, which needs none"
+                f"FeaturePermutation exchanges features between cases, but cases has {len(self.cases)} entries: give "
+                "at least two files or tensors, or use FeatureAblation, which needs none"
             )
 
     def attribute(self, objective: Objective) -> Explained:
@@ -103,7 +103,7 @@ class FeaturePermutation(PerturbationMethod):
         return len(self.cases) * super().predictions(objective)
 
     def passes(self, objective: Objective) -> int:
-        """One round of all features per case; the image itself is computed once."""
+        """Count one round of all features per case, and the image itself once."""
         game = Game.of(objective, self.feature_mask, 0.0)
         return game.passes(one_off(game), self._others(objective))
 

@@ -17,7 +17,7 @@ __all__ = ["PerturbationMethod", "finite_scores"]
 
 
 class PerturbationMethod(Method, registered=False):
-    """A black-box method: it sees the change of the target under perturbations, never a gradient."""
+    """A black-box method: it uses the change of the target under perturbations, never a gradient."""
 
     produces = "input map"
     additive = False
@@ -32,7 +32,7 @@ class PerturbationMethod(Method, registered=False):
         return len(self.perturbations(objective))
 
     def passes(self, objective: Objective) -> int:
-        """Exact: without windows that a perturbation does not change, or whose scores are known."""
+        """Count the passes exactly: windows that a perturbation changes and whose scores are not known."""
         return known_passes(objective, self.perturbations(objective))
 
 

@@ -33,8 +33,8 @@ class ExtremalPerturbation(Method):
     that of one window batch, a map and the volume.
 
     ``"delete"`` starts from the share a of cells where F rises most with m at the image itself; ``"preserve"``, as the
-    paper's code, from 0.5 everywhere. Networks are not trained on such blends of image and x₀, nor on images of which
-    only a share a is left: on ``brain_lesion_classification`` these score higher than the image, and the mask may end
+    paper's code, from 0.5 everywhere. Networks are not trained on such blends of image and x₀, nor on images reduced to
+    a share a: on ``brain_lesion_classification`` these score higher than the image, and the mask may converge
     anywhere. ``"delete"`` changes only a share a, and is the variant to trust unless x₀ is a plausible image.
 
     Args:
@@ -109,8 +109,8 @@ class ExtremalPerturbation(Method):
         return Explained(maps, {"areas_found": areas, "baseline": json_ready(baseline.record())})
 
     def passes(self, objective: Objective) -> int:
-        """A gradient per iteration, one at the start of deletion (plus a forward pass each for non-linear targets), and
-        three values."""
+        """Count a gradient per iteration, one at the start of deletion (and a forward pass for each if a target is
+        non-linear), and three values."""
         gradients = self.n_iter * len(self._areas()) + (self.backend == "native" and self.variant == "delete")
         passes = gradients * (1 if objective.linear else 2) + 2 * len(self._areas()) + 1
         return sum(len(s) for s in objective.score_windows) * passes
@@ -138,7 +138,7 @@ class ExtremalPerturbation(Method):
                 mask = smooth.fine(coarse)
                 weight = WEIGHT * FACTOR ** (i / self.n_iter)
                 constraint = weight * _area_error(coarse, area)
-            # the sign of the goal and that of d x'/d m turn together: what is minimised has the slope −∂F/∂m either way
+            # the sign of the goal and that of d x'/d m change together: the loss has the slope −∂F/∂m in both variants
             slope = -game.slope(mask.detach() if keeps else 1 - mask.detach())
             ones = torch.ones_like(constraint)
             (parameters.grad,) = torch.autograd.grad([mask, constraint], parameters, [slope, ones])
@@ -163,8 +163,8 @@ class ExtremalPerturbation(Method):
         return start.reshape(even.shape)
 
     def _peer_mask(self, game: _Single, area: float) -> Tensor:
-        """TorchRay's mask, which it finds for the whole image. F is the mean over the target's voxels, since there the
-        weight of the area is made for one logit."""
+        """Return TorchRay's mask, optimised for the whole image. F is the mean over the target's voxels, since
+        TorchRay's weight of the area is chosen for one logit."""
         (score,) = game.objective.scores
         voxels = 1 if getattr(score, "reduction", "sum") == "mean" else score.voxels
 
@@ -188,12 +188,12 @@ class ExtremalPerturbation(Method):
 
 
 WEIGHT, FACTOR = 1.0, 1000.0
-"""Of the area constraint: where it starts, so that the target decides first where the mask goes, and by how much it
-grows until the end, so that the area is met."""
+"""Weight of the area constraint at the start, small so that the target determines the region, and the factor by which
+it has grown at the end, large so that the area is reached."""
 
 
 class _Single:
-    """One target at blends of x₀ and x, by a mask on the box of the windows that it sees."""
+    """One target at blends of x₀ and x by a mask on the box of the windows that it sees."""
 
     def __init__(self, objective: Objective, x0: Tensor) -> None:
         self.objective, self.x0, self.dx = objective, x0, objective.image - x0
@@ -209,25 +209,25 @@ class _Single:
             raise MethodError("F is the same at the baseline and at the image: choose another baseline")
         if self.rise < 0:
             objective.context.progress.warn(
-                "the baseline scores higher than the image, so there is little to keep or to delete: choose another "
-                "baseline",
+                "the baseline scores higher than the image, so that hardly any region can be kept or deleted: choose "
+                "another baseline",
                 objective.scores[0].label,
             )
 
     def image(self, mask: Tensor) -> Tensor:
-        """``x₀ + m (x − x₀)``."""
+        """Compute ``x₀ + m (x − x₀)`` (C, *spatial) for a mask m (*box)."""
         x = self.x0.clone()
         x[self.inside] += mask * self.dx[self.inside]
         return x
 
     def slope(self, mask: Tensor) -> Tensor:
-        """``∂F/∂m / |F(x) − F(x₀)|`` (*box)."""
+        """Compute ``∂F/∂m / |F(x) − F(x₀)|`` (*box)."""
         gradient = self.objective.gradient(self.image(mask)[None]).maps[0, 0]
         return (gradient[self.inside] * self.dx[self.inside]).sum(0) / abs(self.rise)
 
     @functools.cached_property
     def slope_at_image(self) -> Tensor:
-        """`slope` where the whole image is kept."""
+        """Compute `slope` (*box) for a mask of ones."""
         return self.slope(self.x0.new_ones(self.shape))
 
     def value(self, mask: Tensor) -> float:
@@ -235,7 +235,7 @@ class _Single:
         return float(self.objective.value(self.image(mask)[None])[0, 0])
 
     def share(self, value: float) -> float:
-        """``(F − F(x₀)) / (F(x) − F(x₀))``."""
+        """Compute ``(F − F(x₀)) / (F(x) − F(x₀))``."""
         return (value - self.start) / self.rise
 
 
@@ -263,7 +263,7 @@ class SmoothMask:
         self.bumps = [(o, math.exp(-sum(d * d for d in o) / (2 * sigma**2))) for o in offsets]
 
     def coarse(self, parameters: Tensor) -> Tensor:
-        """The mask on the coarse grid."""
+        """Compute the mask on the coarse grid from parameters of the same shape."""
         padded = F.pad(parameters, (self.radius,) * (2 * parameters.ndim))
         values = []
         for offset, height in self.bumps:
@@ -273,7 +273,7 @@ class SmoothMask:
         return (stacked * torch.softmax(self.temperature * stacked, 0)).sum(0)
 
     def fine(self, coarse: Tensor) -> Tensor:
-        """The mask itself."""
+        """Interpolate a coarse mask to the mask (*shape)."""
         mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(self.shape)]
         return F.interpolate(coarse[None, None], self.shape, mode=mode, align_corners=False)[0, 0]
 

@@ -19,19 +19,19 @@ __all__ = ["Lime"]
 
 
 Distance = Literal["cosine", "euclidean", "sqeuclidean", "manhattan", "chebyshev", "hamming", "jaccard", "dice"]
-"""Of scikit-learn's, those that make sense between a coalition and that of all features."""
+"""The metrics of scikit-learn that are meaningful between a coalition and the coalition of all features."""
 
 
 class Lime(PerturbationMethod):
     """The weights of a ridge regression of ``F(x with the features outside z off)`` on ``z ∈ {0, 1}ⁿ`` (Ribeiro 2016).
 
-    z is uniform; a sample weighs ``√exp(−d²/kernel_width²)``, d its distance from the image itself (all ones). Sampling
-    and scoring are our own, so that windows in which samples agree are computed once, in 2D and 3D, with any number of
-    channels; the regression is that of the `lime` package.
+    z is uniform; a sample has the weight ``√exp(−d²/kernel_width²)``, d its distance from the image itself (all ones).
+    Sampling and scoring are implemented here, in 2D and 3D and for any number of channels, so that windows in which
+    samples agree are computed once; the regression is that of the `lime` package.
 
     Args:
         n_samples: number of samples; the first is the image itself.
-        feature_mask, baseline: see `FeatureAblation`; ``baseline="feature mean"`` is what `LimeImageExplainer` does.
+        feature_mask, baseline: see `FeatureAblation`; ``baseline="feature mean"`` is that of `LimeImageExplainer`.
         kernel_width, distance_metric: as in `lime.lime_image.LimeImageExplainer`.
         num_features: number of features of greatest weight in the model; None: all.
         feature_selection: how these are selected, see `lime.lime_base.LimeBase.feature_selection`.
@@ -61,7 +61,9 @@ class Lime(PerturbationMethod):
         if self.n_samples < 2:
             raise UsageError(f"n_samples={self.n_samples}: a regression needs at least two samples")
         if not self.kernel_width > 0 or not 0 <= self.alpha < math.inf:
-            raise UsageError(f"kernel_width={self.kernel_width}, alpha={self.alpha}: above 0, and not below it")
+            raise UsageError(
+                f"kernel_width={self.kernel_width}, alpha={self.alpha}: the width must be above 0, alpha not below 0"
+            )
         if self.num_features is not None and self.num_features < 1:
             raise UsageError(f"num_features={self.num_features}: give a number of features, or None for all")
 

@@ -24,15 +24,15 @@ __all__ = ["Occlusion"]
 
 
 class Occlusion(PerturbationMethod):
-    """``a(v) = mean over occluders b that hold v of F(x) − F(x with b replaced)`` (Zeiler & Fergus 2014).
+    """``a(v) = mean over occluders b that contain v of F(x) − F(x with b replaced)`` (Zeiler & Fergus 2014).
 
-    Only the windows that an occluder touches, and that the target sees, are computed again.
+    Only windows that an occluder overlaps and that the target sees are recomputed.
 
     Args:
-        window: shape of the occluder in voxels, spatial; one number for all axes.
-        stride: steps between occluders; None: ``window``, so that occluders tile the image.
+        window: side lengths of the occluder in voxels; one number for all axes.
+        stride: distance between occluders in voxels; None: ``window``, so that occluders tile the image.
         baseline: replaces the voxels of the occluder, see `esegeta_monai.engine.baselines`.
-        per_channel: True occludes each channel by itself, False all together.
+        per_channel: True: occlude each channel separately; False: all channels together.
 
     Example:
         >>> Occlusion(window=8, stride=4).parameters
@@ -53,18 +53,20 @@ class Occlusion(PerturbationMethod):
         boxes = self.occluders(objective, reference)
         drops = (-score_changes(objective, boxes)).to(objective.image)
         maps = objective.new_maps()
-        changed = drops.any(0).nonzero().flatten().tolist()  # an occluder that no target sees has nothing to add
+        changed = drops.any(0).nonzero().flatten().tolist()  # occluders that no target sees add nothing
         for i in changed:
             place = boxes.boxes[i]
             for c in range(len(maps[0])) if boxes.channels is None else boxes.channels[i]:
                 index: tuple[Any, ...] = (slice(None), c, *place)
                 maps[index] += drops[:, i].reshape(-1, *(1,) * len(place))
-        if changed:  # elsewhere the map is zero, and nothing is divided
+        if changed:  # otherwise the map is zero
             places = list(zip(*(boxes.boxes[i] for i in changed)))
             touched = tuple(slice(min(p.start for p in axis), max(p.stop for p in axis)) for axis in places)
             index = (..., *touched)
             counts = [count[t] for count, t in zip(self._counts(objective.plan.spatial_shape), touched)]
-            for axis, count in enumerate(counts):  # occluders are a grid: what holds a voxel is a product over the axes
+            for axis, count in enumerate(
+                counts
+            ):  # occluders form a grid: the number that contain a voxel is a product over the axes
                 maps[index] /= count.to(maps).reshape(-1, *(1,) * (len(counts) - 1 - axis))
         return Explained(maps, {"occluders": len(boxes), "baseline": json_ready(baseline.record())})
 
@@ -77,7 +79,7 @@ class Occlusion(PerturbationMethod):
         return occluders * (objective.image.shape[0] if self.per_channel else 1)
 
     def occluders(self, objective: Objective, reference: Tensor) -> Boxes:
-        """Return the boxes of this case."""
+        """Return the boxes of this case, replaced by ``reference`` (C, *spatial)."""
         lines = self._lines(objective.plan.spatial_shape)
         starts = [[s for s, _ in corner] for corner in itertools.product(*lines)]
         stops = [[t for _, t in corner] for corner in itertools.product(*lines)]
@@ -96,7 +98,7 @@ class Occlusion(PerturbationMethod):
         return [[(a, min(a + w, n)) for a in line if a < n] for line, w, n in zip(starts, window, shape)]
 
     def _counts(self, shape: Sequence[int]) -> list[Tensor]:
-        """Return per axis the number of occluders that hold each voxel, at least 1."""
+        """Return per axis the number of occluders that contain each voxel, at least 1."""
         counts = []
         for line, n in zip(self._lines(shape), shape):
             count = torch.zeros(n)

@@ -34,8 +34,8 @@ class Rise(PerturbationMethod):
         grid: cells per axis of the coarse grid; one number for all axes.
         p: probability that a cell is kept.
         baseline: x₀; the paper's is ``"zero"``.
-        score: ``"value"`` weighs masks by F as the paper does; ``"change"`` by F(x') − F(x), which has less noise where
-            F is far from zero.
+        score: ``"value"``: weights are F, as in the paper; ``"change"``: F(x') − F(x), which has less noise if F is far
+            from zero.
 
     The record has ``convergence``, the correlation between the maps of either half of the masks.
 
@@ -79,7 +79,10 @@ class Rise(PerturbationMethod):
         return self.masks(objective, reference)
 
     def masks(self, objective: Objective, reference: Tensor) -> SmoothMasks:
-        """Return the random masks of this case: a grid over the image and one more cell, so that it can be shifted."""
+        """Return random masks, blended with ``reference`` (C, *spatial).
+
+        Their grid extends over the image by one cell, so that it can be shifted.
+        """
         shape = objective.plan.spatial_shape
         cells = per_axis(self.grid, len(shape), "Rise(grid=…)")
         sides = [math.ceil(n / g) for n, g in zip(shape, cells)]
@@ -90,7 +93,7 @@ class Rise(PerturbationMethod):
         return SmoothMasks(grids, shape, reference, shifts, extent)
 
     def _mean(self, masks: SmoothMasks, scores: Tensor, which: range) -> Tensor:
-        """(k, *spatial)."""
+        """Return the mean of the masks in ``which``, weighted by their scores, (k, *spatial)."""
         chosen = scores.new_zeros(scores.shape)
         chosen[:, which] = scores[:, which]
         return masks.weighted_sum(chosen) / (self.p * len(which))

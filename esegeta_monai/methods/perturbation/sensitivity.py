@@ -57,7 +57,7 @@ class _MaskSensitivity(PerturbationMethod):
         raise NotImplementedError
 
     def masks(self, objective: Objective, reference: Tensor) -> SmoothMasks:
-        """Return the masks of this case."""
+        """Return the masks of this case, blended with ``reference`` (C, *spatial)."""
         values = self.design(objective).to(objective.image.dtype)
         return SmoothMasks(values.reshape(-1, *self.cells(objective)), objective.plan.spatial_shape, reference)
 
@@ -109,10 +109,10 @@ class Sobol(_MaskSensitivity):
     units = "share of the target's variance under random masks (total order)"
 
     def design(self, objective: Objective) -> Tensor:
-        """A, then A with cell i of B for each i: (N (cells + 1), cells)."""
+        """Return A, then A with cell i of B for each i: (N (cells + 1), cells)."""
         d, n = math.prod(self.cells(objective)), self.n_samples
         if n * (d + 1) * d * 8 > TABLE_BYTES:
-            raise MethodError(f"Sobol: {d} cells need {n * (d + 1)} predictions: take a coarser grid than {self.grid}")
+            raise MethodError(f"Sobol: {d} cells need {n * (d + 1)} predictions: use a coarser grid than {self.grid}")
         a, b = quasi_random(n, 2 * d, objective.seed).split(d, 1)
         exchanged = torch.where(torch.eye(d, dtype=torch.bool)[:, None], b, a)  # (cells, N, cells)
         return torch.cat([a, exchanged.reshape(-1, d)])
@@ -153,7 +153,7 @@ class Hsic(_MaskSensitivity):
     grid: int | Sequence[int] = 7
 
     def design(self, objective: Objective) -> Tensor:
-        """(N, cells) of 0 and 1."""
+        """Return masks (N, cells) of 0 and 1."""
         d = math.prod(self.cells(objective))
         return quasi_random(self.n_samples, d, objective.seed, binary=True)
 
@@ -193,8 +193,8 @@ def quasi_random(n: int, d: int, seed: int, *, binary: bool = False) -> Tensor:
     """Return n well-spread points (n, d) in [0, 1), float64; ``binary``: rounded to 0 and 1.
 
     A scrambled Sobol sequence, unless two of its dimensions correlate more than any two of a Latin hypercube, which
-    is used then: of 128 dimensions of 32 Sobol points some agree in the first bit at every point, and masks of
-    such a design would not tell two cells apart.
+    is used then: some of the 128 dimensions of 32 Sobol points agree in the first bit at every point, and masks of
+    such a design could not separate these cells.
     """
     from scipy.stats import qmc
 

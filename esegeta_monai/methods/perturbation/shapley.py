@@ -32,7 +32,7 @@ class _ShapleyMethod(PerturbationMethod):
         raise NotImplementedError
 
     def coalitions(self, game: Game) -> np.ndarray:
-        """Return all coalitions that are needed (m, n), bool."""
+        """Return all required coalitions (m, n), bool."""
         raise NotImplementedError
 
     def perturbations(self, objective: Objective) -> Segments:
@@ -78,13 +78,13 @@ class ShapleyValueSampling(_ShapleyMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.n_samples < 2:
-            raise UsageError(f"n_samples={self.n_samples}: an error bar needs two orders")
+            raise UsageError(f"n_samples={self.n_samples}: a standard error needs at least two orders")
 
     def game(self, objective: Objective) -> Game:
         return Game.of(objective, self.feature_mask, self.baseline)
 
     def coalitions(self, game: Game) -> np.ndarray:
-        """(orders * (n + 1), n): for each order the coalitions from empty to full."""
+        """Return (orders * (n + 1), n): for each order the coalitions from empty to full."""
         orders = self.orders(game)
         n = orders.shape[1]
         game.check_size(len(orders) * (n + 1))
@@ -138,7 +138,7 @@ class KernelShap(_ShapleyMethod):
         return Game.of(objective, self.feature_mask, self.baseline)
 
     def coalitions(self, game: Game) -> np.ndarray:
-        """(2 + samples, n): empty, full, then samples; a sample and its complement are neighbours."""
+        """Return (2 + samples, n): empty, full, then samples; a sample is followed by its complement."""
         n = len(game.features)
         if self._exact(n):
             return all_coalitions(n)[[0, -1, *range(1, 2**n - 1)]]
@@ -146,7 +146,7 @@ class KernelShap(_ShapleyMethod):
         if self.n_samples < max(2 * GROUPS, 2 * n):
             raise MethodError(
                 f"KernelShap: {self.n_samples} samples for {n} features: at least {max(2 * GROUPS, 2 * n)} are needed, "
-                "ten times the features are better"
+                "ten per feature are recommended"
             )
         generator = game.objective.generator()
         sizes = torch.arange(1, n, dtype=torch.float64)
@@ -232,7 +232,7 @@ class ChannelShapley(_ShapleyMethod):
         return Game.of(objective, Channels(self.names), self.baseline)
 
     def coalitions(self, game: Game) -> np.ndarray:
-        """All 2^C."""
+        """Return all 2^C coalitions (2^C, C)."""
         return all_coalitions(len(game.features))
 
     def attribute(self, objective: Objective) -> Explained:

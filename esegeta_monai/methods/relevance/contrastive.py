@@ -34,7 +34,7 @@ class _Contrastive(Method):
         return not self.positive
 
     def passes(self, objective: Objective) -> int:
-        """One pass, and a second one of the first window, to compare its output under the rules with the plain one."""
+        """Count one pass, and a plain one of the first window, whose output is compared with that under the rules."""
         return len(objective.windows) + 1
 
     def _both(self, objective: Objective) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -107,7 +107,8 @@ class ContrastiveLRP(CompositeMethod, _Contrastive):
 
     The opposite is the target with the signs of the last weights changed; it starts with the same relevance F(x). The
     last weights use the z⁺ rule (under epsilon both sides would be equal), the operations below use the composite.
-    ``Σ (R − R_dual) + booked = 0``. Linear scores only (``output="logit"``).
+    The sum of R − R_dual and of the absorbed relevance (``booked`` in the record) is 0. Linear scores only
+    (``output="logit"``).
 
     Args:
         composite, epsilon, gamma: see `LRP`; for the operations below the last weights. Gu et al. use z⁺ everywhere.
@@ -126,10 +127,10 @@ class ContrastiveLRP(CompositeMethod, _Contrastive):
         """(k, C, *spatial)."""
         maps, padding, kept, total = self._both(objective)
         contrast = maps[0] - maps[1]
-        booked, lost = kept[0] - kept[1], padding[0] - padding[1]
-        gap = contrast.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + booked
+        absorbed, lost = kept[0] - kept[1], padding[0] - padding[1]
+        gap = contrast.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + absorbed
         notes = {
-            "booked": booked,
+            "booked": absorbed,
             "sum_in_padding": lost,
             "completeness_gap": [abs(float(g / v)) if v else None for g, v in zip(gap, total)],
         }

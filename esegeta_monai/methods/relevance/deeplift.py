@@ -48,8 +48,8 @@ class DeepLift(Method):
     baseline: Any = "auto"
 
     def passes(self, objective: Objective) -> int:
-        """Image and baseline once (twice for non-linear targets: F at the baseline comes first), and the first window
-        once more, to compare its output under the rules with the plain one."""
+        """Count image and baseline once (twice for non-linear targets, which need F at the baseline first), and a plain
+        pass of the first window, whose output is compared with that under the rules."""
         return passes_against(objective) + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:

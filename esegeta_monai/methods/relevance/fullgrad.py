@@ -1,4 +1,4 @@
-"""Full gradients: the parts of the image and of every bias in the target."""
+"""Full gradients: the contributions of the image and of every bias to the target."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class FullGrad(Method):
     full_precision = True
     needs_linear = True
     reads_image_value = True
-    gap_advice = "gates, attention and functions outside modules have parts that are the bias of no module"
+    gap_advice = "gates, attention and functions outside modules contribute constants that belong to no module's bias"
 
     abs: bool = True
 
@@ -62,7 +62,7 @@ class FullGrad(Method):
         return not self.abs
 
     def passes(self, objective: Objective) -> int:
-        """One, or one per module and one for the image; and one window to find the modules."""
+        """Count one pass, or one per module and one for the image; and one window to list the modules."""
         rounds = len(_leaves(objective.model.network)) + 1 if self.abs else 1
         return len(objective.windows) * rounds + 1
 
@@ -72,13 +72,13 @@ class FullGrad(Method):
         leaves = _leaves(objective.model.network)
         groups = [[n] for n in leaves] if self.abs else [leaves]
         total = objective.new_maps(1)
-        booked = objective.constants()
-        padding = torch.zeros_like(booked)
-        signed = torch.zeros_like(booked)
+        absorbed = objective.constants()
+        padding = torch.zeros_like(absorbed)
+        signed = torch.zeros_like(absorbed)
         for names in [[], *groups] if self.abs else groups:
             maps = objective.new_maps()
             how: Reduce = "channels" if self.abs else "sum"
-            # a part for each run: a module used twice may give other channels the second time
+            # one part per call: a module that runs twice may have other channels the second time
             parts = {(n, i): LayerSum(objective, n, how) for n in names for i in range(runs.get(n, 0))}
 
             def run(
@@ -104,9 +104,9 @@ class FullGrad(Method):
                     if key in parts and len(call.output) == len(batch):
                         parts[key].add(batch, product)
                     else:
-                        booked.add_(product.flatten(1).sum(1).double().cpu())
+                        absorbed.add_(product.flatten(1).sum(1).double().cpu())
 
-            sums: list[Tensor | Summed] = [maps, padding, booked, *parts.values()]
+            sums: list[Tensor | Summed] = [maps, padding, absorbed, *parts.values()]
             objective.each([(0, w) for w in objective.windows], run, sums=sums)
             biases = [p.result() for p in parts.values() if p.maps is not None]
             for values, lost in [(maps, torch.zeros_like(padding)), *biases]:
@@ -114,8 +114,8 @@ class FullGrad(Method):
                 padding += lost.cpu()
                 total += (values.abs() if self.abs else values).sum(1, keepdim=True)
         value = objective.image_values().cpu()
-        gap = [abs(float((s - v) / v)) if v else None for s, v in zip(signed + booked + padding, value)]
-        return Explained(total, {"completeness_gap": gap, "booked": booked, "sum_in_padding": padding})
+        gap = [abs(float((s - v) / v)) if v else None for s, v in zip(signed + absorbed + padding, value)]
+        return Explained(total, {"completeness_gap": gap, "booked": absorbed, "sum_in_padding": padding})
 
 
 def _leaves(network: nn.Module) -> list[str]:

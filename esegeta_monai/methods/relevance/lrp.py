@@ -30,27 +30,27 @@ class _Relevance(Method):
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
-        booked = torch.zeros(objective.n_targets, dtype=torch.float64)
-        total = torch.zeros_like(booked)
+        absorbed = torch.zeros(objective.n_targets, dtype=torch.float64)
+        total = torch.zeros_like(absorbed)
 
         def of(batch: Batch) -> torch.Tensor:
             cotangents = batch.stacked_cotangents()
             relevance = self._relevance(objective, batch, cotangents)
-            booked.add_(relevance.absorbed.sum(1, dtype=torch.float64).cpu())
+            absorbed.add_(relevance.absorbed.sum(1, dtype=torch.float64).cpu())
             total.add_(self._expected(batch, cotangents, relevance).cpu())
             return relevance.input
 
-        maps, padding = objective.scatter(of, sums=[booked, total])
+        maps, padding = objective.scatter(of, sums=[absorbed, total])
         lost = padding.sum(1, dtype=torch.float64).cpu()
-        sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + booked
+        sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + absorbed
         gap = [abs(float((s - f) / f)) if f else None for s, f in zip(sums, total)]
-        return Explained(maps, {"booked": booked, "sum_in_padding": lost, "completeness_gap": gap})
+        return Explained(maps, {"booked": absorbed, "sum_in_padding": lost, "completeness_gap": gap})
 
     def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
         raise NotImplementedError
 
     def _expected(self, batch: Batch, cotangents: torch.Tensor, relevance: rules.Relevance) -> torch.Tensor:
-        """Return what the map and the absorbed relevance must sum to, (k,), float64."""
+        """Return the required sum of map and absorbed relevance, (k,), float64."""
         return batch.scores(relevance.output).sum(1)
 
 
@@ -75,17 +75,17 @@ class CompositeMethod(Method, registered=False):
         return len(objective.windows) + 1
 
     def limits(self, objective: Objective) -> dict[str, Any]:
-        """Return the numbers that the rules take: epsilon, gamma, and the least and greatest value of the windows."""
+        """Return the parameters of the rules: epsilon, gamma, and the least and greatest value of the windows."""
         low, high = input_range(objective)
         return {"epsilon": self.epsilon, "gamma": self.gamma, "low": low, "high": high}
 
 
 class LRP(CompositeMethod, _Relevance):
-    """Layer-wise relevance propagation (Bach et al. 2015): ``Σ a + booked = F(x)``.
+    """Layer-wise relevance propagation (Bach et al. 2015): ``Σ a + absorbed relevance = F(x)``.
 
-    Convolutions and linear layers by the rules of a composite (Kohlbrenner et al. 2020); norms with σ held constant;
-    attention by AttnLRP (Achtibat et al. 2024). The record's ``booked`` is the relevance absorbed by biases. Linear
-    scores only (``output="logit"``).
+    Convolutions and linear layers follow the rules of a composite (Kohlbrenner et al. 2020), norms have a constant σ,
+    attention follows AttnLRP (Achtibat et al. 2024). Biases absorb relevance (``booked`` in the record). Linear scores
+    only (``output="logit"``).
 
     Args:
         composite: ``"EpsilonPlus"``, ``"EpsilonPlusFlat"``, ``"EpsilonGammaBox"``, ``"EpsilonAlpha2Beta1"``,
@@ -105,7 +105,7 @@ class LRP(CompositeMethod, _Relevance):
 
 
 def input_range(objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the least and the greatest value that windows of the image can have, constant padding included."""
+    """Return the least and the greatest value of the image's windows, including constant padding, as scalars."""
     low, high = objective.image.min(), objective.image.max()
     if objective.plan.padded and objective.plan.padding_mode == "constant":
         low, high = low.clamp(max=objective.plan.cval), high.clamp(min=objective.plan.cval)

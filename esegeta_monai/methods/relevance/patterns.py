@@ -48,7 +48,7 @@ class FittedPatterns:
         """Fit patterns on all windows of some cases of one network.
 
         Raises:
-            UsageError: no case at all.
+            UsageError: there is no case.
             RuleError: an operation that has no pattern, such as attention.
         """
         fit, cases, network = rules.PatternFit(), 0, None
@@ -58,7 +58,7 @@ class FittedPatterns:
             precise.each(jobs, lambda b: fit.add(b.forward, b.image, compare=b.compare), with_cotangents=False)
             cases, network = cases + 1, objective.model.network
         if network is None:
-            raise UsageError("patterns are fitted on cases: give at least one")
+            raise UsageError("patterns are fitted on cases: give at least one case")
         return cls(fit.patterns(), weights_hash(_whole(network)), cases)
 
     def save(self, path: str | Path) -> None:
@@ -86,9 +86,7 @@ class FittedPatterns:
         """
         path = Path(path)
         if not path.is_file():
-            raise UsageError(
-                f"there are no patterns in {path.name}: fit them with 'esegeta-monai patterns', or give cases="
-            )
+            raise UsageError(f"no file {path.name}: fit patterns with 'esegeta-monai patterns', or give cases=")
         try:
             content = torch.load(path, weights_only=True, map_location="cpu")
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -106,10 +104,10 @@ def _whole(network: nn.Module) -> nn.Module:
 
 
 class PatternAttribution(Method):
-    """``r_in = (w ⊙ a)ᵀ r``, from ``r = y · ∂s/∂y`` at the output: the part of the score that the signal in each voxel
-    adds.
+    """``r_in = (w ⊙ a)ᵀ r``, from ``r = y · ∂s/∂y`` at the output: the contribution of each voxel's signal to the
+    score.
 
-    a is the pattern of each linear neuron, ``cov(x, y) / var(y)`` in the regime of the rectifier behind it, fitted on
+    a is the pattern of each linear neuron, ``cov(x, y) / var(y)`` in the regime of the following rectifier, fitted on
     cases (Kindermans et al. 2018). It points in the direction in which the data vary with the neuron, while the filter
     w also cancels distractors. Batch, instance and group norms (σ constant) pass relevance on; the terms of a sum get
     their shares of its variance; rectifiers, pooling and interpolation keep their derivative. Linear scores only. A

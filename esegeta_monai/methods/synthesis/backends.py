@@ -1,6 +1,6 @@
-"""Other packages for the optimisation in 2D: torch-lucent and TorchRay, where they are installed.
+"""Optimisation in 2D by other packages, if they are installed: torch-lucent and TorchRay.
 
-Both get an ordinary module whose output is F; windows, targets and layers remain those of this package.
+Both receive a module whose output is F; windows, targets and layers remain those of this package.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Climb = Callable[[Tensor], tuple[float, Tensor]]
 
 
 class _Score(torch.autograd.Function):
-    """F of images (m, C, *spatial): (m, 1), with the gradient that ``climb`` gives."""
+    """F of images (m, C, *spatial): (m, 1), with the gradient of ``climb``."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, climb: Climb) -> Tensor:
@@ -38,14 +38,14 @@ class _Score(torch.autograd.Function):
 
 
 class _Scene(nn.Module):
-    """F as a module without submodules of the network, since such packages leave their hooks on modules."""
+    """F as a module without the network as a submodule, since these packages leave hooks on modules."""
 
     def __init__(self, climb: Climb, prepare: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.climb, self.prepare, self.score = climb, prepare, nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        """(m, C, h, w) to (m, 1)."""
+        """Map images (m, C, h, w) to F (m, 1)."""
         images = images if self.prepare is None else torch.stack([self.prepare(image) for image in images])
         return self.score(_Score.apply(images, self.climb))
 
@@ -53,10 +53,10 @@ class _Scene(nn.Module):
 def lucent_visualization(
     canvas: Canvas, intensity: Tensor, parametrisation: str, n_iter: int, lr: float, decay: float | None
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """`FeatureVisualization` by ``lucent.optvis.render.render_vis``: its parametrisation and transforms, our F.
+    """Run `FeatureVisualization` by ``lucent.optvis.render.render_vis``, with its parametrisation and transforms.
 
     Returns:
-        the image at the start and at the end (C, h, w), and F at each step.
+        The image at the start and at the end (C, h, w), and F at each step.
 
     Raises:
         UsageError: torch-lucent is not installed.
@@ -126,7 +126,7 @@ def torchray_masks(
 
     Args:
         image: (C, h, w).
-        climb: maps an image to F, in units of its rise over the baseline, and its gradient.
+        climb: function from an image to F, in units of ``F(x) − F(x₀)``, and its gradient.
         blurred: True for TorchRay's blur, False for its fade to zero.
         options: ``step`` and ``sigma`` of the masks.
 
@@ -162,19 +162,19 @@ def torchray_masks(
 
 
 def flat_only(backend: str, shape: Sequence[int]) -> None:
-    """Refuse an image (C, *spatial) that is not 2D.
+    """Check that an image (C, *spatial) is 2D.
 
     Raises:
         MethodError: the image is not 2D.
     """
     if len(shape) != 3:
-        raise MethodError(f"backend={backend!r} is for 2D images only: leave it away, the native one is 2D and 3D")
+        raise MethodError(f"backend={backend!r} is for 2D images only: omit it, the native backend is for 2D and 3D")
 
 
 def _missing(backend: str, package: str, error: ImportError) -> str:
     return (
         f"backend={backend!r} needs {package}, which cannot be imported ({error}): install it with 'pip install "
-        f"esegeta-monai[{backend}]' (it brings torchvision, which must fit torch), or leave backend away"
+        f"esegeta-monai[{backend}]' (this installs torchvision, whose version must match torch), or omit backend"
     )
 
 

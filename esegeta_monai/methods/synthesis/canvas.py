@@ -38,7 +38,7 @@ class Canvas:
 
     Attributes:
         objective: has one score, on the canvas's grid; its image is the case's part there.
-        place: slices of the canvas in the case's image.
+        place: position of the canvas in the case's image, as slices.
     """
 
     objective: Objective
@@ -46,7 +46,7 @@ class Canvas:
 
     @property
     def image(self) -> Tensor:
-        """The case's part of the canvas (C, *canvas)."""
+        """The part of the case's image on the canvas (C, *canvas)."""
         return self.objective.image
 
     def value(self, image: Tensor) -> float:
@@ -120,7 +120,7 @@ def layer_objective(
     condition: Tensor | None = None,
     neuron: Neuron | None = None,
 ) -> Objective:
-    """Return the objective of `layer_canvas` on the grid of ``plan`` and ``image``."""
+    """Return the objective of `layer_canvas` on the grid of ``plan`` and ``image`` (C, *spatial)."""
     model = layer_model(objective.model, layer, read)
     shape = _output_shape(model, objective, plan, image, condition)
     mask = torch.ones(shape, dtype=torch.bool, device=image.device)
@@ -133,7 +133,7 @@ def layer_objective(
 
 
 def layer_model(model: Model, layer: str, read: Callable[[Tensor], Tensor]) -> Model:
-    """Return a model whose output is ``read`` of the layer's output."""
+    """Return a model whose output is ``read`` of the layer's output (n, C, *positions) or (n, C)."""
     other = copy.copy(model)
     other.network, other.output = LayerOutput(model.network, layer, read), None
     return other
@@ -165,8 +165,8 @@ def weighted(score: Score) -> WeightedScore:
     if isinstance(score, WeightedScore):
         return score
     raise MethodError(
-        f"{score.label} is no output of one class that could be asked of another image: use a target such as "
-        "ClassScore or MultiClassMask, or layer=…"
+        f"{score.label} is not the output of a single class, so it is not defined for other images: use a target such "
+        "as ClassScore or MultiClassMask, or layer=…"
     )
 
 
@@ -203,8 +203,7 @@ def intensity_range(
             low, high = float(values.min()), float(values.max())
         if not low < high:
             raise MethodError(
-                f"channel {c} of the image is constant, so it does not tell the network's intensities: give "
-                "intensity=(low, high)"
+                f"channel {c} of the image is constant, so its intensity range is unknown: give intensity=(low, high)"
             )
         rows.append([low, high])
     return torch.tensor(rows, dtype=image.dtype, device=image.device)
@@ -227,7 +226,7 @@ def _cut(objective: Objective, window: int | None) -> tuple[WindowPlan, Tensor, 
     if window is None:
         return plan, objective.image, tuple(slice(0, n) for n in plan.spatial_shape), objective.condition
     if plan.with_coord and len(plan) > 1:
-        raise MethodError("the network is told where its window lies (with_coord=True): use extent='image'")
+        raise MethodError("the network reads the position of its window (with_coord=True): use extent='image'")
     place = plan.place(window)
     condition = None if objective.condition is None else objective.condition[last_axes(place)]
     return plan.single(), objective.image[last_axes(place)], place, condition
@@ -247,5 +246,5 @@ def _position(neuron: Neuron, shape: Sequence[int]) -> tuple[int, ...]:
     if isinstance(neuron, str):
         return tuple(n // 2 for n in shape)
     if len(neuron) != len(shape) or any(not 0 <= i < n for i, n in zip(neuron, shape)):
-        raise UsageError(f"neuron={tuple(neuron)} lies outside the canvas {tuple(shape)}")
+        raise UsageError(f"neuron={tuple(neuron)} is outside the canvas {tuple(shape)}")
     return tuple(int(i) for i in neuron)

@@ -47,7 +47,7 @@ class DeepDream(_Synthesis):
     From the image, ``x ← x + step · (high − low) · g / rms(g)``, g = ∂F/∂x, kept within the image's intensities; first
     on a smaller copy of the image, then, with the changes so far enlarged, on larger ones (octaves), so that patterns
     of several sizes appear. With ``layer`` F is ``mean A²``, with ``channel`` too ``mean A_c``, blended over windows
-    and averaged over the image; without, the target under its frozen mask, which shrinks with the image.
+    and averaged over the image; otherwise F is the target under its frozen mask, which shrinks with the image.
 
     Args:
         layer: dotted name; None: the target.
@@ -84,7 +84,7 @@ class DeepDream(_Synthesis):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer is None and self.channel is not None:
-            raise UsageError("channel is that of a layer: give layer=… too ('esegeta-monai layers' lists them)")
+            raise UsageError("channel needs a layer: also give layer=… ('esegeta-monai layers' lists them)")
         if self.octaves < 1 or self.octave_scale <= 1:
             raise UsageError(f"octaves={self.octaves}, octave_scale={self.octave_scale}: at least 1, and more than 1")
         if self.n_iter < 0 or self.jitter < 0:
@@ -100,7 +100,7 @@ class DeepDream(_Synthesis):
         return True
 
     def passes(self, objective: Objective) -> int:
-        """An upper bound: windows that the target's mask does not touch are left out."""
+        """Return an upper bound: windows that the target's mask does not overlap are not run."""
         windows = [len(self._plan(objective, shape)) for shape in self._shapes(objective)]
         each = self.n_iter * (1 if self.layer is not None or objective.linear else 2)
         return (each * sum(windows) + 3 * windows[-1] + self.octaves) * (
@@ -228,14 +228,14 @@ class InvertedRepresentation(_Synthesis):
 
     @property
     def needs_voxels(self) -> bool:
-        return self.layer is None  # one is looked for where the target is
+        return self.layer is None  # the default layer depends on the target
 
     @property
     def passes_data_dependent(self) -> bool:
         return True
 
     def passes(self, objective: Objective) -> int:
-        """Approximate: the line search of the last step may take some more gradients."""
+        """Return an approximate count: the line search of the last step may need a few more gradients."""
         return self.n_iter + 4
 
     def attribute(self, objective: Objective) -> Explained:
@@ -263,7 +263,7 @@ class InvertedRepresentation(_Synthesis):
         if end > self.max_share * begin:
             objective.context.progress.warn(
                 f"{layer}: the layer's distance to the case fell from {begin:.4g} to {end:.4g} only; a share of "
-                f"{self.max_share:g} was asked for: take more steps (n_iter), or smaller weights"
+                f"{self.max_share:g} is required: use more steps (n_iter), or smaller weights"
             )
         notes = {
             "curve": curve,
@@ -278,7 +278,7 @@ class InvertedRepresentation(_Synthesis):
         return for_targets(objective, [whole], [notes], layer=layer)
 
     def _penalty(self, r: Tensor) -> Tensor:
-        """``λ_α mean |r|^α + λ_TV mean |∇r|^β``, forward differences, none over the edge."""
+        """Compute ``λ_α mean |r|^α + λ_TV mean |∇r|^β`` with forward differences inside the image."""
         total = self.alpha_weight * r.abs().pow(self.alpha).mean()
         if self.tv_weight:
             steps = torch.zeros_like(r)
@@ -290,7 +290,7 @@ class InvertedRepresentation(_Synthesis):
 
 
 START_STD = 0.1
-"""Of the noise that an inversion starts from, in half ranges of intensity."""
+"""Standard deviation of the noise from which an inversion starts, in half ranges of intensity."""
 FLAT = 1e-12
 """|∇r|² below which an image counts as flat, since its root has no gradient at zero."""
 
@@ -308,7 +308,7 @@ class _Distance:
 
         probe = objective.derive(model=layer_model(objective.model, layer, keep), grid=objective.grid)
         with torch.no_grad():
-            probe.run_all_channels(probe.window(window), [window])
+            probe.run(probe.window(window), [window], all_channels=True)
         self.reference = kept[0]
         self.energy = self.reference.square().sum(1).mean()
         if not bool(self.energy > 0):

@@ -1,4 +1,4 @@
-"""From optimised parameters to an image: bases, intensity range and random views."""
+"""Parametrisation of a synthesised image: bases, intensity range and random views."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Fourier:
 
 
 def hartley(values: Tensor) -> Tensor:
-    """``H(u) = N^−½ Σ_v x(v) (cos + sin)(2π u·v/n)`` over all axes but the first: orthonormal, and its own inverse.
+    """Compute ``H(u) = N^−½ Σ_v x(v) (cos + sin)(2π u·v/n)`` of (C, *spatial): orthonormal, and its own inverse.
 
     >>> x = torch.arange(6.0).reshape(1, 2, 3)
     >>> torch.allclose(hartley(hartley(x)), x, atol=1e-6)
@@ -79,7 +79,7 @@ def hartley(values: Tensor) -> Tensor:
 
 
 def squash(values: Tensor, intensity: Tensor) -> Tensor:
-    """``low + (high − low) σ(z)``: any numbers to intensities of each channel's range (C, 2)."""
+    """Map (C, *spatial) to intensities ``low + (high − low) σ(z)`` of each channel's range (C, 2)."""
     low, high = (per_channel(intensity[:, i], values) for i in (0, 1))
     return low + (high - low) * torch.sigmoid(values)
 

@@ -1,4 +1,4 @@
-"""Images that are made up, from nothing: what a unit, a layer or a class would like to see."""
+"""Images synthesised from noise that maximise a unit, a layer or a class."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ __all__ = ["ClassImage", "FeatureVisualization"]
 
 
 class _Synthesis(Method):
-    """What methods that make images up have in common.
+    """Base class of methods that synthesise images.
 
-    The image lies on the case's grid: where it is one window, at that window's place (``place`` in the record), with
-    the low end of the intensities round it. Where there is no case, give an image of zeros of the shape wanted and
-    ``intensity=``: the grid is then one of unit voxels, and the record says so (``network_affine``).
+    The image is on the case's grid. An image of one window is at the position of that window (``place`` in the record),
+    surrounded by the lowest intensity. Without a case, give an image of zeros of the desired shape and ``intensity=``:
+    the grid then has unit voxels (``network_affine`` in the record).
 
     The record has ``curve`` (the objective at each step), ``objective_start``, ``objective_end``, ``objective_image``
-    (at the case), ``objective_rise`` = (end − start) / |start|, ``intensity_range``, ``place``, and warns where the
+    (at the case), ``objective_rise`` = (end − start) / |start|, ``intensity_range``, ``place``, and a warning if the
     rise is less than ``min_rise``.
     """
 
@@ -53,7 +53,7 @@ class _Synthesis(Method):
     additive = False
     units = "intensity of the network's input"
 
-    full_precision = True  # iterations feed their own rounding back
+    full_precision = True  # rounding errors accumulate over iterations
 
     @property
     def signed(self) -> bool:
@@ -115,9 +115,9 @@ class FeatureVisualization(_Synthesis):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer is None and (self.channel is not None or self.neuron is not None):
-            raise UsageError("channel and neuron are those of a layer: give layer=… too ('esegeta-monai layers')")
+            raise UsageError("channel and neuron need a layer: also give layer=… ('esegeta-monai layers' lists them)")
         if self.neuron is not None and self.channel is None:
-            raise UsageError(f"neuron={self.neuron!r}: give its channel=… too")
+            raise UsageError(f"neuron={self.neuron!r} needs a channel: also give channel=…")
         check_steps(self.n_iter, lr=self.lr)
         self._view()
 
@@ -126,7 +126,7 @@ class FeatureVisualization(_Synthesis):
         return False
 
     def passes(self, objective: Objective) -> int:
-        """A gradient per step (plus a forward pass for non-linear targets), one for the shape, three values."""
+        """Count a gradient per step (and a forward pass for non-linear targets), one for the shape, three values."""
         windows = len(objective.plan) if self.extent == "image" else 1
         each = self.n_iter * (1 if self.layer is not None or objective.linear else 2) + 3
         return (each * windows + 1) * (1 if self.layer is not None else objective.n_targets)
@@ -161,7 +161,7 @@ class FeatureVisualization(_Synthesis):
         return RandomView(self.jitter, (float(self.scale[0]), float(self.scale[1])), self.rotate, spacing)
 
     def _synthesise(self, canvas: Canvas, intensity: Tensor) -> tuple[Tensor, Tensor, list[float]]:
-        """The image at the start and at the end (C, *canvas), and F in between."""
+        """Return the image at the start and at the end (C, *canvas), and F at each step."""
         image, generator = canvas.image, canvas.objective.generator()
         basis: Fourier | Voxels = Voxels()
         if self.parametrisation == "fourier":
@@ -186,7 +186,7 @@ class FeatureVisualization(_Synthesis):
 
 FEWER_VIEWS = "take more steps (n_iter), or fewer views (jitter, scale, rotate)"
 START_STD = 0.05
-"""Of z at the start: nearly flat, in the middle of the intensities."""
+"""Standard deviation of z at the start: the image is nearly flat, in the middle of the intensities."""
 
 
 class ClassImage(_Synthesis):
@@ -236,7 +236,7 @@ class ClassImage(_Synthesis):
         return True
 
     def passes(self, objective: Objective) -> int:
-        """Approximate: the line search of the last step may take some more gradients."""
+        """Return an approximate count: the line search of the last step may need a few more gradients."""
         windows = len(objective.plan) if self.extent == "image" else 1
         each = (self.n_iter * (1 if objective.linear else 2) + 3) * windows + 1
         return each * objective.n_targets + choice_passes(self.baseline, objective)
@@ -280,7 +280,7 @@ def descend(start: Tensor, loss: Callable[[Tensor], tuple[float, Tensor]], n_ite
     """Minimise by L-BFGS with a strong Wolfe line search; return the end point and the loss at each evaluation.
 
     Args:
-        start: start point; it is not changed.
+        start: start point, of any shape, also that of the end point; it is not changed.
         loss: maps parameters to the loss and its gradient.
         n_iter: approximate number of evaluations: a line search is completed.
     """
@@ -335,9 +335,9 @@ def described(
     if reached <= begin or (rise is not None and rise < min_rise):
         share = "" if rise is None else f", by {rise:.3g} of its start"
         if curve and not any(curve):
-            remedy = "it is silent at the start: take another seed, channel or neuron"
+            remedy = "it is zero at the start: use another seed, channel or neuron"
         canvas.objective.context.progress.warn(
-            f"the objective went from {begin:.4g} to {reached:.4g}{share}; a rise of {min_rise:g} was asked for: "
+            f"the objective went from {begin:.4g} to {reached:.4g}{share}; a rise of {min_rise:g} is required: "
             f"{remedy}",
             canvas.objective.scores[0].label,
         )
@@ -355,7 +355,7 @@ def described(
 def for_targets(
     objective: Objective, images: Sequence[Tensor], notes: Sequence[dict[str, Any]], **more: Any
 ) -> Explained:
-    """Return one image per target; a single image is repeated for all targets."""
+    """Return one image per target (k, C, *spatial); a single image is repeated for all targets."""
     repeat = objective.n_targets // len(images)
     maps = torch.stack(list(images) * repeat)
     every = [{**n, **{k: v for k, v in more.items() if v is not None}} for n in notes] * repeat

@@ -1,4 +1,4 @@
-"""The other libraries of the table, by the name of their column; a file each."""
+"""The other libraries of the table, by the name of their column."""
 
 from tests.compatibility.peers.base import Peer, measure_peer
 from tests.compatibility.peers.captum import CAPTUM

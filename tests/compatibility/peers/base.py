@@ -1,7 +1,7 @@
-"""What another library gives for the rows of the table, on one window, since they know no windows.
+"""The maps of other libraries for the rows of the table, on one window, since they do not support windows.
 
-They get the target as a module (`TargetWrapper`), float64 where they would round to float32, the same noise and draws
-as we, and any interpolation is done for them as we do it: their figure is that of their mathematics.
+They get the target as a module (`TargetWrapper`), float64 where they would round to float32, our noise and our draws,
+and interpolation is done for them as we do it: only their mathematics is measured.
 """
 
 from __future__ import annotations
@@ -34,40 +34,40 @@ class Peer:
     """Another library.
 
     Attributes:
-        title: in the table.
+        title: name in the table.
         maps: row -> function of the sight and the check's parameters that gives the map (C, *spatial).
-        checks: rows where it follows another convention that is as good: what must hold there.
-        found: whether it is installed.
-        dims: that it can do.
+        checks: own checks of rows where it follows another, equally valid convention.
+        installed: True if it is installed.
+        dims: numbers of spatial dimensions that it supports.
     """
 
     title: str
     maps: Mapping[str, Map]
     checks: Mapping[str, Check] = field(default_factory=dict)
-    found: bool = True
+    installed: bool = True
     dims: tuple[int, ...] = (2, 3)
 
 
 def wrapped(sight: Sight) -> TargetWrapper:
-    """The network with the target as its last layer."""
+    """Return the network with the target as its last layer."""
     target = target_of(sight.case, sight.class_index)
     return TargetWrapper(sight.network, target, output=sight.s.output).freeze(sight.image[None]).eval()
 
 
 def measure_peer(peer: Peer, row: Row, sight: Sight) -> Figure:
-    """One cell of another library, by the same check."""
+    """Measure one cell of another library by the same check."""
 
     def ask(sight: Sight, **parameters: Any) -> Answer:
         with fair(sight):
-            found = peer.maps[row.name](sight, **_of({**row.parameters, **parameters}, sight))
-        return Answer(found.detach(), {"steps": MANY_STEPS})
+            values = peer.maps[row.name](sight, **_of({**row.parameters, **parameters}, sight))
+        return Answer(values.detach(), {"steps": MANY_STEPS})
 
     return peer.checks.get(row.name, row.check)(sight, ask)
 
 
 @contextmanager
 def fair(sight: Sight) -> Iterator[None]:
-    """Captum rounds step sizes by ``.float()``, which alone costs 1e-8; noise and draws are ours."""
+    """Keep float64 (Captum rounds step sizes by ``.float()``, an error of 1e-8) and use our noise and draws."""
     default = torch.get_default_dtype()
     noises: list[Tensor] = []
 
@@ -92,7 +92,7 @@ def fair(sight: Sight) -> Iterator[None]:
 
 
 def noise(sight: Sight, n: int) -> list[Tensor]:
-    """What `SmoothGrad` adds to the image."""
+    """Return the noise that `SmoothGrad` adds to the image."""
     return [x - sight.image for x in sight.noisy(n, 0.15)]
 
 
@@ -104,7 +104,7 @@ def relu_first(sight: Sight) -> Tensor:
 
 
 def our_relevance(composite: str, prepare: Callable[[Sight], None] = lambda sight: None) -> Check:
-    """Libraries that do not book what biases keep are compared with the map of our rules, which are proved apart."""
+    """Compare with the map of our rules, which have own tests: for libraries without a record of absorbed relevance."""
 
     def truth(sight: Sight) -> Tensor:
         clean = Sight(sight.name, sight.dims, windows=False)  # some leave their rules in the network
@@ -115,5 +115,5 @@ def our_relevance(composite: str, prepare: Callable[[Sight], None] = lambda sigh
 
 
 def installed(name: str) -> bool:
-    """Whether a package can be imported here."""
+    """Return True if a package can be imported here."""
     return importlib.util.find_spec(name) is not None

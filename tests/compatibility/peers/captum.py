@@ -41,14 +41,14 @@ def _batch(baseline: Tensor | list[Tensor]) -> Tensor:
 
 
 def _steps(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Captum's words for the parameters of a path; where ours would refine it, many steps, a few at a time."""
+    """Translate the parameters of a path; where ours would refine it, many steps in small batches."""
     names = ("n_steps", "method", "n_samples")
-    found: dict[str, Any] = {name: parameters[name] for name in names if name in parameters}
+    options: dict[str, Any] = {name: parameters[name] for name in names if name in parameters}
     if "tolerance" in parameters:
-        found = {"n_steps": MANY_STEPS}
-    if found.get("n_steps", 0) > 8:
-        found["internal_batch_size"] = 4
-    return {**found, "stdevs": 0.0} if "n_samples" in found else found
+        options = {"n_steps": MANY_STEPS}
+    if options.get("n_steps", 0) > 8:
+        options["internal_batch_size"] = 4
+    return {**options, "stdevs": 0.0} if "n_samples" in options else options
 
 
 def _noise_tunnel(kind: str) -> Map:
@@ -73,19 +73,19 @@ def _layer(name: str, scattered: bool = True) -> Map:
             steps["method"] = "riemann_trapezoid"
         if name != "LayerActivation":
             given |= {"target": 0, **steps}
-        found = method.attribute(sight.image[None].clone(), **given)
-        found = sight.s.as_map(found[0] if isinstance(found, tuple) else found)
+        values = method.attribute(sight.image[None].clone(), **given)
+        values = sight.s.as_map(values[0] if isinstance(values, tuple) else values)
         if scattered:
-            return sight.s.scatter(found.sum(1, keepdim=True))
-        return sight.upsampled(found.mean(1, keepdim=True)[0])
+            return sight.s.scatter(values.sum(1, keepdim=True))
+        return sight.upsampled(values.mean(1, keepdim=True)[0])
 
     return attribute
 
 
 def _captum_grad_cam(sight: Sight, layer: str, relu: bool = True, **parameters: Any) -> Tensor:
-    found = captum.attr.LayerGradCam(wrapped(sight), _module(sight, layer)).attribute(sight.image[None], target=0)
-    found = sight.upsampled(found[0])
-    return found.relu() if relu else found
+    values = captum.attr.LayerGradCam(wrapped(sight), _module(sight, layer)).attribute(sight.image[None], target=0)
+    values = sight.upsampled(values[0])
+    return values.relu() if relu else values
 
 
 def _captum_guided_grad_cam(sight: Sight, layer: str, **parameters: Any) -> Tensor:
@@ -116,8 +116,8 @@ def _captum_lrp(convolution: Callable[[], Any], dense: Callable[[], Any]) -> Map
 
 def _captum_layer_lrp(sight: Sight, layer: str, **parameters: Any) -> Tensor:
     network = _with_rules(sight, Alpha1_Beta0_Rule, _epsilon)
-    found = captum.attr.LayerLRP(network, _module(sight, layer)).attribute(sight.image[None].clone(), target=0)
-    return sight.s.scatter(sight.s.as_map(found).sum(1, keepdim=True))
+    values = captum.attr.LayerLRP(network, _module(sight, layer)).attribute(sight.image[None].clone(), target=0)
+    return sight.s.scatter(sight.s.as_map(values).sum(1, keepdim=True))
 
 
 def _neuron(name: str) -> Map:
@@ -130,7 +130,7 @@ def _neuron(name: str) -> Map:
 
 
 def _unit(sight: Sight) -> tuple[int, ...]:
-    """The neuron in the layer's own indices."""
+    """Return the neuron in the layer's own indices."""
     (output,) = sight.record(sight.image, sight.layer)
     positions = sight.at_image[0].shape[2:]
     at = [i * p // n for i, p, n in zip(sight.unit, positions, sight.case.roi)]

@@ -54,10 +54,10 @@ def _grad_cam(name: str, **options: Any) -> Map:
             # it would round scores before it subtracts them, and interpolate between corners where ours does by cells
             rounded = mock.patch.object(np, "float32", np.float64)
             with rounded, mock.patch.object(nn, "UpsamplingBilinear2d", _Up):
-                found = cam.get_cam_image(x.detach(), target, targets, activations, gradients, False)
+                values = cam.get_cam_image(x.detach(), target, targets, activations, gradients, False)
         finally:
             held.release()
-        small = torch.from_numpy(np.asarray(found))
+        small = torch.from_numpy(np.asarray(values))
         return sight.s.scatter(small[None]) if name in _PRODUCTS else sight.upsampled(small)
 
     return attribute

@@ -22,8 +22,8 @@ def _torchray(module: str, layer_wanted: bool = False, shown: Callable[[Sight, T
     def attribute(sight: Sight, layer: str = "", **parameters: Any) -> Tensor:
         function = getattr(importlib.import_module(f"torchray.attribution.{module}"), module)
         at = {"saliency_layer": f"network.{layer}"} if layer_wanted else {}
-        found = function(wrapped(sight), sight.image[None].clone(), 0, **at)
-        return found[0] if shown is None else shown(sight, found)
+        values = function(wrapped(sight), sight.image[None].clone(), 0, **at)
+        return values[0] if shown is None else shown(sight, values)
 
     return attribute
 

@@ -1,7 +1,7 @@
-"""zennit, which its own examples ask to merge batch norms into convolutions first; denominators are stabilised by as
-little as it lets us choose. It needs torchvision, so an environment of its own (`make test-peers`).
+"""zennit, with batch norms merged into convolutions first, as in its examples, and the smallest stabiliser it accepts.
+It needs torchvision, so an environment of its own (`make test-peers`).
 
-Its flat rule gives the padding nothing, where ours books the padding's share: `EpsilonPlusFlat` has no cell.
+Its flat rule gives the padding nothing, ours records the share of the padding: `EpsilonPlusFlat` has no cell.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TINY = 1e-13
 
 
 def _merge() -> Any:
-    """zennit's merging of batch norms. It leaves ε in the emptied norm, a factor of 1 − 5e-6, which is taken out."""
+    """Return zennit's merging of batch norms. It leaves ε in the emptied norm: a factor of 1 − 5e-6, removed here."""
     from zennit.canonizers import SequentialMergeBatchNorm
 
     class Merge(SequentialMergeBatchNorm):
@@ -36,7 +36,7 @@ def _merge() -> Any:
 
 
 def _zennit(composite: str, of_image: Callable[[Tensor], tuple[Any, ...]] = lambda x: (), **options: Any) -> Map:
-    """Relevance of the image; it enters at the prediction as ours does."""
+    """Return the function of the image's relevance, which starts at the prediction like ours."""
 
     def attribute(sight: Sight, **parameters: Any) -> Tensor:
         from zennit import composites
@@ -63,8 +63,8 @@ def _relevance(sight: Sight, composite: Any, by_output: bool) -> Tensor:
         x = sight.image[None].clone().requires_grad_(True)
         out = select_output(network(x), sight.s.output)
         start = cotangents * out.detach() if by_output else cotangents
-        (found,) = torch.autograd.grad(out, x, start)
-    return found[0]
+        (relevance,) = torch.autograd.grad(out, x, start)
+    return relevance[0]
 
 
 def _zennit_epsilon(epsilon: float) -> Map:
@@ -81,8 +81,8 @@ def _zennit_epsilon(epsilon: float) -> Map:
 
 
 def _merge_batch_norms(sight: Sight) -> None:
-    """As zennit has merged them, where that leaves the network's values as they were: it goes by the order of modules,
-    which need not be that of execution."""
+    """Merge batch norms as zennit does, if that leaves the network's values unchanged: it follows the order of modules,
+    which may differ from that of execution."""
     before = sight.value(sight.image)
     instances = _merge().apply(sight.network)
     if abs(sight.value(sight.image) - before) > 1e-9 * abs(before):
@@ -97,7 +97,7 @@ def _image_range(x: Tensor) -> tuple[Any, ...]:
 MAPS: dict[str, Map] = {
     "GuidedBackprop": _modified_gradient("GuidedBackprop"),
     "Deconvolution": _modified_gradient("DeconvNet"),
-    # the paper leaves biases out, zennit only where told
+    # the paper leaves biases out, zennit only on request
     "ExcitationBackprop": _zennit("ExcitationBackprop", zero_params=["bias"]),
     "LRP EpsilonPlus": _zennit("EpsilonPlus"),
     "LRP EpsilonAlpha2Beta1": _zennit("EpsilonAlpha2Beta1"),

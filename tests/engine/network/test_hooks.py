@@ -27,7 +27,7 @@ def test_capture_records_what_the_layer_gave_before_an_inplace_change():
     assert not any(m._forward_hooks for m in network.modules())
 
 
-def test_a_layer_that_hands_its_input_on_has_a_gradient_of_its_own():
+def test_a_layer_that_returns_its_input_has_its_own_gradient():
     """Not that of the input's other uses: a skip connection through an identity beside a branch."""
 
     class Skip(nn.Module):
@@ -45,10 +45,10 @@ def test_a_layer_that_hands_its_input_on_has_a_gradient_of_its_own():
     pad, stem = torch.autograd.grad(out.sum(), [captured["pad"], captured["stem"]])
     assert torch.equal(pad, torch.ones(1, 3))
     assert torch.allclose(stem, 1 + network.branch.weight.sum(0, keepdim=True))
-    found = lrp(
+    relevance = lrp(
         network.double(), x.double(), torch.ones(1, 1, 3, dtype=torch.float64), "LRP0", layers={"pad": network.pad}
     )
-    assert torch.allclose(found.layers["pad"].gradient, torch.ones(1, 1, 3, dtype=torch.float64))
+    assert torch.allclose(relevance.layers["pad"].gradient, torch.ones(1, 1, 3, dtype=torch.float64))
 
 
 def test_capture_removes_its_hooks_after_an_error():
@@ -163,13 +163,13 @@ class Skipping(nn.Module):
 
 def test_a_graph_that_begins_at_the_layers_has_their_gradients_and_nothing_in_front():
     network, x = Skipping().double().eval(), torch.randn(2, 1, 8, 8, dtype=torch.float64)
-    layers, found = ["first", "second", "constant"], {}
+    layers, gradients = ["first", "second", "constant"], {}
     with frozen(network):
         for leaves in (True, False):
             with capture(network, [*layers, "front"][: 3 if leaves else 4], leaves=leaves) as captured:
                 out = network(x if leaves else x.clone().requires_grad_())
             chosen = layers if leaves else layers[:2]  # the buffer is on no path from the image
-            found[leaves] = torch.autograd.grad(out.sin().sum(), [captured[name] for name in chosen])
+            gradients[leaves] = torch.autograd.grad(out.sin().sum(), [captured[name] for name in chosen])
         assert captured["front"].requires_grad
         with capture(network, ["first"], leaves=True) as captured:
             outputs = []
@@ -178,5 +178,5 @@ def test_a_graph_that_begins_at_the_layers_has_their_gradients_and_nothing_in_fr
             handle.remove()
         assert not outputs[0].requires_grad
         assert not network.constant.value.requires_grad
-    for begun, whole in zip(found[True], found[False]):
+    for begun, whole in zip(gradients[True], gradients[False]):
         assert torch.equal(begun, whole)

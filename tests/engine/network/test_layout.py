@@ -38,7 +38,7 @@ class Network(nn.Module):
         return self.head(self.pool(self.block(self.act(self.norm(self.stem(x))))).flatten(1))
 
 
-def test_layers_without_weights_lie_as_what_runs_before_them():
+def test_layers_without_weights_have_the_layout_of_their_input():
     network = Network().eval()
     shapes = {}
     for name, module in network.named_modules():
@@ -52,12 +52,12 @@ def test_layers_without_weights_lie_as_what_runs_before_them():
         assert grid_of(network, name, shapes[name], (16, 24)) == (6, 8, 12)
 
 
-def test_what_shape_and_place_do_not_tell_is_no_map():
+def test_an_ambiguous_layout_is_no_map():
     """Sixteen channels on 16 x 16 positions after a linear layer: the channel axis is ambiguous."""
     network = Network(16).eval()
     assert channels_last(network, "block.drop_path", (16, 16, 16), (32, 32)) is None
     assert grid_of(network, "block.drop_path", (16, 16, 16), (32, 32)) is None
-    assert grid_of(network, "act", (16, 16, 16), (32, 32)) == (16, 16, 16)  # behind a batch norm
+    assert grid_of(network, "act", (16, 16, 16), (32, 32)) == (16, 16, 16)  # after a batch norm
 
 
 def test_strides_that_differ_between_axes_turn_nothing_round():

@@ -63,7 +63,7 @@ def test_select_output(output, key, expected):
         (None, None, "NoneType"),
     ],
 )
-def test_select_output_says_what_there_is(output, key, message):
+def test_select_output_lists_the_available_outputs(output, key, message):
     with pytest.raises(NetworkError, match=message):
         select_output(output, key)
 

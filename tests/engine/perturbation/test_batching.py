@@ -7,7 +7,7 @@ import torch
 from monai.inferers import SlidingWindowInferer
 
 from esegeta_monai.engine.network.state import frozen
-from esegeta_monai.engine.perturbation import batching as pairs
+from esegeta_monai.engine.perturbation import batching
 from esegeta_monai.engine.perturbation.scoring import passes_needed, score_changes
 from esegeta_monai.targets import MultiClassMask
 from tests.engine.perturbation.test_scoring import boxes_for
@@ -25,7 +25,7 @@ def test_batches_are_full_and_written_in_place(shape, batch, staged, output, mon
     o, _ = objective(net, image, inferer, [MultiClassMask(1, output=output)])
     boxes = boxes_for(shape, 4, 0.3)
     sizes, memory, forward = [], set(), net.forward
-    monkeypatch.setattr(pairs, "STAGED", staged)
+    monkeypatch.setattr(batching, "STAGED", staged)
 
     def seen(x):
         sizes.append(len(x))
@@ -34,20 +34,20 @@ def test_batches_are_full_and_written_in_place(shape, batch, staged, output, mon
 
     net.forward = seen
     with frozen(net):
-        found = score_changes(o, boxes)
+        changes = score_changes(o, boxes)
     assert sum(sizes) == o.context.progress.passes == passes_needed(o, boxes)
     assert set(sizes[:-1]) == {batch}
     assert sizes[-1] <= batch
     ((_, held),) = memory
     assert held == staged * batch * 2 * 8 * 8 * 8
     net.forward = forward
-    assert_equal(found[0], naive_change(net, image, inferer, o.scores[0], boxes))
+    assert_equal(changes[0], naive_change(net, image, inferer, o.scores[0], boxes))
 
 
 def test_large_windows_are_not_held_several_batches_at_a_time(monkeypatch):
     net, image = network(2, 1), noise(1, 13, 10)
     o, _ = objective(net, image, SlidingWindowInferer((8, 8), 2, 0.5), [MultiClassMask(1)])
-    monkeypatch.setattr(pairs, "STAGED_BYTES", 3 * 2 * (8 * 8 + 8 * 8) * 8)  # three batches and their outputs
+    monkeypatch.setattr(batching, "STAGED_BYTES", 3 * 2 * (8 * 8 + 8 * 8) * 8)  # three batches and their outputs
     lengths, forward = set(), net.forward
 
     def seen(x):
@@ -57,7 +57,7 @@ def test_large_windows_are_not_held_several_batches_at_a_time(monkeypatch):
     net.forward = seen
     with frozen(net):
         reference = score_changes(o, boxes_for((13, 10), 3, 0.3))
-        monkeypatch.setattr(pairs, "STAGED_BYTES", 1)
+        monkeypatch.setattr(batching, "STAGED_BYTES", 1)
         assert_equal(score_changes(o, boxes_for((13, 10), 3, 0.3)), reference, 1e-12)
     assert lengths == {6, 2}
 
@@ -106,6 +106,6 @@ def test_a_batch_for_which_there_is_no_memory_is_made_smaller(monkeypatch):
     with frozen(net):
         reference = score_changes(o, boxes)
         monkeypatch.setattr(torch.Tensor, "new_empty", hungry)
-        found = score_changes(o, boxes)
+        changes = score_changes(o, boxes)
     assert o.window_batch == 2
-    assert_equal(found, reference, 1e-12)
+    assert_equal(changes, reference, 1e-12)

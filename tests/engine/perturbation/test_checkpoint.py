@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from esegeta_monai import Explainer
 from esegeta_monai import methods as m
-from esegeta_monai.engine.perturbation import batching as engine
+from esegeta_monai.engine.perturbation import batching
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.targets import Box, MultiClassMask
 from tests.support.networks import small
@@ -54,8 +54,8 @@ class Stops(nn.Module):
 def explain(network: nn.Module, method: m.Method, folder: Path | None, output: str = "logit", image: Tensor = IMAGE):
     explainer = Explainer(network, SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), window_batch=2)
     target = MultiClassMask(1, output=output)
-    (found,) = explainer(image, [method], [target], scores_dir=folder)
-    return found
+    (attribution,) = explainer(image, [method], [target], scores_dir=folder)
+    return attribution
 
 
 def tables(folder: Path) -> list[Path]:
@@ -66,7 +66,7 @@ def tables(folder: Path) -> list[Path]:
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are written after every batch, and for non-linear targets after every few perturbations."""
     monkeypatch.setattr(ScoreCheckpoint.__init__, "__defaults__", (0.0,))
-    monkeypatch.setattr(engine, "BLOCK", 3)
+    monkeypatch.setattr(batching, "CHUNK", 3)
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -98,8 +98,8 @@ def test_the_time_limit_keeps_the_scores(tmp_path, monkeypatch):
     )
     runs = []
     while not runs or runs[-1].status == "timeout":
-        (found,) = explainer(IMAGE, [method], [MultiClassMask(1)], scores_dir=tmp_path)
-        runs.append(found)
+        (attribution,) = explainer(IMAGE, [method], [MultiClassMask(1)], scores_dir=tmp_path)
+        runs.append(attribution)
         assert len(runs) < 10
     assert len(runs) > 2
     assert all("time limit" in r.record["reason"] for r in runs[:-1])
@@ -210,10 +210,10 @@ def test_another_condition_has_a_table_of_its_own(tmp_path, often):
     def run(network: nn.Module, condition: Tensor, folder: Path | None):
         explainer = Explainer(network, SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), window_batch=2)
         kwargs = {"condition": condition}
-        (found,) = explainer(
+        (attribution,) = explainer(
             IMAGE, [m.Occlusion(3, 2)], [Box(1, (0, 0), (6, 20))], network_kwargs=kwargs, scores_dir=folder
         )
-        return found
+        return attribution
 
     first, second = torch.zeros_like(IMAGE), noise(*IMAGE.shape, seed=9)
     with pytest.raises(KeyboardInterrupt):
@@ -228,8 +228,8 @@ def test_another_condition_has_a_table_of_its_own(tmp_path, often):
 def test_the_scores_are_there_until_the_map_is_taken(tmp_path, often):
     """Scores survive a run that is killed while a map is written."""
     explainer = Explainer(small(2, 2), SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), window_batch=2)
-    for found in explainer(IMAGE, [m.Occlusion(3, 2)], [MultiClassMask(1)], scores_dir=tmp_path):
-        assert found.status == "ok"
+    for attribution in explainer(IMAGE, [m.Occlusion(3, 2)], [MultiClassMask(1)], scores_dir=tmp_path):
+        assert attribution.status == "ok"
         assert len(tables(tmp_path)) == 1
     assert tables(tmp_path) == []
 

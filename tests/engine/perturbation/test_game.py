@@ -44,11 +44,11 @@ def test_what_coalitions_share_is_looked_at_once(monkeypatch):
     monkeypatch.setattr(coalitions_module, "_differing", lambda *t: looked_at.append(t) or differing(*t))
     drawn = np.random.default_rng(1).random((3, 5, len(game.features))) > 0.5
     with frozen(case.net):
-        mine = [game.values(coalitions) for coalitions in drawn]
+        values = [game.values(coalitions) for coalitions in drawn]
         again = [game.values(coalitions) for coalitions in drawn]
     assert len(hashed) == 1
     assert len(looked_at) == len(case.objective.windows)
-    for coalitions, one, other in zip(drawn, mine, again):
+    for coalitions, one, other in zip(drawn, values, again):
         segments = Segments(game.features.labels, coalitions, game.reference, case.image)
         assert segments.identity(0) == game.segments(coalitions).identity(0)
         assert_equal(one, case.change(case.objective, segments))

@@ -64,7 +64,7 @@ def test_segments_with_equal_keys_make_equal_crops():
     assert len(by_key) == 2**2  # features 0 and 1; the first row belongs to none
 
 
-def test_features_that_equal_the_baseline_are_told_apart_from_nothing():
+def test_features_that_equal_the_baseline_are_distinguished_from_nothing():
     labels = (torch.arange(16) // 4).expand(1, 8, 16).contiguous()
     image = noise(1, 8, 16)
     image[..., :4] = 0  # feature 0 is background
@@ -96,10 +96,10 @@ def test_windows_in_which_coalitions_agree_are_computed_once(output):
     coalitions = np.random.default_rng(1).random((40, 8)) > 0.5
     segments = Segments(labels, coalitions, torch.zeros_like(case.image), case.image)
     with frozen(case.net):
-        mine = score_changes(case.objective, segments)
+        changes = score_changes(case.objective, segments)
     windows = len(case.objective.windows)
     assert case.objective.context.progress.passes == passes_needed(case.objective, segments) <= windows * (1 + 3)
-    assert_equal(mine, case.change(case.objective, segments))
+    assert_equal(changes, case.change(case.objective, segments))
 
 
 def test_blocks_of_a_non_linear_target_count_and_score_the_same(monkeypatch):
@@ -108,7 +108,7 @@ def test_blocks_of_a_non_linear_target_count_and_score_the_same(monkeypatch):
     segments = Segments(labels, np.random.default_rng(1).random((9, 6)) > 0.5, torch.zeros_like(case.image), case.image)
     with frozen(case.net):
         whole = score_changes(case.objective, segments)
-        monkeypatch.setattr("esegeta_monai.engine.perturbation.batching.BLOCK_BYTES", 8 * 3 * 8 * 24 * 2)
+        monkeypatch.setattr("esegeta_monai.engine.perturbation.batching.CHUNK_BYTES", 8 * 3 * 8 * 24 * 2)
         before = case.objective.context.progress.passes
         blocks = score_changes(case.objective, segments)
     assert_equal(blocks, whole)
@@ -148,7 +148,7 @@ def test_whether_a_mask_changes_a_window_is_as_if_all_of_it_was_made(dtype):
     for place in [(slice(0, 20), slice(0, 24)), (slice(6, 14), slice(2, 20)), (slice(4, 9), slice(10, 24))]:
         crop = image[(slice(None), *place)]
         for i in range(len(masks)):
-            told = masks.changes(i, crop, place)
-            assert told == (not torch.equal(masks.apply(i, crop, place), crop))
-            seen.add((i, told))
+            changed = masks.changes(i, crop, place)
+            assert changed == (not torch.equal(masks.apply(i, crop, place), crop))
+            seen.add((i, changed))
     assert {(6, True), (7, True), (9, False), (0, False), (0, True)} <= seen

@@ -10,7 +10,7 @@ from monai.inferers import SlidingWindowInferer
 from torch import Tensor
 
 from esegeta_monai.engine.network.state import frozen
-from esegeta_monai.engine.perturbation import batching as pairs
+from esegeta_monai.engine.perturbation import batching
 from esegeta_monai.engine.perturbation.base import Perturbations
 from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.scoring import passes_needed, score_changes
@@ -68,10 +68,10 @@ def test_boxes_equal_naive(dims, shape, channels, output):
     o, _ = objective(net, image, inferer, targets(output, dims))
     boxes = boxes_for(shape, 4, noise(2, *shape, seed=1), channels)
     with frozen(net):
-        found = score_changes(o, boxes)
-    assert found.shape == (3, len(boxes))
+        changes = score_changes(o, boxes)
+    assert changes.shape == (3, len(boxes))
     for k, score in enumerate(o.scores):
-        assert_equal(found[k], naive_change(net, image, inferer, score, boxes))
+        assert_equal(changes[k], naive_change(net, image, inferer, score, boxes))
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -83,8 +83,8 @@ def test_float32_keeps_to_its_tolerance(output):
     exact = naive_change(net.double(), image.double(), inferer, o.scores[0], boxes)
     net.float()
     with frozen(net):
-        found = score_changes(o, boxes)[0]
-    assert float((found - exact).abs().max()) <= 1e-6 * float(o.image_values()[0].abs())
+        changes = score_changes(o, boxes)[0]
+    assert float((changes - exact).abs().max()) <= 1e-6 * float(o.image_values()[0].abs())
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -108,22 +108,22 @@ def test_keyed_coalitions_equal_naive_and_are_computed_once(output):
         assert counts[0] <= len(o.windows) * 8 < 0.5 * counts[1]
 
 
-def test_equal_coalitions_in_one_batch_are_booked_for_all():
+def test_equal_coalitions_in_one_batch_share_their_score():
     net, image = network(2, 1), noise(1, 8, 8)
     o, _ = objective(net, image, None, [MultiClassMask(1)])
-    o.window_batch = 16
+    o.context.window_batch = 16
     members = torch.tensor([[True, False]] * 5 + [[False, True]] * 2)
     with frozen(net):
-        found = score_changes(o, Coalitions(members, 4, torch.zeros_like(image), keyed=True))
+        changes = score_changes(o, Coalitions(members, 4, torch.zeros_like(image), keyed=True))
     assert o.context.progress.passes == 3
-    assert found[0, 0] != 0
-    assert bool((found[0, :5] == found[0, 0]).all())
-    assert found[0, 5] == found[0, 6] != found[0, 0]
+    assert changes[0, 0] != 0
+    assert bool((changes[0, :5] == changes[0, 0]).all())
+    assert changes[0, 5] == changes[0, 6] != changes[0, 0]
 
 
-@pytest.mark.parametrize("block_bytes", [1, 2_000])
-def test_blocks_and_evicted_outputs_give_the_same(monkeypatch, block_bytes):
-    """BLOCK_BYTES so small that perturbations go one by one and unperturbed outputs are computed again."""
+@pytest.mark.parametrize("chunk_bytes", [1, 2_000])
+def test_blocks_and_evicted_outputs_give_the_same(monkeypatch, chunk_bytes):
+    """CHUNK_BYTES so small that perturbations go one by one and unperturbed outputs are computed again."""
     net, image = network(2, 1), noise(1, 20, 18)
     inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian")
     boxes = boxes_for((20, 18), 5, 0.3)
@@ -132,7 +132,7 @@ def test_blocks_and_evicted_outputs_give_the_same(monkeypatch, block_bytes):
         whole = score_changes(o, boxes)
         passes = o.context.progress.passes
         o.context.progress.start()
-        monkeypatch.setattr(pairs, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(batching, "CHUNK_BYTES", chunk_bytes)
         blocks = score_changes(o, boxes)
     assert o.context.progress.passes > passes
     assert_equal(blocks, whole, 1e-12)
@@ -147,7 +147,7 @@ def test_the_batch_does_not_matter(batch, output):
     o, _ = objective(net, image, inferer, targets(output, 2))
     with frozen(net):
         reference = score_changes(o, boxes)
-        o.window_batch = batch
+        o.context.window_batch = batch
         assert_equal(score_changes(o, boxes), reference, 1e-12)
 
 
@@ -168,10 +168,10 @@ def test_memory_back_off(output):
 
         net.forward = hungry
         o.memo("window scores", dict).clear()
-        found = score_changes(o, boxes)
+        changes = score_changes(o, boxes)
     assert o.window_batch <= 3
     assert any("out of memory" in w for w in o.context.progress.warnings)
-    assert_equal(found, reference, 1e-12)
+    assert_equal(changes, reference, 1e-12)
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -199,11 +199,11 @@ def test_what_perturbed_windows_are_compared_with_is_computed_once(output):
     windows = len(o.windows)
     needed = [passes_needed(o, boxes) for boxes in rounds]
     with frozen(net):
-        found = [score_changes(o, boxes) for boxes in rounds]
+        results = [score_changes(o, boxes) for boxes in rounds]
         assert o.context.progress.passes == passes_needed(o, *rounds) == sum(needed) - 2 * windows
-        for boxes, mine in zip(rounds, found):
+        for boxes, changes in zip(rounds, results):
             fresh, _ = objective(net, image, inferer, [target])
-            assert_equal(mine, score_changes(fresh, boxes))
+            assert_equal(changes, score_changes(fresh, boxes))
         for other in (o.derive(image=image + 1), o.derive(), o.derive(scores=o.scores[:1])):
             before = other.context.progress.passes
             score_changes(other, rounds[0])
@@ -212,9 +212,9 @@ def test_what_perturbed_windows_are_compared_with_is_computed_once(output):
             )
     fresh, _ = objective(net, image, inferer, [target])
     with pytest.MonkeyPatch.context() as patch, frozen(net):
-        patch.setattr(pairs, "BLOCK_BYTES", 1)  # what does not fit is not kept
+        patch.setattr(batching, "CHUNK_BYTES", 1)  # what does not fit is not kept
         score_changes(fresh, rounds[0])
-        assert not fresh.base_outputs
+        assert not fresh.memo("window outputs", dict)
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -224,10 +224,10 @@ def test_windows_that_no_perturbation_changes_are_not_computed(output):
     o, _ = objective(net, image, inferer, targets(output, 2))
     corner = Boxes([(0, 0), (1, 2)], [(2, 2), (3, 3)], 0.3)
     with frozen(net):
-        found = score_changes(o, corner)
+        changes = score_changes(o, corner)
     assert o.context.progress.passes == passes_needed(o, corner) == 2 + 1 < len(o.windows)
     for k, score in enumerate(o.scores):
-        assert_equal(found[k], naive_change(net, image, inferer, score, corner))
+        assert_equal(changes[k], naive_change(net, image, inferer, score, corner))
 
 
 def test_the_image_is_never_changed():
@@ -269,9 +269,9 @@ def test_a_score_that_is_no_sum_over_voxels():
     o = o.derive(scores=[score])
     boxes = boxes_for((20, 18), 4, 0.3)
     with frozen(net):
-        found = score_changes(o, boxes)
-    assert float(found.abs().max()) > 1e-3
-    assert_equal(found[0], naive_change(net, image, inferer, score, boxes))
+        changes = score_changes(o, boxes)
+    assert float(changes.abs().max()) > 1e-3
+    assert_equal(changes[0], naive_change(net, image, inferer, score, boxes))
 
 
 class Thirds(Score):
@@ -295,8 +295,8 @@ def test_a_linear_score_of_a_users_own():
     o = o.derive(scores=[score])
     boxes = boxes_for((20, 18), 4, 0.3)
     with frozen(net):
-        found = score_changes(o, boxes)
-    assert_equal(found[0], naive_change(net, image, inferer, score, boxes))
+        changes = score_changes(o, boxes)
+    assert_equal(changes[0], naive_change(net, image, inferer, score, boxes))
 
 
 @pytest.mark.parametrize("output", ["logit", "probability"])
@@ -307,7 +307,7 @@ def test_where_indices_of_windows_do_not_fit_they_are_made_again(monkeypatch, ou
     boxes = boxes_for((20, 18), 5, 0.3)
     with frozen(net):
         whole = score_changes(o, boxes)
-        monkeypatch.setattr(pairs, "BLOCK_BYTES", 1)
+        monkeypatch.setattr(batching, "CHUNK_BYTES", 1)
         o.memo("window scores", dict).clear()
         assert_equal(score_changes(o, boxes), whole, 1e-12)
 
@@ -335,6 +335,6 @@ def test_channels_that_are_no_neighbours(others):
     boxes = boxes_for((20, 18), 4, 0.3)
     with frozen(net):
         assert_equal(score_changes(o, boxes)[-1], naive_change(net, image, inferer, score, boxes))
-        found = o.gradient(image[None])
-        assert_equal(found.maps[-1, 0], full_gradient(net, image, inferer, score))
-        assert_equal(found.values[-1], o.value(image[None])[-1])
+        gradient = o.gradient(image[None])
+        assert_equal(gradient.maps[-1, 0], full_gradient(net, image, inferer, score))
+        assert_equal(gradient.values[-1], o.value(image[None])[-1])

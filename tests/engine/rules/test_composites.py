@@ -41,7 +41,7 @@ def test_wrong_composites_are_named(spec, text):
         lrp(nn.Linear(3, 2), torch.ones(1, 3), torch.ones(1, 1, 2), spec)
 
 
-def test_named_composites_are_what_the_literature_says():
+def test_named_composites_are_those_of_the_literature():
     table = {name: composite_of(name, epsilon=0.1, gamma=0.3, low=-1.0, high=2.0) for name in COMPOSITES}
     assert table["EpsilonPlus"] == Composite(ZPlus(), Epsilon(0.1))
     assert table["EpsilonPlusFlat"] == Composite(ZPlus(), Epsilon(0.1), Flat())

@@ -108,7 +108,7 @@ def test_a_single_layer_is_its_own_top():
     assert torch.allclose(result.opposite.flatten(), -torch.tensor([0, 0, 3 / 4, 1 / 4], dtype=DOUBLE))
 
 
-def test_what_lies_above_the_last_weights_changes_its_sign_too():
+def test_relevance_above_the_last_weights_changes_its_sign_too():
     """mean(W x) and W x + skip: the opposite of the sum, not of one term."""
     torch.manual_seed(0)
     dense = nn.Linear(5, 4, bias=False).double().requires_grad_(False)

@@ -141,7 +141,7 @@ def test_equals_captum_on_plain_relu_networks(dims, method, peer):
 def test_acts_on_every_network_and_leaves_it_as_it_was(name, dims):
     case = build(name, spatial_dims=dims)
     logits = case.logits(case.image)
-    # Of both signs: the narrow last layers may have negative weights only, which let nothing through for one class.
+    # both signs, because narrow last layers may have negative weights only, which let nothing through for one class
     cotangent = torch.randn(logits.shape, dtype=logits.dtype, generator=torch.Generator().manual_seed(1))
     before = state(case.network)
     plain = gradient(case.logits, case.image, cotangent)

@@ -115,7 +115,7 @@ def test_norm_is_linear_with_a_constant_scale(name):
     assert relative(relevance.sum() + absorbed, (c * y).sum()) < 1e-12
 
 
-def test_batch_norm_in_eval_mode_books_its_shift():
+def test_batch_norm_in_eval_mode_absorbs_its_shift():
     w, b = torch.arange(1.0, 5, dtype=X.dtype), torch.tensor([0.3, -0.2, 0.5, 1.0], dtype=X.dtype)
     mean, variance = b.flip(0), w.flip(0)
     relevance, absorbed, c, _ = _explain(lambda x: F.batch_norm(x, mean, variance, w, b, eps=0), X)
@@ -175,7 +175,7 @@ CELLS = [
 def test_conserves_on_every_network(name, dims):
     """All composites in 2D; in 3D, and on the heavy ones, each network meets one, in turn.
 
-    αβ grows with depth (2 and −1 a layer), so its gap is measured against what it adds up, not against the sum.
+    αβ grows with depth (2 and −1 per layer), so its gap is measured against the sum of magnitudes, not the sum.
     """
     case = build(name, spatial_dims=dims)
     y = case.logits(case.image)
@@ -206,7 +206,7 @@ def test_conserves_in_float32(name):
         assert abs(result.input.sum() + result.absorbed.sum() - expected) <= 1e-3 * abs(expected)
 
 
-def test_windows_keep_their_own_books():
+def test_windows_have_their_own_ledger():
     case = build("UNet_instance", spatial_dims=2)
     x = torch.cat([case.image, case.reference])
     y = case.logits(x)

@@ -222,7 +222,7 @@ MOVED = {
 
 
 @pytest.mark.parametrize("name", MOVED)
-def test_the_rectifier_is_found_behind_moves(name):
+def test_the_rectifier_is_found_after_moves(name):
     """Channels last: each neuron keeps its own regimes."""
     torch.manual_seed(0)
     layer = nn.Conv2d(2, 3, 1).double().requires_grad_(False)
@@ -237,7 +237,7 @@ def test_the_rectifier_is_found_behind_moves(name):
     assert relative(projected, back_project(plain, x, one, patterns, "signal")) < 1e-12
 
 
-def test_a_rectifier_behind_a_pooling_is_not_the_neurons_own():
+def test_a_rectifier_after_a_pooling_is_not_that_of_the_neuron():
     torch.manual_seed(0)
     pool = nn.AvgPool2d(3, stride=1, padding=1)  # of the same shape
     layer = nn.Conv2d(2, 3, 1).double().requires_grad_(False)

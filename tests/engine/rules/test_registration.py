@@ -208,9 +208,9 @@ def test_a_method_runs_the_network_under_rules_of_its_own():
     network = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)).double().eval()
     x, cotangents = torch.randn(3, 6, dtype=torch.float64), torch.ones(1, 3, 2, dtype=torch.float64)
     run = Run(network, x, Rules())
-    ((found, _, _),) = run.backward(cotangents)
+    ((gradient, _, _),) = run.backward(cotangents)
     expected = (2 * torch.ones(2, dtype=torch.float64) @ network[2].weight @ network[0].weight).expand(3, 6)
-    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+    assert (gradient - expected).abs().max() <= 1e-12 * expected.abs().max()
     assert torch.equal(run.output, network(x))
 
 

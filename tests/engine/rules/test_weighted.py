@@ -117,7 +117,7 @@ def test_zero_denominators_are_absorbed():
     assert half.absorbed.item() == -12.0
 
 
-def test_flat_reaches_voxels_that_are_zero_and_books_what_falls_on_padding():
+def test_flat_reaches_voxels_that_are_zero_and_records_the_share_of_padding():
     module = nn.Conv1d(1, 1, 3, bias=False).double()
     module.weight.data.fill_(1.0)
     x = torch.tensor([[[0.0, 3.0, 0.0, 0.0]]], dtype=torch.float64)
@@ -161,7 +161,7 @@ def test_equals_captum_on_a_plain_relu_network(rule):
             layer.rule = lrp_rules.EpsilonRule()
     result = lrp(network, x, cotangents, Composite(rule_under_test, rule_under_test)).input[0]
     expected = captum.attr.LRP(network).attribute(x, target=(1, 0, 0)).detach()
-    assert relative(result, expected) < 1e-6  # Captum's own stabiliser of 1e-9 stands in every denominator
+    assert relative(result, expected) < 1e-6  # Captum's own stabiliser of 1e-9 is in every denominator
 
 
 def test_a_box_that_does_not_hold_the_input_is_refused():

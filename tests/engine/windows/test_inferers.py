@@ -147,6 +147,8 @@ def test_the_gradient_through_a_patch_inferer_is_autograds(shape):
     (expected,) = torch.autograd.grad(prediction[0, 1][prediction[0].argmax(0) == 1].sum(), image)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        (found,) = Explainer(network, inferer)(image.detach(), [Saliency(abs=False)], [MultiClassMask(1)])
-    torch.testing.assert_close(found.map.as_tensor(), expected[0], rtol=0, atol=1e-10 * float(expected.abs().max()))
-    assert found.record["blend_deviation"] < 1e-10
+        (attribution,) = Explainer(network, inferer)(image.detach(), [Saliency(abs=False)], [MultiClassMask(1)])
+    torch.testing.assert_close(
+        attribution.map.as_tensor(), expected[0], rtol=0, atol=1e-10 * float(expected.abs().max())
+    )
+    assert attribution.record["blend_deviation"] < 1e-10

@@ -131,7 +131,7 @@ def test_colours_end_at_the_stated_percentile(tmp_path):
         assert drawn["value"] == pytest.approx(float(values.flatten()[strength.argmax()]))
 
 
-def test_a_sparse_map_still_has_colours_and_says_how(tmp_path, sheets):
+def test_a_sparse_map_has_colours_and_a_note(tmp_path, sheets):
     drawn = save_picture(tmp_path / "a.png", black_scan(), peak(1, 2, 3, value=4.0), signed=True, **NAMES)
     assert drawn["limit"] == 4.0
     assert "non-zero voxels" in words(sheets[0]).replace("\n", " ")
@@ -150,7 +150,7 @@ def test_colours_mean_what_they_should():
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_a_zero_map_says_so(tmp_path, sheets, signed):
+def test_a_zero_map_is_labelled(tmp_path, sheets, signed):
     mask = torch.zeros(SIZE)
     mask[2:5, 10:13, 4] = 1
     drawn = save_picture(tmp_path / "a.png", black_scan(), torch.zeros(1, *SIZE), mask, signed=signed, **NAMES)

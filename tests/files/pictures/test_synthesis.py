@@ -24,7 +24,7 @@ def sheets(monkeypatch):
     return kept
 
 
-def test_it_is_grey_lettered_and_says_that_it_is_no_scan(tmp_path, sheets):
+def test_it_is_grey_lettered_and_labelled_as_no_scan(tmp_path, sheets):
     image = black_scan(channels=2) + 5.0
     image[1, : SIZE[0] // 2] = 7.0  # a positive index is the patient's left here: R falls with it
     drawn = save_synthesised(

@@ -71,7 +71,7 @@ def test_abs_is_taken_of_the_sum_over_windows():
     assert bool((signed < 0).any())
 
 
-def test_padding_with_a_value_is_booked():
+def test_the_share_of_padding_with_a_value_is_recorded():
     net, image = network(2, 2), noise(2, 6, 20)
     inferer = SlidingWindowInferer((8, 8), 3, 0.5, "gaussian", cval=0.7)
     o, _ = objective(net, image, inferer, [MultiClassMask(1)])
@@ -96,7 +96,7 @@ def test_methods_share_one_sweep():
         alone = [run(m, o).maps for m in (Saliency(), InputXGradient(), VanillaBackprop())]
     assert passes == len(o.windows) == Saliency().passes(o)
     for i, maps in enumerate(alone):
-        assert torch.equal(together[i].maps, maps)
+        assert torch.equal(together[i].result.maps, maps)
 
 
 def test_aliases_and_signs():

@@ -121,7 +121,7 @@ def test_complete(dims):
     network.act, network.then = nn.SiLU(), nn.SiLU()  # smooth: at the kinks of ReLU convergence is of first order
     network.head.weight.data[1].abs_()  # F changes by as much as its parts do
     objective = objective_of(network, image[0], [ClassScore(1), ClassScore(1, output="probability")])
-    objective.window_batch = 64
+    objective.context.window_batch = 64
     shared = {"layer": "act", "baseline": "zero", "n_steps": 32}
     conductance, integrated = (explain(m(**shared), objective) for m in (LayerConductance, LayerIntegratedGradients))
     for k in range(2):

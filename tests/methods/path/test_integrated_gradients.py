@@ -30,7 +30,7 @@ def case_objective(case) -> Objective:
     target = ClassScore(1) if case.kind == "classification" else Box(1, [0] * len(case.roi), case.roi, reduction="mean")
     model = Model(case.network, torch.device("cpu"), output=case.output)
     o = build_objective(model, case.image[0], target.bind(prediction, Case()), prediction)
-    o.window_batch = 4
+    o.context.window_batch = 4
     return o
 
 
@@ -78,7 +78,7 @@ def test_gauss_legendre_integrates_a_polynomial_exactly():
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("n", [1, 2, 5, 16])
-def test_quadrature_weights_sum_to_one_and_nodes_lie_on_the_path(rule, n):
+def test_quadrature_weights_sum_to_one_and_nodes_are_on_the_path(rule, n):
     nodes, weights = quadrature(rule, n)
     assert sum(weights.values()) == pytest.approx(1, abs=1e-12)
     assert all(0 <= a <= 1 for a in nodes)
@@ -151,7 +151,7 @@ def test_the_zero_baseline_under_instance_norm_is_found_out():
     assert not o.context.progress.warnings
 
 
-def test_max_steps_stops_and_says_so():
+def test_max_steps_stops_with_a_warning():
     case = build("UNet_batch", 2)
     o = case_objective(case)
     with frozen(case.network):
@@ -165,7 +165,7 @@ def test_steps_do_not_depend_on_the_batch():
     maps = []
     for size in (1, 3, 50):
         o, _ = objective(net, image, SlidingWindowInferer((8, 8), 3, 0.5), [MultiClassMask(1)])
-        o.window_batch = size
+        o.context.window_batch = size
         with frozen(net):
             maps.append(run(IntegratedGradients(baseline=baseline, n_steps=6), o).maps)
     assert_equal(maps[1], maps[0], 1e-12)

@@ -59,10 +59,10 @@ def test_complete_within_the_stated_error(std):
     """The error stated is the standard deviation of the mean: found again as the spread of gaps over seeds."""
     network, image = plain(2)
     objective = objective_of(network, image[0], [ClassScore(1), ClassScore(2, output="probability")])
-    objective.window_batch = 8
+    objective.context.window_batch = 8
     misses, errors = [], []
     for seed in range(24):
-        objective.seed = seed
+        objective = objective.derive(seed=seed)
         result = explain(GradientShap(torch.zeros_like(image[0]), n_samples=12, std=std), objective)
         misses.append([result.note(k)["completeness_gap"] for k in range(2)])
         errors.append([result.note(k)["completeness_error"] for k in range(2)])

@@ -67,7 +67,7 @@ def test_permutation_equals_captum():
     assert actual.note(0)["features"][0]["standard_deviation"] == pytest.approx(float(spread), rel=1e-9)
 
 
-def test_permutation_needs_two_cases_and_says_so():
+def test_permutation_of_a_single_case_is_refused():
     with pytest.raises(UsageError, match=r"cases= has 1.*FeatureAblation"):
         FeaturePermutation([noise(1, 6, 9)])
     net, image = Quadratic(54), noise(1, 6, 9)

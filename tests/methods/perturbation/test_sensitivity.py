@@ -32,7 +32,7 @@ def case_of(function, cells: int) -> Naive:
         [ClassScore(0)],
         SimpleInferer(),
     )
-    case.objective.window_batch = 256
+    case.objective.context.window_batch = 256
     return case
 
 
@@ -128,7 +128,7 @@ def test_hsic_of_a_constant_is_zero():
 
 @pytest.mark.parametrize(("n", "d"), [(32, 128), (1024, 686), (64, 4)])
 def test_no_two_cells_are_alike_by_the_design(n, d):
-    """Sobol points agree in the first bit of two of many dimensions: cells could not be told apart."""
+    """Sobol points agree in the first bit of two of many dimensions: cells could not be separated."""
     for binary in (False, True):
         points = quasi_random(n, d, 0, binary=binary)
         assert points.shape == (n, d)

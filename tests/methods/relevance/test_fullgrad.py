@@ -28,7 +28,7 @@ def test_complete(name, dims):
     assert result.note(0)["completeness_gap"] < 1e-9
 
 
-def test_what_is_no_module_is_missing_and_said():
+def test_functional_operations_are_missing_and_reported():
     s = setting("ViTAutoEnc")  # attention, position embeddings
     assert explain(FullGrad(abs=False), s.objective).note(0)["completeness_gap"] > 1e-3
 

@@ -46,8 +46,8 @@ def test_linear_network_gives_weight_times_input(dims):
     assert result.record["booked"] == pytest.approx(float(network[1].bias[1]), abs=1e-12)
 
 
-class Told(nn.Module):
-    """Told where each window lies, and given a condition there."""
+class ReadsPosition(nn.Module):
+    """A network that reads the position of each window and a condition there."""
 
     def __init__(self):
         super().__init__()
@@ -61,12 +61,12 @@ class Told(nn.Module):
 
 
 @pytest.mark.parametrize("method", [LRP(), LayerLRP("first"), ExcitationBackprop()], ids=lambda m: m.name)
-def test_each_window_of_a_batch_is_told_its_own_place_and_condition(method):
+def test_each_window_of_a_batch_gets_its_own_position_and_condition(method):
     image, condition = (torch.rand(1, 1, 20, 12, dtype=torch.float64) for _ in range(2))
     inferer = SlidingWindowInferer((8, 8), 1, 0.5, "gaussian", with_coord=True)
     result = [
         next(
-            Explainer(Told().double().eval(), inferer, window_batch=n)(
+            Explainer(ReadsPosition().double().eval(), inferer, window_batch=n)(
                 image, [method], [MultiClassMask(1)], network_kwargs={"condition": condition}
             )
         )

@@ -57,7 +57,7 @@ def test_windowed_equals_the_whole_volume(method, dims, tmp_path):
     image = torch.rand(2, *[12] * dims, dtype=DOUBLE)
     whole = objective_of(network, image, [MultiClassMask(1)])
     windowed = objective_of(network, image, [MultiClassMask(1)], SlidingWindowInferer((8,) * dims, 2, 0.5, "gaussian"))
-    FittedPatterns.fit([whole.at(image.flip(-1)), whole.at(image**2)]).save(tmp_path / "p.pt")
+    FittedPatterns.fit([whole.derive(image=image.flip(-1)), whole.derive(image=image**2)]).save(tmp_path / "p.pt")
     actual = method(patterns=tmp_path / "p.pt")
     close(explain(actual, windowed).maps, explain(actual, whole).maps)
 
@@ -89,7 +89,7 @@ def test_the_signal_of_an_image_is_found(dims):
     close(share.sum()[None], objective.image_values())
 
 
-def test_patterns_lie_beside_the_weights(tmp_path):
+def test_patterns_are_written_beside_the_weights(tmp_path):
     s = setting("UNet_batch")
     file, cases = tmp_path / "patterns.pt", [s.image.flip(-1), s.image * 2]
     first = explain(PatternAttribution(file, cases), s.objective)
@@ -114,7 +114,7 @@ def test_what_cannot_work_is_named(tmp_path):
     with pytest.raises(UsageError, match="esegeta-monai patterns"):
         PatternNet()
     s = setting("UNet_batch")
-    with pytest.raises(UsageError, match=r"no patterns in none\.pt"):
+    with pytest.raises(UsageError, match=r"no file none\.pt"):
         explain(PatternNet(tmp_path / "none.pt"), s.objective)
     for content in (b"nonsense", b""):
         (tmp_path / "bad.pt").write_bytes(content)

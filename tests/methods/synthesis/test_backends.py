@@ -68,8 +68,8 @@ def test_a_scene_is_differentiable_and_hides_the_network():
         (ExtremalPerturbation(n_iter=2, backend="torchray"), "torchray"),
     ],
 )
-def test_in_3d_or_without_the_package_the_error_says_what_to_do(method, package):
-    with pytest.raises(MethodError, match="2D images only: leave it away"):
+def test_in_3d_or_without_the_package_the_error_names_the_remedy(method, package):
+    with pytest.raises(MethodError, match="2D images only: omit it"):
         explained(method, Naive(small(3), noise(1, 8, 8, 8)))
     if missing(package):
         with pytest.raises(UsageError, match=rf"pip install esegeta-monai\[{package}\]"):

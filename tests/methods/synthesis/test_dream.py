@@ -249,7 +249,7 @@ def test_a_warning_where_too_much_is_left():
     case = Naive(small(), noise(1, 12, 12), inferer=SimpleInferer())
     result = explained(InvertedRepresentation("a", n_iter=1, max_share=1e-3), case)
     assert result.note(0)["distance_share"] > 1e-3
-    assert any("a share of 0.001 was asked for" in w for w in case.objective.context.progress.warnings)
+    assert any("a share of 0.001 is required" in w for w in case.objective.context.progress.warnings)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_inversion_looks_for_a_layer_only_where_there_is_a_target():
     assert {f.method.layer: f.status for f in result} == {None: "empty_target", "a": "ok"}
 
 
-def test_a_dream_of_no_steps_is_the_image_and_says_so():
+def test_a_dream_of_no_steps_is_the_image_with_a_note():
     (result,) = Explainer(small(2, 1))(noise(1, 1, 12, 12), [DeepDream(n_iter=0)], [Box(1, (0, 0), (4, 4))])
     assert torch.equal(torch.as_tensor(result.map), noise(1, 12, 12))
     assert "take more steps" in result.record["warnings"][0]

@@ -180,7 +180,7 @@ def test_a_target_of_one_voxel_stays_at_its_voxel():
     assert result.record["objective_end"] == pytest.approx(float(logits[(0, 1, *there)]), rel=1e-9)
 
 
-def test_what_is_made_up_lies_at_one_window_and_black_round_it():
+def test_a_synthesised_image_fills_one_window_on_black():
     case = Naive(small(2, 2), noise(2, 6, 30))  # padded along the first axis, several windows along the last
     result = explained(FeatureVisualization(n_iter=5), case)
     place, intensity = result.note(0)["place"], result.note(0)["intensity_range"]
@@ -229,7 +229,7 @@ def test_the_same_seed_gives_the_same_image_and_another_one_another():
     assert not torch.equal(once(0), once(1))
 
 
-def test_a_class_that_the_case_does_not_have_can_be_made_up():
+def test_a_class_that_the_case_does_not_have_can_be_synthesised():
     image = torch.rand(1, 1, 8, 8)
     network = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.Softmax(1))
     with torch.no_grad():
@@ -264,7 +264,7 @@ def test_a_warning_where_the_objective_does_not_rise():
     case = Naive(Computed(flat), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     result = explained(FeatureVisualization(n_iter=3), case)
     assert 0 < result.note(0)["objective_rise"] < 0.25
-    assert any("a rise of 0.25 was asked for" in w for w in case.objective.context.progress.warnings)
+    assert any("a rise of 0.25 is required" in w for w in case.objective.context.progress.warnings)
     quiet = Naive(Computed(flat), noise(1, 8, 8), [MultiClassMask(0)], SimpleInferer())
     explained(FeatureVisualization(n_iter=3, min_rise=1e-9), quiet)
     assert quiet.objective.context.progress.warnings == []

@@ -224,7 +224,7 @@ def test_a_point_is_clicked_and_read(reader: Reader, folder: Path) -> None:
     assert "target per voxel" in text or "intensity" in text
 
 
-def test_failures_and_empty_targets_are_told_in_their_place(reader: Reader) -> None:
+def test_failures_and_empty_targets_are_reported_in_their_place(reader: Reader) -> None:
     page = reader.page
     assert page.locator(".absent.failed").count() == 1
     assert "global average pooling" in page.locator(".absent.failed").inner_text()

@@ -57,7 +57,7 @@ def test_pages_lie_where_they_should_and_are_complete_in_themselves(folder: Path
         assert (folder / link).is_file()
 
 
-def test_the_summary_says_what_was_explained_and_what_to_be_careful_with(text: str) -> None:
+def test_the_summary_lists_what_was_explained_and_the_warnings(text: str) -> None:
     reported = words(text)
     assert "What does “Tiny brain” (version 0.1.0) look at in this scan? 4 methods asked about 3 targets" in reported
     for expected in (
@@ -81,10 +81,10 @@ def test_metrics_regions_and_curves_are_there(text: str) -> None:
     assert text.count("<polyline") == 6
 
 
-def test_a_failure_is_told_with_its_traceback(text: str) -> None:
+def test_a_failure_is_shown_with_its_traceback(text: str) -> None:
     (traceback,) = re.findall(r"<pre[^>]*>(.*?)</pre>", text, re.S)[:1]
     assert "esegeta_monai/methods/cam/pooled_cam.py, line " in traceback
-    assert traceback.rstrip().endswith("(this one gives a map of voxels)")
+    assert traceback.rstrip().endswith("(the output of this network is a map of voxels)")
 
 
 def test_methods_paragraph_cites_every_method_that_has_a_paper(text: str) -> None:
@@ -326,7 +326,9 @@ def test_wrong_convention_is_refused(folder: Path) -> None:
         write_report(folder, convention="surgical")  # type: ignore[arg-type]
 
 
-def test_3d_only_when_asked_for_and_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_3d_is_optional_and_the_error_names_the_package_to_install(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("nilearn", reason="NiiVue comes with nilearn: pip install 'esegeta-monai[demo]'")
     plain = write_report(folder).cases["sub-01"].read_text(encoding="utf-8")
     assert "niivue.NVImage" in plain

@@ -65,7 +65,7 @@ def test_a_table_that_a_spreadsheet_saved_is_read(out: Path) -> None:
         (REGIONS, b"target,region\nx,y\n", "sub-01_regions.csv: 1 of 1 rows"),
     ],
 )
-def test_a_table_that_cannot_be_read_is_told(out: Path, file: str, content: bytes, text: str) -> None:
+def test_an_unreadable_table_is_reported(out: Path, file: str, content: bytes, text: str) -> None:
     (out / file).write_bytes(content)
     assert text in report_text(out)
 
@@ -93,7 +93,7 @@ def test_regions_from_json_that_is_none(out: Path, content: str) -> None:
         ("units", 3),
     ],
 )
-def test_an_entry_of_another_kind_is_left_out_and_told(out: Path, key: str, value: object) -> None:
+def test_an_entry_of_another_kind_is_omitted_and_reported(out: Path, key: str, value: object) -> None:
     changed(out / f"{MAP}.json", lambda record: record.update({key: value}))
     text = report_text(out)
     assert (
@@ -103,7 +103,7 @@ def test_an_entry_of_another_kind_is_left_out_and_told(out: Path, key: str, valu
 
 
 @pytest.mark.parametrize("change", [{"status": "nope"}, {"status": None}, {"target": None}, {"method": 5}])
-def test_results_of_run_json_that_say_nothing_are_left_out_and_told(out: Path, change: dict) -> None:
+def test_empty_results_of_run_json_are_omitted_and_reported(out: Path, change: dict) -> None:
     changed(out / "run.json", lambda run: run["results"][0].update(change))
     assert "run.json: 1 results are not as 'explain' wrote them" in report_text(out)
 
@@ -124,7 +124,7 @@ def test_a_map_that_is_not_finite_leaves_the_others_to_be_seen(out: Path, value:
     assert "or cannot be shown" in text
 
 
-def test_an_affine_that_leads_nowhere_is_told(tmp_path: Path) -> None:
+def test_an_affine_that_leads_nowhere_is_reported(tmp_path: Path) -> None:
     one_map(tmp_path, np.ones((5, 5, 5), np.float32), np.eye(4), display={"affine": np.zeros((4, 4)).tolist()})
     text = words(write_report(tmp_path).cases["a"].read_text(encoding="utf-8"))
     assert "affine of the scan is singular" in text
