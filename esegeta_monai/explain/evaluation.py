@@ -183,11 +183,11 @@ class Evaluator:
         regions: Tensor | None,
         region_names: Mapping[int, str] | None,
     ) -> None:
-        beside: list[Method] = list(controls()) if self.with_controls else []
-        all_names = [*map(case.names.method, methods), *(str(c.name) for c in beside)]
-        everything = [*methods, *beside]
+        control_methods: list[Method] = list(controls()) if self.with_controls else []
+        all_names = [*map(case.names.method, methods), *(str(c.name) for c in control_methods)]
+        judged_methods = [*methods, *control_methods]
         computed = case.explain(
-            everything if maps is None else beside, result, dict(zip(map(id, everything), all_names))
+            judged_methods if maps is None else control_methods, result, dict(zip(map(id, judged_methods), all_names))
         )
         metrics = self.metrics
         if metrics is None:
@@ -198,7 +198,7 @@ class Evaluator:
             if target in case.targets[:k]:  # PredictedClasses and one of its classes have the same voxels and maps
                 continue
             rows: list[dict[str, Any]] = []
-            for method, name in zip(everything, all_names):
+            for method, name in zip(judged_methods, all_names):
                 values = computed.get((id(method), k))
                 if values is None and maps is not None:
                     values = maps.get((target, name))
@@ -418,9 +418,9 @@ def _compare(rows: Sequence[dict[str, Any]], metrics: Mapping[str, Metric]) -> N
     """Set ``beats_controls`` of the methods of one target: True if the value is better than that of every control."""
     for title, metric in metrics.items():
         results = [r for r in rows if r["metric"] == title]
-        against = [r for r in results if r["method"].startswith(CONTROL) and r["status"] in ("ok", "undefined")]
-        if not metric.compared or metric.higher_is_better is None or not against:
+        control_rows = [r for r in results if r["method"].startswith(CONTROL) and r["status"] in ("ok", "undefined")]
+        if not metric.compared or metric.higher_is_better is None or not control_rows:
             continue
         for row in results:
             if not row["method"].startswith(CONTROL) and row["status"] in ("ok", "undefined"):
-                row["beats_controls"] = all(better(metric, row["value"], other["value"]) for other in against)
+                row["beats_controls"] = all(better(metric, row["value"], other["value"]) for other in control_rows)

@@ -37,7 +37,7 @@ logger = logging.getLogger("esegeta_monai")
 
 
 ALWAYS: Final = {"always": True}
-"""An entry that is written even where it is None."""
+"""An entry that is written even if it is None."""
 DECISIVE: Final = {"always": True, "decides": True}
 """Such an entry that determines the map."""
 PLACE: Final = {"decides": True}

@@ -274,10 +274,10 @@ class CaseHandler(ABC):
 
     def _names_of_prompts(self, kwargs: Mapping[str, Any]) -> dict[int, str]:
         """Return the channel names of a promptable network: those of the prompted classes (VISTA3D)."""
-        asked = kwargs.get("class_vector")
-        if not isinstance(asked, torch.Tensor):
+        prompts = kwargs.get("class_vector")
+        if not isinstance(prompts, torch.Tensor):
             return {}
-        return {i: self.class_names.get(c, f"class{c}") for i, c in enumerate(asked.flatten().tolist())}
+        return {i: self.class_names.get(c, f"class{c}") for i, c in enumerate(prompts.flatten().tolist())}
 
     def _further_inputs(self, engine: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._calls is not None:

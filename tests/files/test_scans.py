@@ -104,7 +104,7 @@ BAD: list[tuple[str, str, Callable[[Path], Any], dict[str, int], str]] = [
     ("one slice", "a.nii.gz", lambda p: nifti(p, voxels(8, 9, 1)), {"spatial_dims": 3}, "a 2D image .8x9x1. where"),
     ("3D for 2D", "a.nii.gz", lambda p: nifti(p, voxels(8, 8, 8)), {"spatial_dims": 2}, "a 3D image .* takes 2D"),
     ("channels", "a.nii.gz", lambda p: nifti(p, voxels(4, 4, 4, 2)), {"channels": 4}, "2 channel.* network takes 4"),
-    ("colour", "a.nii.gz", colour, {}, "no grey values"),
+    ("colour", "a.nii.gz", colour, {}, "not grey values"),
     ("complex", "a.nii", lambda p: nifti(p, voxels(3, 3, 3).astype(np.complex64)), {}, "complex64 are not grey values"),
     ("cut png", "a.png", cut_png, {}, "cannot be read"),
     ("cut nrrd", "a.nrrd", lambda p: p.write_text("NRRD0004\ntype: float\n"), {}, "cannot be read"),

@@ -316,7 +316,7 @@ def _frame(axes: Axes, plane: Plane, name: str, lettered: bool) -> None:
 
 
 class _Sketch:
-    """The figure: panels at one scale in mm, text above and below, colour bar at the right; without pyplot."""
+    """A figure of panels at one scale in mm, with text above and below and a colour bar at the right; no pyplot."""
 
     def __init__(
         self,

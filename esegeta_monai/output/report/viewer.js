@@ -41,15 +41,15 @@
 
   const stride = [1, data.size[0], data.size[0] * data.size[1]];
 
-  /** Every pixel of a cut, row by row from the top, with its voxel's place in the volume but for `through`. */
+  /** Voxel offset of every pixel of a slice, row by row from the top, without the offset along `through`. */
   function places(plane) {
     if (plane.places) return plane.places;
     const [w, h] = [data.size[plane.across], data.size[plane.up]];
-    const found = new Uint32Array(w * h);
+    const offsets = new Uint32Array(w * h);
     for (let y = 0; y < h; y++)
       for (let x = 0; x < w; x++)
-        found[y * w + x] = (plane.mirrored ? w - 1 - x : x) * stride[plane.across] + (h - 1 - y) * stride[plane.up];
-    return (plane.places = found);
+        offsets[y * w + x] = (plane.mirrored ? w - 1 - x : x) * stride[plane.across] + (h - 1 - y) * stride[plane.up];
+    return (plane.places = offsets);
   }
 
   function cut(volume, plane, index) {
@@ -59,7 +59,7 @@
     return out;
   }
 
-  /** Along the line of sight: the value that `weight` ranks highest. */
+  /** Projection along `through`: the value with the highest `weight` on each line. */
   function project(volume, plane, weight) {
     const where = places(plane), n = data.size[plane.through], step = stride[plane.through];
     const out = new volume.constructor(where.length);
@@ -96,7 +96,7 @@
     return Math.max(...together.map((m) => m.limit));
   }
 
-  /** RGBA of a share of the scale; alpha 0 where nothing is shown. */
+  /** RGBA of a share of the scale; alpha is 0 if it is not shown. */
   function colour(part, map) {
     const strength = Math.abs(part);
     if (!shown(part, map)) return [0, 0, 0, 0];
@@ -115,7 +115,7 @@
     return table;
   }
 
-  /** Whether a share of the scale passes sign and threshold. */
+  /** True if a share of the scale passes the selected sign and the threshold. */
   function shown(part, map) {
     if (part === 0 || Math.abs(part) < state.threshold) return false;
     if (state.sign === "positive" || !map.signed) return part > 0 && state.sign !== "negative";
@@ -152,7 +152,7 @@
     context.strokeStyle = colour; context.lineWidth = width; context.stroke(path);
   }
 
-  /** One tile: scan, map, outline. */
+  /** Draw one tile: scan, map, outline. */
   function tile(context, map, plane, index, box) {
     const [w, h] = [data.size[plane.across], data.size[plane.up]];
     const mip = state.show === "mip";
@@ -235,7 +235,7 @@
     return `${map.method}, ${map.target}: ${what}${data.oriented ? `, left of the picture is ${plane.left}` : ""}`;
   }
 
-  // ---- words --------------------------------------------------------------------------------------------------
+  // ---- texts --------------------------------------------------------------------------------------------------
   const short = (v) => (v === 0 ? "0" : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : String(Number(v.toPrecision(3))));
   const world = (at) => [0, 1, 2].map((r) => data.affine[r][3] + [0, 1, 2].reduce((sum, c) => sum + data.affine[r][c] * at[c], 0));
 
@@ -260,7 +260,7 @@
     bars();
   }
 
-  /** The colour scales of maps with and without sign, with their ends as shares or, where it is one, as raw values. */
+  /** Draw the colour scales of maps with and without sign; their ends are shares, or raw values on a raw scale. */
   function bars() {
     const selected = data.maps[state.selected];
     for (const box of document.querySelectorAll("[data-bar]")) {
@@ -352,7 +352,7 @@
     button.addEventListener("wheel", (event) => { if (document.activeElement === button) wheel(event, data.planes[state.plane]); }, { passive: false });
   }
 
-  /** Pictures as large as fit side by side, until the reader says otherwise. */
+  /** Make the pictures as large as fits side by side, until the reader sets their size. */
   function resize(pixels) {
     const grid = $("grid"), columns = grid.rows[0].cells.length - 1;
     const room = (grid.parentElement.clientWidth - grid.rows[0].cells[0].offsetWidth) / columns - 1;
@@ -382,7 +382,7 @@
   resize();
 
   // ---- 3D -----------------------------------------------------------------------------------------------------
-  /** A NIfTI-1 file of a volume, in memory: what NiiVue reads. */
+  /** Return a volume as a NIfTI-1 file in memory, for NiiVue. */
   function nifti(values, signed, scale) {
     const buffer = new ArrayBuffer(352 + values.length), view = new DataView(buffer);
     const int16 = (at, v) => view.setInt16(at, v, true), float32 = (at, v) => view.setFloat32(at, v, true);

@@ -264,7 +264,9 @@ def methods_text(case: CaseResults, info: dict[str, Any]) -> str:
         )
     names = list(dict.fromkeys(r["metric"] for r in case.metrics))
     if names:
-        text += f"Maps were evaluated by {listed(names)} beside control maps (random, 3D Sobel edges, constant). "
+        text += (
+            f"Maps were evaluated by {listed(names)} together with control maps (random, 3D Sobel edges, constant). "
+        )
     seed = first(case, lambda r: r.seed)
     return text + (f"Random numbers had the seed {seed}." if seed is not None else "")
 

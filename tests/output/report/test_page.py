@@ -276,7 +276,7 @@ def test_a_zero_map_and_a_map_that_is_gone(tmp_path: Path) -> None:
     assert "the map is zero everywhere" in reported
     (tmp_path / "a" / "a_t_Saliency_attr.nii.gz").unlink()
     reported = words(write_report(tmp_path).cases["a"].read_text(encoding="utf-8"))
-    assert "the map's file is not there" in reported
+    assert "the map's file is missing" in reported
 
 
 def test_an_unreadable_map_leaves_the_others(folder: Path, tmp_path: Path) -> None:
