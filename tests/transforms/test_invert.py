@@ -183,7 +183,7 @@ def test_dictionary_transform_keeps_to_monais_conventions():
 
 
 class Shear(mt.InvertibleTransform):
-    """A traced transform that the package does not know."""
+    """A traced transform that the package has never heard of."""
 
     def __call__(self, image):
         return self.push_transform(image, extra_info={"shear": 0.3})
@@ -200,13 +200,13 @@ def test_what_cannot_be_brought_back_is_named():
     refused(re.escape("BorderPad with mode='mean'"), random_map(mt.BorderPad(1, mode="mean")(image)))
     refused("plain tensor", torch.zeros(1, *SIZE))
     refused("lazy transforms are pending.*Flip.*ApplyPendingd", mt.Flip(0, lazy=True)(scan()))
-    refused(re.escape("(7, 6, 4), its image one of (7, 6, 5)"), torch.zeros(1, 7, 6, 4), image)
+    refused(re.escape("a grid of (7, 6, 4), its image one of (7, 6, 5)"), torch.zeros(1, 7, 6, 4), image)
     refused("2D or 3D", torch.zeros(1, 1, *SIZE), MetaTensor(torch.zeros(1, 1, *SIZE)))
     with pytest.raises(InputError, match="orig_keys names 'scan'"):
         InvertAttributiond("map", orig_keys="scan")({"map": image})
 
 
-def test_lambda_counts_as_an_intensity_transform_with_a_warning():
+def test_lambda_is_taken_for_an_intensity_transform_aloud():
     image = mt.Lambda(lambda x: x * 2)(mt.Flip(0)(scan()))
     with pytest.warns(UserWarning, match="Lambda is assumed to change intensities only"):
         result = InvertAttribution()(random_map(image))

@@ -21,9 +21,9 @@ SHAPE = (3, 20, 24)
 
 
 class GivenSamples(Lime):
-    """With the samples of another run."""
+    """`Lime` with the samples of another run, set after construction."""
 
-    given: np.ndarray
+    given = np.empty((0, 0))
 
     def coalitions(self, game):
         assert len(game.features) == self.given.shape[1]
