@@ -317,7 +317,7 @@ def test_explain_writes_it_when_asked_to(tmp_path: Path, capsys: pytest.CaptureF
     bundle, scan = make_bundle(tmp_path / "bundle"), make_scan(tmp_path / "a.nii.gz")
     words = ["explain", "--bundle", str(bundle), "--input", str(scan), "--output", str(tmp_path / "out")]
     assert main([*words, "--methods", "Saliency", "--target", "MultiClassMask(1)", "--no-pictures", "--report"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"The report: {tmp_path / 'out' / 'index.html'}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"The report is {tmp_path / 'out' / 'index.html'}."
     assert data_of(report_path(tmp_path / "out", "a"))["scan"] == [], "without pictures there is no anatomy"
 
 
