@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1] / "esegeta_monai"
 LIST = Path(__file__).with_name("shapes_missing.txt")
 IN_BRACKETS = re.compile(r"\(([^()]*)\)")
 ITEM = re.compile(r"[\w.*+\-·/…\[\] ]*")
-SIZE = re.compile(r"\*[a-z][\w.]*|\d+|[A-Za-z]|dims|…")  # *spatial, 3, C, n, dims, …
+SIZE = re.compile(r"\*[a-z][\w.]*|\d+|[A-Za-z]|dims|voxels|cells|…")  # *spatial, 3, C, n, dims, voxels, …
 IN_WORDS = re.compile(r"\bscalars?\b|\b(same|any|equal) shapes?\b|\bshapes? of\b|\(\)")
 
 

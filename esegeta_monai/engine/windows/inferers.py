@@ -153,7 +153,7 @@ def _patches(inferer: PatchInferer, shape: tuple[int, ...], dtype: torch.dtype) 
     pads = tuple(splitter_padding(splitter, shape, roi, offset, overlap))
     padded = tuple(n + lo + hi for n, (lo, hi) in zip(shape, pads))
     if any((lo or hi) and n != r for (lo, hi), n, r in zip(pads, padded, roi)):
-        return "pads behind its last patches"
+        return "pads after its last patches"
     if any(pads) and not inferer.match_spatial_shape:
         return "returns the padding as part of the prediction"
     starts = itertools.product(*_starts(padded, roi, [o + lo for o, (lo, _) in zip(offset, pads)], overlap))

@@ -25,7 +25,7 @@ def line_matrix(start: int, stop: int, cells: int, extent: int, dtype: torch.dty
 
 @functools.lru_cache(maxsize=1024)
 def area_matrix(voxels: int, cells: int, dtype: torch.dtype) -> Tensor:
-    """Return the matrix (voxels, cells) that averages the cells in each voxel.
+    """Return the matrix of shape (voxels, cells) that averages the cells in each voxel.
 
     It equals ``mode="area"`` of `torch.nn.functional.interpolate`.
     """
@@ -42,7 +42,7 @@ def interpolate(values: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         matrix = matrix.to(values)
         if axis == -1:
             values = values @ matrix.T
-        else:  # the axes behind it are columns
+        else:  # the axes after it are columns
             behind = values.shape[axis + 1 :]
             values = (matrix @ values.flatten(axis + 1)).unflatten(-1, behind)
     return values

@@ -30,7 +30,7 @@ def check_reduce(how: str) -> None:
 
 
 def reduce_channels(values: Tensor, how: Reduce, axis: int = 0) -> Tensor:
-    """Reduce the channels of ``values`` along ``axis``, which keeps length 1; ``"channels"`` returns them all."""
+    """Reduce the channels of values (n, C, …) along ``axis`` to (n, 1, …); ``"channels"`` returns them all."""
     if how == "channels":
         return values
     if how == "abs":

@@ -50,7 +50,7 @@ class Canvas:
         return self.objective.image
 
     def value(self, image: Tensor) -> float:
-        """F."""
+        """Return F at an image (C, *canvas)."""
         return float(self.objective.value(image.detach()[None])[0, 0])
 
     def climb(self, image: Tensor) -> tuple[float, Tensor]:
@@ -146,7 +146,7 @@ def read_energy(values: Tensor) -> Tensor:
 
 
 def read_channel(layer: str, channel: int) -> Callable[[Tensor], Tensor]:
-    """``A_c``."""
+    """Return a function that reads channel c of a layer's map: (n, C, *positions) to (n, 1, *positions)."""
 
     def read(values: Tensor) -> Tensor:
         if isinstance(channel, bool) or not 0 <= channel < values.shape[1]:

@@ -24,7 +24,7 @@ class Voxels:
         return numbers
 
     def numbers(self, image: Tensor) -> Tensor:
-        """The inverse of `image`."""
+        """Return the numbers (C, *spatial) of an image (C, *spatial): the inverse of `image`."""
         return image
 
 
@@ -63,7 +63,7 @@ class Fourier:
         return hartley(self.scale * numbers)
 
     def numbers(self, image: Tensor) -> Tensor:
-        """The inverse of `image`."""
+        """Return the numbers (C, *spatial) of an image (C, *spatial): the inverse of `image`."""
         return hartley(image) / self.scale
 
 
