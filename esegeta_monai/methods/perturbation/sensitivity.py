@@ -109,7 +109,7 @@ class Sobol(_MaskSensitivity):
     units = "share of the target's variance under random masks (total order)"
 
     def design(self, objective: Objective) -> Tensor:
-        """Return A, then A with cell i of B for each i: (N (cells + 1), cells)."""
+        """Return A, then A with cell i of B for each i: (m, cells) with m = N (cells + 1)."""
         d, n = math.prod(self.cells(objective)), self.n_samples
         if n * (d + 1) * d * 8 > TABLE_BYTES:
             raise MethodError(f"Sobol: {d} cells need {n * (d + 1)} predictions: use a coarser grid than {self.grid}")
