@@ -72,15 +72,18 @@ def _make_dataclass(cls: type[Configurable]) -> None:
             setattr(cls, n, v)
 
 
-def _checked(init: Callable[..., None]) -> Callable[..., None]:
-    """Return ``init`` followed by the check of parameters, where no ``__post_init__`` has made it."""
+def _checked(init: Callable[..., None], *, handwritten: bool) -> Callable[..., None]:
+    """Return ``init`` followed by the check of parameters that no ``__post_init__`` has made."""
 
     @functools.wraps(init)
     def __init__(self: Configurable, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         init(self, *args, **kwargs)
-        outermost = type(self).__init__ is __init__  # a base's __init__ runs before all parameters are set
-        if outermost and "given_name" not in vars(self):
+        if type(self).__init__ is not __init__:  # a base's __init__ runs before all parameters are set
+            return
+        if "given_name" not in vars(self):
             Configurable.__post_init__(self)
+        if handwritten:
+            fit_parameters(self, self.parameter_names())
 
     return __init__
 
@@ -102,10 +105,11 @@ class Configurable:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "__dataclass_fields__" in vars(next(c for c in cls.__mro__ if "__init__" in vars(c))):
+        handwritten = "__dataclass_fields__" not in vars(next(c for c in cls.__mro__ if "__init__" in vars(c)))
+        if not handwritten:
             _make_dataclass(cls)
         if "__init__" in vars(cls):
-            cls.__init__ = _checked(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = _checked(cls.__init__, handwritten=handwritten)  # type: ignore[method-assign]
 
     @classmethod
     def parameter_names(cls) -> list[str]:
@@ -122,7 +126,8 @@ class Configurable:
     def __post_init__(self) -> None:
         self.given_name: str | None = getattr(self, "name", None)
         self.name = self.given_name or type(self).__name__
-        fit_parameters(self, self.parameter_names())
+        # a handwritten __init__ may set its own parameters after its base's, see _checked
+        fit_parameters(self, [p for p in self.parameter_names() if hasattr(self, p)])
 
     def __repr__(self) -> str:
         inner = ", ".join(f"{k}={v!r}" for k, v in self.parameters.items())

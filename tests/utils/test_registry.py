@@ -67,6 +67,18 @@ def test_an_own_init_is_inherited():
     assert (Quince("red").colour, Quince().name) == ("red", "Quince")
 
 
+def test_an_own_init_may_call_its_base_before_it_sets_its_own():
+    class Slices(Apple):
+        def __init__(self, pieces: int = 4) -> None:
+            super().__init__()
+            self.pieces = pieces
+
+    made = Slices(8.0)
+    assert (made.parameters, type(made.pieces), made.name) == ({"pieces": 8}, int, "Slices")
+    with pytest.raises(UsageError, match="pieces='many': give a whole number"):
+        Slices("many")
+
+
 def registry() -> Registry[Fruit]:
     fruits: Registry[Fruit] = Registry("fruit", Fruit, "esegeta_monai.fruits")
     fruits.register(Apple, "Malus")
