@@ -43,6 +43,7 @@ class Settings:
         allow_costly: run methods that score more than `esegeta_monai.explain.costs.COSTLY` perturbations.
         processes: those that compute each case together.
         on_error: ``"raise"``, or ``"record"`` failures in attributions without a map.
+        inferer_record: name and parameters of the inferer as it was given.
 
     Raises:
         NetworkError: half-precision weights, or a network built under ``inference_mode``.
@@ -65,8 +66,11 @@ class Settings:
     allow_costly: bool = False
     processes: Processes = field(default_factory=Processes)
     on_error: OnError = "raise"
+    inferer_record: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not self.inferer_record:  # now, since SliceInferer changes its roi_size when it runs
+            object.__setattr__(self, "inferer_record", described(self.inferer))
         check_network(self.network)
         if any(p.is_inference() for p in self.network.parameters()):
             raise NetworkError(
@@ -89,7 +93,7 @@ class Settings:
         """The entries that the records of all maps share."""
         return {
             "seed": self.seed,
-            "inferer": described(self.inferer),
+            "inferer": dict(self.inferer_record),
             "output": self.output,
             "network": {"name": type(self.network).__name__, "structure_sha256": self.structure_sha256},
         }

@@ -506,6 +506,12 @@ def test_unknown_inferers_are_one_window_with_a_warning() -> None:
     assert (result.map.as_tensor() - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
+def test_the_record_has_the_inferer_as_it_was_given() -> None:
+    inferer = SliceInferer(spatial_dim=2, roi_size=(8, 8))  # MONAI adds an axis to its roi_size when it runs
+    result = only(Explainer(Spy(dims=2), inferer)(image(), [Saliency()], [MultiClassMask(0)]))
+    assert result.record["inferer"]["roi_size"] == [8, 8]
+
+
 def test_slice_inferer_explains_volumes_by_a_flat_network() -> None:
     network, inferer = Spy(dims=2), SliceInferer(spatial_dim=2, roi_size=(8, 8), sw_batch_size=3, overlap=0.25)
     result = only(Explainer(network, inferer)(image(), [Saliency(abs=False)], [MultiClassMask(0)]))
