@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -104,3 +105,13 @@ def test_a_layer_that_does_not_run_is_named():
     o.model.network.unused = torch.nn.ReLU()
     with frozen(o.model.network), pytest.raises(MethodError, match="'unused' is not used in the forward pass"):
         sweep(o, [Look("unused")])
+
+
+def test_a_request_may_be_a_dataclass_and_is_collected_for_itself():
+    @dataclass
+    class Peak(Request):
+        scale: float = 1.0
+
+    first, second = Peak(2.0), Peak(2.0)
+    assert len({first.key, second.key}) == 2
+    assert first.key == first.key
