@@ -29,6 +29,9 @@ __all__ = ["Objective"]
 
 T = TypeVar("T")
 
+_SHARED = ("channels", "rows", "score_windows", "windows")
+"""Cached properties that depend on scores and plan only."""
+
 
 @dataclass(frozen=True, eq=False)
 class Objective(WindowedNetwork):
@@ -116,6 +119,10 @@ class Objective(WindowedNetwork):
         other = dataclasses.replace(self, differs_by=frozenset(differs), **changes)
         if "problem" not in differs and self.knows("default layer"):  # of network and target, not of the image
             other._memo["default layer"] = self._memo["default layer"]
+        if not {"plan", "model", "scores", "first_windows", "grid"} & set(
+            changes
+        ):  # the windows of the scores are equal
+            vars(other).update({name: vars(self)[name] for name in _SHARED if name in vars(self)})
         if full_precision:  # windows are compared with one prediction, whatever the precision
             other._memo["blend deviations"] = self.blend_deviations()
         return other

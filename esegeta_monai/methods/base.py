@@ -26,11 +26,11 @@ __all__ = [
     "METHODS",
     "Explained",
     "Method",
+    "Outcome",
     "Passes",
     "Produces",
     "relative_gap",
 ]
-__all__ += []
 
 Produces = Literal["input map", "layer map", "synthesised image", "activation"]
 Limits = tuple[tuple[str, int | None], ...]

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +23,12 @@ from esegeta_monai.engine.default_layer import default_layer
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.errors import MethodTimeout, RankLost, named_reason
+from esegeta_monai.methods.base import Method, Outcome
 from esegeta_monai.utils.tensors import all_finite
 
-logger = logging.getLogger("esegeta_monai")
-
-if TYPE_CHECKING:
-    from esegeta_monai.methods.base import Method, Outcome
-
 __all__ = ["AGREES", "SURE", "Agreement", "agreement", "full_precision", "run_precisely"]
+
+logger = logging.getLogger("esegeta_monai")
 
 AGREES = 0.99
 """Correlation with float32 that a whole map should have."""

@@ -394,3 +394,17 @@ def test_a_cam_is_measured_on_its_first_window_alone() -> None:
     assert (
         attribution.record["window_passes"] == 8
     )  # four windows each for weights and map: what is measured comes beside
+
+
+def test_other_scores_in_float32_compare_with_the_image_in_float32() -> None:
+    """F(image) of a derived objective has the precision of its windows, not that of the given prediction."""
+    half = Explainer(tame(), WINDOWS, "cpu", amp=True)
+    (objective,) = [j.objective for j in half.judge(image(), [TARGET])]
+    assert objective is not None
+    precise = full_precision(objective)
+    with frozen(objective.model.network):
+        expected = precise.value(objective.image[None])[:, 0]
+        derived = precise.derive(scores=precise.scores)
+        assert derived.recompute_value
+        assert torch.equal(derived.image_values(), expected)
+        assert not torch.equal(objective.image_values(), expected)

@@ -110,9 +110,9 @@ class ExtremalPerturbation(Method):
 
     def passes(self, objective: Objective) -> int:
         """Count a gradient per iteration, one at the start of deletion (and a forward pass for each if a target is
-        non-linear), and three values."""
+        non-linear), three values, and F(image) where the prediction was made in another precision."""
         gradients = self.n_iter * len(self._areas()) + (self.backend == "native" and self.variant == "delete")
-        passes = gradients * (1 if objective.linear else 2) + 2 * len(self._areas()) + 1
+        passes = gradients * (1 if objective.linear else 2) + 2 * len(self._areas()) + 1 + objective.recompute_value
         return sum(len(s) for s in objective.score_windows) * passes
 
     def _areas(self) -> list[float]:
