@@ -129,7 +129,7 @@ def _timed(method: Method, objective: Objective, windows: int) -> tuple[float, i
         run(method.cheap_copy(), first)
     except SampleComplete:
         logger.debug("%s: a sample of its perturbations was scored", method.name)
-    except Exception as error:  # the pass limit; or the method fails on few windows, which says nothing of all windows
+    except Exception as error:  # the pass limit; or the method fails on few windows, but not on all
         logger.debug("%s: the timed copy ended early: %s", method.name, error)
     return _now(device) - began, context.progress.passes
 

@@ -112,7 +112,7 @@ def test_label_map_keeps_names_and_leaves_the_background_alone():
 def test_a_label_map_on_another_grid_is_moved():
     """Twice as fine, and shifted by one coarse voxel along the first axis."""
     objective = of(noise(1, 4, 4, 4))
-    objective.case = Case(torch.eye(4, dtype=torch.float64))
+    objective = objective.derive(case=Case(torch.eye(4, dtype=torch.float64)))
     fine = np.diag([0.5, 0.5, 0.5, 1.0])
     fine[:3, 3] = [0.75, -0.25, -0.25]  # voxel corners of the grids agree; one voxel off along x
     labels = torch.arange(8 * 8 * 8).reshape(8, 8, 8) // 64 + 1
@@ -128,7 +128,7 @@ def test_a_key_of_the_data_and_a_file(tmp_path):
 
     objective = of(noise(1, 2, 3, 4))
     labels = torch.arange(24).reshape(2, 3, 4) // 6
-    objective.case = Case(torch.eye(4, dtype=torch.float64), {"organs": labels})
+    objective = objective.derive(case=Case(torch.eye(4, dtype=torch.float64), {"organs": labels}))
     by_key = features_for("key:organs").of(objective)
     nibabel.save(nibabel.Nifti1Image(labels.numpy().astype(np.uint8), np.eye(4)), tmp_path / "organs.nii.gz")
     by_file = features_for(str(tmp_path / "organs.nii.gz")).of(objective)
@@ -164,7 +164,7 @@ def test_labels_that_float32_does_not_tell_apart_keep_apart_on_another_grid():
     """Atlases number regions up to 6e8; MONAI resamples in float32, which is exact up to 1.7e7."""
     image = MetaTensor(torch.rand(1, 6, 6, 6).double(), affine=torch.eye(4).double())
     objective = of(torch.as_tensor(image).as_subclass(torch.Tensor))
-    objective.case = Case(affine=image.affine)
+    objective = objective.derive(case=Case(affine=image.affine))
     labels = torch.zeros(1, 3, 3, 3, dtype=torch.int64)
     labels[:, 0], labels[:, 1] = 614_454_276, 614_454_277
     features = LabelMap(MetaTensor(labels, affine=torch.diag(torch.tensor([2.0, 2.0, 2.0, 1.0])))).of(objective)
@@ -222,10 +222,10 @@ def test_a_mask_of_supervoxels_counts_above_zero_and_one_segment_is_the_mask():
 
 def test_channels_are_called_as_the_case_calls_them():
     objective = of(noise(2, 4, 4))
-    objective.case = Case(channel_names=["T1", "FLAIR"])
+    objective = objective.derive(case=Case(channel_names=["T1", "FLAIR"]))
     assert Channels().of(objective).names == ["T1", "FLAIR"]
     assert Grid(4, per_channel=True).of(objective).names == ["T1, box 0 0", "FLAIR, box 0 0"]
-    objective.case = Case(channel_names=["T1"])
+    objective = objective.derive(case=Case(channel_names=["T1"]))
     assert Channels().of(objective).names == ["channel 0", "channel 1"]
 
 
@@ -240,11 +240,11 @@ def test_label_files_of_a_2d_image(size, step, behind, tmp_path):
     affine[:2, 3] = step - 1  # the middle of a coarse voxel lies between fine ones
     nib.save(nib.Nifti1Image(stored[..., None] if behind else stored, affine), tmp_path / "labels.nii.gz")
     objective = of(noise(1, 8, 12))
-    objective.case = Case(affine=torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0][:size])).double())
+    objective = objective.derive(case=Case(affine=torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0][:size])).double()))
     features = LabelMap(tmp_path / "labels.nii.gz", background=None).of(objective)
     assert torch.equal(features.labels[0], torch.from_numpy(whole))
     by_key = Case(affine=objective.case.affine, data={"atlas": str(tmp_path / "labels.nii.gz")})
-    objective.case = by_key
+    objective = objective.derive(case=by_key)
     assert torch.equal(features_for("key:atlas").of(objective).labels[0], torch.from_numpy(whole) - 1)
 
 

@@ -304,8 +304,8 @@ class TestForkedWorkersWithCuda:
     @pytest.fixture
     def on_cuda(self) -> Explaind:
         transform = explaind(methods="Saliency")
-        explainer = transform.explain.explainer
-        explainer.settings = replace(explainer.settings, device=torch.device("cuda", 0))
+        settings = transform.explain.explainer.settings  # frozen, and checked against the network, which stays here
+        object.__setattr__(settings, "device", torch.device("cuda", 0))
         return transform
 
     def process(self, monkeypatch: pytest.MonkeyPatch, kind: str, worker: bool = True, default: str = "fork") -> None:

@@ -171,7 +171,7 @@ def test_a_prediction_whose_windows_cannot_be_counted_is_refused(monkeypatch):
     explainer = Explainer(Told(3), SlidingWindowInferer((8, 8, 8), 1, 0.25))
     settings = replace(explainer.settings, processes=Apart(0, 2))
     (case,) = BatchInputs(torch.randn(1, 1, 13, 14, 11)).cases(None)
-    with pytest.raises(NetworkError, match=r"showed 9 windows instead of 8.*device='cpu'"):
+    with pytest.raises(NetworkError, match=r"requested 9 windows instead of 8.*device='cpu'"):
         Prediction(settings, case)
 
 

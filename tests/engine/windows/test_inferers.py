@@ -121,7 +121,7 @@ def square(x):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"overlap": 0.25, "size": (8, 7)}, "pads behind its last patches"),
+        ({"overlap": 0.25, "size": (8, 7)}, "pads after its last patches"),
         ({"postprocessing": square}, "transforms patches"),
         ({"merged_shape": (1, 1, 16, 24)}, "settings of its own"),
     ],
