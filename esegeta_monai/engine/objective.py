@@ -119,9 +119,7 @@ class Objective(WindowedNetwork):
         other = dataclasses.replace(self, differs_by=frozenset(differs), **changes)
         if "problem" not in differs and self.knows("default layer"):  # of network and target, not of the image
             other._memo["default layer"] = self._memo["default layer"]
-        if not {"plan", "model", "scores", "first_windows", "grid"} & set(
-            changes
-        ):  # the windows of the scores are equal
+        if not {"plan", "model", "scores", "first_windows", "grid"} & set(changes):  # the same windows hold the masks
             vars(other).update({name: vars(self)[name] for name in _SHARED if name in vars(self)})
         if full_precision:  # windows are compared with one prediction, whatever the precision
             other._memo["blend deviations"] = self.blend_deviations()
@@ -370,7 +368,8 @@ class Objective(WindowedNetwork):
 
     def cotangents(self, windows: Sequence[int]) -> list[Tensor | None]:
         """Return ``ĝ_w ∂s/∂P`` at the image per target (n, R, *out_roi), None where it sees none of the windows."""
-        return self._batch_cotangents(windows, [0] * len(windows), self._whole_cotangents(), None)
+        whole = None if self.linear else self._whole_cotangents()  # linear scores need no prediction
+        return self._batch_cotangents(windows, [0] * len(windows), whole, None)
 
     def weighted_cotangent(self, k: int, window: int, volume: Tensor | None = None) -> tuple[Slices, Tensor]:
         """Return where a window's output meets the box of score k, and ``ĝ_w ∂s/∂P`` there: (channels or 1, *part).
