@@ -31,8 +31,8 @@ from esegeta_monai.methods.layer.gradient import (
     LayerActivationGuidedBackprop,
     LayerGradCam,
     LayerGradientXActivation,
+    LinearApproximation,
 )
-from esegeta_monai.methods.layer.linear import LinearApproximation
 from esegeta_monai.methods.layer.neuron import NeuronConductance
 from esegeta_monai.methods.layer.path import InternalInfluence, LayerConductance, LayerIntegratedGradients
 from esegeta_monai.methods.layer.relevance import LayerLRP

@@ -17,7 +17,7 @@ from esegeta_monai.methods.cam.gradient_cam import GradCam
 from esegeta_monai.methods.layer.activation import LayerMethod
 from esegeta_monai.methods.layer.scattered import ScatteredGradients
 
-__all__ = ["LayerActivationGuidedBackprop", "LayerGradCam", "LayerGradientXActivation"]
+__all__ = ["LayerActivationGuidedBackprop", "LayerGradCam", "LayerGradientXActivation", "LinearApproximation"]
 
 
 class LayerGradientXActivation(LayerMethod):
@@ -41,6 +41,16 @@ class LayerGradientXActivation(LayerMethod):
         layer = check_layer(objective, self.layer)
         maps, padding = yield ScatteredGradients(layer, torch.mul, self.reduce)
         return Explained(maps, {"layer": layer, "sum_in_padding": padding})
+
+
+class LinearApproximation(LayerGradientXActivation):
+    """``Σ_c A_c(p) · ∂F/∂A_c(p)``: each position's part of the first-order approximation of F above the layer
+    (``linear_approx`` of TorchRay).
+
+    It is `LayerGradientXActivation` summed over channels, and `HiResCam` before ReLU.
+    """
+
+    reference = "Fong et al., ICCV 2019 (TorchRay), arXiv:1910.08485"
 
 
 class LayerGradCam(GradCam):
