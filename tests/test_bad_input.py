@@ -357,7 +357,7 @@ def test_v_adds_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     truncated(situation)
     assert main([*situation.argv(), "-v"]) == 1
     assert "Traceback" in capsys.readouterr().err
-    log = (situation.output / "esegeta.log").read_text()
+    log = (situation.output / "esegeta.log").read_text(encoding="utf-8")
     assert "Traceback" in log
     assert str(situation.bad) not in log, "not even in a traceback"
 

@@ -108,7 +108,7 @@ class TestWheel:
         metadata = (info / "METADATA").read_text(encoding="utf-8")
         assert "License-Expression: Apache-2.0" in metadata
         assert (info / "licenses" / "LICENSE").is_file()
-        assert "esegeta-monai = esegeta_monai.cli.main:main" in (info / "entry_points.txt").read_text()
+        assert "esegeta-monai = esegeta_monai.cli.main:main" in (info / "entry_points.txt").read_text(encoding="utf-8")
 
     @pytest.mark.parametrize(("command", "expected"), [("methods", "Saliency"), ("targets", "MultiClassMask")])
     def test_the_command_line(self, installed: Path, tmp_path: Path, command: str, expected: str) -> None:

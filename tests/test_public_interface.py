@@ -189,14 +189,18 @@ def _options(parser: argparse.ArgumentParser) -> dict[str, Any]:
 def overlays(folder: Path) -> dict[str, Any]:
     """Describe the packaged overlays, and those that ``esegeta-monai overlay`` writes for a bundle."""
     packaged = {f.name: f for f in resources("esegeta_monai.bundle").iterdir() if f.name.endswith(".json")}
-    result: dict[str, Any] = {"packaged": {name: flat(json.loads(f.read_text())) for name, f in packaged.items()}}
+    result: dict[str, Any] = {
+        "packaged": {name: flat(json.loads(f.read_text(encoding="utf-8"))) for name, f in packaged.items()}
+    }
     synthetic.write_scan(folder)
     bundle = synthetic.write(folder / "bundle", synthetic.wired(folder))
     before = set(bundle.rglob("*"))
     printed("overlay", "--bundle", bundle, "--multi-gpu")
     printed("overlay", "--bundle", bundle, "--metrics")
     written = sorted(set(bundle.rglob("*.json")) - before)
-    result["written"] = {f.relative_to(bundle).as_posix(): flat(json.loads(f.read_text())) for f in written}
+    result["written"] = {
+        f.relative_to(bundle).as_posix(): flat(json.loads(f.read_text(encoding="utf-8"))) for f in written
+    }
     return result
 
 
@@ -331,7 +335,9 @@ def test_what_is_pinned_is_there(section: str, tmp_path: Path) -> None:
 
 def test_command_is_installed() -> None:
     """The console script of pyproject.toml and ``python -m esegeta_monai`` exist."""
-    (place,) = re.findall(r'^esegeta-monai = "([\w.:]+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    (place,) = re.findall(
+        r'^esegeta-monai = "([\w.:]+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert pkgutil.resolve_name(place) is moved("main")
     assert importlib.util.find_spec("esegeta_monai.__main__") is not None
 

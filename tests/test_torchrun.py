@@ -134,7 +134,10 @@ def test_two_processes_judge_as_one_does(study, judged, share):
             assert float(actual[key]["value"]) == pytest.approx(float(row["value"]), rel=1e-4, abs=1e-5), key
     assert done.stdout.count("3 case(s) evaluated, 0 problem(s)") == 1
     for case in ("s0", "s1", "s2"):
-        one, other = ((study / f / case / f"{case}_regions.csv").read_text().splitlines() for f in (output, "judged"))
+        one, other = (
+            (study / f / case / f"{case}_regions.csv").read_text(encoding="utf-8").splitlines()
+            for f in (output, "judged")
+        )
         assert [r.split(",")[:3] for r in one] == [r.split(",")[:3] for r in other]
 
 

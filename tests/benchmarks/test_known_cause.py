@@ -150,7 +150,7 @@ def test_agreement_where_a_metric_is_undefined_for_a_method(table: Any, metrics:
 
 
 def test_the_page_has_a_column_of_every_metric(metrics: Any) -> None:
-    page = (ROOT / "docs" / "known_cause.md").read_text()
+    page = (ROOT / "docs" / "known_cause.md").read_text(encoding="utf-8")
     for network in ("lesion", "shortcut", "distractor"):
         for kind, named in (("localisation", metrics.LOCALISATION), ("faithfulness", metrics.FAITHFULNESS)):
             block = page.split(f"<!-- {kind} {network} -->")[1].split("<!-- /")[0].strip().splitlines()
@@ -164,6 +164,6 @@ def test_a_block_is_replaced_and_the_rest_of_the_page_kept(table: Any, tmp_path:
     page.write_text("before\n<!-- a -->\nold\n<!-- /a -->\nafter\n")
     table.write_block(page, "a", "new")
     table.write_block(page, "a", "newer")
-    assert page.read_text() == "before\n<!-- a -->\n\nnewer\n\n<!-- /a -->\nafter\n"
+    assert page.read_text(encoding="utf-8") == "before\n<!-- a -->\n\nnewer\n\n<!-- /a -->\nafter\n"
     with pytest.raises(ValueError, match="no block"):
         table.write_block(page, "b", "text")

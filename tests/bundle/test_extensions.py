@@ -157,7 +157,7 @@ def test_a_bundle_s_own_are_run(tmp_path, prefix):
     assert set(statuses(out).values()) == {"ok"}
     maps = {entry["method"]: entry for entry in run_json(out)["results"]}
     assert set(maps) == {"SteepGradient", "OnlyGradient", "Saliency"}
-    (record,) = [json.loads(f.read_text()) for f in out.rglob("*SteepGradient*.json")]
+    (record,) = [json.loads(f.read_text(encoding="utf-8")) for f in out.rglob("*SteepGradient*.json")]
     assert record["parameters"] == {"factor": 3}
     assert record["passes_shared_with"] == ["SteepGradient", "Saliency"]  # run like our own
     read = {name: nib.load(next(out.rglob(f"*{name}*.nii.gz"))).get_fdata() for name in maps}
@@ -192,7 +192,9 @@ def test_the_examples_of_the_documentation_work_in_a_bundle(tmp_path, monkeypatc
     monkeypatch.setattr("esegeta_monai.engine.rules.registration.RULES", dict(RULES))
     monkeypatch.setattr("esegeta_monai.engine.rules.composites.RULES", registration.RULES)
     examples = ("gradient_method", "perturbation_method", "shared_passes", "metric", "target", "backward_rule")
-    bundle = bundle_with(tmp_path / "b", **{name: (EXAMPLES / f"{name}.py").read_text() for name in examples})
+    bundle = bundle_with(
+        tmp_path / "b", **{name: (EXAMPLES / f"{name}.py").read_text(encoding="utf-8") for name in examples}
+    )
     listed = {}
     for kind in ("methods", "targets", "metrics"):
         assert run(kind, "--bundle", bundle, "--json") == 0
@@ -261,7 +263,7 @@ def test_a_bundle_s_backward_rule_is_a_word_of_composites(tmp_path, monkeypatch)
     lrp = "LRP(composite={'convolution': 'Absolute', 'dense': 'Epsilon'})"
     with pytest.raises(UsageError, match="unknown rule 'Absolute'"):
         METHODS.create(lrp)
-    bundle = bundle_with(tmp_path / "b", rule=(EXAMPLES / "backward_rule.py").read_text())
+    bundle = bundle_with(tmp_path / "b", rule=(EXAMPLES / "backward_rule.py").read_text(encoding="utf-8"))
     scan, output = make_scan(tmp_path / "s.nii.gz"), tmp_path / "out"
     words = ["--bundle", bundle, "--input", scan, "--output", output, "--target", "MultiClassMask(1)"]
     assert run("explain", *words, "--methods", lrp) == 0

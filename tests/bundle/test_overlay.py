@@ -32,7 +32,7 @@ def run(folder: Path, *more: Path, overlay: bool = True, **override: Any) -> Non
 
 
 def results(output: Path) -> list[dict[str, Any]]:
-    return json.loads((output / "run.json").read_text())["results"]
+    return json.loads((output / "run.json").read_text(encoding="utf-8"))["results"]
 
 
 def statuses(output: Path) -> dict[tuple[str, str], str]:
@@ -41,7 +41,7 @@ def statuses(output: Path) -> dict[tuple[str, str], str]:
 
 def sidecar(output: Path, pattern: str = "*_attr.json") -> dict[str, Any]:
     (result,) = output.rglob(pattern)
-    return json.loads(result.read_text())
+    return json.loads(result.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_default_is_saliency_and_gradcam_for_every_predicted_class(explained: Pa
     for name in names:  # map, picture, sidecar: all three
         case = name.split("_")[0]
         assert (explained / case / name.replace(".nii.gz", ".png")).stat().st_size > 5000
-        record = json.loads((explained / case / name.replace(".nii.gz", ".json")).read_text())
+        record = json.loads((explained / case / name.replace(".nii.gz", ".json")).read_text(encoding="utf-8"))
         assert record["status"] == "ok"
         assert (record["bundle"], record["bundle_version"]) == ("Oblique bundle", "0.3.1")
         assert record["blend_deviation"] < 1e-6
@@ -117,7 +117,7 @@ def test_additive_maps_keep_their_sum(bundle: Path, tmp_path: Path) -> None:
     records = list(tmp_path.rglob("*_attr.json"))
     assert len(records) == 4
     for path in records:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         on_disk = np.asarray(nib.load(path.with_suffix(".nii.gz")).dataobj, dtype=np.float64)
         scale = np.abs(on_disk).sum()
         assert record["additive"]
@@ -136,7 +136,7 @@ def test_synthesised_images_are_written_beside_the_predictions(bundle: Path, tmp
     assert len(statuses(tmp_path)) == 2 * len(methods)
     for result in results(tmp_path):
         sidecar_file = tmp_path / result["map"].replace(".nii.gz", ".json")
-        record = json.loads(sidecar_file.read_text())
+        record = json.loads(sidecar_file.read_text(encoding="utf-8"))
         assert record["produces"] == "synthesised image"
         assert len(record["curve"]) >= 1
         written, scan = (nib.load(p) for p in (tmp_path / result["map"], bundle / "scans" / f"{result['case']}.nii.gz"))
@@ -271,7 +271,7 @@ def test_other_weights_and_configs_compute_again(bundle: Path, finished: Path, t
     torch.save(weights.state_dict(), folder / "models" / "model.pt")
     run(folder, output_dir=str(output), **SMALL)
     assert set(statuses(output).values()) == {"ok"}
-    content = json.loads((folder / "configs" / "inference.json").read_text())
+    content = json.loads((folder / "configs" / "inference.json").read_text(encoding="utf-8"))
     (folder / "configs" / "inference.json").write_text(json.dumps({**content, "note": "another version"}))
     run(folder, output_dir=str(output), **SMALL)
     assert set(statuses(output).values()) == {"ok"}
@@ -284,7 +284,7 @@ def test_another_scan_of_the_same_name_computes_again(bundle: Path, finished: Pa
     scan = oblique.write_scan(tmp_path / "scans" / "alpha.nii.gz", seed=5)
     run(bundle, output_dir=str(output), files=[str(scan)], **SMALL)
     assert statuses(output) == {("alpha", "Saliency"): "ok", ("beta", "Saliency"): "ok"}
-    record = json.loads(next((output / "alpha").glob("*_attr.json")).read_text())
+    record = json.loads(next((output / "alpha").glob("*_attr.json")).read_text(encoding="utf-8"))
     assert record["scan_sha256"] == sha256_file(scan)
 
 
@@ -342,7 +342,7 @@ def test_sigmoid_bundle_explains_overlapping_classes(bundle: Path, tmp_path: Pat
     activation = {"_target_": "Activationsd", "keys": "pred", "sigmoid": True}
     more = {**SMALL, "explain_targets": None, "files": [str(bundle / "scans" / "alpha.nii.gz")]}
     run(bundle, output_dir=str(tmp_path), activation=activation, **more)
-    records = [json.loads(p.read_text()) for p in tmp_path.rglob("*_attr.json")]
+    records = [json.loads(p.read_text(encoding="utf-8")) for p in tmp_path.rglob("*_attr.json")]
     assert {r["target_parameters"]["activation"] for r in records} == {"sigmoid"}
     probabilities = np.asarray(nib.load(tmp_path / "alpha" / "alpha_seg.nii.gz").dataobj)
     overlapping = {"shell", "core"} & {r["class"] for r in records}
@@ -367,7 +367,7 @@ def test_empty_target_is_recorded_and_finished(bundle: Path, tmp_path: Path) -> 
 def test_a_bundle_that_calls_its_handlers_otherwise(bundle: Path, tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("eval", "finished"))
-    content = json.loads((folder / "configs" / "inference.json").read_text())
+    content = json.loads((folder / "configs" / "inference.json").read_text(encoding="utf-8"))
     content["val_handlers"] = content.pop("handlers")
     content["evaluator"]["val_handlers"] = "@val_handlers"
     (folder / "configs" / "inference.json").write_text(json.dumps(content))

@@ -129,9 +129,9 @@ def test_the_bundles_own_handlers_stay_first(tmp_path: Path) -> None:
 
 def test_the_shipped_overlay_is_the_fitted_one_of_the_usual_ids(tmp_path: Path) -> None:
     parser = ConfigParser(oblique.config([], tmp_path))
-    shipped = json.loads(shipped_overlay().read_text())
+    shipped = json.loads(shipped_overlay().read_text(encoding="utf-8"))
     assert fitted_overlay(parser, BundleMetadata(oblique.METADATA)) == shipped
-    tracking = json.loads(TRACKING.read_text())["configs"]
+    tracking = json.loads(TRACKING.read_text(encoding="utf-8"))["configs"]
     assert tracking["evaluator"] == shipped["explain_handler"]
     settings = {k: v for k, v in shipped.items() if k not in ("explain_handler", "+handlers")}
     assert settings.items() <= tracking.items()
@@ -145,7 +145,9 @@ def test_the_tracking_file_explains(tmp_path: Path, change: Change) -> None:
         config_file=config, bundle_root=str(folder), tracking=str(TRACKING), explain_output_dir=str(maps), **SMALL
     )
     np.testing.assert_array_equal(the_map(maps), reference(tmp_path, tmp_path / "scans" / "alpha.nii.gz"))
-    assert json.loads((folder / "configs" / "inference.json").read_text())  # and nothing was written into it
+    assert json.loads(
+        (folder / "configs" / "inference.json").read_text(encoding="utf-8")
+    )  # and nothing was written into it
     assert not list((tmp_path / "eval").glob("config_*.json"))
 
 
@@ -167,10 +169,10 @@ def test_merge_writes_one_config(tmp_path: Path, change: Change) -> None:
     folder, maps = make(tmp_path, change), tmp_path / "maps"
     merged = folder / "configs" / "merged.json"
     assert main(["merge", "--bundle", str(folder), "--output", str(merged), "--override", "maximum=0.5"]) == 0
-    content = json.loads(merged.read_text())
+    content = json.loads(merged.read_text(encoding="utf-8"))
     assert content["maximum"] == 0.5
     assert not [key for key in content if key.startswith("+")]
-    assert str(tmp_path / "bundle") not in merged.read_text()
+    assert str(tmp_path / "bundle") not in merged.read_text(encoding="utf-8")
     run_id = "evaluating" if change is other_names else "run"
     monai.bundle.run(
         run_id=run_id, config_file=str(merged), bundle_root=str(folder), explain_output_dir=str(maps), **SMALL
@@ -185,7 +187,7 @@ def test_merge_of_files_of_ones_own(tmp_path: Path) -> None:
     merged = tmp_path / "merged.json"
     add = ["--add", str(tmp_path / "more.json")]
     assert main(["merge", "--bundle", str(folder), *add, "--output", str(merged)]) == 0
-    content = json.loads(merged.read_text())
+    content = json.loads(merged.read_text(encoding="utf-8"))
     assert [h["_target_"] for h in content["handlers"]] == ["CheckpointLoader", "StatsHandler"]
     assert content["batch_size"] == 2
     assert main(["merge", "--bundle", str(folder), "--add", "nowhere.json", "--output", str(tmp_path / "x.json")]) == 2
@@ -237,15 +239,15 @@ def test_the_multi_gpu_overlay_finds_the_data_loader(
     assert main(["overlay", "--bundle", str(folder)]) == 0
     assert main(["overlay", "--bundle", str(folder), "--multi-gpu"]) == 0
     assert "torchrun --nproc_per_node NUMBER_OF_GPUS -m monai.bundle run" in capsys.readouterr().out
-    written = json.loads((folder / "configs" / "multi_gpu_explain.json").read_text())
+    written = json.loads((folder / "configs" / "multi_gpu_explain.json").read_text(encoding="utf-8"))
     where = "evaluator#val_data_loader" if inside else "loads"
     assert written[f"{where}#sampler"] == "@explain_sampler"
     assert written["explain_sampler"]["dataset"] == f"@{where}#dataset"
     for name in ("explain.json", "multi_gpu_explain.json"):
-        own = {**json.loads((folder / "configs" / name).read_text()), "explain_seed": 7}
+        own = {**json.loads((folder / "configs" / name).read_text(encoding="utf-8")), "explain_seed": 7}
         (folder / "configs" / name).write_text(json.dumps(own))
         assert main(["overlay", "--bundle", str(folder), "--multi-gpu"]) == 2
-        assert json.loads((folder / "configs" / name).read_text()) == own
+        assert json.loads((folder / "configs" / name).read_text(encoding="utf-8")) == own
         (folder / "configs" / name).unlink()
     assert main(["overlay", "--output", str(tmp_path / "x.json"), "--multi-gpu"]) == 2
 

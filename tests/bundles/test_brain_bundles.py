@@ -52,7 +52,7 @@ ZOO_IDS = (
 
 
 def metadata(name: str) -> dict:
-    return json.loads((BUNDLES / name / "configs" / "metadata.json").read_text())
+    return json.loads((BUNDLES / name / "configs" / "metadata.json").read_text(encoding="utf-8"))
 
 
 def config(name: str, *files: str) -> ConfigParser:
@@ -228,5 +228,5 @@ def test_evaluation_overlay_writes_its_metric(name: str, enter_bundle: EnterBund
 @pytest.mark.parametrize("name", ["brain_tissue_segmentation", "brain_lesion_classification"])
 def test_the_overlay_in_a_bundle_is_the_one_that_is_shipped(name: str) -> None:
     root = Path(__file__).parents[2]
-    shipped = (root / "esegeta_monai" / "bundle" / "explain.json").read_text()
-    assert (root / "bundles" / name / "configs" / "explain.json").read_text() == shipped
+    shipped = (root / "esegeta_monai" / "bundle" / "explain.json").read_text(encoding="utf-8")
+    assert (root / "bundles" / name / "configs" / "explain.json").read_text(encoding="utf-8") == shipped

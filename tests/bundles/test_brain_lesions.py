@@ -182,7 +182,7 @@ def test_taking_one_object_away_moves_no_other(lesions: Any, mni152: dict[str, s
 def test_prepare_is_the_preprocessing_of_inference(
     lesions: Any, enter_bundle: EnterBundle, mni152: dict[str, str]
 ) -> None:
-    parser = ConfigParser(json.loads((enter_bundle(ROOT) / "configs" / "inference.json").read_text()))
+    parser = ConfigParser(json.loads((enter_bundle(ROOT) / "configs" / "inference.json").read_text(encoding="utf-8")))
     ours = lesions.prepare(["image"])({"image": mni152["image"]})["image"]
     expected = parser.get_parsed_content("preprocessing")({"image": mni152["image"]})["image"]
     assert torch.equal(ours.as_tensor(), expected.as_tensor())
@@ -190,7 +190,7 @@ def test_prepare_is_the_preprocessing_of_inference(
 
 
 def trained(root: Path, weights: str = "model.pt") -> torch.nn.Module:
-    parser = ConfigParser(json.loads((root / "configs" / "inference.json").read_text()))
+    parser = ConfigParser(json.loads((root / "configs" / "inference.json").read_text(encoding="utf-8")))
     network = parser.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(root / "models" / weights, weights_only=True))
     return network

@@ -53,7 +53,7 @@ def test_lesions_planted_into_a_real_head(enter_bundle: EnterBundle, shared_data
     root = enter_bundle("brain_lesion_classification")
     from scripts.lesions import LesionCases
 
-    network = ConfigParser(json.loads((root / "configs" / "inference.json").read_text()))
+    network = ConfigParser(json.loads((root / "configs" / "inference.json").read_text(encoding="utf-8")))
     network = network.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(root / "models" / "model.pt", weights_only=True))
     scan = {"image": str(shared_data / "images" / "stroke_t1.nii.gz")}

@@ -99,7 +99,9 @@ def test_names_of_cases_stay_text_and_results_of_classes_by_name(bundle: Path, s
     target = "MultiClassMask('grey-matter')"
     assert explained(bundle, scans, tmp_path / "out", "--methods", "saliency", "--target", target) == 0
     assert {e["case"] for e in run_json(tmp_path / "out")["results"]} == {"007", "2024_01_15"}
-    record = json.loads((tmp_path / "out/007/007_MultiClassMask-grey-matter_Saliency_attr.json").read_text())
+    record = json.loads(
+        (tmp_path / "out/007/007_MultiClassMask-grey-matter_Saliency_attr.json").read_text(encoding="utf-8")
+    )
     assert (record["case"], record["class"], record["bundle"]) == ("007", "grey matter", "Tiny brain")
     assert len(record["weights_sha256"]) == len(record["scan_sha256"]) == 64
     assert set(record["configs_sha256"]) == {"inference.json", "metadata.json"}
@@ -127,7 +129,7 @@ def test_a_config_and_overrides_are_used(bundle: Path, scans: Path, tmp_path: Pa
     assert explained(bundle, scans / "007.nii.gz", tmp_path / "a", *words) == 0
     assert explained(bundle, scans / "007.nii.gz", tmp_path / "b", *words, "--config", "configs/inference.json",
                      "--config", other) == 0  # fmt: skip
-    (a, b) = (json.loads(next((tmp_path / f).rglob("*_attr.json")).read_text()) for f in "ab")
+    (a, b) = (json.loads(next((tmp_path / f).rglob("*_attr.json")).read_text(encoding="utf-8")) for f in "ab")
     assert (a["windows_total"], b["windows_total"]) == (2, 1)
     assert set(b["configs_used_sha256"]) == {"inference.json", "other.json"}
 
@@ -148,7 +150,7 @@ def test_synthesised_images_are_written_like_maps(bundle: Path, scans: Path, tmp
     sidecars = sorted((tmp_path / "out").rglob("*_attr.json"))
     assert len(sidecars) == 4
     for sidecar in sidecars:
-        assert json.loads(sidecar.read_text())["status"] == "ok"
+        assert json.loads(sidecar.read_text(encoding="utf-8"))["status"] == "ok"
         values = np.asarray(nib.load(sidecar.with_suffix(".nii.gz")).dataobj)
         assert np.isfinite(values).all()
         assert np.ptp(values) > 0
@@ -198,7 +200,7 @@ def test_sigmoid_bundles_have_no_background(tmp_path: Path) -> None:
     """The postprocessing decides: with a sigmoid each channel has a mask of its own, class 0 too."""
     steps = {"_target_": "Compose", "transforms": [{"_target_": "Activationsd", "keys": "pred", "sigmoid": True}]}
     bundle = make_bundle(tmp_path / "bundle", postprocessing=steps)
-    metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     metadata["network_data_format"]["outputs"]["pred"]["channel_def"] = {"0": "core", "1": "oedema", "2": "edge"}
     (bundle / "configs" / "metadata.json").write_text(json.dumps(metadata))
     make_scan(tmp_path / "a.nii.gz")
@@ -285,7 +287,7 @@ def test_the_log_has_the_rank_and_no_path(
     (scans / "007.nii.gz").write_bytes(b"")
     before = list(logging.getLogger("esegeta_monai").handlers)
     assert explained(bundle, scans, tmp_path / "out", "--target", "MultiClassMask(1)", "-v") == 1
-    text = (tmp_path / "out" / "esegeta.log").read_text()
+    text = (tmp_path / "out" / "esegeta.log").read_text(encoding="utf-8")
     assert " ERROR rank 3: 007: 007.nii.gz: the file is empty" in text
     assert str(tmp_path) not in text
     assert logging.getLogger("esegeta_monai").handlers == before, "handlers are taken away again"
@@ -354,7 +356,7 @@ def test_layers(bundle: Path, scans: Path, tmp_path: Path, capsys: pytest.Captur
     assert line.split()[0] == default
     assert explained(bundle, scans / "007.nii.gz", tmp_path / "out", "--methods", "GradCam",
                      "--target", "MultiClassMask(1)") == 0  # fmt: skip
-    record = json.loads(next((tmp_path / "out").rglob("*_attr.json")).read_text())
+    record = json.loads(next((tmp_path / "out").rglob("*_attr.json")).read_text(encoding="utf-8"))
     assert record["layer"] == default, "the one that is marked is the one that is used"
 
 
@@ -400,11 +402,11 @@ def test_overlay_is_written_and_never_over_another(tmp_path: Path, capsys: pytes
     )
     assert run("overlay", "--bundle", bundle) == 0
     copy = bundle / "configs" / "explain.json"
-    assert json.loads(copy.read_text())["evaluator#val_handlers"] == ["@explain_handler"]
+    assert json.loads(copy.read_text(encoding="utf-8"))["evaluator#val_handlers"] == ["@explain_handler"]
     assert "['configs/inference.json', 'configs/explain.json']" in capsys.readouterr().out
     copy.write_text("mine")
     assert run("overlay", "--bundle", bundle) == 2
-    assert copy.read_text() == "mine"
+    assert copy.read_text(encoding="utf-8") == "mine"
     assert "explain.json already exists" in capsys.readouterr().err
     assert run("overlay", "--bundle", bundle, "--output", tmp_path / "x.json") == 0
     assert (tmp_path / "x.json").is_file()
@@ -531,7 +533,7 @@ def test_a_dry_run_reports_the_passes_and_writes_nothing(
     header, line, *_ = capsys.readouterr().out.splitlines()
     assert not (tmp_path / "out").exists()
     assert explained(*words, "--target", "MultiClassMask(1)") == 0
-    record = json.loads(next((tmp_path / "out").rglob("*_attr.json")).read_text())
+    record = json.loads(next((tmp_path / "out").rglob("*_attr.json")).read_text(encoding="utf-8"))
     assert line.split()[0] == "007"
     assert line[header.index("passes") :].split()[0] == str(record["window_passes"])
 
@@ -569,7 +571,12 @@ def test_methods_inside_methods_never_read_the_scores_of_another_image(
         assert explained(bundle, scan, output, "--methods", ",".join(methods), "--target", "MultiClassMask(1)") == 0
         files = sorted(output.rglob("*_attr.nii.gz"))
         maps.append({p.name: np.asarray(nib.load(p).dataobj) for p in files})
-        passes.append({p.name: json.loads(p.read_text())["window_passes"] for p in sorted(output.rglob("*_attr.json"))})
+        passes.append(
+            {
+                p.name: json.loads(p.read_text(encoding="utf-8"))["window_passes"]
+                for p in sorted(output.rglob("*_attr.json"))
+            }
+        )
     assert len(maps[0]) == len(INSIDE)
     assert passes[0] == passes[1]
     assert all(np.array_equal(maps[0][name], maps[1][name]) for name in maps[0])

@@ -192,7 +192,7 @@ def test_the_handler(tmp_path: Path, kind: str) -> None:
     files = [str(folder / "configs" / "inference.json"), str(shipped_overlay())]
     monai.bundle.run(config_file=files, bundle_root=str(folder), **options)
     (sidecar,) = (tmp_path / "eval").rglob("*_attr.json")
-    assert json.loads(sidecar.read_text())["status"] == "ok"
+    assert json.loads(sidecar.read_text(encoding="utf-8"))["status"] == "ok"
     path = sidecar.with_suffix(".nii.gz" if kind == "series" else ".mha")
     back, source = read_scan(path), read_scan(scan)
     assert back.shape == source.shape

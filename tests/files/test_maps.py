@@ -238,7 +238,7 @@ def test_sidecar_is_beside_the_map_and_has_the_required_fields(finished: Path) -
     assert sidecar_path(finished).name == "a_t_Saliency_attr.json"
     assert picture_path(finished).name == "a_t_Saliency_attr.png"
     assert sorted(p.name for p in finished.parent.iterdir()) == ["a_t_Saliency_attr.json", "a_t_Saliency_attr.nii.gz"]
-    text = sidecar_path(finished).read_text()
+    text = sidecar_path(finished).read_text(encoding="utf-8")
     record = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert record["intended_use"] == INTENDED_USE
     assert record["completeness_gap"] is None
@@ -268,7 +268,11 @@ def test_another_parameter_or_hash_is_not_finished(finished: Path, key: dict[str
 
 
 def test_damage_is_noticed(finished: Path) -> None:
-    sidecar, whole_map, whole_record = sidecar_path(finished), finished.read_bytes(), sidecar_path(finished).read_text()
+    sidecar, whole_map, whole_record = (
+        sidecar_path(finished),
+        finished.read_bytes(),
+        sidecar_path(finished).read_text(encoding="utf-8"),
+    )
     for content in (whole_map[: len(whole_map) // 2], whole_map[:-1] + bytes([whole_map[-1] ^ 1]), b""):
         finished.write_bytes(content)
         assert not is_complete(finished, KEY)
@@ -288,7 +292,7 @@ def test_empty_targets_need_no_map_and_failures_are_tried_again(tmp_path: Path) 
     path = map_path(tmp_path, "a", "t", "Saliency")
     save_sidecar(path, {**RECORD, "status": "empty_target"})
     assert is_complete(path, KEY)
-    assert "map" not in json.loads(sidecar_path(path).read_text())
+    assert "map" not in json.loads(sidecar_path(path).read_text(encoding="utf-8"))
     for status in ("failed", "timeout", "skipped", "ok", "zero"):
         save_sidecar(path, {**RECORD, "status": status})
         assert not is_complete(path, KEY)

@@ -13,7 +13,7 @@ from esegeta_monai.utils.files import INTENDED_USE
 
 
 def read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run.json").read_text())
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
 def statuses(folder: Path) -> dict[tuple[str, Any, Any], str]:
@@ -97,7 +97,7 @@ def test_a_damaged_record_is_moved_away_and_reported(tmp_path: Path, caplog: pyt
         with caplog.at_level(logging.WARNING), RunRecord(tmp_path) as run:
             run.set("a", "t", "M", "ok")
         assert "cannot be read" in caplog.text
-        assert (tmp_path / "run.json.unreadable").read_text() == content
+        assert (tmp_path / "run.json.unreadable").read_text(encoding="utf-8") == content
         assert statuses(tmp_path) == {("a", "t", "M"): "ok"}
         caplog.clear()
 

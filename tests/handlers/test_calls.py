@@ -81,7 +81,7 @@ def test_prompts_reach_the_explanation_and_name_its_channels(tmp_path: Path) -> 
     (expected,) = torch.autograd.grad(prediction[0, 1][prediction[0].argmax(0) == 1].sum(), image)
     (path,) = (tmp_path / "out").rglob("*_attr.nii.gz")
     np.testing.assert_allclose(np.asarray(nib.load(path).dataobj).squeeze(), expected[0, 0], rtol=0, atol=1e-6)
-    assert json.loads(path.with_suffix("").with_suffix(".json").read_text())["class"] == "liver"
+    assert json.loads(path.with_suffix("").with_suffix(".json").read_text(encoding="utf-8"))["class"] == "liver"
 
 
 def test_monais_own_evaluator_is_left_alone(tmp_path: Path) -> None:

@@ -112,14 +112,14 @@ def test_both_overlays_in_one_run_and_the_report_shows_them(judged: Path) -> Non
 
 def test_the_shipped_overlay_is_the_fitted_one_of_the_usual_ids(tmp_path: Path) -> None:
     parser = ConfigParser(oblique.config([], tmp_path))
-    shipped = json.loads(OVERLAY.read_text())
+    shipped = json.loads(OVERLAY.read_text(encoding="utf-8"))
     assert fitted_overlay(parser, BundleMetadata(oblique.METADATA), METRICS_OVERLAY) == shipped
 
 
 def test_the_command_writes_the_overlay(judged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "some.json"
     assert main(["overlay", "--bundle", str(judged), "--metrics", "--output", str(output)]) == 0
-    assert json.loads(output.read_text()) == json.loads(OVERLAY.read_text())
+    assert json.loads(output.read_text(encoding="utf-8")) == json.loads(OVERLAY.read_text(encoding="utf-8"))
     assert "--explain_metrics" in capsys.readouterr().out
     assert main(["overlay", "--metrics", "--path"]) == 0
     assert Path(capsys.readouterr().out.strip()) == OVERLAY

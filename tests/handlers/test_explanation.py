@@ -92,12 +92,12 @@ def handler(output: Path | str, **options: Any) -> ExplanationHandler:
 
 
 def statuses(output: Path) -> dict[tuple[str, str], str]:
-    entries = json.loads((output / "run.json").read_text())["results"]
+    entries = json.loads((output / "run.json").read_text(encoding="utf-8"))["results"]
     return {(r["case"], r["method"]): r["status"] for r in entries}
 
 
 def records(output: Path) -> dict[str, dict[str, Any]]:
-    result = [json.loads(p.read_text()) for p in sorted(output.rglob("*_attr.json"))]
+    result = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(output.rglob("*_attr.json"))]
     return {f"{r['case']} {r['method']}": r for r in result}
 
 
@@ -491,7 +491,7 @@ def test_failures_go_to_run_json_and_the_log(
     assert statuses(tmp_path)["beta", "Saliency"] == "ok"
     (last,) = [r for r in caplog.records if r.name == "my.logger"]
     assert "2 failed, 2 ok" in last.getMessage()
-    assert json.loads((tmp_path / "run.json").read_text())["finished"]
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["finished"]
 
 
 def test_a_label_in_the_batch_can_be_a_target(scans: list[Path], tmp_path: Path) -> None:

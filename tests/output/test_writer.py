@@ -73,7 +73,7 @@ def explain(
 
 
 def entries(writer: ResultWriter) -> list[dict[str, Any]]:
-    return json.loads(writer.run.path.read_text())["results"]
+    return json.loads(writer.run.path.read_text(encoding="utf-8"))["results"]
 
 
 def names(folder: Path) -> list[str]:
@@ -88,7 +88,7 @@ def test_map_picture_and_sidecar_are_in_one_folder(image: MetaTensor, tmp_path: 
     (entry,) = entries(writer)
     assert entry["map"] == f"alpha/{stem}.nii.gz"
     assert (entry["status"], entry["target"], entry["method"]) == ("ok", "Box-class1", "InputXGradient")
-    record = json.loads((tmp_path / "alpha" / f"{stem}.json").read_text())
+    record = json.loads((tmp_path / "alpha" / f"{stem}.json").read_text(encoding="utf-8"))
     assert record["picture"]["convention"] == "radiological"
     assert record["intended_use"].startswith("Research only")
 
@@ -169,7 +169,9 @@ def test_several_files_as_channels_give_one_4d_map(scan: Path, tmp_path: Path) -
     assert [e["status"] for e in entries(writer)] == ["ok"]
     (path,) = (tmp_path / "out").rglob("*_attr.nii.gz")
     assert nib.load(path).shape == (*oblique.SHAPE, 2)
-    assert json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())["channel_names"] == [
+    assert json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text(encoding="utf-8"))[
+        "channel_names"
+    ] == [
         "T1",
         "T2",
     ]
@@ -196,7 +198,7 @@ def test_whatever_decides_computes_again(image: MetaTensor, scan: Path, tmp_path
     writer.explain(explainer, image, "alpha", methods, targets)
     assert list(explainer(image[None], methods, targets, skip=lambda a: not asked.append(a))) == []
     (waiting,), (sidecar,) = asked, tmp_path.rglob("*_attr.json")
-    whole = json.loads(sidecar.read_text())
+    whole = json.loads(sidecar.read_text(encoding="utf-8"))
     for field in (*DECIDES, "bundle", "case", "scan_sha256"):
         for changed in ({**whole, field: "other"}, {k: v for k, v in whole.items() if k != field}):
             sidecar.write_text(json.dumps(changed))
@@ -216,7 +218,7 @@ def test_what_is_not_whole_is_computed_again(image: MetaTensor, tmp_path: Path, 
     elif damage == "no sidecar":
         sidecar.unlink()
     elif damage == "sidecar cut":
-        sidecar.write_text(sidecar.read_text()[:100])
+        sidecar.write_text(sidecar.read_text(encoding="utf-8")[:100])
     more = {"provenance": {"weights_sha256": "others"}} if damage == "another provenance" else {}
     assert [e["status"] for e in entries(explain(tmp_path, image, **more))] == ["ok"]
     assert np.isfinite(np.asarray(nib.load(path).dataobj)).all()
@@ -231,7 +233,7 @@ def test_a_target_that_became_empty_takes_its_old_map_away(image: MetaTensor, tm
     writer = explain(tmp_path, image, targets=[never], pictures=True)
     assert [e["status"] for e in entries(writer)] == ["empty_target"]
     assert names(tmp_path) == ["alpha_above_Saliency_attr.json", "alpha_scan.nii.gz"]
-    assert "map" not in json.loads(next(tmp_path.rglob("*_attr.json")).read_text())
+    assert "map" not in json.loads(next(tmp_path.rglob("*_attr.json")).read_text(encoding="utf-8"))
 
 
 def test_the_picture_of_an_older_map_goes_away(image: MetaTensor, tmp_path: Path) -> None:
@@ -293,7 +295,7 @@ def test_every_target_of_one_kind_has_its_status(image: MetaTensor, tmp_path: Pa
     assert [(e["target"], e["status"]) for e in again] == [(name, "skipped") for name in expected]
     for e in first:
         sidecar = tmp_path / e["map"].replace(".nii.gz", ".json")
-        assert json.loads(sidecar.read_text())["result"]["target"] == e["target"]
+        assert json.loads(sidecar.read_text(encoding="utf-8"))["result"]["target"] == e["target"]
         assert e["target"] in sidecar.name
 
 
@@ -325,7 +327,7 @@ def test_a_map_never_overwrites_another_of_the_run(image: MetaTensor, tmp_path: 
     assert len(clashing) == 1
     assert "is the map of 'alpha', MultiClassMask" in clashing[0]["reason"]
     (path,) = tmp_path.rglob("*MultiClassMask-class1*.json")
-    assert json.loads(path.read_text())["target_parameters"]["output"] == "logit"
+    assert json.loads(path.read_text(encoding="utf-8"))["target_parameters"]["output"] == "logit"
 
 
 def test_cases_that_would_share_a_file_stay_apart(image: MetaTensor, tmp_path: Path) -> None:
@@ -335,7 +337,7 @@ def test_cases_that_would_share_a_file_stay_apart(image: MetaTensor, tmp_path: P
     for case in ("one two", "one-two"):
         writer.explain(explainer, image, case, methods, targets)
     assert [(e["case"], e["status"]) for e in entries(writer)] == [("one two", "ok"), ("one-two", "failed")]
-    assert json.loads(next(tmp_path.rglob("*_attr.json")).read_text())["case"] == "one two"
+    assert json.loads(next(tmp_path.rglob("*_attr.json")).read_text(encoding="utf-8"))["case"] == "one two"
 
 
 def test_flat_layout_and_plain_nifti(image: MetaTensor, tmp_path: Path) -> None:
@@ -376,7 +378,7 @@ def test_a_label_map_by_key_names_the_features_of_a_table_beside_the_map(tmp_pat
     writer = ResultWriter(tmp_path, [method], [MultiClassMask(1)])
     (result,) = Explainer(network())(image[None], [method], [MultiClassMask(1)], data={"atlas": atlas})
     path = writer.write(result, "alpha", image)
-    rows = path.with_name(path.name.replace(".nii.gz", ".csv")).read_text().splitlines()
+    rows = path.with_name(path.name.replace(".nii.gz", ".csv")).read_text(encoding="utf-8").splitlines()
     assert len(rows) == 3
     values = result.map.as_tensor().unique()
     assert sorted(row["value"] for row in result.record["features"]) == pytest.approx(sorted(values.tolist()), rel=1e-5)
@@ -392,7 +394,7 @@ def test_a_synthesised_image_is_written_as_an_image(tmp_path, image, scan):
     assert writer.run.summary == {"ok": 3}
     for method in methods:
         stem = tmp_path / "alpha" / f"alpha_MultiClassMask-class1_{method.name}_attr"
-        record = json.loads(Path(f"{stem}.json").read_text())
+        record = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
         result, source = nib.load(f"{stem}.nii.gz"), nib.load(scan)
         assert result.shape == source.shape
         assert np.allclose(result.affine, source.affine)
@@ -405,9 +407,9 @@ def test_a_synthesised_image_is_written_as_an_image(tmp_path, image, scan):
         for suffix in (".png", "_curve.png"):
             assert Path(f"{stem}{suffix}").stat().st_size > 1000
     values = nib.load(tmp_path / "alpha" / "alpha_MultiClassMask-class1_FeatureVisualization_attr.nii.gz").get_fdata()
-    place = json.loads((tmp_path / "alpha" / "alpha_MultiClassMask-class1_FeatureVisualization_attr.json").read_text())[
-        "place"
-    ]
+    place = json.loads(
+        (tmp_path / "alpha" / "alpha_MultiClassMask-class1_FeatureVisualization_attr.json").read_text(encoding="utf-8")
+    )["place"]
     assert values.min() == pytest.approx(-2, abs=1e-5)
     index = np.moveaxis(np.indices(values.shape), 0, -1) + 0.0
     there = index @ (np.linalg.inv(image.affine.numpy()) @ nib.load(scan).affine)[:3, :3].T

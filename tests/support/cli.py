@@ -97,7 +97,7 @@ def make_scan(path: Path, shape: tuple[int, ...] = (SIZE, SIZE + 4, SIZE), seed:
 
 
 def run_json(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run.json").read_text())
+    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
 
 
 def statuses(folder: Path) -> dict[tuple[str, str | None, str | None], str]:

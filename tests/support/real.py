@@ -94,7 +94,7 @@ def meshnet(name: str = "meshnet_model5_gw_ae") -> tuple[nn.Module, dict[int, st
     from safetensors.torch import load_file
 
     state = load_file(ROOT / "models" / f"{name}.safetensors")
-    labels = json.loads((ROOT / "models" / f"{name}_labels.json").read_text())
+    labels = json.loads((ROOT / "models" / f"{name}_labels.json").read_text(encoding="utf-8"))
     layers: list[nn.Module] = []
     dilations = [1, 2, 4, 8, 16, 8, 4, 2, 1]
     for i, d in enumerate(dilations):

@@ -36,7 +36,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path) -
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["map.txt"]
 
 
@@ -56,7 +56,7 @@ def test_death_between_write_and_rename_leaves_nothing_under_the_final_name(tmp_
     assert leftover.name.startswith(".tmp-")
     with atomic(path) as temporary:
         temporary.write_text("second run")
-    assert path.read_text() == "second run"
+    assert path.read_text(encoding="utf-8") == "second run"
 
 
 def test_data_reaches_the_disk_before_the_name_and_the_folder_after(

@@ -225,7 +225,7 @@ def test_of_many_channels_the_same_are_shown_of_every_map_and_of_the_scan_under_
     one_map(tmp_path, values, np.eye(4), channel_names=[f"c{n}" for n in range(12)])
     other = np.ones((*shape, 12), np.float32) * np.array([20, 1, 9, 9, 9, 9, 9, 9, 9, 1, 1, 1], np.float32)
     nib.save(nib.Nifti1Image(other, np.eye(4)), own / "a_t_GradCam_attr.nii.gz")
-    record = json.loads((own / "a_t_Saliency_attr.json").read_text())
+    record = json.loads((own / "a_t_Saliency_attr.json").read_text(encoding="utf-8"))
     record |= {"method": "GradCam", "method_name": "GradCam", "map": "a_t_GradCam_attr.nii.gz"}
     (own / "a_t_GradCam_attr.json").write_text(json.dumps(record))
     scan = np.ones((*shape, 12), np.uint8) * np.arange(100, 112, dtype=np.uint8)
