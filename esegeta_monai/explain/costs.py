@@ -67,19 +67,20 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
         method: the method.
         objective: the objective; nothing is computed or stored on it.
         case, label: index of the case and label of the target, for the result.
-        calibration: time limit of the trial in seconds.
+        calibration: time limit of the trial in seconds; several processes make no trial.
     """
     name, device, processes = str(method.name), objective.model.device, objective.context.processes
     context = RunContext(Progress(silent=True), processes, window_batch=objective.window_batch)
     trial, progress = objective.derive(context=context), context.progress
     reset_peak_memory(device)
-    progress.start(calibration)
+    # several processes would reach a limit at different places and wait for each other: they all stop at once
+    progress.start(calibration if processes.size == 1 else 0.0)
     began = _now(device)
     seconds: float | None
     try:
         run(method, trial)
         seconds, whole = _now(device) - began, True
-        passes = sum(processes.gather(progress.passes))
+        passes = progress.passes
     except MethodTimeout:
         whole, fresh = False, objective.derive(context=context)
         searched = 0

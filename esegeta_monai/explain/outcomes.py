@@ -61,7 +61,7 @@ class Outcomes:
         key = (id(method), id(bound))  # both are kept, so that no other object gets the same id
         if key in self._records:
             known = self._records[key][2]
-            return replace(known, warnings=list(known.warnings), more=dict(known.more))
+            return replace(known, warnings=[], more=dict(known.more))
         score, case, names = bound.score, self.case, list(self.settings.channel_names)
         record = Record(
             method=type(method).__name__,

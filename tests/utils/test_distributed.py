@@ -321,3 +321,20 @@ def test_processes_that_were_not_joined_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="init_process_group"):
         Processes.current()
+
+
+def costs_alike() -> None:
+    """Processes that compute together estimate costs without waiting for each other, and count the same passes."""
+    torch.manual_seed(0)  # the same network and image in every process
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 3, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(3, 2, 1))
+    image, inferer = torch.rand(1, 1, 16, 24), SlidingWindowInferer((8, 8), 2, 0.5)
+    methods = [Saliency(), IntegratedGradients("zero", n_steps=3), Occlusion(4, baseline=0.0)]
+    for cost in Explainer(network, inferer, distributed=True).costs(image, methods, [MultiClassMask(1)]):
+        everywhere = Processes.current().gather((cost.method, cost.passes, cost.exact, cost.note))
+        assert everywhere == [(cost.method, cost.passes, True, None)] * 2
+        assert cost.seconds is not None
+
+
+@pytest.mark.slow
+def test_processes_estimate_costs_together() -> None:
+    spawn(costs_alike, ranks=2)
