@@ -77,6 +77,12 @@ def add_computing_options(parser: argparse.ArgumentParser) -> None:
         help="windows per forward pass (default: the inferer's)",
     )
     parser.add_argument(
+        "--no-checks",
+        dest="checks",
+        action="store_false",
+        help="do not check what maps take for granted (see 'esegeta-monai check')",
+    )
+    parser.add_argument(
         "--no-progress",
         dest="progress",
         action="store_false",

@@ -225,6 +225,7 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
         allow_costly=getattr(options, "yes", False),
         distributed=getattr(options, "share", "cases") == "windows",
         on_error="record",
+        checks=getattr(options, "checks", True),
     )
 
 

@@ -23,7 +23,7 @@ from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.errors import MethodError, UsageError
 
-__all__ = ["add_info_arguments", "add_layers_arguments", "run_info", "run_layers"]
+__all__ = ["add_info_arguments", "add_layers_arguments", "run_info", "run_layers", "scan_or_noise"]
 
 
 def add_layers_arguments(parser: ArgumentParser) -> None:
@@ -91,7 +91,7 @@ def run_layers(args: Namespace, *_: object) -> int:
     """Print the layers of a bundle's network in the order of execution, with their output shapes for one window."""
     reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device), "optional")
     network, inferer = unwrap(reader.network), as_inferer(reader.inferer)
-    image = _image(reader, args.input)
+    image = scan_or_noise(reader, args.input).as_subclass(Tensor).float()
     with torch.random.fork_rng(devices=[]), frozen(network):
         plan = plan_windows(inferer, image.shape[1:], torch.float32)
         window = plan.cut(image, 0)
@@ -128,11 +128,11 @@ def _x(shape: Any) -> str:
     return "x".join(map(str, shape))
 
 
-def _image(reader: BundleReader, text: str | None) -> Tensor:
+def scan_or_noise(reader: BundleReader, text: str | None) -> Tensor:
     """Return the preprocessed scan (C, *spatial) of the given file, else noise of the shape of one window."""
     if text is not None:
         cases = find_cases([text], [name for _, name in sorted(reader.channel_names.items())])
-        return Preprocessor(reader)(cases[0])[1].as_tensor().float()
+        return Preprocessor(reader)(cases[0])[1]
     expected = Preprocessor(reader) if reader.has("preprocessing") else None
     channels = expected.channels if expected is not None and expected.channels else 1
     dims = (expected.spatial_dims if expected is not None else None) or 3

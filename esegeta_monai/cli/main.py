@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from esegeta_monai.cli import demo, evaluate, explain, look, overlay, patterns, report, tables
+from esegeta_monai.cli import check, demo, evaluate, explain, look, overlay, patterns, report, tables
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.errors import EsegetaError
 from esegeta_monai.utils.files import INTENDED_USE
@@ -52,6 +52,12 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], Callable[..., int]], ...] =
         "list a bundle's layers, for --methods 'GradCam(layer=NAME)'",
         look.add_layers_arguments,
         look.run_layers,
+    ),
+    (
+        "check",
+        "check what maps take for granted about a bundle and a scan",
+        check.add_arguments,
+        check.run,
     ),
     ("info", "show versions, devices and the contents of a bundle", look.add_info_arguments, look.run_info),
     (

@@ -10,6 +10,7 @@ import torch
 from monai.data import MetaTensor, decollate_batch
 from torch import Tensor
 
+from esegeta_monai.engine.checks.base import CheckResult
 from esegeta_monai.engine.network.model import select_output
 from esegeta_monai.errors import InputError, UsageError
 
@@ -88,6 +89,8 @@ class CaseInput:
     """Number of channels of each named image input, see `BatchInputs`."""
     record: dict[str, Any] = field(default_factory=dict)
     """The entries that the records of all its maps share."""
+    checks: list[CheckResult] = field(default_factory=list)
+    """The results of the checks of the case and its network; their texts are in the records of all its maps."""
     hashes: dict[int, str | None] = field(default_factory=dict)
     """Cached hashes of further inputs by method (id), see `esegeta_monai.explain.record.inputs_sha256`."""
 

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from esegeta_monai.engine.checks.base import CheckResult
 from esegeta_monai.engine.network.state import evaluating, unwrap
 from esegeta_monai.engine.windows.inferers import as_inferer
-from esegeta_monai.errors import RankLost
+from esegeta_monai.errors import EsegetaError, RankLost
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import BatchInputs
 from esegeta_monai.explain.costs import Cost, cost_of
 from esegeta_monai.explain.outcomes import BoundTarget, Outcomes
+from esegeta_monai.explain.prediction import Prediction
 from esegeta_monai.explain.run import CaseRun, JudgedCase, Skip
-from esegeta_monai.explain.settings import OnError, Settings
+from esegeta_monai.explain.settings import Checks, OnError, Settings
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.distributed import Processes
@@ -57,6 +60,9 @@ class Explainer:
             network on its own device, without a wrapper.
         on_error: ``"raise"``, or ``"record"``: a failed method, target or case gives an attribution without a map, and
             the others are still computed.
+        checks: check what maps take for granted, once per network on a small window (at most 40 passes) and per case
+            without passes; results are in the record as ``checks``. ``"once"``: once per network, also if its weights
+            change.
 
     Raises:
         NetworkError: half-precision weights, a network on another device, or one built under ``inference_mode``.
@@ -90,6 +96,7 @@ class Explainer:
         allow_costly: bool = False,
         distributed: bool = False,
         on_error: OnError = "raise",
+        checks: Checks = True,
     ) -> None:
         network, inferer = unwrap(network), as_inferer(inferer)
         own = next((p.device for p in network.parameters()), torch.device("cpu"))
@@ -111,6 +118,7 @@ class Explainer:
             allow_costly=bool(allow_costly),
             processes=Processes.current() if distributed else Processes(),
             on_error=on_error,
+            checks=checks,
         )
 
     def __call__(
@@ -213,6 +221,28 @@ class Explainer:
                         with evaluating(settings.network, settings.device):
                             cost = cost_of(method, alone, case.index, bound.label, calibration)
                         yield cost
+
+    def check(self, image: Tensor | Mapping[str, Tensor], **inputs: Any) -> list[CheckResult]:
+        """Check what maps take for granted about the network and the first image of a batch, without explaining it.
+
+        Args:
+            image: as in `__call__`.
+            inputs: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` as in `__call__`.
+
+        Returns:
+            One result per check; the last one is ``refused`` if the case cannot be predicted.
+
+        Example:
+            >>> explainer = Explainer(nn.Conv2d(1, 2, 3, padding=1))
+            >>> explainer.check(torch.rand(1, 1, 8, 8))[0].name
+            'input'
+        """
+        case = next(BatchInputs(image, **inputs).cases(self.settings.output))
+        try:
+            Prediction(replace(self.settings, checks=self.settings.checks or True), case)
+        except EsegetaError as error:
+            return [*case.checks, CheckResult("prediction", "refused", str(error))]
+        return case.checks
 
     def judge(self, image: Tensor, targets: Any, **inputs: Any) -> Iterator[JudgedCase]:
         """Yield the objectives of a batch, for metrics that run the network: one per case, and one per layer that

@@ -85,6 +85,7 @@ class Outcomes:
             windows_total=None if plan is None else len(plan),
             **(self.settings.record | ({"amp": None} if method.full_precision else {})),
             **case.record,
+            checks=[check.entry() for check in case.checks] or None,
             versions=versions(),
         )
         self._records[key] = method, bound, record

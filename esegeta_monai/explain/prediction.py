@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import warnings
@@ -14,6 +15,7 @@ import torch
 from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
 from torch import Tensor, nn
 
+from esegeta_monai.engine.checks.network import check_network_once
 from esegeta_monai.engine.layer_maps import LayerOutput
 from esegeta_monai.engine.network.model import Model, select_output
 from esegeta_monai.engine.network.state import evaluating, frozen
@@ -85,6 +87,7 @@ class Prediction:
         self.model.repeats = self.plan.whole
         if self.plan.whole and type(settings.inferer).__name__ != "SimpleInferer":
             self.model.inferer = settings.inferer
+        self._check_network()
         self.prediction = self._predict()
 
     def bind(self, targets: Sequence[Target]) -> Iterator[BoundTarget]:
@@ -103,6 +106,8 @@ class Prediction:
         """Return the objective F of this case, with one value per score."""
         settings, condition = self.settings, self.case.condition
         window_batch = settings.window_batch or (4 if self.plan.whole else self.plan.batch_size)
+        if self._mixes_rows:
+            window_batch = 1
         return Objective(
             self.model,
             self.image,
@@ -114,6 +119,32 @@ class Prediction:
             case=self._context,
             context=RunContext(processes=settings.processes, window_batch=window_batch),
         )
+
+    def _check_network(self) -> None:
+        """Check the network and add the results to those of the case; log the warnings."""
+        settings, case = self.settings, self.case
+        if not settings.checks:
+            return
+        model = copy.copy(self.model)
+        model.network, model.output, model.inferer = settings.network, settings.output, None
+        condition = None if case.condition is None else case.condition.to(self.image)
+        once = settings.checks == "once"
+        case.checks += check_network_once(model, self.image, self.plan, condition=condition, ignore_weights=once)
+        for check in case.checks:
+            if check.verdict == "warned":
+                logger.warning(check.text)
+        batch = getattr(settings.inferer, "sw_batch_size", 1)
+        if self._mixes_rows and batch > 1 and len(self.plan) > 1 and case.prediction is None:
+            self.notes.append(
+                "the network mixes the windows of a batch: the explained prediction has one window per pass and "
+                f"differs from that of the inferer with sw_batch_size={batch}; predict with sw_batch_size=1"
+            )
+            logger.warning(self.notes[-1])
+
+    @property
+    def _mixes_rows(self) -> bool:
+        """True if the images of a batch influence each other, so that windows run one by one."""
+        return any(check.name == "rows" and check.verdict != "passed" for check in self.case.checks)
 
     @property
     def _context(self) -> Case:
@@ -191,7 +222,9 @@ class Prediction:
             return out
 
         kwargs = {} if case.condition is None else {"condition": case.condition[None].to(self.image)}
-        changes = {"sw_device": user.sw_device or model.device} if hasattr(user, "sw_device") else {}
+        changes: dict[str, Any] = {"sw_device": user.sw_device or model.device} if hasattr(user, "sw_device") else {}
+        if self._mixes_rows and hasattr(user, "sw_batch_size"):
+            changes["sw_batch_size"] = 1
         if shared:
             changes["buffer_steps"] = 0  # a buffer needs an output of every batch
 

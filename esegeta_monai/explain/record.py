@@ -69,6 +69,8 @@ class Record:
         seed, output: of the explainer; inferer, network: names and parameters.
         network_grid, network_affine: shape (*spatial) and affine (mm) of the preprocessed image.
         versions: of the packages. warnings: texts.
+        checks: results of the checks, see `esegeta_monai.engine.checks.base.CheckResult.entry`.
+        noise: standard deviation of F over repeated passes, in units of the target, where equal passes differ.
         layer, channel, features, curve, intensity_range, place, distance_end: of methods that have them: layer name,
             channel number, feature table, optimisation curve, intensities of black and white, place of a synthesised
             image, final layer distance.
@@ -126,6 +128,8 @@ class Record:
     warnings: list[str] = field(default_factory=list, metadata=ALWAYS)
     versions: dict[str, str] | None = field(default=None, metadata=ALWAYS)
     reason: str | None = None
+    checks: list[dict[str, Any]] | None = None
+    noise: float | None = None
     input: str | None = None
     ranks: int | None = None
     passes_shared_with: list[str] | None = None

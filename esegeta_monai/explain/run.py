@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from esegeta_monai.engine.checks.base import CheckResult
 from esegeta_monai.engine.network.state import evaluating, weights_hash
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
@@ -38,6 +42,10 @@ Skip = Callable[[Attribution], bool]
 
 DEVIATES = 0.1
 """Threshold of ``blend_deviation`` for a warning; half-precision windows of a float32 prediction stay below 0.05."""
+
+
+NOISE_PASSES = 8
+"""How often F is computed to measure its noise, where equal passes differ."""
 
 
 @dataclass
@@ -215,12 +223,14 @@ class CaseRun:
             shared["passes_shared_with"] = [m.name for m in group]
         logger.info("case %d: %s took %.1f s, %d window passes", case.index, names, seconds, progress.passes)
         values = objective.image_values() if any(o.result is not None for o in outcomes) else None
+        noise = self._noise(objective)
         for method, outcome in zip(group, outcomes):
             for k, b in enumerate(task.bound):
                 record = self.outcomes.record(method, b, objective.plan)
                 record.update(shared)
                 others = [other.label for other in task.bound if other.label != b.label]
-                record.warnings = [*task.predicted.notes, *progress.warnings_without(others)]
+                checked = _warned(self.case.checks, method)
+                record.warnings = [*task.predicted.notes, *checked, *progress.warnings_without(others)]
                 record.blend_deviation = deviation = objective.blend_deviations()[k]
                 if deviation is not None and not deviation <= DEVIATES:
                     record.warnings.append(self._deviates(b.label, deviation))
@@ -230,13 +240,24 @@ class CaseRun:
                     continue
                 assert values is not None
                 assert outcome.result is not None
-                record.value = float(values[k])
+                record.value, record.noise = float(values[k]), None if noise is None else float(noise[k])
                 if b.target.layer is None:
                     record.update(predicted_class(task.predicted.prediction, settings.class_names))
                 yield from self.outcomes.finished(method, b, record, outcome.result, k)
         checkpoint = objective.context.checkpoint
         if checkpoint is not None and all(o.result is not None for o in outcomes):
             checkpoint.remove()  # not earlier, because the caller has now written the maps
+
+    def _noise(self, objective: Objective) -> Tensor | None:
+        """Return the standard deviation of F (k,) over repeated passes; None if equal passes agree."""
+        if all(check.name != "determinism" or check.verdict == "passed" for check in self.case.checks):
+            return None
+
+        def repeat() -> Tensor:
+            with evaluating(self.settings.network, self.settings.device):
+                return torch.cat([objective.value(objective.image[None]) for _ in range(NOISE_PASSES)], 1).std(1)
+
+        return objective.memo("noise", repeat)
 
     def _deviates(self, label: str, deviation: float) -> str:
         """Return the warning that the explained prediction differs from the given one; log it once per target."""
@@ -278,6 +299,12 @@ class CaseRun:
                 yield
             finally:
                 objective.context.progress.on_pass = None
+
+
+def _warned(checks: Sequence[CheckResult], method: Method) -> list[str]:
+    """Return the texts of the checks that warn of a method's maps."""
+    concerned = {"all": True, "gradient": method.needs_gradient, "layer": method.produces == "layer map"}
+    return [check.text for check in checks if check.verdict == "warned" and concerned[check.concerns]]
 
 
 def _with_resume_hint(error: Exception, checkpoint: ScoreCheckpoint | None) -> Exception:

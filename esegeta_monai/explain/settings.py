@@ -18,9 +18,10 @@ from esegeta_monai.explain.record import described
 from esegeta_monai.methods.base import Method
 from esegeta_monai.utils.distributed import Processes
 
-__all__ = ["OnError", "Settings"]
+__all__ = ["Checks", "OnError", "Settings"]
 
 OnError = Literal["raise", "record"]
+Checks = bool | Literal["once"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,8 @@ class Settings:
         allow_costly: run methods that score more than `esegeta_monai.explain.costs.COSTLY` perturbations.
         processes: the processes that compute each case together.
         on_error: ``"raise"``, or ``"record"`` failures in attributions without a map.
+        checks: check what maps take for granted (`esegeta_monai.engine.checks`); ``"once"``: check the network once,
+            also if its weights change, as during a training.
         inferer_record: name and parameters of the inferer as it was given.
 
     Raises:
@@ -66,6 +69,7 @@ class Settings:
     allow_costly: bool = False
     processes: Processes = field(default_factory=Processes)
     on_error: OnError = "raise"
+    checks: Checks = True
     inferer_record: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,6 +89,8 @@ class Settings:
             )
         if self.on_error not in ("raise", "record"):
             raise UsageError(f"on_error={self.on_error!r}: give 'raise' or 'record'")
+        if self.checks not in (True, False, "once"):
+            raise UsageError(f"checks={self.checks!r}: give True, False or 'once'")
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class CaseHandler(ABC):
     Subclasses open a folder (`open`), explain or evaluate its cases (`look`) and close the folder (`close`).
 
     Args:
-        methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share, name:
-            see `esegeta_monai.handlers.ExplanationHandler`.
+        methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share,
+            checks, name: see `esegeta_monai.handlers.ExplanationHandler`.
         options: further options of `Explainer`.
 
     Raises:
@@ -65,6 +65,7 @@ class CaseHandler(ABC):
         epochs: int = 1,
         cases: int | Sequence[str] | None = None,
         share: Share | Literal["auto"] = "auto",
+        checks: bool = True,
         name: str | None = None,
         **options: Any,
     ) -> None:
@@ -80,7 +81,7 @@ class CaseHandler(ABC):
         self.image_key, self.pred_key, self.output = image_key, pred_key, output
         self.metadata = BundleMetadata.read(self.bundle_root) if self.bundle_root else BundleMetadata({})
         self.class_names = numbered("class_names", class_names or self.metadata.class_names)
-        self.options = options
+        self.options, self.checks = options, flag("checks", checks)
         epochs = number("epochs", epochs, int, 0)
         if isinstance(cases, (str, bool)) or (isinstance(cases, int) and cases < 1):
             raise UsageError(f"cases={cases!r}: give a list of names, or the number per epoch (at least 1)")
@@ -153,6 +154,7 @@ class CaseHandler(ABC):
             channel_names=[n for _, n in sorted(self.metadata.channel_names.items())],
             distributed=self._share == "windows",
             on_error="record",
+            checks="once" if self.checks else False,
             **self.options,
         )
         self._calls = watched(engine)

@@ -39,8 +39,8 @@ class EvaluationHandler(CaseHandler):
     determines them is equal (`esegeta_monai.explain.record.Record.decisive`, weights); they are kept until evaluated.
 
     Args:
-        methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share, name,
-            seed, time_limit, window_batch, volume_device, progress: see `ExplanationHandler`.
+        methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share,
+            checks, name, seed, time_limit, window_batch, volume_device, progress: see `ExplanationHandler`.
         metrics: names, configs or instances; ``"all"``; None: a quick selection, with localisation metrics for cases
             with a label.
         label_key: key of a label map in the case's data that marks the known cause. A case without it, or with a label
@@ -91,6 +91,7 @@ class EvaluationHandler(CaseHandler):
         epochs: int = 1,
         cases: int | Sequence[str] | None = None,
         share: Share | Literal["auto"] = "auto",
+        checks: bool = True,
         name: str | None = None,
     ) -> None:
         super().__init__(
@@ -105,6 +106,7 @@ class EvaluationHandler(CaseHandler):
             epochs=epochs,
             cases=cases,
             share=share,
+            checks=checks,
             name=name,
             seed=seed,
             time_limit=time_limit,

@@ -59,6 +59,7 @@ class ExplanationHandler(CaseHandler):
             its data loader. ``"windows"``: all get the same cases and compute each of them together, for large
             volumes. ``"methods"``: all get the same cases, and each computes its own methods and targets. ``"auto"``:
             cases if the loader has a ``DistributedSampler``, else windows.
+        checks: check what maps take for granted; the network is checked once, at the first epoch.
         name: name of the logger; None: ``engine.logger``.
 
     A failed method or case is recorded in ``run.json`` and logged; files that can no longer be written (a full disk,
@@ -101,6 +102,7 @@ class ExplanationHandler(CaseHandler):
         cases: int | Sequence[str] | None = None,
         series: ExplanationSeries | None = None,
         share: Share | Literal["auto"] = "auto",
+        checks: bool = True,
         name: str | None = None,
     ) -> None:
         super().__init__(
@@ -115,6 +117,7 @@ class ExplanationHandler(CaseHandler):
             epochs=epochs,
             cases=cases,
             share=share,
+            checks=checks,
             name=name,
             seed=seed,
             allow_costly=flag("allow_costly", allow_costly),

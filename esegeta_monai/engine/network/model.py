@@ -114,7 +114,7 @@ class Model:
         inferer: Callable[..., Any] | None = None,
         repeats: bool = False,
     ) -> None:
-        self.inferer, self.repeats = inferer, repeats
+        self.inferer, self.repeats, self.copies_input = inferer, repeats, True
         self.network, self.device, self.output = network, device, output
         self.amp, self.amp_kwargs = amp, dict(amp_kwargs or {})
         self.inputs = dict(inputs or {})
@@ -166,6 +166,7 @@ class Model:
         """
         axis = None if slice_axis is None else slice_axis + 2
         x = x if axis is None else x.squeeze(axis)
+        x = x.clone() if self.copies_input else x  # the network may write into it
         parts = list(x.split(list(self.inputs.values()), dim=1)) if self.inputs else [x]
         more, named = self.args, self.kwargs
         if self.repeats:

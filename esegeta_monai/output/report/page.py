@@ -147,7 +147,8 @@ def _case_page(
         grid=_grid(case, data, images),
         metrics=_metric_tables(case),
         charts=charts([*case.curves, *_synthesis_curves(case)]),
-        checks=[r for r in case.explained if r.record.blend_deviation is not None],
+        compared=[r for r in case.explained if r.record.blend_deviation is not None],
+        checks=_checks(case.results),
         regions=_region_tables(case),
         problems=[r for r in case.results if r.status in ("failed", "timeout")],
         warnings=_warnings(case.results),
@@ -279,6 +280,13 @@ def _synthesis_curves(case: CaseResults) -> list[Curve]:
                 x, y = zip(*kept)
                 curves.append(Curve(name, str(result.target), str(result.method), [*x], [*y]))
     return curves
+
+
+def _checks(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """Return each result of a check once; those that found something come first."""
+    entries = [check for result in results for check in result.record.checks or [] if isinstance(check, dict)]
+    once = {(check.get("check"), check.get("text")): check for check in entries}
+    return sorted(once.values(), key=lambda check: check.get("verdict") == "passed")
 
 
 def _warnings(results: Iterable[Result]) -> list[tuple[str, str]]:
