@@ -69,6 +69,7 @@ class Prediction:
             inputs=dict(case.channels),
             args=[to_device(a, device) for a in case.args],
             kwargs={k: to_device(v, device) for k, v in case.kwargs.items()},
+            members=getattr(settings.inferer, "members", ()),
         )
         self.image = case.image.as_tensor().detach().to(settings.volume_device, self.model.dtype)
         case.record = {
@@ -198,6 +199,8 @@ class Prediction:
         settings, case, model = self.settings, self.case, self.model
         if case.prediction is not None and not isinstance(model.network, LayerOutput):
             return case.prediction.detach().to(self.image)
+        if self.plan.calls:
+            return self._blended()
         user, ranks, windows = settings.inferer, settings.processes, len(self.plan)
         inferer = user if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
         shared = ranks.size > 1 and type(user) in (SlidingWindowInferer, SlidingWindowInfererAdapt, SliceInferer)
@@ -254,6 +257,17 @@ class Prediction:
         if not all_finite(prediction):
             raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
         return prediction
+
+    def _blended(self) -> Tensor:
+        """Return the prediction (K, *out) of an ensemble or of mirrored views: its windows, blended here."""
+        condition = None if self.case.condition is None else self.case.condition.to(self.image)
+        context = RunContext(processes=self.settings.processes, window_batch=self.settings.window_batch)
+        objective = Objective(self.model, self.image, self.plan, condition=condition, context=context)
+        with evaluating(self.settings.network, self.settings.device):
+            blended = objective.predict_all()
+        if not all_finite(blended):
+            raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
+        return blended
 
 
 class _Reached(Exception):  # noqa: N818 - no error: it ends a pass at the first 3D convolution

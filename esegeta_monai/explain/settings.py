@@ -74,7 +74,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not self.inferer_record:  # now, since SliceInferer changes its roi_size when it runs
-            object.__setattr__(self, "inferer_record", described(self.inferer))
+            object.__setattr__(self, "inferer_record", getattr(self.inferer, "record", None) or described(self.inferer))
         check_network(self.network)
         if any(p.is_inference() for p in self.network.parameters()):
             raise NetworkError(

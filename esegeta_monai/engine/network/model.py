@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -96,6 +97,7 @@ class Model:
             first input is passed by position, the others by name.
         args, kwargs: further inputs, passed unchanged with every window batch.
         inferer: an inferer with unknown windows, called on the whole volume in place of the network.
+        members: the weights of the members of an ensemble that share one architecture, see `load`; empty: one network.
         repeats: True: repeat a further input of batch length 1 for each image of a batch, as a network that sees whole
             images expects. Under a sliding window it is passed unchanged, as in MONAI.
     """
@@ -113,8 +115,10 @@ class Model:
         kwargs: Mapping[str, Any] | None = None,
         inferer: Callable[..., Any] | None = None,
         repeats: bool = False,
+        members: Sequence[Mapping[str, Tensor]] = (),
     ) -> None:
         self.inferer, self.repeats, self.copies_input = inferer, repeats, True
+        self.members = tuple(members)
         self.network, self.device, self.output = network, device, output
         self.amp, self.amp_kwargs = amp, dict(amp_kwargs or {})
         self.inputs = dict(inputs or {})
@@ -135,6 +139,18 @@ class Model:
         other = copy.copy(self)
         other.amp = False
         return other
+
+    def load(self, member: int) -> None:
+        """Give the network the weights of a member of the ensemble; nothing is copied.
+
+        The graph of a pass holds the weights that it used, so a backward pass must come before the next member's pass.
+        """
+        if not self.members:
+            return
+        weights = self.members[member]
+        for name, value in itertools.chain(self.network.named_parameters(), self.network.named_buffers()):
+            if value.data_ptr() != weights[name].data_ptr():
+                value.data = weights[name]
 
     def autocast(self) -> Any:
         """Return the autocast context of the forward pass.
