@@ -236,9 +236,7 @@ class Objective(WindowedNetwork):
 
     def predict_all(self) -> Tensor:
         """Return all channels of the blended prediction at the image, (K, *out), whatever the scores read."""
-        with evaluating(self.model.network, self.model.device), torch.inference_mode():
-            channels = self.run(self.window(0), [0], all_channels=True).shape[1]
-        total = self.image.new_zeros((channels, *self.grid.shape))
+        total = self.image.new_zeros((self.n_classes, *self.grid.shape))
         box = tuple(slice(0, n) for n in self.grid.shape)
 
         def run(batch: Batch) -> None:

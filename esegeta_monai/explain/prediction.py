@@ -22,6 +22,8 @@ from esegeta_monai.engine.network.state import evaluating, frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.engine.score import Case, Score
+from esegeta_monai.engine.window_loop import WindowedNetwork
+from esegeta_monai.engine.windows.grid import OutputGrid
 from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.errors import EsegetaError, InputError, NetworkError, UsageError
 from esegeta_monai.explain.case import CaseInput, to_device
@@ -124,6 +126,7 @@ class Prediction:
     def _check_network(self) -> None:
         """Check the network and add the results to those of the case; log the warnings."""
         settings, case = self.settings, self.case
+        self.model.copies_input = True
         if not settings.checks:
             return
         model = copy.copy(self.model)
@@ -134,6 +137,7 @@ class Prediction:
         for check in case.checks:
             if check.verdict == "warned":
                 logger.warning(check.text)
+        self.model.copies_input = self._verdict("input") != "passed"
         batch = getattr(settings.inferer, "sw_batch_size", 1)
         if self._mixes_rows and batch > 1 and len(self.plan) > 1 and case.prediction is None:
             self.notes.append(
@@ -145,7 +149,11 @@ class Prediction:
     @property
     def _mixes_rows(self) -> bool:
         """True if the images of a batch influence each other, so that windows run one by one."""
-        return any(check.name == "rows" and check.verdict != "passed" for check in self.case.checks)
+        return self._verdict("rows") not in ("passed", None)
+
+    def _verdict(self, name: str) -> str | None:
+        """Return the verdict of a check of the network, or None if it has not run."""
+        return next((check.verdict for check in self.case.checks if check.name == name), None)
 
     @property
     def _context(self) -> Case:
@@ -262,8 +270,11 @@ class Prediction:
         """Return the prediction (K, *out) of an ensemble or of mirrored views: its windows, blended here."""
         condition = None if self.case.condition is None else self.case.condition.to(self.image)
         context = RunContext(processes=self.settings.processes, window_batch=self.settings.window_batch)
-        objective = Objective(self.model, self.image, self.plan, condition=condition, context=context)
-        with evaluating(self.settings.network, self.settings.device):
+        network = WindowedNetwork(self.model, self.image, self.plan, condition=condition, context=context)
+        with evaluating(self.settings.network, self.settings.device), torch.inference_mode():
+            out_roi = tuple(network.run(network.window(0), [0]).shape[2:])
+            grid = OutputGrid(self.plan, out_roi, self.image.dtype, self.image.device)
+            objective = Objective(self.model, self.image, self.plan, condition=condition, context=context, grid=grid)
             blended = objective.predict_all()
         if not all_finite(blended):
             raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
