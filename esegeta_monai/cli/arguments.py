@@ -10,7 +10,20 @@ __all__ = ["add_bundle", "add_computing_options", "add_network", "add_run_option
 
 def add_bundle(parser: argparse.ArgumentParser, required: bool) -> None:
     """Add the options for a bundle and its config."""
-    parser.add_argument("--bundle", required=required, metavar="DIR", help="folder of the MONAI bundle")
+    parser.add_argument("--bundle", metavar="DIR", help="folder of the MONAI bundle")
+    parser.set_defaults(bundle_required=required)
+    parser.add_argument("--nnunet", metavar="DIR", help="trained nnU-Net v2 model folder, in place of a bundle")
+    parser.add_argument(
+        "--folds",
+        metavar="LIST",
+        help="folds of the nnU-Net model, such as 0,1, or all for fold_all (default: all numbered folds)",
+    )
+    parser.add_argument(
+        "--no-mirroring",
+        dest="mirroring",
+        action="store_false",
+        help="leave out nnU-Net's mirrored views, which its checkpoint may ask for",
+    )
     parser.add_argument(
         "--config",
         action="append",

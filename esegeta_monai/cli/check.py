@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 
-from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.arguments import add_bundle, add_network
-from esegeta_monai.cli.explain import choose_device, overrides
 from esegeta_monai.cli.look import scan_or_noise
+from esegeta_monai.cli.reading import open_reader
 from esegeta_monai.explain.explainer import Explainer
 
 __all__ = ["add_arguments", "run"]
@@ -38,7 +37,7 @@ def run(args: Namespace, *_: object) -> int:
     Raises:
         EsegetaError: the bundle or the scan cannot be read.
     """
-    reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
+    reader = open_reader(args)
     explainer = Explainer(
         reader.network, reader.inferer, reader.device, output=args.network_output, class_names=reader.class_names
     )

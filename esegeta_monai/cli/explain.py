@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -14,11 +13,12 @@ from monai.transforms import Activationsd
 
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.extensions import register_extensions
-from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.arguments import add_bundle, add_network, add_run_options, add_share
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.log import RunLog, reason
+from esegeta_monai.cli.reading import open_reader
+from esegeta_monai.cli.values import overrides
 from esegeta_monai.engine.network.hooks import find_layer
 from esegeta_monai.engine.network.state import unwrap, weights_hash
 from esegeta_monai.errors import EsegetaError, NetworkError, RankLost, UsageError
@@ -29,18 +29,17 @@ from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
-from esegeta_monai.utils.distributed import Processes, local_device, process_group
+from esegeta_monai.utils.distributed import Processes, process_group
+from esegeta_monai.utils.names import safe_name
 
 __all__ = [
     "DEFAULT_METHODS",
     "add_arguments",
-    "choose_device",
     "default_targets",
     "each_case",
     "explain_cases",
     "explainer_for",
     "open_log",
-    "overrides",
     "run",
 ]
 
@@ -106,12 +105,13 @@ def run(args: Namespace, log: RunLog) -> int:
     Raises:
         EsegetaError: an option, the bundle or the output folder is wrong; nothing has been computed.
     """
-    register_extensions(args.bundle)
+    if args.bundle is not None:
+        register_extensions(args.bundle)
     methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
     targets = TARGETS.create_all(",".join(args.target)) if args.target else None
     output = Path(args.output)
     with process_group() as ranks:
-        reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
+        reader = open_reader(args)
         channel_names = [name for _, name in sorted(reader.channel_names.items())]
         cases = find_cases(args.input, channel_names, leave_out=output)
         if args.dry_run:
@@ -173,8 +173,10 @@ def explain_cases(
 
     def explain(case: ScanCase) -> None:
         scan, image, data = preprocess(case)
+        own = reader.predict(image, data, output / safe_name(case.name) / f"{safe_name(case.name)}_seg")
+        more = {} if own is None else {"prediction": own[None]}
         for some, of in ranks.part(options.share, methods, chosen):
-            writer.explain(explainer, image, case.name, some, of, scan=scan, data=data)
+            writer.explain(explainer, image, case.name, some, of, scan=scan, data=data, **more)
 
     each_case(ranks.share(cases) if options.share == "cases" else cases, explain, writer.failed, log)
     with writer.run:
@@ -304,47 +306,9 @@ def _sigmoid(reader: BundleReader) -> bool:
 
 
 def provenance_of(reader: BundleReader, options: Namespace) -> dict[str, Any]:
-    provenance = {**bundle_provenance(reader.bundle_dir), "weights_sha256": weights_hash(unwrap(reader.network))}
+    provenance = {**reader.provenance, "weights_sha256": weights_hash(unwrap(reader.network))}
     if options.config:
         provenance["configs_used_sha256"] = {file.name: storage.sha256_file(file) for file in reader.config_files}
     if options.override:
         provenance["overrides"] = overrides(options.override)
     return provenance
-
-
-def overrides(texts: Sequence[str] | None) -> dict[str, Any]:
-    """Parse ``id=value`` texts; values are JSON where they parse as JSON, else text.
-
-    Raises:
-        UsageError: a text without ``=``.
-
-    >>> overrides(["inferer#roi_size=[32, 32, 32]", "network=@net"])
-    {'inferer#roi_size': [32, 32, 32], 'network': '@net'}
-    """
-    values: dict[str, Any] = {}
-    for text in texts or ():
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise UsageError(f"--override {text}: write id=value, such as inferer#overlap=0.25")
-        try:
-            values[key] = json.loads(value)
-        except ValueError:  # not JSON, so it is text: a reference or an expression of the config
-            values[key] = value
-    return values
-
-
-def choose_device(text: str | None) -> torch.device:
-    """Return the named device, else the first CUDA device, else the CPU.
-
-    Raises:
-        UsageError: this machine has no such device.
-    """
-    if text is None:
-        return local_device()
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise UsageError(f"--device {text}: no such device; write cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA device(s); use cpu")
-    return device

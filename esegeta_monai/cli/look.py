@@ -14,7 +14,7 @@ import esegeta_monai.files as storage
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.arguments import add_bundle, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
-from esegeta_monai.cli.explain import choose_device, overrides
+from esegeta_monai.cli.reading import open_reader
 from esegeta_monai.engine.default_layer import default_layer, layer_shapes
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen, unwrap
@@ -43,8 +43,8 @@ def add_info_arguments(parser: ArgumentParser) -> None:
 def run_info(args: Namespace, *_: object) -> int:
     """Print versions, devices and the description of a bundle."""
     sections: dict[str, Any] = {"versions": storage.versions(), "devices": _devices()}
-    if args.bundle:
-        reader = BundleReader(args.bundle, args.config, overrides(args.override), weights="optional")
+    if args.bundle or args.nnunet:
+        reader = open_reader(args, "optional", "cpu")
         sections["bundle"] = _bundle(reader)
     if args.json:
         print(json.dumps(sections, indent=2, ensure_ascii=False))
@@ -89,7 +89,7 @@ def _bundle(reader: BundleReader) -> dict[str, Any]:
 
 def run_layers(args: Namespace, *_: object) -> int:
     """Print the layers of a bundle's network in the order of execution, with their output shapes for one window."""
-    reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device), "optional")
+    reader = open_reader(args, "optional")
     network, inferer = unwrap(reader.network), as_inferer(reader.inferer)
     image = scan_or_noise(reader, args.input).as_subclass(Tensor).float()
     with torch.random.fork_rng(devices=[]), frozen(network):

@@ -6,10 +6,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.arguments import add_bundle, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
-from esegeta_monai.cli.explain import choose_device, overrides
+from esegeta_monai.cli.reading import open_reader
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen, unwrap
 from esegeta_monai.engine.objective import Objective
@@ -31,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, *_: object) -> int:
     """Fit patterns on all windows of the scans and write them; replace an existing file only with ``--overwrite``."""
-    reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
+    reader = open_reader(args)
     target = Path(args.output) if args.output else reader.bundle_dir / "models" / "patterns.pt"
     if target.exists() and not args.overwrite:
         raise UsageError(f"{target} already exists: use it by patterns='{target.name}', or replace it by --overwrite")
