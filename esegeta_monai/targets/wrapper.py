@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.model import select_output
+from esegeta_monai.engine.network.outputs import batch_first, select_output
 from esegeta_monai.engine.score import Case, Score
 from esegeta_monai.errors import TargetError
 from esegeta_monai.targets.base import TARGETS
@@ -34,7 +34,7 @@ class TargetWrapper(nn.Module):
         target: a target, a name or config of one, or a list of them; their scores are the columns, in order.
         inferer: a callable ``(image, network, *args, **kwargs)`` such as MONAI's; None: the network itself.
         prediction: raw network output (B, classes, …) for the unperturbed image, on which masks are frozen.
-        output: key of one of several outputs, see `esegeta_monai.engine.network.model.select_output`.
+        output: key of one of several outputs, see `esegeta_monai.engine.network.outputs.select_output`.
         case: further information on the case for targets (class names, masks, affine).
 
     Raises:
@@ -116,10 +116,11 @@ class TargetWrapper(nn.Module):
     def _predict(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         image = image.as_subclass(Tensor)
         if self.inferer is None:
-            return select_output(self.network(image, *args, **kwargs), self.output)
+            return batch_first(select_output(self.network(image, *args, **kwargs), self.output, image.ndim), len(image))
         return select_output(self.inferer(image, self._window, *args, **kwargs))
 
     def _window(self, window: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # MONAI's sliding window multiplies its predictor's output in place, which a softmax or sigmoid at the end of
         # the network needs unchanged for its backward pass
-        return select_output(self.network(window, *args, **kwargs), self.output).clone()
+        output = select_output(self.network(window, *args, **kwargs), self.output, window.ndim)
+        return batch_first(output, len(window)).clone()
