@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esegeta_monai.engine.head import HeadKind, Postprocessing
 from esegeta_monai.engine.network.state import evaluating, unwrap
 from esegeta_monai.engine.windows.inferers import as_inferer
-from esegeta_monai.errors import RankLost
+from esegeta_monai.errors import RankLost, UsageError
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import BatchInputs
 from esegeta_monai.explain.costs import Cost, cost_of
 from esegeta_monai.explain.outcomes import BoundTarget, Outcomes
 from esegeta_monai.explain.run import CaseRun, JudgedCase, Skip
-from esegeta_monai.explain.settings import OnError, Settings
+from esegeta_monai.explain.settings import InputsAs, OnError, Settings
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.distributed import Processes
@@ -43,7 +44,9 @@ class Explainer:
         device: device on which windows are computed, which must be the network's; None: the network's.
         amp: autocast (float16 on CUDA, bfloat16 elsewhere, or ``amp_kwargs["dtype"]``) for methods that allow it.
         volume_device: device that stores volumes; None: the inferer's ``device``, else ``device``.
-        output: key or index of the explained output, if the network returns several.
+        output: key or index of the explained output, if the network returns several; a path for nested ones,
+            ``"classification.0"``; for one tensor (B, heads, K, *spatial) or (B, steps, K), the index along its second
+            axis. None: see `esegeta_monai.engine.network.outputs.choose_output`.
         class_names: class number to name, for targets by name and for records.
         channel_names: names of the image's channels, for records.
         window_batch: windows per forward pass; None: the inferer's ``sw_batch_size``, 4 for other inferers.
@@ -57,8 +60,17 @@ class Explainer:
             network on its own device, without a wrapper.
         on_error: ``"raise"``, or ``"record"``: a failed method, target or case gives an attribution without a map, and
             the others are still computed.
+        head: the meaning of the output, see `esegeta_monai.engine.head.Head`: ``"softmax"`` or ``"sigmoid"`` (this
+            function of the output gives probabilities), ``"softmax inside"``, ``"sigmoid inside"`` or
+            ``"log-softmax inside"`` (the network ends in it), ``"raw"`` (no scores of classes). None: determined from
+            the network's last operations, the range of its output, and the postprocessing.
+        postprocessing: the transforms of a bundle's postprocessing, or an `esegeta_monai.engine.head.Postprocessing`;
+            they show what the output is, and which thresholds and outputs are used. They are not run.
+        inputs_as: how several image inputs are passed to the network: ``"dict"`` (by name) or ``"list"`` as its only
+            argument; None: the first by position, the others by name.
 
     Raises:
+        UsageError: the network is no module, or a parameter has a wrong value.
         NetworkError: half-precision weights, a network on another device, or one built under ``inference_mode``.
 
     Example:
@@ -90,7 +102,15 @@ class Explainer:
         allow_costly: bool = False,
         distributed: bool = False,
         on_error: OnError = "raise",
+        head: HeadKind | None = None,
+        postprocessing: Any = None,
+        inputs_as: InputsAs | None = None,
     ) -> None:
+        if not isinstance(network, nn.Module):
+            raise UsageError(
+                f"network is a {type(network).__name__}: give the module itself; from a bundle's folder, "
+                "esegeta_monai.bundle.BundleReader(folder).network"
+            )
         network, inferer = unwrap(network), as_inferer(inferer)
         own = next((p.device for p in network.parameters()), torch.device("cpu"))
         device = own if device is None else torch.device(device)
@@ -111,6 +131,9 @@ class Explainer:
             allow_costly=bool(allow_costly),
             processes=Processes.current() if distributed else Processes(),
             on_error=on_error,
+            head=head,
+            postprocessing=Postprocessing.of(postprocessing),
+            inputs_as=inputs_as,
         )
 
     def __call__(
@@ -131,7 +154,7 @@ class Explainer:
         Args:
             image: tensor or MetaTensor (B, C, *spatial). A mapping of names to such tensors explains several image
                 inputs together, with one map per input: the first is passed to the network positionally, the others by
-                name.
+                name (see ``inputs_as``).
             methods: methods, names or configs.
             targets: targets, names or configs.
             data: the case's data dictionary (a list of them for a batch), in which targets look up masks and labels.
@@ -155,7 +178,7 @@ class Explainer:
         if refused and settings.on_error == "raise":
             raise next(iter(refused.values()))
         inputs = BatchInputs(image, data, prediction, network_args, network_kwargs)
-        for case in inputs.cases(settings.output):
+        for case in inputs.cases(settings.output, settings.postprocessing.keys):
             done: set[tuple[int, int]] = set()
             try:
                 for attribution in CaseRun(settings, case).explained(chosen, wanted, refused, skip, scores_dir):
@@ -202,7 +225,7 @@ class Explainer:
         chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
         settings = self.settings
         refused = settings.refused(chosen)
-        for case in BatchInputs(image, **inputs).cases(settings.output):
+        for case in BatchInputs(image, **inputs).cases(settings.output, settings.postprocessing.keys):
             for task in CaseRun(settings, case).prepared(chosen, wanted, refused):
                 if isinstance(task, Attribution):
                     yield Cost(case.index, str(task.method.name), task.label, note=task.record["reason"])
@@ -227,5 +250,5 @@ class Explainer:
             EsegetaError: a case that cannot be explained at all.
         """
         wanted = TARGETS.create_all(targets)
-        for case in BatchInputs(image, **inputs).cases(self.settings.output):
+        for case in BatchInputs(image, **inputs).cases(self.settings.output, self.settings.postprocessing.keys):
             yield from CaseRun(self.settings, case).judged(wanted)

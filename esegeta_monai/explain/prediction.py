@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import warnings
@@ -14,6 +15,9 @@ import torch
 from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
 from torch import Tensor, nn
 
+from esegeta_monai.engine.checks.base import CheckResult, small_sample
+from esegeta_monai.engine.checks.head import HeadEvidence, evidence_of, find_head
+from esegeta_monai.engine.head import Head
 from esegeta_monai.engine.layer_maps import LayerOutput
 from esegeta_monai.engine.network.model import Model, select_output
 from esegeta_monai.engine.network.state import evaluating, frozen
@@ -21,7 +25,7 @@ from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.engine.score import Case, Score
 from esegeta_monai.engine.windows.inferers import plan_windows
-from esegeta_monai.errors import EsegetaError, InputError, NetworkError, UsageError
+from esegeta_monai.errors import EsegetaError, InputError, NetworkError, TargetError, UsageError
 from esegeta_monai.explain.case import CaseInput, to_device
 from esegeta_monai.explain.outcomes import BoundTarget
 from esegeta_monai.explain.record import tensor_hash
@@ -49,6 +53,7 @@ class Prediction:
         plan: the windows.
         prediction: (K, *out), by the user's own inferer.
         notes: warnings.
+        head: what the prediction is.
 
     Raises:
         EsegetaError: the image or the prediction cannot be explained.
@@ -67,7 +72,11 @@ class Prediction:
             inputs=dict(case.channels),
             args=[to_device(a, device) for a in case.args],
             kwargs={k: to_device(v, device) for k, v in case.kwargs.items()},
+            inputs_as=settings.inputs_as,
         )
+        self.model.preferred = settings.postprocessing.keys
+        if layer is None and case.choice is not None:
+            self.model.output, self.model.choice = case.choice.key, case.choice
         self.image = case.image.as_tensor().detach().to(settings.volume_device, self.model.dtype)
         case.record = {
             "network_grid": list(self.image.shape[1:]),
@@ -86,6 +95,10 @@ class Prediction:
         if self.plan.whole and type(settings.inferer).__name__ != "SimpleInferer":
             self.model.inferer = settings.inferer
         self.prediction = self._predict()
+        self.head = Head()
+        if layer is None:
+            self._note_output()
+            self.head = self._find_head()
 
     def bind(self, targets: Sequence[Target]) -> Iterator[BoundTarget]:
         """Yield each target's scores, or the error that binding it raised."""
@@ -94,6 +107,7 @@ class Prediction:
             context = dataclasses.replace(context, affine=None)
         for target in targets:
             try:
+                self._refuse_shape(target)
                 for score in target.bind(self.prediction, context):
                     yield BoundTarget(target, score)
             except EsegetaError as error:
@@ -118,7 +132,67 @@ class Prediction:
     @property
     def _context(self) -> Case:
         affine = torch.as_tensor(self.case.image.affine).double().cpu()
-        return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names)
+        return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names, self.head)
+
+    def _refuse_shape(self, target: Target) -> None:
+        """Refuse a prediction whose axes are not those of a map or a vector of classes.
+
+        Raises:
+            TargetError: (heads, K, *spatial), or (steps, K); the message names the shape and the remedy.
+        """
+        shape, axes = tuple(self.prediction.shape), self.image.ndim
+        stacked, steps = len(shape) > axes, len(shape) == 2 and shape[1] > 1
+        if target.layer is not None or not (stacked or steps):
+            return
+        what = "stacked heads (heads, K, *spatial)" if stacked else "several vectors (steps, K)"
+        raise TargetError(
+            f"{type(target).__name__}: the network gives shape {shape} for an image with {axes - 1} spatial axes, "
+            f"such as {what}, so its first axis is not that of the classes: choose one by output=INDEX, 0 to "
+            f"{shape[0] - 1} (--network-output), or wrap the network so that it returns (B, K) or (B, K, *spatial)"
+        )
+
+    def _note_output(self) -> None:
+        """Record which of several outputs is explained."""
+        choice, given = self.model.choice, self.settings.output
+        if choice is None or given is not None:
+            text = "the network returns one tensor" if given is None else f"output={given!r}, as given"
+            self._note(CheckResult("outputs", "passed", text))
+            return
+        self.case.record["output"] = choice.key
+        if choice.reason is not None:
+            self._note(CheckResult("outputs", "handled", f"output={choice.key!r} is explained, since {choice.reason}"))
+            return
+        text = (
+            f"the network returns several tensors: {choice.listed}; output={choice.key!r} is explained, because none "
+            "was chosen: choose by output=KEY (--network-output KEY)"
+        )
+        self._note(CheckResult("outputs", "warned", text))
+
+    def _find_head(self) -> Head:
+        """Find out what the prediction is, and record it.
+
+        Raises:
+            EsegetaError: the user's statement contradicts the prediction, or the bundle squashes it twice.
+        """
+        settings = self.settings
+
+        def evidence() -> HeadEvidence:
+            model = copy.copy(self.model)
+            model.inferer = None
+            condition = None if self.case.condition is None else self.case.condition.to(self.image)
+            with evaluating(settings.network, settings.device):
+                return evidence_of(small_sample(model, self.image, self.plan, condition))
+
+        head, result = find_head(self.prediction, settings.head, settings.postprocessing, evidence)
+        self._note(result)
+        self.case.record["head"] = head.to_json()
+        return head
+
+    def _note(self, result: CheckResult) -> None:
+        """Add the result of a check of the case in place of an earlier one."""
+        self.case.checks = [*(c for c in self.case.checks if c.name != result.name), result]
+        if result.verdict == "warned":
+            logger.warning(result.text)
 
     def _same_everywhere(self) -> None:
         known = self.settings.processes.gather((self.case.record["image_sha256"], str(self.settings.record["network"])))

@@ -220,7 +220,8 @@ class CaseRun:
                 record = self.outcomes.record(method, b, objective.plan)
                 record.update(shared)
                 others = [other.label for other in task.bound if other.label != b.label]
-                record.warnings = [*task.predicted.notes, *progress.warnings_without(others)]
+                checked = [check.text for check in self.case.checks if check.verdict == "warned"]
+                record.warnings = [*task.predicted.notes, *checked, *progress.warnings_without(others)]
                 record.blend_deviation = deviation = objective.blend_deviations()[k]
                 if deviation is not None and not deviation <= DEVIATES:
                     record.warnings.append(self._deviates(b.label, deviation))
@@ -232,7 +233,9 @@ class CaseRun:
                 assert outcome.result is not None
                 record.value = float(values[k])
                 if b.target.layer is None:
-                    record.update(predicted_class(task.predicted.prediction, settings.class_names))
+                    predicted, activation = task.predicted, getattr(b.target, "activation", "auto")
+                    entries = predicted_class(predicted.prediction, settings.class_names, predicted.head, activation)
+                    record.update(entries)
                 yield from self.outcomes.finished(method, b, record, outcome.result, k)
         checkpoint = objective.context.checkpoint
         if checkpoint is not None and all(o.result is not None for o in outcomes):

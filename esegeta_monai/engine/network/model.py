@@ -60,6 +60,7 @@ class Model:
         inferer: an inferer with unknown windows, called on the whole volume in place of the network.
         repeats: True: repeat a further input of batch length 1 for each image of a batch, as a network that sees whole
             images expects. Under a sliding window it is passed unchanged, as in MONAI.
+        inputs_as: ``"dict"`` or ``"list"``: pass the image inputs together as the network's first argument.
 
     Attributes:
         preferred: keys of outputs that a bundle's postprocessing reads.
@@ -80,13 +81,14 @@ class Model:
         kwargs: Mapping[str, Any] | None = None,
         inferer: Callable[..., Any] | None = None,
         repeats: bool = False,
+        inputs_as: str | None = None,
     ) -> None:
         self.inferer, self.repeats = inferer, repeats
         self.network, self.device, self.output = network, device, output
         self.preferred: Sequence[str] = ()
         self.choice: OutputChoice | None = None
         self.amp, self.amp_kwargs = amp, dict(amp_kwargs or {})
-        self.inputs = dict(inputs or {})
+        self.inputs, self.inputs_as = dict(inputs or {}), inputs_as
         self.args = tuple(args)
         self.kwargs = dict(kwargs or {})
         parameter = next((p for p in network.parameters() if p.is_floating_point()), None)
@@ -140,6 +142,10 @@ class Model:
         if self.repeats:
             more = tuple(_repeated(v, len(x)) for v in more)
             named = {k: _repeated(v, len(x)) for k, v in named.items()}
+        first: Any = parts[0]
+        if self.inputs_as is not None:
+            first = parts if self.inputs_as == "list" else dict(zip(self.inputs, parts))
+            parts = parts[:1]
         kwargs = {**named, **dict(zip(list(self.inputs)[1:], parts[1:]))}
         if condition is not None:
             kwargs["condition"] = condition if axis is None else condition.squeeze(axis)
@@ -147,9 +153,9 @@ class Model:
         try:
             with self.autocast():
                 if self.inferer is None:
-                    raw = self.network(parts[0], *args, **kwargs)
+                    raw = self.network(first, *args, **kwargs)
                 else:
-                    raw = self.inferer(parts[0], self.network, *args, **kwargs)
+                    raw = self.inferer(first, self.network, *args, **kwargs)
         except RuntimeError as error:
             if isinstance(error, EsegetaError) or out_of_memory(error):
                 raise

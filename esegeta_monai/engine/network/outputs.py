@@ -59,12 +59,12 @@ def named_outputs(output: Any) -> dict[int | str, Tensor]:
 def choose_output(output: Any, preferred: Sequence[str] = ()) -> OutputChoice:
     """Choose the tensor that is explained if the user names none.
 
-    It is the only tensor; the one that a bundle's postprocessing reads; a dict's ``"pred"``, ``"logits"`` or ``"out"``;
-    the first tensor of a tuple or list.
+    It is the only tensor; the one that a bundle's postprocessing or metadata names; a dict's ``"pred"``, ``"logits"``
+    or ``"out"``; the first tensor of a tuple or list.
 
     Args:
         output: tuple, list or dict of a network, nested or not; tensors of any shape.
-        preferred: keys that a bundle's postprocessing reads.
+        preferred: keys that a bundle's postprocessing or metadata names, the most specific first.
 
     Raises:
         NetworkError: none of these rules applies; the message lists all tensors with their shapes.
@@ -78,9 +78,10 @@ def choose_output(output: Any, preferred: Sequence[str] = ()) -> OutputChoice:
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if len(tensors) == 1:
         return OutputChoice(next(iter(tensors)), shapes, "it is the only tensor that the network returns")
-    for key in tensors:
-        if str(key) in preferred:
-            return OutputChoice(key, shapes, "it is the one that the postprocessing reads")
+    for name in preferred:
+        for key in tensors:
+            if str(key) == name:
+                return OutputChoice(key, shapes, "it is the one that the bundle's postprocessing or metadata names")
     if isinstance(output, Mapping):
         known = [key for key in KNOWN if key in tensors]
         if known:
@@ -98,9 +99,9 @@ def select_output(output: Any, key: int | str | Sequence[int | str] | None = Non
 
     Args:
         output: a tensor, or a tuple, list or dict of tensors, nested or not.
-        key: number or key of the tensor; of nested outputs the path to it, ``"classification.0"``. Of a tensor with
-            another number of axes than the images, (B, heads, K, *spatial) or (B, steps, K), the number selects along
-            the second axis. None: see `choose_output`.
+        key: number or key of the tensor; the path to it in nested outputs, ``"classification.0"``; for a tensor with
+            another number of axes than the images, (B, heads, K, *spatial) or (B, steps, K), the index along its second
+            axis. None: see `choose_output`.
         axes: number of axes of the batch of images (B, C, *spatial); None: unknown.
 
     Raises:
