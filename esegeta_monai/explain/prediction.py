@@ -25,12 +25,12 @@ from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.engine.score import Case, Score
 from esegeta_monai.engine.windows.inferers import plan_windows
-from esegeta_monai.errors import EsegetaError, InputError, NetworkError, TargetError, UsageError
+from esegeta_monai.errors import EsegetaError, InputError, NetworkError, UsageError
 from esegeta_monai.explain.case import CaseInput, to_device
 from esegeta_monai.explain.outcomes import BoundTarget
 from esegeta_monai.explain.record import tensor_hash
 from esegeta_monai.explain.settings import Settings
-from esegeta_monai.targets.base import Target
+from esegeta_monai.targets.base import Target, need_class_axis
 from esegeta_monai.utils.images import check_image
 from esegeta_monai.utils.tensors import all_finite
 
@@ -63,6 +63,8 @@ class Prediction:
         self.settings, self.case = settings, case
         check_image(case.image.detach().cpu(), f"image {case.index}")
         device = settings.device
+        if settings.inputs_as is not None and not case.channels:
+            raise UsageError(f"inputs_as={settings.inputs_as!r} needs names: give image={{name: tensor, ...}}")
         self.model = Model(
             settings.network if layer is None else LayerOutput(settings.network, layer),
             device,
@@ -107,7 +109,8 @@ class Prediction:
             context = dataclasses.replace(context, affine=None)
         for target in targets:
             try:
-                self._refuse_shape(target)
+                if target.layer is None:
+                    need_class_axis(self.prediction, self.image.ndim, target)
                 for score in target.bind(self.prediction, context):
                     yield BoundTarget(target, score)
             except EsegetaError as error:
@@ -133,23 +136,6 @@ class Prediction:
     def _context(self) -> Case:
         affine = torch.as_tensor(self.case.image.affine).double().cpu()
         return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names, self.head)
-
-    def _refuse_shape(self, target: Target) -> None:
-        """Refuse a prediction whose axes are not those of a map or a vector of classes.
-
-        Raises:
-            TargetError: (heads, K, *spatial), or (steps, K); the message names the shape and the remedy.
-        """
-        shape, axes = tuple(self.prediction.shape), self.image.ndim
-        stacked, steps = len(shape) > axes, len(shape) == 2 and shape[1] > 1
-        if target.layer is not None or not (stacked or steps):
-            return
-        what = "stacked heads (heads, K, *spatial)" if stacked else "several vectors (steps, K)"
-        raise TargetError(
-            f"{type(target).__name__}: the network gives shape {shape} for an image with {axes - 1} spatial axes, "
-            f"such as {what}, so its first axis is not that of the classes: choose one by output=INDEX, 0 to "
-            f"{shape[0] - 1} (--network-output), or wrap the network so that it returns (B, K) or (B, K, *spatial)"
-        )
 
     def _note_output(self) -> None:
         """Record which of several outputs is explained."""
@@ -180,8 +166,11 @@ class Prediction:
             model = copy.copy(self.model)
             model.inferer = None
             condition = None if self.case.condition is None else self.case.condition.to(self.image)
-            with evaluating(settings.network, settings.device):
-                return evidence_of(small_sample(model, self.image, self.plan, condition))
+            try:
+                with evaluating(settings.network, settings.device):
+                    return evidence_of(small_sample(model, self.image, self.plan, condition))
+            except Exception as error:  # a network may raise anything on a window that its inferer would not give it
+                return HeadEvidence(failed=" ".join(str(error).split())[:200] or type(error).__name__)
 
         head, result = find_head(self.prediction, settings.head, settings.postprocessing, evidence)
         self._note(result)

@@ -200,6 +200,29 @@ def need_map(prediction: Tensor, target: Target) -> None:
         )
 
 
+def need_class_axis(prediction: Tensor, axes: int, target: Target) -> None:
+    """Refuse a prediction whose first axis is not that of the classes.
+
+    Args:
+        prediction: (K, *spatial), or (K,); stacked heads (heads, K, *spatial) and vectors (steps, K) are refused.
+        axes: number of axes of the image (C, *spatial).
+        target: named in the error.
+
+    Raises:
+        TargetError: the message has the shape and the remedy.
+    """
+    shape = tuple(prediction.shape)
+    stacked, steps = len(shape) > axes, len(shape) == 2 and shape[1] > 1
+    if not (stacked or steps):
+        return
+    what = "stacked heads (heads, K, *spatial)" if stacked else "several vectors (steps, K)"
+    raise TargetError(
+        f"{type(target).__name__}: the network gives shape {shape} for an image with {axes - 1} spatial axes, such as "
+        f"{what}, so its first axis is not that of the classes: choose one by output=INDEX, 0 to {shape[0] - 1} "
+        "(--network-output), or wrap the network so that it returns (B, K) or (B, K, *spatial)"
+    )
+
+
 def need_classes(target: Target, case: Case) -> None:
     """Refuse a target that needs predicted classes where the output consists of no scores of classes.
 

@@ -137,12 +137,14 @@ class HeadEvidence:
         certain: False if the output only looks like that of a sigmoid.
         text: why, one sentence.
         unusual: name of another activation function in which the network ends; None: none.
+        failed: why the network could not be run for this; None: it could.
     """
 
     kind: HeadKind | None = None
     certain: bool = True
     text: str = ""
     unusual: str | None = None
+    failed: str | None = None
 
 
 def may_be_inside(prediction: Tensor) -> bool:
@@ -210,7 +212,12 @@ def find_head(
         assumed = f"{reads}, so the values are taken for raw output" if kind != "unknown" else "raw output is assumed"
         text = f"the values may already be probabilities: {evident.text}; {assumed}; {_ASK}"
         return Head(kind, False, (evident.text, assumed), post), CheckResult("head", "warned", text)
-    return _raw(evident, post, reads, values, len(prediction))
+    head, result = _raw(evident, post, reads, values, len(prediction))
+    if evident.failed is not None:
+        text = f"{result.text}; the network's last operations are unknown: {evident.failed}; {_ASK}"
+        result = CheckResult("head", "not checked" if result.verdict == "passed" else result.verdict, text)
+        head = replace(head, certain=False)
+    return head, result
 
 
 _ASK = (
