@@ -120,9 +120,9 @@ def test_probabilities_are_not_squashed_again(kind, output):
         },
     }
     (expected,) = torch.autograd.grad(functions[output][score.values](p)[mask].sum(), p)
-    mine = torch.zeros_like(expected)
-    mine[(list(score.channels), *score.box)] = score.cotangent(score.crop(p).detach())
-    assert torch.allclose(mine, expected, rtol=1e-9, atol=1e-12)
+    ours = torch.zeros_like(expected)
+    ours[(list(score.channels), *score.box)] = score.cotangent(score.crop(p).detach())
+    assert torch.allclose(ours, expected, rtol=1e-9, atol=1e-12)
     assert score.linear == (output in ("logit", score.values))
 
 

@@ -1,4 +1,4 @@
-"""What the output is and which output is explained, in the records and maps of every interface."""
+"""The meaning of the output, and the choice of one of several, in maps and records."""
 
 from __future__ import annotations
 

@@ -332,7 +332,7 @@ def _judged(
         what = "an average of sigmoids" if seen == "Sigmoid" else _listed(names)
         return HeadEvidence("sigmoid inside", False, f"the output stays in 0 to 1 on three inputs and ends in {what}")
     odd = names - _PLAIN - set(_INSIDE)
-    text = f"the output is that of {_listed(names)}" if names else ""
+    text = f"the network ends in {_listed(names)}" if names else ""
     return HeadEvidence(None, True, text, seen if odd and seen and not averaged else None)
 
 

@@ -1,4 +1,4 @@
-"""What the output of a network is: detected where the operation or three ranges show it, and not otherwise."""
+"""The meaning of an output is detected where the operation or three ranges show it, and not otherwise."""
 
 from __future__ import annotations
 
