@@ -382,3 +382,33 @@ def test_a_wrapper_reads_probabilities_as_such():
     wrapper = TargetWrapper(Lesion(nn.Sigmoid()).eval(), MultiClassMask(0)).freeze(IMAGE)
     assert wrapper.scores[0][0].voxels == 9
     assert float(wrapper(IMAGE)) == pytest.approx(9 * float(torch.sigmoid(torch.tensor(4.0))), rel=1e-5)
+
+
+class Picky(Lesion):
+    """Accepts windows of 8 x 8 only, as its own inferer gives them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if tuple(x.shape[2:]) != (8, 8):
+            raise ValueError("not my size")
+        return super().forward(x)
+
+
+class Corners:
+    """An inferer that this package does not know: four windows of 8 x 8."""
+
+    def __call__(self, inputs: Tensor, network, *args, **kwargs) -> Tensor:
+        parts = [[network(inputs[..., i : i + 8, j : j + 8]) for j in (0, 8)] for i in (0, 8)]
+        return torch.cat([torch.cat(row, -1) for row in parts], -2)
+
+
+def test_a_network_that_cannot_be_examined_is_not_checked():
+    network = Picky(nn.Sigmoid()).eval()
+    image = torch.zeros(1, 1, 16, 16)
+    image[..., 3:6, 3:6] = 4.0
+    record = only(Explainer(network, Corners())(image, [Saliency()], [MultiClassMask(0)])).record
+    (check,) = [c for c in record["checks"] if c["check"] == "head"]
+    assert check["verdict"] == "not checked"
+    assert "not my size" in check["text"]
+    assert not record["head"]["certain"]
+    record = only(Explainer(network, Corners(), head="sigmoid inside")(image, [Saliency()], [MultiClassMask(0)])).record
+    assert record["target_voxels"] == 9
