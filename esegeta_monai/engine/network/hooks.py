@@ -108,14 +108,20 @@ def on_output(layers: Mapping[str, nn.Module], hook: Callable[[LayerCall], Any])
             handle.remove()
 
 
+def first_tensor_or_none(output: Any) -> Tensor | None:
+    """Return a layer's output, of any shape, or the first of several outputs; None: it is no tensor."""
+    value = output[0] if isinstance(output, (tuple, list)) and output else output
+    return value if isinstance(value, Tensor) else None
+
+
 def first_tensor(layer: str, output: Any) -> Tensor:
     """Return a layer's output, of any shape, or the first of several outputs.
 
     Raises:
         NetworkError: it is no tensor.
     """
-    value = output[0] if isinstance(output, (tuple, list)) and output else output
-    if not isinstance(value, Tensor):
+    value = first_tensor_or_none(output)
+    if value is None:
         raise NetworkError(f"layer {layer!r} gives {type(value).__name__}, not a tensor: choose one inside it")
     return value
 
