@@ -154,8 +154,6 @@ class AxisTrace(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._written: dict[int, Any] = {}  # storages of constants that something was written into, kept alive
-        #: True if some axis of the window was flipped or turned.
-        self.turned = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -187,7 +185,6 @@ class AxisTrace(TorchDispatchMode):
                 labels = rule(given, outputs)
             except (IndexError, KeyError, TypeError):  # a variant of the operation with other arguments
                 labels = []
-        self.turned |= name in ("flip", "rot90")
         through = frozenset().union(*(label.through for t in operands if (label := label_of(t)) is not None))
         for output, label in zip(outputs, [*labels, *(None for _ in outputs[len(labels) :])]):
             fits = label is not None and tuple(a.size for a in label.axes) == tuple(output.shape)
@@ -441,20 +438,15 @@ def _squeezed(given: dict[str, Any], outputs: Sequence[Tensor]) -> list[Label | 
 
 
 def _expanded(given: dict[str, Any], outputs: Sequence[Tensor]) -> list[Label | None]:
+    """Label the copies along axes of `expand` and `repeat`: positions are not copied."""
     label, shape = _label(given, "self"), outputs[0].shape
     if label is None:
         return [None]
     new = len(shape) - len(label.axes)
-    axes = [a if a.size == n else other(n) for a, n in zip(label.axes, shape[new:])]
-    return [replace(label, axes=(*(other(n) for n in shape[:new]), *axes))]
-
-
-def _repeated(given: dict[str, Any], outputs: Sequence[Tensor]) -> list[Label | None]:
-    label, shape = _label(given, "self"), outputs[0].shape
-    if label is None:
-        return [None]
-    new = len(shape) - len(label.axes)
-    axes = [a if a.size == n else other(n) if a.sources <= {None} else unknown(n) for a, n in zip(label.axes, shape[new:])]
+    axes = [
+        a if a.size == n else other(n) if a.size == 1 or a.sources <= {None} else unknown(n)
+        for a, n in zip(label.axes, shape[new:])
+    ]
     return [replace(label, axes=(*(other(n) for n in shape[:new]), *axes))]
 
 
@@ -573,7 +565,9 @@ def _joined_tensors(given: dict[str, Any], outputs: Sequence[Tensor]) -> list[La
 def _in_order(labels: Sequence[Label]) -> int | None:
     """Return the spatial axis of which tensors are all slices, in order."""
     for d in {e[0] for label in labels for e in label.fixed}:
-        if [e for label in labels for e in label.fixed if e[0] == d] == [(d, i, len(labels)) for i in range(len(labels))]:
+        if [e for label in labels for e in label.fixed if e[0] == d] == [
+            (d, i, len(labels)) for i in range(len(labels))
+        ]:
             return d
     return None
 
@@ -624,6 +618,7 @@ _register(_keep, "_softmax _log_softmax _to_copy clone contiguous detach alias c
 _register(_keep, "native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm")
 _register(_keep, "_native_batch_norm_legit_no_training miopen_batch_norm native_dropout _native_multi_head_attention")
 _register(_keep, "batch_norm_elemt _batch_norm_no_update _batch_norm_with_update _fused_rms_norm")
+_register(_keep, "hardswish log_sigmoid_forward channel_shuffle native_channel_shuffle")
 _register(_convolved, "convolution _convolution convolution_overrideable mkldnn_convolution cudnn_convolution")
 _register(_convolved, "cudnn_convolution_transpose miopen_convolution slow_conv_transpose2d slow_conv_transpose3d")
 _register(_convolved, "pixel_shuffle pixel_unshuffle")
@@ -642,8 +637,7 @@ _register(_flipped, "flip")
 _register(_rolled, "roll")
 _register(_inserted, "unsqueeze")
 _register(_squeezed, "squeeze")
-_register(_expanded, "expand")
-_register(_repeated, "repeat")
+_register(_expanded, "expand repeat")
 _register(_reduced, "mean sum amax amin max min prod logsumexp var std norm linalg_vector_norm var_mean any all argmax")
 _register(_sliced, "slice")
 _register(_selected, "select")

@@ -8,16 +8,25 @@ their grid, axes in the order of the window, flips undone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.axes import ROWS, Axis, AxisTrace, Label, Part, clear_label, label_of, put_label
-from esegeta_monai.engine.network.axes import window_label
+from esegeta_monai.engine.network.axes import (
+    ROWS,
+    Axis,
+    AxisTrace,
+    Label,
+    Part,
+    clear_label,
+    label_of,
+    put_label,
+    window_label,
+)
 from esegeta_monai.engine.network.hooks import LayerCall, first_tensor_or_none, on_output
 
 __all__ = ["Frame", "TracedLayer", "assemble", "trace_layers"]
@@ -53,10 +62,33 @@ class Frame:
                     sizes[0 if role is None else role + 1].append(part.size)
         return tuple(math.prod(s) for s in sizes)
 
+    def placed(self, values: Tensor) -> Tensor:
+        """Put a map (…, C, *positions) from `to_map` where its slice lies, with zeros in all other slices."""
+        for d, index, n in self.fixed:
+            axis = values.ndim - self.dims + d
+            wide = values.new_zeros(*values.shape[:axis], n, *values.shape[axis + 1 :])
+            wide.narrow(axis, index, 1).copy_(values)
+            values = wide
+        return values
+
     @property
     def plain(self) -> bool:
         """True if the first axis is that of the windows alone."""
         return all(r == ROWS for r in self.roles[0]) and all(ROWS not in r for r in self.roles[1:])
+
+    def fits(self, values: Tensor, lead: int = 1) -> bool:
+        """Return True if raw values (*leading axes, n, …) have the shape that the layer gave when it was traced."""
+        shape = values.shape[lead - 1 :]
+        if len(shape) != len(self.axes):
+            return False
+        for length, axis, roles in zip(shape, self.axes, self.roles):
+            rest = math.prod(p.size for p, r in zip(axis.parts, roles) if r != ROWS)
+            rows = [p.size for p, r in zip(axis.parts, roles) if r == ROWS]
+            windows, left = divmod(length - axis.before - axis.after, rest)
+            alone = not rows or (rows == [1] and rest > 1)  # traced with one window: the order of the axes is open
+            if left or (alone and windows != 1):
+                return False
+        return True
 
     def to_map(self, values: Tensor, lead: int = 1) -> Tensor:
         """Put raw values (*leading axes, n, …) into the window's frame: (*leading axes, n, C, *positions).
@@ -65,8 +97,6 @@ class Frame:
             values: activations (n, …) or gradients (k, n, …) of the layer.
             lead: 1 for activations, 2 for gradients.
         """
-        if values.ndim != len(self.axes) + lead - 1:
-            raise ValueError(f"values of {values.ndim} axes, but the layer gave {len(self.axes)} when it was traced")
         extra = lead - 1
         targets: list[tuple[tuple[int, ...], int]] = []  # (place in the map, axis of the unflattened values)
         sizes: list[int] = list(values.shape[:extra])
@@ -96,7 +126,7 @@ def frame_of(label: Label, dims: int) -> Frame | None:
         dims: number of spatial axes of the window.
     """
     axes = [a if a.parts else Axis((Part(None, 1),), a.before, a.after) for a in label.axes]
-    if any(p.source is not None and p.source < ROWS or p.rolled for a in axes for p in a.parts):
+    if any((p.source is not None and p.source < ROWS) or p.rolled for a in axes for p in a.parts):
         return None
     inside = [all(p.source is None or not p.coarse for p in a.parts) for a in axes]
     named = [i for i, a in enumerate(axes) if inside[i] and None in a.sources and a.size > 1]
@@ -147,28 +177,6 @@ def frame_of(label: Label, dims: int) -> Frame | None:
     return Frame(tuple(axes), tuple(map(tuple, roles)), channel, flips, label.fixed, dims)
 
 
-def by_shape(shape: Sequence[int], roi: Sequence[int]) -> Frame | None:
-    """Return the frame of an output of unknown origin (n, …) with one entry per window, if its shape decides.
-
-    It does if the window divided by one factor for all axes gives the positions with the channels in one place only.
-    """
-    dims = len(roi)
-    if len(shape) != dims + 2:
-        return None
-    front, behind = _fits(shape[2:], roi), _fits(shape[1:-1], roi)
-    if front == behind:
-        return None
-    sources: list[int | None] = [ROWS, None, *range(dims)] if front else [ROWS, *range(dims), None]
-    axes = tuple(Axis((Part(s, n),)) for s, n in zip(sources, shape))
-    return Frame(axes, tuple((s,) for s in sources), sources.index(None), (), (), dims)
-
-
-def _fits(positions: Sequence[int], roi: Sequence[int]) -> bool:
-    lowest = max(n / (p + 1) for n, p in zip(roi, positions))
-    highest = min(n / (p - 1) if p > 1 else math.inf for n, p in zip(roi, positions))
-    return lowest < highest
-
-
 def _slices(label: Label) -> set[int]:
     return {d for d, _, _ in label.fixed}
 
@@ -178,7 +186,7 @@ def _covers(parts: Sequence[Part]) -> bool:
     ordered = sorted(parts, key=lambda p: -p.step)
     if not ordered[0].coarse or len({(p.whole, p.flipped) for p in ordered}) > 1:
         return False
-    return all(a.step == b.step * b.size for a, b in zip(ordered, ordered[1:]))
+    return all(a.step == b.step * b.size for a, b in pairwise(ordered))
 
 
 @dataclass
@@ -218,7 +226,7 @@ def trace_layers(
         select: the tensor to read from the network's own output.
     """
     layers: dict[str, TracedLayer] = {}
-    trace, inputs = AxisTrace(), []
+    inputs: list[Tensor] = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         for value in chain(args, kwargs.values()):
@@ -237,16 +245,15 @@ def trace_layers(
             layer.sequential |= call.name in label.through
             put_label(value, replace(label, through=label.through | {call.name}))
             known = label.known and len(label.axes) == value.ndim
-            frame = frame_of(label, len(roi)) if known else None if trace.turned else by_shape(value.shape, roi)
-        elif value is not None and not trace.turned:
-            frame = by_shape(value.shape, roi)
+            frame = frame_of(label, len(roi)) if known else None
         layer.frames.append(frame)
 
     handle = network.register_forward_pre_hook(enter, with_kwargs=True)
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # it hides the layers inside
-        with torch.inference_mode(), on_output(dict(network.named_modules()), record), trace:
+        hooked = {n: m for n, m in network.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+        with torch.inference_mode(), on_output(hooked, record), AxisTrace():
             run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from esegeta_monai.engine.default_layer import layer_shapes
-from esegeta_monai.engine.layer_maps import BlendedActivations, spatial_map
+from esegeta_monai.engine.layer_frames import spatial_map
+from esegeta_monai.engine.layer_maps import BlendedActivations
 from esegeta_monai.engine.network.hooks import capture
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError
@@ -33,8 +34,8 @@ class Cam(_Cam):
     relu: bool = False
 
     def passes(self, objective: Objective) -> int:
-        """Count one pass per window for the activations, one to find the head, and two to find the layer."""
-        return len(objective.plan) + (3 if self.layer is None else 1)
+        """Count one pass per window for the activations, one to find the head, and one to find the layer."""
+        return len(objective.plan) + (2 if self.layer is None else 1)
 
     def layers(self, objective: Objective) -> tuple[str, ...]:
         if self.layer is None:
@@ -62,7 +63,7 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
     if objective.grid.shape:
         raise MethodError(f"{wrong} (the output of this network is a map of voxels)")
     heads = {n: m for n, m in network.named_modules() if isinstance(m, Head)}
-    names = [layer] if layer else [s.name for s in layer_shapes(objective) if s.name and s.grid is not None]
+    names = [layer] if layer else [s.name for s in layer_shapes(objective) if s.name and s.grid and s.calls == 1]
     entered: dict[str, Tensor] = {}
     handles = [
         module.register_forward_pre_hook(lambda m, args, n=n: entered.update({n: args[0]}))
@@ -72,12 +73,13 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
     try:
         layers = list(dict.fromkeys([*names, *heads]))
         with torch.inference_mode(), capture(network, layers, of_windows=False) as captured:
-            objective.run(x, [0])
-            out = objective.model(x)
+            out = objective.run(x, [0], all_channels=True)
     finally:
         for handle in handles:
             handle.remove()
     for head in reversed(list(entered)):
+        if len(captured.each[head]) > 1:
+            continue
         if captured[head].numel() != out.numel() or not torch.equal(captured[head].flatten(), out.flatten()):
             continue
         pooled = entered[head].flatten()
