@@ -178,6 +178,20 @@ def _to_map(frame: Frame, values: Tensor, layer: str, lead: int) -> Tensor:
     return frame.to_map(values, lead)
 
 
+def map_of_last_call(values: Sequence[Tensor], objective: Objective, layer: str) -> Tensor:
+    """Convert the activations of the last call of a layer to a map of the window (n, C, *roi'), whatever the others do.
+
+    For a method that has verified that it needs this call. Arguments are those of `maps_of_calls`.
+
+    Raises:
+        MethodError: the layer has no spatial map.
+    """
+    frame = traced_layers(objective)[layer].frames[-1]
+    if frame is None or frame.fixed:
+        raise MethodError(_no_map(layer, tuple(values[-1].shape[1:])))
+    return with_slice_axis(_to_map(frame, values[-1], layer, 1), objective.plan)
+
+
 def maps_of_calls(values: Sequence[Tensor], objective: Objective, layer: str, *, lead: int = 1) -> list[Tensor]:
     """Convert the values of each call of a layer to maps of the window (*leading axes, C, *roi'), one per view.
 

@@ -57,6 +57,7 @@ class BlendedActivations(Request):
         layer: dotted name.
         weights: α (k, C), or (views, k, C) for a layer that runs several times; None: each channel separately;
             ``"sum"`` or ``"mean"``: one map of all channels. Views are added with weights α, else averaged.
+        last: True: those of the last call of the layer only.
 
     The result is (k, 1, *spatial) with weights α, else (C or 1, *spatial).
     """
@@ -65,13 +66,15 @@ class BlendedActivations(Request):
     backward = False
     summed = ("maps",)
 
-    def __init__(self, layer: str, weights: Tensor | Literal["sum", "mean"] | None = None) -> None:
-        self.layers, self.weights = (layer,), weights
+    def __init__(
+        self, layer: str, weights: Tensor | Literal["sum", "mean"] | None = None, *, last: bool = False
+    ) -> None:
+        self.layers, self.weights, self.last = (layer,), weights, last
         self.maps: Tensor | None = None
 
     @property
     def key(self) -> Hashable:
-        return self if isinstance(self.weights, Tensor) else ("activations", self.layers, self.weights)
+        return self if isinstance(self.weights, Tensor) else ("activations", self.layers, self.weights, self.last)
 
     def begin(self, objective: Objective) -> None:
         self.objective = objective
@@ -79,7 +82,7 @@ class BlendedActivations(Request):
 
     def see(self, view: View) -> None:
         plan = self.objective.plan
-        views = view.maps(self.layers[0])
+        views = view.maps(self.layers[0], last=self.last)
         up = torch.stack([self._reduced(values, i) for i, values in enumerate(views)]).sum(0)
         if not isinstance(self.weights, Tensor):
             up = up / len(views)

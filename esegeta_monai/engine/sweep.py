@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.batch import NO_PATH, Batch, Gradient
-from esegeta_monai.engine.layer_frames import check_calls, maps_of_calls
+from esegeta_monai.engine.layer_frames import map_of_last_call, maps_of_calls
 from esegeta_monai.engine.network.hooks import capture
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError
@@ -57,14 +57,20 @@ class View:
     seen: bool
     objective: Objective
 
-    def maps(self, layer: str) -> list[Tensor]:
+    def maps(self, layer: str, *, last: bool = False) -> list[Tensor]:
         """Return the activations of a layer in the frame of the window, one (n, C, *positions) per view of it.
 
         A layer that runs several times has several views, such as the window and its flip.
 
+        Args:
+            layer: dotted name.
+            last: True: return those of the last call only.
+
         Raises:
             MethodError: the layer has no spatial map, or its calls are no views of the window.
         """
+        if last:
+            return [map_of_last_call(self.activations[layer], self.objective, layer)]
         return maps_of_calls(self.activations[layer], self.objective, layer)
 
     def gradient_maps(self, layer: str) -> list[Tensor]:
@@ -205,8 +211,6 @@ def _view(objective: Objective, batch: Batch, layers: Sequence[str], wanting: Se
     if wants_input:
         x = x.detach().requires_grad_(True)
     model = objective.model
-    for name in layers:
-        check_calls(objective, name, several=True)
     grad = torch.set_grad_enabled(backward)
     with grad, capture(model.network, layers, of_windows=False, leaves=True) as captured:
         out = batch.forward(x)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from esegeta_monai.engine.default_layer import layer_shapes
-from esegeta_monai.engine.layer_frames import spatial_map
+from esegeta_monai.engine.layer_frames import frames_of, map_of_last_call, traced_layers
 from esegeta_monai.engine.layer_maps import BlendedActivations
-from esegeta_monai.engine.network.hooks import capture
+from esegeta_monai.engine.network.hooks import capture, find_layer
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError
 from esegeta_monai.methods.cam.gradient_cam import LayerPasses, _Cam
@@ -40,17 +40,28 @@ class Cam(_Cam):
     def layers(self, objective: Objective) -> tuple[str, ...]:
         if self.layer is None:
             return (_pooled_layer(objective, None)[0],)
-        return super().layers(objective)
+        names = (self.layer,) if isinstance(self.layer, str) else tuple(dict.fromkeys(self.layer))
+        for name in names:
+            find_layer(objective.model.network, name)
+            frames_of(objective, name)
+        return names
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
         _, head = _pooled_layer(objective, layer)
         rows = head.weight.flatten(1)
         weights = [s.cotangent(rows.new_zeros(len(s.channels))) @ rows[list(s.channels)] for s in objective.scores]
-        return (yield BlendedActivations(layer, torch.stack(weights)))
+        return (yield BlendedActivations(layer, torch.stack(weights), last=True))
+
+
+def _has_map(objective: Objective, layer: str) -> bool:
+    frame = traced_layers(objective)[layer].frames[-1]
+    return frame is not None and not frame.fixed
 
 
 def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
     """Return the layer whose mean over positions enters the last linear layer, and that linear layer.
+
+    Of a layer that runs several times, its last call is compared, and is the one that is read.
 
     Raises:
         MethodError: the network does not end with global average pooling and one linear layer.
@@ -63,7 +74,7 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
     if objective.grid.shape:
         raise MethodError(f"{wrong} (the output of this network is a map of voxels)")
     heads = {n: m for n, m in network.named_modules() if isinstance(m, Head)}
-    names = [layer] if layer else [s.name for s in layer_shapes(objective) if s.name and s.grid and s.calls == 1]
+    names = [layer] if layer else [s.name for s in layer_shapes(objective) if s.name and _has_map(objective, s.name)]
     entered: dict[str, Tensor] = {}
     handles = [
         module.register_forward_pre_hook(lambda m, args, n=n: entered.update({n: args[0]}))
@@ -84,7 +95,7 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
             continue
         pooled = entered[head].flatten()
         for name in reversed(names):
-            values = spatial_map(captured[name], objective, name).flatten(2)[0]
+            values = map_of_last_call(captured.each[name], objective, name).flatten(2)[0]
             same = values.shape[0] == len(pooled) and values.shape[1] > 1
             if same and float((values.mean(1) - pooled).abs().max()) <= 1e-5 * float(values.abs().max()):
                 return name, heads[head]
