@@ -1,7 +1,7 @@
 """The frame of a layer's call: where the entries of its output lie in the window.
 
-`trace_layers` runs a network once on a small batch and follows the axes (`esegeta_monai.engine.network.axes`). From
-this, `Frame.to_map` puts the output of each call of a layer into the frame of the window: channels in front, tokens on
+`trace_layers` runs a network once and follows the axes (`esegeta_monai.engine.network.axis_trace`). From this,
+`Frame.to_map` puts the output of each call of a layer into the frame of the window: channels in front, tokens on
 their grid, axes in the order of the window, flips undone.
 """
 
@@ -16,17 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.axes import (
-    ROWS,
-    Axis,
-    AxisTrace,
-    Label,
-    Part,
-    clear_label,
-    label_of,
-    put_label,
-    window_label,
-)
+from esegeta_monai.engine.network.axes import ROWS, Axis, Label, Part, clear_label, put_label, window_label
+from esegeta_monai.engine.network.axis_trace import AxisTrace
 from esegeta_monai.engine.network.hooks import LayerCall, first_tensor_or_none, on_output
 
 __all__ = ["Frame", "TracedLayer", "assemble", "trace_layers"]
@@ -226,6 +217,7 @@ def trace_layers(
         select: the tensor to read from the network's own output.
     """
     layers: dict[str, TracedLayer] = {}
+    trace = AxisTrace()
     inputs: list[Tensor] = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -239,7 +231,7 @@ def trace_layers(
         layers[call.name] = layer
         value = first_tensor_or_none(select(call.output) if call.name == "" else call.output)
         layer.shape = None if value is None or not value.ndim else tuple(value.shape[1:])
-        label = label_of(value)
+        label = None if value is None else trace.label(value)
         frame: Frame | None = None
         if value is not None and label is not None:
             layer.sequential |= call.name in label.through
@@ -253,7 +245,7 @@ def trace_layers(
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # it hides the layers inside
         hooked = {n: m for n, m in network.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
-        with torch.inference_mode(), on_output(hooked, record), AxisTrace():
+        with torch.inference_mode(), on_output(hooked, record), trace:
             run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

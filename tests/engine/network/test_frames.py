@@ -78,6 +78,11 @@ def test_moves_are_undone(name, rows):
     assert torch.equal(frame.to_map(gradients, 2), torch.stack([x, 2 * x]))
 
 
+def _write(x: Tensor, values: Tensor) -> Tensor:
+    x[:, :] = values
+    return x
+
+
 UNKNOWN = {
     "half of the window": lambda x: x[..., :6],
     "rolled": lambda x: x.roll(2, 3),
@@ -86,6 +91,8 @@ UNKNOWN = {
     "the window plus its flip": lambda x: x + x.flip(3),
     "entries by number": lambda x: x[:, :, [2, 1, 0]],
     "a written buffer": lambda x: x.new_zeros(x.shape).copy_(x).index_copy(2, torch.tensor([0]), x[:, :, :1]),
+    "a written part": lambda x: _write(x.clone(), x.flip(3)),
+    "a written whole": lambda x: x.flip(3).copy_(x),
     "no positions": lambda x: x.mean(3),
     "all in one": lambda x: x.flatten(1),
 }
