@@ -31,6 +31,7 @@ class LayerShape:
         shape: shape of the output, without batch.
         grid: (C, *positions) if the output is a map of the window, tokens included; else None.
         calls: number of calls in one forward pass.
+        steps: True: a call reads what an earlier one has computed, so that the calls are no views of the window.
     """
 
     name: str
@@ -38,12 +39,13 @@ class LayerShape:
     shape: tuple[int, ...]
     grid: tuple[int, ...] | None
     calls: int
+    steps: bool = False
 
 
 def layer_shapes(objective: Objective) -> list[LayerShape]:
     """List all layers that run, in the order in which they finish; the last is the network, with an empty name."""
-    found = traced_layers(objective).values()
-    return [LayerShape(s.name, s.kind, s.shape, _grid(s), s.calls) for s in found if s.shape is not None]
+    layers = traced_layers(objective).values()
+    return [LayerShape(s.name, s.kind, s.shape, _grid(s), s.calls, s.sequential) for s in layers if s.shape is not None]
 
 
 def _grid(layer: TracedLayer) -> tuple[int, ...] | None:

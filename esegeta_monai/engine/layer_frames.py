@@ -88,13 +88,13 @@ def check_calls(objective: Objective, layer: str, *, several: bool) -> None:
     """
     if objective.model.inferer is not None or layer not in traced_layers(objective):
         return
-    found = traced_layers(objective)[layer]
-    if found.calls < 2:
+    traced = traced_layers(objective)[layer]
+    if traced.calls < 2:
         return
-    runs = f"layer {layer!r} runs {found.calls} times in a pass"
-    if found.sequential:
+    runs = f"layer {layer!r} runs {traced.calls} times in a pass"
+    if traced.sequential:
         raise MethodError(f"{runs}, each call on what an earlier one has computed: {_way_out(objective)}")
-    if any(f is None for f in found.frames):
+    if any(f is None for f in traced.frames):
         raise MethodError(f"{runs}, and it is not known where the output of each call lies: {_way_out(objective)}")
     if not several:
         raise MethodError(f"{runs}, but the method reads one call: {_way_out(objective)}")
@@ -117,12 +117,12 @@ def frames_of(objective: Objective, layer: str) -> list[Frame]:
     Raises:
         MethodError: the layer has no spatial map, or it is not known where its output lies.
     """
-    found = traced_layers(objective).get(layer)
-    if found is None:
+    traced = traced_layers(objective).get(layer)
+    if traced is None:
         raise MethodError(f"layer {layer!r} is not used in the forward pass: choose another")
-    frames = [f for f in found.frames if f is not None]
-    if len(frames) < found.calls:
-        raise MethodError(_no_map(layer, found.shape))
+    frames = [f for f in traced.frames if f is not None]
+    if len(frames) < traced.calls:
+        raise MethodError(_no_map(layer, traced.shape))
     return frames
 
 
@@ -152,7 +152,7 @@ def with_slice_axis(values: Tensor, plan: WindowPlan) -> Tensor:
 
 
 def spatial_map(values: Tensor, objective: Objective, layer: str, *, lead: int = 1) -> Tensor:
-    """Convert values of a layer that runs once (*leading axes, …) to a map of the window (*leading axes, C, *roi').
+    """Convert values of a layer that runs once (*leading axes, …) to a map (*leading axes, C, *positions).
 
     The channels are moved to the front, tokens are placed on their grid, without a class token, and axes are put in the
     order of the window, flips undone.
@@ -179,7 +179,7 @@ def _to_map(frame: Frame, values: Tensor, layer: str, lead: int) -> Tensor:
 
 
 def map_of_last_call(values: Sequence[Tensor], objective: Objective, layer: str) -> Tensor:
-    """Convert the activations of the last call of a layer to a map of the window (n, C, *roi'), whatever the others do.
+    """Convert the activations (n, …) of the last call of a layer to a map (n, C, *positions) of the window.
 
     For a method that has verified that it needs this call. Arguments are those of `maps_of_calls`.
 
@@ -193,7 +193,7 @@ def map_of_last_call(values: Sequence[Tensor], objective: Objective, layer: str)
 
 
 def maps_of_calls(values: Sequence[Tensor], objective: Objective, layer: str, *, lead: int = 1) -> list[Tensor]:
-    """Convert the values of each call of a layer to maps of the window (*leading axes, C, *roi'), one per view.
+    """Convert the values (*leading axes, …) of each call to maps of the window (*leading axes, C, *positions).
 
     Calls that saw one slice each are put together. Arguments are those of `spatial_map`, with one tensor per call.
 
@@ -230,16 +230,17 @@ def map_of_layer(network: nn.Module, layer: str, values: Tensor, x: Tensor, args
     """
     find_layer(network, layer)
     known = _TRACES.setdefault(network, {})
-    key = ("call", tuple(x.shape), tuple(map(id, network.modules())))
-    if key not in known:
+    key = ("call", tuple(x.shape[1:]), tuple(map(id, network.modules())))
+    frame = known[key][layer].frames[0] if key in known else None
+    if key not in known or (frame is not None and not frame.fits(values)):
         known[key] = trace_layers(network, x.shape[2:], lambda: network(x.detach(), *args, **kwargs))
-    found = known[key][layer]
-    frame = found.frames[0]
-    if found.calls > 1:
+    traced = known[key][layer]
+    frame = traced.frames[0]
+    if traced.calls > 1:
         raise MethodError(
-            f"layer {layer!r} runs {found.calls} times in a pass, but the target reads one call: choose a layer that "
+            f"layer {layer!r} runs {traced.calls} times in a pass, but the target reads one call: choose a layer that "
             "runs once ('esegeta-monai layers' lists them)"
         )
     if frame is None or frame.fixed:
-        raise MethodError(_no_map(layer, found.shape))
+        raise MethodError(_no_map(layer, traced.shape))
     return _to_map(frame, values, layer, 1)

@@ -231,11 +231,11 @@ def _view(objective: Objective, batch: Batch, layers: Sequence[str], wanting: Se
         products: list[Tensor | None] = []
         if tracked or wants_input:
             products = batch.gradients(out, tracked + ([x] if wants_input else []))
-        found = {id(v): g for v, g in zip(tracked, products) if g is not None}
+        by_output = {id(v): g for v, g in zip(tracked, products) if g is not None}
         k = len(batch.cotangents)
         for n, v in calls:
-            if any(id(other) in found for other in captured.each[n]):  # a call that the target ignores has zeros
-                g = found.get(id(v))
+            if any(id(other) in by_output for other in captured.each[n]):  # a call that the target ignores has zeros
+                g = by_output.get(id(v))
                 gradients.setdefault(n, []).append(v.new_zeros(k, *v.shape) if g is None else g)
         at_input = products[-1] if wants_input else None
         if wants_input and at_input is None:

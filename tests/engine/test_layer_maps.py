@@ -1,4 +1,4 @@
-"""What is spread over a window keeps its sum, and what is interpolated its values."""
+"""Spreading over a window keeps the sum of a map, and interpolation keeps its values."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def flip(*axes: int) -> tuple[View, View]:
 
 
 class Blocks(nn.Module):
-    """Blocks of their own class that hand on (n, *positions, C)."""
+    """Blocks of their own class that return (n, *positions, C)."""
 
     class Block(nn.Module):
         def __init__(self, channels: int) -> None:

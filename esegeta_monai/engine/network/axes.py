@@ -17,7 +17,7 @@ __all__ = ["ROWS", "UNKNOWN", "Axis", "Label", "Part", "clear_label", "label_of"
 ROWS = -1
 """Source of the batch axis."""
 UNKNOWN = -2
-"""Source of an axis of which nothing is known."""
+"""Source of an axis without a known source."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Label:
 
     Attributes:
         axes: one for each axis.
-        fixed: (spatial axis, index, length) of each axis of the window of which one slice was taken.
+        fixed: (spatial axis, index, length) of each axis of the window along which one slice was taken.
         through: names of the layers that it was computed by.
     """
 
@@ -111,7 +111,7 @@ def other(size: int) -> Axis:
 
 
 def unknown(size: int) -> Axis:
-    """Return an axis of which nothing is known."""
+    """Return an axis without a known source."""
     return Axis((Part(UNKNOWN, size),) if size > 1 else ())
 
 

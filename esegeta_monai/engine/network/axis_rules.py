@@ -1,7 +1,7 @@
 """How each operation of torch moves the axes of a tensor: from the labels of its operands to those of its results.
 
 A rule gets the arguments of the operation by name, and its results, whose shapes it reads. An operation that is not in
-`RULES` gives results of which nothing is known; nothing is guessed.
+`RULES` gives results without known axes; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Rule = Callable[[dict[str, Any], Sequence[Tensor]], list[Label | None]]
 
 
 def combined(operands: Sequence[Tensor], shape: Sequence[int]) -> Label:
-    """Return the label of an operation entry by entry, with broadcasting."""
+    """Return the label of an operation entry by entry on tensors of any shape, with broadcasting."""
     axes = []
     labels = [label for t in operands if (label := label_of(t)) is not None]
     for i, n in enumerate(shape):
@@ -384,7 +384,7 @@ def _joined_tensors(given: dict[str, Any], outputs: Sequence[Tensor]) -> list[La
 
 
 def _in_order(labels: Sequence[Label]) -> int | None:
-    """Return the spatial axis of which tensors are all slices, in order."""
+    """Return the spatial axis whose slices are all of these tensors, in order; None: there is none."""
     for d in {e[0] for label in labels for e in label.fixed}:
         if [e for label in labels for e in label.fixed if e[0] == d] == [
             (d, i, len(labels)) for i in range(len(labels))

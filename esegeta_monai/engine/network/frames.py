@@ -32,7 +32,7 @@ class Frame:
         roles: per raw axis the parts' roles: `ROWS`, a spatial axis of the window, or None for channels.
         channel: the raw axis that has the channels.
         flips: spatial axes that run against the window.
-        fixed: (spatial axis, index, length) of each axis of which the call saw one slice.
+        fixed: (spatial axis, index, length) of each axis along which the call saw one slice.
         dims: number of spatial axes.
     """
 
@@ -45,7 +45,7 @@ class Frame:
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """(C, *positions) of the map that `to_map` returns; 1 on axes of which the call saw one slice."""
+        """(C, *positions) of the map that `to_map` returns; 1 on axes along which the call saw one slice."""
         sizes: list[list[int]] = [[] for _ in range(self.dims + 1)]
         for axis, roles in zip(self.axes, self.roles):
             for part, role in zip(axis.parts, roles):
@@ -182,7 +182,7 @@ def _covers(parts: Sequence[Part]) -> bool:
 
 @dataclass
 class TracedLayer:
-    """What a trace has found of one layer.
+    """A layer in a trace.
 
     Attributes:
         name: dotted name.

@@ -61,7 +61,7 @@ def _has_map(objective: Objective, layer: str) -> bool:
 def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
     """Return the layer whose mean over positions enters the last linear layer, and that linear layer.
 
-    Of a layer that runs several times, its last call is compared, and is the one that is read.
+    The last call of a layer is compared and read.
 
     Raises:
         MethodError: the network does not end with global average pooling and one linear layer.

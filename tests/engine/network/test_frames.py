@@ -118,11 +118,11 @@ def test_channels_of_a_block_of_its_own_class_are_found(dims, channels, swap):
     """Eight channels at 8 positions along each axis: the shape shows nothing."""
     network = Blocks(dims, channels, swap).double()
     x = noise(2, 1, *(32,) * dims)
-    found = trace(network, x)["block"]
+    layers = trace(network, x)["block"]
     y = network.stem(x).movedim(1, -1)
     raw = network.block(y.transpose(1, 2) if swap else y)
     expected = (raw.transpose(1, 2) if swap else raw).movedim(-1, 1)
-    assert torch.equal(found.frames[0].to_map(raw), expected)
+    assert torch.equal(layers.frames[0].to_map(raw), expected)
 
 
 @pytest.mark.parametrize("proj", ["conv", "perceptron"])
@@ -160,16 +160,16 @@ def test_tokens_lie_in_the_order_of_monais_patches(size, patch, class_token, pro
 def test_flips_and_turns_of_a_repeated_module(dims):
     axes = [a for n in range(dims + 1) for a in itertools.combinations(range(dims), n)]
     network = Views(Encoder(dims), [flip(*a) for a in axes], 1 / len(axes))
-    found = trace(network, torch.rand(2, 1, *(8,) * dims))["n.down"]
-    assert [f.flips for f in found.frames] == axes
-    assert not found.sequential
+    layers = trace(network, torch.rand(2, 1, *(8,) * dims))["n.down"]
+    assert [f.flips for f in layers.frames] == axes
+    assert not layers.sequential
 
 
 def test_calls_on_the_result_of_an_earlier_call_are_steps():
     act = nn.ReLU()
     network = nn.Sequential(nn.Conv2d(1, 2, 3), act, nn.Conv2d(2, 2, 3), act)
-    found = trace(network, torch.rand(2, 1, 8, 8))["1"]
-    assert (found.calls, found.sequential) == (2, True)
+    layers = trace(network, torch.rand(2, 1, 8, 8))["1"]
+    assert (layers.calls, layers.sequential) == (2, True)
 
 
 @pytest.mark.parametrize("loop", [False, True])
@@ -199,9 +199,9 @@ def test_a_trace_leaves_nothing_behind():
 def test_every_layer_of_a_convolutional_network_is_known(name):
     """In these networks, an output (n, C, *positions) of a convolution has its axes in this order."""
     case = build(name, 2, dtype=torch.float32)
-    found = trace(case.network, case.image)
-    assert found[case.cam_layer].frames[-1] is not None
-    for layer in found.values():
+    layers = trace(case.network, case.image)
+    assert layers[case.cam_layer].frames[-1] is not None
+    for layer in layers.values():
         if layer.kind == "Conv2d" and case.network.get_submodule(layer.name).weight.shape[2:].numel() > 1:
             assert all(f is not None for f in layer.frames), layer.name
             assert layer.frames[-1].grid == layer.shape

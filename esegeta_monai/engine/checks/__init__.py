@@ -1,0 +1,1 @@
+"""Checks of what the maps take for granted: one small class per assumption."""
