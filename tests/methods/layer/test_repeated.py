@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from monai.inferers import SlidingWindowInferer
+from monai.networks.nets import ViT
 from torch import Tensor, nn
 
 from esegeta_monai.engine.default_layer import check_layer, default_layer
-from esegeta_monai.engine.layer_maps import spread
+from esegeta_monai.engine.layer_maps import LayerOutput, spread
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, NetworkError
@@ -40,7 +41,7 @@ from esegeta_monai.methods import (
 )
 from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.support.objectives import explain, objective_of
-from tests.support.repeated import Encoder, Slices, Views, flip, hooked
+from tests.support.repeated import Blocks, Encoder, Slices, Views, flip, hooked
 from tests.support.tensors import assert_equal, noise
 
 MODE = {2: "bilinear", 3: "trilinear"}
@@ -200,3 +201,56 @@ def test_cam_reads_the_call_that_is_pooled():
     assert_equal(
         result.maps, up(torch.einsum("c,nc...->n...", network[6].weight[1].detach(), small)[:, None], x), 1e-10
     )
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("channels", [6, 8])
+def test_blocks_with_their_channels_last(dims, channels):
+    """Of a class of their own; with 8 channels at 8 positions along each axis, the shape shows nothing."""
+    torch.manual_seed(0)
+    network, x = Blocks(dims, channels).double().eval(), noise(1, 1, *(32,) * dims)
+    o = objective_of(network, x[0], [ClassScore(1)])
+    ((a, g),) = hooked(network, "block", x, lambda out: out[0, 1])
+    a, g = a.movedim(-1, 1), g.movedim(-1, 1)
+    expected = up((a * weights_of(g)).sum(1, keepdim=True), x)
+    assert_equal(explain(GradCam("block", relu=False), o).maps, expected, 1e-10)
+    assert_equal(explain(LayerActivation("block", reduce="channels"), o).maps, up(a, x), 1e-10)
+    with torch.no_grad(), frozen(network):
+        assert_equal(LayerOutput(network, "block")(x), F.interpolate(a, x.shape[2:], mode="nearest-exact"), 1e-12)
+
+
+def weights_of(g: Tensor) -> Tensor:
+    return channels(g) / g[0, 0].numel()
+
+
+def test_a_target_of_a_layer_that_runs_several_times_is_refused():
+    network, x, _ = mirrored(2)
+    with frozen(network), torch.no_grad(), pytest.raises(NetworkError, match=r"'n\.down' runs 3 times in a pass"):
+        LayerOutput(network, "n.down")(x)
+
+
+@pytest.mark.parametrize("size", [((64, 64, 8), (8, 8, 1)), ((96, 48), (16, 4))])
+@pytest.mark.parametrize("class_token", [False, True])
+def test_cams_of_tokens_of_patches_that_are_no_cubes(size, class_token):
+    """Against the row-major order of MONAI's patches."""
+    torch.manual_seed(0)
+    image, patch = size
+    shared = {"hidden_size": 12, "mlp_dim": 8, "num_layers": 2, "num_heads": 2, "num_classes": 2}
+    vit = ViT(1, image, patch, spatial_dims=len(image), classification=class_token, **shared).double().eval()
+
+    class Scored(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v, self.head = vit, nn.Identity() if class_token else nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.v(x)[0]
+            return y if class_token else self.head(y.amax(1))
+
+    network, x = Scored().double().eval(), noise(1, 1, *image)
+    o = objective_of(network, x[0], [ClassScore(1)])
+    ((a, g),) = hooked(network, "v.blocks.0", x, lambda out: out[0, 1])
+    grid = tuple(n // p for n, p in zip(image, patch))
+    a, g = (v[:, class_token:].mT.reshape(1, 12, *grid) for v in (a, g))
+    expected = up((a * weights_of(g)).sum(1, keepdim=True), x)
+    assert_equal(explain(GradCam("v.blocks.0", relu=False), o).maps, expected, 1e-10)
