@@ -206,7 +206,7 @@ def test_cam_reads_the_call_that_is_pooled():
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("channels", [6, 8])
 def test_blocks_with_their_channels_last(dims, channels):
-    """Of a class of their own; with 8 channels at 8 positions along each axis, the shape shows nothing."""
+    """The class of the blocks is not known, nor is their shape evidence: 8 channels at 8 positions along each axis."""
     torch.manual_seed(0)
     network, x = Blocks(dims, channels).double().eval(), noise(1, 1, *(32,) * dims)
     o = objective_of(network, x[0], [ClassScore(1)])
