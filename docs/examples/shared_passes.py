@@ -38,6 +38,8 @@ if __name__ == "__main__":
     image = torch.rand(1, 1, 8, 8, dtype=torch.float64)
 
     grad_cam, positive = GradCam(layer="0"), PositiveCam("0")
+    list(Explainer(network)(image, [grad_cam], ["MultiClassMask(1)"]))  # this also traces the layers, once
+    calls.clear()
     list(Explainer(network)(image, [grad_cam], ["MultiClassMask(1)"]))
     alone = len(calls)
     _, attribution = Explainer(network)(image, [grad_cam, positive], ["MultiClassMask(1)"])
