@@ -69,10 +69,13 @@ class Record:
         seed, output: of the explainer; inferer, network: names and parameters.
         network_grid, network_affine: shape (*spatial) and affine (mm) of the preprocessed image.
         versions: of the packages. warnings: texts.
+        checks: results of the checks, see `esegeta_monai.engine.checks.base.CheckResult.entry`.
+        checks: results of the checks, see `esegeta_monai.engine.checks.base.CheckResult.entry`.
         layer, channel, features, curve, intensity_range, place, distance_end: of methods that have them: layer name,
             channel number, feature table, optimisation curve, intensities of black and white, place of a synthesised
             image, final layer distance.
         sum_in_padding, sum_network_grid, sum_scan_grid: sums of additive maps in padding and on both grids.
+        grid: of the map on disk or in memory: ``scan`` or ``network``.
         case: its name. result: target and method as ``run.json`` calls them. map, map_bytes, map_sha256: the file.
             display, picture: what the report and the PNG show.
         bundle, bundle_version, weights_sha256, configs_sha256, configs_used_sha256, overrides: provenance.
@@ -126,6 +129,7 @@ class Record:
     warnings: list[str] = field(default_factory=list, metadata=ALWAYS)
     versions: dict[str, str] | None = field(default=None, metadata=ALWAYS)
     reason: str | None = None
+    checks: list[dict[str, Any]] | None = None
     input: str | None = None
     ranks: int | None = None
     passes_shared_with: list[str] | None = None
@@ -139,6 +143,7 @@ class Record:
     sum_in_padding: float | None = None
     sum_network_grid: float | None = None
     sum_scan_grid: float | None = None
+    grid: str | None = None
     case: str | None = None
     scan_sha256: str | None = None
     result: dict[str, str] | None = None

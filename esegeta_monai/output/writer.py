@@ -23,12 +23,20 @@ from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
 from esegeta_monai.files.copies import mask_path, save_grey_copy, save_mask, scan_copy_path
-from esegeta_monai.files.grids.resample import _background, _cut_to_place, _image_on_scan, scan_of, to_scan_grid
+from esegeta_monai.files.grids.resample import (
+    _background,
+    _cut_to_place,
+    _image_on_scan,
+    has_metadata,
+    scan_of,
+    to_scan_grid,
+)
 from esegeta_monai.files.pictures.picture import display_affine, save_picture
 from esegeta_monai.files.pictures.synthesis import save_curve, save_synthesised
 from esegeta_monai.files.privacy import traceback_text
 from esegeta_monai.files.runs import UNFINISHED
 from esegeta_monai.methods.base import Method
+from esegeta_monai.output.place import NO_METADATA, VANISHED, ZERO, PlaceChecks
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes
 
@@ -53,6 +61,8 @@ class ResultWriter:
         pictures: write a PNG next to every map, and for the report an eight-bit copy of the scan and a mask of each
             target (`esegeta_monai.files.copies`).
         ranks: the processes that write into this folder; None: this one.
+        checks: check by their contents that image and scan lie in the same place
+            (`esegeta_monai.files.grids.geometry.check_geometry`), and refuse maps where they do not.
         together: True if they compute each case together (`Explainer` with ``distributed=True``); the first one writes.
 
     Raises:
@@ -71,6 +81,7 @@ class ResultWriter:
         extension: str = ".nii.gz",
         overwrite: bool = False,
         pictures: bool = True,
+        checks: bool = True,
         ranks: Processes | None = None,
         together: bool = False,
     ) -> None:
@@ -80,7 +91,7 @@ class ResultWriter:
         self.provenance = dict(provenance or {})
         self.layout: dict[str, Any] = {"postfix": postfix, "separate_folder": separate_folder, "extension": extension}
         self.as_input = extension == "input"
-        self.overwrite, self.pictures = overwrite, pictures
+        self.overwrite, self.pictures, self.checks = overwrite, pictures, checks
         rank = self.ranks.rank
         if rank:
             self.ranks.gather(None)  # wait for the record of the first process
@@ -91,6 +102,7 @@ class ResultWriter:
         self._hashes: dict[str, str] = {}
         self._written: dict[str, str] = {}
         self._copied: tuple[str, dict[Path, Tensor]] = ("", {})
+        self._places = PlaceChecks()
 
     @property
     def writes(self) -> bool:
@@ -117,6 +129,8 @@ class ResultWriter:
         """
         path = self.path(attribution, case, scan)
         if self.overwrite or not storage.is_complete(path, self.key(attribution, case, scan)):
+            return False
+        if self.checks and not self._places.is_checked(path):
             return False
         if self._clash(path, attribution, case):
             return False  # `write` reports it
@@ -178,6 +192,9 @@ class ResultWriter:
     def write(self, attribution: Attribution, case: str, image: MetaTensor, scan: Any = None) -> Path | None:
         """Resample the map to the scan's grid and write map, picture and sidecar, in this order.
 
+        If ``image`` has no metadata (``EnsureTyped(track_meta=False)``, arrays between transforms), the map stays on
+        the network's grid. The entry ``grid`` of its record is ``scan`` or ``network``.
+
         Args:
             attribution: attribution of an `Explainer`.
             case: name of the case, as given by the user.
@@ -196,6 +213,8 @@ class ResultWriter:
         label, method_name = self.names.of(attribution)
         record = Record.from_json(attribution.record)
         record.result = {"target": label, "method": method_name}  # as run.json calls it
+        place = scan if has_metadata(image) else image
+        record.grid = "network" if place is image else "scan"
         failure: Exception | None = attribution.error
         clash = self._clash(path, attribution, case)
         if clash:
@@ -203,13 +222,15 @@ class ResultWriter:
             label = f"{label} of {attribution.target!r}"
         try:
             if attribution.map is not None and not clash:
-                record.update(self._write_map(path, attribution, record, case, image, scan))
+                if place is not scan:
+                    record.warnings = [*record.warnings, NO_METADATA.format("x".join(map(str, image.shape[1:])))]
+                record.update(self._write_map(path, attribution, record, case, image, place))
             elif record.status == "empty_target":
                 # files of an earlier run explain another prediction
                 for stale in (path, storage.picture_path(path), self._mask_path(attribution, case)):
                     stale.unlink(missing_ok=True)
             if self.pictures:
-                self._copy_scan(case, image, scan)
+                self._copy_scan(case, image, place)
             if record.status in ("ok", "zero", "empty_target"):
                 sidecar = {**record.to_json(), **self.key(attribution, case, scan)}
                 sidecar["class"] = sidecar.pop("class_name")
@@ -229,6 +250,7 @@ class ResultWriter:
             map=path.relative_to(self.output_dir).as_posix() if written else None,
             seconds=record.seconds,
             warnings=record.warnings,
+            checks={check["check"]: check["verdict"] for check in record.checks or []} or None,
             **({} if failure is None else {"traceback": traceback_text(failure)}),
         )
         return path if written else None
@@ -252,15 +274,23 @@ class ResultWriter:
         on_cpu = cast(MetaTensor, attribution.map.cpu())
         synthesised = method.produces == "synthesised image"
         sums: dict[str, float] = {}
-        if synthesised:
-            values = _image_on_scan(on_cpu, volume, record.intensity_range)
-        else:
-            values, sums = to_scan_grid(on_cpu, volume, additive=method.additive)
+        with self._places.noted(record, case):
+            if synthesised:
+                values = _image_on_scan(on_cpu, volume, record.intensity_range)
+            else:
+                values, sums = to_scan_grid(on_cpu, volume, additive=method.additive)
+            if record.grid == "scan" and self.checks:
+                self._places.check(record, case, image, volume, additive=method.additive and not synthesised)
         if not bool(torch.isfinite(values).all()):
             raise MethodError(f"{path.name}: the map has values that are not finite after resampling")
         more: dict[str, Any] = dict(sums)
         if record.sum_in_padding is not None:
             more["sum_in_padding"] = sums.get("sum_in_padding", 0.0) + record.sum_in_padding
+        if record.status == "zero":
+            more["reason"] = ZERO
+        elif not bool(values.float().any()):  # as on disk
+            more |= {"status": "zero", "reason": VANISHED}
+            logger.warning("%s: %s: %s", case, path.name, VANISHED)
         path.parent.mkdir(parents=True, exist_ok=True)
         shown: dict[str, float] = {}
         if synthesised:  # the display window of an image is its intensity range

@@ -1,0 +1,84 @@
+"""Where maps are written: the grid, the check of its contents, and the warnings of resampling."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from monai.data import MetaTensor
+
+import esegeta_monai.files as storage
+from esegeta_monai.errors import InputError
+from esegeta_monai.explain.record import Record
+from esegeta_monai.files.grids.geometry import Geometry
+from esegeta_monai.files.grids.resample import geometry_of
+from esegeta_monai.utils.files import read_json
+
+__all__ = ["NO_METADATA", "VANISHED", "ZERO", "PlaceChecks"]
+
+logger = logging.getLogger("esegeta_monai")
+
+NO_METADATA = (
+    "the preprocessed image has no metadata (track_meta=False, or NumPy arrays between transforms), so maps are on the "
+    "network's grid of {} voxels and not on the scan's: use MONAI's transforms on MetaTensors throughout"
+)
+ZERO = "the map is zero everywhere on the network's grid"
+VANISHED = (
+    "the map is zero everywhere on the scan's grid, although it is not on the network's: its voxels lie between those "
+    "of the scan, or outside it"
+)
+OF_CODE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
+"""Warnings for programmers, which say nothing about a map."""
+
+
+class PlaceChecks:
+    """The checks of a run that image and scan lie in the same place, once per case and way back to the scan."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str | None, bool], Geometry] = {}
+        self._logged: set[tuple[str, str]] = set()
+
+    @staticmethod
+    def is_checked(path: Path) -> bool:
+        """Return False if a map on the scan's grid was written without the check of its place."""
+        record = Record.from_json(read_json(storage.sidecar_path(path)) or {})
+        known = {check.get("check") for check in record.checks or ()}
+        return "geometry" in known or record.grid != "scan" or record.map is None
+
+    def check(self, record: Record, case: str, image: MetaTensor, scan: MetaTensor, *, additive: bool) -> None:
+        """Compare a preprocessed image (C, *spatial) with its scan (C, *scan), and add the result to the record.
+
+        Args:
+            record: of a map of this image; its ``image_sha256`` identifies the image.
+            additive: see `esegeta_monai.files.grids.resample.to_scan_grid`.
+
+        Raises:
+            InputError: their contents contradict each other, so a map on the scan's grid would be in the wrong place.
+        """
+        key = (case, record.image_sha256, additive)
+        if key not in self._found:
+            self._found[key] = geometry_of(image, scan, additive=additive)
+        found = self._found[key]
+        record.checks = [*(record.checks or []), found.entry()]
+        if found.verdict == "refused":
+            raise InputError(found.text)
+        if found.verdict == "warned":
+            warnings.warn(found.text, stacklevel=2)  # see `noted`
+
+    @contextmanager
+    def noted(self, record: Record, case: str) -> Iterator[None]:
+        """Add the warnings that this block raises to a record, and log each once per case."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                yield
+            finally:
+                texts = [str(w.message) for w in caught if not issubclass(w.category, OF_CODE)]
+                record.warnings = list(dict.fromkeys([*record.warnings, *texts]))
+                for text in texts:
+                    if (case, text) not in self._logged:
+                        self._logged.add((case, text))
+                        logger.warning("%s: %s", case, text)
