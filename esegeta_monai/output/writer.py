@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -213,17 +214,14 @@ class ResultWriter:
         label, method_name = self.names.of(attribution)
         record = Record.from_json(attribution.record)
         record.result = {"target": label, "method": method_name}  # as run.json calls it
-        place = scan if has_metadata(image) else image
-        record.grid = "network" if place is image else "scan"
         failure: Exception | None = attribution.error
         clash = self._clash(path, attribution, case)
         if clash:
             record.status, record.reason = "failed", clash
             label = f"{label} of {attribution.target!r}"
         try:
+            place = self._place(image, scan, record, case)
             if attribution.map is not None and not clash:
-                if place is not scan:
-                    record.warnings = [*record.warnings, NO_METADATA.format("x".join(map(str, image.shape[1:])))]
                 record.update(self._write_map(path, attribution, record, case, image, place))
             elif record.status == "empty_target":
                 # files of an earlier run explain another prediction
@@ -250,7 +248,7 @@ class ResultWriter:
             map=path.relative_to(self.output_dir).as_posix() if written else None,
             seconds=record.seconds,
             warnings=record.warnings,
-            checks={check["check"]: check["verdict"] for check in record.checks or []} or None,
+            **({"checks": record.checks} if record.checks else {}),
             **({} if failure is None else {"traceback": traceback_text(failure)}),
         )
         return path if written else None
@@ -263,6 +261,15 @@ class ResultWriter:
         self.run.set(case, None, None, "failed", text, traceback=traceback_text(error))
         logger.error("%s: %s", case, text)
         logger.debug("traceback", exc_info=error)
+
+    def _place(self, image: MetaTensor, scan: Any, record: Record, case: str) -> Any:
+        """Return what the map is written on: the scan, or the image itself if nothing connects it with the scan."""
+        placed = has_metadata(image, None if scan is image else self._scan(scan))
+        record.grid = "scan" if placed and scan is not image else "network"
+        if not placed:
+            with self._places.noted(record, case):
+                warnings.warn(NO_METADATA.format("x".join(map(str, image.shape[1:]))), stacklevel=2)
+        return scan if placed else image
 
     def _write_map(
         self, path: Path, attribution: Attribution, record: Record, case: str, image: MetaTensor, scan: Any

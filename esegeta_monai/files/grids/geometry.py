@@ -30,7 +30,8 @@ POINTS = {2: 64, 3: 24}
 NEAR = {2: 128, 3: 40}
 """The same for shifts, which are measured in the middle of the image, at the resolution of the coarser grid."""
 CHANNELS = 8  # further channels are not compared
-OVERLAP = 0.05  # share of the points that a flip must keep inside both grids
+FEWEST = 250  # sampling points for a decision
+OVERLAP = 0.25  # share of the points that a flip must keep inside both grids
 ROUNDING = 1e-5  # of the range of the values
 BINS = 32  # of the scan's intensities, for the correlation ratio
 
@@ -67,11 +68,11 @@ def check_geometry(scan: Tensor, image: Tensor, to_scan: np.ndarray) -> Geometry
 
     For each flip T of an axis, the statistic is sign(ρ(s, b)) · ρ(s − Ts, b − Tb), with ρ the rank correlation over
     sampling points that both grids cover. It does not depend on monotone changes of intensity, inversion included.
-    Where it is too small to decide, or another measure contradicts it, that one decides: the contrast (u' − u)/(u' + u)
-    of the shares of b's variance that s (u) and Ts (u') leave unexplained (one minus the correlation ratio), which no
-    change of intensity affects, such as classes or absolute values. Flips of several axes and exchanged axes can only
-    contradict. A shift is the place of the peak of the cross-correlation of gradient
-    magnitudes.
+    Noise and nearly symmetric images can make it negative, so a contradiction also needs the contrast
+    (u' − u)/(u' + u) of the shares of b's variance that s (u) and Ts (u') leave unexplained (one minus the correlation
+    ratio). No change of intensity affects the contrast, so it decides alone for classes and absolute values. Flips of
+    several axes and exchanged axes can only contradict. A shift is the place of the peak of the cross-correlation of
+    gradient magnitudes; it contradicts if the shifted scan fits better by the same contrast.
 
     Args:
         scan: (C, *scan) as loaded from its file.
@@ -130,14 +131,17 @@ class _Pair:
     def _sample(self) -> None:
         most = POINTS[self.axes]
         step = np.maximum(self.voxel, (self.high - self.low) / (most - 1))
-        points, _ = self._lattice(step, most)
-        # steps are those of the scan for both, so that both are smoothed alike
+        # The image is averaged over as much as the scan. Positions lie anywhere between voxels, since interpolation
+        # smooths, and those of a flip must not be smoother than their own.
         self.s_volume = _Volume(self.scan, step)
-        self.b_volume = _Volume(self.image, step / self.voxel * np.maximum(1.0, self._fineness()))
-        points = points.reshape(self.axes, -1)
+        ratio = step / self.voxel
+        cell = np.abs(self.to_image[:-1, :-1] @ np.diag(step)).max(1)
+        self.b_volume = _Volume(self.image, np.where(ratio.max() > 1, cell, 1.0))
+        points = self._lattice(step, most)[0].reshape(self.axes, -1)
+        points = points + (np.random.default_rng(0).random(points.shape) - 0.5) * np.minimum(step, 1.0)[:, None]
         inside = self._covered(points)
         self.points = points[:, inside]
-        if self.points.shape[1] < 4**self.axes:
+        if self.points.shape[1] < FEWEST:
             self.why = f"the image brought back covers {self.points.shape[1]} of the sampling points"
             return
         s, b = self.s_volume(self.points), self.b_volume(_moved(self.to_image, self.points))
@@ -175,7 +179,8 @@ class _Pair:
     def flips(self) -> Geometry | None:
         """Collect the flips and exchanges of axes that fit better; return what is undecided, None if nothing is."""
         for axes, matrices in self._suspects():
-            found = [(r, matrix) for matrix in matrices if (r := self._statistic(matrix)) is not None]
+            flip = isinstance(axes, tuple)
+            found = [(r, matrix) for matrix in matrices if (r := self._statistic(matrix, flip)) is not None]
             if isinstance(axes, tuple) and len(axes) == 1:
                 self.statistics[axes[0]] = max((r for r, _ in found), default=0.0)
             what = axes if isinstance(axes, str) else f"flipped along {_names(axes)}"
@@ -240,29 +245,27 @@ class _Pair:
     def _of_image(self, matrix: np.ndarray) -> np.ndarray:
         return self.to_scan @ matrix @ self.to_image
 
-    def _statistic(self, matrix: np.ndarray) -> float | None:
+    def _statistic(self, matrix: np.ndarray, flip: bool) -> float | None:
         """Return the evidence, −1 to 1, against a transform T of the scan's voxels; None if it leaves too few points.
 
-        It is the rank statistic where that decides and the shares of variance do not contradict it. Else it is the
-        contrast of the shares of b's variance that s and Ts leave unexplained, where that decides, else 0 or less than
-        `DECIDES`.
+        A contradiction needs the contrast; exchanged axes (``flip=False``) need the rank statistic as well.
         """
         moved = _moved(matrix, self.points)
         kept = self._covered(moved)
-        if kept.sum() < max(OVERLAP * len(kept), 4**self.axes):
+        if kept.sum() < max(OVERLAP * len(kept), FEWEST):
             return None
         moved = moved[:, kept]
         s, b = self.s[kept], self.b[kept]
         ts = self.s_volume(moved, self.i)[0]
         tb = self.b_volume(_moved(self.to_image, moved), self.j)[0]
-        scale_s, scale_b = np.ptp(s), np.ptp(b)
-        rank = _rank_correlation(_without_rounding(s - ts, scale_s), _without_rounding(b - tb, scale_b))
+        rank = _rank_correlation(_without_rounding(s - ts, np.ptp(s)), _without_rounding(b - tb, np.ptp(b)))
         statistic = 0.0 if rank is None else float(np.sign(self.fit)) * rank
-        left, left_moved = (1.0 - _correlation_ratio(b, given) for given in (s, ts))
-        contrast = (left_moved - left) / max(left_moved + left, ROUNDING)
-        if abs(contrast) > DECIDES and (abs(statistic) <= DECIDES or statistic * contrast < 0):
-            return contrast
-        return statistic if statistic * contrast >= 0 else 0.0
+        contrast = _contrast(b, s, ts)
+        if contrast < -DECIDES:
+            return statistic if statistic < -DECIDES else contrast if flip else 0.0
+        if contrast > DECIDES:
+            return statistic if statistic > DECIDES else contrast
+        return max(statistic, 0.0)
 
     # -- shifts ------------------------------------------------------------------------------------------------------
 
@@ -271,8 +274,10 @@ class _Pair:
         points, count = self._lattice(self.voxel, NEAR[self.axes])
         flat = points.reshape(self.axes, -1)
         covered = self._covered(flat).reshape(count)
-        box = [slice(int(p.min()) - 2, int(p.max()) + 3) for p in flat]
-        s = _Volume(self.scan[self.i : self.i + 1], self.voxel, box)(flat).reshape(count)
+        reach = NEAR[self.axes] // 2 * self.voxel  # the largest shift
+        box = [slice(int(p.min() - h) - 2, int(p.max() + h) + 3) for p, h in zip(flat, reach)]
+        s_volume = _Volume(self.scan[self.i : self.i + 1], self.voxel, box)
+        s = s_volume(flat).reshape(count)
         there = _moved(self.to_image, flat)
         box = [slice(int(p.min()) - 2, int(p.max()) + 3) for p in there]
         b = _Volume(self.image[self.j : self.j + 1], self._fineness(), box)(there).reshape(count)
@@ -285,11 +290,15 @@ class _Pair:
         peak = np.unravel_index(int(correlation.argmax()), correlation.shape)
         shift = np.array([_vertex(correlation, peak, k) for k in range(self.axes)])
         worst = int(np.abs(shift).argmax())
-        if abs(shift[worst]) <= SHIFT or correlation[peak] - correlation.flat[0] <= DECIDES:
+        if abs(shift[worst]) <= SHIFT:
             return
         voxels = float(abs(shift[worst]) * self.voxel[worst])
         matrix = np.eye(self.axes + 1)
         matrix[:-1, -1] = shift * self.voxel
+        moved = _moved(matrix, flat)
+        kept = self._covered(flat) & self._covered(moved)
+        if kept.sum() < FEWEST or _contrast(b.ravel()[kept], s.ravel()[kept], s_volume(moved)[0, kept]) >= -DECIDES:
+            return
         self.against.append((self._fit(matrix), f"shifted by {voxels:.2g} voxels along axis {worst}", voxels))
 
 
@@ -373,6 +382,12 @@ def _correlation_ratio(values: np.ndarray, given: np.ndarray) -> float:
     count = np.bincount(bins)
     means = np.bincount(bins, values) / np.maximum(count, 1)
     return float(count @ (means - values.mean()) ** 2 / len(values) / total)
+
+
+def _contrast(b: np.ndarray, s: np.ndarray, moved: np.ndarray) -> float:
+    """Return (u' − u)/(u' + u) of the shares u of the variance of b (N,) that s and s moved leave unexplained."""
+    own, other = (1.0 - _correlation_ratio(b, given) for given in (s, moved))
+    return (other - own) / max(other + own, ROUNDING)
 
 
 def _gradient(values: np.ndarray, covered: np.ndarray) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from monai.data.utils import to_affine_nd
 from monai.transforms import SpatialResample
 from torch import Tensor
 
-from esegeta_monai.errors import MethodError
+from esegeta_monai.errors import InputError, MethodError
 from esegeta_monai.files.grids.adjoint import invert_attribution
 from esegeta_monai.files.grids.geometry import Geometry, check_geometry
 from esegeta_monai.files.grids.trace import steps
@@ -31,16 +31,24 @@ def scan_of(image: MetaTensor) -> Any:
     return Path(name) if isinstance(name, (str, os.PathLike)) and Path(name).exists() else image
 
 
-def has_metadata(image: Tensor) -> bool:
-    """Return True if an image (C, *spatial) has metadata that place it: a trace, an affine, or the file it came from.
+def has_metadata(image: Tensor, scan: MetaTensor | None = None) -> bool:
+    """Return True if an image (C, *spatial) still has the metadata that place it on its scan (C', *scan).
 
-    ``EnsureTyped(track_meta=False)``, and NumPy arrays between transforms, take all of it away.
+    ``EnsureTyped(track_meta=False)``, and NumPy arrays between transforms, take the file and the affine away; later
+    transforms only record what they do to an image that begins at the origin, with voxels of 1 mm.
+
+    Args:
+        scan: as loaded from its file; None: unknown.
     """
     if not isinstance(image, MetaTensor):
         return False
-    known = any(key in image.meta for key in ("filename_or_obj", "original_affine", "spatial_shape"))
-    affine = np.asarray(image.affine, dtype=np.float64)
-    return known or bool(image.applied_operations) or not np.array_equal(affine, np.eye(len(affine)))
+    if any(key in image.meta for key in ("filename_or_obj", "original_affine", "spatial_shape")):
+        return True
+    chain = _trace(image)
+    size, affine = (image.shape[1:], _affine(image, image.ndim - 1)) if chain is None else (chain[0], chain[1].numpy())
+    if not np.allclose(affine, np.eye(len(affine)), atol=1e-6):
+        return True
+    return scan is not None and _same_grid(size, affine, scan)
 
 
 def geometry_of(image: MetaTensor, scan: MetaTensor, *, additive: bool) -> Geometry:
@@ -50,22 +58,32 @@ def geometry_of(image: MetaTensor, scan: MetaTensor, *, additive: bool) -> Geome
         image: (C, *spatial) with affine and the trace of the preprocessing.
         scan: (C', *scan) as loaded from its file.
         additive: see `to_scan_grid`.
-
-    Raises:
-        InputError: see `esegeta_monai.transforms.InvertAttribution`.
     """
     d = image.ndim - 1
     here, there = (_affine(x, d) for x in (image, scan))
     to_scan = np.linalg.solve(there, here)
-    if additive and image.applied_operations:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `to_scan_grid` gives them
-            chain, before = steps(image.applied_operations, image.shape[1:], torch.as_tensor(here))
-        if _inverted(chain[-1].size_in if chain else image.shape[1:], before, image, scan):
-            to_scan = np.eye(d + 1)
-            for step in chain:  # last first
-                to_scan = step.xform @ to_scan
+    trace = _trace(image) if additive and image.applied_operations else None
+    if trace is not None and _inverted(trace[0], trace[1], image, scan):
+        to_scan = trace[2]
     return check_geometry(scan, image, to_scan)
+
+
+def _trace(image: MetaTensor) -> tuple[tuple[int, ...], Tensor, np.ndarray] | None:
+    """Return size, affine and matrix (voxel indices of the image to its own) of the grid before the trace.
+
+    None if a transform in it has no known geometry; `to_scan_grid` raises for it where the trace is needed.
+    """
+    d = image.ndim - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `to_scan_grid` gives them
+        try:
+            chain, affine = steps(image.applied_operations, image.shape[1:], torch.as_tensor(_affine(image, d)))
+        except InputError:
+            return None
+    matrix = np.eye(d + 1)
+    for step in chain:  # last first
+        matrix = step.xform @ matrix
+    return (chain[-1].size_in if chain else tuple(image.shape[1:])), affine, matrix
 
 
 def _affine(image: MetaTensor, d: int) -> np.ndarray:
