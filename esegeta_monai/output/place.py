@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from monai.data import MetaTensor
+from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.errors import InputError
 from esegeta_monai.explain.record import Record
 from esegeta_monai.files.grids.geometry import Geometry
-from esegeta_monai.files.grids.resample import geometry_of
+from esegeta_monai.files.grids.resample import geometry_of, has_metadata, scan_of
 from esegeta_monai.utils.files import read_json
 
 __all__ = ["NO_METADATA", "VANISHED", "ZERO", "PlaceChecks"]
@@ -40,6 +41,7 @@ class PlaceChecks:
     def __init__(self) -> None:
         self._found: dict[tuple[str, str | None, bool], Geometry] = {}
         self._logged: set[tuple[str, str]] = set()
+        self._scans: dict[Path, MetaTensor] = {}
 
     @staticmethod
     def is_checked(path: Path) -> bool:
@@ -67,6 +69,33 @@ class PlaceChecks:
             raise InputError(found.text)
         if found.verdict == "warned":
             warnings.warn(found.text, stacklevel=2)  # see `noted`
+
+    def describe(self, record: Record, image: Tensor, *, additive: bool, checks: bool = True) -> None:
+        """Add to the record of a map on the network's grid whether it can be brought back to the scan's.
+
+        Args:
+            record: of a map of this image.
+            image: the preprocessed image (C, *spatial).
+            additive: see `esegeta_monai.files.grids.resample.to_scan_grid`.
+            checks: also compare the image with the file that it was loaded from, if that still exists.
+        """
+        with self.noted(record, "image"):
+            if not has_metadata(image):
+                warnings.warn(NO_METADATA.format("x".join(map(str, image.shape[1:]))), stacklevel=2)
+                return
+            assert isinstance(image, MetaTensor)
+            file = scan_of(image)
+            if not checks or file is image:
+                return
+            try:
+                self.check(record, "image", image, self._read(file), additive=additive)
+            except InputError as error:  # right on the network's grid, or the file cannot be read here
+                warnings.warn(f"on the scan's grid this map would not be in its place: {error}", stacklevel=2)
+
+    def _read(self, file: Path) -> MetaTensor:
+        if file not in self._scans:
+            self._scans = {file: storage.read_scan(file)}
+        return self._scans[file]
 
     @contextmanager
     def noted(self, record: Record, case: str) -> Iterator[None]:

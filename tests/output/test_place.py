@@ -255,7 +255,6 @@ def test_a_map_that_vanishes_by_resampling_is_zero_and_says_why(scan: Path, tmp_
         explainer = Explainer(OneVoxel(place), on_error="record")
         writer.explain(explainer, image, "alpha", [method], [target], scan=scan)
         (entry,) = json.loads(writer.run.path.read_text(encoding="utf-8"))["results"]
-        print(entry)
         (path,) = folder.rglob("*_attr.nii.gz")
         assert not np.asarray(nib.load(path).dataobj).any()
         record = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text(encoding="utf-8"))
