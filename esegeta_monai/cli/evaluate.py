@@ -251,11 +251,11 @@ def _check_place(image: MetaTensor, scan: Path | MetaTensor) -> None:
     volume = scan if isinstance(scan, MetaTensor) else storage.read_scan(scan)
     if not has_metadata(image, volume):
         raise InputError(NO_METADATA.format("x".join(map(str, image.shape[1:]))) + "; label maps have no place on it")
-    found = geometry_of(image, volume, additive=False)
-    if found.verdict == "refused":
-        raise InputError(found.text)
-    if found.verdict == "warned":
-        logger.warning("%s", found.text)
+    result = geometry_of(image, volume, additive=False)
+    if result.verdict == "refused":
+        raise InputError(result.text)
+    if result.verdict == "warned":
+        logger.warning("%s", result.text)
 
 
 def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> str:

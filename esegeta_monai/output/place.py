@@ -39,7 +39,7 @@ class PlaceChecks:
     """The checks of a run that image and scan lie in the same place, once per case and way back to the scan."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[str, str | None, bool], Geometry] = {}
+        self._results: dict[tuple[str, str | None, bool], Geometry] = {}
         self._logged: set[tuple[str, str]] = set()
         self._scans: dict[Path, MetaTensor] = {}
 
@@ -61,14 +61,14 @@ class PlaceChecks:
             InputError: their contents contradict each other, so a map on the scan's grid would be in the wrong place.
         """
         key = (case, record.image_sha256, additive)
-        if key not in self._found:
-            self._found[key] = geometry_of(image, scan, additive=additive)
-        found = self._found[key]
-        record.checks = [*(record.checks or []), found.entry()]
-        if found.verdict == "refused":
-            raise InputError(found.text)
-        if found.verdict == "warned":
-            warnings.warn(found.text, stacklevel=2)  # see `noted`
+        if key not in self._results:
+            self._results[key] = geometry_of(image, scan, additive=additive)
+        result = self._results[key]
+        record.checks = [*(record.checks or []), result.entry()]
+        if result.verdict == "refused":
+            raise InputError(result.text)
+        if result.verdict == "warned":
+            warnings.warn(result.text, stacklevel=2)  # see `noted`
 
     def describe(self, record: Record, image: Tensor, *, additive: bool, checks: bool = True) -> None:
         """Add to the record of a map on the network's grid whether it can be brought back to the scan's.

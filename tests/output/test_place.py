@@ -1,4 +1,4 @@
-"""The kinds of preprocessing whose maps would lie in the wrong place: each is refused, said, or written elsewhere."""
+"""Preprocessing whose maps would lie in the wrong place: refused, or written on another grid with a warning."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def explained(
     writer.explain(Explainer(network(), on_error="record"), image, "alpha", [method], [target], scan=scan)
     (entry,) = json.loads(writer.run.path.read_text(encoding="utf-8"))["results"]
     assert writer.run.summary == {entry["status"]: 1}
-    found = [json.loads(p.read_text(encoding="utf-8")) for p in folder.rglob("*_attr.json")]
-    return entry, found[0] if found else {}
+    sidecars = [json.loads(p.read_text(encoding="utf-8")) for p in folder.rglob("*_attr.json")]
+    return entry, sidecars[0] if sidecars else {}
 
 
 def verdict(entry: dict[str, Any]) -> str:

@@ -120,7 +120,7 @@ class _Pair:
         self.why = ""
         self.statistics: dict[int, float] = {}
         self.against: list[tuple[float, str, float]] = []
-        """What contradicts: how well the change fits, its name, and its statistic (a shift: voxels)."""
+        """Contradictions: fit, name and statistic of the change (of a shift, voxels)."""
         self._sample()
 
     @property
@@ -180,11 +180,11 @@ class _Pair:
         """Collect the flips and exchanges of axes that fit better; return what is undecided, None if nothing is."""
         for axes, matrices in self._suspects():
             flip = isinstance(axes, tuple)
-            found = [(r, matrix) for matrix in matrices if (r := self._statistic(matrix, flip)) is not None]
+            measured = [(r, matrix) for matrix in matrices if (r := self._statistic(matrix, flip)) is not None]
             if isinstance(axes, tuple) and len(axes) == 1:
-                self.statistics[axes[0]] = max((r for r, _ in found), default=0.0)
+                self.statistics[axes[0]] = max((r for r, _ in measured), default=0.0)
             what = axes if isinstance(axes, str) else f"flipped along {_names(axes)}"
-            self.against += [(self._fit(matrix), what, r) for r, matrix in found if r < -DECIDES]
+            self.against += [(self._fit(matrix), what, r) for r, matrix in measured if r < -DECIDES]
         undecided = tuple(k for k, r in self.statistics.items() if r <= DECIDES)
         if not undecided:
             return None
@@ -219,16 +219,16 @@ class _Pair:
         Each is tested on the scan's grid and on the image's: the transform may have acted before or after a crop.
         """
         d = self.axes
-        ours = [k for k in range(d) if self.sizes[k] > 1]
+        of_scan = [k for k in range(d) if self.sizes[k] > 1]
         along = np.abs(self.to_scan[:-1, :-1] / self.voxel[:, None]).argmax(0)  # the scan's axis of each of the image's
-        for n in range(1, len(ours) + 1):
-            for axes in combinations(ours, n):
-                theirs = [k for k in range(d) if along[k] in axes]
+        for n in range(1, len(of_scan) + 1):
+            for axes in combinations(of_scan, n):
+                of_image = [k for k in range(d) if along[k] in axes]
                 matrices = [_permuted(range(d), axes, self.sizes)]
-                if len(theirs) == n:
-                    matrices.append(self._of_image(_permuted(range(d), theirs, self.network)))
+                if len(of_image) == n:
+                    matrices.append(self._of_image(_permuted(range(d), of_image, self.network)))
                 yield axes, _distinct(matrices)
-        for a, b in combinations(ours, 2):
+        for a, b in combinations(of_scan, 2):
             order = list(range(d))
             order[a], order[b] = b, a
             for flipped in ((), (a,), (b,), (a, b)):
@@ -238,7 +238,7 @@ class _Pair:
                     self._of_image(_permuted(order, flipped, self.network)),
                 ]
                 yield what, _distinct(matrices)
-        for order in ([1, 2, 0], [2, 0, 1]) if len(ours) == 3 else ():
+        for order in ([1, 2, 0], [2, 0, 1]) if len(of_scan) == 3 else ():
             matrices = [_permuted(order, (), self.sizes), self._of_image(_permuted(order, (), self.network))]
             yield f"its axes are read in the order {order}", _distinct(matrices)
 
@@ -281,12 +281,12 @@ class _Pair:
         there = _moved(self.to_image, flat)
         box = [slice(int(p.min()) - 2, int(p.max()) + 3) for p in there]
         b = _Volume(self.image[self.j : self.j + 1], self._fineness(), box)(there).reshape(count)
-        ours, theirs = _gradient(s, covered), _gradient(b, covered)
-        if ours is None or theirs is None:
+        s_edges, b_edges = _gradient(s, covered), _gradient(b, covered)
+        if s_edges is None or b_edges is None:
             return
-        spectrum = np.fft.rfftn(ours) * np.conj(np.fft.rfftn(theirs))
-        correlation = np.fft.irfftn(spectrum, s=ours.shape, axes=range(self.axes))
-        correlation /= np.linalg.norm(ours) * np.linalg.norm(theirs)
+        spectrum = np.fft.rfftn(s_edges) * np.conj(np.fft.rfftn(b_edges))
+        correlation = np.fft.irfftn(spectrum, s=s_edges.shape, axes=range(self.axes))
+        correlation /= np.linalg.norm(s_edges) * np.linalg.norm(b_edges)
         peak = np.unravel_index(int(correlation.argmax()), correlation.shape)
         shift = np.array([_vertex(correlation, peak, k) for k in range(self.axes)])
         worst = int(np.abs(shift).argmax())
@@ -350,8 +350,8 @@ def _distinct(matrices: list[np.ndarray]) -> list[np.ndarray]:
     return [first, *(m for m in others if not np.allclose(m, first, atol=1e-3))]
 
 
-def _channel_pairs(ours: int, theirs: int) -> Iterator[tuple[int, int]]:
-    return zip(range(ours), range(theirs)) if ours == theirs else product(range(ours), range(theirs))
+def _channel_pairs(of_scan: int, of_image: int) -> Iterator[tuple[int, int]]:
+    return zip(range(of_scan), range(of_image)) if of_scan == of_image else product(range(of_scan), range(of_image))
 
 
 def _names(axes: tuple[int, ...]) -> str:

@@ -149,10 +149,10 @@ def test_a_mirrored_phantom_cannot_decide_along_its_axis() -> None:
     scan = phantom(3)
     mirrored = changed(scan, (scan.as_tensor() + scan.as_tensor().flip(2)) / 2)
     for image in (mirrored, changed(mirrored, mirrored.as_tensor().flip(2)), scaled(0.5)(mirrored)):
-        found = geometry_of(image, mirrored, additive=True)
-        assert found.verdict == "warned"
-        assert "cannot decide" in found.text
-        assert "symmetric along axis 1," in found.text
+        result = geometry_of(image, mirrored, additive=True)
+        assert result.verdict == "warned"
+        assert "cannot decide" in result.text
+        assert "symmetric along axis 1," in result.text
     other = changed(mirrored, mirrored.as_tensor().flip(1))
     assert geometry_of(other, mirrored, additive=True).verdict == "refused"
 
@@ -169,9 +169,9 @@ def test_images_without_evidence_cannot_decide(values: str) -> None:
         image = torch.rand(image.shape, generator=torch.Generator().manual_seed(1))
     else:
         image = image[:, 10:12, 10:12, 10:12]
-    found = check_geometry(scan, image, np.eye(4))
-    assert found.verdict == "warned"
-    assert "cannot decide" in found.text
+    result = check_geometry(scan, image, np.eye(4))
+    assert result.verdict == "warned"
+    assert "cannot decide" in result.text
 
 
 def test_the_channel_that_fits_is_compared() -> None:
