@@ -290,7 +290,8 @@ class _Pair:
         peak = np.unravel_index(int(correlation.argmax()), correlation.shape)
         shift = np.array([_vertex(correlation, peak, k) for k in range(self.axes)])
         worst = int(np.abs(shift).argmax())
-        if abs(shift[worst]) <= SHIFT:
+        # sampling the nearest voxel of a finer scan moves contents by up to half of that voxel
+        if abs(shift[worst]) <= SHIFT + (0.5 / self.voxel[worst] if self.voxel[worst] > 1 else 0.0):
             return
         voxels = float(abs(shift[worst]) * self.voxel[worst])
         matrix = np.eye(self.axes + 1)
