@@ -125,6 +125,21 @@ class Objective(WindowedNetwork):
             other._memo["blend deviations"] = self.blend_deviations()
         return other
 
+    def in_float64(self) -> Objective:
+        """Return this objective with a copy of the network in float64; F at the image is recomputed.
+
+        Raises:
+            Exception: whatever copying the network or converting it to float64 raises.
+        """
+        condition = None if self.condition is None else self.condition.double()
+        prediction = None if self.prediction is None else self.prediction.double()
+        model, image = self.model.in_float64(), self.image.double()
+        other = self.derive(model=model, image=image, condition=condition, prediction=prediction, recompute_value=True)
+        if self.knows("default layer"):  # rounding must not choose another one
+            other._memo["default layer"] = self._memo["default layer"]
+        other._memo["blend deviations"] = self.blend_deviations()
+        return other
+
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return what ``make`` computes, computed once per objective; it never passes on to a derived objective."""
         if key not in self._memo:

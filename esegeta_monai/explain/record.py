@@ -49,12 +49,14 @@ class Record:
     """The record of one map: `Attribution.record` in memory, the sidecar ``…_attr.json`` on disk.
 
     Attributes:
-        status: ok, zero, empty_target, failed or timeout; ``reason``: why there is no map.
+        status: ok, zero, incomplete, empty_target, failed or timeout; ``reason``: why there is no map.
         sum: of the map on the network's grid, in its ``units``. completeness_gap: its relative difference from the
-            change of the score. value, baseline_value: F at the image and at the baseline.
+            change of the score; completeness_gap_of_map: relative to the sum of the map's absolute values. value,
+            baseline_value: F at the image and at the baseline.
         blend_deviation: largest difference of the blended windows from the prediction, relative to its largest value.
         predicted_class, predicted_class_name, predicted_probability: of a classification network.
         amp: dtype of autocast; amp_correlation: of the map with one in float32; amp_fallback: why float32 was used.
+        float64_fallback: why float64 was used.
         windows_used, windows_total: windows that the targets see, and all. window_passes: windows that went through the
             network. window_batch: windows per forward pass. coverage: share of the voxels in a window, 0 to 1.
         seconds: wall time. peak_memory_bytes: see `peak_memory`. ranks: number of processes.
@@ -71,6 +73,7 @@ class Record:
         versions: of the packages. warnings: texts.
         checks: results of the checks, see `esegeta_monai.engine.checks.base.CheckResult.entry`.
         noise: standard deviation of F over repeated passes, in units of the target, where equal passes differ.
+        booked, booked_share: relevance that biases keep, and its share of F(x), of methods that propagate relevance.
         layer, channel, features, curve, intensity_range, place, distance_end: of methods that have them: layer name,
             channel number, feature table, optimisation curve, intensities of black and white, place of a synthesised
             image, final layer distance.
@@ -85,6 +88,7 @@ class Record:
     status: str | None = field(default=None, metadata=ALWAYS)
     sum: float | None = field(default=None, metadata=ALWAYS)
     completeness_gap: float | None = field(default=None, metadata=ALWAYS)
+    completeness_gap_of_map: float | None = field(default=None, metadata=ALWAYS)
     blend_deviation: float | None = field(default=None, metadata=ALWAYS)
     value: float | None = field(default=None, metadata=ALWAYS)
     baseline_value: float | None = field(default=None, metadata=ALWAYS)
@@ -128,6 +132,9 @@ class Record:
     warnings: list[str] = field(default_factory=list, metadata=ALWAYS)
     versions: dict[str, str] | None = field(default=None, metadata=ALWAYS)
     reason: str | None = None
+    float64_fallback: str | None = None
+    booked: float | None = None
+    booked_share: float | None = None
     checks: list[dict[str, Any]] | None = None
     noise: float | None = None
     input: str | None = None

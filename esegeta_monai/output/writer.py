@@ -24,6 +24,7 @@ from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
 from esegeta_monai.files.copies import mask_path, save_grey_copy, save_mask, scan_copy_path
 from esegeta_monai.files.grids.resample import _background, _cut_to_place, _image_on_scan, scan_of, to_scan_grid
+from esegeta_monai.files.maps import WITH_MAP
 from esegeta_monai.files.pictures.picture import display_affine, save_picture
 from esegeta_monai.files.pictures.synthesis import save_curve, save_synthesised
 from esegeta_monai.files.privacy import traceback_text
@@ -210,7 +211,7 @@ class ResultWriter:
                     stale.unlink(missing_ok=True)
             if self.pictures:
                 self._copy_scan(case, image, scan)
-            if record.status in ("ok", "zero", "empty_target"):
+            if record.status in (*WITH_MAP, "empty_target"):
                 sidecar = {**record.to_json(), **self.key(attribution, case, scan)}
                 sidecar["class"] = sidecar.pop("class_name")
                 storage.save_sidecar(path, sidecar)

@@ -255,16 +255,7 @@ class _Precision(TorchFunctionMode):
 
 def _in_float64(sample: Sample) -> Sample:
     """Return the sample with a copy of the network in float64."""
-    model = copy.copy(sample.model)
-    model.network = copy.deepcopy(sample.model.network).double()
-    model.amp, model.dtype = False, torch.float64
-    model.args = tuple(_double(a) for a in model.args)
-    model.kwargs = {name: _double(value) for name, value in model.kwargs.items()}
-    return sample.of(model, torch.float64)
-
-
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return sample.of(sample.model.in_float64(), torch.float64)
 
 
 def _output_and_gradient(sample: Sample) -> list[Tensor]:

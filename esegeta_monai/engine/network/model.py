@@ -136,6 +136,14 @@ class Model:
         other.amp = False
         return other
 
+    def in_float64(self) -> Model:
+        """Return a model of a copy of the network in float64, without autocast; further inputs are float64 too."""
+        other = self.without_autocast()
+        other.network, other.dtype = copy.deepcopy(self.network).double(), torch.float64
+        other.args = tuple(_double(value) for value in self.args)
+        other.kwargs = {name: _double(value) for name, value in self.kwargs.items()}
+        return other
+
     def autocast(self) -> Any:
         """Return the autocast context of the forward pass.
 
@@ -193,6 +201,10 @@ class Model:
         if out.dtype in (torch.float16, torch.bfloat16):
             out = out.float()
         return out if axis is None else out.unsqueeze(axis)
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _repeated(value: Any, n: int) -> Any:

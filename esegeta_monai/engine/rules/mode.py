@@ -212,7 +212,7 @@ class RuleMode(TorchFunctionMode):
         return mark is not None and mark[1] is not _CUT and (mark[1] is tensor.grad_fn)
 
     def reason(self, tensor: Tensor) -> RuleError | None:
-        """Return the reason why relevance cannot flow to a tensor of any shape, if an operation before it has no rule."""
+        """Return why relevance cannot flow to a tensor of any shape; None if each operation before it has a rule."""
         mark = self._mark_of(tensor)
         return mark[1] if mark is not None and isinstance(mark[1], RuleError) else None
 

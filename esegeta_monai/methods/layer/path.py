@@ -15,7 +15,7 @@ from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.network.hooks import capture, replaced
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, UsageError
-from esegeta_monai.methods.base import Explained
+from esegeta_monai.methods.base import Explained, completeness
 from esegeta_monai.methods.layer.activation import LayerMethod
 from esegeta_monai.methods.layer.scattered import LayerSum
 from esegeta_monai.methods.path.integrated_gradients import Rule, check_steps, quadrature
@@ -190,8 +190,7 @@ class LayerIntegratedGradients(_Quadrature):
         maps, padding = total.result()
         notes: dict[str, Any] = {"layer": layer, "sum_in_padding": padding}
         if self.reduce == "sum":
-            shares = total.share(objective.image_values() - start)
-            notes["completeness_gap"] = [None if s is None else abs(s - 1) for s in shares]
+            notes |= completeness(maps, (objective.image_values() - start).cpu(), padding)
         return Explained(maps, {**notes, **describe_baseline(baseline, start)})
 
     def _predict(self, objective: Objective, layer: str, alpha: float, x0: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.network.hooks import find_layer
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
-from esegeta_monai.methods.base import Explained, Method, relative_gap
+from esegeta_monai.methods.base import Explained, Method, completeness, gaps
 from esegeta_monai.methods.layer.activation import LayerMethod
 from esegeta_monai.methods.layer.scattered import LayerSum
 from esegeta_monai.utils.distributed import Summed
@@ -44,6 +44,8 @@ class DeepLift(Method):
     units = "target per voxel"
     reads_image_value = True
     full_precision = True
+    repeats_in_float64 = True
+    gap_bound = 1e-3
 
     baseline: Any = "auto"
 
@@ -58,8 +60,8 @@ class DeepLift(Method):
         x0 = baseline.draw(objective, objective.generator())
         maps = objective.new_maps()
         start = against(objective, x0, _adding(objective, maps), [maps])
-        gap = relative_gap(maps, objective.image_values(), start)
-        return Explained(maps, {"completeness_gap": gap, **describe_baseline(baseline, start)})
+        sums = completeness(maps, objective.image_values() - start)
+        return Explained(maps, {**sums, **describe_baseline(baseline, start)})
 
 
 class DeepLiftShap(Method):
@@ -78,6 +80,8 @@ class DeepLiftShap(Method):
     units = "target per voxel"
     reads_image_value = True
     full_precision = True
+    repeats_in_float64 = True
+    gap_bound = 1e-3
 
     baseline: Any = "auto"
     n_samples: int = 8
@@ -98,8 +102,8 @@ class DeepLiftShap(Method):
             starts.append(against(objective, x0, _adding(objective, maps), [maps]))
         maps /= len(starts)
         mean = torch.stack(starts).mean(0)
-        gap = relative_gap(maps, objective.image_values(), mean)
-        notes = {"completeness_gap": gap, "n_baselines": len(starts), **describe_baseline(baseline, mean)}
+        sums = completeness(maps, objective.image_values() - mean)
+        notes = {**sums, "n_baselines": len(starts), **describe_baseline(baseline, mean)}
         return Explained(maps, notes)
 
 
@@ -107,7 +111,8 @@ class LayerDeepLift(LayerMethod):
     """`DeepLift` at a layer: ``(A − A₀) · m`` with A₀ the layer's output for the reference.
 
     The sum is the part of ``F(x) − F(x₀)`` that flows through the layer (``share_through_layer`` in the record); all of
-    it if no path bypasses the layer.
+    it if no path bypasses the layer. ``completeness_gap`` is that of the relevance that reaches the image in the same
+    passes.
 
     Args:
         layer: dotted name; None: the default layer, named in the record.
@@ -120,6 +125,8 @@ class LayerDeepLift(LayerMethod):
     units = "target per voxel"
     reads_image_value = True
     full_precision = True
+    repeats_in_float64 = True
+    gap_bound = 1e-3
 
     baseline: Any = "auto"
 
@@ -138,16 +145,20 @@ class LayerDeepLift(LayerMethod):
         module = find_layer(objective.model.network, layer)
         baseline = baseline_for(self.baseline)
         total, starts = LayerSum(objective, layer, self.reduce), []
+        reached = torch.zeros(2, objective.n_targets, dtype=torch.float64)  # at the image: sum, and of absolute values
 
         def see(batch: Batch, relevance: rules.Relevance) -> None:
             total.add(batch, relevance.layers[layer].relevance)
+            reached.add_(_sums(relevance.input))
 
         for x0 in draws(baseline, objective, self.references):
-            starts.append(against(objective, x0, see, [total], {layer: module}))
+            starts.append(against(objective, x0, see, [total, reached], {layer: module}))
         total.scale(1 / len(starts))
+        reached /= len(starts)
         maps, padding = total.result()
         mean = torch.stack(starts).mean(0).cpu()
         notes: dict[str, Any] = {"layer": layer, "sum_in_padding": padding, **describe_baseline(baseline, mean)}
+        notes |= gaps(reached[0], reached[1], objective.image_values().cpu() - mean)
         if self.reduce == "sum":
             notes["share_through_layer"] = total.share(objective.image_values().cpu() - mean)
         return Explained(maps, notes)
@@ -217,6 +228,12 @@ def against(
 def passes_against(objective: Objective) -> int:
     """Return the number of window passes of `against`."""
     return (2 if objective.linear else 3) * len(objective.windows) + 1
+
+
+def _sums(relevance: Tensor) -> Tensor:
+    """Return the sums of relevance (k, …) and of its absolute values: (2, k), float64."""
+    flat = relevance.flatten(1)
+    return torch.stack([flat.sum(1, dtype=torch.float64), flat.abs().sum(1, dtype=torch.float64)]).cpu()
 
 
 def _adding(objective: Objective, maps: Tensor) -> See:

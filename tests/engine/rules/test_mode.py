@@ -166,7 +166,7 @@ def test_what_a_network_keeps_is_refused_where_its_output_uses_it(keep):
         lambda: deep_lift(network, X, 0.5 * X, ONES),
     ):
         network.seen = torch.zeros(3).double()
-        with pytest.raises(RuleError, match="detach|no_grad|'sort'"):
+        with pytest.raises(RuleError, match=r"detach|no_grad|'sort'"):
             call()
 
 
