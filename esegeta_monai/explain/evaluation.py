@@ -33,6 +33,7 @@ from esegeta_monai.metrics.base import METRICS, Metric, MetricInput, asking, bet
 from esegeta_monai.metrics.controls import Control, controls
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM, region_table
 from esegeta_monai.targets.base import TARGETS
+from esegeta_monai.utils.types import flag
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -119,7 +120,7 @@ class Evaluator:
         outside_alarm: float = OUTSIDE_ALARM,
     ) -> None:
         self.explainer, self.outside_alarm = explainer, alarm_share(outside_alarm)
-        self.metrics, self.with_controls = chosen_metrics(metrics), with_controls
+        self.metrics, self.with_controls = chosen_metrics(metrics), flag("with_controls", with_controls)
 
     def __call__(
         self,

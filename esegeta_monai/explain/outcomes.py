@@ -167,8 +167,8 @@ def _not_finite(record: Record) -> str | None:
     if record.baseline_value is not None and not math.isfinite(record.baseline_value):
         return (
             f"the score F is {record.baseline_value:g} at the baseline, so the map explains no difference: choose "
-            "another baseline, such as baseline='blur(sigma=4)' (a network that divides by the deviation of its input has no "
-            "output for a constant one)"
+            "another baseline, such as baseline='blur(sigma=4)' (a network that divides by the deviation of its input "
+            "has no output for a constant one)"
         )
     gap = record.completeness_gap
     if gap is not None and not math.isfinite(gap):

@@ -179,7 +179,8 @@ def is_complete(map_path: str | os.PathLike[str], key: Mapping[str, Any]) -> boo
             scan, seed, versions. Each must be in the sidecar with an equal value.
 
     A map is not complete, and is computed again, if its sidecar is missing or unreadable, its status is not ok, zero,
-    incomplete or empty_target, a parameter or hash differs, or the map is missing or no longer has the recorded SHA-256.
+    incomplete or empty_target, a parameter or hash differs, or the map is missing or no longer has the recorded
+    SHA-256.
     """
     record = read_json(sidecar_path(map_path))
     if record is None or record.get("status") not in (*WITH_MAP, "empty_target"):

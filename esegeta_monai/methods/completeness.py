@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from esegeta_monai.engine.objective import Objective
-from esegeta_monai.errors import MethodTimeout, named_reason
+from esegeta_monai.errors import RankLost, named_reason
 from esegeta_monai.methods.base import Explained, Method, Outcome
 
 __all__ = ["FLOOR", "is_incomplete", "repeated_in_float64", "warn_of_sums"]
@@ -89,10 +89,9 @@ def repeated_in_float64(
         assert first is not None
         if outcome.result is None:
             assert outcome.error is not None
-            if isinstance(outcome.error, MethodTimeout):
-                why = str(outcome.error)
-            else:
-                why = named_reason(outcome.error)
+            if isinstance(outcome.error, RankLost):
+                raise outcome.error
+            why = named_reason(outcome.error)
             context.progress.warn(f"{methods[i].name}: rounding of float32 shows, and float64 is not possible: {why}")
             continue
         reason = f"the float32 map misses its sum by {_missed(max(_misses(first)))}"

@@ -36,8 +36,8 @@ def run(method: Method, objective: Objective) -> Explained:
 def run_together(methods: Sequence[Method], objective: Objective) -> list[Outcome]:
     """Run several methods side by side, each in the precision that is enough for it.
 
-    See `esegeta_monai.methods.precision`. A method that fails does not end the others. Rule methods whose map misses its
-    sum in float32 run again in float64.
+    See `esegeta_monai.methods.precision`. A method that fails does not end the others. Rule methods whose map misses
+    its sum in float32 run again in float64.
 
     Returns:
         The outcome of each method, in order.

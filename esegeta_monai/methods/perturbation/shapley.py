@@ -44,12 +44,12 @@ class _ShapleyMethod(PerturbationMethod):
     def explained(game: Game, phi: Tensor, error: Tensor, empty: Tensor, notes: dict[str, Any]) -> Explained:
         """Build the result from values and standard errors (k, n), and ``F(x₀) − F(x)`` (k,)."""
         table = game.features.table(phi, standard_error=error)
-        completeness = {
+        sums = {
             **completeness(phi, -empty),
             "baseline_value": (game.objective.image_values().cpu() + empty).tolist(),
         }
         maps = game.features.spread(phi).to(game.objective.image.dtype)
-        return Explained(maps, {**game.notes(), **notes, **completeness, "features": table})
+        return Explained(maps, {**game.notes(), **notes, **sums, "features": table})
 
 
 class ShapleyValueSampling(_ShapleyMethod):
