@@ -117,6 +117,8 @@ class Outcomes:
             own.status = self._status(method, own, part) if finite else "failed"
             if name is not None:
                 own.input = name
+            if method.produces == "input map" and len(part) == 1 < case.image.shape[0] and name is None:
+                own.channels, own.channel_names = "all", ["all channels"]
             if not finite:
                 bad = int((~torch.isfinite(part)).sum())
                 error = MethodError(

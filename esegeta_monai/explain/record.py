@@ -67,7 +67,8 @@ class Record:
             class_name: its class.
         target_sha256, inputs_sha256, image_sha256, scan_sha256: of mask and box, of `inputs_sha256`, of the
             preprocessed image, of the scan's file.
-        channel_names: of the image. input: name of the image input, where a network has several.
+        channel_names: of the image; channels: ``"all"`` where the map has one channel for all of them.
+        input: name of the image input, where a network has several.
         seed, output: of the explainer; inferer, network: names and parameters.
         network_grid, network_affine: shape (*spatial) and affine (mm) of the preprocessed image.
         versions: of the packages. warnings: texts.
@@ -137,6 +138,7 @@ class Record:
     booked_share: float | None = None
     checks: list[dict[str, Any]] | None = None
     noise: float | None = None
+    channels: str | None = None
     input: str | None = None
     ranks: int | None = None
     passes_shared_with: list[str] | None = None

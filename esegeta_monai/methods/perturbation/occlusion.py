@@ -33,7 +33,8 @@ class Occlusion(PerturbationMethod):
         stride: distance between occluders in voxels, at most ``window`` along each axis that is longer than the
             window; None: ``window``, so that occluders tile the image.
         baseline: replaces the voxels of the occluder, see `esegeta_monai.engine.baselines`.
-        per_channel: True: occlude each channel separately; False: all channels together.
+        per_channel: True: occlude each channel separately; False: all channels together, so that the map has one
+            channel, which does not say which of them the network used.
 
     Raises:
         UsageError: the stride leaves voxels between the occluders, which no occluder would ever cover.
@@ -51,12 +52,12 @@ class Occlusion(PerturbationMethod):
     per_channel: bool = False
 
     def attribute(self, objective: Objective) -> Explained:
-        """(k, C, *spatial)."""
+        """(k, C, *spatial) with ``per_channel``, else (k, 1, *spatial)."""
         baseline = baseline_for(self.baseline, local=True)
         reference = baseline.draw(objective, objective.generator())
         boxes = self.occluders(objective, reference)
         drops = (-score_changes(objective, boxes)).to(objective.image)
-        maps = objective.new_maps()
+        maps = objective.new_maps(None if self.per_channel else 1)
         changed = drops.any(0).nonzero().flatten().tolist()  # occluders that no target sees add nothing
         for i in changed:
             place = boxes.boxes[i]

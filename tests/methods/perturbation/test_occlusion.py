@@ -60,6 +60,7 @@ def test_equals_captum_around_monais_inferer(shape, window, stride, per_channel,
     with frozen(net):
         maps = run(Occlusion(window, stride, baseline=0.3, per_channel=per_channel), o).maps
     expected = captums(net, image, inferer, targets, window, stride, 0.3, per_channel)
+    assert maps.shape[1] == (shape[0] if per_channel else 1)
     for actual, reference, value in zip(maps, expected, o.image_values()):
         assert float(reference.abs().max()) > 0
         scale = max(float(value.abs()), float(reference.abs().max()))
