@@ -74,7 +74,7 @@ class Record:
         versions: of the packages. warnings: texts.
         checks: results of the checks, see `esegeta_monai.engine.checks.base.CheckResult.entry`.
         noise: standard deviation of F over repeated passes, in units of the target, where equal passes differ.
-        booked, booked_share: relevance that biases keep, and its share of F(x), of methods that propagate relevance.
+        absorbed_share: share of F(x) that biases absorb, of methods that propagate relevance.
         layer, channel, features, curve, intensity_range, place, distance_end: of methods that have them: layer name,
             channel number, feature table, optimisation curve, intensities of black and white, place of a synthesised
             image, final layer distance.
@@ -134,8 +134,7 @@ class Record:
     versions: dict[str, str] | None = field(default=None, metadata=ALWAYS)
     reason: str | None = None
     float64_fallback: str | None = None
-    booked: float | None = None
-    booked_share: float | None = None
+    absorbed_share: float | None = None
     checks: list[dict[str, Any]] | None = None
     noise: float | None = None
     channels: str | None = None

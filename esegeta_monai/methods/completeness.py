@@ -124,7 +124,7 @@ def warn_of_sums(method: Method, objective: Objective, result: Explained) -> Non
         if short:
             start = f"{method.name}: the map's sum misses what it should add up to by"
             _warn_once(objective, start, f" {_missed(miss)}: {method.gap_advice}", score.label)
-        share: Any = result.note(k).get("booked_share")
+        share: Any = result.note(k).get("absorbed_share")
         if share is not None and abs(share) > KEPT_BY_BIASES:
             start = f"{method.name}: biases keep"
             text = f" {100 * share:.3g} % of the score, so the map shows the smaller part of it"

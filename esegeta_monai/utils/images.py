@@ -43,7 +43,7 @@ def check_image(
     bad = values.numel() - int(torch.isfinite(values).sum())
     if values.is_complex():
         raise InputError(
-            f"{where}: the values are complex numbers, of which networks would see the real part only: give the "
+            f"{where}: the values are complex numbers, and networks would see their real parts only: give the "
             "magnitude (image.abs()), or real and imaginary part as channels"
         )
     if bad:

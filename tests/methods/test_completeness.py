@@ -151,6 +151,6 @@ def test_the_share_that_biases_keep_is_recorded_and_warned_of(bias, warned) -> N
     for method in (LRP("LRP0"), LayerLRP("0", composite="LRP0")):
         result = only(Explainer(network)(x, [method], [ClassScore(1)]))
         assert result.record["booked"] == pytest.approx(bias)
-        assert result.record["booked_share"] == pytest.approx(bias / (1 + bias))
+        assert result.record["absorbed_share"] == pytest.approx(bias / (1 + bias))
         assert result.record["completeness_gap"] == pytest.approx(0, abs=1e-9)
         assert any("biases keep" in w for w in result.record["warnings"]) == warned

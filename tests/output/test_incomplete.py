@@ -46,10 +46,10 @@ def test_an_incomplete_map_is_a_result(tmp_path: Any, caplog: pytest.LogCaptureF
     (path,) = tmp_path.rglob("*_IntegratedGradients_attr.json")
     record = json.loads(path.read_text(encoding="utf-8"))
     total = float((torch.full((64,), 0.5) + torch.arange(64) / 64).sum())
-    change, found = (total + 1) ** 2 - 1, 2 * total  # F(x) − F(0), and the gradient at 0 times x
+    change, summed = (total + 1) ** 2 - 1, 2 * total  # F(x) − F(0), and the gradient at 0 times x
     assert record["status"] == "incomplete"
-    assert record["completeness_gap"] == pytest.approx((change - found) / change, rel=1e-4)
-    assert record["completeness_gap_of_map"] == pytest.approx((change - found) / found, rel=1e-4)
+    assert record["completeness_gap"] == pytest.approx((change - summed) / change, rel=1e-4)
+    assert record["completeness_gap_of_map"] == pytest.approx((change - summed) / summed, rel=1e-4)
     assert path.with_suffix(".nii.gz").is_file()
     assert _run(tmp_path).run.summary == {"skipped": 2}
     page = write_report(tmp_path).index

@@ -12,7 +12,7 @@ from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods.base import Explained, gaps
 from esegeta_monai.methods.layer.activation import LayerMethod
 from esegeta_monai.methods.layer.scattered import LayerSum
-from esegeta_monai.methods.relevance.lrp import CompositeMethod, booked_notes
+from esegeta_monai.methods.relevance.lrp import CompositeMethod, absorbed_notes
 
 __all__ = ["LayerLRP"]
 
@@ -20,7 +20,7 @@ __all__ = ["LayerLRP"]
 class LayerLRP(CompositeMethod, LayerMethod):
     """Layer-wise relevance of a layer's units (Bach et al. 2015), see `LRP`. Linear scores only.
 
-    The record has what biases keep of the whole propagation down to the image (``booked``, ``booked_share``), and its
+    The record has what biases keep of the whole propagation down to the image (``booked``, ``absorbed_share``), and its
     completeness gap.
 
     Args:
@@ -58,5 +58,5 @@ class LayerLRP(CompositeMethod, LayerMethod):
         objective.each([(0, w) for w in objective.windows], run, sums=[total, sums])
         maps, padding = total.result()
         at_image, sizes, kept, score = sums
-        notes = {**booked_notes(kept, score), **gaps(at_image + kept, sizes, score)}
+        notes = {**absorbed_notes(kept, score), **gaps(at_image + kept, sizes, score)}
         return Explained(maps, {"layer": layer, "sum_in_padding": padding, **notes})

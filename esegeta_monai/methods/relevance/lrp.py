@@ -12,12 +12,12 @@ from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods.base import Explained, Method, completeness
 
-__all__ = ["LRP", "ExcitationBackprop", "booked_notes", "input_range"]
+__all__ = ["LRP", "ExcitationBackprop", "absorbed_notes", "input_range"]
 
 
 class _Relevance(Method):
     """Base class: adds windows, records relevance absorbed by biases (``booked``), its share of the score
-    (``booked_share``) and the conservation gap."""
+    (``absorbed_share``) and the conservation gap."""
 
     produces = "input map"
     additive = True
@@ -45,7 +45,7 @@ class _Relevance(Method):
 
         maps, padding = objective.scatter(of, sums=[absorbed, total])
         lost = padding.sum(1, dtype=torch.float64).cpu()
-        notes = {**booked_notes(absorbed, total), "sum_in_padding": lost}
+        notes = {**absorbed_notes(absorbed, total), "sum_in_padding": lost}
         return Explained(maps, {**notes, **completeness(maps, total, lost + absorbed)})
 
     def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
@@ -89,7 +89,7 @@ class LRP(CompositeMethod, _Relevance):
 
     Convolutions and linear layers follow the rules of a composite (Kohlbrenner et al. 2020), norms have a constant σ,
     attention follows AttnLRP (Achtibat et al. 2024). Biases absorb relevance (``booked`` in the record, and
-    ``booked_share``, its share of F, with a warning above one half). Linear scores only (``output="logit"``).
+    ``absorbed_share``, its share of F, with a warning above one half). Linear scores only (``output="logit"``).
 
     Args:
         composite: ``"EpsilonPlus"``, ``"EpsilonPlusFlat"``, ``"EpsilonGammaBox"``, ``"EpsilonAlpha2Beta1"``,
@@ -108,10 +108,10 @@ class LRP(CompositeMethod, _Relevance):
         return rules.lrp(batch.forwards, batch.image, cotangents, self.composite, compare=batch.compares, **limits)
 
 
-def booked_notes(absorbed: torch.Tensor, total: torch.Tensor) -> dict[str, Any]:
+def absorbed_notes(absorbed: torch.Tensor, total: torch.Tensor) -> dict[str, Any]:
     """Return the notes on relevance that biases absorb, (k,), and its share of the score ``total`` (k,)."""
     shares = [float(a / t) if t != 0 else None for a, t in zip(absorbed, total)]
-    return {"booked": absorbed, "booked_share": shares}
+    return {"booked": absorbed, "absorbed_share": shares}
 
 
 def input_range(objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:

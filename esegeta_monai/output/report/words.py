@@ -205,7 +205,7 @@ def _cautions(result: Result) -> list[str]:
         texts.append(f"incomplete: the score does not change, but the map sums to {100 * of_map:.2g} % of its total.")
     if record.float64_fallback is not None:
         texts.append(f"computed in float64: {record.float64_fallback}.")
-    share = record.booked_share
+    share = record.absorbed_share
     if share is not None and abs(share) > KEPT_BY_BIASES:
         texts.append(f"biases keep {100 * share:.2g} % of the score; the map shows the rest.")
     deviation = record.blend_deviation
