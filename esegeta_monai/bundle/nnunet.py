@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.bundle.weights import WeightSource
+from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.engine.windows.plan import WindowPlan
 from esegeta_monai.errors import InputError, NetworkError, UsageError
 from esegeta_monai.explain.ensemble import EnsembleInferer
@@ -147,25 +149,38 @@ class NnunetReader(BundleReader):
         """nnU-Net's preprocessing as one transform that records the way back to the scan."""
         return Compose([NnunetPreprocessd(self.image_key, self)])
 
-    @property
+    @cached_property
     def postprocessing(self) -> Compose:
         """Empty: nnU-Net exports its own segmentation, see `predict`."""
         return Compose([])
 
-    @property
+    @cached_property
     def amp(self) -> bool:
         """True: on CUDA nnU-Net predicts under autocast."""
         return True
 
-    @property
+    @cached_property
     def image_key(self) -> str:
         """The key of the image in the data dictionary."""
         return "image"
 
+    @cached_property
+    def weight_source(self) -> WeightSource:
+        """The checkpoint of the first fold."""
+        return WeightSource(self.checkpoints[0], ", ".join(file.parent.name for file in self.checkpoints))
+
+    @cached_property
+    def output_use(self) -> Postprocessing:
+        """Overlapping regions, each a sigmoid of its own, or exclusive classes."""
+        if self.labels.has_regions:
+            return Postprocessing("sigmoid", thresholds=(0.5,))
+        return Postprocessing("softmax", argmax=True)
+
     @property
-    def regions(self) -> bool:
-        """True if the heads are overlapping regions, each a sigmoid of its own."""
-        return bool(self.labels.has_regions)
+    def roi(self) -> tuple[int, ...]:
+        """Shape of a window: that of a slice for a 2D configuration."""
+        patch = tuple(self.configuration.patch_size)
+        return (1, *patch) if len(patch) == 2 else patch
 
     def has(self, part: str) -> bool:
         """Return True for the parts that a model folder has."""

@@ -5,25 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 
-__all__ = ["add_bundle", "add_computing_options", "add_network", "add_run_options", "add_share"]
+from esegeta_monai.engine.head import HEADS
+
+__all__ = [
+    "add_bundle",
+    "add_computing_options",
+    "add_head",
+    "add_model",
+    "add_network",
+    "add_run_options",
+    "add_share",
+]
 
 
 def add_bundle(parser: argparse.ArgumentParser, required: bool) -> None:
     """Add the options for a bundle and its config."""
-    parser.add_argument("--bundle", metavar="DIR", help="folder of the MONAI bundle")
-    parser.set_defaults(bundle_required=required)
-    parser.add_argument("--nnunet", metavar="DIR", help="trained nnU-Net v2 model folder, in place of a bundle")
-    parser.add_argument(
-        "--folds",
-        metavar="LIST",
-        help="folds of the nnU-Net model, such as 0,1, or all for fold_all (default: all numbered folds)",
-    )
-    parser.add_argument(
-        "--no-mirroring",
-        dest="mirroring",
-        action="store_false",
-        help="leave out nnU-Net's mirrored views, which its checkpoint may ask for",
-    )
+    parser.add_argument("--bundle", required=required, metavar="DIR", help="folder of the MONAI bundle")
     parser.add_argument(
         "--config",
         action="append",
@@ -38,6 +35,23 @@ def add_bundle(parser: argparse.ArgumentParser, required: bool) -> None:
     )
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options for a bundle or an nnU-Net model folder, see `esegeta_monai.cli.reading.open_reader`."""
+    add_bundle(parser, required=False)
+    parser.add_argument("--nnunet", metavar="DIR", help="trained nnU-Net v2 model folder, in place of a bundle")
+    parser.add_argument(
+        "--folds",
+        metavar="LIST",
+        help="folds of the nnU-Net model, such as 0,1, or all for fold_all (default: all numbered folds)",
+    )
+    parser.add_argument(
+        "--no-mirroring",
+        dest="mirroring",
+        action="store_false",
+        help="leave out nnU-Net's mirrored views, which its checkpoint may ask for",
+    )
+
+
 def add_network(parser: argparse.ArgumentParser) -> None:
     """Add the options for the device and the output of the network."""
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda if available)")
@@ -45,7 +59,18 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         "--network-output",
         type=lambda text: int(text) if text.lstrip("-").isdigit() else text,
         metavar="KEY",
-        help="output to explain if the network has several: its number or key",
+        help="output to explain if the network has several: its number, key, or path (classification.0)",
+    )
+
+
+def add_head(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the meaning of the network's output."""
+    parser.add_argument(
+        "--head",
+        choices=HEADS,
+        metavar="KIND",
+        help=f"meaning of the network's output: {', '.join(HEADS)} (default: determined from the network and the "
+        "bundle's postprocessing, see 'esegeta-monai info')",
     )
 
 

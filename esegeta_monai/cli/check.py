@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 
-from esegeta_monai.cli.arguments import add_bundle, add_network
+from esegeta_monai.cli.arguments import add_model, add_network
 from esegeta_monai.cli.look import scan_or_noise
 from esegeta_monai.cli.reading import open_reader
 from esegeta_monai.explain.explainer import Explainer
@@ -22,7 +22,7 @@ exit codes: 0 nothing was refused; 1 a check refused; 2 usage error"""
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``check``."""
     parser.description = DESCRIPTION
-    add_bundle(parser, required=True)
+    add_model(parser)
     parser.add_argument("--input", metavar="FILE", help="scan to check (default: noise of one window)")
     add_network(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -39,7 +39,13 @@ def run(args: Namespace, *_: object) -> int:
     """
     reader = open_reader(args)
     explainer = Explainer(
-        reader.network, reader.inferer, reader.device, output=args.network_output, class_names=reader.class_names
+        reader.network,
+        reader.inferer,
+        reader.device,
+        output=args.network_output,
+        class_names=reader.class_names,
+        head=args.head,
+        postprocessing=reader.output_use,
     )
     results = explainer.check(scan_or_noise(reader, args.input)[None])
     if args.json:

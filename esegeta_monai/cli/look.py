@@ -12,23 +12,25 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.cli.arguments import add_bundle, add_network
+from esegeta_monai.cli.arguments import add_model, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.reading import open_reader
+from esegeta_monai.engine.checks.base import small_sample
+from esegeta_monai.engine.checks.head import evidence_of, find_head
 from esegeta_monai.engine.default_layer import default_layer, layer_shapes
 from esegeta_monai.engine.network.model import Model
-from esegeta_monai.engine.network.state import frozen, unwrap
+from esegeta_monai.engine.network.state import evaluating, frozen, unwrap
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
-from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.errors import EsegetaError, MethodError, UsageError
 
 __all__ = ["add_info_arguments", "add_layers_arguments", "run_info", "run_layers", "scan_or_noise"]
 
 
 def add_layers_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``layers``."""
-    add_bundle(parser, required=True)
+    add_model(parser)
     parser.add_argument("--input", metavar="FILE", help="scan to run the network on (default: noise of one window)")
     add_network(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -36,7 +38,7 @@ def add_layers_arguments(parser: ArgumentParser) -> None:
 
 def add_info_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``info``."""
-    add_bundle(parser, required=False)
+    add_model(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -84,7 +86,27 @@ def _bundle(reader: BundleReader) -> dict[str, Any]:
         "background": reader.background,
         "channels": {str(k): v for k, v in reader.channel_names.items()},
         "image_key": reader.image_key,
+        "head": _head(reader),
     }
+
+
+def _head(reader: BundleReader) -> dict[str, str]:
+    """Describe the meaning of the network's output, determined on a window of noise."""
+    try:
+        network = unwrap(reader.network)
+        image = scan_or_noise(reader, None)
+        plan = plan_windows(as_inferer(reader.inferer), image.shape[1:], torch.float32)
+        use = reader.output_use
+        model = Model(network, reader.device)
+        model.preferred = use.keys
+        with evaluating(network, reader.device), torch.random.fork_rng(devices=[]):
+            sample = small_sample(model, image, plan)
+            with torch.no_grad():
+                prediction = sample.run(sample.window)[0]
+            head, check = find_head(prediction, None, use, lambda: evidence_of(sample))
+    except EsegetaError as error:
+        return {"kind": "unknown", "evidence": str(error)}
+    return {"kind": head.kind, "evidence": check.text}
 
 
 def run_layers(args: Namespace, *_: object) -> int:
@@ -109,6 +131,7 @@ def run_layers(args: Namespace, *_: object) -> int:
             default = None
     rows = [
         {"name": s.name, "kind": s.kind, "shape": list(s.shape), "calls": s.calls, "default": s.name == default}
+        | {"map": None if s.grid is None else list(s.grid), "steps": s.steps}
         for s in shapes
         if s.name
     ]
@@ -119,6 +142,9 @@ def run_layers(args: Namespace, *_: object) -> int:
     longest = max((len(str(r["name"])) for r in rows), default=0)
     for r in rows:
         more = f", runs {r['calls']} times" if int(str(r["calls"])) > 1 else ""
+        if more:
+            how = ", one call on the result of another" if r["steps"] else " on views of the window" if r["map"] else ""
+            more += how if r["map"] or r["steps"] else " (not known where each call lies)"
         mark = "   <- default layer of class activation maps" if r["default"] else ""
         print(f"  {r['name']:<{longest}}  {_x(r['shape']):<18} {r['kind']}{more}{mark}")
     return 0
@@ -136,7 +162,7 @@ def scan_or_noise(reader: BundleReader, text: str | None) -> Tensor:
     expected = Preprocessor(reader) if reader.has("preprocessing") else None
     channels = expected.channels if expected is not None and expected.channels else 1
     dims = (expected.spatial_dims if expected is not None else None) or 3
-    size = getattr(reader.inferer, "roi_size", None)
+    size = getattr(reader.inferer, "roi_size", None) or getattr(reader, "roi", None)
     if size is None:
         inputs = reader.metadata.inputs.values()
         size = next((i["spatial_shape"] for i in inputs if isinstance(i, dict) and "spatial_shape" in i), None)

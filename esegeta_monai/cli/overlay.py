@@ -22,7 +22,6 @@ from esegeta_monai.bundle.overlay import (
 )
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.arguments import add_bundle
-from esegeta_monai.cli.reading import open_reader
 from esegeta_monai.cli.values import overrides
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.utils.files import atomic
@@ -173,7 +172,7 @@ def _tried(what: Callable[[], str]) -> str:
 def _reader(args: Namespace) -> BundleReader:
     if not (Path(args.bundle) / "configs").is_dir():
         raise UsageError(f"no bundle at {args.bundle}: it has no folder configs")
-    return open_reader(args, "optional", "cpu")
+    return BundleReader(args.bundle, args.config, overrides(args.override), weights="optional")
 
 
 def _config(args: Namespace) -> ConfigParser:

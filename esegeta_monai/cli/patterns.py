@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from esegeta_monai.cli.arguments import add_bundle, add_network
+from esegeta_monai.cli.arguments import add_model, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.reading import open_reader
 from esegeta_monai.engine.network.model import Model
@@ -21,7 +21,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``patterns``."""
-    add_bundle(parser, required=True)
+    add_model(parser)
     parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
     parser.add_argument("--output", metavar="FILE", help="output file (default: models/patterns.pt in the bundle)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")

@@ -70,6 +70,7 @@ class WindowedNetwork:
             done += len(some)
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
         self.context.progress.passed(len(windows))
+        self.check_output(out)
         if all_channels or len(self.channels) in (0, out.shape[1]):
             return out
         return out[:, picked(self.channels)]
@@ -86,6 +87,9 @@ class WindowedNetwork:
         self.model.load(call.member)
         out = self.model(x, slice_axis=self.plan.slice_axis, coordinates=coordinates, condition=condition)
         return out.flip(axes) if axes and out.ndim == x.ndim else out
+
+    def check_output(self, out: Tensor) -> None:
+        """Check an output of the network (n, K, *out_roi); nothing is known of it here."""
 
     def window(self, window: int) -> Tensor:
         """Return one window of the image as a batch (1, C, *roi) on the network's device."""

@@ -15,7 +15,10 @@ import torch
 from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
 from torch import Tensor, nn
 
+from esegeta_monai.engine.checks.base import CheckResult, small_sample
+from esegeta_monai.engine.checks.head import HeadEvidence, evidence_of, find_head
 from esegeta_monai.engine.checks.network import check_network_once
+from esegeta_monai.engine.head import Head
 from esegeta_monai.engine.layer_maps import LayerOutput
 from esegeta_monai.engine.network.model import Model, select_output
 from esegeta_monai.engine.network.state import evaluating, frozen
@@ -30,7 +33,7 @@ from esegeta_monai.explain.case import CaseInput, to_device
 from esegeta_monai.explain.outcomes import BoundTarget
 from esegeta_monai.explain.record import tensor_hash
 from esegeta_monai.explain.settings import Settings
-from esegeta_monai.targets.base import Target
+from esegeta_monai.targets.base import Target, need_class_axis
 from esegeta_monai.utils.images import check_image
 from esegeta_monai.utils.tensors import all_finite
 
@@ -53,6 +56,7 @@ class Prediction:
         plan: the windows.
         prediction: (K, *out), by the user's own inferer.
         notes: warnings.
+        head: what the prediction is.
 
     Raises:
         EsegetaError: the image or the prediction cannot be explained.
@@ -62,6 +66,8 @@ class Prediction:
         self.settings, self.case = settings, case
         check_image(case.image.detach().cpu(), f"image {case.index}")
         device = settings.device
+        if settings.inputs_as is not None and not case.channels:
+            raise UsageError(f"inputs_as={settings.inputs_as!r} needs names: give image={{name: tensor, ...}}")
         self.model = Model(
             settings.network if layer is None else LayerOutput(settings.network, layer),
             device,
@@ -72,7 +78,11 @@ class Prediction:
             args=[to_device(a, device) for a in case.args],
             kwargs={k: to_device(v, device) for k, v in case.kwargs.items()},
             members=getattr(settings.inferer, "members", ()),
+            inputs_as=settings.inputs_as,
         )
+        self.model.preferred = settings.postprocessing.keys
+        if layer is None and case.choice is not None:
+            self.model.output, self.model.choice = case.choice.key, case.choice
         self.image = case.image.as_tensor().detach().to(settings.volume_device, self.model.dtype)
         case.record = {
             "network_grid": list(self.image.shape[1:]),
@@ -92,6 +102,14 @@ class Prediction:
             self.model.inferer = settings.inferer
         self._check_network()
         self.prediction = self._predict()
+        if not all_finite(self.prediction):
+            whose = "given prediction" if case.prediction is not None else "prediction"
+            raise NetworkError(f"the {whose} has values that are NaN or infinite: there is nothing to explain")
+        self._check_values()
+        self.head = Head()
+        if layer is None:
+            self._note_output()
+            self.head = self._find_head()
 
     def bind(self, targets: Sequence[Target]) -> Iterator[BoundTarget]:
         """Yield each target's scores, or the error that binding it raised."""
@@ -100,6 +118,8 @@ class Prediction:
             context = dataclasses.replace(context, affine=None)
         for target in targets:
             try:
+                if target.layer is None:
+                    need_class_axis(self.prediction, self.image.ndim, target)
                 for score in target.bind(self.prediction, context):
                     yield BoundTarget(target, score)
             except EsegetaError as error:
@@ -133,10 +153,13 @@ class Prediction:
         model.network, model.output, model.inferer = settings.network, settings.output, None
         condition = None if case.condition is None else case.condition.to(self.image)
         once = settings.checks == "once"
-        case.checks += check_network_once(model, self.image, self.plan, condition=condition, ignore_weights=once)
-        for check in case.checks:
-            if check.verdict == "warned":
-                logger.warning(check.text)
+        results = check_network_once(model, self.image, self.plan, condition=condition, ignore_weights=once)
+        for check in results:
+            if self._verdict(check.name) is None:  # a case is predicted once per layer
+                case.checks.append(check)
+                if check.verdict == "warned":
+                    logger.warning(check.text)
+        self.model.mixes_rows = self._mixes_rows
         self.model.copies_input = self._verdict("input") != "passed"
         batch = getattr(settings.inferer, "sw_batch_size", 1)
         if self._mixes_rows and batch > 1 and len(self.plan) > 1 and case.prediction is None:
@@ -146,10 +169,22 @@ class Prediction:
             )
             logger.warning(self.notes[-1])
 
+    def _check_values(self) -> None:
+        """Add the check of the values of image and prediction, which are finite, to those of the case."""
+        low, high = (float(v) for v in self.image.aminmax())
+        result = CheckResult("finite", "passed", "image and prediction are finite")
+        if low == high:
+            text = f"every voxel of the image is {low:g}: there is no structure that a map could show; check the scan"
+            result = CheckResult("finite", "warned", f"{text} and its preprocessing", low)
+            logger.warning(result.text)
+        known = any(check.name == "finite" for check in self.case.checks)  # a case is predicted once per layer
+        if not known and (self.settings.checks or result.verdict != "passed"):
+            self.case.checks.append(result)
+
     @property
     def _mixes_rows(self) -> bool:
         """True if the images of a batch influence each other, so that windows run one by one."""
-        return self._verdict("rows") not in ("passed", None)
+        return self._verdict("rows") == "handled"
 
     def _verdict(self, name: str) -> str | None:
         """Return the verdict of a check of the network, or None if it has not run."""
@@ -158,7 +193,53 @@ class Prediction:
     @property
     def _context(self) -> Case:
         affine = torch.as_tensor(self.case.image.affine).double().cpu()
-        return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names)
+        return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names, self.head)
+
+    def _note_output(self) -> None:
+        """Record which of several outputs is explained."""
+        choice, given = self.model.choice, self.settings.output
+        if choice is None or given is not None:
+            text = "the network returns one tensor" if given is None else f"output={given!r}, as given"
+            self._note(CheckResult("outputs", "passed", text))
+            return
+        self.case.record["output"] = choice.key
+        if choice.reason is not None:
+            self._note(CheckResult("outputs", "handled", f"output={choice.key!r} is explained, since {choice.reason}"))
+            return
+        text = (
+            f"the network returns several tensors: {choice.listed}; output={choice.key!r} is explained, because none "
+            "was chosen: choose by output=KEY (--network-output KEY)"
+        )
+        self._note(CheckResult("outputs", "warned", text))
+
+    def _find_head(self) -> Head:
+        """Find out what the prediction is, and record it.
+
+        Raises:
+            EsegetaError: the user's statement contradicts the prediction, or the bundle squashes it twice.
+        """
+        settings = self.settings
+
+        def evidence() -> HeadEvidence:
+            model = copy.copy(self.model)
+            model.inferer = None
+            condition = None if self.case.condition is None else self.case.condition.to(self.image)
+            try:
+                with evaluating(settings.network, settings.device):
+                    return evidence_of(small_sample(model, self.image, self.plan, condition))
+            except Exception as error:  # a network may raise anything on a window that its inferer would not give it
+                return HeadEvidence(failed=" ".join(str(error).split())[:200] or type(error).__name__)
+
+        head, result = find_head(self.prediction, settings.head, settings.postprocessing, evidence)
+        self._note(result)
+        self.case.record["head"] = head.to_json()
+        return head
+
+    def _note(self, result: CheckResult) -> None:
+        """Add the result of a check of the case in place of an earlier one."""
+        self.case.checks = [*(c for c in self.case.checks if c.name != result.name), result]
+        if result.verdict == "warned":
+            logger.warning(result.text)
 
     def _same_everywhere(self) -> None:
         known = self.settings.processes.gather((self.case.record["image_sha256"], str(self.settings.record["network"])))
@@ -206,6 +287,8 @@ class Prediction:
         """Return the unperturbed prediction (K, *out) by the user's own inferer."""
         settings, case, model = self.settings, self.case, self.model
         if case.prediction is not None and not isinstance(model.network, LayerOutput):
+            if case.prediction.is_complex():
+                raise InputError("the given prediction has complex values: give the network's own raw output")
             return case.prediction.detach().to(self.image)
         if self.plan.calls:
             return self._blended()
@@ -261,10 +344,7 @@ class Prediction:
         with evaluating(settings.network, settings.device), torch.no_grad(), together, _changed(user, changes):
             blended.prediction = infer()
         assert blended.prediction is not None
-        prediction = blended.prediction.to(self.image)
-        if not all_finite(prediction):
-            raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
-        return prediction
+        return blended.prediction.to(self.image)
 
     def _blended(self) -> Tensor:
         """Return the prediction (K, *out) of an ensemble or of mirrored views: its windows, blended here."""
@@ -275,10 +355,7 @@ class Prediction:
             out_roi = tuple(network.run(network.window(0), [0]).shape[2:])
             grid = OutputGrid(self.plan, out_roi, self.image.dtype, self.image.device)
             objective = Objective(self.model, self.image, self.plan, condition=condition, context=context, grid=grid)
-            blended = objective.predict_all()
-        if not all_finite(blended):
-            raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
-        return blended
+            return objective.predict_all()
 
 
 class _Reached(Exception):  # noqa: N818 - no error: it ends a pass at the first 3D convolution

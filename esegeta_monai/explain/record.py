@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.head import Head
 from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.utils.registry import Configurable, json_ready
 
@@ -49,12 +50,14 @@ class Record:
     """The record of one map: `Attribution.record` in memory, the sidecar ``…_attr.json`` on disk.
 
     Attributes:
-        status: ok, zero, empty_target, failed or timeout; ``reason``: why there is no map.
+        status: ok, zero, incomplete, empty_target, failed or timeout; ``reason``: why there is no map.
         sum: of the map on the network's grid, in its ``units``. completeness_gap: its relative difference from the
-            change of the score. value, baseline_value: F at the image and at the baseline.
+            change of the score; completeness_gap_of_map: relative to the sum of the map's absolute values. value,
+            baseline_value: F at the image and at the baseline.
         blend_deviation: largest difference of the blended windows from the prediction, relative to its largest value.
         predicted_class, predicted_class_name, predicted_probability: of a classification network.
         amp: dtype of autocast; amp_correlation: of the map with one in float32; amp_fallback: why float32 was used.
+        float64_fallback: why float64 was used.
         windows_used, windows_total: windows that the targets see, and all. window_passes: windows that went through the
             network. window_batch: windows per forward pass. coverage: share of the voxels in a window, 0 to 1.
         seconds: wall time. peak_memory_bytes: see `peak_memory`. ranks: number of processes.
@@ -65,16 +68,21 @@ class Record:
             class_name: its class.
         target_sha256, inputs_sha256, image_sha256, scan_sha256: of mask and box, of `inputs_sha256`, of the
             preprocessed image, of the scan's file.
-        channel_names: of the image. input: name of the image input, where a network has several.
+        channel_names: of the image; channels: ``"all"`` where the map has one channel for all of them.
+        input: name of the image input, where a network has several.
         seed, output: of the explainer; inferer, network: names and parameters.
         network_grid, network_affine: shape (*spatial) and affine (mm) of the preprocessed image.
         versions: of the packages. warnings: texts.
         checks: results of the checks, see `esegeta_monai.engine.checks.base.CheckResult.entry`.
         noise: standard deviation of F over repeated passes, in units of the target, where equal passes differ.
+        head: the meaning of the output, with evidence and certainty, see `esegeta_monai.engine.head.Head`.
+            value_units: units of the target, value and baseline_value.
+        absorbed_share: share of F(x) that biases absorb, of methods that propagate relevance.
         layer, channel, features, curve, intensity_range, place, distance_end: of methods that have them: layer name,
             channel number, feature table, optimisation curve, intensities of black and white, place of a synthesised
             image, final layer distance.
         sum_in_padding, sum_network_grid, sum_scan_grid: sums of additive maps in padding and on both grids.
+        grid: of the map on disk or in memory: ``scan`` or ``network``.
         case: its name. result: target and method as ``run.json`` calls them. map, map_bytes, map_sha256: the file.
             display, picture: what the report and the PNG show.
         bundle, bundle_version, weights_sha256, configs_sha256, configs_used_sha256, overrides: provenance.
@@ -85,6 +93,7 @@ class Record:
     status: str | None = field(default=None, metadata=ALWAYS)
     sum: float | None = field(default=None, metadata=ALWAYS)
     completeness_gap: float | None = field(default=None, metadata=ALWAYS)
+    completeness_gap_of_map: float | None = field(default=None, metadata=ALWAYS)
     blend_deviation: float | None = field(default=None, metadata=ALWAYS)
     value: float | None = field(default=None, metadata=ALWAYS)
     baseline_value: float | None = field(default=None, metadata=ALWAYS)
@@ -128,8 +137,13 @@ class Record:
     warnings: list[str] = field(default_factory=list, metadata=ALWAYS)
     versions: dict[str, str] | None = field(default=None, metadata=ALWAYS)
     reason: str | None = None
+    float64_fallback: str | None = None
+    absorbed_share: float | None = None
     checks: list[dict[str, Any]] | None = None
     noise: float | None = None
+    head: dict[str, Any] | None = None
+    value_units: str | None = None
+    channels: str | None = None
     input: str | None = None
     ranks: int | None = None
     passes_shared_with: list[str] | None = None
@@ -143,6 +157,7 @@ class Record:
     sum_in_padding: float | None = None
     sum_network_grid: float | None = None
     sum_scan_grid: float | None = None
+    grid: str | None = None
     case: str | None = None
     scan_sha256: str | None = None
     result: dict[str, str] | None = None
@@ -212,17 +227,43 @@ HOW_NOT_WHAT = ("progress", "sw_batch_size", "sw_device", "device", "cpu_thresh"
 """Parameters of MONAI's inferers that change where and how fast a prediction is computed, not what it is."""
 
 
-def predicted_class(prediction: Tensor, names: Mapping[int, str]) -> dict[str, Any]:
-    """Return predicted class and probability of a classification output (K,) or (K, 1, …); {} for any other shape."""
-    if prediction.ndim > 1 and prediction[0].numel() > 1:
+def predicted_class(
+    prediction: Tensor, names: Mapping[int, str], head: Head | None = None, activation: str = "auto"
+) -> dict[str, Any]:
+    """Return predicted class and probability of a classification output (K,) or (K, 1, …).
+
+    Args:
+        prediction: raw output.
+        names: class number to name. With two names and one output, the output is the evidence for class 1.
+        head: the meaning of the output; None: unknown.
+        activation: that of the target.
+
+    Returns:
+        {} for predictions with voxels, outputs that are no scores of classes, and a single number that nothing shows
+        to be the score of a class. If labels do not exclude each other, the class is the most probable one that is
+        predicted, or None.
+    """
+    head, k = head or Head(), prediction.shape[0]
+    if (prediction.ndim > 1 and prediction[0].numel() > 1) or head.kind == "raw":
+        return {}
+    binary = k == 1 and max(names, default=0) == 1
+    if k == 1 and not binary and not head.certain:
         return {}
     flat = prediction.flatten().double()
-    probabilities = torch.sigmoid(flat) if len(flat) == 1 else torch.softmax(flat, 0)
+    if head.inside:
+        probabilities = flat.exp() if head.values == "log_probability" else flat
+    else:
+        probabilities = torch.sigmoid(flat) if head.activation(activation, k) == "sigmoid" else torch.softmax(flat, 0)
     best = int(flat.argmax())
+    probability, above = float(probabilities[best]), bool(head.above(flat, best))
+    if binary:
+        best, probability = int(above), probability if above else 1 - probability
+    elif not above and not head.exclusive(activation, k):
+        return {"predicted_class": None, "predicted_class_name": None, "predicted_probability": None}
     return {
         "predicted_class": best,
         "predicted_class_name": names.get(best),
-        "predicted_probability": float(probabilities[best]),
+        "predicted_probability": probability,
     }
 
 

@@ -14,17 +14,19 @@ from monai.utils import CommonKeys
 from torch import Tensor
 
 from esegeta_monai.bundle.provenance import bundle_provenance
+from esegeta_monai.engine.head import HeadKind
 from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, RankLost, named_reason
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.evaluation import Evaluator, Known, alarm_share, chosen_metrics, value_of_label
 from esegeta_monai.explain.record import Record
-from esegeta_monai.handlers.base import CaseHandler, flag, numbered
+from esegeta_monai.handlers.base import CaseHandler, numbered
 from esegeta_monai.handlers.explanation import ExplanationHandler
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM
 from esegeta_monai.output.evaluation_writer import EvaluationWriter
 from esegeta_monai.utils.distributed import Share
+from esegeta_monai.utils.types import flag
 from esegeta_monai.utils.upstream import attached_handlers
 
 __all__ = ["EvaluationHandler"]
@@ -40,7 +42,8 @@ class EvaluationHandler(CaseHandler):
 
     Args:
         methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share,
-            checks, name, seed, time_limit, window_batch, volume_device, progress: see `ExplanationHandler`.
+            checks, name, seed, time_limit, window_batch, volume_device, progress, head: see
+            `ExplanationHandler`.
         metrics: names, configs or instances; ``"all"``; None: a quick selection, with localisation metrics for cases
             with a label.
         label_key: key of a label map in the case's data that marks the known cause. A case without it, or with a label
@@ -93,6 +96,7 @@ class EvaluationHandler(CaseHandler):
         share: Share | Literal["auto"] = "auto",
         checks: bool = True,
         name: str | None = None,
+        head: HeadKind | None = None,
     ) -> None:
         super().__init__(
             methods,
@@ -113,6 +117,7 @@ class EvaluationHandler(CaseHandler):
             window_batch=window_batch,
             volume_device=volume_device,
             progress=flag("progress", progress),
+            head=head,
         )
         self.label_key, self.regions_key, self.body_key = label_key, regions_key, body_key
         self.label_value, self.region_names = value_of_label(label_value), None

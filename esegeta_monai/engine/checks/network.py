@@ -36,9 +36,13 @@ class InputUnchanged(NetworkCheck):
         x = sample.window.clone()
         model = copy.copy(sample.model)
         model.copies_input = False
+        model.args = tuple(v.clone() if isinstance(v, Tensor) else v for v in model.args)
+        model.kwargs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in model.kwargs.items()}
         with torch.no_grad():
             sample.of(model, x.dtype).run(x)
-        if torch.equal(x, sample.window):
+        after = [x, *model.args, *model.kwargs.values()]
+        given = [sample.window, *sample.model.args, *sample.model.kwargs.values()]
+        if all(torch.equal(a, b) for a, b in zip(after, given) if isinstance(a, Tensor)):
             return CheckResult(self.name, "passed", "the network leaves its input unchanged", passes=1)
         return CheckResult(self.name, "handled", "the network writes into its input, so it gets copies", passes=1)
 
@@ -217,9 +221,6 @@ def check_network_once(
         condition: MONAI's ``condition`` volume (C, *spatial), or None.
         ignore_weights: results of the same network with other weights count too, as during a training.
 
-    Raises:
-        NetworkError: the network fails on its own window.
-
     Example:
         >>> from esegeta_monai.engine.windows.inferers import plan_windows
         >>> model = Model(nn.Conv2d(1, 2, 3), torch.device("cpu"))
@@ -232,12 +233,26 @@ def check_network_once(
     key = (weights, str(model.device), str(model.autocast_dtype), plan.roi, str(model.output), model.inferer is None)
     if key not in done:
         with _random_states(model.device), evaluating(model.network, model.device):
-            sample = small_sample(model, image, plan, condition)
-            known: dict[str, CheckResult] = {}
-            for check in NETWORK_CHECKS:
-                known[check.name] = check.measure(sample, known)
-        done[key] = list(known.values())
+            done[key] = _measured(small_sample(model, image, plan, condition))
     return done[key]
+
+
+def _measured(sample: Sample) -> list[CheckResult]:
+    try:
+        with torch.no_grad():
+            sample.run(sample.window)
+    except Exception as error:  # the network runs inside its inferer only; other errors appear in the prediction
+        text = f"not checked: the network does not run on {tuple(sample.window.shape)} by itself ({_short(error)})"
+        return [CheckResult(check.name, "not checked", text) for check in NETWORK_CHECKS]
+    known: dict[str, CheckResult] = {}
+    for check in NETWORK_CHECKS:
+        try:
+            known[check.name] = check.measure(sample, known)
+        except Exception as error:  # a network may fail in ways that only some methods meet; they name them
+            known[check.name] = CheckResult(
+                check.name, "not checked", f"not checked: the network fails ({_short(error)})"
+            )
+    return list(known.values())
 
 
 class _Precision(TorchFunctionMode):
@@ -256,16 +271,7 @@ class _Precision(TorchFunctionMode):
 
 def _in_float64(sample: Sample) -> Sample:
     """Return the sample with a copy of the network in float64."""
-    model = copy.copy(sample.model)
-    model.network = copy.deepcopy(sample.model.network).double()
-    model.amp, model.dtype = False, torch.float64
-    model.args = tuple(_double(a) for a in model.args)
-    model.kwargs = {name: _double(value) for name, value in model.kwargs.items()}
-    return sample.of(model, torch.float64)
-
-
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return sample.of(sample.model.in_float64(), torch.float64)
 
 
 def _output_and_gradient(sample: Sample) -> list[Tensor]:

@@ -15,7 +15,7 @@ from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.network.hooks import capture, replaced
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, UsageError
-from esegeta_monai.methods.base import Explained
+from esegeta_monai.methods.base import Explained, completeness
 from esegeta_monai.methods.layer.activation import LayerMethod
 from esegeta_monai.methods.layer.scattered import LayerSum
 from esegeta_monai.methods.path.integrated_gradients import Rule, check_steps, quadrature
@@ -107,6 +107,9 @@ class LayerConductance(_PathMethod):
 class InternalInfluence(_Quadrature):
     """``∫₀¹ ∂F/∂A_c dα`` along ``x₀ + α (x − x₀)`` (Leino et al. 2018).
 
+    The derivative at a position of the layer is spread over the voxels of its cell, so that the sum over voxels is the
+    sum over positions: at a layer of half the resolution in 3D, a voxel has about an eighth of the derivative.
+
     Args:
         layer: dotted name; None: the default layer, named in the record.
         reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
@@ -117,7 +120,7 @@ class InternalInfluence(_Quadrature):
 
     reference = "Leino et al. 2018, arXiv:1802.03788"
     additive = False
-    units = "target per unit of activation"
+    units = "target per unit of activation and voxel"
 
     def passes(self, objective: Objective) -> int:
         """Count one pass per step, and a forward pass for each if a target is non-linear."""
@@ -190,8 +193,7 @@ class LayerIntegratedGradients(_Quadrature):
         maps, padding = total.result()
         notes: dict[str, Any] = {"layer": layer, "sum_in_padding": padding}
         if self.reduce == "sum":
-            shares = total.share(objective.image_values() - start)
-            notes["completeness_gap"] = [None if s is None else abs(s - 1) for s in shares]
+            notes |= completeness(maps, (objective.image_values() - start).cpu(), padding)
         return Explained(maps, {**notes, **describe_baseline(baseline, start)})
 
     def _predict(self, objective: Objective, layer: str, alpha: float, x0: Tensor) -> list[Tensor]:
@@ -207,7 +209,16 @@ class LayerIntegratedGradients(_Quadrature):
 
 
 def _both(batch: Batch, x0: Tensor) -> Tensor:
-    """Run the image's windows and the baseline's in one batch, and return the output of the image's."""
+    """Run the image's windows and the baseline's in one batch, and return the output of the image's.
+
+    Raises:
+        MethodError: the network mixes the images of a batch.
+    """
+    if batch.network.model.mixes_rows:
+        raise MethodError(
+            "image and baseline go through the network together, and it mixes the images of a batch: use "
+            "IntegratedGradients, or LayerGradientXActivation"
+        )
     x = torch.cat([batch.image, batch.cut(x0)])
     return batch.network.run(x, [*batch.windows, *batch.windows])[: len(batch)]
 
