@@ -111,23 +111,24 @@ def test_rules_are_complete_over_members_and_views() -> None:
     ]
     _, inferer, image = setting()
     explainer = Explainer(members[0].eval(), EnsembleInferer(inferer, members, (0, 1)))
-    lift, relevance = explainer(image, [DeepLift(baseline=0.0), LRP(composite="epsilon")], [MultiClassMask(1)])
+    lift, relevance = explainer(image, [DeepLift(baseline=0.0), LRP(composite="Epsilon")], [MultiClassMask(1)])
     assert lift.record["completeness_gap"] < 1e-10
-    assert relevance.record["completeness_gap"] < 1e-6
+    kept = relevance.record["absorbed_share"]
+    assert float(relevance.map.sum()) / relevance.record["value"] == pytest.approx(1 - kept, abs=1e-6)
 
 
 def test_a_network_listed_twice_is_the_network() -> None:
     members, inferer, image = setting()
     twice = Explainer(members[0], EnsembleInferer(inferer, [members[0], members[0]]))
     once = Explainer(members[0], inferer)
-    methods = [
-        "VanillaBackprop",
+    layer = [
         "GradCam('n')",
-        "LayerActivation('n')",
+        "LayerActivation('n', reduce='sum')",
         "LayerCam('n')",
         "GradCamPlusPlus('n')",
-        "SmoothGrad",
+        "XGradCam('n')",
     ]
+    methods = ["VanillaBackprop", "SmoothGrad", "LRP", "FullGrad(abs=False)", *layer]
     for a, b in zip(twice(image, methods, [MultiClassMask(1)]), once(image, methods, [MultiClassMask(1)]), strict=True):
         torch.testing.assert_close(a.map.as_tensor(), b.map.as_tensor(), rtol=1e-10, atol=1e-12)
 
@@ -178,3 +179,44 @@ def test_windows_that_leave_voxels_out_are_refused() -> None:
                 Explainer(small(2), inferer)(torch.rand(1, 1, 8, 8).double(), [VanillaBackprop()], [MultiClassMask(0)])
             )
         )
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("axes", [(), (0,), (0, 1)])
+def test_layer_maps_equal_explicit_hooks_on_each_call(axes: tuple[int, ...], around: bool) -> None:
+    """One window per volume: each member and view is called by itself, and its map is mirrored back."""
+    members, _, _ = setting()
+    image = torch.rand(1, 1, 12, 10, dtype=torch.float64)
+    explainer = Explainer(members[0], EnsembleInferer(SlidingWindowInferer((12, 10), 1), members, axes, around=around))
+    methods = ["GradCam('n', relu=False)", "HiResCam('n', relu=False)", "LayerActivation('n', reduce='sum')"]
+    expected = [torch.zeros(12, 10, dtype=torch.float64) for _ in methods]
+    share = 1 / (len(members) * len(views(axes)))
+    for member in members:
+        for flips in views(axes):
+            kept: list[Tensor] = []
+            handle = member.n.register_forward_hook(lambda m, i, o, kept=kept: kept.append(o))
+            out = member(image.flip(flips)).flip(flips)
+            handle.remove()
+            (gradient,) = torch.autograd.grad(share * out[0, 1, 2:7, 2:6].sum(), kept[0])
+            a, g = kept[0].detach().flip(flips)[0], gradient.flip(flips)[0]
+            expected[0] += (g.mean((1, 2), keepdim=True) * a).sum(0)
+            expected[1] += (g * a).sum(0)
+            expected[2] += share * a.sum(0)
+    for ours, truth in zip(explainer(image, methods, ["Box(1, (2, 2), (7, 6))"]), expected, strict=True):
+        torch.testing.assert_close(ours.map.as_tensor()[0], truth, rtol=1e-10, atol=1e-12)
+
+
+def test_the_wrong_kind_of_view_does_not_pass() -> None:
+    members, inferer, image = setting()
+    wrong_kind = Explainer(members[0], EnsembleInferer(inferer, members, (0,), around=True))
+    (wrong,) = wrong_kind(image, [VanillaBackprop()], ["Box(1, (0, 0), (31, 15))"])
+    x = image.clone().requires_grad_(True)
+    (expected,) = torch.autograd.grad(predict(x, members, inferer, (0,), around=False)[:, 1].sum(), x)
+    assert float((wrong.map.as_tensor() - expected[0]).abs().max() / expected.abs().max()) > 1e-3
+
+
+def test_channels_of_different_members_are_not_added() -> None:
+    members, inferer, image = setting()
+    explainer = Explainer(members[0], EnsembleInferer(inferer, members))
+    with pytest.raises(EsegetaError, match="different channels"):
+        list(explainer(image, ["LayerActivation('n')"], [MultiClassMask(1)]))

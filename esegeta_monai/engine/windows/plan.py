@@ -155,6 +155,24 @@ class WindowPlan:
         """Return how the network is called on a window."""
         return self.calls[window] if self.calls else PLAIN
 
+    @functools.cached_property
+    def _numbers(self) -> dict[Call, int]:
+        return {call: number for number, call in enumerate(dict.fromkeys(self.calls))}
+
+    @property
+    def call_count(self) -> int:
+        """Number of calls that see each place: members times views."""
+        return max(len(self._numbers), 1)
+
+    def call_number(self, window: int) -> int:
+        """Return the number of the call of a window."""
+        return self._numbers[self.calls[window]] if self.calls else 0
+
+    @property
+    def member_count(self) -> int:
+        """Number of members of the ensemble, 1 for a single network."""
+        return len({call.member for call in self.calls}) or 1
+
     def with_calls(self, calls: Sequence[Call]) -> WindowPlan:
         """Return the plan in which each call sees all windows of this plan.
 
