@@ -111,7 +111,7 @@ def test_rules_are_complete_over_members_and_views() -> None:
     ]
     _, inferer, image = setting()
     explainer = Explainer(members[0].eval(), EnsembleInferer(inferer, members, (0, 1)))
-    lift, relevance = explainer(image, [DeepLift(baseline=0.0), LRP(composite="Epsilon")], [MultiClassMask(1)])
+    lift, relevance = explainer(image, [DeepLift(baseline=0.0), LRP(composite="Epsilon")], ["Box(1, (0, 0), (31, 15))"])
     assert lift.record["completeness_gap"] < 1e-10
     kept = relevance.record["absorbed_share"]
     assert float(relevance.map.sum()) / relevance.record["value"] == pytest.approx(1 - kept, abs=1e-6)
@@ -219,4 +219,4 @@ def test_channels_of_different_members_are_not_added() -> None:
     members, inferer, image = setting()
     explainer = Explainer(members[0], EnsembleInferer(inferer, members))
     with pytest.raises(EsegetaError, match="different channels"):
-        list(explainer(image, ["LayerActivation('n')"], [MultiClassMask(1)]))
+        list(explainer(image, ["LayerActivation('n', reduce='channels')"], [MultiClassMask(1)]))
