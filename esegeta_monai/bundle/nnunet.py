@@ -7,10 +7,13 @@ whole volume.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import itertools
 import json
 import pickle
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -36,6 +39,7 @@ from esegeta_monai.utils.files import sha256_file
 __all__ = ["NnunetPreprocessd", "NnunetReader", "NnunetWindows", "is_nnunet_folder"]
 
 CHECKPOINT = "checkpoint_final.pth"
+_RAS = (("L", "R"), ("P", "A"), ("I", "S"))
 PROPERTIES = "nnunet_properties"
 """Key of nnU-Net's properties of a case in the data dictionary."""
 
@@ -86,13 +90,13 @@ class NnunetReader(BundleReader):
         self.checkpoints = self._checkpoints(folds, checkpoint)
         managers = _nnunet("nnunetv2.utilities.plans_handling.plans_handler")
         self.dataset: dict[str, Any] = dataset
+        states = [_checkpoint(file) for file in self.checkpoints]
         try:
             self.plans = managers.PlansManager(plans)
-            states = [_checkpoint(file) for file in self.checkpoints]
             self.trainer, self.configuration_name = states[0]["trainer_name"], states[0]["init_args"]["configuration"]
             self.configuration = self.plans.get_configuration(self.configuration_name)
             self.labels = self.plans.get_label_manager(dataset)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UsageError(
                 f"{self.bundle_dir.name}: plans.json, dataset.json and checkpoints do not fit each other or are "
                 f"incomplete ({type(error).__name__}: {error})"
@@ -216,9 +220,10 @@ class NnunetReader(BundleReader):
         """
         predictor_class = _nnunet("nnunetv2.inference.predict_from_raw_data").nnUNetPredictor
         export = _nnunet("nnunetv2.inference.export_prediction").export_prediction_from_logits
-        predictor = predictor_class(
-            self.step, True, self.mirroring, self.device.type == "cuda", self.device, allow_tqdm=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it chooses
+            predictor = predictor_class(
+                self.step, True, self.mirroring, self.device.type == "cuda", self.device, allow_tqdm=False
+            )
         predictor.manual_initialization(
             copy.deepcopy(self.network),
             self.plans,
@@ -352,7 +357,7 @@ class NnunetPreprocessd(MapTransform):
             codes: tuple[str, ...] = ("R", "A", "S")
         else:
             codes = nib.aff2axcodes(way.affine.numpy())
-        way = Orientation(axcodes="".join(codes[axis] for axis in order))(way)
+        way = Orientation(axcodes="".join(codes[axis] for axis in order), labels=_RAS)(way)
         if tuple(way.shape[1:]) != tuple(properties["shape_before_cropping"]):
             raise InputError(
                 f"nnU-Net reads the scan as {tuple(properties['shape_before_cropping'])}, and its axes give "
@@ -413,9 +418,8 @@ def _checkpoint(file: Path) -> dict[str, Any]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        if "Unsupported global" in reason:
-            name = reason.split("GLOBAL ")[1].split(" ")[0]
-            reason = f"it refers to {name}, which is code and no weight; it was not loaded"
+        if code := re.search(r"GLOBAL (\S+)", reason):
+            reason = f"it refers to {code[1]}, which is code and no weight; it was not loaded"
         raise NetworkError(f"{file.parent.name}/{file.name} cannot be read as weights: {reason[:200]}") from error
     if not isinstance(state, dict) or not {"network_weights", "trainer_name", "init_args"} <= set(state):
         raise NetworkError(f"{file.parent.name}/{file.name} is no checkpoint of nnU-Net v2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from argparse import ArgumentParser, Namespace
 
-from esegeta_monai.cli.arguments import add_model, add_network
+from esegeta_monai.cli.arguments import add_head, add_model, add_network
 from esegeta_monai.cli.look import scan_or_noise
 from esegeta_monai.cli.reading import open_reader
 from esegeta_monai.explain.explainer import Explainer
@@ -25,6 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--input", metavar="FILE", help="scan to check (default: noise of one window)")
     add_network(parser)
+    add_head(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -69,7 +69,8 @@ def _devices() -> dict[str, Any]:
 
 def _bundle(reader: BundleReader) -> dict[str, Any]:
     network, inferer = reader.network, reader.inferer
-    options = {k: v for k, v in vars(inferer).items() if isinstance(v, (bool, int, float, str, tuple, list))}
+    shown = getattr(inferer, "record", None) or vars(inferer)
+    options = {k: v for k, v in shown.items() if isinstance(v, (bool, int, float, str, tuple, list))}
     weights = reader.weight_source
     return {
         "name": reader.name,
