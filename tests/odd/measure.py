@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
-import logging
 import re
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +19,7 @@ from esegeta_monai import Attribution, Explainer
 from esegeta_monai.errors import EsegetaError
 from esegeta_monai.methods.base import METHODS, Method
 from tests.odd.base import OddCase
+from tests.odd.pipelines import FOREIGN, PipelineCase
 from tests.odd.truth import INDEPENDENT, Truth
 
 __all__ = ["METHOD_NAMES", "VERDICTS", "Outcome", "measure", "method_of", "version"]
@@ -99,6 +97,8 @@ def measure(name: str, case: OddCase, truths: dict[str, Any] | None = None) -> O
         truths: kept between cells of a case, so that the twin is built once.
     """
     truths = {} if truths is None else truths
+    if isinstance(case, PipelineCase):
+        return _measure_pipeline(name, case, truths)
     right, twin_warnings, refusal = _truth(name, case, truths)
     try:
         attribution = _explain(case, method_of(name, case))
@@ -113,12 +113,34 @@ def measure(name: str, case: OddCase, truths: dict[str, Any] | None = None) -> O
     new = [w for w in record["warnings"] if w not in twin_warnings]
     checks = [c for c in record.get("checks") or [] if c["verdict"] == "handled"]
     if attribution.map is None:
-        return Outcome("refused", None, str(record.get("reason")))
+        denied = right is not None and record["status"] == "empty_target"  # although the target has voxels
+        return Outcome("error" if denied else "refused", None, str(record.get("reason")))
     if right is None:
         return Outcome("warned" if new else "wrong", None, new[0] if new else "no map can be right")
     figure = deviation(attribution.map.as_tensor(), right)
     if figure <= case.tolerance:
         return Outcome("handled" if checks else "right", figure, checks[0]["text"] if checks else "")
+    return Outcome("warned" if new else "wrong", figure, new[0] if new else "")
+
+
+def _measure_pipeline(name: str, case: PipelineCase, truths: dict[str, Any]) -> Outcome:
+    """Measure a method through the command line; the six methods run together, and so do all others."""
+    right, twin_warnings, refusal = _truth(name, case, truths)
+    group = tuple(n for n in METHOD_NAMES if (n in INDEPENDENT) == (name in INDEPENDENT))
+    if group not in truths:
+        truths[group] = case.results([method_of(n, case) for n in group])
+    if name not in truths[group]:
+        return Outcome("error", None, "no entry in run.json")
+    status, texts, reason, values = truths[group][name]
+    if values is None:
+        verdict = "none" if refusal is not None else "error" if FOREIGN.match(reason) else "refused"
+        return Outcome(verdict, None, reason)
+    new = [w for w in texts if w not in twin_warnings]
+    if right is None or case.place is None:
+        return Outcome("warned" if new else "wrong", None, new[0] if new else f"{status}: no map can be right")
+    figure = deviation(values, case.place(right))
+    if figure <= case.tolerance:
+        return Outcome("right", figure)
     return Outcome("warned" if new else "wrong", figure, new[0] if new else "")
 
 
@@ -198,15 +220,3 @@ def version(kind: str) -> str:
     names = ("tests.odd.base", "tests.odd.truth", "tests.odd.measure", f"tests.odd.{kind}")
     files = [Path(str(importlib.import_module(n).__file__)).read_bytes() for n in names]
     return hashlib.sha256(b"".join([_engine_hash().encode(), *files])).hexdigest()[:8]
-
-
-def quiet(work: Callable[[], Any]) -> Any:
-    """Run without printed warnings."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return work()
-    finally:
-        logging.disable(level)
