@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -155,7 +156,7 @@ CASES = [
     case("own function, wrong backward", TwiceSwish.apply, F.silu),
     case("computes in numpy", through_numpy, torch.square),
     case("argmax inside", largest_channel, lambda x: x * (x == x.amax(1, keepdim=True))),
-    case("gradient inside forward", energy_gradient, torch.tanh),
+    replace(case("gradient inside forward", energy_gradient, torch.tanh), cause="inference mode"),
     OddCase("gradient halved by a module hook", "derivative", wrong_hook, X, logit(), layer="enc",
             twin=case("", torch.square, torch.square).twin),
     OddCase("root of zero", "derivative", lambda: seeded(lambda: Around(Classifier(), root)), zero_background(),

@@ -18,9 +18,7 @@ def softmax(y: Tensor) -> Tensor:
     return y.softmax(1)
 
 
-def above(
-    channel: int, level: float, mask_of: Callable[[Tensor], Tensor] | None = None
-) -> Callable[[Tensor], Score]:
+def above(channel: int, level: float, mask_of: Callable[[Tensor], Tensor] | None = None) -> Callable[[Tensor], Score]:
     """F is the sum of a channel over the voxels where it exceeds a level."""
 
     def freeze(prediction: Tensor) -> Score:

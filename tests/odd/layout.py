@@ -113,7 +113,9 @@ def channels_last(dims: int, width: int) -> OddCase:
     )
 
 
-def laid_tokens(name: str, size: tuple[int, ...], patch: tuple[int, ...], width: int = 6, named: bool = False) -> OddCase:
+def laid_tokens(
+    name: str, size: tuple[int, ...], patch: tuple[int, ...], width: int = 6, named: bool = False
+) -> OddCase:
     grid = tuple(n // p for n, p in zip(size, patch))
     return case(
         name,

@@ -40,8 +40,8 @@ def plain(odd: nn.Module) -> nn.Module:
     return Around(copy.deepcopy(odd.net))
 
 
-def with_weights_of(change: Callable[[nn.Module], Any]) -> tuple[Callable[[], nn.Module], Callable[[nn.Module], nn.Module]]:
-    """Return a maker of a classifier with changed modules, and its twin with the weights that result."""
+def weights(name: str, change: Callable[[nn.Module], Any]) -> OddCase:
+    """A classifier with changed modules, and a twin with the weights that result."""
 
     def make() -> nn.Module:
         network = seeded(lambda: Around(Classifier()))
@@ -59,11 +59,6 @@ def with_weights_of(change: Callable[[nn.Module], Any]) -> tuple[Callable[[], nn
                         getattr(module, own).copy_(getattr(source, own))
         return network
 
-    return make, twin
-
-
-def weights(name: str, change: Callable[[nn.Module], Any]) -> OddCase:
-    make, twin = with_weights_of(change)
     return OddCase(name, "modules", make, X, logit(), twin=twin, layer="net.down")
 
 
@@ -164,7 +159,8 @@ CASES = [
     weights("weight norm by parametrisation", lambda n: parametrizations.weight_norm(n.net.stem[0])),
     weights("spectral norm by hooks", old_spectral_norm),
     weights("spectral norm by parametrisation", lambda n: parametrizations.spectral_norm(n.net.stem[0])),
-    weights("own parametrisation", lambda n: parametrize.register_parametrization(n.net.down[0], "weight", Symmetric())),
+    weights("own parametrisation",
+            lambda n: parametrize.register_parametrization(n.net.down[0], "weight", Symmetric())),
     weights("pruned weights", lambda n: prune.random_unstructured(n.net.down[0], "weight", 0.5)),
     weights("frozen weights", lambda n: n.requires_grad_(False)),
     direct("weights frozen in forward", freezes),
@@ -185,9 +181,10 @@ CASES = [
             twin=lambda odd: odd.module, layer="net.down"),
     OddCase("TorchScript", "modules", traced, X, logit(), twin=lambda odd: seeded(Classifier), layer="down",
             cause="TorchScript"),
-    OddCase("weights that are not initialised", "modules", lazy, X, logit(), cause="lazy|uninitiali[sz]ed|initiali[sz]e"),
+    OddCase("weights that are not initialised", "modules", lazy, X, logit(),
+            cause="lazy|uninitiali[sz]ed|initiali[sz]e"),
     OddCase("half-precision weights", "modules", lambda: seeded(Classifier).half(), X, logit(), layer="down",
             cause="float16"),
-    OddCase("no weights", "modules", lambda: Around(nn.Identity(), after=lambda y: torch.tanh(y).flatten(1)[:, 30:33]), X,
-            logit(), twin=lambda odd: odd),
+    OddCase("no weights", "modules",
+            lambda: Around(nn.Identity(), after=lambda y: torch.tanh(y).flatten(1)[:, 30:33]), X, logit(), twin=lambda odd: odd),
 ]  # fmt: skip

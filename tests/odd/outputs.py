@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from monai.data import MetaTensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.odd.base import Around, Classifier, OddCase, Segmenter, image, logit, mask_sum, replaced, seeded
 
 X = image(1, 12, 12)
-Named = namedtuple("Named", ["logits", "features"])  # noqa: PYI024
+Named = namedtuple("Named", ["logits", "features"])
 
 
 @dataclass

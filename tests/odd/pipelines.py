@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from esegeta_monai.cli.main import main
 from esegeta_monai.methods.base import Method
 from tests.odd.base import OddCase, mask_sum
-from tests.support.cli import NETWORK, make_bundle, make_scan, run_json
+from tests.support.cli import NETWORK, SIZE, make_bundle, make_scan, metadata, run_json
 
 CLASS, LEVEL = 1, 0.1
 SHAPE, CUBE = (8, 10, 6), (8, 8, 8)
@@ -68,6 +69,9 @@ class PipelineCase(OddCase):
                 preprocessing=preprocessing,
                 inferer={"_target_": "SimpleInferer"},
             )
+            info = metadata()
+            info["network_data_format"]["inputs"]["image"]["spatial_shape"] = [SIZE] * self.dims
+            (bundle / "configs" / "metadata.json").write_text(json.dumps(info))
             torch.save(self.odd().state_dict(), bundle / "models" / "model.pt")
             scan = make_scan(root / "scan.nii.gz", self.shape)
             words = ["explain", "--bundle", bundle, "--input", scan, "--output", root / "out", "--no-pictures"]
@@ -77,7 +81,9 @@ class PipelineCase(OddCase):
                 main([str(word) for word in words])
             if not (root / "out" / "run.json").exists():
                 return {m.name: ("failed", [], said.getvalue().strip(), None) for m in methods}  # type: ignore[misc]
-            return {e["method"]: self._read(root / "out", e) for e in run_json(root / "out")["results"]}
+            found = {e["method"]: self._read(root / "out", e) for e in run_json(root / "out")["results"]}
+            failed = found.get(None)  # type: ignore[call-overload]  # of the whole case
+            return dict.fromkeys([str(m.name) for m in methods], failed) if failed else found
 
     @staticmethod
     def _read(out: Path, entry: dict[str, Any]) -> tuple[str, list[str], str, Tensor | None]:

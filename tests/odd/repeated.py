@@ -53,7 +53,9 @@ class Mirrored(nn.Module):
         return torch.stack([undo(net(do(x))) for net, (do, undo) in zip(nets, self.views)]).mean(0)
 
 
-def mirrored(name: str, make: Callable[[], nn.Module], views: list[tuple[Turn, Turn]], segments: bool, channel: int = 1) -> OddCase:
+def mirrored(
+    name: str, make: Callable[[], nn.Module], views: list[tuple[Turn, Turn]], segments: bool, channel: int = 1
+) -> OddCase:
     outs = [(do, undo if segments else same) for do, undo in views]
     return OddCase(
         name,

@@ -16,7 +16,7 @@ __all__ = ["expected", "key_of", "opened", "write"]
 
 PATH = Path(__file__).parents[2] / "docs" / "limits.md"
 STORE = Path(__file__).parent / "cells.csv"
-MARKS = dict(zip(VERDICTS, "✓hwr–!✗"))
+MARKS = dict(zip(VERDICTS, "✓hwr–?!✗"))
 FAMILIES = {cls.__name__: cls.__module__.split(".")[2] for cls in METHODS}
 
 HEAD = """\
@@ -36,6 +36,7 @@ at most 1e-6 of the largest value. The cases are in `tests/odd`, one file a kind
 | w | warned: not right, or nothing can be right (a random network has no map), and the record has a warning |
 | r | refused: an error whose message names the cause |
 | – | the method does not apply to such a network, odd or not |
+| ? | not defined: methods that are no sum over the calls of a layer, on a layer that runs several times |
 | ! | an error of another kind, or one that does not name the cause |
 | ✗ | silently wrong |
 """
@@ -53,9 +54,7 @@ def opened() -> Store:
 
 def expected() -> dict[tuple[str, str, str, int], OddCase]:
     """Return the keys of all cells that the table must have, with their cases."""
-    return {
-        key_of(m, c.kind, c.name): c for c in CASES for m in METHOD_NAMES if c.methods is None or m in c.methods
-    }
+    return {key_of(m, c.kind, c.name): c for c in CASES for m in METHOD_NAMES if c.methods is None or m in c.methods}
 
 
 def write(store: Store) -> str:
@@ -93,7 +92,7 @@ def _counts(cells: list[Cell], wanted: int, stale: int) -> str:
         verdicts = Counter(c.verdict for c in own)
         counted = " | ".join(str(verdicts[v]) for v in VERDICTS)
         lines.append(f"| {kind} | {len(cases)} | {len(own)} | {counted} |")
-    lines += ["", f"{len(cells)} of {wanted} cells are measured; {stale} of them before the last change of the sources."]
+    lines += ["", f"{len(cells)} of {wanted} cells are measured; {stale} of them before the sources last changed."]
     return "\n".join([*lines, ""])
 
 
@@ -104,7 +103,7 @@ def _grid(cells: list[Cell]) -> str:
     for cell in cells:
         by_place[cell.network, FAMILIES[cell.row]][cell.verdict] += 1
     sizes = Counter(FAMILIES.values())
-    lines = ["## Families of methods x cases", "", "A number is that of the methods of the family with this outcome.", ""]
+    lines = ["## Families of methods x cases", "", "Numbers are those of the methods with the outcome.", ""]
     lines.append("| case | " + " | ".join(f"{f} ({sizes[f]})" for f in families) + " |")
     lines.append("|---" * (1 + len(families)) + "|")
     for case in CASES:
@@ -138,7 +137,7 @@ def _reasons(cells: list[Cell]) -> str:
         groups[cell.network, cell.verdict].append(cell)
     for (place, verdict), group in sorted(groups.items()):
         texts = Counter(c.note.removeprefix(f"{c.row}: ") for c in group)
-        text, number = texts.most_common(1)[0]
+        text = texts.most_common(1)[0][0]
         more = f" (and {len(texts) - 1} other texts)" if len(texts) > 1 else ""
         lines.append(f"* {MARKS[verdict]} **{place}**, {len(group)} methods: {text}{more}")
     return "\n".join([*lines, ""])
