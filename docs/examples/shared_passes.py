@@ -37,6 +37,8 @@ if __name__ == "__main__":
     network.register_forward_hook(lambda *_: calls.append(1))
     image = torch.rand(1, 1, 8, 8, dtype=torch.float64)
 
+    Explainer(network).check(image)  # once per network, with passes of its own
+    calls.clear()
     grad_cam, positive = GradCam(layer="0"), PositiveCam("0")
     list(Explainer(network)(image, [grad_cam], ["MultiClassMask(1)"]))
     alone = len(calls)

@@ -22,7 +22,7 @@ from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.engine.network.hooks import find_layer
 from esegeta_monai.engine.network.state import unwrap, weights_hash
 from esegeta_monai.errors import EsegetaError, NetworkError, RankLost, UsageError
-from esegeta_monai.explain.costs import duration, table
+from esegeta_monai.explain.costs import Cost, duration, table
 from esegeta_monai.explain.explainer import Explainer
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.report.page import write_report
@@ -246,20 +246,25 @@ def _tell_costs(
     chosen = default_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)
     check_layers(reader.network, [*methods, *chosen])
-    explainer, costs, failed = explainer_for(reader, options), [], False
-    for case in cases:
-        try:
-            _, image, data = preprocess(case)
-            costs += [(case.name, cost) for cost in explainer.costs(image[None], methods, chosen, data=data)]
-        except Exception as error:  # logged; the other cases continue
-            failed = True
-            logger.error("%s: %s", case.name, named(error, log))
+    explainer = explainer_for(reader, options)
+    costs: list[tuple[str, Cost]] = []
+    failures: list[str] = []
+
+    def estimate(case: ScanCase) -> None:
+        _, image, data = preprocess(case)
+        costs.extend((case.name, cost) for cost in explainer.costs(image[None], methods, chosen, data=data))
+
+    def failed(name: str, error: Exception) -> None:
+        failures.append(name)
+        logger.error("%s: %s", name, error)
+
+    each_case(cases, estimate, failed, log)
     print("\n".join(table(costs)))
     seconds = sum(cost.seconds or 0.0 for _, cost in costs)
     print(
         f"About {duration(seconds)} in total; less for methods that share passes (gradients, CAM). Nothing was written."
     )
-    return int(failed)
+    return int(bool(failures))
 
 
 def named(error: Exception, log: RunLog) -> Exception:

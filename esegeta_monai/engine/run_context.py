@@ -34,7 +34,8 @@ class RunContext:
     precision_decided: bool = False
     sample: ScoreSample | None = None
 
-    def for_sample(self, perturbations: int, window_batch: int) -> RunContext:
+    @staticmethod
+    def for_sample(perturbations: int, window_batch: int) -> RunContext:
         """Return the context of a trial run in this process: silent, without time limit, checkpoint or measurement.
 
         Args:

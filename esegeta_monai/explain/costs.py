@@ -13,7 +13,7 @@ from esegeta_monai.engine.default_layer import default_layer, layer_shapes
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.progress import Progress
 from esegeta_monai.engine.run_context import RunContext, SampleComplete
-from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout
+from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout, named_reason
 from esegeta_monai.explain.record import peak_memory, reset_peak_memory
 from esegeta_monai.methods.base import Method
 from esegeta_monai.methods.precision import SAMPLED
@@ -108,6 +108,9 @@ def _extrapolated(method: Method, objective: Objective, passes: float) -> float 
     """
     batch = 1 if objective.model.device.type == "cpu" else objective.window_batch
     small, large = (_timed(method, objective, n * batch) for n in (1, 2))
+    if large[2] is not None:
+        why = named_reason(large[2])
+        logger.warning("%s: its time is a rough estimate or unknown: it fails on a few windows: %s", method.name, why)
     if not large[1]:
         return None
     rate = (large[0] - small[0]) / (large[1] - small[1]) if large[1] > small[1] else 0.0
@@ -116,23 +119,24 @@ def _extrapolated(method: Method, objective: Objective, passes: float) -> float 
     return max(0.0, large[0] - rate * large[1]) + rate * passes
 
 
-def _timed(method: Method, objective: Objective, windows: int) -> tuple[float, int]:
+def _timed(method: Method, objective: Objective, windows: int) -> tuple[float, int, Exception | None]:
     """Time a cheap copy of a method on the first windows that the target sees.
 
     Returns:
-        Seconds, and window passes.
+        Seconds, window passes, and the error that ended it early; None for a limit.
     """
-    context = objective.context.for_sample(SAMPLED, objective.window_batch)
+    context = RunContext.for_sample(SAMPLED, objective.window_batch)
     first, device = objective.derive(first_windows=windows, context=context), objective.model.device
     context.progress.start(pass_limit=MOST_PASSES * windows)
     began = _now(device)
+    failure: Exception | None = None
     try:
         run(method.cheap_copy(), first)
-    except SampleComplete:
-        logger.debug("%s: a sample of its perturbations was scored", method.name)
-    except Exception as error:  # the pass limit; or the method fails on few windows, but not on all
-        logger.debug("%s: the timed copy ended early: %s", method.name, error)
-    return _now(device) - began, context.progress.passes
+    except (SampleComplete, MethodTimeout) as limit:
+        logger.debug("%s: the timed copy has done enough: %s", method.name, limit)
+    except Exception as error:  # the method fails on few windows, but maybe not on all
+        failure = error
+    return _now(device) - began, context.progress.passes, failure
 
 
 def check_cost(method: Method, objective: Objective) -> None:

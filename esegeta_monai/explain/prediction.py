@@ -123,6 +123,7 @@ class Prediction:
     def _check_network(self) -> None:
         """Check the network and add the results to those of the case; log the warnings."""
         settings, case = self.settings, self.case
+        self.model.copies_input = True
         if not settings.checks:
             return
         model = copy.copy(self.model)
@@ -133,6 +134,7 @@ class Prediction:
         for check in case.checks:
             if check.verdict == "warned":
                 logger.warning(check.text)
+        self.model.copies_input = self._verdict("input") != "passed"
         batch = getattr(settings.inferer, "sw_batch_size", 1)
         if self._mixes_rows and batch > 1 and len(self.plan) > 1 and case.prediction is None:
             self.notes.append(
@@ -144,7 +146,11 @@ class Prediction:
     @property
     def _mixes_rows(self) -> bool:
         """True if the images of a batch influence each other, so that windows run one by one."""
-        return any(check.name == "rows" and check.verdict != "passed" for check in self.case.checks)
+        return self._verdict("rows") not in ("passed", None)
+
+    def _verdict(self, name: str) -> str | None:
+        """Return the verdict of a check of the network, or None if it has not run."""
+        return next((check.verdict for check in self.case.checks if check.name == name), None)
 
     @property
     def _context(self) -> Case:

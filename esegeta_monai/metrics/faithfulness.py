@@ -9,7 +9,7 @@ comparable.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -32,12 +32,52 @@ ZERO = "the map is zero everywhere"
 NEEDS: frozenset[Need] = frozenset({"objective"})
 
 
-class _Curve(Metric):
-    """Area under the target's curve while features are removed (or inserted) in the order of the map."""
+_Drawn = tuple[float, np.ndarray, np.ndarray, dict[str, Any]]
+"""The result of one draw: the area, x and y of the curve, and notes."""
+
+
+class _CurveMetric(Metric):
+    """Base class: a number per removal curve, averaged over the draws of the baseline.
+
+    Subclasses have the parameters ``features``, ``steps``, ``baseline`` and ``n_samples``, each in its own order.
+    """
 
     group = "faithfulness"
-    reference = "Petsiuk et al., BMVC 2018, arXiv:1806.07421"
     needs = NEEDS
+    least_steps: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own: Any = self
+        check_parts(own.features, own.baseline)
+        at_least(self, "steps", own.steps, self.least_steps)
+        at_least(self, "n_samples", own.n_samples, 1)
+
+    @abstractmethod
+    def curve(self, removal: Removal) -> _Drawn:
+        """Compute the curve of one draw."""
+
+    def measure(self, subject: MetricInput) -> MetricResult:
+        """About 0 to 1 (below or above where the target overshoots); undefined where nothing can be removed."""
+        if not bool(subject.map.any()):
+            return MetricResult.undefined(ZERO)
+        own: Any = self
+        areas, curves = [], []
+        for removal in drawn_removals(subject, own.features, own.baseline, own.n_samples):
+            if blind(subject, removal.full):
+                return MetricResult.undefined(NOTHING)
+            area, x, y, notes = self.curve(removal)
+            areas.append(area)
+            curves.append(y)
+        mean = {"x": x.tolist(), "y": np.mean(curves, 0).tolist()}
+        return MetricResult(float(np.mean(areas)), *mean_interval(areas), len(areas), curve=mean, notes=notes)
+
+
+class _Area(_CurveMetric):
+    """Area under the target's curve while features are removed (or inserted) in the order of the map."""
+
+    reference = "Petsiuk et al., BMVC 2018, arXiv:1806.07421"
+    least_steps = 2
     insert: ClassVar[bool]
 
     features: Any = "blocks"
@@ -45,22 +85,13 @@ class _Curve(Metric):
     baseline: Any = "auto"
     n_samples: int = 3
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_curve(self, least_steps=2)
-
-    def measure(self, subject: MetricInput) -> MetricResult:
-        """About 0 to 1 (below or above where the target overshoots)."""
-
-        def curve(removal: Removal) -> _Drawn:
-            x, y = removal_curve(removal, self.steps, self.insert)
-            notes = {"features": len(removal.features), "features_seen": len(removal.seen), "steps": len(x) - 1}
-            return float(np.trapezoid(y, x)), x, y, notes
-
-        return _over_draws(self, subject, curve)
+    def curve(self, removal: Removal) -> _Drawn:
+        x, y = removal_curve(removal, self.steps, self.insert)
+        notes = {"features": len(removal.features), "features_seen": len(removal.seen), "steps": len(x) - 1}
+        return float(np.trapezoid(y, x)), x, y, notes
 
 
-class Deletion(_Curve):
+class Deletion(_Area):
     """The area under ``y(t) = (F(x_t) − F(x₀)) / |F(x) − F(x₀)|``, the share t of features removed in the map's order
     (Petsiuk et al. 2018), strongest first.
 
@@ -79,7 +110,7 @@ class Deletion(_Curve):
     insert = False
 
 
-class Insertion(_Curve):
+class Insertion(_Area):
     """The area under ``y(t)`` of `Deletion`, features inserted into the baseline, strongest first.
 
     Args:
@@ -110,33 +141,7 @@ def removal_curve(removal: Removal, steps: int, insert: bool) -> tuple[np.ndarra
     return counts / len(order), y
 
 
-def _check_curve(metric: Any, least_steps: int = 1) -> None:
-    """Check the parameters that all metrics of a removal curve have."""
-    check_parts(metric.features, metric.baseline)
-    at_least(metric, "steps", metric.steps, least_steps)
-    at_least(metric, "n_samples", metric.n_samples, 1)
-
-
-_Drawn = tuple[float, np.ndarray, np.ndarray, dict[str, Any]]
-"""The result of one draw: the area, x and y of the curve, and notes."""
-
-
-def _over_draws(metric: Any, subject: MetricInput, curve: Callable[[Removal], _Drawn]) -> MetricResult:
-    """Average areas and curves over the draws of a metric's baseline; undefined where nothing can be removed."""
-    if not bool(subject.map.any()):
-        return MetricResult.undefined(ZERO)
-    areas, curves = [], []
-    for removal in drawn_removals(subject, metric.features, metric.baseline, metric.n_samples):
-        if blind(subject, removal.full):
-            return MetricResult.undefined(NOTHING)
-        area, x, y, notes = curve(removal)
-        areas.append(area)
-        curves.append(y)
-    mean = {"x": x.tolist(), "y": np.mean(curves, 0).tolist()}
-    return MetricResult(float(np.mean(areas)), *mean_interval(areas), len(areas), curve=mean, notes=notes)
-
-
-class IROF(Metric):
+class IROF(_CurveMetric):
     """Iterative removal of features: ``1/L Σ_l (F(x) − F(x_l)) / |F(x) − F(x₀)|``, supervoxels replaced by their mean
     in the order of the map's mean over them (Rieger & Hansen 2020).
 
@@ -149,32 +154,21 @@ class IROF(Metric):
         n_samples: see `Deletion`.
     """
 
-    group = "faithfulness"
     reference = "Rieger & Hansen 2020, arXiv:2003.08747"
     meaning = "Area over the target's curve while supervoxels are removed, strongest first; high: they carry it."
     higher_is_better = True
-    needs = NEEDS
 
     features: Any = "supervoxels(n_segments=60)"
     baseline: Any = "feature mean"
     steps: int = 60
     n_samples: int = 3
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_curve(self)
-
-    def measure(self, subject: MetricInput) -> MetricResult:
-        """About 0 to 1."""
-
-        def curve(removal: Removal) -> _Drawn:
-            x, y = removal_curve(removal, self.steps, insert=False)
-            return float((y[0] - y[1:]).mean()), x, y, {"steps": len(x) - 1}
-
-        return _over_draws(self, subject, curve)
+    def curve(self, removal: Removal) -> _Drawn:
+        x, y = removal_curve(removal, self.steps, insert=False)
+        return float((y[0] - y[1:]).mean()), x, y, {"steps": len(x) - 1}
 
 
-class RegionPerturbation(Metric):
+class RegionPerturbation(_CurveMetric):
     """Area over the most-relevant-first perturbation curve, ``AOPC = 1/(L+1) Σ_{l=0..L} (F(x) − F(x_l))``, in units of
     ``|F(x) − F(x₀)|``: blocks replaced one by one by random values (Samek et al. 2017).
 
@@ -185,33 +179,22 @@ class RegionPerturbation(Metric):
         n_samples: draws of the noise, and of the order of blocks with equal means of the map.
     """
 
-    group = "faithfulness"
     reference = "Samek et al., IEEE TNNLS 2017, arXiv:1509.06321"
     meaning = "Mean loss of the target while the strongest regions are replaced by noise; high: they carry it."
     higher_is_better = True
-    needs = NEEDS
 
     steps: int = 20
     features: Any = "blocks"
     baseline: Any = "uniform"
     n_samples: int = 3
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_curve(self)
-
-    def measure(self, subject: MetricInput) -> MetricResult:
-        """About 0 to 1."""
-
-        def curve(removal: Removal) -> _Drawn:
-            count = min(self.steps, len(removal.order))
-            coalitions = np.ones((count + 1, len(removal.features)), dtype=bool)
-            for step in range(1, count + 1):
-                coalitions[step, removal.order[:step]] = False
-            lost = -removal.own(coalitions) / abs(removal.full)
-            return float(lost.mean()), np.arange(len(lost)), lost, {}
-
-        return _over_draws(self, subject, curve)
+    def curve(self, removal: Removal) -> _Drawn:
+        count = min(self.steps, len(removal.order))
+        coalitions = np.ones((count + 1, len(removal.features)), dtype=bool)
+        for step in range(1, count + 1):
+            coalitions[step, removal.order[:step]] = False
+        lost = -removal.own(coalitions) / abs(removal.full)
+        return float(lost.mean()), np.arange(len(lost)), lost, {}
 
 
 class FaithfulnessCorrelation(Metric):

@@ -229,7 +229,7 @@ class ResultWriter:
             map=path.relative_to(self.output_dir).as_posix() if written else None,
             seconds=record.seconds,
             warnings=record.warnings,
-            checks={check["check"]: check["verdict"] for check in record.checks or []} or None,
+            checks=[{name: check[name] for name in ("check", "verdict")} for check in record.checks or []] or None,
             **({} if failure is None else {"traceback": traceback_text(failure)}),
         )
         return path if written else None

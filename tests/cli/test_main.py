@@ -538,6 +538,19 @@ def test_a_dry_run_reports_the_passes_and_writes_nothing(
     assert line[header.index("passes") :].split()[0] == str(record["window_passes"])
 
 
+def test_a_dry_run_continues_after_a_case_that_fails(
+    bundle: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "003.nii.gz").write_bytes(b"no scan")
+    inputs = [tmp_path / "in" / "003.nii.gz", scans / "007.nii.gz"]
+    words = (bundle, inputs, tmp_path / "out", "--methods", "Saliency")
+    assert explained(*words, "--target", "MultiClassMask(1)", "--dry-run") == 1
+    streams = capsys.readouterr()
+    assert [line.split()[0] for line in streams.out.splitlines()[:2]] == ["case", "007"]
+    assert "ERROR: 003: " in streams.err
+
+
 def test_costly_methods_are_refused_without_yes(
     bundle: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,7 +232,7 @@ CHANGES: dict[str, Callable[[Objective], dict[str, Any]]] = {
     "model": lambda o: {"model": Model(network(2, 1, norm=False), torch.device("cpu"))},
     "seed": lambda o: {"seed": 5},
     "context": lambda o: {"context": RunContext()},
-    "first windows": lambda o: {"first_windows": 1, "context": o.context.for_sample(4, 2)},
+    "first windows": lambda o: {"first_windows": 1, "context": RunContext.for_sample(4, 2)},
     "full precision": lambda o: {"full_precision": True},
     "full precision of first windows": lambda o: {"full_precision": True, "first_windows": 1},
 }
@@ -272,7 +272,7 @@ def test_another_image_has_no_prediction_unless_it_is_given():
 
 def test_the_first_windows_are_those_that_each_target_sees_first():
     o = windowed((Voxel(1, index=(0, 0)), Voxel(1, index=(13, 8)), MultiClassMask(2)))
-    first = o.derive(first_windows=1, context=o.context.for_sample(4, 2))
+    first = o.derive(first_windows=1, context=RunContext.for_sample(4, 2))
     assert first.score_windows == [windows[:1] for windows in o.score_windows]
     assert list(first.all_windows) == first.windows == sorted({w[0] for w in o.score_windows})
     assert len(o.windows) > len(first.windows) > 1

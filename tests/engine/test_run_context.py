@@ -9,9 +9,7 @@ from monai.inferers import SlidingWindowInferer
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.boxes import Boxes
-from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.engine.perturbation.scoring import score_changes
-from esegeta_monai.engine.progress import Progress
 from esegeta_monai.engine.run_context import RunContext, SampleComplete, ScoreSample
 from esegeta_monai.methods import Occlusion, SmoothGrad, run, run_together
 from esegeta_monai.targets import MultiClassMask
@@ -22,19 +20,17 @@ from tests.support.tensors import assert_equal, noise
 
 def sampled(perturbations: int) -> Objective:
     o, _ = objective(network(2, 1), noise(1, 14, 9), SlidingWindowInferer((8, 8), 2, 0.5), [MultiClassMask(1)])
-    return o.derive(context=o.context.for_sample(perturbations, 2))
+    return o.derive(context=RunContext.for_sample(perturbations, 2))
 
 
-def test_a_trial_run_shares_nothing_with_the_run(tmp_path):
-    context = RunContext(Progress(), checkpoint=ScoreCheckpoint(tmp_path, {}), window_batch=8)
-    trial = context.for_sample(16, 3)
+def test_a_trial_run_has_a_context_of_its_own():
+    trial = RunContext.for_sample(16, 3)
     assert (trial.checkpoint, trial.window_batch, trial.precision_decided) == (None, 3, True)
-    assert trial.progress is not context.progress
+    assert trial.progress is not RunContext.for_sample(16, 3).progress
     assert trial.progress.silent
     assert trial.processes.size == 1
     assert trial.sample is not None
     assert (trial.sample.perturbations, trial.sample.scores) == (16, None)
-    assert (context.window_batch, context.precision_decided, context.sample) == (8, False, None)
 
 
 def test_scores_are_taken_once():

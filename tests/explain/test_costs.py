@@ -317,6 +317,30 @@ def test_the_cost_of_a_failing_method_has_the_reason(clock):
     assert cost.note == "never on Sundays"
 
 
+class Patchy(m.Saliency, registered=False):
+    """Its cheap copy fails."""
+
+    def passes(self, objective):
+        return len(objective.windows)
+
+    def cheap_copy(self):
+        raise ValueError("no copy on Sundays")
+
+
+def test_a_failing_cheap_copy_is_reported(clock, caplog):
+    image, target = torch.rand(1, 1, 8, 96), [Box(0, (0, 0), (8, 64))]
+    (cost,) = slow(clock).costs(image, [Patchy(name="Patchy")], target, calibration=0.0)
+    assert (cost.note, cost.seconds) == (None, None)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("Patchy: its time is")
+    assert record.getMessage().endswith("ValueError: no copy on Sundays")
+    caplog.clear()
+    (cost,) = slow(clock).costs(image, [Endless(clock=clock)], target, calibration=0.0)  # stopped at the limit
+    assert cost.seconds > 0
+    assert not caplog.records
+
+
 def test_a_dry_run_has_no_side_effects(caplog):
     """Maps of a dry run mean nothing, and no later run sees any of it."""
     image, target = noise(1, 2, 6, 20), [MultiClassMask(1)]

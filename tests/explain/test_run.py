@@ -30,7 +30,7 @@ def test_methods_that_look_at_the_same_windows_share_passes() -> None:
         network = Spy()
         prediction = SLIDING(image(), network).detach()
         network.seen = 0
-        result = list(Explainer(network, SLIDING)(image(), methods, [MultiClassMask(1)], prediction=prediction))
+        result = list(Explainer(network, SLIDING, checks=False)(image(), methods, [MultiClassMask(1)], prediction=prediction))
         assert all(a.status == "ok" for a in result)
         assert result[0].record["window_passes"] == network.seen
         costs.append(network.seen)
@@ -96,7 +96,7 @@ def test_skip_is_asked_before_anything_is_computed() -> None:
 
     options = {"prediction": prediction, "skip": skip}
     result = list(
-        Explainer(network, SLIDING)(
+        Explainer(network, SLIDING, checks=False)(
             image(), [Saliency(), GradCam()], ["MultiClassMask(0)", "MultiClassMask(1)"], **options
         )
     )

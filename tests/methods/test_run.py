@@ -10,7 +10,7 @@ from monai.inferers import SlidingWindowInferer
 
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
-from esegeta_monai.engine.run_context import SampleComplete
+from esegeta_monai.engine.run_context import RunContext, SampleComplete
 from esegeta_monai.engine.sweep import InputGradient, Request, View
 from esegeta_monai.errors import MethodError
 from esegeta_monai.methods import GradCam, Method, Occlusion, Passes, Saliency, run, run_together
@@ -108,7 +108,7 @@ def test_run_raises_what_ended_the_method():
 
 def test_a_sampled_method_has_scores_beside_the_maps_of_others():
     o = case()
-    o = o.derive(context=o.context.for_sample(2, 2))
+    o = o.derive(context=RunContext.for_sample(2, 2))
     with frozen(o.model.network):
         gradient, sampled = run_together([Saliency(), Occlusion(4)], o)
     assert gradient.result is not None

@@ -185,8 +185,8 @@ def test_a_known_prediction_saves_the_pass(data: dict[str, Any]) -> None:
     network.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         prediction = INFERER(data["image"][None], network)[0]
-    explain = Explaind("image", network, INFERER, "Saliency", "MultiClassMask(1)", pred_key="pred")
-    without = Explaind("image", network, INFERER, "Saliency", "MultiClassMask(1)")
+    explain = Explaind("image", network, INFERER, "Saliency", "MultiClassMask(1)", pred_key="pred", checks=False)
+    without = Explaind("image", network, INFERER, "Saliency", "MultiClassMask(1)", checks=False)
     counts, maps = [], []
     for transform, more in ((explain, {"pred": prediction}), (without, {})):
         calls.clear()

@@ -24,7 +24,7 @@ EDGES = (16, 32, 64)
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
         name: the check: ``rows``, ``determinism``, ``derivative``, ``layers``, ``input``, ``layout``, ``head``,

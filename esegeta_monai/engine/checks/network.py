@@ -103,8 +103,8 @@ class Rows(NetworkCheck):
         passes = sample.passes - start
         if change <= 2 * repeat and not reaches:
             return CheckResult(self.name, "passed", "the rows of a batch are independent", change, passes=passes)
-        found = f"an output changes by {100 * change:.3g} %" if change > 2 * repeat else "its gradient reaches them"
-        text = f"the network mixes the images of a batch ({found} with the other images), so windows run one by one"
+        effect = f"an output changes by {100 * change:.3g} %" if change > 2 * repeat else "its gradient reaches them"
+        text = f"the network mixes the images of a batch ({effect} with the other images), so windows run one by one"
         return CheckResult(self.name, "handled", text, change, passes=passes)
 
     @staticmethod
@@ -116,7 +116,8 @@ class Rows(NetworkCheck):
                 return False
             score = (out * sample.cotangent(out))[0].sum()
             (gradient,) = _gradients(score, x)
-        return gradient is not None and bool(gradient[1:].any())
+        # 0 times an infinite derivative, as after an overflow in half precision, is NaN and shows nothing
+        return gradient is not None and bool(gradient[1:].nan_to_num(0.0, 0.0, 0.0).any())
 
 
 class Derivative(NetworkCheck):

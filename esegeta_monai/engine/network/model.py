@@ -98,6 +98,7 @@ class Model:
         inferer: an inferer with unknown windows, called on the whole volume in place of the network.
         repeats: True: repeat a further input of batch length 1 for each image of a batch, as a network that sees whole
             images expects. Under a sliding window it is passed unchanged, as in MONAI.
+        copies_input: give the network a copy of each window, as it may write into it.
     """
 
     def __init__(
@@ -113,8 +114,9 @@ class Model:
         kwargs: Mapping[str, Any] | None = None,
         inferer: Callable[..., Any] | None = None,
         repeats: bool = False,
+        copies_input: bool = False,
     ) -> None:
-        self.inferer, self.repeats, self.copies_input = inferer, repeats, True
+        self.inferer, self.repeats, self.copies_input = inferer, repeats, copies_input
         self.network, self.device, self.output = network, device, output
         self.amp, self.amp_kwargs = amp, dict(amp_kwargs or {})
         self.inputs = dict(inputs or {})

@@ -16,11 +16,8 @@ from esegeta_monai.errors import MethodError
 from esegeta_monai.methods.layer.scattered import gradients_of
 
 
-class _ChannelRequest(Request):
-    """A sum over windows and positions per channel; the result is (k, C), float64."""
-
-    summed = ("total",)
-    total: Tensor | None = None
+class _LayerRequest(Request):
+    """Sums over the positions of one layer; there is one request of each class per layer."""
 
     def __init__(self, layer: str) -> None:
         self.layers = (layer,)
@@ -31,6 +28,13 @@ class _ChannelRequest(Request):
 
     def begin(self, objective: Objective) -> None:
         self.objective = objective
+
+
+class _ChannelRequest(_LayerRequest):
+    """A sum over windows and positions per channel; the result is (k, C), float64."""
+
+    summed = ("total",)
+    total: Tensor | None = None
 
     def see(self, view: View) -> None:
         layer = self.layers[0]
@@ -96,22 +100,16 @@ class ChannelMoments:
     second: Tensor
 
 
-class _Weighted(Request):
+class _Weighted(_LayerRequest):
     """Sums over the layer's positions in the volume, from all windows, each with its blending weight."""
 
     everywhere = True
     backward = False
 
     def __init__(self, layer: str, *, before_gradient: bool = False) -> None:
-        self.layers, self.before_gradient = (layer,), before_gradient
+        super().__init__(layer)
+        self.before_gradient = before_gradient
         self.first: Tensor | None = None
-
-    @property
-    def key(self) -> Hashable:
-        return (type(self).__name__, self.layers)
-
-    def begin(self, objective: Objective) -> None:
-        self.objective = objective
 
     def values(self, view: View) -> tuple[Tensor, Tensor]:
         """Return activations (n, C, p) and weights (n, p), float64."""

@@ -29,7 +29,8 @@ class _ShapleyMethod(PerturbationMethod):
 
     def game(self, objective: Objective) -> Game:
         """Return the game whose players are the features."""
-        raise NotImplementedError
+        own: Any = self  # each subclass has the parameters in its own order
+        return Game.of(objective, own.feature_mask, own.baseline)
 
     def coalitions(self, game: Game) -> np.ndarray:
         """Return all required coalitions (m, n), bool."""
@@ -79,9 +80,6 @@ class ShapleyValueSampling(_ShapleyMethod):
         super().__post_init__()
         if self.n_samples < 2:
             raise UsageError(f"n_samples={self.n_samples}: a standard error needs at least two orders")
-
-    def game(self, objective: Objective) -> Game:
-        return Game.of(objective, self.feature_mask, self.baseline)
 
     def coalitions(self, game: Game) -> np.ndarray:
         """Return (orders * (n + 1), n): for each order the coalitions from empty to full."""
@@ -133,9 +131,6 @@ class KernelShap(_ShapleyMethod):
     n_samples: int = 512
     feature_mask: Any = "supervoxels"
     baseline: Any = "auto"
-
-    def game(self, objective: Objective) -> Game:
-        return Game.of(objective, self.feature_mask, self.baseline)
 
     def coalitions(self, game: Game) -> np.ndarray:
         """Return (2 + samples, n): empty, full, then samples; a sample is followed by its complement."""

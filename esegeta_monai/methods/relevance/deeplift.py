@@ -54,12 +54,8 @@ class DeepLift(Method):
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
-        baseline = baseline_for(self.baseline)
-        x0 = baseline.draw(objective, objective.generator())
-        maps = objective.new_maps()
-        start = against(objective, x0, _adding(objective, maps), [maps])
-        gap = relative_gap(maps, objective.image_values(), start)
-        return Explained(maps, {"completeness_gap": gap, **describe_baseline(baseline, start)})
+        maps, _, notes = _mean(objective, self.baseline, 1)
+        return Explained(maps, notes)
 
 
 class DeepLiftShap(Method):
@@ -92,15 +88,8 @@ class DeepLiftShap(Method):
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
-        baseline = baseline_for(self.baseline)
-        maps, starts = objective.new_maps(), []
-        for x0 in draws(baseline, objective, self.n_samples):
-            starts.append(against(objective, x0, _adding(objective, maps), [maps]))
-        maps /= len(starts)
-        mean = torch.stack(starts).mean(0)
-        gap = relative_gap(maps, objective.image_values(), mean)
-        notes = {"completeness_gap": gap, "n_baselines": len(starts), **describe_baseline(baseline, mean)}
-        return Explained(maps, notes)
+        maps, count, notes = _mean(objective, self.baseline, self.n_samples)
+        return Explained(maps, {**notes, "n_baselines": count})
 
 
 class LayerDeepLift(LayerMethod):
@@ -219,11 +208,20 @@ def passes_against(objective: Objective) -> int:
     return (2 if objective.linear else 3) * len(objective.windows) + 1
 
 
-def _adding(objective: Objective, maps: Tensor) -> See:
+def _mean(objective: Objective, choice: Any, n: int) -> tuple[Tensor, int, dict[str, Any]]:
+    """Return the mean map over n draws of a baseline (k, C, *spatial), the number of draws, and notes."""
+    baseline = baseline_for(choice)
+    maps, starts = objective.new_maps(), []
+
     def see(batch: Batch, relevance: rules.Relevance) -> None:
         objective.add(maps, batch, relevance.input)
 
-    return see
+    for x0 in draws(baseline, objective, n):
+        starts.append(against(objective, x0, see, [maps]))
+    maps /= len(starts)
+    start = torch.stack(starts).mean(0)
+    gap = relative_gap(maps, objective.image_values(), start)
+    return maps, len(starts), {"completeness_gap": gap, **describe_baseline(baseline, start)}
 
 
 def differences(objective: Objective, x0: Tensor) -> tuple[Tensor, list[Tensor]]:
