@@ -96,7 +96,7 @@ class OddCase:
 
     @property
     def plain_image(self) -> Tensor:
-        """What the twin gets (1, C, *spatial), as a plain float64 tensor."""
+        """The image of the twin (1, C, *spatial), as a plain float64 tensor."""
         if self.twin_image is not None:
             return self.twin_image
         given = torch.cat(list(self.image.values()), 1) if isinstance(self.image, Mapping) else self.image

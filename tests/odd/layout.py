@@ -13,7 +13,7 @@ from tests.odd.base import OddCase, Part, conv, image, logit, seeded, volume
 
 
 class Seen(nn.Module):
-    """Passes a map (n, width, *positions) on, by a convolution with the identity."""
+    """Returns a map (n, width, *positions) unchanged, by a convolution with the identity."""
 
     def __init__(self, dims: int, width: int) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class Transformer(nn.Module):
         size, patch: of the image.
         classes: number of class tokens in front.
         registers: number of further tokens.
-        behind: the further tokens are behind the patches, else between class token and patches.
+        behind: the further tokens follow the patches; else they are between class token and patches.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class Shifted(nn.Module):
 
     Args:
         shift: positions.
-        flat: hands on tokens (n, L, C) instead of (n, h, w, C).
+        flat: returns tokens (n, L, C) instead of (n, h, w, C).
     """
 
     def __init__(self, shift: int, flat: bool = False) -> None:

@@ -40,9 +40,9 @@ class Outcome:
     """The result of one cell.
 
     Attributes:
-        verdict: ``right``; ``handled``: right, and a check says what was done for it; ``warned``: not right, with a
+        verdict: ``right``; ``handled``: right, and a check of the record names the measure taken; ``warned``: not right, with a
             warning; ``refused``: an error of the package whose message names the cause; ``none``: the method applies to
-            no such network, and says so for the twin too; ``open``: what its map of several calls should be is not
+            no such network, and refuses the twin too; ``open``: what its map of several calls should be is not
             defined; ``error``: another exception; ``wrong``: not right, no word.
         figure: largest difference from the truth, relative to its largest value; None without a map or a truth.
         note: warning, refusal or error.
@@ -206,10 +206,10 @@ def _truth(name: str, case: OddCase, truths: dict[str, Any]) -> tuple[Tensor | N
         return None, [], None
     total, texts = None, []
     for part in case.parts:
-        found, more, refusal = _of_twin(case, method_of(name, case, layer=part.layer, relu=False))
-        if found is None:
+        one_map, more, refusal = _of_twin(case, method_of(name, case, layer=part.layer, relu=False))
+        if one_map is None:
             return None, more, refusal
-        total = part.undo(found) + (0 if total is None else total)
+        total = part.undo(one_map) + (0 if total is None else total)
         texts += more
     assert total is not None
     total = total / len(case.parts) if name in AVERAGED else total

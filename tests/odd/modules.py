@@ -186,5 +186,6 @@ CASES = [
     OddCase("half-precision weights", "modules", lambda: seeded(Classifier).half(), X, logit(), layer="down",
             cause="float16"),
     OddCase("no weights", "modules",
-            lambda: Around(nn.Identity(), after=lambda y: torch.tanh(y).flatten(1)[:, 30:33]), X, logit(), twin=lambda odd: odd),
+            lambda: Around(nn.Identity(), after=lambda y: torch.tanh(y).flatten(1)[:, 30:33]), X, logit(),
+            twin=lambda odd: odd),
 ]  # fmt: skip

@@ -76,21 +76,21 @@ class PipelineCase(OddCase):
             scan = make_scan(root / "scan.nii.gz", self.shape)
             words = ["explain", "--bundle", bundle, "--input", scan, "--output", root / "out", "--no-pictures"]
             words += ["--methods", ",".join(texts), "--target", f"MultiClassMask({CLASS})", "--device", "cpu"]
-            said = io.StringIO()
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            printed = io.StringIO()
+            with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
                 main([str(word) for word in words])
             if not (root / "out" / "run.json").exists():
-                return {m.name: ("failed", [], said.getvalue().strip(), None) for m in methods}  # type: ignore[misc]
-            found = {e["method"]: self._read(root / "out", e) for e in run_json(root / "out")["results"]}
-            failed = found.get(None)  # type: ignore[call-overload]  # of the whole case
-            return dict.fromkeys([str(m.name) for m in methods], failed) if failed else found
+                return {m.name: ("failed", [], printed.getvalue().strip(), None) for m in methods}  # type: ignore[misc]
+            by_method = {e["method"]: self._read(root / "out", e) for e in run_json(root / "out")["results"]}
+            failed = by_method.get(None)  # type: ignore[call-overload]  # of the whole case
+            return dict.fromkeys([str(m.name) for m in methods], failed) if failed else by_method
 
     @staticmethod
     def _read(out: Path, entry: dict[str, Any]) -> tuple[str, list[str], str, Tensor | None]:
         values = None
         if entry.get("map"):
-            found = torch.from_numpy(np.asarray(nib.load(out / entry["map"]).dataobj, dtype=np.float64))
-            values = found.movedim(-1, 0) if found.ndim == 4 else found[None]
+            stored = torch.from_numpy(np.asarray(nib.load(out / entry["map"]).dataobj, dtype=np.float64))
+            values = stored.movedim(-1, 0) if stored.ndim == 4 else stored[None]
         return entry["status"], entry.get("warnings") or [], str(entry.get("reason") or ""), values
 
 

@@ -29,13 +29,13 @@ def named(case: OddCase) -> str:
 
 
 def cells() -> list[object]:
-    found = []
+    parameters: list[object] = []
     for case in CASES:
         for method in INDEPENDENT:
             reason = KNOWN.get((case.name, method))
             marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-            found.append(pytest.param(case, method, id=f"{named(case)}-{method}", marks=marks))
-    return found
+            parameters.append(pytest.param(case, method, id=f"{named(case)}-{method}", marks=marks))
+    return parameters
 
 
 @pytest.mark.parametrize(("case", "method"), cells())
@@ -79,7 +79,7 @@ def test_every_method_and_case_has_a_row_in_the_table() -> None:
 
 
 class TestAMeasurementCanFail:
-    """A wrong truth makes right maps wrong, and a network without a right map is wrong unless something is said."""
+    """A wrong truth makes right maps wrong, and a network without a right map is wrong unless there is a warning."""
 
     case = batch.CASES[0]
 
