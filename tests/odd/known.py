@@ -15,7 +15,7 @@ INPUT = tuple(m for m in ALL if m not in LAYER)
 
 #: by reason: case and methods
 _WRONG: dict[str, dict[str, tuple[str, ...]]] = {
-    "a state that the first image sets is not found": {
+    "a state that the first image sets goes unnoticed": {
         "subtracts the first image's mean": (
             "VanillaBackprop",
             "InputXGradient",
