@@ -41,9 +41,9 @@ class Outcome:
 
     Attributes:
         verdict: ``right``; ``handled``: right, and a check of the record names the measure taken; ``warned``: not
-            right, with a warning; ``refused``: an error of the package whose message names the cause; ``none``: the method applies to
-            no such network, and refuses the twin too; ``open``: what its map of several calls should be is not
-            defined; ``error``: another exception; ``wrong``: not right, no word.
+            right, with a warning; ``refused``: an error of the package whose message names the cause; ``none``: the
+            method applies to no such network, and refuses the twin too; ``open``: what its map of several calls should
+            be is not defined; ``error``: another exception; ``wrong``: not right, no word.
         figure: largest difference from the truth, relative to its largest value; None without a map or a truth.
         note: warning, refusal or error.
     """
