@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from esegeta_monai.engine.head import Declared
 from esegeta_monai.errors import UsageError
 
 __all__ = ["BundleMetadata"]
@@ -15,6 +16,12 @@ __all__ = ["BundleMetadata"]
 logger = logging.getLogger("esegeta_monai")
 
 _BACKGROUND = ("background", "bg", "back ground")
+_SEGMENTATION = ("segmentation", "labels")
+_DECLARED: dict[Declared, tuple[str, ...]] = {
+    "regression": ("points", "tuples", "regression"),
+    "probabilities": ("probability", "probabilities"),
+    "logits": ("logit", "logits"),
+}
 
 
 class BundleMetadata:
@@ -78,6 +85,24 @@ class BundleMetadata:
     def outputs(self) -> dict[str, Any]:
         """Formats of the network's outputs by name; several for networks with several heads."""
         return self._data_format("outputs")
+
+    @property
+    def explained_output(self) -> str | None:
+        """The output to explain: None for a single output, else the first one called a segmentation."""
+        outputs = self.outputs
+        if len(outputs) < 2 or "pred" in outputs:
+            return None
+        kinds = {name: str(f.get("format") if isinstance(f, Mapping) else "").lower() for name, f in outputs.items()}
+        masks = [name for name, kind in kinds.items() if any(word in kind for word in _SEGMENTATION)]
+        return str(next(iter(masks or kinds)))
+
+    @property
+    def declared(self) -> Declared | None:
+        """The meaning of the output "pred" or of the only one by its type or format, or None."""
+        outputs = self.outputs
+        pred: Any = outputs.get("pred") or (next(iter(outputs.values())) if len(outputs) == 1 else None)
+        words = [str(pred.get(key)).lower() for key in ("type", "format")] if isinstance(pred, Mapping) else []
+        return next((kind for kind, known in _DECLARED.items() if any(word in known for word in words)), None)
 
     @property
     def class_names(self) -> dict[int, str]:

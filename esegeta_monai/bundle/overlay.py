@@ -25,8 +25,6 @@ __all__ = [
 
 OVERLAY, METRICS_OVERLAY, MULTI_GPU_OVERLAY = "explain.json", "explain_metrics.json", "multi_gpu_explain.json"
 HANDLERS = {OVERLAY: "@explain_handler", METRICS_OVERLAY: "@explain_metrics_handler"}
-_REGRESSION = ("points", "tuples", "regression")
-_SEGMENTATION = ("segmentation", "labels")
 
 
 def shipped_overlay(name: str = OVERLAY) -> Path:
@@ -64,8 +62,8 @@ def fitted_overlay(parser: ConfigParser, metadata: BundleMetadata, name: str = O
         overlay["bundle_root"] = "."
     if "output_dir" not in parser:
         overlay["explain_output_dir"] = "$@bundle_root + '/explained'"
-    overlay["explain_output"] = chosen_output(metadata)
-    if _is_regression(metadata):
+    overlay["explain_output"] = metadata.explained_output
+    if metadata.declared == "regression":
         overlay["explain_targets"] = ["OutputValue(channel=0)"]
     overlay.update(_joined(parser, HANDLERS[name], behind=name == METRICS_OVERLAY))
     return overlay
@@ -123,16 +121,6 @@ def evaluator_of(parser: ConfigParser) -> str:
     )
 
 
-def chosen_output(metadata: BundleMetadata) -> str | None:
-    """Return the output to explain: None for a single output, else the first one called a segmentation."""
-    outputs = metadata.outputs
-    if len(outputs) < 2 or "pred" in outputs:
-        return None
-    kinds = {name: str(f.get("format") if isinstance(f, Mapping) else "").lower() for name, f in outputs.items()}
-    masks = [name for name, kind in kinds.items() if any(word in kind for word in _SEGMENTATION)]
-    return str(next(iter(masks or kinds)))
-
-
 def _joined(parser: ConfigParser, handler: str, behind: bool) -> dict[str, Any]:
     """Return the entry that adds the handler after the evaluator's own ones; a checkpoint loader must stay first.
 
@@ -150,10 +138,3 @@ def _joined(parser: ConfigParser, handler: str, behind: bool) -> dict[str, Any]:
         return {f"+{name}": [handler]}
     expression = str(handlers).removeprefix("$")
     return {own: f"$list({expression}) + [{handler}]"}
-
-
-def _is_regression(metadata: BundleMetadata) -> bool:
-    pred: Any = metadata.outputs.get("pred")
-    if not isinstance(pred, Mapping):
-        return False
-    return any(str(pred.get(key)).lower() in _REGRESSION for key in ("type", "format"))

@@ -7,6 +7,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from torch import nn
 from esegeta_monai.bundle.imports import BundleImports
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.weights import WeightSource, components, find_weights, load_weights, references
+from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.errors import NetworkError, UsageError
 
 __all__ = ["BundleReader", "bundle_network", "run_id_of"]
@@ -132,6 +134,17 @@ class BundleReader:
     def postprocessing(self) -> Compose:
         """The transforms from prediction to output file; empty if the bundle has none."""
         return self._compose("postprocessing") if self.has("postprocessing") else Compose([])
+
+    @cached_property
+    def output_use(self) -> Postprocessing:
+        """The use that the bundle makes of the network's output, by its postprocessing and metadata.
+
+        Raises:
+            NetworkError: the postprocessing cannot be built.
+        """
+        use = Postprocessing.of(self.postprocessing, declared=self.metadata.declared)
+        explained = self.metadata.explained_output
+        return use if explained is None else replace(use, keys=(explained, *use.keys))
 
     @cached_property
     def amp(self) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-__all__ = ["add_bundle", "add_computing_options", "add_network", "add_run_options", "add_share"]
+from esegeta_monai.engine.head import HEADS
+
+__all__ = ["add_bundle", "add_computing_options", "add_head", "add_network", "add_run_options", "add_share"]
 
 
 def add_bundle(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -32,7 +34,18 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         "--network-output",
         type=lambda text: int(text) if text.lstrip("-").isdigit() else text,
         metavar="KEY",
-        help="output to explain if the network has several: its number or key",
+        help="output to explain if the network has several: its number, key, or path (classification.0)",
+    )
+
+
+def add_head(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the meaning of the network's output."""
+    parser.add_argument(
+        "--head",
+        choices=HEADS,
+        metavar="KIND",
+        help=f"meaning of the network's output: {', '.join(HEADS)} (default: determined from the network and the "
+        "bundle's postprocessing, see 'esegeta-monai info')",
     )
 
 

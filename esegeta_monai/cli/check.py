@@ -40,7 +40,13 @@ def run(args: Namespace, *_: object) -> int:
     """
     reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
     explainer = Explainer(
-        reader.network, reader.inferer, reader.device, output=args.network_output, class_names=reader.class_names
+        reader.network,
+        reader.inferer,
+        reader.device,
+        output=args.network_output,
+        class_names=reader.class_names,
+        head=args.head,
+        postprocessing=reader.output_use,
     )
     results = explainer.check(scan_or_noise(reader, args.input)[None])
     if args.json:

@@ -53,7 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda if available)")
     add_run_options(parser)
-    parser.set_defaults(config=None, override=None, network_output=None, share="cases")
+    parser.set_defaults(config=None, override=None, network_output=None, head=None, share="cases")
 
 
 def run(args: Namespace, log: RunLog) -> int:

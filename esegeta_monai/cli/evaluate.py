@@ -17,7 +17,7 @@ from torch import Tensor
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.cli.arguments import add_bundle, add_computing_options, add_network, add_share
+from esegeta_monai.cli.arguments import add_bundle, add_computing_options, add_head, add_network, add_share
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import (
     DEFAULT_METHODS,
@@ -124,6 +124,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="do not evaluate the control maps (random, Sobel, constant)",
     )
     add_network(parser)
+    add_head(parser)
     add_computing_options(parser)
     add_share(parser)
 

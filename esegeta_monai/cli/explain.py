@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.transforms import Activationsd
 
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.cli.arguments import add_bundle, add_network, add_run_options, add_share
+from esegeta_monai.cli.arguments import add_bundle, add_head, add_network, add_run_options, add_share
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.log import RunLog, reason
+from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.engine.network.hooks import find_layer
 from esegeta_monai.engine.network.state import unwrap, weights_hash
 from esegeta_monai.errors import EsegetaError, NetworkError, RankLost, UsageError
@@ -29,6 +29,7 @@ from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
+from esegeta_monai.targets.regions import OutputValue
 from esegeta_monai.utils.distributed import Processes, local_device, process_group
 
 __all__ = [
@@ -88,6 +89,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--report", action="store_true", help="write the HTML report at the end")
     add_network(parser)
+    add_head(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -141,8 +143,8 @@ def explain_cases(
 
     Args:
         targets: the targets; None: every predicted class except background.
-        options: options of the command line: device, amp, seed, time_limit, window_batch, network_output, progress,
-            overwrite, pictures, map_format, override, config, share, yes.
+        options: options of the command line: device, amp, seed, time_limit, window_batch, network_output, head,
+            progress, overwrite, pictures, map_format, override, config, share, yes.
         ranks: the processes that share the work; None: this process alone.
 
     Returns:
@@ -226,12 +228,33 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
         distributed=getattr(options, "share", "cases") == "windows",
         on_error="record",
         checks=getattr(options, "checks", True),
+        head=options.head,
+        postprocessing=_output_use(reader),
     )
 
 
 def default_targets(reader: BundleReader) -> list[Target]:
-    """Return the default: every predicted class except background."""
-    return [PredictedClasses(activation="sigmoid" if _sigmoid(reader) else "auto")]
+    """Return the default: every predicted class except background, or the first value of a regression.
+
+    Raises:
+        UsageError: the postprocessing, which shows how classes are predicted, cannot be built.
+    """
+    if reader.metadata.declared == "regression":
+        return [OutputValue()]
+    try:
+        reader.output_use  # noqa: B018 - raises
+    except NetworkError as error:
+        raise UsageError(f"{error}; or choose targets by --target, which needs no postprocessing") from error
+    return [PredictedClasses()]
+
+
+def _output_use(reader: BundleReader) -> Postprocessing:
+    """Return the use of the network's output; where the postprocessing cannot be built, that of the metadata."""
+    try:
+        return reader.output_use
+    except NetworkError as error:
+        logger.warning("the meaning of the output is determined without the postprocessing: %s", error)
+        return Postprocessing(declared=reader.metadata.declared)
 
 
 def _tell_costs(
@@ -292,15 +315,6 @@ def check_layers(network: torch.nn.Module, things: Sequence[Any]) -> None:
         inner = getattr(thing, "method", None)
         if isinstance(inner, Method):
             check_layers(network, [inner])
-
-
-def _sigmoid(reader: BundleReader) -> bool:
-    """Return True if the classes are not exclusive: the postprocessing applies a sigmoid to every channel."""
-    try:
-        transforms = reader.postprocessing.flatten().transforms
-    except NetworkError as error:
-        raise UsageError(f"{error}; or choose targets by --target, which needs no postprocessing") from error
-    return any(isinstance(t, Activationsd) and any(t.sigmoid) for t in transforms)
 
 
 def provenance_of(reader: BundleReader, options: Namespace) -> dict[str, Any]:

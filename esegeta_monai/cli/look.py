@@ -15,13 +15,15 @@ from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.arguments import add_bundle, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.explain import choose_device, overrides
+from esegeta_monai.engine.checks.base import small_sample
+from esegeta_monai.engine.checks.head import evidence_of, find_head
 from esegeta_monai.engine.default_layer import default_layer, layer_shapes
 from esegeta_monai.engine.network.model import Model
-from esegeta_monai.engine.network.state import frozen, unwrap
+from esegeta_monai.engine.network.state import evaluating, frozen, unwrap
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
-from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.errors import EsegetaError, MethodError, UsageError
 
 __all__ = ["add_info_arguments", "add_layers_arguments", "run_info", "run_layers", "scan_or_noise"]
 
@@ -84,7 +86,27 @@ def _bundle(reader: BundleReader) -> dict[str, Any]:
         "background": reader.background,
         "channels": {str(k): v for k, v in reader.channel_names.items()},
         "image_key": reader.image_key,
+        "head": _head(reader),
     }
+
+
+def _head(reader: BundleReader) -> dict[str, str]:
+    """Describe the meaning of the network's output, determined on a window of noise."""
+    try:
+        network = unwrap(reader.network)
+        image = scan_or_noise(reader, None)
+        plan = plan_windows(as_inferer(reader.inferer), image.shape[1:], torch.float32)
+        use = reader.output_use
+        model = Model(network, reader.device)
+        model.preferred = use.keys
+        with evaluating(network, reader.device), torch.random.fork_rng(devices=[]):
+            sample = small_sample(model, image, plan)
+            with torch.no_grad():
+                prediction = sample.run(sample.window)[0]
+            head, check = find_head(prediction, None, use, lambda: evidence_of(sample))
+    except EsegetaError as error:
+        return {"kind": "unknown", "evidence": str(error)}
+    return {"kind": head.kind, "evidence": check.text}
 
 
 def run_layers(args: Namespace, *_: object) -> int:

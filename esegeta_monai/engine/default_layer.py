@@ -65,7 +65,7 @@ def _record_layers(
     def record(call: LayerCall) -> None:
         name, output = call.name, call.output
         if name == "":
-            output = select_output(output, model.output)
+            output = select_output(output, model.output, 2 + len(roi))
         value = output[0] if isinstance(output, (tuple, list)) and output else output
         calls = shapes.pop(name).calls + 1 if name in shapes else 1
         if isinstance(value, Tensor):

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.head import Head, Values
 from esegeta_monai.errors import TargetError
 from esegeta_monai.utils.tensors import bounding_box, take, true_positions
 
@@ -35,12 +36,14 @@ class Case:
         data: data dictionary of the case (labels, masks): entries (1 or C, *spatial) on the image's grid, or files.
         class_names: class index to name, from the bundle's metadata.json.
         channel_names: names of the image channels, from metadata.json; empty if unknown.
+        head: what the prediction is: raw output, probabilities or log-probabilities.
     """
 
     affine: Tensor | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
     class_names: Mapping[int, str] = field(default_factory=dict)
     channel_names: Sequence[str] = ()
+    head: Head = field(default_factory=Head)
 
 
 class Score(ABC):
@@ -57,6 +60,7 @@ class Score(ABC):
             voxels then requires only their terms.
         class_index: the class that ``s`` reads, or None.
         class_name: its name, or None.
+        units: units of ``s``, in words.
     """
 
     label: str = "target"
@@ -68,6 +72,7 @@ class Score(ABC):
     additive: bool = False
     class_index: int | None = None
     class_name: str | None = None
+    units: str | None = None
 
     @abstractmethod
     def value(self, prediction: Tensor) -> Tensor:
@@ -129,7 +134,8 @@ class WeightedScore(Score):
     """``s(P) = Σ_v m(v) · (φ(P)(c, v) − r)`` over a mask m and one class c, with r a reference value.
 
     ``φ`` is the identity (``output="logit"``: the network's raw output, linear), a softmax or sigmoid after blending
-    (``"probability"``), or its logarithm (``"log_probability"``).
+    (``"probability"``), or its logarithm (``"log_probability"``). If the raw output consists of probabilities or
+    log-probabilities (``values``), ``φ`` does not apply softmax or sigmoid again, and the raw output is linear.
 
     Args:
         mask: bool (*spatial), frozen; a 0-d True for a classification output.
@@ -139,6 +145,9 @@ class WeightedScore(Score):
         reference: the value r that is subtracted from a regression output.
         label: name of the target in files and pictures.
         class_name: name of the class, or None.
+        values: what the raw output is: ``"logit"``, ``"probability"`` or ``"log_probability"``.
+        complement: True: class 0 of a network with two classes and one channel, which is the evidence for class 1:
+            minus the logit, 1 minus the probability.
 
     Raises:
         TargetError: unknown output, activation or reduction.
@@ -158,6 +167,8 @@ class WeightedScore(Score):
         reference: float = 0.0,
         label: str = "target",
         class_name: str | None = None,
+        values: Values = "logit",
+        complement: bool = False,
     ) -> None:
         if output not in ("logit", "probability", "log_probability"):
             raise TargetError(f"output must be logit, probability or log_probability, got {output!r}")
@@ -165,15 +176,36 @@ class WeightedScore(Score):
             raise TargetError(f"reduction must be sum or mean, got {reduction!r}")
         if activation not in ("auto", "softmax", "sigmoid"):
             raise TargetError(f"activation must be auto, softmax or sigmoid, got {activation!r}")
+        if complement and values == "log_probability":
+            raise TargetError("the network gives the log-probability of one class only: choose that class")
         self.activation = ("sigmoid" if n_classes == 1 else "softmax") if activation == "auto" else activation
         self.output, self.reference = output, reference
+        self.values, self.complement = values, complement
         self.reduction: Reduction = reduction
         self.class_index, self.class_name, self.label = class_index, class_name, label
-        self.linear = output == "logit"
-        reads_all = not self.linear and self.activation == "softmax"
-        self.channels = tuple(range(n_classes)) if reads_all else (class_index,)
-        self._position = class_index if reads_all else 0
+        self._read(min(class_index, n_classes - 1), n_classes)
         self._take(mask)
+
+    def _read(self, channel: int, n_channels: int) -> None:
+        """Set the channels that the score reads for the class of one channel, and whether it is linear in them."""
+        self.linear = self.output in ("logit", self.values)
+        reads_all = not self.linear and self.activation == "softmax" and self.values == "logit"
+        self.channels = tuple(range(n_channels)) if reads_all else (channel,)
+        self._position = channel if reads_all else 0
+
+    @property
+    def units(self) -> str:  # type: ignore[override]  # the base class has a plain attribute
+        """Units of ``s``, in words."""
+        names = {"logit": "raw output", "probability": "probability", "log_probability": "log-probability"}
+        if self.output == "logit" and self.values != "logit":
+            return f"{names[self.values]} (the network's raw output)"
+        return names[self.output]
+
+    @property
+    def meaning(self) -> tuple[str, ...]:
+        """Properties that distinguish the score from others of the same mask and parameters; usually none."""
+        usual = self.values == "logit" and not self.complement
+        return () if usual else (self.values, self.activation, str(self.complement))
 
     def _take(self, mask: Tensor) -> None:
         self.box = bounding_box(mask)
@@ -207,10 +239,7 @@ class WeightedScore(Score):
         if class_index is not None:
             other.class_index, other.class_name = index, None
         other.output, other.reduction = output or self.output, reduction or self.reduction
-        other.linear = other.output == "logit"
-        reads_all = not other.linear and other.activation == "softmax"
-        other.channels = tuple(range(n_classes)) if reads_all else (index,)
-        other._position = index if reads_all else 0
+        other._read(index, n_classes)
         return other
 
     def value(self, prediction: Tensor) -> Tensor:
@@ -232,16 +261,19 @@ class WeightedScore(Score):
 
     @property
     def _is_two_class(self) -> bool:
-        return self.activation == "softmax" and len(self.channels) == 2
+        return self.values == "logit" and self.activation == "softmax" and len(self.channels) == 2
 
     def terms(self, contrast: Tensor) -> Tensor:
         terms = self._transformed(contrast.double())
-        if self.reference or self.output == "logit":  # a logit may be a view of the argument
+        if self.reference or self.linear:  # a raw output may be a view of the argument
             terms = terms - self.reference
         return terms / self.voxels if self.reduction == "mean" and self.voxels else terms
 
     def constant(self) -> float:
-        return -self.reference * (1 if self.reduction == "mean" else self.voxels) if self.linear else super().constant()
+        if not self.linear:
+            return super().constant()
+        each = float(self.complement and self.values == "probability") - self.reference
+        return each * (1 if self.reduction == "mean" else self.voxels)
 
     def _transformed(self, contrast: Tensor) -> Tensor:
         """Compute ``φ(P)(c, ·)`` (..., n) from `contrast` (..., channels, n).
@@ -249,25 +281,39 @@ class WeightedScore(Score):
         It uses the log-odds of the class, ``P_c − log Σ_{others} exp P``: the derivative p (1 − p) of a probability
         that rounds to 1 is exact to the last digit, whereas softmax and sigmoid lose it in 1 − p.
         """
+        if self.values != "logit":
+            return self._of_probability(contrast[..., 0, :])
         if self.output == "logit":
-            return contrast[..., 0, :]
+            return -contrast[..., 0, :] if self.complement else contrast[..., 0, :]
         if self.activation == "softmax" and not self._is_two_class:
             c = self._position
             others = torch.cat([contrast[..., :c, :], contrast[..., c + 1 :, :]], -2)
             odds = contrast[..., c, :] - torch.logsumexp(others, -2)
         else:
-            odds = contrast[..., 0, :]
+            odds = -contrast[..., 0, :] if self.complement else contrast[..., 0, :]
         if self.output == "probability" and torch.is_inference_mode_enabled():
             return odds.sigmoid()  # without a derivative equally exact, in a quarter of the time
         log_probability = torch.nn.functional.logsigmoid(odds)
         return log_probability.exp() if self.output == "probability" else log_probability
 
+    def _of_probability(self, values: Tensor) -> Tensor:
+        """Compute ``φ`` (..., n) from probabilities or log-probabilities (..., n) of the class.
+
+        The logarithm of a probability of 0 is that of the smallest positive number.
+        """
+        if self.values == "log_probability":
+            return values.exp() if self.output == "probability" else values
+        p = 1 - values if self.complement else values
+        return p.clamp_min(torch.finfo(p.dtype).tiny).log() if self.output == "log_probability" else p
+
     def cotangent(self, prediction: Tensor) -> Tensor:
         if not self.linear:
             return super().cotangent(prediction)
         weights = self.mask.to(prediction.device, prediction.dtype)
+        weights = -weights if self.complement else weights
         return (weights / self.voxels if self.reduction == "mean" and self.voxels else weights).unsqueeze(0)
 
     def window_cotangent(self, cut: Callable[[Tensor], Tensor]) -> Tensor:
         weights = cut(self.mask.unsqueeze(0))  # only the window, not a volume of weights
+        weights = -weights.double() if self.complement else weights
         return weights.double() / self.voxels if self.reduction == "mean" and self.voxels else weights

@@ -11,7 +11,7 @@ from monai.data import MetaTensor, decollate_batch
 from torch import Tensor
 
 from esegeta_monai.engine.checks.base import CheckResult
-from esegeta_monai.engine.network.model import select_output
+from esegeta_monai.engine.network.outputs import OutputChoice, batch_first, choose_output, select_output
 from esegeta_monai.errors import InputError, UsageError
 
 __all__ = ["BatchInputs", "CaseInput", "cases_of", "joined_inputs", "of_case", "to_device"]
@@ -46,17 +46,23 @@ class BatchInputs:
             raise InputError(f"image must be a tensor (B, C, *spatial) in 2D or 3D, got {given}")
         self.joined, self.channels = joined, {name: value.shape[1] for name, value in inputs.items()}
 
-    def cases(self, output: int | str | None) -> Iterator[CaseInput]:
+    def cases(self, output: int | str | None, preferred: Sequence[str] = ()) -> Iterator[CaseInput]:
         """Yield the cases of the batch.
 
         Args:
-            output: key or index of the explained output of the network; None: the only one.
+            output: key or index of the explained output of the network; None: it is chosen.
+            preferred: keys of outputs that a bundle's postprocessing reads.
 
         Raises:
             UsageError: ``data`` has another length than the batch.
         """
         n, kwargs = len(self.joined), self.network_kwargs or {}
-        prediction = None if self.prediction is None else select_output(self.prediction, output)
+        choice, prediction = None, None
+        if self.prediction is not None:
+            if output is None and not isinstance(self.prediction, Tensor):
+                choice = choose_output(self.prediction, preferred)
+                output = choice.key
+            prediction = batch_first(select_output(self.prediction, output, self.joined.ndim), n)
         data = list(self.data) if isinstance(self.data, Sequence) else [self.data or {}] * n
         condition = kwargs.get("condition")
         if len(data) != n:
@@ -71,6 +77,7 @@ class BatchInputs:
                 [of_case(a, i, n) for a in self.network_args],
                 {k: of_case(v, i, n) for k, v in kwargs.items() if k != "condition"},
                 self.channels,
+                choice,
             )
 
 
@@ -87,6 +94,8 @@ class CaseInput:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     channels: dict[str, int] = field(default_factory=dict)
     """Number of channels of each named image input, see `BatchInputs`."""
+    choice: OutputChoice | None = None
+    """The output that ``prediction`` is, if the network returns several and the user names none."""
     record: dict[str, Any] = field(default_factory=dict)
     """The entries that the records of all its maps share."""
     checks: list[CheckResult] = field(default_factory=list)

@@ -16,16 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from esegeta_monai.engine.checks.base import CheckResult
+from esegeta_monai.engine.head import HeadKind, Postprocessing
 from esegeta_monai.engine.network.state import evaluating, unwrap
 from esegeta_monai.engine.windows.inferers import as_inferer
-from esegeta_monai.errors import EsegetaError, RankLost
+from esegeta_monai.errors import EsegetaError, RankLost, UsageError
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import BatchInputs
 from esegeta_monai.explain.costs import Cost, cost_of
 from esegeta_monai.explain.outcomes import BoundTarget, Outcomes
 from esegeta_monai.explain.prediction import Prediction
 from esegeta_monai.explain.run import CaseRun, JudgedCase, Skip
-from esegeta_monai.explain.settings import Checks, OnError, Settings
+from esegeta_monai.explain.settings import Checks, InputsAs, OnError, Settings
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.distributed import Processes
@@ -46,7 +47,9 @@ class Explainer:
         device: device on which windows are computed, which must be the network's; None: the network's.
         amp: autocast (float16 on CUDA, bfloat16 elsewhere, or ``amp_kwargs["dtype"]``) for methods that allow it.
         volume_device: device that stores volumes; None: the inferer's ``device``, else ``device``.
-        output: key or index of the explained output, if the network returns several.
+        output: key or index of the explained output, if the network returns several; a path for nested ones,
+            ``"classification.0"``; for one tensor (B, heads, K, *spatial) or (B, steps, K), the index along its second
+            axis. None: see `esegeta_monai.engine.network.outputs.choose_output`.
         class_names: class number to name, for targets by name and for records.
         channel_names: names of the image's channels, for records.
         window_batch: windows per forward pass; None: the inferer's ``sw_batch_size``, 4 for other inferers.
@@ -63,8 +66,17 @@ class Explainer:
         checks: check what maps take for granted, once per network on a small window (at most 40 passes) and per case
             without passes; results are in the record as ``checks``. ``"once"``: once per network, also if its weights
             change.
+        head: the meaning of the output, see `esegeta_monai.engine.head.Head`: ``"softmax"`` or ``"sigmoid"`` (this
+            function of the output gives probabilities), ``"softmax inside"``, ``"sigmoid inside"`` or
+            ``"log-softmax inside"`` (the network ends in it), ``"raw"`` (no scores of classes). None: determined from
+            the network's last operations, the range of its output, and the postprocessing.
+        postprocessing: the transforms of a bundle's postprocessing, or an `esegeta_monai.engine.head.Postprocessing`;
+            they show what the output is, and which thresholds and outputs are used. They are not run.
+        inputs_as: how several image inputs are passed to the network: ``"dict"`` (by name) or ``"list"`` as its only
+            argument; None: the first by position, the others by name.
 
     Raises:
+        UsageError: the network is no module, or a parameter has a wrong value.
         NetworkError: half-precision weights, a network on another device, or one built under ``inference_mode``.
 
     Example:
@@ -86,7 +98,7 @@ class Explainer:
         *,
         amp_kwargs: Mapping[str, Any] | None = None,
         volume_device: torch.device | str | None = None,
-        output: int | str | None = None,
+        output: int | str | Sequence[int | str] | None = None,
         class_names: Mapping[int, str] | None = None,
         channel_names: Sequence[str] | None = None,
         window_batch: int | None = None,
@@ -97,7 +109,15 @@ class Explainer:
         distributed: bool = False,
         on_error: OnError = "raise",
         checks: Checks = True,
+        head: HeadKind | None = None,
+        postprocessing: Any = None,
+        inputs_as: InputsAs | None = None,
     ) -> None:
+        if not isinstance(network, nn.Module):
+            raise UsageError(
+                f"network is a {type(network).__name__}: give the module itself; from a bundle's folder, "
+                "esegeta_monai.bundle.BundleReader(folder).network"
+            )
         network, inferer = unwrap(network), as_inferer(inferer)
         own = next((p.device for p in network.parameters()), torch.device("cpu"))
         device = own if device is None else torch.device(device)
@@ -108,7 +128,7 @@ class Explainer:
             volume_device=torch.device(volume_device or getattr(inferer, "device", None) or device),
             amp=bool(amp),
             amp_kwargs=dict(amp_kwargs or {}),
-            output=output,
+            output=output if output is None or isinstance(output, (int, str)) else ".".join(map(str, output)),
             class_names={int(k): v for k, v in (class_names or {}).items()},
             channel_names=list(channel_names or []),
             window_batch=number("window_batch", window_batch, int | None, 0),
@@ -119,6 +139,9 @@ class Explainer:
             processes=Processes.current() if distributed else Processes(),
             on_error=on_error,
             checks=checks,
+            head=head,
+            postprocessing=Postprocessing.of(postprocessing),
+            inputs_as=inputs_as,
         )
 
     def __call__(
@@ -139,7 +162,7 @@ class Explainer:
         Args:
             image: tensor or MetaTensor (B, C, *spatial). A mapping of names to such tensors explains several image
                 inputs together, with one map per input: the first is passed to the network positionally, the others by
-                name.
+                name (see ``inputs_as``).
             methods: methods, names or configs.
             targets: targets, names or configs.
             data: the case's data dictionary (a list of them for a batch), in which targets look up masks and labels.
@@ -163,7 +186,7 @@ class Explainer:
         if refused and settings.on_error == "raise":
             raise next(iter(refused.values()))
         inputs = BatchInputs(image, data, prediction, network_args, network_kwargs)
-        for case in inputs.cases(settings.output):
+        for case in inputs.cases(settings.output, settings.postprocessing.keys):
             done: set[tuple[int, int]] = set()
             try:
                 for attribution in CaseRun(settings, case).explained(chosen, wanted, refused, skip, scores_dir):
@@ -210,7 +233,7 @@ class Explainer:
         chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
         settings = self.settings
         refused = settings.refused(chosen)
-        for case in BatchInputs(image, **inputs).cases(settings.output):
+        for case in BatchInputs(image, **inputs).cases(settings.output, settings.postprocessing.keys):
             for task in CaseRun(settings, case).prepared(chosen, wanted, refused):
                 if isinstance(task, Attribution):
                     yield Cost(case.index, str(task.method.name), task.label, note=task.record["reason"])
@@ -257,5 +280,5 @@ class Explainer:
             EsegetaError: a case that cannot be explained at all.
         """
         wanted = TARGETS.create_all(targets)
-        for case in BatchInputs(image, **inputs).cases(self.settings.output):
+        for case in BatchInputs(image, **inputs).cases(self.settings.output, self.settings.postprocessing.keys):
             yield from CaseRun(self.settings, case).judged(wanted)

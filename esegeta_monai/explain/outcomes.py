@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from esegeta_monai.engine.score import Score
+from esegeta_monai.engine.score import Score, WeightedScore
 from esegeta_monai.engine.windows.plan import WindowPlan
 from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, named_reason
 from esegeta_monai.explain.attribution import Attribution, like_image, mask_on_image
@@ -25,6 +25,7 @@ __all__ = ["NOTHING_THERE", "BoundTarget", "Outcomes", "not_linear"]
 
 logger = logging.getLogger("esegeta_monai")
 
+NO_LABEL = "no class of the prediction is above its threshold, so there is nothing to explain"
 NOTHING_THERE = "no voxel of the prediction belongs to {}, so there is nothing to explain"
 
 
@@ -41,7 +42,10 @@ class BoundTarget:
     def __post_init__(self) -> None:
         score = self.score
         self.label = score.label if score is not None else self.target.name or type(self.target).__name__
-        self.hash = None if score is None else tensor_hash(score.mask, *[[b.start, b.stop] for b in score.box])
+        self.hash = None
+        if score is not None:
+            meaning = score.meaning if isinstance(score, WeightedScore) else ()
+            self.hash = tensor_hash(score.mask, *[[b.start, b.stop] for b in score.box], *meaning)
 
 
 class Outcomes:
@@ -83,8 +87,8 @@ class Outcomes:
             channel_names=names if len(names) == case.image.shape[0] else [],
             coverage=None if plan is None else plan.coverage,
             windows_total=None if plan is None else len(plan),
-            **(self.settings.record | ({"amp": None} if method.full_precision else {})),
-            **case.record,
+            **(self.settings.record | ({"amp": None} if method.full_precision else {}) | case.record),
+            value_units=None if score is None else score.units,
             checks=[check.entry() for check in case.checks] or None,
             versions=versions(),
         )
@@ -142,7 +146,8 @@ class Outcomes:
     def empty(self, method: Method, bound: BoundTarget, record: Record) -> Attribution:
         """Return the attribution of a target without voxels."""
         record.status = "empty_target"
-        record.reason = NOTHING_THERE.format(bound.label)
+        image_label = bound.score is not None and not bound.score.box
+        record.reason = NO_LABEL if image_label else NOTHING_THERE.format(bound.label)
         return Attribution(None, method, bound.target, self.case.index, record.to_json(), bound.label)
 
 

@@ -15,7 +15,10 @@ import torch
 from monai.inferers import SliceInferer, SlidingWindowInferer, SlidingWindowInfererAdapt
 from torch import Tensor, nn
 
+from esegeta_monai.engine.checks.base import CheckResult, small_sample
+from esegeta_monai.engine.checks.head import HeadEvidence, evidence_of, find_head
 from esegeta_monai.engine.checks.network import check_network_once
+from esegeta_monai.engine.head import Head
 from esegeta_monai.engine.layer_maps import LayerOutput
 from esegeta_monai.engine.network.model import Model, select_output
 from esegeta_monai.engine.network.state import evaluating, frozen
@@ -28,7 +31,7 @@ from esegeta_monai.explain.case import CaseInput, to_device
 from esegeta_monai.explain.outcomes import BoundTarget
 from esegeta_monai.explain.record import tensor_hash
 from esegeta_monai.explain.settings import Settings
-from esegeta_monai.targets.base import Target
+from esegeta_monai.targets.base import Target, need_class_axis
 from esegeta_monai.utils.images import check_image
 from esegeta_monai.utils.tensors import all_finite
 
@@ -51,6 +54,7 @@ class Prediction:
         plan: the windows.
         prediction: (K, *out), by the user's own inferer.
         notes: warnings.
+        head: what the prediction is.
 
     Raises:
         EsegetaError: the image or the prediction cannot be explained.
@@ -60,6 +64,8 @@ class Prediction:
         self.settings, self.case = settings, case
         check_image(case.image.detach().cpu(), f"image {case.index}")
         device = settings.device
+        if settings.inputs_as is not None and not case.channels:
+            raise UsageError(f"inputs_as={settings.inputs_as!r} needs names: give image={{name: tensor, ...}}")
         self.model = Model(
             settings.network if layer is None else LayerOutput(settings.network, layer),
             device,
@@ -69,7 +75,11 @@ class Prediction:
             inputs=dict(case.channels),
             args=[to_device(a, device) for a in case.args],
             kwargs={k: to_device(v, device) for k, v in case.kwargs.items()},
+            inputs_as=settings.inputs_as,
         )
+        self.model.preferred = settings.postprocessing.keys
+        if layer is None and case.choice is not None:
+            self.model.output, self.model.choice = case.choice.key, case.choice
         self.image = case.image.as_tensor().detach().to(settings.volume_device, self.model.dtype)
         case.record = {
             "network_grid": list(self.image.shape[1:]),
@@ -89,6 +99,10 @@ class Prediction:
             self.model.inferer = settings.inferer
         self._check_network()
         self.prediction = self._predict()
+        self.head = Head()
+        if layer is None:
+            self._note_output()
+            self.head = self._find_head()
 
     def bind(self, targets: Sequence[Target]) -> Iterator[BoundTarget]:
         """Yield each target's scores, or the error that binding it raised."""
@@ -97,6 +111,8 @@ class Prediction:
             context = dataclasses.replace(context, affine=None)
         for target in targets:
             try:
+                if target.layer is None:
+                    need_class_axis(self.prediction, self.image.ndim, target)
                 for score in target.bind(self.prediction, context):
                     yield BoundTarget(target, score)
             except EsegetaError as error:
@@ -146,7 +162,7 @@ class Prediction:
     @property
     def _mixes_rows(self) -> bool:
         """True if the images of a batch influence each other, so that windows run one by one."""
-        return self._verdict("rows") not in ("passed", None)
+        return self._verdict("rows") == "handled"
 
     def _verdict(self, name: str) -> str | None:
         """Return the verdict of a check of the network, or None if it has not run."""
@@ -155,7 +171,53 @@ class Prediction:
     @property
     def _context(self) -> Case:
         affine = torch.as_tensor(self.case.image.affine).double().cpu()
-        return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names)
+        return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names, self.head)
+
+    def _note_output(self) -> None:
+        """Record which of several outputs is explained."""
+        choice, given = self.model.choice, self.settings.output
+        if choice is None or given is not None:
+            text = "the network returns one tensor" if given is None else f"output={given!r}, as given"
+            self._note(CheckResult("outputs", "passed", text))
+            return
+        self.case.record["output"] = choice.key
+        if choice.reason is not None:
+            self._note(CheckResult("outputs", "handled", f"output={choice.key!r} is explained, since {choice.reason}"))
+            return
+        text = (
+            f"the network returns several tensors: {choice.listed}; output={choice.key!r} is explained, because none "
+            "was chosen: choose by output=KEY (--network-output KEY)"
+        )
+        self._note(CheckResult("outputs", "warned", text))
+
+    def _find_head(self) -> Head:
+        """Find out what the prediction is, and record it.
+
+        Raises:
+            EsegetaError: the user's statement contradicts the prediction, or the bundle squashes it twice.
+        """
+        settings = self.settings
+
+        def evidence() -> HeadEvidence:
+            model = copy.copy(self.model)
+            model.inferer = None
+            condition = None if self.case.condition is None else self.case.condition.to(self.image)
+            try:
+                with evaluating(settings.network, settings.device):
+                    return evidence_of(small_sample(model, self.image, self.plan, condition))
+            except Exception as error:  # a network may raise anything on a window that its inferer would not give it
+                return HeadEvidence(failed=" ".join(str(error).split())[:200] or type(error).__name__)
+
+        head, result = find_head(self.prediction, settings.head, settings.postprocessing, evidence)
+        self._note(result)
+        self.case.record["head"] = head.to_json()
+        return head
+
+    def _note(self, result: CheckResult) -> None:
+        """Add the result of a check of the case in place of an earlier one."""
+        self.case.checks = [*(c for c in self.case.checks if c.name != result.name), result]
+        if result.verdict == "warned":
+            logger.warning(result.text)
 
     def _same_everywhere(self) -> None:
         known = self.settings.processes.gather((self.case.record["image_sha256"], str(self.settings.record["network"])))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.head import Head
 from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.utils.registry import Configurable, json_ready
 
@@ -71,6 +72,8 @@ class Record:
         versions: of the packages. warnings: texts.
         checks: results of the checks, see `esegeta_monai.engine.checks.base.CheckResult.entry`.
         noise: standard deviation of F over repeated passes, in units of the target, where equal passes differ.
+        head: the meaning of the output, with evidence and certainty, see `esegeta_monai.engine.head.Head`.
+            value_units: units of the target, value and baseline_value.
         layer, channel, features, curve, intensity_range, place, distance_end: of methods that have them: layer name,
             channel number, feature table, optimisation curve, intensities of black and white, place of a synthesised
             image, final layer distance.
@@ -130,6 +133,8 @@ class Record:
     reason: str | None = None
     checks: list[dict[str, Any]] | None = None
     noise: float | None = None
+    head: dict[str, Any] | None = None
+    value_units: str | None = None
     input: str | None = None
     ranks: int | None = None
     passes_shared_with: list[str] | None = None
@@ -212,17 +217,43 @@ HOW_NOT_WHAT = ("progress", "sw_batch_size", "sw_device", "device", "cpu_thresh"
 """Parameters of MONAI's inferers that change where and how fast a prediction is computed, not what it is."""
 
 
-def predicted_class(prediction: Tensor, names: Mapping[int, str]) -> dict[str, Any]:
-    """Return predicted class and probability of a classification output (K,) or (K, 1, …); {} for any other shape."""
-    if prediction.ndim > 1 and prediction[0].numel() > 1:
+def predicted_class(
+    prediction: Tensor, names: Mapping[int, str], head: Head | None = None, activation: str = "auto"
+) -> dict[str, Any]:
+    """Return predicted class and probability of a classification output (K,) or (K, 1, …).
+
+    Args:
+        prediction: raw output.
+        names: class number to name. With two names and one output, the output is the evidence for class 1.
+        head: the meaning of the output; None: unknown.
+        activation: that of the target.
+
+    Returns:
+        {} for predictions with voxels, outputs that are no scores of classes, and a single number that nothing shows
+        to be the score of a class. If labels do not exclude each other, the class is the most probable one that is
+        predicted, or None.
+    """
+    head, k = head or Head(), prediction.shape[0]
+    if (prediction.ndim > 1 and prediction[0].numel() > 1) or head.kind == "raw":
+        return {}
+    binary = k == 1 and max(names, default=0) == 1
+    if k == 1 and not binary and not head.certain:
         return {}
     flat = prediction.flatten().double()
-    probabilities = torch.sigmoid(flat) if len(flat) == 1 else torch.softmax(flat, 0)
+    if head.inside:
+        probabilities = flat.exp() if head.values == "log_probability" else flat
+    else:
+        probabilities = torch.sigmoid(flat) if head.activation(activation, k) == "sigmoid" else torch.softmax(flat, 0)
     best = int(flat.argmax())
+    probability, above = float(probabilities[best]), bool(head.above(flat, best))
+    if binary:
+        best, probability = int(above), probability if above else 1 - probability
+    elif not above and not head.exclusive(activation, k):
+        return {"predicted_class": None, "predicted_class_name": None, "predicted_probability": None}
     return {
         "predicted_class": best,
         "predicted_class_name": names.get(best),
-        "predicted_probability": float(probabilities[best]),
+        "predicted_probability": probability,
     }
 
 

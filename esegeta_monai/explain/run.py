@@ -242,7 +242,9 @@ class CaseRun:
                 assert outcome.result is not None
                 record.value, record.noise = float(values[k]), None if noise is None else float(noise[k])
                 if b.target.layer is None:
-                    record.update(predicted_class(task.predicted.prediction, settings.class_names))
+                    predicted, activation = task.predicted, getattr(b.target, "activation", "auto")
+                    entries = predicted_class(predicted.prediction, settings.class_names, predicted.head, activation)
+                    record.update(entries)
                 yield from self.outcomes.finished(method, b, record, outcome.result, k)
         checkpoint = objective.context.checkpoint
         if checkpoint is not None and all(o.result is not None for o in outcomes):

@@ -12,16 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from esegeta_monai.engine.head import HEADS, Postprocessing
 from esegeta_monai.engine.network.model import check_network, is_scripted
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.explain.record import described
 from esegeta_monai.methods.base import Method
 from esegeta_monai.utils.distributed import Processes
 
-__all__ = ["Checks", "OnError", "Settings"]
+__all__ = ["Checks", "InputsAs", "OnError", "Settings"]
 
 OnError = Literal["raise", "record"]
 Checks = bool | Literal["once"]
+InputsAs = Literal["dict", "list"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +48,14 @@ class Settings:
         on_error: ``"raise"``, or ``"record"`` failures in attributions without a map.
         checks: check what maps take for granted (`esegeta_monai.engine.checks`); ``"once"``: check the network once,
             also if its weights change, as during a training.
+        head: what the network's output is, as the user states it; None: it is found out.
+        postprocessing: what a bundle does with the network's output.
+        inputs_as: how several image inputs are passed: ``"dict"``, ``"list"``, or None: separately.
         inferer_record: name and parameters of the inferer as it was given.
 
     Raises:
         NetworkError: half-precision weights, or a network built under ``inference_mode``.
-        UsageError: another value of ``on_error``.
+        UsageError: another value of ``on_error``, ``head`` or ``inputs_as``.
     """
 
     network: nn.Module
@@ -70,6 +75,9 @@ class Settings:
     processes: Processes = field(default_factory=Processes)
     on_error: OnError = "raise"
     checks: Checks = True
+    head: str | None = None
+    postprocessing: Postprocessing = field(default_factory=Postprocessing)
+    inputs_as: InputsAs | None = None
     inferer_record: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,6 +99,10 @@ class Settings:
             raise UsageError(f"on_error={self.on_error!r}: give 'raise' or 'record'")
         if self.checks not in (True, False, "once"):
             raise UsageError(f"checks={self.checks!r}: give True, False or 'once'")
+        if self.head is not None and self.head not in HEADS:
+            raise UsageError(f"head={self.head!r}: give {', '.join(map(repr, HEADS))}, or None to find out")
+        if self.inputs_as not in (None, "dict", "list"):
+            raise UsageError(f"inputs_as={self.inputs_as!r}: give 'dict' or 'list', or None for separate inputs")
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:

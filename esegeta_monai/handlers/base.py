@@ -15,12 +15,13 @@ import torch
 from monai.data import MetaTensor, decollate_batch
 from monai.engines.utils import IterationEvents
 from monai.networks.utils import eval_mode
-from monai.transforms import Activationsd, Compose, SaveImaged
+from monai.transforms import Compose, SaveImaged
 from monai.utils import CommonKeys
 from torch.utils.data.distributed import DistributedSampler
 
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.metadata import BundleMetadata
+from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.engine.network.state import unwrap, weights_hash
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
 from esegeta_monai.explain.case import cases_of
@@ -30,6 +31,7 @@ from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
+from esegeta_monai.targets.regions import OutputValue
 from esegeta_monai.utils.distributed import SHARES, Processes, Share
 from esegeta_monai.utils.types import number
 from esegeta_monai.utils.upstream import attached_handlers, postprocessing_of
@@ -141,7 +143,9 @@ class CaseHandler(ABC):
                 "to a SupervisedEvaluator or SupervisedTrainer"
             )
         if self.targets is None:
-            self.targets = [PredictedClasses(activation="sigmoid" if self._sigmoid(engine) else "auto")]
+            self.targets = [OutputValue() if self.metadata.declared == "regression" else PredictedClasses()]
+        use = Postprocessing.of(self._transforms(engine), self.pred_key, self.metadata.declared)
+        explained = self.metadata.explained_output
         self._ranks, self._share = Processes.current(), self._shared(engine)
         self._explainer = Explainer(
             engine.network,
@@ -155,6 +159,7 @@ class CaseHandler(ABC):
             distributed=self._share == "windows",
             on_error="record",
             checks="once" if self.checks else False,
+            postprocessing=use if explained is None else replace(use, keys=(explained, *use.keys)),
             **self.options,
         )
         self._calls = watched(engine)
@@ -340,10 +345,6 @@ class CaseHandler(ABC):
         for transform in sorted(savers, key=lambda t: self.pred_key not in t.keys):
             return getattr(transform.saver.folder_layout, what, None)
         return None
-
-    def _sigmoid(self, engine: Any) -> bool:
-        activations = [t for t in self._transforms(engine) if isinstance(t, Activationsd)]
-        return any(on for t in activations for key, on in zip(t.keys, t.sigmoid) if key == self.pred_key)
 
 
 def flag(name: str, value: Any) -> bool:

@@ -14,6 +14,7 @@ from monai.utils import CommonKeys
 from torch import Tensor
 
 from esegeta_monai.bundle.provenance import bundle_provenance
+from esegeta_monai.engine.head import HeadKind
 from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, RankLost, named_reason
@@ -40,7 +41,8 @@ class EvaluationHandler(CaseHandler):
 
     Args:
         methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share,
-            checks, name, seed, time_limit, window_batch, volume_device, progress: see `ExplanationHandler`.
+            checks, name, seed, time_limit, window_batch, volume_device, progress, head: see
+            `ExplanationHandler`.
         metrics: names, configs or instances; ``"all"``; None: a quick selection, with localisation metrics for cases
             with a label.
         label_key: key of a label map in the case's data that marks the known cause. A case without it, or with a label
@@ -93,6 +95,7 @@ class EvaluationHandler(CaseHandler):
         share: Share | Literal["auto"] = "auto",
         checks: bool = True,
         name: str | None = None,
+        head: HeadKind | None = None,
     ) -> None:
         super().__init__(
             methods,
@@ -113,6 +116,7 @@ class EvaluationHandler(CaseHandler):
             window_batch=window_batch,
             volume_device=volume_device,
             progress=flag("progress", progress),
+            head=head,
         )
         self.label_key, self.regions_key, self.body_key = label_key, regions_key, body_key
         self.label_value, self.region_names = value_of_label(label_value), None

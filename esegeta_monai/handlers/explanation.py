@@ -12,6 +12,7 @@ from monai.data import MetaTensor
 from monai.utils import CommonKeys
 
 from esegeta_monai.bundle.provenance import bundle_provenance
+from esegeta_monai.engine.head import HeadKind
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.costs import Cost, table
@@ -34,7 +35,8 @@ class ExplanationHandler(CaseHandler):
 
     Args:
         methods: names, configs or instances; default Saliency and GradCam.
-        targets: names, configs or instances; None: every predicted class except the background.
+        targets: names, configs or instances; None: every predicted class except the background, or the first value of
+            a regression (by metadata.json).
         output_dir: output folder; None: that of the engine's ``SaveImaged``. ``{epoch}`` in it is replaced by the epoch
             (``"explained/epoch{epoch:03d}"``); without it, maps of a later epoch replace the earlier ones.
         bundle_root: bundle directory, for class and channel names, version and hashes; None: no bundle.
@@ -61,6 +63,8 @@ class ExplanationHandler(CaseHandler):
             cases if the loader has a ``DistributedSampler``, else windows.
         checks: check what maps take for granted; the network is checked once, at the first epoch.
         name: name of the logger; None: ``engine.logger``.
+        head: the meaning of the network's output, see `esegeta_monai.Explainer`; None: determined from the network and
+            the engine's postprocessing.
 
     A failed method or case is recorded in ``run.json`` and logged; files that can no longer be written (a full disk,
     say) are logged. The evaluation continues in both cases.
@@ -104,6 +108,7 @@ class ExplanationHandler(CaseHandler):
         share: Share | Literal["auto"] = "auto",
         checks: bool = True,
         name: str | None = None,
+        head: HeadKind | None = None,
     ) -> None:
         super().__init__(
             methods,
@@ -125,6 +130,7 @@ class ExplanationHandler(CaseHandler):
             window_batch=window_batch,
             volume_device=volume_device,
             progress=flag("progress", progress),
+            head=head,
         )
         for what, given in (("methods", self.methods), ("targets", self.targets)):
             if given == []:

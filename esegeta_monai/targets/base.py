@@ -7,7 +7,8 @@ which everything that depends on that prediction is frozen (argmax maps, compone
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -28,8 +29,13 @@ class Target(Configurable, ABC):
     * ``output``: ``"logit"`` (the raw output of the network; linear, so that methods are exact and fast),
       ``"probability"`` or ``"log_probability"`` (after blending).
     * ``activation``: function from raw output to probabilities: ``"softmax"`` over channels, ``"sigmoid"`` per channel,
-      or ``"auto"``: sigmoid for one channel, else softmax.
+      or ``"auto"``: that of the network's head (`esegeta_monai.engine.head.Head`), else sigmoid for one channel and
+      softmax for several. Where the network's own output consists of probabilities, it applies nothing again; it then
+      only states whether the classes exclude each other.
     * ``reduction``: ``"sum"`` or ``"mean"`` over the mask.
+
+    A network of one channel and two class names, such as {0: "benign", 1: "malignant"}, gives the evidence for the
+    second class. The first class has minus the logit, and 1 minus the probability.
 
     A target with a ``layer`` (a dotted name) is bound to the output of this layer in place of the prediction.
     """
@@ -86,8 +92,56 @@ def resolve_class(
     return int(class_index), names.get(int(class_index), f"class{class_index}")
 
 
-def _some(values: Sequence[int], limit: int = 30) -> list[int]:
-    return list(values)[:limit]
+@dataclass(frozen=True)
+class ClassOutput:
+    """Where a class is in a prediction.
+
+    Attributes:
+        index, name: number and name of the class.
+        channel: the output channel that is the evidence for it.
+        complement: True: the evidence against it, class 0 of a network with two classes and one channel.
+    """
+
+    index: int
+    name: str
+    channel: int
+    complement: bool = False
+
+
+def is_binary(n_channels: int, case: Case) -> bool:
+    """Return True if one output channel is the evidence for the second of two classes, as their names show."""
+    return n_channels == 1 and case.head.kind != "raw" and max(case.class_names, default=0) == 1
+
+
+def class_output(
+    class_index: int | str, n_channels: int, case: Case, where: str = "class_index", by_channel: bool = False
+) -> ClassOutput:
+    """Return where the class of a number or name is.
+
+    Args:
+        class_index: number or name.
+        n_channels: number K of output channels.
+        case: has the names of classes.
+        where: the target's parameter that holds the class, for errors.
+        by_channel: True: a number is that of a channel, not of a class.
+
+    Raises:
+        TargetError: the network has no such class; the message lists its classes.
+    """
+    names = case.class_names
+    if not is_binary(n_channels, case):
+        index, name = resolve_class(class_index, n_channels, names, where)
+        return ClassOutput(index, name, index)
+    if by_channel and not isinstance(class_index, str):
+        resolve_class(class_index, 1, {}, where)
+        class_index = 1
+    index, name = resolve_class(class_index, 2, names, where)
+    if by_channel and index == 0:
+        raise TargetError(
+            f"{where}={class_index!r}: the network's only output is the evidence for {names[1]}, not for {name}: give "
+            f"{where}=0, or a target of a class, such as ClassScore or MultiClassMask"
+        )
+    return ClassOutput(index, name, 0, index == 0)
 
 
 def masked_score(
@@ -97,6 +151,8 @@ def masked_score(
     prediction: Tensor,
     case: Case,
     where: str = "class_index",
+    *,
+    by_channel: bool = False,
     **settings: Any,
 ) -> WeightedScore:
     """Return a target's score of one class over a mask, with the target's output, activation and reduction.
@@ -106,17 +162,25 @@ def masked_score(
         mask: bool (*spatial), already frozen; a 0-d True for a prediction (K,).
         class_index: number or name of the class.
         prediction: (K, *spatial) or (K,).
-        case: has the names of classes.
-        where: the target's parameter that holds the class, for errors.
+        case: has the names of classes, and the head.
+        where, by_channel: see `class_output`.
         settings: further arguments of `WeightedScore`, or others than the target's.
 
     Raises:
-        TargetError: the network has no such class.
+        TargetError: the network has no such class, or its output has no probabilities.
     """
-    index, class_name = resolve_class(class_index, prediction.shape[0], case.class_names, where)
-    own = {k: getattr(target, k) for k in ("output", "activation", "reduction") if hasattr(target, k)}
-    label = target.given_name or f"{type(target).__name__}-{class_name}"
-    return WeightedScore(mask, index, prediction.shape[0], label=label, class_name=class_name, **(own | settings))
+    head, channels = case.head, prediction.shape[0]
+    which = class_output(class_index, channels, case, where, by_channel)
+    own = {k: getattr(target, k) for k in ("output", "activation", "reduction") if hasattr(target, k)} | settings
+    if head.kind == "raw" and own.get("output", "logit") != "logit":
+        raise TargetError(
+            f"output={own['output']!r}: the network's output consists of no scores of classes (head='raw'), so it has "
+            "no probabilities: use output='logit'"
+        )
+    own["activation"] = head.activation(own.get("activation", "auto"), channels)
+    label = target.given_name or f"{type(target).__name__}-{which.name}"
+    more: dict[str, Any] = {"values": head.values, "complement": which.complement}
+    return WeightedScore(mask, which.index, channels, label=label, class_name=which.name, **(own | more))
 
 
 def need_map(prediction: Tensor, target: Target) -> None:
@@ -133,4 +197,41 @@ def need_map(prediction: Tensor, target: Target) -> None:
         raise TargetError(
             f"{type(target).__name__} needs a prediction with voxels, but the network gives {prediction.shape[0]} "
             "numbers per case: use ClassScore or OutputValue"
+        )
+
+
+def need_class_axis(prediction: Tensor, axes: int, target: Target) -> None:
+    """Refuse a prediction whose first axis is not that of the classes.
+
+    Args:
+        prediction: (K, *spatial), or (K,); stacked heads (heads, K, *spatial) and vectors (steps, K) are refused.
+        axes: number of axes of the image (C, *spatial).
+        target: named in the error.
+
+    Raises:
+        TargetError: the message has the shape and the remedy.
+    """
+    shape = tuple(prediction.shape)
+    stacked, steps = len(shape) > axes, len(shape) == 2 and shape[1] > 1
+    if not (stacked or steps):
+        return
+    what = "stacked heads (heads, K, *spatial)" if stacked else "several vectors (steps, K)"
+    raise TargetError(
+        f"{type(target).__name__}: the network gives shape {shape} for an image with {axes - 1} spatial axes, such as "
+        f"{what}, so its first axis is not that of the classes: choose one by output=INDEX, 0 to {shape[0] - 1} "
+        "(--network-output), or wrap the network so that it returns (B, K) or (B, K, *spatial)"
+    )
+
+
+def need_classes(target: Target, case: Case) -> None:
+    """Refuse a target that needs predicted classes where the output consists of no scores of classes.
+
+    Raises:
+        TargetError: the head is ``"raw"``.
+    """
+    if case.head.kind == "raw":
+        raise TargetError(
+            f"{type(target).__name__} needs classes, but the network's output consists of no scores of classes "
+            f"({'; '.join(case.head.evidence)}): use OutputValue, Voxel, or ThresholdMask(value='raw'), or state "
+            "another head=KIND"
         )

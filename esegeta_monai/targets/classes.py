@@ -9,7 +9,16 @@ from torch import Tensor
 
 from esegeta_monai.engine.score import Activation, Case, Output, Reduction, Score, WeightedScore
 from esegeta_monai.errors import TargetError
-from esegeta_monai.targets.base import Target, masked_score, need_map, resolve_class
+from esegeta_monai.targets.base import (
+    ClassOutput,
+    Target,
+    class_output,
+    is_binary,
+    masked_score,
+    need_classes,
+    need_map,
+    resolve_class,
+)
 
 __all__ = ["ClassScore", "MultiClassMask", "PredictedClasses", "ThresholdMask"]
 
@@ -44,11 +53,11 @@ class ClassScore(Target):
                 f"ClassScore is for networks that give one number per class, but the prediction has voxels "
                 f"{tuple(prediction.shape[1:])}: use MultiClassMask, ThresholdMask or Voxel"
             )
-        n_classes = prediction.shape[0]
         if self.class_index == "predicted":
-            if not 1 <= self.top_k <= n_classes:
-                raise TargetError(f"top_k={self.top_k}: the network has {n_classes} output(s)")
-            wanted: list[int | str] = prediction.flatten().topk(self.top_k).indices.tolist()
+            ranked = ranked_classes(prediction, case)
+            if not 1 <= self.top_k <= len(ranked):
+                raise TargetError(f"top_k={self.top_k}: the network has {len(ranked)} output(s)")
+            wanted: list[int | str] = [*ranked[: self.top_k]]
         else:
             wanted = [self.class_index]
         mask = torch.ones(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
@@ -58,8 +67,9 @@ class ClassScore(Target):
 class MultiClassMask(Target):
     """The voxels of a predicted class: ``s(P) = Σ_v m(v) φ(P)(c, v)``, ``m(v) = [argmax_k P(k, v) = c]``.
 
-    The mask is frozen from the unperturbed prediction. For a network of one channel, the mask is probability > 0.5
-    (logit > 0) instead of the argmax. TorchEsegeta calls this target ``multi_class``.
+    The mask is frozen from the unperturbed prediction. For a network of one channel, and for channels that do not
+    exclude each other (sigmoid), the mask is probability > 0.5 instead of the argmax, or the threshold of a bundle's
+    postprocessing. TorchEsegeta calls this target ``multi_class``.
 
     Args:
         class_index: number of the class, or its name in metadata.json.
@@ -79,11 +89,13 @@ class MultiClassMask(Target):
         """Return one score; ``prediction`` is (K, *spatial).
 
         Raises:
-            TargetError: the network has no such class, or classifies whole images.
+            TargetError: the network has no such class, classifies whole images, or has no classes.
         """
         need_map(prediction, self)
-        index, _ = resolve_class(self.class_index, prediction.shape[0], case.class_names)
-        return [masked_score(self, class_mask(prediction, index, self.activation), index, prediction, case)]
+        need_classes(self, case)
+        which = class_output(self.class_index, prediction.shape[0], case)
+        mask = class_mask(prediction, which, self.activation, case)
+        return [masked_score(self, mask, which.index, prediction, case)]
 
 
 class ThresholdMask(Target):
@@ -96,7 +108,8 @@ class ThresholdMask(Target):
         threshold: a number in the units of ``value``, or ``"otsu"`` (Otsu 1979, on the values of that channel).
         channel: number or name of the output channel.
         above: True: the voxels above the threshold; False: those at or below it.
-        value: the compared value: ``"sigmoid"``, ``"softmax"`` or ``"raw"`` network output.
+        value: the compared value: ``"sigmoid"``, ``"softmax"`` or ``"raw"`` network output. Where the network's own
+            output consists of probabilities, the first two are these probabilities.
         output, activation, reduction: see `Target`; ``activation`` follows ``value`` unless given.
 
     >>> prediction = torch.tensor([[[-1.0, 3.0, 0.1]]])  # one channel, a 1x3 image
@@ -119,8 +132,8 @@ class ThresholdMask(Target):
             TargetError: no such channel, an invalid threshold, or no voxels in the prediction.
         """
         need_map(prediction, self)
-        index, _ = resolve_class(self.channel, prediction.shape[0], case.class_names, "channel")
-        compared = self._values(prediction, index)
+        which = class_output(self.channel, prediction.shape[0], case, "channel", by_channel=True)
+        compared = self._values(prediction, which.channel, case)
         threshold = otsu(compared) if self.threshold == "otsu" else self.threshold
         if isinstance(threshold, str):
             raise TargetError(f"threshold={threshold!r}: give a number or 'otsu'")
@@ -128,9 +141,12 @@ class ThresholdMask(Target):
         if activation == "auto" and self.value != "raw":
             activation = self.value
         mask = compared > threshold if self.above else compared <= threshold
-        return [masked_score(self, mask, index, prediction, case, activation=activation)]
+        more = {"activation": activation}
+        return [masked_score(self, mask, self.channel, prediction, case, "channel", by_channel=True, **more)]
 
-    def _values(self, prediction: Tensor, index: int) -> Tensor:
+    def _values(self, prediction: Tensor, index: int, case: Case) -> Tensor:
+        if self.value != "raw" and case.head.inside:
+            return prediction[index] if case.head.values == "probability" else prediction[index].exp()
         if self.value == "sigmoid":
             return torch.sigmoid(prediction[index])
         if self.value == "softmax":
@@ -141,9 +157,12 @@ class ThresholdMask(Target):
 class PredictedClasses(Target):
     """All predicted classes except the background: one `MultiClassMask` per class, or a `ClassScore` of whole images.
 
+    If the labels of a whole image do not exclude each other (sigmoid), every label above 0.5, or above the threshold of
+    a bundle's postprocessing, is predicted; if none is, the target is empty.
+
     Args:
-        background: number or name of the excluded class; ``"auto"``: the class called background, else class 0 of a
-            softmax network; None: no class is excluded.
+        background: number or name of the excluded class; ``"auto"``: the class called background, else class 0 of
+            classes that exclude each other; None: no class is excluded.
         output, activation, reduction: see `Target`.
 
     >>> prediction = torch.tensor([[[2.0, 0.0]], [[1.0, 1.0]], [[0.0, 0.5]]])  # 3 classes, a 1x2 image
@@ -162,43 +181,74 @@ class PredictedClasses(Target):
         Raises:
             TargetError: the network has no class called ``background``.
         """
+        need_classes(self, case)
         if prediction.ndim == 1 or prediction[0].numel() == 1:
-            return ClassScore("predicted", self.output, self.activation, name=self.given_name).bind(prediction, case)
-        classes = [c for c in range(prediction.shape[0]) if c != self._background(prediction, case)]
+            return self._of_images(prediction, case)
+        count = 2 if is_binary(prediction.shape[0], case) else prediction.shape[0]
+        classes = [c for c in range(count) if c != self._background(prediction, case)]
         scores: list[Score] = []
         for c in classes:
-            name = None if self.given_name is None else f"{self.given_name}-{case.class_names.get(c, f'class{c}')}"
-            mask = MultiClassMask(c, self.output, self.activation, self.reduction, name=name)
+            mask = MultiClassMask(c, self.output, self.activation, self.reduction, name=self._name_of(c, case))
             scores += [s for s in mask.bind(prediction, case) if not s.empty]
-        if scores:
-            return scores
+        return scores or self._none(prediction)
+
+    def _of_images(self, prediction: Tensor, case: Case) -> list[Score]:
+        """Return the scores of the predicted classes of a prediction (K,) or (K, 1, …)."""
+        k, head = prediction.shape[0], case.head
+        if k == 1 or head.exclusive(self.activation, k):
+            return ClassScore("predicted", self.output, self.activation, name=self.given_name).bind(prediction, case)
+        labels = [c for c in range(k) if bool(head.above(prediction, c).all())]
+        scores: list[Score] = []
+        for c in labels:
+            name = self._name_of(c, case)
+            scores += ClassScore(c, self.output, self.activation, name=name).bind(prediction, case)
+        return scores or self._none(prediction)
+
+    def _name_of(self, c: int, case: Case) -> str | None:
+        return None if self.given_name is None else f"{self.given_name}-{case.class_names.get(c, f'class{c}')}"
+
+    def _none(self, prediction: Tensor) -> list[Score]:
         none = torch.zeros(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
         return [WeightedScore(none, 0, prediction.shape[0], label=self.given_name or "no-class")]
 
     def _background(self, prediction: Tensor, case: Case) -> int | None:
-        if self.background is None or prediction.shape[0] == 1:
+        k, binary = prediction.shape[0], is_binary(prediction.shape[0], case)
+        if self.background is None or (k == 1 and not binary):
             return None
         if self.background != "auto":
-            return resolve_class(self.background, prediction.shape[0], case.class_names, "background")[0]
+            return resolve_class(self.background, 2 if binary else k, case.class_names, "background")[0]
         named = [i for i, n in case.class_names.items() if n.strip().lower() in ("background", "bg")]
         if named:
             return named[0]
-        return None if self.activation == "sigmoid" else 0
+        return 0 if binary or case.head.exclusive(self.activation, k) else None
 
 
-def class_mask(prediction: Tensor, index: int, activation: Activation) -> Tensor:
-    """Return the mask (*spatial) of class ``index`` from a prediction (K, *spatial).
+def ranked_classes(prediction: Tensor, case: Case) -> list[int]:
+    """Return the classes of a prediction (K,) or (K, 1, …), those with the largest output first."""
+    if not is_binary(prediction.shape[0], case):
+        return [int(c) for c in prediction.flatten().argsort(descending=True, stable=True)]
+    return [1, 0] if bool(case.head.above(prediction, 0).all()) else [0, 1]
 
-    It is the argmax over channels, or logit > 0 for one channel or sigmoid channels.
+
+def class_mask(prediction: Tensor, which: ClassOutput, activation: Activation, case: Case) -> Tensor:
+    """Return the mask (*spatial) of a class from a prediction (K, *spatial).
+
+    It is the argmax over channels; for one channel, or channels that do not exclude each other, it is where the
+    channel is predicted (`esegeta_monai.engine.head.Head.above`). A softmax inside a network that does not return all
+    its channels leaves a rest, 1 - Σ p, that counts as one more class.
     """
-    if prediction.shape[0] == 1 or activation == "sigmoid":
-        return prediction[index] > 0
+    if not case.head.exclusive(activation, prediction.shape[0]):
+        above = case.head.above(prediction, which.channel)
+        return ~above if which.complement else above
     # Ties go to the first class, as in argmax. torch's argmax over the first axis takes ten times as long.
+    index = which.channel
     output, mask = prediction[index], torch.ones_like(prediction[index], dtype=torch.bool)
     for other in prediction[:index]:
         mask &= other < output
     for other in prediction[index + 1 :]:
         mask &= other <= output
+    if case.head.kind == "softmax inside":
+        mask &= output > 1 - prediction.sum(0)
     return mask
 
 

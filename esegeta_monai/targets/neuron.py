@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import field, replace
 
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.head import Head
 from esegeta_monai.engine.score import Case, Score, WeightedScore
 from esegeta_monai.errors import TargetError
 from esegeta_monai.targets.base import Target
@@ -58,6 +59,7 @@ class LayerNeuron(Target):
                 f"LayerNeuron: layer {self.layer!r} has positions: give world=(x, y, z) or index=(i, j, k)"
             )
         else:
+            case = replace(case, class_names={}, head=Head())  # those of the prediction, not of the layer
             (at,) = Voxel(self.channel, world=self.world, index=self.index, name=label).bind(prediction, case)
             assert isinstance(at, WeightedScore)
             score = at

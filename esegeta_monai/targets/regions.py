@@ -13,8 +13,8 @@ from torch import Tensor
 from esegeta_monai.engine.labels import _affine, label_on_grid
 from esegeta_monai.engine.score import Activation, Case, Output, Reduction, Score
 from esegeta_monai.errors import TargetError
-from esegeta_monai.targets.base import Target, masked_score, need_map, resolve_class
-from esegeta_monai.targets.classes import class_mask
+from esegeta_monai.targets.base import Target, class_output, masked_score, need_classes, need_map
+from esegeta_monai.targets.classes import class_mask, ranked_classes
 
 __all__ = ["Box", "Component", "Errors", "LabelMask", "OutputValue", "Voxel"]
 
@@ -85,11 +85,12 @@ class Component(Target):
         from scipy import ndimage
 
         need_map(prediction, self)
-        index, _ = resolve_class(self.class_index, prediction.shape[0], case.class_names)
-        mask = class_mask(prediction, index, self.activation).cpu().numpy()
+        need_classes(self, case)
+        which = class_output(self.class_index, prediction.shape[0], case)
+        mask = class_mask(prediction, which, self.activation, case).cpu().numpy()
         parts, count = ndimage.label(mask, structure=np.ones((3,) * mask.ndim))
         chosen = self._choose(parts, count, case)
-        return [masked_score(self, torch.from_numpy(chosen).to(prediction.device), index, prediction, case)]
+        return [masked_score(self, torch.from_numpy(chosen).to(prediction.device), which.index, prediction, case)]
 
     def _choose(self, parts: np.ndarray, count: int, case: Case) -> np.ndarray:
         if isinstance(self.which, (int, str)):
@@ -152,7 +153,7 @@ class Voxel(Target):
         mask[tuple(place)] = True
         which = self.class_index
         if which == "predicted":
-            which = int(prediction.flatten(1)[:, int(np.ravel_multi_index(place, shape))].argmax())
+            which = ranked_classes(prediction.flatten(1)[:, int(np.ravel_multi_index(place, shape))], case)[0]
         return [masked_score(self, mask, which, prediction, case)]
 
 
@@ -220,12 +221,13 @@ class Errors(Target):
             TargetError: unknown class or label.
         """
         need_map(prediction, self)
-        index, _ = resolve_class(self.class_index, prediction.shape[0], case.class_names)
+        need_classes(self, case)
+        which = class_output(self.class_index, prediction.shape[0], case)
         truth = label_on_grid(self.label, prediction, case)
-        truth = truth > 0 if prediction.shape[0] == 1 else truth == index
-        predicted = class_mask(prediction, index, self.activation)
+        truth = truth == which.index if prediction.shape[0] > 1 or which.complement else truth > 0
+        predicted = class_mask(prediction, which, self.activation, case)
         wrong = predicted & ~truth if self.kind == "false_positive" else truth & ~predicted
-        return [masked_score(self, wrong, index, prediction, case)]
+        return [masked_score(self, wrong, which.index, prediction, case)]
 
 
 class OutputValue(Target):
@@ -247,4 +249,4 @@ class OutputValue(Target):
         """
         mask = torch.ones(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
         more: dict[str, Any] = {"reduction": "mean", "reference": self.reference}
-        return [masked_score(self, mask, self.channel, prediction, case, "channel", **more)]
+        return [masked_score(self, mask, self.channel, prediction, case, "channel", by_channel=True, **more)]

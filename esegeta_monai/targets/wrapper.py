@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.model import select_output
+from esegeta_monai.engine.checks.base import small_sample
+from esegeta_monai.engine.checks.head import HeadEvidence, evidence_of, find_head
+from esegeta_monai.engine.head import Head, Postprocessing
+from esegeta_monai.engine.network.model import Model
+from esegeta_monai.engine.network.outputs import batch_first, select_output
+from esegeta_monai.engine.network.state import evaluating
 from esegeta_monai.engine.score import Case, Score
+from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.errors import TargetError
-from esegeta_monai.targets.base import TARGETS
+from esegeta_monai.targets.base import TARGETS, need_class_axis
 
 __all__ = ["TargetWrapper"]
+
+logger = logging.getLogger("esegeta_monai")
 
 
 class TargetWrapper(nn.Module):
@@ -34,8 +43,9 @@ class TargetWrapper(nn.Module):
         target: a target, a name or config of one, or a list of them; their scores are the columns, in order.
         inferer: a callable ``(image, network, *args, **kwargs)`` such as MONAI's; None: the network itself.
         prediction: raw network output (B, classes, …) for the unperturbed image, on which masks are frozen.
-        output: key of one of several outputs, see `esegeta_monai.engine.network.model.select_output`.
-        case: further information on the case for targets (class names, masks, affine).
+        output: key of one of several outputs, see `esegeta_monai.engine.network.outputs.select_output`.
+        case: further information on the case for targets (class names, masks, affine, head). Without a head, `freeze`
+            determines it from the network's last operations and the range of its output.
 
     Raises:
         UsageError: no such target.
@@ -78,8 +88,35 @@ class TargetWrapper(nn.Module):
         if case.affine is None and affine is not None:
             case = dataclasses.replace(case, affine=affine[0] if affine.ndim == 3 else affine)
         with torch.no_grad():
-            self._bind(self._predict(image, *args, **kwargs), case)
+            prediction = self._predict(image, *args, **kwargs)
+        for target in (t for t in self.targets if t.layer is None):
+            need_class_axis(prediction[0], image.ndim - 1, target)
+        if case.head == Head():
+            case = dataclasses.replace(case, head=self._head(image, prediction, args, kwargs))
+        self._bind(prediction, case)
         return self
+
+    def _head(self, image: Tensor, prediction: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Head:
+        """Determine what the prediction (B, K, …) of images (B, C, *spatial) is.
+
+        Raises:
+            NetworkError: the network fails on one image.
+        """
+        own = () if self.inferer is not None else args
+        named = {} if self.inferer is not None else kwargs
+        model = Model(self.network, image.device, output=self.output, args=own, kwargs=named)
+        plain = image.as_subclass(Tensor)[0].to(model.dtype)
+
+        def evidence() -> HeadEvidence:
+            with evaluating(self.network, image.device):
+                return evidence_of(
+                    small_sample(model, plain, plan_windows(as_inferer(None), plain.shape[1:], plain.dtype))
+                )
+
+        head, result = find_head(prediction.detach().transpose(0, 1), None, Postprocessing(), evidence)
+        if result.verdict == "warned":
+            logger.warning(result.text)
+        return head
 
     def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute scores (B, K) of images (B, C, *spatial); further arguments go to the inferer or the network.
@@ -116,10 +153,11 @@ class TargetWrapper(nn.Module):
     def _predict(self, image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         image = image.as_subclass(Tensor)
         if self.inferer is None:
-            return select_output(self.network(image, *args, **kwargs), self.output)
+            return batch_first(select_output(self.network(image, *args, **kwargs), self.output, image.ndim), len(image))
         return select_output(self.inferer(image, self._window, *args, **kwargs))
 
     def _window(self, window: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # MONAI's sliding window multiplies its predictor's output in place, which a softmax or sigmoid at the end of
         # the network needs unchanged for its backward pass
-        return select_output(self.network(window, *args, **kwargs), self.output).clone()
+        output = select_output(self.network(window, *args, **kwargs), self.output, window.ndim)
+        return batch_first(output, len(window)).clone()

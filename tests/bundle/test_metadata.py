@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from esegeta_monai.bundle import BundleReader
+from esegeta_monai.bundle.metadata import BundleMetadata
 from tests.bundle.support import minimal
 from tests.support.synthetic import write
 
@@ -39,3 +40,19 @@ def test_class_names_of_several_heads(tmp_path: Path) -> None:
     reader = BundleReader(write(tmp_path / "bundle", minimal(), metadata=metadata))
     assert reader.class_names == {0: "other", 1: "Back Ground"}
     assert reader.background == 1
+
+
+@pytest.mark.parametrize(
+    ("outputs", "declared"),
+    [
+        ({"pred": {"type": "image", "format": "segmentation"}}, None),
+        ({"pred": {"type": "probabilities", "format": "classes"}}, "probabilities"),
+        ({"pred": {"type": "tuples"}}, "regression"),
+        ({"age": {"format": "regression"}}, "regression"),
+        ({"a": {"type": "logits"}, "b": {"type": "tuples"}}, None),
+        ({"pred": "text"}, None),
+        ({}, None),
+    ],
+)
+def test_the_meaning_that_the_metadata_declare(outputs, declared):
+    assert BundleMetadata({"network_data_format": {"outputs": outputs}}).declared == declared

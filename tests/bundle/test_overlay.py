@@ -343,7 +343,7 @@ def test_sigmoid_bundle_explains_overlapping_classes(bundle: Path, tmp_path: Pat
     more = {**SMALL, "explain_targets": None, "files": [str(bundle / "scans" / "alpha.nii.gz")]}
     run(bundle, output_dir=str(tmp_path), activation=activation, **more)
     records = [json.loads(p.read_text(encoding="utf-8")) for p in tmp_path.rglob("*_attr.json")]
-    assert {r["target_parameters"]["activation"] for r in records} == {"sigmoid"}
+    assert {r["head"]["kind"] for r in records} == {"sigmoid"}
     probabilities = np.asarray(nib.load(tmp_path / "alpha" / "alpha_seg.nii.gz").dataobj)
     overlapping = {"shell", "core"} & {r["class"] for r in records}
     assert overlapping, probabilities.shape

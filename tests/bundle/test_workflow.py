@@ -19,7 +19,7 @@ from monai.bundle import ConfigParser
 import esegeta_monai.bundle
 from esegeta_monai.bundle import ExplainWorkflow
 from esegeta_monai.bundle.metadata import BundleMetadata
-from esegeta_monai.bundle.overlay import chosen_output, fitted_overlay, multi_gpu_overlay, shipped_overlay
+from esegeta_monai.bundle.overlay import fitted_overlay, multi_gpu_overlay, shipped_overlay
 from esegeta_monai.cli.main import main
 from esegeta_monai.errors import UsageError
 from tests.support import oblique
@@ -215,7 +215,7 @@ def test_an_evaluator_of_another_name() -> None:
 )
 def test_which_of_several_outputs(outputs: dict[str, Any], chosen: str | None) -> None:
     metadata = BundleMetadata({"network_data_format": {"outputs": outputs}})
-    assert chosen_output(metadata) == chosen
+    assert metadata.explained_output == chosen
     overlay = fitted_overlay(ConfigParser({"evaluator": {"_target_": "SupervisedEvaluator"}}), metadata)
     assert overlay["explain_output"] == chosen
 

@@ -30,7 +30,9 @@ def test_methods_that_look_at_the_same_windows_share_passes() -> None:
         network = Spy()
         prediction = SLIDING(image(), network).detach()
         network.seen = 0
-        result = list(Explainer(network, SLIDING, checks=False)(image(), methods, [MultiClassMask(1)], prediction=prediction))
+        result = list(
+            Explainer(network, SLIDING, checks=False)(image(), methods, [MultiClassMask(1)], prediction=prediction)
+        )
         assert all(a.status == "ok" for a in result)
         assert result[0].record["window_passes"] == network.seen
         costs.append(network.seen)

@@ -63,7 +63,7 @@ def test_the_first_of_equal_channels_wins():
 
 def test_one_channel_and_sigmoid_channels_are_cut_at_half():
     p = noise(1, 6, 5)
-    assert torch.equal(full(MultiClassMask(0).bind(p, CASE)[0], (6, 5)), torch.sigmoid(p[0]) > 0.5)
+    assert torch.equal(full(MultiClassMask(0).bind(p, Case())[0], (6, 5)), torch.sigmoid(p[0]) > 0.5)
     p = noise(3, 6, 5)
     (score,) = MultiClassMask(1, activation="sigmoid").bind(p, CASE)
     assert torch.equal(full(score, (6, 5)), p[1] > 0)

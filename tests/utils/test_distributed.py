@@ -148,7 +148,9 @@ def test_ranks_share_the_windows_of_the_prediction(name, size, monkeypatch):
     inferer, network = INFERERS[name], Told(2 if name == "slices" else 3).double()
     image = torch.randn(1, 1, 13, 14, 11, dtype=torch.float64)
     more = {"condition": torch.randn(image.shape, dtype=torch.float64)} if name == "condition" else {}
-    (expected,) = Explainer(network, inferer, checks=False).judge(image, [Box(1, (1, 1, 1), (4, 5, 6))], network_kwargs=more)
+    (expected,) = Explainer(network, inferer, checks=False).judge(
+        image, [Box(1, (1, 1, 1), (4, 5, 6))], network_kwargs=more
+    )
     windows, network.seen, attributes = network.seen, 0, vars(inferer).copy()
     if name == "begun anew":
         monkeypatch.setattr("monai.inferers.inferer.sliding_window_inference", Anew(failures=1))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esegeta_monai.engine.network.outputs import OutputChoice, batch_first, choose_output, select_output
 from esegeta_monai.errors import EsegetaError, NetworkError
 
 __all__ = [
@@ -45,45 +46,6 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
 
 
-def select_output(output: Any, key: int | str | None = None) -> Tensor:
-    """Select the tensor to explain from the output of a network, of any shape.
-
-    Without ``key``: a tensor as it is; the first tensor of a tuple or list; the only tensor of a dict, or its
-    ``"pred"``, ``"logits"`` or ``"out"``.
-
-    Raises:
-        NetworkError: there is no such tensor; the message lists the tensors.
-    """
-    if isinstance(output, Tensor):
-        if key not in (None, 0):
-            raise NetworkError(f"output={key!r}, but the network returns a single tensor: omit output")
-        return _plain(output)
-    if isinstance(output, Mapping):
-        tensors = {k: v for k, v in output.items() if isinstance(v, Tensor)}
-        if key is None:
-            known = [k for k in ("pred", "logits", "out") if k in tensors]
-            key = next(iter(tensors)) if len(tensors) == 1 else (known[0] if known else None)
-        if key not in tensors:
-            raise NetworkError(
-                f"the network returns a dict with tensors {sorted(map(str, tensors))}: choose one with output=KEY"
-            )
-        return _plain(tensors[key])
-    if isinstance(output, (tuple, list)):
-        index = 0 if key is None else key
-        if not isinstance(index, int) or not -len(output) <= index < len(output):
-            raise NetworkError(f"the network returns {len(output)} outputs: output={key!r} is none of them")
-        return select_output(output[index])
-    raise NetworkError(
-        f"the network returns {type(output).__name__}: only a tensor, or a tuple, list or dict of tensors, can be "
-        "explained"
-    )
-
-
-def _plain(output: Tensor) -> Tensor:
-    """Return a tensor without its subclass; a plain one is not copied, because ``as_subclass`` hides it from modes."""
-    return output if type(output) is Tensor else output.as_subclass(Tensor)
-
-
 class Model:
     """The network as the objective calls it: it maps windows to one output tensor in float32 (or float64).
 
@@ -99,6 +61,12 @@ class Model:
         repeats: True: repeat a further input of batch length 1 for each image of a batch, as a network that sees whole
             images expects. Under a sliding window it is passed unchanged, as in MONAI.
         copies_input: give the network a copy of each window, as it may write into it.
+        inputs_as: ``"dict"`` or ``"list"``: pass the image inputs together as the network's first argument.
+
+    Attributes:
+        preferred: keys of outputs that a bundle's postprocessing reads.
+        choice: the chosen output, if the network returns several tensors and ``output`` names none; known after the
+            first pass.
     """
 
     def __init__(
@@ -115,11 +83,14 @@ class Model:
         inferer: Callable[..., Any] | None = None,
         repeats: bool = False,
         copies_input: bool = False,
+        inputs_as: str | None = None,
     ) -> None:
         self.inferer, self.repeats, self.copies_input = inferer, repeats, copies_input
         self.network, self.device, self.output = network, device, output
+        self.preferred: Sequence[str] = ()
+        self.choice: OutputChoice | None = None
         self.amp, self.amp_kwargs = amp, dict(amp_kwargs or {})
-        self.inputs = dict(inputs or {})
+        self.inputs, self.inputs_as = dict(inputs or {}), inputs_as
         self.args = tuple(args)
         self.kwargs = dict(kwargs or {})
         parameter = next((p for p in network.parameters() if p.is_floating_point()), None)
@@ -174,6 +145,10 @@ class Model:
         if self.repeats:
             more = tuple(_repeated(v, len(x)) for v in more)
             named = {k: _repeated(v, len(x)) for k, v in named.items()}
+        first: Any = parts[0]
+        if self.inputs_as is not None:
+            first = parts if self.inputs_as == "list" else dict(zip(self.inputs, parts))
+            parts = parts[:1]
         kwargs = {**named, **dict(zip(list(self.inputs)[1:], parts[1:]))}
         if condition is not None:
             kwargs["condition"] = condition if axis is None else condition.squeeze(axis)
@@ -181,9 +156,9 @@ class Model:
         try:
             with self.autocast():
                 if self.inferer is None:
-                    raw = self.network(parts[0], *args, **kwargs)
+                    raw = self.network(first, *args, **kwargs)
                 else:
-                    raw = self.inferer(parts[0], self.network, *args, **kwargs)
+                    raw = self.inferer(first, self.network, *args, **kwargs)
         except RuntimeError as error:
             if isinstance(error, EsegetaError) or out_of_memory(error):
                 raise
@@ -191,7 +166,10 @@ class Model:
                 f"the network fails on input of shape {tuple(x.shape)}: {' '.join(str(error).split())}; give it the "
                 "channels and the size that it is made for (roi_size of a SlidingWindowInferer)"
             ) from error
-        out = select_output(raw, self.output)
+        if self.output is None and not isinstance(raw, Tensor):
+            self.choice = choose_output(raw, self.preferred)
+            self.output = self.choice.key
+        out = batch_first(select_output(raw, self.output, x.ndim), len(x))
         if out.dtype in (torch.float16, torch.bfloat16):
             out = out.float()
         return out if axis is None else out.unsqueeze(axis)

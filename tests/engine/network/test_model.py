@@ -45,6 +45,10 @@ A, B = torch.zeros(1, 2), torch.ones(1, 3)
         ({"aux": A, "pred": B}, None, B),
         ({"out": A, "logits": B}, None, B),
         ({"a": A, "b": B}, "b", B),
+        ({"classes": [A, B]}, "classes.1", B),
+        ({"classes": [A, B]}, ("classes", 1), B),
+        ({"a.1": A, "b": B}, "a.1", A),
+        (((A, B), A), "0.1", B),
     ],
 )
 def test_select_output(output, key, expected):
@@ -55,10 +59,13 @@ def test_select_output(output, key, expected):
     ("output", "key", "message"),
     [
         (A, 1, "single tensor"),
-        ({"a": A, "b": B}, None, r"\['a', 'b'\]"),
-        ({"a": A}, "z", r"\['a'\]"),
-        ((A, B), 2, "2 outputs"),
-        ((A, B), "x", "2 outputs"),
+        ({"a": A, "b": B}, None, r"a \(1, 2\), b \(1, 3\): choose one with output=KEY"),
+        ({"a": A}, "z", r"'z' is none of .* a \(1, 2\)"),
+        ((A, B), 2, r"0 \(1, 2\), 1 \(1, 3\)"),
+        ((A, B), "x", r"0 \(1, 2\), 1 \(1, 3\)"),
+        ({"classes": [A, B], "boxes": [B, B]}, None, r"classes\.0 \(1, 2\), classes\.1 \(1, 3\), boxes\.0"),
+        ({"classes": [A, B]}, "classes", r"classes\.0 \(1, 2\)"),
+        ({"classes": [A, B]}, "classes.2", r"classes\.1 \(1, 3\)"),
         ("text", None, "str"),
         (None, None, "NoneType"),
     ],
