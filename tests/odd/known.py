@@ -11,7 +11,7 @@ __all__ = ["KNOWN"]
 
 ALL = tuple(INDEPENDENT)
 LAYER = ("GradCam",)
-INPUT = tuple(m for m in ALL if m not in LAYER)
+NO_SUM = ("VanillaBackprop", "Occlusion", "FeatureAblation", "GradCam")
 
 #: by reason: case and methods
 _WRONG: dict[str, dict[str, tuple[str, ...]]] = {
@@ -48,28 +48,12 @@ _WRONG: dict[str, dict[str, tuple[str, ...]]] = {
         "flips its image first": LAYER,
         "shifts its image first": LAYER,
     },
-    "the head is not recognised": {
-        "sigmoid inside, one channel": ALL,
-        "sigmoid inside, overlapping channels": ALL,
-        "sigmoid inside, threshold on probability": ALL,
-        "mean of sigmoids": ALL,
-        "softmax inside, probability": ALL,
-        "softmax inside, threshold on probability": ALL,
-        "softmax inside, log-probability": ALL,
-        "softmax in evaluation mode only, probability": ALL,
-        "sigmoid inside, probability": ALL,
-        "softmax inside, probability, classifier": ALL,
-        "one logit, name of the negative class": ("VanillaBackprop", "InputXGradient", "Occlusion", "FeatureAblation"),
-        "multi-label, no label is predicted": ALL,
-    },
-    "the output is read wrongly, or none was chosen": {
-        "tuple, auxiliary first, not chosen": ALL,
+    "the type of the output is not checked": {
         "complex numbers": ALL,
         "labels instead of logits": ALL,
-        "one number an image (B,)": ALL,
-        "squeezed to ()": ALL,
-        "deep supervision, coarsest first": ALL,
-        "stacked heads (B, heads, K, h, w)": ALL,
+    },
+    "passes run in inference mode": {
+        "gradient inside forward": ("IntegratedGradients", "Occlusion", "FeatureAblation"),
     },
     "the input is not checked": {
         "network of a dictionary": ALL,
@@ -82,17 +66,17 @@ _WRONG: dict[str, dict[str, tuple[str, ...]]] = {
         "weights that are not initialised": ALL,
     },
     "the pipeline does not say where the voxels went": {
-        "flip by Lambdad": ("VanillaBackprop", "InputXGradient", "Occlusion", "FeatureAblation", "GradCam"),
+        "flip by Lambdad": tuple(m for m in ALL if m != "IntegratedGradients"),
         "flip by Lambdad, axes of equal length": ALL,
-        "flip in numpy": ("VanillaBackprop", "Occlusion", "FeatureAblation", "GradCam"),
-        "flip without metadata": ("VanillaBackprop", "Occlusion", "FeatureAblation", "GradCam"),
-        "metadata lost, voxels in place": ("VanillaBackprop", "Occlusion", "FeatureAblation", "GradCam"),
-        "numpy in between": ("VanillaBackprop", "Occlusion", "FeatureAblation", "GradCam"),
-        "axes exchanged by Transposed": ("VanillaBackprop", "Occlusion", "FeatureAblation", "GradCam"),
-        "axes exchanged by Transposed, of equal length": ("VanillaBackprop", "Occlusion", "FeatureAblation", "GradCam"),
-        "crop by Lambdad": ("VanillaBackprop", "Occlusion", "FeatureAblation", "GradCam"),
-        "every other slice by Lambdad": ("VanillaBackprop", "Occlusion", "FeatureAblation", "GradCam"),
-        "resampled by Lambdad": ("VanillaBackprop", "Occlusion", "FeatureAblation", "GradCam"),
+        "flip in numpy": NO_SUM,
+        "flip without metadata": NO_SUM,
+        "metadata lost, voxels in place": NO_SUM,
+        "numpy in between": NO_SUM,
+        "axes exchanged by Transposed": NO_SUM,
+        "axes exchanged by Transposed, of equal length": NO_SUM,
+        "crop by Lambdad": NO_SUM,
+        "every other slice by Lambdad": NO_SUM,
+        "resampled by Lambdad": NO_SUM,
     },
 }
 

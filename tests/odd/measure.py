@@ -115,8 +115,10 @@ def measure(name: str, case: OddCase, truths: dict[str, Any] | None = None) -> O
     except Exception as error:  # an exception is a result of the table
         return Outcome("error", None, f"{type(error).__name__}: {error}")
     record = attribution.record
-    new = _new(record["warnings"], twin_warnings)
-    checks = [c for c in record.get("checks") or [] if c["verdict"] == "handled"]
+    results = record.get("checks") or []
+    checks = [c for c in results if c["verdict"] == "handled"]
+    of_checks = [c["text"] for c in results if c["verdict"] == "warned" and c["text"] in record["warnings"]]
+    new = [*of_checks, *_new(record["warnings"], twin_warnings)]
     if attribution.map is None:
         denied = right is not None and record["status"] == "empty_target"  # although the target has voxels
         return Outcome("error" if denied else "refused", None, str(record.get("reason")))

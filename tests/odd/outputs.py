@@ -73,7 +73,7 @@ CASES = [
                cause="tensor"),
     classifies("class of its own", Result, twin=None, cause="Result"),
     classifies("None beside the logits", lambda y: (None, y), options={"output": 1}),
-    classifies("None first, not chosen", lambda y: (None, y), twin=None, cause="tensor|output"),
+    classifies("None first, not chosen", lambda y: (None, y)),
     classifies("MetaTensor", lambda y: MetaTensor(y)),
     classifies("complex numbers", lambda y: torch.complex(y, y), twin=None, cause="complex|dtype"),
     classifies("labels instead of logits", lambda y: y.argmax(1, keepdim=True), twin=None, target="OutputValue(0)",
