@@ -40,6 +40,8 @@ if __name__ == "__main__":
     Explainer(network).check(image)  # once per network, with passes of its own
     calls.clear()
     grad_cam, positive = GradCam(layer="0"), PositiveCam("0")
+    list(Explainer(network)(image, [grad_cam], ["MultiClassMask(1)"]))  # this also traces the layers, once
+    calls.clear()
     list(Explainer(network)(image, [grad_cam], ["MultiClassMask(1)"]))
     alone = len(calls)
     _, attribution = Explainer(network)(image, [grad_cam, positive], ["MultiClassMask(1)"])

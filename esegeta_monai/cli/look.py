@@ -131,6 +131,7 @@ def run_layers(args: Namespace, *_: object) -> int:
             default = None
     rows = [
         {"name": s.name, "kind": s.kind, "shape": list(s.shape), "calls": s.calls, "default": s.name == default}
+        | {"map": None if s.grid is None else list(s.grid), "steps": s.steps}
         for s in shapes
         if s.name
     ]
@@ -141,6 +142,9 @@ def run_layers(args: Namespace, *_: object) -> int:
     longest = max((len(str(r["name"])) for r in rows), default=0)
     for r in rows:
         more = f", runs {r['calls']} times" if int(str(r["calls"])) > 1 else ""
+        if more:
+            how = ", one call on the result of another" if r["steps"] else " on views of the window" if r["map"] else ""
+            more += how if r["map"] or r["steps"] else " (not known where each call lies)"
         mark = "   <- default layer of class activation maps" if r["default"] else ""
         print(f"  {r['name']:<{longest}}  {_x(r['shape']):<18} {r['kind']}{more}{mark}")
     return 0

@@ -7,7 +7,6 @@ windows are added.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -15,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esegeta_monai.engine.layer_frames import map_of_layer
 from esegeta_monai.engine.network.hooks import capture, find_layer
-from esegeta_monai.engine.network.layout import channels_last, grid_of
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.sweep import Request, View
 from esegeta_monai.engine.windows.grid import OutputGrid
@@ -26,49 +25,6 @@ from esegeta_monai.errors import MethodError
 
 __all__ = ["BlendedActivations", "LayerOutput", "spread"]
 __all__ += ["to_window"]
-
-
-def with_slice_axis(values: Tensor, plan: WindowPlan) -> Tensor:
-    """Restore the axis that a 2D network does not see: (…, h, w) to, for example, (…, h, 1, w)."""
-    return values if plan.slice_axis is None else values.unsqueeze(values.ndim - len(plan.roi) + 1 + plan.slice_axis)
-
-
-def spatial_map(values: Tensor, objective: Objective, layer: str, *, lead: int = 1) -> Tensor:
-    """Convert a layer's values (*leading axes, …) to a map (*leading axes, C, *positions) with all axes of the window.
-
-    Tokens (…, T, C) of a transformer are placed on their grid, without a class token; channels on the last axis are
-    moved to the front.
-
-    Args:
-        values: activations or gradients of the layer.
-        objective: network and window plan.
-        layer: dotted name.
-        lead: number of leading axes: 1 for activations (n, …), 2 for gradients (k, n, …).
-
-    Raises:
-        MethodError: the layer has no spatial map; the message names the alternative.
-    """
-    on_grid = _on_grid(values, objective.model.network, layer, network_roi(objective.plan), lead)
-    return with_slice_axis(on_grid, objective.plan)
-
-
-def network_roi(plan: WindowPlan) -> tuple[int, ...]:
-    """Return the shape of a window as the network sees it: without the axis that `SliceInferer` removes."""
-    return tuple(n for axis, n in enumerate(plan.roi) if axis != plan.slice_axis)
-
-
-def _on_grid(values: Tensor, network: nn.Module, layer: str, roi: Sequence[int], lead: int) -> Tensor:
-    shape = tuple(values.shape[lead:])
-    grid = grid_of(network, layer, shape, roi)
-    if grid is None:
-        raise MethodError(
-            f"layer {layer!r} gives {shape} for a window, which is no spatial map, or not known to be one: choose "
-            "another layer ('esegeta-monai layers' lists them with their shapes)"
-        )
-    if len(shape) == 2:
-        positions = math.prod(grid[1:])
-        values = values.narrow(-2, shape[0] - positions, positions).unflatten(-2, grid[1:])
-    return values.movedim(-1, lead) if len(shape) == 2 or channels_last(network, layer, shape, roi) else values
 
 
 def to_window(values: Tensor, plan: WindowPlan) -> Tensor:
@@ -99,7 +55,9 @@ class BlendedActivations(Request):
 
     Args:
         layer: dotted name.
-        weights: α (k, C); None: each channel separately; ``"sum"`` or ``"mean"``: one map of all channels.
+        weights: α (k, C), or (views, k, C) for a layer that runs several times; None: each channel separately;
+            ``"sum"`` or ``"mean"``: one map of all channels. Views are added with weights α, else averaged.
+        last: True: those of the last call of the layer only.
 
     The result is (k, 1, *spatial) with weights α, else (C or 1, *spatial).
     """
@@ -108,13 +66,15 @@ class BlendedActivations(Request):
     backward = False
     summed = ("maps",)
 
-    def __init__(self, layer: str, weights: Tensor | Literal["sum", "mean"] | None = None) -> None:
-        self.layers, self.weights = (layer,), weights
+    def __init__(
+        self, layer: str, weights: Tensor | Literal["sum", "mean"] | None = None, *, last: bool = False
+    ) -> None:
+        self.layers, self.weights, self.last = (layer,), weights, last
         self.maps: Tensor | None = None
 
     @property
     def key(self) -> Hashable:
-        return self if isinstance(self.weights, Tensor) else ("activations", self.layers, self.weights)
+        return self if isinstance(self.weights, Tensor) else ("activations", self.layers, self.weights, self.last)
 
     def begin(self, objective: Objective) -> None:
         self.objective = objective
@@ -122,12 +82,10 @@ class BlendedActivations(Request):
 
     def see(self, view: View) -> None:
         plan = self.objective.plan
-        values = spatial_map(view.activations[self.layers[0]], self.objective, self.layers[0])
-        if isinstance(self.weights, str):
-            values = values.sum(1, keepdim=True) if self.weights == "sum" else values.mean(1, keepdim=True)
-        elif self.weights is not None:
-            values = torch.einsum("kc,nc...->nk...", self.weights.to(values.device, values.dtype), values)
-        up = to_window(values.to(self.objective.image.dtype), plan)
+        views = view.maps(self.layers[0], last=self.last)
+        up = torch.stack([self._reduced(values, i) for i, values in enumerate(views)]).sum(0)
+        if not isinstance(self.weights, Tensor):
+            up = up / len(views)
         if self.maps is None:
             self.maps = torch.zeros(
                 (up.shape[1], *plan.spatial_shape), dtype=up.dtype, device=self.objective.image.device
@@ -135,6 +93,15 @@ class BlendedActivations(Request):
         whole = tuple(slice(0, n) for n in plan.spatial_shape)
         for window, window_map in zip(view.batch.windows, up):
             self.grid.blend(self.maps, whole, window, window_map)
+
+    def _reduced(self, values: Tensor, number: int) -> Tensor:
+        """Return the activations of one view (n, C, *positions) as (n, k, C or 1, *roi)."""
+        if isinstance(self.weights, str):
+            values = values.sum(1, keepdim=True) if self.weights == "sum" else values.mean(1, keepdim=True)
+        elif self.weights is not None:
+            weights = self.weights if self.weights.ndim == 2 else self.weights[number]
+            values = torch.einsum("kc,nc...->nk...", weights.to(values.device, values.dtype), values)
+        return to_window(values.to(self.objective.image.dtype), self.objective.plan)
 
     def result(self) -> Tensor:
         assert self.maps is not None
@@ -152,18 +119,6 @@ def position_weights(objective: Objective, window: int, positions: Sequence[int]
     """Return ĝ_w on a layer's positions (*positions): the mean over each cell; 1 for a volume of one window."""
     weight = input_grid(objective).weight(window)[None]
     return F.interpolate(weight[None], size=tuple(positions), mode="area")[0, 0]
-
-
-def channel_axis(objective: Objective, layer: str, values: Tensor) -> int:
-    """Return the channel axis of a layer's raw output (n, …): −1 for tokens and Swin blocks, else 1.
-
-    Raises:
-        MethodError: the output is no spatial map.
-    """
-    spatial_map(values, objective, layer)
-    roi, shape = network_roi(objective.plan), tuple(values.shape[1:])
-    tokens = len(shape) == 2 and len(roi) > 1
-    return -1 if tokens or channels_last(objective.model.network, layer, shape, roi) else 1
 
 
 class LayerOutput(nn.Module):
@@ -199,7 +154,7 @@ class LayerOutput(nn.Module):
             raise MethodError(f"layer {self.layer!r} is not used in the forward pass: choose another")
         values = captured[self.layer]
         if values.ndim > 2:
-            values = _on_grid(values, self.network, self.layer, x.shape[2:], 1)
+            values = map_of_layer(self.network, self.layer, values, x, args, kwargs)
         values = values if self.read is None else self.read(values)
         return values if values.ndim == 2 else F.interpolate(values, size=x.shape[2:], mode="nearest-exact")
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.batch import NO_PATH, Batch, Gradient
+from esegeta_monai.engine.layer_frames import map_of_last_call, maps_of_calls
 from esegeta_monai.engine.network.hooks import capture
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError
@@ -41,19 +42,46 @@ class View:
     Attributes:
         batch: the windows.
         out: network output (n, R, *out_roi).
-        activations: output of each layer (n, …), by name.
-        gradients: ∂F/∂(output of the layer) (k, n, …), by name; absent if no target sees the windows or depends on the
-            layer.
+        activations: outputs of each layer (n, …) by name, one per call; see `maps`.
+        gradients: ∂F/∂(output of the layer) (k, n, …), by name, one per call; absent if no target sees the windows or
+            depends on the layer. See `gradient_maps`.
         input_gradient: ∂F/∂x (k, n, C, *roi) if some request reads it.
         seen: True if some target sees these windows (else this is a forward pass only).
     """
 
     batch: Batch
     out: Tensor
-    activations: dict[str, Tensor]
-    gradients: dict[str, Tensor]
+    activations: dict[str, list[Tensor]]
+    gradients: dict[str, list[Tensor]]
     input_gradient: Tensor | None
     seen: bool
+    objective: Objective
+
+    def maps(self, layer: str, *, last: bool = False) -> list[Tensor]:
+        """Return the activations of a layer in the frame of the window, one (n, C, *positions) per view of it.
+
+        A layer that runs several times has several views, such as the window and its flip.
+
+        Args:
+            layer: dotted name.
+            last: True: return those of the last call only.
+
+        Raises:
+            MethodError: the layer has no spatial map, or its calls are no views of the window.
+        """
+        if last:
+            return [map_of_last_call(self.activations[layer], self.objective, layer)]
+        return maps_of_calls(self.activations[layer], self.objective, layer)
+
+    def gradient_maps(self, layer: str) -> list[Tensor]:
+        """Return ``∂F/∂`` of each of `maps`, (k, n, C, *positions).
+
+        Raises:
+            MethodError: as `maps`, or the target does not depend on the layer.
+        """
+        if layer not in self.gradients:
+            raise MethodError(f"the target does not depend on layer {layer!r} by a differentiable path: choose another")
+        return maps_of_calls(self.gradients[layer], self.objective, layer, lead=2)
 
 
 class Request:
@@ -183,30 +211,37 @@ def _view(objective: Objective, batch: Batch, layers: Sequence[str], wanting: Se
     if wants_input:
         x = x.detach().requires_grad_(True)
     model = objective.model
-    with torch.set_grad_enabled(backward), capture(model.network, layers, leaves=True) as captured:
+    grad = torch.set_grad_enabled(backward)
+    with grad, capture(model.network, layers, of_windows=False, leaves=True) as captured:
         out = batch.forward(x)
     for name in layers:
         if name not in captured:
             raise MethodError(f"layer {name!r} is not used in the forward pass: choose another")
-        if model.inferer is not None and captured.calls[name] > 1:  # its windows are not known
+        if model.inferer is not None and len(captured.each[name]) > 1:  # its windows are not known
             raise MethodError(
-                f"layer {name!r} runs {captured.calls[name]} times under {type(model.inferer).__name__}, "
+                f"layer {name!r} runs {len(captured.each[name])} times under {type(model.inferer).__name__}, "
                 "whose windows are not known: use SlidingWindowInferer, or an input method"
             )
-    gradients: dict[str, Tensor] = {}
+    gradients: dict[str, list[Tensor]] = {}
     at_input = None
     if backward:
         with_grad = [n for r in wanting if r.backward for n in r.layers]
-        names = [n for n in dict.fromkeys(with_grad) if captured[n].requires_grad]
+        calls = [(n, v) for n in dict.fromkeys(with_grad) for v in captured.each[n]]
+        tracked = [v for _, v in calls if v.requires_grad]
         products: list[Tensor | None] = []
-        if names or wants_input:
-            products = batch.gradients(out, [captured[n] for n in names] + ([x] if wants_input else []))
-        gradients = {n: g for n, g in zip(names, products) if g is not None}
+        if tracked or wants_input:
+            products = batch.gradients(out, tracked + ([x] if wants_input else []))
+        by_output = {id(v): g for v, g in zip(tracked, products) if g is not None}
+        k = len(batch.cotangents)
+        for n, v in calls:
+            if any(id(other) in by_output for other in captured.each[n]):  # a call that the target ignores has zeros
+                g = by_output.get(id(v))
+                gradients.setdefault(n, []).append(v.new_zeros(k, *v.shape) if g is None else g)
         at_input = products[-1] if wants_input else None
         if wants_input and at_input is None:
             raise MethodError(NO_PATH)
-    activations = {n: captured[n].detach() for n in layers}
-    return View(batch, out.detach(), activations, gradients, at_input, seen)
+    activations = {n: [v.detach() for v in captured.each[n]] for n in layers}
+    return View(batch, out.detach(), activations, gradients, at_input, seen, objective)
 
 
 def _note_deviations(objective: Objective, blended: Sequence[Tensor], deviations: list[float | None]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from esegeta_monai.engine.checks.base import CheckResult
+from esegeta_monai.engine.checks.layers import layer_findings
 from esegeta_monai.engine.head import HeadKind, Postprocessing
 from esegeta_monai.engine.network.state import evaluating, unwrap
 from esegeta_monai.engine.windows.inferers import as_inferer
@@ -262,7 +263,9 @@ class Explainer:
         """
         case = next(BatchInputs(image, **inputs).cases(self.settings.output))
         try:
-            Prediction(replace(self.settings, checks=self.settings.checks or True), case)
+            predicted = Prediction(replace(self.settings, checks=self.settings.checks or True), case)
+            with evaluating(self.settings.network, self.settings.device):
+                case.checks += layer_findings(predicted.objective([]))
         except EsegetaError as error:
             return [*case.checks, CheckResult("prediction", "refused", str(error))]
         return case.checks

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.checks.base import CheckResult
+from esegeta_monai.engine.checks.layers import layer_findings
 from esegeta_monai.engine.network.state import evaluating, weights_hash
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
@@ -43,6 +44,9 @@ Skip = Callable[[Attribution], bool]
 DEVIATES = 0.1
 """Threshold of ``blend_deviation`` for a warning; half-precision windows of a float32 prediction stay below 0.05."""
 
+
+LAYER_MAPS = ("layer map", "activation")
+"""What methods produce whose maps are those of a layer."""
 
 NOISE_PASSES = 8
 """How often F is computed to measure its noise, where equal passes differ."""
@@ -224,10 +228,13 @@ class CaseRun:
         logger.info("case %d: %s took %.1f s, %d window passes", case.index, names, seconds, progress.passes)
         values = objective.image_values() if any(o.result is not None for o in outcomes) else None
         noise = self._noise(objective)
+        found = self._layer_checks(group, objective)
         for method, outcome in zip(group, outcomes):
             for k, b in enumerate(task.bound):
                 record = self.outcomes.record(method, b, objective.plan)
                 record.update(shared)
+                if found and method.produces in LAYER_MAPS:
+                    record.checks = [*(record.checks or []), *found]
                 others = [other.label for other in task.bound if other.label != b.label]
                 checked = _warned(self.case.checks, method)
                 record.warnings = [*task.predicted.notes, *checked, *progress.warnings_without(others)]
@@ -249,6 +256,13 @@ class CaseRun:
         checkpoint = objective.context.checkpoint
         if checkpoint is not None and all(o.result is not None for o in outcomes):
             checkpoint.remove()  # not earlier, because the caller has now written the maps
+
+    def _layer_checks(self, group: Sequence[Method], objective: Objective) -> list[dict[str, Any]]:
+        """Return the entries of the checks of layers for methods whose maps are those of a layer."""
+        if not self.settings.checks or all(method.produces not in LAYER_MAPS for method in group):
+            return []
+        with evaluating(self.settings.network, self.settings.device):
+            return [check.entry() for check in layer_findings(objective)]
 
     def _noise(self, objective: Objective) -> Tensor | None:
         """Return the standard deviation of F (k,) over repeated passes; None if equal passes agree."""

@@ -12,12 +12,15 @@ from typing import Any
 import monai.inferers.utils
 from monai.inferers import SlidingWindowSplitter
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "TorchDispatchMode",
     "attached_handlers",
     "backward_hooks",
     "compiled_original",
     "is_view",
+    "operation_schema",
     "own_buffers",
     "postprocessing_of",
     "scan_interval",
@@ -48,6 +51,17 @@ def is_view(tensor: Tensor) -> bool:
 def view_base(tensor: Tensor) -> Tensor | None:
     """Return the tensor, of any shape, whose memory a view shares (``_base``), or None for a tensor that is no view."""
     return tensor._base
+
+
+def operation_schema(operation: Any) -> tuple[str, list[str], bool]:
+    """Return the name of an operation of torch, the names of its arguments, and whether it writes to one (``_schema``).
+
+    >>> import torch
+    >>> operation_schema(torch.ops.aten.flip.default)
+    ('aten::flip', ['self', 'dims'], False)
+    """
+    schema = operation._schema
+    return schema.name, [a.name for a in schema.arguments], schema.is_mutable
 
 
 def compiled_original(module: nn.Module) -> nn.Module | None:

@@ -1,4 +1,4 @@
-"""Which layer, how its positions lie in a window, and that what is spread keeps its sum."""
+"""Spreading over a window keeps the sum of a map, and interpolation keeps its values."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import itertools
 
 import pytest
 import torch
-from monai.inferers import SliceInferer, SlidingWindowInferer
+from monai.inferers import SlidingWindowInferer
 
-from esegeta_monai.engine.layer_maps import spatial_map, spread, to_window
+from esegeta_monai.engine.layer_maps import spread, to_window
 from esegeta_monai.engine.windows.inferers import plan_windows
-from esegeta_monai.errors import MethodError
-from esegeta_monai.targets import MultiClassMask
-from tests.support.networks import network
-from tests.support.objectives import objective
 from tests.support.tensors import assert_equal, noise
 
 
@@ -40,37 +36,3 @@ def test_spread_keeps_signs_apart_and_equal_maps_equal():
 def test_to_window_is_monotone_and_keeps_constants():
     plan = plan_windows(SlidingWindowInferer((8, 8, 8)), (8, 8, 8))
     assert_equal(to_window(torch.full((1, 2, 3, 2, 4), 1.5).double(), plan), torch.full((1, 2, 8, 8, 8), 1.5).double())
-
-
-def tokens(grid: tuple[int, ...], channels: int, class_token: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """A map (1, C, *grid), and the same as tokens (1, T, C) in row-major order."""
-    values = noise(1, channels, *grid)
-    rows = values.flatten(2).transpose(1, 2)
-    return values, torch.cat([noise(1, 1, channels), rows], 1) if class_token else rows
-
-
-@pytest.mark.parametrize("class_token", [False, True])
-@pytest.mark.parametrize(("roi", "grid"), [((16, 16), (4, 4)), ((16, 8), (8, 4)), ((8, 12, 16), (2, 3, 4))])
-def test_tokens_are_put_on_their_grid(roi, grid, class_token):
-    net = network(len(roi), 1)
-    o, _ = objective(net, noise(1, *roi), None, [MultiClassMask(1)])
-    values, rows = tokens(grid, 5, class_token)
-    assert torch.equal(spatial_map(rows, o, "a"), values)
-    gradients = torch.stack([rows, 2 * rows])
-    assert torch.equal(spatial_map(gradients, o, "a", lead=2), torch.stack([values, 2 * values]))
-
-
-def test_what_is_no_map_is_refused():
-    net = network(2, 1)
-    o, _ = objective(net, noise(1, 16, 16), None, [MultiClassMask(1)])
-    for values in (noise(1, 5), noise(1, 7, 5), noise(1, 2, 3, 4, 5)):
-        with pytest.raises(MethodError, match="no spatial map"):
-            spatial_map(values, o, "a")
-
-
-def test_the_axis_of_slices_is_put_back():
-    net = network(2, 1)
-    inferer = SliceInferer(roi_size=(8, 8), sw_batch_size=2, spatial_dim=1)
-    o, _ = objective(net, noise(1, 8, 3, 8), inferer, [MultiClassMask(1)])
-    values = noise(2, 4, 8, 8)
-    assert torch.equal(spatial_map(values, o, "a"), values.unsqueeze(3))

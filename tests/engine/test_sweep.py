@@ -41,7 +41,7 @@ class Look(Request):
         self.windows: list[tuple[int, bool, bool]] = []
 
     def see(self, view: View) -> None:
-        assert view.activations[self.layers[0]].shape[0] == len(view.batch)
+        assert view.activations[self.layers[0]][0].shape[0] == len(view.batch)
         self.windows += [(w, view.seen, self.layers[0] in view.gradients) for w in view.batch.windows]
 
     def result(self) -> list[tuple[int, bool, bool]]:

@@ -52,6 +52,19 @@ def test_views_and_their_base():
         assert upstream.view_base(tensor) is None
 
 
+def test_operations_that_a_mode_sees():
+    seen = []
+
+    class Mode(upstream.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(upstream.operation_schema(func))
+            return func(*args, **(kwargs or {}))
+
+    with of("torch"), Mode():
+        torch.zeros(2).add_(1)
+    assert [(name, arguments[0], writes) for name, arguments, writes in seen[-1:]] == [("aten::add_", "self", True)]
+
+
 def test_the_module_inside_a_compiled_one():
     with of("torch"):
         module = nn.Linear(1, 1)

@@ -49,15 +49,28 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
 
 
 class Captured(dict[str, Tensor]):
-    """Outputs of layers by name from the latest forward pass; of the last call if a layer is called several times.
+    """Outputs of layers by name.
 
     Attributes:
-        calls: number of calls of each layer.
+        each: the outputs of all calls of each layer, in order.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: dict[str, int] = {}
+        self.each: dict[str, list[Tensor]] = {}
+
+    def __getitem__(self, layer: str) -> Tensor:
+        """Return the output of a layer that ran once.
+
+        Raises:
+            NetworkError: it ran several times.
+        """
+        if len(self.each[layer]) > 1:
+            raise NetworkError(
+                f"layer {layer!r} runs {len(self.each[layer])} times in a pass: choose a layer that runs once "
+                "('esegeta-monai layers' lists them)"
+            )
+        return self.each[layer][0]
 
 
 @dataclass(frozen=True)
@@ -108,14 +121,20 @@ def on_output(layers: Mapping[str, nn.Module], hook: Callable[[LayerCall], Any])
             handle.remove()
 
 
+def first_tensor_or_none(output: Any) -> Tensor | None:
+    """Return a layer's output, of any shape, or the first of several outputs; None: it is no tensor."""
+    value = output[0] if isinstance(output, (tuple, list)) and output else output
+    return value if isinstance(value, Tensor) else None
+
+
 def first_tensor(layer: str, output: Any) -> Tensor:
     """Return a layer's output, of any shape, or the first of several outputs.
 
     Raises:
         NetworkError: it is no tensor.
     """
-    value = output[0] if isinstance(output, (tuple, list)) and output else output
-    if not isinstance(value, Tensor):
+    value = first_tensor_or_none(output)
+    if value is None:
         raise NetworkError(f"layer {layer!r} gives {type(value).__name__}, not a tensor: choose one inside it")
     return value
 
@@ -137,7 +156,8 @@ def check_rows(layer: str, value: Tensor, windows: int) -> None:
     if value.ndim == 0 or len(value) != windows:
         raise NetworkError(
             f"layer {layer!r} gives {tuple(value.shape)} for {windows} window(s), so its first axis is not the windows "
-            "(attention inside parts of a window, tokens before the batch): choose the block around it"
+            "(slices or parts of a window in the batch, tokens before the batch): choose a layer with one row for each "
+            "window, or GradCam, HiResCam or LayerActivation, which put the parts together where they can be traced"
         )
 
 
@@ -191,7 +211,7 @@ def capture(
         if leaves and torch.is_grad_enabled() and value.is_floating_point() and not value.requires_grad:
             value = value.detach().requires_grad_(True)
         captured[call.name] = value
-        captured.calls[call.name] = captured.calls.get(call.name, 0) + 1
+        captured.each.setdefault(call.name, []).append(value)
         return with_first(call.output, value.clone())
 
     with _count_windows(network) as windows, on_output({n: find_layer(network, n) for n in layers}, record):

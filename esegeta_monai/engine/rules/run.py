@@ -246,7 +246,7 @@ def _captured(layers: Mapping[str, nn.Module], windows: int) -> Iterator[dict[st
     """Record the outputs of ``layers`` by hooks while the block runs, protected from later in-place writes.
 
     Raises:
-        MethodError: a layer runs twice or not at all.
+        MethodError: a layer runs several times or not at all.
         NetworkError: its output is no tensor, or its first axis is not the windows.
     """
     captured: dict[str, Tensor] = {}
@@ -255,7 +255,7 @@ def _captured(layers: Mapping[str, nn.Module], windows: int) -> Iterator[dict[st
         value = first_tensor(call.name, call.output)
         check_rows(call.name, value, windows)
         if call.name in captured:
-            raise MethodError(f"layer {call.name} runs twice in one pass; choose the layer around it")
+            raise MethodError(f"layer {call.name!r} runs several times in a pass: choose one that runs once")
         if call.returns_argument(value):  # otherwise other uses of the input would count as uses of the layer
             value = value.clone()
         elif any(value is argument for argument in call.args):  # in place: the network goes on with the input object

@@ -4,13 +4,16 @@ There are two kinds. *Weighted* maps (Grad-CAM and most others) have one weight 
 over the windows that the target sees; the activations of **all** windows are blended with these weights. *Scattered*
 maps (HiResCAM, LayerCAM) multiply activation and gradient position by position; they already contain the blending
 weights, so windows are added, and only those that the target sees matter. ReLU is applied last, to the whole map.
+
+A layer that runs several times in a pass, as in a network that also sees the mirrored window, has a map per call, made
+with the gradients of that call and put into the frame of the window; the map is their sum.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,6 +54,9 @@ class _Cam(Method):
     additive = False
     units = "weighted activation"
 
+    several_calls: ClassVar[bool] = False
+    """True: the map of a layer that runs several times is the sum of the maps of its calls, each in its own frame."""
+
     layer: Layers = None
     relu: bool = True
 
@@ -75,24 +81,30 @@ class _Cam(Method):
 
     def layers(self, objective: Objective) -> tuple[str, ...]:
         """Return the dotted names of the layers, all of which exist."""
-        return check_layers(objective, self.layer)
+        return check_layers(objective, self.layer, several=self.several_calls)
 
     @abstractmethod
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
         """Request the sweeps of one layer's map, and return the map (k, 1, *spatial) before ReLU."""
 
 
-def check_layers(objective: Objective, layer: Layers) -> tuple[str, ...]:
+def check_layers(objective: Objective, layer: Layers, *, several: bool = False) -> tuple[str, ...]:
     """Return the named layers, or the default one.
+
+    Args:
+        objective: network and window plan.
+        layer: dotted name, a list of them, or None.
+        several: True: the method can read a layer that runs several times.
 
     Raises:
         UsageError: a layer does not exist, or the list is empty.
+        MethodError: a layer runs several times and the method cannot read it.
     """
     if layer is None or isinstance(layer, str):
-        return (check_layer(objective, layer),)
+        return (check_layer(objective, layer, several=several),)
     if not isinstance(layer, Sequence) or not layer:
         raise UsageError(f"layer={layer!r}: give the dotted name of a module, or a list of them")
-    return tuple(dict.fromkeys(check_layer(objective, name) for name in layer))
+    return tuple(dict.fromkeys(check_layer(objective, name, several=several) for name in layer))
 
 
 class GradCam(_Cam):
@@ -114,6 +126,7 @@ class GradCam(_Cam):
 
     reference = "Selvaraju et al., ICCV 2017, arXiv:1610.02391"
     aliases = ("SegGradCam",)
+    several_calls = True
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
         weights = yield ChannelGradients(layer)
@@ -156,6 +169,7 @@ class XGradCam(_Cam):
     """
 
     reference = "Fu et al., BMVC 2020, arXiv:2008.02312"
+    several_calls = True
     full_precision = True  # Σ A may cancel: rounding then determines the weight
 
     def passes(self, objective: Objective) -> int:
@@ -164,6 +178,7 @@ class XGradCam(_Cam):
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
         sums, above = yield from lockstep([_ask(ChannelSums(layer)), _ask(_Products(layer))])
+        sums = sums.unsqueeze(-2)
         return (yield BlendedActivations(layer, torch.where(sums == 0, 0.0, above / sums)))
 
 
@@ -207,6 +222,7 @@ class HiResCam(_Cam):
     """
 
     reference = "Draelos & Carin 2020, arXiv:2011.08891"
+    several_calls = True
     units = "target per voxel"
 
     def passes(self, objective: Objective) -> int:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from esegeta_monai.engine.baselines import baseline_for
 from esegeta_monai.engine.default_layer import LayerShape, default_layer
-from esegeta_monai.engine.layer_maps import BlendedActivations, channel_axis
+from esegeta_monai.engine.layer_frames import channel_axis
+from esegeta_monai.engine.layer_maps import BlendedActivations
 from esegeta_monai.engine.network.hooks import replaced
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.base import Perturbations
@@ -143,7 +144,7 @@ class AblationCam(_ChannelByChannel):
 def _without(objective: Objective, layer: str, channel: int) -> Any:
     def edit(values: Tensor) -> Tensor:
         edited = values.clone()
-        edited.select(channel_axis(objective, layer, values), channel).zero_()
+        edited.select(channel_axis(objective, layer), channel).zero_()
         return edited
 
     return edit

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from esegeta_monai.engine.default_layer import layer_shapes
-from esegeta_monai.engine.layer_maps import BlendedActivations, spatial_map
-from esegeta_monai.engine.network.hooks import capture
+from esegeta_monai.engine.layer_frames import frames_of, map_of_last_call, traced_layers
+from esegeta_monai.engine.layer_maps import BlendedActivations
+from esegeta_monai.engine.network.hooks import capture, find_layer
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError
 from esegeta_monai.methods.cam.gradient_cam import LayerPasses, _Cam
@@ -33,23 +34,34 @@ class Cam(_Cam):
     relu: bool = False
 
     def passes(self, objective: Objective) -> int:
-        """Count one pass per window for the activations, one to find the head, and two to find the layer."""
-        return len(objective.plan) + (3 if self.layer is None else 1)
+        """Count one pass per window for the activations, one to find the head, and one to find the layer."""
+        return len(objective.plan) + (2 if self.layer is None else 1)
 
     def layers(self, objective: Objective) -> tuple[str, ...]:
         if self.layer is None:
             return (_pooled_layer(objective, None)[0],)
-        return super().layers(objective)
+        names = (self.layer,) if isinstance(self.layer, str) else tuple(dict.fromkeys(self.layer))
+        for name in names:
+            find_layer(objective.model.network, name)
+            frames_of(objective, name)
+        return names
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
         _, head = _pooled_layer(objective, layer)
         rows = head.weight.flatten(1)
         weights = [s.cotangent(rows.new_zeros(len(s.channels))) @ rows[list(s.channels)] for s in objective.scores]
-        return (yield BlendedActivations(layer, torch.stack(weights)))
+        return (yield BlendedActivations(layer, torch.stack(weights), last=True))
+
+
+def _has_map(objective: Objective, layer: str) -> bool:
+    frame = traced_layers(objective)[layer].frames[-1]
+    return frame is not None and not frame.fixed
 
 
 def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
     """Return the layer whose mean over positions enters the last linear layer, and that linear layer.
+
+    The last call of a layer is compared and read.
 
     Raises:
         MethodError: the network does not end with global average pooling and one linear layer.
@@ -62,7 +74,7 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
     if objective.grid.shape:
         raise MethodError(f"{wrong} (the output of this network is a map of voxels)")
     heads = {n: m for n, m in network.named_modules() if isinstance(m, Head)}
-    names = [layer] if layer else [s.name for s in layer_shapes(objective) if s.name and s.grid is not None]
+    names = [layer] if layer else [s.name for s in layer_shapes(objective) if s.name and _has_map(objective, s.name)]
     entered: dict[str, Tensor] = {}
     handles = [
         module.register_forward_pre_hook(lambda m, args, n=n: entered.update({n: args[0]}))
@@ -72,17 +84,18 @@ def _pooled_layer(objective: Objective, layer: str | None) -> tuple[str, Head]:
     try:
         layers = list(dict.fromkeys([*names, *heads]))
         with torch.inference_mode(), capture(network, layers, of_windows=False) as captured:
-            objective.run(x, [0])
-            out = objective.model(x)
+            out = objective.run(x, [0], all_channels=True)
     finally:
         for handle in handles:
             handle.remove()
     for head in reversed(list(entered)):
+        if len(captured.each[head]) > 1:
+            continue
         if captured[head].numel() != out.numel() or not torch.equal(captured[head].flatten(), out.flatten()):
             continue
         pooled = entered[head].flatten()
         for name in reversed(names):
-            values = spatial_map(captured[name], objective, name).flatten(2)[0]
+            values = map_of_last_call(captured.each[name], objective, name).flatten(2)[0]
             same = values.shape[0] == len(pooled) and values.shape[1] > 1
             if same and float((values.mean(1) - pooled).abs().max()) <= 1e-5 * float(values.abs().max()):
                 return name, heads[head]

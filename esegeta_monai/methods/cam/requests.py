@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from esegeta_monai.engine.layer_maps import position_weights, spatial_map
+from esegeta_monai.engine.layer_maps import position_weights
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.sweep import Request, View
 from esegeta_monai.errors import MethodError
-from esegeta_monai.methods.layer.scattered import gradients_of
 
 
 class _LayerRequest(Request):
@@ -31,16 +30,16 @@ class _LayerRequest(Request):
 
 
 class _ChannelRequest(_LayerRequest):
-    """A sum over windows and positions per channel; the result is (k, C), float64."""
+    """A sum over windows and positions per channel; the result is (k, C), float64, or (views, k, C) for a layer that
+    runs several times."""
 
     summed = ("total",)
     total: Tensor | None = None
 
     def see(self, view: View) -> None:
         layer = self.layers[0]
-        gradients = gradients_of(view, self.objective, layer)
-        activations = spatial_map(view.activations[layer], self.objective, layer)
-        part = self.part(activations.flatten(2), gradients.flatten(3)).cpu()
+        views = zip(view.maps(layer), view.gradient_maps(layer))
+        part = torch.stack([self.part(activations.flatten(2), g.flatten(3)).cpu() for activations, g in views])
         self.total = part if self.total is None else self.total + part
 
     def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
@@ -50,7 +49,7 @@ class _ChannelRequest(_LayerRequest):
     def result(self) -> Tensor:
         if self.total is None:
             raise MethodError("the target sees no window, so there are no gradients")
-        return self.total
+        return self.total[0] if len(self.total) == 1 else self.total
 
 
 class ChannelGradients(_ChannelRequest):
@@ -111,30 +110,29 @@ class _Weighted(_LayerRequest):
         self.before_gradient = before_gradient
         self.first: Tensor | None = None
 
-    def values(self, view: View) -> tuple[Tensor, Tensor]:
-        """Return activations (n, C, p) and weights (n, p), float64."""
-        values = spatial_map(view.activations[self.layers[0]], self.objective, self.layers[0])
-        weights = [position_weights(self.objective, w, values.shape[2:]) for w in view.batch.windows]
-        return values.flatten(2).double(), torch.stack(weights).to(values.device).flatten(1).double()
+    def values(self, view: View) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield activations (n, C, p) and weights (n, p) of each view, float64."""
+        for values in view.maps(self.layers[0]):
+            weights = [position_weights(self.objective, w, values.shape[2:]) for w in view.batch.windows]
+            yield values.flatten(2).double(), torch.stack(weights).to(values.device).flatten(1).double()
 
 
 class ChannelSums(_Weighted):
-    """``Σ A_c`` of a layer: (C,), float64."""
+    """``Σ A_c`` of a layer: (C,), float64, or (views, C) for a layer that runs several times."""
 
     summed = ("first",)
 
     def see(self, view: View) -> None:
-        values, weights = self.values(view)
-        first = torch.einsum("ncp,np->c", values, weights).cpu()
+        first = torch.stack([torch.einsum("ncp,np->c", *pair).cpu() for pair in self.values(view)])
         self.first = first if self.first is None else self.first + first
 
     def result(self) -> Tensor:
         assert self.first is not None
-        return self.first
+        return self.first[0] if len(self.first) == 1 else self.first
 
 
 class Moments(_Weighted):
-    """`ChannelMoments` of a layer."""
+    """`ChannelMoments` of a layer that runs once."""
 
     summed = ("count", "first", "second")
 
@@ -147,7 +145,7 @@ class Moments(_Weighted):
         self.count = torch.zeros((), dtype=torch.float64)
 
     def see(self, view: View) -> None:
-        values, weights = self.values(view)
+        ((values, weights),) = self.values(view)
         weighted = values * weights[:, None]
         self.count += weights.sum().cpu()
         first, second = weighted.sum((0, 2)).cpu(), torch.bmm(weighted, values.mT).sum(0).cpu()

@@ -23,6 +23,8 @@ class LayerMethod(Method, registered=False):
     """
 
     produces: ClassVar[Produces] = "layer map"
+    several_calls: ClassVar[bool] = False
+    """True: the method can read a layer that runs several times in a pass, each call in its own frame."""
 
     layer: str | None = None
     reduce: Reduce = "sum"
@@ -37,7 +39,8 @@ class LayerMethod(Method, registered=False):
 
 
 class LayerActivation(LayerMethod):
-    """The output of a layer on the image's grid: ``Σ_w ĝ_w · up(A_w)``, windows blended like the prediction.
+    """The output of a layer on the image's grid: ``Σ_w ĝ_w · up(A_w)``, windows blended like the prediction; the mean
+    over the calls of a layer that runs several times, each in the frame of the window.
 
     Args:
         layer: dotted name; None: the default layer, named in the record.
@@ -48,6 +51,7 @@ class LayerActivation(LayerMethod):
     produces = "activation"
     additive = False
     units = "activation"
+    several_calls = True
 
     reduce: Reduce = "mean"
 
@@ -57,7 +61,7 @@ class LayerActivation(LayerMethod):
 
     def attribute(self, objective: Objective) -> Passes:
         """(k, C, *spatial), the same for every target; C is 1 unless ``reduce="channels"``."""
-        layer = check_layer(objective, self.layer)
+        layer = check_layer(objective, self.layer, several=self.several_calls)
         linear = self.reduce if self.reduce in ("sum", "mean") else None  # linear, so that it may precede the blending
         activations = yield BlendedActivations(layer, linear)
         maps = activations if linear else reduce_channels(activations, self.reduce)

@@ -8,7 +8,8 @@ from torch import Tensor
 import esegeta_monai.engine.rules as rules
 from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.default_layer import check_layer
-from esegeta_monai.engine.layer_maps import position_weights, spatial_map
+from esegeta_monai.engine.layer_frames import spatial_map
+from esegeta_monai.engine.layer_maps import position_weights
 from esegeta_monai.engine.network.hooks import capture
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
@@ -35,10 +36,11 @@ class LayerGradientXActivation(LayerMethod):
     reference = "Shrikumar et al. 2016, arXiv:1605.01713"
     additive = True
     units = "target per voxel"
+    several_calls = True
 
     def attribute(self, objective: Objective) -> Passes:
         """(k, C or 1, *spatial)."""
-        layer = check_layer(objective, self.layer)
+        layer = check_layer(objective, self.layer, several=self.several_calls)
         maps, padding = yield ScatteredGradients(layer, torch.mul, self.reduce)
         return Explained(maps, {"layer": layer, "sum_in_padding": padding})
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from esegeta_monai.engine.baselines import baseline_for, choice_passes, describe_baseline
 from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.default_layer import check_layer
-from esegeta_monai.engine.layer_maps import spatial_map
+from esegeta_monai.engine.layer_frames import spatial_map
 from esegeta_monai.engine.network.hooks import capture
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, UsageError

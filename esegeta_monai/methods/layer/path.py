@@ -107,6 +107,9 @@ class LayerConductance(_PathMethod):
 class InternalInfluence(_Quadrature):
     """``∫₀¹ ∂F/∂A_c dα`` along ``x₀ + α (x − x₀)`` (Leino et al. 2018).
 
+    The derivative at a position of the layer is spread over the voxels of its cell, so that the sum over voxels is the
+    sum over positions: at a layer of half the resolution in 3D, a voxel has about an eighth of the derivative.
+
     Args:
         layer: dotted name; None: the default layer, named in the record.
         reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
@@ -117,7 +120,7 @@ class InternalInfluence(_Quadrature):
 
     reference = "Leino et al. 2018, arXiv:1802.03788"
     additive = False
-    units = "target per unit of activation"
+    units = "target per unit of activation and voxel"
 
     def passes(self, objective: Objective) -> int:
         """Count one pass per step, and a forward pass for each if a target is non-linear."""

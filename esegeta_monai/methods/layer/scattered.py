@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.batch import Batch
-from esegeta_monai.engine.layer_maps import spatial_map, spread
+from esegeta_monai.engine.layer_frames import spatial_map
+from esegeta_monai.engine.layer_maps import spread
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.sweep import Request, View
 from esegeta_monai.errors import MethodError, UsageError
 
-__all__ = ["LayerSum", "Reduce", "ScatteredGradients", "check_reduce", "gradients_of", "reduce_channels"]
+__all__ = ["LayerSum", "Reduce", "ScatteredGradients", "check_reduce", "reduce_channels"]
 
 Reduce = Literal["channels", "sum", "mean", "abs", "positive"]
 
@@ -38,17 +39,6 @@ def reduce_channels(values: Tensor, how: Reduce, axis: int = 0) -> Tensor:
     if how == "positive":
         return values.relu().sum(axis, keepdim=True)
     return values.sum(axis, keepdim=True) if how == "sum" else values.mean(axis, keepdim=True)
-
-
-def gradients_of(view: View, objective: Objective, layer: str) -> Tensor:
-    """Return the gradients at a layer in a view, (k, n, C, *positions).
-
-    Raises:
-        MethodError: the target does not depend on the layer.
-    """
-    if layer not in view.gradients:
-        raise MethodError(f"the target does not depend on layer {layer!r} by a differentiable path: choose another")
-    return spatial_map(view.gradients[layer], objective, layer, lead=2)
 
 
 class LayerSum:
@@ -103,7 +93,8 @@ class LayerSum:
 
 
 class ScatteredGradients(Request):
-    """``Σ_w spread(combine(A_w, ∂F/∂A_w))`` from the pass at the image, as a `LayerSum`.
+    """``Σ_w spread(combine(A_w, ∂F/∂A_w))`` from the pass at the image, as a `LayerSum`; summed over the calls of a
+    layer that runs several times, each in the frame of the window.
 
     Args:
         layer: dotted name.
@@ -128,9 +119,8 @@ class ScatteredGradients(Request):
 
     def see(self, view: View) -> None:
         layer = self.layers[0]
-        gradients = gradients_of(view, self.objective, layer)
-        activations = spatial_map(view.activations[layer], self.objective, layer)
-        self.total.add_map(view.batch, self.combine(activations, gradients))
+        for activations, gradients in zip(view.maps(layer), view.gradient_maps(layer)):
+            self.total.add_map(view.batch, self.combine(activations, gradients))
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self.total.result()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esegeta_monai.engine.batch import Batch
-from esegeta_monai.engine.default_layer import layer_shapes
+from esegeta_monai.engine.layer_frames import traced_layers, with_slice_axis
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.layer.scattered import LayerSum, Reduce
@@ -23,9 +23,10 @@ __all__ = ["FullGrad"]
 
 @dataclass
 class _Call:
-    """One call of a module: its input and its output (a part of the graph)."""
+    """One call of a module: its name, which call it is, its input and its output (a part of the graph)."""
 
     name: str
+    number: int
     module: nn.Module
     input: Tensor
     output: Tensor
@@ -37,9 +38,11 @@ class FullGrad(Method):
 
     The bias of a module is ``b = y − J z``, J its Jacobian at its input z: the parameter ``bias`` of a convolution, the
     shift of a norm, and the implicit bias of a smooth activation; zero for ReLU, pooling and other homogeneous
-    modules. Biases of layers without positions (a linear head) are in the record's ``booked``. Complete where all
-    constants and non-linear functions are modules; attention and functional activations are not, and
-    ``completeness_gap`` is the missing part. Linear targets only.
+    modules. A parametrised module (weight norm, spectral norm) counts as one module. Each call of a module that runs
+    several times has its bias where the call lies in the window. Biases of layers without positions (a linear head), or
+    whose positions are not known, are in the record's ``booked``. Complete where all constants and non-linear functions
+    are modules; attention and functional activations are not, and ``completeness_gap`` is the missing part. Linear
+    targets only.
 
     Args:
         abs: True for the saliency map of the paper, the sum of the absolute values of all parts, each of the whole
@@ -62,13 +65,13 @@ class FullGrad(Method):
         return not self.abs
 
     def passes(self, objective: Objective) -> int:
-        """Count one pass, or one per module and one for the image; and one window to list the modules."""
+        """Count one pass, or one per module and one for the image."""
         rounds = len(_leaves(objective.model.network)) + 1 if self.abs else 1
-        return len(objective.windows) * rounds + 1
+        return len(objective.windows) * rounds
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial)."""
-        runs = {s.name: s.calls for s in layer_shapes(objective) if s.grid is not None and max(s.grid[1:]) > 1}
+        layers = traced_layers(objective)
         leaves = _leaves(objective.model.network)
         groups = [[n] for n in leaves] if self.abs else [leaves]
         total = objective.new_maps(1)
@@ -79,7 +82,12 @@ class FullGrad(Method):
             maps = objective.new_maps()
             how: Reduce = "channels" if self.abs else "sum"
             # one part per call: a module that runs twice may have other channels the second time
-            parts = {(n, i): LayerSum(objective, n, how) for n in names for i in range(runs.get(n, 0))}
+            parts = {
+                (n, i): LayerSum(objective, n, how)
+                for n in names
+                for i, frame in enumerate(layers[n].frames if n in layers else [])
+                if frame is not None and max(frame.grid[1:]) > 1
+            }
 
             def run(
                 batch: Batch,
@@ -94,15 +102,15 @@ class FullGrad(Method):
                 gradients = batch.gradients(out, [x, *(c.output for c in calls)])
                 if gradients[0] is not None and (not self.abs or not names):
                     padding.add_(objective.add(maps, batch, gradients[0] * x.detach()).sum(1).double().cpu())
-                seen: Counter[str] = Counter()
                 for call, gradient in zip(calls, gradients[1:]):
-                    key = (call.name, seen[call.name])
-                    seen[call.name] += 1
+                    key = (call.name, call.number)
                     if gradient is None:
                         continue
                     product = gradient * _bias(call)
-                    if key in parts and len(call.output) == len(batch):
-                        parts[key].add(batch, product)
+                    frame = layers[call.name].frames[call.number] if key in parts else None
+                    if frame is not None and frame.fits(product, 2):
+                        on_grid = frame.placed(frame.to_map(product, 2))
+                        parts[key].add_map(batch, with_slice_axis(on_grid, objective.plan))
                     else:
                         absorbed.add_(product.flatten(1).sum(1).double().cpu())
 
@@ -119,8 +127,9 @@ class FullGrad(Method):
 
 
 def _leaves(network: nn.Module) -> list[str]:
-    """Return the modules without submodules."""
-    return [n for n, m in network.named_modules() if n and not any(m.children())]
+    """Return the modules without submodules; a parametrised module (weight norm, spectral norm) counts as one."""
+    names = [n for n, m in network.named_modules() if n and all(c == "parametrizations" for c, _ in m.named_children())]
+    return [n for n in names if "parametrizations" not in n.split(".")]
 
 
 @contextmanager
@@ -128,9 +137,11 @@ def _recorded(network: nn.Module, names: list[str]) -> Iterator[list[_Call]]:
     """Record calls of modules with one input and one output tensor, as copies, which in-place calls cannot change."""
     calls: list[_Call] = []
     inputs: dict[int, Tensor] = {}
+    counts: Counter[int] = Counter()
     handles = []
 
     def before(module: nn.Module, args: Any) -> Any:
+        counts[id(module)] += 1
         if len(args) == 1 and isinstance(args[0], Tensor) and args[0].requires_grad:
             inputs[id(module)] = args[0].detach().clone()
             return (args[0].clone(),)
@@ -140,7 +151,7 @@ def _recorded(network: nn.Module, names: list[str]) -> Iterator[list[_Call]]:
     def after_of(name: str) -> Any:
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             if id(module) in inputs and isinstance(output, Tensor):
-                calls.append(_Call(name, module, inputs.pop(id(module)), output))
+                calls.append(_Call(name, counts[id(module)] - 1, module, inputs.pop(id(module)), output))
                 return output.clone()
             return None
 

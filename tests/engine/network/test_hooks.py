@@ -23,7 +23,7 @@ def test_capture_records_what_the_layer_gave_before_an_inplace_change():
     assert float(captured["1"].detach().min()) < 0
     assert torch.equal(captured["2"], captured["1"].relu())
     assert torch.equal(out, network(x))
-    assert captured.calls == {"1": 1, "2": 1}
+    assert {name: len(outputs) for name, outputs in captured.each.items()} == {"1": 1, "2": 1}
     assert not any(m._forward_hooks for m in network.modules())
 
 
@@ -60,14 +60,17 @@ def test_capture_removes_its_hooks_after_an_error():
     assert not any(m._forward_hooks for m in network.modules())
 
 
-def test_capture_counts_calls_and_keeps_the_last():
+def test_capture_keeps_all_calls_and_returns_none_of_several_as_the_one():
     act = nn.Tanh()
     network = nn.Sequential(act, nn.Linear(3, 3), act)
     x = torch.rand(2, 3)
     with capture(network, ["0"]) as captured:
         out = network(x)
-    assert captured.calls["0"] == 2
-    assert torch.equal(captured["0"], out)
+    first, last = captured.each["0"]
+    assert torch.equal(first, act(x))
+    assert torch.equal(last, out)
+    with pytest.raises(NetworkError, match="runs 2 times"):
+        captured["0"]
 
 
 def test_capture_of_a_layer_without_a_tensor_is_refused():

@@ -176,7 +176,7 @@ def test_layers_are_checked():
     act = nn.ReLU()
     twice = nn.Sequential(act, nn.Conv2d(3, 3, 1).double(), act)
     unused = nn.ReLU()
-    with pytest.raises(MethodError, match="runs twice"):
+    with pytest.raises(MethodError, match="runs several times"):
         guided(twice, X, ONES, layers={"act": act})
     with pytest.raises(MethodError, match="did not run"):
         guided(twice, X, ONES, layers={"unused": unused})

@@ -155,3 +155,20 @@ def test_bad_input(method):
         method(reduce="max")
     with pytest.raises(UsageError, match="n_steps=0"):
         method(n_steps=0)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_internal_influence_keeps_the_sum_of_derivatives_at_a_strided_layer(dims):
+    """F is linear in the layer, so the derivative is the same along the path; half the resolution, 2**dims voxels."""
+    torch.manual_seed(0)
+    conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    network = nn.Sequential(conv(1, 3, 3, 2, 1), nn.Flatten(), nn.Linear(3 * 4**dims, 2)).double().eval()
+    objective = objective_of(network, torch.randn(1, *(8,) * dims).double(), [ClassScore(1)])
+    result = explain(InternalInfluence("0", reduce="channels", n_steps=3), objective)
+    derivative = network[2].weight[1].detach().reshape(1, 3, *(4,) * dims)
+    close(result.maps.flatten(2).sum(2), derivative.flatten(2).sum(2), 1e-12)
+    flat = network[2].weight.data
+    flat[1] = torch.arange(3.0).repeat_interleave(4**dims)
+    result = explain(InternalInfluence("0", reduce="channels", n_steps=3), objective)
+    each = torch.arange(3.0, dtype=torch.float64).reshape(1, 3, *(1,) * dims) / 2**dims
+    close(result.maps, each.expand_as(result.maps), 1e-12)

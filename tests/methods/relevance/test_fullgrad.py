@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -80,3 +82,26 @@ def test_a_module_that_runs_twice_with_other_channels():
     objective = objective_of(network, torch.rand(1, 16, 16, dtype=torch.float64), [MultiClassMask(1)])
     assert explain(FullGrad(abs=False), objective).notes["completeness_gap"][0] <= 1e-9
     assert explain(FullGrad(), objective).maps.min() >= 0
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_a_parametrised_network_has_the_map_of_the_plain_one(dims, norm):
+    torch.manual_seed(0)
+    conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
+    network = nn.Sequential(conv(1, 4, 3, padding=1), nn.Softplus(), conv(4, 4, 3, 2, 1), nn.ReLU(), nn.Flatten())
+    network = network.append(nn.Linear(4 * 4**dims, 3)).double()
+    plain_network = copy.deepcopy(network).eval()
+    for i in (0, 2, 5):
+        getattr(nn.utils.parametrizations, norm)(network[i])
+    network.eval()
+    for i in (0, 2, 5):
+        plain_network[i].weight.data = network[i].weight.detach()
+    image = torch.randn(1, *(8,) * dims).double()
+    for absolute in (False, True):
+        result, expected = (
+            explain(FullGrad(abs=absolute), objective_of(n, image, [ClassScore(1)])) for n in (network, plain_network)
+        )
+        close(result.maps, expected.maps, 1e-12)
+        assert result.note(0)["booked"] == pytest.approx(expected.note(0)["booked"], rel=1e-12)
+        assert result.note(0)["completeness_gap"] < 1e-10
