@@ -16,23 +16,22 @@ from torch import Tensor, nn
 
 from tests.support.tensors import DOUBLE
 
-__all__ = ["Around", "Classifier", "OddCase", "Part", "Segmenter", "image", "logit", "mask_sum", "seeded", "volume"]
+__all__ = [
+    "Around",
+    "Classifier",
+    "Framed",
+    "OddCase",
+    "Seen",
+    "Segmenter",
+    "image",
+    "logit",
+    "mask_sum",
+    "seeded",
+    "volume",
+]
 
 Score = Callable[[Tensor], Tensor]
 """F of a prediction (K, *spatial) or (K,)."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One call of a layer that runs several times: its layer in the twin, and how its map gets into the image's frame.
-
-    Attributes:
-        layer: dotted name in the twin.
-        undo: from a map (1, *spatial) in the frame of the call to the frame of the image.
-    """
-
-    layer: str
-    undo: Callable[[Tensor], Tensor] = field(default=lambda x: x)
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,9 @@ class OddCase:
         twin_image: what the twin gets, where it is not the image.
         twin_target: the target with which an explanation of the twin has the right F, where it is not the target.
         layer: layer of layer methods; None: the default layer.
-        parts: the calls of the layer in the twin; None: the layer has the same name and one call there.
+        parts: layers of the twin, one for each call of the layer, that have its output as a map in the frame of the
+            image; None: the layer has the same name and is ordinary.
+        undefined: methods whose right map is not defined here.
         inferer: of the prediction.
         options: further parameters of the explainer.
         call: further parameters of its call, made anew each time, since the network may write into them.
@@ -73,7 +74,8 @@ class OddCase:
     twin_image: Tensor | None = None
     twin_target: Any = None
     layer: str | None = None
-    parts: tuple[Part, ...] | None = None
+    parts: tuple[str, ...] | None = None
+    undefined: tuple[str, ...] = ()
     inferer: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
     call: Callable[[], dict[str, Any]] = dict
@@ -156,6 +158,38 @@ def mask_sum(channel: int = 1, phi: Callable[[Tensor], Tensor] = lambda y: y) ->
 def conv(dims: int, *args: Any, **kwargs: Any) -> nn.Module:
     """Build a convolution in 2D or 3D."""
     return (nn.Conv2d if dims == 2 else nn.Conv3d)(*args, **kwargs)
+
+
+class Seen(nn.Module):
+    """Returns a map (n, width, *positions) unchanged, by a convolution with the identity: an ordinary layer."""
+
+    def __init__(self, dims: int, width: int) -> None:
+        super().__init__()
+        self.conv = conv(dims, width, width, 1, bias=False).double()
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.eye(width).reshape(width, width, *[1] * dims))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Framed(nn.Module):
+    """A layer on turned images, whose output is seen in the frame of the image.
+
+    Args:
+        layer: gives ``width`` channels in 2D.
+        do: turns a map (n, C, h, w).
+        undo: turns it back.
+    """
+
+    def __init__(
+        self, layer: nn.Module, width: int, do: Callable[[Tensor], Tensor], undo: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.layer, self.seen, self.do, self.undo = layer, Seen(2, width), do, undo
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.do(self.seen(self.undo(self.layer(x))))
 
 
 class Classifier(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.odd.base import Around, Classifier, OddCase, Part, Score, Segmenter, image, logit, mask_sum, replaced, seeded
+from tests.odd.base import Around, Classifier, OddCase, Score, Segmenter, image, logit, mask_sum, replaced, seeded
 
 X = image(1, 12, 12)
 After = Callable[[Tensor], Tensor]
@@ -81,7 +81,7 @@ def no_probability(name: str, after: After) -> OddCase:
 
     return OddCase(
         name, "heads", lambda: centred(3, after), X, logit(0), "MultiClassMask(1, output='probability')", twin=twin,
-        twin_target="OutputValue(0)", layer="net.down", parts=(Part("net.net.down"),),
+        twin_target="OutputValue(0)", layer="net.down", parts=("net.net.down",),
     )  # fmt: skip
 
 

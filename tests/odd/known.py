@@ -10,7 +10,6 @@ from tests.odd.truth import INDEPENDENT
 __all__ = ["KNOWN"]
 
 ALL = tuple(INDEPENDENT)
-LAYER = ("GradCam",)
 NO_SUM = ("VanillaBackprop", "Occlusion", "FeatureAblation", "GradCam")
 
 #: by reason: case and methods
@@ -23,30 +22,6 @@ _WRONG: dict[str, dict[str, tuple[str, ...]]] = {
             "FeatureAblation",
             "GradCam",
         ),
-    },
-    "a layer that runs several times is read at its last call": {
-        "mirrored passes, segmentation": LAYER,
-        "mirrored passes, classification": LAYER,
-        "only the mirrored pass": LAYER,
-        "four mirrored passes": LAYER,
-        "turned passes, classification": LAYER,
-        "shared encoder of two channels": LAYER,
-        "one side against the other": LAYER,
-        "pyramid of resolutions": LAYER,
-        "recurrent block": LAYER,
-        "one activation used twice": LAYER,
-    },
-    "axes or tokens of a layer are read wrongly": {
-        "channels last, 2D": LAYER,
-        "channels last, 3D": LAYER,
-        "channels last, 2D, as many channels as rows": LAYER,
-        "positions flattened, as many channels as positions": LAYER,
-        "tokens and registers make a square": LAYER,
-        "shifted windows, channels last": LAYER,
-        "rows and columns exchanged": LAYER,
-        "turns its image first": LAYER,
-        "flips its image first": LAYER,
-        "shifts its image first": LAYER,
     },
     "the type of the output is not checked": {
         "complex numbers": ALL,

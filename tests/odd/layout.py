@@ -5,24 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from tests.odd.base import OddCase, Part, conv, image, logit, seeded, volume
-
-
-class Seen(nn.Module):
-    """Returns a map (n, width, *positions) unchanged, by a convolution with the identity."""
-
-    def __init__(self, dims: int, width: int) -> None:
-        super().__init__()
-        self.conv = conv(dims, width, width, 1, bias=False).double()
-        with torch.no_grad():
-            self.conv.weight.copy_(torch.eye(width).reshape(width, width, *[1] * dims))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+from tests.odd.base import OddCase, Seen, conv, image, logit, seeded, volume
 
 
 class Block(nn.Module):
@@ -97,9 +85,7 @@ def tokens(x: Tensor) -> Tensor:
 
 
 def case(name: str, make: Callable[[], nn.Module], x: Tensor, layer: str = "block") -> OddCase:
-    return OddCase(
-        name, "layout", lambda: seeded(make), x, logit(), twin=with_seen, layer=layer, parts=(Part("seen.conv"),)
-    )
+    return OddCase(name, "layout", lambda: seeded(make), x, logit(), twin=with_seen, layer=layer, parts=("seen.conv",))
 
 
 def channels_last(dims: int, width: int) -> OddCase:
@@ -185,7 +171,9 @@ class Transformer(nn.Module):
 
 
 def transformer(name: str, size: tuple[int, ...], patch: tuple[int, ...], *args: int, behind: bool = True) -> OddCase:
-    return case(name, lambda: Transformer(size, patch, *args, behind=behind), volume(*size), "blocks.0")
+    odd = case(name, lambda: Transformer(size, patch, *args, behind=behind), volume(*size), "blocks.0")
+    # without a channel: also without that of tokens that lie nowhere?
+    return replace(odd, undefined=("AblationCam",) if any(args) else ())
 
 
 class Shifted(nn.Module):

@@ -189,7 +189,7 @@ def _explain(case: OddCase, method: Method) -> Attribution:
 
 def _truth(name: str, case: OddCase, truths: dict[str, Any]) -> tuple[Tensor | None, list[str], Exception | None]:
     """Return the right map, the warnings of the twin's explanation, and the error of a method that refuses the twin."""
-    if case.twin is None:
+    if case.twin is None or name in case.undefined:
         return None, [], None
     if "truth" not in truths:
         truths["truth"] = Truth(case)
@@ -208,10 +208,10 @@ def _truth(name: str, case: OddCase, truths: dict[str, Any]) -> tuple[Tensor | N
         return None, [], None
     total, texts = None, []
     for part in case.parts:
-        one_map, more, refusal = _of_twin(case, method_of(name, case, layer=part.layer, relu=False))
+        one_map, more, refusal = _of_twin(case, method_of(name, case, layer=part, relu=False))
         if one_map is None:
             return None, more, refusal
-        total = part.undo(one_map) + (0 if total is None else total)
+        total = one_map + (0 if total is None else total)
         texts += more
     assert total is not None
     total = total / len(case.parts) if name in AVERAGED else total

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.odd.base import Classifier, OddCase, Part, Segmenter, image, logit, mask_sum, seeded, volume
+from tests.odd.base import Classifier, Framed, OddCase, Segmenter, image, logit, mask_sum, seeded, volume
 
 X = image(1, 12, 12)
 Turn = Callable[[Tensor], Tensor]
@@ -57,6 +57,13 @@ def mirrored(
     name: str, make: Callable[[], nn.Module], views: list[tuple[Turn, Turn]], segments: bool, channel: int = 1
 ) -> OddCase:
     outs = [(do, undo if segments else same) for do, undo in views]
+
+    def twin(odd: nn.Module) -> nn.Module:
+        nets = [copy.deepcopy(odd.net) for _ in views]
+        for net, (do, undo) in zip(nets, views):
+            net.down = Framed(net.down, net.down[0].out_channels, do, undo)
+        return Mirrored(nn.ModuleList(nets), outs)
+
     return OddCase(
         name,
         "repeated",
@@ -64,9 +71,9 @@ def mirrored(
         X,
         mask_sum(channel) if segments else logit(),
         f"MultiClassMask({channel})" if segments else "ClassScore(1)",
-        twin=lambda odd: Mirrored(nn.ModuleList(copy.deepcopy(odd.net) for _ in outs), outs),
+        twin=twin,
         layer="net.down",
-        parts=tuple(Part(f"net.{i}.down", undo) for i, (_, undo) in enumerate(views)),
+        parts=tuple(f"net.{i}.down.seen.conv" for i in range(len(views))),
     )
 
 
@@ -95,14 +102,14 @@ def shared(
     name: str,
     inputs: Callable[[Tensor], list[Tensor]],
     join: Callable[[list[Tensor]], Tensor],
-    undo: list[Turn],
+    turns: list[Turn],
     x: Tensor = X,
 ) -> OddCase:
     def twin(odd: nn.Module) -> nn.Module:
-        odd.enc = nn.ModuleList(copy.deepcopy(odd.enc) for _ in undo)
+        odd.enc = nn.ModuleList(Framed(copy.deepcopy(odd.enc), 4, turned, turned) for turned in turns)
         return odd
 
-    parts = tuple(Part(f"enc.{i}", u) for i, u in enumerate(undo))
+    parts = tuple(f"enc.{i}.seen.conv" for i in range(len(turns)))
     return OddCase(
         name, "repeated", lambda: seeded(lambda: Shared(inputs, join)), x, logit(), twin=twin, layer="enc", parts=parts
     )
@@ -246,11 +253,11 @@ CASES = [
            lambda f: torch.tanh(f[0] - 0.5 * f[1].flip(-1)).flatten(1), [same, flip]),
     shared("pyramid of resolutions", pyramid, pooled, [same, same]),
     OddCase("recurrent block", "repeated", lambda: seeded(Recurrent), X, logit(), twin=unrolled, layer="block",
-            parts=tuple(Part(f"block.{i}") for i in range(3))),
+            parts=("block.0", "block.1", "block.2")),
     OddCase("one activation used twice", "repeated", lambda: seeded(OneActivation), X, logit(), twin=two_activations,
-            layer="act", parts=(Part("act.0"), Part("act.1"))),
+            layer="act", parts=("act.0", "act.1")),
     OddCase("block with two names", "repeated", lambda: seeded(TwoNames), X, logit(),
-            twin=lambda odd: copy.deepcopy(odd.net), layer="alias", parts=(Part("down"),)),
+            twin=lambda odd: copy.deepcopy(odd.net), layer="alias", parts=("down",)),
     OddCase("ensemble in one module", "repeated", lambda: seeded(Ensemble), X, logit(), twin=lambda odd: odd,
             layer="members.0.down"),
     slices("encoder of slices as rows", False),

@@ -90,17 +90,17 @@ class Truth:
         case = self.case
         if case.inferer is not None or (case.layer is None and case.parts is None):
             return None
-        parts = [(p.layer, p.undo) for p in case.parts] if case.parts is not None else [(str(case.layer), _same)]
+        parts = [str(case.layer)] if case.parts is None else case.parts
         kept: dict[str, Tensor] = {}
-        handles = [self.network.get_submodule(n).register_forward_hook(_keep(kept, n)) for n, _ in parts]
+        handles = [self.network.get_submodule(n).register_forward_hook(_keep(kept, n)) for n in parts]
         value = self.F(self.x.clone().requires_grad_(True))
         for handle in handles:
             handle.remove()
-        gradients = torch.autograd.grad(value, [kept[n] for n, _ in parts], allow_unused=True)
+        gradients = torch.autograd.grad(value, [kept[n] for n in parts], allow_unused=True)
         total = torch.zeros_like(self.x[0, :1])
-        for (name, undo), gradient in zip(parts, gradients):
+        for name, gradient in zip(parts, gradients):
             if gradient is not None:
-                total = total + undo(self._cam(kept[name].detach(), gradient))
+                total = total + self._cam(kept[name].detach(), gradient)
         return total.relu()
 
     def _cam(self, activations: Tensor, gradient: Tensor) -> Tensor:
@@ -108,10 +108,6 @@ class Truth:
         small = (gradient.mean(axes, keepdim=True) * activations).sum(1, keepdim=True)
         mode = {4: "bilinear", 5: "trilinear"}[activations.ndim]
         return F.interpolate(small, size=self.x.shape[2:], mode=mode)[0]
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _keep(kept: dict[str, Tensor], name: str) -> Callable[..., None]:
