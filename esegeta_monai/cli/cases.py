@@ -203,6 +203,7 @@ class Preprocessor:
         """
         scan = self.read(case)
         where = case.files[0].name
+        storage.check_contents(scan, where)
         try:
             with self.reader.importable():
                 data: Any = self.transforms(self._entry(case))
@@ -220,6 +221,7 @@ class Preprocessor:
             raise InputError(f"{where}: the bundle's preprocessing gives a {type(image).__name__}, not a tensor")
         image = image if isinstance(image, MetaTensor) else MetaTensor(image)
         storage.check_image(image, where, spatial_dims=self.spatial_dims, channels=self.channels)
+        storage.check_contents(image, f"{where} after the bundle's preprocessing")
         return case.files[0] if len(case.files) == 1 else scan, image, data
 
     def _entry(self, case: ScanCase) -> dict[str, Any]:

@@ -37,9 +37,10 @@ from esegeta_monai.errors import EsegetaError, InputError, UsageError
 from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import KINDS, Record
-from esegeta_monai.files.grids.resample import to_network_grid
+from esegeta_monai.files.grids.resample import geometry_of, has_metadata, to_network_grid
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.evaluation_writer import EvaluationWriter
+from esegeta_monai.output.place import NO_METADATA
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.utils.distributed import Processes, process_group
 from esegeta_monai.utils.files import read_json
@@ -194,7 +195,11 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWrite
     open_log(log, reader, cases, output)
 
     def evaluate(case: ScanCase) -> None:
-        _, image, data = preprocess(case)
+        scan, image, data = preprocess(case)
+        if args.checks and any(
+            text is not None and Path(text).exists() for text in (args.label, args.regions, args.body)
+        ):
+            _check_place(image, scan)
         maps, problems = earlier.maps(case, methods, targets, writer.names, image) if earlier else (None, {})
         writer.evaluate(
             evaluator,
@@ -238,6 +243,22 @@ def _beside(args: Namespace, case: ScanCase, image: MetaTensor, data: Mapping[st
         else:
             masks[what] = label_on_grid(_file_of(what, text, case, data), image.as_tensor(), context)
     return masks
+
+
+def _check_place(image: MetaTensor, scan: Path | MetaTensor) -> None:
+    """Check that masks on the scan's grid can be brought to the image (C, *spatial).
+
+    Raises:
+        InputError: nothing connects the image with the scan, or their contents contradict each other.
+    """
+    volume = scan if isinstance(scan, MetaTensor) else storage.read_scan(scan)
+    if not has_metadata(image, volume):
+        raise InputError(NO_METADATA.format("x".join(map(str, image.shape[1:]))) + "; label maps have no place on it")
+    result = geometry_of(image, volume, additive=False)
+    if result.verdict == "refused":
+        raise InputError(result.text)
+    if result.verdict == "warned":
+        logger.warning("%s", result.text)
 
 
 def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> str:

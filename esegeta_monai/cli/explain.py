@@ -169,6 +169,7 @@ def explain_cases(
         pictures=options.pictures,
         ranks=ranks,
         together=options.share == "windows",
+        checks=getattr(options, "checks", True),
     )
     open_log(log, reader, cases, output)
     logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))

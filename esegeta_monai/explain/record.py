@@ -78,6 +78,7 @@ class Record:
             channel number, feature table, optimisation curve, intensities of black and white, place of a synthesised
             image, final layer distance.
         sum_in_padding, sum_network_grid, sum_scan_grid: sums of additive maps in padding and on both grids.
+        grid: of the map on disk or in memory: ``scan`` or ``network``.
         case: its name. result: target and method as ``run.json`` calls them. map, map_bytes, map_sha256: the file.
             display, picture: what the report and the PNG show.
         bundle, bundle_version, weights_sha256, configs_sha256, configs_used_sha256, overrides: provenance.
@@ -148,6 +149,7 @@ class Record:
     sum_in_padding: float | None = None
     sum_network_grid: float | None = None
     sum_scan_grid: float | None = None
+    grid: str | None = None
     case: str | None = None
     scan_sha256: str | None = None
     result: dict[str, str] | None = None

@@ -46,7 +46,7 @@ DEVIATES = 0.1
 
 
 LAYER_MAPS = ("layer map", "activation")
-"""What methods produce whose maps are those of a layer."""
+"""Values of `produces` of methods whose maps show a layer."""
 
 NOISE_PASSES = 8
 """How often F is computed to measure its noise, where equal passes differ."""
@@ -228,13 +228,13 @@ class CaseRun:
         logger.info("case %d: %s took %.1f s, %d window passes", case.index, names, seconds, progress.passes)
         values = objective.image_values() if any(o.result is not None for o in outcomes) else None
         noise = self._noise(objective)
-        found = self._layer_checks(group, objective)
+        layer_checks = self._layer_checks(group, objective)
         for method, outcome in zip(group, outcomes):
             for k, b in enumerate(task.bound):
                 record = self.outcomes.record(method, b, objective.plan)
                 record.update(shared)
-                if found and method.produces in LAYER_MAPS:
-                    record.checks = [*(record.checks or []), *found]
+                if layer_checks and method.produces in LAYER_MAPS:
+                    record.checks = [*(record.checks or []), *layer_checks]
                 others = [other.label for other in task.bound if other.label != b.label]
                 checked = _warned(self.case.checks, method)
                 record.warnings = [*task.predicted.notes, *checked, *progress.warnings_without(others)]

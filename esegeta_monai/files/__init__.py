@@ -28,7 +28,7 @@ from esegeta_monai.files.maps import (
 from esegeta_monai.files.runs import STATUSES, RunRecord
 from esegeta_monai.files.scans import Grid, read_scan
 from esegeta_monai.utils.files import INTENDED_USE, atomic, sha256_file, versions, writable_folder
-from esegeta_monai.utils.images import check_image
+from esegeta_monai.utils.images import check_contents, check_image
 from esegeta_monai.utils.names import case_name, check_clashes, distinct_names, map_path, map_suffix, safe_name
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "atomic",
     "case_name",
     "check_clashes",
+    "check_contents",
     "check_image",
     "curve_path",
     "distinct_names",

@@ -172,6 +172,7 @@ class ExplanationHandler(CaseHandler):
             pictures=self.pictures,
             ranks=self._ranks,
             together=self._share == "windows",
+            checks=self.checks,
         )
 
     def look(self, engine: Any, image: MetaTensor, case: str, data: Mapping[str, Any], **more: Any) -> None:

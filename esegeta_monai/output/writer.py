@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,12 +24,20 @@ from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
 from esegeta_monai.files.copies import mask_path, save_grey_copy, save_mask, scan_copy_path
-from esegeta_monai.files.grids.resample import _background, _cut_to_place, _image_on_scan, scan_of, to_scan_grid
+from esegeta_monai.files.grids.resample import (
+    _background,
+    _cut_to_place,
+    _image_on_scan,
+    has_metadata,
+    scan_of,
+    to_scan_grid,
+)
 from esegeta_monai.files.pictures.picture import display_affine, save_picture
 from esegeta_monai.files.pictures.synthesis import save_curve, save_synthesised
 from esegeta_monai.files.privacy import traceback_text
 from esegeta_monai.files.runs import UNFINISHED
 from esegeta_monai.methods.base import Method
+from esegeta_monai.output.place import NO_METADATA, VANISHED, ZERO, PlaceChecks
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes
 
@@ -53,6 +62,8 @@ class ResultWriter:
         pictures: write a PNG next to every map, and for the report an eight-bit copy of the scan and a mask of each
             target (`esegeta_monai.files.copies`).
         ranks: the processes that write into this folder; None: this one.
+        checks: check by their contents that image and scan lie in the same place
+            (`esegeta_monai.files.grids.geometry.check_geometry`), and refuse maps where they do not.
         together: True if they compute each case together (`Explainer` with ``distributed=True``); the first one writes.
 
     Raises:
@@ -71,6 +82,7 @@ class ResultWriter:
         extension: str = ".nii.gz",
         overwrite: bool = False,
         pictures: bool = True,
+        checks: bool = True,
         ranks: Processes | None = None,
         together: bool = False,
     ) -> None:
@@ -80,7 +92,7 @@ class ResultWriter:
         self.provenance = dict(provenance or {})
         self.layout: dict[str, Any] = {"postfix": postfix, "separate_folder": separate_folder, "extension": extension}
         self.as_input = extension == "input"
-        self.overwrite, self.pictures = overwrite, pictures
+        self.overwrite, self.pictures, self.checks = overwrite, pictures, checks
         rank = self.ranks.rank
         if rank:
             self.ranks.gather(None)  # wait for the record of the first process
@@ -91,6 +103,7 @@ class ResultWriter:
         self._hashes: dict[str, str] = {}
         self._written: dict[str, str] = {}
         self._copied: tuple[str, dict[Path, Tensor]] = ("", {})
+        self._places = PlaceChecks()
 
     @property
     def writes(self) -> bool:
@@ -117,6 +130,8 @@ class ResultWriter:
         """
         path = self.path(attribution, case, scan)
         if self.overwrite or not storage.is_complete(path, self.key(attribution, case, scan)):
+            return False
+        if self.checks and not self._places.is_checked(path):
             return False
         if self._clash(path, attribution, case):
             return False  # `write` reports it
@@ -164,6 +179,7 @@ class ResultWriter:
 
         kept = self.output_dir / ".scores"
         try:
+            storage.check_contents(image, case)
             for attribution in explainer(image[None], methods, targets, skip=skip, scores_dir=kept, **more):
                 if on_explained is not None:
                     on_explained(attribution)
@@ -177,6 +193,9 @@ class ResultWriter:
 
     def write(self, attribution: Attribution, case: str, image: MetaTensor, scan: Any = None) -> Path | None:
         """Resample the map to the scan's grid and write map, picture and sidecar, in this order.
+
+        If ``image`` has no metadata (``EnsureTyped(track_meta=False)``, arrays between transforms), the map stays on
+        the network's grid. The entry ``grid`` of its record is ``scan`` or ``network``.
 
         Args:
             attribution: attribution of an `Explainer`.
@@ -202,14 +221,15 @@ class ResultWriter:
             record.status, record.reason = "failed", clash
             label = f"{label} of {attribution.target!r}"
         try:
+            place = self._place(image, scan, record, case)
             if attribution.map is not None and not clash:
-                record.update(self._write_map(path, attribution, record, case, image, scan))
+                record.update(self._write_map(path, attribution, record, case, image, place))
             elif record.status == "empty_target":
                 # files of an earlier run explain another prediction
                 for stale in (path, storage.picture_path(path), self._mask_path(attribution, case)):
                     stale.unlink(missing_ok=True)
             if self.pictures:
-                self._copy_scan(case, image, scan)
+                self._copy_scan(case, image, place)
             if record.status in ("ok", "zero", "empty_target"):
                 sidecar = {**record.to_json(), **self.key(attribution, case, scan)}
                 sidecar["class"] = sidecar.pop("class_name")
@@ -229,7 +249,7 @@ class ResultWriter:
             map=path.relative_to(self.output_dir).as_posix() if written else None,
             seconds=record.seconds,
             warnings=record.warnings,
-            checks=[{name: check[name] for name in ("check", "verdict")} for check in record.checks or []] or None,
+            **({"checks": record.checks} if record.checks else {}),
             **({} if failure is None else {"traceback": traceback_text(failure)}),
         )
         return path if written else None
@@ -243,6 +263,15 @@ class ResultWriter:
         logger.error("%s: %s", case, text)
         logger.debug("traceback", exc_info=error)
 
+    def _place(self, image: MetaTensor, scan: Any, record: Record, case: str) -> Any:
+        """Return what the map is written on: the scan, or the image itself if nothing connects it with the scan."""
+        placed = has_metadata(image, None if scan is image else self._scan(scan))
+        record.grid = "scan" if placed and scan is not image else "network"
+        if not placed:
+            with self._places.noted(record, case):
+                warnings.warn(NO_METADATA.format("x".join(map(str, image.shape[1:]))), stacklevel=2)
+        return scan if placed else image
+
     def _write_map(
         self, path: Path, attribution: Attribution, record: Record, case: str, image: MetaTensor, scan: Any
     ) -> dict[str, Any]:
@@ -253,15 +282,23 @@ class ResultWriter:
         on_cpu = cast(MetaTensor, attribution.map.cpu())
         synthesised = method.produces == "synthesised image"
         sums: dict[str, float] = {}
-        if synthesised:
-            values = _image_on_scan(on_cpu, volume, record.intensity_range)
-        else:
-            values, sums = to_scan_grid(on_cpu, volume, additive=method.additive)
+        with self._places.noted(record, case):
+            if synthesised:
+                values = _image_on_scan(on_cpu, volume, record.intensity_range)
+            else:
+                values, sums = to_scan_grid(on_cpu, volume, additive=method.additive)
+            if record.grid == "scan" and self.checks:
+                self._places.check(record, case, image, volume, additive=method.additive and not synthesised)
         if not bool(torch.isfinite(values).all()):
             raise MethodError(f"{path.name}: the map has values that are not finite after resampling")
         more: dict[str, Any] = dict(sums)
         if record.sum_in_padding is not None:
             more["sum_in_padding"] = sums.get("sum_in_padding", 0.0) + record.sum_in_padding
+        if record.status == "zero":
+            more["reason"] = ZERO
+        elif not bool(values.float().any()):  # as on disk
+            more |= {"status": "zero", "reason": VANISHED}
+            logger.warning("%s: %s: %s", case, path.name, VANISHED)
         path.parent.mkdir(parents=True, exist_ok=True)
         shown: dict[str, float] = {}
         if synthesised:  # the display window of an image is its intensity range

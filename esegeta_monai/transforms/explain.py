@@ -17,10 +17,13 @@ from torch.utils.data import get_worker_info
 
 from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.explainer import Attribution, Explainer
+from esegeta_monai.explain.record import Record
 from esegeta_monai.methods.base import METHODS
+from esegeta_monai.output.place import PlaceChecks
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.utils.files import strict_json
+from esegeta_monai.utils.images import check_contents
 from esegeta_monai.utils.names import check_clashes, distinct_names, safe_name
 
 __all__ = ["Explain", "ExplainD", "ExplainDict", "Explaind"]
@@ -37,7 +40,9 @@ class Explain(Transform):
 
     Each map is a MetaTensor (C, *spatial) with the image's affine and trace, so that `InvertAttributiond` brings
     additive maps back to the scan's grid, and MONAI's ``Invertd`` the others. Its record is JSON text in
-    ``meta["record"]``, because data loaders cannot collate arbitrary dictionaries.
+    ``meta["record"]``, because data loaders cannot collate arbitrary dictionaries. If the image comes from a file, its
+    place is compared with the file's contents (`esegeta_monai.files.grids.geometry.check_geometry`); a map that would
+    come back to another place, or an image without metadata, gives a warning in the log and in the record.
 
     Args:
         network: the network; its weights may be loaded later.
@@ -77,6 +82,7 @@ class Explain(Transform):
         self.methods = METHODS.create_all(methods)
         self.targets: list[Target] = [PredictedClasses()] if targets is None else TARGETS.create_all(targets)
         self.explainer = Explainer(network, inferer, device, amp, **explainer)
+        self.checks = bool(getattr(self.explainer.settings, "checks", True))
         self._method_names, self._target_names = distinct_names(self.methods), distinct_names(self.targets)
         check_clashes([], self._target_names, self._method_names)
 
@@ -97,6 +103,8 @@ class Explain(Transform):
             prediction: the network's raw output (K, …) for the image, if it is already known.
         """
         self._refuse_forked_cuda()
+        check_contents(image)
+        places = PlaceChecks()
         maps: dict[str, MetaTensor] = {}
         batch = None if prediction is None else torch.as_tensor(prediction)[None]
         known = {str(k): v for k, v in (case or {}).items()}
@@ -107,7 +115,10 @@ class Explain(Transform):
                 continue
             if name in maps:
                 raise UsageError(f"{attribution.target!r} gives several maps called {name!r}: use one target per map")
-            attribution.map.meta["record"] = strict_json(attribution.record)
+            record = Record.from_json(attribution.record)
+            record.grid = "network"
+            places.describe(record, image, additive=attribution.method.additive, checks=self.checks)
+            attribution.map.meta["record"] = strict_json(record.to_json())
             maps[name] = attribution.map
         return maps
 

@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 
 from esegeta_monai.errors import InputError
 
-__all__ = ["check_image"]
+__all__ = ["check_contents", "check_image"]
 
 
 def check_image(
@@ -25,8 +25,8 @@ def check_image(
         channels: required number of channels, or None.
 
     Raises:
-        InputError: values that are NaN or infinite (with their count), a singular affine, or other dimensions or
-            channels than required.
+        InputError: values that are complex, NaN or infinite (with their count), a singular affine, or other dimensions
+            or channels than required.
     """
     shape = "x".join(str(n) for n in image.shape[1:])
     dims = image.ndim - 1
@@ -40,11 +40,25 @@ def check_image(
             "combine the channels in the order of the bundle's metadata.json"
         )
     values = torch.as_tensor(image)  # unlike NumPy, torch supports bfloat16
+    if values.is_complex():
+        raise InputError(f"{where}: complex values; give their magnitude (ComplexToMagnitude) or real channels")
     bad = values.numel() - int(torch.isfinite(values).sum())
     if bad:
         raise InputError(f"{where}: {bad} of {values.numel()} voxels are NaN or infinite; correct the image first")
     if isinstance(image, MetaTensor):
         _check_affine(np.asarray(image.affine, dtype=np.float64), dims, where)
+
+
+def check_contents(image: torch.Tensor, where: object = "image") -> None:
+    """Check that an image (C, *spatial) shows something.
+
+    Raises:
+        InputError: all its voxels are equal, so that no map of it means anything.
+    """
+    values = torch.as_tensor(image)
+    if values.numel() > 1 and bool((values == values.flatten()[0]).all()):
+        value = float(values.flatten()[0])
+        raise InputError(f"{where}: every voxel is {value:g}: the image is empty, or its preprocessing cut it all away")
 
 
 def _check_affine(affine: np.ndarray, spatial_dims: int, where: object) -> None:

@@ -24,6 +24,7 @@ from monai.transforms import (
     CropForegroundd,
     EnsureChannelFirstd,
     Invertd,
+    Lambdad,
     LoadImaged,
     SaveImaged,
     Spacingd,
@@ -589,3 +590,33 @@ def test_methods_inside_methods_never_read_the_scores_of_another_image(
     passes = [{name: record["window_passes"] for name, record in records(output).items()} for output in outputs]
     assert passes[0] == passes[1]
     assert set(statuses(outputs[1]).values()) == {"ok"}
+
+
+# ---- the place of a map -------------------------------------------------------------------------------------------
+
+
+def test_images_without_metadata_stay_on_the_networks_grid(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = [{"image": torch.rand(1, 10, 9, 8, generator=torch.Generator().manual_seed(i))} for i in range(2)]
+    engine = evaluator([], Small(), val_data_loader=DataLoader(Dataset(images), batch_size=1))
+    handler(tmp_path).attach(engine)
+    with caplog.at_level(logging.WARNING):
+        engine.run()
+    assert set(statuses(tmp_path).values()) == {"ok"}
+    assert {r["grid"] for r in records(tmp_path).values()} == {"network"}
+    for texts in [r["warnings"] for r in records(tmp_path).values()] + [caplog.messages]:
+        assert any("has no metadata" in text for text in texts)
+    assert {values.shape for values in maps(tmp_path).values()} == {(10, 9, 8)}
+
+
+def test_moved_voxels_and_empty_images_are_refused(scans: list[Path], tmp_path: Path) -> None:
+    for name, change in (("flip", lambda x: x.flip(3)), ("zero", lambda x: x * 0)):
+        transforms = Compose([*preprocessing().transforms, Lambdad("image", change)])
+        values = np.asarray(nib.load(scans[0]).dataobj) * np.linspace(0.3, 2, 14)
+        nib.save(nib.Nifti1Image(values.astype(np.float32), nib.load(scans[0]).affine), scans[0])
+        engine = evaluator([], Small(), val_data_loader=DataLoader(Dataset([{"image": str(scans[0])}], transforms)))
+        handler(tmp_path / name).attach(engine)
+        engine.run()
+        entries = json.loads((tmp_path / name / "run.json").read_text(encoding="utf-8"))["results"]
+        assert [e["status"] for e in entries] == ["failed"]
+        expected = "fits the scan better when flipped along" if name == "flip" else "every voxel is 0"
+        assert expected in entries[0]["reason"]

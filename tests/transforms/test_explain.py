@@ -30,7 +30,7 @@ from torch import nn
 
 import esegeta_monai.transforms.explain as module
 from esegeta_monai import Explainer
-from esegeta_monai.errors import MethodError, NetworkError, UsageError
+from esegeta_monai.errors import InputError, MethodError, NetworkError, UsageError
 from esegeta_monai.methods import GradCam, InputXGradient, Saliency
 from esegeta_monai.targets import MultiClassMask
 from esegeta_monai.transforms import Explain, ExplainD, Explaind, ExplainDict, InvertAttributiond
@@ -399,3 +399,43 @@ class Overflow(Saliency):
         maps = objective.new_maps()
         maps[..., 0] = torch.inf
         return maps
+
+
+# ---- the place of a map -------------------------------------------------------------------------------------------
+
+
+def record_of(image: Any) -> dict[str, Any]:
+    maps = Explaind("image", oblique.network(), INFERER, "InputXGradient", "MultiClassMask(1)")({"image": image})
+    return json.loads(maps["image_MultiClassMask_InputXGradient"].meta["record"])
+
+
+def test_the_record_says_the_grid_and_whether_it_can_be_brought_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = oblique.write_scan(tmp_path / "scan.nii.gz")
+    image = nib.load(path)
+    values = np.asarray(image.dataobj) * np.linspace(0.3, 2, image.shape[0])[:, None, None]
+    nib.save(nib.Nifti1Image(values.astype(np.float32), image.affine, image.header), path)
+    right = preprocessing()({"image": str(path)})["image"]
+    record = record_of(right)
+    assert record["grid"] == "network"
+    assert [c["verdict"] for c in record["checks"] if c["check"] == "geometry"] == ["passed"]
+    wrong = MetaTensor(right.as_tensor().flip(1), meta=right.meta, applied_operations=right.applied_operations)
+    record = record_of(wrong)
+    assert [c["verdict"] for c in record["checks"] if c["check"] == "geometry"] == ["refused"]
+    for texts in (record["warnings"], caplog.messages):
+        assert any("would not be in its place" in text and "flipped along" in text for text in texts)
+    record = record_of(right.as_tensor())
+    assert record["grid"] == "network"
+    assert any("has no metadata" in text for text in record["warnings"])
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0])
+def test_constant_images_are_refused(value: float) -> None:
+    with pytest.raises(InputError, match=f"every voxel is {value:g}"):
+        record_of(MetaTensor(torch.full((1, 12, 12, 12), value)))
+
+
+def test_complex_images_are_refused() -> None:
+    with pytest.raises(InputError, match="complex values"):
+        record_of(MetaTensor(torch.rand(1, 12, 12, 12).to(torch.complex64)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -15,10 +16,12 @@ from monai.data.utils import to_affine_nd
 from monai.transforms import SpatialResample
 from torch import Tensor
 
-from esegeta_monai.errors import MethodError
+from esegeta_monai.errors import InputError, MethodError
 from esegeta_monai.files.grids.adjoint import invert_attribution
+from esegeta_monai.files.grids.geometry import Geometry, check_geometry
+from esegeta_monai.files.grids.trace import steps
 
-__all__ = ["scan_of", "to_network_grid", "to_scan_grid"]
+__all__ = ["geometry_of", "has_metadata", "scan_of", "to_network_grid", "to_scan_grid"]
 
 
 def scan_of(image: MetaTensor) -> Any:
@@ -26,6 +29,81 @@ def scan_of(image: MetaTensor) -> Any:
     name = image.meta.get("filename_or_obj")
     name = name[0] if isinstance(name, (list, tuple)) and name else name
     return Path(name) if isinstance(name, (str, os.PathLike)) and Path(name).exists() else image
+
+
+def has_metadata(image: Tensor, scan: MetaTensor | None = None) -> bool:
+    """Return True if an image (C, *spatial) still has the metadata that place it on its scan (C', *scan).
+
+    ``EnsureTyped(track_meta=False)``, and NumPy arrays between transforms, take the file and the affine away; later
+    transforms only record what they do to an image that begins at the origin, with voxels of 1 mm.
+
+    Args:
+        scan: as loaded from its file; None: unknown.
+    """
+    if not isinstance(image, MetaTensor):
+        return False
+    if any(key in image.meta for key in ("filename_or_obj", "original_affine", "spatial_shape")):
+        return True
+    chain = _trace(image)
+    size, affine = (image.shape[1:], _affine(image, image.ndim - 1)) if chain is None else (chain[0], chain[1].numpy())
+    if not np.allclose(affine, np.eye(len(affine)), atol=1e-6):
+        return True
+    return scan is not None and _same_grid(size, affine, scan)
+
+
+def geometry_of(image: MetaTensor, scan: MetaTensor, *, additive: bool) -> Geometry:
+    """Check by contents that a preprocessed image, brought back as `to_scan_grid` brings maps back, lies on its scan.
+
+    Args:
+        image: (C, *spatial) with affine and the trace of the preprocessing.
+        scan: (C', *scan) as loaded from its file.
+        additive: see `to_scan_grid`.
+    """
+    d = image.ndim - 1
+    here, there = (_affine(x, d) for x in (image, scan))
+    to_scan = np.linalg.solve(there, here)
+    trace = _trace(image) if additive and image.applied_operations else None
+    if trace is not None and _inverted(trace[0], trace[1], image, scan):
+        to_scan = trace[2]
+    return check_geometry(scan, image, to_scan)
+
+
+def _trace(image: MetaTensor) -> tuple[tuple[int, ...], Tensor, np.ndarray] | None:
+    """Return size, affine and matrix (voxel indices of the image to its own) of the grid before the trace.
+
+    None if a transform in it has no known geometry; `to_scan_grid` raises for it where the trace is needed.
+    """
+    d = image.ndim - 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `to_scan_grid` gives them
+        try:
+            chain, affine = steps(image.applied_operations, image.shape[1:], torch.as_tensor(_affine(image, d)))
+        except InputError:
+            return None
+    matrix = np.eye(d + 1)
+    for step in chain:  # last first
+        matrix = step.xform @ matrix
+    return (chain[-1].size_in if chain else tuple(image.shape[1:])), affine, matrix
+
+
+def _affine(image: MetaTensor, d: int) -> np.ndarray:
+    return np.asarray(to_affine_nd(d, np.asarray(image.affine, dtype=np.float64)))
+
+
+def _same_grid(size: Sequence[int], affine: Tensor | np.ndarray, scan: MetaTensor) -> bool:
+    d = len(size)
+    here = to_affine_nd(d, np.asarray(affine, dtype=np.float64))
+    return tuple(size) == tuple(scan.shape[1:]) and np.allclose(here, _affine(scan, d), rtol=1e-5, atol=1e-4)
+
+
+def _inverted(size: Sequence[int], affine: Tensor, values: MetaTensor, scan: MetaTensor) -> bool:
+    """Return True if the inverted trace leads to the scan's grid (of this size and affine), and not ``values`` itself.
+
+    If only the affine differs, a transform may have changed it without a record; `geometry_of` compares the contents.
+    """
+    if tuple(size) != tuple(scan.shape[1:]):
+        return False
+    return _same_grid(size, affine, scan) or not _same_grid(values.shape[1:], values.affine, scan)
 
 
 def _background(values: Tensor, scan: MetaTensor, image: MetaTensor) -> MetaTensor:
@@ -91,12 +169,9 @@ def to_scan_grid(
     if additive and values.applied_operations:
         back = invert_attribution(values)
         sums = {k: float(back.meta[k]) for k in ("sum_network_grid", "sum_scan_grid", "sum_in_padding")}
-        if tuple(back.shape[1:]) == shape:
+        if _inverted(back.shape[1:], torch.as_tensor(back.affine), values, scan):
             return back.as_tensor(), sums
-    same = tuple(values.shape[1:]) == shape and torch.allclose(
-        torch.as_tensor(values.affine).double(), torch.as_tensor(scan.affine).double(), atol=1e-4
-    )
-    if same:
+    if _same_grid(values.shape[1:], values.affine, scan):
         total = float(values.as_tensor().sum(dtype=torch.float64))
         return values.as_tensor(), {"sum_network_grid": total, "sum_scan_grid": total} if additive else {}
     if additive:
