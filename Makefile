@@ -16,7 +16,7 @@ NNUNET := .venv-nnunet
 # Two test processes with one thread each: more threads than cores make torch slower.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help setup demo test test-slow test-peers test-nnunet compatibility lint types wheel clean distclean
+.PHONY: help setup demo test test-slow test-peers test-nnunet compatibility limits lint types wheel clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -69,6 +69,10 @@ test-nnunet: $(NNUNET)/.ready
 # Measure missing or outdated cells of the table methods x networks, and write docs/compatibility.md.
 compatibility: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m tests.compatibility
+
+# Measure missing or outdated cells of the table methods x odd cases, and write docs/limits.md (about 15 minutes).
+limits: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m tests.odd
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
