@@ -87,7 +87,7 @@ class EnsembleInferer:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What determines the prediction, JSON-ready."""
+        """The parameters that determine the prediction, JSON-ready."""
         return {
             "name": type(self).__name__,
             "inferer": described(self._inferer),

@@ -21,7 +21,7 @@ from esegeta_monai.engine.network.state import evaluating, weights_hash
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.engine.sweep import sweep
-from esegeta_monai.errors import EsegetaError, MethodTimeout
+from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.explain.costs import check_cost
@@ -47,6 +47,11 @@ DEVIATES = 0.1
 
 LAYER_MAPS = ("layer map", "activation")
 """Values of `produces` of methods whose maps show a layer."""
+
+ONE_CALL = (
+    "{}: the method reads one call of the network for each place, and an ensemble or mirrored views have several: "
+    "explain one member without mirroring, or use GradCam or an input method"
+)
 
 NOISE_PASSES = 8
 """How often F is computed to measure its noise, where equal passes differ."""
@@ -162,6 +167,8 @@ class CaseRun:
                     yield outcomes.failed(method, b, record, error)
                 elif b.score is None or (b.score.empty and method.needs_voxels):
                     yield outcomes.empty(method, b, record)
+                elif predicted.plan.calls and not all(m.several_calls for m in (method, *method.inside())):
+                    yield outcomes.failed(method, b, record, MethodError(ONE_CALL.format(method.name)))
                 elif method.needs_linear and not b.score.linear:
                     yield outcomes.failed(method, b, record, not_linear(method, b))
                 else:

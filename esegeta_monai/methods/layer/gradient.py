@@ -76,6 +76,7 @@ class LayerActivationGuidedBackprop(Method):
         channel: c; None: the sum over all channels.
     """
 
+    several_calls = False
     reference = "Springenberg et al., ICLR workshop 2015, arXiv:1412.6806"
     produces = "input map"
     additive = False
