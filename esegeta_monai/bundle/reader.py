@@ -24,6 +24,7 @@ from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.weights import WeightSource, components, find_weights, load_weights, references
 from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.utils.types import flag
 
 __all__ = ["BundleReader", "bundle_network", "run_id_of"]
 
@@ -149,7 +150,7 @@ class BundleReader:
     @cached_property
     def amp(self) -> bool:
         """True if the evaluator runs the network under autocast."""
-        return bool(self._part("amp")) if self.has("amp") else False
+        return flag("amp", self._part("amp")) if self.has("amp") else False
 
     # ------------------------------------------------------------------ metadata
 

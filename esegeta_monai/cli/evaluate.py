@@ -38,6 +38,7 @@ from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import KINDS, Record
 from esegeta_monai.files.grids.resample import geometry_of, has_metadata, to_network_grid
+from esegeta_monai.files.maps import WITH_MAP
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.evaluation_writer import EvaluationWriter
 from esegeta_monai.output.place import NO_METADATA
@@ -316,7 +317,7 @@ class _Earlier:
         for file in sorted(folder.rglob("*.json")):
             content = read_json(file) or {}
             record = Record.from_json(content)
-            if record.map and record.case in wanted and record.status in ("ok", "zero"):
+            if record.map and record.case in wanted and record.status in WITH_MAP:
                 if not all(isinstance(content.get(key), KINDS[key]) for key in NEEDED):
                     logger.warning("%s does not name the method and target of its map: skipped", file.name)
                     continue

@@ -22,6 +22,7 @@ from esegeta_monai.engine.score import Case, Score
 from esegeta_monai.engine.window_loop import Jobs, WindowedNetwork
 from esegeta_monai.engine.windows.grid import OutputGrid
 from esegeta_monai.engine.windows.plan import Slices, last_axes, picked
+from esegeta_monai.errors import InputError
 from esegeta_monai.utils.distributed import Summed
 from esegeta_monai.utils.tensors import digest
 
@@ -80,7 +81,35 @@ class Objective(WindowedNetwork):
         else:  # the output is scaled: one window shows by how much
             with evaluating(self.model.network, self.model.device), torch.inference_mode():
                 out_roi = tuple(self.run(self.window(0), [0]).shape[2:])
+            self._check_shape(shape, out_roi)
         object.__setattr__(self, "grid", OutputGrid(self.plan, out_roi, self.image.dtype, self.image.device))
+
+    def _check_shape(self, shape: tuple[int, ...], out_roi: tuple[int, ...]) -> None:
+        """Check that the prediction has the shape (*out) that windows of shape (*out_roi) blend to."""
+        known, roi = self.plan.spatial_shape, self.plan.roi
+        if len(shape) == len(out_roi) == len(roi):
+            blended = [n * o / r for n, o, r in zip(known, out_roi, roi)]
+            if all(abs(n - b) <= 1 for n, b in zip(shape, blended)):
+                return
+        raise InputError(
+            f"the prediction has the shape {shape}, but the network gives {out_roi} for windows of {roi} of an image "
+            f"of {known}: give the network's own raw output, before it is resampled or cropped"
+        )
+
+    def check_output(self, out: Tensor) -> None:
+        """Check an output of the network (n, K, *out_roi) against the prediction.
+
+        Raises:
+            InputError: the prediction has other channels, or another shape where one window is the whole image.
+        """
+        given = self.prediction
+        if given is None or out.ndim < 2 or "problem" in self.differs_by:  # such as the output of a layer
+            return
+        if out.shape[1] != len(given) or (self.plan.whole and tuple(out.shape[2:]) != tuple(given.shape[1:])):
+            raise InputError(
+                f"the prediction has the shape {tuple(given.shape)}, but the network gives {tuple(out.shape[1:])} for "
+                "an image: give its own raw output, before postprocessing"
+            )
 
     # -- variants and computed values ---------------------------------------------------------------------------
 
@@ -123,6 +152,21 @@ class Objective(WindowedNetwork):
             vars(other).update({name: vars(self)[name] for name in _SHARED if name in vars(self)})
         if full_precision:  # windows are compared with one prediction, whatever the precision
             other._memo["blend deviations"] = self.blend_deviations()
+        return other
+
+    def in_float64(self) -> Objective:
+        """Return this objective with a copy of the network in float64; F at the image is recomputed.
+
+        Raises:
+            Exception: whatever copying the network or converting it to float64 raises.
+        """
+        condition = None if self.condition is None else self.condition.double()
+        prediction = None if self.prediction is None else self.prediction.double()
+        model, image = self.model.in_float64(), self.image.double()
+        other = self.derive(model=model, image=image, condition=condition, prediction=prediction, recompute_value=True)
+        if self.knows("default layer"):  # rounding must not choose another one
+            other._memo["default layer"] = self._memo["default layer"]
+        other._memo["blend deviations"] = self.blend_deviations()
         return other
 
     def memo(self, key: Hashable, make: Callable[[], T]) -> T:

@@ -68,9 +68,13 @@ class WindowedNetwork:
             condition = torch.stack([self.plan.cut(self.condition, w) for w in windows]).to(self.model.device)
         out = self.model(x, slice_axis=self.plan.slice_axis, coordinates=coordinates, condition=condition)
         self.context.progress.passed(len(windows))
+        self.check_output(out)
         if all_channels or len(self.channels) in (0, out.shape[1]):
             return out
         return out[:, picked(self.channels)]
+
+    def check_output(self, out: Tensor) -> None:
+        """Check an output of the network (n, K, *out_roi); nothing is known of it here."""
 
     def window(self, window: int) -> Tensor:
         """Return one window of the image as a batch (1, C, *roi) on the network's device."""

@@ -21,8 +21,8 @@ class Attribution:
     """The map of one method for one target of a case.
 
     Attributes:
-        map: MetaTensor (C, *spatial) on the grid of the image, raw values in the network's dtype; None if there is
-            none (see ``record["status"]``).
+        map: MetaTensor (C, *spatial) on the grid of the image, raw values in the network's dtype, or in float64 if it
+            was computed again (``record["float64_fallback"]``); None if there is none (see ``record["status"]``).
         method, target: the objects; a target with several scores gives several attributions.
         case: index of the image in the batch.
         record: JSON-ready: status, parameters, sums, completeness gap, windows, seconds, memory, versions, warnings.
@@ -44,7 +44,7 @@ class Attribution:
 
     @property
     def status(self) -> str:
-        """ok, zero, empty_target, failed or timeout."""
+        """ok, zero, incomplete, empty_target, failed or timeout."""
         return self.record["status"]
 
 

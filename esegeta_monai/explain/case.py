@@ -55,6 +55,7 @@ class BatchInputs:
 
         Raises:
             UsageError: ``data`` has another length than the batch.
+            InputError: ``prediction`` has another length than the batch.
         """
         n, kwargs = len(self.joined), self.network_kwargs or {}
         choice, prediction = None, None
@@ -67,6 +68,11 @@ class BatchInputs:
         condition = kwargs.get("condition")
         if len(data) != n:
             raise UsageError(f"data has {len(data)} entries for {n} images")
+        if prediction is not None and prediction.ndim and len(prediction) != n:
+            raise InputError(
+                f"the prediction has shape {tuple(prediction.shape)} for {n} image(s): give (B, K, ...) with one entry "
+                "per image"
+            )
         for i, image in enumerate(cases_of(self.joined)):
             yield CaseInput(
                 i,

@@ -24,7 +24,7 @@ from esegeta_monai.engine.score import Score
 from esegeta_monai.errors import MetricError, RankLost, UsageError, named_reason
 from esegeta_monai.explain.explainer import Explainer
 from esegeta_monai.explain.names import ResultNames
-from esegeta_monai.explain.record import Record
+from esegeta_monai.explain.record import Record, tensor_hash
 from esegeta_monai.explain.run import JudgedCase
 from esegeta_monai.methods.base import METHODS, Explained, Method, Outcome
 from esegeta_monai.methods.precision import full_precision
@@ -32,7 +32,9 @@ from esegeta_monai.methods.run import run_together
 from esegeta_monai.metrics.base import METRICS, Metric, MetricInput, asking, better
 from esegeta_monai.metrics.controls import Control, controls
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM, region_table
+from esegeta_monai.metrics.removal import used_parts
 from esegeta_monai.targets.base import TARGETS
+from esegeta_monai.utils.types import flag
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -68,12 +70,14 @@ class EvaluationResult:
         regions: one per target, method and region.
         failed: reasons why a method has no map for a target, by ``target, method``.
         empty: reasons of the targets without a voxel, by target; these are not failures.
+        measured_on: shape and affine (mm) of the preprocessed image, its SHA-256 and the seed: the metrics' grid.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     regions: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     empty: dict[str, str] = field(default_factory=dict)
+    measured_on: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def joined(cls, parts: Iterable[EvaluationResult]) -> EvaluationResult:
@@ -86,6 +90,7 @@ class EvaluationResult:
         for part in parts:
             whole.failed |= part.failed
             whole.empty |= part.empty
+            whole.measured_on |= part.measured_on
             for kept, further in ((whole.rows, part.rows), (whole.regions, part.regions)):
                 keys = [(row["target"], row["method"], row.get("metric"), row.get("region")) for row in further]
                 kept += [row for key, row in zip(keys, further) if key not in seen]
@@ -119,7 +124,7 @@ class Evaluator:
         outside_alarm: float = OUTSIDE_ALARM,
     ) -> None:
         self.explainer, self.outside_alarm = explainer, alarm_share(outside_alarm)
-        self.metrics, self.with_controls = chosen_metrics(metrics), with_controls
+        self.metrics, self.with_controls = chosen_metrics(metrics), flag("with_controls", with_controls)
 
     def __call__(
         self,
@@ -169,6 +174,12 @@ class Evaluator:
             result.empty |= dict(judged.empty)
             if judged.objective is None:
                 continue
+            result.measured_on = {
+                "network_grid": list(image.shape[1:]),
+                "network_affine": torch.as_tensor(image.affine).double().tolist(),
+                "image_sha256": tensor_hash(judged.objective.image),
+                "seed": judged.objective.seed,
+            }
             case = _Case(judged, full_precision(judged.objective), image, label, label_value, _plain(body, dims), names)
             case.known = known
             self._case(case, chosen, maps, result, regions if regions is not None else label, region_names)
@@ -401,7 +412,7 @@ def _measured(metric: Metric, title: str, subject: MetricInput) -> dict[str, Any
     }
     try:
         result = metric.update(subject)
-        row |= result.as_json()
+        row |= {**result.as_json(), "used": used_parts(metric, subject)}
         if result.value is None:
             row |= {"status": "undefined", "reason": result.notes.get("undefined")}
     except MetricError as error:

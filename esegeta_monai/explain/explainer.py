@@ -31,7 +31,7 @@ from esegeta_monai.explain.settings import Checks, InputsAs, OnError, Settings
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.distributed import Processes
-from esegeta_monai.utils.types import number
+from esegeta_monai.utils.types import flag, number
 
 __all__ = ["Attribution", "Explainer"]
 
@@ -46,7 +46,8 @@ class Explainer:
         network: any `torch.nn.Module`; of (Distributed)DataParallel, the wrapped module is used.
         inferer: the inferer of the prediction; None: the network sees the whole image.
         device: device on which windows are computed, which must be the network's; None: the network's.
-        amp: autocast (float16 on CUDA, bfloat16 elsewhere, or ``amp_kwargs["dtype"]``) for methods that allow it.
+        amp: autocast (float16 on CUDA, bfloat16 elsewhere, or ``amp_kwargs["dtype"]``) for methods that allow it. On a
+            CPU this differs from MONAI's engines, whose ``amp`` changes nothing there.
         volume_device: device that stores volumes; None: the inferer's ``device``, else ``device``.
         output: key or index of the explained output, if the network returns several; a path for nested ones,
             ``"classification.0"``; for one tensor (B, heads, K, *spatial) or (B, steps, K), the index along its second
@@ -127,22 +128,22 @@ class Explainer:
             inferer=inferer,
             device=device,
             volume_device=torch.device(volume_device or getattr(inferer, "device", None) or device),
-            amp=bool(amp),
+            amp=flag("amp", amp),
             amp_kwargs=dict(amp_kwargs or {}),
             output=output if output is None or isinstance(output, (int, str)) else ".".join(map(str, output)),
             class_names={int(k): v for k, v in (class_names or {}).items()},
             channel_names=list(channel_names or []),
             window_batch=number("window_batch", window_batch, int | None, 0),
             seed=number("seed", seed, int, -1),
-            progress=progress,
+            progress=flag("progress", progress),
             time_limit=number("time_limit", time_limit, float | None, 0),
-            allow_costly=bool(allow_costly),
-            processes=Processes.current() if distributed else Processes(),
+            allow_costly=flag("allow_costly", allow_costly),
+            processes=Processes.current() if flag("distributed", distributed) else Processes(),
             on_error=on_error,
-            checks=checks,
             head=head,
             postprocessing=Postprocessing.of(postprocessing),
             inputs_as=inputs_as,
+            checks="once" if checks == "once" else flag("checks", checks),
         )
 
     def __call__(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from esegeta_monai.engine.score import Score, WeightedScore
 from esegeta_monai.engine.windows.plan import WindowPlan
@@ -16,6 +18,7 @@ from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.explain.record import Record, inputs_sha256, tensor_hash
 from esegeta_monai.explain.settings import Settings
 from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.completeness import is_incomplete
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.files import versions
 from esegeta_monai.utils.registry import json_ready
@@ -102,6 +105,10 @@ class Outcomes:
         record.update(json_ready(outcome.note(k)))
         if record.amp_fallback is not None:
             record.warnings = [*record.warnings, f"computed in float32: {record.amp_fallback}"]
+        unknown = _not_finite(record)
+        if unknown is not None:
+            yield self.failed(method, bound, record, MethodError(f"{method.name}: {unknown}"))
+            return
         case, channels = self.case, self.case.channels
         values = outcome.maps[k]
         per_input = bool(channels) and values.shape[0] == sum(channels.values())
@@ -111,9 +118,11 @@ class Outcomes:
             own = replace(record, more=dict(record.more))
             finite = all_finite(part)
             own.sum = float(part.sum(dtype=torch.float64)) if finite else None
-            own.status = "ok" if finite and largest(part) > 0 else ("zero" if finite else "failed")
+            own.status = self._status(method, own, part) if finite else "failed"
             if name is not None:
                 own.input = name
+            if method.produces == "input map" and len(part) == 1 < case.image.shape[0] and name is None:
+                own.channels, own.channel_names = "all", ["all channels"]
             if not finite:
                 bad = int((~torch.isfinite(part)).sum())
                 error = MethodError(
@@ -129,6 +138,13 @@ class Outcomes:
                 ]
             attribution = like_image(part, case.image)
             yield Attribution(attribution, method, bound.target, case.index, own.to_json(), bound.label, mask, name)
+
+    @staticmethod
+    def _status(method: Method, record: Record, part: Tensor) -> str:
+        if largest(part) == 0:
+            return "zero"
+        incomplete = is_incomplete(method, record.completeness_gap, record.completeness_gap_of_map)
+        return "incomplete" if incomplete else "ok"
 
     def failed(self, method: Method, bound: BoundTarget, record: Record, error: Exception) -> Attribution:
         """Return the attribution of a failure: without a map, with the reason in the record.
@@ -149,6 +165,22 @@ class Outcomes:
         image_label = bound.score is not None and not bound.score.box
         record.reason = NO_LABEL if image_label else NOTHING_THERE.format(bound.label)
         return Attribution(None, method, bound.target, self.case.index, record.to_json(), bound.label)
+
+
+def _not_finite(record: Record) -> str | None:
+    """Return why the values of F in a record make its map meaningless; None if they are finite."""
+    if record.value is not None and not math.isfinite(record.value):
+        return f"the score F is {record.value:g} at the image: choose another target or output"
+    if record.baseline_value is not None and not math.isfinite(record.baseline_value):
+        return (
+            f"the score F is {record.baseline_value:g} at the baseline, so the map explains no difference: choose "
+            "another baseline, such as baseline='blur(sigma=4)' (a network that divides by the deviation of its input "
+            "has no output for a constant one)"
+        )
+    gap = record.completeness_gap
+    if gap is not None and not math.isfinite(gap):
+        return f"the completeness gap is {gap:g}: the sums of the map or of the score are not finite"
+    return None
 
 
 def not_linear(method: Method, bound: BoundTarget) -> MethodError:

@@ -99,6 +99,10 @@ class Prediction:
             self.model.inferer = settings.inferer
         self._check_network()
         self.prediction = self._predict()
+        if not all_finite(self.prediction):
+            whose = "given prediction" if case.prediction is not None else "prediction"
+            raise NetworkError(f"the {whose} has values that are NaN or infinite: there is nothing to explain")
+        self._check_values()
         self.head = Head()
         if layer is None:
             self._note_output()
@@ -146,10 +150,13 @@ class Prediction:
         model.network, model.output, model.inferer = settings.network, settings.output, None
         condition = None if case.condition is None else case.condition.to(self.image)
         once = settings.checks == "once"
-        case.checks += check_network_once(model, self.image, self.plan, condition=condition, ignore_weights=once)
-        for check in case.checks:
-            if check.verdict == "warned":
-                logger.warning(check.text)
+        results = check_network_once(model, self.image, self.plan, condition=condition, ignore_weights=once)
+        for check in results:
+            if self._verdict(check.name) is None:  # a case is predicted once per layer
+                case.checks.append(check)
+                if check.verdict == "warned":
+                    logger.warning(check.text)
+        self.model.mixes_rows = self._mixes_rows
         self.model.copies_input = self._verdict("input") != "passed"
         batch = getattr(settings.inferer, "sw_batch_size", 1)
         if self._mixes_rows and batch > 1 and len(self.plan) > 1 and case.prediction is None:
@@ -158,6 +165,18 @@ class Prediction:
                 f"differs from that of the inferer with sw_batch_size={batch}; predict with sw_batch_size=1"
             )
             logger.warning(self.notes[-1])
+
+    def _check_values(self) -> None:
+        """Add the check of the values of image and prediction, which are finite, to those of the case."""
+        low, high = (float(v) for v in self.image.aminmax())
+        result = CheckResult("finite", "passed", "image and prediction are finite")
+        if low == high:
+            text = f"every voxel of the image is {low:g}: there is no structure that a map could show; check the scan"
+            result = CheckResult("finite", "warned", f"{text} and its preprocessing", low)
+            logger.warning(result.text)
+        known = any(check.name == "finite" for check in self.case.checks)  # a case is predicted once per layer
+        if not known and (self.settings.checks or result.verdict != "passed"):
+            self.case.checks.append(result)
 
     @property
     def _mixes_rows(self) -> bool:
@@ -265,6 +284,8 @@ class Prediction:
         """Return the unperturbed prediction (K, *out) by the user's own inferer."""
         settings, case, model = self.settings, self.case, self.model
         if case.prediction is not None and not isinstance(model.network, LayerOutput):
+            if case.prediction.is_complex():
+                raise InputError("the given prediction has complex values: give the network's own raw output")
             return case.prediction.detach().to(self.image)
         user, ranks, windows = settings.inferer, settings.processes, len(self.plan)
         inferer = user if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
@@ -318,10 +339,7 @@ class Prediction:
         with evaluating(settings.network, settings.device), torch.no_grad(), together, _changed(user, changes):
             blended.prediction = infer()
         assert blended.prediction is not None
-        prediction = blended.prediction.to(self.image)
-        if not all_finite(prediction):
-            raise NetworkError("the prediction has values that are NaN or infinite: there is nothing to explain")
-        return prediction
+        return blended.prediction.to(self.image)
 
 
 class _Reached(Exception):  # noqa: N818 - no error: it ends a pass at the first 3D convolution

@@ -50,12 +50,14 @@ class Record:
     """The record of one map: `Attribution.record` in memory, the sidecar ``…_attr.json`` on disk.
 
     Attributes:
-        status: ok, zero, empty_target, failed or timeout; ``reason``: why there is no map.
+        status: ok, zero, incomplete, empty_target, failed or timeout; ``reason``: why there is no map.
         sum: of the map on the network's grid, in its ``units``. completeness_gap: its relative difference from the
-            change of the score. value, baseline_value: F at the image and at the baseline.
+            change of the score; completeness_gap_of_map: relative to the sum of the map's absolute values. value,
+            baseline_value: F at the image and at the baseline.
         blend_deviation: largest difference of the blended windows from the prediction, relative to its largest value.
         predicted_class, predicted_class_name, predicted_probability: of a classification network.
         amp: dtype of autocast; amp_correlation: of the map with one in float32; amp_fallback: why float32 was used.
+        float64_fallback: why float64 was used.
         windows_used, windows_total: windows that the targets see, and all. window_passes: windows that went through the
             network. window_batch: windows per forward pass. coverage: share of the voxels in a window, 0 to 1.
         seconds: wall time. peak_memory_bytes: see `peak_memory`. ranks: number of processes.
@@ -66,7 +68,8 @@ class Record:
             class_name: its class.
         target_sha256, inputs_sha256, image_sha256, scan_sha256: of mask and box, of `inputs_sha256`, of the
             preprocessed image, of the scan's file.
-        channel_names: of the image. input: name of the image input, where a network has several.
+        channel_names: of the image; channels: ``"all"`` where the map has one channel for all of them.
+        input: name of the image input, where a network has several.
         seed, output: of the explainer; inferer, network: names and parameters.
         network_grid, network_affine: shape (*spatial) and affine (mm) of the preprocessed image.
         versions: of the packages. warnings: texts.
@@ -74,6 +77,7 @@ class Record:
         noise: standard deviation of F over repeated passes, in units of the target, where equal passes differ.
         head: the meaning of the output, with evidence and certainty, see `esegeta_monai.engine.head.Head`.
             value_units: units of the target, value and baseline_value.
+        absorbed_share: share of F(x) that biases absorb, of methods that propagate relevance.
         layer, channel, features, curve, intensity_range, place, distance_end: of methods that have them: layer name,
             channel number, feature table, optimisation curve, intensities of black and white, place of a synthesised
             image, final layer distance.
@@ -89,6 +93,7 @@ class Record:
     status: str | None = field(default=None, metadata=ALWAYS)
     sum: float | None = field(default=None, metadata=ALWAYS)
     completeness_gap: float | None = field(default=None, metadata=ALWAYS)
+    completeness_gap_of_map: float | None = field(default=None, metadata=ALWAYS)
     blend_deviation: float | None = field(default=None, metadata=ALWAYS)
     value: float | None = field(default=None, metadata=ALWAYS)
     baseline_value: float | None = field(default=None, metadata=ALWAYS)
@@ -132,10 +137,13 @@ class Record:
     warnings: list[str] = field(default_factory=list, metadata=ALWAYS)
     versions: dict[str, str] | None = field(default=None, metadata=ALWAYS)
     reason: str | None = None
+    float64_fallback: str | None = None
+    absorbed_share: float | None = None
     checks: list[dict[str, Any]] | None = None
     noise: float | None = None
     head: dict[str, Any] | None = None
     value_units: str | None = None
+    channels: str | None = None
     input: str | None = None
     ranks: int | None = None
     passes_shared_with: list[str] | None = None

@@ -18,9 +18,9 @@ from esegeta_monai.files.scans import Grid
 from esegeta_monai.utils.files import INTENDED_USE, atomic, read_json, sha256_file, strict_json, write_json
 from esegeta_monai.utils.names import MAP_SUFFIXES
 
-__all__ = ["is_complete", "on_disk", "picture_path", "save_map", "save_sidecar", "sidecar_path"]
+__all__ = ["WITH_MAP", "is_complete", "on_disk", "picture_path", "save_map", "save_sidecar", "sidecar_path"]
 
-WITH_MAP = ("ok", "zero")
+WITH_MAP = ("ok", "zero", "incomplete")
 """Statuses with a map on disk. An empty target has a sidecar only; all other statuses are computed again."""
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 _MISSING = object()
@@ -178,8 +178,9 @@ def is_complete(map_path: str | os.PathLike[str], key: Mapping[str, Any]) -> boo
         key: the entries of the record that determine a map: method, parameters, target, hashes of weights, configs and
             scan, seed, versions. Each must be in the sidecar with an equal value.
 
-    A map is not complete, and is computed again, if its sidecar is missing or unreadable, its status is not ok, zero
-    or empty_target, a parameter or hash differs, or the map is missing or no longer has the recorded SHA-256.
+    A map is not complete, and is computed again, if its sidecar is missing or unreadable, its status is not ok, zero,
+    incomplete or empty_target, a parameter or hash differs, or the map is missing or no longer has the recorded
+    SHA-256.
     """
     record = read_json(sidecar_path(map_path))
     if record is None or record.get("status") not in (*WITH_MAP, "empty_target"):

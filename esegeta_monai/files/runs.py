@@ -19,8 +19,9 @@ __all__ = ["STATUSES", "RunRecord"]
 
 logger = logging.getLogger(__name__)
 
-STATUSES = ("ok", "zero", "empty_target", "failed", "timeout", "skipped")
-"""Computed; a map of exact zeros; no predicted voxel; an error; the time limit; finished in an earlier run."""
+STATUSES = ("ok", "zero", "incomplete", "empty_target", "failed", "timeout", "skipped")
+"""Computed; a map of exact zeros; a map that misses its sum; no predicted voxel; an error; the time limit; finished in
+an earlier run."""
 UNFINISHED = ("failed", "timeout")
 
 Key = tuple[str, str | None, str | None]
@@ -96,7 +97,8 @@ class RunRecord:
 
     @property
     def exit_code(self) -> int:
-        """0 if everything succeeded (including empty targets and zero maps), 1 if some case or method failed."""
+        """0 if everything succeeded, 1 if some case or method failed; empty targets and maps that are zero or
+        incomplete are no failures."""
         return int(any(entry["status"] in UNFINISHED for entry in self._results.values()))
 
     def join(self, ranks: Processes) -> None:

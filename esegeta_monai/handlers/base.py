@@ -33,10 +33,10 @@ from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.targets.regions import OutputValue
 from esegeta_monai.utils.distributed import SHARES, Processes, Share
-from esegeta_monai.utils.types import number
+from esegeta_monai.utils.types import flag, number
 from esegeta_monai.utils.upstream import attached_handlers, postprocessing_of
 
-__all__ = ["CaseHandler", "flag", "numbered"]
+__all__ = ["CaseHandler", "numbered"]
 
 
 class CaseHandler(ABC):
@@ -151,7 +151,7 @@ class CaseHandler(ABC):
             engine.network,
             plain_inferer(engine),
             engine.state.device,
-            bool(getattr(engine, "amp", False)),
+            self._amp(engine),
             amp_kwargs=getattr(engine, "amp_kwargs", None),
             output=self.output,
             class_names=self.class_names,
@@ -168,6 +168,12 @@ class CaseHandler(ABC):
         self._weights = None
         if self._due(engine.state.epoch + 1):
             self._enter_due(engine, engine.state.epoch + 1)
+
+    @staticmethod
+    def _amp(engine: Any) -> bool:
+        """Return True if the engine predicts under autocast: MONAI's engines do on CUDA devices only, by
+        ``torch.autocast("cuda")``, which changes nothing on a CPU."""
+        return flag("amp", getattr(engine, "amp", False)) and engine.state.device.type == "cuda"
 
     def _enter_due(self, engine: Any, epoch: int) -> None:
         """Open the folder of an epoch; after the first one, a folder that cannot be written does not end the run."""
@@ -345,20 +351,6 @@ class CaseHandler(ABC):
         for transform in sorted(savers, key=lambda t: self.pred_key not in t.keys):
             return getattr(transform.saver.folder_layout, what, None)
         return None
-
-
-def flag(name: str, value: Any) -> bool:
-    """Return a boolean option; shells pass booleans as text, and ``bool('false')`` would be True.
-
-    Raises:
-        UsageError: it is neither true nor false.
-    """
-    known = {"true": True, "false": False}
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() not in known:
-        raise UsageError(f"{name}={value!r}: give true or false")
-    return known[str(value).lower()]
 
 
 def numbered(name: str, names: Mapping[Any, str]) -> dict[int, str]:

@@ -21,11 +21,12 @@ from esegeta_monai.errors import EsegetaError, InputError, RankLost, named_reaso
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.evaluation import Evaluator, Known, alarm_share, chosen_metrics, value_of_label
 from esegeta_monai.explain.record import Record
-from esegeta_monai.handlers.base import CaseHandler, flag, numbered
+from esegeta_monai.handlers.base import CaseHandler, numbered
 from esegeta_monai.handlers.explanation import ExplanationHandler
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM
 from esegeta_monai.output.evaluation_writer import EvaluationWriter
 from esegeta_monai.utils.distributed import Share
+from esegeta_monai.utils.types import flag
 from esegeta_monai.utils.upstream import attached_handlers
 
 __all__ = ["EvaluationHandler"]

@@ -17,11 +17,12 @@ from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.costs import Cost, table
 from esegeta_monai.files.maps import picture_path
-from esegeta_monai.handlers.base import CaseHandler, flag
+from esegeta_monai.handlers.base import CaseHandler
 from esegeta_monai.handlers.series import ExplanationSeries
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.utils.distributed import Share
+from esegeta_monai.utils.types import flag
 
 __all__ = ["ExplanationHandler"]
 

@@ -20,6 +20,7 @@ from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.metrics import MetricInput, RelevanceMass
 from esegeta_monai.metrics.randomisation import similarity
 from esegeta_monai.utils.files import atomic
+from esegeta_monai.utils.types import flag
 
 __all__ = ["TABLE", "ExplanationSeries"]
 
@@ -69,8 +70,8 @@ class ExplanationSeries:
         tensorboard: bool = True,
     ) -> None:
         self.label_key, self._log_dir = label_key, str(log_dir)
-        self._writer, self._tensorboard = summary_writer, tensorboard
-        if tensorboard and summary_writer is None and not optional_import("torch.utils.tensorboard")[1]:
+        self._writer, self._tensorboard = summary_writer, flag("tensorboard", tensorboard)
+        if self._tensorboard and summary_writer is None and not optional_import("torch.utils.tensorboard")[1]:
             raise UsageError(
                 "the series is written to TensorBoard, which is not installed: pip install tensorboard, or set "
                 "tensorboard=False"

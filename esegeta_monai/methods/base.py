@@ -29,7 +29,8 @@ __all__ = [
     "Outcome",
     "Passes",
     "Produces",
-    "relative_gap",
+    "completeness",
+    "gaps",
 ]
 
 Produces = Literal["input map", "layer map", "synthesised image", "activation"]
@@ -98,7 +99,10 @@ class Method(Configurable, ABC):
         needs_gradient: False for black-box methods, which also run on TorchScript networks.
         needs_linear: True if the method is defined for scores linear in the prediction only (``output="logit"``).
         full_precision: True: never run the method under autocast.
-        gap_advice: advice for a map with a completeness gap.
+        gap_bound: completeness gap above which a map is incomplete; a method with ``tolerance`` has its own.
+        gap_advice: advice for an incomplete map.
+        repeats_in_float64: True: a float32 map that is incomplete is computed again in float64, since only rounding can
+            be the cause.
         reads_image_value: the method reads F(image) even for linear targets: one more forward pass where no prediction
             was given, as at the noisy images of `SmoothGrad`.
         cheap_parameters: (name, value) pairs of the parameters that make the method cheap, see `cheap_copy`.
@@ -112,6 +116,8 @@ class Method(Configurable, ABC):
     needs_linear: ClassVar[bool] = False
     full_precision: ClassVar[bool] = False
     reads_image_value: ClassVar[bool] = False
+    repeats_in_float64: ClassVar[bool] = False
+    gap_bound: ClassVar[float] = 5e-2
     gap_advice: ClassVar[str] = "read it as a ranking of places, not as shares"
     cheap_parameters: ClassVar[Limits] = (("n_steps", 4), ("n_samples", 4), ("tolerance", None))
 
@@ -124,6 +130,12 @@ class Method(Configurable, ABC):
     def signed(self) -> bool:
         """True if the map has positive and negative values."""
         return True
+
+    @property
+    def completeness_bound(self) -> float:
+        """Completeness gap above which a map is incomplete: the stated ``tolerance``, or ``gap_bound``."""
+        tolerance: float | None = getattr(self, "tolerance", None)
+        return self.gap_bound if tolerance is None else tolerance
 
     @property
     def needs_voxels(self) -> bool:
@@ -193,13 +205,32 @@ class Method(Configurable, ABC):
 METHODS: Registry[Method] = Registry("method", Method, "esegeta_monai.methods")
 
 
-def relative_gap(maps: Tensor, values: Tensor, baseline_values: Tensor) -> list[float | None]:
-    """Compute the completeness gap ``|Σ map − (F(x) − F(x₀))| / |F(x) − F(x₀)|`` per target; None if F is unchanged.
+def completeness(maps: Tensor, expected: Tensor, elsewhere: Tensor | None = None) -> dict[str, list[float | None]]:
+    """Compare the sums of maps with what they should add up to.
 
     Args:
         maps: attributions (k, …).
-        values, baseline_values: F at the image and at the baseline (k,).
+        expected: the sums that they should have (k,), such as ``F(x) − F(x₀)``.
+        elsewhere: parts of these sums that are not in the maps (k,), such as relevance that biases absorb.
+
+    Returns:
+        Notes with one value per target: ``completeness_gap``, the absolute difference relative to ``|expected|``, None
+        where this is 0, and ``completeness_gap_of_map``, relative to the sum of the map's absolute values, None where
+        this is 0.
+
+    >>> completeness(torch.tensor([[1.0, 2.0]]), torch.tensor([4.0]))
+    {'completeness_gap': [0.25], 'completeness_gap_of_map': [0.3333333333333333]}
     """
     sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu()
-    expected = (values - baseline_values).double().cpu()
-    return [abs(float((s - e) / e)) if e != 0 else None for s, e in zip(sums, expected)]
+    sizes = maps.flatten(1).abs().sum(1, dtype=torch.float64).cpu()
+    return gaps(sums if elsewhere is None else sums + elsewhere.double().cpu(), sizes, expected)
+
+
+def gaps(sums: Tensor, sizes: Tensor, expected: Tensor) -> dict[str, list[float | None]]:
+    """Return the notes of `completeness` from the sums of maps and of their absolute values, (k,) each."""
+    expected = expected.double().cpu()
+    missed = (sums - expected).abs()
+    return {
+        "completeness_gap": [float(m / e.abs()) if e != 0 else None for m, e in zip(missed, expected)],
+        "completeness_gap_of_map": [float(m / size) if size != 0 else None for m, size in zip(missed, sizes)],
+    }

@@ -12,12 +12,10 @@ from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.run_context import SampleComplete
 from esegeta_monai.engine.sweep import Request, sweep
 from esegeta_monai.methods.base import Explained, Method, Outcome, Passes
+from esegeta_monai.methods.completeness import repeated_in_float64, warn_of_sums
 from esegeta_monai.methods.precision import run_precisely
 
 __all__ = ["grouped", "run", "run_together", "shares_passes"]
-
-GAP = 0.05
-"""Relative completeness gap above which a map comes with a warning."""
 
 
 def run(method: Method, objective: Objective) -> Explained:
@@ -38,12 +36,18 @@ def run(method: Method, objective: Objective) -> Explained:
 def run_together(methods: Sequence[Method], objective: Objective) -> list[Outcome]:
     """Run several methods side by side, each in the precision that is enough for it.
 
-    See `esegeta_monai.methods.precision`. A method that fails does not end the others.
+    See `esegeta_monai.methods.precision`. A method that fails does not end the others. Rule methods whose map misses
+    its sum in float32 run again in float64.
 
     Returns:
         The outcome of each method, in order.
     """
-    return run_precisely(methods, objective, _run_side_by_side)
+    outcomes = run_precisely(methods, objective, _run_side_by_side)
+    outcomes = repeated_in_float64(methods, objective, outcomes, _run_side_by_side)
+    for method, outcome in zip(methods, outcomes):
+        if outcome.result is not None:
+            warn_of_sums(method, objective, outcome.result)
+    return outcomes
 
 
 def _run_side_by_side(methods: Sequence[Method], objective: Objective) -> list[Outcome]:
@@ -65,7 +69,7 @@ def _run_side_by_side(methods: Sequence[Method], objective: Objective) -> list[O
             requests[i] = passes.send(answer)
             running[i] = passes
         except StopIteration as stop:
-            outcomes[i].result = _explained(stop.value, methods[i], objective)
+            outcomes[i].result = _explained(stop.value)
         except Exception as error:  # the caller raises or records it
             failed(i, error)
 
@@ -78,7 +82,7 @@ def _run_side_by_side(methods: Sequence[Method], objective: Objective) -> list[O
         if isinstance(value, Generator):
             step(i, value, None)
         else:
-            outcomes[i].result = _explained(value, method, objective)
+            outcomes[i].result = _explained(value)
     while running:
         current = running
         now = _due({i: requests[i] for i in sorted(current)})
@@ -109,17 +113,8 @@ def _answers(objective: Objective, requests: dict[int, Request]) -> dict[int, An
     return {i: answer for i, request in requests.items() for answer in _answers(objective, {i: request}).values()}
 
 
-def _explained(value: Explained | Tensor, method: Method, objective: Objective) -> Explained:
-    """Wrap what a method returned; warn if its completeness gap is above `GAP`."""
-    explained = value if isinstance(value, Explained) else Explained(value)
-    gaps = explained.notes.get("completeness_gap") or []
-    progress = objective.context.progress
-    for score, gap in zip(objective.scores, gaps):
-        start = f"{method.name}: the map's sum misses what it should add up to by"
-        warned = any(w.startswith(f"{score.label}: {start}") for w in progress.warnings)  # at other noisy images
-        if gap is not None and gap > GAP and not warned:
-            progress.warn(f"{start} {100 * gap:.0f} %: {method.gap_advice}", score.label)
-    return explained
+def _explained(value: Explained | Tensor) -> Explained:
+    return value if isinstance(value, Explained) else Explained(value)
 
 
 def shares_passes(method: Method) -> bool:

@@ -25,8 +25,9 @@ from esegeta_monai.engine.perturbation.scoring import known_score_changes
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.metrics.base import MetricInput
 from esegeta_monai.utils.registry import json_ready
+from esegeta_monai.utils.tensors import digest
 
-__all__ = ["Removal", "blind", "check_parts", "drawn_removals", "ranking", "removal_of", "value_of"]
+__all__ = ["Removal", "blind", "check_parts", "drawn_removals", "ranking", "removal_of", "used_parts", "value_of"]
 
 CELLS = {2: 16, 3: 8}
 """Default number of blocks per axis, by dimension."""
@@ -186,6 +187,37 @@ def blind(subject: MetricInput, full: float) -> bool:
     it would be rounding errors."""
     value = value_of(subject)
     return abs(full) <= 100 * torch.finfo(subject.need_objective().image.dtype).eps * max(abs(value), abs(value + full))
+
+
+def used_parts(metric: object, subject: MetricInput) -> dict[str, Any]:
+    """Return what a metric replaces and by what, so that its value can be computed again.
+
+    Returns:
+        ``baseline``, as chosen, with its value per channel if it is constant, and the SHA-256 of its first draw;
+        ``features``, as chosen. {} for metrics without these parameters.
+
+    No window pass is needed: a baseline that replaces a part of the image is chosen from the image alone.
+    """
+    used: dict[str, Any] = {}
+    baseline, features = getattr(metric, "baseline", None), getattr(metric, "features", None)
+    objective = subject.need_objective()
+    if is_feature_mean(baseline):
+        used["baseline"] = {"name": "mean of each feature"}
+    elif baseline is not None:
+
+        def drawn() -> dict[str, Any]:
+            parsed = baseline_for(baseline, local=True)
+            volume = parsed.draw(objective, objective.generator())
+            flat = volume.flatten(1)
+            values = {"values": flat[:, 0].tolist()} if bool((flat == flat[:, :1]).all()) else {}
+            return {**parsed.record(), **values, "sha256": digest(volume).hex()}
+
+        by = id(baseline) if isinstance(baseline, Tensor) else repr(json_ready(baseline))
+        used["baseline"] = json_ready(subject.once(("used baseline", by), drawn))
+    if features is not None:
+        blocks = isinstance(features, str) and features == "blocks"
+        used["features"] = json_ready(_blocks(objective) if blocks else features_for(features))
+    return used
 
 
 def check_parts(features: Any, baseline: Any) -> None:

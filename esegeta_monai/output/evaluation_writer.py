@@ -153,7 +153,7 @@ class EvaluationWriter:
         record = {
             **self.provenance,
             "case": case,
-            "grid": "network",  # on which maps and masks are compared
+            **result.measured_on,
             "metrics": [{k: v for k, v in row.items() if k != "curve"} for row in result.rows],
             "curves": curves,
             "failed": result.failed,

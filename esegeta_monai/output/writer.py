@@ -32,6 +32,7 @@ from esegeta_monai.files.grids.resample import (
     scan_of,
     to_scan_grid,
 )
+from esegeta_monai.files.maps import WITH_MAP
 from esegeta_monai.files.pictures.picture import display_affine, save_picture
 from esegeta_monai.files.pictures.synthesis import save_curve, save_synthesised
 from esegeta_monai.files.privacy import traceback_text
@@ -230,7 +231,7 @@ class ResultWriter:
                     stale.unlink(missing_ok=True)
             if self.pictures:
                 self._copy_scan(case, image, place)
-            if record.status in ("ok", "zero", "empty_target"):
+            if record.status in (*WITH_MAP, "empty_target"):
                 sidecar = {**record.to_json(), **self.key(attribution, case, scan)}
                 sidecar["class"] = sidecar.pop("class_name")
                 storage.save_sidecar(path, sidecar)

@@ -26,6 +26,7 @@ from monai.utils import ensure_tuple_rep
 
 from esegeta_monai.errors import InputError
 from esegeta_monai.files.grids.adjoint import invert_attribution
+from esegeta_monai.utils.types import flag
 
 __all__ = ["InvertAttribution", "InvertAttributionD", "InvertAttributionDict", "InvertAttributiond"]
 
@@ -80,7 +81,7 @@ class InvertAttribution(Transform):
     """
 
     def __init__(self, spread: bool = True) -> None:
-        self.spread = spread
+        self.spread = flag("spread", spread)
 
     def __call__(self, attribution: torch.Tensor, image: MetaTensor | None = None) -> MetaTensor:
         """Return the map on the scan's grid.

@@ -25,8 +25,8 @@ def check_image(
         channels: required number of channels, or None.
 
     Raises:
-        InputError: values that are complex, NaN or infinite (with their count), a singular affine, or other dimensions
-            or channels than required.
+        InputError: complex values, values that are NaN or infinite (with their count), a singular affine, or other
+            dimensions or channels than required.
     """
     shape = "x".join(str(n) for n in image.shape[1:])
     dims = image.ndim - 1
@@ -40,9 +40,12 @@ def check_image(
             "combine the channels in the order of the bundle's metadata.json"
         )
     values = torch.as_tensor(image)  # unlike NumPy, torch supports bfloat16
-    if values.is_complex():
-        raise InputError(f"{where}: complex values; give their magnitude (ComplexToMagnitude) or real channels")
     bad = values.numel() - int(torch.isfinite(values).sum())
+    if values.is_complex():
+        raise InputError(
+            f"{where}: the values are complex numbers, and networks would see their real parts only: give the "
+            "magnitude (image.abs()), or real and imaginary part as channels"
+        )
     if bad:
         raise InputError(f"{where}: {bad} of {values.numel()} voxels are NaN or infinite; correct the image first")
     if isinstance(image, MetaTensor):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esegeta_monai.errors import UsageError
 
-__all__ = ["as_declared", "check_stated", "fit_parameters", "is_family", "number"]
+__all__ = ["as_declared", "check_stated", "fit_parameters", "flag", "is_family", "number"]
 
 UNFIT: Final = object()
 """The result of `as_declared` for a value of another type."""
@@ -94,6 +94,22 @@ def number(name: str, value: Any, hint: Any, above: float) -> Any:
     if converted is UNFIT or (converted is not None and not above < converted < LARGEST):
         raise UsageError(f"{name}={value!r}: give {_words(hint)} above {above:g}")
     return converted
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a boolean option; shells and configs pass booleans as text, and ``bool('false')`` would be True.
+
+    Raises:
+        UsageError: it is neither true nor false.
+
+    >>> flag("amp", "false"), flag("amp", True), flag("amp", 0)
+    (False, True, False)
+    """
+    known = {"true": True, "false": False, "1": True, "0": False}
+    text = str(value).lower()
+    if text not in known:
+        raise UsageError(f"{name}={value!r}: give true or false")
+    return known[text]
 
 
 LARGEST = 2**63

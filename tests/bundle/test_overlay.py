@@ -18,6 +18,7 @@ import torch
 from fire.parser import DefaultParseValue
 
 import esegeta_monai.bundle
+from esegeta_monai.cli.main import main
 from esegeta_monai.errors import UsageError
 from esegeta_monai.utils.files import sha256_file
 from tests.support import oblique
@@ -229,7 +230,6 @@ def test_second_run_skips_what_is_finished(bundle: Path, finished: Path, tmp_pat
         {"inferer#roi_size": [8, 8, 8]},
         {"maximum": 0.5},
         {"preprocessing#transforms#3#pixdim": [2.0, 2.0, 2.0]},
-        {"amp": True},
         {"network_def#act": "RELU"},
         {"explain_overwrite": True},
     ],
@@ -321,12 +321,21 @@ def test_a_batch_of_two_gives_the_same_maps(finished: Path, bundle: Path, tmp_pa
     assert len(list(tmp_path.rglob("*_attr.nii.gz"))) == 2
 
 
-def test_amp_is_the_engines(bundle: Path, tmp_path: Path) -> None:
-    run(bundle, output_dir=str(tmp_path), amp=True, files=[str(bundle / "scans" / "alpha.nii.gz")], **SMALL)
-    record = sidecar(tmp_path)
-    assert record["amp"] == "torch.bfloat16"
-    assert record["status"] == "ok"
-    assert 1e-5 < record["blend_deviation"] < 0.05  # bfloat16 windows against MONAI's float32 prediction on the CPU
+@pytest.mark.parametrize("amp", [True, "true", "false"])
+def test_amp_changes_nothing_on_a_cpu_as_in_monais_engines(bundle: Path, tmp_path: Path, amp: Any) -> None:
+    """Overlay and command line agree bit for bit with a run without amp; MONAI's autocast is that of CUDA."""
+    scan, methods = str(bundle / "scans" / "alpha.nii.gz"), "Saliency,Occlusion(8)"
+    more = {**SMALL, "explain_methods": methods, "files": [scan]}
+    run(bundle, output_dir=str(tmp_path / "plain"), amp=False, **more)
+    run(bundle, output_dir=str(tmp_path / "amp"), amp=amp, **more)
+    words = ["--methods", methods, "--target", "MultiClassMask(2)", "--override", f"amp={amp}"]
+    assert main(["explain", "--bundle", str(bundle), "--input", scan, "--output", str(tmp_path / "cli"), *words]) == 0
+    for method in ("Saliency", "Occlusion"):
+        pattern = f"*_{method}_attr.json"
+        plain, with_amp, cli = (sidecar(tmp_path / name, pattern) for name in ("plain", "amp", "cli"))
+        assert with_amp["amp"] is cli["amp"] is None
+        assert plain["map_sha256"] == with_amp["map_sha256"] == cli["map_sha256"]
+        assert with_amp["blend_deviation"] < 1e-6
 
 
 def test_names_of_one_case_never_overwrite_anothers(bundle: Path, tmp_path: Path) -> None:

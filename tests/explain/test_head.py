@@ -372,7 +372,7 @@ class Joint(nn.Module):
 def test_inputs_in_one_argument(form):
     network = Joint(form).eval()
     t1, flair = torch.rand(1, 1, 6, 6), torch.rand(1, 2, 6, 6)
-    target, methods = Box(1, (0, 0), (3, 3)), [Saliency(abs=False), Occlusion(window=3)]
+    target, methods = Box(1, (0, 0), (3, 3)), [Saliency(abs=False), Occlusion(window=3, per_channel=True)]
     result = list(Explainer(network, inputs_as=form)({"t1": t1, "flair": flair}, methods, [target]))
     assert [a.record["input"] for a in result] == ["t1", "flair"] * 2
     x, y = t1.clone().requires_grad_(True), flair.clone().requires_grad_(True)

@@ -8,7 +8,7 @@ import torch
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import IntegratedGradients, Method, Occlusion, Saliency, SmoothGrad
-from esegeta_monai.methods.base import Explained, Outcome, relative_gap
+from esegeta_monai.methods.base import Explained, Outcome, completeness
 
 
 def test_the_notes_of_a_target_are_its_entries_of_lists_and_tensors():
@@ -25,8 +25,13 @@ def test_an_outcome_begins_empty():
 
 def test_the_gap_is_relative_to_the_change_of_f():
     maps = torch.tensor([[[1.0, 2.0]], [[1.0, -1.0]], [[4.0, 0.0]]])
-    gaps = relative_gap(maps, torch.tensor([5.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 0.0]))
-    assert gaps == [pytest.approx(0.25), None, pytest.approx(1.0)]
+    notes = completeness(maps, torch.tensor([4.0, 0.0, 2.0]))
+    assert notes["completeness_gap"] == [pytest.approx(0.25), None, pytest.approx(1.0)]
+    assert notes["completeness_gap_of_map"] == [pytest.approx(1 / 3), 0.0, pytest.approx(0.5)]
+    absorbed = completeness(maps, torch.tensor([4.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, -1.0]))
+    assert absorbed["completeness_gap"] == [0.0, None, pytest.approx(0.5)]
+    assert absorbed["completeness_gap_of_map"] == [0.0, pytest.approx(0.5), pytest.approx(0.25)]
+    assert completeness(0 * maps, torch.tensor([4.0, 0.0, 2.0]))["completeness_gap_of_map"] == [None] * 3
 
 
 def test_a_cheap_copy_has_few_steps_inside_too_and_leaves_black_box_methods():

@@ -60,11 +60,12 @@ class Model:
         inferer: an inferer with unknown windows, called on the whole volume in place of the network.
         repeats: True: repeat a further input of batch length 1 for each image of a batch, as a network that sees whole
             images expects. Under a sliding window it is passed unchanged, as in MONAI.
-        copies_input: give the network a copy of each window, as it may write into it.
+        copies_input: give the network copies of each window and of further inputs, as it may write into them.
         inputs_as: ``"dict"`` or ``"list"``: pass the image inputs together as the network's first argument.
 
     Attributes:
         preferred: keys of outputs that a bundle's postprocessing reads.
+        mixes_rows: the images of a batch influence each other, as the checks have shown.
         choice: the chosen output, if the network returns several tensors and ``output`` names none; known after the
             first pass.
     """
@@ -87,6 +88,7 @@ class Model:
     ) -> None:
         self.inferer, self.repeats, self.copies_input = inferer, repeats, copies_input
         self.network, self.device, self.output = network, device, output
+        self._outside_inference = self.mixes_rows = False
         self.preferred: Sequence[str] = ()
         self.choice: OutputChoice | None = None
         self.amp, self.amp_kwargs = amp, dict(amp_kwargs or {})
@@ -107,6 +109,14 @@ class Model:
         """Return the same network without autocast."""
         other = copy.copy(self)
         other.amp = False
+        return other
+
+    def in_float64(self) -> Model:
+        """Return a model of a copy of the network in float64, without autocast; further inputs are float64 too."""
+        other = self.without_autocast()
+        other.network, other.dtype = copy.deepcopy(self.network).double(), torch.float64
+        other.args = tuple(_double(value) for value in self.args)
+        other.kwargs = {name: _double(value) for name, value in self.kwargs.items()}
         return other
 
     def autocast(self) -> Any:
@@ -137,13 +147,20 @@ class Model:
         Raises:
             NetworkError: the network raises an error on this input.
         """
+        more: dict[str, Any] = {"slice_axis": slice_axis, "coordinates": coordinates, "condition": condition}
+        if self._outside_inference and torch.is_inference_mode_enabled():
+            more["condition"] = _copied(condition)
+            with torch.inference_mode(False), torch.no_grad():
+                return self(x.clone(), **more)
         axis = None if slice_axis is None else slice_axis + 2
-        x = x if axis is None else x.squeeze(axis)
-        x = x.clone() if self.copies_input else x  # the network may write into it
+        whole, x = x, x if axis is None else x.squeeze(axis)
+        given, named = self.args, self.kwargs
+        if self.copies_input:  # the network may write into what it gets
+            x, given = x.clone(), tuple(_copied(v) for v in given)
+            named = {k: _copied(v) for k, v in named.items()}
         parts = list(x.split(list(self.inputs.values()), dim=1)) if self.inputs else [x]
-        more, named = self.args, self.kwargs
         if self.repeats:
-            more = tuple(_repeated(v, len(x)) for v in more)
+            given = tuple(_repeated(v, len(x)) for v in given)
             named = {k: _repeated(v, len(x)) for k, v in named.items()}
         first: Any = parts[0]
         if self.inputs_as is not None:
@@ -152,7 +169,7 @@ class Model:
         kwargs = {**named, **dict(zip(list(self.inputs)[1:], parts[1:]))}
         if condition is not None:
             kwargs["condition"] = condition if axis is None else condition.squeeze(axis)
-        args = more if coordinates is None else (coordinates, *more)
+        args = given if coordinates is None else (coordinates, *given)
         try:
             with self.autocast():
                 if self.inferer is None:
@@ -162,6 +179,9 @@ class Model:
         except RuntimeError as error:
             if isinstance(error, EsegetaError) or out_of_memory(error):
                 raise
+            if torch.is_inference_mode_enabled():  # a network that uses gradients in its forward pass fails there only
+                self._outside_inference = True
+                return self(whole, **more)
             raise NetworkError(
                 f"the network fails on input of shape {tuple(x.shape)}: {' '.join(str(error).split())}; give it the "
                 "channels and the size that it is made for (roi_size of a SlidingWindowInferer)"
@@ -173,6 +193,14 @@ class Model:
         if out.dtype in (torch.float16, torch.bfloat16):
             out = out.float()
         return out if axis is None else out.unsqueeze(axis)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _repeated(value: Any, n: int) -> Any:

@@ -118,7 +118,7 @@ def _variance(operation: Operation, a: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def _attention(operation: Operation, a: dict[str, Any]) -> Tensor:
     query, key, value = a["query"], a["key"], a["value"]
     if a.get("dropout_p"):
-        raise operation.error("attention dropout is random; put the network in eval mode")
+        raise operation.error("attention dropout is random: pass dropout_p=0.0 unless self.training")
     if a.get("enable_gqa"):
         repeats = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
@@ -136,7 +136,7 @@ def _multi_head_attention(operation: Operation, a: dict[str, Any]) -> tuple[Tens
     """Compute ``nn.MultiheadAttention`` of query, key and value (length, batch, embedding)."""
     query, key, value = a["query"], a["key"], a["value"]
     if a.get("dropout_p") and a.get("training", True):
-        raise operation.error("attention dropout is random; put the network in eval mode")
+        raise operation.error("attention dropout is random: pass training=self.training")
     for name in ("bias_k", "bias_v", "static_k", "static_v"):
         if a.get(name) is not None:
             raise operation.error(f"attention with {name} has no rule")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["CUTS", "INERT", "KINDS", "Kind"]
+__all__ = ["CUTS", "INERT", "KINDS", "LIKE", "Kind"]
 
 
 class Kind(enum.Enum):
@@ -38,8 +38,10 @@ INERT = _words(
     is_same_size element_size itemsize nbytes data_ptr get_device __len__ __hash__ __repr__ __format__ grad_fn names
     has_names _version _is_view is_inference is_tensor result_type zeros_like ones_like empty_like full_like rand_like
     randn_like new_zeros new_ones new_empty new_full requires_grad_ retain_grad retains_grad output_nr ndimension
-    is_neg is_conj is_distributed"""
+    is_neg is_conj is_distributed __set__requires_grad"""
 )
+#: Operations that read only device, dtype or shape of their second tensor.
+LIKE = _words("to type_as view_as reshape_as expand_as")
 #: Results that depend on the values but have no derivative. A network may compute them, but not its output from them.
 CUTS = _words(
     """detach data isnan isinf isfinite isreal any all gt ge lt le eq ne not_equal greater greater_equal less

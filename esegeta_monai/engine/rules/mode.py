@@ -8,6 +8,9 @@ replaced backward. The network itself is not modified: no hook, no flag, no weig
 No operation can go unnoticed. Every tensor that depends on the input carries a mark that only the mode sets. A tensor
 that depends on the input without a mark was computed by TorchScript, a compiled function, a custom
 ``autograd.Function`` or a ``no_grad`` block, and raises an error.
+
+Operations without a rule are computed, and their results are marked with the reason. It is raised only if the output
+depends on them: a network may keep a statistic of its input.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from esegeta_monai.engine.rules.curves import join_functions, store_function
 from esegeta_monai.engine.rules.decompositions import decompose
-from esegeta_monai.engine.rules.kinds import CUTS, Kind
+from esegeta_monai.engine.rules.kinds import CUTS, LIKE, Kind
 from esegeta_monai.engine.rules.operations import (
     Operation,
     Slot,
@@ -152,6 +155,7 @@ class _Replaced(torch.autograd.Function):
 
 
 _MARK = "_esegeta_mark"
+_ALIAS = "_esegeta_alias"
 _CUT = object()
 
 
@@ -177,6 +181,8 @@ class RuleMode(TorchFunctionMode):
         #: Number of operations of each kind.
         self.operation_counts: dict[Kind, int] = {}
         self._token = object()
+        self._statistics: list[Tensor] = []
+        """Constants into which the network wrote values that have no rule."""
 
     # -- marks: which tensors depend on the input, and by which path ------------------------------------------------
 
@@ -205,6 +211,11 @@ class RuleMode(TorchFunctionMode):
         mark = self._mark_of(tensor)
         return mark is not None and mark[1] is not _CUT and (mark[1] is tensor.grad_fn)
 
+    def reason(self, tensor: Tensor) -> RuleError | None:
+        """Return why relevance cannot flow to a tensor of any shape; None if each operation before it has a rule."""
+        mark = self._mark_of(tensor)
+        return mark[1] if mark is not None and isinstance(mark[1], RuleError) else None
+
     # -- the mode ---------------------------------------------------------------------------------------------------
 
     def __torch_function__(
@@ -214,12 +225,18 @@ class RuleMode(TorchFunctionMode):
         name, in_place = canonical_name(func)
         if is_inert(name):
             return func(*args, **kwargs)
+        if name in LIKE:
+            args = (*args[:1], *map_tensors(Tensor.detach, tuple(args[1:])))
+            kwargs = {k: v if k in ("input", "self") else map_tensors(Tensor.detach, v) for k, v in kwargs.items()}
+        in_place = in_place or _is_in_place(func, name, args, kwargs)
+        target = (args[0] if args else next(iter(kwargs.values()))) if in_place else None
+        barred: RuleError | None = None
         operands: list[Tensor] = []
         constants: list[Tensor] = []
         reads_input = True
 
         def visit(tensor: Tensor) -> Any:
-            nonlocal reads_input
+            nonlocal reads_input, barred
             mark = self._mark_of(tensor)
             if mark is None:
                 if tensor.requires_grad and not tensor.is_leaf:
@@ -230,13 +247,10 @@ class RuleMode(TorchFunctionMode):
                     )
                 constants.append(tensor)
                 return tensor.detach() if tensor.requires_grad else tensor  # parameters enter as constants
-            if mark[1] is _CUT:
-                if name in CUTS:
-                    return tensor
-                raise RuleError(
-                    f"operation {name!r}{where_in_network()}: it uses a value without a gradient to the input "
-                    "(detach, a comparison, an index), so relevance cannot flow; use a perturbation method"
-                )
+            if mark[1] is _CUT or isinstance(mark[1], RuleError):
+                if name not in CUTS and barred is None:
+                    barred = mark[1] if isinstance(mark[1], RuleError) else _without_gradient(name)
+                return tensor
             if mark[1] is not tensor.grad_fn:
                 raise RuleError(
                     f"operation {name!r}{where_in_network()}: its argument was changed by code that the rule "
@@ -254,18 +268,23 @@ class RuleMode(TorchFunctionMode):
             if tainted and isinstance(result, Tensor):
                 result = result.view(result.shape) if any(result is t for t in _tensors((args, kwargs))) else result
                 setattr(result, _MARK, (self._token, _CUT, False))
+            elif name in ("data", "detach"):
+                setattr(result, _ALIAS, args[0])
             return result
+        if barred is not None:
+            return self._without_rule(barred, func, args, kwargs, target)
         if not operands:
             return func(*map_tensors(_as_constant, tuple(args)), **map_tensors(_as_constant, dict(kwargs)))
-        target = None
-        if in_place or _is_in_place(func, name, args, kwargs):
-            in_place, target = True, args[0] if args else kwargs["input"]
+        if target is not None:
             operands = [operand.clone() if operand is target else operand for operand in operands]
         operation = Operation(name, func, slotted_args, slotted_kwargs, in_place, self.ledger)
-        operation.kind = kind_of(operation)
+        try:
+            if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+                raise operation.error("it runs without gradients (no_grad, inference_mode, a custom autograd.Function)")
+            operation.kind = kind_of(operation)
+        except RuleError as error:
+            return self._without_rule(error, func, args, kwargs, target)
         operation.reads_input = reads_input
-        if (self.record is None and not torch.is_grad_enabled()) or torch.is_inference_mode_enabled():
-            raise operation.error("it runs without gradients (no_grad, inference_mode, a custom autograd.Function)")
         result = self._apply(*join_functions(operation, tuple(operands)))
         store_function(operation, tuple(operands), result)
         moved = reads_input and operation.kind is Kind.MOVE and not constants
@@ -274,6 +293,38 @@ class RuleMode(TorchFunctionMode):
             return target if name != "setitem" else None
         self._check_precision(operation, result)
         return self._mark(result, moved)
+
+    def _without_rule(
+        self,
+        error: RuleError,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        target: Tensor | None,
+    ) -> Any:
+        """Compute an operation that has no rule, and mark its results with the error, which is raised if the output
+        depends on them. It is raised at once where that could not be seen: results that are no tensors, and writes into
+        tensors that depend on the input."""
+        into = [t for t in (target, kwargs.get("out")) if isinstance(t, Tensor)]
+        if any(self._mark_of(t) is not None and not any(t is own for own in self._statistics) for t in into):
+            raise error
+
+        def without_graph(tensor: Tensor) -> Tensor:
+            return tensor if any(tensor is t for t in into) else tensor.detach()
+
+        result = func(*map_tensors(without_graph, tuple(args)), **map_tensors(without_graph, dict(kwargs)))
+        returned = result if isinstance(result, (tuple, list)) else [result]
+        if target is None and not all(isinstance(r, Tensor) for r in returned):
+            raise error
+        for tensor in into:
+            self._statistics.append(tensor)
+            memory: Tensor | None = tensor
+            while memory is not None:  # the tensors whose memory it shares
+                setattr(memory, _MARK, (self._token, error, False))
+                memory = getattr(memory, _ALIAS, None) if view_base(memory) is None else view_base(memory)
+        for tensor in _tensors(result):
+            setattr(tensor, _MARK, (self._token, error, False))
+        return result
 
     def _write_back(self, operation: Operation, target: Tensor, result: Tensor) -> None:
         """Write the result of an in-place call: a network may use the written tensor and ignore the returned one."""
@@ -319,6 +370,13 @@ class RuleMode(TorchFunctionMode):
                     f"operation {operation.name!r}{where_in_network()} computes in {tensor.dtype}: "
                     "rule-based methods need float32 or float64; run the network in float32 for them"
                 )
+
+
+def _without_gradient(name: str) -> RuleError:
+    return RuleError(
+        f"operation {name!r}{where_in_network()}: it uses a value without a gradient to the input (detach, a "
+        "comparison, an index), so relevance cannot flow; use a perturbation method"
+    )
 
 
 def _as_constant(tensor: Tensor) -> Tensor:

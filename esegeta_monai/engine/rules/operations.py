@@ -301,16 +301,23 @@ def kind_of(operation: Operation) -> Kind:
         raise operation.error("a call with out= has no rule")
     if name == "batch_norm":
         if operation.argument("training") or operation.argument("running_mean") is None:
-            raise operation.error("batch norm with batch statistics mixes the windows of a batch; put it in eval mode")
+            raise operation.error(
+                "batch norm takes its statistics from the batch here (track_running_stats=False, or training=True in "
+                "forward), so it mixes the images of a batch, which relevance cannot separate; gradient and "
+                "perturbation methods run the windows one by one"
+            )
         return Kind.LINEAR
     if name == "instance_norm" and operation.argument("use_input_stats") is False:
         return Kind.LINEAR
     if "dropout" in name:
         if operation.argument("training", operation.argument("train", True)):
-            raise operation.error("dropout is random here; put the network in eval mode")
+            raise operation.error(
+                "dropout is random here, because it is called with training=True (the default of F.dropout); pass "
+                "training=self.training"
+            )
         return Kind.MOVE
     if name == "rrelu" and operation.argument("training"):
-        raise operation.error("random slopes; put the network in eval mode")
+        raise operation.error("its slopes are random with training=True; pass training=self.training")
     if name in ("addmm", "addbmm", "baddbmm", "addmv", "lerp") and len(slots) == 1:
         return Kind.LINEAR
     if name == "div":

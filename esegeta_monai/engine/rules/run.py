@@ -129,6 +129,9 @@ class Run:
                 with self.mode:
                     self.output = forward(self.mode.enter_input(start))
         if not self.mode.depends_on_input(self.output):
+            reason = self.mode.reason(self.output)
+            if reason is not None:
+                raise reason
             raise NetworkError(
                 "the output was computed by code that the rule engine cannot see (TorchScript, a compiled "
                 "function, a custom autograd.Function); use the eager network, or a perturbation method"
@@ -153,7 +156,8 @@ class Run:
                 f"cotangents of shape {tuple(cotangents.shape)} do not fit outputs of shape "
                 f"{tuple(self.output.shape)}: expected (targets, *output shape)"
             )
-        places = [self.leaf, *self.captured.values()]
+        captured = {name: value for name, value in self.captured.items() if value.requires_grad}
+        places = [self.leaf, *captured.values()]
         for number, cotangent in enumerate(cotangents, 1):
             keep = not ends or number < len(cotangents)
             self.mode.ledger.clear()
@@ -169,7 +173,8 @@ class Run:
                     ) from error
                 raise
             filled = [torch.zeros_like(place) if g is None else g for place, g in zip(places, arriving)]
-            yield filled[0], dict(zip(self.captured, filled[1:])), self.mode.ledger
+            unused = {name: torch.zeros_like(value) for name, value in self.captured.items()}  # the output has no use
+            yield filled[0], unused | dict(zip(captured, filled[1:])), self.mode.ledger
 
 
 def record(
@@ -182,7 +187,8 @@ def record(
     """
     _check_input(forward, x)
     mode = RuleMode(rules, record=True)
-    with torch.inference_mode(False), _eager(x), torch.no_grad(), _captured(layers, len(x)) as captured:
+    # gradients are on, so that the mode sees a no_grad block of the network; the input needs none, so no graph is built
+    with torch.inference_mode(False), _eager(x), torch.enable_grad(), _captured(layers, len(x)) as captured:
         start = mode.enter_input(_copy(x))
         with mode:
             output = forward(start)
@@ -210,7 +216,8 @@ def _check_agreement(output: Tensor, plain: Tensor) -> None:
     if not bool(gap <= _AGREEMENT[plain.dtype] * scale):
         raise MethodError(
             f"the output under the rules differs from the plain output by {float(gap):.3g} (largest value "
-            f"{float(scale):.3g}): the network is random or keeps state between calls; put it in eval mode"
+            f"{float(scale):.3g}): also in evaluation mode the network is random (F.dropout, noise) or keeps state "
+            "between calls, so relevance does not belong to its output; use a perturbation method"
         )
 
 

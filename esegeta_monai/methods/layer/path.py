@@ -15,7 +15,7 @@ from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.network.hooks import capture, replaced
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, UsageError
-from esegeta_monai.methods.base import Explained
+from esegeta_monai.methods.base import Explained, completeness
 from esegeta_monai.methods.layer.activation import LayerMethod
 from esegeta_monai.methods.layer.scattered import LayerSum
 from esegeta_monai.methods.path.integrated_gradients import Rule, check_steps, quadrature
@@ -193,8 +193,7 @@ class LayerIntegratedGradients(_Quadrature):
         maps, padding = total.result()
         notes: dict[str, Any] = {"layer": layer, "sum_in_padding": padding}
         if self.reduce == "sum":
-            shares = total.share(objective.image_values() - start)
-            notes["completeness_gap"] = [None if s is None else abs(s - 1) for s in shares]
+            notes |= completeness(maps, (objective.image_values() - start).cpu(), padding)
         return Explained(maps, {**notes, **describe_baseline(baseline, start)})
 
     def _predict(self, objective: Objective, layer: str, alpha: float, x0: Tensor) -> list[Tensor]:
@@ -210,7 +209,16 @@ class LayerIntegratedGradients(_Quadrature):
 
 
 def _both(batch: Batch, x0: Tensor) -> Tensor:
-    """Run the image's windows and the baseline's in one batch, and return the output of the image's."""
+    """Run the image's windows and the baseline's in one batch, and return the output of the image's.
+
+    Raises:
+        MethodError: the network mixes the images of a batch.
+    """
+    if batch.network.model.mixes_rows:
+        raise MethodError(
+            "image and baseline go through the network together, and it mixes the images of a batch: use "
+            "IntegratedGradients, or LayerGradientXActivation"
+        )
     x = torch.cat([batch.image, batch.cut(x0)])
     return batch.network.run(x, [*batch.windows, *batch.windows])[: len(batch)]
 

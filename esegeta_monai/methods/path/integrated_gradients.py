@@ -15,7 +15,7 @@ from esegeta_monai.engine.baselines import baseline_for, choice_passes, describe
 from esegeta_monai.engine.batch import Gradient
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
-from esegeta_monai.methods.base import Explained, Method, relative_gap
+from esegeta_monai.methods.base import Explained, Method, completeness
 
 __all__ = ["IntegratedGradients", "quadrature"]
 
@@ -78,8 +78,8 @@ class IntegratedGradients(Method):
             steps = self.n_steps
         else:
             maps, ends, steps = _adaptive(objective, x0, x - x0, self.tolerance, self.max_steps)
-        gap = relative_gap(maps, ends[:, 1], ends[:, 0])
-        notes = {"completeness_gap": gap, "steps": steps, **describe_baseline(baseline, ends[:, 0])}
+        sums = completeness(maps, ends[:, 1] - ends[:, 0])
+        notes = {**sums, "steps": steps, **describe_baseline(baseline, ends[:, 0])}
         return Explained(maps, notes)
 
     @property

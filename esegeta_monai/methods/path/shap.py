@@ -16,7 +16,7 @@ from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.network.hooks import capture
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
-from esegeta_monai.methods.base import Explained, Method, relative_gap
+from esegeta_monai.methods.base import Explained, Method, completeness
 from esegeta_monai.methods.layer.activation import LayerMethod
 from esegeta_monai.methods.layer.path import layer_pass
 from esegeta_monai.methods.layer.scattered import LayerSum
@@ -103,8 +103,10 @@ class GradientShap(_ExpectedGradients):
             maps += one
         maps /= self.n_samples
         first, last = torch.stack(starts).mean(0), torch.stack(ends).mean(0)
-        error = torch.stack(misses).std(0) / math.sqrt(self.n_samples) / (last - first).abs().cpu()
-        notes = {"completeness_gap": relative_gap(maps, last, first), "completeness_error": error.tolist()}
+        errors = torch.stack(misses).std(0) / math.sqrt(self.n_samples)
+        change = (last - first).abs().cpu()
+        error = [float(e / c) if c != 0 else None for e, c in zip(errors, change)]
+        notes = {**completeness(maps, last - first), "completeness_error": error}
         return Explained(maps, {**notes, "n_samples": self.n_samples, **describe_baseline(baseline, first)})
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from esegeta_monai.engine.baselines import baseline_for, choice_passes, describe_baseline, gaussian_blur
 from esegeta_monai.engine.objective import Objective
-from esegeta_monai.errors import UsageError
-from esegeta_monai.methods.base import Explained, Method, relative_gap
+from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.methods.base import Explained, Method, completeness
+from esegeta_monai.utils.tensors import all_finite
 
 __all__ = ["BlurIG", "GuidedIG"]
 
@@ -81,7 +82,7 @@ class BlurIG(Method):
             here = there
         path.warn()
         notes = {"sigma_voxels": sigma, "steps": path.steps, "baseline_value": [float(v) for v in start.values]}
-        return Explained(maps, {"completeness_gap": relative_gap(maps, here.values, start.values), **notes})
+        return Explained(maps, {**completeness(maps, here.values - start.values), **notes})
 
 
 class GuidedIG(Method):
@@ -153,6 +154,11 @@ class GuidedIG(Method):
             path.change = change[None]
         for step in range(self.n_steps):
             gradients, values = here.maps[own, own], here.values[own, own]
+            if not all_finite(gradients):
+                raise MethodError(
+                    f"GuidedIG: the gradient is not finite at step {step} of {self.n_steps}, so the path cannot go on: "
+                    "choose another baseline, such as baseline='blur(sigma=4)'"
+                )
             moved = torch.stack(
                 [
                     self._move(point, x0, objective.image, g, (step + 1) / self.n_steps)
@@ -169,9 +175,9 @@ class GuidedIG(Method):
             points = moved
         for path in paths:
             path.warn()
-        gap = relative_gap(maps, here.values[own, own], start)
+        sums = completeness(maps, here.values[own, own] - start)
         steps = [path.steps for path in paths]
-        return Explained(maps, {"completeness_gap": gap, "steps": steps, **describe_baseline(baseline, start)})
+        return Explained(maps, {**sums, "steps": steps, **describe_baseline(baseline, start)})
 
     def _move(self, point: Tensor, x0: Tensor, x1: Tensor, gradient: Tensor, alpha: float) -> Tensor:
         """Return the next point (C, *spatial) of the path, at a share ``1 − alpha`` of the L1 distance to the image."""
@@ -185,7 +191,9 @@ class GuidedIG(Method):
         missing -= (1 - alpha) * float((x1 - x0).abs().sum(dtype=torch.float64))
         flat = steepness.flatten()
         rank = max(1, math.ceil(self.fraction * flat.numel()))
-        while missing > 0:
+        for _ in range(math.ceil(flat.numel() / rank)):  # each round moves `rank` voxels or more to the band's edge
+            if not missing > 0:
+                break
             threshold = flat.kthvalue(min(rank, flat.numel())).values
             calm = (steepness <= threshold) & steepness.isfinite()
             way = (high - point) * calm

@@ -30,9 +30,14 @@ class Occlusion(PerturbationMethod):
 
     Args:
         window: side lengths of the occluder in voxels; one number for all axes.
-        stride: distance between occluders in voxels; None: ``window``, so that occluders tile the image.
+        stride: distance between occluders in voxels, at most ``window`` along each axis that is longer than the
+            window; None: ``window``, so that occluders tile the image.
         baseline: replaces the voxels of the occluder, see `esegeta_monai.engine.baselines`.
-        per_channel: True: occlude each channel separately; False: all channels together.
+        per_channel: True: occlude each channel separately; False: all channels together, so that the map has one
+            channel, which does not say which of them the network used.
+
+    Raises:
+        UsageError: the stride leaves voxels between the occluders, which no occluder would ever cover.
 
     Example:
         >>> Occlusion(window=8, stride=4).parameters
@@ -47,12 +52,12 @@ class Occlusion(PerturbationMethod):
     per_channel: bool = False
 
     def attribute(self, objective: Objective) -> Explained:
-        """(k, C, *spatial)."""
+        """(k, C, *spatial) with ``per_channel``, else (k, 1, *spatial)."""
         baseline = baseline_for(self.baseline, local=True)
         reference = baseline.draw(objective, objective.generator())
         boxes = self.occluders(objective, reference)
         drops = (-score_changes(objective, boxes)).to(objective.image)
-        maps = objective.new_maps()
+        maps = objective.new_maps(None if self.per_channel else 1)
         changed = drops.any(0).nonzero().flatten().tolist()  # occluders that no target sees add nothing
         for i in changed:
             place = boxes.boxes[i]
@@ -94,6 +99,12 @@ class Occlusion(PerturbationMethod):
         """Return start and stop (excluded) of the occluders along each axis."""
         window = self._spatial(self.window, len(shape), "window")
         stride = window if self.stride is None else self._spatial(self.stride, len(shape), "stride")
+        for axis, (n, w, s) in enumerate(zip(shape, window, stride)):
+            if s > w and n > w:  # a single occluder covers a shorter axis
+                raise UsageError(
+                    f"Occlusion: stride={s} is larger than window={w} along axis {axis} of {n} voxels, so no occluder "
+                    f"covers the voxels between: give a stride of at most {w}"
+                )
         starts = [range(0, max(n - w, 0) + s, s) for n, w, s in zip(shape, window, stride)]
         return [[(a, min(a + w, n)) for a in line if a < n] for line, w, n in zip(starts, window, shape)]
 

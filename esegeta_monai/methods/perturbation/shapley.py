@@ -15,7 +15,7 @@ from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.game import Game
 from esegeta_monai.engine.perturbation.masks import Segments
 from esegeta_monai.errors import MethodError, UsageError
-from esegeta_monai.methods.base import Explained
+from esegeta_monai.methods.base import Explained, completeness
 from esegeta_monai.methods.perturbation.base import PerturbationMethod
 
 __all__ = ["ChannelShapley", "KernelShap", "ShapleyValueSampling", "all_coalitions", "shapley_values"]
@@ -44,14 +44,13 @@ class _ShapleyMethod(PerturbationMethod):
     @staticmethod
     def explained(game: Game, phi: Tensor, error: Tensor, empty: Tensor, notes: dict[str, Any]) -> Explained:
         """Build the result from values and standard errors (k, n), and ``F(x₀) − F(x)`` (k,)."""
-        gap = [abs(float((s + e) / e)) if e != 0 else None for s, e in zip(phi.sum(1), empty)]
         table = game.features.table(phi, standard_error=error)
-        completeness = {
-            "completeness_gap": gap,
+        sums = {
+            **completeness(phi, -empty),
             "baseline_value": (game.objective.image_values().cpu() + empty).tolist(),
         }
         maps = game.features.spread(phi).to(game.objective.image.dtype)
-        return Explained(maps, {**game.notes(), **notes, **completeness, "features": table})
+        return Explained(maps, {**game.notes(), **notes, **sums, "features": table})
 
 
 class ShapleyValueSampling(_ShapleyMethod):

@@ -12,7 +12,7 @@ from torch import Tensor
 import esegeta_monai.engine.rules as rules
 from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.objective import Objective
-from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.base import Explained, Method, completeness
 from esegeta_monai.methods.relevance.lrp import CompositeMethod
 
 __all__ = ["ContrastiveExcitationBackprop", "ContrastiveLRP"]
@@ -128,11 +128,14 @@ class ContrastiveLRP(CompositeMethod, _Contrastive):
         maps, padding, kept, total = self._both(objective)
         contrast = maps[0] - maps[1]
         absorbed, lost = kept[0] - kept[1], padding[0] - padding[1]
+        # both sides begin with F, so the difference of their sums is 0 and its gap is measured relative to F
+        of_map = completeness(contrast, torch.zeros_like(lost), lost + absorbed)["completeness_gap_of_map"]
         gap = contrast.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + absorbed
         notes = {
             "booked": absorbed,
             "sum_in_padding": lost,
             "completeness_gap": [abs(float(g / v)) if v else None for g, v in zip(gap, total)],
+            "completeness_gap_of_map": of_map,
         }
         return Explained(self._shown(contrast), notes)
 

@@ -15,7 +15,7 @@ from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.network.hooks import find_layer
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
-from esegeta_monai.methods.base import Explained, Method, relative_gap
+from esegeta_monai.methods.base import Explained, Method, completeness, gaps
 from esegeta_monai.methods.layer.activation import LayerMethod
 from esegeta_monai.methods.layer.scattered import LayerSum
 from esegeta_monai.utils.distributed import Summed
@@ -44,6 +44,8 @@ class DeepLift(Method):
     units = "target per voxel"
     reads_image_value = True
     full_precision = True
+    repeats_in_float64 = True
+    gap_bound = 1e-3
 
     baseline: Any = "auto"
 
@@ -74,6 +76,8 @@ class DeepLiftShap(Method):
     units = "target per voxel"
     reads_image_value = True
     full_precision = True
+    repeats_in_float64 = True
+    gap_bound = 1e-3
 
     baseline: Any = "auto"
     n_samples: int = 8
@@ -96,7 +100,8 @@ class LayerDeepLift(LayerMethod):
     """`DeepLift` at a layer: ``(A − A₀) · m`` with A₀ the layer's output for the reference.
 
     The sum is the part of ``F(x) − F(x₀)`` that flows through the layer (``share_through_layer`` in the record); all of
-    it if no path bypasses the layer.
+    it if no path bypasses the layer. ``completeness_gap`` is that of the relevance that reaches the image in the same
+    passes.
 
     Args:
         layer: dotted name; None: the default layer, named in the record.
@@ -109,6 +114,8 @@ class LayerDeepLift(LayerMethod):
     units = "target per voxel"
     reads_image_value = True
     full_precision = True
+    repeats_in_float64 = True
+    gap_bound = 1e-3
 
     baseline: Any = "auto"
 
@@ -127,16 +134,20 @@ class LayerDeepLift(LayerMethod):
         module = find_layer(objective.model.network, layer)
         baseline = baseline_for(self.baseline)
         total, starts = LayerSum(objective, layer, self.reduce), []
+        reached = torch.zeros(2, objective.n_targets, dtype=torch.float64)  # at the image: sum, and of absolute values
 
         def see(batch: Batch, relevance: rules.Relevance) -> None:
             total.add(batch, relevance.layers[layer].relevance)
+            reached.add_(_sums(relevance.input))
 
         for x0 in draws(baseline, objective, self.references):
-            starts.append(against(objective, x0, see, [total], {layer: module}))
+            starts.append(against(objective, x0, see, [total, reached], {layer: module}))
         total.scale(1 / len(starts))
+        reached /= len(starts)
         maps, padding = total.result()
         mean = torch.stack(starts).mean(0).cpu()
         notes: dict[str, Any] = {"layer": layer, "sum_in_padding": padding, **describe_baseline(baseline, mean)}
+        notes |= gaps(reached[0], reached[1], objective.image_values().cpu() - mean)
         if self.reduce == "sum":
             notes["share_through_layer"] = total.share(objective.image_values().cpu() - mean)
         return Explained(maps, notes)
@@ -208,6 +219,12 @@ def passes_against(objective: Objective) -> int:
     return (2 if objective.linear else 3) * len(objective.windows) + 1
 
 
+def _sums(relevance: Tensor) -> Tensor:
+    """Return the sums of relevance (k, …) and of its absolute values: (2, k), float64."""
+    flat = relevance.flatten(1)
+    return torch.stack([flat.sum(1, dtype=torch.float64), flat.abs().sum(1, dtype=torch.float64)]).cpu()
+
+
 def _mean(objective: Objective, choice: Any, n: int) -> tuple[Tensor, int, dict[str, Any]]:
     """Return the mean map over n draws of a baseline (k, C, *spatial), the number of draws, and notes."""
     baseline = baseline_for(choice)
@@ -220,8 +237,8 @@ def _mean(objective: Objective, choice: Any, n: int) -> tuple[Tensor, int, dict[
         starts.append(against(objective, x0, see, [maps]))
     maps /= len(starts)
     start = torch.stack(starts).mean(0)
-    gap = relative_gap(maps, objective.image_values(), start)
-    return maps, len(starts), {"completeness_gap": gap, **describe_baseline(baseline, start)}
+    sums = completeness(maps, objective.image_values() - start)
+    return maps, len(starts), {**sums, **describe_baseline(baseline, start)}
 
 
 def differences(objective: Objective, x0: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.layer_frames import traced_layers, with_slice_axis
 from esegeta_monai.engine.objective import Objective
-from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.base import Explained, Method, gaps
 from esegeta_monai.methods.layer.scattered import LayerSum, Reduce
 from esegeta_monai.utils.distributed import Summed
 
@@ -121,9 +121,9 @@ class FullGrad(Method):
                 signed = signed + values.flatten(1).sum(1).double().cpu()
                 padding += lost.cpu()
                 total += (values.abs() if self.abs else values).sum(1, keepdim=True)
-        value = objective.image_values().cpu()
-        gap = [abs(float((s - v) / v)) if v else None for s, v in zip(signed + absorbed + padding, value)]
-        return Explained(total, {"completeness_gap": gap, "booked": absorbed, "sum_in_padding": padding})
+        sizes = total.flatten(1).abs().sum(1, dtype=torch.float64).cpu()
+        notes = gaps(signed + absorbed + padding, sizes, objective.image_values())
+        return Explained(total, {**notes, "booked": absorbed, "sum_in_padding": padding})
 
 
 def _leaves(network: nn.Module) -> list[str]:

@@ -10,19 +10,22 @@ import torch
 import esegeta_monai.engine.rules as rules
 from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.objective import Objective
-from esegeta_monai.methods.base import Explained, Method
+from esegeta_monai.methods.base import Explained, Method, completeness
 
-__all__ = ["LRP", "ExcitationBackprop", "input_range"]
+__all__ = ["LRP", "ExcitationBackprop", "absorbed_notes", "input_range"]
 
 
 class _Relevance(Method):
-    """Base class: adds windows, records relevance absorbed by biases (``booked``) and the conservation gap."""
+    """Base class: adds windows, records relevance absorbed by biases (``booked``), its share of the score
+    (``absorbed_share``) and the conservation gap."""
 
     produces = "input map"
     additive = True
 
     full_precision = True
     needs_linear = True
+    repeats_in_float64 = True
+    gap_bound = 1e-3
 
     def passes(self, objective: Objective) -> int:
         """One pass, and a second one of the first window, to compare its output under the rules with the plain one."""
@@ -42,9 +45,8 @@ class _Relevance(Method):
 
         maps, padding = objective.scatter(of, sums=[absorbed, total])
         lost = padding.sum(1, dtype=torch.float64).cpu()
-        sums = maps.flatten(1).sum(1, dtype=torch.float64).cpu() + lost + absorbed
-        gap = [abs(float((s - f) / f)) if f else None for s, f in zip(sums, total)]
-        return Explained(maps, {"booked": absorbed, "sum_in_padding": lost, "completeness_gap": gap})
+        notes = {**absorbed_notes(absorbed, total), "sum_in_padding": lost}
+        return Explained(maps, {**notes, **completeness(maps, total, lost + absorbed)})
 
     def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
         raise NotImplementedError
@@ -61,6 +63,8 @@ class CompositeMethod(Method, registered=False):
     additive = True
     full_precision = True
     needs_linear = True
+    repeats_in_float64 = True
+    gap_bound = 1e-3
 
     composite: str | Mapping[str, Any] = "EpsilonPlus"
     epsilon: float = 1e-6
@@ -84,8 +88,8 @@ class LRP(CompositeMethod, _Relevance):
     """Layer-wise relevance propagation (Bach et al. 2015): ``Σ a + absorbed relevance = F(x)``.
 
     Convolutions and linear layers follow the rules of a composite (Kohlbrenner et al. 2020), norms have a constant σ,
-    attention follows AttnLRP (Achtibat et al. 2024). Biases absorb relevance (``booked`` in the record). Linear scores
-    only (``output="logit"``).
+    attention follows AttnLRP (Achtibat et al. 2024). Biases absorb relevance (``booked`` in the record, and
+    ``absorbed_share``, its share of F, with a warning above one half). Linear scores only (``output="logit"``).
 
     Args:
         composite: ``"EpsilonPlus"``, ``"EpsilonPlusFlat"``, ``"EpsilonGammaBox"``, ``"EpsilonAlpha2Beta1"``,
@@ -102,6 +106,12 @@ class LRP(CompositeMethod, _Relevance):
     def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:
         limits = self.limits(objective)
         return rules.lrp(batch.forwards, batch.image, cotangents, self.composite, compare=batch.compares, **limits)
+
+
+def absorbed_notes(absorbed: torch.Tensor, total: torch.Tensor) -> dict[str, Any]:
+    """Return the notes on relevance that biases absorb, (k,), and its share of the score ``total`` (k,)."""
+    shares = [float(a / t) if t != 0 else None for a, t in zip(absorbed, total)]
+    return {"booked": absorbed, "absorbed_share": shares}
 
 
 def input_range(objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:

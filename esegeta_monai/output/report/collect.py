@@ -15,7 +15,7 @@ from typing import Any
 from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.record import Record
 from esegeta_monai.files.copies import scan_copy_path
-from esegeta_monai.files.maps import sidecar_path
+from esegeta_monai.files.maps import WITH_MAP, sidecar_path
 from esegeta_monai.files.privacy import private, without_paths
 from esegeta_monai.files.runs import STATUSES
 from esegeta_monai.output.report.reading import fitted, table
@@ -27,7 +27,6 @@ __all__ = ["CaseResults", "Curve", "Result", "Run", "read_output"]
 CONTROL = "control:"
 OF_A_METRIC = ("target", "method", "metric")
 """Entries that every row of a metric must have."""
-WITH_MAP = ("ok", "zero")
 
 
 @dataclass

@@ -165,8 +165,7 @@ def _case_page(
 def _annotate(result: Result, page: Path) -> None:
     """Set the texts and flags of a result that the template shows besides its record."""
     result.parameters_text = words.parameters_text(result.record.parameters or {})
-    gap = result.record.completeness_gap
-    result.gap_high = gap is not None and gap > words.GAP
+    result.gap_high = words.gap_is_high(result)
     if result.map is not None:
         result.file = result.map.name
         result.href = quote(os.path.relpath(result.map, page.parent).replace(os.sep, "/"))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.record import Record
 from esegeta_monai.methods.base import METHODS
+from esegeta_monai.methods.completeness import KEPT_BY_BIASES
 from esegeta_monai.output.report.collect import CaseResults, Result
 from esegeta_monai.targets.base import TARGETS
 
@@ -29,6 +30,7 @@ MONAI = "Cardoso et al., MONAI: an open-source framework for deep learning in he
 STATUS_WORDS: dict[str, Callable[[int], str]] = {
     "ok": lambda n: count(n, "map"),
     "zero": lambda n: count(n, "map of zeros", "maps of zeros"),
+    "incomplete": lambda n: count(n, "incomplete map"),
     "empty_target": lambda n: count(n, "empty target"),
     "failed": lambda n: f"{n} failed",
     "timeout": lambda n: f"{n} ended by the time limit",
@@ -196,9 +198,16 @@ def _cautions(result: Result) -> list[str]:
     record, texts = result.record, []
     if result.status == "zero":
         texts.append("the map is zero everywhere: the target does not depend on the scan, or nothing propagates to it.")
-    gap = record.completeness_gap
-    if gap is not None and gap > GAP:
+    gap, of_map = record.completeness_gap, record.completeness_gap_of_map
+    if gap_is_high(result) and gap is not None:
         texts.append(f"completeness gap {100 * gap:.2g} %: the map's sum misses the change of the score by that much.")
+    elif result.status == "incomplete" and of_map is not None:
+        texts.append(f"incomplete: the score does not change, but the map sums to {100 * of_map:.2g} % of its total.")
+    if record.float64_fallback is not None:
+        texts.append(f"computed in float64: {record.float64_fallback}.")
+    share = record.absorbed_share
+    if share is not None and abs(share) > KEPT_BY_BIASES:
+        texts.append(f"biases keep {100 * share:.2g} % of the score; the map shows the rest.")
     deviation = record.blend_deviation
     if deviation is not None and deviation > DEVIATION:
         texts.append(f"the blended windows deviate from the bundle's own prediction by {100 * deviation:.2g} %.")
@@ -209,6 +218,12 @@ def _cautions(result: Result) -> list[str]:
     if padding and total and abs(padding) > PADDING * abs(total):
         texts.append(f"{100 * abs(padding / total):.2g} % of the sum fell on padding outside of the scan.")
     return texts
+
+
+def gap_is_high(result: Result) -> bool:
+    """Return True if a map is incomplete; maps of earlier versions have no such status."""
+    gap, of_map = result.record.completeness_gap, result.record.completeness_gap_of_map
+    return result.status == "incomplete" or (gap is not None and gap > GAP and of_map is None)
 
 
 def references(case: CaseResults) -> list[str]:

@@ -12,7 +12,7 @@ from monai.networks.nets import SwinUNETR
 from torch import nn
 from torch.utils.checkpoint import checkpoint as imported_checkpoint
 
-from esegeta_monai.engine.rules import guided
+from esegeta_monai.engine.rules import deep_lift, guided, lrp
 from esegeta_monai.errors import InputError, MethodError, NetworkError, RuleError
 from tests.engine.rules.support import assert_same_state, relative, state
 from tests.networks import build
@@ -69,8 +69,8 @@ REFUSED = {
     "out": (_out, RuleError, "out="),
     "sort": (lambda x: F.relu(x).sort()[0], RuleError, "'sort'"),
     "product of all": (lambda x: F.relu(x).prod(1, keepdim=True).expand_as(x), RuleError, "'prod'"),
-    "dropout": (lambda x: F.dropout(F.relu(x), 0.5, True), RuleError, "eval mode"),
-    "batch statistics": (lambda x: F.batch_norm(F.relu(x), None, None, training=True), RuleError, "eval mode"),
+    "dropout": (lambda x: F.dropout(F.relu(x), 0.5, True), RuleError, "training=True"),
+    "batch statistics": (lambda x: F.batch_norm(F.relu(x), None, None, training=True), RuleError, "training=True"),
     "half inside": (lambda x: F.relu(x).half().double(), NetworkError, "float16"),
     "random": (lambda x: F.relu(x) + torch.randn_like(x), MethodError, "random"),
     "checkpoint": (lambda x: imported_checkpoint(F.gelu, x, use_reentrant=False), NetworkError, "use_checkpoint"),
@@ -87,6 +87,98 @@ def test_what_cannot_be_seen_is_refused(name):
     with pytest.raises(error, match=text):
         guided(function, X, ONES)
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+class _Keeps(nn.Module):
+    """A convolution network that keeps something of its input beside the path to the output."""
+
+    def __init__(self, keep=lambda self, x: None, use=lambda self, y: y):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.register_buffer("seen", torch.zeros(3))
+        self.keep, self.use = keep, use
+
+    def forward(self, x):
+        self.keep(self, x)
+        return self.use(self, self.b(F.relu(self.a(x))))
+
+
+def _assign(self, x):
+    self.seen = 0.9 * self.seen + 0.1 * x.detach().mean((0, 2, 3))
+
+
+def _write(self, x):
+    self.seen.mul_(0.9).add_(0.1 * x.detach().mean((0, 2, 3)))
+
+
+def _write_under_no_grad(self, x):
+    with torch.no_grad():
+        self.seen.mul_(0.9).add_(0.1 * x.mean((0, 2, 3)))
+
+
+def _write_data(self, x):
+    self.seen.data.copy_(x.detach().mean((0, 2, 3)))
+
+
+def _write_view(self, x):
+    self.seen[:2].copy_(x.detach().mean((0, 2, 3))[:2])
+
+
+def _write_item(self, x):
+    self.seen[0] = x.detach().mean() * 2
+
+
+def _without_rule(self, x):
+    self.seen = x.sort()[0][0, 0, 0, :3]
+
+
+def _flags(self, x):
+    grid = torch.linspace(0, 1, 3).to(x)
+    grid.requires_grad = False
+
+
+KEEPS = [_assign, _write, _write_under_no_grad, _write_data, _write_view, _write_item, _without_rule, _flags]
+
+
+def _attributed(network):
+    """The maps of three families, in float64."""
+    first = guided(network, X, ONES).input
+    return first, lrp(network, X, ONES, "EpsilonPlus").input, deep_lift(network, X, 0.5 * X.flip(-1), ONES).input
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+def test_what_a_network_keeps_beside_its_output_changes_no_map(keep):
+    torch.manual_seed(0)
+    network = _Keeps(keep).double().eval()
+    plain = _Keeps().double().eval()
+    plain.load_state_dict(network.state_dict())
+    for kept, expected in zip(_attributed(network), _attributed(plain)):
+        assert float(expected.abs().max()) > 0
+        assert torch.equal(kept, expected)
+
+
+@pytest.mark.parametrize("keep", KEEPS[:-1])
+def test_what_a_network_keeps_is_refused_where_its_output_uses_it(keep):
+    network = _Keeps(keep, lambda self, y: y + self.seen.reshape(1, 3, 1, 1)).double().eval()
+    for call in (
+        lambda: guided(network, X, ONES),
+        lambda: lrp(network, X, ONES, "EpsilonPlus"),
+        lambda: deep_lift(network, X, 0.5 * X, ONES),
+    ):
+        network.seen = torch.zeros(3).double()
+        with pytest.raises(RuleError, match=r"detach|no_grad|'sort'"):
+            call()
+
+
+def test_a_constant_moved_to_the_device_of_the_image_is_a_constant():
+    """``grid.to(x)`` reads no value of x: x·grid is linear in x, and all relevance stays with x."""
+    grid = torch.linspace(0.5, 1, 4).double()
+    network = nn.Conv2d(3, 1, 1, bias=False).double().eval()
+    plain = lrp(lambda x: network(x * grid), X, ONES[:, :, :1], "EpsilonPlus")
+    for like in (lambda x: grid.to(x), lambda x: grid.float().type_as(x), lambda x: grid.expand_as(x)):
+        moved = lrp(lambda x, like=like: network(x * like(x)), X, ONES[:, :, :1], "EpsilonPlus")
+        assert relative(moved.input, plain.input) <= 1e-6
+        assert float((moved.absorbed - plain.absorbed).abs().max()) <= 1e-6
 
 
 def test_scripted_and_compiled_networks_are_refused():

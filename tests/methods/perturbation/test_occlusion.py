@@ -60,6 +60,7 @@ def test_equals_captum_around_monais_inferer(shape, window, stride, per_channel,
     with frozen(net):
         maps = run(Occlusion(window, stride, baseline=0.3, per_channel=per_channel), o).maps
     expected = captums(net, image, inferer, targets, window, stride, 0.3, per_channel)
+    assert maps.shape[1] == (shape[0] if per_channel else 1)
     for actual, reference, value in zip(maps, expected, o.image_values()):
         assert float(reference.abs().max()) > 0
         scale = max(float(value.abs()), float(reference.abs().max()))
@@ -94,6 +95,30 @@ def test_every_voxel_is_held_by_an_occluder_and_averaged():
                 count[i : i + 3, j : j + 4] += 1
     assert count.min() > 0
     assert float((maps - total / count).abs().max()) <= 1e-10 * float(part.abs().sum())
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "axis"), [(2, 4, 0), ((3, 2), (3, 3), 1), ((8, 3), (2, 4), 1), (3, 7, 0), (6, 7, 0)]
+)
+def test_a_stride_that_leaves_voxels_out_is_refused(window, stride, axis):
+    o, _ = objective(torch.nn.Conv2d(1, 1, 1), noise(1, 7, 9).float(), SimpleInferer(), [MultiClassMask(0)])
+    method = Occlusion(window, stride)
+    for call in (lambda: run(method, o), lambda: method.passes(o)):
+        with pytest.raises(UsageError, match=rf"larger than window=\d along axis {axis} .* at most \d"):
+            call()
+
+
+@pytest.mark.parametrize(("window", "stride"), [(2, 2), ((7, 4), (9, 4)), (16, 20), (9, 12), ((3, 9), (2, 11))])
+def test_a_stride_that_leaves_no_voxel_out_is_not_refused(window, stride):
+    """Where one occluder covers an axis, the next one would begin outside."""
+    net = torch.nn.Conv2d(1, 1, 1).double()
+    o, _ = objective(net, noise(1, 7, 9), SimpleInferer(), [MultiClassMask(0)])
+    with frozen(net):
+        boxes = Occlusion(window, stride).occluders(o, o.image).boxes
+    covered = torch.zeros(7, 9)
+    for place in boxes:
+        covered[place] += 1
+    assert covered.min() > 0
 
 
 def _mask(o) -> torch.Tensor:
