@@ -53,6 +53,8 @@ class OddCase:
         layer: layer of layer methods; None: the default layer.
         parts: layers of the twin, one for each call of the layer, that have its output as a map in the frame of the
             image; None: the layer has the same name and is ordinary.
+        alike: makes the twin of methods that read no layer, where the twin has more layers than the odd network: rules
+            are applied to each.
         undefined: methods whose right map is not defined here.
         inferer: of the prediction.
         options: further parameters of the explainer.
@@ -75,6 +77,7 @@ class OddCase:
     twin_target: Any = None
     layer: str | None = None
     parts: tuple[str, ...] | None = None
+    alike: Callable[[nn.Module], nn.Module] | None = None
     undefined: tuple[str, ...] = ()
     inferer: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -91,10 +94,11 @@ class OddCase:
             network = self.network()
         return network if self.train else network.eval()
 
-    def ordinary(self) -> nn.Module:
-        """Build the twin."""
-        assert self.twin is not None
-        return self.twin(self.odd()).eval()
+    def ordinary(self, layered: bool = True) -> nn.Module:
+        """Build the twin, for methods that read a layer or not."""
+        make = self.alike if self.alike is not None and not layered else self.twin
+        assert make is not None
+        return make(self.odd()).eval()
 
     @property
     def plain_image(self) -> Tensor:

@@ -12,6 +12,9 @@ from tests.odd.base import Around, Classifier, OddCase, Score, Segmenter, image,
 
 X = image(1, 12, 12)
 After = Callable[[Tensor], Tensor]
+# A softmax or a sign in the network, or in the score: their rules differ, and both are right.
+DEEP_LIFT = ("DeepLift", "DeepLiftShap", "LayerDeepLift", "LayerDeepLiftShap")
+SYNTHESIS = ("ClassImage", "DeepDream", "FeatureVisualization", "InvertedRepresentation")
 
 
 def softmax(y: Tensor) -> Tensor:
@@ -82,6 +85,7 @@ def no_probability(name: str, after: After) -> OddCase:
     return OddCase(
         name, "heads", lambda: centred(3, after), X, logit(0), "MultiClassMask(1, output='probability')", twin=twin,
         twin_target="OutputValue(0)", layer="net.down", parts=("net.net.down",),
+        undefined=(*DEEP_LIFT, "ScoreCam", "ClassImage"),
     )  # fmt: skip
 
 
@@ -116,32 +120,33 @@ CASES = [
              twin_target=AS_IT_IS.format(0)),
     segments("softmax inside", 3, softmax, mask_sum(), "MultiClassMask(1)"),
     segments("softmax inside, probability", 3, softmax, mask_sum(1, lambda y: y.softmax(0)), PROBABILITY,
-             twin=replaced()),
+             twin=replaced(), undefined=DEEP_LIFT),
     segments("softmax inside, threshold on probability", 3, softmax, above(1, 0.4),
              "ThresholdMask(0.4, channel=1, value='softmax')",
              twin_target="ThresholdMask(0.4, channel=1, value='raw')"),
     segments("softmax inside, log-probability", 3, softmax, mask_sum(1, lambda y: y.log_softmax(0)),
-             "MultiClassMask(1, output='log_probability')", twin=replaced()),
+             "MultiClassMask(1, output='log_probability')", twin=replaced(), undefined=DEEP_LIFT),
     segments("log-softmax inside, probability", 3, lambda y: y.log_softmax(1), mask_sum(1, lambda y: y.softmax(0)),
-             PROBABILITY, twin=replaced()),
+             PROBABILITY, twin=replaced(), undefined=DEEP_LIFT),
     OddCase("softmax in evaluation mode only, probability", "heads", lambda: seeded(EvalSoftmax), X,
             mask_sum(0, lambda y: y.softmax(0)), "MultiClassMask(0, output='probability')", twin=replaced(),
-            layer="net.down"),
+            undefined=DEEP_LIFT, layer="net.down"),
     no_probability("ReLU head, probability", torch.relu),
     no_probability("clamped head, probability", lambda y: y.clamp(0, 1)),
     segments("logits between 0 and 1", 1, lambda y: 0.5 + 0.01 * y, above(0, 0.0), "MultiClassMask(0)",
              twin_target="ThresholdMask(0, channel=0, value='raw')"),
     classifies("regression between 0 and 1", lambda y: 0.5 + 0.01 * y, logit(0), "OutputValue(0)"),
     classifies("sigmoid inside, probability", torch.sigmoid, lambda p: lambda y: y[1].sigmoid(),
-               "ClassScore(1, output='probability', activation='sigmoid')", twin=replaced()),
+               "ClassScore(1, output='probability', activation='sigmoid')", twin=replaced(), undefined=DEEP_LIFT),
     classifies("softmax inside, probability, classifier", softmax, lambda p: lambda y: y.softmax(0)[1],
-               "ClassScore(1, output='probability')", twin=replaced()),
+               "ClassScore(1, output='probability')", twin=replaced(), undefined=DEEP_LIFT),
     classifies("one logit, name of the positive class", one_logit, logit(0), "ClassScore('malignant')", options=NAMES,
                twin_target="ClassScore(0)"),
     classifies("one logit, name of the negative class", one_logit, logit(0), "ClassScore('benign')", options=NAMES,
-               twin=replaced(after=lambda y: -y[:, :1]), twin_target="ClassScore(0)"),
+               twin=replaced(after=lambda y: -y[:, :1]), twin_target="ClassScore(0)",
+               undefined=("PatternNet", "PatternAttribution")),
     classifies("multi-label, a label by number", None, lambda p: lambda y: y[2].sigmoid(),
                "ClassScore(2, output='probability', activation='sigmoid')"),
     classifies("multi-label, no label is predicted", None, logit(), "PredictedClasses(activation='sigmoid')", -9.0,
-               twin=None),
+               twin=None, undefined=SYNTHESIS),
 ]  # fmt: skip

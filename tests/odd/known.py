@@ -33,7 +33,6 @@ _WRONG: dict[str, dict[str, tuple[str, ...]]] = {
     "the input is not checked": {
         "network of a dictionary": ALL,
         "network of a list": ALL,
-        "complex image": ALL,
         "sparse image": ALL,
     },
     "not caught, or not named": {

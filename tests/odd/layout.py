@@ -85,7 +85,17 @@ def tokens(x: Tensor) -> Tensor:
 
 
 def case(name: str, make: Callable[[], nn.Module], x: Tensor, layer: str = "block") -> OddCase:
-    return OddCase(name, "layout", lambda: seeded(make), x, logit(), twin=with_seen, layer=layer, parts=("seen.conv",))
+    return OddCase(
+        name,
+        "layout",
+        lambda: seeded(make),
+        x,
+        logit(),
+        twin=with_seen,
+        alike=lambda odd: odd,
+        layer=layer,
+        parts=("seen.conv",),
+    )
 
 
 def channels_last(dims: int, width: int) -> OddCase:
@@ -172,8 +182,9 @@ class Transformer(nn.Module):
 
 def transformer(name: str, size: tuple[int, ...], patch: tuple[int, ...], *args: int, behind: bool = True) -> OddCase:
     odd = case(name, lambda: Transformer(size, patch, *args, behind=behind), volume(*size), "blocks.0")
-    # without a channel: also without that of tokens that lie nowhere?
-    return replace(odd, undefined=("AblationCam",) if any(args) else ())
+    # AblationCam: is the channel of tokens without a place set to zero too? InternalInfluence: gradients before a layer
+    # norm add up to zero over the channels, so the map is rounding.
+    return replace(odd, undefined=("AblationCam", "InternalInfluence") if any(args) else ())
 
 
 class Shifted(nn.Module):

@@ -122,7 +122,7 @@ def measure(name: str, case: OddCase, truths: dict[str, Any] | None = None) -> O
     if attribution.map is None:
         denied = right is not None and record["status"] == "empty_target"  # although the target has voxels
         return Outcome("error" if denied else "refused", None, str(record.get("reason")))
-    if right is None and case.twin is not None:
+    if right is None and (case.twin is not None or name in case.undefined):
         return Outcome("warned" if new else "open", None, new[0] if new else str(refusal or ""))
     if right is None:
         return Outcome("warned" if new else "wrong", None, new[0] if new else "no map can be right")
@@ -219,7 +219,8 @@ def _truth(name: str, case: OddCase, truths: dict[str, Any]) -> tuple[Tensor | N
 
 
 def _of_twin(case: OddCase, method: Method) -> tuple[Tensor | None, list[str], Exception | None]:
-    explainer = Explainer(case.ordinary(), case.inferer, checks=False, window_batch=1)
+    layered = any(f.name == "layer" for f in dataclasses.fields(method))
+    explainer = Explainer(case.ordinary(layered), case.inferer, checks=False, window_batch=1)
     image = case.plain_image
     dtype = next((p.dtype for p in explainer.settings.network.parameters()), image.dtype)
     try:
@@ -232,10 +233,11 @@ def _of_twin(case: OddCase, method: Method) -> tuple[Tensor | None, list[str], E
 
 
 @cache
-def _engine_hash() -> str:
-    """Return a hash of the sources that decide a map."""
+def _package_hash(on_scan: bool) -> str:
+    """Return a hash of the sources that decide a map, and for one on the scan's grid also of those that place it."""
     root, digest = Path(esegeta_monai.__file__).parent, hashlib.sha256()
-    for folder in ("engine", "explain", "methods", "targets", "utils"):
+    placing = ("bundle", "cli", "files", "output") if on_scan else ()
+    for folder in ("engine", "explain", "methods", "targets", "utils", *placing):
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
@@ -245,4 +247,4 @@ def version(kind: str) -> str:
     """Return a hash of what decides the cells of a kind: the engine, the measurement, and the file of the kind."""
     names = ("tests.odd.base", "tests.odd.truth", "tests.odd.measure", f"tests.odd.{kind}")
     files = [Path(str(importlib.import_module(n).__file__)).read_bytes() for n in names]
-    return hashlib.sha256(b"".join([_engine_hash().encode(), *files])).hexdigest()[:8]
+    return hashlib.sha256(b"".join([_package_hash(kind == "pipelines").encode(), *files])).hexdigest()[:8]

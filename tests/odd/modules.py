@@ -181,11 +181,11 @@ CASES = [
             twin=lambda odd: odd.module, layer="net.down"),
     OddCase("TorchScript", "modules", traced, X, logit(), twin=lambda odd: seeded(Classifier), layer="down",
             cause="TorchScript"),
-    OddCase("weights that are not initialised", "modules", lazy, X, logit(),
+    OddCase("weights that are not initialised", "modules", lazy, X, logit(), layer="0",
             cause="lazy|uninitiali[sz]ed|initiali[sz]e"),
     OddCase("half-precision weights", "modules", lambda: seeded(Classifier).half(), X, logit(), layer="down",
             cause="float16"),
     OddCase("no weights", "modules",
             lambda: Around(nn.Identity(), after=lambda y: torch.tanh(y).flatten(1)[:, 30:33]), X, logit(),
-            twin=lambda odd: odd),
+            twin=lambda odd: odd, methods=SIX),
 ]  # fmt: skip

@@ -6,6 +6,7 @@ The true map on the scan's grid is that of the network's image, put back by `Pip
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -24,11 +25,13 @@ from monai.networks.nets import UNet
 from torch import Tensor, nn
 
 from esegeta_monai.cli.main import main
-from esegeta_monai.methods.base import Method
+from esegeta_monai.methods.base import METHODS, Method
 from tests.odd.base import OddCase, mask_sum
 from tests.support.cli import NETWORK, SIZE, make_bundle, make_scan, metadata, run_json
 
 CLASS, LEVEL = 1, 0.1
+METHODS_OF_ONE_CASE = tuple(cls.__name__ for cls in METHODS if "cases" not in {f.name for f in dataclasses.fields(cls)})
+"""Methods that need no other scans."""
 SHAPE, CUBE = (8, 10, 6), (8, 8, 8)
 Place = Callable[[Tensor], Tensor]
 
@@ -51,6 +54,7 @@ class PipelineCase(OddCase):
 
     def results(self, methods: Sequence[Method]) -> dict[str, tuple[str, list[str], str, Tensor | None]]:
         """Return status, warnings, reason and map of each method, by its name, as the command line writes them."""
+        methods = [m for m in methods if type(m).__name__ in METHODS_OF_ONE_CASE]
         texts = [f"{type(m).__name__}({', '.join(_given(m))})" for m in methods]
         with tempfile.TemporaryDirectory() as folder:
             root = Path(folder)
@@ -79,8 +83,7 @@ class PipelineCase(OddCase):
             printed = io.StringIO()
             with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
                 main([str(word) for word in words])
-            if not (root / "out" / "run.json").exists():
-                return {m.name: ("failed", [], printed.getvalue().strip(), None) for m in methods}  # type: ignore[misc]
+            assert (root / "out" / "run.json").exists(), printed.getvalue()
             by_method = {e["method"]: self._read(root / "out", e) for e in run_json(root / "out")["results"]}
             failed = by_method.get(None)  # type: ignore[call-overload]  # of the whole case
             return dict.fromkeys([str(m.name) for m in methods], failed) if failed else by_method
@@ -95,8 +98,9 @@ class PipelineCase(OddCase):
 
 
 def _given(method: Method) -> list[str]:
-    """Return the parameters of a method as the command line takes them; cases are left out."""
-    parameters = {k: v for k, v in method.parameters.items() if k not in ("cases", "name") and v is not None}
+    """Return the parameters of a method as the command line takes them, without inner methods."""
+    own = method.parameters.items()
+    parameters = {k: v for k, v in own if k != "name" and v is not None and not isinstance(v, dict)}
     if isinstance(getattr(method, "baseline", None), Tensor):
         parameters["baseline"] = LEVEL
     return [f"{k}={v!r}" for k, v in parameters.items()]
@@ -131,7 +135,7 @@ def case(
     return PipelineCase(
         name, "pipelines", lambda: unet(dims), x, mask_sum(CLASS), f"MultiClassMask({CLASS})", twin=lambda odd: odd,
         x0=torch.full_like(x[0], LEVEL), tolerance=1e-4, transforms=tuple(transforms), shape=shape, place=place,
-        dims=dims, layer="model.0", options={},
+        dims=dims, layer="model.0", methods=METHODS_OF_ONE_CASE,
     )  # fmt: skip
 
 

@@ -72,6 +72,7 @@ def mirrored(
         mask_sum(channel) if segments else logit(),
         f"MultiClassMask({channel})" if segments else "ClassScore(1)",
         twin=twin,
+        alike=lambda odd: Mirrored(nn.ModuleList(copy.deepcopy(odd.net) for _ in views), outs),
         layer="net.down",
         parts=tuple(f"net.{i}.down.seen.conv" for i in range(len(views))),
     )
@@ -105,13 +106,25 @@ def shared(
     turns: list[Turn],
     x: Tensor = X,
 ) -> OddCase:
+    def alike(odd: nn.Module) -> nn.Module:
+        odd.enc = nn.ModuleList(copy.deepcopy(odd.enc) for _ in turns)
+        return odd
+
     def twin(odd: nn.Module) -> nn.Module:
         odd.enc = nn.ModuleList(Framed(copy.deepcopy(odd.enc), 4, turned, turned) for turned in turns)
         return odd
 
     parts = tuple(f"enc.{i}.seen.conv" for i in range(len(turns)))
     return OddCase(
-        name, "repeated", lambda: seeded(lambda: Shared(inputs, join)), x, logit(), twin=twin, layer="enc", parts=parts
+        name,
+        "repeated",
+        lambda: seeded(lambda: Shared(inputs, join)),
+        x,
+        logit(),
+        twin=twin,
+        alike=alike,
+        layer="enc",
+        parts=parts,
     )
 
 
