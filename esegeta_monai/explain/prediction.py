@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -142,6 +142,28 @@ class Prediction:
             case=self._context,
             context=RunContext(processes=settings.processes, window_batch=window_batch),
         )
+
+    def infer(self, image: Tensor) -> Tensor:
+        """Return the prediction (K, *out) at an image (C, *spatial) by the user's own inferer, without autocast."""
+        model = self.model.without_autocast()
+
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return model(x.to(model.device), coordinates=args[0] if args else None, condition=kwargs.get("condition"))
+
+        inferer, kwargs, changes = self._inference()
+        settings = self.settings
+        with evaluating(settings.network, settings.device), torch.no_grad(), _changed(settings.inferer, changes):
+            return select_output(inferer(image[None], call, **kwargs))[0].detach().to(self.image)
+
+    def _inference(self) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
+        """Return the function that predicts an image, its keywords, and the attributes of the inferer to set for it."""
+        user, model, condition = self.settings.inferer, self.model, self.case.condition
+        inferer = user if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
+        kwargs = {} if condition is None else {"condition": condition[None].to(self.image)}
+        changes: dict[str, Any] = {"sw_device": user.sw_device or model.device} if hasattr(user, "sw_device") else {}
+        if self._mixes_rows and hasattr(user, "sw_batch_size"):
+            changes["sw_batch_size"] = 1
+        return inferer, kwargs, changes
 
     def _check_network(self) -> None:
         """Check the network and add the results to those of the case; log the warnings."""
@@ -293,7 +315,7 @@ class Prediction:
         if self.plan.calls:
             return self._blended()
         user, ranks, windows = settings.inferer, settings.processes, len(self.plan)
-        inferer = user if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
+        inferer, kwargs, changes = self._inference()
         shared = ranks.size > 1 and type(user) in (SlidingWindowInferer, SlidingWindowInfererAdapt, SliceInferer)
         own = set(ranks.share(range(windows)))
         seen = 0
@@ -315,10 +337,6 @@ class Prediction:
             out[here] = part
             return out
 
-        kwargs = {} if case.condition is None else {"condition": case.condition[None].to(self.image)}
-        changes: dict[str, Any] = {"sw_device": user.sw_device or model.device} if hasattr(user, "sw_device") else {}
-        if self._mixes_rows and hasattr(user, "sw_batch_size"):
-            changes["sw_batch_size"] = 1
         if shared:
             changes["buffer_steps"] = 0  # a buffer needs an output of every batch
 

@@ -25,11 +25,12 @@ from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.explain.costs import check_cost
+from esegeta_monai.explain.map_checks import FinishedMap, check_map
 from esegeta_monai.explain.outcomes import NOTHING_THERE, BoundTarget, Outcomes, not_linear
 from esegeta_monai.explain.prediction import Prediction
 from esegeta_monai.explain.record import Record, peak_memory, predicted_class, reset_peak_memory
 from esegeta_monai.explain.settings import Settings
-from esegeta_monai.methods.base import Method
+from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.run import grouped, run_together, shares_passes
 from esegeta_monai.targets.base import Target
 
@@ -259,10 +260,27 @@ class CaseRun:
                     predicted, activation = task.predicted, getattr(b.target, "activation", "auto")
                     entries = predicted_class(predicted.prediction, settings.class_names, predicted.head, activation)
                     record.update(entries)
+                self._check_map(task, method, k, outcome.result, record)
                 yield from self.outcomes.finished(method, b, record, outcome.result, k)
         checkpoint = objective.context.checkpoint
         if checkpoint is not None and all(o.result is not None for o in outcomes):
             checkpoint.remove()  # not earlier, because the caller has now written the maps
+
+    def _check_map(self, task: CaseTask, method: Method, k: int, result: Explained, record: Record) -> None:
+        """Check the map of target k, if the settings ask for it, and put the result into its record."""
+        if self.settings.checks != "maps":
+            return
+        if any(check.name == "determinism" and check.verdict == "warned" for check in self.case.checks):
+            found = CheckResult("map", "not checked", "not checked: equal passes of the network differ")
+        else:
+            done = FinishedMap(method, task.objective, k, result.maps[k], result.note(k), task.predicted.infer)
+            with evaluating(self.settings.network, self.settings.device):
+                found = check_map(done)
+        record.checks = [*(record.checks or []), found.entry()]
+        record.map_check = "none" if found.verdict == "not checked" else found.verdict
+        if found.verdict == "warned":
+            record.warnings.append(found.text)
+            logger.warning("%s: %s: %s", record.target_name, method.name, found.text)
 
     def _layer_checks(self, group: Sequence[Method], objective: Objective) -> list[dict[str, Any]]:
         """Return the entries of the checks of layers for methods whose maps are those of a layer."""

@@ -107,6 +107,8 @@ class Method(Configurable, ABC):
             be the cause.
         reads_image_value: the method reads F(image) even for linear targets: one more forward pass where no prediction
             was given, as at the noisy images of `SmoothGrad`.
+        map_check: the check of finished maps of this class, a key of `esegeta_monai.explain.map_checks.MAP_CHECKS`;
+            ``"none"``: there is no independent computation. It is not inherited.
         cheap_parameters: (name, value) pairs of the parameters that make the method cheap, see `cheap_copy`.
     """
 
@@ -122,6 +124,7 @@ class Method(Configurable, ABC):
     repeats_in_float64: ClassVar[bool] = False
     gap_bound: ClassVar[float] = 5e-2
     gap_advice: ClassVar[str] = "read it as a ranking of places, not as shares"
+    map_check: ClassVar[str] = "none"
     cheap_parameters: ClassVar[Limits] = (("n_steps", 4), ("n_samples", 4), ("tolerance", None))
 
     def __post_init__(self) -> None:

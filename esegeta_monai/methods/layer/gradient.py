@@ -33,6 +33,7 @@ class LayerGradientXActivation(LayerMethod):
         False
     """
 
+    map_check = "activation times gradient"
     reference = "Shrikumar et al. 2016, arXiv:1605.01713"
     additive = True
     units = "target per voxel"
@@ -52,6 +53,7 @@ class LinearApproximation(LayerGradientXActivation):
     It is `LayerGradientXActivation` summed over channels, and `HiResCam` before ReLU.
     """
 
+    map_check = "activation times gradient"
     reference = "Fong et al., ICCV 2019 (TorchRay), arXiv:1910.08485"
 
 
@@ -62,6 +64,7 @@ class LayerGradCam(GradCam):
         layer, relu: see `GradCam`.
     """
 
+    map_check = "grad-cam"
     relu: bool = False
 
 
