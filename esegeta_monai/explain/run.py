@@ -168,7 +168,7 @@ class CaseRun:
                     yield outcomes.failed(method, b, record, error)
                 elif b.score is None or (b.score.empty and method.needs_voxels):
                     yield outcomes.empty(method, b, record)
-                elif predicted.plan.calls and not all(m.several_calls for m in (method, *method.inside())):
+                elif predicted.plan.calls and not all(m.for_ensembles for m in (method, *method.inside())):
                     yield outcomes.failed(method, b, record, MethodError(ONE_CALL.format(method.name)))
                 elif method.needs_linear and not b.score.linear:
                     yield outcomes.failed(method, b, record, not_linear(method, b))

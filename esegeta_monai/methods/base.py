@@ -98,7 +98,7 @@ class Method(Configurable, ABC):
         aliases: further names of the method.
         needs_gradient: False for black-box methods, which also run on TorchScript networks.
         needs_linear: True if the method is defined for scores linear in the prediction only (``output="logit"``).
-        several_calls: False: the method reads one call of the network per place; it is refused for ensembles and
+        for_ensembles: False: the method reads one call of the network per place; it is refused for ensembles and
             mirrored views.
         full_precision: True: never run the method under autocast.
         gap_bound: completeness gap above which a map is incomplete; a method with ``tolerance`` has its own.
@@ -118,7 +118,7 @@ class Method(Configurable, ABC):
     additive: ClassVar[bool]
     needs_gradient: ClassVar[bool] = True
     needs_linear: ClassVar[bool] = False
-    several_calls: ClassVar[bool] = True
+    for_ensembles: ClassVar[bool] = True
     full_precision: ClassVar[bool] = False
     reads_image_value: ClassVar[bool] = False
     repeats_in_float64: ClassVar[bool] = False

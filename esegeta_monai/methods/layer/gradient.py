@@ -79,7 +79,7 @@ class LayerActivationGuidedBackprop(Method):
         channel: c; None: the sum over all channels.
     """
 
-    several_calls = False
+    for_ensembles = False
     reference = "Springenberg et al., ICLR workshop 2015, arXiv:1412.6806"
     produces = "input map"
     additive = False
