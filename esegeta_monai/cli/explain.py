@@ -41,6 +41,7 @@ __all__ = [
     "explain_cases",
     "explainer_for",
     "open_log",
+    "output_use",
     "run",
 ]
 
@@ -232,7 +233,7 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
         on_error="record",
         checks=getattr(options, "checks", True),
         head=options.head,
-        postprocessing=_output_use(reader),
+        postprocessing=output_use(reader),
     )
 
 
@@ -251,7 +252,7 @@ def default_targets(reader: BundleReader) -> list[Target]:
     return [PredictedClasses()]
 
 
-def _output_use(reader: BundleReader) -> Postprocessing:
+def output_use(reader: BundleReader) -> Postprocessing:
     """Return the use of the network's output; where the postprocessing cannot be built, that of the metadata."""
     try:
         return reader.output_use

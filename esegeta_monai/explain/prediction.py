@@ -106,6 +106,7 @@ class Prediction:
             whose = "given prediction" if case.prediction is not None else "prediction"
             raise NetworkError(f"the {whose} has values that are NaN or infinite: there is nothing to explain")
         self._check_values()
+        self._note_disturbed()
         self.head = Head()
         if layer is None:
             self._note_output()
@@ -183,13 +184,24 @@ class Prediction:
                     logger.warning(check.text)
         self.model.mixes_rows = self._mixes_rows
         self.model.copies_input = self._verdict("input") != "passed"
-        batch = getattr(settings.inferer, "sw_batch_size", 1)
-        if self._mixes_rows and batch > 1 and len(self.plan) > 1 and case.prediction is None:
-            self.notes.append(
+
+    def _note_disturbed(self) -> None:
+        """Note where the inferer or the given prediction differs from the prediction of this image alone."""
+        given, cause = self.case.prediction, self._disturbance
+        batch = getattr(self.settings.inferer, "sw_batch_size", 1)
+        if cause is None or isinstance(self.model.network, LayerOutput):
+            return
+        if "mixes" in cause and batch > 1 and len(self.plan) > 1:
+            text = (
                 "the network mixes the windows of a batch: the explained prediction has one window per pass and "
                 f"differs from that of the inferer with sw_batch_size={batch}; predict with sw_batch_size=1"
             )
-            logger.warning(self.notes[-1])
+        elif given is None or _close(given.detach().to(self.prediction), self.prediction):
+            return
+        else:
+            text = f"{cause}: the given prediction is not that of this image, unchanged and alone, which is explained"
+        self.notes.append(text)
+        logger.warning(text)
 
     def _check_values(self) -> None:
         """Add the check of the values of image and prediction, which are finite, to those of the case."""
@@ -207,6 +219,16 @@ class Prediction:
     def _mixes_rows(self) -> bool:
         """True if the images of a batch influence each other, so that windows run one by one."""
         return self._verdict("rows") == "handled"
+
+    @property
+    def _disturbance(self) -> str | None:
+        """Why a given prediction may not be that of this image alone; None: it is used as it is."""
+        handled = {check.name: check.value for check in self.case.checks if check.verdict == "handled"}
+        if handled.get("rows") is not None:  # None: it accepts only one window per pass
+            return "the network mixes the images of a batch"
+        if "input" in handled:
+            return "the network writes into its input, so overlapping windows change each other"
+        return None
 
     def _verdict(self, name: str) -> str | None:
         """Return the verdict of a check of the network, or None if it has not run."""
@@ -311,7 +333,8 @@ class Prediction:
         if case.prediction is not None and not isinstance(model.network, LayerOutput):
             if case.prediction.is_complex():
                 raise InputError("the given prediction has complex values: give the network's own raw output")
-            return case.prediction.detach().to(self.image)
+            if self._disturbance is None:
+                return case.prediction.detach().to(self.image)
         if self.plan.calls:
             return self._blended()
         user, ranks, windows = settings.inferer, settings.processes, len(self.plan)
@@ -378,6 +401,11 @@ class Prediction:
 
 class _Reached(Exception):  # noqa: N818 - no error: it ends a pass at the first 3D convolution
     """Raised with the number of axes of the convolution's input."""
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Return True if two predictions are equal except for rounding."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-4 * float(b.abs().max()))
 
 
 def _some(values: Any, which: Sequence[int]) -> Any:
