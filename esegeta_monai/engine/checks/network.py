@@ -25,6 +25,8 @@ from esegeta_monai.engine.windows.plan import WindowPlan
 
 __all__ = ["NETWORK_CHECKS", "Derivative", "Determinism", "InputUnchanged", "Rows", "check_network_once"]
 
+RANDOM = ("torch's random state", "the GPU's random state", "numpy's random state", "Python's random state")
+
 
 class InputUnchanged(NetworkCheck):
     """The network does not write into its input. Where it does, it gets copies, which it always does here."""
@@ -48,9 +50,10 @@ class InputUnchanged(NetworkCheck):
 
 
 class Determinism(NetworkCheck):
-    """Two equal passes agree: the network draws no random numbers and keeps no state that changes its output.
+    """Equal passes agree: the network draws no random numbers and keeps no state that changes its output.
 
-    ``value`` is the largest difference of two outputs or gradients, relative to the largest value.
+    The window is compared with itself in two passes, and with the pass of a copy of the network that saw another window
+    first. ``value`` is the largest difference of outputs or gradients, relative to the largest value.
     """
 
     name: ClassVar[str] = "determinism"
@@ -64,19 +67,43 @@ class Determinism(NetworkCheck):
         first = _output_and_gradient(sample)
         changed = [name for name, value in _state(sample.model.network).items() if before.get(name) != value]
         second = _output_and_gradient(sample)
-        noise = max(_relative(a, b) for a, b in zip(first, second))
-        passes = sample.passes - start
-        if noise <= 100 * torch.finfo(first[0].dtype).eps:
-            return CheckResult(self.name, "passed", "two equal passes agree", noise, passes=passes)
+        noise, passes = _difference(first, second), sample.passes - start
+        limit = 100 * torch.finfo(first[0].dtype).eps
         cause = f" ({_listed(changed)} changed in the pass)" if changed else ""
-        return CheckResult(
-            self.name,
-            "warned",
-            f"two equal passes of the network differ by {100 * noise:.2g} % of the largest value{cause}: the map "
-            "explains a score with this noise; 'noise' states it in units of the target",
-            noise,
-            passes=passes,
-        )
+        if noise > limit:
+            text = (
+                f"two equal passes of the network differ by {100 * noise:.2g} % of the largest value{cause}: the map "
+                "explains a score with this noise; 'noise' states it in units of the target"
+            )
+            return CheckResult(self.name, "warned", text, noise, passes=passes)
+        if any(name in changed for name in RANDOM):
+            text = (
+                f"the network draws random numbers{cause}; two equal passes agree, but others may not: the map may "
+                "explain a score with noise"
+            )
+            return CheckResult(self.name, "warned", text, noise, passes=passes)
+        memory, more = self._memory(sample, first)
+        if memory > limit:
+            text = (
+                "the network keeps state between passes: after another image, its result of the same window differs by "
+                f"{100 * memory:.2g} % of the largest value, so the map depends on the images that the network has "
+                "seen before"
+            )
+            return CheckResult(self.name, "warned", text, memory, passes=passes + more)
+        text = "two equal passes agree" + ("" if more else "; whether the network remembers other images is not checked")
+        return CheckResult(self.name, "passed", text, noise, passes=passes + more)
+
+    @staticmethod
+    def _memory(sample: Sample, expected: list[Tensor]) -> tuple[float, int]:
+        """Return the difference that another window before this one makes, and the number of passes; 0: no copy."""
+        if sample.unused is None:
+            return 0.0, 0
+        model, x = copy.copy(sample.model), sample.window
+        model.network, sample.unused = sample.unused, None
+        other = sample.of(model, x.dtype)
+        with torch.no_grad():  # another content and mean within the range of the values, or another constant
+            other.run(x + 1 if bool((x == x.flatten()[0]).all()) else x.flip(-1).clamp(min=float(x.mean())))
+        return _difference(expected, _output_and_gradient(other)), other.passes
 
 
 class Rows(NetworkCheck):
@@ -233,8 +260,19 @@ def check_network_once(
     key = (weights, str(model.device), str(model.autocast_dtype), plan.roi, str(model.output), model.inferer is None)
     if key not in done:
         with _random_states(model.device), evaluating(model.network, model.device):
-            done[key] = _measured(small_sample(model, image, plan, condition))
+            unused = _copied(model.network)
+            sample = small_sample(model, image, plan, condition)
+            sample.unused = unused
+            done[key] = _measured(sample)
     return done[key]
+
+
+def _copied(network: nn.Module) -> nn.Module | None:
+    """Return a copy of a network before its first pass; None: it holds what cannot be copied (a tensor with a graph)."""
+    try:
+        return copy.deepcopy(network)
+    except Exception:  # a copy may fail in any way
+        return None
 
 
 def _measured(sample: Sample) -> list[CheckResult]:
@@ -286,6 +324,13 @@ def _output_and_gradient(sample: Sample) -> list[Tensor]:
     except RuntimeError:  # an operation without derivative; methods that need one name it
         gradient = None
     return [out.detach()] if gradient is None else [out.detach(), gradient]
+
+
+def _difference(first: list[Tensor], second: list[Tensor]) -> float:
+    """Return the largest relative difference of two results of `_output_and_gradient`."""
+    if len(first) != len(second):
+        return float("inf")
+    return max(_relative(a, b) for a, b in zip(first, second))
 
 
 def _gradients(score: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
