@@ -432,3 +432,48 @@ def test_the_explainer_lists_its_checks() -> None:
     assert {r.name: r.verdict for r in results}["rows"] == "handled"
     refused = explainer.check(torch.full((1, 1, 12, 12), 3.0))[-1]
     assert (refused.name, refused.verdict) == ("prediction", "refused")
+
+
+class Saturated(nn.Module):
+    """A softmax of equal logits: the output is constant, but for the rounding of the logits.
+
+    Args:
+        logits: their size.
+        between: function of the features.
+    """
+
+    def __init__(self, logits: float, between: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.head, self.between = nn.Linear(144, 20), nn.Linear(20, 10), between
+        with torch.no_grad():
+            self.hidden.weight.fill_(logits / 144 / 20)
+            self.head.weight.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.between(self.hidden(x.flatten(1)).relu())).softmax(1)
+
+
+@pytest.mark.parametrize("logits", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_is_no_wrong_derivative(logits: float, seed: int) -> None:
+    result = checked(Saturated(logits), blob(seed))["derivative"]
+    assert result.verdict == "not checked"
+    assert "flat" in result.text
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", FAULTY)
+def test_a_small_derivative_that_is_wrong_is_still_found(kind: str, seed: int) -> None:
+    network = Body(FAULTY[kind], seed)
+    with torch.no_grad():
+        network.head.weight *= 1e-4  # beside a constant of 1; rounding hides differences below about 3e-6 here
+        network.head.bias.fill_(1.0)
+    assert checked(network, blob(seed))["derivative"].verdict == "warned"
+
+
+def test_a_gradient_where_the_forward_pass_is_flat_is_found() -> None:
+    network = Body(straight_through)
+    with torch.no_grad():
+        network.head.weight[:, 4] = 0.0  # no skip path: central differences are zero between the steps
+    assert checked(network)["derivative"].verdict == "warned"
