@@ -91,7 +91,9 @@ class Determinism(NetworkCheck):
                 "seen before"
             )
             return CheckResult(self.name, "warned", text, memory, passes=passes + more)
-        text = "two equal passes agree" + ("" if more else "; whether the network remembers other images is not checked")
+        text = "two equal passes agree" + (
+            "" if more else "; whether the network remembers other images is not checked"
+        )
         return CheckResult(self.name, "passed", text, noise, passes=passes + more)
 
     @staticmethod
@@ -258,7 +260,9 @@ class Derivative(NetworkCheck):
             gradients = torch.autograd.grad(score, results, allow_unused=True)
         except RuntimeError:  # results inside torch.func transforms are gone; what remains is still a part of the error
             return u * total
-        return u * (total + sum(float((g * a.detach()).abs().sum()) for g, a in zip(gradients, results) if g is not None))
+        return u * (
+            total + sum(float((g * a.detach()).abs().sum()) for g, a in zip(gradients, results) if g is not None)
+        )
 
     def _unchecked(self, why: str, passes: int = 0) -> CheckResult:
         return CheckResult(self.name, "not checked", f"not checked: {why}", passes=passes)
