@@ -63,6 +63,8 @@ MOVES = {
     "padded and cropped": lambda x: nn.functional.pad(x, (0, 4, 1, 3))[..., 1:-3, :-4],
     "slices put together": lambda x: torch.stack([x[:, :, i] for i in range(x.shape[2])], 1),
     "einsum": lambda x: torch.einsum("nchw,dc->nhwd", x, torch.eye(x.shape[1])),
+    "entries set by a mask": lambda x: _masked(x, x < 0, 0.0),
+    "entries set by a mask of positions": lambda x: _masked(x, x[0, 0] < 0, 0.0, slice(None), slice(None)),
 }
 
 
@@ -85,7 +87,18 @@ def _write(x: Tensor, values: Tensor) -> Tensor:
     return x
 
 
+def _masked(x: Tensor, mask: Tensor, value: object, *axes: slice) -> Tensor:
+    y = x.clone()
+    y[(*axes, mask)] = value
+    return y
+
+
+ALL = slice(None)
 UNKNOWN = {
+    "entries set where the flipped window is small": lambda x: _masked(x, x.flip(3) < 0.5, 0.0),
+    "entries set to those of the flipped window": lambda x: _masked(x, x < 0.5, x.flip(3)[x < 0.5]),
+    "entries set by a mask of the turned window": lambda x: _masked(x, x.flip(2)[0, 0] < 0.5, 0.0, ALL, ALL),
+    "entries set by number": lambda x: _masked(x, torch.tensor([1, 2]), x[:, :, [2, 1]], ALL, ALL),
     "half of the window": lambda x: x[..., :6],
     "rolled": lambda x: x.roll(2, 3),
     "the window beside itself": lambda x: torch.cat([x, x], 3),
