@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.windows.plan import WindowPlan, last_axes
@@ -62,6 +62,7 @@ class Sample:
         condition: MONAI's ``condition`` (1, C, *roi), or None.
         scale: standard deviation of the window, or 1 if it is constant.
         passes: windows that went through the network.
+        unused: a copy of the network that no window has gone through, or None.
     """
 
     model: Model
@@ -70,6 +71,7 @@ class Sample:
     coordinates: Any = None
     condition: Tensor | None = None
     passes: int = 0
+    unused: nn.Module | None = None
 
     @property
     def scale(self) -> float:

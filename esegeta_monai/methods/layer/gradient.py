@@ -115,7 +115,7 @@ class LayerActivationGuidedBackprop(Method):
 
     def _sign(self, values: Tensor, objective: Objective, layer: str, batch: Batch) -> Tensor:
         """Return ``∂ Σ_p ĝ_w |A_c| / ∂A``, in the layer's own shape."""
-        values = values.detach().requires_grad_(True)
+        values = values.detach().clone().requires_grad_(True)  # a network may give inference tensors
         with torch.enable_grad():
             on_grid = spatial_map(values, objective, layer)
             if self.channel is not None:
