@@ -83,6 +83,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default="nifti",
         help="format of the maps; 'input' keeps NRRD and MHA (needs ITK), all others become NIfTI (default: nifti)",
     )
+    parser.add_argument(
+        "--check-maps",
+        action="store_true",
+        help="also check each finished map by an independent computation, which takes further passes of the network",
+    )
     parser.add_argument("--yes", action="store_true", help="also run methods refused because of their estimated cost")
     parser.add_argument("--overwrite", action="store_true", help="recompute finished maps")
     parser.add_argument(

@@ -24,6 +24,7 @@ from esegeta_monai.engine.network.state import unwrap, weights_hash
 from esegeta_monai.errors import EsegetaError, NetworkError, RankLost, UsageError
 from esegeta_monai.explain.costs import Cost, duration, table
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.explain.settings import Checks
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.writer import ResultWriter
@@ -231,10 +232,20 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
         allow_costly=getattr(options, "yes", False),
         distributed=getattr(options, "share", "cases") == "windows",
         on_error="record",
-        checks=getattr(options, "checks", True),
+        checks=_checks(options),
         head=options.head,
         postprocessing=output_use(reader),
     )
+
+
+def _checks(options: Namespace) -> Checks:
+    """Return the explainer's ``checks``; commands without the options check what maps take for granted."""
+    checks: bool = getattr(options, "checks", True)
+    if not getattr(options, "check_maps", False):
+        return checks
+    if not checks:
+        raise UsageError("--check-maps and --no-checks contradict each other: give one of them")
+    return "maps"
 
 
 def default_targets(reader: BundleReader) -> list[Target]:

@@ -266,21 +266,21 @@ class CaseRun:
         if checkpoint is not None and all(o.result is not None for o in outcomes):
             checkpoint.remove()  # not earlier, because the caller has now written the maps
 
-    def _check_map(self, task: CaseTask, method: Method, k: int, result: Explained, record: Record) -> None:
+    def _check_map(self, task: CaseTask, method: Method, k: int, explained: Explained, record: Record) -> None:
         """Check the map of target k, if the settings ask for it, and put the result into its record."""
         if self.settings.checks != "maps":
             return
         if any(check.name == "determinism" and check.verdict == "warned" for check in self.case.checks):
-            found = CheckResult("map", "not checked", "not checked: equal passes of the network differ")
+            result = CheckResult("map", "not checked", "not checked: equal passes of the network differ")
         else:
-            done = FinishedMap(method, task.objective, k, result.maps[k], result.note(k), task.predicted.infer)
+            done = FinishedMap(method, task.objective, k, explained.maps[k], explained.note(k), task.predicted.infer)
             with evaluating(self.settings.network, self.settings.device):
-                found = check_map(done)
-        record.checks = [*(record.checks or []), found.entry()]
-        record.map_check = "none" if found.verdict == "not checked" else found.verdict
-        if found.verdict == "warned":
-            record.warnings.append(found.text)
-            logger.warning("%s: %s: %s", record.target_name, method.name, found.text)
+                result = check_map(done)
+        record.checks = [*(record.checks or []), result.entry()]
+        record.map_check = "none" if result.verdict == "not checked" else result.verdict
+        if result.verdict == "warned":
+            record.warnings.append(result.text)
+            logger.warning("%s: %s: %s", record.target_name, method.name, result.text)
 
     def _layer_checks(self, group: Sequence[Method], objective: Objective) -> list[dict[str, Any]]:
         """Return the entries of the checks of layers for methods whose maps are those of a layer."""

@@ -26,6 +26,7 @@ from esegeta_monai.engine.network.state import unwrap, weights_hash
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
 from esegeta_monai.explain.case import cases_of
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.explain.settings import Checks, checks_of
 from esegeta_monai.handlers.calls import InfererCalls, plain_inferer, watched
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
 from esegeta_monai.methods.base import METHODS
@@ -67,7 +68,7 @@ class CaseHandler(ABC):
         epochs: int = 1,
         cases: int | Sequence[str] | None = None,
         share: Share | Literal["auto"] = "auto",
-        checks: bool = True,
+        checks: Checks = True,
         name: str | None = None,
         **options: Any,
     ) -> None:
@@ -83,7 +84,7 @@ class CaseHandler(ABC):
         self.image_key, self.pred_key, self.output = image_key, pred_key, output
         self.metadata = BundleMetadata.read(self.bundle_root) if self.bundle_root else BundleMetadata({})
         self.class_names = numbered("class_names", class_names or self.metadata.class_names)
-        self.options, self.checks = options, flag("checks", checks)
+        self.options, self.checks = options, checks_of(checks)
         epochs = number("epochs", epochs, int, 0)
         if isinstance(cases, (str, bool)) or (isinstance(cases, int) and cases < 1):
             raise UsageError(f"cases={cases!r}: give a list of names, or the number per epoch (at least 1)")
@@ -159,7 +160,7 @@ class CaseHandler(ABC):
             channel_names=[n for _, n in sorted(self.metadata.channel_names.items())],
             distributed=self._share == "windows",
             on_error="record",
-            checks="once" if self.checks else False,
+            checks="once" if self.checks is True else self.checks,
             postprocessing=use if explained is None else replace(use, keys=(explained, *use.keys)),
             **self.options,
         )

@@ -218,7 +218,7 @@ SUMS: list[Method] = [DeepLift(baseline=0), DeepLiftShap(n_samples=3, baseline="
 @pytest.mark.parametrize("method", SUMS, ids=_name)
 def test_sums_are_checked_and_places_only_where_they_are_defined(method: Method) -> None:
     """On a ReLU network DeepLIFT and LRP have no definition but their own rules: a moved map has the same sum, and its
-    check passes, with a text that says what was not checked (or finds shares where F does not depend on the image)."""
+    check passes; its text names what was not checked. (Shares where F does not depend on the image are found.)"""
     done = _finished(method, DENSE)
     assert not done.unseen().any()
     assert _check(done).verdict == "passed"

@@ -28,7 +28,7 @@ class CheckResult:
 
     Attributes:
         name: the check: ``rows``, ``determinism``, ``derivative``, ``layers``, ``input``, ``layout``, ``head``,
-            ``outputs``, ``geometry``, ``precision``, ``finite`` or ``prediction``.
+            ``outputs``, ``geometry``, ``precision``, ``finite``, ``prediction`` or ``map``.
         verdict: ``passed``; ``handled``: the assumption does not hold and the computation takes care of it; ``warned``:
             maps may be wrong; ``refused``: no map is computed; ``not checked``: it cannot be checked here.
         text: what was found and what follows from it.

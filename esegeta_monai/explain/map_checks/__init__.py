@@ -11,6 +11,7 @@ from esegeta_monai.errors import RankLost
 from esegeta_monai.explain.map_checks.base import FinishedMap, MapCheck, NotChecked, without_time_limit
 from esegeta_monai.explain.map_checks.inputs import Cells, Derivative, PathShares, Sum
 from esegeta_monai.explain.map_checks.layers import ActivationLayer, BlendedCam, ScatteredCam
+from esegeta_monai.utils.tensors import all_finite
 
 __all__ = ["MAP_CHECKS", "FinishedMap", "check_map"]
 
@@ -42,6 +43,8 @@ def check_map(done: FinishedMap) -> CheckResult:
     check = MAP_CHECKS.get(vars(type(done.method)).get("map_check", ""))
     if check is None:
         return CheckResult("map", "not checked", "no independent check of this kind of map")
+    if not all_finite(done.values):
+        return CheckResult("map", "not checked", "not checked: the map has values that are NaN or infinite")
     try:
         with without_time_limit(done.objective):
             return check.measure(done)

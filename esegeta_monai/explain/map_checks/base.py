@@ -91,15 +91,15 @@ class FinishedMap:
         Entries with the value of an earlier one, as in the same cell, are drawn only if there are no others.
         """
         values = self.values.detach().flatten().double().cpu()
-        weights, generator, found = values.abs(), self.objective.generator(), []
+        weights, generator, drawn = values.abs(), self.objective.generator(), []
         for _ in range(n):
             sums = weights.cumsum(0)
             at = torch.rand((), generator=generator, dtype=torch.float64) * sums[-1]
             index = torch.searchsorted(sums, at, right=True).clamp(max=len(sums) - 1)
-            found.append(tuple(int(i) for i in torch.unravel_index(index, self.values.shape)))
+            drawn.append(tuple(int(i) for i in torch.unravel_index(index, self.values.shape)))
             others = torch.where(values == values[index], 0.0, weights)
             weights = others if others.any() else weights
-        return found
+        return drawn
 
 
 class MapCheck(ABC):
@@ -131,14 +131,14 @@ class MapCheck(ABC):
         return CheckResult("map", "warned", f"{what}: do not use it, and report the network and the method", value)
 
 
-def deviation(found: Tensor, expected: Tensor) -> float:
-    """Return ``|found - expected| / |expected|`` of two tensors of equal shape, in the Euclidean norm.
+def deviation(drawn: Tensor, expected: Tensor) -> float:
+    """Return ``|drawn - expected| / |expected|`` of two tensors of equal shape, in the Euclidean norm.
 
     >>> deviation(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.0]))
     0.5
     """
-    found, expected = found.double().cpu(), expected.double().cpu()
-    missed, size = float((found - expected).norm()), float(expected.norm())
+    drawn, expected = drawn.double().cpu(), expected.double().cpu()
+    missed, size = float((drawn - expected).norm()), float(expected.norm())
     return 0.0 if missed == 0 else missed / size if size > 0 else math.inf
 
 

@@ -84,9 +84,9 @@ def constant_areas(image: Tensor) -> Tensor:
 class Sum(MapCheck):
     """The sum of the map, and its zeros, against F computed again.
 
-    The map and what the record says to lie elsewhere add up to the change of F, within the method's own bound. The map
-    is zero in voxels that no window of the target holds and, with a baseline, in those that are equal to it. Where else
-    the shares lie is not checked.
+    The map and the parts elsewhere that the record lists add up to the change of F, within the method's own bound. The
+    map is zero in voxels that no window of the target holds and, with a baseline, in those that are equal to it. Where
+    else the shares lie is not checked.
 
     Args:
         baseline: the sum is ``F(x) − F(x₀)``, the mean over the method's baselines; False: ``F(x)`` without the
@@ -129,7 +129,7 @@ class Sum(MapCheck):
         return None
 
     def sum_agrees(self, done: FinishedMap, references: Sequence[Tensor], where: str) -> CheckResult:
-        """Return the result of a map whose sum agrees, with a text on where its shares lie."""
+        """Return the result of a map whose sum agrees; ``where`` is about its places, references are (C, *spatial)."""
         gap = self._gap(done, references)
         return CheckResult("map", "passed", f"the sum of the map agrees with {Sum.by}; {where}", gap)
 
@@ -251,9 +251,9 @@ class Cells(MapCheck):
         for channel, *voxel in entries:
             drops = [at_image - value(image) for image in replaced_at(objective, channel, tuple(voxel))]
             expected.append(sum(drops) / max(len(drops), 1))
-        found = torch.stack([done.values[entry] for entry in entries]).double().cpu()
+        given = torch.stack([done.values[entry] for entry in entries]).double().cpu()
         truth = torch.tensor(expected, dtype=torch.float64)
         rounding = 100 * torch.finfo(objective.image.dtype).eps * abs(at_image)
-        if float(torch.maximum(truth.abs().max(), found.abs().max())) <= rounding:
+        if float(torch.maximum(truth.abs().max(), given.abs().max())) <= rounding:
             raise NotChecked("the changes of the target are as small as its rounding")
-        return self.judged(deviation(found, truth), done.bound)
+        return self.judged(deviation(given, truth), done.bound)

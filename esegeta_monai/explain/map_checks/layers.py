@@ -36,10 +36,10 @@ class _Layer(MapCheck):
             raise NotChecked("the record names no layer")
         windows, alone = _around_maximum(done)
         expected = [self.map_at(done, objective, layer, windows)[:, alone] for layer in layers]
-        found, truth = done.values[:, alone.to(done.values.device)], self.finish(done, torch.cat(expected))
-        if not found.any() and not truth.any():
+        given, truth = done.values[:, alone.to(done.values.device)], self.finish(done, torch.cat(expected))
+        if not given.any() and not truth.any():
             raise NotChecked("the map is zero")
-        return self.judged(deviation(found, truth), done.bound)
+        return self.judged(deviation(given, truth), done.bound)
 
     def map_at(self, done: FinishedMap, objective: Objective, layer: str, windows: list[int]) -> Tensor:
         """Return the map (C, *spatial) that some windows give; it is right at the voxels in no other window."""
