@@ -49,7 +49,7 @@ CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 MEAN = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
-SHAPES = {2: (20, 24), 3: (10, 12, 8)}
+SHAPES = {2: (24, 24), 3: (12, 12, 12)}  # an even number of cells: one in the middle is its own mirror image
 WINDOWS = {2: (16, 16), 3: (8, 8, 8)}
 BOXES = {2: ([3, 4], [10, 9]), 3: ([2, 3, 4], [6, 8, 7])}
 TIMES = 20
@@ -175,14 +175,14 @@ MOVED = [flipped, voxels_permuted, blocks_permuted, shifted]
 METHODS_WITH_PLACES: list[tuple[Method, int]] = [
     (VanillaBackprop(), 1),
     (InputXGradient(), 1),
-    (IntegratedGradients(), 1),
+    (IntegratedGradients(n_steps=128), 1),
     (Occlusion(window=4, stride=2), 2),
     (Occlusion(window=3, per_channel=True), 3),
-    (FeatureAblation("grid(size=4)"), 4),
+    (FeatureAblation("grid(size=3)"), 3),
     (GradCam(layer="b"), 2),
     (LayerGradCam(layer="b"), 2),
     (HiResCam(layer="b", relu=False), 2),
-    (LayerCam(layer="b"), 2),
+    (LayerCam(layer="b", relu=False), 2),
     (LayerActivation(layer="b"), 2),
     (LayerActivation(layer="b", reduce="channels"), 2),
     (LayerGradientXActivation(layer="b"), 2),
@@ -230,8 +230,10 @@ def test_padded_windows_and_whole_images(method: Method, setting: Setting) -> No
     if method.needs_linear:
         setting = dataclasses.replace(setting, output="logit")
     done = _finished(method, setting)
-    assert done.values.any()
     result = _check(done)
+    if not done.values.any():  # as that of LayerCam where no gradient is positive
+        assert (result.verdict, result.text) == ("not checked", "not checked: the map is zero")
+        return
     assert result.verdict == "passed", result
     assert _check(done, done.values / 2).verdict == "warned"
 
