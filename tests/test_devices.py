@@ -283,6 +283,30 @@ def test_what_users_make_on_the_cpu_is_brought_along(target: Target, method: Met
 # ---- after the maps --------------------------------------------------------------------------------------------------
 
 
+CHECKED = [
+    "VanillaBackprop",
+    "InputXGradient",
+    "IntegratedGradients(baseline='blur(sigma=2)', tolerance=0.01)",
+    "DeepLift",
+    "LRP",
+    "Occlusion(6)",
+    "FeatureAblation('grid(size=6)')",
+    "GradCam('model.0', relu=False)",
+    "HiResCam('model.0', relu=False)",
+    "LayerActivation('model.0')",
+]
+
+
+@LAYOUTS
+@pytest.mark.parametrize("method", CHECKED)
+def test_checks_of_maps_run_there(method: str, volumes: Any) -> None:
+    setting = SETTINGS["UNet"]
+    with fake_device():
+        explainer = Explainer(setting.network(FAKE), WINDOWS, FAKE, volume_device=volumes, checks="maps")
+        (result,) = explainer(image(0, *setting.shape), [method], [CLASS])
+        assert result.record["map_check"] == "passed", result.record["checks"]
+
+
 def written(folder: Path, device: Any) -> dict[str, np.ndarray]:
     """Files of a case whose scan and network are on a device, with pictures, and the voxels of each NIfTI file."""
     result, methods = SETTINGS["UNet"], [InputXGradient(), DeepDream(octaves=1, n_iter=1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import re
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from esegeta_monai import Explainer
 from esegeta_monai.engine.checks.base import CheckResult
 from esegeta_monai.engine.network.state import frozen
+from esegeta_monai.engine.windows.inferers import as_inferer
 from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.map_checks import MAP_CHECKS, FinishedMap, check_map
 from esegeta_monai.methods import (
@@ -47,7 +49,7 @@ CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 MEAN = {2: nn.AvgPool2d, 3: nn.AvgPool3d}
 
-SHAPES = {2: (20, 24), 3: (12, 14, 12)}
+SHAPES = {2: (24, 24), 3: (12, 12, 12)}  # an even number of cells: one in the middle is its own mirror image
 WINDOWS = {2: (16, 16), 3: (8, 8, 8)}
 BOXES = {2: ([3, 4], [10, 9]), 3: ([2, 3, 4], [6, 8, 7])}
 TIMES = 20
@@ -75,13 +77,14 @@ class Setting:
     affine: bool
     output: str
     background: Literal["none", "thin", "wide"] = "thin"
+    windows: Literal["inside", "padded", "whole"] = "inside"
 
     def __hash__(self) -> int:
         return hash(dataclasses.astuple(self))
 
     def __str__(self) -> str:
         kind = "affine" if self.affine else "relu"
-        return f"{self.dims}d-{kind}-{self.output}" + f"-{self.background}"
+        return f"{self.dims}d-{kind}-{self.output}" + f"-{self.background}-{self.windows}"
 
 
 DENSE = Setting(2, False, "logit", background="none")
@@ -98,7 +101,10 @@ def _objective(s: Setting) -> tuple[Any, Callable[[Tensor], Tensor]]:
         ends = [n - 2 if s.background == "thin" else n // 2 + 1 for n in shape]
         inside[tuple(slice(1 + i, end) for i, end in enumerate(ends))] = 1
         image = image * inside
-    inferer = SlidingWindowInferer(WINDOWS[s.dims], 4, 0.5, "gaussian")
+    roi = WINDOWS[s.dims]
+    if s.windows == "padded":
+        roi = (shape[0] + 4, *roi[1:])
+    inferer = as_inferer(None if s.windows == "whole" else SlidingWindowInferer(roi, 4, 0.5, "gaussian"))
     o = objective_of(network, image, [Box(0, *BOXES[s.dims], output=s.output)], inferer)
 
     def infer(x: Tensor) -> Tensor:
@@ -169,15 +175,14 @@ MOVED = [flipped, voxels_permuted, blocks_permuted, shifted]
 METHODS_WITH_PLACES: list[tuple[Method, int]] = [
     (VanillaBackprop(), 1),
     (InputXGradient(), 1),
-    (IntegratedGradients(), 1),
-    (IntegratedGradients(baseline="blur(sigma=2)", n_steps=128), 1),
+    (IntegratedGradients(n_steps=128), 1),
     (Occlusion(window=4, stride=2), 2),
     (Occlusion(window=3, per_channel=True), 3),
-    (FeatureAblation("grid(size=4)"), 4),
+    (FeatureAblation("grid(size=3)"), 3),
     (GradCam(layer="b"), 2),
     (LayerGradCam(layer="b"), 2),
     (HiResCam(layer="b", relu=False), 2),
-    (LayerCam(layer="b"), 2),
+    (LayerCam(layer="b", relu=False), 2),
     (LayerActivation(layer="b"), 2),
     (LayerActivation(layer="b", reduce="channels"), 2),
     (LayerGradientXActivation(layer="b"), 2),
@@ -196,8 +201,7 @@ def _name(value: object) -> str:
 @pytest.mark.parametrize(("method", "cell"), METHODS_WITH_PLACES, ids=_name)
 def test_right_maps_pass_and_mutated_ones_do_not(method: Method, cell: int, setting: Setting) -> None:
     done = _finished(method, setting)
-    if not done.values.any():
-        pytest.skip("the map is zero")
+    assert done.values.any()
     for seed in range(TIMES):
         result = _check(done, seed=seed)
         assert result.verdict == "passed", result
@@ -210,6 +214,28 @@ def test_right_maps_pass_and_mutated_ones_do_not(method: Method, cell: int, sett
             if result.verdict != "warned":
                 missed.append((mutation.__name__, seed, result))
     assert not missed
+
+
+BLURRED = IntegratedGradients(baseline="blur(sigma=2)", n_steps=128)
+OTHER_WINDOWS = [
+    Setting(2, False, "probability", windows="padded"),
+    Setting(3, True, "logit", windows="padded"),
+    Setting(2, False, "logit", windows="whole"),
+]
+
+
+@pytest.mark.parametrize("setting", OTHER_WINDOWS, ids=str)
+@pytest.mark.parametrize("method", [*(m for m, _ in METHODS_WITH_PLACES), BLURRED, DeepLift(), LRP()], ids=_name)
+def test_padded_windows_and_whole_images(method: Method, setting: Setting) -> None:
+    if method.needs_linear:
+        setting = dataclasses.replace(setting, output="logit")
+    done = _finished(method, setting)
+    result = _check(done)
+    if not done.values.any():  # as that of LayerCam where no gradient is positive
+        assert (result.verdict, result.text) == ("not checked", "not checked: the map is zero")
+        return
+    assert result.verdict == "passed", result
+    assert _check(done, done.values / 2).verdict == "warned"
 
 
 SUMS: list[Method] = [DeepLift(baseline=0), DeepLiftShap(n_samples=3, baseline="noise"), LRP()]
@@ -380,5 +406,17 @@ def test_a_time_limit_does_not_end_a_check() -> None:
 
 
 def test_half_precision_has_a_wider_bound() -> None:
+    done = _finished(Occlusion(window=4, stride=2), SETTINGS[0])
+    model = copy.copy(done.objective.model)
+    model.amp = True
+    half = dataclasses.replace(done, objective=done.objective.derive(model=model))
+    assert (done.bound, half.bound) == (0.05, pytest.approx(0.19, abs=2e-3))
+    assert dataclasses.replace(half, method=DeepLift()).bound == 0.05  # it always runs in full precision
+    assert dataclasses.replace(half, notes={"amp_fallback": "the maps differ"}).bound == 0.05
     torch.manual_seed(0)
     assert _explained(Occlusion(window=8), Net(2, False), checks="maps", amp=True)["map_check"] == "passed"
+
+
+def test_maps_that_are_not_finite_are_not_checked() -> None:
+    done = _finished(VanillaBackprop(), SETTINGS[0])
+    assert _check(done, done.values * torch.nan).verdict == "not checked"

@@ -1,4 +1,4 @@
-"""The check of maps of a layer: hooks on the windows that hold one voxel."""
+"""The check of maps of a layer: hooks on the windows that hold one of three voxels."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ __all__ = ["ActivationLayer", "BlendedCam", "ScatteredCam"]
 
 
 class _Layer(MapCheck):
-    """The map at the voxels near its maximum that lie in the same windows only, against hooks on these windows."""
+    """The map near three voxels, its maximum and two random ones, against hooks on the windows that hold them.
 
-    by = "the layer's activations and gradients in the windows at its maximum, read by hooks"
+    Voxels that lie in further windows are not compared.
+    """
+
+    by = "the layer's activations and gradients in the windows at three of its voxels, read by hooks"
 
     def measure(self, done: FinishedMap) -> CheckResult:
         objective = full_precision(done.objective)
@@ -34,7 +37,7 @@ class _Layer(MapCheck):
         layers = [names] if isinstance(names, str) else list(names or [])
         if not layers:
             raise NotChecked("the record names no layer")
-        windows, alone = _around_maximum(done)
+        windows, alone = _around_voxels(done)
         expected = [self.map_at(done, objective, layer, windows)[:, alone] for layer in layers]
         given, truth = done.values[:, alone.to(done.values.device)], self.finish(done, torch.cat(expected))
         if not given.any() and not truth.any():
@@ -98,19 +101,23 @@ class ScatteredCam(_Layer):
         return total
 
 
-def _around_maximum(done: FinishedMap) -> tuple[list[int], Tensor]:
-    """Return the windows that hold the voxel of the largest ``|map|``, and the voxels (*spatial), bool, that lie in at
-    least one of them and in no other window."""
+def _around_voxels(done: FinishedMap) -> tuple[list[int], Tensor]:
+    """Return the windows that hold the maximum of ``|map|`` or one of two voxels drawn in proportion to it, and the
+    voxels (*spatial), bool, that lie in at least one of these windows and in no other."""
     plan, size = done.objective.plan, done.values.abs().sum(0)
-    voxel = [int(i) for i in torch.unravel_index(size.argmax().cpu(), size.shape)]
-    windows = [w for w in range(len(plan)) if all(p.start <= v < p.stop for p, v in zip(plan.place(w), voxel))]
+    voxels = [[int(i) for i in torch.unravel_index(size.argmax().cpu(), size.shape)], *(v for _, *v in done.drawn(2))]
+
+    def holds(w: int) -> bool:
+        return any(all(p.start <= v < p.stop for p, v in zip(plan.place(w), voxel)) for voxel in voxels)
+
+    windows = [w for w in range(len(plan)) if holds(w)]
     alone = torch.zeros(plan.spatial_shape, dtype=torch.bool, device=done.objective.image.device)
     for w in windows:
         alone[plan.place(w)] = True
     for w in set(range(len(plan))) - set(windows):
         alone[plan.place(w)] = False
     if not alone.any():
-        raise NotChecked("every voxel near the maximum of the map lies in further windows")
+        raise NotChecked("every voxel near these three lies in further windows")
     return windows, alone
 
 
