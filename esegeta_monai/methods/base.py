@@ -98,6 +98,8 @@ class Method(Configurable, ABC):
         aliases: further names of the method.
         needs_gradient: False for black-box methods, which also run on TorchScript networks.
         needs_linear: True if the method is defined for scores linear in the prediction only (``output="logit"``).
+        needs_positive: True if the method propagates positive signals only, so that a linear score must rise with all
+            outputs that it reads (a score that falls with one is refused).
         full_precision: True: never run the method under autocast.
         gap_bound: completeness gap above which a map is incomplete; a method with ``tolerance`` has its own.
         gap_advice: advice for an incomplete map.
@@ -114,6 +116,7 @@ class Method(Configurable, ABC):
     additive: ClassVar[bool]
     needs_gradient: ClassVar[bool] = True
     needs_linear: ClassVar[bool] = False
+    needs_positive: ClassVar[bool] = False
     full_precision: ClassVar[bool] = False
     reads_image_value: ClassVar[bool] = False
     repeats_in_float64: ClassVar[bool] = False

@@ -40,9 +40,9 @@ class FullGrad(Method):
     shift of a norm, and the implicit bias of a smooth activation; zero for ReLU, pooling and other homogeneous
     modules. A parametrised module (weight norm, spectral norm) counts as one module. Each call of a module that runs
     several times has its bias where the call lies in the window. Biases of layers without positions (a linear head), or
-    whose positions are not known (with a warning), are in the record's ``booked``. Complete where all constants and non-linear functions
-    are modules; attention and functional activations are not, and ``completeness_gap`` is the missing part. Linear
-    targets only.
+    whose positions are not known (with a warning), are in the record's ``booked``. Complete where all constants and
+    non-linear functions are modules; attention and functional activations are not, and ``completeness_gap`` is the
+    missing part. Linear targets only.
 
     Args:
         abs: True for the saliency map of the paper, the sum of the absolute values of all parts, each of the whole
