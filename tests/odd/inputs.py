@@ -82,8 +82,6 @@ CASES = [
             twin=lambda odd: Around(copy.deepcopy(odd.net))),
     OddCase("network of a list", "inputs", lambda: seeded(OfList), {"t1": X, "t2": image(1, 12, 12, seed=3)}, logit(),
             layer="net.down", options={"inputs_as": "list"}, twin=lambda odd: Around(copy.deepcopy(odd.net))),
-    OddCase("network of a dictionary, not declared", "inputs", lambda: seeded(OfDictionary),
-            {"t1": X, "t2": image(1, 12, 12, seed=3)}, logit(), layer="net.down", cause="inputs_as"),
     case("constant image", constant(3.0)),
     case("image of zeros", constant(0.0), x0=BASELINE),
     case("zeros outside a body", torch.nn.functional.pad(X[..., 3:9, 3:9], (3, 3, 3, 3))),

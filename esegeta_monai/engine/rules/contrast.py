@@ -51,7 +51,7 @@ def contrastive_excitation(forward: Forward, x: Tensor, cotangents: Tensor, *, c
     difference by rules that are linear in it.
 
     The arguments are those of :func:`esegeta_monai.engine.rules.excitation`: windows (n, C, *roi), cotangents
-    (k, n, K, …). Of a target that falls with its outputs (negative cotangents), the sides are exchanged.
+    (k, n, K, …). The sides are exchanged if the cotangents are negative.
 
     Raises:
         MethodError: a target rises with some outputs and falls with others.
@@ -88,7 +88,7 @@ def contrastive_lrp(
     relevance add up to Σ y · cotangent. The contrast is R − R_dual.
 
     The arguments are those of :func:`esegeta_monai.engine.rules.lrp`: windows (n, C, *roi), cotangents (k, n, K, …).
-    Of a target that falls with its outputs (negative cotangents), the sides are exchanged.
+    The sides are exchanged if the cotangents are negative.
 
     Raises:
         MethodError: a target rises with some outputs and falls with others.

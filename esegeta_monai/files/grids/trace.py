@@ -237,8 +237,8 @@ def _moved(name: str, xform: np.ndarray, size_in: tuple, size_out: tuple) -> Ste
     """
     expected = tuple(size_in[int(np.abs(xform[:-1, k]).argmax())] for k in range(len(size_in)))
     if expected != tuple(size_out):
-        after, found = ("x".join(map(str, size)) for size in (expected, size_out))
-        raise SizeChangedError(f"{name} gave {after} voxels, but a transform without a record made {found} of them")
+        planned, given = ("x".join(map(str, size)) for size in (expected, size_out))
+        raise SizeChangedError(f"{name} gave {planned} voxels, but a transform without a record made {given} of them")
     return Step(name, xform, size_in, size_out)
 
 

@@ -127,8 +127,8 @@ class FullGrad(Method):
                 total += (values.abs() if self.abs else values).sum(1, keepdim=True)
         if unplaced:
             which = f"layers {', '.join(map(repr, list(unplaced)[:4]))}" + (" and others" if len(unplaced) > 4 else "")
-            text = f"FullGrad: it is not known where the output of {which} lies, so their biases are in 'booked' only"
-            objective.context.progress.warn(f"{text} and not in the map")
+            text = f"FullGrad: it is not known where the output of {which} lies, so their biases are not in the map"
+            objective.context.progress.warn(text)
         sizes = total.flatten(1).abs().sum(1, dtype=torch.float64).cpu()
         notes = gaps(signed + absorbed + padding, sizes, objective.image_values())
         return Explained(total, {**notes, "booked": absorbed, "sum_in_padding": padding})
