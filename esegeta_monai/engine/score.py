@@ -120,6 +120,11 @@ class Score(ABC):
         """True if no voxel of the prediction belongs to the target."""
         return self.voxels == 0
 
+    @property
+    def falls(self) -> bool:
+        """True if the score is linear and falls with an output that it reads, as the negative of a logit does."""
+        return self.linear and bool((self.cotangent(self._zeros()) < 0).any())
+
     def crop(self, prediction: Tensor) -> Tensor:
         """Crop a prediction (..., K, *spatial) to what ``s`` reads, (..., len(channels), *box); a view if possible."""
         lead, first, n = prediction.ndim - len(self.box) - 1, self.channels[0], len(self.channels)

@@ -13,6 +13,7 @@ from torch import Tensor
 from esegeta_monai.engine.checks.base import CheckResult
 from esegeta_monai.engine.network.outputs import OutputChoice, batch_first, choose_output, select_output
 from esegeta_monai.errors import InputError, UsageError
+from esegeta_monai.utils.images import check_dense
 
 __all__ = ["BatchInputs", "CaseInput", "cases_of", "joined_inputs", "of_case", "to_device"]
 
@@ -111,7 +112,12 @@ class CaseInput:
 
 
 def cases_of(image: Tensor) -> list[MetaTensor]:
-    """Split a batch (B, C, *spatial) into images (C, *spatial), each with its own metadata and trace."""
+    """Split a batch (B, C, *spatial) into images (C, *spatial), each with its own metadata and trace.
+
+    Raises:
+        InputError: the batch is sparse.
+    """
+    check_dense(image)
     if not isinstance(image, MetaTensor):
         return [MetaTensor(case) for case in image]
     if not image.is_batch and image.affine.ndim == 2:
@@ -123,10 +129,11 @@ def joined_inputs(inputs: Mapping[str, Tensor]) -> Tensor:
     """Concatenate image inputs (B, C_i, *spatial) along the channels to one tensor (B, C, *spatial).
 
     Raises:
-        InputError: the inputs differ in batch or grid.
+        InputError: the inputs differ in batch or grid, or one is sparse.
     """
     first = next(iter(inputs.values()))
     for name, value in inputs.items():
+        check_dense(value, f"image input {name!r}")
         if value.shape[2:] != first.shape[2:] or len(value) != len(first):
             raise InputError(
                 f"image input {name!r} has shape {tuple(value.shape)}, the first one {tuple(first.shape)}: image "

@@ -24,6 +24,7 @@ from esegeta_monai.engine.score import Score
 from esegeta_monai.errors import MetricError, RankLost, UsageError, named_reason
 from esegeta_monai.explain.explainer import Explainer
 from esegeta_monai.explain.names import ResultNames
+from esegeta_monai.explain.outcomes import not_positive
 from esegeta_monai.explain.record import Record, tensor_hash
 from esegeta_monai.explain.run import JudgedCase
 from esegeta_monai.methods.base import METHODS, Explained, Method, Outcome
@@ -291,6 +292,9 @@ class _Case:
                 outcome = Outcome(
                     error=MetricError(f"{names[id(method)]} needs targets that are linear: use output='logit'")
                 )
+            elif method.needs_positive and any(score.falls for score in objective.scores):
+                falling = ", ".join(score.label for score in objective.scores if score.falls)
+                outcome = Outcome(error=not_positive(method, falling))
             else:
                 objective.context.progress.start(self.judged.time_limit)
                 with asking(objective):

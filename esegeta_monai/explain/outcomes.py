@@ -24,7 +24,7 @@ from esegeta_monai.utils.files import versions
 from esegeta_monai.utils.registry import json_ready
 from esegeta_monai.utils.tensors import all_finite, largest
 
-__all__ = ["NOTHING_THERE", "BoundTarget", "Outcomes", "not_linear"]
+__all__ = ["NOTHING_THERE", "BoundTarget", "Outcomes", "not_linear", "not_positive"]
 
 logger = logging.getLogger("esegeta_monai")
 
@@ -181,6 +181,14 @@ def _not_finite(record: Record) -> str | None:
     if gap is not None and not math.isfinite(gap):
         return f"the completeness gap is {gap:g}: the sums of the map or of the score are not finite"
     return None
+
+
+def not_positive(method: Method, label: str) -> MethodError:
+    """Return the error of a method that propagates positive signals for a target whose score falls with an output."""
+    return MethodError(
+        f"{method.name} propagates positive signals only, and {label} falls with an output (a negative start): explain "
+        "the output that it falls with, or use ContrastiveExcitationBackprop, or a method with signs such as LRP"
+    )
 
 
 def not_linear(method: Method, bound: BoundTarget) -> MethodError:

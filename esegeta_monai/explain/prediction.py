@@ -240,7 +240,15 @@ class Prediction:
         return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names, self.head)
 
     def _note_output(self) -> None:
-        """Record which of several outputs is explained."""
+        """Record which of several outputs is explained, and warn of an output of integers."""
+        if self.model.integers is not None:
+            kind = str(self.model.integers).removeprefix("torch.")
+            text = (
+                f"the network's output consists of integers ({kind}), such as class numbers after an argmax: their "
+                "sums and differences are no scores of a class; explain the output before it"
+            )
+            self._note(CheckResult("outputs", "warned", text))
+            return
         choice, given = self.model.choice, self.settings.output
         if choice is None or given is not None:
             text = "the network returns one tensor" if given is None else f"output={given!r}, as given"

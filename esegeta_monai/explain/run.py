@@ -26,7 +26,7 @@ from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.explain.costs import check_cost
 from esegeta_monai.explain.map_checks import FinishedMap, check_map
-from esegeta_monai.explain.outcomes import NOTHING_THERE, BoundTarget, Outcomes, not_linear
+from esegeta_monai.explain.outcomes import NOTHING_THERE, BoundTarget, Outcomes, not_linear, not_positive
 from esegeta_monai.explain.prediction import Prediction
 from esegeta_monai.explain.record import Record, peak_memory, predicted_class, reset_peak_memory
 from esegeta_monai.explain.settings import Settings
@@ -172,6 +172,8 @@ class CaseRun:
                     yield outcomes.failed(method, b, record, MethodError(ONE_CALL.format(method.name)))
                 elif method.needs_linear and not b.score.linear:
                     yield outcomes.failed(method, b, record, not_linear(method, b))
+                elif method.needs_positive and b.score.falls:
+                    yield outcomes.failed(method, b, record, not_positive(method, b.label))
                 else:
                     left.append(j)
             if left:

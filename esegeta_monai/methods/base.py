@@ -100,6 +100,8 @@ class Method(Configurable, ABC):
         needs_linear: True if the method is defined for scores linear in the prediction only (``output="logit"``).
         for_ensembles: False: the method reads one call of the network per place; it is refused for ensembles and
             mirrored views.
+        needs_positive: True if the method propagates positive signals only, so that a linear score must rise with all
+            outputs that it reads (a score that falls with one is refused).
         full_precision: True: never run the method under autocast.
         gap_bound: completeness gap above which a map is incomplete; a method with ``tolerance`` has its own.
         gap_advice: advice for an incomplete map.
@@ -119,6 +121,7 @@ class Method(Configurable, ABC):
     needs_gradient: ClassVar[bool] = True
     needs_linear: ClassVar[bool] = False
     for_ensembles: ClassVar[bool] = True
+    needs_positive: ClassVar[bool] = False
     full_precision: ClassVar[bool] = False
     reads_image_value: ClassVar[bool] = False
     repeats_in_float64: ClassVar[bool] = False

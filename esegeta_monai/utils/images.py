@@ -10,7 +10,7 @@ from monai.data import MetaTensor
 
 from esegeta_monai.errors import InputError
 
-__all__ = ["check_contents", "check_image"]
+__all__ = ["check_contents", "check_dense", "check_image"]
 
 
 def check_image(
@@ -50,6 +50,16 @@ def check_image(
         raise InputError(f"{where}: {bad} of {values.numel()} voxels are NaN or infinite; correct the image first")
     if isinstance(image, MetaTensor):
         _check_affine(np.asarray(image.affine, dtype=np.float64), dims, where)
+
+
+def check_dense(image: torch.Tensor, where: object = "image") -> None:
+    """Check that an image of any shape is an ordinary tensor.
+
+    Raises:
+        InputError: it is sparse.
+    """
+    if image.layout != torch.strided:
+        raise InputError(f"{where}: a sparse tensor ({image.layout}); give a dense one, image.to_dense()")
 
 
 def check_contents(image: torch.Tensor, where: object = "image") -> None:

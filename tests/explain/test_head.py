@@ -11,7 +11,7 @@ from monai.transforms import Activationsd, AsDiscreted
 from torch import Tensor, nn
 
 from esegeta_monai import Explainer
-from esegeta_monai.errors import NetworkError, TargetError, UsageError
+from esegeta_monai.errors import InputError, NetworkError, TargetError, UsageError
 from esegeta_monai.methods import GradCam, InputXGradient, Occlusion, Saliency
 from esegeta_monai.targets import (
     Box,
@@ -382,6 +382,45 @@ def test_inputs_in_one_argument(form):
         assert torch.allclose(a.map.as_tensor(), g[0], rtol=1e-5, atol=1e-7)
     with pytest.raises(UsageError, match="inputs_as"):
         list(Explainer(network, inputs_as=form)(t1, [Saliency()], [target]))
+
+
+@pytest.mark.parametrize("form", ["dict", "list"])
+def test_inputs_in_one_argument_that_are_not_declared_are_refused_by_name(form):
+    inputs = {"t1": torch.rand(1, 1, 6, 6), "flair": torch.rand(1, 2, 6, 6)}
+    with pytest.raises(NetworkError, match="inputs_as"):
+        list(Explainer(Joint(form).eval())(inputs, [Saliency()], [Box(1, (0, 0), (3, 3))]))
+
+
+def test_sparse_images_are_refused():
+    dense = torch.rand(1, 1, 6, 6)
+    for image in (dense.to_sparse(), {"t1": dense, "flair": dense.to_sparse()}):
+        with pytest.raises(InputError, match="sparse"):
+            list(Explainer(nn.Conv2d(1, 2, 1))(image, [Saliency()], [Box(1, (0, 0), (3, 3))]))
+
+
+def test_weights_that_are_not_initialised_are_refused_by_name():
+    network = nn.Sequential(nn.LazyConv2d(2, 1))
+    with pytest.raises(NetworkError, match=r"not initialised \(0\.weight, 0\.bias\)"):
+        Explainer(network)
+    network(IMAGE)
+    assert Explainer(network) is not None
+
+
+def test_outputs_that_are_no_real_numbers_are_refused_or_warned_of():
+    class Typed(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.conv, self.kind = nn.Conv2d(1, 2, 1), kind
+
+        def forward(self, x):
+            return self.kind(self.conv(x))
+
+    method, target = Occlusion(window=3, baseline=0.0), Box(0, (0, 0), (3, 3))
+    with pytest.raises(NetworkError, match="complex"):
+        list(Explainer(Typed(lambda y: torch.complex(y, y)))(IMAGE, [method], [target]))
+    for kind, expected in ((lambda y: (100 * y).long(), True), (lambda y: 100 * y, False)):
+        result = only(Explainer(Typed(kind))(IMAGE, [method], [target]))
+        assert any("integers (int64)" in w for w in result.record["warnings"]) is expected
 
 
 def test_a_wrapper_reads_probabilities_as_such():

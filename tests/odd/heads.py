@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -109,6 +110,15 @@ def one_logit(y: Tensor) -> Tensor:
     return y[:, :1]
 
 
+def negated(odd: nn.Module) -> nn.Module:
+    """A network with the logit of the other class: the last weights have the other sign."""
+    twin = Around(copy.deepcopy(odd.net), after=one_logit)
+    with torch.no_grad():
+        for p in twin.net.head.parameters():
+            p.neg_()
+    return twin
+
+
 CASES = [
     segments("sigmoid inside, one channel", 1, torch.sigmoid, above(0, 0.5), "PredictedClasses",
              twin_target=AS_IT_IS.format(0)),
@@ -143,8 +153,7 @@ CASES = [
     classifies("one logit, name of the positive class", one_logit, logit(0), "ClassScore('malignant')", options=NAMES,
                twin_target="ClassScore(0)"),
     classifies("one logit, name of the negative class", one_logit, logit(0), "ClassScore('benign')", options=NAMES,
-               twin=replaced(after=lambda y: -y[:, :1]), twin_target="ClassScore(0)",
-               undefined=("PatternNet", "PatternAttribution")),
+               twin=negated, twin_target="ClassScore(0)", cause="negative start"),
     classifies("multi-label, a label by number", None, lambda p: lambda y: y[2].sigmoid(),
                "ClassScore(2, output='probability', activation='sigmoid')"),
     classifies("multi-label, no label is predicted", None, logit(), "PredictedClasses(activation='sigmoid')", -9.0,

@@ -306,7 +306,7 @@ def check_network_once(
 
 
 def _copied(network: nn.Module) -> nn.Module | None:
-    """Return a copy of a network before its first pass; None: it holds what cannot be copied (a tensor with a graph)."""
+    """Return a copy of a network before its first pass; None: it cannot be copied (it holds a tensor with a graph)."""
     try:
         return copy.deepcopy(network)
     except Exception:  # a copy may fail in any way

@@ -16,7 +16,7 @@ from esegeta_monai.engine.network.axes import Label, label_of, put_label, unknow
 from esegeta_monai.engine.network.axis_rules import RULES, combined
 from esegeta_monai.utils.upstream import TorchDispatchMode, operation_schema
 
-__all__ = ["AxisTrace"]
+__all__ = ["AxisTrace", "tensors_in"]
 
 
 class AxisTrace(TorchDispatchMode):

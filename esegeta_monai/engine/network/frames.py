@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from esegeta_monai.engine.network.axes import ROWS, Axis, Label, Part, clear_label, put_label, window_label
-from esegeta_monai.engine.network.axis_trace import AxisTrace
+from esegeta_monai.engine.network.axis_trace import AxisTrace, tensors_in
 from esegeta_monai.engine.network.hooks import LayerCall, first_tensor_or_none, on_output
 
 __all__ = ["Frame", "TracedLayer", "TracedLayers", "assemble", "module_names", "trace_layers"]
@@ -226,7 +226,7 @@ class TracedLayers(dict[str, TracedLayer]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a layer by any of its names, or the default if it did not run."""
-        return self[name] if name in self else default
+        return super().get(self.names.get(name, name), default)
 
 
 def module_names(network: nn.Module) -> dict[str, str]:
@@ -241,7 +241,7 @@ def trace_layers(
     """Follow the axes of the window through a network; the layers are in the order in which they finish.
 
     Args:
-        network: called by ``run`` with windows (n, C, *roi), by position or by name.
+        network: called by ``run`` with windows (n, C, *roi), by position, by name, or in a dictionary or list.
         roi: shape of a window.
         run: runs the network once.
         select: the tensor to read from the network's own output.
@@ -256,8 +256,8 @@ def trace_layers(
         if len(inside) > 1:
             return
         layers.clear()  # a pass that fails in inference mode is repeated
-        for value in chain(args, kwargs.values()):
-            if isinstance(value, Tensor) and value.ndim == len(roi) + 2 and tuple(value.shape[2:]) == tuple(roi):
+        for value in tensors_in((args, kwargs)):
+            if value.ndim == len(roi) + 2 and tuple(value.shape[2:]) == tuple(roi):
                 put_label(value, window_label(value.shape))
                 inputs.append(value)
 

@@ -6,10 +6,12 @@ import copy
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from esegeta_monai.engine.network.outputs import OutputChoice, batch_first, choose_output, select_output
 from esegeta_monai.errors import EsegetaError, NetworkError
@@ -26,8 +28,15 @@ def check_network(network: nn.Module) -> None:
     """Check that a network can be explained.
 
     Raises:
-        NetworkError: it has half-precision weights; the message names the alternative.
+        NetworkError: it has half-precision weights, or weights that are not initialised; the message names the
+            alternative.
     """
+    lazy = [name for name, p in chain(network.named_parameters(), network.named_buffers()) if is_lazy(p)]
+    if lazy:
+        raise NetworkError(
+            f"weights are not initialised ({', '.join(lazy[:3])}): run the network once on an image of its size, and "
+            "load its weights"
+        )
     half = {p.dtype for p in network.parameters() if p.dtype in (torch.float16, torch.bfloat16)}
     if half:
         raise NetworkError(
@@ -70,6 +79,7 @@ class Model:
         mixes_rows: the images of a batch influence each other, as the checks have shown.
         choice: the chosen output, if the network returns several tensors and ``output`` names none; known after the
             first pass.
+        integers: the dtype of an output of integers; None: it is real, or not known yet.
     """
 
     def __init__(
@@ -95,6 +105,7 @@ class Model:
         self._outside_inference = self.mixes_rows = False
         self.preferred: Sequence[str] = ()
         self.choice: OutputChoice | None = None
+        self.integers: torch.dtype | None = None
         self.amp, self.amp_kwargs = amp, dict(amp_kwargs or {})
         self.inputs, self.inputs_as = dict(inputs or {}), inputs_as
         self.args = tuple(args)
@@ -162,7 +173,7 @@ class Model:
             (n, K, *out_roi).
 
         Raises:
-            NetworkError: the network raises an error on this input.
+            NetworkError: the network raises an error on this input, or its output is complex.
         """
         more: dict[str, Any] = {"slice_axis": slice_axis, "coordinates": coordinates, "condition": condition}
         if self._outside_inference and torch.is_inference_mode_enabled():
@@ -193,6 +204,14 @@ class Model:
                     raw = self.network(first, *args, **kwargs)
                 else:
                     raw = self.inferer(first, self.network, *args, **kwargs)
+        except TypeError as error:
+            if not self.inputs or self.inputs_as is not None:
+                raise
+            raise NetworkError(
+                f"the network does not take the image inputs {', '.join(map(repr, self.inputs))} (the first by "
+                f"position, others by name): {error}; name them as its arguments are named, or give inputs_as='dict' "
+                "or 'list' if it takes them as one argument"
+            ) from error
         except RuntimeError as error:
             if isinstance(error, EsegetaError) or out_of_memory(error):
                 raise
@@ -207,6 +226,13 @@ class Model:
             self.choice = choose_output(raw, self.preferred)
             self.output = self.choice.key
         out = batch_first(select_output(raw, self.output, x.ndim), len(x))
+        if out.is_complex():
+            raise NetworkError(
+                f"the network's output is complex ({out.dtype}), and targets are real: explain a network that returns "
+                "its magnitude, or real and imaginary part as channels"
+            )
+        if not out.is_floating_point():
+            self.integers = out.dtype
         if out.dtype in (torch.float16, torch.bfloat16):
             out = out.float()
         return out if axis is None else out.unsqueeze(axis)

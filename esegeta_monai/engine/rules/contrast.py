@@ -21,6 +21,7 @@ from esegeta_monai.engine.rules.mode import Rule
 from esegeta_monai.engine.rules.operations import Operation
 from esegeta_monai.engine.rules.run import Compare, Forward, Run
 from esegeta_monai.engine.rules.weighted import ZPlus
+from esegeta_monai.errors import MethodError
 
 __all__ = ["Sides", "contrastive_excitation", "contrastive_lrp"]
 
@@ -50,7 +51,10 @@ def contrastive_excitation(forward: Forward, x: Tensor, cotangents: Tensor, *, c
     difference by rules that are linear in it.
 
     The arguments are those of :func:`esegeta_monai.engine.rules.excitation`: windows (n, C, *roi), cotangents
-    (k, n, K, …).
+    (k, n, K, …). The sides are exchanged if the cotangents are negative.
+
+    Raises:
+        MethodError: a target rises with some outputs and falls with others.
 
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval()
     >>> contrastive_excitation(net, torch.rand(1, 3), torch.tensor([[[0.0, 1.0]]])).kept.shape
@@ -59,11 +63,13 @@ def contrastive_excitation(forward: Forward, x: Tensor, cotangents: Tensor, *, c
     side = Side()
     run = Run(forward, x, Probabilities(side), compare=compare)
     _mark_top(run.output.grad_fn)
+    falls = _falls(cotangents)
+    cotangents = cotangents.abs()
     traced, kept = [], []
-    for side.opposite in (False, True):
+    for second in (False, True):
         arriving = []
         for i, cotangent in enumerate(cotangents):
-            side.lost = 0.0
+            side.lost, side.opposite = 0.0, second != falls[i]
             arriving += [values for values, _, _ in run.backward(cotangents[i : i + 1])]
             kept.append(cotangent.sum(dtype=torch.float64) - side.lost)
         traced.append(torch.stack(arriving))
@@ -82,6 +88,10 @@ def contrastive_lrp(
     relevance add up to Σ y · cotangent. The contrast is R − R_dual.
 
     The arguments are those of :func:`esegeta_monai.engine.rules.lrp`: windows (n, C, *roi), cotangents (k, n, K, …).
+    The sides are exchanged if the cotangents are negative.
+
+    Raises:
+        MethodError: a target rises with some outputs and falls with others.
 
     >>> from esegeta_monai.engine.rules.composites import composite_of
     >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).double().eval()
@@ -106,7 +116,26 @@ def contrastive_lrp(
         traced.append(torch.stack([relevance[""] for _, _, relevance in results]))
         kept.append(torch.stack([absorbed for absorbed, _, _ in results]).double())
     total = (run.output.detach() * cotangents).flatten(1).sum(1, dtype=torch.float64)
+    for k, falls in enumerate(_falls(cotangents)):
+        if falls:
+            for sides in (traced, kept):
+                sides[0][k], sides[1][k] = sides[1][k].clone(), sides[0][k].clone()
     return Sides(traced[0], traced[1], torch.stack(kept), total)
+
+
+def _falls(cotangents: Tensor) -> list[bool]:
+    """Return for each target whether it falls with the outputs that it reads.
+
+    Raises:
+        MethodError: a target rises with some outputs and falls with others.
+    """
+    falls = [bool((c < 0).any()) for c in cotangents]
+    if any(f and bool((c > 0).any()) for f, c in zip(falls, cotangents)):
+        raise MethodError(
+            "the opposite of a target has the last weights with the other sign, and this target rises with some "
+            "outputs and falls with others: explain them one by one, or use LRP"
+        )
+    return falls
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from esegeta_monai.errors import InputError, MethodError
 from esegeta_monai.files.grids.adjoint import invert_attribution
 from esegeta_monai.files.grids.geometry import REMEDY, Geometry, check_geometry
-from esegeta_monai.files.grids.trace import SizeChanged, Step, steps
+from esegeta_monai.files.grids.trace import SizeChangedError, Step, steps
 
 __all__ = ["geometry_of", "has_metadata", "scan_of", "to_network_grid", "to_scan_grid", "unrecorded"]
 
@@ -79,7 +79,7 @@ def unrecorded(image: MetaTensor, scan: MetaTensor) -> str | None:
     """
     try:
         chain, affine = _steps(image)
-    except SizeChanged as error:
+    except SizeChangedError as error:
         return f"{error}: {REMEDY}"
     except InputError:  # `to_scan_grid` raises it where the trace is needed
         return None

@@ -26,10 +26,10 @@ from nibabel.orientations import inv_ornt_aff, io_orientation, ornt_transform
 
 from esegeta_monai.errors import InputError
 
-__all__ = ["SizeChanged", "Step", "steps"]
+__all__ = ["SizeChangedError", "Step", "steps"]
 
 
-class SizeChanged(InputError):
+class SizeChangedError(InputError):
     """A transform without a record changed the size of the image between, or after, those of the trace."""
 
 
@@ -233,12 +233,12 @@ def _moved(name: str, xform: np.ndarray, size_in: tuple, size_out: tuple) -> Ste
     """Return a step that exchanges and flips whole axes.
 
     Raises:
-        SizeChanged: the sizes of input and output do not fit it.
+        SizeChangedError: the sizes of input and output do not fit it.
     """
     expected = tuple(size_in[int(np.abs(xform[:-1, k]).argmax())] for k in range(len(size_in)))
     if expected != tuple(size_out):
-        after, found = ("x".join(map(str, size)) for size in (expected, size_out))
-        raise SizeChanged(f"{name} gave {after} voxels, but a transform without a record made {found} of them")
+        planned, given = ("x".join(map(str, size)) for size in (expected, size_out))
+        raise SizeChangedError(f"{name} gave {planned} voxels, but a transform without a record made {given} of them")
     return Step(name, xform, size_in, size_out)
 
 

@@ -25,6 +25,7 @@ class GuidedGradCam(Method):
     additive = False
     units = "modified gradient times weighted activation"
     full_precision = True
+    needs_positive = True
 
     layer: str | None = None
 

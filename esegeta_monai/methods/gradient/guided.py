@@ -18,6 +18,8 @@ class GuidedBackprop(Method):
     It acts on all rectifiers (ReLU, LeakyReLU, PReLU, ELU, GELU, SiLU, Mish, …), as modules or calls. The importance
     map of the windows is never negative, so the sum of the windows' maps is the map of the whole volume.
 
+    Linear targets that fall with an output (the negative of a logit) are refused: their signal starts negative.
+
     The maps are sharp, but insensitive to the upper layers' weights (Adebayo et al. 2018): do not use it alone.
     """
 
@@ -26,6 +28,7 @@ class GuidedBackprop(Method):
     additive = False
     units = "modified gradient"
     full_precision = True
+    needs_positive = True
 
     def passes(self, objective: Objective) -> int:
         """Count one pass, and a plain one of the first window, whose output is compared with that under the rules."""

@@ -53,6 +53,7 @@ class SmoothGrad(Method):
         self.full_precision = self.method.full_precision  # type: ignore[misc]
         self.needs_gradient = self.method.needs_gradient  # type: ignore[misc]
         self.needs_linear = self.method.needs_linear  # type: ignore[misc]
+        self.needs_positive = self.method.needs_positive  # type: ignore[misc]
 
     @property
     def signed(self) -> bool:

@@ -40,9 +40,9 @@ class FullGrad(Method):
     shift of a norm, and the implicit bias of a smooth activation; zero for ReLU, pooling and other homogeneous
     modules. A parametrised module (weight norm, spectral norm) counts as one module. Each call of a module that runs
     several times has its bias where the call lies in the window. Biases of layers without positions (a linear head), or
-    whose positions are not known (with a warning), are in the record's ``booked``. Complete where all constants and non-linear functions
-    are modules; attention and functional activations are not, and ``completeness_gap`` is the missing part. Linear
-    targets only.
+    whose positions are not known (with a warning), are in the record's ``booked``. Complete where all constants and
+    non-linear functions are modules; attention and functional activations are not, and ``completeness_gap`` is the
+    missing part. Linear targets only.
 
     Args:
         abs: True for the saliency map of the paper, the sum of the absolute values of all parts, each of the whole
@@ -127,8 +127,8 @@ class FullGrad(Method):
                 total += (values.abs() if self.abs else values).sum(1, keepdim=True)
         if unplaced:
             which = f"layers {', '.join(map(repr, list(unplaced)[:4]))}" + (" and others" if len(unplaced) > 4 else "")
-            text = f"FullGrad: it is not known where the output of {which} lies, so their biases are in 'booked' only"
-            objective.context.progress.warn(f"{text} and not in the map")
+            text = f"FullGrad: it is not known where the output of {which} lies, so their biases are not in the map"
+            objective.context.progress.warn(text)
         sizes = total.flatten(1).abs().sum(1, dtype=torch.float64).cpu()
         notes = gaps(signed + absorbed + padding, sizes, objective.image_values())
         return Explained(total, {**notes, "booked": absorbed, "sum_in_padding": padding})

@@ -127,11 +127,13 @@ class ExcitationBackprop(_Relevance):
     """Excitation backpropagation: the marginal winning probability of each voxel (Zhang et al. 2018).
 
     The prior is the target's weights (sum 1 for a class); the values of the map are never negative and add up to
-    the prior, except for the share that only biases excite (``booked`` in the record). Linear scores only.
+    the prior, except for the share that only biases excite (``booked`` in the record). Linear scores only,
+    which rise with the outputs that they read.
     """
 
     reference = "Zhang et al., IJCV 2018, doi:10.1007/s11263-017-1059-x"
     units = "share of the prior"
+    needs_positive = True
 
     @property
     def signed(self) -> bool:

@@ -133,3 +133,57 @@ def test_only_linear_scores(method):
 def test_an_unknown_composite_is_refused_at_once():
     with pytest.raises(UsageError):
         ContrastiveLRP(composite="EpsilonMinus")
+
+
+class OneLogit(nn.Module):
+    """One logit of two classes; ``sign`` −1 gives that of the other class by the last weights."""
+
+    def __init__(self, sign: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Linear(4 * 64, 1)
+        with torch.no_grad():
+            for p in self.head.parameters():
+                p *= sign
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(x).relu().flatten(1))
+
+
+NEGATIVE = ClassScore("benign")
+POSITIVE = ClassScore("malignant")
+NAMES = {0: "benign", 1: "malignant"}
+
+
+def _map(network: nn.Module, method: object, target: object) -> torch.Tensor:
+    image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+    (attribution,) = Explainer(network.double().eval(), class_names=NAMES)(image, [method], [target])
+    assert attribution.map is not None
+    return attribution.map.as_tensor()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_negative_of_a_logit_is_the_logit_of_negative_weights(method) -> None:
+    ours = _map(OneLogit(), method(positive=False), NEGATIVE)
+    assert ours.any()
+    close(ours, _map(OneLogit(-1), method(positive=False), POSITIVE), 1e-12)
+    other = _map(OneLogit(), method(positive=False), POSITIVE)
+    close(ours, other if method is ContrastiveLRP else -other, 1e-12)  # F and the sides of LRP change their signs both
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["GuidedBackprop", "Deconvolution", "GuidedGradCam('conv')", "ExcitationBackprop", "SmoothGrad('GuidedBackprop')"],
+)
+def test_methods_of_positive_signals_refuse_a_negative_start(method: str) -> None:
+    assert _map(OneLogit(), method, POSITIVE).any()
+    with pytest.raises(MethodError, match="negative start"):
+        _map(OneLogit(), method, NEGATIVE)
+
+
+def test_a_mixed_start_is_refused() -> None:
+    network, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double(), torch.rand(1, 3, dtype=DOUBLE)
+    with pytest.raises(MethodError, match="rises with some outputs"):
+        contrastive_excitation(network, x, torch.tensor([[[1.0, -1.0]]], dtype=DOUBLE))
+    with pytest.raises(MethodError, match="rises with some outputs"):
+        contrastive_lrp(network, x, torch.tensor([[[1.0, -1.0]]], dtype=DOUBLE), composite_of("DeepTaylor"))
