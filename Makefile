@@ -12,10 +12,11 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 READY := $(VENV)/.ready
 PEERS := .venv-peers
+NNUNET := .venv-nnunet
 # Two test processes with one thread each: more threads than cores make torch slower.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help setup demo test test-slow test-peers compatibility limits lint types wheel clean distclean
+.PHONY: help setup demo test test-slow test-peers test-nnunet compatibility limits lint types wheel clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -54,6 +55,16 @@ $(PEERS)/.ready: pyproject.toml constraints.txt
 
 test-peers: $(PEERS)/.ready
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -n 2 -m peers $(TEST_ARGS)
+
+# Tests against nnU-Net, which needs torchvision. The environment is made once and keeps its own torch.
+$(NNUNET)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(NNUNET)
+	@$(NNUNET)/bin/python -m pip install --quiet -c constraints.txt "$(TORCH)"
+	@$(NNUNET)/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,dev,nnunet]"
+	@touch $@
+
+test-nnunet: $(NNUNET)/.ready
+	OMP_NUM_THREADS=1 $(NNUNET)/bin/python -m pytest -n 2 tests/nnunet $(TEST_ARGS)
 
 # Measure missing or outdated cells of the table methods x networks, and write docs/compatibility.md.
 compatibility: $(READY)

@@ -333,7 +333,7 @@ def counted() -> list[list[str]]:
 def flat_memory(work: Work, objective: Objective) -> str:
     """Measure the growth of memory with the number of perturbations."""
     parts = []
-    for stride in (24, 12, 6):
+    for stride in (12, 8, 6):
         method = Occlusion(window=12, stride=stride, baseline="zero")
         with frozen(work.network), Measured(work.network) as measured:
             occluders = run(method, objective).notes["occluders"]

@@ -17,7 +17,7 @@ from monai.bundle import ConfigParser
 from monai.inferers import Inferer
 from monai.transforms import Compose, SaveImaged
 from monai.utils import CommonKeys, ensure_tuple
-from torch import nn
+from torch import Tensor, nn
 
 from esegeta_monai.bundle.imports import BundleImports
 from esegeta_monai.bundle.metadata import BundleMetadata
@@ -225,6 +225,26 @@ class BundleReader:
         """The checkpoint that the bundle loads, and the entry of the config that names it; the file may be missing."""
         return find_weights(self.parser, self.id_of("network"), self.bundle_dir, self.resolve)
 
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Name and version, and the SHA-256 of each config file by file name, JSON-ready."""
+        from esegeta_monai.bundle.provenance import bundle_provenance  # reads this module's overlays
+
+        return bundle_provenance(self.bundle_dir)
+
+    def predict(self, image: Tensor, data: Mapping[Any, Any], path: Path) -> Tensor | None:
+        """Predict with the model's own code where the engine's prediction is not the one that users see.
+
+        Args:
+            image: the preprocessed image (C, *spatial).
+            data: the data dictionary of the case.
+            path: file name of the segmentation that is written, without extension.
+
+        Returns:
+            Raw output (K, *spatial); None for a bundle: its inferer predicts.
+        """
+        return None
+
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of weights (if present), config files and metadata.json by path in the bundle."""
         files = [self.weight_source.path, *self.config_files, self._metadata_file]
@@ -286,6 +306,10 @@ class BundleReader:
         if given is None:
             candidates = [self.bundle_dir / "configs" / f"inference.{suffix}" for suffix in ConfigParser.suffixes]
             config = next((file for file in candidates if file.is_file()), None)
+            if config is None and (self.bundle_dir / "plans.json").is_file():
+                raise UsageError(
+                    f"{self.bundle_dir.name} is an nnU-Net model folder: give it by --nnunet, not --bundle"
+                )
             if config is None:
                 names = ", ".join(sorted(file.name for file in (self.bundle_dir / "configs").glob("*.*"))) or "none"
                 raise UsageError(

@@ -7,7 +7,15 @@ import sys
 
 from esegeta_monai.engine.head import HEADS
 
-__all__ = ["add_bundle", "add_computing_options", "add_head", "add_network", "add_run_options", "add_share"]
+__all__ = [
+    "add_bundle",
+    "add_computing_options",
+    "add_head",
+    "add_model",
+    "add_network",
+    "add_run_options",
+    "add_share",
+]
 
 
 def add_bundle(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -24,6 +32,23 @@ def add_bundle(parser: argparse.ArgumentParser, required: bool) -> None:
         action="append",
         metavar="ID=VALUE",
         help="replace a value of the config, for example inferer#overlap=0.25; may be repeated",
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add the options for a bundle or an nnU-Net model folder, see `esegeta_monai.cli.reading.open_reader`."""
+    add_bundle(parser, required=False)
+    parser.add_argument("--nnunet", metavar="DIR", help="trained nnU-Net v2 model folder, in place of a bundle")
+    parser.add_argument(
+        "--folds",
+        metavar="LIST",
+        help="folds of the nnU-Net model, such as 0,1, or all for fold_all (default: all numbered folds)",
+    )
+    parser.add_argument(
+        "--no-mirroring",
+        dest="mirroring",
+        action="store_false",
+        help="leave out nnU-Net's mirrored views, which its checkpoint may ask for",
     )
 
 
@@ -57,6 +82,11 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         choices=["nifti", "input"],
         default="nifti",
         help="format of the maps; 'input' keeps NRRD and MHA (needs ITK), all others become NIfTI (default: nifti)",
+    )
+    parser.add_argument(
+        "--check-maps",
+        action="store_true",
+        help="also check each finished map by an independent computation, which takes further passes of the network",
     )
     parser.add_argument("--yes", action="store_true", help="also run methods refused because of their estimated cost")
     parser.add_argument("--overwrite", action="store_true", help="recompute finished maps")

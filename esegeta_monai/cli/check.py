@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
-from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.cli.arguments import add_bundle, add_network
-from esegeta_monai.cli.explain import choose_device, overrides
+from monai.data import MetaTensor
+
+import esegeta_monai.files as storage
+from esegeta_monai.cli.arguments import add_head, add_model, add_network
+from esegeta_monai.cli.cases import Preprocessor, find_cases
+from esegeta_monai.cli.explain import output_use
 from esegeta_monai.cli.look import scan_or_noise
+from esegeta_monai.cli.reading import open_reader
+from esegeta_monai.engine.checks.base import CheckResult
+from esegeta_monai.engine.network.state import unwrap
+from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.files.grids.resample import geometry_of, has_metadata
+from esegeta_monai.output.place import NO_METADATA
 
 __all__ = ["add_arguments", "run"]
 
-DESCRIPTION = """Check what maps take for granted, on one scan or on noise, and print the results. No map is computed.
+DESCRIPTION = (
+    """Checks what maps take for granted, on one scan or on noise, and prints the results. No map is computed."""
+)
 
-verdicts: passed; handled: the assumption does not hold, and the computation takes care of it; warned: maps may be wrong
-in the way that is stated; refused: no map can be computed; not checked: it cannot be checked for this network.
-exit codes: 0 nothing was refused; 1 a check refused; 2 usage error"""
+EPILOG = """verdicts:
+  passed       the assumption holds
+  handled      it does not hold, and the computation takes care of it
+  warned       maps may be wrong in the way that is stated
+  refused      no map is computed, for the stated reason
+  not checked  it cannot be checked here
+
+Without --input, the input is noise of one window: the geometry is not checked, and what depends on the values of a scan
+(the range of the output, for example) may differ.
+
+exit codes: 0 nothing was refused; 1 a check refused; 2 usage error, or the scan cannot be used
+"""
+WIDTH = 110
+"""Characters per line of the output."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``check``."""
-    parser.description = DESCRIPTION
-    add_bundle(parser, required=True)
-    parser.add_argument("--input", metavar="FILE", help="scan to check (default: noise of one window)")
+    parser.description, parser.epilog = DESCRIPTION, EPILOG
+    add_model(parser)
+    parser.add_argument("--input", metavar="INPUT", help="one scan, as for 'explain' (default: noise of one window)")
     add_network(parser)
+    add_head(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -36,23 +61,58 @@ def run(args: Namespace, *_: object) -> int:
         0: nothing was refused; 1: a check refused.
 
     Raises:
-        EsegetaError: the bundle or the scan cannot be read.
+        EsegetaError: the bundle or the scan cannot be read, or several scans are given.
     """
-    reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
+    reader = open_reader(args)
     explainer = Explainer(
         reader.network,
         reader.inferer,
         reader.device,
+        reader.amp and reader.device.type == "cuda",  # on CPUs as MONAI does
         output=args.network_output,
         class_names=reader.class_names,
         head=args.head,
-        postprocessing=reader.output_use,
+        postprocessing=output_use(reader),
     )
-    results = explainer.check(scan_or_noise(reader, args.input)[None])
-    if args.json:
-        print(json.dumps([result.entry() for result in results], indent=2))
+    if args.input is None:
+        what = "noise of one window"
+        results = explainer.check(scan_or_noise(reader, None)[None])
     else:
-        for result in results:
-            figure = "" if result.value is None else f" ({result.value:.2g})"
-            print(f"{result.name:<12} {result.verdict:<12} {result.text}{figure}")
+        cases = find_cases([args.input], [name for _, name in sorted(reader.channel_names.items())])
+        if len(cases) != 1:
+            raise UsageError(f"--input {args.input} contains {len(cases)} scans: give the one to check")
+        what = cases[0].name
+        scan, image, data = Preprocessor(reader)(cases[0])
+        results = [*explainer.check(image[None], data=data), _geometry(image, scan)]
+    if args.json:
+        print(json.dumps([result.entry() for result in results], indent=2, ensure_ascii=False))
+    else:
+        print(f"{reader.name}: {type(unwrap(reader.network)).__name__}, {what}")
+        print("\n".join(line for result in results for line in _lines(result)))
     return int(any(result.verdict == "refused" for result in results))
+
+
+def _geometry(image: MetaTensor, scan: Path | MetaTensor) -> CheckResult:
+    """Return the check of the geometry for additive maps and others, whichever is worse.
+
+    Args:
+        image: the preprocessed image (C, *spatial), with its trace.
+        scan: the scan (C', *scan), or its file.
+    """
+    volume = scan if isinstance(scan, MetaTensor) else storage.read_scan(scan)
+    if not has_metadata(image, volume):
+        return CheckResult("geometry", "warned", NO_METADATA.format("x".join(map(str, image.shape[1:]))))
+    both = [geometry_of(image, volume, additive=additive) for additive in (True, False)]
+    worst = max(both, key=lambda result: ("passed", "warned", "refused").index(result.verdict))
+    return CheckResult("geometry", worst.verdict, worst.text, worst.value)
+
+
+def _lines(result: CheckResult) -> list[str]:
+    figure = "" if result.value is None else f" ({result.value:.2g})"
+    return textwrap.wrap(
+        f"{result.name:<12} {result.verdict:<12} {result.text}{figure}",
+        WIDTH,
+        subsequent_indent=" " * 26,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )

@@ -13,8 +13,9 @@ import esegeta_monai
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.arguments import add_run_options
 from esegeta_monai.cli.cases import ScanCase
-from esegeta_monai.cli.explain import choose_device, explain_cases
+from esegeta_monai.cli.explain import explain_cases
 from esegeta_monai.cli.log import RunLog
+from esegeta_monai.cli.values import choose_device
 from esegeta_monai.errors import UsageError
 from esegeta_monai.files.maps import sidecar_path
 from esegeta_monai.methods.base import METHODS

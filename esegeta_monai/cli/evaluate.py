@@ -16,21 +16,19 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.extensions import register_extensions
-from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.cli.arguments import add_bundle, add_computing_options, add_head, add_network, add_share
+from esegeta_monai.cli.arguments import add_computing_options, add_head, add_model, add_network, add_share
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import (
     DEFAULT_METHODS,
     check_layers,
-    choose_device,
     default_targets,
     each_case,
     explainer_for,
     open_log,
-    overrides,
     provenance_of,
 )
 from esegeta_monai.cli.log import RunLog
+from esegeta_monai.cli.reading import open_reader
 from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, UsageError
@@ -74,7 +72,7 @@ exit codes: 0 all done (including undefined and inapplicable metrics), 1 somethi
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``evaluate``."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    add_bundle(parser, required=True)
+    add_model(parser)
     parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
     parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
     parser.add_argument(
@@ -160,7 +158,8 @@ def run(args: Namespace, log: RunLog) -> int:
         raise UsageError("--label-value selects a value of a label map: also give the label map by --label")
     if args.region_names is not None and args.regions is None and args.label is None:
         raise UsageError("--region-names names the values of a label map: also give one by --regions or --label")
-    register_extensions(args.bundle)
+    if args.bundle is not None:
+        register_extensions(args.bundle)
     with process_group() as ranks:
         writer = _evaluate(args, log, ranks)
     if not ranks.rank:
@@ -173,7 +172,7 @@ def run(args: Namespace, log: RunLog) -> int:
 
 def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWriter:
     output = Path(args.output)
-    reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
+    reader = open_reader(args)
     channel_names = [name for _, name in sorted(reader.channel_names.items())]
     cases = find_cases(args.input, channel_names, leave_out=output)
     earlier = _Earlier.read(Path(args.maps), cases) if args.maps else None

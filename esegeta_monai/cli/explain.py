@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
@@ -13,35 +12,37 @@ import torch
 
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.extensions import register_extensions
-from esegeta_monai.bundle.provenance import bundle_provenance
 from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.cli.arguments import add_bundle, add_head, add_network, add_run_options, add_share
+from esegeta_monai.cli.arguments import add_head, add_model, add_network, add_run_options, add_share
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.log import RunLog, reason
+from esegeta_monai.cli.reading import open_reader
+from esegeta_monai.cli.values import overrides
 from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.engine.network.hooks import find_layer
 from esegeta_monai.engine.network.state import unwrap, weights_hash
 from esegeta_monai.errors import EsegetaError, NetworkError, RankLost, UsageError
 from esegeta_monai.explain.costs import Cost, duration, table
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.explain.settings import Checks
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.targets.regions import OutputValue
-from esegeta_monai.utils.distributed import Processes, local_device, process_group
+from esegeta_monai.utils.distributed import Processes, process_group
+from esegeta_monai.utils.names import safe_name
 
 __all__ = [
     "DEFAULT_METHODS",
     "add_arguments",
-    "choose_device",
     "default_targets",
     "each_case",
     "explain_cases",
     "explainer_for",
     "open_log",
-    "overrides",
+    "output_use",
     "run",
 ]
 
@@ -70,7 +71,7 @@ exit codes: 0 all done; 1 one case or method failed (the others are complete, ru
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``explain``."""
     parser.description, parser.epilog = DESCRIPTION, EPILOG
-    add_bundle(parser, required=True)
+    add_model(parser)
     parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans (see below)")
     parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
     parser.add_argument(
@@ -108,12 +109,13 @@ def run(args: Namespace, log: RunLog) -> int:
     Raises:
         EsegetaError: an option, the bundle or the output folder is wrong; nothing has been computed.
     """
-    register_extensions(args.bundle)
+    if args.bundle is not None:
+        register_extensions(args.bundle)
     methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
     targets = TARGETS.create_all(",".join(args.target)) if args.target else None
     output = Path(args.output)
     with process_group() as ranks:
-        reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
+        reader = open_reader(args)
         channel_names = [name for _, name in sorted(reader.channel_names.items())]
         cases = find_cases(args.input, channel_names, leave_out=output)
         if args.dry_run:
@@ -176,8 +178,10 @@ def explain_cases(
 
     def explain(case: ScanCase) -> None:
         scan, image, data = preprocess(case)
+        own = reader.predict(image, data, output / safe_name(case.name) / f"{safe_name(case.name)}_seg")
+        prediction = None if own is None else own[None]
         for some, of in ranks.part(options.share, methods, chosen):
-            writer.explain(explainer, image, case.name, some, of, scan=scan, data=data)
+            writer.explain(explainer, image, case.name, some, of, scan=scan, data=data, prediction=prediction)
 
     each_case(ranks.share(cases) if options.share == "cases" else cases, explain, writer.failed, log)
     with writer.run:
@@ -228,10 +232,20 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
         allow_costly=getattr(options, "yes", False),
         distributed=getattr(options, "share", "cases") == "windows",
         on_error="record",
-        checks=getattr(options, "checks", True),
+        checks=_checks(options),
         head=options.head,
-        postprocessing=_output_use(reader),
+        postprocessing=output_use(reader),
     )
+
+
+def _checks(options: Namespace) -> Checks:
+    """Return the explainer's ``checks``; commands without the options check what maps take for granted."""
+    checks: bool = getattr(options, "checks", True)
+    if not getattr(options, "check_maps", False):
+        return checks
+    if not checks:
+        raise UsageError("--check-maps and --no-checks contradict each other: give one of them")
+    return "maps"
 
 
 def default_targets(reader: BundleReader) -> list[Target]:
@@ -249,7 +263,7 @@ def default_targets(reader: BundleReader) -> list[Target]:
     return [PredictedClasses()]
 
 
-def _output_use(reader: BundleReader) -> Postprocessing:
+def output_use(reader: BundleReader) -> Postprocessing:
     """Return the use of the network's output; where the postprocessing cannot be built, that of the metadata."""
     try:
         return reader.output_use
@@ -319,47 +333,9 @@ def check_layers(network: torch.nn.Module, things: Sequence[Any]) -> None:
 
 
 def provenance_of(reader: BundleReader, options: Namespace) -> dict[str, Any]:
-    provenance = {**bundle_provenance(reader.bundle_dir), "weights_sha256": weights_hash(unwrap(reader.network))}
+    provenance = {**reader.provenance, "weights_sha256": weights_hash(unwrap(reader.network))}
     if options.config:
         provenance["configs_used_sha256"] = {file.name: storage.sha256_file(file) for file in reader.config_files}
     if options.override:
         provenance["overrides"] = overrides(options.override)
     return provenance
-
-
-def overrides(texts: Sequence[str] | None) -> dict[str, Any]:
-    """Parse ``id=value`` texts; values are JSON where they parse as JSON, else text.
-
-    Raises:
-        UsageError: a text without ``=``.
-
-    >>> overrides(["inferer#roi_size=[32, 32, 32]", "network=@net"])
-    {'inferer#roi_size': [32, 32, 32], 'network': '@net'}
-    """
-    values: dict[str, Any] = {}
-    for text in texts or ():
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise UsageError(f"--override {text}: write id=value, such as inferer#overlap=0.25")
-        try:
-            values[key] = json.loads(value)
-        except ValueError:  # not JSON, so it is text: a reference or an expression of the config
-            values[key] = value
-    return values
-
-
-def choose_device(text: str | None) -> torch.device:
-    """Return the named device, else the first CUDA device, else the CPU.
-
-    Raises:
-        UsageError: this machine has no such device.
-    """
-    if text is None:
-        return local_device()
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise UsageError(f"--device {text}: no such device; write cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA device(s); use cpu")
-    return device

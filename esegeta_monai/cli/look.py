@@ -12,9 +12,9 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.cli.arguments import add_bundle, add_network
+from esegeta_monai.cli.arguments import add_model, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
-from esegeta_monai.cli.explain import choose_device, overrides
+from esegeta_monai.cli.reading import open_reader
 from esegeta_monai.engine.checks.base import small_sample
 from esegeta_monai.engine.checks.head import evidence_of, find_head
 from esegeta_monai.engine.default_layer import default_layer, layer_shapes
@@ -30,7 +30,7 @@ __all__ = ["add_info_arguments", "add_layers_arguments", "run_info", "run_layers
 
 def add_layers_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``layers``."""
-    add_bundle(parser, required=True)
+    add_model(parser)
     parser.add_argument("--input", metavar="FILE", help="scan to run the network on (default: noise of one window)")
     add_network(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -38,15 +38,15 @@ def add_layers_arguments(parser: ArgumentParser) -> None:
 
 def add_info_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``info``."""
-    add_bundle(parser, required=False)
+    add_model(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_info(args: Namespace, *_: object) -> int:
     """Print versions, devices and the description of a bundle."""
     sections: dict[str, Any] = {"versions": storage.versions(), "devices": _devices()}
-    if args.bundle:
-        reader = BundleReader(args.bundle, args.config, overrides(args.override), weights="optional")
+    if args.bundle or args.nnunet:
+        reader = open_reader(args, "optional", "cpu")
         sections["bundle"] = _bundle(reader)
     if args.json:
         print(json.dumps(sections, indent=2, ensure_ascii=False))
@@ -69,7 +69,8 @@ def _devices() -> dict[str, Any]:
 
 def _bundle(reader: BundleReader) -> dict[str, Any]:
     network, inferer = reader.network, reader.inferer
-    options = {k: v for k, v in vars(inferer).items() if isinstance(v, (bool, int, float, str, tuple, list))}
+    shown = getattr(inferer, "record", None) or vars(inferer)
+    options = {k: v for k, v in shown.items() if isinstance(v, (bool, int, float, str, tuple, list))}
     weights = reader.weight_source
     return {
         "name": reader.name,
@@ -111,7 +112,7 @@ def _head(reader: BundleReader) -> dict[str, str]:
 
 def run_layers(args: Namespace, *_: object) -> int:
     """Print the layers of a bundle's network in the order of execution, with their output shapes for one window."""
-    reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device), "optional")
+    reader = open_reader(args, "optional")
     network, inferer = unwrap(reader.network), as_inferer(reader.inferer)
     image = scan_or_noise(reader, args.input).as_subclass(Tensor).float()
     with torch.random.fork_rng(devices=[]), frozen(network):
@@ -162,7 +163,7 @@ def scan_or_noise(reader: BundleReader, text: str | None) -> Tensor:
     expected = Preprocessor(reader) if reader.has("preprocessing") else None
     channels = expected.channels if expected is not None and expected.channels else 1
     dims = (expected.spatial_dims if expected is not None else None) or 3
-    size = getattr(reader.inferer, "roi_size", None)
+    size = getattr(reader.inferer, "roi_size", None) or getattr(reader, "roi", None)
     if size is None:
         inputs = reader.metadata.inputs.values()
         size = next((i["spatial_shape"] for i in inputs if isinstance(i, dict) and "spatial_shape" in i), None)

@@ -22,7 +22,7 @@ from esegeta_monai.bundle.overlay import (
 )
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.arguments import add_bundle
-from esegeta_monai.cli.explain import overrides
+from esegeta_monai.cli.values import overrides
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.utils.files import atomic
 

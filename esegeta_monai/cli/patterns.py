@@ -6,10 +6,9 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.cli.arguments import add_bundle, add_network
+from esegeta_monai.cli.arguments import add_model, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
-from esegeta_monai.cli.explain import choose_device, overrides
+from esegeta_monai.cli.reading import open_reader
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen, unwrap
 from esegeta_monai.engine.objective import Objective
@@ -22,7 +21,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``patterns``."""
-    add_bundle(parser, required=True)
+    add_model(parser)
     parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
     parser.add_argument("--output", metavar="FILE", help="output file (default: models/patterns.pt in the bundle)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -31,7 +30,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(args: Namespace, *_: object) -> int:
     """Fit patterns on all windows of the scans and write them; replace an existing file only with ``--overwrite``."""
-    reader = BundleReader(args.bundle, args.config, overrides(args.override), choose_device(args.device))
+    reader = open_reader(args)
     target = Path(args.output) if args.output else reader.bundle_dir / "models" / "patterns.pt"
     if target.exists() and not args.overwrite:
         raise UsageError(f"{target} already exists: use it by patterns='{target.name}', or replace it by --overwrite")

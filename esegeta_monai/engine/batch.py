@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.window_loop import WindowedNetwork
+from esegeta_monai.engine.windows.plan import Call
 from esegeta_monai.errors import MethodError
 
 __all__ = ["NO_PATH", "Batch", "Gradient"]
@@ -41,6 +42,16 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.windows)
+
+    @property
+    def call(self) -> Call:
+        """How the network is called on these windows, which share one call."""
+        return self.network.plan.call(self.windows[0])
+
+    def unmirrored(self, values: Tensor) -> Tensor:
+        """Return a layer's map (*leading axes, *positions) in the frame of the volume, the call's view undone."""
+        axes = [axis - len(self.network.plan.roi) for axis in self.call.flips]
+        return values.flip(axes) if axes else values
 
     @property
     def image(self) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from monai.transforms import Activations, Activationsd, AsDiscrete, AsDiscreted, Compose, SplitDimd
+from monai.transforms import Activations, Activationsd, AsDiscrete, AsDiscreted, Compose, FlattenSubKeysd, SplitDimd
 from torch import Tensor
 
 from esegeta_monai.errors import UsageError
@@ -54,6 +54,7 @@ class Postprocessing:
         Args:
             transforms: a transform, a list of them, a `Compose`, or a `Postprocessing`, which is returned.
             key: key of the prediction; None: ``"pred"``, else the first one that the transforms activate or discretise.
+                If they do so with an output that they take out of it (``FlattenSubKeysd``), that one.
             declared: see the attributes.
 
         >>> Postprocessing.of([Activationsd("pred", sigmoid=True), AsDiscreted("pred", threshold=0.3)])
@@ -66,8 +67,12 @@ class Postprocessing:
         named = [k for k in named if k not in ("image", "label")]
         keys = list(dict.fromkeys([*named, *(str(k) for t in steps for k in getattr(t, "sub_keys", None) or ())]))
         channels: dict[str, int | None] = {}
-        if key is None:
-            key = "pred" if "pred" in named else next(iter(named), None)
+        used = (*named, *(k for t in steps if isinstance(t, SplitDimd) for k in t.keys))
+        if (key or "pred") in used:
+            key = key or "pred"
+        else:
+            taken = [k for k in named if k in _taken(steps, key or "pred", named)]
+            key = next(iter(taken), key or next(iter(named), None))
         if key is not None:
             channels[key] = None
         activation: Literal["softmax", "sigmoid", "other"] | None = None
@@ -181,6 +186,17 @@ class Head:
     def to_json(self) -> dict[str, Any]:
         """Return the entry of a record: kind, evidence, certain."""
         return {"kind": self.kind, "evidence": list(self.evidence), "certain": self.certain}
+
+
+def _taken(steps: Iterable[Any], key: str, named: Iterable[str]) -> list[str]:
+    """Return the keys of the outputs that transforms take out of a prediction with several."""
+    keys: list[str] = []
+    for step in steps:
+        if isinstance(step, FlattenSubKeysd) and key in step.keys:
+            subkeys: Any = step.sub_keys
+            prefix = f"{step.prefix}_" if step.prefix else ""
+            keys += named if subkeys is None else [f"{prefix}{k}" for k in subkeys]
+    return keys
 
 
 def _flat(transforms: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.frames import Frame, TracedLayer, assemble, trace_layers
+from esegeta_monai.engine.network.frames import Frame, TracedLayer, TracedLayers, assemble, module_names, trace_layers
 from esegeta_monai.engine.network.hooks import find_layer
 from esegeta_monai.engine.network.model import out_of_memory, select_output
 from esegeta_monai.engine.objective import Objective
@@ -24,7 +24,7 @@ from esegeta_monai.errors import EsegetaError, MethodError
 
 __all__ = ["check_calls", "maps_of_calls", "only_frame", "spatial_map", "traced_layers"]
 
-_TRACES: WeakKeyDictionary[nn.Module, dict[Any, dict[str, TracedLayer]]] = WeakKeyDictionary()
+_TRACES: WeakKeyDictionary[nn.Module, dict[Any, TracedLayers]] = WeakKeyDictionary()
 
 
 def network_roi(plan: WindowPlan) -> tuple[int, ...]:
@@ -32,7 +32,7 @@ def network_roi(plan: WindowPlan) -> tuple[int, ...]:
     return tuple(n for axis, n in enumerate(plan.roi) if axis != plan.slice_axis)
 
 
-def traced_layers(objective: Objective) -> dict[str, TracedLayer]:
+def traced_layers(objective: Objective) -> TracedLayers:
     """Return all layers that run on one window, by name, in the order in which they finish.
 
     The trace runs the network on two copies of a window, or on one where two fail. It is made once for each network and
@@ -41,24 +41,24 @@ def traced_layers(objective: Objective) -> dict[str, TracedLayer]:
     return objective.memo("traced layers", lambda: _traced(objective))
 
 
-def _traced(objective: Objective) -> dict[str, TracedLayer]:
+def _traced(objective: Objective) -> TracedLayers:
     model, plan = objective.model, objective.plan
     known = _TRACES.setdefault(model.network, {})
-    modules = tuple(map(id, model.network.modules()))
+    modules = (*map(id, model.network.modules()), *module_names(model.network))
     key = (plan.roi, plan.slice_axis, objective.image.shape[0], str(model.output), tuple(model.inputs), modules)
     if key not in known:
         known[key] = _trace(objective)
     return known[key]
 
 
-def _trace(objective: Objective) -> dict[str, TracedLayer]:
+def _trace(objective: Objective) -> TracedLayers:
     model, roi = objective.model, network_roi(objective.plan)
     context = RunContext(Progress(silent=True), objective.context.processes, window_batch=objective.window_batch)
     quiet = objective.derive(context=context)
     window = (objective.windows or [0])[0]
     x = objective.window(window)
 
-    def run(rows: int) -> dict[str, TracedLayer]:
+    def run(rows: int) -> TracedLayers:
         many = torch.cat([x] * rows)
         return trace_layers(
             model.network,
@@ -233,7 +233,7 @@ def map_of_layer(network: nn.Module, layer: str, values: Tensor, x: Tensor, args
     """
     find_layer(network, layer)
     known = _TRACES.setdefault(network, {})
-    key = ("call", tuple(x.shape[1:]), tuple(map(id, network.modules())))
+    key = ("call", tuple(x.shape[1:]), (*map(id, network.modules()), *module_names(network)))
     frame = known[key][layer].frames[0] if key in known else None
     if key not in known or (frame is not None and not frame.fits(values)):
         known[key] = trace_layers(network, x.shape[2:], lambda: network(x.detach(), *args, **kwargs))

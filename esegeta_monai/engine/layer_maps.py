@@ -55,8 +55,9 @@ class BlendedActivations(Request):
 
     Args:
         layer: dotted name.
-        weights: α (k, C), or (views, k, C) for a layer that runs several times; None: each channel separately;
-            ``"sum"`` or ``"mean"``: one map of all channels. Views are added with weights α, else averaged.
+        weights: α (k, C), or (views, k, C) for several views (a layer that runs several times, members, mirrored
+            windows); None: each channel separately; ``"sum"`` or ``"mean"``: one map of all channels. Views of one
+            call are added with weights α, else averaged; calls count with their shares in the prediction.
         last: True: those of the last call of the layer only.
 
     The result is (k, 1, *spatial) with weights α, else (C or 1, *spatial).
@@ -79,11 +80,14 @@ class BlendedActivations(Request):
     def begin(self, objective: Objective) -> None:
         self.objective = objective
         self.grid = input_grid(objective)
+        if self.weights is None:
+            check_one_member(objective)
 
     def see(self, view: View) -> None:
         plan = self.objective.plan
         views = view.maps(self.layers[0], last=self.last)
-        up = torch.stack([self._reduced(values, i) for i, values in enumerate(views)]).sum(0)
+        first = view.of_call(len(views)).start
+        up = torch.stack([self._reduced(values, first + i) for i, values in enumerate(views)]).sum(0)
         if not isinstance(self.weights, Tensor):
             up = up / len(views)
         if self.maps is None:
@@ -106,6 +110,19 @@ class BlendedActivations(Request):
     def result(self) -> Tensor:
         assert self.maps is not None
         return self.maps[:, None] if isinstance(self.weights, Tensor) else self.maps
+
+
+def check_one_member(objective: Objective) -> None:
+    """Check that the channels of a layer are those of one network.
+
+    Raises:
+        MethodError: the objective is that of an ensemble, whose members have other channels under the same numbers.
+    """
+    if objective.plan.member_count > 1:
+        raise MethodError(
+            "the members of an ensemble have different channels: use a map of all channels (reduce='sum'), or explain "
+            "one member"
+        )
 
 
 def input_grid(objective: Objective) -> OutputGrid:

@@ -278,6 +278,20 @@ class Objective(WindowedNetwork):
         self.each(self.jobs(len(points)), run, with_cotangents=False, sums=blended)
         return blended
 
+    def predict_all(self) -> Tensor:
+        """Return all channels of the blended prediction at the image, (K, *out), whatever the scores read."""
+        total = self.image.new_zeros((self.n_classes, *self.grid.shape))
+        box = tuple(slice(0, n) for n in self.grid.shape)
+
+        def run(batch: Batch) -> None:
+            with torch.inference_mode():
+                out = self.run(batch.image, batch.windows, all_channels=True)
+            for j, window in enumerate(batch.windows):
+                self.grid.blend(total, box, window, out[j])
+
+        self.each([(0, w) for w in range(len(self.plan))], run, with_cotangents=False, sums=[total])
+        return total
+
     def blend(self, blended: Sequence[Tensor], batch: Batch, out: Tensor) -> None:
         """Add ``ĝ_w · out`` (n, R, *out_roi) into each score's (m, channels, *box) in place."""
         for j, (w, source) in enumerate(zip(batch.windows, batch.sources)):

@@ -70,8 +70,9 @@ class View:
             MethodError: the layer has no spatial map, or its calls are no views of the window.
         """
         if last:
-            return [map_of_last_call(self.activations[layer], self.objective, layer)]
-        return maps_of_calls(self.activations[layer], self.objective, layer)
+            return [self.batch.unmirrored(map_of_last_call(self.activations[layer], self.objective, layer))]
+        maps = maps_of_calls(self.activations[layer], self.objective, layer)
+        return [self.batch.unmirrored(m) for m in maps]
 
     def gradient_maps(self, layer: str) -> list[Tensor]:
         """Return ``∂F/∂`` of each of `maps`, (k, n, C, *positions).
@@ -81,7 +82,13 @@ class View:
         """
         if layer not in self.gradients:
             raise MethodError(f"the target does not depend on layer {layer!r} by a differentiable path: choose another")
-        return maps_of_calls(self.gradients[layer], self.objective, layer, lead=2)
+        maps = maps_of_calls(self.gradients[layer], self.objective, layer, lead=2)
+        return [self.batch.unmirrored(m) for m in maps]
+
+    def of_call(self, views: int) -> slice:
+        """Return the positions of this batch's views among those of all calls (members and mirrored views)."""
+        number = self.objective.plan.call_number(self.batch.windows[0])
+        return slice(number * views, (number + 1) * views)
 
 
 class Request:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from esegeta_monai.engine.network.model import Model, out_of_memory
 from esegeta_monai.engine.run_context import RunContext
-from esegeta_monai.engine.windows.plan import WindowPlan, picked
+from esegeta_monai.engine.windows.plan import Call, WindowPlan, picked
 from esegeta_monai.errors import MethodError
 from esegeta_monai.utils.distributed import Summed
 
@@ -62,16 +63,30 @@ class WindowedNetwork:
         Returns:
             (n, R, *out_roi), or (n, K, *out_roi) with ``all_channels``.
         """
-        coordinates = [self.plan.coordinates(w) for w in windows] if self.plan.with_coord else None
-        condition = None
-        if self.condition is not None:
-            condition = torch.stack([self.plan.cut(self.condition, w) for w in windows]).to(self.model.device)
-        out = self.model(x, slice_axis=self.plan.slice_axis, coordinates=coordinates, condition=condition)
+        parts, done = [], 0
+        for call, alike in itertools.groupby(windows, self.plan.call):
+            some = list(alike)
+            parts.append(self._run_call(x[done : done + len(some)], some, call))
+            done += len(some)
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
         self.context.progress.passed(len(windows))
         self.check_output(out)
         if all_channels or len(self.channels) in (0, out.shape[1]):
             return out
         return out[:, picked(self.channels)]
+
+    def _run_call(self, x: Tensor, windows: Sequence[int], call: Call) -> Tensor:
+        """Run the network on windows (n, C, *roi) that share a call; the view is undone in the output (n, K, …)."""
+        coordinates = [self.plan.coordinates(w) for w in windows] if self.plan.with_coord else None
+        condition = None
+        if self.condition is not None:
+            condition = torch.stack([self.plan.cut(self.condition, w) for w in windows]).to(self.model.device)
+        axes = [axis + 2 for axis in call.flips]
+        if axes:
+            x, condition = x.flip(axes), None if condition is None else condition.flip(axes)
+        self.model.load(call.member)
+        out = self.model(x, slice_axis=self.plan.slice_axis, coordinates=coordinates, condition=condition)
+        return out.flip(axes) if axes and out.ndim == x.ndim else out
 
     def check_output(self, out: Tensor) -> None:
         """Check an output of the network (n, K, *out_roi); nothing is known of it here."""
@@ -137,6 +152,8 @@ class WindowedNetwork:
             while done < len(group):
                 self.context.progress.check()
                 part = group[done : done + self.window_batch]
+                call = self.plan.call(part[0][1])
+                part = list(itertools.takewhile(lambda job: self.plan.call(job[1]) is call, part))  # noqa: B023
                 try:
                     run([w for _, w in part], [p for p, _ in part], number == done == 0)
                 except RuntimeError as error:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from esegeta_monai.explain.attribution import Attribution
+from esegeta_monai.explain.ensemble import EnsembleInferer
 from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.explain.explainer import Explainer
 
-__all__ = ["Attribution", "Evaluator", "Explainer"]
+__all__ = ["Attribution", "EnsembleInferer", "Evaluator", "Explainer"]

@@ -27,7 +27,7 @@ from esegeta_monai.explain.costs import Cost, cost_of
 from esegeta_monai.explain.outcomes import BoundTarget, Outcomes
 from esegeta_monai.explain.prediction import Prediction
 from esegeta_monai.explain.run import CaseRun, JudgedCase, Skip
-from esegeta_monai.explain.settings import Checks, InputsAs, OnError, Settings
+from esegeta_monai.explain.settings import Checks, InputsAs, OnError, Settings, checks_of
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.distributed import Processes
@@ -67,7 +67,7 @@ class Explainer:
             the others are still computed.
         checks: check what maps take for granted, once per network on a small window (at most 40 passes) and per case
             without passes; results are in the record as ``checks``. ``"once"``: once per network, also if its weights
-            change.
+            change. ``"maps"``: check each finished map as well, which takes further passes (docs/checks.md).
         head: the meaning of the output, see `esegeta_monai.engine.head.Head`: ``"softmax"`` or ``"sigmoid"`` (this
             function of the output gives probabilities), ``"softmax inside"``, ``"sigmoid inside"`` or
             ``"log-softmax inside"`` (the network ends in it), ``"raw"`` (no scores of classes). None: determined from
@@ -143,7 +143,7 @@ class Explainer:
             head=head,
             postprocessing=Postprocessing.of(postprocessing),
             inputs_as=inputs_as,
-            checks="once" if checks == "once" else flag("checks", checks),
+            checks=checks_of(checks),
         )
 
     def __call__(

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -25,6 +25,8 @@ from esegeta_monai.engine.network.state import evaluating, frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.engine.score import Case, Score
+from esegeta_monai.engine.window_loop import WindowedNetwork
+from esegeta_monai.engine.windows.grid import OutputGrid
 from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.errors import EsegetaError, InputError, NetworkError, UsageError
 from esegeta_monai.explain.case import CaseInput, to_device
@@ -75,6 +77,7 @@ class Prediction:
             inputs=dict(case.channels),
             args=[to_device(a, device) for a in case.args],
             kwargs={k: to_device(v, device) for k, v in case.kwargs.items()},
+            members=getattr(settings.inferer, "members", ()),
             inputs_as=settings.inputs_as,
         )
         self.model.preferred = settings.postprocessing.keys
@@ -103,6 +106,7 @@ class Prediction:
             whose = "given prediction" if case.prediction is not None else "prediction"
             raise NetworkError(f"the {whose} has values that are NaN or infinite: there is nothing to explain")
         self._check_values()
+        self._note_disturbed()
         self.head = Head()
         if layer is None:
             self._note_output()
@@ -140,6 +144,28 @@ class Prediction:
             context=RunContext(processes=settings.processes, window_batch=window_batch),
         )
 
+    def infer(self, image: Tensor) -> Tensor:
+        """Return the prediction (K, *out) at an image (C, *spatial) by the user's own inferer, without autocast."""
+        model = self.model.without_autocast()
+
+        def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return model(x.to(model.device), coordinates=args[0] if args else None, condition=kwargs.get("condition"))
+
+        inferer, kwargs, changes = self._inference()
+        settings = self.settings
+        with evaluating(settings.network, settings.device), torch.no_grad(), _changed(settings.inferer, changes):
+            return select_output(inferer(image[None], call, **kwargs))[0].detach().to(self.image)
+
+    def _inference(self) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
+        """Return the function that predicts an image, its keywords, and the attributes of the inferer to set for it."""
+        user, model, condition = self.settings.inferer, self.model, self.case.condition
+        inferer = user if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
+        kwargs = {} if condition is None else {"condition": condition[None].to(self.image)}
+        changes: dict[str, Any] = {"sw_device": user.sw_device or model.device} if hasattr(user, "sw_device") else {}
+        if self._mixes_rows and hasattr(user, "sw_batch_size"):
+            changes["sw_batch_size"] = 1
+        return inferer, kwargs, changes
+
     def _check_network(self) -> None:
         """Check the network and add the results to those of the case; log the warnings."""
         settings, case = self.settings, self.case
@@ -158,13 +184,24 @@ class Prediction:
                     logger.warning(check.text)
         self.model.mixes_rows = self._mixes_rows
         self.model.copies_input = self._verdict("input") != "passed"
-        batch = getattr(settings.inferer, "sw_batch_size", 1)
-        if self._mixes_rows and batch > 1 and len(self.plan) > 1 and case.prediction is None:
-            self.notes.append(
+
+    def _note_disturbed(self) -> None:
+        """Note where the inferer or the given prediction differs from the prediction of this image alone."""
+        given, cause = self.case.prediction, self._disturbance
+        batch = getattr(self.settings.inferer, "sw_batch_size", 1)
+        if cause is None or isinstance(self.model.network, LayerOutput):
+            return
+        if "mixes" in cause and batch > 1 and len(self.plan) > 1:
+            text = (
                 "the network mixes the windows of a batch: the explained prediction has one window per pass and "
                 f"differs from that of the inferer with sw_batch_size={batch}; predict with sw_batch_size=1"
             )
-            logger.warning(self.notes[-1])
+        elif given is None or _close(given.detach().to(self.prediction), self.prediction):
+            return
+        else:
+            text = f"{cause}: the given prediction is not that of this image, unchanged and alone, which is explained"
+        self.notes.append(text)
+        logger.warning(text)
 
     def _check_values(self) -> None:
         """Add the check of the values of image and prediction, which are finite, to those of the case."""
@@ -182,6 +219,16 @@ class Prediction:
     def _mixes_rows(self) -> bool:
         """True if the images of a batch influence each other, so that windows run one by one."""
         return self._verdict("rows") == "handled"
+
+    @property
+    def _disturbance(self) -> str | None:
+        """Why a given prediction may not be that of this image alone; None: it is used as it is."""
+        handled = {check.name: check.value for check in self.case.checks if check.verdict == "handled"}
+        if handled.get("rows") is not None:  # None: it accepts only one window per pass
+            return "the network mixes the images of a batch"
+        if "input" in handled:
+            return "the network writes into its input, so overlapping windows change each other"
+        return None
 
     def _verdict(self, name: str) -> str | None:
         """Return the verdict of a check of the network, or None if it has not run."""
@@ -286,9 +333,12 @@ class Prediction:
         if case.prediction is not None and not isinstance(model.network, LayerOutput):
             if case.prediction.is_complex():
                 raise InputError("the given prediction has complex values: give the network's own raw output")
-            return case.prediction.detach().to(self.image)
+            if self._disturbance is None:
+                return case.prediction.detach().to(self.image)
+        if self.plan.calls:
+            return self._blended()
         user, ranks, windows = settings.inferer, settings.processes, len(self.plan)
-        inferer = user if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
+        inferer, kwargs, changes = self._inference()
         shared = ranks.size > 1 and type(user) in (SlidingWindowInferer, SlidingWindowInfererAdapt, SliceInferer)
         own = set(ranks.share(range(windows)))
         seen = 0
@@ -310,10 +360,6 @@ class Prediction:
             out[here] = part
             return out
 
-        kwargs = {} if case.condition is None else {"condition": case.condition[None].to(self.image)}
-        changes: dict[str, Any] = {"sw_device": user.sw_device or model.device} if hasattr(user, "sw_device") else {}
-        if self._mixes_rows and hasattr(user, "sw_batch_size"):
-            changes["sw_batch_size"] = 1
         if shared:
             changes["buffer_steps"] = 0  # a buffer needs an output of every batch
 
@@ -341,9 +387,25 @@ class Prediction:
         assert blended.prediction is not None
         return blended.prediction.to(self.image)
 
+    def _blended(self) -> Tensor:
+        """Return the prediction (K, *out) of an ensemble or of mirrored views: its windows, blended here."""
+        condition = None if self.case.condition is None else self.case.condition.to(self.image)
+        context = RunContext(processes=self.settings.processes, window_batch=self.settings.window_batch)
+        network = WindowedNetwork(self.model, self.image, self.plan, condition=condition, context=context)
+        with evaluating(self.settings.network, self.settings.device), torch.inference_mode():
+            out_roi = tuple(network.run(network.window(0), [0]).shape[2:])
+            grid = OutputGrid(self.plan, out_roi, self.image.dtype, self.image.device)
+            objective = Objective(self.model, self.image, self.plan, condition=condition, context=context, grid=grid)
+            return objective.predict_all()
+
 
 class _Reached(Exception):  # noqa: N818 - no error: it ends a pass at the first 3D convolution
     """Raised with the number of axes of the convolution's input."""
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Return True if two predictions are equal except for rounding."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=1e-4 * float(b.abs().max()))
 
 
 def _some(values: Any, which: Sequence[int]) -> Any:

@@ -74,6 +74,8 @@ class Record:
         network_grid, network_affine: shape (*spatial) and affine (mm) of the preprocessed image.
         versions: of the packages. warnings: texts.
         checks: results of the checks, see `esegeta_monai.engine.checks.base.CheckResult.entry`.
+        map_check: result of the check of the map, with ``checks="maps"``: ``"passed"``, ``"warned"`` (it contradicts an
+            independent computation) or ``"none"``.
         noise: standard deviation of F over repeated passes, in units of the target, where equal passes differ.
         head: the meaning of the output, with evidence and certainty, see `esegeta_monai.engine.head.Head`.
             value_units: units of the target, value and baseline_value.
@@ -140,6 +142,7 @@ class Record:
     float64_fallback: str | None = None
     absorbed_share: float | None = None
     checks: list[dict[str, Any]] | None = None
+    map_check: str | None = None
     noise: float | None = None
     head: dict[str, Any] | None = None
     value_units: str | None = None

@@ -21,15 +21,16 @@ from esegeta_monai.engine.network.state import evaluating, weights_hash
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.engine.sweep import sweep
-from esegeta_monai.errors import EsegetaError, MethodTimeout
+from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.explain.costs import check_cost
+from esegeta_monai.explain.map_checks import FinishedMap, check_map
 from esegeta_monai.explain.outcomes import NOTHING_THERE, BoundTarget, Outcomes, not_linear
 from esegeta_monai.explain.prediction import Prediction
 from esegeta_monai.explain.record import Record, peak_memory, predicted_class, reset_peak_memory
 from esegeta_monai.explain.settings import Settings
-from esegeta_monai.methods.base import Method
+from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.run import grouped, run_together, shares_passes
 from esegeta_monai.targets.base import Target
 
@@ -47,6 +48,11 @@ DEVIATES = 0.1
 
 LAYER_MAPS = ("layer map", "activation")
 """Values of `produces` of methods whose maps show a layer."""
+
+ONE_CALL = (
+    "{}: the method reads one call of the network for each place, and an ensemble or mirrored views have several: "
+    "explain one member without mirroring, or use GradCam or an input method"
+)
 
 NOISE_PASSES = 8
 """How often F is computed to measure its noise, where equal passes differ."""
@@ -162,6 +168,8 @@ class CaseRun:
                     yield outcomes.failed(method, b, record, error)
                 elif b.score is None or (b.score.empty and method.needs_voxels):
                     yield outcomes.empty(method, b, record)
+                elif predicted.plan.calls and not all(m.for_ensembles for m in (method, *method.inside())):
+                    yield outcomes.failed(method, b, record, MethodError(ONE_CALL.format(method.name)))
                 elif method.needs_linear and not b.score.linear:
                     yield outcomes.failed(method, b, record, not_linear(method, b))
                 else:
@@ -252,10 +260,27 @@ class CaseRun:
                     predicted, activation = task.predicted, getattr(b.target, "activation", "auto")
                     entries = predicted_class(predicted.prediction, settings.class_names, predicted.head, activation)
                     record.update(entries)
+                self._check_map(task, method, k, outcome.result, record)
                 yield from self.outcomes.finished(method, b, record, outcome.result, k)
         checkpoint = objective.context.checkpoint
         if checkpoint is not None and all(o.result is not None for o in outcomes):
             checkpoint.remove()  # not earlier, because the caller has now written the maps
+
+    def _check_map(self, task: CaseTask, method: Method, k: int, explained: Explained, record: Record) -> None:
+        """Check the map of target k, if the settings ask for it, and put the result into its record."""
+        if self.settings.checks != "maps":
+            return
+        if any(check.name == "determinism" and check.verdict == "warned" for check in self.case.checks):
+            result = CheckResult("map", "not checked", "not checked: equal passes of the network differ")
+        else:
+            done = FinishedMap(method, task.objective, k, explained.maps[k], explained.note(k), task.predicted.infer)
+            with evaluating(self.settings.network, self.settings.device):
+                result = check_map(done)
+        record.checks = [*(record.checks or []), result.entry()]
+        record.map_check = "none" if result.verdict == "not checked" else result.verdict
+        if result.verdict == "warned":
+            record.warnings.append(result.text)
+            logger.warning("%s: %s: %s", record.target_name, method.name, result.text)
 
     def _layer_checks(self, group: Sequence[Method], objective: Objective) -> list[dict[str, Any]]:
         """Return the entries of the checks of layers for methods whose maps are those of a layer."""

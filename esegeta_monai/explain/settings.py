@@ -18,12 +18,30 @@ from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.explain.record import described
 from esegeta_monai.methods.base import Method
 from esegeta_monai.utils.distributed import Processes
+from esegeta_monai.utils.types import flag
 
-__all__ = ["Checks", "InputsAs", "OnError", "Settings"]
+__all__ = ["Checks", "InputsAs", "OnError", "Settings", "checks_of"]
 
 OnError = Literal["raise", "record"]
-Checks = bool | Literal["once"]
+Checks = bool | Literal["once", "maps"]
 InputsAs = Literal["dict", "list"]
+
+
+def checks_of(value: Any) -> Checks:
+    """Return the setting ``checks``; shells and configs pass booleans as text.
+
+    Raises:
+        UsageError: it is another value.
+
+    >>> checks_of("false"), checks_of("maps")
+    (False, 'maps')
+    """
+    if value in ("once", "maps"):
+        return value
+    try:
+        return flag("checks", value)
+    except UsageError:
+        raise UsageError(f"checks={value!r}: give True, False, 'once' or 'maps'") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +65,7 @@ class Settings:
         processes: the processes that compute each case together.
         on_error: ``"raise"``, or ``"record"`` failures in attributions without a map.
         checks: check what maps take for granted (`esegeta_monai.engine.checks`); ``"once"``: check the network once,
-            also if its weights change, as during a training.
+            also if its weights change, as during a training; ``"maps"``: check each finished map as well.
         head: what the network's output is, as the user states it; None: it is found out.
         postprocessing: what a bundle does with the network's output.
         inputs_as: how several image inputs are passed: ``"dict"``, ``"list"``, or None: separately.
@@ -82,7 +100,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not self.inferer_record:  # now, since SliceInferer changes its roi_size when it runs
-            object.__setattr__(self, "inferer_record", described(self.inferer))
+            object.__setattr__(self, "inferer_record", getattr(self.inferer, "record", None) or described(self.inferer))
         check_network(self.network)
         if any(p.is_inference() for p in self.network.parameters()):
             raise NetworkError(
@@ -97,8 +115,7 @@ class Settings:
             )
         if self.on_error not in ("raise", "record"):
             raise UsageError(f"on_error={self.on_error!r}: give 'raise' or 'record'")
-        if self.checks not in (True, False, "once"):
-            raise UsageError(f"checks={self.checks!r}: give True, False or 'once'")
+        object.__setattr__(self, "checks", checks_of(self.checks))
         if self.head is not None and self.head not in HEADS:
             raise UsageError(f"head={self.head!r}: give {', '.join(map(repr, HEADS))}, or None to find out")
         if self.inputs_as not in (None, "dict", "list"):

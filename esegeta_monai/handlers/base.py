@@ -26,6 +26,7 @@ from esegeta_monai.engine.network.state import unwrap, weights_hash
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
 from esegeta_monai.explain.case import cases_of
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.explain.settings import Checks, checks_of
 from esegeta_monai.handlers.calls import InfererCalls, plain_inferer, watched
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
 from esegeta_monai.methods.base import METHODS
@@ -67,7 +68,7 @@ class CaseHandler(ABC):
         epochs: int = 1,
         cases: int | Sequence[str] | None = None,
         share: Share | Literal["auto"] = "auto",
-        checks: bool = True,
+        checks: Checks = True,
         name: str | None = None,
         **options: Any,
     ) -> None:
@@ -83,7 +84,7 @@ class CaseHandler(ABC):
         self.image_key, self.pred_key, self.output = image_key, pred_key, output
         self.metadata = BundleMetadata.read(self.bundle_root) if self.bundle_root else BundleMetadata({})
         self.class_names = numbered("class_names", class_names or self.metadata.class_names)
-        self.options, self.checks = options, flag("checks", checks)
+        self.options, self.checks = options, checks_of(checks)
         epochs = number("epochs", epochs, int, 0)
         if isinstance(cases, (str, bool)) or (isinstance(cases, int) and cases < 1):
             raise UsageError(f"cases={cases!r}: give a list of names, or the number per epoch (at least 1)")
@@ -131,6 +132,7 @@ class CaseHandler(ABC):
         if self.name is None:
             self.logger = engine.logger
         engine.add_event_handler(Events.STARTED, self._begin)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._watch)
         engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self)
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin_epoch)
         engine.add_event_handler(Events.COMPLETED, self._end)
@@ -158,11 +160,10 @@ class CaseHandler(ABC):
             channel_names=[n for _, n in sorted(self.metadata.channel_names.items())],
             distributed=self._share == "windows",
             on_error="record",
-            checks="once" if self.checks else False,
+            checks="once" if self.checks is True else self.checks,
             postprocessing=use if explained is None else replace(use, keys=(explained, *use.keys)),
             **self.options,
         )
-        self._calls = watched(engine)
         root = self._saved(engine, "data_root_dir")
         self._names = CaseNames(files_of(engine.data_loader, self.image_key), root)
         self._weights = None
@@ -229,6 +230,11 @@ class CaseHandler(ABC):
             self._enter_due(engine, epoch)
             self._last_due = epoch
 
+    def _watch(self, engine: Any) -> None:
+        """Record what the inferer gets, until the prediction is complete."""
+        if not self._folder_failed and self._due(engine.state.epoch):
+            self._calls = watched(engine)
+
     def _due(self, epoch: int) -> bool:
         """True for the first epoch seen in each block of ``epochs``; validation may run only on some."""
         last = self._last_due
@@ -236,9 +242,11 @@ class CaseHandler(ABC):
 
     def __call__(self, engine: Any) -> None:
         """Process the batch whose raw predictions are in ``engine.state.output``."""
+        engine.inferer = plain_inferer(engine)
         if self._folder_failed or not self._due(engine.state.epoch):
             return
         assert self._explainer is not None
+        assert self._calls is not None
         training = getattr(engine, "mode", None) is not eval_mode
         if self._weights is None or training:
             self._weights = weights_hash(unwrap(engine.network))
@@ -250,7 +258,7 @@ class CaseHandler(ABC):
         batch = engine.state.batch
         data = decollate_batch(batch) if isinstance(batch, Mapping) else [{}] * len(images)
         predictions = None if training else engine.state.output.get(self.pred_key)
-        args, kwargs = self._further_inputs(engine)
+        args, kwargs = self._calls.args, self._calls.kwargs
         class_names = self._names_of_prompts(kwargs) or self.class_names
         if class_names != self._explainer.settings.class_names:
             self._explainer.settings = replace(self._explainer.settings, class_names=class_names)
@@ -280,7 +288,8 @@ class CaseHandler(ABC):
                 f"{', '.join(map(str, engine.state.output))}: MONAI's engines always call the network's input 'image' "
                 "there, also if it has another key in the batch"
             )
-        image = engine.state.output[self.image_key]
+        assert self._calls is not None
+        image = self._calls.before(engine.state.output[self.image_key])
         if isinstance(image, torch.Tensor):
             return cases_of(image)
         return [case for item in image for case in cases_of(item[None])]
@@ -291,14 +300,6 @@ class CaseHandler(ABC):
         if not isinstance(prompts, torch.Tensor):
             return {}
         return {i: self.class_names.get(c, f"class{c}") for i, c in enumerate(prompts.flatten().tolist())}
-
-    def _further_inputs(self, engine: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self._calls is not None:
-            return self._calls.args, self._calls.kwargs
-        batch = engine.prepare_batch(
-            engine.state.batch, engine.state.device, engine.non_blocking, **getattr(engine, "to_kwargs", {})
-        )
-        return (tuple(batch[2]), dict(batch[3])) if len(batch) == 4 else ((), {})
 
     def _cases(self, images: list[MetaTensor], engine: Any) -> list[str]:
         """Return the name of each image. Crops of one scan in a batch, as trainers draw them, are numbered."""

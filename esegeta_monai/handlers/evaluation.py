@@ -110,7 +110,7 @@ class EvaluationHandler(CaseHandler):
             epochs=epochs,
             cases=cases,
             share=share,
-            checks=checks,
+            checks=flag("checks", checks),  # there are no maps of its own that "maps" could check
             name=name,
             seed=seed,
             time_limit=time_limit,

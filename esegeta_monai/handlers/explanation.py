@@ -16,6 +16,7 @@ from esegeta_monai.engine.head import HeadKind
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.costs import Cost, table
+from esegeta_monai.explain.settings import Checks
 from esegeta_monai.files.maps import picture_path
 from esegeta_monai.handlers.base import CaseHandler
 from esegeta_monai.handlers.series import ExplanationSeries
@@ -62,7 +63,8 @@ class ExplanationHandler(CaseHandler):
             its data loader. ``"windows"``: all get the same cases and compute each of them together, for large
             volumes. ``"methods"``: all get the same cases, and each computes its own methods and targets. ``"auto"``:
             cases if the loader has a ``DistributedSampler``, else windows.
-        checks: check what maps take for granted; the network is checked once, at the first epoch.
+        checks: check what maps take for granted; the network is checked once, at the first epoch. ``"maps"``: check
+            each finished map as well, and the network whenever its weights have changed.
         name: name of the logger; None: ``engine.logger``.
         head: the meaning of the network's output, see `esegeta_monai.Explainer`; None: determined from the network and
             the engine's postprocessing.
@@ -107,7 +109,7 @@ class ExplanationHandler(CaseHandler):
         cases: int | Sequence[str] | None = None,
         series: ExplanationSeries | None = None,
         share: Share | Literal["auto"] = "auto",
-        checks: bool = True,
+        checks: Checks = True,
         name: str | None = None,
         head: HeadKind | None = None,
     ) -> None:
@@ -173,7 +175,7 @@ class ExplanationHandler(CaseHandler):
             pictures=self.pictures,
             ranks=self._ranks,
             together=self._share == "windows",
-            checks=self.checks,
+            checks=bool(self.checks),
         )
 
     def look(self, engine: Any, image: MetaTensor, case: str, data: Mapping[str, Any], **more: Any) -> None:

@@ -98,6 +98,8 @@ class Method(Configurable, ABC):
         aliases: further names of the method.
         needs_gradient: False for black-box methods, which also run on TorchScript networks.
         needs_linear: True if the method is defined for scores linear in the prediction only (``output="logit"``).
+        for_ensembles: False: the method reads one call of the network per place; it is refused for ensembles and
+            mirrored views.
         full_precision: True: never run the method under autocast.
         gap_bound: completeness gap above which a map is incomplete; a method with ``tolerance`` has its own.
         gap_advice: advice for an incomplete map.
@@ -105,6 +107,8 @@ class Method(Configurable, ABC):
             be the cause.
         reads_image_value: the method reads F(image) even for linear targets: one more forward pass where no prediction
             was given, as at the noisy images of `SmoothGrad`.
+        map_check: the check of finished maps of this class, a key of `esegeta_monai.explain.map_checks.MAP_CHECKS`;
+            ``"none"``: there is no independent computation. It is not inherited.
         cheap_parameters: (name, value) pairs of the parameters that make the method cheap, see `cheap_copy`.
     """
 
@@ -114,11 +118,13 @@ class Method(Configurable, ABC):
     additive: ClassVar[bool]
     needs_gradient: ClassVar[bool] = True
     needs_linear: ClassVar[bool] = False
+    for_ensembles: ClassVar[bool] = True
     full_precision: ClassVar[bool] = False
     reads_image_value: ClassVar[bool] = False
     repeats_in_float64: ClassVar[bool] = False
     gap_bound: ClassVar[float] = 5e-2
     gap_advice: ClassVar[str] = "read it as a ranking of places, not as shares"
+    map_check: ClassVar[str] = "none"
     cheap_parameters: ClassVar[Limits] = (("n_steps", 4), ("n_samples", 4), ("tolerance", None))
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.engine.feature_masks import table_csv
-from esegeta_monai.errors import EsegetaError, MethodError, RankLost, named_reason
+from esegeta_monai.errors import EsegetaError, InputError, MethodError, RankLost, named_reason
 from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
@@ -31,6 +31,7 @@ from esegeta_monai.files.grids.resample import (
     has_metadata,
     scan_of,
     to_scan_grid,
+    unrecorded,
 )
 from esegeta_monai.files.maps import WITH_MAP
 from esegeta_monai.files.pictures.picture import display_affine, save_picture
@@ -288,6 +289,8 @@ class ResultWriter:
                 values = _image_on_scan(on_cpu, volume, record.intensity_range)
             else:
                 values, sums = to_scan_grid(on_cpu, volume, additive=method.additive)
+            if record.grid == "scan" and (text := unrecorded(image, volume)) is not None and not self.checks:
+                raise InputError(text)
             if record.grid == "scan" and self.checks:
                 self._places.check(record, case, image, volume, additive=method.additive and not synthesised)
         if not bool(torch.isfinite(values).all()):

@@ -15,7 +15,7 @@ from monai.utils import TransformBackends
 from torch import nn
 from torch.utils.data import get_worker_info
 
-from esegeta_monai.errors import UsageError
+from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.record import Record
 from esegeta_monai.methods.base import METHODS
@@ -103,7 +103,13 @@ class Explain(Transform):
             prediction: the network's raw output (K, …) for the image, if it is already known.
         """
         self._refuse_forked_cuda()
-        check_contents(image)
+        try:
+            check_contents(image)
+        except InputError as error:
+            if self.explainer.settings.on_error == "raise":
+                raise
+            logger.warning("no map, failed: %s", error)
+            return {}
         places = PlaceChecks()
         maps: dict[str, MetaTensor] = {}
         batch = None if prediction is None else torch.as_tensor(prediction)[None]

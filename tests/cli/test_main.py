@@ -122,6 +122,15 @@ def test_finished_maps_are_skipped_unless_overwrite(bundle: Path, scans: Path, t
     assert set(statuses(tmp_path / "out").values()) == {"ok"}, "another inferer is another map"
 
 
+def test_maps_are_checked_on_request(bundle: Path, scans: Path, tmp_path: Path) -> None:
+    for words, known in (((), [None]), (("--check-maps",), ["none", "passed"])):
+        out = tmp_path / str(len(words))
+        methods = ("--method", "Saliency", "--method", "VanillaBackprop")
+        assert explained(bundle, scans / "007.nii.gz", out, "--target", "MultiClassMask(1)", *methods, *words) == 0
+        results = {json.loads(p.read_text(encoding="utf-8")).get("map_check") for p in out.rglob("*_attr.json")}
+        assert sorted(results, key=str) == known
+
+
 def test_a_config_and_overrides_are_used(bundle: Path, scans: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"inferer": {"_target_": "SimpleInferer"}}))
@@ -434,6 +443,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["--window-batch", "0"], "'0' is not a positive integer"),
         (["--time-limit", "-1"], "'-1' is not a positive number of seconds"),
         (["--override", "inferer"], "write id=value"),
+        (["--check-maps", "--no-checks"], "--check-maps and --no-checks contradict each other"),
         (["--device", "gpu"], "--device gpu: no such device"),
     ],
 )

@@ -129,6 +129,15 @@ def test_the_report_is_written_at_the_end_where_asked_for(scans: list[Path], tmp
         assert written == ({"index.html", *(f"{case}_report.html" for case in cases)} if report else set())
 
 
+@pytest.mark.parametrize("checks", ["maps", "true"])
+def test_maps_are_checked_on_request(scans: list[Path], tmp_path: Path, checks: str) -> None:
+    engine = evaluator(scans, Small())
+    handler(tmp_path, methods=["Saliency", "VanillaBackprop"], checks=checks).attach(engine)
+    engine.run()
+    results = {r["method"]: r.get("map_check") for r in records(tmp_path).values()}
+    assert results == dict(zip(["Saliency", "VanillaBackprop"], ["none", "passed"] if checks == "maps" else [None] * 2))
+
+
 def test_synthesis_runs_from_the_handler(scans: list[Path], tmp_path: Path) -> None:
     methods = ["FeatureVisualization(n_iter=2)", "DeepDream(layer='first', n_iter=2)"]
     engine = evaluator(scans[:1], network := Small())
@@ -561,7 +570,7 @@ def test_crops_of_one_scan_do_not_overwrite_each_other(scans: list[Path], tmp_pa
 @pytest.mark.parametrize(
     "option",
     [{"epochs": 0}, {"epochs": 2.5}, {"epochs": "two"}, {"overwrite": "perhaps"}, {"methods": "Salience"},
-     {"methods": []}, {"targets": []}, {"class_names": {"liver": 1}}],
+     {"methods": []}, {"targets": []}, {"class_names": {"liver": 1}}, {"checks": "all"}],
 )  # fmt: skip
 def test_wrong_options_are_refused_at_construction(tmp_path: Path, option: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -437,5 +437,5 @@ def test_constant_images_are_refused(value: float) -> None:
 
 
 def test_complex_images_are_refused() -> None:
-    with pytest.raises(InputError, match="complex values"):
+    with pytest.raises(InputError, match="complex numbers"):
         record_of(MetaTensor(torch.rand(1, 12, 12, 12).to(torch.complex64)))

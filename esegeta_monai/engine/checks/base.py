@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.windows.plan import WindowPlan, last_axes
@@ -28,7 +28,7 @@ class CheckResult:
 
     Attributes:
         name: the check: ``rows``, ``determinism``, ``derivative``, ``layers``, ``input``, ``layout``, ``head``,
-            ``outputs``, ``geometry``, ``precision``, ``finite`` or ``prediction``.
+            ``outputs``, ``geometry``, ``precision``, ``finite``, ``prediction`` or ``map``.
         verdict: ``passed``; ``handled``: the assumption does not hold and the computation takes care of it; ``warned``:
             maps may be wrong; ``refused``: no map is computed; ``not checked``: it cannot be checked here.
         text: what was found and what follows from it.
@@ -62,6 +62,7 @@ class Sample:
         condition: MONAI's ``condition`` (1, C, *roi), or None.
         scale: standard deviation of the window, or 1 if it is constant.
         passes: windows that went through the network.
+        unused: a copy of the network that no window has gone through, or None.
     """
 
     model: Model
@@ -70,6 +71,7 @@ class Sample:
     coordinates: Any = None
     condition: Tensor | None = None
     passes: int = 0
+    unused: nn.Module | None = None
 
     @property
     def scale(self) -> float:

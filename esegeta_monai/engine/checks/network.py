@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import math
 import random
 import weakref
 from collections.abc import Hashable, Iterator
@@ -24,6 +25,8 @@ from esegeta_monai.engine.network.state import evaluating, weights_hash
 from esegeta_monai.engine.windows.plan import WindowPlan
 
 __all__ = ["NETWORK_CHECKS", "Derivative", "Determinism", "InputUnchanged", "Rows", "check_network_once"]
+
+RANDOM = ("torch's random state", "the GPU's random state", "numpy's random state", "Python's random state")
 
 
 class InputUnchanged(NetworkCheck):
@@ -48,9 +51,10 @@ class InputUnchanged(NetworkCheck):
 
 
 class Determinism(NetworkCheck):
-    """Two equal passes agree: the network draws no random numbers and keeps no state that changes its output.
+    """Equal passes agree: the network draws no random numbers and keeps no state that changes its output.
 
-    ``value`` is the largest difference of two outputs or gradients, relative to the largest value.
+    The window is compared with itself in two passes, and with the pass of a copy of the network that saw another window
+    first. ``value`` is the largest difference of outputs or gradients, relative to the largest value.
     """
 
     name: ClassVar[str] = "determinism"
@@ -64,19 +68,45 @@ class Determinism(NetworkCheck):
         first = _output_and_gradient(sample)
         changed = [name for name, value in _state(sample.model.network).items() if before.get(name) != value]
         second = _output_and_gradient(sample)
-        noise = max(_relative(a, b) for a, b in zip(first, second))
-        passes = sample.passes - start
-        if noise <= 100 * torch.finfo(first[0].dtype).eps:
-            return CheckResult(self.name, "passed", "two equal passes agree", noise, passes=passes)
+        noise, passes = _difference(first, second), sample.passes - start
+        limit = 100 * torch.finfo(first[0].dtype).eps
         cause = f" ({_listed(changed)} changed in the pass)" if changed else ""
-        return CheckResult(
-            self.name,
-            "warned",
-            f"two equal passes of the network differ by {100 * noise:.2g} % of the largest value{cause}: the map "
-            "explains a score with this noise; 'noise' states it in units of the target",
-            noise,
-            passes=passes,
+        if noise > limit:
+            text = (
+                f"two equal passes of the network differ by {100 * noise:.2g} % of the largest value{cause}: the map "
+                "explains a score with this noise; 'noise' states it in units of the target"
+            )
+            return CheckResult(self.name, "warned", text, noise, passes=passes)
+        if any(name in changed for name in RANDOM):
+            text = (
+                f"the network draws random numbers{cause}; two equal passes agree, but others may not: the map may "
+                "explain a score with noise"
+            )
+            return CheckResult(self.name, "warned", text, noise, passes=passes)
+        memory, more = self._memory(sample, first)
+        if memory > limit:
+            text = (
+                "the network keeps state between passes: after another image, its result of the same window differs by "
+                f"{100 * memory:.2g} % of the largest value, so the map depends on the images that the network has "
+                "seen before"
+            )
+            return CheckResult(self.name, "warned", text, memory, passes=passes + more)
+        text = "two equal passes agree" + (
+            "" if more else "; whether the network remembers other images is not checked"
         )
+        return CheckResult(self.name, "passed", text, noise, passes=passes + more)
+
+    @staticmethod
+    def _memory(sample: Sample, expected: list[Tensor]) -> tuple[float, int]:
+        """Return the difference that another window before this one makes, and the number of passes; 0: no copy."""
+        if sample.unused is None:
+            return 0.0, 0
+        model, x = copy.copy(sample.model), sample.window
+        model.network, sample.unused = sample.unused, None
+        other = sample.of(model, x.dtype)
+        with torch.no_grad():  # another content and mean within the range of the values, or another constant
+            other.run(x + 1 if bool((x == x.flatten()[0]).all()) else x.flip(-1).clamp(min=float(x.mean())))
+        return _difference(expected, _output_and_gradient(other)), other.passes
 
 
 class Rows(NetworkCheck):
@@ -130,6 +160,7 @@ class Derivative(NetworkCheck):
     ``value`` is ``√Σ (d − g·v)² / √Σ d²`` over 8 white directions v and that of the gradient g, where d is the central
     difference with a step of 1e-7 standard deviations at a window with a little noise, which avoids ties (of max
     pooling, on a constant background). Correct networks stay below 0.01; between 0.01 and 0.05, 32 directions decide.
+    A deviation that the rounding of the output explains decides nothing.
     """
 
     name: ClassVar[str] = "derivative"
@@ -147,25 +178,31 @@ class Derivative(NetworkCheck):
                 sample.run(sample.window)  # a network that keeps tensors with a graph could not be copied
             double = _in_float64(sample)
             point = double.window + 0.03 * double.scale * double.noise(3)
-            with _Precision() as precision, torch.enable_grad():
+            with _Operations() as operations, torch.enable_grad():
                 leaf = point.clone().requires_grad_(True)
                 out = double.run(leaf)
         except Exception as error:  # a copy in float64 may fail in any way
             return self._unchecked(f"the network does not run in float64 ({_short(error)})")
-        if precision.lower or out.dtype != torch.float64:
+        if operations.lower or out.dtype != torch.float64:
             return self._unchecked("the network computes in float32 inside, whatever its input")
         if not out.requires_grad:
             return self._unchecked("the network has no backward pass")
         cotangent = double.cotangent(out)
+        terms = out * cotangent
+        score = terms.sum()
         try:
-            (gradient,) = _gradients((out * cotangent).sum(), leaf)
+            (gradient,) = torch.autograd.grad(score, leaf, allow_unused=True, retain_graph=True)
         except RuntimeError as error:
             return self._unchecked(f"the backward pass fails ({_short(error)})", double.passes)
         gradient = torch.zeros_like(point) if gradient is None else gradient
-        value = self._deviation(double, point, gradient, cotangent, range(self.directions))
+        value, largest = self._deviation(double, point, gradient, cotangent, range(self.directions))
         if value is not None and self.right <= value <= self.wrong:
             every = range(self.directions + self.more_directions)
-            value = self._deviation(double, point, gradient, cotangent, every)
+            value, largest = self._deviation(double, point, gradient, cotangent, every)
+        if value is not None and value > self.wrong:
+            rounding = self._rounding(score, terms, operations.results) / self._step(double)
+            if largest <= rounding:
+                return self._unchecked("the output is flat here: it changes by its rounding only", double.passes)
         if value is None:
             return self._unchecked("the output does not change with the image at this window", double.passes)
         if value <= self.wrong:
@@ -181,13 +218,14 @@ class Derivative(NetworkCheck):
 
     def _deviation(
         self, sample: Sample, point: Tensor, gradient: Tensor, cotangent: Tensor, seeds: range
-    ) -> float | None:
-        """Return the relative deviation of central differences from a gradient; None if both are zero."""
-        step = 1e-7 * sample.scale
+    ) -> tuple[float | None, float]:
+        """Return the relative deviation of central differences from a gradient, None if both are zero, and the largest
+        deviation in units of the score per unit of x."""
+        step = self._step(sample)
         whites = [sample.noise(100 + seed) for seed in seeds]
         norm = gradient.norm()
         directions = [*whites, gradient / norm] if norm > 0 else whites
-        misses, sizes = 0.0, 0.0
+        misses, sizes, largest = 0.0, 0.0, 0.0
         for v in directions:
             with torch.no_grad():
                 up, down = (((sample.run(point + s * step * v)) * cotangent).sum() for s in (1, -1))
@@ -195,9 +233,36 @@ class Derivative(NetworkCheck):
             expected = float((gradient * v).sum())
             misses += (difference - expected) ** 2
             sizes += difference**2
+            largest = max(largest, abs(difference - expected))
         if sizes == 0:
-            return None if misses == 0 else float("inf")
-        return float((misses / sizes) ** 0.5)
+            return (None if misses == 0 else float("inf")), largest
+        return float((misses / sizes) ** 0.5), largest
+
+    @staticmethod
+    def _step(sample: Sample) -> float:
+        return 1e-7 * sample.scale
+
+    @staticmethod
+    def _rounding(score: Tensor, terms: Tensor, results: list[Tensor]) -> float:
+        """Return a first-order bound of the rounding error of a score in float64.
+
+        Each operation rounds each of its results a by a relative error of u = 2⁻⁵³ at least, which changes the score F
+        by u |a ∂F/∂a|; pairwise summation of n terms adds ⌈log₂ n⌉ u of the sum of their magnitudes. The error of a
+        central difference with step h is twice the sum, divided by 2 h.
+
+        Args:
+            score: F, with its graph.
+            terms: the terms of F (1, K, …).
+            results: of the operations of the network, of any shape.
+        """
+        u, total = 2.0**-53, float(terms.detach().abs().sum()) * math.ceil(math.log2(terms.numel()) + 1)
+        try:
+            gradients = torch.autograd.grad(score, results, allow_unused=True)
+        except RuntimeError:  # results inside torch.func transforms are gone; what remains is still a part of the error
+            return u * total
+        return u * (
+            total + sum(float((g * a.detach()).abs().sum()) for g, a in zip(gradients, results) if g is not None)
+        )
 
     def _unchecked(self, why: str, passes: int = 0) -> CheckResult:
         return CheckResult(self.name, "not checked", f"not checked: {why}", passes=passes)
@@ -233,8 +298,19 @@ def check_network_once(
     key = (weights, str(model.device), str(model.autocast_dtype), plan.roi, str(model.output), model.inferer is None)
     if key not in done:
         with _random_states(model.device), evaluating(model.network, model.device):
-            done[key] = _measured(small_sample(model, image, plan, condition))
+            unused = _copied(model.network)
+            sample = small_sample(model, image, plan, condition)
+            sample.unused = unused
+            done[key] = _measured(sample)
     return done[key]
+
+
+def _copied(network: nn.Module) -> nn.Module | None:
+    """Return a copy of a network before its first pass; None: it holds what cannot be copied (a tensor with a graph)."""
+    try:
+        return copy.deepcopy(network)
+    except Exception:  # a copy may fail in any way
+        return None
 
 
 def _measured(sample: Sample) -> list[CheckResult]:
@@ -255,17 +331,19 @@ def _measured(sample: Sample) -> list[CheckResult]:
     return list(known.values())
 
 
-class _Precision(TorchFunctionMode):
-    """Notice operations on the path from the image that give float32 or lower."""
+class _Operations(TorchFunctionMode):
+    """Collect the results of all operations on the path from the image; ``lower``: one has a lower precision."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lower = False
+        self.results: list[Tensor] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.requires_grad and out.dtype != torch.float64:
-            self.lower = True
+        if isinstance(out, Tensor) and out.requires_grad:
+            self.lower |= out.dtype != torch.float64
+            self.results.append(out)
         return out
 
 
@@ -286,6 +364,13 @@ def _output_and_gradient(sample: Sample) -> list[Tensor]:
     except RuntimeError:  # an operation without derivative; methods that need one name it
         gradient = None
     return [out.detach()] if gradient is None else [out.detach(), gradient]
+
+
+def _difference(first: list[Tensor], second: list[Tensor]) -> float:
+    """Return the largest relative difference of two results of `_output_and_gradient`."""
+    if len(first) != len(second):
+        return float("inf")
+    return max(_relative(a, b) for a, b in zip(first, second))
 
 
 def _gradients(score: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:

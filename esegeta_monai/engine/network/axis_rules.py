@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from esegeta_monai.engine.network.axes import Axis, Label, Part, label_of, other, unknown
@@ -54,6 +55,16 @@ def _written(given: dict[str, Any], outputs: Sequence[Tensor]) -> list[Label | N
     """Label what is copied into another tensor."""
     source = given["src"]
     return [combined([source], outputs[0].shape) if label_of(source) is not None else None]
+
+
+def _put(given: dict[str, Any], outputs: Sequence[Tensor]) -> list[Label | None]:
+    """Label a tensor where a mask of entries was set to one value."""
+    whole, values = given["self"], given["values"]
+    indices = [i for i in given["indices"] if i is not None]
+    mask = indices[0] if len(indices) == 1 and indices[0].dtype == torch.bool else None
+    if mask is None or values.numel() != 1 or len(given["indices"]) - 1 + mask.ndim != whole.ndim:
+        return [None]
+    return [combined([whole, mask], outputs[0].shape)]
 
 
 def _label(given: dict[str, Any], *names: str) -> Label | None:
@@ -441,6 +452,7 @@ _register(_keep, "_native_batch_norm_legit_no_training miopen_batch_norm native_
 _register(_keep, "batch_norm_elemt _batch_norm_no_update _batch_norm_with_update _fused_rms_norm")
 _register(_keep, "hardswish log_sigmoid_forward channel_shuffle native_channel_shuffle")
 _register(_written, "copy")
+_register(_put, "index_put")
 _register(_convolved, "convolution _convolution convolution_overrideable mkldnn_convolution cudnn_convolution")
 _register(_convolved, "cudnn_convolution_transpose miopen_convolution slow_conv_transpose2d slow_conv_transpose3d")
 _register(_convolved, "pixel_shuffle pixel_unshuffle")

@@ -20,19 +20,23 @@ __all__ = ["AxisTrace"]
 
 
 class AxisTrace(TorchDispatchMode):
-    """A mode that labels the results of all operations on labelled tensors; for `torch.inference_mode` only.
+    """A mode that labels the results of all operations on labelled tensors.
 
-    Without inference mode, views are other objects than those that the mode sees.
+    Outside `torch.inference_mode`, views are other objects than those that the mode sees; they are recognised by the
+    memory that they show.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self._views: dict[Any, tuple[Label, Tensor]] = {}  # results outside inference mode, kept alive
         self._written: dict[int, Any] = {}  # memory that values of other axes were written into, kept alive
 
     def label(self, tensor: Tensor) -> Label | None:
         """Return the label of a tensor of any shape; None: it is a constant, or was computed outside the trace."""
         if self._written and tensor.untyped_storage().data_ptr() in self._written:
             put_label(tensor, Label(tuple(unknown(n) for n in tensor.shape)))
+        if self._views and label_of(tensor) is None and (known := self._views.get(_place(tensor))) is not None:
+            put_label(tensor, known[0])
         return label_of(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,8 +74,17 @@ class AxisTrace(TorchDispatchMode):
             if writes and output.numel() and (before is None or before.axes != axes):
                 storage = output.untyped_storage()  # a view of it has the axes that its base had
                 self._written[storage.data_ptr()] = storage
-            put_label(output, Label(axes, label.fixed if label is not None else (), through))
+            new = Label(axes, label.fixed if label is not None else (), through)
+            put_label(output, new)
+            if not torch.is_inference_mode_enabled() and output.numel():
+                self._views[_place(output)] = (new, output)
         return result
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what two tensors that show the same memory, of any shape, have in common."""
+    storage = tensor.untyped_storage().data_ptr()
+    return storage, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def tensors_in(value: Any) -> list[Tensor]:

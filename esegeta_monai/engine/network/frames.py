@@ -8,7 +8,7 @@ their grid, axes in the order of the window, flips undone.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from typing import Any
@@ -20,7 +20,7 @@ from esegeta_monai.engine.network.axes import ROWS, Axis, Label, Part, clear_lab
 from esegeta_monai.engine.network.axis_trace import AxisTrace
 from esegeta_monai.engine.network.hooks import LayerCall, first_tensor_or_none, on_output
 
-__all__ = ["Frame", "TracedLayer", "assemble", "trace_layers"]
+__all__ = ["Frame", "TracedLayer", "TracedLayers", "assemble", "module_names", "trace_layers"]
 
 
 @dataclass(frozen=True)
@@ -205,9 +205,39 @@ class TracedLayer:
         return len(self.frames)
 
 
+class TracedLayers(dict[str, TracedLayer]):
+    """The layers that ran, in the order in which they finish, by their first name; other names of a module work too.
+
+    Args:
+        names: the first name of each module, by all of its names.
+    """
+
+    def __init__(self, names: Mapping[str, str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __missing__(self, name: str) -> TracedLayer:
+        if self.names.get(name, name) == name:
+            raise KeyError(name)
+        return self[self.names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(self.names.get(str(name), name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a layer by any of its names, or the default if it did not run."""
+        return self[name] if name in self else default
+
+
+def module_names(network: nn.Module) -> dict[str, str]:
+    """Return the first name of each module of a network, by all of its names."""
+    first = {id(module): name for name, module in network.named_modules()}
+    return {name: first[id(module)] for name, module in network.named_modules(remove_duplicate=False)}
+
+
 def trace_layers(
     network: nn.Module, roi: Sequence[int], run: Callable[[], Any], select: Callable[[Any], Any] = lambda output: output
-) -> dict[str, TracedLayer]:
+) -> TracedLayers:
     """Follow the axes of the window through a network; the layers are in the order in which they finish.
 
     Args:
@@ -216,15 +246,23 @@ def trace_layers(
         run: runs the network once.
         select: the tensor to read from the network's own output.
     """
-    layers: dict[str, TracedLayer] = {}
+    layers = TracedLayers(module_names(network))
     trace = AxisTrace()
     inputs: list[Tensor] = []
+    inside: list[nn.Module] = []  # a network may call itself
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        inside.append(module)
+        if len(inside) > 1:
+            return
+        layers.clear()  # a pass that fails in inference mode is repeated
         for value in chain(args, kwargs.values()):
             if isinstance(value, Tensor) and value.ndim == len(roi) + 2 and tuple(value.shape[2:]) == tuple(roi):
                 put_label(value, window_label(value.shape))
                 inputs.append(value)
+
+    def leave(*_: Any) -> None:
+        inside.pop()
 
     def record(call: LayerCall) -> None:
         layer = layers.pop(call.name, None) or TracedLayer(call.name, type(call.module).__name__)
@@ -240,7 +278,10 @@ def trace_layers(
             frame = frame_of(label, len(roi)) if known else None
         layer.frames.append(frame)
 
-    handle = network.register_forward_pre_hook(enter, with_kwargs=True)
+    handles = [
+        network.register_forward_pre_hook(enter, with_kwargs=True),
+        network.register_forward_hook(leave, always_call=True),
+    ]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # it hides the layers inside
@@ -249,7 +290,8 @@ def trace_layers(
             run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for value in chain(network.parameters(), network.buffers(), inputs):
             clear_label(value)
     return layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -58,6 +59,7 @@ class Model:
             first input is passed by position, the others by name.
         args, kwargs: further inputs, passed unchanged with every window batch.
         inferer: an inferer with unknown windows, called on the whole volume in place of the network.
+        members: the weights of the members of an ensemble that share one architecture, see `load`; empty: one network.
         repeats: True: repeat a further input of batch length 1 for each image of a batch, as a network that sees whole
             images expects. Under a sliding window it is passed unchanged, as in MONAI.
         copies_input: give the network copies of each window and of further inputs, as it may write into them.
@@ -84,9 +86,11 @@ class Model:
         inferer: Callable[..., Any] | None = None,
         repeats: bool = False,
         copies_input: bool = False,
+        members: Sequence[Mapping[str, Tensor]] = (),
         inputs_as: str | None = None,
     ) -> None:
         self.inferer, self.repeats, self.copies_input = inferer, repeats, copies_input
+        self.members = tuple(members)
         self.network, self.device, self.output = network, device, output
         self._outside_inference = self.mixes_rows = False
         self.preferred: Sequence[str] = ()
@@ -111,10 +115,23 @@ class Model:
         other.amp = False
         return other
 
+    def load(self, member: int) -> None:
+        """Give the network the weights of a member of the ensemble; nothing is copied.
+
+        The graph of a pass holds the weights that it used, so a backward pass must come before the next member's pass.
+        """
+        if not self.members:
+            return
+        weights = self.members[member]
+        for name, value in itertools.chain(self.network.named_parameters(), self.network.named_buffers()):
+            if value.data_ptr() != weights[name].data_ptr():
+                value.data = weights[name]
+
     def in_float64(self) -> Model:
         """Return a model of a copy of the network in float64, without autocast; further inputs are float64 too."""
         other = self.without_autocast()
         other.network, other.dtype = copy.deepcopy(self.network).double(), torch.float64
+        other.members = tuple({name: _double(value) for name, value in member.items()} for member in self.members)
         other.args = tuple(_double(value) for value in self.args)
         other.kwargs = {name: _double(value) for name, value in self.kwargs.items()}
         return other

@@ -60,6 +60,7 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
         for name, buffer in module.named_buffers(recurse=False)
     ]
     values = {id(b): b.detach().clone() for _, _, b, _ in buffers}
+    memory = [(t, t.data) for t in [*network.parameters(), *(b for _, _, b, _ in buffers)]]
     hooks = backward_hooks(network)
     try:
         network.eval()
@@ -69,6 +70,9 @@ def frozen(network: nn.Module) -> Iterator[nn.Module]:
             setattr(module, attribute, OrderedDict())
         yield network
     finally:
+        for tensor, data in memory:  # of another member of an ensemble
+            if tensor.data_ptr() != data.data_ptr():
+                tensor.data = data
         for module, attribute, own in hooks:
             setattr(module, attribute, own)
         for module, mode in modes:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esegeta_monai.engine.windows.plan import Slices, WindowPlan, last_axes, overlap, unpadded
+from esegeta_monai.engine.windows.plan import Call, Slices, WindowPlan, last_axes, overlap, unpadded
 from esegeta_monai.errors import NetworkError
 
 __all__ = ["OutputGrid"]
@@ -46,9 +46,9 @@ class OutputGrid:
         self.plan, self.out_roi = plan, tuple(out_roi)
         if plan.whole:
             self.shape = self.out_roi
-            self._slices: tuple[Slices, ...] = (tuple(slice(0, n) for n in self.out_roi),)
+            self._slices: tuple[Slices, ...] = (tuple(slice(0, n) for n in self.out_roi),) * len(plan)
             self._weight = torch.ones(self.out_roi, dtype=dtype, device=device)
-            self._count: Tensor | None = None
+            self._counts: dict[tuple[int, ...], Tensor] | None = None
             return
         if len(self.out_roi) != len(plan.roi):
             raise NetworkError(
@@ -78,9 +78,14 @@ class OutputGrid:
             inner = tuple(o - lo - hi for o, (lo, hi) in zip(padded, pads))
         self._pads, self.shape, self._weight = pads, inner, importance
         self._weights: dict[int, Tensor] = {}
-        self._count = torch.zeros(padded, dtype=dtype, device=device)
-        for place in self._slices:
-            self._count[place] += importance
+        self._counts = {}
+        first: dict[tuple[int, ...], Call] = {}
+        for window, place in enumerate(self._slices):
+            view, call = self._view(window), plan.call(window)
+            if first.setdefault(view, call) is call:  # each view is blended by itself: other members see it again
+                if view not in self._counts:
+                    self._counts[view] = torch.zeros(padded, dtype=dtype, device=device)
+                self._counts[view][place] += self._importance(view)
 
     @property
     def size(self) -> int:
@@ -89,7 +94,7 @@ class OutputGrid:
 
     def place(self, window: int) -> Slices:
         """Return the place of a window's output on the prediction's grid, without padding."""
-        return self._slices[0] if self.plan.whole else self._places[window]
+        return self._slices[window] if self.plan.whole else self._places[window]
 
     @functools.cached_property
     def _places(self) -> list[Slices]:
@@ -99,7 +104,7 @@ class OutputGrid:
     def inside(self, window: int) -> Slices:
         """Return the part of a window's output (*out_roi) that is no padding; its place is `place`."""
         if self.plan.whole:
-            return self._slices[0]
+            return self._slices[window]
         return tuple(
             slice(p.start + lo - s.start, p.stop + lo - s.start)
             for p, s, (lo, _) in zip(self.place(window), self._slices[window], self._pads)
@@ -107,7 +112,7 @@ class OutputGrid:
 
     def weight(self, window: int, part: Slices | None = None) -> Tensor:
         """Return ``ĝ_w`` (*out_roi), or a part of it: the importance map divided by the sum over all windows."""
-        if self._count is None or KEPT * self._weight.nbytes > WEIGHTS_BYTES:
+        if self._counts is None or KEPT * self._weight.nbytes > WEIGHTS_BYTES:
             return self._weight_of(window, part)
         if window not in self._weights:
             if (len(self._weights) + 1) * self._weight.nbytes > WEIGHTS_BYTES:
@@ -117,22 +122,33 @@ class OutputGrid:
         return self._weights[window] if part is None else self._weights[window][part]
 
     def _weight_of(self, window: int, part: Slices | None) -> Tensor:
-        importance = self._weight if part is None else self._weight[part]
-        if self._count is None:
-            return importance
-        count = self._count[self._slices[window]]
-        return importance / (count if part is None else count[part])
+        view, share = self._view(window), self.plan.call(window).weight
+        importance = self._importance(view)
+        weight = importance if part is None else importance[part]
+        if self._counts is not None:
+            count = self._counts[view][self._slices[window]]
+            weight = weight / (count if part is None else count[part])
+        return weight if share == 1 else weight * share
+
+    def _view(self, window: int) -> tuple[int, ...]:
+        """Return the axes along which the whole volume is mirrored for a window."""
+        call = self.plan.call(window)
+        return call.flips if call.around else ()
+
+    def _importance(self, view: tuple[int, ...]) -> Tensor:
+        """Return the blending weights of the windows of a view (*out_roi), before their normalisation."""
+        return self._weight.flip(view) if view else self._weight
 
     def unblended(self) -> OutputGrid:
         """Return the same grid with weights of one: the output of a single window is the prediction."""
         other = copy.copy(self)
-        other._weight, other._count = torch.ones_like(self._weight), None
+        other._weight, other._counts = torch.ones_like(self._weight), None
         return other
 
     def windows_of(self, box: Slices, mask: Tensor | None = None) -> list[int]:
         """List the windows whose output contains a voxel of a box of the prediction's grid, or of ``mask`` (*box)."""
         if self.plan.whole:
-            return [0]
+            return list(range(len(self.plan)))
         windows = []
         for w in range(len(self.plan)):
             place = self.place(w)

@@ -67,7 +67,8 @@ def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype 
     `SimpleInferer` has one window, the whole volume. `SlidingWindowInferer`, `SlidingWindowInfererAdapt` and
     `SliceInferer` have their windows, and so has a `PatchInferer` that averages the patches of a
     `SlidingWindowSplitter` (ĝ_w is then 1 / number of patches at a voxel). Any other callable is treated as one window;
-    a warning names the reason and the cost.
+    a warning names the reason and the cost. An inferer of one's own declares its windows by a method
+    ``declared_windows(spatial_shape, dtype)`` that returns a `WindowPlan`.
 
     Args:
         inferer: result of `as_inferer`.
@@ -82,6 +83,8 @@ def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype 
     (2, ((0, 0), (1, 1)), (slice(0, 8, None), slice(0, 6, None)))
     """
     shape = tuple(int(n) for n in spatial_shape)
+    if hasattr(inferer, "declared_windows"):
+        return _declared(inferer, shape, dtype)
     if type(inferer).__call__ not in _SLIDING:
         if type(inferer).__call__ is not SimpleInferer.__call__:
             plan = _patches(inferer, shape, dtype) if type(inferer) is PatchInferer else "is not known"
@@ -131,6 +134,26 @@ def plan_windows(inferer: Any, spatial_shape: Sequence[int], dtype: torch.dtype 
         slice_axis,
         bool(inferer.with_coord),
     )
+
+
+def _declared(inferer: Any, shape: tuple[int, ...], dtype: torch.dtype) -> WindowPlan:
+    """Return the windows that an inferer declares.
+
+    Raises:
+        NetworkError: they do not fit the volume.
+    """
+    plan = inferer.declared_windows(shape, dtype)
+    name = type(inferer).__name__
+    if not isinstance(plan, WindowPlan) or plan.spatial_shape != shape:
+        raise NetworkError(f"{name}.declared_windows: give a WindowPlan of the volume {shape}, got {plan!r:.80}")
+    sizes = {tuple(s.stop - s.start for s in place) for place in plan.slices}
+    if sizes != {plan.roi} and not plan.whole:
+        raise NetworkError(f"{name}: all windows must have the shape roi={plan.roi}, got {sorted(sizes)[:3]}")
+    if any(s.start < 0 or s.stop > n for place in plan.slices for s, n in zip(place, plan.padded_shape)):
+        raise NetworkError(f"{name}: a window lies outside the padded volume {plan.padded_shape}")
+    if plan.coverage < 1:
+        raise NetworkError(f"{name}: the windows cover {100 * plan.coverage:.0f} % of the volume {shape}: cover it all")
+    return plan
 
 
 def _patches(inferer: PatchInferer, shape: tuple[int, ...], dtype: torch.dtype) -> WindowPlan | str:

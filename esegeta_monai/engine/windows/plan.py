@@ -21,13 +21,39 @@ import torch.nn.functional as F
 from monai.data.utils import dense_patch_slices
 from torch import Tensor
 
+from esegeta_monai.errors import NetworkError
+
 __all__ = [
+    "Call",
     "WindowPlan",
     "last_axes",
     "picked",
 ]
 
 Slices = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the network is called on a window: with which weights, and on which view.
+
+    The prediction is ``P = Σ_w a_w ĝ_w T_w⁻¹ f_w(T_w x_w)``, with T the view and f the member of an ensemble.
+
+    Attributes:
+        member: number of the member, 0 for a single network.
+        flips: spatial axes along which the window is mirrored before the network, and its output after it.
+        weight: a, the share of this call in the prediction.
+        around: True: the view is that of the whole volume (MONAI's test-time augmentation), so that places and blending
+            weights are mirrored too; False: it is that of the window (nnU-Net).
+    """
+
+    member: int = 0
+    flips: tuple[int, ...] = ()
+    weight: float = 1.0
+    around: bool = False
+
+
+PLAIN = Call()
 
 
 @dataclass(frozen=True)
@@ -45,6 +71,8 @@ class WindowPlan:
         slice_axis: the axis that a 2D network does not see (`SliceInferer`), or None.
         with_coord: True: the network receives the coordinates of the window.
         whole: True: the network (or an unknown inferer) sees the volume at once, without blending.
+        calls: the call of each window, where the members of an ensemble or mirrored views see the same place; windows
+            of one call lie side by side. Empty: one plain call for each place.
     """
 
     spatial_shape: tuple[int, ...]
@@ -58,6 +86,7 @@ class WindowPlan:
     slice_axis: int | None = None
     with_coord: bool = False
     whole: bool = False
+    calls: tuple[Call, ...] = ()
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -122,6 +151,61 @@ class WindowPlan:
         """List the windows that contain a voxel of a box of the unpadded volume."""
         return [w for w in range(len(self)) if overlap(self.place(w), box)]
 
+    def call(self, window: int) -> Call:
+        """Return how the network is called on a window."""
+        return self.calls[window] if self.calls else PLAIN
+
+    @functools.cached_property
+    def _numbers(self) -> dict[Call, int]:
+        return {call: number for number, call in enumerate(dict.fromkeys(self.calls))}
+
+    @property
+    def call_count(self) -> int:
+        """Number of calls that see each place: members times views."""
+        return max(len(self._numbers), 1)
+
+    def call_number(self, window: int) -> int:
+        """Return the number of the call of a window."""
+        return self._numbers[self.calls[window]] if self.calls else 0
+
+    @property
+    def member_count(self) -> int:
+        """Number of members of the ensemble, 1 for a single network."""
+        return len({call.member for call in self.calls}) or 1
+
+    def with_calls(self, calls: Sequence[Call]) -> WindowPlan:
+        """Return the plan in which each call sees all windows of this plan.
+
+        Args:
+            calls: members and views, with weights.
+
+        Raises:
+            NetworkError: the network receives coordinates, or the padding of a mirrored volume would differ.
+
+        >>> plan = WindowPlan((6,), (4,), ((slice(0, 4),), (slice(2, 6),)), ((0, 0),), importance=torch.ones(4))
+        >>> len(plan.with_calls([Call(weight=0.5), Call(flips=(0,), weight=0.5)]))
+        4
+        """
+        if self.with_coord and any(call.flips for call in calls):
+            raise NetworkError("a network that receives the coordinates of its window has no mirrored views")
+        for call in calls:
+            if call.around and any(lo != hi for axis, (lo, hi) in enumerate(self.pads) if axis in call.flips):
+                raise NetworkError(
+                    f"the volume {self.spatial_shape} is padded by an odd number of voxels to windows of {self.roi}, "
+                    "so its mirrored views have other windows: pad it in the preprocessing (SpatialPadd)"
+                )
+        slices = tuple(self._mirrored(place, call) for call in calls for place in self.slices)
+        return replace(self, slices=slices, calls=tuple(call for call in calls for _ in self.slices))
+
+    def _mirrored(self, place: Slices, call: Call) -> Slices:
+        """Return the place of a window in the volume where a call mirrors the whole volume."""
+        if not call.around:
+            return place
+        return tuple(
+            slice(n - s.stop, n - s.start) if axis in call.flips else s
+            for axis, (s, n) in enumerate(zip(place, self.padded_shape))
+        )
+
     def coordinates(self, window: int) -> list[slice]:
         """Return the argument that MONAI passes to a network under ``with_coord=True``, in padded coordinates."""
         return [slice(0, 1), slice(None), *self.slices[window]]
@@ -131,14 +215,20 @@ class WindowPlan:
         if len(self) == 1:
             return self
         shape = tuple(min(n, r) for n, r in zip(self.spatial_shape, self.roi))
-        return replace(self, spatial_shape=shape, slices=(tuple(slice(0, r) for r in self.roi),))
+        place = tuple(slice(0, r) for r in self.roi)
+        return replace(self, spatial_shape=shape, slices=(place,), calls=self.calls[:1])
 
     def resized(self, shape: Sequence[int]) -> WindowPlan:
         """Return the plan of the same windows at the same distances for a volume that is not larger along any axis.
 
         A volume smaller than the window (or, if the network sees the whole volume, than that volume) is padded by
         replicating its edge.
+
+        Raises:
+            NetworkError: the plan has several calls for each place.
         """
+        if self.calls:
+            raise NetworkError("images are synthesised for a single network without mirrored views: choose one member")
         pads = tuple(((r - n) // 2, r - n - (r - n) // 2) if r > n else (0, 0) for r, n in zip(self.roi, shape))
         if self.whole:
             return replace(self, spatial_shape=tuple(shape), pads=pads, padding_mode="replicate")

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from esegeta_monai.errors import InputError, MethodError
 from esegeta_monai.files.grids.adjoint import invert_attribution
-from esegeta_monai.files.grids.geometry import Geometry, check_geometry
-from esegeta_monai.files.grids.trace import steps
+from esegeta_monai.files.grids.geometry import REMEDY, Geometry, check_geometry
+from esegeta_monai.files.grids.trace import SizeChanged, Step, steps
 
-__all__ = ["geometry_of", "has_metadata", "scan_of", "to_network_grid", "to_scan_grid"]
+__all__ = ["geometry_of", "has_metadata", "scan_of", "to_network_grid", "to_scan_grid", "unrecorded"]
 
 
 def scan_of(image: MetaTensor) -> Any:
@@ -59,6 +59,8 @@ def geometry_of(image: MetaTensor, scan: MetaTensor, *, additive: bool) -> Geome
         scan: (C', *scan) as loaded from its file.
         additive: see `to_scan_grid`.
     """
+    if (text := unrecorded(image, scan)) is not None:
+        return Geometry("refused", text)
     d = image.ndim - 1
     here, there = (_affine(x, d) for x in (image, scan))
     to_scan = np.linalg.solve(there, here)
@@ -68,22 +70,52 @@ def geometry_of(image: MetaTensor, scan: MetaTensor, *, additive: bool) -> Geome
     return check_geometry(scan, image, to_scan)
 
 
+def unrecorded(image: MetaTensor, scan: MetaTensor) -> str | None:
+    """Return why the recorded geometry of an image (C, *spatial) contradicts the size of its scan (C', *scan).
+
+    Transforms that change the size are in the trace, or change the affine. An image of another size than the scan's,
+    with the scan's affine before all that is in the trace, was cropped, padded or resampled without a record. None: it
+    has the scan's size, or another affine, or the trace has a transform with unknown geometry.
+    """
+    try:
+        chain, affine = _steps(image)
+    except SizeChanged as error:
+        return f"{error}: {REMEDY}"
+    except InputError:  # `to_scan_grid` raises it where the trace is needed
+        return None
+    size, known = chain[-1].size_in if chain else tuple(image.shape[1:]), tuple(scan.shape[1:])
+    if not _same_affine(affine, scan) or len(_without_ones(known)) > len(size):
+        return None
+    if _without_ones(size) == _without_ones(known):
+        return None
+    sizes = " and ".join("x".join(map(str, s)) for s in (size, known))
+    return f"image and scan have {sizes} voxels with the same affine, and no recorded transform explains it: {REMEDY}"
+
+
+def _without_ones(size: Sequence[int]) -> tuple[int, ...]:
+    """Return a size without the axes of length 1 at its end."""
+    return tuple(size[: max((k + 1 for k, n in enumerate(size) if n > 1), default=0)])
+
+
 def _trace(image: MetaTensor) -> tuple[tuple[int, ...], Tensor, np.ndarray] | None:
     """Return size, affine and matrix (voxel indices of the image to its own) of the grid before the trace.
 
     None if a transform in it has no known geometry; `to_scan_grid` raises for it where the trace is needed.
     """
-    d = image.ndim - 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `to_scan_grid` gives them
-        try:
-            chain, affine = steps(image.applied_operations, image.shape[1:], torch.as_tensor(_affine(image, d)))
-        except InputError:
-            return None
-    matrix = np.eye(d + 1)
+    try:
+        chain, affine = _steps(image)
+    except InputError:
+        return None
+    matrix = np.eye(image.ndim)
     for step in chain:  # last first
         matrix = step.xform @ matrix
     return (chain[-1].size_in if chain else tuple(image.shape[1:])), affine, matrix
+
+
+def _steps(image: MetaTensor) -> tuple[list[Step], Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `to_scan_grid` gives them
+        return steps(image.applied_operations, image.shape[1:], torch.as_tensor(_affine(image, image.ndim - 1)))
 
 
 def _affine(image: MetaTensor, d: int) -> np.ndarray:
@@ -91,9 +123,13 @@ def _affine(image: MetaTensor, d: int) -> np.ndarray:
 
 
 def _same_grid(size: Sequence[int], affine: Tensor | np.ndarray, scan: MetaTensor) -> bool:
-    d = len(size)
+    return tuple(size) == tuple(scan.shape[1:]) and _same_affine(affine, scan, len(size))
+
+
+def _same_affine(affine: Tensor | np.ndarray, scan: MetaTensor, d: int | None = None) -> bool:
+    d = len(affine) - 1 if d is None else d
     here = to_affine_nd(d, np.asarray(affine, dtype=np.float64))
-    return tuple(size) == tuple(scan.shape[1:]) and np.allclose(here, _affine(scan, d), rtol=1e-5, atol=1e-4)
+    return np.allclose(here, _affine(scan, d), rtol=1e-5, atol=1e-4)
 
 
 def _inverted(size: Sequence[int], affine: Tensor, values: MetaTensor, scan: MetaTensor) -> bool:

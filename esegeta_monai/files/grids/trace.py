@@ -26,7 +26,12 @@ from nibabel.orientations import inv_ornt_aff, io_orientation, ornt_transform
 
 from esegeta_monai.errors import InputError
 
-__all__ = ["Step", "steps"]
+__all__ = ["SizeChanged", "Step", "steps"]
+
+
+class SizeChanged(InputError):
+    """A transform without a record changed the size of the image between, or after, those of the trace."""
+
 
 # Names of the same padding rule in MONAI, torch, numpy and scipy.
 PADDINGS = {
@@ -200,7 +205,7 @@ def _orientation(name: str, extra: Mapping, size_in: tuple, size_out: tuple, aff
     rank = len(size_in)
     affines = [convert_to_numpy(to_affine_nd(rank, a)) for a in (extra["original_affine"], affine)]
     before, after = (io_orientation(a) for a in affines)
-    return Step(name, inv_ornt_aff(ornt_transform(before, after), size_in), size_in, size_out)
+    return _moved(name, inv_ornt_aff(ornt_transform(before, after), size_in), size_in, size_out)
 
 
 def _rotate90(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:
@@ -213,7 +218,7 @@ def _rotate90(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine
         turn[a, b], turn[b, a], turn[b, -1] = 1.0, -1.0, size[b] - 1
         xform = xform @ turn
         size[a], size[b] = size[b], size[a]
-    return Step(name, xform, size_in, size_out)
+    return _moved(name, xform, size_in, size_out)
 
 
 def _flip(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:
@@ -221,6 +226,19 @@ def _flip(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: to
     xform = np.eye(rank + 1)
     for axis in range(rank) if axes is None else np.atleast_1d(axes):
         xform[axis % rank, axis % rank], xform[axis % rank, -1] = -1.0, size_in[axis] - 1
+    return _moved(name, xform, size_in, size_out)
+
+
+def _moved(name: str, xform: np.ndarray, size_in: tuple, size_out: tuple) -> Step:
+    """Return a step that exchanges and flips whole axes.
+
+    Raises:
+        SizeChanged: the sizes of input and output do not fit it.
+    """
+    expected = tuple(size_in[int(np.abs(xform[:-1, k]).argmax())] for k in range(len(size_in)))
+    if expected != tuple(size_out):
+        after, found = ("x".join(map(str, size)) for size in (expected, size_out))
+        raise SizeChanged(f"{name} gave {after} voxels, but a transform without a record made {found} of them")
     return Step(name, xform, size_in, size_out)
 
 

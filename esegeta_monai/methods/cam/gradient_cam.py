@@ -197,6 +197,7 @@ class EigenCam(_Cam):
         layer, relu: see `GradCam`.
     """
 
+    for_ensembles = False
     reference = "Muhammad & Yeasin, IJCNN 2020, arXiv:2008.00299"
     units = "projected activation"
 

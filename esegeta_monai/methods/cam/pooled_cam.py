@@ -27,6 +27,7 @@ class Cam(_Cam):
         relu: keep positive values only.
     """
 
+    for_ensembles = False
     reference = "Zhou et al., CVPR 2016, arXiv:1512.04150"
     needs_linear = True
     needs_gradient = False

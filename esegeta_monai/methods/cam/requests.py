@@ -38,11 +38,14 @@ class _ChannelRequest(_LayerRequest):
 
     def see(self, view: View) -> None:
         layer = self.layers[0]
-        views = zip(view.maps(layer), view.gradient_maps(layer))
-        part = torch.stack([self.part(activations.flatten(2), g.flatten(3)).cpu() for activations, g in views])
-        self.total = part if self.total is None else self.total + part
+        share = view.batch.call.weight  # the blending weights of the activations contain it
+        views = [(a.flatten(2), g.flatten(3) / share) for a, g in zip(view.maps(layer), view.gradient_maps(layer))]
+        part = torch.stack([self.part(activations, gradients, view).cpu() for activations, gradients in views])
+        if self.total is None:
+            self.total = part.new_zeros((self.objective.plan.call_count * len(part), *part.shape[1:]))
+        self.total[view.of_call(len(part))] += part
 
-    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+    def part(self, activations: Tensor, gradients: Tensor, view: View) -> Tensor:
         """Return the sum of one batch (k, C), float64, from activations (n, C, p) and gradients (k, n, C, p)."""
         raise NotImplementedError
 
@@ -58,7 +61,7 @@ class ChannelGradients(_ChannelRequest):
     A volume of one window gives the usual mean over the layer's positions.
     """
 
-    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+    def part(self, activations: Tensor, gradients: Tensor, view: View) -> Tensor:
         plan = self.objective.plan
         positions = gradients.shape[-1] * math.prod(plan.padded_shape) / math.prod(plan.roi)
         return gradients.sum((1, 3), dtype=torch.float64) / positions
@@ -71,16 +74,17 @@ class _PlusPlusWeights(_ChannelRequest):
         super().__init__(layer)
         self.sums = sums
 
-    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+    def part(self, activations: Tensor, gradients: Tensor, view: View) -> Tensor:
         gradients = gradients.double()
-        below = 2 + gradients * self.sums.to(gradients.device)[:, None]  # g² divided out
+        sums = self.sums if self.sums.ndim == 1 else self.sums[view.of_call(1).start]
+        below = 2 + gradients * sums.to(gradients.device)[:, None]  # g² divided out
         return torch.where(gradients > 0, gradients / below, 0.0).sum((1, 3))
 
 
 class _Products(_ChannelRequest):
     """``Σ A g``."""
 
-    def part(self, activations: Tensor, gradients: Tensor) -> Tensor:
+    def part(self, activations: Tensor, gradients: Tensor, view: View) -> Tensor:
         return (activations.double() * gradients.double()).sum((1, 3))
 
 
@@ -113,7 +117,8 @@ class _Weighted(_LayerRequest):
     def values(self, view: View) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield activations (n, C, p) and weights (n, p) of each view, float64."""
         for values in view.maps(self.layers[0]):
-            weights = [position_weights(self.objective, w, values.shape[2:]) for w in view.batch.windows]
+            share = view.batch.call.weight
+            weights = [position_weights(self.objective, w, values.shape[2:]) / share for w in view.batch.windows]
             yield values.flatten(2).double(), torch.stack(weights).to(values.device).flatten(1).double()
 
 
@@ -124,7 +129,9 @@ class ChannelSums(_Weighted):
 
     def see(self, view: View) -> None:
         first = torch.stack([torch.einsum("ncp,np->c", *pair).cpu() for pair in self.values(view)])
-        self.first = first if self.first is None else self.first + first
+        if self.first is None:
+            self.first = first.new_zeros((self.objective.plan.call_count * len(first), *first.shape[1:]))
+        self.first[view.of_call(len(first))] += first
 
     def result(self) -> Tensor:
         assert self.first is not None

@@ -22,6 +22,7 @@ class Saliency(Method):
         True
     """
 
+    map_check = "derivative"
     reference = "Simonyan et al., ICLR workshop 2014, arXiv:1312.6034"
     produces = "input map"
     additive = False
@@ -43,6 +44,7 @@ class Saliency(Method):
 class VanillaBackprop(Saliency):
     """The signed gradient: `Saliency` with ``abs=False``."""
 
+    map_check = "derivative"
     abs: bool = False
 
 
@@ -52,6 +54,7 @@ class InputXGradient(Method):
     For a network that is linear in its input the sum of the map is ``F(x) − F(0)``.
     """
 
+    map_check = "derivative times image"
     reference = "Shrikumar et al. 2016, arXiv:1605.01713"
     produces = "input map"
     additive = True

@@ -48,6 +48,7 @@ class LayerActivation(LayerMethod):
             values) or ``"positive"`` (sum of positive values) give one map.
     """
 
+    map_check = "activation"
     produces = "activation"
     additive = False
     units = "activation"

@@ -33,6 +33,7 @@ class LayerGradientXActivation(LayerMethod):
         False
     """
 
+    map_check = "activation times gradient"
     reference = "Shrikumar et al. 2016, arXiv:1605.01713"
     additive = True
     units = "target per voxel"
@@ -52,6 +53,7 @@ class LinearApproximation(LayerGradientXActivation):
     It is `LayerGradientXActivation` summed over channels, and `HiResCam` before ReLU.
     """
 
+    map_check = "activation times gradient"
     reference = "Fong et al., ICCV 2019 (TorchRay), arXiv:1910.08485"
 
 
@@ -62,6 +64,7 @@ class LayerGradCam(GradCam):
         layer, relu: see `GradCam`.
     """
 
+    map_check = "grad-cam"
     relu: bool = False
 
 
@@ -76,6 +79,7 @@ class LayerActivationGuidedBackprop(Method):
         channel: c; None: the sum over all channels.
     """
 
+    for_ensembles = False
     reference = "Springenberg et al., ICLR workshop 2015, arXiv:1412.6806"
     produces = "input map"
     additive = False
@@ -111,7 +115,7 @@ class LayerActivationGuidedBackprop(Method):
 
     def _sign(self, values: Tensor, objective: Objective, layer: str, batch: Batch) -> Tensor:
         """Return ``∂ Σ_p ĝ_w |A_c| / ∂A``, in the layer's own shape."""
-        values = values.detach().requires_grad_(True)
+        values = values.detach().clone().requires_grad_(True)  # a network may give inference tensors
         with torch.enable_grad():
             on_grid = spatial_map(values, objective, layer)
             if self.channel is not None:

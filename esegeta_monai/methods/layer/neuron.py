@@ -38,6 +38,7 @@ class NeuronConductance(Method):
         method: the quadrature rule, in Captum's names.
     """
 
+    for_ensembles = False
     reference = "Dhamdhere et al., ICLR 2019, arXiv:1805.12233"
     produces = "input map"
     additive = True

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.layer_frames import spatial_map
-from esegeta_monai.engine.layer_maps import spread
+from esegeta_monai.engine.layer_maps import check_one_member, spread
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.sweep import Request, View
 from esegeta_monai.errors import MethodError, UsageError
@@ -59,10 +59,12 @@ class LayerSum:
 
     def add(self, batch: Batch, values: Tensor) -> None:
         """Add attributions in the layer's own shape, (k, n, …)."""
-        self.add_map(batch, spatial_map(values, self.objective, self.layer, lead=2))
+        self.add_map(batch, batch.unmirrored(spatial_map(values, self.objective, self.layer, lead=2)))
 
     def add_map(self, batch: Batch, values: Tensor) -> None:
         """Add attributions (k, n, C, *positions)."""
+        if self.reduce == "channels":
+            check_one_member(self.objective)
         if self.reduce in ("sum", "mean"):
             values = reduce_channels(values, self.reduce, axis=2)
         wide = spread(values.flatten(0, 1), self.objective.plan).unflatten(0, values.shape[:2])

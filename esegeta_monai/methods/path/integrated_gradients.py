@@ -45,6 +45,7 @@ class IntegratedGradients(Method):
         32
     """
 
+    map_check = "path"
     reference = "Sundararajan et al., ICML 2017, arXiv:1703.01365"
     produces = "input map"
     additive = True

@@ -36,6 +36,7 @@ class FeatureAblation(PerturbationMethod):
         'auto'
     """
 
+    map_check = "cells"
     reference = "Zeiler & Fergus, ECCV 2014, arXiv:1311.2901 (one feature at a time)"
     units = "change of the target when the voxel's feature is replaced"
     feature_mask: Any = "supervoxels"
@@ -52,6 +53,16 @@ class FeatureAblation(PerturbationMethod):
         """Return one coalition per feature."""
         game = Game.of(objective, self.feature_mask, self.baseline)
         return game.segments(one_off(game))
+
+    def replaced_at(self, objective: Objective, channel: int, voxel: Sequence[int]) -> list[Tensor]:
+        """Return the image (C, *spatial) whose change is the map's value at a voxel (channel, *voxel), in a list that
+        is empty for a voxel of no feature."""
+        game = Game.of(objective, self.feature_mask, self.baseline)
+        labels = game.features.labels.to(objective.image.device)
+        place = (channel, *voxel)
+        feature = labels[place]
+        replaced = torch.where(labels == feature, game.reference.to(objective.image), objective.image)
+        return [] if feature < 0 else [replaced]
 
 
 class FeaturePermutation(PerturbationMethod):

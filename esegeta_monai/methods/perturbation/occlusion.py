@@ -44,6 +44,7 @@ class Occlusion(PerturbationMethod):
         {'window': 8, 'stride': 4, 'baseline': 'auto', 'per_channel': False}
     """
 
+    map_check = "cells"
     reference = "Zeiler & Fergus, ECCV 2014, arXiv:1311.2901"
     units = "change of the target when the voxel's surroundings are replaced"
     window: int | Sequence[int] = 16
@@ -78,6 +79,19 @@ class Occlusion(PerturbationMethod):
     def perturbations(self, objective: Objective) -> Boxes:
         """Return all occluders."""
         return self.occluders(objective, baseline_for(self.baseline, local=True).draw(objective, objective.generator()))
+
+    def replaced_at(self, objective: Objective, channel: int, voxel: Sequence[int]) -> list[Tensor]:
+        """Return the images (C, *spatial) whose mean change is the map's value at a voxel (channel, *voxel)."""
+        reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
+        lines = self._lines(objective.plan.spatial_shape)
+        holding = [[slice(a, b) for a, b in line if a <= v < b] for line, v in zip(lines, voxel)]
+        rows: Any = channel if self.per_channel else slice(None)
+        images = []
+        for box in itertools.product(*holding):
+            image, place = objective.image.clone(), (rows, *box)
+            image[place] = reference[place]
+            images.append(image)
+        return images
 
     def predictions(self, objective: Objective) -> int:
         occluders = math.prod(len(line) for line in self._lines(objective.plan.spatial_shape))

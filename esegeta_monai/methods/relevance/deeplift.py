@@ -38,6 +38,7 @@ class DeepLift(Method):
         True
     """
 
+    map_check = "differences"
     reference = "Shrikumar et al., ICML 2017, arXiv:1704.02685"
     produces = "input map"
     additive = True
@@ -70,6 +71,7 @@ class DeepLiftShap(Method):
         n_samples: number of draws; a list that is not longer is used completely.
     """
 
+    map_check = "mean of differences"
     reference = "Lundberg & Lee, NeurIPS 2017, arXiv:1705.07874"
     produces = "input map"
     additive = True

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esegeta_monai.engine.batch import Batch
-from esegeta_monai.engine.layer_frames import traced_layers, with_slice_axis
+from esegeta_monai.engine.layer_frames import network_roi, traced_layers, with_slice_axis
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.methods.base import Explained, Method, gaps
 from esegeta_monai.methods.layer.scattered import LayerSum, Reduce
@@ -40,7 +40,7 @@ class FullGrad(Method):
     shift of a norm, and the implicit bias of a smooth activation; zero for ReLU, pooling and other homogeneous
     modules. A parametrised module (weight norm, spectral norm) counts as one module. Each call of a module that runs
     several times has its bias where the call lies in the window. Biases of layers without positions (a linear head), or
-    whose positions are not known, are in the record's ``booked``. Complete where all constants and non-linear functions
+    whose positions are not known (with a warning), are in the record's ``booked``. Complete where all constants and non-linear functions
     are modules; attention and functional activations are not, and ``completeness_gap`` is the missing part. Linear
     targets only.
 
@@ -78,6 +78,8 @@ class FullGrad(Method):
         absorbed = objective.constants()
         padding = torch.zeros_like(absorbed)
         signed = torch.zeros_like(absorbed)
+        unplaced: dict[str, None] = {}
+        dims = len(network_roi(objective.plan))
         for names in [[], *groups] if self.abs else groups:
             maps = objective.new_maps()
             how: Reduce = "channels" if self.abs else "sum"
@@ -113,6 +115,8 @@ class FullGrad(Method):
                         parts[key].add_map(batch, with_slice_axis(on_grid, objective.plan))
                     else:
                         absorbed.add_(product.flatten(1).sum(1).double().cpu())
+                        if product.ndim >= dims + 3 and bool(product.any()):
+                            unplaced[call.name] = None
 
             sums: list[Tensor | Summed] = [maps, padding, absorbed, *parts.values()]
             objective.each([(0, w) for w in objective.windows], run, sums=sums)
@@ -121,6 +125,10 @@ class FullGrad(Method):
                 signed = signed + values.flatten(1).sum(1).double().cpu()
                 padding += lost.cpu()
                 total += (values.abs() if self.abs else values).sum(1, keepdim=True)
+        if unplaced:
+            which = f"layers {', '.join(map(repr, list(unplaced)[:4]))}" + (" and others" if len(unplaced) > 4 else "")
+            text = f"FullGrad: it is not known where the output of {which} lies, so their biases are in 'booked' only"
+            objective.context.progress.warn(f"{text} and not in the map")
         sizes = total.flatten(1).abs().sum(1, dtype=torch.float64).cpu()
         notes = gaps(signed + absorbed + padding, sizes, objective.image_values())
         return Explained(total, {**notes, "booked": absorbed, "sum_in_padding": padding})

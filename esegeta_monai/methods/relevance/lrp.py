@@ -101,6 +101,7 @@ class LRP(CompositeMethod, _Relevance):
         'LRP'
     """
 
+    map_check = "relevance"
     reference = "Bach et al., PLoS ONE 2015, doi:10.1371/journal.pone.0130140; Kohlbrenner et al., IJCNN 2020"
 
     def _relevance(self, objective: Objective, batch: Batch, cotangents: torch.Tensor) -> rules.Relevance:

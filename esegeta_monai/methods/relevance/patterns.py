@@ -129,6 +129,7 @@ class PatternAttribution(Method):
         'patterns.pt'
     """
 
+    for_ensembles = False
     reference = "Kindermans et al., ICLR 2018, arXiv:1705.05598"
     produces = "input map"
     additive = True

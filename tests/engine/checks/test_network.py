@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -263,6 +264,61 @@ def test_a_network_that_keeps_state_is_found() -> None:
     assert "buffer calls" in result.text
 
 
+class FirstImage(nn.Module):
+    """Keeps a figure of the first image in a plain attribute, and subtracts it from all images."""
+
+    def __init__(self, figure: Callable[[Tensor], Tensor], *, used: bool = True, graph: bool = False) -> None:
+        super().__init__()
+        self.conv, self.figure, self.first = nn.Conv2d(1, 2, 3), figure, None
+        self.used, self.kept = used, torch.ones((), requires_grad=True) * 2 if graph else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.first is None:
+            self.first = self.figure(x.detach())
+        return self.conv(x - self.first) if self.used else self.conv(x)
+
+
+@pytest.mark.parametrize("figure", [torch.mean, torch.std, lambda x: x[0, 0, 6, 4]], ids=["mean", "std", "voxel"])
+def test_a_network_that_keeps_a_figure_of_its_first_image_is_found(figure: Callable[[Tensor], Tensor]) -> None:
+    result = checked(FirstImage(figure))["determinism"]
+    assert result.verdict == "warned"
+    assert "has seen before" in result.text
+    assert checked(FirstImage(figure, used=False))["determinism"].verdict == "passed"
+
+
+def test_a_network_that_cannot_be_copied_is_not_tested_for_memory() -> None:
+    result = checked(FirstImage(torch.mean, graph=True))["determinism"]
+    assert result.verdict == "passed"
+    assert "not checked" in result.text
+
+
+class Skipping(nn.Module):
+    """Leaves a block out in a part of its passes; two passes agree in half of the cases."""
+
+    def __init__(self, draw: Callable[[], float], seed: int) -> None:
+        super().__init__()
+        self.conv, self.draw = nn.Conv2d(1, 2, 3), draw
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x * (1 + (self.draw() > 0.5)))
+
+
+DRAWS: dict[str, Callable[[], float]] = {
+    "torch": lambda: float(torch.rand(())), "numpy": np.random.rand, "Python": random.random, "own": lambda: 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("source", DRAWS)
+def test_a_pass_that_draws_random_numbers_is_found_whatever_the_output(source: str, seed: int) -> None:
+    result = checked(Skipping(DRAWS[source], seed))["determinism"]
+    assert result.verdict == ("passed" if source == "own" else "warned")
+    assert source == "own" or f"{source}'s random state" in result.text
+
+
 def test_a_deterministic_network_has_no_noise() -> None:
     (attribution,) = Explainer(nn.Conv2d(1, 2, 3, padding=1))(blob()[None], [Saliency()], [MultiClassMask(0)])
     assert "noise" not in attribution.record
@@ -376,3 +432,48 @@ def test_the_explainer_lists_its_checks() -> None:
     assert {r.name: r.verdict for r in results}["rows"] == "handled"
     refused = explainer.check(torch.full((1, 1, 12, 12), 3.0))[-1]
     assert (refused.name, refused.verdict) == ("prediction", "refused")
+
+
+class Saturated(nn.Module):
+    """A softmax of equal logits: the output is constant, but for the rounding of the logits.
+
+    Args:
+        logits: their size.
+        between: function of the features.
+    """
+
+    def __init__(self, logits: float, between: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden, self.head, self.between = nn.Linear(144, 20), nn.Linear(20, 10), between
+        with torch.no_grad():
+            self.hidden.weight.fill_(logits / 144 / 20)
+            self.head.weight.fill_(1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.between(self.hidden(x.flatten(1)).relu())).softmax(1)
+
+
+@pytest.mark.parametrize("logits", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("seed", range(5))
+def test_rounding_is_no_wrong_derivative(logits: float, seed: int) -> None:
+    result = checked(Saturated(logits), blob(seed))["derivative"]
+    assert result.verdict == "not checked"
+    assert "flat" in result.text
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("kind", FAULTY)
+def test_a_small_derivative_that_is_wrong_is_still_found(kind: str, seed: int) -> None:
+    network = Body(FAULTY[kind], seed)
+    with torch.no_grad():
+        network.head.weight *= 1e-4  # beside a constant of 1; rounding hides differences below about 3e-6 here
+        network.head.bias.fill_(1.0)
+    assert checked(network, blob(seed))["derivative"].verdict == "warned"
+
+
+def test_a_gradient_where_the_forward_pass_is_flat_is_found() -> None:
+    network = Body(straight_through)
+    with torch.no_grad():
+        network.head.weight[:, 4] = 0.0  # no skip path: central differences are zero between the steps
+    assert checked(network)["derivative"].verdict == "warned"

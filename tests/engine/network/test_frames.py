@@ -24,18 +24,19 @@ def trace(network: nn.Module, x: Tensor) -> dict[str, TracedLayer]:
 class Handed(nn.Module):
     """A function between two layers that return what they get: the second is read."""
 
-    def __init__(self, function) -> None:
+    def __init__(self, function, inference: bool = True) -> None:
         super().__init__()
-        self.function, self.read = function, nn.Identity()
+        self.function, self.read, self.inference = function, nn.Identity(), inference
 
     def forward(self, x):
-        self.read(self.function(x))
+        with torch.inference_mode(self.inference), torch.no_grad():
+            self.read(self.function(x))
         return x
 
 
-def frame_after(function, x: Tensor) -> tuple[Frame | None, Tensor]:
-    """Return the frame of a function of the window, and its value."""
-    return trace(Handed(function), x)["read"].frames[0], function(x)
+def frame_after(function, x: Tensor, inference: bool = True) -> tuple[Frame | None, Tensor]:
+    """Return the frame of a function of the window, in inference mode or outside of it, and its value."""
+    return trace(Handed(function, inference), x)["read"].frames[0], function(x)
 
 
 MOVES = {
@@ -62,14 +63,17 @@ MOVES = {
     "padded and cropped": lambda x: nn.functional.pad(x, (0, 4, 1, 3))[..., 1:-3, :-4],
     "slices put together": lambda x: torch.stack([x[:, :, i] for i in range(x.shape[2])], 1),
     "einsum": lambda x: torch.einsum("nchw,dc->nhwd", x, torch.eye(x.shape[1])),
+    "entries set by a mask": lambda x: _masked(x, x < 0, 0.0),
+    "entries set by a mask of positions": lambda x: _masked(x, x[0, 0] < 0, 0.0, slice(None), slice(None)),
 }
 
 
 @pytest.mark.parametrize("name", MOVES)
 @pytest.mark.parametrize("rows", [1, 2])
-def test_moves_are_undone(name, rows):
+@pytest.mark.parametrize("inference", [True, False])
+def test_moves_are_undone(name, rows, inference):
     x = torch.arange(rows * 3 * 8 * 12.0).reshape(rows, 3, 8, 12)
-    frame, value = frame_after(MOVES[name], x)
+    frame, value = frame_after(MOVES[name], x, inference)
     assert frame is not None
     assert frame.grid == (3, 8, 12)
     assert frame.fits(value)
@@ -83,7 +87,18 @@ def _write(x: Tensor, values: Tensor) -> Tensor:
     return x
 
 
+def _masked(x: Tensor, mask: Tensor, value: object, *axes: slice) -> Tensor:
+    y = x.clone()
+    y[(*axes, mask)] = value
+    return y
+
+
+ALL = slice(None)
 UNKNOWN = {
+    "entries set where the flipped window is small": lambda x: _masked(x, x.flip(3) < 0.5, 0.0),
+    "entries set to those of the flipped window": lambda x: _masked(x, x < 0.5, x.flip(3)[x < 0.5]),
+    "entries set by a mask of the turned window": lambda x: _masked(x, x.flip(2)[0, 0] < 0.5, 0.0, ALL, ALL),
+    "entries set by number": lambda x: _masked(x, torch.tensor([1, 2]), x[:, :, [2, 1]], ALL, ALL),
     "half of the window": lambda x: x[..., :6],
     "rolled": lambda x: x.roll(2, 3),
     "the window beside itself": lambda x: torch.cat([x, x], 3),
@@ -99,8 +114,51 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_what_is_not_known_is_no_map(name):
-    assert frame_after(UNKNOWN[name], torch.rand(2, 3, 8, 12))[0] is None
+@pytest.mark.parametrize("inference", [True, False])
+def test_what_is_not_known_is_no_map(name, inference):
+    assert frame_after(UNKNOWN[name], torch.rand(2, 3, 8, 12), inference)[0] is None
+
+
+class Again(nn.Module):
+    """Fails in inference mode, after its first layer; or calls itself on the turned window."""
+
+    def __init__(self, again: bool) -> None:
+        super().__init__()
+        self.again, self.read, self.alias = again, nn.Conv2d(3, 2, 1), None
+        self.alias = self.read
+
+    def forward(self, x, turn: bool = True):
+        y = self.read(x)
+        if self.again:
+            return y + self(x.flip(3), turn=False).flip(3) if turn else y
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("no gradient in inference mode")
+        return y
+
+
+def test_a_repeated_pass_is_traced_once_and_a_network_that_calls_itself_twice():
+    x, network = torch.rand(1, 3, 8, 12), Again(False)
+
+    def run() -> None:
+        with pytest.raises(RuntimeError, match="inference mode"):
+            network(x)
+        with torch.inference_mode(False), torch.no_grad():
+            network(x)
+
+    assert trace_layers(network, (8, 12), run)["read"].calls == 1
+    frames = trace(Again(True), x)["read"].frames
+    assert [f.flips for f in frames] == [(), (1,)]
+
+
+def test_a_module_is_found_by_all_of_its_names():
+    layers = trace(Again(True), torch.rand(1, 3, 8, 12))
+    assert set(layers) == {"", "read"}
+    assert layers["alias"] is layers["read"] is layers.get("alias")
+    assert "alias" in layers
+    assert "other" not in layers
+    assert layers.get("other") is None
+    with pytest.raises(KeyError):
+        layers["other"]
 
 
 def test_a_frame_made_of_one_window_is_not_used_for_two_where_their_order_is_open():

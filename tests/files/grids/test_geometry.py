@@ -27,7 +27,7 @@ from monai.transforms import (
 )
 
 from esegeta_monai.files.grids.geometry import check_geometry
-from esegeta_monai.files.grids.resample import geometry_of
+from esegeta_monai.files.grids.resample import geometry_of, unrecorded
 from tests.support import real
 
 SIZES = {2: (76, 66), 3: (40, 34, 32)}
@@ -211,3 +211,37 @@ def test_the_cost_of_a_large_volume(tmp_path: Path) -> None:
     small, large = phantom(3), F.interpolate(phantom(3).as_tensor()[None], scale_factor=4)[0]
     pairs = [_Pair(torch.as_tensor(x), torch.as_tensor(x), np.eye(4)) for x in (small, large)]
     assert all(pair.points.shape[1] <= POINTS[3] ** 3 for pair in pairs)
+
+
+RESIZED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "resampled": lambda x: x[:, ::2],
+    "interpolated": lambda x: F.interpolate(x[None], scale_factor=(1, 0.6, 1), mode="nearest")[0],
+    "cropped at the start": lambda x: x[:, 4:],
+    "cropped at the end": lambda x: x[..., :-1],
+    "padded": lambda x: F.pad(x, (3, 3)),
+}
+RECORDED: dict[str, Callable[[MetaTensor], MetaTensor]] = {
+    "nothing": lambda x: x,
+    "crop": cropped,
+    "crop at the end": SpatialCrop(roi_start=(0, 0, 0), roi_end=(36, 30, 30)),
+    "padding at the end": SpatialPad((48, 48, 48), method="end"),
+    "flip": Flip(1),
+    "orientation": Orientation("RAS", labels=None),
+    "half": scaled(0.5),
+}
+
+
+@pytest.mark.parametrize("change", RESIZED)
+@pytest.mark.parametrize("before", RECORDED)
+@pytest.mark.parametrize("after", ["nothing", "flip", "orientation", "half"])
+def test_a_change_of_size_without_a_record_is_refused(before: str, change: str, after: str) -> None:
+    """Before, after and between recorded transforms; after a crop or a resampling the sizes alone show nothing."""
+    scan = phantom(3)
+    image = RECORDED[before](scan)
+    assert unrecorded(RECORDED[after](image), scan) is None
+    wrong = RECORDED[after](changed(image, RESIZED[change](image.as_tensor())))
+    text = unrecorded(wrong, scan)
+    if before in ("nothing", "flip", "orientation"):
+        assert text is not None
+        assert "record" in text
+        assert geometry_of(wrong, scan, additive=False).text == text

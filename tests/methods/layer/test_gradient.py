@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from esegeta_monai import Explainer
 from esegeta_monai.engine.rules import guided
-from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.errors import EsegetaError, MethodError, UsageError
 from esegeta_monai.methods import (
     HiResCam,
     LayerActivationGuidedBackprop,
@@ -16,7 +17,7 @@ from esegeta_monai.methods import (
     LayerGradientXActivation,
     LinearApproximation,
 )
-from esegeta_monai.targets import ClassScore
+from esegeta_monai.targets import ClassScore, OutputValue
 from tests.support.layers import position_weights, setting
 from tests.support.networks import plain
 from tests.support.objectives import explain, objective_of
@@ -92,3 +93,20 @@ def test_bad_input():
             explain(method("acts"), objective)
     with pytest.raises(UsageError, match="channel=9"):
         explain(LayerActivationGuidedBackprop("act", 9), objective)
+
+
+def test_guided_backpropagation_of_a_layer_in_inference_mode_is_refused_by_name():
+    class Frozen(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.ReLU())
+            self.head = torch.nn.Conv2d(3, 2, 1)
+
+        def forward(self, x):
+            with torch.inference_mode():
+                h = self.encoder(x)
+            return self.head(torch.cat([h.clone(), x[..., 1:-1, 1:-1]], 1))
+
+    explainer = Explainer(Frozen().eval())
+    with pytest.raises(EsegetaError, match="without gradients"):
+        list(explainer(torch.rand(1, 1, 8, 8), [LayerActivationGuidedBackprop("encoder")], [OutputValue(0)]))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from esegeta_monai import Explainer
 from esegeta_monai.methods import FullGrad
 from esegeta_monai.targets import ClassScore, MultiClassMask
 from tests.support.layers import setting
@@ -105,3 +106,33 @@ def test_a_parametrised_network_has_the_map_of_the_plain_one(dims, norm):
         close(result.maps, expected.maps, 1e-12)
         assert result.note(0)["booked"] == pytest.approx(expected.note(0)["booked"], rel=1e-12)
         assert result.note(0)["completeness_gap"] < 1e-10
+
+
+class Entry(nn.Module):
+    """A convolution of the window after a function, and a linear head."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head, self.function = nn.Conv2d(1, 3, 3, padding=1), nn.Linear(3 * 64, 2), function
+
+    def forward(self, x):
+        return self.head(self.conv(self.function(x)).relu().flatten(1))
+
+
+def written(x):
+    x = x.clone()
+    x[x < 0] = 0
+    return x
+
+
+def test_biases_without_a_known_place_are_warned_of():
+    """A roll alone has no frame; a value that is set by a mask of the window keeps it."""
+    image = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    by_name = {}
+    for name, function in {"roll": lambda x: x.roll(2, 3), "index": written, "relu": torch.relu}.items():
+        network = Entry(function).double().eval()
+        (by_name[name],) = Explainer(network)(image, [FullGrad(abs=False)], [ClassScore(1)])
+    warned = {name: any("'booked' only" in w for w in a.record["warnings"]) for name, a in by_name.items()}
+    assert warned == {"roll": True, "index": False, "relu": False}
+    close(by_name["index"].map.as_tensor(), by_name["relu"].map.as_tensor(), 1e-12)

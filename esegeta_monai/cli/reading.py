@@ -1,0 +1,51 @@
+"""Open what a command explains: a MONAI bundle, or an nnU-Net model folder."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Literal
+
+import torch
+
+from esegeta_monai.bundle.nnunet import NnunetReader
+from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.values import choose_device, overrides
+from esegeta_monai.errors import UsageError
+
+__all__ = ["open_reader"]
+
+
+def open_reader(
+    args: Namespace,
+    weights: Literal["required", "optional"] = "required",
+    device: torch.device | str | None = None,
+) -> BundleReader:
+    """Open the bundle or the model folder that the arguments name.
+
+    Args:
+        args: arguments of `esegeta_monai.cli.arguments.add_bundle`, and ``device``.
+        weights: see `BundleReader`.
+        device: device of the network; None: that of ``args``.
+
+    Raises:
+        UsageError: both or neither are given, options do not belong together, or the folder is wrong.
+    """
+    chosen = choose_device(args.device) if device is None else torch.device(device)
+    if args.nnunet is None:
+        if args.folds is not None or not args.mirroring:
+            raise UsageError("--folds and --no-mirroring belong to --nnunet")
+        if args.bundle is None:
+            raise UsageError("give the bundle by --bundle DIR, or an nnU-Net model folder by --nnunet DIR")
+        return BundleReader(args.bundle, args.config, overrides(args.override), chosen, weights)
+    if args.bundle is not None or args.config or args.override:
+        raise UsageError("--nnunet replaces --bundle, and has no --config and --override")
+    return NnunetReader(args.nnunet, _folds(args.folds), args.mirroring, chosen)
+
+
+def _folds(text: str | None) -> list[int] | str | None:
+    if text is None or text == "all":
+        return text
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise UsageError(f"--folds {text}: give numbers separated by commas, such as 0,1, or all")
+    return [int(part) for part in parts]

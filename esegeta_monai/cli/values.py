@@ -1,0 +1,52 @@
+"""Values of options: overrides of a config, and the device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from esegeta_monai.errors import UsageError
+from esegeta_monai.utils.distributed import local_device
+
+__all__ = ["choose_device", "overrides"]
+
+
+def overrides(texts: Sequence[str] | None) -> dict[str, Any]:
+    """Parse ``id=value`` texts; values are JSON where they parse as JSON, else text.
+
+    Raises:
+        UsageError: a text without ``=``.
+
+    >>> overrides(["inferer#roi_size=[32, 32, 32]", "network=@net"])
+    {'inferer#roi_size': [32, 32, 32], 'network': '@net'}
+    """
+    values: dict[str, Any] = {}
+    for text in texts or ():
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise UsageError(f"--override {text}: write id=value, such as inferer#overlap=0.25")
+        try:
+            values[key] = json.loads(value)
+        except ValueError:  # not JSON, so it is text: a reference or an expression of the config
+            values[key] = value
+    return values
+
+
+def choose_device(text: str | None) -> torch.device:
+    """Return the named device, else the first CUDA device, else the CPU.
+
+    Raises:
+        UsageError: this machine has no such device.
+    """
+    if text is None:
+        return local_device()
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise UsageError(f"--device {text}: no such device; write cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA device(s); use cpu")
+    return device

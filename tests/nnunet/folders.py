@@ -1,0 +1,156 @@
+"""Tiny nnU-Net v2 model folders with random weights, and scans for them, made by nnU-Net's own classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+
+LABELS = {"background": 0, "organ": 1, "lesion": 2}
+REGIONS = {"background": 0, "whole": [1, 2], "core": [2]}
+RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+
+
+def plans(
+    patch: Sequence[int], spacing: Sequence[float], transpose: Sequence[int], channels: int, name: str
+) -> dict[str, Any]:
+    """Return the content of plans.json for a network of two resolutions."""
+    dims = len(patch)
+    kernel = [[3] * dims] * 2
+    architecture = {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": 2,
+            "features_per_stage": [4, 8],
+            "conv_op": f"torch.nn.modules.conv.Conv{dims}d",
+            "kernel_sizes": kernel,
+            "strides": [[1] * dims, [2] * dims],
+            "n_conv_per_stage": [1, 1],
+            "n_conv_per_stage_decoder": [1],
+            "conv_bias": True,
+            "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dims}d",
+            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+    configuration = {
+        "data_identifier": f"nnUNetPlans_{name}",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": list(patch),
+        "median_image_size_in_voxels": list(patch),
+        "spacing": list(spacing),
+        "normalization_schemes": ["ZScoreNormalization"] * channels,
+        "use_mask_for_norm": [False] * channels,
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": RESAMPLING,
+        "resampling_fn_seg_kwargs": RESAMPLING | {"is_seg": True, "order": 1},
+        "resampling_fn_probabilities_kwargs": RESAMPLING | {"order": 1},
+        "architecture": architecture,
+        "batch_dice": False,
+    }
+    backward = [list(transpose).index(axis) for axis in range(3)]
+    return {
+        "dataset_name": "Dataset001_Tiny",
+        "plans_name": "nnUNetPlans",
+        "original_median_spacing_after_transp": [1.0, 1.0, 1.0],
+        "original_median_shape_after_transp": [20, 20, 20],
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": list(transpose),
+        "transpose_backward": backward,
+        "configurations": {name: configuration},
+        "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {str(i): {"mean": 0.0, "std": 1.0} for i in range(channels)},
+    }
+
+
+def model_folder(
+    root: Path,
+    *,
+    name: str = "3d_fullres",
+    patch: Sequence[int] = (8, 10, 12),
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    transpose: Sequence[int] = (0, 1, 2),
+    channels: int = 1,
+    labels: dict[str, Any] | None = None,
+    folds: int = 2,
+    mirror: Sequence[int] | None = (0, 1, 2),
+) -> Path:
+    """Write a model folder with random weights and return it."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    labels = LABELS if labels is None else labels
+    folder = root / "Dataset001_Tiny" / f"nnUNetTrainer__nnUNetPlans__{name}"
+    folder.mkdir(parents=True)
+    content = plans(patch, spacing, transpose, channels, name)
+    dataset: dict[str, Any] = {
+        "channel_names": {str(i): f"channel{i}" for i in range(channels)},
+        "labels": labels,
+        "numTraining": 3,
+        "file_ending": ".nii.gz",
+    }
+    if any(isinstance(label, list) for label in labels.values()):
+        dataset["regions_class_order"] = [1, 2]
+    (folder / "plans.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
+    manager = PlansManager(content)
+    heads = manager.get_label_manager(dataset).num_segmentation_heads
+    for fold in range(folds):
+        torch.manual_seed(fold)
+        network = nnUNetTrainer.build_network_architecture(
+            manager, manager.get_configuration(name), channels, heads, enable_deep_supervision=False
+        )
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        checkpoint = {
+            "network_weights": network.state_dict(),
+            "optimizer_state": {},
+            "grad_scaler_state": None,
+            "logging": {"ema_fg_dice": [np.float64(0.5), np.float32(0.25)]},
+            "_best_ema": np.float64(0.5),
+            "current_epoch": 1,
+            "init_args": {"plans": content, "configuration": name, "fold": fold, "dataset_json": dataset},
+            "trainer_name": "nnUNetTrainer",
+            "inference_allowed_mirroring_axes": None if mirror is None else tuple(mirror),
+        }
+        (folder / f"fold_{fold}").mkdir()
+        torch.save(checkpoint, folder / f"fold_{fold}" / "checkpoint_final.pth")
+    return folder
+
+
+def scan(folder: Path, channels: int = 1, shape: Sequence[int] = (22, 19, 17)) -> list[Path]:
+    """Write an oblique, anisotropic scan with a margin of zeros, one file per channel."""
+    angle = 0.2
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([1.0, 1.2, 1.5])
+    affine[:3, 3] = [-10, 5, 30]
+    random = np.random.default_rng(0)
+    files = []
+    folder.mkdir(exist_ok=True)
+    for channel in range(channels):
+        values = np.zeros(shape, np.float32)
+        inner = tuple(slice(2, n - 1) for n in shape)
+        grid = np.meshgrid(*(np.linspace(-1, 1, n - 3) for n in shape), indexing="ij")
+        values[inner] = 100 + 50 * grid[0] + 20 * grid[1] * grid[2] + 30 * random.random(grid[0].shape)
+        path = folder / f"case_{channel:04d}.nii.gz"
+        image = nib.Nifti1Image(values, affine)
+        image.set_sform(affine, 1)
+        image.set_qform(affine, 1)
+        nib.save(image, path)
+        files.append(path)
+    return files
