@@ -10,25 +10,11 @@ from tests.odd.truth import INDEPENDENT
 __all__ = ["KNOWN"]
 
 ALL = tuple(INDEPENDENT)
-NO_SUM = ("VanillaBackprop", "Occlusion", "FeatureAblation", "GradCam")
 
 #: by reason: case and methods
 _WRONG: dict[str, dict[str, tuple[str, ...]]] = {
-    "a state that the first image sets goes unnoticed": {
-        "subtracts the first image's mean": (
-            "VanillaBackprop",
-            "InputXGradient",
-            "Occlusion",
-            "FeatureAblation",
-            "GradCam",
-        ),
-    },
     "the type of the output is not checked": {
         "complex numbers": ALL,
-        "labels instead of logits": ALL,
-    },
-    "passes run in inference mode": {
-        "gradient inside forward": ("IntegratedGradients", "Occlusion", "FeatureAblation", "GradCam"),
     },
     "the input is not checked": {
         "network of a dictionary": ALL,
@@ -36,11 +22,7 @@ _WRONG: dict[str, dict[str, tuple[str, ...]]] = {
         "sparse image": ALL,
     },
     "not caught, or not named": {
-        "checkpointing, reentrant": ALL,
         "weights that are not initialised": ALL,
-    },
-    "a resampling without trace is not found by the check of the geometry": {
-        "resampled by Lambdad": NO_SUM,
     },
 }
 
