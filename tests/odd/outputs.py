@@ -78,7 +78,7 @@ CASES = [
     classifies("complex numbers", lambda y: torch.complex(y, y), twin=None, cause="complex|dtype"),
     classifies("labels instead of logits", lambda y: y.argmax(1, keepdim=True), target="OutputValue(0)", score=logit(0),
                twin=replaced(after=lambda y: y.argmax(1, keepdim=True).to(y))),
-    classifies("one number an image (B,)", lambda y: y[:, 0], target="OutputValue(0)", score=logit(0),
+    classifies("one number, (B,)", lambda y: y[:, 0], target="OutputValue(0)", score=logit(0),
                twin=replaced(after=first)),
     classifies("squeezed to ()", lambda y: y[:, :1].squeeze(), target="OutputValue(0)", score=logit(0),
                twin=replaced(after=first)),
