@@ -10,7 +10,6 @@ from tests.odd.truth import INDEPENDENT
 __all__ = ["KNOWN"]
 
 ALL = tuple(INDEPENDENT)
-NO_SUM = ("VanillaBackprop", "Occlusion", "FeatureAblation", "GradCam")
 
 #: by reason: case and methods
 _WRONG: dict[str, dict[str, tuple[str, ...]]] = {}

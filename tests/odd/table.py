@@ -32,7 +32,7 @@ at most 1e-6 of the largest value. The cases are in `tests/odd`, one file a kind
 | mark | meaning |
 |---|---|
 | ✓ | right |
-| h | handled: right, and the record says what was done for it |
+| h | handled: right, and a check of the record names the measure taken |
 | w | warned: not right, or nothing can be right (a random network has no map), and the record has a warning |
 | r | refused: an error whose message names the cause |
 | – | the method does not apply to such a network, odd or not |

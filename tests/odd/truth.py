@@ -51,7 +51,10 @@ class Truth:
     def gradient(self, x: Tensor) -> Tensor:
         """Return ∂F/∂x (C, *spatial)."""
         leaf = x.detach().clone().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(self.F(leaf), leaf, allow_unused=True)
+        value = self.F(leaf)
+        if not value.requires_grad:  # whole numbers
+            return torch.zeros_like(x)[0]
+        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
         return torch.zeros_like(x)[0] if gradient is None else gradient[0]
 
     def vanilla(self) -> Tensor:
@@ -96,6 +99,8 @@ class Truth:
         value = self.F(self.x.clone().requires_grad_(True))
         for handle in handles:
             handle.remove()
+        if not value.requires_grad:
+            return torch.zeros_like(self.x[0, :1])
         gradients = torch.autograd.grad(value, [kept[n] for n in parts], allow_unused=True)
         total = torch.zeros_like(self.x[0, :1])
         for name, gradient in zip(parts, gradients):
