@@ -124,6 +124,7 @@ class GradCam(_Cam):
         False
     """
 
+    map_check = "grad-cam"
     reference = "Selvaraju et al., ICCV 2017, arXiv:1610.02391"
     aliases = ("SegGradCam",)
     several_calls = True
@@ -222,6 +223,7 @@ class HiResCam(_Cam):
         layer, relu: see `GradCam`.
     """
 
+    map_check = "activation times gradient"
     reference = "Draelos & Carin 2020, arXiv:2011.08891"
     several_calls = True
     units = "target per voxel"
@@ -242,6 +244,7 @@ class LayerCam(HiResCam):
         layer, relu: see `GradCam`.
     """
 
+    map_check = "activation times positive gradient"
     reference = "Jiang et al., IEEE TIP 2021, doi:10.1109/TIP.2021.3089943"
 
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:

@@ -31,7 +31,7 @@ BLACK_BOX = [
     methods.Sobol(n_samples=4, grid=(2, 4)),
     methods.Hsic(n_samples=16, grid=3),
     methods.Occlusion(3, 2),
-    methods.Occlusion((2, 7), 3, baseline=0.3, per_channel=True),
+    methods.Occlusion((3, 7), 3, baseline=0.3, per_channel=True),
     methods.ScoreCam("a", baseline=0.3),
     methods.ScoreCam("a", max_channels=2),
 ]
