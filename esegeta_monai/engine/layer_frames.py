@@ -67,14 +67,25 @@ def _trace(objective: Objective) -> TracedLayers:
             lambda out: select_output(out, model.output, 2 + len(roi)),
         )
 
-    if objective.plan.whole:
-        return run(1)
+    if not objective.plan.whole:
+        try:
+            return run(2)
+        except RuntimeError as error:  # the network takes one window at a time, or there is no memory for two
+            if not isinstance(error, EsegetaError) and not out_of_memory(error):
+                raise _untraced(error) from error
     try:
-        return run(2)
-    except RuntimeError as error:  # the network takes one window at a time, or there is no memory for two
+        return run(1)
+    except RuntimeError as error:
         if isinstance(error, EsegetaError) or out_of_memory(error):
-            return run(1)
-        raise
+            raise
+        raise _untraced(error) from error
+
+
+def _untraced(error: RuntimeError) -> MethodError:
+    return MethodError(
+        f"the operations of the network cannot be followed, so it is not known where its layers lie "
+        f"({' '.join(str(error).split())[:200]}; torch.func transforms such as vmap hide them): use an input method"
+    )
 
 
 def check_calls(objective: Objective, layer: str, *, several: bool) -> None:

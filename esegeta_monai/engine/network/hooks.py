@@ -63,8 +63,13 @@ class Captured(dict[str, Tensor]):
         """Return the output of a layer that ran once.
 
         Raises:
-            NetworkError: it ran several times.
+            NetworkError: it did not run as a module, or several times.
         """
+        if layer not in self.each:
+            raise NetworkError(
+                f"layer {layer!r} does not run as a module in the forward pass (its weights are used directly, or not "
+                "at all): choose another layer"
+            )
         if len(self.each[layer]) > 1:
             raise NetworkError(
                 f"layer {layer!r} runs {len(self.each[layer])} times in a pass: choose a layer that runs once "

@@ -183,3 +183,11 @@ def test_a_graph_that_begins_at_the_layers_has_their_gradients_and_nothing_in_fr
         assert not network.constant.value.requires_grad
     for begun, whole in zip(gradients[True], gradients[False]):
         assert torch.equal(begun, whole)
+
+
+def test_a_layer_that_does_not_run_as_a_module_is_named() -> None:
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1))
+    with capture(network, ["0"]) as captured:
+        pass
+    with pytest.raises(NetworkError, match="does not run as a module"):
+        captured["0"]
