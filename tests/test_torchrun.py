@@ -81,7 +81,7 @@ def test_two_processes_write_what_one_does(study, share):
     )
     assert done.returncode == 0, done.stderr
     assert statuses(output) == statuses(study / "alone")
-    assert set(statuses(output).values()) == {"ok"}
+    assert set(statuses(output).values()) <= {"ok", "incomplete"}  # four steps of a path leave a gap
     assert not list(output.glob("run.rank*"))
     actual, expected = maps(output), maps(study / "alone")
     assert actual.keys() == expected.keys()
