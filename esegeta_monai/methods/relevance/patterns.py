@@ -202,6 +202,7 @@ class PatternNet(PatternAttribution):
     """
 
     additive = False
+    needs_positive = True  # its patterns are those of positive outputs
     units = "signal, in units of image intensity"
 
     way: ClassVar[rules.Way] = "signal"
