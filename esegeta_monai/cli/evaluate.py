@@ -15,7 +15,6 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 import esegeta_monai.files as storage
-from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.cli.arguments import add_computing_options, add_head, add_model, add_network, add_share
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import (
@@ -28,7 +27,7 @@ from esegeta_monai.cli.explain import (
     provenance_of,
 )
 from esegeta_monai.cli.log import RunLog
-from esegeta_monai.cli.reading import open_reader
+from esegeta_monai.cli.reading import open_reader, register_trusted
 from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, UsageError
@@ -43,7 +42,7 @@ from esegeta_monai.output.place import NO_METADATA
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.utils.distributed import Processes, process_group
 from esegeta_monai.utils.files import read_json
-from esegeta_monai.utils.registry import Registry
+from esegeta_monai.utils.registry import Registry, registered_names_only
 
 __all__ = [
     "add_arguments",
@@ -158,8 +157,7 @@ def run(args: Namespace, log: RunLog) -> int:
         raise UsageError("--label-value selects a value of a label map: also give the label map by --label")
     if args.region_names is not None and args.regions is None and args.label is None:
         raise UsageError("--region-names names the values of a label map: also give one by --regions or --label")
-    if args.bundle is not None:
-        register_extensions(args.bundle)
+    register_trusted(args)
     with process_group() as ranks:
         writer = _evaluate(args, log, ranks)
     if not ranks.rank:
@@ -375,7 +373,8 @@ def _revived(recorded: Sequence[tuple[str, Mapping[str, Any]]], registry: Regist
         if key in instances:
             continue
         try:
-            instances[key] = registry.create({"_target_": name, **_nested(parameters)})
+            with registered_names_only():
+                instances[key] = registry.create({"_target_": name, **_nested(parameters)})
         except EsegetaError as error:
             raise UsageError(
                 f"the {registry.kind} {name} of an earlier map cannot be recreated from its record ({error}): give it "
