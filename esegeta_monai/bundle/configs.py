@@ -1,7 +1,8 @@
 """Read the config files of a bundle as data: nothing is evaluated, and the size of what they expand to is limited.
 
-JSON and YAML can be nested without end, YAML aliases and MONAI's macros (``%id``, ``%file.json::id``) multiply what they
-name. The limits keep a file of a few bytes from taking all memory; a bundle of the Model Zoo has a few hundred entries.
+JSON and YAML can be nested without end, YAML aliases and MONAI's macros (``%id``, ``%file.json::id``) multiply what
+they name. The limits keep a file of a few bytes from taking all memory; a bundle of the Model Zoo has a few hundred
+entries.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Runnable:
         id: the id in the config, or the line of a script; empty for a whole file.
         kind: "component" (``_target_``), "expression" (``$…``), "import", "pickle" (an entry that opens one),
             "script" or "class" (of an nnU-Net plan).
-        text: the target, the expression or a description, shortened, without control characters.
+        text: the target, the expression or a description, without control characters, at most `MAX_SHOWN` of them.
         own: True for MONAI's, Ignite's and torch.nn's components, which are no code of the bundle.
     """
 
@@ -81,17 +81,21 @@ class Runnable:
         return f"{self.file}{f' {self.id}' if self.id else ''}: {self.kind}: {self.text}"
 
 
+MAX_SHOWN = 2000
+"""Characters of a target or expression that are listed: a shorter text could hide its end."""
+
+
 def printable(text: object, length: int = 100) -> str:
     r"""Return text in one line, shortened, with control and direction characters escaped.
 
     A terminal obeys control characters, so a config could hide its own entries.
 
     >>> printable("a\x1b[2Jb"), printable("x" * 200, 5)
-    ('a\\x1b[2Jb', 'xxxxx...')
+    ('a\\x1b[2Jb', 'xxxxx... (200 characters)')
     """
     raw = str(text)
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in raw[: length + 1])
-    return shown if len(raw) <= length else f"{shown[:length]}..."
+    return shown if len(raw) <= length else f"{shown[:length]}... ({len(raw)} characters)"
 
 
 class BundleContents:
@@ -269,11 +273,11 @@ def _of_config(file: str, config: Mapping[str, Any]) -> Iterator[Runnable]:
             safe = str(value.get("weights_only")).lower() == "true"
             kind = "pickle" if _LOADS.search(target) and not safe else "component"
             own = kind == "component" and _OWN.fullmatch(target) is not None
-            yield Runnable(file, shown, kind, printable(target) + mode, own)
+            yield Runnable(file, shown, kind, printable(target, MAX_SHOWN) + mode, own)
         elif isinstance(value, str) and value.startswith("$"):
             kind = "import" if _IMPORT.match(value) else "expression"
             kind = "pickle" if _LOADS.search(value) and not _SAFE.search(value) else kind
-            yield Runnable(file, shown, kind, printable(value))
+            yield Runnable(file, shown, kind, printable(value, MAX_SHOWN))
 
 
 def _about(file: Path) -> str:
@@ -300,8 +304,8 @@ def _walk(root: Path) -> Iterator[Path]:
             count += 1
             if count > MAX_FILES:
                 raise UsageError(
-                    f"the bundle {root.name} has more than {MAX_FILES} files, or a link that leads out of it: move data "
-                    "sets out of the bundle's folder"
+                    f"the bundle {root.name} has more than {MAX_FILES} files, or a link that leads out of it: move "
+                    "data sets out of the bundle's folder"
                 )
             file = Path(here) / name
             if file.is_file():  # no pipe, no device

@@ -131,7 +131,7 @@ def _top_modules(root: Path) -> dict[str, str]:
 class _SourceLoader(SourceFileLoader):
     """A loader that never uses compiled files, whose content need not be that of the source."""
 
-    def path_stats(self, path: str) -> dict[str, float]:  # type: ignore[override]
+    def path_stats(self, path: str) -> dict[str, float]:
         """Refuse, so that compiled files are neither read nor written."""
         raise OSError("compiled files of bundles are not used")
 

@@ -26,8 +26,8 @@ _MAX_FOLLOWED = 20
 class StaticBundle:
     """What the configs of a bundle state, as text.
 
-    References (``@id``) are followed as text, and texts that are only added (``$@bundle_root + '/models/model.pt'``) are
-    joined. Everything else that only an evaluation could tell is shown as the expression that it is.
+    References (``@id``) are followed as text, and texts that are only added (``$@bundle_root + '/models/model.pt'``)
+    are joined. Everything else that needs an evaluation is shown as the expression that it is.
 
     Args:
         reader: the bundle; none of its parts is built.

@@ -6,6 +6,7 @@ import json
 import logging
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,10 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWrite
         writer.failed(case, str(error))
         logger.debug("traceback", exc_info=error.__cause__)
 
-    each_case(ranks.share(cases) if args.share == "cases" else cases, evaluate, failed, log)
+    # parameters of records may be names that a method looks up only when it runs
+    names_of_records = earlier is not None and not (args.methods and args.target)
+    with registered_names_only() if names_of_records else nullcontext():
+        each_case(ranks.share(cases) if args.share == "cases" else cases, evaluate, failed, log)
     writer.join()
     return writer
 

@@ -14,7 +14,7 @@ from esegeta_monai.bundle.contents import BundleContents, NnunetContents, Runnab
 from esegeta_monai.bundle.trust import TRUST_VARIABLE, TrustStore, is_shipped
 from esegeta_monai.errors import TrustError, UsageError
 
-__all__ = ["add_trust", "listing", "require_trust", "summary"]
+__all__ = ["add_trust", "listing", "require_trust", "summary", "trust_changes"]
 
 SHOWN = 40
 """Entries of the bundle's own code in the question; ``info`` lists all."""
@@ -58,6 +58,19 @@ def require_trust(args: Namespace) -> None:
     args.allowed = True
 
 
+def trust_changes(args: Namespace) -> None:
+    """Trust the bundle of the arguments again after this package has written a file into it.
+
+    Args:
+        args: arguments for which `require_trust` has returned.
+    """
+    if os.environ.get(TRUST_VARIABLE) == "1" or args.bundle is None:
+        return
+    contents = BundleContents(args.bundle, getattr(args, "config", None))
+    if not is_shipped(contents):
+        _remember(contents, TrustStore())
+
+
 def _require(contents: BundleContents, given: bool) -> None:
     if not contents.runnables or is_shipped(contents):
         return
@@ -72,8 +85,12 @@ def _require(contents: BundleContents, given: bool) -> None:
             raise TrustError(refusal(contents))
         if not _asked(contents):
             raise TrustError(f"{contents.root.name} was not trusted: nothing of it has run")
+    _remember(contents, store)
+
+
+def _remember(contents: BundleContents, store: TrustStore) -> None:
     try:
-        store.add(digest, printable(contents.root.name))
+        store.add(contents.digest(store.sha256), printable(contents.root.name))
     except UsageError as error:
         logger.warning("the answer is not remembered: %s", error)
 
@@ -88,10 +105,11 @@ def _saved(store: TrustStore) -> None:
 def refusal(contents: BundleContents) -> str:
     """Return the error for a bundle that is not trusted, in one line with the first entry that would run."""
     option = "--nnunet" if isinstance(contents, NnunetContents) else "--bundle"
+    first = printable(contents.runnables[0], 200)
     return (
         f"the {contents.what} {printable(contents.root.name)} is not trusted, and this command would run its code: "
-        f"{summary(contents.runnables)}, first {contents.runnables[0]}; list it with 'esegeta-monai info {option} "
-        f"DIR', then allow these contents by --trust, or all bundles by {TRUST_VARIABLE}=1"
+        f"{summary(contents.runnables)}, first {first}; list it with 'esegeta-monai info {option} DIR', then "
+        f"allow these contents by --trust, or all bundles by {TRUST_VARIABLE}=1"
     )
 
 
