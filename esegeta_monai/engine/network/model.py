@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from esegeta_monai.engine.network.outputs import OutputChoice, batch_first, choose_output, select_output
 from esegeta_monai.errors import EsegetaError, NetworkError
+from esegeta_monai.utils.upstream import non_reentrant_checkpoints
 
 __all__ = [
     "Model",
@@ -199,7 +200,7 @@ class Model:
             kwargs["condition"] = condition if axis is None else condition.squeeze(axis)
         args = given if coordinates is None else (coordinates, *given)
         try:
-            with self.autocast():
+            with self.autocast(), non_reentrant_checkpoints():
                 if self.inferer is None:
                     raw = self.network(first, *args, **kwargs)
                 else:
