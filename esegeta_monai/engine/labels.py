@@ -12,7 +12,8 @@ from monai.data.utils import to_affine_nd
 from torch import Tensor
 
 from esegeta_monai.engine.score import Case
-from esegeta_monai.errors import TargetError
+from esegeta_monai.errors import InputError, TargetError
+from esegeta_monai.utils.whole_files import check_whole
 
 
 def _affine(case: Case, dimensions: int, what: str) -> np.ndarray:
@@ -46,6 +47,10 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
             raise TargetError(f"{value!s} is neither a file nor a key of the case's data (keys: {keys})")
         from monai.transforms import LoadImage
 
+        try:
+            check_whole(value)
+        except InputError as error:
+            raise TargetError(str(error).replace(str(value), Path(value).name)) from error
         try:
             value = LoadImage(image_only=True, ensure_channel_first=True)(value)
         except Exception as error:  # each reader has its own errors for unreadable files

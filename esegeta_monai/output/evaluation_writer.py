@@ -21,6 +21,7 @@ from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes, Share
 from esegeta_monai.utils.files import write_json
 from esegeta_monai.utils.registry import json_ready
+from esegeta_monai.utils.whole_files import check_sources
 
 __all__ = ["COLUMNS", "REGION_COLUMNS", "EvaluationWriter"]
 
@@ -105,6 +106,7 @@ class EvaluationWriter:
         Raises:
             EsegetaError: the case cannot be explained at all.
         """
+        check_sources(image, more.get("data"))
         parts = self.ranks.part(self.share, self.methods, self.targets)
 
         def judge() -> EvaluationResult:

@@ -42,6 +42,7 @@ from esegeta_monai.methods.base import Method
 from esegeta_monai.output.place import NO_METADATA, VANISHED, ZERO, PlaceChecks
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes
+from esegeta_monai.utils.whole_files import check_sources
 
 __all__ = [
     "ResultWriter",
@@ -181,6 +182,7 @@ class ResultWriter:
 
         kept = self.output_dir / ".scores"
         try:
+            check_sources(image, more.get("data"))
             storage.check_contents(image, case)
             for attribution in explainer(image[None], methods, targets, skip=skip, scores_dir=kept, **more):
                 if on_explained is not None:
