@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Mapping
@@ -19,13 +18,12 @@ from monai.utils import optional_import
 
 from esegeta_monai.errors import InputError
 from esegeta_monai.files.dicom import check_series
+from esegeta_monai.files.doubts import geometry_doubts
 from esegeta_monai.utils.images import _check_affine, check_image
 from esegeta_monai.utils.stated_size import NIBABEL_SUFFIXES, open_with_nibabel
 from esegeta_monai.utils.whole_files import check_whole
 
 __all__ = ["Grid", "read_scan"]
-
-logger = logging.getLogger(__name__)
 
 RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 GEOMETRY_FIELDS = (
@@ -151,17 +149,18 @@ def read_scan(
 
     Raises:
         InputError: the file is missing, empty, truncated, altered, of another format, or larger than the limit of
-            `check_whole` (a DICOM series: it has a gap, see `check_series`); it contains NaN, infinity, colour triples or complex numbers; its affine is singular;
-            dimensions or channels differ from the required ones; ITK is needed and not installed.
+            `check_whole` (a DICOM series: it has a gap, see `check_series`); it contains NaN, infinity, colour triples
+            or complex numbers; its affine is singular or out of all proportion; dimensions or channels differ from the
+            required ones; ITK is needed and not installed.
     """
     check_whole(path)
     path = Path(path)
     reader: ImageReader
-    stated: np.ndarray | None = None  # the affine in the file, before MONAI corrects it
     if path.name.lower().endswith(NIBABEL_SUFFIXES):
         image = open_with_nibabel(path)
-        stated = np.asarray(image.affine, dtype=np.float64)
-        _check_affine(stated, min(3, image.ndim), path)
+        # as in the file, before MONAI corrects it
+        _check_affine(np.asarray(image.affine, dtype=np.float64), min(3, image.ndim), path)
+        geometry_doubts(path)
         reader = NibabelReader()
     elif path.name.lower().endswith(RASTER_SUFFIXES):
         reader = PILReader()
@@ -180,8 +179,6 @@ def read_scan(
     if spatial_dims == 2 and scan.ndim == 4 and scan.shape[-1] == 1:
         scan = scan[..., 0]
     check_image(scan, path, spatial_dims=spatial_dims, channels=channels)
-    if stated is not None and not np.allclose(stated, scan.affine, rtol=1e-4, atol=1e-4):
-        logger.warning("%s: the affine contradicts the voxel size and MONAI corrects it; maps keep the file's", path)
     return scan
 
 

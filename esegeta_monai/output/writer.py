@@ -271,6 +271,7 @@ class ResultWriter:
         """Return what the map is written on: the scan, or the image itself if nothing connects it with the scan."""
         placed = has_metadata(image, None if scan is image else self._scan(scan))
         record.grid = "scan" if placed and scan is not image else "network"
+        self._places.add_doubts(record, scan)
         if not placed:
             with self._places.noted(record, case):
                 warnings.warn(NO_METADATA.format("x".join(map(str, image.shape[1:]))), stacklevel=2)

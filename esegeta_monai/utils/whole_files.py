@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import stat
 import zlib
 from collections.abc import Iterator, Mapping
@@ -19,9 +18,10 @@ from typing import Any
 from monai.utils import optional_import
 
 from esegeta_monai.errors import InputError, UsageError
+from esegeta_monai.utils.files import refuse_remote
 from esegeta_monai.utils.stated_size import StatedData, stated_data
 
-__all__ = ["LIMIT", "check_size", "check_sources", "check_whole", "refuse_remote"]
+__all__ = ["LIMIT", "check_size", "check_sources", "check_whole"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,31 +32,6 @@ PACKED = 200
 """Scans compress 2- to 20-fold, label maps 200-fold. Files that state more than that have the lower limit."""
 FIRST_ANSWER = 1 << 20
 BLOCK = 1 << 20
-
-REMOTE = re.compile(r"(?!file:)([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
-COPY = {"s3": "aws s3 cp", "gs": "gcloud storage cp", "http": "curl -O", "https": "curl -O", "sftp": "sftp"}
-
-
-def refuse_remote(path: str | os.PathLike[str], what: str = "") -> None:
-    """Check that a path is one of this machine.
-
-    Args:
-        path: path as given.
-        what: first words of the message.
-
-    Raises:
-        UsageError: it is a URL; the message tells how to copy it.
-
-    >>> refuse_remote("scans/a.nii.gz")
-    """
-    text = os.fspath(path)
-    if text.lower().startswith("file:/"):
-        raise UsageError(f"{what}{text}: give the plain path, without file:")
-    match = REMOTE.match(text)
-    if match and not os.path.exists(text):
-        tool = COPY.get(match[1].lower())
-        how = f"copy it here first ({tool} ...)" if tool else "copy it here first"
-        raise UsageError(f"{what}{text}: remote paths are not supported; {how}, or mount it, and give the local path")
 
 
 def check_sources(image: Any, data: Mapping[Any, Any] | None = None) -> None:
