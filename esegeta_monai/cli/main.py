@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 from esegeta_monai.cli import check, demo, evaluate, explain, look, overlay, patterns, report, tables
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.errors import EsegetaError, TrustError
-from esegeta_monai.utils.files import INTENDED_USE
+from esegeta_monai.utils.files import INTENDED_USE, refuse_remote
+from esegeta_monai.utils.names import one_line
 
 __all__ = ["build_parser", "main"]
 
@@ -102,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version, a wrong option
         return int(stop.code or 0)
     try:
+        _refuse_remote_paths(args)
         with RunLog(_level(args)) as log:
             return args.run(args, log)
     except EsegetaError as error:
@@ -120,6 +122,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def _refuse_remote_paths(args: argparse.Namespace) -> None:
+    """Refuse remote paths in any option before any work: no other value begins like a URL."""
+    for name, given in vars(args).items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str):
+                refuse_remote(value, f"{name.replace('_', '-')}: ")
+
+
 def _if(args: argparse.Namespace, error: Exception) -> Exception | None:
     return error if args.verbose else None
 
@@ -127,7 +137,7 @@ def _if(args: argparse.Namespace, error: Exception) -> Exception | None:
 def _say(text: str, error: Exception | None = None) -> None:
     if error is not None:
         traceback.print_exception(error)
-    print(f"esegeta-monai: error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"esegeta-monai: error: {' '.join(one_line(text).split())}", file=sys.stderr)
 
 
 def _level(args: argparse.Namespace) -> str:
