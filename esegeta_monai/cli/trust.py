@@ -155,4 +155,7 @@ def _asked(contents: BundleContents) -> bool:
     if len(lines) > len(shown):
         print(f"  ... and {len(lines) - len(shown)} more, which 'esegeta-monai info' lists", file=sys.stderr)
     print("Trust these contents? They are remembered until a file changes. [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    try:
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+    except OSError as error:  # a process in a session of its own cannot read from the terminal
+        raise TrustError(refusal(contents)) from error
