@@ -46,7 +46,7 @@ def add_info_arguments(parser: ArgumentParser) -> None:
 
 
 def run_info(args: Namespace, *_: object) -> int:
-    """Print versions, devices and the description of a bundle, of which nothing is run, and what would run."""
+    """Print versions, devices and the description of a bundle, and what of it would run; nothing is run."""
     sections: dict[str, Any] = {"versions": storage.versions(), "devices": _devices()}
     contents: BundleContents | None = None
     if args.nnunet:

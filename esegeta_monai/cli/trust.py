@@ -52,7 +52,7 @@ def require_trust(args: Namespace) -> None:
         if args.bundle is not None:
             folders.append(BundleContents(args.bundle, getattr(args, "config", None)))
         if nnunet is not None:
-            folders.append(NnunetContents(nnunet))
+            folders.append(NnunetContents(nnunet, getattr(args, "previous_stage", None)))
         for contents in folders:
             _require(contents, args.trust)
     args.allowed = True
