@@ -132,11 +132,11 @@ class BundleContents:
 
     @cached_property
     def runnables(self) -> list[Runnable]:
-        """Everything that runs, or may run, when the bundle's network is built: code of the bundle first."""
+        """Everything that runs, or may run, when the bundle's network is built: scripts and pickles first."""
         entries = [Runnable(self.shown(file), "", "script", _about(file)) for file in self.scripts]
         for file in self.configs:
             entries += _of_config(self.shown(file), parse_config(file))
-        return sorted(entries, key=lambda entry: entry.own)
+        return sorted(entries, key=lambda entry: (entry.own, _ORDER.index(entry.kind)))
 
     @cached_property
     def hiding(self) -> dict[str, str]:
@@ -266,6 +266,7 @@ class NnunetContents(BundleContents):
         return {self.shown(file): file for file in self.configs}
 
 
+_ORDER = ("script", "pickle", "import", "component", "expression")
 _CLASS_KEYS = ("network_class_name", "network_arch_class_name")
 _ARGUMENT_KEYS = ("architecture", "network_arch_init_kwargs")
 

@@ -136,7 +136,7 @@ def listing(contents: BundleContents) -> list[str]:
     lines = [f"refused: {printable(file)} hides the module {name}" for name, file in contents.hiding.items()]
     if not contents.runnables:
         return [*lines, "nothing of this folder runs: it names only known classes, and its weights are read as numbers"]
-    lines.append(f"would run when the network is built: {summary(contents.runnables)}")
+    lines.append(f"may run when the network is built: {summary(contents.runnables)}")
     width = max(len(f"{entry.file} {entry.id}") for entry in contents.runnables)
     for entry in contents.runnables:
         where = f"{entry.file} {entry.id}".rstrip()
