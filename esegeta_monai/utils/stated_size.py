@@ -119,7 +119,7 @@ def _of_nrrd(path: Path) -> StatedData | None:
     if not text.startswith("NRRD"):
         raise InputError(f"{path}: cannot be read as an image (no NRRD file)")
     fields = {key.strip().lower(): value.strip() for key, value in re.findall(r"^([^:#\n]+):\s(.*)$", text, re.M)}
-    sizes, kind = _whole(fields.get("sizes", "")), _NRRD_BYTES.get(fields.get("type", ""))
+    sizes, kind = _whole(path, fields.get("sizes", "")), _NRRD_BYTES.get(fields.get("type", ""))
     encoding = fields.get("encoding", "raw").lower()
     if not sizes or kind is None:
         return None  # ITK names what is wrong
@@ -143,7 +143,7 @@ def _of_nrrd(path: Path) -> StatedData | None:
 def _of_metaimage(path: Path) -> StatedData | None:
     text, end = _text_header(path, re.compile(rb"ElementDataFile\s*=[^\n]*\n?"))
     fields = {key: value.strip() for key, value in re.findall(r"^(\w+)\s*=\s*(.*)$", text, re.M)}
-    sizes, kind = _whole(fields.get("DimSize", "")), _META_BYTES.get(fields.get("ElementType", ""))
+    sizes, kind = _whole(path, fields.get("DimSize", "")), _META_BYTES.get(fields.get("ElementType", ""))
     where = fields.get("ElementDataFile", "")
     binary = fields.get("BinaryData", "True").lower().startswith("t")
     if not sizes or kind is None or not where or not binary or where.startswith("LIST") or "%" in where:
@@ -200,7 +200,13 @@ def _text_header(path: Path, end: re.Pattern[bytes]) -> tuple[str, int]:
     return head[:stop].decode("utf-8", "replace").replace("\r\n", "\n"), stop
 
 
-def _whole(text: str) -> list[int]:
-    """Return whole numbers above 0; [] if there are others."""
+def _whole(path: Path, text: str) -> list[int]:
+    """Return the sizes of the axes; [] if there are none.
+
+    Raises:
+        InputError: one is no whole number above 0.
+    """
     words = text.split()
-    return [int(w) for w in words] if all(w.isdigit() and int(w) > 0 for w in words) else []
+    if not all(w.isdigit() and int(w) > 0 for w in words):
+        raise InputError(f"{path}: the header states the shape {text}; convert or copy the file again")
+    return [int(w) for w in words]
