@@ -87,6 +87,8 @@ def _check_alike(folder: Path, files: list[str], headers: list[dict[str, Any]]) 
         if header["size"] != first["size"]:
             sizes = [" x ".join(map(str, h["size"])) for h in (header, first)]
             raise _mixed(folder, f"{Path(file).name} has {sizes[0]} voxels, {Path(files[0]).name} {sizes[1]}")
+        if header["kind"] != first["kind"]:
+            raise _mixed(folder, f"{Path(file).name} has other types of numbers than {Path(files[0]).name}")
         turned = [h["orientation"] for h in (header, first)]
         if turned[0] is not None and turned[1] is not None and not np.allclose(*turned, atol=1e-3):
             raise _mixed(folder, f"{Path(file).name} has another orientation than {Path(files[0]).name}")
@@ -108,6 +110,8 @@ def _check_distances(folder: Path, headers: list[dict[str, Any]]) -> None:
     uneven = np.abs(distances - usual) > _UNEVEN * max(usual, 1e-6)
     if uneven.any():
         wrong = float(distances[uneven][0])
+        if wrong < _UNEVEN * usual:
+            raise _mixed(folder, "two slices are at the same place")
         raise _truncated(folder, f"slices are missing, one gap of {wrong:g} mm among gaps of {usual:g} mm")
 
 
@@ -140,6 +144,7 @@ def _header(itk: Any, file: str) -> dict[str, Any]:
         "number": whole(_NUMBER),
         "count": whole(_IN_ACQUISITION) or whole(_IN_STACK),
         "size": size,
+        "kind": image_io.GetComponentTypeAsString(image_io.GetComponentType()),
         "pixels": math.prod(size) * int(image_io.GetNumberOfComponents()),
         "bytes": int(image_io.GetImageSizeInBytes()),
         "compressed": syntax not in UNCOMPRESSED,

@@ -160,8 +160,8 @@ def _of_numpy(path: Path) -> StatedData:
     with path.open("rb") as file:
         try:
             shape, kind = _numpy_header(file)
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{path}: cannot be read as an image ({error})") from error
+        except Exception as error:  # NumPy evaluates the header, and passes on what Python's parser raises
+            raise InputError(f"{path}: cannot be read as an image ({' '.join(str(error).split())[:200]})") from error
         voxels = math.prod(shape)
         return StatedData(path, file.tell(), 0, voxels * kind.itemsize, voxels, "raw")
 
@@ -184,10 +184,10 @@ def _of_archive(path: Path) -> StatedData | None:
                     shape, kind = _numpy_header(file)
                 if math.prod(shape) * kind.itemsize > member.file_size:
                     raise InputError(f"{path}: the file is truncated ({member.filename} is cut short); copy it again")
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, zlib.error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+    except InputError:
+        raise
+    except Exception as error:  # as above, and those of `zipfile` and `zlib`
+        raise InputError(f"{path}: cannot be read as an image ({' '.join(str(error).split())[:200]})") from error
     return StatedData(path, 0, 0, 0, size, "raw", ends=False)
 
 
