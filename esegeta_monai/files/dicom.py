@@ -49,9 +49,9 @@ def check_series(folder: Path, itk: Any) -> list[str]:
         InputError: the folder has no or several series, a truncated or mixed one, or files that are not encoded as they
             state; the message names the missing part.
     """
-    for file in sorted(folder.iterdir()):
-        if file.is_file():
-            check_syntax(file)
+    for member in sorted(folder.iterdir()):
+        if member.is_file():
+            check_syntax(member)
     names = itk.GDCMSeriesFileNames.New()
     names.SetUseSeriesDetails(True)
     names.SetDirectory(str(folder))
@@ -89,8 +89,8 @@ def _check_alike(folder: Path, files: list[str], headers: list[dict[str, Any]]) 
             raise _mixed(folder, f"{Path(file).name} has {sizes[0]} voxels, {Path(files[0]).name} {sizes[1]}")
         if header["kind"] != first["kind"]:
             raise _mixed(folder, f"{Path(file).name} has other types of numbers than {Path(files[0]).name}")
-        turned = [h["orientation"] for h in (header, first)]
-        if turned[0] is not None and turned[1] is not None and not np.allclose(*turned, atol=1e-3):
+        here, there = header["orientation"], first["orientation"]
+        if here is not None and there is not None and not np.allclose(here, there, atol=1e-3):
             raise _mixed(folder, f"{Path(file).name} has another orientation than {Path(files[0]).name}")
     on_disk = sum(Path(file).stat().st_size for file in files)
     check_size(folder, sum(h["pixels"] for h in headers), sum(h["bytes"] for h in headers), on_disk)

@@ -32,9 +32,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from esegeta_monai.bundle.trust import TRUST_VARIABLE
 from tests.support.cli import make_bundle, make_scan
 
 TARGET = "MultiClassMask(1)"
+os.environ[TRUST_VARIABLE] = "1"  # as in tests/conftest.py; a row on trust removes it by `before`
 
 
 @dataclass(frozen=True)
