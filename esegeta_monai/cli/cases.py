@@ -119,8 +119,8 @@ def _search(
     try:
         if real in above:
             raise OSError(errno.ELOOP, "a link that leads back to a folder above it")
-        with os.scandir(folder) as found:
-            entries = sorted((e.name, _is_folder(e)) for e in found if not e.name.startswith("."))
+        with os.scandir(folder) as listed:
+            entries = sorted((e.name, _is_folder(e)) for e in listed if not e.name.startswith("."))
         if folder != root and _is_series(folder):
             yield ScanCase(storage.case_name(folder, root), (folder,))
             return

@@ -110,7 +110,7 @@ def _refuse_other_axes(value: Any, shape: tuple[int, ...]) -> None:
 
 
 def _refuse_outside(size: tuple[int, ...], affine: np.ndarray, shape: tuple[int, ...], reference: np.ndarray) -> None:
-    """Refuse a label map of which no voxel lies on the image; sizes in voxels, affines (d + 1, d + 1) to world (mm)."""
+    """Refuse a label map without a voxel on the image; sizes in voxels, affines (d + 1, d + 1) to world (mm)."""
     ends = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in size], indexing="ij"), -1).reshape(-1, len(size))
     onto = np.linalg.inv(reference) @ affine
     corners = ends @ onto[:-1, :-1].T + onto[:-1, -1]

@@ -1,4 +1,4 @@
-"""Doubts about a scan's geometry: what its header says twice, and differently, or not at all."""
+"""Doubts about a scan's geometry: contradictory or missing header entries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def geometry_doubts(scan: Any) -> tuple[str, ...]:
-    """Return sentences on what is uncertain in the geometry of a NIfTI file; () for other formats.
+    """Return sentences on uncertain entries of the geometry of a NIfTI file; () for other formats.
 
     Each is logged once for a file and process, and belongs into the records of the scan's maps.
 

@@ -1,4 +1,4 @@
-"""What the header of an image file states about its data: where they are, how they are stored, and their size."""
+"""Place, encoding and size of an image's voxels, as the header of its file states them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class StatedData:
         size: bytes of the voxels, decompressed.
         voxels: number of voxels, all channels together.
         stored: ``"raw"``, ``"gzip"`` or ``"zlib"``.
-        ends: the format has nothing behind its voxels.
+        ends: the format has nothing after its voxels.
     """
 
     file: Path
@@ -110,7 +110,7 @@ def _of_nibabel(path: Path) -> StatedData:
     start = int(image.dataobj.offset)
     compressed = file.name.lower().endswith((".gz", ".mgz"))
     size = voxels * image.header.get_data_dtype().itemsize
-    ends = isinstance(image.header, nib.Nifti1Header)  # MGH has tags behind its voxels
+    ends = isinstance(image.header, nib.Nifti1Header)  # MGH has tags after its voxels
     return StatedData(file, 0, start, size, voxels, "gzip" if compressed else "raw", ends)
 
 
@@ -195,8 +195,8 @@ def _text_header(path: Path, end: re.Pattern[bytes]) -> tuple[str, int]:
     """Return the text at the beginning of a file up to the first match of ``end``, and where the match stops."""
     with path.open("rb") as file:
         head = file.read(LONGEST_HEADER)
-    found = end.search(head)
-    stop = len(head) if found is None else found.end()
+    match = end.search(head)
+    stop = len(head) if match is None else match.end()
     return head[:stop].decode("utf-8", "replace").replace("\r\n", "\n"), stop
 
 

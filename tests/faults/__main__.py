@@ -19,7 +19,7 @@ from tests.faults.runner import Row, all_rows
 DOC = Path(__file__).parents[2] / "docs" / "faults.md"
 HEAD = """# Faults
 
-What happens to inputs, disks and processes, and whether the package does what it must then: name the fault in one line,
+Faults of inputs, disks and processes, and whether the package does what it must then: name the fault in one line,
 lose nothing else, leave no partial file. `make faults` runs all rows (`python -m tests.faults GROUP ...` some groups)
 and writes this table; the tests of `tests/faults` run the short ones.
 
@@ -66,9 +66,9 @@ def _explanations() -> str:
     """The rows that have a reason, by group."""
     lines = ["", "## Rows with more than one right answer", ""]
     for group, members in groupby(all_rows(), key=lambda row: row.group):
-        told = [row for row in members if row.why]
-        if told:
-            lines += [f"* Group {group}", *(f"  * {row.name}: {row.why}" for row in told)]
+        explained = [row for row in members if row.why]
+        if explained:
+            lines += [f"* Group {group}", *(f"  * {row.name}: {row.why}" for row in explained)]
     return "\n".join(lines) + "\n"
 
 

@@ -31,7 +31,7 @@ def values() -> np.ndarray:
 
 
 def row(name: str, write: Callable[[Path], Path], says: str, why: str = "") -> Row:
-    """A damaged file that must be refused, in its own words; ``says`` empty: that may be read."""
+    """A damaged file that must be refused, in its own words; an empty ``says``: it may be read."""
 
     def check(folder: Path) -> str:
         pytest.importorskip("itk")
@@ -179,7 +179,7 @@ ROWS = [
                 f"{suffix} with fewer voxels stated",
                 volume(suffix, swap(SIZES, b"12 10 5")),
                 "",
-                why="what follows the voxels is not read; a warning in the log tells how many bytes",
+                why="bytes after the voxels are not read; a warning in the log has their number",
             ),
         )
     ),

@@ -1,7 +1,7 @@
 """Malformed NIfTI files, labels and regions, through the command line, each beside a good scan.
 
 A file must be refused in one line that names it (exit code 1, no traceback, nothing left of it, the good scan done), or
-be explained where it has one lawful reading (`Case.lawful` says which).
+be explained where it has one lawful reading (`Case.lawful`).
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ CASES = [
     Case(
         "fewer voxels stated than stored",
         n.field(n.dims(16, 20, 8)),
-        lawful="the standard lets anything follow the voxels; a warning in the log tells how many bytes",
+        lawful="the standard lets anything follow the voxels; a warning in the log has their number",
     ),
     Case("30000³ stated in .nii.gz", n.field(n.dims(30000, 30000, 30000))),
     Case("30000³ stated in .nii", n.field(n.dims(30000, 30000, 30000)), NII),

@@ -184,7 +184,7 @@ def bombs(name: str, limit_mb: int, seconds: float, says: str, *content: object)
 
 
 def raised_limit(folder: Path) -> str:
-    """The user may raise the limit, or lower it; the message says how."""
+    """The user may raise the limit, or lower it; the message names the variable."""
     bomb = folder / "bomb.nii.gz"
     n.bomb(bomb, (16, 16, 16), 2, 8, 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -295,7 +295,7 @@ ROWS = [
     bombs("1500³ stated, 3.4 GB in 3.3 MB", 200, 1, "more than the limit", (1500, 1500, 1500), 2, 8, 3219),
     bombs("1290³ stated (2 GB) in 1 KB", 200, 1, "more than the limit", (1290, 1290, 1290), 2, 8, 0),
     bombs("400³ stated (64 MB) in 2 KB", 200, 1, "the file is truncated", (400, 400, 400), 2, 8, 1),
-    bombs("2 GB behind the voxels of 16³", 200, 1, "go on far behind", (16, 16, 16), 16, 32, 2000),
+    bombs("2 GB after the voxels of 16³", 200, 1, "go on far beyond", (16, 16, 16), 16, 32, 2000),
     Row(GROUP, "the limit can be changed", raised_limit),
     Row(GROUP, "the check's share of a run on 30 MB", cost, slow=True),
     Row(GROUP, "the check's memory on 30 MB", memory, slow=True),

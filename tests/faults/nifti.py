@@ -113,7 +113,7 @@ def two_forms(path: Path) -> None:
 
 
 def bomb(path: Path, sizes: tuple[int, int, int], dtype: int, bits: int, payload: int) -> None:
-    """A header for ``sizes`` and ``payload`` MiB of zeros behind it."""
+    """A header for ``sizes`` and ``payload`` MiB of zeros after it."""
     header = bytearray(plain()[:352])
     for form, offset, values in (dims(*sizes), ("<2h", 70, (dtype, bits))):
         struct.pack_into(form, header, offset, *values)

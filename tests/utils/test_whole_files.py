@@ -46,7 +46,7 @@ def test_every_flip_of_the_compressed_voxels_is_found(tmp_path: Path) -> None:
         if _decompressed(changed) == voxels:  # a bit that fills the last byte before the checksum
             assert byte == len(content) - 9
             continue
-        with pytest.raises(InputError, match=r"damaged|truncated|readable|states|behind"):
+        with pytest.raises(InputError, match=r"damaged|truncated|readable|states|beyond"):
             check_whole(path)
     path.write_bytes(content)
     check_whole(path)
