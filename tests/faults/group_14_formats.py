@@ -31,7 +31,7 @@ def values() -> np.ndarray:
 
 
 def row(name: str, write: Callable[[Path], Path], says: str, why: str = "") -> Row:
-    """A damaged file that must be refused, in its own words; an empty ``says``: it may be read."""
+    """A damaged file that must be refused, in its own words; an empty pattern: it may be read."""
 
     def check(folder: Path) -> str:
         pytest.importorskip("itk")

