@@ -181,7 +181,17 @@ def explain_cases(
         own = reader.predict(image, data, output / safe_name(case.name) / f"{safe_name(case.name)}_seg")
         prediction = None if own is None else own[None]
         for some, of in ranks.part(options.share, methods, chosen):
-            writer.explain(explainer, image, case.name, some, of, scan=scan, data=data, prediction=prediction)
+            writer.explain(
+                explainer,
+                image,
+                case.name,
+                some,
+                of,
+                scan=scan,
+                pipeline=preprocess.pipeline(case),
+                data=data,
+                prediction=prediction,
+            )
 
     each_case(ranks.share(cases) if options.share == "cases" else cases, explain, writer.failed, log)
     with writer.run:

@@ -15,6 +15,7 @@ import esegeta_monai.files as storage
 from esegeta_monai.errors import InputError
 from esegeta_monai.explain.record import Record
 from esegeta_monai.files.grids.geometry import Geometry
+from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.files.grids.resample import geometry_of, has_metadata, scan_of
 from esegeta_monai.utils.files import read_json
 
@@ -50,19 +51,29 @@ class PlaceChecks:
         known = {check.get("check") for check in record.checks or ()}
         return "geometry" in known or record.grid != "scan" or record.map is None
 
-    def check(self, record: Record, case: str, image: MetaTensor, scan: MetaTensor, *, additive: bool) -> None:
+    def check(
+        self,
+        record: Record,
+        case: str,
+        image: MetaTensor,
+        scan: MetaTensor,
+        *,
+        additive: bool,
+        pipeline: Pipeline | None = None,
+    ) -> None:
         """Compare a preprocessed image (C, *spatial) with its scan (C, *scan), and add the result to the record.
 
         Args:
             record: of a map of this image; its ``image_sha256`` identifies the image.
             additive: see `esegeta_monai.files.grids.resample.to_scan_grid`.
+            pipeline: see `esegeta_monai.files.grids.resample.geometry_of`.
 
         Raises:
             InputError: their contents contradict each other, so a map on the scan's grid would be in the wrong place.
         """
         key = (case, record.image_sha256, additive)
         if key not in self._results:
-            self._results[key] = geometry_of(image, scan, additive=additive)
+            self._results[key] = geometry_of(image, scan, additive=additive, pipeline=pipeline)
         result = self._results[key]
         record.checks = [*(record.checks or []), result.entry()]
         if result.verdict == "refused":
