@@ -15,7 +15,7 @@ from monai.utils import TransformBackends
 from torch import nn
 from torch.utils.data import get_worker_info
 
-from esegeta_monai.errors import UsageError
+from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.record import Record
 from esegeta_monai.methods.base import METHODS
@@ -24,6 +24,7 @@ from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.utils.files import strict_json
 from esegeta_monai.utils.names import check_clashes, distinct_names, safe_name
+from esegeta_monai.utils.whole_files import check_sources
 
 __all__ = ["Explain", "ExplainD", "ExplainDict", "Explaind"]
 
@@ -102,6 +103,13 @@ class Explain(Transform):
             prediction: the network's raw output (K, …) for the image, if it is already known.
         """
         self._refuse_forked_cuda()
+        try:
+            check_sources(image, case)
+        except InputError as error:
+            if self.explainer.settings.on_error == "raise":
+                raise
+            logger.warning("no map, failed: %s", error)
+            return {}
         places = PlaceChecks()
         maps: dict[str, MetaTensor] = {}
         batch = None if prediction is None else torch.as_tensor(prediction)[None]
