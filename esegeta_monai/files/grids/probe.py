@@ -1,7 +1,7 @@
 """Find out by a pattern added to the scan where a preprocessing puts its voxels.
 
 The contents of some images cannot show whether maps lie in the right place: symmetric ones, noise, classes. Where the
-preprocessing can run again, the scan gets a weak pattern whose strength says where a voxel comes from.
+preprocessing can run again, the scan gets a weak pattern whose strength shows where a voxel lies.
 """
 
 from __future__ import annotations
@@ -130,8 +130,8 @@ class _Run:
         assert isinstance(image, MetaTensor)
         return image
 
-    def _adder(self, loader: LoadImaged, pattern: Tensor | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        def add(data: dict[str, Any]) -> dict[str, Any]:
+    def _adder(self, loader: LoadImaged, pattern: Tensor | None) -> Callable[[dict[Any, Any]], dict[Any, Any]]:
+        def add(data: dict[Any, Any]) -> dict[Any, Any]:
             for key in loader.keys:
                 value = data.get(key)
                 if not isinstance(value, MetaTensor):
