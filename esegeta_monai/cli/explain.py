@@ -199,9 +199,14 @@ def explain_cases(
 
 def open_log(log: RunLog, reader: BundleReader, cases: Sequence[ScanCase], output: Path) -> None:
     """Open the log file in ``output``; its lines do not show the folders of scans, bundle and output."""
-    for path in (*(file for case in cases for file in case.files), output, reader.bundle_dir):
-        log.hide(path, path.name)
+    _hide_folders(log, reader, cases)
+    log.hide(output, output.name)
     log.write_to(output)
+
+
+def _hide_folders(log: RunLog, reader: BundleReader, cases: Sequence[ScanCase]) -> None:
+    for path in (*(file for case in cases for file in case.files), reader.bundle_dir):
+        log.hide(path, path.name)
 
 
 def each_case(
@@ -289,6 +294,7 @@ def _tell_costs(
     log: RunLog,
 ) -> int:
     """Print the cost of each method; write nothing."""
+    _hide_folders(log, reader, cases)
     chosen = default_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)
     check_layers(reader.network, [*methods, *chosen])
