@@ -134,8 +134,8 @@ def scan_or_noise(reader: BundleReader, text: str | None) -> Tensor:
     expected = Preprocessor(reader) if reader.has("preprocessing") else None
     channels = expected.channels if expected is not None and expected.channels else 1
     dims = (expected.spatial_dims if expected is not None else None) or 3
-    size = getattr(reader.inferer, "roi_size", None) or getattr(reader, "roi", None)
-    if size is None:
+    size: Any = reader.roi
+    if not size:
         inputs = reader.metadata.inputs.values()
         size = next((i["spatial_shape"] for i in inputs if isinstance(i, dict) and "spatial_shape" in i), None)
     size = [size] * dims if isinstance(size, int) else size
