@@ -48,7 +48,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--bundle",
         metavar="DIR",
-        help="folder of the bundle brain_tissue_segmentation, needed outside of a checkout",
+        help="folder of a bundle brain_tissue_segmentation (default: the one of this package)",
     )
     parser.add_argument(
         "--methods", action="append", metavar="LIST", help="methods to run instead of those of the demo"
@@ -82,17 +82,18 @@ def run(args: Namespace, log: RunLog) -> int:
 
 
 def find_bundle() -> Path:
-    """Return the demonstration bundle of this package's checkout, else of the working directory.
+    """Return the demonstration bundle: in the package (wheel), beside it (checkout), else in the working directory.
 
     Raises:
-        UsageError: it is in neither; a wheel does not include it.
+        UsageError: it is in none of them.
     """
-    for root in (Path(esegeta_monai.__file__).resolve().parents[1], Path.cwd()):
+    package = Path(esegeta_monai.__file__).resolve().parent
+    for root in (package, package.parent, Path.cwd()):
         if (root / BUNDLE / "configs").is_dir():
             return root / BUNDLE
     raise UsageError(
-        f"the installed package does not include {BUNDLE.as_posix()}: give the folder in a checkout of the project by "
-        "--bundle DIR"
+        f"the installed package does not include {BUNDLE.as_posix()}: install it again, or give the folder in a "
+        "checkout of the project by --bundle DIR"
     )
 
 
