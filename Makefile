@@ -35,7 +35,7 @@ setup: $(READY)
 $(DEMO): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "esegeta-monai needs Python 3.10 or later; choose one with: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@echo "Setting up $(VENV), once: 2 GB on disk with the CPU build of torch (PIP_EXTRA_INDEX_URL), else 7 GB."
+	@echo "Setting up $(VENV), once: 1.5 GB on disk with the CPU build of torch (PIP_EXTRA_INDEX_URL), else 7 GB."
 	@$(PYTHON) -m venv $(VENV) || \
 	  { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(PY) install --quiet pip; }
 	@echo "1 of 2: torch ..."

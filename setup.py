@@ -11,7 +11,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-BUNDLE = Path("bundles") / "brain_tissue_segmentation"
+BUNDLE = Path("bundles") / "brain_lesion_classification"
 PAPER = "https://doi.org/10.3390/app12041834"
 # The workflow that publishes a release runs at the project's home and knows its address; the sources do not.
 SERVER, REPOSITORY = os.environ.get("GITHUB_SERVER_URL"), os.environ.get("GITHUB_REPOSITORY")

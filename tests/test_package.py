@@ -21,7 +21,7 @@ from tests.support import oblique
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "esegeta_monai"
-BUNDLE = "bundles/brain_tissue_segmentation"
+BUNDLE = "bundles/brain_lesion_classification"
 
 
 def calls(tree: ast.AST, name: str) -> list[ast.Call]:
