@@ -31,6 +31,7 @@ autodoc_typehints_format = "short"
 autodoc_default_options = {"show-inheritance": True}
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Class attributes", "Attributes")]
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 add_module_names = False

@@ -105,7 +105,9 @@ def test_what_is_imported_is_declared() -> None:
 def test_lower_bounds_are_those_that_are_tested() -> None:
     """pyproject.toml, the constraints of `make test-lowest` and the conda recipe name the same versions."""
     lowest = dict(re.findall(r"(?m)^([\w-]+)==(\S+)", (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8")))
-    recipe = dict(re.findall(r"(?m)^    - ([\w-]+) >=(\S+)", (ROOT / "conda" / "meta.yaml").read_text(encoding="utf-8")))
+    recipe = dict(
+        re.findall(r"(?m)^    - ([\w-]+) >=(\S+)", (ROOT / "conda" / "meta.yaml").read_text(encoding="utf-8"))
+    )
     conda = {"torch": "pytorch", "pytorch-ignite": "ignite", "matplotlib": "matplotlib-base"}
     bounds = dict(text.split(">=") for text in read_project()["dependencies"])
     assert bounds.keys() == lowest.keys()

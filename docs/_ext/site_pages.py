@@ -33,7 +33,10 @@ LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 CODE = re.compile(r"(^```.*?^```|^    .*?$|`[^`\n]*`)", re.M | re.S)
 SECTION = re.compile(r"^## (.+?)\n(.*?)(?=^## |\Z)", re.M | re.S)
 HOME = "/".join(os.environ.get(key, "") for key in ("GITHUB_SERVER_URL", "GITHUB_REPOSITORY")).strip("/")
-FOLDERS = {"bundles/brain_tissue_segmentation": "bundle_tissue.md", "bundles/brain_lesion_classification": "bundle_lesion.md"}
+FOLDERS = {
+    "bundles/brain_tissue_segmentation": "bundle_tissue.md",
+    "bundles/brain_lesion_classification": "bundle_lesion.md",
+}
 
 
 def translate(text: str, source: str) -> str:
@@ -76,9 +79,9 @@ def write_sections() -> None:
             entries.append(f"/_generated/{COPIED[path]}" if path in COPIED else f"/{posixpath.relpath(path, 'docs')}")
         if title == "Reference":
             entries += [f"/_generated/{name}" for name in site_reference.PAGES]
-            body += "\n" + site_reference.SUMMARY
         moved = re.sub(r"\]\((?!https?:)([^)\s]+)\)", lambda m: f"](../{m[1]})", body)
         page = f"# {title}\n\n{translate(moved, f'docs/_generated/{title.lower()}.md')}\n\n"
+        page += f"{site_reference.SUMMARY}\n" if title == "Reference" else ""
         page += "```{toctree}\n:hidden:\n:maxdepth: 1\n\n" + "\n".join(entries) + "\n```\n"
         (MADE / f"{title.lower()}.md").write_text(page, encoding="utf-8")
 
@@ -98,6 +101,17 @@ def read_source(app: Any, name: str, content: list[str]) -> None:
         content[0] += f"\n\n```{{toctree}}\n:hidden:\n\n{names}\n```\n"
 
 
+def escape(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Escape what is plain text in our docstrings and markup in RST: the star of ``*spatial`` and bars of |a|."""
+    for number, line in enumerate(lines):
+        parts = re.split(r"(``.*?``|`[^`]*`)", line)
+        if line.lstrip().startswith((">>>", "...", "..")):
+            continue
+        for i in range(0, len(parts), 2):
+            parts[i] = re.sub(r"(?<![*\w])\*(?=[A-Za-z])(?![^*]*\w\*)", r"\\*", parts[i]).replace("|", r"\|")
+        lines[number] = "".join(parts)
+
+
 def setup(app: Any) -> dict[str, bool]:
     """Write the generated pages, and connect to Sphinx."""
     shutil.rmtree(MADE, ignore_errors=True)
@@ -107,4 +121,5 @@ def setup(app: Any) -> dict[str, bool]:
     site_reference.write(MADE)
     write_sections()
     app.connect("source-read", read_source)
+    app.connect("autodoc-process-docstring", escape, priority=400)  # before napoleon
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -26,15 +26,18 @@ PACKAGES = {
     "esegeta_monai.bundle": "Read MONAI bundles",
 }
 FAMILIES = "esegeta_monai.methods"
-PAGES = ["command_line.md", "method_list.md", "api_methods.rst", *(f"api_{name.rpartition('.')[2]}.rst" for name in PACKAGES)]
+PAGES = [
+    "command_line.md",
+    "method_list.md",
+    "api_methods.rst",
+    *(f"api_{name.rpartition('.')[2]}.rst" for name in PACKAGES),
+]
 SUMMARY = """| generated from the package | content |
 |---|---|
 | [Command line](command_line.md) | every command and option, as `--help` prints it |
 | [Methods, targets and metrics](method_list.md) | one line each, with the paper |
 | [API of methods](api_methods.rst) | every method with its formula and parameters |
-""" + "".join(
-    f"| [API of {name}](api_{name.rpartition('.')[2]}.rst) | {text} |\n" for name, text in PACKAGES.items()
-)
+""" + "".join(f"| [API of {name}](api_{name.rpartition('.')[2]}.rst) | {text} |\n" for name, text in PACKAGES.items())
 
 
 def write(folder: Path) -> None:
@@ -49,7 +52,10 @@ def write(folder: Path) -> None:
 def command_line() -> str:
     """Markdown: the help of every command."""
     os.environ["COLUMNS"] = "110"
-    parts = ["# Command line\n", "Generated from `--help`. [cli.md](../cli.md) explains inputs, options and exit codes.\n"]
+    parts = [
+        "# Command line\n",
+        "Generated from `--help`. [cli.md](../cli.md) explains inputs, options and exit codes.\n",
+    ]
     for name in (None, *(command[0] for command in COMMANDS)):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -66,9 +72,13 @@ def first_line(cls: type) -> str:
 
 def lists() -> str:
     """Markdown: all methods, targets and metrics in one line each."""
-    parts = ["# Methods, targets and metrics\n", "Generated from the package. Which method for which question: "
-             "[choose a method](../choose.md).\n", "## Methods\n", "| method | what it computes | result | reference |",
-             "|---|---|---|---|"]
+    parts = [
+        "# Methods, targets and metrics\n",
+        "Generated from the package. Which method for which question: [choose a method](../choose.md).\n",
+        "## Methods\n",
+        "| method | what it computes | result | reference |",
+        "|---|---|---|---|",
+    ]
     for cls in METHODS:
         cell = str(getattr(cls, "reference", "") or "").replace("|", "\\|")
         parts.append(f"| `{cls.__name__}` | {first_line(cls)} | {getattr(cls, 'produces', '')} | {cell} |")

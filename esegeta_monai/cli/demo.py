@@ -30,24 +30,25 @@ from esegeta_monai.cli.values import choose_device
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.output.report.page import write_report
-from esegeta_monai.targets.contrast import Contrast
+from esegeta_monai.targets.classes import ClassScore
 from esegeta_monai.utils.files import INTENDED_USE, writable_folder
 
 __all__ = ["DEMO_METHODS", "NETWORKS", "add_arguments", "find_bundle", "make_head", "run"]
 
 BUNDLE = Path("bundles") / "brain_lesion_classification"
 CASE = "head"
+SPACING_MM = 4.0
 SEED = 5_000_003  # unseen in training; a case with a lesion, which both networks recognise
 NETWORKS = {"lesion": "model.pt", "shortcut": "model_shortcut.pt"}
 """The networks by the object that they use, with their weights."""
 
 # One method per mechanism; all together take seconds.
 DEMO_METHODS = (
-    "LRP",
+    "ExcitationBackprop",
     "DeepLift",
-    "IntegratedGradients(n_steps=64)",
-    "SmoothGrad(n_samples=8)",
+    "GuidedBackprop",
     "Saliency",
+    "SmoothGrad(n_samples=8)",
     "GradCam",
     "Occlusion(window=8)",
 )
@@ -93,7 +94,7 @@ def run(args: Namespace, log: RunLog) -> int:
     code = 0
     for number, (name, reader) in enumerate(readers.items(), 2):
         _say(f"[{number}/3] Explaining the network that was trained on {_TRAINED[name]} ...")
-        target = Contrast("ClassScore('lesion')", "no lesion")  # lesion rather than none: what decides
+        target = ClassScore("lesion")
         writer = explain_cases(reader, [ScanCase(CASE, (scan,))], methods, [target], output / name, args, log)
         entries = json.loads(writer.run.path.read_text(encoding="utf-8"))["results"]
         shares[name] = {entry["method"] or "-": _shares(entry, output / name, objects) for entry in entries}
@@ -153,7 +154,9 @@ def make_head(reader: BundleReader, output: Path) -> tuple[Path, dict[str, NDArr
             raise UsageError('the template comes with nilearn: pip install "esegeta-monai[demo]"') from error
         raise UsageError(f"{reader.bundle_dir} has no scripts that paint a head: {error}") from error
     file = output / f"{CASE}.nii.gz"
-    nib.save(nib.Nifti1Image(case["image"][0].numpy(), np.asarray(case["image"].affine)), file)
+    # The head was turned and bent when it was painted. Its axes are now those of the network's grid; its own affine
+    # would make the preprocessing turn it back, and resample the mark.
+    nib.save(nib.Nifti1Image(case["image"][0].numpy(), np.diag((SPACING_MM, SPACING_MM, SPACING_MM, 1.0))), file)
     return file, {name: case[key][0].numpy() > 0 for name, key in (("lesion", "lesion"), ("mark", "shortcut"))}
 
 

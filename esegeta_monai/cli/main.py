@@ -8,6 +8,8 @@ Exit codes: 0 all done (including empty targets), 1 some case or method failed, 
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -82,8 +84,27 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
+        wrong = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+        if wrong:
+            message = f"there is no command {wrong[1]!r}{_meant(wrong[1], [name for name, *_ in COMMANDS])}"
         _say(f"{message} (see '{self.prog} --help')")
         raise SystemExit(USAGE)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; a misspelled option is named before argparse misses the required one that it was meant to be."""
+        for text in sys.argv[1:] if args is None else args:
+            option = text.partition("=")[0]
+            if text == "--" or (self._subparsers is not None and not text.startswith("-")):
+                break  # what follows a command is parsed by the command
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            if option.startswith("--") and not any(name.startswith(option) for name in known):
+                self.error(f"there is no option {option}{_meant(option, known)}")
+        return super().parse_known_args(args, namespace)
+
+
+def _meant(text: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(text, known, n=2)
+    return f": did you mean {' or '.join(near)}?" if near else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
