@@ -1,4 +1,4 @@
-"""Parts of the build that pyproject.toml cannot state: the description, links and contact, and the demonstration bundle."""
+"""Parts of the build that pyproject.toml cannot state: description, links, contact, and the demonstration bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measure minutes and GB of every method on a stated volume: the brain tissue bundle on the MNI152 template, one target.
+"""Measure minutes and GB of every method on a stated volume: the brain tissue bundle on the template, one target.
 
     python benchmarks/cost.py [--methods "A;B"] [--limit 120] [--again] [--work DIR] [--output FILE.md]
 
@@ -56,10 +56,9 @@ def one(spec: str, limit: float) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     reader = BundleReader(BUNDLE, device=torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as folder:
-        with reader.importable():
-            file = importlib.import_module("scripts.anatomy").template_case(folder)["image"]
-            image = reader.resolve("preprocessing")({"image": str(file)})["image"]
+    with tempfile.TemporaryDirectory() as folder, reader.importable():
+        file = importlib.import_module("scripts.anatomy").template_case(folder)["image"]
+        image = reader.resolve("preprocessing")({"image": str(file)})["image"]
     assert isinstance(image, MetaTensor)
     cases = {"cases": [image.as_tensor().flip(axis) for axis in (1, 2)]}
     method = METHODS.get(spec)(**cases) if spec in CASES else METHODS.create(spec)
@@ -105,9 +104,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Minutes and GB of methods",
         "",
-        f"`python benchmarks/cost.py`: {measured[0]['network']} of the brain tissue bundle on the MNI152 template, {shape},",
-        f"in windows of {window}, one target (grey matter), float32, one thread of an x86-64 core. Minutes are CPU",
-        "time of the explanation without the prediction; GB is the peak above the process with network, scan and",
+        f"`python benchmarks/cost.py`: {measured[0]['network']} of the brain tissue bundle on the MNI152 template,",
+        f"{shape}, in windows of {window}, one target (grey matter), float32, one thread of an x86-64 core. Minutes are",
+        "CPU time of the explanation without the prediction; GB is the peak above the process with network, scan and",
         "prediction. ≈: from a dry run. Several gradient and CAM methods in one run share their passes and",
         "cost little more than the costliest one. For other volumes use `esegeta-monai explain --dry-run`",
         "on your machine.",

@@ -70,7 +70,7 @@ def read_project() -> dict[str, Any]:
 
 def test_one_version_everywhere() -> None:
     version = read_project()["version"]
-    assert VERSION == version
+    assert version == VERSION
     assert re.findall(r"(?m)^version: (\S+)", (ROOT / "CITATION.cff").read_text(encoding="utf-8")) == [version]
     assert f'set version = "{version}"' in (ROOT / "conda" / "meta.yaml").read_text(encoding="utf-8")
     heading = re.search(r"(?m)^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))

@@ -76,7 +76,8 @@ def write_sections() -> None:
         entries = []
         for target in dict.fromkeys(pages):
             path = posixpath.normpath(posixpath.join("docs", target))
-            entries.append(f"/_generated/{COPIED[path]}" if path in COPIED else f"/{posixpath.relpath(path, 'docs')}")
+            page = f"_generated/{COPIED[path]}" if path in COPIED else posixpath.relpath(path, "docs")
+            entries.append(f"Overview </{page}>" if path == "README.md" else f"/{page}")
         if title == "Reference":
             entries += [f"/_generated/{name}" for name in site_reference.PAGES]
         moved = re.sub(r"\]\((?!https?:)([^)\s]+)\)", lambda m: f"](../{m[1]})", body)

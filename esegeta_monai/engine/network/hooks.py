@@ -38,8 +38,8 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
             names = [n for n, _ in network.named_modules() if n]
             if not names:
                 raise UsageError(
-                    f"the network has no layer {name!r}: it is one {type(network).__name__} without layers inside; omit "
-                    "the layer, or wrap the network in a module"
+                    f"the network has no layer {name!r}: it is one {type(network).__name__} without layers inside; "
+                    "omit the layer, or wrap the network in a module"
                 ) from None
             near = difflib.get_close_matches(name, names, n=5, cutoff=0.3)
             near += [n for n in names if n not in near and n.rpartition(".")[2] == name.rpartition(".")[2]][:3]
