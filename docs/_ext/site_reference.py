@@ -51,7 +51,7 @@ def write(folder: Path) -> None:
 
 def command_line() -> str:
     """Markdown: the help of every command."""
-    os.environ["COLUMNS"] = "110"
+    os.environ["COLUMNS"] = "88"  # what fits beside the lists of pages
     parts = [
         "# Command line\n",
         "Generated from `--help`. [cli.md](../cli.md) explains inputs, options and exit codes.\n",
@@ -71,17 +71,17 @@ def first_line(cls: type) -> str:
 
 
 def lists() -> str:
-    """Markdown: all methods, targets and metrics in one line each."""
+    """Write Markdown: all methods, targets and metrics in one line each."""
     parts = [
         "# Methods, targets and metrics\n",
         "Generated from the package. Which method for which question: [choose a method](../choose.md).\n",
         "## Methods\n",
-        "| method | what it computes | result | reference |",
-        "|---|---|---|---|",
+        "| method | what it computes | result |",
+        "|---|---|---|",
     ]
     for cls in METHODS:
-        cell = str(getattr(cls, "reference", "") or "").replace("|", "\\|")
-        parts.append(f"| `{cls.__name__}` | {first_line(cls)} | {getattr(cls, 'produces', '')} | {cell} |")
+        paper = str(getattr(cls, "reference", "") or "").replace("|", "\\|")
+        parts.append(f"| `{cls.__name__}` | {first_line(cls)} *{paper}* | {getattr(cls, 'produces', '')} |")
     parts += ["\n## Targets\n", "| target | what is explained |", "|---|---|"]
     parts += [f"| `{cls.__name__}` | {first_line(cls)} |" for cls in TARGETS]
     parts += ["\n## Metrics\n", "| metric | group | what it measures |", "|---|---|---|"]

@@ -41,7 +41,7 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], Callable[..., int]], ...] =
     ("explain", "explain a bundle's predictions on your scans", explain.add_arguments, explain.run),
     ("report", "write an HTML report of the maps", report.add_arguments, report.run),
     ("evaluate", "evaluate the maps of a bundle by metrics", evaluate.add_arguments, evaluate.run),
-    ("demo", "explain a brain segmentation as a demonstration", demo.add_arguments, demo.run),
+    ("demo", "compare a network that uses a shortcut with one that does not", demo.add_arguments, demo.run),
     (
         "methods",
         "list the explanation methods, with parameters and defaults",
