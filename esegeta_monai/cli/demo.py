@@ -17,6 +17,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 import esegeta_monai
@@ -82,10 +83,7 @@ def run(args: Namespace, log: RunLog) -> int:
     _say(f"{len(methods)} methods: about a minute on two cores, 1 GB of memory, 10 MB in {output}.")
     writable_folder(output)
     device = choose_device(args.device)
-    readers = {
-        name: BundleReader(args.bundle, overrides={"handlers#0#load_path": _weights(args.bundle, file)}, device=device)
-        for name, file in NETWORKS.items()
-    }
+    readers = {name: _reader(args.bundle, file, device) for name, file in NETWORKS.items()}
     for reader in readers.values():
         _ = reader.network  # report missing weights before any work
     _say("\n[1/3] Painting a head from the MNI152 template, a population average of skull-stripped brains ...")
@@ -115,8 +113,14 @@ def _say(text: str) -> None:
     print(text, flush=True)  # in order with the log, also without a terminal
 
 
-def _weights(bundle: str | Path, file: str) -> str:
-    return str(Path(bundle).resolve() / "models" / file)
+def _reader(bundle: str | Path, weights: str, device: torch.device) -> BundleReader:
+    """Open the bundle with other weights, and without resampling: the head is painted on the network's grid."""
+    keys = {"keys": "@image_key"}
+    read = [{"_target_": name, **keys} for name in ("LoadImaged", "EnsureChannelFirstd", "EnsureTyped")]
+    path = str(Path(bundle).resolve() / "models" / weights)
+    return BundleReader(
+        bundle, overrides={"handlers#0#load_path": path, "preprocessing#transforms": read}, device=device
+    )
 
 
 def find_bundle() -> Path:
@@ -154,8 +158,7 @@ def make_head(reader: BundleReader, output: Path) -> tuple[Path, dict[str, NDArr
             raise UsageError('the template comes with nilearn: pip install "esegeta-monai[demo]"') from error
         raise UsageError(f"{reader.bundle_dir} has no scripts that paint a head: {error}") from error
     file = output / f"{CASE}.nii.gz"
-    # The head was turned and bent when it was painted. Its axes are now those of the network's grid; its own affine
-    # would make the preprocessing turn it back, and resample the mark.
+    # The head was turned and bent when it was painted: its axes are those of the network's grid, not of its old affine.
     nib.save(nib.Nifti1Image(case["image"][0].numpy(), np.diag((SPACING_MM, SPACING_MM, SPACING_MM, 1.0))), file)
     return file, {name: case[key][0].numpy() > 0 for name, key in (("lesion", "lesion"), ("mark", "shortcut"))}
 
