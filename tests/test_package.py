@@ -89,16 +89,16 @@ def test_what_is_imported_is_declared() -> None:
     project = read_project()
     declared = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     known = {re.split(r"[<>=\[ ]", text)[0].lower().replace("_", "-") for text in declared}
-    found = set()
+    imported = set()
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
+                imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                found.add(node.module.split(".")[0])
-    assert names <= found  # else the check looks at nothing
-    found -= {*sys.stdlib_module_names, "esegeta_monai", *optional}
-    missing = {name for name in found if distributions.get(name, name).replace("_", "-") not in known}
+                imported.add(node.module.split(".")[0])
+    assert names <= imported  # else the check looks at nothing
+    imported -= {*sys.stdlib_module_names, "esegeta_monai", *optional}
+    missing = {name for name in imported if distributions.get(name, name).replace("_", "-") not in known}
     assert missing == set()
 
 

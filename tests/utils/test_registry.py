@@ -101,7 +101,7 @@ def test_the_best_match_comes_first(wrong, meant):
 
 @pytest.mark.parametrize("name", ["liver", "grey matter", "box of lesions"])
 def test_a_class_given_as_a_target(name):
-    """The error says how to name a class; all interfaces make targets by this registry."""
+    """The error shows how to name a class; all interfaces make targets by this registry."""
     with pytest.raises(UsageError) as error:
         TARGETS.get(name)
     assert f"MultiClassMask('{name}')" in str(error.value)
