@@ -15,7 +15,11 @@ __all__ = ["MembersScore", "mean_probability"]
 
 
 def mean_probability(
-    predictions: Tensor, members: int, weights: Sequence[float], activation: Literal["softmax", "sigmoid"], axis: int = 0
+    predictions: Tensor,
+    members: int,
+    weights: Sequence[float],
+    activation: Literal["softmax", "sigmoid"],
+    axis: int = 0,
 ) -> Tensor:
     """Compute ``Σ_k a_k φ(P_k)`` of the members' raw predictions.
 

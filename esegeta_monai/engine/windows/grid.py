@@ -141,6 +141,8 @@ class OutputGrid:
 
     def _importance(self, view: View) -> Tensor:
         """Return the blending weights of the windows of a view (*out_roi), before their normalisation."""
+        if self._counts is None:  # all ones
+            return self._weight
         return Call(flips=view[0], axes=view[1]).undo(self._weight, self._weight.ndim)
 
     def unblended(self) -> OutputGrid:

@@ -243,7 +243,9 @@ class WindowPlan:
         if call.axes and not self.whole:
             back = [call.axes.index(axis) for axis in range(len(self.roi))]
             here = (tuple(view.roi[axis] for axis in back), tuple(view.pads[axis] for axis in back))
-            if here != (self.roi, self.pads) or (self.slice_axis is not None and back[self.slice_axis] != self.slice_axis):
+            if here != (self.roi, self.pads) or (
+                self.slice_axis is not None and back[self.slice_axis] != self.slice_axis
+            ):
                 raise NetworkError(
                     f"windows {self.roi} of the volume {self.spatial_shape} have another shape or padding in a view "
                     f"with the axes {call.axes}: use windows of equal size along these axes, and pad smaller volumes "
