@@ -60,6 +60,7 @@ class MembersScore(Score):
         self, score: Score, weights: Sequence[float], activation: Literal["softmax", "sigmoid"], n_classes: int
     ) -> None:
         self.score, self.weights, self.activation = score, list(weights), activation
+        self.n_classes = n_classes
         reads = range(n_classes) if activation == "softmax" else score.channels
         self.channels = tuple(m * n_classes + c for m in range(len(self.weights)) for c in reads)
         self._position = list(score.channels) if activation == "softmax" else list(range(len(score.channels)))
@@ -100,6 +101,10 @@ class MembersScore(Score):
     def terms(self, contrast: Tensor) -> Tensor:
         mean = self._mean(contrast, contrast.ndim - 2)
         return self.score.terms(self.score.contrast(mean))
+
+    def alone(self) -> MembersScore:
+        """Return the same score of one member's probability, read from its prediction (K, *spatial)."""
+        return MembersScore(self.score, [1.0], self.activation, self.n_classes)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("output", "reduction", "reference"):  # parameters that records and metrics read

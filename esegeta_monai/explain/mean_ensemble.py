@@ -96,7 +96,7 @@ def read_mean(transforms: Any, keys: Sequence[str]) -> MeanOfMembers:
             average = _activation(step, keys)
         elif own and not isinstance(step, _COMMUTE):
             raise UsageError(
-                f"{type(step).__name__} changes the members' predictions before MeanEnsembled, so their mean is no mean "
+                f"{type(step).__name__} changes the members' predictions before MeanEnsembled, so their mean is none "
                 "of raw outputs or probabilities: put MeanEnsembled before it"
             )
     raise UsageError(

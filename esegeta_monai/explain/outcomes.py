@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,6 +14,7 @@ from esegeta_monai.engine.member_score import MembersScore
 from esegeta_monai.engine.score import Score, WeightedScore
 from esegeta_monai.engine.windows.plan import WindowPlan
 from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, named_reason
+from esegeta_monai.explain.agreement import AgreementMaps, Kind, compared, summary
 from esegeta_monai.explain.attribution import Attribution, like_image, mask_on_image
 from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.explain.record import Record, inputs_sha256, tensor_hash
@@ -96,13 +97,25 @@ class Outcomes:
             checks=[check.entry() for check in case.checks] or None,
             versions=versions(),
         )
+        if self.settings.agreement and (kinds := compared(plan)):
+            record.agreement = {"of": kinds}
         self._records[key] = method, bound, record
         return replace(record, warnings=[], more=dict(record.more))
 
     def finished(
-        self, method: Method, bound: BoundTarget, record: Record, outcome: Explained, k: int
+        self,
+        method: Method,
+        bound: BoundTarget,
+        record: Record,
+        outcome: Explained,
+        k: int,
+        alone: Mapping[Kind, tuple[Sequence[float], list[Tensor]]] | None = None,
     ) -> Iterator[Attribution]:
-        """Yield the attribution of target k, or one per image input if the network has several."""
+        """Yield the attribution of target k, or one per image input if the network has several.
+
+        Args:
+            alone: shares and maps (C, *spatial) of the members and of the views alone, where they are compared.
+        """
         record.update(json_ready(outcome.note(k)))
         if record.amp_fallback is not None:
             record.warnings = [*record.warnings, f"computed in float32: {record.amp_fallback}"]
@@ -137,8 +150,26 @@ class Outcomes:
                     *own.warnings,
                     "the map is zero everywhere: the target does not depend on the image, or nothing propagates to it",
                 ]
+            start = list(parts).index(name) if name is not None else 0
+            first = sum(list(channels.values())[:start]) if per_input else 0
+            maps = AgreementMaps([], [])
+            for kind, (shares, whole) in (alone or {}).items():
+                values = [m[first : first + len(part)] for m in whole]
+                generator = torch.Generator().manual_seed(self.settings.seed)
+                own.agreement = {**(own.agreement or {}), kind: summary(values, shares, part, kind, generator)}
+                maps.of(kind).extend(like_image(v, case.image) for v in values)
             attribution = like_image(part, case.image)
-            yield Attribution(attribution, method, bound.target, case.index, own.to_json(), bound.label, mask, name)
+            yield Attribution(
+                attribution,
+                method,
+                bound.target,
+                case.index,
+                own.to_json(),
+                bound.label,
+                mask,
+                name,
+                agreement=maps if alone else None,
+            )
 
     @staticmethod
     def _status(method: Method, record: Record, part: Tensor) -> str:
