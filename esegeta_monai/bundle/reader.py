@@ -19,6 +19,7 @@ from monai.transforms import Compose, SaveImaged
 from monai.utils import CommonKeys, ensure_tuple
 from torch import Tensor, nn
 
+from esegeta_monai.bundle.folds import folds_of_case
 from esegeta_monai.bundle.imports import BundleImports
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.weights import WeightSource, components, find_weights, load_weights, references
@@ -315,6 +316,13 @@ class BundleReader:
             Raw output (K, *spatial); None for a bundle: its inferer predicts.
         """
         return None
+
+    def training_folds(self, case: str) -> dict[str, str]:
+        """Return for each fold of an ensemble whether a case was in its training set; empty if nothing is known.
+
+        See `esegeta_monai.bundle.folds.folds_of_case`.
+        """
+        return folds_of_case(self.bundle_dir, case)
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of weights (if present), config files and metadata.json by path in the bundle."""

@@ -149,8 +149,8 @@ def summary(
         generator: of the permutations.
 
     Returns:
-        ``count``; ``mean_deviation``: largest difference of their weighted mean from the ensemble's map, relative to its
-        largest value; and the values of `_values`, beside those of maps whose blocks (8 per axis) were exchanged
+        ``count``; ``mean_deviation``: largest difference of their weighted mean from the ensemble's map, relative to
+        its largest value; and the values of `_values`, beside those of maps whose blocks (8 per axis) were exchanged
         independently, under ``shuffled``.
     """
     stacked = torch.stack([m.detach().cpu().double() for m in maps])

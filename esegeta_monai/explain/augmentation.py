@@ -43,9 +43,9 @@ def freeze_augmentation(
 ) -> FrozenAugmentation:
     """Draw the transforms of a test-time augmentation once and keep them, so that its mean is a fixed function.
 
-    MONAI's own loop draws; `monai.utils.set_determinism` makes it draw the same again. Each drawn transform must only mirror the image or exchange its axes (flips, rotations by
-    90°): such a view and its inverse are exact, and so are all maps of the mean. It is checked against the transformed
-    image, bit by bit.
+    MONAI's own loop draws; `monai.utils.set_determinism` makes it draw the same again. Each drawn transform must only
+    mirror the image or exchange its axes (flips, rotations by 90°): such a view and its inverse are exact, and so are
+    all maps of the mean. It is checked against the transformed image, bit by bit.
 
     Args:
         augmentation: `monai.data.TestTimeAugmentation`.
@@ -90,8 +90,8 @@ def freeze_augmentation(
     whole = torch.as_tensor(image).as_subclass(Tensor)
     if augmentation.apply_inverse_to_pred and any(not torch.equal(_plain(b), whole) for b in back):
         raise UsageError(
-            "the inverse of the drawn transforms, or post_func, does not give the image back unchanged: leave post_func "
-            "out (the mean of raw outputs is explained), and give orig_key the key of the image"
+            "the inverse of the drawn transforms, or post_func, does not give the image back unchanged: leave "
+            "post_func out (the mean of raw outputs is explained), and give orig_key the key of the image"
         )
     calls = [replace(view, weight=count / num_examples) for view, count in views.items()]
     return FrozenAugmentation(image, EnsembleInferer(inner, views=calls, around=True), network)
@@ -142,8 +142,8 @@ def _view(image: MetaTensor, drawn: MetaTensor, random: list[str]) -> Call:
             return view
         if turned.shape != drawn.shape:
             raise UsageError(
-                f"views of the shapes {tuple(turned.shape[1:])} and {tuple(drawn.shape[1:])} are padded together in one "
-                "batch: give TestTimeAugmentation batch_size=1"
+                f"views of the shapes {tuple(turned.shape[1:])} and {tuple(drawn.shape[1:])} are padded together in "
+                "one batch: give TestTimeAugmentation batch_size=1"
             )
     raise UsageError(
         f"the drawn transforms ({', '.join(random)}) do more than to mirror the image or turn it by 90°, so that no "

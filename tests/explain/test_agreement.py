@@ -156,5 +156,3 @@ def test_maps_without_signs_have_no_shared_sign() -> None:
     members, inferer, _ = setting()
     (attribution,) = explained(EnsembleInferer(inferer, members), ["Saliency"])
     assert attribution.record["agreement"]["members"]["same_sign"] is None
-
-

@@ -100,3 +100,13 @@ def test_a_vote_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="explain the mean instead"):
         runs.run()
     assert runs.state.iteration == 0
+
+
+def test_agreement_of_the_networks_is_written(tmp_path: Path) -> None:
+    runs = engine(networks(), tmp_path)
+    ExplanationHandler("VanillaBackprop", CORNER, tmp_path / "out", pictures=False, agreement=True).attach(runs)
+    runs.run()
+    (sidecar,) = (tmp_path / "out").rglob("*_attr.json")
+    found = json.loads(sidecar.read_text())["agreement"]["members"]
+    assert found["mean_deviation"] < 1e-5
+    assert sidecar.with_name(found["map"]).is_file()

@@ -149,6 +149,8 @@ def _case_page(
         charts=charts([*case.curves, *_synthesis_curves(case)]),
         compared=[r for r in case.explained if r.record.blend_deviation is not None],
         checks=_checks(case.results),
+        agreement=_agreement(case.explained),
+        training=_training(case),
         regions=_region_tables(case),
         problems=[r for r in case.results if r.status in ("failed", "timeout")],
         warnings=_warnings(case.results),
@@ -286,6 +288,35 @@ def _checks(results: Iterable[Result]) -> list[dict[str, Any]]:
     entries = [check for result in results for check in result.record.checks or [] if isinstance(check, dict)]
     once = {(check.get("check"), check.get("text")): check for check in entries}
     return sorted(once.values(), key=lambda check: check.get("verdict") == "passed")
+
+
+def _agreement(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """Return a row per result and kind (members, views) whose maps were compared."""
+    rows = []
+    for result in results:
+        for kind, single in (("members", "folds"), ("views", "views")):
+            found = (result.record.agreement or {}).get(kind)
+            if isinstance(found, dict) and "failed" not in found:
+                shuffled = found.get("shuffled")
+                rows.append(
+                    {
+                        "method": result.method,
+                        "target": result.target,
+                        "kind": single,
+                        "values": {k: v for k, v in found.items() if isinstance(v, (int, float))},
+                        "shuffled": shuffled if isinstance(shuffled, dict) else {},
+                        "map": found.get("map"),
+                    }
+                )
+    return rows
+
+
+def _training(case: CaseResults) -> str:
+    """State whether the case was in the training set of each fold; empty if that is not known."""
+    folds = words.first(case, lambda r: r.training_folds)
+    if not isinstance(folds, dict) or not folds:
+        return ""
+    return "; ".join(f"{name}: {text}" for name, text in folds.items())
 
 
 def _warnings(results: Iterable[Result]) -> list[tuple[str, str]]:
