@@ -24,7 +24,7 @@ from esegeta_monai.engine.windows.resize import area_matrix, interpolate, line_m
 from esegeta_monai.errors import MethodError
 
 __all__ = ["BlendedActivations", "LayerOutput", "spread"]
-__all__ += ["to_window"]
+__all__ += ["check_one_member", "to_window"]
 
 
 def to_window(values: Tensor, plan: WindowPlan) -> Tensor:

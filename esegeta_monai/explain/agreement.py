@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from esegeta_monai.engine.member_score import MembersScore
+from esegeta_monai.engine.calls import parts_of
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.windows.plan import Call, WindowPlan
 from esegeta_monai.errors import named_reason
@@ -61,40 +61,12 @@ def compared(plan: WindowPlan | None) -> list[Kind]:
     return [*kinds, "views"] if len(views) > 1 else kinds
 
 
+def _member(call: Call) -> int:
+    return call.member
+
+
 def _view(call: Call) -> tuple[Any, ...]:
     return call.flips, call.axes
-
-
-def _only(plan: WindowPlan, calls: Sequence[Call], apart: bool) -> WindowPlan:
-    """Return the plan of some calls alone, with weights that sum to 1 (to 1 for each member that is kept apart)."""
-    total = math.fsum(call.weight for call in calls) / (plan.member_count if apart else 1)
-    scaled = {call: replace(call, weight=call.weight / total) for call in calls}
-    windows = [w for w in range(len(plan)) if plan.call(w) in scaled]
-    return replace(
-        plan,
-        slices=tuple(plan.slices[w] for w in windows),
-        calls=tuple(scaled[plan.call(w)] for w in windows),
-        apart=apart,
-    )
-
-
-def parts(objective: Objective, kind: Kind) -> list[tuple[float, Objective]]:
-    """Return the share in the prediction and the objective of each member, or of each view, alone."""
-    plan = objective.plan
-    calls = list(dict.fromkeys(plan.calls))
-    keys = list(dict.fromkeys(call.member if kind == "members" else _view(call) for call in calls))
-    result = []
-    for number, key in enumerate(keys):
-        own = [call for call in calls if (call.member if kind == "members" else _view(call)) == key]
-        scores = objective.scores
-        if kind == "members" and plan.apart:
-            scores = [score.alone() if isinstance(score, MembersScore) else score for score in scores]
-            share = next(s.weights[number] for s in objective.scores if isinstance(s, MembersScore))
-        else:
-            share = math.fsum(call.weight for call in own) / math.fsum(call.weight for call in calls)
-        only = _only(plan, own, plan.apart and kind == "views")
-        result.append((share, objective.of_calls(only, scores)))
-    return result
 
 
 def part_maps(
@@ -113,7 +85,7 @@ def part_maps(
     """
     shares: list[float] = []
     maps: list[list[Tensor] | str] = [[] for _ in methods]
-    for share, part in parts(objective, kind):
+    for share, part in parts_of(objective, _member if kind == "members" else _view):
         shares.append(share)
         for i, outcome in enumerate(run_together(methods, part)):
             found = maps[i]

@@ -51,8 +51,8 @@ LAYER_MAPS = ("layer map", "activation")
 """Values of `produces` of methods whose maps show a layer."""
 
 ONE_CALL = (
-    "{}: the method reads one call of the network for each place, and an ensemble or mirrored views have several: "
-    "explain one member without mirroring, or use GradCam or an input method"
+    "{}: it is made for the weights of one network, as fitted patterns are, and an ensemble or mirrored views have "
+    "several calls: explain one member without mirroring, or use LRP or a gradient method"
 )
 
 NOISE_PASSES = 8

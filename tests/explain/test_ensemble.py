@@ -220,11 +220,3 @@ def test_channels_of_different_members_are_not_added() -> None:
     explainer = Explainer(members[0], EnsembleInferer(inferer, members))
     with pytest.raises(EsegetaError, match="different channels"):
         list(explainer(image, ["LayerActivation('n', reduce='channels')"], [MultiClassMask(1)]))
-
-
-@pytest.mark.parametrize("method", ["EigenCam", "ScoreCam", "NeuronConductance", "LayerActivationGuidedBackprop"])
-def test_methods_of_one_call_are_refused(method: str) -> None:
-    members, inferer, image = setting()
-    explainer = Explainer(members[0], EnsembleInferer(inferer, mirror_axes=(0,)))
-    with pytest.raises(EsegetaError, match="one call of the network"):
-        list(explainer(image, [f"{method}(layer='n')"], [MultiClassMask(1)]))
