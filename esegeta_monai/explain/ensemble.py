@@ -30,7 +30,7 @@ class EnsembleInferer:
     With ``average="softmax"`` or ``"sigmoid"`` the mean is that of probabilities, ``P = Σ_k a_k φ(P_k)``.
 
     Args:
-        inferer: inferer of one pass; None: the network sees the whole image.
+        inferer: inferer of one pass; None: the network sees the whole image. One that has views itself keeps them.
         members: the networks, or their state dicts, all of the architecture of the explained network; empty: the
             explained network alone.
         mirror_axes: spatial axes (0, 1, 2); all combinations of them are mirrored.
@@ -63,6 +63,10 @@ class EnsembleInferer:
         views: Sequence[Call] = (),
         average: Average = "output",
     ) -> None:
+        if isinstance(inferer, EnsembleInferer):
+            if inferer.members or mirror_axes or views:
+                raise UsageError("the inferer already has members, or views beside those given: name them once")
+            views, around, inferer = inferer.views, inferer.around, inferer._inferer
         self._inferer = as_inferer(inferer)
         self.members = tuple(_weights_of(member) for member in members)
         _check_alike(self.members)
@@ -86,8 +90,30 @@ class EnsembleInferer:
         self.views = tuple(replace(view, weight=view.weight / total, around=self.around) for view in given)
 
     def __call__(self, inputs: Tensor, network: Any, *args: Any, **kwargs: Any) -> Any:
-        """Predict by one member without mirroring, which is what the inner inferer does."""
-        return self._inferer(inputs, network, *args, **kwargs)
+        """Predict (B, K, …) as MONAI's engines ask an inferer to: the mean over the views, by the given network alone.
+
+        The members are not used: an `EnsembleEvaluator` calls the inferer once for each of its networks.
+
+        Args:
+            inputs: images (B, C, *spatial).
+            network: the network, which returns one tensor.
+            args, kwargs: further arguments of the inner inferer.
+        """
+        dims = inputs.ndim - 2
+
+        def undone(view: Call, out: Tensor) -> Tensor:
+            return view.weight * (view.undo(out, dims) if out.ndim == inputs.ndim else out)
+
+        if not any(view.turned for view in self.views):
+            return self._inferer(inputs, network, *args, **kwargs)
+        if self.around:
+            parts = [undone(v, self._inferer(v.apply(inputs, dims), network, *args, **kwargs)) for v in self.views]
+            return torch.stack(parts).sum(0)
+
+        def mean(x: Tensor, *more: Any, **named: Any) -> Tensor:
+            return torch.stack([undone(v, network(v.apply(x, dims), *more, **named)) for v in self.views]).sum(0)
+
+        return self._inferer(inputs, mean, *args, **kwargs)
 
     def declared_windows(self, spatial_shape: Sequence[int], dtype: torch.dtype) -> WindowPlan:
         """Return the windows of all members and views.

@@ -215,13 +215,15 @@ class WindowPlan:
             turned: for views round the volume that exchange axes: the plan of the volume with its axes in that order.
 
         Raises:
-            NetworkError: the network receives coordinates, the padding of a mirrored volume would differ, or windows
-                have another shape after an exchange of axes.
+            NetworkError: the plan has several calls already, the network receives coordinates, the padding of a
+                mirrored volume would differ, or windows have another shape after an exchange of axes.
 
         >>> plan = WindowPlan((6,), (4,), ((slice(0, 4),), (slice(2, 6),)), ((0, 0),), importance=torch.ones(4))
         >>> len(plan.with_calls([Call(weight=0.5), Call(flips=(0,), weight=0.5)]))
         4
         """
+        if self.calls:
+            raise NetworkError("the inferer already has members or views: name all of them in one EnsembleInferer")
         if self.with_coord and any(call.turned for call in calls):
             raise NetworkError("a network that receives the coordinates of its window has no mirrored views")
         for call in calls:
