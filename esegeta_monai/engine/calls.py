@@ -24,13 +24,12 @@ def parts_of(objective: Objective, key: Callable[[Call], Hashable]) -> list[tupl
         key: calls of equal key form a group: those of a member, say, or of a view.
     """
     plan = objective.plan
-    weights = next((s.weights for s in objective.scores if isinstance(s, MembersScore)), None)
     groups: dict[Hashable, list[Call]] = {}
     for call in dict.fromkeys(plan.calls):
         groups.setdefault(key(call), []).append(call)
 
     def share(calls: Sequence[Call]) -> float:
-        return math.fsum(c.weight * (1.0 if weights is None else weights[c.member]) for c in calls)
+        return math.fsum(plan.share(call) for call in calls)
 
     total = share([call for calls in groups.values() for call in calls])
     parts = []
@@ -52,5 +51,5 @@ def _only(plan: WindowPlan, calls: Sequence[Call], apart: bool) -> WindowPlan:
         plan,
         slices=tuple(plan.slices[w] for w in windows),
         calls=tuple(scaled[plan.call(w)] for w in windows),
-        apart=apart,
+        member_weights=plan.member_weights if apart else (),
     )

@@ -137,7 +137,7 @@ class EnsembleInferer:
             for member, weight in enumerate(self.weights)
             for view in self.views
         ]
-        return replace(plan.with_calls(calls, turned), apart=apart)
+        return replace(plan.with_calls(calls, turned), member_weights=tuple(self.weights) if apart else ())
 
     def _hash(self, member: int) -> str:
         """Return the SHA-256 of a member's weights; it is computed again only after torch has written to one."""

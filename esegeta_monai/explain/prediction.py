@@ -136,7 +136,7 @@ class Prediction:
         """Return a score of the mean probability as a function of the members' predictions; any other unchanged."""
         if self.average == "output":
             return score
-        return MembersScore(score, self.settings.inferer.weights, self.average, len(self.prediction))
+        return MembersScore(score, self.plan.member_weights, self.average, len(self.prediction))
 
     def _mean_probability(self) -> Tensor:
         """Return the mean probability (K, *out) of the members' predictions (M·K, *out).
@@ -150,7 +150,7 @@ class Prediction:
                 f"the given prediction has {len(self.predicted)} channels for {members} members whose probabilities "
                 "are averaged: give the raw outputs of the members one after the other, or leave it out"
             )
-        weights = self.settings.inferer.weights
+        weights = self.plan.member_weights
         return mean_probability(self.predicted.double(), members, weights, self.average).to(self.predicted)
 
     def objective(self, scores: Sequence[Score]) -> Objective:

@@ -255,9 +255,14 @@ def test_weights_are_hashed_again_only_after_a_change(monkeypatch: pytest.Monkey
     assert ensemble.record["members"] == [first[0], "new"]
 
 
-@pytest.mark.parametrize("method", ["VanillaBackprop", "Occlusion(window=8)", "GradCam('n')"])
-def test_finished_maps_of_an_ensemble_pass_their_check(method: str) -> None:
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize(
+    "method", ["VanillaBackprop", "Occlusion(window=8)", "GradCam('n')", "HiResCam('n')", "LayerActivation('n')"]
+)
+def test_finished_maps_of_an_ensemble_pass_their_check(method: str, around: bool) -> None:
     members, inferer, image = setting()
-    explainer = Explainer(members[0], EnsembleInferer(inferer, members, (0,)), checks="maps")
+    if around:
+        inferer = SlidingWindowInferer((16, 10), 1, 0.25, "gaussian")
+    explainer = Explainer(members[0], EnsembleInferer(inferer, members, (0,), around=around), checks="maps")
     (attribution,) = explainer(image, [method], ["Box(1, (2, 2), (24, 12))"])
     assert attribution.record["map_check"] == "passed", attribution.record["checks"]

@@ -69,7 +69,7 @@ def test_layer_maps_equal_hooks_with_the_gradient_of_the_mean() -> None:
     members, _, _ = setting()
     image = torch.rand(1, 1, 12, 10, dtype=torch.float64)
     explainer = Explainer(members[0], EnsembleInferer(None, members, average="softmax"))
-    methods = ["GradCam('n', relu=False)", "HiResCam('n', relu=False)"]
+    methods = ["GradCam('n', relu=False)", "HiResCam('n', relu=False)", "LayerActivation('n', reduce='sum')"]
     target = "Box(1, (2, 2), (7, 6), output='probability')"
     maps = [a.map.as_tensor()[0] for a in explainer(image, methods, [target])]
     kept: list[Tensor] = []
@@ -82,6 +82,7 @@ def test_layer_maps_equal_hooks_with_the_gradient_of_the_mean() -> None:
     for a, g in zip(kept, gradients):
         expected[0] += (g[0].mean((1, 2), keepdim=True) * a[0].detach()).sum(0)
         expected[1] += (g[0] * a[0].detach()).sum(0)
+        expected[2] += a[0].detach().sum(0) / 2
     for ours, truth in zip(maps, expected):
         torch.testing.assert_close(ours, truth, rtol=0, atol=1e-10 * float(truth.abs().max()))
 

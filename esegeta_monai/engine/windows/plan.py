@@ -102,8 +102,9 @@ class WindowPlan:
         whole: True: the network (or an unknown inferer) sees the volume at once, without blending.
         calls: the call of each window, where the members of an ensemble or mirrored views see the same place; windows
             of one call lie side by side. Empty: one plain call for each place.
-        apart: True: the predictions of the members are not added but kept apart, one after the other along the channels
-            (M·K, *spatial), for scores that are not linear in their sum.
+        member_weights: not empty: the predictions of the members are not added but kept apart, one after the other
+            along the channels (M·K, *spatial), for scores that are not linear in their sum; the weight of each member
+            in such a score. The weights of calls are then those of the views alone.
     """
 
     spatial_shape: tuple[int, ...]
@@ -118,10 +119,19 @@ class WindowPlan:
     with_coord: bool = False
     whole: bool = False
     calls: tuple[Call, ...] = ()
-    apart: bool = False
+    member_weights: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.slices)
+
+    @property
+    def apart(self) -> bool:
+        """True if the predictions of the members are kept apart."""
+        return bool(self.member_weights)
+
+    def share(self, call: Call) -> float:
+        """Return the share of a call in an average over members and views."""
+        return call.weight * (self.member_weights[call.member] if self.apart else 1.0)
 
     @property
     def padded(self) -> bool:
