@@ -1,4 +1,4 @@
-"""Whether a case was in the training set of each fold of an nnU-Net model, from ``splits_final.json``."""
+"""The part of a case in the training of each fold of an nnU-Net model, from ``splits_final.json``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folds_of_case(folder: Path, case: str) -> dict[str, str]:
 
     Returns:
         By the name of each fold that is there ``"training"``, ``"validation"`` or ``"not in the splits"``; empty if no
-        splits are found, so that nothing is known.
+        splits are kinds, so that nothing is known.
 
     >>> folds_of_case(Path("no such folder"), "case")
     {}
@@ -48,9 +48,9 @@ def folds_of_case(folder: Path, case: str) -> dict[str, str]:
     names = {case, case[:-5] if case[-5:-4] == "_" and case[-4:].isdigit() else case}
     known: dict[str, str] = {}
     for number, split in enumerate(splits):
-        found = [
+        kinds = [
             kind for key, kind in (("train", "training"), ("val", "validation")) if names & set(split.get(key, ()))
         ]
-        known[f"fold_{number}"] = found[0] if found else "not in the splits"
+        known[f"fold_{number}"] = kinds[0] if kinds else "not in the splits"
     known["fold_all"] = "training" if {"training", "validation"} & set(known.values()) else "not in the splits"
     return {name: text for name, text in known.items() if (folder / name).is_dir()}

@@ -70,7 +70,7 @@ class MembersScore(Score):
 
     @property
     def meaning(self) -> tuple[str, ...]:
-        """What distinguishes the score from others of the same mask."""
+        """Properties that distinguish the score from others of the same mask."""
         return (*getattr(self.score, "meaning", ()), self.activation, *map(str, self.weights))
 
     def _mean(self, prediction: Tensor, axis: int) -> Tensor:

@@ -88,14 +88,14 @@ def part_maps(
     for share, part in parts_of(objective, _member if kind == "members" else _view):
         shares.append(share)
         for i, outcome in enumerate(run_together(methods, part)):
-            found = maps[i]
-            if isinstance(found, str):
+            known = maps[i]
+            if isinstance(known, str):
                 continue
             if outcome.result is None:
                 assert outcome.error is not None
                 maps[i] = named_reason(outcome.error)
             else:
-                found.append(outcome.result.maps)
+                known.append(outcome.result.maps)
     return shares, maps
 
 

@@ -282,12 +282,12 @@ class CaseRun:
         """
         kinds = compared(objective.plan) if self.settings.agreement else []
         methods = [method for method, ok in zip(group, done) if ok]
-        found: dict[Kind, tuple[list[float], dict[int, list[Tensor] | str]]] = {}
+        alone: dict[Kind, tuple[list[float], dict[int, list[Tensor] | str]]] = {}
         for kind in kinds if methods else []:
             with evaluating(self.settings.network, self.settings.device):
                 shares, maps = part_maps(methods, objective, kind)
-            found[kind] = shares, {id(method): m for method, m in zip(methods, maps)}
-        return found
+            alone[kind] = shares, {id(method): m for method, m in zip(methods, maps)}
+        return alone
 
     @staticmethod
     def _of_target(

@@ -22,7 +22,7 @@ __all__ = ["EngineNetworks"]
 
 @dataclass(frozen=True)
 class EngineNetworks:
-    """What an engine predicts with.
+    """The networks and the inferer of an engine.
 
     Attributes:
         networks: its network, or those of an ensemble in order.

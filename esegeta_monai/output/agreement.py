@@ -28,10 +28,11 @@ def has_agreement(path: Path, attribution: Attribution) -> bool:
     """
     wanted = (attribution.record.get("agreement") or {}).get("of", [])
     record = read_json(storage.sidecar_path(path)) or {}
-    found = record.get("agreement") or {}
+    written = record.get("agreement") or {}
     empty = record.get("status") == "empty_target"
     return empty or all(
-        "failed" in found.get(k, {}) or ("map" in found.get(k, {}) and spread_path(path, k).is_file()) for k in wanted
+        "failed" in written.get(k, {}) or ("map" in written.get(k, {}) and spread_path(path, k).is_file())
+        for k in wanted
     )
 
 

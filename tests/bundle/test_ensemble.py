@@ -75,10 +75,10 @@ def test_equals_what_monai_runs(
     if image.ndim == 4:
         image = image[..., 0]
     target = "Box(1, (20, 15), (21, 16), output='probability')"
-    (found,) = Explainer(reader.network, reader.inferer, postprocessing=reader.output_use)(
+    (result,) = Explainer(reader.network, reader.inferer, postprocessing=reader.output_use)(
         image[None], ["Saliency"], [target]
     )
-    assert found.record["value"] == pytest.approx(float(expected[1, 20, 15]), rel=1e-4)
+    assert result.record["value"] == pytest.approx(float(expected[1, 20, 15]), rel=1e-4)
     assert len(reader.networks) == 2
     assert [source.path.name for source in reader.weight_sources] == ["model_0.pt", "model_1.pt"]
     assert {"models/model_0.pt", "models/model_1.pt"} <= set(reader.hashes())

@@ -1,4 +1,4 @@
-"""Whether a case was in a fold's training set is read from nnU-Net's own splits."""
+"""The training set of each fold is read from nnU-Net's own splits."""
 
 from __future__ import annotations
 

@@ -27,7 +27,6 @@ EXAMPLE_PAGES = {
     "target": "howto/target.md",
     "backward_rule": "howto/backward_rule.md",
     "shared_passes": "requests.md",
-    "own_windows": "ensembles.md",
 }
 PUBLIC = {
     "esegeta_monai",
@@ -40,7 +39,6 @@ BROKEN = [
     ("target", "values[-1]", "values[-2]"),
     ("backward_rule", "x.sign() * per_size", "per_size"),
     ("shared_passes", "weights.clamp(min=0))", "weights)"),
-    ("own_windows", "count[place] += 1", "count[place] += 2 - place[0].start % 2"),
 ]
 
 

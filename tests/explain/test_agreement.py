@@ -30,8 +30,8 @@ def explained(inferer: Any, methods: list[str], target: Any = TARGET, network: n
 
 def test_the_mean_of_the_members_is_the_map() -> None:
     members, inferer, _ = setting()
-    found = explained(EnsembleInferer(inferer, members, (0,), weights=[0.3, 0.7]), [*METHODS, *LAYERS])
-    for attribution in found:
+    result = explained(EnsembleInferer(inferer, members, (0,), weights=[0.3, 0.7]), [*METHODS, *LAYERS])
+    for attribution in result:
         for kind, shares in (("members", [0.3, 0.7]), ("views", [0.5, 0.5])):
             maps = attribution.agreement.of(kind)
             mean = sum(w * m.as_tensor() for w, m in zip(shares, maps))
@@ -53,13 +53,13 @@ def test_a_member_alone_has_the_map_of_its_network() -> None:
 def test_one_fold_twice_has_no_spread() -> None:
     members, inferer, _ = setting()
     (attribution,) = explained(EnsembleInferer(inferer, [members[0]] * 2), ["VanillaBackprop"])
-    found = attribution.record["agreement"]["members"]
-    assert found["sd"] == found["sd_normalised"] == 0
-    assert found["same_sign"] == 1
-    assert found["rank_correlation"] == pytest.approx(1)
-    assert abs(found["shuffled"]["rank_correlation"]) < 0.3
-    assert found["shuffled"]["same_sign"] < 0.9
-    assert found["shuffled"]["sd_normalised"] > 0.1
+    result = attribution.record["agreement"]["members"]
+    assert result["sd"] == result["sd_normalised"] == 0
+    assert result["same_sign"] == 1
+    assert result["rank_correlation"] == pytest.approx(1)
+    assert abs(result["shuffled"]["rank_correlation"]) < 0.3
+    assert result["shuffled"]["same_sign"] < 0.9
+    assert result["shuffled"]["sd_normalised"] > 0.1
 
 
 def test_folds_trained_apart_agree_more_than_shuffled_maps() -> None:
@@ -82,30 +82,30 @@ def test_folds_trained_apart_agree_more_than_shuffled_maps() -> None:
     image = truth + 0.3 * torch.randn_like(truth)
     explainer = Explainer(members[0], EnsembleInferer(None, members), agreement=True)
     (attribution,) = explainer(image, ["IntegratedGradients(n_steps=16, baseline=0.0)"], ["ThresholdMask(0)"])
-    found = attribution.record["agreement"]["members"]
-    assert found["sd"] > 0
-    assert found["rank_correlation"] > found["shuffled"]["rank_correlation"] + 0.2
-    assert found["same_sign"] > found["shuffled"]["same_sign"] + 0.1
-    assert found["sd_normalised"] < found["shuffled"]["sd_normalised"]
+    result = attribution.record["agreement"]["members"]
+    assert result["sd"] > 0
+    assert result["rank_correlation"] > result["shuffled"]["rank_correlation"] + 0.2
+    assert result["same_sign"] > result["shuffled"]["same_sign"] + 0.1
+    assert result["sd_normalised"] < result["shuffled"]["sd_normalised"]
 
 
 def test_values_equal_their_definitions() -> None:
     maps = torch.randn(3, 1, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     maps[:, :, :3] *= 1e-4
-    found = summary(list(maps), [1 / 3] * 3, maps.mean(0), "members", torch.Generator().manual_seed(0))
+    result = summary(list(maps), [1 / 3] * 3, maps.mean(0), "members", torch.Generator().manual_seed(0))
     relevant = (maps.abs() > 0.01 * maps.abs().amax((1, 2, 3), keepdim=True)).any(0)
-    assert found["voxels"] == int(relevant.sum())
-    assert found["voxels"] < maps[0].numel()
+    assert result["voxels"] == int(relevant.sum())
+    assert result["voxels"] < maps[0].numel()
     deviation = ((maps - maps.mean(0)) ** 2).sum(0).div(2).sqrt()
-    assert found["sd"] == pytest.approx(float(deviation[relevant].mean()), rel=1e-12)
+    assert result["sd"] == pytest.approx(float(deviation[relevant].mean()), rel=1e-12)
     pairs = [float(spearmanr(a[relevant], b[relevant]).statistic) for a, b in itertools.combinations(maps, 2)]
-    assert found["rank_correlation"] == pytest.approx(sum(pairs) / 3, rel=1e-12)
-    assert found["least_rank_correlation"] == pytest.approx(min(pairs), rel=1e-12)
+    assert result["rank_correlation"] == pytest.approx(sum(pairs) / 3, rel=1e-12)
+    assert result["least_rank_correlation"] == pytest.approx(min(pairs), rel=1e-12)
     share = torch.stack([m.sign() == maps.mean(0).sign() for m in maps])[:, relevant].double().mean()
-    assert found["same_sign"] == pytest.approx(float(share), rel=1e-12)
+    assert result["same_sign"] == pytest.approx(float(share), rel=1e-12)
     scaled = maps / maps.abs().sum((1, 2, 3), keepdim=True)
-    assert found["sd_normalised"] == pytest.approx(float(scaled.std(0).sum()), rel=1e-12)
-    assert found["mean_deviation"] < 1e-12
+    assert result["sd_normalised"] == pytest.approx(float(scaled.std(0).sum()), rel=1e-12)
+    assert result["mean_deviation"] < 1e-12
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 24), (2, 8, 9, 17)])
@@ -128,14 +128,14 @@ def test_targets_that_are_not_linear_state_the_difference(average: Any) -> None:
     ensemble = EnsembleInferer(inferer, members, (1,), average=average)
     target = "Box(1, (2, 2), (24, 12), output='probability')"
     (attribution,) = explained(ensemble, ["VanillaBackprop"], target)
-    found = attribution.record["agreement"]["members"]
+    result = attribution.record["agreement"]["members"]
     for member, ours in zip(members, attribution.agreement.members):
         (plain,) = Explainer(member, EnsembleInferer(inferer, mirror_axes=(1,)))(image, ["VanillaBackprop"], [target])
         torch.testing.assert_close(ours.as_tensor(), plain.map.as_tensor(), rtol=1e-8, atol=1e-14)
     if average == "output":
-        assert found["mean_deviation"] > 1e-4
+        assert result["mean_deviation"] > 1e-4
     else:
-        assert found["mean_deviation"] < 1e-9
+        assert result["mean_deviation"] < 1e-9
 
 
 def test_a_single_network_has_nothing_to_compare() -> None:

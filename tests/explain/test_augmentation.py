@@ -131,8 +131,8 @@ def test_layer_maps_equal_hooks_turned_back() -> None:
         expected[0] += (g.mean((1, 2), keepdim=True) * a).sum(0)
         expected[1] += (g * a).sum(0)
         expected[2] += view.weight * a.sum(0)
-    found = Explainer(network, case.inferer)(case.image[None], methods, ["Box(1, (2, 2), (7, 6))"])
-    for ours, truth in zip(found, expected, strict=True):
+    result = Explainer(network, case.inferer)(case.image[None], methods, ["Box(1, (2, 2), (7, 6))"])
+    for ours, truth in zip(result, expected, strict=True):
         torch.testing.assert_close(ours.map.as_tensor()[0], truth, rtol=0, atol=1e-10 * float(truth.abs().max()))
 
 

@@ -1,4 +1,4 @@
-"""What a postprocessing does to the predictions of an ensemble before, in and after MONAI's mean."""
+"""A postprocessing is read: what precedes and follows MONAI's mean of an ensemble, and its weights."""
 
 from __future__ import annotations
 

@@ -79,8 +79,8 @@ def test_maps_equal_autograd_through_all_networks(tmp_path: Path, softmax: bool)
     parts = [p.softmax(1) for p in parts] if softmax else parts
     score = (0.25 * parts[0] + 0.75 * parts[1])[0, 1, :3, :3, :3].sum()
     (expected,) = torch.autograd.grad(score, x)
-    found = np.asarray(nib.load(path).dataobj)
-    np.testing.assert_allclose(found, expected[0, 0].numpy(), rtol=0, atol=1e-5 * float(expected.abs().max()))
+    result = np.asarray(nib.load(path).dataobj)
+    np.testing.assert_allclose(result, expected[0, 0].numpy(), rtol=0, atol=1e-5 * float(expected.abs().max()))
     assert record["value"] == pytest.approx(float(score), rel=1e-5)
     assert record["blend_deviation"] < 1e-5
     for states, member in zip(before, members):
@@ -107,6 +107,6 @@ def test_agreement_of_the_networks_is_written(tmp_path: Path) -> None:
     ExplanationHandler("VanillaBackprop", CORNER, tmp_path / "out", pictures=False, agreement=True).attach(runs)
     runs.run()
     (sidecar,) = (tmp_path / "out").rglob("*_attr.json")
-    found = json.loads(sidecar.read_text())["agreement"]["members"]
-    assert found["mean_deviation"] < 1e-5
-    assert sidecar.with_name(found["map"]).is_file()
+    result = json.loads(sidecar.read_text())["agreement"]["members"]
+    assert result["mean_deviation"] < 1e-5
+    assert sidecar.with_name(result["map"]).is_file()

@@ -31,7 +31,7 @@ def test_cams_are_means_of_the_maps_of_each_call(axes: tuple[int, ...]) -> None:
     inferer = SlidingWindowInferer((12, 10), 1)
     start, stop, shape = (2, 3), (7, 9), (12, 10)
     ensemble = EnsembleInferer(inferer, members, axes, weights=SHARES)
-    found = list(Explainer(members[0], ensemble)(image, CAMS, [f"Box(1, {start}, {stop})"]))
+    result = list(Explainer(members[0], ensemble)(image, CAMS, [f"Box(1, {start}, {stop})"]))
     for number, method in enumerate(CAMS):
         expected = torch.zeros(12, 10, dtype=torch.float64)
         for share, member in zip(SHARES, members):
@@ -42,7 +42,7 @@ def test_cams_are_means_of_the_maps_of_each_call(axes: tuple[int, ...]) -> None:
                 (alone,) = Explainer(member, inferer)(image.flip([a + 1 for a in mirrored]), [method], [target])
                 expected += share / len(flips(axes)) * alone.map.as_tensor().flip(mirrored)[0]
         largest = float(expected.abs().max())
-        torch.testing.assert_close(found[number].map.as_tensor()[0], expected, rtol=0, atol=1e-10 * largest)
+        torch.testing.assert_close(result[number].map.as_tensor()[0], expected, rtol=0, atol=1e-10 * largest)
 
 
 @pytest.mark.parametrize("method", [*CAMS, "NeuronConductance('n', n_steps=4, baseline=0.0)",
@@ -61,7 +61,7 @@ def test_conductance_of_mirrored_units_equals_autograd(index: tuple[int, int] | 
     image = torch.rand(1, 1, 12, 10, dtype=torch.float64)
     ensemble = EnsembleInferer(SlidingWindowInferer((12, 10), 1), members, (0, 1))
     method = f"NeuronConductance('n', index={index}, n_steps=3, baseline=0.0, method='riemann_middle')"
-    (found,) = Explainer(members[0], ensemble)(image, [method], ["Box(1, (2, 2), (7, 6))"])
+    (result,) = Explainer(members[0], ensemble)(image, [method], ["Box(1, (2, 2), (7, 6))"])
     expected = torch.zeros(1, 12, 10, dtype=torch.float64)
     for member in members:
         for mirrored in flips((0, 1)):
@@ -80,7 +80,7 @@ def test_conductance_of_mirrored_units_equals_autograd(index: tuple[int, int] | 
                 (through,) = torch.autograd.grad(kept[0], x, gradient * chosen)
                 expected += (through * image)[0].detach() / 3
     largest = float(expected.abs().max())
-    torch.testing.assert_close(found.map.as_tensor(), expected, rtol=0, atol=1e-10 * largest)
+    torch.testing.assert_close(result.map.as_tensor(), expected, rtol=0, atol=1e-10 * largest)
 
 
 def test_guided_backprop_of_a_mirrored_layer_is_the_mirrored_map() -> None:
@@ -88,11 +88,11 @@ def test_guided_backprop_of_a_mirrored_layer_is_the_mirrored_map() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1)).double().eval()
     image = torch.rand(1, 1, 12, 10, dtype=torch.float64)
     inferer, method = SlidingWindowInferer((12, 10), 1), "LayerActivationGuidedBackprop('1')"
-    (found,) = Explainer(network, EnsembleInferer(inferer, mirror_axes=(0,)))(image, [method], ["MultiClassMask(0)"])
+    (result,) = Explainer(network, EnsembleInferer(inferer, mirror_axes=(0,)))(image, [method], ["MultiClassMask(0)"])
     (plain,) = Explainer(network, inferer)(image, [method], ["MultiClassMask(0)"])
     (other,) = Explainer(network, inferer)(image.flip(2), [method], ["MultiClassMask(0)"])
     expected = (plain.map.as_tensor() + other.map.as_tensor().flip(1)) / 2
-    torch.testing.assert_close(found.map.as_tensor(), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(result.map.as_tensor(), expected, rtol=1e-10, atol=1e-12)
 
 
 def test_the_first_cam_of_an_ensemble_of_classifiers() -> None:
@@ -105,14 +105,14 @@ def test_the_first_cam_of_an_ensemble_of_classifiers() -> None:
     ]
     image = torch.rand(1, 1, 9, 8, dtype=torch.float64)
     explainer = Explainer(members[0], EnsembleInferer(None, members, (1,), weights=SHARES))
-    (found,) = explainer(image, ["Cam"], ["ClassScore(1)"])
+    (result,) = explainer(image, ["Cam"], ["ClassScore(1)"])
     expected = torch.zeros(9, 8, dtype=torch.float64)
     for share, member in zip(SHARES, members):
         for mirrored in ([], [2]):
             activations = member[1](member[0](image.flip([a + 1 for a in mirrored])))[0].detach()
             values = torch.einsum("c,cij->ij", member[4].weight[1].detach(), activations)
             expected += share / 2 * values.flip([a - 1 for a in mirrored])
-    torch.testing.assert_close(found.map.as_tensor()[0], expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
+    torch.testing.assert_close(result.map.as_tensor()[0], expected, rtol=0, atol=1e-10 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ ENDS = [((0, 4), (8, 8)), ((24, 0), (32, 4))]
 
 
 def layer_methods() -> list[str]:
-    """All methods that map a layer of a segmentation network (`Cam` reads the head of a classifier)."""
+    """Return all layer methods for a segmentation network (`Cam` reads the head of a classifier)."""
     texts = []
     for method in METHODS:
         if method.produces not in ("layer map", "activation") or method.__name__ == "Cam":

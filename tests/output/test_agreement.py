@@ -38,11 +38,11 @@ def test_the_spread_is_written_beside_the_map(tmp_path: Path) -> None:
         (folder / name).mkdir()
     records = explain(tmp_path, "--agreement", "--report")
     for method, record in records.items():
-        found = record["agreement"]["members"]
+        result = record["agreement"]["members"]
         assert record["agreement"]["of"] == ["members"]
-        assert found["count"] == 2
-        assert found["mean_deviation"] < 1e-5 or method == "GradCam"
-        (file,) = (tmp_path / "maps").rglob(found["map"])
+        assert result["count"] == 2
+        assert result["mean_deviation"] < 1e-5 or method == "GradCam"
+        (file,) = (tmp_path / "maps").rglob(result["map"])
         (own,) = (tmp_path / "maps").rglob(record["map"])
         assert values(file).shape == values(own).shape
         assert np.array_equal(nib.load(file).affine, nib.load(own).affine)

@@ -138,10 +138,10 @@ def _around_voxels(done: FinishedMap) -> tuple[list[int], Tensor]:
 
 def _by_call(objective: Objective, windows: list[int]) -> list[tuple[Call, list[int]]]:
     """Return the windows of each member and view."""
-    found: dict[Call, list[int]] = {}
+    grouped: dict[Call, list[int]] = {}
     for w in windows:
-        found.setdefault(objective.plan.call(w), []).append(w)
-    return list(found.items())
+        grouped.setdefault(objective.plan.call(w), []).append(w)
+    return list(grouped.items())
 
 
 def _read(objective: Objective, layer: str, window: int, k: int | None = None) -> tuple[Tensor, Tensor]:

@@ -295,17 +295,17 @@ def _agreement(results: Iterable[Result]) -> list[dict[str, Any]]:
     rows = []
     for result in results:
         for kind, single in (("members", "folds"), ("views", "views")):
-            found = (result.record.agreement or {}).get(kind)
-            if isinstance(found, dict) and "failed" not in found:
-                shuffled = found.get("shuffled")
+            entry = (result.record.agreement or {}).get(kind)
+            if isinstance(entry, dict) and "failed" not in entry:
+                shuffled = entry.get("shuffled")
                 rows.append(
                     {
                         "method": result.method,
                         "target": result.target,
                         "kind": single,
-                        "values": {k: v for k, v in found.items() if isinstance(v, (int, float))},
+                        "values": {k: v for k, v in entry.items() if isinstance(v, (int, float))},
                         "shuffled": shuffled if isinstance(shuffled, dict) else {},
-                        "map": found.get("map"),
+                        "map": entry.get("map"),
                     }
                 )
     return rows
