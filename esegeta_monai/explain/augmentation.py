@@ -7,7 +7,7 @@ import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from monai.data import MetaTensor
@@ -80,7 +80,7 @@ def freeze_augmentation(
     views: Counter[Call] = Counter()
 
     def record(batch: MetaTensor) -> Tensor:
-        views.update(_view(image, batch[i].cpu(), random) for i in range(len(batch)))
+        views.update(_view(image, cast(MetaTensor, batch[i].cpu()), random) for i in range(len(batch)))
         return batch
 
     probe = copy.copy(augmentation)

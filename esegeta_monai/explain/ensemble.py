@@ -53,6 +53,11 @@ class EnsembleInferer:
         8
     """
 
+    members: tuple[dict[str, Tensor], ...]
+    views: tuple[Call, ...]
+    around: bool
+    _inferer: Any
+
     def __init__(
         self,
         inferer: Any = None,

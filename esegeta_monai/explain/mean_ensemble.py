@@ -87,7 +87,8 @@ def read_mean(transforms: Any, keys: Sequence[str]) -> MeanOfMembers:
                     f"MeanEnsembled averages {', '.join(own)}, but not {', '.join(missing)}: name all keys"
                 )
             order = [own.index(k) for k in keys]
-            weights = _weights(step.ensemble.weights, len(own))
+            ensemble: Any = step.ensemble
+            weights = _weights(ensemble.weights, len(own))
             key = str(step.output_key or own[0])
             return MeanOfMembers(average, tuple(weights[i] for i in order), key, tuple(steps[number + 1 :]))
         if isinstance(step, Activationsd) and own:

@@ -154,10 +154,10 @@ class Outcomes:
             first = sum(list(channels.values())[:start]) if per_input else 0
             maps = AgreementMaps([], [])
             for kind, (shares, whole) in (alone or {}).items():
-                values = [m[first : first + len(part)] for m in whole]
+                own_maps = [m[first : first + len(part)] for m in whole]
                 generator = torch.Generator().manual_seed(self.settings.seed)
-                own.agreement = {**(own.agreement or {}), kind: summary(values, shares, part, kind, generator)}
-                maps.of(kind).extend(like_image(v, case.image) for v in values)
+                own.agreement = {**(own.agreement or {}), kind: summary(own_maps, shares, part, kind, generator)}
+                maps.of(kind).extend(like_image(m, case.image) for m in own_maps)
             attribution = like_image(part, case.image)
             yield Attribution(
                 attribution,

@@ -105,7 +105,7 @@ class Prediction:
             self.model.inferer = settings.inferer
         self._check_network()
         self.predicted = self.prediction = self._predict()
-        self.average = getattr(settings.inferer, "average", "output") if self.plan.apart else "output"
+        self.average: Any = getattr(settings.inferer, "average", "output") if self.plan.apart else "output"
         if self.average != "output":
             self.prediction = self._mean_probability()
         if not all_finite(self.prediction):

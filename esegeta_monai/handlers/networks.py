@@ -78,7 +78,7 @@ class EngineNetworks:
 
         See `MeanOfMembers.of`. None where the networks of an ensemble do not return one tensor each.
         """
-        raw = [output.get(key) for key in self.keys]
+        raw: list[Any] = [output.get(key) for key in self.keys]
         if self.mean is None:
             return raw[0]
         if not all(isinstance(values, torch.Tensor) for values in raw):
