@@ -69,7 +69,7 @@ class MembersScore(Score):
         self.class_index, self.class_name = score.class_index, score.class_name
 
     @property
-    def meaning(self) -> tuple[str, ...]:
+    def meaning(self) -> tuple[str, ...]:  # type: ignore[override]  # the base class has a plain attribute
         """Properties that distinguish the score from others of the same mask."""
         return (*getattr(self.score, "meaning", ()), self.activation, *map(str, self.weights))
 
