@@ -87,6 +87,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help='target, such as "MultiClassMask(class_index=1)" or "MultiClassMask(\'spleen\')"; may be repeated '
         "(default: every predicted class except background; 'esegeta-monai targets' lists all)",
     )
+    parser.add_argument(
+        "--agreement",
+        action="store_true",
+        help="also write where the folds of an ensemble, and its mirrored views, agree: their standard deviation as a "
+        "map, and figures in the record and report (takes the passes up to twice more)",
+    )
     parser.add_argument("--report", action="store_true", help="write the HTML report at the end")
     add_network(parser)
     add_head(parser)
@@ -189,6 +195,7 @@ def explain_cases(
                 pipeline=preprocess.pipeline(case),
                 data=data,
                 prediction=prediction,
+                training_folds=reader.training_folds(case.name),
             )
 
     each_case(ranks.share(cases) if options.share == "cases" else cases, explain, writer.failed, log)
@@ -248,6 +255,7 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
         checks=_checks(options),
         head=options.head,
         postprocessing=output_use(reader),
+        agreement=getattr(options, "agreement", False),
     )
 
 

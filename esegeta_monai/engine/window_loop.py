@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esegeta_monai.engine.network.model import Model, out_of_memory
 from esegeta_monai.engine.run_context import RunContext
@@ -61,7 +61,7 @@ class WindowedNetwork:
             all_channels: return all output channels, not only those that are read.
 
         Returns:
-            (n, R, *out_roi), or (n, K, *out_roi) with ``all_channels``.
+            (n, R, *out_roi), or (n, K, *out_roi) with ``all_channels``; M·K channels where members are kept apart.
         """
         parts, done = [], 0
         for call, alike in itertools.groupby(windows, self.plan.call):
@@ -81,12 +81,17 @@ class WindowedNetwork:
         condition = None
         if self.condition is not None:
             condition = torch.stack([self.plan.cut(self.condition, w) for w in windows]).to(self.model.device)
-        axes = [axis + 2 for axis in call.flips]
-        if axes:
-            x, condition = x.flip(axes), None if condition is None else condition.flip(axes)
+        dims = len(self.plan.roi)
+        if call.turned:
+            x, condition = call.apply(x, dims), None if condition is None else call.apply(condition, dims)
         self.model.load(call.member)
         out = self.model(x, slice_axis=self.plan.slice_axis, coordinates=coordinates, condition=condition)
-        return out.flip(axes) if axes and out.ndim == x.ndim else out
+        out = call.undo(out, dims) if call.turned and out.ndim == x.ndim else out
+        if not self.plan.apart:
+            return out
+        before, after = call.member, self.plan.member_count - 1 - call.member
+        channels = out.shape[1]
+        return nn.functional.pad(out, (0, 0) * (out.ndim - 2) + (before * channels, after * channels))
 
     def check_output(self, out: Tensor) -> None:
         """Check an output of the network (n, K, *out_roi); nothing is known of it here."""

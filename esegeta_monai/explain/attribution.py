@@ -10,6 +10,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 from esegeta_monai.engine.score import Score
+from esegeta_monai.explain.agreement import AgreementMaps
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
 
@@ -30,6 +31,7 @@ class Attribution:
         mask: bool MetaTensor (1, *spatial) of the target's voxels on the prediction's grid; None for class scores.
         input: name of the image input, if the network has several.
         error: the exception of a failed method.
+        agreement: the maps of the members of an ensemble and of its mirrored views, if they were asked for.
     """
 
     map: MetaTensor | None
@@ -41,6 +43,7 @@ class Attribution:
     mask: MetaTensor | None = None
     input: str | None = None
     error: Exception | None = None
+    agreement: AgreementMaps | None = None
 
     @property
     def status(self) -> str:

@@ -76,6 +76,9 @@ class Explainer:
             they show what the output is, and which thresholds and outputs are used. They are not run.
         inputs_as: how several image inputs are passed to the network: ``"dict"`` (by name) or ``"list"`` as its only
             argument; None: the first by position, the others by name.
+        agreement: compute the maps of the members of an ensemble, and of its mirrored views, alone as well: the record
+            has under ``agreement`` how far they agree, and the maps are in `Attribution.agreement`. It takes the
+            passes of the ensemble once more for members and for views, and the memory of one map for each.
 
     Raises:
         UsageError: the network is no module, or a parameter has a wrong value.
@@ -114,6 +117,7 @@ class Explainer:
         head: HeadKind | None = None,
         postprocessing: Any = None,
         inputs_as: InputsAs | None = None,
+        agreement: bool = False,
     ) -> None:
         if not isinstance(network, nn.Module):
             raise UsageError(
@@ -144,6 +148,7 @@ class Explainer:
             postprocessing=Postprocessing.of(postprocessing),
             inputs_as=inputs_as,
             checks=checks_of(checks),
+            agreement=flag("agreement", agreement),
         )
 
     def __call__(

@@ -22,6 +22,7 @@ from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.engine.sweep import sweep
 from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout
+from esegeta_monai.explain.agreement import Kind, compared, part_maps
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.explain.costs import check_cost
@@ -53,8 +54,8 @@ LAYER_MAPS = ("layer map", "activation")
 """Values of `produces` of methods whose maps show a layer."""
 
 ONE_CALL = (
-    "{}: the method reads one call of the network for each place, and an ensemble or mirrored views have several: "
-    "explain one member without mirroring, or use GradCam or an input method"
+    "{}: it is made for the weights of one network, as fitted patterns are, and an ensemble or mirrored views have "
+    "several calls: explain one member without mirroring, or use LRP or a gradient method"
 )
 
 NOISE_PASSES = 8
@@ -242,6 +243,7 @@ class CaseRun:
         values = objective.image_values() if any(o.result is not None for o in outcomes) else None
         noise = self._noise(objective)
         layer_checks = self._layer_checks(group, objective)
+        alone = self._alone(group, objective, [o.result is not None for o in outcomes])
         for method, outcome in zip(group, outcomes):
             for k, b in enumerate(task.bound):
                 record = self.outcomes.record(method, b, objective.plan)
@@ -269,10 +271,47 @@ class CaseRun:
                     result = _precision(objective, outcome.result.note(k), record)
                     record.checks = [*(record.checks or []), result.entry()]
                 self._check_map(task, method, k, outcome.result, record)
-                yield from self.outcomes.finished(method, b, record, outcome.result, k)
+                yield from self.outcomes.finished(
+                    method, b, record, outcome.result, k, self._of_target(alone, method, k, record)
+                )
         checkpoint = objective.context.checkpoint
         if checkpoint is not None and all(o.result is not None for o in outcomes):
             checkpoint.remove()  # not earlier, because the caller has now written the maps
+
+    def _alone(
+        self, group: Sequence[Method], objective: Objective, done: Sequence[bool]
+    ) -> dict[Kind, tuple[list[float], dict[int, list[Tensor] | str]]]:
+        """Compute the maps of the members and of the views alone, if they are to be compared.
+
+        Returns:
+            For each kind the shares, and by the method's id its maps (k, C, *spatial), or why there are none.
+        """
+        kinds = compared(objective.plan) if self.settings.agreement else []
+        methods = [method for method, ok in zip(group, done) if ok]
+        alone: dict[Kind, tuple[list[float], dict[int, list[Tensor] | str]]] = {}
+        for kind in kinds if methods else []:
+            with evaluating(self.settings.network, self.settings.device):
+                shares, maps = part_maps(methods, objective, kind)
+            alone[kind] = shares, {id(method): m for method, m in zip(methods, maps)}
+        return alone
+
+    @staticmethod
+    def _of_target(
+        alone: Mapping[Kind, tuple[list[float], dict[int, list[Tensor] | str]]],
+        method: Method,
+        k: int,
+        record: Record,
+    ) -> dict[Kind, tuple[Sequence[float], list[Tensor]]]:
+        """Return the shares and maps (C, *spatial) of target k; a failure is written to the record."""
+        result: dict[Kind, tuple[Sequence[float], list[Tensor]]] = {}
+        for kind, (shares, maps) in alone.items():
+            own = maps[id(method)]
+            if isinstance(own, str):
+                record.agreement = {**(record.agreement or {}), kind: {"failed": own}}
+                record.warnings = [*record.warnings, f"the maps of the {kind} could not be computed alone: {own}"]
+            else:
+                result[kind] = shares, [m[k] for m in own]
+        return result
 
     def _check_map(self, task: CaseTask, method: Method, k: int, explained: Explained, record: Record) -> None:
         """Check the map of target k, if the settings ask for it, and put the result into its record."""

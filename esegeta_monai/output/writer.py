@@ -40,6 +40,7 @@ from esegeta_monai.files.pictures.synthesis import save_curve, save_synthesised
 from esegeta_monai.files.privacy import traceback_text
 from esegeta_monai.files.runs import UNFINISHED
 from esegeta_monai.methods.base import Method
+from esegeta_monai.output.agreement import has_agreement, remove_spread, write_spread
 from esegeta_monai.output.place import NO_METADATA, VANISHED, ZERO, PlaceChecks
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes
@@ -138,6 +139,8 @@ class ResultWriter:
             return False
         if self.checks and not self._places.is_checked(path):
             return False
+        if not has_agreement(path, attribution):
+            return False
         if self._clash(path, attribution, case):
             return False  # `write` reports it
         reason = "finished in an earlier run"
@@ -158,6 +161,7 @@ class ResultWriter:
         pipeline: Pipeline | None = None,
         on_explained: Callable[[Attribution], None] | None = None,
         on_written: Callable[[Attribution, Path | None], None] | None = None,
+        training_folds: Mapping[str, str] | None = None,
         **more: Any,
     ) -> None:
         """Explain one case and write the results; finished maps are skipped, failures recorded.
@@ -171,6 +175,7 @@ class ResultWriter:
             pipeline: the preprocessing of the case, for the check of its place if the contents cannot decide.
             on_explained: called with each attribution, in every process that computes it.
             on_written: called with each attribution and its map's path, None if there is no map.
+            training_folds: for each fold of an ensemble, whether the case was in its training set, for the records.
             more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
 
         Raises:
@@ -189,6 +194,8 @@ class ResultWriter:
             check_sources(image, more.get("data"))
             storage.check_contents(image, case)
             for attribution in explainer(image[None], methods, targets, skip=skip, scores_dir=kept, **more):
+                if training_folds:
+                    attribution.record["training_folds"] = dict(training_folds)
                 if on_explained is not None:
                     on_explained(attribution)
                 path = self.write(attribution, case, image, scan)
@@ -236,6 +243,7 @@ class ResultWriter:
                 # files of an earlier run explain another prediction
                 for stale in (path, storage.picture_path(path), self._mask_path(attribution, case)):
                     stale.unlink(missing_ok=True)
+                remove_spread(path)
             if self.pictures:
                 self._copy_scan(case, image, place)
             if record.status in (*WITH_MAP, "empty_target"):
@@ -317,6 +325,7 @@ class ResultWriter:
             ends = torch.tensor(record.intensity_range)
             shown = {"cal_min": float(ends.min()), "cal_max": float(ends.max())}
         storage.save_map(path, values, grid, method=method.name or type(method).__name__, **shown)
+        more.update(write_spread(path, attribution, record, volume, grid))
         storage.picture_path(path).unlink(missing_ok=True)  # picture of an earlier map
         if record.features:
             with storage.atomic(storage.table_path(path)) as temporary:

@@ -200,12 +200,12 @@ def test_a_missing_output_folder_raises_before_any_work(scans: list[Path]) -> No
     assert engine.state.iteration == 0
 
 
-def test_engines_without_one_network_are_refused(scans: list[Path], tmp_path: Path) -> None:
+def test_ensembles_that_are_not_averaged_are_refused(scans: list[Path], tmp_path: Path) -> None:
     engine = EnsembleEvaluator(
         torch.device("cpu"), loader(scans), [Small(), Small()], ["a", "b"], prepare_batch=prepare
     )
     handler(tmp_path).attach(engine)
-    with pytest.raises(UsageError, match="EnsembleEvaluator has no single network"):
+    with pytest.raises(UsageError, match="no transform of the postprocessing averages a, b"):
         engine.run()
 
 

@@ -149,6 +149,8 @@ def _case_page(
         charts=charts([*case.curves, *_synthesis_curves(case)]),
         compared=[r for r in case.explained if r.record.blend_deviation is not None],
         checks=_checks(case.results),
+        agreement=_agreement(case.explained),
+        training=_training(case),
         regions=_region_tables(case),
         problems=[r for r in case.results if r.status in ("failed", "timeout")],
         warnings=_warnings(case.results),
@@ -293,6 +295,35 @@ def _checks(results: Iterable[Result]) -> list[dict[str, Any]]:
     for (name, _), check in once.items():
         check["methods"] = "" if len(check["methods"]) == len(of_check[name]) else ", ".join(check["methods"])
     return sorted(once.values(), key=lambda check: check.get("verdict") == "passed")
+
+
+def _agreement(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """Return a row per result and kind (members, views) whose maps were compared."""
+    rows = []
+    for result in results:
+        for kind, single in (("members", "folds"), ("views", "views")):
+            entry = (result.record.agreement or {}).get(kind)
+            if isinstance(entry, dict) and "failed" not in entry:
+                shuffled = entry.get("shuffled")
+                rows.append(
+                    {
+                        "method": result.method,
+                        "target": result.target,
+                        "kind": single,
+                        "values": {k: v for k, v in entry.items() if isinstance(v, (int, float))},
+                        "shuffled": shuffled if isinstance(shuffled, dict) else {},
+                        "map": entry.get("map"),
+                    }
+                )
+    return rows
+
+
+def _training(case: CaseResults) -> str:
+    """State whether the case was in the training set of each fold; empty if that is not known."""
+    folds = words.first(case, lambda r: r.training_folds)
+    if not isinstance(folds, dict) or not folds:
+        return ""
+    return "; ".join(f"{name}: {text}" for name, text in folds.items())
 
 
 def _warnings(results: Iterable[Result]) -> list[tuple[str, str]]:
