@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.utils.types import flag
 
-__all__ = ["BundleReader", "bundle_network", "run_id_of"]
+__all__ = ["BundleReader", "OwnPrediction", "bundle_network", "run_id_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,19 @@ _IDS = {
     "handlers": ("evaluator::val_handlers", "handlers", "val_handlers"),
 }
 _SAVER_DEFAULTS = {name: value.default for name, value in inspect.signature(SaveImaged.__init__).parameters.items()}
+
+
+@dataclass(frozen=True)
+class OwnPrediction:
+    """The prediction of a case by the model's own code.
+
+    Attributes:
+        logits: raw output (K, *spatial) on the network's grid.
+        data: further entries of the case's data dictionary.
+    """
+
+    logits: Tensor
+    data: Mapping[str, Any]
 
 
 class BundleReader:
@@ -232,16 +245,16 @@ class BundleReader:
 
         return bundle_provenance(self.bundle_dir)
 
-    def predict(self, image: Tensor, data: Mapping[Any, Any], path: Path) -> Tensor | None:
+    def predict(self, image: Tensor, data: Mapping[Any, Any], path: Path | None = None) -> OwnPrediction | None:
         """Predict with the model's own code where the engine's prediction is not the one that users see.
 
         Args:
             image: the preprocessed image (C, *spatial).
             data: the data dictionary of the case.
-            path: file name of the segmentation that is written, without extension.
+            path: file name of the segmentation that is written, without extension; None: write nothing.
 
         Returns:
-            Raw output (K, *spatial); None for a bundle: its inferer predicts.
+            The prediction; None for a bundle: its inferer predicts.
         """
         return None
 

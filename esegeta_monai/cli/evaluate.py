@@ -200,13 +200,15 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWrite
             text is not None and Path(text).exists() for text in (args.label, args.regions, args.body)
         ):
             _check_place(image, scan)
+        own = reader.predict(image, data)
         maps, problems = earlier.maps(case, methods, targets, writer.names, image) if earlier else (None, {})
         writer.evaluate(
             evaluator,
             image,
             case.name,
             problems=problems,
-            data=data,
+            data=data if own is None else {**data, **own.data},
+            prediction=None if own is None else own.logits[None],
             maps=maps,
             region_names=region_names,
             label_value=args.label_value,

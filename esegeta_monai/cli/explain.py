@@ -179,7 +179,8 @@ def explain_cases(
     def explain(case: ScanCase) -> None:
         scan, image, data = preprocess(case)
         own = reader.predict(image, data, output / safe_name(case.name) / f"{safe_name(case.name)}_seg")
-        prediction = None if own is None else own[None]
+        prediction = None if own is None else own.logits[None]
+        data = data if own is None else {**data, **own.data}
         for some, of in ranks.part(options.share, methods, chosen):
             writer.explain(explainer, image, case.name, some, of, scan=scan, data=data, prediction=prediction)
 
