@@ -7,6 +7,7 @@ whole volume.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -32,6 +33,8 @@ from esegeta_monai.explain.ensemble import EnsembleInferer
 from esegeta_monai.utils.files import sha256_file
 
 __all__ = ["NnunetReader"]
+
+logger = logging.getLogger("esegeta_monai")
 
 
 class NnunetReader(BundleReader):
@@ -196,6 +199,14 @@ class NnunetReader(BundleReader):
             mirroring=self.mirroring,
             step=self.step,
             path=path,
+        )
+        record = own.masks.record
+        logger.info(
+            "nnU-Net's segmentation is the target's mask, on the grid of the %s; sums in float32 give another class in %d "
+            "of %d voxels",
+            str(record["mask_grid"]),
+            record["voxels_of_another_class"],
+            record["voxels"],
         )
         return OwnPrediction(own.logits, {OUTPUT_GRID: own.masks})
 
