@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.utils.types import flag
 
-__all__ = ["BundleReader", "OwnPrediction", "bundle_network", "run_id_of"]
+__all__ = ["BundleReader", "bundle_network", "run_id_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -40,19 +40,6 @@ _IDS = {
     "handlers": ("evaluator::val_handlers", "handlers", "val_handlers"),
 }
 _SAVER_DEFAULTS = {name: value.default for name, value in inspect.signature(SaveImaged.__init__).parameters.items()}
-
-
-@dataclass(frozen=True)
-class OwnPrediction:
-    """The prediction of a case by the model's own code.
-
-    Attributes:
-        logits: raw output (K, *spatial) on the network's grid.
-        data: further entries of the case's data dictionary.
-    """
-
-    logits: Tensor
-    data: Mapping[str, Any]
 
 
 class BundleReader:
@@ -245,17 +232,21 @@ class BundleReader:
 
         return bundle_provenance(self.bundle_dir)
 
-    def predict(self, image: Tensor, data: Mapping[Any, Any], path: Path | None = None) -> OwnPrediction | None:
-        """Predict with the model's own code where the engine's prediction is not the one that users see.
+    def case_arguments(
+        self, image: Tensor, data: Mapping[Any, Any], path: Path | None = None, *, predict: bool = True
+    ) -> dict[str, Any]:
+        """Return the arguments of `esegeta_monai.Explainer` for a case, besides image, methods and targets.
 
         Args:
             image: the preprocessed image (C, *spatial).
             data: the data dictionary of the case.
-            path: file name of the segmentation that is written, without extension; None: write nothing.
-
-        Returns:
-            The prediction; None for a bundle: its inferer predicts.
+            path: file name of the segmentation, without extension, where the model's own code writes one.
+            predict: False: the model's own code does not predict, since only costs are estimated.
         """
+        return {"data": data}
+
+    def sample_condition(self, spatial: Sequence[int]) -> Tensor | None:
+        """Return what stands for the network's ``condition`` (C, *spatial) on noise; None: it has none."""
         return None
 
     def hashes(self) -> dict[str, str]:

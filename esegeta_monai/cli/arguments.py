@@ -45,6 +45,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="folds of the nnU-Net model, such as 0,1, or all for fold_all (default: all numbered folds)",
     )
     parser.add_argument(
+        "--previous-stage",
+        metavar="DIR",
+        help="first stage of an nnU-Net cascade: its model folder, or the folder of its segmentations (default: the "
+        "model folder beside the second stage's)",
+    )
+    parser.add_argument(
         "--no-mirroring",
         dest="mirroring",
         action="store_false",

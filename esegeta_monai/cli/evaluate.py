@@ -200,19 +200,17 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWrite
             text is not None and Path(text).exists() for text in (args.label, args.regions, args.body)
         ):
             _check_place(image, scan)
-        own = reader.predict(image, data)
         maps, problems = earlier.maps(case, methods, targets, writer.names, image) if earlier else (None, {})
         writer.evaluate(
             evaluator,
             image,
             case.name,
             problems=problems,
-            data=data if own is None else {**data, **own.data},
-            prediction=None if own is None else own.logits[None],
             maps=maps,
             region_names=region_names,
             label_value=args.label_value,
             **_beside(args, case, image, data),
+            **reader.case_arguments(image, data),
         )
 
     def failed(case: str, error: Exception) -> None:

@@ -178,11 +178,9 @@ def explain_cases(
 
     def explain(case: ScanCase) -> None:
         scan, image, data = preprocess(case)
-        own = reader.predict(image, data, output / safe_name(case.name) / f"{safe_name(case.name)}_seg")
-        prediction = None if own is None else own.logits[None]
-        data = data if own is None else {**data, **own.data}
+        given = reader.case_arguments(image, data, output / safe_name(case.name) / f"{safe_name(case.name)}_seg")
         for some, of in ranks.part(options.share, methods, chosen):
-            writer.explain(explainer, image, case.name, some, of, scan=scan, data=data, prediction=prediction)
+            writer.explain(explainer, image, case.name, some, of, scan=scan, **given)
 
     each_case(ranks.share(cases) if options.share == "cases" else cases, explain, writer.failed, log)
     with writer.run:
@@ -291,7 +289,8 @@ def _tell_costs(
 
     def estimate(case: ScanCase) -> None:
         _, image, data = preprocess(case)
-        costs.extend((case.name, cost) for cost in explainer.costs(image[None], methods, chosen, data=data))
+        given = reader.case_arguments(image, data, predict=False)
+        costs.extend((case.name, cost) for cost in explainer.costs(image[None], methods, chosen, **given))
 
     def failed(name: str, error: Exception) -> None:
         failures.append(name)

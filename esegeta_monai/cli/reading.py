@@ -32,14 +32,14 @@ def open_reader(
     """
     chosen = choose_device(args.device) if device is None else torch.device(device)
     if args.nnunet is None:
-        if args.folds is not None or not args.mirroring:
-            raise UsageError("--folds and --no-mirroring belong to --nnunet")
+        if args.folds is not None or not args.mirroring or args.previous_stage is not None:
+            raise UsageError("--folds, --no-mirroring and --previous-stage belong to --nnunet")
         if args.bundle is None:
             raise UsageError("give the bundle by --bundle DIR, or an nnU-Net model folder by --nnunet DIR")
         return BundleReader(args.bundle, args.config, overrides(args.override), chosen, weights)
     if args.bundle is not None or args.config or args.override:
         raise UsageError("--nnunet replaces --bundle, and has no --config and --override")
-    return NnunetReader(args.nnunet, _folds(args.folds), args.mirroring, chosen)
+    return NnunetReader(args.nnunet, _folds(args.folds), args.mirroring, chosen, previous=args.previous_stage)
 
 
 def _folds(text: str | None) -> list[int] | str | None:

@@ -108,11 +108,12 @@ def model_folder(
 ) -> Path:
     """Write a model folder with random weights and return it; ``changes`` are those of the configuration."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     labels = LABELS if labels is None else labels
     folder = root / "Dataset001_Tiny" / f"nnUNetTrainer__nnUNetPlans__{name}"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     content = plans(patch, spacing, transpose, channels, name, residual)
     content["configurations"][name] |= changes or {}
     dataset: dict[str, Any] = {
@@ -126,11 +127,12 @@ def model_folder(
     (folder / "plans.json").write_text(json.dumps(content), encoding="utf-8")
     (folder / "dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
     manager = PlansManager(content)
+    inputs = determine_num_input_channels(manager, name, dataset)
     heads = manager.get_label_manager(dataset).num_segmentation_heads
     for fold in range(folds):
         torch.manual_seed(fold)
         network = nnUNetTrainer.build_network_architecture(
-            manager, manager.get_configuration(name), channels, heads, enable_deep_supervision=False
+            manager, manager.get_configuration(name), inputs, heads, enable_deep_supervision=False
         )
         with torch.no_grad():
             for parameter in network.parameters():

@@ -21,7 +21,6 @@ from esegeta_monai import Explainer
 from esegeta_monai.bundle.nnunet import PROPERTIES, NnunetReader, is_nnunet_folder
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.main import main
-from esegeta_monai.engine.resampled import OUTPUT_GRID
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.explain.ensemble import EnsembleInferer
 from esegeta_monai.files.scans import read_scan
@@ -80,7 +79,7 @@ def test_the_segmentation_is_that_of_nnunet(model: tuple[Path, list[Path]], tmp_
     with torch.no_grad():
         again = plain_loop(own, torch.as_tensor(data["image"]).as_subclass(Tensor))
     torch.testing.assert_close(prediction.logits, again, rtol=0, atol=1e-5 * float(again.abs().max()))
-    record = prediction.data[OUTPUT_GRID].record
+    record = prediction.masks.record
     assert record["mask_grid"] == "scan"
     assert record["voxels"] == ours.size
     assert 0 < record["median_logit_difference"] < record["largest_logit_difference"] < record["largest_logit"]

@@ -58,7 +58,7 @@ def test_the_score_is_the_sum_over_exported_logits(options: dict[str, Any], tmp_
     reader, data = prepared(tmp_path, **options)
     properties, model = data[PROPERTIES], reader.model
     own = reader.predict(data["image"], data)
-    masks = own.data[OUTPUT_GRID]
+    masks = own.masks
     mask, shape = masks.masks(1), list(masks.resampling.shape)
     exported = torch.as_tensor(own_resampling(model, properties)(own.logits.double(), shape))
     regions = reader.labels.has_regions
@@ -69,7 +69,7 @@ def test_the_score_is_the_sum_over_exported_logits(options: dict[str, Any], tmp_
     x = image.as_tensor().clone().requires_grad_(True)
     loop = plain_loop(predictor_of(reader), x)
     (map_,) = Explainer(network, inferer, head="sigmoid" if regions else "softmax")(
-        image[None], ["VanillaBackprop"], ["MultiClassMask(1)"], data={**data, **own.data}, prediction=loop[None]
+        image[None], ["VanillaBackprop"], ["MultiClassMask(1)"], data={**data, OUTPUT_GRID: own.masks}, prediction=loop[None]
     )
     assert map_.record["mask_grid"] == "scan"
     assert map_.record["own_prediction"]["voxels_of_another_class"] >= 0
@@ -86,13 +86,13 @@ def test_the_score_is_the_sum_over_exported_logits(options: dict[str, Any], tmp_
 def test_probabilities_are_those_on_the_scan(tmp_path: Path) -> None:
     reader, data = prepared(tmp_path, **CASES["cropped"])
     own = reader.predict(data["image"], data)
-    masks = own.data[OUTPUT_GRID]
+    masks = own.masks
     explainer = Explainer(reader.network, reader.inferer)
     (map_,) = explainer(
         data["image"][None],
         ["VanillaBackprop"],
         ["MultiClassMask(1, output='probability')"],
-        data={**data, **own.data},
+        data={**data, OUTPUT_GRID: own.masks},
         prediction=own.logits[None],
     )
     p = own.logits.double().requires_grad_(True)
@@ -110,7 +110,7 @@ def test_resampling_that_is_not_linear_leaves_the_mask_on_the_networks_grid(tmp_
     assert "order 3" in str(why_not_linear(reader.model))
     own = reader.predict(data["image"], data)
     (map_,) = Explainer(reader.network, reader.inferer)(
-        data["image"][None], ["VanillaBackprop"], ["MultiClassMask(1)"], data={**data, **own.data},
+        data["image"][None], ["VanillaBackprop"], ["MultiClassMask(1)"], data={**data, OUTPUT_GRID: own.masks},
         prediction=own.logits[None],
     )  # fmt: skip
     assert map_.record["mask_grid"] == "network"

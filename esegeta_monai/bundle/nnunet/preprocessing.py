@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import tempfile
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Orientation, Resize, SpatialCrop
 
-from esegeta_monai.bundle.nnunet.files import PROPERTIES
+from esegeta_monai.bundle.nnunet.cascade import PREVIOUS
+from esegeta_monai.bundle.nnunet.files import PROPERTIES, nnunet_module
 from esegeta_monai.bundle.nnunet.model import NnunetModel
 from esegeta_monai.errors import InputError
 from esegeta_monai.files.scans import read_scan
@@ -27,11 +29,15 @@ class NnunetPreprocessd(MapTransform):
     Args:
         keys: the key of the file names, one per channel; it becomes the image (C, *spatial).
         model: the model folder, such as `NnunetReader.model`.
+        previous: for the second stage of a cascade: returns the first stage's segmentation of the case's files; it may
+            write into the given folder, which is temporary.
     """
 
-    def __init__(self, keys: str, model: NnunetModel) -> None:
+    def __init__(
+        self, keys: str, model: NnunetModel, previous: Callable[[list[str], Path], Path] | None = None
+    ) -> None:
         super().__init__(keys)
-        self.model = model
+        self.model, self.previous = model, previous
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Preprocess the files of one case.
@@ -42,19 +48,29 @@ class NnunetPreprocessd(MapTransform):
         result = dict(data)
         for key in self.key_iterator(result):
             files = [str(f) for f in ([data[key]] if isinstance(data[key], (str, Path)) else data[key])]
-            result[key], result[PROPERTIES] = self._preprocess(files)
+            result[key], more = self._preprocess(files)
+            result.update(more)
         return result
 
     def _preprocess(self, files: list[str]) -> tuple[MetaTensor, dict[str, Any]]:
+        """Return the image (C, *spatial) and further entries of the data dictionary."""
         model = self.model
         wanted = len(model.channel_names)
         if len(files) != wanted:
             names = ", ".join(model.channel_names.values())
             raise InputError(f"{len(files)} file(s) for {wanted} channel(s) ({names}): give one file for each")
         preprocessor = model.configuration.preprocessor_class(verbose=False)
-        values, _, properties = preprocessor.run_case(files, None, model.plans, model.configuration, model.dataset)
+        with tempfile.TemporaryDirectory() as folder:
+            file = None if self.previous is None else str(self.previous(files, Path(folder)))
+            values, labels, properties = preprocessor.run_case(
+                files, file, model.plans, model.configuration, model.dataset
+            )
+        more = {PROPERTIES: properties}
+        if file is not None:
+            one_hot = nnunet_module("nnunetv2.utilities.label_handling.label_handling").convert_labelmap_to_one_hot
+            more[PREVIOUS] = torch.as_tensor(one_hot(labels[0], model.labels.foreground_labels, values.dtype)).float()
         image = torch.as_tensor(values).float()
-        return self._traced(image, properties, read_scan(files[0])), properties
+        return self._traced(image, properties, read_scan(files[0])), more
 
     def _traced(self, image: Tensor, properties: Mapping[str, Any], scan: MetaTensor) -> MetaTensor:
         """Return the image with the trace of nnU-Net's transpose, crop and resampling, from the scan's grid."""

@@ -8,7 +8,7 @@ whole volume.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +19,13 @@ from monai.transforms import Compose
 from torch import Tensor, nn
 
 from esegeta_monai.bundle.metadata import BundleMetadata
-from esegeta_monai.bundle.nnunet.files import CHECKPOINT, PROPERTIES, nnunet_module
+from esegeta_monai.bundle.nnunet.cascade import PREVIOUS, FirstStageInput, previous_segmentation, sibling_folder
+from esegeta_monai.bundle.nnunet.files import CHECKPOINT, PROPERTIES, is_nnunet_folder, nnunet_module
 from esegeta_monai.bundle.nnunet.model import NnunetModel
-from esegeta_monai.bundle.nnunet.prediction import predict_case
+from esegeta_monai.bundle.nnunet.prediction import NnunetPrediction, predict_case
 from esegeta_monai.bundle.nnunet.preprocessing import NnunetPreprocessd
 from esegeta_monai.bundle.nnunet.windows import NnunetWindows
-from esegeta_monai.bundle.reader import BundleReader, OwnPrediction
+from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.bundle.weights import WeightSource
 from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.engine.resampled import OUTPUT_GRID
@@ -47,6 +48,9 @@ class NnunetReader(BundleReader):
         device: device of the network.
         step: distance of windows in window sizes (``tile_step_size`` of nnU-Net).
         checkpoint: file name of the checkpoints.
+        previous: for the second stage of a cascade: the model folder of the first stage, which then predicts with all
+            its folds, or the folder of its segmentations, named as ``nnUNetv2_predict`` does; None: the model folder
+            beside this one.
 
     Raises:
         UsageError: no such folder, fold or checkpoint; a damaged ``plans.json``; nnunetv2 is not installed.
@@ -56,7 +60,9 @@ class NnunetReader(BundleReader):
 
         reader = NnunetReader("Dataset001/nnUNetTrainer__nnUNetPlans__3d_fullres", folds=[0, 1])
         data = reader.preprocessing({"image": ["case_0000.nii.gz"]})
-        maps = list(Explainer(reader.network, reader.inferer)(data["image"][None], ["Saliency"], ["MultiClassMask(1)"]))
+        given = reader.case_arguments(data["image"], data)
+        explainer = Explainer(reader.network, reader.inferer, class_names=reader.class_names)
+        maps = list(explainer(data["image"][None], ["Saliency"], ["MultiClassMask(1)"], **given))
     """
 
     def __init__(
@@ -67,6 +73,7 @@ class NnunetReader(BundleReader):
         device: str | torch.device = "cpu",
         step: float = 0.5,
         checkpoint: str = CHECKPOINT,
+        previous: str | Path | None = None,
     ) -> None:
         self.bundle_dir = Path(folder).resolve()
         self.device, self.mirroring, self.step = torch.device(device), bool(mirroring), float(step)
@@ -75,11 +82,13 @@ class NnunetReader(BundleReader):
         self.plans, self.configuration, self.labels = model.plans, model.configuration, model.labels
         self.dataset, self.checkpoints, self.members = model.dataset, model.checkpoints, model.members
         self.mirror_axes = model.mirror_axes if self.mirroring else ()
-        if self.configuration.previous_stage_name is not None:
-            raise UsageError(
-                f"{self.bundle_dir.name} is the second stage of a cascade, which also reads the first stage's "
-                "segmentation: explain the first stage, or another configuration"
-            )
+        first, self.previous = self.configuration.previous_stage_name, None
+        if first is None and previous is not None:
+            raise UsageError(f"{self.bundle_dir.name} is no second stage of a cascade: leave out the previous stage")
+        if first is not None:
+            self.previous = sibling_folder(self.bundle_dir, first) if previous is None else Path(previous).resolve()
+            if not self.previous.is_dir():
+                raise UsageError(f"no folder of the previous stage at {previous}")
         self.metadata = BundleMetadata(self._metadata())
 
     def __repr__(self) -> str:
@@ -108,7 +117,8 @@ class NnunetReader(BundleReader):
         except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise NetworkError(f"{self.name}: the network of {self.model.trainer} cannot be built: {reason}") from error
-        return network.to(self.device).eval()
+        network = network.to(self.device).eval()
+        return network if self.previous is None else FirstStageInput(network)
 
     @cached_property
     def inferer(self) -> EnsembleInferer:
@@ -116,13 +126,14 @@ class NnunetReader(BundleReader):
         patch, flat = tuple(self.configuration.patch_size), len(self.configuration.patch_size) == 2
         windows = NnunetWindows(patch, self.step)
         axes = [axis + 1 if flat else axis for axis in self.mirror_axes]
-        members = [{name: value.to(self.device) for name, value in member.items()} for member in self.members]
+        prefix = "" if self.previous is None else "network."
+        members = [{prefix + name: value.to(self.device) for name, value in member.items()} for member in self.members]
         return EnsembleInferer(windows, members, axes)
 
     @cached_property
     def preprocessing(self) -> Compose:
         """nnU-Net's preprocessing as one transform that records the way back to the scan."""
-        return Compose([NnunetPreprocessd(self.image_key, self.model)])
+        return Compose([NnunetPreprocessd(self.image_key, self.model, self._first_stage)])
 
     @cached_property
     def postprocessing(self) -> Compose:
@@ -174,11 +185,12 @@ class NnunetReader(BundleReader):
             "configs_sha256": {file.name: sha256_file(file) for file in self.config_files},
             "folds": {file.parent.name: sha256_file(file) for file in self.checkpoints},
             "mirror_axes": list(self.mirror_axes),
+            **({} if self.previous is None else {"previous_stage": self.previous.name}),
         }
 
     # -- nnU-Net's own prediction -----------------------------------------------------------------------------------
 
-    def predict(self, image: Tensor, data: Mapping[Any, Any], path: Path | None = None) -> OwnPrediction:
+    def predict(self, image: Tensor, data: Mapping[Any, Any], path: Path | None = None) -> NnunetPrediction:
         """Predict with nnU-Net's own predictor and write its segmentation, as ``nnUNetv2_predict`` does.
 
         Args:
@@ -186,31 +198,68 @@ class NnunetReader(BundleReader):
             data: the data dictionary of the case, with nnU-Net's properties.
             path: file name without extension; the file gets that of the data set. None: write nothing.
 
-        Returns:
-            Logits (K, *spatial) on the network's grid, summed in float32 from the windows of nnU-Net's predictor, and
-            the masks of its segmentation for the data dictionary.
+        Raises:
+            NetworkError: see `esegeta_monai.bundle.nnunet.prediction.predict_case`.
         """
-        own = predict_case(
+        network, whole = self.network, torch.as_tensor(image).as_subclass(Tensor)
+        if isinstance(network, FirstStageInput):
+            network, whole = network.network, torch.cat([whole, data[PREVIOUS].to(whole)])
+        return predict_case(
             self.model,
-            self.network,
-            image,
+            network,
+            whole,
             data[PROPERTIES],
             device=self.device,
             mirroring=self.mirroring,
             step=self.step,
             path=path,
         )
+
+    def case_arguments(
+        self, image: Tensor, data: Mapping[Any, Any], path: Path | None = None, *, predict: bool = True
+    ) -> dict[str, Any]:
+        """Return the arguments of `esegeta_monai.Explainer` for a case: nnU-Net's prediction, masks and first stage.
+
+        Args:
+            image, data, path: see `predict`.
+            predict: False: the explainer's own prediction is used, on the network's grid.
+        """
+        further = {"network_kwargs": {"condition": data[PREVIOUS][None]}} if self.previous is not None else {}
+        if not predict:
+            return {"data": data, **further}
+        own = self.predict(image, data, path)
         record = own.masks.record
         logger.info(
-            "nnU-Net's segmentation is the target's mask, on the grid of the %s; sums in float32 give another class in %d "
-            "of %d voxels",
-            str(record["mask_grid"]),
+            "nnU-Net's segmentation gives the masks, on the grid of the %s; sums in float32 give another class in %d of "
+            "%d voxels",
+            record["mask_grid"],
             record["voxels_of_another_class"],
             record["voxels"],
         )
-        return OwnPrediction(own.logits, {OUTPUT_GRID: own.masks})
+        return {"data": {**data, OUTPUT_GRID: own.masks}, "prediction": own.logits[None], **further}
+
+    def sample_condition(self, spatial: Sequence[int]) -> Tensor | None:
+        """Return zeros in place of the first stage's segmentation, to run the network on noise (*spatial)."""
+        return None if self.previous is None else torch.zeros(len(self.labels.foreground_labels), *spatial)
 
     # -- internals --------------------------------------------------------------------------------------------------
+
+    @property
+    def _first_stage(self) -> Callable[[list[str], Path], Path] | None:
+        """Function from the files of a case to the first stage's segmentation; None: this is no second stage."""
+        folder, ending = self.previous, self.dataset["file_ending"]
+        if folder is None:
+            return None
+        if not is_nnunet_folder(folder):
+            return lambda files, _: previous_segmentation(folder, files, ending)
+
+        def predict(files: list[str], temporary: Path) -> Path:
+            reader = NnunetReader(folder, None, self.mirroring, self.device, self.step)
+            data = reader.preprocessing({reader.image_key: files})
+            reader.predict(data[reader.image_key], data, temporary / "first")
+            return temporary / f"first{reader.dataset['file_ending']}"
+
+        return predict
 
     def _metadata(self) -> dict[str, Any]:
         channels, names = self.model.channel_names, self.model.class_names
