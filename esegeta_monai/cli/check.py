@@ -86,7 +86,10 @@ def run(args: Namespace, *_: object) -> int:
             raise UsageError(f"--input {args.input} contains {len(cases)} scans: give the one to check")
         what = cases[0].name
         scan, image, data = Preprocessor(reader)(cases[0])
-        results = [*explainer.check(image[None], **reader.case_arguments(image, data, predict=False)), _geometry(image, scan)]
+        results = [
+            *explainer.check(image[None], **reader.case_arguments(image, data, predict=False)),
+            _geometry(image, scan),
+        ]
     if args.json:
         print(json.dumps([result.entry() for result in results], indent=2, ensure_ascii=False))
     else:

@@ -32,14 +32,15 @@ def open_reader(
     """
     chosen = choose_device(args.device) if device is None else torch.device(device)
     if args.nnunet is None:
-        if args.folds is not None or not args.mirroring or args.previous_stage is not None:
-            raise UsageError("--folds, --no-mirroring and --previous-stage belong to --nnunet")
+        if not (args.folds is args.step_size is args.previous_stage is None and args.mirroring):
+            raise UsageError("--folds, --no-mirroring, --step-size and --previous-stage belong to --nnunet")
         if args.bundle is None:
             raise UsageError("give the bundle by --bundle DIR, or an nnU-Net model folder by --nnunet DIR")
         return BundleReader(args.bundle, args.config, overrides(args.override), chosen, weights)
     if args.bundle is not None or args.config or args.override:
         raise UsageError("--nnunet replaces --bundle, and has no --config and --override")
-    return NnunetReader(args.nnunet, _folds(args.folds), args.mirroring, chosen, previous=args.previous_stage)
+    step = 0.5 if args.step_size is None else args.step_size
+    return NnunetReader(args.nnunet, _folds(args.folds), args.mirroring, chosen, step, previous=args.previous_stage)
 
 
 def _folds(text: str | None) -> list[int] | str | None:

@@ -105,9 +105,7 @@ class ResampledScore(WeightedScore):
 
     additive = False
 
-    def __init__(
-        self, mask: Tensor, class_index: int, n_classes: int, resampling: Resampling, **settings: Any
-    ) -> None:
+    def __init__(self, mask: Tensor, class_index: int, n_classes: int, resampling: Resampling, **settings: Any) -> None:
         super().__init__(mask, class_index, n_classes, **settings)
         self._inner = WeightedScore(mask, class_index, n_classes, **settings)
         self._resampling = Resampling(tuple(matrix.to(mask.device) for matrix in resampling.matrices))

@@ -72,8 +72,8 @@ class MultiClassMask(Target):
     exclude each other (sigmoid), the mask is probability > 0.5 instead of the argmax, or the threshold of a bundle's
     postprocessing. TorchEsegeta calls this target ``multi_class``.
 
-    Where a model writes its own segmentation on another grid, as nnU-Net does on that of the scan, m is the mask of that
-    segmentation, and the resampling R to it is part of the score: ``s(P) = Σ_v m(v) φ((R P)(c, v))``
+    Where a model writes its own segmentation on another grid, as nnU-Net does on that of the scan, m is the mask of
+    that segmentation, and the resampling R to it is part of the score: ``s(P) = Σ_v m(v) φ((R P)(c, v))``
     (`esegeta_monai.engine.resampled`).
 
     Args:

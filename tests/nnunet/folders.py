@@ -153,9 +153,7 @@ def model_folder(
     return folder
 
 
-def scan(
-    folder: Path, channels: int = 1, shape: Sequence[int] = (22, 19, 17), ending: str = ".nii.gz"
-) -> list[Path]:
+def scan(folder: Path, channels: int = 1, shape: Sequence[int] = (22, 19, 17), ending: str = ".nii.gz") -> list[Path]:
     """Write an oblique, anisotropic scan with a margin of zeros, one file per channel, by nibabel or SimpleITK."""
     angle = 0.2
     turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])

@@ -1,4 +1,4 @@
-"""The second stage of a cascade: the same segmentation as nnU-Net's, and the first stage's segmentation stays frozen."""
+"""The second stage of a cascade: nnU-Net's own segmentation, and a first stage that stays frozen."""
 
 from __future__ import annotations
 

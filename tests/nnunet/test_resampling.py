@@ -69,7 +69,11 @@ def test_the_score_is_the_sum_over_exported_logits(options: dict[str, Any], tmp_
     x = image.as_tensor().clone().requires_grad_(True)
     loop = plain_loop(predictor_of(reader), x)
     (map_,) = Explainer(network, inferer, head="sigmoid" if regions else "softmax")(
-        image[None], ["VanillaBackprop"], ["MultiClassMask(1)"], data={**data, OUTPUT_GRID: own.masks}, prediction=loop[None]
+        image[None],
+        ["VanillaBackprop"],
+        ["MultiClassMask(1)"],
+        data={**data, OUTPUT_GRID: own.masks},
+        prediction=loop[None],
     )
     assert map_.record["mask_grid"] == "scan"
     assert map_.record["own_prediction"]["voxels_of_another_class"] >= 0
@@ -126,3 +130,26 @@ def test_an_unknown_function_is_not_taken_for_linear(tmp_path: Path) -> None:
 
     configuration = SimpleNamespace(resampling_fn_probabilities=sharpened)
     assert "sharpened" in str(why_not_linear(replace(reader.model, configuration=configuration)))
+
+
+def test_additive_methods_are_complete_over_folds_and_views(tmp_path: Path) -> None:
+    """Completeness of IG and DeepLIFT and conservation of LRP, with the mask on the scan's grid, in float64."""
+    reader, data = prepared(tmp_path, folds=2, mirror=(0, 2), spacing=(1.2, 1.0, 0.8), transpose=(1, 0, 2))
+    own = reader.predict(data["image"], data)
+    inferer, network = reader.inferer, reader.network.double()
+    inferer.members = tuple({name: value.double() for name, value in member.items()} for member in inferer.members)
+    x = data["image"].as_tensor().double()
+    loop = plain_loop(predictor_of(reader), x).detach()
+    methods = ["IntegratedGradients(baseline=0.0, n_steps=64)", "DeepLift(baseline=0.0)", "LRP"]
+    path, deep, lrp = Explainer(network, inferer)(
+        data["image"][None].double(),
+        methods,
+        ["MultiClassMask(1)"],
+        data={**data, OUTPUT_GRID: own.masks},
+        prediction=loop[None],
+    )
+    assert [a.record["mask_grid"] for a in (path, deep, lrp)] == ["scan"] * 3
+    assert path.record["completeness_gap"] <= 1e-3
+    assert deep.record["completeness_gap"] <= 1e-9
+    absorbed = float(lrp.record["absorbed_share"])
+    assert float(lrp.map.sum()) == pytest.approx((1 - absorbed) * lrp.record["value"], rel=1e-9)

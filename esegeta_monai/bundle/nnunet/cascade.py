@@ -55,8 +55,8 @@ def sibling_folder(folder: Path, configuration: str) -> Path:
     sibling = folder.with_name(f"{trainer}__{plans}__{configuration}")
     if not sibling.is_dir():
         raise UsageError(
-            f"{folder.name} is the second stage of a cascade, and its first stage {sibling.name} is not beside it: give "
-            "its model folder, or the folder of its segmentations, by previous=DIR (--previous-stage DIR)"
+            f"{folder.name} is the second stage of a cascade, and its first stage {sibling.name} is not beside it: "
+            "give its model folder, or the folder of its segmentations, by previous=DIR (--previous-stage DIR)"
         )
     return sibling
 

@@ -56,6 +56,14 @@ class NnunetModel:
         """
         if not folder.is_dir():
             raise UsageError(f"no nnU-Net folder at {folder}: there is no such folder")
+        if not (folder / "plans.json").is_file():
+            inside = sorted(file.parent.relative_to(folder) for file in folder.glob("*/*/plans.json"))
+            inside += sorted(file.parent.relative_to(folder) for file in folder.glob("*/plans.json"))
+            if inside:
+                raise UsageError(
+                    f"{folder.name} holds several nnU-Net models: give the folder of one, "
+                    f"{', '.join(map(str, inside[:6]))}{', …' * (len(inside) > 6)}"
+                )
         plans, dataset = read_object(folder / "plans.json"), read_object(folder / "dataset.json")
         checkpoints = _checkpoints(folder, folds, checkpoint)
         manager_class = nnunet_module("nnunetv2.utilities.plans_handling.plans_handler").PlansManager

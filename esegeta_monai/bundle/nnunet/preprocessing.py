@@ -11,6 +11,7 @@ import nibabel as nib
 import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Orientation, Resize, SpatialCrop
+from torch import Tensor
 
 from esegeta_monai.bundle.nnunet.cascade import PREVIOUS
 from esegeta_monai.bundle.nnunet.files import PROPERTIES, nnunet_module

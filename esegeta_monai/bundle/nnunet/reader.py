@@ -230,8 +230,8 @@ class NnunetReader(BundleReader):
         own = self.predict(image, data, path)
         record = own.masks.record
         logger.info(
-            "nnU-Net's segmentation gives the masks, on the grid of the %s; sums in float32 give another class in %d of "
-            "%d voxels",
+            "nnU-Net's segmentation gives the masks, on the grid of the %s; sums in float32 give another class in %d "
+            "of %d voxels",
             record["mask_grid"],
             record["voxels_of_another_class"],
             record["voxels"],
