@@ -178,7 +178,9 @@ def explain_cases(
 
     def explain(case: ScanCase) -> None:
         scan, image, data = preprocess(case)
-        given = reader.case_arguments(image, data, output / safe_name(case.name) / f"{safe_name(case.name)}_seg")
+        writes = options.share == "cases" or not ranks.rank
+        path = output / safe_name(case.name) / f"{safe_name(case.name)}_seg" if writes else None
+        given = reader.case_arguments(image, data, path)
         for some, of in ranks.part(options.share, methods, chosen):
             writer.explain(explainer, image, case.name, some, of, scan=scan, **given)
 

@@ -95,7 +95,7 @@ class ResampledScore(WeightedScore):
 
     Attributes:
         mask: the voxels of the network's grid that R reads for m (in the box); ``voxels`` counts those of m.
-        shown: the voxels of which m has at least half: ``Rᵀ m ≥ ½ Rᵀ 1``.
+        shown: the voxels that belong to m by at least half: ``Rᵀ m ≥ ½ Rᵀ 1``.
 
     >>> resampling = Resampling((torch.full((2, 4), 0.25).double(), torch.eye(3).double()))
     >>> score = ResampledScore(torch.tensor([[True, False, False], [True, False, False]]), 1, 2, resampling)

@@ -131,21 +131,23 @@ def test_the_gradient_is_that_of_a_plain_loop(
     inferer = reader.inferer
     inferer.members = tuple({name: value.to(dtype) for name, value in member.items()} for member in inferer.members)
     explainer = Explainer(reader.network.to(dtype), inferer, head="sigmoid" if reader.labels.has_regions else "softmax")
-    ours, occlusion = explainer(
-        image[None].to(dtype), [VanillaBackprop(), Occlusion(window=6, baseline=0.0)], [MultiClassMask(1)]
-    )
     own, x = predictor_of(reader), torch.as_tensor(image).as_subclass(Tensor).to(dtype).requires_grad_(True)
     prediction = plain_loop(own, x)
-    mask = prediction[1] > 0 if reader.labels.has_regions else prediction.argmax(0) == 1
+    predicted = prediction.argmax(0)
+    c = 1 if reader.labels.has_regions or bool((predicted == 1).any()) else int(predicted.max())
+    ours, occlusion = explainer(
+        image[None].to(dtype), [VanillaBackprop(), Occlusion(window=6, baseline=0.0)], [MultiClassMask(c)]
+    )
+    mask = prediction[c] > 0 if reader.labels.has_regions else predicted == c
     assert ours.record["target_voxels"] == int(mask.sum()) > 0
-    score = (prediction[1] * mask).sum()
+    score = (prediction[c] * mask).sum()
     (expected,) = torch.autograd.grad(score, x)
     error = float((ours.map.as_tensor() - expected).abs().max() / expected.abs().max())
     assert error <= tolerance
     changed = x.detach().clone()
     changed[(slice(None), *(slice(0, 6) for _ in range(3)))] = 0
     with torch.no_grad():
-        effect = float(score - (plain_loop(predictor_of(reader), changed)[1] * mask).sum())
+        effect = float(score - (plain_loop(predictor_of(reader), changed)[c] * mask).sum())
     bound = (1e-6 if dtype == torch.float32 else 1e-10) * abs(float(score.detach()))
     assert float(occlusion.map[0, 0, 0, 0]) == pytest.approx(effect, rel=0, abs=bound)
 

@@ -1,4 +1,4 @@
-"""What a trained nnU-Net model folder consists of."""
+"""The contents of a trained nnU-Net model folder."""
 
 from __future__ import annotations
 

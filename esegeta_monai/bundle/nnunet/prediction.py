@@ -119,7 +119,11 @@ class _Masks:
                 reason, resampling = f"nnU-Net's resampling is not separable here (difference {off:.2g})", None
         ours = inserted(self._segmented(logits, resampling), self.model, self.properties)
         difference = (logits - self.own.float()).abs()
+        order = self.model.dataset.get("regions_class_order")
         record = {
+            "masks": "nnU-Net's file"
+            if order is None
+            else f"each region's own sigmoid > 0.5; the file: labels {order}",
             "mask_grid": "scan" if resampling is not None else f"network, because {reason}",
             "voxels": ours.numel(),
             "voxels_of_another_class": int(torch.count_nonzero(ours != self.segmentation)),
