@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -156,7 +156,7 @@ class ThresholdMask(Target):
         if activation == "auto" and self.value != "raw":
             activation = self.value
         mask = compared > threshold if self.above else compared <= threshold
-        more = {"activation": activation}
+        more: dict[str, Any] = {"activation": activation}
         return [masked_score(self, mask, self.channel, prediction, case, "channel", by_channel=True, **more)]
 
     def _values(self, prediction: Tensor, index: int, case: Case) -> Tensor:

@@ -35,7 +35,13 @@ def why_not_linear(model: NnunetModel) -> str | None:
     """
     function = model.configuration.resampling_fn_probabilities
     name = getattr(getattr(function, "func", function), "__name__", str(function))
-    options = {"order": 3, "order_z": 0, "mode": "linear", "aniso_axis_mode": "nearest-exact", "is_seg": False}
+    options: dict[str, Any] = {
+        "order": 3,
+        "order_z": 0,
+        "mode": "linear",
+        "aniso_axis_mode": "nearest-exact",
+        "is_seg": False,
+    }
     options |= getattr(function, "keywords", {})
     if name == "no_resampling_data_or_seg_to_shape":
         return None
