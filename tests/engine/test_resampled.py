@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 
 from esegeta_monai import Explainer
+from esegeta_monai.engine.contrast import ContrastScore
 from esegeta_monai.engine.resampled import OUTPUT_GRID, OutputMasks, ResampledScore, Resampling
 from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.errors import TargetError
@@ -118,3 +119,19 @@ def test_targets_of_the_same_place_and_other_masks_differ() -> None:
     first, second = (ResampledScore(mask, 1, 3, RESAMPLING) for mask in (a_mask(), other))
     assert first.meaning != second.meaning
     assert first.altered(3, class_index=2, output="probability").value(torch.zeros(3, *first.mask.shape)) > 0
+
+
+@pytest.mark.parametrize("output", ["logit", "probability"])
+def test_a_contrast_of_resampled_scores_is_their_difference(output: str) -> None:
+    score = ResampledScore(a_mask(), 1, 3, RESAMPLING, output=output)  # type: ignore[arg-type]
+    contrast = ContrastScore(score, [0, 2], 3, weight=0.5, label="contrast")
+    p = torch.randn(3, *SIZE, dtype=torch.float64, requires_grad=True)
+    plain = [WeightedScore(a_mask(), c, 3, output=output) for c in (1, 0, 2)]  # type: ignore[arg-type]
+    moved = resample(p)
+    first, *others = (s.value(s.crop(moved)) for s in plain)
+    expected = first - 0.25 * (others[0] + others[1])
+    assert float(contrast.value(contrast.crop(p.detach()))) == pytest.approx(float(expected.detach()), rel=1e-12)
+    (gradient,) = torch.autograd.grad(expected, p)
+    whole = torch.zeros_like(p)
+    whole[(list(contrast.channels), *contrast.box)] = contrast.cotangent(contrast.crop(p.detach()))
+    torch.testing.assert_close(whole, gradient, rtol=1e-10, atol=1e-14)

@@ -15,8 +15,10 @@ pytest.importorskip("nnunetv2", reason="needs nnunetv2: make test-nnunet")
 from esegeta_monai import Explainer
 from esegeta_monai.bundle.nnunet import NnunetReader
 from esegeta_monai.bundle.nnunet.cascade import PREVIOUS
-from esegeta_monai.cli.main import main
-from esegeta_monai.errors import InputError, NetworkError, UsageError
+from esegeta_monai.bundle.trust import TRUST_VARIABLE
+from esegeta_monai.cli.main import build_parser, main
+from esegeta_monai.cli.trust import require_trust
+from esegeta_monai.errors import InputError, NetworkError, TrustError, UsageError
 from tests.nnunet.folders import model_folder, scan
 from tests.nnunet.test_nnunet import plain_loop, predictor_of
 
@@ -105,3 +107,25 @@ def test_a_missing_first_stage_is_named(tmp_path: Path) -> None:
     assert "empty has no segmentation case.nii.gz" in str(caught.value.__cause__)
     with pytest.raises(UsageError, match="no second stage"):
         NnunetReader(model_folder(tmp_path / "other", folds=1), previous=tmp_path / "empty")
+
+
+def test_the_first_stage_is_trusted_like_the_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first stage whose plans name foreign code does not run, though the second stage's plans are harmless."""
+    monkeypatch.delenv(TRUST_VARIABLE, raising=False)
+    low, high, file = cascade(tmp_path)
+    plans = json.loads((low / "plans.json").read_text(encoding="utf-8"))
+    plans["configurations"]["3d_lowres"]["architecture"]["network_class_name"] = "foreign.Network"
+    (low / "plans.json").write_text(json.dumps(plans), encoding="utf-8")
+    for more in ([], ["--previous-stage", str(low)]):
+        args = build_parser().parse_args(
+            ["explain", "--nnunet", str(high), "--input", file, "--output", str(tmp_path), *more]
+        )
+        with pytest.raises(TrustError, match="3d_lowres"):
+            require_trust(args)
+
+
+def test_a_folder_of_several_models_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cascade(tmp_path)
+    command = ["explain", "--nnunet", str(tmp_path / "model"), "--input", "x.nii.gz", "--output", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "holds several nnU-Net models" in capsys.readouterr().err

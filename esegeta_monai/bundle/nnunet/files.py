@@ -14,7 +14,15 @@ import torch
 
 from esegeta_monai.errors import NetworkError, UsageError
 
-__all__ = ["CHECKPOINT", "PROPERTIES", "is_nnunet_folder", "nnunet_module", "read_checkpoint", "read_object"]
+__all__ = [
+    "CHECKPOINT",
+    "PROPERTIES",
+    "check_single",
+    "is_nnunet_folder",
+    "nnunet_module",
+    "read_checkpoint",
+    "read_object",
+]
 
 CHECKPOINT = "checkpoint_final.pth"
 PROPERTIES = "nnunet_properties"
@@ -25,6 +33,28 @@ def is_nnunet_folder(folder: str | Path) -> bool:
     """Return True if a folder has the plans, data set description and a fold of a trained nnU-Net v2 model."""
     root = Path(folder)
     return (root / "plans.json").is_file() and (root / "dataset.json").is_file() and any(root.glob("fold_*"))
+
+
+def check_single(folder: Path) -> None:
+    """Refuse a folder that is none, or that holds several models, such as the weights of TotalSegmentator.
+
+    Raises:
+        UsageError: it is no folder of one model; the message lists the models in it.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"no nnU-Net folder at {folder}: there is no such folder")
+    if (folder / "plans.json").is_file():
+        return
+    inside = [
+        file.parent.relative_to(folder).as_posix()
+        for depth in ("*", "*/*")
+        for file in sorted(folder.glob(f"{depth}/plans.json"))
+    ]
+    if inside:
+        more = f" and {len(inside) - 6} more" if len(inside) > 6 else ""
+        raise UsageError(
+            f"{folder.name} holds several nnU-Net models: give the folder of one, {', '.join(inside[:6])}{more}"
+        )
 
 
 def nnunet_module(module: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from esegeta_monai.bundle.nnunet.files import nnunet_module, read_checkpoint, read_object
+from esegeta_monai.bundle.nnunet.files import check_single, nnunet_module, read_checkpoint, read_object
 from esegeta_monai.errors import UsageError
 
 __all__ = ["NnunetModel"]
@@ -54,16 +54,7 @@ class NnunetModel:
             UsageError: no such folder, fold or checkpoint; damaged files; nnunetv2 is not installed.
             NetworkError: a checkpoint holds code.
         """
-        if not folder.is_dir():
-            raise UsageError(f"no nnU-Net folder at {folder}: there is no such folder")
-        if not (folder / "plans.json").is_file():
-            inside = sorted(file.parent.relative_to(folder) for file in folder.glob("*/*/plans.json"))
-            inside += sorted(file.parent.relative_to(folder) for file in folder.glob("*/plans.json"))
-            if inside:
-                raise UsageError(
-                    f"{folder.name} holds several nnU-Net models: give the folder of one, "
-                    f"{', '.join(map(str, inside[:6]))}{', …' * (len(inside) > 6)}"
-                )
+        check_single(folder)
         plans, dataset = read_object(folder / "plans.json"), read_object(folder / "dataset.json")
         checkpoints = _checkpoints(folder, folds, checkpoint)
         manager_class = nnunet_module("nnunetv2.utilities.plans_handling.plans_handler").PlansManager
