@@ -128,7 +128,7 @@ class ResampledScore(WeightedScore):
         return voxels
 
     @property
-    def meaning(self) -> tuple[str, ...]:
+    def meaning(self) -> tuple[str, ...]:  # type: ignore[override]  # the base class has a plain attribute
         """Properties that distinguish the score from others of the same mask and parameters."""
         return (*super().meaning, "resampled", digest(self._inner.mask, *self._resampling.matrices).hex())
 
