@@ -221,7 +221,8 @@ class NnunetReader(BundleReader):
         """Return the arguments of `esegeta_monai.Explainer` for a case: nnU-Net's prediction, masks and first stage.
 
         Args:
-            image, data, path: see `predict`.
+            image: the preprocessed image (C, *spatial).
+            data, path: see `predict`.
             predict: False: the explainer's own prediction is used, on the network's grid.
         """
         further = {"network_kwargs": {"condition": data[PREVIOUS][None]}} if self.previous is not None else {}
