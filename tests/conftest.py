@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-from esegeta_monai.bundle.trust import TRUST_VARIABLE
-
-# The bundles of the tests are their own code, also in the processes that tests start. Tests of the trust itself remove
-# the variable.
-os.environ[TRUST_VARIABLE] = "1"
 
 
 @pytest.fixture(autouse=True)

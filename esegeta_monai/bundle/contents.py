@@ -132,11 +132,11 @@ class BundleContents:
 
     @cached_property
     def runnables(self) -> list[Runnable]:
-        """Everything that runs, or may run, when the bundle's network is built: code of the bundle first."""
+        """Everything that runs, or may run, when the bundle's network is built: scripts and pickles first."""
         entries = [Runnable(self.shown(file), "", "script", _about(file)) for file in self.scripts]
         for file in self.configs:
             entries += _of_config(self.shown(file), parse_config(file))
-        return sorted(entries, key=lambda entry: entry.own)
+        return sorted(entries, key=lambda entry: (entry.own, _ORDER.index(entry.kind)))
 
     @cached_property
     def hiding(self) -> dict[str, str]:
@@ -212,16 +212,25 @@ class NnunetContents(BundleContents):
 
     Args:
         folder: the model folder.
+        previous: the model folder of the first stage of a cascade; None: the one beside the folder, if the plans name
+            a first stage and it is there.
 
     Raises:
         UsageError: ``plans.json`` is missing or cannot be read.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, previous: str | Path | None = None) -> None:
         self.root = Path(folder).resolve()
         if not self.root.is_dir():
             raise UsageError(f"no nnU-Net folder at {folder}: there is no such folder")
-        self.configs = [self.root / name for name in ("plans.json", "dataset.json")]
+        self.configs = [self.root / "plans.json"]
+        if previous is not None:
+            stages = [Path(previous).resolve()]
+        else:
+            entries = config_entries(parse_config(self.configs[0]))
+            named = {v for k, v in entries if k.endswith("::previous_stage") and isinstance(v, str) and "/" not in v}
+            stages = [self.root.with_name(f"{self.root.name.rpartition('__')[0]}__{name}") for name in sorted(named)]
+        self.configs += [stage / "plans.json" for stage in stages if (stage / "plans.json").is_file()]
 
     @property
     def what(self) -> str:
@@ -231,19 +240,15 @@ class NnunetContents(BundleContents):
     @cached_property
     def runnables(self) -> list[Runnable]:
         """Names of Python objects in ``plans.json`` that are neither layers of torch nor networks of nnU-Net."""
-        plans = parse_config(self.configs[0])
-        named: list[tuple[str, str]] = []
-        for key, value in config_entries(plans):
-            parts = key.split("::")
-            if "_kw_requires_import" in parts or not isinstance(value, str):
-                continue
-            if parts[-1] in _CLASS_KEYS or "architecture" in parts[:-1]:
-                named.append((key, value))
-        return [
-            Runnable("plans.json", printable(key, 200), "class", printable(value))
-            for key, value in named
-            if not _LAYERS.fullmatch(value)
-        ]
+        named: list[Runnable] = []
+        for file in self.configs:
+            for key, value in config_entries(parse_config(file)):
+                parts = key.split("::")
+                if "_kw_requires_import" in parts or not isinstance(value, str) or _LAYERS.fullmatch(value):
+                    continue
+                if parts[-1] in _CLASS_KEYS or any(part in _ARGUMENT_KEYS for part in parts[:-1]):
+                    named.append(Runnable(self.shown(file), printable(key, 200), "class", printable(value, MAX_SHOWN)))
+        return named
 
     @cached_property
     def hiding(self) -> dict[str, str]:
@@ -257,11 +262,13 @@ class NnunetContents(BundleContents):
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """``plans.json``, which alone decides what runs."""
-        return {"plans.json": self.configs[0]}
+        """``plans.json`` of each stage, which alone decide what runs."""
+        return {self.shown(file): file for file in self.configs}
 
 
+_ORDER = ("script", "pickle", "import", "component", "expression")
 _CLASS_KEYS = ("network_class_name", "network_arch_class_name")
+_ARGUMENT_KEYS = ("architecture", "network_arch_init_kwargs")
 
 
 def _of_config(file: str, config: Mapping[str, Any]) -> Iterator[Runnable]:

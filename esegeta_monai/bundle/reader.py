@@ -131,6 +131,11 @@ class BundleReader:
         """The inferer of the bundle, called as `inferer(inputs, network)`."""
         return self._part("inferer")
 
+    @property
+    def roi(self) -> Sequence[int] | int | None:
+        """Shape of a window, or its edge along all axes; None: the inferer has none."""
+        return getattr(self.inferer, "roi_size", None)
+
     @cached_property
     def preprocessing(self) -> Compose:
         """The transforms from file names to the network's input, always a `Compose`."""

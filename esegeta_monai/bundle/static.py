@@ -24,7 +24,7 @@ _MAX_FOLLOWED = 20
 
 
 class StaticBundle:
-    """What the configs of a bundle state, as text.
+    """Description of a bundle by its configs, as text.
 
     References (``@id``) are followed as text, and texts that are only added (``$@bundle_root + '/models/model.pt'``)
     are joined. Everything else that needs an evaluation is shown as the expression that it is.

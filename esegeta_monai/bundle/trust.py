@@ -1,7 +1,7 @@
 """Remember which bundles the user has allowed to run, by the SHA-256 of their contents.
 
 The store is ``trusted.json`` in the folder ``esegeta-monai`` of the user's settings (``$XDG_CONFIG_HOME``, else
-``~/.config``). A bundle that was moved stays trusted; one of which a file was changed does not.
+``~/.config``). A bundle that was moved stays trusted; one with a changed file does not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def store_path() -> Path:
 
 
 def is_shipped(contents: BundleContents) -> bool:
-    """Return True for a bundle in the folder ``bundles`` beside this package, of which no used file is elsewhere.
+    """Return True for a bundle in the folder ``bundles`` beside this package, if no used file is elsewhere.
 
     Whoever can change files there can change the package itself.
     """
@@ -88,7 +88,7 @@ class TrustStore:
     def sha256(self, file: Path) -> str:
         """Return the SHA-256 of a file; that of a large one is computed once, as long as its size and times stay.
 
-        Of the times, that of the last change of the inode cannot be set by a program, unlike that of the content.
+        Programs can set the time of the last change of the content, but not that of the inode, so both count.
         """
         status = file.stat()
         if status.st_size < _CACHED_BYTES:

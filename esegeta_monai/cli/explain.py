@@ -180,7 +180,9 @@ def explain_cases(
         path = output / safe_name(case.name) / f"{safe_name(case.name)}_seg" if writes else None
         given = reader.case_arguments(image, data, path)
         for some, of in ranks.part(options.share, methods, chosen):
-            writer.explain(explainer, image, case.name, some, of, scan=scan, **given)
+            writer.explain(
+                explainer, image, case.name, some, of, scan=scan, pipeline=preprocess.pipeline(case), **given
+            )
 
     each_case(ranks.share(cases) if options.share == "cases" else cases, explain, writer.failed, log)
     with writer.run:
@@ -190,9 +192,14 @@ def explain_cases(
 
 def open_log(log: RunLog, reader: BundleReader, cases: Sequence[ScanCase], output: Path) -> None:
     """Open the log file in ``output``; its lines do not show the folders of scans, bundle and output."""
-    for path in (*(file for case in cases for file in case.files), output, reader.bundle_dir):
-        log.hide(path, path.name)
+    _hide_folders(log, reader, cases)
+    log.hide(output, output.name)
     log.write_to(output)
+
+
+def _hide_folders(log: RunLog, reader: BundleReader, cases: Sequence[ScanCase]) -> None:
+    for path in (*(file for case in cases for file in case.files), reader.bundle_dir):
+        log.hide(path, path.name)
 
 
 def each_case(
@@ -280,6 +287,7 @@ def _tell_costs(
     log: RunLog,
 ) -> int:
     """Print the cost of each method; write nothing."""
+    _hide_folders(log, reader, cases)
     chosen = default_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)
     check_layers(reader.network, [*methods, *chosen])

@@ -46,7 +46,7 @@ def add_info_arguments(parser: ArgumentParser) -> None:
 
 
 def run_info(args: Namespace, *_: object) -> int:
-    """Print versions, devices and the description of a bundle, of which nothing is run, and what would run."""
+    """Print versions, devices and the description of a bundle, and what of it would run; nothing is run."""
     sections: dict[str, Any] = {"versions": storage.versions(), "devices": _devices()}
     contents: BundleContents | None = None
     if args.nnunet:
@@ -136,8 +136,8 @@ def scan_or_noise(reader: BundleReader, text: str | None) -> Tensor:
     expected = Preprocessor(reader) if reader.has("preprocessing") else None
     channels = expected.channels if expected is not None and expected.channels else 1
     dims = (expected.spatial_dims if expected is not None else None) or 3
-    size = getattr(reader.inferer, "roi_size", None) or getattr(reader, "roi", None)
-    if size is None:
+    size: Any = reader.roi
+    if not size:
         inputs = reader.metadata.inputs.values()
         size = next((i["spatial_shape"] for i in inputs if isinstance(i, dict) and "spatial_shape" in i), None)
     size = [size] * dims if isinstance(size, int) else size

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from esegeta_monai.bundle.contents import BundleContents, NnunetContents, Runnable, printable
-from esegeta_monai.bundle.nnunet.cascade import first_stage_folder
-from esegeta_monai.bundle.nnunet.files import is_nnunet_folder
+from esegeta_monai.bundle.nnunet.files import check_single
 from esegeta_monai.bundle.trust import TRUST_VARIABLE, TrustStore, is_shipped
 from esegeta_monai.errors import TrustError, UsageError
 
@@ -55,11 +54,8 @@ def require_trust(args: Namespace) -> None:
         if args.bundle is not None:
             folders.append(BundleContents(args.bundle, getattr(args, "config", None)))
         if nnunet is not None:
-            folders.append(NnunetContents(nnunet))
-            given = getattr(args, "previous_stage", None)
-            first = first_stage_folder(folders[-1].root) if given is None else Path(given)
-            if first is not None and is_nnunet_folder(first):
-                folders.append(NnunetContents(first))
+            check_single(Path(nnunet))
+            folders.append(NnunetContents(nnunet, getattr(args, "previous_stage", None)))
         for contents in folders:
             _require(contents, args.trust)
     args.allowed = True
@@ -143,7 +139,7 @@ def listing(contents: BundleContents) -> list[str]:
     lines = [f"refused: {printable(file)} hides the module {name}" for name, file in contents.hiding.items()]
     if not contents.runnables:
         return [*lines, "nothing of this folder runs: it names only known classes, and its weights are read as numbers"]
-    lines.append(f"would run when the network is built: {summary(contents.runnables)}")
+    lines.append(f"may run when the network is built: {summary(contents.runnables)}")
     width = max(len(f"{entry.file} {entry.id}") for entry in contents.runnables)
     for entry in contents.runnables:
         where = f"{entry.file} {entry.id}".rstrip()
@@ -162,4 +158,7 @@ def _asked(contents: BundleContents) -> bool:
     if len(lines) > len(shown):
         print(f"  ... and {len(lines) - len(shown)} more, which 'esegeta-monai info' lists", file=sys.stderr)
     print("Trust these contents? They are remembered until a file changes. [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+    try:
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+    except OSError as error:  # a process in a session of its own cannot read from the terminal
+        raise TrustError(refusal(contents)) from error

@@ -45,6 +45,9 @@ Skip = Callable[[Attribution], bool]
 DEVIATES = 0.1
 """Threshold of ``blend_deviation`` for a warning; half-precision windows of a float32 prediction stay below 0.05."""
 
+ROUNDING = 1e-3
+"""Largest ``blend_deviation`` of a prediction in float32."""
+
 
 LAYER_MAPS = ("layer map", "activation")
 """Values of `produces` of methods whose maps show a layer."""
@@ -262,6 +265,9 @@ class CaseRun:
                     predicted, activation = task.predicted, getattr(b.target, "activation", "auto")
                     entries = predicted_class(predicted.prediction, settings.class_names, predicted.head, activation)
                     record.update(entries)
+                if settings.checks:
+                    result = _precision(objective, outcome.result.note(k), record)
+                    record.checks = [*(record.checks or []), result.entry()]
                 self._check_map(task, method, k, outcome.result, record)
                 yield from self.outcomes.finished(method, b, record, outcome.result, k)
         checkpoint = objective.context.checkpoint
@@ -342,6 +348,31 @@ class CaseRun:
                 yield
             finally:
                 objective.context.progress.on_pass = None
+
+
+def _precision(objective: Objective, note: Mapping[str, Any], record: Record) -> CheckResult:
+    """Return the check that a map is computed in the precision of the prediction.
+
+    Args:
+        objective: of the map.
+        note: of the map; ``amp_fallback`` is the reason for float32.
+        record: of the map, with ``amp`` and ``blend_deviation``.
+    """
+    asked, own = objective.model.autocast_dtype, str(objective.image.dtype).removeprefix("torch.")
+    deviation, text = record.blend_deviation, f"the windows run in {own}, as the prediction"
+    if deviation is not None and not deviation <= DEVIATES:
+        return CheckResult("precision", "warned", "the windows deviate from the prediction, see the warning")
+    if asked is None and deviation is not None and deviation > ROUNDING:
+        text = "not checked: the given prediction deviates from the windows by more than float32 rounds"
+        return CheckResult("precision", "not checked", text)
+    if asked is None:
+        return CheckResult("precision", "passed", text)
+    half = str(asked).removeprefix("torch.")
+    if record.amp is None or note.get("amp_fallback") is not None:
+        reason = note.get("amp_fallback") or "the method needs it"
+        text = f"the prediction runs under autocast ({half}), this map in {own}: {reason}"
+        return CheckResult("precision", "handled", text)
+    return CheckResult("precision", "passed", f"the windows run under autocast ({half}), as the prediction")
 
 
 def _warned(checks: Sequence[CheckResult], method: Method) -> list[str]:

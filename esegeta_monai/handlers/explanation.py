@@ -19,6 +19,7 @@ from esegeta_monai.explain.costs import Cost, table
 from esegeta_monai.explain.settings import Checks
 from esegeta_monai.files.maps import picture_path
 from esegeta_monai.handlers.base import CaseHandler
+from esegeta_monai.handlers.cases import pipeline_of
 from esegeta_monai.handlers.series import ExplanationSeries
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.writer import ResultWriter
@@ -201,6 +202,7 @@ class ExplanationHandler(CaseHandler):
                 case,
                 methods,
                 targets,
+                pipeline=pipeline_of(engine, image, self.image_key),
                 data=data,
                 on_explained=notify,
                 on_written=noted,

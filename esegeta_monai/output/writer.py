@@ -24,6 +24,7 @@ from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
 from esegeta_monai.files.copies import mask_path, save_grey_copy, save_mask, scan_copy_path
+from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.files.grids.resample import (
     _background,
     _cut_to_place,
@@ -107,6 +108,7 @@ class ResultWriter:
         self._written: dict[str, str] = {}
         self._copied: tuple[str, dict[Path, Tensor]] = ("", {})
         self._places = PlaceChecks()
+        self._pipeline: Pipeline | None = None
 
     @property
     def writes(self) -> bool:
@@ -153,6 +155,7 @@ class ResultWriter:
         targets: Sequence[Target],
         *,
         scan: Any = None,
+        pipeline: Pipeline | None = None,
         on_explained: Callable[[Attribution], None] | None = None,
         on_written: Callable[[Attribution, Path | None], None] | None = None,
         **more: Any,
@@ -165,6 +168,7 @@ class ResultWriter:
             case: name of the case, as given by the user.
             methods, targets: methods and targets of this writer, or a part of them.
             scan: see `write`.
+            pipeline: the preprocessing of the case, for the check of its place if the contents cannot decide.
             on_explained: called with each attribution, in every process that computes it.
             on_written: called with each attribution and its map's path, None if there is no map.
             more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
@@ -174,7 +178,7 @@ class ResultWriter:
         """
         for method in methods:
             self.names.method(method)
-        scan = scan if scan is not None else scan_of(image)
+        scan, self._pipeline = scan if scan is not None else scan_of(image), pipeline
 
         def skip(attribution: Attribution) -> bool:
             done = self.writes and self.is_done(attribution, case, scan)
@@ -295,7 +299,8 @@ class ResultWriter:
             if record.grid == "scan" and (text := unrecorded(image, volume)) is not None and not self.checks:
                 raise InputError(text)
             if record.grid == "scan" and self.checks:
-                self._places.check(record, case, image, volume, additive=method.additive and not synthesised)
+                additive = method.additive and not synthesised
+                self._places.check(record, case, image, volume, additive=additive, pipeline=self._pipeline)
         if not bool(torch.isfinite(values).all()):
             raise MethodError(f"{path.name}: the map has values that are not finite after resampling")
         more: dict[str, Any] = dict(sums)

@@ -352,9 +352,18 @@ def test_names_in_a_record_are_not_imported(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scipy.py", "entry points", "sitecustomize.py", "numpy/", "evil.pth (path file)"])
-@pytest.mark.parametrize("command", ["info", "layers"])
-@pytest.mark.parametrize("how", ["module", "command"])
+@pytest.mark.parametrize(
+    ("name", "how", "command"),
+    [
+        ("scipy.py", "module", "info"),
+        ("scipy.py", "command", "layers"),
+        ("numpy/", "module", "layers"),
+        ("entry points", "module", "info"),
+        ("entry points", "command", "layers"),
+        ("sitecustomize.py", "module", "layers"),
+        ("evil.pth (path file)", "module", "info"),
+    ],
+)
 def test_the_working_directory_is_the_bundle(name: str, command: str, how: str, tmp_path: Path) -> None:
     """A new process, in which the hidden modules have not been imported yet."""
     place = make_hostile(name, tmp_path / "hostile")

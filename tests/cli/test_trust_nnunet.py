@@ -89,6 +89,21 @@ def test_others_are_listed_and_refused(
     assert "evil_module" not in sys.modules
 
 
+def test_the_first_stage_of_a_cascade_counts_too(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path, UNET)
+    plans = json.loads((folder / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
+    (folder / "plans.json").write_text(json.dumps(plans))
+    assert NnunetContents(folder).runnables == []
+    first = model_folder(tmp_path / "first", "os.system")
+    first.rename(folder.with_name(folder.name.replace("3d_fullres", "3d_lowres")))
+    (entry,) = NnunetContents(folder).runnables
+    assert entry.text == "os.system"
+    assert "3d_lowres/plans.json" in entry.file
+    other = model_folder(tmp_path / "other", "posix.system")
+    assert [entry.text for entry in NnunetContents(folder, other).runnables] == ["posix.system"]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"configurations": 3}', "[" * 100_000])
 def test_damaged_plans_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     folder = model_folder(tmp_path, UNET)

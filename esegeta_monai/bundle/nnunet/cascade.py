@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.bundle.nnunet.files import check_single, read_object
 from esegeta_monai.errors import InputError, NetworkError, UsageError
 
-__all__ = ["PREVIOUS", "FirstStageInput", "first_stage_folder", "previous_segmentation", "sibling_folder"]
+__all__ = ["PREVIOUS", "FirstStageInput", "previous_segmentation", "sibling_folder"]
 
 PREVIOUS = "nnunet_previous_stage"
 """Key of the first stage's segmentation (classes, *spatial), one-hot, in the data dictionary."""
@@ -60,19 +59,6 @@ def sibling_folder(folder: Path, configuration: str) -> Path:
             "give its model folder, or the folder of its segmentations, by previous=DIR (--previous-stage DIR)"
         )
     return sibling
-
-
-def first_stage_folder(folder: Path) -> Path | None:
-    """Return the first stage's folder beside a model folder, by its name and plans.json; None: it has no first stage.
-
-    Raises:
-        UsageError: plans.json cannot be read, or the first stage is not there.
-    """
-    check_single(folder)
-    configurations = read_object(folder / "plans.json").get("configurations")
-    own = configurations.get(folder.name.rpartition("__")[2]) if isinstance(configurations, dict) else None
-    previous = own.get("previous_stage") if isinstance(own, dict) else None
-    return None if previous is None else sibling_folder(folder, str(previous))
 
 
 def previous_segmentation(folder: Path, files: Sequence[str], ending: str) -> Path:

@@ -282,9 +282,16 @@ def _synthesis_curves(case: CaseResults) -> list[Curve]:
 
 
 def _checks(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """Return each result of a check once; those that found something come first."""
-    entries = [check for result in results for check in result.record.checks or [] if isinstance(check, dict)]
-    once = {(check.get("check"), check.get("text")): check for check in entries}
+    """Return each result of a check once; with methods if others have another result; findings come first."""
+    of_check: dict[str, set[str]] = {}
+    once: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in results:
+        for check in (check for check in result.record.checks or [] if isinstance(check, dict)):
+            name, text, method = str(check.get("check")), str(check.get("text")), str(result.method)
+            of_check.setdefault(name, set()).add(method)
+            once.setdefault((name, text), {**check, "methods": {}})["methods"][method] = None
+    for (name, _), check in once.items():
+        check["methods"] = "" if len(check["methods"]) == len(of_check[name]) else ", ".join(check["methods"])
     return sorted(once.values(), key=lambda check: check.get("verdict") == "passed")
 
 
