@@ -314,17 +314,21 @@ class BundleReader:
 
         return bundle_provenance(self.bundle_dir)
 
-    def predict(self, image: Tensor, data: Mapping[Any, Any], path: Path) -> Tensor | None:
-        """Predict with the model's own code where the engine's prediction is not the one that users see.
+    def case_arguments(
+        self, image: Tensor, data: Mapping[Any, Any], path: Path | None = None, *, predict: bool = True
+    ) -> dict[str, Any]:
+        """Return the arguments of `esegeta_monai.Explainer` for a case, besides image, methods and targets.
 
         Args:
             image: the preprocessed image (C, *spatial).
             data: the data dictionary of the case.
-            path: file name of the segmentation that is written, without extension.
-
-        Returns:
-            Raw output (K, *spatial); None for a bundle: its inferer predicts.
+            path: file name of the segmentation, without extension, where the model's own code writes one.
+            predict: False: the model's own code does not predict, since only costs are estimated.
         """
+        return {"data": data}
+
+    def sample_condition(self, spatial: Sequence[int]) -> Tensor | None:
+        """Return what stands for the network's ``condition`` (C, *spatial) on noise; None: it has none."""
         return None
 
     def training_folds(self, case: str) -> dict[str, str]:

@@ -36,6 +36,16 @@ def add_bundle(parser: argparse.ArgumentParser, required: bool) -> None:
     )
 
 
+def _step_size(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
+    return value
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options for a bundle or an nnU-Net model folder, see `esegeta_monai.cli.reading.open_reader`."""
     add_bundle(parser, required=False)
@@ -44,6 +54,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         "--folds",
         metavar="LIST",
         help="folds of the nnU-Net model, such as 0,1, or all for fold_all (default: all numbered folds)",
+    )
+    parser.add_argument(
+        "--step-size",
+        type=_step_size,
+        metavar="SHARE",
+        help="distance of nnU-Net's windows in window sizes (default: 0.5, as nnUNetv2_predict)",
+    )
+    parser.add_argument(
+        "--previous-stage",
+        metavar="DIR",
+        help="first stage of an nnU-Net cascade: its model folder, or the folder of its segmentations (default: the "
+        "model folder beside the second stage's)",
     )
     parser.add_argument(
         "--no-mirroring",

@@ -77,7 +77,10 @@ def run(args: Namespace, *_: object) -> int:
     )
     if args.input is None:
         what = "noise of one window"
-        results = explainer.check(scan_or_noise(reader, None)[None])
+        image = scan_or_noise(reader, None)
+        condition = reader.sample_condition(image.shape[1:])
+        more = {} if condition is None else {"network_kwargs": {"condition": condition[None]}}
+        results = explainer.check(image[None], **more)
     else:
         cases = find_cases([args.input], [name for _, name in sorted(reader.channel_names.items())])
         if len(cases) != 1:
@@ -85,7 +88,10 @@ def run(args: Namespace, *_: object) -> int:
         what = cases[0].name
         preprocess = Preprocessor(reader)
         scan, image, data = preprocess(cases[0])
-        results = [*explainer.check(image[None], data=data), _geometry(image, scan, preprocess.pipeline(cases[0]))]
+        results = [
+            *explainer.check(image[None], **reader.case_arguments(image, data, predict=False)),
+            _geometry(image, scan, preprocess.pipeline(cases[0])),
+        ]
     if args.json:
         print(json.dumps([result.entry() for result in results], indent=2, ensure_ascii=False))
     else:

@@ -205,11 +205,11 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWrite
             image,
             case.name,
             problems=problems,
-            data=data,
             maps=maps,
             region_names=region_names,
             label_value=args.label_value,
             **_beside(args, case, image, data),
+            **reader.case_arguments(image, data),
         )
 
     def failed(case: str, error: Exception) -> None:

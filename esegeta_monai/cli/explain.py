@@ -182,8 +182,9 @@ def explain_cases(
 
     def explain(case: ScanCase) -> None:
         scan, image, data = preprocess(case)
-        own = reader.predict(image, data, output / safe_name(case.name) / f"{safe_name(case.name)}_seg")
-        prediction = None if own is None else own[None]
+        writes = options.share == "cases" or not ranks.rank
+        path = output / safe_name(case.name) / f"{safe_name(case.name)}_seg" if writes else None
+        given = reader.case_arguments(image, data, path)
         for some, of in ranks.part(options.share, methods, chosen):
             writer.explain(
                 explainer,
@@ -193,9 +194,8 @@ def explain_cases(
                 of,
                 scan=scan,
                 pipeline=preprocess.pipeline(case),
-                data=data,
-                prediction=prediction,
                 training_folds=reader.training_folds(case.name),
+                **given,
             )
 
     each_case(ranks.share(cases) if options.share == "cases" else cases, explain, writer.failed, log)
@@ -312,7 +312,8 @@ def _tell_costs(
 
     def estimate(case: ScanCase) -> None:
         _, image, data = preprocess(case)
-        costs.extend((case.name, cost) for cost in explainer.costs(image[None], methods, chosen, data=data))
+        given = reader.case_arguments(image, data, predict=False)
+        costs.extend((case.name, cost) for cost in explainer.costs(image[None], methods, chosen, **given))
 
     def failed(name: str, error: Exception) -> None:
         failures.append(name)

@@ -93,9 +93,11 @@ def run_layers(args: Namespace, *_: object) -> int:
         model = Model(network, reader.device, output=args.network_output)
         with torch.inference_mode():
             axis = plan.slice_axis
-            out = model(window[None].to(reader.device), slice_axis=axis)[0].cpu()
+            condition = reader.sample_condition(window.shape[1:])
+            batch = None if condition is None else condition[None].to(reader.device)
+            out = model(window[None].to(reader.device), slice_axis=axis, condition=batch)[0].cpu()
         score = WeightedScore(torch.ones(out.shape[1:], dtype=torch.bool), 0, out.shape[0])
-        objective = Objective(model, window, plan, [score], out)
+        objective = Objective(model, window, plan, [score], out, condition=condition)
         shapes = layer_shapes(objective)
         try:
             default: str | None = default_layer(objective)

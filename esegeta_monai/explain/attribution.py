@@ -67,5 +67,5 @@ def mask_on_image(score: Score | None, image: MetaTensor) -> MetaTensor | None:
     if any(b.stop > n for b, n in zip(score.box, image.shape[1:])) or len(score.box) != image.ndim - 1:
         return None
     mask = torch.zeros((1, *image.shape[1:]), dtype=torch.bool)
-    mask[0][score.box] = score.mask.cpu()
+    mask[0][score.box] = score.shown.cpu()
     return like_image(mask, image)

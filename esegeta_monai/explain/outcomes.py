@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.resampled import OUTPUT_GRID, OutputMasks, ResampledScore
 from esegeta_monai.engine.score import Score
 from esegeta_monai.engine.windows.plan import WindowPlan
 from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, named_reason
@@ -97,6 +98,10 @@ class Outcomes:
         )
         if self.settings.agreement and (kinds := compared(plan)):
             record.agreement = {"of": kinds}
+        own: OutputMasks | None = case.data.get(OUTPUT_GRID)
+        if own is not None:
+            on_scan = isinstance(score, ResampledScore)
+            record.more |= {"mask_grid": "scan" if on_scan else "network", "own_prediction": dict(own.record)}
         self._records[key] = method, bound, record
         return replace(record, warnings=[], more=dict(record.more))
 
