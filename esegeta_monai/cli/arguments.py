@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from esegeta_monai.engine.head import HEADS
+from esegeta_monai.errors import UsageError
 
 __all__ = [
     "add_bundle",
@@ -13,8 +14,10 @@ __all__ = [
     "add_head",
     "add_model",
     "add_network",
+    "add_parts",
     "add_run_options",
     "add_share",
+    "part_id",
 ]
 
 
@@ -149,6 +152,39 @@ def add_share(parser: argparse.ArgumentParser) -> None:
         help="how several processes (torchrun) divide the work: by cases (default), by the windows of each case (for "
         "large scans), or by methods and targets",
     )
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """Add the options that divide the cases of a run over machines."""
+    parser.add_argument(
+        "--num-parts",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="divide the cases into N parts, for machines that share the output folder (default: 1)",
+    )
+    parser.add_argument(
+        "--part-id",
+        type=int,
+        metavar="I",
+        help="number of this part, 0 to N-1; see also 'esegeta-monai merge-runs'",
+    )
+
+
+def part_id(options: argparse.Namespace) -> int | None:
+    """Return the number of the part that the options choose; None: the run is not divided.
+
+    Raises:
+        UsageError: only one of the two options is given, or the number is out of range.
+    """
+    parts, part = getattr(options, "num_parts", 1), getattr(options, "part_id", None)
+    if parts == 1 and part in (None, 0):
+        return None
+    if part is None:
+        raise UsageError(f"--num-parts {parts} also needs the number of this part: --part-id 0 to {parts - 1}")
+    if not 0 <= part < parts:
+        raise UsageError(f"--part-id {part}: with --num-parts {parts} it is a number from 0 to {parts - 1}")
+    return part
 
 
 def _count(text: str) -> int:

@@ -13,7 +13,15 @@ import torch
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.cli.arguments import add_head, add_model, add_network, add_run_options, add_share
+from esegeta_monai.cli.arguments import (
+    add_head,
+    add_model,
+    add_network,
+    add_parts,
+    add_run_options,
+    add_share,
+    part_id,
+)
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.cli.reading import open_reader
@@ -21,7 +29,7 @@ from esegeta_monai.cli.values import overrides
 from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.engine.network.hooks import find_layer
 from esegeta_monai.engine.network.state import unwrap, weights_hash
-from esegeta_monai.errors import EsegetaError, NetworkError, RankLost, UsageError
+from esegeta_monai.errors import EsegetaError, NetworkError, OutputLost, RankLost, UsageError
 from esegeta_monai.explain.costs import Cost, duration, table
 from esegeta_monai.explain.explainer import Explainer
 from esegeta_monai.explain.settings import Checks
@@ -31,7 +39,7 @@ from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.targets.regions import OutputValue
-from esegeta_monai.utils.distributed import Processes, process_group
+from esegeta_monai.utils.distributed import Processes, part_of, process_group
 from esegeta_monai.utils.names import safe_name
 
 __all__ = [
@@ -53,8 +61,8 @@ logger = logging.getLogger("esegeta_monai")
 
 DESCRIPTION = """Explains a bundle's predictions on your scans. For each case, target and method it writes
 OUTPUT/CASE/CASE_TARGET_METHOD_attr.nii.gz (the map, on the voxel grid of the scan), .png (a picture) and .json (the
-record), and OUTPUT/run.json with the status of every result. Finished maps are skipped, so that the same command
-resumes an interrupted run. The bundle itself is not changed."""
+record), OUTPUT/run.jsonl with one line per result while it runs, and OUTPUT/run.json with all of them at the end.
+Finished maps are skipped, so that the same command resumes an interrupted run. The bundle itself is not changed."""
 
 EPILOG = """inputs:
   scan.nii.gz                a scan; the case is named "scan"
@@ -64,7 +72,8 @@ EPILOG = """inputs:
                              metadata.json (p1/p1_T1c.nii.gz, p1/p1_FLAIR.nii.gz, ...) is one case
   p7=scan.nii.gz             the case is named "p7"
 
-exit codes: 0 all done; 1 one case or method failed (the others are complete, run.json has the reasons); 2 usage error
+exit codes: 0 all done; 1 one case or method failed (the others are complete, run.json has the reasons); 2 usage error;
+128 + N stopped by signal N (130: Ctrl-C)
 """
 
 
@@ -98,6 +107,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add_run_options(parser)
     add_share(parser)
+    add_parts(parser)
 
 
 def run(args: Namespace, log: RunLog) -> int:
@@ -114,10 +124,13 @@ def run(args: Namespace, log: RunLog) -> int:
     methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
     targets = TARGETS.create_all(",".join(args.target)) if args.target else None
     output = Path(args.output)
+    part = part_id(args)
     with process_group() as ranks:
         reader = open_reader(args)
         channel_names = [name for _, name in sorted(reader.channel_names.items())]
         cases = find_cases(args.input, channel_names, leave_out=output)
+        if part is not None:
+            cases = part_of(cases, part, args.num_parts)
         if args.dry_run:
             return _tell_costs(reader, cases, methods, targets, args, log)
         writer = explain_cases(reader, cases, methods, targets, output, args, log, ranks)
@@ -172,6 +185,7 @@ def explain_cases(
         ranks=ranks,
         together=options.share == "windows",
         checks=getattr(options, "checks", True),
+        part=part_id(options),
     )
     open_log(log, reader, cases, output)
     logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))
@@ -183,8 +197,8 @@ def explain_cases(
         for some, of in ranks.part(options.share, methods, chosen):
             writer.explain(explainer, image, case.name, some, of, scan=scan, data=data, prediction=prediction)
 
-    each_case(ranks.share(cases) if options.share == "cases" else cases, explain, writer.failed, log)
     with writer.run:
+        each_case(ranks.share(cases) if options.share == "cases" else cases, explain, writer.failed, log)
         writer.run.join(ranks)
         return writer
 
@@ -208,7 +222,7 @@ def each_case(
             logger.info("%s: case %d of %d", case.name, number, len(cases))
             try:
                 work(case)
-            except RankLost:
+            except (RankLost, OutputLost):
                 raise
             except Exception as error:  # a bundle's code and networks may raise anything
                 failed(case.name, named(error, log))

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from esegeta_monai.cli import check, demo, evaluate, explain, look, overlay, patterns, report, tables
 from esegeta_monai.cli.log import RunLog, reason
-from esegeta_monai.errors import EsegetaError
+from esegeta_monai.errors import EsegetaError, OutputLost, RankLost
 from esegeta_monai.utils.files import INTENDED_USE
 
 __all__ = ["build_parser", "main"]
@@ -104,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with RunLog(_level(args)) as log:
             return args.run(args, log)
+    except (OutputLost, RankLost) as error:
+        _say(str(error), _if(args, error))
+        return FAILED
     except EsegetaError as error:
         _say(str(error), _if(args, error))
         return USAGE

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.engine.feature_masks import table_csv
-from esegeta_monai.errors import EsegetaError, InputError, MethodError, RankLost, named_reason
+from esegeta_monai.errors import EsegetaError, InputError, MethodError, OutputLost, RankLost, named_reason
 from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
@@ -67,6 +67,7 @@ class ResultWriter:
         checks: check by their contents that image and scan lie in the same place
             (`esegeta_monai.files.grids.geometry.check_geometry`), and refuse maps where they do not.
         together: True if they compute each case together (`Explainer` with ``distributed=True``); the first one writes.
+        part, run: see `esegeta_monai.files.runs.RunRecord`.
 
     Raises:
         UsageError: an unwritable folder, or equal names.
@@ -87,6 +88,8 @@ class ResultWriter:
         checks: bool = True,
         ranks: Processes | None = None,
         together: bool = False,
+        part: int | None = None,
+        run: str | None = None,
     ) -> None:
         self.ranks, self.together = ranks or Processes(), together
         self.names = ResultNames(methods, targets)
@@ -96,11 +99,7 @@ class ResultWriter:
         self.as_input = extension == "input"
         self.overwrite, self.pictures, self.checks = overwrite, pictures, checks
         rank = self.ranks.rank
-        if rank:
-            self.ranks.gather(None)  # wait for the record of the first process
-        self.run = storage.RunRecord(self.output_dir, self.provenance, rank=rank, writes=self.writes)
-        if not rank:
-            self.ranks.gather(None)
+        self.run = storage.RunRecord(self.output_dir, self.provenance, rank=rank, part=part, run=run, writes=self.writes)
         self._scans: dict[str, MetaTensor] = {}
         self._hashes: dict[str, str] = {}
         self._written: dict[str, str] = {}
@@ -188,7 +187,7 @@ class ResultWriter:
                 path = self.write(attribution, case, image, scan)
                 if on_written is not None and self.writes:
                     on_written(attribution, path)
-        except RankLost:
+        except (RankLost, OutputLost):
             raise
         except EsegetaError as error:
             self.failed(case, error)

@@ -15,6 +15,7 @@ from typing import Any
 from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.record import Record
 from esegeta_monai.files.copies import scan_copy_path
+from esegeta_monai.files.journal import read_run
 from esegeta_monai.files.maps import WITH_MAP, sidecar_path
 from esegeta_monai.files.privacy import private, without_paths
 from esegeta_monai.files.runs import STATUSES
@@ -135,12 +136,14 @@ def read_output(folder: Path) -> Run:
         raise UsageError(f"{folder}: there is no such folder; give the output folder of 'esegeta-monai explain'")
     whole: list[str] = []
     """Notes that concern all cases."""
-    info = fitted(read_json(folder / "run.json") or {}, "run.json", whole)
+    contents = read_run(folder)
+    whole += contents.notes
+    info = fitted(contents.info, "run.json", whole)
     own: dict[str, list[str]] = {}
     sidecars = {
         path: fitted(record, path.name, own.setdefault(str(record["case"]), [])) for path, record in _sidecars(folder)
     }
-    entries = _entries(info.get("results"), whole)
+    entries = _entries(contents.results, whole)
     if not entries and not sidecars:
         raise UsageError(
             f"{folder} has neither a run.json nor maps: run 'esegeta-monai explain --output {folder}' first"
@@ -170,12 +173,11 @@ def read_output(folder: Path) -> Run:
         case.metrics = _as_in_run(metrics.get(case.name) or _case_metrics(folder, case.name), case)
         case.curves = list(_curves(_beside(folder, case.name, "metrics.json")))
         case.regions = _as_in_run(_regions(folder, case), case)
-    return Run(folder, {k: v for k, v in info.items() if k != "results"}, list(cases.values()))
+    return Run(folder, info, list(cases.values()))
 
 
-def _entries(results: Any, notes: list[str]) -> list[dict[str, Any]]:
+def _entries(several: list[Any], notes: list[str]) -> list[dict[str, Any]]:
     """Return the entries of run.json that state case, target, method and status; note the others."""
-    several = results if isinstance(results, list) else []
     entries = [fitted(e, "run.json", notes) for e in several if isinstance(e, dict)]
     entries = [
         e
