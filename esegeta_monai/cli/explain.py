@@ -25,6 +25,7 @@ from esegeta_monai.cli.arguments import (
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.cli.reading import open_reader
+from esegeta_monai.cli.report import tell_altered
 from esegeta_monai.cli.values import overrides
 from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.engine.network.hooks import find_layer
@@ -137,11 +138,13 @@ def run(args: Namespace, log: RunLog) -> int:
     summary = ", ".join(f"{n} {status}" for status, n in writer.run.summary.items()) or "nothing to do"
     if not args.quiet and not ranks.rank:
         print(f"{summary.replace('_', ' ')}. Maps, pictures and the log are in {output}; run.json lists all results.")
+    altered = 0
     if args.report and not ranks.rank:
         written = write_report(output)
+        altered = tell_altered(written)
         if not args.quiet:
             print(f"The report is {written.index}.")
-    return writer.run.exit_code
+    return max(writer.run.exit_code, altered)
 
 
 def explain_cases(

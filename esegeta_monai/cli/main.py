@@ -1,16 +1,19 @@
 """The command line: ``esegeta-monai COMMAND`` or ``python -m esegeta_monai COMMAND``.
 
 Exit codes: 0 all done (including empty targets), 1 some case or method failed, 2 usage error (nothing was computed),
-130 stopped by Ctrl-C. An error is printed in one line, ``esegeta-monai: error: file or option: cause: remedy``;
+128 + N stopped by signal N: 130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP. An error is printed in one line, ``esegeta-monai: error: file or option: cause: remedy``;
 ``-v`` adds the traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from esegeta_monai.cli import check, demo, evaluate, explain, look, overlay, patterns, report, tables
@@ -20,7 +23,9 @@ from esegeta_monai.utils.files import INTENDED_USE
 
 __all__ = ["build_parser", "main"]
 
-DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 130
+DONE, FAILED, USAGE = 0, 1, 2
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+"""Signals that stop a run; the last one does not exist on Windows."""
 
 EXAMPLES = """examples:
   esegeta-monai demo
@@ -92,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``esegeta-monai``; None: those of the process.
 
     Returns:
-        The exit code: 0, 1, 2 or 130.
+        The exit code: 0, 1, 2, or 128 + N for signal N.
 
     >>> main(["overlay"])
     2
@@ -102,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version, a wrong option
         return int(stop.code or 0)
     try:
-        with RunLog(_level(args)) as log:
+        with _stoppable(), RunLog(_level(args)) as log:
             return args.run(args, log)
     except (OutputLost, RankLost) as error:
         _say(str(error), _if(args, error))
@@ -110,9 +115,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EsegetaError as error:
         _say(str(error), _if(args, error))
         return USAGE
-    except KeyboardInterrupt:
-        _say("stopped; finished maps are kept, and the same command resumes the run")
-        return STOPPED
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
+        by = "" if number == signal.SIGINT else f" by {number.name}"
+        _say(f"stopped{by}; finished maps are kept, and the same command resumes the run")
+        return 128 + number
     except BrokenPipeError:  # the reader of our output (head, less) has closed the pipe
         sys.stderr.close()
         return DONE
@@ -121,6 +128,34 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{reason(error)}; unexpected error: please report it with the traceback, which -v prints", _if(args, error)
         )
         return FAILED
+
+
+class _Stopped(KeyboardInterrupt):
+    """Raised by a signal that stops the run: what handles Ctrl-C handles the other signals too."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Raise `_Stopped` inside the block when a signal asks to stop; signals that are ignored (``nohup``) stay so."""
+
+    def stop(number: int, _: Any) -> NoReturn:
+        raise _Stopped(signal.Signals(number))
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in STOPPING:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _if(args: argparse.Namespace, error: Exception) -> Exception | None:

@@ -5,24 +5,30 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from monai.data import MetaTensor
 from torch import Tensor
 
 import esegeta_monai.files as storage
-from esegeta_monai.errors import UsageError
+from esegeta_monai.errors import OutputLost, UsageError
 from esegeta_monai.explain.evaluation import EvaluationResult, Evaluator
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes, Share
-from esegeta_monai.utils.files import write_json
+from esegeta_monai.utils.files import inside, write_json
+from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.registry import json_ready
 
 __all__ = ["COLUMNS", "REGION_COLUMNS", "EvaluationWriter"]
+
+LOCK = ".metrics.lock"
+"""File in the output folder that is locked while ``metrics.csv`` is read and replaced."""
 
 _FIRST = ("case", "target", "method", "metric", "group", "value", "low", "high", "n", "higher_is_better")
 COLUMNS: tuple[str, ...] = (*_FIRST, "beats_controls", "seconds", "passes")
@@ -71,6 +77,7 @@ class EvaluationWriter:
         self.provenance = dict(provenance or {})
         self.path = self.output_dir / "metrics.csv"
         if not self.ranks.rank:
+            remove_leftovers(self.output_dir)
             self._earlier()  # raises before anything is computed
         self.done = 0
         self.problems: list[str] = []
@@ -128,7 +135,13 @@ class EvaluationWriter:
             self.problems.append(f"{case}: {reason}")
 
     def write(self, case: str, result: EvaluationResult) -> Path:
-        """Write one case and return the path of its JSON file."""
+        """Write one case and return the path of its JSON file.
+
+        Raises:
+            OutputLost: the output folder was removed during the run.
+        """
+        if not self.output_dir.is_dir():  # otherwise it would be made again, without the earlier cases
+            raise OutputLost(f"{self.output_dir} was removed during the run: run the same command again")
         self.done += 1
         self.problems += [f"{case}: {what}: {why}" for what, why in result.failed.items()]
         for row in result.rows:
@@ -177,9 +190,28 @@ class EvaluationWriter:
         self._rows = []
 
     def _table(self, judged: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Replace the rows of these cases in the table; a case may have no rows any more."""
-        earlier = [row for row in self._earlier() if row["case"] not in judged]
-        _write_text(self.path, _csv(COLUMNS, [*earlier, *(row for rows in judged.values() for row in rows)]))
+        """Replace the rows of these cases in the table; a case may have no rows any more.
+
+        The lock lets several runs write into one table; its file stays, because removing it would let in two at once.
+        """
+        with self._locked():
+            earlier = [row for row in self._earlier() if row["case"] not in judged]
+            _write_text(self.path, _csv(COLUMNS, [*earlier, *(row for rows in judged.values() for row in rows)]))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = FileLock(self.output_dir / LOCK)
+        try:
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            raise UsageError(
+                f"{self.output_dir / LOCK} cannot be locked ({error}), so several runs could overwrite each other's rows: "
+                "choose an output folder on another file system"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _earlier(self) -> list[dict[str, Any]]:
         """Return the rows of the existing table, also if a spreadsheet has saved it.
@@ -189,6 +221,8 @@ class EvaluationWriter:
         """
         if not self.path.is_file():
             return []
+        if not inside(self.path, self.output_dir):
+            raise UsageError(f"{self.path} is a link to another folder: remove it, or choose another folder")
         try:
             with open(self.path, newline="", encoding="utf-8-sig") as file:
                 table = csv.DictReader(file)

@@ -42,6 +42,7 @@ from esegeta_monai.methods.base import Method
 from esegeta_monai.output.place import NO_METADATA, VANISHED, ZERO, PlaceChecks
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes
+from esegeta_monai.utils.leftovers import remove_leftovers
 
 __all__ = [
     "ResultWriter",
@@ -99,6 +100,8 @@ class ResultWriter:
         self.as_input = extension == "input"
         self.overwrite, self.pictures, self.checks = overwrite, pictures, checks
         rank = self.ranks.rank
+        if not rank:
+            remove_leftovers(self.output_dir)
         self.run = storage.RunRecord(self.output_dir, self.provenance, rank=rank, part=part, run=run, writes=self.writes)
         self._scans: dict[str, MetaTensor] = {}
         self._hashes: dict[str, str] = {}

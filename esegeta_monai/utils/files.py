@@ -7,7 +7,6 @@ import json
 import math
 import os
 import platform
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from esegeta_monai.errors import InputError, UsageError
+from esegeta_monai.utils.leftovers import temporary_name
 
 __all__ = [
     "INTENDED_USE",
@@ -60,7 +60,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     ['note.txt']
     """
     path = Path(path)
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -101,7 +101,7 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"cannot write {folder}: it is a file, not a folder; choose another output folder")
-    probe = folder / f".tmp-{uuid.uuid4().hex[:8]}"
+    probe = folder / temporary_name()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"esegeta")
