@@ -7,16 +7,19 @@ import sys
 
 from esegeta_monai.engine.head import HEADS
 from esegeta_monai.errors import UsageError
+from esegeta_monai.utils.heartbeat import Heartbeat
 
 __all__ = [
     "add_bundle",
     "add_computing_options",
+    "add_hard_limit",
     "add_head",
     "add_model",
     "add_network",
     "add_parts",
     "add_run_options",
     "add_share",
+    "heartbeat_of",
     "part_id",
 ]
 
@@ -169,6 +172,21 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
         metavar="I",
         help="number of this part, 0 to N-1; see also 'esegeta-monai merge-runs'",
     )
+
+
+def add_hard_limit(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the limit that also ends a pass that hangs."""
+    parser.add_argument(
+        "--hard-time-limit",
+        type=_positive,
+        metavar="SECONDS",
+        help="kill and restart this command, without the result, where one result takes longer, also inside a pass",
+    )
+
+
+def heartbeat_of(options: argparse.Namespace) -> Heartbeat:
+    """Return the heartbeat of a command that `esegeta_monai.cli.main` found to be watched, else one that is not."""
+    return getattr(options, "heartbeat", None) or Heartbeat()
 
 
 def part_id(options: argparse.Namespace) -> int | None:

@@ -19,11 +19,13 @@ import esegeta_monai.files as storage
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.cli.arguments import (
     add_computing_options,
+    add_hard_limit,
     add_head,
     add_model,
     add_network,
     add_parts,
     add_share,
+    heartbeat_of,
     part_id,
 )
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
@@ -138,6 +140,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_computing_options(parser)
     add_share(parser)
     add_parts(parser)
+    add_hard_limit(parser)
 
 
 def _label_value(text: str) -> int | str:
@@ -230,7 +233,14 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWrite
         writer.failed(case, str(error))
         logger.debug("traceback", exc_info=error.__cause__)
 
-    each_case(ranks.share(cases) if args.share == "cases" else cases, evaluate, failed, log)
+    heartbeat = heartbeat_of(args)
+    finished = heartbeat.finished()
+    for before in finished.values():
+        writer.restore(before)
+    left = [case for case in cases if case.name not in finished]
+    each_case(
+        ranks.share(left) if args.share == "cases" else left, evaluate, failed, log, heartbeat, writer.take_summary
+    )
     writer.join()
     return writer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ import esegeta_monai.files as storage
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.arguments import (
+    add_hard_limit,
     add_head,
     add_model,
     add_network,
     add_parts,
     add_run_options,
     add_share,
+    heartbeat_of,
     part_id,
 )
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
@@ -41,6 +43,7 @@ from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.targets.regions import OutputValue
 from esegeta_monai.utils.distributed import Processes, part_of, process_group
+from esegeta_monai.utils.heartbeat import Heartbeat
 from esegeta_monai.utils.names import safe_name
 
 __all__ = [
@@ -109,6 +112,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_run_options(parser)
     add_share(parser)
     add_parts(parser)
+    add_hard_limit(parser)
 
 
 def run(args: Namespace, log: RunLog) -> int:
@@ -134,7 +138,7 @@ def run(args: Namespace, log: RunLog) -> int:
             cases = part_of(cases, part, args.num_parts)
         if args.dry_run:
             return _tell_costs(reader, cases, methods, targets, args, log)
-        writer = explain_cases(reader, cases, methods, targets, output, args, log, ranks)
+        writer = explain_cases(reader, cases, methods, targets, output, args, log, ranks, heartbeat_of(args))
     summary = ", ".join(f"{n} {status}" for status, n in writer.run.summary.items()) or "nothing to do"
     if not args.quiet and not ranks.rank:
         print(f"{summary.replace('_', ' ')}. Maps, pictures and the log are in {output}; run.json lists all results.")
@@ -156,6 +160,7 @@ def explain_cases(
     options: Namespace,
     log: RunLog,
     ranks: Processes | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> ResultWriter:
     """Explain cases one by one; a case that fails is recorded, and the others continue.
 
@@ -164,6 +169,7 @@ def explain_cases(
         options: options of the command line: device, amp, seed, time_limit, window_batch, network_output, head,
             progress, overwrite, pictures, map_format, override, config, share, yes.
         ranks: the processes that share the work; None: this process alone.
+        heartbeat: that of a command which is watched; None: nobody watches.
 
     Returns:
         The writer, whose ``run`` has the status of every result.
@@ -172,6 +178,7 @@ def explain_cases(
         EsegetaError: an option is wrong; no case has been read.
     """
     ranks = ranks or Processes()
+    heartbeat = heartbeat or Heartbeat()
     storage.writable_folder(output)
     chosen = default_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)
@@ -189,6 +196,7 @@ def explain_cases(
         together=options.share == "windows",
         checks=getattr(options, "checks", True),
         part=part_id(options),
+        heartbeat=heartbeat,
     )
     open_log(log, reader, cases, output)
     logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))
@@ -201,7 +209,9 @@ def explain_cases(
             writer.explain(explainer, image, case.name, some, of, scan=scan, data=data, prediction=prediction)
 
     with writer.run:
-        each_case(ranks.share(cases) if options.share == "cases" else cases, explain, writer.failed, log)
+        finished = heartbeat.finished()
+        left = [c for c in cases if c.name not in finished and not writer.run.settled(c.name, None, None)]
+        each_case(ranks.share(left) if options.share == "cases" else left, explain, writer.failed, log, heartbeat)
         writer.run.join(ranks)
         return writer
 
@@ -218,10 +228,19 @@ def each_case(
     work: Callable[[ScanCase], None],
     failed: Callable[[str, Exception], None],
     log: RunLog,
+    heartbeat: Heartbeat | None = None,
+    summary: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
-    """Process cases one by one; a case that fails is passed to ``failed`` with its error, and the others continue."""
+    """Process cases one by one; a case that fails is passed to ``failed`` with its error, and the others continue.
+
+    Args:
+        heartbeat: that of a command which is watched; None: nobody watches.
+        summary: returns what a restarted command must know of the case just finished, JSON-ready.
+    """
+    heartbeat = heartbeat or Heartbeat()
     for number, case in enumerate(cases, 1):
         with log.of(case.name):
+            heartbeat.beat(case.name)
             logger.info("%s: case %d of %d", case.name, number, len(cases))
             try:
                 work(case)
@@ -229,6 +248,8 @@ def each_case(
                 raise
             except Exception as error:  # a bundle's code and networks may raise anything
                 failed(case.name, named(error, log))
+            heartbeat.finish(case.name, **summary())
+    heartbeat.beat(None)
 
 
 def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:

@@ -8,6 +8,7 @@ Exit codes: 0 all done (including empty targets), 1 some case or method failed, 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
@@ -16,10 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from esegeta_monai.cli import check, demo, evaluate, explain, look, overlay, patterns, report, tables
+from esegeta_monai.cli import check, demo, evaluate, explain, look, overlay, patterns, report, tables, watch
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.errors import EsegetaError, OutputLost, RankLost
 from esegeta_monai.utils.files import INTENDED_USE
+from esegeta_monai.utils.heartbeat import Heartbeat
 
 __all__ = ["build_parser", "main"]
 
@@ -106,6 +108,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:  # --help, --version, a wrong option
         return int(stop.code or 0)
+    limit = getattr(args, "hard_time_limit", None)
+    args.heartbeat = Heartbeat.take()
+    if limit is not None and args.heartbeat.folder is None:
+        return watched(limit, argv)
     try:
         with _stoppable(), RunLog(_level(args)) as log:
             return args.run(args, log)
@@ -128,6 +134,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{reason(error)}; unexpected error: please report it with the traceback, which -v prints", _if(args, error)
         )
         return FAILED
+
+
+def watched(limit: float, argv: Sequence[str] | None) -> int:
+    """Run a command in a child that `esegeta_monai.cli.watch` watches, and return its exit code.
+
+    A command of its own becomes the watching process, without what it has imported; a call from Python stays.
+
+    Args:
+        limit: seconds for one result.
+        argv: as in `main`.
+    """
+    if os.name == "nt":
+        _say("--hard-time-limit needs process groups, which Windows does not have: use --time-limit")
+        return USAGE
+    if argv is not None:
+        return watch.watch(limit, [sys.executable, "-m", "esegeta_monai", *argv])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, *sys.orig_argv[1:]]
+    os.execv(sys.executable, [sys.executable, "-I", watch.__file__, str(limit), *command])
 
 
 class _Stopped(KeyboardInterrupt):

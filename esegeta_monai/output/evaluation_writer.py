@@ -82,6 +82,7 @@ class EvaluationWriter:
         self.done = 0
         self.problems: list[str] = []
         self.not_beating: list[str] = []
+        self._told = (0, 0, 0)
         self._rows: list[tuple[str, list[dict[str, Any]]]] = []
 
     @property
@@ -175,6 +176,23 @@ class EvaluationWriter:
             "versions": storage.versions(),
         }
         return write_json(base.with_name(f"{base.name}_metrics.json"), json_ready(record))
+
+    def take_summary(self) -> dict[str, Any]:
+        """Return, JSON-ready, what has been added to the attributes since the last call, for `restore`."""
+        done, problems, worse = self._told
+        self._told = (self.done, len(self.problems), len(self.not_beating))
+        return {
+            "done": self.done - done,
+            "problems": self.problems[problems:],
+            "not_beating": self.not_beating[worse:],
+        }
+
+    def restore(self, summary: Mapping[str, Any]) -> None:
+        """Add what an earlier process of this command has told by `take_summary`."""
+        self.done += summary.get("done", 0)
+        self.problems += summary.get("problems", [])
+        self.not_beating += summary.get("not_beating", [])
+        self._told = (self.done, len(self.problems), len(self.not_beating))
 
     def join(self) -> None:
         """Merge the results of all processes: complete the table, and gather `done`, `problems` and `not_beating`."""

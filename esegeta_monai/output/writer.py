@@ -42,6 +42,7 @@ from esegeta_monai.methods.base import Method
 from esegeta_monai.output.place import NO_METADATA, VANISHED, ZERO, PlaceChecks
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes
+from esegeta_monai.utils.heartbeat import Heartbeat
 from esegeta_monai.utils.leftovers import remove_leftovers
 
 __all__ = [
@@ -68,7 +69,8 @@ class ResultWriter:
         checks: check by their contents that image and scan lie in the same place
             (`esegeta_monai.files.grids.geometry.check_geometry`), and refuse maps where they do not.
         together: True if they compute each case together (`Explainer` with ``distributed=True``); the first one writes.
-        part, run: see `esegeta_monai.files.runs.RunRecord`.
+        part: see `esegeta_monai.files.runs.RunRecord`.
+        heartbeat: that of a command which is watched; None: nobody watches.
 
     Raises:
         UsageError: an unwritable folder, or equal names.
@@ -90,7 +92,7 @@ class ResultWriter:
         ranks: Processes | None = None,
         together: bool = False,
         part: int | None = None,
-        run: str | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.ranks, self.together = ranks or Processes(), together
         self.names = ResultNames(methods, targets)
@@ -102,7 +104,12 @@ class ResultWriter:
         rank = self.ranks.rank
         if not rank:
             remove_leftovers(self.output_dir)
-        self.run = storage.RunRecord(self.output_dir, self.provenance, rank=rank, part=part, run=run, writes=self.writes)
+        self.heartbeat = heartbeat or Heartbeat()
+        self.run = storage.RunRecord(
+            self.output_dir, self.provenance, rank=rank, part=part, run=self.heartbeat.run, writes=self.writes
+        )
+        if self.run.journal is not None:
+            self.heartbeat.journal = self.run.journal.path
         self._scans: dict[str, MetaTensor] = {}
         self._hashes: dict[str, str] = {}
         self._written: dict[str, str] = {}
@@ -133,6 +140,8 @@ class ResultWriter:
             scan: file of the scan, or the scan as MetaTensor (C, *spatial).
         """
         path = self.path(attribution, case, scan)
+        if self.run.settled(case, *self.names.of(attribution)):  # this command was restarted
+            return True
         if self.overwrite or not storage.is_complete(path, self.key(attribution, case, scan)):
             return False
         if self.checks and not self._places.is_checked(path):
@@ -177,19 +186,49 @@ class ResultWriter:
             self.names.method(method)
         scan = scan if scan is not None else scan_of(image)
 
-        def skip(attribution: Attribution) -> bool:
-            done = self.writes and self.is_done(attribution, case, scan)
-            return self.ranks.gather(done)[0] if self.together else done
+        done: set[tuple[str, str]] = set()
+        """Results of this call."""
+        chosen: list[tuple[str, str]] = []
+        """The one result of a pass, where results run one by one."""
+        one_by_one = case in self.heartbeat.separate
 
+        def skip(attribution: Attribution) -> bool:
+            if one_by_one:
+                name = self.names.of(attribution)
+                if name in done or (chosen and name != chosen[0]):
+                    return True
+            finished = self.writes and self.is_done(attribution, case, scan)
+            if one_by_one and not finished:
+                chosen.append(self.names.of(attribution))
+            return self.ranks.gather(finished)[0] if self.together else finished
+
+        def begin(attributions: Sequence[Attribution]) -> None:
+            computed[:] = [self.names.of(attribution) for attribution in attributions]
+            self.heartbeat.beat(case, computed, len({method for _, method in computed}))
+
+        computed: list[tuple[str, str]] = []
         kept = self.output_dir / ".scores"
         try:
             storage.check_contents(image, case)
-            for attribution in explainer(image[None], methods, targets, skip=skip, scores_dir=kept, **more):
-                if on_explained is not None:
-                    on_explained(attribution)
-                path = self.write(attribution, case, image, scan)
-                if on_written is not None and self.writes:
-                    on_written(attribution, path)
+            while True:
+                chosen.clear()
+                for attribution in explainer(
+                    image[None], methods, targets, skip=skip, scores_dir=kept, on_begin=begin, **more
+                ):
+                    name = self.names.of(attribution)
+                    if one_by_one and name in done:
+                        continue
+                    if on_explained is not None:
+                        on_explained(attribution)
+                    path = self.write(attribution, case, image, scan)
+                    if on_written is not None and self.writes:
+                        on_written(attribution, path)
+                    done.add(name)
+                    if name in computed:
+                        computed.remove(name)
+                        self.heartbeat.beat(case, computed, max(1, len({method for _, method in computed})))
+                if not chosen:
+                    break
         except (RankLost, OutputLost):
             raise
         except EsegetaError as error:
