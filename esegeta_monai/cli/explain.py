@@ -31,6 +31,7 @@ from esegeta_monai.cli.report import tell_altered
 from esegeta_monai.cli.values import overrides
 from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.engine.network.hooks import find_layer
+from esegeta_monai.engine.network.model import out_of_memory
 from esegeta_monai.engine.network.state import unwrap, weights_hash
 from esegeta_monai.errors import EsegetaError, NetworkError, OutputLost, RankLost, UsageError
 from esegeta_monai.explain.costs import Cost, duration, table
@@ -347,8 +348,8 @@ def named(error: Exception, log: RunLog) -> Exception:
     """Return the error as ``run.json`` records it: its cause in one line, without folders."""
     if isinstance(error, EsegetaError):
         named: Exception = type(error)(log.clean(str(error)))
-    elif isinstance(error, torch.cuda.OutOfMemoryError):
-        named = NetworkError("out of memory on the accelerator: use a smaller --window-batch, or --device cpu")
+    elif out_of_memory(error):
+        named = NetworkError("out of memory: use a smaller --window-batch, a smaller window, or --device cpu")
     else:
         named = NetworkError(log.clean(f"the network or its inferer failed on this case: {reason(error)}"))
     named.__cause__ = error

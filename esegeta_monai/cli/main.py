@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from esegeta_monai.cli import check, demo, evaluate, explain, look, overlay, patterns, report, tables, watch
+from esegeta_monai.cli import check, demo, evaluate, explain, look, merge_runs, overlay, patterns, report, tables, watch
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.errors import EsegetaError, OutputLost, RankLost
 from esegeta_monai.utils.files import INTENDED_USE
@@ -45,6 +45,7 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], Callable[..., int]], ...] =
     ("explain", "explain a bundle's predictions on your scans", explain.add_arguments, explain.run),
     ("report", "write an HTML report of the maps", report.add_arguments, report.run),
     ("evaluate", "evaluate the maps of a bundle by metrics", evaluate.add_arguments, evaluate.run),
+    ("merge-runs", "join the parts of a run", merge_runs.add_arguments, merge_runs.run),
     ("demo", "explain a brain segmentation as a demonstration", demo.add_arguments, demo.run),
     (
         "methods",

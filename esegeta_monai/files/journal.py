@@ -54,7 +54,7 @@ class Journal:
         """Append an entry with the time, and return it as it will be read.
 
         Args:
-            entry: JSON-ready.
+            entry: JSON-ready; with ``recorded`` if it was recorded before.
             flush: flush the line to the disk now, not within a second.
 
         Raises:
@@ -62,7 +62,7 @@ class Journal:
             UsageError: the line cannot be written (a full disk).
             TypeError: a value has no representation in JSON.
         """
-        line = json_line({**entry, "recorded": datetime.now(timezone.utc).isoformat(timespec="microseconds")})
+        line = json_line({"recorded": datetime.now(timezone.utc).isoformat(timespec="microseconds"), **entry})
         data = (b"\n" if self._torn else b"") + line.encode("utf-8", "backslashreplace") + b"\n"
         self.check()
         try:
@@ -117,6 +117,7 @@ class RunContents:
         lines: the results as they stand in the journals, with ``recorded`` and ``run``, in the order of their time.
         notes: what cannot be read, one sentence each.
         damaged: True if ``run.json`` is there and cannot be read.
+        unfinished: paths of journals whose last run has not ended by itself.
     """
 
     info: dict[str, Any] = field(default_factory=dict)
@@ -124,6 +125,7 @@ class RunContents:
     lines: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     damaged: bool = False
+    unfinished: list[str] = field(default_factory=list)
 
 
 def read_run(folder: str | os.PathLike[str]) -> RunContents:
@@ -155,7 +157,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunContents:
         if not inside(path, folder):
             contents.notes.append(f"{path.name} is a link to another folder and is not read.")
             continue
-        bad = 0
+        bad, finished = 0, True
         try:
             lines = path.read_bytes().split(b"\n")
         except OSError as error:
@@ -168,8 +170,13 @@ def read_run(folder: str | os.PathLike[str]) -> RunContents:
                 entry = None
             if not isinstance(entry, dict):
                 bad += 1
+            elif "case" in entry:
+                contents.lines.append(entry)
             else:
-                (contents.lines if "case" in entry else headers).append(entry)
+                headers.append(entry)
+                finished = entry.get("finished") is not None
+        if not finished:
+            contents.unfinished.append(str(path))
         if bad:
             contents.notes.append(f"{path.name}: {bad} lines are damaged and are left out.")
     headers.sort(key=_recorded)

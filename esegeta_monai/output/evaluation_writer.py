@@ -25,7 +25,7 @@ from esegeta_monai.utils.files import inside, write_json
 from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.registry import json_ready
 
-__all__ = ["COLUMNS", "REGION_COLUMNS", "EvaluationWriter"]
+__all__ = ["COLUMNS", "LOCK", "REGION_COLUMNS", "EvaluationWriter", "read_table"]
 
 LOCK = ".metrics.lock"
 """File in the output folder that is locked while ``metrics.csv`` is read and replaced."""
@@ -207,6 +207,10 @@ class EvaluationWriter:
             self._table(of_others)
         self._rows = []
 
+    def add_rows(self, rows: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Add rows of another table, by case; they replace those of the same cases."""
+        self._table(rows)
+
     def _table(self, judged: Mapping[str, list[dict[str, Any]]]) -> None:
         """Replace the rows of these cases in the table; a case may have no rows any more.
 
@@ -232,24 +236,29 @@ class EvaluationWriter:
             lock.release()
 
     def _earlier(self) -> list[dict[str, Any]]:
-        """Return the rows of the existing table, also if a spreadsheet has saved it.
-
-        Raises:
-            UsageError: the file is another table, which would be overwritten.
-        """
-        if not self.path.is_file():
-            return []
-        if not inside(self.path, self.output_dir):
+        """Return the rows of the existing table, see `read_table`."""
+        if self.path.is_file() and not inside(self.path, self.output_dir):
             raise UsageError(f"{self.path} is a link to another folder: remove it, or choose another folder")
-        try:
-            with open(self.path, newline="", encoding="utf-8-sig") as file:
-                table = csv.DictReader(file)
-                rows = list(table)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UsageError(f"{self.path} cannot be read ({error}): move it away, or choose another folder") from error
-        if table.fieldnames is not None and not set(COLUMNS) <= set(table.fieldnames):
-            raise UsageError(f"{self.path} has other columns than 'evaluate' writes: move it away")
-        return rows
+        return read_table(self.path)
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a ``metrics.csv``, also if a spreadsheet has saved it; none if there is no such file.
+
+    Raises:
+        UsageError: the file cannot be read, or is another table.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file)
+            rows = list(table)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} cannot be read ({error}): move it away, or choose another folder") from error
+    if table.fieldnames is not None and not set(COLUMNS) <= set(table.fieldnames):
+        raise UsageError(f"{path} has other columns than 'evaluate' writes: move it away")
+    return rows
 
 
 def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from esegeta_monai.engine.network.outputs import OutputChoice, batch_first, choose_output, select_output
-from esegeta_monai.errors import EsegetaError, NetworkError
+from esegeta_monai.errors import EsegetaError, MethodError, NetworkError
 
 __all__ = [
     "Model",
@@ -50,10 +50,32 @@ def is_scripted(network: nn.Module) -> bool:
     return any(isinstance(m, torch.jit.ScriptModule) for m in network.modules())
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Return True if a torch error means that memory ran out, on an accelerator or on the CPU."""
+def out_of_memory(error: BaseException) -> bool:
+    """Return True if an error means that memory ran out, on an accelerator or on the CPU."""
     text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "not enough memory" in text or "can't allocate memory" in text
+
+
+def halved(tried: int, roi: Sequence[int], error: BaseException) -> int:
+    """Return the window batch to try after memory ran out: half of it.
+
+    Args:
+        tried: windows in the batch that did not fit.
+        roi: size of a window in voxels.
+        error: the error.
+
+    Raises:
+        MethodError: the batch had only one window; the message names what needs less memory.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if tried > 1:
+        return tried // 2
+    raise MethodError(
+        f"out of memory with one window of {tuple(roi)}: use a smaller window (the inferer's roi_size; on the command "
+        "line --override inferer#roi_size=[...]), amp=True (--amp), or device='cpu' (--device cpu)"
+    ) from error
 
 
 class Model:
@@ -212,6 +234,8 @@ class Model:
                 f"position, others by name): {error}; name them as its arguments are named, or give inputs_as='dict' "
                 "or 'list' if it takes them as one argument"
             ) from error
+        except MemoryError as error:  # as torch says it, which callers that halve the batch understand
+            raise torch.OutOfMemoryError(f"not enough memory: {error or 'MemoryError'}") from error
         except RuntimeError as error:
             if isinstance(error, EsegetaError) or out_of_memory(error):
                 raise
