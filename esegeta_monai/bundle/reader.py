@@ -24,6 +24,7 @@ from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.weights import WeightSource, components, find_weights, load_weights, references
 from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.utils.files import refuse_remote
 from esegeta_monai.utils.types import flag
 
 __all__ = ["BundleReader", "bundle_network", "run_id_of"]
@@ -79,6 +80,7 @@ class BundleReader:
     ) -> None:
         if weights not in ("required", "optional"):
             raise UsageError(f"weights must be 'required' or 'optional', not {weights!r}")
+        refuse_remote(bundle_dir)
         self.bundle_dir = Path(bundle_dir).resolve()
         if not self.bundle_dir.is_dir():
             raise UsageError(f"no bundle at {bundle_dir}: there is no such folder")

@@ -31,7 +31,6 @@ from esegeta_monai.cli.arguments import (
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import (
     DEFAULT_METHODS,
-    check_layers,
     default_targets,
     each_case,
     explainer_for,
@@ -44,6 +43,7 @@ from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, UsageError
 from esegeta_monai.explain.evaluation import Evaluator
+from esegeta_monai.explain.layers import check_layers
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import KINDS, Record
 from esegeta_monai.files.grids.resample import geometry_of, has_metadata, to_network_grid

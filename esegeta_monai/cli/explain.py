@@ -30,12 +30,12 @@ from esegeta_monai.cli.reading import open_reader
 from esegeta_monai.cli.report import tell_altered
 from esegeta_monai.cli.values import overrides
 from esegeta_monai.engine.head import Postprocessing
-from esegeta_monai.engine.network.hooks import find_layer
 from esegeta_monai.engine.network.model import out_of_memory
 from esegeta_monai.engine.network.state import unwrap, weights_hash
 from esegeta_monai.errors import EsegetaError, NetworkError, OutputLost, RankLost, UsageError
 from esegeta_monai.explain.costs import Cost, duration, table
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.explain.layers import check_layers
 from esegeta_monai.explain.settings import Checks
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.report.page import write_report
@@ -354,21 +354,6 @@ def named(error: Exception, log: RunLog) -> Exception:
         named = NetworkError(log.clean(f"the network or its inferer failed on this case: {reason(error)}"))
     named.__cause__ = error
     return named
-
-
-def check_layers(network: torch.nn.Module, things: Sequence[Any]) -> None:
-    """Check that the layers named by methods (also nested ones) and targets exist.
-
-    Raises:
-        UsageError: a layer does not exist; the message lists similar names.
-    """
-    for thing in things:
-        layer = getattr(thing, "layer", None)
-        if isinstance(layer, str):
-            find_layer(unwrap(network), layer)
-        inner = getattr(thing, "method", None)
-        if isinstance(inner, Method):
-            check_layers(network, [inner])
 
 
 def provenance_of(reader: BundleReader, options: Namespace) -> dict[str, Any]:

@@ -20,8 +20,9 @@ from typing import Any, NoReturn
 from esegeta_monai.cli import check, demo, evaluate, explain, look, merge_runs, overlay, patterns, report, tables, watch
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.errors import EsegetaError, OutputLost, RankLost
-from esegeta_monai.utils.files import INTENDED_USE
+from esegeta_monai.utils.files import INTENDED_USE, refuse_remote
 from esegeta_monai.utils.heartbeat import Heartbeat
+from esegeta_monai.utils.names import one_line
 
 __all__ = ["build_parser", "main"]
 
@@ -114,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if limit is not None and args.heartbeat.folder is None:
         return watched(limit, argv)
     try:
+        _refuse_remote_paths(args)
         with _stoppable(), RunLog(_level(args)) as log:
             return args.run(args, log)
     except (OutputLost, RankLost) as error:
@@ -185,6 +187,14 @@ def _stoppable() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _refuse_remote_paths(args: argparse.Namespace) -> None:
+    """Refuse remote paths in any option before any work: no other value begins like a URL."""
+    for name, given in vars(args).items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str):
+                refuse_remote(value, f"{name.replace('_', '-')}: ")
+
+
 def _if(args: argparse.Namespace, error: Exception) -> Exception | None:
     return error if args.verbose else None
 
@@ -192,7 +202,7 @@ def _if(args: argparse.Namespace, error: Exception) -> Exception | None:
 def _say(text: str, error: Exception | None = None) -> None:
     if error is not None:
         traceback.print_exception(error)
-    print(f"esegeta-monai: error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"esegeta-monai: error: {' '.join(one_line(text).split())}", file=sys.stderr)
 
 
 def _level(args: argparse.Namespace) -> str:

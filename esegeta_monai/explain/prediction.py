@@ -104,6 +104,7 @@ class Prediction:
             self.model.inferer = settings.inferer
         self._check_network()
         self.prediction = self._predict()
+        self._note_changed_settings()
         if not all_finite(self.prediction):
             whose = "given prediction" if case.prediction is not None else "prediction"
             raise NetworkError(f"the {whose} has values that are NaN or infinite: there is nothing to explain")
@@ -208,6 +209,13 @@ class Prediction:
             text = f"{cause}: the given prediction is not that of this image, unchanged and alone, which is explained"
         self.notes.append(text)
         logger.warning(text)
+
+    def _note_changed_settings(self) -> None:
+        """Note settings of torch that the network changes in its pass; they have been restored after each."""
+        for what in sorted(self.model.disturbs):
+            text = f"the network changes {what} in its forward pass; it is set back after each pass"
+            self.notes.append(text)
+            logger.warning(text)
 
     def _check_values(self) -> None:
         """Add the check of the values of image and prediction, which are finite, to those of the case."""

@@ -144,7 +144,9 @@ class CaseRun:
     def _without_maps(self, group: Sequence[Method], task: CaseTask) -> list[Attribution]:
         """Return what a group of methods will explain, without maps."""
         return [
-            Attribution(None, m, b.target, self.case.index, self.outcomes.record(m, b, task.objective.plan).to_json(), b.label)
+            Attribution(
+                None, m, b.target, self.case.index, self.outcomes.record(m, b, task.objective.plan).to_json(), b.label
+            )
             for m in group
             for b in task.bound
         ]

@@ -26,6 +26,7 @@ from esegeta_monai.engine.network.state import unwrap, weights_hash
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
 from esegeta_monai.explain.case import cases_of
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.explain.layers import check_layers
 from esegeta_monai.explain.settings import Checks, checks_of
 from esegeta_monai.handlers.calls import InfererCalls, plain_inferer, watched
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
@@ -146,6 +147,7 @@ class CaseHandler(ABC):
             )
         if self.targets is None:
             self.targets = [OutputValue() if self.metadata.declared == "regression" else PredictedClasses()]
+        check_layers(engine.network, [*self.methods, *self.targets])
         use = Postprocessing.of(self._transforms(engine), self.pred_key, self.metadata.declared)
         explained = self.metadata.explained_output
         self._ranks, self._share = Processes.current(), self._shared(engine)

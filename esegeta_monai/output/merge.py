@@ -96,7 +96,11 @@ def _copies(folder: Path, sources: Sequence[Path]) -> Iterator[tuple[Path, Path]
     for source in sources:
         for path in sorted(source.rglob("*")):
             place = path.relative_to(source)
-            if not path.is_file() or path.is_symlink() or any(part.startswith((PREFIX, ".scores")) for part in place.parts):
+            if (
+                not path.is_file()
+                or path.is_symlink()
+                or any(part.startswith((PREFIX, ".scores")) for part in place.parts)
+            ):
                 continue
             if path.name in OF_A_RUN or path.name.endswith(("_report.html", ".jsonl")):
                 continue

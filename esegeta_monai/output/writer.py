@@ -44,6 +44,7 @@ from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes
 from esegeta_monai.utils.heartbeat import Heartbeat
 from esegeta_monai.utils.leftovers import remove_leftovers
+from esegeta_monai.utils.whole_files import check_sources
 
 __all__ = [
     "ResultWriter",
@@ -209,6 +210,7 @@ class ResultWriter:
         computed: list[tuple[str, str]] = []
         kept = self.output_dir / ".scores"
         try:
+            check_sources(image, more.get("data"))
             storage.check_contents(image, case)
             while True:
                 chosen.clear()
@@ -229,6 +231,7 @@ class ResultWriter:
                         self.heartbeat.beat(case, computed, max(1, len({method for _, method in computed})))
                 if not chosen:
                     break
+                done.update(chosen)
         except (RankLost, OutputLost):
             raise
         except EsegetaError as error:
@@ -310,6 +313,7 @@ class ResultWriter:
         """Return what the map is written on: the scan, or the image itself if nothing connects it with the scan."""
         placed = has_metadata(image, None if scan is image else self._scan(scan))
         record.grid = "scan" if placed and scan is not image else "network"
+        self._places.add_doubts(record, scan)
         if not placed:
             with self._places.noted(record, case):
                 warnings.warn(NO_METADATA.format("x".join(map(str, image.shape[1:]))), stacklevel=2)

@@ -19,7 +19,18 @@ from torch import Tensor
 
 from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout, RankLost, UsageError, named_reason
 
-__all__ = ["SHARES", "Processes", "Share", "Summed", "join", "leave", "local_device", "part_of", "process_group", "tensors_of"]
+__all__ = [
+    "SHARES",
+    "Processes",
+    "Share",
+    "Summed",
+    "join",
+    "leave",
+    "local_device",
+    "part_of",
+    "process_group",
+    "tensors_of",
+]
 
 Share = Literal["cases", "windows", "methods"]
 """How ranks divide the work: by cases, by the windows of each case, or by methods and targets of each case."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -98,6 +98,7 @@ class Model:
 
     Attributes:
         preferred: keys of outputs that a bundle's postprocessing reads.
+        disturbs: settings of torch that the network has changed in a pass, in words; copies of the model share them.
         mixes_rows: the images of a batch influence each other, as the checks have shown.
         choice: the chosen output, if the network returns several tensors and ``output`` names none; known after the
             first pass.
@@ -126,6 +127,7 @@ class Model:
         self.network, self.device, self.output = network, device, output
         self._outside_inference = self.mixes_rows = False
         self.preferred: Sequence[str] = ()
+        self.disturbs: set[str] = set()
         self.choice: OutputChoice | None = None
         self.integers: torch.dtype | None = None
         self.amp, self.amp_kwargs = amp, dict(amp_kwargs or {})
@@ -221,7 +223,7 @@ class Model:
             kwargs["condition"] = condition if axis is None else condition.squeeze(axis)
         args = given if coordinates is None else (coordinates, *given)
         try:
-            with self.autocast():
+            with self.autocast(), _contained(self.disturbs):
                 if self.inferer is None:
                     raw = self.network(first, *args, **kwargs)
                 else:
@@ -260,6 +262,21 @@ class Model:
         if out.dtype in (torch.float16, torch.bfloat16):
             out = out.float()
         return out if axis is None else out.unsqueeze(axis)
+
+
+@contextmanager
+def _contained(changed: set[str]) -> Iterator[None]:
+    """Restore torch's default dtype and grad mode, which a network may change in its pass; add what it changed."""
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        if torch.get_default_dtype() != dtype:
+            changed.add(f"torch's default dtype (to {torch.get_default_dtype()})")
+            torch.set_default_dtype(dtype)
+        if torch.is_grad_enabled() != grad:
+            changed.add(f"torch's grad mode ({'off' if grad else 'on'})")
+            torch.set_grad_enabled(grad)
 
 
 def _copied(value: Any) -> Any:

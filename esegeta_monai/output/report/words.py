@@ -15,7 +15,18 @@ from esegeta_monai.methods.completeness import KEPT_BY_BIASES
 from esegeta_monai.output.report.collect import CaseResults, Result
 from esegeta_monai.targets.base import TARGETS
 
-__all__ = ["PROBLEMS", "Finding", "Target", "count", "findings", "lead", "listed", "methods_text", "references", "targets"]
+__all__ = [
+    "PROBLEMS",
+    "Finding",
+    "Target",
+    "count",
+    "findings",
+    "lead",
+    "listed",
+    "methods_text",
+    "references",
+    "targets",
+]
 
 Level = Literal["good", "note", "warn", "bad"]
 
