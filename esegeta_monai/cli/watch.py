@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import uuid
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,8 @@ def _wait(child: subprocess.Popen[bytes], beat: Path, limit: float, stopped_by: 
 
 
 def _signal(child: subprocess.Popen[bytes], number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):  # the whole group has ended
         os.killpg(child.pid, number)
-    except ProcessLookupError:
-        pass  # the whole group has ended
 
 
 def _read(beat: Path) -> dict[str, Any]:

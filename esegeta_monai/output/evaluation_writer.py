@@ -228,8 +228,8 @@ class EvaluationWriter:
             lock.acquire()
         except (OSError, NotImplementedError) as error:
             raise UsageError(
-                f"{self.output_dir / LOCK} cannot be locked ({error}), so several runs could overwrite each other's rows: "
-                "choose an output folder on another file system"
+                f"{self.output_dir / LOCK} cannot be locked ({error}), so several runs could overwrite each other's "
+                "rows: choose an output folder on another file system"
             ) from error
         try:
             yield

@@ -59,7 +59,7 @@ def merge_runs(folder: str | os.PathLike[str], others: Sequence[str | os.PathLik
         UsageError: a folder has no results, or a file that two folders have differs; nothing has been written.
     """
     folder, sources = Path(folder), [Path(other) for other in others]
-    for place in [folder, *sources] if not sources else sources:
+    for place in sources or [folder]:
         if not place.is_dir() or not (read_run(place).results or (place / "metrics.csv").is_file()):
             raise UsageError(f"{place} has neither a run.json nor a metrics.csv: give output folders of runs")
     copies = list(_copies(folder, sources))

@@ -5,6 +5,7 @@ python -m tests.faults [GROUP ...]
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def main(groups: list[str]) -> int:
 
 
 def _run(row: Row) -> bool:
+    os.environ["FAULTS_FULL"] = "1"  # kills and writers in full number
     with tempfile.TemporaryDirectory() as folder:
         try:
             note = row.check(Path(folder))

@@ -10,8 +10,8 @@ import nibabel as nib
 import numpy as np
 
 from esegeta_monai.cli.main import main
-from esegeta_monai.utils.names import safe_name
 from esegeta_monai.utils.files import sha256_file
+from esegeta_monai.utils.names import safe_name
 from tests.support.cli import make_bundle, make_scan
 
 HOSTILE = "<img src=x onerror>"

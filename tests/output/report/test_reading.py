@@ -198,7 +198,7 @@ def test_a_record_that_is_a_link_is_not_read(tmp_path: Path, file: str) -> None:
     (tmp_path / "other").write_text(json.dumps({"results": [entry]} if file == "run.json" else entry))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / file).symlink_to(tmp_path / "other")
-    with pytest.raises(UsageError, match="has neither a run.json nor maps"):
+    with pytest.raises(UsageError, match=r"has neither a run\.json nor maps"):
         read_output(tmp_path / "out")
 
 
