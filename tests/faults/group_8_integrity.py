@@ -46,7 +46,7 @@ def named(folder: Path, text: str) -> str:
 
 
 def _voxel(folder: Path) -> str:
-    sidecar, path = study(folder)
+    _, path = study(folder)
     image = nib.load(path)
     values = image.get_fdata().astype(np.float32)
     values[8, 8, 8] *= 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -86,7 +87,7 @@ def _cases(folder: Path) -> str:
     assert done.code == 0, done.err[-500:]
     assert len(statuses(output)) == 4 * count
     ends = sorted(max(p.stat().st_mtime for p in case.iterdir()) for case in output.iterdir() if case.is_dir())
-    gaps = [b - a for a, b in zip(ends, ends[1:])]
+    gaps = [b - a for a, b in itertools.pairwise(ends)]
     first, last = statistics.median(gaps[:25]), statistics.median(gaps[-25:])
     assert last <= 1.3 * first, (first, last)
     quarter = len(marks) // 4
@@ -106,8 +107,8 @@ def _cases(folder: Path) -> str:
     evaluation = command(*words, "--metrics", "Sparseness,Complexity", timeout=1800)
     assert evaluation.code == 0, evaluation.err[-500:]
     return (
-        f"{first:.2f} s per case at first, {last:.2f} s at last; memory by quarter {peaks} MB; again {again.seconds:.0f} "
-        f"s of {done.seconds:.0f} s; report {report.seconds:.0f} s"
+        f"{first:.2f} s per case at first, {last:.2f} s at last; memory by quarter {peaks} MB; "
+        f"again {again.seconds:.0f} s of {done.seconds:.0f} s; report {report.seconds:.0f} s"
     )
 
 
