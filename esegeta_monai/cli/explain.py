@@ -209,7 +209,7 @@ def explain_cases(
 
     with writer.run:
         finished = heartbeat.finished()
-        left = [c for c in cases if c.name not in finished and not writer.run.settled(c.name, None, None)]
+        left = [c for c in cases if c.name not in finished and not writer.run.is_known(c.name, None, None)]
         each_case(ranks.share(left) if options.share == "cases" else left, explain, writer.failed, log, heartbeat)
         writer.run.join(ranks)
         return writer

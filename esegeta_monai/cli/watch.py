@@ -37,7 +37,7 @@ def watch(limit: float, command: list[str]) -> int:
     """Run a command until it ends by itself, restarting it after each result that takes too long or kills it.
 
     Args:
-        limit: seconds for one result; methods that share passes have so many seconds each.
+        limit: seconds for one result; methods that share passes have as many seconds each.
         command: program and arguments of the child.
 
     Returns:
@@ -63,8 +63,8 @@ def _watch(limit: float, command: list[str], folder: Path, stopped_by: list[int]
     while True:
         beat = folder / "heartbeat.json"
         beat.unlink(missing_ok=True)
-        told = {"folder": str(folder), "run": run, "separate": separate}
-        child = subprocess.Popen(command, env={**os.environ, VARIABLE: json.dumps(told)}, start_new_session=True)
+        state = {"folder": str(folder), "run": run, "separate": separate}
+        child = subprocess.Popen(command, env={**os.environ, VARIABLE: json.dumps(state)}, start_new_session=True)
         late = _wait(child, beat, limit, stopped_by)
         code = child.returncode
         heartbeat = _read(beat)

@@ -109,12 +109,12 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 @dataclass
 class RunContents:
-    """What the record and the journals of an output folder say.
+    """Contents of the record and the journals of an output folder.
 
     Attributes:
         info: entries of the run as a whole (bundle, hashes, versions, ``started``, ``finished``).
         results: one entry per case, target and method, the latest.
-        lines: the results as they stand in the journals, with ``recorded`` and ``run``, in the order of their time.
+        lines: results in the journals, with ``recorded`` and ``run``, in the order of their time.
         notes: what cannot be read, one sentence each.
         damaged: True if ``run.json`` is there and cannot be read.
         unfinished: paths of journals whose last run has not ended by itself.

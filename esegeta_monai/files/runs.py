@@ -25,6 +25,8 @@ STATUSES = ("ok", "zero", "incomplete", "empty_target", "failed", "timeout", "sk
 """Computed; a map of exact zeros; a map that misses its sum; no predicted voxel; an error; the time limit; finished in
 an earlier run."""
 UNFINISHED = ("failed", "timeout")
+ATTEMPTS = 20
+"""How often ``run.json`` is written again because other runs in the folder have added results meanwhile."""
 
 Key = tuple[str, str | None, str | None]
 
@@ -46,7 +48,7 @@ class RunRecord:
         info: further entries (bundle, options, hashes), JSON-ready.
         rank: rank of this process.
         part: number of this part of the run; None: the run is not divided.
-        run: identifier of a command that was restarted: its results so far are results of this run, see `settled`;
+        run: identifier of a command that was restarted: its results so far are results of this run, see `is_known`;
             None: a new one.
         writes: False keeps everything in memory, for a process whose results another one writes.
 
@@ -77,7 +79,7 @@ class RunRecord:
         self._finished: str | None = None
         self._versions = versions()
         self._results: dict[Key, dict[str, Any]] = {}
-        self._settled: set[Key] = set()
+        self._known: set[Key] = set()
         self._unwritten = False
         self._run = run or uuid.uuid4().hex[:12]
         self.journal: Journal | None = None
@@ -89,7 +91,7 @@ class RunRecord:
         if run is not None:
             lines = [line for line in read_run(output_dir).lines if line.get("run") == run]
             self._results = {_key(entry): entry for entry in merged(lines)}
-            self._settled = set(self._results)
+            self._known = set(self._results)
         self.journal.append({**self._about, "run": self._run}, flush=True)
 
     def set(
@@ -113,9 +115,9 @@ class RunRecord:
             entry = self.journal.append({**entry, "run": self._run})
         self._results[case, target, method] = entry
 
-    def settled(self, case: str, target: str | None, method: str | None) -> bool:
+    def is_known(self, case: str, target: str | None, method: str | None) -> bool:
         """Return True if this command, before it was restarted, already had this result, whatever its status."""
-        return (case, target, method) in self._settled
+        return (case, target, method) in self._known
 
     @property
     def summary(self) -> dict[str, int]:
@@ -153,13 +155,16 @@ class RunRecord:
         if self.journal is None or self._rank:
             return
         self.journal.check()
-        before = read_run(self.path.parent)
         try:
-            if before.damaged:
-                aside = self.path.with_suffix(".json.unreadable")
-                logger.warning("%s cannot be read; it is moved to %s and a new one is written", self.path, aside.name)
-                os.replace(self.path, aside)
-            write_json(self.path, {**self._about, "summary": self.summary, "results": before.results})
+            for _ in range(ATTEMPTS):
+                before = read_run(self.path.parent)
+                if before.damaged:
+                    aside = self.path.with_suffix(".json.unreadable")
+                    logger.warning("%s cannot be read; it is moved to %s and written anew", self.path, aside.name)
+                    os.replace(self.path, aside)
+                write_json(self.path, {**self._about, "summary": self.summary, "results": before.results})
+                if len(read_run(self.path.parent).lines) == len(before.lines):
+                    break  # otherwise another run has ended meanwhile, and this file may have replaced its own
             self._unwritten = False
         except (OSError, UsageError) as error:
             self._unwritten = True

@@ -82,7 +82,7 @@ class EvaluationWriter:
         self.done = 0
         self.problems: list[str] = []
         self.not_beating: list[str] = []
-        self._told = (0, 0, 0)
+        self._summarised = (0, 0, 0)
         self._rows: list[tuple[str, list[dict[str, Any]]]] = []
 
     @property
@@ -180,8 +180,8 @@ class EvaluationWriter:
 
     def take_summary(self) -> dict[str, Any]:
         """Return, JSON-ready, what has been added to the attributes since the last call, for `restore`."""
-        done, problems, worse = self._told
-        self._told = (self.done, len(self.problems), len(self.not_beating))
+        done, problems, worse = self._summarised
+        self._summarised = (self.done, len(self.problems), len(self.not_beating))
         return {
             "done": self.done - done,
             "problems": self.problems[problems:],
@@ -189,11 +189,11 @@ class EvaluationWriter:
         }
 
     def restore(self, summary: Mapping[str, Any]) -> None:
-        """Add what an earlier process of this command has told by `take_summary`."""
+        """Add a summary that `take_summary` returned in an earlier process of this command."""
         self.done += summary.get("done", 0)
         self.problems += summary.get("problems", [])
         self.not_beating += summary.get("not_beating", [])
-        self._told = (self.done, len(self.problems), len(self.not_beating))
+        self._summarised = (self.done, len(self.problems), len(self.not_beating))
 
     def join(self) -> None:
         """Merge the results of all processes: complete the table, and gather `done`, `problems` and `not_beating`."""

@@ -25,7 +25,7 @@ OF_A_RUN = ("run.json", "run.json.unreadable", "metrics.csv", "esegeta.log", "in
 
 @dataclass
 class MergedRuns:
-    """What `merge_runs` found.
+    """The results that `merge_runs` joined.
 
     Attributes:
         cases: number of cases.

@@ -141,7 +141,7 @@ class ResultWriter:
             scan: file of the scan, or the scan as MetaTensor (C, *spatial).
         """
         path = self.path(attribution, case, scan)
-        if self.run.settled(case, *self.names.of(attribution)):  # this command was restarted
+        if self.run.is_known(case, *self.names.of(attribution)):  # this command was restarted
             return True
         if self.overwrite or not storage.is_complete(path, self.key(attribution, case, scan)):
             return False

@@ -229,7 +229,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
-    """Return True if ``path``, with all links followed, lies in ``folder``.
+    """Return True if ``path``, after all links are resolved, is in ``folder``.
 
     >>> inside("out/a/map.nii.gz", "out"), inside("out/../b/map.nii.gz", "out")
     (True, False)

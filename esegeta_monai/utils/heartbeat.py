@@ -1,4 +1,4 @@
-"""What a command is computing, for the process that watches it (`esegeta_monai.cli.watch`)."""
+"""The heartbeat of a command: its current result, for the process that watches it (`esegeta_monai.cli.watch`)."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Heartbeat:
             return cls()
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-        told = json.loads(text)
-        return cls(Path(told["folder"]), told["run"], told["separate"])
+        state = json.loads(text)
+        return cls(Path(state["folder"]), state["run"], state["separate"])
 
     def beat(self, case: str | None, results: Sequence[tuple[str, str]] = (), times: int = 1) -> None:
         """State what is computed from now on.
@@ -58,10 +58,10 @@ class Heartbeat:
         if self.folder is None:
             return
         self._number += 1
-        told = {"number": self._number, "case": case, "results": [list(r) for r in results], "times": times}
-        told["journal"] = None if self.journal is None else str(self.journal)
+        state = {"number": self._number, "case": case, "results": [list(r) for r in results], "times": times}
+        state["journal"] = None if self.journal is None else str(self.journal)
         temporary = self.folder / "heartbeat.new"
-        temporary.write_text(json.dumps(told), encoding="utf-8")
+        temporary.write_text(json.dumps(state), encoding="utf-8")
         os.replace(temporary, self.folder / "heartbeat.json")
 
     def finish(self, case: str, **more: Any) -> None:

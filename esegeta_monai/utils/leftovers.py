@@ -25,7 +25,7 @@ OLD = 24 * 3600.0
 
 
 def temporary_name(name: str = "") -> str:
-    """Return the name of a temporary file of this process for the file ``name``, of which it has the end.
+    """Return the name of a temporary file of this process for the file ``name``; it keeps the end of ``name``.
 
     >>> temporary_name("map.nii.gz").startswith(".tmp-"), temporary_name("map.nii.gz").endswith("-map.nii.gz")
     (True, True)

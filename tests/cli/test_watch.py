@@ -89,13 +89,14 @@ def test_only_what_hangs_or_dies_is_lost(tmp_path: Path, capfd: pytest.CaptureFi
         ("good", "A"): "ok",
         ("good", "B"): "ok",
     }
-    said = capfd.readouterr().err
-    assert "first: before its first result: ended after 0.7 s by --hard-time-limit 0.7; the command goes on" in said
+    printed = capfd.readouterr().err
+    assert "first: before its first result: ended after 0.7 s by --hard-time-limit 0.7; the command goes on" in printed
     assert (
-        "pass: t, A; t, B: ended after 0.7 s by --hard-time-limit 0.7; its methods and targets run one by one" in said
+        "pass: t, A; t, B: ended after 0.7 s by --hard-time-limit 0.7; its methods and targets run one by one"
+        in printed
     )
-    assert "pass: t, B: ended after 0.7 s" in said
-    assert "killed: t, B: the process was ended by SIGKILL (out of memory" in said
+    assert "pass: t, B: ended after 0.7 s" in printed
+    assert "killed: t, B: the process was ended by SIGKILL (out of memory" in printed
 
 
 def test_a_command_in_time_runs_once(tmp_path: Path) -> None:
@@ -157,6 +158,6 @@ def test_the_heartbeat_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert watch.VARIABLE not in os.environ
     beat.journal = tmp_path / "run.jsonl"
     beat.beat("a", [("t", "M")], 2)
-    told = watch._read(tmp_path / "heartbeat.json")
-    assert told == {"number": 1, "case": "a", "results": [["t", "M"]], "times": 2, "journal": str(beat.journal)}
+    read = watch._read(tmp_path / "heartbeat.json")
+    assert read == {"number": 1, "case": "a", "results": [["t", "M"]], "times": 2, "journal": str(beat.journal)}
     assert heartbeat.Heartbeat.take().folder is None

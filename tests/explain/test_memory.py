@@ -19,10 +19,10 @@ ALLOCATOR = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate
 
 
 class Scarce(nn.Module):
-    """A network that has no memory for more than so many windows.
+    """A network that has memory for a few windows only.
 
     Args:
-        fits: that number.
+        fits: number of windows that fit.
         kind: the error: torch's on an accelerator, torch's on the CPU, Python's.
         where: every pass, or passes with a gradient ("gradient"), or their backward passes ("backward").
     """

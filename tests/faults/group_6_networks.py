@@ -194,15 +194,15 @@ def equal(output: Path, tolerance: float = 1e-5) -> None:
 
 
 def harmless(how: str, n: int = 0, tell: str = "") -> Callable[[Path], str | None]:
-    """The maps are those of the network without the fault, and a warning tells, if it must."""
+    """The maps are those of the network without the fault, and a warning names the fault, if it must."""
 
     def check(folder: Path) -> str | None:
         done, output = run(folder, how, n)
         assert done.code == 0, done.err
         equal(output)
-        told = [text for entry in read_run(output).results for text in entry["warnings"] if tell and tell in text]
-        assert bool(told) == bool(tell), read_run(output).results[0]["warnings"]
-        return told[0][:120] if told else None
+        texts = [text for entry in read_run(output).results for text in entry["warnings"] if tell and tell in text]
+        assert bool(texts) == bool(tell), read_run(output).results[0]["warnings"]
+        return texts[0][:120] if texts else None
 
     return check
 
@@ -223,13 +223,13 @@ def refused(how: str, n: int, text: str, code: int = 1) -> Callable[[Path], str]
 
 
 def warned(how: str) -> Callable[[Path], str]:
-    """A network that is no function of its input: a failure or a warning says so."""
+    """A network that is no function of its input: a failure or a warning names it."""
 
     def check(folder: Path) -> str:
         done, output = run(folder, how)
-        told = {text for entry in read_run(output).results for text in entry.get("warnings", [])}
-        assert done.code == 1 or told
-        return sorted(told or set(done.errors))[0][:120]
+        texts = {text for entry in read_run(output).results for text in entry.get("warnings", [])}
+        assert done.code == 1 or texts
+        return sorted(texts or set(done.errors))[0][:120]
 
     return check
 
@@ -278,10 +278,10 @@ def _exit(folder: Path) -> str:
 def _any(folder: Path, how: str) -> str:
     """Maps with a warning, or failures by name: no silence."""
     done, output = run(folder, how)
-    told = {text for entry in read_run(output).results for text in entry.get("warnings", [])}
+    texts = {text for entry in read_run(output).results for text in entry.get("warnings", [])}
     checks = {c["check"]: c["verdict"] for e in read_run(output).results for c in e.get("checks", [])}
-    assert done.code == 1 or told or set(checks.values()) - {"passed"}, (done.code, checks)
-    return f"exit code {done.code}; {sorted(told | set(done.errors))[:1]}"[:160]
+    assert done.code == 1 or texts or set(checks.values()) - {"passed"}, (done.code, checks)
+    return f"exit code {done.code}; {sorted(texts | set(done.errors))[:1]}"[:160]
 
 
 MEMORY = [

@@ -108,7 +108,7 @@ def _page_has_no(what: str) -> Callable[[Path], None]:
 
 
 def _unlisted(folder: Path) -> None:
-    """A folder of another patient behind a link is not listed at all."""
+    """A link to the folder of another patient is not listed at all."""
     study(folder)
     (folder / "out" / "other").symlink_to(folder / "elsewhere" / "other")
     assert command("report", folder / "out").code == 0

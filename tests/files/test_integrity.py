@@ -20,7 +20,7 @@ def out(tmp_path: Path) -> Path:
 
 
 def record(path: Path, name: str) -> dict[str, str]:
-    """What a sidecar would say, with the right checksum."""
+    """The entries of a sidecar, with the right checksum."""
     return {"map": name, "map_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 

@@ -200,9 +200,9 @@ def test_a_restarted_command_keeps_its_results(tmp_path: Path) -> None:
     first.set("b", None, None, "failed", "the file is empty")
     RunRecord(tmp_path).set("c", "t", "M", "ok")
     again = RunRecord(tmp_path, run="abc")
-    assert again.settled("a", "t", "M")
-    assert again.settled("b", None, None)
-    assert not again.settled("c", "t", "M")
+    assert again.is_known("a", "t", "M")
+    assert again.is_known("b", None, None)
+    assert not again.is_known("c", "t", "M")
     assert (again.summary, again.exit_code) == ({"failed": 1, "ok": 1}, 1)
 
 

@@ -236,7 +236,7 @@ class Model:
                 f"position, others by name): {error}; name them as its arguments are named, or give inputs_as='dict' "
                 "or 'list' if it takes them as one argument"
             ) from error
-        except MemoryError as error:  # as torch says it, which callers that halve the batch understand
+        except MemoryError as error:  # torch's own error, on which callers halve the batch
             raise torch.OutOfMemoryError(f"not enough memory: {error or 'MemoryError'}") from error
         except RuntimeError as error:
             if isinstance(error, EsegetaError) or out_of_memory(error):

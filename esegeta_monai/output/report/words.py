@@ -55,7 +55,7 @@ PROBLEMS = {
     "timeout": "was ended by the time limit",
     "altered": "has a map that is not the one 'explain' wrote",
 }
-"""What a status says of a result that has no map to show, or none to trust."""
+"""Statuses of results that have no map to show, or none to trust, in words."""
 
 
 @dataclass(frozen=True)
