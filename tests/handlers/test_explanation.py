@@ -629,3 +629,20 @@ def test_moved_voxels_and_empty_images_are_refused(scans: list[Path], tmp_path: 
         assert [e["status"] for e in entries] == ["failed"]
         expected = "fits the scan better when flipped along" if name == "flip" else "every voxel is 0"
         assert expected in entries[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    "more", [{"methods": "GradCam(layer='no.such')"}, {"targets": "Neuron('no.such', 0, (1, 1, 1))"}]
+)
+def test_a_layer_that_does_not_exist_is_named_before_the_first_case(
+    scans: list[Path], tmp_path: Path, more: dict[str, str]
+) -> None:
+    """It was recorded for each case, one after the other."""
+    passes: list[int] = []
+    network = Small()
+    network.register_forward_hook(lambda *_: passes.append(1))
+    engine = evaluator(scans, network)
+    handler(tmp_path, **more).attach(engine)
+    with pytest.raises(UsageError, match=r"no\.such"):
+        engine.run()
+    assert passes == []

@@ -266,11 +266,18 @@ class Model:
 
 @contextmanager
 def _contained(changed: set[str]) -> Iterator[None]:
-    """Restore torch's default dtype and grad mode, which a network may change in its pass; add what it changed."""
+    """Restore torch's default dtype, grad mode and seed, which a network may set in its pass; add what it changed.
+
+    A network that draws random numbers, without setting the seed, goes on with the next ones.
+    """
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    seed, random = torch.initial_seed(), torch.get_rng_state()
     try:
         yield
     finally:
+        if torch.initial_seed() != seed:
+            changed.add(f"the seed of torch's random numbers (to {torch.initial_seed()})")
+            torch.set_rng_state(random)
         if torch.get_default_dtype() != dtype:
             changed.add(f"torch's default dtype (to {torch.get_default_dtype()})")
             torch.set_default_dtype(dtype)
