@@ -105,7 +105,7 @@ def _cases(text: str, channel_names: Sequence[str], leave_out: Path | None) -> I
 
 
 def _in_folder(root: Path, channel_names: Sequence[str], leave_out: Path | None) -> Iterator[ScanCase]:
-    skipped = None if leave_out is None else leave_out.resolve()
+    skipped = None if leave_out is None else Path(os.path.realpath(leave_out))
     yield from _search(root, root, (), channel_names, skipped)
 
 
@@ -113,14 +113,14 @@ def _search(
     folder: Path, root: Path, above: tuple[Path, ...], channel_names: Sequence[str], skipped: Path | None
 ) -> Iterator[ScanCase]:
     """Give the cases of a folder and its subfolders; ``above`` are the real paths of the folders that led to it."""
-    real = folder.resolve()
+    real = Path(os.path.realpath(folder))
     if real == skipped:
         return
     try:
         if real in above:
             raise OSError(errno.ELOOP, "a link that leads back to a folder above it")
-        with os.scandir(folder) as found:
-            entries = sorted((e.name, _is_folder(e)) for e in found if not e.name.startswith("."))
+        with os.scandir(folder) as listed:
+            entries = sorted((e.name, _is_folder(e)) for e in listed if not e.name.startswith("."))
         if folder != root and _is_series(folder):
             yield ScanCase(storage.case_name(folder, root), (folder,))
             return

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import esegeta_monai.files as storage
-from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.arguments import (
     add_hard_limit,
@@ -24,7 +23,7 @@ from esegeta_monai.cli.arguments import (
 )
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.log import RunLog, reason
-from esegeta_monai.cli.reading import open_reader
+from esegeta_monai.cli.reading import open_reader, register_trusted
 from esegeta_monai.cli.report import tell_altered
 from esegeta_monai.cli.values import overrides
 from esegeta_monai.engine.head import Postprocessing
@@ -123,8 +122,7 @@ def run(args: Namespace, log: RunLog) -> int:
     Raises:
         EsegetaError: an option, the bundle or the output folder is wrong; nothing has been computed.
     """
-    if args.bundle is not None:
-        register_extensions(args.bundle)
+    register_trusted(args)
     methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
     targets = TARGETS.create_all(",".join(args.target)) if args.target else None
     output = Path(args.output)

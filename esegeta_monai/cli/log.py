@@ -73,7 +73,7 @@ class RunLog:
 
     def hide(self, path: str | os.PathLike[str], name: str) -> None:
         """Replace ``path``, as given or absolute, by ``name`` in all following messages."""
-        for text in {str(path), os.path.abspath(path), str(Path(path).resolve())} - {".", "/"}:
+        for text in {str(path), os.path.abspath(path), os.path.realpath(path)} - {".", "/"}:
             for form in {text, " ".join(text.split()), one_line(text)}:  # as messages show it
                 self._hidden[form] = one_line(name)
 

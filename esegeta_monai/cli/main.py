@@ -1,7 +1,8 @@
 """The command line: ``esegeta-monai COMMAND`` or ``python -m esegeta_monai COMMAND``.
 
 Exit codes: 0 all done (including empty targets), 1 some case or method failed, 2 usage error (nothing was computed),
-128 + N stopped by signal N: 130 by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP. An error is printed in one line,
+3 the bundle is not trusted (nothing of it has run), 128 + N stopped by signal N: 130 by Ctrl-C, 143 by SIGTERM, 129 by
+SIGHUP. An error is printed in one line,
 ``esegeta-monai: error: file or option: cause: remedy``; ``-v`` adds the traceback.
 """
 
@@ -19,14 +20,14 @@ from typing import Any, NoReturn
 
 from esegeta_monai.cli import check, demo, evaluate, explain, look, merge_runs, overlay, patterns, report, tables, watch
 from esegeta_monai.cli.log import RunLog, reason
-from esegeta_monai.errors import EsegetaError, OutputLost, RankLost
+from esegeta_monai.errors import EsegetaError, OutputLost, RankLost, TrustError
 from esegeta_monai.utils.files import INTENDED_USE, refuse_remote
 from esegeta_monai.utils.heartbeat import Heartbeat
 from esegeta_monai.utils.names import one_line
 
 __all__ = ["build_parser", "main"]
 
-DONE, FAILED, USAGE = 0, 1, 2
+DONE, FAILED, USAGE, UNTRUSTED = 0, 1, 2, 3
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
 """Signals that stop a run; the last one does not exist on Windows."""
 
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``esegeta-monai``; None: those of the process.
 
     Returns:
-        The exit code: 0, 1, 2, or 128 + N for signal N.
+        The exit code: 0, 1, 2, 3, or 128 + N for signal N.
 
     >>> main(["overlay"])
     2
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
     except EsegetaError as error:
         _say(str(error), _if(args, error))
-        return USAGE
+        return UNTRUSTED if isinstance(error, TrustError) else USAGE
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
         by = "" if number == signal.SIGINT else f" by {number.name}"

@@ -23,7 +23,6 @@ from esegeta_monai.output.place import PlaceChecks
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.utils.files import strict_json
-from esegeta_monai.utils.images import check_contents
 from esegeta_monai.utils.names import check_clashes, distinct_names, safe_name
 from esegeta_monai.utils.whole_files import check_sources
 
@@ -106,7 +105,6 @@ class Explain(Transform):
         self._refuse_forked_cuda()
         try:
             check_sources(image, case)
-            check_contents(image)
         except InputError as error:
             if self.explainer.settings.on_error == "raise":
                 raise

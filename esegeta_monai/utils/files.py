@@ -103,7 +103,7 @@ def refuse_remote(path: str | os.PathLike[str], what: str = "") -> None:
         what: first words of the message.
 
     Raises:
-        UsageError: it is a URL; the message tells how to copy it.
+        UsageError: it is a URL; the message names the way to copy it.
 
     >>> refuse_remote("scans/a.nii.gz")
     """
