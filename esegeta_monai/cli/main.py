@@ -2,8 +2,8 @@
 
 Exit codes: 0 all done (including empty targets), 1 some case or method failed, 2 usage error (nothing was computed),
 3 the bundle is not trusted (nothing of it has run), 128 + N stopped by signal N: 130 by Ctrl-C, 143 by SIGTERM, 129 by
-SIGHUP. An error is printed in one line,
-``esegeta-monai: error: file or option: cause: remedy``; ``-v`` adds the traceback.
+SIGHUP. An error is printed in one line, ``esegeta-monai: error: file or option: cause: remedy``; ``-v`` adds the
+traceback.
 """
 
 from __future__ import annotations

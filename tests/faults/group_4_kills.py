@@ -110,7 +110,7 @@ def _explain(folder: Path) -> str:
             if p.with_name(f"{p.name[:-7]}.json").exists()
         }
         resumed = command(*explain(folder, output))
-        assert resumed.code == 0, resumed.err
+        assert resumed.code == 0, (resumed.code, resumed.err)
         assert digests(output) == want
         assert {p: p.stat().st_mtime_ns for p in done} == done  # not computed again
         assert not temporary(output)
