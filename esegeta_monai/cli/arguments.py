@@ -7,15 +7,21 @@ import sys
 
 from esegeta_monai.cli.trust import add_trust
 from esegeta_monai.engine.head import HEADS
+from esegeta_monai.errors import UsageError
+from esegeta_monai.utils.heartbeat import Heartbeat
 
 __all__ = [
     "add_bundle",
     "add_computing_options",
+    "add_hard_limit",
     "add_head",
     "add_model",
     "add_network",
+    "add_parts",
     "add_run_options",
     "add_share",
+    "heartbeat_of",
+    "part_id",
 ]
 
 
@@ -173,6 +179,54 @@ def add_share(parser: argparse.ArgumentParser) -> None:
         help="how several processes (torchrun) divide the work: by cases (default), by the windows of each case (for "
         "large scans), or by methods and targets",
     )
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """Add the options that divide the cases of a run over machines."""
+    parser.add_argument(
+        "--num-parts",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="divide the cases into N parts, for machines that share the output folder (default: 1)",
+    )
+    parser.add_argument(
+        "--part-id",
+        type=int,
+        metavar="I",
+        help="number of this part, 0 to N-1; see also 'esegeta-monai merge-runs'",
+    )
+
+
+def add_hard_limit(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the limit that also ends a pass that hangs."""
+    parser.add_argument(
+        "--hard-time-limit",
+        type=_positive,
+        metavar="SECONDS",
+        help="kill and restart this command, without the result, where one result takes longer, also inside a pass",
+    )
+
+
+def heartbeat_of(options: argparse.Namespace) -> Heartbeat:
+    """Return the heartbeat of a command that `esegeta_monai.cli.main` found to be watched, else one that is not."""
+    return getattr(options, "heartbeat", None) or Heartbeat()
+
+
+def part_id(options: argparse.Namespace) -> int | None:
+    """Return the number of the part that the options choose; None: the run is not divided.
+
+    Raises:
+        UsageError: only one of the two options is given, or the number is out of range.
+    """
+    parts, part = getattr(options, "num_parts", 1), getattr(options, "part_id", None)
+    if parts == 1 and part in (None, 0):
+        return None
+    if part is None:
+        raise UsageError(f"--num-parts {parts} also needs the number of this part: --part-id 0 to {parts - 1}")
+    if not 0 <= part < parts:
+        raise UsageError(f"--part-id {part}: with --num-parts {parts} it is a number from 0 to {parts - 1}")
+    return part
 
 
 def _count(text: str) -> int:

@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from esegeta_monai.engine.network.model import Model, out_of_memory
+from esegeta_monai.engine.network.model import Model, halved, out_of_memory
 from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.engine.windows.plan import Call, WindowPlan, picked
 from esegeta_monai.errors import MethodError
@@ -161,30 +161,24 @@ class WindowedNetwork:
                 part = list(itertools.takewhile(lambda job: self.plan.call(job[1]) is call, part))  # noqa: B023
                 try:
                     run([w for _, w in part], [p for p, _ in part], number == done == 0)
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
                     self.shrink(len(part), error)
                     continue
                 done += len(part)
 
-    def shrink(self, tried: int, error: RuntimeError) -> None:
+    def shrink(self, tried: int, error: BaseException) -> None:
         """Halve the window batch after memory ran out, and warn.
 
         Args:
             tried: windows in the batch that did not fit.
-            error: torch's error.
+            error: the error.
 
         Raises:
             MethodError: the batch had only one window.
         """
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if tried == 1:
-            raise MethodError(
-                f"out of memory with one window of {self.plan.roi}: use amp=True, a smaller window, or device='cpu'"
-            ) from error
-        self.context.window_batch = tried // 2
+        self.context.window_batch = halved(tried, self.plan.roi, error)
         self.context.progress.warn(f"out of memory with {tried} windows per batch: continued with {tried // 2}")
 
 
@@ -192,6 +186,8 @@ def _gradients(out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, retain:
     """Call autograd; replace its error for a network without derivative by one that names a remedy."""
     try:
         return list(torch.autograd.grad(out, inputs, cotangent, retain_graph=retain, allow_unused=True))
+    except MemoryError as error:
+        raise torch.OutOfMemoryError(f"not enough memory: {error or 'MemoryError'}") from error
     except RuntimeError as error:
         if out_of_memory(error):
             raise

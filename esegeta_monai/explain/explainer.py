@@ -26,7 +26,7 @@ from esegeta_monai.explain.case import BatchInputs
 from esegeta_monai.explain.costs import Cost, cost_of
 from esegeta_monai.explain.outcomes import BoundTarget, Outcomes
 from esegeta_monai.explain.prediction import Prediction
-from esegeta_monai.explain.run import CaseRun, JudgedCase, Skip
+from esegeta_monai.explain.run import CaseRun, JudgedCase, OnBegin, Skip
 from esegeta_monai.explain.settings import Checks, InputsAs, OnError, Settings, checks_of
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS
@@ -163,6 +163,7 @@ class Explainer:
         network_kwargs: Mapping[str, Any] | None = None,
         skip: Skip | None = None,
         scores_dir: str | os.PathLike[str] | None = None,
+        on_begin: OnBegin | None = None,
     ) -> Iterator[Attribution]:
         """Explain every case of a batch by every method for every target.
 
@@ -180,6 +181,7 @@ class Explainer:
                 would be computed; if it returns True, the attribution is left out.
             scores_dir: folder in which perturbation methods save their scores while they run, so that an interrupted
                 run can be resumed (`esegeta_monai.engine.perturbation.checkpoint.ScoreCheckpoint`); None: not saved.
+            on_begin: called before methods that share passes run, with their attributions, which have no map yet.
 
         Yields:
             `Attribution`, case by case.
@@ -196,7 +198,9 @@ class Explainer:
         for case in inputs.cases(settings.output, settings.postprocessing.keys):
             done: set[tuple[int, int]] = set()
             try:
-                for attribution in CaseRun(settings, case).explained(chosen, wanted, refused, skip, scores_dir):
+                for attribution in CaseRun(settings, case).explained(
+                    chosen, wanted, refused, skip, scores_dir, on_begin
+                ):
                     done.add((id(attribution.method), id(attribution.target)))
                     yield attribution
             except Exception as error:

@@ -21,7 +21,7 @@ from esegeta_monai.engine.checks.network import check_network_once
 from esegeta_monai.engine.head import Head
 from esegeta_monai.engine.layer_maps import LayerOutput
 from esegeta_monai.engine.member_score import MembersScore, mean_probability
-from esegeta_monai.engine.network.model import Model, select_output
+from esegeta_monai.engine.network.model import Model, halved, out_of_memory, select_output
 from esegeta_monai.engine.network.state import evaluating, frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.run_context import RunContext
@@ -97,6 +97,8 @@ class Prediction:
             warnings.simplefilter("always")
             self.plan = plan_windows(settings.inferer, self.image.shape[1:], self.model.dtype)
         self._refuse_missing_axis()
+        self._largest_batch: int | None = None
+        """Windows that fit into memory together, once more of them did not."""
         self.notes = [str(w.message) for w in caught]
         for text in self.notes:
             logger.warning(text)
@@ -105,6 +107,7 @@ class Prediction:
             self.model.inferer = settings.inferer
         self._check_network()
         self.predicted = self.prediction = self._predict()
+        self._note_changed_settings()
         self.average: Any = getattr(settings.inferer, "average", "output") if self.plan.apart else "output"
         if self.average != "output":
             self.prediction = self._mean_probability()
@@ -157,6 +160,8 @@ class Prediction:
         """Return the objective F of this case, with one value per score."""
         settings, condition = self.settings, self.case.condition
         window_batch = settings.window_batch or (4 if self.plan.whole else self.plan.batch_size)
+        if self._largest_batch is not None:
+            window_batch = min(window_batch, self._largest_batch)
         if self._mixes_rows:
             window_batch = 1
         return Objective(
@@ -194,8 +199,10 @@ class Prediction:
         inferer = user if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
         kwargs = {} if condition is None else {"condition": condition[None].to(self.image)}
         changes: dict[str, Any] = {"sw_device": user.sw_device or model.device} if hasattr(user, "sw_device") else {}
-        if self._mixes_rows and hasattr(user, "sw_batch_size"):
-            changes["sw_batch_size"] = 1
+        if hasattr(user, "sw_batch_size"):
+            changes["sw_batch_size"] = self._largest_batch or self.settings.window_batch or user.sw_batch_size
+            if self._mixes_rows:
+                changes["sw_batch_size"] = 1
         return inferer, kwargs, changes
 
     def _check_network(self) -> None:
@@ -234,6 +241,13 @@ class Prediction:
             text = f"{cause}: the given prediction is not that of this image, unchanged and alone, which is explained"
         self.notes.append(text)
         logger.warning(text)
+
+    def _note_changed_settings(self) -> None:
+        """Note settings of torch that the network changes in its pass; they have been restored after each."""
+        for what in sorted(self.model.disturbs):
+            text = f"the network changes {what} in its forward pass; it is set back after each pass"
+            self.notes.append(text)
+            logger.warning(text)
 
     def _check_image(self) -> None:
         """Check the image of the case; a refusal is also a check of it."""
@@ -433,10 +447,30 @@ class Prediction:
 
         blended = _Blended()
         together = ranks.summed([blended]) if shared else nullcontext()
-        with evaluating(settings.network, settings.device), torch.no_grad(), together, _changed(user, changes):
-            blended.prediction = infer()
+        with evaluating(settings.network, settings.device), torch.no_grad(), together:
+            blended.prediction = self._halving(infer, changes)
         assert blended.prediction is not None
         return blended.prediction.to(self.image)
+
+    def _halving(self, infer: Callable[[], Tensor | None], changes: dict[str, Any]) -> Tensor | None:
+        """Predict with the changes of `_inference`; halve the window batch for as long as memory runs out.
+
+        Raises:
+            MethodError: memory runs out with one window.
+        """
+        while True:
+            try:
+                with _changed(self.settings.inferer, changes):
+                    return infer()
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                tried = min(changes.get("sw_batch_size", 1), len(self.plan))
+                smaller = halved(tried, self.plan.roi, error)
+            text = f"out of memory with {tried} windows per batch: predicted with {smaller}"
+            logger.warning(text)
+            self.notes.append(text)
+            self._largest_batch = changes["sw_batch_size"] = smaller
 
     def _blended(self, model: Model, image: Tensor) -> Tensor:
         """Return the prediction (K, *out) of an ensemble or of mirrored views: its windows, blended here."""

@@ -35,12 +35,15 @@ from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.run import grouped, run_together, shares_passes
 from esegeta_monai.targets.base import Target
 
-__all__ = ["CaseRun", "CaseTask", "JudgedCase", "Skip"]
+__all__ = ["CaseRun", "CaseTask", "JudgedCase", "OnBegin", "Skip"]
 
 logger = logging.getLogger("esegeta_monai")
 
 Skip = Callable[[Attribution], bool]
 """Return True to leave out an attribution, which has no map yet but the record of what would be computed."""
+
+OnBegin = Callable[[Sequence[Attribution]], None]
+"""Called before methods that share passes run, with their attributions, which have no map yet."""
 
 
 DEVIATES = 0.1
@@ -123,6 +126,7 @@ class CaseRun:
         refused: Mapping[int, Exception],
         skip: Skip | None,
         scores_dir: str | os.PathLike[str] | None,
+        on_begin: OnBegin | None = None,
     ) -> Iterator[Attribution]:
         """Yield the attributions of this case; arguments as in `esegeta_monai.Explainer` and `prepared`."""
         for task in self.prepared(methods, targets, refused, skip):
@@ -137,7 +141,19 @@ class CaseRun:
                 if scores_dir is not None and not group[0].needs_gradient:
                     checkpoint = ScoreCheckpoint(Path(scores_dir), self._checkpoint_key(group[0], task))
                 task.objective.context.checkpoint = checkpoint
+                if on_begin is not None:
+                    on_begin(self._without_maps(group, task))
                 yield from self._group(group, task)
+
+    def _without_maps(self, group: Sequence[Method], task: CaseTask) -> list[Attribution]:
+        """Return what a group of methods will explain, without maps."""
+        return [
+            Attribution(
+                None, m, b.target, self.case.index, self.outcomes.record(m, b, task.objective.plan).to_json(), b.label
+            )
+            for m in group
+            for b in task.bound
+        ]
 
     def prepared(
         self,

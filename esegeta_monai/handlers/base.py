@@ -24,6 +24,7 @@ from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
 from esegeta_monai.explain.case import cases_of
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.explain.layers import check_layers
 from esegeta_monai.explain.settings import Checks, checks_of
 from esegeta_monai.handlers.calls import InfererCalls, plain_inferer, watched
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
@@ -144,6 +145,7 @@ class CaseHandler(ABC):
         use = networks.use
         if self.targets is None:
             self.targets = [OutputValue() if self.metadata.declared == "regression" else PredictedClasses()]
+        check_layers(networks.networks[0], [*self.methods, *self.targets])
         explained = self.metadata.explained_output
         self._ranks, self._share = Processes.current(), self._shared(engine)
         self._explainer = Explainer(

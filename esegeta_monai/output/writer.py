@@ -19,7 +19,7 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.engine.feature_masks import table_csv
-from esegeta_monai.errors import EsegetaError, InputError, MethodError, RankLost, named_reason
+from esegeta_monai.errors import EsegetaError, InputError, MethodError, OutputLost, RankLost, named_reason
 from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
@@ -44,6 +44,8 @@ from esegeta_monai.output.agreement import has_agreement, remove_spread, write_s
 from esegeta_monai.output.place import NO_METADATA, VANISHED, ZERO, PlaceChecks
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes
+from esegeta_monai.utils.heartbeat import Heartbeat
+from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.whole_files import check_sources
 
 __all__ = [
@@ -70,6 +72,8 @@ class ResultWriter:
         checks: check by their contents that image and scan lie in the same place
             (`esegeta_monai.files.grids.geometry.check_geometry`), and refuse maps where they do not.
         together: True if they compute each case together (`Explainer` with ``distributed=True``); the first one writes.
+        part: see `esegeta_monai.files.runs.RunRecord`.
+        heartbeat: that of a command which is watched; None: nobody watches.
 
     Raises:
         UsageError: an unwritable folder, or equal names.
@@ -90,6 +94,8 @@ class ResultWriter:
         checks: bool = True,
         ranks: Processes | None = None,
         together: bool = False,
+        part: int | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.ranks, self.together = ranks or Processes(), together
         self.names = ResultNames(methods, targets)
@@ -99,11 +105,14 @@ class ResultWriter:
         self.as_input = extension == "input"
         self.overwrite, self.pictures, self.checks = overwrite, pictures, checks
         rank = self.ranks.rank
-        if rank:
-            self.ranks.gather(None)  # wait for the record of the first process
-        self.run = storage.RunRecord(self.output_dir, self.provenance, rank=rank, writes=self.writes)
         if not rank:
-            self.ranks.gather(None)
+            remove_leftovers(self.output_dir)
+        self.heartbeat = heartbeat or Heartbeat()
+        self.run = storage.RunRecord(
+            self.output_dir, self.provenance, rank=rank, part=part, run=self.heartbeat.run, writes=self.writes
+        )
+        if self.run.journal is not None:
+            self.heartbeat.journal = self.run.journal.path
         self._scans: dict[str, MetaTensor] = {}
         self._hashes: dict[str, str] = {}
         self._written: dict[str, str] = {}
@@ -135,6 +144,8 @@ class ResultWriter:
             scan: file of the scan, or the scan as MetaTensor (C, *spatial).
         """
         path = self.path(attribution, case, scan)
+        if self.run.is_known(case, *self.names.of(attribution)):  # this command was restarted
+            return True
         if self.overwrite or not storage.is_complete(path, self.key(attribution, case, scan)):
             return False
         if self.checks and not self._places.is_checked(path):
@@ -185,23 +196,54 @@ class ResultWriter:
             self.names.method(method)
         scan, self._pipeline = scan if scan is not None else scan_of(image), pipeline
 
-        def skip(attribution: Attribution) -> bool:
-            done = self.writes and self.is_done(attribution, case, scan)
-            return self.ranks.gather(done)[0] if self.together else done
+        done: set[tuple[str, str]] = set()
+        """Results of this call."""
+        chosen: list[tuple[str, str]] = []
+        """The one result of a pass, where results run one by one."""
+        one_by_one = case in self.heartbeat.separate
 
+        def skip(attribution: Attribution) -> bool:
+            if one_by_one:
+                name = self.names.of(attribution)
+                if name in done or (chosen and name != chosen[0]):
+                    return True
+            finished = self.writes and self.is_done(attribution, case, scan)
+            if one_by_one and not finished:
+                chosen.append(self.names.of(attribution))
+            return self.ranks.gather(finished)[0] if self.together else finished
+
+        def begin(attributions: Sequence[Attribution]) -> None:
+            computed[:] = [self.names.of(attribution) for attribution in attributions]
+            self.heartbeat.beat(case, computed, len({method for _, method in computed}))
+
+        computed: list[tuple[str, str]] = []
         kept = self.output_dir / ".scores"
         try:
             check_sources(image, more.get("data"))
             storage.check_contents(image, case)
-            for attribution in explainer(image[None], methods, targets, skip=skip, scores_dir=kept, **more):
-                if training_folds:
-                    attribution.record["training_folds"] = dict(training_folds)
-                if on_explained is not None:
-                    on_explained(attribution)
-                path = self.write(attribution, case, image, scan)
-                if on_written is not None and self.writes:
-                    on_written(attribution, path)
-        except RankLost:
+            while True:
+                chosen.clear()
+                for attribution in explainer(
+                    image[None], methods, targets, skip=skip, scores_dir=kept, on_begin=begin, **more
+                ):
+                    name = self.names.of(attribution)
+                    if one_by_one and name in done:
+                        continue
+                    if training_folds:
+                        attribution.record["training_folds"] = dict(training_folds)
+                    if on_explained is not None:
+                        on_explained(attribution)
+                    path = self.write(attribution, case, image, scan)
+                    if on_written is not None and self.writes:
+                        on_written(attribution, path)
+                    done.add(name)
+                    if name in computed:
+                        computed.remove(name)
+                        self.heartbeat.beat(case, computed, max(1, len({method for _, method in computed})))
+                if not chosen:
+                    break
+                done.update(chosen)
+        except (RankLost, OutputLost):
             raise
         except EsegetaError as error:
             self.failed(case, error)

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.resources import files
 from operator import attrgetter
@@ -24,10 +24,11 @@ from esegeta_monai.files.maps import picture_path
 from esegeta_monai.files.privacy import private
 from esegeta_monai.output.report import words
 from esegeta_monai.output.report.charts import charts
-from esegeta_monai.output.report.collect import CaseResults, Curve, Result, Run, read_output
+from esegeta_monai.output.report.collect import ALTERED, CaseResults, Curve, Result, Run, read_output
 from esegeta_monai.output.report.embed import BUDGET, Embedded, embed, picture_of, thumbnail
 from esegeta_monai.output.report.viewer3d import HOW_TO_INSTALL, find_niivue
-from esegeta_monai.utils.files import INTENDED_USE, atomic
+from esegeta_monai.utils.files import INTENDED_USE, atomic, inside
+from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.names import safe_name
 
 __all__ = ["Written", "report_path", "write_report"]
@@ -41,10 +42,17 @@ MARKS = {"good": "Good", "note": "Note", "warn": "Careful", "bad": "Problem"}
 
 @dataclass(frozen=True)
 class Written:
-    """Paths of a written report: the index, and one page per case, by name of the case."""
+    """A written report.
+
+    Attributes:
+        index: path of the index.
+        cases: path of the page of each case, by its name.
+        altered: one line for each map that is not the file that ``explain`` wrote, and is not shown.
+    """
 
     index: Path
     cases: dict[str, Path]
+    altered: list[str] = field(default_factory=list)
 
 
 def report_path(output_dir: str | os.PathLike[str], case: str) -> Path:
@@ -86,6 +94,7 @@ def write_report(
     """
     if convention not in ("radiological", "neurological"):
         raise UsageError(f"convention is radiological or neurological, not {convention!r}")
+    remove_leftovers(output_dir)
     library = find_niivue().read_text(encoding="utf-8") if view_3d else None
     run = read_output(Path(output_dir))
     pages: dict[str, Path] = {}
@@ -101,7 +110,8 @@ def write_report(
         rows.append(_row(case, embedded, path, Path(output_dir)))
     index = Path(output_dir) / "index.html"
     _write(index, _index_page(run, rows))
-    return Written(index, pages)
+    altered = [f"{c.name}: {r.reason}" for c in run.cases for r in c.results if r.status == ALTERED]
+    return Written(index, pages, altered)
 
 
 def _write(path: Path, content: str) -> None:
@@ -152,7 +162,7 @@ def _case_page(
         agreement=_agreement(case.explained),
         training=_training(case),
         regions=_region_tables(case),
-        problems=[r for r in case.results if r.status in ("failed", "timeout")],
+        problems=[r for r in case.results if r.status in words.PROBLEMS],
         warnings=_warnings(case.results),
         methods_text=words.methods_text(case, private(run.info)),
         references=words.references(case),
@@ -218,7 +228,7 @@ def _synthesised(result: Result, notes: list[str]) -> str | None:
     if not result.synthesised or result.map is None:
         return None
     picture = picture_path(result.map)
-    if picture.is_file() and picture.stat().st_size < LARGEST_PICTURE:
+    if picture.is_file() and inside(picture, result.map.parent) and picture.stat().st_size < LARGEST_PICTURE:
         return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
     try:
         return picture_of(result.map)

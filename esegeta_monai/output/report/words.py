@@ -16,7 +16,18 @@ from esegeta_monai.output.report.collect import CaseResults, Result
 from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.registry import registered_names_only
 
-__all__ = ["Finding", "Target", "count", "findings", "lead", "listed", "methods_text", "references", "targets"]
+__all__ = [
+    "PROBLEMS",
+    "Finding",
+    "Target",
+    "count",
+    "findings",
+    "lead",
+    "listed",
+    "methods_text",
+    "references",
+    "targets",
+]
 
 Level = Literal["good", "note", "warn", "bad"]
 
@@ -36,8 +47,16 @@ STATUS_WORDS: dict[str, Callable[[int], str]] = {
     "failed": lambda n: f"{n} failed",
     "timeout": lambda n: f"{n} ended by the time limit",
     "skipped": lambda n: f"{n} finished earlier",
+    "altered": lambda n: f"{n} altered",
 }
 """How many results have a status, in words."""
+
+PROBLEMS = {
+    "failed": "failed",
+    "timeout": "was ended by the time limit",
+    "altered": "has a map that is not the one 'explain' wrote",
+}
+"""Statuses of results that have no map to show, or none to trust, in words."""
 
 
 @dataclass(frozen=True)
@@ -159,9 +178,9 @@ def findings(case: CaseResults, embedded_notes: Sequence[str] = ()) -> list[Find
     """List findings, the most severe first."""
     notable: list[Finding] = []
     for result in case.results:
-        if result.status in ("failed", "timeout"):
+        if result.status in PROBLEMS:
             what = "The case" if result.method is None else f"{result.method} for {result.target}"
-            how = "failed" if result.status == "failed" else "was ended by the time limit"
+            how = PROBLEMS[result.status]
             notable.append(Finding("bad", f"{what} {how}: {result.reason}"))
     for target in dict.fromkeys(r.target for r in case.results if r.status == "empty_target"):
         reason = next(r.reason for r in case.results if r.target == target and r.status == "empty_target")
