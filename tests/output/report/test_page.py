@@ -357,7 +357,7 @@ def test_numbers_are_short() -> None:
 
 def test_checks_of_single_maps_name_their_methods() -> None:
     """Equal results of different methods are one line; a check that all methods share names none."""
-    found = {"A": [("map", "fits"), ("rows", "mixed")], "B": [("map", "fits"), ("rows", "mixed")],
+    texts = {"A": [("map", "fits"), ("rows", "mixed")], "B": [("map", "fits"), ("rows", "mixed")],
              "C": [("map", "differs"), ("rows", "mixed")]}  # fmt: skip
     results = [
         SimpleNamespace(
@@ -366,7 +366,7 @@ def test_checks_of_single_maps_name_their_methods() -> None:
                 checks=[{"check": c, "text": t, "verdict": "warned" if t == "differs" else "passed"} for c, t in checks]
             ),
         )
-        for method, checks in found.items()
+        for method, checks in texts.items()
     ]
     lines = [(check["check"], check["text"], check["methods"]) for check in page._checks(results)]
     assert lines == [("map", "differs", "C"), ("map", "fits", "A, B"), ("rows", "mixed", "")]
