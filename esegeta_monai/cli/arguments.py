@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from esegeta_monai.cli.trust import add_trust
-from esegeta_monai.engine.head import HEADS
 from esegeta_monai.errors import UsageError
+from esegeta_monai.utils.choices import HEADS, TRUST_VARIABLE
 from esegeta_monai.utils.heartbeat import Heartbeat
 
 __all__ = [
@@ -20,6 +19,7 @@ __all__ = [
     "add_parts",
     "add_run_options",
     "add_share",
+    "add_trust",
     "heartbeat_of",
     "part_id",
 ]
@@ -78,6 +78,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         dest="mirroring",
         action="store_false",
         help="leave out nnU-Net's mirrored views, which its checkpoint may ask for",
+    )
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the option that allows a bundle's code to run."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="let the bundle's code run, and remember its contents; without it you are asked once (see 'esegeta-monai "
+        f"info', which lists the code; {TRUST_VARIABLE}=1 allows all bundles)",
     )
 
 

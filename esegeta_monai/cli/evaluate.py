@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,13 +18,6 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.cli.arguments import (
-    add_computing_options,
-    add_hard_limit,
-    add_head,
-    add_model,
-    add_network,
-    add_parts,
-    add_share,
     heartbeat_of,
     part_id,
 )
@@ -58,105 +51,10 @@ from esegeta_monai.utils.files import inside, read_json
 from esegeta_monai.utils.registry import Registry, registered_names_only
 
 __all__ = [
-    "add_arguments",
     "run",
 ]
 
 logger = logging.getLogger("esegeta_monai")
-
-
-DESCRIPTION = """\
-Evaluates maps by metrics: faithfulness to the network, robustness, sensitivity to the network's weights, and
-localisation of a known cause. Three control maps that do not depend on the network (random, edges of the image,
-constant) are evaluated too; methods that are no better are listed. It writes OUTPUT/metrics.csv (one row per case,
-target, method and metric), OUTPUT/CASE/CASE_metrics.json (with curves and parameters) and OUTPUT/CASE/CASE_regions.csv
-(sums of the map per region, channel and distance)."""
-
-EPILOG = """labels:
-  A label map marks the known cause. Localisation metrics (pointing game, relevance mass, ...) need one; it may be on
-  any grid. A folder must contain one file per case: CASE.nii.gz, or one whose name begins with CASE_.
-
-exit codes: 0 all done (including undefined and inapplicable metrics), 1 something failed,
-2 usage error
-"""
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``evaluate``."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
-    add_model(parser)
-    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
-    parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
-    parser.add_argument(
-        "--maps", metavar="DIR", help="evaluate the maps in this output folder of 'explain' instead of computing them"
-    )
-    parser.add_argument(
-        "--methods",
-        action="append",
-        metavar="LIST",
-        help="methods (default: those of --maps, else Saliency,GradCam)",
-    )
-    parser.add_argument(
-        "--target",
-        action="append",
-        metavar="TARGET",
-        help="targets (default: those of --maps, else every predicted class except background)",
-    )
-    parser.add_argument(
-        "--metrics",
-        action="append",
-        metavar="LIST",
-        help="metric names, separated by commas, with parameters in parentheses, or 'all' (default: a quick selection; "
-        "'esegeta-monai metrics' lists all)",
-    )
-    parser.add_argument(
-        "--label", metavar="FILE", help="label map, or folder of label maps named like the cases (see below)"
-    )
-    parser.add_argument(
-        "--label-value",
-        type=_label_value,
-        metavar="N",
-        help="label value of the cause: a number, or 'class' for the target's class (default: all above 0)",
-    )
-    parser.add_argument(
-        "--regions", metavar="FILE", help="label map, or folder of label maps, for the region tables (default: --label)"
-    )
-    parser.add_argument("--region-names", metavar="N=NAME,...", help="names of region values, such as 1=liver,2=spleen")
-    parser.add_argument(
-        "--body", metavar="FILE", help="body mask, or a folder of masks (default: the image's foreground)"
-    )
-    parser.add_argument(
-        "--outside-alarm", type=_fraction, default=0.1, metavar="SHARE",
-        help="raise the region alarm if more than this share of a map is outside the body (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-controls",
-        dest="controls",
-        action="store_false",
-        help="do not evaluate the control maps (random, Sobel, constant)",
-    )
-    add_network(parser)
-    add_head(parser)
-    add_computing_options(parser)
-    add_share(parser)
-    add_parts(parser)
-    add_hard_limit(parser)
-
-
-def _label_value(text: str) -> int | str:
-    if text != "class" and (not text.isdigit() or int(text) < 1):
-        raise ArgumentTypeError(f"{text!r} is neither a positive integer nor 'class'")
-    return text if text == "class" else int(text)
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
 
 
 def run(args: Namespace, log: RunLog) -> int:

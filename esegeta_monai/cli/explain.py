@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,6 @@ from typing import Any
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.arguments import (
-    add_hard_limit,
-    add_head,
-    add_model,
-    add_network,
-    add_parts,
-    add_run_options,
-    add_share,
     heartbeat_of,
     part_id,
 )
@@ -46,7 +39,6 @@ from esegeta_monai.utils.names import safe_name
 
 __all__ = [
     "DEFAULT_METHODS",
-    "add_arguments",
     "default_targets",
     "each_case",
     "explain_cases",
@@ -59,64 +51,6 @@ __all__ = [
 DEFAULT_METHODS = ("Saliency", "GradCam")
 
 logger = logging.getLogger("esegeta_monai")
-
-
-DESCRIPTION = """Explains a bundle's predictions on your scans. For each case, target and method it writes
-OUTPUT/CASE/CASE_TARGET_METHOD_attr.nii.gz (the map, on the voxel grid of the scan), .png (a picture) and .json (the
-record), OUTPUT/run.jsonl with one line per result while it runs, and OUTPUT/run.json with all of them at the end.
-Finished maps are skipped, so that the same command resumes an interrupted run. The bundle itself is not changed."""
-
-EPILOG = """inputs:
-  scan.nii.gz                a scan; the case is named "scan"
-  scans/                     every scan in the folder and its subfolders, sorted
-  t1.nii.gz,t2.nii.gz        one case whose channels are in several files, in the network's order
-  patients/                  a folder with one file for each channel of the network, named after the channels in
-                             metadata.json (p1/p1_T1c.nii.gz, p1/p1_FLAIR.nii.gz, ...) is one case
-  p7=scan.nii.gz             the case is named "p7"
-
-exit codes: 0 all done; 1 one case or method failed (the others are complete, run.json has the reasons); 2 usage error;
-128 + N stopped by signal N (130: Ctrl-C)
-"""
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``explain``."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
-    add_model(parser)
-    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans (see below)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
-    parser.add_argument(
-        "--methods",
-        action="append",
-        metavar="LIST",
-        help="method names, separated by commas, with parameters in parentheses (default: Saliency,GradCam; "
-        "'esegeta-monai methods' lists all)",
-    )
-    parser.add_argument(
-        "--target",
-        action="append",
-        metavar="TARGET",
-        help='target, such as "MultiClassMask(class_index=1)" or "MultiClassMask(\'spleen\')"; may be repeated '
-        "(default: every predicted class except background; 'esegeta-monai targets' lists all)",
-    )
-    parser.add_argument(
-        "--agreement",
-        action="store_true",
-        help="also write where the folds of an ensemble, and its mirrored views, agree: their standard deviation as a "
-        "map, and figures in the record and report (takes the passes up to twice more)",
-    )
-    parser.add_argument("--report", action="store_true", help="write the HTML report at the end")
-    add_network(parser)
-    add_head(parser)
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="compute and write no maps; print the estimated passes, time and memory per case, target and method",
-    )
-    add_run_options(parser)
-    add_share(parser)
-    add_parts(parser)
-    add_hard_limit(parser)
 
 
 def run(args: Namespace, log: RunLog) -> int:

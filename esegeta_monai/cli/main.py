@@ -9,6 +9,7 @@ traceback.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -16,9 +17,10 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from esegeta_monai.cli import check, demo, evaluate, explain, look, merge_runs, overlay, patterns, report, tables, watch
+from esegeta_monai.cli import parsers, watch
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.errors import EsegetaError, OutputLost, RankLost, TrustError
 from esegeta_monai.utils.files import INTENDED_USE, refuse_remote
@@ -43,48 +45,64 @@ EXAMPLES = """examples:
 """
 
 
-COMMANDS: tuple[tuple[str, str, Callable[..., None], Callable[..., int]], ...] = (
-    ("explain", "explain a bundle's predictions on your scans", explain.add_arguments, explain.run),
-    ("report", "write an HTML report of the maps", report.add_arguments, report.run),
-    ("evaluate", "evaluate the maps of a bundle by metrics", evaluate.add_arguments, evaluate.run),
-    ("merge-runs", "join the parts of a run", merge_runs.add_arguments, merge_runs.run),
-    ("demo", "explain a brain segmentation as a demonstration", demo.add_arguments, demo.run),
-    (
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+        name, summary: as ``--help`` shows them.
+        add_arguments: function that adds its options, from a module that is imported at once.
+        function: module of this package and function that run it; the module is imported when it runs.
+    """
+
+    name: str
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    function: str
+
+    def run(self, args: argparse.Namespace, log: RunLog) -> int:
+        """Import the command and run it."""
+        module, _, function = self.function.partition(":")
+        run: Callable[..., int] = getattr(importlib.import_module(f"esegeta_monai.cli.{module}"), function)
+        return run(args, log)
+
+
+COMMANDS = (
+    Command("explain", "explain a bundle's predictions on your scans", parsers.add_explain, "explain:run"),
+    Command("report", "write an HTML report of the maps", parsers.add_report, "report:run"),
+    Command("evaluate", "evaluate the maps of a bundle by metrics", parsers.add_evaluate, "evaluate:run"),
+    Command("merge-runs", "join the parts of a run", parsers.add_merge_runs, "merge_runs:run"),
+    Command("demo", "explain a brain segmentation as a demonstration", parsers.add_demo, "demo:run"),
+    Command(
         "methods",
         "list the explanation methods, with parameters and defaults",
-        tables.add_arguments,
-        tables.run_methods,
+        parsers.add_table,
+        "tables:run_methods",
     ),
-    ("targets", "list the targets, with parameters and defaults", tables.add_arguments, tables.run_targets),
-    ("metrics", "list the metrics for maps, with parameters and defaults", tables.add_arguments, tables.run_metrics),
-    (
-        "layers",
-        "list a bundle's layers, for --methods 'GradCam(layer=NAME)'",
-        look.add_layers_arguments,
-        look.run_layers,
+    Command("targets", "list the targets, with parameters and defaults", parsers.add_table, "tables:run_targets"),
+    Command(
+        "metrics", "list the metrics for maps, with parameters and defaults", parsers.add_table, "tables:run_metrics"
     ),
-    (
-        "check",
-        "check what maps take for granted about a bundle and a scan",
-        check.add_arguments,
-        check.run,
+    Command(
+        "layers", "list a bundle's layers, for --methods 'GradCam(layer=NAME)'", parsers.add_layers, "look:run_layers"
     ),
-    ("info", "show versions, devices and the contents of a bundle", look.add_info_arguments, look.run_info),
-    (
+    Command("check", "check what maps take for granted about a bundle and a scan", parsers.add_check, "check:run"),
+    Command("info", "show versions, devices and the contents of a bundle", parsers.add_info, "look:run_info"),
+    Command(
         "patterns",
         "fit the patterns of PatternNet and PatternAttribution on scans",
-        patterns.add_arguments,
-        patterns.run,
+        parsers.add_patterns,
+        "patterns:run",
     ),
-    (
+    Command(
         "overlay",
         "write the config file with which 'monai.bundle run' explains a bundle",
-        overlay.add_arguments,
-        overlay.run,
+        parsers.add_overlay,
+        "overlay:run",
     ),
-    ("merge", "merge a bundle's config and its overlay into one file", overlay.add_merge_arguments, overlay.run_merge),
+    Command("merge", "merge a bundle's config and its overlay into one file", parsers.add_merge, "overlay:run_merge"),
 )
-"""Name, summary, arguments and function of each command. Their modules add little to the start-up time."""
+"""The commands. ``--help`` and errors of usage come at once, since torch and MONAI are imported by a command's run."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -222,23 +240,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, summary, add_arguments, run in COMMANDS:
-        _add(commands, name, summary, add_arguments, run)
+    for command in COMMANDS:
+        _add(commands, command)
     return parser
 
 
-def _add(commands: Any, name: str, summary: str, add_arguments: Callable[..., None], run: Callable[..., int]) -> None:
+def _add(commands: Any, command: Command) -> None:
     parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
+        command.name,
+        help=command.summary,
+        description=command.summary[0].upper() + command.summary[1:] + ".",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=command.run)
     loud = parser.add_mutually_exclusive_group()
     loud.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     loud.add_argument("-v", "--verbose", action="store_true", help="print debug messages and the tracebacks of errors")
-    add_arguments(parser)
+    command.add_arguments(parser)
 
 
 class _Version(argparse.Action):

@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import logging
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 from esegeta_monai.output.report.page import Written, write_report
 
-__all__ = ["add_arguments", "run", "tell_altered"]
+__all__ = ["run", "tell_altered"]
 
 logger = logging.getLogger("esegeta_monai")
-
-
-DESCRIPTION = """\
-Writes OUTPUT/CASE/CASE_report.html for each case and OUTPUT/index.html from the results of 'explain' and, if
-it was run, 'evaluate' in OUTPUT; also after a run that failed or was stopped. Each page is a single file and opens in a
-browser without a network connection. It shows the names of cases, but no names of folders or scan files."""
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``report``."""
-    parser.description = DESCRIPTION
-    parser.add_argument("output", metavar="OUTPUT", help="the output folder of 'explain'")
-    parser.add_argument(
-        "--neurological", action="store_true", help="patient's left on the viewer's left (default: radiological)"
-    )
-    parser.add_argument(
-        "--view-3d",
-        action="store_true",
-        help="add a 3D view (needs NiiVue, included in nilearn; 2.3 MB per page); a head can be recognised",
-    )
 
 
 def run(args: Namespace, *_: object) -> int:

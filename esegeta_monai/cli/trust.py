@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -16,22 +15,12 @@ from esegeta_monai.bundle.nnunet.files import check_single
 from esegeta_monai.bundle.trust import TRUST_VARIABLE, TrustStore, is_shipped
 from esegeta_monai.errors import TrustError, UsageError
 
-__all__ = ["add_trust", "listing", "require_trust", "summary", "trust_changes"]
+__all__ = ["listing", "require_trust", "summary", "trust_changes"]
 
 SHOWN = 40
 """Entries of the bundle's own code in the question; ``info`` lists all."""
 
 logger = logging.getLogger("esegeta_monai")
-
-
-def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Add the option that allows a bundle's code to run."""
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="let the bundle's code run, and remember its contents; without it you are asked once (see 'esegeta-monai "
-        f"info', which lists the code; {TRUST_VARIABLE}=1 allows all bundles)",
-    )
 
 
 def require_trust(args: Namespace) -> None:
