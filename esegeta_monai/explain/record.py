@@ -80,6 +80,8 @@ class Record:
         head: the meaning of the output, with evidence and certainty, see `esegeta_monai.engine.head.Head`.
             value_units: units of the target, value and baseline_value.
         absorbed_share: share of F(x) that biases absorb, of methods that propagate relevance.
+        layer_spacing: distance of the layer's positions per axis on the network's grid, in mm (in voxels without an
+            affine), of maps of one layer.
         layer, channel, features, curve, intensity_range, place, distance_end: of methods that have them: layer name,
             channel number, feature table, optimisation curve, intensities of black and white, place of a synthesised
             image, final layer distance.
@@ -151,6 +153,7 @@ class Record:
     ranks: int | None = None
     passes_shared_with: list[str] | None = None
     layer: Any = None
+    layer_spacing: list[float] | None = None
     channel: Any = None
     features: Any = None
     curve: list[float] | None = None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from esegeta_monai.errors import InputError
-from esegeta_monai.files.copies import mask_path, save_grey_copy, save_mask, scan_copy_path
+from esegeta_monai.files.copies import mask_path, save_scan_copy, save_mask, scan_copy_path
 from esegeta_monai.files.scans import Grid
 
 
@@ -25,7 +25,7 @@ def scan(tmp_path: Path) -> Path:
 
 def test_a_grey_copy(scan: Path, tmp_path: Path) -> None:
     values = np.asarray(nib.load(scan).dataobj)
-    copy = nib.load(save_grey_copy(scan_copy_path(tmp_path, "a"), values[None], Grid.of(scan)))
+    copy = nib.load(save_scan_copy(scan_copy_path(tmp_path, "a"), values[None], Grid.of(scan)))
     assert copy.get_data_dtype() == np.uint8
     assert np.array_equal(copy.affine, nib.load(scan).affine)
     assert copy.header["sform_code"] == 4
@@ -39,7 +39,7 @@ def test_a_grey_copy(scan: Path, tmp_path: Path) -> None:
 def test_channels_have_one_scale_each_and_go_last(scan: Path, tmp_path: Path) -> None:
     values = np.asarray(nib.load(scan).dataobj)
     both = np.stack([values, 1000 - 7 * values])
-    copy = np.asarray(nib.load(save_grey_copy(tmp_path / "two.nii.gz", both, Grid.of(scan))).dataobj)
+    copy = np.asarray(nib.load(save_scan_copy(tmp_path / "two.nii.gz", both, Grid.of(scan))).dataobj)
     assert copy.shape == (6, 7, 8, 2)
     assert np.abs(copy[..., 0].astype(int) + copy[..., 1] - 255).max() <= 1
 
@@ -47,7 +47,7 @@ def test_channels_have_one_scale_each_and_go_last(scan: Path, tmp_path: Path) ->
 def test_a_constant_scan_and_one_with_holes(scan: Path, tmp_path: Path) -> None:
     values = np.full((1, 6, 7, 8), 5.0)
     values[0, 0, 0, 0] = np.nan
-    copy = np.asarray(nib.load(save_grey_copy(tmp_path / "c.nii.gz", values, Grid.of(scan))).dataobj)
+    copy = np.asarray(nib.load(save_scan_copy(tmp_path / "c.nii.gz", values, Grid.of(scan))).dataobj)
     assert not copy.any()
 
 

@@ -25,7 +25,8 @@ from esegeta_monai.files.privacy import private
 from esegeta_monai.output.report import words
 from esegeta_monai.output.report.charts import charts
 from esegeta_monai.output.report.collect import CaseResults, Curve, Result, Run, read_output
-from esegeta_monai.output.report.embed import BUDGET, Embedded, embed, picture_of, thumbnail
+from esegeta_monai.output.report.embed import BUDGET, Embedded, embed
+from esegeta_monai.output.report.thumbnails import picture_of, thumbnail
 from esegeta_monai.output.report.viewer3d import HOW_TO_INSTALL, find_niivue
 from esegeta_monai.utils.files import INTENDED_USE, atomic
 from esegeta_monai.utils.names import safe_name
