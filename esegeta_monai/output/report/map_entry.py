@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from esegeta_monai.explain.record import Record
 from esegeta_monai.files.pictures.planes import largest_section
 from esegeta_monai.files.pictures.scale import saturated_share, scale_of
 from esegeta_monai.methods.meaning import meaning_of
@@ -57,7 +58,9 @@ def map_entry(
         "high": meaning.high,
         "effect": meaning.effect,
         "complete": bool(record.additive),
-        "spacing": record.layer_spacing,
+        "spacing": record.layer_spacing if record.produces in ("layer map", "activation") else None,
+        "grid": _spacing(record),
+        "length": "mm" if record.network_affine else "voxels",
         "bars": _bars(result),
         "nil": None,
         "units": record.units or "attribution",
@@ -66,6 +69,12 @@ def map_entry(
         "channel": channel,
         "value": float(together[channel][tuple(peak)]),
     }
+
+
+def _spacing(record: Record) -> list[float]:
+    """Return the voxel size of the network's grid, mm."""
+    affine = record.network_affine
+    return [1.0] if not affine else np.linalg.norm(np.asarray(affine, dtype=float)[:3, :3], axis=0).tolist()
 
 
 def _bars(result: Result) -> list[dict[str, Any]] | None:
