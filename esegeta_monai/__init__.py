@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from esegeta_monai.explain.explainer import Attribution, Explainer
+from esegeta_monai.explain.explainer import Attribution, Attributions, Explainer
 from esegeta_monai.utils.files import VERSION
 
 __version__ = VERSION
-__all__ = ["Attribution", "Explainer", "__version__"]
+__all__ = ["Attribution", "Attributions", "Explainer", "__version__"]

@@ -19,9 +19,8 @@ from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.cli.arguments import add_computing_options, add_head, add_model, add_network, add_share
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import (
-    DEFAULT_METHODS,
+    bundle_targets,
     check_layers,
-    default_targets,
     each_case,
     explainer_for,
     open_log,
@@ -35,6 +34,7 @@ from esegeta_monai.errors import EsegetaError, InputError, UsageError
 from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import KINDS, Record
+from esegeta_monai.explain.settings import DEFAULT_METHODS
 from esegeta_monai.files.grids.resample import geometry_of, has_metadata, to_network_grid
 from esegeta_monai.files.maps import WITH_MAP
 from esegeta_monai.methods.base import METHODS, Method
@@ -181,7 +181,7 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWrite
         methods = earlier.methods if earlier else METHODS.create_all(list(DEFAULT_METHODS))
     targets = TARGETS.create_all(",".join(args.target)) if args.target else None
     if targets is None:
-        targets = earlier.targets if earlier else default_targets(reader)
+        targets = earlier.targets if earlier else bundle_targets(reader)
     check_layers(reader.network, [*methods, *targets])
     region_names = _region_names(args.region_names)
     evaluator = Evaluator(

@@ -6,8 +6,11 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
+import numpy as np
 import torch
+from monai.data import MetaTensor
 from torch import Tensor
 
 from esegeta_monai.engine.score import Score, WeightedScore
@@ -70,6 +73,7 @@ class Outcomes:
             known = self._records[key][2]
             return replace(known, warnings=[], more=dict(known.more))
         score, case, names = bound.score, self.case, list(self.settings.channel_names)
+        label = _scalar(case.data.get("label")) if case.data else None
         record = Record(
             method=type(method).__name__,
             method_name=method.name,
@@ -94,6 +98,7 @@ class Outcomes:
             value_units=None if score is None else score.units,
             checks=[check.entry() for check in case.checks] or None,
             versions=versions(),
+            label=label,
         )
         self._records[key] = method, bound, record
         return replace(record, warnings=[], more=dict(record.more))
@@ -137,7 +142,15 @@ class Outcomes:
                     "the map is zero everywhere: the target does not depend on the image, or nothing propagates to it",
                 ]
             attribution = like_image(part, case.image)
-            yield Attribution(attribution, method, bound.target, case.index, own.to_json(), bound.label, mask, name)
+            image = case.image if name is None else self._input_image(name)
+            known: dict[str, Any] = {"mask": mask, "input": name, "image": image}
+            yield Attribution(attribution, method, bound.target, case.index, own.to_json(), bound.label, **known)
+
+    def _input_image(self, name: str) -> MetaTensor:
+        """Return the channels (C, *spatial) of one of several image inputs."""
+        channels = self.case.channels
+        parts = self.case.image.split(list(channels.values()))
+        return cast(MetaTensor, parts[list(channels).index(name)])
 
     @staticmethod
     def _status(method: Method, record: Record, part: Tensor) -> str:
@@ -165,6 +178,15 @@ class Outcomes:
         image_label = bound.score is not None and not bound.score.box
         record.reason = NO_LABEL if image_label else NOTHING_THERE.format(bound.label)
         return Attribution(None, method, bound.target, self.case.index, record.to_json(), bound.label)
+
+
+def _scalar(label: Any) -> int | None:
+    """Return a label of one number; None for a label map, a file, or nothing."""
+    if isinstance(label, (Tensor, np.ndarray)):
+        values = torch.as_tensor(label).flatten()
+        label = values[0].item() if len(values) == 1 else None
+    whole = isinstance(label, (int, float, np.integer)) and not isinstance(label, bool) and label == int(label)
+    return int(label) if whole else None
 
 
 def _not_finite(record: Record) -> str | None:

@@ -69,7 +69,7 @@ class Record:
         target_sha256, inputs_sha256, image_sha256, scan_sha256: of mask and box, of `inputs_sha256`, of the
             preprocessed image, of the scan's file.
         channel_names: of the image; channels: ``"all"`` where the map has one channel for all of them.
-        label: true class of the case, where its data has one number or text under ``label``.
+        label: number of the true class of the case, where its data has one under ``label``.
         input: name of the image input, where a network has several.
         seed, output: of the explainer; inferer, network: names and parameters.
         network_grid, network_affine: shape (*spatial) and affine (mm) of the preprocessed image.
@@ -150,7 +150,7 @@ class Record:
     head: dict[str, Any] | None = None
     value_units: str | None = None
     channels: str | None = None
-    label: int | str | None = None
+    label: int | None = None
     input: str | None = None
     ranks: int | None = None
     passes_shared_with: list[str] | None = None

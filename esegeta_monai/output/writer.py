@@ -184,7 +184,7 @@ class ResultWriter:
         kept = self.output_dir / ".scores"
         try:
             storage.check_contents(image, case)
-            for attribution in explainer(image[None], methods, targets, skip=skip, scores_dir=kept, **more):
+            for attribution in explainer.stream(image[None], methods, targets, skip=skip, scores_dir=kept, **more):
                 if on_explained is not None:
                     on_explained(attribution)
                 path = self.write(attribution, case, image, scan)

@@ -12,7 +12,7 @@ from esegeta_monai.files.privacy import private
 from esegeta_monai.output.report import words
 from esegeta_monai.output.report.collect import CaseResults, Result, Run
 from esegeta_monai.output.report.embed import Embedded
-from esegeta_monai.output.report.render import read_text, render
+from esegeta_monai.output.report.render import read_text, render, short
 from esegeta_monai.output.report.thumbnails import thumbnail
 
 __all__ = ["RESULT_COLUMNS", "CohortRow", "cohort_rows", "index_page", "results_csv"]
@@ -106,13 +106,15 @@ def _prediction(part: CaseResults, target: words.Target) -> tuple[str, float | N
     if target.voxels is None:
         return "–", None
     size = words.count(target.voxels, "voxel").replace(str(target.voxels), f"{target.voxels:,}")
-    return size + (f", {target.volume_ml:.3g} ml" if target.volume_ml is not None else ""), None
+    return size + (f", {short(target.volume_ml, 3)} ml" if target.volume_ml is not None else ""), None
 
 
 def _label(part: CaseResults) -> str:
     """Return the true class of the case, if it is known."""
     label = words.first(part, lambda r: r.label)
-    return "–" if label is None else str(label)
+    names = {r.record.class_index: r.record.class_name for r in part.explained}
+    names |= {r.record.predicted_class: r.record.predicted_class_name for r in part.explained}
+    return "–" if label is None else str(names.get(label) or label)
 
 
 def _evaluation(part: CaseResults) -> str:

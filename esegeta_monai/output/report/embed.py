@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,6 @@ from matplotlib import colormaps
 
 from esegeta_monai.errors import InputError
 from esegeta_monai.files.pictures.picture import is_colour
-from esegeta_monai.files.pictures.scale import scale_of
 from esegeta_monai.files.pictures.sketch import SIGNED
 from esegeta_monai.output.report.case_volumes import CaseVolumes, read_case, view_of
 from esegeta_monai.output.report.collect import CaseResults
@@ -27,6 +27,8 @@ LEVELS = ((2047, 4095), (511, 1023), (127, 1023))
 """Steps of maps on either side of zero, and grey levels of scans; the first pair that fits the budget is used."""
 MOST_VOXELS = 30_000_000
 """Largest number of voxels of all volumes before compression, which a browser can hold in memory."""
+METAL = 3071.0
+"""Largest intensity of a CT that is told apart, in Hounsfield units; above, everything is metal."""
 RIM = 2
 """Width in voxels of the margin around the shown part."""
 
@@ -83,16 +85,19 @@ def embed(case: CaseResults, *, radiological: bool = True, budget: int = BUDGET)
     count = len(shown) + len({r.target for _, r in shown}) + 1
     view = view.coarser(np.prod(view.shown) * count / MOST_VOXELS)
     volumes = read_case(case, shown, affine, view)
-    for levels in LEVELS:  # fewer steps of the colour scale cost less than fewer voxels
-        if levels is not LEVELS[-1] and _estimate(volumes, levels) > 1.2 * budget:
+    while True:
+        for levels in LEVELS:  # fewer steps of the colour scale cost less than fewer voxels
+            expected = _estimate(volumes, levels)
+            if expected <= budget or max(view.shown) == 1:
+                embedded = _embed(case, volumes, view, levels, radiological)
+                expected = embedded.bytes
+                if expected <= budget or max(view.shown) == 1:
+                    break
+        else:
+            view = view.coarser(max(1.05, expected / budget))
+            volumes = read_case(case, shown, affine, view)
             continue
-        embedded = _embed(case, volumes, view, levels, radiological)
-        if embedded.bytes <= budget:
-            break
-    while embedded.bytes > budget and max(view.shown) > 1:
-        view = view.coarser(max(1.05, embedded.bytes / budget))
-        volumes = read_case(case, shown, affine, view)
-        embedded = _embed(case, volumes, view, LEVELS[-1], radiological)
+        break
     if max(view.blocks) > 1:
         blocks, mm = " x ".join(map(str, view.blocks)), " x ".join(f"{s:.3g}" for s in view.spacing)
         embedded.notes.insert(
@@ -104,14 +109,28 @@ def embed(case: CaseResults, *, radiological: bool = True, budget: int = BUDGET)
 
 
 def _estimate(volumes: CaseVolumes, levels: tuple[int, int]) -> float:
-    """Return about how many characters the maps need, from the first one."""
-    if not volumes.maps:
-        return 0.0
-    _, result, values, _ = volumes.maps[0]
-    signed = result.record.signed is not False
-    limit = scale_of(np.stack(values), signed, volumes.mask_of(result)).limit
-    first = len(pack(Steps.of(np.stack(values), limit, levels[0]).encode(values[0])).text)
-    return first * sum(len(several) for _, _, several, _ in volumes.maps)
+    """Return about how many characters all volumes need, from every eighth slice of each."""
+
+    def sample(values: np.ndarray) -> tuple[np.ndarray, float]:
+        part = values[..., min(3, values.shape[2] - 1) :: 8]
+        return part, values.shape[2] / part.shape[2]
+
+    total = 0.0
+    for channel in volumes.scan:
+        part, factor = sample(channel)
+        total += factor * len(pack(_grey_levels(part, levels[1])[0]).text)
+    for _, _, channels, _ in volumes.maps:
+        parts, factor = [sample(channel)[0] for channel in channels], sample(channels[0])[1]
+        steps = Steps.of(np.stack(channels), float(np.percentile(np.abs(np.stack(parts)), 99.5)), levels[0])
+        total += factor * sum(len(pack(steps.encode(part)).text) for part in parts)
+    return total
+
+
+def _grey_levels(values: np.ndarray, levels: int, most: float = math.inf) -> tuple[np.ndarray, float, float]:
+    """Return a channel of the scan as whole numbers from 0 to ``levels``, and the intensities that these stand for."""
+    low, high = float(values.min()), min(float(values.max()), most)
+    steps = (values.clip(low, high) - low) / ((high - low) or 1.0) * levels
+    return np.rint(steps).astype(np.uint16), low, high
 
 
 def _embed(
@@ -186,13 +205,10 @@ def _scan_entry(volumes: CaseVolumes, levels: int, add: Callable[[np.ndarray], s
     colour = is_colour(image)
     channels = []
     for values in volumes.scan:
-        low, high = float(values.min()), float(values.max())
-        if hounsfield:
-            high = min(high, 3071.0)  # metal is white in every window
+        steps, low, high = _grey_levels(values, levels, METAL if hounsfield else math.inf)
         window = np.percentile(values, (1, 99)) if not colour else (0.0, 1.0 if image.max() <= 1 else 255.0)
         if not window[1] > window[0]:
             window = (low, high)
-        steps = np.rint((values.clip(low, high) - low) / ((high - low) or 1.0) * levels).astype(np.uint16)
         channels.append({"id": add(steps), "low": low, "high": high, "window": [float(w) for w in window]})
     return {"channels": channels, "levels": levels, "hounsfield": bool(hounsfield), "colour": colour}
 

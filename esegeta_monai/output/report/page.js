@@ -8,15 +8,14 @@
   const PAPER = 700; // width of A4 without margins, in CSS pixels
   addEventListener("beforeprint", () => {
     for (const table of document.querySelectorAll("table:not(.grid)")) {
-      table.style.width = "max-content";
-      table.style.maxWidth = `${2 * PAPER}px`;
+      table.style.width = `${PAPER}px`;
       table.style.zoom = String(Math.min(1, PAPER / Math.max(1, table.scrollWidth)));
     }
     const grid = document.querySelector("table.grid");
     if (grid) grid.style.setProperty("--print-cell", `${Math.floor((PAPER - 90) / (grid.rows[0].cells.length - 1))}px`);
   });
   addEventListener("afterprint", () => {
-    for (const table of document.querySelectorAll("table:not(.grid)")) table.style.zoom = table.style.width = table.style.maxWidth = "";
+    for (const table of document.querySelectorAll("table:not(.grid)")) table.style.zoom = table.style.width = "";
   });
 
   if (!data.maps.length) {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,9 @@ from esegeta_monai.output.report.map_entry import first_map
 from esegeta_monai.output.report.volumes import Steps, View, open_volume, read_volume
 
 __all__ = ["picture_of", "thumbnail"]
+
+LARGEST = 168
+"""Length of the longer side of a thumbnail in pixels."""
 
 
 def picture_of(path: Path) -> str:
@@ -87,8 +89,11 @@ def thumbnail(embedded: Embedded, target: str | None = None) -> str | None:
     if entry is not None and entry["mask"]:
         mask = cut(entry["mask"]).astype(bool)
         picture[mask & ~binary_erosion(mask)] = (1, 0.88, 0)
-    step = max(1, math.ceil(max(picture.shape) / 200))
-    return _png(picture[::step, ::step])
+    wide, high = (data["size"][plane[axis]] * data["spacing"][plane[axis]] for axis in ("across", "up"))
+    scale = LARGEST / max(wide, high)
+    rows, columns = (max(1, round(scale * extent)) for extent in (high, wide))
+    at = np.ix_(np.arange(rows) * len(picture) // rows, np.arange(columns) * picture.shape[1] // columns)
+    return _png(picture[at])
 
 
 def _planes_or_flat(view: View) -> Iterator[tuple[int, int, int]]:

@@ -30,42 +30,39 @@
       return Math.min(wanted, map.volumes.length - 1);
     }
 
-    pixels(w, h, fill) {
-      const work = this.work;
-      work.width = w;
-      work.height = h;
-      const context = work.getContext("2d"), image = context.createImageData(w, h);
-      fill(image.data);
+    /** A canvas of a slice's size whose pixels `fill` writes as 32-bit RGBA. */
+    pixels(w, h, fill, canvas = this.work) {
+      canvas.width = w;
+      canvas.height = h;
+      const context = canvas.getContext("2d"), image = context.createImageData(w, h);
+      fill(new Uint32Array(image.data.buffer));
       context.putImageData(image, 0, 0);
-      return work;
+      return canvas;
     }
 
     tableOf(map) {
-      if (!this.tables.has(map)) this.tables.set(map, viewer.colours(this.data, this.state, this.palettes, map));
+      if (!this.tables.has(map)) this.tables.set(map, new Uint32Array(viewer.colours(this.data, this.state, this.palettes, map).buffer));
       return this.tables.get(map);
     }
 
-    /** RGB of a slice of the scan, three numbers per pixel; null while it is not loaded. */
+    /** A canvas with a slice of the scan, in grey or in colour; null while it is not loaded. */
     scanOf(map, plane, index) {
       const { scan } = this.data, { state, volumes } = this;
       if (!scan) return null;
       const own = map.volumes.length > 1 ? this.channelOf(map) : Math.max(0, state.channel);
       const one = scan.channels[Math.min(scan.channels.length - 1, own)];
-      const shown = scan.colour && state.channel < 0 ? scan.channels : [one];
+      const shown = scan.colour && state.channel < 0 ? scan.channels : [one, one, one];
       if (!shown.every((c) => volumes.has(c.id))) return null;
       const key = `${shown.map((c) => c.id)} ${plane.name} ${index}`;
       if (!this.scans.has(key)) {
-        const parts = shown.map((c) => [
-          index === null ? volumes.project(c.id, plane, "positive") : volumes.cut(c.id, plane, index),
-          viewer.greys(scan, c, state.window),
-        ]);
-        const n = parts[0][0].length, rgb = new Uint8ClampedArray(3 * n);
-        for (let i = 0; i < n; i++)
-          for (let c = 0; c < 3; c++) {
-            const [values, table] = parts[Math.min(c, parts.length - 1)];
-            rgb[3 * i + c] = table[values[i]];
-          }
-        this.scans.set(key, rgb);
+        const cuts = new Map(), tables = shown.map((c) => viewer.greys(scan, c, state.window));
+        for (const c of shown)
+          if (!cuts.has(c.id)) cuts.set(c.id, index === null ? volumes.project(c.id, plane, "positive") : volumes.cut(c.id, plane, index));
+        const [r, g, b] = shown.map((c) => cuts.get(c.id)), [tr, tg, tb] = tables;
+        const { size } = this.data;
+        this.scans.set(key, this.pixels(size[plane.across], size[plane.up], (out) => {
+          for (let i = 0; i < out.length; i++) out[i] = 0xff000000 | (tb[b[i]] << 16) | (tg[g[i]] << 8) | tr[r[i]];
+        }, document.createElement("canvas")));
       }
       return this.scans.get(key);
     }
@@ -77,30 +74,24 @@
       const loaded = volumes.has(id), table = loaded ? this.tableOf(map) : null;
       const how = map.signed ? state.sign : "positive";
       const values = !loaded ? null : index === null ? volumes.project(id, plane, how) : volumes.cut(id, plane, index);
-      const rgb = state.look === "map" ? null : this.scanOf(map, plane, index);
+      const scan = state.look === "map" ? null : this.scanOf(map, plane, index);
       context.save();
       context.beginPath();
       context.rect(...rectangle);
       context.clip();
-      if (rgb) {
-        const masked = state.look === "masked" && values, dim = index === null && state.look !== "scan" ? 0.55 : 1;
+      const masked = state.look === "masked" && values;
+      if (scan) {
         context.imageSmoothingEnabled = !masked;
-        const image = this.pixels(w, h, (out) => {
-          for (let i = 0; i < w * h; i++) {
-            const keep = !masked || table[(values[i] + map.levels) * 4 + 3] > 0 ? dim : 0;
-            for (let c = 0; c < 3; c++) out[i * 4 + c] = rgb[i * 3 + c] * keep;
-            out[i * 4 + 3] = 255;
-          }
-        });
-        context.drawImage(image, ...box);
+        context.globalAlpha = index === null && state.look !== "scan" ? 0.55 : 1;
+        context.drawImage(scan, ...box);
+        context.globalAlpha = 1;
       }
-      if (values && (state.look === "overlay" || state.look === "map")) {
+      if (values && state.look !== "scan") {
         context.imageSmoothingEnabled = false;
         const image = this.pixels(w, h, (out) => {
-          for (let i = 0; i < values.length; i++) {
-            const from = (values[i] + map.levels) * 4;
-            for (let c = 0; c < 4; c++) out[i * 4 + c] = table[from + c];
-          }
+          const zero = map.levels; // masked: black where the map is not shown
+          if (masked) for (let i = 0; i < out.length; i++) out[i] = table[values[i] + zero] >>> 24 ? 0 : 0xff000000;
+          else for (let i = 0; i < out.length; i++) out[i] = table[values[i] + zero];
         });
         context.drawImage(image, ...box);
       }

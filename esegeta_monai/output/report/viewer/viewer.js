@@ -16,7 +16,8 @@
       this.palettes = data.palettes.map((p) => ({ signed: viewer.bytesOf(p.signed), unsigned: viewer.bytesOf(p.unsigned) }));
       this.volumes = new viewer.Volumes(data, read);
       this.painter = new viewer.Painter(data, this.state, this.volumes, this.palettes);
-      this.waiting = false;
+      this.waiting = this.resting = false;
+      this.stale = new Set();
     }
 
     $(id) { return this.root.querySelector(`#${id}`); }
@@ -30,7 +31,7 @@
       const loadMap = async (map) => {
         for (const id of map.volumes) await volumes.load(id, true);
         await volumes.load(map.mask);
-        this.schedule();
+        this.schedule(map);
       };
       for (const channel of data.scan ? data.scan.channels : []) await volumes.load(channel.id);
       this.schedule();
@@ -38,20 +39,25 @@
       for (const map of data.maps) await loadMap(map);
     }
 
-    schedule() {
+    /** Draw in the next frame: the pictures of one map that was loaded, or all after a change of the state. */
+    schedule(map = null) {
+      for (const canvas of this.all("canvas.big, canvas.small-map"))
+        if (map === null || this.mapOf(canvas) === map) this.stale.add(canvas);
+      this.root.dataset.pending = String(this.stale.size);
       if (this.waiting) return;
       this.waiting = true;
       requestAnimationFrame(() => { this.waiting = false; this.render(); });
     }
 
+    mapOf(canvas) { return canvas.classList.contains("big") ? this.map : this.data.maps[Number(canvas.dataset.map)]; }
+
+    /** Draw what is in sight, then the rest one by one while nothing else happens. */
     render() {
-      const { data, state, painter, map, plane } = this;
+      const { state, painter, map, plane } = this;
       painter.reset();
       this.$("planes").hidden = Boolean(map.bars);
       this.$("bars").hidden = !map.bars;
       if (map.bars) viewer.writeBars(this.$("bars"), map);
-      else for (const canvas of this.all("canvas.big")) painter.draw(canvas, map, data.planes[Number(canvas.dataset.plane)], MONTAGE, true);
-      for (const canvas of this.all("canvas.small-map")) painter.draw(canvas, data.maps[Number(canvas.dataset.map)], plane, SHOW, false);
       for (const button of this.all("button.cell")) {
         button.setAttribute("aria-pressed", String(Number(button.dataset.map) === state.selected));
         for (const [css, side] of [["l", "left"], ["r", "right"], ["t", "top"], ["b", "bottom"]]) {
@@ -60,9 +66,36 @@
         }
       }
       for (const part of this.all("[data-record]")) part.hidden = Number(part.dataset.record) !== state.selected;
+      for (const canvas of [...this.stale]) {
+        const { top, bottom } = canvas.getBoundingClientRect();
+        if (bottom > -200 && top < innerHeight + 200) this.draw(canvas);
+      }
       this.describe();
-      this.root.dataset.drawn = String(Number(this.root.dataset.drawn || 0) + 1);
+      this.drawRest();
     }
+
+    draw(canvas) {
+      const big = canvas.classList.contains("big"), map = this.mapOf(canvas);
+      if (!(big && map.bars)) {
+        const plane = big ? this.data.planes[Number(canvas.dataset.plane)] : this.plane;
+        this.painter.draw(canvas, map, plane, big ? MONTAGE : SHOW, big);
+      }
+      this.stale.delete(canvas);
+      this.root.dataset.pending = String(this.stale.size);
+    }
+
+    drawRest() {
+      if (this.resting || !this.stale.size) return;
+      this.resting = true;
+      setTimeout(() => {
+        this.resting = false;
+        const [canvas] = this.stale;
+        if (canvas && !this.waiting) this.draw(canvas);
+        this.drawRest();
+      }, 0);
+    }
+
+    drawAll() { for (const canvas of [...this.stale]) this.draw(canvas); }
 
     world(at) {
       const a = this.data.affine;
@@ -277,6 +310,7 @@
           .catch((error) => { three.textContent = `The 3D view failed: ${error.message}`; this.root.dataset.three = "failed"; });
       });
       new ResizeObserver(() => this.schedule()).observe(this.$("focus"));
+      addEventListener("beforeprint", () => { this.schedule(); this.drawAll(); });
     }
   }
 
