@@ -213,8 +213,8 @@ def test_no_global_state_and_no_torn_file(tmp_path):
     save_picture(tmp_path / "a.png", black_scan(), peak(4, 5, 6), signed=True, **NAMES)
     assert dict(matplotlib.rcParams) == before
     assert os.listdir(tmp_path) == ["a.png"]
-    with pytest.raises(OSError, match="no_such_folder"):
-        save_picture(tmp_path / "no_such_folder" / "a.png", black_scan(), peak(4, 5, 6), signed=True, **NAMES)
+    with pytest.raises(UsageError):
+        save_picture(tmp_path / "a.png" / "b.png", black_scan(), peak(4, 5, 6), signed=True, **NAMES)
 
 
 def test_names_are_written_as_they_are(tmp_path, sheets):
@@ -252,3 +252,38 @@ def test_on_a_real_scan(tmp_path):
     drawn = save_picture(tmp_path / "a.png", scan, (label > 0).float() * scan, label, signed=False, **NAMES)
     assert label[(0, *drawn["voxel"])] > 0
     assert drawn["world"][0] < 0  # this tumour lies in the left hemisphere
+
+
+def test_a_lesion_is_graded_and_the_planes_go_through_it(tmp_path, sheets):
+    """Strong values in a few voxels: by the percentile of the volume alone, nine tenths of them would be saturated."""
+    generator = torch.Generator().manual_seed(0)
+    values, mask = 0.01 * torch.randn(1, *SIZE, generator=generator), torch.zeros(SIZE)
+    mask[10:14, 5:9, 6:9] = 1
+    values[0][mask > 0] = 5 * torch.rand(int(mask.sum()), generator=generator)
+    values[0, 0, 0, 15] = 6.0  # the strongest voxel, in a corner
+    drawn = save_picture(tmp_path / "a.png", black_scan(), values, mask, signed=True, **NAMES)
+    inside = values[0][mask > 0].abs().numpy()
+    whole = np.percentile(values.abs().numpy(), 99.5)
+    assert (inside > whole).mean() > 0.5, "the case is one"
+    assert drawn["limit"] == pytest.approx(np.percentile(inside, 99))
+    assert drawn["saturated_in_target"] == pytest.approx((inside > drawn["limit"]).mean())
+    assert drawn["saturated_in_target"] <= 0.02
+    assert drawn["planes"] == [11, 6, 7]
+    assert drawn["voxel"] == [0, 0, 15]
+    assert "% of the target's voxels lie beyond the end of the colours" in words(sheets[0])
+
+
+def test_a_photograph_is_drawn_in_colour(tmp_path):
+    photo = torch.zeros(3, 20, 30)
+    photo[1] = 255  # green
+    save_picture(tmp_path / "a.png", photo, torch.zeros(1, 20, 30), signed=True, **NAMES)
+    pixels = png.imread(tmp_path / "a.png")[..., :3]
+    assert ((pixels[..., 1] > 0.9) & (pixels[..., 0] < 0.1)).mean() > 0.1
+
+
+def test_what_the_map_tells_is_written(tmp_path, sheets):
+    told = {"caption": "Where the layer is active.", "ends": ("weak", "strong activation")}
+    save_picture(tmp_path / "a.png", black_scan(), peak(4, 5, 6), signed=False, **told, **NAMES)
+    text = words(sheets[0])
+    assert "Where the layer is active." in text
+    assert "top: strong activation" in text
