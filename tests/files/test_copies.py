@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from esegeta_monai.errors import InputError
-from esegeta_monai.files.copies import mask_path, save_scan_copy, save_mask, scan_copy_path
+from esegeta_monai.files.copies import mask_path, save_mask, save_scan_copy, scan_copy_path
 from esegeta_monai.files.scans import Grid
 
 

@@ -196,12 +196,12 @@ def _seen(volumes: CaseVolumes) -> list[np.ndarray]:
 def _scan_entry(volumes: CaseVolumes, levels: int, add: Callable[[np.ndarray], str]) -> dict[str, Any] | None:
     """Return the scan for the viewer: channels as whole numbers between two intensities, and their grey scales.
 
-    ``hounsfield`` is True if the intensities look like those of a CT: air far below zero, bone far above.
+    ``hounsfield`` is True if the intensities look like those of a CT: air far below zero.
     """
     if not volumes.scan:
         return None
     image = np.stack(volumes.scan)
-    hounsfield = len(image) == 1 and -2100 < image.min() < -500 and image.max() > 100
+    hounsfield = len(image) == 1 and -2100 < image.min() < -500
     colour = is_colour(image)
     channels = []
     for values in volumes.scan:

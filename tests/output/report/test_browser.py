@@ -648,7 +648,8 @@ def test_on_a4_nothing_is_lost(browser: Any, folder: Path) -> None:
         reader.wait_for_drawing()
         wide = page.evaluate(
             """() => [...document.querySelectorAll("table, .planes, canvas, pre, svg")]
-                 .filter((e) => e.checkVisibility()).filter((e) => e.getBoundingClientRect().right > 720).map((e) => e.outerHTML.slice(0, 90))"""
+                 .filter((e) => e.checkVisibility() && e.getBoundingClientRect().right > 720)
+                 .map((e) => e.outerHTML.slice(0, 90))"""
         )
         assert wide == []
         assert page.locator("#legend-bar").is_visible()
