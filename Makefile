@@ -16,7 +16,7 @@ NNUNET := .venv-nnunet
 # Two test processes with one thread each: more threads than cores make torch slower.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: help setup demo test test-slow test-peers test-nnunet compatibility limits lint types wheel clean distclean
+.PHONY: help setup demo test test-slow test-peers test-nnunet compatibility limits faults lint types wheel clean distclean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -73,6 +73,10 @@ compatibility: $(READY)
 # Measure missing or outdated cells of the table methods x odd cases, and write docs/limits.md (about 15 minutes).
 limits: $(READY)
 	OMP_NUM_THREADS=1 $(PY) -m tests.odd
+
+# Run the whole fault suite and write docs/faults.md.
+faults: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m tests.faults
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

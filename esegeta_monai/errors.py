@@ -12,6 +12,7 @@ __all__ = [
     "RankLost",
     "RuleError",
     "TargetError",
+    "TrustError",
     "UsageError",
     "named_reason",
 ]
@@ -23,6 +24,10 @@ class EsegetaError(Exception):
 
 class UsageError(EsegetaError, ValueError):
     """A wrong option, name or parameter, detected before any computation."""
+
+
+class TrustError(EsegetaError, PermissionError):
+    """A bundle whose code would run, and which the user has not allowed to run; nothing of it has run."""
 
 
 class InputError(EsegetaError, ValueError):

@@ -181,7 +181,7 @@ def test_the_checks_find_what_is_odd(asked: Asked, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, s in SITUATIONS.items() if s.reason is not None])
-def test_what_writes_maps_on_the_scan_gives_the_same_reason(asked: Asked, name: str) -> None:
+def test_interfaces_that_write_maps_on_the_scan_give_the_same_reason(asked: Asked, name: str) -> None:
     situation, answers = asked(name)
     for interface in FILES:
         assert answers[interface].keys() == answers[by_command].keys(), interface
@@ -207,12 +207,14 @@ def test_a_flip_without_a_record_leaves_maps_of_the_network_right(asked: Asked) 
         assert (same.status, same.warnings) == ("ok", [])
 
 
-def test_a_constant_image_has_no_map_by_the_transform_and_a_warning_in_python(asked: Asked) -> None:
+def test_a_constant_image_is_refused_in_python_and_by_the_transform_too(asked: Asked) -> None:
     _, answers = asked("constant scan")
     assert answers[by_transform] == {}
+    (written_reason,) = {str(answer.reason).removeprefix("scan: ") for answer in answers[by_handler].values()}
     assert answers[by_python]
     for answer in answers[by_python].values():
-        assert answer.warnings[0].startswith("every voxel of the image is 7")
+        assert (answer.status, answer.map) == ("failed", None)
+        assert str(answer.reason).removeprefix("image 0: ") == written_reason
 
 
 def test_two_handlers_of_an_engine_record_the_same_calls(tmp_path: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from esegeta_monai.bundle.configs import parse_config
 from esegeta_monai.engine.head import Declared
-from esegeta_monai.errors import UsageError
 
 __all__ = ["BundleMetadata"]
 
@@ -53,13 +52,7 @@ class BundleMetadata:
         if not file.is_file():
             logger.warning("%s has no %s: names of classes and channels are unknown", root.name, shown)
             return cls({})
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UsageError(f"{shown} is not valid JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise UsageError(f"{shown} must contain a JSON object")
-        return cls(content)
+        return cls(parse_config(file))
 
     @property
     def name(self) -> str | None:

@@ -19,11 +19,13 @@ from monai.transforms import Compose, SaveImaged
 from monai.utils import CommonKeys, ensure_tuple
 from torch import Tensor, nn
 
+from esegeta_monai.bundle.configs import check_macros, find_config_files, merged_config
 from esegeta_monai.bundle.imports import BundleImports
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.weights import WeightSource, components, find_weights, load_weights, references
 from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.utils.files import refuse_remote
 from esegeta_monai.utils.types import flag
 
 __all__ = ["BundleReader", "bundle_network", "run_id_of"]
@@ -79,23 +81,26 @@ class BundleReader:
     ) -> None:
         if weights not in ("required", "optional"):
             raise UsageError(f"weights must be 'required' or 'optional', not {weights!r}")
+        refuse_remote(bundle_dir)
         self.bundle_dir = Path(bundle_dir).resolve()
         if not self.bundle_dir.is_dir():
             raise UsageError(f"no bundle at {bundle_dir}: there is no such folder")
-        self.config_files = self._config_files(config_files)
+        self.config_files = find_config_files(self.bundle_dir, config_files)
         self.device = torch.device(device)
         self.weights = weights
         self.metadata = BundleMetadata.read(self.bundle_dir, self._metadata_file)
         self.parser = ConfigParser()
-        try:
-            self.parser.read_config([str(file) for file in self.config_files])
-        except Exception as error:  # any error of the JSON or YAML reader means a faulty file
-            raise UsageError(f"{self._files} cannot be read: {_cause(error)}") from error
+        self.parser.read_config(merged_config(self.config_files))
         self.parser[ConfigParser.meta_key] = self.metadata.content
         overrides = dict(overrides or {})
         self._overridden = set(overrides)
         self.parser.update({**self._own_values(), **overrides})
-        self.parser.resolve_macro_and_relative_ids()
+        content: Any = self.parser.config
+        self.macro_files = tuple(check_macros(content))
+        try:
+            self.parser.resolve_macro_and_relative_ids()
+        except (KeyError, IndexError, ValueError) as error:
+            raise UsageError(f"the relative ids of {self._files} cannot be resolved: {_cause(error)}") from error
         self.importable = BundleImports(self.bundle_dir)
 
     def __repr__(self) -> str:
@@ -301,31 +306,6 @@ class BundleReader:
         return getattr(value, "_raw", value)
 
     # ------------------------------------------------------------------ internals
-
-    def _config_files(self, given: str | Path | Sequence[str | Path] | None) -> tuple[Path, ...]:
-        if given is None:
-            candidates = [self.bundle_dir / "configs" / f"inference.{suffix}" for suffix in ConfigParser.suffixes]
-            config = next((file for file in candidates if file.is_file()), None)
-            if config is None and (self.bundle_dir / "plans.json").is_file():
-                raise UsageError(
-                    f"{self.bundle_dir.name} is an nnU-Net model folder: give it by --nnunet, not --bundle"
-                )
-            if config is None:
-                names = ", ".join(sorted(file.name for file in (self.bundle_dir / "configs").glob("*.*"))) or "none"
-                raise UsageError(
-                    f"{self.bundle_dir} has no configs/inference.json, .yaml or .yml; name the config to use with "
-                    f"config_files (--config FILE), there are: {names}"
-                )
-            return (config,)
-        listed = [given] if isinstance(given, (str, Path)) else list(given)
-        files = []
-        for file in map(Path, listed):
-            inside = self.bundle_dir / file
-            chosen = inside if inside.is_file() else file.resolve()
-            if not chosen.is_file():
-                raise UsageError(f"no config file {file}, neither in {self.bundle_dir} nor from here")
-            files.append(chosen)
-        return tuple(files)
 
     @property
     def _metadata_file(self) -> Path:

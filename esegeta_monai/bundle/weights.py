@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 # Usual keys of the network in a checkpoint, if the bundle names none.
 _STATE_KEYS = ("model", "state_dict", "model_state_dict", "network", "net", "network_state_dict", "unet_state_dict")
+_MAX_INLINED = 100
+"""References that are followed in one expression that loads weights."""
 _LOADERS = ("load_state_dict", "load_old_state_dict")
 _REFERENCE = re.compile(r"@(\w+(?:(?:::|#)\w+)*)")
 
@@ -187,16 +189,23 @@ def _expressions(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def _inline(parser: ConfigParser, text: str) -> ast.expr | None:
     """Parse an expression, with ids as names; an id that is a `torch.load` expression is replaced by it."""
 
+    replaced: list[str] = []
+
     def put(match: re.Match[str]) -> str:
         content = parser.get(match[1])
         if isinstance(content, str) and content.startswith("$") and "torch.load" in content:
+            replaced.append(match[1])
+            if len(replaced) > _MAX_INLINED:
+                raise UsageError(f"the expressions that load weights refer to each other without end, at '{match[1]}'")
             return _REFERENCE.sub(put, content[1:])
         return "__id_" + match[1].replace("::", "__of__").replace("#", "__of__")
 
     try:
         return ast.parse(_REFERENCE.sub(put, text), mode="eval").body
-    except SyntaxError:  # an import statement or a multi-line lambda; it loads nothing
+    except (SyntaxError, ValueError):  # an import statement or a multi-line lambda; it loads nothing
         return None
+    except (RecursionError, MemoryError) as error:
+        raise UsageError(f"an expression of the config is nested too deeply: ${text[:100]}") from error
 
 
 def _id_of(name: str) -> str:

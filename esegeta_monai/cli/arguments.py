@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from esegeta_monai.cli.trust import add_trust
 from esegeta_monai.engine.head import HEADS
 
 __all__ = [
@@ -53,7 +54,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the device and the output of the network."""
+    """Add the options for the trust in the bundle, the device and the output of the network, which is built."""
+    add_trust(parser)
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda if available)")
     parser.add_argument(
         "--network-output",
@@ -70,7 +72,7 @@ def add_head(parser: argparse.ArgumentParser) -> None:
         choices=HEADS,
         metavar="KIND",
         help=f"meaning of the network's output: {', '.join(HEADS)} (default: determined from the network and the "
-        "bundle's postprocessing, see 'esegeta-monai info')",
+        "bundle's postprocessing, see 'esegeta-monai check')",
     )
 
 

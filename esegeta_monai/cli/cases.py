@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,23 @@ from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.log import reason
 from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.files.dicom import DICOM_SUFFIXES
-from esegeta_monai.utils.names import SCAN_SUFFIXES
+from esegeta_monai.utils.files import refuse_remote
+from esegeta_monai.utils.names import SCAN_SUFFIXES, one_line
 
 __all__ = ["Preprocessor", "ScanCase", "find_cases"]
 
 
 @dataclass(frozen=True)
 class ScanCase:
-    """One subject's scan: a file, a DICOM folder, or several files that are the channels of one image, in order."""
+    """One subject's scan: a file, a DICOM folder, or several files that are the channels of one image, in order.
+
+    Attributes:
+        problem: why it cannot be read, for a folder that could not be searched; such a case fails, the others go on.
+    """
 
     name: str
     files: tuple[Path, ...]
+    problem: str | None = None
 
 
 def find_cases(
@@ -42,7 +49,8 @@ def find_cases(
     An input is a file; several files separated by commas (the channels of one case); a folder, which stands for all
     scans in it and in its subfolders, sorted; or any of these after ``NAME=``. A folder of DICOM files is one scan. If
     the network reads several channels, a folder with one file per channel, named after it (``sub1_T1c.nii.gz``), is
-    one case.
+    one case. Links to folders are followed. A subfolder that cannot be read, or a link that leads back to a folder
+    above it, becomes a case with a `ScanCase.problem`, so that its loss is reported.
 
     Args:
         inputs: the values of ``--input``.
@@ -50,16 +58,19 @@ def find_cases(
         leave_out: a folder to skip (the output folder).
 
     Raises:
-        UsageError: a folder contains no scan, a name contains slashes, or two cases have the same name.
+        UsageError: a folder contains no scan or cannot be read, an input is remote, a name contains slashes or control
+            characters, or two cases have the same name.
     """
     cases: list[ScanCase] = []
     for text in inputs:
+        for part in re.split("[,=]", text):
+            refuse_remote(part.strip(), "--input ")
         name, path = None, text
         given = re.match(r"([^=]+)=(.+)", text)
-        if given and not Path(text).exists():
+        if given and not os.path.exists(text):
             if not re.search(r"[/\\]", given[1]):
                 name, path = given[1], given[2]
-            elif Path(given[2]).exists():  # the case would take the file's name, which may be that of a person
+            elif os.path.exists(given[2]):  # the case would take the file's name, which may be that of a person
                 raise UsageError(
                     f"--input {given[1]}=...: a case name becomes a folder name and must not contain slashes"
                 )
@@ -68,7 +79,9 @@ def find_cases(
             raise UsageError(
                 f"--input {text}: one name for the {len(named)} cases of a folder; give each its own NAME="
             )
-        cases += [ScanCase(name or case.name, case.files) for case in named]
+        if name is not None and name != one_line(name):
+            raise UsageError(f"--input {one_line(name)}=...: a case name must not contain control characters")
+        cases += [replace(case, name=name or case.name) for case in named]
     try:
         storage.check_clashes([case.name for case in cases], [], [])
     except UsageError as error:
@@ -78,10 +91,10 @@ def find_cases(
 
 def _cases(text: str, channel_names: Sequence[str], leave_out: Path | None) -> Iterator[ScanCase]:
     path = Path(text)
-    if "," in text and not path.exists():
+    if "," in text and not os.path.exists(path):
         files = tuple(Path(part.strip()) for part in text.split(",") if part.strip())
         yield ScanCase(_common_name(files), files)
-    elif not path.is_dir() or _is_series(path):
+    elif not os.path.isdir(path) or (os.access(path, os.R_OK | os.X_OK) and _is_series(path)):
         yield ScanCase(storage.case_name(path), (path,))
     else:
         cases = list(_in_folder(path, channel_names, leave_out))
@@ -93,20 +106,49 @@ def _cases(text: str, channel_names: Sequence[str], leave_out: Path | None) -> I
 
 def _in_folder(root: Path, channel_names: Sequence[str], leave_out: Path | None) -> Iterator[ScanCase]:
     skipped = None if leave_out is None else leave_out.resolve()
-    for here, folders, names in os.walk(root):
-        folder = Path(here)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and (folder / f).resolve() != skipped)
+    yield from _search(root, root, (), channel_names, skipped)
+
+
+def _search(
+    folder: Path, root: Path, above: tuple[Path, ...], channel_names: Sequence[str], skipped: Path | None
+) -> Iterator[ScanCase]:
+    """Give the cases of a folder and its subfolders; ``above`` are the real paths of the folders that led to it."""
+    real = folder.resolve()
+    if real == skipped:
+        return
+    try:
+        if real in above:
+            raise OSError(errno.ELOOP, "a link that leads back to a folder above it")
+        with os.scandir(folder) as found:
+            entries = sorted((e.name, _is_folder(e)) for e in found if not e.name.startswith("."))
         if folder != root and _is_series(folder):
-            folders.clear()
             yield ScanCase(storage.case_name(folder, root), (folder,))
-            continue
-        files = [folder / n for n in sorted(names) if not n.startswith(".") and n.lower().endswith(SCAN_SUFFIXES)]
-        files = [f for f in files if not (f.suffix == ".hdr" and f.with_suffix(".img") in files)]  # one Analyze pair
-        channels = by_channel(files, channel_names)
-        if channels is not None:
-            yield ScanCase(storage.case_name(folder, None if folder == root else root), channels)
-        else:
-            yield from (ScanCase(storage.case_name(file, root), (file,)) for file in files)
+            return
+    except OSError as error:
+        why = error.strerror or str(error)
+        if folder == root:
+            raise UsageError(f"--input {folder}: the folder cannot be read: {why}") from error
+        problem = f"{folder.name}: the folder cannot be read ({why}), and no scan in it is explained"
+        yield ScanCase(storage.case_name(folder, root), (folder,), problem)
+        return
+    files = [folder / name for name, is_folder in entries if not is_folder and name.lower().endswith(SCAN_SUFFIXES)]
+    files = [f for f in files if not (f.suffix == ".hdr" and f.with_suffix(".img") in files)]  # one Analyze pair
+    channels = by_channel(files, channel_names)
+    if channels is not None:
+        yield ScanCase(storage.case_name(folder, None if folder == root else root), channels)
+    else:
+        yield from (ScanCase(storage.case_name(file, root), (file,)) for file in files)
+    for name, is_folder in entries:
+        if is_folder:
+            yield from _search(folder / name, root, (*above, real), channel_names, skipped)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return True for a folder, a link to one, or a link that leads nowhere because it goes round in a circle."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return not entry.name.lower().endswith(SCAN_SUFFIXES)
 
 
 def _is_series(folder: Path) -> bool:
@@ -177,9 +219,11 @@ class Preprocessor:
         """Read the scan (C, *spatial), unprocessed, with several files as its channels.
 
         Raises:
-            InputError: a file is missing, empty, truncated or no image, or has NaN or a singular affine; the files of
-                one case do not share a grid.
+            InputError: a file is missing, empty, truncated, altered or no image, or has NaN or a singular affine; the
+                files of one case do not share a grid; the case has a problem.
         """
+        if case.problem is not None:
+            raise InputError(case.problem)
         scans = [storage.read_scan(file) for file in case.files]
         first = scans[0]
         for file, scan in zip(case.files, scans):

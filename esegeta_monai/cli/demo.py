@@ -15,6 +15,7 @@ from esegeta_monai.cli.arguments import add_run_options
 from esegeta_monai.cli.cases import ScanCase
 from esegeta_monai.cli.explain import explain_cases
 from esegeta_monai.cli.log import RunLog
+from esegeta_monai.cli.trust import add_trust, require_trust
 from esegeta_monai.cli.values import choose_device
 from esegeta_monai.errors import UsageError
 from esegeta_monai.files.maps import sidecar_path
@@ -53,6 +54,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--methods", action="append", metavar="LIST", help="methods to run instead of those of the demo"
     )
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda if available)")
+    add_trust(parser)
     add_run_options(parser)
     parser.set_defaults(config=None, override=None, network_output=None, head=None, share="cases")
 
@@ -61,7 +63,9 @@ def run(args: Namespace, log: RunLog) -> int:
     """Explain the template; print a table of the results and the paths of the pictures and the report."""
     began = time.monotonic()
     output = Path(args.output)
-    reader = BundleReader(args.bundle or find_bundle(), device=choose_device(args.device))
+    args.bundle = args.bundle or find_bundle()
+    require_trust(args)
+    reader = BundleReader(args.bundle, device=choose_device(args.device))
     methods = METHODS.create_all(",".join(args.methods or DEMO_METHODS))
     _ = reader.network  # report missing weights before creating the template
     print(f"{reader.name}, on the MNI152 template: a population average of skull-stripped brains, not a patient.")

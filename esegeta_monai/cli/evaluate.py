@@ -6,6 +6,7 @@ import json
 import logging
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 import esegeta_monai.files as storage
-from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.cli.arguments import add_computing_options, add_head, add_model, add_network, add_share
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import (
@@ -27,7 +27,7 @@ from esegeta_monai.cli.explain import (
     provenance_of,
 )
 from esegeta_monai.cli.log import RunLog
-from esegeta_monai.cli.reading import open_reader
+from esegeta_monai.cli.reading import open_reader, register_trusted
 from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, UsageError
@@ -43,7 +43,7 @@ from esegeta_monai.output.place import NO_METADATA
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.utils.distributed import Processes, process_group
 from esegeta_monai.utils.files import read_json
-from esegeta_monai.utils.registry import Registry
+from esegeta_monai.utils.registry import Registry, registered_names_only
 
 __all__ = [
     "add_arguments",
@@ -158,8 +158,7 @@ def run(args: Namespace, log: RunLog) -> int:
         raise UsageError("--label-value selects a value of a label map: also give the label map by --label")
     if args.region_names is not None and args.regions is None and args.label is None:
         raise UsageError("--region-names names the values of a label map: also give one by --regions or --label")
-    if args.bundle is not None:
-        register_extensions(args.bundle)
+    register_trusted(args)
     with process_group() as ranks:
         writer = _evaluate(args, log, ranks)
     if not ranks.rank:
@@ -217,7 +216,10 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWrite
         writer.failed(case, str(error))
         logger.debug("traceback", exc_info=error.__cause__)
 
-    each_case(ranks.share(cases) if args.share == "cases" else cases, evaluate, failed, log)
+    # parameters of records may be names that a method looks up only when it runs
+    names_of_records = earlier is not None and not (args.methods and args.target)
+    with registered_names_only() if names_of_records else nullcontext():
+        each_case(ranks.share(cases) if args.share == "cases" else cases, evaluate, failed, log)
     writer.join()
     return writer
 
@@ -375,7 +377,8 @@ def _revived(recorded: Sequence[tuple[str, Mapping[str, Any]]], registry: Regist
         if key in instances:
             continue
         try:
-            instances[key] = registry.create({"_target_": name, **_nested(parameters)})
+            with registered_names_only():
+                instances[key] = registry.create({"_target_": name, **_nested(parameters)})
         except EsegetaError as error:
             raise UsageError(
                 f"the {registry.kind} {name} of an earlier map cannot be recreated from its record ({error}): give it "

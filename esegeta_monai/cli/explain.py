@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 import esegeta_monai.files as storage
-from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.arguments import add_head, add_model, add_network, add_run_options, add_share
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.log import RunLog, reason
-from esegeta_monai.cli.reading import open_reader
+from esegeta_monai.cli.reading import open_reader, register_trusted
 from esegeta_monai.cli.values import overrides
 from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.engine.network.hooks import find_layer
@@ -105,8 +104,7 @@ def run(args: Namespace, log: RunLog) -> int:
     Raises:
         EsegetaError: an option, the bundle or the output folder is wrong; nothing has been computed.
     """
-    if args.bundle is not None:
-        register_extensions(args.bundle)
+    register_trusted(args)
     methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
     targets = TARGETS.create_all(",".join(args.target)) if args.target else None
     output = Path(args.output)

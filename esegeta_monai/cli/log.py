@@ -13,8 +13,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
+
+from esegeta_monai.utils.names import one_line
 
 __all__ = ["LOG_FILE", "RunLog", "reason"]
 
@@ -67,7 +70,8 @@ class RunLog:
     def hide(self, path: str | os.PathLike[str], name: str) -> None:
         """Replace ``path``, as given or absolute, by ``name`` in all following messages."""
         for text in {str(path), os.path.abspath(path), str(Path(path).resolve())} - {".", "/"}:
-            self._hidden[text] = name
+            for form in {text, " ".join(text.split()), one_line(text)}:  # as messages show it
+                self._hidden[form] = one_line(name)
 
     def clean(self, text: str) -> str:
         """Replace all hidden paths in ``text``, the longest first."""
@@ -78,7 +82,7 @@ class RunLog:
     @contextmanager
     def of(self, case: str) -> Iterator[None]:
         """Replace the number of a case in a batch by its name in the messages of this block."""
-        self.case = case
+        self.case = one_line(case)
         try:
             yield
         finally:
@@ -92,10 +96,14 @@ class _Formatter(logging.Formatter):
         self.log = log
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
-        record.message = " ".join(record.message.split())
+        record.message = " ".join(one_line(record.message).split())
         if self.log.case is not None:
             record.message = re.sub(r"^case \d+(?=:)", lambda _: self.log.case or "", record.message)
         return super().formatMessage(record)
+
+    def formatException(self, info: Any) -> str:  # noqa: N802 - logging's own name
+        """Indent the traceback: texts in it may have line breaks, and no line of it may look like one of the log."""
+        return "\n".join(f"    {line}" for line in super().formatException(info).splitlines())
 
     def format(self, record: logging.LogRecord) -> str:
         record.exc_text = None  # another handler's formatter may have left its own

@@ -5,25 +5,28 @@ from __future__ import annotations
 import json
 import os
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import esegeta_monai.files as storage
+from esegeta_monai.bundle.contents import BundleContents, NnunetContents
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.bundle.static import StaticBundle, describe_nnunet
 from esegeta_monai.cli.arguments import add_model, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
-from esegeta_monai.cli.reading import open_reader
-from esegeta_monai.engine.checks.base import small_sample
-from esegeta_monai.engine.checks.head import evidence_of, find_head
+from esegeta_monai.cli.reading import check_options, open_reader
+from esegeta_monai.cli.trust import listing
+from esegeta_monai.cli.values import overrides
 from esegeta_monai.engine.default_layer import default_layer, layer_shapes
 from esegeta_monai.engine.network.model import Model
-from esegeta_monai.engine.network.state import evaluating, frozen, unwrap
+from esegeta_monai.engine.network.state import frozen, unwrap
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
-from esegeta_monai.errors import EsegetaError, MethodError, UsageError
+from esegeta_monai.errors import MethodError, UsageError
 
 __all__ = ["add_info_arguments", "add_layers_arguments", "run_info", "run_layers", "scan_or_noise"]
 
@@ -43,12 +46,21 @@ def add_info_arguments(parser: ArgumentParser) -> None:
 
 
 def run_info(args: Namespace, *_: object) -> int:
-    """Print versions, devices and the description of a bundle."""
+    """Print versions, devices and the description of a bundle, and what of it would run; nothing is run."""
     sections: dict[str, Any] = {"versions": storage.versions(), "devices": _devices()}
-    if args.bundle or args.nnunet:
-        reader = open_reader(args, "optional", "cpu")
-        sections["bundle"] = _bundle(reader)
+    contents: BundleContents | None = None
+    if args.nnunet:
+        check_options(args)
+        sections["bundle"] = describe_nnunet(args.nnunet)
+        contents = NnunetContents(args.nnunet)
+    elif args.bundle:
+        check_options(args)
+        contents = BundleContents(args.bundle, args.config)
+        sections["bundle"] = StaticBundle(BundleReader(args.bundle, args.config, overrides(args.override))).describe()
     if args.json:
+        if contents is not None:
+            sections["runs"] = [asdict(entry) for entry in contents.runnables]
+            sections["refused"] = contents.hiding
         print(json.dumps(sections, indent=2, ensure_ascii=False))
         return 0
     for title, content in sections.items():
@@ -56,6 +68,8 @@ def run_info(args: Namespace, *_: object) -> int:
         for key, value in content.items():
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
             print(f"  {key:<22} {'-' if text is None or text == '' else text}")
+    if contents is not None:
+        print("\n".join(listing(contents)))
     return 0
 
 
@@ -65,49 +79,6 @@ def _devices() -> dict[str, Any]:
         about = torch.cuda.get_device_properties(i)
         devices[f"cuda:{i}"] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
     return devices
-
-
-def _bundle(reader: BundleReader) -> dict[str, Any]:
-    network, inferer = reader.network, reader.inferer
-    shown = getattr(inferer, "record", None) or vars(inferer)
-    options = {k: v for k, v in shown.items() if isinstance(v, (bool, int, float, str, tuple, list))}
-    weights = reader.weight_source
-    return {
-        "name": reader.name,
-        "version": reader.version,
-        "task": reader.task,
-        "configs": ", ".join(file.name for file in reader.config_files),
-        "network": type(network).__name__,
-        "weight_count": sum(p.numel() for p in network.parameters()),
-        "weights": f"{weights.path.name} ({'found' if weights.path.is_file() else 'missing'}, {weights.found_in})",
-        "inferer": type(inferer).__name__,
-        "inferer_options": {k: v for k, v in options.items() if not k.startswith("_")},
-        "amp": reader.amp,
-        "classes": {str(k): v for k, v in reader.class_names.items()},
-        "background": reader.background,
-        "channels": {str(k): v for k, v in reader.channel_names.items()},
-        "image_key": reader.image_key,
-        "head": _head(reader),
-    }
-
-
-def _head(reader: BundleReader) -> dict[str, str]:
-    """Describe the meaning of the network's output, determined on a window of noise."""
-    try:
-        network = unwrap(reader.network)
-        image = scan_or_noise(reader, None)
-        plan = plan_windows(as_inferer(reader.inferer), image.shape[1:], torch.float32)
-        use = reader.output_use
-        model = Model(network, reader.device)
-        model.preferred = use.keys
-        with evaluating(network, reader.device), torch.random.fork_rng(devices=[]):
-            sample = small_sample(model, image, plan)
-            with torch.no_grad():
-                prediction = sample.run(sample.window)[0]
-            head, check = find_head(prediction, None, use, lambda: evidence_of(sample))
-    except EsegetaError as error:
-        return {"kind": "unknown", "evidence": str(error)}
-    return {"kind": head.kind, "evidence": check.text}
 
 
 def run_layers(args: Namespace, *_: object) -> int:

@@ -1,8 +1,8 @@
 """The command line: ``esegeta-monai COMMAND`` or ``python -m esegeta_monai COMMAND``.
 
 Exit codes: 0 all done (including empty targets), 1 some case or method failed, 2 usage error (nothing was computed),
-130 stopped by Ctrl-C. An error is printed in one line, ``esegeta-monai: error: file or option: cause: remedy``;
-``-v`` adds the traceback.
+3 the bundle is not trusted (nothing of it has run), 130 stopped by Ctrl-C. An error is printed in one line,
+``esegeta-monai: error: file or option: cause: remedy``; ``-v`` adds the traceback.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any, NoReturn
 
 from esegeta_monai.cli import check, demo, evaluate, explain, look, overlay, patterns, report, tables
 from esegeta_monai.cli.log import RunLog, reason
-from esegeta_monai.errors import EsegetaError
-from esegeta_monai.utils.files import INTENDED_USE
+from esegeta_monai.errors import EsegetaError, TrustError
+from esegeta_monai.utils.files import INTENDED_USE, refuse_remote
+from esegeta_monai.utils.names import one_line
 
 __all__ = ["build_parser", "main"]
 
-DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 130
+DONE, FAILED, USAGE, UNTRUSTED, STOPPED = 0, 1, 2, 3, 130
 
 EXAMPLES = """examples:
   esegeta-monai demo
@@ -92,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``esegeta-monai``; None: those of the process.
 
     Returns:
-        The exit code: 0, 1, 2 or 130.
+        The exit code: 0, 1, 2, 3 or 130.
 
     >>> main(["overlay"])
     2
@@ -102,11 +103,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help, --version, a wrong option
         return int(stop.code or 0)
     try:
+        _refuse_remote_paths(args)
         with RunLog(_level(args)) as log:
             return args.run(args, log)
     except EsegetaError as error:
         _say(str(error), _if(args, error))
-        return USAGE
+        return UNTRUSTED if isinstance(error, TrustError) else USAGE
     except KeyboardInterrupt:
         _say("stopped; finished maps are kept, and the same command resumes the run")
         return STOPPED
@@ -120,6 +122,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def _refuse_remote_paths(args: argparse.Namespace) -> None:
+    """Refuse remote paths in any option before any work: no other value begins like a URL."""
+    for name, given in vars(args).items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str):
+                refuse_remote(value, f"{name.replace('_', '-')}: ")
+
+
 def _if(args: argparse.Namespace, error: Exception) -> Exception | None:
     return error if args.verbose else None
 
@@ -127,7 +137,7 @@ def _if(args: argparse.Namespace, error: Exception) -> Exception | None:
 def _say(text: str, error: Exception | None = None) -> None:
     if error is not None:
         traceback.print_exception(error)
-    print(f"esegeta-monai: error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"esegeta-monai: error: {' '.join(one_line(text).split())}", file=sys.stderr)
 
 
 def _level(args: argparse.Namespace) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from monai.bundle import ConfigParser
 from monai.bundle.utils import merge_kv
 
+from esegeta_monai.bundle.configs import merged_config, parse_config
+from esegeta_monai.bundle.contents import BundleContents
 from esegeta_monai.bundle.overlay import (
     METRICS_OVERLAY,
     MULTI_GPU_OVERLAY,
@@ -21,7 +23,9 @@ from esegeta_monai.bundle.overlay import (
     shipped_overlay,
 )
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.bundle.static import StaticBundle
 from esegeta_monai.cli.arguments import add_bundle
+from esegeta_monai.cli.trust import listing
 from esegeta_monai.cli.values import overrides
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.utils.files import atomic
@@ -93,6 +97,7 @@ def run(args: Namespace, *_: object) -> int:
     if second is not None:
         _write(second, more_text)
     print("\n".join(f"  {title:<9} {text}" for title, text in description(reader, config, overlay).items()))
+    print("\n".join(listing(BundleContents(args.bundle, args.config))))
     written = [_shown(file, reader) for file in (target, second) if file is not None]
     files = [*[f.relative_to(reader.bundle_dir).as_posix() for f in reader.config_files], *written]
     run_id = "" if reader.run_id in (None, "run") else f" {reader.run_id}"
@@ -108,7 +113,7 @@ def run(args: Namespace, *_: object) -> int:
 def run_merge(args: Namespace, *_: object) -> int:
     """Write one config file: the bundle's own files, followed by the overlay or the files of ``--add``."""
     reader, merged = _reader(args), _config(args)
-    added = [ConfigParser.load_config_file(_existing(reader, file)) for file in args.add or ()]
+    added = [parse_config(_existing(reader, file)) for file in args.add or ()]
     for content in added or [fitted_overlay(merged, reader.metadata)]:
         for key, value in content.items():
             merge_kv(merged, key, value)
@@ -119,15 +124,16 @@ def run_merge(args: Namespace, *_: object) -> int:
 
 
 def description(reader: BundleReader, config: ConfigParser, overlay: dict[str, Any]) -> dict[str, str]:
-    """Describe a bundle by title; the text of a part that cannot be built is its error."""
+    """Describe a bundle by title, from the text of its configs; the text of a part that is missing is its error."""
+    bundle = StaticBundle(reader)
     classes = ", ".join(f"{i} {name}" for i, name in sorted(reader.class_names.items())[:12])
     more = len(reader.class_names) - 12
     handlers = next(key for key in overlay if key.startswith("+") or "#val_handlers" in key)
     return {
         "bundle": " ".join(filter(None, (reader.name, reader.version))),
-        "network": _tried(lambda: _network(reader)),
-        "weights": _tried(lambda: _weights(reader)),
-        "inferer": _tried(lambda: _inferer(reader)),
+        "network": _tried(lambda: bundle.component("network")),
+        "weights": _tried(bundle.weights),
+        "inferer": _tried(lambda: _inferer(bundle)),
         "channels": ", ".join(name for _, name in sorted(reader.channel_names.items())) or "not named",
         "classes": (classes + (f", and {more} more" if more > 0 else "")) or "not named in metadata.json",
         "output": overlay.get("explain_output") or "the only one",
@@ -145,28 +151,17 @@ def _targets(reader: BundleReader, overlay: dict[str, Any]) -> str:
     return f"every predicted class except background{example}"
 
 
-def _network(reader: BundleReader) -> str:
-    network = reader.network
-    return f"{type(network).__name__}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} million weights"
-
-
-def _weights(reader: BundleReader) -> str:
-    source = reader.weight_source
-    return f"{source.path} ({'found' if source.path.is_file() else 'missing'}, {source.found_in})"
-
-
-def _inferer(reader: BundleReader) -> str:
-    inferer = reader.inferer
-    size = getattr(inferer, "roi_size", None)
-    windows = "" if size is None else f", windows {size}, overlap {getattr(inferer, 'overlap', None)}"
-    return f"{type(inferer).__name__}{windows}"
+def _inferer(bundle: StaticBundle) -> str:
+    options = bundle.options("inferer")
+    windows = "" if "roi_size" not in options else f", windows {options['roi_size']}, overlap {options.get('overlap')}"
+    return f"{bundle.component('inferer')}{windows}"
 
 
 def _tried(what: Callable[[], str]) -> str:
     try:
         return what()
     except EsegetaError as error:
-        return f"cannot be built here: {error}"
+        return f"not known from the config: {error}"
 
 
 def _reader(args: Namespace) -> BundleReader:
@@ -178,7 +173,7 @@ def _reader(args: Namespace) -> BundleReader:
 def _config(args: Namespace) -> ConfigParser:
     """Return the unevaluated config of the bundle's files, with the overrides only."""
     parser = ConfigParser()
-    parser.read_config([str(file) for file in _reader(args).config_files])
+    parser.read_config(merged_config(_reader(args).config_files))
     content: Any = parser.config
     content.pop(ConfigParser.meta_key, None)
     parser.update(overrides(args.override))

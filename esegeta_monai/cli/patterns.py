@@ -9,6 +9,7 @@ from pathlib import Path
 from esegeta_monai.cli.arguments import add_model, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.reading import open_reader
+from esegeta_monai.cli.trust import trust_changes
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen, unwrap
 from esegeta_monai.engine.objective import Objective
@@ -49,6 +50,8 @@ def run(args: Namespace, *_: object) -> int:
     with frozen(network):
         fitted = FittedPatterns.fit(objectives())
     fitted.save(target)
+    if target.resolve().is_relative_to(reader.bundle_dir):
+        trust_changes(args)
     if not args.quiet:
         count = sum(pattern is not None for pattern in fitted.patterns)
         print(f"Wrote {target}: {count} operations of {type(network).__name__}, {fitted.cases} case(s)")

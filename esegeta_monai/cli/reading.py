@@ -7,12 +7,14 @@ from typing import Literal
 
 import torch
 
+from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.nnunet import NnunetReader
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.cli.trust import require_trust
 from esegeta_monai.cli.values import choose_device, overrides
 from esegeta_monai.errors import UsageError
 
-__all__ = ["open_reader"]
+__all__ = ["check_options", "open_reader", "register_trusted"]
 
 
 def open_reader(
@@ -20,7 +22,7 @@ def open_reader(
     weights: Literal["required", "optional"] = "required",
     device: torch.device | str | None = None,
 ) -> BundleReader:
-    """Open the bundle or the model folder that the arguments name.
+    """Open the bundle or the model folder that the arguments name, if it is trusted.
 
     Args:
         args: arguments of `esegeta_monai.cli.arguments.add_bundle`, and ``device``.
@@ -29,17 +31,41 @@ def open_reader(
 
     Raises:
         UsageError: both or neither are given, options do not belong together, or the folder is wrong.
+        TrustError: the user has not allowed its code to run.
     """
     chosen = choose_device(args.device) if device is None else torch.device(device)
+    check_options(args)
+    if args.nnunet is None and args.bundle is None:
+        raise UsageError("give the bundle by --bundle DIR, or an nnU-Net model folder by --nnunet DIR")
+    require_trust(args)
+    if args.nnunet is None:
+        return BundleReader(args.bundle, args.config, overrides(args.override), chosen, weights)
+    return NnunetReader(args.nnunet, _folds(args.folds), args.mirroring, chosen)
+
+
+def register_trusted(args: Namespace) -> None:
+    """Register the methods, targets and metrics of the bundle that the arguments name, if it is trusted.
+
+    Raises:
+        UsageError: a script cannot be imported, or a name is taken.
+        TrustError: the user has not allowed its code to run.
+    """
+    if args.bundle is not None:
+        require_trust(args)
+        register_extensions(args.bundle)
+
+
+def check_options(args: Namespace) -> None:
+    """Check that the options for a bundle and those for an nnU-Net folder are not mixed.
+
+    Raises:
+        UsageError: they are.
+    """
     if args.nnunet is None:
         if args.folds is not None or not args.mirroring:
             raise UsageError("--folds and --no-mirroring belong to --nnunet")
-        if args.bundle is None:
-            raise UsageError("give the bundle by --bundle DIR, or an nnU-Net model folder by --nnunet DIR")
-        return BundleReader(args.bundle, args.config, overrides(args.override), chosen, weights)
-    if args.bundle is not None or args.config or args.override:
+    elif args.bundle is not None or args.config or args.override:
         raise UsageError("--nnunet replaces --bundle, and has no --config and --override")
-    return NnunetReader(args.nnunet, _folds(args.folds), args.mirroring, chosen)
 
 
 def _folds(text: str | None) -> list[int] | str | None:

@@ -8,14 +8,18 @@ import json
 import re
 import textwrap
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from esegeta_monai.bundle.extensions import register_extensions
+from esegeta_monai.bundle.contents import BundleContents, printable
+from esegeta_monai.bundle.listing import ExtensionSource, list_extensions
+from esegeta_monai.cli.trust import listing
 from esegeta_monai.errors import EsegetaError
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.metrics import METRICS, Metric
 from esegeta_monai.targets.base import TARGETS
-from esegeta_monai.utils.registry import Configurable, Registry, json_ready
+from esegeta_monai.utils.registry import Configurable, Registry, json_ready, registered_names_only
 
 __all__ = ["add_arguments", "describe", "run_methods", "run_metrics", "run_targets"]
 
@@ -25,7 +29,9 @@ WIDTH = 100
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``methods``, ``targets`` and ``metrics``."""
     parser.add_argument("name", nargs="?", metavar="NAME", help="print the full description of one of them")
-    parser.add_argument("--bundle", metavar="DIR", help="also list those of this bundle's scripts/")
+    parser.add_argument(
+        "--bundle", metavar="DIR", help="also list those of this bundle's scripts/, which are read, not imported"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -45,20 +51,66 @@ def run_metrics(args: Namespace, *_: object) -> int:
 
 
 def _run(registry: Registry[Any], args: Namespace, usage: str) -> int:
-    if args.bundle:
-        register_extensions(args.bundle)
-    chosen = [registry.get(args.name)] if args.name else list(registry)
-    entries = [describe(cls, registry.kind) for cls in chosen]
+    sources = list_extensions(args.bundle, registry) if args.bundle else []
+    own = {source.name: _describe_source(source) for source in sources}
+    docs = {source.name: source.doc for source in sources}
+    chosen = _named(registry, args.name, sources) if args.name else None
+    if chosen is None:
+        classes = [cls for cls in registry if cls.__name__ not in own]
+        entries = sorted([*(describe(c, registry.kind) for c in classes), *own.values()], key=lambda e: str(e["name"]))
+    else:
+        entries = [own[chosen.name] if isinstance(chosen, ExtensionSource) else describe(chosen, registry.kind)]
     if args.json:
         print(json.dumps(entries if not args.name else entries[0], indent=2, ensure_ascii=False))
-    elif args.name:
-        print(_heading(entries[0]), "", inspect.getdoc(chosen[0]) or "", sep="\n")
+        return 0
+    if chosen is not None:
+        doc = docs[chosen.name] if isinstance(chosen, ExtensionSource) else inspect.getdoc(chosen) or ""
+        print(_heading(entries[0]), "", doc, sep="\n")
         print(*(f"\nReference: {entries[0]['reference']}",) if entries[0].get("reference") else ())
     else:
         for entry in entries:
             print(_block(entry), end="\n\n")
         print(usage, f"'esegeta-monai {registry.kind}s NAME' prints the full description of one.", sep="\n")
+    if args.bundle:
+        configs = (Path(args.bundle) / "configs").glob("inference.*")
+        print("", *listing(BundleContents(args.bundle, None if any(configs) else [])), sep="\n")
     return 0
+
+
+def _named(registry: Registry[Any], name: str, sources: Sequence[ExtensionSource]) -> Any:
+    """Return the source or the registered class with this name or alias."""
+    key = re.sub("[-_]", "", name).lower()
+    for source in sources:
+        aliases = source.stated.get("aliases")
+        names = [source.name, *(aliases if isinstance(aliases, (list, tuple)) else ())]
+        if key in (re.sub("[-_]", "", str(known)).lower() for known in names):
+            return source
+    with registered_names_only():
+        return registry.get(name)
+
+
+def _describe_source(source: ExtensionSource) -> dict[str, Any]:
+    """Describe a class of a bundle by its source, with the keys of `describe`."""
+    stated = source.attribute
+    aliases = stated("aliases")
+    entry: dict[str, Any] = {
+        "name": source.name,
+        "summary": printable(" ".join(source.doc.split("\n\n")[0].split()), 500),
+        "parameters": {name: json_ready(value) for name, value in source.parameters.items()},
+        "required": source.required,
+        "file": source.file,
+        "aliases": [printable(alias) for alias in aliases] if isinstance(aliases, (list, tuple)) else [],
+        "reference": printable(stated("reference") or "", 300),
+    }
+    if issubclass(source.base, Method):
+        entry |= {"produces": printable(stated("produces")), "signed": None}
+        entry |= {"needs_gradient": bool(stated("needs_gradient")), "additive": bool(stated("additive"))}
+    if issubclass(source.base, Metric):
+        needs = stated("needs")
+        entry |= {"group": printable(stated("group")), "higher_is_better": stated("higher_is_better")}
+        entry |= {"needs": sorted(str(n) for n in needs) if isinstance(needs, (list, tuple, set, frozenset)) else []}
+        entry |= {"meaning": printable(stated("meaning") or "", 500)}
+    return entry
 
 
 def describe(cls: type[Configurable], kind: str = "method") -> dict[str, Any]:
@@ -120,12 +172,14 @@ def _heading(entry: dict[str, Any]) -> str:
 
 def _block(entry: dict[str, Any]) -> str:
     lines = textwrap.wrap(re.sub(r"`+", "", entry["summary"]), WIDTH - 4)
+    if "file" in entry:
+        lines.append(f"from {entry['file']} of the bundle")
     if "produces" in entry:
         sign = {True: "signed", False: "not signed", None: "signed or not"}[entry["signed"]]
         lines.append(f"{entry['produces']}, {sign}" + (f"; {entry['reference']}" if entry["reference"] else ""))
     if "group" in entry:
-        way = {True: "higher is better", False: "lower is better", None: "neither direction is better"}
+        way = {True: "higher is better", False: "lower is better"}
         needs = f"; needs {', '.join(entry['needs'])}" if entry["needs"] else ""
-        lines.append(f"{entry['group']}, {way[entry['higher_is_better']]}{needs}")
+        lines.append(f"{entry['group']}, {way.get(entry['higher_is_better'], 'neither direction is better')}{needs}")
         lines += textwrap.wrap(entry["meaning"], WIDTH - 4)
     return "\n".join([_heading(entry), *(f"    {line}" for line in lines)])

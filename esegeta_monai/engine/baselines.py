@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.utils.registry import Configurable, Registry, json_ready
+from esegeta_monai.utils.whole_files import check_whole
 
 __all__ = ["BASELINES", "Auto", "Background", "Baseline", "Blur", "Cases", "Constant", "Image", "Mean", "Minimum"]
 __all__ += ["Noise", "Uniform", "Zero", "baseline_for", "choice_passes", "has_scale_free_norm", "scale_invariant"]
@@ -332,6 +333,7 @@ def _load_volume(what: Any, objective: Objective) -> Tensor:
             raise InputError(f"baseline file {Path(what).name} does not exist")
         from monai.transforms import LoadImage
 
+        check_whole(what)
         what = LoadImage(image_only=True, ensure_channel_first=True)(what)
     volume = torch.as_tensor(what).as_subclass(Tensor).to(image.device, image.dtype)
     volume = volume[0] if volume.ndim == image.ndim + 1 and len(volume) == 1 else volume

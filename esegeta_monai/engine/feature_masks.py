@@ -6,9 +6,7 @@ of the data dictionary or a tensor), or one of the classes here.
 
 from __future__ import annotations
 
-import csv
 import functools
-import io
 import itertools
 import math
 from abc import ABC, abstractmethod
@@ -24,6 +22,7 @@ from torch import Tensor
 from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import EsegetaError, InputError, UsageError
+from esegeta_monai.utils.csv_text import csv_text
 from esegeta_monai.utils.registry import Configurable, Registry
 
 __all__ = ["FEATURES", "Channels", "FeatureSpec", "Features", "Grid", "LabelMap", "Supervoxels", "features_for"]
@@ -92,11 +91,7 @@ def table_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     >>> table_csv([{"feature": "liver", "value": 0.5}])
     'feature,value\nliver,0.5\n'
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else ["feature", "value"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(list(rows[0]) if rows else ["feature", "value"], rows)
 
 
 class FeatureSpec(Configurable, ABC):

@@ -12,7 +12,8 @@ from monai.data.utils import to_affine_nd
 from torch import Tensor
 
 from esegeta_monai.engine.score import Case
-from esegeta_monai.errors import TargetError
+from esegeta_monai.errors import InputError, TargetError
+from esegeta_monai.utils.whole_files import check_whole
 
 
 def _affine(case: Case, dimensions: int, what: str) -> np.ndarray:
@@ -35,8 +36,8 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
         (*spatial), int64, on the device of the prediction.
 
     Raises:
-        TargetError: no such key or file, an unreadable file, several channels, values that are not whole numbers, or
-            another grid without an affine to resample by.
+        TargetError: no such key or file, an unreadable file, several channels, another number of axes, values that are
+            not whole numbers, another grid without an affine to resample by, or a map that lies outside the image.
     """
     shape = tuple(prediction.shape[1:])
     value: Any = case.data.get(str(what), what) if isinstance(what, (str, Path)) else what
@@ -47,10 +48,15 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
         from monai.transforms import LoadImage
 
         try:
+            check_whole(value)
+        except InputError as error:
+            raise TargetError(str(error).replace(str(value), Path(value).name)) from error
+        try:
             value = LoadImage(image_only=True, ensure_channel_first=True)(value)
         except Exception as error:  # each reader has its own errors for unreadable files
             why = " ".join(str(error).replace(str(value), Path(value).name).split())[:200]
             raise TargetError(f"{Path(value).name} cannot be read as a label map: {why}") from error
+    _refuse_other_axes(value, shape)
     spatial = _to_integers(_without_channel(torch.as_tensor(value), shape))
     affines = [getattr(value, "affine", None), case.affine]
     known = [_affine_of_axes(a, len(shape)) for a in affines if a is not None]
@@ -62,6 +68,7 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
             f"the label map has shape {tuple(spatial.shape)}, the prediction {shape}, and one of them has no affine "
             "to bring them together: give both as files or MetaTensors"
         )
+    _refuse_outside(tuple(spatial.shape), known[0], shape, known[1])
     from monai.data import MetaTensor
     from monai.transforms import SpatialResample
 
@@ -72,6 +79,50 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
     resampled = resample(source, dst_affine=torch.as_tensor(known[1]), spatial_size=shape)
     moved_numbers = torch.as_tensor(resampled).as_subclass(torch.Tensor)[0].round().long()
     return torch.cat([present.new_zeros(1), present])[moved_numbers].to(prediction.device)
+
+
+def label_problem(what: str, labels: Tensor) -> str | None:
+    """Return why a label map (*spatial), whole numbers on the image's grid, marks nothing; None if it marks something.
+
+    >>> label_problem("label", torch.tensor([0, 1])) is None
+    True
+    """
+    if bool((labels > 0).any()):
+        return None
+    values = ", ".join(str(v) for v in torch.unique(labels)[:5].tolist())
+    return (
+        f"the {what} map has no voxel above 0 on the image (values: {values}): it is empty, has negative values only, or "
+        "marks a place outside the image; give another one, or leave it out"
+    )
+
+
+def _refuse_other_axes(value: Any, shape: tuple[int, ...]) -> None:
+    """Refuse a 2D file for a 3D image: (1, *spatial) would pass for a slice across the first axis."""
+    axes = getattr(value, "meta", {}).get("spatial_shape")
+    if axes is None or value.ndim != len(shape) or value.shape[0] != 1:
+        return
+    size = [int(n) for n in np.asarray(axes).reshape(-1)]
+    if len(size) < len(shape):
+        raise TargetError(
+            f"the label map is a {len(size)}D image ({'x'.join(map(str, size))}), but the prediction has {len(shape)} "
+            "axes: give the whole volume"
+        )
+
+
+def _refuse_outside(size: tuple[int, ...], affine: np.ndarray, shape: tuple[int, ...], reference: np.ndarray) -> None:
+    """Refuse a label map of which no voxel lies on the image; sizes in voxels, affines (d + 1, d + 1) to world (mm)."""
+    ends = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in size], indexing="ij"), -1).reshape(-1, len(size))
+    onto = np.linalg.inv(reference) @ affine
+    corners = ends @ onto[:-1, :-1].T + onto[:-1, -1]
+    low, high = corners.min(0), corners.max(0)
+    if (high > -0.5).all() and (low < np.array(shape) - 0.5).all():
+        return
+    centres = [a[:-1, :-1] @ ((np.array(n) - 1) / 2) + a[:-1, -1] for a, n in ((affine, size), (reference, shape))]
+    distance = float(np.linalg.norm(centres[0] - centres[1]))
+    raise TargetError(
+        f"the label map lies outside the image (their centres are {distance:.4g} mm apart): give one in the coordinates "
+        "of the scan"
+    )
 
 
 def _without_channel(label: Tensor, shape: Sequence[int]) -> Tensor:

@@ -61,6 +61,7 @@ class Score(ABC):
         class_index: the class that ``s`` reads, or None.
         class_name: its name, or None.
         units: units of ``s``, in words.
+        meaning: properties that distinguish the score from others of the same mask and parameters; usually none.
     """
 
     label: str = "target"
@@ -73,6 +74,7 @@ class Score(ABC):
     class_index: int | None = None
     class_name: str | None = None
     units: str | None = None
+    meaning: tuple[str, ...] = ()
 
     @abstractmethod
     def value(self, prediction: Tensor) -> Tensor:
@@ -207,7 +209,7 @@ class WeightedScore(Score):
         return names[self.output]
 
     @property
-    def meaning(self) -> tuple[str, ...]:
+    def meaning(self) -> tuple[str, ...]:  # type: ignore[override]  # the base class has a plain attribute
         """Properties that distinguish the score from others of the same mask and parameters; usually none."""
         usual = self.values == "logit" and not self.complement
         return () if usual else (self.values, self.activation, str(self.complement))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.engine.feature_masks import foreground
+from esegeta_monai.engine.labels import label_problem
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.score import Score
 from esegeta_monai.errors import MetricError, RankLost, UsageError, named_reason
@@ -150,7 +151,8 @@ class Evaluator:
             methods, targets: instances, names or configs.
             label: label map (*spatial) or (1, *spatial) on the image's grid that marks the known cause.
             label_value: value of ``label`` that marks the cause: a number, or ``"class"`` for the number of the
-                target's class; None: every value above zero.
+                target's class; None: every value above zero. A label, regions or body map without a value above zero
+                is recorded as failed; the body map is then left out.
             regions: label map (*spatial) or (1, *spatial) for the region tables; None: ``label``.
             region_names: names of its values.
             body: mask (*spatial) or (1, *spatial) of the patient; None: the image's foreground.
@@ -168,8 +170,14 @@ class Evaluator:
         names = names or ResultNames(chosen, wanted)
         result, dims = EvaluationResult(), image.ndim - 1
         label, regions, label_value = _plain(label, dims), _plain(regions, dims), value_of_label(label_value)
+        given_masks = {"label": label, "regions": regions, "body": body}
+        given_masks = {what: torch.as_tensor(mask) for what, mask in given_masks.items() if mask is not None}
+        problems = {what: label_problem(what, mask) for what, mask in given_masks.items()}
+        result.failed |= {what: problem for what, problem in problems.items() if problem is not None}
         if body is None:
             body = foreground(image.as_tensor().detach().cpu())
+        elif "body" in result.failed:  # of nobody, everything would be outside
+            body = None
         for judged in self.explainer.judge(image[None], wanted, **more):
             result.failed |= dict(judged.left_out)
             result.empty |= dict(judged.empty)

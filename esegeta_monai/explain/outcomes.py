@@ -13,7 +13,7 @@ import torch
 from monai.data import MetaTensor
 from torch import Tensor
 
-from esegeta_monai.engine.score import Score, WeightedScore
+from esegeta_monai.engine.score import Score
 from esegeta_monai.engine.windows.plan import WindowPlan
 from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, named_reason
 from esegeta_monai.explain.attribution import Attribution, like_image, mask_on_image
@@ -50,8 +50,7 @@ class BoundTarget:
         self.label = score.label if score is not None else self.target.name or type(self.target).__name__
         self.hash = None
         if score is not None:
-            meaning = score.meaning if isinstance(score, WeightedScore) else ()
-            self.hash = tensor_hash(score.mask, *[[b.start, b.stop] for b in score.box], *meaning)
+            self.hash = tensor_hash(score.mask, *[[b.start, b.stop] for b in score.box], *score.meaning)
 
 
 class Outcomes:

@@ -34,7 +34,7 @@ from esegeta_monai.explain.outcomes import BoundTarget
 from esegeta_monai.explain.record import tensor_hash
 from esegeta_monai.explain.settings import Settings
 from esegeta_monai.targets.base import Target, need_class_axis
-from esegeta_monai.utils.images import check_image
+from esegeta_monai.utils.images import check_contents, check_image
 from esegeta_monai.utils.tensors import all_finite
 
 __all__ = ["Prediction"]
@@ -64,7 +64,7 @@ class Prediction:
 
     def __init__(self, settings: Settings, case: CaseInput, layer: str | None = None) -> None:
         self.settings, self.case = settings, case
-        check_image(case.image.detach().cpu(), f"image {case.index}")
+        self._check_image()
         device = settings.device
         if settings.inputs_as is not None and not case.channels:
             raise UsageError(f"inputs_as={settings.inputs_as!r} needs names: give image={{name: tensor, ...}}")
@@ -203,17 +203,21 @@ class Prediction:
         self.notes.append(text)
         logger.warning(text)
 
+    def _check_image(self) -> None:
+        """Check the image of the case; a refusal is also a check of it."""
+        image, where = self.case.image.detach().cpu(), f"image {self.case.index}"
+        try:
+            check_image(image, where)
+            check_contents(image, where)
+        except InputError as error:
+            self.case.checks.append(CheckResult("finite", "refused", str(error)))
+            raise
+
     def _check_values(self) -> None:
         """Add the check of the values of image and prediction, which are finite, to those of the case."""
-        low, high = (float(v) for v in self.image.aminmax())
-        result = CheckResult("finite", "passed", "image and prediction are finite")
-        if low == high:
-            text = f"every voxel of the image is {low:g}: there is no structure that a map could show; check the scan"
-            result = CheckResult("finite", "warned", f"{text} and its preprocessing", low)
-            logger.warning(result.text)
         known = any(check.name == "finite" for check in self.case.checks)  # a case is predicted once per layer
-        if not known and (self.settings.checks or result.verdict != "passed"):
-            self.case.checks.append(result)
+        if self.settings.checks and not known:
+            self.case.checks.append(CheckResult("finite", "passed", "image and prediction are finite"))
 
     @property
     def _mixes_rows(self) -> bool:

@@ -3,6 +3,7 @@
 This package depends on numpy, nibabel and MONAI only and takes plain arguments, so every interface can use it.
 
     scans.py     read and check a scan; the voxel `Grid` of a file
+    doubts.py    what is uncertain in the geometry of a scan
     dicom.py     check that a folder has one complete DICOM series
     maps.py      write a map (NIfTI or the scan's format) and its sidecar; check that both are finished
     runs.py      run.json: the status of every case, target and method

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +15,16 @@ from monai.data import ITKReader, MetaTensor, NibabelReader, NumpyReader, PILRea
 from monai.data.image_reader import ImageReader
 from monai.transforms import EnsureChannelFirst
 from monai.utils import optional_import
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 
 from esegeta_monai.errors import InputError
 from esegeta_monai.files.dicom import check_series
+from esegeta_monai.files.doubts import geometry_doubts
 from esegeta_monai.utils.images import _check_affine, check_image
+from esegeta_monai.utils.stated_size import NIBABEL_SUFFIXES, open_with_nibabel
+from esegeta_monai.utils.whole_files import check_whole
 
 __all__ = ["Grid", "read_scan"]
 
-logger = logging.getLogger(__name__)
-
-NIBABEL_SUFFIXES = (".nii", ".nii.gz", ".img", ".img.gz", ".hdr", ".hdr.gz", ".mgz", ".mgh")
 RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 GEOMETRY_FIELDS = (
     *("pixdim", "xyzt_units", "qform_code", "sform_code"),
@@ -71,7 +67,7 @@ class Grid:
         if isinstance(scan, (str, os.PathLike)):
             path = Path(scan)
             if path.name.lower().endswith(NIBABEL_SUFFIXES):
-                return cls.of(_open_with_nibabel(path))
+                return cls.of(open_with_nibabel(path))
             return cls.of(read_scan(path))
         if isinstance(scan, nib.spatialimages.SpatialImage):
             if isinstance(scan.header, nib.Nifti1Header):
@@ -144,28 +140,27 @@ def read_scan(
     """Read a scan as MetaTensor (C, *spatial), float32, and check it.
 
     NIfTI is read with nibabel, PNG and similar pictures with Pillow, NumPy files directly, everything else (NRRD, MHA,
-    a folder with one DICOM series) with ITK if ``itk`` is installed.
+    a folder with one DICOM series) with ITK if ``itk`` is installed. Compressed files are first read to their end, once
+    for each process, to verify their checksums (`esegeta_monai.utils.whole_files.check_whole`).
 
     Args:
         spatial_dims: required number of spatial dimensions, 2 or 3. For 2, a third axis of size 1 is removed.
         channels: required number of channels.
 
     Raises:
-        InputError: the file is missing, empty, truncated or of another format (a DICOM series: it has a gap, see
-            `check_series`); it contains NaN, infinity, colour triples or complex numbers; its affine is singular;
-            dimensions or channels differ from the required ones; ITK is needed and not installed.
+        InputError: the file is missing, empty, truncated, altered, of another format, or larger than the limit of
+            `check_whole` (a DICOM series: it has a gap, see `check_series`); it contains NaN, infinity, colour triples
+            or complex numbers; its affine is singular or out of all proportion; dimensions or channels differ from the
+            required ones; ITK is needed and not installed.
     """
+    check_whole(path)
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file or folder")
-    if path.is_file() and path.stat().st_size == 0:
-        raise InputError(f"{path}: the file is empty")
     reader: ImageReader
-    stated: np.ndarray | None = None  # the affine in the file, before MONAI corrects it
     if path.name.lower().endswith(NIBABEL_SUFFIXES):
-        image = _open_with_nibabel(path)
-        stated = np.asarray(image.affine, dtype=np.float64)
-        _check_affine(stated, min(3, image.ndim), path)
+        image = open_with_nibabel(path)
+        # as in the file, before MONAI corrects it
+        _check_affine(np.asarray(image.affine, dtype=np.float64), min(3, image.ndim), path)
+        geometry_doubts(path)
         reader = NibabelReader()
     elif path.name.lower().endswith(RASTER_SUFFIXES):
         reader = PILReader()
@@ -184,19 +179,7 @@ def read_scan(
     if spatial_dims == 2 and scan.ndim == 4 and scan.shape[-1] == 1:
         scan = scan[..., 0]
     check_image(scan, path, spatial_dims=spatial_dims, channels=channels)
-    if stated is not None and not np.allclose(stated, scan.affine, rtol=1e-4, atol=1e-4):
-        logger.warning("%s: the affine contradicts the voxel size and MONAI corrects it; maps keep the file's", path)
     return scan
-
-
-def _open_with_nibabel(path: Path) -> Any:
-    """Open an image: read its header, leave its voxels on disk."""
-    try:
-        return nib.load(path)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such file or folder") from error
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: no readable NIfTI file ({_one_line(error)}); convert or copy it again") from error
 
 
 def _itk_reader(path: Path) -> ImageReader:

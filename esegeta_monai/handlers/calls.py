@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esegeta_monai.utils.tensors import copied
+
 __all__ = ["InfererCalls", "plain_inferer", "watched"]
 
 
@@ -32,9 +34,9 @@ class InfererCalls:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         images = args[0] if args else kwargs.get("inputs")
-        copies = _copied(images)
-        self.args = tuple(_copied(value) for value in args[2:])
-        self.kwargs = {k: _copied(v) for k, v in kwargs.items() if k not in ("inputs", "network")}
+        copies = copied(images)
+        self.args = copied(tuple(args[2:]))
+        self.kwargs = {k: copied(v) for k, v in kwargs.items() if k not in ("inputs", "network")}
         out = self.inferer(*args, **kwargs)
         self._images = (images, copies)
         return out
@@ -50,12 +52,6 @@ class InfererCalls:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inferer, name)
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_copied(entry) for entry in value]
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _restored(images: Any, given: Any, copies: Any) -> Any:

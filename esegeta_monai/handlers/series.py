@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +17,7 @@ from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.metrics import MetricInput, RelevanceMass
 from esegeta_monai.metrics.randomisation import similarity
+from esegeta_monai.utils.csv_text import csv_text, plain_rows
 from esegeta_monai.utils.files import atomic
 from esegeta_monai.utils.types import flag
 
@@ -164,13 +163,9 @@ class ExplanationSeries:
         kept: list[dict[str, Any]] = []
         if path.is_file():
             with path.open(newline="", encoding="utf-8") as file:
-                kept = list(csv.DictReader(file))
+                _, kept = plain_rows(file)
         again = {(str(r["epoch"]), r["case"], r["target"], r["method"]) for r in rows}
         kept = [r for r in kept if (r["epoch"], r["case"], r["target"], r["method"]) not in again]
-        text = io.StringIO()
-        table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        table.writeheader()
-        table.writerows([*kept, *rows])
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as temporary:
-            temporary.write_text(text.getvalue(), encoding="utf-8")
+            temporary.write_text(csv_text(COLUMNS, [*kept, *rows]), encoding="utf-8")

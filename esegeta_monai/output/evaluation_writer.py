@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,11 @@ from esegeta_monai.explain.evaluation import EvaluationResult, Evaluator
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
+from esegeta_monai.utils.csv_text import csv_text, plain_rows
 from esegeta_monai.utils.distributed import Processes, Share
 from esegeta_monai.utils.files import write_json
 from esegeta_monai.utils.registry import json_ready
+from esegeta_monai.utils.whole_files import check_sources
 
 __all__ = ["COLUMNS", "REGION_COLUMNS", "EvaluationWriter"]
 
@@ -105,6 +105,7 @@ class EvaluationWriter:
         Raises:
             EsegetaError: the case cannot be explained at all.
         """
+        check_sources(image, more.get("data"))
         parts = self.ranks.part(self.share, self.methods, self.targets)
 
         def judge() -> EvaluationResult:
@@ -138,7 +139,7 @@ class EvaluationWriter:
                 self.not_beating.append(f"{case}: {row['target']}, {row['method']}, {row['metric']}")
         base = self.output_dir / storage.safe_name(case) / storage.safe_name(case)
         region_rows = [{c: row.get(c) for c in REGION_COLUMNS} for row in result.regions]
-        _write_text(base.with_name(f"{base.name}_regions.csv"), _csv(REGION_COLUMNS, region_rows))
+        _write_text(base.with_name(f"{base.name}_regions.csv"), csv_text(REGION_COLUMNS, region_rows))
         write_json(base.with_name(f"{base.name}_regions.json"), {"case": case, "regions": region_rows})
         rows = [{"case": case, **{c: row.get(c) for c in COLUMNS if c != "case"}} for row in result.rows]
         if self.ranks.rank:
@@ -179,7 +180,7 @@ class EvaluationWriter:
     def _table(self, judged: Mapping[str, list[dict[str, Any]]]) -> None:
         """Replace the rows of these cases in the table; a case may have no rows any more."""
         earlier = [row for row in self._earlier() if row["case"] not in judged]
-        _write_text(self.path, _csv(COLUMNS, [*earlier, *(row for rows in judged.values() for row in rows)]))
+        _write_text(self.path, csv_text(COLUMNS, [*earlier, *(row for rows in judged.values() for row in rows)]))
 
     def _earlier(self) -> list[dict[str, Any]]:
         """Return the rows of the existing table, also if a spreadsheet has saved it.
@@ -191,27 +192,12 @@ class EvaluationWriter:
             return []
         try:
             with open(self.path, newline="", encoding="utf-8-sig") as file:
-                table = csv.DictReader(file)
-                rows = list(table)
+                columns, rows = plain_rows(file)
         except (UnicodeDecodeError, csv.Error) as error:
             raise UsageError(f"{self.path} cannot be read ({error}): move it away, or choose another folder") from error
-        if table.fieldnames is not None and not set(COLUMNS) <= set(table.fieldnames):
+        if columns is not None and not set(COLUMNS) <= set(columns):
             raise UsageError(f"{self.path} has other columns than 'evaluate' writes: move it away")
         return rows
-
-
-def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_cell(row.get(c)) for c in columns] for row in rows)
-    return text.getvalue()
-
-
-def _cell(value: Any) -> Any:
-    if value is None:
-        return ""
-    return json.dumps(value) if isinstance(value, (bool, float)) else value
 
 
 def _write_text(path: Path, text: str) -> None:

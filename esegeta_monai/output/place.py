@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from monai.data import MetaTensor
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 import esegeta_monai.files as storage
 from esegeta_monai.errors import InputError
 from esegeta_monai.explain.record import Record
+from esegeta_monai.files.doubts import geometry_doubts
 from esegeta_monai.files.grids.geometry import Geometry
 from esegeta_monai.files.grids.resample import geometry_of, has_metadata, scan_of
 from esegeta_monai.utils.files import read_json
@@ -49,6 +51,16 @@ class PlaceChecks:
         record = Record.from_json(read_json(storage.sidecar_path(path)) or {})
         known = {check.get("check") for check in record.checks or ()}
         return "geometry" in known or record.grid != "scan" or record.map is None
+
+    @staticmethod
+    def add_doubts(record: Record, scan: Any) -> None:
+        """Add what is uncertain in the geometry of a scan (path or MetaTensor) to the warnings of a map's record.
+
+        Raises:
+            InputError: the scan's header cannot be read.
+        """
+        file = scan_of(scan) if isinstance(scan, MetaTensor) else scan
+        record.warnings = list(dict.fromkeys([*record.warnings, *geometry_doubts(file)]))
 
     def check(self, record: Record, case: str, image: MetaTensor, scan: MetaTensor, *, additive: bool) -> None:
         """Compare a preprocessed image (C, *spatial) with its scan (C, *scan), and add the result to the record.
@@ -88,6 +100,7 @@ class PlaceChecks:
             if not checks or file is image:
                 return
             try:
+                self.add_doubts(record, file)
                 self.check(record, "image", image, self._read(file), additive=additive)
             except InputError as error:  # right on the network's grid, or the file cannot be read here
                 warnings.warn(f"on the scan's grid this map would not be in its place: {error}", stacklevel=2)

@@ -44,6 +44,7 @@ from esegeta_monai.methods.meaning import meaning_of
 from esegeta_monai.output.place import NO_METADATA, VANISHED, ZERO, PlaceChecks
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes
+from esegeta_monai.utils.whole_files import check_sources
 
 __all__ = [
     "ResultWriter",
@@ -183,6 +184,7 @@ class ResultWriter:
 
         kept = self.output_dir / ".scores"
         try:
+            check_sources(image, more.get("data"))
             storage.check_contents(image, case)
             for attribution in explainer.stream(image[None], methods, targets, skip=skip, scores_dir=kept, **more):
                 if on_explained is not None:
@@ -271,6 +273,7 @@ class ResultWriter:
         """Return what the map is written on: the scan, or the image itself if nothing connects it with the scan."""
         placed = has_metadata(image, None if scan is image else self._scan(scan))
         record.grid = "scan" if placed and scan is not image else "network"
+        self._places.add_doubts(record, scan)
         if not placed:
             with self._places.noted(record, case):
                 warnings.warn(NO_METADATA.format("x".join(map(str, image.shape[1:]))), stacklevel=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from esegeta_monai.engine.score import Case, Score, WeightedScore
 from esegeta_monai.targets.base import TARGETS, Target, need_map, resolve_class
 from esegeta_monai.targets.classes import ClassScore, MultiClassMask, PredictedClasses, ThresholdMask
+from esegeta_monai.targets.contrast import Contrast
 from esegeta_monai.targets.neuron import LayerNeuron
 from esegeta_monai.targets.regions import Box, Component, Errors, LabelMask, OutputValue, Voxel
 from esegeta_monai.targets.wrapper import TargetWrapper
@@ -15,6 +16,7 @@ __all__ = [
     "Case",
     "ClassScore",
     "Component",
+    "Contrast",
     "Errors",
     "LabelMask",
     "LayerNeuron",

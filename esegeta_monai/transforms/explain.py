@@ -23,8 +23,8 @@ from esegeta_monai.output.place import PlaceChecks
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
 from esegeta_monai.utils.files import strict_json
-from esegeta_monai.utils.images import check_contents
 from esegeta_monai.utils.names import check_clashes, distinct_names, safe_name
+from esegeta_monai.utils.whole_files import check_sources
 
 __all__ = ["Explain", "ExplainD", "ExplainDict", "Explaind"]
 
@@ -104,7 +104,7 @@ class Explain(Transform):
         """
         self._refuse_forked_cuda()
         try:
-            check_contents(image)
+            check_sources(image, case)
         except InputError as error:
             if self.explainer.settings.on_error == "raise":
                 raise

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ __all__ = [
     "VERSION",
     "atomic",
     "read_json",
+    "refuse_remote",
     "sha256_file",
     "strict_json",
     "versions",
@@ -36,6 +38,9 @@ INTENDED_USE = "Research only, not a medical device; a map is no proof that a pr
 """Text in every sidecar, every run.json and every picture."""
 
 PACKAGES = ("monai", "torch", "captum", "pytorch-ignite", "nibabel", "numpy", "scipy", "scikit-image", "lime")
+
+REMOTE = re.compile(r"(?!file:)([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
+COPY = {"s3": "aws s3 cp", "gs": "gcloud storage cp", "http": "curl -O", "https": "curl -O", "sftp": "sftp"}
 
 
 @contextmanager
@@ -86,14 +91,37 @@ def _cannot_write(path: Path, error: OSError) -> str:
     return f"cannot write {path}: {error.strerror or error}; choose another output folder or make room in this one"
 
 
+def refuse_remote(path: str | os.PathLike[str], what: str = "") -> None:
+    """Check that a path is one of this machine.
+
+    Args:
+        path: path as given.
+        what: first words of the message.
+
+    Raises:
+        UsageError: it is a URL; the message tells how to copy it.
+
+    >>> refuse_remote("scans/a.nii.gz")
+    """
+    text = os.fspath(path)
+    if text.lower().startswith("file:/"):
+        raise UsageError(f"{what}{text}: give the plain path, without file:")
+    match = REMOTE.match(text)
+    if match and not os.path.exists(text):
+        tool = COPY.get(match[1].lower())
+        how = f"copy it here first ({tool} ...)" if tool else "copy it here first"
+        raise UsageError(f"{what}{text}: remote paths are not supported; {how}, or mount it, and give the local path")
+
+
 def writable_folder(path: str | os.PathLike[str]) -> Path:
     """Create the folder ``path`` if it is missing, and verify by writing that files can be saved there.
 
     It is called before any computation, so that hours of computing are not lost to a missing permission.
 
     Raises:
-        UsageError: the folder cannot be written; the message names folder and reason.
+        UsageError: the folder cannot be written, or is remote; the message names folder and reason.
     """
+    refuse_remote(path)
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"cannot write {folder}: it is a file, not a folder; choose another output folder")

@@ -12,6 +12,9 @@ from esegeta_monai.errors import InputError
 
 __all__ = ["check_contents", "check_dense", "check_image"]
 
+LARGEST_VOXEL, FARTHEST = 1e4, 1e7
+"""Edges of voxels and distances from the origin, in mm, above which an affine is an error."""
+
 
 def check_image(
     image: MetaTensor | Any, where: object = "image", *, spatial_dims: int | None = None, channels: int | None = None
@@ -25,8 +28,8 @@ def check_image(
         channels: required number of channels, or None.
 
     Raises:
-        InputError: complex values, values that are NaN or infinite (with their count), a singular affine, or other
-            dimensions or channels than required.
+        InputError: complex values, values that are NaN or infinite (with their count), an affine that is singular or
+            has voxels above 10 m, or other dimensions or channels than required.
     """
     shape = "x".join(str(n) for n in image.shape[1:])
     dims = image.ndim - 1
@@ -82,4 +85,9 @@ def _check_affine(affine: np.ndarray, spatial_dims: int, where: object) -> None:
     if not np.isfinite(affine).all() or not edges.all() or np.linalg.svd(axes / edges)[1][-1] < 1e-6:
         raise InputError(
             f"{where}: the affine is singular, {affine[:n].tolist()}; set it with nibabel, or convert the image again"
+        )
+    if edges.max() > LARGEST_VOXEL or np.abs(affine[:n, n]).max() > FARTHEST:
+        raise InputError(
+            f"{where}: the affine has voxels of {edges.max():.3g} mm at {np.abs(affine[:n, n]).max():.3g} mm from the "
+            "origin, which no scan has; set it with nibabel, or convert the image again"
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from esegeta_monai.errors import UsageError
 
-__all__ = ["case_name", "check_clashes", "distinct_names", "map_path", "map_suffix", "safe_name"]
+__all__ = ["case_name", "check_clashes", "distinct_names", "map_path", "map_suffix", "one_line", "safe_name"]
 
 SCAN_SUFFIXES = (
     *(".nii.gz", ".nii", ".img.gz", ".hdr.gz", ".img", ".hdr", ".mgz", ".mgh"),
@@ -45,11 +45,21 @@ def safe_name(text: str, longest: int = LONGEST_PART) -> str:
     return name
 
 
+def one_line(text: str) -> str:
+    r"""Replace control characters and line breaks, which could forge a line of a log, by spaces.
+
+    >>> one_line("a\n2026-01-01 ERROR: b\x1b[31m")
+    'a 2026-01-01 ERROR: b [31m'
+    """
+    return "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
+
+
 def case_name(path: str | os.PathLike[str], root: str | os.PathLike[str] | None = None) -> str:
     """Return the case name of a file or DICOM folder: the last part of the path without the suffix of its format.
 
     With ``root``, the folders between it and the file belong to the name, because ``patient1/T1.nii.gz`` and
-    ``patient2/T1.nii.gz`` are two cases. The name is always text: ``2024_01_15`` is not read as a number.
+    ``patient2/T1.nii.gz`` are two cases. The name is always text: ``2024_01_15`` is not read as a number. It is one
+    line (`one_line`).
 
     >>> case_name("/scans/2024_01_15.nii.gz"), case_name("scan.v2.mha"), case_name("/scans/a/T1.nii", root="/scans")
     ('2024_01_15', 'scan.v2', 'a-T1')
@@ -63,7 +73,7 @@ def case_name(path: str | os.PathLike[str], root: str | os.PathLike[str] | None 
         top = Path(os.path.abspath(root))
         if top in full.parents:
             name = "-".join([*full.relative_to(top).parts[:-1], name])
-    return name
+    return one_line(name)
 
 
 def map_path(

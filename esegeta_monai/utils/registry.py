@@ -12,6 +12,8 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import Field, dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
@@ -22,7 +24,26 @@ from typing_extensions import dataclass_transform
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.utils.types import fit_parameters
 
-__all__ = ["Configurable", "Registry", "json_ready"]
+__all__ = ["Configurable", "Registry", "json_ready", "registered_names_only"]
+
+_MAY_IMPORT: ContextVar[bool] = ContextVar("may_import", default=True)
+
+
+@contextmanager
+def registered_names_only() -> Iterator[None]:
+    """Context in which no registry imports a dotted name: for names read from records, which any program may write.
+
+    >>> registry = Registry("thing", Configurable, "no.such.group", command=False)
+    >>> with registered_names_only():
+    ...     registry.get("os.system")
+    Traceback (most recent call last):
+    esegeta_monai.errors.UsageError: there is no thing 'os.system': a name in a record is looked up among registered ...
+    """
+    token = _MAY_IMPORT.set(False)
+    try:
+        yield
+    finally:
+        _MAY_IMPORT.reset(token)
 
 
 def json_ready(value: Any) -> Any:
@@ -185,6 +206,8 @@ class Registry(Generic[T]):
     def get(self, name: str) -> type[T]:
         """Return the class called ``name``, ignoring case, ``-`` and ``_``; dotted names are imported.
 
+        In the context of `registered_names_only` nothing is imported.
+
         Raises:
             UsageError: no such class; the message lists near matches.
         """
@@ -206,6 +229,11 @@ class Registry(Generic[T]):
         return f"there are {', '.join(cls.__name__ for cls in self)}"
 
     def _import(self, dotted: str) -> type[T]:
+        if not _MAY_IMPORT.get():
+            raise UsageError(
+                f"there is no {self.kind} {dotted!r}: a name in a record is looked up among registered names only; "
+                f"register the class by a bundle's scripts/ or by an entry point of {self.group}"
+            )
         module, _, attribute = dotted.rpartition(".")
         try:
             cls = getattr(__import__(module, fromlist=[attribute]), attribute)

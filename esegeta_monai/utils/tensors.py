@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "digest", "largest"]
+__all__ = ["all_finite", "copied", "digest", "largest"]
 
 
 def largest(values: Tensor) -> float:
@@ -21,6 +22,24 @@ def largest(values: Tensor) -> float:
     """
     low, high = (float(v) for v in values.aminmax())
     return max(-low, high)
+
+
+def copied(value: Any) -> Any:
+    """Return a value with copies of its tensors, of any shape, also of those in lists, tuples and dictionaries.
+
+    >>> import torch
+    >>> x = torch.zeros(1)
+    >>> copied([x, "a"])[0].add_(1), x
+    (tensor([1.]), tensor([0.]))
+    """
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: copied(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        entries = [copied(entry) for entry in value]
+        return entries if isinstance(value, list) else tuple(entries)
+    return value
 
 
 def all_finite(values: Tensor) -> bool:

@@ -6,27 +6,35 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import monai.inferers.utils
+import torch
+import torch.utils.checkpoint
 from monai.inferers import SlidingWindowSplitter
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "TorchDispatchMode",
+    "active_transform",
     "attached_handlers",
     "backward_hooks",
     "compiled_original",
     "is_view",
+    "non_reentrant_checkpoints",
     "operation_schema",
     "own_buffers",
     "postprocessing_of",
     "scan_interval",
     "splitter_padding",
     "splitter_parameters",
+    "transformed_value",
     "view_base",
+    "without_checkpoints",
     "write_count",
 ]
 
@@ -76,6 +84,73 @@ def own_buffers(module: nn.Module) -> MutableMapping[str, Tensor | None]:
     Writing to it restores a buffer even where the module has deleted or overwritten the attribute.
     """
     return module._buffers
+
+
+def active_transform() -> str | None:
+    """Return the name of the innermost transform of ``torch.func`` that runs now, as ``vmap``; None: there is none.
+
+    >>> active_transform()
+    >>> torch.func.vmap(lambda x: print(active_transform()) or x)(torch.zeros(1))
+    vmap
+    tensor([0.])
+    """
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return None if interpreter is None else str(interpreter.key()).rpartition(".")[2].lower()
+
+
+def transformed_value(tensor: Tensor) -> Tensor:
+    """Return the tensor that transforms of ``torch.func`` wrap, of any shape; a plain tensor as it is."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+class _NonReentrant:
+    """Takes the place of torch's reentrant checkpoint function; the other kind computes the same values."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
+class _Plain:
+    """Takes the place of torch's reentrant checkpoint function, and stores all activations."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+_CHECKPOINT_FUNCTION = torch.utils.checkpoint.CheckpointFunction
+
+
+@contextmanager
+def non_reentrant_checkpoints() -> Iterator[None]:
+    """Let reentrant checkpoints run as non-reentrant ones while the block runs, unless `without_checkpoints` is active.
+
+    Only these support ``torch.autograd.grad`` and gradients of inputs that enter in another way than as arguments. The
+    function that ``checkpoint`` calls is exchanged, so names imported earlier are included.
+    """
+    if torch.utils.checkpoint.CheckpointFunction is not _CHECKPOINT_FUNCTION:
+        yield
+        return
+    with mock.patch.object(torch.utils.checkpoint, "CheckpointFunction", _NonReentrant):
+        yield
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Switch activation checkpointing off while the block runs (``_checkpoint_without_reentrant_generator``)."""
+
+    def once(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    module = torch.utils.checkpoint
+    with (
+        mock.patch.object(module, "CheckpointFunction", _Plain),
+        mock.patch.object(module, "_checkpoint_without_reentrant_generator", once),
+    ):
+        yield
 
 
 def backward_hooks(network: nn.Module) -> list[tuple[nn.Module, str, Any]]:

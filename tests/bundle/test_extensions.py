@@ -288,10 +288,15 @@ def test_two_bundles_with_classes_of_one_name(tmp_path):
 
 def test_what_is_wrong_is_named(tmp_path, capsys):
     broken = bundle_with(tmp_path / "a", mine="import esegeta_monai\nimport not_there_at_all\n")
-    assert run("methods", "--bundle", broken) == 2
+    nothing = ("--input", tmp_path, "--output", tmp_path / "out")
+    assert run("methods", "--bundle", broken) == 0  # it is read, not imported
+    assert run("explain", "--bundle", broken, *nothing) == 2
     assert "scripts/mine.py of the bundle cannot be imported: ModuleNotFoundError" in capsys.readouterr().err
+    unfinished = bundle_with(tmp_path / "d", mine="import esegeta_monai\nclass Half(\n")
+    assert run("methods", "--bundle", unfinished) == 2
+    assert "scripts/mine.py of the bundle is not valid Python" in capsys.readouterr().err
     vague = bundle_with(tmp_path / "c", mine=METHOD.replace('"input map"', '"input"'))
-    assert run("methods", "--bundle", vague) == 2
+    assert run("explain", "--bundle", vague, *nothing) == 2
     assert "cannot be imported: SteepGradient.produces='input': give 'input map'," in capsys.readouterr().err
     taken = bundle_with(tmp_path / "b", mine=METHOD.replace("SteepGradient", "Saliency"))
     with pytest.raises(UsageError, match=r"'Saliency' is taken by esegeta_monai\.methods"):

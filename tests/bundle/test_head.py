@@ -180,14 +180,14 @@ def test_the_command_line_takes_the_users_statement(tmp_path: Path) -> None:
     assert record["head"]["evidence"] == ["head='sigmoid inside' was given"]
 
 
-def test_info_names_the_head_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for inside, kind in ((True, "sigmoid inside"), (False, "sigmoid")):
+def test_check_names_the_head_and_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for inside in (True, False):
         transforms = [DISCRETE] if inside else [SIGMOID, DISCRETE]
         bundle = make(tmp_path / f"bundle{inside}", inside, transforms)
-        assert main(["info", "--bundle", str(bundle), "--json"]) == 0
-        head = json.loads(capsys.readouterr().out)["bundle"]["head"]
-        assert head["kind"] == kind
-        assert "sigmoid" in head["evidence"]
+        assert main(["check", "--bundle", str(bundle), "--json"]) == 0
+        (head,) = [c for c in json.loads(capsys.readouterr().out) if c["check"] == "head"]
+        assert ("the network ends in sigmoid" in head["text"]) == inside
+        assert "sigmoid" in head["text"]
 
 
 def test_the_default_of_a_regression_is_its_value(tmp_path: Path) -> None:

@@ -379,8 +379,12 @@ def test_info(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(capsys.readouterr().out)
     assert result["versions"]["torch"] == torch.__version__
     about = result["bundle"]
-    assert (about["network"], about["inferer"], about["classes"]) == ("UNet", "SlidingWindowInferer", CLASSES)
-    assert about["weight_count"] == sum(p.numel() for p in BundleReader(bundle).network.parameters())
+    network = "UNet ($@network_def.to(@device))"
+    assert (about["network"], about["inferer"], about["classes"]) == (network, "SlidingWindowInferer", CLASSES)
+    assert about["weights"] == "model.pt (found, the bundle format)"
+    assert about["inferer_options"] == {"roi_size": [16, 16, 16], "sw_batch_size": 2, "overlap": 0.25}
+    assert about["image_key"] == "image"
+    assert len(result["runs"]) == 11
     assert run("info") == 0
     assert "monai" in capsys.readouterr().out
 

@@ -124,12 +124,18 @@ def test_a_complex_image_is_refused() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 3.0])
 @pytest.mark.parametrize("checks", [True, False])
-def test_an_image_of_one_value_is_warned_of(value: float, checks: bool) -> None:
-    constant = torch.full((1, 1, 12, 12), value)
-    result = only(Explainer(Spy(dims=2), checks=checks)(constant, [Saliency()], [MultiClassMask(0)]))
-    assert any(f"every voxel of the image is {value:g}" in w for w in result.record["warnings"])
-    (entry,) = [c for c in result.record["checks"] if c["check"] == "finite"]
-    assert (entry["verdict"], entry["value"]) == ("warned", value)
+def test_an_image_of_one_value_is_refused(value: float, checks: bool) -> None:
+    constant, text = torch.full((1, 1, 12, 12), value), f"every voxel is {value:g}"
+    with pytest.raises(InputError, match=text):
+        list(Explainer(Spy(dims=2), checks=checks)(constant, [Saliency()], [MultiClassMask(0)]))
+    recording = Explainer(Spy(dims=2), checks=checks, on_error="record")
+    both = torch.cat([constant, image(dims=2)])
+    failed, other = recording(both, [Saliency()], [MultiClassMask(0)])
+    assert (failed.status, failed.map, other.status) == ("failed", None, "ok")
+    (entry,) = failed.record["checks"]
+    assert (entry["check"], entry["verdict"]) == ("finite", "refused")
+    assert text in entry["text"] == failed.record["reason"]
+    assert [(c.name, c.verdict) for c in recording.check(constant)] == [("finite", "refused")]
     fine = only(Explainer(Spy(dims=2), checks=checks)(image(dims=2), [Saliency()], [MultiClassMask(0)]))
     entries = [c["verdict"] for c in fine.record.get("checks", []) if c["check"] == "finite"]
     assert (entries, fine.record["warnings"]) == (["passed"] if checks else [], [])

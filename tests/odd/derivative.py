@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.odd.base import Around, Classifier, OddCase, image, logit, seeded
+from tests.support.backward import Half, Reverse
 
 X = image(1, 12, 12)
 
@@ -38,22 +39,6 @@ class Between(nn.Module):
                 h = self.enc(x)
         h = self.between(h)
         return self.head(self.down(torch.cat([h, x], 1)).flatten(1))
-
-
-class Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return -gradient
-
-
-class Half(Reverse):
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return gradient / 2
 
 
 class Swish(torch.autograd.Function):

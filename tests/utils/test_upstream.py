@@ -16,6 +16,7 @@ from monai.engines.utils import IterationEvents
 from monai.inferers import SlidingWindowSplitter
 from monai.transforms import Lambdad
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from esegeta_monai.utils import upstream
 
@@ -70,6 +71,52 @@ def test_the_module_inside_a_compiled_one():
         module = nn.Linear(1, 1)
         assert upstream.compiled_original(torch.compile(module, backend="eager")) is module
         assert upstream.compiled_original(module) is None
+
+
+def test_transforms_and_the_tensors_inside_them():
+    x = torch.zeros(2, 1)
+    seen = []
+
+    def note(y):
+        seen.append((upstream.active_transform(), upstream.transformed_value(y) is x))
+        return y.sum()
+
+    with of("torch"):
+        note(x)
+        torch.func.vmap(note)(x)
+        torch.func.vmap(torch.func.grad(note))(x)
+    assert seen == [(None, True), ("vmap", True), ("grad", True)]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_are_switched_off(reentrant):
+    runs = []
+
+    def noted(x):
+        runs.append(torch.is_grad_enabled())
+        return x.exp()
+
+    x = torch.ones(2, requires_grad=True)
+    with of("torch"), upstream.without_checkpoints(), upstream.non_reentrant_checkpoints():
+        torch.autograd.grad(checkpoint(noted, x, use_reentrant=reentrant).sum(), x)
+    assert runs == [True]
+
+
+def test_reentrant_checkpoints_run_as_the_other_kind():
+    x = torch.ones(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        torch.autograd.grad(checkpoint(torch.exp, x, use_reentrant=True).sum(), x)
+    runs = []
+
+    def noted(x):
+        runs.append(None)
+        return x.exp()
+
+    with of("torch"), upstream.non_reentrant_checkpoints():
+        y = checkpoint(noted, x, use_reentrant=True)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, x.exp())
+    assert len(runs) == 2  # activations are computed again, not stored
 
 
 def test_a_deleted_buffer_is_put_back():

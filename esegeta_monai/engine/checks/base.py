@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.windows.plan import WindowPlan, last_axes
 
-__all__ = ["CheckResult", "NetworkCheck", "Sample", "small_sample"]
+__all__ = ["CheckResult", "NetworkCheck", "Sample", "short_text", "small_sample"]
 
 Verdict = Literal["passed", "handled", "warned", "refused", "not checked"]
 Concerns = Literal["all", "gradient", "layer"]
@@ -122,6 +122,15 @@ class NetworkCheck(ABC):
             sample: network and window.
             known: results of the checks before this one, by name.
         """
+
+
+def short_text(error: Exception) -> str:
+    """Return the first 200 characters of an error's text on one line, or its class.
+
+    >>> short_text(ValueError("no\\n such  axis")), short_text(KeyError())
+    ('no such axis', 'KeyError')
+    """
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def small_sample(model: Model, image: Tensor, plan: WindowPlan, condition: Tensor | None = None) -> Sample:

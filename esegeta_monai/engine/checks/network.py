@@ -8,23 +8,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import math
 import random
 import weakref
 from collections.abc import Hashable, Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from esegeta_monai.engine.checks.base import CheckResult, NetworkCheck, Sample, small_sample
+from esegeta_monai.engine.checks.base import CheckResult, NetworkCheck, Sample, short_text, small_sample
+from esegeta_monai.engine.checks.derivative import Derivative
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import evaluating, weights_hash
 from esegeta_monai.engine.windows.plan import WindowPlan
+from esegeta_monai.utils.tensors import copied
 
-__all__ = ["NETWORK_CHECKS", "Derivative", "Determinism", "InputUnchanged", "Rows", "check_network_once"]
+__all__ = ["NETWORK_CHECKS", "Determinism", "InputUnchanged", "Rows", "check_network_once"]
 
 RANDOM = ("torch's random state", "the GPU's random state", "numpy's random state", "Python's random state")
 
@@ -39,8 +39,7 @@ class InputUnchanged(NetworkCheck):
         x = sample.window.clone()
         model = copy.copy(sample.model)
         model.copies_input = False
-        model.args = tuple(v.clone() if isinstance(v, Tensor) else v for v in model.args)
-        model.kwargs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in model.kwargs.items()}
+        model.args, model.kwargs = copied(model.args), copied(model.kwargs)
         with torch.no_grad():
             sample.of(model, x.dtype).run(x)
         after = [x, *model.args, *model.kwargs.values()]
@@ -62,8 +61,6 @@ class Determinism(NetworkCheck):
 
     def measure(self, sample: Sample, known: dict[str, CheckResult]) -> CheckResult:
         start = sample.passes
-        with torch.no_grad():
-            sample.run(sample.window)  # kernels may be chosen in the first pass
         before = _state(sample.model.network)
         first = _output_and_gradient(sample)
         changed = [name for name, value in _state(sample.model.network).items() if before.get(name) != value]
@@ -124,15 +121,17 @@ class Rows(NetworkCheck):
         others = [torch.zeros_like(x), 100 * sample.scale * sample.noise(2), x.flip(-1) + sample.scale]
         try:
             with torch.no_grad():
-                first, again, *rest = (sample.run(torch.cat([x, other])) for other in [x, x, *others])
+                first, *rest = (sample.run(torch.cat([x, other])) for other in [x, *others])
         except Exception as error:  # whatever a network raises for a batch of two
-            text = f"the network does not accept two windows in a batch ({_short(error)}), so it gets one per pass"
+            text = f"the network does not accept two windows in a batch ({short_text(error)}), so it gets one per pass"
             return CheckResult(self.name, "handled", text, passes=sample.passes - start)
         if first.ndim == 0 or len(first) != 2:
             text = f"the network gives {tuple(first.shape)} for two windows, so it gets one per pass"
             return CheckResult(self.name, "handled", text, passes=sample.passes - start)
-        repeat = _relative(first[:1], again[:1])
-        change = max(_relative(first[:1], out[:1]) for out in rest)
+        change, repeat = max(_relative(first[:1], out[:1]) for out in rest), 0.0
+        if change > 0:
+            with torch.no_grad():
+                repeat = _relative(first[:1], sample.run(torch.cat([x, x]))[:1])
         reaches = self._gradient_reaches(sample, others[-1])
         passes = sample.passes - start
         if change <= 2 * repeat and not reaches:
@@ -152,120 +151,6 @@ class Rows(NetworkCheck):
             (gradient,) = _gradients(score, x)
         # 0 times an infinite derivative, as after an overflow in half precision, is NaN and shows nothing
         return gradient is not None and bool(gradient[1:].nan_to_num(0.0, 0.0, 0.0).any())
-
-
-class Derivative(NetworkCheck):
-    """The backward pass is the derivative: it agrees with central differences in float64.
-
-    ``value`` is ``√Σ (d − g·v)² / √Σ d²`` over 8 white directions v and that of the gradient g, where d is the central
-    difference with a step of 1e-7 standard deviations at a window with a little noise, which avoids ties (of max
-    pooling, on a constant background). Correct networks stay below 0.01; between 0.01 and 0.05, 32 directions decide.
-    A deviation that the rounding of the output explains decides nothing.
-    """
-
-    name: ClassVar[str] = "derivative"
-    assumption: ClassVar[str] = "the backward pass computes the derivative of the forward pass"
-    directions: ClassVar[int] = 8
-    more_directions: ClassVar[int] = 32
-    wrong: ClassVar[float] = 0.05
-    right: ClassVar[float] = 0.01
-
-    def measure(self, sample: Sample, known: dict[str, CheckResult]) -> CheckResult:
-        if "determinism" in known and known["determinism"].verdict != "passed":
-            return self._unchecked("the network's output is not the same in equal passes")
-        try:
-            with torch.no_grad():
-                sample.run(sample.window)  # a network that keeps tensors with a graph could not be copied
-            double = _in_float64(sample)
-            point = double.window + 0.03 * double.scale * double.noise(3)
-            with _Operations() as operations, torch.enable_grad():
-                leaf = point.clone().requires_grad_(True)
-                out = double.run(leaf)
-        except Exception as error:  # a copy in float64 may fail in any way
-            return self._unchecked(f"the network does not run in float64 ({_short(error)})")
-        if operations.lower or out.dtype != torch.float64:
-            return self._unchecked("the network computes in float32 inside, whatever its input")
-        if not out.requires_grad:
-            return self._unchecked("the network has no backward pass")
-        cotangent = double.cotangent(out)
-        terms = out * cotangent
-        score = terms.sum()
-        try:
-            (gradient,) = torch.autograd.grad(score, leaf, allow_unused=True, retain_graph=True)
-        except RuntimeError as error:
-            return self._unchecked(f"the backward pass fails ({_short(error)})", double.passes)
-        gradient = torch.zeros_like(point) if gradient is None else gradient
-        value, largest = self._deviation(double, point, gradient, cotangent, range(self.directions))
-        if value is not None and self.right <= value <= self.wrong:
-            every = range(self.directions + self.more_directions)
-            value, largest = self._deviation(double, point, gradient, cotangent, every)
-        if value is not None and value > self.wrong:
-            rounding = self._rounding(score, terms, operations.results) / self._step(double)
-            if largest <= rounding:
-                return self._unchecked("the output is flat here: it changes by its rounding only", double.passes)
-        if value is None:
-            return self._unchecked("the output does not change with the image at this window", double.passes)
-        if value <= self.wrong:
-            return CheckResult(
-                self.name, "passed", "the backward pass agrees with central differences", value, passes=double.passes
-            )
-        text = (
-            f"the network's backward pass is not the derivative of its forward pass (central differences deviate by "
-            f"{100 * value:.2g} %): a part is detached, reversed, rounded or runs under no_grad. Maps that use "
-            "gradients show what the backward pass computes; perturbation methods such as Occlusion need no gradient"
-        )
-        return CheckResult(self.name, "warned", text, value, "gradient", double.passes)
-
-    def _deviation(
-        self, sample: Sample, point: Tensor, gradient: Tensor, cotangent: Tensor, seeds: range
-    ) -> tuple[float | None, float]:
-        """Return the relative deviation of central differences from a gradient, None if both are zero, and the largest
-        deviation in units of the score per unit of x."""
-        step = self._step(sample)
-        whites = [sample.noise(100 + seed) for seed in seeds]
-        norm = gradient.norm()
-        directions = [*whites, gradient / norm] if norm > 0 else whites
-        misses, sizes, largest = 0.0, 0.0, 0.0
-        for v in directions:
-            with torch.no_grad():
-                up, down = (((sample.run(point + s * step * v)) * cotangent).sum() for s in (1, -1))
-            difference = float(up - down) / (2 * step)
-            expected = float((gradient * v).sum())
-            misses += (difference - expected) ** 2
-            sizes += difference**2
-            largest = max(largest, abs(difference - expected))
-        if sizes == 0:
-            return (None if misses == 0 else float("inf")), largest
-        return float((misses / sizes) ** 0.5), largest
-
-    @staticmethod
-    def _step(sample: Sample) -> float:
-        return 1e-7 * sample.scale
-
-    @staticmethod
-    def _rounding(score: Tensor, terms: Tensor, results: list[Tensor]) -> float:
-        """Return a first-order bound of the rounding error of a score in float64.
-
-        Each operation rounds each of its results a by a relative error of u = 2⁻⁵³ at least, which changes the score F
-        by u |a ∂F/∂a|; pairwise summation of n terms adds ⌈log₂ n⌉ u of the sum of their magnitudes. The error of a
-        central difference with step h is twice the sum, divided by 2 h.
-
-        Args:
-            score: F, with its graph.
-            terms: the terms of F (1, K, …).
-            results: of the operations of the network, of any shape.
-        """
-        u, total = 2.0**-53, float(terms.detach().abs().sum()) * math.ceil(math.log2(terms.numel()) + 1)
-        try:
-            gradients = torch.autograd.grad(score, results, allow_unused=True)
-        except RuntimeError:  # results inside torch.func transforms are gone; what remains is still a part of the error
-            return u * total
-        return u * (
-            total + sum(float((g * a.detach()).abs().sum()) for g, a in zip(gradients, results) if g is not None)
-        )
-
-    def _unchecked(self, why: str, passes: int = 0) -> CheckResult:
-        return CheckResult(self.name, "not checked", f"not checked: {why}", passes=passes)
 
 
 NETWORK_CHECKS: tuple[NetworkCheck, ...] = (InputUnchanged(), Determinism(), Rows(), Derivative())
@@ -316,9 +201,9 @@ def _copied(network: nn.Module) -> nn.Module | None:
 def _measured(sample: Sample) -> list[CheckResult]:
     try:
         with torch.no_grad():
-            sample.run(sample.window)
+            sample.run(sample.window)  # kernels may be chosen in the first pass, so no check looks at it
     except Exception as error:  # the network runs inside its inferer only; other errors appear in the prediction
-        text = f"not checked: the network does not run on {tuple(sample.window.shape)} by itself ({_short(error)})"
+        text = f"not checked: the network does not run on {tuple(sample.window.shape)} by itself ({short_text(error)})"
         return [CheckResult(check.name, "not checked", text) for check in NETWORK_CHECKS]
     known: dict[str, CheckResult] = {}
     for check in NETWORK_CHECKS:
@@ -326,30 +211,9 @@ def _measured(sample: Sample) -> list[CheckResult]:
             known[check.name] = check.measure(sample, known)
         except Exception as error:  # a network may fail in ways that only some methods meet; they name them
             known[check.name] = CheckResult(
-                check.name, "not checked", f"not checked: the network fails ({_short(error)})"
+                check.name, "not checked", f"not checked: the network fails ({short_text(error)})"
             )
     return list(known.values())
-
-
-class _Operations(TorchFunctionMode):
-    """Collect the results of all operations on the path from the image; ``lower``: one has a lower precision."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lower = False
-        self.results: list[Tensor] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, Tensor) and out.requires_grad:
-            self.lower |= out.dtype != torch.float64
-            self.results.append(out)
-        return out
-
-
-def _in_float64(sample: Sample) -> Sample:
-    """Return the sample with a copy of the network in float64."""
-    return sample.of(sample.model.in_float64(), torch.float64)
 
 
 def _output_and_gradient(sample: Sample) -> list[Tensor]:
@@ -416,7 +280,3 @@ def _random_states(device: torch.device) -> Iterator[None]:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

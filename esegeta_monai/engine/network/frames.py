@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from esegeta_monai.engine.network.axes import ROWS, Axis, Label, Part, clear_label, put_label, window_label
 from esegeta_monai.engine.network.axis_trace import AxisTrace, tensors_in
 from esegeta_monai.engine.network.hooks import LayerCall, first_tensor_or_none, on_output
+from esegeta_monai.engine.network.model import out_of_memory
+from esegeta_monai.errors import EsegetaError
 
 __all__ = ["Frame", "TracedLayer", "TracedLayers", "assemble", "module_names", "trace_layers"]
 
@@ -286,8 +288,15 @@ def trace_layers(
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # it hides the layers inside
         hooked = {n: m for n, m in network.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
-        with torch.inference_mode(), on_output(hooked, record), trace:
-            run()
+        with on_output(hooked, record), trace:
+            try:
+                with torch.inference_mode():
+                    run()
+            except RuntimeError as error:
+                if isinstance(error, EsegetaError) or out_of_memory(error):
+                    raise
+                with torch.inference_mode(False), torch.no_grad():  # it uses gradients in its forward pass
+                    run()
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for handle in handles:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from esegeta_monai.engine.network.model import is_scripted
 from esegeta_monai.errors import NetworkError, UsageError
-from esegeta_monai.utils.upstream import write_count
+from esegeta_monai.utils.upstream import active_transform, write_count
 
 __all__ = ["Captured", "LayerCall", "capture", "find_layer", "on_output", "replaced"]
 
@@ -136,8 +136,14 @@ def first_tensor(layer: str, output: Any) -> Tensor:
     """Return a layer's output, of any shape, or the first of several outputs.
 
     Raises:
-        NetworkError: it is no tensor.
+        NetworkError: it is no tensor, or one of a transform of ``torch.func``, whose axes are not those of a window.
     """
+    transform = active_transform()
+    if transform is not None:
+        raise NetworkError(
+            f"layer {layer!r} runs inside torch.func.{transform}, where its output cannot be read: choose a layer "
+            "outside it, or a gradient or perturbation method that reads no layer"
+        )
     value = first_tensor_or_none(output)
     if value is None:
         raise NetworkError(f"layer {layer!r} gives {type(value).__name__}, not a tensor: choose one inside it")

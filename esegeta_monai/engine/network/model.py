@@ -15,6 +15,8 @@ from torch.nn.parameter import is_lazy
 
 from esegeta_monai.engine.network.outputs import OutputChoice, batch_first, choose_output, select_output
 from esegeta_monai.errors import EsegetaError, NetworkError
+from esegeta_monai.utils.tensors import copied
+from esegeta_monai.utils.upstream import non_reentrant_checkpoints
 
 __all__ = [
     "Model",
@@ -177,15 +179,14 @@ class Model:
         """
         more: dict[str, Any] = {"slice_axis": slice_axis, "coordinates": coordinates, "condition": condition}
         if self._outside_inference and torch.is_inference_mode_enabled():
-            more["condition"] = _copied(condition)
+            more["condition"] = copied(condition)
             with torch.inference_mode(False), torch.no_grad():
                 return self(x.clone(), **more)
         axis = None if slice_axis is None else slice_axis + 2
         whole, x = x, x if axis is None else x.squeeze(axis)
         given, named = self.args, self.kwargs
         if self.copies_input:  # the network may write into what it gets
-            x, given = x.clone(), tuple(_copied(v) for v in given)
-            named = {k: _copied(v) for k, v in named.items()}
+            x, given, named = x.clone(), copied(given), copied(named)
         parts = list(x.split(list(self.inputs.values()), dim=1)) if self.inputs else [x]
         if self.repeats:
             given = tuple(_repeated(v, len(x)) for v in given)
@@ -199,7 +200,7 @@ class Model:
             kwargs["condition"] = condition if axis is None else condition.squeeze(axis)
         args = given if coordinates is None else (coordinates, *given)
         try:
-            with self.autocast():
+            with self.autocast(), non_reentrant_checkpoints():
                 if self.inferer is None:
                     raw = self.network(first, *args, **kwargs)
                 else:
@@ -236,10 +237,6 @@ class Model:
         if out.dtype in (torch.float16, torch.bfloat16):
             out = out.float()
         return out if axis is None else out.unsqueeze(axis)
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _double(value: Any) -> Any:

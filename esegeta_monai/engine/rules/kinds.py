@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["CUTS", "INERT", "KINDS", "LIKE", "Kind"]
+__all__ = ["CUTS", "DIFFERENTIATES", "INERT", "KINDS", "LIKE", "Kind"]
 
 
 class Kind(enum.Enum):
@@ -42,6 +42,8 @@ INERT = _words(
 )
 #: Operations that read only device, dtype or shape of their second tensor.
 LIKE = _words("to type_as view_as reshape_as expand_as")
+#: Operations that differentiate.
+DIFFERENTIATES = _words("grad backward")
 #: Results that depend on the values but have no derivative. A network may compute them, but not its output from them.
 CUTS = _words(
     """detach data isnan isinf isfinite isreal any all gt ge lt le eq ne not_equal greater greater_equal less

@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from esegeta_monai.engine.rules.curves import join_functions, store_function
 from esegeta_monai.engine.rules.decompositions import decompose
-from esegeta_monai.engine.rules.kinds import CUTS, LIKE, Kind
+from esegeta_monai.engine.rules.kinds import CUTS, DIFFERENTIATES, LIKE, Kind
 from esegeta_monai.engine.rules.operations import (
     Operation,
     Slot,
@@ -36,7 +36,7 @@ from esegeta_monai.engine.rules.operations import (
     where_in_network,
 )
 from esegeta_monai.errors import NetworkError, RuleError
-from esegeta_monai.utils.upstream import is_view, view_base
+from esegeta_monai.utils.upstream import active_transform, is_view, transformed_value, view_base
 
 __all__ = ["OPERATION_RULES", "PARTS", "PLAIN", "Family", "RelevanceLedger", "Rule", "RuleMode", "Rules", "Treatment"]
 __all__ += ["local_gradient"]
@@ -225,6 +225,8 @@ class RuleMode(TorchFunctionMode):
         name, in_place = canonical_name(func)
         if is_inert(name):
             return func(*args, **kwargs)
+        if (transform := active_transform()) is not None:
+            return self._transformed(transform, name, func, args, kwargs)
         if name in LIKE:
             args = (*args[:1], *map_tensors(Tensor.detach, tuple(args[1:])))
             kwargs = {k: v if k in ("input", "self") else map_tensors(Tensor.detach, v) for k, v in kwargs.items()}
@@ -271,6 +273,11 @@ class RuleMode(TorchFunctionMode):
             elif name in ("data", "detach"):
                 setattr(result, _ALIAS, args[0])
             return result
+        if name in DIFFERENTIATES and (operands or barred is not None):
+            raise RuleError(
+                f"operation {name!r}{where_in_network()}: the network differentiates in its forward pass, which no "
+                "rule follows; use a gradient or perturbation method"
+            )
         if barred is not None:
             return self._without_rule(barred, func, args, kwargs, target)
         if not operands:
@@ -293,6 +300,17 @@ class RuleMode(TorchFunctionMode):
             return target if name != "setitem" else None
         self._check_precision(operation, result)
         return self._mark(result, moved)
+
+    def _transformed(
+        self, transform: str, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Compute an operation of constants inside a transform of ``torch.func``, whose results carry no marks."""
+        if any(self._mark_of(transformed_value(tensor)) is not None for tensor in _tensors((args, kwargs))):
+            raise RuleError(
+                f"operation {name!r}{where_in_network()}: it runs inside torch.func.{transform}, where the rule engine "
+                "cannot follow the tensors; use a network without it, or a gradient or perturbation method"
+            )
+        return func(*args, **kwargs)
 
     def _without_rule(
         self,

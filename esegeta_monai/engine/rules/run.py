@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from esegeta_monai.engine.network.hooks import LayerCall, check_rows, first_tensor, on_output, with_first
 from esegeta_monai.engine.rules.mode import RuleMode, Rules
 from esegeta_monai.errors import InputError, MethodError, NetworkError
-from esegeta_monai.utils.upstream import compiled_original
+from esegeta_monai.utils.upstream import compiled_original, without_checkpoints
 
 __all__ = ["Compare", "Forward", "LayerRelevance", "Relevance", "Run", "check_network"]
 
@@ -224,21 +222,18 @@ def _check_agreement(output: Tensor, plain: Tensor) -> None:
 @contextmanager
 def _eager(x: Tensor) -> Iterator[None]:
     """Switch off autocast, compilation, and activation checkpointing, which would recompute outside the mode."""
-
-    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        options = ("use_reentrant", "preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop")
-        return function(*args, **{name: value for name, value in kwargs.items() if name not in options})
-
     uncompiled = torch.compiler.set_stance("force_eager") if hasattr(torch.compiler, "set_stance") else nullcontext()
-    checkpointing_off = mock.patch.object(torch.utils.checkpoint, "checkpoint", call)
-    with torch.autocast(x.device.type, enabled=False), checkpointing_off, uncompiled:
+    with torch.autocast(x.device.type, enabled=False), without_checkpoints(), uncompiled:
         yield
 
 
 @contextmanager
 def _no_saved_tensor_hooks() -> Iterator[None]:
-    """Reject checkpointing through a name imported earlier, which :func:`_eager` cannot switch off."""
-    message = "activation checkpointing hides operations from the rule engine; switch use_checkpoint off"
+    """Reject saved-tensor hooks: of checkpointing that is not torch's, which :func:`_eager` cannot switch off."""
+    message = (
+        "hooks on saved tensors (save_on_cpu, activation checkpointing by another package than torch) hide operations "
+        "from the rule engine; switch them off"
+    )
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks(message):
             yield

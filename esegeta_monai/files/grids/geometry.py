@@ -71,8 +71,9 @@ def check_geometry(scan: Tensor, image: Tensor, to_scan: np.ndarray) -> Geometry
     Noise and nearly symmetric images can make it negative, so a contradiction also needs the contrast
     (u' − u)/(u' + u) of the shares of b's variance that s (u) and Ts (u') leave unexplained (one minus the correlation
     ratio). No change of intensity affects the contrast, so it decides alone for classes and absolute values. Flips of
-    several axes and exchanged axes can only contradict. A shift is the place of the peak of the cross-correlation of
-    gradient magnitudes; it contradicts if the shifted scan fits better by the same contrast.
+    several axes and exchanged axes can only contradict, as can the stretch of an axis to the whole scan, by the
+    contrast. A shift is the place of the peak of the cross-correlation of gradient magnitudes; it contradicts if the
+    shifted scan fits better by the same contrast.
 
     Args:
         scan: (C, *scan) as loaded from its file.
@@ -96,6 +97,7 @@ def check_geometry(scan: Tensor, image: Tensor, to_scan: np.ndarray) -> Geometry
         return _undecided(pair.why)
     undecided = pair.flips()
     pair.shifts()
+    pair.stretches()
     return pair.refused() or undecided or pair.passed()
 
 
@@ -301,6 +303,28 @@ class _Pair:
         if kept.sum() < FEWEST or _contrast(b.ravel()[kept], s.ravel()[kept], s_volume(moved)[0, kept]) >= -DECIDES:
             return
         self.against.append((self._fit(matrix), f"shifted by {voxels:.2g} voxels along axis {worst}", voxels))
+
+    def stretches(self) -> None:
+        """Collect axes along which the image covers more or less of the scan than it claims.
+
+        A resampling without a record keeps the field of view and leaves the claimed voxel size: an image that covers
+        the whole scan claims another extent.
+        """
+        claimed = np.array([[*corner, 1.0] for corner in product(*[(-0.5, n - 0.5) for n in self.network])])
+        ends = (claimed @ self.to_scan.T)[:, :-1]
+        for axis, (low, high, n) in enumerate(zip(ends.min(0), ends.max(0), self.sizes)):
+            factor = n / (high - low)
+            if n < 2 or abs(high - low - n) <= self.voxel[axis]:
+                continue
+            matrix = np.eye(self.axes + 1)
+            matrix[axis, axis], matrix[axis, -1] = factor, -0.5 - factor * low
+            moved = _moved(matrix, self.points)
+            kept = self._covered(self.points) & (moved[axis] > -0.5) & (moved[axis] < n - 0.5)
+            if kept.sum() < FEWEST:
+                continue
+            ts = self.s_volume(moved[:, kept], self.i)[0]
+            if _contrast(self.b[kept], self.s[kept], ts) < -DECIDES:
+                self.against.append((self._fit(matrix), f"stretched by {factor:.2g} along axis {axis}", float(factor)))
 
 
 class _Volume:

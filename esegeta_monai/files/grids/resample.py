@@ -19,6 +19,7 @@ from torch import Tensor
 from esegeta_monai.errors import InputError, MethodError
 from esegeta_monai.files.grids.adjoint import invert_attribution
 from esegeta_monai.files.grids.geometry import REMEDY, Geometry, check_geometry
+from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.files.grids.trace import SizeChangedError, Step, steps
 
 __all__ = ["geometry_of", "has_metadata", "scan_of", "to_network_grid", "to_scan_grid", "unrecorded"]
@@ -51,23 +52,34 @@ def has_metadata(image: Tensor, scan: MetaTensor | None = None) -> bool:
     return scan is not None and _same_grid(size, affine, scan)
 
 
-def geometry_of(image: MetaTensor, scan: MetaTensor, *, additive: bool) -> Geometry:
+def geometry_of(image: MetaTensor, scan: MetaTensor, *, additive: bool, pipeline: Pipeline | None = None) -> Geometry:
     """Check by contents that a preprocessed image, brought back as `to_scan_grid` brings maps back, lies on its scan.
 
     Args:
         image: (C, *spatial) with affine and the trace of the preprocessing.
         scan: (C', *scan) as loaded from its file.
         additive: see `to_scan_grid`.
+        pipeline: the preprocessing, which runs again with a pattern if the contents cannot decide; None: unknown.
     """
     if (text := unrecorded(image, scan)) is not None:
         return Geometry("refused", text)
-    d = image.ndim - 1
-    here, there = (_affine(x, d) for x in (image, scan))
-    to_scan = np.linalg.solve(there, here)
+
+    def to_scan(preprocessed: MetaTensor) -> np.ndarray:
+        return _to_scan(preprocessed, scan, additive=additive)
+
+    result = check_geometry(scan, image, to_scan(image))
+    if result.verdict != "warned" or pipeline is None:
+        return result
+    return pipeline.probe(to_scan) or result
+
+
+def _to_scan(image: MetaTensor, scan: MetaTensor, *, additive: bool) -> np.ndarray:
+    """Return the matrix (d + 1, d + 1) of voxel indices of the image to those of the scan, see `geometry_of`."""
+    here, there = (_affine(x, image.ndim - 1) for x in (image, scan))
     trace = _trace(image) if additive and image.applied_operations else None
     if trace is not None and _inverted(trace[0], trace[1], image, scan):
-        to_scan = trace[2]
-    return check_geometry(scan, image, to_scan)
+        return trace[2]
+    return np.linalg.solve(there, here)
 
 
 def unrecorded(image: MetaTensor, scan: MetaTensor) -> str | None:

@@ -182,6 +182,8 @@ def _eager(record: Mapping[str, Any], size_out: tuple[int, ...], affine: torch.T
 def _crop(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:
     rank = len(size_in)
     starts = [float(start) for start in extra["cropped"][0 : 2 * rank : 2]]
+    ends = extra["cropped"][1 : 2 * rank : 2]
+    _check_size(name, [n - int(a) - int(b) for n, a, b in zip(size_in, starts, ends)], size_out)
     return Step(name, np.asarray(create_translate(rank, starts)), size_in, size_out)
 
 
@@ -197,6 +199,7 @@ def _pad(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: tor
             f"{name} with mode={mode!r} has no known adjoint: use constant, edge, reflect, symmetric or wrap, "
             "or Invertd for a map that is not additive"
         )
+    _check_size(name, [n + sum(border) for n, border in zip(size_in, borders)], size_out)
     shift = np.asarray(create_translate(len(size_in), [-float(border[0]) for border in borders]))
     return Step(name, shift, size_in, size_out, padding)
 
@@ -235,11 +238,19 @@ def _moved(name: str, xform: np.ndarray, size_in: tuple, size_out: tuple) -> Ste
     Raises:
         SizeChangedError: the sizes of input and output do not fit it.
     """
-    expected = tuple(size_in[int(np.abs(xform[:-1, k]).argmax())] for k in range(len(size_in)))
-    if expected != tuple(size_out):
+    _check_size(name, [size_in[int(np.abs(xform[:-1, k]).argmax())] for k in range(len(size_in))], size_out)
+    return Step(name, xform, size_in, size_out)
+
+
+def _check_size(name: str, expected: Sequence[int], size_out: Sequence[int]) -> None:
+    """Check that a step gave as many voxels along each axis as the next one got.
+
+    Raises:
+        SizeChangedError: it did not.
+    """
+    if tuple(expected) != tuple(size_out):
         planned, given = ("x".join(map(str, size)) for size in (expected, size_out))
         raise SizeChangedError(f"{name} gave {planned} voxels, but a transform without a record made {given} of them")
-    return Step(name, xform, size_in, size_out)
 
 
 def _spatial_resample(name: str, extra: Mapping, size_in: tuple, size_out: tuple, affine: torch.Tensor) -> Step:

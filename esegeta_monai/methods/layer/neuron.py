@@ -78,9 +78,9 @@ class NeuronConductance(Method):
             x = x.detach().requires_grad_(True)
             with torch.enable_grad(), capture(objective.model.network, [layer]) as captured:
                 out = batch.forward(x)
-            if layer not in captured or not captured[layer].requires_grad:
-                raise MethodError(f"layer {layer!r} is not on a differentiable path from the image: choose another")
             values = captured[layer]
+            if not values.requires_grad:
+                raise MethodError(f"layer {layer!r} is not on a differentiable path from the image: choose another")
             (gradient,) = batch.gradients(out, [values])
             if gradient is None:
                 raise MethodError(f"the target does not depend on layer {layer!r} by a differentiable path")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from esegeta_monai.explain.record import KINDS, NUMBER
+from esegeta_monai.utils.csv_text import plain_rows
 
 __all__ = ["fitted", "table"]
 
@@ -60,7 +61,7 @@ def table(path: Path, columns: Collection[str], notes: list[str]) -> list[dict[s
         return []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            _, rows = plain_rows(file)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         notes.append(f"{path.name} cannot be read ({type(error).__name__}): run 'evaluate' again.")
         return []

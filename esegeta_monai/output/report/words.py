@@ -15,6 +15,7 @@ from esegeta_monai.methods.completeness import KEPT_BY_BIASES
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM
 from esegeta_monai.output.report.collect import CaseResults, Result
 from esegeta_monai.targets.base import TARGETS
+from esegeta_monai.utils.registry import registered_names_only
 
 __all__ = [
     *("SCORE", "Finding", "Target", "count", "findings", "lead", "levels", "listed", "map_cautions", "map_tags"),
@@ -193,7 +194,8 @@ def _determinant(affine: Sequence[Sequence[float]]) -> float:
 def _meaning(kind: str) -> str:
     """Return the first sentence of a target's documentation."""
     try:
-        doc = inspect.getdoc(TARGETS.get(kind)) or ""
+        with registered_names_only():
+            doc = inspect.getdoc(TARGETS.get(kind)) or ""
     except UsageError:  # of a plug-in that is not installed here
         return ""
     return re.sub(r"[`]+", "", re.split(r"(?<=[.:])\s", " ".join(doc.split("\n\n")[0].split()))[0]).rstrip(":.") + "."
@@ -344,7 +346,8 @@ def references(case: CaseResults) -> list[str]:
 def _registered(result: Result) -> str:
     """Return the reference of a method without a sidecar, from its class."""
     try:
-        return METHODS.get(str(result.record.method or str(result.method).split("-")[0])).reference
+        with registered_names_only():
+            return METHODS.get(str(result.record.method or str(result.method).split("-")[0])).reference
     except UsageError:
         return ""
 

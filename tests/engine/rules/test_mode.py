@@ -47,6 +47,30 @@ def _inference_mode(x):
     return F.relu(x) + x
 
 
+def _saved_on_cpu(x):
+    with torch.autograd.graph.save_on_cpu():
+        return F.gelu(x)
+
+
+def _vmap_under_no_grad(x):
+    with torch.no_grad():
+        y = torch.func.vmap(torch.sigmoid)(x)
+    return F.relu(x) * y
+
+
+def _gradient(x):
+    with torch.enable_grad():
+        y = x if x.requires_grad else x.detach().requires_grad_(True)
+        return torch.autograd.grad(F.softplus(y).sum(), y, create_graph=True)[0]
+
+
+def _backward(x):
+    with torch.enable_grad():
+        y = x.detach().requires_grad_(True)
+        F.softplus(y).sum().backward()
+    return F.relu(x) * y.grad
+
+
 def _out(x):
     y = torch.empty_like(x)
     torch.mul(F.relu(x), 2, out=y)
@@ -73,8 +97,18 @@ REFUSED = {
     "batch statistics": (lambda x: F.batch_norm(F.relu(x), None, None, training=True), RuleError, "training=True"),
     "half inside": (lambda x: F.relu(x).half().double(), NetworkError, "float16"),
     "random": (lambda x: F.relu(x) + torch.randn_like(x), MethodError, "random"),
-    "checkpoint": (lambda x: imported_checkpoint(F.gelu, x, use_reentrant=False), NetworkError, "use_checkpoint"),
-    "reentrant": (lambda x: imported_checkpoint(F.gelu, x, use_reentrant=True), RuleError, "no_grad|cannot see"),
+    "saved on the CPU": (_saved_on_cpu, NetworkError, "save_on_cpu"),
+    "vmap": (lambda x: torch.func.vmap(F.relu)(x), RuleError, r"'relu'.*torch.func.vmap"),
+    "vmap of an index": (
+        lambda x: F.relu(x) + torch.func.vmap(lambda i: x.roll(1, 3) * i)(ONES[0, 0, 0, 0, :2]).sum(0),
+        RuleError,
+        "torch.func.vmap",
+    ),
+    "vmap under no_grad": (_vmap_under_no_grad, RuleError, "torch.func.vmap"),
+    "functional gradient": (lambda x: torch.func.grad(lambda y: F.softplus(y).sum())(x), RuleError, "torch.func.grad"),
+    "gradient inside": (_gradient, RuleError, "'grad'"),
+    "gradient inside, detached": (lambda x: F.relu(x) + _gradient(x).detach(), RuleError, "detach|'grad'"),
+    "backward inside": (_backward, RuleError, "'backward'"),
     "shape in place": (lambda x: F.relu(x).clone().unsqueeze_(0)[0], RuleError, "in-place change of shape"),
 }
 
@@ -240,9 +274,17 @@ def test_activation_checkpointing_is_switched_off():
     checkpointed.load_state_dict(network.state_dict())
     x = torch.randn(1, 1, 64, 64, dtype=torch.float64)
     cotangents = torch.ones(1, 1, 1, 64, 64, dtype=torch.float64)
-    original = torch.utils.checkpoint.checkpoint
+    original = torch.utils.checkpoint.CheckpointFunction
     assert torch.equal(guided(checkpointed, x, cotangents).input, guided(network, x, cotangents).input)
-    assert torch.utils.checkpoint.checkpoint is original
+    assert torch.utils.checkpoint.CheckpointFunction is original
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_by_an_imported_name_are_switched_off(reentrant):
+    def checkpointed(x):
+        return imported_checkpoint(F.gelu, x, use_reentrant=reentrant)
+
+    assert torch.equal(lrp(checkpointed, X, ONES).input, lrp(F.gelu, X, ONES).input)
 
 
 def test_network_is_the_same_after_an_exception():

@@ -21,6 +21,7 @@ from monai.transforms import (
     Orientation,
     Resize,
     ScaleIntensityRange,
+    Spacing,
     SpatialCrop,
     SpatialPad,
     Zoom,
@@ -228,6 +229,7 @@ RECORDED: dict[str, Callable[[MetaTensor], MetaTensor]] = {
     "flip": Flip(1),
     "orientation": Orientation("RAS", labels=None),
     "half": scaled(0.5),
+    "spacing": Spacing((1.5, 1.5, 2.0)),
 }
 
 
@@ -235,13 +237,22 @@ RECORDED: dict[str, Callable[[MetaTensor], MetaTensor]] = {
 @pytest.mark.parametrize("before", RECORDED)
 @pytest.mark.parametrize("after", ["nothing", "flip", "orientation", "half"])
 def test_a_change_of_size_without_a_record_is_refused(before: str, change: str, after: str) -> None:
-    """Before, after and between recorded transforms; after a crop or a resampling the sizes alone show nothing."""
+    """Before, after and between recorded transforms; after a resampling the sizes show nothing, but contents do."""
     scan = phantom(3)
     image = RECORDED[before](scan)
     assert unrecorded(RECORDED[after](image), scan) is None
+    assert geometry_of(RECORDED[after](image), scan, additive=False).verdict == "passed"
     wrong = RECORDED[after](changed(image, RESIZED[change](image.as_tensor())))
-    text = unrecorded(wrong, scan)
-    if before in ("nothing", "flip", "orientation"):
+    text, result = unrecorded(wrong, scan), geometry_of(wrong, scan, additive=False)
+    if before not in ("half", "spacing"):
         assert text is not None
         assert "record" in text
-        assert geometry_of(wrong, scan, additive=False).text == text
+        assert result.text == text
+    elif change == "cropped at the end":  # the voxels that are left lie where they should
+        assert (text, result.verdict) == (None, "passed")
+    else:
+        assert text is None
+        assert result.verdict == "refused" or (before, after) == ("half", "half")  # ten voxels, which cannot decide
+        assert result.verdict != "passed"
+        if result.verdict == "refused" and change in ("resampled", "interpolated"):
+            assert f"stretched by {'2' if change == 'resampled' else '1.7'} along axis" in result.text

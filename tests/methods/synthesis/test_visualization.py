@@ -249,12 +249,12 @@ def test_a_class_that_the_case_does_not_have_can_be_synthesised():
 def test_without_a_case_the_grid_is_one_of_unit_voxels():
     network = small().float()
     method = FeatureVisualization(n_iter=3, intensity=(0, 2))
-    (result,) = Explainer(network)(torch.zeros(1, 1, 8, 8), [method], [MultiClassMask(1)])
+    (result,) = Explainer(network)(torch.rand(1, 1, 8, 8), [method], [MultiClassMask(1)])
     assert result.record["intensity_range"] == [[0, 2]]
     assert isinstance(result.map, MetaTensor)
     assert np.array_equal(result.record["network_affine"], np.eye(len(result.record["network_affine"])))
     with pytest.raises(MethodError, match="constant"):
-        list(Explainer(network)(torch.zeros(1, 1, 8, 8), [FeatureVisualization()], [MultiClassMask(1)]))
+        intensity_range(torch.stack([torch.rand(8, 8), torch.ones(8, 8)]), None)
 
 
 def test_a_warning_where_the_objective_does_not_rise():

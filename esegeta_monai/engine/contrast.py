@@ -1,0 +1,83 @@
+"""The difference of the scores of several classes under one mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from esegeta_monai.engine.score import Score, WeightedScore
+from esegeta_monai.errors import TargetError
+from esegeta_monai.utils.tensors import take, true_positions
+
+__all__ = ["ContrastScore"]
+
+
+class ContrastScore(Score):
+    """``s(P) = s_c(P) − γ · mean_d s_d(P)``: the score of a class minus that of other classes under the same mask.
+
+    It is linear if the scores are. Maps that are linear in the score are therefore differences of maps: the map of c
+    minus γ times the mean of the maps of the classes d.
+
+    Args:
+        score: the score ``s_c``.
+        others: the classes d, by channel.
+        n_classes: number of channels K of the prediction.
+        weight: γ.
+        label: name of the target in files and pictures.
+
+    Raises:
+        TargetError: no other class.
+    """
+
+    additive = True
+
+    def __init__(
+        self, score: WeightedScore, others: Sequence[int], n_classes: int, *, weight: float, label: str
+    ) -> None:
+        if not others:
+            raise TargetError(f"{label}: there is no other class to compare with")
+        self.parts = [score, *(score.altered(n_classes, class_index=d) for d in others)]
+        self.weights = [1.0, *[-weight / len(others)] * len(others)]
+        self.channels = tuple(sorted({c for part in self.parts for c in part.channels}))
+        self._positions = [[self.channels.index(c) for c in part.channels] for part in self.parts]
+        self.box, self.mask, self.voxels = score.box, score.mask, score.voxels
+        self.linear = all(part.linear for part in self.parts)
+        self.label, self.class_index, self.class_name = label, score.class_index, score.class_name
+        self.units = f"difference of {score.units}"
+        self.meaning = (*score.meaning, "contrast", str(weight), *map(str, others))
+
+    def value(self, prediction: Tensor) -> Tensor:
+        lead = prediction.ndim - self.mask.ndim - 1
+        voxels = prediction.flatten(lead + 1) if self.mask.ndim else prediction.unsqueeze(-1)
+        selected = take(voxels, true_positions(self.mask).to(voxels.device)).double()
+        return self.terms(self.contrast(selected)).sum(-1)
+
+    def contrast(self, voxels: Tensor) -> Tensor:
+        """Reduce the channels (..., channels, n) of a linear score to their weighted sum (..., 1, n)."""
+        if not self.linear:
+            return voxels
+        weights = voxels.new_tensor(self._channel_weights())
+        return torch.einsum("c,...cn->...n", weights, voxels).unsqueeze(-2)
+
+    def terms(self, contrast: Tensor) -> Tensor:
+        first = self.parts[0]
+        if self.linear:
+            terms = contrast.double()[..., 0, :] - first.reference * sum(self.weights)
+            return terms / self.voxels if first.reduction == "mean" and self.voxels else terms
+        each = [part.terms(part.contrast(contrast[..., at, :])) for part, at in zip(self.parts, self._positions)]
+        return sum((w * e for w, e in zip(self.weights, each)), torch.zeros_like(each[0]))
+
+    def cotangent(self, prediction: Tensor) -> Tensor:
+        if not self.linear:
+            return super().cotangent(prediction)
+        mask = self.mask.to(prediction.device, prediction.dtype)
+        weights = prediction.new_tensor(self._channel_weights()).reshape(-1, *[1] * mask.ndim)
+        return weights * (mask / self.voxels if self.parts[0].reduction == "mean" and self.voxels else mask)
+
+    def _channel_weights(self) -> list[float]:
+        weights = [0.0] * len(self.channels)
+        for weight, (position,) in zip(self.weights, self._positions):
+            weights[position] += weight
+        return weights

@@ -1,0 +1,206 @@
+"""What the header of an image file states about its data: where they are, how they are stored, and their size."""
+
+from __future__ import annotations
+
+import math
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from esegeta_monai.errors import InputError
+
+__all__ = ["NIBABEL_SUFFIXES", "StatedData", "open_with_nibabel", "stated_data"]
+
+NIBABEL_SUFFIXES = (".nii", ".nii.gz", ".img", ".img.gz", ".hdr", ".hdr.gz", ".mgz", ".mgh")
+LONGEST_HEADER = 1 << 20
+
+_NRRD_BYTES = {
+    **dict.fromkeys(("int8", "uint8", "signed char", "unsigned char", "uchar", "int8_t", "uint8_t"), 1),
+    **dict.fromkeys(("short", "short int", "signed short", "signed short int", "int16", "int16_t"), 2),
+    **dict.fromkeys(("ushort", "unsigned short", "unsigned short int", "uint16", "uint16_t"), 2),
+    **dict.fromkeys(("int", "signed int", "int32", "int32_t", "uint", "unsigned int", "uint32", "uint32_t"), 4),
+    **dict.fromkeys(("longlong", "long long", "long long int", "signed long long", "int64", "int64_t"), 8),
+    **dict.fromkeys(("ulonglong", "unsigned long long", "unsigned long long int", "uint64", "uint64_t"), 8),
+    "float": 4,
+    "double": 8,
+}
+_META_BYTES = {
+    **dict.fromkeys(("MET_CHAR", "MET_UCHAR"), 1),
+    **dict.fromkeys(("MET_SHORT", "MET_USHORT"), 2),
+    **dict.fromkeys(("MET_INT", "MET_UINT", "MET_LONG", "MET_ULONG", "MET_FLOAT"), 4),
+    **dict.fromkeys(("MET_LONG_LONG", "MET_ULONG_LONG", "MET_DOUBLE"), 8),
+}
+
+
+@dataclass(frozen=True)
+class StatedData:
+    """The voxels of an image file, as its header states them.
+
+    Attributes:
+        file: the file with the voxels; another one than the header's for Analyze pairs and detached headers.
+        start: where the stream of voxels begins in ``file``, in bytes; ``raw`` data with −1 are its last bytes.
+        skipped: bytes of the (decompressed) stream before the first voxel.
+        size: bytes of the voxels, decompressed.
+        voxels: number of voxels, all channels together.
+        stored: ``"raw"``, ``"gzip"`` or ``"zlib"``.
+        ends: the format has nothing behind its voxels.
+    """
+
+    file: Path
+    start: int
+    skipped: int
+    size: int
+    voxels: int
+    stored: Literal["raw", "gzip", "zlib"]
+    ends: bool = True
+
+
+def stated_data(path: Path) -> StatedData | None:
+    """Read what the header of a file states about its voxels, without reading any; None for other formats.
+
+    NIfTI, Analyze, MGH, NRRD, MetaImage and NumPy are known.
+
+    Raises:
+        InputError: the header cannot be read, or states an impossible size.
+    """
+    name = path.name.lower()
+    if name.endswith(NIBABEL_SUFFIXES):
+        return _of_nibabel(path)
+    if name.endswith((".nrrd", ".nhdr")):
+        return _of_nrrd(path)
+    if name.endswith((".mha", ".mhd")):
+        return _of_metaimage(path)
+    return _of_numpy(path) if name.endswith(".npy") else _of_archive(path) if name.endswith(".npz") else None
+
+
+def open_with_nibabel(path: Path) -> Any:
+    """Open an image: read its header, leave its voxels on disk.
+
+    Raises:
+        InputError: the file is missing, or its header cannot be read.
+    """
+    import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        return nib.load(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: there is no such file or folder") from error
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{path}: no readable NIfTI file ({why[:200]}); convert or copy it again") from error
+
+
+def _of_nibabel(path: Path) -> StatedData:
+    import nibabel as nib
+
+    image = open_with_nibabel(path)
+    shape = tuple(int(n) for n in image.shape)
+    if not shape or min(shape) < 1:
+        raise InputError(f"{path}: the header states the shape {shape}; convert or copy the file again")
+    stored = image.file_map["image"].filename
+    file = path if stored is None else Path(stored)
+    voxels = math.prod(shape)
+    start = int(image.dataobj.offset)
+    compressed = file.name.lower().endswith((".gz", ".mgz"))
+    size = voxels * image.header.get_data_dtype().itemsize
+    ends = isinstance(image.header, nib.Nifti1Header)  # MGH has tags behind its voxels
+    return StatedData(file, 0, start, size, voxels, "gzip" if compressed else "raw", ends)
+
+
+def _of_nrrd(path: Path) -> StatedData | None:
+    text, end = _text_header(path, re.compile(rb"\r?\n\r?\n"))
+    if not text.startswith("NRRD"):
+        raise InputError(f"{path}: cannot be read as an image (no NRRD file)")
+    fields = {key.strip().lower(): value.strip() for key, value in re.findall(r"^([^:#\n]+):\s(.*)$", text, re.M)}
+    sizes, kind = _whole(fields.get("sizes", "")), _NRRD_BYTES.get(fields.get("type", ""))
+    encoding = fields.get("encoding", "raw").lower()
+    if not sizes or kind is None:
+        return None  # ITK names what is wrong
+    if kind > 1 and "endian" not in fields and encoding not in ("ascii", "text", "txt"):
+        raise InputError(f"{path}: the header does not state the byte order (endian: little or big); add this line")
+    detached = fields.get("data file", fields.get("datafile"))
+    if detached is not None and (detached.startswith("LIST") or " " in detached):
+        return None  # several files: ITK reads one after the other
+    file = path if detached is None else path.parent / detached
+    if encoding not in ("raw", "gzip", "gz") or "line skip" in fields:
+        return None
+    stored: Literal["raw", "gzip"] = "raw" if encoding == "raw" else "gzip"
+    voxels = math.prod(sizes)
+    skip = int(fields.get("byte skip", fields.get("byteskip", "0")))
+    begin = end if detached is None else 0
+    if stored == "raw" and skip == -1:
+        begin, skip = -1, 0
+    return StatedData(file, begin, max(skip, 0), voxels * kind, voxels, stored)
+
+
+def _of_metaimage(path: Path) -> StatedData | None:
+    text, end = _text_header(path, re.compile(rb"ElementDataFile\s*=[^\n]*\n?"))
+    fields = {key: value.strip() for key, value in re.findall(r"^(\w+)\s*=\s*(.*)$", text, re.M)}
+    sizes, kind = _whole(fields.get("DimSize", "")), _META_BYTES.get(fields.get("ElementType", ""))
+    where = fields.get("ElementDataFile", "")
+    binary = fields.get("BinaryData", "True").lower().startswith("t")
+    if not sizes or kind is None or not where or not binary or where.startswith("LIST") or "%" in where:
+        return None  # ITK names what is wrong
+    local = where.upper() == "LOCAL"
+    file = path if local else path.parent / where
+    compressed = fields.get("CompressedData", "False").lower().startswith("t")
+    voxels = math.prod(sizes) * int(fields.get("ElementNumberOfChannels", "1"))
+    begin = int(fields.get("HeaderSize", "0")) if not local else end
+    return StatedData(file, begin, 0, voxels * kind, voxels, "zlib" if compressed else "raw")
+
+
+def _of_numpy(path: Path) -> StatedData:
+    with path.open("rb") as file:
+        try:
+            shape, kind = _numpy_header(file)
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(f"{path}: cannot be read as an image ({error})") from error
+        voxels = math.prod(shape)
+        return StatedData(path, file.tell(), 0, voxels * kind.itemsize, voxels, "raw")
+
+
+def _numpy_header(file: Any) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, kind = read(file)
+    return shape, kind
+
+
+def _of_archive(path: Path) -> StatedData | None:
+    """The members of an archive together; `zipfile` verifies their checksums while they are read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = 0
+            for member in archive.infolist():
+                size += member.file_size
+                with archive.open(member) as file:
+                    shape, kind = _numpy_header(file)
+                if math.prod(shape) * kind.itemsize > member.file_size:
+                    raise InputError(f"{path}: the file is truncated ({member.filename} is cut short); copy it again")
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, zlib.error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+    return StatedData(path, 0, 0, 0, size, "raw", ends=False)
+
+
+def _text_header(path: Path, end: re.Pattern[bytes]) -> tuple[str, int]:
+    """Return the text at the beginning of a file up to the first match of ``end``, and where the match stops."""
+    with path.open("rb") as file:
+        head = file.read(LONGEST_HEADER)
+    found = end.search(head)
+    stop = len(head) if found is None else found.end()
+    return head[:stop].decode("utf-8", "replace").replace("\r\n", "\n"), stop
+
+
+def _whole(text: str) -> list[int]:
+    """Return whole numbers above 0; [] if there are others."""
+    words = text.split()
+    return [int(w) for w in words] if all(w.isdigit() and int(w) > 0 for w in words) else []

@@ -1,0 +1,81 @@
+"""Run the rows of all groups, or of the groups whose numbers are given, and write docs/faults.md.
+
+python -m tests.faults [GROUP ...]
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from itertools import groupby
+from pathlib import Path
+
+from tests.faults.runner import Row, all_rows
+
+DOC = Path(__file__).parents[2] / "docs" / "faults.md"
+HEAD = """# Faults
+
+What happens to inputs, disks and processes, and whether the package does what it must then: name the fault in one line,
+lose nothing else, leave no partial file. `make faults` runs all rows (`python -m tests.faults GROUP ...` some groups)
+and writes this table; the tests of `tests/faults` run the short ones.
+
+| group | rows | held | seconds | commit |
+|---|---|---|---|---|
+"""
+
+
+def main(groups: list[str]) -> int:
+    """Run the rows, print each, and replace the groups' lines in the table."""
+    old = DOC.read_text(encoding="utf-8") if DOC.exists() else ""
+    known = {number: line for line, number in re.findall(r"^(\| (\d+) .*)$", old.split("\n## ")[0], re.M)}
+    rows = [row for row in all_rows() if not groups or row.group.split()[0] in groups]
+    failed = 0
+    for group, members in groupby(rows, key=lambda row: row.group):
+        began, held, total = time.monotonic(), 0, 0
+        for row in members:
+            total += 1
+            held += _run(row)
+        failed += total - held
+        line = f"| {group} | {total} | {held} | {time.monotonic() - began:.0f} | {_commit()} |"
+        known[group.split()[0]] = line
+        print(line, flush=True)
+    lines = [known[number] for number in sorted(known, key=int)]
+    DOC.write_text(HEAD + "\n".join(lines) + "\n" + _explanations(), encoding="utf-8")
+    return int(bool(failed))
+
+
+def _run(row: Row) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            note = row.check(Path(folder))
+        except Exception as error:
+            what = " ".join(str(error).split())[:300] or type(error).__name__
+            print(f"HOLE  {row.group}: {row.name}: {what}", flush=True)
+            if not isinstance(error, AssertionError):
+                traceback.print_exc()
+            return False
+    print(f"held  {row.group}: {row.name}{f': {note}' if note else ''}", flush=True)
+    return True
+
+
+def _explanations() -> str:
+    """The rows that have a reason, by group."""
+    lines = ["", "## Rows with more than one right answer", ""]
+    for group, members in groupby(all_rows(), key=lambda row: row.group):
+        told = [row for row in members if row.why]
+        if told:
+            lines += [f"* Group {group}", *(f"  * {row.name}: {row.why}" for row in told)]
+    return "\n".join(lines) + "\n"
+
+
+def _commit() -> str:
+    words = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
