@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +12,7 @@ from esegeta_monai.output.report.collect import CaseResults, Result, Run
 from esegeta_monai.output.report.embed import Embedded
 from esegeta_monai.output.report.render import read_text, render, short
 from esegeta_monai.output.report.thumbnails import thumbnail
+from esegeta_monai.utils.csv_text import csv_text
 
 __all__ = ["RESULT_COLUMNS", "CohortRow", "cohort_rows", "index_page", "results_csv"]
 
@@ -159,44 +158,24 @@ def results_csv(cases: Sequence[CaseResults]) -> str:
     ``region`` is empty for the whole map. Metrics ``record.…`` are figures of every run, ``region.…`` those of region
     tables; the others come from `evaluate`. A failed result has a row without metric.
     """
-    text = io.StringIO()
-    writer = csv.DictWriter(text, RESULT_COLUMNS, lineterminator="\n", restval="")
-    writer.writeheader()
+    rows: list[dict[str, Any]] = []
     for case in cases:
         for result in case.results:
-            writer.writerows(_result_rows(case, result))
+            rows += _result_rows(case, result)
         for row in case.metrics:
-            names = {key: row.get(key) for key in ("target", "method", "metric", "value", "low", "high", "n")}
-            flags = {key: row.get(key) for key in ("higher_is_better", "beats_controls")}
-            writer.writerow({"case": case.name, **_cells({**names, **flags})})
+            known = {key: row.get(key) for key in RESULT_COLUMNS if key not in ("case", "region", "status")}
+            rows.append({"case": case.name, **known})
         for row in case.regions:
+            place = {"case": case.name, **{key: row[key] for key in ("target", "method", "region")}}
+            place["status"] = "alarm" if row["alarm"] else None
             for name in ("voxels", "volume_mm3", "sum", "abs_sum", "share_of_abs", "mean"):
                 if row.get(name) is not None:
-                    place = {key: row[key] for key in ("target", "method", "region")}
-                    status = "alarm" if row["alarm"] else ""
-                    cells = _cells({**place, "metric": f"region.{name}", "value": row[name], "status": status})
-                    writer.writerow({"case": case.name, **cells})
-    return text.getvalue()
+                    rows.append({**place, "metric": f"region.{name}", "value": row[name]})
+    return csv_text(RESULT_COLUMNS, rows)
 
 
-def _result_rows(case: CaseResults, result: Result) -> Iterator[dict[str, Any]]:
+def _result_rows(case: CaseResults, result: Result) -> list[dict[str, Any]]:
     place = {"case": case.name, "target": result.target, "method": result.method, "status": result.status}
     figures = {name: getattr(result.record, name) for name in OF_RECORD}
     known = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
-    if not known:
-        yield _cells(place)
-    for name, value in known.items():
-        yield _cells({**place, "metric": f"record.{name}", "value": value})
-
-
-def _cells(row: dict[str, Any]) -> dict[str, Any]:
-    """Return cells for a table: nothing for None, ``true`` and ``false``; texts cannot start a formula."""
-    cells: dict[str, Any] = {}
-    for name, value in row.items():
-        if isinstance(value, bool):
-            cells[name] = str(value).lower()
-        elif isinstance(value, str) and value[:1] in ("=", "+", "-", "@"):
-            cells[name] = f"'{value}"
-        else:
-            cells[name] = "" if value is None else value
-    return cells
+    return [{**place, "metric": f"record.{name}", "value": value} for name, value in known.items()] or [place]

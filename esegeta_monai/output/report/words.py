@@ -44,6 +44,7 @@ _KINDS = {
     "ThresholdMask": "voxels above a threshold",
     "LabelMask": "voxels of a given mask",
     "ClassScore": "score of the class",
+    "Contrast": "against other classes",
     "Errors": "wrong voxels",
     "Box": "a box",
     "Voxel": "one voxel",
