@@ -72,7 +72,7 @@ class Attribution:
 
     @property
     def meaning(self) -> Meaning:
-        """What the map tells, in a sentence, and what the ends of its colours stand for."""
+        """The meaning of the map in a sentence, and what the ends of its colours stand for."""
         method = self.method
         kind: dict[str, Any] = {"produces": method.produces, "signed": method.signed, "additive": method.additive}
         return meaning_of(type(method).__name__, **kind)
@@ -105,7 +105,7 @@ class Attribution:
         return self._sketch(convention=convention, window=window).figure
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the map and its record, or the picture, as the suffix of the path says.
+        """Write the map and its record, or the picture, as the suffix of the path states.
 
         A map (``.nii.gz``, ``.nii``, ``.nrrd``, ``.mha``) is written on the grid of the image, with its record beside
         it as JSON. Maps on the grid of a scan are written by `esegeta_monai.output.ResultWriter`. ``.png`` writes the

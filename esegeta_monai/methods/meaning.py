@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - one sentence per line
-"""What a map tells its reader: one sentence for each method, and the two ends of its colour scale in words."""
+"""The meaning of a map: one sentence for each method, and the two ends of its colour scale in words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Meaning", "meaning_of"]
 
 
 class Meaning(NamedTuple):
-    """What a map tells.
+    """The meaning of a map.
 
     Attributes:
         text: one sentence.
@@ -61,7 +61,7 @@ _MEANINGS: dict[str, tuple[str, tuple[str, str]]] = {
     "InternalInfluence": (f"How strongly the score depends on the layer on the way from the baseline to the image. {_COARSE}", SLOPE),
     "KernelShap": ("How much each region adds to the score on average over all combinations of regions, estimated by a regression.", SHARE),
     "LRP": ("How the score is divided among the voxels by passing it back layer by layer.", SHARE),
-    "LayerActivation": ("Where the layer is active; it says nothing about the score, and is the same for every target.", ACTIVE),
+    "LayerActivation": ("Where the layer is active; this is no effect on the score, and is the same for every target.", ACTIVE),
     "LayerActivationGuidedBackprop": ("Edges and textures that excite the layer, whatever the target.", ("darker pattern", "brighter pattern")),
     "LayerCam": (f"Places where the layer's features raise the score; only positive gradients count. {_COARSE}", SUPPORT),
     "LayerGradCam": (f"Places where the layer's features speak for or against the target. {_COARSE}", ("speaks against the target", "speaks for the target")),
@@ -70,13 +70,13 @@ _MEANINGS: dict[str, tuple[str, tuple[str, str]]] = {
     "PatternAttribution": ("How much each voxel's learned signal contributes to the score.", SHARE),
     "PatternNet": ("The signal in the image to which the network responds, not its effect on the score.", ("darker signal", "brighter signal")),
     "Rise": ("The mean score while the place is visible, over random smooth masks.", ("lower score where visible", "higher score where visible")),
-    "Saliency": ("How strongly the score reacts to a small change of each voxel, without direction; it does not say what is there.", STRENGTH),
+    "Saliency": ("How strongly the score reacts to a small change of each voxel, without direction; it does not show what is there.", STRENGTH),
     "ScoreCam": (f"Places where the channels are active that alone give a high score. {_COARSE}", SUPPORT),
     "ShapleyValueSampling": ("How much each region adds to the score on average over random orders of adding regions.", SHARE),
     "SmoothGrad": ("The mean map over noisy copies of the image: it keeps what is stable under noise.", SHARE),
     "SmoothGradSquared": ("The mean square of the map over noisy copies of the image, without direction.", STRENGTH),
     "Sobol": ("The share of the score's variance that a cell causes, alone and with others, without direction.", STRENGTH),
-    "VanillaBackprop": ("How the score reacts to a small increase of each voxel's value; it does not say what is there.", SLOPE),
+    "VanillaBackprop": ("How the score reacts to a small increase of each voxel's value; it does not show what is there.", SLOPE),
     "VarGrad": ("How much the map varies over noisy copies of the image, without direction.", ("the same in all copies", "varies strongly")),
     "XGradCam": (f"Places where the layer's features speak for the target, weighted by their part of the score. {_COARSE}", SUPPORT),
     "XRAI": ("Regions in the order in which they explain the score; all voxels of a region share one value.", SHARE),
@@ -101,14 +101,14 @@ _KINDS = {
     "synthesised image": Meaning(
         "An image made by the method, not an attribution of the scan.", "dark", "bright", False
     ),
-    "activation": Meaning("Where the layer is active; it says nothing about the score.", *ACTIVE, False),
+    "activation": Meaning("Where the layer is active; this is no effect on the score.", *ACTIVE, False),
 }
 
 
 def meaning_of(
     method: str | None, *, produces: str | None = None, signed: bool | None = None, additive: bool | None = None
 ) -> Meaning:
-    """Return what a map tells.
+    """Return the meaning of a map.
 
     Args:
         method: class of the method; for a class that is not ours, the other arguments decide.
@@ -134,4 +134,4 @@ def meaning_of(
         return Meaning(f"How strongly {where} influences the score, without direction.", *STRENGTH)
     if additive:
         return Meaning(f"How much {where} adds to the score.", *SHARE)
-    return Meaning(f"Whether {where} speaks for or against the target.", *SHARE)
+    return Meaning(f"How {where} speaks for or against the target.", *SHARE)

@@ -409,7 +409,9 @@ class ResultWriter:
         path, copies = self._mask_path(attribution, case), self._copies(case)
         if path not in copies:
             plain = MetaTensor(attribution.mask.as_tensor().float(), affine=attribution.mask.affine)
-            copies[path] = to_scan_grid(plain, volume, additive=False, mode="nearest")[0]
+            with warnings.catch_warnings():  # the map's own way to the scan has given the same warnings
+                warnings.simplefilter("ignore")
+                copies[path] = to_scan_grid(plain, volume, additive=False, mode="nearest")[0]
             if self.pictures:
                 save_mask(path, copies[path].numpy(), grid)
         return copies[path]

@@ -21,7 +21,7 @@ class Shown:
 
     @property
     def html(self) -> str:
-        """What a notebook shows: HTML where the value has some, else its text."""
+        """Return what a notebook shows: HTML where the value has some, else its text."""
         as_html = getattr(self.value, "_repr_html_", None)
         return as_html() if as_html is not None else repr(self.value)
 

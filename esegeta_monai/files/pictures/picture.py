@@ -98,7 +98,7 @@ def draw_picture(
         channel_names: names of the scan's channels. The channel with the strongest point is shown and named.
         window: (level, width) of the grey scale in units of the scan; None: 1st to 99th percentile of the channel.
         convention: ``radiological`` (the viewer's right is the patient's left) or ``neurological``.
-        caption: what the map tells, in a sentence.
+        caption: what the map shows, in a sentence.
         ends: what the low and the high end of the colour scale stand for, in words.
 
     Returns:

@@ -98,7 +98,7 @@ def body_of(scan: Sequence[np.ndarray]) -> np.ndarray | None:
 
     Returns:
         None without a scan, and if the border is not dark (a scan cut to the inside of the body, histology), so that
-        nothing tells the patient from the background.
+        patient and background cannot be separated.
     """
     if not scan:
         return None

@@ -72,7 +72,7 @@ def cohort_rows(case: CaseResults, embedded: Embedded, href: str) -> list[Cohort
         places = {case.explained.index(r): i for i, r in enumerate(part.explained)}
         entries = [m for m in embedded.data["maps"] if m["place"] in places]
         cautions = {places[m["place"]]: words.map_cautions(m) for m in entries}
-        found = [f for f in words.findings(part, (), cautions) if f.level in ("bad", "warn")]
+        alarms = [f for f in words.findings(part, (), cautions) if f.level in ("bad", "warn")]
         evaluated = bool(part.metrics or part.regions)
         prediction, probability = _prediction(part, about[target])
         rows.append(
@@ -88,7 +88,7 @@ def cohort_rows(case: CaseResults, embedded: Embedded, href: str) -> list[Cohort
                 part.counts(),
                 evaluated,
                 _evaluation(part) if evaluated else "not evaluated",
-                [*whole, *found],
+                [*whole, *alarms],
             )
         )
     return rows

@@ -28,7 +28,7 @@ LEVELS = ((2047, 4095), (511, 1023), (127, 1023))
 MOST_VOXELS = 30_000_000
 """Largest number of voxels of all volumes before compression, which a browser can hold in memory."""
 METAL = 3071.0
-"""Largest intensity of a CT that is told apart, in Hounsfield units; above, everything is metal."""
+"""Largest intensity of a CT in the page, in Hounsfield units; everything above is metal."""
 RIM = 2
 """Width in voxels of the margin around the shown part."""
 

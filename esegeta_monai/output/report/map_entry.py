@@ -1,4 +1,4 @@
-"""A map for the viewer of a page: its volumes, its colour scale, and what it tells."""
+"""A map for the viewer of a page: its volumes, its colour scale, and its meaning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NIL = 1e-6
 def map_entry(
     result: Result, values: list[np.ndarray], volumes: CaseVolumes, levels: int, add: Callable[[np.ndarray], str]
 ) -> dict[str, Any]:
-    """Return a map for the viewer: its volumes, its scale, its strongest voxel, and what it tells."""
+    """Return a map for the viewer: its volumes, its scale, its strongest voxel, and its meaning."""
     record, mask, body = result.record, volumes.mask_of(result), volumes.body
     signed = record.signed is not False
     together = np.stack(values)

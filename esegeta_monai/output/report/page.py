@@ -129,7 +129,7 @@ def _case_page(
     for entry in data["maps"]:
         entry["name"] = names[entry["target"]]
     cautions = {entry["place"]: words.map_cautions(entry) for entry in data["maps"]}
-    found = words.findings(case, [*case.notes, *embedded.notes], cautions)
+    findings = words.findings(case, [*case.notes, *embedded.notes], cautions)
     size = embedded.bytes + sum(map(len, scripts))
     return render(
         "case.html",
@@ -140,8 +140,8 @@ def _case_page(
         index_href="../index.html",
         lead=words.lead(case, private(run.info)),
         counts=case.counts(),
-        findings=found,
-        levels=words.levels(found),
+        findings=findings,
+        levels=words.levels(findings),
         targets=words.targets(case),
         score_means=words.SCORE,
         orientation=_orientation(embedded, convention),
@@ -173,7 +173,7 @@ def _case_page(
 def _size_text(size: int, library: str | None) -> str:
     """Return the size of a page in words; a page states it in its provenance."""
     text = f"This page has {size / 1e6:.1f} MB"
-    return text + (f", of which NiiVue for the 3D view has {len(library) / 1e6:.1f} MB." if library else ".")
+    return text + (f"; NiiVue for the 3D view takes {len(library) / 1e6:.1f} MB of it." if library else ".")
 
 
 def _details(result: Result, entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -180,7 +180,8 @@ class Steps:
     """The steps in which a map is stored: ``v = knee · sinh(n / levels · asinh(peak / knee))`` for step n.
 
     Below ``knee`` steps are even, above they grow with the value, so that the relative error stays the same from weak
-    voxels to the largest one, of which the end of the colour scale may be a small part.
+    voxels to the largest one, however far it lies beyond
+    the end of the colour scale.
 
     Attributes:
         levels: number of steps on either side of zero.

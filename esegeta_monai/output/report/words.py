@@ -35,7 +35,7 @@ MONAI = "Cardoso et al., MONAI: an open-source framework for deep learning in he
 
 SCORE = (
     "The score F(x) is the number that is explained: the network's output for the target, added up over the target's "
-    "voxels unless the target says otherwise. Scores of different targets are not comparable."
+    "voxels unless the target is defined otherwise. Scores of different targets are not comparable."
 )
 
 _KINDS = {
@@ -202,10 +202,10 @@ def _meaning(kind: str) -> str:
     return re.sub(r"[`]+", "", re.split(r"(?<=[.:])\s", " ".join(doc.split("\n\n")[0].split()))[0]).rstrip(":.") + "."
 
 
-def levels(found: Sequence[Finding]) -> list[tuple[str, str]]:
+def levels(findings: Sequence[Finding]) -> list[tuple[str, str]]:
     """Return the number of problems and of cautions in words, by level."""
     several = {"bad": "problem", "warn": "caution"}
-    counts = {level: sum(f.level == level for f in found) for level in several}
+    counts = {level: sum(f.level == level for f in findings) for level in several}
     return [(level, count(n, several[level])) for level, n in counts.items() if n]
 
 
@@ -225,7 +225,7 @@ def map_cautions(entry: Mapping[str, Any]) -> list[str]:
 
 
 def map_tags(status: str, entry: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the marks of a map in the table: a word each, with its explanation."""
+    """Return the marks of a map in the table: one word for each caution, with its explanation."""
     words = {"zero": "zero everywhere", "incomplete": "incomplete"}
     tags = [{"text": words[status], "title": ""}] if status in words else []
     for text in map_cautions(entry):
@@ -289,7 +289,7 @@ def findings(
         notable.append(
             Finding(
                 "note",
-                "Not evaluated: no metric tells how far these maps can be trusted (run 'esegeta-monai evaluate').",
+                "Not evaluated: no metric shows how far these maps can be trusted (run 'esegeta-monai evaluate').",
             )
         )
     notable += [Finding("note", text) for text in embedded_notes]

@@ -282,8 +282,8 @@ def test_a_photograph_is_drawn_in_colour(tmp_path):
 
 
 def test_what_the_map_tells_is_written(tmp_path, sheets):
-    told = {"caption": "Where the layer is active.", "ends": ("weak", "strong activation")}
-    save_picture(tmp_path / "a.png", black_scan(), peak(4, 5, 6), signed=False, **told, **NAMES)
+    labels = {"caption": "Where the layer is active.", "ends": ("weak", "strong activation")}
+    save_picture(tmp_path / "a.png", black_scan(), peak(4, 5, 6), signed=False, **labels, **NAMES)
     text = words(sheets[0])
     assert "Where the layer is active." in text
     assert "top: strong activation" in text

@@ -516,15 +516,15 @@ def test_the_first_view_is_a_signed_map_at_the_targets_largest_cross_section(bro
 
 
 def test_each_map_says_what_it_tells(seen: Reader, lesion: Path) -> None:
-    told = {}
+    texts = {}
     for method in ("InputXGradient", "GradCam"):
         page = chosen(seen, place_of(seen, lesion, method, "Component-lesion"))
         sentence = page.locator(".tells:visible").inner_text()
-        told[method] = sentence, page.locator("#legend").inner_text()
-    assert "adds to the score" in told["InputXGradient"][0]
-    assert "raises the score" in told["InputXGradient"][1]
-    assert "raises the score" not in told["GradCam"][1]
-    assert "strong support in this layer" in told["GradCam"][1]
+        texts[method] = sentence, page.locator("#legend").inner_text()
+    assert "adds to the score" in texts["InputXGradient"][0]
+    assert "raises the score" in texts["InputXGradient"][1]
+    assert "raises the score" not in texts["GradCam"][1]
+    assert "strong support in this layer" in texts["GradCam"][1]
     cautions = page.locator(".findings.compact:visible").inner_text()
     assert "100 % of the map lies outside the body" in cautions
     assert "one position of the layer covers 13 x 13 x 48 mm" in cautions
