@@ -183,7 +183,7 @@ class Sketch:
         notes = [f"colours end at the {reading.limit_is}"] if reading.value else []
         if ends is not None:
             notes = [f"top: {ends[1]}", f"{'bottom' if signed else 'zero'}: {ends[0]}", *notes]
-        note = "\n".join(textwrap.fill(line, 25) for line in notes)
+        note = "\n".join(textwrap.fill(line, 22) for line in notes)
         axes.text(0, -0.03, note, transform=axes.transAxes, va="top", size=7.5, color=INK)
 
     def stamp(self, message: str) -> None:
