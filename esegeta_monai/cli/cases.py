@@ -22,6 +22,7 @@ from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.log import reason
 from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.files.dicom import DICOM_SUFFIXES
+from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.utils.files import refuse_remote
 from esegeta_monai.utils.names import SCAN_SUFFIXES, one_line
 
@@ -105,7 +106,7 @@ def _cases(text: str, channel_names: Sequence[str], leave_out: Path | None) -> I
 
 
 def _in_folder(root: Path, channel_names: Sequence[str], leave_out: Path | None) -> Iterator[ScanCase]:
-    skipped = None if leave_out is None else leave_out.resolve()
+    skipped = None if leave_out is None else Path(os.path.realpath(leave_out))
     yield from _search(root, root, (), channel_names, skipped)
 
 
@@ -113,14 +114,14 @@ def _search(
     folder: Path, root: Path, above: tuple[Path, ...], channel_names: Sequence[str], skipped: Path | None
 ) -> Iterator[ScanCase]:
     """Give the cases of a folder and its subfolders; ``above`` are the real paths of the folders that led to it."""
-    real = folder.resolve()
+    real = Path(os.path.realpath(folder))
     if real == skipped:
         return
     try:
         if real in above:
             raise OSError(errno.ELOOP, "a link that leads back to a folder above it")
-        with os.scandir(folder) as found:
-            entries = sorted((e.name, _is_folder(e)) for e in found if not e.name.startswith("."))
+        with os.scandir(folder) as listed:
+            entries = sorted((e.name, _is_folder(e)) for e in listed if not e.name.startswith("."))
         if folder != root and _is_series(folder):
             yield ScanCase(storage.case_name(folder, root), (folder,))
             return
@@ -267,6 +268,10 @@ class Preprocessor:
         storage.check_image(image, where, spatial_dims=self.spatial_dims, channels=self.channels)
         storage.check_contents(image, f"{where} after the bundle's preprocessing")
         return case.files[0] if len(case.files) == 1 else scan, image, data
+
+    def pipeline(self, case: ScanCase) -> Pipeline:
+        """Return the preprocessing of a case, which can run again."""
+        return Pipeline(self.transforms, self._entry(case), self.reader.image_key, self.reader.importable)
 
     def _entry(self, case: ScanCase) -> dict[str, Any]:
         files = [str(file) for file in case.files]

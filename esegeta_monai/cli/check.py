@@ -19,6 +19,7 @@ from esegeta_monai.engine.checks.base import CheckResult
 from esegeta_monai.engine.network.state import unwrap
 from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.files.grids.resample import geometry_of, has_metadata
 from esegeta_monai.output.place import NO_METADATA
 
@@ -76,14 +77,21 @@ def run(args: Namespace, *_: object) -> int:
     )
     if args.input is None:
         what = "noise of one window"
-        results = explainer.check(scan_or_noise(reader, None)[None])
+        image = scan_or_noise(reader, None)
+        condition = reader.sample_condition(image.shape[1:])
+        more = {} if condition is None else {"network_kwargs": {"condition": condition[None]}}
+        results = explainer.check(image[None], **more)
     else:
         cases = find_cases([args.input], [name for _, name in sorted(reader.channel_names.items())])
         if len(cases) != 1:
             raise UsageError(f"--input {args.input} contains {len(cases)} scans: give the one to check")
         what = cases[0].name
-        scan, image, data = Preprocessor(reader)(cases[0])
-        results = [*explainer.check(image[None], data=data), _geometry(image, scan)]
+        preprocess = Preprocessor(reader)
+        scan, image, data = preprocess(cases[0])
+        results = [
+            *explainer.check(image[None], **reader.case_arguments(image, data, predict=False)),
+            _geometry(image, scan, preprocess.pipeline(cases[0])),
+        ]
     if args.json:
         print(json.dumps([result.entry() for result in results], indent=2, ensure_ascii=False))
     else:
@@ -92,17 +100,18 @@ def run(args: Namespace, *_: object) -> int:
     return int(any(result.verdict == "refused" for result in results))
 
 
-def _geometry(image: MetaTensor, scan: Path | MetaTensor) -> CheckResult:
+def _geometry(image: MetaTensor, scan: Path | MetaTensor, pipeline: Pipeline) -> CheckResult:
     """Return the check of the geometry for additive maps and others, whichever is worse.
 
     Args:
         image: the preprocessed image (C, *spatial), with its trace.
         scan: the scan (C', *scan), or its file.
+        pipeline: its preprocessing.
     """
     volume = scan if isinstance(scan, MetaTensor) else storage.read_scan(scan)
     if not has_metadata(image, volume):
         return CheckResult("geometry", "warned", NO_METADATA.format("x".join(map(str, image.shape[1:]))))
-    both = [geometry_of(image, volume, additive=additive) for additive in (True, False)]
+    both = [geometry_of(image, volume, additive=additive, pipeline=pipeline) for additive in (True, False)]
     worst = max(both, key=lambda result: ("passed", "warned", "refused").index(result.verdict))
     return CheckResult("geometry", worst.verdict, worst.text, worst.value)
 

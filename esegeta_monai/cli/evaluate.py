@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -16,11 +17,20 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 import esegeta_monai.files as storage
-from esegeta_monai.cli.arguments import add_computing_options, add_head, add_model, add_network, add_share
+from esegeta_monai.cli.arguments import (
+    add_computing_options,
+    add_hard_limit,
+    add_head,
+    add_model,
+    add_network,
+    add_parts,
+    add_share,
+    heartbeat_of,
+    part_id,
+)
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import (
     bundle_targets,
-    check_layers,
     each_case,
     explainer_for,
     open_log,
@@ -32,17 +42,19 @@ from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, UsageError
 from esegeta_monai.explain.evaluation import Evaluator
+from esegeta_monai.explain.layers import check_layers
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import KINDS, Record
 from esegeta_monai.explain.settings import DEFAULT_METHODS
 from esegeta_monai.files.grids.resample import geometry_of, has_metadata, to_network_grid
+from esegeta_monai.files.integrity import checked_map
 from esegeta_monai.files.maps import WITH_MAP
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.evaluation_writer import EvaluationWriter
 from esegeta_monai.output.place import NO_METADATA
 from esegeta_monai.targets.base import TARGETS, Target
-from esegeta_monai.utils.distributed import Processes, process_group
-from esegeta_monai.utils.files import read_json
+from esegeta_monai.utils.distributed import Processes, part_of, process_group
+from esegeta_monai.utils.files import inside, read_json
 from esegeta_monai.utils.registry import Registry, registered_names_only
 
 __all__ = [
@@ -127,6 +139,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_head(parser)
     add_computing_options(parser)
     add_share(parser)
+    add_parts(parser)
+    add_hard_limit(parser)
 
 
 def _label_value(text: str) -> int | str:
@@ -170,10 +184,12 @@ def run(args: Namespace, log: RunLog) -> int:
 
 
 def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWriter:
-    output = Path(args.output)
+    output, part = Path(args.output), part_id(args)
     reader = open_reader(args)
     channel_names = [name for _, name in sorted(reader.channel_names.items())]
     cases = find_cases(args.input, channel_names, leave_out=output)
+    if part is not None:
+        cases = part_of(cases, part, args.num_parts)
     earlier = _Earlier.read(Path(args.maps), cases) if args.maps else None
     methods = METHODS.create_all(",".join(args.methods)) if args.methods else None
     if methods is None:
@@ -205,21 +221,28 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWrite
             image,
             case.name,
             problems=problems,
-            data=data,
             maps=maps,
             region_names=region_names,
             label_value=args.label_value,
             **_beside(args, case, image, data),
+            **reader.case_arguments(image, data),
         )
 
     def failed(case: str, error: Exception) -> None:
         writer.failed(case, str(error))
         logger.debug("traceback", exc_info=error.__cause__)
 
+    heartbeat = heartbeat_of(args)
+    finished = heartbeat.finished()
+    for before in finished.values():
+        writer.restore(before)
+    left = [case for case in cases if case.name not in finished]
     # parameters of records may be names that a method looks up only when it runs
     names_of_records = earlier is not None and not (args.methods and args.target)
     with registered_names_only() if names_of_records else nullcontext():
-        each_case(ranks.share(cases) if args.share == "cases" else cases, evaluate, failed, log)
+        each_case(
+            ranks.share(left) if args.share == "cases" else left, evaluate, failed, log, heartbeat, writer.take_summary
+        )
     writer.join()
     return writer
 
@@ -297,7 +320,7 @@ def _region_names(text: str | None) -> dict[int, str] | None:
 
 @dataclass
 class _Earlier:
-    """The maps in the output folder of ``explain``, by their sidecars."""
+    """The maps in the output folder of ``explain``: sidecars and their records by case, methods and targets."""
 
     folder: Path
     sidecars: dict[str, list[tuple[Path, Record]]]
@@ -316,6 +339,9 @@ class _Earlier:
         wanted = {case.name for case in cases}
         sidecars: dict[str, list[tuple[Path, Record]]] = {}
         for file in sorted(folder.rglob("*.json")):
+            if not inside(file, folder):
+                logger.warning("%s is a link to another folder and is not read", file.name)
+                continue
             content = read_json(file) or {}
             record = Record.from_json(content)
             if record.map and record.case in wanted and record.status in WITH_MAP:
@@ -326,7 +352,7 @@ class _Earlier:
                     raise UsageError(
                         f"{file.name}: maps of several inputs cannot be read from disk: omit --maps to compute them"
                     )
-                sidecars.setdefault(str(record.case), []).append((file.with_name(record.map), record))
+                sidecars.setdefault(str(record.case), []).append((file, record))
         if not sidecars:
             raise UsageError(f"--maps {folder} has no map of {', '.join(sorted(wanted)[:3])}; run 'explain' first")
         records = [record for several in sidecars.values() for _, record in several]
@@ -348,16 +374,17 @@ class _Earlier:
         """Return maps on the network's grid, and the errors of unreadable ones, by the names of target and method."""
         maps: dict[tuple[str, str], Tensor] = {}
         problems: dict[str, str] = {}
-        for path, record in self.sidecars.get(case.name, []):
+        for sidecar, record in self.sidecars.get(case.name, []):
             method = _same(methods, record.method, record.parameters)
             target = _same(targets, record.target, record.target_parameters)
             if method is None or target is None:
                 continue
             key = (names.target(target, str(record.target_name)), names.method(method))
             try:
+                path = checked_map(sidecar, {"map": record.map, "map_sha256": record.map_sha256}, self.folder)
                 values = storage.read_scan(path, spatial_dims=2 if image.ndim == 3 else None)
             except InputError as error:
-                problems[", ".join(key)] = str(error).replace(str(path), path.name)
+                problems[", ".join(key)] = str(error).replace(f"{sidecar.parent}{os.sep}", "")
                 continue
             maps[key] = to_network_grid(values, image, additive=bool(record.additive))
         if not maps and not problems:

@@ -93,9 +93,11 @@ def run_layers(args: Namespace, *_: object) -> int:
         model = Model(network, reader.device, output=args.network_output)
         with torch.inference_mode():
             axis = plan.slice_axis
-            out = model(window[None].to(reader.device), slice_axis=axis)[0].cpu()
+            condition = reader.sample_condition(window.shape[1:])
+            batch = None if condition is None else condition[None].to(reader.device)
+            out = model(window[None].to(reader.device), slice_axis=axis, condition=batch)[0].cpu()
         score = WeightedScore(torch.ones(out.shape[1:], dtype=torch.bool), 0, out.shape[0])
-        objective = Objective(model, window, plan, [score], out)
+        objective = Objective(model, window, plan, [score], out, condition=condition)
         shapes = layer_shapes(objective)
         try:
             default: str | None = default_layer(objective)
@@ -134,8 +136,8 @@ def scan_or_noise(reader: BundleReader, text: str | None) -> Tensor:
     expected = Preprocessor(reader) if reader.has("preprocessing") else None
     channels = expected.channels if expected is not None and expected.channels else 1
     dims = (expected.spatial_dims if expected is not None else None) or 3
-    size = getattr(reader.inferer, "roi_size", None) or getattr(reader, "roi", None)
-    if size is None:
+    size: Any = reader.roi
+    if not size:
         inputs = reader.metadata.inputs.values()
         size = next((i["spatial_shape"] for i in inputs if isinstance(i, dict) and "spatial_shape" in i), None)
     size = [size] * dims if isinstance(size, int) else size

@@ -1,27 +1,35 @@
 """The command line: ``esegeta-monai COMMAND`` or ``python -m esegeta_monai COMMAND``.
 
 Exit codes: 0 all done (including empty targets), 1 some case or method failed, 2 usage error (nothing was computed),
-3 the bundle is not trusted (nothing of it has run), 130 stopped by Ctrl-C. An error is printed in one line,
-``esegeta-monai: error: file or option: cause: remedy``; ``-v`` adds the traceback.
+3 the bundle is not trusted (nothing of it has run), 128 + N stopped by signal N: 130 by Ctrl-C, 143 by SIGTERM, 129 by
+SIGHUP. An error is printed in one line, ``esegeta-monai: error: file or option: cause: remedy``; ``-v`` adds the
+traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from esegeta_monai.cli import check, demo, evaluate, explain, look, overlay, patterns, report, tables
+from esegeta_monai.cli import check, demo, evaluate, explain, look, merge_runs, overlay, patterns, report, tables, watch
 from esegeta_monai.cli.log import RunLog, reason
-from esegeta_monai.errors import EsegetaError, TrustError
+from esegeta_monai.errors import EsegetaError, OutputLost, RankLost, TrustError
 from esegeta_monai.utils.files import INTENDED_USE, refuse_remote
+from esegeta_monai.utils.heartbeat import Heartbeat
 from esegeta_monai.utils.names import one_line
 
 __all__ = ["build_parser", "main"]
 
-DONE, FAILED, USAGE, UNTRUSTED, STOPPED = 0, 1, 2, 3, 130
+DONE, FAILED, USAGE, UNTRUSTED = 0, 1, 2, 3
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+"""Signals that stop a run; the last one does not exist on Windows."""
 
 EXAMPLES = """examples:
   esegeta-monai demo
@@ -39,6 +47,7 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], Callable[..., int]], ...] =
     ("explain", "explain a bundle's predictions on your scans", explain.add_arguments, explain.run),
     ("report", "write an HTML report of the maps", report.add_arguments, report.run),
     ("evaluate", "evaluate the maps of a bundle by metrics", evaluate.add_arguments, evaluate.run),
+    ("merge-runs", "join the parts of a run", merge_runs.add_arguments, merge_runs.run),
     ("demo", "explain a brain segmentation as a demonstration", demo.add_arguments, demo.run),
     (
         "methods",
@@ -93,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``esegeta-monai``; None: those of the process.
 
     Returns:
-        The exit code: 0, 1, 2, 3 or 130.
+        The exit code: 0, 1, 2, 3, or 128 + N for signal N.
 
     >>> main(["overlay"])
     2
@@ -102,16 +111,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:  # --help, --version, a wrong option
         return int(stop.code or 0)
+    limit = getattr(args, "hard_time_limit", None)
+    args.heartbeat = Heartbeat.take()
+    if limit is not None and args.heartbeat.folder is None:
+        return watched(limit, argv)
     try:
         _refuse_remote_paths(args)
-        with RunLog(_level(args)) as log:
+        with _stoppable(), RunLog(_level(args)) as log:
             return args.run(args, log)
+    except (OutputLost, RankLost) as error:
+        _say(str(error), _if(args, error))
+        return FAILED
     except EsegetaError as error:
         _say(str(error), _if(args, error))
         return UNTRUSTED if isinstance(error, TrustError) else USAGE
-    except KeyboardInterrupt:
-        _say("stopped; finished maps are kept, and the same command resumes the run")
-        return STOPPED
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
+        by = "" if number == signal.SIGINT else f" by {number.name}"
+        _say(f"stopped{by}; finished maps are kept, and the same command resumes the run")
+        return 128 + number
     except BrokenPipeError:  # the reader of our output (head, less) has closed the pipe
         sys.stderr.close()
         return DONE
@@ -120,6 +138,54 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{reason(error)}; unexpected error: please report it with the traceback, which -v prints", _if(args, error)
         )
         return FAILED
+
+
+def watched(limit: float, argv: Sequence[str] | None) -> int:
+    """Run a command in a child that `esegeta_monai.cli.watch` watches, and return its exit code.
+
+    A command of its own becomes the watching process, without what it has imported; a call from Python stays.
+
+    Args:
+        limit: seconds for one result.
+        argv: as in `main`.
+    """
+    if os.name == "nt":
+        _say("--hard-time-limit needs process groups, which Windows does not have: use --time-limit")
+        return USAGE
+    if argv is not None:
+        return watch.watch(limit, [sys.executable, "-m", "esegeta_monai", *argv])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, *sys.orig_argv[1:]]
+    os.execv(sys.executable, [sys.executable, "-I", watch.__file__, str(limit), *command])
+
+
+class _Stopped(KeyboardInterrupt):
+    """Raised by a signal that stops the run: what handles Ctrl-C handles the other signals too."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Raise `_Stopped` inside the block when a signal asks to stop; signals that are ignored (``nohup``) stay so."""
+
+    def stop(number: int, _: Any) -> NoReturn:
+        raise _Stopped(signal.Signals(number))
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in STOPPING:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _refuse_remote_paths(args: argparse.Namespace) -> None:

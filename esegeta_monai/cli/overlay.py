@@ -29,6 +29,7 @@ from esegeta_monai.cli.trust import listing
 from esegeta_monai.cli.values import overrides
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.utils.files import atomic
+from esegeta_monai.utils.leftovers import remove_leftovers
 
 __all__ = ["add_arguments", "run", "run_merge"]
 
@@ -203,5 +204,6 @@ def _free(target: Path, name: str = OVERLAY, text: str | None = None) -> Path:
 
 
 def _write(target: Path, text: str) -> None:
+    remove_leftovers(target.parent)
     with atomic(target) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from esegeta_monai.output.report.page import write_report
+from esegeta_monai.output.report.page import Written, write_report
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "run", "tell_altered"]
+
+logger = logging.getLogger("esegeta_monai")
 
 
 DESCRIPTION = """\
@@ -31,7 +34,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, *_: object) -> int:
-    """Write the pages; print the path of the index, and with a single case that of its page."""
+    """Write the pages; print the path of the index, and with a single case that of its page.
+
+    Returns:
+        0: all maps are those that ``explain`` wrote; 1: a map was altered and is not shown.
+    """
     written = write_report(
         Path(args.output),
         convention="neurological" if args.neurological else "radiological",
@@ -41,4 +48,11 @@ def run(args: Namespace, *_: object) -> int:
         if len(written.cases) == 1:
             print(f"{next(iter(written.cases.values()))} is the report of the only case.")
         print(f"Open {written.index} in a browser; no network connection is needed.")
-    return 0
+    return tell_altered(written)
+
+
+def tell_altered(written: Written) -> int:
+    """Log each map that was altered; return the exit code."""
+    for text in written.altered:
+        logger.error("%s", text)
+    return int(bool(written.altered))

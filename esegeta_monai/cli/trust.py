@@ -9,8 +9,10 @@ import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from esegeta_monai.bundle.contents import BundleContents, NnunetContents, Runnable, printable
+from esegeta_monai.bundle.nnunet.files import check_single
 from esegeta_monai.bundle.trust import TRUST_VARIABLE, TrustStore, is_shipped
 from esegeta_monai.errors import TrustError, UsageError
 
@@ -52,6 +54,7 @@ def require_trust(args: Namespace) -> None:
         if args.bundle is not None:
             folders.append(BundleContents(args.bundle, getattr(args, "config", None)))
         if nnunet is not None:
+            check_single(Path(nnunet))
             folders.append(NnunetContents(nnunet, getattr(args, "previous_stage", None)))
         for contents in folders:
             _require(contents, args.trust)

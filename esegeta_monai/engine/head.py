@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esegeta_monai.errors import UsageError
 
-__all__ = ["HEADS", "Head", "HeadKind", "Postprocessing", "Values"]
+__all__ = ["HEADS", "Declared", "Head", "HeadKind", "Postprocessing", "Values"]
 
 HeadKind = Literal["softmax", "sigmoid", "softmax inside", "sigmoid inside", "log-softmax inside", "raw", "unknown"]
 HEADS = tuple(kind for kind in get_args(HeadKind) if kind != "unknown")

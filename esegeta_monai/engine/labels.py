@@ -91,8 +91,8 @@ def label_problem(what: str, labels: Tensor) -> str | None:
         return None
     values = ", ".join(str(v) for v in torch.unique(labels)[:5].tolist())
     return (
-        f"the {what} map has no voxel above 0 on the image (values: {values}): it is empty, has negative values only, or "
-        "marks a place outside the image; give another one, or leave it out"
+        f"the {what} map has no voxel above 0 on the image (values: {values}): it is empty, has negative values only, "
+        "or marks a place outside the image; give another one, or leave it out"
     )
 
 
@@ -110,7 +110,7 @@ def _refuse_other_axes(value: Any, shape: tuple[int, ...]) -> None:
 
 
 def _refuse_outside(size: tuple[int, ...], affine: np.ndarray, shape: tuple[int, ...], reference: np.ndarray) -> None:
-    """Refuse a label map of which no voxel lies on the image; sizes in voxels, affines (d + 1, d + 1) to world (mm)."""
+    """Refuse a label map without a voxel on the image; sizes in voxels, affines (d + 1, d + 1) to world (mm)."""
     ends = np.stack(np.meshgrid(*[(-0.5, n - 0.5) for n in size], indexing="ij"), -1).reshape(-1, len(size))
     onto = np.linalg.inv(reference) @ affine
     corners = ends @ onto[:-1, :-1].T + onto[:-1, -1]
@@ -120,8 +120,8 @@ def _refuse_outside(size: tuple[int, ...], affine: np.ndarray, shape: tuple[int,
     centres = [a[:-1, :-1] @ ((np.array(n) - 1) / 2) + a[:-1, -1] for a, n in ((affine, size), (reference, shape))]
     distance = float(np.linalg.norm(centres[0] - centres[1]))
     raise TargetError(
-        f"the label map lies outside the image (their centres are {distance:.4g} mm apart): give one in the coordinates "
-        "of the scan"
+        f"the label map lies outside the image (their centres are {distance:.4g} mm apart): give one in the "
+        "coordinates of the scan"
     )
 
 

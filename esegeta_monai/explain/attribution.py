@@ -21,6 +21,7 @@ from torch import Tensor
 
 from esegeta_monai.engine.score import Score
 from esegeta_monai.errors import UsageError
+from esegeta_monai.explain.agreement import AgreementMaps
 from esegeta_monai.files.maps import save_map, save_sidecar
 from esegeta_monai.files.pictures.picture import draw_picture
 from esegeta_monai.files.pictures.scale import scale_of
@@ -51,6 +52,7 @@ class Attribution:
         mask: bool MetaTensor (1, *spatial) of the target's voxels on the prediction's grid; None for class scores.
         input: name of the image input, if the network has several.
         error: the exception of a failed method.
+        agreement: the maps of the members of an ensemble and of its mirrored views, if they were asked for.
         image: the explained image (C, *spatial), not a copy; None if there is no map.
     """
 
@@ -63,6 +65,7 @@ class Attribution:
     mask: MetaTensor | None = None
     input: str | None = None
     error: Exception | None = None
+    agreement: AgreementMaps | None = None
     image: MetaTensor | None = None
 
     @property
@@ -336,5 +339,5 @@ def mask_on_image(score: Score | None, image: MetaTensor) -> MetaTensor | None:
     if any(b.stop > n for b, n in zip(score.box, image.shape[1:])) or len(score.box) != image.ndim - 1:
         return None
     mask = torch.zeros((1, *image.shape[1:]), dtype=torch.bool)
-    mask[0][score.box] = score.mask.cpu()
+    mask[0][score.box] = score.shown.cpu()
     return like_image(mask, image)

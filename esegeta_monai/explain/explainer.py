@@ -26,7 +26,7 @@ from esegeta_monai.explain.case import BatchInputs
 from esegeta_monai.explain.costs import Cost, cost_of
 from esegeta_monai.explain.outcomes import BoundTarget, Outcomes
 from esegeta_monai.explain.prediction import Prediction
-from esegeta_monai.explain.run import CaseRun, JudgedCase, Skip
+from esegeta_monai.explain.run import CaseRun, JudgedCase, OnBegin, Skip
 from esegeta_monai.explain.settings import (
     DEFAULT_METHODS,
     Checks,
@@ -84,6 +84,9 @@ class Explainer:
             they show what the output is, and which thresholds and outputs are used. They are not run.
         inputs_as: how several image inputs are passed to the network: ``"dict"`` (by name) or ``"list"`` as its only
             argument; None: the first by position, the others by name.
+        agreement: compute the maps of the members of an ensemble, and of its mirrored views, alone as well: the record
+            has under ``agreement`` how far they agree, and the maps are in `Attribution.agreement`. It takes the
+            passes of the ensemble once more for members and for views, and the memory of one map for each.
 
     Raises:
         UsageError: the network is no module, or a parameter has a wrong value.
@@ -122,6 +125,7 @@ class Explainer:
         head: HeadKind | None = None,
         postprocessing: Any = None,
         inputs_as: InputsAs | None = None,
+        agreement: bool = False,
     ) -> None:
         if not isinstance(network, nn.Module):
             raise UsageError(
@@ -152,6 +156,7 @@ class Explainer:
             postprocessing=Postprocessing.of(postprocessing),
             inputs_as=inputs_as,
             checks=checks_of(checks),
+            agreement=flag("agreement", agreement),
         )
 
     def __call__(
@@ -166,6 +171,7 @@ class Explainer:
         network_kwargs: Mapping[str, Any] | None = None,
         skip: Skip | None = None,
         scores_dir: str | os.PathLike[str] | None = None,
+        on_begin: OnBegin | None = None,
     ) -> Attributions:
         """Explain every case of a batch by every method for every target.
 
@@ -184,6 +190,7 @@ class Explainer:
                 would be computed; if it returns True, the attribution is left out.
             scores_dir: folder in which perturbation methods save their scores while they run, so that an interrupted
                 run can be resumed (`esegeta_monai.engine.perturbation.checkpoint.ScoreCheckpoint`); None: not saved.
+            on_begin: called before methods that share passes run, with their attributions, which have no map yet.
 
         Returns:
             `Attributions`, case by case: a sequence whose elements are computed when they are first read. Its maps are
@@ -200,7 +207,7 @@ class Explainer:
             (['Saliency', 'GradCam'], 'ok')
         """
         options: dict[str, Any] = {"data": data, "prediction": prediction, "skip": skip, "scores_dir": scores_dir}
-        options |= {"network_args": network_args, "network_kwargs": network_kwargs}
+        options |= {"network_args": network_args, "network_kwargs": network_kwargs, "on_begin": on_begin}
         return Attributions(lambda: self.stream(image, methods, targets, **options))
 
     def stream(
@@ -215,6 +222,7 @@ class Explainer:
         network_kwargs: Mapping[str, Any] | None = None,
         skip: Skip | None = None,
         scores_dir: str | os.PathLike[str] | None = None,
+        on_begin: OnBegin | None = None,
     ) -> Iterator[Attribution]:
         """Yield the attributions of `__call__`, with its arguments, without keeping them.
 
@@ -240,7 +248,9 @@ class Explainer:
         for case in inputs.cases(settings.output, settings.postprocessing.keys):
             done: set[tuple[int, int]] = set()
             try:
-                for attribution in CaseRun(settings, case).explained(chosen, wanted, refused, skip, scores_dir):
+                for attribution in CaseRun(settings, case).explained(
+                    chosen, wanted, refused, skip, scores_dir, on_begin
+                ):
                     done.add((id(attribution.method), id(attribution.target)))
                     yield attribution
             except Exception as error:

@@ -77,6 +77,9 @@ class Record:
         checks: results of the checks, see `esegeta_monai.engine.checks.base.CheckResult.entry`.
         map_check: result of the check of the map, with ``checks="maps"``: ``"passed"``, ``"warned"`` (it contradicts an
             independent computation) or ``"none"``.
+        agreement: how far the members of an ensemble and its mirrored views agree, see
+            `esegeta_monai.explain.agreement.summary`; ``of``: what is compared. training_folds: for each fold, whether
+            the case was in its training set.
         noise: standard deviation of F over repeated passes, in units of the target, where equal passes differ.
         head: the meaning of the output, with evidence and certainty, see `esegeta_monai.engine.head.Head`.
             value_units: units of the target, value and baseline_value.
@@ -146,6 +149,8 @@ class Record:
     absorbed_share: float | None = None
     checks: list[dict[str, Any]] | None = None
     map_check: str | None = None
+    agreement: dict[str, Any] | None = None
+    training_folds: dict[str, str] | None = None
     noise: float | None = None
     head: dict[str, Any] | None = None
     value_units: str | None = None

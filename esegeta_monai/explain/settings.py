@@ -87,6 +87,7 @@ class Settings:
         head: what the network's output is, as the user states it; None: it is found out.
         postprocessing: what a bundle does with the network's output.
         inputs_as: how several image inputs are passed: ``"dict"``, ``"list"``, or None: separately.
+        agreement: also compute the maps of the members of an ensemble and of its mirrored views alone.
         inferer_record: name and parameters of the inferer as it was given.
 
     Raises:
@@ -114,6 +115,7 @@ class Settings:
     head: str | None = None
     postprocessing: Postprocessing = field(default_factory=Postprocessing)
     inputs_as: InputsAs | None = None
+    agreement: bool = False
     inferer_record: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

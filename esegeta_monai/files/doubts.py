@@ -1,4 +1,4 @@
-"""Doubts about a scan's geometry: what its header says twice, and differently, or not at all."""
+"""Doubts about a scan's geometry: contradictory or missing header entries."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ logger = logging.getLogger(__name__)
 
 
 def geometry_doubts(scan: Any) -> tuple[str, ...]:
-    """Return sentences on what is uncertain in the geometry of a NIfTI file; () for other formats.
+    """Return sentences on uncertain entries of the geometry of a NIfTI file; () for other formats.
 
     Each is logged once for a file and process, and belongs into the records of the scan's maps.
 
     * sform and qform are both set, and place a corner of the volume more than half a voxel apart;
     * neither is set, so that position and orientation are assumed;
-    * a voxel size is zero or negative;
+    * a voxel size is zero (beside an sform) or negative;
     * the affine contradicts the voxel size, so that MONAI's reader replaces one by the other.
 
     Args:
         scan: path; anything else has no doubts.
 
     Raises:
-        InputError: the header cannot be read, or a voxel size is no finite number.
+        InputError: the header cannot be read, a voxel size is no finite number, or it is zero and there is no sform.
     """
     if not isinstance(scan, (str, os.PathLike)) or not str(scan).lower().endswith(NIBABEL_SUFFIXES):
         return ()
@@ -51,6 +51,8 @@ def _doubts(name: str, *_version: int) -> tuple[str, ...]:
     header = image.header
     if not isinstance(header, nib.Nifti1Header):
         return ()
+    with image.file_map.get("header", image.file_map["image"]).get_prepare_fileobj("rb") as file:
+        header = type(header).from_fileobj(file, check=False)  # as in the file: nibabel replaces voxel sizes of zero
     axes = min(3, int(header["dim"][0]))
     sizes = np.asarray(header["pixdim"], dtype=np.float64)[1 : 1 + axes]
     if not np.isfinite(sizes).all():
@@ -59,8 +61,13 @@ def _doubts(name: str, *_version: int) -> tuple[str, ...]:
         )
     texts: list[str] = []
     codes = int(header["sform_code"]), int(header["qform_code"])
+    if (sizes == 0).any() and codes[0] <= 0:
+        raise InputError(
+            f"{path}: the voxel size in the header is {_numbers(sizes)} and there is no sform: the true size is not "
+            "known; correct the header (pixdim) first"
+        )
     if all(code > 0 for code in codes):
-        apart = _largest_distance(header.get_sform(), header.get_qform(), image.shape[:3])
+        apart = _largest_distance(image.get_sform(), image.get_qform(), image.shape[:3])
         if apart > 0.5 * np.linalg.norm(image.affine[:3, :axes], axis=0).min():
             texts.append(f"sform and qform place voxels up to {apart:.4g} mm apart; maps follow the sform")
     elif not any(code > 0 for code in codes):
@@ -71,8 +78,8 @@ def _doubts(name: str, *_version: int) -> tuple[str, ...]:
     stated = np.array(image.affine, dtype=np.float64)
     if not np.allclose(stated, correct_nifti_header_if_necessary(image).affine, rtol=1e-4, atol=1e-4):
         texts.append(
-            "the affine contradicts the voxel size and MONAI corrects it, so the network sees another geometry; maps keep "
-            "the file's"
+            "the affine contradicts the voxel size and MONAI corrects it, so the network sees another geometry; maps "
+            "keep the file's"
         )
     for text in texts:
         logger.warning("%s: %s", path, text)

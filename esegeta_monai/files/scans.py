@@ -17,7 +17,7 @@ from monai.transforms import EnsureChannelFirst
 from monai.utils import optional_import
 
 from esegeta_monai.errors import InputError
-from esegeta_monai.files.dicom import check_series
+from esegeta_monai.files.dicom import DICOM_SUFFIXES, check_file, check_series
 from esegeta_monai.files.doubts import geometry_doubts
 from esegeta_monai.utils.images import _check_affine, check_image
 from esegeta_monai.utils.stated_size import NIBABEL_SUFFIXES, open_with_nibabel
@@ -189,6 +189,8 @@ def _itk_reader(path: Path) -> ImageReader:
         raise InputError(f'{path}: reading {what} needs ITK: pip install "esegeta-monai[itk]"')
     if path.is_dir():
         check_series(path, itk)
+    elif path.name.lower().endswith(DICOM_SUFFIXES):
+        check_file(path, itk)
     return ITKReader()
 
 

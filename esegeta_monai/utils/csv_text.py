@@ -11,16 +11,16 @@ from typing import Any
 
 __all__ = ["csv_text", "plain_rows"]
 
-FORMULA = re.compile(r"'*[=+\-@\t\r]")
-GUARDED = re.compile(r"'+[=+\-@\t\r]")
+FORMULA = re.compile(r"'*[=+\-@\t\n]")
+GUARDED = re.compile(r"'+[=+\-@\t\n]")
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     r"""Format rows as CSV with a header.
 
-    Spreadsheets run cells that begin with ``=``, ``+``, ``-``, ``@``, a tab or a carriage return. Such texts (names of
+    Spreadsheets run cells that begin with ``=``, ``+``, ``-``, ``@``, a tab or a line break. Such texts (names of
     cases, regions and layers come from outside) get an apostrophe in front, which `plain_rows` removes. Numbers stay
-    numbers.
+    numbers. Carriage returns become line breaks.
 
     >>> csv_text(["case", "value"], [{"case": "=1+1", "value": -0.5}])
     "case,value\n'=1+1,-0.5\n"
@@ -52,7 +52,10 @@ def _cell(value: Any) -> Any:
         return ""
     if isinstance(value, (bool, float)):
         return json.dumps(value)
-    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) and not _is_number(value) else value
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r\n", "\n").replace("\r", "\n")  # `csv` does not quote a carriage return alone
+    return f"'{text}" if FORMULA.match(text) and not _is_number(text) else text
 
 
 def _plain(value: Any) -> Any:

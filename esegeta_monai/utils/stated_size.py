@@ -1,4 +1,4 @@
-"""What the header of an image file states about its data: where they are, how they are stored, and their size."""
+"""Place, encoding and size of an image's voxels, as the header of its file states them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class StatedData:
         size: bytes of the voxels, decompressed.
         voxels: number of voxels, all channels together.
         stored: ``"raw"``, ``"gzip"`` or ``"zlib"``.
-        ends: the format has nothing behind its voxels.
+        ends: the format has nothing after its voxels.
     """
 
     file: Path
@@ -110,7 +110,7 @@ def _of_nibabel(path: Path) -> StatedData:
     start = int(image.dataobj.offset)
     compressed = file.name.lower().endswith((".gz", ".mgz"))
     size = voxels * image.header.get_data_dtype().itemsize
-    ends = isinstance(image.header, nib.Nifti1Header)  # MGH has tags behind its voxels
+    ends = isinstance(image.header, nib.Nifti1Header)  # MGH has tags after its voxels
     return StatedData(file, 0, start, size, voxels, "gzip" if compressed else "raw", ends)
 
 
@@ -119,7 +119,7 @@ def _of_nrrd(path: Path) -> StatedData | None:
     if not text.startswith("NRRD"):
         raise InputError(f"{path}: cannot be read as an image (no NRRD file)")
     fields = {key.strip().lower(): value.strip() for key, value in re.findall(r"^([^:#\n]+):\s(.*)$", text, re.M)}
-    sizes, kind = _whole(fields.get("sizes", "")), _NRRD_BYTES.get(fields.get("type", ""))
+    sizes, kind = _whole(path, fields.get("sizes", "")), _NRRD_BYTES.get(fields.get("type", ""))
     encoding = fields.get("encoding", "raw").lower()
     if not sizes or kind is None:
         return None  # ITK names what is wrong
@@ -143,7 +143,7 @@ def _of_nrrd(path: Path) -> StatedData | None:
 def _of_metaimage(path: Path) -> StatedData | None:
     text, end = _text_header(path, re.compile(rb"ElementDataFile\s*=[^\n]*\n?"))
     fields = {key: value.strip() for key, value in re.findall(r"^(\w+)\s*=\s*(.*)$", text, re.M)}
-    sizes, kind = _whole(fields.get("DimSize", "")), _META_BYTES.get(fields.get("ElementType", ""))
+    sizes, kind = _whole(path, fields.get("DimSize", "")), _META_BYTES.get(fields.get("ElementType", ""))
     where = fields.get("ElementDataFile", "")
     binary = fields.get("BinaryData", "True").lower().startswith("t")
     if not sizes or kind is None or not where or not binary or where.startswith("LIST") or "%" in where:
@@ -160,8 +160,8 @@ def _of_numpy(path: Path) -> StatedData:
     with path.open("rb") as file:
         try:
             shape, kind = _numpy_header(file)
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{path}: cannot be read as an image ({error})") from error
+        except Exception as error:  # NumPy evaluates the header, and passes on what Python's parser raises
+            raise InputError(f"{path}: cannot be read as an image ({' '.join(str(error).split())[:200]})") from error
         voxels = math.prod(shape)
         return StatedData(path, file.tell(), 0, voxels * kind.itemsize, voxels, "raw")
 
@@ -184,10 +184,10 @@ def _of_archive(path: Path) -> StatedData | None:
                     shape, kind = _numpy_header(file)
                 if math.prod(shape) * kind.itemsize > member.file_size:
                     raise InputError(f"{path}: the file is truncated ({member.filename} is cut short); copy it again")
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, zlib.error) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: cannot be read as an image ({error})") from error
+    except InputError:
+        raise
+    except Exception as error:  # as above, and those of `zipfile` and `zlib`
+        raise InputError(f"{path}: cannot be read as an image ({' '.join(str(error).split())[:200]})") from error
     return StatedData(path, 0, 0, 0, size, "raw", ends=False)
 
 
@@ -195,12 +195,18 @@ def _text_header(path: Path, end: re.Pattern[bytes]) -> tuple[str, int]:
     """Return the text at the beginning of a file up to the first match of ``end``, and where the match stops."""
     with path.open("rb") as file:
         head = file.read(LONGEST_HEADER)
-    found = end.search(head)
-    stop = len(head) if found is None else found.end()
+    match = end.search(head)
+    stop = len(head) if match is None else match.end()
     return head[:stop].decode("utf-8", "replace").replace("\r\n", "\n"), stop
 
 
-def _whole(text: str) -> list[int]:
-    """Return whole numbers above 0; [] if there are others."""
+def _whole(path: Path, text: str) -> list[int]:
+    """Return the sizes of the axes; [] if there are none.
+
+    Raises:
+        InputError: one is no whole number above 0.
+    """
     words = text.split()
-    return [int(w) for w in words] if all(w.isdigit() and int(w) > 0 for w in words) else []
+    if not all(w.isdigit() and int(w) > 0 for w in words):
+        raise InputError(f"{path}: the header states the shape {text}; convert or copy the file again")
+    return [int(w) for w in words]

@@ -1,6 +1,6 @@
 """Check that an image file is whole before its voxels are used: size, checksums, and a size that memory can take.
 
-Readers stop at the last voxel, so they never see the checksum behind it: a flipped bit in a ``.nii.gz`` gives other
+Readers stop at the last voxel, so they never see the checksum that follows: a flipped bit in a ``.nii.gz`` gives other
 voxels without an error. Here the compressed stream is read to its end, in blocks, once for each file and process.
 """
 
@@ -106,11 +106,11 @@ def _check(_where: str, name: str, *_version: Any) -> None:
     else:
         behind = _check_stream(path, stated, on_disk)
     if behind > 0 and stated.ends:
-        logger.warning("%s: %d bytes behind the voxels that its header states are not read", path, behind)
+        logger.warning("%s: %d bytes after the voxels that its header states are not read", path, behind)
 
 
 def check_size(path: Path, voxels: int, size: int, on_disk: int) -> None:
-    """Check that an image of so many voxels may be read, before anything is allocated.
+    """Check that an image of this size may be read, before anything is allocated.
 
     The limit is 8 GiB of float32, and 2 GiB for files that state more than 200 times their own size.
     ``ESEGETA_MAX_SCAN_GB`` replaces both.
@@ -142,10 +142,10 @@ def check_size(path: Path, voxels: int, size: int, on_disk: int) -> None:
 
 
 def _check_stream(path: Path, stated: StatedData, on_disk: int) -> int:
-    """Read a compressed stream to its end; return the number of bytes behind the voxels.
+    """Read a compressed stream to its end; return the number of bytes after the voxels.
 
     Raises:
-        InputError: it is truncated or altered, or goes on far behind the voxels.
+        InputError: it is truncated or altered, or goes on far beyond the voxels.
     """
     wanted, total = stated.skipped + stated.size, 0
     most = wanted + max(stated.size, FIRST_ANSWER)
@@ -154,7 +154,7 @@ def _check_stream(path: Path, stated: StatedData, on_disk: int) -> int:
             total += length
             if total > most:
                 raise InputError(
-                    f"{path}: the compressed data go on far behind the {_bytes(stated.size)} of voxels that the header "
+                    f"{path}: the compressed data go on far beyond the {_bytes(stated.size)} of voxels that the header "
                     "states; convert or copy the file again"
                 )
     except EOFError as error:

@@ -32,9 +32,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from esegeta_monai.bundle.trust import TRUST_VARIABLE
 from tests.support.cli import make_bundle, make_scan
 
 TARGET = "MultiClassMask(1)"
+os.environ[TRUST_VARIABLE] = "1"  # as in tests/conftest.py; a row on trust removes it by `before`
 
 
 @dataclass(frozen=True)
@@ -233,9 +235,9 @@ def _own_streams(base: Path) -> None:
         opened = os.open(f"{base}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(opened, number)
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
-    sys.stdin = open(0, closefd=False)
-    sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")
-    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the standard streams stay open
+    sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
 
 
 def command(*argv: object, timeout: float = 120, **more: Any) -> Done:

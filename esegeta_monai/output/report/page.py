@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,13 @@ from esegeta_monai.files.privacy import private
 from esegeta_monai.output.report import words
 from esegeta_monai.output.report.charts import charts
 from esegeta_monai.output.report.cohort import CohortRow, cohort_rows, index_page, results_csv
-from esegeta_monai.output.report.collect import CaseResults, Curve, Result, Run, read_output
+from esegeta_monai.output.report.collect import ALTERED, CaseResults, Curve, Result, Run, read_output
 from esegeta_monai.output.report.embed import BUDGET, Embedded, embed
 from esegeta_monai.output.report.render import VIEWER, read_text, render, short
 from esegeta_monai.output.report.thumbnails import picture_of
 from esegeta_monai.output.report.viewer3d import HOW_TO_INSTALL, find_niivue
-from esegeta_monai.utils.files import atomic
+from esegeta_monai.utils.files import atomic, inside
+from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.names import safe_name
 
 __all__ = ["Written", "report_path", "write_report"]
@@ -35,11 +36,19 @@ LARGEST_PICTURE = 400_000
 
 @dataclass(frozen=True)
 class Written:
-    """Paths of a written report: the index, one page per case by name of the case, and the table of all results."""
+    """A written report.
+
+    Attributes:
+        index: path of the index.
+        table: path of the table of all results.
+        cases: path of the page of each case, by its name.
+        altered: one line for each map that is not the file that ``explain`` wrote, and is not shown.
+    """
 
     index: Path
     cases: dict[str, Path]
     table: Path
+    altered: list[str] = field(default_factory=list)
 
 
 def report_path(output_dir: str | os.PathLike[str], case: str) -> Path:
@@ -83,6 +92,7 @@ def write_report(
     """
     if convention not in ("radiological", "neurological"):
         raise UsageError(f"convention is radiological or neurological, not {convention!r}")
+    remove_leftovers(output_dir)
     library = find_niivue().read_text(encoding="utf-8") if view_3d else None
     run = read_output(Path(output_dir))
     pages: dict[str, Path] = {}
@@ -98,7 +108,8 @@ def write_report(
     index, table = Path(output_dir) / "index.html", Path(output_dir) / "results.csv"
     _write(table, results_csv(run.cases))
     _write(index, index_page(run, rows, table.name))
-    return Written(index, pages, table)
+    altered = [f"{c.name}: {r.reason}" for c in run.cases for r in c.results if r.status == ALTERED]
+    return Written(index, pages, table, altered)
 
 
 def _write(path: Path, content: str) -> None:
@@ -156,8 +167,10 @@ def _case_page(
         charts=charts([*case.curves, *_synthesis_curves(case)]),
         compared=[r for r in case.explained if r.record.blend_deviation is not None],
         checks=_checks(case.results),
+        agreement=_agreement(case.explained),
+        training=_training(case),
         regions=_region_tables(case),
-        problems=[r for r in case.results if r.status in ("failed", "timeout")],
+        problems=[r for r in case.results if r.status in words.PROBLEMS],
         warnings=_warnings(case.results),
         methods_text=words.methods_text(case, private(run.info)),
         references=words.references(case),
@@ -263,7 +276,7 @@ def _synthesised(result: Result, notes: list[str]) -> str | None:
     if not result.synthesised or result.map is None:
         return None
     picture = picture_path(result.map)
-    if picture.is_file() and picture.stat().st_size < LARGEST_PICTURE:
+    if picture.is_file() and inside(picture, result.map.parent) and picture.stat().st_size < LARGEST_PICTURE:
         return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
     try:
         return picture_of(result.map)
@@ -329,10 +342,46 @@ def _synthesis_curves(case: CaseResults) -> list[Curve]:
 
 
 def _checks(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """Return each result of a check once; those that found something come first."""
-    entries = [check for result in results for check in result.record.checks or [] if isinstance(check, dict)]
-    once = {(check.get("check"), check.get("text")): check for check in entries}
+    """Return each result of a check once; with methods if others have another result; findings come first."""
+    of_check: dict[str, set[str]] = {}
+    once: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in results:
+        for check in (check for check in result.record.checks or [] if isinstance(check, dict)):
+            name, text, method = str(check.get("check")), str(check.get("text")), str(result.method)
+            of_check.setdefault(name, set()).add(method)
+            once.setdefault((name, text), {**check, "methods": {}})["methods"][method] = None
+    for (name, _), check in once.items():
+        check["methods"] = "" if len(check["methods"]) == len(of_check[name]) else ", ".join(check["methods"])
     return sorted(once.values(), key=lambda check: check.get("verdict") == "passed")
+
+
+def _agreement(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """Return a row per result and kind (members, views) whose maps were compared."""
+    rows = []
+    for result in results:
+        for kind, single in (("members", "folds"), ("views", "views")):
+            entry = (result.record.agreement or {}).get(kind)
+            if isinstance(entry, dict) and "failed" not in entry:
+                shuffled = entry.get("shuffled")
+                rows.append(
+                    {
+                        "method": result.method,
+                        "target": result.target,
+                        "kind": single,
+                        "values": {k: v for k, v in entry.items() if isinstance(v, (int, float))},
+                        "shuffled": shuffled if isinstance(shuffled, dict) else {},
+                        "map": entry.get("map"),
+                    }
+                )
+    return rows
+
+
+def _training(case: CaseResults) -> str:
+    """State whether the case was in the training set of each fold; empty if that is not known."""
+    folds = words.first(case, lambda r: r.training_folds)
+    if not isinstance(folds, dict) or not folds:
+        return ""
+    return "; ".join(f"{name}: {text}" for name, text in folds.items())
 
 
 def _warnings(results: Iterable[Result]) -> list[tuple[str, str]]:

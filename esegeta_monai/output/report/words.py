@@ -18,8 +18,8 @@ from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.registry import registered_names_only
 
 __all__ = [
-    *("SCORE", "Finding", "Target", "count", "findings", "lead", "levels", "listed", "map_cautions", "map_tags"),
-    *("methods_text", "plain", "plain_names", "references", "targets"),
+    *("PROBLEMS", "SCORE", "Finding", "Target", "count", "findings", "lead", "levels", "listed", "map_cautions"),
+    *("map_tags", "methods_text", "plain", "plain_names", "references", "targets"),
 ]
 
 Level = Literal["good", "note", "warn", "bad"]
@@ -61,8 +61,16 @@ STATUS_WORDS: dict[str, Callable[[int], str]] = {
     "failed": lambda n: f"{n} failed",
     "timeout": lambda n: f"{n} ended by the time limit",
     "skipped": lambda n: f"{n} finished earlier",
+    "altered": lambda n: f"{n} altered",
 }
 """How many results have a status, in words."""
+
+PROBLEMS = {
+    "failed": "failed",
+    "timeout": "was ended by the time limit",
+    "altered": "has a map that is not the one 'explain' wrote",
+}
+"""Statuses of results that have no map to show, or none to trust, in words."""
 
 
 @dataclass(frozen=True)
@@ -250,9 +258,9 @@ def findings(
     notable: list[Finding] = []
     names = plain_names(case.targets)
     for result in case.results:
-        if result.status in ("failed", "timeout"):
+        if result.status in PROBLEMS:
             what = "The case" if result.method is None else f"{result.method} for {names[str(result.target)]}"
-            how = "failed" if result.status == "failed" else "was ended by the time limit"
+            how = PROBLEMS[result.status]
             notable.append(Finding("bad", f"{what} {how}: {result.reason}"))
     for target in dict.fromkeys(r.target for r in case.results if r.status == "empty_target"):
         reason = next(r.reason for r in case.results if r.target == target and r.status == "empty_target")

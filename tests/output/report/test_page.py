@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -353,3 +354,20 @@ def test_numbers_are_short() -> None:
         "-0.5",
         "–",
     ]
+
+
+def test_checks_of_single_maps_name_their_methods() -> None:
+    """Equal results of different methods are one line; a check that all methods share names none."""
+    texts = {"A": [("map", "fits"), ("rows", "mixed")], "B": [("map", "fits"), ("rows", "mixed")],
+             "C": [("map", "differs"), ("rows", "mixed")]}  # fmt: skip
+    results = [
+        SimpleNamespace(
+            method=method,
+            record=SimpleNamespace(
+                checks=[{"check": c, "text": t, "verdict": "warned" if t == "differs" else "passed"} for c, t in checks]
+            ),
+        )
+        for method, checks in texts.items()
+    ]
+    lines = [(check["check"], check["text"], check["methods"]) for check in page._checks(results)]
+    assert lines == [("map", "differs", "C"), ("map", "fits", "A, B"), ("rows", "mixed", "")]
