@@ -18,7 +18,7 @@ from matplotlib.image import imread
 
 from esegeta_monai.files.pictures.picture import INTENDED_USE
 from esegeta_monai.output.report.page import report_path, write_report
-from tests.output.report.finished import evaluated, explained, one_map
+from tests.output.report.finished import evaluated, explained, one_map, sign
 from tests.output.report.viewer import data_of
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
@@ -420,6 +420,7 @@ def lesion(tmp_path_factory: pytest.TempPathFactory) -> Path:
         record |= {"units": "target per voxel", "target": target.split("-")[0], "class": target.split("-")[1], **more}
         record["display"] = {"mask": "a_lesion_mask.nii.gz"}
         (out / f"a/a_{name}_attr.json").write_text(json.dumps(record))
+        sign(out / f"a/a_{name}_attr")
     write_report(out)
     return out
 

@@ -19,7 +19,7 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.files.pictures.picture import INTENDED_USE
 from esegeta_monai.output.report import embed, page, render
 from esegeta_monai.output.report.page import report_path, write_report
-from tests.output.report.finished import GREY, HOSTILE, evaluated, explained, one_map
+from tests.output.report.finished import GREY, HOSTILE, evaluated, explained, one_map, sign
 from tests.output.report.viewer import data_of, scan_of, values_of, volume_of
 from tests.support.cli import make_bundle, make_scan
 
@@ -230,6 +230,7 @@ def test_of_many_channels_the_same_are_shown_of_every_map_and_of_the_scan_under_
     record = json.loads((own / "a_t_Saliency_attr.json").read_text(encoding="utf-8"))
     record |= {"method": "GradCam", "method_name": "GradCam", "map": "a_t_GradCam_attr.nii.gz"}
     (own / "a_t_GradCam_attr.json").write_text(json.dumps(record))
+    sign(own / "a_t_GradCam_attr")
     scan = np.ones((*shape, 12), np.uint8) * np.arange(100, 112, dtype=np.uint8)
     nib.save(nib.Nifti1Image(scan, np.eye(4)), own / "a_scan.nii.gz")
     path = write_report(tmp_path).cases["a"]
