@@ -21,12 +21,12 @@ if (
 from esegeta_monai.utils.files import VERSION
 
 if TYPE_CHECKING:
-    from esegeta_monai.explain.explainer import Attribution, Explainer
+    from esegeta_monai.explain.explainer import Attribution, Attributions, Explainer
 
 __version__ = VERSION
-__all__ = ["Attribution", "Explainer", "__version__"]
+__all__ = ["Attribution", "Attributions", "Explainer", "__version__"]
 
-_LAZY = {"Attribution": "explain.explainer", "Explainer": "explain.explainer"}
+_LAZY = dict.fromkeys(("Attribution", "Attributions", "Explainer"), "explain.explainer")
 _PACKAGES = (
     *("bundle", "engine", "errors", "explain", "files", "handlers", "methods", "metrics", "output", "targets"),
     *("transforms", "utils"),

@@ -23,8 +23,7 @@ from esegeta_monai.cli.arguments import (
 )
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import (
-    DEFAULT_METHODS,
-    default_targets,
+    bundle_targets,
     each_case,
     explainer_for,
     open_log,
@@ -39,6 +38,7 @@ from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.explain.layers import check_layers
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import KINDS, Record
+from esegeta_monai.explain.settings import DEFAULT_METHODS
 from esegeta_monai.files.grids.resample import geometry_of, has_metadata, to_network_grid
 from esegeta_monai.files.integrity import checked_map
 from esegeta_monai.files.maps import WITH_MAP
@@ -94,7 +94,7 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWrite
         methods = earlier.methods if earlier else METHODS.create_all(list(DEFAULT_METHODS))
     targets = TARGETS.create_all(",".join(args.target)) if args.target else None
     if targets is None:
-        targets = earlier.targets if earlier else default_targets(reader)
+        targets = earlier.targets if earlier else bundle_targets(reader)
     check_layers(reader.network, [*methods, *targets])
     region_names = _region_names(args.region_names)
     evaluator = Evaluator(

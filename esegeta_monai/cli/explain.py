@@ -26,20 +26,17 @@ from esegeta_monai.errors import EsegetaError, NetworkError, OutputLost, RankLos
 from esegeta_monai.explain.costs import Cost, duration, table
 from esegeta_monai.explain.explainer import Explainer
 from esegeta_monai.explain.layers import check_layers
-from esegeta_monai.explain.settings import Checks
+from esegeta_monai.explain.settings import DEFAULT_METHODS, Checks, default_targets
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets.base import TARGETS, Target
-from esegeta_monai.targets.classes import PredictedClasses
-from esegeta_monai.targets.regions import OutputValue
 from esegeta_monai.utils.distributed import Processes, part_of, process_group
 from esegeta_monai.utils.heartbeat import Heartbeat
 from esegeta_monai.utils.names import safe_name
 
 __all__ = [
-    "DEFAULT_METHODS",
-    "default_targets",
+    "bundle_targets",
     "each_case",
     "explain_cases",
     "explainer_for",
@@ -48,7 +45,6 @@ __all__ = [
     "run",
 ]
 
-DEFAULT_METHODS = ("Saliency", "GradCam")
 
 logger = logging.getLogger("esegeta_monai")
 
@@ -117,7 +113,7 @@ def explain_cases(
     ranks = ranks or Processes()
     heartbeat = heartbeat or Heartbeat()
     storage.writable_folder(output)
-    chosen = default_targets(reader) if targets is None else targets
+    chosen = bundle_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)
     check_layers(reader.network, [*methods, *chosen])
     explainer = explainer_for(reader, options)
@@ -240,19 +236,18 @@ def _checks(options: Namespace) -> Checks:
     return "maps"
 
 
-def default_targets(reader: BundleReader) -> list[Target]:
-    """Return the default: every predicted class except background, or the first value of a regression.
+def bundle_targets(reader: BundleReader) -> list[Target]:
+    """Return the default targets of a bundle, see `esegeta_monai.explain.settings.default_targets`.
 
     Raises:
         UsageError: the postprocessing, which shows how classes are predicted, cannot be built.
     """
-    if reader.metadata.declared == "regression":
-        return [OutputValue()]
-    try:
-        reader.output_use  # noqa: B018 - raises
-    except NetworkError as error:
-        raise UsageError(f"{error}; or choose targets by --target, which needs no postprocessing") from error
-    return [PredictedClasses()]
+    if reader.metadata.declared != "regression":
+        try:
+            reader.output_use  # noqa: B018 - raises
+        except NetworkError as error:
+            raise UsageError(f"{error}; or choose targets by --target, which needs no postprocessing") from error
+    return default_targets(reader.metadata.declared)
 
 
 def output_use(reader: BundleReader) -> Postprocessing:
@@ -274,7 +269,7 @@ def _tell_costs(
 ) -> int:
     """Print the cost of each method; write nothing."""
     _hide_folders(log, reader, cases)
-    chosen = default_targets(reader) if targets is None else targets
+    chosen = bundle_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)
     check_layers(reader.network, [*methods, *chosen])
     explainer = explainer_for(reader, options)

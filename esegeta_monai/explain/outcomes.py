@@ -6,8 +6,11 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
+import numpy as np
 import torch
+from monai.data import MetaTensor
 from torch import Tensor
 
 from esegeta_monai.engine.resampled import OUTPUT_GRID, OutputMasks, ResampledScore
@@ -71,6 +74,7 @@ class Outcomes:
             known = self._records[key][2]
             return replace(known, warnings=[], more=dict(known.more))
         score, case, names = bound.score, self.case, list(self.settings.channel_names)
+        label = _scalar(case.data.get("label")) if case.data else None
         record = Record(
             method=type(method).__name__,
             method_name=method.name,
@@ -95,6 +99,7 @@ class Outcomes:
             value_units=None if score is None else score.units,
             checks=[check.entry() for check in case.checks] or None,
             versions=versions(),
+            label=label,
         )
         if self.settings.agreement and (kinds := compared(plan)):
             record.agreement = {"of": kinds}
@@ -172,7 +177,14 @@ class Outcomes:
                 mask,
                 name,
                 agreement=maps if alone else None,
+                image=case.image if name is None else self._input_image(name),
             )
+
+    def _input_image(self, name: str) -> MetaTensor:
+        """Return the channels (C, *spatial) of one of several image inputs."""
+        channels = self.case.channels
+        parts = self.case.image.split(list(channels.values()))
+        return cast(MetaTensor, parts[list(channels).index(name)])
 
     @staticmethod
     def _status(method: Method, record: Record, part: Tensor) -> str:
@@ -200,6 +212,15 @@ class Outcomes:
         image_label = bound.score is not None and not bound.score.box
         record.reason = NO_LABEL if image_label else NOTHING_THERE.format(bound.label)
         return Attribution(None, method, bound.target, self.case.index, record.to_json(), bound.label)
+
+
+def _scalar(label: Any) -> int | None:
+    """Return a label of one number; None for a label map, a file, or nothing."""
+    if isinstance(label, (Tensor, np.ndarray)):
+        values = torch.as_tensor(label).flatten()
+        label = values[0].item() if len(values) == 1 else None
+    whole = isinstance(label, (int, float, np.integer)) and not isinstance(label, bool) and label == int(label)
+    return int(label) if whole else None
 
 
 def _not_finite(record: Record) -> str | None:

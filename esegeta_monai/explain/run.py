@@ -283,6 +283,8 @@ class CaseRun:
                     predicted, activation = task.predicted, getattr(b.target, "activation", "auto")
                     entries = predicted_class(predicted.prediction, settings.class_names, predicted.head, activation)
                     record.update(entries)
+                if method.produces in LAYER_MAPS:
+                    record.layer_spacing = self._layer_spacing(objective, outcome.result.note(k).get("layer"))
                 if settings.checks:
                     result = _precision(objective, outcome.result.note(k), record)
                     record.checks = [*(record.checks or []), result.entry()]
@@ -351,6 +353,16 @@ class CaseRun:
             return []
         with evaluating(self.settings.network, self.settings.device):
             return [check.entry() for check in layer_findings(objective)]
+
+    def _layer_spacing(self, objective: Objective, layer: Any) -> list[float] | None:
+        """Return the distance of the positions of a layer per axis, in mm; None if its map was not read."""
+        positions = objective.context.layer_positions.get(layer) if isinstance(layer, str) else None
+        roi = objective.plan.roi
+        if positions is None or len(positions) != len(roi):
+            return None
+        affine = torch.as_tensor(self.case.image.affine).double()
+        spacing = affine[: len(roi), : len(roi)].norm(dim=0).tolist()
+        return [size * n / p for size, n, p in zip(spacing, roi, positions)]
 
     def _noise(self, objective: Objective) -> Tensor | None:
         """Return the standard deviation of F (k,) over repeated passes; None if equal passes agree."""

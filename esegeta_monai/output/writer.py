@@ -23,7 +23,7 @@ from esegeta_monai.errors import EsegetaError, InputError, MethodError, OutputLo
 from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
-from esegeta_monai.files.copies import mask_path, save_grey_copy, save_mask, scan_copy_path
+from esegeta_monai.files.copies import mask_path, save_mask, save_scan_copy, scan_copy_path
 from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.files.grids.resample import (
     _background,
@@ -36,10 +36,12 @@ from esegeta_monai.files.grids.resample import (
 )
 from esegeta_monai.files.maps import WITH_MAP
 from esegeta_monai.files.pictures.picture import display_affine, save_picture
+from esegeta_monai.files.pictures.scale import scale_of
 from esegeta_monai.files.pictures.synthesis import save_curve, save_synthesised
 from esegeta_monai.files.privacy import traceback_text
 from esegeta_monai.files.runs import UNFINISHED
 from esegeta_monai.methods.base import Method
+from esegeta_monai.methods.meaning import meaning_of
 from esegeta_monai.output.agreement import has_agreement, remove_spread, write_spread
 from esegeta_monai.output.place import NO_METADATA, VANISHED, ZERO, PlaceChecks
 from esegeta_monai.targets.base import Target
@@ -66,7 +68,7 @@ class ResultWriter:
         postfix, separate_folder, extension: file layout, see `esegeta_monai.utils.names.map_path`; the extension
             ``"input"`` stands for that of each scan (`esegeta_monai.utils.names.map_suffix`).
         overwrite: compute and write finished maps again.
-        pictures: write a PNG next to every map, and for the report an eight-bit copy of the scan and a mask of each
+        pictures: write a PNG next to every map, and for the report a copy of the scan and a mask of each
             target (`esegeta_monai.files.copies`).
         ranks: the processes that write into this folder; None: this one.
         checks: check by their contents that image and scan lie in the same place
@@ -223,7 +225,7 @@ class ResultWriter:
             storage.check_contents(image, case)
             while True:
                 chosen.clear()
-                for attribution in explainer(
+                for attribution in explainer.stream(
                     image[None], methods, targets, skip=skip, scores_dir=kept, on_begin=begin, **more
                 ):
                     name = self.names.of(attribution)
@@ -362,10 +364,12 @@ class ResultWriter:
             more |= {"status": "zero", "reason": VANISHED}
             logger.warning("%s: %s: %s", case, path.name, VANISHED)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shown: dict[str, float] = {}
+        mask = None if synthesised else self._mask_on_scan(attribution, case, volume, grid)
         if synthesised:  # the display window of an image is its intensity range
             ends = torch.tensor(record.intensity_range)
             shown = {"cal_min": float(ends.min()), "cal_max": float(ends.max())}
+        else:
+            shown = _display_window(values, method.signed, mask)
         storage.save_map(path, values, grid, method=method.name or type(method).__name__, **shown)
         more.update(write_spread(path, attribution, record, volume, grid))
         storage.picture_path(path).unlink(missing_ok=True)  # picture of an earlier map
@@ -383,7 +387,9 @@ class ResultWriter:
         if self.pictures and synthesised:
             more["picture"] = self._draw_synthesised(path, values, attribution, record, case, volume)
         elif self.pictures:
-            mask = self._copy_mask(attribution, case, volume, grid)
+            meaning = meaning_of(
+                record.method, produces=method.produces, signed=method.signed, additive=method.additive
+            )
             more["display"]["mask"] = None if mask is None else self._mask_path(attribution, case).name
             names = record.channel_names or []
             more["picture"] = save_picture(
@@ -398,6 +404,8 @@ class ResultWriter:
                 class_name=record.class_name,
                 units=method.units,
                 channel_names=names if len(names) == len(values) else None,
+                caption=meaning.text,
+                ends=(meaning.low, meaning.high),
             )
         return more
 
@@ -445,23 +453,31 @@ class ResultWriter:
             self._copied = (case, {})
         return self._copied[1]
 
-    def _copy_mask(self, attribution: Attribution, case: str, volume: MetaTensor, grid: storage.Grid) -> Tensor | None:
-        """Return the target's voxels (1, *scan), written once next to the maps; None for a class score."""
+    def _mask_on_scan(
+        self, attribution: Attribution, case: str, volume: MetaTensor, grid: storage.Grid
+    ) -> Tensor | None:
+        """Return the target's voxels (1, *scan), with pictures written once next to the maps; None for a class score.
+
+        If nothing connects image and scan, the map is on the image's grid, as is its mask.
+        """
         if attribution.mask is None:
             return None
         path, copies = self._mask_path(attribution, case), self._copies(case)
         if path not in copies:
             plain = MetaTensor(attribution.mask.as_tensor().float(), affine=attribution.mask.affine)
-            copies[path] = to_scan_grid(plain, volume, additive=False, mode="nearest")[0]
-            save_mask(path, copies[path].numpy(), grid)
+            with warnings.catch_warnings():  # the map's own way to the scan has given the same warnings
+                warnings.simplefilter("ignore")
+                copies[path] = to_scan_grid(plain, volume, additive=False, mode="nearest")[0]
+            if self.pictures:
+                save_mask(path, copies[path].numpy(), grid)
         return copies[path]
 
     def _copy_scan(self, case: str, image: MetaTensor, scan: Any) -> None:
-        """Write the eight-bit copy of the scan, once per case."""
+        """Write the copy of the scan, once per case."""
         path, copies = scan_copy_path(self.output_dir, case, **self._folders), self._copies(case)
         if path not in copies:
-            grey = _background(image, self._scan(scan), image).as_tensor()
-            save_grey_copy(path, grey.numpy(), storage.Grid.of(scan))
+            values = _background(image, self._scan(scan), image).as_tensor()
+            save_scan_copy(path, values.numpy(), storage.Grid.of(scan))
             copies[path] = torch.empty(0)
 
     def _clash(self, path: Path, attribution: Attribution, case: str) -> str | None:
@@ -487,3 +503,10 @@ class ResultWriter:
         if name not in self._hashes:
             self._hashes[name] = storage.sha256_file(scan)
         return self._hashes[name]
+
+
+def _display_window(values: Tensor, signed: bool, mask: Tensor | None) -> dict[str, float]:
+    """Return the display window of a map file (C, *scan): the colour scale of its picture."""
+    inside = None if mask is None else mask.reshape(mask.shape[-(values.ndim - 1) :]).numpy() > 0.5
+    limit = scale_of(values.detach().float().numpy(), signed, inside).limit
+    return {"cal_min": -limit if signed else 0.0, "cal_max": limit}

@@ -76,7 +76,7 @@ def test_an_unreadable_table_is_reported(out: Path, file: str, content: bytes, t
 def test_regions_from_json_that_is_none(out: Path, content: str) -> None:
     (out / REGIONS).unlink()
     (out / REGIONS).with_suffix(".json").write_text(content)
-    assert "Before you read the maps" in report_text(out)
+    assert "Before you trust the maps" in report_text(out)
 
 
 @pytest.mark.parametrize(
