@@ -152,7 +152,7 @@ def _embed(
         entry = map_entry(result, values, volumes, levels[0], add)
         maps.append({"place": place, "mask": mask, "channels": names, **entry})
     mark_nil(maps)
-    channels = max((entry["channels"] for entry in maps), key=len, default=[])
+    channels: list[str] = max((entry["channels"] for entry in maps), key=len, default=[])
     start = next((entry["start"] for entry in maps), [n // 2 for n in view.shown])
     box = _box([*(values != 0 for values in arrays.values() if values.dtype != np.uint16), *_seen(volumes)], view)
     corner = [b.start for b in box]
