@@ -16,7 +16,7 @@ copyright = author
 release = version = VERSION
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "site_pages"]
-exclude_patterns = ["_build", "_ext", "examples", "notebooks"]
+exclude_patterns = ["_build", "_ext", "examples", "notebooks"]  # notebooks: see tests/docs/test_notebooks.py
 suppress_warnings = ["myst.strikethrough"]
 
 # Pages are plain Markdown that also reads well in the repository.

@@ -56,7 +56,7 @@ def command_line() -> str:
         "# Command line\n",
         "Generated from `--help`. [cli.md](../cli.md) explains inputs, options and exit codes.\n",
     ]
-    for name in (None, *(command[0] for command in COMMANDS)):
+    for name in (None, *(command.name for command in COMMANDS)):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             main([*([name] if name else []), "--help"])

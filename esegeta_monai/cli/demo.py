@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,10 @@ from numpy.typing import NDArray
 
 import esegeta_monai
 from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.cli.arguments import add_run_options
 from esegeta_monai.cli.cases import ScanCase
 from esegeta_monai.cli.explain import explain_cases
 from esegeta_monai.cli.log import RunLog
-from esegeta_monai.cli.trust import add_trust, require_trust
+from esegeta_monai.cli.trust import require_trust
 from esegeta_monai.cli.values import choose_device
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS
@@ -34,7 +33,7 @@ from esegeta_monai.output.report.page import write_report
 from esegeta_monai.targets.classes import ClassScore
 from esegeta_monai.utils.files import INTENDED_USE, writable_folder
 
-__all__ = ["DEMO_METHODS", "NETWORKS", "add_arguments", "find_bundle", "make_head", "run"]
+__all__ = ["DEMO_METHODS", "NETWORKS", "find_bundle", "make_head", "run"]
 
 BUNDLE = Path("bundles") / "brain_lesion_classification"
 CASE = "head"
@@ -53,23 +52,6 @@ DEMO_METHODS = (
     "GradCam",
     "Occlusion(window=8)",
 )
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``demo``."""
-    parser.add_argument("--output", default="demo_output", metavar="DIR", help="output folder (default: %(default)s)")
-    parser.add_argument(
-        "--bundle",
-        metavar="DIR",
-        help="folder of a bundle brain_lesion_classification (default: the one of this package)",
-    )
-    parser.add_argument(
-        "--methods", action="append", metavar="LIST", help="methods to run instead of those of the demo"
-    )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda if available)")
-    add_trust(parser)
-    add_run_options(parser)
-    parser.set_defaults(config=None, override=None, network_output=None, head=None, share="cases")
 
 
 def run(args: Namespace, log: RunLog) -> int:

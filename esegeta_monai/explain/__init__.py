@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from esegeta_monai.explain.attribution import Attribution
+from esegeta_monai.explain.augmentation import freeze_augmentation
 from esegeta_monai.explain.ensemble import EnsembleInferer
 from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.explain.explainer import Explainer
 
-__all__ = ["Attribution", "EnsembleInferer", "Evaluator", "Explainer"]
+__all__ = ["Attribution", "EnsembleInferer", "Evaluator", "Explainer", "freeze_augmentation"]

@@ -363,7 +363,7 @@ class _Case:
         if len(score.box) != len(shape) or any(b.stop > n for b, n in zip(score.box, shape)):
             return None
         mask = torch.zeros(shape, dtype=torch.bool)
-        mask[score.box] = score.mask.cpu()
+        mask[score.box] = score.shown.cpu()
         return mask
 
     def _score(self, k: int) -> Score:

@@ -69,6 +69,7 @@ class ExplanationHandler(CaseHandler):
         name: name of the logger; None: ``engine.logger``.
         head: the meaning of the network's output, see `esegeta_monai.Explainer`; None: determined from the network and
             the engine's postprocessing.
+        agreement: also write where the networks of an ensemble agree, see `esegeta_monai.Explainer`.
 
     A failed method or case is recorded in ``run.json`` and logged; files that can no longer be written (a full disk,
     say) are logged. The evaluation continues in both cases.
@@ -113,6 +114,7 @@ class ExplanationHandler(CaseHandler):
         checks: Checks = True,
         name: str | None = None,
         head: HeadKind | None = None,
+        agreement: bool = False,
     ) -> None:
         super().__init__(
             methods,
@@ -135,6 +137,7 @@ class ExplanationHandler(CaseHandler):
             volume_device=volume_device,
             progress=flag("progress", progress),
             head=head,
+            agreement=flag("agreement", agreement),
         )
         for what, given in (("methods", self.methods), ("targets", self.targets)):
             if given == []:

@@ -5,6 +5,7 @@ python -m tests.faults [GROUP ...]
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def _write(number: str, line: str) -> None:
 
 
 def _run(row: Row) -> bool:
+    os.environ["FAULTS_FULL"] = "1"  # kills and writers in full number
     with tempfile.TemporaryDirectory() as folder:
         try:
             note = row.check(Path(folder))
