@@ -130,7 +130,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _meant(text: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(text, known, n=2)
+    near = difflib.get_close_matches(text, known, n=2, cutoff=0.7)
     return f": did you mean {' or '.join(near)}?" if near else ""
 
 
