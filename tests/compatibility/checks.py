@@ -371,6 +371,31 @@ def contrast_of_excitation(sight: Sight, ask: Ask) -> Figure:
     return Figure(deviation(answer.map, truth), EXACT)
 
 
+# -- what is true: perturbations -------------------------------------------------------------------------------------
+
+
+def quarters(sight: Sight) -> Tensor:
+    """Number the quarters of the image by its last two axes, 1 to 4, (*spatial)."""
+    labels = torch.ones(sight.image.shape[1:], dtype=torch.long)
+    labels[..., labels.shape[-1] // 2 :] += 1
+    labels[..., labels.shape[-2] // 2 :, :] += 2
+    return labels
+
+
+def donors(sight: Sight) -> list[Tensor]:
+    return [sight.x0, sight.image.flip(-1)]
+
+
+def exchanged_regions(sight: Sight) -> Tensor:
+    """F(x) − mean over donors of F(x with the region of the donor), at the voxels of the region."""
+    labels, result = quarters(sight), torch.zeros_like(sight.image[:1])
+    for region in range(1, 5):
+        inside = labels == region
+        values = [sight.value(torch.where(inside, d, sight.image)) for d in donors(sight)]
+        result[:, inside] = sight.value(sight.image) - sum(values) / len(values)
+    return result
+
+
 # -- what is true: class activation maps and layers -----------------------------------------------------------------
 
 
@@ -597,6 +622,7 @@ def _sources(part: Any, seen: set[int]) -> list[str]:
 
 
 GRADIENT, CAMS, LAYERS, NEURONS = "Gradient and relevance", "Class activation maps", "Layers", "Neurons"
+PERTURBATION = "Perturbation"
 _PATH = {"baseline": x0, "n_steps": 2, "method": "riemann_middle"}
 _BISECTED = {"n_steps": 16, "tolerance": INTEGRATED}
 _AT = {"layer": lambda s: s.layer}
@@ -657,6 +683,13 @@ ROWS: list[Row] = [
     Row(GRADIENT, "PatternNet", by_patterns("signal"), "J", _CASES),
     Row(GRADIENT, "PatternAttribution", by_patterns("attribution"), "J", _CASES),
     Row(GRADIENT, "XRAI", equals(ranked_regions), "N", {"n_segments": _SIZES, "n_steps": 2}),
+    Row(
+        PERTURBATION,
+        "RegionTest",
+        equals(exchanged_regions),
+        "N",
+        {"cases": donors, "feature_mask": quarters, "seam_control": False},
+    ),
     Row(CAMS, "Cam", class_weights, "C"),
     Row(CAMS, "GradCam", equals(grad_cam), "N", _RELU_OFF),
     Row(CAMS, "GradCamPlusPlus", equals(grad_cam_plus_plus), "N", _RELU_OFF),
