@@ -49,6 +49,7 @@ from esegeta_monai.methods.perturbation.region_test import RegionTest
 from esegeta_monai.methods.perturbation.rise import Rise
 from esegeta_monai.methods.perturbation.sensitivity import Hsic, Sobol
 from esegeta_monai.methods.perturbation.shapley import ChannelShapley, KernelShap, ShapleyValueSampling
+from esegeta_monai.methods.relevance.concepts import ConceptRelevance
 from esegeta_monai.methods.relevance.contrastive import ContrastiveExcitationBackprop, ContrastiveLRP
 from esegeta_monai.methods.relevance.deeplift import DeepLift, DeepLiftShap, LayerDeepLift, LayerDeepLiftShap
 from esegeta_monai.methods.relevance.fullgrad import FullGrad
@@ -71,6 +72,7 @@ __all__ = [
     "ChannelGradients",
     "ChannelShapley",
     "ClassImage",
+    "ConceptRelevance",
     "ContrastiveExcitationBackprop",
     "ContrastiveLRP",
     "Deconvolution",

@@ -528,6 +528,35 @@ def tail_relevance(sight: Sight) -> Tensor:
     return sight.s.scatter(sight.s.as_map(torch.cat(found)).sum(1, keepdim=True))
 
 
+def first_half(sight: Sight) -> list[int]:
+    """The first half of the channels of the layer."""
+    return list(range(max(1, sight.at_image[0].shape[1] // 2)))
+
+
+def through_channels(sight: Sight) -> Tensor:
+    """Relevance of the network up to the layer alone, for the multiplier that arrives at the first half of the layer's
+    channels in the whole network."""
+    name, total = sight.layer, torch.zeros_like(sight.image)
+    layer = sight.network.get_submodule(name)
+
+    def to_layer(x: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        handle = layer.register_forward_hook(lambda m, i, o: kept.append(o) or o.clone())
+        sight.network(x)
+        handle.remove()
+        return kept[0]
+
+    windows, cotangents = sight.window_cotangents()
+    for x, c, place in zip(windows, cotangents, sight.s.objective.plan.slices):
+        arriving = lrp(sight.case_output, x[None], c[None, None], layers={name: layer}).layers[name].gradient
+        masked = torch.zeros_like(arriving)
+        axis = masked.ndim - 1 if masked.ndim == 4 else 2  # tokens (k, n, T, C)
+        chosen = torch.tensor(first_half(sight))
+        masked.index_copy_(axis, chosen, arriving.index_select(axis, chosen))
+        total[(slice(None), *place)] += lrp(to_layer, x[None], masked).input[0, 0]
+    return total
+
+
 def layer_guided(sight: Sight) -> Tensor:
     """Guided backpropagation of ``Σ ĝ |A|``, through the inferer, on autograd's graph."""
     module = sight.network.get_submodule(sight.layer)
@@ -675,6 +704,7 @@ ROWS: list[Row] = [
     Row(GRADIENT, "DeepLift", complete(baseline=x0), "C"),
     Row(GRADIENT, "DeepLiftShap", complete(change=mean_change, baseline=two_references), "C"),
     *(_lrp(composite) for composite in COMPOSITES),
+    Row(GRADIENT, "ConceptRelevance", equals(through_channels), "R", {**_AT, "channels": first_half}),
     Row(GRADIENT, "ExcitationBackprop", conserves(prior, positive=True), "R"),
     Row(GRADIENT, "ContrastiveLRP", equals(contrast_of_relevance), "N", {"positive": False}),
     Row(GRADIENT, "ContrastiveExcitationBackprop", contrast_of_excitation, "N", {"positive": False}),
