@@ -6,5 +6,6 @@ from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.ensemble import EnsembleInferer
 from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.explain.pair import NetworkPair
 
-__all__ = ["Attribution", "EnsembleInferer", "Evaluator", "Explainer"]
+__all__ = ["Attribution", "EnsembleInferer", "Evaluator", "Explainer", "NetworkPair"]

@@ -49,6 +49,9 @@ DEVIATES = 0.1
 LAYER_MAPS = ("layer map", "activation")
 """Values of `produces` of methods whose maps show a layer."""
 
+ONE_NETWORK = (
+    "{}: a layer belongs to one of the two networks that are compared: use an input method, or explain one network"
+)
 ONE_CALL = (
     "{}: the method reads one call of the network for each place, and an ensemble or mirrored views have several: "
     "explain one member without mirroring, or use GradCam or an input method"
@@ -170,6 +173,8 @@ class CaseRun:
                     yield outcomes.empty(method, b, record)
                 elif predicted.plan.calls and not all(m.for_ensembles for m in (method, *method.inside())):
                     yield outcomes.failed(method, b, record, MethodError(ONE_CALL.format(method.name)))
+                elif predicted.pair and _reads_layer(method):
+                    yield outcomes.failed(method, b, record, MethodError(ONE_NETWORK.format(method.name)))
                 elif method.needs_linear and not b.score.linear:
                     yield outcomes.failed(method, b, record, not_linear(method, b))
                 elif method.needs_positive and b.score.falls:
@@ -260,7 +265,7 @@ class CaseRun:
                 record.value, record.noise = float(values[k]), None if noise is None else float(noise[k])
                 if b.target.layer is None:
                     predicted, activation = task.predicted, getattr(b.target, "activation", "auto")
-                    entries = predicted_class(predicted.prediction, settings.class_names, predicted.head, activation)
+                    entries = predicted_class(predicted.decided_by, settings.class_names, predicted.head, activation)
                     record.update(entries)
                 self._check_map(task, method, k, outcome.result, record)
                 yield from self.outcomes.finished(method, b, record, outcome.result, k)
@@ -342,6 +347,11 @@ class CaseRun:
                 yield
             finally:
                 objective.context.progress.on_pass = None
+
+
+def _reads_layer(method: Method) -> bool:
+    """Return True if a method, or one inside it, belongs to a layer."""
+    return any(m.produces in LAYER_MAPS or hasattr(m, "layer") for m in (method, *method.inside()))
 
 
 def _warned(checks: Sequence[CheckResult], method: Method) -> list[str]:

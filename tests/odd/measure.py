@@ -80,6 +80,8 @@ def method_of(name: str, case: OddCase, **more: Any) -> Method:
         "Lime": {"n_samples": 64},
         "BlurIG": {"sigma": 1.0},
         "GuidedIG": {"max_dist": 0.1},
+        # twins have an identity convolution as the layer, whose negative inputs z⁺ would leave out
+        "ConceptRelevance": {"composite": "LRP0"},
         "ContrastiveLRP": {"composite": "EpsilonPlus"},
         "FeatureVisualization": {"channel": 0, "scale": (1.0, 1.0), "rotate": 0.0},
         "DeepDream": {"channel": 0},

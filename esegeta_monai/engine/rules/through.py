@@ -82,8 +82,8 @@ def lrp_through(
         _one_window(composite_run(f, x[i : i + 1], composite, layer, compare), cotangents[:, i : i + 1], channels, axis)
         for i, (f, compare) in enumerate(zip(forwards, compares))
     ]
-    parts = [torch.cat([row[j] for row in rows], 1) for j in range(5)]
-    return Through(*parts, output=torch.cat([row[5] for row in rows]))
+    inputs, absorbed, at_channels, at_layer, around = (torch.cat([row[j] for row in rows], 1) for j in range(5))
+    return Through(inputs, absorbed, at_channels, at_layer, around, torch.cat([row[5] for row in rows]))
 
 
 def _one_window(run: Run, cotangents: Tensor, channels: Sequence[int] | None, axis: int) -> tuple[Tensor, ...]:
