@@ -117,7 +117,7 @@ def add_computing_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--window-batch",
-        type=_count,
+        type=count,
         metavar="N",
         help="windows per forward pass (default: the inferer's)",
     )
@@ -153,7 +153,8 @@ def add_share(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Parse a positive integer."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)

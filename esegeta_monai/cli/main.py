@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from esegeta_monai.cli import check, demo, evaluate, explain, look, overlay, patterns, report, tables
+from esegeta_monai.cli import check, concepts, demo, evaluate, explain, look, overlay, patterns, report, tables
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.errors import EsegetaError, TrustError
 from esegeta_monai.utils.files import INTENDED_USE, refuse_remote
@@ -39,6 +39,12 @@ COMMANDS: tuple[tuple[str, str, Callable[..., None], Callable[..., int]], ...] =
     ("explain", "explain a bundle's predictions on your scans", explain.add_arguments, explain.run),
     ("report", "write an HTML report of the maps", report.add_arguments, report.run),
     ("evaluate", "evaluate the maps of a bundle by metrics", evaluate.add_arguments, evaluate.run),
+    (
+        "concepts",
+        "list a layer's most relevant channels over scans, with regions that show them",
+        concepts.add_arguments,
+        concepts.run,
+    ),
     ("demo", "explain a brain segmentation as a demonstration", demo.add_arguments, demo.run),
     (
         "methods",

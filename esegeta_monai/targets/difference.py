@@ -15,8 +15,8 @@ __all__ = ["Difference"]
 
 
 class Difference(Target):
-    """What two networks see differently: ``s(P_a) − s(P_b)``, both under the mask that the first network's prediction
-    P_a freezes; for an `esegeta_monai.explain.NetworkPair`.
+    """The score of a first network minus that of a second one: ``s(P_a) − s(P_b)``, both under the mask that the first
+    network's prediction P_a freezes; for an `esegeta_monai.explain.NetworkPair`.
 
     Raw outputs only, in which s is linear. Maps of methods that are linear in the score are differences of the maps of
     the two networks. Methods of layers and methods that propagate positive signals only are refused.

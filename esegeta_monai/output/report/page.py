@@ -395,6 +395,11 @@ def _soft(name: str) -> Markup:
     return Markup("<wbr>").join(parts)
 
 
+def render(template: str, **context: Any) -> str:
+    """Return a page of this package's own templates, which extend ``base.html``, with the script of the theme."""
+    return _render(template, [_text("theme.js")], **context)
+
+
 def _render(template: str, scripts: Sequence[str], *, three: bool = False, **context: Any) -> str:
     environment = Environment(
         loader=FunctionLoader(_text), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
