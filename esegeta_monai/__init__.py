@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
 # `python -m esegeta_monai` puts the working directory first on sys.path, where files of a bundle would hide the modules
 # that are imported below. The installed command does not; here only a checkout, which contains this package, stays on
@@ -16,8 +18,30 @@ if (
 ):
     del sys.path[0]
 
-from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.utils.files import VERSION
 
+if TYPE_CHECKING:
+    from esegeta_monai.explain.explainer import Attribution, Attributions, Explainer
+
 __version__ = VERSION
-__all__ = ["Attribution", "Explainer", "__version__"]
+__all__ = ["Attribution", "Attributions", "Explainer", "__version__"]
+
+_LAZY = dict.fromkeys(("Attribution", "Attributions", "Explainer"), "explain.explainer")
+_PACKAGES = (
+    *("bundle", "engine", "errors", "explain", "files", "handlers", "methods", "metrics", "output", "targets"),
+    *("transforms", "utils"),
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for: torch and MONAI take seconds, which ``--help`` must not."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names and the packages."""
+    return sorted({*globals(), *_LAZY, *_PACKAGES})

@@ -9,6 +9,7 @@ __all__ = [
     "MethodTimeout",
     "MetricError",
     "NetworkError",
+    "OutputLost",
     "RankLost",
     "RuleError",
     "TargetError",
@@ -48,6 +49,10 @@ class MethodError(EsegetaError, RuntimeError):
 
 class RankLost(EsegetaError, RuntimeError):  # noqa: N818 - names the event
     """The end of another process of a distributed run, after which no joint computation is possible."""
+
+
+class OutputLost(EsegetaError, RuntimeError):  # noqa: N818 - names the event
+    """The removal of the output folder, or of its journal, during a run."""
 
 
 class MetricError(EsegetaError, ValueError):

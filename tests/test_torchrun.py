@@ -4,6 +4,7 @@ waiting."""
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -16,8 +17,10 @@ import numpy as np
 import pytest
 
 import esegeta_monai.bundle
+from tests.bundle.test_ensemble import ensemble
 from tests.support import oblique
 from tests.support.cli import make_bundle, make_scan, run_json, statuses
+from tests.support.synthetic import write_scan
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +97,34 @@ def test_two_processes_write_what_one_does(study, share):
     )
     assert again.returncode == 0, again.stderr
     assert set(statuses(output).values()) == {"skipped"}
+
+
+def test_an_ensemble_with_views_by_two_processes(tmp_path):
+    """Members and mirrored views are windows like any others, so processes share them; also of their agreement."""
+    bundle = ensemble(tmp_path)
+    scan = write_scan(tmp_path)
+    config = bundle / "configs" / "inference.json"
+    content = json.loads(config.read_text())
+    target = "esegeta_monai.explain.ensemble.EnsembleInferer"
+    content["inferer"] = {"_target_": target, "inferer": content["inferer"], "mirror_axes": [0, 1]}
+    config.write_text(json.dumps(content))
+    what = ["--methods", METHODS, "--target", "Box(1, (4, 4), (40, 30))", "--agreement", "--no-pictures"]
+    for ranks, output in ((1, "one"), (2, "two")):
+        done = explain(bundle, scan, tmp_path / output, ranks, *what, "--share", "windows")
+        assert done.returncode == 0, done.stderr
+    assert statuses(tmp_path / "two") == statuses(tmp_path / "one")
+    assert set(statuses(tmp_path / "one").values()) <= {"ok", "incomplete"}
+    records = {}
+    for output in ("one", "two"):
+        files = [p for p in (tmp_path / output).rglob("*.nii.gz") if p.name.endswith(("_attr.nii.gz", "_sd.nii.gz"))]
+        records[output] = {p.name: np.asarray(nib.load(p).dataobj) for p in files}
+    assert records["two"].keys() == records["one"].keys()
+    assert len(records["one"]) == 4 * 3  # map, members, views
+    for name, expected in records["one"].items():
+        assert np.abs(records["two"][name] - expected).max() <= 1e-5 * np.abs(expected).max(), name
+    sidecar = json.loads(next((tmp_path / "two").rglob("*Saliency_attr.json")).read_text())
+    assert sidecar["ranks"] == 2
+    assert (sidecar["agreement"]["members"]["count"], sidecar["agreement"]["views"]["count"]) == (2, 4)
 
 
 JUDGED = [

@@ -20,11 +20,14 @@ from monai.utils import CommonKeys, ensure_tuple
 from torch import Tensor, nn
 
 from esegeta_monai.bundle.configs import check_macros, find_config_files, merged_config
+from esegeta_monai.bundle.folds import folds_of_case
 from esegeta_monai.bundle.imports import BundleImports
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.weights import WeightSource, components, find_weights, load_weights, references
 from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.explain.ensemble import EnsembleInferer
+from esegeta_monai.explain.mean_ensemble import MeanOfMembers, read_mean
 from esegeta_monai.utils.files import refuse_remote
 from esegeta_monai.utils.types import flag
 
@@ -35,6 +38,7 @@ logger = logging.getLogger(__name__)
 # Ids of each part in order of priority: what the evaluator uses is what runs.
 _IDS = {
     "network": ("evaluator::network", "network", "network_def", "net", "model"),
+    "networks": ("evaluator::networks", "networks"),
     "inferer": ("evaluator::inferer", "inferer"),
     "preprocessing": ("preprocessing", "dataset::transform", "transforms", "transform"),
     "postprocessing": ("evaluator::postprocessing", "postprocessing"),
@@ -110,16 +114,39 @@ class BundleReader:
 
     @cached_property
     def network(self) -> nn.Module:
-        """The network with its weights, on `device`, in evaluation mode.
+        """The network with its weights, on `device`, in evaluation mode; of an ensemble, the first one.
 
         Raises:
             UsageError: the config has no id for it, or required weights are missing.
             NetworkError: it cannot be built, is not a module, or the weights do not fit.
         """
+        if self.is_ensemble:
+            return self.networks[0]
         source = self.weight_source
         network = self._part("network")
         if not isinstance(network, nn.Module):
             raise NetworkError(f"'{self.id_of('network')}' of {self._files} is a {type(network).__name__}, no module")
+        return self._loaded(network, source)
+
+    @property
+    def is_ensemble(self) -> bool:
+        """True if the evaluator has several networks (`EnsembleEvaluator`)."""
+        return self.has("networks") and "evaluator::network" not in self.parser
+
+    @cached_property
+    def networks(self) -> list[nn.Module]:
+        """The networks of an ensemble with their weights, on `device`, in evaluation mode.
+
+        Raises:
+            UsageError: required weights are missing, or it is not known which file belongs to which network.
+            NetworkError: one cannot be built, is not a module, or the weights do not fit.
+        """
+        built = self._part("networks")
+        if not isinstance(built, (list, tuple)) or not all(isinstance(network, nn.Module) for network in built):
+            raise NetworkError(f"'{self.id_of('networks')}' of {self._files} is no list of networks")
+        return [self._loaded(network, source) for network, source in zip(built, self.weight_sources)]
+
+    def _loaded(self, network: nn.Module, source: WeightSource) -> nn.Module:
         if self.weights == "optional" and not source.path.is_file():
             logger.warning("%s: no weights at %s, the network keeps its random weights", self.name, source.path)
         else:
@@ -128,8 +155,28 @@ class BundleReader:
 
     @cached_property
     def inferer(self) -> Inferer | Callable[..., Any]:
-        """The inferer of the bundle, called as `inferer(inputs, network)`."""
-        return self._part("inferer")
+        """The inferer of the bundle, called as `inferer(inputs, network)`; of an ensemble, an `EnsembleInferer`.
+
+        Raises:
+            UsageError: an ensemble that is not averaged, see `esegeta_monai.explain.mean_ensemble.read_mean`.
+        """
+        if not self.is_ensemble:
+            return self._part("inferer")
+        inner = self._part("inferer") if self.has("inferer") else None
+        mean = self._mean
+        return EnsembleInferer(inner, self.networks, weights=mean.weights, average=mean.average)
+
+    @cached_property
+    def _mean(self) -> MeanOfMembers:
+        """How the postprocessing averages the networks of an ensemble."""
+        given = self.resolve("evaluator::pred_keys") if "evaluator::pred_keys" in self.parser else None
+        keys = [f"pred_{i}" for i in range(len(self.weight_sources))] if given is None else ensure_tuple(given)
+        return read_mean(self.postprocessing, [str(key) for key in keys])
+
+    @property
+    def roi(self) -> Sequence[int] | int | None:
+        """Shape of a window, or its edge along all axes; None: the inferer has none."""
+        return getattr(self.inferer, "roi_size", None)
 
     @cached_property
     def preprocessing(self) -> Compose:
@@ -148,7 +195,10 @@ class BundleReader:
         Raises:
             NetworkError: the postprocessing cannot be built.
         """
-        use = Postprocessing.of(self.postprocessing, declared=self.metadata.declared)
+        if self.is_ensemble:
+            use = Postprocessing.of(list(self._mean.after), self._mean.key, self.metadata.declared)
+        else:
+            use = Postprocessing.of(self.postprocessing, declared=self.metadata.declared)
         explained = self.metadata.explained_output
         return use if explained is None else replace(use, keys=(explained, *use.keys))
 
@@ -228,7 +278,34 @@ class BundleReader:
     @cached_property
     def weight_source(self) -> WeightSource:
         """The checkpoint that the bundle loads, and the entry of the config that names it; the file may be missing."""
+        if self.is_ensemble:
+            return self.weight_sources[0]
         return find_weights(self.parser, self.id_of("network"), self.bundle_dir, self.resolve)
+
+    @cached_property
+    def weight_sources(self) -> list[WeightSource]:
+        """The checkpoint of each network, several for an ensemble.
+
+        Raises:
+            UsageError: the networks of an ensemble are no list in the config, or nothing names the file of one.
+        """
+        if not self.is_ensemble:
+            return [self.weight_source]
+        key = self.id_of("networks")
+        listed = self.parser[key]
+        if not isinstance(listed, list):
+            raise UsageError(
+                f"'{key}' of {self._files} is no list, so it is not known which weights belong to which network: write "
+                '["@network_0", "@network_1"]'
+            )
+        sources = [find_weights(self.parser, f"{key}::{i}", self.bundle_dir, self.resolve) for i in range(len(listed))]
+        unnamed = [i for i, source in enumerate(sources) if source.found_in == "the bundle format"]
+        if unnamed:
+            raise UsageError(
+                f"no CheckpointLoader or load_state_dict of {self._files} names the weights of network {unnamed[0]} of "
+                f"'{key}': add one, with load_dict {{'model': '@network_{unnamed[0]}'}}"
+            )
+        return sources
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -237,22 +314,33 @@ class BundleReader:
 
         return bundle_provenance(self.bundle_dir)
 
-    def predict(self, image: Tensor, data: Mapping[Any, Any], path: Path) -> Tensor | None:
-        """Predict with the model's own code where the engine's prediction is not the one that users see.
+    def case_arguments(
+        self, image: Tensor, data: Mapping[Any, Any], path: Path | None = None, *, predict: bool = True
+    ) -> dict[str, Any]:
+        """Return the arguments of `esegeta_monai.Explainer` for a case, besides image, methods and targets.
 
         Args:
             image: the preprocessed image (C, *spatial).
             data: the data dictionary of the case.
-            path: file name of the segmentation that is written, without extension.
-
-        Returns:
-            Raw output (K, *spatial); None for a bundle: its inferer predicts.
+            path: file name of the segmentation, without extension, where the model's own code writes one.
+            predict: False: the model's own code does not predict, since only costs are estimated.
         """
+        return {"data": data}
+
+    def sample_condition(self, spatial: Sequence[int]) -> Tensor | None:
+        """Return what stands for the network's ``condition`` (C, *spatial) on noise; None: it has none."""
         return None
+
+    def training_folds(self, case: str) -> dict[str, str]:
+        """Return for each fold of an ensemble whether a case was in its training set; empty if nothing is known.
+
+        See `esegeta_monai.bundle.folds.folds_of_case`.
+        """
+        return folds_of_case(self.bundle_dir, case)
 
     def hashes(self) -> dict[str, str]:
         """Return the SHA-256 of weights (if present), config files and metadata.json by path in the bundle."""
-        files = [self.weight_source.path, *self.config_files, self._metadata_file]
+        files = [*(source.path for source in self.weight_sources), *self.config_files, self._metadata_file]
         return {self._relative(file): _sha256(file) for file in files if file.is_file()}
 
     # ------------------------------------------------------------------ ids
@@ -318,6 +406,8 @@ class BundleReader:
         return values
 
     def _find(self, part: str) -> str | None:
+        if part == "network" and self.is_ensemble:
+            part = "networks"
         ids = sorted(_IDS[part], key=lambda key: key not in self._overridden)
         return next((key for key in ids if key in self.parser and self.parser[key] is not None), None)
 

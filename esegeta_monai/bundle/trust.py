@@ -16,12 +16,10 @@ from typing import Any
 import esegeta_monai
 from esegeta_monai.bundle.contents import BundleContents, NnunetContents
 from esegeta_monai.errors import UsageError
+from esegeta_monai.utils.choices import TRUST_VARIABLE
 from esegeta_monai.utils.files import atomic, sha256_file
 
 __all__ = ["TRUST_VARIABLE", "TrustStore", "is_shipped", "store_path"]
-
-TRUST_VARIABLE = "ESEGETA_TRUST"
-"""Environment variable: with the value 1, every bundle may run."""
 
 _CACHED_BYTES = 1 << 20
 """Files of this size and more are hashed once; smaller ones each time."""

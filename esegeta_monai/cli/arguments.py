@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 
-from esegeta_monai.cli.trust import add_trust
-from esegeta_monai.engine.head import HEADS
+from esegeta_monai.errors import UsageError
+from esegeta_monai.utils.choices import HEADS, TRUST_VARIABLE
+from esegeta_monai.utils.heartbeat import Heartbeat
 
 __all__ = [
     "add_bundle",
     "add_computing_options",
+    "add_hard_limit",
     "add_head",
     "add_model",
     "add_network",
+    "add_parts",
     "add_run_options",
     "add_share",
+    "add_trust",
+    "heartbeat_of",
+    "part_id",
 ]
 
 
@@ -36,6 +42,16 @@ def add_bundle(parser: argparse.ArgumentParser, required: bool) -> None:
     )
 
 
+def _step_size(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and up to 1")
+    return value
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the options for a bundle or an nnU-Net model folder, see `esegeta_monai.cli.reading.open_reader`."""
     add_bundle(parser, required=False)
@@ -46,10 +62,32 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="folds of the nnU-Net model, such as 0,1, or all for fold_all (default: all numbered folds)",
     )
     parser.add_argument(
+        "--step-size",
+        type=_step_size,
+        metavar="SHARE",
+        help="distance of nnU-Net's windows in window sizes (default: 0.5, as nnUNetv2_predict)",
+    )
+    parser.add_argument(
+        "--previous-stage",
+        metavar="DIR",
+        help="first stage of an nnU-Net cascade: its model folder, or the folder of its segmentations (default: the "
+        "model folder beside the second stage's)",
+    )
+    parser.add_argument(
         "--no-mirroring",
         dest="mirroring",
         action="store_false",
         help="leave out nnU-Net's mirrored views, which its checkpoint may ask for",
+    )
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the option that allows a bundle's code to run."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="let the bundle's code run, and remember its contents; without it you are asked once (see 'esegeta-monai "
+        f"info', which lists the code; {TRUST_VARIABLE}=1 allows all bundles)",
     )
 
 
@@ -151,6 +189,54 @@ def add_share(parser: argparse.ArgumentParser) -> None:
         help="how several processes (torchrun) divide the work: by cases (default), by the windows of each case (for "
         "large scans), or by methods and targets",
     )
+
+
+def add_parts(parser: argparse.ArgumentParser) -> None:
+    """Add the options that divide the cases of a run over machines."""
+    parser.add_argument(
+        "--num-parts",
+        type=count,
+        default=1,
+        metavar="N",
+        help="divide the cases into N parts, for machines that share the output folder (default: 1)",
+    )
+    parser.add_argument(
+        "--part-id",
+        type=int,
+        metavar="I",
+        help="number of this part, 0 to N-1; see also 'esegeta-monai merge-runs'",
+    )
+
+
+def add_hard_limit(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the limit that also ends a pass that hangs."""
+    parser.add_argument(
+        "--hard-time-limit",
+        type=_positive,
+        metavar="SECONDS",
+        help="kill and restart this command, without the result, where one result takes longer, also inside a pass",
+    )
+
+
+def heartbeat_of(options: argparse.Namespace) -> Heartbeat:
+    """Return the heartbeat of a command that `esegeta_monai.cli.main` found to be watched, else one that is not."""
+    return getattr(options, "heartbeat", None) or Heartbeat()
+
+
+def part_id(options: argparse.Namespace) -> int | None:
+    """Return the number of the part that the options choose; None: the run is not divided.
+
+    Raises:
+        UsageError: only one of the two options is given, or the number is out of range.
+    """
+    parts, part = getattr(options, "num_parts", 1), getattr(options, "part_id", None)
+    if parts == 1 and part in (None, 0):
+        return None
+    if part is None:
+        raise UsageError(f"--num-parts {parts} also needs the number of this part: --part-id 0 to {parts - 1}")
+    if not 0 <= part < parts:
+        raise UsageError(f"--part-id {part}: with --num-parts {parts} it is a number from 0 to {parts - 1}")
+    return part
 
 
 def count(text: str) -> int:

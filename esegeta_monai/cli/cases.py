@@ -22,6 +22,7 @@ from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.log import reason
 from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.files.dicom import DICOM_SUFFIXES
+from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.utils.files import refuse_remote
 from esegeta_monai.utils.names import SCAN_SUFFIXES, one_line
 
@@ -267,6 +268,10 @@ class Preprocessor:
         storage.check_image(image, where, spatial_dims=self.spatial_dims, channels=self.channels)
         storage.check_contents(image, f"{where} after the bundle's preprocessing")
         return case.files[0] if len(case.files) == 1 else scan, image, data
+
+    def pipeline(self, case: ScanCase) -> Pipeline:
+        """Return the preprocessing of a case, which can run again."""
+        return Pipeline(self.transforms, self._entry(case), self.reader.image_key, self.reader.importable)
 
     def _entry(self, case: ScanCase) -> dict[str, Any]:
         files = [str(file) for file in case.files]

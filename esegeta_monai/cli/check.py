@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import textwrap
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 from monai.data import MetaTensor
 
 import esegeta_monai.files as storage
-from esegeta_monai.cli.arguments import add_head, add_model, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.explain import output_use
 from esegeta_monai.cli.look import scan_or_noise
@@ -19,39 +18,15 @@ from esegeta_monai.engine.checks.base import CheckResult
 from esegeta_monai.engine.network.state import unwrap
 from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.files.grids.resample import geometry_of, has_metadata
 from esegeta_monai.output.place import NO_METADATA
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]
 
-DESCRIPTION = (
-    """Checks what maps take for granted, on one scan or on noise, and prints the results. No map is computed."""
-)
 
-EPILOG = """verdicts:
-  passed       the assumption holds
-  handled      it does not hold, and the computation takes care of it
-  warned       maps may be wrong in the way that is stated
-  refused      no map is computed, for the stated reason
-  not checked  it cannot be checked here
-
-Without --input, the input is noise of one window: the geometry is not checked, and what depends on the values of a scan
-(the range of the output, for example) may differ.
-
-exit codes: 0 nothing was refused; 1 a check refused; 2 usage error, or the scan cannot be used
-"""
 WIDTH = 110
 """Characters per line of the output."""
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``check``."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
-    add_model(parser)
-    parser.add_argument("--input", metavar="INPUT", help="one scan, as for 'explain' (default: noise of one window)")
-    add_network(parser)
-    add_head(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: Namespace, *_: object) -> int:
@@ -76,14 +51,21 @@ def run(args: Namespace, *_: object) -> int:
     )
     if args.input is None:
         what = "noise of one window"
-        results = explainer.check(scan_or_noise(reader, None)[None])
+        image = scan_or_noise(reader, None)
+        condition = reader.sample_condition(image.shape[1:])
+        more = {} if condition is None else {"network_kwargs": {"condition": condition[None]}}
+        results = explainer.check(image[None], **more)
     else:
         cases = find_cases([args.input], [name for _, name in sorted(reader.channel_names.items())])
         if len(cases) != 1:
             raise UsageError(f"--input {args.input} contains {len(cases)} scans: give the one to check")
         what = cases[0].name
-        scan, image, data = Preprocessor(reader)(cases[0])
-        results = [*explainer.check(image[None], data=data), _geometry(image, scan)]
+        preprocess = Preprocessor(reader)
+        scan, image, data = preprocess(cases[0])
+        results = [
+            *explainer.check(image[None], **reader.case_arguments(image, data, predict=False)),
+            _geometry(image, scan, preprocess.pipeline(cases[0])),
+        ]
     if args.json:
         print(json.dumps([result.entry() for result in results], indent=2, ensure_ascii=False))
     else:
@@ -92,17 +74,18 @@ def run(args: Namespace, *_: object) -> int:
     return int(any(result.verdict == "refused" for result in results))
 
 
-def _geometry(image: MetaTensor, scan: Path | MetaTensor) -> CheckResult:
+def _geometry(image: MetaTensor, scan: Path | MetaTensor, pipeline: Pipeline) -> CheckResult:
     """Return the check of the geometry for additive maps and others, whichever is worse.
 
     Args:
         image: the preprocessed image (C, *spatial), with its trace.
         scan: the scan (C', *scan), or its file.
+        pipeline: its preprocessing.
     """
     volume = scan if isinstance(scan, MetaTensor) else storage.read_scan(scan)
     if not has_metadata(image, volume):
         return CheckResult("geometry", "warned", NO_METADATA.format("x".join(map(str, image.shape[1:]))))
-    both = [geometry_of(image, volume, additive=additive) for additive in (True, False)]
+    both = [geometry_of(image, volume, additive=additive, pipeline=pipeline) for additive in (True, False)]
     worst = max(both, key=lambda result: ("passed", "warned", "refused").index(result.verdict))
     return CheckResult("geometry", worst.verdict, worst.text, worst.value)
 

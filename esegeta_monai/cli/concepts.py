@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 from monai.data import MetaTensor
 
 import esegeta_monai.files as storage
-from esegeta_monai.cli.arguments import add_computing_options, add_head, add_model, add_network, count
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import check_layers, default_targets, each_case, explainer_for, open_log
 from esegeta_monai.cli.log import RunLog
@@ -20,32 +19,9 @@ from esegeta_monai.methods.relevance.concepts import ConceptRelevance
 from esegeta_monai.output.report.concepts import ChannelEntry, RegionEntry, region_entry, write_gallery
 from esegeta_monai.targets.base import TARGETS
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run"]
 
 logger = logging.getLogger("esegeta_monai")
-
-DESCRIPTION = """\
-Lists the channels of a layer through which most relevance of the target flows (concept relevance propagation), as the
-mean share over the scans, and for each channel the scans with the largest shares: one region a scan, as large as the
-receptive field of the channel's unit. It writes OUTPUT/concepts.html, pictures, and OUTPUT/concepts.csv with the share
-of every channel in every scan."""
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``concepts``."""
-    parser.description = DESCRIPTION
-    add_model(parser)
-    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
-    parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
-    parser.add_argument("--layer", metavar="NAME", help="layer (default: chosen for the network, see 'layers')")
-    parser.add_argument("--target", metavar="TARGET", help="target (default: every predicted class except background)")
-    parser.add_argument(
-        "--channels", type=count, default=8, metavar="N", help="channels to show (default: %(default)s)"
-    )
-    parser.add_argument("--regions", type=count, default=4, metavar="N", help="scans for each channel (default: 4)")
-    add_network(parser)
-    add_head(parser)
-    add_computing_options(parser)
 
 
 def run(args: Namespace, log: RunLog) -> int:

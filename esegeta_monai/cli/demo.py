@@ -5,17 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import esegeta_monai
 from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.cli.arguments import add_run_options
 from esegeta_monai.cli.cases import ScanCase
 from esegeta_monai.cli.explain import explain_cases
 from esegeta_monai.cli.log import RunLog
-from esegeta_monai.cli.trust import add_trust, require_trust
+from esegeta_monai.cli.trust import require_trust
 from esegeta_monai.cli.values import choose_device
 from esegeta_monai.errors import UsageError
 from esegeta_monai.files.maps import sidecar_path
@@ -23,7 +22,7 @@ from esegeta_monai.methods.base import METHODS
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.utils.files import INTENDED_USE
 
-__all__ = ["DEMO_METHODS", "add_arguments", "find_bundle", "run", "template"]
+__all__ = ["DEMO_METHODS", "find_bundle", "run", "template"]
 
 BUNDLE = Path("bundles") / "brain_tissue_segmentation"
 CASE = "mni152_t1_2mm"
@@ -40,23 +39,6 @@ DEMO_METHODS = (
     "LayerActivation",
     "Occlusion(window=32)",
 )
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``demo``."""
-    parser.add_argument("--output", default="demo_output", metavar="DIR", help="output folder (default: %(default)s)")
-    parser.add_argument(
-        "--bundle",
-        metavar="DIR",
-        help="folder of the bundle brain_tissue_segmentation, needed outside of a checkout",
-    )
-    parser.add_argument(
-        "--methods", action="append", metavar="LIST", help="methods to run instead of those of the demo"
-    )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda if available)")
-    add_trust(parser)
-    add_run_options(parser)
-    parser.set_defaults(config=None, override=None, network_output=None, head=None, share="cases")
 
 
 def run(args: Namespace, log: RunLog) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+import os
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 import esegeta_monai.files as storage
-from esegeta_monai.cli.arguments import add_computing_options, add_head, add_model, add_network, add_share
+from esegeta_monai.cli.arguments import (
+    heartbeat_of,
+    part_id,
+)
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import (
-    DEFAULT_METHODS,
-    check_layers,
-    default_targets,
+    bundle_targets,
     each_case,
     explainer_for,
     open_log,
@@ -33,116 +35,26 @@ from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, UsageError
 from esegeta_monai.explain.evaluation import Evaluator
+from esegeta_monai.explain.layers import check_layers
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import KINDS, Record
+from esegeta_monai.explain.settings import DEFAULT_METHODS
 from esegeta_monai.files.grids.resample import geometry_of, has_metadata, to_network_grid
+from esegeta_monai.files.integrity import checked_map
 from esegeta_monai.files.maps import WITH_MAP
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.evaluation_writer import EvaluationWriter
 from esegeta_monai.output.place import NO_METADATA
 from esegeta_monai.targets.base import TARGETS, Target
-from esegeta_monai.utils.distributed import Processes, process_group
-from esegeta_monai.utils.files import read_json
+from esegeta_monai.utils.distributed import Processes, part_of, process_group
+from esegeta_monai.utils.files import inside, read_json
 from esegeta_monai.utils.registry import Registry, registered_names_only
 
 __all__ = [
-    "add_arguments",
     "run",
 ]
 
 logger = logging.getLogger("esegeta_monai")
-
-
-DESCRIPTION = """\
-Evaluates maps by metrics: faithfulness to the network, robustness, sensitivity to the network's weights, and
-localisation of a known cause. Three control maps that do not depend on the network (random, edges of the image,
-constant) are evaluated too; methods that are no better are listed. It writes OUTPUT/metrics.csv (one row per case,
-target, method and metric), OUTPUT/CASE/CASE_metrics.json (with curves and parameters) and OUTPUT/CASE/CASE_regions.csv
-(sums of the map per region, channel and distance)."""
-
-EPILOG = """labels:
-  A label map marks the known cause. Localisation metrics (pointing game, relevance mass, ...) need one; it may be on
-  any grid. A folder must contain one file per case: CASE.nii.gz, or one whose name begins with CASE_.
-
-exit codes: 0 all done (including undefined and inapplicable metrics), 1 something failed,
-2 usage error
-"""
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``evaluate``."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
-    add_model(parser)
-    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
-    parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
-    parser.add_argument(
-        "--maps", metavar="DIR", help="evaluate the maps in this output folder of 'explain' instead of computing them"
-    )
-    parser.add_argument(
-        "--methods",
-        action="append",
-        metavar="LIST",
-        help="methods (default: those of --maps, else Saliency,GradCam)",
-    )
-    parser.add_argument(
-        "--target",
-        action="append",
-        metavar="TARGET",
-        help="targets (default: those of --maps, else every predicted class except background)",
-    )
-    parser.add_argument(
-        "--metrics",
-        action="append",
-        metavar="LIST",
-        help="metric names, separated by commas, with parameters in parentheses, or 'all' (default: a quick selection; "
-        "'esegeta-monai metrics' lists all)",
-    )
-    parser.add_argument(
-        "--label", metavar="FILE", help="label map, or folder of label maps named like the cases (see below)"
-    )
-    parser.add_argument(
-        "--label-value",
-        type=_label_value,
-        metavar="N",
-        help="label value of the cause: a number, or 'class' for the target's class (default: all above 0)",
-    )
-    parser.add_argument(
-        "--regions", metavar="FILE", help="label map, or folder of label maps, for the region tables (default: --label)"
-    )
-    parser.add_argument("--region-names", metavar="N=NAME,...", help="names of region values, such as 1=liver,2=spleen")
-    parser.add_argument(
-        "--body", metavar="FILE", help="body mask, or a folder of masks (default: the image's foreground)"
-    )
-    parser.add_argument(
-        "--outside-alarm", type=_fraction, default=0.1, metavar="SHARE",
-        help="raise the region alarm if more than this share of a map is outside the body (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--no-controls",
-        dest="controls",
-        action="store_false",
-        help="do not evaluate the control maps (random, Sobel, constant)",
-    )
-    add_network(parser)
-    add_head(parser)
-    add_computing_options(parser)
-    add_share(parser)
-
-
-def _label_value(text: str) -> int | str:
-    if text != "class" and (not text.isdigit() or int(text) < 1):
-        raise ArgumentTypeError(f"{text!r} is neither a positive integer nor 'class'")
-    return text if text == "class" else int(text)
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
 
 
 def run(args: Namespace, log: RunLog) -> int:
@@ -170,17 +82,19 @@ def run(args: Namespace, log: RunLog) -> int:
 
 
 def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWriter:
-    output = Path(args.output)
+    output, part = Path(args.output), part_id(args)
     reader = open_reader(args)
     channel_names = [name for _, name in sorted(reader.channel_names.items())]
     cases = find_cases(args.input, channel_names, leave_out=output)
+    if part is not None:
+        cases = part_of(cases, part, args.num_parts)
     earlier = _Earlier.read(Path(args.maps), cases) if args.maps else None
     methods = METHODS.create_all(",".join(args.methods)) if args.methods else None
     if methods is None:
         methods = earlier.methods if earlier else METHODS.create_all(list(DEFAULT_METHODS))
     targets = TARGETS.create_all(",".join(args.target)) if args.target else None
     if targets is None:
-        targets = earlier.targets if earlier else default_targets(reader)
+        targets = earlier.targets if earlier else bundle_targets(reader)
     check_layers(reader.network, [*methods, *targets])
     region_names = _region_names(args.region_names)
     evaluator = Evaluator(
@@ -205,21 +119,28 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWrite
             image,
             case.name,
             problems=problems,
-            data=data,
             maps=maps,
             region_names=region_names,
             label_value=args.label_value,
             **_beside(args, case, image, data),
+            **reader.case_arguments(image, data),
         )
 
     def failed(case: str, error: Exception) -> None:
         writer.failed(case, str(error))
         logger.debug("traceback", exc_info=error.__cause__)
 
+    heartbeat = heartbeat_of(args)
+    finished = heartbeat.finished()
+    for before in finished.values():
+        writer.restore(before)
+    left = [case for case in cases if case.name not in finished]
     # parameters of records may be names that a method looks up only when it runs
     names_of_records = earlier is not None and not (args.methods and args.target)
     with registered_names_only() if names_of_records else nullcontext():
-        each_case(ranks.share(cases) if args.share == "cases" else cases, evaluate, failed, log)
+        each_case(
+            ranks.share(left) if args.share == "cases" else left, evaluate, failed, log, heartbeat, writer.take_summary
+        )
     writer.join()
     return writer
 
@@ -297,7 +218,7 @@ def _region_names(text: str | None) -> dict[int, str] | None:
 
 @dataclass
 class _Earlier:
-    """The maps in the output folder of ``explain``, by their sidecars."""
+    """The maps in the output folder of ``explain``: sidecars and their records by case, methods and targets."""
 
     folder: Path
     sidecars: dict[str, list[tuple[Path, Record]]]
@@ -316,6 +237,9 @@ class _Earlier:
         wanted = {case.name for case in cases}
         sidecars: dict[str, list[tuple[Path, Record]]] = {}
         for file in sorted(folder.rglob("*.json")):
+            if not inside(file, folder):
+                logger.warning("%s is a link to another folder and is not read", file.name)
+                continue
             content = read_json(file) or {}
             record = Record.from_json(content)
             if record.map and record.case in wanted and record.status in WITH_MAP:
@@ -326,7 +250,7 @@ class _Earlier:
                     raise UsageError(
                         f"{file.name}: maps of several inputs cannot be read from disk: omit --maps to compute them"
                     )
-                sidecars.setdefault(str(record.case), []).append((file.with_name(record.map), record))
+                sidecars.setdefault(str(record.case), []).append((file, record))
         if not sidecars:
             raise UsageError(f"--maps {folder} has no map of {', '.join(sorted(wanted)[:3])}; run 'explain' first")
         records = [record for several in sidecars.values() for _, record in several]
@@ -348,16 +272,17 @@ class _Earlier:
         """Return maps on the network's grid, and the errors of unreadable ones, by the names of target and method."""
         maps: dict[tuple[str, str], Tensor] = {}
         problems: dict[str, str] = {}
-        for path, record in self.sidecars.get(case.name, []):
+        for sidecar, record in self.sidecars.get(case.name, []):
             method = _same(methods, record.method, record.parameters)
             target = _same(targets, record.target, record.target_parameters)
             if method is None or target is None:
                 continue
             key = (names.target(target, str(record.target_name)), names.method(method))
             try:
+                path = checked_map(sidecar, {"map": record.map, "map_sha256": record.map_sha256}, self.folder)
                 values = storage.read_scan(path, spatial_dims=2 if image.ndim == 3 else None)
             except InputError as error:
-                problems[", ".join(key)] = str(error).replace(str(path), path.name)
+                problems[", ".join(key)] = str(error).replace(f"{sidecar.parent}{os.sep}", "")
                 continue
             maps[key] = to_network_grid(values, image, additive=bool(record.additive))
         if not maps and not problems:

@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import logging
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.cli.arguments import add_head, add_model, add_network, add_run_options, add_share
+from esegeta_monai.cli.arguments import (
+    heartbeat_of,
+    part_id,
+)
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.cli.reading import open_reader, register_trusted
+from esegeta_monai.cli.report import tell_altered
 from esegeta_monai.cli.values import overrides
 from esegeta_monai.engine.head import Postprocessing
-from esegeta_monai.engine.network.hooks import find_layer
+from esegeta_monai.engine.network.model import out_of_memory
 from esegeta_monai.engine.network.state import unwrap, weights_hash
-from esegeta_monai.errors import EsegetaError, NetworkError, RankLost, UsageError
+from esegeta_monai.errors import EsegetaError, NetworkError, OutputLost, RankLost, UsageError
 from esegeta_monai.explain.costs import Cost, duration, table
 from esegeta_monai.explain.explainer import Explainer
-from esegeta_monai.explain.settings import Checks
+from esegeta_monai.explain.layers import check_layers
+from esegeta_monai.explain.settings import DEFAULT_METHODS, Checks, default_targets
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets.base import TARGETS, Target
-from esegeta_monai.targets.classes import PredictedClasses
-from esegeta_monai.targets.regions import OutputValue
-from esegeta_monai.utils.distributed import Processes, process_group
+from esegeta_monai.utils.distributed import Processes, part_of, process_group
+from esegeta_monai.utils.heartbeat import Heartbeat
 from esegeta_monai.utils.names import safe_name
 
 __all__ = [
-    "DEFAULT_METHODS",
-    "add_arguments",
-    "default_targets",
+    "bundle_targets",
     "each_case",
     "explain_cases",
     "explainer_for",
@@ -45,58 +45,8 @@ __all__ = [
     "run",
 ]
 
-DEFAULT_METHODS = ("Saliency", "GradCam")
 
 logger = logging.getLogger("esegeta_monai")
-
-
-DESCRIPTION = """Explains a bundle's predictions on your scans. For each case, target and method it writes
-OUTPUT/CASE/CASE_TARGET_METHOD_attr.nii.gz (the map, on the voxel grid of the scan), .png (a picture) and .json (the
-record), and OUTPUT/run.json with the status of every result. Finished maps are skipped, so that the same command
-resumes an interrupted run. The bundle itself is not changed."""
-
-EPILOG = """inputs:
-  scan.nii.gz                a scan; the case is named "scan"
-  scans/                     every scan in the folder and its subfolders, sorted
-  t1.nii.gz,t2.nii.gz        one case whose channels are in several files, in the network's order
-  patients/                  a folder with one file for each channel of the network, named after the channels in
-                             metadata.json (p1/p1_T1c.nii.gz, p1/p1_FLAIR.nii.gz, ...) is one case
-  p7=scan.nii.gz             the case is named "p7"
-
-exit codes: 0 all done; 1 one case or method failed (the others are complete, run.json has the reasons); 2 usage error
-"""
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``explain``."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
-    add_model(parser)
-    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans (see below)")
-    parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
-    parser.add_argument(
-        "--methods",
-        action="append",
-        metavar="LIST",
-        help="method names, separated by commas, with parameters in parentheses (default: Saliency,GradCam; "
-        "'esegeta-monai methods' lists all)",
-    )
-    parser.add_argument(
-        "--target",
-        action="append",
-        metavar="TARGET",
-        help='target, such as "MultiClassMask(class_index=1)" or "MultiClassMask(\'spleen\')"; may be repeated '
-        "(default: every predicted class except background; 'esegeta-monai targets' lists all)",
-    )
-    parser.add_argument("--report", action="store_true", help="write the HTML report at the end")
-    add_network(parser)
-    add_head(parser)
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="compute and write no maps; print the estimated passes, time and memory per case, target and method",
-    )
-    add_run_options(parser)
-    add_share(parser)
 
 
 def run(args: Namespace, log: RunLog) -> int:
@@ -112,21 +62,26 @@ def run(args: Namespace, log: RunLog) -> int:
     methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
     targets = TARGETS.create_all(",".join(args.target)) if args.target else None
     output = Path(args.output)
+    part = part_id(args)
     with process_group() as ranks:
         reader = open_reader(args)
         channel_names = [name for _, name in sorted(reader.channel_names.items())]
         cases = find_cases(args.input, channel_names, leave_out=output)
+        if part is not None:
+            cases = part_of(cases, part, args.num_parts)
         if args.dry_run:
             return _tell_costs(reader, cases, methods, targets, args, log)
-        writer = explain_cases(reader, cases, methods, targets, output, args, log, ranks)
+        writer = explain_cases(reader, cases, methods, targets, output, args, log, ranks, heartbeat_of(args))
     summary = ", ".join(f"{n} {status}" for status, n in writer.run.summary.items()) or "nothing to do"
     if not args.quiet and not ranks.rank:
         print(f"{summary.replace('_', ' ')}. Maps, pictures and the log are in {output}; run.json lists all results.")
+    altered = 0
     if args.report and not ranks.rank:
         written = write_report(output)
+        altered = tell_altered(written)
         if not args.quiet:
             print(f"The report is {written.index}.")
-    return writer.run.exit_code
+    return max(writer.run.exit_code, altered)
 
 
 def explain_cases(
@@ -138,6 +93,7 @@ def explain_cases(
     options: Namespace,
     log: RunLog,
     ranks: Processes | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> ResultWriter:
     """Explain cases one by one; a case that fails is recorded, and the others continue.
 
@@ -146,6 +102,7 @@ def explain_cases(
         options: options of the command line: device, amp, seed, time_limit, window_batch, network_output, head,
             progress, overwrite, pictures, map_format, override, config, share, yes.
         ranks: the processes that share the work; None: this process alone.
+        heartbeat: that of a command which is watched; None: nobody watches.
 
     Returns:
         The writer, whose ``run`` has the status of every result.
@@ -154,8 +111,9 @@ def explain_cases(
         EsegetaError: an option is wrong; no case has been read.
     """
     ranks = ranks or Processes()
+    heartbeat = heartbeat or Heartbeat()
     storage.writable_folder(output)
-    chosen = default_targets(reader) if targets is None else targets
+    chosen = bundle_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)
     check_layers(reader.network, [*methods, *chosen])
     explainer = explainer_for(reader, options)
@@ -170,28 +128,48 @@ def explain_cases(
         ranks=ranks,
         together=options.share == "windows",
         checks=getattr(options, "checks", True),
+        part=part_id(options),
+        heartbeat=heartbeat,
     )
     open_log(log, reader, cases, output)
     logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))
 
     def explain(case: ScanCase) -> None:
         scan, image, data = preprocess(case)
-        own = reader.predict(image, data, output / safe_name(case.name) / f"{safe_name(case.name)}_seg")
-        prediction = None if own is None else own[None]
+        writes = options.share == "cases" or not ranks.rank
+        path = output / safe_name(case.name) / f"{safe_name(case.name)}_seg" if writes else None
+        given = reader.case_arguments(image, data, path)
         for some, of in ranks.part(options.share, methods, chosen):
-            writer.explain(explainer, image, case.name, some, of, scan=scan, data=data, prediction=prediction)
+            writer.explain(
+                explainer,
+                image,
+                case.name,
+                some,
+                of,
+                scan=scan,
+                pipeline=preprocess.pipeline(case),
+                training_folds=reader.training_folds(case.name),
+                **given,
+            )
 
-    each_case(ranks.share(cases) if options.share == "cases" else cases, explain, writer.failed, log)
     with writer.run:
+        finished = heartbeat.finished()
+        left = [c for c in cases if c.name not in finished and not writer.run.is_known(c.name, None, None)]
+        each_case(ranks.share(left) if options.share == "cases" else left, explain, writer.failed, log, heartbeat)
         writer.run.join(ranks)
         return writer
 
 
 def open_log(log: RunLog, reader: BundleReader, cases: Sequence[ScanCase], output: Path) -> None:
     """Open the log file in ``output``; its lines do not show the folders of scans, bundle and output."""
-    for path in (*(file for case in cases for file in case.files), output, reader.bundle_dir):
-        log.hide(path, path.name)
+    _hide_folders(log, reader, cases)
+    log.hide(output, output.name)
     log.write_to(output)
+
+
+def _hide_folders(log: RunLog, reader: BundleReader, cases: Sequence[ScanCase]) -> None:
+    for path in (*(file for case in cases for file in case.files), reader.bundle_dir):
+        log.hide(path, path.name)
 
 
 def each_case(
@@ -199,17 +177,28 @@ def each_case(
     work: Callable[[ScanCase], None],
     failed: Callable[[str, Exception], None],
     log: RunLog,
+    heartbeat: Heartbeat | None = None,
+    summary: Callable[[], Mapping[str, Any]] = dict,
 ) -> None:
-    """Process cases one by one; a case that fails is passed to ``failed`` with its error, and the others continue."""
+    """Process cases one by one; a case that fails is passed to ``failed`` with its error, and the others continue.
+
+    Args:
+        heartbeat: that of a command which is watched; None: nobody watches.
+        summary: returns what a restarted command must know of the case just finished, JSON-ready.
+    """
+    heartbeat = heartbeat or Heartbeat()
     for number, case in enumerate(cases, 1):
         with log.of(case.name):
+            heartbeat.beat(case.name)
             logger.info("%s: case %d of %d", case.name, number, len(cases))
             try:
                 work(case)
-            except RankLost:
+            except (RankLost, OutputLost):
                 raise
             except Exception as error:  # a bundle's code and networks may raise anything
                 failed(case.name, named(error, log))
+            heartbeat.finish(case.name, **summary())
+    heartbeat.beat(None)
 
 
 def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
@@ -233,6 +222,7 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
         checks=_checks(options),
         head=options.head,
         postprocessing=output_use(reader),
+        agreement=getattr(options, "agreement", False),
     )
 
 
@@ -246,19 +236,18 @@ def _checks(options: Namespace) -> Checks:
     return "maps"
 
 
-def default_targets(reader: BundleReader) -> list[Target]:
-    """Return the default: every predicted class except background, or the first value of a regression.
+def bundle_targets(reader: BundleReader) -> list[Target]:
+    """Return the default targets of a bundle, see `esegeta_monai.explain.settings.default_targets`.
 
     Raises:
         UsageError: the postprocessing, which shows how classes are predicted, cannot be built.
     """
-    if reader.metadata.declared == "regression":
-        return [OutputValue()]
-    try:
-        reader.output_use  # noqa: B018 - raises
-    except NetworkError as error:
-        raise UsageError(f"{error}; or choose targets by --target, which needs no postprocessing") from error
-    return [PredictedClasses()]
+    if reader.metadata.declared != "regression":
+        try:
+            reader.output_use  # noqa: B018 - raises
+        except NetworkError as error:
+            raise UsageError(f"{error}; or choose targets by --target, which needs no postprocessing") from error
+    return default_targets(reader.metadata.declared)
 
 
 def output_use(reader: BundleReader) -> Postprocessing:
@@ -279,7 +268,8 @@ def _tell_costs(
     log: RunLog,
 ) -> int:
     """Print the cost of each method; write nothing."""
-    chosen = default_targets(reader) if targets is None else targets
+    _hide_folders(log, reader, cases)
+    chosen = bundle_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)
     check_layers(reader.network, [*methods, *chosen])
     explainer = explainer_for(reader, options)
@@ -288,7 +278,8 @@ def _tell_costs(
 
     def estimate(case: ScanCase) -> None:
         _, image, data = preprocess(case)
-        costs.extend((case.name, cost) for cost in explainer.costs(image[None], methods, chosen, data=data))
+        given = reader.case_arguments(image, data, predict=False)
+        costs.extend((case.name, cost) for cost in explainer.costs(image[None], methods, chosen, **given))
 
     def failed(name: str, error: Exception) -> None:
         failures.append(name)
@@ -307,27 +298,12 @@ def named(error: Exception, log: RunLog) -> Exception:
     """Return the error as ``run.json`` records it: its cause in one line, without folders."""
     if isinstance(error, EsegetaError):
         named: Exception = type(error)(log.clean(str(error)))
-    elif isinstance(error, torch.cuda.OutOfMemoryError):
-        named = NetworkError("out of memory on the accelerator: use a smaller --window-batch, or --device cpu")
+    elif out_of_memory(error):
+        named = NetworkError("out of memory: use a smaller --window-batch, a smaller window, or --device cpu")
     else:
         named = NetworkError(log.clean(f"the network or its inferer failed on this case: {reason(error)}"))
     named.__cause__ = error
     return named
-
-
-def check_layers(network: torch.nn.Module, things: Sequence[Any]) -> None:
-    """Check that the layers named by methods (also nested ones) and targets exist.
-
-    Raises:
-        UsageError: a layer does not exist; the message lists similar names.
-    """
-    for thing in things:
-        layer = getattr(thing, "layer", None)
-        if isinstance(layer, str):
-            find_layer(unwrap(network), layer)
-        inner = getattr(thing, "method", None)
-        if isinstance(inner, Method):
-            check_layers(network, [inner])
 
 
 def provenance_of(reader: BundleReader, options: Namespace) -> dict[str, Any]:

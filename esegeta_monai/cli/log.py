@@ -56,8 +56,12 @@ class RunLog:
         self.logger.setLevel(self._before)
 
     def write_to(self, folder: Path) -> None:
-        """Also append to ``folder/esegeta.log``."""
-        handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
+        """Also append to ``folder/esegeta.log``; if that cannot be written, warn, and log to the console alone."""
+        try:
+            handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            self.logger.warning("%s cannot be written (%s): the log is on the console only", LOG_FILE, error.strerror)
+            return
         self._add(handler, min(self.level, logging.INFO))
 
     def _add(self, handler: logging.Handler, level: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,6 @@ import esegeta_monai.files as storage
 from esegeta_monai.bundle.contents import BundleContents, NnunetContents
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.bundle.static import StaticBundle, describe_nnunet
-from esegeta_monai.cli.arguments import add_model, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.reading import check_options, open_reader
 from esegeta_monai.cli.trust import listing
@@ -28,21 +27,7 @@ from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.errors import MethodError, UsageError
 
-__all__ = ["add_info_arguments", "add_layers_arguments", "run_info", "run_layers", "scan_or_noise"]
-
-
-def add_layers_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``layers``."""
-    add_model(parser)
-    parser.add_argument("--input", metavar="FILE", help="scan to run the network on (default: noise of one window)")
-    add_network(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def add_info_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``info``."""
-    add_model(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+__all__ = ["run_info", "run_layers", "scan_or_noise"]
 
 
 def run_info(args: Namespace, *_: object) -> int:
@@ -93,9 +78,11 @@ def run_layers(args: Namespace, *_: object) -> int:
         model = Model(network, reader.device, output=args.network_output)
         with torch.inference_mode():
             axis = plan.slice_axis
-            out = model(window[None].to(reader.device), slice_axis=axis)[0].cpu()
+            condition = reader.sample_condition(window.shape[1:])
+            batch = None if condition is None else condition[None].to(reader.device)
+            out = model(window[None].to(reader.device), slice_axis=axis, condition=batch)[0].cpu()
         score = WeightedScore(torch.ones(out.shape[1:], dtype=torch.bool), 0, out.shape[0])
-        objective = Objective(model, window, plan, [score], out)
+        objective = Objective(model, window, plan, [score], out, condition=condition)
         shapes = layer_shapes(objective)
         try:
             default: str | None = default_layer(objective)
@@ -134,8 +121,8 @@ def scan_or_noise(reader: BundleReader, text: str | None) -> Tensor:
     expected = Preprocessor(reader) if reader.has("preprocessing") else None
     channels = expected.channels if expected is not None and expected.channels else 1
     dims = (expected.spatial_dims if expected is not None else None) or 3
-    size = getattr(reader.inferer, "roi_size", None) or getattr(reader, "roi", None)
-    if size is None:
+    size: Any = reader.roi
+    if not size:
         inputs = reader.metadata.inputs.values()
         size = next((i["spatial_shape"] for i in inputs if isinstance(i, dict) and "spatial_shape" in i), None)
     size = [size] * dims if isinstance(size, int) else size

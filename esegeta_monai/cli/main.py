@@ -1,27 +1,37 @@
 """The command line: ``esegeta-monai COMMAND`` or ``python -m esegeta_monai COMMAND``.
 
 Exit codes: 0 all done (including empty targets), 1 some case or method failed, 2 usage error (nothing was computed),
-3 the bundle is not trusted (nothing of it has run), 130 stopped by Ctrl-C. An error is printed in one line,
-``esegeta-monai: error: file or option: cause: remedy``; ``-v`` adds the traceback.
+3 the bundle is not trusted (nothing of it has run), 128 + N stopped by signal N: 130 by Ctrl-C, 143 by SIGTERM, 129 by
+SIGHUP. An error is printed in one line, ``esegeta-monai: error: file or option: cause: remedy``; ``-v`` adds the
+traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from esegeta_monai.cli import check, concepts, demo, evaluate, explain, look, overlay, patterns, report, tables
+from esegeta_monai.cli import parsers, watch
 from esegeta_monai.cli.log import RunLog, reason
-from esegeta_monai.errors import EsegetaError, TrustError
+from esegeta_monai.errors import EsegetaError, OutputLost, RankLost, TrustError
 from esegeta_monai.utils.files import INTENDED_USE, refuse_remote
+from esegeta_monai.utils.heartbeat import Heartbeat
 from esegeta_monai.utils.names import one_line
 
 __all__ = ["build_parser", "main"]
 
-DONE, FAILED, USAGE, UNTRUSTED, STOPPED = 0, 1, 2, 3, 130
+DONE, FAILED, USAGE, UNTRUSTED = 0, 1, 2, 3
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")
+"""Signals that stop a run; the last one does not exist on Windows."""
 
 EXAMPLES = """examples:
   esegeta-monai demo
@@ -35,53 +45,70 @@ EXAMPLES = """examples:
 """
 
 
-COMMANDS: tuple[tuple[str, str, Callable[..., None], Callable[..., int]], ...] = (
-    ("explain", "explain a bundle's predictions on your scans", explain.add_arguments, explain.run),
-    ("report", "write an HTML report of the maps", report.add_arguments, report.run),
-    ("evaluate", "evaluate the maps of a bundle by metrics", evaluate.add_arguments, evaluate.run),
-    (
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+        name, summary: as ``--help`` shows them.
+        add_arguments: function that adds its options, from a module that is imported at once.
+        function: module of this package and function that run it; the module is imported when it runs.
+    """
+
+    name: str
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    function: str
+
+    def run(self, args: argparse.Namespace, log: RunLog) -> int:
+        """Import the command and run it."""
+        module, _, function = self.function.partition(":")
+        run: Callable[..., int] = getattr(importlib.import_module(f"esegeta_monai.cli.{module}"), function)
+        return run(args, log)
+
+
+COMMANDS = (
+    Command("explain", "explain a bundle's predictions on your scans", parsers.add_explain, "explain:run"),
+    Command("report", "write an HTML report of the maps", parsers.add_report, "report:run"),
+    Command("evaluate", "evaluate the maps of a bundle by metrics", parsers.add_evaluate, "evaluate:run"),
+    Command(
         "concepts",
         "list a layer's most relevant channels over scans, with regions that show them",
-        concepts.add_arguments,
-        concepts.run,
+        parsers.add_concepts,
+        "concepts:run",
     ),
-    ("demo", "explain a brain segmentation as a demonstration", demo.add_arguments, demo.run),
-    (
+    Command("merge-runs", "join the parts of a run", parsers.add_merge_runs, "merge_runs:run"),
+    Command("demo", "explain a brain segmentation as a demonstration", parsers.add_demo, "demo:run"),
+    Command(
         "methods",
         "list the explanation methods, with parameters and defaults",
-        tables.add_arguments,
-        tables.run_methods,
+        parsers.add_table,
+        "tables:run_methods",
     ),
-    ("targets", "list the targets, with parameters and defaults", tables.add_arguments, tables.run_targets),
-    ("metrics", "list the metrics for maps, with parameters and defaults", tables.add_arguments, tables.run_metrics),
-    (
-        "layers",
-        "list a bundle's layers, for --methods 'GradCam(layer=NAME)'",
-        look.add_layers_arguments,
-        look.run_layers,
+    Command("targets", "list the targets, with parameters and defaults", parsers.add_table, "tables:run_targets"),
+    Command(
+        "metrics", "list the metrics for maps, with parameters and defaults", parsers.add_table, "tables:run_metrics"
     ),
-    (
-        "check",
-        "check what maps take for granted about a bundle and a scan",
-        check.add_arguments,
-        check.run,
+    Command(
+        "layers", "list a bundle's layers, for --methods 'GradCam(layer=NAME)'", parsers.add_layers, "look:run_layers"
     ),
-    ("info", "show versions, devices and the contents of a bundle", look.add_info_arguments, look.run_info),
-    (
+    Command("check", "check what maps take for granted about a bundle and a scan", parsers.add_check, "check:run"),
+    Command("info", "show versions, devices and the contents of a bundle", parsers.add_info, "look:run_info"),
+    Command(
         "patterns",
         "fit the patterns of PatternNet and PatternAttribution on scans",
-        patterns.add_arguments,
-        patterns.run,
+        parsers.add_patterns,
+        "patterns:run",
     ),
-    (
+    Command(
         "overlay",
         "write the config file with which 'monai.bundle run' explains a bundle",
-        overlay.add_arguments,
-        overlay.run,
+        parsers.add_overlay,
+        "overlay:run",
     ),
-    ("merge", "merge a bundle's config and its overlay into one file", overlay.add_merge_arguments, overlay.run_merge),
+    Command("merge", "merge a bundle's config and its overlay into one file", parsers.add_merge, "overlay:run_merge"),
 )
-"""Name, summary, arguments and function of each command. Their modules add little to the start-up time."""
+"""The commands. ``--help`` and errors of usage come at once, since torch and MONAI are imported by a command's run."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -99,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after ``esegeta-monai``; None: those of the process.
 
     Returns:
-        The exit code: 0, 1, 2, 3 or 130.
+        The exit code: 0, 1, 2, 3, or 128 + N for signal N.
 
     >>> main(["overlay"])
     2
@@ -108,16 +135,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:  # --help, --version, a wrong option
         return int(stop.code or 0)
+    limit = getattr(args, "hard_time_limit", None)
+    args.heartbeat = Heartbeat.take()
+    if limit is not None and args.heartbeat.folder is None:
+        return watched(limit, argv)
     try:
         _refuse_remote_paths(args)
-        with RunLog(_level(args)) as log:
+        with _stoppable(), RunLog(_level(args)) as log:
             return args.run(args, log)
+    except (OutputLost, RankLost) as error:
+        _say(str(error), _if(args, error))
+        return FAILED
     except EsegetaError as error:
         _say(str(error), _if(args, error))
         return UNTRUSTED if isinstance(error, TrustError) else USAGE
-    except KeyboardInterrupt:
-        _say("stopped; finished maps are kept, and the same command resumes the run")
-        return STOPPED
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
+        by = "" if number == signal.SIGINT else f" by {number.name}"
+        _say(f"stopped{by}; finished maps are kept, and the same command resumes the run")
+        return 128 + number
     except BrokenPipeError:  # the reader of our output (head, less) has closed the pipe
         sys.stderr.close()
         return DONE
@@ -126,6 +162,54 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{reason(error)}; unexpected error: please report it with the traceback, which -v prints", _if(args, error)
         )
         return FAILED
+
+
+def watched(limit: float, argv: Sequence[str] | None) -> int:
+    """Run a command in a child that `esegeta_monai.cli.watch` watches, and return its exit code.
+
+    A command of its own becomes the watching process, without what it has imported; a call from Python stays.
+
+    Args:
+        limit: seconds for one result.
+        argv: as in `main`.
+    """
+    if os.name == "nt":
+        _say("--hard-time-limit needs process groups, which Windows does not have: use --time-limit")
+        return USAGE
+    if argv is not None:
+        return watch.watch(limit, [sys.executable, "-m", "esegeta_monai", *argv])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    command = [sys.executable, *sys.orig_argv[1:]]
+    os.execv(sys.executable, [sys.executable, "-I", watch.__file__, str(limit), *command])
+
+
+class _Stopped(KeyboardInterrupt):
+    """Raised by a signal that stops the run: what handles Ctrl-C handles the other signals too."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Raise `_Stopped` inside the block when a signal asks to stop; signals that are ignored (``nohup``) stay so."""
+
+    def stop(number: int, _: Any) -> NoReturn:
+        raise _Stopped(signal.Signals(number))
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in STOPPING:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _refuse_remote_paths(args: argparse.Namespace) -> None:
@@ -162,23 +246,23 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, summary, add_arguments, run in COMMANDS:
-        _add(commands, name, summary, add_arguments, run)
+    for command in COMMANDS:
+        _add(commands, command)
     return parser
 
 
-def _add(commands: Any, name: str, summary: str, add_arguments: Callable[..., None], run: Callable[..., int]) -> None:
+def _add(commands: Any, command: Command) -> None:
     parser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
+        command.name,
+        help=command.summary,
+        description=command.summary[0].upper() + command.summary[1:] + ".",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=command.run)
     loud = parser.add_mutually_exclusive_group()
     loud.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     loud.add_argument("-v", "--verbose", action="store_true", help="print debug messages and the tracebacks of errors")
-    add_arguments(parser)
+    command.add_arguments(parser)
 
 
 class _Version(argparse.Action):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,42 +24,13 @@ from esegeta_monai.bundle.overlay import (
 )
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.bundle.static import StaticBundle
-from esegeta_monai.cli.arguments import add_bundle
 from esegeta_monai.cli.trust import listing
 from esegeta_monai.cli.values import overrides
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.utils.files import atomic
+from esegeta_monai.utils.leftovers import remove_leftovers
 
-__all__ = ["add_arguments", "run", "run_merge"]
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``overlay``."""
-    add_bundle(parser, required=False)
-    parser.add_argument("--output", metavar="FILE", help="output file (default: explain.json in DIR/configs)")
-    parser.add_argument(
-        "--multi-gpu", action="store_true", help="also write multi_gpu_explain.json, for several processes"
-    )
-    parser.add_argument(
-        "--metrics",
-        action="store_true",
-        help="write explain_metrics.json, which evaluates the maps as 'evaluate' does; alone or after explain.json",
-    )
-    parser.add_argument(
-        "--path", action="store_true", help="write nothing; print the path of the overlay in the package"
-    )
-
-
-def add_merge_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``merge``."""
-    add_bundle(parser, required=True)
-    parser.add_argument(
-        "--add",
-        action="append",
-        metavar="FILE",
-        help="file merged after the config (default: the overlay for this bundle); may be repeated",
-    )
-    parser.add_argument("--output", required=True, metavar="FILE", help="output file; existing files are not replaced")
+__all__ = ["run", "run_merge"]
 
 
 def run(args: Namespace, *_: object) -> int:
@@ -203,5 +174,6 @@ def _free(target: Path, name: str = OVERLAY, text: str | None = None) -> Path:
 
 
 def _write(target: Path, text: str) -> None:
+    remove_leftovers(target.parent)
     with atomic(target) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from esegeta_monai.cli.arguments import add_model, add_network
 from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.reading import open_reader
 from esegeta_monai.cli.trust import trust_changes
@@ -17,16 +16,7 @@ from esegeta_monai.engine.windows.inferers import as_inferer, plan_windows
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.relevance.patterns import FittedPatterns
 
-__all__ = ["add_arguments", "run"]
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``patterns``."""
-    add_model(parser)
-    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
-    parser.add_argument("--output", metavar="FILE", help="output file (default: models/patterns.pt in the bundle)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
-    add_network(parser)
+__all__ = ["run"]
 
 
 def run(args: Namespace, *_: object) -> int:

@@ -40,7 +40,8 @@ def open_reader(
     require_trust(args)
     if args.nnunet is None:
         return BundleReader(args.bundle, args.config, overrides(args.override), chosen, weights)
-    return NnunetReader(args.nnunet, _folds(args.folds), args.mirroring, chosen)
+    step = 0.5 if args.step_size is None else args.step_size
+    return NnunetReader(args.nnunet, _folds(args.folds), args.mirroring, chosen, step, previous=args.previous_stage)
 
 
 def register_trusted(args: Namespace) -> None:
@@ -62,8 +63,8 @@ def check_options(args: Namespace) -> None:
         UsageError: they are.
     """
     if args.nnunet is None:
-        if args.folds is not None or not args.mirroring:
-            raise UsageError("--folds and --no-mirroring belong to --nnunet")
+        if not (args.folds is args.step_size is args.previous_stage is None and args.mirroring):
+            raise UsageError("--folds, --no-mirroring, --step-size and --previous-stage belong to --nnunet")
     elif args.bundle is not None or args.config or args.override:
         raise UsageError("--nnunet replaces --bundle, and has no --config and --override")
 

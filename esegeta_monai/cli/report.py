@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+import logging
+from argparse import Namespace
 from pathlib import Path
 
-from esegeta_monai.output.report.page import write_report
+from esegeta_monai.output.report.page import Written, write_report
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["run", "tell_altered"]
 
-
-DESCRIPTION = """\
-Writes OUTPUT/CASE/CASE_report.html for each case and OUTPUT/index.html from the results of 'explain' and, if
-it was run, 'evaluate' in OUTPUT; also after a run that failed or was stopped. Each page is a single file and opens in a
-browser without a network connection. It shows the names of cases, but no names of folders or scan files."""
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of ``report``."""
-    parser.description = DESCRIPTION
-    parser.add_argument("output", metavar="OUTPUT", help="the output folder of 'explain'")
-    parser.add_argument(
-        "--neurological", action="store_true", help="patient's left on the viewer's left (default: radiological)"
-    )
-    parser.add_argument(
-        "--view-3d",
-        action="store_true",
-        help="add a 3D view (needs NiiVue, included in nilearn; 2.3 MB per page); a head can be recognised",
-    )
+logger = logging.getLogger("esegeta_monai")
 
 
 def run(args: Namespace, *_: object) -> int:
-    """Write the pages; print the path of the index, and with a single case that of its page."""
+    """Write the pages; print the path of the index, and with a single case that of its page.
+
+    Returns:
+        0: all maps are those that ``explain`` wrote; 1: a map was altered and is not shown.
+    """
     written = write_report(
         Path(args.output),
         convention="neurological" if args.neurological else "radiological",
@@ -41,4 +28,11 @@ def run(args: Namespace, *_: object) -> int:
         if len(written.cases) == 1:
             print(f"{next(iter(written.cases.values()))} is the report of the only case.")
         print(f"Open {written.index} in a browser; no network connection is needed.")
-    return 0
+    return tell_altered(written)
+
+
+def tell_altered(written: Written) -> int:
+    """Log each map that was altered; return the exit code."""
+    for text in written.altered:
+        logger.error("%s", text)
+    return int(bool(written.altered))

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 from esegeta_monai.bundle.contents import BundleContents, NnunetContents, Runnable, printable
+from esegeta_monai.bundle.nnunet.files import check_single
 from esegeta_monai.bundle.trust import TRUST_VARIABLE, TrustStore, is_shipped
 from esegeta_monai.errors import TrustError, UsageError
 
-__all__ = ["add_trust", "listing", "require_trust", "summary", "trust_changes"]
+__all__ = ["listing", "require_trust", "summary", "trust_changes"]
 
 SHOWN = 40
 """Entries of the bundle's own code in the question; ``info`` lists all."""
 
 logger = logging.getLogger("esegeta_monai")
-
-
-def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Add the option that allows a bundle's code to run."""
-    parser.add_argument(
-        "--trust",
-        action="store_true",
-        help="let the bundle's code run, and remember its contents; without it you are asked once (see 'esegeta-monai "
-        f"info', which lists the code; {TRUST_VARIABLE}=1 allows all bundles)",
-    )
 
 
 def require_trust(args: Namespace) -> None:
@@ -52,6 +43,7 @@ def require_trust(args: Namespace) -> None:
         if args.bundle is not None:
             folders.append(BundleContents(args.bundle, getattr(args, "config", None)))
         if nnunet is not None:
+            check_single(Path(nnunet))
             folders.append(NnunetContents(nnunet, getattr(args, "previous_stage", None)))
         for contents in folders:
             _require(contents, args.trust)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from esegeta_monai.engine.network.model import out_of_memory
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.utils.registry import Configurable, Registry, json_ready
@@ -297,8 +298,16 @@ def scale_invariant(objective: Objective) -> bool:
 def _is_scale_invariant(objective: Objective) -> bool:
     window = objective.windows[len(objective.windows) // 2]
     x = objective.window(window)
-    with torch.inference_mode():
-        full, half = objective.run(torch.cat([x, x / 2]), [window] * 2).double()
+    both, full = torch.cat([x, x / 2]), None
+    while full is None:
+        n = min(2, objective.window_batch)
+        try:
+            with torch.inference_mode():
+                full, half = torch.cat([objective.run(part, [window] * n) for part in both.split(n)]).double()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            objective.shrink(n, error)
     spread = (full - full.mean()).abs().mean() + full.abs().mean()
     return bool((full - half).abs().mean() < 0.01 * spread)
 

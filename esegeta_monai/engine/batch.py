@@ -50,8 +50,7 @@ class Batch:
 
     def unmirrored(self, values: Tensor) -> Tensor:
         """Return a layer's map (*leading axes, *positions) in the frame of the volume, the call's view undone."""
-        axes = [axis - len(self.network.plan.roi) for axis in self.call.flips]
-        return values.flip(axes) if axes else values
+        return self.call.undo(values, len(self.network.plan.roi))
 
     @property
     def image(self) -> Tensor:

@@ -31,8 +31,6 @@ class ContrastScore(Score):
         TargetError: no other class.
     """
 
-    additive = True
-
     def __init__(
         self, score: WeightedScore, others: Sequence[int], n_classes: int, *, weight: float, label: str
     ) -> None:
@@ -44,19 +42,28 @@ class ContrastScore(Score):
         self._positions = [[self.channels.index(c) for c in part.channels] for part in self.parts]
         self.box, self.mask, self.voxels = score.box, score.mask, score.voxels
         self.linear = all(part.linear for part in self.parts)
+        self.additive = all(part.additive for part in self.parts)
         self.label, self.class_index, self.class_name = label, score.class_index, score.class_name
         self.units = f"difference of {score.units}"
         self.meaning = (*score.meaning, "contrast", str(weight), *map(str, others))
 
+    @property
+    def shown(self) -> Tensor:
+        return self.parts[0].shown
+
     def value(self, prediction: Tensor) -> Tensor:
         lead = prediction.ndim - self.mask.ndim - 1
+        if not self.additive:
+            read = (prediction.index_select(lead, torch.tensor(at).to(prediction.device)) for at in self._positions)
+            each = [w * part.value(p) for w, part, p in zip(self.weights, self.parts, read)]
+            return torch.stack(each).sum(0)
         voxels = prediction.flatten(lead + 1) if self.mask.ndim else prediction.unsqueeze(-1)
         selected = take(voxels, true_positions(self.mask).to(voxels.device)).double()
         return self.terms(self.contrast(selected)).sum(-1)
 
     def contrast(self, voxels: Tensor) -> Tensor:
         """Reduce the channels (..., channels, n) of a linear score to their weighted sum (..., 1, n)."""
-        if not self.linear:
+        if not (self.linear and self.additive):
             return voxels
         weights = voxels.new_tensor(self._channel_weights())
         return torch.einsum("c,...cn->...n", weights, voxels).unsqueeze(-2)
@@ -72,6 +79,11 @@ class ContrastScore(Score):
     def cotangent(self, prediction: Tensor) -> Tensor:
         if not self.linear:
             return super().cotangent(prediction)
+        if not self.additive:
+            total = torch.zeros_like(prediction)
+            for w, part, at in zip(self.weights, self.parts, self._positions):
+                total[at] += w * part.cotangent(prediction[at])
+            return total
         mask = self.mask.to(prediction.device, prediction.dtype)
         weights = prediction.new_tensor(self._channel_weights()).reshape(-1, *[1] * mask.ndim)
         return weights * (mask / self.voxels if self.parts[0].reduction == "mean" and self.voxels else mask)

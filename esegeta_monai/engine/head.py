@@ -12,12 +12,9 @@ from monai.transforms import Activations, Activationsd, AsDiscrete, AsDiscreted,
 from torch import Tensor
 
 from esegeta_monai.errors import UsageError
+from esegeta_monai.utils.choices import HEADS, HeadKind
 
-__all__ = ["HEADS", "Head", "HeadKind", "Postprocessing", "Values"]
-
-HeadKind = Literal["softmax", "sigmoid", "softmax inside", "sigmoid inside", "log-softmax inside", "raw", "unknown"]
-HEADS = tuple(kind for kind in get_args(HeadKind) if kind != "unknown")
-"""The kinds that a user may state."""
+__all__ = ["HEADS", "Declared", "Head", "HeadKind", "Postprocessing", "Values"]
 
 Values = Literal["logit", "probability", "log_probability"]
 Declared = Literal["probabilities", "logits", "regression"]

@@ -24,7 +24,7 @@ from esegeta_monai.engine.windows.resize import area_matrix, interpolate, line_m
 from esegeta_monai.errors import MethodError
 
 __all__ = ["BlendedActivations", "LayerOutput", "spread"]
-__all__ += ["to_window"]
+__all__ += ["check_one_member", "to_window"]
 
 
 def to_window(values: Tensor, plan: WindowPlan) -> Tensor:
@@ -89,7 +89,8 @@ class BlendedActivations(Request):
         first = view.of_call(len(views)).start
         up = torch.stack([self._reduced(values, first + i) for i, values in enumerate(views)]).sum(0)
         if not isinstance(self.weights, Tensor):
-            up = up / len(views)
+            call = view.batch.call  # members that are kept apart are averaged here
+            up = up * (plan.share(call) / call.weight / len(views))
         if self.maps is None:
             self.maps = torch.zeros(
                 (up.shape[1], *plan.spatial_shape), dtype=up.dtype, device=self.objective.image.device

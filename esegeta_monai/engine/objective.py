@@ -21,7 +21,7 @@ from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.engine.score import Case, Score
 from esegeta_monai.engine.window_loop import Jobs, WindowedNetwork
 from esegeta_monai.engine.windows.grid import OutputGrid
-from esegeta_monai.engine.windows.plan import Slices, last_axes, picked
+from esegeta_monai.engine.windows.plan import Slices, WindowPlan, last_axes, picked
 from esegeta_monai.errors import InputError
 from esegeta_monai.utils.distributed import Summed
 from esegeta_monai.utils.tensors import digest
@@ -152,6 +152,18 @@ class Objective(WindowedNetwork):
             vars(other).update({name: vars(self)[name] for name in _SHARED if name in vars(self)})
         if full_precision:  # windows are compared with one prediction, whatever the precision
             other._memo["blend deviations"] = self.blend_deviations()
+        return other
+
+    def of_calls(self, plan: WindowPlan, scores: Sequence[Score]) -> Objective:
+        """Return F of some members or views alone: the same masks, baselines, draws and default layer.
+
+        Args:
+            plan: a part of the windows of this plan.
+            scores: the scores.
+        """
+        other = self.derive(plan=plan, scores=scores, prediction=None)
+        if self.knows("default layer"):
+            other._memo["default layer"] = self._memo["default layer"]
         return other
 
     def in_float64(self) -> Objective:

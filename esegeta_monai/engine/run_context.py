@@ -24,6 +24,7 @@ class RunContext:
         window_batch: windows per forward pass, halved when memory runs out; None: that of the window plan.
         precision_decided: True: methods run in the precision of the objective and are not measured first, see
             `esegeta_monai.methods.precision`.
+        layer_positions: number of positions per axis in a window, of each layer whose map was read.
         sample: set where only a sample of a method's perturbation scores is wanted; None: all are.
     """
 
@@ -33,6 +34,7 @@ class RunContext:
     window_batch: int | None = None
     precision_decided: bool = False
     sample: ScoreSample | None = None
+    layer_positions: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @staticmethod
     def for_sample(perturbations: int, window_batch: int) -> RunContext:

@@ -120,6 +120,11 @@ class Score(ABC):
         return torch.zeros(shape, dtype=torch.float64, device=self.mask.device)
 
     @property
+    def shown(self) -> Tensor:
+        """(*box) bool, the voxels that stand for the target in pictures and in metrics of place."""
+        return self.mask
+
+    @property
     def empty(self) -> bool:
         """True if no voxel of the prediction belongs to the target."""
         return self.voxels == 0

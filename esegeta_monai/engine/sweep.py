@@ -72,6 +72,7 @@ class View:
         if last:
             return [self.batch.unmirrored(map_of_last_call(self.activations[layer], self.objective, layer))]
         maps = maps_of_calls(self.activations[layer], self.objective, layer)
+        self.objective.context.layer_positions[layer] = tuple(maps[0].shape[2:])
         return [self.batch.unmirrored(m) for m in maps]
 
     def gradient_maps(self, layer: str) -> list[Tensor]:

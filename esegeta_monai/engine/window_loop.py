@@ -8,9 +8,9 @@ from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from esegeta_monai.engine.network.model import Model, out_of_memory
+from esegeta_monai.engine.network.model import Model, halved, out_of_memory
 from esegeta_monai.engine.run_context import RunContext
 from esegeta_monai.engine.windows.plan import Call, WindowPlan, picked
 from esegeta_monai.errors import MethodError
@@ -61,7 +61,7 @@ class WindowedNetwork:
             all_channels: return all output channels, not only those that are read.
 
         Returns:
-            (n, R, *out_roi), or (n, K, *out_roi) with ``all_channels``.
+            (n, R, *out_roi), or (n, K, *out_roi) with ``all_channels``; M·K channels where members are kept apart.
         """
         parts, done = [], 0
         for call, alike in itertools.groupby(windows, self.plan.call):
@@ -81,12 +81,17 @@ class WindowedNetwork:
         condition = None
         if self.condition is not None:
             condition = torch.stack([self.plan.cut(self.condition, w) for w in windows]).to(self.model.device)
-        axes = [axis + 2 for axis in call.flips]
-        if axes:
-            x, condition = x.flip(axes), None if condition is None else condition.flip(axes)
+        dims = len(self.plan.roi)
+        if call.turned:
+            x, condition = call.apply(x, dims), None if condition is None else call.apply(condition, dims)
         self.model.load(call.member)
         out = self.model(x, slice_axis=self.plan.slice_axis, coordinates=coordinates, condition=condition)
-        return out.flip(axes) if axes and out.ndim == x.ndim else out
+        out = call.undo(out, dims) if call.turned and out.ndim == x.ndim else out
+        if not self.plan.apart:
+            return out
+        before, after = call.member, self.plan.member_count - 1 - call.member
+        channels = out.shape[1]
+        return nn.functional.pad(out, (0, 0) * (out.ndim - 2) + (before * channels, after * channels))
 
     def check_output(self, out: Tensor) -> None:
         """Check an output of the network (n, K, *out_roi); nothing is known of it here."""
@@ -156,30 +161,24 @@ class WindowedNetwork:
                 part = list(itertools.takewhile(lambda job: self.plan.call(job[1]) is call, part))  # noqa: B023
                 try:
                     run([w for _, w in part], [p for p, _ in part], number == done == 0)
-                except RuntimeError as error:
+                except (RuntimeError, MemoryError) as error:
                     if not out_of_memory(error):
                         raise
                     self.shrink(len(part), error)
                     continue
                 done += len(part)
 
-    def shrink(self, tried: int, error: RuntimeError) -> None:
+    def shrink(self, tried: int, error: BaseException) -> None:
         """Halve the window batch after memory ran out, and warn.
 
         Args:
             tried: windows in the batch that did not fit.
-            error: torch's error.
+            error: the error.
 
         Raises:
             MethodError: the batch had only one window.
         """
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if tried == 1:
-            raise MethodError(
-                f"out of memory with one window of {self.plan.roi}: use amp=True, a smaller window, or device='cpu'"
-            ) from error
-        self.context.window_batch = tried // 2
+        self.context.window_batch = halved(tried, self.plan.roi, error)
         self.context.progress.warn(f"out of memory with {tried} windows per batch: continued with {tried // 2}")
 
 
@@ -187,6 +186,8 @@ def _gradients(out: Tensor, inputs: Sequence[Tensor], cotangent: Tensor, retain:
     """Call autograd; replace its error for a network without derivative by one that names a remedy."""
     try:
         return list(torch.autograd.grad(out, inputs, cotangent, retain_graph=retain, allow_unused=True))
+    except MemoryError as error:
+        raise torch.OutOfMemoryError(f"not enough memory: {error or 'MemoryError'}") from error
     except RuntimeError as error:
         if out_of_memory(error):
             raise

@@ -170,10 +170,10 @@ class Evaluator:
         names = names or ResultNames(chosen, wanted)
         result, dims = EvaluationResult(), image.ndim - 1
         label, regions, label_value = _plain(label, dims), _plain(regions, dims), value_of_label(label_value)
-        given_masks = {"label": label, "regions": regions, "body": body}
-        given_masks = {what: torch.as_tensor(mask) for what, mask in given_masks.items() if mask is not None}
-        problems = {what: label_problem(what, mask) for what, mask in given_masks.items()}
-        result.failed |= {what: problem for what, problem in problems.items() if problem is not None}
+        for what, mask in (("label", label), ("regions", regions), ("body", body)):
+            problem = None if mask is None else label_problem(what, torch.as_tensor(mask))
+            if problem is not None:
+                result.failed[what] = problem
         if body is None:
             body = foreground(image.as_tensor().detach().cpu())
         elif "body" in result.failed:  # of nobody, everything would be outside
@@ -363,7 +363,7 @@ class _Case:
         if len(score.box) != len(shape) or any(b.stop > n for b, n in zip(score.box, shape)):
             return None
         mask = torch.zeros(shape, dtype=torch.bool)
-        mask[score.box] = score.mask.cpu()
+        mask[score.box] = score.shown.cpu()
         return mask
 
     def _score(self, k: int) -> Score:

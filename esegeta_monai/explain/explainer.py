@@ -21,19 +21,27 @@ from esegeta_monai.engine.head import HeadKind, Postprocessing
 from esegeta_monai.engine.network.state import evaluating, unwrap
 from esegeta_monai.engine.windows.inferers import as_inferer
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
-from esegeta_monai.explain.attribution import Attribution
+from esegeta_monai.explain.attribution import Attribution, Attributions
 from esegeta_monai.explain.case import BatchInputs
 from esegeta_monai.explain.costs import Cost, cost_of
 from esegeta_monai.explain.outcomes import BoundTarget, Outcomes
 from esegeta_monai.explain.prediction import Prediction
-from esegeta_monai.explain.run import CaseRun, JudgedCase, Skip
-from esegeta_monai.explain.settings import Checks, InputsAs, OnError, Settings, checks_of
+from esegeta_monai.explain.run import CaseRun, JudgedCase, OnBegin, Skip
+from esegeta_monai.explain.settings import (
+    DEFAULT_METHODS,
+    Checks,
+    InputsAs,
+    OnError,
+    Settings,
+    checks_of,
+    default_targets,
+)
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.distributed import Processes
 from esegeta_monai.utils.types import flag, number
 
-__all__ = ["Attribution", "Explainer"]
+__all__ = ["Attribution", "Attributions", "Explainer"]
 
 
 class Explainer:
@@ -76,6 +84,9 @@ class Explainer:
             they show what the output is, and which thresholds and outputs are used. They are not run.
         inputs_as: how several image inputs are passed to the network: ``"dict"`` (by name) or ``"list"`` as its only
             argument; None: the first by position, the others by name.
+        agreement: compute the maps of the members of an ensemble, and of its mirrored views, alone as well: the record
+            has under ``agreement`` how far they agree, and the maps are in `Attribution.agreement`. It takes the
+            passes of the ensemble once more for members and for views, and the memory of one map for each.
 
     Raises:
         UsageError: the network is no module, or a parameter has a wrong value.
@@ -114,6 +125,7 @@ class Explainer:
         head: HeadKind | None = None,
         postprocessing: Any = None,
         inputs_as: InputsAs | None = None,
+        agreement: bool = False,
     ) -> None:
         if not isinstance(network, nn.Module):
             raise UsageError(
@@ -144,13 +156,14 @@ class Explainer:
             postprocessing=Postprocessing.of(postprocessing),
             inputs_as=inputs_as,
             checks=checks_of(checks),
+            agreement=flag("agreement", agreement),
         )
 
     def __call__(
         self,
         image: Tensor | Mapping[str, Tensor],
-        methods: Any,
-        targets: Any,
+        methods: Any = DEFAULT_METHODS,
+        targets: Any = None,
         *,
         data: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         prediction: Any = None,
@@ -158,7 +171,8 @@ class Explainer:
         network_kwargs: Mapping[str, Any] | None = None,
         skip: Skip | None = None,
         scores_dir: str | os.PathLike[str] | None = None,
-    ) -> Iterator[Attribution]:
+        on_begin: OnBegin | None = None,
+    ) -> Attributions:
         """Explain every case of a batch by every method for every target.
 
         Args:
@@ -166,7 +180,8 @@ class Explainer:
                 inputs together, with one map per input: the first is passed to the network positionally, the others by
                 name (see ``inputs_as``).
             methods: methods, names or configs.
-            targets: targets, names or configs.
+            targets: targets, names or configs; None: every predicted class except background, or the first value of a
+                regression (`esegeta_monai.engine.head.Postprocessing.declared`).
             data: the case's data dictionary (a list of them for a batch), in which targets look up masks and labels.
             prediction: the network's raw output for the batch (B, K, …), if it is already known.
             network_args, network_kwargs: further inputs of the network, passed through. A tensor whose first axis is
@@ -175,13 +190,55 @@ class Explainer:
                 would be computed; if it returns True, the attribution is left out.
             scores_dir: folder in which perturbation methods save their scores while they run, so that an interrupted
                 run can be resumed (`esegeta_monai.engine.perturbation.checkpoint.ScoreCheckpoint`); None: not saved.
+            on_begin: called before methods that share passes run, with their attributions, which have no map yet.
+
+        Returns:
+            `Attributions`, case by case: a sequence whose elements are computed when they are first read. Its maps are
+            kept; see `stream`.
+
+        Raises:
+            EsegetaError: a wrong name or parameter; with ``on_error="raise"``, any failure. It is raised when the
+                attributions are read.
+
+        Example:
+            >>> network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            >>> explained = Explainer(network)(torch.rand(1, 1, 8, 8))
+            >>> [attribution.method.name for attribution in explained], explained[0].status
+            (['Saliency', 'GradCam'], 'ok')
+        """
+        options: dict[str, Any] = {"data": data, "prediction": prediction, "skip": skip, "scores_dir": scores_dir}
+        options |= {"network_args": network_args, "network_kwargs": network_kwargs, "on_begin": on_begin}
+        return Attributions(lambda: self.stream(image, methods, targets, **options))
+
+    def stream(
+        self,
+        image: Tensor | Mapping[str, Tensor],
+        methods: Any = DEFAULT_METHODS,
+        targets: Any = None,
+        *,
+        data: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        prediction: Any = None,
+        network_args: Sequence[Any] = (),
+        network_kwargs: Mapping[str, Any] | None = None,
+        skip: Skip | None = None,
+        scores_dir: str | os.PathLike[str] | None = None,
+        on_begin: OnBegin | None = None,
+    ) -> Iterator[Attribution]:
+        """Yield the attributions of `__call__`, with its arguments, without keeping them.
 
         Yields:
             `Attribution`, case by case.
 
         Raises:
             EsegetaError: a wrong name or parameter; with ``on_error="raise"``, any failure.
+
+        Example:
+            >>> explainer = Explainer(nn.Sequential(nn.Flatten(), nn.Linear(16, 2)))
+            >>> [a.status for a in explainer.stream(torch.rand(1, 1, 4, 4), "Saliency", "ClassScore(1)")]
+            ['ok']
         """
+        if targets is None:
+            targets = default_targets(self.settings.postprocessing.declared)
         chosen, wanted = METHODS.create_all(methods), TARGETS.create_all(targets)
         settings = self.settings
         refused = settings.refused(chosen)
@@ -191,7 +248,9 @@ class Explainer:
         for case in inputs.cases(settings.output, settings.postprocessing.keys):
             done: set[tuple[int, int]] = set()
             try:
-                for attribution in CaseRun(settings, case).explained(chosen, wanted, refused, skip, scores_dir):
+                for attribution in CaseRun(settings, case).explained(
+                    chosen, wanted, refused, skip, scores_dir, on_begin
+                ):
                     done.add((id(attribution.method), id(attribution.target)))
                     yield attribution
             except Exception as error:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
+import numpy as np
 import torch
+from monai.data import MetaTensor
 from torch import Tensor
 
+from esegeta_monai.engine.resampled import OUTPUT_GRID, OutputMasks, ResampledScore
 from esegeta_monai.engine.score import Score
 from esegeta_monai.engine.windows.plan import WindowPlan
 from esegeta_monai.errors import MethodError, MethodTimeout, RankLost, named_reason
+from esegeta_monai.explain.agreement import AgreementMaps, Kind, compared, summary
 from esegeta_monai.explain.attribution import Attribution, like_image, mask_on_image
 from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.explain.record import Record, inputs_sha256, tensor_hash
@@ -69,6 +74,7 @@ class Outcomes:
             known = self._records[key][2]
             return replace(known, warnings=[], more=dict(known.more))
         score, case, names = bound.score, self.case, list(self.settings.channel_names)
+        label = _scalar(case.data.get("label")) if case.data else None
         record = Record(
             method=type(method).__name__,
             method_name=method.name,
@@ -93,14 +99,31 @@ class Outcomes:
             value_units=None if score is None else score.units,
             checks=[check.entry() for check in case.checks] or None,
             versions=versions(),
+            label=label,
         )
+        if self.settings.agreement and (kinds := compared(plan)):
+            record.agreement = {"of": kinds}
+        own: OutputMasks | None = case.data.get(OUTPUT_GRID)
+        if own is not None:
+            on_scan = isinstance(score, ResampledScore)
+            record.more |= {"mask_grid": "scan" if on_scan else "network", "own_prediction": dict(own.record)}
         self._records[key] = method, bound, record
         return replace(record, warnings=[], more=dict(record.more))
 
     def finished(
-        self, method: Method, bound: BoundTarget, record: Record, outcome: Explained, k: int
+        self,
+        method: Method,
+        bound: BoundTarget,
+        record: Record,
+        outcome: Explained,
+        k: int,
+        alone: Mapping[Kind, tuple[Sequence[float], list[Tensor]]] | None = None,
     ) -> Iterator[Attribution]:
-        """Yield the attribution of target k, or one per image input if the network has several."""
+        """Yield the attribution of target k, or one per image input if the network has several.
+
+        Args:
+            alone: shares and maps (C, *spatial) of the members and of the views alone, where they are compared.
+        """
         record.update(json_ready(outcome.note(k)))
         if record.amp_fallback is not None:
             record.warnings = [*record.warnings, f"computed in float32: {record.amp_fallback}"]
@@ -135,8 +158,33 @@ class Outcomes:
                     *own.warnings,
                     "the map is zero everywhere: the target does not depend on the image, or nothing propagates to it",
                 ]
+            start = list(parts).index(name) if name is not None else 0
+            first = sum(list(channels.values())[:start]) if per_input else 0
+            maps = AgreementMaps([], [])
+            for kind, (shares, whole) in (alone or {}).items():
+                own_maps = [m[first : first + len(part)] for m in whole]
+                generator = torch.Generator().manual_seed(self.settings.seed)
+                own.agreement = {**(own.agreement or {}), kind: summary(own_maps, shares, part, kind, generator)}
+                maps.of(kind).extend(like_image(m, case.image) for m in own_maps)
             attribution = like_image(part, case.image)
-            yield Attribution(attribution, method, bound.target, case.index, own.to_json(), bound.label, mask, name)
+            yield Attribution(
+                attribution,
+                method,
+                bound.target,
+                case.index,
+                own.to_json(),
+                bound.label,
+                mask,
+                name,
+                agreement=maps if alone else None,
+                image=case.image if name is None else self._input_image(name),
+            )
+
+    def _input_image(self, name: str) -> MetaTensor:
+        """Return the channels (C, *spatial) of one of several image inputs."""
+        channels = self.case.channels
+        parts = self.case.image.split(list(channels.values()))
+        return cast(MetaTensor, parts[list(channels).index(name)])
 
     @staticmethod
     def _status(method: Method, record: Record, part: Tensor) -> str:
@@ -164,6 +212,15 @@ class Outcomes:
         image_label = bound.score is not None and not bound.score.box
         record.reason = NO_LABEL if image_label else NOTHING_THERE.format(bound.label)
         return Attribution(None, method, bound.target, self.case.index, record.to_json(), bound.label)
+
+
+def _scalar(label: Any) -> int | None:
+    """Return a label of one number; None for a label map, a file, or nothing."""
+    if isinstance(label, (Tensor, np.ndarray)):
+        values = torch.as_tensor(label).flatten()
+        label = values[0].item() if len(values) == 1 else None
+    whole = isinstance(label, (int, float, np.integer)) and not isinstance(label, bool) and label == int(label)
+    return int(label) if whole else None
 
 
 def _not_finite(record: Record) -> str | None:

@@ -20,7 +20,8 @@ from esegeta_monai.engine.checks.head import HeadEvidence, evidence_of, find_hea
 from esegeta_monai.engine.checks.network import check_network_once
 from esegeta_monai.engine.head import Head
 from esegeta_monai.engine.layer_maps import LayerOutput
-from esegeta_monai.engine.network.model import Model, select_output
+from esegeta_monai.engine.member_score import MembersScore, mean_probability
+from esegeta_monai.engine.network.model import Model, halved, out_of_memory, select_output
 from esegeta_monai.engine.network.state import evaluating, frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.run_context import RunContext
@@ -56,7 +57,9 @@ class Prediction:
         model: the network, called with batches of windows.
         image: (C, *spatial) on the volume device.
         plan: the windows.
-        prediction: (K, *out), by the user's own inferer.
+        prediction: (K, *out), by the user's own inferer; the mean of probabilities where an ensemble averages these.
+        predicted: what the engine reads: ``prediction``, or those of the members (M·K, *out) where these are averaged
+            as probabilities.
         notes: warnings.
         head: what the prediction is.
 
@@ -96,14 +99,22 @@ class Prediction:
             warnings.simplefilter("always")
             self.plan = plan_windows(settings.inferer, self.image.shape[1:], self.model.dtype)
         self._refuse_missing_axis()
+        self._largest_batch: int | None = None
+        """Windows that fit into memory together, once more of them did not."""
         self.notes = [str(w.message) for w in caught]
         for text in self.notes:
             logger.warning(text)
         self.model.repeats = self.plan.whole
-        if self.plan.whole and type(settings.inferer).__name__ != "SimpleInferer":
-            self.model.inferer = settings.inferer
+        # with several calls, each is one pass of the inner inferer: the whole one would make all of them again
+        one = getattr(settings.inferer, "single", None) if self.plan.calls else settings.inferer
+        if self.plan.whole and one is not None and type(one).__name__ != "SimpleInferer":
+            self.model.inferer = one
         self._check_network()
-        self.prediction = self._predict()
+        self.predicted = self.prediction = self._predict()
+        self._note_changed_settings()
+        self.average: Any = getattr(settings.inferer, "average", "output") if self.plan.apart else "output"
+        if self.average != "output":
+            self.prediction = self._mean_probability()
         if not all_finite(self.prediction):
             whose = "given prediction" if case.prediction is not None else "prediction"
             raise NetworkError(f"the {whose} has values that are NaN or infinite: there is nothing to explain")
@@ -129,14 +140,37 @@ class Prediction:
                 if target.layer is None:
                     need_class_axis(self.prediction, self.image.ndim, target)
                 for score in target.bind(self.prediction, context):
-                    yield BoundTarget(target, score)
+                    yield BoundTarget(target, self._of_members(score))
             except EsegetaError as error:
                 yield BoundTarget(target, None, error)
+
+    def _of_members(self, score: Score) -> Score:
+        """Return a score of the mean probability as a function of the members' predictions; any other unchanged."""
+        if self.average == "output":
+            return score
+        return MembersScore(score, self.plan.member_weights, self.average, len(self.prediction))
+
+    def _mean_probability(self) -> Tensor:
+        """Return the mean probability (K, *out) of the members' predictions (M·K, *out).
+
+        Raises:
+            InputError: a given prediction does not have the channels of all members.
+        """
+        members = self.plan.member_count
+        if len(self.predicted) % members:
+            raise InputError(
+                f"the given prediction has {len(self.predicted)} channels for {members} members whose probabilities "
+                "are averaged: give the raw outputs of the members one after the other, or leave it out"
+            )
+        weights = self.plan.member_weights
+        return mean_probability(self.predicted.double(), members, weights, self.average).to(self.predicted)
 
     def objective(self, scores: Sequence[Score]) -> Objective:
         """Return the objective F of this case, with one value per score."""
         settings, condition = self.settings, self.case.condition
         window_batch = settings.window_batch or (4 if self.plan.whole else self.plan.batch_size)
+        if self._largest_batch is not None:
+            window_batch = min(window_batch, self._largest_batch)
         if self._mixes_rows:
             window_batch = 1
         return Objective(
@@ -144,7 +178,7 @@ class Prediction:
             self.image,
             self.plan,
             scores,
-            self.prediction,
+            self.predicted,
             seed=settings.seed,
             condition=None if condition is None else condition.to(self.image),
             case=self._context,
@@ -152,8 +186,13 @@ class Prediction:
         )
 
     def infer(self, image: Tensor) -> Tensor:
-        """Return the prediction (K, *out) at an image (C, *spatial) by the user's own inferer, without autocast."""
+        """Return the prediction (K, *out) at an image (C, *spatial) by the user's own inferer, without autocast.
+
+        Where members are kept apart it has M·K channels.
+        """
         model = self.model.without_autocast()
+        if self.plan.calls:
+            return self._blended(model, image)
 
         def call(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             return model(x.to(model.device), coordinates=args[0] if args else None, condition=kwargs.get("condition"))
@@ -169,8 +208,10 @@ class Prediction:
         inferer = user if model.inferer is None else (lambda x, network, **kw: network(x, **kw))
         kwargs = {} if condition is None else {"condition": condition[None].to(self.image)}
         changes: dict[str, Any] = {"sw_device": user.sw_device or model.device} if hasattr(user, "sw_device") else {}
-        if self._mixes_rows and hasattr(user, "sw_batch_size"):
-            changes["sw_batch_size"] = 1
+        if hasattr(user, "sw_batch_size"):
+            changes["sw_batch_size"] = self._largest_batch or self.settings.window_batch or user.sw_batch_size
+            if self._mixes_rows:
+                changes["sw_batch_size"] = 1
         return inferer, kwargs, changes
 
     def _check_network(self) -> None:
@@ -203,12 +244,19 @@ class Prediction:
                 "the network mixes the windows of a batch: the explained prediction has one window per pass and "
                 f"differs from that of the inferer with sw_batch_size={batch}; predict with sw_batch_size=1"
             )
-        elif given is None or _close(given.detach().to(self.prediction), self.prediction):
+        elif given is None or _close(given.detach().to(self.predicted), self.predicted):
             return
         else:
             text = f"{cause}: the given prediction is not that of this image, unchanged and alone, which is explained"
         self.notes.append(text)
         logger.warning(text)
+
+    def _note_changed_settings(self) -> None:
+        """Note settings of torch that the network changes in its pass; they have been restored after each."""
+        for what in sorted(self.model.disturbs):
+            text = f"the network changes {what} in its forward pass; it is set back after each pass"
+            self.notes.append(text)
+            logger.warning(text)
 
     def _check_image(self) -> None:
         """Check the image of the case; a refusal is also a check of it."""
@@ -293,6 +341,13 @@ class Prediction:
             EsegetaError: the user's statement contradicts the prediction, or the bundle squashes it twice.
         """
         settings = self.settings
+        if self.average != "output":
+            text = f"the members' {self.average} is averaged, so the prediction consists of probabilities"
+            self._note(CheckResult("head", "passed", text))
+            kind: Any = f"{self.average} inside"
+            head = Head(kind, True, (text,), settings.postprocessing)
+            self.case.record["head"] = head.to_json()
+            return head
 
         def evidence() -> HeadEvidence:
             model = copy.copy(self.model)
@@ -368,7 +423,7 @@ class Prediction:
             if self._disturbance is None:
                 return case.prediction.detach().to(self.image)
         if self.plan.calls:
-            return self._blended()
+            return self._blended(self.model, self.image)
         user, ranks, windows = settings.inferer, settings.processes, len(self.plan)
         inferer, kwargs, changes = self._inference()
         shared = ranks.size > 1 and type(user) in (SlidingWindowInferer, SlidingWindowInfererAdapt, SliceInferer)
@@ -414,20 +469,40 @@ class Prediction:
 
         blended = _Blended()
         together = ranks.summed([blended]) if shared else nullcontext()
-        with evaluating(settings.network, settings.device), torch.no_grad(), together, _changed(user, changes):
-            blended.prediction = infer()
+        with evaluating(settings.network, settings.device), torch.no_grad(), together:
+            blended.prediction = self._halving(infer, changes)
         assert blended.prediction is not None
         return blended.prediction.to(self.image)
 
-    def _blended(self) -> Tensor:
+    def _halving(self, infer: Callable[[], Tensor | None], changes: dict[str, Any]) -> Tensor | None:
+        """Predict with the changes of `_inference`; halve the window batch for as long as memory runs out.
+
+        Raises:
+            MethodError: memory runs out with one window.
+        """
+        while True:
+            try:
+                with _changed(self.settings.inferer, changes):
+                    return infer()
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                tried = min(changes.get("sw_batch_size", 1), len(self.plan))
+                smaller = halved(tried, self.plan.roi, error)
+            text = f"out of memory with {tried} windows per batch: predicted with {smaller}"
+            logger.warning(text)
+            self.notes.append(text)
+            self._largest_batch = changes["sw_batch_size"] = smaller
+
+    def _blended(self, model: Model, image: Tensor) -> Tensor:
         """Return the prediction (K, *out) of an ensemble or of mirrored views: its windows, blended here."""
         condition = None if self.case.condition is None else self.case.condition.to(self.image)
         context = RunContext(processes=self.settings.processes, window_batch=self.settings.window_batch)
-        network = WindowedNetwork(self.model, self.image, self.plan, condition=condition, context=context)
+        network = WindowedNetwork(model, image, self.plan, condition=condition, context=context)
         with evaluating(self.settings.network, self.settings.device), torch.inference_mode():
             out_roi = tuple(network.run(network.window(0), [0]).shape[2:])
             grid = OutputGrid(self.plan, out_roi, self.image.dtype, self.image.device)
-            objective = Objective(self.model, self.image, self.plan, condition=condition, context=context, grid=grid)
+            objective = Objective(model, image, self.plan, condition=condition, context=context, grid=grid)
             return objective.predict_all()
 
 

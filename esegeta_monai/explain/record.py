@@ -69,6 +69,7 @@ class Record:
         target_sha256, inputs_sha256, image_sha256, scan_sha256: of mask and box, of `inputs_sha256`, of the
             preprocessed image, of the scan's file.
         channel_names: of the image; channels: ``"all"`` where the map has one channel for all of them.
+        label: number of the true class of the case, where its data has one under ``label``.
         input: name of the image input, where a network has several.
         seed, output: of the explainer; inferer, network: names and parameters.
         network_grid, network_affine: shape (*spatial) and affine (mm) of the preprocessed image.
@@ -76,10 +77,15 @@ class Record:
         checks: results of the checks, see `esegeta_monai.engine.checks.base.CheckResult.entry`.
         map_check: result of the check of the map, with ``checks="maps"``: ``"passed"``, ``"warned"`` (it contradicts an
             independent computation) or ``"none"``.
+        agreement: how far the members of an ensemble and its mirrored views agree, see
+            `esegeta_monai.explain.agreement.summary`; ``of``: what is compared. training_folds: for each fold, whether
+            the case was in its training set.
         noise: standard deviation of F over repeated passes, in units of the target, where equal passes differ.
         head: the meaning of the output, with evidence and certainty, see `esegeta_monai.engine.head.Head`.
             value_units: units of the target, value and baseline_value.
         absorbed_share: share of F(x) that biases absorb, of methods that propagate relevance.
+        layer_spacing: distance of the layer's positions per axis on the network's grid, in mm (in voxels without an
+            affine), of maps of one layer.
         layer, channel, features, curve, intensity_range, place, distance_end: of methods that have them: layer name,
             channel number, feature table, optimisation curve, intensities of black and white, place of a synthesised
             image, final layer distance.
@@ -143,14 +149,18 @@ class Record:
     absorbed_share: float | None = None
     checks: list[dict[str, Any]] | None = None
     map_check: str | None = None
+    agreement: dict[str, Any] | None = None
+    training_folds: dict[str, str] | None = None
     noise: float | None = None
     head: dict[str, Any] | None = None
     value_units: str | None = None
     channels: str | None = None
+    label: int | None = None
     input: str | None = None
     ranks: int | None = None
     passes_shared_with: list[str] | None = None
     layer: Any = None
+    layer_spacing: list[float] | None = None
     channel: Any = None
     features: Any = None
     curve: list[float] | None = None

@@ -22,6 +22,7 @@ from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.engine.sweep import sweep
 from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout
+from esegeta_monai.explain.agreement import Kind, compared, part_maps
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.case import CaseInput
 from esegeta_monai.explain.costs import check_cost
@@ -34,16 +35,22 @@ from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.run import grouped, run_together, shares_passes
 from esegeta_monai.targets.base import Target
 
-__all__ = ["CaseRun", "CaseTask", "JudgedCase", "Skip"]
+__all__ = ["CaseRun", "CaseTask", "JudgedCase", "OnBegin", "Skip"]
 
 logger = logging.getLogger("esegeta_monai")
 
 Skip = Callable[[Attribution], bool]
 """Return True to leave out an attribution, which has no map yet but the record of what would be computed."""
 
+OnBegin = Callable[[Sequence[Attribution]], None]
+"""Called before methods that share passes run, with their attributions, which have no map yet."""
+
 
 DEVIATES = 0.1
 """Threshold of ``blend_deviation`` for a warning; half-precision windows of a float32 prediction stay below 0.05."""
+
+ROUNDING = 1e-3
+"""Largest ``blend_deviation`` of a prediction in float32."""
 
 
 LAYER_MAPS = ("layer map", "activation")
@@ -53,8 +60,8 @@ ONE_NETWORK = (
     "{}: a layer belongs to one of the two networks that are compared: use an input method, or explain one network"
 )
 ONE_CALL = (
-    "{}: the method reads one call of the network for each place, and an ensemble or mirrored views have several: "
-    "explain one member without mirroring, or use GradCam or an input method"
+    "{}: it is made for the weights of one network, as fitted patterns are, and an ensemble or mirrored views have "
+    "several calls: explain one member without mirroring, or use LRP or a gradient method"
 )
 
 NOISE_PASSES = 8
@@ -122,6 +129,7 @@ class CaseRun:
         refused: Mapping[int, Exception],
         skip: Skip | None,
         scores_dir: str | os.PathLike[str] | None,
+        on_begin: OnBegin | None = None,
     ) -> Iterator[Attribution]:
         """Yield the attributions of this case; arguments as in `esegeta_monai.Explainer` and `prepared`."""
         for task in self.prepared(methods, targets, refused, skip):
@@ -136,7 +144,19 @@ class CaseRun:
                 if scores_dir is not None and not group[0].needs_gradient:
                     checkpoint = ScoreCheckpoint(Path(scores_dir), self._checkpoint_key(group[0], task))
                 task.objective.context.checkpoint = checkpoint
+                if on_begin is not None:
+                    on_begin(self._without_maps(group, task))
                 yield from self._group(group, task)
+
+    def _without_maps(self, group: Sequence[Method], task: CaseTask) -> list[Attribution]:
+        """Return what a group of methods will explain, without maps."""
+        return [
+            Attribution(
+                None, m, b.target, self.case.index, self.outcomes.record(m, b, task.objective.plan).to_json(), b.label
+            )
+            for m in group
+            for b in task.bound
+        ]
 
     def prepared(
         self,
@@ -244,6 +264,7 @@ class CaseRun:
         values = objective.image_values() if any(o.result is not None for o in outcomes) else None
         noise = self._noise(objective)
         layer_checks = self._layer_checks(group, objective)
+        alone = self._alone(group, objective, [o.result is not None for o in outcomes])
         for method, outcome in zip(group, outcomes):
             for k, b in enumerate(task.bound):
                 record = self.outcomes.record(method, b, objective.plan)
@@ -267,11 +288,53 @@ class CaseRun:
                     predicted, activation = task.predicted, getattr(b.target, "activation", "auto")
                     entries = predicted_class(predicted.decided_by, settings.class_names, predicted.head, activation)
                     record.update(entries)
+                if method.produces in LAYER_MAPS:
+                    record.layer_spacing = self._layer_spacing(objective, outcome.result.note(k).get("layer"))
+                if settings.checks:
+                    result = _precision(objective, outcome.result.note(k), record)
+                    record.checks = [*(record.checks or []), result.entry()]
                 self._check_map(task, method, k, outcome.result, record)
-                yield from self.outcomes.finished(method, b, record, outcome.result, k)
+                yield from self.outcomes.finished(
+                    method, b, record, outcome.result, k, self._of_target(alone, method, k, record)
+                )
         checkpoint = objective.context.checkpoint
         if checkpoint is not None and all(o.result is not None for o in outcomes):
             checkpoint.remove()  # not earlier, because the caller has now written the maps
+
+    def _alone(
+        self, group: Sequence[Method], objective: Objective, done: Sequence[bool]
+    ) -> dict[Kind, tuple[list[float], dict[int, list[Tensor] | str]]]:
+        """Compute the maps of the members and of the views alone, if they are to be compared.
+
+        Returns:
+            For each kind the shares, and by the method's id its maps (k, C, *spatial), or why there are none.
+        """
+        kinds = compared(objective.plan) if self.settings.agreement else []
+        methods = [method for method, ok in zip(group, done) if ok]
+        alone: dict[Kind, tuple[list[float], dict[int, list[Tensor] | str]]] = {}
+        for kind in kinds if methods else []:
+            with evaluating(self.settings.network, self.settings.device):
+                shares, maps = part_maps(methods, objective, kind)
+            alone[kind] = shares, {id(method): m for method, m in zip(methods, maps)}
+        return alone
+
+    @staticmethod
+    def _of_target(
+        alone: Mapping[Kind, tuple[list[float], dict[int, list[Tensor] | str]]],
+        method: Method,
+        k: int,
+        record: Record,
+    ) -> dict[Kind, tuple[Sequence[float], list[Tensor]]]:
+        """Return the shares and maps (C, *spatial) of target k; a failure is written to the record."""
+        result: dict[Kind, tuple[Sequence[float], list[Tensor]]] = {}
+        for kind, (shares, maps) in alone.items():
+            own = maps[id(method)]
+            if isinstance(own, str):
+                record.agreement = {**(record.agreement or {}), kind: {"failed": own}}
+                record.warnings = [*record.warnings, f"the maps of the {kind} could not be computed alone: {own}"]
+            else:
+                result[kind] = shares, [m[k] for m in own]
+        return result
 
     def _check_map(self, task: CaseTask, method: Method, k: int, explained: Explained, record: Record) -> None:
         """Check the map of target k, if the settings ask for it, and put the result into its record."""
@@ -295,6 +358,16 @@ class CaseRun:
             return []
         with evaluating(self.settings.network, self.settings.device):
             return [check.entry() for check in layer_findings(objective)]
+
+    def _layer_spacing(self, objective: Objective, layer: Any) -> list[float] | None:
+        """Return the distance of the positions of a layer per axis, in mm; None if its map was not read."""
+        positions = objective.context.layer_positions.get(layer) if isinstance(layer, str) else None
+        roi = objective.plan.roi
+        if positions is None or len(positions) != len(roi):
+            return None
+        affine = torch.as_tensor(self.case.image.affine).double()
+        spacing = affine[: len(roi), : len(roi)].norm(dim=0).tolist()
+        return [size * n / p for size, n, p in zip(spacing, roi, positions)]
 
     def _noise(self, objective: Objective) -> Tensor | None:
         """Return the standard deviation of F (k,) over repeated passes; None if equal passes agree."""
@@ -352,6 +425,31 @@ class CaseRun:
 def _reads_layer(method: Method) -> bool:
     """Return True if a method, or one inside it, belongs to a layer."""
     return any(m.produces in LAYER_MAPS or hasattr(m, "layer") for m in (method, *method.inside()))
+
+
+def _precision(objective: Objective, note: Mapping[str, Any], record: Record) -> CheckResult:
+    """Return the check that a map is computed in the precision of the prediction.
+
+    Args:
+        objective: of the map.
+        note: of the map; ``amp_fallback`` is the reason for float32.
+        record: of the map, with ``amp`` and ``blend_deviation``.
+    """
+    asked, own = objective.model.autocast_dtype, str(objective.image.dtype).removeprefix("torch.")
+    deviation, text = record.blend_deviation, f"the windows run in {own}, as the prediction"
+    if deviation is not None and not deviation <= DEVIATES:
+        return CheckResult("precision", "warned", "the windows deviate from the prediction, see the warning")
+    if asked is None and deviation is not None and deviation > ROUNDING:
+        text = "not checked: the given prediction deviates from the windows by more than float32 rounds"
+        return CheckResult("precision", "not checked", text)
+    if asked is None:
+        return CheckResult("precision", "passed", text)
+    half = str(asked).removeprefix("torch.")
+    if record.amp is None or note.get("amp_fallback") is not None:
+        reason = note.get("amp_fallback") or "the method needs it"
+        text = f"the prediction runs under autocast ({half}), this map in {own}: {reason}"
+        return CheckResult("precision", "handled", text)
+    return CheckResult("precision", "passed", f"the windows run under autocast ({half}), as the prediction")
 
 
 def _warned(checks: Sequence[CheckResult], method: Method) -> list[str]:

@@ -12,15 +12,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from esegeta_monai.engine.head import HEADS, Postprocessing
+from esegeta_monai.engine.head import HEADS, Declared, Postprocessing
 from esegeta_monai.engine.network.model import check_network, is_scripted
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.explain.record import described
 from esegeta_monai.methods.base import Method
+from esegeta_monai.targets.base import Target
+from esegeta_monai.targets.classes import PredictedClasses
+from esegeta_monai.targets.regions import OutputValue
 from esegeta_monai.utils.distributed import Processes
 from esegeta_monai.utils.types import flag
 
-__all__ = ["Checks", "InputsAs", "OnError", "Settings", "checks_of"]
+__all__ = ["DEFAULT_METHODS", "Checks", "InputsAs", "OnError", "Settings", "checks_of", "default_targets"]
+
+DEFAULT_METHODS = ("Saliency", "GradCam")
+"""Methods that run where none are chosen, in all interfaces."""
 
 OnError = Literal["raise", "record"]
 Checks = bool | Literal["once", "maps"]
@@ -42,6 +48,18 @@ def checks_of(value: Any) -> Checks:
         return flag("checks", value)
     except UsageError:
         raise UsageError(f"checks={value!r}: give True, False, 'once' or 'maps'") from None
+
+
+def default_targets(declared: Declared | None) -> list[Target]:
+    """Return the targets where none are chosen: every predicted class except background, or a regression's first value.
+
+    Args:
+        declared: meaning of the output, where metadata state it.
+
+    >>> [type(target).__name__ for target in default_targets("regression")]
+    ['OutputValue']
+    """
+    return [OutputValue()] if declared == "regression" else [PredictedClasses()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +87,7 @@ class Settings:
         head: what the network's output is, as the user states it; None: it is found out.
         postprocessing: what a bundle does with the network's output.
         inputs_as: how several image inputs are passed: ``"dict"``, ``"list"``, or None: separately.
+        agreement: also compute the maps of the members of an ensemble and of its mirrored views alone.
         inferer_record: name and parameters of the inferer as it was given.
 
     Raises:
@@ -96,6 +115,7 @@ class Settings:
     head: str | None = None
     postprocessing: Postprocessing = field(default_factory=Postprocessing)
     inputs_as: InputsAs | None = None
+    agreement: bool = False
     inferer_record: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,8 @@ This package depends on numpy, nibabel and MONAI only and takes plain arguments,
     dicom.py     check that a folder has one complete DICOM series
     maps.py      write a map (NIfTI or the scan's format) and its sidecar; check that both are finished
     runs.py      run.json: the status of every case, target and method
-    copies.py    grey copy of the scan and target masks, for the report
+    journal.py   run.jsonl: one line per result, from which run.json is made
+    copies.py    copy of the scan and target masks, for the report
     privacy.py   remove paths and names of scans from text
     grids/       resample maps between the network's grid and the scan's
     pictures/    PNG files of maps and synthesised images

@@ -1,8 +1,8 @@
-"""Eight-bit copy of the scan and target masks on the scan's grid, for the report.
+"""Copy of the scan and target masks on the scan's grid, for the report.
 
 They are stored in the output folder, so that a report needs no path outside it:
 
-    <output>/<case>/<case>_scan.nii.gz            display window in 256 grey levels
+    <output>/<case>/<case>_scan.nii.gz            intensities, without the header's texts
     <output>/<case>/<case>_<target>_mask.nii.gz   1 in the voxels of the target
 """
 
@@ -19,7 +19,7 @@ from esegeta_monai.files.scans import Grid
 from esegeta_monai.utils.files import atomic
 from esegeta_monai.utils.names import safe_name
 
-__all__ = ["mask_path", "save_grey_copy", "save_mask", "scan_copy_path"]
+__all__ = ["mask_path", "save_mask", "save_scan_copy", "scan_copy_path"]
 
 
 def scan_copy_path(output_dir: str | os.PathLike[str], case: str, *, separate_folder: bool = True) -> Path:
@@ -44,24 +44,25 @@ def _folder(output_dir: str | os.PathLike[str], case: str, separate: bool) -> Pa
     return Path(output_dir) / safe_name(case) if separate else Path(output_dir)
 
 
-def save_grey_copy(
-    path: str | os.PathLike[str], values: np.ndarray, grid: Grid, percentiles: tuple[float, float] = (1, 99)
-) -> Path:
-    """Write a scan (C, *spatial) as unsigned bytes: each channel from its 1st to its 99th percentile, 0 to 255.
+def save_scan_copy(path: str | os.PathLike[str], values: np.ndarray, grid: Grid) -> Path:
+    """Write the intensities of a scan (C, *spatial) for display, so that a reader can choose the grey scale.
 
-    The copy is for display. Each channel has its own scale, so values are grey levels, not intensities.
+    Whole numbers that fit are stored as 16-bit integers, which is exact (CT in Hounsfield units). Others are stored as
+    float32 with 12 significant bits, which compress well and are finer than a screen's 256 grey levels. Values that are
+    not finite become the channel's smallest value.
 
     Raises:
         InputError: the scan is not on the grid.
         UsageError: the file cannot be written.
     """
-    grey = np.zeros(values.shape, dtype=np.uint8)
-    for channel, image in enumerate(values):
-        finite = image[np.isfinite(image)]
-        low, high = np.percentile(finite, percentiles) if finite.size else (0.0, 1.0)
-        part = (np.nan_to_num(image, nan=low) - low) / ((high - low) or 1.0)
-        grey[channel] = np.rint(part.clip(0, 1) * 255)
-    return _save(Path(path), grey, grid)
+    copy = np.array(values, dtype=np.float32)
+    for channel in copy:
+        finite = channel[np.isfinite(channel)]
+        channel[~np.isfinite(channel)] = finite.min() if finite.size else 0
+    if np.abs(copy).max(initial=0) < 2**15 and np.array_equal(copy, np.rint(copy)):
+        return _save(Path(path), copy.astype(np.int16), grid)
+    mantissa, exponent = np.frexp(copy)
+    return _save(Path(path), np.ldexp(np.rint(mantissa * 2**12) / 2**12, exponent).astype(np.float32), grid)
 
 
 def save_mask(path: str | os.PathLike[str], mask: np.ndarray, grid: Grid) -> Path:
@@ -77,10 +78,10 @@ def save_mask(path: str | os.PathLike[str], mask: np.ndarray, grid: Grid) -> Pat
 def _save(path: Path, values: np.ndarray, grid: Grid) -> Path:
     data = on_disk(values, grid.shape)
     header = grid.header.copy()
-    header.set_data_dtype(np.uint8)
+    header.set_data_dtype(data.dtype)
     header.set_data_shape(data.shape)
     header["pixdim"] = grid.header["pixdim"]  # nibabel resets it when axes are added or removed
-    header["cal_max"] = float(data.max())
+    header["cal_min"], header["cal_max"] = float(data.min()), float(data.max())
     with atomic(path) as temporary:
         nib.save(nib.Nifti1Image(data, header.get_best_affine(), header), temporary)
     return path

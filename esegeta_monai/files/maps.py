@@ -19,6 +19,7 @@ from esegeta_monai.utils.files import INTENDED_USE, atomic, read_json, sha256_fi
 from esegeta_monai.utils.names import MAP_SUFFIXES
 
 __all__ = ["WITH_MAP", "is_complete", "on_disk", "picture_path", "save_map", "save_sidecar", "sidecar_path"]
+__all__ += ["spread_path"]
 
 WITH_MAP = ("ok", "zero", "incomplete")
 """Statuses with a map on disk. An empty target has a sidecar only; all other statuses are computed again."""
@@ -140,6 +141,17 @@ def picture_path(map_path: str | os.PathLike[str]) -> Path:
 def table_path(map_path: str | os.PathLike[str]) -> Path:
     """Return the path of the feature table beside a map (extension ``.csv``), for methods that explain features."""
     return _beside(map_path, ".csv")
+
+
+def spread_path(map_path: str | os.PathLike[str], kind: str) -> Path:
+    """Return the path of the standard deviation over ``"members"`` or ``"views"`` beside a map, in its format.
+
+    >>> spread_path("out/a/a_b_Saliency_attr.nii.gz", "members").as_posix()
+    'out/a/a_b_Saliency_attr_members_sd.nii.gz'
+    """
+    name = Path(map_path).name
+    suffix = next((s for s in MAP_SUFFIXES if name.endswith(s)), Path(name).suffix)
+    return _beside(map_path, f"_{kind}_sd{suffix}")
 
 
 def curve_path(map_path: str | os.PathLike[str]) -> Path:

@@ -21,11 +21,14 @@ _FOLDERS = re.compile(
     r"(?:[^\\/\n'\"<>|;:]+[\\/])*[^\\/\s'\"<>|,;:()]*"
 )
 _RELATIVE = re.compile(r"(?<![\w:/\\.])(?:[^\\/\s'\"<>|,;:()=\[\]]+[\\/])+(?=[^\\/\s'\"<>|,;:()=\[\]]+\.\w{1,6}\b)")
+_BASELINE = re.compile(rf"\bbaseline file ([^\s'\"]+?(?:{_SUFFIX}))(?![\w.])", re.I)
 _PACKAGES = ("site-packages", "dist-packages")
 
 
 def without_paths(text: str, relative: bool = True) -> str:
     """Replace names of scan files in ``text`` by "(scan)", and other paths by their last part.
+
+    The file of a baseline keeps its name, as in the parameters of a method: it is no scan of the case.
 
     Args:
         relative: also replace relative paths; False for `traceback_text`, which names files relative to their package.
@@ -34,11 +37,21 @@ def without_paths(text: str, relative: bool = True) -> str:
     '(scan): the file is empty'
     >>> without_paths("cannot open /home/doe/weights.pt: see patients/doe/notes.txt; logit/voxel stays")
     'cannot open weights.pt: see notes.txt; logit/voxel stays'
+    >>> without_paths("Saliency: baseline file /data/doe/mean.nii.gz does not exist")
+    'Saliency: baseline file mean.nii.gz does not exist'
     """
+    kept: list[str] = []
+
+    def keep(match: re.Match[str]) -> str:
+        kept.append(_last(match[1]))
+        return f"baseline file \0{len(kept) - 1}\0"
+
+    text = _BASELINE.sub(keep, text)
     text = _QUOTED.sub(lambda match: f"{match[1]}{_last(match[2])}{match[1]}", text)
     text = _SCAN.sub("(scan)", text)
     text = _FOLDERS.sub(lambda match: _last(match[0]), text)
-    return _RELATIVE.sub("", text) if relative else text
+    text = _RELATIVE.sub("", text) if relative else text
+    return re.sub("\0(\\d+)\0", lambda match: kept[int(match[1])], text)
 
 
 def _last(path: str) -> str:

@@ -21,14 +21,14 @@ from torch.utils.data.distributed import DistributedSampler
 
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.metadata import BundleMetadata
-from esegeta_monai.engine.head import Postprocessing
-from esegeta_monai.engine.network.state import unwrap, weights_hash
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
 from esegeta_monai.explain.case import cases_of
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.explain.layers import check_layers
 from esegeta_monai.explain.settings import Checks, checks_of
 from esegeta_monai.handlers.calls import InfererCalls, plain_inferer, watched
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
+from esegeta_monai.handlers.networks import EngineNetworks
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
@@ -102,6 +102,7 @@ class CaseHandler(ABC):
         self._calls: InfererCalls | None = None
         self._names = CaseNames()
         self._weights: str | None = None
+        self._networks: EngineNetworks
 
     @abstractmethod
     def open(self, engine: Any, folder: Path) -> None:
@@ -139,19 +140,17 @@ class CaseHandler(ABC):
 
     def _begin(self, engine: Any) -> None:
         """Check names, folders and the network before any work, so that errors appear at once."""
-        if not isinstance(getattr(engine, "network", None), torch.nn.Module):
-            raise UsageError(
-                f"{type(self).__name__}: {type(engine).__name__} has no single network to explain; attach the handler "
-                "to a SupervisedEvaluator or SupervisedTrainer"
-            )
+        transforms = self._transforms(engine)
+        self._networks = networks = EngineNetworks.of(engine, transforms, self.pred_key, self.metadata.declared)
+        use = networks.use
         if self.targets is None:
             self.targets = [OutputValue() if self.metadata.declared == "regression" else PredictedClasses()]
-        use = Postprocessing.of(self._transforms(engine), self.pred_key, self.metadata.declared)
+        check_layers(networks.networks[0], [*self.methods, *self.targets])
         explained = self.metadata.explained_output
         self._ranks, self._share = Processes.current(), self._shared(engine)
         self._explainer = Explainer(
-            engine.network,
-            plain_inferer(engine),
+            networks.networks[0],
+            networks.inferer,
             engine.state.device,
             self._amp(engine),
             amp_kwargs=getattr(engine, "amp_kwargs", None),
@@ -249,7 +248,7 @@ class CaseHandler(ABC):
         assert self._calls is not None
         training = getattr(engine, "mode", None) is not eval_mode
         if self._weights is None or training:
-            self._weights = weights_hash(unwrap(engine.network))
+            self._weights = self._networks.weights_hash
         images = self._images(engine)
         names = self._cases(images, engine)
         wanted = [self._wanted(name) for name in names]
@@ -257,7 +256,7 @@ class CaseHandler(ABC):
             return
         batch = engine.state.batch
         data = decollate_batch(batch) if isinstance(batch, Mapping) else [{}] * len(images)
-        predictions = None if training else engine.state.output.get(self.pred_key)
+        predictions = None if training else self._networks.predictions(engine.state.output)
         args, kwargs = self._calls.args, self._calls.kwargs
         class_names = self._names_of_prompts(kwargs) or self.class_names
         if class_names != self._explainer.settings.class_names:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from monai.data import MetaTensor
+from monai.transforms import Compose
 
+from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.utils.names import case_name, safe_name
 
-__all__ = ["CaseNames", "files_of"]
+__all__ = ["CaseNames", "files_of", "pipeline_of"]
 
 
 class CaseNames:
@@ -66,6 +68,20 @@ def files_of(loader: Any, key: str) -> list[str]:
     values = [item.get(key) for item in items if isinstance(item, Mapping)]
     firsts = [v[0] if isinstance(v, (list, tuple)) and v else v for v in values]
     return [os.fspath(v) for v in firsts if isinstance(v, (str, os.PathLike))]
+
+
+def pipeline_of(engine: Any, image: MetaTensor, key: str) -> Pipeline | None:
+    """Return the preprocessing of an image (C, *spatial) by the transform of the engine's data set; None: unknown."""
+    data_set, file = getattr(engine.data_loader, "dataset", None), file_of(image)
+    transform, items = getattr(data_set, "transform", None), getattr(data_set, "data", None)
+    if file is None or not isinstance(transform, Compose) or not isinstance(items, (list, tuple)):
+        return None
+    for item in items:
+        files = item.get(key) if isinstance(item, Mapping) else None
+        first = files[0] if isinstance(files, (list, tuple)) and files else files
+        if isinstance(first, (str, os.PathLike)) and os.path.abspath(first) == os.path.abspath(file):
+            return Pipeline(transform, item, key)
+    return None
 
 
 def file_of(image: MetaTensor) -> str | None:

@@ -19,6 +19,7 @@ from esegeta_monai.explain.costs import Cost, table
 from esegeta_monai.explain.settings import Checks
 from esegeta_monai.files.maps import picture_path
 from esegeta_monai.handlers.base import CaseHandler
+from esegeta_monai.handlers.cases import pipeline_of
 from esegeta_monai.handlers.series import ExplanationSeries
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.writer import ResultWriter
@@ -68,6 +69,7 @@ class ExplanationHandler(CaseHandler):
         name: name of the logger; None: ``engine.logger``.
         head: the meaning of the network's output, see `esegeta_monai.Explainer`; None: determined from the network and
             the engine's postprocessing.
+        agreement: also write where the networks of an ensemble agree, see `esegeta_monai.Explainer`.
 
     A failed method or case is recorded in ``run.json`` and logged; files that can no longer be written (a full disk,
     say) are logged. The evaluation continues in both cases.
@@ -112,6 +114,7 @@ class ExplanationHandler(CaseHandler):
         checks: Checks = True,
         name: str | None = None,
         head: HeadKind | None = None,
+        agreement: bool = False,
     ) -> None:
         super().__init__(
             methods,
@@ -134,6 +137,7 @@ class ExplanationHandler(CaseHandler):
             volume_device=volume_device,
             progress=flag("progress", progress),
             head=head,
+            agreement=flag("agreement", agreement),
         )
         for what, given in (("methods", self.methods), ("targets", self.targets)):
             if given == []:
@@ -201,6 +205,7 @@ class ExplanationHandler(CaseHandler):
                 case,
                 methods,
                 targets,
+                pipeline=pipeline_of(engine, image, self.image_key),
                 data=data,
                 on_explained=notify,
                 on_written=noted,

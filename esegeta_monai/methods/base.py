@@ -98,7 +98,7 @@ class Method(Configurable, ABC):
         aliases: further names of the method.
         needs_gradient: False for black-box methods, which also run on TorchScript networks.
         needs_linear: True if the method is defined for scores linear in the prediction only (``output="logit"``).
-        for_ensembles: False: the method reads one call of the network per place; it is refused for ensembles and
+        for_ensembles: False: the method belongs to the weights of one network; it is refused for ensembles and
             mirrored views.
         needs_positive: True if the method propagates positive signals only, so that a linear score must rise with all
             outputs that it reads (a score that falls with one is refused).

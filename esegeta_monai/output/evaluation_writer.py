@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from monai.data import MetaTensor
 from torch import Tensor
 
 import esegeta_monai.files as storage
-from esegeta_monai.errors import UsageError
+from esegeta_monai.errors import OutputLost, UsageError
 from esegeta_monai.explain.evaluation import EvaluationResult, Evaluator
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.csv_text import csv_text, plain_rows
 from esegeta_monai.utils.distributed import Processes, Share
-from esegeta_monai.utils.files import write_json
+from esegeta_monai.utils.files import inside, write_json
+from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.registry import json_ready
 from esegeta_monai.utils.whole_files import check_sources
 
-__all__ = ["COLUMNS", "REGION_COLUMNS", "EvaluationWriter"]
+__all__ = ["COLUMNS", "LOCK", "REGION_COLUMNS", "EvaluationWriter", "read_table"]
+
+LOCK = ".metrics.lock"
+"""File in the output folder that is locked while ``metrics.csv`` is read and replaced."""
 
 _FIRST = ("case", "target", "method", "metric", "group", "value", "low", "high", "n", "higher_is_better")
 COLUMNS: tuple[str, ...] = (*_FIRST, "beats_controls", "seconds", "passes")
@@ -71,10 +77,12 @@ class EvaluationWriter:
         self.provenance = dict(provenance or {})
         self.path = self.output_dir / "metrics.csv"
         if not self.ranks.rank:
+            remove_leftovers(self.output_dir)
             self._earlier()  # raises before anything is computed
         self.done = 0
         self.problems: list[str] = []
         self.not_beating: list[str] = []
+        self._summarised = (0, 0, 0)
         self._rows: list[tuple[str, list[dict[str, Any]]]] = []
 
     @property
@@ -129,7 +137,13 @@ class EvaluationWriter:
             self.problems.append(f"{case}: {reason}")
 
     def write(self, case: str, result: EvaluationResult) -> Path:
-        """Write one case and return the path of its JSON file."""
+        """Write one case and return the path of its JSON file.
+
+        Raises:
+            OutputLost: the output folder was removed during the run.
+        """
+        if not self.output_dir.is_dir():  # otherwise it would be made again, without the earlier cases
+            raise OutputLost(f"{self.output_dir} was removed during the run: run the same command again")
         self.done += 1
         self.problems += [f"{case}: {what}: {why}" for what, why in result.failed.items()]
         for row in result.rows:
@@ -164,6 +178,23 @@ class EvaluationWriter:
         }
         return write_json(base.with_name(f"{base.name}_metrics.json"), json_ready(record))
 
+    def take_summary(self) -> dict[str, Any]:
+        """Return, JSON-ready, what has been added to the attributes since the last call, for `restore`."""
+        done, problems, worse = self._summarised
+        self._summarised = (self.done, len(self.problems), len(self.not_beating))
+        return {
+            "done": self.done - done,
+            "problems": self.problems[problems:],
+            "not_beating": self.not_beating[worse:],
+        }
+
+    def restore(self, summary: Mapping[str, Any]) -> None:
+        """Add a summary that `take_summary` returned in an earlier process of this command."""
+        self.done += summary.get("done", 0)
+        self.problems += summary.get("problems", [])
+        self.not_beating += summary.get("not_beating", [])
+        self._summarised = (self.done, len(self.problems), len(self.not_beating))
+
     def join(self) -> None:
         """Merge the results of all processes: complete the table, and gather `done`, `problems` and `not_beating`."""
         if self.ranks.size == 1:
@@ -177,27 +208,57 @@ class EvaluationWriter:
             self._table(of_others)
         self._rows = []
 
+    def add_rows(self, rows: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Add rows of another table, by case; they replace those of the same cases."""
+        self._table(rows)
+
     def _table(self, judged: Mapping[str, list[dict[str, Any]]]) -> None:
-        """Replace the rows of these cases in the table; a case may have no rows any more."""
-        earlier = [row for row in self._earlier() if row["case"] not in judged]
-        _write_text(self.path, csv_text(COLUMNS, [*earlier, *(row for rows in judged.values() for row in rows)]))
+        """Replace the rows of these cases in the table; a case may have no rows any more.
+
+        The lock lets several runs write into one table; its file stays, because removing it would let in two at once.
+        """
+        with self._locked():
+            earlier = [row for row in self._earlier() if row["case"] not in judged]
+            _write_text(self.path, csv_text(COLUMNS, [*earlier, *(row for rows in judged.values() for row in rows)]))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = FileLock(self.output_dir / LOCK)
+        try:
+            lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            raise UsageError(
+                f"{self.output_dir / LOCK} cannot be locked ({error}), so several runs could overwrite each other's "
+                "rows: choose an output folder on another file system"
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _earlier(self) -> list[dict[str, Any]]:
-        """Return the rows of the existing table, also if a spreadsheet has saved it.
+        """Return the rows of the existing table, see `read_table`."""
+        if self.path.is_file() and not inside(self.path, self.output_dir):
+            raise UsageError(f"{self.path} is a link to another folder: remove it, or choose another folder")
+        return read_table(self.path)
 
-        Raises:
-            UsageError: the file is another table, which would be overwritten.
-        """
-        if not self.path.is_file():
-            return []
-        try:
-            with open(self.path, newline="", encoding="utf-8-sig") as file:
-                columns, rows = plain_rows(file)
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise UsageError(f"{self.path} cannot be read ({error}): move it away, or choose another folder") from error
-        if columns is not None and not set(COLUMNS) <= set(columns):
-            raise UsageError(f"{self.path} has other columns than 'evaluate' writes: move it away")
-        return rows
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a ``metrics.csv``, also if a spreadsheet has saved it; none if there is no such file.
+
+    Raises:
+        UsageError: the file cannot be read, or is another table.
+    """
+    if not path.is_file():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            columns, rows = plain_rows(file)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} cannot be read ({error}): move it away, or choose another folder") from error
+    if columns is not None and not set(COLUMNS) <= set(columns):
+        raise UsageError(f"{path} has other columns than 'evaluate' writes: move it away")
+    return rows
 
 
 def _write_text(path: Path, text: str) -> None:

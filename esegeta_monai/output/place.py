@@ -17,6 +17,7 @@ from esegeta_monai.errors import InputError
 from esegeta_monai.explain.record import Record
 from esegeta_monai.files.doubts import geometry_doubts
 from esegeta_monai.files.grids.geometry import Geometry
+from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.files.grids.resample import geometry_of, has_metadata, scan_of
 from esegeta_monai.utils.files import read_json
 
@@ -62,19 +63,29 @@ class PlaceChecks:
         file = scan_of(scan) if isinstance(scan, MetaTensor) else scan
         record.warnings = list(dict.fromkeys([*record.warnings, *geometry_doubts(file)]))
 
-    def check(self, record: Record, case: str, image: MetaTensor, scan: MetaTensor, *, additive: bool) -> None:
+    def check(
+        self,
+        record: Record,
+        case: str,
+        image: MetaTensor,
+        scan: MetaTensor,
+        *,
+        additive: bool,
+        pipeline: Pipeline | None = None,
+    ) -> None:
         """Compare a preprocessed image (C, *spatial) with its scan (C, *scan), and add the result to the record.
 
         Args:
             record: of a map of this image; its ``image_sha256`` identifies the image.
             additive: see `esegeta_monai.files.grids.resample.to_scan_grid`.
+            pipeline: see `esegeta_monai.files.grids.resample.geometry_of`.
 
         Raises:
             InputError: their contents contradict each other, so a map on the scan's grid would be in the wrong place.
         """
         key = (case, record.image_sha256, additive)
         if key not in self._results:
-            self._results[key] = geometry_of(image, scan, additive=additive)
+            self._results[key] = geometry_of(image, scan, additive=additive, pipeline=pipeline)
         result = self._results[key]
         record.checks = [*(record.checks or []), result.entry()]
         if result.verdict == "refused":

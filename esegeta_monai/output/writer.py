@@ -19,11 +19,12 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.engine.feature_masks import table_csv
-from esegeta_monai.errors import EsegetaError, InputError, MethodError, RankLost, named_reason
+from esegeta_monai.errors import EsegetaError, InputError, MethodError, OutputLost, RankLost, named_reason
 from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
-from esegeta_monai.files.copies import mask_path, save_grey_copy, save_mask, scan_copy_path
+from esegeta_monai.files.copies import mask_path, save_mask, save_scan_copy, scan_copy_path
+from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.files.grids.resample import (
     _background,
     _cut_to_place,
@@ -35,13 +36,18 @@ from esegeta_monai.files.grids.resample import (
 )
 from esegeta_monai.files.maps import WITH_MAP
 from esegeta_monai.files.pictures.picture import display_affine, save_picture
+from esegeta_monai.files.pictures.scale import scale_of
 from esegeta_monai.files.pictures.synthesis import save_curve, save_synthesised
 from esegeta_monai.files.privacy import traceback_text
 from esegeta_monai.files.runs import UNFINISHED
 from esegeta_monai.methods.base import Method
+from esegeta_monai.methods.meaning import meaning_of
+from esegeta_monai.output.agreement import has_agreement, remove_spread, write_spread
 from esegeta_monai.output.place import NO_METADATA, VANISHED, ZERO, PlaceChecks
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes
+from esegeta_monai.utils.heartbeat import Heartbeat
+from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.whole_files import check_sources
 
 __all__ = [
@@ -62,12 +68,14 @@ class ResultWriter:
         postfix, separate_folder, extension: file layout, see `esegeta_monai.utils.names.map_path`; the extension
             ``"input"`` stands for that of each scan (`esegeta_monai.utils.names.map_suffix`).
         overwrite: compute and write finished maps again.
-        pictures: write a PNG next to every map, and for the report an eight-bit copy of the scan and a mask of each
+        pictures: write a PNG next to every map, and for the report a copy of the scan and a mask of each
             target (`esegeta_monai.files.copies`).
         ranks: the processes that write into this folder; None: this one.
         checks: check by their contents that image and scan lie in the same place
             (`esegeta_monai.files.grids.geometry.check_geometry`), and refuse maps where they do not.
         together: True if they compute each case together (`Explainer` with ``distributed=True``); the first one writes.
+        part: see `esegeta_monai.files.runs.RunRecord`.
+        heartbeat: that of a command which is watched; None: nobody watches.
 
     Raises:
         UsageError: an unwritable folder, or equal names.
@@ -88,6 +96,8 @@ class ResultWriter:
         checks: bool = True,
         ranks: Processes | None = None,
         together: bool = False,
+        part: int | None = None,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.ranks, self.together = ranks or Processes(), together
         self.names = ResultNames(methods, targets)
@@ -97,16 +107,20 @@ class ResultWriter:
         self.as_input = extension == "input"
         self.overwrite, self.pictures, self.checks = overwrite, pictures, checks
         rank = self.ranks.rank
-        if rank:
-            self.ranks.gather(None)  # wait for the record of the first process
-        self.run = storage.RunRecord(self.output_dir, self.provenance, rank=rank, writes=self.writes)
         if not rank:
-            self.ranks.gather(None)
+            remove_leftovers(self.output_dir)
+        self.heartbeat = heartbeat or Heartbeat()
+        self.run = storage.RunRecord(
+            self.output_dir, self.provenance, rank=rank, part=part, run=self.heartbeat.run, writes=self.writes
+        )
+        if self.run.journal is not None:
+            self.heartbeat.journal = self.run.journal.path
         self._scans: dict[str, MetaTensor] = {}
         self._hashes: dict[str, str] = {}
         self._written: dict[str, str] = {}
         self._copied: tuple[str, dict[Path, Tensor]] = ("", {})
         self._places = PlaceChecks()
+        self._pipeline: Pipeline | None = None
 
     @property
     def writes(self) -> bool:
@@ -132,9 +146,13 @@ class ResultWriter:
             scan: file of the scan, or the scan as MetaTensor (C, *spatial).
         """
         path = self.path(attribution, case, scan)
+        if self.run.is_known(case, *self.names.of(attribution)):  # this command was restarted
+            return True
         if self.overwrite or not storage.is_complete(path, self.key(attribution, case, scan)):
             return False
         if self.checks and not self._places.is_checked(path):
+            return False
+        if not has_agreement(path, attribution):
             return False
         if self._clash(path, attribution, case):
             return False  # `write` reports it
@@ -153,8 +171,10 @@ class ResultWriter:
         targets: Sequence[Target],
         *,
         scan: Any = None,
+        pipeline: Pipeline | None = None,
         on_explained: Callable[[Attribution], None] | None = None,
         on_written: Callable[[Attribution, Path | None], None] | None = None,
+        training_folds: Mapping[str, str] | None = None,
         **more: Any,
     ) -> None:
         """Explain one case and write the results; finished maps are skipped, failures recorded.
@@ -165,8 +185,10 @@ class ResultWriter:
             case: name of the case, as given by the user.
             methods, targets: methods and targets of this writer, or a part of them.
             scan: see `write`.
+            pipeline: the preprocessing of the case, for the check of its place if the contents cannot decide.
             on_explained: called with each attribution, in every process that computes it.
             on_written: called with each attribution and its map's path, None if there is no map.
+            training_folds: for each fold of an ensemble, whether the case was in its training set, for the records.
             more: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` of `Explainer`, batch of one.
 
         Raises:
@@ -174,23 +196,56 @@ class ResultWriter:
         """
         for method in methods:
             self.names.method(method)
-        scan = scan if scan is not None else scan_of(image)
+        scan, self._pipeline = scan if scan is not None else scan_of(image), pipeline
+
+        done: set[tuple[str, str]] = set()
+        """Results of this call."""
+        chosen: list[tuple[str, str]] = []
+        """The one result of a pass, where results run one by one."""
+        one_by_one = case in self.heartbeat.separate
 
         def skip(attribution: Attribution) -> bool:
-            done = self.writes and self.is_done(attribution, case, scan)
-            return self.ranks.gather(done)[0] if self.together else done
+            if one_by_one:
+                name = self.names.of(attribution)
+                if name in done or (chosen and name != chosen[0]):
+                    return True
+            finished = self.writes and self.is_done(attribution, case, scan)
+            if one_by_one and not finished:
+                chosen.append(self.names.of(attribution))
+            return self.ranks.gather(finished)[0] if self.together else finished
 
+        def begin(attributions: Sequence[Attribution]) -> None:
+            computed[:] = [self.names.of(attribution) for attribution in attributions]
+            self.heartbeat.beat(case, computed, len({method for _, method in computed}))
+
+        computed: list[tuple[str, str]] = []
         kept = self.output_dir / ".scores"
         try:
             check_sources(image, more.get("data"))
             storage.check_contents(image, case)
-            for attribution in explainer(image[None], methods, targets, skip=skip, scores_dir=kept, **more):
-                if on_explained is not None:
-                    on_explained(attribution)
-                path = self.write(attribution, case, image, scan)
-                if on_written is not None and self.writes:
-                    on_written(attribution, path)
-        except RankLost:
+            while True:
+                chosen.clear()
+                for attribution in explainer.stream(
+                    image[None], methods, targets, skip=skip, scores_dir=kept, on_begin=begin, **more
+                ):
+                    name = self.names.of(attribution)
+                    if one_by_one and name in done:
+                        continue
+                    if training_folds:
+                        attribution.record["training_folds"] = dict(training_folds)
+                    if on_explained is not None:
+                        on_explained(attribution)
+                    path = self.write(attribution, case, image, scan)
+                    if on_written is not None and self.writes:
+                        on_written(attribution, path)
+                    done.add(name)
+                    if name in computed:
+                        computed.remove(name)
+                        self.heartbeat.beat(case, computed, max(1, len({method for _, method in computed})))
+                if not chosen:
+                    break
+                done.update(chosen)
+        except (RankLost, OutputLost):
             raise
         except EsegetaError as error:
             self.failed(case, error)
@@ -232,6 +287,7 @@ class ResultWriter:
                 # files of an earlier run explain another prediction
                 for stale in (path, storage.picture_path(path), self._mask_path(attribution, case)):
                     stale.unlink(missing_ok=True)
+                remove_spread(path)
             if self.pictures:
                 self._copy_scan(case, image, place)
             if record.status in (*WITH_MAP, "empty_target"):
@@ -295,7 +351,8 @@ class ResultWriter:
             if record.grid == "scan" and (text := unrecorded(image, volume)) is not None and not self.checks:
                 raise InputError(text)
             if record.grid == "scan" and self.checks:
-                self._places.check(record, case, image, volume, additive=method.additive and not synthesised)
+                additive = method.additive and not synthesised
+                self._places.check(record, case, image, volume, additive=additive, pipeline=self._pipeline)
         if not bool(torch.isfinite(values).all()):
             raise MethodError(f"{path.name}: the map has values that are not finite after resampling")
         more: dict[str, Any] = dict(sums)
@@ -307,11 +364,14 @@ class ResultWriter:
             more |= {"status": "zero", "reason": VANISHED}
             logger.warning("%s: %s: %s", case, path.name, VANISHED)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shown: dict[str, float] = {}
+        mask = None if synthesised else self._mask_on_scan(attribution, case, volume, grid)
         if synthesised:  # the display window of an image is its intensity range
             ends = torch.tensor(record.intensity_range)
             shown = {"cal_min": float(ends.min()), "cal_max": float(ends.max())}
+        else:
+            shown = _display_window(values, method.signed, mask)
         storage.save_map(path, values, grid, method=method.name or type(method).__name__, **shown)
+        more.update(write_spread(path, attribution, record, volume, grid))
         storage.picture_path(path).unlink(missing_ok=True)  # picture of an earlier map
         if record.features:
             with storage.atomic(storage.table_path(path)) as temporary:
@@ -327,7 +387,9 @@ class ResultWriter:
         if self.pictures and synthesised:
             more["picture"] = self._draw_synthesised(path, values, attribution, record, case, volume)
         elif self.pictures:
-            mask = self._copy_mask(attribution, case, volume, grid)
+            meaning = meaning_of(
+                record.method, produces=method.produces, signed=method.signed, additive=method.additive
+            )
             more["display"]["mask"] = None if mask is None else self._mask_path(attribution, case).name
             names = record.channel_names or []
             more["picture"] = save_picture(
@@ -342,6 +404,8 @@ class ResultWriter:
                 class_name=record.class_name,
                 units=method.units,
                 channel_names=names if len(names) == len(values) else None,
+                caption=meaning.text,
+                ends=(meaning.low, meaning.high),
             )
         return more
 
@@ -389,23 +453,31 @@ class ResultWriter:
             self._copied = (case, {})
         return self._copied[1]
 
-    def _copy_mask(self, attribution: Attribution, case: str, volume: MetaTensor, grid: storage.Grid) -> Tensor | None:
-        """Return the target's voxels (1, *scan), written once next to the maps; None for a class score."""
+    def _mask_on_scan(
+        self, attribution: Attribution, case: str, volume: MetaTensor, grid: storage.Grid
+    ) -> Tensor | None:
+        """Return the target's voxels (1, *scan), with pictures written once next to the maps; None for a class score.
+
+        If nothing connects image and scan, the map is on the image's grid, as is its mask.
+        """
         if attribution.mask is None:
             return None
         path, copies = self._mask_path(attribution, case), self._copies(case)
         if path not in copies:
             plain = MetaTensor(attribution.mask.as_tensor().float(), affine=attribution.mask.affine)
-            copies[path] = to_scan_grid(plain, volume, additive=False, mode="nearest")[0]
-            save_mask(path, copies[path].numpy(), grid)
+            with warnings.catch_warnings():  # the map's own way to the scan has given the same warnings
+                warnings.simplefilter("ignore")
+                copies[path] = to_scan_grid(plain, volume, additive=False, mode="nearest")[0]
+            if self.pictures:
+                save_mask(path, copies[path].numpy(), grid)
         return copies[path]
 
     def _copy_scan(self, case: str, image: MetaTensor, scan: Any) -> None:
-        """Write the eight-bit copy of the scan, once per case."""
+        """Write the copy of the scan, once per case."""
         path, copies = scan_copy_path(self.output_dir, case, **self._folders), self._copies(case)
         if path not in copies:
-            grey = _background(image, self._scan(scan), image).as_tensor()
-            save_grey_copy(path, grey.numpy(), storage.Grid.of(scan))
+            values = _background(image, self._scan(scan), image).as_tensor()
+            save_scan_copy(path, values.numpy(), storage.Grid.of(scan))
             copies[path] = torch.empty(0)
 
     def _clash(self, path: Path, attribution: Attribution, case: str) -> str | None:
@@ -431,3 +503,10 @@ class ResultWriter:
         if name not in self._hashes:
             self._hashes[name] = storage.sha256_file(scan)
         return self._hashes[name]
+
+
+def _display_window(values: Tensor, signed: bool, mask: Tensor | None) -> dict[str, float]:
+    """Return the display window of a map file (C, *scan): the colour scale of its picture."""
+    inside = None if mask is None else mask.reshape(mask.shape[-(values.ndim - 1) :]).numpy() > 0.5
+    limit = scale_of(values.detach().float().numpy(), signed, inside).limit
+    return {"cal_min": -limit if signed else 0.0, "cal_max": limit}

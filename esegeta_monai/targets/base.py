@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from esegeta_monai.engine.resampled import ResampledScore, Resampling
 from esegeta_monai.engine.score import Case, Score, WeightedScore
 from esegeta_monai.errors import TargetError
 from esegeta_monai.utils.registry import Configurable, Registry
@@ -153,6 +154,7 @@ def masked_score(
     where: str = "class_index",
     *,
     by_channel: bool = False,
+    resampling: Resampling | None = None,
     **settings: Any,
 ) -> WeightedScore:
     """Return a target's score of one class over a mask, with the target's output, activation and reduction.
@@ -164,6 +166,7 @@ def masked_score(
         prediction: (K, *spatial) or (K,).
         case: has the names of classes, and the head.
         where, by_channel: see `class_output`.
+        resampling: from the prediction's grid to that of the mask; None: the mask is on the prediction's grid.
         settings: further arguments of `WeightedScore`, or others than the target's.
 
     Raises:
@@ -180,7 +183,10 @@ def masked_score(
     own["activation"] = head.activation(own.get("activation", "auto"), channels)
     label = target.given_name or f"{type(target).__name__}-{which.name}"
     more: dict[str, Any] = {"values": head.values, "complement": which.complement}
-    return WeightedScore(mask, which.index, channels, label=label, class_name=which.name, **(own | more))
+    own |= more | {"label": label, "class_name": which.name}
+    if resampling is not None:
+        return ResampledScore(mask, which.index, channels, resampling, **own)
+    return WeightedScore(mask, which.index, channels, **own)
 
 
 def need_map(prediction: Tensor, target: Target) -> None:

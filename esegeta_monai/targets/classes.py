@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.resampled import OUTPUT_GRID, OutputMasks
 from esegeta_monai.engine.score import Activation, Case, Output, Reduction, Score, WeightedScore
 from esegeta_monai.errors import TargetError
 from esegeta_monai.targets.base import (
@@ -71,6 +72,10 @@ class MultiClassMask(Target):
     exclude each other (sigmoid), the mask is probability > 0.5 instead of the argmax, or the threshold of a bundle's
     postprocessing. TorchEsegeta calls this target ``multi_class``.
 
+    Where a model writes its own segmentation on another grid, as nnU-Net does on that of the scan, m is the mask of
+    that segmentation, and the resampling R to it is part of the score: ``s(P) = Σ_v m(v) φ((R P)(c, v))``
+    (`esegeta_monai.engine.resampled`).
+
     Args:
         class_index: number of the class, or its name in metadata.json.
         output, activation, reduction: see `Target`.
@@ -94,8 +99,18 @@ class MultiClassMask(Target):
         need_map(prediction, self)
         need_classes(self, case)
         which = class_output(self.class_index, prediction.shape[0], case)
-        mask = class_mask(prediction, which, self.activation, case)
-        return [masked_score(self, mask, which.index, prediction, case)]
+        own: OutputMasks | None = case.data.get(OUTPUT_GRID)
+        if own is None or own.resampling is None:
+            mask = class_mask(prediction, which, self.activation, case)
+            return [masked_score(self, mask, which.index, prediction, case)]
+        if own.exclusive != case.head.exclusive(self.activation, prediction.shape[0]):
+            raise TargetError(
+                f"activation={self.activation!r} contradicts the model's own segmentation, which gives the mask: "
+                "leave it out"
+            )
+        mask = own.masks(which.channel).to(prediction.device)
+        mask = ~mask if which.complement else mask
+        return [masked_score(self, mask, which.index, prediction, case, resampling=own.resampling)]
 
 
 class ThresholdMask(Target):
@@ -141,7 +156,7 @@ class ThresholdMask(Target):
         if activation == "auto" and self.value != "raw":
             activation = self.value
         mask = compared > threshold if self.above else compared <= threshold
-        more = {"activation": activation}
+        more: dict[str, Any] = {"activation": activation}
         return [masked_score(self, mask, self.channel, prediction, case, "channel", by_channel=True, **more)]
 
     def _values(self, prediction: Tensor, index: int, case: Case) -> Tensor:

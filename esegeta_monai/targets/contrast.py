@@ -68,7 +68,7 @@ class Contrast(Target):
         if self.others is None:
             others = [c for c in range(channels) if c != own]
         else:
-            given = self.others if isinstance(self.others, (list, tuple)) else [self.others]
+            given = [self.others] if isinstance(self.others, (int, str)) else list(self.others)
             others = [resolve_class(c, channels, case.class_names, "others")[0] for c in given]
         if own in others or len(set(others)) < len(others):
             raise TargetError(f"others={self.others!r}: give each class once, and not class {own}, which is explained")

@@ -114,7 +114,7 @@ class Explain(Transform):
         maps: dict[str, MetaTensor] = {}
         batch = None if prediction is None else torch.as_tensor(prediction)[None]
         known = {str(k): v for k, v in (case or {}).items()}
-        for attribution in self.explainer(image[None], self.methods, self.targets, data=known, prediction=batch):
+        for attribution in self.explainer.stream(image[None], self.methods, self.targets, data=known, prediction=batch):
             name = self._name(attribution)
             if attribution.map is None:
                 logger.warning("%s: no map, %s: %s", name, attribution.status, attribution.record.get("reason"))

@@ -19,7 +19,18 @@ from torch import Tensor
 
 from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout, RankLost, UsageError, named_reason
 
-__all__ = ["SHARES", "Processes", "Share", "Summed", "join", "leave", "local_device", "process_group", "tensors_of"]
+__all__ = [
+    "SHARES",
+    "Processes",
+    "Share",
+    "Summed",
+    "join",
+    "leave",
+    "local_device",
+    "part_of",
+    "process_group",
+    "tensors_of",
+]
 
 Share = Literal["cases", "windows", "methods"]
 """How ranks divide the work: by cases, by the windows of each case, or by methods and targets of each case."""
@@ -76,8 +87,7 @@ class Processes:
         >>> [Processes(1, 2).share([1, 2, 3], turn) for turn in range(2)]
         [[2, 3], [1]]
         """
-        n, place = len(items), (self.rank + turn) % self.size
-        return list(items[n * place // self.size : n * (place + 1) // self.size])
+        return part_of(items, (self.rank + turn) % self.size, self.size)
 
     def share_windows(self, jobs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return this rank's part of (volume, window) jobs; all jobs of a window go to the same rank."""
@@ -156,6 +166,15 @@ class Processes:
             dist.all_reduce(carried)
         if carried.data_ptr() != tensor.data_ptr():
             tensor.copy_(carried)
+
+
+def part_of(items: Sequence[T], part: int, parts: int) -> list[T]:
+    """Return part 0, 1, … of a sequence; the parts are contiguous, and their lengths differ by at most one.
+
+    >>> [part_of("abcde", part, 3) for part in range(3)]
+    [['a'], ['b', 'c'], ['d', 'e']]
+    """
+    return list(items[len(items) * part // parts : len(items) * (part + 1) // parts])
 
 
 class _Place:

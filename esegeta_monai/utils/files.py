@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import re
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -19,11 +18,15 @@ from typing import Any
 import numpy as np
 
 from esegeta_monai.errors import InputError, UsageError
+from esegeta_monai.utils.leftovers import temporary_name
 
 __all__ = [
     "INTENDED_USE",
     "VERSION",
     "atomic",
+    "cannot_write",
+    "inside",
+    "json_line",
     "read_json",
     "refuse_remote",
     "sha256_file",
@@ -62,7 +65,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     ['note.txt']
     """
     path = Path(path)
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -70,7 +73,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
         _flush(path.parent)
     except OSError as error:
-        raise UsageError(_cannot_write(path, error)) from error
+        raise UsageError(cannot_write(path, error)) from error
     finally:
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)
@@ -87,7 +90,8 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _cannot_write(path: Path, error: OSError) -> str:
+def cannot_write(path: Path, error: OSError) -> str:
+    """Return the message of a file that cannot be written: its path, the reason and the remedy."""
     return f"cannot write {path}: {error.strerror or error}; choose another output folder or make room in this one"
 
 
@@ -125,13 +129,13 @@ def writable_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"cannot write {folder}: it is a file, not a folder; choose another output folder")
-    probe = folder / f".tmp-{uuid.uuid4().hex[:8]}"
+    probe = folder / temporary_name()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"esegeta")
         probe.unlink()
     except OSError as error:
-        raise UsageError(_cannot_write(folder, error)) from error
+        raise UsageError(cannot_write(folder, error)) from error
     return folder
 
 
@@ -158,11 +162,24 @@ def strict_json(record: Mapping[str, Any]) -> str:
     }
     <BLANKLINE>
     """
+    return _json(record, indent=2) + "\n"
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """Format ``record`` as `strict_json` does, in one line without its end.
+
+    >>> json_line({"sums": (1, 2.5), "gap": float("inf")})
+    '{"gap": null, "non_finite": {"gap": "Infinity"}, "sums": [1, 2.5]}'
+    """
+    return _json(record, indent=None)
+
+
+def _json(record: Mapping[str, Any], indent: int | None) -> str:
     non_finite: dict[str, str] = {}
     plain = _plain(record, "", non_finite)
     if non_finite:
         plain["non_finite"] = non_finite
-    return json.dumps(plain, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+    return json.dumps(plain, indent=indent, sort_keys=True, allow_nan=False, ensure_ascii=False)
 
 
 def write_json(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Path:
@@ -209,6 +226,15 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    """Return True if ``path``, after all links are resolved, is in ``folder``.
+
+    >>> inside("out/a/map.nii.gz", "out"), inside("out/../b/map.nii.gz", "out")
+    (True, False)
+    """
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

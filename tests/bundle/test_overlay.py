@@ -289,13 +289,22 @@ def test_another_scan_of_the_same_name_computes_again(bundle: Path, finished: Pa
 
 
 def test_a_failing_method_leaves_the_others(bundle: Path, tmp_path: Path) -> None:
-    run(bundle, **{**SMALL, "output_dir": str(tmp_path), "explain_methods": ["GradCam(layer='nowhere')", "Saliency"]})
+    failing = "IntegratedGradients(baseline='missing.nii.gz')"
+    run(bundle, **{**SMALL, "output_dir": str(tmp_path), "explain_methods": [failing, "Saliency"]})
     result = statuses(tmp_path)
-    assert result["alpha", "GradCam"] == result["beta", "GradCam"] == "failed"
+    assert result["alpha", "IntegratedGradients"] == result["beta", "IntegratedGradients"] == "failed"
     assert result["alpha", "Saliency"] == result["beta", "Saliency"] == "ok"
     reason = next(r["reason"] for r in results(tmp_path) if r["status"] == "failed")
-    assert "no layer 'nowhere'" in reason
-    assert not list(tmp_path.rglob("*GradCam_attr*"))
+    assert "missing.nii.gz does not exist" in reason
+    assert not list(tmp_path.rglob("*IntegratedGradients_attr*"))
+
+
+def test_a_layer_that_does_not_exist_is_named_before_any_case(bundle: Path, tmp_path: Path) -> None:
+    methods = ["GradCam(layer='nowhere')", "Saliency"]
+    with pytest.raises(RuntimeError) as raised:  # MONAI wraps the cause
+        run(bundle, **{**SMALL, "output_dir": str(tmp_path / "out"), "explain_methods": methods})
+    assert "no layer 'nowhere'" in str(raised.value.__cause__)
+    assert not list(tmp_path.rglob("*.nii.gz"))
 
 
 def test_a_failing_case_leaves_the_others(bundle: Path, tmp_path: Path) -> None:

@@ -222,9 +222,47 @@ def test_channels_of_different_members_are_not_added() -> None:
         list(explainer(image, ["LayerActivation('n', reduce='channels')"], [MultiClassMask(1)]))
 
 
-@pytest.mark.parametrize("method", ["EigenCam", "ScoreCam", "NeuronConductance", "LayerActivationGuidedBackprop"])
-def test_methods_of_one_call_are_refused(method: str) -> None:
+@pytest.mark.parametrize("around", [False, True])
+def test_the_inferer_itself_predicts_the_mean_over_views(around: bool) -> None:
+    members, _, image = setting()
+    inner = SlidingWindowInferer((16, 10), 1, 0.25, "gaussian")
+    inferer = EnsembleInferer(inner, mirror_axes=(0, 1), around=around)
+    expected = predict(image, members[:1], inner, (0, 1), around)
+    torch.testing.assert_close(inferer(image, members[0]), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_views_of_an_inferer_are_kept_in_an_ensemble() -> None:
     members, inferer, image = setting()
-    explainer = Explainer(members[0], EnsembleInferer(inferer, mirror_axes=(0,)))
-    with pytest.raises(EsegetaError, match="one call of the network"):
-        list(explainer(image, [f"{method}(layer='n')"], [MultiClassMask(1)]))
+    nested = EnsembleInferer(EnsembleInferer(inferer, mirror_axes=(0,)), members)
+    plain = EnsembleInferer(inferer, members, (0,))
+    (a,) = Explainer(members[0], nested)(image, [VanillaBackprop()], [MultiClassMask(1)])
+    (b,) = Explainer(members[0], plain)(image, [VanillaBackprop()], [MultiClassMask(1)])
+    torch.testing.assert_close(a.map.as_tensor(), b.map.as_tensor(), rtol=1e-12, atol=1e-14)
+    with pytest.raises(UsageError, match="already has members"):
+        EnsembleInferer(plain, members)
+
+
+def test_weights_are_hashed_again_only_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    members, inferer, _ = setting()
+    ensemble = EnsembleInferer(inferer, members)
+    first = ensemble.record["members"]
+    calls = []
+    monkeypatch.setattr("esegeta_monai.explain.ensemble.tensor_hash", lambda *a: calls.append(a) or "new")
+    assert ensemble.record["members"] == first
+    assert calls == []
+    with torch.no_grad():
+        next(members[1].parameters()).add_(1)
+    assert ensemble.record["members"] == [first[0], "new"]
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize(
+    "method", ["VanillaBackprop", "Occlusion(window=8)", "GradCam('n')", "HiResCam('n')", "LayerActivation('n')"]
+)
+def test_finished_maps_of_an_ensemble_pass_their_check(method: str, around: bool) -> None:
+    members, inferer, image = setting()
+    if around:
+        inferer = SlidingWindowInferer((16, 10), 1, 0.25, "gaussian")
+    explainer = Explainer(members[0], EnsembleInferer(inferer, members, (0,), around=around), checks="maps")
+    (attribution,) = explainer(image, [method], ["Box(1, (2, 2), (24, 12))"])
+    assert attribution.record["map_check"] == "passed", attribution.record["checks"]

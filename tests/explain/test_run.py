@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from esegeta_monai import Attribution, Explainer
 from esegeta_monai.errors import MethodTimeout, TargetError
 from esegeta_monai.methods import (
+    LRP,
     GradCam,
     InputXGradient,
     LayerActivation,
@@ -116,3 +118,30 @@ def test_a_progress_bar_does_not_spread_a_failure(bad: Method, capsys: pytest.Ca
     assert {n: a.status for n, a in result.items()} == {bad.name: "failed", "Saliency": "ok", "second": "ok"}
     passes = result["second"].record["window_passes"]
     assert f"{passes}/{passes} [" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_the_precision_of_each_map_is_stated(amp: bool) -> None:
+    methods = [Saliency(), LRP(), Occlusion(4)]
+    image = torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 1)).eval()
+    for attribution in Explainer(network, amp=amp)(image, methods, [MultiClassMask(0)]):
+        record = attribution.record
+        (check,) = [c for c in record["checks"] if c["check"] == "precision"]
+        in_float32 = attribution.method.full_precision or record["amp_fallback"] is not None
+        assert check["verdict"] == ("handled" if amp and in_float32 else "passed")
+        assert ("autocast (bfloat16)" in check["text"]) == amp
+        assert attribution.method.name != "LRP" or ("in float32: the method needs it" in check["text"]) == amp
+
+
+def test_a_given_prediction_of_unknown_precision_is_not_checked() -> None:
+    image = torch.rand(1, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    network = nn.Conv2d(1, 2, 3, padding=1).eval()
+    with torch.no_grad():
+        prediction = network(image)
+    explainer = Explainer(network)
+    for changed, verdict in ((prediction, "passed"), (1.01 * prediction, "not checked"), (2 * prediction, "warned")):
+        (attribution,) = explainer(image, [Saliency()], [MultiClassMask(0)], prediction=changed)
+        assert [c["verdict"] for c in attribution.record["checks"] if c["check"] == "precision"] == [verdict]

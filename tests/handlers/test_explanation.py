@@ -87,6 +87,10 @@ def evaluator(scans: list[Path], network: nn.Module, **options: Any) -> Supervis
     return SupervisedEvaluator(torch.device("cpu"), network=network, **options)
 
 
+FAILING = "IntegratedGradients(baseline='missing.nii.gz')"
+"""A method whose failure shows when it runs."""
+
+
 def handler(output: Path | str, **options: Any) -> ExplanationHandler:
     options = {"methods": "Saliency", "targets": "MultiClassMask(1)", "pictures": False, **options}
     return ExplanationHandler(output_dir=output, **options)
@@ -200,12 +204,12 @@ def test_a_missing_output_folder_raises_before_any_work(scans: list[Path]) -> No
     assert engine.state.iteration == 0
 
 
-def test_engines_without_one_network_are_refused(scans: list[Path], tmp_path: Path) -> None:
+def test_ensembles_that_are_not_averaged_are_refused(scans: list[Path], tmp_path: Path) -> None:
     engine = EnsembleEvaluator(
         torch.device("cpu"), loader(scans), [Small(), Small()], ["a", "b"], prepare_batch=prepare
     )
     handler(tmp_path).attach(engine)
-    with pytest.raises(UsageError, match="EnsembleEvaluator has no single network"):
+    with pytest.raises(UsageError, match="no transform of the postprocessing averages a, b"):
         engine.run()
 
 
@@ -311,7 +315,7 @@ def test_the_engines_own_compile(scans: list[Path], tmp_path: Path) -> None:
 # ---- what it leaves ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("methods", ["Saliency,GradCam", "GradCam(layer='nowhere'),Saliency"])
+@pytest.mark.parametrize("methods", ["Saliency,GradCam", f"{FAILING},Saliency"])
 def test_the_network_leaves_as_it_came(scans: list[Path], tmp_path: Path, methods: str) -> None:
     network = Small()
     network.first.requires_grad_(False)
@@ -428,8 +432,8 @@ def test_a_full_disk_ends_no_training(
     monkeypatch.setattr(files, "_flush", flush_if_there_is_room)
     training.run()
     assert training.state.iteration == 6
-    assert [len(maps(tmp_path / f"epoch{n}")) for n in (1, 2, 3)] == [1, 0, 2]
-    assert "beta: cannot write" in caplog.text
+    assert [len(maps(tmp_path / f"epoch{n}")) for n in (1, 2, 3)] == [1, 1, 2]
+    assert "Saliency_attr.nii.gz: cannot write" in caplog.text
     assert "No space left on device" in caplog.text
 
 
@@ -493,10 +497,10 @@ def test_failures_go_to_run_json_and_the_log(
     scans: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = evaluator(scans, Small())
-    handler(tmp_path, methods="GradCam(layer='nowhere'),Saliency", name="my.logger").attach(engine)
+    handler(tmp_path, methods=f"{FAILING},Saliency", name="my.logger").attach(engine)
     with caplog.at_level(logging.INFO):
         engine.run()
-    assert statuses(tmp_path)["alpha", "GradCam"] == "failed"
+    assert statuses(tmp_path)["alpha", "IntegratedGradients"] == "failed"
     assert statuses(tmp_path)["beta", "Saliency"] == "ok"
     (last,) = [r for r in caplog.records if r.name == "my.logger"]
     assert "2 failed, 2 ok" in last.getMessage()
@@ -629,3 +633,20 @@ def test_moved_voxels_and_empty_images_are_refused(scans: list[Path], tmp_path: 
         assert [e["status"] for e in entries] == ["failed"]
         expected = "fits the scan better when flipped along" if name == "flip" else "every voxel is 0"
         assert expected in entries[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    "more", [{"methods": "GradCam(layer='no.such')"}, {"targets": "LayerNeuron('no.such', 0, index=(1, 1, 1))"}]
+)
+def test_a_layer_that_does_not_exist_is_named_before_the_first_case(
+    scans: list[Path], tmp_path: Path, more: dict[str, str]
+) -> None:
+    """It was recorded for each case, one after the other."""
+    passes: list[int] = []
+    network = Small()
+    network.register_forward_hook(lambda *_: passes.append(1))
+    engine = evaluator(scans, network)
+    handler(tmp_path, **more).attach(engine)
+    with pytest.raises(UsageError, match=r"no\.such"):
+        engine.run()
+    assert passes == []

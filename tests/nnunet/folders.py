@@ -16,13 +16,25 @@ REGIONS = {"background": 0, "whole": [1, 2], "core": [2]}
 RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 
 
+ORDER3 = {"resampling_fn_probabilities_kwargs": RESAMPLING}
+TORCH = {
+    "resampling_fn_probabilities": "resample_torch_fornnunet",
+    "resampling_fn_probabilities_kwargs": {"is_seg": False, "force_separate_z": False},
+}
+
+
 def plans(
-    patch: Sequence[int], spacing: Sequence[float], transpose: Sequence[int], channels: int, name: str
+    patch: Sequence[int],
+    spacing: Sequence[float],
+    transpose: Sequence[int],
+    channels: int,
+    name: str,
+    residual: bool = False,
 ) -> dict[str, Any]:
     """Return the content of plans.json for a network of two resolutions."""
     dims = len(patch)
     kernel = [[3] * dims] * 2
-    architecture = {
+    architecture: dict[str, Any] = {
         "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
         "arch_kwargs": {
             "n_stages": 2,
@@ -42,6 +54,9 @@ def plans(
         },
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }
+    if residual:
+        architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+        architecture["arch_kwargs"]["n_blocks_per_stage"] = architecture["arch_kwargs"].pop("n_conv_per_stage")
     configuration = {
         "data_identifier": f"nnUNetPlans_{name}",
         "preprocessor_name": "DefaultPreprocessor",
@@ -87,31 +102,37 @@ def model_folder(
     labels: dict[str, Any] | None = None,
     folds: int = 2,
     mirror: Sequence[int] | None = (0, 1, 2),
+    residual: bool = False,
+    ending: str = ".nii.gz",
+    changes: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a model folder with random weights and return it."""
+    """Write a model folder with random weights and return it; ``changes`` are those of the configuration."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     labels = LABELS if labels is None else labels
     folder = root / "Dataset001_Tiny" / f"nnUNetTrainer__nnUNetPlans__{name}"
-    folder.mkdir(parents=True)
-    content = plans(patch, spacing, transpose, channels, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = plans(patch, spacing, transpose, channels, name, residual)
+    content["configurations"][name] |= changes or {}
     dataset: dict[str, Any] = {
         "channel_names": {str(i): f"channel{i}" for i in range(channels)},
         "labels": labels,
         "numTraining": 3,
-        "file_ending": ".nii.gz",
+        "file_ending": ending,
     }
     if any(isinstance(label, list) for label in labels.values()):
         dataset["regions_class_order"] = [1, 2]
     (folder / "plans.json").write_text(json.dumps(content), encoding="utf-8")
     (folder / "dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
     manager = PlansManager(content)
+    inputs = determine_num_input_channels(manager, name, dataset)
     heads = manager.get_label_manager(dataset).num_segmentation_heads
     for fold in range(folds):
         torch.manual_seed(fold)
         network = nnUNetTrainer.build_network_architecture(
-            manager, manager.get_configuration(name), channels, heads, enable_deep_supervision=False
+            manager, manager.get_configuration(name), inputs, heads, enable_deep_supervision=False
         )
         with torch.no_grad():
             for parameter in network.parameters():
@@ -132,8 +153,8 @@ def model_folder(
     return folder
 
 
-def scan(folder: Path, channels: int = 1, shape: Sequence[int] = (22, 19, 17)) -> list[Path]:
-    """Write an oblique, anisotropic scan with a margin of zeros, one file per channel."""
+def scan(folder: Path, channels: int = 1, shape: Sequence[int] = (22, 19, 17), ending: str = ".nii.gz") -> list[Path]:
+    """Write an oblique, anisotropic scan with a margin of zeros, one file per channel, by nibabel or SimpleITK."""
     angle = 0.2
     turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
     affine = np.eye(4)
@@ -147,10 +168,20 @@ def scan(folder: Path, channels: int = 1, shape: Sequence[int] = (22, 19, 17)) -
         inner = tuple(slice(2, n - 1) for n in shape)
         grid = np.meshgrid(*(np.linspace(-1, 1, n - 3) for n in shape), indexing="ij")
         values[inner] = 100 + 50 * grid[0] + 20 * grid[1] * grid[2] + 30 * random.random(grid[0].shape)
-        path = folder / f"case_{channel:04d}.nii.gz"
+        path = folder / f"case_{channel:04d}{ending}"
+        files.append(path)
+        if ending != ".nii.gz":
+            import SimpleITK
+
+            picture = SimpleITK.GetImageFromArray(values.transpose(2, 1, 0))
+            lps = np.diag([-1.0, -1.0, 1.0]) @ affine[:3]
+            picture.SetSpacing(np.linalg.norm(lps[:, :3], axis=0).tolist())
+            picture.SetDirection((lps[:, :3] / np.linalg.norm(lps[:, :3], axis=0)).ravel().tolist())
+            picture.SetOrigin(lps[:, 3].tolist())
+            SimpleITK.WriteImage(picture, str(path))
+            continue
         image = nib.Nifti1Image(values, affine)
         image.set_sform(affine, 1)
         image.set_qform(affine, 1)
         nib.save(image, path)
-        files.append(path)
     return files

@@ -23,10 +23,11 @@ from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.main import main
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.explain.ensemble import EnsembleInferer
+from esegeta_monai.files.scans import read_scan
 from esegeta_monai.methods import Occlusion, VanillaBackprop
 from esegeta_monai.targets import MultiClassMask
 from esegeta_monai.transforms import InvertAttribution
-from tests.nnunet.folders import REGIONS, model_folder, scan
+from tests.nnunet.folders import LABELS, REGIONS, model_folder, scan
 
 CASES: dict[str, dict[str, Any]] = {
     "two folds, mirrored": {},
@@ -36,13 +37,19 @@ CASES: dict[str, dict[str, Any]] = {
     "two channels": {"channels": 2},
     "regions": {"labels": REGIONS},
     "2D": {"name": "2d", "patch": (12, 10), "spacing": (1.0, 1.0), "mirror": (0, 1)},
+    "residual encoder": {"residual": True, "folds": 1, "mirror": (1,)},
+    "low resolution": {"name": "3d_lowres", "spacing": (2.2, 2.0, 1.8), "folds": 1, "mirror": None},
+    "ignore label": {"labels": {**LABELS, "ignore": 3}, "folds": 1, "mirror": None},
+    "MHA": {"ending": ".mha", "transpose": (2, 0, 1), "folds": 1, "mirror": None},
+    "NRRD": {"ending": ".nrrd", "folds": 1, "mirror": None},
 }
 
 
 @pytest.fixture(params=CASES)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[Path]]:
     options = CASES[request.param]
-    return model_folder(tmp_path / "model", **options), scan(tmp_path / "scans", options.get("channels", 1))
+    files = scan(tmp_path / "scans", options.get("channels", 1), ending=options.get("ending", ".nii.gz"))
+    return model_folder(tmp_path / "model", **options), files
 
 
 def predictor_of(reader: NnunetReader) -> Any:
@@ -61,12 +68,22 @@ def test_the_segmentation_is_that_of_nnunet(model: tuple[Path, list[Path]], tmp_
     own = predictor_of(reader)
     own.predict_from_files_sequential([[str(f) for f in files]], [str(tmp_path / "own")], False, True)
     data = reader.preprocessing({"image": [str(f) for f in files]})
-    logits = reader.predict(data["image"], data, tmp_path / "ours")
-    ours, expected = nib.load(tmp_path / "ours.nii.gz"), nib.load(tmp_path / "own.nii.gz")
-    np.testing.assert_array_equal(np.asarray(ours.dataobj), np.asarray(expected.dataobj))
-    np.testing.assert_allclose(ours.affine, expected.affine)
-    assert len(np.unique(np.asarray(ours.dataobj))) > 1
-    assert logits.shape[1:] == data["image"].shape[1:]
+    prediction = reader.predict(data["image"], data, tmp_path / "ours")
+    ending = reader.dataset["file_ending"]
+    read = reader.plans.image_reader_writer_class().read_seg
+    (ours, here), (expected, there) = (read(str(tmp_path / f"{name}{ending}")) for name in ("ours", "own"))
+    np.testing.assert_array_equal(ours, expected)
+    assert here == there
+    assert len(np.unique(ours)) > 1
+    assert prediction.logits.shape[1:] == data["image"].shape[1:]
+    with torch.no_grad():
+        again = plain_loop(own, torch.as_tensor(data["image"]).as_subclass(Tensor))
+    torch.testing.assert_close(prediction.logits, again, rtol=0, atol=1e-5 * float(again.abs().max()))
+    record = prediction.masks.record
+    assert record["mask_grid"] == "scan"
+    assert record["voxels"] == ours.size
+    assert 0 < record["median_logit_difference"] < record["largest_logit_difference"] < record["largest_logit"]
+    assert record["voxels_of_another_class"] < 0.01 * ours.size
 
 
 def plain_loop(own: Any, x: Tensor) -> Tensor:
@@ -114,24 +131,25 @@ def test_the_gradient_is_that_of_a_plain_loop(
     inferer = reader.inferer
     inferer.members = tuple({name: value.to(dtype) for name, value in member.items()} for member in inferer.members)
     explainer = Explainer(reader.network.to(dtype), inferer, head="sigmoid" if reader.labels.has_regions else "softmax")
-    ours, occlusion = explainer(
-        image[None].to(dtype), [VanillaBackprop(), Occlusion(window=6, baseline=0.0)], [MultiClassMask(1)]
-    )
     own, x = predictor_of(reader), torch.as_tensor(image).as_subclass(Tensor).to(dtype).requires_grad_(True)
     prediction = plain_loop(own, x)
-    mask = prediction[1] > 0 if reader.labels.has_regions else prediction.argmax(0) == 1
+    predicted = prediction.argmax(0)
+    c = 1 if reader.labels.has_regions or bool((predicted == 1).any()) else int(predicted.max())
+    ours, occlusion = explainer(
+        image[None].to(dtype), [VanillaBackprop(), Occlusion(window=6, baseline=0.0)], [MultiClassMask(c)]
+    )
+    mask = prediction[c] > 0 if reader.labels.has_regions else predicted == c
     assert ours.record["target_voxels"] == int(mask.sum()) > 0
-    score = (prediction[1] * mask).sum()
+    score = (prediction[c] * mask).sum()
     (expected,) = torch.autograd.grad(score, x)
     error = float((ours.map.as_tensor() - expected).abs().max() / expected.abs().max())
     assert error <= tolerance
     changed = x.detach().clone()
     changed[(slice(None), *(slice(0, 6) for _ in range(3)))] = 0
     with torch.no_grad():
-        effect = float(score - (plain_loop(predictor_of(reader), changed)[1] * mask).sum())
-    assert float(occlusion.map[0, 0, 0, 0]) == pytest.approx(
-        effect, rel=100 * tolerance, abs=100 * tolerance * abs(effect)
-    )
+        effect = float(score - (plain_loop(predictor_of(reader), changed)[c] * mask).sum())
+    bound = (1e-6 if dtype == torch.float32 else 1e-10) * abs(float(score.detach()))
+    assert float(occlusion.map[0, 0, 0, 0]) == pytest.approx(effect, rel=0, abs=bound)
 
 
 def test_a_map_comes_back_to_the_scan(model: tuple[Path, list[Path]]) -> None:
@@ -140,8 +158,8 @@ def test_a_map_comes_back_to_the_scan(model: tuple[Path, list[Path]]) -> None:
     image = reader.preprocessing({"image": [str(f) for f in files]})["image"]
     values = torch.rand(image.shape, dtype=torch.float64)
     back = InvertAttribution()(values, image)
-    original = nib.load(files[0])
-    assert tuple(back.shape[1:]) == original.shape
+    original = read_scan(files[0])
+    assert back.shape[1:] == original.shape[1:]
     np.testing.assert_allclose(np.asarray(back.affine), original.affine, atol=1e-6)
     assert float(back.sum()) + float(np.sum(back.meta["sum_in_padding"])) == pytest.approx(
         float(values.sum()), rel=1e-6

@@ -55,4 +55,4 @@ def test_an_incomplete_map_is_a_result(tmp_path: Any, caplog: pytest.LogCaptureF
     page = write_report(tmp_path).index
     pages = " ".join(p.read_text(encoding="utf-8") for p in {page, *tmp_path.rglob("*.html")})
     assert "1 incomplete map" in pages
-    assert '<span class="tag incomplete">incomplete</span>' in pages
+    assert '<span class="tag warn" title="">incomplete</span>' in pages

@@ -31,6 +31,7 @@ from torch import nn
 
 from esegeta_monai import Explainer
 from esegeta_monai.files.grids.resample import to_scan_grid
+from esegeta_monai.files.journal import read_run
 from esegeta_monai.files.scans import read_scan
 from esegeta_monai.methods import InputXGradient, LayerActivation
 from esegeta_monai.methods.base import Method
@@ -99,7 +100,7 @@ def explained(
     writer = ResultWriter(folder, [method], [target], **{"pictures": False, **options})
     image = image if isinstance(image, MetaTensor) else MetaTensor(torch.as_tensor(image))
     writer.explain(Explainer(network(), on_error="record"), image, "alpha", [method], [target], scan=scan)
-    (entry,) = json.loads(writer.run.path.read_text(encoding="utf-8"))["results"]
+    (entry,) = read_run(writer.output_dir).results
     assert writer.run.summary == {entry["status"]: 1}
     sidecars = [json.loads(p.read_text(encoding="utf-8")) for p in folder.rglob("*_attr.json")]
     return entry, sidecars[0] if sidecars else {}
@@ -254,7 +255,7 @@ def test_a_map_that_vanishes_by_resampling_is_zero_and_says_why(scan: Path, tmp_
         writer = ResultWriter(folder, [method], [target], pictures=False)
         explainer = Explainer(OneVoxel(place), on_error="record")
         writer.explain(explainer, image, "alpha", [method], [target], scan=scan)
-        (entry,) = json.loads(writer.run.path.read_text(encoding="utf-8"))["results"]
+        (entry,) = read_run(writer.output_dir).results
         (path,) = folder.rglob("*_attr.nii.gz")
         assert not np.asarray(nib.load(path).dataobj).any()
         record = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text(encoding="utf-8"))

@@ -20,6 +20,7 @@ from esegeta_monai import Attribution, Explainer
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.explain.record import DECIDES
 from esegeta_monai.files.grids.resample import scan_of, to_scan_grid
+from esegeta_monai.files.journal import read_run
 from esegeta_monai.methods import (
     DeepDream,
     FeatureAblation,
@@ -73,11 +74,11 @@ def explain(
 
 
 def entries(writer: ResultWriter) -> list[dict[str, Any]]:
-    return json.loads(writer.run.path.read_text(encoding="utf-8"))["results"]
+    return read_run(writer.output_dir).results
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.rglob("*") if p.is_file() and p.name != "run.json")
+    return sorted(p.name for p in folder.rglob("*") if p.is_file() and not p.name.startswith("run.json"))
 
 
 def test_map_picture_and_sidecar_are_in_one_folder(image: MetaTensor, tmp_path: Path) -> None:
@@ -345,7 +346,7 @@ def test_flat_layout_and_plain_nifti(image: MetaTensor, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "alpha_Box-class1_Saliency_map.json",
         "alpha_Box-class1_Saliency_map.nii",
-        "run.json",
+        "run.jsonl",
     ]
 
 

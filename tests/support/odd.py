@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,8 @@ import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from tests.support.synthetic import write
 
 
 class BatchStatistics(nn.Module):
@@ -109,6 +110,7 @@ class Situation:
     inferer: dict[str, Any] = field(default_factory=lambda: WINDOWS)
     amp: bool = False
     constant: bool = False
+    symmetric: bool = False
     verdicts: dict[str, str] = field(default_factory=dict)  # some of the results of the checks
     maps: int = 6
     reason: str | None = None  # a part of the reason for which there is no map
@@ -151,6 +153,9 @@ SITUATIONS = {
     "runs twice": Situation("RunsTwice", methods="GradCam(layer='first')", maps=2, verdicts={"layers": "handled"}),
     "encoder without gradient": Situation("NoGradEncoder", verdicts={"derivative": "warned"}),
     "flip without a record": Situation("Plain", preprocessing=[FLIP], reason="flipped along axis 0"),
+    "flip of a symmetric scan": Situation(
+        "Plain", preprocessing=[FLIP], symmetric=True, reason="a weak pattern added to the scan comes back"
+    ),
     "constant scan": Situation("Plain", constant=True, reason="every voxel is 7"),
 }
 
@@ -210,13 +215,10 @@ def write_bundle(folder: Path, situation: Situation) -> Path:
             "outputs": {"pred": {"channel_def": situation.classes}},
         },
     }
-    for name in ("configs", "models"):
-        (folder / name).mkdir(parents=True)
-    (folder / "configs" / "inference.json").write_text(json.dumps(content))
-    (folder / "configs" / "metadata.json").write_text(json.dumps(metadata))
-    torch.save(network(situation).state_dict(), folder / "models" / "model.pt")
+    write(folder, content, metadata=metadata, weights=network(situation).state_dict())
     shape = (16, 10, 12)
     values = np.random.default_rng(0).random(shape) * np.linspace(0.2, 2, shape[0])[:, None, None]
     values = np.full(shape, 7.0) if situation.constant else values
+    values = values + values[::-1] if situation.symmetric else values
     nib.save(nib.Nifti1Image(values.astype(np.float32), np.diag([2.0, 2, 2, 1])), scan)
     return folder

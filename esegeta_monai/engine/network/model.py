@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from esegeta_monai.engine.network.outputs import OutputChoice, batch_first, choose_output, select_output
-from esegeta_monai.errors import EsegetaError, NetworkError
+from esegeta_monai.errors import EsegetaError, MethodError, NetworkError
 from esegeta_monai.utils.tensors import copied
 from esegeta_monai.utils.upstream import non_reentrant_checkpoints
 
@@ -52,10 +52,32 @@ def is_scripted(network: nn.Module) -> bool:
     return any(isinstance(m, torch.jit.ScriptModule) for m in network.modules())
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Return True if a torch error means that memory ran out, on an accelerator or on the CPU."""
+def out_of_memory(error: BaseException) -> bool:
+    """Return True if an error means that memory ran out, on an accelerator or on the CPU."""
     text = str(error).lower()
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in text or "can't allocate memory" in text
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "not enough memory" in text or "can't allocate memory" in text
+
+
+def halved(tried: int, roi: Sequence[int], error: BaseException) -> int:
+    """Return the window batch to try after memory ran out: half of it.
+
+    Args:
+        tried: windows in the batch that did not fit.
+        roi: size of a window in voxels.
+        error: the error.
+
+    Raises:
+        MethodError: the batch had only one window; the message names what needs less memory.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if tried > 1:
+        return tried // 2
+    raise MethodError(
+        f"out of memory with one window of {tuple(roi)}: use a smaller window (the inferer's roi_size; on the command "
+        "line --override inferer#roi_size=[...]), amp=True (--amp), or device='cpu' (--device cpu)"
+    ) from error
 
 
 class Model:
@@ -78,6 +100,7 @@ class Model:
 
     Attributes:
         preferred: keys of outputs that a bundle's postprocessing reads.
+        disturbs: settings of torch that the network has changed in a pass, in words; copies of the model share them.
         mixes_rows: the images of a batch influence each other, as the checks have shown.
         choice: the chosen output, if the network returns several tensors and ``output`` names none; known after the
             first pass.
@@ -106,6 +129,7 @@ class Model:
         self.network, self.device, self.output = network, device, output
         self._outside_inference = self.mixes_rows = False
         self.preferred: Sequence[str] = ()
+        self.disturbs: set[str] = set()
         self.choice: OutputChoice | None = None
         self.integers: torch.dtype | None = None
         self.amp, self.amp_kwargs = amp, dict(amp_kwargs or {})
@@ -200,7 +224,7 @@ class Model:
             kwargs["condition"] = condition if axis is None else condition.squeeze(axis)
         args = given if coordinates is None else (coordinates, *given)
         try:
-            with self.autocast(), non_reentrant_checkpoints():
+            with self.autocast(), non_reentrant_checkpoints(), _contained(self.disturbs):
                 if self.inferer is None:
                     raw = self.network(first, *args, **kwargs)
                 else:
@@ -213,6 +237,8 @@ class Model:
                 f"position, others by name): {error}; name them as its arguments are named, or give inputs_as='dict' "
                 "or 'list' if it takes them as one argument"
             ) from error
+        except MemoryError as error:  # torch's own error, on which callers halve the batch
+            raise torch.OutOfMemoryError(f"not enough memory: {error or 'MemoryError'}") from error
         except RuntimeError as error:
             if isinstance(error, EsegetaError) or out_of_memory(error):
                 raise
@@ -237,6 +263,28 @@ class Model:
         if out.dtype in (torch.float16, torch.bfloat16):
             out = out.float()
         return out if axis is None else out.unsqueeze(axis)
+
+
+@contextmanager
+def _contained(changed: set[str]) -> Iterator[None]:
+    """Restore torch's default dtype, grad mode and seed, which a network may set in its pass; add what it changed.
+
+    A network that draws random numbers, without setting the seed, goes on with the next ones.
+    """
+    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
+    seed, random = torch.initial_seed(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        if torch.initial_seed() != seed:
+            changed.add(f"the seed of torch's random numbers (to {torch.initial_seed()})")
+            torch.set_rng_state(random)
+        if torch.get_default_dtype() != dtype:
+            changed.add(f"torch's default dtype (to {torch.get_default_dtype()})")
+            torch.set_default_dtype(dtype)
+        if torch.is_grad_enabled() != grad:
+            changed.add(f"torch's grad mode ({'off' if grad else 'on'})")
+            torch.set_grad_enabled(grad)
 
 
 def _double(value: Any) -> Any:

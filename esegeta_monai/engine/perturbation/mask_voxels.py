@@ -46,7 +46,7 @@ class MaskVoxels:
         self.windows = frozenset(objective.score_windows[target])
         self.rows = objective.rows[target]
         self.mask = self.score.mask.to(objective.image.device)
-        self.n = self.score.voxels
+        self.n = int(torch.count_nonzero(self.mask))
         self._where = true_positions(self.mask)
         self._number = self._where.new_empty(self.mask.shape, dtype=torch.int32)
         self._number.view(-1)[self._where] = torch.arange(self.n, dtype=torch.int32, device=self.mask.device)

@@ -25,6 +25,10 @@ Weights are read repeatedly, and computing them for a small window takes about a
 """
 
 
+View = tuple[tuple[int, ...], tuple[int, ...]]
+"""Mirrored axes and order of the axes of a view round the volume."""
+
+
 class OutputGrid:
     """The grid of the prediction and the blending weights on it.
 
@@ -48,7 +52,7 @@ class OutputGrid:
             self.shape = self.out_roi
             self._slices: tuple[Slices, ...] = (tuple(slice(0, n) for n in self.out_roi),) * len(plan)
             self._weight = torch.ones(self.out_roi, dtype=dtype, device=device)
-            self._counts: dict[tuple[int, ...], Tensor] | None = None
+            self._counts: dict[View, Tensor] | None = None
             return
         if len(self.out_roi) != len(plan.roi):
             raise NetworkError(
@@ -79,7 +83,7 @@ class OutputGrid:
         self._pads, self.shape, self._weight = pads, inner, importance
         self._weights: dict[int, Tensor] = {}
         self._counts = {}
-        first: dict[tuple[int, ...], Call] = {}
+        first: dict[View, Call] = {}
         for window, place in enumerate(self._slices):
             view, call = self._view(window), plan.call(window)
             if first.setdefault(view, call) is call:  # each view is blended by itself: other members see it again
@@ -130,14 +134,16 @@ class OutputGrid:
             weight = weight / (count if part is None else count[part])
         return weight if share == 1 else weight * share
 
-    def _view(self, window: int) -> tuple[int, ...]:
-        """Return the axes along which the whole volume is mirrored for a window."""
+    def _view(self, window: int) -> View:
+        """Return how the whole volume is turned and mirrored for a window."""
         call = self.plan.call(window)
-        return call.flips if call.around else ()
+        return (call.flips, call.axes) if call.around else ((), ())
 
-    def _importance(self, view: tuple[int, ...]) -> Tensor:
+    def _importance(self, view: View) -> Tensor:
         """Return the blending weights of the windows of a view (*out_roi), before their normalisation."""
-        return self._weight.flip(view) if view else self._weight
+        if self._counts is None:  # all ones
+            return self._weight
+        return Call(flips=view[0], axes=view[1]).undo(self._weight, self._weight.ndim)
 
     def unblended(self) -> OutputGrid:
         """Return the same grid with weights of one: the output of a single window is the prediction."""

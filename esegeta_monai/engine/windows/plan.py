@@ -12,7 +12,7 @@ cut-out window gives the same values as cutting the padded volume.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,12 +45,41 @@ class Call:
         weight: a, the share of this call in the prediction.
         around: True: the view is that of the whole volume (MONAI's test-time augmentation), so that places and blending
             weights are mirrored too; False: it is that of the window (nnU-Net).
+        axes: order of the spatial axes in the view, exchanged before it is mirrored (a rotation by 90° exchanges two
+            axes and mirrors one); empty: unchanged.
     """
 
     member: int = 0
     flips: tuple[int, ...] = ()
     weight: float = 1.0
     around: bool = False
+    axes: tuple[int, ...] = ()
+
+    @property
+    def turned(self) -> bool:
+        """True if the network sees another view than the image itself."""
+        return bool(self.flips or self.axes)
+
+    def apply(self, values: Tensor, dims: int) -> Tensor:
+        """Return the view T of values (…, *spatial) with ``dims`` spatial axes, whose order may change."""
+        if self.axes:
+            lead = values.ndim - dims
+            values = values.permute(*range(lead), *(lead + axis for axis in self.axes))
+        return values.flip([axis - dims for axis in self.flips]) if self.flips else values
+
+    def undo(self, values: Tensor, dims: int) -> Tensor:
+        """Return values (…, *spatial) in the frame of the image, from the frame of the view: T⁻¹.
+
+        >>> call, x = Call(flips=(0,), axes=(1, 0)), torch.rand(2, 3)
+        >>> tuple(call.apply(x, 2).shape), torch.equal(call.undo(call.apply(x, 2), 2), x)
+        ((3, 2), True)
+        """
+        if self.flips:
+            values = values.flip([axis - dims for axis in self.flips])
+        if self.axes:
+            lead = values.ndim - dims
+            values = values.permute(*range(lead), *(lead + self.axes.index(axis) for axis in range(dims)))
+        return values
 
 
 PLAIN = Call()
@@ -73,6 +102,9 @@ class WindowPlan:
         whole: True: the network (or an unknown inferer) sees the volume at once, without blending.
         calls: the call of each window, where the members of an ensemble or mirrored views see the same place; windows
             of one call lie side by side. Empty: one plain call for each place.
+        member_weights: not empty: the predictions of the members are not added but kept apart, one after the other
+            along the channels (M·K, *spatial), for scores that are not linear in their sum; the weight of each member
+            in such a score. The weights of calls are then those of the views alone.
     """
 
     spatial_shape: tuple[int, ...]
@@ -87,9 +119,19 @@ class WindowPlan:
     with_coord: bool = False
     whole: bool = False
     calls: tuple[Call, ...] = ()
+    member_weights: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.slices)
+
+    @property
+    def apart(self) -> bool:
+        """True if the predictions of the members are kept apart."""
+        return bool(self.member_weights)
+
+    def share(self, call: Call) -> float:
+        """Return the share of a call in an average over members and views."""
+        return call.weight * (self.member_weights[call.member] if self.apart else 1.0)
 
     @property
     def padded(self) -> bool:
@@ -173,20 +215,26 @@ class WindowPlan:
         """Number of members of the ensemble, 1 for a single network."""
         return len({call.member for call in self.calls}) or 1
 
-    def with_calls(self, calls: Sequence[Call]) -> WindowPlan:
+    def with_calls(
+        self, calls: Sequence[Call], turned: Mapping[tuple[int, ...], WindowPlan] | None = None
+    ) -> WindowPlan:
         """Return the plan in which each call sees all windows of this plan.
 
         Args:
             calls: members and views, with weights.
+            turned: for views round the volume that exchange axes: the plan of the volume with its axes in that order.
 
         Raises:
-            NetworkError: the network receives coordinates, or the padding of a mirrored volume would differ.
+            NetworkError: the plan has several calls already, the network receives coordinates, the padding of a
+                mirrored volume would differ, or windows have another shape after an exchange of axes.
 
         >>> plan = WindowPlan((6,), (4,), ((slice(0, 4),), (slice(2, 6),)), ((0, 0),), importance=torch.ones(4))
         >>> len(plan.with_calls([Call(weight=0.5), Call(flips=(0,), weight=0.5)]))
         4
         """
-        if self.with_coord and any(call.flips for call in calls):
+        if self.calls:
+            raise NetworkError("the inferer already has members or views: name all of them in one EnsembleInferer")
+        if self.with_coord and any(call.turned for call in calls):
             raise NetworkError("a network that receives the coordinates of its window has no mirrored views")
         for call in calls:
             if call.around and any(lo != hi for axis, (lo, hi) in enumerate(self.pads) if axis in call.flips):
@@ -194,17 +242,39 @@ class WindowPlan:
                     f"the volume {self.spatial_shape} is padded by an odd number of voxels to windows of {self.roi}, "
                     "so its mirrored views have other windows: pad it in the preprocessing (SpatialPadd)"
                 )
-        slices = tuple(self._mirrored(place, call) for call in calls for place in self.slices)
-        return replace(self, slices=slices, calls=tuple(call for call in calls for _ in self.slices))
+        slices: list[Slices] = []
+        repeated: list[Call] = []
+        for call in calls:
+            places = self._places_of(call, (turned or {}).get(call.axes, self))
+            slices += places
+            repeated += [call] * len(places)
+        return replace(self, slices=tuple(slices), calls=tuple(repeated))
 
-    def _mirrored(self, place: Slices, call: Call) -> Slices:
-        """Return the place of a window in the volume where a call mirrors the whole volume."""
-        if not call.around:
-            return place
-        return tuple(
-            slice(n - s.stop, n - s.start) if axis in call.flips else s
-            for axis, (s, n) in enumerate(zip(place, self.padded_shape))
-        )
+    def _places_of(self, call: Call, view: WindowPlan) -> list[Slices]:
+        """Return the places that a call sees in this volume, from the plan of its view."""
+        if call.axes and not self.whole:
+            back = [call.axes.index(axis) for axis in range(len(self.roi))]
+            here = (tuple(view.roi[axis] for axis in back), tuple(view.pads[axis] for axis in back))
+            if here != (self.roi, self.pads) or (
+                self.slice_axis is not None and back[self.slice_axis] != self.slice_axis
+            ):
+                raise NetworkError(
+                    f"windows {self.roi} of the volume {self.spatial_shape} have another shape or padding in a view "
+                    f"with the axes {call.axes}: use windows of equal size along these axes, and pad smaller volumes "
+                    "in the preprocessing (SpatialPadd)"
+                )
+        if not call.around or self.whole:
+            return list(self.slices)
+        mirrored = [
+            tuple(
+                slice(n - s.stop, n - s.start) if axis in call.flips else s
+                for axis, (s, n) in enumerate(zip(place, view.padded_shape))
+            )
+            for place in view.slices
+        ]
+        if not call.axes:
+            return mirrored
+        return [tuple(place[call.axes.index(axis)] for axis in range(len(place))) for place in mirrored]
 
     def coordinates(self, window: int) -> list[slice]:
         """Return the argument that MONAI passes to a network under ``with_coord=True``, in padded coordinates."""

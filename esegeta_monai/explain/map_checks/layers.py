@@ -13,7 +13,7 @@ from torch import Tensor
 from esegeta_monai.engine.checks.base import CheckResult
 from esegeta_monai.engine.layer_frames import traced_layers
 from esegeta_monai.engine.objective import Objective
-from esegeta_monai.engine.windows.plan import last_axes
+from esegeta_monai.engine.windows.plan import Call, last_axes
 from esegeta_monai.explain.map_checks.base import FinishedMap, MapCheck, NotChecked, deviation
 from esegeta_monai.methods.layer.scattered import reduce_channels
 from esegeta_monai.methods.precision import full_precision
@@ -57,7 +57,12 @@ class ActivationLayer(_Layer):
     """``Σ_w ĝ_w · up(A_w)``."""
 
     def map_at(self, done: FinishedMap, objective: Objective, layer: str, windows: list[int]) -> Tensor:
-        return _blended(objective, windows, lambda w: _read(objective, layer, w)[0])
+        return torch.stack(
+            [
+                objective.plan.share(call) * _blended(objective, own, lambda w: _read(objective, layer, w)[0])
+                for call, own in _by_call(objective, windows)
+            ]
+        ).sum(0)
 
     def finish(self, done: FinishedMap, expected: Tensor) -> Tensor:
         method: Any = done.method
@@ -68,13 +73,23 @@ class BlendedCam(_Layer):
     """Grad-CAM: the mean gradient of each channel over all windows of the target, times the activations."""
 
     def map_at(self, done: FinishedMap, objective: Objective, layer: str, windows: list[int]) -> Tensor:
-        plan, total = objective.plan, torch.zeros(())
-        for w in objective.score_windows[done.k]:
-            gradient = _read(objective, layer, w, done.k)[1]
-            positions = math.prod(gradient.shape[1:]) * math.prod(plan.padded_shape) / math.prod(plan.roi)
-            total = total.to(gradient) + gradient.flatten(1).sum(1) / positions
-        weights = total.reshape(-1, *(1,) * len(plan.roi))
-        return _blended(objective, windows, lambda w: (weights * _read(objective, layer, w)[0]).sum(0, keepdim=True))
+        plan, maps = objective.plan, []
+        seen = dict(_by_call(objective, objective.score_windows[done.k]))
+        for call, own in _by_call(objective, windows):
+            total = torch.zeros(())
+            for w in seen.get(call, []):
+                gradient = _read(objective, layer, w, done.k)[1]
+                positions = math.prod(gradient.shape[1:]) * math.prod(plan.padded_shape) / math.prod(plan.roi)
+                total = total.to(gradient) + gradient.flatten(1).sum(1) / positions
+            if call not in seen:
+                continue
+            weights = total.reshape(-1, *(1,) * len(plan.roi))
+
+            def weighted(w: int, weights: Tensor = weights) -> Tensor:
+                return (weights * _read(objective, layer, w)[0]).sum(0, keepdim=True)
+
+            maps.append(_blended(objective, own, weighted))
+        return torch.stack(maps).sum(0)
 
 
 class ScatteredCam(_Layer):
@@ -121,8 +136,18 @@ def _around_voxels(done: FinishedMap) -> tuple[list[int], Tensor]:
     return windows, alone
 
 
+def _by_call(objective: Objective, windows: list[int]) -> list[tuple[Call, list[int]]]:
+    """Return the windows of each member and view."""
+    grouped: dict[Call, list[int]] = {}
+    for w in windows:
+        grouped.setdefault(objective.plan.call(w), []).append(w)
+    return list(grouped.items())
+
+
 def _read(objective: Objective, layer: str, window: int, k: int | None = None) -> tuple[Tensor, Tensor]:
     """Return a layer's activations in one window (C, *positions), and their gradient for target k; None: no gradient.
+
+    Both are in the frame of the image, whatever view of the window the network has seen.
 
     Raises:
         NotChecked: the layer runs several times, or its output is not (n, C, *positions) in the order of the window.
@@ -142,13 +167,13 @@ def _read(objective: Objective, layer: str, window: int, k: int | None = None) -
         handle.remove()
     if len(outputs) != 1 or not isinstance(outputs[0], Tensor) or not _in_order(objective, layer, outputs[0]):
         raise NotChecked(f"the output of layer {layer!r} is not one map (n, C, *positions) in the order of the window")
-    values = outputs[0]
+    values, call, dims = outputs[0], objective.plan.call(window), len(objective.plan.roi)
     if k is None:
-        return values[0].detach(), values.new_zeros(())
+        return call.undo(values[0].detach(), dims), values.new_zeros(())
     cotangent = objective.cotangents([window])[k]
     assert cotangent is not None
     (gradient,) = torch.autograd.grad((out * cotangent.to(out)).sum(), values)
-    return values[0].detach(), gradient[0]
+    return call.undo(values[0].detach(), dims), call.undo(gradient[0], dims)
 
 
 def _in_order(objective: Objective, layer: str, values: Tensor) -> bool:
@@ -179,9 +204,12 @@ def _unpadded(objective: Objective, window: int, values: Tensor) -> Tensor:
 
 
 def _blended(objective: Objective, windows: list[int], make: Callable[[int], Tensor]) -> Tensor:
-    """Blend the interpolated maps (C, *positions) of some windows: (C, *spatial), as if there were no others."""
+    """Blend the interpolated maps (C, *positions) of some windows of one call: (C, *spatial), as if there were no
+    others."""
     plan, total, weight = objective.plan, None, objective.image.new_zeros(objective.plan.spatial_shape)
     importance = torch.ones(plan.roi) if plan.importance is None else plan.importance
+    call = plan.call(windows[0])
+    importance = call.undo(importance, len(plan.roi)) if call.around else importance
     for w in windows:
         part = _interpolated(make(w), plan.roi).to(weight)
         total = weight.new_zeros((len(part), *weight.shape)) if total is None else total

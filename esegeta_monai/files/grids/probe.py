@@ -1,7 +1,7 @@
 """Find out by a pattern added to the scan where a preprocessing puts its voxels.
 
 The contents of some images cannot show whether maps lie in the right place: symmetric ones, noise, classes. Where the
-preprocessing can run again, the scan gets a weak pattern whose strength says where a voxel comes from.
+preprocessing can run again, the scan gets a weak pattern whose strength shows where a voxel lies.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -40,11 +40,13 @@ class Pipeline:
         transforms: MONAI's ``Compose`` with the ``LoadImaged`` of the scan.
         entry: the data dictionary before it.
         key: key of the image that the network reads.
+        context: context in which the transforms run.
     """
 
     transforms: Any
     entry: Mapping[str, Any]
     key: str
+    context: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def probe(self, to_scan: Callable[[MetaTensor], np.ndarray]) -> Geometry | None:
         """Compare the place of the image's voxels with that of a pattern; None: the pattern does not show it.
@@ -123,13 +125,13 @@ class _Run:
         """Return the image (C, *spatial) of the scan with a pattern (*scan), in units of `STRENGTH`; None: without."""
         flat = copy.deepcopy(self.pipeline.transforms).flatten().transforms
         steps = [step for t in flat for step in ((t, self._adder(t, pattern)) if isinstance(t, LoadImaged) else (t,))]
-        with _same_random_numbers():
+        with self.pipeline.context(), _same_random_numbers():
             image = Compose(steps).set_random_state(0)(dict(self.pipeline.entry))[self.pipeline.key]
         assert isinstance(image, MetaTensor)
         return image
 
-    def _adder(self, loader: LoadImaged, pattern: Tensor | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        def add(data: dict[str, Any]) -> dict[str, Any]:
+    def _adder(self, loader: LoadImaged, pattern: Tensor | None) -> Callable[[dict[Any, Any]], dict[Any, Any]]:
+        def add(data: dict[Any, Any]) -> dict[Any, Any]:
             for key in loader.keys:
                 value = data.get(key)
                 if not isinstance(value, MetaTensor):

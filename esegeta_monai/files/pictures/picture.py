@@ -1,63 +1,66 @@
-"""One picture per map: three planes through its strongest point, with all labels needed to read it."""
+"""One picture per map: three planes through its target, with all labels needed to read it."""
 
 from __future__ import annotations
 
 import os
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from matplotlib import colormaps, patheffects
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from monai.data import MetaTensor
 from monai.data.utils import to_affine_nd
 from monai.utils import ImageMetaKey, MetaKeys, SpaceKeys
 
 from esegeta_monai.errors import InputError, UsageError
-from esegeta_monai.files.pictures.planes import Anatomy, Plane
+from esegeta_monai.files.pictures.planes import Anatomy, largest_section
+from esegeta_monai.files.pictures.scale import saturated_share, scale_of
+from esegeta_monai.files.pictures.sketch import (
+    CONTOURS,
+    Reading,
+    Sketch,
+    Window,
+    draw_contour,
+    draw_cross,
+    draw_map,
+    draw_scan,
+    frame,
+)
 from esegeta_monai.utils.files import INTENDED_USE
 
-__all__ = ["INTENDED_USE", "save_picture"]
-
-PERCENTILE = 99.5
-SIGNED = LinearSegmentedColormap.from_list("blue-white-red", ["#0b3fd1", "#ffffff", "#d1120b"])
-UNSIGNED = colormaps["inferno"]
-CONTOURS = {True: "#ffe000", False: "#00e0ff"}  # signed: away from blue and red; unsigned: away from inferno
-INK, PAPER, MIDDLE_GREY = "#161616", "#ffffff", 0.35
-OPACITY, OPAQUE_AT = 0.8, 0.5  # full opacity from half of the limit on
-
-DPI, GAP, MARGIN, BAR, SWATCH = 120, 0.55, 0.35, 1.4, 0.5  # in inches, except DPI
-PLANES_WIDTH, PLANES_HEIGHT, LEAST_WIDTH = 10.5, 4.6, 8.0
+__all__ = ["INTENDED_USE", "draw_picture", "is_colour", "save_picture"]
 
 
-class Reading(NamedTuple):
-    """The strongest point of a map and its colour scale."""
+def save_picture(path: str | os.PathLike[str], *arguments: Any, **options: Any) -> dict[str, Any]:
+    """Write the picture of `draw_picture` as a PNG, atomically.
 
-    channel: int
-    voxel: tuple[int, ...]
-    value: float
-    limit: float
-    limit_is: str
-    message: str | None
+    Args:
+        path: the PNG.
+        arguments, options: those of `draw_picture`.
+
+    Returns:
+        Description of the picture, see `draw_picture`.
+
+    Raises:
+        InputError, UsageError: see `draw_picture`.
+
+    Example:
+        >>> import tempfile
+        >>> scan = MetaTensor(torch.rand(1, 10, 10, 10), affine=torch.diag(torch.tensor([-2.0, 2.0, 2.0, 1.0])))
+        >>> attribution = torch.zeros(1, 10, 10, 10)
+        >>> attribution[0, 9, 4, 5] = -3.0
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     drawn = save_picture(folder + "/a.png", scan, attribution, signed=True, case="case_1",
+        ...                          method="Saliency", target="MultiClassMask", class_name="tumour")
+        >>> drawn["world"], drawn["sides"]["axial"]
+        ([-18.0, 8.0, 10.0], {'left': 'R', 'right': 'L', 'bottom': 'P', 'top': 'A'})
+    """
+    sketch, description = draw_picture(*arguments, **options)
+    sketch.save(path)
+    return description
 
 
-class Window(NamedTuple):
-    """The grey scale: black at level − width / 2, white at level + width / 2."""
-
-    level: float
-    width: float
-    origin: str
-
-
-def save_picture(
-    path: str | os.PathLike[str],
+def draw_picture(
     scan: torch.Tensor,
     attribution: torch.Tensor,
     prediction_contour: torch.Tensor | None = None,
@@ -71,48 +74,49 @@ def save_picture(
     channel_names: Sequence[str] | None = None,
     window: tuple[float, float] | None = None,
     convention: Literal["radiological", "neurological"] = "radiological",
-) -> dict[str, Any]:
-    """Write a PNG: axial, coronal and sagittal plane through the strongest point of the map, or one panel in 2D.
+    caption: str | None = None,
+    ends: tuple[str, str] | None = None,
+) -> tuple[Sketch, dict[str, Any]]:
+    """Draw the axial, coronal and sagittal plane through the target's largest cross-sections, or one panel in 2D.
 
-    The picture shows the scan in grey, the outline of the prediction, and the map. The map's opacity grows with its
-    strength, so that anatomy stays visible. Signed maps go from blue through white (zero) to red, up to the 99.5th
-    percentile of |a| on either side; unsigned maps from 0 to their 99.5th percentile in a perceptually uniform colour
-    map. If the percentile is zero, it is taken over non-zero voxels, and the colour bar states this.
+    Without a target's mask, or with an empty one, the planes go through the strongest point of the map. The picture
+    shows the scan in grey (photographs in colour), the outline of the target, and the map. The map's opacity grows with
+    its strength, so that anatomy stays visible. Signed maps go from blue through white (zero) to red, unsigned maps
+    from 0 in a perceptually uniform colour map, up to the end of the scale of
+    `esegeta_monai.files.pictures.scale.scale_of`. The picture states the end, and the share of the target beyond it.
 
     Planes follow the voxel axes and have the letters of the nearest anatomical axes; voxels have their true
     proportions. A 2D image without world coordinates (an identity affine, as in PNG files) has no letters.
 
     Args:
-        path: the PNG, written atomically.
         scan: (C, *spatial) in 2D or 3D. A MetaTensor's affine gives letters, proportions and world coordinates.
         attribution: map (C or 1, *spatial) on the grid of ``scan``.
-        prediction_contour: mask (*spatial) or (1, *spatial) on that grid; voxels above 0.5 are outlined.
+        prediction_contour: mask (*spatial) or (1, *spatial) of the target on that grid; voxels above 0.5 are outlined.
         signed: True if the sign of the map is meaningful.
         case, method, target, class_name: names to print.
         units: units of the map, for the colour bar.
         channel_names: names of the scan's channels. The channel with the strongest point is shown and named.
         window: (level, width) of the grey scale in units of the scan; None: 1st to 99th percentile of the channel.
         convention: ``radiological`` (the viewer's right is the patient's left) or ``neurological``.
+        caption: what the map shows, in a sentence.
+        ends: what the low and the high end of the colour scale stand for, in words.
 
     Returns:
-        Description of the picture, JSON-ready: ``channel``, ``voxel``, ``world`` (RAS mm or None), ``value``, ``limit``
-        of the colours, ``window`` (level, width), ``convention``, ``sides`` (plane: letters) and ``message``: None, or
-        that the map is zero or has voxels that are not finite.
+        The drawing (`figure` of matplotlib, without pyplot), and its description, JSON-ready: ``channel``, ``voxel``,
+        ``world`` (RAS mm or None) and ``value`` of the strongest point, ``planes`` (the voxel in all planes),
+        ``limit`` of the colours, ``limit_is`` in words, ``saturated_in_target`` (share, 0 to 1, or None), ``window``
+        (level, width), ``convention``, ``sides`` (plane: letters) and ``message``: None, or that the map is zero or has
+        voxels that are not finite.
 
     Raises:
         InputError: scan, map and contour are not on one grid, or the affine is singular.
         UsageError: the convention is unknown.
 
     Example:
-        >>> import tempfile
-        >>> scan = MetaTensor(torch.rand(1, 10, 10, 10), affine=torch.diag(torch.tensor([-2.0, 2.0, 2.0, 1.0])))
-        >>> attribution = torch.zeros(1, 10, 10, 10)
-        >>> attribution[0, 9, 4, 5] = -3.0
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     drawn = save_picture(folder + "/a.png", scan, attribution, signed=True, case="case_1",
-        ...                          method="Saliency", target="MultiClassMask", class_name="tumour")
-        >>> drawn["world"], drawn["sides"]["axial"]
-        ([-18.0, 8.0, 10.0], {'left': 'R', 'right': 'L', 'bottom': 'P', 'top': 'A'})
+        >>> sketch, drawn = draw_picture(torch.rand(1, 8, 8), torch.ones(1, 8, 8), signed=False, case="a",
+        ...                              method="Saliency", target="ClassScore")
+        >>> drawn["limit"], len(sketch.figure.axes)
+        (1.0, 2)
     """
     if convention not in ("radiological", "neurological"):
         raise UsageError(f"convention is radiological or neurological, not {convention!r}")
@@ -126,45 +130,48 @@ def save_picture(
     mask = None if contour is None else (contour > 0.5).reshape(image.shape[1:])
 
     reading = _read(values, mask, signed)
-    shown = min(reading.channel, len(image) - 1)
-    grey = _window(image[shown], window)
+    shown, colour = min(reading.channel, len(image) - 1), window is None and is_colour(image)
+    grey = Window(*_range(image), "all colours") if colour else _window(image[shown], window)
     planes = anatomy.planes(radiological=convention == "radiological" and oriented)
 
     heading = [f"{method}: {class_name or target}", f"case {case}  ·  target {target}"]
-    if len(image) > 1 or channel_names:
+    if (len(image) > 1 and len(values) > 1) or channel_names:
         heading[1] += f"  ·  channel {shown}" + (f" ({channel_names[shown]})" if channel_names else "")
-    place = "no strongest point" if reading.value == 0 else f"strongest point: {reading.value:.4g} at "
-    if reading.value != 0:
-        place += f"voxel ({', '.join(map(str, reading.voxel[: 2 if flat else 3]))})"
-        place += ", RAS ({:.1f}, {:.1f}, {:.1f}) mm".format(*anatomy.world(reading.voxel)) if oriented else ""
+    heading += [caption] if caption else []
+    axes_of = slice(2 if flat else 3)
     footing = [
-        place,
+        _strongest(reading, anatomy, oriented, axes_of),
         f"window: level {grey.level:.4g}, width {grey.width:.4g} ({grey.origin})",
         _orientation_text(anatomy, convention) if oriented else "orientation unknown: the image has no world affine",
         *([reading.message] if reading.message else []),
         INTENDED_USE,
     ]
+    if reading.saturated is not None:
+        footing.insert(1, f"{100 * reading.saturated:.2g} % of the target's voxels lie beyond the end of the colours")
 
-    outlined = None if mask is None else f"outline: prediction{'' if class_name is None else f', {class_name}'}"
-    sketch = _Sketch([anatomy.extent(plane) for plane in planes], heading, footing, outlined, CONTOURS[signed])
+    outlined = None if mask is None else f"outline: target{'' if class_name is None else f', {class_name}'}"
+    sketch = Sketch([anatomy.extent(plane) for plane in planes], heading, footing, outlined, CONTOURS[signed])
     for axes, plane in zip(sketch.panels, planes):
-        _draw_scan(axes, anatomy.cut(image[shown], reading.voxel, plane), grey, anatomy.extent(plane))
-        _draw_map(axes, anatomy.cut(values[reading.channel], reading.voxel, plane), reading.limit, signed)
+        cuts = [anatomy.cut(channel, reading.planes, plane) for channel in (image if colour else image[shown][None])]
+        draw_scan(axes, np.stack(cuts, -1) if colour else cuts[0], grey, anatomy.extent(plane))
+        draw_map(axes, anatomy.cut(values[reading.channel], reading.planes, plane), reading.limit, signed)
         if mask is not None:
-            _draw_contour(axes, anatomy.cut(mask, reading.voxel, plane), CONTOURS[signed])
-        if reading.value != 0:
-            _draw_cross(axes, *anatomy.position(reading.voxel, plane))
-        _frame(axes, plane, plane.name if oriented else "", oriented)
+            draw_contour(axes, anatomy.cut(mask, reading.planes, plane), CONTOURS[signed])
+        if not flat:
+            draw_cross(axes, *anatomy.position(reading.planes, plane))
+        frame(axes, plane, plane.name if oriented else "", oriented)
     if reading.message and reading.value == 0:
         sketch.stamp(reading.message)
-    sketch.bar(reading, signed, units)
-    sketch.save(Path(path))
-    return {
+    sketch.bar(reading, signed, units, ends)
+    return sketch, {
         "channel": shown,
-        "voxel": list(reading.voxel[: 2 if flat else 3]),
+        "voxel": list(reading.voxel[axes_of]),
         "world": list(anatomy.world(reading.voxel)) if oriented else None,
         "value": reading.value,
+        "planes": list(reading.planes[axes_of]),
         "limit": reading.limit,
+        "limit_is": reading.limit_is,
+        "saturated_in_target": reading.saturated,
         "window": [grey.level, grey.width],
         "convention": convention if oriented else None,
         "sides": {plane.name: plane.sides for plane in planes} if oriented else {},
@@ -217,25 +224,62 @@ def display_affine(scan: torch.Tensor) -> tuple[np.ndarray, bool]:
     return np.array([*down, [0, 0, 1, 0], [0, 0, 0, 1]], dtype=np.float64), False
 
 
+def is_colour(image: np.ndarray) -> bool:
+    """Return True if an image (C, *spatial) is a photograph: one slice of three channels of bytes, or of 0 to 1.
+
+    Whole numbers from 0 to 255 count as bytes, and the values have to leave the lower half of their range.
+
+    >>> rgb = np.random.default_rng(0).integers(0, 256, (3, 8, 8)).astype(float)
+    >>> is_colour(rgb), is_colour(rgb / 255), is_colour(rgb - 20), is_colour(rgb[:2])
+    (True, True, False, False)
+    """
+    flat = image.ndim == 3 or image.shape[3:] == (1,)
+    if len(image) != 3 or not flat or not np.isfinite(image).all() or image.min() < 0:
+        return False
+    high = float(image.max())
+    return 0.5 < high <= 1 or (127 < high <= 255 and bool((image == np.rint(image)).all()))
+
+
+def _range(image: np.ndarray) -> tuple[float, float]:
+    """Return level and width that show all colours of a photograph."""
+    high = 1.0 if image.max() <= 1 else 255.0
+    return high / 2, high
+
+
+def _strongest(reading: Reading, anatomy: Anatomy, oriented: bool, axes: slice) -> str:
+    """Return where the strongest point is and where the planes are, in words."""
+
+    def at(voxel: tuple[int, ...]) -> str:
+        text = f"voxel ({', '.join(map(str, voxel[axes]))})"
+        return text + (", RAS ({:.1f}, {:.1f}, {:.1f}) mm".format(*anatomy.world(voxel)) if oriented else "")
+
+    if reading.value == 0:
+        return f"no strongest point; {reading.planes_are}"
+    text = f"strongest point: {reading.value:.4g} at {at(reading.voxel)}"
+    if reading.planes == reading.voxel or axes.stop == 2:
+        return text
+    return f"{text}; {reading.planes_are}: {at(reading.planes)}"
+
+
 def _read(values: np.ndarray, mask: np.ndarray | None, signed: bool) -> Reading:
-    """Return channel and voxel of the strongest value of (C, *spatial), and the limit of the colour scale."""
+    """Return channel and voxel of the strongest value of (C, x, y, z), the scale's end, and the place of the planes."""
     finite = np.isfinite(values)
     strength = np.where(finite, np.abs(values) if signed else np.maximum(values, 0), 0)
-    channel, *voxel = (int(i) for i in np.unravel_index(strength.argmax(), strength.shape))
+    channel, *at = (int(i) for i in np.unravel_index(strength.argmax(), strength.shape))
+    voxel = tuple(at)
     message = None if finite.all() else f"{int((~finite).sum())} voxels of the map are not finite and left blank"
-    if not strength.any():
+    planes, planes_are = voxel, "planes through the strongest point"
+    if mask is not None and mask.any():
+        planes, planes_are = largest_section(mask), "planes through the target's largest cross-sections"
+    scale = scale_of(values, signed, mask)
+    if not scale.limit:
         message = message or "The map is zero everywhere" + ("" if signed else " or below")
-        inside = (
-            np.argwhere(mask) if mask is not None and mask.any() else np.array([[n - 1 for n in values.shape[1:]]]) / 2
-        )
-        return Reading(0, tuple(int(i) for i in inside.mean(axis=0)), 0.0, 1.0, "no scale", message)
-    limit, limit_is = float(np.percentile(strength, PERCENTILE)), f"{PERCENTILE}th percentile"
-    if limit == 0:
-        limit, limit_is = (
-            float(np.percentile(strength[strength > 0], PERCENTILE)),
-            f"{PERCENTILE}th percentile of non-zero voxels",
-        )
-    return Reading(channel, tuple(voxel), float(values[channel][tuple(voxel)]), limit, limit_is, message)
+        if mask is None or not mask.any():
+            planes, planes_are = tuple(n // 2 for n in values.shape[1:]), "planes through the middle"
+        return Reading(0, planes, 0.0, 1.0, scale.origin, message, planes, planes_are, None)
+    saturated = saturated_share(values, scale.limit, signed, mask)
+    value = float(values[channel][voxel])
+    return Reading(channel, voxel, value, *scale, message, planes, planes_are, saturated)
 
 
 def _window(image: np.ndarray, given: tuple[float, float] | None) -> Window:
@@ -252,167 +296,3 @@ def _orientation_text(anatomy: Anatomy, convention: str) -> str:
     if anatomy.tilt > 1:
         text += f"; oblique scan: letters name the nearest axes, up to {anatomy.tilt:.0f}° away"
     return text
-
-
-# ---- drawing ---------------------------------------------------------------------------------------------------------
-
-
-def _colours(values: np.ndarray, limit: float, signed: bool) -> np.ndarray:
-    """Return RGBA of map values; opacity grows with strength, so zero is transparent."""
-    part = np.nan_to_num(values) / limit
-    rgba = SIGNED((part.clip(-1, 1) + 1) / 2) if signed else UNSIGNED(part.clip(0, 1))
-    strength = np.abs(part) if signed else part
-    rgba[..., 3] = OPACITY * (strength / OPAQUE_AT).clip(0, 1)
-    rgba[~np.isfinite(values), 3] = 0
-    return rgba
-
-
-def _draw_scan(axes: Axes, cut: np.ndarray, grey: Window, extent: tuple[float, float]) -> None:
-    low, high = grey.level - grey.width / 2, grey.level + grey.width / 2
-    box = (0, extent[0], 0, extent[1])
-    axes.imshow(cut.T, cmap="gray", vmin=low, vmax=high, origin="lower", extent=box, interpolation="antialiased")
-
-
-def _draw_map(axes: Axes, cut: np.ndarray, limit: float, signed: bool) -> None:
-    axes.imshow(
-        _colours(cut.T, limit, signed), origin="lower", extent=axes.images[0].get_extent(), interpolation="nearest"
-    )
-
-
-def _draw_contour(axes: Axes, cut: np.ndarray, colour: str) -> None:
-    if cut.any():
-        padded = np.pad(cut, 1).astype(np.float32)  # closes the outline at the border
-        _, width, _, height = axes.images[0].get_extent()
-        x = (np.arange(padded.shape[0]) - 0.5) * width / cut.shape[0]
-        y = (np.arange(padded.shape[1]) - 0.5) * height / cut.shape[1]
-        lines = axes.contour(x, y, padded.T, levels=[0.5], colors=[colour], linewidths=1.3)
-        lines.set_path_effects([patheffects.withStroke(linewidth=2.6, foreground="black")])
-
-
-def _draw_cross(axes: Axes, across: float, up: float) -> None:
-    """Draw a cross-hair around the point."""
-    _, width, _, height = axes.images[0].get_extent()
-    gap = 0.05 * max(width, height)
-    style: dict[str, Any] = {"color": "white", "linewidth": 0.8, "alpha": 0.75}
-    for start, end in ((0, across - gap), (across + gap, width)):
-        axes.plot((start, end), (up, up), **style) if start < end else None
-    for start, end in ((0, up - gap), (up + gap, height)):
-        axes.plot((across, across), (start, end), **style) if start < end else None
-
-
-def _frame(axes: Axes, plane: Plane, name: str, lettered: bool) -> None:
-    _, width, _, height = axes.images[0].get_extent()
-    axes.set(xlim=(width, 0) if plane.mirrored and lettered else (0, width), ylim=(0, height), xticks=(), yticks=())
-    axes.set_aspect("equal")
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    if not lettered:
-        return
-    places = {"left": (-0.02, 0.5, "right", "center"), "right": (1.02, 0.5, "left", "center")}
-    places |= {"bottom": (0.5, -0.015, "center", "top"), "top": (0.5, 1.015, "center", "bottom")}
-    for side, (x, y, ha, va) in places.items():
-        axes.text(x, y, plane.sides[side], transform=axes.transAxes, ha=ha, va=va, size=12, weight="bold", color=INK)
-    axes.text(0, 1.015, name, transform=axes.transAxes, ha="left", va="bottom", size=9, color=INK)
-
-
-class _Sketch:
-    """A figure of panels at one scale in mm, with text above and below and a colour bar at the right; no pyplot."""
-
-    def __init__(
-        self,
-        extents: Sequence[tuple[float, float]],
-        heading: Sequence[str],
-        footing: Sequence[str],
-        outlined: str | None,
-        outline_colour: str,
-    ) -> None:
-        across, up = sum(extent[0] for extent in extents), max(extent[1] for extent in extents)
-        scale = min((PLANES_WIDTH - GAP * len(extents)) / across, PLANES_HEIGHT / up)  # inches per mm
-        drawn = across * scale + GAP * (len(extents) - 1)
-        self.width = max(drawn + 2 * MARGIN + BAR, LEAST_WIDTH)
-        top = self._lines(heading, (14, 10))
-        bottom = self._lines([*([outlined] if outlined else []), *footing], (9.5,))
-        middle = up * scale + 2 * MARGIN
-        self.height = sum(size * 1.45 / 72 for _, size in top + bottom) + middle + 0.35
-        self.figure = Figure(figsize=(self.width, self.height), dpi=DPI, facecolor=PAPER)
-        FigureCanvasAgg(self.figure)
-
-        y = self.height - 0.12
-        for line, size in top:
-            y -= size * 1.45 / 72
-            self._write(MARGIN, y, line, size, weight="bold" if size == top[0][1] else "normal")
-        centre = y - middle / 2
-        y -= middle
-        for number, (line, size) in enumerate(bottom):
-            y -= size * 1.45 / 72
-            swatch = SWATCH if outlined and number == 0 else 0.0
-            self._write(MARGIN + swatch, y, line, size)
-            if swatch:
-                self._stroke(MARGIN, y + size / 144, outline_colour)
-
-        self.panels: list[Axes] = []
-        x = MARGIN + max(0.0, (self.width - BAR - 2 * MARGIN - drawn) / 2)
-        for wide, high in extents:
-            self.panels.append(self._axes(x, centre - high * scale / 2, wide * scale, high * scale, facecolor="black"))
-            x += wide * scale + GAP
-        self._centre, self._tall = centre, up * scale
-
-    def bar(self, reading: Reading, signed: bool, units: str) -> None:
-        """Draw the colour scale on grey, as it appears on anatomy, with its units."""
-        high = min(self._tall, 2.8)
-        axes = self._axes(self.width - BAR + 0.1, self._centre - high / 2, 0.18, high)
-        ramp = np.linspace(-reading.limit if signed else 0, reading.limit, 256)[:, None]
-        box = (0, 1, float(ramp[0, 0]), reading.limit)
-        axes.imshow(np.full((1, 1), MIDDLE_GREY), cmap="gray", vmin=0, vmax=1, extent=box, aspect="auto")
-        axes.imshow(_colours(ramp, reading.limit, signed), origin="lower", extent=box, aspect="auto")
-        axes.yaxis.tick_right()
-        axes.set(xticks=(), ylim=box[2:])
-        if reading.value == 0:
-            axes.set_yticks([0.0], ["0"])
-        else:
-            ticks = [-reading.limit, 0.0, reading.limit] if signed else [0.0, reading.limit / 2, reading.limit]
-            axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
-        axes.tick_params(labelsize=9, colors=INK, length=3)
-        axes.set_title(textwrap.fill(units, 18), size=9, color=INK, loc="left", parse_math=False)
-        note = textwrap.fill(f"colours end at the {reading.limit_is}", 20) if reading.value else ""
-        axes.text(0, -0.03, note, transform=axes.transAxes, va="top", size=7.5, color=INK)
-
-    def stamp(self, message: str) -> None:
-        """Write a prominent message across the planes."""
-        box = {"facecolor": PAPER, "edgecolor": INK, "boxstyle": "round,pad=0.5"}
-        x = (self.width - BAR) / 2 / self.width
-        self.figure.text(x, self._centre / self.height, message, size=13, ha="center", va="center", color=INK, bbox=box)
-
-    def save(self, path: Path) -> None:
-        """Write the PNG atomically."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            self.figure.savefig(
-                temporary, format="png", dpi=DPI, metadata={"Description": INTENDED_USE, "Software": None}
-            )
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def _lines(self, texts: Sequence[str], sizes: Sequence[float]) -> list[tuple[str, float]]:
-        """Wrap texts to the figure; return each line with its font size (the last size repeats)."""
-        lines = []
-        for number, text in enumerate(texts):
-            size = sizes[min(number, len(sizes) - 1)]
-            characters = int((self.width - 2 * MARGIN) * 72 / (0.56 * size))
-            lines += [(line, size) for line in textwrap.wrap(text, characters) or [""]]
-        return lines
-
-    def _write(self, x: float, y: float, text: str, size: float, weight: str = "normal") -> None:
-        where = (x / self.width, y / self.height)
-        self.figure.text(*where, text, size=size, weight=weight, color=INK, ha="left", va="bottom", parse_math=False)
-
-    def _stroke(self, x: float, y: float, colour: str) -> None:
-        ends = (x / self.width, (x + SWATCH - 0.1) / self.width)
-        outline = [patheffects.withStroke(linewidth=4, foreground="black")]
-        level = (y / self.height, y / self.height)
-        self.figure.add_artist(Line2D(ends, level, color=colour, linewidth=2, path_effects=outline))
-
-    def _axes(self, x: float, y: float, width: float, height: float, **style: Any) -> Axes:
-        box = (x / self.width, y / self.height, width / self.width, height / self.height)
-        return self.figure.add_axes(box, **style)

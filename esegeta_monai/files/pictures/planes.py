@@ -10,7 +10,7 @@ from nibabel.orientations import io_orientation
 
 from esegeta_monai.errors import InputError
 
-__all__ = ["Anatomy", "Plane"]
+__all__ = ["Anatomy", "Plane", "largest_section"]
 
 LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))  # low and high end of the axes of RAS space
 
@@ -108,3 +108,20 @@ class Anatomy:
     def _index(self, voxel: Sequence[int], axis: int) -> int:
         index = voxel[self._voxel_axis[axis]]
         return self._length(axis) - 1 - index if self._reversed[axis] else index
+
+
+def largest_section(mask: np.ndarray) -> tuple[int, ...]:
+    """Return for each axis of a mask (*spatial), bool, the slice with most of its voxels; the middle one of several.
+
+    >>> mask = np.zeros((5, 5, 5), bool); mask[1, 1:3, 2] = mask[3, 1, 1] = True
+    >>> largest_section(mask)
+    (1, 1, 2)
+
+    Raises:
+        InputError: the mask is empty.
+    """
+    if not mask.any():
+        raise InputError("the mask has no voxel, so it has no largest cross-section")
+    axes = range(mask.ndim)
+    counts = [mask.sum(axis=tuple(a for a in axes if a != axis), dtype=np.int64) for axis in axes]
+    return tuple(int(np.median(np.flatnonzero(count == count.max()))) for count in counts)

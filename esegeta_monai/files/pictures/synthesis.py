@@ -14,19 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from esegeta_monai.errors import InputError, UsageError
-from esegeta_monai.files.pictures.picture import (
-    BAR,
-    DPI,
-    INK,
-    PAPER,
-    Window,
-    _anatomy,
-    _array,
-    _draw_scan,
-    _frame,
-    _orientation_text,
-    _Sketch,
-)
+from esegeta_monai.files.pictures.picture import _anatomy, _array, _orientation_text
+from esegeta_monai.files.pictures.sketch import BAR, DPI, INK, PAPER, Sketch, Window, draw_scan, frame
 from esegeta_monai.utils.files import INTENDED_USE, atomic
 
 __all__ = ["save_curve", "save_synthesised"]
@@ -94,10 +83,10 @@ def save_synthesised(
         _orientation_text(anatomy, convention) if oriented else "orientation unknown: the image has no world affine",
         INTENDED_USE,
     ]
-    sketch = _Sketch([anatomy.extent(plane) for plane in planes], heading, footing, None, INK)
+    sketch = Sketch([anatomy.extent(plane) for plane in planes], heading, footing, None, INK)
     for axes, plane in zip(sketch.panels, planes):
-        _draw_scan(axes, anatomy.cut(values[shown], voxel, plane), grey, anatomy.extent(plane))
-        _frame(axes, plane, plane.name if oriented else "", oriented)
+        draw_scan(axes, anatomy.cut(values[shown], voxel, plane), grey, anatomy.extent(plane))
+        frame(axes, plane, plane.name if oriented else "", oriented)
     _bar(sketch, low, high, units)
     sketch.save(Path(path))
     return {
@@ -108,7 +97,7 @@ def save_synthesised(
     }
 
 
-def _bar(sketch: _Sketch, low: float, high: float, units: str) -> None:
+def _bar(sketch: Sketch, low: float, high: float, units: str) -> None:
     tall = min(sketch._tall, 2.8)
     axes = sketch._axes(sketch.width - BAR + 0.1, sketch._centre - tall / 2, 0.18, tall)
     axes.imshow(np.linspace(low, high, 256)[:, None], cmap="gray", origin="lower", extent=(0, 1, low, high))

@@ -6,18 +6,21 @@ maps (HiResCAM, LayerCAM) multiply activation and gradient position by position;
 weights, so windows are added, and only those that the target sees matter. ReLU is applied last, to the whole map.
 
 A layer that runs several times in a pass, as in a network that also sees the mirrored window, has a map per call, made
-with the gradients of that call and put into the frame of the window; the map is their sum.
+with the gradients of that call and put into the frame of the window; the map is their sum. The same holds for the
+members of an ensemble and for mirrored views.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.calls import parts_of
 from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.layer_maps import BlendedActivations
 from esegeta_monai.engine.objective import Objective
@@ -34,6 +37,7 @@ from esegeta_monai.methods.cam.requests import (
 )
 from esegeta_monai.methods.layer.scattered import ScatteredGradients
 from esegeta_monai.methods.lockstep import lockstep
+from esegeta_monai.methods.run import run
 
 __all__ = ["EigenCam", "GradCam", "GradCamPlusPlus", "HiResCam", "LayerCam", "XGradCam", "check_layers"]
 
@@ -57,6 +61,9 @@ class _Cam(Method):
     several_calls: ClassVar[bool] = False
     """True: the map of a layer that runs several times is the sum of the maps of its calls, each in its own frame."""
 
+    call_by_call: ClassVar[bool] = False
+    """True: the map of an ensemble is the weighted mean of the maps of its members and views, each made alone."""
+
     layer: Layers = None
     relu: bool = True
 
@@ -76,8 +83,17 @@ class _Cam(Method):
     def attribute(self, objective: Objective) -> Passes:
         """(k, 1, *spatial), or (k, L, *spatial) for a list of L layers."""
         layers = self.layers(objective)
-        maps = torch.cat((yield from lockstep([self.layer_map(objective, layer) for layer in layers])), 1)
+        if self.call_by_call and objective.plan.call_count > 1:
+            maps = self._mean_of_calls(objective, layers)
+        else:
+            maps = torch.cat((yield from lockstep([self.layer_map(objective, layer) for layer in layers])), 1)
         return Explained(maps.relu() if self.relu else maps, {"layer": layers[0] if len(layers) == 1 else layers})
+
+    def _mean_of_calls(self, objective: Objective, layers: tuple[str, ...]) -> Tensor:
+        """Return the weighted mean (k, L, *spatial), before ReLU, of the maps of each member and view alone."""
+        alone = replace(self, layer=layers, relu=False)
+        maps = [share * run(alone, part).maps for share, part in parts_of(objective, lambda call: call)]
+        return torch.stack(maps).sum(0)
 
     def layers(self, objective: Objective) -> tuple[str, ...]:
         """Return the dotted names of the layers, all of which exist."""
@@ -198,7 +214,7 @@ class EigenCam(_Cam):
         layer, relu: see `GradCam`.
     """
 
-    for_ensembles = False
+    call_by_call = True
     reference = "Muhammad & Yeasin, IJCNN 2020, arXiv:2008.00299"
     units = "projected activation"
 

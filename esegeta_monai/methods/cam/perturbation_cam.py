@@ -74,7 +74,7 @@ class ScoreCam(_ChannelByChannel):
     Memory: one volume per channel that is used.
     """
 
-    for_ensembles = False
+    call_by_call = True
     reference = "Wang et al., CVPR workshop 2020, arXiv:1910.01279"
 
     baseline: Any = "auto"
@@ -125,7 +125,7 @@ class AblationCam(_ChannelByChannel):
         max_channels: use only this many channels, those of greatest variance.
     """
 
-    for_ensembles = False
+    call_by_call = True
     reference = "Desai & Ramaswamy, WACV 2020, doi:10.1109/WACV45572.2020.9093360"
 
     def passes(self, objective: Objective) -> int:

@@ -27,7 +27,7 @@ class Cam(_Cam):
         relu: keep positive values only.
     """
 
-    for_ensembles = False
+    call_by_call = True
     reference = "Zhou et al., CVPR 2016, arXiv:1512.04150"
     needs_linear = True
     needs_gradient = False
@@ -36,7 +36,9 @@ class Cam(_Cam):
 
     def passes(self, objective: Objective) -> int:
         """Count one pass per window for the activations, one to find the head, and one to find the layer."""
-        return len(objective.plan) + (2 if self.layer is None else 1)
+        calls = objective.plan.call_count
+        choice = int(self.layer is None) + (calls if calls > 1 else 0)
+        return len(objective.plan) + 1 + choice
 
     def layers(self, objective: Objective) -> tuple[str, ...]:
         if self.layer is None:

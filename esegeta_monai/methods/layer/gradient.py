@@ -9,7 +9,7 @@ import esegeta_monai.engine.rules as rules
 from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.layer_frames import spatial_map
-from esegeta_monai.engine.layer_maps import position_weights
+from esegeta_monai.engine.layer_maps import check_one_member, position_weights
 from esegeta_monai.engine.network.hooks import capture
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
@@ -79,7 +79,6 @@ class LayerActivationGuidedBackprop(Method):
         channel: c; None: the sum over all channels.
     """
 
-    for_ensembles = False
     reference = "Springenberg et al., ICLR workshop 2015, arXiv:1412.6806"
     produces = "input map"
     additive = False
@@ -96,6 +95,8 @@ class LayerActivationGuidedBackprop(Method):
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
         layer = check_layer(objective, self.layer)
+        if self.channel is not None:
+            check_one_member(objective)
         maps = objective.new_maps()[:1]
 
         def run(batch: Batch) -> None:
@@ -117,7 +118,7 @@ class LayerActivationGuidedBackprop(Method):
         """Return ``∂ Σ_p ĝ_w |A_c| / ∂A``, in the layer's own shape."""
         values = values.detach().clone().requires_grad_(True)  # a network may give inference tensors
         with torch.enable_grad():
-            on_grid = spatial_map(values, objective, layer)
+            on_grid = batch.unmirrored(spatial_map(values, objective, layer))
             if self.channel is not None:
                 if not 0 <= self.channel < on_grid.shape[1]:
                     raise UsageError(f"channel={self.channel}: layer {layer!r} has {on_grid.shape[1]} channels")

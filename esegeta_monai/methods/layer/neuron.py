@@ -12,6 +12,7 @@ from esegeta_monai.engine.baselines import baseline_for, choice_passes, describe
 from esegeta_monai.engine.batch import Batch
 from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.layer_frames import spatial_map
+from esegeta_monai.engine.layer_maps import check_one_member
 from esegeta_monai.engine.network.hooks import capture
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, UsageError
@@ -38,7 +39,6 @@ class NeuronConductance(Method):
         method: the quadrature rule, in Captum's names.
     """
 
-    for_ensembles = False
     reference = "Dhamdhere et al., ICLR 2019, arXiv:1805.12233"
     produces = "input map"
     additive = True
@@ -64,6 +64,8 @@ class NeuronConductance(Method):
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
         layer = check_layer(objective, self.layer)
+        if self.channel is not None:
+            check_one_member(objective)
         shape = objective.plan.spatial_shape
         if self.index is not None and (
             len(self.index) != len(shape) or any(not 0 <= i < n for i, n in zip(self.index, shape))
@@ -98,7 +100,7 @@ class NeuronConductance(Method):
         """Return a mask in the layer's own shape: 1 at the chosen units, 0 elsewhere."""
         leaf = values.detach().requires_grad_(True)
         with torch.enable_grad():
-            on_grid = spatial_map(leaf, objective, layer)
+            on_grid = batch.unmirrored(spatial_map(leaf, objective, layer))
         channels, positions = on_grid.shape[1], on_grid.shape[2:]
         if self.channel is not None and not 0 <= self.channel < channels:
             raise UsageError(f"channel={self.channel}: layer {layer!r} has {channels} channels")

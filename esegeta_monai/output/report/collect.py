@@ -12,19 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from esegeta_monai.errors import UsageError
+from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.explain.record import Record
 from esegeta_monai.files.copies import scan_copy_path
+from esegeta_monai.files.integrity import checked_map, checked_neighbour
+from esegeta_monai.files.journal import read_run
 from esegeta_monai.files.maps import WITH_MAP, sidecar_path
 from esegeta_monai.files.privacy import private, without_paths
 from esegeta_monai.files.runs import STATUSES
 from esegeta_monai.output.report.reading import fitted, table
-from esegeta_monai.utils.files import read_json
+from esegeta_monai.utils.files import inside, read_json
 from esegeta_monai.utils.names import safe_name
 
 __all__ = ["CaseResults", "Curve", "Result", "Run", "read_output"]
 
 CONTROL = "control:"
+ALTERED = "altered"
+"""Status of a result whose map is not the file that ``explain`` wrote; it is not shown."""
 OF_A_METRIC = ("target", "method", "metric")
 """Entries that every row of a metric must have."""
 
@@ -35,7 +39,8 @@ class Result:
 
     Attributes:
         target, method: names as in ``run.json``; both None if the case failed as a whole.
-        status: as in ``run.json``; for a skipped result, the status of its sidecar.
+        status: as in ``run.json``; for a skipped result, the status of its sidecar; ``altered`` if its map is not the
+            file that ``explain`` wrote.
         reason, traceback: cause of a failure.
         record: the sidecar; without entries if there is none.
         map, mask: files, if they exist.
@@ -113,7 +118,7 @@ class CaseResults:
     def counts(self) -> dict[str, int]:
         """Return the number of results by status, in the order of `STATUSES`."""
         counter = Counter(result.status for result in self.results)
-        return {status: counter[status] for status in STATUSES if status in counter}
+        return {status: counter[status] for status in (*STATUSES, ALTERED) if status in counter}
 
 
 @dataclass
@@ -135,12 +140,14 @@ def read_output(folder: Path) -> Run:
         raise UsageError(f"{folder}: there is no such folder; give the output folder of 'esegeta-monai explain'")
     whole: list[str] = []
     """Notes that concern all cases."""
-    info = fitted(read_json(folder / "run.json") or {}, "run.json", whole)
+    contents = read_run(folder)
+    whole += contents.notes
+    info = fitted(contents.info, "run.json", whole)
     own: dict[str, list[str]] = {}
     sidecars = {
         path: fitted(record, path.name, own.setdefault(str(record["case"]), [])) for path, record in _sidecars(folder)
     }
-    entries = _entries(info.get("results"), whole)
+    entries = _entries(contents.results, whole)
     if not entries and not sidecars:
         raise UsageError(
             f"{folder} has neither a run.json nor maps: run 'esegeta-monai explain --output {folder}' first"
@@ -152,7 +159,7 @@ def read_output(folder: Path) -> Run:
         path = _sidecar_of(entry, folder, sidecars)
         if path is not None:
             used.add(path)
-        case.results.append(_result(entry, path, sidecars))
+        case.results.append(_result(entry, path, sidecars, folder))
     for path in sorted(set(sidecars) - used):  # results of runs whose run.json was deleted
         record = sidecars[path]
         case = cases.setdefault(str(record["case"]), CaseResults(str(record["case"])))
@@ -161,8 +168,9 @@ def read_output(folder: Path) -> Run:
             "target": names.get("target", record.get("target_name")),
             "method": names.get("method", record.get("method_name")),
             "status": record["status"],
+            "case": case.name,
         }
-        case.results.append(_result(entry, path, sidecars))
+        case.results.append(_result(entry, path, sidecars, folder))
     metrics = _metrics(folder, whole)
     for case in cases.values():
         case.notes = [*whole, *own.get(case.name, [])]
@@ -170,12 +178,11 @@ def read_output(folder: Path) -> Run:
         case.metrics = _as_in_run(metrics.get(case.name) or _case_metrics(folder, case.name), case)
         case.curves = list(_curves(_beside(folder, case.name, "metrics.json")))
         case.regions = _as_in_run(_regions(folder, case), case)
-    return Run(folder, {k: v for k, v in info.items() if k != "results"}, list(cases.values()))
+    return Run(folder, info, list(cases.values()))
 
 
-def _entries(results: Any, notes: list[str]) -> list[dict[str, Any]]:
+def _entries(several: list[Any], notes: list[str]) -> list[dict[str, Any]]:
     """Return the entries of run.json that state case, target, method and status; note the others."""
-    several = results if isinstance(results, list) else []
     entries = [fitted(e, "run.json", notes) for e in several if isinstance(e, dict)]
     entries = [
         e
@@ -191,7 +198,7 @@ def _entries(results: Any, notes: list[str]) -> list[dict[str, Any]]:
 
 def _sidecars(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
-        record = read_json(path)
+        record = read_json(path) if inside(path, folder) else None
         if record is not None and {"case", "method", "target_name"} <= set(record) and record.get("status") in STATUSES:
             yield path, record
 
@@ -212,7 +219,9 @@ def _sidecar_of(entry: Mapping[str, Any], folder: Path, sidecars: Mapping[Path, 
     return None
 
 
-def _result(entry: Mapping[str, Any], path: Path | None, sidecars: Mapping[Path, dict[str, Any]]) -> Result:
+def _result(
+    entry: Mapping[str, Any], path: Path | None, sidecars: Mapping[Path, dict[str, Any]], folder: Path
+) -> Result:
     record = Record() if path is None else Record.from_json(private(sidecars[path]))
     skipped = entry["status"] == "skipped"
     status = str(record.status if skipped and path is not None else entry["status"])
@@ -227,21 +236,28 @@ def _result(entry: Mapping[str, Any], path: Path | None, sidecars: Mapping[Path,
         warnings=list(dict.fromkeys([*private(entry.get("warnings") or []), *record.warnings])),
     )
     if path is not None and status in WITH_MAP:
-        map_file = path.parent / str(sidecars[path].get("map", ""))
-        result.map = map_file if map_file.is_file() else None
         mask = (sidecars[path].get("display") or {}).get("mask")
-        result.mask = path.parent / mask if mask and (path.parent / mask).is_file() else None
+        try:
+            if sidecars[path].get("map") and checked_neighbour(path, sidecars[path]["map"], folder).is_file():
+                result.map = checked_map(path, sidecars[path], folder)
+            file = None if mask is None else checked_neighbour(path, mask, folder)
+            if file is not None and not file.name.startswith(f"{safe_name(str(entry.get('case', record.case)))}_"):
+                raise InputError(f"{path.name} names the mask {mask!r}, which is not one of its case")
+            result.mask = file if file is not None and file.is_file() else None
+        except InputError as error:
+            result.map, result.status, result.reason = None, ALTERED, str(error)
     return result
 
 
 def _scan(folder: Path, case: CaseResults) -> Path | None:
     paths = [scan_copy_path(folder, case.name, separate_folder=separate) for separate in (True, False)]
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if path.is_file() and inside(path, path.parent) and inside(path, folder)), None)
 
 
 def _beside(folder: Path, case: str, what: str) -> Path:
-    """Return the path of a table in the folder of a case."""
-    return folder / safe_name(case) / f"{safe_name(case)}_{what}"
+    """Return the path of a table in the folder of a case; a link to another place counts as missing."""
+    path = folder / safe_name(case) / f"{safe_name(case)}_{what}"
+    return path if inside(path, folder) else path.with_name(f"{path.name}.link")
 
 
 # ---- evaluation ------------------------------------------------------------------------------------------------------
@@ -249,6 +265,9 @@ def _beside(folder: Path, case: str, what: str) -> Path:
 
 def _metrics(folder: Path, notes: list[str]) -> dict[str, list[dict[str, Any]]]:
     by_case: dict[str, list[dict[str, Any]]] = {}
+    if not inside(folder / "metrics.csv", folder):
+        notes.append("metrics.csv is a link to another folder and is not read.")
+        return by_case
     for row in table(folder / "metrics.csv", ("case", *OF_A_METRIC), notes):
         by_case.setdefault(row["case"], []).append(_typed(row))
     return by_case
@@ -331,7 +350,7 @@ def _regions(folder: Path, case: CaseResults) -> list[dict[str, Any]]:
     needed = ("target", "method", "region")
     rows = table(path, needed, case.notes)
     if not rows:
-        content = (read_json(path.with_suffix(".json")) or {}).get("regions")
+        content = (read_json(_beside(folder, case.name, "regions.json")) or {}).get("regions")
         several = content if isinstance(content, list) else []
         rows = [row for row in several if isinstance(row, dict) and all(row.get(k) for k in needed)]
     regions = []

@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from esegeta_monai.explain.concepts import CaseConcepts, Region
 from esegeta_monai.files.pictures.picture import save_picture
 from esegeta_monai.methods.relevance.concepts import MOST
-from esegeta_monai.output.report.page import render
+from esegeta_monai.output.report.render import read_text, render
 from esegeta_monai.utils.csv_text import csv_text
 from esegeta_monai.utils.files import atomic
 from esegeta_monai.utils.names import safe_name
@@ -99,7 +99,7 @@ def write_gallery(output: Path, channels: Sequence[ChannelEntry], cases: Sequenc
         for k, (r, s) in enumerate(zip(c.relevance, c.share))
     ]
     page = output / "concepts.html"
-    content = render("concepts.html", channels=channels)
+    content = render("concepts.html", [read_text("theme.js")], channels=channels)
     for path, text in ((output / "concepts.csv", csv_text(list(rows[0]), rows)), (page, content)):
         with atomic(path) as temporary:
             temporary.write_bytes(text.encode("utf-8", "backslashreplace"))

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
-from importlib.resources import files
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
-from markupsafe import Markup
-
-import esegeta_monai
 from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.files.maps import picture_path
 from esegeta_monai.files.privacy import private
 from esegeta_monai.output.report import words
 from esegeta_monai.output.report.charts import charts
-from esegeta_monai.output.report.collect import CaseResults, Curve, Result, Run, read_output
-from esegeta_monai.output.report.embed import BUDGET, Embedded, embed, picture_of, thumbnail
+from esegeta_monai.output.report.cohort import CohortRow, cohort_rows, index_page, results_csv
+from esegeta_monai.output.report.collect import ALTERED, CaseResults, Curve, Result, Run, read_output
+from esegeta_monai.output.report.embed import BUDGET, Embedded, embed
+from esegeta_monai.output.report.render import VIEWER, read_text, render, short
+from esegeta_monai.output.report.thumbnails import picture_of
 from esegeta_monai.output.report.viewer3d import HOW_TO_INSTALL, find_niivue
-from esegeta_monai.utils.files import INTENDED_USE, atomic
+from esegeta_monai.utils.files import atomic, inside
+from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.names import safe_name
 
 __all__ = ["Written", "report_path", "write_report"]
@@ -36,15 +32,23 @@ Convention = Literal["radiological", "neurological"]
 
 LARGEST_PICTURE = 400_000
 """Largest number of bytes of a PNG that is embedded unchanged."""
-MARKS = {"good": "Good", "note": "Note", "warn": "Careful", "bad": "Problem"}
 
 
 @dataclass(frozen=True)
 class Written:
-    """Paths of a written report: the index, and one page per case, by name of the case."""
+    """A written report.
+
+    Attributes:
+        index: path of the index.
+        table: path of the table of all results.
+        cases: path of the page of each case, by its name.
+        altered: one line for each map that is not the file that ``explain`` wrote, and is not shown.
+    """
 
     index: Path
     cases: dict[str, Path]
+    table: Path
+    altered: list[str] = field(default_factory=list)
 
 
 def report_path(output_dir: str | os.PathLike[str], case: str) -> Path:
@@ -59,7 +63,9 @@ def report_path(output_dir: str | os.PathLike[str], case: str) -> Path:
 def write_report(
     output_dir: str | os.PathLike[str], *, convention: Convention = "radiological", view_3d: bool = False
 ) -> Written:
-    """Write ``<output>/<case>/<case>_report.html`` for each case, and ``<output>/index.html``.
+    """Write ``<output>/<case>/<case>_report.html`` for each case, ``<output>/index.html`` and ``<output>/results.csv``.
+
+    The index has a row for each case and target. The table has a row for each case, target, method, region and metric.
 
     Everything is read from ``output_dir``: the results of ``explain`` and, if it was run, of ``evaluate``. The pages
     work from disk without an internet connection. Each is at most 5 MB (without the 3D view, which adds 2.3 MB), so
@@ -86,22 +92,24 @@ def write_report(
     """
     if convention not in ("radiological", "neurological"):
         raise UsageError(f"convention is radiological or neurological, not {convention!r}")
+    remove_leftovers(output_dir)
     library = find_niivue().read_text(encoding="utf-8") if view_3d else None
     run = read_output(Path(output_dir))
     pages: dict[str, Path] = {}
-    rows: list[dict[str, Any]] = []
+    rows: list[CohortRow] = []
     for case in run.cases:
         images = {id(result): _synthesised(result, case.notes) for result in case.explained}
         budget = BUDGET - sum(len(image or "") for image in images.values())
         embedded = embed(case, radiological=convention == "radiological", budget=budget)
         path = report_path(output_dir, case.name)
-        content = _case_page(run, case, embedded, images, convention, library, path)
-        _write(path, content)
+        _write(path, _case_page(run, case, embedded, images, convention, library, path))
         pages[case.name] = path
-        rows.append(_row(case, embedded, path, Path(output_dir)))
-    index = Path(output_dir) / "index.html"
-    _write(index, _index_page(run, rows))
-    return Written(index, pages)
+        rows += cohort_rows(case, embedded, quote(path.relative_to(output_dir).as_posix()))
+    index, table = Path(output_dir) / "index.html", Path(output_dir) / "results.csv"
+    _write(table, results_csv(run.cases))
+    _write(index, index_page(run, rows, table.name))
+    altered = [f"{c.name}: {r.reason}" for c in run.cases for r in c.results if r.status == ALTERED]
+    return Written(index, pages, table, altered)
 
 
 def _write(path: Path, content: str) -> None:
@@ -121,36 +129,48 @@ def _case_page(
     library: str | None,
     path: Path,
 ) -> str:
-    scripts = [_text("theme.js"), *([] if library is None else [library.replace("</script", "<\\/script")])]
-    scripts.append(_text("viewer.js"))
+    scripts = [read_text("theme.js"), *([] if library is None else [library.replace("</script", "<\\/script")])]
+    scripts += [read_text(name) for name in (*VIEWER, "page.js")]
     data = embedded.data
     view = embedded.view
+    names = words.plain_names(case.targets)
     extents = [data["size"][p["across"]] * data["spacing"][p["across"]] for p in data.get("planes", [])]
     for result in case.explained:
         _annotate(result, path)
-    return _render(
+    for entry in data["maps"]:
+        entry["name"] = names[entry["target"]]
+    cautions = {entry["place"]: words.map_cautions(entry) for entry in data["maps"]}
+    findings = words.findings(case, [*case.notes, *embedded.notes], cautions)
+    size = embedded.bytes + sum(map(len, scripts))
+    return render(
         "case.html",
         scripts,
         three=library is not None,
         case=case,
+        names=names,
         index_href="../index.html",
         lead=words.lead(case, private(run.info)),
         counts=case.counts(),
-        findings=words.findings(case, [*case.notes, *embedded.notes]),
+        findings=findings,
+        levels=words.levels(findings),
         targets=words.targets(case),
+        score_means=words.SCORE,
         orientation=_orientation(embedded, convention),
         oriented=bool(view is not None and view.oriented and data["maps"]),
         flat=view is not None and len(data.get("planes", [])) == 1,
         data=data,
+        details=[_details(case.explained[entry["place"]], entry) for entry in data["maps"]],
         extents=" ".join(f"minmax(0, {extent:.0f}fr)" for extent in extents),
         volumes=embedded.volumes,
-        grid=_grid(case, data, images),
+        grid=_grid(case, data, images, names),
         metrics=_metric_tables(case),
         charts=charts([*case.curves, *_synthesis_curves(case)]),
         compared=[r for r in case.explained if r.record.blend_deviation is not None],
         checks=_checks(case.results),
+        agreement=_agreement(case.explained),
+        training=_training(case),
         regions=_region_tables(case),
-        problems=[r for r in case.results if r.status in ("failed", "timeout")],
+        problems=[r for r in case.results if r.status in words.PROBLEMS],
         warnings=_warnings(case.results),
         methods_text=words.methods_text(case, private(run.info)),
         references=words.references(case),
@@ -158,8 +178,42 @@ def _case_page(
         versions=list((run.info.get("versions") or words.first(case, lambda r: r.versions) or {}).items()),
         parameters=_parameters(case),
         view_3d=library is not None,
+        size_text=_size_text(size, library),
         how_3d=HOW_TO_INSTALL,
     )
+
+
+def _size_text(size: int, library: str | None) -> str:
+    """Return the size of a page in words; a page states it in its provenance."""
+    text = f"This page has {size / 1e6:.1f} MB"
+    return text + (f"; NiiVue for the 3D view takes {len(library) / 1e6:.1f} MB of it." if library else ".")
+
+
+def _details(result: Result, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the texts of a map below its large picture."""
+    record = result.record
+    gap, of_map = record.completeness_gap, record.completeness_gap_of_map
+    facts: list[tuple[str, Any]] = [
+        ("units", entry["units"]),
+        ("end of the colours", f"{short(entry['limit'])}, the {entry['limit_is']}"),
+        ("largest |value|", short(entry["extreme"])),
+        ("strongest value", short(entry["value"])),
+        ("rounding in this page", f"{100 * entry['error']:.2g} % of a value"),
+        ("sum", short(record.sum)),
+    ]
+    if record.absorbed_share is not None:
+        share = f"{short(100 * record.absorbed_share, 3)} % of the score"
+        facts.append(("kept by biases", f"{short(record.more.get('booked'))} ({share})"))
+    gap_text = "–" if gap is None else f"{short(100 * gap, 3)} %"
+    facts += [
+        ("score F(x)", short(record.value)),
+        ("completeness gap", gap_text + ("" if of_map is None else f" ({short(100 * of_map, 3)} % of Σ |map|)")),
+        ("parameters", result.parameters_text or "–"),
+        ("paper", record.reference or "–"),
+        ("seconds", short(result.seconds, 3)),
+    ]
+    texts = [text[0].upper() + text[1:] for text in words.map_cautions(entry)]
+    return {"text": entry["text"], "cautions": texts, "facts": facts, "href": result.href, "file": result.file}
 
 
 def _annotate(result: Result, page: Path) -> None:
@@ -181,7 +235,9 @@ def _orientation(embedded: Embedded, convention: str) -> str:
     return text
 
 
-def _grid(case: CaseResults, data: Mapping[str, Any], images: Mapping[int, str | None]) -> dict[str, Any]:
+def _grid(
+    case: CaseResults, data: Mapping[str, Any], images: Mapping[int, str | None], targets_plain: Mapping[str, str]
+) -> dict[str, Any]:
     """Return the table of targets by methods; the more numerous of the two are the columns, to fit on the screen."""
     places = {(r.method, r.target): i for i, r in enumerate(case.explained)}
     index = {m["place"]: i for i, m in enumerate(data["maps"])}
@@ -194,17 +250,21 @@ def _grid(case: CaseResults, data: Mapping[str, Any], images: Mapping[int, str |
         number = index.get(place)
         limit = None if number is None else data["maps"][number]["limit"]
         units = "" if number is None else data["maps"][number]["units"]
-        names = {"method": method, "target": target, "status": result.status, "reason": result.reason}
-        return {**names, "index": number, "image": images[id(result)], "limit": limit, "units": units}
+        names = {"method": method, "target": targets_plain[target], "status": result.status, "reason": result.reason}
+        tags = [] if number is None else words.map_tags(result.status, data["maps"][number])
+        return {**names, "index": number, "image": images[id(result)], "limit": limit, "units": units, "tags": tags}
 
     def head(method: str) -> dict[str, Any]:
+        """Return the head of a method's row or column."""
         beaten = [r["metric"] for r in case.metrics if r["method"] == method and r["beats_controls"] is False]
         text = f"does not beat the control maps on {words.listed(dict.fromkeys(beaten))}" if beaten else ""
         unsigned = any(r.method == method and r.record.signed is False for r in case.explained)
-        return {"name": method, "beaten": text, "unsigned": unsigned}
+        return {"name": method, "shown": method, "beaten": text, "unsigned": unsigned}
 
     methods = [head(method) for method in case.methods]
-    targets: list[dict[str, Any]] = [{"name": target, "beaten": "", "unsigned": False} for target in case.targets]
+    targets: list[dict[str, Any]] = [
+        {"name": t, "shown": targets_plain[t], "beaten": "", "unsigned": False} for t in case.targets
+    ]
     across = len(methods) > len(targets)
     columns, rows = (methods, targets) if across else (targets, methods)
     cells = [[cell(c["name"], r["name"]) if across else cell(r["name"], c["name"]) for c in columns] for r in rows]
@@ -216,7 +276,7 @@ def _synthesised(result: Result, notes: list[str]) -> str | None:
     if not result.synthesised or result.map is None:
         return None
     picture = picture_path(result.map)
-    if picture.is_file() and picture.stat().st_size < LARGEST_PICTURE:
+    if picture.is_file() and inside(picture, result.map.parent) and picture.stat().st_size < LARGEST_PICTURE:
         return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode("ascii")
     try:
         return picture_of(result.map)
@@ -282,10 +342,46 @@ def _synthesis_curves(case: CaseResults) -> list[Curve]:
 
 
 def _checks(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """Return each result of a check once; those that found something come first."""
-    entries = [check for result in results for check in result.record.checks or [] if isinstance(check, dict)]
-    once = {(check.get("check"), check.get("text")): check for check in entries}
+    """Return each result of a check once; with methods if others have another result; findings come first."""
+    of_check: dict[str, set[str]] = {}
+    once: dict[tuple[str, str], dict[str, Any]] = {}
+    for result in results:
+        for check in (check for check in result.record.checks or [] if isinstance(check, dict)):
+            name, text, method = str(check.get("check")), str(check.get("text")), str(result.method)
+            of_check.setdefault(name, set()).add(method)
+            once.setdefault((name, text), {**check, "methods": {}})["methods"][method] = None
+    for (name, _), check in once.items():
+        check["methods"] = "" if len(check["methods"]) == len(of_check[name]) else ", ".join(check["methods"])
     return sorted(once.values(), key=lambda check: check.get("verdict") == "passed")
+
+
+def _agreement(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """Return a row per result and kind (members, views) whose maps were compared."""
+    rows = []
+    for result in results:
+        for kind, single in (("members", "folds"), ("views", "views")):
+            entry = (result.record.agreement or {}).get(kind)
+            if isinstance(entry, dict) and "failed" not in entry:
+                shuffled = entry.get("shuffled")
+                rows.append(
+                    {
+                        "method": result.method,
+                        "target": result.target,
+                        "kind": single,
+                        "values": {k: v for k, v in entry.items() if isinstance(v, (int, float))},
+                        "shuffled": shuffled if isinstance(shuffled, dict) else {},
+                        "map": entry.get("map"),
+                    }
+                )
+    return rows
+
+
+def _training(case: CaseResults) -> str:
+    """State whether the case was in the training set of each fold; empty if that is not known."""
+    folds = words.first(case, lambda r: r.training_folds)
+    if not isinstance(folds, dict) or not folds:
+        return ""
+    return "; ".join(f"{name}: {text}" for name, text in folds.items())
 
 
 def _warnings(results: Iterable[Result]) -> list[tuple[str, str]]:
@@ -336,94 +432,3 @@ def _parameters(case: CaseResults) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-# ---- the index -------------------------------------------------------------------------------------------------------
-
-
-def _row(case: CaseResults, embedded: Embedded, page: Path, root: Path) -> dict[str, Any]:
-    return {
-        "name": case.name,
-        "href": quote(page.relative_to(root).as_posix()),
-        "targets": case.targets,
-        "counts": case.counts(),
-        "findings": [f for f in words.findings(case) if f.level in ("bad", "warn")],
-        "thumbnail": thumbnail(embedded),
-    }
-
-
-def _index_page(run: Run, rows: list[dict[str, Any]]) -> str:
-    total = {status: sum(row["counts"].get(status, 0) for row in rows) for status in words.STATUS_WORDS}
-    counts = words.listed(words.STATUS_WORDS[status](n) for status, n in total.items() if n)
-    bundle = private(run.info.get("bundle"))
-    return _render("index.html", [_text("theme.js")], cases=rows, bundle=bundle, summary=f"{counts}.")
-
-
-# ---- rendering -------------------------------------------------------------------------------------------------------
-
-
-def _text(name: str) -> str:
-    return (files("esegeta_monai.output.report") / name).read_text(encoding="utf-8")
-
-
-def _short(value: Any, digits: int = 4) -> str:
-    """Format a number with few digits, and with an exponent only if it is shorter.
-
-    >>> _short(0.000012345), _short(484714.17), _short(12.0), _short(None), _short(-0.0)
-    ('1.234e-05', '484,700', '12', '–', '0')
-    """
-    if not isinstance(value, (int, float)):
-        return "–"
-    value += 0.0  # -0.0 becomes 0.0
-    if abs(value) >= 1000 and abs(value) < 1e9:
-        rounded = float(f"{value:.{digits}g}")
-        return f"{rounded:,.0f}"
-    return f"{value:.{digits}g}"
-
-
-def _whole(value: Any) -> str:
-    return f"{int(value):,}" if isinstance(value, (int, float)) else "–"
-
-
-def _soft(name: str) -> Markup:
-    """Return a name as HTML that may break between its words.
-
-    >>> str(_soft("MultiClassMask-<b>"))
-    'Multi<wbr>Class<wbr>Mask-<wbr>&lt;b&gt;'
-    """
-    parts = re.split(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[-_])(?=\w|<)", name)
-    return Markup("<wbr>").join(parts)
-
-
-def render(template: str, **context: Any) -> str:
-    """Return a page of this package's own templates, which extend ``base.html``, with the script of the theme."""
-    return _render(template, [_text("theme.js")], **context)
-
-
-def _render(template: str, scripts: Sequence[str], *, three: bool = False, **context: Any) -> str:
-    environment = Environment(
-        loader=FunctionLoader(_text), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"short": _short, "whole": _whole, "soft": _soft}
-    return environment.get_template(template).render(
-        css=Markup(_text("report.css")),  # safe: our own files, and NiiVue, whose hash is in the page's policy
-        scripts=[Markup(script) for script in scripts],
-        csp=_policy(scripts, three),
-        intended_use=INTENDED_USE,
-        version=esegeta_monai.__version__,
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        words={status: counted(1).removeprefix("1 ") for status, counted in words.STATUS_WORDS.items()},
-        counted=words.STATUS_WORDS,
-        marks=MARKS,
-        **context,
-    )
-
-
-def _policy(scripts: Sequence[str], three: bool) -> str:
-    """Return a content security policy that allows only these scripts and loads nothing."""
-    hashes = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in scripts
-    )
-    more = " connect-src data: blob:; worker-src blob:; font-src data:;" if three else ""
-    eval_ = " 'wasm-unsafe-eval'" if three else ""
-    return f"default-src 'none'; script-src {hashes}{eval_}; style-src 'unsafe-inline'; img-src data: blob:;{more}"

@@ -1,8 +1,9 @@
-"""Prepare volumes for a page: reorient to RAS, downsample to a budget, quantise to bytes, compress, encode as text.
+"""Prepare volumes for a page: reorient to RAS, downsample to a budget, quantise, compress, encode as text.
 
 Every volume of a case is brought to one grid, whose axes point right, anterior and superior (the nearest voxel axes,
-without resampling). Maps become signed bytes, whose largest value stands for the scale limit; scans and masks become
-unsigned bytes.
+without resampling). Maps become whole numbers on a scale that is linear near zero and logarithmic above (`Steps`), so
+that nothing is clipped and a lesion is as finely graded as its surroundings. Scans become whole numbers on a linear
+scale, masks bytes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from esegeta_monai.errors import InputError
 from esegeta_monai.files.pictures.planes import Anatomy, Plane
 from esegeta_monai.files.scans import read_scan
 
-__all__ = ["Packed", "View", "limit_of", "open_volume", "pack", "read_volume"]
+__all__ = ["Packed", "Steps", "View", "open_volume", "pack", "read_volume"]
 
-PERCENTILE = 99.5
+SAMPLE = 200_000
+"""Numbers of a volume from which its encoding is chosen."""
+KNEE = 0.02
+"""Share of the end of the colour scale below which the steps of a map are even."""
 
 
 @dataclass(frozen=True)
@@ -171,40 +175,92 @@ def _means(values: np.ndarray, blocks: Sequence[int]) -> np.ndarray:
     return values
 
 
-def limit_of(values: np.ndarray, signed: bool) -> float:
-    """Return the end of the colour scale: the 99.5th percentile of |a|, or of max(a, 0) for an unsigned map.
+@dataclass(frozen=True)
+class Steps:
+    """The steps in which a map is stored: ``v = knee · sinh(n / levels · asinh(peak / knee))`` for step n.
 
-    If it is zero, it is the percentile over the voxels that are not zero; 0 for a map of zeros.
+    Below ``knee`` steps are even, above they grow with the value, so that the relative error stays the same from weak
+    voxels to the largest one, however far it lies beyond
+    the end of the colour scale.
 
-    >>> round(limit_of(np.array([0.0, 0.0, -4.0]), True), 3), limit_of(np.zeros(3), True)
-    (3.96, 0.0)
+    Attributes:
+        levels: number of steps on either side of zero.
+        knee: value at which the steps begin to grow, in units of the map.
+        peak: largest absolute value of the map; 0 for a map of zeros.
     """
-    strength = np.abs(values) if signed else np.maximum(values, 0)
-    limit = float(np.percentile(strength, PERCENTILE))
-    if limit == 0 and strength.any():
-        limit = float(np.percentile(strength[strength > 0], PERCENTILE))
-    return limit
+
+    levels: int
+    knee: float
+    peak: float
+
+    @classmethod
+    def of(cls, values: np.ndarray, limit: float, levels: int) -> Steps:
+        """Return the steps of a map of any shape whose colours end at ``limit``."""
+        peak = float(np.abs(values).max(initial=0))
+        return cls(levels, KNEE * (limit or peak or 1.0), peak)
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """Return the nearest steps, int8 or int16, of values of any shape.
+
+        >>> steps = Steps.of(np.array([-1000.0, 0.0, 1.0]), 1.0, 127)
+        >>> steps.encode(np.array([-1000.0, 0.0, 1.0, 10.0])).tolist()
+        [-127, 0, 51, 76]
+        """
+        if not self.peak:
+            return np.zeros(values.shape, np.int8)
+        part = np.arcsinh(values / self.knee) / np.arcsinh(self.peak / self.knee)
+        return np.rint(part * self.levels).astype(np.int8 if self.levels < 128 else np.int16)
+
+    def decode(self, steps: np.ndarray) -> np.ndarray:
+        """Return the values of steps of any shape.
+
+        >>> values = np.array([-1000.0, 0.0, 1.0, 10.0])
+        >>> steps = Steps.of(values, 1.0, 511)
+        >>> bool((np.abs(steps.decode(steps.encode(values)) - values) <= steps.error * np.abs(values)).all())
+        True
+        """
+        return self.knee * np.sinh(steps.astype(np.float64) / self.levels * np.arcsinh(self.peak / self.knee))
+
+    @property
+    def error(self) -> float:
+        """Largest relative error of values above the end of the colour scale, from rounding to steps."""
+        return float(0.51 * np.arcsinh(self.peak / self.knee) / self.levels)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A volume as text: base64 of zlib of bytes, x fastest; with ``delta``, each byte is the difference to the last."""
+    """A volume as text: base64 of zlib of whole numbers, x fastest.
+
+    Attributes:
+        text: the text.
+        delta: True if each number is the difference to the one before, modulo 256 or 65536.
+        width: bytes per number: 1, or 2 with all low bytes before all high bytes.
+    """
 
     text: str
     delta: bool
+    width: int = 1
 
 
 def pack(values: np.ndarray) -> Packed:
-    """Encode bytes (int8 or uint8, any shape) as text, as values or as differences, whichever is shorter.
+    """Encode whole numbers of one or two bytes (any shape) as text, as values or as differences, whichever is shorter.
 
     >>> packed = pack(np.arange(8, dtype=np.uint8).reshape(2, 2, 2))
     >>> raw = np.frombuffer(zlib.decompress(base64.b64decode(packed.text)), np.uint8)
     >>> bool(((np.cumsum(raw, dtype=np.uint8) if packed.delta else raw) == [0, 4, 2, 6, 1, 5, 3, 7]).all())
     True
     """
-    flat = values.astype(values.dtype).view(np.uint8).ravel(order="F")
-    steps = np.diff(flat, prepend=np.uint8(0))
-    # fast compression is sufficient to choose the shorter encoding
-    delta = len(zlib.compress(steps.tobytes(), 1)) < len(zlib.compress(flat.tobytes(), 1))
-    packed = zlib.compress((steps if delta else flat).tobytes(), 6)
-    return Packed(base64.b64encode(packed).decode("ascii"), delta)
+    kind = np.dtype(f"u{values.dtype.itemsize}")
+    flat = values.astype(values.dtype).view(kind).ravel(order="F")
+    steps = np.diff(flat, prepend=kind.type(0))
+    # a part in the middle and fast compression are sufficient to choose the shorter encoding
+    part = slice(max(0, len(flat) // 2 - SAMPLE // 2), len(flat) // 2 + SAMPLE // 2)
+    delta = len(zlib.compress(_planes(steps[part]), 1)) < len(zlib.compress(_planes(flat[part]), 1))
+    packed = zlib.compress(_planes(steps if delta else flat), 6)
+    return Packed(base64.b64encode(packed).decode("ascii"), delta, kind.itemsize)
+
+
+def _planes(flat: np.ndarray) -> bytes:
+    """Return the low bytes of all numbers, then the high bytes, which compress better apart."""
+    little = flat.astype(flat.dtype.newbyteorder("<"))
+    return little.view(np.uint8).reshape(-1, flat.dtype.itemsize).T.tobytes()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,21 +12,46 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.record import Record
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.methods.completeness import KEPT_BY_BIASES
+from esegeta_monai.metrics.regions import OUTSIDE_ALARM
 from esegeta_monai.output.report.collect import CaseResults, Result
 from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.registry import registered_names_only
 
-__all__ = ["Finding", "Target", "count", "findings", "lead", "listed", "methods_text", "references", "targets"]
+__all__ = [
+    *("PROBLEMS", "SCORE", "Finding", "Target", "count", "findings", "lead", "levels", "listed", "map_cautions"),
+    *("map_tags", "methods_text", "plain", "plain_names", "references", "targets"),
+]
 
 Level = Literal["good", "note", "warn", "bad"]
 
-GAP, DEVIATION, PADDING = 0.05, 1e-3, 0.01
-"""Thresholds of findings: completeness gap, deviation of the blended windows, share of the sum in padding."""
+GAP, DEVIATION, PADDING, SATURATED = 0.05, 1e-3, 0.01, 0.02
+"""Thresholds of findings: completeness gap, deviation of the blended windows, share of the sum in padding, share of the
+target's voxels beyond the end of the colours."""
 
 OURS = (
     "esegeta_monai, after TorchEsegeta: Chatterjee et al., Applied Sciences 12(4), 1834, 2022, doi:10.3390/app12041834"
 )
 MONAI = "Cardoso et al., MONAI: an open-source framework for deep learning in healthcare, 2022, arXiv:2211.02701"
+
+SCORE = (
+    "The score F(x) is the number that is explained: the network's output for the target, added up over the target's "
+    "voxels unless the target is defined otherwise. Scores of different targets are not comparable."
+)
+
+_KINDS = {
+    "MultiClassMask": "all predicted voxels",
+    "Component": "one component",
+    "ThresholdMask": "voxels above a threshold",
+    "LabelMask": "voxels of a given mask",
+    "ClassScore": "score of the class",
+    "Contrast": "against other classes",
+    "Errors": "wrong voxels",
+    "Box": "a box",
+    "Voxel": "one voxel",
+    "LayerNeuron": "a unit of a layer",
+    "OutputValue": "output",
+}
+"""Targets in words, where a class has several."""
 
 STATUS_WORDS: dict[str, Callable[[int], str]] = {
     "ok": lambda n: count(n, "map"),
@@ -36,8 +61,16 @@ STATUS_WORDS: dict[str, Callable[[int], str]] = {
     "failed": lambda n: f"{n} failed",
     "timeout": lambda n: f"{n} ended by the time limit",
     "skipped": lambda n: f"{n} finished earlier",
+    "altered": lambda n: f"{n} altered",
 }
 """How many results have a status, in words."""
+
+PROBLEMS = {
+    "failed": "failed",
+    "timeout": "was ended by the time limit",
+    "altered": "has a map that is not the one 'explain' wrote",
+}
+"""Statuses of results that have no map to show, or none to trust, in words."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +92,7 @@ class Target:
     volume_ml: float | None
     value: float | None
     reason: str | None
+    score_means: str
 
 
 def count(n: int, singular: str, plural: str | None = None) -> str:
@@ -101,8 +135,7 @@ def lead(case: CaseResults, info: dict[str, Any]) -> str:
         f"“{bundle}”{f' (version {version})' if version else ''}" if bundle else f"the network {network or ''}".strip()
     )
     kinds = count(len(case.methods), "method"), count(len(case.targets), "target")
-    short = [plain(target) for target in case.targets]
-    names = listed(short if len(set(short)) == len(short) else case.targets)
+    names = listed(plain_names(case.targets).values())
     text = f"What does {who} look at in this scan? {kinds[0]} asked about {kinds[1]}: {names}."
     predicted = first(case, lambda r: r.predicted_class_name) or first(case, lambda r: r.predicted_class)
     if predicted is not None:
@@ -110,6 +143,20 @@ def lead(case: CaseResults, info: dict[str, Any]) -> str:
         text += f" The predicted class is {predicted}"
         text += f", with probability {probability:.3g}." if probability is not None else "."
     return text
+
+
+def plain_names(targets: Sequence[str]) -> dict[str, str]:
+    """Return the names of targets as people say them; classes that several targets have keep the kind of target.
+
+    >>> plain_names(["MultiClassMask-grey matter", "MultiClassMask-tumour", "Component-tumour"])["Component-tumour"]
+    'tumour (one component)'
+    """
+    short = [plain(target) for target in targets]
+    names = {}
+    for target, name in zip(targets, short):
+        kind = target.split("-", 1)[0]
+        names[target] = name if short.count(name) == 1 else f"{name} ({_KINDS.get(kind, kind)})"
+    return names if len(set(names.values())) == len(set(targets)) else {target: target for target in targets}
 
 
 def plain(target: str) -> str:
@@ -132,8 +179,16 @@ def targets(case: CaseResults) -> list[Target]:
         kind = name.split("-")[0] if record.target == "PredictedClasses" else record.target or name
         if kind == "ClassScore":  # one number, no voxels
             voxels = None
-        described.append(Target(name, _meaning(kind), record.class_name, voxels, volume, record.value, reason))
+        units = record.value_units or "units of the network's output"
+        means = f"in {units}" + (
+            "" if voxels is None else f", over {voxels:,} voxels: {_mean(record.value, voxels)} each"
+        )
+        described.append(Target(name, _meaning(kind), record.class_name, voxels, volume, record.value, reason, means))
     return described
+
+
+def _mean(value: float | None, voxels: int) -> str:
+    return "unknown" if value is None or not voxels else f"{value / voxels:.3g}"
 
 
 def _is_mask(results: Sequence[Result]) -> bool:
@@ -155,34 +210,94 @@ def _meaning(kind: str) -> str:
     return re.sub(r"[`]+", "", re.split(r"(?<=[.:])\s", " ".join(doc.split("\n\n")[0].split()))[0]).rstrip(":.") + "."
 
 
-def findings(case: CaseResults, embedded_notes: Sequence[str] = ()) -> list[Finding]:
-    """List findings, the most severe first."""
+def levels(findings: Sequence[Finding]) -> list[tuple[str, str]]:
+    """Return the number of problems and of cautions in words, by level."""
+    several = {"bad": "problem", "warn": "caution"}
+    counts = {level: sum(f.level == level for f in findings) for level in several}
+    return [(level, count(n, several[level])) for level, n in counts.items() if n]
+
+
+def map_cautions(entry: Mapping[str, Any]) -> list[str]:
+    """Return what a reader of a map has to know, from its entry for the viewer (`map_entry`)."""
+    texts = []
+    if entry["nil"]:
+        texts.append(f"{entry['nil']}.")
+    elif entry["outside"] is not None and entry["outside"] > OUTSIDE_ALARM:
+        texts.append(f"{100 * entry['outside']:.0f} % of the map lies outside the body, where there is nothing to see.")
+    if entry["spacing"] and max(entry["spacing"]) > 1.5 * min(entry["grid"]):
+        size = " x ".join(f"{s:.3g}" for s in entry["spacing"])
+        texts.append(f"coarse: one position of the layer covers {size} {entry['length']}; the map is interpolated.")
+    if entry["saturated"] is not None and entry["saturated"] > SATURATED:
+        texts.append(f"{100 * entry['saturated']:.2g} % of the target's voxels lie beyond the end of the colours.")
+    return texts
+
+
+def map_tags(status: str, entry: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the marks of a map in the table: one word for each caution, with its explanation."""
+    words = {"zero": "zero everywhere", "incomplete": "incomplete"}
+    tags = [{"text": words[status], "title": ""}] if status in words else []
+    for text in map_cautions(entry):
+        word = (
+            "nil" if text.startswith("numerically") else "coarse" if text.startswith("coarse") else "outside the body"
+        )
+        tags.append({"text": "saturated" if "beyond the end" in text else word, "title": text})
+    return tags
+
+
+def findings(
+    case: CaseResults, embedded_notes: Sequence[str] = (), cautions: Mapping[int, Sequence[str]] | None = None
+) -> list[Finding]:
+    """List findings, the most severe first, those of one severity in the order of the run.
+
+    Args:
+        case: the results.
+        embedded_notes: notes on the page.
+        cautions: `map_cautions` of the maps, by their index in ``case.explained``. A caution that several maps share is
+            listed once.
+    """
     notable: list[Finding] = []
+    names = plain_names(case.targets)
     for result in case.results:
-        if result.status in ("failed", "timeout"):
-            what = "The case" if result.method is None else f"{result.method} for {result.target}"
-            how = "failed" if result.status == "failed" else "was ended by the time limit"
+        if result.status in PROBLEMS:
+            what = "The case" if result.method is None else f"{result.method} for {names[str(result.target)]}"
+            how = PROBLEMS[result.status]
             notable.append(Finding("bad", f"{what} {how}: {result.reason}"))
     for target in dict.fromkeys(r.target for r in case.results if r.status == "empty_target"):
         reason = next(r.reason for r in case.results if r.target == target and r.status == "empty_target")
-        notable.append(Finding("warn", f"Empty target {target}: {reason or 'nothing was predicted there'}."))
+        notable.append(
+            Finding("warn", f"Empty target {names[str(target)]}: {reason or 'nothing was predicted there'}.")
+        )
     for row in case.regions:
         if row["alarm"]:
             share = "" if row["share_of_abs"] is None else f" ({100 * row['share_of_abs']:.1f} % of the attribution)"
             text = "" if row["alarm"] == "alarm" else f": {row['alarm']}"
-            notable.append(
-                Finding("bad", f"Region alarm, {row['method']} for {row['target']}: {row['region']}{share}{text}")
-            )
+            what = f"Region alarm, {row['method']} for {names.get(row['target'], row['target'])}"
+            notable.append(Finding("bad", f"{what}: {row['region']}{share}{text}"))
     for method in dict.fromkeys(row["method"] for row in case.metrics if row["beats_controls"] is False):
         metrics = [r["metric"] for r in case.metrics if r["method"] == method and r["beats_controls"] is False]
         notable.append(Finding("warn", f"{method} does not beat the control maps on {listed(dict.fromkeys(metrics))}."))
     for result in case.explained:
-        notable += [Finding("warn", f"{result.method} for {result.target}: {text}") for text in _cautions(result)]
+        notable += [
+            Finding("warn", f"{result.method} for {names[str(result.target)]}: {text}") for text in _cautions(result)
+        ]
+    shared: dict[tuple[str, str], list[str]] = {}
+    coarse: list[str] = []
+    for place, texts in (cautions or {}).items():
+        result = case.explained[place]
+        for text in texts:
+            if text.startswith("coarse"):
+                coarse.append(str(result.method))
+            else:
+                shared.setdefault((str(result.method), text), []).append(names[str(result.target)])
+    for (method, text), who in shared.items():
+        notable.append(Finding("warn", f"{method} for {listed(dict.fromkeys(who))}: {text}"))
+    if coarse:
+        notable.append(Finding("note", f"Coarse maps, interpolated from a layer: {listed(dict.fromkeys(coarse))}."))
     if not case.metrics and case.explained:
         notable.append(
             Finding(
                 "note",
-                "No evaluation: these maps have not been evaluated by metrics (run 'esegeta-monai evaluate').",
+                "Not evaluated: no metric shows how far these maps can be trusted (run 'esegeta-monai evaluate').",
             )
         )
     notable += [Finding("note", text) for text in embedded_notes]

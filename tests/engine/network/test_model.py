@@ -217,3 +217,25 @@ def check_settings() -> None:
     assert cudnn in (False, "set by operation")
     assert set(operations) <= {"ieee"}
     assert operations or cudnn is False
+
+
+def test_settings_that_a_network_changes_are_restored_and_named() -> None:
+    class Disturbing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = 2 * x
+            torch.set_default_dtype(torch.float64)
+            torch.set_grad_enabled(not torch.is_grad_enabled())
+            torch.manual_seed(7)
+            return y
+
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    model = Model(Disturbing(), torch.device("cpu"))
+    with torch.no_grad():
+        model(torch.ones(1, 1, 4))
+        assert not torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.equal(torch.rand(2), expected)
+    words = ["the seed of torch's random numbers (to 7)", "torch's default dtype (to torch.float64)"]
+    assert sorted(model.disturbs) == [*words, "torch's grad mode (on)"]

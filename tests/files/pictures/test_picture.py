@@ -14,7 +14,7 @@ from matplotlib import image as png
 from monai.data import MetaTensor
 
 from esegeta_monai.errors import InputError, UsageError
-from esegeta_monai.files.pictures import picture
+from esegeta_monai.files.pictures import picture, sketch
 from esegeta_monai.files.pictures.picture import INTENDED_USE, save_picture
 
 NAMES = {"case": "case_7", "method": "Saliency", "target": "MultiClassMask(class_index=2)", "class_name": "oedema"}
@@ -41,8 +41,8 @@ def peak(*voxel, size=SIZE, value=1.0, channels=1, channel=0):
 def sheets(monkeypatch):
     """Every figure that is saved, to be read after the fact."""
     kept = []
-    save = picture._Sketch.save
-    monkeypatch.setattr(picture._Sketch, "save", lambda self, path: (kept.append(self), save(self, path))[1])
+    save = picture.Sketch.save
+    monkeypatch.setattr(picture.Sketch, "save", lambda self, path: (kept.append(self), save(self, path))[1])
     return kept
 
 
@@ -58,7 +58,8 @@ def words(sheet):
 def test_a_left_sided_peak_is_drawn_and_lettered_left(tmp_path, sheets, convention, flip):
     scan = black_scan(affine_of(flip, 1.0, 1.0))
     voxel = (3, 12, 8) if flip > 0 else (16, 12, 8)  # negative R in either storage order: the patient's left
-    contour = torch.ones(SIZE)
+    contour = torch.zeros(SIZE)
+    contour[..., 8] = 1
     look = {"signed": True, "window": (2.0, 1.0), "convention": convention}  # all of the scan is black
     drawn = save_picture(tmp_path / "a.png", scan, peak(*voxel), contour, **look, **NAMES)
     assert drawn["world"] == [-6.5, 0.5, 0.5]
@@ -113,7 +114,7 @@ def test_everything_to_be_read_is_written(tmp_path, sheets):
         "-2.5 at voxel (4, 5, 6), RAS (5.5, -6.5, -1.5) mm",
         "window: level 40, width 80",
         "radiological convention: the patient's left is on the viewer's right",
-        "outline: prediction, oedema",
+        "outline: target, oedema",
         "logit per voxel",
         INTENDED_USE,
     ):
@@ -127,7 +128,7 @@ def test_colours_end_at_the_stated_percentile(tmp_path):
     values = torch.randn(1, *SIZE, generator=torch.Generator().manual_seed(0))
     for signed, strength in ((True, values.abs()), (False, values.clamp(min=0))):
         drawn = save_picture(tmp_path / "a.png", black_scan(), values, signed=signed, **NAMES)
-        assert drawn["limit"] == pytest.approx(float(np.percentile(strength.numpy(), 99.5)), rel=1e-6)
+        assert drawn["limit"] == pytest.approx(float(np.percentile(strength[strength > 0].numpy(), 99.5)), rel=1e-6)
         assert drawn["value"] == pytest.approx(float(values.flatten()[strength.argmax()]))
 
 
@@ -138,13 +139,13 @@ def test_a_sparse_map_has_colours_and_a_note(tmp_path, sheets):
 
 
 def test_colours_mean_what_they_should():
-    rgba = picture._colours(np.array([-9.0, -1.0, 0.0, 1.0, np.nan]), 1.0, signed=True)
+    rgba = sketch.colours(np.array([-9.0, -1.0, 0.0, 1.0, np.nan]), 1.0, signed=True)
     assert rgba[0].tolist() == rgba[1].tolist()
     assert rgba[1, 2] > rgba[1, 0]  # negative: blue
     assert rgba[3, 0] > rgba[3, 2]  # positive: red
-    assert rgba[:, 3].tolist() == [picture.OPACITY, picture.OPACITY, 0.0, picture.OPACITY, 0.0]
-    assert np.allclose(picture.SIGNED(0.5)[:3], 1.0, atol=0.01)
-    ramp = picture._colours(np.linspace(0, 1, 50), 1.0, signed=False)
+    assert rgba[:, 3].tolist() == [sketch.OPACITY, sketch.OPACITY, 0.0, sketch.OPACITY, 0.0]
+    assert np.allclose(sketch.SIGNED(0.5)[:3], 1.0, atol=0.01)
+    ramp = sketch.colours(np.linspace(0, 1, 50), 1.0, signed=False)
     brightness = ramp[:, :3] @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(brightness) > 0).all()
 
@@ -212,8 +213,8 @@ def test_no_global_state_and_no_torn_file(tmp_path):
     save_picture(tmp_path / "a.png", black_scan(), peak(4, 5, 6), signed=True, **NAMES)
     assert dict(matplotlib.rcParams) == before
     assert os.listdir(tmp_path) == ["a.png"]
-    with pytest.raises(OSError, match="no_such_folder"):
-        save_picture(tmp_path / "no_such_folder" / "a.png", black_scan(), peak(4, 5, 6), signed=True, **NAMES)
+    with pytest.raises(UsageError):
+        save_picture(tmp_path / "a.png" / "b.png", black_scan(), peak(4, 5, 6), signed=True, **NAMES)
 
 
 def test_names_are_written_as_they_are(tmp_path, sheets):
@@ -251,3 +252,38 @@ def test_on_a_real_scan(tmp_path):
     drawn = save_picture(tmp_path / "a.png", scan, (label > 0).float() * scan, label, signed=False, **NAMES)
     assert label[(0, *drawn["voxel"])] > 0
     assert drawn["world"][0] < 0  # this tumour lies in the left hemisphere
+
+
+def test_a_lesion_is_graded_and_the_planes_go_through_it(tmp_path, sheets):
+    """Strong values in a few voxels: by the percentile of the volume alone, nine tenths of them would be saturated."""
+    generator = torch.Generator().manual_seed(0)
+    values, mask = 0.01 * torch.randn(1, *SIZE, generator=generator), torch.zeros(SIZE)
+    mask[10:14, 5:9, 6:9] = 1
+    values[0][mask > 0] = 5 * torch.rand(int(mask.sum()), generator=generator)
+    values[0, 0, 0, 15] = 6.0  # the strongest voxel, in a corner
+    drawn = save_picture(tmp_path / "a.png", black_scan(), values, mask, signed=True, **NAMES)
+    inside = values[0][mask > 0].abs().numpy()
+    whole = np.percentile(values.abs().numpy(), 99.5)
+    assert (inside > whole).mean() > 0.5, "the case is one"
+    assert drawn["limit"] == pytest.approx(np.percentile(inside, 99))
+    assert drawn["saturated_in_target"] == pytest.approx((inside > drawn["limit"]).mean())
+    assert drawn["saturated_in_target"] <= 0.02
+    assert drawn["planes"] == [11, 6, 7]
+    assert drawn["voxel"] == [0, 0, 15]
+    assert "% of the target's voxels lie beyond the end of the colours" in words(sheets[0])
+
+
+def test_a_photograph_is_drawn_in_colour(tmp_path):
+    photo = torch.zeros(3, 20, 30)
+    photo[1] = 255  # green
+    save_picture(tmp_path / "a.png", photo, torch.zeros(1, 20, 30), signed=True, **NAMES)
+    pixels = png.imread(tmp_path / "a.png")[..., :3]
+    assert ((pixels[..., 1] > 0.9) & (pixels[..., 0] < 0.1)).mean() > 0.1
+
+
+def test_what_the_map_tells_is_written(tmp_path, sheets):
+    labels = {"caption": "Where the layer is active.", "ends": ("weak", "strong activation")}
+    save_picture(tmp_path / "a.png", black_scan(), peak(4, 5, 6), signed=False, **labels, **NAMES)
+    text = words(sheets[0])
+    assert "Where the layer is active." in text
+    assert "top: strong activation" in text

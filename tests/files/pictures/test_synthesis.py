@@ -19,8 +19,8 @@ NAMES = {"case": "case_7", "method": "DeepDream", "subject": "layer model.0"}
 @pytest.fixture
 def sheets(monkeypatch):
     kept = []
-    save = picture._Sketch.save
-    monkeypatch.setattr(picture._Sketch, "save", lambda self, path: (kept.append(self), save(self, path))[1])
+    save = picture.Sketch.save
+    monkeypatch.setattr(picture.Sketch, "save", lambda self, path: (kept.append(self), save(self, path))[1])
     return kept
 
 

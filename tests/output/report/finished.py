@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 
 from esegeta_monai.cli.main import main
+from esegeta_monai.utils.files import sha256_file
 from esegeta_monai.utils.names import safe_name
 from tests.support.cli import make_bundle, make_scan
 
@@ -77,3 +78,12 @@ def one_map(out: Path, values: np.ndarray, affine: np.ndarray, **record: object)
     sidecar = {"case": "a", "method": "Saliency", "method_name": "Saliency", "target_name": "t", "status": "ok"}
     sidecar |= {"map": "a_t_Saliency_attr.nii.gz", "signed": True, **record}
     (out / "a" / "a_t_Saliency_attr.json").write_text(json.dumps(sidecar))
+    sign(out / "a" / "a_t_Saliency_attr")
+
+
+def sign(stem: Path) -> None:
+    """Write the checksum of the map ``stem.nii.gz`` to its sidecar."""
+    sidecar = stem.with_name(f"{stem.name}.json")
+    record = json.loads(sidecar.read_text(encoding="utf-8"))
+    record["map_sha256"] = sha256_file(stem.with_name(f"{stem.name}.nii.gz"))
+    sidecar.write_text(json.dumps(record), encoding="utf-8")

@@ -18,7 +18,7 @@ from matplotlib.image import imread
 
 from esegeta_monai.files.pictures.picture import INTENDED_USE
 from esegeta_monai.output.report.page import report_path, write_report
-from tests.output.report.finished import evaluated, explained, one_map
+from tests.output.report.finished import evaluated, explained, one_map, sign
 from tests.output.report.viewer import data_of
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
@@ -29,6 +29,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 HOSTILE = "<img src onerror>"
+GREY = "grey matter (all predicted voxels)"
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
 
@@ -70,8 +71,9 @@ class Reader:
         return self.page
 
     def wait_for_drawing(self) -> None:
-        """Wait two frames, after which pending drawing is done."""
+        """Wait two frames, and until nothing is left to be drawn."""
         self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        self.page.wait_for_function("() => (document.documentElement.dataset.pending ?? '0') === '0'")
 
     def pixels(self, selector: str) -> np.ndarray:
         """RGBA of a canvas."""
@@ -132,8 +134,8 @@ def test_all_pictures_of_the_table_follow(reader: Reader) -> None:
     page.keyboard.press("Home")
     reader.wait_for_drawing()
     assert page.eval_on_selector_all("canvas.small-map", "(all) => all.map((c) => c.dataset.slice)") == ["0"] * 3
-    assert page.locator("#focus-title").inner_text() == "InputXGradient · MultiClassMask-grey matter"
-    page.get_by_text("sagittal", exact=True).first.click()
+    assert page.locator("#focus-title").inner_text() == f"InputXGradient · {GREY}"
+    page.locator('input[name="plane"][value="2"]').check(force=True)
     reader.wait_for_drawing()
     assert page.locator("button.cell .lettered .l").first.inner_text() == "A"
 
@@ -151,7 +153,8 @@ def test_threshold_signs_and_views(reader: Reader, folder: Path) -> None:
     )
     index = int(page.get_attribute(AXIAL, "data-slice"))
     through = round((np.linalg.inv(np.diag([2, 2, 2, 1.0])) @ np.array(data["affine"]) @ [0, 0, index, 1])[2])
-    part = np.rint(values[:, :, through] / entry["limit"] * data["levels"]) / data["levels"]
+    part = values[:, :, through] / entry["limit"]
+    page.locator("#threshold").fill("0")
 
     def share() -> float:
         canvas = reader.pixels("canvas.small-map >> nth=1")
@@ -195,12 +198,12 @@ def test_a_shared_raw_scale_palettes_and_opacity(reader: Reader, folder: Path) -
     page = reader.page
     limits = [m["limit"] for m in data_of(report_path(folder, "sub-01"))["maps"]]
     weakest = int(np.argmin(limits))
+    page.locator("#threshold").fill("0")
     before = reader.pixels(f"canvas.small-map >> nth={weakest}")
     page.select_option("#scale", "all")
     after = reader.pixels(f"canvas.small-map >> nth={weakest}")
     assert not np.array_equal(before, after), "weaker beside a stronger map"
-    high = page.locator("[data-bar] .ends > span:last-child").first.inner_text()
-    assert float(high) == pytest.approx(max(limits), rel=0.01)
+    assert float(page.locator("#legend-high").inner_text()) == pytest.approx(max(limits), rel=0.01)
     page.select_option("#palette", "1")
     assert not np.array_equal(after, reader.pixels(f"canvas.small-map >> nth={weakest}"))
     page.locator("#opacity").fill("0")
@@ -233,7 +236,7 @@ def test_failures_and_empty_targets_are_reported_in_their_place(reader: Reader) 
     assert "pooled_cam.py, line" in page.locator("pre").inner_text()
 
 
-@pytest.mark.parametrize("width", [1280, 800])
+@pytest.mark.parametrize("width", [1280, 420])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_readable_at_both_widths_in_both_schemes(browser: Any, folder: Path, width: int, scheme: str) -> None:
     for path in (report_path(folder, "sub-01"), folder / "index.html"):
@@ -278,7 +281,7 @@ def test_everything_can_be_reached_by_keyboard(reader: Reader) -> None:
     page = reader.page
     page.focus("body")
     reached = set()
-    for _ in range(80):
+    for _ in range(110):
         page.keyboard.press("Tab")
         reached.add(
             page.evaluate(
@@ -286,6 +289,7 @@ def test_everything_can_be_reached_by_keyboard(reader: Reader) -> None:
             )
         )
     wanted = {"theme", "plane", "show", "sign", "look", "slice", "threshold", "opacity", "palette", "scale", "outline"}
+    wanted |= {"scale-min", "scale-max", "log", "preset", "level", "width", "zoom-in", "drag", "to-target"}
     assert wanted | {"big", "cell"} <= reached
 
 
@@ -299,8 +303,8 @@ def test_the_theme_button(reader: Reader) -> None:
 
 def test_a_hostile_case_name_is_only_text(browser: Any, folder: Path) -> None:
     reader = Reader(browser, folder / "index.html")
-    assert reader.page.locator("main img").count() == 2, "thumbnails"
-    reader.page.get_by_text(HOSTILE, exact=True).click()
+    assert reader.page.locator("main img").count() == 6, "a thumbnail for each of two cases and three targets"
+    reader.page.get_by_text(HOSTILE, exact=True).first.click()
     page = reader.ready()
     assert page.locator("h1").inner_text() == HOSTILE
     assert page.locator("main img").count() == 0
@@ -330,7 +334,7 @@ def test_a_long_name_leaves_the_other_columns_of_the_index_in_sight(browser: Any
     reader = Reader(browser, write_report(tmp_path).index, width)
     try:
         wide, seen = reader.page.evaluate(
-            "() => { const s = document.querySelector('section.scroll'); return [s.scrollWidth, s.clientWidth]; }"
+            "() => { const s = document.querySelector('.cohort .scroll'); return [s.scrollWidth, s.clientWidth]; }"
         )
     finally:
         reader.context.close()
@@ -367,3 +371,294 @@ def test_3d(browser: Any, folder: Path, tmp_path: Path) -> None:
         assert asked == [path.as_uri()]
     finally:
         with_gl.close()
+
+
+# ---- what a reader sees: one test for each promise -------------------------------------------------------------------
+
+
+SIZE = (256, 256, 6)
+
+
+@pytest.fixture(scope="module")
+def lesion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head of 256 x 256 voxels as a CT, with a lesion of 1 in 1,000 voxels that holds the whole map."""
+    out = tmp_path_factory.mktemp("lesion")
+    rng = np.random.default_rng(0)
+    x, y, z = np.meshgrid(*(np.arange(n) for n in SIZE), indexing="ij")
+    body = (x - 128) ** 2 + (y - 128) ** 2 < 100**2
+    mask = (x - 90) ** 2 + (y - 150) ** 2 + (30 * (z - 3)) ** 2 < 12**2
+    scan = np.where(body, 40 + rng.integers(-20, 20, SIZE), -1000).astype(np.int16)
+    values = np.where(body, rng.normal(0, 0.01, SIZE), 0).astype(np.float32)
+    values[mask] = rng.uniform(0.5, 9, int(mask.sum())).astype(np.float32)
+    values[30, 128, 0] = 12.0  # the strongest voxel, on an edge slice
+    nil = (1e-9 * values).astype(np.float32)
+    cam = np.where(body, 0, 1).astype(np.float32)
+    affine = np.diag([0.8, 0.8, 6.0, 1.0])
+    (out / "a").mkdir()
+    nib.save(nib.Nifti1Image(scan, affine), out / "a/a_scan.nii.gz")
+    nib.save(nib.Nifti1Image(mask.astype(np.uint8), affine), out / "a/a_lesion_mask.nii.gz")
+    for name, target, method, array, more in (
+        (
+            "cam",
+            "Component-lesion",
+            "GradCam",
+            cam,
+            {"signed": False, "produces": "layer map", "layer_spacing": [13.0, 13, 48]},
+        ),
+        ("ixg", "Component-lesion", "InputXGradient", values, {"signed": True, "additive": True}),
+        ("nil", "MultiClassMask-oedema", "InputXGradient", nil, {"signed": True, "additive": True}),
+        ("shap", "Component-lesion", "ChannelShapley", np.full(SIZE, 1e-3, np.float32), SHARES),
+    ):
+        nib.save(nib.Nifti1Image(array, affine), out / f"a/a_{name}_attr.nii.gz")
+        record = {"case": "a", "method": method, "method_name": method, "target_name": target, "status": "ok"}
+        record |= {
+            "map": f"a_{name}_attr.nii.gz",
+            "network_affine": affine.tolist(),
+            "value": 120.0,
+            "target_voxels": 900,
+        }
+        record |= {"units": "target per voxel", "target": target.split("-")[0], "class": target.split("-")[1], **more}
+        record["display"] = {"mask": "a_lesion_mask.nii.gz"}
+        (out / f"a/a_{name}_attr.json").write_text(json.dumps(record))
+        sign(out / f"a/a_{name}_attr")
+    write_report(out)
+    return out
+
+
+SHARES = {
+    **{"signed": True, "additive": True, "channel_names": ["CT"]},
+    "features": [{"feature": "channel 0", "value": 3.0, "standard_error": 0.1}],
+}
+
+
+@pytest.fixture(scope="module")
+def seen(browser: Any, lesion: Path) -> Iterator[Reader]:
+    reader = Reader(browser, report_path(lesion, "a"))
+    reader.ready()
+    yield reader
+    assert reader.errors == []
+    reader.context.close()
+
+
+def chosen(reader: Reader, index: int) -> Any:
+    """The page after a click on a map of the table."""
+    reader.page.locator(f'button.cell[data-map="{index}"]').click()
+    reader.wait_for_drawing()
+    return reader.page
+
+
+def place_of(reader: Reader, lesion: Path, method: str, target: str) -> int:
+    entries = data_of(report_path(lesion, "a"))["maps"]
+    return next(i for i, m in enumerate(entries) if (m["method"], m["target"]) == (method, target))
+
+
+def test_a_lesion_is_graded_by_default_and_nothing_is_clipped(seen: Reader, lesion: Path) -> None:
+    index = place_of(seen, lesion, "InputXGradient", "Component-lesion")
+    page = chosen(seen, index)
+    share = float(re.match(r"([\d.]+) %", page.locator("#saturated").inner_text())[1])
+    values = np.asarray(nib.load(lesion / "a/a_ixg_attr.nii.gz").dataobj)
+    mask = np.asarray(nib.load(lesion / "a/a_lesion_mask.nii.gz").dataobj) > 0
+    assert 0 < share <= 2
+    assert share == pytest.approx(
+        100 * (values[mask] > float(page.locator("#scale-max").input_value())).mean(), abs=0.3
+    )
+    assert (values[mask] > np.percentile(np.abs(values), 99.5)).mean() > 0.5, "by the volume alone it is saturated"
+    page.locator("#scale-max").fill("1")
+    seen.wait_for_drawing()
+    share = float(re.match(r"([\d.]+) %", page.locator("#saturated").inner_text())[1])
+    assert share == pytest.approx(100 * (values[mask] > 1).mean(), abs=1)
+    assert page.locator("#legend-high").inner_text() == "1"
+    page.locator("#scale-max").fill("12")
+    page.locator("#scale-min").fill("8")
+    page.locator("#threshold").fill("0")
+    page.locator('input[name="look"][value="map"]').check(force=True)
+    page.uncheck("#outline")
+    few = (seen.pixels(AXIAL)[..., :3].sum(-1) > 0).mean()
+    page.locator("#scale-min").fill("0")
+    page.check("#log")
+    assert (seen.pixels(AXIAL)[..., :3].sum(-1) > 0).mean() > 5 * few, "weak voxels show on a logarithmic scale"
+    page.uncheck("#log")
+    page.locator('input[name="look"][value="overlay"]').check(force=True)
+    page.check("#outline")
+    page.click("#scale-reset")
+
+
+def test_outlines_are_drawn_on_256_voxels(seen: Reader, lesion: Path) -> None:
+    page = chosen(seen, place_of(seen, lesion, "InputXGradient", "Component-lesion"))
+    page.click("#to-target")
+
+    def yellow(selector: str) -> int:
+        rgb = seen.pixels(selector)[..., :3].astype(int)
+        return int(((rgb[..., 0] > 180) & (rgb[..., 1] > 150) & (rgb[..., 2] < 90)).sum())
+
+    with_outline = yellow(AXIAL), yellow('canvas.small-map[data-map="1"]')
+    page.uncheck("#outline")
+    without = yellow(AXIAL), yellow('canvas.small-map[data-map="1"]')
+    page.check("#outline")
+    assert all(drawn > bare + 10 for drawn, bare in zip(with_outline, without))
+
+
+def test_the_first_view_is_a_signed_map_at_the_targets_largest_cross_section(browser: Any, lesion: Path) -> None:
+    reader = Reader(browser, report_path(lesion, "a"))
+    try:
+        assert reader.page.locator('canvas.small-map[data-state="loading"]').count() > 0 or reader.page.get_attribute(
+            "html", "data-ready"
+        )
+        page = reader.ready()
+        assert page.locator("#focus-title").inner_text().startswith("InputXGradient · lesion")
+        assert page.get_attribute(AXIAL, "data-slice") == "3", "not the strongest voxel, on slice 0"
+        assert page.locator("#opacity-text").inner_text() == "50 %"
+        assert int(page.locator("#threshold").input_value()) >= 5
+        top = page.eval_on_selector(AXIAL, "(canvas) => canvas.getBoundingClientRect().top")
+        assert top < 900
+        assert page.locator('canvas.small-map[data-state="drawn"]').count() == 4
+    finally:
+        reader.context.close()
+
+
+def test_each_map_says_what_it_tells(seen: Reader, lesion: Path) -> None:
+    texts = {}
+    for method in ("InputXGradient", "GradCam"):
+        page = chosen(seen, place_of(seen, lesion, method, "Component-lesion"))
+        sentence = page.locator(".tells:visible").inner_text()
+        texts[method] = sentence, page.locator("#legend").inner_text()
+    assert "adds to the score" in texts["InputXGradient"][0]
+    assert "raises the score" in texts["InputXGradient"][1]
+    assert "raises the score" not in texts["GradCam"][1]
+    assert "strong support in this layer" in texts["GradCam"][1]
+    cautions = page.locator(".findings.compact:visible").inner_text()
+    assert "100 % of the map lies outside the body" in cautions
+    assert "one position of the layer covers 13 x 13 x 48 mm" in cautions
+    assert "lesion" in page.locator("#grid").inner_text()
+    assert "Component-" not in page.locator("#grid").inner_text()
+    page = chosen(seen, place_of(seen, lesion, "InputXGradient", "MultiClassMask-oedema"))
+    assert "numerically nil" in page.locator(".findings.compact:visible").inner_text().lower()
+    assert "added up over the target" in page.locator("th .explained").get_attribute("title")
+
+
+def test_zoom_pan_windows_bars_and_projection(seen: Reader, lesion: Path) -> None:
+    page = chosen(seen, place_of(seen, lesion, "InputXGradient", "Component-lesion"))
+    page.locator(AXIAL).scroll_into_view_if_needed()
+    whole = seen.pixels(AXIAL)
+    page.click("#zoom-in")
+    page.click("#zoom-in")
+    close = seen.pixels(AXIAL)
+    assert page.locator("#zoom-text").inner_text() == "225 %"
+    assert not np.array_equal(whole, close)
+
+    def at(across: float = 0, down: float = 0) -> tuple[float, float]:
+        page.locator(AXIAL).scroll_into_view_if_needed()
+        box = page.locator(AXIAL).bounding_box()
+        return box["x"] + box["width"] * 0.5 + across, box["y"] + box["height"] * 0.5 + down
+
+    page.mouse.click(*at())  # a point is found again under the pointer, also in a magnified picture
+    seen.wait_for_drawing()
+    first = page.locator("#readout").inner_text()
+    page.locator('input[name="drag"][value="pan"]').check(force=True)
+    page.mouse.move(*at())
+    page.mouse.down()
+    page.mouse.move(*at(40, 30), steps=3)
+    page.mouse.up()
+    assert not np.array_equal(close, seen.pixels(AXIAL))
+    page.locator('input[name="drag"][value="cross"]').check(force=True)
+    page.mouse.click(*at(40, 30))
+    seen.wait_for_drawing()
+    again = page.locator("#readout").inner_text()
+    points = [[float(v) for v in re.match(r"RAS ([-\d.]+), ([-\d.]+)", text).groups()] for text in (first, again)]
+    assert np.abs(np.subtract(*points)).max() <= 1.7, "the anatomy has moved with the pointer"
+    page.click("#zoom-reset")
+
+    for name, (level, width) in {
+        "brain": (40, 80),
+        "bone": (400, 1800),
+        "lung": (-600, 1500),
+        "abdomen": (50, 400),
+    }.items():
+        page.select_option("#preset", name)
+        seen.wait_for_drawing()
+        assert (page.locator("#level").input_value(), page.locator("#width").input_value()) == (str(level), str(width))
+    page.locator('input[name="look"][value="scan"]').check(force=True)
+    page.uncheck("#outline")
+
+    def brightness(level: str) -> float:
+        page.locator("#level").fill(level)
+        page.locator("#width").fill("100")
+        return float(np.median(seen.pixels(AXIAL)[..., 0]))
+
+    assert brightness("5000") <= 5, "every voxel lies below the window"
+    assert brightness("-5000") >= 250, "every voxel lies above the window"
+    page.select_option("#preset", "percentiles")
+    page.check("#outline")
+    page.locator('input[name="look"][value="overlay"]').check(force=True)
+
+    assert page.locator("#slice-box").is_visible()
+    page.locator('input[name="show"][value="mip"]').check(force=True)
+    seen.wait_for_drawing()
+    assert not page.locator("#slice-box").is_visible(), "a projection has no slice number"
+    page.locator('input[name="show"][value="slice"]').check(force=True)
+    page = chosen(seen, place_of(seen, lesion, "ChannelShapley", "Component-lesion"))
+    assert page.locator("#bars .bar-of").inner_text().split("\n") == ["channel 0", "3 ± 0.1"]
+    assert not page.locator(AXIAL).is_visible()
+
+
+def test_a_photograph_is_in_colour(browser: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    one_map(tmp_path, rng.normal(size=(40, 60, 1, 3)).astype(np.float32), np.eye(4))
+    photo = np.zeros((40, 60, 1, 3), np.uint8)
+    photo[..., 1] = 255
+    nib.save(nib.Nifti1Image(photo, np.eye(4)), tmp_path / "a/a_scan.nii.gz")
+    reader = Reader(browser, write_report(tmp_path).cases["a"])
+    try:
+        reader.ready().locator('input[name="look"][value="scan"]').check(force=True)
+        pixels = reader.pixels("canvas.big")[..., :3]
+        assert (pixels == [0, 255, 0]).all()
+    finally:
+        reader.context.close()
+
+
+def test_the_cohort_table_sorts_filters_and_tells_what_was_not_evaluated(browser: Any, folder: Path) -> None:
+    reader = Reader(browser, folder / "index.html")
+    page = reader.page
+
+    def rows() -> list[str]:
+        return page.locator("#cases tbody tr:visible th").all_inner_texts()
+
+    try:
+        assert len(rows()) == 6
+        page.click('[data-column="case"]')
+        assert rows() == sorted(rows())
+        page.click('[data-column="case"]')
+        assert rows() == sorted(rows(), reverse=True)
+        page.locator("#find").fill("white matter")
+        assert len(rows()) == 2
+        page.locator("#find").fill("")
+        page.select_option("#of-kind", "unmeasured")
+        assert set(rows()) == {HOSTILE, "sub-01"}
+        assert page.locator("#cases tbody tr:visible .tag", has_text="not evaluated").count() == len(rows())
+        page.select_option("#of-kind", "alarm")
+        assert "Region alarm" in page.locator("#cases tbody tr:visible").all_inner_texts()[-1] or "sub-01" in rows()
+        assert page.locator(f'a[href="{"results.csv"}"]').count() == 1
+        assert reader.errors == []
+    finally:
+        reader.context.close()
+
+
+def test_on_a4_nothing_is_lost(browser: Any, folder: Path) -> None:
+    """At the width of the paper no table is wider than it, with the colour bar, without controls."""
+    reader = Reader(browser, report_path(folder, "sub-01"), 718)
+    page = reader.ready()
+    try:
+        page.emulate_media(media="print")
+        page.evaluate("() => dispatchEvent(new Event('beforeprint'))")
+        reader.wait_for_drawing()
+        wide = page.evaluate(
+            """() => [...document.querySelectorAll("table, .planes, canvas, pre, svg")]
+                 .filter((e) => e.checkVisibility() && e.getBoundingClientRect().right > 720)
+                 .map((e) => e.outerHTML.slice(0, 90))"""
+        )
+        assert wide == []
+        assert page.locator("#legend-bar").is_visible()
+        assert not page.locator("#tools").is_visible()
+        assert page.pdf(format="A4")[:4] == b"%PDF"
+    finally:
+        reader.context.close()

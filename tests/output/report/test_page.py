@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -16,10 +17,10 @@ import pytest
 from esegeta_monai.cli.main import main
 from esegeta_monai.errors import UsageError
 from esegeta_monai.files.pictures.picture import INTENDED_USE
-from esegeta_monai.output.report import embed, page
+from esegeta_monai.output.report import embed, page, render
 from esegeta_monai.output.report.page import report_path, write_report
-from tests.output.report.finished import GREY, HOSTILE, evaluated, explained, one_map
-from tests.output.report.viewer import data_of, volume_of
+from tests.output.report.finished import GREY, HOSTILE, evaluated, explained, one_map, sign
+from tests.output.report.viewer import data_of, scan_of, values_of, volume_of
 from tests.support.cli import make_bundle, make_scan
 
 
@@ -61,9 +62,9 @@ def test_the_summary_lists_what_was_explained_and_the_warnings(text: str) -> Non
     reported = words(text)
     assert "What does “Tiny brain” (version 0.1.0) look at in this scan? 4 methods asked about 3 targets" in reported
     for expected in (
-        "Problem Cam for MultiClassMask-grey matter failed: Cam needs a network that ends in global average pooling",
-        "Region alarm, Saliency for MultiClassMask-grey matter: outside of the body (65.0 % of the attribution)",
-        "Careful Empty target ThresholdMask-grey matter: no voxel of the prediction belongs to",
+        "Problem Cam for grey matter (all predicted voxels) failed: Cam needs a network that ends in global average",
+        "Region alarm, Saliency for grey matter (all predicted voxels): outside of the body (65.0 %",
+        "Careful Empty target grey matter (voxels above a threshold): no voxel of the prediction belongs to",
         "Careful GradCam does not beat the control maps on deletion",
         "Radiological convention: the patient's left is on the viewer's right.",
     ):
@@ -146,16 +147,17 @@ def test_the_volumes_are_the_maps(folder: Path, text: str) -> None:
     affine = np.array(data["affine"])
     rng = np.random.default_rng(0)
     for entry in data["maps"]:
-        shown = volume_of(path, entry["volumes"][0])
+        shown = values_of(path, entry)
         image = nib.load(folder / "sub-01" / f"sub-01_MultiClassMask-grey-matter_{entry['method']}_attr.nii.gz")
         values = np.asarray(image.dataobj)
         strength = np.abs(values) if entry["signed"] else np.maximum(values, 0)
-        assert entry["limit"] == pytest.approx(float(np.percentile(strength, 99.5)), rel=1e-6)
+        mask = np.asarray(nib.load(folder / "sub-01/sub-01_MultiClassMask-grey-matter_mask.nii.gz").dataobj) > 0
+        whole, inside = np.percentile(strength[strength > 0], 99.5), np.percentile(strength[mask], 99)
+        assert entry["limit"] == pytest.approx(float(max(whole, inside)), rel=1e-6)
         for voxel in rng.integers(0, data["size"], (50, 3)):
             world = affine @ [*voxel, 1]
             stored = tuple(np.rint(np.linalg.inv(image.affine) @ world)[:3].astype(int))
-            expected = np.clip(values[stored] / entry["limit"] * data["levels"], -data["levels"], data["levels"])
-            assert shown[tuple(voxel)] == pytest.approx(expected, abs=0.51)
+            assert shown[tuple(voxel)] == pytest.approx(values[stored], rel=entry["error"], abs=1e-4 * entry["limit"])
         assert values.flat[np.abs(values).argmax()] == pytest.approx(entry["value"])
 
 
@@ -188,14 +190,14 @@ def test_large_volumes_are_means_over_blocks_within_the_budget(tmp_path: Path, m
     monkeypatch.setattr(page, "BUDGET", 6000)
     written = write_report(tmp_path)
     data = data_of(written.cases["a"])
-    assert data["levels"] == embed.LEVELS[-1]
+    assert data["maps"][0]["levels"] == embed.LEVELS[-1][0]
     blocks = [round(s / e) for s, e in zip(data["spacing"], (1, 1, 2))]
     assert blocks == [2, 2, 1]
     means = values.reshape(16, 2, 16, 2, 16).mean((1, 3))
-    limit = np.percentile(np.abs(means), 99.5)
-    expected = np.rint((means / limit * data["levels"]).clip(-data["levels"], data["levels"]))
-    shown = volume_of(written.cases["a"], data["maps"][0]["volumes"][0])
-    assert np.abs(shown - expected).max() <= 1
+    entry = data["maps"][0]
+    shown = values_of(written.cases["a"], entry)
+    assert (np.abs(shown - means) <= entry["error"] * np.abs(means) + 1e-3 * entry["limit"]).all()
+    assert np.abs(shown).max() == pytest.approx(np.abs(means).max()), "nothing is clipped"
     assert "means over blocks of 2 x 2 x 1 voxels" in words(written.cases["a"].read_text(encoding="utf-8"))
 
 
@@ -228,6 +230,7 @@ def test_of_many_channels_the_same_are_shown_of_every_map_and_of_the_scan_under_
     record = json.loads((own / "a_t_Saliency_attr.json").read_text(encoding="utf-8"))
     record |= {"method": "GradCam", "method_name": "GradCam", "map": "a_t_GradCam_attr.nii.gz"}
     (own / "a_t_GradCam_attr.json").write_text(json.dumps(record))
+    sign(own / "a_t_GradCam_attr")
     scan = np.ones((*shape, 12), np.uint8) * np.arange(100, 112, dtype=np.uint8)
     nib.save(nib.Nifti1Image(scan, np.eye(4)), own / "a_scan.nii.gz")
     path = write_report(tmp_path).cases["a"]
@@ -235,7 +238,7 @@ def test_of_many_channels_the_same_are_shown_of_every_map_and_of_the_scan_under_
     kept = [0, 2, 3, 4, 5, 6, 7, 11]
     assert data["channels"] == [f"c{n}" for n in kept]
     assert [m["channels"] for m in data["maps"]] == [data["channels"]] * 2
-    assert [int(volume_of(path, name, np.uint8).max()) for name in data["scan"]] == [100 + n for n in kept]
+    assert [scan_of(path, c).max() for c in range(len(kept))] == [100 + n for n in kept]
     text = words(path.read_text(encoding="utf-8"))
     assert (
         text.count(
@@ -264,7 +267,7 @@ def test_two_dimensions_without_a_world_have_no_letters(tmp_path: Path) -> None:
     assert not plane["mirrored"]
     shown = volume_of(path, data["maps"][0]["volumes"][0])
     assert data["size"][:2] == [30, 12]
-    assert np.argwhere(shown == data["levels"]).tolist() == [
+    assert np.argwhere(shown == data["maps"][0]["levels"]).tolist() == [
         [x, 12 - 1 - 2, 0] for x in (9, 10, 11)
     ]  # upwards: row 2 is tenth
     assert "Orientation is unknown" in words(path.read_text(encoding="utf-8"))
@@ -285,7 +288,7 @@ def test_an_unreadable_map_leaves_the_others(folder: Path, tmp_path: Path) -> No
     (out / "sub-01" / "sub-01_MultiClassMask-grey-matter_Saliency_attr.nii.gz").write_bytes(b"cut")
     path = write_report(out).cases["sub-01"]
     assert [m["method"] for m in data_of(path)["maps"]] == ["InputXGradient", "GradCam"]
-    assert "sub-01_MultiClassMask-grey-matter_Saliency_attr.nii.gz cannot be read" in words(
+    assert "sub-01_MultiClassMask-grey-matter_Saliency_attr.nii.gz was altered" in words(
         path.read_text(encoding="utf-8")
     )
 
@@ -318,7 +321,7 @@ def test_explain_writes_it_when_asked_to(tmp_path: Path, capsys: pytest.CaptureF
     words = ["explain", "--bundle", str(bundle), "--input", str(scan), "--output", str(tmp_path / "out")]
     assert main([*words, "--methods", "Saliency", "--target", "MultiClassMask(1)", "--no-pictures", "--report"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"The report is {tmp_path / 'out' / 'index.html'}."
-    assert data_of(report_path(tmp_path / "out", "a"))["scan"] == [], "without pictures there is no anatomy"
+    assert data_of(report_path(tmp_path / "out", "a"))["scan"] is None, "without pictures there is no anatomy"
 
 
 def test_wrong_convention_is_refused(folder: Path) -> None:
@@ -344,7 +347,7 @@ def test_3d_is_optional_and_the_error_names_the_package_to_install(
 
 
 def test_numbers_are_short() -> None:
-    assert [page._short(v) for v in (0, 12.0, 484714.2, 1.23456e-5, -0.5, None)] == [
+    assert [render.short(v) for v in (0, 12.0, 484714.2, 1.23456e-5, -0.5, None)] == [
         "0",
         "12",
         "484,700",
@@ -352,3 +355,20 @@ def test_numbers_are_short() -> None:
         "-0.5",
         "–",
     ]
+
+
+def test_checks_of_single_maps_name_their_methods() -> None:
+    """Equal results of different methods are one line; a check that all methods share names none."""
+    texts = {"A": [("map", "fits"), ("rows", "mixed")], "B": [("map", "fits"), ("rows", "mixed")],
+             "C": [("map", "differs"), ("rows", "mixed")]}  # fmt: skip
+    results = [
+        SimpleNamespace(
+            method=method,
+            record=SimpleNamespace(
+                checks=[{"check": c, "text": t, "verdict": "warned" if t == "differs" else "passed"} for c, t in checks]
+            ),
+        )
+        for method, checks in texts.items()
+    ]
+    lines = [(check["check"], check["text"], check["methods"]) for check in page._checks(results)]
+    assert lines == [("map", "differs", "C"), ("map", "fits", "A, B"), ("rows", "mixed", "")]

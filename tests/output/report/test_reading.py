@@ -11,10 +11,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from esegeta_monai.cli.main import main
+from esegeta_monai.errors import UsageError
 from esegeta_monai.output.report.collect import read_output
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.report.volumes import View
-from tests.output.report.finished import evaluated, explained, one_map
+from tests.output.report.finished import evaluated, explained, one_map, sign
 from tests.output.report.test_page import words
 from tests.output.report.viewer import data_of
 
@@ -74,7 +76,7 @@ def test_an_unreadable_table_is_reported(out: Path, file: str, content: bytes, t
 def test_regions_from_json_that_is_none(out: Path, content: str) -> None:
     (out / REGIONS).unlink()
     (out / REGIONS).with_suffix(".json").write_text(content)
-    assert "Before you read the maps" in report_text(out)
+    assert "Before you trust the maps" in report_text(out)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,7 @@ def test_an_entry_of_another_kind_is_omitted_and_reported(out: Path, key: str, v
 
 @pytest.mark.parametrize("change", [{"status": "nope"}, {"status": None}, {"target": None}, {"method": 5}])
 def test_empty_results_of_run_json_are_omitted_and_reported(out: Path, change: dict) -> None:
+    (out / "run.jsonl").unlink()
     changed(out / "run.json", lambda run: run["results"][0].update(change))
     assert "run.json: 1 results are not as 'explain' wrote them" in report_text(out)
 
@@ -115,6 +118,7 @@ def test_a_map_that_is_not_finite_leaves_the_others_to_be_seen(out: Path, value:
     values = image.get_fdata().astype(np.float32)
     values[3, 3, 3] = value
     nib.save(nib.Nifti1Image(values, image.affine), out / f"{MAP}.nii.gz")
+    sign(out / MAP)
     path = write_report(out).cases["sub-01"]
     result = data_of(path)
     json.dumps(result, allow_nan=False)
@@ -134,8 +138,68 @@ def test_an_affine_that_leads_nowhere_is_reported(tmp_path: Path) -> None:
 def test_a_synthesised_image_that_is_cut_leaves_the_page(tmp_path: Path) -> None:
     one_map(tmp_path, np.ones((5, 5, 5), np.float32), np.eye(4), produces="synthesised image")
     (tmp_path / "a" / "a_t_Saliency_attr.nii.gz").write_bytes(b"cut")
+    sign(tmp_path / "a" / "a_t_Saliency_attr")
     text = words(write_report(tmp_path).cases["a"].read_text(encoding="utf-8"))
     assert "a_t_Saliency_attr.nii.gz cannot be read" in text
+
+
+def test_an_altered_map_is_named_and_not_shown(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One voxel: until now the page showed it without a word."""
+    assert main(["report", str(out), "-q"]) == 0
+    image = nib.load(out / f"{MAP}.nii.gz")
+    values = image.get_fdata().astype(np.float32)
+    values[3, 3, 3] += 1
+    nib.save(nib.Nifti1Image(values, image.affine, image.header), out / f"{MAP}.nii.gz")
+    assert main(["report", str(out), "-q"]) == 1
+    assert "Saliency_attr.nii.gz was altered" in capsys.readouterr().err
+    page = write_report(out).cases["sub-01"]
+    assert [m["method"] for m in data_of(page)["maps"]] == ["InputXGradient", "GradCam"]
+    assert "1 altered" in words(page.read_text(encoding="utf-8"))
+    (result,) = [r for r in read_output(out).cases[0].results if r.status == "altered"]
+    assert result.map is None
+
+
+@pytest.mark.parametrize("how", ["map", "absolute map", "mask", "absolute mask"])
+def test_a_sidecar_names_no_file_of_another_patient(out: Path, tmp_path: Path, how: str) -> None:
+    other = tmp_path / "other" / Path(MAP).with_suffix(".nii.gz").name
+    other.parent.mkdir()
+    shutil.copy(out / f"{MAP}.nii.gz", other)
+    name = str(other) if "absolute" in how else f"../../other/{other.name}"
+
+    def change(record: dict) -> None:
+        if "mask" in how:
+            record["display"]["mask"] = name
+        else:
+            record["map"] = name
+
+    changed(out / f"{MAP}.json", change)
+    (result,) = [r for r in read_output(out).cases[0].results if r.status == "altered"]
+    assert (result.map, result.mask) == (None, None)
+    assert "only files beside it are read" in str(result.reason)
+
+
+@pytest.mark.parametrize("file", [f"{MAP}.nii.gz", f"{MAP}.json", "sub-01/sub-01_scan.nii.gz", REGIONS, "metrics.csv"])
+def test_links_out_of_the_folder_are_not_read(out: Path, tmp_path: Path, file: str) -> None:
+    """Nor are run.json and the journal: the page has nothing of the other patient."""
+    shutil.move(out / file, tmp_path / "elsewhere")
+    (out / file).symlink_to(tmp_path / "elsewhere")
+    (case,) = read_output(out).cases
+    maps = [r.map.name for r in case.results if r.map is not None]
+    assert (f"{Path(MAP).name}.nii.gz" in maps) != file.startswith(MAP)
+    assert bool(case.regions) or file != "metrics.csv"
+    assert (case.scan is None) == (file == "sub-01/sub-01_scan.nii.gz")
+    if file == "metrics.csv":
+        assert "metrics.csv is a link to another folder and is not read." in case.notes
+
+
+@pytest.mark.parametrize("file", ["run.json", "run.jsonl"])
+def test_a_record_that_is_a_link_is_not_read(tmp_path: Path, file: str) -> None:
+    entry = {"case": "Jane Doe", "target": None, "method": None, "status": "failed", "reason": "x"}
+    (tmp_path / "other").write_text(json.dumps({"results": [entry]} if file == "run.json" else entry))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / file).symlink_to(tmp_path / "other")
+    with pytest.raises(UsageError, match=r"has neither a run\.json nor maps"):
+        read_output(tmp_path / "out")
 
 
 def test_curves_of_any_size_are_drawn(out: Path) -> None:
