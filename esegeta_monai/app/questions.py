@@ -58,7 +58,7 @@ class Question:
         >>> request = {"case": 0, "target": {"kind": "voxel", "class": 1, "world": [1, 2, 3]}}
         >>> question = Question.of({**request, "methods": [{"name": "Saliency"}]}, 1, {1: "liver"})
         >>> question.target
-        "Voxel(class_index=1, world=[1.0, 2.0, 3.0], name='Voxel-liver-at-1.0-2.0-3.0')"
+        "Voxel(class_index=1, world=[1.0, 2.0, 3.0], name='Voxel-liver at 1.0 2.0 3.0')"
         """
         case = request.get("case")
         if not isinstance(case, int) or isinstance(case, bool) or not 0 <= case < cases:
@@ -121,13 +121,13 @@ def _target(target: Any, class_names: Mapping[int, str]) -> str:
     else:
         world = _place(target.get("world"))
         kind, place = (("Voxel", "world") if target["kind"] == "voxel" else ("Component", "which"))
-        name = f"{kind}-{shown}-at-{'-'.join(f'{v:.1f}' for v in world)}"
+        name = f"{kind}-{shown} at {' '.join(f'{v:.1f}' for v in world)}"
         text = call_text(kind, {"class_index": index, place: list(world), "name": name})
     if against is None:
         return text
     other = class_names.get(_class(against), f"class{against}")
     plain = re.sub(r"[^\w .]", "", other)[:40].strip() or str(against)
-    name = f"{name}-against-{plain}"
+    name = f"{name} against {plain}"
     return f"Contrast({text}, others={against}, name={name!r})"
 
 

@@ -72,6 +72,7 @@ COMMANDS = (
     Command("report", "write an HTML report of the maps", parsers.add_report, "report:run"),
     Command("evaluate", "evaluate the maps of a bundle by metrics", parsers.add_evaluate, "evaluate:run"),
     Command("merge-runs", "join the parts of a run", parsers.add_merge_runs, "merge_runs:run"),
+    Command("app", "open a page on which a click on a voxel asks the network why", parsers.add_app, "app:run"),
     Command("demo", "explain a brain segmentation as a demonstration", parsers.add_demo, "demo:run"),
     Command(
         "methods",
