@@ -113,7 +113,7 @@ def _target(target: Any, class_names: Mapping[int, str]) -> str:
     if target["kind"] == "other":
         return _named(target)
     index = _class(target.get("class"))
-    shown = re.sub(r"[^\w .]", "", class_names.get(index, f"class{index}"))[:40].strip() or f"class{index}"
+    shown = re.sub(r"[^\w ]", "", class_names.get(index, f"class{index}"))[:40].strip() or f"class{index}"
     against = target.get("against")
     if target["kind"] == "class":
         name = f"Class-{shown}"
@@ -126,7 +126,7 @@ def _target(target: Any, class_names: Mapping[int, str]) -> str:
     if against is None:
         return text
     other = class_names.get(_class(against), f"class{against}")
-    plain = re.sub(r"[^\w .]", "", other)[:40].strip() or str(against)
+    plain = re.sub(r"[^\w ]", "", other)[:40].strip() or str(against)
     name = f"{name} against {plain}"
     return f"Contrast({text}, others={against}, name={name!r})"
 

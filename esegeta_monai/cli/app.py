@@ -28,13 +28,13 @@ def run(args: Namespace, *_: object) -> int:
     Raises:
         EsegetaError: an option is wrong, the extra ``app`` is not installed, or the bundle is not trusted.
     """
-    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
-    if missing:
-        raise UsageError(f'the app needs {" and ".join(missing)}: pip install "esegeta-monai[app]"')
     if args.bundle is None and args.nnunet is None:
         args.bundle = str(find_bundle())
     check_options(args)
     require_trust(args)
+    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+    if missing:
+        raise UsageError(f'the app needs {" and ".join(missing)}: pip install "esegeta-monai[app]"')
     output = storage.writable_folder(args.output)
     if args.input is None:
         args.input = [str(_template(args, output))]
@@ -59,7 +59,7 @@ def start(args: Namespace, output: Path) -> Any:
     server = importlib.import_module("esegeta_monai.app.server")  # needs the extra
     plain = (str, int, float, bool, list, type(None))
     arguments = {k: v for k, v in vars(args).items() if isinstance(v, plain) and k not in ("allowed", "trust", "port")}
-    arguments |= {"trust": False, "output": str(output), "amp": None, "seed": 0, "window_batch": None, "checks": True}
+    arguments |= {"trust": False, "output": str(output)}  # the worker asks the store of trusted bundles
     app = server.App(WORKER, arguments, output)
     app.worker.start()
     app.worker.wait_until_open(600)

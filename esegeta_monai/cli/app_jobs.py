@@ -46,8 +46,7 @@ KEPT = 2
 """Number of cases whose image and prediction stay in memory."""
 SHOWN_CLASSES = 12
 """Largest number of predicted classes that are shown as maps of the prediction."""
-OPTIONS = ("config", "override", "folds", "device", "network_output", "head", "amp", "seed", "window_batch")
-FLAGS = {"mirroring": "--no-mirroring", "checks": "--no-checks"}
+OPTIONS = ("config", "override", "folds", "step_size", "previous_stage", "device", "network_output", "head")
 
 
 @dataclass
@@ -270,13 +269,10 @@ class Resident:
         own, argv = self.arguments, [name]
         argv += ["--nnunet", own.nnunet] if own.nnunet is not None else ["--bundle", own.bundle]
         for option in OPTIONS:
-            value = getattr(own, option, None)
-            if option == "amp" and value is not None:
-                argv.append("--amp" if value else "--no-amp")
-            elif value is not None and not (option == "seed" and value == 0):
-                for one in value if isinstance(value, list) else [value]:
-                    argv += [f"--{option.replace('_', '-')}", str(one)]
-        argv += [flag for option, flag in FLAGS.items() if not getattr(own, option, True)]
+            value = getattr(own, option)
+            for one in value if isinstance(value, list) else [] if value is None else [value]:
+                argv += [f"--{option.replace('_', '-')}", str(one)]
+        argv += [] if own.mirroring else ["--no-mirroring"]
         argv += ["--input", _input_of(self.cases[case]), "--output", own.output]
         for method in methods:
             argv += ["--methods", method]
