@@ -17,7 +17,7 @@ from esegeta_monai.cli.trust import require_trust
 from esegeta_monai.errors import UsageError
 from esegeta_monai.utils.files import INTENDED_USE
 
-__all__ = ["run"]
+__all__ = ["listen", "run", "server_of", "start"]
 
 WORKER = [sys.executable, "-m", "esegeta_monai.cli.app_worker"]
 
@@ -47,7 +47,7 @@ def run(args: Namespace, *_: object) -> int:
         print(f"Open http://127.0.0.1:{port}/start?token={app.session.token}", flush=True)
         print("This address works once, for one browser. Ctrl-C ends the app.", flush=True)
         print(INTENDED_USE, flush=True)
-        serve(app, listening)
+        server_of(app).run(sockets=[listening])
     finally:
         listening.close()
         app.close()
@@ -66,8 +66,8 @@ def start(args: Namespace, output: Path) -> Any:
     return app
 
 
-def serve(app: Any, listening: socket.socket) -> None:
-    """Answer requests on a socket until the process is asked to stop."""
+def server_of(app: Any) -> Any:
+    """Return the `uvicorn.Server` of an app; its ``run`` takes the sockets."""
     uvicorn = importlib.import_module("uvicorn")
     config = uvicorn.Config(
         app.asgi,
@@ -78,7 +78,7 @@ def serve(app: Any, listening: socket.socket) -> None:
         timeout_graceful_shutdown=2,
         ws="none",
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    return uvicorn.Server(config)
 
 
 def listen(port: int) -> socket.socket:

@@ -33,6 +33,7 @@ from esegeta_monai.files.grids.resample import _background, has_metadata, to_sca
 from esegeta_monai.files.pictures.picture import display_affine
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.metrics import METRICS
+from esegeta_monai.output.place import PlaceChecks
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.targets.base import TARGETS, class_output
 from esegeta_monai.targets.classes import PredictedClasses, ranked_classes
@@ -85,6 +86,7 @@ class Resident:
         self.cases = find_cases(self.arguments.input, names, leave_out=self.output)
         self.preprocess = Preprocessor(self.reader)
         self._loaded: OrderedDict[int, LoadedCase] = OrderedDict()
+        self._places = PlaceChecks()
 
     def description(self) -> dict[str, Any]:
         """Return what the page shows before a case is chosen."""
@@ -333,7 +335,15 @@ class Resident:
         loaded = self._case(request["case"])
         with RunLog("ERROR") as log:
             writer = explain.explain_cases(
-                self.reader, cases, methods, targets, self.output, options, log, prepare=lambda _: loaded.prepared
+                self.reader,
+                cases,
+                methods,
+                targets,
+                self.output,
+                options,
+                log,
+                prepare=lambda _: loaded.prepared,
+                places=self._places,
             )
         entries = writer.run.results
         for entry in entries:

@@ -28,6 +28,7 @@ from esegeta_monai.explain.explainer import Explainer
 from esegeta_monai.explain.layers import check_layers
 from esegeta_monai.explain.settings import DEFAULT_METHODS, Checks, default_targets
 from esegeta_monai.methods.base import METHODS, Method
+from esegeta_monai.output.place import PlaceChecks
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets.base import TARGETS, Target
@@ -96,6 +97,7 @@ def explain_cases(
     ranks: Processes | None = None,
     heartbeat: Heartbeat | None = None,
     prepare: Callable[[ScanCase], PreparedCase] | None = None,
+    places: PlaceChecks | None = None,
 ) -> ResultWriter:
     """Explain cases one by one; a case that fails is recorded, and the others continue.
 
@@ -107,6 +109,7 @@ def explain_cases(
         heartbeat: that of a command which is watched; None: nobody watches.
         prepare: gives a case whose image is already known, as a program that stays open keeps it; None: each case is
             read and preprocessed.
+        places: checks of the same cases by an earlier call; None: there are none.
 
     Returns:
         The writer, whose ``run`` has the status of every result.
@@ -134,6 +137,7 @@ def explain_cases(
         checks=getattr(options, "checks", True),
         part=part_id(options),
         heartbeat=heartbeat,
+        places=places,
     )
     open_log(log, reader, cases, output)
     logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))
