@@ -53,7 +53,7 @@ def measure(resident: Resident, case: int, repeat: int) -> str:
     middle = (affine @ [*(n // 2 for n in shape), 1.0])[:3].round(1)
 
     def explain(i: int) -> None:
-        world = [float(v) for v in middle + [2.0 * i, 0, 0]]
+        world = [float(v) + shift for v, shift in zip(middle, (2.0 * i, 0.0, 0.0))]
         target = f"Voxel(class_index=1, world={world}, name='Voxel-{i}')"
         result = resident.explain({"case": case, "target": target, "methods": ["InputXGradient"]})
         assert [entry["status"] for entry in result["results"]] == ["ok"], result["results"]

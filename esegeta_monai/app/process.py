@@ -191,7 +191,9 @@ class WorkerProcess:
         while True:
             answer = answers.get()
             if answer is None:
-                self.problem = None if self._closing else f"the worker ended while it opened the bundle ({self._code()})"
+                self.problem = (
+                    None if self._closing else f"the worker ended while it opened the bundle ({self._code()})"
+                )
                 break
             if answer["event"] == "done":
                 self.opened = answer["result"]

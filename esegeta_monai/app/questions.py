@@ -120,7 +120,7 @@ def _target(target: Any, class_names: Mapping[int, str]) -> str:
         text = call_text(target.get("name", "MultiClassMask"), {"class_index": index, "name": name})
     else:
         world = _place(target.get("world"))
-        kind, place = (("Voxel", "world") if target["kind"] == "voxel" else ("Component", "which"))
+        kind, place = ("Voxel", "world") if target["kind"] == "voxel" else ("Component", "which")
         name = f"{kind}-{shown} at {' '.join(f'{v:.1f}' for v in world)}"
         text = call_text(kind, {"class_index": index, place: list(world), "name": name})
     if against is None:

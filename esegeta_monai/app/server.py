@@ -117,7 +117,7 @@ class App:
                 while True:
                     try:
                         event = await asyncio.wait_for(listener.get(), ALIVE)
-                    except asyncio.TimeoutError:  # noqa: UP041 - another class before Python 3.11
+                    except asyncio.TimeoutError:
                         yield ": alive\n\n"
                         continue
                     yield f"data: {json.dumps(event)}\n\n"

@@ -107,7 +107,9 @@ class Views:
         key = (case, str(result.target), str(result.method))
         return self._numbers.setdefault(key, len(self._numbers))
 
-    def make(self, case: str, loaded: Mapping[str, Any], show: Sequence[int] | None, newest: Any = None) -> dict[str, Any]:
+    def make(
+        self, case: str, loaded: Mapping[str, Any], show: Sequence[int] | None, newest: Any = None
+    ) -> dict[str, Any]:
         """Return HTML and data of a case, and the id of its view.
 
         Args:
@@ -125,7 +127,9 @@ class Views:
         own = [_prediction(entry, loaded) for entry in loaded["prediction"]]
         results = CaseResults(case, [*own, *chosen], Path(loaded["scan"]))
         embedded = embed(results, radiological=True, budget=BUDGET)
-        context = viewer_context(results, embedded, {id(r): None for r in results.explained}, self.output / "index.html")
+        context = viewer_context(
+            results, embedded, {id(r): None for r in results.explained}, self.output / "index.html"
+        )
         data = embedded.data
         for detail in context["details"]:
             detail["href"] = None  # the page has no paths
@@ -139,8 +143,10 @@ class Views:
             result = results.explained[entry["place"]]
             if newest is not None and [result.target, result.method] == list(newest):
                 data["first"] = i
-        html = environment(TEMPLATES).get_template("view.html").render(
-            **context, notes=embedded.notes, case=case, orientation=""
+        html = (
+            environment(TEMPLATES)
+            .get_template("view.html")
+            .render(**context, notes=embedded.notes, case=case, orientation="")
         )
         name = secrets.token_urlsafe(12)
         file_affine = np.asarray(loaded["scan_affine"], dtype=float)

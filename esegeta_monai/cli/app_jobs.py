@@ -19,10 +19,10 @@ from torch import Tensor
 import esegeta_monai.files as storage
 from esegeta_monai.cli import evaluate, explain
 from esegeta_monai.cli.cases import PreparedCase, Preprocessor, ScanCase, find_cases
+from esegeta_monai.cli.describe import describe
 from esegeta_monai.cli.log import RunLog
 from esegeta_monai.cli.main import build_parser
 from esegeta_monai.cli.reading import open_reader, register_trusted
-from esegeta_monai.cli.describe import describe
 from esegeta_monai.errors import EsegetaError, InputError, UsageError
 from esegeta_monai.explain.case import BatchInputs
 from esegeta_monai.explain.layers import check_layers

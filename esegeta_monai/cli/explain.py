@@ -169,9 +169,7 @@ def explain_cases(
         return writer
 
 
-def prepared_case(
-    reader: BundleReader, preprocess: Preprocessor, case: ScanCase, output: Path | None
-) -> PreparedCase:
+def prepared_case(reader: BundleReader, preprocess: Preprocessor, case: ScanCase, output: Path | None) -> PreparedCase:
     """Read and preprocess a case.
 
     Args:

@@ -15,14 +15,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-pytest.importorskip("starlette", reason="the extra app is not installed: pip install starlette uvicorn")
-uvicorn = pytest.importorskip("uvicorn", reason="the extra app is not installed: pip install starlette uvicorn")
-playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
-
 from esegeta_monai.cli.app import listen, server_of
 from esegeta_monai.cli.main import main
 from tests.app.running import HOSTILE, started, wait_for
 from tests.output.report.test_browser import CHROMIUM, FLAGS
+
+pytest.importorskip("starlette", reason="the extra app is not installed: pip install starlette uvicorn")
+pytest.importorskip("uvicorn", reason="the extra app is not installed: pip install starlette uvicorn")
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")]
 AXIAL = 'canvas.big[data-plane="0"]'
@@ -163,7 +163,7 @@ def start_long_job(served: Served) -> Any:
     page = served.page
     page.select_option("#a-method", value="Rise")
     page.click("#a-form details summary")
-    page.fill('[data-parameter="n_samples"]', "99999")
+    page.fill('[data-parameter="n_masks"]', "99999")
     page.click("#a-form details summary")
     page.click("#a-explain")
     page.wait_for_function("() => !document.getElementById('a-confirm').hidden", timeout=120_000)
@@ -219,7 +219,11 @@ def test_no_socket_off_the_loopback(served: Served) -> None:
                 inodes |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(entry)))
             except OSError:  # closed meanwhile
                 continue
-    rows = [line.split() for name in ("tcp", "tcp6", "udp", "udp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    rows = [
+        line.split()
+        for name in ("tcp", "tcp6", "udp", "udp6")
+        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
     ours = [row[1].split(":")[0] for row in rows if row[9] in inodes]
     assert ours, "the server's own socket"
     loopback = ("0100007F", "00000000000000000000000001000000", "0000000000000000FFFF00000100007F")
@@ -240,7 +244,8 @@ def test_the_keyboard_is_enough(served: Served) -> None:
     page.keyboard.press("ArrowUp")
     page.wait_for_function("() => document.getElementById('a-place').textContent !== ''")
     unnamed = page.evaluate(
-        """() => [...document.querySelectorAll("button, select, input, canvas.big")].filter((e) =>
-        !(e.labels?.length || e.getAttribute("aria-label") || e.textContent.trim() || e.title)).map((e) => e.id || e.outerHTML)"""
+        """() => [...document.querySelectorAll("button, select, input, canvas.big")]
+        .filter((e) => !(e.labels?.length || e.getAttribute("aria-label") || e.textContent.trim() || e.title))
+        .map((e) => e.id || e.outerHTML)"""
     )
     assert unnamed == []

@@ -47,16 +47,19 @@ def explained(app: Any, **more: Any) -> dict[str, Any]:
     ("method", "target"),
     [
         ("InputXGradient", VOXEL),
-        ("GradCam", "Component(class_index=2, which=[14.0, 16.0, 14.0], name='Component-x')"),
+        ("GradCam", "Component(class_index=1, name='Component-x')"),
         ("Occlusion(window=8, name='Occlusion-8')", VOXEL),
         ("Saliency", f"Contrast({VOXEL}, others=2, name='Contrast-x')"),
-        ("IntegratedGradients(n_steps=4, name='IG-4')", "MultiClassMask(class_index=1, output='probability', name='p')"),
+        (
+            "IntegratedGradients(n_steps=4, name='IG-4')",
+            "MultiClassMask(1, output='probability', name='p')",
+        ),
     ],
 )
 def test_a_map_is_bit_for_bit_that_of_the_command(app: Any, tmp_path: Path, method: str, target: str) -> None:
     result = explained(app, methods=[method], target=target)
     (entry,) = result["results"]
-    assert entry["status"] == "ok"
+    assert entry["status"] in ("ok", "incomplete")
     ours = app.output / entry["map"]
     words = shlex.split(result["command"])
     assert words[0] == "esegeta-monai"
@@ -67,7 +70,7 @@ def test_a_map_is_bit_for_bit_that_of_the_command(app: Any, tmp_path: Path, meth
     assert np.array_equal(np.asarray(nib.load(ours).dataobj), np.asarray(nib.load(theirs).dataobj))
     assert np.abs(nib.load(ours).get_fdata()).max() > 0
     here, there = (json.loads(p.with_name(p.name.replace(".nii.gz", ".json")).read_text()) for p in (ours, theirs))
-    for key in ("value", "target", "parameters", "image_sha256", "weights_sha256", "window_passes"):
+    for key in ("value", "status", "target", "parameters", "image_sha256", "weights_sha256", "window_passes"):
         assert here.get(key) == there.get(key), key
 
 
@@ -116,12 +119,14 @@ def test_the_cost_is_known_before_a_job(app: Any) -> None:
     done = explained(app)
     record = json.loads((app.output / done["results"][0]["map"].replace(".nii.gz", ".json")).read_text())
     assert cost["passes"] == record["window_passes"] > 0
-    dear = finished(app, {"do": "costs", "case": number(app, "a"), "target": VOXEL, "methods": ["Occlusion(window=1, stride=1)"]})
+    dear = finished(
+        app, {"do": "costs", "case": number(app, "a"), "target": VOXEL, "methods": ["Occlusion(window=1, stride=1)"]}
+    )
     assert dear.result["costs"][0]["passes"] > 1000
 
 
 def long_job(app: Any) -> Any:
-    request = {"do": "explain", "case": number(app, "a"), "target": VOXEL, "methods": ["Rise(n_samples=99999)"]}
+    request = {"do": "explain", "case": number(app, "a"), "target": VOXEL, "methods": ["Rise(n_masks=99999)"]}
     job = app.worker.submit({**request, "costly": True})
     wait_for(lambda: job.done > 4)
     return job
@@ -145,7 +150,7 @@ def test_a_job_is_cancelled_and_the_worker_goes_on(app: Any) -> None:
 
 
 def test_a_method_ends_at_the_time_limit(app: Any) -> None:
-    methods = ["Rise(n_samples=99998)"]
+    methods = ["Rise(n_masks=99998)"]
     result = explained(app, methods=methods, costly=True, time_limit=1)
     assert result["results"][0]["status"] == "timeout"
 

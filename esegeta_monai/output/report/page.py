@@ -133,7 +133,6 @@ def _case_page(
     scripts += [read_text(name) for name in (*VIEWER, "page.js")]
     data = embedded.data
     viewer = viewer_context(case, embedded, images, path)
-    names = viewer["names"]
     cautions = {entry["place"]: words.map_cautions(entry) for entry in data["maps"]}
     findings = words.findings(case, [*case.notes, *embedded.notes], cautions)
     size = embedded.bytes + sum(map(len, scripts))

@@ -76,14 +76,18 @@ def environment(*more: BaseLoader) -> Environment:
 
 
 def render(template: str, scripts: Sequence[str], *, three: bool = False, **context: Any) -> str:
-    return environment().get_template(template).render(
-        css=Markup(read_text("report.css")),  # safe: our own files, and NiiVue, whose hash is in the page's policy
-        scripts=[Markup(script) for script in scripts],
-        csp=_policy(scripts, three),
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        counted=words.STATUS_WORDS,
-        marks=MARKS,
-        **context,
+    return (
+        environment()
+        .get_template(template)
+        .render(
+            css=Markup(read_text("report.css")),  # safe: our own files, and NiiVue, whose hash is in the page's policy
+            scripts=[Markup(script) for script in scripts],
+            csp=_policy(scripts, three),
+            written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            counted=words.STATUS_WORDS,
+            marks=MARKS,
+            **context,
+        )
     )
 
 
