@@ -224,7 +224,8 @@ def add_merge_runs(parser: ArgumentParser) -> None:
 
 APP_DESCRIPTION = """Opens a page on this machine for a bundle and scans: click a voxel or a component, and ask why the
 network gives it its class, and not another one; replace a box and see how the score changes. Each job is a command,
-which the page shows; its results are in OUTPUT, as those of 'explain'. The server listens on the loopback address only."""
+which the page shows; its results are in OUTPUT, as those of 'explain'. The server listens on the loopback address
+only."""
 
 APP_EPILOG = """The printed address works once, for one browser. On another computer, over SSH:
   ssh -L 8765:127.0.0.1:8765 HOST     then open the printed address in the browser here (same port)
