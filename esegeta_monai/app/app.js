@@ -156,6 +156,7 @@
   /** Ask what the network says at the cross-hair. */
   async function look() {
     const voxel = [...shown.state.at], asked = view.view;
+    if ([...jobs.values()].some((job) => job.state === "running")) $("place").textContent = "The worker is busy; this place is looked at afterwards.";
     const answer = await send("/api/look", { view: asked, voxel });
     if (asked !== view.view) return;
     place = { voxel, world: answer.world };
@@ -319,6 +320,7 @@
     const result = job.result;
     for (const r of result?.results ?? []) if (r.reason) parts.push(make("p", `${r.target ?? ""} ${r.method ?? ""}: ${r.status}: ${r.reason}`, { class: "small" }));
     if (result?.box) parts.push(make("p", changeText(result.box)));
+    if (result?.exit_code !== undefined) parts.push(make("p", `The metrics are in the report and in metrics.csv${result.exit_code ? "; some could not be computed" : ""}: press "Write the report".`, { class: "small" }));
     if (result?.command) parts.push(equivalent(result));
     row.replaceChildren(...parts);
     if (job.state === "done" && before && before.state !== "done") guarded(finished)(job);

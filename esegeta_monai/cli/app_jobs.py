@@ -129,7 +129,7 @@ class Resident:
         for c in classes[:SHOWN_CLASSES] if has_map else []:
             label = c["name"]
             entry = {"target": label, "class": c["index"], "units": c["units"]}
-            values = on_scan(self._values(predicted, c["index"])[None], "bilinear")
+            values = on_scan(self._values(predicted, c["index"], predicted.prediction)[None], "bilinear")
             mask = on_scan(c["mask"][None], "nearest")
             entry["map"] = self._save(folder / f"{name}_{label}", values, grid, "Prediction")
             entry["mask"] = str(save_mask(mask_path(folder, name, label, separate_folder=False), mask.numpy(), grid))
@@ -202,9 +202,9 @@ class Resident:
             if not score.empty and score.mask is not None and score.class_index is not None
         ]
 
-    def _values(self, predicted: Prediction, index: int) -> Tensor:
-        """Return the probability of a class (*spatial); of a raw head its output."""
-        prediction, head = predicted.prediction, predicted.head
+    def _values(self, predicted: Prediction, index: int, prediction: Tensor) -> Tensor:
+        """Return the probability of a class (*spatial) for outputs (K, *spatial); of a raw head its output."""
+        head = predicted.head
         which = class_output(index, len(prediction), predicted._context)
         if head.kind == "raw":
             return prediction[which.channel]
@@ -220,13 +220,10 @@ class Resident:
         """Return number, name, output and probability of each class for outputs (K,), the largest first."""
         order = ranked_classes(values, predicted._context)
         names, head = self.reader.class_names, predicted.head
-        flat = values.reshape(-1, *(1,) * max(1, predicted.prediction.ndim - 1))
-        at = Prediction.__new__(Prediction)
-        at.__dict__.update({**predicted.__dict__, "prediction": flat})
         scores = []
         for index in order[:SHOWN_CLASSES]:
             which = class_output(index, len(values), predicted._context)
-            probability = None if head.kind == "raw" else float(self._values(at, index).flatten()[0])
+            probability = None if head.kind == "raw" else float(self._values(predicted, index, values))
             output = float(values[which.channel]) * (-1 if which.complement else 1)
             name = names.get(index, f"class{index}")
             scores.append({"class": index, "name": name, "output": output, "probability": probability})

@@ -126,7 +126,7 @@ def test_the_cost_is_known_before_a_job(app: Any) -> None:
 
 
 def long_job(app: Any) -> Any:
-    request = {"do": "explain", "case": number(app, "a"), "target": VOXEL, "methods": ["Rise(n_masks=99999)"]}
+    request = {"do": "explain", "case": number(app, "a"), "target": VOXEL, "methods": ["IntegratedGradients(n_steps=20009)"]}
     job = app.worker.submit({**request, "costly": True})
     wait_for(lambda: job.done > 4)
     return job
@@ -150,7 +150,7 @@ def test_a_job_is_cancelled_and_the_worker_goes_on(app: Any) -> None:
 
 
 def test_a_method_ends_at_the_time_limit(app: Any) -> None:
-    methods = ["Rise(n_masks=99998)"]
+    methods = ["IntegratedGradients(n_steps=20008)"]
     result = explained(app, methods=methods, costly=True, time_limit=1)
     assert result["results"][0]["status"] == "timeout"
 
