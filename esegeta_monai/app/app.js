@@ -93,9 +93,9 @@
     $("loading").textContent = same ? "The maps are being read." : "The case is being read and predicted.";
     const made = await send(`/api/cases/${number}/view`, { show, newest });
     view = { ...made, number };
-    const root = $("viewer");
-    delete root.dataset.ready;
+    const root = make("div"); // a new one, because the former viewer still listens to changes of its own
     root.innerHTML = made.html; // written by this server; all names in it are escaped
+    $("viewer").replaceChildren(root);
     const read = async (id) => {
       const answer = await fetch(`/api/views/${made.view}/${id}`);
       if (!answer.ok) throw new Error(`volume ${id}: ${await answer.text()}`);
@@ -118,8 +118,7 @@
     if (!made.has_map) document.querySelector('input[name="kind"][value="class"]').checked = true;
     if (!same) { if (made.has_map) writeScores([]); else writeScores(made.scores); look(); }
     listResults();
-    root.dataset.view = made.view;
-    root.dataset.count = String((Number(root.dataset.count) || 0) + 1);
+    $("viewer").dataset.count = String((Number($("viewer").dataset.count) || 0) + 1);
   }
 
   function listResults() {

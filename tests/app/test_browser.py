@@ -48,9 +48,9 @@ class Served:
         return [job for job in self.app.worker.jobs.values() if not job.hidden]
 
     def wait_for_view(self, number: int) -> None:
-        script = f"""() => {{ const d = document.getElementById("a-viewer").dataset;
-            return Number(d.count) >= {number} && d.ready === "yes" && (d.pending ?? "0") === "0"; }}"""
-        self.page.wait_for_function(script, timeout=120_000)
+        script = f"""() => {{ const box = document.getElementById("a-viewer"), d = box.firstElementChild?.dataset;
+            return Number(box.dataset.count) >= {number} && d.ready === "yes" && (d.pending ?? "0") === "0"; }}"""
+        self.page.wait_for_function(script, timeout=300_000)
 
     def click_voxel(self, across: float, down: float) -> None:
         """Click at a share of the axial picture, and wait for what the network says there."""
@@ -58,7 +58,7 @@ class Served:
         box = self.page.locator(AXIAL).bounding_box()
         self.page.eval_on_selector("#a-place", "(p) => { p.textContent = ''; }")
         self.page.mouse.click(box["x"] + across * box["width"], box["y"] + down * box["height"])
-        self.page.wait_for_function("() => document.getElementById('a-place').textContent !== ''", timeout=120_000)
+        self.page.wait_for_function("() => document.getElementById('a-place').textContent !== ''", timeout=300_000)
 
     def finish(self, button: str = "#a-explain") -> dict[str, Any]:
         """Press a button that starts a job, start it also if it takes long, and return its result."""
@@ -90,7 +90,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         thread.start()
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
         page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(300_000)
         served = Served(app, page, port)
         page.goto(f"http://127.0.0.1:{port}/start?token={app.session.token}")
         served.wait_for_view(1)
@@ -166,7 +166,7 @@ def start_long_job(served: Served) -> Any:
     page.fill('[data-parameter="n_steps"]', "20000")
     page.click("#a-form details summary")
     page.click("#a-explain")
-    page.wait_for_function("() => !document.getElementById('a-confirm').hidden", timeout=120_000)
+    page.wait_for_function("() => !document.getElementById('a-confirm').hidden", timeout=300_000)
     assert re.match(r"About \d", page.inner_text("#a-costs"))
     page.click("#a-start")
     wait_for(lambda: page.wait_for_timeout(50) or any(j.state == "running" and j.done for j in served.jobs()))

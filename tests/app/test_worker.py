@@ -126,7 +126,8 @@ def test_the_cost_is_known_before_a_job(app: Any) -> None:
 
 
 def long_job(app: Any) -> Any:
-    request = {"do": "explain", "case": number(app, "a"), "target": VOXEL, "methods": ["IntegratedGradients(n_steps=20009)"]}
+    methods = ["IntegratedGradients(n_steps=20009)"]
+    request = {"do": "explain", "case": number(app, "a"), "target": VOXEL, "methods": methods}
     job = app.worker.submit({**request, "costly": True})
     wait_for(lambda: job.done > 4)
     return job
