@@ -120,6 +120,11 @@ class EnsembleInferer:
 
         return self._inferer(inputs, mean, *args, **kwargs)
 
+    @property
+    def single(self) -> Any:
+        """The inferer of one pass, without members and views."""
+        return self._inferer
+
     def declared_windows(self, spatial_shape: Sequence[int], dtype: torch.dtype) -> WindowPlan:
         """Return the windows of all members and views.
 

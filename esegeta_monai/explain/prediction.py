@@ -103,8 +103,10 @@ class Prediction:
         for text in self.notes:
             logger.warning(text)
         self.model.repeats = self.plan.whole
-        if self.plan.whole and type(settings.inferer).__name__ != "SimpleInferer":
-            self.model.inferer = settings.inferer
+        # with several calls, each is one pass of the inner inferer: the whole one would make all of them again
+        one = getattr(settings.inferer, "single", None) if self.plan.calls else settings.inferer
+        if self.plan.whole and one is not None and type(one).__name__ != "SimpleInferer":
+            self.model.inferer = one
         self._check_network()
         self.predicted = self.prediction = self._predict()
         self._note_changed_settings()

@@ -151,7 +151,7 @@ def test_a_map_on_disk_that_cannot_be_read_leaves_the_others(study, capsys):
     record = json.loads((study / "rest" / "a" / "a_metrics.json").read_text(encoding="utf-8"))
     ((name, why),) = record["failed"].items()
     assert name == "MultiClassMask-grey matter, Saliency"
-    assert "no readable NIfTI file" in why
+    assert "was altered: its SHA-256" in why
     assert str(study) not in why.split(" (")[0]
     capsys.readouterr()
 

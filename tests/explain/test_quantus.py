@@ -43,7 +43,7 @@ def test_a_segmentation_by_the_columns_of_a_wrapper() -> None:
 
 
 def test_what_cannot_be_explained_is_refused() -> None:
-    network, image = classifier(2), np.ones((1, 2, 6, 6), np.float32)
+    network, image = classifier(2), np.arange(72, dtype=np.float32).reshape(1, 2, 6, 6)
     with pytest.raises(UsageError, match="Salienc"):
         quantus_explain_func(network, image, [0], method="Salience")
     segmenter = nn.Conv2d(2, 2, 1).eval()

@@ -147,7 +147,7 @@ def test_the_share_that_biases_keep_is_recorded_and_warned_of(bias, warned) -> N
         network[0].bias.fill_(0.0)
         network[2].weight.fill_(1 / 16)
         network[2].bias.fill_(bias)
-    x = torch.ones(1, 1, 4, 4, dtype=torch.float64)
+    x = torch.linspace(0.5, 1.5, 16, dtype=torch.float64).reshape(1, 1, 4, 4)  # of mean 1
     for method in (LRP("LRP0"), LayerLRP("0", composite="LRP0")):
         result = only(Explainer(network)(x, [method], [ClassScore(1)]))
         assert result.record["booked"] == pytest.approx(bias)
