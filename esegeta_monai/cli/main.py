@@ -80,6 +80,7 @@ COMMANDS = (
         "concepts:run",
     ),
     Command("merge-runs", "join the parts of a run", parsers.add_merge_runs, "merge_runs:run"),
+    Command("app", "open a page on which a click on a voxel asks the network why", parsers.add_app, "app:run"),
     Command("demo", "compare a network that uses a shortcut with one that does not", parsers.add_demo, "demo:run"),
     Command(
         "methods",

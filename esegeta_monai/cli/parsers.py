@@ -19,6 +19,7 @@ from esegeta_monai.cli.arguments import (
 )
 
 __all__ = [
+    "add_app",
     "add_check",
     "add_concepts",
     "add_demo",
@@ -245,6 +246,35 @@ def add_merge_runs(parser: ArgumentParser) -> None:
     parser.epilog = "exit codes: 0 all parts finished without a failure; 1 a part is not finished, or a result failed"
     parser.add_argument("output", metavar="OUTPUT", help="the output folder of the whole run")
     parser.add_argument("others", nargs="*", metavar="FOLDER", help="output folders of further parts")
+
+
+APP_DESCRIPTION = """Opens a page on this machine for a bundle and scans: click a voxel or a component, and ask why the
+network gives it its class, and not another one; replace a box and see how the score changes. Each job is a command,
+which the page shows; its results are in OUTPUT, as those of 'explain'. The server listens on the loopback address
+only."""
+
+APP_EPILOG = """The printed address works once, for one browser. On another computer, over SSH:
+  ssh -L 8765:127.0.0.1:8765 HOST     then open the printed address in the browser here (same port)
+"""
+
+
+def add_app(parser: ArgumentParser) -> None:
+    """Add the arguments of ``app``."""
+    parser.description, parser.epilog = APP_DESCRIPTION, APP_EPILOG
+    add_model(parser)
+    parser.add_argument("--input", nargs="+", metavar="SCANS", help="scans, as for 'explain' (default: a template)")
+    parser.add_argument("--output", default="app_output", metavar="DIR", help="output folder (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=_port, default=8765, metavar="N", help="port; 0: a free one (default: %(default)s)"
+    )
+    add_network(parser)
+    add_head(parser)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise ArgumentTypeError(f"{text!r} is not a port")
+    return int(text)
 
 
 def add_demo(parser: ArgumentParser) -> None:

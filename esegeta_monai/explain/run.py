@@ -20,6 +20,7 @@ from esegeta_monai.engine.checks.layers import layer_findings
 from esegeta_monai.engine.network.state import evaluating, weights_hash
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
+from esegeta_monai.engine.progress import observer
 from esegeta_monai.engine.sweep import sweep
 from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout
 from esegeta_monai.explain.agreement import Kind, compared, part_maps
@@ -409,6 +410,8 @@ class CaseRun:
 
     @contextmanager
     def _bar(self, names: str, group: Sequence[Method], objective: Objective) -> Iterator[None]:
+        if (follows := observer()) is not None:
+            follows.began(names, _total(group, objective))
         if not self.settings.progress:
             yield
             return
