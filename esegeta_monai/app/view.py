@@ -28,7 +28,7 @@ __all__ = ["Views", "page"]
 
 BUDGET = 60_000_000
 """Largest number of characters of the volumes of a view; they stay on this machine."""
-SHOWN = 6
+SHOWN = 4
 """Number of maps in the first view of a case: the newest."""
 KEPT = 3
 """Number of views that are kept; a page shows the newest."""
@@ -126,7 +126,7 @@ class Views:
             chosen = [r for r in with_map if self._number(case, r) in show]
         own = [_prediction(entry, loaded) for entry in loaded["prediction"]]
         results = CaseResults(case, [*own, *chosen], Path(loaded["scan"]))
-        embedded = embed(results, radiological=True, budget=BUDGET)
+        embedded = embed(results, radiological=True, budget=BUDGET, effort=1)
         context = viewer_context(
             results, embedded, {id(r): None for r in results.explained}, self.output / "index.html"
         )
