@@ -23,7 +23,7 @@ __all__ = ["Job", "WorkerProcess"]
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
 
 ENDED = ("done", "failed", "cancelled")
-PATIENCE = 10.0
+GRACE = 10.0
 """Seconds after which a worker that does not stop is ended: after a cancel, and beyond the time limit of a job."""
 KEPT = 200
 """Number of jobs that are remembered."""
@@ -127,7 +127,7 @@ class WorkerProcess:
         return job
 
     def cancel(self, number: int) -> bool:
-        """Ask a job to stop; a worker that has not after `PATIENCE` seconds is ended and started again.
+        """Ask a job to stop; a worker that does not within `GRACE` seconds is ended and started again.
 
         Returns:
             False: there is no such job, or it has ended.
@@ -150,7 +150,7 @@ class WorkerProcess:
         self._queue.put(None)
         self._kill()
         if self._thread.is_alive():
-            self._thread.join(PATIENCE)
+            self._thread.join(GRACE)
 
     # -- the thread of the jobs ---------------------------------------------------------------------------------
 
@@ -237,7 +237,7 @@ class WorkerProcess:
                 continue
             event = answer["event"]
             if event == "asked to stop":
-                until = time.monotonic() + PATIENCE
+                until = time.monotonic() + GRACE
             elif event == "progress":
                 job.done, job.total, job.now = answer["done"], answer["total"], answer["now"]
                 self._tell(job)
@@ -265,7 +265,7 @@ class WorkerProcess:
         if process is None:
             return "no process"
         try:
-            code = process.wait(PATIENCE)
+            code = process.wait(GRACE)
         except subprocess.TimeoutExpired:
             return "it does not answer"
         return f"signal {-code}" if code < 0 else f"exit code {code}"

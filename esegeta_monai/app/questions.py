@@ -19,7 +19,7 @@ KINDS = ("voxel", "component", "class", "other")
 
 @dataclass(frozen=True)
 class Question:
-    """What the page asks about a case.
+    """A question of the page about a case.
 
     Attributes:
         case: number of the case.

@@ -76,10 +76,10 @@ class Session:
     def knows(self, header: str) -> bool:
         """Return True if a header ``Cookie`` has the session's cookie."""
         try:
-            found = SimpleCookie(header).get(self.cookie)
+            given = SimpleCookie(header).get(self.cookie)
         except CookieError:
             return False
-        return found is not None and secrets.compare_digest(found.value.encode(), self._value.encode())
+        return given is not None and secrets.compare_digest(given.value.encode(), self._value.encode())
 
 
 def is_loopback(host: str) -> bool:
@@ -114,7 +114,7 @@ class Guard:
     """Middleware that answers 403, 405, 411, 413 or 421 in place of the app where a request breaks a rule.
 
     Args:
-        app: the app behind it.
+        app: the app that it guards.
         session: the session.
         start: path that exchanges the token, the only one without a cookie.
     """

@@ -166,7 +166,7 @@ class App:
         return Response(data, headers=headers, media_type="application/octet-stream")
 
     async def look(self, request: Request) -> Response:
-        """Return what the network says at a voxel of a view."""
+        """Return the network's classes at a voxel of a view."""
         body = await _body(request)
         world = self._world(body.get("view"), body.get("voxel"))
         case = self.views.get(body["view"]).case

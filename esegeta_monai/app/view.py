@@ -28,7 +28,7 @@ __all__ = ["Views", "page"]
 
 BUDGET = 60_000_000
 """Largest number of characters of the volumes of a view; they stay on this machine."""
-SHOWN = 6
+SHOWN = 4
 """Number of maps in the first view of a case: the newest."""
 KEPT = 3
 """Number of views that are kept; a page shows the newest."""
@@ -53,7 +53,7 @@ def page() -> tuple[str, str]:
 
 @dataclass
 class View:
-    """What the browser has of a case.
+    """A case as the browser shows it.
 
     Attributes:
         case: number of the case.
@@ -114,19 +114,19 @@ class Views:
 
         Args:
             case: name of the case.
-            loaded: what the worker said when it loaded the case.
+            loaded: answer of the worker that loaded the case.
             show: numbers of the maps to show; None: the newest.
             newest: target and method of the map that is selected first; None: the viewer's choice.
         """
-        found = self.results(case)
-        with_map = [r for r in found if r.map is not None and not r.synthesised]
+        results_of_case = self.results(case)
+        with_map = [r for r in results_of_case if r.map is not None and not r.synthesised]
         if show is None:
             chosen = sorted(with_map, key=lambda r: r.map.stat().st_mtime if r.map is not None else 0.0)[-SHOWN:]
         else:
             chosen = [r for r in with_map if self._number(case, r) in show]
         own = [_prediction(entry, loaded) for entry in loaded["prediction"]]
         results = CaseResults(case, [*own, *chosen], Path(loaded["scan"]))
-        embedded = embed(results, radiological=True, budget=BUDGET)
+        embedded = embed(results, radiological=True, budget=BUDGET, effort=1)
         context = viewer_context(
             results, embedded, {id(r): None for r in results.explained}, self.output / "index.html"
         )
@@ -219,6 +219,6 @@ def _words(entry: Mapping[str, Any]) -> dict[str, Any]:
     if entry["class"] is None:
         text, low, high = "The scan alone: the network gives no map of classes.", "", ""
     else:
-        text = "What the network predicts, not an explanation. Click a voxel, and ask why."
+        text = "The prediction of the network, not an explanation. Click a voxel, and ask why."
         low, high = f"low {entry['units']}", f"high {entry['units']}"
     return {"text": text, "low": low, "high": high, "effect": False, "class": entry["class"], "nil": None}

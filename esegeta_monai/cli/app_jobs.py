@@ -154,7 +154,7 @@ class Resident:
         }
 
     def look(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the network says at a place: its classes, the largest output first."""
+        """Return the network's classes at a place, the largest output first."""
         loaded = self._case(request["case"])
         predicted, place = loaded.predicted, self._voxel(loaded, request["world"])
         if tuple(predicted.prediction.shape[1:]) != tuple(loaded.prepared.image.shape[1:]):

@@ -62,7 +62,7 @@ class Channel:
 
 
 class JobObserver(RunObserver):
-    """Tells the page the progress of a job, and ends it when it is cancelled."""
+    """Sends the progress of a job to the page, and ends the job when it is cancelled."""
 
     def __init__(self, channel: Channel, number: int) -> None:
         self.channel, self.number = channel, number

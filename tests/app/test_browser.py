@@ -29,7 +29,7 @@ AXIAL = 'canvas.big[data-plane="0"]'
 
 
 class Served:
-    """The app behind a socket, and a browser that has opened it."""
+    """The app on a socket, and a browser that has opened it."""
 
     def __init__(self, app: Any, page: Any, port: int) -> None:
         self.app, self.page, self.port = app, page, port
@@ -53,7 +53,7 @@ class Served:
         self.page.wait_for_function(script, timeout=300_000)
 
     def click_voxel(self, across: float, down: float) -> None:
-        """Click at a share of the axial picture, and wait for what the network says there."""
+        """Click at a share of the axial picture, and wait for the classes of that voxel."""
         self.page.locator(AXIAL).scroll_into_view_if_needed()
         box = self.page.locator(AXIAL).bounding_box()
         self.page.eval_on_selector("#a-place", "(p) => { p.textContent = ''; }")
@@ -119,8 +119,8 @@ def test_a_click_gives_the_map_of_the_command_line(served: Served, tmp_path: Pat
     assert page.locator("li[data-job] pre").first.text_content() == result["command"]
     words[words.index("--output") + 1] = str(tmp_path / "out")
     assert main([*words[1:], "--quiet"]) == 0
-    ours, theirs = (np.asarray(nib.load(f / entry["map"]).dataobj) for f in (served.app.output, tmp_path / "out"))
-    assert np.array_equal(ours, theirs)
+    ours, of_command = (np.asarray(nib.load(f / entry["map"]).dataobj) for f in (served.app.output, tmp_path / "out"))
+    assert np.array_equal(ours, of_command)
     assert np.abs(ours).max() > 0
 
 

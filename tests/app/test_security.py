@@ -1,4 +1,4 @@
-"""What the app answers to requests that break a rule; no worker is needed, because nothing reaches it."""
+"""The app refuses requests that break a rule; no worker is needed, because nothing reaches it."""
 
 from __future__ import annotations
 

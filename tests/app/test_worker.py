@@ -65,11 +65,11 @@ def test_a_map_is_bit_for_bit_that_of_the_command(app: Any, tmp_path: Path, meth
     assert words[0] == "esegeta-monai"
     words[words.index("--output") + 1] = str(tmp_path / "out")
     assert main([*words[1:], "--quiet", "--trust"]) == 0
-    theirs = tmp_path / "out" / entry["map"]
+    of_command = tmp_path / "out" / entry["map"]
     assert ours.read_bytes() != b""
-    assert np.array_equal(np.asarray(nib.load(ours).dataobj), np.asarray(nib.load(theirs).dataobj))
+    assert np.array_equal(np.asarray(nib.load(ours).dataobj), np.asarray(nib.load(of_command).dataobj))
     assert np.abs(nib.load(ours).get_fdata()).max() > 0
-    here, there = (json.loads(p.with_name(p.name.replace(".nii.gz", ".json")).read_text()) for p in (ours, theirs))
+    here, there = (json.loads(p.with_name(p.name.replace(".nii.gz", ".json")).read_text()) for p in (ours, of_command))
     for key in ("value", "status", "target", "parameters", "image_sha256", "weights_sha256", "window_passes"):
         assert here.get(key) == there.get(key), key
 
@@ -79,8 +79,8 @@ def test_the_python_text_gives_the_same_map(app: Any, monkeypatch: pytest.Monkey
     space: dict[str, Any] = {}
     exec(result["python"] + "    kept = attribution\n", space)
     ours = nib.load(app.output / result["results"][0]["map"]).get_fdata(dtype=np.float32)
-    theirs = space["kept"].map.numpy()[0]
-    assert np.array_equal(ours.squeeze(), theirs.astype(np.float32))  # the tiny bundle keeps the scan's grid
+    of_command = space["kept"].map.numpy()[0]
+    assert np.array_equal(ours.squeeze(), of_command.astype(np.float32))  # the tiny bundle keeps the scan's grid
 
 
 def test_a_box_changes_the_score_by_what_two_predictions_differ(app: Any) -> None:
@@ -174,7 +174,7 @@ def test_a_killed_worker_is_replaced_and_said(app: Any) -> None:
 
 
 def test_a_worker_that_does_not_stop_is_ended(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("esegeta_monai.app.process.PATIENCE", 0.5)
+    monkeypatch.setattr("esegeta_monai.app.process.GRACE", 0.5)
     job = long_job(app)
     os.kill(app.worker.pid, signal.SIGSTOP)
     app.worker.cancel(job.id)
