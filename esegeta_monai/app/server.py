@@ -69,7 +69,7 @@ class App:
             Route("/files/{name}", self.file),
         ]
         errors = {EsegetaError: _refused, HTTPException: _http_error}
-        self.asgi = Guard(Starlette(routes=routes, exception_handlers=errors), self.session)  # type: ignore[arg-type]
+        self.asgi = Guard(Starlette(routes=routes, exception_handlers=errors), self.session)
 
     def close(self) -> None:
         """End the worker, and remove the volumes of predictions."""

@@ -105,18 +105,21 @@ def _reader(bundle: str | Path, weights: str, device: torch.device) -> BundleRea
     )
 
 
-def find_bundle() -> Path:
-    """Return the demonstration bundle: in the package (wheel), beside it (checkout), else in the working directory.
+def find_bundle(bundle: Path = BUNDLE) -> Path:
+    """Return a bundle of this project: in the package (wheel), beside it (checkout), else in the working directory.
+
+    Args:
+        bundle: its path in a checkout.
 
     Raises:
         UsageError: it is in none of them.
     """
     package = Path(esegeta_monai.__file__).resolve().parent
     for root in (package, package.parent, Path.cwd()):
-        if (root / BUNDLE / "configs").is_dir():
-            return root / BUNDLE
+        if (root / bundle / "configs").is_dir():
+            return root / bundle
     raise UsageError(
-        f"the installed package does not include {BUNDLE.as_posix()}: install it again, or give the folder in a "
+        f"the installed package does not include {bundle.as_posix()}: install it again, or give the folder in a "
         "checkout of the project by --bundle DIR"
     )
 
@@ -149,7 +152,7 @@ def _shares(entry: Mapping[str, Any], output: Path, objects: Mapping[str, NDArra
     """Return the share of the map's positive part on each object, or why there is none."""
     if not entry.get("map"):
         return str(entry.get("reason") or entry["status"])
-    values = nib.load(output / entry["map"]).get_fdata().clip(0)
+    values = nib.Nifti1Image.from_filename(output / entry["map"]).get_fdata().clip(0)
     total = float(values.sum())
     return [float(values[mask].sum()) / total if total > 0 else 0.0 for mask in objects.values()]
 
