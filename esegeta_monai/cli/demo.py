@@ -149,7 +149,8 @@ def _shares(entry: Mapping[str, Any], output: Path, objects: Mapping[str, NDArra
     """Return the share of the map's positive part on each object, or why there is none."""
     if not entry.get("map"):
         return str(entry.get("reason") or entry["status"])
-    values = nib.load(output / entry["map"]).get_fdata().clip(0)
+    image: Any = nib.load(output / entry["map"])
+    values = image.get_fdata().clip(0)
     total = float(values.sum())
     return [float(values[mask].sum()) / total if total > 0 else 0.0 for mask in objects.values()]
 
