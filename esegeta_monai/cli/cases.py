@@ -26,7 +26,7 @@ from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.utils.files import refuse_remote
 from esegeta_monai.utils.names import SCAN_SUFFIXES, one_line
 
-__all__ = ["Preprocessor", "ScanCase", "find_cases"]
+__all__ = ["PreparedCase", "Preprocessor", "ScanCase", "find_cases"]
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,25 @@ def _common_name(files: Sequence[Path]) -> str:
     same = itertools.takewhile(lambda words: len(set(words)) == 1, zip(*parts))
     name = "".join(words[0] for words in same).rstrip("_-. ")
     return name or Path(os.path.abspath(files[0])).parent.name or "case"
+
+
+@dataclass
+class PreparedCase:
+    """A case that is ready to be explained.
+
+    Attributes:
+        scan: its file, or several files as one MetaTensor (C, *spatial).
+        image: the image (C, *spatial) that the network reads, with its trace.
+        given: arguments of `esegeta_monai.Explainer` for it, such as the data dictionary that holds it.
+        pipeline: the preprocessing, which can run again.
+        training_folds: see `esegeta_monai.bundle.BundleReader.training_folds`.
+    """
+
+    scan: Path | MetaTensor
+    image: MetaTensor
+    given: dict[str, Any]
+    pipeline: Pipeline
+    training_folds: dict[str, str]
 
 
 class Preprocessor:

@@ -17,6 +17,7 @@ from monai.data import MetaTensor
 from torch import Tensor
 
 import esegeta_monai.files as storage
+from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.arguments import (
     heartbeat_of,
     part_id,
@@ -57,8 +58,11 @@ __all__ = [
 logger = logging.getLogger("esegeta_monai")
 
 
-def run(args: Namespace, log: RunLog) -> int:
+def run(args: Namespace, log: RunLog, reader: BundleReader | None = None) -> int:
     """Run the command.
+
+    Args:
+        reader: the bundle of the arguments, already open; None: it is opened.
 
     Returns:
         0: every metric was measured, is undefined or does not apply; 1: a case, method or metric failed.
@@ -72,7 +76,7 @@ def run(args: Namespace, log: RunLog) -> int:
         raise UsageError("--region-names names the values of a label map: also give one by --regions or --label")
     register_trusted(args)
     with process_group() as ranks:
-        writer = _evaluate(args, log, ranks)
+        writer = _evaluate(args, log, ranks, reader)
     if not ranks.rank:
         for problem in writer.problems:
             logger.error("%s", log.clean(problem))
@@ -81,9 +85,9 @@ def run(args: Namespace, log: RunLog) -> int:
     return int(bool(writer.problems))
 
 
-def _evaluate(args: Namespace, log: RunLog, ranks: Processes) -> EvaluationWriter:
+def _evaluate(args: Namespace, log: RunLog, ranks: Processes, reader: BundleReader | None) -> EvaluationWriter:
     output, part = Path(args.output), part_id(args)
-    reader = open_reader(args)
+    reader = reader or open_reader(args)
     channel_names = [name for _, name in sorted(reader.channel_names.items())]
     cases = find_cases(args.input, channel_names, leave_out=output)
     if part is not None:

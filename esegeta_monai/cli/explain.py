@@ -14,7 +14,7 @@ from esegeta_monai.cli.arguments import (
     heartbeat_of,
     part_id,
 )
-from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
+from esegeta_monai.cli.cases import PreparedCase, Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.cli.reading import open_reader, register_trusted
 from esegeta_monai.cli.report import tell_altered
@@ -28,6 +28,7 @@ from esegeta_monai.explain.explainer import Explainer
 from esegeta_monai.explain.layers import check_layers
 from esegeta_monai.explain.settings import DEFAULT_METHODS, Checks, default_targets
 from esegeta_monai.methods.base import METHODS, Method
+from esegeta_monai.output.place import PlaceChecks
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets.base import TARGETS, Target
@@ -42,6 +43,7 @@ __all__ = [
     "explainer_for",
     "open_log",
     "output_use",
+    "prepared_case",
     "run",
 ]
 
@@ -94,6 +96,8 @@ def explain_cases(
     log: RunLog,
     ranks: Processes | None = None,
     heartbeat: Heartbeat | None = None,
+    prepare: Callable[[ScanCase], PreparedCase] | None = None,
+    places: PlaceChecks | None = None,
 ) -> ResultWriter:
     """Explain cases one by one; a case that fails is recorded, and the others continue.
 
@@ -103,6 +107,9 @@ def explain_cases(
             progress, overwrite, pictures, map_format, override, config, share, yes.
         ranks: the processes that share the work; None: this process alone.
         heartbeat: that of a command which is watched; None: nobody watches.
+        prepare: gives a case whose image is already known, as a program that stays open keeps it; None: each case is
+            read and preprocessed.
+        places: checks of the same cases by an earlier call; None: there are none.
 
     Returns:
         The writer, whose ``run`` has the status of every result.
@@ -130,26 +137,28 @@ def explain_cases(
         checks=getattr(options, "checks", True),
         part=part_id(options),
         heartbeat=heartbeat,
+        places=places,
     )
     open_log(log, reader, cases, output)
     logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))
 
-    def explain(case: ScanCase) -> None:
-        scan, image, data = preprocess(case)
+    def read(case: ScanCase) -> PreparedCase:
         writes = options.share == "cases" or not ranks.rank
-        path = output / safe_name(case.name) / f"{safe_name(case.name)}_seg" if writes else None
-        given = reader.case_arguments(image, data, path)
+        return prepared_case(reader, preprocess, case, output if writes else None)
+
+    def explain(case: ScanCase) -> None:
+        ready = (prepare or read)(case)
         for some, of in ranks.part(options.share, methods, chosen):
             writer.explain(
                 explainer,
-                image,
+                ready.image,
                 case.name,
                 some,
                 of,
-                scan=scan,
-                pipeline=preprocess.pipeline(case),
-                training_folds=reader.training_folds(case.name),
-                **given,
+                scan=ready.scan,
+                pipeline=ready.pipeline,
+                training_folds=ready.training_folds,
+                **ready.given,
             )
 
     with writer.run:
@@ -158,6 +167,24 @@ def explain_cases(
         each_case(ranks.share(left) if options.share == "cases" else left, explain, writer.failed, log, heartbeat)
         writer.run.join(ranks)
         return writer
+
+
+def prepared_case(reader: BundleReader, preprocess: Preprocessor, case: ScanCase, output: Path | None) -> PreparedCase:
+    """Read and preprocess a case.
+
+    Args:
+        reader: the bundle.
+        preprocess: its preprocessing.
+        case: the case.
+        output: output folder, for the segmentation of a model whose own code writes one; None: not written.
+
+    Raises:
+        InputError: see `Preprocessor`.
+    """
+    scan, image, data = preprocess(case)
+    path = None if output is None else output / safe_name(case.name) / f"{safe_name(case.name)}_seg"
+    given = reader.case_arguments(image, data, path)
+    return PreparedCase(scan, image, given, preprocess.pipeline(case), reader.training_folds(case.name))
 
 
 def open_log(log: RunLog, reader: BundleReader, cases: Sequence[ScanCase], output: Path) -> None:

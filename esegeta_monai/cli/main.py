@@ -73,7 +73,14 @@ COMMANDS = (
     Command("explain", "explain a bundle's predictions on your scans", parsers.add_explain, "explain:run"),
     Command("report", "write an HTML report of the maps", parsers.add_report, "report:run"),
     Command("evaluate", "evaluate the maps of a bundle by metrics", parsers.add_evaluate, "evaluate:run"),
+    Command(
+        "concepts",
+        "list a layer's most relevant channels over scans, with regions that show them",
+        parsers.add_concepts,
+        "concepts:run",
+    ),
     Command("merge-runs", "join the parts of a run", parsers.add_merge_runs, "merge_runs:run"),
+    Command("app", "open a page on which a click on a voxel asks the network why", parsers.add_app, "app:run"),
     Command("demo", "compare a network that uses a shortcut with one that does not", parsers.add_demo, "demo:run"),
     Command(
         "methods",

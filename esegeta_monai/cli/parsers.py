@@ -15,10 +15,13 @@ from esegeta_monai.cli.arguments import (
     add_run_options,
     add_share,
     add_trust,
+    count,
 )
 
 __all__ = [
+    "add_app",
     "add_check",
+    "add_concepts",
     "add_demo",
     "add_evaluate",
     "add_explain",
@@ -213,12 +216,65 @@ output folders of their own, give these too: their maps, records and rows of met
 A file that two folders have with different contents is refused, and nothing is written."""
 
 
+CONCEPTS_DESCRIPTION = """\
+Lists the channels of a layer through which most relevance of the target flows (concept relevance propagation), as the
+mean share over the scans, and for each channel the scans with the largest shares: one region a scan, as large as the
+receptive field of the channel's unit. It writes OUTPUT/concepts.html, pictures, and OUTPUT/concepts.csv with the share
+of every channel in every scan."""
+
+
+def add_concepts(parser: ArgumentParser) -> None:
+    """Add the arguments of ``concepts``."""
+    parser.description = CONCEPTS_DESCRIPTION
+    add_model(parser)
+    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
+    parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
+    parser.add_argument("--layer", metavar="NAME", help="layer (default: chosen for the network, see 'layers')")
+    parser.add_argument("--target", metavar="TARGET", help="target (default: every predicted class except background)")
+    parser.add_argument(
+        "--channels", type=count, default=8, metavar="N", help="channels to show (default: %(default)s)"
+    )
+    parser.add_argument("--regions", type=count, default=4, metavar="N", help="scans for each channel (default: 4)")
+    add_network(parser)
+    add_head(parser)
+    add_computing_options(parser)
+
+
 def add_merge_runs(parser: ArgumentParser) -> None:
     """Add the arguments of ``merge-runs``."""
     parser.description = MERGE_RUNS_DESCRIPTION
     parser.epilog = "exit codes: 0 all parts finished without a failure; 1 a part is not finished, or a result failed"
     parser.add_argument("output", metavar="OUTPUT", help="the output folder of the whole run")
     parser.add_argument("others", nargs="*", metavar="FOLDER", help="output folders of further parts")
+
+
+APP_DESCRIPTION = """Opens a page on this machine for a bundle and scans: click a voxel or a component, and ask why the
+network gives it its class, and not another one; replace a box and see how the score changes. Each job is a command,
+which the page shows; its results are in OUTPUT, as those of 'explain'. The server listens on the loopback address
+only."""
+
+APP_EPILOG = """The printed address works once, for one browser. On another computer, over SSH:
+  ssh -L 8765:127.0.0.1:8765 HOST     then open the printed address in the browser here (same port)
+"""
+
+
+def add_app(parser: ArgumentParser) -> None:
+    """Add the arguments of ``app``."""
+    parser.description, parser.epilog = APP_DESCRIPTION, APP_EPILOG
+    add_model(parser)
+    parser.add_argument("--input", nargs="+", metavar="SCANS", help="scans, as for 'explain' (default: a template)")
+    parser.add_argument("--output", default="app_output", metavar="DIR", help="output folder (default: %(default)s)")
+    parser.add_argument(
+        "--port", type=_port, default=8765, metavar="N", help="port; 0: a free one (default: %(default)s)"
+    )
+    add_network(parser)
+    add_head(parser)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise ArgumentTypeError(f"{text!r} is not a port")
+    return int(text)
 
 
 def add_demo(parser: ArgumentParser) -> None:

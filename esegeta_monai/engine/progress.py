@@ -4,13 +4,63 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from esegeta_monai.errors import MethodTimeout
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "RunObserver", "observed", "observer"]
 
 logger = logging.getLogger("esegeta_monai")
+
+
+class RunObserver:
+    """Follows the passes of all methods that run inside `observed`, and can stop them; this one does nothing."""
+
+    def began(self, names: str, windows: int | None) -> None:
+        """Note that methods begin.
+
+        Args:
+            names: the methods.
+            windows: window passes that they will take; None: unknown.
+        """
+
+    def passed(self, windows: int) -> None:
+        """Note that windows went through the network."""
+
+    def check(self) -> None:
+        """Called before each batch of windows; an exception ends the run. Methods handle an `Exception` as their own
+        failure, so raise another `BaseException`."""
+
+
+_OBSERVER: ContextVar[RunObserver | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observed(observer: RunObserver) -> Iterator[None]:
+    """Let ``observer`` follow everything that runs in this thread inside the block.
+
+    >>> class Counter(RunObserver):
+    ...     windows = 0
+    ...     def passed(self, windows):
+    ...         self.windows += windows
+    >>> counter = Counter()
+    >>> with observed(counter):
+    ...     Progress().passed(3)
+    >>> counter.windows
+    3
+    """
+    token = _OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
+
+
+def observer() -> RunObserver | None:
+    """Return the observer of the innermost `observed`, if there is one."""
+    return _OBSERVER.get()
 
 
 class Progress:
@@ -50,6 +100,8 @@ class Progress:
         self.passes += windows
         if self.on_pass is not None:
             self.on_pass(windows)
+        if (follows := _OBSERVER.get()) is not None:
+            follows.passed(windows)
 
     def check(self) -> None:
         """Check the limits; called before each batch of windows.
@@ -57,6 +109,8 @@ class Progress:
         Raises:
             MethodTimeout: the time limit has passed, or the limit of passes is reached.
         """
+        if (follows := _OBSERVER.get()) is not None:
+            follows.check()
         if self._pass_limit is not None and self.passes >= self._pass_limit:
             raise MethodTimeout(f"stopped at the limit of {self._pass_limit} window passes")
         if self._deadline is not None and time.monotonic() > self._deadline:

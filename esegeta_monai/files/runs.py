@@ -120,6 +120,11 @@ class RunRecord:
         return (case, target, method) in self._known
 
     @property
+    def results(self) -> list[dict[str, Any]]:
+        """The results of this run in their order, JSON-ready."""
+        return [dict(entry) for entry in self._results.values()]
+
+    @property
     def summary(self) -> dict[str, int]:
         """Number of results of this run by status."""
         return dict(sorted(Counter(entry["status"] for entry in self._results.values()).items()))

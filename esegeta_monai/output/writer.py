@@ -76,6 +76,7 @@ class ResultWriter:
         together: True if they compute each case together (`Explainer` with ``distributed=True``); the first one writes.
         part: see `esegeta_monai.files.runs.RunRecord`.
         heartbeat: that of a command which is watched; None: nobody watches.
+        places: results of earlier checks that image and scan lie in the same place; None: there are none.
 
     Raises:
         UsageError: an unwritable folder, or equal names.
@@ -98,6 +99,7 @@ class ResultWriter:
         together: bool = False,
         part: int | None = None,
         heartbeat: Heartbeat | None = None,
+        places: PlaceChecks | None = None,
     ) -> None:
         self.ranks, self.together = ranks or Processes(), together
         self.names = ResultNames(methods, targets)
@@ -119,7 +121,7 @@ class ResultWriter:
         self._hashes: dict[str, str] = {}
         self._written: dict[str, str] = {}
         self._copied: tuple[str, dict[Path, Tensor]] = ("", {})
-        self._places = PlaceChecks()
+        self._places = places or PlaceChecks()
         self._pipeline: Pipeline | None = None
 
     @property

@@ -64,7 +64,7 @@ class Embedded:
         return sum(len(volume.text) for volume in self.volumes.values())
 
 
-def embed(case: CaseResults, *, radiological: bool = True, budget: int = BUDGET) -> Embedded:
+def embed(case: CaseResults, *, radiological: bool = True, budget: int = BUDGET, effort: int = 6) -> Embedded:
     """Embed the volumes of a case at the highest resolution that fits the budget.
 
     Downsampled volumes are means over blocks of voxels; ``notes`` states the size of the blocks. Each map of the data
@@ -89,7 +89,7 @@ def embed(case: CaseResults, *, radiological: bool = True, budget: int = BUDGET)
         for levels in LEVELS:  # fewer steps of the colour scale cost less than fewer voxels
             expected = _estimate(volumes, levels)
             if expected <= budget or max(view.shown) == 1:
-                embedded = _embed(case, volumes, view, levels, radiological)
+                embedded = _embed(case, volumes, view, levels, radiological, effort)
                 expected = embedded.bytes
                 if expected <= budget or max(view.shown) == 1:
                     break
@@ -134,7 +134,7 @@ def _grey_levels(values: np.ndarray, levels: int, most: float = math.inf) -> tup
 
 
 def _embed(
-    case: CaseResults, volumes: CaseVolumes, view: View, levels: tuple[int, int], radiological: bool
+    case: CaseResults, volumes: CaseVolumes, view: View, levels: tuple[int, int], radiological: bool, effort: int
 ) -> Embedded:
     embedded = Embedded({}, view=view, notes=list(volumes.notes))
     arrays = embedded.arrays
@@ -157,7 +157,7 @@ def _embed(
     box = _box([*(values != 0 for values in arrays.values() if values.dtype != np.uint16), *_seen(volumes)], view)
     corner = [b.start for b in box]
     embedded.arrays = {name: values[box] for name, values in arrays.items()}
-    embedded.volumes = {name: pack(values) for name, values in embedded.arrays.items()}
+    embedded.volumes = {name: pack(values, effort) for name, values in embedded.arrays.items()}
     offset = np.eye(4)
     offset[:3, 3] = corner
 

@@ -26,7 +26,7 @@ from esegeta_monai.utils.files import atomic, inside
 from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.names import safe_name
 
-__all__ = ["Written", "report_path", "write_report"]
+__all__ = ["Written", "report_path", "viewer_context", "write_report"]
 
 Convention = Literal["radiological", "neurological"]
 
@@ -132,13 +132,7 @@ def _case_page(
     scripts = [read_text("theme.js"), *([] if library is None else [library.replace("</script", "<\\/script")])]
     scripts += [read_text(name) for name in (*VIEWER, "page.js")]
     data = embedded.data
-    view = embedded.view
-    names = words.plain_names(case.targets)
-    extents = [data["size"][p["across"]] * data["spacing"][p["across"]] for p in data.get("planes", [])]
-    for result in case.explained:
-        _annotate(result, path)
-    for entry in data["maps"]:
-        entry["name"] = names[entry["target"]]
+    viewer = viewer_context(case, embedded, images, path)
     cautions = {entry["place"]: words.map_cautions(entry) for entry in data["maps"]}
     findings = words.findings(case, [*case.notes, *embedded.notes], cautions)
     size = embedded.bytes + sum(map(len, scripts))
@@ -147,7 +141,7 @@ def _case_page(
         scripts,
         three=library is not None,
         case=case,
-        names=names,
+        **viewer,
         index_href="../index.html",
         lead=words.lead(case, private(run.info)),
         counts=case.counts(),
@@ -156,13 +150,7 @@ def _case_page(
         targets=words.targets(case),
         score_means=words.SCORE,
         orientation=_orientation(embedded, convention),
-        oriented=bool(view is not None and view.oriented and data["maps"]),
-        flat=view is not None and len(data.get("planes", [])) == 1,
-        data=data,
-        details=[_details(case.explained[entry["place"]], entry) for entry in data["maps"]],
-        extents=" ".join(f"minmax(0, {extent:.0f}fr)" for extent in extents),
         volumes=embedded.volumes,
-        grid=_grid(case, data, images, names),
         metrics=_metric_tables(case),
         charts=charts([*case.curves, *_synthesis_curves(case)]),
         compared=[r for r in case.explained if r.record.blend_deviation is not None],
@@ -181,6 +169,35 @@ def _case_page(
         size_text=_size_text(size, library),
         how_3d=HOW_TO_INSTALL,
     )
+
+
+def viewer_context(
+    case: CaseResults, embedded: Embedded, images: Mapping[int, str | None], path: Path
+) -> dict[str, Any]:
+    """Return what the templates ``viewer.html`` and ``grid.html`` need.
+
+    Args:
+        case: the case.
+        embedded: its volumes; their maps get names.
+        images: synthesised images by result (id), as data URIs; None where there is none.
+        path: the page, to which the links to maps are relative.
+    """
+    data, view = embedded.data, embedded.view
+    names = words.plain_names(case.targets)
+    extents = [data["size"][p["across"]] * data["spacing"][p["across"]] for p in data.get("planes", [])]
+    for result in case.explained:
+        _annotate(result, path)
+    for entry in data["maps"]:
+        entry["name"] = names[entry["target"]]
+    return {
+        "names": names,
+        "oriented": bool(view is not None and view.oriented and data["maps"]),
+        "flat": view is not None and len(data.get("planes", [])) == 1,
+        "data": data,
+        "details": [_details(case.explained[entry["place"]], entry) for entry in data["maps"]],
+        "extents": " ".join(f"minmax(0, {extent:.0f}fr)" for extent in extents),
+        "grid": _grid(case, data, images, names),
+    }
 
 
 def _size_text(size: int, library: str | None) -> str:

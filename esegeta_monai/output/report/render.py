@@ -10,14 +10,14 @@ from datetime import datetime, timezone
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, FunctionLoader, StrictUndefined
+from jinja2 import BaseLoader, ChoiceLoader, Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 import esegeta_monai
 from esegeta_monai.output.report import words
 from esegeta_monai.utils.files import INTENDED_USE
 
-__all__ = ["VIEWER", "read_text", "render", "short"]
+__all__ = ["VIEWER", "environment", "read_text", "render", "short"]
 
 MARKS = {"good": "Good", "note": "Note", "warn": "Careful", "bad": "Problem"}
 VIEWER = tuple(f"viewer/{name}.js" for name in ("volumes", "scale", "draw", "bars", "three", "viewer"))
@@ -57,26 +57,37 @@ def _soft(name: str) -> Markup:
     return Markup("<wbr>").join(parts)
 
 
-def render(template: str, scripts: Sequence[str], *, three: bool = False, **context: Any) -> str:
-    environment = Environment(
-        loader=FunctionLoader(read_text),
+def environment(*more: BaseLoader) -> Environment:
+    """Return an environment with the templates and filters of a report, and further templates, which come first."""
+    templates = Environment(
+        loader=ChoiceLoader([*more, FunctionLoader(read_text)]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"short": short, "whole": _whole, "soft": _soft}
-    return environment.get_template(template).render(
-        css=Markup(read_text("report.css")),  # safe: our own files, and NiiVue, whose hash is in the page's policy
-        scripts=[Markup(script) for script in scripts],
-        csp=_policy(scripts, three),
-        intended_use=INTENDED_USE,
-        version=esegeta_monai.__version__,
-        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        words={status: counted(1).removeprefix("1 ") for status, counted in words.STATUS_WORDS.items()},
-        counted=words.STATUS_WORDS,
-        marks=MARKS,
-        **context,
+    templates.filters |= {"short": short, "whole": _whole, "soft": _soft}
+    templates.globals |= {
+        "words": {status: counted(1).removeprefix("1 ") for status, counted in words.STATUS_WORDS.items()},
+        "intended_use": INTENDED_USE,
+        "version": esegeta_monai.__version__,
+    }
+    return templates
+
+
+def render(template: str, scripts: Sequence[str], *, three: bool = False, **context: Any) -> str:
+    return (
+        environment()
+        .get_template(template)
+        .render(
+            css=Markup(read_text("report.css")),  # safe: our own files, and NiiVue, whose hash is in the page's policy
+            scripts=[Markup(script) for script in scripts],
+            csp=_policy(scripts, three),
+            written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            counted=words.STATUS_WORDS,
+            marks=MARKS,
+            **context,
+        )
     )
 
 

@@ -242,8 +242,12 @@ class Packed:
     width: int = 1
 
 
-def pack(values: np.ndarray) -> Packed:
+def pack(values: np.ndarray, effort: int = 6) -> Packed:
     """Encode whole numbers of one or two bytes (any shape) as text, as values or as differences, whichever is shorter.
+
+    Args:
+        values: the numbers.
+        effort: of zlib, 1 (fast) to 9 (small).
 
     >>> packed = pack(np.arange(8, dtype=np.uint8).reshape(2, 2, 2))
     >>> raw = np.frombuffer(zlib.decompress(base64.b64decode(packed.text)), np.uint8)
@@ -256,7 +260,7 @@ def pack(values: np.ndarray) -> Packed:
     # a part in the middle and fast compression are sufficient to choose the shorter encoding
     part = slice(max(0, len(flat) // 2 - SAMPLE // 2), len(flat) // 2 + SAMPLE // 2)
     delta = len(zlib.compress(_planes(steps[part]), 1)) < len(zlib.compress(_planes(flat[part]), 1))
-    packed = zlib.compress(_planes(steps if delta else flat), 6)
+    packed = zlib.compress(_planes(steps if delta else flat), effort)
     return Packed(base64.b64encode(packed).decode("ascii"), delta, kind.itemsize)
 
 
