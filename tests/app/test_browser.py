@@ -161,9 +161,9 @@ def test_a_drawn_box_changes_the_score(served: Served) -> None:
 
 def start_long_job(served: Served) -> Any:
     page = served.page
-    page.select_option("#a-method", value="IntegratedGradients")
+    page.select_option("#a-method", value="SmoothGrad")
     page.click("#a-form details summary")
-    page.fill('[data-parameter="n_steps"]', "20000")
+    page.fill('[data-parameter="n_samples"]', "20000")
     page.click("#a-form details summary")
     page.click("#a-explain")
     page.wait_for_function("() => !document.getElementById('a-confirm').hidden", timeout=300_000)

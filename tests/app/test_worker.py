@@ -126,7 +126,7 @@ def test_the_cost_is_known_before_a_job(app: Any) -> None:
 
 
 def long_job(app: Any) -> Any:
-    methods = ["IntegratedGradients(n_steps=20009)"]
+    methods = ["SmoothGrad(n_samples=20009)"]
     request = {"do": "explain", "case": number(app, "a"), "target": VOXEL, "methods": methods}
     job = app.worker.submit({**request, "costly": True})
     wait_for(lambda: job.done > 4)
@@ -151,7 +151,7 @@ def test_a_job_is_cancelled_and_the_worker_goes_on(app: Any) -> None:
 
 
 def test_a_method_ends_at_the_time_limit(app: Any) -> None:
-    methods = ["IntegratedGradients(n_steps=20008)"]
+    methods = ["SmoothGrad(n_samples=20008)"]
     result = explained(app, methods=methods, costly=True, time_limit=1)
     assert result["results"][0]["status"] == "timeout"
 
