@@ -44,3 +44,14 @@ def test_a_cohort_without_the_target_is_refused(tmp_path, monkeypatch, capsys):
     words = ["concepts", "--bundle", str(bundle), "--input", str(scan), "--output", str(tmp_path / "out")]
     assert main([*words, "--target", "ThresholdMask(1e9)", "--no-checks"]) == 2
     assert "no scan has a voxel of the target" in capsys.readouterr().err
+
+
+def test_without_a_target_every_predicted_class_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("ESEGETA_TRUST", "1")
+    bundle, scan, output = make_bundle(tmp_path / "bundle"), make_scan(tmp_path / "a.nii.gz"), tmp_path / "out"
+    words = ["concepts", "--bundle", str(bundle), "--input", str(scan), "--output", str(output), "--layer", "model.0"]
+    assert main([*words, "--channels", "1", "--regions", "1", "--no-checks"]) == 0
+    with (output / "concepts.csv").open(newline="") as file:
+        targets = {row["target"] for row in csv.DictReader(file)}
+    assert targets
+    assert targets <= {"MultiClassMask-grey matter", "MultiClassMask-white matter"}
