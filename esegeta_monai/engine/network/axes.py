@@ -12,12 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["ROWS", "UNKNOWN", "Axis", "Label", "Part", "clear_label", "label_of", "put_label", "window_label"]
+__all__ = ["ROWS", "SPREAD", "UNKNOWN", "Axis", "Label", "Part", "clear_label", "label_of", "put_label", "window_label"]
 
 ROWS = -1
 """Source of the batch axis."""
 UNKNOWN = -2
 """Source of an axis without a known source."""
+SPREAD = -3
+"""Source of an axis that a layer has made of one position: any axis of the window agrees with it."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Label:
     @property
     def known(self) -> bool:
         """True if the source of every axis is known."""
-        return not any(p.source == UNKNOWN for a in self.axes for p in a.parts)
+        return not any(p.source in (UNKNOWN, SPREAD) for a in self.axes for p in a.parts)
 
 
 def other(size: int) -> Axis:

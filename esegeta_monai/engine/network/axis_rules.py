@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esegeta_monai.engine.network.axes import Axis, Label, Part, label_of, other, unknown
+from esegeta_monai.engine.network.axes import SPREAD, Axis, Label, Part, label_of, other, unknown
 
 __all__ = ["RULES", "combined"]
 
@@ -40,6 +40,7 @@ def combined(operands: Sequence[Tensor], shape: Sequence[int]) -> Label:
 def _agreed(axes: Sequence[Axis], n: int) -> Axis:
     """Return what axes of equal length have in common; unknown if they contradict each other."""
     axes = [a for a in axes if a.parts] if n == 1 else axes
+    axes = [a for a in axes if a.sources != {SPREAD}] or axes
     if not axes:
         return other(n)
     first = axes[0]
@@ -80,6 +81,8 @@ def _resized(axis: Axis, n: int) -> Axis:
     """Return an axis after a convolution, pooling or interpolation along it."""
     if axis.size == n:
         return axis
+    if axis.size == 1 and not axis.parts:  # a reshape has lost where the one position came from
+        return Axis((Part(SPREAD, n),))
     if len(axis.parts) != 1 or axis.before or axis.after or axis.parts[0].rolled or not axis.parts[0].coarse:
         return unknown(n)
     return Axis((axis.parts[0].resized(n),))

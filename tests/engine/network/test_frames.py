@@ -303,3 +303,26 @@ def test_modules_of_torch_keep_the_order_of_axes(name):
     frame, value = frame_after(ALIKE[name].eval(), torch.rand(2, 4, 8, 12))
     assert frame is not None
     assert torch.equal(frame.to_map(value), value)
+
+
+class FromOnePosition(nn.Module):
+    """An encoder that ends in tokens of one position, and a decoder with or without a skip connection."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        self.skip = skip
+        self.encoder, self.bottom = nn.Conv2d(1, 4, 4, 4), nn.Conv2d(4, 4, 2, 2)
+        self.up, self.decoder = nn.ConvTranspose2d(4, 4, 2, 2), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.encoder(x)
+        tokens = self.bottom(seen).flatten(2).transpose(1, 2)  # (B, 1, 4)
+        up = self.up(tokens.transpose(1, 2).reshape(len(x), 4, 1, 1))
+        return self.decoder(up + seen if self.skip else up)
+
+
+def test_a_skip_connection_tells_where_a_decoder_of_one_position_lies():
+    x = torch.randn(2, 1, 8, 8)
+    layers = trace(FromOnePosition(skip=True), x)
+    assert layers["decoder"].frames == layers["encoder"].frames != [None]
+    assert trace(FromOnePosition(skip=False), x)["decoder"].frames == [None], "nothing tells the order of its axes"
