@@ -160,7 +160,8 @@ class Resident:
         if tuple(predicted.prediction.shape[1:]) != tuple(loaded.prepared.image.shape[1:]):
             values = predicted.prediction.flatten(1).mean(1)
         else:
-            values = predicted.prediction[(slice(None), *place)]
+            at: tuple[Any, ...] = (slice(None), *place)
+            values = predicted.prediction[at]
         return {"voxel": place, "scores": self._scores(predicted, values)}
 
     def _case(self, index: int) -> LoadedCase:
