@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 from esegeta_monai.app.view import Views
+from esegeta_monai.cli.app import BUNDLE, template
 from esegeta_monai.cli.app_jobs import Resident
-from esegeta_monai.cli.demo import find_bundle, template
+from esegeta_monai.cli.demo import find_bundle
 from esegeta_monai.cli.main import build_parser
 
 
@@ -93,7 +94,16 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        words = ["app", "--bundle", str(find_bundle()), "--device", "cpu", "--output", str(folder / "out"), "--input"]
+        words = [
+            "app",
+            "--bundle",
+            str(find_bundle(BUNDLE)),
+            "--device",
+            "cpu",
+            "--output",
+            str(folder / "out"),
+            "--input",
+        ]
         arguments = build_parser().parse_args([*words, str(synthetic(folder / "cube128.nii.gz"))])
         resident = Resident(vars(arguments), name)
         scan = template(resident.reader, folder)

@@ -1,4 +1,4 @@
-"""Measure minutes and GB of every method on a stated volume: the demo's bundle on the MNI152 template, one target.
+"""Measure minutes and GB of every method on a stated volume: the brain tissue bundle on the template, one target.
 
     python benchmarks/cost.py [--methods "A;B"] [--limit 120] [--again] [--work DIR] [--output FILE.md]
 
@@ -13,6 +13,7 @@ not count. Memory is the peak above that of the process after reading the networ
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -24,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+BUNDLE = Path(__file__).parents[1] / "bundles" / "brain_tissue_segmentation"
 CASES = ("FeaturePermutation", "PatternAttribution", "PatternNet")  # these need other cases: the scan itself, mirrored
 SMALL = (
     "IntegratedGradients(n_steps=6)",
@@ -48,17 +50,15 @@ def one(spec: str, limit: float) -> dict[str, Any]:
 
     from esegeta_monai import Explainer
     from esegeta_monai.bundle.reader import BundleReader
-    from esegeta_monai.cli.demo import find_bundle, template
     from esegeta_monai.explain.record import peak_memory, reset_peak_memory
     from esegeta_monai.methods.base import METHODS
     from esegeta_monai.targets import MultiClassMask
 
     torch.set_num_threads(1)
-    reader = BundleReader(find_bundle(), device=torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as folder:
-        file = template(reader, Path(folder))
-        with reader.importable():
-            image = reader.resolve("preprocessing")({"image": str(file)})["image"]
+    reader = BundleReader(BUNDLE, device=torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder, reader.importable():
+        file = importlib.import_module("scripts.anatomy").template_case(folder)["image"]
+        image = reader.resolve("preprocessing")({"image": str(file)})["image"]
     assert isinstance(image, MetaTensor)
     cases = {"cases": [image.as_tensor().flip(axis) for axis in (1, 2)]}
     method = METHODS.get(spec)(**cases) if spec in CASES else METHODS.create(spec)
@@ -104,10 +104,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Minutes and GB of methods",
         "",
-        f"`python benchmarks/cost.py`: {measured[0]['network']} of the demo's bundle on the MNI152 template, {shape},",
-        f"in windows of {window}, one target (grey matter), float32, one thread of an x86-64 core. Minutes are CPU",
-        "time of the explanation without the prediction; GB is the peak above the process with network, scan and",
-        "prediction. ≈: from a dry run. Several gradient and CAM methods in one run share their passes and",
+        f"`python benchmarks/cost.py`: {measured[0]['network']} of the brain tissue bundle on the MNI152 template,",
+        f"{shape}, in windows of {window}, one target (grey matter), float32, one thread of an x86-64 core. Minutes",
+        "are CPU time of the explanation without the prediction; GB is the peak above the process with network, scan",
+        "and prediction. ≈: from a dry run. Several gradient and CAM methods in one run share their passes and",
         "cost little more than the costliest one. For other volumes use `esegeta-monai explain --dry-run`",
         "on your machine.",
         "",

@@ -4,11 +4,11 @@
 
 *Passes* are windows that go through the network. The naive computation predicts the whole image for each perturbation,
 and explains all windows whenever a metric recomputes a map, separately for each map and metric. Both are counted on a
-quarter of the demo's grid with windows of a quarter of the size (the same number, at the same places) and a network
-with a receptive field of one voxel; ``--count`` stops here. Then five methods and the three control maps are evaluated
-on the MNI152 template with the tissue bundle, with every metric that needs no second network and no further channels,
-for a box in the cerebellum. Times are of this machine, whose load is stated. With ``--full`` the target is the whole
-white matter.
+quarter of the grid of the brain tissue bundle with windows of a quarter of the size (the same number, at the same
+places) and a network with a receptive field of one voxel; ``--count`` stops here. Then five methods and the three
+control maps are evaluated on the MNI152 template with the tissue bundle, with every metric that needs no second network
+and no further channels, for a box in the cerebellum. Times are of this machine, whose load is stated. With ``--full``
+the target is the whole white matter.
 """
 
 from __future__ import annotations

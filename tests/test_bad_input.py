@@ -281,7 +281,8 @@ ROWS = [
     Row("folder without scans", 2, r"nothing: no scan in this folder", no_scans, goes_on=False),
     Row("device that is not there", 2, r"--device cuda:63: this machine has", with_options("--device", "cuda:63"),
         goes_on=False),
-    Row("option that does not exist", 2, r"unrecognized arguments: --metod.*--help", with_options("--metod", "x"),
+    Row("option that does not exist", 2, r"there is no option --metod: did you mean --methods",
+        with_options("--metod", "x"),
         goes_on=False),
 ]  # fmt: skip
 

@@ -90,8 +90,11 @@ class Setting:
         offered = {**PARAMETERS, "cases": [case, 1 - case], "layer": self.layer, "channel": 0}
         if kind.produces == "synthesised image":
             del offered["layer"], offered["channel"]
-        more = {"n_samples": 64} if name == "KernelShap" else {}  # it needs as many
-        return kind(**{n: v for n, v in offered.items() if n in kind.parameter_names()} | more)
+        own: dict[str, dict[str, Any]] = {
+            "KernelShap": {"n_samples": 64},  # it needs as many
+            "RegionTest": {"feature_mask": "supervoxels(4, mask='everything')"},  # the map has all regions
+        }
+        return kind(**{n: v for n, v in offered.items() if n in kind.parameter_names()} | own.get(name, {}))
 
     def network(self, device: Any = "cpu") -> nn.Module:
         with torch.random.fork_rng(devices=[]):

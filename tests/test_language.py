@@ -166,6 +166,8 @@ def hits() -> dict[str, list[tuple[int, str]]]:
                 result[path.relative_to(ROOT).as_posix()] = list(hits_of_python(source, folder != "esegeta_monai"))
     for pattern in ("*.md", "docs/**/*.md", "bundles/*/docs/*.md"):
         for path in sorted(ROOT.glob(pattern)):
+            if {"_generated", "_build"} & set(path.parts):  # by Sphinx, from other files
+                continue
             text = path.read_text(encoding="utf-8")
             result[path.relative_to(ROOT).as_posix()] = list(hits_of_page(text))
     left = {name: [v for v in values if (name, v[1]) not in JUSTIFIED] for name, values in result.items()}

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from esegeta_monai.utils.files import VERSION
 from tests.support import oblique
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "esegeta_monai"
+BUNDLE = "bundles/brain_lesion_classification"
 
 
 def calls(tree: ast.AST, name: str) -> list[ast.Call]:
@@ -56,15 +62,87 @@ def test_nothing_that_runs_foreign_code(name: str) -> None:
     assert unsafe == []
 
 
+def read_project() -> dict[str, Any]:
+    """The table ``[project]``; Python 3.10 has no reader, but pytest brings one."""
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    return toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_one_version_everywhere() -> None:
+    version = read_project()["version"]
+    assert version == VERSION
+    assert re.findall(r"(?m)^version: (\S+)", (ROOT / "CITATION.cff").read_text(encoding="utf-8")) == [version]
+    assert f'set version = "{version}"' in (ROOT / "conda" / "meta.yaml").read_text(encoding="utf-8")
+    heading = re.search(r"(?m)^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"))
+    assert heading is not None
+    assert heading[1] in (version, "Unreleased")
+
+
+def test_what_is_imported_is_declared() -> None:
+    """Every package that the sources import, also inside functions, is a dependency or an extra."""
+    names = {"nibabel", "yaml", "sklearn", "skimage", "ignite"}
+    distributions = {
+        **{"yaml": "pyyaml", "sklearn": "scikit-learn", "skimage": "scikit-image", "ignite": "pytorch-ignite"},
+        **{"PIL": "pillow", "lucent": "torch-lucent"},
+    }
+    optional = {"isal", "cupy", "torchvision"}  # used where they are installed
+    project = read_project()
+    declared = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    known = {re.split(r"[<>=\[ ]", text)[0].lower().replace("_", "-") for text in declared}
+    imported = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                imported.add(node.module.split(".")[0])
+    assert names <= imported  # else the check looks at nothing
+    imported -= {*sys.stdlib_module_names, "esegeta_monai", *optional}
+    missing = {name for name in imported if distributions.get(name, name).replace("_", "-") not in known}
+    assert missing == set()
+
+
+def test_lower_bounds_are_those_that_are_tested() -> None:
+    """pyproject.toml, the constraints of `make test-lowest` and the conda recipe name the same versions."""
+    lowest = dict(re.findall(r"(?m)^([\w-]+)==(\S+)", (ROOT / "constraints-lowest.txt").read_text(encoding="utf-8")))
+    recipe = dict(
+        re.findall(r"(?m)^    - ([\w-]+) >=(\S+)", (ROOT / "conda" / "meta.yaml").read_text(encoding="utf-8"))
+    )
+    conda = {"torch": "pytorch", "pytorch-ignite": "ignite", "matplotlib": "matplotlib-base"}
+    bounds = dict(text.split(">=") for text in read_project()["dependencies"])
+    assert bounds.keys() == lowest.keys()
+    for name, bound in bounds.items():
+        assert recipe[conda.get(name, name)] == bound, name
+        assert lowest[name] == bound or lowest[name].startswith(f"{bound}."), name
+
+
+@pytest.mark.parametrize("home", [None, "https://git.example/team/esegeta"])
+def test_links_of_the_description_lead_outside_of_the_repository(home: str | None, tmp_path: Path) -> None:
+    """PyPI shows README.md without the repository: its links are absolute, or plain text where the home is unknown."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GITHUB_")}
+    if home is not None:
+        server, _, repository = home.rpartition("/team/")
+        environment |= {"GITHUB_SERVER_URL": server, "GITHUB_REPOSITORY": f"team/{repository}", "GITHUB_REF_NAME": "v9"}
+    code = "import setuptools; setuptools.setup = lambda **k: print(k['long_description']); import setup"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    links = re.findall(r"\]\(([^)\s]+)\)", done.stdout)
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert any(link == f"{home}/blob/v9/LICENSE" for link in links) == (home is not None)
+    assert "](docs/" in (ROOT / "README.md").read_text(encoding="utf-8")  # else there is nothing to change
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy of the sources and unpacked by pip into a folder of its own."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (PACKAGE.name, BUNDLE):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "eval"))
     run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist")], source)
     (wheel,) = (folder / "dist").glob("*.whl")
     target = folder / "site"
@@ -109,6 +187,20 @@ class TestWheel:
         assert "License-Expression: Apache-2.0" in metadata
         assert (info / "licenses" / "LICENSE").is_file()
         assert "esegeta-monai = esegeta_monai.cli.main:main" in (info / "entry_points.txt").read_text(encoding="utf-8")
+
+    def test_the_demonstration_bundle_is_inside_and_trusted(self, installed: Path, tmp_path: Path) -> None:
+        code = (
+            "from esegeta_monai.cli.demo import find_bundle; from esegeta_monai.bundle.trust import is_shipped; "
+            "from esegeta_monai.bundle.contents import BundleContents; b = find_bundle(); "
+            "print(b); print(is_shipped(BundleContents(b))); print(is_shipped(BundleContents('copy')))"
+        )
+        shutil.copytree(installed / "esegeta_monai" / BUNDLE, tmp_path / "copy")
+        lines = run([sys.executable, "-c", code], tmp_path, installed).stdout.splitlines()
+        assert lines == [str(installed / "esegeta_monai" / BUNDLE), "True", "False"]
+        ours = ROOT / BUNDLE
+        files = {p.relative_to(ours) for p in ours.rglob("*") if p.is_file()}
+        for file in (f for f in files if not {"__pycache__", "eval"} & set(f.parts)):
+            assert (ours / file).read_bytes() == (installed / "esegeta_monai" / BUNDLE / file).read_bytes(), file
 
     @pytest.mark.parametrize(("command", "expected"), [("methods", "Saliency"), ("targets", "MultiClassMask")])
     def test_the_command_line(self, installed: Path, tmp_path: Path, command: str, expected: str) -> None:

@@ -35,12 +35,13 @@ def store_path() -> Path:
 
 
 def is_shipped(contents: BundleContents) -> bool:
-    """Return True for a bundle in the folder ``bundles`` beside this package, if no used file is elsewhere.
+    """Return True for a bundle in ``bundles`` in this package (wheel) or beside it (checkout), with no file elsewhere.
 
     Whoever can change files there can change the package itself.
     """
-    ours = Path(esegeta_monai.__file__).resolve().parents[1] / "bundles"
-    return contents.root.parent == ours and not isinstance(contents, NnunetContents) and not contents.outside
+    package = Path(esegeta_monai.__file__).resolve().parent
+    ours = (package / "bundles", package.parent / "bundles")
+    return contents.root.parent in ours and not isinstance(contents, NnunetContents) and not contents.outside
 
 
 class TrustStore:

@@ -17,7 +17,10 @@ from esegeta_monai.cli.trust import require_trust
 from esegeta_monai.errors import UsageError
 from esegeta_monai.utils.files import INTENDED_USE
 
-__all__ = ["listen", "run", "server_of", "start"]
+__all__ = ["BUNDLE", "listen", "run", "server_of", "start", "template"]
+
+BUNDLE = Path("bundles") / "brain_tissue_segmentation"
+"""What the app opens without --bundle."""
 
 WORKER = [sys.executable, "-m", "esegeta_monai.cli.app_worker"]
 
@@ -29,7 +32,7 @@ def run(args: Namespace, *_: object) -> int:
         EsegetaError: an option is wrong, the extra ``app`` is not installed, or the bundle is not trusted.
     """
     if args.bundle is None and args.nnunet is None:
-        args.bundle = str(find_bundle())
+        args.bundle = str(find_bundle(BUNDLE))
     check_options(args)
     require_trust(args)
     missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
@@ -105,8 +108,23 @@ def _template(args: Namespace, output: Path) -> Path:
         UsageError: another bundle is opened, which has none.
     """
     from esegeta_monai.bundle.reader import BundleReader
-    from esegeta_monai.cli.demo import template
 
-    if args.nnunet is not None or Path(args.bundle).resolve() != find_bundle().resolve():
+    if args.nnunet is not None or Path(args.bundle).resolve() != find_bundle(BUNDLE).resolve():
         raise UsageError("give the scans by --input SCANS")
     return template(BundleReader(args.bundle, weights="optional"), output)
+
+
+def template(reader: Any, output: Path) -> Path:
+    """Return the file of the template, which the scripts of an open bundle create once.
+
+    Raises:
+        UsageError: nilearn or the scripts are missing.
+    """
+    try:
+        with reader.importable():
+            anatomy: Any = importlib.import_module("scripts.anatomy")
+            return Path(anatomy.template_case(output / "mni152")["image"])
+    except ImportError as error:
+        if error.name == "nilearn":
+            raise UsageError('the template comes with nilearn: pip install "esegeta-monai[demo]"') from error
+        raise UsageError(f"{reader.bundle_dir} has no scripts/anatomy.py that creates the template: {error}") from error

@@ -155,7 +155,7 @@ def add_computing_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--window-batch",
-        type=_count,
+        type=count,
         metavar="N",
         help="windows per forward pass (default: the inferer's)",
     )
@@ -195,7 +195,7 @@ def add_parts(parser: argparse.ArgumentParser) -> None:
     """Add the options that divide the cases of a run over machines."""
     parser.add_argument(
         "--num-parts",
-        type=_count,
+        type=count,
         default=1,
         metavar="N",
         help="divide the cases into N parts, for machines that share the output folder (default: 1)",
@@ -239,7 +239,8 @@ def part_id(options: argparse.Namespace) -> int | None:
     return part
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """Parse a positive integer."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)

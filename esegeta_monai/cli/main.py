@@ -9,8 +9,10 @@ traceback.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -71,9 +73,15 @@ COMMANDS = (
     Command("explain", "explain a bundle's predictions on your scans", parsers.add_explain, "explain:run"),
     Command("report", "write an HTML report of the maps", parsers.add_report, "report:run"),
     Command("evaluate", "evaluate the maps of a bundle by metrics", parsers.add_evaluate, "evaluate:run"),
+    Command(
+        "concepts",
+        "list a layer's most relevant channels over scans, with regions that show them",
+        parsers.add_concepts,
+        "concepts:run",
+    ),
     Command("merge-runs", "join the parts of a run", parsers.add_merge_runs, "merge_runs:run"),
     Command("app", "open a page on which a click on a voxel asks the network why", parsers.add_app, "app:run"),
-    Command("demo", "explain a brain segmentation as a demonstration", parsers.add_demo, "demo:run"),
+    Command("demo", "compare a network that uses a shortcut with one that does not", parsers.add_demo, "demo:run"),
     Command(
         "methods",
         "list the explanation methods, with parameters and defaults",
@@ -110,8 +118,27 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
+        wrong = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+        if wrong:
+            message = f"there is no command {wrong[1]!r}{_meant(wrong[1], [command.name for command in COMMANDS])}"
         _say(f"{message} (see '{self.prog} --help')")
         raise SystemExit(USAGE)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse; a misspelled option is named before argparse misses the required one that it was meant to be."""
+        for text in sys.argv[1:] if args is None else args:
+            option = text.partition("=")[0]
+            if text == "--" or (self._subparsers is not None and not text.startswith("-")):
+                break  # what follows a command is parsed by the command
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            if option.startswith("--") and not any(name.startswith(option) for name in known):
+                self.error(f"there is no option {option}{_meant(option, known)}")
+        return super().parse_known_args(args, namespace)
+
+
+def _meant(text: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(text, known, n=2, cutoff=0.7)
+    return f": did you mean {' or '.join(near)}?" if near else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

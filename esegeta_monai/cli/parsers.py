@@ -15,11 +15,13 @@ from esegeta_monai.cli.arguments import (
     add_run_options,
     add_share,
     add_trust,
+    count,
 )
 
 __all__ = [
     "add_app",
     "add_check",
+    "add_concepts",
     "add_demo",
     "add_evaluate",
     "add_explain",
@@ -214,6 +216,30 @@ output folders of their own, give these too: their maps, records and rows of met
 A file that two folders have with different contents is refused, and nothing is written."""
 
 
+CONCEPTS_DESCRIPTION = """\
+Lists the channels of a layer through which most relevance of the target flows (concept relevance propagation), as the
+mean share over the scans, and for each channel the scans with the largest shares: one region a scan, as large as the
+receptive field of the channel's unit. It writes OUTPUT/concepts.html, pictures, and OUTPUT/concepts.csv with the share
+of every channel in every scan."""
+
+
+def add_concepts(parser: ArgumentParser) -> None:
+    """Add the arguments of ``concepts``."""
+    parser.description = CONCEPTS_DESCRIPTION
+    add_model(parser)
+    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
+    parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
+    parser.add_argument("--layer", metavar="NAME", help="layer (default: chosen for the network, see 'layers')")
+    parser.add_argument("--target", metavar="TARGET", help="target (default: every predicted class except background)")
+    parser.add_argument(
+        "--channels", type=count, default=8, metavar="N", help="channels to show (default: %(default)s)"
+    )
+    parser.add_argument("--regions", type=count, default=4, metavar="N", help="scans for each channel (default: 4)")
+    add_network(parser)
+    add_head(parser)
+    add_computing_options(parser)
+
+
 def add_merge_runs(parser: ArgumentParser) -> None:
     """Add the arguments of ``merge-runs``."""
     parser.description = MERGE_RUNS_DESCRIPTION
@@ -257,7 +283,7 @@ def add_demo(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--bundle",
         metavar="DIR",
-        help="folder of the bundle brain_tissue_segmentation, needed outside of a checkout",
+        help="folder of a bundle brain_lesion_classification (default: the one of this package)",
     )
     parser.add_argument(
         "--methods", action="append", metavar="LIST", help="methods to run instead of those of the demo"

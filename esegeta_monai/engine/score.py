@@ -37,6 +37,7 @@ class Case:
         class_names: class index to name, from the bundle's metadata.json.
         channel_names: names of the image channels, from metadata.json; empty if unknown.
         head: what the prediction is: raw output, probabilities or log-probabilities.
+        networks: number of networks whose predictions are stacked along the channels: 2 for a `NetworkPair`.
     """
 
     affine: Tensor | None = None
@@ -44,6 +45,7 @@ class Case:
     class_names: Mapping[int, str] = field(default_factory=dict)
     channel_names: Sequence[str] = ()
     head: Head = field(default_factory=Head)
+    networks: int = 1
 
 
 class Score(ABC):

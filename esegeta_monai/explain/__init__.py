@@ -7,5 +7,6 @@ from esegeta_monai.explain.augmentation import freeze_augmentation
 from esegeta_monai.explain.ensemble import EnsembleInferer
 from esegeta_monai.explain.evaluation import Evaluator
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.explain.pair import NetworkPair
 
-__all__ = ["Attribution", "EnsembleInferer", "Evaluator", "Explainer", "freeze_augmentation"]
+__all__ = ["Attribution", "EnsembleInferer", "Evaluator", "Explainer", "NetworkPair", "freeze_augmentation"]

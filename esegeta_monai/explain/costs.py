@@ -44,6 +44,7 @@ class Cost:
         seconds: estimate, correct within a factor of 2; None if no pass could be timed.
         peak_memory_bytes: peak of the timed passes; memory does not grow with the number of passes.
         note: why there is nothing to compute or why the method would be refused; None if it would run.
+        statement: what the method can find on this case, see `Method.foreseen`.
     """
 
     case: int
@@ -55,6 +56,7 @@ class Cost:
     seconds: float | None = None
     peak_memory_bytes: int | None = None
     note: str | None = None
+    statement: str | None = None
 
 
 def cost_of(method: Method, objective: Objective, case: int, label: str, calibration: float) -> Cost:
@@ -97,7 +99,8 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
     predictions, windows = method.predictions(objective), len(objective.windows)
     rounds = passes / windows if predictions is None else predictions + 1
     naive = round(rounds * len(objective.plan))
-    return Cost(case, name, label, passes, whole or method.passes_exact, naive, seconds, peak_memory(device))
+    exact, memory = whole or method.passes_exact, peak_memory(device)
+    return Cost(case, name, label, passes, exact, naive, seconds, memory, statement=method.foreseen(objective))
 
 
 def _extrapolated(method: Method, objective: Objective, passes: float) -> float | None:
@@ -180,6 +183,7 @@ def table(costs: Sequence[tuple[str, Cost]]) -> list[str]:
                 f"{c.naive_passes:,}",
                 "unknown" if c.seconds is None else duration(c.seconds),
                 memory,
+                *([] if c.statement is None else [c.statement]),
             ]
         )
     widths = [max(len(row[i]) for row in rows) for i in range(7)]

@@ -29,12 +29,14 @@ from esegeta_monai.engine.score import Case, Score
 from esegeta_monai.engine.window_loop import WindowedNetwork
 from esegeta_monai.engine.windows.grid import OutputGrid
 from esegeta_monai.engine.windows.inferers import plan_windows
-from esegeta_monai.errors import EsegetaError, InputError, NetworkError, UsageError
+from esegeta_monai.errors import EsegetaError, InputError, NetworkError, TargetError, UsageError
 from esegeta_monai.explain.case import CaseInput, to_device
 from esegeta_monai.explain.outcomes import BoundTarget
+from esegeta_monai.explain.pair import NetworkPair
 from esegeta_monai.explain.record import tensor_hash
 from esegeta_monai.explain.settings import Settings
 from esegeta_monai.targets.base import Target, need_class_axis
+from esegeta_monai.targets.difference import Difference, first_of
 from esegeta_monai.utils.images import check_contents, check_image
 from esegeta_monai.utils.tensors import all_finite
 
@@ -130,6 +132,11 @@ class Prediction:
             context = dataclasses.replace(context, affine=None)
         for target in targets:
             try:
+                if self.pair and not isinstance(target, Difference):
+                    raise TargetError(
+                        f"{type(target).__name__} explains one network, and two are given (NetworkPair): explain "
+                        "one of them, or use Difference(target)"
+                    )
                 if target.layer is None:
                     need_class_axis(self.prediction, self.image.ndim, target)
                 for score in target.bind(self.prediction, context):
@@ -289,7 +296,18 @@ class Prediction:
     @property
     def _context(self) -> Case:
         affine = torch.as_tensor(self.case.image.affine).double().cpu()
-        return Case(affine, self.case.data, self.settings.class_names, self.settings.channel_names, self.head)
+        names = self.settings.class_names, self.settings.channel_names
+        return Case(affine, self.case.data, *names, self.head, 2 if self.pair else 1)
+
+    @property
+    def pair(self) -> bool:
+        """True if two networks are compared: their predictions are stacked along the channels."""
+        return isinstance(self.settings.network, NetworkPair)
+
+    @property
+    def decided_by(self) -> Tensor:
+        """The prediction (K, *out) that decides classes: that of the first network of a pair."""
+        return first_of(self.prediction) if self.pair else self.prediction
 
     def _note_output(self) -> None:
         """Record which of several outputs is explained, and warn of an output of integers."""
@@ -334,6 +352,8 @@ class Prediction:
         def evidence() -> HeadEvidence:
             model = copy.copy(self.model)
             model.inferer = None
+            if isinstance(settings.network, NetworkPair):  # whose last operation stacks two outputs
+                model.network = settings.network.first
             condition = None if self.case.condition is None else self.case.condition.to(self.image)
             try:
                 with evaluating(settings.network, settings.device):
@@ -341,7 +361,7 @@ class Prediction:
             except Exception as error:  # a network may raise anything on a window that its inferer would not give it
                 return HeadEvidence(failed=" ".join(str(error).split())[:200] or type(error).__name__)
 
-        head, result = find_head(self.prediction, settings.head, settings.postprocessing, evidence)
+        head, result = find_head(self.decided_by, settings.head, settings.postprocessing, evidence)
         self._note(result)
         self.case.record["head"] = head.to_json()
         return head

@@ -57,6 +57,9 @@ ROUNDING = 1e-3
 LAYER_MAPS = ("layer map", "activation")
 """Values of `produces` of methods whose maps show a layer."""
 
+ONE_NETWORK = (
+    "{}: a layer belongs to one of the two networks that are compared: use an input method, or explain one network"
+)
 ONE_CALL = (
     "{}: it is made for the weights of one network, as fitted patterns are, and an ensemble or mirrored views have "
     "several calls: explain one member without mirroring, or use LRP or a gradient method"
@@ -191,6 +194,8 @@ class CaseRun:
                     yield outcomes.empty(method, b, record)
                 elif predicted.plan.calls and not all(m.for_ensembles for m in (method, *method.inside())):
                     yield outcomes.failed(method, b, record, MethodError(ONE_CALL.format(method.name)))
+                elif predicted.pair and _reads_layer(method):
+                    yield outcomes.failed(method, b, record, MethodError(ONE_NETWORK.format(method.name)))
                 elif method.needs_linear and not b.score.linear:
                     yield outcomes.failed(method, b, record, not_linear(method, b))
                 elif method.needs_positive and b.score.falls:
@@ -282,7 +287,7 @@ class CaseRun:
                 record.value, record.noise = float(values[k]), None if noise is None else float(noise[k])
                 if b.target.layer is None:
                     predicted, activation = task.predicted, getattr(b.target, "activation", "auto")
-                    entries = predicted_class(predicted.prediction, settings.class_names, predicted.head, activation)
+                    entries = predicted_class(predicted.decided_by, settings.class_names, predicted.head, activation)
                     record.update(entries)
                 if method.produces in LAYER_MAPS:
                     record.layer_spacing = self._layer_spacing(objective, outcome.result.note(k).get("layer"))
@@ -418,6 +423,11 @@ class CaseRun:
                 yield
             finally:
                 objective.context.progress.on_pass = None
+
+
+def _reads_layer(method: Method) -> bool:
+    """Return True if a method, or one inside it, belongs to a layer."""
+    return any(m.produces in LAYER_MAPS or hasattr(m, "layer") for m in (method, *method.inside()))
 
 
 def _precision(objective: Objective, note: Mapping[str, Any], record: Record) -> CheckResult:

@@ -41,9 +41,9 @@ class EvaluationHandler(CaseHandler):
     determines them is equal (`esegeta_monai.explain.record.Record.decisive`, weights); they are kept until evaluated.
 
     Args:
-        methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share,
-            checks, name, seed, time_limit, window_batch, volume_device, progress, head: see
-            `ExplanationHandler`.
+        methods, targets, output_dir, bundle_root, image_key, pred_key, output: see `ExplanationHandler`.
+        class_names, epochs, cases, share, checks, name, seed, time_limit, window_batch: see `ExplanationHandler`.
+        volume_device, progress, head: see `ExplanationHandler`.
         metrics: names, configs or instances; ``"all"``; None: a quick selection, with localisation metrics for cases
             with a label.
         label_key: key of a label map in the case's data that marks the known cause. A case without it, or with a label

@@ -45,9 +45,11 @@ from esegeta_monai.methods.perturbation.base import PerturbationMethod
 from esegeta_monai.methods.perturbation.extremal import ExtremalPerturbation
 from esegeta_monai.methods.perturbation.lime import Lime
 from esegeta_monai.methods.perturbation.occlusion import Occlusion
+from esegeta_monai.methods.perturbation.region_test import RegionTest
 from esegeta_monai.methods.perturbation.rise import Rise
 from esegeta_monai.methods.perturbation.sensitivity import Hsic, Sobol
 from esegeta_monai.methods.perturbation.shapley import ChannelShapley, KernelShap, ShapleyValueSampling
+from esegeta_monai.methods.relevance.concepts import ConceptRelevance
 from esegeta_monai.methods.relevance.contrastive import ContrastiveExcitationBackprop, ContrastiveLRP
 from esegeta_monai.methods.relevance.deeplift import DeepLift, DeepLiftShap, LayerDeepLift, LayerDeepLiftShap
 from esegeta_monai.methods.relevance.fullgrad import FullGrad
@@ -70,6 +72,7 @@ __all__ = [
     "ChannelGradients",
     "ChannelShapley",
     "ClassImage",
+    "ConceptRelevance",
     "ContrastiveExcitationBackprop",
     "ContrastiveLRP",
     "Deconvolution",
@@ -121,6 +124,7 @@ __all__ = [
     "PatternNet",
     "PerturbationMethod",
     "Perturbations",
+    "RegionTest",
     "Request",
     "Rise",
     "Saliency",

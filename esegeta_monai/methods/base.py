@@ -185,6 +185,10 @@ class Method(Configurable, ABC):
         """Return the window passes of `attribute`, for progress and cost estimates; exact if `passes_exact`."""
         return len(objective.windows)
 
+    def foreseen(self, objective: Objective) -> str | None:
+        """Return what the method can find on this case, known before it runs, for the dry run; None: nothing to say."""
+        return None
+
     def inside(self) -> list[Method]:
         """Return the methods that are parameters of this one."""
         return [m for m in (getattr(self, f.name) for f in dataclasses.fields(self)) if isinstance(m, Method)]

@@ -6,6 +6,7 @@ which everything that depends on that prediction is frozen (argmax maps, compone
 
 from __future__ import annotations
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,7 +62,15 @@ class Target(Configurable, ABC):
             TARGETS.register(cls)
 
 
-TARGETS: Registry[Target] = Registry("target", Target, "esegeta_monai.targets")
+def _advise(name: str) -> str:
+    """Return what to write where the name of a class was given as a target."""
+    return (
+        f"If {name} is a class, write \"MultiClassMask('{name}')\" for the voxels of a segmentation, or "
+        f"\"ClassScore('{name}')\" for a classification"
+    )
+
+
+TARGETS: Registry[Target] = Registry("target", Target, "esegeta_monai.targets", advice=_advise)
 
 
 def resolve_class(
@@ -84,7 +93,12 @@ def resolve_class(
         if not matches and class_index.strip().lstrip("-").isdigit():
             return resolve_class(int(class_index), n_classes, names, where)
         if not matches:
-            raise TargetError(f"{where}={class_index!r}: the network has no class of that name; it has: {listed}")
+            spelled = {plain(n): n for i, n in names.items() if 0 <= i < n_classes}
+            near = [spelled[key] for key in difflib.get_close_matches(plain(class_index), spelled, n=3)]
+            meant = f"did you mean {', '.join(map(repr, near))}? " if near else ""
+            raise TargetError(
+                f"{where}={class_index!r}: the network has no class of that name; {meant}it has: {listed}"
+            )
         class_index = matches[0]
     if isinstance(class_index, bool) or not 0 <= class_index < n_classes:
         raise TargetError(

@@ -36,7 +36,7 @@ __all__ = [
     "write_json",
 ]
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 INTENDED_USE = "Research only, not a medical device; a map is no proof that a prediction is right."
 """Text in every sidecar, every run.json and every picture."""
 

@@ -166,10 +166,14 @@ class Registry(Generic[T]):
         base: the base class of all entries.
         group: entry-point group in which other packages register theirs.
         command: True: errors refer to the command that lists the classes, named after the kind; False: they list them.
+        advice: text that follows in the error for an unknown name, from that name, unless it is a clear misspelling;
+            None: nothing.
     """
 
-    def __init__(self, kind: str, base: Any, group: str, *, command: bool = True) -> None:
-        self.kind, self.group, self.command = kind, group, command
+    def __init__(
+        self, kind: str, base: Any, group: str, *, command: bool = True, advice: Callable[[str], str] | None = None
+    ) -> None:
+        self.kind, self.group, self.command, self.advice = kind, group, command, advice
         self.base: type[T] = base
         self._classes: dict[str, type[T]] = {}
         self._entry_points_loaded = False
@@ -219,9 +223,11 @@ class Registry(Generic[T]):
             known = [c for c in self._classes.values() if f"{c.__module__}.{c.__qualname__}" == name]
             return known[0] if known else self._import(name)
         near = difflib.get_close_matches(self._key(name), self._classes, n=4, cutoff=0.5)
-        names = sorted({self._classes[k].__name__ for k in near})
+        names = list(dict.fromkeys(self._classes[k].__name__ for k in near))  # the best match first
         hint = f"did you mean {', '.join(names)}?" if names else self._listing_hint()
-        raise UsageError(f"there is no {self.kind} {name!r}: {hint}")
+        spelled = difflib.get_close_matches(self._key(name), near, n=1, cutoff=0.8)  # no doubt what was meant
+        advice = "" if self.advice is None or spelled else f" {self.advice(name)}"
+        raise UsageError(f"there is no {self.kind} {name!r}: {hint}{'' if names or not advice else ';'}{advice}")
 
     def _listing_hint(self) -> str:
         if self.command:

@@ -444,6 +444,23 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["explain", "--bundel", "b", "--input", "a", "--output", "o"], "no option --bundel: did you mean --bundle"),
+        (["explain", "--inptu=a"], "no option --inptu: did you mean --input"),
+        (["explain", "--xyzzy"], "there is no option --xyzzy (see"),
+        (["evaluate", "--bundle", "b", "--lable", "c"], "no option --lable: did you mean --label"),
+        (["explian"], "there is no command 'explian': did you mean explain"),
+        (["--verson"], "no option --verson: did you mean --version"),
+    ],
+)
+def test_misspelled_options_and_commands(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["--window-batch", "0"], "'0' is not a positive integer"),
         (["--time-limit", "-1"], "'-1' is not a positive number of seconds"),
         (["--override", "inferer"], "write id=value"),
@@ -495,38 +512,38 @@ def test_the_demo_finds_its_bundle_or_names_the_remedy(tmp_path: Path, monkeypat
     assert (demo.find_bundle() / "configs" / "inference.json").is_file()
     monkeypatch.setattr(esegeta_monai, "__file__", str(tmp_path / "site-packages" / "esegeta_monai" / "__init__.py"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"does not include bundles/brain_tissue_segmentation.*--bundle DIR"):
+    with pytest.raises(UsageError, match=r"does not include bundles/brain_lesion_classification.*--bundle DIR"):
         demo.find_bundle()
+    inside = tmp_path / "site-packages" / "esegeta_monai" / demo.BUNDLE  # as in a wheel
+    (inside / "configs").mkdir(parents=True)
+    assert demo.find_bundle() == inside
 
 
-def test_the_demo_runs_a_method_of_every_mechanism() -> None:
-    chosen = METHODS.create_all(",".join(demo.DEMO_METHODS))
-    assert [m.name for m in chosen] == [
-        *("Saliency", "InputXGradient", "IntegratedGradients", "SmoothGrad"),
-        *("GuidedBackprop", "GradCam", "LayerActivation", "Occlusion"),
-    ]
-
-
-def test_the_demo_s_table(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a tiny bundle with a script that makes a template, as the real one has."""
-    bundle = make_bundle(tmp_path / "bundle")
-    scan = make_scan(tmp_path / "template.nii.gz")
-    (bundle / "scripts").mkdir()
-    source = f"def template_case(folder):\n    return {{'image': {str(scan)!r}}}\n"
-    (bundle / "scripts" / "anatomy.py").write_text(source)
+def test_the_demo_shows_the_lesion_in_one_network_and_the_mark_in_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("nilearn", reason="the template comes with nilearn")
     out = tmp_path / "out"
-    assert run("demo", "--bundle", bundle, "--output", out, "--methods", "Saliency,IntegratedGradients(n_steps=4)") == 0
+    assert run("demo", "--output", out, "--methods", "ExcitationBackprop,Saliency") == 0
     text = capsys.readouterr().out
     assert "population average" in text
-    gap = json.loads(next(out.rglob("*_IntegratedGradients_attr.json")).read_text(encoding="utf-8"))["completeness_gap"]
-    (row,) = [line for line in text.splitlines() if "grey matter  IntegratedGradients" in line]
-    assert row.endswith(f"{100 * gap:.2g} %")
-    pictures = list(out.rglob("*.png"))
-    assert f"{len(pictures)} pictures" in text
-    assert str(out / demo.CASE) in text
-    report = report_path(out, demo.CASE)
-    assert text.splitlines()[-1].endswith(f": {report}")
-    assert report.is_file()
+    (row,) = [line.replace("%", "").split() for line in text.splitlines() if line.startswith("ExcitationBackprop")]
+    shares = dict(zip(("lesion, lesion", "lesion, mark", "shortcut, lesion", "shortcut, mark"), map(float, row[1:])))
+    assert shares["lesion, lesion"] > 5 * shares["lesion, mark"]
+    assert shares["shortcut, mark"] > 5 * shares["shortcut, lesion"]
+
+    # the table's share from the file, by other means
+    values = nib.load(next((out / "lesion").rglob("*_ExcitationBackprop_attr.nii.gz"))).get_fdata()
+    case = demo.make_head(BundleReader(demo.find_bundle()), tmp_path / "again")[1]
+    share = sum(v for v, inside in zip(values.ravel(), case["lesion"].ravel()) if inside and v > 0)
+    assert 100 * share / sum(v for v in values.ravel() if v > 0) == pytest.approx(shares["lesion, lesion"], abs=0.051)
+
+    for name in demo.NETWORKS:
+        record = json.loads(next((out / name).rglob("*_Saliency_attr.json")).read_text(encoding="utf-8"))
+        assert record["predicted_class_name"] == "lesion"  # both networks are right, for different reasons
+        report = report_path(out / name, demo.CASE)
+        assert report.is_file()
+        assert str(report.resolve()) in text
 
 
 def test_the_documentation_has_every_command_and_option() -> None:

@@ -293,7 +293,7 @@ def test_our_own_bundles_are_trusted_with_their_own_configs_only(tmp_path: Path)
 def test_a_bundle_in_the_working_directory_is_not_that_of_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_bundle(tmp_path / "bundles" / "brain_tissue_segmentation")
+    make_bundle(tmp_path / "bundles" / "brain_lesion_classification")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("esegeta_monai.__file__", str(tmp_path / "site-packages" / "esegeta_monai" / "__init__.py"))
     assert run("demo", "--output", tmp_path / "out") == 3

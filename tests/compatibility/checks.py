@@ -371,6 +371,31 @@ def contrast_of_excitation(sight: Sight, ask: Ask) -> Figure:
     return Figure(deviation(answer.map, truth), EXACT)
 
 
+# -- what is true: perturbations -------------------------------------------------------------------------------------
+
+
+def quarters(sight: Sight) -> Tensor:
+    """Number the quarters of the image by its last two axes, 1 to 4, (*spatial)."""
+    labels = torch.ones(sight.image.shape[1:], dtype=torch.long)
+    labels[..., labels.shape[-1] // 2 :] += 1
+    labels[..., labels.shape[-2] // 2 :, :] += 2
+    return labels
+
+
+def donors(sight: Sight) -> list[Tensor]:
+    return [sight.x0, sight.image.flip(-1)]
+
+
+def exchanged_regions(sight: Sight) -> Tensor:
+    """F(x) − mean over donors of F(x with the region of the donor), at the voxels of the region."""
+    labels, result = quarters(sight), torch.zeros_like(sight.image[:1])
+    for region in range(1, 5):
+        inside = labels == region
+        values = [sight.value(torch.where(inside, d, sight.image)) for d in donors(sight)]
+        result[:, inside] = sight.value(sight.image) - sum(values) / len(values)
+    return result
+
+
 # -- what is true: class activation maps and layers -----------------------------------------------------------------
 
 
@@ -503,6 +528,35 @@ def tail_relevance(sight: Sight) -> Tensor:
     return sight.s.scatter(sight.s.as_map(torch.cat(found)).sum(1, keepdim=True))
 
 
+def first_half(sight: Sight) -> list[int]:
+    """The first half of the channels of the layer."""
+    return list(range(max(1, sight.at_image[0].shape[1] // 2)))
+
+
+def through_channels(sight: Sight) -> Tensor:
+    """Relevance of the network up to the layer alone, for the multiplier that arrives at the first half of the layer's
+    channels in the whole network."""
+    name, total = sight.layer, torch.zeros_like(sight.image)
+    layer = sight.network.get_submodule(name)
+
+    def to_layer(x: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        handle = layer.register_forward_hook(lambda m, i, o: kept.append(o) or o.clone())
+        sight.network(x)
+        handle.remove()
+        return kept[0]
+
+    windows, cotangents = sight.window_cotangents()
+    for x, c, place in zip(windows, cotangents, sight.s.objective.plan.slices):
+        arriving = lrp(sight.case_output, x[None], c[None, None], layers={name: layer}).layers[name].gradient
+        masked = torch.zeros_like(arriving)
+        axis = masked.ndim - 1 if masked.ndim == 4 else 2  # tokens (k, n, T, C)
+        chosen = torch.tensor(first_half(sight))
+        masked.index_copy_(axis, chosen, arriving.index_select(axis, chosen))
+        total[(slice(None), *place)] += lrp(to_layer, x[None], masked).input[0, 0]
+    return total
+
+
 def layer_guided(sight: Sight) -> Tensor:
     """Guided backpropagation of ``Σ ĝ |A|``, through the inferer, on autograd's graph."""
     module = sight.network.get_submodule(sight.layer)
@@ -597,6 +651,7 @@ def _sources(part: Any, seen: set[int]) -> list[str]:
 
 
 GRADIENT, CAMS, LAYERS, NEURONS = "Gradient and relevance", "Class activation maps", "Layers", "Neurons"
+PERTURBATION = "Perturbation"
 _PATH = {"baseline": x0, "n_steps": 2, "method": "riemann_middle"}
 _BISECTED = {"n_steps": 16, "tolerance": INTEGRATED}
 _AT = {"layer": lambda s: s.layer}
@@ -649,6 +704,7 @@ ROWS: list[Row] = [
     Row(GRADIENT, "DeepLift", complete(baseline=x0), "C"),
     Row(GRADIENT, "DeepLiftShap", complete(change=mean_change, baseline=two_references), "C"),
     *(_lrp(composite) for composite in COMPOSITES),
+    Row(GRADIENT, "ConceptRelevance", equals(through_channels), "R", {**_AT, "channels": first_half}),
     Row(GRADIENT, "ExcitationBackprop", conserves(prior, positive=True), "R"),
     Row(GRADIENT, "ContrastiveLRP", equals(contrast_of_relevance), "N", {"positive": False}),
     Row(GRADIENT, "ContrastiveExcitationBackprop", contrast_of_excitation, "N", {"positive": False}),
@@ -657,6 +713,13 @@ ROWS: list[Row] = [
     Row(GRADIENT, "PatternNet", by_patterns("signal"), "J", _CASES),
     Row(GRADIENT, "PatternAttribution", by_patterns("attribution"), "J", _CASES),
     Row(GRADIENT, "XRAI", equals(ranked_regions), "N", {"n_segments": _SIZES, "n_steps": 2}),
+    Row(
+        PERTURBATION,
+        "RegionTest",
+        equals(exchanged_regions),
+        "N",
+        {"cases": donors, "feature_mask": quarters, "seam_control": False},
+    ),
     Row(CAMS, "Cam", class_weights, "C"),
     Row(CAMS, "GradCam", equals(grad_cam), "N", _RELU_OFF),
     Row(CAMS, "GradCamPlusPlus", equals(grad_cam_plus_plus), "N", _RELU_OFF),

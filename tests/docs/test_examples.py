@@ -18,7 +18,11 @@ from esegeta_monai.engine.rules import RULES
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MADE = ("_generated", "_build")  # by Sphinx, from the other pages
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "CODE_OF_CONDUCT.md")),
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if not set(MADE) & set(page.parts)),
+]
 INCLUDE = re.compile(r"<!-- include: (\S+) -->\n(.*?)<!-- /include -->", re.DOTALL)
 EXAMPLE_PAGES = {
     "gradient_method": "howto/gradient_method.md",

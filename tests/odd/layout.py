@@ -184,7 +184,9 @@ def transformer(name: str, size: tuple[int, ...], patch: tuple[int, ...], *args:
     odd = case(name, lambda: Transformer(size, patch, *args, behind=behind), volume(*size), "blocks.0")
     # AblationCam: is the channel of tokens without a place set to zero too? InternalInfluence: gradients before a layer
     # norm add up to zero over the channels, so the map is rounding.
-    return replace(odd, undefined=("AblationCam", "InternalInfluence") if any(args) else ())
+    # ConceptRelevance: does relevance of tokens without a place pass the layer?
+    unclear = ("AblationCam", "InternalInfluence", "ConceptRelevance")
+    return replace(odd, undefined=unclear if any(args) else ())
 
 
 class Shifted(nn.Module):

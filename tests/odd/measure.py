@@ -80,6 +80,8 @@ def method_of(name: str, case: OddCase, **more: Any) -> Method:
         "Lime": {"n_samples": 64},
         "BlurIG": {"sigma": 1.0},
         "GuidedIG": {"max_dist": 0.1},
+        # twins have an identity convolution as the layer, whose negative inputs z⁺ would leave out
+        "ConceptRelevance": {"composite": "LRP0"},
         "ContrastiveLRP": {"composite": "EpsilonPlus"},
         "FeatureVisualization": {"channel": 0, "scale": (1.0, 1.0), "rotate": 0.0},
         "DeepDream": {"channel": 0},
@@ -88,8 +90,18 @@ def method_of(name: str, case: OddCase, **more: Any) -> Method:
         "ExtremalPerturbation": {"areas": 0.2},
         "ClassImage": {"baseline": "mean", "extent": "image"},
         "InvertedRepresentation": {"max_share": 1e9},
+        # an unregistered label map, so that the map has all regions
+        "RegionTest": {"cases": [x0, x[0].flip(-1)], "feature_mask": _quarters(x[0])},
     }
     return cls(**{k: v for k, v in {**wanted, **own.get(name, {}), **more}.items() if k in known})
+
+
+def _quarters(image: Tensor) -> Tensor:
+    """Number the halves of an image (C, *spatial) along its last two axes together: labels 1 to 4, (*spatial)."""
+    labels = torch.ones(image.shape[1:], dtype=torch.long)
+    labels[..., labels.shape[-1] // 2 :] += 1
+    labels[..., labels.shape[-2] // 2 :, :] += 2
+    return labels
 
 
 def measure(name: str, case: OddCase, truths: dict[str, Any] | None = None) -> Outcome:

@@ -24,6 +24,12 @@ def test_a_class_that_is_not_there_lists_those_that_are(bad):
         resolve_class(bad, 4, NAMES)
 
 
+def test_a_misspelled_class_is_guessed():
+    names = {i: f"organ {i}" for i in range(100)} | {77: "left kidney"}
+    with pytest.raises(TargetError, match="did you mean 'left kidney'"):
+        resolve_class("left kidny", 100, names)
+
+
 def test_a_name_beyond_the_outputs_is_no_class():
     with pytest.raises(TargetError):
         resolve_class("lesion", 2, NAMES)

@@ -32,7 +32,13 @@ from esegeta_monai.utils.distributed import Processes, process_group
 from tests.support.layers import setting
 
 FEW = {"n_steps": 3, "n_samples": 4, "n_masks": 6, "grid": 2, "steps": 4, "n_iter": 5, "max_channels": 4}
-NEED_MORE = {"Cam", "FeaturePermutation", "PatternNet", "PatternAttribution"}  # a linear head, other cases
+NEED_MORE = {
+    "Cam",
+    "FeaturePermutation",
+    "RegionTest",
+    "PatternNet",
+    "PatternAttribution",
+}  # a linear head, other cases
 
 
 def spawn(work: Callable[..., None], *args: Any, ranks: int = 3) -> None:

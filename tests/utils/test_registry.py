@@ -91,6 +91,25 @@ def test_names_are_tolerant(name):
     assert registry().get(name) is Apple
 
 
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("Salincy", "Saliency"), ("GradKam", "GradCam"), ("occlsion", "Occlusion")]
+)
+def test_the_best_match_comes_first(wrong, meant):
+    with pytest.raises(UsageError, match=rf"did you mean {meant}(,|\?)"):
+        METHODS.get(wrong)
+
+
+@pytest.mark.parametrize("name", ["liver", "grey matter", "box of lesions"])
+def test_a_class_given_as_a_target(name):
+    """The error shows how to name a class; all interfaces make targets by this registry."""
+    with pytest.raises(UsageError) as error:
+        TARGETS.get(name)
+    assert f"MultiClassMask('{name}')" in str(error.value)
+    assert f"ClassScore('{name}')" in str(error.value)
+    with pytest.raises(UsageError, match=r"did you mean MultiClassMask[^?]*\?$"):  # a target, misspelled
+        TARGETS.get("multiclasmask")
+
+
 def test_names_from_the_package_in_full():
     assert METHODS.get("esegeta_monai.methods.Saliency") is Saliency
     assert TARGETS.get("esegeta_monai.targets.MultiClassMask") is MultiClassMask
@@ -100,6 +119,7 @@ def test_names_from_the_package_in_full():
     ("bad", "message"),
     [
         ("Aple", "did you mean Apple"),
+        ("Appel", "did you mean Apple"),
         ("xyzzy", "'esegeta-monai fruits' lists them"),
         ("no.such.module", "cannot import"),
         ("pathlib.Path", "must derive from"),

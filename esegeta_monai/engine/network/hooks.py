@@ -36,9 +36,17 @@ def find_layer(network: nn.Module, name: str) -> nn.Module:
     except AttributeError:
         if not is_scripted(network):
             names = [n for n, _ in network.named_modules() if n]
-            near = difflib.get_close_matches(name, names, n=5, cutoff=0.3) or names[:5]
+            if not names:
+                raise UsageError(
+                    f"the network has no layer {name!r}: it is one {type(network).__name__} without layers inside; "
+                    "omit the layer, or wrap the network in a module"
+                ) from None
+            near = difflib.get_close_matches(name, names, n=5, cutoff=0.3)
+            near += [n for n in names if n not in near and n.rpartition(".")[2] == name.rpartition(".")[2]][:3]
+            shown = f"near matches: {', '.join(near)}" if near else f"it has {', '.join(names[:5])}"
             raise UsageError(
-                f"the network has no layer {name!r}; near matches: {', '.join(near)} ('esegeta-monai layers' lists all)"
+                f"the network has no layer {name!r}; {shown} ('esegeta-monai layers' lists all of a bundle, "
+                "network.named_modules() those of any network)"
             ) from None
         within = list(network.modules())
     if any(isinstance(m, torch.jit.ScriptModule) for m in within):

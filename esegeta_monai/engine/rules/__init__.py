@@ -20,6 +20,7 @@ from esegeta_monai.engine.rules.pattern_sums import Pattern
 from esegeta_monai.engine.rules.patterns import PatternFit, Way, back_project
 from esegeta_monai.engine.rules.registration import register_operation, register_rule
 from esegeta_monai.engine.rules.run import LayerRelevance, Relevance, Run, check_network
+from esegeta_monai.engine.rules.through import Through, lrp_through
 from esegeta_monai.engine.rules.weighted import Part, distribute_shares
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Rules",
     "Run",
     "Sides",
+    "Through",
     "Way",
     "back_project",
     "check_network",
@@ -54,6 +56,7 @@ __all__ = [
     "guided",
     "local_gradient",
     "lrp",
+    "lrp_through",
     "register_operation",
     "register_rule",
 ]

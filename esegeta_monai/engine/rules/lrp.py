@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from esegeta_monai.engine.rules.composites import Composite, composite_of
 from esegeta_monai.engine.rules.decompositions import standardised
 from esegeta_monai.engine.rules.kinds import Kind
-from esegeta_monai.engine.rules.mode import PARTS, PLAIN, Treatment, local_gradient
+from esegeta_monai.engine.rules.mode import PARTS, PLAIN, RelevanceLedger, Treatment, local_gradient
 from esegeta_monai.engine.rules.operations import Operation
 from esegeta_monai.engine.rules.run import Compare, Forward, LayerRelevance, Relevance, Run
 from esegeta_monai.errors import MethodError, UsageError
@@ -30,6 +30,7 @@ __all__ = [
     "composite_run",
     "lrp",
     "relevance_of",
+    "relevance_with_direct",
 ]
 
 # Linear operations and moves that can add a constant, which absorbs relevance.
@@ -276,12 +277,26 @@ def relevance_of(run: Run, cotangents: Tensor) -> Iterator[tuple[Tensor, dict[st
     """
     for multiplier, at_layers, ledger in run.backward(cotangents):
         values = {"": run.leaf, **run.captured}
-        relevance = {name: m * values[name].detach() for name, m in {"": multiplier, **at_layers}.items()}
-        kept = ledger.absorbed
-        for tensor, direct in list(ledger.direct):
-            arriving = torch.autograd.grad(tensor, list(values.values()), direct, retain_graph=True, allow_unused=True)
-            for name, share in zip(values, arriving):
-                relevance[name] = relevance[name] if share is None else relevance[name] + share
-            assert arriving[0] is not None
-            kept = kept + direct.sum() - arriving[0].sum()  # constant padding absorbs the difference
+        relevance, kept = relevance_with_direct(values, {"": multiplier, **at_layers}, ledger)
         yield torch.as_tensor(kept, dtype=run.leaf.dtype, device=run.leaf.device), at_layers, relevance
+
+
+def relevance_with_direct(
+    values: Mapping[str, Tensor], multipliers: Mapping[str, Tensor], ledger: RelevanceLedger
+) -> tuple[dict[str, Tensor], Tensor | float]:
+    """Return the relevance of tensors, and the absorbed relevance, from one backward pass.
+
+    Args:
+        values: the tensors (n, …) by name, "" the input, which moves to those of ``ledger.direct``.
+        multipliers: m of each tensor, of its shape.
+        ledger: of the pass.
+    """
+    relevance = {name: m * values[name].detach() for name, m in multipliers.items()}
+    kept = ledger.absorbed
+    for tensor, direct in list(ledger.direct):
+        arriving = torch.autograd.grad(tensor, list(values.values()), direct, retain_graph=True, allow_unused=True)
+        for name, share in zip(values, arriving):
+            relevance[name] = relevance[name] if share is None else relevance[name] + share
+        assert arriving[0] is not None
+        kept = kept + direct.sum() - arriving[0].sum()  # constant padding absorbs the difference
+    return relevance, kept

@@ -17,7 +17,7 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.perturbation.base import PerturbationMethod
 
-__all__ = ["FeatureAblation", "FeaturePermutation"]
+__all__ = ["FeatureAblation", "FeaturePermutation", "cases_of", "exchange_drops", "one_off"]
 
 
 class FeatureAblation(PerturbationMethod):
@@ -98,8 +98,8 @@ class FeaturePermutation(PerturbationMethod):
     def attribute(self, objective: Objective) -> Explained:
         """(k, 1, *spatial), or (k, C, *spatial) where features are channels."""
         game = Game.of(objective, self.feature_mask, 0.0)
-        others = self._others(objective)
-        drops = torch.stack([-game.values(one_off(game), other) for other in others])
+        others = cases_of(objective, self.cases)
+        drops = exchange_drops(game, others)
         mean, spread = drops.mean(0), drops.std(0)
         maps = game.features.paint(mean).to(objective.image.dtype)
         table = game.features.table(mean, standard_deviation=spread)
@@ -108,7 +108,7 @@ class FeaturePermutation(PerturbationMethod):
     def perturbations(self, objective: Objective) -> Segments:
         """Return one round, with the first of the other cases."""
         game = Game.of(objective, self.feature_mask, 0.0)
-        return game.segments(one_off(game), self._others(objective)[0])
+        return game.segments(one_off(game), cases_of(objective, self.cases)[0])
 
     def predictions(self, objective: Objective) -> int:
         return len(self.cases) * super().predictions(objective)
@@ -116,10 +116,21 @@ class FeaturePermutation(PerturbationMethod):
     def passes(self, objective: Objective) -> int:
         """Count one round of all features per case, and the image itself once."""
         game = Game.of(objective, self.feature_mask, 0.0)
-        return game.passes(one_off(game), self._others(objective))
+        return game.passes(one_off(game), cases_of(objective, self.cases))
 
-    def _others(self, objective: Objective) -> list[Tensor]:
-        return [Image(c).draw(objective, objective.generator()) for c in self.cases]
+
+def cases_of(objective: Objective, cases: Sequence[Any]) -> list[Tensor]:
+    """Load other cases, files or tensors (C, *spatial), on the network's grid: (C, *spatial) each.
+
+    Raises:
+        InputError: a case has another shape than the image.
+    """
+    return [Image(c).draw(objective, objective.generator()) for c in cases]
+
+
+def exchange_drops(game: Game, others: Sequence[Tensor]) -> Tensor:
+    """Return ``F(x) − F(x with feature j of case i)`` for K cases (C, *spatial): (K, k, n), float64."""
+    return torch.stack([-game.values(one_off(game), other) for other in others])
 
 
 def one_off(game: Game) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import pytest
@@ -55,7 +56,7 @@ def test_capture_removes_its_hooks_after_an_error():
     network = conv_norm_relu()
     with pytest.raises(ZeroDivisionError), capture(network, ["0"]):
         raise ZeroDivisionError
-    with pytest.raises(UsageError, match="near matches"), capture(network, ["0", "nope"]):
+    with pytest.raises(UsageError, match="no layer 'nope'; it has 0, 1"), capture(network, ["0", "nope"]):
         pass
     assert not any(m._forward_hooks for m in network.modules())
 
@@ -191,3 +192,11 @@ def test_a_layer_that_does_not_run_as_a_module_is_named() -> None:
         pass
     with pytest.raises(NetworkError, match="does not run as a module"):
         captured["0"]
+
+
+def test_a_wrong_layer_in_a_plain_network():
+    """The error helps without a bundle, and where there is no layer to choose."""
+    with pytest.raises(UsageError, match=r"near matches: .*named_modules"):
+        find_layer(nn.Sequential(OrderedDict(features=nn.Conv1d(1, 1, 1))), "feature")
+    with pytest.raises(UsageError, match="one Conv1d without layers inside; omit the layer"):
+        find_layer(nn.Conv1d(1, 1, 1), "features")

@@ -23,6 +23,7 @@ BLACK_BOX = [
     methods.FeatureAblation("grid(size=5, per_channel=True)", baseline=0.3),
     methods.FeatureAblation(LABELS, baseline="feature mean"),
     methods.FeaturePermutation(OTHERS, "grid(5)"),
+    methods.RegionTest(OTHERS, LABELS),
     methods.ShapleyValueSampling(n_samples=4, feature_mask=LABELS),
     methods.KernelShap(n_samples=64, feature_mask="grid(4)"),
     methods.ChannelShapley(),
@@ -79,7 +80,7 @@ def test_ablation_cam_equals_the_naive_computation(norm, output):
         assert_equal(result.maps[k, 0], torch.einsum("c,c...->...", weights[k], activations))
 
 
-@pytest.mark.parametrize("method", BLACK_BOX[4:], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", BLACK_BOX[5:], ids=lambda m: m.name)
 def test_in_three_dimensions(method, monkeypatch):
     labels = torch.arange(6 * 10 * 9).reshape(6, 10, 9) // 5 % 5
     if hasattr(method, "feature_mask"):
