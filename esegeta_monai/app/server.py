@@ -68,14 +68,9 @@ class App:
             Route("/api/views/{view}/{volume}", self.volume),
             Route("/files/{name}", self.file),
         ]
-<<<<<<< HEAD
         errors: dict[Any, Any] = {EsegetaError: _refused, HTTPException: _http_error}
         inner: Any = Starlette(routes=routes, exception_handlers=errors)
         self.asgi = Guard(inner, self.session)
-=======
-        errors = {EsegetaError: _refused, HTTPException: _http_error}
-        self.asgi = Guard(Starlette(routes=routes, exception_handlers=errors), self.session)
->>>>>>> main
 
     def close(self) -> None:
         """End the worker, and remove the volumes of predictions."""
