@@ -68,8 +68,9 @@ class App:
             Route("/api/views/{view}/{volume}", self.volume),
             Route("/files/{name}", self.file),
         ]
-        errors = {EsegetaError: _refused, HTTPException: _http_error}
-        self.asgi = Guard(Starlette(routes=routes, exception_handlers=errors), self.session)
+        errors: dict[Any, Any] = {EsegetaError: _refused, HTTPException: _http_error}
+        inner: Any = Starlette(routes=routes, exception_handlers=errors)
+        self.asgi = Guard(inner, self.session)
 
     def close(self) -> None:
         """End the worker, and remove the volumes of predictions."""
