@@ -20,7 +20,7 @@ from esegeta_monai.utils.files import INTENDED_USE
 __all__ = ["BUNDLE", "listen", "run", "server_of", "start", "template"]
 
 BUNDLE = Path("bundles") / "brain_tissue_segmentation"
-"""What the app opens without --bundle."""
+"""The bundle that the app opens without --bundle."""
 
 WORKER = [sys.executable, "-m", "esegeta_monai.cli.app_worker"]
 
