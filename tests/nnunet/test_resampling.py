@@ -133,23 +133,22 @@ def test_an_unknown_function_is_not_taken_for_linear(tmp_path: Path) -> None:
 
 
 def test_additive_methods_are_complete_over_folds_and_views(tmp_path: Path) -> None:
-    """Completeness of IG and DeepLIFT and conservation of LRP, with the mask on the scan's grid, in float64."""
-    reader, data = prepared(tmp_path, folds=2, mirror=(0, 2), spacing=(1.2, 1.0, 0.8), transpose=(1, 0, 2))
+    """Completeness of DeepLIFT and conservation of LRP, with the mask on the scan's grid, in float64."""
+    reader, data = prepared(tmp_path, folds=2, mirror=(2,), spacing=(1.2, 1.0, 0.8), transpose=(1, 0, 2))
     own = reader.predict(data["image"], data)
     inferer, network = reader.inferer, reader.network.double()
     inferer.members = tuple({name: value.double() for name, value in member.items()} for member in inferer.members)
     x = data["image"].as_tensor().double()
     loop = plain_loop(predictor_of(reader), x).detach()
-    methods = ["IntegratedGradients(baseline=0.0, n_steps=64)", "DeepLift(baseline=0.0)", "LRP"]
-    path, deep, lrp = Explainer(network, inferer)(
+    methods = ["DeepLift(baseline=0.0)", "LRP"]
+    deep, lrp = Explainer(network, inferer)(
         data["image"][None].double(),
         methods,
         ["MultiClassMask(1)"],
         data={**data, OUTPUT_GRID: own.masks},
         prediction=loop[None],
     )
-    assert [a.record["mask_grid"] for a in (path, deep, lrp)] == ["scan"] * 3
-    assert path.record["completeness_gap"] <= 1e-3
+    assert [a.record["mask_grid"] for a in (deep, lrp)] == ["scan"] * 2
     assert deep.record["completeness_gap"] <= 1e-9
     absorbed = float(lrp.record["absorbed_share"])
     assert float(lrp.map.sum()) == pytest.approx((1 - absorbed) * lrp.record["value"], rel=1e-9)
