@@ -426,6 +426,7 @@ BUILDING: dict[str, list[str]] = {
     "explain --dry-run": ["explain", "--dry-run", *_RUN],
     "evaluate": ["evaluate", *[w for w in _RUN if w != "--no-pictures"], "--metrics", "Sparseness"],
     "patterns": ["patterns", "--bundle", "{bundle}", "--input", "{scan}", "--output", "{out}/patterns.pt"],
+    "concepts": ["concepts", "--bundle", "{bundle}", "--input", "{scan}", "--output", "{out}/concepts"],
     "app": ["app", "--bundle", "{bundle}", "--input", "{scan}", "--output", "{out}/app", "--port", "0"],
     "demo": ["demo", "--bundle", "{bundle}", "--output", "{out}/demo"],
 }

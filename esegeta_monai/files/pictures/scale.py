@@ -25,7 +25,7 @@ def scale_of(values: np.ndarray, signed: bool, mask: np.ndarray | None = None) -
     Strength is |a|, or max(a, 0) for a map without sign. The percentiles are the 99.5th of the voxels that are not
     zero, and the 99th inside the target's mask, the largest of all channels. With the first alone a lesion of a
     thousandth of the volume is one block in the colour of the scale's end; with the second at most 1 % of the target
-    lies beyond the end.
+    lies beyond the end, since it is a value of the target itself, and never one between two of them.
 
     Args:
         values: map (C, *spatial). Values that are not finite are left out.
@@ -42,7 +42,7 @@ def scale_of(values: np.ndarray, signed: bool, mask: np.ndarray | None = None) -
         return Scale(0.0, "no scale")
     limit, origin = float(np.percentile(strength[strength > 0], OF_MAP)), f"{OF_MAP}th percentile of non-zero voxels"
     if mask is not None and mask.any():
-        inside = max(float(np.percentile(channel[mask], OF_TARGET)) for channel in strength)
+        inside = max(float(np.percentile(channel[mask], OF_TARGET, method="higher")) for channel in strength)
         if inside > limit:
             limit, origin = inside, f"{OF_TARGET:g}th percentile inside the target"
     return Scale(limit, origin)

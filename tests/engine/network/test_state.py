@@ -171,7 +171,7 @@ def test_an_abandoned_run_leaves_the_network_as_it_came():
     """The caller takes one map of several and goes away."""
     network = trained()
     before = snapshot(network)
-    attributions = Explainer(network, inferer=INFERER)(
+    attributions = Explainer(network, inferer=INFERER).stream(
         image()[None], methods=["Occlusion(8)", "Saliency"], targets=["MultiClassMask(1)"]
     )
     next(attributions)

@@ -265,9 +265,9 @@ def test_a_lesion_is_graded_and_the_planes_go_through_it(tmp_path, sheets):
     inside = values[0][mask > 0].abs().numpy()
     whole = np.percentile(values.abs().numpy(), 99.5)
     assert (inside > whole).mean() > 0.5, "the case is one"
-    assert drawn["limit"] == pytest.approx(np.percentile(inside, 99))
+    assert drawn["limit"] == pytest.approx(np.percentile(inside, 99, method="higher"))
     assert drawn["saturated_in_target"] == pytest.approx((inside > drawn["limit"]).mean())
-    assert drawn["saturated_in_target"] <= 0.02
+    assert drawn["saturated_in_target"] <= 0.01
     assert drawn["planes"] == [11, 6, 7]
     assert drawn["voxel"] == [0, 0, 15]
     assert "% of the target's voxels lie beyond the end of the colours" in words(sheets[0])

@@ -66,7 +66,7 @@ def test_each_window_of_a_batch_gets_its_own_position_and_condition(method):
     inferer = SlidingWindowInferer((8, 8), 1, 0.5, "gaussian", with_coord=True)
     result = [
         next(
-            Explainer(ReadsPosition().double().eval(), inferer, window_batch=n)(
+            Explainer(ReadsPosition().double().eval(), inferer, window_batch=n).stream(
                 image, [method], [MultiClassMask(1)], network_kwargs={"condition": condition}
             )
         )
