@@ -135,7 +135,7 @@ def test_all_pictures_of_the_table_follow(reader: Reader) -> None:
     reader.wait_for_drawing()
     assert page.eval_on_selector_all("canvas.small-map", "(all) => all.map((c) => c.dataset.slice)") == ["0"] * 3
     assert page.locator("#focus-title").inner_text() == f"InputXGradient · {GREY}"
-    page.locator('input[name="plane"][value="2"]').check(force=True)
+    page.locator('input[name="plane"][value="2"]').dispatch_event("click")
     reader.wait_for_drawing()
     assert page.locator("button.cell .lettered .l").first.inner_text() == "A"
 
@@ -146,7 +146,7 @@ def test_threshold_signs_and_views(reader: Reader, folder: Path) -> None:
     data = data_of(report_path(folder, "sub-01"))
     entry = data["maps"][1]
     page.locator("button.cell").nth(1).click()
-    page.locator('input[name="look"][value="map"]').check(force=True)
+    page.locator('input[name="look"][value="map"]').dispatch_event("click")
     page.uncheck("#outline")
     values = np.asarray(
         nib.load(folder / "sub-01/sub-01_MultiClassMask-grey-matter_InputXGradient_attr.nii.gz").dataobj
@@ -170,23 +170,23 @@ def test_threshold_signs_and_views(reader: Reader, folder: Path) -> None:
     assert 0 < above < 0.9
     assert share() == pytest.approx(above, abs=0.02)
     assert page.locator("#threshold-text").inner_text() == "30 %"
-    page.locator('input[name="sign"][value="positive"]').check(force=True)
+    page.locator('input[name="sign"][value="positive"]').dispatch_event("click")
     assert share() == pytest.approx(expected(part >= 0.3), abs=0.02)
-    page.locator('input[name="sign"][value="negative"]').check(force=True)
+    page.locator('input[name="sign"][value="negative"]').dispatch_event("click")
     assert share() == pytest.approx(expected(part <= -0.3), abs=0.02)
-    page.locator('input[name="sign"][value="absolute"]').check(force=True)
+    page.locator('input[name="sign"][value="absolute"]').dispatch_event("click")
     assert share() == pytest.approx(above, abs=0.02)
-    page.locator('input[name="look"][value="masked"]').check(force=True)
+    page.locator('input[name="look"][value="masked"]').dispatch_event("click")
     masked = reader.pixels("canvas.small-map >> nth=1")
     assert (masked[..., 0] == masked[..., 1]).all(), "the scan in grey"
-    page.locator('input[name="look"][value="scan"]').check(force=True)
+    page.locator('input[name="look"][value="scan"]').dispatch_event("click")
     assert not np.array_equal(masked, reader.pixels("canvas.small-map >> nth=1"))
 
 
 @pytest.mark.parametrize("how", ["montage", "mip"])
 def test_montage_and_projection(reader: Reader, how: str) -> None:
     before = reader.pixels(AXIAL)
-    reader.page.locator(f'input[name="show"][value="{how}"]').check(force=True)
+    reader.page.locator(f'input[name="show"][value="{how}"]').dispatch_event("click")
     after = reader.pixels(AXIAL)
     assert before.shape != after.shape or not np.array_equal(before, after)
     assert after[..., :3].std() > 5
@@ -471,14 +471,14 @@ def test_a_lesion_is_graded_by_default_and_nothing_is_clipped(seen: Reader, lesi
     page.locator("#scale-max").fill("12")
     page.locator("#scale-min").fill("8")
     page.locator("#threshold").fill("0")
-    page.locator('input[name="look"][value="map"]').check(force=True)
+    page.locator('input[name="look"][value="map"]').dispatch_event("click")
     page.uncheck("#outline")
     few = (seen.pixels(AXIAL)[..., :3].sum(-1) > 0).mean()
     page.locator("#scale-min").fill("0")
     page.check("#log")
     assert (seen.pixels(AXIAL)[..., :3].sum(-1) > 0).mean() > 5 * few, "weak voxels show on a logarithmic scale"
     page.uncheck("#log")
-    page.locator('input[name="look"][value="overlay"]').check(force=True)
+    page.locator('input[name="look"][value="overlay"]').dispatch_event("click")
     page.check("#outline")
     page.click("#scale-reset")
 
@@ -554,13 +554,13 @@ def test_zoom_pan_windows_bars_and_projection(seen: Reader, lesion: Path) -> Non
     page.mouse.click(*at())  # a point is found again under the pointer, also in a magnified picture
     seen.wait_for_drawing()
     first = page.locator("#readout").inner_text()
-    page.locator('input[name="drag"][value="pan"]').check(force=True)
+    page.locator('input[name="drag"][value="pan"]').dispatch_event("click")
     page.mouse.move(*at())
     page.mouse.down()
     page.mouse.move(*at(40, 30), steps=3)
     page.mouse.up()
     assert not np.array_equal(close, seen.pixels(AXIAL))
-    page.locator('input[name="drag"][value="cross"]').check(force=True)
+    page.locator('input[name="drag"][value="cross"]').dispatch_event("click")
     page.mouse.click(*at(40, 30))
     seen.wait_for_drawing()
     again = page.locator("#readout").inner_text()
@@ -577,7 +577,7 @@ def test_zoom_pan_windows_bars_and_projection(seen: Reader, lesion: Path) -> Non
         page.select_option("#preset", name)
         seen.wait_for_drawing()
         assert (page.locator("#level").input_value(), page.locator("#width").input_value()) == (str(level), str(width))
-    page.locator('input[name="look"][value="scan"]').check(force=True)
+    page.locator('input[name="look"][value="scan"]').dispatch_event("click")
     page.uncheck("#outline")
 
     def brightness(level: str) -> float:
@@ -589,13 +589,13 @@ def test_zoom_pan_windows_bars_and_projection(seen: Reader, lesion: Path) -> Non
     assert brightness("-5000") >= 250, "every voxel lies above the window"
     page.select_option("#preset", "percentiles")
     page.check("#outline")
-    page.locator('input[name="look"][value="overlay"]').check(force=True)
+    page.locator('input[name="look"][value="overlay"]').dispatch_event("click")
 
     assert page.locator("#slice-box").is_visible()
-    page.locator('input[name="show"][value="mip"]').check(force=True)
+    page.locator('input[name="show"][value="mip"]').dispatch_event("click")
     seen.wait_for_drawing()
     assert not page.locator("#slice-box").is_visible(), "a projection has no slice number"
-    page.locator('input[name="show"][value="slice"]').check(force=True)
+    page.locator('input[name="show"][value="slice"]').dispatch_event("click")
     page = chosen(seen, place_of(seen, lesion, "ChannelShapley", "Component-lesion"))
     assert page.locator("#bars .bar-of").inner_text().split("\n") == ["channel 0", "3 ± 0.1"]
     assert not page.locator(AXIAL).is_visible()
@@ -609,7 +609,7 @@ def test_a_photograph_is_in_colour(browser: Any, tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(photo, np.eye(4)), tmp_path / "a/a_scan.nii.gz")
     reader = Reader(browser, write_report(tmp_path).cases["a"])
     try:
-        reader.ready().locator('input[name="look"][value="scan"]').check(force=True)
+        reader.ready().locator('input[name="look"][value="scan"]').dispatch_event("click")
         pixels = reader.pixels("canvas.big")[..., :3]
         assert (pixels == [0, 255, 0]).all()
     finally:
