@@ -209,7 +209,7 @@ def test_a_checkpoint_with_code_is_refused_unread(tmp_path: Path) -> None:
 def test_broken_plans_are_one_line(tmp_path: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = model_folder(tmp_path / "model", folds=1)
     (folder / "plans.json").write_text(content, encoding="utf-8")
-    assert main(["info", "--nnunet", str(folder)]) == 2
+    assert main(["layers", "--nnunet", str(folder)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert "plans.json" in line
 
