@@ -325,8 +325,7 @@ class Resident:
         request = self._with_box(request)
         argv = self.command(request)
         options = self._parsed(argv)
-        methods = METHODS.create_all(",".join(options.methods or DEFAULT_METHODS))
-        targets = TARGETS.create_all(",".join(options.target)) if options.target else None
+        methods, targets = explain.requested(options)
         cases = find_cases(options.input, (), leave_out=None)
         if [c.files for c in cases] != [self.cases[request["case"]].files]:
             raise UsageError(f"the command line cannot name this case: {self.cases[request['case']].name}")
@@ -364,8 +363,7 @@ class Resident:
         request = self._with_box(request)
         argv = self.command(request)
         options = self._parsed(argv)
-        methods = METHODS.create_all(",".join(options.methods or DEFAULT_METHODS))
-        targets = TARGETS.create_all(",".join(options.target)) if options.target else None
+        methods, targets = explain.requested(options)
         chosen = explain.bundle_targets(self.reader) if targets is None else targets
         check_layers(self.network, [*methods, *chosen])
         prepared = self._case(request["case"]).prepared

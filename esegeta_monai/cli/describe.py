@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from esegeta_monai.errors import EsegetaError
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.metrics import METRICS, Metric
 from esegeta_monai.targets.base import TARGETS
+from esegeta_monai.utils.names import plain_key
 from esegeta_monai.utils.registry import Configurable, Registry, json_ready, registered_names_only
 
 __all__ = ["bundle_listing", "describe", "entries_of"]
@@ -53,11 +53,11 @@ def bundle_listing(bundle: str) -> list[str]:
 
 def _named(registry: Registry[Any], name: str, sources: Sequence[ExtensionSource]) -> Any:
     """Return the source or the registered class with this name or alias."""
-    key = re.sub("[-_]", "", name).lower()
+    key = plain_key(name)
     for source in sources:
         aliases = source.stated.get("aliases")
         names = [source.name, *(aliases if isinstance(aliases, (list, tuple)) else ())]
-        if key in (re.sub("[-_]", "", str(known)).lower() for known in names):
+        if key in (plain_key(str(known)) for known in names):
             return source
     with registered_names_only():
         return registry.get(name)

@@ -44,6 +44,7 @@ __all__ = [
     "open_log",
     "output_use",
     "prepared_case",
+    "requested",
     "run",
 ]
 
@@ -61,8 +62,7 @@ def run(args: Namespace, log: RunLog) -> int:
         EsegetaError: an option, the bundle or the output folder is wrong; nothing has been computed.
     """
     register_trusted(args)
-    methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
-    targets = TARGETS.create_all(",".join(args.target)) if args.target else None
+    methods, targets = requested(args)
     output = Path(args.output)
     part = part_id(args)
     with process_group() as ranks:
@@ -261,6 +261,16 @@ def _checks(options: Namespace) -> Checks:
     if not checks:
         raise UsageError("--check-maps and --no-checks contradict each other: give one of them")
     return "maps"
+
+
+def requested(args: Namespace) -> tuple[list[Method], list[Target] | None]:
+    """Return the methods and targets that the options name; None in place of targets: those of the bundle.
+
+    Raises:
+        UsageError: there is no such method or target, or a parameter is wrong.
+    """
+    methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
+    return methods, TARGETS.create_all(",".join(args.target)) if args.target else None
 
 
 def bundle_targets(reader: BundleReader) -> list[Target]:

@@ -15,6 +15,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from esegeta_monai.utils.names import plain_key
+
 __all__ = ["run_methods", "run_metrics", "run_targets", "write_tables"]
 
 WIDTH = 100
@@ -66,11 +68,7 @@ def _stored(kind: str, name: str | None) -> list[dict[str, Any]]:
     if tables["sources"] != _sources():
         return []
     entries: list[dict[str, Any]] = tables[kind]
-    return [e for e in entries if name is None or _key(name) in map(_key, (e["name"], *e.get("aliases", ())))]
-
-
-def _key(name: str) -> str:
-    return re.sub("[-_]", "", name).lower()
+    return [e for e in entries if name is None or plain_key(name) in map(plain_key, (e["name"], *e.get("aliases", ())))]
 
 
 def _run(kind: str, args: Namespace, usage: str) -> int:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from esegeta_monai.engine.score import Score, WeightedScore
 from esegeta_monai.errors import TargetError
-from esegeta_monai.utils.tensors import take, true_positions
 
 __all__ = ["ContrastScore"]
 
@@ -52,14 +51,12 @@ class ContrastScore(Score):
         return self.parts[0].shown
 
     def value(self, prediction: Tensor) -> Tensor:
-        lead = prediction.ndim - self.mask.ndim - 1
         if not self.additive:
+            lead = prediction.ndim - self.mask.ndim - 1
             read = (prediction.index_select(lead, torch.tensor(at).to(prediction.device)) for at in self._positions)
             each = [w * part.value(p) for w, part, p in zip(self.weights, self.parts, read)]
             return torch.stack(each).sum(0)
-        voxels = prediction.flatten(lead + 1) if self.mask.ndim else prediction.unsqueeze(-1)
-        selected = take(voxels, true_positions(self.mask).to(voxels.device)).double()
-        return self.terms(self.contrast(selected)).sum(-1)
+        return self._sum_of_terms(prediction)
 
     def contrast(self, voxels: Tensor) -> Tensor:
         """Reduce the channels (..., channels, n) of a linear score to their weighted sum (..., 1, n)."""

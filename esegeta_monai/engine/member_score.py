@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.score import Score
-from esegeta_monai.utils.tensors import take, true_positions
 
 __all__ = ["MembersScore", "mean_probability"]
 
@@ -91,12 +90,9 @@ class MembersScore(Score):
         return (probabilities * share.reshape(-1, *(1,) * (prediction.ndim - axis))).sum(axis)
 
     def value(self, prediction: Tensor) -> Tensor:
-        lead = prediction.ndim - self.mask.ndim - 1
         if not self.additive:
-            return self.score.value(self._mean(prediction, lead))
-        voxels = prediction.flatten(lead + 1) if self.mask.ndim else prediction.unsqueeze(-1)
-        selected = take(voxels, true_positions(self.mask).to(voxels.device))
-        return self.terms(self.contrast(selected)).sum(-1)
+            return self.score.value(self._mean(prediction, prediction.ndim - self.mask.ndim - 1))
+        return self._sum_of_terms(prediction)
 
     def terms(self, contrast: Tensor) -> Tensor:
         mean = self._mean(contrast, contrast.ndim - 2)

@@ -97,6 +97,14 @@ class Score(ABC):
         """Compute the terms of an additive ``s``, (..., n) float64, from `contrast` (..., channels, n)."""
         raise NotImplementedError
 
+    def _sum_of_terms(self, prediction: Tensor) -> Tensor:
+        """Compute the value of an additive ``s`` from its terms at the mask's voxels, see `value`."""
+        lead = prediction.ndim - self.mask.ndim - 1
+        voxels = prediction.flatten(lead + 1) if self.mask.ndim else prediction.unsqueeze(-1)
+        # convert only the mask's voxels to float64: a whole box would need the memory of many volumes
+        selected = take(voxels, true_positions(self.mask).to(voxels.device)).double()
+        return self.terms(self.contrast(selected)).sum(-1)
+
     def cotangent(self, prediction: Tensor) -> Tensor:
         """Compute ``∂s/∂P``, (len(channels), *box), at P of the same shape by automatic differentiation."""
         with torch.inference_mode(False), torch.enable_grad():
@@ -257,11 +265,7 @@ class WeightedScore(Score):
         return other
 
     def value(self, prediction: Tensor) -> Tensor:
-        lead = prediction.ndim - self.mask.ndim - 1
-        voxels = prediction.flatten(lead + 1) if self.mask.ndim else prediction.unsqueeze(-1)
-        # convert only the mask's voxels to float64: a whole box would need the memory of many volumes
-        selected = take(voxels, true_positions(self.mask).to(voxels.device)).double()
-        return self.terms(self.contrast(selected)).sum(-1)
+        return self._sum_of_terms(prediction)
 
     def contrast(self, voxels: Tensor) -> Tensor:
         """Reduce the channels (..., 2, n) of a softmax of two classes to their difference (..., 1, n).

@@ -13,7 +13,16 @@ from typing import Any
 
 from esegeta_monai.errors import UsageError
 
-__all__ = ["case_name", "check_clashes", "distinct_names", "map_path", "map_suffix", "one_line", "safe_name"]
+__all__ = [
+    "case_name",
+    "check_clashes",
+    "distinct_names",
+    "map_path",
+    "map_suffix",
+    "one_line",
+    "plain_key",
+    "safe_name",
+]
 
 SCAN_SUFFIXES = (
     *(".nii.gz", ".nii", ".img.gz", ".hdr.gz", ".img", ".hdr", ".mgz", ".mgh"),
@@ -23,6 +32,15 @@ SCAN_SUFFIXES = (
 MAP_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 LONGEST_PART = 60  # bytes; case, target, method, postfix and suffix together stay under the 255 of common file systems
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # names that Windows reserves
+
+
+def plain_key(name: str) -> str:
+    """Return a name as registries compare names: in lower case, without ``-`` and ``_``.
+
+    >>> plain_key("Grad-Cam") == plain_key("grad_cam")
+    True
+    """
+    return name.replace("-", "").replace("_", "").lower()
 
 
 def safe_name(text: str, longest: int = LONGEST_PART) -> str:

@@ -22,6 +22,7 @@ import torch
 from typing_extensions import dataclass_transform
 
 from esegeta_monai.errors import EsegetaError, UsageError
+from esegeta_monai.utils.names import plain_key
 from esegeta_monai.utils.types import fit_parameters
 
 __all__ = ["Configurable", "Registry", "json_ready", "registered_names_only"]
@@ -186,16 +187,12 @@ class Registry(Generic[T]):
             UsageError: a name is taken by another class.
         """
         for name in (cls.__name__, *aliases):
-            known = self._classes.get(self._key(name), cls)
+            known = self._classes.get(plain_key(name), cls)
             if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise UsageError(f"the {self.kind} name {name!r} is taken by {known.__module__}.{known.__qualname__}")
         for name in (cls.__name__, *aliases):
-            self._classes[self._key(name)] = cls
+            self._classes[plain_key(name)] = cls
         return cls
-
-    @staticmethod
-    def _key(name: str) -> str:
-        return name.replace("-", "").replace("_", "").lower()
 
     def _load_entry_points(self) -> None:
         if not self._entry_points_loaded:
@@ -216,16 +213,16 @@ class Registry(Generic[T]):
             UsageError: no such class; the message lists near matches.
         """
         self._load_entry_points()
-        cls = self._classes.get(self._key(name.rsplit(".", 1)[-1] if name.startswith("esegeta_monai.") else name))
+        cls = self._classes.get(plain_key(name.rsplit(".", 1)[-1] if name.startswith("esegeta_monai.") else name))
         if cls is not None:
             return cls
         if "." in name:
             known = [c for c in self._classes.values() if f"{c.__module__}.{c.__qualname__}" == name]
             return known[0] if known else self._import(name)
-        near = difflib.get_close_matches(self._key(name), self._classes, n=4, cutoff=0.5)
+        near = difflib.get_close_matches(plain_key(name), self._classes, n=4, cutoff=0.5)
         names = list(dict.fromkeys(self._classes[k].__name__ for k in near))  # the best match first
         hint = f"did you mean {', '.join(names)}?" if names else self._listing_hint()
-        spelled = difflib.get_close_matches(self._key(name), near, n=1, cutoff=0.8)  # no doubt what was meant
+        spelled = difflib.get_close_matches(plain_key(name), near, n=1, cutoff=0.8)  # no doubt what was meant
         advice = "" if self.advice is None or spelled else f" {self.advice(name)}"
         raise UsageError(f"there is no {self.kind} {name!r}: {hint}{'' if names or not advice else ';'}{advice}")
 

@@ -119,10 +119,10 @@ def test_the_cost_is_known_before_a_job(app: Any) -> None:
     done = explained(app)
     record = json.loads((app.output / done["results"][0]["map"].replace(".nii.gz", ".json")).read_text())
     assert cost["passes"] == record["window_passes"] > 0
-    dear = finished(
+    costly = finished(
         app, {"do": "costs", "case": number(app, "a"), "target": VOXEL, "methods": ["Occlusion(window=1, stride=1)"]}
     )
-    assert dear.result["costs"][0]["passes"] > 1000
+    assert costly.result["costs"][0]["passes"] > 1000
 
 
 def long_job(app: Any) -> Any:

@@ -82,7 +82,7 @@ class Done:
 
     @property
     def errors(self) -> list[str]:
-        """Lines that tell of errors, without the time."""
+        """Lines that report errors, without the time."""
         lines = self.err.splitlines()
         return [line[20:] for line in lines if " ERROR" in line] + [
             line for line in lines if line.startswith("esegeta-monai: error:")
