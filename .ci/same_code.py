@@ -33,14 +33,20 @@ class WithoutText(ast.NodeTransformer):
 
 def code(commit: str, path: str) -> str:
     """The syntax tree of a file at a commit, without text; empty where the file does not exist."""
-    shown = subprocess.run(["git", "show", f"{commit}:{path}"], capture_output=True, text=True, check=False)
+    shown = subprocess.run(
+        ["git", "show", f"{commit}:{path}"], capture_output=True, text=True, encoding="utf-8", check=False
+    )
     return ast.dump(WithoutText().visit(ast.parse(shown.stdout))) if shown.returncode == 0 else ""
 
 
 def main(old: str, new: str) -> int:
     """Print the files that differ between two commits; 1 where there are some."""
     listed = subprocess.run(
-        ["git", "diff", "--name-only", old, new, "--", "*.py"], capture_output=True, text=True, check=True
+        ["git", "diff", "--name-only", old, new, "--", "*.py"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
     )
     different = [path for path in listed.stdout.splitlines() if code(old, path) != code(new, path)]
     print("\n".join(different) or "the code is the same")

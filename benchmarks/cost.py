@@ -167,14 +167,19 @@ def main() -> None:
             else:
                 words = [sys.executable, __file__, "--one", name, "--limit", str(options.limit)]
                 done = subprocess.run(
-                    words, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+                    words,
+                    capture_output=True,
+                    text=True,
+                    encoding="utf-8",
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    check=False,
                 )
                 if done.returncode:
                     raise SystemExit(f"{name}: {done.stderr[-2000:]}")
                 row = json.loads(done.stdout.splitlines()[-1])
             kept.write_text(json.dumps(row))
             print(name, {k: row[k] for k in ("passes", "seconds", "peak", "note", "estimated") if k in row}, flush=True)
-        rows.append(json.loads(kept.read_text()))
+        rows.append(json.loads(kept.read_text(encoding="utf-8")))
     options.output.write_text(table(rows))
 
 

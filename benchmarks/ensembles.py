@@ -102,7 +102,7 @@ def main() -> None:
     for size, members, views in ROWS:
         command = [sys.executable, __file__, "--window", str(args.window), "--threads", str(args.threads)]
         command += ["--repeats", str(args.repeats), "--one", str(size), str(members), str(views)]
-        row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout)
         print(
             f"{size:5d} {members:8d} {views:6d} {row['windows']:7d} {row['peak'] / 1e6:8.1f} {row['seconds']:8.1f} "
             f"{row['ratio']:15.2f}",

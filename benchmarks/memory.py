@@ -75,7 +75,9 @@ def main() -> None:
         for size in sizes:
             command = [sys.executable, __file__, "--window", str(args.window), "--threads", str(args.threads)]
             command += ["--one", method, str(size), str(max(steps, 1))]
-            result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            result = json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout
+            )
             peaks.append(result["peak"])
             name = method + (f" n_steps={steps}" if steps else "")
             volume = size**3 * 4

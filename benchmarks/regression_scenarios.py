@@ -304,7 +304,7 @@ def write(methods: str, targets: str) -> Iterator[Item]:
                 writer.explain(explainer, image, "alpha", chosen, wanted)
             files = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
             yield {"name": f"run {run} files", "record": {"files": files}}
-            entries = plain(json.loads((out / "run.json").read_text()))
+            entries = plain(json.loads((out / "run.json").read_text(encoding="utf-8")))
             yield {"name": f"run {run} run.json", "record": entries}
         for file in files:
             if file.endswith(".nii.gz"):
@@ -312,7 +312,7 @@ def write(methods: str, targets: str) -> Iterator[Item]:
                 values = torch.from_numpy(np.asarray(volume.dataobj).astype(np.float64))
                 yield {"name": file, "map": values, "record": {"affine": plain(volume.affine)}}
             elif file.endswith(".json") and file != "run.json":
-                record = plain(json.loads((out / file).read_text()))
+                record = plain(json.loads((out / file).read_text(encoding="utf-8")))
                 record = {k: v for k, v in record.items() if k not in ("scan_sha256", "map_sha256", "map_bytes")}
                 yield {"name": file, "record": record}
 

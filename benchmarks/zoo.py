@@ -47,7 +47,7 @@ def modest() -> None:
 
 def available() -> float:
     """Return the free memory in GB."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) / 2**20
 
 
@@ -63,7 +63,7 @@ def call(python: str, *words: str, cwd: Path, log: Path, limit: float, gigabytes
         "PYTHONPATH": str(HERE.parent),
         "TORCH_HOME": str(log.parent.parent / "torch_home"),
     }
-    with log.open("w") as stream:
+    with log.open("w", encoding="utf-8") as stream:
         stream.write("$ " + " ".join(words) + "\n")
         stream.flush()
         try:
@@ -85,7 +85,7 @@ def call(python: str, *words: str, cwd: Path, log: Path, limit: float, gigabytes
 
 def last_line(log: Path) -> str:
     """Return the line of a log that states the error."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line and "Warning" not in line and not line.startswith("File")]
     text = (errors or lines or ["no output"])[-1]
     return text.replace(str(log.parent.resolve()), "WORK")[:300]
@@ -132,11 +132,13 @@ def explain_bundle(source: Path, work: Path, recipe: Recipe, python: str, limit:
         limit=limit,
         gigabytes=recipe.gigabytes,
     )
-    row["found"] = [x.strip() for x in (work / "check.log").read_text().splitlines() if x.startswith("  ")][:10]
+    row["found"] = [
+        x.strip() for x in (work / "check.log").read_text(encoding="utf-8").splitlines() if x.startswith("  ")
+    ][:10]
     row["check_cpu_seconds"] = round(seconds, 1)
     if not (work / "check.json").is_file():
         return {**row, "green": False, "cause": last_line(work / "check.log")}
-    check = json.loads((work / "check.json").read_text())
+    check = json.loads((work / "check.json").read_text(encoding="utf-8"))
     row.update(check)
     common = ["--bundle_root", str(bundle), *as_options(own)]
     run = ["-m", "monai.bundle", "run"] + ([] if check["run_id"] == "run" else [check["run_id"]])
@@ -160,7 +162,7 @@ def explain_bundle(source: Path, work: Path, recipe: Recipe, python: str, limit:
     causes = []
     if not maps:
         run_json = work / "maps" / "run.json"
-        results = json.loads(run_json.read_text())["results"] if run_json.is_file() else []
+        results = json.loads(run_json.read_text(encoding="utf-8"))["results"] if run_json.is_file() else []
         causes.append("; ".join(sorted({f"{r['status']}: {r['reason']}" for r in results})) or "no case was explained")
     for one in maps:
         causes += [f"{one['name']}: {what}" for what in one["wrong"]]
@@ -173,7 +175,7 @@ def explain_bundle(source: Path, work: Path, recipe: Recipe, python: str, limit:
 
 def look_at(sidecar: Path, data: Path) -> dict[str, Any]:
     """Describe a written map and its errors."""
-    record = json.loads(sidecar.read_text())
+    record = json.loads(sidecar.read_text(encoding="utf-8"))
     wrong = [] if record["status"] == "ok" else [f"status {record['status']}: {record.get('reason')}"]
     if not record.get("target_voxels"):
         wrong.append("the target has no voxels")
@@ -329,7 +331,7 @@ def main() -> int:
         claim.unlink()
         verdict = "passes" if row["green"] else f"FAILS: {row['cause'][:400]}"
         print(f"{name}: {verdict} ({time.monotonic() - started:.0f} s)", flush=True)
-    rows = [json.loads(f.read_text()) for f in sorted(work.glob("*/row.json"))]
+    rows = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(work.glob("*/row.json"))]
     print(f"{sum(r['green'] for r in rows)} of {len(rows)} pass")
     if options.table:
         options.table.write_text(table(rows, f" at {options.commit}" if options.commit else ""))

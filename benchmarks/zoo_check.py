@@ -76,7 +76,7 @@ def choose(prediction: Tensor, sigmoid: bool, regression: bool) -> tuple[str, in
 
 
 def main(job_file: Path) -> None:
-    job = json.loads(job_file.read_text())
+    job = json.loads(job_file.read_text(encoding="utf-8"))
     if command(job["overlay"]):
         raise SystemExit("no overlay could be written")
     overrides = {**job["overrides"], **job["crop"].get("overrides", {})}
@@ -99,7 +99,7 @@ def main(job_file: Path) -> None:
     output = chosen_output(reader.metadata)
     text = json.dumps([reader.parser[k] for k in ("postprocessing",) if k in reader.parser], default=str)
     sigmoid = '"sigmoid": true' in text or job["crop"].get("sigmoid", False)
-    regression = "OutputValue" in (Path(job_file).parent / "explain.json").read_text()
+    regression = "OutputValue" in (Path(job_file).parent / "explain.json").read_text(encoding="utf-8")
     x = plain.detach().clone().float().requires_grad_(True)
     for parameter in network.parameters():
         parameter.requires_grad_(False)

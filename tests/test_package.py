@@ -125,7 +125,13 @@ def test_links_of_the_description_lead_outside_of_the_repository(home: str | Non
         environment |= {"GITHUB_SERVER_URL": server, "GITHUB_REPOSITORY": f"team/{repository}", "GITHUB_REF_NAME": "v9"}
     code = "import setuptools; setuptools.setup = lambda **k: print(k['long_description']); import setup"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-X", "utf8", "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
     )
     links = re.findall(r"\]\(([^)\s]+)\)", done.stdout)
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
@@ -158,7 +164,9 @@ def run(command: list[str], where: Path, site: Path | None = None) -> subprocess
     environment.pop("PYTHONPATH", None)
     if site is not None:
         environment["PYTHONPATH"] = str(site)
-    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        command, cwd=where, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=300, check=False
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done
 

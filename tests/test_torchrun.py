@@ -44,6 +44,7 @@ def explain(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]
         env=environment(),
         capture_output=True,
         text=True,
+        encoding="utf-8",
         timeout=300,
     )
 
@@ -104,7 +105,7 @@ def test_an_ensemble_with_views_by_two_processes(tmp_path):
     bundle = ensemble(tmp_path)
     scan = write_scan(tmp_path)
     config = bundle / "configs" / "inference.json"
-    content = json.loads(config.read_text())
+    content = json.loads(config.read_text(encoding="utf-8"))
     target = "esegeta_monai.explain.ensemble.EnsembleInferer"
     content["inferer"] = {"_target_": target, "inferer": content["inferer"], "mirror_axes": [0, 1]}
     config.write_text(json.dumps(content))
@@ -122,7 +123,7 @@ def test_an_ensemble_with_views_by_two_processes(tmp_path):
     assert len(records["one"]) == 4 * 3  # map, members, views
     for name, expected in records["one"].items():
         assert np.abs(records["two"][name] - expected).max() <= 1e-5 * np.abs(expected).max(), name
-    sidecar = json.loads(next((tmp_path / "two").rglob("*Saliency_attr.json")).read_text())
+    sidecar = json.loads(next((tmp_path / "two").rglob("*Saliency_attr.json")).read_text(encoding="utf-8"))
     assert sidecar["ranks"] == 2
     assert (sidecar["agreement"]["members"]["count"], sidecar["agreement"]["views"]["count"]) == (2, 4)
 
@@ -182,6 +183,7 @@ def test_a_killed_process_ends_the_others_and_finished_cases_stay(study):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
     )
     try:
         until = time.monotonic() + 120
@@ -223,7 +225,12 @@ def test_the_overlay_by_two_processes(shared, tmp_path):
         reported = [*launch, "-m", "monai.bundle", "run", "--bundle_root", str(bundle), "--config_file", str(configs)]
         extra = [*what, "--output_dir", str(output), "--explain_handler#pictures", "False", *more]
         done = subprocess.run(
-            [sys.executable, *reported, *extra], env=environment(), capture_output=True, text=True, timeout=300
+            [sys.executable, *reported, *extra],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
 

@@ -67,7 +67,7 @@ class Cause:
 
     @cached_property
     def network(self) -> nn.Module:
-        parser = ConfigParser(json.loads((BUNDLE / "configs" / "inference.json").read_text()))
+        parser = ConfigParser(json.loads((BUNDLE / "configs" / "inference.json").read_text(encoding="utf-8")))
         network = parser.get_parsed_content("network_def").eval()
         state = torch.load(BUNDLE / "models" / self.weights, map_location="cpu", weights_only=True)
         network.load_state_dict(state)

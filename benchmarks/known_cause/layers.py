@@ -59,7 +59,7 @@ def _classifier(n: int, work: Path) -> str:
 
 def _tissue(n: int, work: Path) -> str:
     root = ROOT / "bundles" / "brain_tissue_segmentation"
-    network = ConfigParser(json.loads((root / "configs" / "inference.json").read_text()))
+    network = ConfigParser(json.loads((root / "configs" / "inference.json").read_text(encoding="utf-8")))
     network = network.get_parsed_content("network_def").eval()
     network.load_state_dict(torch.load(root / "models" / "model.pt", map_location="cpu", weights_only=True))
     return _table(network, list(_boxes(network, n, work)), spacing=2.0)

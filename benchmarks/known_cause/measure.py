@@ -94,5 +94,5 @@ def _objective(cause: Cause, example: Example) -> Objective:
 def _read(table: Path) -> list[Row]:
     if not table.exists():
         return []
-    with table.open(newline="") as file:
+    with table.open(encoding="utf-8", newline="") as file:
         return [{**row, "value": float(row["value"]) if row["value"] else ""} for row in csv.DictReader(file)]

@@ -214,7 +214,7 @@ def extremal_table(records: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 def write_csv(cells: Mapping[Cell, Summary], file: Path) -> None:
     """Write all means, one row per network, method and metric."""
-    with file.open("w", newline="") as stream:
+    with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["network", "method", "metric", "mean", "low", "high", "cases"])
         for cell in sorted(cells, key=lambda c: (c.network, c.metric, c.method)):
@@ -226,8 +226,8 @@ def write_csv(cells: Mapping[Cell, Summary], file: Path) -> None:
 def write_block(page: Path, name: str, text: str) -> None:
     """Put ``text`` between the page's markers ``<!-- name -->`` and ``<!-- /name -->``."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    whole = page.read_text()
+    whole = page.read_text(encoding="utf-8")
     if start not in whole or end not in whole:
         raise ValueError(f"{page} has no block {start} … {end}")
     before, rest = whole.split(start, 1)
-    page.write_text(f"{before}{start}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}")
+    page.write_text(f"{before}{start}\n\n{text}\n\n{end}{rest.split(end, 1)[1]}", encoding="utf-8")

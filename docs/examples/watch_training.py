@@ -49,7 +49,7 @@ def main() -> None:
     torch.manual_seed(0)
     anatomy = template_case(out / "mni152")
     watched = watched_cases(anatomy)
-    config = ConfigParser(json.loads((BUNDLE / "configs" / "train.json").read_text()))
+    config = ConfigParser(json.loads((BUNDLE / "configs" / "train.json").read_text(encoding="utf-8")))
     network = config.get_parsed_content("network_def")
     optimizer = torch.optim.Adam(network.parameters(), lr=0.005)
     rows: list[Row] = []

@@ -6,6 +6,8 @@ line is written, also in tracebacks; only the name of the case remains.
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import os
 import re
@@ -19,9 +21,23 @@ from tqdm import tqdm
 
 from esegeta_monai.utils.names import one_line
 
-__all__ = ["LOG_FILE", "RunLog", "reason"]
+__all__ = ["LOG_FILE", "RunLog", "print_every_character", "reason"]
 
 LOG_FILE = "esegeta.log"
+
+
+def print_every_character() -> None:
+    """Let standard output and error accept every character, whatever the locale is.
+
+    In a container without a locale Python may encode them as ASCII, and a formula or the name of a scan would end the
+    program. What the stream's encoding cannot express is then printed as an escape such as ``\\u03a3``; an ASCII stream
+    becomes UTF-8, as Python itself does in the C locale (PEP 540).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):  # replaced by a notebook or by the program that calls us
+            continue
+        ascii_only = codecs.lookup(stream.encoding).name == "ascii"
+        stream.reconfigure(encoding="utf-8" if ascii_only else None, errors="backslashreplace")
 
 
 class RunLog:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from esegeta_monai.cli import parsers, watch
-from esegeta_monai.cli.log import RunLog, reason
+from esegeta_monai.cli.log import RunLog, print_every_character, reason
 from esegeta_monai.errors import EsegetaError, OutputLost, RankLost, TrustError
 from esegeta_monai.utils.files import INTENDED_USE, refuse_remote
 from esegeta_monai.utils.heartbeat import Heartbeat
@@ -153,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["overlay"])
     2
     """
+    print_every_character()
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:  # --help, --version, a wrong option

@@ -352,7 +352,7 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
         return
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak memory of this process
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets VmHWM, the peak memory of this process
     except OSError as error:  # not Linux, or /proc is read-only: the counter covers the whole process
         logger.debug("the counter of peak memory is not reset: %s", error.strerror)
 
@@ -366,7 +366,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration) as error:
         logger.debug("no VmHWM (%s): using the peak since the start of the process", type(error).__name__)

@@ -85,8 +85,10 @@ def _runs(process: int, since: float) -> bool:
 def _started(process: int) -> float | None:
     """Return when a process began, in seconds as `time.time`; None where the system does not tell."""
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+        fields = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        boot = next(
+            line for line in Path("/proc/stat").read_text(encoding="utf-8").splitlines() if line.startswith("btime")
+        )
         if fields[0] == "Z":  # ended, but its parent has not asked for its exit code
             return float("inf")
         return float(boot.split()[1]) + int(fields[19]) / os.sysconf("SC_CLK_TCK")

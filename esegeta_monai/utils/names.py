@@ -47,13 +47,14 @@ def safe_name(text: str, longest: int = LONGEST_PART) -> str:
     """Convert text to a part of a file name: letters and digits of any script and ``_ - . + =``; others become ``-``.
 
     A name longer than ``longest`` bytes is cut and ends in eight digits of its checksum, so that long names that differ
-    only at the end stay distinct. No name leads out of a folder, hides a file or starts an option.
+    only at the end stay distinct. No name leads out of a folder, hides a file or starts an option. Letters that the
+    locale's file names cannot hold become ``-`` too.
 
     >>> [safe_name(t) for t in ("sub-01_T1w", "../x", "<img onerror=1>", "grey matter", "  ", "größe 3")]
     ['sub-01_T1w', 'x', 'img-onerror=1', 'grey-matter', 'unnamed', 'größe-3']
     """
     text = unicodedata.normalize("NFC", str(text))
-    kept = "".join(c if c.isalnum() or c in "_-.+=" or unicodedata.combining(c) else "-" for c in text)
+    kept = "".join(c if _fits_a_file_name(c) else "-" for c in text)
     name = re.sub(r"-*\.{2,}-*|-{2,}", "-", kept).strip("-. ") or "unnamed"
     if RESERVED.match(name):
         name = f"_{name}"
@@ -63,12 +64,27 @@ def safe_name(text: str, longest: int = LONGEST_PART) -> str:
     return name
 
 
+def _fits_a_file_name(character: str) -> bool:
+    if not (character.isalnum() or character in "_-.+=" or unicodedata.combining(character)):
+        return False
+    try:
+        os.fsencode(character)
+    except UnicodeEncodeError:  # an ASCII locale
+        return False
+    return True
+
+
 def one_line(text: str) -> str:
     r"""Replace control characters and line breaks, which could forge a line of a log, by spaces.
+
+    Bytes of a file name that the locale could not decode (lone surrogates) become text if they are UTF-8, else escapes.
 
     >>> one_line("a\n2026-01-01 ERROR: b\x1b[31m")
     'a 2026-01-01 ERROR: b [31m'
     """
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        text = "".join(c if c < "\ud800" or c > "\udfff" or "\udc80" <= c <= "\udcff" else "?" for c in text)
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(" " if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
 
 

@@ -222,7 +222,7 @@ def test_no_socket_off_the_loopback(served: Served) -> None:
     rows = [
         line.split()
         for name in ("tcp", "tcp6", "udp", "udp6")
-        for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        for line in Path(f"/proc/net/{name}").read_text(encoding="utf-8").splitlines()[1:]
     ]
     ours = [row[1].split(":")[0] for row in rows if row[9] in inodes]
     assert ours, "the server's own socket"

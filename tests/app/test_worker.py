@@ -69,7 +69,10 @@ def test_a_map_is_bit_for_bit_that_of_the_command(app: Any, tmp_path: Path, meth
     assert ours.read_bytes() != b""
     assert np.array_equal(np.asarray(nib.load(ours).dataobj), np.asarray(nib.load(of_command).dataobj))
     assert np.abs(nib.load(ours).get_fdata()).max() > 0
-    here, there = (json.loads(p.with_name(p.name.replace(".nii.gz", ".json")).read_text()) for p in (ours, of_command))
+    here, there = (
+        json.loads(p.with_name(p.name.replace(".nii.gz", ".json")).read_text(encoding="utf-8"))
+        for p in (ours, of_command)
+    )
     for key in ("value", "status", "target", "parameters", "image_sha256", "weights_sha256", "window_passes"):
         assert here.get(key) == there.get(key), key
 
@@ -117,7 +120,9 @@ def test_the_cost_is_known_before_a_job(app: Any) -> None:
     job = finished(app, {"do": "costs", "case": number(app, "a"), "target": VOXEL, "methods": ["Saliency"]})
     (cost,) = job.result["costs"]
     done = explained(app)
-    record = json.loads((app.output / done["results"][0]["map"].replace(".nii.gz", ".json")).read_text())
+    record = json.loads(
+        (app.output / done["results"][0]["map"].replace(".nii.gz", ".json")).read_text(encoding="utf-8")
+    )
     assert cost["passes"] == record["window_passes"] > 0
     costly = finished(
         app, {"do": "costs", "case": number(app, "a"), "target": VOXEL, "methods": ["Occlusion(window=1, stride=1)"]}

@@ -89,7 +89,7 @@ def test_one_command_explains_it(tmp_path: Path) -> None:
     command = ["explain", "--bundle", str(folder), "--input", str(scan), "--output", str(tmp_path / "maps")]
     assert main([*command, "--methods", "VanillaBackprop", "--target", "Box(1, (20, 15), (24, 19))"]) == 0
     (sidecar,) = (tmp_path / "maps").rglob("*_attr.json")
-    record: dict[str, Any] = json.loads(sidecar.read_text())
+    record: dict[str, Any] = json.loads(sidecar.read_text(encoding="utf-8"))
     assert record["inferer"]["name"] == "EnsembleInferer"
     assert len(set(record["inferer"]["members"])) == 2
 

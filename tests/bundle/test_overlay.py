@@ -158,7 +158,9 @@ def test_the_real_command(bundle: Path, tmp_path: Path) -> None:
         *("--explain_targets", "MultiClassMask(class_index='core')"),
         *("--explain_output_dir", str(tmp_path / "maps"), "--explain_overwrite", "false"),
     ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(p.name for p in (tmp_path / "maps" / "alpha").glob("*_attr.nii.gz")) == [
         "alpha_MultiClassMask-core_Occlusion_attr.nii.gz",

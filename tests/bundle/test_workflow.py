@@ -159,7 +159,9 @@ def test_run_workflow_on_the_command_line(tmp_path: Path) -> None:
         *("--bundle_root", ".", "--explain_methods", "Saliency", "--explain_targets", "MultiClassMask('core')"),
         *("--explain_output_dir", str(maps)),
     ]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, encoding="utf-8", timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert np.any(the_map(maps))
 

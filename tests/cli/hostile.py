@@ -123,7 +123,9 @@ def import_in_list(place: Place) -> None:
 def import_in_metadata(place: Place) -> None:
     place.file("evil_module.py")
     file = place.root / "configs" / "metadata.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "changelog": {"0.1": "$import evil_module"}}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text(encoding="utf-8")), "changelog": {"0.1": "$import evil_module"}})
+    )
 
 
 def in_macro(place: Place) -> None:

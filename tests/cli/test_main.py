@@ -497,7 +497,11 @@ def test_the_module_in_a_process_of_its_own(bundle: Path, scans: Path, tmp_path:
     words = ["explain", "--bundle", bundle, "--input", scans / "007.nii.gz", scans / "none.nii.gz", "--output", "out",
              "--target", "MultiClassMask(7)", "--target", "MultiClassMask(1)"]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "esegeta_monai", *map(str, words)], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-m", "esegeta_monai", *map(str, words)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        cwd=tmp_path,
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

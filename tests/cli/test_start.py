@@ -24,7 +24,12 @@ print(json.dumps([code, [name for name in %r if name in sys.modules]]))
 
 def _imported(*argv: str) -> tuple[int, list[str], str]:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM % (HEAVY,), *argv], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", PROGRAM % (HEAVY,), *argv],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+        check=True,
     )
     code, modules = json.loads(done.stdout.splitlines()[-1])
     return code, modules, done.stdout + done.stderr

@@ -33,7 +33,7 @@ def nobody_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.delenv(TRUST_VARIABLE)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
     before = set(sys.path)  # monai.bundle.run, which other tests call, leaves bundles on it
-    with open(os.devnull) as nothing:
+    with open(os.devnull, encoding="utf-8") as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         yield
     assert not [entry for entry in sys.path if Path(entry).name == "bundle" and entry not in before]
@@ -198,7 +198,10 @@ def test_trust_is_remembered_by_content(bundle: Path, capsys: pytest.CaptureFixt
 
 def test_a_file_that_the_config_names_is_part_of_the_content(bundle: Path) -> None:
     file = bundle / "configs" / "inference.json"
-    config = {**json.loads(file.read_text()), "extra": "$exec(open(@bundle_root + '/docs/readme.txt').read())"}
+    config = {
+        **json.loads(file.read_text(encoding="utf-8")),
+        "extra": "$exec(open(@bundle_root + '/docs/readme.txt').read())",
+    }
     file.write_text(json.dumps(config))
     (bundle / "docs").mkdir()
     (bundle / "docs" / "readme.txt").write_text("pass")
@@ -332,7 +335,7 @@ def test_names_in_a_record_are_not_imported(
 ) -> None:
     folder, scan, out = explained
     for file in (next(out.rglob("*_attr.json")), out / "run.json"):
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         for entry in content.get("results", [content]):
             for key, value in CHANGES[change].items():
                 same = isinstance(value, dict) and isinstance(entry.get(key), dict)
@@ -375,7 +378,8 @@ def test_the_working_directory_is_the_bundle(name: str, command: str, how: str, 
     root = str(Path(stores.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, *start, command, "--bundle", "."],
-        cwd=place.root, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=False,
+        cwd=place.root, env={**os.environ, "PYTHONPATH": root}, capture_output=True, check=False,
+        text=True, encoding="utf-8",
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == (3 if command == "layers" else 0), done.stderr

@@ -91,7 +91,7 @@ def test_others_are_listed_and_refused(
 
 def test_the_first_stage_of_a_cascade_counts_too(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, UNET)
-    plans = json.loads((folder / "plans.json").read_text())
+    plans = json.loads((folder / "plans.json").read_text(encoding="utf-8"))
     plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
     (folder / "plans.json").write_text(json.dumps(plans))
     assert NnunetContents(folder).runnables == []

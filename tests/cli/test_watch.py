@@ -73,7 +73,7 @@ def test_it_imports_neither_torch_nor_the_package() -> None:
     code = (
         f"import runpy, sys; runpy.run_path({watch.__file__!r}); print({{'torch', 'esegeta_monai'}} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "set()"
 
 

@@ -45,7 +45,7 @@ class Store:
     def __init__(self, path: Path = STORE) -> None:
         self.path, self.cells = path, {}
         if path.exists():
-            with path.open(newline="") as file:
+            with path.open(encoding="utf-8", newline="") as file:
                 for line in csv.reader(file):
                     cell = Cell(*line[:3], int(line[3]), *line[4:])  # type: ignore[arg-type, misc]
                     self.cells[cell.key] = cell

@@ -85,7 +85,7 @@ def _explanations() -> str:
 
 def _commit() -> str:
     words = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(words, capture_output=True, text=True, encoding="utf-8", check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def malformed(case: Case) -> Row:
             assert not unfinished(folder / "out")
             if case.doubt:
                 (sidecar,) = (folder / "out" / "bad").glob("*.json")
-                warnings = json.loads(sidecar.read_text())["warnings"]
+                warnings = json.loads(sidecar.read_text(encoding="utf-8"))["warnings"]
                 assert any(re.search(case.doubt, text) for text in warnings), warnings
             return f"explained; {'; '.join(done.warnings)[:150]}"
         refused(done, folder / "out", "bad")
@@ -427,7 +427,7 @@ def forged_line(folder: Path) -> str:
     bad = folder / "x\n2026-01-01 00:00:00 ERROR: forged\x1b[31m.nii.gz"
     bad.write_bytes(b"")
     done = explain(folder, bad, make_scan(folder / "good.nii.gz"))
-    log = (folder / "out" / "esegeta.log").read_text()
+    log = (folder / "out" / "esegeta.log").read_text(encoding="utf-8")
     for text in (done.err, log):
         assert not [line for line in text.splitlines() if line.startswith("2026-01-01 00:00:00")], text
         assert "\x1b" not in text

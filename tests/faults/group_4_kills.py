@@ -120,7 +120,7 @@ def _explain(folder: Path) -> str:
 
 def _table(output: Path) -> list[list[str]]:
     """The rows of the table without its times, sorted."""
-    with open(output / "metrics.csv", newline="") as file:
+    with open(output / "metrics.csv", encoding="utf-8", newline="") as file:
         return sorted([v for k, v in row.items() if k not in ("seconds", "passes")] for row in csv.DictReader(file))
 
 

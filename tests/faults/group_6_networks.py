@@ -248,6 +248,7 @@ def _in_one_run(folder: Path) -> str:
         [*command_line, "--hard-time-limit", "6"],
         capture_output=True,
         text=True,
+        encoding="utf-8",
         timeout=900,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
@@ -259,7 +260,7 @@ def _in_one_run(folder: Path) -> str:
     assert by_case["killed"] == {"failed", "ok"}, by_case
     assert by_case["memory"] == by_case["nan"] == {"failed"}, by_case
     assert by_case["good"] == {"ok"}, by_case
-    assert json.loads((folder / "out" / "run.json").read_text())["finished"]
+    assert json.loads((folder / "out" / "run.json").read_text(encoding="utf-8"))["finished"]
     (lost,) = [e for e in results if e["case"] == "hangs_in_gradient" and e["status"] == "timeout"]
     assert lost["method"] == "Saliency"
     return "; ".join(f"{name} {'/'.join(sorted(s))}" for name, s in by_case.items())

@@ -41,7 +41,7 @@ def named(folder: Path, text: str) -> str:
         assert any(text in line for line in done.errors), done.err
         assert not done.traceback
     (page,) = (folder / "out").rglob("*_report.html")
-    assert "altered" in page.read_text()
+    assert "altered" in page.read_text(encoding="utf-8")
     return report.errors[0][-140:]
 
 
@@ -58,9 +58,11 @@ def _leads(make: Callable[[Path, Path, Path], str], text: str) -> Callable[[Path
     def check(folder: Path) -> str:
         sidecar, path = study(folder)
         (other,) = (folder / "elsewhere").rglob("*_attr.nii.gz")
-        record = json.loads(sidecar.read_text())
+        record = json.loads(sidecar.read_text(encoding="utf-8"))
         record["map"] = make(folder, path, other)
-        record["map_sha256"] = json.loads(other.with_name(f"{other.name[:-7]}.json").read_text())["map_sha256"]
+        record["map_sha256"] = json.loads(other.with_name(f"{other.name[:-7]}.json").read_text(encoding="utf-8"))[
+            "map_sha256"
+        ]
         sidecar.write_text(json.dumps(record))
         return named(folder, text)
 
@@ -96,11 +98,11 @@ def _page_has_no(what: str) -> Callable[[Path], None]:
         before = folder / "out" / "mine" / "mine_report.html"
         link.unlink(missing_ok=True)
         assert command("report", folder / "out").code == 0
-        wanted = before.read_text()
+        wanted = before.read_text(encoding="utf-8")
         link.symlink_to(folder / "elsewhere" / source)
         assert command("report", folder / "out").code == 0
         assert "other" not in {path.name for path in (folder / "out").iterdir() if not path.is_symlink()}
-        page = (folder / "out" / "mine" / "mine_report.html").read_text()
+        page = (folder / "out" / "mine" / "mine_report.html").read_text(encoding="utf-8")
         assert "Sparseness" not in page
         assert len(page) < len(wanted) + 2000  # no volume more
 
@@ -112,7 +114,9 @@ def _unlisted(folder: Path) -> None:
     study(folder)
     (folder / "out" / "other").symlink_to(folder / "elsewhere" / "other")
     assert command("report", folder / "out").code == 0
-    assert "other" not in (folder / "out" / "index.html").read_text().split("<main", 1)[-1].replace("another", "")
+    assert "other" not in (folder / "out" / "index.html").read_text(encoding="utf-8").split("<main", 1)[-1].replace(
+        "another", ""
+    )
 
 
 ROWS = [

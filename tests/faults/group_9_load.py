@@ -63,7 +63,7 @@ def _watched(running: Running, marks: list[tuple[int, int]]) -> threading.Thread
     def watch() -> None:
         while True:
             try:
-                status = Path(f"/proc/{running.pid}/status").read_text()
+                status = Path(f"/proc/{running.pid}/status").read_text(encoding="utf-8")
                 resident = re.search(r"VmRSS:\s+(\d+)", status)
                 marks.append((int(resident[1]) >> 10 if resident else 0, len(os.listdir(f"/proc/{running.pid}/fd"))))
             except (OSError, TypeError):

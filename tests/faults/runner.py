@@ -136,7 +136,7 @@ class Running:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 @functools.cache
@@ -207,7 +207,7 @@ def start(
             os.chdir(cwd)
         os.environ.update({"OMP_NUM_THREADS": "1", **(env or {})})
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        Path(f"{base}.rss").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        Path(f"{base}.rss").write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024), encoding="utf-8")
         if before is not None:
             before()
         try:
@@ -235,9 +235,9 @@ def _own_streams(base: Path) -> None:
         opened = os.open(f"{base}.{kind}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(opened, number)
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - the standard streams stay open
-    sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - the standard streams stay open
+    sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
 
 
 def command(*argv: object, timeout: float = 120, **more: Any) -> Done:
@@ -275,7 +275,10 @@ def statuses(output: Path) -> dict[tuple[str, str | None, str | None], str]:
     path = output / "run.json"
     if not path.is_file():
         return {}
-    return {(e["case"], e["target"], e["method"]): e["status"] for e in json.loads(path.read_text())["results"]}
+    return {
+        (e["case"], e["target"], e["method"]): e["status"]
+        for e in json.loads(path.read_text(encoding="utf-8"))["results"]
+    }
 
 
 def unfinished(output: Path, suffixes: Sequence[str] = (".nii.gz", ".json", ".html")) -> list[str]:
@@ -299,6 +302,6 @@ def _read_whole(path: Path) -> None:
         gzip.decompress(path.read_bytes())
         np.asanyarray(nib.load(path).dataobj)
     elif path.suffix == ".json":
-        json.loads(path.read_text())
-    elif not path.read_text().rstrip().endswith("</html>"):
+        json.loads(path.read_text(encoding="utf-8"))
+    elif not path.read_text(encoding="utf-8").rstrip().endswith("</html>"):
         raise ValueError("no end")

@@ -71,7 +71,7 @@ def test_maps_equal_autograd_through_all_networks(tmp_path: Path, softmax: bool)
     ExplanationHandler("VanillaBackprop", target, tmp_path / "out", pictures=False).attach(runs)
     runs.run()
     (path,) = (tmp_path / "out").rglob("*_attr.nii.gz")
-    record = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text())
+    record = json.loads(path.with_name(path.name.replace(".nii.gz", ".json")).read_text(encoding="utf-8"))
 
     x = image_of(tmp_path).requires_grad_(True)
     inferer = SlidingWindowInferer((6, 6, 6), 2, 0.5)
@@ -91,7 +91,7 @@ def test_metrics_are_measured_on_an_ensemble(tmp_path: Path) -> None:
     runs = engine(networks(), tmp_path)
     EvaluationHandler("VanillaBackprop", CORNER, "Sparseness", tmp_path / "out").attach(runs)
     runs.run()
-    assert "Sparseness" in next((tmp_path / "out").rglob("*.csv")).read_text()
+    assert "Sparseness" in next((tmp_path / "out").rglob("*.csv")).read_text(encoding="utf-8")
 
 
 def test_a_vote_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -107,6 +107,6 @@ def test_agreement_of_the_networks_is_written(tmp_path: Path) -> None:
     ExplanationHandler("VanillaBackprop", CORNER, tmp_path / "out", pictures=False, agreement=True).attach(runs)
     runs.run()
     (sidecar,) = (tmp_path / "out").rglob("*_attr.json")
-    result = json.loads(sidecar.read_text())["agreement"]["members"]
+    result = json.loads(sidecar.read_text(encoding="utf-8"))["agreement"]["members"]
     assert result["mean_deviation"] < 1e-5
     assert sidecar.with_name(result["map"]).is_file()

@@ -174,7 +174,9 @@ def test_output_layout_and_sigmoid_are_the_engines(scans: list[Path], tmp_path: 
     explain = ExplanationHandler(methods="Saliency", pictures=False)
     explain.attach(engine)
     engine.run()
-    assert {json.loads(p.read_text())["head"]["kind"] for p in (tmp_path / "out").glob("*_attr.json")} == {"sigmoid"}
+    assert {
+        json.loads(p.read_text(encoding="utf-8"))["head"]["kind"] for p in (tmp_path / "out").glob("*_attr.json")
+    } == {"sigmoid"}
     names = sorted(p.name for p in (tmp_path / "out").iterdir() if p.suffix == ".nii")
     assert names == [
         "alpha_MultiClassMask-class0_Saliency_attr.nii",
@@ -192,7 +194,7 @@ def test_sigmoid_of_another_key_does_not_count(scans: list[Path], tmp_path: Path
     explain = handler(tmp_path, targets=None)
     explain.attach(engine)
     engine.run()
-    kinds = {json.loads(p.read_text())["head"]["kind"] for p in tmp_path.rglob("*_attr.json")}
+    kinds = {json.loads(p.read_text(encoding="utf-8"))["head"]["kind"] for p in tmp_path.rglob("*_attr.json")}
     assert kinds == {"softmax"}
 
 

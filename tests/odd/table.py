@@ -75,7 +75,9 @@ def write(store: Store) -> str:
 
 def _commit() -> str:
     def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], cwd=PATH.parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", *args], cwd=PATH.parent, capture_output=True, text=True, encoding="utf-8", check=False
+        )
         return done.stdout.strip()
 
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "../esegeta_monai")

@@ -22,7 +22,7 @@ def explain(tmp_path: Path, *more: str) -> dict[str, Any]:
     words = ["explain", "--bundle", str(tmp_path / "bundle"), "--input", str(tmp_path / "scan.nii.gz")]
     target = ["--target", "Box(1, (20, 15), (24, 19))"]
     assert main([*words, "--output", str(output), "--methods", METHODS, *target, "--no-pictures", *more]) == 0
-    return {p.name.split("_")[-2]: json.loads(p.read_text()) for p in output.rglob("*_attr.json")}
+    return {p.name.split("_")[-2]: json.loads(p.read_text(encoding="utf-8")) for p in output.rglob("*_attr.json")}
 
 
 def values(file: Path) -> np.ndarray:
@@ -48,7 +48,7 @@ def test_the_spread_is_written_beside_the_map(tmp_path: Path) -> None:
         assert np.array_equal(nib.load(file).affine, nib.load(own).affine)
         assert values(file).max() > 0
         assert record["training_folds"] == {"fold_0": "training", "fold_1": "validation"}
-    page = next((tmp_path / "maps").rglob("*_report.html")).read_text()
+    page = next((tmp_path / "maps").rglob("*_report.html")).read_text(encoding="utf-8")
     assert "Agreement of the folds" in page
     assert "fold_0: training; fold_1: validation" in page
     assert "confidence" not in page.lower()
@@ -82,7 +82,7 @@ def test_a_finished_map_without_spread_is_computed_again(tmp_path: Path) -> None
     files = list((tmp_path / "maps").rglob("*_members_sd.nii.gz"))
     assert len(files) == 2
     explain(tmp_path, "--agreement")
-    run = json.loads((tmp_path / "maps" / "run.json").read_text())
+    run = json.loads((tmp_path / "maps" / "run.json").read_text(encoding="utf-8"))
     assert {entry["status"] for entry in run["results"]} == {"skipped"}
     files[0].unlink()
     explain(tmp_path, "--agreement")
@@ -97,5 +97,5 @@ def test_a_report_of_an_edited_record_is_written(tmp_path: Path, damage: Any) ->
     write_scan(tmp_path)
     explain(tmp_path, "--agreement")
     for sidecar in (tmp_path / "maps").rglob("*_attr.json"):
-        sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), "agreement": damage}))
+        sidecar.write_text(json.dumps({**json.loads(sidecar.read_text(encoding="utf-8")), "agreement": damage}))
     assert main(["report", str(tmp_path / "maps")]) == 0

@@ -27,7 +27,7 @@ def test_the_table_is_tidy_and_grows_by_cases(tmp_path):
     writer = EvaluationWriter(tmp_path, [], [], {"bundle": "none"})
     for case in ("a", "b", "a"):
         writer.write(case, result)
-    with open(tmp_path / "metrics.csv", newline="") as file:
+    with open(tmp_path / "metrics.csv", encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
     assert tuple(table[0]) == COLUMNS
     assert [r["case"] for r in table] == ["b"] * len(result.rows) + ["a"] * len(result.rows)
@@ -36,7 +36,7 @@ def test_the_table_is_tidy_and_grows_by_cases(tmp_path):
     assert record["bundle"] == "none"
     (curve,) = [c for c in record["curves"] if c["method"] == "InputXGradient" and c["metric"].startswith("Deletion")]
     assert len({len(v) for v in curve.values() if isinstance(v, list)}) == 1
-    with open(tmp_path / "a" / "a_regions.csv", newline="") as file:
+    with open(tmp_path / "a" / "a_regions.csv", encoding="utf-8", newline="") as file:
         regions = list(csv.DictReader(file))
     assert tuple(regions[0]) == REGION_COLUMNS
     assert {"all", "label 1", "body"} <= {r["region"] for r in regions}
@@ -90,7 +90,7 @@ def test_rows_of_an_earlier_run_do_not_stay_where_a_case_has_none_now(tmp_path):
     writer.write("a", result)
     writer.write("b", result)
     writer.write("a", EvaluationResult(failed={"ClassScore-class1, InputXGradient": "out of memory"}))
-    with open(tmp_path / "metrics.csv", newline="") as file:
+    with open(tmp_path / "metrics.csv", encoding="utf-8", newline="") as file:
         assert {r["case"] for r in csv.DictReader(file)} == {"b"}
 
 

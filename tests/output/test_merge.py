@@ -33,7 +33,7 @@ def part(folder: Path, case: str, status: str = "ok", number: int | None = None,
 
 
 def cases(folder: Path) -> dict[str, str]:
-    return {e["case"]: e["status"] for e in json.loads((folder / "run.json").read_text())["results"]}
+    return {e["case"]: e["status"] for e in json.loads((folder / "run.json").read_text(encoding="utf-8"))["results"]}
 
 
 def test_folders_become_one(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_folders_become_one(tmp_path: Path) -> None:
     for name in "abc":
         assert (tmp_path / "whole" / name / f"{name}_attr.nii.gz").read_bytes() == name.encode()
         assert (tmp_path / "whole" / name / f"{name}_attr.json").is_file()
-    with open(tmp_path / "whole" / "metrics.csv") as file:
+    with open(tmp_path / "whole" / "metrics.csv", encoding="utf-8") as file:
         assert {row["case"]: row["value"] for row in csv.DictReader(file)} == dict.fromkeys("abc", "0.5")
     assert {p: p.read_bytes() for p in before} == before
     again = merge_runs(tmp_path / "whole", parts)

@@ -8,7 +8,7 @@ import pytest
 
 from esegeta_monai.errors import UsageError
 from esegeta_monai.targets import MultiClassMask
-from esegeta_monai.utils.names import case_name, check_clashes, distinct_names, map_path, safe_name
+from esegeta_monai.utils.names import case_name, check_clashes, distinct_names, map_path, one_line, safe_name
 
 HOSTILE = [
     *("../../etc/passwd", "..", ".", "/", "\\\\server\\share", "a/b", "a\\b", "~root", "-rf", ".hidden", "", "   "),
@@ -180,3 +180,9 @@ def test_the_package_s_own_targets() -> None:
 def test_a_real_clash_is_a_usage_error(twins: list[Thing]) -> None:
     with pytest.raises(UsageError, match="give one of them another name="):
         distinct_names(twins)
+
+
+@pytest.mark.parametrize(("undecoded", "text"), [(b"gr\xc3\xb6\xc3\x9fe", "größe"), (b"gr\xf6\xdfe", r"gr\xf6\xdfe")])
+def test_bytes_that_the_locale_could_not_decode_become_text(undecoded: bytes, text: str) -> None:
+    assert one_line(undecoded.decode("ascii", "surrogateescape")) == text
+    assert one_line("a\ud800b") == "a?b"

@@ -187,7 +187,7 @@ def test_kill_9_in_the_middle(tmp_path):
     os.kill(first.pid, signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL
     assert not (tmp_path / "map.pt").exists()
-    second = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    second = subprocess.run(words, env=env, capture_output=True, text=True, encoding="utf-8", check=True)
     whole = explain(Stops(1e9), m.Occlusion(3, 2), None)
     assert int(second.stdout) < whole.record["window_passes"]
     assert_equal(torch.load(tmp_path / "map.pt"), torch.as_tensor(whole.map), 1e-12)
