@@ -291,7 +291,7 @@ def add_demo(parser: ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda if available)")
     add_trust(parser)
     add_run_options(parser)
-    parser.set_defaults(config=None, override=None, network_output=None, head=None, share="cases")
+    parser.set_defaults(config=None, override=None, network_output=None, layer_axes=[], head=None, share="cases")
 
 
 def add_table(parser: ArgumentParser) -> None:

@@ -97,6 +97,8 @@ class Model:
             images expects. Under a sliding window it is passed unchanged, as in MONAI.
         copies_input: give the network copies of each window and of further inputs, as it may write into them.
         inputs_as: ``"dict"`` or ``"list"``: pass the image inputs together as the network's first argument.
+        layer_axes: axes of layers where they cannot be found out, see
+            `esegeta_monai.engine.network.declared_axes.DeclaredAxes`.
 
     Attributes:
         preferred: keys of outputs that a bundle's postprocessing reads.
@@ -123,7 +125,9 @@ class Model:
         copies_input: bool = False,
         members: Sequence[Mapping[str, Tensor]] = (),
         inputs_as: str | None = None,
+        layer_axes: Mapping[str, str] | None = None,
     ) -> None:
+        self.layer_axes = dict(layer_axes or {})
         self.inferer, self.repeats, self.copies_input = inferer, repeats, copies_input
         self.members = tuple(members)
         self.network, self.device, self.output = network, device, output
