@@ -107,7 +107,7 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="LAYER: AXES",
         help="axes of a layer's output where they cannot be found out: 'encoder: n x y z c' (channels last), 'vit.3: n "
-        "1+(x=4 y=4 z=2) c' (tokens behind a class token); can be repeated",
+        "1+(x=4 y=4 z=2) c' (tokens after a class token); can be repeated",
     )
 
 

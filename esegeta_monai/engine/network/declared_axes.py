@@ -2,7 +2,7 @@
 
 A trace follows the axes of the window through a network (`esegeta_monai.engine.network.frames`). It cannot follow an
 operation of one's own, an index computed from the data, or values that leave torch. The user then states the axes in
-one line: ``"n x y z c"`` for channels last, or ``"n 1+(x=4 y=4 z=2) c"`` for tokens behind a class token.
+one line: ``"n x y z c"`` for channels last, or ``"n 1+(x=4 y=4 z=2) c"`` for tokens after a class token.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class DeclaredAxes:
                 continue
             parts: list[tuple[str, int | None]] = []
             for part in group.split():
-                found = GROUPED.fullmatch(part)
-                if found is None:
+                match = GROUPED.fullmatch(part)
+                if match is None:
                     raise self._error(f"{part!r} in parentheses has no length: write x=4")
-                flip, name, size, rows = found.groups()
+                flip, name, size, rows = match.groups()
                 parts.append((rows, None) if rows else (flip + name, int(size)))
             axes.append((int(before or 0), parts, int(after or 0)))
         names = [name.lstrip("-") for _, parts, _ in axes for name, _ in parts if name != "1"]
@@ -68,7 +68,7 @@ class DeclaredAxes:
     def _error(self, why: str) -> UsageError:
         return UsageError(
             f"axes {self.pattern!r} cannot be read: {why}; examples: 'n x y z c' (channels last), "
-            "'n 1+(x=4 y=4 z=2) c' (tokens of 4 x 4 x 2 positions behind a class token)"
+            "'n 1+(x=4 y=4 z=2) c' (tokens of 4 x 4 x 2 positions after a class token)"
         )
 
     def frame(self, layer: str, shape: Sequence[int] | None, dims: int) -> Frame:

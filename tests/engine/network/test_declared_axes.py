@@ -16,7 +16,7 @@ from esegeta_monai.targets import ClassScore, LayerNeuron
 
 
 class Rearrange(nn.Module):
-    """Hands on its input's values in another order, by an index that no trace can follow if ``hidden``."""
+    """Returns the values of its input in another order, by an index that no trace can follow if ``hidden``."""
 
     def __init__(self, order: str, hidden: bool) -> None:
         super().__init__()
