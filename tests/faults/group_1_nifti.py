@@ -234,6 +234,11 @@ CASES = [
         n.voxels(lambda v: (v * 1e18).astype(np.int64), np.int64),
         lawful="float32 keeps seven digits of it, as of every scan",
     ),
+    Case(
+        "float128",
+        n.voxels(lambda v: v.astype(np.longdouble), np.longdouble),
+        lawful="float32 keeps seven digits of it, as of every scan",
+    ),
     Case("bits", n.field(("<2h", 70, (1, 1)))),
     Case("big endian", n.big_endian, lawful="the standard allows both"),
     Case("empty file", writes(b"")),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.files.journal import read_run
 from tests.faults.runner import Done, Row, Running, command, start, statuses, unfinished
 from tests.support.cli import make_bundle, make_scan
@@ -127,7 +128,8 @@ def _table(output: Path) -> list[list[str]]:
 def _evaluate(folder: Path) -> str:
     bundle, scans = study(folder)
     assert command(*explain(folder, folder / "maps")).code == 0
-    words = ["evaluate", "--bundle", bundle, "--input", scans, "--maps", folder / "maps", "--metrics", "Sparseness"]
+    words = ["evaluate", "--bundle", bundle, "--input", scans, "--maps", folder / "maps"]
+    words += ["--metrics", "Sparseness,Deletion(steps=4)"]
     whole = command(*words, "--output", folder / "whole")
     assert whole.code == 0, whole.err
     random.seed(1)
@@ -269,20 +271,30 @@ def _removed(folder: Path) -> str:
 
 
 def _scores(folder: Path) -> str:
+    """The tables of scores that a kill leaves; damaged ones are named and computed again."""
     study(folder)
-    output = folder / "out"
-    words = explain(folder, output, methods="Rise(n_masks=30000)", scans=folder / "scans" / "c0.nii.gz")
-    running = start(*words)
-    while not list((output / ".scores").rglob("*.npz")):
+    words = explain(folder, folder / "whole", methods="Rise(n_masks=3000)", scans=folder / "scans" / "c0.nii.gz")
+    assert command(*words).code == 0
+    output = words[words.index("--output") + 1] = folder / "out"
+
+    def write_often() -> None:
+        ScoreCheckpoint.__init__.__defaults__ = (0.0,)  # seconds between two writes
+
+    running = start(*words, before=write_often)
+    while not [p for p in (output / ".scores").rglob("*.npz") if not p.name.startswith(".tmp-")]:
         assert time.monotonic() - running.began < 200
-        time.sleep(0.1)
-    running.kill()
-    running.wait()
+        time.sleep(0.01)
+    end(running)
     tables = [path for path in (output / ".scores").rglob("*.npz") if not path.name.startswith(".tmp-")]
     assert tables
     for path in tables:
         path.write_bytes(path.read_bytes()[:100])
-    return f"{len(tables)} table(s) kept"
+    resumed = command(*words)
+    assert resumed.code == 0, (resumed.code, resumed.err)
+    assert "cannot be read" in resumed.err, resumed.err
+    assert digests(output) == digests(folder / "whole")
+    assert not list((output / ".scores").rglob("*.npz"))
+    return f"{len(tables)} table(s) kept by the kill"
 
 
 def _unwritable_log(folder: Path) -> None:
@@ -318,7 +330,7 @@ ROWS = [
     Row(GROUP, "two runs of other cases in one folder", _two(False)),
     Row(GROUP, "two evaluations into one table", _two_evaluations),
     Row(GROUP, "output folder removed during the run", _removed),
-    Row(GROUP, "perturbation scores are kept by a kill", _scores, slow=True),
+    Row(GROUP, "perturbation scores are kept by a kill, and damaged ones computed again", _scores, slow=True),
     Row(GROUP, "esegeta.log cannot be written", _unwritable_log),
     Row(GROUP, "run.json is damaged", _damaged_record),
 ]

@@ -31,6 +31,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from PIL import Image
 
 from esegeta_monai.bundle.trust import TRUST_VARIABLE
 from tests.support.cli import make_bundle, make_scan
@@ -281,7 +282,10 @@ def statuses(output: Path) -> dict[tuple[str, str | None, str | None], str]:
     }
 
 
-def unfinished(output: Path, suffixes: Sequence[str] = (".nii.gz", ".json", ".html")) -> list[str]:
+SUFFIXES = (".nii.gz", ".json", ".html", ".csv", ".png")
+
+
+def unfinished(output: Path, suffixes: Sequence[str] = SUFFIXES) -> list[str]:
     """Files under a final name that are not whole, and temporary files."""
     bad: list[str] = []
     for path in output.rglob("*"):
@@ -303,5 +307,11 @@ def _read_whole(path: Path) -> None:
         np.asanyarray(nib.load(path).dataobj)
     elif path.suffix == ".json":
         json.loads(path.read_text(encoding="utf-8"))
+    elif path.suffix == ".png":
+        with Image.open(path) as picture:
+            picture.load()
+    elif path.suffix == ".csv":
+        if not path.read_bytes().endswith(b"\n"):
+            raise ValueError("the last line has no end")
     elif not path.read_text(encoding="utf-8").rstrip().endswith("</html>"):
         raise ValueError("no end")
