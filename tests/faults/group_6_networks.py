@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -109,8 +111,12 @@ class Net(torch.nn.Module):
     def before_silences(self, x):
         logging.disable(logging.CRITICAL), logging.getLogger().handlers.clear()
     def before_leaves(self, x):
-        if self.passes == 1 and os.fork() == 0:
-            time.sleep(20), os._exit(0)
+        if self.passes == 1:
+            child = os.fork()
+            if child == 0:
+                time.sleep(3600), os._exit(0)
+            with open(__file__ + ".pid", "w") as file:
+                file.write(str(child))
     def before_writes(self, x):
         x.mul_(0.5)
     def before_learns(self, x):
@@ -277,12 +283,16 @@ def _in_one_run(folder: Path) -> str:
     words = ["--bundle", bundle(folder / "bundle", BY_INTENSITY), "--input", folder / "scans", "--no-pictures"]
     words += ["--methods", "Saliency,GradCam(layer=first)", "--target", "MultiClassMask(1)", "--no-checks"]
     command_line = [sys.executable, "-m", "esegeta_monai", "explain", *map(str, words), "--output", str(folder / "out")]
+    began = time.monotonic()
+    one = ["--input", str(folder / "scans" / "good.nii.gz"), "--output", str(folder / "alone")]  # the last one counts
+    subprocess.run([*command_line, *one], capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    limit = max(6, round(time.monotonic() - began))  # a busy machine is no fault of a network
     done = subprocess.run(
-        [*command_line, "--hard-time-limit", "6"],
+        [*command_line, "--hard-time-limit", str(limit)],
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=900,
+        timeout=900 + 20 * limit,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     results = read_run(folder / "out").results
@@ -300,9 +310,11 @@ def _in_one_run(folder: Path) -> str:
 
 
 def _grandchildren(folder: Path) -> None:
+    """The command ends although a process that the network has started goes on."""
     done, _ = run(folder, "leaves")
+    child = int((folder / "bundle" / "scripts" / "faulty.py.pid").read_text(encoding="utf-8"))
+    os.kill(child, signal.SIGKILL)  # it runs
     assert done.code == 0
-    assert done.seconds < 19
 
 
 def _exit(folder: Path) -> str:
@@ -321,20 +333,21 @@ def _any(folder: Path, how: str) -> str:
 
 
 def _tripped(n: int) -> Callable[[Path], str]:
-    """One pass of many fails: something is named as failed, and everything else is done."""
+    """One pass of many fails: it is named, as a failure or in the check to which it belongs, and the rest is done."""
 
     def check(folder: Path) -> str:
         done, output = run(folder, "trips", n)
-        results = statuses(output)
-        assert done.code == 1, (done.code, done.err)
-        assert "no such thing" in done.errors[0], done.errors
-        assert "ok" in results.values(), results
-        assert set(results.values()) <= {"failed", "ok", "zero", "incomplete"}
-        actual = maps(output)
-        for name, values in actual.items():
+        contents = read_run(output)
+        results = Counter(e["status"] for e in contents.results)
+        texts = done.errors + [c["text"] for e in contents.results for c in e.get("checks", [])]
+        assert any("no such thing" in text for text in texts), texts
+        assert done.code == ("failed" in results), (done.code, done.err)
+        assert set(results) <= {"failed", "ok", "zero", "incomplete"}
+        assert results["ok"]
+        for name, values in maps(output).items():
             wanted = expected()[name]
             assert np.abs(values - wanted).max() <= 1e-5 * np.abs(wanted).max(), name
-        return f"{dict(Counter(results.values()))} {done.errors[0][-120:]}"
+        return f"{dict(results)} {next(text for text in texts if 'no such thing' in text)[-120:]}"
 
     return check
 

@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,18 @@ def all_rows() -> list[Row]:
 
 @dataclass
 class Done:
-    """A finished command: exit code (a negative signal number, or "timeout"), output, cost."""
+    """A finished command: exit code (a negative signal number, or "timeout"), output, cost.
+
+    Attributes:
+        seconds: time until its end, less `waited`.
+        waited: seconds in which it could have run, but other processes had the processors.
+    """
 
     code: int | str
     out: str
     err: str
     seconds: float
+    waited: float
     cpu_seconds: float
     memory: int
     """Bytes of peak resident memory beyond that at the start."""
@@ -111,15 +117,31 @@ class Running:
         """Send a signal to the command's process group."""
         os.killpg(self.pid, number)
 
+    def waited(self) -> float:
+        """Seconds in which the command could have run, but other processes had the processors; 0 once it has ended.
+
+        A busy machine is no fault of the command, so limits of time do not count them.
+        """
+        try:
+            return int(Path(f"/proc/{self.pid}/schedstat").read_text(encoding="utf-8").split()[1]) / 1e9
+        except (OSError, IndexError):  # it has ended, or the kernel does not count
+            return 0.0
+
+    def seconds(self) -> float:
+        """Seconds since the begin, less those in which other processes had the processors."""
+        return time.monotonic() - self.began - self.waited()
+
     def wait(self, timeout: float = 120) -> Done:
-        """Wait for the end; kill the group after ``timeout`` seconds."""
+        """Wait for the end; kill the group after ``timeout`` seconds of `seconds`."""
         code: int | str
+        waited = 0.0
         while True:
+            waited = max(waited, self.waited())
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
                 code = os.waitstatus_to_exitcode(status)
                 break
-            if time.monotonic() - self.began > timeout:
+            if time.monotonic() - self.began - waited > timeout:
                 self.kill()
                 _, _, usage = os.wait4(self.pid, 0)
                 code = "timeout"
@@ -130,7 +152,8 @@ class Running:
             code,
             out,
             err,
-            time.monotonic() - self.began,
+            time.monotonic() - self.began - waited,
+            waited,
             usage.ru_utime + usage.ru_stime,
             max(0, usage.ru_maxrss * 1024 - int(at_start or 0)),
         )
@@ -199,6 +222,8 @@ def start(
     sys.stderr.flush()
     pid = os.fork()
     if pid:
+        with suppress(OSError):  # the child does the same; whoever comes first, it can be killed from now on
+            os.setpgid(pid, pid)
         return Running(pid, base)
     status = 98
     try:
