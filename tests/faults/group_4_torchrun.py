@@ -104,4 +104,4 @@ def shared(share: str) -> Callable[[Path], str]:
     return check
 
 
-ROWS = [Row(GROUP, f"torchrun --share {share}, killed", shared(share), slow=True) for share in ("cases", "methods")]
+ROWS = [Row(GROUP, f"torchrun --share {share}, killed", shared(share), long=True) for share in ("cases", "methods")]

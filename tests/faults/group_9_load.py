@@ -166,5 +166,5 @@ ROWS = [
     Row(GROUP, "4 writers with 500 results each", _writers),
     Row(GROUP, "time per result from 50 to 5,000 results", _flat),
     Row(GROUP, "two parts in one folder", _parts),
-    Row(GROUP, "100 cases in one run, again, report, evaluate", _cases, slow=True),
+    Row(GROUP, "100 cases in one run, again, report, evaluate", _cases, long=True),
 ]

@@ -80,6 +80,6 @@ def _large(folder: Path) -> str:
 
 
 ROWS = [
-    Row(GROUP, "2,000 files in one folder, and again", _files, slow=True),
-    Row(GROUP, "a volume of 240 x 240 x 155, its report and evaluation", _large, slow=True),
+    Row(GROUP, "2,000 files in one folder, and again", _files, long=True),
+    Row(GROUP, "a volume of 240 x 240 x 155, its report and evaluation", _large, long=True),
 ]

@@ -50,6 +50,7 @@ class Row:
         check: makes the fault in an empty folder and asserts what must follow; the text it returns (or None) is what
             was measured, for the table.
         slow: pytest runs it only with the slow tests.
+        long: only ``make faults`` runs it, for the tests have few minutes.
         why: the reason, where the fault has a lawful reading or another answer would also be right.
     """
 
@@ -58,6 +59,7 @@ class Row:
     check: Callable[[Path], str | None]
     slow: bool = False
     why: str = ""
+    long: bool = False
 
 
 def all_rows() -> list[Row]:
