@@ -14,7 +14,7 @@ from tests.support.cli import make_bundle
 MACROS = {
     "%nowhere": "the macro %nowhere of 'extra' names no entry",
     "%$1/0": "the macro %$1/0 of 'extra' names no entry (a macro names an entry; an expression begins with $)",
-    "%gone.json::a": "the macro %gone.json::a of 'extra' cannot be replaced: gone.json cannot be read: there is no such",
+    "%gone.json::a": "the macro %gone.json::a of 'extra' cannot be replaced: gone.json cannot be read: there is no",
     "%####": "the macro %#### of 'extra'",
 }
 

@@ -377,7 +377,17 @@ def _relative(folder: Path) -> str:
     return "maps in the output folder"
 
 
+def _closes(folder: Path) -> str:
+    """All maps are there; that the summary cannot be printed is an error."""
+    done, output = run(folder, "closes")
+    assert (done.code, len(done.errors)) == (1, 1), done.err
+    assert "closed file" in done.errors[0]
+    equal(output)
+    return done.errors[0]
+
+
 ROWS = [
+    Row(GROUP, "closes the standard output", _closes, slow=True),
     Row(GROUP, "hangs, hangs in a gradient, no memory, killed, NaN and a good case in one run", _in_one_run, slow=True),
     *(Row(GROUP, f"raises an error from pass {n} on", refused("raises", n, "no such thing"), slow=n > 1)
       for n in (1, 40)),
@@ -399,11 +409,12 @@ ROWS = [
     Row(GROUP, "changes the grad mode", harmless("grad", tell="grad mode")),
     Row(GROUP, "seeds all random numbers", harmless("seeds", tell="seed of torch"), slow=True),
     *(Row(GROUP, name, harmless(how), slow=True) for name, how in (
-        ("changes the working folder", "folder"), ("clears the environment", "environment"),
+        ("clears the environment", "environment"),
         ("switches to training", "train"), ("changes the threads", "threads"), ("switches logging off", "silences"),
         ("returns a dictionary", "dictionary"), ("forks in each pass", "forks"),
-        ("turns warnings into errors", "filters"), ("closes the standard output", "closes"),
+        ("turns warnings into errors", "filters"),
     )),
+    Row(GROUP, "changes the working folder", harmless("folder", tell="working folder"), slow=True),
     Row(GROUP, "changes the working folder, with relative paths", _relative, slow=True),
     Row(GROUP, "leaves a process behind", _grandchildren, slow=True),
     *(Row(GROUP, f"is no function of its input: {how}", warned(how), slow=True) for how in ("learns", "random")),
