@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from esegeta_monai.engine.network.outputs import OutputChoice, batch_first, choose_output, select_output
 from esegeta_monai.errors import EsegetaError, MethodError, NetworkError
+from esegeta_monai.utils.files import same_folder
 from esegeta_monai.utils.tensors import copied
 from esegeta_monai.utils.upstream import non_reentrant_checkpoints
 
@@ -271,15 +272,19 @@ class Model:
 
 @contextmanager
 def _contained(changed: set[str]) -> Iterator[None]:
-    """Restore torch's default dtype, grad mode and seed, which a network may set in its pass; add what it changed.
+    """Restore torch's default dtype, grad mode and seed and the working folder, which a network may set in its pass;
+    add what it changed.
 
     A network that draws random numbers, without setting the seed, goes on with the next ones.
     """
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     seed, random = torch.initial_seed(), torch.get_rng_state()
     try:
-        yield
+        with same_folder() as moved:
+            yield
     finally:
+        if moved:
+            changed.add("the working folder")
         if torch.initial_seed() != seed:
             changed.add(f"the seed of torch's random numbers (to {torch.initial_seed()})")
             torch.set_rng_state(random)
