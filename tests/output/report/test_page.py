@@ -307,6 +307,32 @@ def test_synthesised_images_are_shown_as_images_with_their_loss(tmp_path: Path) 
 # ---- interfaces ------------------------------------------------------------------------------------------------------
 
 
+def test_failures_keep_their_reason_meaning_and_order(tmp_path: Path) -> None:
+    """The file that a user has named and that is missing; privacy once made it "(scan)" with the words before it."""
+    bundle, scan = make_bundle(tmp_path / "bundle"), make_scan(tmp_path / "Doe" / "Jane Doe.nii.gz")
+    out, target = tmp_path / "out", ("--target", "MultiClassMask(1)")
+    methods = [
+        f"Occlusion(window=8, baseline={str(tmp_path / 'Doe' / 'healthy.nii.gz')!r})",
+        "Saliency",
+        f"FeatureAblation(feature_mask={str(tmp_path / 'Doe' / 'Jane Doe atlas.nii.gz')!r})",
+    ]
+    words_of = ["explain", "--bundle", str(bundle), "--input", f"sub-01={scan}", "--output", str(out), "-q", "--report"]
+    assert main([*words_of, *target, *(w for m in methods for w in ("--methods", m)), "--no-pictures"]) == 1
+    content = report_path(out, "sub-01").read_text(encoding="utf-8")
+    shown = words(content)
+    reasons = {
+        "Occlusion": "baseline file healthy.nii.gz does not exist",
+        "FeatureAblation": "feature map: '(scan)' is neither a file nor a key of the case's data (keys: image)",
+    }
+    results = json.loads((out / "run.json").read_text(encoding="utf-8"))["results"]
+    failed = [(r["method"], r["target"].removeprefix("MultiClassMask-")) for r in results if r["status"] == "failed"]
+    assert set(failed) == {(method, "grey matter") for method in reasons}
+    assert re.findall(r'<div class="card problem"><h3>(\w+) · MultiClassMask-(\w+ \w+)', content) == failed
+    places = [shown.index(f"{method} for {target} failed: {reasons[method]}") for method, target in failed]
+    assert places[1:] == sorted(places[1:]), "in the order of the run; the first is also in the summary"
+    assert not re.search("Jane|Doe", content)
+
+
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder)]) == 0
     assert f"Open {folder / 'index.html'} in a browser" in capsys.readouterr().out
