@@ -44,7 +44,7 @@ TEMPLATES = FunctionLoader(lambda name: own_text(name) if name in ("page.html", 
 
 def page() -> tuple[str, str]:
     """Return the page and its content security policy."""
-    scripts = [read_text("theme.js"), *(read_text(name) for name in VIEWER), own_text("app.js")]
+    scripts = [read_text("theme.js"), *(read_text(name) for name in VIEWER), own_text("network.js"), own_text("app.js")]
     styles = [read_text("report.css"), own_text("app.css")]
     template = environment(TEMPLATES).get_template("page.html")
     html = template.render(scripts=[Markup(s) for s in scripts], styles=[Markup(s) for s in styles])  # our own files
