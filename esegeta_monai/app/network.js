@@ -52,7 +52,7 @@ globalThis.esegetaNetwork = ({ make, short, send, guarded, question, view, shown
   async function channels() {
     if (!chosen) return;
     const mine = ++asked, order = document.querySelector('input[name="order"]:checked').value;
-    $("channels-text").textContent = order === "relevance" ? "The relevance of the channels is being computed." : "The layer is being read.";
+    $("channels-text").textContent = order === "relevance" ? "The relevance of the channels is being computed; this can be cancelled under Jobs." : "The layer is being read.";
     $("channel").hidden = true;
     const body = { ...question(), voxel: [...shown().state.at], layer: chosen.number, plane: Number($("plane").value) || 0, order };
     let answer;

@@ -107,7 +107,7 @@ class App:
 
     async def state(self, _: Request) -> Response:
         """Return what the page shows first."""
-        jobs = [job.to_json() for job in list(self.worker.jobs.values()) if not job.hidden]
+        jobs = [self._public(job.to_json()) for job in list(self.worker.jobs.values()) if not job.hidden]
         return JSONResponse({"worker": self.worker.state(), "bundle": self.worker.opened, "jobs": jobs})
 
     async def events(self, _: Request) -> Response:
@@ -141,7 +141,9 @@ class App:
     def _public(self, job: dict[str, Any]) -> dict[str, Any]:
         """Return a job with ids in place of the paths of pages."""
         result = job["result"]
-        if result is not None and "pages" in result:
+        if result is not None and "channels" in result:  # the answer of the request has them
+            job = {**job, "result": {}}
+        elif result is not None and "pages" in result:
             pages = {name: self.views.add_file(Path(path)) for name, path in result["pages"].items()}
             job = {**job, "result": {k: v for k, v in result.items() if k != "index"} | {"pages": pages}}
         return job
@@ -202,7 +204,8 @@ class App:
             **{"do": "channels", "layer": self._layers[layer], "world": world, "order": order},
             "plane": {key: planes[plane][key] for key in ("through", "across", "up", "mirrored")},
         }
-        return JSONResponse(await self._ask(asked, "channels"))
+        title = f"Relevance of the channels of {asked['layer']}"
+        return JSONResponse(await self._ask(asked, title, hidden=order == "activation"))
 
     # -- jobs ---------------------------------------------------------------------------------------------------
 
@@ -272,9 +275,9 @@ class App:
             self._loaded[case] = await self._ask({"do": "load", "case": case}, "load")
         return self._loaded[case]
 
-    async def _ask(self, request: Mapping[str, Any], title: str) -> dict[str, Any]:
-        """Give the worker a job that the page does not list, and wait for its result."""
-        job: Job = self.worker.submit(request, title, hidden=True)
+    async def _ask(self, request: Mapping[str, Any], title: str, *, hidden: bool = True) -> dict[str, Any]:
+        """Give the worker a job, which the page does not list if it is hidden, and wait for its result."""
+        job: Job = self.worker.submit(request, title, hidden=hidden)
         while not await run_in_threadpool(job.finished.wait, 1.0):
             pass
         if job.result is None:

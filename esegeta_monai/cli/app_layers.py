@@ -34,7 +34,11 @@ def layers(resident: Resident, request: Mapping[str, Any]) -> dict[str, Any]:
     network = loaded.predicted.objective([])
     window = central_window(network, [n // 2 for n in network.plan.spatial_shape])
     rows = network_layers(network, window)
-    return {"layers": [asdict(row) for row in rows], "window": list(network.plan.roi), "device": str(network.model.device)}
+    return {
+        "layers": [asdict(row) for row in rows],
+        "window": list(network.plan.roi),
+        "device": str(network.model.device),
+    }
 
 
 def channels(resident: Resident, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +62,9 @@ def channels(resident: Resident, request: Mapping[str, Any]) -> dict[str, Any]:
     mean = output.flatten(1).abs().mean(1) if output.ndim > 1 else output.abs()
     share = None if request["order"] == "activation" else _relevance(resident, request)
     if share is not None and len(share) != len(mean):
-        raise UsageError(f"the layer {layer!r} gives {len(mean)} channels, its relevance {len(share)}: sort by activation")
+        raise UsageError(
+            f"the layer {layer!r} gives {len(mean)} channels, its relevance {len(share)}: sort by activation"
+        )
     order = (mean if share is None else share).argsort(descending=True, stable=True).tolist()[:SHOWN]
     entries: list[dict[str, Any]] = [
         {"channel": c, "activation": float(mean[c]), "share": None if share is None else float(share[c])} for c in order
@@ -84,7 +90,10 @@ def _relevance(resident: Resident, request: Mapping[str, Any]) -> Tensor:
     case = request["case"]
     targets = explain.bundle_targets(resident.reader) if request.get("target") is None else None
     chosen = TARGETS.create_all([request["target"]]) if targets is None else targets
-    explainer, prepared = explain.explainer_for(resident.reader, resident.options("explain", case)), resident.case(case).prepared
+    explainer, prepared = (
+        explain.explainer_for(resident.reader, resident.options("explain", case)),
+        resident.case(case).prepared,
+    )
     found = case_concepts(
         explainer, prepared.image[None], resident.cases[case].name, chosen, request["layer"], **prepared.given
     )

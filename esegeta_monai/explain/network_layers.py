@@ -77,8 +77,8 @@ def network_layers(network: WindowedNetwork, window: int) -> list[LayerRow]:
         >>> from esegeta_monai.engine.network.model import Model
         >>> from esegeta_monai.engine.windows.inferers import plan_windows
         >>> net = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU())
-        >>> image = torch.zeros(1, 8, 8)
-        >>> rows = network_layers(WindowedNetwork(Model(net, image.device), image, plan_windows(SimpleInferer(), (8, 8))), 0)
+        >>> image, plan = torch.zeros(1, 8, 8), plan_windows(SimpleInferer(), (8, 8))
+        >>> rows = network_layers(WindowedNetwork(Model(net, image.device), image, plan), 0)
         >>> [(row.name, row.type, row.shape, row.main) for row in rows]
         [('0', 'Conv2d', (4, 4, 4), True), ('1', 'ReLU', (4, 4, 4), False)]
     """
@@ -141,7 +141,9 @@ class _Timer:
         leaf = next(module.children(), None) is None
         kind = type(module).__name__
         if leaf:
-            works = any(w.ndim > 2 for w in weights) or any(word in kind for word in ("Pool", "Upsample", "PixelShuffle"))
+            works = any(w.ndim > 2 for w in weights) or any(
+                word in kind for word in ("Pool", "Upsample", "PixelShuffle")
+            )
             main = (has_map and works) or (output.ndim == 2 and any(w.ndim == 2 for w in weights))
         else:
             main = has_map and not passed_on

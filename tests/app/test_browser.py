@@ -168,8 +168,9 @@ def test_two_maps_share_the_cross_hair(served: Served) -> None:
     page.focus(AXIAL)
     page.keyboard.press("ArrowUp")
     page.wait_for_function(
-        """(axial) => document.querySelector("canvas[data-second='0']").dataset.slice === document.querySelector(axial).dataset.slice
-            && document.querySelector("#a-viewer").firstElementChild.dataset.pending === "0" """,
+        """(axial) => {
+            const [one, two] = [axial, "canvas[data-second='0']"].map((s) => document.querySelector(s).dataset.slice);
+            return one === two && document.querySelector("#a-viewer").firstElementChild.dataset.pending === "0"; }""",
         arg=AXIAL,
     )
     first, second = (page.locator(s).bounding_box() for s in (AXIAL, "canvas[data-second='0']"))

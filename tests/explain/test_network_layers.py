@@ -43,17 +43,21 @@ def windowed(name: str) -> WindowedNetwork:
     return WindowedNetwork(Model(make().eval(), image.device), image, plan_windows(SimpleInferer(), shape))
 
 
-@pytest.mark.parametrize("name", [n for n in NETWORKS if n != "SwinUNETR"] + [pytest.param("SwinUNETR", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [n for n in NETWORKS if n != "SwinUNETR"] + [pytest.param("SwinUNETR", marks=pytest.mark.slow)]
+)
 def test_rows_are_what_the_modules_give(name: str) -> None:
     network = windowed(name)
     inner, seen = network.model.network, {}
-    handles = [
-        module.register_forward_hook(
-            lambda _, __, out, n=n: seen.setdefault(n, out.clone() if isinstance(out, Tensor) else out)
-        )  # a copy, because the next layer may write into it
-        for n, module in inner.named_modules()
-        if n
-    ]
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, out: Any) -> None:
+            copied = out.clone() if isinstance(out, Tensor) else out  # because the next layer may write into it
+            seen.setdefault(name, copied)
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(n)) for n, module in inner.named_modules() if n]
     with torch.no_grad():
         inner(network.image[None])
     for handle in handles:
@@ -62,7 +66,9 @@ def test_rows_are_what_the_modules_give(name: str) -> None:
     assert {row.name: row.shape for row in rows} == {
         n: tuple(out.shape[1:]) for n, out in seen.items() if isinstance(out, Tensor) and out.ndim > 1
     }
-    assert {row.name: row.type for row in rows}.items() <= {n: type(m).__name__ for n, m in inner.named_modules()}.items()
+    assert {row.name: row.type for row in rows}.items() <= {
+        n: type(m).__name__ for n, m in inner.named_modules()
+    }.items()
     convolutions = {n for n, m in inner.named_modules() if isinstance(m, (nn.Conv2d, nn.Conv3d, nn.ConvTranspose3d))}
     main = [row for row in rows if row.main]
     assert convolutions <= {row.name for row in main}
@@ -83,7 +89,12 @@ def test_own_times_leave_out_the_modules_inside() -> None:
 
     image = torch.rand(1, 8, 8)
     net = nn.Sequential(nn.Sequential(Sleeps(), nn.Conv2d(1, 2, 1)), nn.ReLU())
-    rows = {r.name: r for r in network_layers(WindowedNetwork(Model(net, image.device), image, plan_windows(SimpleInferer(), (8, 8))), 0)}
+    rows = {
+        r.name: r
+        for r in network_layers(
+            WindowedNetwork(Model(net, image.device), image, plan_windows(SimpleInferer(), (8, 8))), 0
+        )
+    }
     assert rows["0.0"].seconds >= 0.05 > rows["0"].seconds
     assert (rows["0"].main, rows["0.1"].main, rows["0.1"].parameters) == (False, True, 4)
 
@@ -98,7 +109,9 @@ def test_a_layer_that_runs_twice_is_one_row() -> None:
             return self.layer(self.layer(x))
 
     image = torch.rand(1, 8, 8)
-    (row,) = network_layers(WindowedNetwork(Model(Twice(), image.device), image, plan_windows(SimpleInferer(), (8, 8))), 0)
+    (row,) = network_layers(
+        WindowedNetwork(Model(Twice(), image.device), image, plan_windows(SimpleInferer(), (8, 8))), 0
+    )
     assert (row.name, row.calls) == ("layer", 2)
 
 
@@ -122,9 +135,13 @@ def test_what_is_refused() -> None:
         layer_output(network, "nowhere", 0)
     assert layer_output(network, "6", 0).shape == (2,)
     scripted = torch.jit.trace(classifier().eval(), torch.rand(1, 1, 16, 16))
-    one = WindowedNetwork(Model(scripted, torch.device("cpu")), torch.rand(1, 16, 16), plan_windows(SimpleInferer(), (16, 16)))
+    one = WindowedNetwork(
+        Model(scripted, torch.device("cpu")), torch.rand(1, 16, 16), plan_windows(SimpleInferer(), (16, 16))
+    )
     with pytest.raises(UsageError, match="TorchScript"):
         network_layers(one, 0)
-    bare = WindowedNetwork(Model(nn.Conv2d(1, 2, 1), torch.device("cpu")), torch.rand(1, 8, 8), plan_windows(SimpleInferer(), (8, 8)))
+    bare = WindowedNetwork(
+        Model(nn.Conv2d(1, 2, 1), torch.device("cpu")), torch.rand(1, 8, 8), plan_windows(SimpleInferer(), (8, 8))
+    )
     with pytest.raises(UsageError, match="without layers inside"):
         network_layers(bare, 0)
