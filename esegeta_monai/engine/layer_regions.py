@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -134,15 +135,21 @@ def _on_positions(
     mask = region.mask[in_box]
     if not bool(mask.any()):
         return None
-    weights = grid.weight(window, inside).double() * mask.to(grid.weight(window, inside).device)
-    cells, matrices = [], []
-    for part, n, p in zip(inside, roi, positions):
-        matrix = torch.eye(n, dtype=torch.float64) if n == p else line_matrix(0, n, p, n, torch.float64)
-        rows = matrix[part]
-        (used,) = bounding_box((rows != 0).any(0))
-        cells.append(used)
-        matrices.append(rows[:, used].T.contiguous())
-    return tuple(cells), interpolate(weights, matrices)
+    weights = grid.weight(window, inside).double()
+    weights = weights * mask.to(weights.device)
+    read = [_cells_of(part.start, part.stop, p, n) for part, n, p in zip(inside, roi, positions)]
+    return tuple(cells for cells, _ in read), interpolate(weights, [matrix for _, matrix in read])
+
+
+@lru_cache(maxsize=4096)
+def _cells_of(start: int, stop: int, cells: int, extent: int) -> tuple[slice, Tensor]:
+    """Return the cells that the voxels ``start`` … ``stop`` − 1 of a line are interpolated from, and the transpose of
+    the interpolation from them, (cells, voxels)."""
+    if cells == extent:
+        return slice(start, stop), torch.eye(stop - start, dtype=torch.float64)
+    matrix = line_matrix(start, stop, cells, extent, torch.float64)
+    (used,) = bounding_box((matrix != 0).any(0))
+    return used, matrix[:, used].T.contiguous()
 
 
 class SummedGradients(Request):

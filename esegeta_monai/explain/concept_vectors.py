@@ -49,46 +49,52 @@ class ConceptExamples:
 
     def random_vectors(self) -> np.ndarray:
         """Return the vectors of the random concepts, (K, C)."""
-        without = self.random_negatives
-        pairs = enumerate(self.random_positives)
-        return np.stack([concept_vector(p, self.negatives if without is None else without[r]) for r, p in pairs])
+        without = self.negatives if self.random_negatives is None else self.random_negatives
+        return concept_vector(self.random_positives, without)
 
 
 def concept_vector(positives: np.ndarray, negatives: np.ndarray) -> np.ndarray:
     """Return the concept activation vector: the unit normal of a linear classifier, towards the concept.
 
-    Logistic regression with an L2 penalty of 1 on activations divided by one common scale, both classes with equal
-    weight. The common scale leaves directions as they are; the vector does not change when the layer is multiplied by
-    a number.
+    Ridge classifier (penalty 1) on activations divided by one common scale, both classes with equal weight. The common
+    scale leaves directions as they are; the vector does not change when the layer is multiplied by a number.
 
     Args:
-        positives: activations with the concept (n, C).
-        negatives: activations without it (m, C).
+        positives: activations with the concept (n, C), or (K, n, C) for K concepts.
+        negatives: activations without it (m, C), or (K, m, C).
 
     Returns:
-        (C,), of length 1; zeros if all activations are equal.
+        (C,) or (K, C), of length 1; zeros if all activations are equal.
 
     >>> concept_vector(np.array([[2.0, 0.0], [3.0, 1.0]]), np.array([[0.0, 0.0], [1.0, 1.0]])).round(3).tolist()
-    [1.0, 0.0]
+    [0.937, -0.349]
     """
     weights = _classifier(positives, negatives)[0]
-    length = np.linalg.norm(weights)
-    return weights / length if length > 0 else weights
+    length = np.linalg.norm(weights, axis=-1, keepdims=True)
+    return weights / np.where(length > 0, length, 1)
 
 
-def _classifier(positives: np.ndarray, negatives: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return weights (C,) and intercept of the classifier, in units of the activations."""
-    from sklearn.linear_model import LogisticRegression
+def _classifier(positives: np.ndarray, negatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights (…, C) and intercept (…) of the classifier, in units of the activations.
 
-    both = np.concatenate([positives, negatives])
-    mean = both.mean(0)
-    scale = np.sqrt(((both - mean) ** 2).mean())
-    if not scale > 1e-12 * np.abs(both).max(initial=0):
-        return np.zeros(both.shape[1]), 0.0
-    labels = np.arange(len(both)) < len(positives)
-    fitted = LogisticRegression(class_weight="balanced", max_iter=1000).fit((both - mean) / scale, labels)
-    weights = fitted.coef_[0] / scale
-    return weights, float(fitted.intercept_[0] - weights @ mean)
+    It is `sklearn.linear_model.RidgeClassifier(class_weight="balanced")`, whose input checks take far longer than its
+    solution for the few rows and hundreds of random concepts here.
+    """
+    negatives = np.broadcast_to(negatives, (*positives.shape[:-2], *negatives.shape[-2:]))
+    both = np.concatenate([positives, negatives], -2)
+    n, m, channels = positives.shape[-2], negatives.shape[-2], both.shape[-1]
+    centre = both.mean(-2, keepdims=True)
+    scale = np.sqrt(((both - centre) ** 2).mean((-2, -1), keepdims=True))
+    alike = scale <= 1e-12 * np.abs(both).max((-2, -1), keepdims=True, initial=0)
+    scaled = np.where(alike, 0, (both - centre) / np.where(alike, 1, scale))
+    weight = np.concatenate([np.full(n, (n + m) / (2 * n)), np.full(m, (n + m) / (2 * m))])[:, None]
+    middle = (weight * scaled).mean(-2, keepdims=True)
+    scaled, sign = scaled - middle, np.where(np.arange(n + m) < n, 1.0, -1.0)[:, None]
+    transposed = np.swapaxes(weight * scaled, -1, -2)
+    weights = np.linalg.solve(transposed @ scaled + np.eye(channels), transposed @ sign)[..., 0]
+    weights = weights / np.where(alike, 1, scale)[..., 0]
+    at = (centre + middle * np.where(alike, 1, scale))[..., 0, :]
+    return weights, -(weights * at).sum(-1)
 
 
 def held_out_accuracy(examples: ConceptExamples, seed: int) -> float:
