@@ -27,7 +27,7 @@ class UsesOne(nn.Module):
     def __init__(self, dims: int, pooled: bool) -> None:
         super().__init__()
         self.layer = CONV[dims](3, 2 + CONTEXT, 3, padding=1, bias=False)
-        self.pooled, self.texture = pooled, 3 * SIZE[dims] ** (dims / 2)
+        self.pooled, self.texture = pooled, 2 * SIZE[dims] ** (dims / 2)
         with torch.no_grad():
             self.layer.weight[:2] = 0
             self.layer.weight[2:, :2] = 0
@@ -47,8 +47,8 @@ def build(dims: int, pooled: bool) -> tuple[Explainer, Target]:
     net = UsesOne(dims, pooled).double().eval()
     if pooled:
         return Explainer(net, checks=False, seed=1), ClassScore(1)
-    inferer = SlidingWindowInferer((12,) * dims, 4, 0.25, "gaussian")
-    return Explainer(net, inferer, checks=False, seed=1), MultiClassMask(1)
+    roi = (SIZE[dims],) * (dims - 1) + (10,)
+    return Explainer(net, SlidingWindowInferer(roi, 4, 0.25, "gaussian"), checks=False, seed=1), MultiClassMask(1)
 
 
 def case(dims: int, number: int) -> tuple[MetaTensor, dict[str, Tensor]]:
@@ -61,7 +61,7 @@ def case(dims: int, number: int) -> tuple[MetaTensor, dict[str, Tensor]]:
     for channel, name in enumerate(["used", "ignored"]):
         start = torch.randint(0, shape[0] - 3, (dims,), generator=generator).tolist()
         box = tuple(slice(s, s + 3) for s in start)
-        x[(channel, *box)] += 8
+        x[(channel, *box)] += 20
         masks[name] = torch.zeros(shape)
         masks[name][box] = 1
     return MetaTensor(x[None], affine=torch.eye(4, dtype=DOUBLE)), masks
