@@ -77,3 +77,50 @@ def activations(dims: int, pooled: bool, cases: int, randoms: int) -> list[CaseA
             explainer, image, f"case{number}", [target], ["layer"], masks, randoms=randoms, body=body
         )
     return results
+
+
+WEIGHTS = [3.0, 1.0, 0.0, -2.0]
+"""How the score of `Ordered` depends on the four objects."""
+
+
+class Ordered(nn.Module):
+    """Four channels of ``layer`` see one object each, its score rises or falls by `WEIGHTS`, with saturation between."""
+
+    def __init__(self, dims: int, pooled: bool) -> None:
+        super().__init__()
+        self.pooled = pooled
+        self.first, self.layer = CONV[dims](4, 4, 3, padding=1, bias=False), nn.ReLU()
+        with torch.no_grad():
+            self.first.weight[:] = 0
+            for j in range(4):
+                self.first.weight[(j, j, *(slice(None),) * dims)] = 3.0**-dims
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.layer(self.first(x)).movedim(1, -1)
+        out = 5 + torch.tanh(a / 4) @ torch.tensor(WEIGHTS, dtype=x.dtype)
+        out = torch.stack([torch.zeros_like(out), out], 1)
+        return out.flatten(2).mean(2) if self.pooled else out
+
+
+def ordered(dims: int, pooled: bool) -> tuple[Explainer, Target]:
+    net = Ordered(dims, pooled).double().eval()
+    if pooled:
+        return Explainer(net, checks=False), ClassScore(1)
+    roi = (16,) * (dims - 1) + (10,)
+    return Explainer(net, SlidingWindowInferer(roi, 4, 0.25, "gaussian"), checks=False), MultiClassMask(1)
+
+
+def ordered_case(dims: int, number: int, without: int | None = None) -> tuple[MetaTensor, dict[str, Tensor]]:
+    """Four objects in four input channels, each in a corner region of its own cell of a grid of 4 voxels."""
+    generator = torch.Generator().manual_seed(number)
+    x = 0.05 * torch.randn(4, *(16,) * dims, generator=generator, dtype=DOUBLE)
+    cells = torch.randperm(4**dims, generator=generator)[:4].tolist()
+    masks = {}
+    for j, cell in enumerate(cells):
+        start = [4 * (cell // 4**d % 4) for d in range(dims)]
+        box = tuple(slice(s, s + 4) for s in start)
+        if j != without:
+            x[(j, *box)] += 4
+        masks[str(j)] = torch.zeros((16,) * dims)
+        masks[str(j)][box] = 1
+    return MetaTensor(x[None], affine=torch.eye(4, dtype=DOUBLE)), masks
