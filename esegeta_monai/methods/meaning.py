@@ -64,6 +64,9 @@ _MEANINGS: dict[str, tuple[str, tuple[str, str]]] = {
     "LayerActivation": ("Where the layer is active; this is no effect on the score, and is the same for every target.", ACTIVE),
     "LayerActivationGuidedBackprop": ("Edges and textures that excite the layer, whatever the target.", ("darker pattern", "brighter pattern")),
     "LayerCam": (f"Places where the layer's features raise the score; only positive gradients count. {_COARSE}", SUPPORT),
+    "LayerExcitationBackprop": (f"The probability that a place of the layer is reached from the target along exciting connections. {_COARSE}", ("not reached", "most often reached")),
+    "LayerFeatureAblation": ("How much the score falls when a part of the layer is replaced by a constant value.", HIDING),
+    "LayerFeaturePermutation": ("How much the score falls when a part of the layer is taken from other cases.", HIDING),
     "LayerGradCam": (f"Places where the layer's features speak for or against the target. {_COARSE}", ("speaks against the target", "speaks for the target")),
     "Lime": ("The weight of each region in a linear model of the score.", HIDING),
     "Occlusion": ("How much the score falls when the place is covered; it is as coarse as the cover.", HIDING),
@@ -71,8 +74,12 @@ _MEANINGS: dict[str, tuple[str, tuple[str, str]]] = {
     "PatternNet": ("The signal in the image to which the network responds, not its effect on the score.", ("darker signal", "brighter signal")),
     "Rise": ("The mean score while the place is visible, over random smooth masks.", ("lower score where visible", "higher score where visible")),
     "Saliency": ("How strongly the score reacts to a small change of each voxel, without direction; it does not show what is there.", STRENGTH),
+    "SalientRelevance": ("Areas in which relevance stands out from the rest of the map; it shows attention areas, not shares.", ("does not stand out", "stands out")),
     "ScoreCam": (f"Places where the channels are active that alone give a high score. {_COARSE}", SUPPORT),
     "ShapleyValueSampling": ("How much each region adds to the score on average over random orders of adding regions.", SHARE),
+    "SegXResCam": (f"Places where the layer's features raise the score, with gradients pooled over small blocks. {_COARSE}", SUPPORT),
+    "ShapleyCam": (f"Places where the layer's features speak for the target, by a second-order estimate of each channel's share. {_COARSE}", SUPPORT),
+    "SmoeScale": (f"Where few of the layer's channels are strongly active; it does not depend on the target. {_COARSE}", ACTIVE),
     "SmoothGrad": ("The mean map over noisy copies of the image: it keeps what is stable under noise.", SHARE),
     "SmoothGradSquared": ("The mean square of the map over noisy copies of the image, without direction.", STRENGTH),
     "Sobol": ("The share of the score's variance that a cell causes, alone and with others, without direction.", STRENGTH),
@@ -94,7 +101,7 @@ _SAME = {
 }
 _MEANINGS |= {name: (text, SHARE) for name, text in _SAME.items()}
 _WITHOUT_EFFECT = (
-    *("LayerActivation", "EigenCam", "LayerActivationGuidedBackprop", "PatternNet"),
+    *("LayerActivation", "EigenCam", "LayerActivationGuidedBackprop", "PatternNet", "SmoeScale"),
     *("Deconvolution", "GuidedBackprop", "GuidedGradCam"),
 )
 _KINDS = {
