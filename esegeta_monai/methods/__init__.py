@@ -10,6 +10,7 @@ from esegeta_monai.engine.perturbation.base import Perturbations
 from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.scoring import known_score_changes, score_changes
 from esegeta_monai.engine.sweep import InputGradient, Request, View
+from esegeta_monai.methods.attention.rollout import AttentionRelevance, AttentionRollout, LeGrad
 from esegeta_monai.methods.base import METHODS, Explained, Method, Passes
 from esegeta_monai.methods.cam.gradient_cam import (
     EigenCam,
@@ -70,6 +71,8 @@ __all__ = [
     "METHODS",
     "XRAI",
     "AblationCam",
+    "AttentionRelevance",
+    "AttentionRollout",
     "Batch",
     "BlendedActivations",
     "BlurIG",
@@ -123,6 +126,7 @@ __all__ = [
     "LayerGradientXActivation",
     "LayerIntegratedGradients",
     "LayerLRP",
+    "LeGrad",
     "Lime",
     "LinearApproximation",
     "Method",

@@ -34,6 +34,8 @@ _COARSE = "It is as coarse as the layer, and is no sharper where it is interpola
 
 _MEANINGS: dict[str, tuple[str, tuple[str, str]]] = {
     "AblationCam": (f"Places where the layer's channels that matter are active: switching them off lowers the score. {_COARSE}", SUPPORT),
+    "AttentionRelevance": (f"Where attention that speaks for the target comes from; skip connections and convolutions are not in it. {_COARSE}", ("no attention for the target", "most attention for the target")),
+    "AttentionRollout": (f"How much each place is mixed into what the target reads, by attention alone. {_COARSE}", ("hardly mixed in", "most mixed in")),
     "BlurIG": ("How much each voxel adds to the score while the image goes from blurred to sharp; the voxels add up to the change of the score.", SHARE),
     "Cam": (f"How much each place of the last layer adds to the score of the class. {_COARSE}", SHARE),
     "ChannelShapley": ("How much each input channel adds to the score on average over all orders of adding channels; it shows no places.", SHARE),
@@ -68,6 +70,7 @@ _MEANINGS: dict[str, tuple[str, tuple[str, str]]] = {
     "LayerFeatureAblation": ("How much the score falls when a part of the layer is replaced by a constant value.", HIDING),
     "LayerFeaturePermutation": ("How much the score falls when a part of the layer is taken from other cases.", HIDING),
     "LayerGradCam": (f"Places where the layer's features speak for or against the target. {_COARSE}", ("speaks against the target", "speaks for the target")),
+    "LeGrad": (f"Where more attention would raise the score; skip connections and convolutions are not in it. {_COARSE}", ("no effect of attention", "attention here raises the score")),
     "Lime": ("The weight of each region in a linear model of the score.", HIDING),
     "Occlusion": ("How much the score falls when the place is covered; it is as coarse as the cover.", HIDING),
     "PatternAttribution": ("How much each voxel's learned signal contributes to the score.", SHARE),

@@ -487,7 +487,9 @@ def salient(sight: Sight, ask: Ask) -> Figure:
     step = max(1.0, (scaled.numel() / _PATCHES) ** (1 / scaled.ndim))
     grid = tuple(max(1, int(n / step)) for n in scaled.shape)
     small = naive_saliency(scaled.numpy(), grid, [1.0], 6, 3.0, 0.8)
-    truth = torch.nn.functional.interpolate(torch.from_numpy(small)[None, None], size=scaled.shape, mode=UP[scaled.ndim])
+    truth = torch.nn.functional.interpolate(
+        torch.from_numpy(small)[None, None], size=scaled.shape, mode=UP[scaled.ndim]
+    )
     figure = Figure(deviation(answer.map, truth[0]), 1e-8)
     return figure if count == np.prod(grid) else Figure(float("inf"), 1e-8, "another number of patches")
 
@@ -808,9 +810,7 @@ ROWS: list[Row] = [
     Row(GRADIENT, "DeepLift", complete(baseline=x0), "C"),
     Row(GRADIENT, "DeepLiftShap", complete(change=mean_change, baseline=two_references), "C"),
     *(_lrp(composite) for composite in COMPOSITES),
-    Row(
-        GRADIENT, "SalientRelevance", salient, "N", {"max_patches": _PATCHES, "neighbours": 6, "sizes": (1.0,)}
-    ),
+    Row(GRADIENT, "SalientRelevance", salient, "N", {"max_patches": _PATCHES, "neighbours": 6, "sizes": (1.0,)}),
     Row(GRADIENT, "ConceptRelevance", equals(through_channels), "R", {**_AT, "channels": first_half}),
     Row(GRADIENT, "ExcitationBackprop", conserves(prior, positive=True), "R"),
     Row(GRADIENT, "ContrastiveLRP", equals(contrast_of_relevance), "N", {"positive": False}),

@@ -139,8 +139,8 @@ def _traced_down(run: Run, arriving: Tensor, above: str, below: str) -> Tensor:
             (traced,) = torch.autograd.grad(upper, [lower], arriving, retain_graph=True, allow_unused=True)
     if traced is None:
         raise MethodError(
-            f"the contrast layer {above!r} does not depend on layer {below!r}: name the layer itself, or one between it "
-            "and the output"
+            f"the contrast layer {above!r} does not depend on layer {below!r}: name the layer itself, or one between "
+            "it and the output"
         )
     return traced
 

@@ -94,7 +94,9 @@ class NeuronConductance(Method):
                 raise MethodError(f"the target does not depend on layer {layer!r} by a differentiable path")
             chosen = self._units(values, objective, layer, batch)
             share = torch.tensor([weights[nodes[j]] for j in batch.sources], dtype=x.dtype, device=x.device)
-            step = (batch.image - batch.cut(x0) if self.multiply_by_inputs else 1.0) * share.reshape(-1, *(1,) * (x.ndim - 1))
+            step = (batch.image - batch.cut(x0) if self.multiply_by_inputs else 1.0) * share.reshape(
+                -1, *(1,) * (x.ndim - 1)
+            )
             through = [torch.autograd.grad(values, x, g * chosen, retain_graph=True)[0] for g in gradient]
             objective.add(maps, batch, torch.stack(through) * step)
 

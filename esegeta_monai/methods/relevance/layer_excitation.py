@@ -76,9 +76,7 @@ class LayerExcitationBackprop(LayerMethod):
             cotangents = batch.stacked_cotangents()
             prior.add_(cotangents.flatten(1).sum(1, dtype=torch.float64).cpu())
             if contrast is None:
-                found = rules.excitation(
-                    batch.forward, batch.image, cotangents, layers=modules, compare=batch.compare
-                )
+                found = rules.excitation(batch.forward, batch.image, cotangents, layers=modules, compare=batch.compare)
                 sides[0].add(batch, found.layers[layer].relevance)
                 return
             both = rules.layer_contrast(

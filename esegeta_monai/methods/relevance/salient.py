@@ -93,9 +93,7 @@ class SalientRelevance(Method):
         for relevance in inner.maps.sum(1).double():
             low, high = relevance.min(), relevance.max()
             scaled = (relevance - low) / (high - low) if high > low else torch.zeros_like(relevance)
-            saliency = context_saliency(
-                scaled, grid, self.sizes, self.neighbours, self.position_weight, self.threshold
-            )
+            saliency = context_saliency(scaled, grid, self.sizes, self.neighbours, self.position_weight, self.threshold)
             wide = [line_matrix(0, n, g, n, saliency.dtype) for g, n in zip(grid, shape)]
             maps.append(interpolate(saliency[None, None], wide)[0])
         notes = {"patches": math.prod(grid), **{k: v for k, v in inner.notes.items() if k == "layer"}}
@@ -140,7 +138,9 @@ def context_saliency(
         if k:
             total += 1 - (-distance.topk(k, largest=False).values.mean(1)).exp()
     saliency = total / len(sizes)
-    foci = saliency >= threshold * saliency.max() if saliency.max() > 0 else torch.zeros_like(saliency, dtype=torch.bool)
+    foci = (
+        saliency >= threshold * saliency.max() if saliency.max() > 0 else torch.zeros_like(saliency, dtype=torch.bool)
+    )
     if foci.any():
         saliency = saliency * (1 - apart[:, foci].amin(1)).clamp(min=0)
     return saliency.reshape(*grid).to(values.device)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esegeta_monai import Explainer
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods import GradCam, HiResCam, LayerGradCam, SegXResCam, ShapleyCam
 from esegeta_monai.targets import ClassScore, MultiClassMask
@@ -77,11 +78,9 @@ def test_windows_equal_double_backward_through_the_inferer(name):
 
 def test_scores_that_are_not_linear_are_refused():
     s = setting("UNet_batch", target=MultiClassMask(1, output="probability"))
-    from esegeta_monai import Explainer
-
-    (attribution,) = Explainer(s.network, s.inferer)(s.image[None], [ShapleyCam()], [s.objective and MultiClassMask(1, output="probability")])
-    assert attribution.map is None
-    assert "logit" in attribution.record["error"]
+    target = MultiClassMask(1, output="probability")
+    with pytest.raises(MethodError, match="output='logit'"):
+        list(Explainer(s.network, s.inferer)(s.image[None], [ShapleyCam()], [target]))
 
 
 @pytest.mark.parametrize(("dims", "block", "pooling"), [(2, 2, "max"), (2, 3, "mean"), (3, 2, "mean"), (3, 3, "max")])

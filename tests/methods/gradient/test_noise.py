@@ -191,7 +191,9 @@ def test_a_default_layer_is_chosen_without_noise():
     o = s.objective.derive(seed=1)
     explained = explain(SmoothGrad("HiResCam(relu=False)", 2), o)
     assert explained.notes["layer"] == explain(HiResCam(), s.objective).notes["layer"]
-    attribution = next(iter(Explainer(s.network, s.inferer)(image := s.image[None], ["SmoothGrad('GradCam')"], [MultiClassMask(1)])))
+    attribution = next(
+        iter(Explainer(s.network, s.inferer)(image := s.image[None], ["SmoothGrad('GradCam')"], [MultiClassMask(1)]))
+    )
     assert attribution.map is not None
     assert attribution.record["produces"] == "layer map"
     assert attribution.record["layer_spacing"] is not None

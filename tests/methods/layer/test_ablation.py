@@ -42,10 +42,10 @@ def test_exchange_equals_captum():
     network, image = plain(2)
     other = torch.randn_like(image)
     objective = objective_of(network, image[0], [ClassScore(1)])
-    method = captum.attr.LayerFeaturePermutation(network, network.act)
+    method = captum.attr.LayerFeaturePermutation(lambda x: network(x)[:, 1], network.act)
     method.perm_func = lambda x, mask: torch.where(mask, x.flip(0), x)
     channels = torch.arange(4).reshape(1, 4, 1, 1).expand(1, 4, 6, 6)
-    expected = method.attribute(torch.cat([image, other]), target=1, layer_mask=channels)[:1]
+    expected = method.attribute(torch.cat([image, other]), layer_mask=channels)[:1]
     found = explain(LayerFeaturePermutation("act", "channels", cases=[other[0], other[0]]), objective)
     close(found.maps, expected.detach())
     assert max(row["standard_deviation"] for row in found.notes["features"][0]) == 0

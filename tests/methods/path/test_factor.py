@@ -77,9 +77,9 @@ def test_a_mean_gradient_is_no_share_and_its_check_reads_it_as_one():
     assert (method.additive, IntegratedGradients(0.2).additive) == (False, True)
     assert method.units == "target per unit of image intensity"
     net, image = network(2, 1), noise(1, 12, 12)
-    (attribution,) = Explainer(net)(image[None], [method], [MultiClassMask(1)])
-    (check,) = [c for c in attribution.record["checks"] if c["name"] == "map"]
-    assert check["outcome"] == "passed", check
+    (attribution,) = Explainer(net, checks="maps")(image[None], [method], [MultiClassMask(1)])
+    (check,) = [c for c in attribution.record["checks"] if c["check"] == "map"]
+    assert check["verdict"] == "passed", check
 
 
 def test_expected_gradients_by_that_name():
