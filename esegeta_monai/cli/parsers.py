@@ -26,6 +26,7 @@ __all__ = [
     "add_demo",
     "add_evaluate",
     "add_explain",
+    "add_import_esegeta",
     "add_info",
     "add_layers",
     "add_merge",
@@ -436,6 +437,20 @@ def add_overlay(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--path", action="store_true", help="write nothing; print the path of the overlay in the package"
     )
+
+
+def add_import_esegeta(parser: ArgumentParser) -> None:
+    """Add the arguments of ``import-esegeta``."""
+    parser.add_argument("config_file", metavar="CONFIG", help="JSON configuration of TorchEsegeta")
+    add_bundle(parser, required=True)
+    parser.add_argument("--all", action="store_true", help='also methods with "use": false')
+    parser.add_argument(
+        "--layer",
+        action="append",
+        metavar="THEIRS=OURS",
+        help="the name of a layer in this network, such as Conv5=model.4; may be repeated",
+    )
+    parser.add_argument("--output", metavar="FILE", help="output file (default: explain.json in DIR/configs)")
 
 
 def add_merge(parser: ArgumentParser) -> None:
