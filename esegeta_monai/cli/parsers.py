@@ -373,9 +373,14 @@ def add_table(parser: ArgumentParser) -> None:
 def add_layers(parser: ArgumentParser) -> None:
     """Add the arguments of ``layers``."""
     add_model(parser)
+    _add_class(parser)
     parser.add_argument("--input", metavar="FILE", help="scan to run the network on (default: noise of one window)")
     add_network(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_class(parser: ArgumentParser) -> None:
+    parser.add_argument("--target", metavar="CLASS", help="class whose model is meant, for --totalsegmentator")
 
 
 def add_info(parser: ArgumentParser) -> None:
@@ -407,6 +412,7 @@ def add_check(parser: ArgumentParser) -> None:
     """Add the arguments of ``check``."""
     parser.description, parser.epilog = CHECK_DESCRIPTION, CHECK_EPILOG
     add_model(parser)
+    _add_class(parser)
     parser.add_argument("--input", metavar="INPUT", help="one scan, as for 'explain' (default: noise of one window)")
     add_network(parser)
     add_head(parser)
@@ -424,8 +430,10 @@ def add_patterns(parser: ArgumentParser) -> None:
 
 def add_overlay(parser: ArgumentParser) -> None:
     """Add the arguments of ``overlay``."""
-    add_bundle(parser, required=False)
-    parser.add_argument("--output", metavar="FILE", help="output file (default: explain.json in DIR/configs)")
+    add_model(parser)
+    parser.add_argument(
+        "--output", metavar="FILE", help="output file (default: explain.json in DIR/configs, or in the nnU-Net folder)"
+    )
     parser.add_argument(
         "--multi-gpu", action="store_true", help="also write multi_gpu_explain.json, for several processes"
     )

@@ -24,7 +24,7 @@ from esegeta_monai.engine.windows.inferers import as_inferer
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
 from esegeta_monai.explain.attribution import Attribution, Attributions
 from esegeta_monai.explain.case import BatchInputs
-from esegeta_monai.explain.costs import Cost, cost_of
+from esegeta_monai.explain.costs import Cost, cost_of, with_agreement
 from esegeta_monai.explain.outcomes import BoundTarget, Outcomes
 from esegeta_monai.explain.prediction import Prediction
 from esegeta_monai.explain.run import CaseRun, JudgedCase, OnBegin, Skip
@@ -307,6 +307,8 @@ class Explainer:
                         alone = task.objective.derive(scores=[task.objective.scores[k]])
                         with evaluating(settings.network, settings.device):
                             cost = cost_of(method, alone, case.index, bound.label, calibration)
+                            if settings.agreement:
+                                cost = with_agreement(cost, method, alone)
                         yield cost
 
     def check(self, image: Tensor | Mapping[str, Tensor], **inputs: Any) -> list[CheckResult]:
