@@ -96,8 +96,8 @@ def _write_folder_config(args: Namespace) -> int:
     elif args.output is None:
         raise UsageError("overlay --totalsegmentator needs --output FILE")
     text = json.dumps(folder_config(args), indent=4, ensure_ascii=False) + "\n"
-    target = _free(Path(args.output or args.nnunet), OVERLAY, text)
-    _write(target, text)
+    target = free_file(Path(args.output or args.nnunet), OVERLAY, text)
+    write_text(target, text)
     print(f"Wrote {target}. Run:")
     print(f"  python -m monai.bundle run --config_file {target} --scans \"['scan.nii.gz']\"")
     print("Append settings as options: --explain_methods \"['Saliency']\" --explain_output_dir explained")
