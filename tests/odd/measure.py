@@ -92,7 +92,7 @@ def method_of(name: str, case: OddCase, **more: Any) -> Method:
         "ClassImage": {"baseline": "mean", "extent": "image"},
         "InvertedRepresentation": {"max_share": 1e9},
         # an unregistered label map, so that the map has all regions
-        "LayerFeatureAblation": {"feature_mask": "channels"},
+        "LayerFeatureAblation": {"feature_mask": "channels", "baseline": 0.0},
         "LayerFeaturePermutation": {"feature_mask": "channels"},
         "RegionTest": {"cases": [x0, x[0].flip(-1)], "feature_mask": _quarters(x[0])},
     }
@@ -163,8 +163,10 @@ def _measure_pipeline(name: str, case: PipelineCase, truths: dict[str, Any]) -> 
     if right is None or case.place is None:
         return Outcome("warned" if new else "wrong", None, new[0] if new else f"{status}: no map can be right")
     expected = case.place(right)
-    if name in SYNTHESIS:  # a synthesised image is black, its lowest value, where the network sees nothing
-        expected = expected + (1 - case.place(torch.ones_like(right))) * right.min()
+    if name in SYNTHESIS:  # a synthesised image has one dark value where the network sees nothing
+        unseen = 1 - case.place(torch.ones_like(right))
+        black = values[unseen.bool()].max() if unseen.any() else right.min()
+        expected = expected + unseen * black.clamp(max=0.5 * (right.min() + right.max()))
     figure = deviation(values, expected)
     if figure <= case.tolerance:
         return Outcome("right", figure)
