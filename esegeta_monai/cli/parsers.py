@@ -267,8 +267,12 @@ def add_cohort(parser: ArgumentParser) -> None:
         help="edge of the cube around the target in which maps are compared, without a common space (default: the "
         "largest field of view)",
     )
-    parser.add_argument("--target", action="append", metavar="NAME", help="only this target, as in run.json; repeatable")
-    parser.add_argument("--method", action="append", metavar="NAME", help="only this method, as in run.json; repeatable")
+    parser.add_argument(
+        "--target", action="append", metavar="NAME", help="only this target, as in run.json; repeatable"
+    )
+    parser.add_argument(
+        "--method", action="append", metavar="NAME", help="only this method, as in run.json; repeatable"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: 0)")
 
 

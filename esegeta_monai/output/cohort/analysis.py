@@ -22,7 +22,15 @@ from esegeta_monai.output.cohort.clusters import (
     outlier_scores,
     similarity,
 )
-from esegeta_monai.output.cohort.groups import Design, RegionTest, VoxelMethod, VoxelTest, cluster_mass, max_t, two_groups
+from esegeta_monai.output.cohort.groups import (
+    Design,
+    RegionTest,
+    VoxelMethod,
+    VoxelTest,
+    cluster_mass,
+    max_t,
+    two_groups,
+)
 from esegeta_monai.output.cohort.maps import (
     CohortMap,
     Family,
@@ -411,7 +419,9 @@ class _Analysis:
         for what in ("group", "site"):
             for patient, some in patients.items():
                 if len({table.value(cases[i], what) for i in some}) > 1:
-                    raise UsageError(f"--groups: {patient} has several values of {what}; a patient is the unit of a test")
+                    raise UsageError(
+                        f"--groups: {patient} has several values of {what}; a patient is the unit of a test"
+                    )
         second = [table.value(cases[some[0]], "group") == names[1] for some in members]
         sites = [table.value(cases[some[0]], "site") or "" for some in members]
 

@@ -67,7 +67,10 @@ def pooled(shares: np.ndarray, affine: np.ndarray, centre: np.ndarray, cells: Ce
     """
     index = np.zeros(shares.shape, dtype=np.int64)
     inside = np.ones(shares.shape, dtype=bool)
-    axes = [np.arange(n, dtype=np.float64).reshape([-1 if k == a else 1 for k in range(3)]) for a, n in enumerate(shares.shape)]
+    axes = [
+        np.arange(n, dtype=np.float64).reshape([-1 if k == a else 1 for k in range(3)])
+        for a, n in enumerate(shares.shape)
+    ]
     for axis, n in enumerate(cells.shape):
         position = sum(affine[axis, k] * axes[k] for k in range(3)) + affine[axis, 3] - centre[axis]
         # rounded, so that a voxel exactly between two cells is always in the same one

@@ -99,12 +99,14 @@ def open_map(path: Path) -> Volume:
 
 
 def centroid(one: CohortMap, volume: Volume) -> np.ndarray:
-    """Return the centroid of the target in RAS mm (3,); without a mask the target is the whole image.
+    """Return the centroid of the target in RAS mm (3,); that of a class score is the centre of the image.
 
     Raises:
         InputError: the mask is missing, or on another grid than the map.
     """
-    if one.result.mask is None and one.result.record.target_voxels is not None:
+    record = one.result.record
+    whole = record.predicted_class is not None if record.display is None else record.display.get("mask") is None
+    if one.result.mask is None and not whole:
         raise InputError(
             "the mask of its target is missing, so maps cannot be compared around it: explain with pictures, or give "
             "--space and --transforms"
@@ -115,7 +117,9 @@ def centroid(one: CohortMap, volume: Volume) -> np.ndarray:
         mask = np.asarray(nib.load(one.result.mask).dataobj)
         mask = mask.reshape(*mask.shape[:3], *[1] * (3 - mask.ndim), -1).any(-1)
         if mask.shape != volume.values.shape:
-            raise InputError(f"{one.result.mask.name} is not on the grid of its map: run explain again with --overwrite")
+            raise InputError(
+                f"{one.result.mask.name} is not on the grid of its map: run explain again with --overwrite"
+            )
         voxel = np.argwhere(mask).mean(0) if mask.any() else (np.asarray(mask.shape) - 1) / 2
     position: np.ndarray = volume.affine[:3, :3] @ voxel + volume.affine[:3, 3]
     return position
@@ -198,7 +202,9 @@ def _differences(maps: Sequence[CohortMap]) -> list[str]:
         ("inferers", [repr(m.result.record.inferer) for m in maps]),
     ):
         if len(set(values)) > 1:
-            notes.append(f"The maps have {len(set(values))} different {what}: their differences are not those of cases.")
+            notes.append(
+                f"The maps have {len(set(values))} different {what}: their differences are not those of cases."
+            )
     scans: dict[str, list[str]] = {}
     for m in maps:
         if m.result.record.scan_sha256:

@@ -144,9 +144,7 @@ def _section(cohort: Cohort, result: FamilyResult, matrix: np.ndarray) -> _Secti
     return section
 
 
-def _maps(
-    cohort: Cohort, result: FamilyResult, folder: Path, stem: str, written: list[Path]
-) -> list[tuple[str, str]]:
+def _maps(cohort: Cohort, result: FamilyResult, folder: Path, stem: str, written: list[Path]) -> list[tuple[str, str]]:
     """Write the maps in the common space; return titles and pictures."""
     if cohort.space is None or result.moments is None:
         return []
@@ -164,7 +162,12 @@ def _maps(
     for name, title, values, signed in maps:
         path = folder / f"{name}_{stem}.nii.gz"
         grid_values = values.reshape((1, *space.grid.shape[:3], *[1] * (3 - len(space.grid.shape[:3]))))
-        save_map(path, grid_values.squeeze(-1) if len(space.grid.shape) == 2 else grid_values, _grid(space), method=family.method)
+        save_map(
+            path,
+            grid_values.squeeze(-1) if len(space.grid.shape) == 2 else grid_values,
+            _grid(space),
+            method=family.method,
+        )
         written.append(path)
         if name in ("mean", "variance", "t") and values.any():
             units = {"mean": "share of Σ|a|", "variance": "share²", "t": "t"}[name]

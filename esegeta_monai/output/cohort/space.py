@@ -147,7 +147,10 @@ def warped(volume: Volume, space: CommonSpace, transform: PointTransform) -> tup
         return points, points @ to_scan[:3, :3].T + to_scan[:3, 3]
 
     middle = (np.asarray(shape) - 1) / 2
-    steps = [np.linalg.norm(np.subtract(*(in_scan(middle[None] + s * np.eye(3)[k] / 2)[1][0] for s in (1, -1)))) for k in range(3)]
+    steps = [
+        np.linalg.norm(np.subtract(*(in_scan(middle[None] + s * np.eye(3)[k] / 2)[1][0] for s in (1, -1))))
+        for k in range(3)
+    ]
     finer = [min(FINEST, max(1, int(np.ceil(step - 1e-6)))) if n > 1 else 1 for step, n in zip(steps, shape)]
     edges = [np.subtract(*(in_scan(index + s * np.eye(3)[k] / 2)[0] for s in (1, -1))) for k in range(3)]
     volumes = np.abs(np.linalg.det(np.stack(edges, -1))) / abs(np.linalg.det(affine[:3, :3]))

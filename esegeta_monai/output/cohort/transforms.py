@@ -110,7 +110,9 @@ def _affine(path: Path, parameters: Sequence[float], fixed: Sequence[float], dim
     """Return ``y = A (x − c) + t + c`` from ITK's parameters: A by rows, t; fixed parameters: c."""
     values, centre = np.asarray(parameters, dtype=np.float64), np.asarray(fixed, dtype=np.float64)
     if values.size != dims * (dims + 1) or centre.size != dims or not np.isfinite([*values, *centre]).all():
-        raise InputError(f"{path}: {values.size} and {centre.size} numbers are no affine transform of {dims} dimensions")
+        raise InputError(
+            f"{path}: {values.size} and {centre.size} numbers are no affine transform of {dims} dimensions"
+        )
     matrix, offset = np.eye(3), np.zeros(3)
     small = values[: dims * dims].reshape(dims, dims)
     matrix[:dims, :dims] = small
@@ -198,7 +200,9 @@ def _with_itk(path: Path) -> PointTransform:
 
 
 def _flat(path: Path, one: Any) -> list[PointTransform]:
-    name = one.GetNameOfClass()
+    import itk
+
+    name, one = one.GetNameOfClass(), itk.down_cast(one)
     if name == "CompositeTransform":
         return [p for k in range(one.GetNumberOfTransforms()) for p in _flat(path, one.GetNthTransform(k))]
     if name == "IdentityTransform":
