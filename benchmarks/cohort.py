@@ -231,7 +231,8 @@ def main() -> None:
     ours = seconds(lambda: max_t(honest, tested, design, LEVEL))
     naive = seconds(lambda: naive_max_t(honest[:, tested], marked, 200))
     print(
-        f"| 200 permutations of {int(tested.sum())} voxels | {ours:.1f} | a test of SciPy per permutation | {naive:.1f} |"
+        f"| 200 permutations of {int(tested.sum())} voxels | {ours:.1f} "
+        f"| a test of SciPy per permutation | {naive:.1f} |"
     )
     whole = seconds(lambda: cluster_maps(results["lesion", "LRP"].features))
     print(f"| clusters of {n} maps, with 200 copies and 50 bootstrap samples | {whole:.1f} | – | – |")
