@@ -167,7 +167,8 @@ def main() -> None:
     results: dict[tuple[str, str], FamilyResult] = {}
     stacks: dict[tuple[str, str], np.ndarray] = {}
     print(
-        "| network | method | space | clusters | adjusted Rand index | stability | least p of a gap |\n|---|---|---|---|---|---|---|"
+        "| network | method | space | clusters | adjusted Rand index | stability | least p of a gap |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for cause in (shortcut, lesion):
         out = explained(args.folder, cause, n)
@@ -181,9 +182,7 @@ def main() -> None:
             family = results[cause.name, method].family
             stacks[cause.name, method] = np.stack([open_map(m.result.map).shares for m in family.maps])  # type: ignore[arg-type]
 
-    print(
-        "\n| network | method | groups | significant regions (of 9) | voxels | peak in the mark |\n|---|---|---|---|---|---|"
-    )
+    print("\n| network | method | significant regions (of 9) | voxels | peak in the mark |\n|---|---|---|---|---|")
     labels = np.asarray(nib.load(atlas).dataobj)
     for (name, method), result in results.items():
         assert result.groups is not None
@@ -211,7 +210,8 @@ def main() -> None:
 
     print("\nPower, shortcut network, LRP: 100 draws per row\n")
     print(
-        "| patients per group | with the mark in the second | mark's region | a voxel of the mark | another region |\n|---|---|---|---|---|"
+        "| patients per group | with the mark in the second | mark's region | a voxel of the mark | another region |\n"
+        "|---|---|---|---|---|"
     )
     for size, share in ((6, 1.0), (10, 0.5), (10, 1.0), (14, 0.3)):
         key = ("shortcut", "LRP")
