@@ -31,7 +31,7 @@ from esegeta_monai.cli.explain import (
     provenance_of,
 )
 from esegeta_monai.cli.log import RunLog
-from esegeta_monai.cli.reading import open_reader, register_trusted
+from esegeta_monai.cli.reading import open_reader, register_trusted, targets_of
 from esegeta_monai.cli.values import region_names
 from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
@@ -97,7 +97,7 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes, reader: BundleRead
     methods = METHODS.create_all(",".join(args.methods)) if args.methods else None
     if methods is None:
         methods = earlier.methods if earlier else METHODS.create_all(list(DEFAULT_METHODS))
-    targets = TARGETS.create_all(",".join(args.target)) if args.target else None
+    targets = TARGETS.create_all(",".join(targets_of(args))) if args.target else None
     if targets is None:
         targets = earlier.targets if earlier else bundle_targets(reader)
     check_layers(reader.network, [*methods, *targets])

@@ -115,6 +115,12 @@ COMMANDS = (
         parsers.add_overlay,
         "overlay:run",
     ),
+    Command(
+        "import-esegeta",
+        "turn a configuration of TorchEsegeta into a bundle's overlay",
+        parsers.add_import_esegeta,
+        "import_esegeta:run",
+    ),
     Command("merge", "merge a bundle's config and its overlay into one file", parsers.add_merge, "overlay:run_merge"),
 )
 """The commands. ``--help`` and errors of usage come at once, since torch and MONAI are imported by a command's run."""

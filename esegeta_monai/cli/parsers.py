@@ -26,6 +26,7 @@ __all__ = [
     "add_demo",
     "add_evaluate",
     "add_explain",
+    "add_import_esegeta",
     "add_info",
     "add_layers",
     "add_merge",
@@ -357,7 +358,7 @@ def add_demo(parser: ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda if available)")
     add_trust(parser)
     add_run_options(parser)
-    parser.set_defaults(config=None, override=None, network_output=None, head=None, share="cases")
+    parser.set_defaults(config=None, override=None, network_output=None, layer_axes=[], head=None, share="cases")
 
 
 def add_table(parser: ArgumentParser) -> None:
@@ -372,9 +373,14 @@ def add_table(parser: ArgumentParser) -> None:
 def add_layers(parser: ArgumentParser) -> None:
     """Add the arguments of ``layers``."""
     add_model(parser)
+    _add_class(parser)
     parser.add_argument("--input", metavar="FILE", help="scan to run the network on (default: noise of one window)")
     add_network(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_class(parser: ArgumentParser) -> None:
+    parser.add_argument("--target", metavar="CLASS", help="class whose model is meant, for --totalsegmentator")
 
 
 def add_info(parser: ArgumentParser) -> None:
@@ -406,6 +412,7 @@ def add_check(parser: ArgumentParser) -> None:
     """Add the arguments of ``check``."""
     parser.description, parser.epilog = CHECK_DESCRIPTION, CHECK_EPILOG
     add_model(parser)
+    _add_class(parser)
     parser.add_argument("--input", metavar="INPUT", help="one scan, as for 'explain' (default: noise of one window)")
     add_network(parser)
     add_head(parser)
@@ -423,8 +430,10 @@ def add_patterns(parser: ArgumentParser) -> None:
 
 def add_overlay(parser: ArgumentParser) -> None:
     """Add the arguments of ``overlay``."""
-    add_bundle(parser, required=False)
-    parser.add_argument("--output", metavar="FILE", help="output file (default: explain.json in DIR/configs)")
+    add_model(parser)
+    parser.add_argument(
+        "--output", metavar="FILE", help="output file (default: explain.json in DIR/configs, or in the nnU-Net folder)"
+    )
     parser.add_argument(
         "--multi-gpu", action="store_true", help="also write multi_gpu_explain.json, for several processes"
     )
@@ -436,6 +445,20 @@ def add_overlay(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--path", action="store_true", help="write nothing; print the path of the overlay in the package"
     )
+
+
+def add_import_esegeta(parser: ArgumentParser) -> None:
+    """Add the arguments of ``import-esegeta``."""
+    parser.add_argument("config_file", metavar="CONFIG", help="JSON configuration of TorchEsegeta")
+    add_bundle(parser, required=True)
+    parser.add_argument("--all", action="store_true", help='also methods with "use": false')
+    parser.add_argument(
+        "--layer",
+        action="append",
+        metavar="THEIRS=OURS",
+        help="the name of a layer in this network, such as Conv5=model.4; may be repeated",
+    )
+    parser.add_argument("--output", metavar="FILE", help="output file (default: explain.json in DIR/configs)")
 
 
 def add_merge(parser: ArgumentParser) -> None:

@@ -11,7 +11,7 @@ import torch
 from esegeta_monai.errors import UsageError
 from esegeta_monai.utils.distributed import local_device
 
-__all__ = ["choose_device", "overrides", "region_names"]
+__all__ = ["choose_device", "layer_axes", "overrides", "region_names"]
 
 
 def overrides(texts: Sequence[str] | None) -> dict[str, Any]:
@@ -50,6 +50,18 @@ def choose_device(text: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {text}: this machine has {torch.cuda.device_count()} CUDA device(s); use cpu")
     return device
+
+
+def layer_axes(words: Sequence[str]) -> dict[str, str]:
+    """Read the arguments of ``--layer-axes``, ``LAYER: AXES``.
+
+    Raises:
+        UsageError: an argument has no colon.
+    """
+    wrong = [word for word in words if ":" not in word]
+    if wrong:
+        raise UsageError(f"--layer-axes {wrong[0]!r}: write the layer, a colon and its axes, 'encoder: n x y z c'")
+    return {layer.strip(): axes for layer, _, axes in (word.partition(":") for word in words)}
 
 
 def region_names(text: str | None) -> dict[int, str] | None:
