@@ -1,4 +1,4 @@
-"""What clusters and tests between groups find on networks with a known cause, with controls, and what they cost.
+"""Measure clusters and tests between groups on networks with a known cause, with controls and cost.
 
     python benchmarks/cohort.py [--cases 60] [--splits 200]
 
@@ -48,7 +48,7 @@ def case_name(index: int) -> str:
 
 
 def explained(folder: Path, cause: Cause, n: int) -> Path:
-    """Explain n cases with a lesion, of which every other one has the mark; return the output folder."""
+    """Explain n cases with a lesion; every other one has the mark; return the output folder."""
     out = folder / cause.name
     methods, target = METHODS.create_all(",".join(NAMES)), ClassScore(1)
     writer = ResultWriter(out, methods, [target], pictures=False)
