@@ -227,7 +227,7 @@ groups:
   a CSV with the columns case and group (two names), and where known patient (the unit of a test), site (patients are
   permuted within sites), and other variables, such as scanner, which clusters are compared with
 
-exit codes: 0 all cases were used, or had an empty target; 1 a case is missing, failed or was altered; 2 usage error
+exit codes: 0 all cases were used, or had an empty target; 1 some case is missing, failed or was altered; 2 usage error
 """
 
 
