@@ -14,7 +14,7 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.files.journal import Journal, read_run
 from esegeta_monai.files.runs import UNFINISHED
 from esegeta_monai.output.evaluation_writer import LOCK, EvaluationWriter, read_table
-from esegeta_monai.utils.files import write_json
+from esegeta_monai.utils.files import refuse_remote, write_json
 from esegeta_monai.utils.leftovers import PREFIX
 
 __all__ = ["MergedRuns", "merge_runs"]
@@ -58,6 +58,8 @@ def merge_runs(folder: str | os.PathLike[str], others: Sequence[str | os.PathLik
     Raises:
         UsageError: a folder has no results, or a file that two folders have differs; nothing has been written.
     """
+    for given in (folder, *others):
+        refuse_remote(given)
     folder, sources = Path(folder), [Path(other) for other in others]
     for place in sources or [folder]:
         if not place.is_dir() or not (read_run(place).results or (place / "metrics.csv").is_file()):
