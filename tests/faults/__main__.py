@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from esegeta_monai.cli.log import print_every_character
 from tests.faults.runner import Row, all_rows
 
 DOC = Path(__file__).parents[2] / "docs" / "faults.md"
@@ -32,6 +33,7 @@ and writes this table; the tests of `tests/faults` run the short ones.
 
 def main(groups: list[str]) -> int:
     """Run the rows, print each, and replace the groups' lines in the table."""
+    print_every_character()  # names of rows have others than ASCII
     rows = [row for row in all_rows() if not groups or row.group.split()[0] in groups]
     failed = 0
     for group, members in groupby(rows, key=lambda row: row.group):
