@@ -338,10 +338,7 @@ def test_one_table_has_every_case_target_method_region_and_metric(folder: Path) 
     write_report(folder)
     with open(folder / "results.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert {row["case"] for row in rows} == {"sub-01", "'<img src onerror>", "<img src onerror>"} & {
-        r["case"] for r in rows
-    }
-    assert len({row["case"] for row in rows}) == 2
+    assert {row["case"] for row in rows} == {"sub-01", "<img src onerror>"}
     one = [r for r in rows if (r["case"], r["target"], r["method"]) == ("sub-01", GREY, "Saliency")]
     (gini,) = [r for r in one if r["metric"] == "gini"]
     assert (float(gini["value"]), gini["beats_controls"], gini["region"]) == (0.2, "False", "")
