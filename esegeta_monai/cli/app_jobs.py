@@ -47,7 +47,17 @@ KEPT = 2
 """Number of cases whose image and prediction stay in memory."""
 SHOWN_CLASSES = 12
 """Largest number of predicted classes that are shown as maps of the prediction."""
-OPTIONS = ("config", "override", "folds", "step_size", "previous_stage", "device", "network_output", "head")
+OPTIONS = (
+    "config",
+    "override",
+    "folds",
+    "step_size",
+    "previous_stage",
+    "device",
+    "network_output",
+    "layer_axes",
+    "head",
+)
 
 
 @dataclass

@@ -250,6 +250,6 @@ def not_positive(method: Method, label: str) -> MethodError:
 def not_linear(method: Method, bound: BoundTarget) -> MethodError:
     """Return the error of a method that needs a linear score for a target whose score is not linear."""
     return MethodError(
-        f"{method.name} propagates relevance from a linear score, and {bound.label} is not linear in the prediction: "
+        f"{method.name} is defined for linear scores, and {bound.label} is not linear in the prediction: "
         "use output='logit' for it, or a method such as IntegratedGradients or DeepLift"
     )

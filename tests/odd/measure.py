@@ -91,6 +91,8 @@ def method_of(name: str, case: OddCase, **more: Any) -> Method:
         "ClassImage": {"baseline": "mean", "extent": "image"},
         "InvertedRepresentation": {"max_share": 1e9},
         # an unregistered label map, so that the map has all regions
+        "LayerFeatureAblation": {"feature_mask": "channels"},
+        "LayerFeaturePermutation": {"feature_mask": "channels"},
         "RegionTest": {"cases": [x0, x[0].flip(-1)], "feature_mask": _quarters(x[0])},
     }
     return cls(**{k: v for k, v in {**wanted, **own.get(name, {}), **more}.items() if k in known})

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from esegeta_monai.engine.network.axes import ROWS, Axis, Label, Part, clear_label, put_label, window_label
 from esegeta_monai.engine.network.axis_trace import AxisTrace, tensors_in
-from esegeta_monai.engine.network.hooks import LayerCall, first_tensor_or_none, on_output
+from esegeta_monai.engine.network.hooks import INPUT, LayerCall, first_tensor_or_none, on_output
 from esegeta_monai.engine.network.model import out_of_memory
 from esegeta_monai.errors import EsegetaError
 
@@ -210,25 +210,38 @@ class TracedLayer:
 class TracedLayers(dict[str, TracedLayer]):
     """The layers that ran, in the order in which they finish, by their first name; other names of a module work too.
 
+    A name with the ending `INPUT` finds the first input of a layer, which is not among the items.
+
     Args:
         names: the first name of each module, by all of its names.
+
+    Attributes:
+        inputs: the first inputs of the layers that ran, by their first name with the ending.
     """
 
     def __init__(self, names: Mapping[str, str]) -> None:
         super().__init__()
-        self.names = names
+        self.names = {n + end: first + end for n, first in names.items() for end in ("", INPUT)}
+        self.inputs: dict[str, TracedLayer] = {}
 
     def __missing__(self, name: str) -> TracedLayer:
-        if self.names.get(name, name) == name:
+        found: TracedLayer | None = self.get(name)
+        if found is None:
             raise KeyError(name)
-        return self[self.names[name]]
+        return found
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(self.names.get(str(name), name))
+        return self.get(str(name)) is not None
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a layer by any of its names, or the default if it did not run."""
-        return super().get(self.names.get(name, name), default)
+        first = self.names.get(name, name)
+        return self.inputs.get(first, default) if first.endswith(INPUT) else super().get(first, default)
+
+    def clear(self) -> None:
+        """Forget all layers and their inputs."""
+        super().clear()
+        self.inputs.clear()
 
 
 def module_names(network: nn.Module) -> dict[str, str]:
@@ -267,15 +280,18 @@ def trace_layers(
         inside.pop()
 
     def record(call: LayerCall) -> None:
-        layer = layers.pop(call.name, None) or TracedLayer(call.name, type(call.module).__name__)
-        layers[call.name] = layer
+        at_input = call.name.endswith(INPUT)
+        found = layers.inputs if at_input else layers
+        layer = found.pop(call.name, None) or TracedLayer(call.name, type(call.module).__name__)
+        found[call.name] = layer
         value = first_tensor_or_none(select(call.output) if call.name == "" else call.output)
         layer.shape = None if value is None or not value.ndim else tuple(value.shape[1:])
         label = None if value is None else trace.label(value)
         frame: Frame | None = None
         if value is not None and label is not None:
-            layer.sequential |= call.name in label.through
-            put_label(value, replace(label, through=label.through | {call.name}))
+            layer.sequential |= call.name.removesuffix(INPUT) in label.through
+            if not at_input:
+                put_label(value, replace(label, through=label.through | {call.name}))
             known = label.known and len(label.axes) == value.ndim
             frame = frame_of(label, len(roi)) if known else None
         layer.frames.append(frame)
@@ -288,6 +304,7 @@ def trace_layers(
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # it hides the layers inside
         hooked = {n: m for n, m in network.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+        hooked |= {n + INPUT: m for n, m in hooked.items() if n}
         with on_output(hooked, record), trace:
             try:
                 with torch.inference_mode():
