@@ -101,12 +101,13 @@ globalThis.esegetaNetwork = ({ make, short, send, guarded, question, view, shown
 
   async function byChannel() {
     const name = $("through").value, key = name === "ConceptRelevance" ? "channels" : "channel";
-    const method = { name, parameters: { layer: chosen.name, [key]: channel } };
+    const method = { name, parameters: { layer: chosen.name, [key]: channel, name: `${name}-channel ${channel} of ${chosen.name}` } };
     await explain({ methods: [method] }, `${question().title.split(": ").slice(1).join(": ")}, through channel ${channel} of ${chosen.name}`);
   }
 
   async function byUnit() {
-    const target = { kind: "other", name: "LayerNeuron", parameters: { layer: chosen.name, channel, index: await index() } };
+    const at = await index(), name = `LayerNeuron-channel ${channel} of ${chosen.name} at ${at.join(" ")}`;
+    const target = { kind: "other", name: "LayerNeuron", parameters: { layer: chosen.name, channel, index: at, name } };
     await explain({ target }, `${question().methods[0].name}: why unit of channel ${channel} of ${chosen.name} at ${shown().state.at.join(", ")}`);
   }
 
