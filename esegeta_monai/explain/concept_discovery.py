@@ -202,7 +202,7 @@ def find_concepts(
         direction = _direction(cases, basis[j], strength[:, j], finder, signed)
         share, mean = {}, {}
         for target in dict.fromkeys(t for c in cases for t in c.derivatives):
-            gradients = np.stack([c.derivatives[target] for c in cases if target in c.derivatives])
+            gradients = np.stack([c.derivatives[target][None] for c in cases if target in c.derivatives])
             (share[target],), (mean[target],) = (v.tolist() for v in scores(gradients, direction[None]))
         by_case = dict(zip([c.case for c in cases], np.split(strength[:, j], ends)))
         named, same = bool(reappears[j] >= SAME), float(reappears[j])
