@@ -154,9 +154,7 @@ def discovered(
     return rows
 
 
-def channels(
-    explainer: Explainer, examples: Sequence[Example], masks: Sequence[dict[str, Tensor]]
-) -> dict[str, Any]:
+def channels(explainer: Explainer, examples: Sequence[Example], masks: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
     """Return the share of the relevance through the strongest channel that is on each object, and of a constant map."""
     entries = [
         case_concepts(explainer, e.image[None], f"case{i}", [TARGET], "features.1.adn.A")[0]
@@ -225,7 +223,7 @@ def page(results: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
         "",
         f"`{command} --region-cases {args.region_cases}`; networks and objects as in",
         f"[known causes](../../docs/known_cause.md). {args.cases} cases of each network, all objects present, target the",
-        f"logit of \"lesion\". *{CONTROL}*: the cause's mask, moved in each case to a random place of the same body region.",
+        f'logit of "lesion". *{CONTROL}*: the cause\'s mask, moved in each case to a random place of the same body region.',
         "",
         "## What each method found",
         "",
@@ -245,7 +243,8 @@ def page(results: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
                 texts = []
                 for c in columns:
                     (t,) = [
-                        t for t in r["tcav"]
+                        t
+                        for t in r["tcav"]
                         if (t["concept"], t["layer"], t["statistic"], t["where"]) == (c, layer, statistic, where)
                     ] or [None]
                     texts.append("–" if t is None else tested(t, statistic))
@@ -261,7 +260,9 @@ def page(results: Sequence[dict[str, Any]], args: argparse.Namespace) -> str:
         lines.append(row(f"channel {ch['channel']} of `features.1` (share {ch['share']:.2f})", texts))
         reg = r["regions"]
         texts = [
-            "–" if c is None else f"first in {reg['first'][c]:.2f} of {reg['cases']} (chance {reg['share'][c]:.2f}), "
+            "–"
+            if c is None
+            else f"first in {reg['first'][c]:.2f} of {reg['cases']} (chance {reg['share'][c]:.2f}), "
             f"{reg['significant'][c]} of {reg['total']} significant"
             for c in columns
         ]

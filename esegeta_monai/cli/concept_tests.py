@@ -195,4 +195,3 @@ def _mask(name: str, path: str, case: ScanCase, image: MetaTensor, data: Mapping
 def _on_grid(path: str, image: MetaTensor, data: Mapping[str, Any]) -> Tensor:
     context = Case(torch.as_tensor(image.affine).double().cpu(), data, {})
     return label_on_grid(path, image.as_tensor(), context)
-

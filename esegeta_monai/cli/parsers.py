@@ -263,9 +263,7 @@ def add_concepts(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--body", metavar="FILE", help="where random concepts may be: a mask, or a folder (default: the foreground)"
     )
-    parser.add_argument(
-        "--random", type=count, default=199, metavar="K", help="random concepts (default: %(default)s)"
-    )
+    parser.add_argument("--random", type=count, default=199, metavar="K", help="random concepts (default: %(default)s)")
     parser.add_argument(
         "--statistic", choices=("share", "mean"), default="share",
         help="what is tested: the share of scans in which the score rises along the concept, or the mean rise; choose "

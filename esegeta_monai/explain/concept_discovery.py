@@ -185,7 +185,9 @@ def find_concepts(
     order = np.random.default_rng(seed).permutation(len(cases))
     halves = [[cases[i] for i in order[h::2]] for h in (0, 1)]
     if min(sum(len(c.parts) for c in half) for half in halves) < max(2, concepts):
-        raise InputError(f"half of the cases have fewer parts than {concepts} concepts: give more cases, or fewer concepts")
+        raise InputError(
+            f"half of the cases have fewer parts than {concepts} concepts: give more cases, or fewer concepts"
+        )
     signed = any(c.parts[:, c.parts.shape[1] // 2 :].any() for c in cases)
     fit = _factorised if finder == "CRAFT" else _clustered
     strength, basis = fit(_rows(cases, finder, signed), concepts, seed)

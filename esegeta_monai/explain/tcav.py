@@ -19,7 +19,15 @@ from esegeta_monai.explain.concept_cases import CaseActivations
 from esegeta_monai.explain.concept_vectors import ConceptExamples, concept_vector, held_out_accuracy, stability
 from esegeta_monai.utils.multiple_tests import holm_adjusted, permutation_p
 
-__all__ = ["ConceptTest", "Statistic", "Where", "examples_of_cases", "examples_of_masks", "needed_random_concepts", "tcav"]
+__all__ = [
+    "ConceptTest",
+    "Statistic",
+    "Where",
+    "examples_of_cases",
+    "examples_of_masks",
+    "needed_random_concepts",
+    "tcav",
+]
 
 Statistic = Literal["share", "mean"]
 Where = Literal["mask", "everywhere"]

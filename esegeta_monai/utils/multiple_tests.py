@@ -8,7 +8,15 @@ from typing import Literal
 import numpy as np
 from scipy.stats import false_discovery_control
 
-__all__ = ["Correction", "adjusted", "fewest_significant", "holm_adjusted", "needed_draws", "permutation_p", "significant"]
+__all__ = [
+    "Correction",
+    "adjusted",
+    "fewest_significant",
+    "holm_adjusted",
+    "needed_draws",
+    "permutation_p",
+    "significant",
+]
 
 Correction = Literal["BH", "BY"]
 

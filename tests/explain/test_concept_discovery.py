@@ -54,7 +54,9 @@ def test_planted_objects_are_found_and_ordered_as_their_removal(dims, pooled, fi
     assert spearmanr([by_object[j].mean[name] for j in range(4)], truth).statistic == 1
     if finder == "CRAFT":
         found = [by_object[j] for j in range(4)]
-        (effect,) = concept_effects(explainer, ordered_case(dims, 0)[0], "case0", [target], "layer", found, n_samples=32)
+        (effect,) = concept_effects(
+            explainer, ordered_case(dims, 0)[0], "case0", [target], "layer", found, n_samples=32
+        )
         assert spearmanr(effect.removal, truth).statistic == 1
         assert np.argsort(effect.sobol).tolist() == np.argsort(np.abs(WEIGHTS)).tolist()
         assert effect.sobol[2] < 1e-3  # the ignored object

@@ -69,9 +69,7 @@ def case(dims: int, number: int) -> tuple[MetaTensor, dict[str, Tensor]]:
     return MetaTensor(x[None], affine=torch.eye(4, dtype=DOUBLE)), masks
 
 
-def activations(
-    dims: int, pooled: bool, cases: int, randoms: int, where: str = "everywhere"
-) -> list[CaseActivations]:
+def activations(dims: int, pooled: bool, cases: int, randoms: int, where: str = "everywhere") -> list[CaseActivations]:
     explainer, target = build(dims, pooled, where)
     results = []
     for number in range(cases):

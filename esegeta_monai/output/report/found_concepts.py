@@ -52,7 +52,9 @@ def part_entry(concept: FoundConcept, unit: CaseUnits, image: MetaTensor, output
     strength = torch.from_numpy(concept.strength[unit.case])
     painted = torch.cat([strength.new_zeros(1), strength])[unit.labels + 1]
     strongest = int(strength.argmax())
-    scan = MetaTensor(image.as_tensor()[0].cpu(), affine=torch.as_tensor(image.affine).reshape(-1, *image.affine.shape[-2:])[0])
+    scan = MetaTensor(
+        image.as_tensor()[0].cpu(), affine=torch.as_tensor(image.affine).reshape(-1, *image.affine.shape[-2:])[0]
+    )
     name = f"concept{concept.number}_{safe_name(unit.case)}.png"
     save_picture(
         output / name,
@@ -87,7 +89,12 @@ def write_found(output: Path, finder: str, entries: Sequence[FoundEntry]) -> Pat
         "layer": entries[0].layer,
         "least_cosine": SAME,
         "concepts": [
-            {**e.concept.row(), "direction": e.concept.direction.tolist(), "score": e.concept.score, "mean": e.concept.mean}
+            {
+                **e.concept.row(),
+                "direction": e.concept.direction.tolist(),
+                "score": e.concept.score,
+                "mean": e.concept.mean,
+            }
             for e in entries
         ],
     }
