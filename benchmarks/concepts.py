@@ -20,11 +20,11 @@ from monai.networks.nets import UNet
 from torch import Tensor, nn
 
 from esegeta_monai import Explainer
+from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.explain.concept_cases import case_activations, objectives_of
 from esegeta_monai.explain.concept_discovery import case_units, concept_effects, find_concepts
 from esegeta_monai.methods import ConceptRelevance, RegionTest
 from esegeta_monai.methods.run import run
-from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.targets import MultiClassMask
 
 SHAPE, ROI, LAYER, TARGET = (96, 80, 80), (48, 48, 48), "model.0", MultiClassMask(1)
@@ -183,24 +183,24 @@ def main() -> None:
     lines = [
         "# Cost of concept methods",
         "",
-        "`python benchmarks/concepts.py`: a U-Net on noise of 96x80x80 voxels, windows of 48x48x48, one thread of a busy machine.",
-        "Passes of windows include the prediction. Naive computations of many equal passes were timed on some and multiplied.",
+        "`python benchmarks/concepts.py`: a U-Net on noise of 96x80x80 voxels, windows of 48x48x48, one thread of a",
+        "busy machine. Passes are those of windows and include the prediction. Naive computations of many equal passes were",
+        "timed on some of them and multiplied.",
         "",
         "| method | passes | seconds | naive | passes | seconds |",
         "|---|---|---|---|---|---|",
     ]
     for what, passes, seconds, naive_name, naive_passes, naive_seconds in rows:
-        lines.append(
-            f"| {what} | {passes} | {seconds:.1f} | {naive_name} | {naive_passes or '–'} | {f'{naive_seconds:.1f}' if naive_passes else '–'} |"
-        )
+        compared = f"{naive_passes} | {naive_seconds:.1f}" if naive_passes else "– | –"
+        lines.append(f"| {what} | {passes} | {seconds:.1f} | {naive_name} | {compared} |")
     args.output.write_text("\n".join([*lines, ""]), encoding="utf-8")
     print(f"written: {args.output}")
 
 
 def case_passes(explainer: Explainer, image: Tensor) -> int:
     """Compute the activations of all parts of a case and the derivatives; return the window passes."""
-    from esegeta_monai.engine.layer_regions import PooledActivations, SummedGradients, regions_of
     from esegeta_monai.engine.feature_masks import features_for
+    from esegeta_monai.engine.layer_regions import PooledActivations, SummedGradients, regions_of
     from esegeta_monai.engine.sweep import sweep
 
     objective, _ = objectives_of(explainer, image, [TARGET])

@@ -160,10 +160,10 @@ def _cells_of(start: int, stop: int, cells: int, extent: int) -> tuple[slice, Te
 
 
 class RegionGradients(Request):
-    """Derivative of F along each channel of a layer within regions: ``Σ_w Σ_p q_w(p) ∂F/∂A_w,c(p)``, (k, R, C), float64.
+    """Derivative of F along each channel of a layer within regions: ``Σ_w Σ_p q_w(p) ∂F/∂A_w,c(p)``.
 
-    q is the share of a position's cell that is in the region, 0 to 1. The product with a vector v is the derivative of F
-    when q v is added to the layer's output.
+    The result is (k, R, C), float64. q is the share of a position's cell that is in the region, 0 to 1. The product
+    with a vector v is the derivative of F when q v is added to the layer's output.
 
     Args:
         layer: dotted name.

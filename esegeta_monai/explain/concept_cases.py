@@ -1,5 +1,5 @@
-"""What tests of concepts read of a case: activations of layers over the concept's mask and over random masks of the same
-shape, and the derivative of the targets along the layers' channels."""
+"""The figures of a case that tests of concepts read: activations of layers over the concept's mask and over random
+masks of the same shape, and the derivative of the targets along the layers' channels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["CaseActivations", "case_activations", "objectives_of", "random_masks
 SHARE = 0.1
 """Largest difference between the shares of a mask and of a random mask that are inside the body."""
 PROBED, TRIES, DISTINCT = 4096, 100, 20
-"""Voxels of a mask that decide whether it is inside the body, draws for each random mask, and fewest different places."""
+"""Voxels of a mask that decide whether it is inside the body, draws per random mask, fewest different places."""
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class ConceptEffects:
     Attributes:
         case, target: their names.
         removal: ``F − F(without concept j)`` (k,), in units of the target.
-        sobol: total Sobol index of each concept (k,): its share of the variance of F when all are made weaker at random.
+        sobol: total Sobol index of each concept (k,): its share of the variance of F when all are weakened at random.
         standard_error: of the index (k,).
         passes: window passes.
     """

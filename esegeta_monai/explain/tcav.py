@@ -1,8 +1,8 @@
 """Testing with concept activation vectors (TCAV, Kim et al. 2018) over cases, against random concepts.
 
 The unit is the case. A concept's vector v comes from activations pooled over its masks; the derivative of F along v,
-summed over the mask, is taken at each explained case. The null hypothesis is that the concept's place means nothing: random concepts are masks of
-the same size and shape at random places of the body, in the same cases.
+summed over the mask, is taken at each explained case. The null hypothesis is that the concept's place means nothing:
+random concepts are masks of the same size and shape at random places of the body, in the same cases.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pooled activations against MONAI's own inferer on the layer, and derivatives along channels against the whole volume."""
+"""Pooled activations against MONAI's inferer on the layer, derivatives along channels against the whole volume."""
 
 from __future__ import annotations
 

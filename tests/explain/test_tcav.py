@@ -128,7 +128,7 @@ def test_accuracy_is_measured_on_cases_that_the_classifier_has_not_seen():
 
 def test_a_vector_points_to_the_concept_whatever_the_units():
     rng = np.random.default_rng(0)
-    without, with_it = rng.normal(size=(30, 6)), rng.normal(size=(30, 6)) + [2, 0, 0, 0, 0, 0]
+    without, with_it = rng.normal(size=(30, 6)), rng.normal(size=(30, 6)) + 2 * np.eye(6)[0]
     vector = concept_vector(with_it, without)
     assert vector[0] > 0.9
     assert np.linalg.norm(vector) == pytest.approx(1)

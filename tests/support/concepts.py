@@ -54,8 +54,8 @@ def build(dims: int, pooled: bool, where: str) -> tuple[Explainer, Target]:
 
 
 def case(dims: int, number: int) -> tuple[MetaTensor, dict[str, Tensor]]:
-    """Noise with a used object in input channel 0 and an ignored one in input channel 1, both at random places; texture is
-    in input channel 2."""
+    """Noise with a used object in input channel 0 and an ignored one in input channel 1, both at random places;
+    texture is in input channel 2."""
     generator = torch.Generator().manual_seed(number)
     shape = (SIZE[dims],) * dims
     x = torch.randn(3, *shape, generator=generator, dtype=DOUBLE)
@@ -86,7 +86,7 @@ WEIGHTS = [3.0, 1.0, 0.0, -2.0]
 
 
 class Ordered(nn.Module):
-    """Four channels of ``layer`` see one object each, its score rises or falls by `WEIGHTS`, with saturation between."""
+    """Four channels of ``layer`` see one object each; the score rises or falls with them by `WEIGHTS` and saturates."""
 
     def __init__(self, dims: int, pooled: bool) -> None:
         super().__init__()
