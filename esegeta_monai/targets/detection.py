@@ -55,8 +55,8 @@ class DetectorMap(nn.Module):
         for m in maps:
             if any(g % n for g, n in zip(grid, m.shape[2:])):
                 raise TargetError(
-                    f"DetectorMap: a level has the grid {tuple(m.shape[2:])}, which does not divide {tuple(grid)}: give "
-                    "windows whose sides are multiples of the coarsest stride"
+                    f"DetectorMap: a level has the grid {tuple(m.shape[2:])}, which does not divide {tuple(grid)}: "
+                    "give windows whose sides are multiples of the coarsest stride"
                 )
         return torch.cat([_repeated(m, grid) for m in maps], 1)
 
@@ -126,8 +126,8 @@ class DetectedBox(Target):
         super().__post_init__()
         if len(self.anchors) != len(self.strides) or not self.anchors or len({len(a) for a in self.anchors}) > 1:
             raise UsageError(
-                f"DetectedBox: anchors of {len(self.anchors)} levels, {len(self.strides)} strides: give as many, and as "
-                "many shapes for each level"
+                f"DetectedBox: anchors of {len(self.anchors)} levels, {len(self.strides)} strides: give as many, and "
+                "as many shapes for each level"
             )
         if self.which < 0 or self.n_classes < 1 or any(s % self.strides[0] for s in self.strides):
             raise UsageError(
@@ -159,9 +159,9 @@ class DetectedBox(Target):
             channel = levels * shapes * self.n_classes + (box.level * shapes + box.anchor) * 2 * dims + code
         mask = torch.zeros(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
         mask[tuple(p * (self.strides[box.level] // self.strides[0]) for p in box.position)] = True
-        score = WeightedScore(mask, channel, prediction.shape[0], label=self.given_name or self._label(box))
+        score = _BoxScore(mask, channel, prediction.shape[0], label=self.given_name or self._label(box))
         score.class_index = score.class_name = None
-        score.meaning = (f"box {_text(box.box)}", *(f"suppresses {s:.3f} at {_text(b)}" for s, b in box.suppressed))
+        score.box_texts = (f"box {_text(box.box)}", *(f"suppresses {s:.3f} at {_text(b)}" for s, b in box.suppressed))
         return [score]
 
     def _label(self, box: Detection) -> str:
@@ -242,6 +242,16 @@ class DetectedBox(Target):
             )
             for box, i in zip(boxes, inside.nonzero().flatten().tolist())
         ]
+
+
+class _BoxScore(WeightedScore):
+    """A class logit or code whose record lists the box, and the boxes that it suppresses."""
+
+    box_texts: tuple[str, ...] = ()
+
+    @property
+    def meaning(self) -> tuple[str, ...]:
+        return (*super().meaning, *self.box_texts)
 
 
 def _text(box: Sequence[float]) -> str:

@@ -62,10 +62,10 @@ def test_boxes_are_those_of_the_detector(dims):
         (expected,) = whole([image[0]])
         prediction = DetectorMap(whole.network)(image)[0]
     found = target(dims).detections(prediction)
-    assert len(found) == len(expected["box"]) > 5
-    torch.testing.assert_close(torch.tensor([d.box for d in found]), expected["box"], rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(torch.tensor([d.score for d in found]), expected["label_scores"])
-    assert [d.label for d in found] == expected["label"].tolist()
+    assert len(found) == len(expected["boxes"]) > 5
+    torch.testing.assert_close(torch.tensor([d.box for d in found]), expected["boxes"], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(torch.tensor([d.score for d in found]), expected["labels_scores"])
+    assert [d.label for d in found] == expected["labels"].tolist()
     assert len({(d.level, d.anchor) for d in found}) > 1
     assert any(d.suppressed for d in found)
     for d in found:  # what is suppressed overlaps and scores lower
