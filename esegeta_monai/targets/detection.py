@@ -93,7 +93,8 @@ class DetectedBox(Target):
 
     The boxes are decoded from the unperturbed prediction of a `DetectorMap`; the number of the anchor is carried
     through the choice of the best candidates and non-maximum suppression. The suppression itself is not part of the
-    score, which is linear: every method applies, through windows, and gives the exact map of that logit.
+    score, which is linear: every method applies, through windows, and gives the exact map of that logit. The record has
+    ``box``, ``box_score`` and ``suppressed_boxes``, the boxes that were removed for it.
 
     Args:
         which: number of the kept box, 0 for that of the highest score.
@@ -142,13 +143,13 @@ class DetectedBox(Target):
             TargetError: the prediction has other channels, or fewer boxes are detected.
         """
         need_map(prediction, self)
-        found = self.detections(prediction)
-        if self.which >= len(found):
+        boxes = self.detections(prediction)
+        if self.which >= len(boxes):
             raise TargetError(
-                f"DetectedBox: which={self.which}, but {len(found)} boxes are detected above score_threshold="
+                f"DetectedBox: which={self.which}, but {len(boxes)} boxes are detected above score_threshold="
                 f"{self.score_threshold}"
             )
-        box, dims = found[self.which], prediction.ndim - 1
+        box, dims = boxes[self.which], prediction.ndim - 1
         if not 0 <= self.axis < dims:
             raise TargetError(f"DetectedBox: axis={self.axis}: the image has {dims} axes")
         shapes, levels = len(self.anchors[0]), len(self.strides)
@@ -159,9 +160,10 @@ class DetectedBox(Target):
             channel = levels * shapes * self.n_classes + (box.level * shapes + box.anchor) * 2 * dims + code
         mask = torch.zeros(prediction.shape[1:], dtype=torch.bool, device=prediction.device)
         mask[tuple(p * (self.strides[box.level] // self.strides[0]) for p in box.position)] = True
-        score = _BoxScore(mask, channel, prediction.shape[0], label=self.given_name or self._label(box))
+        score = WeightedScore(mask, channel, prediction.shape[0], label=self.given_name or self._label(box))
         score.class_index = score.class_name = None
-        score.box_texts = (f"box {_text(box.box)}", *(f"suppresses {s:.3f} at {_text(b)}" for s, b in box.suppressed))
+        suppressed = [{"score": s, "box": list(b)} for s, b in box.suppressed]
+        score.notes = {"box": list(box.box), "box_score": box.score, "suppressed_boxes": suppressed}
         return [score]
 
     def _label(self, box: Detection) -> str:
@@ -225,9 +227,9 @@ class DetectedBox(Target):
         chosen = above[order]
         anchors = chosen // self.n_classes
         position = torch.stack(torch.unravel_index(anchors // len(shapes), grid), 1)
-        sides = torch.tensor(shapes, dtype=torch.float32)[anchors % len(shapes)].reshape(-1, dims)
+        half = (torch.tensor(shapes, dtype=torch.float32) / 2).round()[anchors % len(shapes)].reshape(-1, dims)
         centre = position * stride + stride // 2
-        reference = torch.cat([centre - sides / 2, centre + sides / 2], 1)
+        reference = torch.cat([centre - half, centre + half], 1)  # whole voxels, as MONAI's anchors
         relative = codes.reshape(len(shapes), 2 * dims, -1).permute(2, 0, 1).reshape(-1, 2 * dims)[anchors].float()
         boxes = BoxCoder(weights=(1.0,) * (2 * dims)).decode_single(relative, reference)
         boxes, inside = clip_boxes_to_image(boxes, extent, remove_empty=True)
@@ -242,18 +244,3 @@ class DetectedBox(Target):
             )
             for box, i in zip(boxes, inside.nonzero().flatten().tolist())
         ]
-
-
-class _BoxScore(WeightedScore):
-    """A class logit or code whose record lists the box, and the boxes that it suppresses."""
-
-    box_texts: tuple[str, ...] = ()
-
-    @property
-    def meaning(self) -> tuple[str, ...]:
-        return (*super().meaning, *self.box_texts)
-
-
-def _text(box: Sequence[float]) -> str:
-    half = len(box) // 2
-    return " ".join(f"{low:.1f}-{high:.1f}" for low, high in zip(box[:half], box[half:]))

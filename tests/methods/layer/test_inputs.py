@@ -74,10 +74,10 @@ def test_other_uses_of_the_input_do_not_count():
     objective = objective_of(network, image[0], [ClassScore(1)])
     expected = captum.attr.LayerGradientXActivation(network, network.copy).attribute(image, target=1)
     network.copy = nn.Identity()
-    found = explain(LayerGradientXActivation("b" + INPUT, "channels"), objective).maps
-    close(found, expected.detach())
+    result = explain(LayerGradientXActivation("b" + INPUT, "channels"), objective).maps
+    close(result, expected.detach())
     whole = explain(LayerGradientXActivation("a", "channels"), objective).maps
-    assert float((found - whole).abs().max()) > 0.1 * float(whole.abs().max())  # "a" also counts the skip
+    assert float((result - whole).abs().max()) > 0.1 * float(whole.abs().max())  # "a" also counts the skip
 
 
 @pytest.mark.parametrize("name", ["UNet_batch", "SegResNet", "ViTAutoEnc"])
