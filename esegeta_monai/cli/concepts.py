@@ -12,7 +12,7 @@ import esegeta_monai.files as storage
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import bundle_targets, check_layers, each_case, explainer_for, open_log
 from esegeta_monai.cli.log import RunLog
-from esegeta_monai.cli.reading import open_reader, register_trusted
+from esegeta_monai.cli.reading import open_reader, register_trusted, targets_of
 from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.concepts import CaseConcepts, case_concepts, channel_region, ranked_channels
 from esegeta_monai.methods.relevance.concepts import ConceptRelevance
@@ -36,7 +36,7 @@ def run(args: Namespace, log: RunLog) -> int:
     register_trusted(args)
     reader, output = open_reader(args), Path(args.output)
     cases = find_cases(args.input, [name for _, name in sorted(reader.channel_names.items())], leave_out=output)
-    targets = TARGETS.create_all(args.target) if args.target else bundle_targets(reader)
+    targets = TARGETS.create_all(",".join(targets_of(args))) if args.target else bundle_targets(reader)
     storage.writable_folder(output)
     check_layers(reader.network, [ConceptRelevance(args.layer), *targets])
     preprocess, explainer = Preprocessor(reader), explainer_for(reader, args)

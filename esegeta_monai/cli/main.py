@@ -79,6 +79,12 @@ COMMANDS = (
         parsers.add_concepts,
         "concepts:run",
     ),
+    Command(
+        "cohort",
+        "analyse the maps of several cases together: regions, clusters, groups, common space",
+        parsers.add_cohort,
+        "cohort:run",
+    ),
     Command("merge-runs", "join the parts of a run", parsers.add_merge_runs, "merge_runs:run"),
     Command("app", "open a page on which a click on a voxel asks the network why", parsers.add_app, "app:run"),
     Command("demo", "compare a network that uses a shortcut with one that does not", parsers.add_demo, "demo:run"),

@@ -13,6 +13,7 @@ from monai.bundle.utils import merge_kv
 
 from esegeta_monai.bundle.configs import merged_config, parse_config
 from esegeta_monai.bundle.contents import BundleContents
+from esegeta_monai.bundle.nnunet.files import check_single
 from esegeta_monai.bundle.overlay import (
     METRICS_OVERLAY,
     MULTI_GPU_OVERLAY,
@@ -24,6 +25,8 @@ from esegeta_monai.bundle.overlay import (
 )
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.bundle.static import StaticBundle
+from esegeta_monai.cli.folder_run import folder_config
+from esegeta_monai.cli.reading import check_options
 from esegeta_monai.cli.trust import listing
 from esegeta_monai.cli.values import overrides
 from esegeta_monai.errors import EsegetaError, UsageError
@@ -38,6 +41,9 @@ def run(args: Namespace, *_: object) -> int:
 
     With ``--path``, only print the path of the overlay in the package.
     """
+    check_options(args)
+    if args.nnunet is not None or args.totalsegmentator is not None:
+        return _write_folder_config(args)
     name = METRICS_OVERLAY if args.metrics else OVERLAY
     if args.path:
         print(shipped_overlay(name))
@@ -78,6 +84,23 @@ def run(args: Namespace, *_: object) -> int:
     print(f'  {launch} -m monai.bundle run{run_id}{root} --config_file "{files}"')
     more = " --explain_metrics \"['Deletion']\"" if args.metrics else ""
     print(f"Append settings as options: --explain_methods \"['Saliency']\"{more} --explain_output_dir explained")
+    return 0
+
+
+def _write_folder_config(args: Namespace) -> int:
+    """Write the config that explains an nnU-Net folder or a task of TotalSegmentator."""
+    if args.metrics or args.multi_gpu or args.path:
+        raise UsageError("--metrics, --multi-gpu and --path belong to bundles; evaluate a folder by 'evaluate'")
+    if args.nnunet is not None:
+        check_single(Path(args.nnunet))
+    elif args.output is None:
+        raise UsageError("overlay --totalsegmentator needs --output FILE")
+    text = json.dumps(folder_config(args), indent=4, ensure_ascii=False) + "\n"
+    target = free_file(Path(args.output or args.nnunet), OVERLAY, text)
+    write_text(target, text)
+    print(f"Wrote {target}. Run:")
+    print(f"  python -m monai.bundle run --config_file {target} --scans \"['scan.nii.gz']\"")
+    print("Append settings as options: --explain_methods \"['Saliency']\" --explain_output_dir explained")
     return 0
 
 

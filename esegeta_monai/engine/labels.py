@@ -44,7 +44,7 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
     if isinstance(value, (str, Path)):
         if not Path(value).is_file():
             keys = ", ".join(sorted(map(str, case.data))) or "none"
-            raise TargetError(f"{value!s} is neither a file nor a key of the case's data (keys: {keys})")
+            raise TargetError(f"'{Path(value).name}' is neither a file nor a key of the case's data (keys: {keys})")
         from monai.transforms import LoadImage
 
         try:

@@ -24,7 +24,7 @@ from esegeta_monai.errors import named_reason
 from esegeta_monai.methods.base import Method
 from esegeta_monai.methods.run import run_together
 
-__all__ = ["AgreementMaps", "Kind", "compared", "part_maps", "spread", "summary"]
+__all__ = ["AgreementMaps", "Kind", "compared", "part_maps", "part_passes", "spread", "summary"]
 
 Kind = Literal["members", "views"]
 DDOF: Final[dict[Kind, int]] = {"members": 1, "views": 0}
@@ -97,6 +97,11 @@ def part_maps(
             else:
                 known.append(outcome.result.maps)
     return shares, maps
+
+
+def part_passes(method: Method, objective: Objective, kind: Kind) -> int:
+    """Return the window passes of `part_maps` for a method."""
+    return sum(method.passes(part) for _, part in parts_of(objective, _member if kind == "members" else _view))
 
 
 def spread(maps: Sequence[Tensor], kind: Kind) -> Tensor:

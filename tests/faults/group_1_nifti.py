@@ -104,6 +104,15 @@ def pointer(path: Path) -> None:
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
 
 
+def quadruple(path: Path) -> None:
+    """Voxels of IEEE 754 binary128, from 1 to 2."""
+    header = bytearray(n.plain()[:352])
+    header[70:74] = np.array([1536, 128], "<i2").tobytes()
+    one = np.random.default_rng(0).integers(0, 256, (int(np.prod(n.SHAPE)), 16), dtype=np.uint8)
+    one[:, 14:] = (0xFF, 0x3F)  # sign and exponent, little endian
+    n.put(path, bytes(header) + one.tobytes())
+
+
 def extension(path: Path) -> None:
     """The header claims an extension of 2 GiB."""
     content = n.plain()
@@ -234,6 +243,7 @@ CASES = [
         n.voxels(lambda v: (v * 1e18).astype(np.int64), np.int64),
         lawful="float32 keeps seven digits of it, as of every scan",
     ),
+    Case("float128", quadruple, lawful="may be read where the machine has this type; x86 has not"),
     Case("bits", n.field(("<2h", 70, (1, 1)))),
     Case("big endian", n.big_endian, lawful="the standard allows both"),
     Case("empty file", writes(b"")),

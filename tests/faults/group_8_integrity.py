@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from tests.faults.runner import TARGET, Done, Row, command
+from tests.faults.runner import TARGET, Done, Row, command, statuses
 from tests.support.cli import make_bundle, make_scan
 
 GROUP = "8 altered folders, and files outside"
@@ -52,6 +52,23 @@ def _voxel(folder: Path) -> str:
     values[8, 8, 8] *= 2
     nib.save(nib.Nifti1Image(values, image.affine, image.header), path)
     return named(folder, "was altered")
+
+
+def _computed_again(folder: Path) -> str:
+    """The same command computes an altered map again, and only this one."""
+    _, path = study(folder)
+    words = ["--bundle", folder / "bundle", "--input", folder / "mine.nii.gz", "--methods", "Saliency,GradCam"]
+    words += ["--target", TARGET, "--output", folder / "out"]
+    assert command("explain", *words).code == 0
+    before = {p.name: p.read_bytes() for p in path.parent.glob("*_attr.nii.gz")}
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(image.get_fdata().astype(np.float32) * 2, image.affine, image.header), path)
+    again = command("explain", *words)
+    assert again.code == 0, again.err
+    results = {method: status for (_, _, method), status in statuses(folder / "out").items()}
+    assert results == {"Saliency": "ok", "GradCam": "skipped"}
+    assert {p.name: p.read_bytes() for p in path.parent.glob("*_attr.nii.gz")} == before
+    return "the map is as before"
 
 
 def _leads(make: Callable[[Path, Path, Path], str], text: str) -> Callable[[Path], str]:
@@ -121,6 +138,7 @@ def _unlisted(folder: Path) -> None:
 
 ROWS = [
     Row(GROUP, "one voxel of a map altered", _voxel),
+    Row(GROUP, "an altered map is computed again", _computed_again),
     Row(GROUP, "sidecar names ../", _leads(lambda f, p, o: f"../../elsewhere/other/{o.name}", "only files beside it")),
     Row(GROUP, "sidecar names an absolute path", _leads(lambda f, p, o: str(o), "only files beside it"), slow=True),
     Row(GROUP, "map is a link to another folder", _leads(_link, "is a link to another folder")),

@@ -105,6 +105,9 @@ def model_folder(
     residual: bool = False,
     ending: str = ".nii.gz",
     changes: dict[str, Any] | None = None,
+    dataset: str = "Dataset001_Tiny",
+    trainer: str = "nnUNetTrainer",
+    seed: int = 0,
 ) -> Path:
     """Write a model folder with random weights and return it; ``changes`` are those of the configuration."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -112,25 +115,25 @@ def model_folder(
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     labels = LABELS if labels is None else labels
-    folder = root / "Dataset001_Tiny" / f"nnUNetTrainer__nnUNetPlans__{name}"
+    folder = root / dataset / f"{trainer}__nnUNetPlans__{name}"
     folder.mkdir(parents=True, exist_ok=True)
     content = plans(patch, spacing, transpose, channels, name, residual)
     content["configurations"][name] |= changes or {}
-    dataset: dict[str, Any] = {
+    description: dict[str, Any] = {
         "channel_names": {str(i): f"channel{i}" for i in range(channels)},
         "labels": labels,
         "numTraining": 3,
         "file_ending": ending,
     }
     if any(isinstance(label, list) for label in labels.values()):
-        dataset["regions_class_order"] = [1, 2]
+        description["regions_class_order"] = [1, 2]
     (folder / "plans.json").write_text(json.dumps(content), encoding="utf-8")
-    (folder / "dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
+    (folder / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     manager = PlansManager(content)
-    inputs = determine_num_input_channels(manager, name, dataset)
-    heads = manager.get_label_manager(dataset).num_segmentation_heads
+    inputs = determine_num_input_channels(manager, name, description)
+    heads = manager.get_label_manager(description).num_segmentation_heads
     for fold in range(folds):
-        torch.manual_seed(fold)
+        torch.manual_seed(100 * seed + fold)
         network = nnUNetTrainer.build_network_architecture(
             manager, manager.get_configuration(name), inputs, heads, enable_deep_supervision=False
         )
@@ -144,8 +147,8 @@ def model_folder(
             "logging": {"ema_fg_dice": [np.float64(0.5), np.float32(0.25)]},
             "_best_ema": np.float64(0.5),
             "current_epoch": 1,
-            "init_args": {"plans": content, "configuration": name, "fold": fold, "dataset_json": dataset},
-            "trainer_name": "nnUNetTrainer",
+            "init_args": {"plans": content, "configuration": name, "fold": fold, "dataset_json": description},
+            "trainer_name": trainer,
             "inference_allowed_mirroring_axes": None if mirror is None else tuple(mirror),
         }
         (folder / f"fold_{fold}").mkdir()

@@ -64,12 +64,19 @@ class Embedded:
         return sum(len(volume.text) for volume in self.volumes.values())
 
 
-def embed(case: CaseResults, *, radiological: bool = True, budget: int = BUDGET, effort: int = 6) -> Embedded:
+def embed(
+    case: CaseResults,
+    *,
+    radiological: bool = True,
+    budget: int = BUDGET,
+    effort: int = 6,
+    packer: Callable[[np.ndarray, int], Packed] = pack,
+) -> Embedded:
     """Embed the volumes of a case at the highest resolution that fits the budget.
 
     Downsampled volumes are means over blocks of voxels; ``notes`` states the size of the blocks. Each map of the data
     has its scale limit, its strongest voxel, and as ``place`` its index in ``case.explained``. A file that cannot be
-    read is listed in ``notes``.
+    read is listed in ``notes``. ``packer`` stands for `pack`, and may know what it has packed before.
     """
     embedded = Embedded({"maps": [], "scan": None, "palettes": []})
     shown = [(i, r) for i, r in enumerate(case.explained) if r.map is not None and not r.synthesised]
@@ -89,7 +96,7 @@ def embed(case: CaseResults, *, radiological: bool = True, budget: int = BUDGET,
         for levels in LEVELS:  # fewer steps of the colour scale cost less than fewer voxels
             expected = _estimate(volumes, levels)
             if expected <= budget or max(view.shown) == 1:
-                embedded = _embed(case, volumes, view, levels, radiological, effort)
+                embedded = _embed(case, volumes, view, levels, radiological, lambda values: packer(values, effort))
                 expected = embedded.bytes
                 if expected <= budget or max(view.shown) == 1:
                     break
@@ -134,7 +141,12 @@ def _grey_levels(values: np.ndarray, levels: int, most: float = math.inf) -> tup
 
 
 def _embed(
-    case: CaseResults, volumes: CaseVolumes, view: View, levels: tuple[int, int], radiological: bool, effort: int
+    case: CaseResults,
+    volumes: CaseVolumes,
+    view: View,
+    levels: tuple[int, int],
+    radiological: bool,
+    packed: Callable[[np.ndarray], Packed],
 ) -> Embedded:
     embedded = Embedded({}, view=view, notes=list(volumes.notes))
     arrays = embedded.arrays
@@ -157,7 +169,7 @@ def _embed(
     box = _box([*(values != 0 for values in arrays.values() if values.dtype != np.uint16), *_seen(volumes)], view)
     corner = [b.start for b in box]
     embedded.arrays = {name: values[box] for name, values in arrays.items()}
-    embedded.volumes = {name: pack(values, effort) for name, values in embedded.arrays.items()}
+    embedded.volumes = {name: packed(values) for name, values in embedded.arrays.items()}
     offset = np.eye(4)
     offset[:3, 3] = corner
 
