@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from monai.apps.detection.utils.box_coder import BoxCoder
@@ -231,8 +231,9 @@ class DetectedBox(Target):
         centre = position * stride + stride // 2
         reference = torch.cat([centre - half, centre + half], 1)  # whole voxels, as MONAI's anchors
         relative = codes.reshape(len(shapes), 2 * dims, -1).permute(2, 0, 1).reshape(-1, 2 * dims)[anchors].float()
-        boxes = BoxCoder(weights=(1.0,) * (2 * dims)).decode_single(relative, reference)
-        boxes, inside = clip_boxes_to_image(boxes, extent, remove_empty=True)
+        decoded = BoxCoder(weights=(1.0,) * (2 * dims)).decode_single(relative, reference)
+        clipped: Any = clip_boxes_to_image(decoded, extent, remove_empty=True)
+        boxes, inside = clipped
         return [
             Detection(
                 tuple(box.tolist()),

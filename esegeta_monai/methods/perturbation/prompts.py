@@ -116,4 +116,5 @@ class PromptShapley(Method):
         for j, place in enumerate(torch.as_tensor(places).reshape(-1, len(shape)).round().long().tolist()):
             if not all(0 <= p < n for p, n in zip(place, shape)):
                 raise MethodError(f"PromptShapley: point {j} at {tuple(place)} is outside of the image {shape}")
-            maps[(slice(None), 0, *place)] += phi[:, j].to(maps)
+            voxel: tuple[Any, ...] = (slice(None), 0, *place)
+            maps[voxel] += phi[:, j].to(maps)

@@ -31,7 +31,7 @@ STEPS = {"n_steps": 4, "method": "riemann_middle"}
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize(
-    ("ours", "theirs", "options"),
+    ("ours", "original", "options"),
     [
         (LayerGradientXActivation, "LayerGradientXActivation", {}),
         (LayerIntegratedGradients, "LayerIntegratedGradients", STEPS),
@@ -39,9 +39,9 @@ STEPS = {"n_steps": 4, "method": "riemann_middle"}
         (LayerDeepLift, "LayerDeepLift", {}),
     ],
 )
-def test_inputs_of_a_layer_are_those_of_captum(ours, theirs, options, dims):
+def test_inputs_of_a_layer_are_those_of_captum(ours, original, options, dims):
     network, image = plain(dims)
-    method = getattr(captum.attr, theirs)(network, network.second)
+    method = getattr(captum.attr, original)(network, network.second)
     given = {} if ours is LayerGradientXActivation else {"baselines": torch.zeros_like(image)}
     expected = method.attribute(image, target=1, attribute_to_layer_input=True, **given, **options)
     expected = expected[0] if isinstance(expected, tuple) else expected

@@ -65,7 +65,7 @@ def test_equals_the_mean_over_all_orders(dims):
     explained = explain(PromptShapley(classes="class_vector"), o)
     table = explained.notes["features"][0]
     assert [row["feature"] for row in table] == ["point 0", "point 1", "point 2", "class"]
-    close(torch.tensor([row["value"] for row in table]), expected)
+    close(torch.tensor([row["value"] for row in table], dtype=torch.float64), expected)
     assert explained.notes["completeness_gap"][0] < 1e-12
     assert table[0]["value"] > 0 > table[1]["value"]  # a negative point lowers the score
     for j, place in enumerate(o.model.kwargs["point_coords"][0].long().tolist()):
