@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from esegeta_monai.bundle.overlay import OVERLAY, fitted_overlay
@@ -44,7 +45,7 @@ def run(args: Namespace, *_: object) -> int:
     return 0
 
 
-def _renamed(given: list[str]) -> dict[str, str]:
+def _renamed(given: Sequence[str]) -> dict[str, str]:
     """Return our names of layers by theirs, from ``THEIRS=OURS``."""
     pairs = [text.partition("=") for text in given]
     for original, equals, own in pairs:
