@@ -63,6 +63,7 @@ def with_declared(layers: TracedLayers, declared: Mapping[str, str], dims: int) 
         return layers
     changed = TracedLayers(layers.names)
     changed.update(layers)
+    changed.inputs = layers.inputs
     for name, pattern in declared.items():
         traced = layers.get(name)
         if traced is None:

@@ -228,10 +228,10 @@ class TracedLayers(dict[str, TracedLayer]):
         self.inputs: dict[str, TracedLayer] = {}
 
     def __missing__(self, name: str) -> TracedLayer:
-        found: TracedLayer | None = self.get(name)
-        if found is None:
+        layer: TracedLayer | None = self.get(name)
+        if layer is None:
             raise KeyError(name)
-        return found
+        return layer
 
     def __contains__(self, name: object) -> bool:
         return self.get(str(name)) is not None
@@ -284,9 +284,9 @@ def trace_layers(
 
     def record(call: LayerCall) -> None:
         at_input = call.name.endswith(INPUT)
-        found = layers.inputs if at_input else layers
-        layer = found.pop(call.name, None) or TracedLayer(call.name, type(call.module).__name__)
-        found[call.name] = layer
+        table = layers.inputs if at_input else layers
+        layer = table.pop(call.name, None) or TracedLayer(call.name, type(call.module).__name__)
+        table[call.name] = layer
         layer.transform = active_transform()
         value = first_tensor_or_none(select(call.output) if call.name == "" else call.output)
         layer.shape = None if value is None or not value.ndim else tuple(value.shape[1:])
