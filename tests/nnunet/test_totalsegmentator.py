@@ -194,7 +194,7 @@ def test_the_commands_explain_a_class(
     weights(tmp_path / "weights", 291, 292, 293, 294, 295, monkeypatch=monkeypatch)
     (file,) = scan(tmp_path / "scans", shape=(30, 26, 22))
     task = ["--totalsegmentator", "total"]
-    reader = TotalSegmentatorReader("total", ["vertebrae_L5"])
+    reader = TotalSegmentatorReader("total", ["rib_left_1"])  # the last model, which no other overwrites
     data = reader.preprocessing({"image": str(file)})
     masks = reader.predict(data["image"], data).masks
     name = next(name for label, name in reader.part.classes.items() if bool(masks.masks(label).any()))
