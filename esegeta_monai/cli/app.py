@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import esegeta_monai.files as storage
-from esegeta_monai.cli.demo import find_bundle
+from esegeta_monai.cli.demo import find_bundle, template_scripts
 from esegeta_monai.cli.reading import check_options
 from esegeta_monai.cli.trust import require_trust
 from esegeta_monai.errors import UsageError
@@ -122,11 +122,6 @@ def template(reader: Any, output: Path) -> Path:
     Raises:
         UsageError: nilearn or the scripts are missing.
     """
-    try:
-        with reader.importable():
-            anatomy: Any = importlib.import_module("scripts.anatomy")
-            return Path(anatomy.template_case(output / "mni152")["image"])
-    except ImportError as error:
-        if error.name == "nilearn":
-            raise UsageError('the template comes with nilearn: pip install "esegeta-monai[demo]"') from error
-        raise UsageError(f"{reader.bundle_dir} has no scripts/anatomy.py that creates the template: {error}") from error
+    with template_scripts(reader):
+        anatomy: Any = importlib.import_module("scripts.anatomy")
+        return Path(anatomy.template_case(output / "mni152")["image"])

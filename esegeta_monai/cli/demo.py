@@ -11,7 +11,8 @@ import importlib
 import json
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from esegeta_monai.output.report.page import write_report
 from esegeta_monai.targets.classes import ClassScore
 from esegeta_monai.utils.files import INTENDED_USE, writable_folder
 
-__all__ = ["DEMO_METHODS", "NETWORKS", "find_bundle", "make_head", "run"]
+__all__ = ["DEMO_METHODS", "NETWORKS", "find_bundle", "make_head", "run", "template_scripts"]
 
 BUNDLE = Path("bundles") / "brain_lesion_classification"
 CASE = "head"
@@ -124,6 +125,22 @@ def find_bundle(bundle: Path = BUNDLE) -> Path:
     )
 
 
+@contextmanager
+def template_scripts(reader: BundleReader) -> Iterator[None]:
+    """Let the scripts of a bundle that read or paint the template be imported.
+
+    Raises:
+        UsageError: nilearn, which has the template, or a script is missing.
+    """
+    try:
+        with reader.importable():
+            yield
+    except ImportError as error:
+        if error.name == "nilearn":
+            raise UsageError('the template comes with nilearn: pip install "esegeta-monai[demo]"') from error
+        raise UsageError(f"{reader.bundle_dir} has not all scripts of the template: {error}") from error
+
+
 def make_head(reader: BundleReader, output: Path) -> tuple[Path, dict[str, NDArray[np.bool_]]]:
     """Write the head of the demo to ``output/head.nii.gz``; the bundle's own scripts paint it.
 
@@ -133,15 +150,10 @@ def make_head(reader: BundleReader, output: Path) -> tuple[Path, dict[str, NDArr
     Raises:
         UsageError: nilearn, which has the template, or the scripts are missing.
     """
-    try:
-        with reader.importable():
-            anatomy: Any = importlib.import_module("scripts.anatomy")
-            lesions: Any = importlib.import_module("scripts.lesions")
-            case = lesions.LesionCases(anatomy.template_case(output / "mni152"), [SEED], shortcut=1.0)[0]
-    except ImportError as error:
-        if error.name == "nilearn":
-            raise UsageError('the template comes with nilearn: pip install "esegeta-monai[demo]"') from error
-        raise UsageError(f"{reader.bundle_dir} has no scripts that paint a head: {error}") from error
+    with template_scripts(reader):
+        anatomy: Any = importlib.import_module("scripts.anatomy")
+        lesions: Any = importlib.import_module("scripts.lesions")
+        case = lesions.LesionCases(anatomy.template_case(output / "mni152"), [SEED], shortcut=1.0)[0]
     file = output / f"{CASE}.nii.gz"
     # The head was turned and bent when it was painted: its axes are those of the network's grid, not of its old affine.
     nib.save(nib.Nifti1Image(case["image"][0].numpy(), np.diag((SPACING_MM, SPACING_MM, SPACING_MM, 1.0))), file)

@@ -27,6 +27,7 @@ from esegeta_monai.cli.explain import (
     bundle_targets,
     each_case,
     explainer_for,
+    hide_folders,
     open_log,
     provenance_of,
 )
@@ -36,7 +37,9 @@ from esegeta_monai.cli.values import region_names
 from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, UsageError
+from esegeta_monai.explain.costs import duration
 from esegeta_monai.explain.evaluation import Evaluator
+from esegeta_monai.explain.evaluation_costs import EvaluationCost, evaluation_table
 from esegeta_monai.explain.layers import check_layers
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import KINDS, Record
@@ -77,6 +80,8 @@ def run(args: Namespace, log: RunLog, reader: BundleReader | None = None) -> int
         raise UsageError("--region-names names the values of a label map: also give one by --regions or --label")
     register_trusted(args)
     with process_group() as ranks:
+        if args.dry_run:
+            return _tell_costs(args, log, reader)
         writer = _evaluate(args, log, ranks, reader)
     if not ranks.rank:
         for problem in writer.problems:
@@ -86,28 +91,84 @@ def run(args: Namespace, log: RunLog, reader: BundleReader | None = None) -> int
     return int(bool(writer.problems))
 
 
+@dataclass
+class _Plan:
+    """What the options ask for: the cases, their maps on disk or methods and targets, and the metrics."""
+
+    reader: BundleReader
+    cases: list[ScanCase]
+    earlier: _Earlier | None
+    methods: list[Method]
+    targets: list[Target]
+    evaluator: Evaluator
+
+    @classmethod
+    def of(cls, args: Namespace, reader: BundleReader | None) -> _Plan:
+        """Read the options; nothing is computed.
+
+        Raises:
+            EsegetaError: an option or the bundle is wrong.
+        """
+        part = part_id(args)
+        reader = reader or open_reader(args)
+        channel_names = [name for _, name in sorted(reader.channel_names.items())]
+        cases = find_cases(args.input, channel_names, leave_out=Path(args.output))
+        if part is not None:
+            cases = part_of(cases, part, args.num_parts)
+        earlier = _Earlier.read(Path(args.maps), cases) if args.maps else None
+        methods = METHODS.create_all(",".join(args.methods)) if args.methods else None
+        if methods is None:
+            methods = earlier.methods if earlier else METHODS.create_all(list(DEFAULT_METHODS))
+        targets = TARGETS.create_all(",".join(targets_of(args))) if args.target else None
+        if targets is None:
+            targets = earlier.targets if earlier else bundle_targets(reader)
+        check_layers(reader.network, [*methods, *targets])
+        evaluator = Evaluator(
+            explainer_for(reader, args),
+            ",".join(args.metrics) if args.metrics else None,
+            with_controls=args.controls,
+            outside_alarm=args.outside_alarm,
+        )
+        return cls(reader, cases, earlier, methods, targets, evaluator)
+
+
+def _tell_costs(args: Namespace, log: RunLog, reader: BundleReader | None) -> int:
+    """Print the estimated cost of each case; write nothing."""
+    plan = _Plan.of(args, reader)
+    hide_folders(log, plan.reader, plan.cases)
+    preprocess = Preprocessor(plan.reader)
+    costs: list[tuple[str, EvaluationCost]] = []
+    failures: list[str] = []
+
+    def estimate(case: ScanCase) -> None:
+        _, image, data = preprocess(case)
+        _beside(args, case, image, data)  # raises where a label or mask cannot be read
+        costs.extend(
+            (case.name, cost)
+            for cost in plan.evaluator.costs(
+                image,
+                plan.methods,
+                plan.targets,
+                label=args.label is not None,
+                given=plan.earlier is not None,
+                **plan.reader.case_arguments(image, data, predict=False),
+            )
+        )
+
+    def failed(name: str, error: Exception) -> None:
+        failures.append(name)
+        logger.error("%s: %s", name, error)
+
+    each_case(plan.cases, estimate, failed, log)
+    print("\n".join(evaluation_table(costs)))
+    print(f"At most about {duration(sum(cost.seconds for _, cost in costs))} in total. Nothing was written.")
+    return int(bool(failures))
+
+
 def _evaluate(args: Namespace, log: RunLog, ranks: Processes, reader: BundleReader | None) -> EvaluationWriter:
-    output, part = Path(args.output), part_id(args)
-    reader = reader or open_reader(args)
-    channel_names = [name for _, name in sorted(reader.channel_names.items())]
-    cases = find_cases(args.input, channel_names, leave_out=output)
-    if part is not None:
-        cases = part_of(cases, part, args.num_parts)
-    earlier = _Earlier.read(Path(args.maps), cases) if args.maps else None
-    methods = METHODS.create_all(",".join(args.methods)) if args.methods else None
-    if methods is None:
-        methods = earlier.methods if earlier else METHODS.create_all(list(DEFAULT_METHODS))
-    targets = TARGETS.create_all(",".join(targets_of(args))) if args.target else None
-    if targets is None:
-        targets = earlier.targets if earlier else bundle_targets(reader)
-    check_layers(reader.network, [*methods, *targets])
+    output, plan = Path(args.output), _Plan.of(args, reader)
+    reader, cases, earlier, methods, targets = plan.reader, plan.cases, plan.earlier, plan.methods, plan.targets
     names_of_regions = region_names(args.region_names)
-    evaluator = Evaluator(
-        explainer_for(reader, args),
-        ",".join(args.metrics) if args.metrics else None,
-        with_controls=args.controls,
-        outside_alarm=args.outside_alarm,
-    )
     writer = EvaluationWriter(output, methods, targets, provenance_of(reader, args), ranks=ranks, share=args.share)
     preprocess = Preprocessor(reader)
     open_log(log, reader, cases, output)
@@ -120,9 +181,10 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes, reader: BundleRead
             _check_place(image, scan)
         maps, problems = earlier.maps(case, methods, targets, writer.names, image) if earlier else (None, {})
         writer.evaluate(
-            evaluator,
+            plan.evaluator,
             image,
             case.name,
+            sources=_sources(args, case, data, earlier),
             problems=problems,
             maps=maps,
             region_names=names_of_regions,
@@ -171,6 +233,32 @@ def _beside(args: Namespace, case: ScanCase, image: MetaTensor, data: Mapping[st
         else:
             masks[what] = label_on_grid(file_of_case(what, text, case, data), image.as_tensor(), context)
     return masks
+
+
+def _sources(args: Namespace, case: ScanCase, data: Mapping[str, Any], earlier: _Earlier | None) -> dict[str, Any]:
+    """Return the files that the numbers of a case depend on, by name, with their SHA-256, and the options."""
+
+    def file(path: Path) -> dict[str, Any]:
+        return {"file": path.name, "sha256": storage.sha256_file(path) if path.is_file() else None}
+
+    masks = {what: text for what in ("label", "regions", "body") if (text := getattr(args, what)) is not None}
+    found = {what: Path(file_of_case(what, text, case, data)) for what, text in masks.items()}
+    maps = earlier.sidecars.get(case.name, []) if earlier else []
+    return {
+        "scan": [file(path) for path in case.files],
+        "maps": [
+            {
+                "target": r.target_name,
+                "method": r.method_name,
+                "map": r.map,
+                "map_sha256": r.map_sha256,
+                "sidecar": s.name,
+            }
+            for s, r in maps
+        ],
+        **{what: file(path) if path.exists() else {"data_key": masks[what]} for what, path in found.items()},
+        "options": {"label_value": args.label_value, "controls": args.controls, "outside_alarm": args.outside_alarm},
+    }
 
 
 def _check_place(image: MetaTensor, scan: Path | MetaTensor) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "each_case",
     "explain_cases",
     "explainer_for",
+    "hide_folders",
     "open_log",
     "output_use",
     "prepared_case",
@@ -189,12 +190,13 @@ def prepared_case(reader: BundleReader, preprocess: Preprocessor, case: ScanCase
 
 def open_log(log: RunLog, reader: BundleReader, cases: Sequence[ScanCase], output: Path) -> None:
     """Open the log file in ``output``; its lines do not show the folders of scans, bundle and output."""
-    _hide_folders(log, reader, cases)
+    hide_folders(log, reader, cases)
     log.hide(output, output.name)
     log.write_to(output)
 
 
-def _hide_folders(log: RunLog, reader: BundleReader, cases: Sequence[ScanCase]) -> None:
+def hide_folders(log: RunLog, reader: BundleReader, cases: Sequence[ScanCase]) -> None:
+    """Show only the names of scans and bundle in the log, not their folders."""
     for path in (*(file for case in cases for file in case.files), reader.bundle_dir):
         log.hide(path, path.name)
 
@@ -306,7 +308,7 @@ def _tell_costs(
     log: RunLog,
 ) -> int:
     """Print the cost of each method; write nothing."""
-    _hide_folders(log, reader, cases)
+    hide_folders(log, reader, cases)
     chosen = bundle_targets(reader) if targets is None else targets
     preprocess = Preprocessor(reader)
     check_layers(reader.network, [*methods, *chosen])

@@ -144,7 +144,10 @@ class _Parser(argparse.ArgumentParser):
                 break  # what follows a command is parsed by the command
             known = [name for name in self._option_string_actions if name.startswith("--")]
             if option.startswith("--") and not any(name.startswith(option) for name in known):
-                self.error(f"there is no option {option}{_meant(option, known)}")
+                meant = _meant(option, known)
+                if not meant and self._subparsers is not None:
+                    self.error(f"there is no option {option} before the command: write '{self.prog} COMMAND {option}'")
+                self.error(f"there is no option {option}{meant}")
         return super().parse_known_args(args, namespace)
 
 

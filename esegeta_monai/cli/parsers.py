@@ -159,8 +159,8 @@ def add_evaluate(parser: ArgumentParser) -> None:
         "--metrics",
         action="append",
         metavar="LIST",
-        help="metric names, separated by commas, with parameters in parentheses, or 'all' (default: a quick selection; "
-        "'esegeta-monai metrics' lists all)",
+        help="'quick' (default: takes about as long as the maps), 'full', 'all', or names, separated by commas, "
+        "with parameters in parentheses ('esegeta-monai metrics' lists all)",
     )
     parser.add_argument(
         "--label", metavar="FILE", help="label map, or folder of label maps named like the cases (see below)"
@@ -187,6 +187,11 @@ def add_evaluate(parser: ArgumentParser) -> None:
         dest="controls",
         action="store_false",
         help="do not evaluate the control maps (random, Sobel, constant)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="measure and write nothing; print the estimated passes and time per case",
     )
     add_network(parser)
     add_head(parser)

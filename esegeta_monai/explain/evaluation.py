@@ -23,7 +23,9 @@ from esegeta_monai.engine.labels import label_problem
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.score import Score
 from esegeta_monai.errors import MetricError, RankLost, UsageError, named_reason
+from esegeta_monai.explain.evaluation_costs import EvaluationCost, cost_of_evaluation, steps_of
 from esegeta_monai.explain.explainer import Explainer
+from esegeta_monai.explain.metric_choice import chosen_metrics, metrics_for
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.outcomes import not_positive
 from esegeta_monai.explain.record import Record, tensor_hash
@@ -31,7 +33,7 @@ from esegeta_monai.explain.run import JudgedCase
 from esegeta_monai.methods.base import METHODS, Explained, Method, Outcome
 from esegeta_monai.methods.precision import full_precision
 from esegeta_monai.methods.run import run_together
-from esegeta_monai.metrics.base import METRICS, Metric, MetricInput, asking, better
+from esegeta_monai.metrics.base import Metric, MetricInput, asking, better
 from esegeta_monai.metrics.controls import Control, controls
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM, region_table
 from esegeta_monai.metrics.removal import used_parts
@@ -39,23 +41,17 @@ from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.types import flag
 
 __all__ = [
-    "DEFAULT_METRICS",
     "EvaluationResult",
     "Evaluator",
     "Known",
     "alarm_share",
-    "chosen_metrics",
     "value_of_label",
 ]
 
 logger = logging.getLogger("esegeta_monai")
 
-DEFAULT_METRICS = ("Deletion", "Insertion", "Infidelity", "FaithfulnessCorrelation", "Sparseness", "Entropy")
 CONTROL = "control:"
 """Prefix of the names of control maps."""
-WITH_LABEL = ("PointingGame", "RelevanceMass", "RelevanceRank", "LocalisationAUC", "DistanceProfile")
-"""Metrics added by default if there is a label."""
-
 
 Known = Callable[[Record], "Tensor | None"]
 """Return a map (C, *spatial) that has already been computed, or None. The argument is its record before the method
@@ -108,8 +104,8 @@ class Evaluator:
 
     Args:
         explainer: holds network, inferer and devices.
-        metrics: instances, names or configs; None: `DEFAULT_METRICS`, and with a label also `WITH_LABEL`; ``"all"``:
-            every registered metric.
+        metrics: instances, names or configs; ``"quick"``, ``"full"`` or ``"all"``, see
+            `esegeta_monai.explain.metric_choice`; None: ``"quick"``.
         with_controls: evaluate control maps as well; without them, ``beats_controls`` is None.
         outside_alarm: share of a map outside the body, 0 to 1, above which a region table raises an alarm.
 
@@ -194,6 +190,41 @@ class Evaluator:
             self._case(case, chosen, maps, result, regions if regions is not None else label, region_names)
         return result
 
+    def costs(
+        self,
+        image: MetaTensor,
+        methods: Any,
+        targets: Any,
+        *,
+        label: bool = False,
+        given: bool = False,
+        **more: Any,
+    ) -> list[EvaluationCost]:
+        """Estimate the cost of `__call__` without computing a map or a metric; the prediction is computed.
+
+        Args:
+            image, methods, targets, more: see `__call__`.
+            label: True if there will be a label.
+            given: True if ``maps`` will be given.
+
+        Returns:
+            One cost for each layer that replaces the prediction; one without such targets; [] if all targets are empty.
+
+        Raises:
+            EsegetaError: the case cannot be explained at all.
+        """
+        chosen = METHODS.create_all(methods)
+        metrics = metrics_for(self.metrics, label=label)
+        judged = self.explainer.judge(image[None], targets, **more)
+        objectives = [full_precision(case.objective) for case in judged if case.objective is not None]
+        return [self._cost(objective, chosen, metrics, given=given) for objective in objectives]
+
+    def _cost(
+        self, objective: Objective, methods: Sequence[Method], metrics: Sequence[Metric], *, given: bool
+    ) -> EvaluationCost:
+        maps = len(methods) + (len(controls()) if self.with_controls else 0)
+        return cost_of_evaluation(metrics, objective, methods, maps, [] if given else methods)
+
     def _case(
         self,
         case: _Case,
@@ -204,58 +235,47 @@ class Evaluator:
         region_names: Mapping[int, str] | None,
     ) -> None:
         control_methods: list[Method] = list(controls()) if self.with_controls else []
+        metrics = metrics_for(self.metrics, label=case.label is not None)
+        cost = self._cost(case.objective, methods, metrics, given=maps is not None)
+        logger.info("evaluation: %s", cost)
         all_names = [*map(case.names.method, methods), *(str(c.name) for c in control_methods)]
         judged_methods = [*methods, *control_methods]
         computed = case.explain(
             judged_methods if maps is None else control_methods, result, dict(zip(map(id, judged_methods), all_names))
         )
-        metrics = self.metrics
-        if metrics is None:
-            metrics = METRICS.create_all([*DEFAULT_METRICS, *(WITH_LABEL if case.label is not None else ())])
         titles = storage.distinct_names(metrics)
-        for k in range(len(case.objective.scores)):
-            target = case.targets[k]
-            if target in case.targets[:k]:  # PredictedClasses and one of its classes have the same voxels and maps
-                continue
-            rows: list[dict[str, Any]] = []
-            for method, name in zip(judged_methods, all_names):
-                values = computed.get((id(method), k))
-                if values is None and maps is not None:
-                    values = maps.get((target, name))
-                if values is None:
-                    continue
-                subject = case.subject(values, k, method)
-                if isinstance(subject, str):
-                    result.failed[f"{target}, {name}"] = subject
-                    continue
-                for metric, title in zip(metrics, titles):
-                    rows.append({"target": target, "method": name, **_measured(metric, title, subject)})
-                if not isinstance(method, Control):
-                    table = region_table(
-                        subject,
-                        regions=regions,
-                        names=region_names,
-                        origin=case.origin(k),
-                        channel_names=list(self.explainer.settings.channel_names),
-                        alarm=self.outside_alarm,
-                    )
-                    result.regions += [{"target": target, "method": name, **row} for row in table]
-            _compare(rows, dict(zip(titles, metrics)))
-            result.rows += rows
-
-
-def chosen_metrics(metrics: Any) -> list[Metric] | None:
-    """Return the requested metrics: from instances, names or configs, or ``"all"``; None: `Evaluator` chooses.
-
-    Raises:
-        UsageError: a wrong metric or parameter, or two metrics with the same name.
-    """
-    if metrics is None:
-        return None
-    everything = isinstance(metrics, str) and metrics.strip().lower() == "all"
-    chosen = METRICS.create_all(list(METRICS) if everything else metrics)
-    storage.distinct_names(chosen)
-    return chosen
+        # PredictedClasses and one of its classes have the same voxels and maps
+        distinct = [k for k, target in enumerate(case.targets) if target not in case.targets[:k]]
+        total = len(distinct) * len(judged_methods) * len(metrics)
+        with steps_of(total, progress=self.explainer.settings.progress) as steps:
+            for k in distinct:
+                target = case.targets[k]
+                rows: list[dict[str, Any]] = []
+                for method, name in zip(judged_methods, all_names):
+                    values = computed.get((id(method), k))
+                    if values is None and maps is not None:
+                        values = maps.get((target, name))
+                    if values is None:
+                        continue
+                    subject = case.subject(values, k, method)
+                    if isinstance(subject, str):
+                        result.failed[f"{target}, {name}"] = subject
+                        continue
+                    for metric, title in zip(metrics, titles):
+                        rows.append({"target": target, "method": name, **_measured(metric, title, subject)})
+                        steps.measured(f"{target}, {name}, {title}")
+                    if not isinstance(method, Control):
+                        table = region_table(
+                            subject,
+                            regions=regions,
+                            names=region_names,
+                            origin=case.origin(k),
+                            channel_names=list(self.explainer.settings.channel_names),
+                            alarm=self.outside_alarm,
+                        )
+                        result.regions += [{"target": target, "method": name, **row} for row in table]
+                _compare(rows, dict(zip(titles, metrics)))
+                result.rows += rows
 
 
 @dataclass

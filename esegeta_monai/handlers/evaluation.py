@@ -19,7 +19,8 @@ from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, RankLost, named_reason
 from esegeta_monai.explain.attribution import Attribution
-from esegeta_monai.explain.evaluation import Evaluator, Known, alarm_share, chosen_metrics, value_of_label
+from esegeta_monai.explain.evaluation import Evaluator, Known, alarm_share, value_of_label
+from esegeta_monai.explain.metric_choice import chosen_metrics
 from esegeta_monai.explain.record import Record
 from esegeta_monai.handlers.base import CaseHandler, numbered
 from esegeta_monai.handlers.explanation import ExplanationHandler
@@ -44,8 +45,8 @@ class EvaluationHandler(CaseHandler):
         methods, targets, output_dir, bundle_root, image_key, pred_key, output: see `ExplanationHandler`.
         class_names, epochs, cases, share, checks, name, seed, time_limit, window_batch: see `ExplanationHandler`.
         volume_device, progress, head, layer_axes: see `ExplanationHandler`.
-        metrics: names, configs or instances; ``"all"``; None: a quick selection, with localisation metrics for cases
-            with a label.
+        metrics: names, configs or instances; ``"quick"``, ``"full"`` or ``"all"``, see
+            `esegeta_monai.explain.metric_choice`, with localisation metrics for cases with a label; None: ``"quick"``.
         label_key: key of a label map in the case's data that marks the known cause. A case without it, or with a label
             that is not a map (the class of an image), is evaluated without a label. None: no label.
         label_value: value of the label that marks the cause: a number, or ``"class"`` for the target's class; None: all

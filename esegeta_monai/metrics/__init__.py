@@ -6,6 +6,7 @@ from esegeta_monai.metrics.axiomatic import Completeness, Conservation, InputInv
 from esegeta_monai.metrics.base import (
     METRICS,
     Metric,
+    MetricCost,
     MetricInput,
     MetricResult,
     better,
@@ -78,6 +79,7 @@ __all__ = [
     "LocalisationAUC",
     "MaxSensitivity",
     "Metric",
+    "MetricCost",
     "MetricInput",
     "MetricResult",
     "ModalityImportance",

@@ -13,7 +13,7 @@ from torch import Tensor
 from esegeta_monai.engine.baselines import baseline_for
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
-from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult
+from esegeta_monai.metrics.base import Metric, MetricCost, MetricInput, MetricResult
 from esegeta_monai.metrics.removal import blind, value_of
 from esegeta_monai.metrics.robustness import CONSTANT, explained
 from esegeta_monai.utils.registry import json_ready
@@ -40,6 +40,10 @@ class Completeness(Metric):
         super().__post_init__()
         if self.baseline is not None:
             baseline_for(self.baseline)
+
+    def cost(self, objective: Objective) -> MetricCost:
+        """The image and the baseline."""
+        return MetricCost(shared=2)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; a zero map has 1; undefined where the target does not change."""
@@ -71,6 +75,10 @@ class Conservation(Metric):
     higher_is_better = False
     needs = frozenset({"objective"})
 
+    def cost(self, objective: Objective) -> MetricCost:
+        """The image."""
+        return MetricCost(shared=1)
+
     def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; a zero map has 1; undefined where the target is zero."""
         value, total = value_of(subject), float(subject.map.sum(dtype=torch.float64))
@@ -100,6 +108,10 @@ class InputInvariance(Metric):
         super().__post_init__()
         if self.shift == 0:
             raise UsageError("InputInvariance: shift=0 changes nothing: give another number")
+
+    def cost(self, objective: Objective) -> MetricCost:
+        """The explanations of the image and of the shifted image, and the predictions of both."""
+        return MetricCost(shared=2, explanations=2)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; undefined for a zero map, and for a constant image, whose standard deviation is 0."""

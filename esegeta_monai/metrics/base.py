@@ -30,6 +30,7 @@ __all__ = [
     "METRICS",
     "Group",
     "Metric",
+    "MetricCost",
     "MetricInput",
     "MetricResult",
     "Need",
@@ -176,6 +177,23 @@ class MetricResult:
         return {**fields, **({"notes": json_ready(self.notes)} if self.notes else {})}
 
 
+@dataclass(frozen=True)
+class MetricCost:
+    """How often a metric runs the network for the maps of a case, at most: what several maps share is computed once.
+
+    Attributes:
+        shared: predictions of a changed image, for all maps and targets together.
+        each: predictions of a changed image, for each map of each target.
+        explanations: explanations by the map's method, for each method.
+        group: metrics with the same name share predictions and explanations; None: they share none.
+    """
+
+    shared: int = 0
+    each: int = 0
+    explanations: int = 0
+    group: str | None = None
+
+
 class Metric(Configurable, ABC):
     """A measure of the quality of an explanation. Subclasses become dataclasses; fields are parameters.
 
@@ -223,6 +241,10 @@ class Metric(Configurable, ABC):
     @abstractmethod
     def measure(self, subject: MetricInput) -> MetricResult:
         """Measure one map that `validate` has accepted; state the range of the value here."""
+
+    def cost(self, objective: Objective) -> MetricCost | None:
+        """Return how often it runs the network, for estimates; None: unknown. No pass of the network is made here."""
+        return None if self.needs & {"objective", "method"} else MetricCost()
 
     def validate(self, subject: MetricInput) -> None:
         """Refuse a subject that lacks a field that the metric needs.

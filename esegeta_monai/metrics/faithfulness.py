@@ -15,13 +15,14 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from esegeta_monai.engine.baselines import baseline_for, noise_like
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.base import Added, Perturbations
 from esegeta_monai.engine.perturbation.boxes import Boxes
 from esegeta_monai.engine.perturbation.scoring import known_score_changes
 from esegeta_monai.engine.windows.plan import last_axes
 from esegeta_monai.errors import UsageError
-from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, Need, bootstrap, mean_interval
-from esegeta_monai.metrics.removal import Removal, at_least, blind, check_parts, drawn_removals, removal_of
+from esegeta_monai.metrics.base import Metric, MetricCost, MetricInput, MetricResult, Need, bootstrap, mean_interval
+from esegeta_monai.metrics.removal import Removal, at_least, blind, check_parts, drawn_removals, is_random, removal_of
 from esegeta_monai.utils.registry import json_ready
 
 __all__ = ["IROF", "Deletion", "FaithfulnessCorrelation", "Infidelity", "Insertion", "RegionPerturbation"]
@@ -52,6 +53,11 @@ class _CurveMetric(Metric):
         check_parts(own.features, own.baseline)
         at_least(self, "steps", own.steps, self.least_steps)
         at_least(self, "n_samples", own.n_samples, 1)
+
+    def cost(self, objective: Objective) -> MetricCost:
+        """One prediction per step and draw. Maps with equal values are drawn more often and cost more."""
+        own: Any = self
+        return MetricCost(each=(own.steps + 1) * (own.n_samples if is_random(own.baseline) else 1))
 
     @abstractmethod
     def curve(self, removal: Removal) -> _Drawn:
@@ -225,6 +231,10 @@ class FaithfulnessCorrelation(Metric):
         if not 0 < self.subset < 1:
             raise UsageError(f"FaithfulnessCorrelation: subset={self.subset} is a share between 0 and 1")
 
+    def cost(self, objective: Objective) -> MetricCost:
+        """One prediction per set."""
+        return MetricCost(shared=self.n_samples)
+
     def measure(self, subject: MetricInput) -> MetricResult:
         """[-1, 1]; undefined where the map's sum is the same for all sets (a zero map)."""
         removal = removal_of(subject, self.features, self.baseline)
@@ -262,6 +272,10 @@ class SensitivityN(Metric):
         check_parts(self.features, self.baseline)
         at_least(self, "n_samples", self.n_samples, 10)
         at_least(self, "sizes", self.sizes, 1)
+
+    def cost(self, objective: Objective) -> MetricCost:
+        """One prediction per set."""
+        return MetricCost(shared=self.sizes * self.n_samples)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """[-1, 1]; undefined for a zero map. The interval is over n."""
@@ -306,7 +320,8 @@ class Infidelity(Metric):
     """``min_β E[(β Iᵀa − ΔF)²] / E[ΔF²]`` with ``ΔF = F(x) − F(x − I)`` (Yeh et al. 2019, normalised by the best scale
     β as there).
 
-    Divided by ``E[ΔF²]``, a zero map gets 1, the worst; the notes have the paper's numerator (``infidelity``) and β.
+    Divided by ``E[ΔF²]``, a zero map gets 1, the worst; the notes have the paper's numerator (``infidelity``), β
+    (``scale``), and the ends of the ``boxes`` in voxels, per axis.
 
     Args:
         perturbation: ``"boxes"``: a random box within the target's windows is replaced by the baseline;
@@ -346,17 +361,21 @@ class Infidelity(Metric):
         if self.std <= 0:
             raise UsageError(f"Infidelity: std={self.std} must be above 0")
 
+    def cost(self, objective: Objective) -> MetricCost:
+        """One prediction per box or noisy image; a box changes only some of the windows."""
+        return MetricCost(shared=self.n_samples)
+
     def measure(self, subject: MetricInput) -> MetricResult:
         """[0, 1]."""
-        foreseen, lost = self._noise(subject) if self.perturbation == "noise" else self._boxes(subject)
+        foreseen, lost, drawn = self._noise(subject) if self.perturbation == "noise" else self._boxes(subject)
         if not np.any(lost):
             return MetricResult.undefined(
                 "the target reacts to none of the perturbations: use larger boxes, or more noise"
             )
         value, beta = (float(v[0]) for v in self._relative(foreseen[None], lost[None]))
         low, high = bootstrap(lambda s, d: self._relative(s, d)[0], foreseen, lost)
-        notes = {"infidelity": float(np.mean((beta * foreseen - lost) ** 2)), "scale": beta}
-        notes["without_scale"] = float(np.mean((foreseen - lost) ** 2))
+        notes: dict[str, Any] = {"infidelity": float(np.mean((beta * foreseen - lost) ** 2)), "scale": beta}
+        notes |= {"without_scale": float(np.mean((foreseen - lost) ** 2)), **drawn}
         return MetricResult(value, low, high, len(foreseen), notes=notes)
 
     def _relative(self, foreseen: np.ndarray, lost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -368,7 +387,7 @@ class Infidelity(Metric):
         missed = ((beta[:, None] * foreseen - lost) ** 2).sum(1)
         return np.divide(missed, energy, out=np.full_like(energy, np.nan), where=energy > 0), beta
 
-    def _boxes(self, subject: MetricInput) -> tuple[np.ndarray, np.ndarray]:
+    def _boxes(self, subject: MetricInput) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         objective, alone = subject.need_objective(), subject.alone
         key = ("reference", "whole", repr(json_ready(self.baseline)))
         reference = subject.once(
@@ -390,9 +409,10 @@ class Infidelity(Metric):
         if not self.multiplied:
             values = values * (objective.image - reference).to(values)
         foreseen = [float(values[last_axes(box)].sum()) for box in boxes.boxes]
-        return np.array(foreseen), _lost(subject, boxes)
+        drawn = [[list(ends) for ends in zip(a, b)] for a, b in zip(starts, stops)]
+        return np.array(foreseen), _lost(subject, boxes), {"boxes": drawn}
 
-    def _noise(self, subject: MetricInput) -> tuple[np.ndarray, np.ndarray]:
+    def _noise(self, subject: MetricInput) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         objective = subject.need_objective()
         generator = objective.generator()
         foreseen, lost = [], []
@@ -400,7 +420,7 @@ class Infidelity(Metric):
             noise = noise_like(objective.image, self.std, generator)
             foreseen.append(float((subject.per_channel * noise.to(subject.map.device)).sum()))
             lost.append(_lost(subject, Added(-noise[None])))
-        return np.array(foreseen), np.concatenate(lost)
+        return np.array(foreseen), np.concatenate(lost), {}
 
 
 def _lost(subject: MetricInput, perturbations: Perturbations) -> np.ndarray:

@@ -18,7 +18,7 @@ from esegeta_monai.engine.perturbation.base import Added
 from esegeta_monai.engine.perturbation.scoring import score_changes
 from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.errors import MetricError, UsageError
-from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, mean_interval
+from esegeta_monai.metrics.base import Metric, MetricCost, MetricInput, MetricResult, mean_interval
 from esegeta_monai.metrics.faithfulness import NEEDS, NOTHING, ZERO
 from esegeta_monai.metrics.removal import at_least, blind, ranking
 from esegeta_monai.utils.registry import json_ready
@@ -41,6 +41,10 @@ class _Masked(Metric):
     def __post_init__(self) -> None:
         super().__post_init__()
         baseline_for(self.baseline, local=True)
+
+    def cost(self, objective: Objective) -> MetricCost:
+        """Image and masked image, which the metrics of masks share."""
+        return MetricCost(each=2, group=f"masked {json_ready(self.baseline)!r}")
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """Undefined for a zero map, which shows only the baseline; its probability may exceed the image's."""
@@ -178,6 +182,10 @@ class ROAD(Metric):
         baseline_for(self.baseline, local=True)
         if self.order == "lerf":
             self.higher_is_better = False  # type: ignore[misc]
+
+    def cost(self, objective: Objective) -> MetricCost:
+        """The baseline, and one or two imputed images per share."""
+        return MetricCost(each=1 + len(self.shares) * (2 if self.order == "combined" else 1))
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """About -1 to 1. The interval is over the shares."""

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from esegeta_monai.engine.baselines import baseline_for
+from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MetricError, UsageError
 from esegeta_monai.methods.perturbation.shapley import ChannelShapley
-from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult
+from esegeta_monai.metrics.base import Metric, MetricCost, MetricInput, MetricResult
 from esegeta_monai.utils.registry import json_ready
 
 __all__ = ["MSFI", "ModalityImportance", "channel_importance"]
@@ -28,6 +29,10 @@ class _Modality(Metric):
     def __post_init__(self) -> None:
         super().__post_init__()
         baseline_for(self.baseline)
+
+    def cost(self, objective: Objective) -> MetricCost:
+        """One prediction per set of channels, shared by both metrics."""
+        return MetricCost(shared=2 ** len(objective.image), group=f"channels {json_ready(self.baseline)!r}")
 
     def validate(self, subject: MetricInput) -> None:
         super().validate(subject)

@@ -21,7 +21,7 @@ from esegeta_monai.engine.network.model import is_scripted
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.score import WeightedScore
 from esegeta_monai.errors import MetricError, UsageError
-from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, magnitude, mean_interval
+from esegeta_monai.metrics.base import Metric, MetricCost, MetricInput, MetricResult, magnitude, mean_interval
 from esegeta_monai.metrics.removal import at_least
 from esegeta_monai.metrics.robustness import explained
 from esegeta_monai.utils.tensors import bounding_box
@@ -156,6 +156,10 @@ class _Randomised(Metric):
         at_least(self, "n_samples", self.n_samples, 1)
         _check(self.similarity)
 
+    def cost(self, objective: Objective) -> MetricCost:
+        """One explanation per stage and sample, and one of the image itself."""
+        return MetricCost(explanations=self.stages * self.n_samples + 1)
+
     def _stages(self, subject: MetricInput, cascading: bool) -> MetricResult:
         objective = subject.need_objective()
         key = ("randomised", cascading, id(subject.method), self.stages, self.n_samples, self.similarity)
@@ -256,6 +260,10 @@ class RandomLogit(Metric):
         at_least(self, "n_samples", self.n_samples, 1)
         _check(self.similarity)
 
+    def cost(self, objective: Objective) -> MetricCost:
+        """One explanation for all other classes of a target, and one of the image itself."""
+        return MetricCost(explanations=len(objective.scores) + 1)
+
     def measure(self, subject: MetricInput) -> MetricResult:
         """[-1, 1]; undefined for a zero map. Raises where there is no other class."""
         objective, alone = subject.need_objective(), subject.alone
@@ -307,6 +315,10 @@ class DataRandomisation(Metric):
         super().validate(subject)
         if self.network is None:
             raise MetricError("DataRandomisation needs a second network, trained on random labels: network=FILE")
+
+    def cost(self, objective: Objective) -> MetricCost:
+        """One explanation of the second network for each target, and one of the image itself."""
+        return MetricCost(explanations=len(objective.scores) + 1)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """[-1, 1]; undefined for a zero map."""

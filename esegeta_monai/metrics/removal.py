@@ -27,7 +27,17 @@ from esegeta_monai.metrics.base import MetricInput
 from esegeta_monai.utils.registry import json_ready
 from esegeta_monai.utils.tensors import digest
 
-__all__ = ["Removal", "blind", "check_parts", "drawn_removals", "ranking", "removal_of", "used_parts", "value_of"]
+__all__ = [
+    "Removal",
+    "blind",
+    "check_parts",
+    "drawn_removals",
+    "is_random",
+    "ranking",
+    "removal_of",
+    "used_parts",
+    "value_of",
+]
 
 CELLS = {2: 16, 3: 8}
 """Default number of blocks per axis, by dimension."""
@@ -134,7 +144,7 @@ def removal_of(subject: MetricInput, features: Any, baseline: Any, draw: int = 0
     spec = _blocks(objective) if isinstance(features, str) and features == "blocks" else features_for(features)
     what = repr(json_ready(spec)) if not isinstance(spec, Tensor) else id(features)
     parts = subject.once(("features", what), lambda: spec.of(objective))
-    random = not is_feature_mean(baseline) and baseline_for(baseline, local=True).random
+    random = is_random(baseline)
     seed = objective.seed + draw
 
     def segments_of() -> Segments:
@@ -160,6 +170,11 @@ def removal_of(subject: MetricInput, features: Any, baseline: Any, draw: int = 0
     return Removal(
         objective, subject.alone, parts, segments, subject.target, shares[1:].cpu(), voxels, seen, random, seed
     )
+
+
+def is_random(baseline: Any) -> bool:
+    """True if each draw of a baseline, as given to a metric, has other values."""
+    return not is_feature_mean(baseline) and baseline_for(baseline, local=True).random
 
 
 def _blocks(objective: Objective) -> Grid:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from esegeta_monai.engine.baselines import per_channel
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.run import run
-from esegeta_monai.metrics.base import Metric, MetricInput, MetricResult, bootstrap, mean_interval
+from esegeta_monai.metrics.base import Metric, MetricCost, MetricInput, MetricResult, bootstrap, mean_interval
 from esegeta_monai.metrics.removal import at_least
 
 __all__ = ["AverageSensitivity", "LocalLipschitz", "MaxSensitivity", "RelativeInputStability"]
@@ -131,6 +131,11 @@ class _Robustness(Metric):
     def _ratio(self, near: Neighbours, k: int) -> np.ndarray:
         """Return the ratio of each noisy image (n,) for target k."""
 
+    def cost(self, objective: Objective) -> MetricCost:
+        """One explanation per noisy image, shared by the metrics of this group, and one of the image itself."""
+        group = f"noise {self.radius} {self.n_samples}"
+        return MetricCost(explanations=self.n_samples + 1, group=group)
+
     def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; undefined for a zero map, and for a constant image, near which there is no noise."""
         near, k = neighbours(subject, self.radius, self.n_samples), subject.target
@@ -238,6 +243,10 @@ class RelativeOutputStability(_Robustness):
         super().__post_init__()
         if self.least <= 0:
             raise UsageError(f"RelativeOutputStability: least={self.least} must be above 0")
+
+    def cost(self, objective: Objective) -> MetricCost:
+        """As the other metrics of this group; and one prediction per noisy image."""
+        return replace(super().cost(objective), shared=self.n_samples + 1)
 
     def measure(self, subject: MetricInput) -> MetricResult:
         """0 or more; undefined for a zero map or a constant image, or where the target is zero."""

@@ -98,6 +98,7 @@ class EvaluationWriter:
         *,
         problems: Mapping[str, str] | None = None,
         maps: Mapping[tuple[str, str], Tensor] | None = None,
+        sources: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> None:
         """Evaluate one case and write the results.
@@ -108,6 +109,7 @@ class EvaluationWriter:
             case: name of the case, as given by the user.
             problems: parts of the case that cannot be used (its label), with reasons, to be recorded.
             maps: maps (C, *spatial) by target and method, see `Evaluator`.
+            sources: the files of the case and the options, JSON-ready, to be recorded.
             more: see `Evaluator`.
 
         Raises:
@@ -129,15 +131,15 @@ class EvaluationWriter:
             result = judge()
         result.failed |= problems or {}
         if self.writes:
-            self.write(case, result)
+            self.write(case, result, sources)
 
     def failed(self, case: str, reason: str) -> None:
         """Record a case that could not be evaluated at all."""
         if self.writes:
             self.problems.append(f"{case}: {reason}")
 
-    def write(self, case: str, result: EvaluationResult) -> Path:
-        """Write one case and return the path of its JSON file.
+    def write(self, case: str, result: EvaluationResult, sources: Mapping[str, Any] | None = None) -> Path:
+        """Write one case, with its sources, see `evaluate`, and return the path of its JSON file.
 
         Raises:
             OutputLost: the output folder was removed during the run.
@@ -169,6 +171,7 @@ class EvaluationWriter:
             **self.provenance,
             "case": case,
             **result.measured_on,
+            "sources": dict(sources or {}),
             "metrics": [{k: v for k, v in row.items() if k != "curve"} for row in result.rows],
             "curves": curves,
             "failed": result.failed,

@@ -450,6 +450,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["evaluate", "--bundle", "b", "--lable", "c"], "no option --lable: did you mean --label"),
         (["explian"], "there is no command 'explian': did you mean explain"),
         (["--verson"], "no option --verson: did you mean --version"),
+        (["--bundle", "b"], "before the command: write 'esegeta-monai COMMAND --bundle'"),
     ],
 )
 def test_misspelled_options_and_commands(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

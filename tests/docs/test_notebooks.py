@@ -16,17 +16,35 @@ from tests.docs.notebook import run
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "docs" / "notebooks").glob("*.ipynb"))
 
 
+MAPS = {
+    "first_map": ("maps[0]", "shares"),
+    "own_method": ("mine", "theirs"),
+    "watch_training": ("kept[1]", "kept[6]"),
+}
+"""Cells that show a map, by their last line."""
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs_and_its_maps_are_pictures(path: Path) -> None:
-    cells = run(path)
-    shown = {cell.source.splitlines()[-1]: cell for cell in cells}
-    for name in ("maps[0]", "shares"):
+    shown = {cell.source.splitlines()[-1]: cell for cell in run(path)}
+    for name in MAPS[path.stem]:
         picture = re.search(r'src="data:image/png;base64,([^"]+)"', shown[name].html)
         assert picture is not None
         assert imread(io.BytesIO(base64.b64decode(picture[1])))[..., :3].std() > 0.1
         assert "<figcaption>" in shown[name].html
-    assert shown["written"].value == ["lesion.json", "lesion.nii.gz", "lesion.png", "other.png"]
-    assert repr(shown["maps"].value).startswith("<Attributions: 2: Saliency of MultiClassMask-lesion")
+    values = {name: cell.value for name, cell in shown.items()}
+    if path.stem == "first_map":
+        assert values["written"] == ["lesion.json", "lesion.nii.gz", "lesion.png", "other.png"]
+        assert repr(values["maps"]).startswith("<Attributions: 2: Saliency of MultiClassMask-lesion")
+    elif path.stem == "watch_training":
+        last = values["seen[-1]"]
+        assert last["loss"] < 0.2
+        assert last["on the mark"] > 0.3 > last["on the lesion"]  # the shortcut, of 3 % of the image
+        assert values["written"] == [f"watched_ClassScore-class1_InputXGradient_attr.{e}" for e in ("json", "nii.gz")]
+    else:
+        beats = {row[:2]: row[3] for row in values["rows"]}
+        assert beats["ContrastXGradient", "RelevanceMass"] is True
+        assert len(values["rows"]) == 2 * 5
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
