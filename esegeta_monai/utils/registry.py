@@ -298,6 +298,8 @@ class Registry(Generic[T]):
             raise UsageError(f"{cls.__name__}: {text}; its parameters are: {names}") from error
 
     def _parse(self, text: str) -> T:
+        if re.fullmatch(r"[^\W\d][\w -]*", text.strip()):  # words, as names of classes are: 'grey matter', 'grad-cam'
+            return self._build(self.get(text.strip()), (), {})
         try:
             node = ast.parse(text.strip(), mode="eval").body
         except SyntaxError as error:

@@ -102,16 +102,18 @@ def test_the_best_match_comes_first(wrong, meant):
 @pytest.mark.parametrize("name", ["liver", "grey matter", "box of lesions"])
 def test_a_class_given_as_a_target(name):
     """The error shows how to name a class; all interfaces make targets by this registry."""
-    with pytest.raises(UsageError) as error:
-        TARGETS.get(name)
-    assert f"MultiClassMask('{name}')" in str(error.value)
-    assert f"ClassScore('{name}')" in str(error.value)
+    for make in (TARGETS.get, TARGETS.create, TARGETS.create_all):
+        with pytest.raises(UsageError) as error:
+            make(name)
+        assert f"MultiClassMask('{name}')" in str(error.value)
+        assert f"ClassScore('{name}')" in str(error.value)
     with pytest.raises(UsageError, match=r"did you mean MultiClassMask[^?]*\?$"):  # a target, misspelled
         TARGETS.get("multiclasmask")
 
 
 def test_names_from_the_package_in_full():
     assert METHODS.get("esegeta_monai.methods.Saliency") is Saliency
+    assert isinstance(METHODS.create("sali-ency"), Saliency)  # as `get`, which ignores hyphens
     assert TARGETS.get("esegeta_monai.targets.MultiClassMask") is MultiClassMask
 
 
