@@ -93,7 +93,7 @@ def run(args: Namespace, log: RunLog, reader: BundleReader | None = None) -> int
 
 @dataclass
 class _Plan:
-    """What the options ask for: the cases, their maps on disk or methods and targets, and the metrics."""
+    """Cases, maps on disk, methods, targets and metrics that the options name."""
 
     reader: BundleReader
     cases: list[ScanCase]
@@ -242,7 +242,7 @@ def _sources(args: Namespace, case: ScanCase, data: Mapping[str, Any], earlier: 
         return {"file": path.name, "sha256": storage.sha256_file(path) if path.is_file() else None}
 
     masks = {what: text for what in ("label", "regions", "body") if (text := getattr(args, what)) is not None}
-    found = {what: Path(file_of_case(what, text, case, data)) for what, text in masks.items()}
+    paths = {what: Path(file_of_case(what, text, case, data)) for what, text in masks.items()}
     maps = earlier.sidecars.get(case.name, []) if earlier else []
     return {
         "scan": [file(path) for path in case.files],
@@ -256,7 +256,7 @@ def _sources(args: Namespace, case: ScanCase, data: Mapping[str, Any], earlier: 
             }
             for s, r in maps
         ],
-        **{what: file(path) if path.exists() else {"data_key": masks[what]} for what, path in found.items()},
+        **{what: file(path) if path.exists() else {"data_key": masks[what]} for what, path in paths.items()},
         "options": {"label_value": args.label_value, "controls": args.controls, "outside_alarm": args.outside_alarm},
     }
 

@@ -99,7 +99,7 @@ def _explanation(methods: Sequence[Method], objective: Objective) -> tuple[int, 
     for method in methods:
         try:
             needed = method.passes(silent)
-        except EsegetaError as error:  # the run says so too, beside the method
+        except EsegetaError as error:  # the run reports it beside the method
             logger.debug("no estimate for %s: %s", method.name, error)
             continue
         passes += needed
