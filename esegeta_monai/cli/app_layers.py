@@ -94,12 +94,12 @@ def _relevance(resident: Resident, request: Mapping[str, Any]) -> Tensor:
         explain.explainer_for(resident.reader, resident.options("explain", case)),
         resident.case(case).prepared,
     )
-    found = case_concepts(
+    concepts = case_concepts(
         explainer, prepared.image[None], resident.cases[case].name, chosen, request["layer"], **prepared.given
     )
-    if not found:
+    if not concepts:
         raise UsageError("the target is empty on this case: ask about another one, or sort by activation")
-    return torch.stack([entry.share for entry in found]).mean(0)
+    return torch.stack([entry.share for entry in concepts]).mean(0)
 
 
 def _slice(
