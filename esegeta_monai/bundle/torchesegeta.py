@@ -171,14 +171,14 @@ _OF_METHOD: dict[str, str] = {
     "voxels)",
     "captum_ShapleyValueSampling": "Captum's players are voxels; ours are supervoxels",
     "torchray_contrast_excitation_backprop": "the contrast is formed at the layer itself, which is the map of any "
-    "contrast layer above it that no path leads around; the last weights are found (no classifier_layer)",
+    "contrast layer above it that no path leads around; the last weights are texts (no classifier_layer)",
     "lucent_render_vis": "underscores of the layer's name are read as dots; the shape is that of a window",
     "cnn_vis_DeepDream": "the dream begins with the scan, not with random intensities of a given shape",
     "captum_layer_activaltion": "all channels are kept (no neuron_start, neuron_end)",
     "lime_segmentation": "the labels are those of the targets (no top_labels); the volume is explained at once, not "
     "slice by slice",
 }
-"""What another translation than one to one means, by function."""
+"""Notes on translations that are not one to one, by function."""
 
 _NO_COUNTERPART: dict[str, str] = {
     **dict.fromkeys(
@@ -304,13 +304,13 @@ def _targets(given: Any, nature: str, notes: list[str]) -> list[str]:
     """Return our targets for an entry's ``target``: a number, a list of numbers, or nothing."""
     numbers: Sequence[Any] = given if isinstance(given, list) else [given]
     kind = "MultiClassMask" if nature == "Segmentation" else "ClassScore"
-    found = []
+    texts = []
     for number in numbers:
         if isinstance(number, int) and not isinstance(number, bool):
-            found.append(f"{kind}({number})")
+            texts.append(f"{kind}({number})")
         elif number is not None:
             notes.append(f"target {number!r}: not a class number; name targets with --explain_targets")
-    return found
+    return texts
 
 
 def _of_settings(config: Words, used: Sequence[Words]) -> list[str]:

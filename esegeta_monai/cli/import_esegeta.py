@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
 from esegeta_monai.bundle.overlay import OVERLAY, fitted_overlay
@@ -44,10 +45,10 @@ def run(args: Namespace, *_: object) -> int:
     return 0
 
 
-def _renamed(given: list[str]) -> dict[str, str]:
+def _renamed(given: Sequence[str]) -> dict[str, str]:
     """Return our names of layers by theirs, from ``THEIRS=OURS``."""
     pairs = [text.partition("=") for text in given]
-    for theirs, equals, ours in pairs:
-        if not (theirs and equals and ours):
-            raise UsageError(f"--layer {theirs}{equals}{ours}: give THEIRS=OURS, such as --layer Conv5=model.4")
-    return {theirs: ours for theirs, _, ours in pairs}
+    for original, equals, own in pairs:
+        if not (original and equals and own):
+            raise UsageError(f"--layer {original}{equals}{own}: give THEIRS=OURS, such as --layer Conv5=model.4")
+    return {original: own for original, _, own in pairs}

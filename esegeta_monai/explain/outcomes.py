@@ -107,6 +107,8 @@ class Outcomes:
         if own is not None:
             on_scan = isinstance(score, ResampledScore)
             record.more |= {"mask_grid": "scan" if on_scan else "network", "own_prediction": dict(own.record)}
+        if score is not None:
+            record.more |= score.notes
         self._records[key] = method, bound, record
         return replace(record, warnings=[], more=dict(record.more))
 

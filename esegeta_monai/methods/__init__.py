@@ -50,6 +50,7 @@ from esegeta_monai.methods.perturbation.base import PerturbationMethod
 from esegeta_monai.methods.perturbation.extremal import ExtremalPerturbation
 from esegeta_monai.methods.perturbation.lime import Lime
 from esegeta_monai.methods.perturbation.occlusion import Occlusion
+from esegeta_monai.methods.perturbation.prompts import PromptShapley
 from esegeta_monai.methods.perturbation.region_test import RegionTest
 from esegeta_monai.methods.perturbation.rise import Rise
 from esegeta_monai.methods.perturbation.sensitivity import Hsic, Sobol
@@ -138,6 +139,7 @@ __all__ = [
     "PatternNet",
     "PerturbationMethod",
     "Perturbations",
+    "PromptShapley",
     "RegionTest",
     "Request",
     "Rise",

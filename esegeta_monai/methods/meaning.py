@@ -75,6 +75,7 @@ _MEANINGS: dict[str, tuple[str, tuple[str, str]]] = {
     "Occlusion": ("How much the score falls when the place is covered; it is as coarse as the cover.", HIDING),
     "PatternAttribution": ("How much each voxel's learned signal contributes to the score.", SHARE),
     "PatternNet": ("The signal in the image to which the network responds, not its effect on the score.", ("darker signal", "brighter signal")),
+    "PromptShapley": ("How much each prompt adds to the score on average over all orders of giving prompts; it shows prompts, not places of the image.", SHARE),
     "Rise": ("The mean score while the place is visible, over random smooth masks.", ("lower score where visible", "higher score where visible")),
     "Saliency": ("How strongly the score reacts to a small change of each voxel, without direction; it does not show what is there.", STRENGTH),
     "SalientRelevance": ("Areas in which relevance stands out from the rest of the map; it shows attention areas, not shares.", ("does not stand out", "stands out")),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from monai.apps.detection.utils.box_coder import BoxCoder
@@ -55,8 +55,8 @@ class DetectorMap(nn.Module):
         for m in maps:
             if any(g % n for g, n in zip(grid, m.shape[2:])):
                 raise TargetError(
-                    f"DetectorMap: a level has the grid {tuple(m.shape[2:])}, which does not divide {tuple(grid)}: give "
-                    "windows whose sides are multiples of the coarsest stride"
+                    f"DetectorMap: a level has the grid {tuple(m.shape[2:])}, which does not divide {tuple(grid)}: "
+                    "give windows whose sides are multiples of the coarsest stride"
                 )
         return torch.cat([_repeated(m, grid) for m in maps], 1)
 
@@ -93,7 +93,8 @@ class DetectedBox(Target):
 
     The boxes are decoded from the unperturbed prediction of a `DetectorMap`; the number of the anchor is carried
     through the choice of the best candidates and non-maximum suppression. The suppression itself is not part of the
-    score, which is linear: every method applies, through windows, and gives the exact map of that logit.
+    score, which is linear: every method applies, through windows, and gives the exact map of that logit. The record has
+    ``box``, ``box_score`` and ``suppressed_boxes``, the boxes that were removed for it.
 
     Args:
         which: number of the kept box, 0 for that of the highest score.
@@ -126,8 +127,8 @@ class DetectedBox(Target):
         super().__post_init__()
         if len(self.anchors) != len(self.strides) or not self.anchors or len({len(a) for a in self.anchors}) > 1:
             raise UsageError(
-                f"DetectedBox: anchors of {len(self.anchors)} levels, {len(self.strides)} strides: give as many, and as "
-                "many shapes for each level"
+                f"DetectedBox: anchors of {len(self.anchors)} levels, {len(self.strides)} strides: give as many, and "
+                "as many shapes for each level"
             )
         if self.which < 0 or self.n_classes < 1 or any(s % self.strides[0] for s in self.strides):
             raise UsageError(
@@ -142,13 +143,13 @@ class DetectedBox(Target):
             TargetError: the prediction has other channels, or fewer boxes are detected.
         """
         need_map(prediction, self)
-        found = self.detections(prediction)
-        if self.which >= len(found):
+        boxes = self.detections(prediction)
+        if self.which >= len(boxes):
             raise TargetError(
-                f"DetectedBox: which={self.which}, but {len(found)} boxes are detected above score_threshold="
+                f"DetectedBox: which={self.which}, but {len(boxes)} boxes are detected above score_threshold="
                 f"{self.score_threshold}"
             )
-        box, dims = found[self.which], prediction.ndim - 1
+        box, dims = boxes[self.which], prediction.ndim - 1
         if not 0 <= self.axis < dims:
             raise TargetError(f"DetectedBox: axis={self.axis}: the image has {dims} axes")
         shapes, levels = len(self.anchors[0]), len(self.strides)
@@ -161,7 +162,8 @@ class DetectedBox(Target):
         mask[tuple(p * (self.strides[box.level] // self.strides[0]) for p in box.position)] = True
         score = WeightedScore(mask, channel, prediction.shape[0], label=self.given_name or self._label(box))
         score.class_index = score.class_name = None
-        score.meaning = (f"box {_text(box.box)}", *(f"suppresses {s:.3f} at {_text(b)}" for s, b in box.suppressed))
+        suppressed = [{"score": s, "box": list(b)} for s, b in box.suppressed]
+        score.notes = {"box": list(box.box), "box_score": box.score, "suppressed_boxes": suppressed}
         return [score]
 
     def _label(self, box: Detection) -> str:
@@ -225,12 +227,13 @@ class DetectedBox(Target):
         chosen = above[order]
         anchors = chosen // self.n_classes
         position = torch.stack(torch.unravel_index(anchors // len(shapes), grid), 1)
-        sides = torch.tensor(shapes, dtype=torch.float32)[anchors % len(shapes)].reshape(-1, dims)
+        half = (torch.tensor(shapes, dtype=torch.float32) / 2).round()[anchors % len(shapes)].reshape(-1, dims)
         centre = position * stride + stride // 2
-        reference = torch.cat([centre - sides / 2, centre + sides / 2], 1)
+        reference = torch.cat([centre - half, centre + half], 1)  # whole voxels, as MONAI's anchors
         relative = codes.reshape(len(shapes), 2 * dims, -1).permute(2, 0, 1).reshape(-1, 2 * dims)[anchors].float()
-        boxes = BoxCoder(weights=(1.0,) * (2 * dims)).decode_single(relative, reference)
-        boxes, inside = clip_boxes_to_image(boxes, extent, remove_empty=True)
+        decoded = BoxCoder(weights=(1.0,) * (2 * dims)).decode_single(relative, reference)
+        clipped: Any = clip_boxes_to_image(decoded, extent, remove_empty=True)
+        boxes, inside = clipped
         return [
             Detection(
                 tuple(box.tolist()),
@@ -242,8 +245,3 @@ class DetectedBox(Target):
             )
             for box, i in zip(boxes, inside.nonzero().flatten().tolist())
         ]
-
-
-def _text(box: Sequence[float]) -> str:
-    half = len(box) // 2
-    return " ".join(f"{low:.1f}-{high:.1f}" for low, high in zip(box[:half], box[half:]))

@@ -1,4 +1,4 @@
-"""Configurations of TorchEsegeta: what each entry becomes, what is said of the rest, and that all methods exist."""
+"""Configurations of TorchEsegeta: what each entry becomes, what the notes list, and that all methods exist."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_layers_by_other_names_targets_and_the_time_limit(tmp_path):
     assert read_torchesegeta(other).time_limit is None
 
 
-def test_what_has_no_counterpart_is_said(tmp_path):
+def test_what_has_no_counterpart_is_listed(tmp_path):
     entries = [
         entry("captum_guided_backprop", affine_size=4),
         entry("cnn_vis_guided_backprop", firstLayer="Conv1"),
@@ -140,7 +140,7 @@ def test_what_has_no_counterpart_is_said(tmp_path):
     ]
     imported = read_torchesegeta(write(tmp_path, *entries))
     assert imported.methods == ["GuidedBackprop", "Deconvolution"]
-    said = "\n".join(imported.notes)
+    output = "\n".join(imported.notes)
     for words in (
         "captum_guided_backprop, cnn_vis_guided_backprop: the same map",
         "no noise tunnel 'other'",
@@ -155,7 +155,7 @@ def test_what_has_no_counterpart_is_said(tmp_path):
         "affine_size: maps are not made smaller",
         "visualize_method, show_colorbar: pictures",
     ):
-        assert words in said, words
+        assert words in output, words
     everything = read_torchesegeta(write(tmp_path, *entries), unused=True)
     assert everything.methods == ["GuidedBackprop", "Deconvolution", "InputXGradient"]
 

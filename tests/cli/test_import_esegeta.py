@@ -22,9 +22,9 @@ def test_the_overlay_has_the_methods_and_runs(tmp_path, capsys, monkeypatch):
     )
     command = ["import-esegeta", str(file), "--bundle", str(bundle), "--layer", "Conv2=model.1.submodule"]
     assert main(command) == 0
-    said = capsys.readouterr().out
-    assert "3 methods:" in said
-    assert "--inferer#roi_size" in said
+    output = capsys.readouterr().out
+    assert "3 methods:" in output
+    assert "--inferer#roi_size" in output
     overlay = json.loads((bundle / "configs" / "explain.json").read_text(encoding="utf-8"))
     assert overlay["explain_methods"][1] == "LayerExcitationBackprop(layer='model.1.submodule')"
     assert overlay["explain_targets"] == ["MultiClassMask(1)"]

@@ -499,36 +499,36 @@ _PATCHES = 64
 
 def excitation_of_layer(sight: Sight) -> Tensor:
     """The layer's probabilities are what the network with the layer as a second input gives that input."""
-    found = []
+    result = []
     windows, cotangents = sight.window_cotangents()
     outputs = torch.cat(sight.record(sight.image, sight.layer))
     for x, z, c in zip(windows, outputs, cotangents):
         rest, pair = tail(sight.network, sight.layer, x[None], z[None], sight.s.output)
-        found.append(excitation(rest, pair, c[None, None]).input[0, :, x.numel() :].reshape(1, *z.shape))
-    return sight.s.scatter(sight.s.as_map(torch.cat(found)).sum(1, keepdim=True))
+        result.append(excitation(rest, pair, c[None, None]).input[0, :, x.numel() :].reshape(1, *z.shape))
+    return sight.s.scatter(sight.s.as_map(torch.cat(result)).sum(1, keepdim=True))
 
 
 def ablated_channels(sight: Sight, ask: Ask) -> Figure:
     """F with two channels of the layer at zero, through the inferer."""
-    found, whole = ask(sight).map, sight.value(sight.image)
+    result, whole = ask(sight).map, sight.value(sight.image)
     values = sight.record(sight.image, sight.layer)
     tokens, wrong = values[0].ndim == 3, 0.0
-    for c in (0, len(found) - 1):
+    for c in (0, len(result) - 1):
         edited = [v.clone() for v in values]
         for v in edited:
             part = v[:, v.shape[1] - sight.at_image[0][0, 0].numel() :] if tokens else v  # a class token stays
             part.select(-1 if tokens else 1, c).zero_()
         with torch.no_grad():
             truth = whole - float(sight.replaced(sight.layer, edited))
-        wrong = max(wrong, float((found[c] - truth).abs().max()) / abs(whole))
+        wrong = max(wrong, float((result[c] - truth).abs().max()) / abs(whole))
     return Figure(wrong, EXACT)
 
 
 def exchanged_channels(sight: Sight, ask: Ask) -> Figure:
     """F with a channel of the layer from two other cases, through the inferer."""
-    found, whole = ask(sight).map, sight.value(sight.image)
+    result, whole = ask(sight).map, sight.value(sight.image)
     values, truth = sight.record(sight.image, sight.layer), []
-    tokens, c = values[0].ndim == 3, len(found) - 1
+    tokens, c = values[0].ndim == 3, len(result) - 1
     for donor in donors(sight):
         edited = [v.clone() for v in values]
         for v, other in zip(edited, sight.record(donor, sight.layer)):
@@ -537,7 +537,7 @@ def exchanged_channels(sight: Sight, ask: Ask) -> Figure:
             v[:, start:].select(axis, c).copy_(other[:, start:].select(axis, c))
         with torch.no_grad():
             truth.append(whole - float(sight.replaced(sight.layer, edited)))
-    return Figure(float((found[c] - sum(truth) / 2).abs().max()) / abs(whole), EXACT)
+    return Figure(float((result[c] - sum(truth) / 2).abs().max()) / abs(whole), EXACT)
 
 
 def score_cam(sight: Sight) -> Tensor:

@@ -83,8 +83,8 @@ def _in_shape(values: Tensor, output: Tensor) -> Tensor:
 
 def _gradients(out: Tensor, cotangent: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Return ``∂F/∂`` of each input, zeros where F does not depend on it."""
-    found = torch.autograd.grad((out * cotangent).sum(), inputs, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs)]
+    products = torch.autograd.grad((out * cotangent).sum(), inputs, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(products, inputs)]
 
 
 class _Carried(_AttentionMethod):

@@ -76,8 +76,8 @@ class LayerExcitationBackprop(LayerMethod):
             cotangents = batch.stacked_cotangents()
             prior.add_(cotangents.flatten(1).sum(1, dtype=torch.float64).cpu())
             if contrast is None:
-                found = rules.excitation(batch.forward, batch.image, cotangents, layers=modules, compare=batch.compare)
-                sides[0].add(batch, found.layers[layer].relevance)
+                result = rules.excitation(batch.forward, batch.image, cotangents, layers=modules, compare=batch.compare)
+                sides[0].add(batch, result.layers[layer].relevance)
                 return
             both = rules.layer_contrast(
                 batch.forward, batch.image, cotangents, modules, layer, contrast, compare=batch.compare

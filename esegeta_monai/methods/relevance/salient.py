@@ -128,7 +128,7 @@ def context_saliency(
     shape, values = values.shape, values.double()
     centres = [(torch.arange(g, dtype=torch.float64) + 0.5) * n / g for g, n in zip(grid, shape)]
     places = torch.cartesian_prod(*centres).reshape(-1, len(shape)) / max(shape)
-    apart = torch.cdist(places, places)
+    apart = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
     total = torch.zeros(len(places), dtype=torch.float64)
     k = min(neighbours, len(places) - 1)
     for size in sizes:

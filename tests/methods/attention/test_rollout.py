@@ -32,7 +32,9 @@ class Classifier(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         options = {"hidden_size": 8, "mlp_dim": 16, "num_layers": 3, "num_heads": 2}
-        self.vit = ViT(1, (8, 12), (2, 4), classification=cls, num_classes=3, post_activation="none", **options)
+        self.vit = ViT(
+            1, (8, 12), (2, 4), spatial_dims=2, classification=cls, num_classes=3, post_activation="none", **options
+        )
         for block in self.vit.blocks:
             block.attn.use_flash_attention = flash
         self.cls, self.head = cls, nn.Linear(8, 3)

@@ -38,7 +38,7 @@ def test_equals_the_dense_hessian(dims):
     network, image = Curved(dims).double().eval(), torch.randn(1, 1, *[4] * dims, dtype=torch.float64)
     o = objective_of(network, image[0], [ClassScore(1), ClassScore(2)])
     a = network.act(network.first(image)).detach()
-    found = explain(ShapleyCam("act", relu=False), o).maps
+    result = explain(ShapleyCam("act", relu=False), o).maps
     for k, cls in enumerate((1, 2)):
 
         def score(flat: Tensor, cls: int = cls) -> Tensor:
@@ -48,9 +48,9 @@ def test_equals_the_dense_hessian(dims):
         hessian = torch.autograd.functional.hessian(score, a.flatten())
         weights = (gradient - hessian @ a.flatten() / 2).reshape(a.shape)
         expected = (weights.mean(tuple(range(2, 2 + dims)), keepdim=True) * a).sum(1)
-        close(found[k], expected)
+        close(result[k], expected)
     plain_cam = explain(GradCam("act", relu=False), o).maps
-    assert float((found - plain_cam).abs().max()) > 0.05 * float(plain_cam.abs().max())
+    assert float((result - plain_cam).abs().max()) > 0.05 * float(plain_cam.abs().max())
 
 
 def test_is_grad_cam_above_rectifiers():
@@ -93,8 +93,8 @@ def test_pooled_gradients_equal_loops_over_blocks(dims, block, pooling):
         flat = g[place].flatten(2)
         value = flat.amax(2) if pooling == "max" else flat.mean(2)
         pooled[place] = value.reshape(*value.shape, *[1] * dims)
-    found = explain(SegXResCam(s.layer, relu=False, block=block, pooling=pooling), s.objective).maps[0]
-    close(found, s.scatter((a * pooled).sum(1, keepdim=True)))
+    result = explain(SegXResCam(s.layer, relu=False, block=block, pooling=pooling), s.objective).maps[0]
+    close(result, s.scatter((a * pooled).sum(1, keepdim=True)))
 
 
 def test_its_limits_are_other_maps():

@@ -46,9 +46,9 @@ def test_exchange_equals_captum():
     method.perm_func = lambda x, mask: torch.where(mask, x.flip(0), x)
     channels = torch.arange(4).reshape(1, 4, 1, 1).expand(1, 4, 6, 6)
     expected = method.attribute(torch.cat([image, other]), layer_mask=channels)[:1]
-    found = explain(LayerFeaturePermutation("act", "channels", cases=[other[0], other[0]]), objective)
-    close(found.maps, expected.detach())
-    assert max(row["standard_deviation"] for row in found.notes["features"][0]) == 0
+    result = explain(LayerFeaturePermutation("act", "channels", cases=[other[0], other[0]]), objective)
+    close(result.maps, expected.detach())
+    assert max(row["standard_deviation"] for row in result.notes["features"][0]) == 0
 
 
 def _value(s: Setting, edit) -> Tensor:
@@ -78,9 +78,9 @@ def test_regions_through_windows_equal_hooks_through_the_inferer(dims, output):
     s = setting("UNet_batch", dims, MultiClassMask(1, output=output))
     labels = Grid(size=8).of(s.objective).labels[0]
     whole = _value(s, lambda row, start: None)
-    found = explain(LayerFeatureAblation(s.layer, "grid(size=8)", 0.5), s.objective)
-    assert found.notes["n_features"] > 3
-    for feature in range(found.notes["n_features"]):
+    result = explain(LayerFeatureAblation(s.layer, "grid(size=8)", 0.5), s.objective)
+    assert result.notes["n_features"] > 3
+    for feature in range(result.notes["n_features"]):
 
         def edit(row: Tensor, start: tuple[int, ...], feature: int = feature) -> None:
             cells = row.shape[1:]
@@ -90,7 +90,7 @@ def test_regions_through_windows_equal_hooks_through_the_inferer(dims, output):
                     row[(slice(None), *at)] = 0.5
 
         voxel = tuple((labels == feature).nonzero()[0].tolist())
-        close(found.maps[0, 0][voxel], whole - _value(s, edit), 1e-9)
+        close(result.maps[0, 0][voxel], whole - _value(s, edit), 1e-9)
 
 
 def test_channels_of_other_cases_through_windows():
@@ -113,9 +113,9 @@ def test_channels_of_other_cases_through_windows():
             row[channel] = next(queue)[channel]
 
         values.append(whole - _value(s, edit))
-    found = explain(LayerFeaturePermutation(s.layer, "channels", cases=others), s.objective)
-    close(found.maps[0, channel].mean(), torch.stack(values).mean(), 1e-9)
-    close(torch.tensor(found.notes["features"][0][channel]["standard_deviation"]), torch.stack(values).std(), 1e-6)
+    result = explain(LayerFeaturePermutation(s.layer, "channels", cases=others), s.objective)
+    close(result.maps[0, channel].mean(), torch.stack(values).mean(), 1e-9)
+    close(torch.tensor(result.notes["features"][0][channel]["standard_deviation"]), torch.stack(values).std(), 1e-6)
 
 
 def test_bad_input():

@@ -31,7 +31,7 @@ STEPS = {"n_steps": 4, "method": "riemann_middle"}
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize(
-    ("ours", "theirs", "options"),
+    ("ours", "original", "options"),
     [
         (LayerGradientXActivation, "LayerGradientXActivation", {}),
         (LayerIntegratedGradients, "LayerIntegratedGradients", STEPS),
@@ -39,9 +39,9 @@ STEPS = {"n_steps": 4, "method": "riemann_middle"}
         (LayerDeepLift, "LayerDeepLift", {}),
     ],
 )
-def test_inputs_of_a_layer_are_those_of_captum(ours, theirs, options, dims):
+def test_inputs_of_a_layer_are_those_of_captum(ours, original, options, dims):
     network, image = plain(dims)
-    method = getattr(captum.attr, theirs)(network, network.second)
+    method = getattr(captum.attr, original)(network, network.second)
     given = {} if ours is LayerGradientXActivation else {"baselines": torch.zeros_like(image)}
     expected = method.attribute(image, target=1, attribute_to_layer_input=True, **given, **options)
     expected = expected[0] if isinstance(expected, tuple) else expected
@@ -74,10 +74,10 @@ def test_other_uses_of_the_input_do_not_count():
     objective = objective_of(network, image[0], [ClassScore(1)])
     expected = captum.attr.LayerGradientXActivation(network, network.copy).attribute(image, target=1)
     network.copy = nn.Identity()
-    found = explain(LayerGradientXActivation("b" + INPUT, "channels"), objective).maps
-    close(found, expected.detach())
+    result = explain(LayerGradientXActivation("b" + INPUT, "channels"), objective).maps
+    close(result, expected.detach())
     whole = explain(LayerGradientXActivation("a", "channels"), objective).maps
-    assert float((found - whole).abs().max()) > 0.1 * float(whole.abs().max())  # "a" also counts the skip
+    assert float((result - whole).abs().max()) > 0.1 * float(whole.abs().max())  # "a" also counts the skip
 
 
 @pytest.mark.parametrize("name", ["UNet_batch", "SegResNet", "ViTAutoEnc"])

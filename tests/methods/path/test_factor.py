@@ -30,37 +30,37 @@ PATH = {"n_steps": 3, "method": "riemann_middle"}
 def test_equals_captum(dims, monkeypatch, captum_in_float64):
     net, image = plain(dims)
     o, x0 = objective_of(net, image[0], [ClassScore(1)]), 0.3 * torch.ones_like(image)
-    ours = {"baseline": x0[0], "multiply_by_inputs": False}
-    theirs = {"baselines": x0, "target": 1}
+    own = {"baseline": x0[0], "multiply_by_inputs": False}
+    options = {"baselines": x0, "target": 1}
 
-    truth = captum.attr.IntegratedGradients(net, multiply_by_inputs=False).attribute(image, **theirs, **PATH)
-    explained = explain(IntegratedGradients(**ours, **PATH), o)
+    truth = captum.attr.IntegratedGradients(net, multiply_by_inputs=False).attribute(image, **options, **PATH)
+    explained = explain(IntegratedGradients(**own, **PATH), o)
     close(explained.maps, truth)
     whole = explain(IntegratedGradients(x0[0], **PATH), o)
     assert explained.notes["completeness_gap"] == whole.notes["completeness_gap"]
-    refined = explain(IntegratedGradients(**ours, tolerance=1e-2), o)
+    refined = explain(IntegratedGradients(**own, tolerance=1e-2), o)
     close(refined.maps * (image - x0)[0], explain(IntegratedGradients(x0[0], tolerance=1e-2), o).maps)
 
     truth = captum.attr.LayerIntegratedGradients(net, net.act, multiply_by_inputs=False).attribute(
-        image, **theirs, **PATH
+        image, **options, **PATH
     )
-    close(explain(LayerIntegratedGradients("act", "channels", **ours, **PATH), o).maps, truth.detach())
+    close(explain(LayerIntegratedGradients("act", "channels", **own, **PATH), o).maps, truth.detach())
 
     unit = captum.attr.NeuronConductance(net, net.act, multiply_by_inputs=False).attribute(
-        image, (2, *[3] * dims), **theirs, **PATH
+        image, (2, *[3] * dims), **options, **PATH
     )
-    close(explain(NeuronConductance("act", 2, [3] * dims, **ours, **PATH), o).maps, unit.detach())
+    close(explain(NeuronConductance("act", 2, [3] * dims, **own, **PATH), o).maps, unit.detach())
 
     generator = o.generator()
     draws = [float(torch.rand((), generator=generator)) for _ in range(2)]
     monkeypatch.setattr(np.random, "uniform", lambda low, high, n: np.array(draws[:n]))
-    shap = {**theirs, "n_samples": 2, "stdevs": 0.0}
+    shap = {**options, "n_samples": 2, "stdevs": 0.0}
     truth = captum.attr.GradientShap(net, multiply_by_inputs=False).attribute(image, **shap)
-    found = explain(GradientShap(**ours, n_samples=2), o)
-    close(found.maps, truth.detach())
-    assert found.notes["completeness_error"] == explain(GradientShap(x0[0], 2), o).notes["completeness_error"]
+    result = explain(GradientShap(**own, n_samples=2), o)
+    close(result.maps, truth.detach())
+    assert result.notes["completeness_error"] == explain(GradientShap(x0[0], 2), o).notes["completeness_error"]
     truth = captum.attr.LayerGradientShap(net, net.act, multiply_by_inputs=False).attribute(image, **shap)
-    close(explain(LayerGradientShap("act", "channels", **ours, n_samples=2), o).maps, truth.detach())
+    close(explain(LayerGradientShap("act", "channels", **own, n_samples=2), o).maps, truth.detach())
 
 
 def test_windows_equal_autograd_through_the_inferer():

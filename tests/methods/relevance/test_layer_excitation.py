@@ -58,11 +58,11 @@ def _opposite(network: Around, values: Tensor, target: int) -> Tensor:
         network.head.bias.neg_()
     prior = torch.zeros(1, 1, 3, dtype=torch.float64)
     prior[..., target] = 1
-    found = excitation(nn.Sequential(nn.Flatten(), network.head), values, prior).input[0]
+    result = excitation(nn.Sequential(nn.Flatten(), network.head), values, prior).input[0]
     with torch.no_grad():
         network.head.weight.neg_()
         network.head.bias.neg_()
-    return found
+    return result
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -92,7 +92,7 @@ def test_the_contrast_is_formed_by_what_passes_the_contrast_layer(dims):
     close(whole.maps[0], down[0] / t - down[1] / against)
 
     class OnlyB(nn.Module):
-        """What passes ``b``: the probability that reaches it, from ``top`` down, and from there to ``a``."""
+        """The part that passes ``b``: the probability that reaches it, from ``top`` down, and from there to ``a``."""
 
         def forward(self, b: Tensor) -> Tensor:
             return network.top((b + network.c(a.relu())).relu())
@@ -105,11 +105,11 @@ def test_the_contrast_is_formed_by_what_passes_the_contrast_layer(dims):
 
     at_b = excitation(Sum(), pair, opposite[None].reshape(1, 1, *top.shape[1:])).input[0, :, :4]
     through = excitation(nn.Sequential(nn.ReLU(), network.b), a, at_b[None].reshape(1, 1, *b.shape[1:])).input[0, 0]
-    found = explain(LayerExcitationBackprop("a", "channels", contrast_layer="b", positive=False), o)
-    close(found.maps[0], down[0] / t - through / against)
-    assert float((found.maps - whole.maps).abs().max()) > 0.01 * float(whole.maps.abs().max())
+    result = explain(LayerExcitationBackprop("a", "channels", contrast_layer="b", positive=False), o)
+    close(result.maps[0], down[0] / t - through / against)
+    assert float((result.maps - whole.maps).abs().max()) > 0.01 * float(whole.maps.abs().max())
     positive = explain(LayerExcitationBackprop("a", contrast_layer="b"), o).maps
-    close(positive, found.maps.sum(1, keepdim=True).clamp(min=0))
+    close(positive, result.maps.sum(1, keepdim=True).clamp(min=0))
 
 
 def test_all_contrast_layers_of_a_chain_give_the_contrast_at_the_image():
@@ -120,21 +120,21 @@ def test_all_contrast_layers_of_a_chain_give_the_contrast_at_the_image():
         for at in ("first:input", "first", "second", "then", "pool")
     ]
     expected = explain(ContrastiveExcitationBackprop(positive=False), o).maps
-    for found in maps:
-        close(found, expected, 1e-9)
+    for result in maps:
+        close(result, expected, 1e-9)
 
 
 def test_windows_are_added_before_the_contrast():
     s = setting("UNet_batch", 2)
-    found = explain(LayerExcitationBackprop(s.layer, contrast_layer=s.layer, positive=False), s.objective)
-    sides = [torch.zeros_like(found.maps[0]) for _ in range(2)]
+    result = explain(LayerExcitationBackprop(s.layer, contrast_layer=s.layer, positive=False), s.objective)
+    sides = [torch.zeros_like(result.maps[0]) for _ in range(2)]
     assert len(s.objective.windows) > 1
     plain_map = explain(LayerExcitationBackprop(s.layer), s.objective)
     assert float(plain_map.notes["share_at_layer"][0]) <= 1 + 1e-9
-    kept = [float(found.notes[n][0]) for n in ("kept_target", "kept_opposite")]
+    kept = [float(result.notes[n][0]) for n in ("kept_target", "kept_opposite")]
     assert all(0 < k <= 1 + 1e-9 for k in kept)
     sides[0] += plain_map.maps[0] / kept[0]
-    sides[1] += sides[0] - found.maps[0]
+    sides[1] += sides[0] - result.maps[0]
     prior = float(plain_map.maps.sum()) / plain_map.notes["share_at_layer"][0]
     assert float(sides[1].min()) > -1e-12 * prior  # the opposite's probabilities
     assert 0 < float(sides[1].sum()) * kept[1] <= prior * (1 + 1e-9)

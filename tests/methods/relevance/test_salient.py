@@ -51,8 +51,8 @@ def naive(
 @pytest.mark.parametrize(("shape", "grid"), [((11, 8), (5, 4)), ((6, 7, 5), (3, 3, 2))])
 def test_equals_the_definition(shape, grid):
     values = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = context_saliency(values, grid, [1.0, 2.0], 5, 3.0, 0.8)
-    np.testing.assert_allclose(found.numpy(), naive(values.numpy(), grid, [1.0, 2.0], 5, 3.0, 0.8), rtol=1e-10)
+    result = context_saliency(values, grid, [1.0, 2.0], 5, 3.0, 0.8)
+    np.testing.assert_allclose(result.numpy(), naive(values.numpy(), grid, [1.0, 2.0], 5, 3.0, 0.8), rtol=1e-10)
 
 
 def test_what_stands_out_is_salient_and_not_what_repeats():
