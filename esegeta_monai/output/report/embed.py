@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -174,7 +175,7 @@ def _embed(
     corner = [b.start for b in box]
     embedded.arrays = {name: values[box] for name, values in arrays.items()}
     embedded.volumes = {
-        name: memo.get(("pack", content_key(values), effort), lambda v=values: pack(v, effort))
+        name: memo.get(("pack", content_key(values), effort), partial(pack, values, effort))
         for name, values in embedded.arrays.items()
     }
     offset = np.eye(4)
@@ -224,7 +225,12 @@ def _kept_entry(
 
     def make() -> tuple[dict[str, Any], list[np.ndarray]]:
         arrays: list[np.ndarray] = []
-        return map_entry(result, values, volumes, levels, lambda array: arrays.append(array) or ""), arrays
+
+        def keep(array: np.ndarray) -> str:
+            arrays.append(array)
+            return ""
+
+        return map_entry(result, values, volumes, levels, keep), arrays
 
     entry, arrays = memo.get(key, make)
     return {**copy.deepcopy(entry), "volumes": [add(array) for array in arrays]}
