@@ -98,7 +98,7 @@ def embed(
     volumes = read_case(case, shown, affine, view, memo)
     while True:
         for levels in LEVELS:  # fewer steps of the colour scale cost less than fewer voxels
-            expected = _estimate(volumes, levels)
+            expected = _estimate(volumes, levels, memo)
             if expected <= budget or max(view.shown) == 1:
                 embedded = _embed(case, volumes, view, levels, radiological, effort, memo)
                 expected = embedded.bytes
@@ -119,7 +119,7 @@ def embed(
     return embedded
 
 
-def _estimate(volumes: CaseVolumes, levels: tuple[int, int]) -> float:
+def _estimate(volumes: CaseVolumes, levels: tuple[int, int], memo: Memo) -> float:
     """Return about how many characters all volumes need, from every eighth slice of each."""
 
     def sample(values: np.ndarray) -> tuple[np.ndarray, float]:
@@ -132,9 +132,16 @@ def _estimate(volumes: CaseVolumes, levels: tuple[int, int]) -> float:
         total += factor * len(pack(_grey_levels(part, levels[1])[0]).text)
     for _, _, channels, _ in volumes.maps:
         parts, factor = [sample(channel)[0] for channel in channels], sample(channels[0])[1]
-        steps = Steps.of(np.stack(channels), float(np.percentile(np.abs(np.stack(parts)), 99.5)), levels[0])
-        total += factor * sum(len(pack(steps.encode(part)).text) for part in parts)
+        peak = max(float(np.abs(channel).max(initial=0)) for channel in channels)
+        key = ("estimate", tuple(map(content_key, parts)), peak, levels[0])
+        total += factor * memo.get(key, partial(_length, channels, parts, levels[0]))
     return total
+
+
+def _length(channels: list[np.ndarray], parts: list[np.ndarray], levels: int) -> int:
+    """Return how many characters parts of the channels of a map need."""
+    steps = Steps.of(np.stack(channels), float(np.percentile(np.abs(np.stack(parts)), 99.5)), levels)
+    return sum(len(pack(steps.encode(part)).text) for part in parts)
 
 
 def _grey_levels(values: np.ndarray, levels: int, most: float = math.inf) -> tuple[np.ndarray, float, float]:
